@@ -1,0 +1,1 @@
+"""Block families, each adapted to the routing protocol."""

@@ -1,0 +1,1 @@
+"""Flow matching: the path, the velocity and the sampler."""

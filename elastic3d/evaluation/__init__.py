@@ -1,0 +1,1 @@
+"""How a mesh is scored."""

@@ -1,0 +1,1 @@
+"""Fields, surfaces and meshes."""

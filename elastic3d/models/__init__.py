@@ -1,0 +1,1 @@
+"""Base models. They know nothing of routers."""

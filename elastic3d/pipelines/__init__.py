@@ -1,0 +1,1 @@
+"""What a user calls: image to mesh, text to image."""

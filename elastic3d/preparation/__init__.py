@@ -1,0 +1,1 @@
+"""From raw meshes to prepared training shards."""

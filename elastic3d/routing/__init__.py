@@ -1,0 +1,1 @@
+"""Elastic routing: decides, bypasses, narrows, caches, counts. Knows nothing of shapes or images."""
