@@ -1,0 +1,298 @@
+"""Command lines of the form `key=value`, from a dataclass and a YAML file of `configs/`.
+
+A script says `run(main, GenerateConfig, "gen_mesh")`. The dataclass gives the options, their defaults, their
+types and (through `elastic3d.config.base.option`) their help texts; `configs/gen_mesh.yaml` may change
+defaults and choose configuration groups (`configs/cache/paper.yaml` is chosen by `cache=paper`). Hydra
+composes the files; what the user types never passes through a grammar: a path or a prompt arrives as typed.
+
+Exit codes: 0 success, 1 what `main` returns when some items failed, 2 a mistake in what the user gave,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import textwrap
+import traceback
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml  # type: ignore[import-untyped]
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from elastic3d.errors import UserError
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+Config = TypeVar("Config")
+_EXPECTED = {int: "an integer", float: "a number", bool: "true or false"}
+_DEBUG_HELP = "Show the full traceback of an error."
+
+
+def run(main: Callable[[Config], int | None], config_class: type[Config], config_name: str) -> NoReturn:
+    """Run `main` on the command line's options and leave the process with its exit code."""
+    sys.exit(execute(main, config_class, config_name, sys.argv[1:]))
+
+
+def execute(
+    main: Callable[[Config], int | None],
+    config_class: type[Config],
+    config_name: str,
+    arguments: Sequence[str],
+    config_dir: Path = CONFIG_DIR,
+) -> int:
+    """The exit code of `main(config)`, with every expected error told in one sentence on stderr."""
+    if {"--help", "-h", "help"} & set(arguments):
+        print(help_text(main, config_class, config_name, config_dir))
+        return 0
+    debug = any(argument.lower() == "debug=true" for argument in arguments)
+    try:
+        return main(parse(config_class, config_name, arguments, config_dir)) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {_one_sentence(error)}", file=sys.stderr)
+        if not debug and not isinstance(error, UserError):
+            print("(debug=true shows where this happened)", file=sys.stderr)
+        return 2
+
+
+def parse(
+    config_class: type[Config], config_name: str, arguments: Sequence[str], config_dir: Path = CONFIG_DIR
+) -> Config:
+    """The configuration that `arguments` (each `key=value`) ask for.
+
+    Raises:
+        UserError: unknown option or group, a value of the wrong type, a required option left out.
+        ValueError: from the dataclass' own checks.
+    """
+    options = {option.name: option for option in walk_options(config_class)}
+    choices = group_choices(config_class, config_name, config_dir)
+    groups: dict[str, str] = {}
+    values: dict[str, str] = {}
+    for argument in arguments:
+        key, separator, text = argument.partition("=")
+        if not separator:
+            raise UserError(f"{argument!r} is not an option: write options as key=value (--help lists them)")
+        if key in choices:
+            if text not in choices[key]:
+                raise UserError(f"{argument}: expected one of {', '.join(choices[key])}")
+            groups[key] = text
+        elif key in options:
+            values[key] = text
+        elif key == "debug":
+            if text.lower() not in ("true", "false"):
+                raise UserError(f"{argument}: expected true or false")
+        else:
+            raise UserError(_unknown(key, [*options, *choices, "debug"]))
+    try:
+        config = composed(config_class, config_name, config_dir, groups)
+        for key, text in values.items():
+            _set(config, options, key, text)
+        return OmegaConf.to_object(config)  # type: ignore[return-value]
+    except MissingMandatoryValue as error:
+        key = error.full_key or str(error).rpartition(": ")[2]
+        raise UserError(f"{key}= is required: {options[key].help if key in options else ''}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration {config_name}: {str(error).splitlines()[0]}") from error
+
+
+def composed(
+    config_class: type[Any], config_name: str, config_dir: Path, groups: dict[str, str] | None = None
+) -> DictConfig:
+    """The dataclass' defaults, overlaid by `<config_name>.yaml` with the chosen groups."""
+    chosen = _default_groups(config_name, config_dir)
+    overrides = [f"{'' if key in chosen else '+'}{key}={name}" for key, name in (groups or {}).items()]
+    with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
+        files = compose(config_name, overrides=overrides)
+    return OmegaConf.merge(OmegaConf.structured(config_class), files)  # type: ignore[return-value]
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+@dataclass(frozen=True)
+class Option:
+    """One leaf of the configuration: dotted name, type, meaning, and the nested dataclasses it lies in."""
+
+    name: str
+    type: Any
+    help: str
+    parents: tuple[Any, ...]
+
+
+def walk_options(
+    config_class: type[Any], prefix: str = "", parents: tuple[Any, ...] = ()
+) -> Iterator[Option]:
+    """Every option of a dataclass, nested dataclasses by dotted names."""
+    hints = get_type_hints(config_class)
+    for item in fields(config_class):
+        name, (kind, optional) = prefix + item.name, _optional(hints[item.name])
+        if is_dataclass(kind):
+            yield from walk_options(kind, name + ".", (*parents, kind))  # type: ignore[arg-type]
+        else:
+            yield Option(name, kind | None if optional else kind, item.metadata.get("help", ""), parents)
+
+
+def group_choices(config_class: type[Any], config_name: str, config_dir: Path) -> dict[str, list[str]]:
+    """The configuration groups of this command: option name -> names of the files to choose from."""
+    names = {item.name for item in fields(config_class)} | _default_groups(config_name, config_dir)
+    found = {name: sorted(file.stem for file in (config_dir / name).glob("*.yaml")) for name in names}
+    return {name: choices for name, choices in sorted(found.items()) if choices}
+
+
+def _default_groups(config_name: str, config_dir: Path) -> set[str]:
+    """Groups named in the defaults list of `<config_name>.yaml`."""
+    entries = (yaml.safe_load((config_dir / f"{config_name}.yaml").read_text()) or {}).get("defaults", [])
+    keys = [key for entry in entries if isinstance(entry, dict) for key in entry]
+    return {key.split("@")[0].removeprefix("override ").removeprefix("optional ").strip() for key in keys}
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    by_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = by_leaf or difflib.get_close_matches(key.lstrip("-"), known, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"unknown option {key!r}: {hint}(--help lists every option)"
+
+
+# ------------------------------------------------------------------------------------------------- values
+
+
+def _set(config: DictConfig, options: dict[str, Option], key: str, text: str) -> None:
+    try:
+        value = parse_value(text, options[key].type)
+        parent = config
+        for name, nested in zip(key.split(".")[:-1], options[key].parents, strict=True):
+            if OmegaConf.is_missing(parent, name) or parent[name] is None:
+                parent[name] = OmegaConf.structured(nested)
+            parent = parent[name]
+        parent[key.rpartition(".")[2]] = value
+    except (ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"{key}={text}: expected {_expected(options[key].type)}") from error
+
+
+def parse_value(text: str, kind: Any) -> Any:
+    """`text` as typed by the user, as a value of the type `kind`; strings and paths stay literal.
+
+    Lists: `[a, b]`, or one bare element, or `1,2,3` where the elements are not strings. `null` gives None
+    where the option allows it.
+
+    Raises:
+        ValueError: the text does not fit the type.
+    """
+    kind, optional = _optional(kind)
+    if optional and text == "null":
+        return None
+    if kind in (str, Path):
+        return _literal(text)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        matches = [member for member in kind if text in (member.name, str(member.value))]
+        if not matches:
+            raise ValueError(text)
+        return matches[0]
+    if get_origin(kind) in (list, tuple):
+        element = (get_args(kind) or (str,))[0]
+        return [parse_value(item, element) for item in _split(text, element)]
+    if kind in (int, float):
+        return kind(text)
+    if kind is bool:
+        return {"true": True, "false": False, "1": True, "0": False}.get(text.lower(), text)
+    return yaml.safe_load(text)
+
+
+def _split(text: str, element: Any) -> list[str]:
+    if text.startswith("[") and text.endswith("]"):
+        try:
+            items = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar stays text  # noqa: S506
+        except yaml.YAMLError as error:
+            raise ValueError(text) from error
+        if all(isinstance(item, str) for item in items):
+            return items
+        raise ValueError(text)
+    return [text] if element in (str, Path) else text.split(",")
+
+
+def _literal(text: str) -> str:
+    """Protect `${` from being taken for an OmegaConf interpolation."""
+    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+
+
+def _optional(kind: Any) -> tuple[Any, bool]:
+    """`X | None` -> (X, True); anything else -> (itself, False)."""
+    if get_origin(kind) in (Union, types.UnionType):
+        rest = [part for part in get_args(kind) if part is not type(None)]
+        if len(rest) == 1:
+            return rest[0], True
+    return kind, False
+
+
+def _expected(kind: Any) -> str:
+    kind, optional = _optional(kind)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        text = "one of " + ", ".join(member.name for member in kind)
+    elif get_origin(kind) in (list, tuple):
+        text = "a list such as [a, b], each element " + _expected((get_args(kind) or (str,))[0])
+    else:
+        text = _EXPECTED.get(kind, "text" if kind in (str, Path) else "a value of another type")
+    return f"{text} or null" if optional else text
+
+
+# --------------------------------------------------------------------------------------------------- help
+
+
+def help_text(main: Callable[..., Any], config_class: type[Any], config_name: str, config_dir: Path) -> str:
+    """What the command does (the docstring of `main`'s module) and every option with default and meaning."""
+    module = sys.modules[main.__module__]
+    script = Path(getattr(module, "__file__", None) or config_name).name
+    about = (module.__doc__ or main.__doc__ or "").strip()
+    choices = group_choices(config_class, config_name, config_dir)
+    config = composed(config_class, config_name, config_dir)
+    lines = [f"usage: python scripts/{script} key=value ...", "", about, "", "options:"]
+    for name, names in choices.items():
+        lines += _entry(name, "", f"Choose a set of options from configs/{name}/: {', '.join(names)}.")
+    for option in walk_options(config_class):
+        if option.name in choices:
+            continue
+        kind = _optional(option.type)[0]
+        names = [member.name for member in kind] if isinstance(kind, type) and issubclass(kind, Enum) else []
+        suffix = f" One of: {', '.join(names)}." if names else ""
+        lines += _entry(option.name, _show(config, option.name), option.help + suffix)
+    lines += _entry("debug", "false", _DEBUG_HELP)
+    return "\n".join(lines)
+
+
+def _entry(name: str, default: str, help: str) -> list[str]:
+    head = f"  {name}={default}"
+    body = textwrap.wrap(help, width=110, initial_indent=" " * 30, subsequent_indent=" " * 30)
+    if len(head) < 29 and body:
+        return [head.ljust(30) + body[0].lstrip(), *body[1:]]
+    return [head, *body]
+
+
+def _show(config: DictConfig, name: str) -> str:
+    """The default of an option as the user would type it; empty where the option is required."""
+    try:
+        value = OmegaConf.select(config, name, throw_on_missing=True)
+    except MissingMandatoryValue:
+        return "(required)"
+    if isinstance(value, Enum):
+        return value.name
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _one_sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return " ".join(str(error).split()) or type(error).__name__
