@@ -1,0 +1,200 @@
+"""Meshes to and from files: any common format in, atomic writes out, and the receipt kept in the glb."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import trimesh
+
+from elastic3d import __version__
+from elastic3d.errors import UserError
+
+READ_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
+WRITE_SUFFIXES = (".glb", ".ply", ".obj", ".stl")
+
+_GLB_MAGIC = 0x46546C67
+_GLB_JSON = 0x4E4F534A
+
+
+def load_mesh(path: str | os.PathLike[str]) -> trimesh.Trimesh:
+    """The geometry of a mesh file as one triangle mesh: scene transforms applied, equal vertices merged.
+
+    Materials, textures and colours are not read, so a picture in the file can't exhaust the memory.
+
+    Raises:
+        UserError: the file is missing, empty, broken, of an unknown kind, has no face, or a vertex that is
+            not finite.
+    """
+    path = Path(path)
+    _check_readable(path)
+    check_suffix(path, READ_SUFFIXES)
+    try:
+        mesh = trimesh.load_scene(path, skip_materials=True, process=False).to_mesh()
+        vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
+    except Exception as error:  # parsers of broken files raise anything
+        raise UserError(f"can't read {path} as a mesh: {type(error).__name__}: {error}") from error
+    if len(faces) == 0:
+        raise UserError(f"{path} has no faces, expected a triangle mesh")
+    if faces.min() < 0 or faces.max() >= len(vertices):
+        raise UserError(f"{path} is broken: a face refers to a vertex that does not exist")
+    bad = int((~np.isfinite(vertices)).any(axis=1).sum())
+    if bad:
+        raise UserError(f"{path} has {bad} of {len(vertices)} vertices that are not finite")
+    return merge_equal_vertices(trimesh.Trimesh(vertices, faces, process=False))
+
+
+def merge_equal_vertices(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
+    """A mesh whose vertices at the same float32 position are one, at any scale; faces keep their order.
+
+    Files split vertices where normals or texture coordinates differ, which looks like holes in the surface.
+    """
+    position = np.ascontiguousarray(mesh.vertices, dtype=np.float32) + np.float32(0)  # -0 becomes 0
+    unique, inverse = trimesh.grouping.unique_rows(position.view(np.int32))
+    return trimesh.Trimesh(mesh.vertices[unique], inverse[mesh.faces], process=False)
+
+
+def save_mesh(
+    mesh: trimesh.Trimesh,
+    path: str | os.PathLike[str],
+    extras: dict[str, Any] | None = None,
+    name: str = "mesh",
+) -> None:
+    """Write a mesh as .glb, .ply, .obj or .stl, whole or not at all.
+
+    A glb has Y up, vertex normals, texture coordinates where the mesh has them, a neutral material, one mesh
+    called `name`, and `extras` under `asset.extras.elastic3d`. Other formats can't hold extras.
+
+    Raises:
+        UserError: the suffix is none of those, or the file can't be written.
+        ValueError: the mesh has no face or a value that is not finite, or `extras` is no JSON.
+    """
+    path = Path(path)
+    check_suffix(path, WRITE_SUFFIXES)
+    if len(mesh.faces) == 0:
+        raise ValueError(f"the mesh for {path} has no faces, expected at least one")
+    if not np.isfinite(mesh.vertices).all():
+        raise ValueError(f"the mesh for {path} has vertices that are not finite")
+    suffix = path.suffix.lower()
+    if suffix == ".glb":
+        data = _glb_bytes(mesh, extras, name)
+    elif suffix == ".obj":
+        text = trimesh.exchange.obj.export_obj(mesh, include_normals=True, header=None)
+        data = str(text).encode()
+    elif suffix == ".ply":
+        data = trimesh.exchange.ply.export_ply(mesh, vertex_normal=True)
+    else:
+        data = trimesh.exchange.stl.export_stl(mesh)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_extras(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The `asset.extras.elastic3d` dictionary of a .glb file; empty if it has none.
+
+    Raises:
+        UserError: the file is missing, empty or no glb.
+    """
+    path = Path(path)
+    _check_readable(path)
+    with path.open("rb") as file:
+        header = file.read(20)
+        magic, _, _, length, kind = struct.unpack("<5I", header) if len(header) == 20 else (0,) * 5
+        if magic != _GLB_MAGIC or kind != _GLB_JSON:
+            raise UserError(f"{path} is not a glb file")
+        try:
+            tree = json.loads(file.read(length))
+        except ValueError as error:
+            raise UserError(f"{path} is a broken glb file: {error}") from error
+    extras = tree.get("asset", {}).get("extras", {})
+    return dict(extras.get("elastic3d", {}))
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path` with the same suffix, renamed to `path` when the block ends well.
+
+    If the block raises or is interrupted, the temporary file goes and `path` stays as it was. Missing parent
+    folders are made.
+
+    Raises:
+        UserError: the place can't be written, or writing ended in an operating system error.
+    """
+    path = Path(path)
+    if os.path.isdir(path):  # noqa: PTH112 (unlike Path.is_dir it never raises, for example for a long name)
+        raise UserError(f"can't write {path}: it is a folder, expected a file name")
+    temporary = path.with_name(f".{path.stem[:100]}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):  # renamed, or never made
+            temporary.unlink()
+
+
+def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Raise UserError unless the file name ends in one of `suffixes`, in any case."""
+    if path.suffix.lower() not in suffixes:
+        ending = path.suffix or "no suffix"
+        raise UserError(f"{path} has {ending}, expected one of {', '.join(suffixes)}")
+
+
+def _check_readable(path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"there is no file {path}")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, expected a mesh file")
+    try:
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror or error}") from error
+    if empty:
+        raise UserError(f"{path} is empty, expected a mesh")
+
+
+def _glb_bytes(mesh: trimesh.Trimesh, extras: dict[str, Any] | None, name: str) -> bytes:
+    """The glb file of a mesh with a neutral material; see `save_mesh`."""
+    try:
+        receipt = json.loads(json.dumps(extras or {}, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"extras can't be written as JSON: {error}") from error
+    material = trimesh.visual.material.PBRMaterial(
+        name="neutral", baseColorFactor=[0.75, 0.75, 0.75, 1.0], metallicFactor=0.0, roughnessFactor=0.7
+    )
+    plain = trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=unit_normals(mesh), process=False)
+    uv = getattr(mesh.visual, "uv", None)
+    plain.visual = trimesh.visual.TextureVisuals(uv=uv, material=material)
+
+    def finish(tree: dict[str, Any]) -> None:
+        tree["asset"]["generator"] = f"elastic3d {__version__}"
+        if receipt:
+            tree["asset"]["extras"] = {"elastic3d": receipt}
+        for exported in tree["meshes"]:
+            exported.pop("extras", None)
+
+    scene = trimesh.Scene()
+    scene.add_geometry(plain, node_name=name, geom_name=name)
+    return bytes(trimesh.exchange.gltf.export_glb(scene, include_normals=True, tree_postprocessor=finish))
+
+
+def unit_normals(mesh: trimesh.Trimesh) -> np.ndarray:
+    """Vertex normals (V, 3) of unit length; a vertex that has none, as on a degenerate face, gets +Y."""
+    normals = np.array(mesh.vertex_normals, dtype=np.float64)
+    length = np.linalg.norm(normals, axis=1, keepdims=True)
+    usable = np.isfinite(length) & (length > 1e-6)
+    normals = np.where(usable, normals, [0.0, 1.0, 0.0])
+    return normals / np.where(usable, length, 1.0)
