@@ -1,0 +1,82 @@
+"""Architecture of the shape VAE and of the shape diffusion transformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elastic3d.config.base import check_range, option
+
+
+@dataclass(kw_only=True)
+class VAEConfig:
+    """Vecset shape VAE (3DShape2VecSet; Hunyuan3D-2 layout), optionally with anchored latents.
+
+    With `anchored` a latent is its anchor point (xyz of the farthest-point sample it was read from) followed by
+    `latent_channels` features; without it a latent is the features alone, as in the official checkpoints.
+    """
+
+    num_latents: int = option(128, "latent tokens a shape (N)")
+    latent_channels: int = option(16, "feature channels of a latent, without its anchor")
+    width: int = option(192, "transformer width (D)")
+    heads: int = option(3, "attention heads")
+    encoder_layers: int = option(2, "self-attention layers of the encoder; 0 builds no encoder")
+    decoder_layers: int = option(6, "self-attention layers of the decoder")
+    num_freqs: int = option(8, "octaves of the Fourier embedding of a point")
+    include_pi: bool = option(False, "multiply the embedding's frequencies by pi")
+    qkv_bias: bool = option(False, "bias in the query, key and value projections")
+    qk_norm: bool = option(True, "LayerNorm on queries and keys")
+    mlp_ratio: int = option(4, "hidden width of the MLPs over their width")
+    geo_downsample: int = option(1, "width of the field decoder: the transformer's width divided by this")
+    geo_mlp_ratio: int = option(4, "hidden width over width in the field decoder's MLP")
+    geo_ln_post: bool = option(True, "LayerNorm before the field decoder's output")
+    point_features: int = option(4, "channels after xyz of a surface point: normal (3), sharp-edge label (1)")
+    sharp_latents: int = option(0, "how many of the latents read their query point from the sharp-edge stream")
+    anchored: bool = option(False, "a latent carries its anchor point and attention knows distances to it")
+    anchor_jitter: float = option(0.005, "standard deviation of the noise on anchors in training")
+    scale_factor: float = option(1.0, "latents are multiplied by this for the DiT (after standardisation)")
+    latent_mean: list[float] = option([], "mean of each latent channel over the training set; empty: 0")
+    latent_std: list[float] = option([], "standard deviation of each latent channel; empty: 1")
+
+    def __post_init__(self) -> None:
+        for name in ("num_latents", "latent_channels", "width", "heads", "num_freqs", "geo_downsample"):
+            check_range(name, getattr(self, name), 1, 1 << 20)
+        if self.width % (self.heads * self.geo_downsample):
+            raise ValueError(f"width {self.width} is no multiple of heads x geo_downsample")
+        if self.heads % self.geo_downsample:
+            raise ValueError(f"heads {self.heads} is no multiple of geo_downsample {self.geo_downsample}")
+        check_range("sharp_latents", self.sharp_latents, 0, self.num_latents)
+        for name in ("latent_mean", "latent_std"):
+            if len(getattr(self, name)) not in (0, self.channels):
+                raise ValueError(f"{name} has {len(getattr(self, name))} values, expected {self.channels} or none")
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent as the DiT sees it (C)."""
+        return self.latent_channels + (3 if self.anchored else 0)
+
+
+@dataclass(kw_only=True)
+class DiTConfig:
+    """Shape DiT in the Hunyuan3D-2 layout: double-stream, then single-stream blocks, no positional encoding."""
+
+    in_channels: int = option(19, "channels of a latent (C)")
+    condition_channels: int = option(768, "channels of a condition token")
+    width: int = option(256, "transformer width (D)")
+    heads: int = option(4, "attention heads")
+    double_blocks: int = option(4, "double-stream blocks")
+    single_blocks: int = option(12, "single-stream blocks")
+    mlp_ratio: float = option(4.0, "hidden width of the MLPs over D")
+    qkv_bias: bool = option(True, "bias in the double blocks' query, key and value projections")
+    guidance_embed: bool = option(False, "embed the guidance scale (guidance-distilled models)")
+    time_factor: float = option(1000.0, "t in [0, 1] is multiplied by this before it is embedded")
+    max_period: float = option(1000.0, "longest period of the timestep embedding (1000 in Hunyuan3D-2)")
+    num_latents: int = option(128, "latent tokens to generate (N); the weights do not depend on it")
+    condition_tokens: int = option(49, "condition tokens (M) the model was trained with; likewise")
+
+    def __post_init__(self) -> None:
+        for name in ("in_channels", "condition_channels", "width", "heads", "num_latents", "condition_tokens"):
+            check_range(name, getattr(self, name), 1, 1 << 20)
+        check_range("double_blocks", self.double_blocks, 0, 1000)
+        check_range("single_blocks", self.single_blocks, 0, 1000)
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")

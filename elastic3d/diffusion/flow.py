@@ -1,0 +1,51 @@
+"""The probability path: the one place where the direction of time is fixed.
+
+Linear path of flow matching (Lipman et al., 2210.02747; rectified flow, 2209.03003): t = 0 is noise, t = 1 is data,
+x_t = (1 - t) x_0 + t x_1, velocity v = x_1 - x_0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _per_sample(t: Tensor, x: Tensor) -> Tensor:
+    return t.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def interpolate(noise: Tensor, data: Tensor, t: Tensor) -> Tensor:
+    """x_t for noise and data (B, ...), t (B,)."""
+    return torch.lerp(noise, data, _per_sample(t, data))
+
+
+def velocity(noise: Tensor, data: Tensor) -> Tensor:
+    """The target (B, ...) of flow matching."""
+    return data - noise
+
+
+def predict_data(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """Clean data that a velocity implies: x_1 = x_t + (1 - t) v."""
+    return x_t + (1 - _per_sample(t, x_t)) * v
+
+
+def sample_timesteps(
+    count: int, generator: torch.Generator | None = None, logit_normal: bool = True, shift: float = 1.0
+) -> Tensor:
+    """Training timesteps (count,): logit-normal (SD3, 2403.03206) or uniform, in [0, 1].
+
+    `shift` > 1 moves mass towards noise: t -> t / (t + shift (1 - t)), the SD3 shift written for this time direction.
+    """
+    if logit_normal:
+        t = torch.randn(count, generator=generator).sigmoid()
+    else:
+        t = torch.rand(count, generator=generator)
+    return t / (t + shift * (1 - t))
+
+
+def timestep_grid(steps: int, shift: float = 1.0) -> Tensor:
+    """Sampling times (steps + 1,) from 0 to 1, uniform before the shift."""
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
+    t = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
+    return (t / (t + shift * (1 - t))).float()

@@ -1,0 +1,62 @@
+"""Euler sampling with classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from elastic3d.diffusion.flow import timestep_grid
+
+
+class Velocity(Protocol):
+    """A DiT: latents (B,N,C), t (B,), condition (B,M,Cc) -> velocity (B,N,C)."""
+
+    def __call__(self, latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None) -> Tensor: ...
+
+
+def initial_noise(shape: tuple[int, int], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
+    """Standard normal (B, *shape), sample b from generator b alone, so that it does not depend on its batch mates."""
+    noise = [torch.randn(shape, generator=g, device=g.device) for g in generators]
+    return torch.stack(noise).to(device)
+
+
+@torch.no_grad()
+def sample(
+    dit: Velocity,
+    condition: Tensor,
+    shape: tuple[int, int],
+    steps: int,
+    guidance: float,
+    generators: Sequence[torch.Generator],
+    *,
+    shift: float = 1.0,
+    guidance_embed: bool = False,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Integrate from noise to data: condition (B,M,Cc) -> latents (B,N,C) in fp32, with `shape` = (N, C).
+
+    Guidance g: v = v_uncond + g (v_cond - v_uncond) (2207.12598), the unconditional branch sees zeros; g = 1 runs the
+    conditional branch alone. A guidance-embedded model takes g as an input and runs one branch. `on_step(i, steps)`
+    is called after step i. Raises ValueError for fewer than one step or a generator count other than B.
+    """
+    if len(generators) != condition.shape[0]:
+        raise ValueError(f"{len(generators)} generators for a batch of {condition.shape[0]}")
+    times = timestep_grid(steps, shift)
+    x = initial_noise(shape, generators, condition.device)
+    two_branches = guidance != 1.0 and not guidance_embed
+    if two_branches:
+        condition = torch.cat([condition, torch.zeros_like(condition)])
+    scale = torch.full((condition.shape[0],), guidance, device=x.device) if guidance_embed else None
+    for i in range(steps):
+        t = times[i].to(x.device).expand(condition.shape[0])
+        v = dit(x.repeat(2, 1, 1) if two_branches else x, t, condition, scale).float()
+        if two_branches:
+            v_cond, v_uncond = v.chunk(2)
+            v = v_uncond + guidance * (v_cond - v_uncond)
+        x = x + (times[i + 1] - times[i]).item() * v
+        if on_step is not None:
+            on_step(i + 1, steps)
+    return x

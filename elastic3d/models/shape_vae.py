@@ -1,0 +1,277 @@
+"""Shape VAE: a point cloud becomes a set of latents, the latents become a field.
+
+Layout and parameter names of the Hunyuan3D-2 vecset VAE (after 3DShape2VecSet, arXiv 2301.11445), so official
+weights load as they are. `anchored=true` adds what small models need to learn fast: every latent carries the point it
+was read from, and attention between points and latents knows their distance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from elastic3d.config.models import VAEConfig
+from elastic3d.models.layers import MLP, DistanceBias, QKNorm, attend, farthest_points, fourier_embedding
+from elastic3d.models.weights import PretrainedMixin
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; q, k and v of a head lie side by side in `c_qkv`."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.c_qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
+        self.c_proj = nn.Linear(config.width, config.width)
+        self.attention = QKNorm(config.width // config.heads) if config.qk_norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        q, k, v = rearrange(self.c_qkv(x), "B N (H K d) -> K B H N d", H=self.heads, K=3)
+        if self.attention is not None:
+            q, k = self.attention.q_norm(q), self.attention.k_norm(k)
+        return self.c_proj(attend(q, k, v))
+
+
+class SelfAttentionBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.attn = SelfAttention(config)
+        self.ln_1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.mlp = MLP(config.width, config.mlp_ratio)
+        self.ln_2 = nn.LayerNorm(config.width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of self-attention blocks."""
+
+    def __init__(self, config: VAEConfig, layers: int) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(SelfAttentionBlock(config) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        for block in self.resblocks:
+            x = block(x)
+        return x
+
+
+class CrossAttention(nn.Module):
+    """Queries (B,P,D) read from data (B,N,D); with a distance bias where both carry positions."""
+
+    def __init__(self, config: VAEConfig, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.c_q = nn.Linear(width, width, bias=config.qkv_bias)
+        self.c_kv = nn.Linear(width, 2 * width, bias=config.qkv_bias)
+        self.c_proj = nn.Linear(width, width)
+        self.attention = QKNorm(width // heads) if config.qk_norm else None
+        self.distance = DistanceBias(heads) if config.anchored else None
+
+    def forward(self, x: Tensor, data: Tensor, x_points: Tensor | None, data_points: Tensor | None) -> Tensor:
+        """x (B,P,D), data (B,N,D), x_points (B,P,3), data_points (B,N,3) -> (B,P,D)."""
+        q = rearrange(self.c_q(x), "B P (H d) -> B H P d", H=self.heads)
+        k, v = rearrange(self.c_kv(data), "B N (H K d) -> K B H N d", H=self.heads, K=2)
+        if self.attention is not None:
+            q, k = self.attention.q_norm(q), self.attention.k_norm(k)
+        if self.distance is None:
+            return self.c_proj(attend(q, k, v))
+        assert x_points is not None and data_points is not None
+        out = self.distance(q, k, v, x_points, data_points)
+        return self.c_proj(rearrange(out, "B H P d -> B P (H d)").to(x.dtype))
+
+
+class CrossAttentionBlock(nn.Module):
+    """Pre-norm cross-attention block."""
+
+    def __init__(self, config: VAEConfig, width: int, heads: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.attn = CrossAttention(config, width, heads)
+        self.ln_1 = nn.LayerNorm(width, eps=1e-6)
+        self.ln_2 = nn.LayerNorm(width, eps=1e-6)
+        self.ln_3 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, mlp_ratio)
+
+    def forward(self, x: Tensor, data: Tensor, x_points: Tensor | None, data_points: Tensor | None) -> Tensor:
+        """x (B,P,D), data (B,N,D) -> (B,P,D)."""
+        x = x + self.attn(self.ln_1(x), self.ln_2(data), x_points, data_points)
+        return x + self.mlp(self.ln_3(x))
+
+
+@dataclass
+class Posterior:
+    """Diagonal Gaussian over latents: mean and logvar (B, N, C)."""
+
+    mean: Tensor
+    logvar: Tensor
+    anchor_channels: int
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One draw (B, N, C)."""
+        noise = torch.empty_like(self.mean).normal_(generator=generator)
+        return self.mean + noise * (0.5 * self.logvar).exp()
+
+    def kl(self) -> Tensor:
+        """KL to the standard normal of each sample (B,), mean over latents and features; anchors do not count."""
+        mean, logvar = (x[..., self.anchor_channels :].float() for x in (self.mean, self.logvar))
+        return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(dim=(1, 2))
+
+
+class Encoder(nn.Module):
+    """Surface points -> one token per query point (a farthest-point sample of the surface)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.input_proj = nn.Linear(3 + 6 * config.num_freqs + config.point_features, config.width)
+        self.cross_attn = CrossAttentionBlock(config, config.width, config.heads, config.mlp_ratio)
+        self.self_attn = Transformer(config, config.encoder_layers)
+        self.ln_post = nn.LayerNorm(config.width, eps=1e-6)
+
+    def forward(self, surface: Tensor, sharp: Tensor | None) -> tuple[Tensor, Tensor]:
+        """surface (B,P,6), sharp (B,Q,6) or None: xyz and unit normal -> tokens (B,N,D), anchors (B,N,3) fp32."""
+        cfg = self.config
+        from_sharp = cfg.sharp_latents if sharp is not None else 0
+        points = _labelled(surface, 0.0)
+        queries = _pick(points, cfg.num_latents - from_sharp)
+        if sharp is not None:
+            edges = _labelled(sharp, 1.0)
+            points = torch.cat([points, edges], dim=1)
+            if from_sharp:
+                queries = torch.cat([queries, _pick(edges, from_sharp)], dim=1)
+        x = self.cross_attn(self._embed(queries), self._embed(points), queries[..., :3], points[..., :3])
+        return self.ln_post(self.self_attn(x)), queries[..., :3]
+
+    def _embed(self, points: Tensor) -> Tensor:
+        position = fourier_embedding(points[..., :3], self.config.num_freqs, self.config.include_pi)
+        features = points[..., 3 : 3 + self.config.point_features]
+        return self.input_proj(torch.cat([position, features], dim=-1).to(self.input_proj.weight.dtype))
+
+
+def _labelled(points: Tensor, label: float) -> Tensor:
+    """(B,P,6) -> (B,P,7) fp32 with the sharp-edge label behind."""
+    return nn.functional.pad(points.float(), (0, 1), value=label)
+
+
+def _pick(points: Tensor, count: int) -> Tensor:
+    """Farthest-point sample of labelled points (B,P,7) -> (B,count,7)."""
+    index = farthest_points(points[..., :3], count)
+    return points.gather(1, index[..., None].expand(-1, -1, points.shape[-1]))
+
+
+class GeoDecoder(nn.Module):
+    """The field: query points read from the decoded latents by one cross-attention block."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, heads = config.width // config.geo_downsample, config.heads // config.geo_downsample
+        self.query_proj = nn.Linear(3 + 6 * config.num_freqs, width)
+        if config.geo_downsample > 1:
+            self.latents_proj = nn.Linear(config.width, width)
+        self.cross_attn_decoder = CrossAttentionBlock(config, width, heads, config.geo_mlp_ratio)
+        self.ln_post = nn.LayerNorm(width, eps=1e-5) if config.geo_ln_post else nn.Identity()
+        self.output_proj = nn.Linear(width, 1)
+
+    def forward(self, points: Tensor, tokens: Tensor, anchors: Tensor | None) -> Tensor:
+        """points (B,P,3), tokens (B,N,D), anchors (B,N,3) or None -> field (B,P) fp32."""
+        if self.config.geo_downsample > 1:
+            tokens = self.latents_proj(tokens)
+        position = fourier_embedding(points, self.config.num_freqs, self.config.include_pi)
+        x = self.query_proj(position.to(tokens.dtype))
+        x = self.cross_attn_decoder(x, tokens, points, anchors)
+        return self.output_proj(self.ln_post(x)).squeeze(-1).float()
+
+
+class ShapeVAE(PretrainedMixin, nn.Module):
+    """Point cloud <-> latents -> field, positive inside."""
+
+    config_class = VAEConfig
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.encoder_layers:
+            self.encoder = Encoder(config)
+            self.pre_kl = nn.Linear(config.width, 2 * config.latent_channels)
+        self.post_kl = nn.Linear(config.latent_channels, config.width)
+        if config.anchored:
+            self.anchor_proj = nn.Linear(3 + 6 * config.num_freqs, config.width)
+        self.transformer = Transformer(config, config.decoder_layers)
+        self.geo_decoder = GeoDecoder(config)
+        self.set_latent_statistics(config.latent_mean, config.latent_std)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.config.encoder_layers:
+            # A unit-variance posterior drowns the latents in noise for hundreds of steps: start it at std 0.05.
+            nn.init.constant_(self.pre_kl.bias[self.config.latent_channels :], -6.0)
+
+    def set_latent_statistics(self, mean: list[float], std: list[float]) -> None:
+        """Standardise latents for the DiT by these channel statistics (C values each, or none)."""
+        channels = self.config.channels
+        self.config.latent_mean, self.config.latent_std = list(mean), list(std)
+        self.register_buffer("latent_mean", torch.tensor(mean or [0.0] * channels), persistent=False)
+        self.register_buffer("latent_std", torch.tensor(std or [1.0] * channels), persistent=False)
+
+    def encode(self, surface: Tensor, sharp: Tensor | None = None) -> Posterior:
+        """surface (B,P,6), sharp (B,Q,6): xyz and outward unit normal -> posterior over raw latents (B,N,C)."""
+        if not self.config.encoder_layers:
+            raise ValueError("this VAE has no encoder (encoder_layers is 0)")
+        tokens, anchors = self.encoder(surface, sharp)
+        mean, logvar = self.pre_kl(tokens).float().chunk(2, dim=-1)
+        logvar = logvar.clamp(-20.0, 4.0)
+        if not self.config.anchored:
+            return Posterior(mean, logvar, 0)
+        jitter = torch.full_like(anchors, 2 * torch.tensor(self.config.anchor_jitter + 1e-8).log().item())
+        return Posterior(torch.cat([anchors, mean], dim=-1), torch.cat([jitter, logvar], dim=-1), 3)
+
+    def to_latents(self, raw: Tensor) -> Tensor:
+        """Raw latents (B,N,C) -> what the DiT sees: standardised and scaled."""
+        return (raw - self.latent_mean) / self.latent_std * self.config.scale_factor
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """Inverse of `to_latents`."""
+        return latents.float() / self.config.scale_factor * self.latent_std + self.latent_mean
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """DiT-space latents (B,N,C) -> decoder tokens (B,N,D); anchored: (B,N,3+D), the anchor in front, in fp32."""
+        raw = self.from_latents(latents)
+        dtype = self.post_kl.weight.dtype
+        if not self.config.anchored:
+            return self.transformer(self.post_kl(raw.to(dtype)))
+        anchors, features = raw[..., :3], raw[..., 3:]
+        position = fourier_embedding(anchors, self.config.num_freqs, self.config.include_pi)
+        tokens = self.post_kl(features.to(dtype)) + self.anchor_proj(position.to(dtype))
+        return torch.cat([anchors, self.transformer(tokens).float()], dim=-1)
+
+    def query(self, points: Tensor, tokens: Tensor) -> Tensor:
+        """Field at points (B,P,3) from `decode`'s tokens -> (B,P) fp32, positive inside."""
+        anchors = None
+        if self.config.anchored:
+            anchors, tokens = tokens[..., :3], tokens[..., 3:]
+        return self.geo_decoder(points, tokens.to(self.post_kl.weight.dtype), anchors)
+
+    def forward(self, surface: Tensor, sharp: Tensor | None, points: Tensor) -> tuple[Tensor, Posterior]:
+        """One training pass: encode, draw, decode, query -> field (B,P), posterior."""
+        posterior = self.encode(surface, sharp)
+        latents = self.to_latents(posterior.sample() if self.training else posterior.mean)
+        return self.query(points, self.decode(latents)), posterior

@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from elastic3d.diffusion.flow import interpolate, predict_data, sample_timesteps, timestep_grid, velocity
+
+
+def test_time_runs_from_noise_to_data():
+    noise, data = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    torch.testing.assert_close(interpolate(noise, data, torch.zeros(2)), noise)
+    torch.testing.assert_close(interpolate(noise, data, torch.ones(2)), data)
+
+
+def test_velocity_is_the_derivative_of_the_path():
+    noise, data = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+    t, h = torch.tensor([0.2, 0.9], dtype=torch.float64), 1e-4
+    slope = (interpolate(noise, data, t + h) - interpolate(noise, data, t - h)) / (2 * h)
+    torch.testing.assert_close(slope, velocity(noise, data), rtol=1e-6, atol=1e-6)
+
+
+def test_the_true_velocity_predicts_the_data():
+    noise, data, t = torch.randn(4, 5, 3), torch.randn(4, 5, 3), torch.rand(4)
+    x_t = interpolate(noise, data, t)
+    torch.testing.assert_close(predict_data(x_t, velocity(noise, data), t), data, rtol=1e-4, atol=1e-5)
+
+
+def test_grid_ends_at_both_ends_and_shift_spends_steps_near_noise():
+    plain, shifted = timestep_grid(10), timestep_grid(10, shift=3.0)
+    for grid in (plain, shifted):
+        assert grid[0] == 0 and grid[-1] == 1 and (grid.diff() > 0).all() and len(grid) == 11
+    assert (shifted[1:-1] < plain[1:-1]).all()
+    with pytest.raises(ValueError, match="steps is 0"):
+        timestep_grid(0)
+
+
+def test_timesteps_reproduce_and_follow_their_law():
+    draw = [sample_timesteps(20000, torch.Generator().manual_seed(0)) for _ in range(2)]
+    assert torch.equal(*draw)
+    assert abs(draw[0].mean() - 0.5) < 0.01 and abs(draw[0].logit().std() - 1) < 0.02
+    uniform = sample_timesteps(20000, torch.Generator().manual_seed(0), logit_normal=False)
+    assert abs(uniform.var() - 1 / 12) < 0.002

@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from elastic3d.diffusion.sampler import sample
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+class PointFlow:
+    """The exact marginal velocity when the data is one point, given by the condition's mean: v = (c - x) / (1 - t)."""
+
+    def __init__(self):
+        self.times, self.batches = [], []
+
+    def __call__(self, latents, t, condition, guidance=None):
+        self.times.append(t[0].item())
+        self.batches.append(len(latents))
+        target = condition.mean(dim=1, keepdim=True)
+        return (target - latents) / (1 - t.view(-1, 1, 1))
+
+
+def test_exact_velocity_reaches_the_data_in_any_number_of_steps():
+    condition = torch.randn(2, 5, 3)
+    for steps in (1, 4, 9):
+        out = sample(PointFlow(), condition, (7, 3), steps, 1.0, generators(0, 1))
+        torch.testing.assert_close(out, condition.mean(1, keepdim=True).expand(2, 7, 3), rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_extrapolates_from_the_unconditional_branch():
+    """v = v_u + g (v_c - v_u) with v_u towards 0 and v_c towards c moves towards g c."""
+    condition = torch.randn(1, 5, 3)
+    flow = PointFlow()
+    out = sample(flow, condition, (7, 3), 6, 3.0, generators(0))
+    torch.testing.assert_close(out, 3 * condition.mean(1, keepdim=True).expand(1, 7, 3), rtol=1e-3, atol=1e-3)
+    assert flow.batches == [2] * 6 and flow.times[0] == 0
+
+
+def test_guidance_one_runs_one_branch():
+    flow = PointFlow()
+    sample(flow, torch.randn(2, 5, 3), (7, 3), 4, 1.0, generators(0, 1))
+    assert flow.batches == [2] * 4
+
+
+def test_seed_decides_and_batch_mates_do_not():
+    condition = torch.randn(2, 5, 3)
+
+    def curved(latents, t, condition, guidance=None):
+        return torch.sin(latents) + condition.mean(dim=1, keepdim=True) * t.view(-1, 1, 1)
+
+    both = sample(curved, condition, (7, 3), 5, 2.0, generators(0, 1))
+    again = sample(curved, condition, (7, 3), 5, 2.0, generators(0, 1))
+    alone = sample(curved, condition[1:], (7, 3), 5, 2.0, generators(1))
+    assert torch.equal(both, again)
+    torch.testing.assert_close(both[1:], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_progress_is_reported_and_generators_are_counted():
+    seen = []
+    sample(PointFlow(), torch.randn(1, 5, 3), (7, 3), 3, 1.0, generators(0), on_step=lambda i, n: seen.append((i, n)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    with pytest.raises(ValueError, match="1 generators for a batch of 2"):
+        sample(PointFlow(), torch.randn(2, 5, 3), (7, 3), 3, 1.0, generators(0))
