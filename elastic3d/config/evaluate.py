@@ -1,0 +1,71 @@
+"""Options of `scripts/evaluate.py` and the protocol by which a mesh is scored."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from elastic3d.config.base import check_range, option
+
+
+class Align(Enum):
+    """How a prediction is brought to its ground truth before scoring.
+
+    `none` keeps its frame, `bbox` matches centre and longest side of the bounding boxes (units and position), `icp`
+    matches rotation, scale and position as well (axes and pose).
+    """
+
+    none = "none"
+    bbox = "bbox"
+    icp = "icp"
+
+
+@dataclass(kw_only=True)
+class ProtocolConfig:
+    """Everything that changes a score. It is printed with every report, so that numbers can be compared."""
+
+    name: str = option("default", "Name of the protocol, printed with the report.")
+    points: int = option(100_000, "Area-weighted surface points sampled on each mesh.")
+    thresholds: list[float] = option(
+        [0.02, 0.01, 0.005, 0.05], "F-score thresholds; the ground truth's longest side is 2."
+    )
+    volume_points: int = option(100_000, "Uniform points in the common bounding box for the volume IoU; 0: none.")
+    near_points: int = option(50_000, "Points near the ground truth's surface for the near-surface IoU; 0: none.")
+    near_sigma: float = option(0.02, "Standard deviation of the near-surface points' offset from the surface.")
+    align: Align = option(Align.none, "How the prediction is brought to the ground truth before scoring.")
+    max_faces: int = option(1_500_000, "A mesh with more faces is a failed item; bounds time and memory.")
+    seed: int = option(0, "Seed of every random point.")
+
+    def __post_init__(self) -> None:
+        check_range("points", self.points, 1, 10_000_000)
+        check_range("volume_points", self.volume_points, 0, 10_000_000)
+        check_range("near_points", self.near_points, 0, 10_000_000)
+        check_range("near_sigma", self.near_sigma, 1e-6, 1)
+        check_range("max_faces", self.max_faces, 1, 100_000_000)
+        check_range("seed", self.seed, 0, 2**31 - 1)
+        if not self.thresholds:
+            raise ValueError("thresholds is empty, expected at least one number above 0")
+        for threshold in self.thresholds:
+            check_range("thresholds", threshold, 1e-9, 4)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The protocol as plain JSON data."""
+        return {key: value.value if isinstance(value, Enum) else value for key, value in asdict(self).items()}
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Options of `scripts/evaluate.py`."""
+
+    pred: Path = field(metadata={"help": "Folder of generated meshes (glb, gltf, obj, ply, stl, off)."})
+    gt: Path = field(metadata={"help": "Folder of ground truth meshes; a pair has the same file name, suffix aside."})
+    output: Path = field(metadata={"help": "Report file (.json); a .csv with the rows is written beside it."})
+    protocol: ProtocolConfig = field(
+        default_factory=ProtocolConfig, metadata={"help": "How a pair is scored: a file of configs/protocol."}
+    )
+    bootstrap: int = option(2000, "Resamples behind the confidence intervals.")
+
+    def __post_init__(self) -> None:
+        check_range("bootstrap", self.bootstrap, 1, 1_000_000)

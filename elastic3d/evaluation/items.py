@@ -1,0 +1,85 @@
+"""Two folders of meshes to item rows: pairing by file name, and one row a pair whatever happens to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic3d.config.evaluate import ProtocolConfig
+from elastic3d.errors import UserError
+from elastic3d.evaluation.protocol import evaluate_pair, failed_scores
+from elastic3d.geometry.mesh_io import READ_SUFFIXES, load_mesh
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One name with the files that carry it; none or several of a side make the item a failure."""
+
+    name: str
+    pred: tuple[Path, ...]
+    gt: tuple[Path, ...]
+
+
+def find_meshes(folder: Path) -> dict[str, list[Path]]:
+    """Mesh files under `folder` by their path relative to it, suffix aside. UserError if it is no folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder, expected a folder of meshes ({', '.join(READ_SUFFIXES)})")
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in READ_SUFFIXES and path.is_file() and not path.name.startswith("."):
+            found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
+    return found
+
+
+def find_items(pred: Path, gt: Path) -> list[Item]:
+    """Every name that occurs in either folder, sorted. UserError if the ground truth folder has no mesh."""
+    pred_files, gt_files = find_meshes(pred), find_meshes(gt)
+    if not gt_files:
+        raise UserError(f"{gt} has no mesh file, expected one of {', '.join(READ_SUFFIXES)}")
+    names = sorted(pred_files.keys() | gt_files.keys())
+    return [Item(name, tuple(pred_files.get(name, ())), tuple(gt_files.get(name, ()))) for name in names]
+
+
+def score_item(item: Item, protocol: ProtocolConfig, workers: int = -1) -> Row:
+    """The row of one item. Whatever goes wrong makes it a failed row with its reason, never an exception.
+
+    A failed row whose ground truth is sound carries the scores of an empty prediction (`failed_scores`), so that
+    the means count it against the method.
+    """
+    start = time.perf_counter()
+    row: Row = {"name": item.name, "status": "ok", "error": None}
+    try:
+        row |= _scores(item, protocol, workers)
+    except Exception as error:  # a broken mesh may break anything below; the reason is kept in the row
+        known = isinstance(error, UserError)
+        row |= {"status": "failed", "error": str(error) if known else f"{type(error).__name__}: {error}"}
+        row |= _failure_scores(item, protocol)
+    return row | {"seconds": round(time.perf_counter() - start, 3)}
+
+
+def _scores(item: Item, protocol: ProtocolConfig, workers: int) -> Row:
+    pred_file = _only("prediction", item.pred, item.name)
+    gt_file = _only("ground truth", item.gt, item.name)
+    return evaluate_pair(load_mesh(pred_file), load_mesh(gt_file), protocol, workers).flat()
+
+
+def _failure_scores(item: Item, protocol: ProtocolConfig) -> Row:
+    """Scores of an empty prediction, or nothing where the ground truth itself can't be used."""
+    try:
+        return failed_scores(load_mesh(_only("ground truth", item.gt, item.name)), protocol)
+    except Exception:  # the ground truth's own fault is in the row's reason, or was the first of two
+        return {}
+
+
+def _only(role: str, files: Iterable[Path], name: str) -> Path:
+    found = list(files)
+    if not found:
+        raise UserError(f"there is no {role} named {name}")
+    if len(found) > 1:
+        raise UserError(f"{len(found)} {role} files are named {name}: {', '.join(f.name for f in found)}")
+    return found[0]

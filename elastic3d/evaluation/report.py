@@ -1,0 +1,100 @@
+"""Rows to a report: means with bootstrap intervals, and the report as JSON, CSV and text."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from elastic3d import __version__
+from elastic3d.config.evaluate import ProtocolConfig
+from elastic3d.evaluation.items import Row
+from elastic3d.evaluation.statistics import Interval, bootstrap_mean
+from elastic3d.geometry.mesh_io import atomic_path
+
+# What the numbers mean, said in every report.
+DEFINITIONS = {
+    "frame": "ground truth's bounding-box centre at the origin, its longest side from -1 to 1",
+    "chamfer": "sum of both directions",
+    "failed_items": "score as a single point at the centre of the ground truth; not averaged without one",
+    "intervals": "95 % percentile bootstrap over items",
+}
+_NOT_SCORES = ("seconds",)
+_LIBRARIES = ("numpy", "scipy", "trimesh", "libigl", "embreex")
+
+
+def summarise(rows: Sequence[Row], resamples: int = 2000) -> dict[str, Interval]:
+    """Mean and interval of every number in the rows, in order of appearance; rows without a value are left out."""
+    keys = {key: None for row in rows for key, value in row.items() if isinstance(value, (bool, int, float))}
+    summary = {}
+    for key in keys:
+        if key not in _NOT_SCORES:
+            values = [float(row[key]) for row in rows if row.get(key) is not None]
+            summary[key] = bootstrap_mean(values, resamples)
+    return summary
+
+
+def build_report(
+    rows: Sequence[Row], protocol: ProtocolConfig, resamples: int = 2000, command: str = ""
+) -> dict[str, Any]:
+    """The report as plain JSON data.
+
+    Keys: `elastic3d` (version), `command`, `environment`, `protocol`, `count` (items, ok, failed), `mean`,
+    `interval` (low, high), `values` (how many rows are behind each mean), `items` (the rows).
+    """
+    summary = summarise(rows, resamples)
+    ok = sum(row["status"] == "ok" for row in rows)
+    return {
+        "elastic3d": __version__,
+        "command": command,
+        "environment": environment(),
+        "protocol": protocol.as_dict() | DEFINITIONS,
+        "count": {"items": len(rows), "ok": ok, "failed": len(rows) - ok},
+        "mean": {key: interval.mean for key, interval in summary.items()},
+        "interval": {key: [interval.low, interval.high] for key, interval in summary.items()},
+        "values": {key: interval.count for key, interval in summary.items()},
+        "items": list(rows),
+    }
+
+
+def environment() -> dict[str, str]:
+    """Versions of Python and of the libraries that do the arithmetic, and the machine."""
+    versions = {name: metadata.version(name) for name in _LIBRARIES}
+    return {"python": platform.python_version(), "machine": platform.platform(), **versions}
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write the report whole or not at all; NaN is an error, as JSON has none."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """One line a row, a column for every key that occurs; an absent value is an empty cell."""
+    columns = list({key: None for row in rows for key in row})
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def text_table(report: dict[str, Any]) -> str:
+    """The headline table and the failed items, for a terminal."""
+    protocol, count = report["protocol"], report["count"]
+    lines = [
+        f"protocol {protocol['name']}: {protocol['points']:,} points, seed {protocol['seed']}, "
+        f"align {protocol['align']}, Chamfer is the {protocol['chamfer']}",
+        f"{count['items']} items, {count['ok']} ok, {count['failed']} failed",
+        "",
+        f"{'metric':<24}{'mean':>12}{'95 % interval':>26}{'values':>8}",
+    ]
+    for key, mean in report["mean"].items():
+        low, high = report["interval"][key]
+        lines.append(f"{key:<24}{mean:>12.5g}{f'{low:.5g} .. {high:.5g}':>26}{report['values'][key]:>8}")
+    failed = [row for row in report["items"] if row["status"] != "ok"]
+    lines += ["", *(f"failed: {row['name']}: {row['error']}" for row in failed)] if failed else []
+    return "\n".join(lines)
