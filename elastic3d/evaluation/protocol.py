@@ -81,7 +81,7 @@ def evaluate_pair(
     protocol = protocol or ProtocolConfig()
     check_mesh("the prediction", pred, protocol.max_faces)
     check_mesh("the ground truth", gt, protocol.max_faces)
-    gt, pred = normalize_to(gt, gt, pred, half_extent=1.0)
+    gt, pred = normalize_to(gt, pred)
     pred_points, pred_normals = sample_surface(pred, protocol.points, protocol.seed)
     gt_points, gt_normals = sample_surface(gt, protocol.points, protocol.seed)
     pairs = metrics.correspond(pred_points, gt_points, workers)
@@ -101,7 +101,7 @@ def failed_scores(gt: trimesh.Trimesh, protocol: ProtocolConfig) -> dict[str, fl
     IoU), and by a point's distances where it has none (Chamfer, Hausdorff).
     """
     check_mesh("the ground truth", gt, protocol.max_faces)
-    (gt,) = normalize_to(gt, gt, half_extent=1.0)
+    (gt,) = normalize_to(gt)
     points, _ = sample_surface(gt, protocol.points, protocol.seed)
     distance = np.linalg.norm(points.astype(np.float64), axis=1)
     return {
