@@ -201,8 +201,8 @@ class ShapeDiT(PretrainedMixin, nn.Module):
         Raises ValueError when `guidance` is missing for a guidance-embedded model or given to another.
         """
         if self.config.guidance_embed != (guidance is not None):
-            expected = "needs" if self.config.guidance_embed else "takes no"
-            raise ValueError(f"this model {expected} a guidance scale per sample")
+            expected = "needs a" if self.config.guidance_embed else "takes no"
+            raise ValueError(f"this model {expected} guidance scale per sample")
         dtype = self.latent_in.weight.dtype
         vec = self._modulation_vector(t, guidance).to(dtype)
         img, txt = self.latent_in(latents.to(dtype)), self.cond_in(condition.to(dtype))

@@ -87,8 +87,8 @@ class CrossAttention(nn.Module):
         if self.distance is None:
             return self.c_proj(attend(q, k, v))
         assert x_points is not None and data_points is not None
-        out = self.distance(q, k, v, x_points, data_points)
-        return self.c_proj(rearrange(out, "B H P d -> B P (H d)").to(x.dtype))
+        q, k = self.distance.extend(q, k, x_points, data_points)
+        return self.c_proj(attend(q, k, v, scale=1.0))
 
 
 class CrossAttentionBlock(nn.Module):

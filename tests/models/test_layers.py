@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from einops import rearrange
 
-from elastic3d.models.layers import DistanceBias, farthest_points, fourier_embedding, timestep_embedding
+from elastic3d.models import layers
+from elastic3d.models.layers import DistanceBias, attend, farthest_points, fourier_embedding, timestep_embedding
 
 
 def test_fourier_embedding_is_point_then_sines_then_cosines_axis_major():
@@ -46,11 +48,25 @@ def test_farthest_points_need_enough_points():
         farthest_points(torch.rand(1, 5, 3), 8)
 
 
-def test_distance_bias_equals_explicit_logits():
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_distance_bias_equals_explicit_logits(dtype, tolerance):
+    """Also in bf16, where the naive inner product is off by whole units at gamma = 128."""
     torch.manual_seed(0)
     bias = DistanceBias(heads=3)
     q, k, v = torch.randn(2, 3, 50, 8), torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8)
-    x_q, x_k = torch.rand(2, 50, 3), torch.rand(2, 20, 3)
+    x_q, x_k = torch.rand(2, 50, 3) * 2 - 1, torch.rand(2, 20, 3) * 2 - 1
     gamma = bias.log_gamma.exp()[None, :, None, None]
     logits = q @ k.transpose(-1, -2) / 8**0.5 - gamma * torch.cdist(x_q, x_k)[:, None] ** 2
-    torch.testing.assert_close(bias(q, k, v, x_q, x_k), logits.softmax(-1) @ v, rtol=1e-3, atol=1e-4)
+    expected = rearrange(logits.softmax(-1) @ v, "B H P d -> B P (H d)")
+    longer_q, longer_k = bias.extend(q.to(dtype), k.to(dtype), x_q, x_k)
+    out = attend(longer_q, longer_k, v.to(dtype), scale=1.0)
+    assert ((out.float() - expected).square().mean() / expected.square().mean()).sqrt() < tolerance
+
+
+def test_both_ways_of_attention_agree(monkeypatch):
+    q, k, v = torch.randn(2, 3, 50, 12), torch.randn(2, 3, 20, 12), torch.randn(2, 3, 20, 8)
+    fused = attend(q, k, v)
+    monkeypatch.setattr(layers, "EXPLICIT_LIMIT", 0)
+    torch.testing.assert_close(attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).float(), fused, rtol=0.05, atol=0.05)
+    monkeypatch.undo()
+    torch.testing.assert_close(attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).float(), fused, rtol=0.05, atol=0.05)
