@@ -1,0 +1,250 @@
+"""Training data: prepared shapes by id, items of the VAE, and a loader whose position is the step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from elastic3d.config.train import DataConfig, LoopConfig, VAEStageConfig
+from elastic3d.errors import UserError
+from elastic3d.training.augment import augment
+
+Batch = dict[str, Tensor]
+
+
+class Items(Protocol):
+    """Random access to training items; every random choice in item `position` comes from (seed, position)."""
+
+    def __len__(self) -> int: ...
+
+    def item(self, position: int, seed: int) -> Batch:
+        """Sample number `position` of an endless shuffled stream."""
+        ...
+
+
+def read_split(paths: Sequence[Path]) -> list[str]:
+    """Ids `source/id` of split files, in order, each once; blank lines and # comments do not count."""
+    ids: dict[str, None] = {}
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"there is no split file {path}")
+        lines = (line.strip() for line in path.read_text().splitlines())
+        ids.update(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    return list(ids)
+
+
+class ShardFolder:
+    """Tensors `<id>/<name>` of the safetensors shards in a folder, by id, without reading them first.
+
+    A shard that appears later is not seen: what a run trains on does not change under it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}")
+        self._shards: dict[str, Path] = {}
+        self._names: dict[str, list[str]] = {}
+        self._open: dict[Path, safe_open] = {}
+        for path in sorted(folder.glob("shard-*.safetensors")):
+            with safe_open(path, "pt") as shard:
+                for key in shard.keys():  # noqa: SIM118 (it is no mapping)
+                    id, _, name = key.rpartition("/")
+                    self._shards[id] = path
+                    self._names.setdefault(id, []).append(name)
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._shards
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def names(self, id: str) -> list[str]:
+        """What is stored of a shape."""
+        return self._names[id]
+
+    def read(self, id: str, name: str) -> Tensor:
+        """One tensor, copied from the mapped file."""
+        path = self._shards[id]
+        if path not in self._open:
+            self._open[path] = safe_open(path, "pt")
+        return self._open[path].get_tensor(f"{id}/{name}")
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": {}}  # another process maps the files itself
+
+
+class PreparedShapes:
+    """The shapes of a split that are there, over all sources.
+
+    Attributes:
+        ids: those found, `source/id`, in the split's order.
+        missing: how many of the split were not found.
+    """
+
+    def __init__(self, root: Path, split: Sequence[str], preload: Sequence[str] = (), limit: int = 0) -> None:
+        sources = dict.fromkeys(id.partition("/")[0] for id in split)
+        self._folders = {s: ShardFolder(root / s) for s in sources if (root / s).is_dir()}
+        found = [id for id in split if self._has(id)]
+        self.missing = len(split) - len(found)
+        self.ids = found[:limit] if limit else found
+        if not self.ids:
+            raise UserError(f"none of the {len(split)} shapes of the split is under {root}")
+        self._loaded: dict[tuple[str, str], Tensor] = {}
+        self._loaded = {(id, name): self.read(id, name) for id in self.ids for name in preload}
+
+    def _has(self, id: str) -> bool:
+        source, _, own = id.partition("/")
+        return source in self._folders and own in self._folders[source]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, id: str, name: str) -> Tensor:
+        """A stored tensor of a shape; the caller must not change it."""
+        if (id, name) in self._loaded:
+            return self._loaded[id, name]
+        source, _, own = id.partition("/")
+        return self._folders[source].read(own, name)
+
+
+def open_split(
+    config: DataConfig, split: Sequence[Path], names: Sequence[str], limit: int = 0
+) -> PreparedShapes:
+    """The shapes of split files, at most `limit`; tensors `names` are read at once if `preload` is set."""
+    return PreparedShapes(config.prepared, read_split(split), names if config.preload else (), limit)
+
+
+class Shuffle:
+    """An endless stream over `count` things, each once an epoch in an order drawn from (seed, epoch)."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._epoch: tuple[int, int] | None = None
+        self._order = np.empty(0, dtype=np.int64)
+
+    def __call__(self, position: int, seed: int) -> int:
+        """What comes at `position`."""
+        epoch, place = divmod(position, self.count)
+        if self._epoch != (seed, epoch):
+            self._order = np.random.default_rng([seed, epoch, 1]).permutation(self.count)
+            self._epoch = (seed, epoch)
+        return int(self._order[place])
+
+
+def item_generator(seed: int, position: int) -> np.random.Generator:
+    """Random numbers of one training item, the same in whichever process and run it is made."""
+    return np.random.default_rng([seed, position, 2])
+
+
+def pick(points: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+    """`count` different rows of `points`, in fp32; with repeats only if there are fewer."""
+    if count <= len(points):
+        index = rng.choice(len(points), count, replace=False, shuffle=False)
+    else:
+        index = rng.integers(0, len(points), count)
+    return points[torch.from_numpy(index)].float()
+
+
+@dataclass
+class VAEItems:
+    """Items: `surface` (P,6), `points` (Q,3), `distance` (Q,), `noise` (N,C) and perhaps `sharp` (S,6)."""
+
+    shapes: PreparedShapes
+    config: VAEStageConfig
+
+    def __post_init__(self) -> None:
+        self._shuffle = Shuffle(len(self.shapes))
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def item(self, position: int, seed: int) -> Batch:
+        """Item `position` of the shuffled, augmented stream."""
+        rng = item_generator(seed, position)
+        item = self.draw(self.shapes.ids[self._shuffle(position, seed)], rng)
+        item = augment(item, self.config.augment, rng)
+        model = self.config.model
+        noise = rng.standard_normal((model.num_latents, model.channels), dtype=np.float32)
+        return {**item, "noise": torch.from_numpy(noise)}
+
+    def draw(self, id: str, rng: np.random.Generator) -> Batch:
+        """A random subset of a shape's stored points."""
+        config = self.config
+        near = pick(self.shapes.read(id, "near"), config.near_queries, rng)
+        volume = pick(self.shapes.read(id, "volume"), config.volume_queries, rng)
+        queries = torch.cat([near, volume])
+        surface = self.shapes.read(id, "surface")
+        item = {
+            "surface": pick(surface, config.surface_points, rng),
+            "points": queries[:, :3].contiguous(),
+            "distance": queries[:, 3].contiguous(),
+        }
+        if config.sharp_points:
+            sharp = self.shapes.read(id, "sharp")
+            item["sharp"] = pick(sharp if len(sharp) else surface, config.sharp_points, rng)
+        return item
+
+
+class _ByPosition(Dataset):  # type: ignore[type-arg]
+    def __init__(self, items: Items, seed: int) -> None:
+        self.items, self.seed = items, seed
+
+    def __getitem__(self, position: int) -> Batch:
+        return self.items.item(position, self.seed)
+
+
+@dataclass
+class _Positions:
+    """Positions of each micro-batch of one process; the global batch is the same for any process count."""
+
+    config: LoopConfig
+    start: int
+    process: int
+    processes: int
+
+    def __iter__(self) -> Iterator[range]:
+        config = self.config
+        size = config.batch // (self.processes * config.accumulate)
+        for step in range(self.start, config.steps):
+            for micro in range(config.accumulate):
+                first = step * config.batch + (micro * self.processes + self.process) * size
+                yield range(first, first + size)
+
+    def __len__(self) -> int:
+        return (self.config.steps - self.start) * self.config.accumulate
+
+
+class PositionLoader:
+    """For each step from `start` on: this process' micro-batches, which depend on step and seed alone."""
+
+    def __init__(
+        self, items: Items, config: LoopConfig, start: int, process: int = 0, processes: int = 1
+    ) -> None:
+        self._accumulate = config.accumulate
+        self._loader = DataLoader(
+            _ByPosition(items, config.seed),
+            batch_sampler=_Positions(config, start, process, processes),  # type: ignore[arg-type]
+            num_workers=config.workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        batches = iter(self._loader)
+        while True:
+            group = [batch for _, batch in zip(range(self._accumulate), batches, strict=False)]
+            if not group:
+                return
+            yield group
+
+
+def stack(items: Sequence[Mapping[str, Tensor]]) -> Batch:
+    """Items as one batch."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}

@@ -1,0 +1,92 @@
+"""What a run tells while it trains: a progress bar, `metrics.jsonl`, TensorBoard scalars and pictures."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class Journal:
+    """The record of one run in its folder; a process that is not the main one keeps none.
+
+    A resumed run drops the lines after the step it goes on from, so that every step is there once.
+    """
+
+    def __init__(self, folder: Path, start: int, steps: int, active: bool, title: str) -> None:
+        self.folder, self.active = folder, active
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            desc=title,
+            disable=not active,
+            smoothing=0.05,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            dynamic_ncols=True,
+        )
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._metrics = folder / METRICS_NAME
+        kept = [line for line in read_metrics(self._metrics) if line["step"] <= start]
+        self._metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar to `step` finished steps."""
+        self._bar.update(step - self._bar.n)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Record values of `step`; those of validation start with `val/`."""
+        if not self.active:
+            return
+        rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+        with self._metrics.open("a") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 1), **rounded}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        shown = {name: f"{value:.4g}" for name, value in values.items() if name in ("loss", "learning_rate")}
+        self._bar.set_postfix(shown, refresh=False)
+
+    def pictures(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Record pictures (H,W,3) uint8, in TensorBoard and as PNG under `samples/`."""
+        if not self.active:
+            return
+        (self.folder / "samples").mkdir(exist_ok=True)
+        for name, image in images.items():
+            self._board.add_image(f"samples/{name}", image, step, dataformats="HWC")
+            Image.fromarray(image).save(self.folder / "samples" / f"{name}-{step:08d}.png")
+
+    def say(self, message: str) -> None:
+        """One line on the screen that leaves the progress bar whole."""
+        if self.active:
+            self._bar.write(message, file=sys.stderr)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._bar.close()
+        if self.active:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`; a last line that was cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,278 @@
+"""The one training loop. A stage says what is trained on what; the loop does the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from elastic3d.config.train import LoopConfig, Precision
+from elastic3d.errors import UserError
+from elastic3d.models.weights import load_json, load_strict
+from elastic3d.training.checkpoint import (
+    Checkpoint,
+    clear_unfinished,
+    load_checkpoint,
+    newest_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    write_part,
+)
+from elastic3d.training.datasets import Batch, Items, PositionLoader
+from elastic3d.training.journal import Journal
+from elastic3d.training.optim import Average, MasterAdamW, learning_rate
+from elastic3d.training.runtime import enable_gradient_checkpointing, make_accelerator, stop_signals
+
+MAX_BAD_STEPS = 20  # in a row without a finite gradient: the run is lost
+
+
+class Stage(Protocol):
+    """What one kind of training brings to the loop.
+
+    `objective` holds the model; its `forward(batch)` gives the mean loss over the batch, a scalar, and
+    detached scalars to record. It draws no random numbers: noise comes with the batch, so that neither the
+    number of processes nor a resume changes a result. Parameters that need no gradient are left alone. The
+    other methods see averaged weights.
+    """
+
+    objective: nn.Module
+
+    def items(self) -> Items:
+        """The training data."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """Plain values to keep with the run, such as the version and size of its data."""
+        ...
+
+    def rate_factor(self, name: str) -> float:
+        """Learning rate of a parameter over the run's."""
+        ...
+
+    def validate(self) -> dict[str, float]:
+        """Scalars on held-out data."""
+        ...
+
+    def samples(self) -> dict[str, np.ndarray]:
+        """Pictures (H,W,3) uint8 by name."""
+        ...
+
+
+@dataclass
+class Outcome:
+    """How a run ended: `reason` is `finished`, `time`, or the name of the signal that stopped it."""
+
+    step: int
+    reason: str
+    checkpoint: Path | None
+
+
+def train(stage: Stage, config: LoopConfig, folder: Path, record: Mapping[str, Any] | None = None) -> Outcome:
+    """Train until `config.steps`, the time limit, or a signal (SIGTERM, SIGINT); always leaves a checkpoint.
+
+    Args:
+        folder: the run's own; gets checkpoints/, metrics.jsonl, tensorboard/, samples/.
+        record: plain values (configuration, data version) to keep in every checkpoint.
+
+    Raises:
+        UserError: a batch that the processes can't share, a run that diverged, a checkpoint that does not
+        fit.
+    """
+    with stop_signals() as signals:
+        run = _Run(stage, config, folder, {**(record or {}), "data": stage.record()})
+        try:
+            return run.go(signals)
+        finally:
+            run.journal.close()
+
+
+class _Run:
+    def __init__(self, stage: Stage, config: LoopConfig, folder: Path, record: dict[str, Any]) -> None:
+        self.stage, self.config, self.folder, self.record = stage, config, folder, record
+        self.started = time.monotonic()
+        self.accelerator = accelerator = make_accelerator(config)
+        self._prepare()
+        self.model = accelerator.prepare_model(stage.objective)  # now all have the main process' weights
+        trainable = {n: p for n, p in stage.objective.named_parameters() if p.requires_grad}
+        self.optimizer = MasterAdamW(trainable, config, stage.rate_factor)
+        self.average = Average(self.optimizer.masters, config.ema)
+        self.notes = [f"{sum(p.numel() for p in trainable.values()) / 1e6:.2f} M parameters"]
+        self.notes += [f"{name} {value}" for name, value in stage.record().items()]
+        self.step = self._restore()
+        main = accelerator.is_main_process
+        self.journal = Journal(folder, self.step, config.steps, main, title=folder.name)
+        self.journal.say(f"{folder}: {', '.join(self.notes)}")
+        self.saved: Path | None = None
+
+    def _prepare(self) -> None:
+        config, objective, processes = self.config, self.stage.objective, self.accelerator.num_processes
+        if config.batch % (processes * config.accumulate):
+            share = f"{processes} processes x {config.accumulate} micro-batches"
+            raise UserError(f"batch {config.batch} can't be shared by {share}")
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(objective)
+        objective.to(self.accelerator.device)
+        if config.precision is Precision.bf16_master:
+            for parameter in objective.parameters():
+                parameter.data = parameter.data.bfloat16()
+
+    def go(self, signals: list[str]) -> Outcome:
+        config, accelerator = self.config, self.accelerator
+        loader = PositionLoader(
+            self.stage.items(), config, self.step, accelerator.process_index, accelerator.num_processes
+        )
+        window: list[dict[str, Tensor]] = []
+        bad_steps, reason = 0, "finished"
+        clock, clock_step = time.monotonic(), self.step
+        for micro_batches in loader:
+            rate = learning_rate(self.step, config)
+            window += self._backward(micro_batches)
+            norm = self.optimizer.step(rate, config.clip)
+            self.average.update(self.optimizer.masters, self.step)
+            self.step += 1
+            window[-1]["gradient_norm"] = norm
+            bad_steps = 0 if norm.isfinite() else bad_steps + 1
+            if bad_steps == MAX_BAD_STEPS:
+                raise UserError(
+                    f"the run diverged: no finite gradient in the {bad_steps} steps up to {self.step}"
+                )
+            self.journal.advance(self.step)
+            if self._due(config.log_every):
+                seconds = (time.monotonic() - clock) / (self.step - clock_step)
+                values = self._averaged(window) | {"learning_rate": rate, "seconds_per_step": seconds}
+                self.journal.scalars(self.step, values)
+                window.clear()
+                clock, clock_step = time.monotonic(), self.step
+            self._look()
+            reason = self._stop_reason(signals)
+            if reason or self._due(config.save_every):
+                self._save()
+            if reason:
+                break
+        outcome = Outcome(self.step, reason or "finished", self.saved)
+        where = f", checkpoint {outcome.checkpoint}" if outcome.checkpoint else ""
+        self.journal.say(f"stopped after step {outcome.step} of {config.steps} ({outcome.reason}){where}")
+        return outcome
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
+
+    def _backward(self, micro_batches: list[Batch]) -> list[dict[str, Tensor]]:
+        metrics = []
+        for batch in micro_batches:
+            batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+            with self._autocast():
+                loss, values = self.model(batch)
+            self.accelerator.backward(loss / len(micro_batches))
+            self.optimizer.collect()
+            metrics.append({"loss": loss.detach(), **values})
+        return metrics
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.precision is Precision.bf16_autocast
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
+
+    def _averaged(self, window: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Means over the steps since the last record and over the processes."""
+        names = sorted({name for values in window for name in values})
+        means = [torch.stack([v[name].float() for v in window if name in v]).mean() for name in names]
+        reduced: Tensor = self.accelerator.reduce(torch.stack(means), "mean")  # type: ignore[assignment]
+        return dict(zip(names, reduced.tolist(), strict=True))
+
+    def _look(self) -> None:
+        """Validation and pictures, with averaged weights, on the main process."""
+        last = self.step == self.config.steps
+        validate = bool(self.config.validate_every) and (last or self._due(self.config.validate_every))
+        draw = bool(self.config.sample_every) and (last or self._due(self.config.sample_every))
+        if self.accelerator.is_main_process and (validate or draw):
+            self.stage.objective.eval()
+            with self.average.applied(self.optimizer.parameters), torch.no_grad(), self._autocast():
+                if validate:
+                    values = self.stage.validate()
+                    self.journal.scalars(self.step, values)
+                    self.journal.say(
+                        f"step {self.step}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+                    )
+                if draw:
+                    self.journal.pictures(self.step, self.stage.samples())
+            self.stage.objective.train()
+        if validate or draw:
+            self.accelerator.wait_for_everyone()
+
+    def _stop_reason(self, signals: list[str]) -> str:
+        """Why to stop after this step, the same in every process; empty to go on."""
+        if self.step >= self.config.steps:
+            return "finished"
+        minutes = (time.monotonic() - self.started) / 60
+        timeout = bool(self.config.max_minutes) and minutes >= self.config.max_minutes
+        own = torch.tensor([bool(signals), timeout], dtype=torch.float32, device=self.accelerator.device)
+        stopped, late = self.accelerator.reduce(own, "sum").tolist()  # type: ignore[union-attr]
+        if stopped:
+            return signals[0] if signals else "signal"
+        return "time" if late else ""
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def _save(self) -> None:
+        folder = self.folder / "checkpoints"
+        write_part(folder, self.step, f"random-{self.accelerator.process_index:05d}.json", random_state())
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            masters = dict(zip(self.optimizer.names, self.optimizer.masters, strict=True))
+            averages = dict(zip(self.optimizer.names, self.average.values, strict=True))
+            fixed = self.stage.objective.state_dict()
+            tensors = {
+                "model": {**fixed, **masters},
+                "average": {**fixed, **averages},
+                "optimizer": self.optimizer.state_tensors(),
+            }
+            self.saved = save_checkpoint(
+                folder, Checkpoint(self.step, tensors, self.record), self.config.keep
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self) -> int:
+        folder = self.folder / "checkpoints"
+        if self.accelerator.is_main_process:
+            clear_unfinished(folder)
+        path, passed_over = newest_checkpoint(folder)
+        self.notes += [f"passed over: {reason}" for reason in passed_over]
+        if path is None:
+            self._start_from(self.config.init_from)
+            return 0
+        if not self.config.resume:
+            raise UserError(f"{path} exists: take another name= or go on with resume=true")
+        checkpoint = load_checkpoint(path)
+        if checkpoint.step > self.config.steps:
+            raise UserError(f"{path} is beyond steps={self.config.steps}")
+        self._load_weights(checkpoint.tensors["model"], path)
+        self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"])
+        for value, name in zip(self.average.values, self.optimizer.names, strict=True):
+            value.copy_(checkpoint.tensors["average"][name])
+        own = path / f"random-{self.accelerator.process_index:05d}.json"
+        if own.is_file():  # absent for the processes that a larger run adds
+            set_random_state(load_json(own))
+        self.notes.append(f"going on from {path}")
+        return checkpoint.step
+
+    def _start_from(self, path: Path | None) -> None:
+        if path is None:
+            return
+        weights = load_checkpoint(path).tensors["average"]
+        self._load_weights(weights, path)
+        for value, master in zip(self.average.values, self.optimizer.masters, strict=True):
+            value.copy_(master.detach())
+
+    @torch.no_grad()
+    def _load_weights(self, tensors: dict[str, Tensor], path: Path) -> None:
+        """Masters and everything else of the objective from a checkpoint, strictly."""
+        load_strict(self.stage.objective, tensors, str(path))
+        for name, master in zip(self.optimizer.names, self.optimizer.masters, strict=True):
+            master.copy_(tensors[name])

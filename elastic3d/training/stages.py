@@ -1,0 +1,42 @@
+"""What `scripts/train.py` does: one function a stage."""
+
+from __future__ import annotations
+
+import torch
+
+from elastic3d.config.serialize import to_dict
+from elastic3d.config.train import StageName, TrainConfig
+from elastic3d.errors import UserError
+from elastic3d.training.loop import Stage, train
+from elastic3d.training.runtime import keep_memory_mapped
+
+
+def run_stage(config: TrainConfig) -> int:
+    """Run `config.stage` -> the process' exit code; UserError for whatever the user can mend."""
+    keep_memory_mapped()
+    torch.manual_seed(config.seed)
+    if config.stage is StageName.cache:
+        from elastic3d.training.latents import build_cache
+
+        build_cache(config)
+    elif config.stage is StageName.export:
+        from elastic3d.training.export import export_run
+
+        export_run(config)
+    else:
+        outcome = train(build_stage(config), config, config.folder, {"config": to_dict(config)})
+        return 130 if outcome.reason == "SIGINT" else 0
+    return 0
+
+
+def build_stage(config: TrainConfig) -> Stage:
+    """The stage that `config` describes, ready to train."""
+    if config.stage is StageName.vae:
+        from elastic3d.training.vae_stage import VAEStage
+
+        return VAEStage(config)
+    if config.stage is StageName.dit:
+        from elastic3d.training.dit_stage import DiTStage
+
+        return DiTStage(config)
+    raise UserError(f"stage={config.stage.name} trains nothing")

@@ -1,0 +1,237 @@
+"""The loop on a tiny VAE: the same losses however a run is cut, shared or interrupted."""
+
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from elastic3d.config.train import Precision, Schedule, TrainConfig
+from elastic3d.errors import UserError
+from elastic3d.training.checkpoint import load_checkpoint
+from elastic3d.training.journal import read_metrics
+from elastic3d.training.loop import train
+from elastic3d.training.runtime import enable_gradient_checkpointing, stop_signals
+from elastic3d.training.stages import build_stage, run_stage
+from tests.training.tiny import vae_config
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = """
+import pickle, sys
+from pathlib import Path
+from elastic3d.training.stages import run_stage
+for config in pickle.loads(Path(sys.argv[1]).read_bytes()):
+    assert run_stage(config) == 0
+"""
+
+
+def losses(config: TrainConfig) -> dict[int, float]:
+    return {
+        int(line["step"]): line["loss"]
+        for line in read_metrics(config.folder / "metrics.jsonl")
+        if "loss" in line
+    }
+
+
+def run(config: TrainConfig) -> dict[int, float]:
+    assert run_stage(config) == 0
+    return losses(config)
+
+
+def start(*configs: TrainConfig, **environment: str) -> subprocess.Popen[str]:
+    """The runs, one after the other in a process of their own."""
+    configs[0].runs.mkdir(exist_ok=True)
+    path = configs[0].runs / f"{configs[0].name}.pickle"
+    path.write_bytes(pickle.dumps(configs))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(path)], env=env, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition, process: subprocess.Popen[str], seconds: float = 60) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def test_a_run_leaves_its_record(prepared):
+    config = vae_config(prepared, validate_every=3, sample_every=6)
+    found = run(config)
+    assert list(found) == [1, 2, 3, 4, 5, 6]
+    lines = read_metrics(config.folder / "metrics.jsonl")
+    assert [line["step"] for line in lines if "val/volume_iou" in line] == [3, 6]
+    assert {"loss", "field", "kl", "gradient_norm", "learning_rate", "seconds_per_step"} <= set(lines[0])
+    assert (config.folder / "samples" / "reconstruction-00000006.png").is_file()
+    assert list((config.folder / "tensorboard").iterdir())
+    state = load_checkpoint(config.folder / "checkpoints" / "step-00000006").values
+    assert state["data"] == {"train_shapes": 5, "train_missing": 1, "val_shapes": 1}
+    assert state["config"]["vae"]["model"]["num_latents"] == 8
+
+
+def test_a_killed_run_resumes_bitwise(prepared):
+    whole, cut = (
+        vae_config(prepared, name=name, precision=Precision.bf16_master, steps=9) for name in ("whole", "cut")
+    )
+    torch.set_num_threads(1)
+    expected = run(whole)
+    process = start(cut)
+    wait_for(lambda: (cut.folder / "checkpoints" / "step-00000003").exists(), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert run(cut) == expected
+    a, b = (load_checkpoint(c.folder / "checkpoints" / "step-00000009") for c in (whole, cut))
+    for part, tensors in a.tensors.items():
+        assert all(torch.equal(tensor, b.tensors[part][name]) for name, tensor in tensors.items()), part
+
+
+def test_two_processes_equal_one_with_the_whole_batch(prepared):
+    precisions = {Precision.fp32: 1e-4, Precision.bf16_master: 3e-2}
+    alone = [vae_config(prepared, name=f"alone-{p.name}", precision=p) for p in precisions]
+    both = [vae_config(prepared, name=f"both-{p.name}", precision=p) for p in precisions]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    processes = [
+        start(*both, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true", **group)
+        for rank in range(2)
+    ]
+    expected = [run(config) for config in alone]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    for config, wanted, tolerance in zip(both, expected, precisions.values(), strict=True):
+        assert losses(config) == pytest.approx(wanted, rel=tolerance)
+        assert len(list((config.folder / "checkpoints" / "step-00000006").glob("random-*.json"))) == 2
+
+
+def test_accumulation_equals_the_whole_batch(prepared):
+    expected = run(vae_config(prepared, name="whole"))
+    assert run(vae_config(prepared, name="parts", accumulate=2)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", [Precision.bf16_master, Precision.bf16_autocast])
+def test_bf16_is_close_to_fp32(prepared, precision):
+    expected = run(vae_config(prepared, name="fp32"))
+    assert run(vae_config(prepared, name="bf16", precision=precision)) == pytest.approx(expected, rel=0.1)
+
+
+def test_learns_one_shape(prepared):
+    (prepared / "train.txt").write_text("balls/ball3\n")
+    (prepared / "val.txt").write_text("balls/ball3\n")
+    config = vae_config(
+        prepared, steps=200, learning_rate=5e-3, warmup=10, log_every=100, save_every=200, batch=8
+    )
+    config.validate_every, config.ema = 200, 0.9
+    run(config)
+    last = read_metrics(config.folder / "metrics.jsonl")[-1]
+    assert last["val/volume_iou"] > 0.85
+
+
+def test_sigterm_ends_with_a_checkpoint(prepared):
+    config = vae_config(prepared, steps=100_000, save_every=100_000)
+    process = start(config)
+    wait_for(lambda: losses(config), process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "SIGTERM" in errors
+    [checkpoint] = (config.folder / "checkpoints").iterdir()
+    assert load_checkpoint(checkpoint).step == max(losses(config))
+
+
+def test_the_time_limit_ends_with_a_checkpoint(prepared):
+    config = vae_config(prepared, steps=100_000, save_every=100_000, max_minutes=0.5 / 60)
+    run(config)
+    [checkpoint] = (config.folder / "checkpoints").iterdir()
+    assert load_checkpoint(checkpoint).step == max(losses(config)) < 100_000
+
+
+def test_a_finished_run_has_nothing_to_do_and_can_be_prolonged(prepared):
+    run(vae_config(prepared, schedule=Schedule.constant))
+    before = losses(vae_config(prepared))
+    assert run(vae_config(prepared, schedule=Schedule.constant)) == before
+    assert len(run(vae_config(prepared, schedule=Schedule.constant, steps=8))) == 8
+
+
+def test_a_half_written_checkpoint_is_passed_over(prepared, capfd):
+    config = vae_config(prepared)
+    expected = run(config)
+    (config.folder / "checkpoints" / "step-00000006" / "average.safetensors").unlink()
+    assert run(config) == expected
+    assert "average.safetensors is missing" in capfd.readouterr().err
+
+
+def test_starts_from_averaged_weights(prepared):
+    config = vae_config(prepared)
+    run(config)
+    checkpoint = config.folder / "checkpoints" / "step-00000006"
+    second = vae_config(prepared, name="second", steps=1, learning_rate=0.0, init_from=checkpoint)
+    run(second)
+    average = load_checkpoint(checkpoint).tensors["average"]
+    started = load_checkpoint(second.folder / "checkpoints" / "step-00000001").tensors["model"]
+    assert all(torch.equal(tensor, started[name]) for name, tensor in average.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(resume=False), "exists: take another name"),
+        (dict(steps=5), "is beyond steps=5"),
+        (dict(gradient_checkpointing=True), "can't recompute its blocks"),
+        (dict(init_from=Path("nowhere"), name="fresh"), "no checkpoint folder nowhere"),
+    ],
+)
+def test_mistakes(prepared, changes, message):
+    run(vae_config(prepared))
+    with pytest.raises(UserError, match=message):
+        run_stage(vae_config(prepared, **changes))
+
+
+def test_another_architecture_is_refused(prepared):
+    config = vae_config(prepared)
+    run(config)
+    config.vae.model.width = 48
+    with pytest.raises(UserError, match="does not fit"):
+        run_stage(config)
+
+
+def test_a_run_that_diverges_stops(prepared):
+    config = vae_config(prepared, steps=100)
+    stage = build_stage(config)
+    with torch.no_grad():
+        next(stage.objective.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="diverged"):
+        train(stage, config, config.folder)
+
+
+def test_metrics_of_a_killed_process_can_be_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1}]
+
+
+def test_signals_are_noted_once_and_handlers_restored():
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals() as arrived:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert arrived == ["SIGTERM"]
+        assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_gradient_checkpointing_switch():
+    part = torch.nn.Identity()
+    part.gradient_checkpointing = False
+    enable_gradient_checkpointing(torch.nn.Sequential(part))
+    assert part.gradient_checkpointing is True
