@@ -120,7 +120,7 @@ def find_weights(folder: Path) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU; UserError if it is missing, truncated or something else."""
+    """Every tensor of a safetensors file, on the CPU; UserError if missing, broken or something else."""
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     if path.suffix in _PICKLE_SUFFIXES:

@@ -1,0 +1,66 @@
+"""Options of the image encoder and of what happens to a picture before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from elastic3d.config.base import check_range, option
+
+
+class EncoderKind(Enum):
+    """Which pretrained network reads the image."""
+
+    efficientnet_lite0 = "efficientnet_lite0"
+    dinov2 = "dinov2"
+
+
+class EncoderFeatures(Enum):
+    """EfficientNet only: `multiscale` keeps where things are, `head` is the classifier's last feature map."""
+
+    multiscale = "multiscale"
+    head = "head"
+
+
+class ForegroundMethod(Enum):
+    """Where the object's mask comes from; `auto`: the first of alpha, plain background, rembg that fits."""
+
+    auto = "auto"
+    alpha = "alpha"
+    plain = "plain"
+    rembg = "rembg"
+
+
+@dataclass(kw_only=True)
+class ImageEncoderConfig:
+    """A frozen image encoder."""
+
+    kind: EncoderKind = option(EncoderKind.efficientnet_lite0, "pretrained network that reads the image")
+    features: EncoderFeatures = option(EncoderFeatures.multiscale, "feature maps taken (EfficientNet only)")
+    image_size: int = option(
+        224, "side of the input in pixels, a multiple of 32 (EfficientNet) or 14 (DINOv2)"
+    )
+    path: str = option("", "folder of the DINOv2 model (config.json and safetensors); unused by EfficientNet")
+
+    def __post_init__(self) -> None:
+        check_range("image_size", self.image_size, 28, 2048)
+        step = 14 if self.kind is EncoderKind.dinov2 else 32
+        if self.image_size % step:
+            raise ValueError(
+                f"image_size is {self.image_size}, expected a multiple of {step} ({self.kind.name})"
+            )
+        if self.kind is EncoderKind.dinov2 and not self.path:
+            raise ValueError("path is empty, expected the folder of a DINOv2 model")
+
+
+@dataclass(kw_only=True)
+class ForegroundConfig:
+    """How the object is cut out and centred."""
+
+    method: ForegroundMethod = option(ForegroundMethod.auto, "where the object's mask comes from")
+    border: float = option(0.15, "share of the square that stays free along the object's longer side")
+    tolerance: int = option(20, "largest channel difference (0 to 255) within a plain background")
+
+    def __post_init__(self) -> None:
+        check_range("border", self.border, 0.0, 0.9)
+        check_range("tolerance", self.tolerance, 0, 255)

@@ -1,0 +1,145 @@
+"""From any picture to what the encoder was trained on: the object alone, centred on a white square."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+from torch import Tensor
+
+from elastic3d.config.images import ForegroundConfig, ForegroundMethod
+from elastic3d.errors import UserError
+from elastic3d.models.pictures import load_picture
+
+_WORKING_SIDE = 1024  # longer sides are reduced first: the encoder sees a few hundred pixels
+_SMALLEST_OBJECT = 8  # pixels; less carries no shape
+_PLAIN_SHARE = 0.75  # of the border's pixels; the object may touch the rest
+_SPECK = 0.002  # parts smaller than this share of the largest one are noise
+
+
+def prepare_picture(source: str | Path | Image.Image, config: ForegroundConfig, size: int) -> Image.Image:
+    """A file or PIL image -> RGB image of `size` x `size`: the object cut out, centred, on white.
+
+    Raises:
+        UserError: no usable picture, or no object found in it; names the file.
+    """
+    try:
+        return recentre(cut_out(load_picture(source), config), size, config.border)
+    except UserError as error:
+        name = "" if isinstance(source, Image.Image) else str(source)
+        if not name or name in str(error):
+            raise
+        raise UserError(f"{name}: {error}") from error
+
+
+def to_tensor(images: list[Image.Image]) -> Tensor:
+    """RGB images of one size S x S -> (B,3,S,S) in [0,1]."""
+    arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
+
+
+def cut_out(image: Image.Image, config: ForegroundConfig) -> Image.Image:
+    """An RGBA image whose alpha is the object's mask, by the configured method.
+
+    Raises:
+        UserError: the method finds no object, or (auto) no method fits.
+    """
+    if max(image.size) > _WORKING_SIDE:
+        image = image.copy()
+        image.thumbnail((_WORKING_SIDE, _WORKING_SIDE), Image.Resampling.LANCZOS)
+    method = config.method if config.method is not ForegroundMethod.auto else _choose(image, config)
+    if method is ForegroundMethod.alpha:
+        if not _has_transparency(image):
+            raise UserError(
+                "the image has no transparent pixels, expected an alpha channel around the object"
+            )
+        return image
+    if method is ForegroundMethod.plain:
+        colour = _plain_background(image, config.tolerance)
+        if colour is None:
+            raise UserError("the image's background is not plain, expected one colour along its border")
+        return _with_alpha(image, _mask_against(image, colour, config.tolerance))
+    return _cut_out_by_rembg(image)
+
+
+def recentre(image: Image.Image, size: int, border: float) -> Image.Image:
+    """RGBA with alpha as mask -> RGB of `size` x `size` on white, the object `(1 - border) * size` long.
+
+    Raises:
+        UserError: the image is fully transparent, or the object is only a few pixels large.
+    """
+    alpha = np.asarray(image.getchannel("A"))
+    if not alpha.any():
+        raise UserError("the image is fully transparent, expected an object")
+    rows, columns = np.nonzero(alpha >= max(1, int(alpha.max()) // 2))
+    box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+    width, height = box[2] - box[0], box[3] - box[1]
+    longest = max(width, height)
+    if longest < _SMALLEST_OBJECT:
+        raise UserError(f"the object is {width} x {height} pixels, expected at least {_SMALLEST_OBJECT}")
+    scale = size * (1 - border) / longest
+    new_size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    resized = image.crop(box).resize(new_size, Image.Resampling.LANCZOS)  # premultiplies by alpha itself
+    canvas = Image.new("RGBA", (size, size), "white")
+    canvas.alpha_composite(resized, ((size - new_size[0]) // 2, (size - new_size[1]) // 2))
+    return canvas.convert("RGB")
+
+
+def _choose(image: Image.Image, config: ForegroundConfig) -> ForegroundMethod:
+    if _has_transparency(image):
+        return ForegroundMethod.alpha
+    if _plain_background(image, config.tolerance) is not None:
+        return ForegroundMethod.plain
+    if find_spec("rembg") is not None:
+        return ForegroundMethod.rembg
+    raise UserError(
+        "the image has neither transparency nor a plain background: give one with an alpha channel or a plain"
+        " background, or install rembg (pip install 'elastic3d[rembg]')"
+    )
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    """Some pixels are clearly transparent; a few stray ones do not count."""
+    return bool((np.asarray(image.getchannel("A")) < 128).mean() > 0.001)
+
+
+def _plain_background(image: Image.Image, tolerance: int) -> np.ndarray | None:
+    """The background's colour (3,) if most of the border has about one colour, else None."""
+    rgb = np.asarray(image.convert("RGB")).astype(np.int16)
+    border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
+    colour = np.median(border, axis=0)
+    close = np.abs(border - colour).max(axis=1) <= tolerance
+    return colour if close.mean() >= _PLAIN_SHARE else None
+
+
+def _mask_against(image: Image.Image, colour: np.ndarray, tolerance: int) -> np.ndarray:
+    """Object mask (H, W): what the background's colour, flooding in from the border, does not reach."""
+    rgb = np.asarray(image.convert("RGB")).astype(np.int16)
+    similar = np.abs(rgb - colour).max(axis=2) <= tolerance
+    labels, _ = ndimage.label(similar)
+    edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    mask = ~np.isin(labels, np.unique(edge[edge > 0]))
+    parts, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    if count == 0:
+        raise UserError("nothing in the image stands out from its background, expected an object")
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return np.isin(parts, np.flatnonzero(sizes >= max(1, _SPECK * sizes.max())))
+
+
+def _with_alpha(image: Image.Image, mask: np.ndarray) -> Image.Image:
+    result = image.convert("RGB").convert("RGBA")
+    result.putalpha(Image.fromarray(mask.astype(np.uint8) * 255))
+    return result
+
+
+def _cut_out_by_rembg(image: Image.Image) -> Image.Image:
+    if find_spec("rembg") is None:
+        raise UserError("background removal by rembg needs it installed: pip install 'elastic3d[rembg]'")
+    import rembg
+
+    return rembg.remove(image.convert("RGB")).convert("RGBA")
