@@ -16,15 +16,23 @@ from tqdm import tqdm
 
 from elastic3d.config.evaluate import EvaluateConfig
 from elastic3d.errors import UserError
-from elastic3d.evaluation.items import find_items, score_item
+from elastic3d.evaluation.items import find_items
 from elastic3d.evaluation.report import build_report, text_table, write_csv, write_json
+from elastic3d.evaluation.runner import score_all
 
 
 def main(config: EvaluateConfig) -> int:
     if config.output.suffix.lower() != ".json":
         raise UserError(f"output={config.output}: expected a name that ends in .json")
     items = find_items(config.pred, config.gt)
-    rows = [score_item(item, config.protocol) for item in tqdm(items, desc="score", unit="pair")]
+    journal = config.output.with_suffix(".rows.jsonl")
+    if not config.resume:
+        journal.unlink(missing_ok=True)
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(items), desc="score", unit="pair") as bar:
+        rows = score_all(
+            items, config.protocol, config.runner, config.workers, journal, on_row=lambda row: bar.update()
+        )
     command = shlex.join(["python", *sys.argv])
     report = build_report(rows, config.protocol, config.bootstrap, command)
     write_csv(rows, config.output.with_suffix(".csv"))

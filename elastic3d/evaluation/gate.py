@@ -25,11 +25,15 @@ def load_gate(path: Path) -> Gate:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"can't read the gate {path}: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict) or not data:
-        raise UserError(f"the gate {path} has no bounds, expected lines such as 'f_score@0.02: {{min: 0.95}}'")
+        raise UserError(
+            f"the gate {path} has no bounds, expected lines such as 'f_score@0.02: {{min: 0.95}}'"
+        )
     for metric, bounds in data.items():
         known = isinstance(bounds, dict) and bounds and set(bounds) <= {"min", "max"}
         if not known or not all(_is_number(bound) for bound in bounds.values()):
-            raise UserError(f"the gate {path} has {metric}: {bounds}, expected {{min: number}} or {{max: number}}")
+            raise UserError(
+                f"the gate {path} has {metric}: {bounds}, expected {{min: number}} or {{max: number}}"
+            )
     return data
 
 

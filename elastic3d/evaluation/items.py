@@ -48,8 +48,8 @@ def find_items(pred: Path, gt: Path) -> list[Item]:
 def score_item(item: Item, protocol: ProtocolConfig, workers: int = -1) -> Row:
     """The row of one item. Whatever goes wrong makes it a failed row with its reason, never an exception.
 
-    A failed row whose ground truth is sound carries the scores of an empty prediction (`failed_scores`), so that
-    the means count it against the method.
+    A failed row whose ground truth is sound carries the scores of an empty prediction (`failed_scores`), so
+    that the means count it against the method.
     """
     start = time.perf_counter()
     row: Row = {"name": item.name, "status": "ok", "error": None}

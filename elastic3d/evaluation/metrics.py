@@ -1,11 +1,11 @@
 """Distances between two sampled surfaces, on plain point arrays.
 
-Axis letters: P points of the prediction, Q points of the ground truth. Every function works in the units of the
-points it is given; the protocol (`elastic3d.evaluation.protocol`) fixes those units.
+Axis letters: P points of the prediction, Q points of the ground truth. Every function works in the units of
+the points it is given; the protocol (`elastic3d.evaluation.protocol`) fixes those units.
 
-Sources: Chamfer distance as in Fan et al. 2017, "A Point Set Generation Network for 3D Object Reconstruction";
-F-score as in Knapitsch et al. 2017, "Tanks and Temples"; normal consistency as in Mescheder et al. 2019,
-"Occupancy Networks".
+Sources: Chamfer distance as in Fan et al. 2017, "A Point Set Generation Network for 3D Object
+Reconstruction"; F-score as in Knapitsch et al. 2017, "Tanks and Temples"; normal consistency as in Mescheder
+et al. 2019, "Occupancy Networks".
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from scipy.spatial import cKDTree
 
 Floats = NDArray[np.floating]
 
-# Sliding-midpoint cells without shrunken bounds: 15x faster than SciPy's defaults where one surface is far from the
-# other, and as fast where they are close. The numbers are the same.
-_TREE = {"leafsize": 32, "balanced_tree": False, "compact_nodes": False}
+# Sliding-midpoint cells without shrunken bounds: 15x faster than SciPy's defaults where one surface is far
+# from the other, and as fast where they are close. The numbers are the same.
+TREE = {"leafsize": 32, "balanced_tree": False, "compact_nodes": False}
 
 
 @dataclass(frozen=True)
 class Correspondence:
     """Nearest neighbours between two point sets, in both directions.
 
-    `to_gt` (P,) is the distance of each predicted point to the ground truth and `gt_index` (P,) the nearest point
-    there; `to_pred` (Q,) and `pred_index` (Q,) are the other direction.
+    `to_gt` (P,) is the distance of each predicted point to the ground truth and `gt_index` (P,) the nearest
+    point there; `to_pred` (Q,) and `pred_index` (Q,) are the other direction.
     """
 
     to_gt: Floats
@@ -47,7 +47,7 @@ def check_points(name: str, points: Floats) -> None:
 
 
 def nearest(queries: Floats, tree: cKDTree, order: NDArray[np.intp], workers: int) -> tuple[Floats, NDArray]:
-    """Distance (P,) and index (P,) of the nearest point in `tree`; visiting in `order` keeps the cache warm."""
+    """Distance (P,) and index (P,) of the nearest point in `tree`; a spatial `order` keeps the cache warm."""
     distance, index = np.empty(len(queries)), np.empty(len(queries), np.intp)
     distance[order], index[order] = tree.query(queries[order], workers=workers)
     return distance, index
@@ -56,11 +56,12 @@ def nearest(queries: Floats, tree: cKDTree, order: NDArray[np.intp], workers: in
 def correspond(pred: Floats, gt: Floats, workers: int = -1) -> Correspondence:
     """Exact nearest neighbours between `pred` (P, 3) and `gt` (Q, 3) in both directions.
 
-    `workers` is the number of threads, -1 for all cores. Raises ValueError on empty, badly shaped or non-finite input.
+    `workers` is the number of threads, -1 for all cores. Raises ValueError on empty, badly shaped or
+    non-finite input.
     """
     check_points("pred", pred)
     check_points("gt", gt)
-    pred_tree, gt_tree = cKDTree(pred, **_TREE), cKDTree(gt, **_TREE)
+    pred_tree, gt_tree = cKDTree(pred, **TREE), cKDTree(gt, **TREE)
     to_gt, gt_index = nearest(pred, gt_tree, pred_tree.indices, workers)
     to_pred, pred_index = nearest(gt, pred_tree, gt_tree.indices, workers)
     return Correspondence(to_gt, gt_index, to_pred, pred_index)
@@ -95,7 +96,8 @@ def f_score(pairs: Correspondence, threshold: float) -> float:
 def normal_consistency(pairs: Correspondence, pred_normals: Floats, gt_normals: Floats) -> float:
     """Mean |cos| between the unit normals of nearest neighbours, both directions averaged. In [0, 1].
 
-    `pred_normals` is (P, 3) and `gt_normals` (Q, 3). The sign is ignored, so inverted winding is not punished here.
+    `pred_normals` is (P, 3) and `gt_normals` (Q, 3). The sign is ignored, so inverted winding is not punished
+    here.
     """
     for name, normals, count in (
         ("pred_normals", pred_normals, len(pairs.to_gt)),
@@ -109,14 +111,18 @@ def normal_consistency(pairs: Correspondence, pred_normals: Floats, gt_normals: 
 
 
 def hausdorff(pairs: Correspondence) -> float:
-    """Largest nearest-neighbour distance of either direction (symmetric Hausdorff distance of the samples)."""
+    """Largest nearest-neighbour distance of both directions (Hausdorff distance of the samples)."""
     return float(max(pairs.to_gt.max(), pairs.to_pred.max()))
 
 
 def intersection_over_union(pred_inside: NDArray[np.bool_], gt_inside: NDArray[np.bool_]) -> float | None:
-    """|A and B| / |A or B| over the query points; None where neither has a point inside (nothing was measured)."""
+    """|A and B| / |A or B| over the query points; None where neither has a point inside (nothing was
+    measured).
+    """
     if pred_inside.shape != gt_inside.shape:
-        raise ValueError(f"pred_inside has shape {pred_inside.shape}, expected {gt_inside.shape} like gt_inside")
+        raise ValueError(
+            f"pred_inside has shape {pred_inside.shape}, expected {gt_inside.shape} like gt_inside"
+        )
     union = np.count_nonzero(pred_inside | gt_inside)
     return np.count_nonzero(pred_inside & gt_inside) / union if union else None
 

@@ -1,13 +1,14 @@
 """The protocol: two meshes in, typed scores out.
 
-Both meshes are moved by the ground truth's placement (bounding-box centre to the origin, longest side to [-1, 1]),
-`points` area-weighted surface points are drawn from each with one fixed seed, and the distances of
-`elastic3d.evaluation.metrics` are taken between them. This is the protocol of the 3DShape2VecSet lineage (Zhang et
-al. 2023; TripoSG, Dora): Chamfer distances are the sum of both directions.
+Both meshes are moved by the ground truth's placement (bounding-box centre to the origin, longest side to [-1,
+1]), `points` area-weighted surface points are drawn from each with one fixed seed, and the distances of
+`elastic3d.evaluation.metrics` are taken between them. This is the protocol of the 3DShape2VecSet lineage
+(Zhang et al. 2023; TripoSG, Dora): Chamfer distances are the sum of both directions.
 
-The two IoUs are measured where both meshes are watertight, by generalised winding numbers (Barill et al. 2018):
-volume IoU on uniform points in the common bounding box, near-surface IoU on the ground truth's surface samples
-moved by Gaussian noise.
+The two IoUs are measured where both meshes are watertight, by generalised winding numbers (Barill et al.
+2018): volume IoU on uniform points in the common bounding box, near-surface IoU on the ground truth's surface
+samples moved by Gaussian noise. Rendered views (`elastic3d.evaluation.views`) and defects of the predicted
+surface (`elastic3d.evaluation.health`) follow where the protocol asks for them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ from numpy.typing import NDArray
 from elastic3d.config.evaluate import ProtocolConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation import metrics
+from elastic3d.evaluation.align import align
+from elastic3d.evaluation.health import SurfaceHealth, surface_health
+from elastic3d.evaluation.lpips import load_lpips
+from elastic3d.evaluation.views import ViewScores, compare_views
 from elastic3d.geometry.cleanup import MeshHealth, mesh_health
+from elastic3d.geometry.mesh_io import merge_equal_vertices
 from elastic3d.geometry.normalize import normalize_to
 from elastic3d.geometry.sampling import sample_surface
 
@@ -34,14 +40,16 @@ Floats = NDArray[np.floating]
 class PairScores:
     """What one prediction scored against its ground truth, in the ground truth's frame (longest side 2).
 
-    `points` holds the point-based scores by their report names. The IoUs are None where a mesh is not watertight or
-    the protocol asks for no query points.
+    `points` holds the point-based scores by their report names. The IoUs are None where a mesh is not
+    watertight or the protocol asks for no query points.
     """
 
     points: dict[str, float]
     volume_iou: float | None
     near_iou: float | None
+    views: ViewScores | None
     health: MeshHealth
+    surface: SurfaceHealth | None
 
     def flat(self) -> dict[str, Any]:
         """The row of a report: every score and every health entry under its own name."""
@@ -49,12 +57,16 @@ class PairScores:
             **self.points,
             "volume_iou": self.volume_iou,
             "near_iou": self.near_iou,
+            **(dataclasses.asdict(self.views) if self.views else {}),
             **dataclasses.asdict(self.health),
+            **(dataclasses.asdict(self.surface) if self.surface else {}),
         }
 
 
 def check_mesh(name: str, mesh: trimesh.Trimesh, max_faces: int) -> None:
-    """Raise UserError unless `mesh` has faces, few enough of them, finite vertices and a surface area above 0."""
+    """Raise UserError unless `mesh` has faces, few enough of them, finite vertices and a surface area above
+    0.
+    """
     if len(mesh.faces) == 0:
         raise UserError(f"{name} has no faces, expected a triangle mesh")
     if len(mesh.faces) > max_faces:
@@ -79,9 +91,7 @@ def evaluate_pair(
         UserError: a mesh is empty, not finite, without area, or has more faces than the protocol allows.
     """
     protocol = protocol or ProtocolConfig()
-    check_mesh("the prediction", pred, protocol.max_faces)
-    check_mesh("the ground truth", gt, protocol.max_faces)
-    gt, pred = normalize_to(gt, pred)
+    pred, gt = prepare(pred, gt, protocol)
     pred_points, pred_normals = sample_surface(pred, protocol.points, protocol.seed)
     gt_points, gt_normals = sample_surface(gt, protocol.points, protocol.seed)
     pairs = metrics.correspond(pred_points, gt_points, workers)
@@ -90,33 +100,66 @@ def evaluate_pair(
         points=metrics.point_scores(pairs, pred_normals, gt_normals, protocol.thresholds),
         volume_iou=iou(pred, gt, volume_queries(pred, gt, protocol)) if closed else None,
         near_iou=iou(pred, gt, near_queries(gt, protocol)) if closed else None,
+        views=view_scores(pred, gt, protocol),
         health=mesh_health(pred),
+        surface=surface_health(pred, protocol.seed) if protocol.surface_health else None,
     )
 
 
-def failed_scores(gt: trimesh.Trimesh, protocol: ProtocolConfig) -> dict[str, float]:
-    """What a failed generation scores: an empty prediction, taken as one point at the centre of the ground truth.
+def prepare(
+    pred: trimesh.Trimesh, gt: trimesh.Trimesh, protocol: ProtocolConfig
+) -> tuple[trimesh.Trimesh, trimesh.Trimesh]:
+    """Check both meshes, align the prediction as the protocol says, and move both by the ground truth's
+    placement.
 
-    So a failure counts against the method, by the worst value where a score has one (0 for F-score, consistency and
-    IoU), and by a point's distances where it has none (Chamfer, Hausdorff).
+    Raises UserError as `evaluate_pair`.
+    """
+    check_mesh("the prediction", pred, protocol.max_faces)
+    check_mesh("the ground truth", gt, protocol.max_faces)
+    pred, gt = merge_equal_vertices(pred), merge_equal_vertices(gt)
+    gt, pred = normalize_to(gt, align(pred, gt, protocol.align, protocol.seed))
+    return pred, gt
+
+
+def view_scores(
+    pred: trimesh.Trimesh | None, gt: trimesh.Trimesh, protocol: ProtocolConfig
+) -> ViewScores | None:
+    """Scores of rendered views; None where the protocol asks for none."""
+    if protocol.views == 0:
+        return None
+    perceptual = load_lpips() if protocol.lpips else None
+    return compare_views(pred, gt, protocol.views, protocol.view_size, perceptual)
+
+
+def failed_scores(gt: trimesh.Trimesh, protocol: ProtocolConfig) -> dict[str, Any]:
+    """What a failed generation scores: an empty prediction, taken as one point at the centre of the ground
+    truth.
+
+    So a failure counts against the method, by the worst value where a score has one (0 for F-score,
+    consistency and IoU), and by a point's distances where it has none (Chamfer, Hausdorff).
     """
     check_mesh("the ground truth", gt, protocol.max_faces)
-    (gt,) = normalize_to(gt)
+    (gt,) = normalize_to(merge_equal_vertices(gt))
     points, _ = sample_surface(gt, protocol.points, protocol.seed)
     distance = np.linalg.norm(points.astype(np.float64), axis=1)
+    views = view_scores(None, gt, protocol)
     return {
         "chamfer_l1": float(distance.min() + distance.mean()),
         "chamfer_l2": float(distance.min() ** 2 + np.square(distance).mean()),
         **{f"f_score@{threshold:g}": 0.0 for threshold in protocol.thresholds},
         "normal_consistency": 0.0,
         "hausdorff": float(distance.max()),
+        "watertight": False,
         **({"volume_iou": 0.0} if gt.is_watertight and protocol.volume_points else {}),
         **({"near_iou": 0.0} if gt.is_watertight and protocol.near_points else {}),
+        **(dataclasses.asdict(views) if views else {}),
     }
 
 
 def volume_queries(pred: trimesh.Trimesh, gt: trimesh.Trimesh, protocol: ProtocolConfig) -> Floats:
-    """Uniform points (P, 3) in the box around both meshes: what lies outside the ground truth's box counts too."""
+    """Uniform points (P, 3) in the box around both meshes: what lies outside the ground truth's box counts
+    too.
+    """
     low = np.minimum(pred.bounds[0], gt.bounds[0])
     high = np.maximum(pred.bounds[1], gt.bounds[1])
     return low + (high - low) * np.random.default_rng(protocol.seed).random((protocol.volume_points, 3))
@@ -132,14 +175,18 @@ def near_queries(gt: trimesh.Trimesh, protocol: ProtocolConfig) -> Floats:
 
 
 def iou(pred: trimesh.Trimesh, gt: trimesh.Trimesh, queries: Floats) -> float | None:
-    """Intersection over union of the two solids on `queries` (P, 3); None without queries or without any inside."""
+    """Intersection over union of the two solids on `queries` (P, 3); None without queries or without any
+    inside.
+    """
     if len(queries) == 0:
         return None
     return metrics.intersection_over_union(inside(pred, queries), inside(gt, queries))
 
 
 def inside(mesh: trimesh.Trimesh, points: Floats) -> NDArray[np.bool_]:
-    """Which of `points` (P, 3) the closed surface winds around (P,), by the sign-free winding number |w| > 1/2."""
+    """Which of `points` (P, 3) the closed surface winds around (P,), by the sign-free winding number |w| >
+    1/2.
+    """
     import igl
 
     vertices = np.ascontiguousarray(mesh.vertices, np.float64)

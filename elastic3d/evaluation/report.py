@@ -28,7 +28,9 @@ _LIBRARIES = ("numpy", "scipy", "trimesh", "libigl", "embreex")
 
 
 def summarise(rows: Sequence[Row], resamples: int = 2000) -> dict[str, Interval]:
-    """Mean and interval of every number in the rows, in order of appearance; rows without a value are left out."""
+    """Mean and interval of every number in the rows, in order of appearance; rows without a value are left
+    out.
+    """
     keys = {key: None for row in rows for key, value in row.items() if isinstance(value, (bool, int, float))}
     summary = {}
     for key in keys:

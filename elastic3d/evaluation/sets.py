@@ -3,9 +3,9 @@
 G generated shapes, R reference shapes, P points a shape, D features of an image.
 
 Sources: minimum matching distance and coverage as in Achlioptas et al. 2018, "Learning Representations and
-Generative Models for 3D Point Clouds"; 1-NNA as in Yang et al. 2019, "PointFlow" (after Lopez-Paz and Oquab 2017),
-all with the squared Chamfer distance (`chamfer_l2`) as there; Frechet distance as in Heusel et al. 2017 (FID);
-kernel distance as in Binkowski et al. 2018 (KID).
+Generative Models for 3D Point Clouds"; 1-NNA as in Yang et al. 2019, "PointFlow" (after Lopez-Paz and Oquab
+2017), all with the squared Chamfer distance (`chamfer_l2`) as there; Frechet distance as in Heusel et al.
+2017 (FID); kernel distance as in Binkowski et al. 2018 (KID).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import trimesh
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
+from elastic3d.evaluation.metrics import TREE
 from elastic3d.evaluation.views import fixed_cameras, on_white
 from elastic3d.geometry.normalize import normalize_mesh
 from elastic3d.geometry.render import Scene
@@ -30,8 +31,8 @@ Features = Callable[[Floats], Floats]  # images (V, H, W, 3) in [0, 1] to featur
 
 @dataclass(frozen=True)
 class SetScores:
-    """`mmd` in squared units of the points (lower is better), `coverage` in [0, 1] (higher), `one_nna` in [0, 1]
-    (0.5 is best: the two sets can't be told apart)."""
+    """`mmd` in squared units of the points (lower is better), `coverage` in [0, 1] (higher), `one_nna` in [0,
+    1] (0.5 is best: the two sets can't be told apart)."""
 
     mmd: float
     coverage: float
@@ -41,14 +42,16 @@ class SetScores:
 def set_scores(generated: Sequence[Floats], reference: Sequence[Floats], workers: int = -1) -> SetScores:
     """Score point sets, each (P, 3), normalised as the caller wishes. ValueError if either set is empty."""
     if not generated or not reference:
-        raise ValueError(f"{len(generated)} generated and {len(reference)} reference shapes, expected one or more")
+        raise ValueError(
+            f"{len(generated)} generated and {len(reference)} reference shapes, expected one or more"
+        )
     shapes = [*generated, *reference]
     return scores_from_distances(chamfer_matrix(shapes, shapes, workers), len(generated))
 
 
 def chamfer_matrix(first: Sequence[Floats], second: Sequence[Floats], workers: int = -1) -> Floats:
     """`chamfer_l2` between every shape of `first` and every one of `second`, (len(first), len(second))."""
-    first_trees, second_trees = ([cKDTree(points) for points in shapes] for shapes in (first, second))
+    first_trees, second_trees = ([cKDTree(points, **TREE) for points in shapes] for shapes in (first, second))
     same = first is second
     result = np.zeros((len(first), len(second)))
 
@@ -66,8 +69,9 @@ def chamfer_matrix(first: Sequence[Floats], second: Sequence[Floats], workers: i
 def scores_from_distances(distances: Floats, generated: int) -> SetScores:
     """MMD, COV and 1-NNA from the distances (G+R, G+R) between all shapes, the G generated ones first.
 
-    MMD: mean over references of the distance to the nearest generated shape. COV: share of references that are the
-    nearest one of some generated shape. 1-NNA: accuracy of telling the two sets apart by the nearest other shape.
+    MMD: mean over references of the distance to the nearest generated shape. COV: share of references that
+    are the nearest one of some generated shape. 1-NNA: accuracy of telling the two sets apart by the nearest
+    other shape.
     """
     across = distances[:generated, generated:]  # (G, R)
     others = distances + np.diag(np.full(len(distances), np.inf))
@@ -93,7 +97,8 @@ def view_features(mesh: trimesh.Trimesh, features: Features, views: int = 8, siz
 
 
 def frechet_distance(first: Floats, second: Floats) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of the features (N1, D) and (N2, D), with unbiased covariances.
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of the features (N1, D) and (N2, D), with unbiased
+    covariances.
 
     ValueError unless each set has two rows or more and both have D columns.
     """
@@ -103,12 +108,16 @@ def frechet_distance(first: Floats, second: Floats) -> float:
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
-    distance = np.square(a.mean(axis=0) - b.mean(axis=0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
+    distance = (
+        np.square(a.mean(axis=0) - b.mean(axis=0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
+    )
     return float(max(distance, 0.0))
 
 
 def kernel_distance(first: Floats, second: Floats) -> float:
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 between features (N1, D) and (N2, D); may be below 0."""
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 between features (N1, D) and (N2, D); may be below
+    0.
+    """
     _check_features(first, second)
     a, b = first.astype(np.float64), second.astype(np.float64)
 
@@ -125,4 +134,6 @@ def kernel_distance(first: Floats, second: Floats) -> float:
 def _check_features(first: Floats, second: Floats) -> None:
     for name, features in (("first", first), ("second", second)):
         if features.ndim != 2 or len(features) < 2 or features.shape[1] != first.shape[-1]:
-            raise ValueError(f"{name} has shape {features.shape}, expected (N, D) with N at least 2 and one D for both")
+            raise ValueError(
+                f"{name} has shape {features.shape}, expected (N, D) with N at least 2 and one D for both"
+            )

@@ -43,7 +43,8 @@ def bootstrap_mean(
 
 
 def sign_test(differences: ArrayLike) -> float:
-    """Two-sided p-value of the sign test: are positive and negative differences equally likely? Zeros are left out.
+    """Two-sided p-value of the sign test: are positive and negative differences equally likely? Zeros are
+    left out.
 
     1.0 where no difference is left.
     """

@@ -1,11 +1,13 @@
 """Metrics of rendered views: how alike two meshes look from a fixed set of cameras.
 
 Images are (H, W), H = W = size pixels. Normals are those of the faces, not smoothed ones, so a
-score depends on the surface and not on how a file shades it. In every formula the background is the zero normal.
+score depends on the surface and not on how a file shades it. In every formula the background is the zero
+normal.
 
-Sources: SSIM as in Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural Similarity";
-22 views and the sharp normal error (SNE) as in Chen et al. 2025, "Dora: Sampling and Benchmarking for 3D Shape
-Variational Auto-Encoders", with edges found by the angle between normals; LPIPS as in Zhang et al. 2018.
+Sources: SSIM as in Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural
+Similarity"; 22 views and the sharp normal error (SNE) as in Chen et al. 2025, "Dora: Sampling and
+Benchmarking for 3D Shape Variational Auto-Encoders", with edges found by the angle between normals; LPIPS as
+in Zhang et al. 2018.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from elastic3d.geometry.render import Camera, Scene, Views, ring_cameras
 Floats = NDArray[np.floating]
 Perceptual = Callable[[Floats, Floats], float]  # two images (H, W, 3) in [0, 1] to a distance
 
-# Rings of cameras by number of views: (count, elevation in degrees) each, the first camera of a ring in front.
+# Rings of cameras by number of views: (count, elevation in degrees) each, the first camera of a ring in
+# front.
 RINGS: dict[int, tuple[tuple[int, float], ...]] = {
     4: ((4, 20.0),),
     8: ((8, 20.0),),
@@ -38,7 +41,9 @@ PSNR_CAP = 100.0  # dB, for images that are equal
 
 @dataclass(frozen=True)
 class ViewScores:
-    """Scores averaged over the views. `sharp_normal_error` is None where the ground truth shows no sharp edge."""
+    """Scores averaged over the views. `sharp_normal_error` is None where the ground truth shows no sharp
+    edge.
+    """
 
     silhouette_iou: float
     normal_psnr: float
@@ -59,18 +64,23 @@ def fixed_cameras(count: int) -> list[Camera]:
 
 
 def compare_views(
-    pred: trimesh.Trimesh, gt: trimesh.Trimesh, count: int, size: int = 256, perceptual: Perceptual | None = None
+    pred: trimesh.Trimesh | None,
+    gt: trimesh.Trimesh,
+    count: int,
+    size: int = 256,
+    perceptual: Perceptual | None = None,
 ) -> ViewScores:
     """Render both meshes, given in the ground truth's frame (longest side 2), and score the pairs of views.
 
-    `perceptual` is an image distance such as LPIPS, taken between the shaded views; left out if None.
+    `pred` may be None: views of nothing, for a failed generation. `perceptual` is an image distance such as
+    LPIPS, taken between the shaded views; left out if None.
     """
-    pred_scene, gt_scene = Scene(pred, smooth=False), Scene(gt, smooth=False)
+    pred_scene, gt_scene = Scene(pred, smooth=False) if pred else None, Scene(gt, smooth=False)
     silhouettes, errors, structure, distances = [], [], [], []
     edge_error, edge_pixels = 0.0, 0
     for camera in fixed_cameras(count):
-        shaded = perceptual is not None
-        a, b = (scene.render(camera, size, shaded=shaded) for scene in (pred_scene, gt_scene))
+        b = gt_scene.render(camera, size, shaded=perceptual is not None)
+        a = pred_scene.render(camera, size, shaded=perceptual is not None) if pred_scene else empty_like(b)
         silhouettes.append(silhouette_iou(a, b))
         errors.append(np.square(normal_colours(a) - normal_colours(b)).mean(dtype=np.float64))
         structure.append(ssim(normal_colours(a), normal_colours(b)))
@@ -85,6 +95,16 @@ def compare_views(
         normal_ssim=float(np.mean(structure)),
         sharp_normal_error=edge_error / edge_pixels if edge_pixels else None,
         lpips=float(np.mean(distances)) if distances else None,
+    )
+
+
+def empty_like(view: Views) -> Views:
+    """The view of nothing, of the same size."""
+    return Views(
+        silhouette=np.zeros_like(view.silhouette),
+        depth=np.full_like(view.depth, np.inf),
+        normal=np.zeros_like(view.normal),
+        colour=np.zeros_like(view.colour),
     )
 
 
@@ -116,7 +136,9 @@ def ssim(a: Floats, b: Floats) -> float:
     Population covariances, K1 = 0.01, K2 = 0.03, averaged over channels and the pixels whose window fits.
     """
     if a.shape != b.shape or a.ndim != 3 or min(a.shape[:2]) < 11:
-        raise ValueError(f"images have shapes {a.shape} and {b.shape}, expected one (H, W, C) of 11 pixels or more")
+        raise ValueError(
+            f"images have shapes {a.shape} and {b.shape}, expected one (H, W, C) of 11 pixels or more"
+        )
 
     def blur(image: Floats) -> Floats:
         filtered = ndimage.gaussian_filter1d(image, 1.5, axis=0, radius=5)
@@ -132,11 +154,17 @@ def ssim(a: Floats, b: Floats) -> float:
 
 
 def sharp_edges(view: Views) -> NDArray[np.bool_]:
-    """Mask (H, W): pixels within `EDGE_DILATION` of two surface neighbours whose normals differ by a sharp angle."""
+    """Mask (H, W): pixels within `EDGE_DILATION` of two surface neighbours whose normals differ by a sharp
+    angle.
+    """
     mask = np.zeros_like(view.silhouette)
     for normal, surface, marked in (
         (view.normal, view.silhouette, mask),
-        (view.normal.swapaxes(0, 1), view.silhouette.T, mask.T),  # the same between columns; the mask is a view
+        (
+            view.normal.swapaxes(0, 1),
+            view.silhouette.T,
+            mask.T,
+        ),  # the same between columns; the mask is a view
     ):
         cosine = np.einsum("hwk,hwk->hw", normal[1:], normal[:-1])
         sharp = (cosine < np.cos(np.radians(EDGE_ANGLE_DEG))) & surface[1:] & surface[:-1]

@@ -24,7 +24,10 @@ def brute_force(pred: np.ndarray, gt: np.ndarray, pred_normals: np.ndarray, gt_n
     cos = np.abs(pred_normals @ gt_normals.T)
     forth_cos = cos[np.arange(len(pred)), distance.argmin(axis=1)].mean()
     back_cos = cos[distance.argmin(axis=0), np.arange(len(gt))].mean()
-    return scores | {"normal_consistency": (forth_cos + back_cos) / 2, "hausdorff": max(forth.max(), back.max())}
+    return scores | {
+        "normal_consistency": (forth_cos + back_cos) / 2,
+        "hausdorff": max(forth.max(), back.max()),
+    }
 
 
 def unit(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -32,7 +35,9 @@ def unit(rng: np.random.Generator, count: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize(("counts", "scale"), [((200, 300), 1.0), ((1, 1), 1.0), ((500, 3), 0.05), ((64, 64), 10.0)])
+@pytest.mark.parametrize(
+    ("counts", "scale"), [((200, 300), 1.0), ((1, 1), 1.0), ((500, 3), 0.05), ((64, 64), 10.0)]
+)
 def test_scores_equal_brute_force(counts: tuple[int, int], scale: float) -> None:
     rng = np.random.default_rng(sum(counts))
     pred, gt = (scale * rng.random((count, 3)) for count in counts)
@@ -43,7 +48,7 @@ def test_scores_equal_brute_force(counts: tuple[int, int], scale: float) -> None
 
 
 def test_concentric_spheres_have_the_closed_form() -> None:
-    """Spheres of radius 1 and 0.9 sampled in the same directions: every point is 0.1 from the other sphere."""
+    """Radius 1 and 0.9, sampled in the same directions: every point is 0.1 from the other sphere."""
     directions = unit(np.random.default_rng(0), 4000)
     pairs = metrics.correspond(0.9 * directions, directions)
     assert metrics.chamfer_l1(pairs) == pytest.approx(0.2)
@@ -55,7 +60,7 @@ def test_concentric_spheres_have_the_closed_form() -> None:
 
 
 def test_shifted_grid_has_the_closed_form() -> None:
-    """A unit grid moved by 0.25 along x: each point is 0.25 away, perpendicular normals give consistency 0."""
+    """A unit grid moved by 0.25 along x: each point is 0.25 away; perpendicular normals give 0."""
     grid = np.stack(np.meshgrid(*[np.arange(6.0)] * 3), axis=-1).reshape(-1, 3)
     pairs = metrics.correspond(grid + [0.25, 0, 0], grid)
     assert metrics.chamfer_l1(pairs) == pytest.approx(0.5)
@@ -93,7 +98,11 @@ def test_properties(pred: np.ndarray, gt: np.ndarray, seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [(np.zeros((0, 3)), "at least one"), (np.zeros((4, 2)), r"\(4, 2\)"), (np.full((2, 3), np.nan), "not finite")],
+    [
+        (np.zeros((0, 3)), "at least one"),
+        (np.zeros((4, 2)), r"\(4, 2\)"),
+        (np.full((2, 3), np.nan), "not finite"),
+    ],
 )
 def test_bad_points_raise(bad: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -64,7 +64,9 @@ def test_frechet_distance_equals_the_formula() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((50, 6)), rng.standard_normal((40, 6)) @ rng.random((6, 6)) + 1
     cov_a, cov_b = np.cov(a.T), np.cov(b.T)
-    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(
+        cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real
+    )
     assert sets.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
     assert sets.frechet_distance(a, b) == pytest.approx(sets.frechet_distance(b, a), rel=1e-6)
     assert sets.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
@@ -93,7 +95,9 @@ def test_kernel_distance_of_one_distribution_is_near_zero() -> None:
     rng = np.random.default_rng(3)
     same = [sets.kernel_distance(*rng.standard_normal((2, 60, 8))) for _ in range(30)]
     assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(30)
-    assert sets.kernel_distance(rng.standard_normal((60, 8)), rng.standard_normal((60, 8)) + 1) > 10 * np.std(same)
+    assert sets.kernel_distance(rng.standard_normal((60, 8)), rng.standard_normal((60, 8)) + 1) > 10 * np.std(
+        same
+    )
 
 
 @pytest.mark.parametrize("distance", [sets.frechet_distance, sets.kernel_distance])
@@ -108,5 +112,7 @@ def test_shapes_are_compared_in_their_own_frame() -> None:
     box = trimesh.creation.box((1, 2, 3))
     moved = box.copy().apply_scale(7).apply_translation([5, 5, 5])
     assert sets.shape_points(moved, 500) == pytest.approx(sets.shape_points(box, 500), abs=1e-5)
-    features = sets.view_features(box, lambda images: images.reshape(len(images), -1).mean(1, keepdims=True), 4, 32)
+    features = sets.view_features(
+        box, lambda images: images.reshape(len(images), -1).mean(1, keepdims=True), 4, 32
+    )
     assert features.shape == (4, 1)

@@ -112,9 +112,13 @@ def test_sharp_normal_error_sees_a_rounded_edge_that_others_hardly_see() -> None
 def test_silhouette_iou_of_masks() -> None:
     def view(mask: list[bool]) -> Views:
         covered = np.array([mask])
-        return Views(covered, covered * np.float32(1), np.zeros((1, 4, 3), np.float32), np.zeros((1, 4, 4), np.uint8))
+        return Views(
+            covered, covered * np.float32(1), np.zeros((1, 4, 3), np.float32), np.zeros((1, 4, 4), np.uint8)
+        )
 
-    assert silhouette_iou(view([True, True, False, False]), view([True, False, True, False])) == pytest.approx(1 / 3)
+    assert silhouette_iou(
+        view([True, True, False, False]), view([True, False, True, False])
+    ) == pytest.approx(1 / 3)
     assert silhouette_iou(view([False] * 4), view([False] * 4)) == 1
 
 
@@ -145,7 +149,7 @@ def test_a_perceptual_distance_is_taken_between_shaded_views() -> None:
 
 
 def test_22_views_are_fast() -> None:
-    """The promise is 3 s on 2 idle cores for a mesh of 20,480 faces; twice that for this busy test machine."""
+    """The promise is 3 s on 2 idle cores for a mesh of 20,480 faces; more for busy ones."""
     mesh = sphere(1.0, 5)
     start = time.process_time()
     compare_views(mesh, mesh, 22, 256)

@@ -1,0 +1,181 @@
+"""What is wrong with a surface beyond its topology: crossings, thin shells, winding, floaters.
+
+`elastic3d.geometry.cleanup.mesh_health` counts what faces and edges say by themselves (watertight,
+components, boundary edges, genus, degenerate faces); the shares here need rays. All are shares in [0, 1] of
+faces or of surface area, so that they compare between meshes. Rays: Embree; every crossing it reports is
+checked in double precision.
+
+Source of the winding test: Takayama et al. 2014, "A Simple Method for Correcting Facet Orientations in
+Polygon Meshes Based on Ray Casting".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import trimesh
+from embreex import rtcore_scene
+from embreex.mesh_construction import TriangleMesh
+from numpy.typing import NDArray
+
+from elastic3d.geometry.normalize import normalize_mesh
+from elastic3d.geometry.sampling import sample_faces
+
+Floats = NDArray[np.floating]
+
+SAMPLES = 4000
+THIN = 0.01  # thickness, where the longest side is 2: half a percent of it
+FLOATER = 0.01  # a floater has less than this share of the surface area
+_STEP = 1e-4  # how far a ray starts from its surface
+_MARGIN = 1e-7  # an edge's ends are at least this far from the face it crosses
+_LAYERS = 8  # faces that one edge is followed through
+
+
+@dataclass(frozen=True)
+class SurfaceHealth:
+    """Defects of a surface.
+
+    Attributes:
+        self_intersection_share: faces that cross another face in more than a shared corner, of all faces.
+        thin_shell_share: area whose opposite wall is nearer than `THIN`.
+        inverted_share: area that shows its back to the outside.
+        inconsistent_edges: edges whose two faces run around in opposite senses.
+        floaters: components with less than `FLOATER` of the area.
+    """
+
+    self_intersection_share: float
+    thin_shell_share: float
+    inverted_share: float
+    inconsistent_edges: int
+    floaters: int
+
+
+def surface_health(mesh: trimesh.Trimesh, seed: int = 0) -> SurfaceHealth:
+    """Examine a mesh whose equal vertices are merged. Deterministic for a seed.
+
+    Raises ValueError for a mesh without faces, of no extent or with vertices that are not finite.
+    """
+    mesh, _ = normalize_mesh(mesh, half_extent=1.0)
+    scene = Rays(mesh)
+    return SurfaceHealth(
+        self_intersection_share=float(self_intersections(mesh, scene).mean()),
+        thin_shell_share=thin_shell_share(mesh, scene, seed),
+        inverted_share=inverted_share(mesh, scene, seed),
+        inconsistent_edges=inconsistent_edges(np.asarray(mesh.faces)),
+        floaters=count_floaters(mesh),
+    )
+
+
+class Rays:
+    """Nearest hits of rays with the triangles of a mesh."""
+
+    def __init__(self, mesh: trimesh.Trimesh) -> None:
+        self._scene = rtcore_scene.EmbreeScene()
+        TriangleMesh(self._scene, np.ascontiguousarray(mesh.triangles, np.float32))
+
+    def hit(self, origins: Floats, directions: Floats, reach: Floats | None = None) -> tuple[NDArray, Floats]:
+        """Face (R,) or -1, and distance (R,) in lengths of the directions (R, 3), up to `reach` (R,)."""
+        origins, directions = (np.ascontiguousarray(a, np.float32) for a in (origins, directions))
+        far = np.full(len(origins), np.inf, np.float32) if reach is None else reach.astype(np.float32)
+        found: dict[str, Any] = self._scene.run(origins, directions, dists=far, output=True)
+        return np.asarray(found["primID"]).astype(np.int64), np.asarray(found["tfar"], np.float64)
+
+
+def self_intersections(mesh: trimesh.Trimesh, rays: Rays | None = None) -> NDArray[np.bool_]:
+    """Which faces (F,) are crossed by an edge of another face that shares no corner with them, or own that
+    edge.
+
+    Two triangles that cross do so where an edge of one passes through the other, so every edge is cast as a
+    ray. Faces that overlap in one plane do not cross.
+    """
+    rays = rays or Rays(mesh)
+    faces, vertices = np.asarray(mesh.faces), np.asarray(mesh.vertices, np.float64)
+    edges, edge_of_side, _ = unique_edges(faces)
+    start, along = vertices[edges[:, 0]], vertices[edges[:, 1]] - vertices[edges[:, 0]]
+    crossed, guilty = np.zeros(len(faces), bool), np.zeros(len(edges), bool)
+    open_edges, passed = np.arange(len(edges)), np.zeros(len(edges))
+    for _ in range(_LAYERS):
+        origins = start[open_edges] + passed[open_edges, None] * along[open_edges]
+        face, step = rays.hit(origins, along[open_edges], 1 - passed[open_edges])
+        open_edges, face, step = open_edges[face >= 0], face[face >= 0], step[face >= 0]
+        if len(open_edges) == 0:
+            break
+        real = _crosses(vertices, edges[open_edges], faces[face])
+        crossed[face[real]] = True
+        guilty[open_edges[real]] = True
+        passed[open_edges] += step + 1e-4
+        open_edges = open_edges[passed[open_edges] < 1]
+    return crossed | guilty[edge_of_side.reshape(-1, 3)].any(axis=1)
+
+
+def _crosses(vertices: Floats, edges: NDArray, faces: NDArray) -> NDArray[np.bool_]:
+    """Whether edges (E, 2) pass through the inside of faces (E, 3) with which they share no vertex."""
+    separate = (edges[:, :, None] != faces[:, None]).all(axis=(1, 2))
+    a, b = vertices[edges[:, 0]], vertices[edges[:, 1]]
+    p, q, r = (vertices[faces[:, i]] for i in range(3))
+    normal = np.cross(q - p, r - p)
+    length = np.linalg.norm(normal, axis=1)
+    side_a, side_b = (np.einsum("ek,ek->e", normal, x - p) / np.maximum(length, 1e-300) for x in (a, b))
+    apart = (np.minimum(side_a, side_b) < -_MARGIN) & (np.maximum(side_a, side_b) > _MARGIN)
+    share = np.divide(side_a, side_a - side_b, out=np.zeros_like(side_a), where=apart)
+    point = a + share[:, None] * (b - a)
+    inside = [
+        np.einsum("ek,ek->e", np.cross(v - u, point - u), normal) > 0 for u, v in ((p, q), (q, r), (r, p))
+    ]
+    return separate & apart & np.logical_and.reduce(inside)
+
+
+def thin_shell_share(mesh: trimesh.Trimesh, rays: Rays, seed: int = 0, thickness: float = THIN) -> float:
+    """Share of the area from which a ray inwards meets the opposite wall before `thickness`.
+
+    The opposite wall faces away from the ray's start, within 60 degrees, so that corners are not thin.
+    """
+    points, face, normals = sample_faces(mesh.triangles, SAMPLES, seed)
+    other, _ = rays.hit(points - _STEP * normals, -normals, np.full(len(points), thickness - _STEP))
+    corners = np.asarray(mesh.triangles)[other]
+    wall = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    opposite = np.einsum("pk,pk->p", normals, wall) < -0.5 * np.linalg.norm(wall, axis=1)
+    return float(((other >= 0) & (other != face) & opposite).mean())
+
+
+def inverted_share(mesh: trimesh.Trimesh, rays: Rays, seed: int = 0, directions: int = 16) -> float:
+    """Share of the area whose back sees more of the outside than its front; points that see none are left
+    out.
+    """
+    points, _, normals = sample_faces(mesh.triangles, SAMPLES, seed)
+    rng = np.random.default_rng((seed, 2))
+    free = np.zeros((2, len(points)), int)
+    for _ in range(directions):
+        towards = rng.standard_normal(points.shape)
+        towards /= np.linalg.norm(towards, axis=1, keepdims=True)
+        towards *= np.sign(np.einsum("pk,pk->p", towards, normals))[:, None]
+        for side, sign in enumerate((1, -1)):
+            face, _ = rays.hit(points + sign * _STEP * normals, sign * towards)
+            free[side] += face < 0
+    seen = free.sum(axis=0) > 0
+    return float((free[1] > free[0])[seen].mean()) if seen.any() else 0.0
+
+
+def unique_edges(faces: NDArray[np.integer]) -> tuple[NDArray, NDArray, NDArray]:
+    """Edges (E, 2), smaller vertex first; the edge of each side (3F,); the number of sides (E,)."""
+    sides = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2).astype(np.int64), axis=1)
+    width = int(faces.max()) + 1
+    keys, index, count = np.unique(sides[:, 0] * width + sides[:, 1], return_inverse=True, return_counts=True)
+    return np.stack(np.divmod(keys, width), axis=1), index, count
+
+
+def inconsistent_edges(faces: NDArray[np.integer]) -> int:
+    """Edges whose two faces run around in opposite senses."""
+    sides = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)
+    _, index, count = unique_edges(faces)
+    sense = np.bincount(index, weights=np.where(sides[:, 0] < sides[:, 1], 1, -1))
+    return int(((count == 2) & (sense != 0)).sum())
+
+
+def count_floaters(mesh: trimesh.Trimesh) -> int:
+    """Components (joined by edges) with less than `FLOATER` of the area."""
+    labels = trimesh.graph.connected_component_labels(mesh.face_adjacency, node_count=len(mesh.faces))
+    areas = np.bincount(labels, weights=mesh.area_faces)
+    return int((areas < FLOATER * areas.sum()).sum())

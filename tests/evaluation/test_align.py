@@ -1,0 +1,79 @@
+"""Alignment undoes what was done to a copy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import trimesh
+from trimesh.transformations import random_rotation_matrix, rotation_matrix
+
+from elastic3d.config.evaluate import Align
+from elastic3d.evaluation.align import align, cube_rotations, similarity
+from elastic3d.geometry.normalize import placement_of
+
+
+def chair() -> trimesh.Trimesh:
+    parts = [trimesh.creation.box((1, 0.1, 1)), trimesh.creation.box((1, 1.2, 0.1))]
+    parts[1].apply_translation([0, 0.6, -0.45])
+    leg = trimesh.creation.box((0.1, 0.9, 0.1)).apply_translation([0.4, -0.45, 0.4])
+    return trimesh.util.concatenate([*parts, leg])
+
+
+def test_none_changes_nothing() -> None:
+    mesh = chair()
+    assert align(mesh, trimesh.creation.box(), Align.none) is mesh
+
+
+def test_bbox_matches_units_and_position() -> None:
+    gt = chair()
+    pred = gt.copy().apply_scale(1000).apply_translation([3, -4, 5])
+    assert align(pred, gt, Align.bbox).vertices == pytest.approx(gt.vertices, abs=1e-9)
+
+
+def test_bbox_keeps_the_proportions() -> None:
+    aligned = align(trimesh.creation.box((4, 2, 1)), trimesh.creation.box((1, 1, 8)), Align.bbox)
+    assert aligned.extents == pytest.approx([8, 4, 2])
+
+
+def test_there_are_24_cube_rotations_and_the_identity_is_the_first() -> None:
+    rotations = cube_rotations()
+    assert len({m.tobytes() for m in rotations}) == 24
+    assert (rotations[0] == np.eye(4)).all()
+    assert all(m[1, 1] == 1 for m in rotations[:4])
+    assert all(np.linalg.det(m) == pytest.approx(1) for m in rotations)
+
+
+def test_similarity_is_exact_for_known_pairs() -> None:
+    rng = np.random.default_rng(0)
+    points = rng.standard_normal((50, 3))
+    truth = random_rotation_matrix(rng.random(3))
+    truth[:3, :3] *= 2.5
+    truth[:3, 3] = [1, 2, 3]
+    found = similarity(points, points @ truth[:3, :3].T + truth[:3, 3])
+    assert found == pytest.approx(truth)
+    assert np.linalg.det(similarity(points, points * [1, 1, -1])[:3, :3]) > 0  # no reflection
+
+
+@pytest.mark.parametrize(
+    ("degrees", "axis"),
+    [(0, (0, 1, 0)), (90, (1, 0, 0)), (180, (0, 1, 0)), (25, (1, 2, 3)), (130, (-3, 1, 2))],
+)
+def test_icp_undoes_rotation_scale_and_shift(degrees: float, axis: tuple[int, int, int]) -> None:
+    gt = chair()
+    pred = gt.copy().apply_transform(rotation_matrix(np.radians(degrees), axis))
+    pred.apply_scale(0.01).apply_translation([1, 2, 3])
+    assert align(pred, gt, Align.icp).vertices == pytest.approx(gt.vertices, abs=0.01)
+
+
+def test_icp_leaves_a_symmetric_shape_in_its_pose() -> None:
+    box = trimesh.creation.box((2, 2, 2)).subdivide()
+    assert align(box, box, Align.icp).vertices == pytest.approx(box.vertices, abs=0.01)
+
+
+def test_icp_is_deterministic_and_does_not_depend_on_the_units() -> None:
+    gt, pred = chair(), trimesh.creation.capsule(1, 0.3)
+    once = align(pred, gt, Align.icp)
+    assert (align(pred, gt, Align.icp).vertices == once.vertices).all()
+    big = align(pred, gt.copy().apply_scale(100), Align.icp)
+    assert big.vertices == pytest.approx(100 * once.vertices, rel=1e-3, abs=0.5)
+    assert placement_of(once, 1.0).scale == pytest.approx(100 * placement_of(big, 1.0).scale, rel=1e-3)

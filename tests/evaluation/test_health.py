@@ -1,0 +1,157 @@
+"""Surface health on whole meshes and on meshes broken on purpose, one for each defect."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import trimesh
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trimesh.transformations import random_rotation_matrix, rotation_matrix
+
+from elastic3d.evaluation.health import (
+    SurfaceHealth,
+    count_floaters,
+    inconsistent_edges,
+    self_intersections,
+    surface_health,
+)
+
+SOUND = SurfaceHealth(0.0, 0.0, 0.0, 0, 0)
+
+
+def sphere(subdivisions: int = 3) -> trimesh.Trimesh:
+    return trimesh.creation.icosphere(subdivisions)
+
+
+def moved(mesh: trimesh.Trimesh, *shift: float) -> trimesh.Trimesh:
+    return mesh.copy().apply_translation(shift)
+
+
+def joined(*meshes: trimesh.Trimesh) -> trimesh.Trimesh:
+    return trimesh.util.concatenate(meshes)
+
+
+WHOLE = {
+    "sphere": sphere(),
+    "box": trimesh.creation.box(),
+    "fine box": trimesh.creation.box().subdivide().subdivide(),  # many faces in one plane
+    "torus": trimesh.creation.torus(1, 0.3),
+    "hollow ball": joined(sphere(), trimesh.Trimesh(0.5 * sphere().vertices, sphere().faces[:, ::-1])),
+    "two balls": joined(sphere(), moved(sphere(), 3, 0, 0)),
+    "huge": sphere().apply_scale(1e6).apply_translation([1e7, 0, 0]),
+    "cylinder": trimesh.creation.cylinder(0.5, 2),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_meshes_are_sound(name: str) -> None:
+    assert surface_health(WHOLE[name]) == SOUND
+
+
+def flipped(share: float) -> trimesh.Trimesh:
+    mesh = sphere()
+    faces = mesh.faces.copy()
+    cut = int(share * len(faces))
+    faces[:cut] = faces[:cut, ::-1]
+    return trimesh.Trimesh(mesh.vertices, faces, process=False)
+
+
+DEFECTS = {
+    "self_intersection_share": (
+        joined(trimesh.creation.box(), moved(trimesh.creation.box(), 0.3, 0.4, 0.5)),
+        0.5,
+    ),
+    "thin_shell_share": (trimesh.creation.box((2, 2, 0.008)), 0.992),
+    "inverted_share": (trimesh.Trimesh(sphere().vertices, sphere().faces[:, ::-1], process=False), 1.0),
+    "floaters": (joined(sphere(), moved(sphere().apply_scale(0.02), 1.5, 0, 0)), 1),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_each_defect_is_found_and_no_other_is_reported(name: str) -> None:
+    mesh, value = DEFECTS[name]
+    found = asdict(surface_health(mesh))
+    assert found.pop(name) == pytest.approx(value, abs=0.005)
+    assert found == {key: other for key, other in asdict(SOUND).items() if key != name}
+
+
+def test_flipped_faces_are_measured_by_area() -> None:
+    found = surface_health(flipped(0.2))
+    assert found.inverted_share == pytest.approx(0.2, abs=0.03)
+    assert found.inconsistent_edges > 20
+    assert found.self_intersection_share == 0
+
+
+def test_edges_with_other_than_two_faces_have_no_sense() -> None:
+    box = trimesh.creation.box()
+    fin = np.vstack([box.faces, [*box.faces[0][:2], 8]])
+    assert inconsistent_edges(np.asarray(box.faces)) == inconsistent_edges(fin) == 0
+    assert inconsistent_edges(np.asarray(box.faces)[:5]) == 0
+
+
+def brute_force_crossings(mesh: trimesh.Trimesh) -> np.ndarray:
+    """Every edge of every face against every other face: solve a + t (b - a) = p + u e1 + v e2."""
+    marked = np.zeros(len(mesh.faces), bool)
+    triangles = mesh.triangles
+    for i, first in enumerate(mesh.faces):
+        for j, second in enumerate(mesh.faces):
+            for k in range(3):
+                if {first[k], first[(k + 1) % 3]} & set(second):
+                    continue
+                a, b = triangles[i][k], triangles[i][(k + 1) % 3]
+                p, q, r = triangles[j]
+                system = np.stack([a - b, q - p, r - p], axis=1)
+                if abs(np.linalg.det(system)) < 1e-12:
+                    continue
+                t, u, v = np.linalg.solve(system, a - p)
+                if 0 < t < 1 and u > 0 and v > 0 and u + v < 1:
+                    marked[[i, j]] = True
+    return marked
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 10_000))
+def test_crossings_equal_brute_force(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    first, second = trimesh.creation.box((1, 1, 1)), trimesh.creation.icosphere(0, 0.7)
+    for mesh in (first, second):
+        mesh.apply_transform(random_rotation_matrix(rng.random(3))).apply_translation(0.5 * rng.random(3))
+    both = joined(first, second)
+    assert (self_intersections(both) == brute_force_crossings(both)).all()
+
+
+def test_many_layers_are_all_crossed() -> None:
+    """One long triangle through six plates marks all of them."""
+    plates = [moved(trimesh.creation.box((2, 2, 0.05)), 0, 0, height) for height in np.arange(6) * 0.3]
+    needle = trimesh.Trimesh([[0.1, 0.2, -1], [0.11, 0.25, 3], [0.12, 0.1, 3]], [[0, 1, 2]], process=False)
+    mesh = joined(*plates, needle)
+    marked = self_intersections(mesh)
+    assert marked[-1]
+    for index in range(3):  # each layer is a top and a bottom; an edge is followed through the first eight
+        assert marked[12 * index : 12 * index + 12].any()
+
+
+def test_touching_and_coplanar_faces_do_not_cross() -> None:
+    box = trimesh.creation.box()
+    for shift in ((1, 0, 0), (0.5, 0, 1), (0, 1, 0)):  # side by side, sharing a wall or a part of one
+        assert not self_intersections(joined(box, moved(box, *shift))).any()
+
+
+def test_shares_do_not_depend_on_pose_and_tessellation() -> None:
+    mesh = DEFECTS["thin_shell_share"][0]
+    turned = mesh.subdivide().apply_transform(rotation_matrix(0.7, [1, 2, 3])).apply_scale(50)
+    assert surface_health(turned).thin_shell_share == pytest.approx(0.992, abs=0.005)
+
+
+def test_floaters_are_judged_by_area() -> None:
+    assert count_floaters(WHOLE["two balls"]) == 0
+    crumbs = [moved(sphere(0).apply_scale(0.01), 1.2, 0.1 * i, 0) for i in range(5)]
+    assert count_floaters(joined(sphere(), *crumbs)) == 5
+
+
+def test_nothing_raises_valueerror() -> None:
+    with pytest.raises(ValueError, match="no faces"):
+        surface_health(trimesh.Trimesh())
