@@ -4,6 +4,7 @@ A script says `run(main, GenerateConfig, "gen_mesh")`. The dataclass gives the o
 types and (through `elastic3d.config.base.option`) their help texts; `configs/gen_mesh.yaml` may change
 defaults and choose configuration groups (`configs/cache/paper.yaml` is chosen by `cache=paper`). Hydra
 composes the files; what the user types never passes through a grammar: a path or a prompt arrives as typed.
+Where it is unique, a nested option's last name is enough: `max_faces=` for `cleanup.max_faces=`.
 
 Exit codes: 0 success, 1 what `main` returns when some items failed, 2 a mistake in what the user gave,
 130 interrupted.
@@ -84,6 +85,7 @@ def parse(
         key, separator, text = argument.partition("=")
         if not separator:
             raise UserError(f"{argument!r} is not an option: write options as key=value (--help lists them)")
+        key = _full_name(key, options, choices)
         if key in choices:
             if text not in choices[key]:
                 raise UserError(f"{argument}: expected one of {', '.join(choices[key])}")
@@ -156,6 +158,14 @@ def _default_groups(config_name: str, config_dir: Path) -> set[str]:
     entries = (yaml.safe_load((config_dir / f"{config_name}.yaml").read_text()) or {}).get("defaults", [])
     keys = [key for entry in entries if isinstance(entry, dict) for key in entry]
     return {key.split("@")[0].removeprefix("override ").removeprefix("optional ").strip() for key in keys}
+
+
+def _full_name(key: str, options: dict[str, Option], choices: dict[str, list[str]]) -> str:
+    """`max_faces` for `cleanup.max_faces`, where no other option has that last name; else `key` itself."""
+    if key in options or key in choices or "." in key:
+        return key
+    matches = [name for name in options if name.rpartition(".")[2] == key]
+    return matches[0] if len(matches) == 1 else key
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:

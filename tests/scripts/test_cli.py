@@ -29,6 +29,12 @@ class CacheConfig:
 
 
 @dataclass(kw_only=True)
+class CleanupConfig:
+    max_faces: int = option(100, "Most faces.")
+    steps: int = option(1, "Passes of cleaning.")
+
+
+@dataclass(kw_only=True)
 class Config:
     prompt: str = option("", "What to make.")
     output: Path = option(Path("out.glb"), "Where it goes.")
@@ -42,6 +48,7 @@ class Config:
     sizes: list[int] = option([64], "Several sizes.")
     cache: CacheConfig = option(CacheConfig, "The cache.")
     extra: CacheConfig | None = option(None, "Another cache, or none.")
+    cleanup: CleanupConfig = option(CleanupConfig, "The cleaning.")
 
     def __post_init__(self) -> None:
         check_range("steps", self.steps, 1, 100)
@@ -96,7 +103,7 @@ def test_text_and_paths_arrive_as_typed(configs: Path, text: str) -> None:
     assert config.files == [f"x{text}"]
 
 
-@settings(max_examples=50)
+@settings(max_examples=20, deadline=None)
 @given(st.text(alphabet="\\${}a'\" :.\n", max_size=9))
 def test_no_text_is_taken_for_an_interpolation(configs: Path, text: str) -> None:
     assert parse(Config, "plain", [f"prompt={text}"], configs).prompt == text
@@ -108,6 +115,11 @@ def test_typed_values(configs: Path) -> None:
     assert (config.guidance, config.fast, config.seed, config.caption) == (0.1, True, 3, None)
     assert config.colour is Colour.dark_blue and config.sizes == [1, 2]
     assert config.extra == CacheConfig(reuse=2)
+
+
+def test_a_unique_nested_name_needs_no_parents(configs: Path) -> None:
+    config = parse(Config, "plain", ["max_faces=7", "steps=3"], configs)
+    assert config.cleanup == CleanupConfig(max_faces=7) and config.steps == 3
 
 
 def test_lists(configs: Path) -> None:

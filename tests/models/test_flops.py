@@ -1,0 +1,30 @@
+"""The formula equals what PyTorch counts while the blocks run."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from elastic3d.config.models import DiTConfig
+from elastic3d.models.flops import dit_blocks_flops
+from elastic3d.models.shape_dit import ShapeDiT
+
+
+def test_against_the_flop_counter_of_pytorch() -> None:
+    config = DiTConfig(
+        in_channels=5,
+        condition_channels=7,
+        width=32,
+        heads=2,
+        double_blocks=2,
+        single_blocks=3,
+        mlp_ratio=3.0,
+    )
+    model = ShapeDiT(config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it misses fused kernels
+        model(torch.rand(1, 11, 5), torch.rand(1), torch.rand(1, 6, 7))
+    counts = counter.get_flop_counts()
+    blocks = [name for name in counts if name.split(".")[-2:-1] in (["double_blocks"], ["single_blocks"])]
+    assert len(blocks) == 5
+    assert dit_blocks_flops(config, 11, 6) == sum(sum(counts[name].values()) for name in blocks)
