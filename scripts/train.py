@@ -20,7 +20,7 @@ def main(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    # Idle OpenMP threads sleep instead of spinning: beside other work this is three times less CPU time a step.
-    # It has to be set before torch is loaded.
+    # Idle OpenMP threads sleep instead of spinning: beside other work a step then takes a third of the CPU
+    # time. It has to be set before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     run(main, TrainConfig, "train")

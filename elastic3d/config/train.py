@@ -7,6 +7,8 @@ from enum import Enum
 from pathlib import Path
 
 from elastic3d.config.base import DeviceChoice, check_range, option
+from elastic3d.config.generate import PipelineConfig
+from elastic3d.config.images import ForegroundConfig, ImageEncoderConfig
 from elastic3d.config.models import DiTConfig, VAEConfig
 
 
@@ -171,6 +173,8 @@ class LatentsConfig:
     variants: int = option(4, "encodings a shape, each of other surface points")
     views: int = option(6, "condition views a shape, spread over those that were rendered")
     batch: int = option(8, "shapes encoded at once")
+    encoder: ImageEncoderConfig = option(ImageEncoderConfig, "image encoder")
+    foreground: ForegroundConfig = option(ForegroundConfig, "what happens to a view before")
 
     def __post_init__(self) -> None:
         for name in ("variants", "views", "batch"):
@@ -205,6 +209,7 @@ class ExportConfig:
     """Averaged weights of a run as a model folder."""
 
     output: Path | None = option(None, "folder to write; by default `export` in the run's folder")
+    pipeline: PipelineConfig = option(PipelineConfig, "name and sampling defaults of an exported DiT")
 
     def __post_init__(self) -> None:
         if self.output is not None and self.output.is_file():

@@ -70,12 +70,14 @@ class ShardFolder:
         """What is stored of a shape."""
         return self._names[id]
 
-    def read(self, id: str, name: str) -> Tensor:
-        """One tensor, copied from the mapped file."""
+    def read(self, id: str, name: str, row: int | None = None) -> Tensor:
+        """A tensor, or one row of it, copied from the mapped file."""
         path = self._shards[id]
         if path not in self._open:
             self._open[path] = safe_open(path, "pt")
-        return self._open[path].get_tensor(f"{id}/{name}")
+        if row is None:
+            return self._open[path].get_tensor(f"{id}/{name}")
+        return self._open[path].get_slice(f"{id}/{name}")[row]
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}}  # another process maps the files itself
@@ -94,7 +96,8 @@ class PreparedShapes:
         self._folders = {s: ShardFolder(root / s) for s in sources if (root / s).is_dir()}
         found = [id for id in split if self._has(id)]
         self.missing = len(split) - len(found)
-        self.ids = found[:limit] if limit else found
+        # A split lists category after category: a part of it is taken from everywhere.
+        self.ids = [found[i * len(found) // limit] for i in range(limit)] if 0 < limit < len(found) else found
         if not self.ids:
             raise UserError(f"none of the {len(split)} shapes of the split is under {root}")
         self._loaded: dict[tuple[str, str], Tensor] = {}
@@ -107,12 +110,13 @@ class PreparedShapes:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def read(self, id: str, name: str) -> Tensor:
-        """A stored tensor of a shape; the caller must not change it."""
+    def read(self, id: str, name: str, row: int | None = None) -> Tensor:
+        """A stored tensor of a shape, or one row of it; the caller must not change it."""
         if (id, name) in self._loaded:
-            return self._loaded[id, name]
+            whole = self._loaded[id, name]
+            return whole if row is None else whole[row]
         source, _, own = id.partition("/")
-        return self._folders[source].read(own, name)
+        return self._folders[source].read(own, name, row)
 
 
 def open_split(

@@ -1,0 +1,88 @@
+"""A trained run as a folder that `from_pretrained` reads."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic3d import __version__
+from elastic3d.config.generate import PipelineConfig
+from elastic3d.config.serialize import from_dict
+from elastic3d.config.train import StageName, TrainConfig
+from elastic3d.errors import UserError
+from elastic3d.geometry.mesh_io import atomic_path
+from elastic3d.models.image_encoder import build_image_encoder
+from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.models.weights import load_strict, save_json
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.training.checkpoint import load_checkpoint, newest_checkpoint
+from elastic3d.training.journal import METRICS_NAME, read_metrics
+from elastic3d.training.latents import LatentInfo
+
+RECORD_NAME = "training.json"
+CURVES_NAME = "training.csv"
+
+
+def export_run(config: TrainConfig) -> Path:
+    """Write the averaged weights of the run `config.name` in bf16, with the record of its training.
+
+    A VAE becomes one model folder; a DiT a folder for `ImageTo3DPipeline.from_pretrained`, with the VAE whose
+    latents it learned and their statistics, and the image encoder's configuration.
+
+    Raises:
+        UserError: the run has no whole checkpoint.
+    """
+    path, _ = newest_checkpoint(config.folder / "checkpoints")
+    if path is None:
+        raise UserError(f"{config.folder} has no whole checkpoint to export")
+    checkpoint = load_checkpoint(path)
+    trained: TrainConfig = from_dict(TrainConfig, checkpoint.values["config"], str(path))
+    output = config.export.output or config.folder / "export"
+    weights = checkpoint.tensors["average"]
+    if trained.stage is StageName.vae:
+        vae = ShapeVAE(trained.vae.model)
+        load_strict(vae, _inside("vae.", weights), str(path))
+        vae.save_pretrained(output, torch.bfloat16)
+        _write_record(output, config.folder, checkpoint.step, checkpoint.values)
+    else:
+        _export_pipeline(output, config.export.pipeline, trained, _inside("dit.", weights), str(path))
+        _write_record(output / "dit", config.folder, checkpoint.step, checkpoint.values)
+    return output
+
+
+def _export_pipeline(
+    output: Path, pipeline: PipelineConfig, trained: TrainConfig, weights: dict[str, Tensor], source: str
+) -> None:
+    info = LatentInfo.load(trained.latents.output)
+    dit = ShapeDiT(trained.dit.model)
+    load_strict(dit, weights, source)
+    vae = ShapeVAE.from_pretrained(info.vae)
+    vae.set_latent_statistics(info.mean, info.std)
+    encoder = build_image_encoder(info.encoder)
+    ImageTo3DPipeline(vae, dit, encoder, pipeline).save_pretrained(output, torch.bfloat16)
+    for name in (RECORD_NAME, CURVES_NAME):
+        if (info.vae / name).is_file():
+            shutil.copyfile(info.vae / name, output / "vae" / name)
+
+
+def _inside(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one part of the objective, under the part's own names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _write_record(folder: Path, run: Path, step: int, values: dict[str, Any]) -> None:
+    """`training.json`: versions, configuration, data; `training.csv`: every recorded scalar by step."""
+    versions = {"elastic3d": __version__, "torch": torch.__version__}
+    save_json({"steps": step, "versions": versions, **values}, folder / RECORD_NAME)
+    lines = read_metrics(run / METRICS_NAME)
+    names = sorted({name for line in lines for name in line} - {"step", "time"})
+    with atomic_path(folder / CURVES_NAME) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["step", "time", *names])
+        writer.writeheader()
+        writer.writerows(lines)

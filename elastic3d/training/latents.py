@@ -1,0 +1,217 @@
+"""The DiT's training data: latents and image tokens of every shape, computed once and kept in shards.
+
+`<output>/<source>/shard-00012.safetensors` mirrors the prepared shard of that name: `<id>/mean` and
+`<id>/logvar` (K,N,C) f16, the posterior from K random subsets of the surface points, and `<id>/tokens`
+(V,M,Cc) f16, the condition views. `<output>/latents.json` holds what they were made with and the statistics
+of the latents.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from elastic3d.config.images import ForegroundConfig, ImageEncoderConfig
+from elastic3d.config.serialize import from_dict, to_dict
+from elastic3d.config.train import LatentsConfig, TrainConfig, VAEStageConfig
+from elastic3d.errors import UserError
+from elastic3d.models.foreground import prepare_picture, to_tensor
+from elastic3d.models.image_encoder import ImageEncoder, build_image_encoder
+from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.models.weights import WEIGHTS_NAME, file_sha256, load_json, save_json, save_weights
+from elastic3d.pipelines.runtime import resolve_device
+from elastic3d.training.datasets import PreparedShapes, VAEItems, item_generator, read_split, stack
+
+INFO_NAME = "latents.json"
+
+
+@dataclass
+class LatentInfo:
+    """What a cache holds: how it was made, the shapes of its tensors, the statistics of its latents (C,)."""
+
+    settings: dict[str, Any]
+    latents: list[int]
+    tokens: list[int]
+    mean: list[float]
+    std: list[float]
+
+    @classmethod
+    def load(cls, folder: Path) -> LatentInfo:
+        """The description of a finished cache; UserError if there is none."""
+        if not (folder / INFO_NAME).is_file():
+            raise UserError(f"{folder} has no {INFO_NAME}, expected a finished cache (stage=cache)")
+        return cls(**load_json(folder / INFO_NAME))
+
+    @property
+    def vae(self) -> Path:
+        """Folder of the VAE that encoded the shapes."""
+        return Path(self.settings["vae"])
+
+    @property
+    def encoder(self) -> ImageEncoderConfig:
+        """The image encoder of the tokens."""
+        return from_dict(ImageEncoderConfig, self.settings["encoder"], INFO_NAME)
+
+    @property
+    def foreground(self) -> ForegroundConfig:
+        """What was done to the views before."""
+        return from_dict(ForegroundConfig, self.settings["foreground"], INFO_NAME)
+
+
+def build_cache(config: TrainConfig) -> LatentInfo:
+    """Encode the training and validation shapes; what an earlier call finished stays as it is.
+
+    Raises:
+        UserError: the folder holds a cache made with another VAE, encoder or number of variants or views.
+    """
+    builder = _Builder(config)
+    wanted = set(read_split([*config.data.train, *config.data.val]))
+    train = set(read_split(config.data.train))
+    plan = list(_plan(config.data.prepared, wanted))
+    if not plan:
+        raise UserError(f"no shape of the splits is under {config.data.prepared}")
+    sums: list[dict[str, Any]] = []
+    with tqdm(total=sum(len(ids) for _, ids in plan), desc="cache", unit="shape", dynamic_ncols=True) as bar:
+        for shard, ids in plan:
+            target = config.latents.output / shard.parent.name / shard.name
+            sidecar = target.with_suffix(".json")
+            if not (target.is_file() and sidecar.is_file() and load_json(sidecar)["ids"] == ids):
+                shapes = PreparedShapes(config.data.prepared, ids)
+                builder.write(shapes, target, train, bar)
+            else:
+                bar.update(len(ids))
+            sums.append(load_json(sidecar))
+    return builder.finish(sums)
+
+
+def _plan(prepared: Path, wanted: set[str]) -> Iterator[tuple[Path, list[str]]]:
+    """(prepared shard, its wanted ids as `source/id`) of every shard that has any."""
+    from safetensors import safe_open
+
+    for source in sorted({id.partition("/")[0] for id in wanted}):
+        for shard in sorted((prepared / source).glob("shard-*.safetensors")):
+            with safe_open(shard, "pt") as file:
+                ids = dict.fromkeys(f"{source}/{key.rpartition('/')[0]}" for key in file.keys())  # noqa: SIM118
+            if found := [id for id in ids if id in wanted]:
+                yield shard, found
+
+
+class _Builder:
+    def __init__(self, config: TrainConfig) -> None:
+        self.config: LatentsConfig = config.latents
+        self.device = resolve_device(config.device)
+        self.vae = ShapeVAE.from_pretrained(self.config.vae, device=self.device)
+        self.encoder: ImageEncoder = build_image_encoder(self.config.encoder, self.device)
+        points = VAEStageConfig(
+            model=self.vae.config,
+            surface_points=config.vae.surface_points,
+            sharp_points=config.vae.sharp_points,
+            near_queries=1,
+            volume_queries=0,
+        )
+        self.points = points
+        self.settings = {
+            "vae": str(self.config.vae),
+            "vae_sha256": file_sha256(self.config.vae / WEIGHTS_NAME),
+            "encoder": to_dict(self.config.encoder),
+            "foreground": to_dict(self.config.foreground),
+            "variants": self.config.variants,
+            "views": self.config.views,
+            "surface_points": points.surface_points,
+            "sharp_points": points.sharp_points,
+        }
+        self._claim()
+
+    def _claim(self) -> None:
+        """Note what the cache is made with before anything else is there; refuse a folder made otherwise."""
+        path = self.config.output / "settings.json"
+        if path.is_file():
+            found = load_json(path)
+            differing = [name for name, value in self.settings.items() if found.get(name) != value]
+            if set(differing) - {"vae"}:  # the same weights may have moved
+                raise UserError(f"{self.config.output} was made with another {differing[0]}: delete it first")
+        else:
+            save_json(self.settings, path)
+
+    def write(self, shapes: PreparedShapes, target: Path, train: set[str], bar: tqdm[Any]) -> None:
+        """Encode the shapes of one prepared shard; the sums for the statistics go into a file beside."""
+        tensors: dict[str, Tensor] = {}
+        channels = self.vae.config.channels
+        total, square, count = torch.zeros(channels).double(), torch.zeros(channels).double(), 0
+        for first in range(0, len(shapes), self.config.batch):
+            ids = shapes.ids[first : first + self.config.batch]
+            mean, logvar = self._encode(shapes, ids)
+            for i, id in enumerate(ids):
+                own = id.partition("/")[2]
+                tensors |= {f"{own}/mean": mean[i].half(), f"{own}/logvar": logvar[i].half()}
+                tensors[f"{own}/tokens"] = self._look(shapes, id).half()
+                if id in train:
+                    total += mean[i].double().sum((0, 1))
+                    square += (mean[i].double().square() + logvar[i].double().exp()).sum((0, 1))
+                    count += mean[i].shape[0] * mean[i].shape[1]
+                bar.update()
+        save_weights(tensors, target)
+        sums = {"ids": shapes.ids, "count": count, "sum": total.tolist(), "square": square.tolist()}
+        save_json(sums, target.with_suffix(".json"))
+
+    @torch.no_grad()
+    def _encode(self, shapes: PreparedShapes, ids: list[str]) -> tuple[Tensor, Tensor]:
+        """Posterior mean and logvar (B,K,N,C) from K subsets of the surface points."""
+        items = VAEItems(shapes, self.points)
+        means, logvars = [], []
+        for variant in range(self.config.variants):
+            batch = stack([items.draw(id, item_generator(variant, _number(id))) for id in ids])
+            sharp = batch["sharp"].to(self.device) if "sharp" in batch else None
+            posterior = self.vae.encode(batch["surface"].to(self.device), sharp)
+            means.append(posterior.mean.cpu())
+            logvars.append(posterior.logvar.cpu())
+        return torch.stack(means, dim=1), torch.stack(logvars, dim=1)
+
+    def _look(self, shapes: PreparedShapes, id: str) -> Tensor:
+        """Tokens (V,M,Cc) of the shape's views."""
+        found = stored_views(shapes, id)
+        chosen = [found[i * len(found) // self.config.views] for i in range(self.config.views)]
+        size = self.encoder.image_size
+        pictures = [prepare_picture(view, self.config.foreground, size) for view in chosen]
+        return self.encoder(to_tensor(pictures).to(self.device)).cpu()
+
+    def finish(self, sums: list[dict[str, Any]]) -> LatentInfo:
+        """Write `latents.json`."""
+        count = sum(row["count"] for row in sums)
+        if not count:
+            raise UserError("no shape of the training split was cached: the latents have no statistics")
+        mean = np.sum([row["sum"] for row in sums], axis=0) / count
+        variance = np.sum([row["square"] for row in sums], axis=0) / count - mean**2
+        model = self.vae.config
+        info = LatentInfo(
+            settings=self.settings,
+            latents=[model.num_latents, model.channels],
+            tokens=[self.encoder.tokens, self.encoder.channels],
+            mean=mean.tolist(),
+            std=np.sqrt(np.maximum(variance, 1e-12)).tolist(),
+        )
+        save_json(vars(info), self.config.output / INFO_NAME)
+        return info
+
+
+def stored_views(shapes: PreparedShapes, id: str) -> list[Image.Image]:
+    """The condition views that were rendered of a shape, RGBA; UserError if there are none."""
+    data, offsets = shapes.read(id, "views").numpy().tobytes(), shapes.read(id, "view_offsets").tolist()
+    if len(offsets) < 2:
+        raise UserError(f"{id} has no condition views")
+    parts = [data[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [Image.open(io.BytesIO(part), formats=("PNG",)).convert("RGBA") for part in parts]
+
+
+def _number(id: str) -> int:
+    """A number of its own for every id, the same in every process."""
+    return int.from_bytes(id.encode(), "big") % (1 << 63)

@@ -1,0 +1,184 @@
+"""From prepared shapes through a VAE and a cache of latents to a trained DiT."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from elastic3d.config.models import DiTConfig
+from elastic3d.config.train import DiTStageConfig, LatentsConfig, StageName, Timesteps, TrainConfig
+from elastic3d.diffusion.flow import velocity
+from elastic3d.errors import UserError
+from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.training.datasets import PreparedShapes, item_generator
+from elastic3d.training.dit_stage import DiTStage, FlowObjective, LatentItems
+from elastic3d.training.journal import read_metrics
+from elastic3d.training.latents import LatentInfo, build_cache, stored_views
+from elastic3d.training.stages import run_stage
+from tests.training.tiny import tiny_vae, vae_config
+
+
+def views(count: int) -> dict[str, torch.Tensor]:
+    """Pictures of a disc, as prepared shards keep them."""
+    files = []
+    for i in range(count):
+        row, column = np.mgrid[:64, :64] - 32
+        disc = (row**2 + column**2 < (12 + i) ** 2).astype(np.uint8) * 255
+        stream = io.BytesIO()
+        Image.fromarray(np.stack([disc // 2, disc // 3, disc, disc], axis=-1)).save(stream, "png")
+        files.append(stream.getvalue())
+    offsets = np.cumsum([0, *map(len, files)])
+    data = torch.from_numpy(np.frombuffer(b"".join(files), np.uint8).copy())
+    return {"views": data, "view_offsets": torch.from_numpy(offsets)}
+
+
+def config_for(root, **changes) -> TrainConfig:
+    options = dict(
+        stage=StageName.dit,
+        name="dit",
+        latents=LatentsConfig(output=root / "latents", vae=root / "vae", variants=2, views=2, batch=2),
+        dit=DiTStageConfig(
+            model=DiTConfig(width=32, heads=2, double_blocks=1, single_blocks=1),
+            sample_shapes=1,
+            sample_steps=2,
+            sample_resolution=16,
+        ),
+    )
+    return vae_config(root, **{**options, **changes})
+
+
+def add_views(root) -> None:
+    """Give every prepared shape three pictures."""
+    for shard in (root / "prepared" / "balls").glob("*.safetensors"):
+        tensors = load_file(shard)
+        for id in {key.partition("/")[0] for key in tensors}:
+            tensors |= {f"{id}/{name}": tensor for name, tensor in views(3).items()}
+        save_file(tensors, shard)
+
+
+@pytest.fixture
+def cached(prepared):
+    """A data folder with views, an untrained VAE and the cache made with it."""
+    add_views(prepared)
+    torch.manual_seed(0)
+    ShapeVAE(tiny_vae()).save_pretrained(prepared / "vae")
+    build_cache(config_for(prepared))
+    return prepared
+
+
+def test_the_cache_holds_standardised_statistics(cached):
+    info = LatentInfo.load(cached / "latents")
+    assert (info.latents, info.tokens) == ([8, 7], [49, 768])
+    shapes = PreparedShapes(cached / "latents", [f"balls/ball{i}" for i in range(6)])
+    train = shapes.ids[:5]
+    mean = torch.cat([shapes.read(id, "mean").float().flatten(0, 1) for id in train])
+    variance = torch.cat([shapes.read(id, "logvar").float().exp().flatten(0, 1) for id in train])
+    torch.testing.assert_close(torch.tensor(info.mean), mean.mean(0), atol=2e-3, rtol=0)
+    std = (mean.var(0, correction=0) + variance.mean(0)).sqrt()
+    torch.testing.assert_close(torch.tensor(info.std), std, atol=2e-3, rtol=1e-2)
+    assert shapes.read("balls/ball0", "tokens").shape == (2, 49, 768)
+    assert not torch.equal(*shapes.read("balls/ball0", "mean"))
+
+
+def test_the_cache_goes_on_where_it_stopped_and_refuses_other_settings(cached):
+    first, second = sorted((cached / "latents" / "balls").glob("*.safetensors"))
+    before = first.stat().st_mtime_ns, second.read_bytes()
+    second.unlink()
+    build_cache(config_for(cached))
+    assert (first.stat().st_mtime_ns, second.read_bytes()) == before
+    other = config_for(cached)
+    other.latents.variants = 1
+    with pytest.raises(UserError, match="made with another variants"):
+        build_cache(other)
+    ShapeVAE(tiny_vae()).save_pretrained(cached / "vae")
+    with pytest.raises(UserError, match="made with another vae_sha256"):
+        build_cache(config_for(cached))
+
+
+def test_an_unfinished_cache_is_no_cache(tmp_path):
+    with pytest.raises(UserError, match=r"no latents.json, expected a finished cache"):
+        LatentInfo.load(tmp_path)
+
+
+def test_views_come_back_as_rendered(cached):
+    shapes = PreparedShapes(cached / "prepared", ["balls/ball0"])
+    found = stored_views(shapes, "balls/ball0")
+    assert [view.getbbox()[2] - view.getbbox()[0] for view in found] == [23, 25, 27]
+
+
+def test_items(cached):
+    config = config_for(cached, dit=DiTStageConfig(drop_condition=0.5, timesteps=Timesteps.uniform))
+    info = LatentInfo.load(cached / "latents")
+    shapes = PreparedShapes(cached / "latents", [f"balls/ball{i}" for i in range(5)])
+    items = LatentItems(shapes, info, config.dit)
+    drawn = [items.item(position, seed=0) for position in range(200)]
+    latents = torch.stack([item["latents"] for item in drawn]).flatten(0, 1)
+    torch.testing.assert_close(latents.mean(0), torch.zeros(7), atol=0.1, rtol=0)
+    torch.testing.assert_close(latents.std(0), torch.ones(7), atol=0.1, rtol=0)
+    times = torch.stack([item["t"] for item in drawn])
+    assert times.min() < 0.05
+    assert times.max() > 0.95
+    dropped = sum(not item["condition"].any() for item in drawn)
+    assert 70 < dropped < 130
+    again = LatentItems(shapes, info, config.dit).item(7, seed=0)
+    assert all(torch.equal(again[name], drawn[7][name]) for name in again)
+
+
+def test_the_objective_is_the_weighted_velocity_error():
+    torch.manual_seed(0)
+    dit = ShapeDiT(
+        DiTConfig(in_channels=5, condition_channels=4, width=16, heads=2, double_blocks=1, single_blocks=1)
+    )
+    batch = {
+        "latents": torch.randn(2, 3, 5), "noise": torch.randn(2, 3, 5), "t": torch.rand(2),
+        "condition": torch.randn(2, 4, 4),
+    }  # fmt: skip
+    loss, values = FlowObjective(dit, anchor_channels=3, anchor_weight=4.0)(batch)
+    target = velocity(batch["noise"], batch["latents"]).square()  # an untrained DiT says 0
+    expected = (4 * target[..., :3].sum() + target[..., 3:].sum()) / (2 * 3 * (4 * 3 + 2))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(values["anchors"], target[..., :3].mean())
+    torch.testing.assert_close(values["features"], target[..., 3:].mean())
+
+
+def test_trains_on_the_cache_and_draws(cached):
+    config = config_for(
+        cached, steps=30, log_every=10, learning_rate=3e-2, validate_every=30, sample_every=30, save_every=30
+    )
+    assert run_stage(config) == 0
+    lines = read_metrics(config.folder / "metrics.jsonl")
+    assert lines[2]["loss"] < 0.9 * lines[0]["loss"]
+    assert {"val/flow", "val/flow_without_image", "val/flow_noisy"} <= set(lines[-1])
+    with Image.open(config.folder / "samples" / "generated-00000030.png") as sheet:
+        assert sheet.size == (160, 480)
+
+
+def test_gradient_checkpointing_changes_nothing(cached):
+    found = []
+    for name, recompute in (("plain", False), ("recomputed", True)):
+        config = config_for(cached, name=name, gradient_checkpointing=recompute, steps=3)
+        assert run_stage(config) == 0
+        found.append([line["loss"] for line in read_metrics(config.folder / "metrics.jsonl")])
+    assert found[0] == found[1]
+
+
+def test_a_fixed_validation_batch(cached):
+    stage = DiTStage(config_for(cached))
+    assert stage.validate() == stage.validate()
+    assert stage.dit.config.in_channels == 7
+    assert stage.record()["train_missing"] == 1
+
+
+def test_one_row_of_a_stored_tensor(cached):
+    [shard, _] = sorted((cached / "latents" / "balls").glob("*.safetensors"))
+    with safe_open(shard, "pt") as file:
+        whole = file.get_tensor("ball0/tokens")
+    for preload in ((), ("tokens",)):
+        shapes = PreparedShapes(cached / "latents", ["balls/ball0"], preload)
+        assert torch.equal(shapes.read("balls/ball0", "tokens", 1), whole[1])
+    assert item_generator(1, 2).random() == item_generator(1, 2).random()

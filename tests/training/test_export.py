@@ -1,0 +1,54 @@
+import csv
+
+import pytest
+import torch
+
+from elastic3d.config.generate import PipelineConfig
+from elastic3d.config.train import ExportConfig, StageName
+from elastic3d.errors import UserError
+from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.models.weights import load_json
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.training.checkpoint import load_checkpoint
+from elastic3d.training.export import export_run
+from elastic3d.training.latents import LatentInfo
+from elastic3d.training.stages import run_stage
+from tests.training.test_dit_stage import add_views, config_for
+from tests.training.tiny import vae_config
+
+
+def test_from_prepared_shapes_to_a_pipeline(prepared):
+    """Train the VAE, export it, cache latents, train the DiT, export the pipeline: by the commands alone."""
+    add_views(prepared)
+    folder = prepared / "vae"
+    assert run_stage(vae_config(prepared, validate_every=6)) == 0
+    assert run_stage(vae_config(prepared, stage=StageName.export, export=ExportConfig(output=folder))) == 0
+    average = load_checkpoint(prepared / "runs" / "tiny" / "checkpoints" / "step-00000006").tensors["average"]
+    vae = ShapeVAE.from_pretrained(folder)
+    for name, value in vae.named_parameters():
+        assert torch.equal(value, average[f"vae.{name}"].bfloat16().float())
+    record = load_json(folder / "training.json")
+    assert (record["steps"], record["data"]["train_shapes"], record["config"]["seed"]) == (6, 5, 3)
+    with (folder / "training.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 7
+    assert float(rows[-1]["val/volume_iou"]) >= 0
+
+    assert run_stage(config_for(prepared, stage=StageName.cache)) == 0
+    assert run_stage(config_for(prepared, steps=2)) == 0
+    output = prepared / "pipeline"
+    options = ExportConfig(output=output, pipeline=PipelineConfig(model="tiny", steps=3))
+    assert export_run(config_for(prepared, stage=StageName.export, export=options)) == output
+    pipeline = ImageTo3DPipeline.from_pretrained(output, device="cpu", dtype="float32")
+    assert (pipeline.config.model, pipeline.config.steps) == ("tiny", 3)
+    info = LatentInfo.load(prepared / "latents")
+    torch.testing.assert_close(pipeline.vae.latent_mean, torch.tensor(info.mean))
+    torch.testing.assert_close(pipeline.vae.latent_std, torch.tensor(info.std))
+    for part, steps in (("vae", 6), ("dit", 2)):
+        assert load_json(output / part / "training.json")["steps"] == steps
+        assert (output / part / "training.csv").is_file()
+
+
+def test_a_run_without_a_checkpoint(prepared):
+    with pytest.raises(UserError, match="has no whole checkpoint"):
+        export_run(vae_config(prepared, stage=StageName.export))
