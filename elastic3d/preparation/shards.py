@@ -1,0 +1,164 @@
+"""Shards on disk: one safetensors file with the arrays of its shapes and one JSON file that describes them.
+
+The JSON file is written first and the safetensors file renamed into place last, so a shard whose
+safetensors file exists is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from elastic3d.config.prepare import ShapeConfig
+from elastic3d.errors import UserError
+from elastic3d.geometry.mesh_io import atomic_path
+from elastic3d.preparation.shape import item_seed, prepare_shape
+from elastic3d.preparation.sources import Item, Source
+
+Report = Callable[[str, str, str], None]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A planned shard: its file and the items that belong in it."""
+
+    path: Path
+    items: list[Item]
+
+    @property
+    def sidecar(self) -> Path:
+        """The JSON file beside the safetensors file."""
+        return self.path.with_suffix(".json")
+
+    @property
+    def done(self) -> bool:
+        """Whether the whole shard is on disk."""
+        return self.path.exists()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the content of a shard besides its items."""
+
+    shape: ShapeConfig
+    seed: int
+    held_out: frozenset[str]  # items that keep their solid, as "source/id"
+
+    def settings(self) -> dict[str, Any]:
+        """As the sidecar keeps it, to notice a run that resumes with other options."""
+        return {**asdict(self.shape), "seed": self.seed}
+
+
+def plan_shards(items: list[Item], folder: Path, size: int) -> list[Shard]:
+    """Consecutive items, `size` to a shard."""
+    return [
+        Shard(folder / f"shard-{start // size:05d}.safetensors", items[start : start + size])
+        for start in range(0, len(items), size)
+    ]
+
+
+def drop_outdated(shards: list[Shard], recipe: Recipe) -> None:
+    """Delete finished shards that lack items which belong in them now (after a smaller `limit`).
+
+    UserError if a shard was made of other items or with other settings than are asked for.
+    """
+    for shard in filter(lambda shard: shard.done, shards):
+        described = read_sidecar(shard.sidecar)
+        differing = [
+            key for key, value in recipe.settings().items() if described["settings"].get(key) != value
+        ]
+        if differing:
+            raise UserError(
+                f"{shard.path} was prepared with another {', '.join(differing)}, expected the same settings:"
+                " choose another output or delete that folder"
+            )
+        found = {row["id"] for row in described["items"] + described["failures"]}
+        wanted = {item.id for item in shard.items}
+        if found < wanted:
+            shard.path.unlink()
+        elif not found >= wanted:
+            raise UserError(
+                f"{shard.path} holds other shapes than belong there: the source or shard_size changed;"
+                " choose another output or delete that folder"
+            )
+
+
+def prepare_shard(
+    shard: Shard, source: Source, recipe: Recipe, known_failures: dict[str, str], report: Report
+) -> None:
+    """Prepare the items one after another and write the shard.
+
+    `report(event, id, reason)` is called with "start" and then "done" or "failed" for every item. An item in
+    `known_failures` isn't tried.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    rows: list[dict[str, Any]] = []
+    failures = []
+    for item in shard.items:
+        report("start", item.id, "")
+        reason = known_failures.get(item.id, "")
+        if not reason:
+            try:
+                row, found = _prepare_item(item, source, recipe)
+            except Exception as error:  # a bad mesh may raise anything; it is listed and the others go on
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            else:
+                rows.append(row)
+                arrays |= found
+        if reason:
+            failures.append({"id": item.id, "reason": reason})
+        report("failed" if reason else "done", item.id, reason)
+    write_shard(shard, arrays, {"settings": recipe.settings(), "items": rows, "failures": failures})
+
+
+def _prepare_item(
+    item: Item, source: Source, recipe: Recipe
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    raw = source.load(item)
+    seed = item_seed(item.source, item.id, recipe.seed)
+    found = prepare_shape(raw, recipe.shape, seed, f"{item.source}/{item.id}" in recipe.held_out)
+    row = {**item.row(), "faces": len(raw.mesh.faces), "seed": seed}
+    return row, {f"{item.id}/{key}": np.ascontiguousarray(value) for key, value in found.items()}
+
+
+def write_shard(shard: Shard, arrays: dict[str, NDArray[Any]], description: dict[str, Any]) -> None:
+    """Put both files in place, each whole or not at all, the safetensors file last."""
+    shard.path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(shard.sidecar) as draft:
+        draft.write_text(json.dumps(description, indent=1))
+    with atomic_path(shard.path) as draft:
+        draft.write_bytes(save(arrays))
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """The description of a shard. UserError if the file is missing or broken."""
+    try:
+        described: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't read {path}, which describes a shard: {error}") from error
+    return described
+
+
+def finished_sidecars(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file name, description) of every finished shard in a folder."""
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        yield path.name, read_sidecar(path.with_suffix(".json"))
+
+
+def write_manifest(folder: Path) -> tuple[int, dict[str, str]]:
+    """Rebuild `manifest.jsonl` from the finished shards; the number of items, and reasons by failed id."""
+    lines: list[str] = []
+    failures: dict[str, str] = {}
+    for name, described in finished_sidecars(folder):
+        lines += [json.dumps({**row, "shard": name}) for row in described["items"]]
+        failures |= {row["id"]: row["reason"] for row in described["failures"]}
+    with atomic_path(folder / "manifest.jsonl") as draft:
+        draft.write_text("".join(line + "\n" for line in lines))
+    return len(lines), failures

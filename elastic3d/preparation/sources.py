@@ -1,0 +1,116 @@
+"""What a source of shapes has to offer, and the `folder` source: a user's own meshes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from elastic3d.errors import UserError
+from elastic3d.geometry.mesh_io import READ_SUFFIXES, load_mesh
+from elastic3d.preparation.views import RawShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One shape of a source; `id` is unique within it and has no slash."""
+
+    id: str
+    source: str
+    category: str
+    caption: str
+    licence: str
+    creator: str
+    source_id: str  # what the source itself calls it: a seed, a catalogue id, a relative path
+
+    def row(self) -> dict[str, Any]:
+        """As the manifest shows it."""
+        return asdict(self)
+
+
+class Source(Protocol):
+    """A fixed, ordered list of items and a way to load each. Pickled into worker processes."""
+
+    name: str
+
+    def items(self) -> list[Item]:
+        """Every item, in the order in which shards take them."""
+        ...
+
+    def ready(self, item: Item) -> bool:
+        """Whether `load` can be called, or is known to fail."""
+        ...
+
+    def load(self, item: Item) -> RawShape:
+        """The raw mesh, Y up and front +Z. UserError if there is none."""
+        ...
+
+    @contextmanager
+    def producing(self) -> Iterator[Any]:
+        """Meanwhile items become ready; yields an object whose `check()` raises if that stopped."""
+        ...
+
+
+class AlwaysReady:
+    """For sources whose files are all there from the beginning."""
+
+    def ready(self, item: Item) -> bool:
+        """True."""
+        return True
+
+    @contextmanager
+    def producing(self) -> Iterator[AlwaysReady]:
+        """Nothing to wait for."""
+        yield self
+
+    def check(self) -> None:
+        """Never stops."""
+
+
+class FolderSource(AlwaysReady):
+    """Every glb, gltf, obj, ply, stl and off file below a directory, taken as Y up with the front at +Z."""
+
+    def __init__(self, path: Path, name: str = "folder") -> None:
+        if not path.is_dir():
+            raise UserError(f"path={path} is no directory, expected one with mesh files")
+        self.name, self._path = name, path
+        files = [
+            file
+            for file in sorted(path.rglob("*"))
+            if file.suffix.lower() in READ_SUFFIXES and file.is_file()
+        ]
+        if not files:
+            raise UserError(f"{path} holds no mesh, expected files ending in {', '.join(READ_SUFFIXES)}")
+        relative = [file.relative_to(path) for file in files]
+        stems = ["--".join(file.with_suffix("").parts) for file in relative]
+        shared = {stem for stem, count in Counter(stems).items() if count > 1}
+        names = [
+            f"{stem}-{file.suffix[1:]}" if stem in shared else stem
+            for stem, file in zip(stems, relative, strict=True)
+        ]
+        self._files = dict(zip(names, relative, strict=True))
+
+    def items(self) -> list[Item]:
+        """One item a file; the category is the folder it is in."""
+        return [
+            Item(
+                id=name,
+                source=self.name,
+                category=file.parent.name,
+                caption=file.stem.replace("_", " ").replace("-", " "),
+                licence="unknown",
+                creator="unknown",
+                source_id=file.as_posix(),
+            )
+            for name, file in self._files.items()
+        ]
+
+    def load(self, item: Item) -> RawShape:
+        """The file's geometry, as one part."""
+        mesh = load_mesh(self._path / self._files[item.id])
+        return RawShape(mesh, np.zeros(len(mesh.faces), np.int64))

@@ -1,0 +1,136 @@
+"""Random condition views: a picture of the object alone, as a user would cut it out of a photo."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import trimesh
+from numpy.typing import NDArray
+from PIL import Image
+
+from elastic3d.geometry.render import Camera, Light, Scene, orbit_camera
+
+SMOOTH_BELOW = 60_000  # faces; a finer mesh looks smooth with flat faces, and its vertex normals cost time
+
+# (weight, hue, saturation, value) ranges of materials one meets in a home
+_MATERIALS = (
+    (0.35, (0.04, 0.11), (0.2, 0.7), (0.35, 0.95)),  # wood, leather, brass
+    (0.35, (0.0, 1.0), (0.0, 0.08), (0.2, 1.0)),  # black to white, metal, porcelain
+    (0.30, (0.0, 1.0), (0.15, 0.8), (0.4, 1.0)),  # fabric and plastic of any colour
+)
+
+
+@dataclass(frozen=True)
+class RawShape:
+    """A mesh as its source gives it (Y up, front +Z), with a part number for every face.
+
+    `colours` (M, 3) uint8 are the sRGB colours of the parts where the source knows them.
+    """
+
+    mesh: trimesh.Trimesh
+    part: NDArray[np.integer]  # (F,)
+    colours: NDArray[np.uint8] | None = None
+
+
+def random_colour(generator: np.random.Generator) -> NDArray[np.uint8]:
+    """A plausible sRGB colour (3,) uint8."""
+    weights = [row[0] for row in _MATERIALS]
+    _, *ranges = _MATERIALS[generator.choice(len(_MATERIALS), p=weights)]
+    hsv = [float(generator.uniform(*limits)) for limits in ranges]
+    return np.round(255 * np.array(colorsys.hsv_to_rgb(*hsv))).astype(np.uint8)
+
+
+def random_light(camera: Camera, generator: np.random.Generator) -> Light:
+    """A light of any hardness from above, seldom from behind the object."""
+    back = -camera.axes()[2]
+    azimuth = np.arctan2(back[0], back[2]) + np.radians(generator.normal(0, 60))
+    height = generator.uniform(0.35, 0.95)
+    side = np.sqrt(1 - height**2)
+    ambient = float(generator.uniform(0.3, 0.65))
+    return Light(
+        direction=(float(side * np.sin(azimuth)), float(height), float(side * np.cos(azimuth))),
+        ambient=ambient,
+        diffuse=float(generator.uniform(0.9, 1.25) - ambient),
+        specular=float(generator.uniform(0, 0.3) ** 1.5),
+        shadows=bool(generator.random() < 0.7),
+    )
+
+
+def view_cameras(mesh: trimesh.Trimesh, count: int, generator: np.random.Generator) -> list[Camera]:
+    """Cameras all round, two thirds of them in front; the first one sees the front at an angle.
+
+    Elevation -5 to 45 degrees, angle of view 25 to 50 degrees, the object fills 80 to 95 % of the frame.
+    """
+    front = max(1, round(count * 2 / 3))
+    azimuths = [float(generator.choice([-1, 1]) * generator.uniform(20, 50))]
+    azimuths += [-90 + 180 * (i + generator.random()) / (front - 1) for i in range(front - 1)]
+    azimuths += [90 + 180 * (i + generator.random()) / (count - front) for i in range(count - front)]
+    vertices = np.asarray(mesh.vertices)
+    outline = vertices[generator.permutation(len(vertices))[:4000]]
+    extremes = np.concatenate([vertices.argmin(axis=0), vertices.argmax(axis=0)])
+    outline = np.concatenate([outline, vertices[extremes]])
+    cameras = []
+    for index, azimuth in enumerate(azimuths[:count]):
+        elevation = generator.uniform(10, 30) if index == 0 else generator.uniform(-5, 45)
+        start = orbit_camera(azimuth, elevation, 4.0, float(generator.uniform(25, 50)))
+        cameras.append(frame(start, outline, fill=float(generator.uniform(0.8, 0.95))))
+    return cameras
+
+
+def frame(camera: Camera, points: NDArray[np.floating], fill: float) -> Camera:
+    """The camera moved, not turned, so that the points (P, 3) are centred and span `fill` of the image."""
+    axes = camera.axes()
+    slope = np.tan(np.radians(camera.fov_deg) / 2)
+    target, distance = np.zeros(3), float(np.linalg.norm(np.subtract(camera.eye, camera.target)))
+    closest = float(np.linalg.norm(points, axis=1).max()) * 1.05
+    for _ in range(6):
+        moved = Camera(
+            eye=_triple(target - distance * axes[2]), target=_triple(target), fov_deg=camera.fov_deg
+        )
+        seen = moved.project(points)
+        low, high = seen.min(axis=0), seen.max(axis=0)
+        target = target + ((low + high) / 2 * slope * distance) @ axes[:2]
+        distance = max(distance * float((high - low).max()) / 2 / fill, closest)
+    return Camera(eye=_triple(target - distance * axes[2]), target=_triple(target), fov_deg=camera.fov_deg)
+
+
+def render_views(
+    shape: RawShape, count: int, size: int, generator: np.random.Generator
+) -> tuple[list[bytes], NDArray[np.float32]]:
+    """`count` RGBA PNGs and their cameras (V, 8): eye 3, target 3, fov in degrees, elevation in degrees.
+
+    Half of the views show the shape's own colours (the source's, or a palette drawn once), half a fresh
+    palette.
+    """
+    parts = int(shape.part.max()) + 1
+    own = np.stack([random_colour(generator) for _ in range(parts)])
+    if shape.colours is not None:
+        own = shape.colours
+    scene = Scene(shape.mesh, smooth=len(shape.mesh.faces) < SMOOTH_BELOW)
+    images, rows = [], []
+    for camera in view_cameras(shape.mesh, count, generator):
+        fresh = np.stack([random_colour(generator) for _ in range(parts)])
+        palette = own if generator.random() < 0.5 else fresh
+        scene.face_colours = palette[shape.part]
+        pixels = scene.render(camera, size, random_light(camera, generator)).colour
+        images.append(encode_png(pixels))
+        rows.append([*camera.eye, *camera.target, camera.fov_deg, _elevation(camera)])
+    return images, np.array(rows, np.float32).reshape(count, 8)
+
+
+def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    """RGBA (H, W, 4) as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def _elevation(camera: Camera) -> float:
+    return float(np.degrees(np.arcsin(np.clip(-camera.axes()[2, 1], -1, 1))))
+
+
+def _triple(vector: NDArray[np.floating]) -> tuple[float, float, float]:
+    return float(vector[0]), float(vector[1]), float(vector[2])

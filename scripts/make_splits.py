@@ -1,0 +1,47 @@
+"""Write the committed split lists anew; needs the sweethome3d package and two minutes.
+
+python scripts/make_splits.py output=data/splits
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from _cli import run
+from tqdm import tqdm
+
+from elastic3d.config.prepare import SplitsConfig
+from elastic3d.errors import UserError
+from elastic3d.preparation.duplicates import near_duplicate_groups, shape_points
+from elastic3d.preparation.infinigen_source import assets
+from elastic3d.preparation.prepare import cache_folder
+from elastic3d.preparation.splits import Split, infinigen_split, split_groups, write_splits
+from elastic3d.preparation.sweethome3d import SweetHome3DSource, find_package
+
+
+def main(config: SplitsConfig) -> int:
+    """Split Infinigen by seed and SweetHome3D by group of near duplicates."""
+    splits = {f"infinigen/{asset.name}": infinigen_split(asset.seed) for asset in assets([], config.seeds)}
+    splits |= split_groups(sweethome3d_groups(config), config.test, config.val, config.seed)
+    write_splits(Path(config.output), splits)
+    for split in Split:
+        print(f"{split.value}: {sum(which is split for which in splits.values())}")
+    return 0
+
+
+def sweethome3d_groups(config: SplitsConfig) -> dict[str, int]:
+    """Group number of every usable model, by "source/id"."""
+    downloads = cache_folder(config.cache_dir) / "sweethome3d"
+    source = SweetHome3DSource(find_package(downloads, config.path), downloads)
+    clouds = {}
+    for item in tqdm(source.items(), unit="model"):
+        try:
+            clouds[f"{item.source}/{item.id}"] = shape_points(source.load(item))
+        except UserError as error:
+            print(f"left out {item.id}: {error}")
+    groups = near_duplicate_groups(list(clouds.values()), config.threshold)
+    return {name: int(group) for name, group in zip(clouds, groups, strict=True)}
+
+
+if __name__ == "__main__":
+    run(main, SplitsConfig, "make_splits")

@@ -1,0 +1,29 @@
+"""Turn meshes into shards of training data.
+
+    python scripts/prepare_data.py source=folder path=my_meshes output=data/prepared
+    python scripts/prepare_data.py source=infinigen workers=8 generators=4
+    python scripts/prepare_data.py source=sweethome3d
+
+Kill it at any point and run it again: it goes on where it was. Shapes that can't be used are skipped and
+listed.
+"""
+
+from __future__ import annotations
+
+from _cli import run
+
+from elastic3d.config.prepare import PrepareConfig
+from elastic3d.preparation.prepare import prepare_data
+
+
+def main(config: PrepareConfig) -> int:
+    """Prepare a source of shapes: distances, surface samples and views, in shards that training reads."""
+    summary = prepare_data(config)
+    print(f"{summary.prepared} shapes in {summary.folder}, {len(summary.failures)} skipped")
+    for name, reason in list(summary.failures.items())[:20]:
+        print(f"  {name}: {reason}")
+    return 0 if summary.prepared else 1
+
+
+if __name__ == "__main__":
+    run(main, PrepareConfig, "prepare_data")
