@@ -32,6 +32,9 @@ class VAEConfig:
     point_features: int = option(4, "channels after xyz of a surface point: normal (3), sharp-edge label (1)")
     sharp_latents: int = option(0, "how many of the latents read their query point from the sharp-edge stream")
     anchored: bool = option(False, "a latent carries its anchor point and attention knows distances to it")
+    neighbours_in: int = option(16, "anchored: surface points whose local shape a latent reads; 0 for none")
+    neighbours_out: int = option(8, "anchored: latents whose local shape a field query reads; 0 for none")
+    local_width: int = option(128, "anchored: hidden width of the local features")
     anchor_jitter: float = option(0.005, "standard deviation of the noise on anchors in training")
     scale_factor: float = option(1.0, "latents are multiplied by this for the DiT (after standardisation)")
     latent_mean: list[float] = option([], "mean of each latent channel over the training set; empty: 0")
@@ -44,6 +47,7 @@ class VAEConfig:
             raise ValueError(f"width {self.width} is no multiple of heads x geo_downsample")
         if self.heads % self.geo_downsample:
             raise ValueError(f"heads {self.heads} is no multiple of geo_downsample {self.geo_downsample}")
+        check_range("neighbours_out", self.neighbours_out, 0, self.num_latents)
         check_range("sharp_latents", self.sharp_latents, 0, self.num_latents)
         for name in ("latent_mean", "latent_std"):
             if len(getattr(self, name)) not in (0, self.channels):

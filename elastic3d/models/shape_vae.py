@@ -2,7 +2,7 @@
 
 Layout and parameter names of the Hunyuan3D-2 vecset VAE (after 3DShape2VecSet, arXiv 2301.11445), so official
 weights load as they are. `anchored=true` adds what small models need to learn fast: every latent carries the point it
-was read from, and attention between points and latents knows their distance.
+was read from, attention between points and latents knows their distance, and local features its direction.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from elastic3d.config.models import VAEConfig
 from elastic3d.models.layers import MLP, DistanceBias, QKNorm, attend, farthest_points, fourier_embedding
+from elastic3d.models.local import LocalFeatures
 from elastic3d.models.weights import PretrainedMixin
 
 
@@ -135,6 +136,10 @@ class Encoder(nn.Module):
         self.config = config
         self.input_proj = nn.Linear(3 + 6 * config.num_freqs + config.point_features, config.width)
         self.cross_attn = CrossAttentionBlock(config, config.width, config.heads, config.mlp_ratio)
+        if config.anchored and config.neighbours_in:
+            self.local = LocalFeatures(
+                config.point_features, config.width, config.local_width, config.neighbours_in, "max"
+            )
         self.self_attn = Transformer(config, config.encoder_layers)
         self.ln_post = nn.LayerNorm(config.width, eps=1e-6)
 
@@ -149,7 +154,11 @@ class Encoder(nn.Module):
             points = torch.cat([points, edges], dim=1)
             if from_sharp:
                 queries = torch.cat([queries, _pick(edges, from_sharp)], dim=1)
-        x = self.cross_attn(self._embed(queries), self._embed(points), queries[..., :3], points[..., :3])
+        x = self._embed(queries)
+        if cfg.anchored and cfg.neighbours_in:
+            features = points[..., 3 : 3 + cfg.point_features].to(x.dtype)
+            x = x + self.local(queries[..., :3], points[..., :3], features)
+        x = self.cross_attn(x, self._embed(points), queries[..., :3], points[..., :3])
         return self.ln_post(self.self_attn(x)), queries[..., :3]
 
     def _embed(self, points: Tensor) -> Tensor:
@@ -179,6 +188,8 @@ class GeoDecoder(nn.Module):
         self.query_proj = nn.Linear(3 + 6 * config.num_freqs, width)
         if config.geo_downsample > 1:
             self.latents_proj = nn.Linear(config.width, width)
+        if config.anchored and config.neighbours_out:
+            self.local = LocalFeatures(width, width, config.local_width, config.neighbours_out, "fade")
         self.cross_attn_decoder = CrossAttentionBlock(config, width, heads, config.geo_mlp_ratio)
         self.ln_post = nn.LayerNorm(width, eps=1e-5) if config.geo_ln_post else nn.Identity()
         self.output_proj = nn.Linear(width, 1)
@@ -189,6 +200,8 @@ class GeoDecoder(nn.Module):
             tokens = self.latents_proj(tokens)
         position = fourier_embedding(points, self.config.num_freqs, self.config.include_pi)
         x = self.query_proj(position.to(tokens.dtype))
+        if anchors is not None and self.config.neighbours_out:
+            x = x + self.local(points, anchors, tokens)
         x = self.cross_attn_decoder(x, tokens, points, anchors)
         return self.output_proj(self.ln_post(x)).squeeze(-1).float()
 

@@ -8,7 +8,7 @@ from elastic3d.models.shape_vae import ShapeVAE
 def tiny(**changes) -> ShapeVAE:
     torch.manual_seed(0)
     defaults = {"num_latents": 8, "latent_channels": 4, "width": 32, "heads": 2, "encoder_layers": 1,
-                "decoder_layers": 1, "num_freqs": 4}  # fmt: skip
+                "decoder_layers": 1, "num_freqs": 4, "neighbours_in": 6, "neighbours_out": 4, "local_width": 16}  # fmt: skip
     return ShapeVAE(VAEConfig(**(defaults | changes))).eval()
 
 
