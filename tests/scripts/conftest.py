@@ -3,4 +3,5 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+root = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(root / "scripts"), str(root / "tests")]

@@ -1,0 +1,169 @@
+"""Many pictures to many mesh files: what to do, doing it in batches, and the record of it."""
+
+from __future__ import annotations
+
+import glob
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elastic3d.config.generate import GenerateConfig, MeshFormat
+from elastic3d.config.serialize import to_dict
+from elastic3d.errors import UserError
+from elastic3d.geometry.cleanup import mesh_health
+from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, atomic_path, check_suffix, save_mesh
+from elastic3d.models.pictures import PICTURE_SUFFIXES
+from elastic3d.models.weights import save_json
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
+from elastic3d.pipelines.preview import turntable
+
+SUMMARY_NAME = "summary.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One mesh to make."""
+
+    image: Path
+    seed: int
+    output: Path
+
+
+@dataclass
+class Outcome:
+    """What became of a job: `ok`, `failed` with its error, or `skipped` as its file was there."""
+
+    image: str
+    output: str
+    seed: int
+    status: str
+    error: str | None = None
+    faces: int | None = None
+    watertight: bool | None = None
+    receipt: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All jobs of a command; `folder` is where many outputs go, None for a single picture's own file."""
+
+    jobs: list[Job]
+    folder: Path | None
+
+
+def plan(config: GenerateConfig) -> Plan:
+    """The jobs that `image`, `output`, `seed` and `num_samples` ask for.
+
+    Raises:
+        UserError: no picture is there, or `output` is of the wrong kind.
+    """
+    output = Path(config.output)
+    single = Path(config.image)
+    many = single.is_dir() or (glob.has_magic(config.image) and not single.exists())
+    if not many and not single.exists():
+        raise UserError(f"there is no file {single}")
+    if many or output.is_dir() or config.output.endswith("/"):
+        if output.suffix.lower() in WRITE_SUFFIXES and not output.is_dir():
+            raise UserError(f"output is {output}, expected a folder, as image is a folder or a glob")
+        if output.exists() and not output.is_dir():
+            raise UserError(f"output is {output}, a file, expected a folder")
+        images = _pictures(config.image) if many else [single]
+        targets = _targets(images, output, config.format)
+        folder: Path | None = output
+    else:
+        check_suffix(output, WRITE_SUFFIXES)
+        images, targets, folder = [single], [output], None
+    jobs = [
+        Job(image, config.seed + n, _numbered(target, n, config.num_samples))
+        for image, target in zip(images, targets, strict=True)
+        for n in range(config.num_samples)
+    ]
+    return Plan(jobs, folder)
+
+
+def generate(
+    pipeline: ImageTo3DPipeline,
+    jobs: Sequence[Job],
+    config: GenerateConfig,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Iterator[Outcome]:
+    """Do the jobs in batches, each mesh saved as soon as its batch is through; one outcome a job."""
+    todo = []
+    for job in jobs:
+        if config.resume and job.output.exists():
+            yield Outcome(str(job.image), str(job.output), job.seed, "skipped")
+        else:
+            todo.append(job)
+    for start in range(0, len(todo), config.batch_size):
+        batch = todo[start : start + config.batch_size]
+        results = pipeline(
+            [job.image for job in batch],
+            [job.seed for job in batch],
+            steps=config.steps,
+            guidance=config.guidance,
+            resolution=config.resolution,
+            cleanup=config.cleanup,
+            foreground=config.foreground,
+            on_step=on_step,
+        )
+        for job, result in zip(batch, results, strict=True):
+            yield _save(job, result, config.preview)
+
+
+def save_summary(path: Path, config: GenerateConfig, outcomes: Sequence[Outcome], planned: int) -> None:
+    """Write `summary.json`: the options, how many jobs ended how, one entry a job that was reached."""
+    counts = Counter(outcome.status for outcome in outcomes)
+    save_json(
+        {
+            "options": to_dict(config),
+            "counts": {name: counts[name] for name in ("ok", "failed", "skipped")},
+            "not_reached": planned - len(outcomes),
+            "items": [asdict(outcome) for outcome in outcomes],
+        },
+        path,
+    )
+
+
+def _save(job: Job, result: Result, preview: bool) -> Outcome:
+    outcome = Outcome(str(job.image), str(job.output), job.seed, "ok", receipt=result.receipt)
+    try:
+        mesh = result.mesh
+        save_mesh(mesh, job.output, extras=result.receipt, name=job.image.stem)
+        if preview:
+            with atomic_path(job.output.with_suffix(".png")) as temporary:
+                turntable(mesh).save(temporary)
+    except UserError as error:
+        outcome.status, outcome.error = "failed", str(error)
+        return outcome
+    health = mesh_health(mesh)
+    outcome.faces, outcome.watertight = health.faces, health.watertight
+    return outcome
+
+
+def _pictures(pattern: str) -> list[Path]:
+    """Pictures in a folder, or files that match a glob; sorted."""
+    folder = Path(pattern)
+    if folder.is_dir():
+        found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURE_SUFFIXES]
+    else:
+        found = [path for path in map(Path, sorted(glob.glob(pattern, recursive=True))) if path.is_file()]  # noqa: PTH207
+    if not found:
+        kinds = f" ({', '.join(PICTURE_SUFFIXES)})" if folder.is_dir() else ""
+        raise UserError(f"image is {pattern}, which holds no picture{kinds}")
+    return found
+
+
+def _targets(images: Sequence[Path], folder: Path, kind: MeshFormat) -> list[Path]:
+    """`folder/<stem>.<kind>`; the suffix stays in the name where two pictures differ in nothing else."""
+    stems = Counter(image.stem for image in images)
+    names = [image.stem if stems[image.stem] == 1 else image.name.replace(".", "_") for image in images]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise UserError(f"image matches several pictures named {repeated[0]}, expected different names")
+    return [folder / f"{name}.{kind.value}" for name in names]
+
+
+def _numbered(target: Path, number: int, total: int) -> Path:
+    return target if total == 1 else target.with_name(f"{target.stem}_{number}{target.suffix}")

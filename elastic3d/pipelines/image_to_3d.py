@@ -1,0 +1,307 @@
+"""Image to mesh: encode the picture, sample latents, decode the field, extract and clean the surface."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+import trimesh
+from PIL import Image
+from torch import Tensor
+
+from elastic3d import __version__
+from elastic3d.config.base import DeviceChoice, DTypeChoice
+from elastic3d.config.generate import PipelineConfig, check_sampling
+from elastic3d.config.geometry import CleanupConfig, DecodeConfig
+from elastic3d.config.images import ForegroundConfig
+from elastic3d.config.serialize import from_dict, to_dict
+from elastic3d.diffusion.sampler import sample
+from elastic3d.errors import UserError
+from elastic3d.geometry.cleanup import clean
+from elastic3d.geometry.decode import decode_field
+from elastic3d.geometry.surface import extract_surface
+from elastic3d.models.flops import dit_blocks_flops
+from elastic3d.models.foreground import prepare_picture, to_tensor
+from elastic3d.models.image_encoder import ImageEncoder, load_image_encoder, save_image_encoder
+from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.models.weights import file_sha256, find_weights, load_json, save_json
+from elastic3d.pipelines.runtime import resolve_device, resolve_dtype
+
+PIPELINE_NAME = "pipeline.json"
+Picture = str | Path | Image.Image
+
+
+@dataclass
+class Settings:
+    """What one call asks for, defaults filled in."""
+
+    steps: int
+    guidance: float
+    decode: DecodeConfig
+    cleanup: CleanupConfig
+    foreground: ForegroundConfig
+
+
+@dataclass
+class Result:
+    """One sample: its mesh, or the reason why there is none."""
+
+    receipt: dict[str, Any]
+    """What was done, as stored in a glb: version, model, seed, steps, FLOPs, milliseconds, ..."""
+    latents: Tensor | None = None
+    """Sampled latents (N,C) fp32 on the CPU; None if the picture could not be used."""
+    error: UserError | None = None
+    _mesh: trimesh.Trimesh | None = field(default=None, repr=False)
+
+    @property
+    def mesh(self) -> trimesh.Trimesh:
+        """The mesh, Y up, in [-1.01, 1.01]^3; raises `error` if there is none."""
+        if self.error is not None:
+            raise self.error
+        assert self._mesh is not None
+        return self._mesh
+
+
+class ImageTo3DPipeline:
+    """A picture of one object becomes a mesh.
+
+    On disk: a folder with `pipeline.json`, `vae/`, `dit/` (each config.json and model.safetensors) and
+    `image_encoder/config.json`.
+    """
+
+    def __init__(
+        self,
+        vae: ShapeVAE,
+        dit: ShapeDiT,
+        encoder: ImageEncoder,
+        config: PipelineConfig | None = None,
+        weights_sha256: str | None = None,
+    ) -> None:
+        """All parts on one device. UserError if their channels do not fit together.
+
+        Args:
+            weights_sha256: of the files they come from; None for models that were not loaded from files.
+        """
+        for name, wanted, found in (
+            ("latent channels", vae.config.channels, dit.config.in_channels),
+            ("condition channels", encoder.channels, dit.config.condition_channels),
+        ):
+            if wanted != found:
+                raise UserError(f"the DiT has {found} {name}, but its partner has {wanted}")
+        self.vae, self.dit, self.encoder = vae.eval(), dit.eval(), encoder
+        self.config = config or PipelineConfig()
+        self.weights_sha256 = weights_sha256
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return next(self.dit.parameters()).device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: DeviceChoice | torch.device | str = "auto",
+        dtype: DTypeChoice | torch.dtype | str = "auto",
+    ) -> ImageTo3DPipeline:
+        """The pipeline saved in a folder, ready to run.
+
+        Args:
+            dtype: of the DiT and the VAE; `auto` is bf16 where it is fast, else fp32.
+
+        Raises:
+            UserError: a missing, broken or foreign file, a device that is not there.
+        """
+        folder = Path(path)
+        target = resolve_device(device)
+        number = resolve_dtype(dtype, target)
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}, expected one with {PIPELINE_NAME}")
+        config = from_dict(PipelineConfig, load_json(folder / PIPELINE_NAME), str(folder / PIPELINE_NAME))
+        vae = ShapeVAE.from_pretrained(folder / "vae", number, target)
+        dit = ShapeDiT.from_pretrained(folder / "dit", number, target)
+        encoder = load_image_encoder(folder / "image_encoder", target)
+        digest = file_sha256(find_weights(folder / "vae"), find_weights(folder / "dit"))
+        return cls(vae, dit, encoder, config, digest)
+
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the folder that `from_pretrained` reads; `pipeline.json` last: half a folder is no model."""
+        folder = Path(path)
+        self.vae.save_pretrained(folder / "vae", dtype)
+        self.dit.save_pretrained(folder / "dit", dtype)
+        save_image_encoder(self.encoder, folder / "image_encoder")
+        save_json({**to_dict(self.config), "version": __version__}, folder / PIPELINE_NAME)
+
+    @overload
+    def __call__(self, images: Picture, seed: int = 0, **options: Any) -> Result: ...
+
+    @overload
+    def __call__(
+        self, images: Sequence[Picture], seed: int | Sequence[int] = 0, **options: Any
+    ) -> list[Result]: ...
+
+    def __call__(  # type: ignore[misc]  # the overloads pass the options on unnamed
+        self,
+        images: Picture | Sequence[Picture],
+        seed: int | Sequence[int] = 0,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        resolution: int | None = None,
+        max_faces: int | None = None,
+        cleanup: CleanupConfig | None = None,
+        foreground: ForegroundConfig | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Result | list[Result]:
+        """Mesh of a picture, or of each of a list of pictures as one batch.
+
+        Args:
+            images: file, PIL image, or a list of them.
+            seed: of the noise; one for all, or one a picture. A sample depends on its own picture and seed
+                alone, not on its batch.
+            steps, guidance, resolution: None is the model's default.
+            max_faces: decimate to this many faces; None is `cleanup`'s own (40,000).
+            on_step: called with (steps done, steps) during sampling.
+
+        Raises:
+            UserError: a value out of range; for a single picture also whatever kept it from becoming a mesh.
+                In a list that is the `error` of its result, and the others go on.
+        """
+        many = not isinstance(images, (str, Path, Image.Image))
+        pictures: Sequence[Picture] = images if many else [images]  # type: ignore[assignment, list-item]
+        seeds = [seed] * len(pictures) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(pictures):
+            raise UserError(f"seed has {len(seeds)} values, expected one or {len(pictures)}")
+        settings = self._settings(steps, guidance, resolution, max_faces, cleanup, foreground)
+        results = self._generate(pictures, seeds, settings, on_step)
+        if many:
+            return results
+        if results[0].error is not None:
+            raise results[0].error
+        return results[0]
+
+    def _settings(
+        self,
+        steps: int | None,
+        guidance: float | None,
+        resolution: int | None,
+        max_faces: int | None,
+        cleanup: CleanupConfig | None,
+        foreground: ForegroundConfig | None,
+    ) -> Settings:
+        try:
+            check_sampling(steps, guidance, resolution)
+            cleaning = cleanup or CleanupConfig()
+            if max_faces is not None:
+                cleaning = replace(cleaning, max_faces=max_faces)
+            return Settings(
+                steps=self.config.steps if steps is None else steps,
+                guidance=self.config.guidance if guidance is None else guidance,
+                decode=DecodeConfig(resolution=self.config.resolution if resolution is None else resolution),
+                cleanup=cleaning,
+                foreground=foreground or ForegroundConfig(),
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def _generate(
+        self,
+        pictures: Sequence[Picture],
+        seeds: Sequence[int],
+        settings: Settings,
+        on_step: Callable[[int, int], None] | None,
+    ) -> list[Result]:
+        results = [Result(self._receipt(seed, settings)) for seed in seeds]
+        prepared: dict[int, Image.Image] = {}
+        batch_ms: dict[str, float] = {}
+        with _timed(batch_ms, "condition"):
+            for i, picture in enumerate(pictures):
+                try:
+                    prepared[i] = prepare_picture(picture, settings.foreground, self.encoder.image_size)
+                except UserError as error:
+                    results[i].error = error
+            if not prepared:
+                return results
+            condition = self.encoder(to_tensor(list(prepared.values())).to(self.device))
+        with _timed(batch_ms, "dit"):
+            latents = self.sample_latents(condition, [seeds[i] for i in prepared], settings, on_step)
+        with _timed(batch_ms, "decode"), torch.no_grad():
+            tokens = self.vae.decode(latents)
+        share = {name: value / len(prepared) for name, value in batch_ms.items()}
+        for row, i in enumerate(prepared):
+            results[i].latents = latents[row].cpu()
+            ms = dict(share)
+            try:
+                results[i]._mesh = self._mesh_of(tokens[row : row + 1], settings, ms)
+            except ValueError as error:
+                results[i].error = error if isinstance(error, UserError) else UserError(str(error))
+            results[i].receipt.update(self._flops(condition.shape[1], settings))
+            results[i].receipt["ms"] = {name: round(value, 1) for name, value in ms.items()}
+        return results
+
+    def sample_latents(
+        self,
+        condition: Tensor,
+        seeds: Sequence[int],
+        settings: Settings,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Condition tokens (B,M,Cc) -> latents (B,N,C) in fp32, sample b from its own generator."""
+        cfg = self.dit.config
+        return sample(
+            self.dit,
+            condition,
+            (cfg.num_latents, cfg.in_channels),
+            settings.steps,
+            settings.guidance,
+            [torch.Generator().manual_seed(seed) for seed in seeds],
+            shift=self.config.shift,
+            guidance_embed=cfg.guidance_embed,
+            on_step=on_step,
+        )
+
+    def _mesh_of(self, tokens: Tensor, settings: Settings, ms: dict[str, float]) -> trimesh.Trimesh:
+        """Decoded tokens (1,N,D) of one sample -> clean mesh; adds its times to `ms`."""
+        with _timed(ms, "decode"):
+            values, _ = decode_field(
+                lambda points, _: self.vae.query(points, tokens), 0, settings.decode, self.device
+            )
+        with _timed(ms, "surface"):
+            mesh = extract_surface(values, settings.decode.box, settings.decode.surface)
+        with _timed(ms, "cleanup"):
+            return clean(mesh, settings.cleanup)
+
+    def _receipt(self, seed: int, settings: Settings) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "model": self.config.model,
+            "weights_sha256": self.weights_sha256,
+            "seed": seed,
+            "steps": settings.steps,
+            "guidance": settings.guidance,
+            "resolution": settings.decode.resolution,
+            "budget": 1.0,
+        }
+
+    def _flops(self, condition_tokens: int, settings: Settings) -> dict[str, int]:
+        """FLOPs of the DiT's blocks over all steps and branches, for one sample."""
+        cfg = self.dit.config
+        branches = 2 if settings.guidance != 1.0 and not cfg.guidance_embed else 1
+        dense = settings.steps * branches * dit_blocks_flops(cfg, cfg.num_latents, condition_tokens)
+        return {"flops_executed": dense, "flops_dense": dense}
+
+
+@contextmanager
+def _timed(ms: dict[str, float], name: str) -> Iterator[None]:
+    """Add the milliseconds of the block to `ms[name]`, waiting for what it started on a GPU."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    ms[name] = ms.get(name, 0.0) + 1000 * (time.perf_counter() - start)

@@ -1,0 +1,78 @@
+"""Make a mesh from a picture of an object.
+
+    python scripts/gen_mesh.py image=chair.png output=chair.glb
+    python scripts/gen_mesh.py image=photos/ output=meshes/ resume=true
+
+A folder or glob of pictures is done in batches: a bad file is reported and skipped, `summary.json` records
+everything, and the exit code is 1 if any failed. A picture needs a transparent or a plain background.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from _cli import run
+
+from elastic3d.config.generate import DEFAULT_MODEL, GenerateConfig
+from elastic3d.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def main(config: GenerateConfig) -> int:
+    """Plan, load the model, generate; 1 if any picture failed."""
+    from tqdm import tqdm
+
+    from elastic3d.pipelines import generation
+    from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+
+    start = time.perf_counter()
+    plan = generation.plan(config)
+    check_writable(plan.folder or plan.jobs[0].output.parent)
+    pipeline = ImageTo3DPipeline.from_pretrained(
+        config.model or REPOSITORY / DEFAULT_MODEL, config.device, config.dtype
+    )
+    single = len(plan.jobs) == 1 and plan.folder is None
+    outcomes: list[generation.Outcome] = []
+    bar = tqdm(total=len(plan.jobs), unit="mesh", leave=False, disable=None)
+    try:
+        for outcome in generation.generate(
+            pipeline, plan.jobs, config, lambda done, steps: bar.set_postfix_str(f"step {done}/{steps}")
+        ):
+            outcomes.append(outcome)
+            bar.update()
+            if outcome.status == "failed":
+                if single:
+                    raise UserError(outcome.error)
+                bar.write(f"failed: {outcome.error}", file=sys.stderr)
+    finally:
+        bar.close()
+        if plan.folder is not None:
+            generation.save_summary(plan.folder / generation.SUMMARY_NAME, config, outcomes, len(plan.jobs))
+    report(outcomes, time.perf_counter() - start)
+    return int(any(outcome.status == "failed" for outcome in outcomes))
+
+
+def check_writable(folder: Path) -> None:
+    """UserError before the work, not after it, if nothing can be written to `folder`."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"can't write to {folder}: {existing} is no folder that may be written to")
+
+
+def report(outcomes: list, seconds: float) -> None:  # type: ignore[type-arg]
+    """One line for a mesh, a count for many."""
+    if len(outcomes) == 1 and outcomes[0].status == "ok":
+        mesh = outcomes[0]
+        closed = "watertight" if mesh.watertight else "not watertight"
+        print(f"{mesh.output}: {mesh.faces:,} faces, {closed}, {seconds:.1f} s")
+        return
+    counts = [f"{sum(o.status == s for o in outcomes)} {s}" for s in ("ok", "failed", "skipped")]
+    print(f"{len(outcomes)} meshes: {', '.join(counts)}, {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    run(main, GenerateConfig, "gen_mesh")

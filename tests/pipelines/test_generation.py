@@ -1,0 +1,100 @@
+"""Plans of many pictures: names, folders, globs, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trimesh
+from tiny_pipeline import save_picture
+
+from elastic3d.config.generate import GenerateConfig
+from elastic3d.errors import UserError
+from elastic3d.pipelines.generation import Job, plan
+from elastic3d.pipelines.preview import turntable
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for name in ("b (1).png", "a.PNG", "notes.txt", "c, d.jpg"):
+        (tmp_path / "photos" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "photos" / name).touch()
+    return tmp_path / "photos"
+
+
+def _plan(image: object, output: object, **options: Any) -> list[Job]:
+    return plan(GenerateConfig(image=str(image), output=str(output), **options)).jobs
+
+
+def test_a_single_picture(tmp_path: Path) -> None:
+    image = save_picture(tmp_path / "chair.png")
+    assert _plan(image, tmp_path / "x.GLB") == [Job(image, 0, tmp_path / "x.GLB")]
+    assert _plan(image, tmp_path) == [Job(image, 0, tmp_path / "chair.glb")]
+    assert _plan(image, f"{tmp_path}/new/") == [Job(image, 0, tmp_path / "new/chair.glb")]
+    jobs = _plan(image, tmp_path / "x.ply", num_samples=2, seed=5)
+    assert jobs == [Job(image, 5, tmp_path / "x_0.ply"), Job(image, 6, tmp_path / "x_1.ply")]
+
+
+def test_folders_and_globs(photos: Path, tmp_path: Path) -> None:
+    names = ["a.glb", "b (1).glb", "c, d.glb"]
+    assert [job.output.name for job in _plan(photos, tmp_path / "out")] == names
+    assert [job.output.name for job in _plan(photos / "*.png", tmp_path / "out")] == ["b (1).glb"]
+    assert len(_plan(f"{tmp_path}/**/*.jpg", tmp_path / "out")) == 1
+    (photos / "[x].png").touch()
+    assert [job.image.name for job in _plan(photos / "[x].png", tmp_path / "x.glb")] == ["[x].png"]
+
+
+def test_equal_stems_keep_their_suffix(tmp_path: Path) -> None:
+    for name in ("a.png", "a.jpg", "b.png"):
+        save_picture(tmp_path / "in" / name.replace(".jpg", ".webp"))
+    names = [job.output.name for job in _plan(tmp_path / "in", tmp_path / "out")]
+    assert names == ["a_png.glb", "a_webp.glb", "b.glb"]
+    save_picture(tmp_path / "in/deeper/b.png")
+    with pytest.raises(UserError, match="several pictures named b_png"):
+        _plan(f"{tmp_path}/in/**/*.png", tmp_path / "out")
+
+
+def test_what_is_refused(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    cases = [
+        (photos, "x.glb", "output is x.glb, expected a folder, as image is a folder or a glob"),
+        (photos, tmp_path / "file", "output is .*file, a file, expected a folder"),
+        (tmp_path / "empty", "out", r"empty, which holds no picture \(.png"),
+        (tmp_path / "*.tiff", "out", "which holds no picture"),
+        (tmp_path / "gone.png", "x.glb", "there is no file .*gone.png"),
+        (photos / "a.PNG", "chair.fbx", "chair.fbx has .fbx, expected one of .glb"),
+        (photos / "a.PNG", "chair", "chair has no suffix, expected one of .glb"),
+    ]
+    for image, output, message in cases:
+        with pytest.raises(UserError, match=message):
+            _plan(image, output)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image": ""}, "image= is missing, for example image=chair.png"),
+        ({"output": ""}, "output= is missing, for example output=chair.glb"),
+        ({"steps": 1001}, "steps is 1001, expected a value from 1 to 1000"),
+        ({"guidance": -1.0}, "guidance is -1.0"),
+        ({"resolution": 7}, "resolution is 7"),
+        ({"num_samples": 0}, "num_samples is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GenerateConfig(**{"image": "a.png", "output": "a.glb", **options})
+
+
+def test_turntable_shows_the_mesh_from_all_sides() -> None:
+    mesh = trimesh.creation.box((0.2, 0.1, 0.6))
+    mesh.apply_translation((5, 0, 0))
+    strip = np.asarray(turntable(mesh, views=4, size=48))
+    assert strip.shape == (48, 4 * 48, 3)
+    covered = [(strip[:, i * 48 : (i + 1) * 48] < 250).any(axis=-1).mean() for i in range(4)]
+    assert min(covered) > 0.02 and covered[1] > 1.2 * covered[0]

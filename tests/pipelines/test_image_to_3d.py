@@ -1,0 +1,221 @@
+"""Image to mesh: reproducible, independent of the batch, saved and loaded whole, clear about failures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_pipeline import CHANNELS, LATENTS, picture, save_picture
+
+from elastic3d import __version__
+from elastic3d.adapters.shape_dit import ShapeDiTAdapter
+from elastic3d.config.geometry import CleanupConfig
+from elastic3d.errors import NoSurfaceError, UserError
+from elastic3d.models.flops import dit_blocks_flops
+from elastic3d.pipelines import image_to_3d
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+
+
+def test_one_picture(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:
+    result = pipeline(save_picture(tmp_path / "a.png"), seed=3)
+    assert len(result.mesh.faces) > 0 and np.abs(result.mesh.vertices).max() <= 1.0101
+    assert result.latents is not None and result.latents.shape == (LATENTS, CHANNELS)
+    again = pipeline(picture(), seed=3)
+    np.testing.assert_array_equal(again.mesh.vertices, result.mesh.vertices)
+
+
+def test_receipt(pipeline: ImageTo3DPipeline) -> None:
+    receipt = pipeline(picture(), seed=5, steps=2, guidance=1.0, resolution=12).receipt
+    assert list(receipt) == [
+        "version", "model", "weights_sha256", "seed", "steps", "guidance", "resolution", "budget",
+        "flops_executed", "flops_dense", "ms",
+    ]  # fmt: skip
+    assert list(receipt["ms"]) == ["condition", "dit", "decode", "surface", "cleanup"]
+    assert all(value >= 0 for value in receipt["ms"].values())
+    flops = 2 * dit_blocks_flops(pipeline.dit.config, LATENTS, 4)
+    expected = {
+        "version": __version__,
+        "model": "tiny",
+        "seed": 5,
+        "steps": 2,
+        "guidance": 1.0,
+        "resolution": 12,
+    }
+    expected |= {"budget": 1.0, "flops_executed": flops, "flops_dense": flops}
+    assert {name: receipt[name] for name in expected} == expected
+    guided = pipeline(picture(), steps=2, guidance=3.0).receipt
+    assert guided["flops_dense"] == 2 * flops
+    json.dumps(receipt)
+
+
+def test_flops_agree_with_the_adapter(pipeline: ImageTo3DPipeline) -> None:
+    total = 0
+    for name, adapter in ShapeDiTAdapter().block_lists(pipeline.dit):
+        for block in getattr(pipeline.dit, name):
+            lengths = [LATENTS, 4] if name == "double_blocks" else [LATENTS + 4]
+            total += adapter.flops(block, lengths).dense
+    assert dit_blocks_flops(pipeline.dit.config, LATENTS, 4) == total
+
+
+def test_seed_picture_and_guidance_matter(pipeline: ImageTo3DPipeline) -> None:
+    base = pipeline(picture(), seed=0).latents
+    assert base is not None
+    for other in (
+        pipeline(picture(), seed=1),
+        pipeline(picture("white", x=5), seed=0),
+        pipeline(picture(), seed=0, guidance=9.0),
+        pipeline(picture(), seed=0, steps=4),
+    ):
+        assert other.latents is not None and (other.latents - base).abs().max() > 1e-4
+
+
+def test_a_sample_does_not_depend_on_its_batch(pipeline: ImageTo3DPipeline) -> None:
+    pictures = [picture("maroon"), picture("navy", 5), picture("green", 60)]
+    batch = pipeline(pictures, seed=[7, 8, 9])
+    for image, seed, together in zip(pictures, (7, 8, 9), batch, strict=True):
+        alone = pipeline(image, seed=seed)
+        torch.testing.assert_close(alone.latents, together.latents, rtol=1e-4, atol=1e-5)
+        assert abs(len(alone.mesh.faces) - len(together.mesh.faces)) <= 8
+    assert [result.receipt["seed"] for result in batch] == [7, 8, 9]
+    assert all(result.receipt["seed"] == 4 for result in pipeline(pictures[:2], seed=4))
+
+
+def test_a_bad_picture_is_an_error_in_its_slot(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:
+    results = pipeline([picture(), tmp_path / "gone.png", Image.new("RGBA", (9, 9)), picture()], seed=0)
+    assert [result.error is None for result in results] == [True, False, False, True]
+    np.testing.assert_array_equal(results[0].mesh.vertices, results[3].mesh.vertices)
+    with pytest.raises(UserError, match="no file .*gone.png"):
+        _ = results[1].mesh
+    assert all(result.error is not None for result in pipeline([tmp_path / "gone.png"]))
+    with pytest.raises(UserError, match="no file .*gone.png"):
+        pipeline(tmp_path / "gone.png")
+
+
+def test_a_field_without_a_surface_is_an_error_in_its_slot(
+    pipeline: ImageTo3DPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    original = image_to_3d.decode_field
+
+    def decode(*args: Any) -> Any:
+        values, stats = original(*args)
+        calls.append(len(calls))
+        return values * 0 - 1 if len(calls) == 2 else values, stats
+
+    monkeypatch.setattr(image_to_3d, "decode_field", decode)
+    results = pipeline([picture()] * 3, seed=[0, 1, 2])
+    assert [result.error is None for result in results] == [True, False, True]
+    assert isinstance(results[1].error, NoSurfaceError) and results[1].latents is not None
+    calls[:] = [0]
+    with pytest.raises(NoSurfaceError):
+        pipeline(picture())
+
+
+def test_a_field_that_is_not_finite_is_an_error_in_its_slot(
+    pipeline: ImageTo3DPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = pipeline.vae.query
+    monkeypatch.setattr(pipeline.vae, "query", lambda points, tokens: query(points, tokens) * torch.nan)
+    (result,) = pipeline([picture()])
+    assert isinstance(result.error, UserError) and "not finite" in str(result.error)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0, expected a value from 1 to 1000"),
+        ({"guidance": -1.0}, "guidance is -1.0, expected"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"resolution": 1024}, "resolution is 1024, expected a value from 8 to 512"),
+        ({"resolution": 4}, "resolution is 4"),
+        ({"max_faces": 2}, "max_faces is 2"),
+        ({"seed": [1, 2]}, "seed has 2 values, expected one or 1"),
+    ],
+)
+def test_values_out_of_range(pipeline: ImageTo3DPipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline([picture()], **options)
+
+
+def test_max_faces_and_cleanup(pipeline: ImageTo3DPipeline) -> None:
+    assert len(pipeline(picture(), max_faces=100).mesh.faces) <= 100
+    assert len(pipeline(picture(), cleanup=CleanupConfig(max_faces=200)).mesh.faces) <= 200
+
+
+def test_steps_are_reported(pipeline: ImageTo3DPipeline) -> None:
+    seen: list[tuple[int, int]] = []
+    pipeline(picture(), on_step=lambda *step: seen.append(step))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_save_and_load(pipeline: ImageTo3DPipeline, saved: Path) -> None:
+    loaded = ImageTo3DPipeline.from_pretrained(saved, device="cpu", dtype="float32")
+    assert loaded.config.version == __version__ and loaded.weights_sha256 is not None
+    assert len(loaded.weights_sha256) == 64
+    a, b = loaded(picture(), seed=1), pipeline(picture(), seed=1)
+    torch.testing.assert_close(a.latents, b.latents, rtol=0, atol=0)
+    np.testing.assert_array_equal(a.mesh.vertices, b.mesh.vertices)
+    assert a.receipt["weights_sha256"] == loaded.weights_sha256 and b.receipt["weights_sha256"] is None
+
+
+def test_bf16_gives_about_the_same(pipeline: ImageTo3DPipeline, saved: Path) -> None:
+    half = ImageTo3DPipeline.from_pretrained(saved, device="cpu", dtype="bfloat16")
+    a, b = half(picture(), seed=1), pipeline(picture(), seed=1)
+    assert a.latents is not None and b.latents is not None and a.latents.dtype == torch.float32
+    assert (a.latents - b.latents).norm() < 0.05 * b.latents.norm()
+    assert a.mesh.area == pytest.approx(b.mesh.area, rel=0.2)
+
+
+def _nan(folder: Path) -> None:
+    path = folder / "dit/model.safetensors"
+    state = load_file(path)
+    next(iter(state.values())).fill_(torch.nan)
+    save_file(state, path)
+
+
+def _edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (lambda f: shutil.rmtree(f), "there is no folder"),
+    "no pipeline.json": (lambda f: (f / "pipeline.json").unlink(), "there is no file .*pipeline.json"),
+    "no vae": (lambda f: shutil.rmtree(f / "vae"), "there is no folder .*vae"),
+    "no encoder": (lambda f: shutil.rmtree(f / "image_encoder"), "there is no folder .*image_encoder"),
+    "unknown encoder": (
+        lambda f: _edit(f / "image_encoder/config.json", kind="clip"),
+        "kind is 'clip', expected one of efficientnet_lite0, dinov2",
+    ),
+    "bad default": (lambda f: _edit(f / "pipeline.json", steps=0), "pipeline.json: steps is 0"),
+    "vae as dit": (
+        lambda f: shutil.copytree(f / "vae", f / "dit", dirs_exist_ok=True),
+        "describes a ShapeVAE, expected a ShapeDiT",
+    ),
+    "nan": (_nan, "dit/model.safetensors has NaN"),
+    "pickle": (
+        lambda f: (f / "dit/model.safetensors").rename(f / "dit/model.ckpt"),
+        "dit has model.ckpt, a pickle .* expected model.safetensors",
+    ),
+    "another encoder": (
+        lambda f: _edit(f / "image_encoder/config.json", features="head"),
+        "the DiT has 768 condition channels, but its partner has 1280",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_models_are_one_sentence(saved: Path, tmp_path: Path, name: str) -> None:
+    damage, message = BROKEN[name]
+    folder = shutil.copytree(saved, tmp_path / "model")
+    damage(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        ImageTo3DPipeline.from_pretrained(folder, device="cpu")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,186 @@
+"""The command `gen_mesh.py`: files, folders, resume, previews, exit codes, interruption."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gen_mesh
+import pytest
+import trimesh
+from _cli import execute
+from PIL import Image
+from tiny_pipeline import save_picture, tiny_pipeline
+
+from elastic3d.config.generate import GenerateConfig
+from elastic3d.geometry.mesh_io import read_extras
+from elastic3d.pipelines import generation
+
+Command = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run the command in `tmp_path` with the tiny model; gives its exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> int:
+        defaults = [f"model={model}", "steps=1", "device=cpu", "dtype=float32"]
+        return execute(gen_mesh.main, GenerateConfig, "gen_mesh", [*defaults, *arguments])
+
+    return call
+
+
+def _names(folder: str) -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_one_picture_becomes_a_mesh(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a chair (1), x=y $HOME ä.png"
+    save_picture(tmp_path / name)
+    assert command(f"image={name}", "output=new/chair.glb", "seed=3", "max_faces=500", "preview=true") == 0
+    mesh = trimesh.load_mesh(tmp_path / "new/chair.glb")
+    assert 0 < len(mesh.faces) <= 500
+    extras = read_extras(tmp_path / "new/chair.glb")
+    assert extras["seed"] == 3 and extras["steps"] == 1 and extras["model"] == "tiny"
+    assert Image.open(tmp_path / "new/chair.png").size == (8 * 256, 256)
+    assert _names("new") == ["chair.glb", "chair.png"]
+    assert "new/chair.glb: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["ply", "obj", "stl"])
+def test_other_formats(command: Command, tmp_path: Path, suffix: str) -> None:
+    save_picture(tmp_path / "a.png")
+    assert command("image=a.png", f"output=a.{suffix}") == 0
+    assert len(trimesh.load_mesh(tmp_path / f"a.{suffix}").faces) > 0
+
+
+def test_the_same_seed_gives_the_same_file(command: Command, tmp_path: Path) -> None:
+    save_picture(tmp_path / "a.png")
+    for name in ("1.stl", "2.stl"):
+        assert command("image=a.png", f"output={name}") == 0
+    assert (tmp_path / "1.stl").read_bytes() == (tmp_path / "2.stl").read_bytes()
+
+
+def test_a_folder_with_a_bad_file(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b", "d"):
+        save_picture(tmp_path / f"in/{name}.png", x=10 * ord(name) % 60)
+    (tmp_path / "in/c.png").write_text("no picture")
+    assert command("image=in", "output=out", "batch_size=2", "num_samples=1") == 1
+    assert _names("out") == ["a.glb", "b.glb", "d.glb", "summary.json"]
+    captured = capsys.readouterr()
+    assert "failed: in/c.png is no image" in captured.err and "3 ok, 1 failed, 0 skipped" in captured.out
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["counts"] == {"ok": 3, "failed": 1, "skipped": 0} and summary["not_reached"] == 0
+    statuses = {Path(item["image"]).name: item["status"] for item in summary["items"]}
+    assert statuses == {"a.png": "ok", "b.png": "ok", "c.png": "failed", "d.png": "ok"}
+
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.glb")}
+    (tmp_path / "out/b.glb").unlink()
+    (tmp_path / "in/c.png").unlink()
+    assert command("image=in/*.png", "output=out", "resume=true") == 0
+    assert "1 ok, 0 failed, 2 skipped" in capsys.readouterr().out
+    for name in ("a.glb", "d.glb"):
+        assert (tmp_path / "out" / name).stat().st_mtime_ns == times[tmp_path / "out" / name]
+
+
+def test_several_samples(command: Command, tmp_path: Path) -> None:
+    save_picture(tmp_path / "a.png")
+    assert command("image=a.png", "output=x.glb", "num_samples=2", "seed=4") == 0
+    assert [read_extras(tmp_path / f"x_{n}.glb")["seed"] for n in range(2)] == [4, 5]
+
+
+def test_ctrl_c_leaves_whole_files_and_a_summary(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        save_picture(tmp_path / f"in/{name}.png")
+    original, saved = generation.save_mesh, []
+
+    def save(mesh: trimesh.Trimesh, path: Path, **options: Any) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        original(mesh, path, **options)
+        saved.append(path)
+
+    monkeypatch.setattr(generation, "save_mesh", save)
+    assert command("image=in", "output=out", "batch_size=1") == 130
+    assert _names("out") == ["a.glb", "summary.json"]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["counts"]["ok"] == 1 and summary["not_reached"] == 2
+
+
+BAD_INPUT: dict[str, tuple[list[str], str]] = {
+    "missing image": (["image=gone.png", "output=x.glb"], "there is no file gone.png"),
+    "empty image": (["image=empty.png", "output=x.glb"], "empty.png is empty"),
+    "no image": (["image=text.png", "output=x.glb"], "text.png is no image"),
+    "transparent": (["image=clear.png", "output=x.glb"], "clear.png: the image is fully transparent"),
+    "no output": (["image=a.png"], "output= is missing"),
+    "no arguments": ([], "image= is missing"),
+    "unwritable output": (["image=a.png", "output=blocked/x.glb"], "can't write to blocked"),
+    "wrong suffix": (["image=a.png", "output=x.fbx"], "x.fbx has .fbx, expected one of"),
+    "unknown option": (["image=a.png", "output=x.glb", "step=3"], "did you mean steps"),
+    "steps": (["image=a.png", "output=x.glb", "steps=0"], "steps is 0, expected a value from 1 to 1000"),
+    "guidance": (["image=a.png", "output=x.glb", "guidance=-2"], "guidance is -2.0"),
+    "resolution": (["image=a.png", "output=x.glb", "resolution=9999"], "resolution is 9999"),
+    "text for a number": (["image=a.png", "output=x.glb", "seed=one"], "seed=one: expected an integer"),
+    "missing model": (["image=a.png", "output=x.glb", "model=nowhere"], "there is no folder nowhere"),
+    "device": (["image=a.png", "output=x.glb", "device=tpu"], "expected one of auto, cpu, cuda, mps"),
+    "dtype": (["image=a.png", "output=x.glb", "dtype=float16"], "float16, which a CPU can't multiply"),
+    "no surface": (["image=a.png", "output=x.glb"], "the field has no surface"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_sentence_and_no_file(
+    command: Command,
+    tmp_path: Path,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments, message = BAD_INPUT[name]
+    save_picture(tmp_path / "a.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "blocked").touch()
+    (tmp_path / "text.png").write_text("hello")
+    Image.new("RGBA", (20, 20)).save(tmp_path / "clear.png")
+    if name == "no surface":
+        from elastic3d.models.shape_vae import ShapeVAE
+
+        query = ShapeVAE.query
+        monkeypatch.setattr(ShapeVAE, "query", lambda self, p, t: query(self, p, t) * 0 - 1)
+    before = _names(".")
+    assert command(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert sum(line.startswith("error: ") for line in error.splitlines()) == 1
+    assert _names(".") == before
+
+
+def test_as_a_process(model: Path, tmp_path: Path) -> None:
+    """The real entry point, once: exit codes and --help."""
+    script = Path(gen_mesh.__file__)
+    result = subprocess.run(
+        [sys.executable, script, f"model={model}", "image=gone.png", "output=x.glb"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2 and result.stderr.startswith("error: there is no file gone.png")
+    result = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
+    for item in ("image=", "num_samples=1", "cleanup.max_faces=40000", "same seed", "foreground.method=auto"):
+        assert item.lower() in result.stdout.lower(), item
