@@ -1,44 +1,60 @@
 """Score a folder of generated meshes against a folder of ground truth meshes.
 
-Example: python scripts/evaluate.py pred=outputs gt=data/test output=report.json
+Example: python scripts/evaluate.py pred=outputs gt=data/test output=report.json html=report.html
 
 Meshes are paired by file name, suffix aside. A missing or broken mesh is a failed row and counts against the
-method. Exit code: 0 all items scored, 1 an item failed, 2 a mistake in the options.
+method. Exit code: 0 all items scored and within the gate, 1 an item failed or the gate is violated, 2 a
+mistake in the options.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
+from typing import Any
 
 from _cli import run
 from tqdm import tqdm
 
 from elastic3d.config.evaluate import EvaluateConfig
-from elastic3d.errors import UserError
-from elastic3d.evaluation.items import find_items
-from elastic3d.evaluation.report import build_report, text_table, write_csv, write_json
-from elastic3d.evaluation.runner import score_all
+from elastic3d.evaluation.folders import evaluate_folders
+from elastic3d.evaluation.report import text_report, write_csv, write_json
 
 
 def main(config: EvaluateConfig) -> int:
-    if config.output.suffix.lower() != ".json":
-        raise UserError(f"output={config.output}: expected a name that ends in .json")
-    items = find_items(config.pred, config.gt)
-    journal = config.output.with_suffix(".rows.jsonl")
-    if not config.resume:
-        journal.unlink(missing_ok=True)
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(items), desc="score", unit="pair") as bar:
-        rows = score_all(
-            items, config.protocol, config.runner, config.workers, journal, on_row=lambda row: bar.update()
-        )
     command = shlex.join(["python", *sys.argv])
-    report = build_report(rows, config.protocol, config.bootstrap, command)
-    write_csv(rows, config.output.with_suffix(".csv"))
+    with tqdm(desc="score", unit="pair") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = evaluate_folders(config, image_features() if config.sets else None, command, progress)
+    write_csv(report["items"], config.output.with_suffix(".csv"))
     write_json(report, config.output)
-    print(text_table(report))
-    return int(report["count"]["failed"] > 0)
+    if config.html:
+        from elastic3d.evaluation.html import write_html
+
+        write_html(report, config)
+    print(text_report(report))
+    broken = report.get("gate", {}).get("violations", [])
+    return int(report["count"]["failed"] > 0 or len(broken) > 0)
+
+
+def image_features() -> Any:
+    """EfficientNet features (V, 1280) of views (V, H, W, 3), for the Frechet and kernel distances."""
+    import torch
+
+    from elastic3d.config.images import ImageEncoderConfig
+    from elastic3d.models.image_encoder import build_image_encoder
+
+    encoder = build_image_encoder(ImageEncoderConfig())
+
+    def features(views: Any) -> Any:
+        images = torch.from_numpy(views).permute(0, 3, 1, 2).float()
+        return encoder.pooled(images).numpy()
+
+    return features
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from elastic3d.config.base import check_choice, check_range, option
+from elastic3d.errors import UserError
 
 
 class Align(Enum):
@@ -85,14 +86,39 @@ class EvaluateConfig:
         metadata={"help": "Folder of ground truth meshes; a pair has the same file name, suffix aside."}
     )
     output: Path = field(metadata={"help": "Report file (.json); a .csv with the rows is written beside it."})
-    protocol: ProtocolConfig = field(
-        default_factory=ProtocolConfig, metadata={"help": "How a pair is scored: a file of configs/protocol."}
-    )
+    protocol: ProtocolConfig = option(ProtocolConfig, "How a pair is scored: a file of configs/protocol.")
     workers: int = option(0, "Processes; 0 takes one a core. The numbers do not depend on it.")
     runner: Runner = option(Runner.local, "Where pairs are scored; ray joins the cluster of RAY_ADDRESS.")
     resume: bool = option(False, "Keep the rows of an earlier run whose files and protocol are unchanged.")
+    align: Align | None = option(None, "Overrides protocol.align.")
+    floor: list[Path] = option(
+        [], "Folders of the dense model with other seeds: the noise floor of fidelity."
+    )
+    baseline: list[Path] = option(
+        [], "Folders of another method (one a seed): is pred better or worse than it?"
+    )
+    sets: bool = option(False, "Also MMD, coverage, 1-NNA and image-feature distances of the two sets.")
+    gate: Path | None = option(
+        None, "YAML of bounds, such as 'chamfer_l1: {max: 0.03}'; a broken one: exit code 1."
+    )
+    html: Path | None = option(None, "Also write a self-contained HTML report to this file.")
+    html_items: int = option(
+        6, "Worst and best items, each, shown with renders and in 3D in the HTML report."
+    )
+    benchmark: Path | None = option(
+        None, "A results.json of scripts/benchmark.py, for the HTML report's frontier."
+    )
     bootstrap: int = option(2000, "Resamples behind the confidence intervals.")
 
     def __post_init__(self) -> None:
         check_range("bootstrap", self.bootstrap, 1, 1_000_000)
         check_range("workers", self.workers, 0, 4096)
+        check_range("html_items", self.html_items, 0, 100)
+        for name, suffix in (("output", ".json"), ("html", ".html")):
+            path = getattr(self, name)
+            if path is not None and path.suffix.lower() != suffix:
+                raise UserError(f"{name}={path}: expected a file name that ends in {suffix}")
+
+    def effective_protocol(self) -> ProtocolConfig:
+        """The protocol with the overrides of the other options."""
+        return replace(self.protocol, align=self.align) if self.align else self.protocol

@@ -131,15 +131,16 @@ def verdict(worse_by: Interval, kind: Rival) -> str:
         return f"better by {-worse_by.mean:.3g} {half}"
     if worse_by.low == worse_by.high == 0:
         return "equal"
-    return f"not told apart from the {kind.value} (worse by {worse_by.mean:.3g} {half})"
+    tendency = "worse" if worse_by.mean > 0 else "better"
+    return f"not told apart from the {kind.value} ({tendency} by {abs(worse_by.mean):.3g} {half})"
 
 
-def comparison_table(comparisons: Sequence[Comparison], kind: Rival) -> str:
-    """The comparisons as text for a terminal."""
+def comparison_table(comparisons: Sequence[dict[str, Any]], kind: Rival) -> str:
+    """Comparisons, as `Comparison.as_dict` gives them, as text for a terminal."""
     lines = [f"{'metric':<20}{'predictions':>14}{kind.value:>14}{'sign test p':>13}  verdict"]
-    lines += [
-        f"{c.metric:<20}{c.pred:>14.5g}{c.rival:>14.5g}{c.p_value:>13.3g}  {c.verdict}" for c in comparisons
-    ]
+    for c in comparisons:
+        numbers = f"{c['pred']:>14.5g}{c['rival']:>14.5g}{c['p_value']:>13.3g}"
+        lines.append(f"{c['metric']:<20}{numbers}  {c['verdict']}")
     return "\n".join(lines)
 
 

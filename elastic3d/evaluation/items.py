@@ -11,6 +11,7 @@ from typing import Any
 from elastic3d.config.evaluate import ProtocolConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation.protocol import evaluate_pair, failed_scores
+from elastic3d.evaluation.uv import has_uv
 from elastic3d.geometry.mesh_io import READ_SUFFIXES, load_mesh
 
 Row = dict[str, Any]
@@ -65,7 +66,8 @@ def score_item(item: Item, protocol: ProtocolConfig, workers: int = -1) -> Row:
 def _scores(item: Item, protocol: ProtocolConfig, workers: int) -> Row:
     pred_file = _only("prediction", item.pred, item.name)
     gt_file = _only("ground truth", item.gt, item.name)
-    return evaluate_pair(load_mesh(pred_file), load_mesh(gt_file), protocol, workers).flat()
+    scores = evaluate_pair(load_mesh(pred_file), load_mesh(gt_file), protocol, workers).flat()
+    return scores | {"has_uv": has_uv(pred_file)}
 
 
 def _failure_scores(item: Item, protocol: ProtocolConfig) -> Row:

@@ -12,6 +12,7 @@ from typing import Any
 
 from elastic3d import __version__
 from elastic3d.config.evaluate import ProtocolConfig
+from elastic3d.evaluation.fidelity import Rival, comparison_table
 from elastic3d.evaluation.items import Row
 from elastic3d.evaluation.statistics import Interval, bootstrap_mean
 from elastic3d.geometry.mesh_io import atomic_path
@@ -82,6 +83,20 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def text_report(report: dict[str, Any]) -> str:
+    """Everything in the report for a terminal: table, failures, comparisons, set metrics, gate."""
+    parts = [text_table(report)]
+    for kind in Rival:
+        if kind.name in report:
+            parts.append(comparison_table(report[kind.name], kind))
+    if "sets" in report:
+        parts.append("\n".join(f"{key:<24}{value:>12.5g}" for key, value in report["sets"].items()))
+    if "gate" in report:
+        broken = report["gate"]["violations"]
+        parts.append("\n".join(f"gate: {line}" for line in broken) if broken else "gate: all bounds hold")
+    return "\n\n".join(parts)
 
 
 def text_table(report: dict[str, Any]) -> str:

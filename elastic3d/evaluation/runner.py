@@ -183,7 +183,8 @@ def _over_ray(
         except ray.exceptions.RayError:
             return _died(item, alone)
 
-    waiting, running = iter(items), {}
+    waiting = iter(items)
+    running: dict[Any, Item] = {}
     try:
         while True:
             for item in islice(waiting, _AHEAD * workers - len(running)):

@@ -1,0 +1,50 @@
+"""Texture coordinates are found in every format that can hold them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+
+from elastic3d.evaluation.uv import has_uv
+
+
+def ball(with_uv: bool) -> trimesh.Trimesh:
+    mesh = trimesh.creation.icosphere(1)
+    if with_uv:
+        mesh.visual = trimesh.visual.TextureVisuals(uv=np.asarray(mesh.vertices)[:, :2])
+    return mesh
+
+
+@pytest.mark.parametrize("suffix", ["glb", "obj"])
+@pytest.mark.parametrize("with_uv", [True, False])
+def test_glb_and_obj(tmp_path: Path, suffix: str, with_uv: bool) -> None:
+    path = tmp_path / f"ball.{suffix}"
+    ball(with_uv).export(path)
+    assert has_uv(path) is with_uv
+
+
+def test_gltf(tmp_path: Path) -> None:
+    path = tmp_path / "ball.gltf"
+    path.write_text('{"meshes": [{"primitives": [{"attributes": {"POSITION": 0, "TEXCOORD_0": 1}}]}]}')
+    assert has_uv(path)
+    path.write_text('{"meshes": [{"primitives": [{"attributes": {"POSITION": 0}}]}]}')
+    assert not has_uv(path)
+
+
+def test_ply(tmp_path: Path) -> None:
+    path = tmp_path / "ball.ply"
+    ball(False).export(path)
+    assert not has_uv(path)
+    path.write_bytes(
+        path.read_bytes().replace(b"property float z\n", b"property float z\nproperty float s\n")
+    )
+    assert has_uv(path)
+
+
+@pytest.mark.parametrize("suffix", ["stl", "off"])
+def test_formats_without(tmp_path: Path, suffix: str) -> None:
+    ball(False).export(tmp_path / f"ball.{suffix}")
+    assert not has_uv(tmp_path / f"ball.{suffix}")
