@@ -1,0 +1,210 @@
+"""From a field to meshes, coarse to fine: evaluate only near the surface, get the mesh of the full grid.
+
+A level starts from the level below, interpolated to twice the resolution, and evaluates
+1. the ends of grid edges whose interpolated signs differ: the surface as foreseen;
+2. the surroundings of coarse edges towards which the field heads for zero from both sides: a part thinner
+   than a cell leaves no other trace;
+3. what the exact values show to lie at the surface after all, until every edge that the surface crosses has
+   exact values at both ends: a surface found anywhere is followed everywhere.
+Marching cubes places its vertices on crossed edges, so the mesh is the full grid's, unless a component as
+small as a coarse cell stays unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import trimesh
+from torch import Tensor
+
+from elastic3d.config.geometry import DecodeConfig
+from elastic3d.errors import NoSurfaceError
+from elastic3d.geometry.grid import node_points
+from elastic3d.geometry.surface import extract_surface
+
+FieldFunction = Callable[[Tensor, Tensor], Tensor]
+"""field(points (B,P,3) float32, sample index (B,) int64) -> values (B,P), positive inside."""
+
+
+@dataclass
+class DecodeStats:
+    """What decoding one sample cost: the levels' resolutions and field evaluations, coarse to fine."""
+
+    resolutions: list[int]
+    queries_per_level: list[int]
+
+    @property
+    def queries(self) -> int:
+        """Field evaluations in all."""
+        return sum(self.queries_per_level)
+
+    @property
+    def full_queries(self) -> int:
+        """Field evaluations of the full grid, (R+1)^3."""
+        return (self.resolutions[-1] + 1) ** 3
+
+
+def decode_meshes(
+    field: FieldFunction, batch: int, config: DecodeConfig, device: torch.device | str = "cpu"
+) -> list[trimesh.Trimesh | NoSurfaceError]:
+    """Mesh of each of `batch` fields; a sample without a surface gives its error in place of a mesh.
+
+    Raises:
+        ValueError: the field is not finite somewhere, or has the wrong shape.
+    """
+    return [mesh for mesh, _ in iterate_meshes(field, batch, config, device)]
+
+
+def iterate_meshes(
+    field: FieldFunction, batch: int, config: DecodeConfig, device: torch.device | str = "cpu"
+) -> Iterator[tuple[trimesh.Trimesh | NoSurfaceError, DecodeStats]]:
+    """Like `decode_meshes`, one after the other with what each cost.
+
+    Samples are decoded in turn, in calls of at most `max_points` points: one dense grid exists at a time, and
+    a mesh can't depend on its batch mates, not even by the rounding of a larger matrix product.
+    """
+    for sample in range(batch):
+        values, stats = decode_field(field, sample, config, device)
+        try:
+            yield extract_surface(values, config.box, config.surface), stats
+        except NoSurfaceError as error:
+            yield error, stats
+
+
+def decode_field(
+    field: FieldFunction, sample: int, config: DecodeConfig, device: torch.device | str = "cpu"
+) -> tuple[Tensor, DecodeStats]:
+    """Values (R+1, R+1, R+1) float32 of one field: exact at the surface, elsewhere only of the right sign.
+
+    Raises:
+        ValueError: the field is not finite somewhere, or has the wrong shape.
+    """
+    levels = level_resolutions(config.resolution, config.coarse_resolution)
+    grid = _Level(field, sample, config, levels[0], device)
+    grid.evaluate(torch.arange(grid.values.numel(), device=device))
+    stats = DecodeStats(levels, [grid.queries])
+    for _ in levels[1:]:
+        grid = grid.refined()
+        stats.queries_per_level.append(grid.queries)
+    return grid.values, stats
+
+
+def level_resolutions(resolution: int, coarse: int) -> list[int]:
+    """Grids from coarse to fine: `resolution` halved while it is even and the half is `coarse` or more."""
+    levels = [resolution]
+    while levels[0] % 2 == 0 and levels[0] // 2 >= coarse:
+        levels.insert(0, levels[0] // 2)
+    return levels
+
+
+class _Level:
+    """The grid of one resolution: values (r+1, r+1, r+1), and at which nodes they are exact (`known`)."""
+
+    def __init__(
+        self,
+        field: FieldFunction,
+        sample: int,
+        config: DecodeConfig,
+        resolution: int,
+        device: torch.device | str,
+    ) -> None:
+        self.field, self.sample, self.config, self.resolution = field, sample, config, resolution
+        nodes = resolution + 1
+        self.values = torch.empty((nodes,) * 3, device=device)
+        self.known = torch.zeros((nodes,) * 3, dtype=torch.bool, device=device)
+        self.queries = 0
+
+    def evaluate(self, indices: Tensor) -> None:
+        """Put the field's exact values at flat node indices (P,)."""
+        self.known.view(-1)[indices] = True
+        self.queries += len(indices)
+        sample = torch.tensor([self.sample], device=indices.device)
+        for chunk in indices.split(self.config.max_points):
+            points = node_points(chunk, self.resolution, self.config.box)
+            with torch.no_grad():
+                values = self.field(points[None], sample)
+            if values.shape != (1, len(chunk)):
+                raise ValueError(f"the field gave shape {tuple(values.shape)}, expected (1, {len(chunk)})")
+            if bad := int((~torch.isfinite(values)).sum()):
+                where = f"{bad} of {len(chunk)} points of sample {self.sample}"
+                raise ValueError(f"the field is not finite at {where}")
+            self.values.view(-1)[chunk] = values[0].float()
+
+    def refined(self) -> _Level:
+        """The grid of twice the resolution, exact at the surface."""
+        fine = _Level(self.field, self.sample, self.config, 2 * self.resolution, self.values.device)
+        fine.known[::2, ::2, ::2] = self.known
+        fine.values = _interpolated(self.values)
+        wanted = _crossed_ends(fine.values > 0)
+        for axis in range(3):
+            x, y, z = fine._around(2 * _turning_edges(self.values, axis, self.config.thin_slack), axis)
+            wanted[x, y, z] = True
+        indices = (wanted & ~fine.known).view(-1).nonzero()[:, 0]
+        while len(indices):
+            fine.evaluate(indices)
+            indices = fine._unknown_across(indices)
+        return fine
+
+    def _around(self, edges: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Nodes x, y, z (27 E,) around the middles of edges two cells long, from their lower ends (E, 3)."""
+        offset = torch.cartesian_prod(*[torch.arange(-1, 2, device=edges.device)] * 3)
+        offset[:, axis] += 1
+        nodes = (edges[:, None] + offset).clamp(0, self.resolution).reshape(-1, 3)
+        return nodes[:, 0], nodes[:, 1], nodes[:, 2]
+
+    def _unknown_across(self, indices: Tensor) -> Tensor:
+        """Nodes (Q,) without an exact value that have another sign than a neighbour among `indices` (P,)."""
+        nodes = self.resolution + 1
+        values, known = self.values.view(-1), self.known.view(-1)
+        inside = values[indices] > 0
+        found = []
+        for stride in (nodes * nodes, nodes, 1):
+            place = indices // stride % nodes
+            for step in (-1, 1):
+                within = (place + step >= 0) & (place + step < nodes)
+                neighbour = indices[within] + step * stride
+                found.append(neighbour[~known[neighbour] & ((values[neighbour] > 0) != inside[within])])
+        return torch.cat(found).unique()
+
+
+def _interpolated(values: Tensor) -> Tensor:
+    """Trilinear interpolation (2r+1, 2r+1, 2r+1) of values (r+1, r+1, r+1); old nodes keep their values."""
+    for axis in (2, 1, 0):
+        cells = values.shape[axis] - 1
+        finer = values.new_empty([2 * cells + 1 if a == axis else n for a, n in enumerate(values.shape)])
+        lines, old = finer.movedim(axis, 0), values.movedim(axis, 0)
+        lines[::2] = old
+        torch.add(old[:-1], old[1:], out=lines[1::2]).mul_(0.5)
+        values = finer
+    return values
+
+
+def _crossed_ends(inside: Tensor) -> Tensor:
+    """Which nodes (n, n, n) have a neighbour on the other side of the surface, from `inside` (n, n, n)."""
+    ends = torch.zeros_like(inside)
+    for axis in range(3):
+        line, mark = inside.movedim(axis, 0), ends.movedim(axis, 0)
+        crossed = line[:-1] != line[1:]
+        mark[:-1] |= crossed
+        mark[1:] |= crossed
+    return ends
+
+
+def _turning_edges(values: Tensor, axis: int, slack: float) -> Tensor:
+    """Lower ends (E, 3) of edges along `axis` that may hide two crossings, from values (n, n, n).
+
+    Both ends lie on the same side at distances u, v from zero, and the field nears zero by p and q over the
+    edges before and after. Straight lines on from both ends meet at (u q + v p - p q) / (p + q), exact for the
+    distance to a plate. Slopes `slack` times as steep, for parts that pass beside the edge and fields that
+    flatten, meet at (u q + v p - slack p q) / (p + q). The edge counts if that is at or beyond zero.
+    """
+    line = values.movedim(axis, 0)
+    before, u, v, after = line[:-3], line[1:-2], line[2:-1], line[3:]
+    side = torch.where(u > 0, 1.0, -1.0)
+    p, q = (before - u) * side, (after - v) * side
+    hidden = ((u > 0) == (v > 0)) & (p > 0) & (q > 0) & ((u * q + v * p) * side <= slack * p * q)
+    edges = hidden.movedim(0, axis).nonzero()
+    edges[:, axis] += 1
+    return edges

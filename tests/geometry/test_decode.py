@@ -1,0 +1,210 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+from elastic3d.config.geometry import DecodeConfig
+from elastic3d.errors import NoSurfaceError
+from elastic3d.geometry.decode import decode_field, decode_meshes, iterate_meshes, level_resolutions
+from elastic3d.geometry.grid import BOX, grid_points
+from elastic3d.geometry.surface import extract_surface
+
+Field = Callable[[Tensor], Tensor]
+
+
+def box(half: list[float], centre: list[float], turn: int | None = None) -> Field:
+    axes = torch.eye(3)
+    if turn is not None:
+        axes = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(turn)))[0]
+
+    def field(points: Tensor) -> Tensor:
+        q = ((points - torch.tensor(centre)) @ axes).abs() - torch.tensor(half)
+        return -(q.clamp(min=0).norm(dim=-1) + q.amax(dim=-1).clamp(max=0))
+
+    return field
+
+
+def rod(start: list[float], end: list[float], radius: float) -> Field:
+    a, along = torch.tensor(start), torch.tensor(end) - torch.tensor(start)
+
+    def field(points: Tensor) -> Tensor:
+        t = (((points - a) * along).sum(-1) / along.square().sum()).clamp(0, 1)
+        return radius - (points - a - t[:, None] * along).norm(dim=-1)
+
+    return field
+
+
+def torus(major: float, minor: float) -> Field:
+    def field(points: Tensor) -> Tensor:
+        return minor - torch.hypot(points[:, [0, 2]].norm(dim=-1) - major, points[:, 1] - 0.1)
+
+    return field
+
+
+def spheres(count: int, radius: float, seed: int) -> Field:
+    centres = torch.rand(count, 3, generator=torch.Generator().manual_seed(seed)) * 1.8 - 0.9
+
+    def field(points: Tensor) -> Tensor:
+        distance = torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist")
+        return radius - distance.amin(dim=-1)
+
+    return field
+
+
+def network(seed: int, frequency: float = 3.0) -> Field:
+    """A random field as a network makes it: smooth, wavy, of no known scale."""
+    generator = torch.Generator().manual_seed(seed)
+    wave, hidden, out = (torch.randn(*s, generator=generator) for s in [(3, 16), (32, 32), (32, 1)])
+
+    def field(points: Tensor) -> Tensor:
+        x = points @ (wave * frequency)
+        x = torch.relu(torch.cat([x.sin(), x.cos()], dim=-1) @ (hidden / 4))
+        return (x @ (out / 6))[:, 0] - 1.5 * (points.norm(dim=-1) - 0.6)
+
+    return field
+
+
+def union(*fields: Field) -> Field:
+    return lambda points: torch.stack([field(points) for field in fields]).amax(dim=0)
+
+
+def truncated(field: Field, width: float) -> Field:
+    """As learned fields are: proportional to the distance near the surface, flat beyond `width`."""
+    return lambda points: 8 * torch.tanh(field(points) / width)
+
+
+RESOLUTION, COARSE = 96, 24
+VOXEL = 2 * BOX / RESOLUTION
+LEG = 0.02
+TABLE = union(
+    box([0.8, 0.02, 0.6], [0, 0.5, 0]),
+    *[rod([x, -0.5, z], [x, 0.5, z], LEG) for x in (-0.77, 0.771) for z in (-0.57, 0.563)],
+)
+SHAPES: dict[str, Field] = {
+    "table on thin legs": TABLE,
+    "slanted rods": union(
+        rod([-0.9, -0.8, 0.1], [0.7, 0.9, -0.6], LEG), rod([0.9, 0, -0.8], [-0.3, -0.9, 0.8], LEG)
+    ),
+    "plate between nodes": box([0.7, 0.6, 0.4 * VOXEL], [0, 0, 2 * VOXEL]),
+    "turned plate": box([0.7, 0.6, 0.75 * VOXEL], [0, 0, 0], turn=1),
+    "plate close to a body": union(
+        box([0.5, 0.5, 0.3], [0, 0, 0]), box([0.6, 0.6, 0.45 * VOXEL], [0, 0, 0.3 + 3 * VOXEL])
+    ),
+    "wire": torus(0.7, LEG),
+    "floaters": spheres(30, 1.5 * VOXEL, seed=3),
+    "thin shell": lambda p: 1.2 * VOXEL - box([0.6, 0.4, 0.5], [0, 0, 0], turn=2)(p).abs(),
+    "network": network(0),
+    "wavy network": network(1, frequency=8),
+}
+
+
+def single(field: Field) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda points, index: field(points[0])[None]
+
+
+def full_grid(field: Field, resolution: int) -> Tensor:
+    values = [field(chunk) for chunk in grid_points(resolution).split(1 << 19)]
+    return torch.cat(values).reshape((resolution + 1,) * 3)
+
+
+def chamfer(a: trimesh.Trimesh, b: trimesh.Trimesh) -> float:
+    """Chamfer-L1 of the vertices: exactly 0 for equal meshes."""
+    there, back = cKDTree(b.vertices).query(a.vertices)[0], cKDTree(a.vertices).query(b.vertices)[0]
+    return float(there.mean() + back.mean())
+
+
+@pytest.mark.parametrize("kind", ["distance", "truncated"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_mesh_is_that_of_the_full_grid(name: str, kind: str) -> None:
+    field = SHAPES[name]
+    if kind == "truncated":
+        field = truncated(field, 1.0 if "network" in name else 0.11)
+    config = DecodeConfig(resolution=RESOLUTION, coarse_resolution=COARSE)
+    values, stats = decode_field(single(field), 0, config)
+    exact = full_grid(field, RESOLUTION)
+    assert torch.equal(values > 0, exact > 0), "every node has the right side"
+    assert chamfer(extract_surface(values), extract_surface(exact)) < 0.01 * VOXEL
+    assert stats.queries == sum(stats.queries_per_level) < stats.full_queries / 4
+
+
+def test_default_at_256_is_exact_and_fifteen_times_cheaper() -> None:
+    field = truncated(union(torus(0.7, 0.015), spheres(1, 0.01, seed=0)), 0.05)
+    values, stats = decode_field(single(field), 0, DecodeConfig())
+    exact = full_grid(field, 256)
+    assert torch.equal(values > 0, exact > 0)
+    assert chamfer(extract_surface(values), extract_surface(exact)) < 0.1 * 2 * BOX / 256
+    assert stats.resolutions == [64, 128, 256] and stats.full_queries == 257**3
+    for shape in (TABLE, SHAPES["thin shell"], SHAPES["wavy network"]):
+        _, stats = decode_field(single(truncated(shape, 0.05)), 0, DecodeConfig())
+        assert stats.queries * 15 < stats.full_queries
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    ends=st.lists(st.floats(-0.85, 0.85), min_size=6, max_size=6),
+    radius=st.floats(0.75, 3),
+    width=st.floats(0.12, 1),
+)
+def test_no_rod_or_floater_is_lost(ends: list[float], radius: float, width: float) -> None:
+    """Radius in voxels of a grid of 64, seen from 16 cells a side; the field flattens after two of those."""
+    shape = rod(ends[:3], [end + 1e-3 for end in ends[3:]], radius * 2 * BOX / 64)
+    field = truncated(shape, max(width, 2 * 2 * BOX / 16))
+    values, _ = decode_field(single(field), 0, DecodeConfig(resolution=64, coarse_resolution=16))
+    assert torch.equal(values > 0, full_grid(field, 64) > 0)
+
+
+def test_batch_mates_do_not_matter_and_calls_are_bounded() -> None:
+    fields = [network(0), lambda p: -torch.ones(len(p)), network(2)]
+    sizes = []
+
+    def batched(points: Tensor, index: Tensor) -> Tensor:
+        sizes.append(points.shape[1])
+        assert points.dtype == torch.float32 and points.shape[::2] == (len(index), 3)
+        return torch.stack([fields[i](p) for i, p in zip(index.tolist(), points, strict=True)])
+
+    config = DecodeConfig(resolution=64, coarse_resolution=16, max_points=3000)
+    first, error, last = decode_meshes(batched, 3, config)
+    assert max(sizes) <= 3000
+    assert isinstance(error, NoSurfaceError)
+    for mesh, field in ((first, fields[0]), (last, fields[2])):
+        alone = decode_meshes(single(field), 1, config)[0]
+        assert isinstance(mesh, trimesh.Trimesh) and isinstance(alone, trimesh.Trimesh)
+        np.testing.assert_array_equal(mesh.vertices, alone.vertices)
+        np.testing.assert_array_equal(mesh.faces, alone.faces)
+    counts = [stats.queries for _, stats in iterate_meshes(batched, 3, config)]
+    assert counts[1] == 17**3 < counts[0], "nothing is refined where there is nothing"
+
+
+@pytest.mark.parametrize(
+    ("resolution", "coarse", "levels"),
+    [(256, 64, [64, 128, 256]), (96, 24, [24, 48, 96]), (100, 30, [50, 100]), (63, 8, [63]), (64, 64, [64])],
+)
+def test_levels(resolution: int, coarse: int, levels: list[int]) -> None:
+    assert level_resolutions(resolution, coarse) == levels
+    values, stats = decode_field(
+        single(box([0.5, 0.5, 0.5], [0, 0, 0])), 0, DecodeConfig(resolution=resolution, coarse_resolution=coarse)
+    )
+    assert values.shape == (resolution + 1,) * 3 and stats.resolutions == levels
+    assert stats.queries < stats.full_queries or len(levels) == 1
+
+
+def test_bad_fields_and_options() -> None:
+    config = DecodeConfig(resolution=16, coarse_resolution=8)
+
+    def broken(points: Tensor, index: Tensor) -> Tensor:
+        return torch.where((points.amin(dim=-1) > 0.7) & (index > 0), torch.nan, 0.5 - points.norm(dim=-1))
+
+    with pytest.raises(ValueError, match="not finite at 8 of 729 points of sample 1"):
+        decode_meshes(broken, 2, config)
+    with pytest.raises(ValueError, match=r"shape \(1, 729, 1\), expected \(1, 729\)"):
+        decode_meshes(lambda p, i: p[..., :1], 1, config)
+    options = [("resolution", 1024), ("resolution", 4), ("max_points", 0), ("thin_slack", -1)]
+    for option, value in options:
+        with pytest.raises(ValueError, match=f"{option} is {value}"):
+            DecodeConfig(**{option: value})
