@@ -1,0 +1,7 @@
+"""Before torch is loaded: one thread a process, since the tests run side by side, and no look at a model hub."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

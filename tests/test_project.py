@@ -1,0 +1,142 @@
+"""The repository itself: what it ships composes, what it says runs, what it lists twice agrees."""
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from _cli import parse
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if not path.name.startswith("_"))
+REQUIRED = {
+    "prepare_data": ["path=somewhere"],
+    "evaluate": ["pred=a", "gt=b", "output=c.json"],
+    "gen_mesh": ["image=a.png", "output=b.glb"],
+}
+CONDA_NAMES = {"torch": "pytorch", "open3d-cpu": "open3d"}
+CONDA_ONLY = {"python", "pip", "pytorch3d"}
+README = (ROOT / "README.md").read_text()
+
+
+def entry_point(script: Path) -> tuple[type, str]:
+    """(configuration class, configuration name) of a script, from its last line `run(main, Class, "name")`."""
+    tree = ast.parse(script.read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    [call] = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "run" and len(c.args) == 3]
+    _, config_class, name = call.args
+    assert isinstance(config_class, ast.Name)
+    assert isinstance(name, ast.Constant)
+    modules = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+    return getattr(importlib.import_module(modules[config_class.id]), config_class.id), name.value
+
+
+def shipped_choices() -> list[tuple[Path, list[str]]]:
+    """Each script with its defaults, and with every file of each group its configuration has."""
+    found = []
+    for script in SCRIPTS:
+        config_class, name = entry_point(script)
+        found.append((script, []))
+        for folder in sorted(path for path in (ROOT / "configs").iterdir() if path.is_dir()):
+            text = (ROOT / "configs" / f"{name}.yaml").read_text()
+            if folder.name in config_class.__dataclass_fields__ or f"- {folder.name}:" in text:
+                found += [(script, [f"{folder.name}={file.stem}"]) for file in sorted(folder.glob("*.yaml"))]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"), shipped_choices(), ids=lambda value: str(value).split("/")[-1]
+)
+def test_shipped_configurations_become_dataclasses(script, arguments):
+    config_class, name = entry_point(script)
+    arguments = [*REQUIRED.get(name, []), *arguments]
+    assert isinstance(parse(config_class, name, arguments), config_class)
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("command", [c for c in readme_commands() if c.startswith("python scripts/")])
+def test_commands_of_the_readme_are_understood(command):
+    _, script, *arguments = shlex.split(command)
+    config_class, name = entry_point(ROOT / script)
+    assert isinstance(parse(config_class, name, arguments), config_class)
+
+
+def test_make_targets_of_the_readme_exist():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"make ([a-z]+)", " ".join(readme_commands()))
+    assert {"demo", "test"} <= set(named) <= set(targets)
+
+
+def test_files_the_readme_names_exist():
+    committed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"src=\"(?!http)([^\"]+)\"", README)
+    for name in links:
+        assert name in committed.splitlines(), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_has_help(script):
+    found = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert found.stdout.startswith(f"usage: python scripts/{script.name} key=value")
+
+
+def requirements() -> dict[str, str]:
+    """Ranges of pyproject.toml by conda's name of the package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    parsed = [Requirement(text) for text in project["dependencies"]]
+    return {CONDA_NAMES.get(r.name, r.name): str(r.specifier) for r in parsed} | {
+        "python": project["requires-python"]
+    }
+
+
+def test_conda_environment_is_in_step_with_pyproject():
+    *conda, pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    listed = [Requirement(text) for text in [*conda, *pip["pip"]]]
+    names = [r.name for r in listed]
+    assert len(names) == len(set(names))
+    expected = requirements()
+    assert {r.name for r in listed} - CONDA_ONLY == set(expected) - {"python"}
+    for requirement in listed:
+        if requirement.name in expected:
+            wanted = sorted(expected[requirement.name].split(","))
+            assert sorted(str(requirement.specifier).split(",")) == wanted, requirement.name
+
+
+def test_packages_that_every_environment_must_have():
+    text = (ROOT / "environment.yml").read_text()
+    for name in ("torch", "trimesh", "pytorch3d", "open3d", "diffusers", "einops", "hydra-core"):
+        assert re.search(rf"\b{name}\b", text), name
+
+
+def test_importing_the_package_is_quick():
+    heavy = "torch", "trimesh", "open3d", "diffusers", "transformers", "accelerate", "hydra", "scipy"
+    code = f"import sys, elastic3d; sys.exit(', '.join(m for m in {heavy!r} if m in sys.modules) or None)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_sizes():
+    subprocess.run([sys.executable, ROOT / ".ci" / "check_sizes.py"], check=True)
