@@ -18,10 +18,12 @@ from tqdm import tqdm
 
 from elastic3d.config.evaluate import EvaluateConfig
 from elastic3d.evaluation.folders import evaluate_folders
+from elastic3d.evaluation.html import load_frontier, write_html
 from elastic3d.evaluation.report import text_report, write_csv, write_json
 
 
 def main(config: EvaluateConfig) -> int:
+    frontier = load_frontier(config.benchmark) if config.benchmark else []
     command = shlex.join(["python", *sys.argv])
     with tqdm(desc="score", unit="pair") as bar:
 
@@ -33,9 +35,7 @@ def main(config: EvaluateConfig) -> int:
     write_csv(report["items"], config.output.with_suffix(".csv"))
     write_json(report, config.output)
     if config.html:
-        from elastic3d.evaluation.html import write_html
-
-        write_html(report, config)
+        write_html(report, config, frontier)
     print(text_report(report))
     broken = report.get("gate", {}).get("violations", [])
     return int(report["count"]["failed"] > 0 or len(broken) > 0)

@@ -16,14 +16,13 @@ from elastic3d.geometry.mesh_io import atomic_path, load_mesh
 RANKED_BY = "chamfer_l1"
 
 
-def write_html(report: dict[str, Any], config: EvaluateConfig) -> None:
+def write_html(report: dict[str, Any], config: EvaluateConfig, frontier: list[dict[str, Any]]) -> None:
     """Write the page of a report to `config.html`; the worst and best items are loaded and rendered again.
 
-    Raises:
-        UserError: the benchmark results can't be read, or the page can't be written.
+    `frontier` holds the rows of benchmark runs (`load_frontier`), or nothing. UserError if the page can't be
+    written.
     """
     assert config.html is not None
-    frontier = load_frontier(config.benchmark) if config.benchmark else []
     worst, best = rank(report["items"], config.html_items)
     files = {item.name: item for item in find_items(config.pred, config.gt)}
     exhibits = {

@@ -43,13 +43,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
         output=folder / "report.json",
         html=folder / "report.html",
         html_items=1,
-        benchmark=folder / "results.json",
         floor=[folder / "floor"],
         protocol=ProtocolConfig(points=500, volume_points=200, views=0),
         workers=1,
         bootstrap=100,
     )
-    write_html(evaluate_folders(config, command=f"python evaluate.py {ODD}"), config)
+    report = evaluate_folders(config, command=f"python evaluate.py {ODD}")
+    write_html(report, config, load_frontier(folder / "results.json"))
     return config
 
 
