@@ -29,7 +29,7 @@ class ShapeConfig:
     view_size: int = option(160, "pixels a side of a view")
 
     def __post_init__(self) -> None:
-        check_range("shape.resolution", self.resolution, 16, 512)
+        check_range("shape.resolution", self.resolution, 32, 512)
         for name in ("surface_points", "sharp_points", "near_points", "volume_points"):
             check_range(f"shape.{name}", getattr(self, name), 1, 10_000_000)
         check_range("shape.views", self.views, 0, 1000)

@@ -55,11 +55,10 @@ def solidify(mesh: trimesh.Trimesh, resolution: int = 128, thickness: float = TH
 
     ValueError if the mesh has no area or leaves the box.
     """
-    if not np.abs(mesh.bounds).max() < BOX - 2 * BOX / resolution * (thickness + 1):
-        raise ValueError(
-            f"the mesh reaches {np.abs(mesh.bounds).max():.3f}, expected it inside the box of {BOX}"
-        )
     voxel = 2 * BOX / resolution
+    reach, limit = np.abs(mesh.bounds).max(), BOX - thickness * voxel
+    if not reach < limit:
+        raise ValueError(f"the mesh reaches {reach:.3f}, expected less than {limit:.3f} at {resolution} cells")
     distance = _distance_near_surface(
         np.asarray(mesh.triangles, np.float32), resolution, voxel, thickness * voxel
     )

@@ -319,19 +319,22 @@ class Generation:
 
     processes: Sequence[BaseProcess]
 
-    def check(self) -> None:
-        """UserError if one ended badly."""
+    def check(self) -> bool:
+        """Whether any of them still runs. UserError if one ended badly."""
         for process in self.processes:
             if process.exitcode:
                 raise UserError(f"generating Infinigen meshes ended with code {process.exitcode}, see above")
+        return any(process.is_alive() for process in self.processes)
 
 
 def _generate_all(wanted: list[Asset], folder: Path, python: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that Blender is stopped too
+    parent = multiprocessing.parent_process()
     try:
         for _ in generate(wanted, folder, python):
-            pass
+            if parent is not None and not parent.is_alive():  # it was killed: don't go on behind its back
+                break
     except UserError as error:
         sys.exit(f"error: {error}")
 

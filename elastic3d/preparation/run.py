@@ -59,8 +59,7 @@ def prepare(
                 while pending and len(jobs) < workers and all(map(source.ready, pending[0].items)):
                     jobs.append(_start(context, pending.popleft(), source, recipe, {}))
                 if not jobs:
-                    producer.check()
-                    time.sleep(POLL_S)
+                    _wait_for(pending[0], source, producer.check())
                     continue
                 wait([job.messages for job in jobs], timeout=POLL_S)
                 jobs = [
@@ -72,6 +71,13 @@ def prepare(
             for job in jobs:
                 job.process.kill()
                 job.process.join()
+
+
+def _wait_for(shard: Shard, source: Source, producing: bool) -> None:
+    missing = [item.id for item in shard.items if not source.ready(item)]
+    if missing and not producing:
+        raise UserError(f"{missing[0]} was never made, expected its source to make it or to say why not")
+    time.sleep(POLL_S)
 
 
 @contextmanager

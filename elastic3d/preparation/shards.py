@@ -130,7 +130,6 @@ def _prepare_item(
 
 def write_shard(shard: Shard, arrays: dict[str, NDArray[Any]], description: dict[str, Any]) -> None:
     """Put both files in place, each whole or not at all, the safetensors file last."""
-    shard.path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(shard.sidecar) as draft:
         draft.write_text(json.dumps(description, indent=1))
     with atomic_path(shard.path) as draft:

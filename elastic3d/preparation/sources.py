@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,14 @@ class Item:
         return asdict(self)
 
 
+class Producer(Protocol):
+    """What makes items ready."""
+
+    def check(self) -> bool:
+        """Whether it still works. UserError if it broke down."""
+        ...
+
+
 class Source(Protocol):
     """A fixed, ordered list of items and a way to load each. Pickled into worker processes."""
 
@@ -50,9 +58,8 @@ class Source(Protocol):
         """The raw mesh, Y up and front +Z. UserError if there is none."""
         ...
 
-    @contextmanager
-    def producing(self) -> Iterator[Any]:
-        """Meanwhile items become ready; yields an object whose `check()` raises if that stopped."""
+    def producing(self) -> AbstractContextManager[Producer]:
+        """Items become ready while this context is open."""
         ...
 
 
@@ -68,8 +75,9 @@ class AlwaysReady:
         """Nothing to wait for."""
         yield self
 
-    def check(self) -> None:
-        """Never stops."""
+    def check(self) -> bool:
+        """Nothing more will come."""
+        return False
 
 
 class FolderSource(AlwaysReady):

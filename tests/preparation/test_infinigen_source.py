@@ -1,0 +1,119 @@
+"""The Infinigen source without Infinigen: a stand-in for the Blender process, and raw files made by hand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from elastic3d.errors import UserError
+from elastic3d.preparation import infinigen_source
+from elastic3d.preparation.infinigen_source import (
+    FACTORIES,
+    InfinigenSource,
+    assets,
+    find_environment,
+    generate,
+    read_failures,
+)
+
+STAND_IN = """
+import json, os, sys, time
+with os.fdopen(int(sys.argv[1]), "w") as answers:
+    answers.write("ready\\n"); answers.flush()
+    for line in sys.stdin:
+        request = json.loads(line)
+        seed = request["seed"]
+        if seed == 1:
+            os._exit(3)
+        if seed == 2:
+            time.sleep(60)
+        answer = {"error": "ValueError: no faces"} if seed == 3 else {"faces": 1, "seconds": 0}
+        if seed != 3:
+            os.makedirs(os.path.dirname(request["output"]), exist_ok=True)
+            open(request["output"], "w").write(request["factory"])
+        answers.write(json.dumps(answer) + "\\n"); answers.flush()
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(infinigen_source, "WORKER", script)
+
+
+def test_at_least_16_categories_and_balanced_prefixes() -> None:
+    assert len(FACTORIES) >= 16
+    wanted = assets([], 3)
+    assert len(wanted) == 3 * len(FACTORIES)
+    assert len({asset.category for asset in wanted[: len(FACTORIES)]}) == len(FACTORIES)
+    assert [asset.name for asset in assets(["cup", "sofa"], 2)] == [
+        "cup-00000",
+        "sofa-00000",
+        "cup-00001",
+        "sofa-00001",
+    ]
+
+
+def test_unknown_category() -> None:
+    with pytest.raises(UserError, match="no Infinigen category 'car', expected one of chair"):
+        assets(["car"], 1)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_crashes_hangs_and_errors_are_listed_and_not_tried_again(tmp_path: Path) -> None:
+    wanted, raw = assets(["cup"], 5), tmp_path / "raw"
+    done = dict(generate(wanted, raw, Path(sys.executable), timeout_s=3))
+    assert [done[asset] for asset in wanted] == [
+        "",
+        "Blender crashed",
+        "took more than 3 s",
+        "ValueError: no faces",
+        "",
+    ]
+    assert sorted(path.name for path in (raw / "cup").iterdir()) == ["0.npz", "4.npz"]
+    assert set(read_failures(raw)) == {"cup-00001", "cup-00002", "cup-00003"}
+    assert list(generate(wanted, raw, Path(sys.executable))) == []
+
+
+def test_environment_without_infinigen_says_so(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text("import no_such_module")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(infinigen_source, "WORKER", tmp_path / "worker.py")
+        with pytest.raises(UserError, match="Infinigen does not start in"):
+            list(generate(assets(["cup"], 1), tmp_path / "raw", Path(sys.executable)))
+    assert read_failures(tmp_path / "raw") == {}
+
+
+def test_no_python_311(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 12, 0, "final", 0))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"no python3\.11 is on the PATH"):
+        find_environment(tmp_path / "env")
+
+
+def test_blender_axes_become_ours(tmp_path: Path) -> None:
+    """Blender: up +Z, front +X. Here: up +Y, front +Z. So Blender's +Y, the left of the object, becomes +X."""
+    asset = assets(["chair"], 1)[0]
+    asset.path(tmp_path).parent.mkdir()
+    vertices = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32)  # front, left, top
+    np.savez(asset.path(tmp_path), vertices=vertices, faces=[[0, 1, 2]], material=np.zeros(1, np.uint8))
+    source = InfinigenSource(tmp_path, tmp_path, ["chair"], 1)
+    item = source.items()[0]
+    assert source.ready(item)
+    np.testing.assert_array_equal(source.load(item).mesh.vertices, [[0, 0, 1], [1, 0, 0], [0, 1, 0]])
+    assert (item.id, item.caption, item.licence) == ("chair-00000", "a chair", "BSD-3-Clause")
+
+
+def test_a_failed_asset_is_ready_and_loads_as_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "failures.jsonl").write_text(
+        '{"id": "cup-00000", "reason": "Blender crashed"}\n{"id": "cup-0'
+    )
+    source = InfinigenSource(tmp_path, tmp_path, ["cup"], 2)
+    first, second = source.items()
+    assert source.ready(first) and not source.ready(second)
+    with pytest.raises(UserError, match="Blender crashed"):
+        source.load(first)

@@ -1,0 +1,136 @@
+"""Shards survive crashes, hangs and kills, and come out the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from box_source import RECIPE, TINY, Boxes, plan
+from safetensors.numpy import load_file
+
+from elastic3d.errors import UserError
+from elastic3d.preparation.run import prepare
+from elastic3d.preparation.shards import Recipe, drop_outdated, plan_shards, write_manifest
+from elastic3d.preparation.sources import Item
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_bad_shapes_are_listed_and_the_rest_goes_on(tmp_path: Path) -> None:
+    shards, source = plan(["b0", "broken", "crash", "b1", "hang", "b2"], tmp_path, size=3)
+    seen: list[tuple[str, str]] = []
+    prepare(shards, source, RECIPE, workers=2, timeout_s=8, progress=lambda *row: seen.append(row))
+    count, failures = write_manifest(tmp_path)
+    assert count == 3
+    assert failures == {
+        "broken": "UserError: no such mesh",
+        "crash": "the process died with code -9",
+        "hang": "took more than 8 s",
+    }
+    rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["b0", "b1", "b2"]
+    assert rows[0]["licence"] == "none" and rows[0]["faces"] == 12
+    assert {name for name, _ in seen} == {"b0", "broken", "crash", "b1", "hang", "b2"}
+
+
+def test_held_out_items_keep_their_solid(tmp_path: Path) -> None:
+    shards, source = plan(["b0", "b1"], tmp_path)
+    prepare(shards, source, RECIPE)
+    names = set(load_file(shards[0].path))
+    assert "b1/solid_faces" in names and "b0/solid_faces" not in names
+    assert {
+        "b0/surface",
+        "b0/sharp",
+        "b0/near",
+        "b0/volume",
+        "b0/views",
+        "b0/view_offsets",
+        "b0/cameras",
+    } <= names
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from box_source import RECIPE, plan
+from elastic3d.preparation.run import prepare
+if __name__ == "__main__":
+    shards, source = plan([f"b{i}" for i in range(6)], Path(sys.argv[1]))
+    print("ready", flush=True)
+    prepare(shards, source, RECIPE, progress=lambda *row: print(*row, flush=True))
+"""
+
+
+def test_killed_in_the_middle_and_resumed_gives_the_same_files(tmp_path: Path) -> None:
+    script = tmp_path / "go.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, str(script), str(tmp_path / "killed")]
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.startswith("b3"):  # one shard is done, the next one isn't written
+            break
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    running.stdout.close()
+    assert not (tmp_path / "killed" / "shard-00002.safetensors").exists()
+    for name in ("killed", "whole"):
+        shards, source = plan([f"b{i}" for i in range(6)], tmp_path / name)
+        prepare(shards, source, RECIPE, workers=2)
+    whole, resumed = contents(tmp_path / "whole"), contents(tmp_path / "killed")
+    assert {name: data for name, data in resumed.items() if not name.startswith(".")} == whole
+
+
+def test_nothing_to_do_does_nothing(tmp_path: Path) -> None:
+    shards, source = plan(["b0"], tmp_path)
+    prepare(shards, source, RECIPE)
+    before = shards[0].path.stat().st_mtime_ns
+    prepare(shards, source, RECIPE)
+    assert shards[0].path.stat().st_mtime_ns == before
+
+
+def test_growing_limit_remakes_the_last_shard_only(tmp_path: Path) -> None:
+    few, source = plan(["b0", "b1", "b2"], tmp_path)
+    prepare(few, source, RECIPE)
+    more, source = plan(["b0", "b1", "b2", "b3"], tmp_path)
+    drop_outdated(more, RECIPE)
+    assert [shard.done for shard in more] == [True, False]
+    prepare(more, source, RECIPE)
+    drop_outdated(few, RECIPE)  # and a smaller limit again is content with what there is
+    assert [shard.done for shard in few] == [True, True]
+
+
+def test_other_settings_or_items_are_refused(tmp_path: Path) -> None:
+    shards, source = plan(["b0", "b1"], tmp_path)
+    prepare(shards, source, RECIPE)
+    with pytest.raises(UserError, match="another seed, expected the same settings"):
+        drop_outdated(shards, Recipe(TINY, 1, frozenset()))
+    others, _ = plan(["b5", "b6"], tmp_path)
+    with pytest.raises(UserError, match="holds other shapes"):
+        drop_outdated(others, RECIPE)
+
+
+class Stuck(Boxes):
+    def ready(self, item: Item) -> bool:
+        return item.id != "b1"
+
+
+def test_source_that_stops_producing_is_an_error(tmp_path: Path) -> None:
+    source = Stuck(["b0", "b1"])
+    with pytest.raises(UserError, match="b1 was never made"):
+        prepare(plan_shards(source.items(), tmp_path, 2), source, RECIPE)
+
+
+def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    shards, source = plan(["b0"], tmp_path / "file" / "sub")
+    with pytest.raises(UserError):
+        prepare(shards, source, RECIPE)

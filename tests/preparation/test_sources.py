@@ -1,0 +1,108 @@
+"""A user's folder of meshes, prepared from the Python API and the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import trimesh
+from _cli import execute
+from prepare_data import main
+from safetensors.numpy import load_file
+
+from elastic3d.config.prepare import PrepareConfig
+from elastic3d.errors import UserError
+from elastic3d.preparation.sources import FolderSource
+
+TINY = [f"shape.{name}=50" for name in ("surface_points", "sharp_points", "near_points", "volume_points")]
+TINY += ["shape.resolution=32", "shape.views=2", "shape.view_size=16", "workers=1"]
+
+
+@pytest.fixture
+def meshes(tmp_path: Path) -> Path:
+    folder = tmp_path / "my meshes (2)"
+    (folder / "toys").mkdir(parents=True)
+    trimesh.creation.box((1, 2, 3)).export(folder / "box.glb")
+    trimesh.creation.box((1, 2, 3)).export(folder / "box.stl")
+    trimesh.creation.icosphere(2).export(folder / "toys" / "red_ball.ply")
+    trimesh.creation.cone(1, 2).export(folder / "cone.off")
+    (folder / "bad.obj").write_text("no mesh")
+    (folder / "notes.txt").write_text("no mesh either")
+    return folder
+
+
+def prepare(*arguments: str) -> int:
+    return execute(main, PrepareConfig, "prepare_data", [*arguments, *TINY])
+
+
+def test_items_of_a_folder(meshes: Path) -> None:
+    items = FolderSource(meshes).items()
+    assert [item.id for item in items] == ["bad", "box-glb", "box-stl", "cone", "toys--red_ball"]
+    assert (items[-1].category, items[-1].caption, items[-1].source_id) == (
+        "toys",
+        "red ball",
+        "toys/red_ball.ply",
+    )
+
+
+def test_folder_end_to_end(meshes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    assert prepare("source=folder", f"path={meshes}", f"output={output}", "shard_size=3") == 0
+    assert "4 shapes in" in (shown := capsys.readouterr().out) and "bad.obj has no faces" in shown
+    rows = [json.loads(line) for line in (output / "folder" / "manifest.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["box-glb", "box-stl", "cone", "toys--red_ball"]
+    assert {row["shard"] for row in rows} == {"shard-00000.safetensors", "shard-00001.safetensors"}
+    arrays = load_file(output / "folder" / "shard-00001.safetensors")
+    assert arrays["cone/surface"].shape == (50, 6)
+    assert arrays["toys--red_ball/cameras"].shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["source=folder"], "source=folder needs path="),
+        (["path=nowhere"], "path=nowhere is no directory"),
+        (["path=."], "holds no mesh, expected files ending in .glb"),
+        (["source=attic"], "source"),
+        (["shape.resolution=7"], "shape.resolution is 7"),
+        (["paht=x"], "path"),
+        (["source=infinigen", "categories=[car]"], "no Infinigen category 'car'"),
+        (["path=.", "splits=nowhere"], "nowhere/train.txt is missing"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    splits = Path("data/splits").resolve()
+    monkeypatch.chdir(tmp_path)
+    given = (
+        arguments if any("splits" in argument for argument in arguments) else [*arguments, f"splits={splits}"]
+    )
+    assert execute(main, PrepareConfig, "prepare_data", given) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown
+
+
+def test_unwritable_output(meshes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert prepare(f"path={meshes}", f"output={tmp_path / 'file'}") == 2
+    assert "can't write to" in capsys.readouterr().err
+
+
+def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(main, PrepareConfig, "prepare_data", ["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("source", "cache_dir", "shape.resolution", "generators"):
+        assert name in shown
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no mesh"):
+        FolderSource(tmp_path)
+    assert "bpy" not in sys.modules
