@@ -115,7 +115,7 @@ def clear_unfinished(folder: Path) -> None:
 
 def random_state() -> dict[str, Any]:
     """The state of Python's, NumPy's and torch's global generators in this process, as JSON values."""
-    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
+    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)
     inner = numpy_state["state"]
     cuda = [_encode(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
     return {

@@ -197,7 +197,7 @@ class VAEItems:
         return item
 
 
-class _ByPosition(Dataset):  # type: ignore[type-arg]
+class _ByPosition(Dataset):
     def __init__(self, items: Items, seed: int) -> None:
         self.items, self.seed = items, seed
 

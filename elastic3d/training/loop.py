@@ -183,7 +183,7 @@ class _Run:
         """Means over the steps since the last record and over the processes."""
         names = sorted({name for values in window for name in values})
         means = [torch.stack([v[name].float() for v in window if name in v]).mean() for name in names]
-        reduced: Tensor = self.accelerator.reduce(torch.stack(means), "mean")  # type: ignore[assignment]
+        reduced: Tensor = self.accelerator.reduce(torch.stack(means), "mean")
         return dict(zip(names, reduced.tolist(), strict=True))
 
     def _look(self) -> None:
@@ -213,7 +213,7 @@ class _Run:
         minutes = (time.monotonic() - self.started) / 60
         timeout = bool(self.config.max_minutes) and minutes >= self.config.max_minutes
         own = torch.tensor([bool(signals), timeout], dtype=torch.float32, device=self.accelerator.device)
-        stopped, late = self.accelerator.reduce(own, "sum").tolist()  # type: ignore[union-attr]
+        stopped, late = self.accelerator.reduce(own, "sum").tolist()
         if stopped:
             return signals[0] if signals else "signal"
         return "time" if late else ""
