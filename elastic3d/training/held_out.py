@@ -1,0 +1,189 @@
+"""What a model makes of held-out shapes, and the baseline it has to beat, as folders of meshes.
+
+`<output>/gt`, `images`, `reconstruction` (through the VAE alone), `seed-<s>` (from the picture) and `nearest`: the
+training shape whose views are most like the picture, by cosine similarity of the image encoder's global feature. It
+is the baseline that single-image reconstruction most often fails to beat (Tatarchenko et al., 1905.03678).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import trimesh
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from elastic3d.config.geometry import CleanupConfig
+from elastic3d.config.held_out import HeldOutConfig
+from elastic3d.config.images import ForegroundConfig
+from elastic3d.config.train import VAEStageConfig
+from elastic3d.errors import UserError
+from elastic3d.geometry.cleanup import clean
+from elastic3d.geometry.mesh_io import atomic_path, load_mesh, save_mesh
+from elastic3d.geometry.normalize import normalize_mesh
+from elastic3d.geometry.solid import solidify
+from elastic3d.models.foreground import prepare_picture, to_tensor
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.preparation.prepare import open_source
+from elastic3d.training.datasets import PreparedShapes, VAEItems, item_generator, read_split
+from elastic3d.training.latents import stored_views
+from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture, on_white
+
+SHEET_SHAPES = 64
+PICTURE_SIZE = 128
+
+
+def build_held_out(config: HeldOutConfig) -> list[str]:
+    """Write every folder; meshes that are there already stay. -> ids of the held-out shapes.
+
+    Raises:
+        UserError: no shard holds a shape of the split, or the model can't be loaded.
+    """
+    pipeline = ImageTo3DPipeline.from_pretrained(config.model, config.device, config.dtype)
+    shapes = open_held_out(config)
+    _write_truth(shapes, config)
+    _write_reconstructions(pipeline, shapes, config)
+    for seed in config.seeds:
+        _write_generated(pipeline, shapes, seed, config)
+    _write_nearest(pipeline, shapes, config)
+    write_sheet(shapes.ids, config)
+    return shapes.ids
+
+
+def open_held_out(config: HeldOutConfig) -> PreparedShapes:
+    """The held-out shapes of the source that are prepared, `limit` of them spread evenly over the list."""
+    root, prefix = Path(config.data.output), f"{config.data.source.value}/"
+    found = PreparedShapes(root, [id for id in read_split([config.split]) if id.startswith(prefix)]).ids
+    count = min(config.limit or len(found), len(found))
+    return PreparedShapes(root, [found[i * len(found) // count] for i in range(count)])
+
+
+def stem(id: str) -> str:
+    """File name of a shape: its id without the source."""
+    return id.rpartition("/")[2]
+
+
+def _missing(ids: Sequence[str], folder: Path, config: HeldOutConfig, suffix: str = ".glb") -> Iterator[list[str]]:
+    """Batches of the shapes that have no file in a folder yet, with a progress bar."""
+    todo = [id for id in ids if not (folder / f"{stem(id)}{suffix}").is_file()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(todo), desc=folder.name, unit="shape", dynamic_ncols=True) as bar:
+        for first in range(0, len(todo), config.batch_size):
+            batch = todo[first : first + config.batch_size]
+            yield batch
+            bar.update(len(batch))
+
+
+def _write_truth(shapes: PreparedShapes, config: HeldOutConfig) -> None:
+    for batch in _missing(shapes.ids, config.output / "images", config, ".png"):
+        for id in batch:
+            with atomic_path(config.output / "images" / f"{stem(id)}.png") as path:
+                stored_views(shapes, id)[config.view].save(path)
+    for batch in _missing(shapes.ids, config.output / "gt", config):
+        for id in batch:
+            vertices, faces = (shapes.read(id, f"solid_{name}").numpy() for name in ("vertices", "faces"))
+            save_mesh(trimesh.Trimesh(vertices, faces, process=False), config.output / "gt" / f"{stem(id)}.glb")
+
+
+@torch.no_grad()
+def _write_reconstructions(pipeline: ImageTo3DPipeline, shapes: PreparedShapes, config: HeldOutConfig) -> None:
+    points = VAEStageConfig(model=pipeline.vae.config, surface_points=config.surface_points)
+    items, folder = VAEItems(shapes, points), config.output / "reconstruction"
+    for batch in _missing(shapes.ids, folder, config):
+        surface = torch.stack([items.draw(id, item_generator(0, shapes.ids.index(id)))["surface"] for id in batch])
+        posterior = pipeline.vae.encode(surface.to(pipeline.device))
+        meshes = field_meshes(pipeline.vae, pipeline.vae.to_latents(posterior.mean), config.resolution)
+        for id, mesh in zip(batch, meshes, strict=True):
+            if mesh is not None:
+                save_mesh(clean(mesh, CleanupConfig()), folder / f"{stem(id)}.glb")
+
+
+def _write_generated(pipeline: ImageTo3DPipeline, shapes: PreparedShapes, seed: int, config: HeldOutConfig) -> None:
+    folder = config.output / f"seed-{seed}"
+    options = {"steps": config.steps, "guidance": config.guidance, "resolution": config.resolution}
+    for batch in _missing(shapes.ids, folder, config):
+        pictures = [config.output / "images" / f"{stem(id)}.png" for id in batch]
+        for id, result in zip(batch, pipeline(pictures, seed, **options), strict=True):
+            if result.error is None:  # a failed sample leaves no file and counts as failed when it is scored
+                save_mesh(result.mesh, folder / f"{stem(id)}.glb", result.receipt)
+
+
+def _write_nearest(pipeline: ImageTo3DPipeline, shapes: PreparedShapes, config: HeldOutConfig) -> None:
+    folder = config.output / "nearest"
+    if all((folder / f"{stem(id)}.glb").is_file() for id in shapes.ids):
+        return
+    features = _features(pipeline)
+    names, bank = _bank(features, config)
+    solid = _solids(config)
+    for batch in _missing(shapes.ids, folder, config):
+        for id in batch:
+            picture = Image.open(config.output / "images" / f"{stem(id)}.png")
+            similarity = (bank @ features([picture])[0]).amax(dim=1)
+            found = names[int(similarity.argmax())]
+            save_mesh(solid(found), folder / f"{stem(id)}.glb", {"nearest": found})
+
+
+def _features(pipeline: ImageTo3DPipeline) -> Callable[[Sequence[Image.Image]], Tensor]:
+    """Pictures -> unit global features (V, 1280)."""
+    encoder, foreground = pipeline.encoder, ForegroundConfig()
+
+    def features(pictures: Sequence[Image.Image]) -> Tensor:
+        ready = [prepare_picture(picture, foreground, encoder.image_size) for picture in pictures]
+        found = encoder.pooled(to_tensor(ready).to(pipeline.device)).float().cpu()
+        return torch.nn.functional.normalize(found, dim=-1)
+
+    return features
+
+
+def _bank(features: Callable[[Sequence[Image.Image]], Tensor], config: HeldOutConfig) -> tuple[list[str], Tensor]:
+    """Ids of the training shapes and their features (S, V, 1280); computed once and kept beside the meshes."""
+    prefix = f"{config.data.source.value}/"
+    train = [id for id in read_split([config.train]) if id.startswith(prefix)]
+    shapes = PreparedShapes(Path(config.data.output), train)
+    path = config.output / "bank.safetensors"
+    bank = load_file(path) if path.is_file() else {}
+    todo = [id for id in shapes.ids if id not in bank]
+    for id in tqdm(todo, desc="bank", unit="shape", dynamic_ncols=True):
+        views = stored_views(shapes, id)
+        chosen = np.linspace(0, len(views) - 1, config.bank_views).round().astype(int)
+        bank[id] = features([views[i] for i in chosen]).half()
+    if todo:
+        with atomic_path(path) as temporary:
+            save_file(bank, temporary)
+    return shapes.ids, torch.stack([bank[id] for id in shapes.ids]).float()
+
+
+def _solids(config: HeldOutConfig) -> Callable[[str], trimesh.Trimesh]:
+    """Training shape by id -> its outer surface, made again from the source's own mesh."""
+    source = open_source(config.data)
+    items = {f"{item.source}/{item.id}": item for item in source.items()}
+
+    def solid(id: str) -> trimesh.Trimesh:
+        if id not in items:
+            raise UserError(f"{id} is not in the source {config.data.source.value}, expected it as when it was prepared")
+        mesh, _ = normalize_mesh(source.load(items[id]).mesh)
+        return solidify(mesh, config.data.shape.resolution).mesh
+
+    return solid
+
+
+def write_sheet(ids: Sequence[str], config: HeldOutConfig) -> None:
+    """`sheet.png`: input view, generated (first seed), ground truth, nearest training shape; four shapes a row."""
+    chosen = [ids[i * len(ids) // min(SHEET_SHAPES, len(ids))] for i in range(min(SHEET_SHAPES, len(ids)))]
+    folders = ([f"seed-{config.seeds[0]}"] if config.seeds else ["reconstruction"]) + ["gt", "nearest"]
+    cells = []
+    for id in chosen:
+        view = Image.open(config.output / "images" / f"{stem(id)}.png").resize((PICTURE_SIZE, PICTURE_SIZE))
+        paths = [config.output / folder / f"{stem(id)}.glb" for folder in folders]
+        meshes = [load_mesh(path) if path.is_file() else None for path in paths]  # white where one failed
+        cells.append([on_white(np.asarray(view)), *(mesh_picture(mesh, PICTURE_SIZE) for mesh in meshes)])
+    blank = [np.full_like(cells[0][0], 255)] * len(cells[0])
+    cells += [blank] * (-len(cells) % 4)
+    rows = [[picture for cell in cells[i : i + 4] for picture in cell] for i in range(0, len(cells), 4)]
+    with atomic_path(config.output / "sheet.png") as path:
+        Image.fromarray(contact_sheet(rows)).save(path)
