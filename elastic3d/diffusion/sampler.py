@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from elastic3d.diffusion.flow import timestep_grid
+from elastic3d.routing.session import BOTH_BRANCHES, Branch, RoutingSession
 
 
 class Velocity(Protocol):
@@ -18,7 +19,8 @@ class Velocity(Protocol):
 
 
 def initial_noise(shape: tuple[int, int], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
-    """Standard normal (B, *shape), sample b from generator b alone, so that it does not depend on its batch mates."""
+    """Standard normal (B, *shape), sample b from generator b alone, so that it does not depend on its
+    batch mates."""
     noise = [torch.randn(shape, generator=g, device=g.device) for g in generators]
     return torch.stack(noise).to(device)
 
@@ -34,13 +36,16 @@ def sample(
     *,
     shift: float = 1.0,
     guidance_embed: bool = False,
+    session: RoutingSession | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Integrate from noise to data: condition (B,M,Cc) -> latents (B,N,C) in fp32, with `shape` = (N, C).
 
-    Guidance g: v = v_uncond + g (v_cond - v_uncond) (2207.12598), the unconditional branch sees zeros; g = 1 runs the
-    conditional branch alone. A guidance-embedded model takes g as an input and runs one branch. `on_step(i, steps)`
-    is called after step i. Raises ValueError for fewer than one step or a generator count other than B.
+    Guidance g: v = v_uncond + g (v_cond - v_uncond) (2207.12598), the unconditional branch sees zeros; g = 1
+    runs the conditional branch alone. A guidance-embedded model takes g as an input and runs one branch.
+    `session` is that of a model with routers: it is told of the generation, of each step and of the branches.
+    `on_step(i, steps)` is called after step i. Raises ValueError for fewer than one step or a generator count
+    other than B.
     """
     if len(generators) != condition.shape[0]:
         raise ValueError(f"{len(generators)} generators for a batch of {condition.shape[0]}")
@@ -50,13 +55,21 @@ def sample(
     if two_branches:
         condition = torch.cat([condition, torch.zeros_like(condition)])
     scale = torch.full((condition.shape[0],), guidance, device=x.device) if guidance_embed else None
+    branches = BOTH_BRANCHES if two_branches else (Branch.conditional,)
+    if session is not None:
+        session.begin(len(generators), steps)
     for i in range(steps):
+        dt = (times[i + 1] - times[i]).item()
+        if session is not None:
+            session.step(i, dt, branches)
         t = times[i].to(x.device).expand(condition.shape[0])
         v = dit(x.repeat(2, 1, 1) if two_branches else x, t, condition, scale).float()
         if two_branches:
             v_cond, v_uncond = v.chunk(2)
             v = v_uncond + guidance * (v_cond - v_uncond)
-        x = x + (times[i + 1] - times[i]).item() * v
+        x = x + dt * v
         if on_step is not None:
             on_step(i + 1, steps)
+    if session is not None:
+        session.end()
     return x

@@ -1,0 +1,115 @@
+"""Options of the routers, of the block cache, and of running a model elastically."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from elastic3d.config.base import check_range, option
+
+MIN_BUDGET = 0.3
+
+
+class RouterVariant(Enum):
+    """`light` pools the tokens first and shares its conditioning between blocks; `paper` is E-DiT's own
+    router."""
+
+    light = "light"
+    paper = "paper"
+
+
+class Lookahead(Enum):
+    """What a router sees: its own block's input, or (one decision a step for all blocks) the first
+    block's."""
+
+    block = "block"
+    step = "step"
+
+
+class CacheRule(Enum):
+    """Which open blocks reuse an earlier residual: none, those with a gate in a band, those with a steady
+    input."""
+
+    off = "off"
+    band = "band"
+    drift = "drift"
+
+
+@dataclass(kw_only=True)
+class RouterConfig:
+    """Architecture and initialisation of the routers. Saved with their weights."""
+
+    variant: RouterVariant = option(RouterVariant.light, "the light router, or the paper's own")
+    lookahead: Lookahead = option(Lookahead.block, "decide before each block, or once a step for all blocks")
+    hidden: int = option(32, "hidden channels of a router (H_r); the paper's code has 128")
+    conditioning: int = option(
+        32, "channels of the shared embedding of timestep, step size, budget and branch"
+    )
+    widths: int = option(4, "nested widths of an MLP: 1/widths, 2/widths, .. 1")
+    threshold: float = option(0.5, "a block is kept where its gate is above this (tau)")
+    initial_keep: float = option(0.7, "gate of every block before training")
+    initial_width_bias: float = option(2.0, "logit of the full width before training; the others have 0")
+    head_std: float = option(1e-3, "standard deviation of the heads' initial weights")
+
+    def __post_init__(self) -> None:
+        check_range("hidden", self.hidden, 1, 4096)
+        check_range("conditioning", self.conditioning, 1, 4096)
+        check_range("widths", self.widths, 1, 16)
+        check_range("threshold", self.threshold, 0.01, 0.99)
+        check_range("initial_keep", self.initial_keep, 0.01, 0.99)
+        check_range("initial_width_bias", self.initial_width_bias, 0, 20)
+        check_range("head_std", self.head_std, 0, 100)
+        if self.variant is RouterVariant.paper and self.lookahead is not Lookahead.block:
+            raise ValueError(
+                "lookahead is step, expected block: the paper's router decides before each block"
+            )
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The nested widths as shares of the full one, the smallest first."""
+        return tuple((i + 1) / self.widths for i in range(self.widths))
+
+
+@dataclass(kw_only=True)
+class BlockCacheConfig:
+    """Reuse of block residuals between sampling steps. Training-free."""
+
+    rule: CacheRule = option(CacheRule.off, "which open blocks reuse an earlier residual")
+    band: float = option(0.1, "rule band: reuse where the gate is at most this far above its threshold")
+    drift: float = option(0.1, "rule drift: reuse where a block's input changed relatively by less than this")
+    closed_reuse: bool = option(
+        False, "a closed block adds its earlier residual, where it has one, instead of nothing"
+    )
+    start: float = option(0.0, "share of the sampling steps before the first reuse")
+    longest: int = option(5, "steps that a residual lives")
+    probe_stride: int = option(8, "rule drift: the input's change is measured on every so-manieth token")
+
+    def __post_init__(self) -> None:
+        check_range("cache.band", self.band, 0, 1)
+        check_range("cache.drift", self.drift, 0, 100)
+        check_range("cache.start", self.start, 0, 1)
+        check_range("cache.longest", self.longest, 1, 1000)
+        check_range("cache.probe_stride", self.probe_stride, 1, 1 << 20)
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is ever stored."""
+        return self.rule is not CacheRule.off or self.closed_reuse
+
+
+@dataclass(kw_only=True)
+class ElasticConfig:
+    """How a model with routers runs. `elastic=false` is the dense model, bit for bit."""
+
+    elastic: bool = option(True, "let the routers decide; false runs the dense model")
+    budget: float = option(1.0, "share of the dense blocks' FLOPs that may be executed")
+    width: bool = option(True, "let the routers narrow the MLPs")
+    cache: BlockCacheConfig = option(BlockCacheConfig, "reuse of block residuals between steps")
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+
+
+def check_budget(budget: float) -> None:
+    """Raise ValueError unless a budget is one that routers are trained for."""
+    check_range("budget", budget, MIN_BUDGET, 1.0)

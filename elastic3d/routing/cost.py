@@ -1,0 +1,54 @@
+"""FLOPs of a decision, of a recorded generation, and of dense passes. Two a multiply-add, matrix products
+only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from elastic3d.routing.decision import RouteDecision
+from elastic3d.routing.gates import hard_keep, hard_ratio
+from elastic3d.routing.protocol import BlockFlops
+from elastic3d.routing.trace import NOT_RUN, Trace
+
+
+def decision_flops(decision: RouteDecision, block: BlockFlops, ratios: tuple[float, ...]) -> Tensor:
+    """Executed FLOPs (B,) of one block: hard values, straight-through gradients to gates and widths."""
+    return hard_keep(decision) * (block.fixed + block.mlp * hard_ratio(decision, ratios))
+
+
+def executed_share(
+    decisions: Sequence[RouteDecision], blocks: Sequence[BlockFlops], ratios: tuple[float, ...]
+) -> Tensor:
+    """Executed share (B,) of the dense blocks' FLOPs in one pass, with straight-through gradients."""
+    dense = sum(block.dense for block in blocks)
+    shares = [decision_flops(d, block, ratios) / dense for d, block in zip(decisions, blocks, strict=True)]
+    return torch.stack(shares).sum(dim=0)
+
+
+def trace_flops(trace: Trace) -> Tensor:
+    """Executed FLOPs (S,2,B,I) fp64 of the blocks; a reused residual costs none. Routers are not in it."""
+    actions = trace.actions.long()
+    table = torch.zeros(len(trace.blocks), 3 + len(trace.ratios), dtype=torch.float64)
+    for index, block in trace.flops.items():
+        table[index, 3:] = torch.tensor([block.at(ratio) for ratio in trace.ratios], dtype=torch.float64)
+    return table[torch.arange(len(trace.blocks)), actions + 2]
+
+
+def trace_dense_flops(trace: Trace) -> Tensor:
+    """FLOPs (S,2,B,I) fp64 that the dense blocks would have spent on the same passes."""
+    dense = torch.tensor([trace.flops[i].dense if i in trace.flops else 0 for i in range(len(trace.blocks))])
+    return (trace.actions != NOT_RUN).double() * dense.double()
+
+
+def trace_router_flops(trace: Trace) -> Tensor:
+    """FLOPs (S,2,B,I) fp64 of the routers themselves."""
+    routers = torch.tensor([trace.router_flops.get(i, 0) for i in range(len(trace.blocks))])
+    return (trace.actions != NOT_RUN).double() * routers.double()
+
+
+def trace_share(trace: Trace) -> Tensor:
+    """Executed share (B,) of the dense blocks' FLOPs of each sample, over all steps and branches."""
+    return trace_flops(trace).sum((0, 1, 3)) / trace_dense_flops(trace).sum((0, 1, 3))

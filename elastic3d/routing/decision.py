@@ -1,0 +1,43 @@
+"""What a router decides for one block: B samples, K nested widths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RouteDecision:
+    """One route per sample through one block.
+
+    keep (B,) bool: run the block; width (B,) long in [0, K): index of the MLP's nested width. keep_prob (B,)
+    and width_prob (B,K) are what they were taken from, and carry the gradient.
+    """
+
+    keep: Tensor
+    width: Tensor
+    keep_prob: Tensor
+    width_prob: Tensor
+
+    @staticmethod
+    def from_logits(logits: Tensor, threshold: float) -> RouteDecision:
+        """logits (B, 1 + K), the gate first; a block is kept where sigmoid(gate) > threshold (E-DiT, tau)."""
+        logits = logits.float()
+        keep_prob = logits[:, 0].sigmoid()
+        width_prob = logits[:, 1:].softmax(dim=-1)
+        return RouteDecision(keep_prob > threshold, width_prob.argmax(dim=-1), keep_prob, width_prob)
+
+    @staticmethod
+    def fixed(keep: Tensor, width: Tensor, widths: int) -> RouteDecision:
+        """A route that nobody computed: keep (B,) bool and width (B,) long, with certain probabilities."""
+        width_prob = torch.nn.functional.one_hot(width, widths).float()
+        return RouteDecision(keep, width, keep.float(), width_prob)
+
+    def at_full_width(self) -> RouteDecision:
+        """The same gates, every kept block at its full width."""
+        widths = self.width_prob.shape[-1]
+        full = torch.full_like(self.width, widths - 1)
+        prob = torch.nn.functional.one_hot(full, widths).to(self.width_prob.dtype)
+        return RouteDecision(self.keep, full, self.keep_prob, prob)

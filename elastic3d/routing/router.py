@@ -1,0 +1,163 @@
+"""Routers: from a block's input tokens to a gate logit and K width logits for each sample.
+
+`LightRouter` pools the tokens before its trunk and takes its modulation from one `Conditioner` for all
+blocks, so that a router costs thousands of parameters and FLOPs. `PaperRouter` is E-DiT's (2602.13993):
+modulated LayerNorm of every token -> Linear -> ReLU -> heads -> mean over tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from elastic3d.config.routing import Lookahead, RouterConfig, RouterVariant
+
+_TIME_OCTAVES, _BUDGET_OCTAVES = 4, 3
+_FEATURES = (1 + 2 * _TIME_OCTAVES) + 3 + (1 + 2 * _BUDGET_OCTAVES) + 1
+_SMALLEST_STEP = 1e-3
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a forward pass is told from outside, per batch row: each (B,) fp32.
+
+    t: time in [0,1]; dt: size of the sampling step; budget: in [0.3,1]; branch: 0 conditional, 1
+    unconditional.
+    """
+
+    t: Tensor
+    dt: Tensor
+    budget: Tensor
+    branch: Tensor
+
+    def features(self) -> Tensor:
+        """(B, 20): octaves of t and of the budget, the step size on a log scale, the branch."""
+        step = self.dt.clamp(_SMALLEST_STEP, 1.0).log() / -math.log(_SMALLEST_STEP)
+        parts = [_octaves(self.t, _TIME_OCTAVES), step[:, None], step.square()[:, None], self.dt[:, None]]
+        parts += [_octaves(self.budget, _BUDGET_OCTAVES), self.branch[:, None]]
+        return torch.cat(parts, dim=-1)
+
+
+def _octaves(x: Tensor, count: int) -> Tensor:
+    """x (B,) -> (B, 1 + 2 count): x, then sines and cosines of pi 2^k x."""
+    angles = x[:, None] * (math.pi * 2.0 ** torch.arange(count, device=x.device, dtype=x.dtype))
+    return torch.cat([x[:, None], angles.sin(), angles.cos()], dim=-1)
+
+
+@dataclass(frozen=True)
+class RouterInput:
+    """What a router may look at: the block's input streams (each (B,L,D)), its modulation vector (B,D), and
+    the conditioner's output for this block (B, 2 H_r + 1 + K), None in the paper's variant."""
+
+    streams: tuple[Tensor, ...]
+    conditioning: Tensor
+    modulation: Tensor | None
+
+
+class Conditioner(nn.Module):
+    """The one embedding of the situation, and from it every block's modulation; computed once a forward
+    pass."""
+
+    def __init__(self, config: RouterConfig, blocks: int) -> None:
+        super().__init__()
+        E = config.conditioning
+        self.blocks, self.channels = blocks, 2 * config.hidden + 1 + config.widths
+        self.embed = nn.Sequential(nn.Linear(_FEATURES, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
+        self.modulation = nn.Linear(E, blocks * self.channels)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, situation: Situation) -> Tensor:
+        """(B,) each -> (B, blocks, 2 H_r + 1 + K): scale and shift of a trunk, offsets of its logits."""
+        features = situation.features().to(self.modulation.weight.dtype)
+        return self.modulation(self.embed(features)).unflatten(-1, (self.blocks, self.channels))
+
+
+class LightRouter(nn.Module):
+    """Pooled tokens -> Linear -> modulated SiLU -> logits, plus the conditioner's offsets."""
+
+    def __init__(self, config: RouterConfig, width: int, streams: int) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(streams * width, config.hidden)
+        self.heads = nn.Linear(config.hidden, 1 + config.widths)
+        _initialise_heads(self.heads, config)
+
+    def forward(self, given: RouterInput) -> Tensor:
+        """-> logits (B, 1 + K)."""
+        assert given.modulation is not None
+        pooled = torch.cat([_pool(stream) for stream in given.streams], dim=-1)
+        hidden = self.trunk(pooled.to(self.trunk.weight.dtype))
+        H, K1 = self.trunk.out_features, self.heads.out_features
+        scale, shift, offset = given.modulation.split([H, H, K1], dim=-1)
+        return self.heads(F.silu(torch.addcmul(shift, hidden, 1 + scale))) + offset
+
+    def flops(self, lengths: tuple[int, ...]) -> int:
+        """FLOPs a sample. Pooling is counted as a product with a row of ones."""
+        D = self.trunk.in_features // len(lengths)
+        return 2 * sum(lengths) * D + 2 * self.trunk.weight.numel() + 2 * self.heads.weight.numel()
+
+
+class PaperRouter(nn.Module):
+    """E-DiT's router, on all streams concatenated."""
+
+    def __init__(self, config: RouterConfig, width: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 2 * width)
+        self.trunk = nn.Linear(width, config.hidden)
+        self.heads = nn.Linear(config.hidden, 1 + config.widths)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        _initialise_heads(self.heads, config)
+
+    def forward(self, given: RouterInput) -> Tensor:
+        """-> logits (B, 1 + K), each head's mean over the tokens."""
+        dtype = self.trunk.weight.dtype
+        x = torch.cat(given.streams, dim=1).to(dtype)
+        shift, scale = self.modulation(F.silu(given.conditioning.to(dtype)))[:, None].chunk(2, dim=-1)
+        x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+        return self.heads(F.relu(self.trunk(x)).mean(dim=1))  # the head is linear: it commutes with the mean
+
+    def flops(self, lengths: tuple[int, ...]) -> int:
+        """FLOPs a sample."""
+        return 2 * (self.modulation.weight.numel() + sum(lengths) * self.trunk.weight.numel()) + (
+            2 * self.heads.weight.numel()
+        )
+
+
+Router = LightRouter | PaperRouter
+
+
+def build_router(config: RouterConfig, width: int, streams: int) -> Router:
+    """A router for blocks with `streams` token streams of `width` channels."""
+    if config.variant is RouterVariant.paper:
+        return PaperRouter(config, width)
+    return LightRouter(config, width, streams)
+
+
+def build_conditioner(config: RouterConfig, blocks: int) -> Conditioner | None:
+    """The conditioner that `blocks` routers share; the paper's have none."""
+    return None if config.variant is RouterVariant.paper else Conditioner(config, blocks)
+
+
+def looks_ahead(config: RouterConfig) -> bool:
+    """Whether all decisions of a step are taken at the first block."""
+    return config.lookahead is Lookahead.step
+
+
+def _pool(tokens: Tensor) -> Tensor:
+    """(B,L,D) -> (B,D) fp32: LayerNorm of the mean token. (A norm of every token costs eight times as
+    much.)"""
+    return F.layer_norm(tokens.mean(dim=1).float(), tokens.shape[-1:])
+
+
+def _initialise_heads(heads: nn.Linear, config: RouterConfig) -> None:
+    """Open at the start (E-DiT): the gate at `initial_keep`, the widths leaning to the full one."""
+    nn.init.normal_(heads.weight, std=config.head_std)
+    nn.init.zeros_(heads.bias)
+    with torch.no_grad():
+        heads.bias[0] = math.log(config.initial_keep / (1 - config.initial_keep))
+        heads.bias[-1] = config.initial_width_bias

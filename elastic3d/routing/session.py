@@ -1,0 +1,239 @@
+"""The session: what routing knows of the generation it is in. Owns the caches and the trace; there is no
+global.
+
+A sampler says `begin(samples, steps)` once and `step(i, t, dt)` before each forward pass; a training loop
+says `train(...)` before each forward pass. A pass that nobody announced is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from elastic3d.config.routing import ElasticConfig, RouterConfig, check_budget
+from elastic3d.routing.cache import Key, ResidualCache
+from elastic3d.routing.decision import RouteDecision
+from elastic3d.routing.protocol import BlockCall, BlockFlops
+from elastic3d.routing.router import Conditioner, Situation, looks_ahead
+from elastic3d.routing.trace import REUSED, SKIPPED, Trace
+
+if TYPE_CHECKING:
+    from elastic3d.routing.block import ElasticBlock
+
+
+class Branch(IntEnum):
+    """The two branches of classifier-free guidance."""
+
+    conditional = 0
+    unconditional = 1
+
+
+BOTH_BRANCHES = (Branch.conditional, Branch.unconditional)
+
+
+@dataclass
+class Pass:
+    """One forward pass of the model. Rows of the batch are (branch, sample); masked passes are for
+    training."""
+
+    situation: Situation
+    rows: list[tuple[int, int]]
+    step: int
+    masked: bool
+    explore: float
+    modulation: Tensor | None = None
+    ahead: list[RouteDecision] = field(default_factory=list)
+    decisions: dict[int, RouteDecision] = field(default_factory=dict)
+    flops: dict[int, BlockFlops] = field(default_factory=dict)
+    ran_rows: dict[int, int] = field(default_factory=dict)
+    visited: set[int] = field(default_factory=set)
+
+
+class RouteSource(Protocol):
+    """Something else than the routers that decides (see `tables.py`)."""
+
+    def decide(self, current: Pass, block: int) -> RouteDecision:
+        """The route of every row of `current` through one block."""
+        ...
+
+
+@dataclass
+class _Announced:
+    step: int
+    dt: Tensor | float
+    budget: Tensor | float
+    branches: tuple[int, ...] | Tensor
+    masked: bool = False
+    explore: float = 1.0
+
+
+class RoutingSession:
+    """The state that the blocks of one model share.
+
+    Public attributes: `settings`, changed between generations; `source`, None where the routers decide;
+    `trace` of the newest generation; `current`, the newest forward pass, whose `decisions` the losses read.
+    """
+
+    def __init__(self, router_config: RouterConfig, family: str) -> None:
+        self.router_config = router_config
+        self.family = family
+        self.settings = ElasticConfig()
+        self.source: RouteSource | None = None
+        self.blocks: list[ElasticBlock] = []
+        self.conditioner: Conditioner | None = None
+        self.trace: Trace | None = None
+        self.cache: ResidualCache | None = None
+        self.current: Pass | None = None
+        self._announced: _Announced | None = None
+        self._generation = 0
+        self._samples = self._steps = 0
+        self._budget: Tensor = torch.ones(0)
+
+    # ------------------------------------------------------------------------------------- told from outside
+
+    def begin(self, samples: int, steps: int, budget: Sequence[float] | float | None = None) -> None:
+        """A new generation of `samples` in `steps` sampling steps: caches and trace start empty.
+
+        `budget` is one for all or one a sample; by default the settings'.
+        """
+        if samples < 1 or steps < 1:
+            raise ValueError(f"a generation of {samples} samples in {steps} steps, expected at least 1 and 1")
+        budget = self.settings.budget if budget is None else budget
+        budgets = [budget] * samples if isinstance(budget, (int, float)) else list(budget)
+        if len(budgets) != samples:
+            raise ValueError(f"{len(budgets)} budgets for {samples} samples")
+        for value in budgets:
+            check_budget(value)
+        self._generation += 1
+        self._samples, self._steps = samples, steps
+        self._budget = torch.tensor(budgets, dtype=torch.float32)
+        self.trace = Trace([b.name for b in self.blocks], self.router_config.ratios, steps, samples)
+        cache = self.settings.cache
+        self.cache = ResidualCache(cache, steps) if cache.active else None
+        self.current = self._announced = None
+
+    def step(self, index: int, dt: float, branches: Sequence[int] = BOTH_BRANCHES) -> None:
+        """The next forward pass is sampling step `index` of size `dt`, for each branch the samples in order.
+
+        Branches that run one after the other announce themselves one after the other.
+        """
+        if not self._samples:
+            raise ValueError("a step without a generation: call session.begin(samples, steps) first")
+        if not 0 <= index < self._steps:
+            raise ValueError(f"step {index} of a generation of {self._steps} steps")
+        self._announced = _Announced(index, dt, self._budget.repeat(len(branches)), tuple(branches))
+
+    def train(self, dt: Tensor, budget: Tensor, branch: Tensor, explore: float = 1.0) -> None:
+        """The next forward pass is a training pass: masked blocks, gradients to the gates, no caches.
+
+        dt, budget, branch: (B,). A closed block runs for an `explore` share of the rows that closed it, so
+        that their gates get a gradient; at 0 closed blocks are really skipped, at 1 every block runs.
+        """
+        if not 0 <= explore <= 1:
+            raise ValueError(f"explore is {explore}, expected a share from 0 to 1")
+        self._announced = _Announced(0, dt, budget, branch, masked=True, explore=explore)
+
+    def end(self) -> None:
+        """Free the caches; the trace stays."""
+        self.cache = self.current = self._announced = None
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """While it lasts, the model is the dense one."""
+        elastic, self.settings.elastic = self.settings.elastic, False
+        try:
+            yield
+        finally:
+            self.settings.elastic = elastic
+
+    # ------------------------------------------------------------------------------------ called by the model
+
+    def enter(self, t: Tensor) -> None:
+        """A forward pass of the model starts, at times t (B,)."""
+        if not self.settings.elastic:
+            return
+        if self._announced is None:
+            raise ValueError(
+                "a forward pass that nobody announced: call session.step or session.train before it"
+            )
+        told, self._announced = self._announced, None
+        B, device = t.shape[0], t.device
+
+        def per_row(value: Tensor | float) -> Tensor:
+            tensor = torch.as_tensor(value, dtype=torch.float32, device=device)
+            return tensor.expand(B) if tensor.ndim == 0 else tensor
+
+        if isinstance(told.branches, Tensor):
+            rows, branch = [], per_row(told.branches)
+        else:
+            rows = [(int(branch), sample) for branch in told.branches for sample in range(self._samples)]
+            branch = torch.tensor([float(b) for b, _ in rows], device=device)
+        situation = Situation(t.float(), per_row(told.dt), per_row(told.budget), branch)
+        for name in ("dt", "budget", "branch"):
+            if getattr(situation, name).shape != (B,):
+                raise ValueError(f"a batch of {B}, but {getattr(situation, name).shape[0]} values of {name}")
+        self.current = Pass(situation, rows, told.step, told.masked, told.explore)
+        if self.conditioner is not None and self.source is None:
+            self.current.modulation = self.conditioner(situation)
+
+    def decide(self, block: ElasticBlock, call: BlockCall) -> RouteDecision:
+        """The route of every row through `block`."""
+        current = self.current
+        if current is None:
+            raise ValueError(f"block {block.name} was called outside a forward pass of its model")
+        if block.index in current.visited and not torch.is_grad_enabled():
+            raise ValueError(
+                f"block {block.name} was called twice in one forward pass"
+            )  # else: recomputation
+        current.visited.add(block.index)
+        if self.source is not None:
+            decision = self.source.decide(current, block.index)
+        elif looks_ahead(self.router_config):
+            decision = self._look_ahead(current, block, call)
+        else:
+            decision = block.route(call, current.modulation)
+        decision = decision if self.settings.width else decision.at_full_width()
+        if block.index not in current.flops:
+            current.flops[block.index] = block.flops(call.lengths)
+        current.decisions.setdefault(block.index, decision)
+        return decision
+
+    def _look_ahead(self, current: Pass, block: ElasticBlock, call: BlockCall) -> RouteDecision:
+        """At the first block (also when it is recomputed) decide for all."""
+        if block.index == 0:
+            current.ahead = [other.route(call, current.modulation) for other in self.blocks]
+        return current.ahead[block.index]
+
+    def plan(self, block: ElasticBlock, call: BlockCall, decision: RouteDecision) -> list[int]:
+        """The action of every row, on the host (the one synchronisation of a block), recorded in the
+        trace."""
+        current, cache, trace = self.current, self.cache, self.trace
+        assert current is not None and trace is not None
+        keys = self.keys(block, range(len(current.rows)))
+        drift = None if cache is None else cache.drift(keys, call.streams)
+        facts = [decision.keep_prob, decision.width.float(), decision.keep.float()]
+        table = torch.stack(facts if drift is None else [*facts, drift]).tolist()
+        drifts = table[3] if drift is not None else [0.0] * len(keys)
+        actions, tau = [], self.router_config.threshold
+        for key, p, width, keep, change in zip(keys, *table[:3], drifts, strict=True):
+            if cache is not None and cache.reuse(key, current.step, p, tau, change):
+                actions.append(REUSED)
+            else:
+                actions.append(1 + int(width) if keep else SKIPPED)
+        trace.record(current.step, current.rows, block.index, actions)
+        if block.index not in trace.flops:
+            trace.flops[block.index] = current.flops[block.index]
+            trace.router_flops[block.index] = block.router.flops(call.lengths)
+        return actions
+
+    def keys(self, block: ElasticBlock, rows: Sequence[int]) -> list[Key]:
+        """Cache keys of some batch rows."""
+        assert self.current is not None
+        at = [self.current.rows[row] for row in rows]
+        return [(self._generation, branch, block.index, sample) for branch, sample in at]

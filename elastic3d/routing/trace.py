@@ -1,0 +1,60 @@
+"""The record of a generation: what every block did, for every sample, branch and step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic3d.routing.protocol import BlockFlops
+
+NOT_RUN, REUSED, SKIPPED = -2, -1, 0  # actions; k in 1..K: ran at width number k - 1
+
+
+@dataclass
+class Trace:
+    """Actions of S steps, 2 branches, B samples and I blocks, and what they cost.
+
+    `blocks` are names, `ratios` the K widths; `flops` and `router_flops` hold one entry a block once it was
+    called.
+    """
+
+    blocks: list[str]
+    ratios: tuple[float, ...]
+    steps: int
+    samples: int
+    flops: dict[int, BlockFlops] = field(default_factory=dict)
+    router_flops: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._actions = [
+            [[[NOT_RUN] * len(self.blocks) for _ in range(self.samples)] for _ in range(2)]
+            for _ in range(self.steps)
+        ]
+
+    def record(self, step: int, rows: Sequence[tuple[int, int]], block: int, actions: Sequence[int]) -> None:
+        """Note the actions of one block for the rows (branch, sample) of one call."""
+        at_step = self._actions[step]
+        for (branch, sample), action in zip(rows, actions, strict=True):
+            at_step[branch][sample][block] = action
+
+    @property
+    def actions(self) -> Tensor:
+        """(S,2,B,I) int8: NOT_RUN, REUSED, SKIPPED, or 1 + the width's number."""
+        return torch.tensor(self._actions, dtype=torch.int8)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, per step, branch and sample one character a block: `.` skipped, `c` cached, 1..K
+        width."""
+        symbols = {NOT_RUN: " ", REUSED: "c", SKIPPED: "."}
+        text = [
+            [
+                ["".join(symbols.get(a) or str(a) for a in blocks) for blocks in samples]
+                for samples in branches
+            ]
+            for branches in self._actions
+        ]
+        return {"blocks": self.blocks, "widths": list(self.ratios), "actions": text}
