@@ -23,6 +23,13 @@ class Align(Enum):
     icp = "icp"
 
 
+class UpAxis(Enum):
+    """Which axis of a prediction points up. Ground truth is Y up."""
+
+    y = "y"
+    z = "z"
+
+
 class Runner(Enum):
     """Where pairs are scored: the cores of this machine, or a Ray cluster (needs the `ray` extra)."""
 
@@ -54,6 +61,7 @@ class ProtocolConfig:
         False, "Perceptual distance of the views; needs the `lpips` package and its weights."
     )
     surface_health: bool = option(True, "Self-intersections, thin shells, winding and floaters, by rays.")
+    pred_up: UpAxis = option(UpAxis.y, "Up axis of the predictions; z is turned to y, keeping x.")
     align: Align = option(Align.none, "How the prediction is brought to the ground truth before scoring.")
     max_faces: int = option(1_500_000, "A mesh with more faces is a failed item; bounds time and memory.")
     seed: int = option(0, "Seed of every random point.")
@@ -91,6 +99,7 @@ class EvaluateConfig:
     runner: Runner = option(Runner.local, "Where pairs are scored; ray joins the cluster of RAY_ADDRESS.")
     resume: bool = option(False, "Keep the rows of an earlier run whose files and protocol are unchanged.")
     align: Align | None = option(None, "Overrides protocol.align.")
+    pred_up: UpAxis | None = option(None, "Overrides protocol.pred_up.")
     floor: list[Path] = option(
         [], "Folders of the dense model with other seeds: the noise floor of fidelity."
     )
@@ -121,4 +130,8 @@ class EvaluateConfig:
 
     def effective_protocol(self) -> ProtocolConfig:
         """The protocol with the overrides of the other options."""
-        return replace(self.protocol, align=self.align) if self.align else self.protocol
+        return replace(
+            self.protocol,
+            align=self.align or self.protocol.align,
+            pred_up=self.pred_up or self.protocol.pred_up,
+        )

@@ -14,7 +14,7 @@ import trimesh
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from elastic3d.config.evaluate import Align
+from elastic3d.config.evaluate import Align, UpAxis
 from elastic3d.evaluation.metrics import TREE
 from elastic3d.geometry.normalize import placement_of
 from elastic3d.geometry.sampling import sample_surface
@@ -34,6 +34,14 @@ def align(pred: trimesh.Trimesh, gt: trimesh.Trimesh, how: Align, seed: int = 0)
         target = placement_of(gt, 1.0).invert()
         return target.apply(placement_of(pred, 1.0).apply(pred))
     return pred.copy().apply_transform(icp_transform(pred, gt, seed))
+
+
+def turn_up(mesh: trimesh.Trimesh, up: UpAxis) -> trimesh.Trimesh:
+    """A copy whose `up` axis is +Y: (x, y, z) becomes (x, z, -y) for Z up. The mesh itself if Y is up."""
+    if up is UpAxis.y:
+        return mesh
+    turned = np.asarray(mesh.vertices)[:, [0, 2, 1]] * [1, 1, -1]
+    return trimesh.Trimesh(turned, mesh.faces, process=False)
 
 
 def icp_transform(pred: trimesh.Trimesh, gt: trimesh.Trimesh, seed: int = 0) -> Matrix:

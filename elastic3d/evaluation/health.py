@@ -38,6 +38,7 @@ class SurfaceHealth:
     """Defects of a surface.
 
     Attributes:
+        manifold: no edge has more than two faces, and the faces around each vertex hang together.
         self_intersection_share: faces that cross another face in more than a shared corner, of all faces.
         thin_shell_share: area whose opposite wall is nearer than `THIN`.
         inverted_share: area that shows its back to the outside.
@@ -45,6 +46,7 @@ class SurfaceHealth:
         floaters: components with less than `FLOATER` of the area.
     """
 
+    manifold: bool
     self_intersection_share: float
     thin_shell_share: float
     inverted_share: float
@@ -60,6 +62,7 @@ def surface_health(mesh: trimesh.Trimesh, seed: int = 0) -> SurfaceHealth:
     mesh, _ = normalize_mesh(mesh, half_extent=1.0)
     scene = Rays(mesh)
     return SurfaceHealth(
+        manifold=is_manifold(np.asarray(mesh.faces)),
         self_intersection_share=float(self_intersections(mesh, scene).mean()),
         thin_shell_share=thin_shell_share(mesh, scene, seed),
         inverted_share=inverted_share(mesh, scene, seed),
@@ -164,6 +167,16 @@ def unique_edges(faces: NDArray[np.integer]) -> tuple[NDArray, NDArray, NDArray]
     width = int(faces.max()) + 1
     keys, index, count = np.unique(sides[:, 0] * width + sides[:, 1], return_inverse=True, return_counts=True)
     return np.stack(np.divmod(keys, width), axis=1), index, count
+
+
+def is_manifold(faces: NDArray[np.integer]) -> bool:
+    """Whether each edge has one or two faces and the faces around each vertex form one fan. Holes are allowed."""
+    import igl
+
+    if (unique_edges(faces)[2] > 2).any():
+        return False
+    used = np.unique(faces, return_inverse=True)[1].reshape(-1, 3).astype(np.int64)
+    return bool(igl.is_vertex_manifold(used).all())
 
 
 def inconsistent_edges(faces: NDArray[np.integer]) -> int:

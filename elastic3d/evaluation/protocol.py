@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from elastic3d.config.evaluate import ProtocolConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation import metrics
-from elastic3d.evaluation.align import align
+from elastic3d.evaluation.align import align, turn_up
 from elastic3d.evaluation.health import SurfaceHealth, surface_health
 from elastic3d.evaluation.lpips import load_lpips
 from elastic3d.evaluation.views import ViewScores, compare_views
@@ -116,7 +116,7 @@ def prepare(
     """
     check_mesh("the prediction", pred, protocol.max_faces)
     check_mesh("the ground truth", gt, protocol.max_faces)
-    pred, gt = merge_equal_vertices(pred), merge_equal_vertices(gt)
+    pred, gt = merge_equal_vertices(turn_up(pred, protocol.pred_up)), merge_equal_vertices(gt)
     gt, pred = normalize_to(gt, align(pred, gt, protocol.align, protocol.seed))
     return pred, gt
 

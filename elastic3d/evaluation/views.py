@@ -63,6 +63,12 @@ def fixed_cameras(count: int) -> list[Camera]:
     ]
 
 
+def ring_views(mesh: trimesh.Trimesh, count: int, size: int = 256, shaded: bool = True) -> list[Views]:
+    """Silhouette, depth, normal and (if `shaded`) colour of a mesh, longest side 2, from the fixed cameras."""
+    scene = Scene(mesh, smooth=False)
+    return [scene.render(camera, size, shaded=shaded) for camera in fixed_cameras(count)]
+
+
 def compare_views(
     pred: trimesh.Trimesh | None,
     gt: trimesh.Trimesh,

@@ -15,11 +15,12 @@ from elastic3d.evaluation.health import (
     SurfaceHealth,
     count_floaters,
     inconsistent_edges,
+    is_manifold,
     self_intersections,
     surface_health,
 )
 
-SOUND = SurfaceHealth(0.0, 0.0, 0.0, 0, 0)
+SOUND = SurfaceHealth(True, 0.0, 0.0, 0.0, 0, 0)
 
 
 def sphere(subdivisions: int = 3) -> trimesh.Trimesh:
@@ -90,6 +91,16 @@ def test_edges_with_other_than_two_faces_have_no_sense() -> None:
     fin = np.vstack([box.faces, [*box.faces[0][:2], 8]])
     assert inconsistent_edges(np.asarray(box.faces)) == inconsistent_edges(fin) == 0
     assert inconsistent_edges(np.asarray(box.faces)[:5]) == 0
+
+
+def test_manifold() -> None:
+    box = np.asarray(trimesh.creation.box().faces)
+    assert is_manifold(box)
+    assert is_manifold(box[:-1])  # a hole is no harm
+    assert is_manifold(box + 5)  # neither are vertices without faces
+    assert not is_manifold(np.vstack([box, [*box[0][:2], 8]]))  # three faces on one edge
+    tips = np.where(box == 0, 0, box + 8)
+    assert not is_manifold(np.vstack([box, tips]))  # two boxes that touch in one corner
 
 
 def brute_force_crossings(mesh: trimesh.Trimesh) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 import zlib
@@ -87,6 +88,29 @@ def test_textures_are_never_unpacked(folders: tuple[Path, Path]) -> None:
     (folder / "bomb.obj").write_text("\n".join(lines))
     sphere().export(folders[1] / "bomb.glb")
     assert row_of("bomb", folders)["status"] == "ok"
+
+
+def test_a_texture_inside_a_glb_is_never_unpacked(folders: tuple[Path, Path]) -> None:
+    data = (folders[0] / "ball.glb").read_bytes()
+    length = struct.unpack("<I", data[12:16])[0]
+    tree, binary = json.loads(data[20 : 20 + length]), data[28 + length :] + png_bomb()
+    binary += bytes(-len(binary) % 4)
+    tree["bufferViews"].append(
+        {"buffer": 0, "byteOffset": len(data) - 28 - length, "byteLength": len(png_bomb())}
+    )
+    tree["images"] = [{"mimeType": "image/png", "bufferView": len(tree["bufferViews"]) - 1}]
+    tree["textures"] = [{"source": 0}]
+    tree["materials"] = [{"pbrMetallicRoughness": {"baseColorTexture": {"index": 0}}}]
+    tree["meshes"][0]["primitives"][0]["material"] = 0
+    tree["buffers"][0]["byteLength"] = len(binary)
+    text = json.dumps(tree).encode()
+    text += b" " * (-len(text) % 4)
+    chunks = (
+        struct.pack("<I4s", len(text), b"JSON") + text + struct.pack("<I4s", len(binary), b"BIN\0") + binary
+    )
+    (folders[0] / "ball.glb").write_bytes(struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks)
+    row = row_of("ball", folders)
+    assert (row["status"], row["error"]) == ("ok", None)
 
 
 def write_broken(kind: str, folder: Path) -> str:
