@@ -11,10 +11,9 @@ from elastic3d.geometry.render import Scene, ring_cameras
 
 def turntable(mesh: trimesh.Trimesh, views: int = 8, size: int = 256) -> Image.Image:
     """Views from all around, the first from the front, in a row on white: RGB, `views * size` x `size`."""
-    centre, extent = mesh.bounds.mean(axis=0), float(mesh.extents.max())
     placed = mesh.copy()
-    placed.apply_translation(-centre)
-    placed.apply_scale(1.9 / extent)
+    placed.apply_translation(-mesh.bounds.mean(axis=0))
+    placed.apply_scale(1.18 / float(np.linalg.norm(placed.vertices, axis=1).max()))  # fits from every side
     scene = Scene(placed)
     strip = Image.new("RGBA", (views * size, size), "white")
     for i, camera in enumerate(ring_cameras(views, elevation_deg=20, distance=3.6, fov_deg=40)):

@@ -98,3 +98,5 @@ def test_turntable_shows_the_mesh_from_all_sides() -> None:
     assert strip.shape == (48, 4 * 48, 3)
     covered = [(strip[:, i * 48 : (i + 1) * 48] < 250).any(axis=-1).mean() for i in range(4)]
     assert min(covered) > 0.02 and covered[1] > 1.2 * covered[0]
+    cube = np.asarray(turntable(trimesh.creation.box(), views=8, size=48))
+    assert (cube[[0, -1]] > 250).all() and (cube[:, ::48] > 250).all(), "nothing is cut off"
