@@ -54,6 +54,6 @@ def test_as_fast_as_open3d(noise: float) -> None:
     settings = o3d.t.geometry.MetricParameters(list(THRESHOLDS), POINTS)
     own = cpu_seconds(lambda: ours(pred, gt))
     other = cpu_seconds(lambda: theirs[0].compute_metrics(theirs[1], wanted, settings))
-    print(f"CPU seconds: {own:.2f} (ours, with normals), {other:.2f} (Open3D, without)")  # noqa: T201
+    print(f"CPU seconds: {own:.2f} (ours, with normals), {other:.2f} (Open3D, without)")
     assert own < 2
     assert own <= other
