@@ -143,7 +143,9 @@ def save_weights(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | N
         kept = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
         tensors[name] = tensor.detach().to("cpu", kept).contiguous().clone()
     with atomic_path(path) as temporary:
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)  # save_file would leave it readable by its owner alone
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
