@@ -82,7 +82,7 @@ def decode_field(
         ValueError: the field is not finite somewhere, or has the wrong shape.
     """
     levels = level_resolutions(config.resolution, config.coarse_resolution)
-    grid = _Level(field, sample, config, levels[0], device)
+    grid = _Level(field, sample, config, torch.empty((levels[0] + 1,) * 3, device=device))
     grid.evaluate(torch.arange(grid.values.numel(), device=device))
     stats = DecodeStats(levels, [grid.queries])
     for _ in levels[1:]:
@@ -102,18 +102,10 @@ def level_resolutions(resolution: int, coarse: int) -> list[int]:
 class _Level:
     """The grid of one resolution: values (r+1, r+1, r+1), and at which nodes they are exact (`known`)."""
 
-    def __init__(
-        self,
-        field: FieldFunction,
-        sample: int,
-        config: DecodeConfig,
-        resolution: int,
-        device: torch.device | str,
-    ) -> None:
-        self.field, self.sample, self.config, self.resolution = field, sample, config, resolution
-        nodes = resolution + 1
-        self.values = torch.empty((nodes,) * 3, device=device)
-        self.known = torch.zeros((nodes,) * 3, dtype=torch.bool, device=device)
+    def __init__(self, field: FieldFunction, sample: int, config: DecodeConfig, values: Tensor) -> None:
+        self.field, self.sample, self.config, self.values = field, sample, config, values
+        self.resolution = len(values) - 1
+        self.known = torch.zeros_like(values, dtype=torch.bool)
         self.queries = 0
 
     def evaluate(self, indices: Tensor) -> None:
@@ -134,9 +126,8 @@ class _Level:
 
     def refined(self) -> _Level:
         """The grid of twice the resolution, exact at the surface."""
-        fine = _Level(self.field, self.sample, self.config, 2 * self.resolution, self.values.device)
+        fine = _Level(self.field, self.sample, self.config, _interpolated(self.values))
         fine.known[::2, ::2, ::2] = self.known
-        fine.values = _interpolated(self.values)
         wanted = _crossed_ends(fine.values > 0)
         for axis in range(3):
             x, y, z = fine._around(2 * _turning_edges(self.values, axis, self.config.thin_slack), axis)

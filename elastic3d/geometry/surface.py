@@ -10,7 +10,7 @@ import torch
 import trimesh
 
 from elastic3d.config.geometry import SurfaceMethod
-from elastic3d.errors import NoSurfaceError
+from elastic3d.errors import NoSurfaceError, UserError
 from elastic3d.geometry.grid import BOX
 
 
@@ -30,6 +30,7 @@ def extract_surface(
 
     Raises:
         NoSurfaceError: the field is positive everywhere or nowhere.
+        UserError: the method's library is optional and does not work here.
         ValueError: the field is not a cube of at least 2 nodes a side, or holds values that are not finite.
     """
     method = SurfaceMethod(method)
@@ -84,7 +85,7 @@ def _open3d(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     try:
         open3d: Any = import_module("open3d")
     except (ImportError, OSError) as error:
-        raise ImportError(f"surface method open3d needs open3d, which is optional: {error}") from error
+        raise UserError(f"surface=open3d needs a working open3d, which is optional: {error}") from error
     tensor = open3d.core.Tensor(np.ascontiguousarray(volume.transpose(2, 1, 0)))
     mesh = open3d.t.geometry.TriangleMesh.create_isosurfaces(tensor, [0.0])
     if "indices" not in mesh.triangle:
