@@ -10,6 +10,8 @@ from elastic3d.config.base import DeviceChoice, check_range, option
 from elastic3d.config.generate import PipelineConfig
 from elastic3d.config.images import ForegroundConfig, ImageEncoderConfig
 from elastic3d.config.models import DiTConfig, VAEConfig
+from elastic3d.config.router_stage import RouterStageConfig
+from elastic3d.config.routing import RouterConfig
 
 
 class StageName(Enum):
@@ -18,6 +20,7 @@ class StageName(Enum):
     vae = "vae"
     cache = "cache"
     dit = "dit"
+    router = "router"
     export = "export"
 
 
@@ -227,6 +230,8 @@ class TrainConfig(LoopConfig):
     vae: VAEStageConfig = option(VAEStageConfig, "shape VAE")
     latents: LatentsConfig = option(LatentsConfig, "cache of latents and image tokens")
     dit: DiTStageConfig = option(DiTStageConfig, "shape DiT")
+    router: RouterConfig = option(RouterConfig, "architecture of the routers: a file of configs/router")
+    routing: RouterStageConfig = option(RouterStageConfig, "training of the routers")
     export: ExportConfig = option(ExportConfig, "export")
 
     def __post_init__(self) -> None:

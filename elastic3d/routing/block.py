@@ -116,13 +116,13 @@ class ElasticBlock(nn.Module):
         assert current is not None
         weight: Tensor | None = None
         rows: Tensor | None = None
-        if current.explore < 1:
-            explored = torch.rand(decision.keep.shape, device=decision.keep.device) < current.explore
-            rows = (decision.keep | explored).nonzero()[:, 0]
+        if current.explored is not None:
+            rows = (decision.keep | current.explored[:, self.index]).nonzero()[:, 0]
             if len(rows) == 0:
                 current.ran_rows[self.index] = 0
                 return call.streams
-            weight = torch.where(decision.keep, 1.0, 1 / max(current.explore, 1e-9))[rows]  # unbiased
+            share = current.explored.float().mean().clamp_min(1e-3)
+            weight = torch.where(decision.keep, 1.0, 1 / share)[rows]
         part = call if rows is None else self.adapter.take(call, rows)
         keep, keep_prob, width = decision.keep, decision.keep_prob, hard_width(decision)
         if rows is not None:

@@ -46,7 +46,7 @@ class Pass:
     rows: list[tuple[int, int]]
     step: int
     masked: bool
-    explore: float
+    explored: Tensor | None = None
     modulation: Tensor | None = None
     ahead: list[RouteDecision] = field(default_factory=list)
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class _Announced:
     budget: Tensor | float
     branches: tuple[int, ...] | Tensor
     masked: bool = False
-    explore: float = 1.0
+    explored: Tensor | None = None
 
 
 class RoutingSession:
@@ -129,15 +129,18 @@ class RoutingSession:
             raise ValueError(f"step {index} of a generation of {self._steps} steps")
         self._announced = _Announced(index, dt, self._budget.repeat(len(branches)), tuple(branches))
 
-    def train(self, dt: Tensor, budget: Tensor, branch: Tensor, explore: float = 1.0) -> None:
+    def train(self, dt: Tensor, budget: Tensor, branch: Tensor, explored: Tensor | None = None) -> None:
         """The next forward pass is a training pass: masked blocks, gradients to the gates, no caches.
 
-        dt, budget, branch: (B,). A closed block runs for an `explore` share of the rows that closed it, so
-        that their gates get a gradient; at 0 closed blocks are really skipped, at 1 every block runs.
+        dt, budget, branch: (B,). By default every block runs for every row, so that closed gates get a gradient
+        too. `explored` (B,I) bool says for which rows a closed block runs; for the others it is really skipped.
+        The gradients of explored closed gates are weighted up by the share that is explored.
         """
-        if not 0 <= explore <= 1:
-            raise ValueError(f"explore is {explore}, expected a share from 0 to 1")
-        self._announced = _Announced(0, dt, budget, branch, masked=True, explore=explore)
+        if explored is not None and explored.shape != (len(budget), len(self.blocks)):
+            raise ValueError(
+                f"explored is {tuple(explored.shape)}, expected {(len(budget), len(self.blocks))}"
+            )
+        self._announced = _Announced(0, dt, budget, branch, masked=True, explored=explored)
 
     def end(self) -> None:
         """Free the caches; the trace stays."""
@@ -178,7 +181,7 @@ class RoutingSession:
         for name in ("dt", "budget", "branch"):
             if getattr(situation, name).shape != (B,):
                 raise ValueError(f"a batch of {B}, but {getattr(situation, name).shape[0]} values of {name}")
-        self.current = Pass(situation, rows, told.step, told.masked, told.explore)
+        self.current = Pass(situation, rows, told.step, told.masked, told.explored)
         if self.conditioner is not None and self.source is None:
             self.current.modulation = self.conditioner(situation)
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from elastic3d.routing.protocol import MLPSite
 
@@ -76,16 +78,19 @@ class NarrowBlocks:
         """
         if width == len(self.ratios) - 1 or not self.sites:
             return self.block
-        storage = tuple(self._linear(name).weight.data_ptr() for s in self.sites for name in (s.fc1, s.fc2))
+        linears = [self._linear(name) for site in self.sites for name in (site.fc1, site.fc2)]
+        if any(is_parametrized(linear) for linear in linears):  # the weight is computed anew at each access
+            return self._copy(self.ratios[width])
+        storage = tuple(linear.weight.data_ptr() for linear in linears)
         if width not in self._copies or self._copies[width][0] != storage:  # moved, cast or loaded anew
             self._copies[width] = (storage, self._copy(self.ratios[width]))
         return self._copies[width][1]
 
     def _linear(self, name: str) -> nn.Linear:
         linear = self.block.get_submodule(name)
-        if type(linear) is not nn.Linear:
+        if type(linear) is not nn.Linear and not is_parametrized(linear):
             raise ValueError(f"{name} is a {type(linear).__name__}, expected nn.Linear: run with width=false")
-        return linear
+        return cast(nn.Linear, linear)
 
     def _copy(self, ratio: float) -> nn.Module:
         narrow = _shallow(self.block)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from elastic3d import __version__
+from elastic3d.adapters import save_routers
 from elastic3d.config.generate import PipelineConfig
+from elastic3d.config.router_stage import TrainedParts
 from elastic3d.config.serialize import from_dict
 from elastic3d.config.train import StageName, TrainConfig
 from elastic3d.errors import UserError
@@ -24,6 +26,8 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.checkpoint import load_checkpoint, newest_checkpoint
 from elastic3d.training.journal import METRICS_NAME, read_metrics
 from elastic3d.training.latents import LatentInfo
+from elastic3d.training.low_rank import merge_low_rank
+from elastic3d.training.router_stage import RouterStage
 
 RECORD_NAME = "training.json"
 CURVES_NAME = "training.csv"
@@ -33,7 +37,8 @@ def export_run(config: TrainConfig) -> Path:
     """Write the averaged weights of the run `config.name` in bf16, with the record of its training.
 
     A VAE becomes one model folder; a DiT a folder for `ImageTo3DPipeline.from_pretrained`, with the VAE whose
-    latents it learned and their statistics, and the image encoder's configuration.
+    latents it learned and their statistics, and the image encoder's configuration. Routers become such a folder too,
+    that of their dense model with `routers/` inside.
 
     Raises:
         UserError: the run has no whole checkpoint.
@@ -50,6 +55,9 @@ def export_run(config: TrainConfig) -> Path:
         load_strict(vae, _inside("vae.", weights), str(path))
         vae.save_pretrained(output, torch.bfloat16)
         _write_record(output, config.folder, checkpoint.step, checkpoint.values)
+    elif trained.stage is StageName.router:
+        _export_routers(output, trained, weights, str(path))
+        _write_record(output / "routers", config.folder, checkpoint.step, checkpoint.values)
     else:
         _export_pipeline(output, config.export.pipeline, trained, _inside("dit.", weights), str(path))
         _write_record(output / "dit", config.folder, checkpoint.step, checkpoint.values)
@@ -69,6 +77,18 @@ def _export_pipeline(
     for name in (RECORD_NAME, CURVES_NAME):
         if (info.vae / name).is_file():
             shutil.copyfile(info.vae / name, output / "vae" / name)
+
+
+def _export_routers(output: Path, trained: TrainConfig, weights: dict[str, Tensor], source: str) -> None:
+    """The dense pipeline with `routers/` inside; a base model that learned too is written as it is now."""
+    objective = RouterStage(trained).flow
+    load_strict(objective, weights, source)
+    pipeline = ImageTo3DPipeline.from_pretrained(trained.routing.model, "cpu", "float32")
+    if trained.routing.parts is not TrainedParts.routers:
+        merge_low_rank(objective.dit.modules())
+        pipeline.dit.load_state_dict(objective.dit.state_dict())
+    pipeline.save_pretrained(output, torch.bfloat16)
+    save_routers(objective.dit, output / "routers")
 
 
 def _inside(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -39,4 +39,8 @@ def build_stage(config: TrainConfig) -> Stage:
         from elastic3d.training.dit_stage import DiTStage
 
         return DiTStage(config)
+    if config.stage is StageName.router:
+        from elastic3d.training.router_stage import RouterStage
+
+        return RouterStage(config)
     raise UserError(f"stage={config.stage.name} trains nothing")

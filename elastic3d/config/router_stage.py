@@ -1,0 +1,99 @@
+"""Options of training routers (`scripts/train.py stage=router`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from elastic3d.config.base import check_range, option
+from elastic3d.config.routing import MIN_BUDGET
+
+
+class TrainedParts(Enum):
+    """What learns: the routers alone, also low-rank updates of the blocks, or everything (E-DiT)."""
+
+    routers = "routers"
+    lora = "lora"
+    full = "full"
+
+
+class CostLoss(Enum):
+    """What holds the cost: the executed FLOPs to the budget, or E-DiT's mean gate and width to constants."""
+
+    executed = "executed"
+    paper = "paper"
+
+
+@dataclass(kw_only=True)
+class MeshLossConfig:
+    """Mesh reconstruction loss: the shape that the elastic velocity implies, against the true surface."""
+
+    weight: float = option(0.1, "of the whole mesh loss; 0 leaves it out")
+    share: float = option(0.25, "share of a batch's samples that are decoded")
+    field: float = option(1.0, "weight of the field at points with a known signed distance")
+    chamfer: float = option(10.0, "weight of the squared Chamfer distance of surface points")
+    normals: float = option(0.1, "weight of the disagreement of their normals")
+    near_queries: int = option(256, "points near the surface with a known distance")
+    volume_queries: int = option(128, "such points anywhere in the box")
+    surface_points: int = option(128, "surface points in Chamfer distance and normals")
+    jitter: float = option(0.02, "standard deviation of the offset at which their search starts")
+    time_power: float = option(2.0, "a sample counts t to this power: noisy latents imply no sharp shape")
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "field", "chamfer", "normals"):
+            check_range(f"routing.mesh.{name}", getattr(self, name), 0, 1e6)
+        check_range("routing.mesh.share", self.share, 0, 1)
+        check_range("routing.mesh.jitter", self.jitter, 0, 0.1)
+        check_range("routing.mesh.time_power", self.time_power, 0, 20)
+        for name in ("near_queries", "volume_queries", "surface_points"):
+            check_range(f"routing.mesh.{name}", getattr(self, name), 1, 1 << 16)
+
+
+@dataclass(kw_only=True)
+class RouterStageConfig:
+    """The routers' training."""
+
+    model: Path = option(Path("runs/dit/export"), "folder of the dense pipeline")
+    parts: TrainedParts = option(TrainedParts.routers, "what learns")
+    lora_rank: int = option(16, "rank of the low-rank updates")
+    base_rate: float = option(0.1, "learning rate of the base model's weights over the routers'")
+    guidance: float = option(
+        3.0, "guidance at which both branches are distilled together; 1 trains them apart"
+    )
+    min_steps: int = option(8, "fewest sampling steps whose step sizes and times are trained")
+    max_steps: int = option(50, "most of them")
+    min_budget: float = option(MIN_BUDGET, "smallest budget to train for; the largest is 1")
+    explore: float = option(
+        1.0, "share of the closed blocks that run all the same; the others are really skipped"
+    )
+    cost: CostLoss = option(CostLoss.executed, "what holds the cost")
+    cost_weight: float = option(20.0, "weight of the cost loss (lambda)")
+    slack: float = option(
+        0.1, "a sample's cost may differ from its budget by this, as long as the mean does not"
+    )
+    rho_gate: float = option(0.6, "cost paper: target of the mean gate")
+    rho_width: float = option(0.5, "cost paper: target of the mean width of open blocks")
+    distillation: float = option(1.0, "weight of the distance to the dense velocity")
+    flow: float = option(0.1, "weight of flow matching")
+    mesh: MeshLossConfig = option(MeshLossConfig, "mesh reconstruction loss")
+    val_budgets: list[float] = option([0.9, 0.7, 0.5, 0.3], "budgets to validate at")
+    val_shapes: int = option(8, "validation shapes that are generated at each of them")
+    val_steps: int = option(16, "sampling steps of it")
+
+    def __post_init__(self) -> None:
+        check_range("routing.lora_rank", self.lora_rank, 1, 4096)
+        check_range("routing.base_rate", self.base_rate, 0, 10)
+        check_range("routing.guidance", self.guidance, 0, 100)
+        check_range("routing.min_steps", self.min_steps, 1, 1000)
+        check_range("routing.max_steps", self.max_steps, self.min_steps, 1000)
+        check_range("routing.explore", self.explore, 0, 1)
+        check_range("routing.slack", self.slack, 0, 1)
+        for name in ("cost_weight", "distillation", "flow"):
+            check_range(f"routing.{name}", getattr(self, name), 0, 1e6)
+        for name in ("rho_gate", "rho_width"):
+            check_range(f"routing.{name}", getattr(self, name), 0, 1)
+        for budget in (self.min_budget, *self.val_budgets):
+            check_range("routing.val_budgets", budget, MIN_BUDGET, 1)
+        check_range("routing.val_shapes", self.val_shapes, 1, 1 << 16)
+        check_range("routing.val_steps", self.val_steps, 1, 1000)

@@ -1,0 +1,164 @@
+"""From a dense DiT to trained routers, on shapes whose surface is known."""
+
+import pytest
+import torch
+from torch import nn
+
+from elastic3d.adapters import attach
+from elastic3d.config.generate import PipelineConfig
+from elastic3d.config.models import DiTConfig
+from elastic3d.config.router_stage import CostLoss, MeshLossConfig, RouterStageConfig, TrainedParts
+from elastic3d.config.routing import ElasticConfig, RouterConfig, RouterVariant
+from elastic3d.config.train import ExportConfig, StageName, TrainConfig
+from elastic3d.errors import UserError
+from elastic3d.models.image_encoder import build_image_encoder
+from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.routing.attach import router_state
+from elastic3d.training.datasets import stack
+from elastic3d.training.export import export_run
+from elastic3d.training.journal import read_metrics
+from elastic3d.training.latents import LatentInfo, build_cache
+from elastic3d.training.router_stage import RouterStage
+from elastic3d.training.stages import run_stage
+from tests.training.test_dit_stage import add_views, config_for
+from tests.training.tiny import tiny_vae
+
+
+@pytest.fixture
+def dense(prepared):
+    """A data folder with a cache of latents and a random dense pipeline."""
+    add_views(prepared)
+    torch.manual_seed(0)
+    ShapeVAE(tiny_vae()).save_pretrained(prepared / "vae")
+    build_cache(config_for(prepared))
+    info = LatentInfo.load(prepared / "latents")
+    dit = ShapeDiT(
+        DiTConfig(
+            in_channels=7, condition_channels=768, width=32, heads=2, double_blocks=1, single_blocks=2,
+            num_latents=8, condition_tokens=49,
+        )
+    )  # fmt: skip
+    for name, parameter in dit.named_parameters():
+        if "mod" in name or "adaLN" in name or "final" in name:
+            nn.init.normal_(parameter, std=0.2)
+    vae = ShapeVAE.from_pretrained(prepared / "vae")
+    vae.set_latent_statistics(info.mean, info.std)
+    encoder = build_image_encoder(info.encoder)
+    pipeline = ImageTo3DPipeline(vae, dit, encoder, PipelineConfig(model="tiny", steps=3))
+    pipeline.save_pretrained(prepared / "dense", torch.bfloat16)
+    return prepared
+
+
+def router_config(root, mesh: MeshLossConfig | None = None, routing=None, **changes) -> TrainConfig:
+    small = mesh or MeshLossConfig(near_queries=32, volume_queries=16, surface_points=16, share=0.5)
+    options = dict(model=root / "dense", mesh=small, val_budgets=[0.5], val_shapes=1, val_steps=2) | (
+        routing or {}
+    )
+    settings = dict(stage=StageName.router, name="router", routing=RouterStageConfig(**options))
+    return config_for(root, **(settings | changes))
+
+
+def batch_of(stage: RouterStage, count: int = 4):
+    return stack([stage.items().item(i, 0) for i in range(count)])
+
+
+def test_items_show_the_router_what_samplers_do(dense):
+    stage = RouterStage(router_config(dense, routing={"explore": 0.5, "min_steps": 4, "max_steps": 20}))
+    batch = batch_of(stage, 64)
+    steps = 1 / batch["dt"]
+    torch.testing.assert_close(steps, steps.round())
+    assert steps.min() >= 4 and steps.max() <= 20 and len(steps.unique()) > 8
+    torch.testing.assert_close(batch["t"] * steps, (batch["t"] * steps).round(), atol=1e-4, rtol=0)
+    assert batch["budget"].min() >= 0.3 and batch["budget"].max() <= 1
+    assert batch["condition"].flatten(1).any(1).all()  # both branches are run anyway
+    assert batch["explored"].shape == (64, 2, 3) and 0.3 < batch["explored"].float().mean() < 0.7
+    again = stage.items().item(3, 0)
+    assert all(torch.equal(again[name], batch[name][3]) for name in again)
+
+
+def test_the_mesh_term_alone_moves_the_gates(dense):
+    routing = {"distillation": 0.0, "flow": 0.0, "cost_weight": 0.0}
+    mesh = MeshLossConfig(near_queries=32, volume_queries=16, surface_points=16, weight=1.0, share=1.0)
+    for only in ("field", "chamfer", "normals"):
+        weights = {name: float(name == only) for name in ("field", "chamfer", "normals")}
+        mesh = MeshLossConfig(
+            near_queries=32, volume_queries=16, surface_points=16, weight=1.0, share=1.0, **weights
+        )
+        stage = RouterStage(router_config(dense, mesh, routing))
+        loss, _ = stage.flow(batch_of(stage))
+        loss.backward()
+        for block in stage.flow.session.blocks:
+            gate = block.router.heads.weight.grad[0]
+            assert gate.isfinite().all() and gate.abs().max() > 0, only
+        assert all(
+            p.grad is None for name, p in stage.flow.named_parameters() if not name.startswith("routers.")
+        )
+
+
+def test_the_dense_model_has_no_distance_to_itself(dense):
+    stage = RouterStage(router_config(dense))  # open at the start
+    loss, values = stage.flow(batch_of(stage))
+    assert values["distillation"] == 0 and values["share"] == pytest.approx(1, abs=1e-6)
+    assert values["blocks_run"] == 1 and loss > 0
+
+
+@pytest.mark.parametrize("parts", list(TrainedParts))
+def test_trains_resumes_and_exports(dense, parts):
+    config = router_config(
+        dense, routing={"parts": parts, "explore": 0.5}, steps=4, validate_every=4, sample_every=4
+    )
+    assert run_stage(config) == 0
+    lines = read_metrics(config.folder / "metrics.jsonl")
+    assert {"distillation", "cost", "share", "mesh_field", "mesh_chamfer"} <= set(lines[0])
+    assert 0 <= lines[-1]["val/share_at_0.5"] <= 1
+    assert (config.folder / "samples" / "generated-00000004.png").is_file()
+    config.steps = 6
+    assert run_stage(config) == 0  # goes on from its own checkpoint
+    config.export = ExportConfig(output=dense / "elastic")
+    config.stage = StageName.export
+    export_run(config)
+    before = ImageTo3DPipeline.from_pretrained(dense / "dense", "cpu", "float32").dit.state_dict()
+    after = ImageTo3DPipeline.from_pretrained(dense / "elastic", "cpu", "float32").dit
+    changed = any(not torch.equal(before[key], value) for key, value in after.state_dict().items())
+    assert changed == (parts is not TrainedParts.routers)
+    plain = ShapeDiT.from_pretrained(dense / "elastic" / "dit")
+    attach(plain, dense / "elastic" / "routers")
+    assert any(value.abs().max() > 0 for key, value in router_state(plain).items() if "modulation" in key)
+
+
+def test_the_cost_follows_the_budget(dense):
+    config = router_config(
+        dense, MeshLossConfig(weight=0.0), {"distillation": 0.1, "flow": 0.0, "slack": 0.0},
+        steps=150, batch=16, learning_rate=3e-2, ema=0.9, save_every=150,
+        router=RouterConfig(initial_keep=0.6, head_std=0.1),
+    )  # fmt: skip
+    assert run_stage(config) == 0
+    lines = read_metrics(config.folder / "metrics.jsonl")
+    first, last = lines[0], lines[-1]
+    assert last["off_budget"] < 0.6 * first["off_budget"]
+
+
+def test_the_papers_own_variant_trains(dense):
+    routing = {"cost": CostLoss.paper, "guidance": 1.0}
+    router = RouterConfig(variant=RouterVariant.paper, hidden=16)
+    assert run_stage(router_config(dense, routing=routing, router=router, steps=2)) == 0
+
+
+def test_a_cache_of_another_model_is_refused(dense):
+    ShapeDiT(DiTConfig(in_channels=9, condition_channels=768, width=32, heads=2)).save_pretrained(
+        dense / "o" / "dit"
+    )
+    with pytest.raises(UserError, match="has 9 latent channels, but the cache has 7"):
+        RouterStage(router_config(dense, routing={"model": dense / "o"}))
+    with pytest.raises(ValueError, match="routing.max_steps is 3, expected a value from 8 to 1000"):
+        RouterStageConfig(max_steps=3)
+
+
+def test_validation_runs_at_the_budget_that_it_says(dense):
+    stage = RouterStage(router_config(dense))
+    stage.objective.eval()
+    with torch.no_grad():
+        assert stage.validate() == stage.validate()
+    assert stage.flow.session.settings == ElasticConfig()
