@@ -70,6 +70,8 @@ class LatentInfo:
 def build_cache(config: TrainConfig) -> LatentInfo:
     """Encode the training and validation shapes; what an earlier call finished stays as it is.
 
+    A shape without a view that shows it is reported and left out.
+
     Raises:
         UserError: the folder holds a cache made with another VAE, encoder or number of variants or views.
     """
@@ -152,13 +154,18 @@ class _Builder:
             mean, logvar = self._encode(shapes, ids)
             for i, id in enumerate(ids):
                 own = id.partition("/")[2]
+                bar.update()
+                try:
+                    tokens = self._look(shapes, id)
+                except UserError as error:
+                    bar.write(f"skipped: {error}")
+                    continue
                 tensors |= {f"{own}/mean": mean[i].half(), f"{own}/logvar": logvar[i].half()}
-                tensors[f"{own}/tokens"] = self._look(shapes, id).half()
+                tensors[f"{own}/tokens"] = tokens.half()
                 if id in train:
                     total += mean[i].double().sum((0, 1))
                     square += (mean[i].double().square() + logvar[i].double().exp()).sum((0, 1))
                     count += mean[i].shape[0] * mean[i].shape[1]
-                bar.update()
         save_weights(tensors, target)
         sums = {"ids": shapes.ids, "count": count, "sum": total.tolist(), "square": square.tolist()}
         save_json(sums, target.with_suffix(".json"))
@@ -203,13 +210,21 @@ class _Builder:
         return info
 
 
+MIN_OPAQUE_PIXELS = 16  # of a view; with fewer there is no object to recognise
+
+
 def stored_views(shapes: PreparedShapes, id: str) -> list[Image.Image]:
-    """The condition views that were rendered of a shape, RGBA; UserError if there are none."""
+    """The condition views that were rendered of a shape, RGBA; UserError if there are none.
+
+    A sheet seen from its edge can leave a view empty: such a view is no condition and is left out.
+    """
     data, offsets = shapes.read(id, "views").numpy().tobytes(), shapes.read(id, "view_offsets").tolist()
-    if len(offsets) < 2:
-        raise UserError(f"{id} has no condition views")
     parts = [data[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
-    return [Image.open(io.BytesIO(part), formats=("PNG",)).convert("RGBA") for part in parts]
+    views = [Image.open(io.BytesIO(part), formats=("PNG",)).convert("RGBA") for part in parts]
+    seen = [view for view in views if (np.asarray(view)[..., 3] > 127).sum() >= MIN_OPAQUE_PIXELS]
+    if not seen:
+        raise UserError(f"{id} has no condition view that shows it")
+    return seen
 
 
 def _number(id: str) -> int:
