@@ -2,6 +2,7 @@
 
     python scripts/gen_mesh.py image=chair.png output=chair.glb
     python scripts/gen_mesh.py image=photos/ output=meshes/ resume=true
+    python scripts/gen_mesh.py image=chair.png output=chair.glb budget=0.5 cache=drift trace=routes.png
 
 A folder or glob of pictures is done in batches: a bad file is reported and skipped, `summary.json` records
 everything, and the exit code is 1 if any failed. A picture needs a transparent or a plain background.
@@ -35,6 +36,8 @@ def main(config: GenerateConfig) -> int:
     pipeline = ImageTo3DPipeline.from_pretrained(
         config.model or REPOSITORY / DEFAULT_MODEL, config.device, config.dtype
     )
+    if config.trace and pipeline.session is None:
+        raise UserError(f"trace={config.trace} can't be drawn: this model has no routers")
     single = len(plan.jobs) == 1 and plan.folder is None
     outcomes: list[generation.Outcome] = []
     bar = tqdm(total=len(plan.jobs), unit="mesh", leave=False, disable=None)
@@ -52,6 +55,8 @@ def main(config: GenerateConfig) -> int:
         bar.close()
         if plan.folder is not None:
             generation.save_summary(plan.folder / generation.SUMMARY_NAME, config, outcomes, len(plan.jobs))
+    if config.trace:
+        generation.save_routes(Path(config.trace), outcomes)
     report(outcomes, time.perf_counter() - start)
     return int(any(outcome.status == "failed" for outcome in outcomes))
 

@@ -8,6 +8,7 @@ from enum import Enum
 from elastic3d.config.base import DeviceChoice, DTypeChoice, check_range, option
 from elastic3d.config.geometry import CleanupConfig
 from elastic3d.config.images import ForegroundConfig
+from elastic3d.config.routing import BlockCacheConfig, ElasticConfig, check_budget
 
 DEFAULT_MODEL = "data/pretrained/shape-small"
 
@@ -31,6 +32,7 @@ class PipelineConfig:
     guidance: float = option(3.0, "classifier-free guidance scale; 1 is none")
     resolution: int = option(256, "grid cells a side of the decoding")
     shift: float = option(1.0, "timestep shift of the sampler; above 1 spends more steps on noise")
+    elastic: ElasticConfig = option(ElasticConfig, "how a model with routers runs")
 
     def __post_init__(self) -> None:
         check_sampling(self.steps, self.guidance, self.resolution)
@@ -49,6 +51,13 @@ class GenerateConfig:
         None, "How strictly the picture is followed, 0 to 100; null: the model's."
     )
     resolution: int | None = option(None, "Grid cells a side, 8 to 512; null: the model's default.")
+    elastic: bool | None = option(None, "Let the routers decide; false: the dense model; null: if it has any.")
+    budget: float | None = option(
+        None, "Share of the dense blocks' FLOPs to execute, 0.3 to 1; null: the model's default."
+    )
+    width: bool | None = option(None, "Let the routers narrow the MLPs; null: the model's default.")
+    cache: BlockCacheConfig | None = option(None, "Reuse of blocks between steps; null: the model's default.")
+    trace: str = option("", "Also draw what every block did at every step, one panel a mesh, to this PNG.")
     seed: int = option(0, "Seed of the noise; the same seed on the same machine gives the same mesh.")
     num_samples: int = option(1, "Meshes of each picture, with seeds seed, seed + 1, ...")
     preview: bool = option(False, "Also write a turntable strip of each mesh as a PNG beside it.")
@@ -65,6 +74,10 @@ class GenerateConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name}= is missing, for example {name}={example}")
         check_sampling(self.steps, self.guidance, self.resolution)
+        if self.budget is not None:
+            check_budget(self.budget)
+        if self.trace and not self.trace.lower().endswith(".png"):
+            raise ValueError(f"trace is {self.trace}, expected a .png file")
         check_range("seed", self.seed, 0, 2**63 - 1)
         check_range("num_samples", self.num_samples, 1, 100_000)
         check_range("batch_size", self.batch_size, 1, 4096)

@@ -18,6 +18,7 @@ from elastic3d.models.pictures import PICTURE_SUFFIXES
 from elastic3d.models.weights import save_json
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
 from elastic3d.pipelines.preview import turntable
+from elastic3d.pipelines.routes import draw_routes
 
 SUMMARY_NAME = "summary.json"
 
@@ -106,6 +107,10 @@ def generate(
             resolution=config.resolution,
             cleanup=config.cleanup,
             foreground=config.foreground,
+            elastic=config.elastic,
+            budget=config.budget,
+            width=config.width,
+            cache=config.cache,
             on_step=on_step,
         )
         for job, result in zip(batch, results, strict=True):
@@ -124,6 +129,21 @@ def save_summary(path: Path, config: GenerateConfig, outcomes: Sequence[Outcome]
         },
         path,
     )
+
+
+def save_routes(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Draw the routes of every mesh that was made, titled by its file, seed and executed share.
+
+    Raises:
+        UserError: none was made elastically.
+    """
+    panels = []
+    for outcome in outcomes:
+        if receipt := outcome.receipt if "routes" in outcome.receipt else None:
+            share = receipt["flops_executed"] / receipt["flops_dense"]
+            title = f"{Path(outcome.output).name}, seed {outcome.seed}: {share:.0%} of the dense FLOPs"
+            panels.append((title, receipt["routes"]))
+    draw_routes(panels, path)
 
 
 def _save(job: Job, result: Result, preview: bool) -> Outcome:

@@ -15,10 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from elastic3d import __version__
+from elastic3d.adapters import attach, is_attached, save_routers, session_of
 from elastic3d.config.base import DeviceChoice, DTypeChoice
 from elastic3d.config.generate import PipelineConfig, check_sampling
 from elastic3d.config.geometry import CleanupConfig, DecodeConfig
 from elastic3d.config.images import ForegroundConfig
+from elastic3d.config.routing import BlockCacheConfig, ElasticConfig
 from elastic3d.config.serialize import from_dict, to_dict
 from elastic3d.diffusion.sampler import sample
 from elastic3d.errors import UserError
@@ -31,9 +33,12 @@ from elastic3d.models.image_encoder import ImageEncoder, load_image_encoder, sav
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.weights import file_sha256, find_weights, load_json, save_json
+from elastic3d.pipelines.routes import route_receipt, with_options
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype
+from elastic3d.routing.session import RoutingSession
 
 PIPELINE_NAME = "pipeline.json"
+ROUTERS_NAME = "routers"
 Picture = str | Path | Image.Image
 
 
@@ -46,6 +51,7 @@ class Settings:
     decode: DecodeConfig
     cleanup: CleanupConfig
     foreground: ForegroundConfig
+    elastic: ElasticConfig
 
 
 @dataclass
@@ -71,8 +77,8 @@ class Result:
 class ImageTo3DPipeline:
     """A picture of one object becomes a mesh.
 
-    On disk: a folder with `pipeline.json`, `vae/`, `dit/` (each config.json and model.safetensors) and
-    `image_encoder/config.json`.
+    On disk: a folder with `pipeline.json`, `vae/`, `dit/` (each config.json and model.safetensors),
+    `image_encoder/config.json` and, for an elastic model, `routers/`.
     """
 
     def __init__(
@@ -103,6 +109,11 @@ class ImageTo3DPipeline:
         """Where the models are."""
         return next(self.dit.parameters()).device
 
+    @property
+    def session(self) -> RoutingSession | None:
+        """Of the DiT's routers; None where it has none."""
+        return session_of(self.dit) if is_attached(self.dit) else None
+
     @classmethod
     def from_pretrained(
         cls,
@@ -126,8 +137,12 @@ class ImageTo3DPipeline:
         config = from_dict(PipelineConfig, load_json(folder / PIPELINE_NAME), str(folder / PIPELINE_NAME))
         vae = ShapeVAE.from_pretrained(folder / "vae", number, target)
         dit = ShapeDiT.from_pretrained(folder / "dit", number, target)
+        files = [find_weights(folder / "vae"), find_weights(folder / "dit")]
+        if (folder / ROUTERS_NAME).is_dir():
+            attach(dit, folder / ROUTERS_NAME)
+            files.append(find_weights(folder / ROUTERS_NAME))
         encoder = load_image_encoder(folder / "image_encoder", target)
-        digest = file_sha256(find_weights(folder / "vae"), find_weights(folder / "dit"))
+        digest = file_sha256(*files)
         return cls(vae, dit, encoder, config, digest)
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -135,6 +150,8 @@ class ImageTo3DPipeline:
         folder = Path(path)
         self.vae.save_pretrained(folder / "vae", dtype)
         self.dit.save_pretrained(folder / "dit", dtype)
+        if is_attached(self.dit):
+            save_routers(self.dit, folder / ROUTERS_NAME)
         save_image_encoder(self.encoder, folder / "image_encoder")
         save_json({**to_dict(self.config), "version": __version__}, folder / PIPELINE_NAME)
 
@@ -157,6 +174,10 @@ class ImageTo3DPipeline:
         max_faces: int | None = None,
         cleanup: CleanupConfig | None = None,
         foreground: ForegroundConfig | None = None,
+        elastic: bool | None = None,
+        budget: float | None = None,
+        width: bool | None = None,
+        cache: BlockCacheConfig | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Result | list[Result]:
         """Mesh of a picture, or of each of a list of pictures as one batch.
@@ -167,6 +188,10 @@ class ImageTo3DPipeline:
                 alone, not on its batch.
             steps, guidance, resolution: None is the model's default.
             max_faces: decimate to this many faces; None is `cleanup`'s own (40,000).
+            elastic: let the routers decide; None is the model's default, False the dense model.
+            budget: share of the dense blocks' FLOPs to execute, 0.3 to 1; None is the model's default.
+            width: let the routers narrow the MLPs; None is the model's default.
+            cache: reuse of blocks between steps; None is the model's default.
             on_step: called with (steps done, steps) during sampling.
 
         Raises:
@@ -179,6 +204,9 @@ class ImageTo3DPipeline:
         if len(seeds) != len(pictures):
             raise UserError(f"seed has {len(seeds)} values, expected one or {len(pictures)}")
         settings = self._settings(steps, guidance, resolution, max_faces, cleanup, foreground)
+        settings.elastic = with_options(
+            self.config.elastic, self.session is not None, elastic, budget, width, cache
+        )
         results = self._generate(pictures, seeds, settings, on_step)
         if many:
             return results
@@ -206,6 +234,7 @@ class ImageTo3DPipeline:
                 decode=DecodeConfig(resolution=self.config.resolution if resolution is None else resolution),
                 cleanup=cleaning,
                 foreground=foreground or ForegroundConfig(),
+                elastic=self.config.elastic,
             )
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -242,6 +271,8 @@ class ImageTo3DPipeline:
             except ValueError as error:
                 results[i].error = error if isinstance(error, UserError) else UserError(str(error))
             results[i].receipt.update(self._flops(condition.shape[1], settings))
+            if settings.elastic.elastic and self.session is not None:
+                results[i].receipt.update(route_receipt(self.session, settings.elastic, row))
             results[i].receipt["ms"] = {name: round(value, 1) for name, value in ms.items()}
         return results
 
@@ -254,6 +285,8 @@ class ImageTo3DPipeline:
     ) -> Tensor:
         """Condition tokens (B,M,Cc) -> latents (B,N,C) in fp32, sample b from its own generator."""
         cfg = self.dit.config
+        if self.session is not None:
+            self.session.settings = settings.elastic
         return sample(
             self.dit,
             condition,
@@ -263,6 +296,7 @@ class ImageTo3DPipeline:
             [torch.Generator().manual_seed(seed) for seed in seeds],
             shift=self.config.shift,
             guidance_embed=cfg.guidance_embed,
+            session=self.session,
             on_step=on_step,
         )
 
@@ -286,7 +320,7 @@ class ImageTo3DPipeline:
             "steps": settings.steps,
             "guidance": settings.guidance,
             "resolution": settings.decode.resolution,
-            "budget": 1.0,
+            "budget": settings.elastic.budget if settings.elastic.elastic else 1.0,
         }
 
     def _flops(self, condition_tokens: int, settings: Settings) -> dict[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,15 +45,16 @@ class Trace:
         """(S,2,B,I) int8: NOT_RUN, REUSED, SKIPPED, or 1 + the width's number."""
         return torch.tensor(self._actions, dtype=torch.int8)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, per step, branch and sample one character a block: `.` skipped, `c` cached, 1..K
-        width."""
-        symbols = {NOT_RUN: " ", REUSED: "c", SKIPPED: "."}
-        text = [
-            [
-                ["".join(symbols.get(a) or str(a) for a in blocks) for blocks in samples]
-                for samples in branches
-            ]
+    def sample(self, index: int) -> list[list[str]]:
+        """One sample's actions by step and branch that ran, a character a block.
+
+        `.` skipped, `c` an earlier residual, else the number of the width, 1..K (K at most 16: hexadecimal, 0 is 16).
+        """
+        return [
+            ["".join(map(_symbol, branch[index])) for branch in branches if branch[index][0] != NOT_RUN]
             for branches in self._actions
         ]
-        return {"blocks": self.blocks, "widths": list(self.ratios), "actions": text}
+
+
+def _symbol(action: int) -> str:
+    return "c" if action == REUSED else "." if action == SKIPPED else f"{action % 16:X}"

@@ -1,0 +1,108 @@
+"""Running a pipeline's model elastically: options, the receipt of its routes, and their picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from elastic3d.config.routing import BlockCacheConfig, ElasticConfig
+from elastic3d.config.serialize import to_dict
+from elastic3d.errors import UserError
+from elastic3d.geometry.mesh_io import atomic_path
+from elastic3d.routing.cost import trace_dense_flops, trace_flops, trace_router_flops
+from elastic3d.routing.session import RoutingSession
+
+CELL, MARGIN, GAP = 10, 34, 12
+SKIPPED, REUSED, EMPTY = (235, 235, 235), (245, 160, 60), (255, 255, 255)
+
+
+def with_options(
+    default: ElasticConfig,
+    has_routers: bool,
+    elastic: bool | None,
+    budget: float | None,
+    width: bool | None,
+    cache: BlockCacheConfig | None,
+) -> ElasticConfig:
+    """The model's default with what a caller asked for; None keeps it.
+
+    Raises:
+        UserError: a budget out of range; anything elastic of a model without routers, or of one that is to run dense.
+    """
+    asked: dict[str, Any] = {"budget": budget, "width": width, "cache": cache}
+    given = {name: value for name, value in asked.items() if value is not None}
+    wanted = default.elastic if elastic is None else elastic
+    if not has_routers or not wanted:
+        if elastic and not has_routers:
+            raise UserError("elastic is true, but this model has no routers")
+        needless = {name for name in given if name != "budget" or budget != 1}
+        if needless:
+            why = "elastic is false" if has_routers else "this model has no routers"
+            raise UserError(f"{', '.join(sorted(needless))} can't be set: {why}")
+        return ElasticConfig(elastic=False)
+    try:
+        return replace(default, elastic=True, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def route_receipt(session: RoutingSession, settings: ElasticConfig, row: int) -> dict[str, Any]:
+    """What the blocks did for one sample of the newest generation, and what it cost."""
+    trace = session.trace
+    assert trace is not None
+    totals = {
+        "flops_executed": trace_flops(trace),
+        "flops_dense": trace_dense_flops(trace),
+        "flops_routers": trace_router_flops(trace),
+    }
+    return {
+        **{name: int(flops[:, :, row].sum()) for name, flops in totals.items()},
+        "elastic": to_dict(settings),
+        "routes": {"blocks": trace.blocks, "widths": list(trace.ratios), "actions": trace.sample(row)},
+    }
+
+
+def draw_routes(panels: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
+    """A heat map, blocks down and steps across, one panel for each (title, `routes` of a receipt).
+
+    Grey was skipped, orange reused an earlier residual, and the darker the blue the wider the block ran. The
+    unconditional branch stands below the conditional one.
+    """
+    if not panels:
+        raise UserError(f"there are no routes to draw in {path}")
+    pictures = [_panel(title, routes) for title, routes in panels]
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), EMPTY)
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+    with atomic_path(path) as temporary:
+        sheet.save(temporary)
+
+
+def _panel(title: str, routes: dict[str, Any]) -> Image.Image:
+    steps, blocks, widths = routes["actions"], len(routes["blocks"]), len(routes["widths"])
+    branches = max(len(step) for step in steps)
+    height = MARGIN + branches * (blocks * CELL + GAP)
+    width = max(2 * GAP + len(steps) * CELL, 2 * GAP + 7 * len(title))
+    picture = Image.new("RGB", (width, height), EMPTY)
+    draw = ImageDraw.Draw(picture)
+    draw.text((GAP, GAP), title, fill=(0, 0, 0))
+    for column, step in enumerate(steps):
+        for branch, actions in enumerate(step):
+            for row, symbol in enumerate(actions):
+                left = GAP + column * CELL
+                top = MARGIN + branch * (blocks * CELL + GAP) + row * CELL
+                draw.rectangle((left, top, left + CELL - 2, top + CELL - 2), fill=_colour(symbol, widths))
+    return picture
+
+
+def _colour(symbol: str, widths: int) -> tuple[int, int, int]:
+    if symbol in ".c":
+        return SKIPPED if symbol == "." else REUSED
+    share = (int(symbol, 16) or 16) / widths
+    return tuple(round(255 + share * (full - 255)) for full in (20, 60, 140))  # type: ignore[return-value]

@@ -1,0 +1,120 @@
+"""A pipeline with routers: options, receipts, files, pictures."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tiny_pipeline import picture, save_picture, tiny_pipeline
+
+from elastic3d.adapters import attach, detach
+from elastic3d.config.routing import BlockCacheConfig, CacheRule, ElasticConfig, RouterConfig
+from elastic3d.errors import UserError
+from elastic3d.geometry.mesh_io import read_extras
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.routes import draw_routes, with_options
+
+DRIFT = BlockCacheConfig(rule=CacheRule.drift, drift=0.5, closed_reuse=True)
+
+
+@pytest.fixture(scope="module")
+def elastic() -> ImageTo3DPipeline:
+    pipeline = tiny_pipeline()
+    torch.manual_seed(0)
+    attach(pipeline.dit, RouterConfig(initial_keep=0.5, initial_width_bias=0, head_std=3.0))
+    return pipeline
+
+
+def test_a_dense_run_of_an_elastic_model_is_the_dense_model(elastic, pipeline):
+    plain = pipeline(picture(), seed=1)
+    dense = elastic(picture(), seed=1, elastic=False)
+    assert torch.equal(dense.latents, plain.latents) and "routes" not in dense.receipt
+    assert not torch.equal(elastic(picture(), seed=1).latents, plain.latents)
+
+
+def test_the_receipt_tells_every_block_of_every_step(elastic):
+    one, two = elastic([picture(), picture("white", x=5)], [0, 1], budget=0.5, cache=DRIFT, resolution=12)
+    for result in (one, two):
+        receipt = json.loads(json.dumps(result.receipt))
+        assert receipt["budget"] == 0.5 and receipt["elastic"]["cache"]["rule"] == "drift"
+        actions = receipt["routes"]["actions"]
+        assert len(actions) == 3 and all(len(step) == 2 and len(step[0]) == 4 for step in actions)
+        assert set("".join(sum(actions, []))) <= set(".c1234")
+        assert 0 < receipt["flops_executed"] < receipt["flops_dense"]
+        assert receipt["flops_routers"] > 0
+    alone = elastic(picture(), 0, budget=0.5, cache=DRIFT, resolution=12).receipt
+    assert alone["routes"] == one.receipt["routes"]
+
+
+def test_routers_travel_with_the_pipeline(elastic, tmp_path):
+    elastic.save_pretrained(tmp_path)
+    again = ImageTo3DPipeline.from_pretrained(tmp_path, "cpu", "float32")
+    assert torch.equal(again(picture(), budget=0.6).latents, elastic(picture(), budget=0.6).latents)
+    dense = tiny_pipeline()
+    assert set(again.dit.state_dict()) == set(dense.dit.state_dict())
+    detach(again.dit)
+    assert again.session is None
+
+
+def test_options_that_fit_no_model_are_refused(pipeline, elastic):
+    for options, message in (
+        ({"budget": 0.5}, "budget can't be set: this model has no routers"),
+        ({"elastic": True}, "elastic is true, but this model has no routers"),
+        ({"cache": DRIFT, "width": False}, "cache, width can't be set: this model has no routers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipeline(picture(), **options)
+    with pytest.raises(UserError, match="budget can't be set: elastic is false"):
+        elastic(picture(), elastic=False, budget=0.5)
+    with pytest.raises(UserError, match="budget is 0.1, expected a value from 0.3 to 1"):
+        elastic(picture(), budget=0.1)
+    assert pipeline(picture(), budget=1.0, resolution=12).receipt["budget"] == 1.0
+
+
+def test_none_keeps_the_models_default():
+    default = ElasticConfig(budget=0.6, cache=DRIFT)
+    assert with_options(default, True, None, None, None, None) == default
+    changed = with_options(default, True, None, 0.4, False, None)
+    assert (changed.budget, changed.width, changed.cache) == (0.4, False, DRIFT)
+    assert not with_options(default, False, None, None, None, None).elastic
+
+
+def test_routes_are_drawn(tmp_path):
+    routes = {"blocks": ["a", "b"], "widths": [0.25, 0.5, 0.75, 1.0], "actions": [["4.", "1c"], ["22", ".."]]}
+    draw_routes([("one", routes), ("two", routes)], tmp_path / "routes.png")
+    with Image.open(tmp_path / "routes.png") as sheet:
+        colours = {colour for _, colour in sheet.getcolors()}
+    assert {(20, 60, 140), (235, 235, 235), (245, 160, 60)} < colours
+    with pytest.raises(UserError, match="no routes to draw"):
+        draw_routes([], tmp_path / "none.png")
+
+
+def test_the_command_line(elastic, tmp_path, capsys):
+    import gen_mesh
+    from _cli import execute
+
+    from elastic3d.config.generate import GenerateConfig
+
+    elastic.save_pretrained(tmp_path / "model")
+    image = save_picture(tmp_path / "a.png")
+    arguments = [
+        f"image={image}",
+        f"output={tmp_path / 'a.glb'}",
+        f"model={tmp_path / 'model'}",
+        "device=cpu",
+    ]
+    arguments += ["resolution=12", "dtype=float32"]
+    trace = tmp_path / "routes.png"
+    more = ["budget=0.5", "cache=paper", "width=off", f"trace={trace}"]
+    assert execute(gen_mesh.main, GenerateConfig, "gen_mesh", arguments + more) == 0
+    receipt = read_extras(tmp_path / "a.glb")
+    assert receipt["elastic"]["cache"]["rule"] == "band" and receipt["elastic"]["width"] is False
+    assert trace.is_file() and set("".join(sum(receipt["routes"]["actions"], []))) <= set(".c4")
+    for choice in ("off", "drift"):
+        assert execute(gen_mesh.main, GenerateConfig, "gen_mesh", [*arguments, f"cache={choice}"]) == 0
+        assert read_extras(tmp_path / "a.glb")["elastic"]["cache"]["closed_reuse"] == (choice == "drift")
+    assert execute(gen_mesh.main, GenerateConfig, "gen_mesh", [*arguments, "elastic=false"]) == 0
+    assert "routes" not in read_extras(tmp_path / "a.glb")
+    for wrong in ("budget=0.1", "cache=none", "cache.longest=0", "trace=routes.jpg"):
+        assert execute(gen_mesh.main, GenerateConfig, "gen_mesh", [*arguments, wrong]) == 2
+    assert "error: budget is 0.1, expected a value from 0.3 to 1.0" in capsys.readouterr().err
