@@ -62,11 +62,11 @@ function comparisons() {
   for (const kind of ["floor", "baseline"]) for (const c of report[kind] || []) {
     const tone = c.verdict.startsWith("worse") ? "text bad" : /^(inside|better|equal)/.test(c.verdict) ? "text good" : "text";
     const difference = `${show(c.worse_by.mean)} [${show(c.worse_by.low)}, ${show(c.worse_by.high)}]`;
-    rows.push([c.metric, c.pred, kind, c.rival, difference, c.worse_by.count, c.p_value, element("td", c.verdict, tone)]);
+    rows.push([c.metric, element("td", c.verdict, tone), c.pred, kind, c.rival, difference, c.worse_by.count, c.p_value]);
   }
   find("#comparisons").hidden = !rows.length;
   fill(find("#comparisons table"),
-       ["metric", "predictions", "against", "its value", "worse by [95 %]", "samples", "sign test p", "verdict"], rows);
+       ["metric", "verdict", "predictions", "against", "its value", "worse by [95 %]", "samples", "sign test p"], rows);
   find("#sets").hidden = !report.sets;
   if (report.sets) fill(find("#sets table"), [], Object.entries(report.sets));
 }
