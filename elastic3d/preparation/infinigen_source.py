@@ -27,9 +27,10 @@ from typing import IO, Any
 
 import numpy as np
 import trimesh
+from numpy.typing import NDArray
 
 from elastic3d.errors import UserError
-from elastic3d.preparation.sources import Item
+from elastic3d.preparation.sources import Item, with_article
 from elastic3d.preparation.views import RawShape
 
 WORKER = Path(__file__).with_name("infinigen_worker.py")
@@ -270,7 +271,7 @@ class InfinigenSource:
                 id=asset.name,
                 source=self.name,
                 category=asset.category,
-                caption=f"a {asset.category.replace('_', ' ')}",
+                caption=with_article(asset.category.replace("_", " ")),
                 licence="BSD-3-Clause",
                 creator="Infinigen, Princeton Vision & Learning Lab",
                 source_id=f"{'.'.join(FACTORIES[asset.category])}({asset.seed})",
@@ -283,12 +284,13 @@ class InfinigenSource:
         return self._assets[item.id].path(self._folder).exists() or item.id in read_failures(self._folder)
 
     def load(self, item: Item) -> RawShape:
-        """The raw mesh turned from Blender's axes (Z up, front +X). UserError if it could not be made."""
+        """The raw mesh turned from Blender's axes (Z up, front +X). UserError if it could not be made or has spikes."""
         failed = read_failures(self._folder)
         if item.id in failed:
             raise UserError(failed[item.id])
         with np.load(self._assets[item.id].path(self._folder)) as raw:
             vertices = raw["vertices"][:, [1, 2, 0]]
+            check_spikes(vertices)
             return RawShape(trimesh.Trimesh(vertices, raw["faces"], process=False), raw["material"])
 
     @contextmanager
@@ -311,6 +313,19 @@ class InfinigenSource:
             for process in processes:
                 process.terminate()
                 process.join()
+
+
+MAX_SPIKE = 5.0
+
+
+def check_spikes(vertices: NDArray[np.floating]) -> None:
+    """UserError if single vertices (V, 3) lie far outside the rest, as the generator leaves them in some beds."""
+    extent = np.ptp(vertices, axis=0).max()
+    bulk = np.ptp(np.percentile(vertices, [1, 99], axis=0), axis=0).max()
+    if extent > MAX_SPIKE * bulk:
+        raise UserError(
+            f"single vertices reach {extent / bulk:.0f} times as far as the rest, expected at most {MAX_SPIKE:g}"
+        )
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,11 @@ class Item:
         return asdict(self)
 
 
+def with_article(name: str) -> str:
+    """A caption: `chair` -> `a chair`, `armchair` -> `an armchair`."""
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
 class Producer(Protocol):
     """What makes items ready."""
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import merge_equal_vertices
-from elastic3d.preparation.sources import AlwaysReady, Item
+from elastic3d.preparation.sources import AlwaysReady, Item, with_article
 from elastic3d.preparation.views import RawShape
 
 PACKAGE = "sweethome3d-furniture"
@@ -138,7 +138,7 @@ def _model(entry: dict[str, str], folder: Path, library: str) -> Model:
         id=re.sub(r"[^a-z0-9]+", "-", entry["id"].lower()).strip("-"),
         source=SweetHome3DSource.name,
         category=entry["category"].lower(),
-        caption=f"a {name[0].lower()}{name[1:]}",
+        caption=with_article(f"{name[0].lower()}{name[1:]}"),
         licence=LICENCES[library],
         creator=entry["creator"],
         source_id=entry["id"],

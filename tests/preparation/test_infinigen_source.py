@@ -14,6 +14,7 @@ from elastic3d.preparation.infinigen_source import (
     FACTORIES,
     InfinigenSource,
     assets,
+    check_spikes,
     find_environment,
     generate,
     read_failures,
@@ -117,3 +118,16 @@ def test_a_failed_asset_is_ready_and_loads_as_its_reason(tmp_path: Path) -> None
     assert source.ready(first) and not source.ready(second)
     with pytest.raises(UserError, match="Blender crashed"):
         source.load(first)
+
+
+def test_a_mesh_with_spikes_is_refused() -> None:
+    vertices = np.random.default_rng(0).uniform(-1, 1, (1000, 3))
+    check_spikes(vertices)
+    vertices[7, 2] = 3351.0
+    with pytest.raises(UserError, match="single vertices reach 17.. times as far"):
+        check_spikes(vertices)
+
+
+def test_captions_have_the_right_article() -> None:
+    captions = {item.category: item.caption for item in InfinigenSource(Path(), Path(), [], 1, 1).items()}
+    assert captions["armchair"] == "an armchair" and captions["bed"] == "a bed"
