@@ -136,7 +136,3 @@ def test_importing_the_package_is_quick():
     heavy = "torch", "trimesh", "open3d", "diffusers", "transformers", "accelerate", "hydra", "scipy"
     code = f"import sys, elastic3d; sys.exit(', '.join(m for m in {heavy!r} if m in sys.modules) or None)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-def test_sizes():
-    subprocess.run([sys.executable, ROOT / ".ci" / "check_sizes.py"], check=True)
