@@ -17,7 +17,9 @@ class HeldOutConfig:
     model: str = option(DEFAULT_MODEL, "folder of the model")
     output: Path = option(Path("outputs/held_out"), "folder for the folders of meshes")
     split: Path = option(Path("data/splits/test.txt"), "list of source/id to take held-out shapes from")
-    train: Path = option(Path("data/splits/train.txt"), "list of source/id the nearest shape is looked for in")
+    train: Path = option(
+        Path("data/splits/train.txt"), "list of source/id the nearest shape is looked for in"
+    )
     data: PrepareConfig = option(PrepareConfig, "source of the shapes; its output is where the shards are")
     limit: int = option(64, "held-out shapes, spread evenly over the list; 0 takes all")
     view: int = option(0, "which of the stored views is the input")

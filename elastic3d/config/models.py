@@ -30,7 +30,9 @@ class VAEConfig:
     geo_mlp_ratio: int = option(4, "hidden width over width in the field decoder's MLP")
     geo_ln_post: bool = option(True, "LayerNorm before the field decoder's output")
     point_features: int = option(4, "channels after xyz of a surface point: normal (3), sharp-edge label (1)")
-    sharp_latents: int = option(0, "how many of the latents read their query point from the sharp-edge stream")
+    sharp_latents: int = option(
+        0, "how many of the latents read their query point from the sharp-edge stream"
+    )
     anchored: bool = option(False, "a latent carries its anchor point and attention knows distances to it")
     neighbours_in: int = option(16, "anchored: surface points whose local shape a latent reads; 0 for none")
     neighbours_out: int = option(8, "anchored: latents whose local shape a field query reads; 0 for none")
@@ -51,7 +53,9 @@ class VAEConfig:
         check_range("sharp_latents", self.sharp_latents, 0, self.num_latents)
         for name in ("latent_mean", "latent_std"):
             if len(getattr(self, name)) not in (0, self.channels):
-                raise ValueError(f"{name} has {len(getattr(self, name))} values, expected {self.channels} or none")
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} values, expected {self.channels} or none"
+                )
 
     @property
     def channels(self) -> int:
@@ -78,7 +82,14 @@ class DiTConfig:
     condition_tokens: int = option(49, "condition tokens (M) the model was trained with; likewise")
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "condition_channels", "width", "heads", "num_latents", "condition_tokens"):
+        for name in (
+            "in_channels",
+            "condition_channels",
+            "width",
+            "heads",
+            "num_latents",
+            "condition_tokens",
+        ):
             check_range(name, getattr(self, name), 1, 1 << 20)
         check_range("double_blocks", self.double_blocks, 0, 1000)
         check_range("single_blocks", self.single_blocks, 0, 1000)

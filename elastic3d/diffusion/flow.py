@@ -36,10 +36,8 @@ def sample_timesteps(
 
     `shift` > 1 moves mass towards noise: t -> t / (t + shift (1 - t)), the SD3 shift written for this time direction.
     """
-    if logit_normal:
-        t = torch.randn(count, generator=generator).sigmoid()
-    else:
-        t = torch.rand(count, generator=generator)
+    draw = torch.randn(count, generator=generator) if logit_normal else torch.rand(count, generator=generator)
+    t = draw.sigmoid() if logit_normal else draw
     return t / (t + shift * (1 - t))
 
 

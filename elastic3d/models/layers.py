@@ -121,7 +121,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tenso
     """
     logits = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and logits <= EXPLICIT_LIMIT:
-        weights = torch.matmul(q * (q.shape[-1] ** -0.5 if scale is None else scale), k.transpose(-1, -2)).softmax(-1)
+        weights = torch.matmul(
+            q * (q.shape[-1] ** -0.5 if scale is None else scale), k.transpose(-1, -2)
+        ).softmax(-1)
         out = torch.matmul(weights, v)
     else:
         padded = nn.functional.pad(v, (0, q.shape[-1] - v.shape[-1]))  # the fused kernels want equal widths

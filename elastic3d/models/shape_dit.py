@@ -195,7 +195,9 @@ class ShapeDiT(PretrainedMixin, nn.Module):
                 nn.init.normal_(embedder.in_layer.weight, std=0.02)
                 nn.init.normal_(embedder.out_layer.weight, std=0.02)
 
-    def forward(self, latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None) -> Tensor:
+    def forward(
+        self, latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None
+    ) -> Tensor:
         """latents (B,N,C), t (B,) in [0,1], condition (B,M,Cc), guidance (B,) or None -> velocity (B,N,C).
 
         Raises ValueError when `guidance` is missing for a guidance-embedded model or given to another.

@@ -68,7 +68,9 @@ def stem(id: str) -> str:
     return id.rpartition("/")[2]
 
 
-def _missing(ids: Sequence[str], folder: Path, config: HeldOutConfig, suffix: str = ".glb") -> Iterator[list[str]]:
+def _missing(
+    ids: Sequence[str], folder: Path, config: HeldOutConfig, suffix: str = ".glb"
+) -> Iterator[list[str]]:
     """Batches of the shapes that have no file in a folder yet, with a progress bar."""
     todo = [id for id in ids if not (folder / f"{stem(id)}{suffix}").is_file()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,15 +89,21 @@ def _write_truth(shapes: PreparedShapes, config: HeldOutConfig) -> None:
     for batch in _missing(shapes.ids, config.output / "gt", config):
         for id in batch:
             vertices, faces = (shapes.read(id, f"solid_{name}").numpy() for name in ("vertices", "faces"))
-            save_mesh(trimesh.Trimesh(vertices, faces, process=False), config.output / "gt" / f"{stem(id)}.glb")
+            save_mesh(
+                trimesh.Trimesh(vertices, faces, process=False), config.output / "gt" / f"{stem(id)}.glb"
+            )
 
 
 @torch.no_grad()
-def _write_reconstructions(pipeline: ImageTo3DPipeline, shapes: PreparedShapes, config: HeldOutConfig) -> None:
+def _write_reconstructions(
+    pipeline: ImageTo3DPipeline, shapes: PreparedShapes, config: HeldOutConfig
+) -> None:
     points = VAEStageConfig(model=pipeline.vae.config, surface_points=config.surface_points)
     items, folder = VAEItems(shapes, points), config.output / "reconstruction"
     for batch in _missing(shapes.ids, folder, config):
-        surface = torch.stack([items.draw(id, item_generator(0, shapes.ids.index(id)))["surface"] for id in batch])
+        surface = torch.stack(
+            [items.draw(id, item_generator(0, shapes.ids.index(id)))["surface"] for id in batch]
+        )
         posterior = pipeline.vae.encode(surface.to(pipeline.device))
         meshes = field_meshes(pipeline.vae, pipeline.vae.to_latents(posterior.mean), config.resolution)
         for id, mesh in zip(batch, meshes, strict=True):
@@ -103,7 +111,9 @@ def _write_reconstructions(pipeline: ImageTo3DPipeline, shapes: PreparedShapes, 
                 save_mesh(clean(mesh, CleanupConfig()), folder / f"{stem(id)}.glb")
 
 
-def _write_generated(pipeline: ImageTo3DPipeline, shapes: PreparedShapes, seed: int, config: HeldOutConfig) -> None:
+def _write_generated(
+    pipeline: ImageTo3DPipeline, shapes: PreparedShapes, seed: int, config: HeldOutConfig
+) -> None:
     folder = config.output / f"seed-{seed}"
     options = {"steps": config.steps, "guidance": config.guidance, "resolution": config.resolution}
     for batch in _missing(shapes.ids, folder, config):
@@ -140,7 +150,9 @@ def _features(pipeline: ImageTo3DPipeline) -> Callable[[Sequence[Image.Image]], 
     return features
 
 
-def _bank(features: Callable[[Sequence[Image.Image]], Tensor], config: HeldOutConfig) -> tuple[list[str], Tensor]:
+def _bank(
+    features: Callable[[Sequence[Image.Image]], Tensor], config: HeldOutConfig
+) -> tuple[list[str], Tensor]:
     """Ids of the training shapes and their features (S, V, 1280); computed once and kept beside the meshes."""
     prefix = f"{config.data.source.value}/"
     train = [id for id in read_split([config.train]) if id.startswith(prefix)]
@@ -165,7 +177,9 @@ def _solids(config: HeldOutConfig) -> Callable[[str], trimesh.Trimesh]:
 
     def solid(id: str) -> trimesh.Trimesh:
         if id not in items:
-            raise UserError(f"{id} is not in the source {config.data.source.value}, expected it as when it was prepared")
+            raise UserError(
+                f"{id} is not in the source {config.data.source.value}, expected it as when it was prepared"
+            )
         mesh, _ = normalize_mesh(source.load(items[id]).mesh)
         return solidify(mesh, config.data.shape.resolution).mesh
 

@@ -5,7 +5,13 @@ import torch
 from einops import rearrange
 
 from elastic3d.models import layers
-from elastic3d.models.layers import DistanceBias, attend, farthest_points, fourier_embedding, timestep_embedding
+from elastic3d.models.layers import (
+    DistanceBias,
+    attend,
+    farthest_points,
+    fourier_embedding,
+    timestep_embedding,
+)
 
 
 def test_fourier_embedding_is_point_then_sines_then_cosines_axis_major():
@@ -67,6 +73,10 @@ def test_both_ways_of_attention_agree(monkeypatch):
     q, k, v = torch.randn(2, 3, 50, 12), torch.randn(2, 3, 20, 12), torch.randn(2, 3, 20, 8)
     fused = attend(q, k, v)
     monkeypatch.setattr(layers, "EXPLICIT_LIMIT", 0)
-    torch.testing.assert_close(attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).float(), fused, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(
+        attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).float(), fused, rtol=0.05, atol=0.05
+    )
     monkeypatch.undo()
-    torch.testing.assert_close(attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).float(), fused, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(
+        attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).float(), fused, rtol=0.05, atol=0.05
+    )

@@ -31,7 +31,9 @@ def test_local_features_equal_a_loop_over_points(pool):
             near = offsets.norm(dim=-1).argsort()[:3]
             rows = []
             for n in near:
-                plus, times = local.offset_proj(fourier_embedding(OFFSET_SCALE * offsets[n], OFFSET_FREQS)).chunk(2)
+                plus, times = local.offset_proj(
+                    fourier_embedding(OFFSET_SCALE * offsets[n], OFFSET_FREQS)
+                ).chunk(2)
                 shift, gain = local.feature_proj(features[b, n]).chunk(2)
                 rows.append(local.hidden_proj(gelu(shift + plus + gain * times)))
             if pool == "max":
@@ -46,7 +48,9 @@ def test_faded_features_are_continuous_where_neighbours_change():
     torch.manual_seed(0)
     local = LocalFeatures(features=4, width=6, hidden=8, neighbours=3, pool="fade")
     x_k, features = torch.rand(1, 40, 3), torch.randn(1, 40, 4)
-    line = torch.lerp(torch.tensor([0.0, 0.2, 0.9]), torch.tensor([1.0, 0.7, 0.1]), torch.linspace(0, 1, 20001)[:, None])
+    line = torch.lerp(
+        torch.tensor([0.0, 0.2, 0.9]), torch.tensor([1.0, 0.7, 0.1]), torch.linspace(0, 1, 20001)[:, None]
+    )
     with torch.no_grad():
         steps = local(line[None], x_k, features)[0].diff(dim=0).abs().amax(dim=-1)
     changes = (nearest_neighbours(line[None], x_k, 3)[0].sort(dim=-1).values.diff(dim=0) != 0).any(dim=-1)

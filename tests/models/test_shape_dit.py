@@ -53,8 +53,12 @@ def test_condition_time_and_batch_mates():
 def test_keys_are_those_of_the_published_checkpoints():
     keys = set(tiny(guidance_embed=True).state_dict())
     stream = ["mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2"]
-    expected = {f"double_blocks.0.{s}_{m}.{p}" for s in ("img", "txt") for m in stream for p in ("weight", "bias")}
-    expected |= {f"double_blocks.0.{s}_attn.norm.{n}_norm.scale" for s in ("img", "txt") for n in ("query", "key")}
+    expected = {
+        f"double_blocks.0.{s}_{m}.{p}" for s in ("img", "txt") for m in stream for p in ("weight", "bias")
+    }
+    expected |= {
+        f"double_blocks.0.{s}_attn.norm.{n}_norm.scale" for s in ("img", "txt") for n in ("query", "key")
+    }
     for i in range(2):
         expected |= {f"single_blocks.{i}.{m}.{p}" for m in ("linear1", "linear2", "modulation.lin")
                      for p in ("weight", "bias")}  # fmt: skip
@@ -74,7 +78,9 @@ def test_guidance_is_given_exactly_where_the_model_embeds_it():
     with pytest.raises(ValueError, match="needs a guidance scale"):
         model(latents, t, condition)
     with torch.no_grad():
-        assert (model(latents, t, condition, scale) - model(latents, t, condition, scale / 5)).abs().max() > 1e-6
+        assert (
+            model(latents, t, condition, scale) - model(latents, t, condition, scale / 5)
+        ).abs().max() > 1e-6
 
 
 def test_gradient_checkpointing_changes_nothing():

@@ -7,8 +7,18 @@ from elastic3d.models.shape_vae import ShapeVAE
 
 def tiny(**changes) -> ShapeVAE:
     torch.manual_seed(0)
-    defaults = {"num_latents": 8, "latent_channels": 4, "width": 32, "heads": 2, "encoder_layers": 1,
-                "decoder_layers": 1, "num_freqs": 4, "neighbours_in": 6, "neighbours_out": 4, "local_width": 16}  # fmt: skip
+    defaults = {
+        "num_latents": 8,
+        "latent_channels": 4,
+        "width": 32,
+        "heads": 2,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "num_freqs": 4,
+        "neighbours_in": 6,
+        "neighbours_out": 4,
+        "local_width": 16,
+    }
     return ShapeVAE(VAEConfig(**(defaults | changes))).eval()
 
 
@@ -31,7 +41,9 @@ def test_shapes_from_points_to_field(anchored):
 
 def test_an_anchored_latent_begins_with_a_point_of_the_surface():
     posterior = tiny(anchored=True).encode(cloud())
-    distances = torch.cdist(posterior.mean[..., :3], cloud()[..., :3], compute_mode="donot_use_mm_for_euclid_dist")
+    distances = torch.cdist(
+        posterior.mean[..., :3], cloud()[..., :3], compute_mode="donot_use_mm_for_euclid_dist"
+    )
     assert distances.min(dim=-1).values.max() < 1e-6
     assert posterior.kl().isfinite().all()
 
