@@ -188,7 +188,8 @@ def inconsistent_edges(faces: NDArray[np.integer]) -> int:
 
 
 def count_floaters(mesh: trimesh.Trimesh) -> int:
-    """Components (joined by edges) with less than `FLOATER` of the area."""
-    labels = trimesh.graph.connected_component_labels(mesh.face_adjacency, node_count=len(mesh.faces))
-    areas = np.bincount(labels, weights=mesh.area_faces)
+    """Components (joined by vertices, as in `mesh_health`) with less than `FLOATER` of the area."""
+    of_vertex = trimesh.graph.connected_component_labels(mesh.edges, node_count=len(mesh.vertices))
+    component = np.unique(of_vertex[mesh.faces[:, 0]], return_inverse=True)[1]
+    areas = np.bincount(component, weights=mesh.area_faces)
     return int((areas < FLOATER * areas.sum()).sum())

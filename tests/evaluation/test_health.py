@@ -161,6 +161,12 @@ def test_floaters_are_judged_by_area() -> None:
     assert count_floaters(WHOLE["two balls"]) == 0
     crumbs = [moved(sphere(0).apply_scale(0.01), 1.2, 0.1 * i, 0) for i in range(5)]
     assert count_floaters(joined(sphere(), *crumbs)) == 5
+    box = trimesh.creation.box()
+    fan = np.vstack([box.faces, [[*box.faces[0][:2], 8], [0, 8, 9]]])  # an edge with three faces joins them
+    tiny = trimesh.Trimesh(
+        np.vstack([box.vertices, [[0.5, 0.5, 0.51], [0.5, 0.51, 0.51]]]), fan, process=False
+    )
+    assert count_floaters(tiny) == 0
 
 
 def test_nothing_raises_valueerror() -> None:
