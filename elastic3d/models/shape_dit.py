@@ -141,7 +141,8 @@ class SingleStreamBlock(nn.Module):
         shift, scale, gate = self.modulation(vec)
         qkv, hidden = self.linear1(modulate(x, shift, scale)).split([3 * x.shape[-1], self.mlp_width], dim=-1)
         q, k, v = rearrange(qkv, "B L (K H d) -> K B H L d", K=3, H=self.heads)
-        out = attend(*self.norm(q, k), v)
+        q, k = self.norm(q, k)
+        out = attend(q, k, v)
         hidden = nn.functional.gelu(hidden, approximate="tanh")
         return torch.addcmul(x, gate, self.linear2(torch.cat([out, hidden], dim=-1)))
 
@@ -186,10 +187,12 @@ class ShapeDiT(PretrainedMixin, nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        zero = [m.lin for m in self.modules() if isinstance(m, Modulation)]
-        zero += [self.final_layer.linear, self.final_layer.adaLN_modulation[1]]
-        for linear in zero:
-            nn.init.zeros_(linear.weight)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.lin.weight)
+            if isinstance(module, FinalLayer):
+                nn.init.zeros_(module.linear.weight)
+                nn.init.zeros_(module.get_parameter("adaLN_modulation.1.weight"))
         for embedder in (self.time_in, getattr(self, "guidance_in", None)):
             if embedder is not None:
                 nn.init.normal_(embedder.in_layer.weight, std=0.02)
