@@ -68,7 +68,7 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"can't write to {folder}: {existing} is no folder that may be written to")
 
 
-def report(outcomes: list, seconds: float) -> None:  # type: ignore[type-arg]
+def report(outcomes: list, seconds: float) -> None:
     """One line for a mesh, a count for many."""
     if len(outcomes) == 1 and outcomes[0].status == "ok":
         mesh = outcomes[0]
