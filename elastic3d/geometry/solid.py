@@ -58,7 +58,9 @@ def solidify(mesh: trimesh.Trimesh, resolution: int = 128, thickness: float = TH
     voxel = 2 * BOX / resolution
     reach, limit = np.abs(mesh.bounds).max(), BOX - thickness * voxel
     if not reach < limit:
-        raise ValueError(f"the mesh reaches {reach:.3f}, expected less than {limit:.3f} at {resolution} cells")
+        raise ValueError(
+            f"the mesh reaches {reach:.3f}, expected less than {limit:.3f} at {resolution} cells"
+        )
     distance = _distance_near_surface(
         np.asarray(mesh.triangles, np.float32), resolution, voxel, thickness * voxel
     )
