@@ -51,7 +51,9 @@ class GenerateConfig:
         None, "How strictly the picture is followed, 0 to 100; null: the model's."
     )
     resolution: int | None = option(None, "Grid cells a side, 8 to 512; null: the model's default.")
-    elastic: bool | None = option(None, "Let the routers decide; false: the dense model; null: if it has any.")
+    elastic: bool | None = option(
+        None, "Let the routers decide; false: the dense model; null: if it has any."
+    )
     budget: float | None = option(
         None, "Share of the dense blocks' FLOPs to execute, 0.3 to 1; null: the model's default."
     )

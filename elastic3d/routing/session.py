@@ -7,7 +7,7 @@ says `train(...)` before each forward pass. A pass that nobody announced is an e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -76,8 +76,9 @@ class _Announced:
 class RoutingSession:
     """The state that the blocks of one model share.
 
-    Public attributes: `settings`, changed between generations; `source`, None where the routers decide;
-    `trace` of the newest generation; `current`, the newest forward pass, whose `decisions` the losses read.
+    Public attributes: `settings`, changed between generations; `source`, None where the routers decide; `announcer`,
+    which calls `begin` and `step` for a pass of so many rows that nobody announced; `trace` of the newest generation;
+    `current`, the newest forward pass, whose `decisions` the losses read.
     """
 
     def __init__(self, router_config: RouterConfig, family: str) -> None:
@@ -85,6 +86,7 @@ class RoutingSession:
         self.family = family
         self.settings = ElasticConfig()
         self.source: RouteSource | None = None
+        self.announcer: Callable[[int], None] | None = None
         self.blocks: list[ElasticBlock] = []
         self.conditioner: Conditioner | None = None
         self.trace: Trace | None = None
@@ -92,7 +94,7 @@ class RoutingSession:
         self.current: Pass | None = None
         self._announced: _Announced | None = None
         self._generation = 0
-        self._samples = self._steps = 0
+        self.samples = self._steps = 0
         self._budget: Tensor = torch.ones(0)
 
     # ------------------------------------------------------------------------------------- told from outside
@@ -111,7 +113,7 @@ class RoutingSession:
         for value in budgets:
             check_budget(value)
         self._generation += 1
-        self._samples, self._steps = samples, steps
+        self.samples, self._steps = samples, steps
         self._budget = torch.tensor(budgets, dtype=torch.float32)
         self.trace = Trace([b.name for b in self.blocks], self.router_config.ratios, steps, samples)
         cache = self.settings.cache
@@ -123,7 +125,7 @@ class RoutingSession:
 
         Branches that run one after the other announce themselves one after the other.
         """
-        if not self._samples:
+        if not self.samples:
             raise ValueError("a step without a generation: call session.begin(samples, steps) first")
         if not 0 <= index < self._steps:
             raise ValueError(f"step {index} of a generation of {self._steps} steps")
@@ -161,6 +163,8 @@ class RoutingSession:
         """A forward pass of the model starts, at times t (B,)."""
         if not self.settings.elastic:
             return
+        if self._announced is None and self.announcer is not None:
+            self.announcer(t.shape[0])
         if self._announced is None:
             raise ValueError(
                 "a forward pass that nobody announced: call session.step or session.train before it"
@@ -175,7 +179,7 @@ class RoutingSession:
         if isinstance(told.branches, Tensor):
             rows, branch = [], per_row(told.branches)
         else:
-            rows = [(int(branch), sample) for branch in told.branches for sample in range(self._samples)]
+            rows = [(int(branch), sample) for branch in told.branches for sample in range(self.samples)]
             branch = torch.tensor([float(b) for b, _ in rows], device=device)
         situation = Situation(t.float(), per_row(told.dt), per_row(told.budget), branch)
         for name in ("dt", "budget", "branch"):
