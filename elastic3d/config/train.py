@@ -192,6 +192,10 @@ class DiTStageConfig:
     timesteps: Timesteps = option(Timesteps.logit_normal, "distribution of training timesteps")
     time_shift: float = option(1.0, "above 1 trains more on noisy timesteps")
     drop_condition: float = option(0.1, "share of samples that see no image (classifier-free guidance)")
+    match_channels: int = option(
+        3,
+        "pair noise with the nearest latents by so many leading channels (3: the anchor's xyz); 0 pairs at random",
+    )
     anchor_weight: float = option(1.0, "weight of an anchor channel's loss over that of a feature channel")
     val_shapes: int = option(128, "shapes to validate on")
     sample_shapes: int = option(8, "shapes of the sample pictures")
@@ -202,6 +206,7 @@ class DiTStageConfig:
     def __post_init__(self) -> None:
         check_range("dit.drop_condition", self.drop_condition, 0, 1)
         check_range("dit.time_shift", self.time_shift, 1e-3, 1e3)
+        check_range("dit.match_channels", self.match_channels, 0, 1 << 20)
         check_range("dit.anchor_weight", self.anchor_weight, 0, 1e3)
         for name in ("val_shapes", "sample_shapes", "sample_steps"):
             check_range(f"dit.{name}", getattr(self, name), 1, 1 << 16)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from elastic3d.config.train import DiTStageConfig, Timesteps, TrainConfig
-from elastic3d.diffusion.flow import interpolate, sample_timesteps, velocity
+from elastic3d.diffusion.flow import interpolate, match_noise, sample_timesteps, velocity
 from elastic3d.diffusion.sampler import sample
 from elastic3d.models.foreground import prepare_picture
 from elastic3d.models.shape_dit import ShapeDiT
@@ -94,9 +94,12 @@ class LatentItems:
         mean, logvar = (self.shapes.read(id, name, variant).float() for name in ("mean", "logvar"))
         raw = mean + self._normal(rng) * (0.5 * logvar).exp()
         latents = (raw - self._mean) / self._std * self.scale
+        noise = self._normal(rng)
+        if self.config.match_channels:
+            noise = match_noise(noise, latents, self.config.match_channels)
         return {
             "latents": latents,
-            "noise": self._normal(rng),
+            "noise": noise,
             "condition": self.shapes.read(id, "tokens", view),
         }
 

@@ -1,7 +1,16 @@
+from itertools import permutations
+
 import pytest
 import torch
 
-from elastic3d.diffusion.flow import interpolate, predict_data, sample_timesteps, timestep_grid, velocity
+from elastic3d.diffusion.flow import (
+    interpolate,
+    match_noise,
+    predict_data,
+    sample_timesteps,
+    timestep_grid,
+    velocity,
+)
 
 
 def test_time_runs_from_noise_to_data():
@@ -38,3 +47,12 @@ def test_timesteps_reproduce_and_follow_their_law():
     assert abs(draw[0].mean() - 0.5) < 0.01 and abs(draw[0].logit().std() - 1) < 0.02
     uniform = sample_timesteps(20000, torch.Generator().manual_seed(0), logit_normal=False)
     assert abs(uniform.var() - 1 / 12) < 0.002
+
+
+def test_matched_noise_is_the_permutation_of_least_cost():
+    torch.manual_seed(0)
+    noise, data = torch.randn(6, 5), torch.randn(6, 5)
+    matched = match_noise(noise, data, channels=3)
+    cost = (data[:, None, :3] - noise[None, :, :3]).square().sum(-1)
+    best = min(permutations(range(6)), key=lambda order: sum(cost[i, j] for i, j in enumerate(order)))
+    assert torch.equal(matched, noise[list(best)])
