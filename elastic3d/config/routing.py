@@ -50,6 +50,8 @@ class RouterConfig:
     initial_keep: float = option(0.7, "gate of every block before training")
     initial_width_bias: float = option(2.0, "logit of the full width before training; the others have 0")
     head_std: float = option(1e-3, "standard deviation of the heads' initial weights")
+    asked: list[float] = option([], "calibration: budgets that are asked for, ascending; empty: none")
+    told: list[float] = option([], "calibration: what the routers are told instead, measured after training")
 
     def __post_init__(self) -> None:
         check_range("hidden", self.hidden, 1, 4096)
@@ -59,10 +61,23 @@ class RouterConfig:
         check_range("initial_keep", self.initial_keep, 0.01, 0.99)
         check_range("initial_width_bias", self.initial_width_bias, 0, 20)
         check_range("head_std", self.head_std, 0, 100)
+        if len(self.asked) != len(self.told) or sorted(self.asked) != self.asked:
+            raise ValueError("asked and told are no ascending list and one of the same length")
         if self.variant is RouterVariant.paper and self.lookahead is not Lookahead.block:
             raise ValueError(
                 "lookahead is step, expected block: the paper's router decides before each block"
             )
+
+    def calibrated(self, budget: float) -> float:
+        """What the routers are told for a budget: linear between the calibrated ones."""
+        if not self.asked or budget <= self.asked[0]:
+            return self.told[0] if self.asked else budget
+        for i in range(1, len(self.asked)):
+            low, high = self.asked[i - 1], self.asked[i]
+            if budget <= high:
+                share = (budget - low) / max(high - low, 1e-9)
+                return self.told[i - 1] + share * (self.told[i] - self.told[i - 1])
+        return self.told[-1]
 
     @property
     def ratios(self) -> tuple[float, ...]:

@@ -114,7 +114,7 @@ class RoutingSession:
             check_budget(value)
         self._generation += 1
         self.samples, self._steps = samples, steps
-        self._budget = torch.tensor(budgets, dtype=torch.float32)
+        self._budget = torch.tensor(list(map(self.router_config.calibrated, budgets)), dtype=torch.float32)
         self.trace = Trace([b.name for b in self.blocks], self.router_config.ratios, steps, samples)
         cache = self.settings.cache
         self.cache = ResidualCache(cache, steps) if cache.active else None

@@ -80,9 +80,12 @@ def _export_pipeline(
 
 
 def _export_routers(output: Path, trained: TrainConfig, weights: dict[str, Tensor], source: str) -> None:
-    """The dense pipeline with `routers/` inside; a base model that learned too is written as it is now."""
-    objective = RouterStage(trained).flow
+    """The dense pipeline with calibrated `routers/` inside; a base model that learned too is written as it is now."""
+    stage = RouterStage(trained)
+    objective = stage.flow
     load_strict(objective, weights, source)
+    objective.eval()
+    stage.calibrate()
     pipeline = ImageTo3DPipeline.from_pretrained(trained.routing.model, "cpu", "float32")
     if trained.routing.parts is not TrainedParts.routers:
         merge_low_rank(objective.dit.modules())

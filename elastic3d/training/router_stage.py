@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from elastic3d.adapters import adapter_for
 from elastic3d.config.router_stage import CostLoss, TrainedParts
-from elastic3d.config.routing import ElasticConfig
+from elastic3d.config.routing import MIN_BUDGET, ElasticConfig
 from elastic3d.config.serialize import from_dict
 from elastic3d.config.train import TrainConfig, VAEStageConfig
 from elastic3d.diffusion.flow import interpolate, predict_data, velocity
@@ -272,6 +272,19 @@ class RouterStage:
             meshes = field_meshes(self.vae, self._generate(each)[0], self.config.dit.sample_resolution)
             rows.append([mesh_picture(mesh) for mesh in meshes])
         return {"generated": contact_sheet(rows)}
+
+    def calibrate(self, points: int = 8) -> None:
+        """Measure what the validation shapes execute at `points` budgets; note in the routers' configuration what
+        they have to be told so that a budget that is asked for is what is executed. The paper's have no such input."""
+        session = self.flow.session
+        if session.conditioner is None:
+            return
+        told = np.linspace(MIN_BUDGET, 1.0, points)
+        session.router_config = replace(session.router_config, asked=[], told=[])
+        shares = [self._generate(ElasticConfig(budget=float(budget)))[1].mean().item() for budget in told]
+        found = np.maximum.accumulate(shares) + 1e-6 * np.arange(points)  # ascending, as an inverse needs
+        inverse = np.interp(told, found, told)
+        session.router_config = replace(session.router_config, asked=told.tolist(), told=inverse.tolist())
 
     def _generate(self, settings: ElasticConfig) -> tuple[Tensor, Tensor]:
         """Latents (B,N,C) of the validation shapes, and the executed share (B,)."""

@@ -131,13 +131,32 @@ def test_trains_resumes_and_exports(dense, parts):
 def test_the_cost_follows_the_budget(dense):
     config = router_config(
         dense, MeshLossConfig(weight=0.0), {"distillation": 0.1, "flow": 0.0, "slack": 0.0},
-        steps=150, batch=16, learning_rate=3e-2, ema=0.9, save_every=150,
+        steps=80, batch=16, learning_rate=3e-2, ema=0.9, save_every=80,
         router=RouterConfig(initial_keep=0.6, head_std=0.1),
     )  # fmt: skip
     assert run_stage(config) == 0
     lines = read_metrics(config.folder / "metrics.jsonl")
     first, last = lines[0], lines[-1]
     assert last["off_budget"] < 0.6 * first["off_budget"]
+
+
+def test_calibration_makes_the_executed_cost_what_was_asked_for(dense):
+    stage = RouterStage(router_config(dense, routing={"val_shapes": 1, "val_steps": 2}))
+    session = stage.flow.session
+    stage._generate = lambda settings: (
+        None,
+        torch.tensor([session.router_config.calibrated(settings.budget) ** 2]),
+    )
+    stage.calibrate(points=40)
+    for budget in (0.3, 0.5, 0.9, 1.0):
+        assert stage._generate(ElasticConfig(budget=budget))[1].item() == pytest.approx(budget, abs=0.01)
+    session.begin(2, 1, [0.5, 1.0])
+    session.step(0, 1.0, (0,))
+    session.enter(torch.zeros(2))
+    told = session.current.situation.budget
+    torch.testing.assert_close(told, torch.tensor([0.5**0.5, 1.0]), atol=0.01, rtol=0)
+    with pytest.raises(ValueError, match="no ascending list"):
+        RouterConfig(asked=[0.5, 0.4], told=[0.5, 0.4])
 
 
 def test_the_papers_own_variant_trains(dense):
