@@ -15,10 +15,14 @@ from elastic3d.routing.session import BOTH_BRANCHES, Branch, RoutingSession
 class Velocity(Protocol):
     """A DiT: latents (B,N,C), t (B,), condition (B,M,Cc) -> velocity (B,N,C)."""
 
-    def __call__(self, latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None) -> Tensor: ...
+    def __call__(
+        self, latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None
+    ) -> Tensor: ...
 
 
-def initial_noise(shape: tuple[int, int], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
+def initial_noise(
+    shape: tuple[int, int], generators: Sequence[torch.Generator], device: torch.device
+) -> Tensor:
     """Standard normal (B, *shape), sample b from generator b alone, so that it does not depend on its
     batch mates."""
     noise = [torch.randn(shape, generator=g, device=g.device) for g in generators]

@@ -58,7 +58,15 @@ def test_seed_decides_and_batch_mates_do_not():
 
 def test_progress_is_reported_and_generators_are_counted():
     seen = []
-    sample(PointFlow(), torch.randn(1, 5, 3), (7, 3), 3, 1.0, generators(0), on_step=lambda i, n: seen.append((i, n)))
+    sample(
+        PointFlow(),
+        torch.randn(1, 5, 3),
+        (7, 3),
+        3,
+        1.0,
+        generators(0),
+        on_step=lambda i, n: seen.append((i, n)),
+    )
     assert seen == [(1, 3), (2, 3), (3, 3)]
     with pytest.raises(ValueError, match="1 generators for a batch of 2"):
         sample(PointFlow(), torch.randn(2, 5, 3), (7, 3), 3, 1.0, generators(0))
