@@ -1,0 +1,9 @@
+"""The families, one after the other, for every contract."""
+
+import pytest
+from families import FAMILIES, Family
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
