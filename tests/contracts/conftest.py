@@ -1,7 +1,8 @@
 """The families, one after the other, for every contract."""
 
 import pytest
-from families import FAMILIES, Family
+
+from tests.contracts.families import FAMILIES, Family
 
 
 @pytest.fixture(params=FAMILIES)

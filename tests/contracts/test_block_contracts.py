@@ -4,19 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import (
-    CLOSE,
-    CONDITIONAL,
-    B,
-    K,
-    begin,
-    forward,
-    random_table,
-    rows,
-    run,
-    table,
-    train_forward,
-)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +16,19 @@ from elastic3d.config.routing import (
 )
 from elastic3d.routing.attach import router_state
 from elastic3d.routing.tables import TableRoutes
+from tests.contracts.families import (
+    CLOSE,
+    CONDITIONAL,
+    B,
+    K,
+    begin,
+    forward,
+    random_table,
+    rows,
+    run,
+    table,
+    train_forward,
+)
 
 
 @pytest.mark.parametrize("config", [RouterConfig(), RouterConfig(variant=RouterVariant.paper, hidden=16),

@@ -7,18 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import (
-    CLOSE,
-    B,
-    K,
-    begin,
-    forward,
-    random_table,
-    rows,
-    run,
-    table,
-    train_forward,
-)
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,6 +25,18 @@ from elastic3d.routing.attach import load_router_state, router_modules, router_s
 from elastic3d.routing.losses import session_share
 from elastic3d.routing.session import RoutingSession
 from elastic3d.routing.tables import TableRoutes
+from tests.contracts.families import (
+    CLOSE,
+    B,
+    K,
+    begin,
+    forward,
+    random_table,
+    rows,
+    run,
+    table,
+    train_forward,
+)
 
 # ------------------------------------------------------------------------------------------------- the session
 
