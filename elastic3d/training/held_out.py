@@ -160,14 +160,20 @@ def _bank(
     path = config.output / "bank.safetensors"
     bank = load_file(path) if path.is_file() else {}
     todo = [id for id in shapes.ids if id not in bank]
-    for id in tqdm(todo, desc="bank", unit="shape", dynamic_ncols=True):
-        views = stored_views(shapes, id)
+    bar = tqdm(todo, desc="bank", unit="shape", dynamic_ncols=True)
+    for id in bar:
+        try:
+            views = stored_views(shapes, id)
+        except UserError as error:
+            bar.write(f"skipped: {error}")
+            continue
         chosen = np.linspace(0, len(views) - 1, config.bank_views).round().astype(int)
         bank[id] = features([views[i] for i in chosen]).half()
     if todo:
         with atomic_path(path) as temporary:
             save_file(bank, temporary)
-    return shapes.ids, torch.stack([bank[id] for id in shapes.ids]).float()
+    names = [id for id in shapes.ids if id in bank]
+    return names, torch.stack([bank[id] for id in names]).float()
 
 
 def _solids(config: HeldOutConfig) -> Callable[[str], trimesh.Trimesh]:

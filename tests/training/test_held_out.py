@@ -1,0 +1,54 @@
+"""Held-out shapes through the bundled model, and the nearest training shape beside them."""
+
+from pathlib import Path
+
+import trimesh
+
+from elastic3d.config.generate import DEFAULT_MODEL
+from elastic3d.config.held_out import HeldOutConfig
+from elastic3d.config.prepare import PrepareConfig, ShapeConfig, SourceName
+from elastic3d.geometry.mesh_io import load_mesh, read_extras
+from elastic3d.preparation.prepare import prepare_data
+from elastic3d.training.held_out import build_held_out
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_folder_is_written_and_the_nearest_shape_is_the_alike_one(tmp_path: Path) -> None:
+    meshes = tmp_path / "meshes"
+    meshes.mkdir()
+    trimesh.creation.box((1.0, 0.6, 0.8)).export(meshes / "box.stl")
+    trimesh.creation.box((1.0, 0.65, 0.8)).export(meshes / "crate.stl")
+    trimesh.creation.icosphere(3).export(meshes / "ball.stl")
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    splits.joinpath("train.txt").write_text("folder/crate\nfolder/ball\n")
+    splits.joinpath("val.txt").write_text("")
+    splits.joinpath("test.txt").write_text("folder/box\n")
+    points = {"surface_points": 2048, "sharp_points": 64, "near_points": 64, "volume_points": 64}
+    data = PrepareConfig(
+        source=SourceName.folder,
+        path=str(meshes),
+        output=str(tmp_path / "prepared"),
+        splits=str(splits),
+        workers=1,
+        shape=ShapeConfig(resolution=48, views=2, view_size=96, **points),
+    )
+    assert prepare_data(data).prepared == 3
+    config = HeldOutConfig(
+        model=str(ROOT / DEFAULT_MODEL),
+        output=tmp_path / "out",
+        split=splits / "test.txt",
+        train=splits / "train.txt",
+        data=data,
+        seeds=[0],
+        steps=2,
+        resolution=32,
+        bank_views=2,
+    )
+    ids = build_held_out(config)
+    stem = ids[0].rpartition("/")[2]
+    for folder in ("gt", "reconstruction", "seed-0", "nearest"):
+        assert len(load_mesh(config.output / folder / f"{stem}.glb").faces) > 0
+    assert "crate" in read_extras(config.output / "nearest" / f"{stem}.glb")["nearest"]
+    assert (config.output / "sheet.png").is_file()
