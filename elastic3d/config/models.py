@@ -37,7 +37,7 @@ class VAEConfig:
     neighbours_in: int = option(16, "anchored: surface points whose local shape a latent reads; 0 for none")
     neighbours_out: int = option(8, "anchored: latents whose local shape a field query reads; 0 for none")
     local_width: int = option(128, "anchored: hidden width of the local features")
-    anchor_jitter: float = option(0.005, "standard deviation of the noise on anchors in training")
+    anchor_jitter: float = option(0.005, "standard deviation of a drawn anchor about the point that was read")
     scale_factor: float = option(1.0, "latents are multiplied by this for the DiT (after standardisation)")
     latent_mean: list[float] = option([], "mean of each latent channel over the training set; empty: 0")
     latent_std: list[float] = option([], "standard deviation of each latent channel; empty: 1")
@@ -74,10 +74,16 @@ class DiTConfig:
     double_blocks: int = option(4, "double-stream blocks")
     single_blocks: int = option(12, "single-stream blocks")
     mlp_ratio: float = option(4.0, "hidden width of the MLPs over D")
+    gelu_tanh: bool = option(
+        True, "tanh approximation of GELU, as in the official weights; false is exact, and much faster on a CPU"
+    )
     qkv_bias: bool = option(True, "bias in the double blocks' query, key and value projections")
     guidance_embed: bool = option(False, "embed the guidance scale (guidance-distilled models)")
     time_factor: float = option(1000.0, "t in [0, 1] is multiplied by this before it is embedded")
     max_period: float = option(1000.0, "longest period of the timestep embedding (1000 in Hunyuan3D-2)")
+    point_freqs: int = option(
+        0, "octaves in which a latent's first three channels, its anchor, are embedded besides; 0: none (official)"
+    )
     num_latents: int = option(128, "latent tokens to generate (N); the weights do not depend on it")
     condition_tokens: int = option(49, "condition tokens (M) the model was trained with; likewise")
 
@@ -93,5 +99,6 @@ class DiTConfig:
             check_range(name, getattr(self, name), 1, 1 << 20)
         check_range("double_blocks", self.double_blocks, 0, 1000)
         check_range("single_blocks", self.single_blocks, 0, 1000)
+        check_range("point_freqs", self.point_freqs, 0, 16)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")

@@ -77,6 +77,7 @@ class LoopConfig:
     ema: float = option(0.999, "decay of the averaged weights, after its own warm-up")
     precision: Precision = option(Precision.bf16_master, "number format of training")
     gradient_checkpointing: bool = option(False, "recompute the blocks' activations in the backward pass")
+    compile: bool = option(False, "compile the model's blocks with torch.compile; needs a C++ compiler")
     seed: int = option(0, "of initialisation, data order, augmentation and noise")
     device: DeviceChoice = option(DeviceChoice.auto, "where to train")
     workers: int = option(0, "processes that read data; 0 reads in the training process")
@@ -152,6 +153,9 @@ class VAEStageConfig:
     softness: float = option(0.01, "distance over which soft occupancy goes from 1/2 to 0.73")
     truncation: float = option(0.1, "distance at which the signed distance is cut")
     kl_weight: float = option(1e-5, "weight of the KL term")
+    anchor_spread: float = option(
+        0.0, "anchored: standard deviation of an anchor's offset from the surface, before it is read"
+    )
     val_shapes: int = option(64, "shapes to validate on")
     val_queries: int = option(4096, "field queries of each kind for a validation shape")
     sample_resolution: int = option(64, "grid cells a side of the sample pictures")
@@ -161,6 +165,7 @@ class VAEStageConfig:
             check_range(f"vae.{name}", getattr(self, name), 1, 1 << 20)
         check_range("vae.softness", self.softness, 1e-6, 1)
         check_range("vae.truncation", self.truncation, 1e-6, 2)
+        check_range("vae.anchor_spread", self.anchor_spread, 0, 1)
         if self.near_queries + self.volume_queries < 1:
             raise ValueError(
                 "vae.near_queries and vae.volume_queries are both 0, expected at least one query"

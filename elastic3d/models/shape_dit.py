@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic3d.config.models import DiTConfig
-from elastic3d.models.layers import attend, timestep_embedding
+from elastic3d.models.layers import attend, fourier_embedding, timestep_embedding
 from elastic3d.models.weights import PretrainedMixin
 
 TIMESTEP_CHANNELS = 256  # of the sinusoidal embedding, before its MLP; the same in every FLUX descendant
@@ -91,9 +91,16 @@ class StreamAttention(nn.Module):
         return *self.norm(q, k), v
 
 
-def _mlp(width: int, ratio: float) -> nn.Sequential:
-    hidden = int(width * ratio)
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+def _gelu(config: DiTConfig) -> str:
+    """How GELU is computed, in torch's words."""
+    return "tanh" if config.gelu_tanh else "none"
+
+
+def _mlp(config: DiTConfig) -> nn.Sequential:
+    width, hidden = config.width, int(config.width * config.mlp_ratio)
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.GELU(approximate=_gelu(config)), nn.Linear(hidden, width)
+    )
 
 
 class DoubleStreamBlock(nn.Module):
@@ -104,10 +111,10 @@ class DoubleStreamBlock(nn.Module):
         D, H = config.width, config.heads
         self.img_mod = Modulation(D, 6)
         self.img_attn = StreamAttention(D, H, config.qkv_bias)
-        self.img_mlp = _mlp(D, config.mlp_ratio)
+        self.img_mlp = _mlp(config)
         self.txt_mod = Modulation(D, 6)
         self.txt_attn = StreamAttention(D, H, config.qkv_bias)
-        self.txt_mlp = _mlp(D, config.mlp_ratio)
+        self.txt_mlp = _mlp(config)
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
         """img (latents) (B,N,D), txt (condition) (B,M,D), vec (B,D) -> new img, txt."""
@@ -131,6 +138,7 @@ class SingleStreamBlock(nn.Module):
         super().__init__()
         D = config.width
         self.heads, self.mlp_width = config.heads, int(D * config.mlp_ratio)
+        self.gelu = _gelu(config)
         self.linear1 = nn.Linear(D, 3 * D + self.mlp_width)
         self.linear2 = nn.Linear(D + self.mlp_width, D)
         self.norm = QKNorm(D // config.heads)
@@ -143,7 +151,7 @@ class SingleStreamBlock(nn.Module):
         q, k, v = rearrange(qkv, "B L (K H d) -> K B H L d", K=3, H=self.heads)
         q, k = self.norm(q, k)
         out = attend(q, k, v)
-        hidden = nn.functional.gelu(hidden, approximate="tanh")
+        hidden = nn.functional.gelu(hidden, approximate=self.gelu)
         return torch.addcmul(x, gate, self.linear2(torch.cat([out, hidden], dim=-1)))
 
 
@@ -171,6 +179,8 @@ class ShapeDiT(PretrainedMixin, nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.latent_in = nn.Linear(config.in_channels, config.width)
+        if config.point_freqs:
+            self.point_in = nn.Linear(3 + 6 * config.point_freqs, config.width, bias=False)
         self.time_in = VectorEmbedder(TIMESTEP_CHANNELS, config.width)
         self.cond_in = nn.Linear(config.condition_channels, config.width)
         if config.guidance_embed:
@@ -211,6 +221,10 @@ class ShapeDiT(PretrainedMixin, nn.Module):
         dtype = self.latent_in.weight.dtype
         vec = self._modulation_vector(t, guidance).to(dtype)
         img, txt = self.latent_in(latents.to(dtype)), self.cond_in(condition.to(dtype))
+        if self.config.point_freqs:
+            # Where a token's velocity points depends sharply on where the token is; a linear map of xyz learns that slowly.
+            points = fourier_embedding(latents[..., :3], self.config.point_freqs)
+            img = img + self.point_in(points.to(dtype))
         for block in self.double_blocks:
             img, txt = self._run(block, img, txt, vec)
         x = torch.cat([txt, img], dim=1)

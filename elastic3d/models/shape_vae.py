@@ -143,7 +143,7 @@ class Encoder(nn.Module):
         self.self_attn = Transformer(config, config.encoder_layers)
         self.ln_post = nn.LayerNorm(config.width, eps=1e-6)
 
-    def forward(self, surface: Tensor, sharp: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, surface: Tensor, sharp: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
         """surface (B,P,6), sharp (B,Q,6) or None: xyz and unit normal -> tokens (B,N,D), anchors (B,N,3) fp32."""
         cfg = self.config
         from_sharp = cfg.sharp_latents if sharp is not None else 0
@@ -154,6 +154,8 @@ class Encoder(nn.Module):
             points = torch.cat([points, edges], dim=1)
             if from_sharp:
                 queries = torch.cat([queries, _pick(edges, from_sharp)], dim=1)
+        if offsets is not None:
+            queries = torch.cat([queries[..., :3] + offsets, queries[..., 3:]], dim=-1)
         x = self._embed(queries)
         if cfg.anchored and cfg.neighbours_in:
             features = points[..., 3 : 3 + cfg.point_features].to(x.dtype)
@@ -245,11 +247,15 @@ class ShapeVAE(PretrainedMixin, nn.Module):
         self.register_buffer("latent_mean", torch.tensor(mean or [0.0] * channels), persistent=False)
         self.register_buffer("latent_std", torch.tensor(std or [1.0] * channels), persistent=False)
 
-    def encode(self, surface: Tensor, sharp: Tensor | None = None) -> Posterior:
-        """surface (B,P,6), sharp (B,Q,6): xyz and outward unit normal -> posterior over raw latents (B,N,C)."""
+    def encode(self, surface: Tensor, sharp: Tensor | None = None, offsets: Tensor | None = None) -> Posterior:
+        """surface (B,P,6), sharp (B,Q,6): xyz and outward unit normal -> posterior over raw latents (B,N,C).
+
+        `offsets` (B,N,3) move the anchors off the surface before they are read: the features then tell where the
+        surface is as seen from there, so that a generated anchor need not lie on it exactly.
+        """
         if not self.config.encoder_layers:
             raise ValueError("this VAE has no encoder (encoder_layers is 0)")
-        tokens, anchors = self.encoder(surface, sharp)
+        tokens, anchors = self.encoder(surface, sharp, offsets)
         mean, logvar = self.pre_kl(tokens).float().chunk(2, dim=-1)
         logvar = logvar.clamp(-20.0, 4.0)
         if not self.config.anchored:

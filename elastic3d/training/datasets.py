@@ -159,7 +159,7 @@ def pick(points: Tensor, count: int, rng: np.random.Generator) -> Tensor:
 
 @dataclass
 class VAEItems:
-    """Items: `surface` (P,6), `points` (Q,3), `distance` (Q,), `noise` (N,C) and perhaps `sharp` (S,6)."""
+    """Items: `surface` (P,6), `points` (Q,3), `distance` (Q,), `noise` (N,C), perhaps `sharp` (S,6), `offsets` (N,3)."""
 
     shapes: PreparedShapes
     config: VAEStageConfig
@@ -177,7 +177,14 @@ class VAEItems:
         item = augment(item, self.config.augment, rng)
         model = self.config.model
         noise = rng.standard_normal((model.num_latents, model.channels), dtype=np.float32)
-        return {**item, "noise": torch.from_numpy(noise)}
+        return {**item, **self.offsets(rng), "noise": torch.from_numpy(noise)}
+
+    def offsets(self, rng: np.random.Generator) -> Batch:
+        """`offsets` (N,3) of the anchors from the surface, where there are any."""
+        spread, count = self.config.anchor_spread, self.config.model.num_latents
+        if not (self.config.model.anchored and spread):
+            return {}
+        return {"offsets": torch.from_numpy(spread * rng.standard_normal((count, 3), dtype=np.float32))}
 
     def draw(self, id: str, rng: np.random.Generator) -> Batch:
         """A random subset of a shape's stored points."""

@@ -117,6 +117,7 @@ class _Builder:
             model=self.vae.config,
             surface_points=config.vae.surface_points,
             sharp_points=config.vae.sharp_points,
+            anchor_spread=config.vae.anchor_spread,
             near_queries=1,
             volume_queries=0,
         )
@@ -130,6 +131,7 @@ class _Builder:
             "views": self.config.views,
             "surface_points": points.surface_points,
             "sharp_points": points.sharp_points,
+            "anchor_spread": points.anchor_spread,
         }
         self._claim()
 
@@ -176,9 +178,12 @@ class _Builder:
         items = VAEItems(shapes, self.points)
         means, logvars = [], []
         for variant in range(self.config.variants):
-            batch = stack([items.draw(id, item_generator(variant, _number(id))) for id in ids])
-            sharp = batch["sharp"].to(self.device) if "sharp" in batch else None
-            posterior = self.vae.encode(batch["surface"].to(self.device), sharp)
+            drawn = []
+            for id in ids:
+                rng = item_generator(variant, _number(id))
+                drawn.append({**items.draw(id, rng), **items.offsets(rng)})
+            batch = {name: tensor.to(self.device) for name, tensor in stack(drawn).items()}
+            posterior = self.vae.encode(batch["surface"], batch.get("sharp"), batch.get("offsets"))
             means.append(posterior.mean.cpu())
             logvars.append(posterior.logvar.cpu())
         return torch.stack(means, dim=1), torch.stack(logvars, dim=1)

@@ -28,7 +28,12 @@ from elastic3d.training.checkpoint import (
 from elastic3d.training.datasets import Batch, Items, PositionLoader
 from elastic3d.training.journal import Journal
 from elastic3d.training.optim import Average, MasterAdamW, learning_rate
-from elastic3d.training.runtime import enable_gradient_checkpointing, make_accelerator, stop_signals
+from elastic3d.training.runtime import (
+    compile_blocks,
+    enable_gradient_checkpointing,
+    make_accelerator,
+    stop_signals,
+)
 
 MAX_BAD_STEPS = 20  # in a row without a finite gradient: the run is lost
 
@@ -122,6 +127,8 @@ class _Run:
         if config.precision is Precision.bf16_master:
             for parameter in objective.parameters():
                 parameter.data = parameter.data.bfloat16()
+        if config.compile:
+            compile_blocks(objective)
 
     def go(self, signals: list[str]) -> Outcome:
         config, accelerator = self.config, self.accelerator

@@ -65,6 +65,15 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     return accelerator
 
 
+def compile_blocks(module: nn.Module) -> None:
+    """Compile every block, a child of a `ModuleList`, for itself: all of a kind share one short compilation."""
+    blocks = [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part]
+    if not blocks:
+        raise UserError(f"compile: {type(module).__name__} has no list of blocks")
+    for block in blocks:
+        block.compile()
+
+
 def enable_gradient_checkpointing(module: nn.Module) -> None:
     """Turn on `gradient_checkpointing` in every part that has the switch; UserError if none has."""
     parts = [part for part in module.modules() if hasattr(part, "gradient_checkpointing")]

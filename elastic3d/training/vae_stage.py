@@ -23,7 +23,7 @@ class VAEObjective(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch of `VAEItems` -> loss and what it is made of. `noise` (B,N,C) draws the latents."""
-        posterior = self.vae.encode(batch["surface"], batch.get("sharp"))
+        posterior = self.vae.encode(batch["surface"], batch.get("sharp"), batch.get("offsets"))
         raw = posterior.mean + batch["noise"] * (0.5 * posterior.logvar).exp()
         field = self.vae.query(batch["points"], self.vae.decode(self.vae.to_latents(raw)))
         field_loss = self.field_loss(field, batch["distance"])

@@ -50,6 +50,26 @@ def test_condition_time_and_batch_mates():
     torch.testing.assert_close(base[1:2], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_anchors_can_be_embedded_in_octaves():
+    model = tiny(point_freqs=3)
+    assert set(model.state_dict()) - set(tiny().state_dict()) == {"point_in.weight"}
+    latents, t, condition = inputs()
+    with torch.no_grad():
+        base = model(latents, t, condition)
+        model.point_in.weight.zero_()
+        assert (model(latents, t, condition) - base).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("gelu_tanh", [False, True])
+def test_gelu_is_exact_or_approximate_in_every_block(gelu_tanh):
+    kinds = [call.approximate for call in tiny(gelu_tanh=gelu_tanh).modules() if isinstance(call, nn.GELU)]
+    kinds += [block.gelu for block in tiny(gelu_tanh=gelu_tanh).single_blocks]
+    assert kinds == ["tanh" if gelu_tanh else "none"] * 4
+    with torch.no_grad():
+        found, official = (tiny(gelu_tanh=kind)(*inputs()) for kind in (gelu_tanh, True))
+    assert torch.equal(found, official) == gelu_tanh
+
+
 def test_keys_are_those_of_the_published_checkpoints():
     keys = set(tiny(guidance_embed=True).state_dict())
     stream = ["mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2"]

@@ -48,6 +48,15 @@ def test_an_anchored_latent_begins_with_a_point_of_the_surface():
     assert posterior.kl().isfinite().all()
 
 
+def test_offsets_move_the_anchors_before_they_are_read():
+    vae = tiny(anchored=True)
+    offsets = 0.02 * torch.randn(2, 8, 3)
+    with torch.no_grad():
+        plain, moved = vae.encode(cloud()), vae.encode(cloud(), offsets=offsets)
+    torch.testing.assert_close(moved.mean[..., :3], plain.mean[..., :3] + offsets)
+    assert (moved.mean[..., 3:] - plain.mean[..., 3:]).abs().amax(dim=-1).min() > 1e-4
+
+
 def test_sharp_stream_supplies_its_share_of_the_anchors():
     vae = tiny(anchored=True, sharp_latents=3)
     sharp = cloud(points=16)

@@ -104,6 +104,17 @@ def ball(radius: float) -> dict[str, torch.Tensor]:
     }
 
 
+def test_offsets_are_drawn_at_the_asked_spread(prepared):
+    config = vae_config(prepared)
+    shapes = open_split(config.data, config.data.train, ())
+    assert "offsets" not in VAEItems(shapes, config.vae).item(0, 0)
+    config.vae.anchor_spread = 0.1
+    items = VAEItems(shapes, config.vae)
+    drawn = torch.stack([items.item(i, 0)["offsets"] for i in range(50)])
+    assert drawn.shape == (50, 8, 3)
+    assert 0.09 < drawn.std() < 0.11 and drawn.mean().abs() < 0.01
+
+
 def test_mirror_scale_and_rotation_keep_distances_exact():
     config = AugmentConfig(scale_min=0.6, rotate_degrees=20.0)
     sides = set()

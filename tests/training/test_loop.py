@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from elastic3d.errors import UserError
 from elastic3d.training.checkpoint import load_checkpoint
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.loop import train
-from elastic3d.training.runtime import enable_gradient_checkpointing, stop_signals
+from elastic3d.training.runtime import compile_blocks, enable_gradient_checkpointing, stop_signals
 from elastic3d.training.stages import build_stage, run_stage
 from tests.training.tiny import vae_config
 
@@ -235,3 +236,13 @@ def test_gradient_checkpointing_switch():
     part.gradient_checkpointing = False
     enable_gradient_checkpointing(torch.nn.Sequential(part))
     assert part.gradient_checkpointing is True
+
+
+def test_compiling_changes_speed_alone(prepared):
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    plain = run(vae_config(prepared, steps=3))
+    compiled = run(vae_config(prepared, name="compiled", steps=3, compile=True))
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    with pytest.raises(UserError, match="Linear has no list of blocks"):
+        compile_blocks(torch.nn.Linear(1, 1))
