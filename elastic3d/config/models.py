@@ -75,14 +75,16 @@ class DiTConfig:
     single_blocks: int = option(12, "single-stream blocks")
     mlp_ratio: float = option(4.0, "hidden width of the MLPs over D")
     gelu_tanh: bool = option(
-        True, "tanh approximation of GELU, as in the official weights; false is exact, and much faster on a CPU"
+        True,
+        "tanh approximation of GELU, as in the official weights; false is exact, and much faster on a CPU",
     )
     qkv_bias: bool = option(True, "bias in the double blocks' query, key and value projections")
     guidance_embed: bool = option(False, "embed the guidance scale (guidance-distilled models)")
     time_factor: float = option(1000.0, "t in [0, 1] is multiplied by this before it is embedded")
     max_period: float = option(1000.0, "longest period of the timestep embedding (1000 in Hunyuan3D-2)")
     point_freqs: int = option(
-        0, "octaves in which a latent's first three channels, its anchor, are embedded besides; 0: none (official)"
+        0,
+        "octaves in which a latent's first three channels, its anchor, are embedded besides; 0: none (official)",
     )
     num_latents: int = option(128, "latent tokens to generate (N); the weights do not depend on it")
     condition_tokens: int = option(49, "condition tokens (M) the model was trained with; likewise")

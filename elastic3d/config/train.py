@@ -45,6 +45,13 @@ class Schedule(Enum):
     trapezoid = "trapezoid"
 
 
+class OptimizerName(Enum):
+    """How weights are stepped; `muon` orthogonalises the steps of the blocks' matrices, AdamW does the rest."""
+
+    adamw = "adamw"
+    muon = "muon"
+
+
 class FieldLoss(Enum):
     """What the field decoder learns."""
 
@@ -67,6 +74,7 @@ class LoopConfig:
     batch: int = option(16, "samples of one optimizer step, over all processes and micro-batches")
     accumulate: int = option(1, "micro-batches of one optimizer step")
     learning_rate: float = option(1e-3, "peak learning rate")
+    optimizer: OptimizerName = option(OptimizerName.adamw, "how weights are stepped")
     warmup: int = option(200, "steps of linear warm-up")
     schedule: Schedule = option(Schedule.cosine, "learning rate after the warm-up")
     decay_steps: int = option(1000, "last steps, in which the trapezoid goes to zero")

@@ -247,7 +247,9 @@ class ShapeVAE(PretrainedMixin, nn.Module):
         self.register_buffer("latent_mean", torch.tensor(mean or [0.0] * channels), persistent=False)
         self.register_buffer("latent_std", torch.tensor(std or [1.0] * channels), persistent=False)
 
-    def encode(self, surface: Tensor, sharp: Tensor | None = None, offsets: Tensor | None = None) -> Posterior:
+    def encode(
+        self, surface: Tensor, sharp: Tensor | None = None, offsets: Tensor | None = None
+    ) -> Posterior:
         """surface (B,P,6), sharp (B,Q,6): xyz and outward unit normal -> posterior over raw latents (B,N,C).
 
         `offsets` (B,N,3) move the anchors off the surface before they are read: the features then tell where the

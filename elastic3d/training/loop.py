@@ -27,7 +27,7 @@ from elastic3d.training.checkpoint import (
 )
 from elastic3d.training.datasets import Batch, Items, PositionLoader
 from elastic3d.training.journal import Journal
-from elastic3d.training.optim import Average, MasterAdamW, learning_rate
+from elastic3d.training.optim import Average, MasterOptimizer, learning_rate
 from elastic3d.training.runtime import (
     compile_blocks,
     enable_gradient_checkpointing,
@@ -106,7 +106,7 @@ class _Run:
         self._prepare()
         self.model = accelerator.prepare_model(stage.objective)  # now all have the main process' weights
         trainable = {n: p for n, p in stage.objective.named_parameters() if p.requires_grad}
-        self.optimizer = MasterAdamW(trainable, config, stage.rate_factor)
+        self.optimizer = MasterOptimizer(trainable, config, stage.rate_factor)
         self.average = Average(self.optimizer.masters, config.ema)
         self.notes = [f"{sum(p.numel() for p in trainable.values()) / 1e6:.2f} M parameters"]
         self.notes += [f"{name} {value}" for name, value in stage.record().items()]

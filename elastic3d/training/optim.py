@@ -1,4 +1,4 @@
-"""AdamW on fp32 masters, averaged weights, learning-rate schedules."""
+"""AdamW and Muon on fp32 masters, averaged weights, learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from elastic3d.config.train import LoopConfig, Schedule
+from elastic3d.config.train import LoopConfig, OptimizerName, Schedule
 
 Lists = list[Tensor]
+MUON_MOMENTUM = 0.95
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
@@ -30,12 +31,15 @@ def learning_rate(step: int, config: LoopConfig) -> float:
     return config.learning_rate * share
 
 
-class MasterAdamW:
-    """AdamW (1711.05101) that steps fp32 masters of parameters in any floating-point format.
+class MasterOptimizer:
+    """AdamW (1711.05101), or with Muon (2502.16982), that steps fp32 masters of parameters in any float format.
 
     A bf16 weight can't hold the small steps of training: three of its digits are lost to rounding. So
     gradients are gathered in fp32, masters are stepped, and their rounded values copied into the model. An
     fp32 parameter is its own master. Vectors and scalars (biases, norms) do not decay.
+
+    Muon steps the matrices inside blocks, with updates scaled to the size of AdamW's, so that one learning rate
+    serves both; embeddings, the output layer, vectors and scalars stay with AdamW.
 
     Args:
         parameters: trainable parameters by name; the names key the saved state.
@@ -56,16 +60,32 @@ class MasterAdamW:
         self.masters = [p if p.dtype is torch.float32 else p.detach().float() for p in self.parameters]
         for master in self.masters:
             master.requires_grad_()
-        groups: dict[tuple[float, float], Lists] = {}
+        groups: dict[tuple[bool, float, float], Lists] = {}
         for name, master in zip(self.names, self.masters, strict=True):
             decay = config.weight_decay if master.ndim > 1 else 0.0
-            groups.setdefault((factor(name), decay), []).append(master)
+            muon = config.optimizer is OptimizerName.muon and master.ndim == 2 and _in_block(name)
+            groups.setdefault((muon, factor(name), decay), []).append(master)
         fused = all(master.device.type in ("cpu", "cuda") for master in self.masters)
-        self._adamw = torch.optim.AdamW(
-            [{"params": group, "weight_decay": decay, "factor": f} for (f, decay), group in groups.items()],
-            betas=(config.beta1, config.beta2),
-            fused=fused,
-        )
+        self._optimizers: list[torch.optim.Optimizer] = []
+        for kind in (False, True):
+            chosen = [
+                {"params": group, "weight_decay": decay, "factor": f}
+                for (muon, f, decay), group in groups.items()
+                if muon is kind
+            ]
+            if chosen and kind:
+                self._optimizers.append(
+                    torch.optim.Muon(chosen, momentum=MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw")
+                )
+            elif chosen:
+                betas = (config.beta1, config.beta2)
+                self._optimizers.append(torch.optim.AdamW(chosen, betas=betas, fused=fused))
+        self._of = {
+            master: optimizer
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for master in group["params"]
+        }
 
     def collect(self) -> None:
         """Add the model's gradients to the masters' and clear them; call it after each backward pass."""
@@ -85,11 +105,13 @@ class MasterAdamW:
         """
         norm = torch.nn.utils.clip_grad_norm_(self.masters, clip or math.inf)
         if norm.isfinite():
-            for group in self._adamw.param_groups:
-                group["lr"] = rate * group["factor"]
-            self._adamw.step()
+            for optimizer in self._optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group["factor"]
+                optimizer.step()
             self.write_back()
-        self._adamw.zero_grad()
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
         return norm
 
     @torch.no_grad()
@@ -101,11 +123,10 @@ class MasterAdamW:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Moments and step counts, keyed `<parameter>/<what>`."""
-        state = self._adamw.state
         return {
             f"{name}/{key}": value
             for name, master in zip(self.names, self.masters, strict=True)
-            for key, value in state.get(master, {}).items()
+            for key, value in self._of[master].state.get(master, {}).items()
         }
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -116,12 +137,23 @@ class MasterAdamW:
         for name, master in zip(self.names, self.masters, strict=True):
             if name not in found:  # never had a gradient
                 continue
-            keys = [f"{name}/{key}" for key in ("step", "exp_avg", "exp_avg_sq")]
-            if missing := [key for key in keys if key not in tensors]:
+            optimizer = self._of[master]
+            wanted = MOMENTS[type(optimizer)]
+            if missing := [f"{name}/{key}" for key in wanted if f"{name}/{key}" not in tensors]:
                 raise ValueError(f"the optimizer state lacks {missing[0]}")
-            step, *moments = (tensors[key].clone() for key in keys)
-            moments = [moment.to(master.device) for moment in moments]
-            self._adamw.state[master] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+            state = {key: tensors[f"{name}/{key}"].clone() for key in wanted}
+            optimizer.state[master] = {k: v if k == "step" else v.to(master.device) for k, v in state.items()}
+
+
+MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
+
+
+def _in_block(name: str) -> bool:
+    """Whether a parameter belongs to an element of a list of modules: a block."""
+    return any(part.isdigit() for part in name.split(".")[:-2])
 
 
 class Average:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from elastic3d.config.train import LoopConfig, Schedule
-from elastic3d.training.optim import Average, MasterAdamW, learning_rate
+from elastic3d.config.train import LoopConfig, OptimizerName, Schedule
+from elastic3d.training.optim import Average, MasterOptimizer, learning_rate
 
 
 def parameters(dtype: torch.dtype) -> dict[str, nn.Parameter]:
@@ -17,7 +17,7 @@ def parameters(dtype: torch.dtype) -> dict[str, nn.Parameter]:
 def test_fp32_equals_adamw_with_decay_on_matrices_only():
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
     config = LoopConfig(weight_decay=0.1)
-    optimizer = MasterAdamW(ours, config)
+    optimizer = MasterOptimizer(ours, config)
     reference = torch.optim.AdamW(
         [dict(params=[theirs["weight"]], weight_decay=0.1), dict(params=[theirs["bias"]], weight_decay=0.0)],
         lr=1e-2, betas=(0.9, 0.99),
@@ -35,7 +35,7 @@ def test_fp32_equals_adamw_with_decay_on_matrices_only():
 
 def test_masters_keep_what_bf16_would_round_away():
     parameter = {"weight": nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))}
-    optimizer = MasterAdamW(parameter, LoopConfig(weight_decay=0.0))
+    optimizer = MasterOptimizer(parameter, LoopConfig(weight_decay=0.0))
     for _ in range(100):
         parameter["weight"].grad = torch.ones(4, 4, dtype=torch.bfloat16)
         optimizer.collect()
@@ -46,7 +46,7 @@ def test_masters_keep_what_bf16_would_round_away():
 
 def test_collect_adds_micro_batches_in_fp32():
     parameter = {"weight": nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16))}
-    optimizer = MasterAdamW(parameter, LoopConfig())
+    optimizer = MasterOptimizer(parameter, LoopConfig())
     for value in (256.0, 1.0):  # their sum needs nine bits
         parameter["weight"].grad = torch.full((2, 2), value, dtype=torch.bfloat16)
         optimizer.collect()
@@ -56,7 +56,7 @@ def test_collect_adds_micro_batches_in_fp32():
 
 def test_clips_and_returns_the_norm_before():
     ours = parameters(torch.float32)
-    optimizer = MasterAdamW(ours, LoopConfig())
+    optimizer = MasterOptimizer(ours, LoopConfig())
     for parameter in ours.values():
         parameter.grad = torch.ones_like(parameter)
     assert optimizer.step(0.0, clip=0.5).item() == pytest.approx(math.sqrt(20))
@@ -65,7 +65,7 @@ def test_clips_and_returns_the_norm_before():
 def test_a_gradient_that_is_not_finite_changes_nothing():
     ours = parameters(torch.float32)
     before = {name: value.detach().clone() for name, value in ours.items()}
-    optimizer = MasterAdamW(ours, LoopConfig())
+    optimizer = MasterOptimizer(ours, LoopConfig())
     ours["bias"].grad = torch.full((5,), math.nan)
     assert not optimizer.step(1.0, clip=1.0).isfinite()
     assert ours["bias"].grad is None
@@ -74,31 +74,57 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 def test_rate_factor_and_nothing_to_train():
     ours = parameters(torch.float32)
-    optimizer = MasterAdamW(ours, LoopConfig(weight_decay=0.0), lambda name: 0.0 if name == "bias" else 1.0)
+    optimizer = MasterOptimizer(
+        ours, LoopConfig(weight_decay=0.0), lambda name: 0.0 if name == "bias" else 1.0
+    )
     before = ours["bias"].detach().clone()
     for parameter in ours.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step(1e-2, clip=1.0)
     assert torch.equal(ours["bias"], before)
     with pytest.raises(ValueError, match="no parameter to train"):
-        MasterAdamW({}, LoopConfig())
+        MasterOptimizer({}, LoopConfig())
 
 
 def test_state_round_trip_and_strangers():
     ours = parameters(torch.float32)
-    optimizer = MasterAdamW(ours, LoopConfig())
+    optimizer = MasterOptimizer(ours, LoopConfig())
     for parameter in ours.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step(1e-2, clip=1.0)
     state = optimizer.state_tensors()
     assert set(state) == {f"{n}/{k}" for n in ours for k in ("step", "exp_avg", "exp_avg_sq")}
-    other = MasterAdamW(parameters(torch.float32), LoopConfig())
+    other = MasterOptimizer(parameters(torch.float32), LoopConfig())
     other.load_state_tensors(state)
     assert all(torch.equal(value, other.state_tensors()[key]) for key, value in state.items())
     with pytest.raises(ValueError, match="unknown parameters, first stranger"):
         other.load_state_tensors({"stranger/step": torch.zeros(())})
     with pytest.raises(ValueError, match="lacks bias/exp_avg_sq"):
         other.load_state_tensors({key: state[key] for key in ("bias/step", "bias/exp_avg")})
+
+
+def test_muon_steps_the_matrices_of_blocks_orthogonally_and_adamw_the_rest():
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {"embed": nn.Linear(8, 16), "blocks": nn.ModuleList([nn.Sequential(nn.Linear(16, 32))])}
+    )
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    config = LoopConfig(optimizer=OptimizerName.muon, weight_decay=0.0)
+    optimizer = MasterOptimizer(dict(model.named_parameters()), config)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step(1e-2, clip=0.0)
+    moved = {name: value.detach() - before[name] for name, value in model.named_parameters()}
+    torch.testing.assert_close(moved["embed.weight"].abs(), torch.full((16, 8), 1e-2), rtol=1e-3, atol=0)
+    assert moved["blocks.0.0.bias"].abs().sub(1e-2).abs().max() < 1e-5
+    scaled = torch.linalg.svdvals(moved["blocks.0.0.weight"]) / (1e-2 * 0.2 * 32**0.5)
+    assert 0.5 < scaled.min() and scaled.max() < 1.5
+
+    state = optimizer.state_tensors()
+    assert {key for key in state if "blocks.0.0.weight" in key} == {"blocks.0.0.weight/momentum_buffer"}
+    other = MasterOptimizer(dict(model.named_parameters()), config)
+    other.load_state_tensors(state)
+    assert all(torch.equal(value, other.state_tensors()[key]) for key, value in state.items())
 
 
 def test_average_is_the_weighted_sum_of_its_past():
