@@ -222,7 +222,7 @@ class ShapeDiT(PretrainedMixin, nn.Module):
         vec = self._modulation_vector(t, guidance).to(dtype)
         img, txt = self.latent_in(latents.to(dtype)), self.cond_in(condition.to(dtype))
         if self.config.point_freqs:
-            # Where a token's velocity points depends sharply on where the token is; a linear map of xyz learns that slowly.
+            # A token's velocity depends sharply on where the token is; a linear map of xyz learns that slowly.
             points = fourier_embedding(latents[..., :3], self.config.point_freqs)
             img = img + self.point_in(points.to(dtype))
         for block in self.double_blocks:

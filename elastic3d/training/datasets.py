@@ -159,7 +159,7 @@ def pick(points: Tensor, count: int, rng: np.random.Generator) -> Tensor:
 
 @dataclass
 class VAEItems:
-    """Items: `surface` (P,6), `points` (Q,3), `distance` (Q,), `noise` (N,C), perhaps `sharp` (S,6), `offsets` (N,3)."""
+    """Items: `surface` (P,6), `points` (Q,3), `distance` (Q,), `noise` (N,C), also `sharp` (S,6), `offsets` (N,3)."""
 
     shapes: PreparedShapes
     config: VAEStageConfig
