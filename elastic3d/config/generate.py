@@ -22,6 +22,14 @@ class MeshFormat(Enum):
     stl = "stl"
 
 
+class SamplingGrid(Enum):
+    """Where sampling times lie: `uniform`, `endpoint` (Hunyuan3D-2: n times are n - 1 moves), `consistency` (turbo)."""
+
+    uniform = "uniform"
+    endpoint = "endpoint"
+    consistency = "consistency"
+
+
 @dataclass(kw_only=True)
 class PipelineConfig:
     """`pipeline.json` beside the components: the model's name and how it is sampled by default."""
@@ -32,11 +40,14 @@ class PipelineConfig:
     guidance: float = option(3.0, "classifier-free guidance scale; 1 is none")
     resolution: int = option(256, "grid cells a side of the decoding")
     shift: float = option(1.0, "timestep shift of the sampler; above 1 spends more steps on noise")
+    grid: SamplingGrid = option(SamplingGrid.uniform, "where the sampling times lie")
+    segments: int = option(100, "grid consistency: segments of the distillation")
     elastic: ElasticConfig = option(ElasticConfig, "how a model with routers runs")
 
     def __post_init__(self) -> None:
         check_sampling(self.steps, self.guidance, self.resolution)
         check_range("shift", self.shift, 1e-3, 1e3)
+        check_range("segments", self.segments, 1, 1000)
 
 
 @dataclass(kw_only=True)
