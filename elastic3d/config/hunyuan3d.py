@@ -31,19 +31,18 @@ class Hunyuan3DConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published checkpoint: where it lies, and its sampling steps."""
+    """Where a published checkpoint lies."""
 
     repository: str
     subfolder: str
-    steps: int = 50
 
 
 PRESETS = {
     "hunyuan3d2": Preset("tencent/Hunyuan3D-2", "hunyuan3d-dit-v2-0"),
     "hunyuan3d2_mini": Preset("tencent/Hunyuan3D-2mini", "hunyuan3d-dit-v2-mini"),
     "hunyuan3d2_mv": Preset("tencent/Hunyuan3D-2mv", "hunyuan3d-dit-v2-mv"),
-    "hunyuan3d2_turbo": Preset("tencent/Hunyuan3D-2", "hunyuan3d-dit-v2-0-turbo", 5),
-    "hunyuan3d2_mini_turbo": Preset("tencent/Hunyuan3D-2mini", "hunyuan3d-dit-v2-mini-turbo", 5),
+    "hunyuan3d2_turbo": Preset("tencent/Hunyuan3D-2", "hunyuan3d-dit-v2-0-turbo"),
+    "hunyuan3d2_mini_turbo": Preset("tencent/Hunyuan3D-2mini", "hunyuan3d-dit-v2-mini-turbo"),
     "hunyuan3d2_1": Preset("tencent/Hunyuan3D-2.1", "hunyuan3d-dit-v2-1"),
 }
 

@@ -50,7 +50,8 @@ def sample(
     Guidance g: v = v_uncond + g (v_cond - v_uncond) (2207.12598), the unconditional branch sees zeros; g = 1
     runs the conditional branch alone. A guidance-embedded model takes g as an input and runs one branch.
     `times` (S+1,) replaces the grid that `steps` and `shift` give. `sequential` runs the branches one after the other:
-    half the memory. `session` is that of a model with routers: it is told of the generation, of each step and of the branches.
+    half the memory. `session` is that of a model with routers: it is told of the generation, of each step and of the
+    branches.
     `on_step(i, steps)` is called after step i. Raises ValueError for fewer than one step or a generator count
     other than B.
     """
@@ -78,7 +79,11 @@ def sample(
             t = times[i].to(x.device).expand(tokens.shape[0])
             found = dit(x.repeat(len(branches), 1, 1), t, tokens, scale).float()
             velocities += found.chunk(len(branches))
-        v = velocities[0] if len(velocities) == 1 else velocities[1] + guidance * (velocities[0] - velocities[1])
+        v = (
+            velocities[0]
+            if len(velocities) == 1
+            else velocities[1] + guidance * (velocities[0] - velocities[1])
+        )
         x = x + dt * v
         if on_step is not None:
             on_step(i + 1, steps)

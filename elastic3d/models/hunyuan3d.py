@@ -36,7 +36,14 @@ _RENAMED = {
     ".attention.output.dense.": ".attention.o_proj.",
     ".mlp.weights_out.": ".mlp.down_proj.",
 }
-_IGNORED_FIELDS = {"model_type", "torch_dtype", "dtype", "transformers_version", "architectures", "_name_or_path"}
+_IGNORED_FIELDS = {
+    "model_type",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "architectures",
+    "_name_or_path",
+}
 
 
 @dataclass
@@ -95,7 +102,9 @@ def load_hunyuan3d(
     conditioner = _conditioner(config, state.pop("conditioner"), weights_path, dinov2, place)
     note = ""
     if conditioner is None:
-        note = f"{weights_path} holds no image encoder (conditioner.*): give the folder of a DINOv2 as dinov2="
+        note = (
+            f"{weights_path} holds no image encoder (conditioner.*): give the folder of a DINOv2 as dinov2="
+        )
         warnings.warn(note, stacklevel=2)
     return Hunyuan3DBundle(dit, vae, conditioner, config, tuple(files), note)
 
@@ -150,11 +159,15 @@ def split_state(state: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, 
     for name, tensor in state.items():
         part, _, rest = name.partition(".")
         if part not in parts:
-            raise UserError(f"{path} has a tensor {name}, expected names that start with {'., '.join(_PARTS)}.")
+            raise UserError(
+                f"{path} has a tensor {name}, expected names that start with {'., '.join(_PARTS)}."
+            )
         parts[part][rest] = tensor
     for part in ("model", "vae"):
         if not parts[part]:
-            raise UserError(f"{path} has no tensor that starts with {part}.: is it another kind of checkpoint?")
+            raise UserError(
+                f"{path} has no tensor that starts with {part}.: is it another kind of checkpoint?"
+            )
     return parts
 
 
@@ -241,16 +254,17 @@ def _conditioner(
     encoder: ImageEncoderConfig = config.encoder
     if dinov2 is not None:
         network = load_dinov2(Path(dinov2)).to(place.device, place.dtype)
-        if network.config.hidden_size != config.dit.condition_channels:
-            raise UserError(
-                f"{dinov2} is a DINOv2 of {network.config.hidden_size} channels, expected {config.dit.condition_channels}"
-            )
+        found, wanted = network.config.hidden_size, config.dit.condition_channels
+        if found != wanted:
+            raise UserError(f"{dinov2} is a DINOv2 of {found} channels, expected {wanted}")
         return DinoV2(encoder, network).to(place.device)
     if not state:
         return None
     for name in state:
         if not name.startswith(_NETWORK_PREFIX):
-            raise UserError(f"{path} has a tensor conditioner.{name}, expected conditioner.{_NETWORK_PREFIX}*")
+            raise UserError(
+                f"{path} has a tensor conditioner.{name}, expected conditioner.{_NETWORK_PREFIX}*"
+            )
     own = modern_names({name.removeprefix(_NETWORK_PREFIX): tensor for name, tensor in state.items()})
     with torch.device("meta"):
         network = build_network(config.dinov2, INSIDE)

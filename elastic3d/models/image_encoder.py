@@ -172,9 +172,10 @@ class DinoV2(_FrozenEncoder):
     @torch.no_grad()
     def encode_views(self, images: Tensor, views: Sequence[int]) -> Tensor:
         """images (B,V,3,S,S) seen from directions `views` (V of 0 .. config.views - 1) -> tokens (B,V*M,Cc)."""
-        if images.shape[1] != len(views) or not all(0 <= view < self.config.views for view in views):
+        last = self.config.views - 1
+        if images.shape[1] != len(views) or not all(0 <= view <= last for view in views):
             raise ValueError(
-                f"{images.shape[1]} images from directions {list(views)}, expected as many of 0 to {self.config.views - 1}"
+                f"{images.shape[1]} images from directions {list(views)}, expected as many of 0 to {last}"
             )
         tokens = torch.stack([self._tokens(view) for view in images.unbind(1)], dim=1)
         direction = torch.tensor(list(views), dtype=torch.float64)

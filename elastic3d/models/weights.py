@@ -148,9 +148,7 @@ def save_weights(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | N
         temporary.chmod(mode)  # save_file would leave it readable by its owner alone
 
 
-def load_strict(
-    model: nn.Module, state: Mapping[str, Tensor], source: str, assign: bool = False
-) -> None:
+def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
     """Copy `state` into `model`; every key and shape must agree and every value be finite.
 
     Args:
