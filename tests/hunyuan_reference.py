@@ -67,7 +67,11 @@ def reference(case: str) -> dict[str, Tensor]:
         velocity = parts["model"](given["latents"], given["t"], {"main": given["condition"]}, **options)
         condition = parts["conditioner"](image=images * 2 - 1, **more)["main"]
     pipelines = importlib.import_module("hy3dgen.shapegen.pipelines")
-    prepared = {"image": images * 2 - 1, "mask": images[..., :1, :, :], **({"view_idxs": VIEWS} if more else {})}
+    prepared = {
+        "image": images * 2 - 1,
+        "mask": images[..., :1, :, :],
+        **({"view_idxs": VIEWS} if more else {}),
+    }
     pipeline = pipelines.Hunyuan3DDiTFlowMatchingPipeline(
         image_processor=lambda _: dict(prepared), device="cpu", dtype=torch.float32, **parts
     )
@@ -166,6 +170,8 @@ def _transforms() -> types.ModuleType:
 
 if __name__ == "__main__":
     STORED.parent.mkdir(exist_ok=True)
-    found = {f"{case}.{name}": value.contiguous() for case in CASES for name, value in reference(case).items()}
+    found = {
+        f"{case}.{name}": value.contiguous() for case in CASES for name, value in reference(case).items()
+    }
     save_file(found, STORED)
     print(f"{STORED}: {len(found)} tensors")

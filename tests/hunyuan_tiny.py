@@ -186,13 +186,84 @@ def dinov2_shapes(config: dict[str, Any], old_names: bool = True) -> dict[str, t
         elif old_names:
             linears |= {"mlp.weights_in": (2 * hidden, D), "mlp.weights_out": (D, hidden)}
         else:
-            linears |= {"mlp.gate_proj": (hidden, D), "mlp.up_proj": (hidden, D), "mlp.down_proj": (D, hidden)}
+            linears |= {
+                "mlp.gate_proj": (hidden, D),
+                "mlp.up_proj": (hidden, D),
+                "mlp.down_proj": (D, hidden),
+            }
         for name, shape in linears.items():
             shapes[f"{layer}.{name}.weight"], shapes[f"{layer}.{name}.bias"] = shape, shape[:1]
         for norm in ("norm1", "norm2"):
             shapes[f"{layer}.{norm}.weight"], shapes[f"{layer}.{norm}.bias"] = (D,), (D,)
         for scale in ("layer_scale1", "layer_scale2"):
             shapes[f"{layer}.{scale}.lambda1"] = (D,)
+    return shapes
+
+
+def config_21() -> dict[str, Any]:
+    """A `config.yaml` of Hunyuan3D-2.1: another DiT, a VAE with its encoder, a DINOv2 without SwiGLU."""
+    config = tiny_config()
+    package = "hy3dshape"
+    config["model"] = {
+        "target": f"{package}.models.denoisers.hunyuandit.HunYuanDiTPlain",
+        "params": {
+            "input_size": LATENTS, "in_channels": CHANNELS, "hidden_size": 32, "context_dim": CONTEXT, "depth": 5,
+            "num_heads": 2, "qk_norm": True, "text_len": 5, "with_decoupled_ca": False,
+            "use_attention_pooling": False, "qk_norm_type": "rms", "qkv_bias": False, "use_pos_emb": False,
+            "num_moe_layers": 2, "num_experts": 3, "moe_top_k": 2,
+        },
+    }  # fmt: skip
+    config["vae"]["params"] |= {
+        "num_encoder_layers": 1, "geo_decoder_mlp_expand_ratio": 4, "geo_decoder_downsample_ratio": 1,
+        "geo_decoder_ln_post": True, "point_feats": 4, "pc_size": 64, "pc_sharpedge_size": 0,
+    }  # fmt: skip
+    encoder = config["conditioner"]["params"]["main_image_encoder"]["kwargs"]
+    encoder["config"] = {**DINOV2, "use_swiglu_ffn": False}
+    config["image_processor"]["params"]["border_ratio"] = 0.15
+    return config
+
+
+def dit_shapes_21(params: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of 2.1's DiT."""
+    D, C, Cc, H = (params[name] for name in ("hidden_size", "in_channels", "context_dim", "num_heads"))
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, rows: int, columns: int, bias: bool = True) -> None:
+        shapes[f"{name}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"{name}.bias"] = (rows,)
+
+    def norm(name: str) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (D,), (D,)
+
+    linear("x_embedder", D, C)
+    linear("t_embedder.mlp.0", 4 * D, D)
+    linear("t_embedder.mlp.2", D, 4 * D)
+    depth = params["depth"]
+    for i in range(depth):
+        block = f"blocks.{i}"
+        for number in (1, 2, 3):
+            norm(f"{block}.norm{number}")
+        for name, read in (("attn1", D), ("attn2", Cc)):
+            linear(f"{block}.{name}.to_q", D, D, bias=False)
+            linear(f"{block}.{name}.to_k", D, read, bias=False)
+            linear(f"{block}.{name}.to_v", D, read, bias=False)
+            linear(f"{block}.{name}.out_proj", D, D)
+            shapes[f"{block}.{name}.q_norm.weight"] = shapes[f"{block}.{name}.k_norm.weight"] = (D // H,)
+        if i > depth // 2:
+            norm(f"{block}.skip_norm")
+            linear(f"{block}.skip_linear", D, 2 * D)
+        if i < depth - params["num_moe_layers"]:
+            linear(f"{block}.mlp.fc1", 4 * D, D)
+            linear(f"{block}.mlp.fc2", D, 4 * D)
+            continue
+        shapes[f"{block}.moe.gate.weight"] = (params["num_experts"], D)
+        experts = [f"experts.{j}" for j in range(params["num_experts"])]
+        for expert in (*experts, "shared_experts"):
+            linear(f"{block}.moe.{expert}.net.0.proj", 4 * D, D)
+            linear(f"{block}.moe.{expert}.net.2", D, 4 * D)
+    norm("final_layer.norm_final")
+    linear("final_layer.linear", C, D)
     return shapes
 
 
@@ -207,9 +278,13 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     return 0.2 * value
 
 
-def tiny_state(config: dict[str, Any], encoder_layers: int = 0, conditioner: bool = True) -> dict[str, Tensor]:
+def tiny_state(
+    config: dict[str, Any], encoder_layers: int = 0, conditioner: bool = True
+) -> dict[str, Tensor]:
     """All tensors of a checkpoint, by their published names."""
-    shapes = {f"model.{name}": shape for name, shape in dit_shapes(config["model"]["params"]).items()}
+    model = config["model"]
+    dit = (dit_shapes_21 if model["target"].endswith("Plain") else dit_shapes)(model["params"])
+    shapes = {f"model.{name}": shape for name, shape in dit.items()}
     vae = vae_shapes(config["vae"]["params"], encoder_layers)
     shapes |= {f"vae.{name}": shape for name, shape in vae.items()}
     if conditioner:
@@ -233,4 +308,18 @@ def write_checkpoint(
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     layers = config["vae"]["params"].get("num_encoder_layers", 0)
     save_file(tiny_state(config, layers, conditioner), folder / "model.fp16.safetensors")
+    return root
+
+
+def write_checkpoint_21(root: Path, subfolder: str = "hunyuan3d-dit-v2-1") -> Path:
+    """`root/subfolder/{config.yaml, model.fp16.ckpt}`, a dictionary of each part's tensors -> root."""
+    folder = root / subfolder
+    folder.mkdir(parents=True)
+    config = config_21()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    nested: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tiny_state(config, encoder_layers=1).items():
+        part, _, rest = name.partition(".")
+        nested.setdefault(part, {})[rest] = tensor
+    torch.save(nested, folder / "model.fp16.ckpt")
     return root

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hunyuan_tiny import DINOV2, dinov2_shapes, random_tensor, tiny_config, tiny_state, vae_shapes, write_checkpoint
+from hunyuan_tiny import (
+    DINOV2,
+    dinov2_shapes,
+    random_tensor,
+    tiny_config,
+    tiny_state,
+    vae_shapes,
+    write_checkpoint,
+)
 from safetensors.torch import load_file, save_file
 
 from elastic3d.config.hunyuan3d import dinov2_config, parse_config

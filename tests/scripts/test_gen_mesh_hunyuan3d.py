@@ -12,7 +12,7 @@ import pytest
 import torch
 import trimesh
 from _cli import execute
-from hunyuan_tiny import write_checkpoint
+from hunyuan_tiny import write_checkpoint, write_checkpoint_21
 from tiny_pipeline import save_picture
 
 from elastic3d.adapters import attach, detach, save_routers
@@ -31,6 +31,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("weights")
     for case, name in (("base", "hunyuan3d2"), ("turbo", "hunyuan3d2_turbo"), ("mv", "hunyuan3d2_mv")):
         write_checkpoint(root, case, PRESETS[name].subfolder)
+    write_checkpoint_21(root)
     return root
 
 
@@ -52,7 +53,10 @@ def extras(path: str = "chair.glb") -> dict[str, Any]:
     return read_extras(Path(path))
 
 
-@pytest.mark.parametrize(("model", "moves"), [("hunyuan3d2", 2), ("hunyuan3d2_turbo", 3), ("hunyuan3d2_mv", 2)])
+@pytest.mark.parametrize(
+    ("model", "moves"),
+    [("hunyuan3d2", 2), ("hunyuan3d2_turbo", 3), ("hunyuan3d2_mv", 2), ("hunyuan3d2_1", 2)],
+)
 def test_a_picture_becomes_a_mesh(command: Command, model: str, moves: int) -> None:
     assert command(f"model={model}") == 0
     mesh = trimesh.load_mesh("chair.glb")
@@ -65,7 +69,9 @@ def test_a_picture_becomes_a_mesh(command: Command, model: str, moves: int) -> N
 
 def test_several_views(command: Command) -> None:
     assert command("model=hunyuan3d2_mv", "output=one.stl") == 0
-    assert command("model=hunyuan3d2_mv", "image_back=back.png", "image_left=left.png", "output=three.stl") == 0
+    assert (
+        command("model=hunyuan3d2_mv", "image_back=back.png", "image_left=left.png", "output=three.stl") == 0
+    )
     assert Path("one.stl").read_bytes() != Path("three.stl").read_bytes()
 
 
