@@ -1,4 +1,4 @@
-"""Hunyuan3D-2 checkpoints: what their config.yaml says, in this project's dataclasses; presets of the published ones."""
+"""Hunyuan3D-2 checkpoints: what their config.yaml says, in this project's dataclasses; the published ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from elastic3d.config.base import option
+from elastic3d.config.base import check_choice, option
 from elastic3d.config.generate import PipelineConfig, SamplingGrid
 from elastic3d.config.images import EncoderKind, ImageEncoderConfig
 from elastic3d.config.models import DiTConfig, SkipDiTConfig, VAEConfig
@@ -45,6 +45,24 @@ PRESETS = {
     "hunyuan3d2_mini_turbo": Preset("tencent/Hunyuan3D-2mini", "hunyuan3d-dit-v2-mini-turbo"),
     "hunyuan3d2_1": Preset("tencent/Hunyuan3D-2.1", "hunyuan3d-dit-v2-1"),
 }
+
+
+@dataclass(kw_only=True)
+class ImportConfig:
+    """Options of `scripts/import_hunyuan3d.py`."""
+
+    model: str = option("hunyuan3d2", "which published model: its name as for gen_mesh.py")
+    weights: str = option("", "folder with its weights; empty: looked for as gen_mesh.py does")
+    subfolder: str = option("", "folder of the checkpoint in weights; empty: the published one")
+    vae_subfolder: str = option("", "take the VAE from this folder in weights: one with an encoder")
+    dinov2: str = option("", "folder of a DINOv2, for a checkpoint without its image encoder")
+    output: str = option("", "folder to write")
+
+    def __post_init__(self) -> None:
+        check_choice("model", self.model, tuple(PRESETS))
+        if not self.output:
+            raise ValueError("output= is missing, for example output=models/hunyuan3d2")
+
 
 # Their parameter -> (our field, their default). Where our field is a tuple, it has no effect here: the values we accept
 # (an empty tuple accepts every value).

@@ -43,7 +43,9 @@ class ImageEncoderConfig:
     picture_size: int = option(
         0, "DINOv2 only: pictures are prepared at this side and then resized; 0: image_size"
     )
-    views: int = option(1, "DINOv2 only: pictures of one object, told apart by an embedding of their direction")
+    views: int = option(
+        1, "DINOv2 only: pictures of one object, told apart by an embedding of their direction"
+    )
     path: str = option("", "folder of the DINOv2 model (config.json and safetensors); unused by EfficientNet")
 
     def __post_init__(self) -> None:

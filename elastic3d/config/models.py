@@ -117,7 +117,15 @@ class SkipDiTConfig:
     guidance_embed: bool = option(False, "there is no guidance-distilled model of this kind: false")
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "condition_channels", "width", "heads", "blocks", "experts", "num_latents"):
+        for name in (
+            "in_channels",
+            "condition_channels",
+            "width",
+            "heads",
+            "blocks",
+            "experts",
+            "num_latents",
+        ):
             check_range(name, getattr(self, name), 1, 1 << 20)
         check_range("expert_blocks", self.expert_blocks, 0, self.blocks)
         check_range("experts_per_token", self.experts_per_token, 1, self.experts)

@@ -9,6 +9,7 @@ token (mixture of experts, DiT-MoE 2407.11633).
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -17,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from elastic3d.config.models import SkipDiTConfig
 from elastic3d.models.layers import attend
-from elastic3d.models.weights import PretrainedMixin
+from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.models.weights import CONFIG_NAME, PretrainedMixin, load_json
 
 _MLP_RATIO = 4
 _EPS = 1e-6
@@ -233,3 +235,12 @@ class SkipDiT(PretrainedMixin, nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, condition, skip, use_reentrant=False)
         return block(x, condition, skip)
+
+
+def load_dit(
+    folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> ShapeDiT | SkipDiT:
+    """The DiT saved in a folder, of either kind; errors as `from_pretrained`."""
+    path = folder / CONFIG_NAME
+    kind = load_json(path).get("_class_name") if path.is_file() else None
+    return (SkipDiT if kind == SkipDiT.__name__ else ShapeDiT).from_pretrained(folder, dtype, device)

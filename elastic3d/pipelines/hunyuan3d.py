@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from elastic3d.adapters import attach
 from elastic3d.config.generate import GenerateConfig
-from elastic3d.config.hunyuan3d import PRESETS, VIEW_NAMES, Hunyuan3DConfig, parse_config
+from elastic3d.config.hunyuan3d import PRESETS, VIEW_NAMES, Hunyuan3DConfig, ImportConfig, parse_config
 from elastic3d.errors import UserError
 from elastic3d.models.hunyuan3d import load_hunyuan3d, read_yaml
 from elastic3d.models.hunyuan3d_files import find_checkpoint
@@ -99,6 +99,29 @@ def hunyuan3d_pipeline(config: GenerateConfig, batch: int) -> ImageTo3DPipeline:
     resolution = sampling.resolution if config.resolution is None else config.resolution
     pipeline.max_points = points_within(budget - resident, bundle.vae.config, dtype, resolution, limit)
     return pipeline
+
+
+def import_checkpoint(config: ImportConfig) -> str:
+    """Write a published checkpoint as a model folder, in bf16 -> what was written, in one sentence.
+
+    Raises:
+        UserError: as `load_hunyuan3d`; no image encoder anywhere.
+    """
+    preset = PRESETS[config.model]
+    bundle = load_hunyuan3d(
+        config.weights or preset.repository,
+        config.subfolder or preset.subfolder,
+        torch.bfloat16,
+        vae_subfolder=config.vae_subfolder or None,
+        dinov2=config.dinov2 or None,
+    )
+    if bundle.conditioner is None:
+        raise UserError(bundle.note)
+    bundle.config.pipeline.model = config.model
+    pipeline = ImageTo3DPipeline(bundle.vae, bundle.dit, bundle.conditioner, bundle.config.pipeline)
+    pipeline.save_pretrained(config.output, torch.bfloat16)
+    encoder = "has an" if bundle.vae.config.encoder_layers else "has no"
+    return f"{config.output}: {config.model}, whose VAE {encoder} encoder"
 
 
 def views_of(image: Path, config: GenerateConfig) -> Path | dict[str, Path]:

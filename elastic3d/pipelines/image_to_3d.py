@@ -29,8 +29,8 @@ from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.models.image_encoder import ImageEncoder, load_image_encoder, save_image_encoder
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.models.skip_dit import SkipDiT
-from elastic3d.models.weights import CONFIG_NAME, file_sha256, find_weights, load_json, save_json
+from elastic3d.models.skip_dit import SkipDiT, load_dit
+from elastic3d.models.weights import file_sha256, find_weights, load_json, save_json
 from elastic3d.pipelines.conditions import Picture, Prepared, encode, is_picture, prepare
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, Placement
 from elastic3d.pipelines.routes import route_receipt, with_options
@@ -145,8 +145,7 @@ class ImageTo3DPipeline:
             raise UserError(f"there is no folder {folder}, expected one with {PIPELINE_NAME}")
         config = from_dict(PipelineConfig, load_json(folder / PIPELINE_NAME), str(folder / PIPELINE_NAME))
         vae = ShapeVAE.from_pretrained(folder / "vae", number, target)
-        kind = load_json(folder / "dit" / CONFIG_NAME).get("_class_name")
-        dit = (SkipDiT if kind == "SkipDiT" else ShapeDiT).from_pretrained(folder / "dit", number, target)
+        dit = load_dit(folder / "dit", number, target)
         files = [find_weights(folder / "vae"), find_weights(folder / "dit")]
         if (folder / ROUTERS_NAME).is_dir():
             attach(dit, folder / ROUTERS_NAME)
