@@ -270,7 +270,7 @@ def _encoder(
 
 def _sampling(values: Mapping[str, Any], source: str) -> PipelineConfig:
     kind, params = _target(_part(values, "scheduler", source), f"{source}: scheduler")
-    common = {"guidance": 5.0, "resolution": 384}
+    config = PipelineConfig(guidance=5.0, resolution=384)
     params = dict(params)
     if params.pop("num_train_timesteps", 1000) != 1000:
         raise UserError(f"{source}: num_train_timesteps is {values['scheduler']['params']}, expected 1000")
@@ -279,10 +279,10 @@ def _sampling(values: Mapping[str, Any], source: str) -> PipelineConfig:
         if dynamic:
             raise UserError(f"{source}: use_dynamic_shifting is true, expected false")
         # Theirs moves time the other way: s t / (1 + (s - 1) t).
-        config = PipelineConfig(steps=50, grid=SamplingGrid.endpoint, shift=1 / shift, **common)
+        config.steps, config.grid, config.shift = 50, SamplingGrid.endpoint, 1 / shift
     elif kind == "ConsistencyFlowMatchEulerDiscreteScheduler":
-        segments = int(params.pop("pcm_timesteps", 50))
-        config = PipelineConfig(steps=5, grid=SamplingGrid.consistency, segments=segments, **common)
+        config.steps, config.grid = 5, SamplingGrid.consistency
+        config.segments = int(params.pop("pcm_timesteps", 50))
     else:
         raise UserError(f"{source}: scheduler.target is {kind!r}, expected a flow-matching Euler scheduler")
     if params:

@@ -78,13 +78,18 @@ def hunyuan3d_pipeline(config: GenerateConfig, batch: int) -> ImageTo3DPipeline:
             f"image_{next(iter(config.views))}= is for a multi-view model, but model is {config.model}"
         )
     limit = LOW_MEMORY_CHUNK if config.low_memory else 65536
-    need = _need(parts, weights_path, config, dtype, batch, limit)
+    sizes = part_sizes(weights_path)
+    if weights_path.suffix == ".safetensors" and not sizes["condition"] and not config.dinov2:
+        raise UserError(
+            f"{weights_path} holds no image encoder (conditioner.*): give dinov2=, a DINOv2's folder"
+        )
+    need = _need(parts, sizes, config, dtype, batch, limit)
     budget = free_memory(device)
     if config.memory_budget is not None:
         budget = min(budget, int(config.memory_budget * GB))
     require(need, budget, config.low_memory, device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a missing image encoder is an error here
+        warnings.simplefilter("ignore", UserWarning)  # a missing image encoder is an error below
         bundle = load_hunyuan3d(
             folder, subfolder, dtype, device, config.vae_subfolder or None, config.dinov2 or None
         )
@@ -133,7 +138,7 @@ def views_of(image: Path, config: GenerateConfig) -> Path | dict[str, Path]:
 
 def _need(
     parts: Hunyuan3DConfig,
-    weights: Path,
+    sizes: dict[str, int],
     config: GenerateConfig,
     dtype: torch.dtype,
     batch: int,
@@ -145,7 +150,7 @@ def _need(
     return memory_need(
         parts.dit,
         parts.vae,
-        part_sizes(weights),
+        sizes,
         dtype,
         rows=batch * (2 if two else 1),
         resolution=parts.pipeline.resolution if config.resolution is None else config.resolution,

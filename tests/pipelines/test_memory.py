@@ -26,7 +26,9 @@ def test_peak() -> None:
 def test_a_refusal_names_the_numbers() -> None:
     need = MemoryNeed({"dit": 6 * 10**9}, {"dit": 3 * 10**9})
     require(need, 9 * 10**9, False, GPU)
-    with pytest.raises(UserError, match=r"about 9.0 GB of cuda memory .*dit 6.0.*but 8.0 GB.*low_memory=true"):
+    with pytest.raises(
+        UserError, match=r"about 9.0 GB of cuda memory .*dit 6.0.*but 8.0 GB.*low_memory=true"
+    ):
         require(need, 8 * 10**9, False, GPU)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,28 @@ import gen_mesh
 import pytest
 import torch
 import trimesh
-from _cli import execute
+from _cli import execute, parse
 from hunyuan_tiny import write_checkpoint, write_checkpoint_21
 from tiny_pipeline import save_picture
 
 from elastic3d.adapters import attach, detach, save_routers
+from elastic3d.config.evaluate import EvaluateConfig
 from elastic3d.config.generate import GenerateConfig
-from elastic3d.config.hunyuan3d import PRESETS
+from elastic3d.config.hunyuan3d import PRESETS, ImportConfig
+from elastic3d.config.prepare import PrepareConfig
 from elastic3d.config.routing import RouterConfig
+from elastic3d.config.train import TrainConfig
 from elastic3d.geometry.mesh_io import read_extras
 from elastic3d.models.weights import load_hunyuan3d
 
 Command = Callable[..., int]
+CONFIGS: dict[str, tuple[str, Any]] = {
+    "gen_mesh": ("gen_mesh", GenerateConfig),
+    "evaluate": ("evaluate", EvaluateConfig),
+    "prepare_data": ("prepare_data", PrepareConfig),
+    "train": ("train", TrainConfig),
+    "import_hunyuan3d": ("import_hunyuan3d", ImportConfig),
+}
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +127,11 @@ def test_a_memory_budget_bounds_the_chunks(command: Command, capsys: pytest.Capt
     assert command("model=hunyuan3d2", "resolution=32", "memory_budget=0.1") == 0
 
 
-def test_missing_image_encoder(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_image_encoder(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_checkpoint(tmp_path / "bare", conditioner=False)
+    monkeypatch.setattr("elastic3d.pipelines.hunyuan3d.load_hunyuan3d", None)  # it is not even read
     assert command("model=hunyuan3d2", "weights=bare") == 2
     assert "holds no image encoder" in capsys.readouterr().err
 
@@ -136,3 +151,12 @@ def test_a_folder_of_pictures(command: Command, tmp_path: Path) -> None:
         save_picture(tmp_path / f"in/{name}.png", x=20)
     assert command("model=hunyuan3d2", "image=in", "output=out", "low_memory=true") == 0
     assert json.loads(Path("out/summary.json").read_text())["counts"]["ok"] == 2
+
+
+def test_commands_of_the_documentation_are_understood() -> None:
+    text = (Path(gen_mesh.__file__).parents[1] / "docs" / "hunyuan3d.md").read_text()
+    commands = re.findall(r"^python scripts/(\w+)\.py (.*)$", text, re.MULTILINE)
+    assert len(commands) > 8
+    for script, arguments in commands:
+        name, config_class = CONFIGS[script]
+        assert isinstance(parse(config_class, name, shlex.split(arguments)), config_class), arguments
