@@ -1,4 +1,4 @@
-"""What the published Hunyuan3D-2 models cost, on paper: FLOPs and memory from their shapes, time from an assumed speed."""
+"""What the published Hunyuan3D-2 models cost on paper: FLOPs and memory by shape, time by an assumed speed."""
 
 from __future__ import annotations
 

@@ -104,6 +104,8 @@ def test_routers_and_a_budget(command: Command, weights: Path, tmp_path: Path) -
     found = extras()
     assert 0 < found["flops_executed"] < found["flops_dense"] and found["budget"] == 0.5
     assert Path("routes.png").is_file()
+    assert command("model=hunyuan3d2", "routers=routers", "budget=0.5", "low_memory=true") == 0
+    assert extras()["routes"] == found["routes"]  # the branches in turn decide as they do side by side
     assert command("model=hunyuan3d2", "budget=0.5") == 2
 
 
