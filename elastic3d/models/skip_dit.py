@@ -39,7 +39,7 @@ class TimeEmbedder(nn.Module):
         exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
         embedding = torch.cat([angles.sin(), angles.cos()], dim=-1)
-        return self.mlp(embedding.to(self.mlp[0].weight.dtype))[:, None]
+        return self.mlp(embedding.to(next(self.parameters()).dtype))[:, None]
 
 
 class Attention(nn.Module):

@@ -54,7 +54,7 @@ class RouterObjective(nn.Module):
         self.paired = config.routing.guidance != 1.0 and not self.embedded
         teacher = None
         if self.config.parts is not TrainedParts.routers:
-            teacher = type(dit)(dit.config).eval().requires_grad_(False)  # type: ignore[arg-type]
+            teacher = type(dit)(dit.config).eval().requires_grad_(False)
             teacher.load_state_dict(dit.state_dict())
         self._fixed = (vae.eval().requires_grad_(False), teacher)  # no part of the state dict, nor trained
         self.field_loss = VAEObjective(vae, config.vae).field_loss
