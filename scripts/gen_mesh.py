@@ -3,6 +3,7 @@
     python scripts/gen_mesh.py image=chair.png output=chair.glb
     python scripts/gen_mesh.py image=photos/ output=meshes/ resume=true
     python scripts/gen_mesh.py image=chair.png output=chair.glb budget=0.5 cache=drift trace=routes.png
+    python scripts/gen_mesh.py model=hunyuan3d2 weights=FOLDER image=chair.png output=chair.glb
 
 A folder or glob of pictures is done in batches: a bad file is reported and skipped, `summary.json` records
 everything, and the exit code is 1 if any failed. A picture needs a transparent or a plain background.
@@ -28,14 +29,12 @@ def main(config: GenerateConfig) -> int:
     from tqdm import tqdm
 
     from elastic3d.pipelines import generation
-    from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+    from elastic3d.pipelines.hunyuan3d import load_pipeline
 
     start = time.perf_counter()
     plan = generation.plan(config)
     check_writable(plan.folder or plan.jobs[0].output.parent)
-    pipeline = ImageTo3DPipeline.from_pretrained(
-        config.model or REPOSITORY / DEFAULT_MODEL, config.device, config.dtype
-    )
+    pipeline = load_pipeline(config, REPOSITORY / DEFAULT_MODEL, len(plan.jobs))
     if config.trace and pipeline.session is None:
         raise UserError(f"trace={config.trace} can't be drawn: this model has no routers")
     single = len(plan.jobs) == 1 and plan.folder is None

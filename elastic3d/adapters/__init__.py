@@ -30,6 +30,7 @@ __all__ = ["adapter_for", "attach", "detach", "is_attached", "load_routers", "sa
 
 _FAMILIES = {
     "ShapeDiT": ("elastic3d.adapters.shape_dit", "ShapeDiTAdapter"),
+    "SkipDiT": ("elastic3d.adapters.skip_dit", "SkipDiTAdapter"),
     "FluxTransformer2DModel": ("elastic3d.adapters.flux", "FluxAdapter"),
     "QwenImageTransformer2DModel": ("elastic3d.adapters.qwen_image", "QwenImageAdapter"),
 }

@@ -22,6 +22,14 @@ class MeshFormat(Enum):
     stl = "stl"
 
 
+class SamplingGrid(Enum):
+    """Where sampling times lie: `uniform`, `endpoint` (Hunyuan3D-2: n times are n - 1 moves), `consistency` (turbo)."""
+
+    uniform = "uniform"
+    endpoint = "endpoint"
+    consistency = "consistency"
+
+
 @dataclass(kw_only=True)
 class PipelineConfig:
     """`pipeline.json` beside the components: the model's name and how it is sampled by default."""
@@ -32,11 +40,14 @@ class PipelineConfig:
     guidance: float = option(3.0, "classifier-free guidance scale; 1 is none")
     resolution: int = option(256, "grid cells a side of the decoding")
     shift: float = option(1.0, "timestep shift of the sampler; above 1 spends more steps on noise")
+    grid: SamplingGrid = option(SamplingGrid.uniform, "where the sampling times lie")
+    segments: int = option(100, "grid consistency: segments of the distillation")
     elastic: ElasticConfig = option(ElasticConfig, "how a model with routers runs")
 
     def __post_init__(self) -> None:
         check_sampling(self.steps, self.guidance, self.resolution)
         check_range("shift", self.shift, 1e-3, 1e3)
+        check_range("segments", self.segments, 1, 1000)
 
 
 @dataclass(kw_only=True)
@@ -45,7 +56,25 @@ class GenerateConfig:
 
     image: str = option("", "Picture of one object: a file, a folder, or a glob such as 'photos/*.png'.")
     output: str = option("", "Mesh file (.glb, .ply, .obj, .stl) for one picture, else a folder.")
-    model: str = option("", f"Folder of the model; empty: {DEFAULT_MODEL} of this repository.")
+    model: str = option(
+        "",
+        f"Folder of the model; empty: {DEFAULT_MODEL} of this repository. Or a published model whose weights you have:"
+        " hunyuan3d2, hunyuan3d2_mini, hunyuan3d2_mv, hunyuan3d2_turbo, hunyuan3d2_mini_turbo, hunyuan3d2_1.",
+    )
+    weights: str = option(
+        "",
+        "Folder with a published model's weights, or its name on the Hugging Face Hub; empty: looked for in"
+        " $HY3DGEN_MODELS, ~/.cache/hy3dgen and on the Hub.",
+    )
+    subfolder: str = option("", "Folder of the checkpoint in weights; empty: the published one.")
+    vae_subfolder: str = option(
+        "", "Take the VAE from this folder in weights, such as hunyuan3d-vae-v2-0-turbo."
+    )
+    dinov2: str = option("", "Folder of a DINOv2, for a checkpoint without its image encoder.")
+    routers: str = option("", "Folder of trained routers for this model.")
+    image_left: str = option("", "Multi-view models: the object seen from its left.")
+    image_back: str = option("", "Multi-view models: seen from behind.")
+    image_right: str = option("", "Multi-view models: seen from its right.")
     steps: int | None = option(None, "Sampling steps, 1 to 1000; null: the model's default.")
     guidance: float | None = option(
         None, "How strictly the picture is followed, 0 to 100; null: the model's."
@@ -68,6 +97,13 @@ class GenerateConfig:
     batch_size: int = option(8, "Meshes generated at a time.")
     device: DeviceChoice = option(DeviceChoice.auto, "Where the model runs.")
     dtype: DTypeChoice = option(DTypeChoice.auto, "Number format of the model.")
+    low_memory: bool = option(
+        False,
+        "One part of the model on the device at a time, one mesh and one branch of the guidance at a time.",
+    )
+    memory_budget: float | None = option(
+        None, "Published models: use at most this many GB; null: what is free. Less means smaller chunks."
+    )
     foreground: ForegroundConfig = option(ForegroundConfig, "How the object is cut out.")
     cleanup: CleanupConfig = option(CleanupConfig, "What is done to the mesh.")
 
@@ -83,6 +119,19 @@ class GenerateConfig:
         check_range("seed", self.seed, 0, 2**63 - 1)
         check_range("num_samples", self.num_samples, 1, 100_000)
         check_range("batch_size", self.batch_size, 1, 4096)
+        if self.memory_budget is not None:
+            check_range("memory_budget", self.memory_budget, 0.01, 1e5)
+
+    @property
+    def rows(self) -> int:
+        """Meshes generated at a time."""
+        return 1 if self.low_memory else self.batch_size
+
+    @property
+    def views(self) -> dict[str, str]:
+        """Further pictures of the object by the direction they are taken from."""
+        named = {name: getattr(self, f"image_{name}") for name in ("left", "back", "right")}
+        return {name: path for name, path in named.items() if path}
 
 
 def check_sampling(steps: int | None, guidance: float | None, resolution: int | None) -> None:

@@ -40,10 +40,18 @@ class ImageEncoderConfig:
     image_size: int = option(
         224, "side of the input in pixels, a multiple of 32 (EfficientNet) or 14 (DINOv2)"
     )
+    picture_size: int = option(
+        0, "DINOv2 only: pictures are prepared at this side and then resized; 0: image_size"
+    )
+    views: int = option(
+        1, "DINOv2 only: pictures of one object, told apart by an embedding of their direction"
+    )
     path: str = option("", "folder of the DINOv2 model (config.json and safetensors); unused by EfficientNet")
 
     def __post_init__(self) -> None:
         check_range("image_size", self.image_size, 28, 2048)
+        check_range("picture_size", self.picture_size, 0, 2048)
+        check_range("views", self.views, 1, 16)
         step = 14 if self.kind is EncoderKind.dinov2 else 32
         if self.image_size % step:
             raise ValueError(

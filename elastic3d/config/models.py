@@ -29,6 +29,7 @@ class VAEConfig:
     geo_downsample: int = option(1, "width of the field decoder: the transformer's width divided by this")
     geo_mlp_ratio: int = option(4, "hidden width over width in the field decoder's MLP")
     geo_ln_post: bool = option(True, "LayerNorm before the field decoder's output")
+    geo_qk_norm: bool = option(True, "with qk_norm: LayerNorm on the field decoder's queries and keys too")
     point_features: int = option(4, "channels after xyz of a surface point: normal (3), sharp-edge label (1)")
     sharp_latents: int = option(
         0, "how many of the latents read their query point from the sharp-edge stream"
@@ -104,3 +105,40 @@ class DiTConfig:
         check_range("point_freqs", self.point_freqs, 0, 16)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+
+
+@dataclass(kw_only=True)
+class SkipDiTConfig:
+    """Shape DiT of Hunyuan3D-2.1: one stream with long skips (U-ViT), cross-attention, experts in the last blocks."""
+
+    in_channels: int = option(64, "channels of a latent (C)")
+    condition_channels: int = option(1024, "channels of a condition token")
+    width: int = option(2048, "transformer width (D)")
+    heads: int = option(16, "attention heads")
+    blocks: int = option(21, "blocks; those of the second half read the output of their mirror image")
+    expert_blocks: int = option(6, "how many of the last blocks have experts in place of an MLP")
+    experts: int = option(8, "experts of such a block, besides the one that every token passes")
+    experts_per_token: int = option(2, "experts that a token passes")
+    qkv_bias: bool = option(False, "bias in the query, key and value projections")
+    qk_norm: bool = option(True, "RMSNorm on queries and keys")
+    num_latents: int = option(4096, "latent tokens to generate (N); the weights do not depend on it")
+    condition_tokens: int = option(1370, "condition tokens (M) the model was trained with; likewise")
+    guidance_embed: bool = option(False, "there is no guidance-distilled model of this kind: false")
+
+    def __post_init__(self) -> None:
+        for name in (
+            "in_channels",
+            "condition_channels",
+            "width",
+            "heads",
+            "blocks",
+            "experts",
+            "num_latents",
+        ):
+            check_range(name, getattr(self, name), 1, 1 << 20)
+        check_range("expert_blocks", self.expert_blocks, 0, self.blocks)
+        check_range("experts_per_token", self.experts_per_token, 1, self.experts)
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        if self.guidance_embed:
+            raise ValueError("guidance_embed is true, expected false for this kind of model")

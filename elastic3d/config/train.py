@@ -196,6 +196,9 @@ class LatentsConfig:
     variants: int = option(4, "encodings a shape, each of other surface points")
     views: int = option(6, "condition views a shape, spread over those that were rendered")
     batch: int = option(8, "shapes encoded at once")
+    standardise: bool = option(
+        True, "measure the latents' statistics; false for a published model, which knows its own scale"
+    )
     encoder: ImageEncoderConfig = option(ImageEncoderConfig, "image encoder")
     foreground: ForegroundConfig = option(ForegroundConfig, "what happens to a view before")
 

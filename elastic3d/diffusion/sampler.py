@@ -40,6 +40,8 @@ def sample(
     *,
     shift: float = 1.0,
     guidance_embed: bool = False,
+    times: Tensor | None = None,
+    sequential: bool = False,
     session: RoutingSession | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
@@ -47,30 +49,41 @@ def sample(
 
     Guidance g: v = v_uncond + g (v_cond - v_uncond) (2207.12598), the unconditional branch sees zeros; g = 1
     runs the conditional branch alone. A guidance-embedded model takes g as an input and runs one branch.
-    `session` is that of a model with routers: it is told of the generation, of each step and of the branches.
+    `times` (S+1,) replaces the grid that `steps` and `shift` give. `sequential` runs the branches one after the other:
+    half the memory. `session` is that of a model with routers: it is told of the generation, of each step and of the
+    branches.
     `on_step(i, steps)` is called after step i. Raises ValueError for fewer than one step or a generator count
     other than B.
     """
     if len(generators) != condition.shape[0]:
         raise ValueError(f"{len(generators)} generators for a batch of {condition.shape[0]}")
-    times = timestep_grid(steps, shift)
+    times = timestep_grid(steps, shift) if times is None else times
+    steps = len(times) - 1
     x = initial_noise(shape, generators, condition.device)
-    two_branches = guidance != 1.0 and not guidance_embed
-    if two_branches:
-        condition = torch.cat([condition, torch.zeros_like(condition)])
+    passes: list[tuple[tuple[Branch, ...], Tensor]] = [((Branch.conditional,), condition)]
+    if guidance != 1.0 and not guidance_embed:
+        zeros = torch.zeros_like(condition)
+        if sequential:
+            passes.append(((Branch.unconditional,), zeros))
+        else:
+            passes = [(BOTH_BRANCHES, torch.cat([condition, zeros]))]
     scale = torch.full((condition.shape[0],), guidance, device=x.device) if guidance_embed else None
-    branches = BOTH_BRANCHES if two_branches else (Branch.conditional,)
     if session is not None:
         session.begin(len(generators), steps)
     for i in range(steps):
         dt = (times[i + 1] - times[i]).item()
-        if session is not None:
-            session.step(i, dt, branches)
-        t = times[i].to(x.device).expand(condition.shape[0])
-        v = dit(x.repeat(2, 1, 1) if two_branches else x, t, condition, scale).float()
-        if two_branches:
-            v_cond, v_uncond = v.chunk(2)
-            v = v_uncond + guidance * (v_cond - v_uncond)
+        velocities: list[Tensor] = []
+        for branches, tokens in passes:
+            if session is not None:
+                session.step(i, dt, branches)
+            t = times[i].to(x.device).expand(tokens.shape[0])
+            found = dit(x.repeat(len(branches), 1, 1), t, tokens, scale).float()
+            velocities += found.chunk(len(branches))
+        v = (
+            velocities[0]
+            if len(velocities) == 1
+            else velocities[1] + guidance * (velocities[0] - velocities[1])
+        )
         x = x + dt * v
         if on_step is not None:
             on_step(i + 1, steps)

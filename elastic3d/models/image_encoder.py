@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -144,12 +145,13 @@ class EfficientNetLite(_FrozenEncoder):
 class DinoV2(_FrozenEncoder):
     """DINOv2 (arXiv 2304.07193) through transformers, from a local folder in the Hugging Face layout.
 
-    Tokens: the class token, then the patches: (S/14)^2 + 1 of the model's width.
+    Tokens: the class token, then the patches: (S/14)^2 + 1 of the model's width. With several `views` (Hunyuan3D-2mv:
+    front, left, back, right) the tokens of each follow one another, each with its direction's embedding added.
     """
 
-    def __init__(self, config: ImageEncoderConfig) -> None:
+    def __init__(self, config: ImageEncoderConfig, network: Any = None) -> None:
         super().__init__(config, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-        self.network: Any = _load_dinov2(Path(config.path))
+        self.network: Any = load_dinov2(Path(config.path)) if network is None else network
         self.requires_grad_(False).eval()
         patch: int = self.network.config.patch_size
         if config.image_size % patch:
@@ -158,19 +160,49 @@ class DinoV2(_FrozenEncoder):
             )
         self.tokens = (config.image_size // patch) ** 2 + 1
         self.channels: int = self.network.config.hidden_size
+        self.image_size = config.picture_size or config.image_size
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """images (B,3,S,S) in [0,1] on white -> tokens (B,M,Cc), the class token first."""
-        return self.network(self._normalised(images)).last_hidden_state
+        """images (B,3,S,S) in [0,1] on white -> tokens (B,M,Cc), the class token first; of the front, if of a view."""
+        if self.config.views > 1:
+            return self.encode_views(images[:, None], [0])
+        return self._tokens(images)
+
+    @torch.no_grad()
+    def encode_views(self, images: Tensor, views: Sequence[int]) -> Tensor:
+        """images (B,V,3,S,S) seen from directions `views` (V of 0 .. config.views - 1) -> tokens (B,V*M,Cc)."""
+        last = self.config.views - 1
+        if images.shape[1] != len(views) or not all(0 <= view <= last for view in views):
+            raise ValueError(
+                f"{images.shape[1]} images from directions {list(views)}, expected as many of 0 to {last}"
+            )
+        tokens = torch.stack([self._tokens(view) for view in images.unbind(1)], dim=1)
+        direction = torch.tensor(list(views), dtype=torch.float64)
+        embedding = sine_embedding(direction, self.channels).to(tokens)
+        return rearrange(tokens + embedding[None, :, None], "B V M C -> B (V M) C")
 
     @torch.no_grad()
     def pooled(self, images: Tensor) -> Tensor:
         """images (B,3,S,S) -> the class token (B,Cc)."""
-        return self(images)[:, 0]
+        return self._tokens(images)[:, 0]
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        """images (B,3,S,S) -> tokens (B,M,Cc) in fp32."""
+        x, side = self._normalised(images), self.config.image_size
+        if x.shape[-1] != side:
+            x = nn.functional.interpolate(x, (side, side), mode="bilinear", antialias=True)
+        return self.network(x.to(self.network.dtype)).last_hidden_state.float()
 
 
-def _load_dinov2(folder: Path) -> Any:
+def sine_embedding(positions: Tensor, channels: int) -> Tensor:
+    """positions (V,) fp64 -> (V,channels) fp32: sines, then cosines, periods from 2 pi to 20,000 pi."""
+    exponent = torch.arange(channels // 2, dtype=torch.float64) / (channels / 2)
+    angles = positions[:, None] / 10000**exponent
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
+
+
+def load_dinov2(folder: Path) -> Any:
     """A `transformers.Dinov2Model`, strictly: transformers itself would start missing weights at random."""
     from transformers import Dinov2Model
 

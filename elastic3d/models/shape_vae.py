@@ -70,13 +70,13 @@ class Transformer(nn.Module):
 class CrossAttention(nn.Module):
     """Queries (B,P,D) read from data (B,N,D); with a distance bias where both carry positions."""
 
-    def __init__(self, config: VAEConfig, width: int, heads: int) -> None:
+    def __init__(self, config: VAEConfig, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.heads = heads
         self.c_q = nn.Linear(width, width, bias=config.qkv_bias)
         self.c_kv = nn.Linear(width, 2 * width, bias=config.qkv_bias)
         self.c_proj = nn.Linear(width, width)
-        self.attention = QKNorm(width // heads) if config.qk_norm else None
+        self.attention = QKNorm(width // heads) if qk_norm else None
         self.distance = DistanceBias(heads) if config.anchored else None
 
     def forward(self, x: Tensor, data: Tensor, x_points: Tensor | None, data_points: Tensor | None) -> Tensor:
@@ -95,9 +95,9 @@ class CrossAttention(nn.Module):
 class CrossAttentionBlock(nn.Module):
     """Pre-norm cross-attention block."""
 
-    def __init__(self, config: VAEConfig, width: int, heads: int, mlp_ratio: int) -> None:
+    def __init__(self, config: VAEConfig, width: int, heads: int, mlp_ratio: int, qk_norm: bool) -> None:
         super().__init__()
-        self.attn = CrossAttention(config, width, heads)
+        self.attn = CrossAttention(config, width, heads, qk_norm)
         self.ln_1 = nn.LayerNorm(width, eps=1e-6)
         self.ln_2 = nn.LayerNorm(width, eps=1e-6)
         self.ln_3 = nn.LayerNorm(width, eps=1e-6)
@@ -135,7 +135,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.input_proj = nn.Linear(3 + 6 * config.num_freqs + config.point_features, config.width)
-        self.cross_attn = CrossAttentionBlock(config, config.width, config.heads, config.mlp_ratio)
+        self.cross_attn = CrossAttentionBlock(
+            config, config.width, config.heads, config.mlp_ratio, config.qk_norm
+        )
         if config.anchored and config.neighbours_in:
             self.local = LocalFeatures(
                 config.point_features, config.width, config.local_width, config.neighbours_in, "max"
@@ -192,7 +194,9 @@ class GeoDecoder(nn.Module):
             self.latents_proj = nn.Linear(config.width, width)
         if config.anchored and config.neighbours_out:
             self.local = LocalFeatures(width, width, config.local_width, config.neighbours_out, "fade")
-        self.cross_attn_decoder = CrossAttentionBlock(config, width, heads, config.geo_mlp_ratio)
+        self.cross_attn_decoder = CrossAttentionBlock(
+            config, width, heads, config.geo_mlp_ratio, config.qk_norm and config.geo_qk_norm
+        )
         self.ln_post = nn.LayerNorm(width, eps=1e-5) if config.geo_ln_post else nn.Identity()
         self.output_proj = nn.Linear(width, 1)
 

@@ -148,8 +148,12 @@ def save_weights(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | N
         temporary.chmod(mode)  # save_file would leave it readable by its owner alone
 
 
-def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
     """Copy `state` into `model`; every key and shape must agree and every value be finite.
+
+    Args:
+        assign: let the model take the tensors themselves, with their dtype and device; for one that was built on
+            the meta device.
 
     Raises:
         UserError: naming the first keys that are missing, unknown or mis-shaped, and how many there are.
@@ -172,7 +176,7 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise UserError(f"{source} has NaN or infinite values in {len(bad)} tensors, first in {bad[0]}")
-    model.load_state_dict(dict(state), strict=True)
+    model.load_state_dict(dict(state), strict=True, assign=assign)
 
 
 def file_sha256(*paths: Path) -> str:
@@ -187,3 +191,12 @@ def file_sha256(*paths: Path) -> str:
     if len(digests) == 1:
         return digests[0].hexdigest()
     return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+
+
+def __getattr__(name: str) -> Any:
+    """`load_hunyuan3d` is found here too; its module needs the models, which need this one."""
+    if name in ("load_hunyuan3d", "load_hunyuan3d_vae"):
+        from elastic3d.models import hunyuan3d
+
+        return getattr(hunyuan3d, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

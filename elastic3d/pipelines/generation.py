@@ -16,6 +16,7 @@ from elastic3d.geometry.cleanup import mesh_health
 from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, atomic_path, check_suffix, save_mesh
 from elastic3d.models.pictures import PICTURE_SUFFIXES
 from elastic3d.models.weights import save_json
+from elastic3d.pipelines.hunyuan3d import views_of
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
 from elastic3d.pipelines.preview import turntable
 from elastic3d.pipelines.routes import draw_routes
@@ -65,6 +66,11 @@ def plan(config: GenerateConfig) -> Plan:
     many = single.is_dir() or (glob.has_magic(config.image) and not single.exists())
     if not many and not single.exists():
         raise UserError(f"there is no file {single}")
+    if many and config.views:
+        name = next(iter(config.views))
+        raise UserError(
+            f"image_{name} is given, but image is {config.image}, several objects: give one picture"
+        )
     if many or output.is_dir() or config.output.endswith("/"):
         if output.suffix.lower() in WRITE_SUFFIXES and not output.is_dir():
             raise UserError(f"output is {output}, expected a folder, as image is a folder or a glob")
@@ -97,10 +103,10 @@ def generate(
             yield Outcome(str(job.image), str(job.output), job.seed, "skipped")
         else:
             todo.append(job)
-    for start in range(0, len(todo), config.batch_size):
-        batch = todo[start : start + config.batch_size]
+    for start in range(0, len(todo), config.rows):
+        batch = todo[start : start + config.rows]
         results = pipeline(
-            [job.image for job in batch],
+            [views_of(job.image, config) for job in batch],
             [job.seed for job in batch],
             steps=config.steps,
             guidance=config.guidance,

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 import trimesh
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic3d import __version__
 from elastic3d.adapters import attach, is_attached, save_routers, session_of
@@ -22,24 +19,26 @@ from elastic3d.config.geometry import CleanupConfig, DecodeConfig
 from elastic3d.config.images import ForegroundConfig
 from elastic3d.config.routing import BlockCacheConfig, ElasticConfig
 from elastic3d.config.serialize import from_dict, to_dict
+from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.sampler import sample
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field
 from elastic3d.geometry.surface import extract_surface
 from elastic3d.models.flops import dit_blocks_flops
-from elastic3d.models.foreground import prepare_picture, to_tensor
 from elastic3d.models.image_encoder import ImageEncoder, load_image_encoder, save_image_encoder
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import file_sha256, find_weights, load_json, save_json
+from elastic3d.pipelines.conditions import Picture, Prepared, encode, is_picture, prepare
+from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, Placement
 from elastic3d.pipelines.routes import route_receipt, with_options
-from elastic3d.pipelines.runtime import resolve_device, resolve_dtype
+from elastic3d.pipelines.runtime import resolve_device, resolve_dtype, timed
 from elastic3d.routing.session import RoutingSession
 
 PIPELINE_NAME = "pipeline.json"
 ROUTERS_NAME = "routers"
-Picture = str | Path | Image.Image
 
 
 @dataclass
@@ -84,7 +83,7 @@ class ImageTo3DPipeline:
     def __init__(
         self,
         vae: ShapeVAE,
-        dit: ShapeDiT,
+        dit: ShapeDiT | SkipDiT,
         encoder: ImageEncoder,
         config: PipelineConfig | None = None,
         weights_sha256: str | None = None,
@@ -103,11 +102,21 @@ class ImageTo3DPipeline:
         self.vae, self.dit, self.encoder = vae.eval(), dit.eval(), encoder
         self.config = config or PipelineConfig()
         self.weights_sha256 = weights_sha256
+        self.max_points = DecodeConfig().max_points  # in one call of the field
+        self.placement = Placement(next(dit.parameters()).device)
 
     @property
     def device(self) -> torch.device:
-        """Where the models are."""
-        return next(self.dit.parameters()).device
+        """Where the models work."""
+        return self.placement.device
+
+    def use_less_memory(self) -> None:
+        """From now on, only the part that works is on the device, and guidance runs its branches in turn: slower."""
+        self.placement.offload = True
+        self.max_points = min(self.max_points, LOW_MEMORY_CHUNK)
+        for part in (self.vae, self.dit, self.encoder):
+            if isinstance(part, nn.Module):
+                part.to("cpu")
 
     @property
     def session(self) -> RoutingSession | None:
@@ -136,7 +145,7 @@ class ImageTo3DPipeline:
             raise UserError(f"there is no folder {folder}, expected one with {PIPELINE_NAME}")
         config = from_dict(PipelineConfig, load_json(folder / PIPELINE_NAME), str(folder / PIPELINE_NAME))
         vae = ShapeVAE.from_pretrained(folder / "vae", number, target)
-        dit = ShapeDiT.from_pretrained(folder / "dit", number, target)
+        dit = load_dit(folder / "dit", number, target)
         files = [find_weights(folder / "vae"), find_weights(folder / "dit")]
         if (folder / ROUTERS_NAME).is_dir():
             attach(dit, folder / ROUTERS_NAME)
@@ -183,7 +192,7 @@ class ImageTo3DPipeline:
         """Mesh of a picture, or of each of a list of pictures as one batch.
 
         Args:
-            images: file, PIL image, or a list of them.
+            images: file, PIL image, views of one object by direction (front, left, back, right), or a list of them.
             seed: of the noise; one for all, or one a picture. A sample depends on its own picture and seed
                 alone, not on its batch.
             steps, guidance, resolution: None is the model's default.
@@ -198,7 +207,7 @@ class ImageTo3DPipeline:
             UserError: a value out of range; for a single picture also whatever kept it from becoming a mesh.
                 In a list that is the `error` of its result, and the others go on.
         """
-        many = not isinstance(images, (str, Path, Image.Image))
+        many = not is_picture(images)
         pictures: Sequence[Picture] = images if many else [images]  # type: ignore[assignment, list-item]
         seeds = [seed] * len(pictures) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(pictures):
@@ -231,7 +240,10 @@ class ImageTo3DPipeline:
             return Settings(
                 steps=self.config.steps if steps is None else steps,
                 guidance=self.config.guidance if guidance is None else guidance,
-                decode=DecodeConfig(resolution=self.config.resolution if resolution is None else resolution),
+                decode=DecodeConfig(
+                    resolution=self.config.resolution if resolution is None else resolution,
+                    max_points=self.max_points,
+                ),
                 cleanup=cleaning,
                 foreground=foreground or ForegroundConfig(),
                 elastic=self.config.elastic,
@@ -247,20 +259,21 @@ class ImageTo3DPipeline:
         on_step: Callable[[int, int], None] | None,
     ) -> list[Result]:
         results = [Result(self._receipt(seed, settings)) for seed in seeds]
-        prepared: dict[int, Image.Image] = {}
+        prepared: dict[int, Prepared] = {}
         batch_ms: dict[str, float] = {}
-        with _timed(batch_ms, "condition"):
+        with timed(batch_ms, "condition"):
             for i, picture in enumerate(pictures):
                 try:
-                    prepared[i] = prepare_picture(picture, settings.foreground, self.encoder.image_size)
+                    prepared[i] = prepare(picture, settings.foreground, self.encoder)
                 except UserError as error:
                     results[i].error = error
             if not prepared:
                 return results
-            condition = self.encoder(to_tensor(list(prepared.values())).to(self.device))
-        with _timed(batch_ms, "dit"):
+            with self.placement.use(self.encoder):
+                condition = encode(list(prepared.values()), self.encoder, self.device)
+        with timed(batch_ms, "dit"), self.placement.use(self.dit):
             latents = self.sample_latents(condition, [seeds[i] for i in prepared], settings, on_step)
-        with _timed(batch_ms, "decode"), torch.no_grad():
+        with timed(batch_ms, "decode"), self.placement.use(self.vae), torch.no_grad():
             tokens = self.vae.decode(latents)
         share = {name: value / len(prepared) for name, value in batch_ms.items()}
         for row, i in enumerate(prepared):
@@ -294,7 +307,8 @@ class ImageTo3DPipeline:
             settings.steps,
             settings.guidance,
             [torch.Generator().manual_seed(seed) for seed in seeds],
-            shift=self.config.shift,
+            times=sampling_times(self.config, settings.steps),
+            sequential=self.placement.offload,
             guidance_embed=cfg.guidance_embed,
             session=self.session,
             on_step=on_step,
@@ -302,13 +316,13 @@ class ImageTo3DPipeline:
 
     def _mesh_of(self, tokens: Tensor, settings: Settings, ms: dict[str, float]) -> trimesh.Trimesh:
         """Decoded tokens (1,N,D) of one sample -> clean mesh; adds its times to `ms`."""
-        with _timed(ms, "decode"):
+        with timed(ms, "decode"), self.placement.use(self.vae):
             values, _ = decode_field(
                 lambda points, _: self.vae.query(points, tokens), 0, settings.decode, self.device
             )
-        with _timed(ms, "surface"):
+        with timed(ms, "surface"):
             mesh = extract_surface(values, settings.decode.box, settings.decode.surface)
-        with _timed(ms, "cleanup"):
+        with timed(ms, "cleanup"):
             return clean(mesh, settings.cleanup)
 
     def _receipt(self, seed: int, settings: Settings) -> dict[str, Any]:
@@ -327,15 +341,6 @@ class ImageTo3DPipeline:
         """FLOPs of the DiT's blocks over all steps and branches, for one sample."""
         cfg = self.dit.config
         branches = 2 if settings.guidance != 1.0 and not cfg.guidance_embed else 1
-        dense = settings.steps * branches * dit_blocks_flops(cfg, cfg.num_latents, condition_tokens)
+        moves = len(sampling_times(self.config, settings.steps)) - 1
+        dense = moves * branches * dit_blocks_flops(cfg, cfg.num_latents, condition_tokens)
         return {"flops_executed": dense, "flops_dense": dense}
-
-
-@contextmanager
-def _timed(ms: dict[str, float], name: str) -> Iterator[None]:
-    """Add the milliseconds of the block to `ms[name]`, waiting for what it started on a GPU."""
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    ms[name] = ms.get(name, 0.0) + 1000 * (time.perf_counter() - start)

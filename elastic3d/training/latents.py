@@ -133,6 +133,8 @@ class _Builder:
             "sharp_points": points.sharp_points,
             "anchor_spread": points.anchor_spread,
         }
+        if not self.config.standardise:  # absent otherwise: older caches have no such entry
+            self.settings["standardise"] = False
         self._claim()
 
     def _claim(self) -> None:
@@ -203,6 +205,8 @@ class _Builder:
             raise UserError("no shape of the training split was cached: the latents have no statistics")
         mean = np.sum([row["sum"] for row in sums], axis=0) / count
         variance = np.sum([row["square"] for row in sums], axis=0) / count - mean**2
+        if not self.config.standardise:
+            mean, variance = np.zeros_like(mean), np.ones_like(variance)
         model = self.vae.config
         info = LatentInfo(
             settings=self.settings,

@@ -20,6 +20,7 @@ from elastic3d.diffusion.sampler import sample
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import load_json
 from elastic3d.routing.attach import attach, router_modules
 from elastic3d.routing.cost import trace_share
@@ -32,7 +33,6 @@ from elastic3d.training.datasets import (
     open_split,
     pick,
     read_split,
-    stack,
 )
 from elastic3d.training.dit_stage import STORED, LatentItems
 from elastic3d.training.latents import LatentInfo
@@ -47,18 +47,21 @@ MESH_STORED = ("surface", "near", "volume")
 class RouterObjective(nn.Module):
     """Routers first, so that they are parameters (and keys of the state dict) of their own, then the base model."""
 
-    def __init__(self, dit: ShapeDiT, vae: ShapeVAE, config: TrainConfig) -> None:
+    def __init__(self, dit: ShapeDiT | SkipDiT, vae: ShapeVAE, config: TrainConfig) -> None:
         super().__init__()
         self.config = config.routing
+        self.embedded = dit.config.guidance_embed
+        self.paired = config.routing.guidance != 1.0 and not self.embedded
         teacher = None
         if self.config.parts is not TrainedParts.routers:
-            teacher = ShapeDiT(dit.config).eval().requires_grad_(False)
+            teacher = type(dit)(dit.config).eval().requires_grad_(False)
             teacher.load_state_dict(dit.state_dict())
         self._fixed = (vae.eval().requires_grad_(False), teacher)  # no part of the state dict, nor trained
         self.field_loss = VAEObjective(vae, config.vae).field_loss
         dit.requires_grad_(self.config.parts is TrainedParts.full)
         if self.config.parts is TrainedParts.lora:
-            add_low_rank([*dit.double_blocks, *dit.single_blocks], self.config.lora_rank)
+            lists = [dit.get_submodule(name) for name, _ in adapter_for(dit).block_lists(dit)]
+            add_low_rank(lists, self.config.lora_rank)
         self.session: RoutingSession = attach(dit, adapter_for(dit), config.router)
         self.routers = router_modules(dit)
         self.dit = dit
@@ -70,7 +73,7 @@ class RouterObjective(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """A batch of `RouterItems` -> loss and what it is made of."""
-        config, paired = self.config, self.config.guidance != 1.0
+        config, paired = self.config, self.paired
         x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
         inputs = self.inputs(x_t, batch)
         with torch.no_grad():
@@ -102,16 +105,18 @@ class RouterObjective(nn.Module):
         )
         return loss, {name: value.detach() for name, value in values.items()}
 
-    def inputs(self, x_t: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, x_t: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """Arguments of the DiT: both branches as one batch where they are trained together."""
         t, condition = batch["t"], batch["condition"].float()
-        if self.config.guidance == 1.0:
+        if self.embedded:
+            return x_t, t, condition, torch.full_like(t, self.config.guidance)
+        if not self.paired:
             return x_t, t, condition
         return x_t.repeat(2, 1, 1), t.repeat(2), torch.cat([condition, torch.zeros_like(condition)])
 
     def guided(self, v: Tensor) -> Tensor:
         """The velocity that sampling follows, from those of the branches; over g, so that its scale stays."""
-        if self.config.guidance == 1.0:
+        if not self.paired:
             return v
         conditional, unconditional = v.float().chunk(2)
         return unconditional / self.config.guidance + (conditional - unconditional)
@@ -166,11 +171,13 @@ class RouterItems(LatentItems):
         config: TrainConfig,
         scale: float,
         meshes: PreparedShapes | None,
-        blocks: int,
+        flow: RouterObjective,
     ) -> None:
-        self.routing, self.meshes, self.blocks = config.routing, meshes, blocks
-        paired = config.routing.guidance != 1.0
-        super().__init__(shapes, info, replace(config.dit, drop_condition=0.0 if paired else 0.5), scale)
+        self.routing, self.meshes, self.paired = config.routing, meshes, flow.paired
+        self.blocks = len(flow.session.blocks)
+        # Without the other branch beside it, half of the samples are unconditional, if the model has that branch.
+        drop = 0.0 if flow.paired or flow.embedded else 0.5
+        super().__init__(shapes, info, replace(config.dit, drop_condition=drop), scale)
 
     def item(self, position: int, seed: int) -> Batch:
         """Item `position` of the shuffled stream."""
@@ -183,7 +190,7 @@ class RouterItems(LatentItems):
         item["budget"] = torch.tensor(rng.uniform(routing.min_budget, 1.0)).float()
         item["branch"] = torch.tensor(float(not item["condition"].any()))
         if routing.explore < 1:
-            branches = 1 if routing.guidance == 1.0 else 2
+            branches = 2 if self.paired else 1
             item["explored"] = torch.from_numpy(rng.random((branches, self.blocks)) < routing.explore)
         if self.meshes is not None:
             item |= self.surface(self.shapes.ids[self._shuffle(position, seed)], rng)
@@ -212,7 +219,7 @@ class RouterStage:
         self.config = config
         self.info = info = LatentInfo.load(config.latents.output)
         self.vae = load_vae(config)
-        dit = ShapeDiT.from_pretrained(config.routing.model / "dit")
+        dit = load_dit(config.routing.model / "dit")
         for name, wanted, found in (
             ("latent channels", info.latents[1], dit.config.in_channels),
             ("condition channels", info.tokens[1], dit.config.condition_channels),
@@ -228,8 +235,8 @@ class RouterStage:
         meshes = (
             open_split(config.data, config.data.train, MESH_STORED) if config.routing.mesh.weight else None
         )
-        scale, blocks = self.vae.config.scale_factor, len(self.flow.session.blocks)
-        self._items = RouterItems(self._train, info, config, scale, meshes, blocks)
+        scale = self.vae.config.scale_factor
+        self._items = RouterItems(self._train, info, config, scale, meshes, self.flow)
         self._val_items = LatentItems(self._val, info, config.dit, scale)
 
     def items(self) -> RouterItems:
@@ -293,13 +300,23 @@ class RouterStage:
         items = [
             self._val_items.draw(self._val.ids[i], 0, i % views, item_generator(0, i)) for i in range(count)
         ]
-        condition = stack(items)["condition"].float().to(next(flow.dit.parameters()).device)
+        tokens = torch.stack([item["condition"].float() for item in items])  # a CPU can't autocast fp16
+        condition = tokens.to(next(flow.dit.parameters()).device)
         generators = [torch.Generator().manual_seed(i) for i in range(count)]
         before, flow.session.settings = flow.session.settings, settings
         try:
             shape = cast(tuple[int, int], tuple(self.info.latents))
             steps, guidance = self.config.routing.val_steps, self.config.dit.sample_guidance
-            latents = sample(flow.dit, condition, shape, steps, guidance, generators, session=flow.session)
+            latents = sample(
+                flow.dit,
+                condition,
+                shape,
+                steps,
+                guidance,
+                generators,
+                guidance_embed=flow.embedded,
+                session=flow.session,
+            )
             trace = flow.session.trace
             assert trace is not None
             return latents, trace_share(trace) if settings.elastic else torch.ones(count)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic3d.config.models import DiTConfig
+from elastic3d.config.models import DiTConfig, SkipDiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.models.skip_dit import SkipDiT
 from elastic3d.routing.session import Branch, RoutingSession
 from elastic3d.routing.tables import TableRoutes
 
@@ -58,6 +59,16 @@ def _shape_inputs(batch: int) -> dict[str, Any]:
         "t": torch.rand(batch),
         "condition": torch.randn(batch, 5, 6),
     }
+
+
+def _skip_dit() -> SkipDiT:
+    """Five blocks: the last two have a long skip, the very last one has experts."""
+    return SkipDiT(
+        SkipDiTConfig(
+            in_channels=4, condition_channels=6, width=32, heads=2, blocks=5, expert_blocks=1, experts=3,
+            condition_tokens=5,
+        )
+    )  # fmt: skip
 
 
 def _flux() -> nn.Module:
@@ -115,6 +126,9 @@ def _checkpoint_diffusers(model: Any) -> None:
 FAMILIES = {
     "shape_dit": Family(
         _shape_dit, _shape_inputs, lambda model: setattr(model, "gradient_checkpointing", True)
+    ),
+    "skip_dit": Family(
+        _skip_dit, _shape_inputs, lambda model: setattr(model, "gradient_checkpointing", True)
     ),
     "flux": Family(_flux, _flux_inputs, _checkpoint_diffusers),
     "qwen_image": Family(

@@ -133,7 +133,8 @@ def test_every_router_gets_finite_gradients_also_under_checkpointing(family, cha
     for block in session.blocks:
         heads = block.router.heads.weight.grad
         assert heads.isfinite().all() and heads[0].abs().max() > 0
-        if session.current.decisions[block.index].keep.any():  # a closed block has no width
+        runs = session.current.decisions[block.index].keep.any()
+        if runs and block.sites:  # a closed block has no width, one with experts can't be narrowed
             assert heads[1:].abs().max() > 0
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=1e-4, atol=1e-6)

@@ -6,9 +6,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic3d.config.models import DiTConfig
+from elastic3d.config.models import DiTConfig, SkipDiTConfig
 from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.models.skip_dit import SkipDiT
 
 
 def test_against_the_flop_counter_of_pytorch() -> None:
@@ -28,3 +29,17 @@ def test_against_the_flop_counter_of_pytorch() -> None:
     blocks = [name for name in counts if name.split(".")[-2:-1] in (["double_blocks"], ["single_blocks"])]
     assert len(blocks) == 5
     assert dit_blocks_flops(config, 11, 6) == sum(sum(counts[name].values()) for name in blocks)
+
+
+def test_skip_dit_against_the_flop_counter_of_pytorch() -> None:
+    config = SkipDiTConfig(
+        in_channels=5, condition_channels=7, width=32, heads=2, blocks=3, expert_blocks=1, experts=2,
+        experts_per_token=2, condition_tokens=6,
+    )  # fmt: skip
+    model = SkipDiT(config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.rand(1, 11, 5), torch.rand(1), torch.rand(1, 6, 7))
+    counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    found = sum(count for name, count in counts.items() if name.split(".")[-2:-1] == ["blocks"])
+    extra = sum(count for name, count in counts.items() if name.endswith(".skip_linear"))
+    assert extra > 0 and dit_blocks_flops(config, 11, 6) == found - extra

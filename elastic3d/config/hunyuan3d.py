@@ -1,0 +1,290 @@
+"""Hunyuan3D-2 checkpoints: what their config.yaml says, in this project's dataclasses; the published ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from elastic3d.config.base import check_choice, option
+from elastic3d.config.generate import PipelineConfig, SamplingGrid
+from elastic3d.config.images import EncoderKind, ImageEncoderConfig
+from elastic3d.config.models import DiTConfig, SkipDiTConfig, VAEConfig
+from elastic3d.config.serialize import from_dict
+from elastic3d.errors import UserError
+
+VIEW_NAMES = ("front", "left", "back", "right")
+INSIDE = "(inside the checkpoint)"  # the path of an encoder whose weights are in the same file
+
+
+@dataclass(kw_only=True)
+class Hunyuan3DConfig:
+    """One checkpoint: its parts, and how it is sampled."""
+
+    dit: DiTConfig | SkipDiTConfig = option(DiTConfig, "the diffusion transformer")
+    vae: VAEConfig = option(VAEConfig, "the shape VAE")
+    encoder: ImageEncoderConfig = option(ImageEncoderConfig, "the image encoder")
+    dinov2: dict[str, Any] = option({}, "the image encoder's network: fields of transformers' Dinov2Config")
+    pipeline: PipelineConfig = option(PipelineConfig, "sampling defaults")
+    border: float = option(0.15, "share of the picture that stays free along the object's longer side")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Where a published checkpoint lies."""
+
+    repository: str
+    subfolder: str
+
+
+PRESETS = {
+    "hunyuan3d2": Preset("tencent/Hunyuan3D-2", "hunyuan3d-dit-v2-0"),
+    "hunyuan3d2_mini": Preset("tencent/Hunyuan3D-2mini", "hunyuan3d-dit-v2-mini"),
+    "hunyuan3d2_mv": Preset("tencent/Hunyuan3D-2mv", "hunyuan3d-dit-v2-mv"),
+    "hunyuan3d2_turbo": Preset("tencent/Hunyuan3D-2", "hunyuan3d-dit-v2-0-turbo"),
+    "hunyuan3d2_mini_turbo": Preset("tencent/Hunyuan3D-2mini", "hunyuan3d-dit-v2-mini-turbo"),
+    "hunyuan3d2_1": Preset("tencent/Hunyuan3D-2.1", "hunyuan3d-dit-v2-1"),
+}
+
+
+@dataclass(kw_only=True)
+class ImportConfig:
+    """Options of `scripts/import_hunyuan3d.py`."""
+
+    model: str = option("hunyuan3d2", "which published model: its name as for gen_mesh.py")
+    weights: str = option("", "folder with its weights; empty: looked for as gen_mesh.py does")
+    subfolder: str = option("", "folder of the checkpoint in weights; empty: the published one")
+    vae_subfolder: str = option("", "take the VAE from this folder in weights: one with an encoder")
+    dinov2: str = option("", "folder of a DINOv2, for a checkpoint without its image encoder")
+    output: str = option("", "folder to write")
+
+    def __post_init__(self) -> None:
+        check_choice("model", self.model, tuple(PRESETS))
+        if not self.output:
+            raise ValueError("output= is missing, for example output=models/hunyuan3d2")
+
+
+# Their parameter -> (our field, their default). Where our field is a tuple, it has no effect here: the values we accept
+# (an empty tuple accepts every value).
+_Table = dict[str, tuple[Any, Any]]
+_DIT: _Table = {
+    "in_channels": ("in_channels", 64),
+    "context_in_dim": ("condition_channels", 1536),
+    "hidden_size": ("width", 1024),
+    "mlp_ratio": ("mlp_ratio", 4.0),
+    "num_heads": ("heads", 16),
+    "depth": ("double_blocks", 16),
+    "depth_single_blocks": ("single_blocks", 32),
+    "qkv_bias": ("qkv_bias", True),
+    "time_factor": ("max_period", 1000.0),  # their name for what they pass on as the longest period
+    "guidance_embed": ("guidance_embed", False),
+    "axes_dim": ((), None),
+    "theta": ((), None),
+    "ckpt_path": ((None,), None),
+}
+_SKIP_DIT: _Table = {
+    "in_channels": ("in_channels", 4),
+    "context_dim": ("condition_channels", 1024),
+    "hidden_size": ("width", 1024),
+    "num_heads": ("heads", 16),
+    "depth": ("blocks", 24),
+    "num_moe_layers": ("expert_blocks", 6),
+    "num_experts": ("experts", 8),
+    "moe_top_k": ("experts_per_token", 2),
+    "qkv_bias": ("qkv_bias", True),
+    "qk_norm": ("qk_norm", False),
+    "text_len": ("condition_tokens", 257),
+    "input_size": ("num_latents", 1024),
+    "mlp_ratio": ((4, 4.0), 4.0),
+    "norm_type": (("layer",), "layer"),
+    "qk_norm_type": (("rms",), "rms"),
+    "with_decoupled_ca": ((False,), False),
+    "use_pos_emb": ((False,), False),
+    "use_attention_pooling": ((False,), True),
+    "guidance_cond_proj_dim": ((None,), None),
+    "additional_cond_hidden_state": ((), None),
+    "decoupled_ca_dim": ((), None),
+    "decoupled_ca_weight": ((), None),
+}
+_VAE: _Table = {
+    "num_latents": ("num_latents", 3072),
+    "embed_dim": ("latent_channels", 64),
+    "width": ("width", 1024),
+    "heads": ("heads", 16),
+    "num_encoder_layers": ("encoder_layers", 8),
+    "num_decoder_layers": ("decoder_layers", 16),
+    "geo_decoder_downsample_ratio": ("geo_downsample", 1),
+    "geo_decoder_mlp_expand_ratio": ("geo_mlp_ratio", 4),
+    "geo_decoder_ln_post": ("geo_ln_post", True),
+    "num_freqs": ("num_freqs", 8),
+    "include_pi": ("include_pi", True),
+    "qkv_bias": ("qkv_bias", True),
+    "qk_norm": ("qk_norm", False),
+    "point_feats": ("point_features", 3),
+    "scale_factor": ("scale_factor", 1.0),
+    "label_type": (("binary",), "binary"),
+    "drop_path_rate": ((), 0.0),
+    "pc_size": ((), None),
+    "pc_sharpedge_size": ((), None),
+    "downsample_ratio": ((), None),
+}
+_DINOV2_SIZES = {
+    "dinov2-small": (384, 12, 6, False),
+    "dinov2-base": (768, 12, 12, False),
+    "dinov2-large": (1024, 24, 16, False),
+    "dinov2-giant": (1536, 40, 24, True),
+}
+
+
+def dinov2_config(size: str) -> dict[str, Any]:
+    """Fields of transformers' Dinov2Config for `dinov2-giant` and its smaller sisters, at 518 pixels."""
+    width, layers, heads, swiglu = _DINOV2_SIZES[size]
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "use_swiglu_ffn": swiglu,
+        "image_size": 518,
+        "patch_size": 14,
+    }
+
+
+def parse_config(values: Mapping[str, Any], source: str, has_vae_encoder: bool = False) -> Hunyuan3DConfig:
+    """The values of a published config.yaml as our dataclasses.
+
+    Args:
+        source: the file, for error messages.
+        has_vae_encoder: whether the weights hold the VAE's encoder: most files leave it out, whatever they say.
+
+    Raises:
+        UserError: a missing part, an unknown parameter, or a value that this project can't honour; names it.
+    """
+    for name in values:
+        if name not in ("model", "vae", "conditioner", "scheduler", "image_processor", "pipeline"):
+            raise UserError(f"{source}: unknown part {name!r}")
+    vae = parse_vae(_part(values, "vae", source), source, has_vae_encoder)
+    border, picture_size = _picture(values, source)
+    encoder, dinov2 = _encoder(_part(values, "conditioner", source), picture_size, source)
+    kind, params = _target(_part(values, "model", source), f"{source}: model")
+    tokens = encoder.views * ((encoder.image_size // 14) ** 2 + 1)
+    dit: DiTConfig | SkipDiTConfig
+    if kind == "Hunyuan3DDiT":
+        more = {"num_latents": vae.num_latents, "condition_tokens": tokens}
+        dit = from_dict(DiTConfig, _mapped(params, _DIT, f"{source}: model") | more, source)
+    elif kind == "HunYuanDiTPlain":
+        dit = from_dict(SkipDiTConfig, _mapped(params, _SKIP_DIT, f"{source}: model"), source)
+    else:
+        raise UserError(f"{source}: model.target is {kind!r}, expected Hunyuan3DDiT or HunYuanDiTPlain")
+    for name, wanted, found in (
+        ("latent channels", vae.channels, dit.in_channels),
+        ("condition channels", dinov2["hidden_size"], dit.condition_channels),
+    ):
+        if wanted != found:
+            raise UserError(f"{source}: the model has {found} {name}, but its partner has {wanted}")
+    return Hunyuan3DConfig(
+        dit=dit, vae=vae, encoder=encoder, dinov2=dinov2, pipeline=_sampling(values, source), border=border
+    )
+
+
+def parse_vae(part: Mapping[str, Any], source: str, has_encoder: bool) -> VAEConfig:
+    """The VAE of a config.yaml, or of the whole config.yaml of a checkpoint that is a VAE alone."""
+    kind, params = _target(part, f"{source}: vae")
+    if kind != "ShapeVAE":
+        raise UserError(f"{source}: vae.target is {kind!r}, expected ShapeVAE")
+    fields = _mapped(params, _VAE, f"{source}: vae")
+    fields["geo_qk_norm"] = fields["geo_ln_post"]  # theirs drops both together
+    fields |= {"neighbours_in": 0, "neighbours_out": 0}
+    if not has_encoder:
+        fields["encoder_layers"] = 0
+    return from_dict(VAEConfig, fields, source)
+
+
+def _part(values: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
+    part = values.get(name)
+    if not isinstance(part, dict):
+        raise UserError(f"{source}: there is no part {name!r}")
+    return part
+
+
+def _target(part: Mapping[str, Any], source: str) -> tuple[str, dict[str, Any]]:
+    """Class name and parameters of a part."""
+    params = part.get("params") or {}
+    if set(part) - {"target", "params", "from_pretrained"} or not isinstance(params, dict):
+        raise UserError(f"{source}: expected target and params, found {', '.join(map(str, part))}")
+    return str(part.get("target", "")).rpartition(".")[2], params
+
+
+def _mapped(params: Mapping[str, Any], table: _Table, source: str) -> dict[str, Any]:
+    for name in params:
+        if name not in table:
+            raise UserError(f"{source}: unknown parameter {name!r}")
+    fields = {}
+    for name, (ours, default) in table.items():
+        value = params.get(name, default)
+        if isinstance(ours, str):
+            fields[ours] = value
+        elif ours and value not in ours:
+            raise UserError(f"{source}: {name} is {value!r}, expected {' or '.join(map(repr, ours))}")
+    return fields
+
+
+def _picture(values: Mapping[str, Any], source: str) -> tuple[float, int]:
+    """Border ratio and side in pixels."""
+    kind, params = _target(values.get("image_processor", {"target": "ImageProcessorV2"}), source)
+    if kind not in ("ImageProcessorV2", "MVImageProcessorV2"):
+        raise UserError(f"{source}: image_processor.target is {kind!r}, expected ImageProcessorV2")
+    for name in params:
+        if name not in ("size", "border_ratio"):
+            raise UserError(f"{source}: image_processor: unknown parameter {name!r}")
+    border = params.get("border_ratio")
+    return 0.15 if border is None else float(border), int(params.get("size", 512))
+
+
+def _encoder(
+    part: Mapping[str, Any], picture_size: int, source: str
+) -> tuple[ImageEncoderConfig, dict[str, Any]]:
+    kind, params = _target(part, f"{source}: conditioner")
+    if kind != "SingleImageEncoder" or set(params) != {"main_image_encoder"}:
+        raise UserError(f"{source}: conditioner is a {kind}, expected SingleImageEncoder")
+    main = params["main_image_encoder"]
+    kind, options = main.get("type"), dict(main.get("kwargs", {}))
+    if kind not in ("DinoImageEncoder", "DinoImageEncoderMV"):
+        raise UserError(f"{source}: main_image_encoder.type is {kind!r}, expected DinoImageEncoder")
+    size = int(options.pop("image_size", 224))
+    views = int(options.pop("view_num", 4)) if kind.endswith("MV") else 1
+    if options.pop("use_cls_token", True) is not True:
+        raise UserError(f"{source}: use_cls_token is false, expected true")
+    network, version = options.pop("config", None), options.pop("version", None)
+    if options:
+        raise UserError(f"{source}: main_image_encoder: unknown parameter {next(iter(options))!r}")
+    if network is None:
+        name = str(version).rpartition("/")[2]
+        if name not in _DINOV2_SIZES:
+            raise UserError(f"{source}: version is {version!r}, expected one of {', '.join(_DINOV2_SIZES)}")
+        network = dinov2_config(name)
+    encoder = ImageEncoderConfig(
+        kind=EncoderKind.dinov2, image_size=size, picture_size=picture_size, views=views, path=INSIDE
+    )
+    return encoder, {"hidden_size": 768, **network}
+
+
+def _sampling(values: Mapping[str, Any], source: str) -> PipelineConfig:
+    kind, params = _target(_part(values, "scheduler", source), f"{source}: scheduler")
+    config = PipelineConfig(guidance=5.0, resolution=384)
+    params = dict(params)
+    if params.pop("num_train_timesteps", 1000) != 1000:
+        raise UserError(f"{source}: num_train_timesteps is {values['scheduler']['params']}, expected 1000")
+    if kind == "FlowMatchEulerDiscreteScheduler":
+        shift, dynamic = float(params.pop("shift", 1.0)), params.pop("use_dynamic_shifting", False)
+        if dynamic:
+            raise UserError(f"{source}: use_dynamic_shifting is true, expected false")
+        # Theirs moves time the other way: s t / (1 + (s - 1) t).
+        config.steps, config.grid, config.shift = 50, SamplingGrid.endpoint, 1 / shift
+    elif kind == "ConsistencyFlowMatchEulerDiscreteScheduler":
+        config.steps, config.grid = 5, SamplingGrid.consistency
+        config.segments = int(params.pop("pcm_timesteps", 50))
+    else:
+        raise UserError(f"{source}: scheduler.target is {kind!r}, expected a flow-matching Euler scheduler")
+    if params:
+        raise UserError(f"{source}: scheduler: unknown parameter {next(iter(params))!r}")
+    return config

@@ -1,0 +1,24 @@
+"""Rewrite a published Hunyuan3D-2 checkpoint as a model folder of this project, to train routers on it.
+
+    python scripts/import_hunyuan3d.py model=hunyuan3d2 weights=FOLDER output=models/hunyuan3d2
+
+The weights stay under their own licence. Only a VAE with an encoder can turn meshes into training data: where the
+checkpoint's own has none, `vae_subfolder=hunyuan3d-vae-v2-0-withencoder` takes another.
+"""
+
+from __future__ import annotations
+
+from _cli import run
+
+from elastic3d.config.hunyuan3d import ImportConfig
+
+
+def main(config: ImportConfig) -> None:
+    """Read, check, write."""
+    from elastic3d.pipelines.hunyuan3d import import_checkpoint
+
+    print(import_checkpoint(config))
+
+
+if __name__ == "__main__":
+    run(main, ImportConfig, "import_hunyuan3d")

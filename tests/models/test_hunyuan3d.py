@@ -1,0 +1,310 @@
+"""Loading published Hunyuan3D-2 checkpoints: every variant of the layout, and every way in which a file is wrong."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hunyuan_tiny import (
+    DINOV2,
+    dinov2_shapes,
+    random_tensor,
+    tiny_config,
+    tiny_state,
+    vae_shapes,
+    write_checkpoint,
+)
+from safetensors.torch import load_file, save_file
+
+from elastic3d.config.hunyuan3d import dinov2_config, parse_config
+from elastic3d.config.models import DiTConfig, SkipDiTConfig
+from elastic3d.errors import UserError
+from elastic3d.models.flops import dit_blocks_flops
+from elastic3d.models.hunyuan3d import build_network, load_hunyuan3d_vae, parameter_count
+from elastic3d.models.weights import load_hunyuan3d
+
+SUBFOLDER = "hunyuan3d-dit-v2-0"
+WEIGHTS = "model.fp16.safetensors"
+PREFIX = "conditioner.main_image_encoder.model."
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture
+def root(written: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(written, tmp_path / "copy"))
+
+
+def change(root: Path, **parts: dict[str, Any]) -> None:
+    """Change parameters of parts in config.yaml."""
+    path = root / SUBFOLDER / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    for part, params in parts.items():
+        config[part]["params"].update(params)
+    path.write_text(yaml.safe_dump(config))
+
+
+# ------------------------------------------------------------------------------------------------------ what works
+
+
+def test_every_tensor_arrives_unchanged(written: Path) -> None:
+    bundle = load_hunyuan3d(written)
+    state = load_file(written / SUBFOLDER / WEIGHTS)
+    for prefix, model in (("model.", bundle.dit), ("vae.", bundle.vae)):
+        own = model.state_dict()
+        assert {prefix + name for name in own} == {name for name in state if name.startswith(prefix)}
+        assert all(torch.equal(value, state[prefix + name]) for name, value in own.items())
+    assert not bundle.dit.training and bundle.config.pipeline.resolution == 384 and not bundle.note
+
+
+def test_half_precision(written: Path) -> None:
+    bundle = load_hunyuan3d(written, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in bundle.dit.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        condition = bundle.conditioner(torch.rand(1, 3, 40, 40))  # type: ignore[misc]
+        velocity = bundle.dit(torch.randn(1, 6, 8), torch.rand(1), condition)
+        field = bundle.vae.query(torch.rand(1, 9, 3), bundle.vae.decode(velocity))
+    assert field.shape == (1, 9) and field.dtype == torch.float32 and field.isfinite().all()
+
+
+def test_without_the_image_encoder_it_says_so(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, conditioner=False)
+    with pytest.warns(UserWarning, match="holds no image encoder"):
+        bundle = load_hunyuan3d(tmp_path)
+    assert bundle.conditioner is None and "dinov2=" in bundle.note
+
+
+def test_image_encoder_from_elsewhere(tmp_path: Path, written: Path) -> None:
+    write_checkpoint(tmp_path, conditioner=False)
+    network = build_network(DINOV2, "test")
+    shapes = dinov2_shapes(DINOV2, old_names=False)
+    network.load_state_dict({name: random_tensor(name, shape) for name, shape in shapes.items()})
+    network.save_pretrained(tmp_path / "dinov2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bundle = load_hunyuan3d(tmp_path, dinov2=tmp_path / "dinov2")
+    assert bundle.conditioner is not None and bundle.conditioner.channels == 24
+    with pytest.raises(UserError, match="there is no file .*config.json"):
+        load_hunyuan3d(tmp_path, dinov2=tmp_path / "none")
+
+
+def test_both_generations_of_names(tmp_path: Path, written: Path) -> None:
+    images = torch.rand(1, 3, 40, 40)
+    network = load_hunyuan3d(written).conditioner
+    assert network is not None
+    state = tiny_state(tiny_config(), conditioner=False)
+    state |= {PREFIX + name: value.clone() for name, value in network.network.state_dict().items()}
+    assert PREFIX + "encoder.layer.0.attention.q_proj.weight" in state
+    write_checkpoint(tmp_path)
+    save_file(state, tmp_path / SUBFOLDER / WEIGHTS)
+    again = load_hunyuan3d(tmp_path).conditioner
+    assert again is not None and torch.equal(again(images), network(images))
+
+
+def test_ckpt(written: Path, root: Path) -> None:
+    path = root / SUBFOLDER / WEIGHTS
+    nested: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(path).items():
+        part, _, rest = name.partition(".")
+        nested.setdefault(part, {})[rest] = tensor
+    path.unlink()
+    torch.save(nested, path.with_name("model.fp16.ckpt"))
+    first, second = load_hunyuan3d(written), load_hunyuan3d(root)
+    assert second.weights[0].suffix == ".ckpt"
+    for name, value in first.dit.state_dict().items():
+        assert torch.equal(value, second.dit.state_dict()[name])
+
+
+def test_where_it_is_looked_for(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HY3DGEN_MODELS", str(written.parent))
+    assert load_hunyuan3d(written.name).weights[0].parent == written / SUBFOLDER
+    assert load_hunyuan3d(written / SUBFOLDER).weights[0].parent == written / SUBFOLDER
+
+
+def test_another_vae(root: Path) -> None:
+    config = tiny_config()["vae"]
+    config["params"] |= {"num_encoder_layers": 2, "point_feats": 4, "pc_size": 64, "pc_sharpedge_size": 0}
+    folder = root / "hunyuan3d-vae-v2-0-withencoder"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    shapes = vae_shapes(config["params"], encoder_layers=2)
+    save_file({name: random_tensor(name, shape) for name, shape in shapes.items()}, folder / WEIGHTS)
+    vae = load_hunyuan3d(root, vae_subfolder=folder.name).vae
+    surface = torch.nn.functional.normalize(torch.randn(1, 40, 3), dim=-1).repeat(1, 1, 2)
+    posterior = vae.encode(surface)
+    assert posterior.mean.shape == (1, 6, 8)
+    alone = load_hunyuan3d_vae(root, folder.name)
+    assert torch.equal(alone.encode(surface).mean, posterior.mean)
+
+
+# --------------------------------------------------------------------------------------------------- on paper
+
+
+def full_size(**changes: Any) -> DiTConfig:
+    fields = dict(
+        in_channels=64, condition_channels=1536, width=1024, heads=16, double_blocks=16, single_blocks=32,
+        num_latents=3072, condition_tokens=1370,
+    )  # fmt: skip
+    return DiTConfig(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_published_sizes() -> None:
+    """Parameters and FLOPs of one pass as published: 1.113 B and 9.25 T, 0.559 B and 1.48 T."""
+    mini = full_size(double_blocks=8, single_blocks=16, num_latents=512)
+    for config, parameters, flops in ((full_size(), 1.113e9, 9.25e12), (mini, 0.559e9, 1.48e12)):
+        assert parameter_count(config) == pytest.approx(parameters, rel=0.005)
+        found = dit_blocks_flops(config, config.num_latents, config.condition_tokens)
+        assert found == pytest.approx(flops, rel=0.05)
+    assert 3.0e9 < parameter_count(SkipDiTConfig()) < 3.3e9  # published as 3.3 B with everything around it
+
+
+def test_a_published_config_file() -> None:
+    """The values of hunyuan3d-dit-v2-0/config.yaml as far as the public facts name them."""
+    values = tiny_config()
+    values["model"]["params"] = {
+        "in_channels": 64, "context_in_dim": 1536, "hidden_size": 1024, "mlp_ratio": 4.0, "num_heads": 16,
+        "depth": 16, "depth_single_blocks": 32, "axes_dim": [64], "theta": 10000, "qkv_bias": True,
+    }  # fmt: skip
+    values["vae"]["params"] |= {
+        "num_latents": 3072, "embed_dim": 64, "width": 1024, "heads": 16, "num_decoder_layers": 16,
+        "scale_factor": 0.9990943042622529,
+    }  # fmt: skip
+    values["conditioner"]["params"]["main_image_encoder"]["kwargs"] = {
+        "config": dinov2_config("dinov2-giant"), "image_size": 518,
+    }  # fmt: skip
+    config = parse_config(values, "config.yaml")
+    assert config.dit == full_size()
+    assert config.vae.scale_factor == 0.9990943042622529 and config.vae.encoder_layers == 0
+    assert (config.encoder.image_size, config.border) == (518, 0.15)
+    with torch.device("meta"):
+        network = build_network(config.dinov2, "test")
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(1.136e9, rel=0.005)  # DINOv2-giant
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+def test_wrong_subfolder(written: Path) -> None:
+    with pytest.raises(UserError, match=f"no folder hunyuan3d-dit-v9, it has {SUBFOLDER}"):
+        load_hunyuan3d(written, "hunyuan3d-dit-v9")
+
+
+def test_nothing_there_and_no_network(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no folder .*nowhere"):
+        load_hunyuan3d(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="neither a folder here nor can it be downloaded"):
+        load_hunyuan3d("someone/something")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 3000])
+def test_truncated(root: Path, kept: int) -> None:
+    path = root / SUBFOLDER / WEIGHTS
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=f"{WEIGHTS} is truncated"):
+        load_hunyuan3d(root)
+
+
+def test_truncated_ckpt(root: Path) -> None:
+    path = root / SUBFOLDER / "model.fp16.ckpt"
+    torch.save({"model": {"a": torch.rand(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+    (root / SUBFOLDER / WEIGHTS).unlink()
+    with pytest.raises(UserError, match="ckpt is truncated or no checkpoint"):
+        load_hunyuan3d(root)
+
+
+class Malicious:
+    """A pickle that runs a command when it is loaded."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.witness,)
+
+
+def test_code_in_a_ckpt_is_not_run(root: Path, tmp_path: Path) -> None:
+    torch.save({"model": {"a": Malicious(tmp_path / "ran")}}, root / SUBFOLDER / "model.fp16.ckpt")
+    (root / SUBFOLDER / WEIGHTS).unlink()
+    with pytest.raises(UserError, match="ckpt holds code"):
+        load_hunyuan3d(root)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("removed", "added", "message"),
+    [
+        ("model.latent_in.weight", None, "missing.*latent_in.weight"),
+        ("vae.post_kl.bias", None, "missing.*post_kl.bias"),
+        (PREFIX + "layernorm.bias", None, "missing.*layernorm.bias"),
+        (None, "model.extra.weight", "unknown.*extra.weight"),
+        (None, "texture.weight", "has a tensor texture.weight"),
+        (None, "conditioner.clip.weight", "has a tensor conditioner.clip.weight"),
+    ],
+)
+def test_tensors_that_do_not_fit(root: Path, removed: str | None, added: str | None, message: str) -> None:
+    path = root / SUBFOLDER / WEIGHTS
+    state = load_file(path)
+    if removed:
+        del state[removed]
+    if added:
+        state[added] = torch.rand(3)
+    save_file(state, path)
+    with pytest.raises(UserError, match=message) as caught:
+        load_hunyuan3d(root)
+    assert WEIGHTS in str(caught.value)
+
+
+def test_weights_of_another_size(root: Path) -> None:
+    change(root, model={"hidden_size": 64, "axes_dim": [32]})
+    with pytest.raises(UserError, match=r"mis-shaped.*\(32, 8\) instead of \(64, 8\)"):
+        load_hunyuan3d(root)
+
+
+@pytest.mark.parametrize(
+    ("part", "params", "message"),
+    [
+        ("model", {"rope": True}, "model: unknown parameter 'rope'"),
+        ("model", {"depth": "many"}, "double_blocks is 'many'"),
+        ("model", {"context_in_dim": 48}, "48 condition channels.* 24"),
+        ("model", {"ckpt_path": "x.pt"}, "ckpt_path is 'x.pt'"),
+        ("vae", {"label_type": "sdf"}, "label_type is 'sdf'"),
+        ("vae", {"embed_dim": 4}, "8 latent channels.* 4"),
+        ("scheduler", {"use_dynamic_shifting": True}, "use_dynamic_shifting is true"),
+        ("scheduler", {"sigma": 1}, "unknown parameter 'sigma'"),
+        ("image_processor", {"mode": 1}, "unknown parameter 'mode'"),
+    ],
+)
+def test_unknown_values_are_named(root: Path, part: str, params: dict[str, Any], message: str) -> None:
+    change(root, **{part: params})
+    with pytest.raises(UserError, match=message) as caught:
+        load_hunyuan3d(root)
+    assert "config.yaml" in str(caught.value)
+
+
+def test_a_broken_config(root: Path) -> None:
+    path = root / SUBFOLDER / "config.yaml"
+    path.write_text("model: [")
+    with pytest.raises(UserError, match="config.yaml is broken"):
+        load_hunyuan3d(root)
+    path.write_text("just text")
+    with pytest.raises(UserError, match="holds a str"):
+        load_hunyuan3d(root)
+    path.unlink()
+    with pytest.raises(UserError, match="config.yaml"):
+        load_hunyuan3d(root)
+
+
+def test_no_weights(root: Path) -> None:
+    (root / SUBFOLDER / WEIGHTS).unlink()
+    with pytest.raises(UserError, match="has no weights, expected one of"):
+        load_hunyuan3d(root)

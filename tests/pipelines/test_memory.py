@@ -1,0 +1,73 @@
+"""Estimates of memory and cost, and parts that are on the device only while they work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from elastic3d.config.hunyuan3d import PRESETS
+from elastic3d.config.models import VAEConfig
+from elastic3d.errors import UserError
+from elastic3d.pipelines.estimates import estimate, published, table
+from elastic3d.pipelines.memory import MemoryNeed, Placement, free_memory, points_within, require
+
+DOCS = Path(__file__).parents[2] / "docs" / "hunyuan3d.md"
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+NEED = MemoryNeed({"condition": 4, "dit": 10, "decode": 2}, {"condition": 3, "dit": 5, "decode": 9})
+
+
+def test_peak() -> None:
+    assert NEED.peak(offload=False) == 16 + 9 and NEED.peak(offload=True) == 15
+
+
+def test_a_refusal_names_the_numbers() -> None:
+    need = MemoryNeed({"dit": 6 * 10**9}, {"dit": 3 * 10**9})
+    require(need, 9 * 10**9, False, GPU)
+    with pytest.raises(
+        UserError, match=r"about 9.0 GB of cuda memory .*dit 6.0.*but 8.0 GB.*low_memory=true"
+    ):
+        require(need, 8 * 10**9, False, GPU)
+
+
+def test_offloading_saves_nothing_where_everything_is_main_memory() -> None:
+    require(NEED, 15, True, GPU)
+    with pytest.raises(UserError):
+        require(NEED, 15, True, CPU)
+
+
+def test_chunks_shrink_with_the_budget() -> None:
+    vae = VAEConfig(width=1024, heads=16)
+    many = points_within(10**9, vae, torch.float32, 64, 65536)
+    few = points_within(10**8, vae, torch.float32, 64, 65536)
+    assert 256 <= few < many < 65536
+    assert points_within(10**12, vae, torch.float32, 64, 65536) == 65536
+    with pytest.raises(UserError, match="resolution=512 needs .* smaller resolution"):
+        points_within(10**9, vae, torch.float32, 512, 65536)
+
+
+def test_parts_come_and_go() -> None:
+    part = nn.Linear(1, 1)
+    placement = Placement(torch.device("meta"), offload=True)
+    moves: list[str] = []
+    part.to = lambda device: moves.append(str(device))  # type: ignore[assignment, method-assign]
+    with placement.use(part):
+        assert moves == ["meta"]
+    assert moves == ["meta", "cpu"]
+
+
+def test_free_memory_is_plausible() -> None:
+    assert 10**7 < free_memory(CPU) < 10**14
+
+
+def test_budgets_scale_the_cost() -> None:
+    full, half = estimate("hunyuan3d2", 1.0), estimate("hunyuan3d2", 0.5)
+    assert half.flops == full.flops / 2 and half.memory == full.memory > full.low_memory
+    assert full.flops == pytest.approx(98 * 9.25e12, rel=0.05)
+    assert {name: published(name).passes for name in PRESETS}["hunyuan3d2_turbo"] == 5
+
+
+def test_the_table_of_the_documentation_is_this_one() -> None:
+    assert table() in DOCS.read_text(), f"docs/hunyuan3d.md needs this table:\n{table()}"

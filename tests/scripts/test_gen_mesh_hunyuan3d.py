@@ -1,0 +1,164 @@
+"""`gen_mesh.py model=hunyuan3d2...` on tiny checkpoints in the published layout, end to end."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gen_mesh
+import pytest
+import torch
+import trimesh
+from _cli import execute, parse
+from hunyuan_tiny import write_checkpoint, write_checkpoint_21
+from tiny_pipeline import save_picture
+
+from elastic3d.adapters import attach, detach, save_routers
+from elastic3d.config.evaluate import EvaluateConfig
+from elastic3d.config.generate import GenerateConfig
+from elastic3d.config.hunyuan3d import PRESETS, ImportConfig
+from elastic3d.config.prepare import PrepareConfig
+from elastic3d.config.routing import RouterConfig
+from elastic3d.config.train import TrainConfig
+from elastic3d.geometry.mesh_io import read_extras
+from elastic3d.models.weights import load_hunyuan3d
+
+Command = Callable[..., int]
+CONFIGS: dict[str, tuple[str, Any]] = {
+    "gen_mesh": ("gen_mesh", GenerateConfig),
+    "evaluate": ("evaluate", EvaluateConfig),
+    "prepare_data": ("prepare_data", PrepareConfig),
+    "train": ("train", TrainConfig),
+    "import_hunyuan3d": ("import_hunyuan3d", ImportConfig),
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder with a checkpoint of each kind."""
+    root = tmp_path_factory.mktemp("weights")
+    for case, name in (("base", "hunyuan3d2"), ("turbo", "hunyuan3d2_turbo"), ("mv", "hunyuan3d2_mv")):
+        write_checkpoint(root, case, PRESETS[name].subfolder)
+    write_checkpoint_21(root)
+    return root
+
+
+@pytest.fixture
+def command(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    monkeypatch.chdir(tmp_path)
+    for name in ("chair", "left", "back"):
+        save_picture(tmp_path / f"{name}.png", x=10 * len(name) - 30)
+
+    def call(*arguments: str) -> int:
+        defaults = [f"weights={weights}", "image=chair.png", "output=chair.glb", "resolution=16"]
+        defaults += ["steps=3", "device=cpu", "dtype=float32"]
+        return execute(gen_mesh.main, GenerateConfig, "gen_mesh", [*defaults, *arguments])
+
+    return call
+
+
+def extras(path: str = "chair.glb") -> dict[str, Any]:
+    return read_extras(Path(path))
+
+
+@pytest.mark.parametrize(
+    ("model", "moves"),
+    [("hunyuan3d2", 2), ("hunyuan3d2_turbo", 3), ("hunyuan3d2_mv", 2), ("hunyuan3d2_1", 2)],
+)
+def test_a_picture_becomes_a_mesh(command: Command, model: str, moves: int) -> None:
+    assert command(f"model={model}") == 0
+    mesh = trimesh.load_mesh("chair.glb")
+    assert len(mesh.faces) > 0 and abs(mesh.bounds).max() <= 1.01 + 1e-6
+    found = extras()
+    assert found["model"] == model and found["guidance"] == 5.0
+    branches = 1 if model.endswith("turbo") else 2
+    assert found["flops_executed"] % (moves * branches) == 0
+
+
+def test_several_views(command: Command) -> None:
+    assert command("model=hunyuan3d2_mv", "output=one.stl") == 0
+    assert (
+        command("model=hunyuan3d2_mv", "image_back=back.png", "image_left=left.png", "output=three.stl") == 0
+    )
+    assert Path("one.stl").read_bytes() != Path("three.stl").read_bytes()
+
+
+def test_views_of_a_model_of_one(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("model=hunyuan3d2", "image_back=back.png") == 2
+    assert "image_back= is for a multi-view model" in capsys.readouterr().err
+
+
+def test_routers_and_a_budget(command: Command, weights: Path, tmp_path: Path) -> None:
+    dit = load_hunyuan3d(weights).dit
+    before = set(dit.state_dict())
+    torch.manual_seed(0)
+    attach(dit, RouterConfig(initial_keep=0.5, initial_width_bias=0, head_std=3.0))
+    save_routers(dit, tmp_path / "routers")
+    assert set(dit.state_dict()) == before
+    detach(dit)
+    assert command("model=hunyuan3d2", "routers=routers", "budget=0.5", "trace=routes.png") == 0
+    found = extras()
+    assert 0 < found["flops_executed"] < found["flops_dense"] and found["budget"] == 0.5
+    assert Path("routes.png").is_file()
+    assert command("model=hunyuan3d2", "routers=routers", "budget=0.5", "low_memory=true") == 0
+    assert extras()["routes"] == found["routes"]  # the branches in turn decide as they do side by side
+    assert command("model=hunyuan3d2", "budget=0.5") == 2
+
+
+def test_low_memory_gives_the_same_mesh(command: Command) -> None:
+    assert command("model=hunyuan3d2", "output=a.ply") == 0
+    assert command("model=hunyuan3d2", "output=b.ply", "low_memory=true") == 0
+    a, b = trimesh.load_mesh("a.ply"), trimesh.load_mesh("b.ply")
+    assert abs(a.volume - b.volume) < 1e-3 * abs(a.volume)
+
+
+def test_too_little_memory_is_told_before_the_weights_are_read(
+    command: Command, weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elastic3d.pipelines.hunyuan3d.load_hunyuan3d", None)
+    assert command("model=hunyuan3d2", "resolution=512", "memory_budget=0.5") == 2
+    told = capsys.readouterr().err
+    assert "needs about" in told and "0.5 GB" in told and "low_memory=true" in told
+
+
+def test_a_memory_budget_bounds_the_chunks(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("model=hunyuan3d2", "resolution=32", "memory_budget=0.1") == 0
+
+
+def test_missing_image_encoder(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "bare", conditioner=False)
+    monkeypatch.setattr("elastic3d.pipelines.hunyuan3d.load_hunyuan3d", None)  # it is not even read
+    assert command("model=hunyuan3d2", "weights=bare") == 2
+    assert "holds no image encoder" in capsys.readouterr().err
+
+
+def test_options_of_other_models(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("model=somewhere") == 2
+    assert "weights= is for model=hunyuan3d2" in capsys.readouterr().err
+
+
+def test_wrong_subfolder(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("model=hunyuan3d2", "subfolder=hunyuan3d-dit-v3") == 2
+    assert "has no folder hunyuan3d-dit-v3, it has hunyuan3d-dit-v2-0" in capsys.readouterr().err
+
+
+def test_a_folder_of_pictures(command: Command, tmp_path: Path) -> None:
+    for name in "ab":
+        save_picture(tmp_path / f"in/{name}.png", x=20)
+    assert command("model=hunyuan3d2", "image=in", "output=out", "low_memory=true") == 0
+    assert json.loads(Path("out/summary.json").read_text())["counts"]["ok"] == 2
+
+
+def test_commands_of_the_documentation_are_understood() -> None:
+    text = (Path(gen_mesh.__file__).parents[1] / "docs" / "hunyuan3d.md").read_text()
+    commands = re.findall(r"^python scripts/(\w+)\.py (.*)$", text, re.MULTILINE)
+    assert len(commands) > 8
+    for script, arguments in commands:
+        name, config_class = CONFIGS[script]
+        assert isinstance(parse(config_class, name, shlex.split(arguments)), config_class), arguments

@@ -1,0 +1,127 @@
+"""From a published checkpoint and shapes on disk to trained routers that generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hunyuan_tiny import (
+    random_tensor,
+    tiny_config,
+    vae_shapes,
+    write_checkpoint,
+    write_checkpoint_21,
+)
+from safetensors.torch import save_file
+
+from elastic3d.config.hunyuan3d import PRESETS, ImportConfig
+from elastic3d.config.images import EncoderKind, ImageEncoderConfig
+from elastic3d.config.router_stage import MeshLossConfig, RouterStageConfig, TrainedParts
+from elastic3d.config.train import (
+    DiTStageConfig,
+    ExportConfig,
+    LatentsConfig,
+    Precision,
+    StageName,
+    Timesteps,
+    TrainConfig,
+)
+from elastic3d.pipelines.hunyuan3d import import_checkpoint
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.training.journal import read_metrics
+from elastic3d.training.latents import LatentInfo, build_cache
+from elastic3d.training.stages import run_stage
+from tests.tiny_pipeline import picture
+from tests.training.test_dit_stage import add_views
+from tests.training.tiny import vae_config
+
+WITH_ENCODER = "hunyuan3d-vae-v2-0-withencoder"
+
+
+def publish(root: Path, model: str) -> None:
+    """The checkpoint of a model, beside it a VAE with an encoder where its own has none."""
+    if model == "hunyuan3d2_1":
+        write_checkpoint_21(root)
+        return
+    case = "turbo" if model.endswith("turbo") else "base"
+    write_checkpoint(root, case, PRESETS[model].subfolder)
+    config = tiny_config()["vae"]
+    config["params"] |= {"num_encoder_layers": 1, "point_feats": 4}
+    folder = root / WITH_ENCODER
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    shapes = vae_shapes(config["params"], encoder_layers=1)
+    save_file({n: random_tensor(n, shape) for n, shape in shapes.items()}, folder / "model.fp16.safetensors")
+
+
+def config_for(root: Path, parts: TrainedParts = TrainedParts.routers, **changes) -> TrainConfig:
+    encoder = ImageEncoderConfig(
+        kind=EncoderKind.dinov2, image_size=28, picture_size=40, path=str(root / "model/image_encoder/dinov2")
+    )
+    options = dict(
+        stage=StageName.router,
+        name="router",
+        steps=2,
+        gradient_checkpointing=True,
+        latents=LatentsConfig(
+            output=root / "latents", vae=root / "model/vae", variants=1, views=2, batch=2, encoder=encoder,
+            standardise=False,
+        ),
+        dit=DiTStageConfig(timesteps=Timesteps.uniform, match_channels=0, sample_guidance=5.0),
+        routing=RouterStageConfig(
+            model=root / "model", parts=parts, lora_rank=2, guidance=5.0, explore=0.5, val_budgets=[0.5],
+            val_shapes=1, val_steps=2,
+            mesh=MeshLossConfig(near_queries=16, volume_queries=8, surface_points=8, share=0.5),
+        ),
+    )  # fmt: skip
+    return vae_config(root, **(options | changes))
+
+
+@pytest.mark.parametrize(
+    ("model", "parts", "precision"),
+    [
+        ("hunyuan3d2", TrainedParts.routers, Precision.bf16_master),
+        ("hunyuan3d2", TrainedParts.lora, Precision.fp32),
+        ("hunyuan3d2_turbo", TrainedParts.full, Precision.fp32),
+        ("hunyuan3d2_1", TrainedParts.routers, Precision.fp32),
+        ("hunyuan3d2_1", TrainedParts.lora, Precision.bf16_autocast),
+    ],
+)
+def test_routers_are_trained_and_generate(
+    prepared: Path, model: str, parts: TrainedParts, precision: Precision
+) -> None:
+    add_views(prepared)
+    publish(prepared / "weights", model)
+    vae = "" if model == "hunyuan3d2_1" else WITH_ENCODER
+    told = import_checkpoint(
+        ImportConfig(
+            model=model, weights=str(prepared / "weights"), output=str(prepared / "model"), vae_subfolder=vae
+        )
+    )
+    assert told.endswith("whose VAE has an encoder")
+    config = config_for(prepared, parts, precision=precision, validate_every=2)
+    info = build_cache(config)
+    assert info == LatentInfo.load(config.latents.output)
+    assert info.mean == [0.0] * 8 and info.std == [1.0] * 8 and info.tokens == [5, 24]
+    assert run_stage(config) == 0
+    last = read_metrics(config.folder / "metrics.jsonl")[-1]
+    assert 0 <= last["val/share_at_0.5"] <= 1
+    config.stage, config.export = StageName.export, ExportConfig(output=prepared / "elastic")
+    assert run_stage(config) == 0
+    pipeline = ImageTo3DPipeline.from_pretrained(prepared / "elastic", "cpu", "float32")
+    assert pipeline.session is not None and pipeline.config.model == model
+    result = pipeline([picture()], steps=2, resolution=16, budget=0.5)[0]
+    assert result.latents is not None and result.latents.isfinite().all()
+    assert 0 <= result.receipt["flops_executed"] <= result.receipt["flops_dense"]
+
+
+def test_a_vae_without_an_encoder_says_so(prepared: Path) -> None:
+    add_views(prepared)
+    publish(prepared / "weights", "hunyuan3d2")
+    told = import_checkpoint(
+        ImportConfig(model="hunyuan3d2", weights=str(prepared / "weights"), output=str(prepared / "model"))
+    )
+    assert told.endswith("whose VAE has no encoder")
+    with pytest.raises(ValueError, match="no encoder"):
+        build_cache(config_for(prepared))
