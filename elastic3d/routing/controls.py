@@ -6,6 +6,8 @@ All are actions as `TableRoutes` plays them back: 0 skips, k in 1..K runs at wid
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -91,27 +93,34 @@ def greedy_static(
     """A path of fixed routes (I,) from the dense model down to a `lowest` executed share: [(share, routes), ...].
 
     From each to the next, one block is skipped or narrowed by one width: the change that adds the least to `error` for
-    each FLOP it saves. `error` takes routes (I,); `on_change` is called with each new share.
+    each FLOP it saves. `error` takes routes (I,); `on_change` is called with each new share. Lazy greedy (Minoux 1978):
+    prices are measured again from the lowest on until one stays the lowest, since giving up more makes them rise.
     """
-    table, index = action_flops(blocks, ratios), torch.arange(len(blocks))
+    table = action_flops(blocks, ratios)
     routes = torch.full((len(blocks),), len(ratios))
     now, share = error(routes), 1.0
     path = [(share, routes)]
-    while share > lowest:
-        found: tuple[float, float, Tensor] | None = None
-        for block in range(len(blocks)):
-            for action in {SKIPPED, int(routes[block]) - 1} if routes[block] > SKIPPED else set():
-                changed = routes.clone()
-                changed[block] = action
-                after = error(changed)
-                price = (after - now) / float(table[block, routes[block]] - table[block, action])
-                if found is None or price < found[0]:
-                    found = (price, after, changed)
-        assert found is not None  # a share above 0 has a block that runs
-        _, now, routes = found
-        share = float(table[index, routes].sum() / table[:, -1].sum())
+    # (price, error after the change, number of changes made when they were measured, block, action)
+    heap = [(-math.inf, now, -1, i, action) for i in range(len(blocks)) for action in (SKIPPED, len(ratios) - 1)]
+    heap = list(dict.fromkeys(heap))
+    heapq.heapify(heap)
+    while share > lowest and heap:
+        _, after, measured, block, action = heapq.heappop(heap)
+        if action >= routes[block]:
+            continue  # of a block that is narrower by now
+        changed = routes.clone()
+        changed[block] = action
+        if measured < len(path):
+            after = error(changed)
+            price = (after - now) / float(table[block, routes[block]] - table[block, action])
+            heapq.heappush(heap, (price, after, len(path), block, action))
+            continue
+        now, routes = after, changed
+        share = float(table[torch.arange(len(blocks)), routes].sum() / table[:, -1].sum())
         path.append((share, routes))
         on_change(share)
+        if action > SKIPPED + 1:
+            heapq.heappush(heap, (-math.inf, now, -1, block, action - 1))
     return path
 
 
