@@ -203,7 +203,7 @@ def _variant_cases(planner: Planner, name: str) -> Iterator[Case]:
     session = planner.models[name].session
     if session is None:
         for steps in planner.elastic_steps:
-            yield Case(name, planner.run(name, steps, Routes.dense), 1.0)
+            yield Case(name, planner.run(name, steps, Routes.dense), None)
         return
     told = session.conditioner is not None  # the paper's routers know one budget only, that of their training
     for steps in planner.elastic_steps:

@@ -157,9 +157,9 @@ def compare_rivals(place: Workplace, cases: Sequence[Case], scores: Scores) -> l
                     metric, rows[0], [rows[1]], Rival.baseline, place.config.bootstrap
                 )
                 if compared is not None:
-                    head = {"routers": mine.value, "rival": rival.method, "against": kind}
-                    place_of = {"budget": case.budget, "steps": case.run.steps}
-                    found.append(head | place_of | compared.as_dict())
+                    head = {"routers": mine.value, "rival_method": rival.method, "against": kind}
+                    asked = {"budget": case.budget, "steps": case.run.steps}
+                    found.append(head | asked | compared.as_dict())
     return found
 
 

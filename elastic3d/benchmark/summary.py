@@ -122,7 +122,7 @@ def beaten(comparisons: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[An
     found: dict[str, dict[str, list[Any]]] = {}
     for c in comparisons:
         assert direction(c["metric"]) is not None
-        entry = found.setdefault(f"{c['rival']}, {c['metric']}, {c['against']}", {})
+        entry = found.setdefault(f"{c['rival_method']}, {c['metric']}, {c['against']}", {})
         worse = c["worse_by"]
         verdict = "better" if worse["high"] < 0 else "worse" if worse["low"] > 0 else "not told apart"
         entry.setdefault(verdict, []).append({"budget": c["budget"], "steps": c["steps"]})
