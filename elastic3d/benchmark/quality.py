@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,7 +73,8 @@ def make_meshes(place: Workplace, runs: Sequence[Run]) -> None:
 def _on_step(bar: tqdm | None, run: Run) -> Any:
     if bar is None:
         return None
-    return lambda done, steps: bar.set_postfix_str(f"{run.name}, step {done}/{steps}")
+    refresh = sys.stderr.isatty()  # in a log file, a line a batch is enough
+    return lambda done, steps: bar.set_postfix_str(f"{run.name}, step {done}/{steps}", refresh)
 
 
 # ------------------------------------------------------------------------------------------------------- scores
