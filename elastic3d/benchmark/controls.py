@@ -154,7 +154,10 @@ class Controls:
     def _velocity_error(self) -> Callable[[Tensor], float]:
         """Fixed routes (I,) -> relative squared error of the guided velocity, on calls between noise and data."""
         planner, pipeline, config = self.planner, self.pipeline, self.config
-        cfg, guidance = pipeline.dit.config, pipeline.config.guidance if config.guidance is None else config.guidance
+        cfg, guidance = (
+            pipeline.dit.config,
+            pipeline.config.guidance if config.guidance is None else config.guidance,
+        )
         condition = condition_of(pipeline, self.calibration)
         seeds = [job.seed for job in self.calibration]
         dense = planner.run(MAIN, planner.baseline_steps, Routes.dense)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
 from elastic3d.benchmark.models import DENSE, MAIN, Models
 from elastic3d.config.benchmark import BenchmarkConfig, Method
@@ -106,9 +107,9 @@ class Planner:
         """The dense model in so many steps."""
         return self.run(DENSE, steps, Routes.dense)
 
-    def elastic(self, budget: float, steps: int, model: str = MAIN, **changes: object) -> Run:
+    def elastic(self, budget: float, steps: int, model: str = MAIN, **changes: Any) -> Run:
         """The routers at a budget, with the default settings but for `changes`."""
-        settings = replace(self.default, elastic=True, budget=budget, **changes)  # type: ignore[arg-type]
+        settings = replace(self.default, elastic=True, budget=budget, **changes)
         return self.run(model, steps, Routes.routers, settings)
 
     def reference(self) -> Run:
@@ -126,7 +127,7 @@ def _fewer_steps(planner: Planner) -> Iterator[Case]:
             yield Case("fewer_steps", planner.dense(steps), 1.0)
 
 
-def _elastic(method: Method, **changes: object) -> Callable[[Planner], Iterator[Case]]:
+def _elastic(method: Method, **changes: Any) -> Callable[[Planner], Iterator[Case]]:
     def cases(planner: Planner) -> Iterator[Case]:
         for steps in planner.elastic_steps:
             for budget in planner.config.budgets:

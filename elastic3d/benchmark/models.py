@@ -40,7 +40,9 @@ def _variant(path: Path, main: ImageTo3DPipeline, folder: Path, config: Benchmar
     if (path / PIPELINE_NAME).is_file():
         return ImageTo3DPipeline.from_pretrained(path, config.device, config.dtype)
     if not (path / CONFIG_NAME).is_file():
-        raise UserError(f"{path} has neither {PIPELINE_NAME} nor {CONFIG_NAME}: it holds no model and no routers")
+        raise UserError(
+            f"{path} has neither {PIPELINE_NAME} nor {CONFIG_NAME}: it holds no model and no routers"
+        )
     is_routers = str(load_json(path / CONFIG_NAME).get("_class_name", "")).endswith("Routers")
     base = folder / "dit" if is_routers else path
     dit = ShapeDiT.from_pretrained(base, next(main.dit.parameters()).dtype, main.device)

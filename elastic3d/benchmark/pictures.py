@@ -76,7 +76,9 @@ def _is_dense(row: Row) -> bool:
 def chart(series: Sequence[Series], x_label: str, y_label: str) -> Image.Image:
     """Points and lines over a logarithmic x axis, the colours those of `COLOURS` in order."""
     points = [point for each in series for point in each.points]
-    x_range = _padded(math.log([*map(min, zip(*points, strict=True))][0]), math.log(max(x for x, _ in points)))
+    x_range = _padded(
+        math.log([*map(min, zip(*points, strict=True))][0]), math.log(max(x for x, _ in points))
+    )
     y_range = _padded(min(y for _, y in points), max(y for _, y in points))
     width, height = PANEL
     picture = Image.new("RGB", (LEFT + width + 20, TOP + height + BOTTOM), PAPER)

@@ -66,7 +66,11 @@ def write_report(
 
 
 def draw(
-    place: Workplace, cases: Sequence[Case], rows: Sequence[Row], shares: dict[str, Any], truth: dict[str, Any]
+    place: Workplace,
+    cases: Sequence[Case],
+    rows: Sequence[Row],
+    shares: dict[str, Any],
+    truth: dict[str, Any],
 ) -> None:
     """Write pareto.png (and one for each further batch size), blocks.png and sheet.png, where there is something."""
     output, batches = place.config.output, place.config.batches

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def _compute(place: Workplace, run: Run) -> dict[str, Any]:
     receipts = [r["receipt"] for r in records if r is not None and "flops_executed" in r["receipt"]]
     shares = np.array([r["flops_executed"] / r["flops_dense"] for r in receipts])
     routers = np.array([r.get("flops_routers", 0) / r["flops_dense"] for r in receipts])
-    statistics = {
+    statistics: dict[str, tuple[Callable[..., Any], np.ndarray]] = {
         "executed_flops_ratio": (np.mean, shares),
         "share_std": (np.std, shares),
         "share_min": (np.min, shares),
@@ -145,7 +145,12 @@ def compare_rivals(place: Workplace, cases: Sequence[Case], scores: Scores) -> l
     found = []
     for rival in cases:
         mine = Method.elastic_no_cache if rival.method in CONTROLS else Method.elastic
-        if rival.method in (Method.dense.value, Method.fewer_steps.value, Method.dense_cache.value, mine.value):
+        if rival.method in (
+            Method.dense.value,
+            Method.fewer_steps.value,
+            Method.dense_cache.value,
+            mine.value,
+        ):
             continue
         for case in cases:
             same = case.method == mine.value and case.run.steps == rival.run.steps
@@ -153,9 +158,7 @@ def compare_rivals(place: Workplace, cases: Sequence[Case], scores: Scores) -> l
                 continue
             for kind, metric in ((REFERENCE, "chamfer_l1"), (TRUTH, "f_score@0.02")):
                 rows = [scores.get((run.name, kind), []) for run in (case.run, rival.run)]
-                compared = compare_metric(
-                    metric, rows[0], [rows[1]], Rival.baseline, place.config.bootstrap
-                )
+                compared = compare_metric(metric, rows[0], [rows[1]], Rival.baseline, place.config.bootstrap)
                 if compared is not None:
                     head = {"routers": mine.value, "rival_method": rival.method, "against": kind}
                     asked = {"budget": case.budget, "steps": case.run.steps}
@@ -169,17 +172,21 @@ def route_shares(place: Workplace, cases: Sequence[Case]) -> dict[str, Any]:
     for case in cases:
         if case.method not in FAMILY or case.run.name in found:
             continue
-        shares = []
+        shares, blocks = [], []
         for job in place.jobs:
             record = place.store.record(case.run, job)
             routes = record["receipt"].get("routes") if record else None
             if routes:
-                actions = parse_actions(routes["actions"], len(routes["blocks"]))
-                ratios = np.array([np.nan, 0, 0, *routes["widths"]])
-                shares.append(ratios[actions.numpy() - NOT_RUN])
+                blocks = routes["blocks"]
+                widths = np.array([np.nan, 0, 0, *routes["widths"]])  # not run, reused, skipped, each width
+                shares.append(widths[parse_actions(routes["actions"], len(blocks)).numpy() - NOT_RUN])
         if shares:
             found[case.run.name] = {
-                "method": case.method, "budget": case.budget, "steps": case.run.steps, "blocks": routes["blocks"],
-                "mean": np.mean(shares, axis=0), "std": np.std(shares, axis=0),
-            }  # fmt: skip
+                "method": case.method,
+                "budget": case.budget,
+                "steps": case.run.steps,
+                "blocks": blocks,
+                "mean": np.mean(shares, axis=0),
+                "std": np.std(shares, axis=0),
+            }
     return found

@@ -34,7 +34,9 @@ def benchmark(config: BenchmarkConfig, repository: Path, command: str = "") -> d
     if not cases:
         raise UserError("there is nothing to run: choose other methods, budgets or variants")
     for image in images:
-        prepare_picture(image, ForegroundConfig(), models["model"].encoder.image_size)  # raises where it can't be used
+        prepare_picture(
+            image, ForegroundConfig(), models["model"].encoder.image_size
+        )  # raises where it can't be used
     config.output.mkdir(parents=True, exist_ok=True)
     place = Workplace(planner, Store(config.output), images)
     runs = needed_runs(planner, cases)
@@ -47,5 +49,3 @@ def benchmark(config: BenchmarkConfig, repository: Path, command: str = "") -> d
     else:
         rounds = load_rounds(config.output / "timing.json", timing_key(place, timed))
     return write_report(place, cases, scores, rounds, dict(truth), command)
-
-

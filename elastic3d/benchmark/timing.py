@@ -60,7 +60,9 @@ def load_rounds(path: Path, key: str) -> list[Round]:
 def timing_key(place: Workplace, runs: Sequence[Run]) -> str:
     """Changes with whatever makes times incomparable."""
     config, about = place.config, machine()
-    fixed = {name: about[name] for name in ("system", "processor", "cores", "accelerator", "threads", "torch")}
+    fixed = {
+        name: about[name] for name in ("system", "processor", "cores", "accelerator", "threads", "torch")
+    }
     facts = [sorted(run.name for run in runs), [i.name for i in place.images], config.timing_images, fixed]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -115,16 +117,16 @@ def _time(
     return found
 
 
-def summarise(rounds: Sequence[Round], run: Run, baseline: Run, what: str, batch: int) -> dict[str, Any] | None:
+def summarise(
+    rounds: Sequence[Round], run: Run, baseline: Run, what: str, batch: int
+) -> dict[str, Any] | None:
     """Median and quartiles of a run's milliseconds and of its speed-up over another; None without rounds."""
     chosen = [r["runs"] for r in rounds if r["what"] == what and r["batch"] == batch]
     if not chosen or run.name not in chosen[0]:
         return None
     ms = np.array([measured[run.name]["ms"] for measured in chosen])
     ratio = np.array([measured[baseline.name]["ms"] for measured in chosen]) / ms
-    executed, dense = (
-        sum(m[run.name].get(name, 1.0) for m in chosen) for name in ("executed", "dense")
-    )
+    executed, dense = (sum(m[run.name].get(name, 1.0) for m in chosen) for name in ("executed", "dense"))
     return {
         "ms": np.quantile(ms, [0.25, 0.5, 0.75]).tolist(),
         "speedup": np.quantile(ratio, [0.25, 0.5, 0.75]).tolist(),

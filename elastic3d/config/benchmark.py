@@ -41,7 +41,9 @@ class BenchmarkConfig:
     """An elastic model against its dense self, fewer steps and controls: speed and fidelity in one table."""
 
     images: Path = field(metadata={"help": "folder of pictures, each of one object"})
-    output: Path = field(metadata={"help": "folder for results.json, the plots, and all that makes a run resumable"})
+    output: Path = field(
+        metadata={"help": "folder for results.json, the plots, and all that makes a run resumable"}
+    )
     gt: Path | None = option(None, "folder of ground truth meshes named as the pictures; null: no F-scores")
     model: str = option("default", "folder of the elastic model; default is the bundled one")
     dense: str = option("", "folder of the dense model; empty: `model` without its routers")
@@ -58,7 +60,9 @@ class BenchmarkConfig:
     cache: BlockCacheConfig | None = option(None, "cache of elastic rows; null: the model's default")
     drifts: list[float] = option([0.1], "drift limits of dense_cache, one row each")
     limit: int = option(0, "pictures, spread evenly over the folder; 0 takes all")
-    phases: list[Phase] = option([Phase.quality, Phase.timing], "what to do; the report is written in any case")
+    phases: list[Phase] = option(
+        [Phase.quality, Phase.timing], "what to do; the report is written in any case"
+    )
     guidance: float | None = option(None, "guidance scale; null: the model's default")
     resolution: int | None = option(None, "grid cells a side of the decoding; null: the model's default")
     batch_size: int = option(8, "quality: meshes generated at a time")

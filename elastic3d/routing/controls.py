@@ -101,7 +101,9 @@ def greedy_static(
     now, share = error(routes), 1.0
     path = [(share, routes)]
     # (price, error after the change, number of changes made when they were measured, block, action)
-    heap = [(-math.inf, now, -1, i, action) for i in range(len(blocks)) for action in (SKIPPED, len(ratios) - 1)]
+    heap = [
+        (-math.inf, now, -1, i, action) for i in range(len(blocks)) for action in (SKIPPED, len(ratios) - 1)
+    ]
     heap = list(dict.fromkeys(heap))
     heapq.heapify(heap)
     while share > lowest and heap:

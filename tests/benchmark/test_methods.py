@@ -31,13 +31,24 @@ def test_methods_that_ask_for_the_same_share_a_run(world, tmp_path):
     planner, cases = plan(config, models, images=2)
     by_method = {m: [c for c in cases if c.method == m.value] for m in Method}
     assert [c.run for c in by_method[Method.elastic]] == [c.run for c in by_method[Method.elastic_no_cache]]
-    assert [(c.run.steps, c.budget) for c in by_method[Method.elastic]] == [(2, 1.0), (2, 0.5), (3, 1.0), (3, 0.5)]
-    assert [c.run.steps for c in by_method[Method.fewer_steps]] == [2, 4] and by_method[Method.dense][0].run.steps == 3
+    assert [(c.run.steps, c.budget) for c in by_method[Method.elastic]] == [
+        (2, 1.0),
+        (2, 0.5),
+        (3, 1.0),
+        (3, 0.5),
+    ]
+    assert [c.run.steps for c in by_method[Method.fewer_steps]] == [2, 4] and by_method[Method.dense][
+        0
+    ].run.steps == 3
     [control] = by_method[Method.random]  # none at budget 1
-    assert control.run.donor == by_method[Method.elastic_no_cache][3].run and control.run.routes is Routes.random
+    assert (
+        control.run.donor == by_method[Method.elastic_no_cache][3].run and control.run.routes is Routes.random
+    )
     runs = needed_runs(planner, cases)
     names = [run.name for run in runs]
-    assert len(set(names)) == len(names) and names.index(control.run.donor.name) < names.index(control.run.name)
+    assert len(set(names)) == len(names) and names.index(control.run.donor.name) < names.index(
+        control.run.name
+    )
     assert planner.reference() in runs and all(planner.dense(steps) in runs for steps in (2, 3, 4))
     again = plan(config_of(world, tmp_path, resolution=9), models, 2)[1]
     assert not {case.run for case in again} & set(runs)  # other options, other meshes

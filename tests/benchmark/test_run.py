@@ -34,7 +34,11 @@ def done(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     pipeline = ImageTo3DPipeline.from_pretrained(world / "model", "cpu", "float32")
     save_routers(pipeline.dit, world / "routers")
     assert session_of(pipeline.dit)
-    variants = {"no_mesh": str(world / "routers"), "finetuned": str(world / "model/dit"), "whole": str(world / "model")}
+    variants = {
+        "no_mesh": str(world / "routers"),
+        "finetuned": str(world / "model/dit"),
+        "whole": str(world / "model"),
+    }
     cache = BlockCacheConfig(rule=CacheRule.drift, drift=0.5)
     config = config_of(world, output, variants=variants, cache=cache)
     return output, benchmark(config, world, "python scripts/benchmark.py")
@@ -56,7 +60,11 @@ def test_every_method_is_a_row_with_every_number(done):
     assert {row["method"] for row in rows} == {*Method.__members__, "no_mesh", "finetuned", "whole"}
     for row in rows:
         assert set(row) >= WANTED
-        absent = {name for name in WANTED if row[name] is None} - {"budget", "iou_paired", "end_to_end_speedup"}
+        absent = {name for name in WANTED if row[name] is None} - {
+            "budget",
+            "iou_paired",
+            "end_to_end_speedup",
+        }
         assert not absent, row
         assert row["meshes"] == 4 and row["failed"] == 0 and row["rounds"] == 1
         assert row["dit_ms_q25"] <= row["dit_ms_median"] <= row["dit_ms_q75"]
@@ -74,12 +82,16 @@ def test_dense_rows_are_what_they_must_be(done):
     _, results = done
     dense = row_of(results, "dense")
     assert dense["steps"] == 3 and dense["dit_speedup"] == 1 and dense["executed_flops_ratio"] == 1
-    assert dense["efficiency"] == 1 and dense["chamfer_l1_same_steps"] == 0 and dense["f_score@0.02_drop"] == 0
-    assert 0 < dense["chamfer_l1_paired"] and 0 < dense["chamfer_l1_seed_floor"]
+    assert (
+        dense["efficiency"] == 1 and dense["chamfer_l1_same_steps"] == 0 and dense["f_score@0.02_drop"] == 0
+    )
+    assert dense["chamfer_l1_paired"] > 0 and dense["chamfer_l1_seed_floor"] > 0
     reference = row_of(results, "fewer_steps", steps=4)
     assert reference["chamfer_l1_paired"] == 0 and reference["iou_paired"] == 1
     assert reference["flops_ratio_to_baseline"] == pytest.approx(4 / 3)
-    assert row_of(results, "finetuned")["chamfer_l1_paired"] == dense["chamfer_l1_paired"]  # the same weights here
+    assert (
+        row_of(results, "finetuned")["chamfer_l1_paired"] == dense["chamfer_l1_paired"]
+    )  # the same weights here
 
 
 def test_routers_and_controls_execute_what_they_should(done):
@@ -88,8 +100,12 @@ def test_routers_and_controls_execute_what_they_should(done):
     assert 0 < routers["executed_flops_ratio"] < 1 and routers["router_flops_ratio"] > 0
     for control in ("random", "static", "timestep", "shuffled"):
         row = row_of(results, control, budget=0.5)
-        assert row["executed_flops_ratio"] == pytest.approx(routers["executed_flops_ratio"], abs=0.13), control
-    assert row_of(results, "shuffled")["executed_flops_ratio"] == pytest.approx(routers["executed_flops_ratio"])
+        assert row["executed_flops_ratio"] == pytest.approx(routers["executed_flops_ratio"], abs=0.13), (
+            control
+        )
+    assert row_of(results, "shuffled")["executed_flops_ratio"] == pytest.approx(
+        routers["executed_flops_ratio"]
+    )
     assert row_of(results, "static")["share_std"] == 0
     cached = row_of(results, "dense_cache")
     assert cached["budget"] is None and cached["executed_flops_ratio"] <= 1
@@ -125,10 +141,15 @@ def test_a_second_run_makes_nothing_again(done, world, monkeypatch):
     monkeypatch.setattr(quality, "make", never)
     monkeypatch.setattr(quality, "score_all", _from_journal_only)
     cache = BlockCacheConfig(rule=CacheRule.drift, drift=0.5)
-    config = config_of(world, output, cache=cache, phases=[Phase.quality], methods=[Method.elastic, Method.static])
+    config = config_of(
+        world, output, cache=cache, phases=[Phase.quality], methods=[Method.elastic, Method.static]
+    )
     again = benchmark(config, world)
     row, before = row_of(again, "static"), row_of(results, "static")
-    assert row["chamfer_l1_paired"] == before["chamfer_l1_paired"] and row["f_score@0.02"] == before["f_score@0.02"]
+    assert (
+        row["chamfer_l1_paired"] == before["chamfer_l1_paired"]
+        and row["f_score@0.02"] == before["f_score@0.02"]
+    )
     assert row["dit_ms_median"] is None and again["summary"]["targets"]["speed"]["met"] is None
 
 
@@ -157,7 +178,9 @@ def test_an_interrupted_run_goes_on(world, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         benchmark(config, world)
     assert len(list(tmp_path.rglob("seed-0/*.glb"))) == 4 and not list(tmp_path.rglob("*.tmp*"))
-    monkeypatch.setattr(quality, "make", lambda p, r, jobs, *rest: made.append(len(jobs)) or real(p, r, jobs, *rest))
+    monkeypatch.setattr(
+        quality, "make", lambda p, r, jobs, *rest: made.append(len(jobs)) or real(p, r, jobs, *rest)
+    )
     rounds: list[Any] = []
     real_round = timing._round
 
@@ -233,7 +256,13 @@ def test_without_routers_only_the_dense_model_is_measured(world, tmp_path):
     shutil.copytree(world / "model", tmp_path / "plain")
     shutil.rmtree(tmp_path / "plain" / "routers")
     config = config_of(
-        world, tmp_path / "out", model=str(tmp_path / "plain"), gt=None, seeds=[0], limit=1, phases=[Phase.quality]
+        world,
+        tmp_path / "out",
+        model=str(tmp_path / "plain"),
+        gt=None,
+        seeds=[0],
+        limit=1,
+        phases=[Phase.quality],
     )
     results = benchmark(config, world)
     assert {row["method"] for row in results["rows"]} == {"dense", "fewer_steps"}

@@ -20,7 +20,9 @@ def row(method: str, steps: int, ms: float | None, distance: float, **changes: A
     return fields | changes
 
 
-FEWER = [row("fewer_steps", steps, 2.0 * steps, distance) for steps, distance in ((8, 0.3), (12, 0.1), (25, 0.05))]
+FEWER = [
+    row("fewer_steps", steps, 2.0 * steps, distance) for steps, distance in ((8, 0.3), (12, 0.1), (25, 0.05))
+]
 FEWER += [row("dense", 50, 100, 0.02), row("fewer_steps", 100, 200, 0.0)]
 
 
@@ -69,7 +71,13 @@ def test_what_holds_fidelity():
 
 def test_who_beats_whom():
     def compared(rival: str, low: float, high: float) -> dict[str, Any]:
-        head = {"rival_method": rival, "metric": "chamfer_l1", "against": "reference", "budget": 0.5, "steps": 50}
+        head = {
+            "rival_method": rival,
+            "metric": "chamfer_l1",
+            "against": "reference",
+            "budget": 0.5,
+            "steps": 50,
+        }
         return head | {"worse_by": {"low": low, "high": high}}
 
     found = beaten([compared("random", -2, -1), compared("static", -1, 1), compared("x", 1, 2)])

@@ -34,7 +34,9 @@ def test_the_knee_is_where_more_time_stops_to_help():
 def test_a_model_twice_as_fast_is_twice_as_fast_at_every_fidelity():
     found = compare_fronts([(time / 2, loss) for time, loss in STEPS], STEPS)
     assert found.never_worse and found.knee_ratio == pytest.approx(2)
-    assert [ratio for _, ratio in found.ratios] == pytest.approx([2] * 4) and found.best_ratio == pytest.approx(2)
+    assert [ratio for _, ratio in found.ratios] == pytest.approx(
+        [2] * 4
+    ) and found.best_ratio == pytest.approx(2)
     json.dumps(found.as_dict())
 
 

@@ -41,7 +41,9 @@ def test_timestep_routes_keep_what_most_samples_keep():
     assert (routes[:, :, 0] == 4).all() and (routes[:2, 0, 1] == 2).all() and not routes[:, :, 2:].any()
     assert executed_share(routes, BLOCKS, RATIOS) == pytest.approx(share)
     more = timestep_routes(actions, BLOCKS, RATIOS, 0.6)
-    assert (more[2:, 1, 2] == 3).all() and executed_share(more, BLOCKS, RATIOS) == pytest.approx(0.6, abs=0.03)
+    assert (more[2:, 1, 2] == 3).all() and executed_share(more, BLOCKS, RATIOS) == pytest.approx(
+        0.6, abs=0.03
+    )
     one_branch = actions.clone()
     one_branch[:, 1] = NOT_RUN
     found = timestep_routes(one_branch, BLOCKS, RATIOS, 0.5)
