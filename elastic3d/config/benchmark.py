@@ -104,5 +104,5 @@ class BenchmarkConfig:
             check_range(name, getattr(self, name), 0, 1 << 20)
         check_range("bootstrap", self.bootstrap, 1, 1_000_000)
         for name in self.variants:
-            if name in Method.__members__ or not name.isidentifier():
+            if name in Method.__members__ or name == "model" or not name.isidentifier():
                 raise ValueError(f"variants has {name!r}, expected another name, of letters, digits and _")

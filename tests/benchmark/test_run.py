@@ -40,7 +40,7 @@ def done(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
         "whole": str(world / "model"),
     }
     cache = BlockCacheConfig(rule=CacheRule.drift, drift=0.5)
-    config = config_of(world, output, variants=variants, cache=cache)
+    config = config_of(world, output, variants=variants, cache=cache, calibration=world / "images")
     return output, benchmark(config, world, "python scripts/benchmark.py")
 
 
@@ -142,7 +142,12 @@ def test_a_second_run_makes_nothing_again(done, world, monkeypatch):
     monkeypatch.setattr(quality, "score_all", _from_journal_only)
     cache = BlockCacheConfig(rule=CacheRule.drift, drift=0.5)
     config = config_of(
-        world, output, cache=cache, phases=[Phase.quality], methods=[Method.elastic, Method.static]
+        world,
+        output,
+        cache=cache,
+        calibration=world / "images",
+        phases=[Phase.quality],
+        methods=[Method.elastic, Method.static],
     )
     again = benchmark(config, world)
     row, before = row_of(again, "static"), row_of(results, "static")

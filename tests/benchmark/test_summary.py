@@ -53,6 +53,8 @@ def test_targets_that_are_missed_or_not_measured():
     assert targets["speed"]["met"] is False and targets["budgets"]["met"] is False
     assert targets["frontier, chamfer_l1_paired, batch 1"]["met"] is False
     assert targets["knee, chamfer_l1_paired, batch 1"]["met"] is False
+    unknown = [elastic(0.3, 20, 0.1, **{"f_score@0.02": None, "f_score@0.02_drop": None})]
+    assert summarise_rows(unknown, 100, 50)["targets"]["speed"]["met"] is None  # fast, but is it good?
     nothing = summarise_rows(FEWER, 100, 50)
     assert nothing["best_operating_point"] is None
     assert all(target["met"] is None for target in nothing["targets"].values())
