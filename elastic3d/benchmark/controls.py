@@ -44,7 +44,8 @@ class Controls:
         self.pipeline = planner.models[MAIN]
         found = find_pictures(self.config.calibration) if self.config.calibration else self.images
         chosen = found[: self.config.calibration_samples]
-        self.calibration = [Job(image, self.config.seeds[0]) for image in chosen]
+        seeds = self.config.seeds
+        self.calibration = [Job(image, seeds[i % len(seeds)]) for i, image in enumerate(chosen)]
         self.folder = self.config.output / "tables"
         self._tables: dict[str, Tensor] = {}
 
@@ -86,8 +87,9 @@ class Controls:
         return timestep_routes(found["actions"], found["blocks"], self.ratios, found["share"])[:, :, None]
 
     def _static(self, run: Run) -> Tensor:
-        path = [(share, torch.tensor(routes)) for share, routes in self._static_path(run)]
-        return nearest_share(path, self._calibrated(run)["share"])[None, None, None]
+        share = self._calibrated(run)["share"]
+        path = [(found, torch.tensor(routes)) for found, routes in self._static_path(run, share)]
+        return nearest_share(path, share)[None, None, None]
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -129,26 +131,28 @@ class Controls:
         facts = (
             self.planner.reference().name,  # the model, guidance, resolution
             self.planner.baseline_steps,
-            [job.image.name for job in self.calibration],
+            [(job.image.name, job.seed) for job in self.calibration],
             config.calibration_calls,
         )
         return zlib.crc32(repr(facts).encode())
 
-    def _static_path(self, run: Run) -> list[tuple[float, list[int]]]:
-        """The greedy path of fixed routes; the same for every budget."""
-        lowest = 0.9 * min(self.config.budgets)
-        path = self.folder / f"static-{self._calibration_key():08x}-{lowest:.3f}.json"
-        if not path.is_file():
+    def _static_path(self, run: Run, share: float) -> list[tuple[float, list[int]]]:
+        """The greedy path of fixed routes, down to `share` at least; one for every budget."""
+        file = self.folder / f"static-{self._calibration_key():08x}.json"
+        path: list[tuple[float, list[int]]] = load_json(file)["path"] if file.is_file() else []
+        if not path or path[-1][0] > share:
+            lowest = min(share, 0.9 * min(self.config.budgets))
             blocks = self._calibrated(run)["blocks"]
             with tqdm(desc="static routes", unit="change", dynamic_ncols=True) as bar:
 
-                def on_change(share: float) -> None:
-                    bar.set_postfix_str(f"{share:.2f} of the FLOPs, down to {lowest:.2f}")
+                def on_change(executed: float) -> None:
+                    bar.set_postfix_str(f"{executed:.2f} of the FLOPs, down to {lowest:.2f}", refresh=False)
                     bar.update()
 
                 found = greedy_static(self._velocity_error(), blocks, self.ratios, lowest, on_change)
-            save_json({"path": [[share, routes.tolist()] for share, routes in found]}, path)
-        return [(share, routes) for share, routes in load_json(path)["path"]]
+            path = [(executed, routes.tolist()) for executed, routes in found]
+            save_json({"path": path}, file)
+        return path
 
     @torch.no_grad()
     def _velocity_error(self) -> Callable[[Tensor], float]:

@@ -89,6 +89,7 @@ class Planner:
         calibration = (str(config.calibration), config.calibration_samples, config.calibration_calls)
         facts = [
             pipeline.weights_sha256,
+            str(next(pipeline.dit.parameters()).dtype),
             steps,
             config.guidance if config.guidance is not None else pipeline.config.guidance,
             config.resolution or pipeline.config.resolution,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from elastic3d.evaluation.frontier import pareto_front
 from elastic3d.evaluation.items import Row
 from elastic3d.geometry.mesh_io import atomic_path
 
@@ -30,11 +31,10 @@ LABELS = {
 
 @dataclass
 class Series:
-    """One method: points (x, y), joined by a line where it is a family of operating points."""
+    """One method: its operating points (x, y); a line joins those that no other of them dominates."""
 
     name: str
     points: list[tuple[float, float]] = field(default_factory=list)
-    joined: bool = True
 
 
 def save(picture: Image.Image, path: Path) -> None:
@@ -58,7 +58,8 @@ def pareto_plot(rows: Sequence[Row], batch: int) -> Image.Image | None:
                 name = "dense, fewer steps" if _is_dense(row) else row["method"]
                 series[name].points.append((time, value))
         if any(each.points for each in series.values()):
-            panels.append(chart(list(series.values()), f"DiT, ms a mesh, batch {batch}", label))
+            time_label, lower = f"DiT, ms a mesh, batch {batch}", score.startswith("chamfer")
+            panels.append(chart(list(series.values()), time_label, label, lower))
     if not panels:
         return None
     legend = _legend(names, sum(panel.width for panel in panels))
@@ -73,8 +74,8 @@ def _is_dense(row: Row) -> bool:
     return row["method"] in ("dense", "fewer_steps")
 
 
-def chart(series: Sequence[Series], x_label: str, y_label: str) -> Image.Image:
-    """Points and lines over a logarithmic x axis, the colours those of `COLOURS` in order."""
+def chart(series: Sequence[Series], x_label: str, y_label: str, lower: bool = True) -> Image.Image:
+    """Points and frontiers over a logarithmic x axis, the colours those of `COLOURS` in order; `lower` y is better."""
     points = [point for each in series for point in each.points]
     x_range = _padded(
         math.log([*map(min, zip(*points, strict=True))][0]), math.log(max(x for x, _ in points))
@@ -102,10 +103,11 @@ def chart(series: Sequence[Series], x_label: str, y_label: str) -> Image.Image:
     draw.text((LEFT + width / 2, TOP + height + 30), x_label, fill=INK, font=font, anchor="ma")
     for number, each in enumerate(series):
         colour = COLOURS[number % len(COLOURS)]
-        at_points = [place(x, y) for x, y in sorted(each.points)]
-        if each.joined and len(at_points) > 1:
-            draw.line(at_points, fill=colour, width=2)
-        for x, y in at_points:
+        sign = 1 if lower else -1
+        front = pareto_front([(x, sign * y) for x, y in each.points])
+        if len(front) > 1:
+            draw.line([place(x, sign * y) for x, y in front], fill=colour, width=2)
+        for x, y in (place(*point) for point in each.points):
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
     return picture
 
