@@ -27,7 +27,7 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type
 
 import yaml
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from elastic3d.errors import UserError
@@ -303,6 +303,8 @@ def _show(config: DictConfig, name: str) -> str:
         return "(required)"
     if isinstance(value, Enum):
         return value.name
+    if isinstance(value, ListConfig):
+        return f"[{', '.join(item.name if isinstance(item, Enum) else str(item) for item in value)}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)

@@ -25,6 +25,7 @@ REQUIRED = {
     "evaluate": ["pred=a", "gt=b", "output=c.json"],
     "gen_mesh": ["image=a.png", "output=b.glb"],
     "import_hunyuan3d": ["output=a"],
+    "benchmark": ["images=a", "output=b"],
 }
 CONDA_NAMES = {"torch": "pytorch", "open3d-cpu": "open3d"}
 CONDA_ONLY = {"python", "pip", "pytorch3d"}
