@@ -142,6 +142,9 @@ class _Builder:
         path = self.config.output / "settings.json"
         if path.is_file():
             found = load_json(path)
+            for name, kind in (("encoder", ImageEncoderConfig), ("foreground", ForegroundConfig)):
+                # an option that did not exist when the cache was made had its default
+                found[name] = to_dict(from_dict(kind, found.get(name, {}), str(path)))
             differing = [name for name, value in self.settings.items() if found.get(name) != value]
             if set(differing) - {"vae"}:  # the same weights may have moved
                 raise UserError(f"{self.config.output} was made with another {differing[0]}: delete it first")
