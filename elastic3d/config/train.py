@@ -164,11 +164,6 @@ class VAEStageConfig:
     anchor_spread: float = option(
         0.0, "anchored: standard deviation of an anchor's offset from the surface, before it is read"
     )
-    decoder_only: bool = option(False, "leave the encoder, and so the latents, as they are")
-    anchor_noise: float = option(
-        0.0, "largest standard deviation of noise on anchors before they are decoded; drawn for each shape"
-    )
-    feature_noise: float = option(0.0, "the same for a latent's features")
     val_shapes: int = option(64, "shapes to validate on")
     val_queries: int = option(4096, "field queries of each kind for a validation shape")
     sample_resolution: int = option(64, "grid cells a side of the sample pictures")
@@ -179,8 +174,6 @@ class VAEStageConfig:
         check_range("vae.softness", self.softness, 1e-6, 1)
         check_range("vae.truncation", self.truncation, 1e-6, 2)
         check_range("vae.anchor_spread", self.anchor_spread, 0, 1)
-        check_range("vae.anchor_noise", self.anchor_noise, 0, 1)
-        check_range("vae.feature_noise", self.feature_noise, 0, 1e3)
         if self.near_queries + self.volume_queries < 1:
             raise ValueError(
                 "vae.near_queries and vae.volume_queries are both 0, expected at least one query"
@@ -240,9 +233,6 @@ class ExportConfig:
     """Averaged weights of a run as a model folder."""
 
     output: Path | None = option(None, "folder to write; by default `export` in the run's folder")
-    vae: Path | None = option(
-        None, "for a DiT: VAE to ship instead of the one that encoded its latents; the same encoder"
-    )
     pipeline: PipelineConfig = option(PipelineConfig, "name and sampling defaults of an exported DiT")
 
     def __post_init__(self) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from elastic3d import __version__
 from elastic3d.adapters import save_routers
+from elastic3d.config.generate import PipelineConfig
 from elastic3d.config.router_stage import TrainedParts
 from elastic3d.config.serialize import from_dict
-from elastic3d.config.train import ExportConfig, StageName, TrainConfig
+from elastic3d.config.train import StageName, TrainConfig
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import atomic_path
 from elastic3d.models.image_encoder import build_image_encoder
@@ -58,36 +59,24 @@ def export_run(config: TrainConfig) -> Path:
         _export_routers(output, trained, weights, str(path))
         _write_record(output / "routers", config.folder, checkpoint.step, checkpoint.values)
     else:
-        _export_pipeline(output, config.export, trained, _inside("dit.", weights), str(path))
+        _export_pipeline(output, config.export.pipeline, trained, _inside("dit.", weights), str(path))
         _write_record(output / "dit", config.folder, checkpoint.step, checkpoint.values)
     return output
 
 
 def _export_pipeline(
-    output: Path, export: ExportConfig, trained: TrainConfig, weights: dict[str, Tensor], source: str
+    output: Path, pipeline: PipelineConfig, trained: TrainConfig, weights: dict[str, Tensor], source: str
 ) -> None:
     info = LatentInfo.load(trained.latents.output)
     dit = ShapeDiT(trained.dit.model)
     load_strict(dit, weights, source)
     vae = ShapeVAE.from_pretrained(info.vae)
-    if export.vae is not None:
-        vae = _of_same_encoder(vae, export.vae, info.vae)
     vae.set_latent_statistics(info.mean, info.std)
     encoder = build_image_encoder(info.encoder)
-    ImageTo3DPipeline(vae, dit, encoder, export.pipeline).save_pretrained(output, torch.bfloat16)
+    ImageTo3DPipeline(vae, dit, encoder, pipeline).save_pretrained(output, torch.bfloat16)
     for name in (RECORD_NAME, CURVES_NAME):
-        if ((export.vae or info.vae) / name).is_file():
-            shutil.copyfile((export.vae or info.vae) / name, output / "vae" / name)
-
-
-def _of_same_encoder(vae: ShapeVAE, folder: Path, encoded_by: Path) -> ShapeVAE:
-    """The VAE in `folder`, whose latents must be those of `vae`; UserError if its encoder is another."""
-    other = ShapeVAE.from_pretrained(folder)
-    names = [name for name in vae.state_dict() if name.startswith(("encoder.", "pre_kl."))]
-    for name in names:
-        if not torch.equal(vae.state_dict()[name], other.state_dict().get(name, torch.empty(0))):
-            raise UserError(f"export.vae={folder} encodes otherwise than {encoded_by}, first in {name}")
-    return other
+        if (info.vae / name).is_file():
+            shutil.copyfile(info.vae / name, output / "vae" / name)
 
 
 def _export_routers(output: Path, trained: TrainConfig, weights: dict[str, Tensor], source: str) -> None:
