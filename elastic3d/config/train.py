@@ -92,6 +92,9 @@ class LoopConfig:
     max_minutes: float = option(0.0, "stop cleanly, with a checkpoint, after this time; 0 never does")
     resume: bool = option(True, "go on from the newest whole checkpoint of this run")
     init_from: Path | None = option(None, "a checkpoint folder whose averaged weights a new run starts from")
+    init_new: list[str] = option(
+        [], "parameters that init_from's checkpoint may lack, by name: they keep their initial values"
+    )
     log_every: int = option(20, "steps between scalars")
     validate_every: int = option(500, "steps between validations; 0 never validates")
     sample_every: int = option(2000, "steps between sample pictures; 0 never draws any")

@@ -273,6 +273,8 @@ class _Run:
         if path is None:
             return
         weights = load_checkpoint(path).tensors["average"]
+        own = dict(zip(self.optimizer.names, self.optimizer.masters, strict=True))
+        weights = {name: own[name].detach() for name in self.config.init_new if name in own} | weights
         self._load_weights(weights, path)
         for value, master in zip(self.average.values, self.optimizer.masters, strict=True):
             value.copy_(master.detach())
