@@ -10,12 +10,11 @@ everything, and the exit code is 1 if any failed. A picture needs a transparent 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
 
-from _cli import run
+from _cli import check_writable, run
 
 from elastic3d.config.generate import DEFAULT_MODEL, GenerateConfig
 from elastic3d.errors import UserError
@@ -59,13 +58,6 @@ def main(config: GenerateConfig) -> int:
         generation.save_routes(Path(config.trace), outcomes)
     report(outcomes, time.perf_counter() - start)
     return int(any(outcome.status == "failed" for outcome in outcomes))
-
-
-def check_writable(folder: Path) -> None:
-    """UserError before the work, not after it, if nothing can be written to `folder`."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"can't write to {folder}: {existing} is no folder that may be written to")
 
 
 def report(outcomes: list, seconds: float) -> None:

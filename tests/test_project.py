@@ -24,6 +24,7 @@ REQUIRED = {
     "prepare_data": ["path=somewhere"],
     "evaluate": ["pred=a", "gt=b", "output=c.json"],
     "gen_mesh": ["image=a.png", "output=b.glb"],
+    "gen_image": ["prompt=a chair", "output=b.png"],
 }
 CONDA_NAMES = {"torch": "pytorch", "open3d-cpu": "open3d"}
 CONDA_ONLY = {"python", "pip", "pytorch3d"}

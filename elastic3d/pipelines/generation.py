@@ -18,7 +18,7 @@ from elastic3d.models.pictures import PICTURE_SUFFIXES
 from elastic3d.models.weights import save_json
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
 from elastic3d.pipelines.preview import turntable
-from elastic3d.pipelines.routes import draw_routes
+from elastic3d.pipelines.routes import draw_routes, route_title
 
 SUMMARY_NAME = "summary.json"
 
@@ -140,9 +140,7 @@ def save_routes(path: Path, outcomes: Sequence[Outcome]) -> None:
     panels = []
     for outcome in outcomes:
         if receipt := outcome.receipt if "routes" in outcome.receipt else None:
-            share = receipt["flops_executed"] / receipt["flops_dense"]
-            title = f"{Path(outcome.output).name}, seed {outcome.seed}: {share:.0%} of the dense FLOPs"
-            panels.append((title, receipt["routes"]))
+            panels.append((route_title(Path(outcome.output).name, receipt), receipt["routes"]))
     draw_routes(panels, path)
 
 

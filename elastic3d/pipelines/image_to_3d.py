@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
@@ -34,7 +32,7 @@ from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.weights import file_sha256, find_weights, load_json, save_json
 from elastic3d.pipelines.routes import route_receipt, with_options
-from elastic3d.pipelines.runtime import resolve_device, resolve_dtype
+from elastic3d.pipelines.runtime import resolve_device, resolve_dtype, timed
 from elastic3d.routing.session import RoutingSession
 
 PIPELINE_NAME = "pipeline.json"
@@ -249,7 +247,7 @@ class ImageTo3DPipeline:
         results = [Result(self._receipt(seed, settings)) for seed in seeds]
         prepared: dict[int, Image.Image] = {}
         batch_ms: dict[str, float] = {}
-        with _timed(batch_ms, "condition"):
+        with timed(batch_ms, "condition"):
             for i, picture in enumerate(pictures):
                 try:
                     prepared[i] = prepare_picture(picture, settings.foreground, self.encoder.image_size)
@@ -258,9 +256,9 @@ class ImageTo3DPipeline:
             if not prepared:
                 return results
             condition = self.encoder(to_tensor(list(prepared.values())).to(self.device))
-        with _timed(batch_ms, "dit"):
+        with timed(batch_ms, "dit"):
             latents = self.sample_latents(condition, [seeds[i] for i in prepared], settings, on_step)
-        with _timed(batch_ms, "decode"), torch.no_grad():
+        with timed(batch_ms, "decode"), torch.no_grad():
             tokens = self.vae.decode(latents)
         share = {name: value / len(prepared) for name, value in batch_ms.items()}
         for row, i in enumerate(prepared):
@@ -302,13 +300,13 @@ class ImageTo3DPipeline:
 
     def _mesh_of(self, tokens: Tensor, settings: Settings, ms: dict[str, float]) -> trimesh.Trimesh:
         """Decoded tokens (1,N,D) of one sample -> clean mesh; adds its times to `ms`."""
-        with _timed(ms, "decode"):
+        with timed(ms, "decode"):
             values, _ = decode_field(
                 lambda points, _: self.vae.query(points, tokens), 0, settings.decode, self.device
             )
-        with _timed(ms, "surface"):
+        with timed(ms, "surface"):
             mesh = extract_surface(values, settings.decode.box, settings.decode.surface)
-        with _timed(ms, "cleanup"):
+        with timed(ms, "cleanup"):
             return clean(mesh, settings.cleanup)
 
     def _receipt(self, seed: int, settings: Settings) -> dict[str, Any]:
@@ -329,13 +327,3 @@ class ImageTo3DPipeline:
         branches = 2 if settings.guidance != 1.0 and not cfg.guidance_embed else 1
         dense = settings.steps * branches * dit_blocks_flops(cfg, cfg.num_latents, condition_tokens)
         return {"flops_executed": dense, "flops_dense": dense}
-
-
-@contextmanager
-def _timed(ms: dict[str, float], name: str) -> Iterator[None]:
-    """Add the milliseconds of the block to `ms[name]`, waiting for what it started on a GPU."""
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    ms[name] = ms.get(name, 0.0) + 1000 * (time.perf_counter() - start)

@@ -1,6 +1,10 @@
-"""Which device and number format a model runs in."""
+"""Which device and number format a model runs in, and how long it takes."""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -61,3 +65,13 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 def _has_mps() -> bool:
     return torch.backends.mps.is_available()
+
+
+@contextmanager
+def timed(ms: dict[str, float], name: str) -> Iterator[None]:
+    """Add the milliseconds of the block to `ms[name]`, waiting for what it started on a GPU."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    ms[name] = ms.get(name, 0.0) + 1000 * (time.perf_counter() - start)
