@@ -25,7 +25,8 @@ class Backbone:
     name: ClassVar[BackboneName]
     pipeline_class: ClassVar[str]
     negative: ClassVar[str] = ""  # what the unconditional branch is told
-    longest: ClassVar[int] = 512  # tokens of a prompt
+    longest: int = 512  # tokens of a prompt
+    stores_bytes: ClassVar[bool] = False  # latents in [-1,1] that 8 bits hold exactly
     defaults: ClassVar[dict[bool, tuple[int, float]]]
 
     def __init__(self, pipe: Any) -> None:
@@ -77,18 +78,23 @@ class Backbone:
         raise NotImplementedError
 
     def velocity(
-        self, latents: Tensor, t: Tensor, text: Text, size: tuple[int, int], guidance: float
+        self, dit: Any, latents: Tensor, t: Tensor, text: Text, size: tuple[int, int], guidance: float
     ) -> Tensor:
-        """Latents (B,N,C) at t (B,), 0 = noise -> velocity (B,N,C) towards the data, of one branch."""
+        """Latents (B,N,C) at t (B,), 0 = noise -> `dit`'s velocity (B,N,C) towards the data."""
         raise NotImplementedError
 
-    def guidance_arguments(self, guidance: float, samples: int) -> dict[str, Any]:
-        """Arguments of the pipeline for a guidance; where two branches are needed, the second one's text."""
+    def guidance_arguments(
+        self, guidance: float, samples: int, negative: Text | None = None
+    ) -> dict[str, Any]:
+        """Arguments of the pipeline for a guidance; where two branches are needed, the second one's text.
+
+        `negative` (1, ...) is that text where it was encoded before.
+        """
         if self.embeds_guidance:
             return {"guidance_scale": guidance}
         if guidance <= 1:
             return {"true_cfg_scale": 1.0}
-        text = self.encode_prompts([self.negative])
+        text = negative or self.encode_prompts([self.negative])
         other = {f"negative_{name}": value.expand(samples, *value.shape[1:]) for name, value in text.items()}
         return {"true_cfg_scale": guidance, **other}
 
@@ -111,7 +117,7 @@ class FluxBackbone(Backbone):
     def encode_prompts(self, prompts: Sequence[str], length: int | None = None) -> Text:
         """`prompt_embeds` (B,L,D) and `pooled_prompt_embeds` (B,P)."""
         embeds, pooled, _ = self.pipe.encode_prompt(
-            list(prompts), None, self.device, max_sequence_length=length or self.longest
+            prompt=list(prompts), device=self.device, max_sequence_length=length or self.longest
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
@@ -131,13 +137,13 @@ class FluxBackbone(Backbone):
         return pipe.vae.decode(x.to(pipe.vae.dtype), return_dict=False)[0] / 2 + 0.5
 
     def velocity(
-        self, latents: Tensor, t: Tensor, text: Text, size: tuple[int, int], guidance: float
+        self, dit: Any, latents: Tensor, t: Tensor, text: Text, size: tuple[int, int], guidance: float
     ) -> Tensor:
         """(B,N,C)."""
-        number, embeds = self.pipe.transformer.dtype, text["prompt_embeds"]
+        number, embeds = dit.dtype, text["prompt_embeds"]
         rows, columns = size[1] // self.multiple, size[0] // self.multiple
         places = self.pipe._prepare_latent_image_ids(len(latents), rows, columns, latents.device, number)
-        found = self.pipe.transformer(
+        found = dit(
             hidden_states=latents.to(number),
             timestep=(1 - t).to(number),
             guidance=self._guidance(guidance, latents),
@@ -192,12 +198,12 @@ class QwenImageBackbone(Backbone):
         return pipe.vae.decode(x * std + mean, return_dict=False)[0][:, :, 0] / 2 + 0.5
 
     def velocity(
-        self, latents: Tensor, t: Tensor, text: Text, size: tuple[int, int], guidance: float
+        self, dit: Any, latents: Tensor, t: Tensor, text: Text, size: tuple[int, int], guidance: float
     ) -> Tensor:
         """(B,N,C)."""
-        number = self.pipe.transformer.dtype
+        number = dit.dtype
         shape = (1, size[1] // self.multiple, size[0] // self.multiple)
-        found = self.pipe.transformer(
+        found = dit(
             hidden_states=latents.to(number),
             timestep=(1 - t).to(number),
             guidance=self._guidance(guidance, latents),

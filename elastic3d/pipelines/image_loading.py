@@ -20,9 +20,9 @@ INDEX_NAME = "model_index.json"
 
 
 def load_backbone(
-    name: BackboneName, weights: str | Path, device: torch.device, dtype: torch.dtype
+    name: BackboneName, weights: str | Path, device: torch.device, dtype: torch.dtype, encoders: bool = True
 ) -> Backbone:
-    """The pipeline in a folder, on `device`, its progress bars off.
+    """The pipeline in a folder, on `device`, its progress bars off; without text encoders where they aren't needed.
 
     Raises:
         UserError: the folder is no pipeline, or one of another family; a file is missing, broken, a pickle, or does
@@ -32,12 +32,12 @@ def load_backbone(
     if name is BackboneName.small:
         from elastic3d.pipelines.pixel_flux import SmallBackbone, load_pixel_flux
 
-        return SmallBackbone(load_pixel_flux(folder, device, dtype))
+        return SmallBackbone(load_pixel_flux(folder, device, dtype, encoders))
     family = BACKBONES[name]
     check_index(folder, family.pipeline_class)
     try:
         with quiet():
-            pipe = _load(folder, family.pipeline_class, dtype)
+            pipe = _load(folder, family.pipeline_class, dtype, encoders)
     except UserError:
         raise
     except Exception as error:  # loaders of broken folders raise anything
@@ -132,12 +132,14 @@ def quiet() -> Iterator[None]:
             module.enable_progress_bar()
 
 
-def _load(folder: Path, pipeline_class: str, dtype: torch.dtype) -> Any:
+def _load(folder: Path, pipeline_class: str, dtype: torch.dtype, encoders: bool) -> Any:
     import diffusers
 
-    transformer = load_transformer(folder, dtype)
+    parts: dict[str, Any] = {"transformer": load_transformer(folder, dtype)}
+    if not encoders:
+        parts |= {name: None for name in load_json(folder / INDEX_NAME) if name.startswith(("text_", "tokenizer"))}
     return getattr(diffusers, pipeline_class).from_pretrained(
-        folder, transformer=transformer, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        folder, **parts, torch_dtype=dtype, local_files_only=True, use_safetensors=True
     )
 
 

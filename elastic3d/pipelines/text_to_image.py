@@ -90,6 +90,8 @@ class TextToImagePipeline:
         if offload and target.type == "cpu":
             raise UserError("offload is true, but the pipeline runs on the CPU: expected a GPU (device=cuda)")
         home = torch.device("cpu") if offload else target
+        if backbone is BackboneName.small and dtype in ("auto", DTypeChoice.auto):
+            dtype = "float32"  # its latents are pixels, which bf16 would round from step to step
         found = load_backbone(backbone, folder, home, resolve_dtype(dtype, target))
         files = weight_files(folder)
         if routers is None and (folder / ROUTERS_NAME).is_dir():

@@ -116,7 +116,7 @@ def test_the_parts_agree_with_the_pipeline(name, folders):
     handle.remove()
     t = 1 - seen["timestep"]
     with torch.no_grad():
-        found = backbone.velocity(seen["x"], t, text, size, 3.0)
+        found = backbone.velocity(backbone.transformer, seen["x"], t, text, size, 3.0)
     torch.testing.assert_close(found, -seen["output"], rtol=1e-4, atol=1e-5)
 
 
