@@ -53,18 +53,28 @@ class PixelFluxPipeline(FluxPipeline):
 
     model_cpu_offload_seq = "transformer"
 
+    settings: PixelModelConfig
+    text: MiniLM | None
+
     def __init__(
-        self, config: PixelModelConfig, transformer: FluxTransformer2DModel | None, text: MiniLM | None
+        self, scheduler: FlowMatchEulerDiscreteScheduler, transformer: FluxTransformer2DModel | None
     ) -> None:
-        """Without a transformer it encodes only, without a text encoder it takes embeddings only."""
+        """diffusers wants to find its modules here and nothing else; see `build`."""
         super(FluxPipeline, self).__init__()
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift)
         self.register_modules(scheduler=scheduler, transformer=transformer)
-        self.settings, self.text = config, text
-        self.vae_scale_factor = config.patch // 2
-        self.vae = PatchVAE(self.vae_scale_factor)
-        self.default_sample_size = config.size // self.vae_scale_factor
-        self.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def build(
+        cls, config: PixelModelConfig, transformer: FluxTransformer2DModel | None, text: MiniLM | None
+    ) -> PixelFluxPipeline:
+        """Without a transformer it encodes only, without a text encoder it takes embeddings only."""
+        pipe = cls(FlowMatchEulerDiscreteScheduler(shift=config.shift), transformer)
+        pipe.settings, pipe.text = config, text
+        pipe.vae_scale_factor = config.patch // 2
+        pipe.vae = PatchVAE(pipe.vae_scale_factor)
+        pipe.default_sample_size = config.size // pipe.vae_scale_factor
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     def encode_prompt(
         self,
@@ -150,7 +160,7 @@ def load_pixel_flux(
         raise UserError(f"{folder} can't be loaded: {' '.join(str(error).split())[:300]}") from error
     if transformer.config.in_channels != 3 * config.patch**2:
         raise UserError(f"{folder}: {SETTINGS_NAME} does not fit the transformer (patch {config.patch})")
-    return PixelFluxPipeline(config, transformer.to(device), text)
+    return PixelFluxPipeline.build(config, transformer.to(device), text)
 
 
 def save_pixel_flux(

@@ -84,9 +84,9 @@ class ImageStage:
         self.config = image = config.image
         with first_process_first(config):
             text = MiniLM(image.model.text_length)
-            build_picture_cache(config, SmallBackbone(PixelFluxPipeline(image.model, None, text)))
+            build_picture_cache(config, SmallBackbone(PixelFluxPipeline.build(image.model, None, text)))
         self.dit = build_transformer(image.model)
-        self.backbone = SmallBackbone(PixelFluxPipeline(image.model, self.dit, None))
+        self.backbone = SmallBackbone(PixelFluxPipeline.build(image.model, self.dit, None))
         self.flow = PictureFlow(self.backbone, image.model.size, image.model.guidance)
         self.objective: nn.Module = self.flow
         self._train = PictureCache(image.cache, "train")
