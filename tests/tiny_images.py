@@ -1,4 +1,4 @@
-"""Tiny text-to-image pipelines with random weights, saved in the layout that FLUX.1-dev and Qwen-Image are published in.
+"""Tiny text-to-image pipelines with random weights, in the layout in which FLUX.1-dev and Qwen-Image are published.
 
 Tokenizers and text encoders included: real classes, a few thousand weights, nothing downloaded.
 """
@@ -85,6 +85,19 @@ def save_tiny_qwen(folder: Path) -> Path:
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
         pipe = QwenImagePipeline(scheduler, vae, encoder, tokenizer, randomised(transformer))
         pipe.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_small(folder: Path) -> Path:
+    """The small model of this repository, smaller: a background that is plain and an object that is random."""
+    from elastic3d.config.image_stage import PixelModelConfig
+    from elastic3d.pipelines.pixel_flux import build_transformer, save_pixel_flux
+
+    config = PixelModelConfig(
+        size=16, patch=8, text_length=12, width=32, heads=2, double_blocks=1, single_blocks=1, steps=2, name="tiny"
+    )
+    transformer = randomised(build_transformer(config))
+    save_pixel_flux(config, transformer, folder, torch.float32)
     return folder
 
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from elastic3d.config.generate import GenerateConfig, MeshFormat
 from elastic3d.config.serialize import to_dict
 from elastic3d.errors import UserError
@@ -25,11 +27,33 @@ SUMMARY_NAME = "summary.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One mesh to make."""
+    """One mesh to make, of a picture or of a prompt."""
 
     image: Path
     seed: int
     output: Path
+    prompt: str = ""
+
+    @property
+    def subject(self) -> str:
+        """What it is made of, for records."""
+        return self.prompt or str(self.image)
+
+    @property
+    def name(self) -> str:
+        """Of the mesh in its file."""
+        return self.prompt or self.image.stem
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The picture of a job's prompt, with its receipt."""
+
+    image: Image.Image
+    receipt: dict[str, Any]
+
+
+Draw = Callable[[Sequence[Job]], Sequence[Drawn]]
 
 
 @dataclass
@@ -61,6 +85,11 @@ def plan(config: GenerateConfig) -> Plan:
         UserError: no picture is there, or `output` is of the wrong kind.
     """
     output = Path(config.output)
+    if config.prompt:
+        check_suffix(output, WRITE_SUFFIXES)
+        numbers = range(config.num_samples)
+        targets = [_numbered(output, n, config.num_samples) for n in numbers]
+        return Plan([Job(Path(), config.seed + n, targets[n], config.prompt) for n in numbers], None)
     single = Path(config.image)
     many = single.is_dir() or (glob.has_magic(config.image) and not single.exists())
     if not many and not single.exists():
@@ -89,18 +118,23 @@ def generate(
     jobs: Sequence[Job],
     config: GenerateConfig,
     on_step: Callable[[int, int], None] | None = None,
+    draw: Draw | None = None,
 ) -> Iterator[Outcome]:
-    """Do the jobs in batches, each mesh saved as soon as its batch is through; one outcome a job."""
+    """Do the jobs in batches, each mesh saved as soon as its batch is through; one outcome a job.
+
+    `draw` makes the pictures of jobs that have a prompt.
+    """
     todo = []
     for job in jobs:
         if config.resume and job.output.exists():
-            yield Outcome(str(job.image), str(job.output), job.seed, "skipped")
+            yield Outcome(job.subject, str(job.output), job.seed, "skipped")
         else:
             todo.append(job)
     for start in range(0, len(todo), config.batch_size):
         batch = todo[start : start + config.batch_size]
+        drawn = draw(batch) if draw is not None else []
         results = pipeline(
-            [job.image for job in batch],
+            [picture.image for picture in drawn] or [job.image for job in batch],
             [job.seed for job in batch],
             steps=config.steps,
             guidance=config.guidance,
@@ -113,6 +147,8 @@ def generate(
             cache=config.cache,
             on_step=on_step,
         )
+        for result, picture in zip(results, drawn, strict=False):
+            result.receipt["image"] = picture.receipt
         for job, result in zip(batch, results, strict=True):
             yield _save(job, result, config.preview)
 
@@ -145,10 +181,10 @@ def save_routes(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def _save(job: Job, result: Result, preview: bool) -> Outcome:
-    outcome = Outcome(str(job.image), str(job.output), job.seed, "ok", receipt=result.receipt)
+    outcome = Outcome(job.subject, str(job.output), job.seed, "ok", receipt=result.receipt)
     try:
         mesh = result.mesh
-        save_mesh(mesh, job.output, extras=result.receipt, name=job.image.stem)
+        save_mesh(mesh, job.output, extras=result.receipt, name=job.name)
         if preview:
             with atomic_path(job.output.with_suffix(".png")) as temporary:
                 turntable(mesh).save(temporary)

@@ -13,6 +13,7 @@ from elastic3d.config.image_stage import ImageStageConfig
 from elastic3d.config.train import TrainConfig
 from elastic3d.diffusion.flow import interpolate, sample_timesteps, velocity
 from elastic3d.pipelines.backbones import Backbone, Text
+from elastic3d.pipelines.image_loading import quiet
 from elastic3d.pipelines.pixel_flux import MiniLM, PixelFluxPipeline, SmallBackbone, build_transformer
 from elastic3d.training.datasets import Batch, Shuffle, item_generator, stack
 from elastic3d.training.picture_cache import PictureCache, build_picture_cache, text_of
@@ -83,7 +84,8 @@ class ImageStage:
     def __init__(self, config: TrainConfig) -> None:
         self.config = image = config.image
         with first_process_first(config):
-            text = MiniLM(image.model.text_length)
+            with quiet():
+                text = MiniLM(image.model.text_length)
             build_picture_cache(config, SmallBackbone(PixelFluxPipeline.build(image.model, None, text)))
         self.dit = build_transformer(image.model)
         self.backbone = SmallBackbone(PixelFluxPipeline.build(image.model, self.dit, None))
