@@ -94,7 +94,15 @@ def save_tiny_small(folder: Path) -> Path:
     from elastic3d.pipelines.pixel_flux import build_transformer, save_pixel_flux
 
     config = PixelModelConfig(
-        size=16, patch=8, text_length=12, width=32, heads=2, double_blocks=1, single_blocks=1, steps=2, name="tiny"
+        size=16,
+        patch=8,
+        text_length=12,
+        width=32,
+        heads=2,
+        double_blocks=1,
+        single_blocks=1,
+        steps=2,
+        name="tiny",
     )
     transformer = randomised(build_transformer(config))
     save_pixel_flux(config, transformer, folder, torch.float32)

@@ -44,14 +44,17 @@ class ImageStageConfig:
     )
     weights: Path | None = option(None, "its folder, in the layout in which it is published")
     images: Path | None = option(
-        None, "folder of pictures with captions (a.png with a.txt, or captions.jsonl); null: the prepared shapes' views"
+        None,
+        "folder of pictures with captions (a.png with a.txt, or captions.jsonl); null: the prepared shapes' views",
     )
     cache: Path = option(Path("data/prepared/images"), "folder of the cached pictures and texts")
     size: int | None = option(None, "pixels a side; null: the model's")
     text_length: int = option(256, "tokens of a cached prompt; the small model has its own")
     model: PixelModelConfig = option(PixelModelConfig, "stage=image: architecture")
     views: int = option(12, "prepared shapes: views of each")
-    recolour: float = option(0.5, "prepared shapes: share of views that get one colour, which the caption names")
+    recolour: float = option(
+        0.5, "prepared shapes: share of views that get one colour, which the caption names"
+    )
     background: float = option(0.15, "prepared shapes: share on a coloured ground, which the caption names")
     val_every: int = option(50, "folder of pictures: every so-manieth is for validation")
     shard: int = option(512, "pictures in a file of the cache")
@@ -64,7 +67,15 @@ class ImageStageConfig:
     sample_guidance: float = option(3.0, "their guidance")
 
     def __post_init__(self) -> None:
-        for name in ("views", "val_every", "shard", "encode_batch", "val_pictures", "sample_pictures", "sample_steps"):
+        for name in (
+            "views",
+            "val_every",
+            "shard",
+            "encode_batch",
+            "val_pictures",
+            "sample_pictures",
+            "sample_steps",
+        ):
             check_range(f"image.{name}", getattr(self, name), 1, 1 << 20)
         for name in ("recolour", "background", "drop_caption"):
             check_range(f"image.{name}", getattr(self, name), 0, 1)

@@ -93,7 +93,9 @@ class RouterStageConfig:
     distillation: float = option(1.0, "weight of the distance to the dense velocity")
     flow: float = option(0.1, "weight of flow matching")
     mesh: MeshLossConfig = option(MeshLossConfig, "mesh reconstruction loss")
-    picture: PictureLossConfig = option(PictureLossConfig, "picture reconstruction loss, in the mesh loss' place")
+    picture: PictureLossConfig = option(
+        PictureLossConfig, "picture reconstruction loss, in the mesh loss' place"
+    )
     val_budgets: list[float] = option([0.9, 0.7, 0.5, 0.3], "budgets to validate at")
     val_shapes: int = option(8, "validation shapes that are generated at each of them")
     val_steps: int = option(16, "sampling steps of it")

@@ -42,7 +42,9 @@ class MiniLM(nn.Module):
         found = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         ).to(device)
-        hidden = self.network(input_ids=found.input_ids, attention_mask=found.attention_mask).last_hidden_state
+        hidden = self.network(
+            input_ids=found.input_ids, attention_mask=found.attention_mask
+        ).last_hidden_state
         tokens = hidden * found.attention_mask[..., None]
         mean = nn.functional.normalize(tokens.sum(1), dim=-1)
         return tokens, mean * self.channels**0.5

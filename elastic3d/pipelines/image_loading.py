@@ -137,7 +137,9 @@ def _load(folder: Path, pipeline_class: str, dtype: torch.dtype, encoders: bool)
 
     parts: dict[str, Any] = {"transformer": load_transformer(folder, dtype)}
     if not encoders:
-        parts |= {name: None for name in load_json(folder / INDEX_NAME) if name.startswith(("text_", "tokenizer"))}
+        parts |= {
+            name: None for name in load_json(folder / INDEX_NAME) if name.startswith(("text_", "tokenizer"))
+        }
     return getattr(diffusers, pipeline_class).from_pretrained(
         folder, **parts, torch_dtype=dtype, local_files_only=True, use_safetensors=True
     )

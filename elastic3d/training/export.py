@@ -108,7 +108,9 @@ def _export_image_model(output: Path, trained: TrainConfig, weights: dict[str, T
     save_pixel_flux(trained.image.model, transformer, output, torch.bfloat16)
 
 
-def _export_image_routers(output: Path, trained: TrainConfig, weights: dict[str, Tensor], source: str) -> None:
+def _export_image_routers(
+    output: Path, trained: TrainConfig, weights: dict[str, Tensor], source: str
+) -> None:
     """Calibrated `routers/`; where the DiT learned too, it as it is now in `transformer/`."""
     from elastic3d.adapters import detach
     from elastic3d.training.image_router_stage import ImageRouterStage

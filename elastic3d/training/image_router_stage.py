@@ -80,7 +80,12 @@ class RoutedPictureItems(PictureItems):
     """Items at the times of a random sampler, with its step size and a budget."""
 
     def __init__(
-        self, pictures: PictureCache, config: ImageStageConfig, routing: RouterStageConfig, blocks: int, paired: bool
+        self,
+        pictures: PictureCache,
+        config: ImageStageConfig,
+        routing: RouterStageConfig,
+        blocks: int,
+        paired: bool,
     ) -> None:
         self.routing, self.blocks, self.paired = routing, blocks, paired
         super().__init__(pictures, config, 0.0)
@@ -103,10 +108,14 @@ class ImageRouterStage:
         if image.backbone.name != "small" and image.images is None:
             raise UserError("images= is missing: a folder of pictures with captions")
         with first_process_first(config):
-            encoder = load_backbone(image.backbone, image.weights, resolve_device(config.device), torch.float32)
+            encoder = load_backbone(
+                image.backbone, image.weights, resolve_device(config.device), torch.float32
+            )
             build_picture_cache(config, encoder)
             del encoder  # with its text encoders, which are larger than the rest
-        backbone = load_backbone(image.backbone, image.weights, torch.device("cpu"), torch.float32, encoders=False)
+        backbone = load_backbone(
+            image.backbone, image.weights, torch.device("cpu"), torch.float32, encoders=False
+        )
         self._train = PictureCache(image.cache, "train")
         self._val = PictureCache(image.cache, "val", config.routing.val_shapes)
         try:
@@ -159,7 +168,12 @@ class ImageRouterStage:
         before, flow.session.settings = flow.session.settings, settings
         try:
             latents = generate_latents(
-                flow.backbone, text_of(items), self._val.negative(), flow.size, routing.val_steps, routing.guidance
+                flow.backbone,
+                text_of(items),
+                self._val.negative(),
+                flow.size,
+                routing.val_steps,
+                routing.guidance,
             )
             count, trace = len(latents), flow.session.trace
             if not settings.elastic:

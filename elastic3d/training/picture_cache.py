@@ -45,7 +45,9 @@ def build_picture_cache(config: TrainConfig, backbone: Backbone) -> None:
         found = load_json(path)
         differing = [name for name, value in settings.items() if found["settings"].get(name) != value]
         if differing:
-            raise UserError(f"{output} was made with another {differing[0]}: delete it, or choose another image.cache=")
+            raise UserError(
+                f"{output} was made with another {differing[0]}: delete it, or choose another image.cache="
+            )
         if found["counts"]:
             return
     save_json({"settings": settings, "counts": {}}, path)

@@ -80,13 +80,17 @@ class PictureFolder:
         picture = load_picture(path)
         ground = Image.new("RGBA", picture.size, "white")
         ground.alpha_composite(picture)
-        return [Captioned(ImageOps.fit(ground.convert("RGB"), (size, size), Image.Resampling.LANCZOS), [caption])]
+        return [
+            Captioned(ImageOps.fit(ground.convert("RGB"), (size, size), Image.Resampling.LANCZOS), [caption])
+        ]
 
 
 class ShapeViews:
-    """Views of prepared shapes on a plain ground; captions have what it is, its colour, and the side it is seen from."""
+    """Views of prepared shapes on a plain ground; captions say what it is, its colour, and from where it is seen."""
 
-    def __init__(self, prepared: Path, split: Sequence[str], config: ImageStageConfig, limit: int, seed: int) -> None:
+    def __init__(
+        self, prepared: Path, split: Sequence[str], config: ImageStageConfig, limit: int, seed: int
+    ) -> None:
         self.shapes = PreparedShapes(prepared, split, (), limit)
         self.missing, self.config, self.seed = self.shapes.missing, config, seed
         self._nouns = {
@@ -210,5 +214,7 @@ def _from_lines(folder: Path) -> list[tuple[Path, str]]:
             entry = json.loads(line)
             pairs.append((folder / entry["file"], str(entry["caption"]).strip()))
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f'{path}, line {number}: expected {{"file": "a.png", "caption": "..."}}') from error
+            raise UserError(
+                f'{path}, line {number}: expected {{"file": "a.png", "caption": "..."}}'
+            ) from error
     return pairs

@@ -96,7 +96,9 @@ def test_the_pipeline_merges_a_lora(flux, tmp_path):
 def test_a_lora_without_peft_is_one_sentence(flux, tmp_path, monkeypatch):
     monkeypatch.setattr("elastic3d.pipelines.image_loading.find_spec", lambda name: None)
     with pytest.raises(UserError, match="lora= needs peft"):
-        TextToImagePipeline.from_pretrained(BackboneName.flux, flux, lora=tmp_path / "x.safetensors", device="cpu")
+        TextToImagePipeline.from_pretrained(
+            BackboneName.flux, flux, lora=tmp_path / "x.safetensors", device="cpu"
+        )
 
 
 def test_hooks_that_move_the_transformer_in_and_out(flux):
@@ -109,7 +111,9 @@ def test_hooks_that_move_the_transformer_in_and_out(flux):
     assert any(block.narrow._copies for block in session.blocks)
     _, hook = cpu_offload_with_hook(pipe.transformer, "cpu")
     hook.offload()
-    assert not any(block.narrow._copies for block in session.blocks)  # they would keep the old weights in memory
+    assert not any(
+        block.narrow._copies for block in session.blocks
+    )  # they would keep the old weights in memory
     assert torch.equal(latents(pipe), plain)
     hook.remove()
     assert torch.equal(latents(pipe), plain)

@@ -36,13 +36,23 @@ from tests.training.test_dit_stage import add_views
 from tests.training.tiny import vae_config
 
 MODEL = PixelModelConfig(
-    size=16, patch=8, text_length=12, width=32, heads=2, double_blocks=1, single_blocks=2, steps=2, name="tiny"
+    size=16,
+    patch=8,
+    text_length=12,
+    width=32,
+    heads=2,
+    double_blocks=1,
+    single_blocks=2,
+    steps=2,
+    name="tiny",
 )
 ROUTING = dict(val_budgets=[0.5], val_shapes=1, val_steps=2, explore=0.5)
 
 
 def image_config(root: Path, stage=StageName.image, routing=None, **image) -> TrainConfig:
-    options = dict(cache=root / "cache", model=MODEL, val_pictures=2, sample_pictures=2, sample_steps=2, shard=4)
+    options = dict(
+        cache=root / "cache", model=MODEL, val_pictures=2, sample_pictures=2, sample_steps=2, shard=4
+    )
     return vae_config(
         root, stage=stage, name=stage.name, steps=2, image=ImageStageConfig(**(options | image)),
         routing=RouterStageConfig(**(ROUTING | (routing or {}))),
@@ -56,7 +66,9 @@ def views(prepared):
     for shard in (prepared / "prepared" / "balls").glob("*.safetensors"):
         tensors = load_file(shard)
         ids = sorted({key.partition("/")[0] for key in tensors})
-        camera = torch.tensor([[2.0, 0, 3, 0, 0, 0, 40, 10], [0, 2, -3, 0, 0, 0, 40, 40], [3, 0, 0, 0, 0, 0, 40, 0]])
+        camera = torch.tensor(
+            [[2.0, 0, 3, 0, 0, 0, 40, 10], [0, 2, -3, 0, 0, 0, 40, 40], [3, 0, 0, 0, 0, 0, 40, 0]]
+        )
         save_file(tensors | {f"{id}/cameras": camera.clone() for id in ids}, shard)
         items = [{"id": id, "caption": "an orange ball"} for id in ids]
         shard.with_suffix(".json").write_text(json.dumps({"items": items}))
@@ -106,7 +118,9 @@ def test_a_folder_of_pictures(folder, tmp_path):
     train, val = (PictureFolder(folder, config, validation) for validation in (False, True))
     assert (len(train), len(val)) == (4, 3)
     assert train.load(0, 16)[0].captions == ["a picture of 1"] and train.load(0, 16)[0].image.size == (16, 16)
-    (folder / "captions.jsonl").write_text('{"file": "0.png", "caption": "x"}\n\n{"file": "1.png", "caption": "y"}\n')
+    (folder / "captions.jsonl").write_text(
+        '{"file": "0.png", "caption": "x"}\n\n{"file": "1.png", "caption": "y"}\n'
+    )
     assert [c for _, c in PictureFolder(folder, config, False).pairs] == ["y"]
     (folder / "captions.jsonl").write_text("[]\n")
     with pytest.raises(UserError, match="captions.jsonl, line 1"):
@@ -140,7 +154,9 @@ def test_the_small_model_trains_exports_and_draws(views):
     other = image_config(views, recolour=0.0)
     with pytest.raises(UserError, match="made with another recolour"):
         ImageStage(other)
-    routed = image_config(views, StageName.router, backbone=BackboneName.small, weights=views / "small", size=16)
+    routed = image_config(
+        views, StageName.router, backbone=BackboneName.small, weights=views / "small", size=16
+    )
     routed.image.cache = views / "routed"
     assert run_stage(routed) == 0
 
@@ -167,7 +183,9 @@ def test_routers_for_a_published_pipeline(folder, prepared, save, name, parts):
     config.stage, config.export = StageName.export, ExportConfig(output=prepared / "elastic")
     export_run(config)
     assert (prepared / "elastic" / "transformer").is_dir() == (parts is TrainedParts.lora)
-    pipeline = TextToImagePipeline.from_pretrained(name, weights, prepared / "elastic" / "routers", device="cpu")
+    pipeline = TextToImagePipeline.from_pretrained(
+        name, weights, prepared / "elastic" / "routers", device="cpu"
+    )
     result = pipeline(["a chair"], [0], steps=2, size=(16, 16), budget=0.5)[0]
     assert result.receipt["routes"]["actions"]
     assert session_of(pipeline.backbone.transformer).router_config.asked
@@ -175,7 +193,9 @@ def test_routers_for_a_published_pipeline(folder, prepared, save, name, parts):
 
 def test_the_picture_term_alone_moves_the_gates(folder, prepared):
     weights = save_tiny_flux(prepared / "published")
-    image = dict(backbone=BackboneName.flux, weights=weights, images=folder, size=16, text_length=16, val_every=3)
+    image = dict(
+        backbone=BackboneName.flux, weights=weights, images=folder, size=16, text_length=16, val_every=3
+    )
     routing = {"distillation": 0.0, "flow": 0.0, "cost_weight": 0.0, "explore": 1.0}
     routing["picture"] = PictureLossConfig(weight=1.0, share=1.0, time_power=0.0)
     stage = ImageRouterStage(image_config(prepared, StageName.router, routing, **image))
