@@ -124,7 +124,8 @@ def test_prompts_that_are_none(folders):
     pipeline = load(BackboneName.flux, folders[BackboneName.flux])
     cases = {
         "": "is empty", "  \n": "is empty", "a\udcffb": "is no text", "a\x00": "is no text",
-        "a" * 4001: "4001 characters", "chair " * 200: "tokens, expected at most 512", None: "is a NoneType", b"chair": "is a bytes",
+        "a" * 4001: "4001 characters", "chair " * 200: "tokens, expected at most 512",
+        None: "is a NoneType", b"chair": "is a bytes",
     }  # fmt: skip
     for prompt, message in cases.items():
         with pytest.raises(UserError, match=message):
