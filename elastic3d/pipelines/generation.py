@@ -18,7 +18,7 @@ from elastic3d.geometry.cleanup import mesh_health
 from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, atomic_path, check_suffix, save_mesh
 from elastic3d.models.pictures import PICTURE_SUFFIXES
 from elastic3d.models.weights import save_json
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Picture, Result
 from elastic3d.pipelines.preview import turntable
 from elastic3d.pipelines.routes import draw_routes, route_title
 
@@ -133,8 +133,9 @@ def generate(
     for start in range(0, len(todo), config.batch_size):
         batch = todo[start : start + config.batch_size]
         drawn = draw(batch) if draw is not None else []
+        pictures: list[Picture] = [picture.image for picture in drawn]
         results = pipeline(
-            [picture.image for picture in drawn] or [job.image for job in batch],
+            pictures or [job.image for job in batch],
             [job.seed for job in batch],
             steps=config.steps,
             guidance=config.guidance,

@@ -30,7 +30,8 @@ def load_backbone(
     """
     folder = Path(weights)
     if name is BackboneName.small:
-        from elastic3d.pipelines.pixel_flux import SmallBackbone, load_pixel_flux
+        with quiet():
+            from elastic3d.pipelines.pixel_flux import SmallBackbone, load_pixel_flux
 
         return SmallBackbone(load_pixel_flux(folder, device, dtype, encoders))
     family = BACKBONES[name]

@@ -55,6 +55,12 @@ class PixelFluxPipeline(FluxPipeline):
 
     settings: PixelModelConfig
     text: MiniLM | None
+    vae: Any
+    transformer: Any
+    vae_scale_factor: int
+    default_sample_size: int
+    register_modules: Any
+    set_progress_bar_config: Any
 
     def __init__(
         self, scheduler: FlowMatchEulerDiscreteScheduler, transformer: FluxTransformer2DModel | None
@@ -124,10 +130,10 @@ class SmallBackbone(FluxBackbone):
         return super().encode_prompts(prompts)
 
 
-def build_transformer(config: PixelModelConfig) -> FluxTransformer2DModel:
-    """A fresh DiT; as in DiT (2212.09748), modulations and the output start at zero."""
+def build_transformer(config: PixelModelConfig) -> Any:
+    """A fresh `FluxTransformer2DModel`; as in DiT (2212.09748), modulations and the output start at zero."""
     head = config.width // config.heads
-    model = FluxTransformer2DModel(
+    model: Any = FluxTransformer2DModel(
         in_channels=3 * config.patch**2,
         num_layers=config.double_blocks,
         num_single_layers=config.single_blocks,
@@ -163,13 +169,12 @@ def load_pixel_flux(
     return PixelFluxPipeline.build(config, transformer.to(device), text)
 
 
-def save_pixel_flux(
-    config: PixelModelConfig, transformer: FluxTransformer2DModel, folder: Path, dtype: torch.dtype
-) -> None:
+def save_pixel_flux(config: PixelModelConfig, transformer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write the folder that `load_pixel_flux` reads, `model_index.json` last: half a folder is no pipeline."""
     unfinished = folder / ".transformer.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    transformer.to(dtype).save_pretrained(unfinished)
+    with quiet():
+        transformer.to(dtype).save_pretrained(unfinished)
     shutil.rmtree(folder / "transformer", ignore_errors=True)
     unfinished.rename(folder / "transformer")
     save_json(to_dict(config), folder / SETTINGS_NAME)

@@ -241,7 +241,7 @@ class TextToImagePipeline:
         dense = settings.steps * sum(passes)
         receipts = []
         for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            receipt = {
+            receipt: dict[str, Any] = {
                 "version": __version__,
                 "model": self.model,
                 "weights_sha256": self._digest.result() if self._digest else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,6 +179,6 @@ class ImageRouterStage:
             if not settings.elastic:
                 return latents, torch.ones(count)
             assert trace is not None
-            return latents, cast(Tensor, trace_share(trace))
+            return latents, trace_share(trace)
         finally:
             flow.session.settings = before

@@ -84,7 +84,8 @@ def _write_split(
     source: PictureSource, folder: Path, image: ImageStageConfig, backbone: Backbone, size: int
 ) -> int:
     """Shards of one split -> how many pictures they hold."""
-    total, known = 0, {}
+    total = 0
+    known: dict[str, Text] = {}
     with tqdm(total=len(source), desc=f"cache {folder.name}", dynamic_ncols=True) as bar:
         stream = _stream(source, size, bar)
         for number in range(1 << 30):
