@@ -73,6 +73,13 @@ def execute(
         return 2
 
 
+def check_writable(folder: Path) -> None:
+    """UserError before the work, not after it, if nothing can be written to `folder`."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"can't write to {folder}: {existing} is no folder that may be written to")
+
+
 def parse(
     config_class: type[Config], config_name: str, arguments: Sequence[str], config_dir: Path = CONFIG_DIR
 ) -> Config:

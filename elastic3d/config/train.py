@@ -8,6 +8,7 @@ from pathlib import Path
 
 from elastic3d.config.base import DeviceChoice, check_range, option
 from elastic3d.config.generate import PipelineConfig
+from elastic3d.config.image_stage import ImageStageConfig
 from elastic3d.config.images import ForegroundConfig, ImageEncoderConfig
 from elastic3d.config.models import DiTConfig, VAEConfig
 from elastic3d.config.router_stage import RouterStageConfig
@@ -20,6 +21,7 @@ class StageName(Enum):
     vae = "vae"
     cache = "cache"
     dit = "dit"
+    image = "image"
     router = "router"
     export = "export"
 
@@ -254,6 +256,7 @@ class TrainConfig(LoopConfig):
     vae: VAEStageConfig = option(VAEStageConfig, "shape VAE")
     latents: LatentsConfig = option(LatentsConfig, "cache of latents and image tokens")
     dit: DiTStageConfig = option(DiTStageConfig, "shape DiT")
+    image: ImageStageConfig = option(ImageStageConfig, "pictures with captions")
     router: RouterConfig = option(RouterConfig, "architecture of the routers: a file of configs/router")
     routing: RouterStageConfig = option(RouterStageConfig, "training of the routers")
     export: ExportConfig = option(ExportConfig, "export")

@@ -38,7 +38,7 @@ def export_run(config: TrainConfig) -> Path:
 
     A VAE becomes one model folder; a DiT a folder for `ImageTo3DPipeline.from_pretrained`, with the VAE whose
     latents it learned and their statistics, and the image encoder's configuration. Routers become such a folder too,
-    that of their dense model with `routers/` inside.
+    that of their dense model with `routers/` inside; those of a text-to-image pipeline are written alone.
 
     Raises:
         UserError: the run has no whole checkpoint.
@@ -55,6 +55,12 @@ def export_run(config: TrainConfig) -> Path:
         load_strict(vae, _inside("vae.", weights), str(path))
         vae.save_pretrained(output, torch.bfloat16)
         _write_record(output, config.folder, checkpoint.step, checkpoint.values)
+    elif trained.stage is StageName.image:
+        _export_image_model(output, trained, _inside("dit.", weights), str(path))
+        _write_record(output, config.folder, checkpoint.step, checkpoint.values)
+    elif trained.stage is StageName.router and trained.image.backbone is not None:
+        _export_image_routers(output, trained, weights, str(path))
+        _write_record(output / "routers", config.folder, checkpoint.step, checkpoint.values)
     elif trained.stage is StageName.router:
         _export_routers(output, trained, weights, str(path))
         _write_record(output / "routers", config.folder, checkpoint.step, checkpoint.values)
@@ -92,6 +98,33 @@ def _export_routers(output: Path, trained: TrainConfig, weights: dict[str, Tenso
         pipeline.dit.load_state_dict(objective.dit.state_dict())
     pipeline.save_pretrained(output, torch.bfloat16)
     save_routers(objective.dit, output / "routers")
+
+
+def _export_image_model(output: Path, trained: TrainConfig, weights: dict[str, Tensor], source: str) -> None:
+    from elastic3d.pipelines.pixel_flux import build_transformer, save_pixel_flux
+
+    transformer = build_transformer(trained.image.model)
+    load_strict(transformer, weights, source)
+    save_pixel_flux(trained.image.model, transformer, output, torch.bfloat16)
+
+
+def _export_image_routers(
+    output: Path, trained: TrainConfig, weights: dict[str, Tensor], source: str
+) -> None:
+    """Calibrated `routers/`; where the DiT learned too, it as it is now in `transformer/`."""
+    from elastic3d.adapters import detach
+    from elastic3d.training.image_router_stage import ImageRouterStage
+
+    stage = ImageRouterStage(trained)
+    load_strict(stage.flow, weights, source)
+    stage.flow.eval()
+    stage.calibrate()
+    save_routers(stage.flow.dit, output / "routers")
+    if trained.routing.parts is not TrainedParts.routers:
+        dit: Any = stage.flow.dit
+        merge_low_rank(dit.modules())
+        detach(stage.flow.backbone.pipe)
+        dit.to(torch.bfloat16).save_pretrained(output / "transformer")
 
 
 def _inside(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

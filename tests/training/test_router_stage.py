@@ -114,7 +114,7 @@ def test_skipped_blocks_do_not_run_in_training_and_the_saving_is_reported(dense)
         )
     batch = batch_of(stage, 8)
     with torch.no_grad():
-        stage.flow._dense(*stage.flow.inputs(torch.zeros_like(batch["latents"]), batch))
+        stage.flow._dense(torch.zeros_like(batch["latents"]), batch)
     teacher = sum(rows)  # the dense model, which is run beside: two branches, three blocks
     assert teacher == 2 * 8 * 3
     rows.clear()
