@@ -83,7 +83,7 @@ class RouterObjective(nn.Module):
         if paired:
             branch = torch.arange(2, device=branch.device).float().repeat_interleave(len(x_t))
         explored = batch["explored"].transpose(0, 1).flatten(0, 1) if "explored" in batch else None
-        self.session.train(dt, budget, branch, explored)
+        self.session.train(dt, budget, branch, explored, lockstep=torch.distributed.is_initialized())
         found = self.dit(*inputs).float()
         values: dict[str, Tensor] = {}
         values["distillation"] = (self.guided(found) - self.guided(dense)).square().mean()
