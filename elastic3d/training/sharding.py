@@ -61,20 +61,20 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
     fully_shard(model, mesh=mesh, offload_policy=options.cpu_offload)
 
 
-def _units(model: nn.Module) -> list[nn.Module]:
-    """What is gathered for itself, inner parts first: the elements of lists of modules.
+def _units(model: nn.Module) -> list[list[nn.Module]]:
+    """What is gathered together, inner parts first: each element of a list of modules.
 
     Of a block with a router only the block: a router may be asked while another block runs, so routers are gathered
     with the model. What runs before its block is called has to be gathered apart.
     """
-    units: list[nn.Module] = []
+    units: list[list[nn.Module]] = []
     for part in model.modules():
         if isinstance(part, ElasticBlock):
             early = [getattr(part.inner, name, None) for name in part.adapter.early_parts]
-            units += [part.inner, *(module for module in early if module is not None)]
-        elif isinstance(part, nn.ModuleList):
-            units += [element for element in part if not isinstance(element, ElasticBlock)]
-    return units[::-1]
+            units += [[part.inner], [module for module in early if module is not None]]
+        elif type(part) is nn.ModuleList:  # parametrizations are in a list of another kind
+            units += [[element] for element in part if not isinstance(element, ElasticBlock)]
+    return [unit for unit in reversed(units) if unit]
 
 
 @contextmanager
