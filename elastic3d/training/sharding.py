@@ -101,7 +101,7 @@ def is_sharded(tensor: Tensor) -> bool:
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """This process' part of a sharded tensor, the same memory."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def scattered(whole: Tensor, like: Tensor) -> Tensor:
