@@ -27,7 +27,7 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type
 
 import yaml
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from elastic3d.errors import UserError
@@ -71,6 +71,13 @@ def execute(
         if not debug and not isinstance(error, UserError):
             print("(debug=true shows where this happened)", file=sys.stderr)
         return 2
+
+
+def check_writable(folder: Path) -> None:
+    """UserError before the work, not after it, if nothing can be written to `folder`."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"can't write to {folder}: {existing} is no folder that may be written to")
 
 
 def parse(
@@ -303,6 +310,8 @@ def _show(config: DictConfig, name: str) -> str:
         return "(required)"
     if isinstance(value, Enum):
         return value.name
+    if isinstance(value, ListConfig):
+        return f"[{', '.join(item.name if isinstance(item, Enum) else str(item) for item in value)}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)

@@ -1,9 +1,10 @@
-"""Make a mesh from a picture of an object.
+"""Make a mesh from a picture of an object, or from a prompt.
 
     python scripts/gen_mesh.py image=chair.png output=chair.glb
     python scripts/gen_mesh.py image=photos/ output=meshes/ resume=true
     python scripts/gen_mesh.py image=chair.png output=chair.glb budget=0.5 cache=drift trace=routes.png
     python scripts/gen_mesh.py model=hunyuan3d2 weights=FOLDER image=chair.png output=chair.glb
+    python scripts/gen_mesh.py prompt="a wooden bar chair" output=chair.glb
 
 A folder or glob of pictures is done in batches: a bad file is reported and skipped, `summary.json` records
 everything, and the exit code is 1 if any failed. A picture needs a transparent or a plain background.
@@ -11,14 +12,14 @@ everything, and the exit code is 1 if any failed. A picture needs a transparent 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
 
-from _cli import run
+from _cli import check_writable, run
 
 from elastic3d.config.generate import DEFAULT_MODEL, GenerateConfig
+from elastic3d.config.text_to_image import DEFAULT_IMAGE_MODEL
 from elastic3d.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -35,6 +36,11 @@ def main(config: GenerateConfig) -> int:
     plan = generation.plan(config)
     check_writable(plan.folder or plan.jobs[0].output.parent)
     pipeline = load_pipeline(config, REPOSITORY / DEFAULT_MODEL, len(plan.jobs))
+    draw = None
+    if config.prompt:
+        from elastic3d.pipelines.text_to_3d import prompt_drawer
+
+        draw, config = prompt_drawer(config, pipeline, config.image_model or REPOSITORY / DEFAULT_IMAGE_MODEL)
     if config.trace and pipeline.session is None:
         raise UserError(f"trace={config.trace} can't be drawn: this model has no routers")
     single = len(plan.jobs) == 1 and plan.folder is None
@@ -42,7 +48,7 @@ def main(config: GenerateConfig) -> int:
     bar = tqdm(total=len(plan.jobs), unit="mesh", leave=False, disable=None)
     try:
         for outcome in generation.generate(
-            pipeline, plan.jobs, config, lambda done, steps: bar.set_postfix_str(f"step {done}/{steps}")
+            pipeline, plan.jobs, config, lambda done, steps: bar.set_postfix_str(f"step {done}/{steps}"), draw
         ):
             outcomes.append(outcome)
             bar.update()
@@ -58,13 +64,6 @@ def main(config: GenerateConfig) -> int:
         generation.save_routes(Path(config.trace), outcomes)
     report(outcomes, time.perf_counter() - start)
     return int(any(outcome.status == "failed" for outcome in outcomes))
-
-
-def check_writable(folder: Path) -> None:
-    """UserError before the work, not after it, if nothing can be written to `folder`."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"can't write to {folder}: {existing} is no folder that may be written to")
 
 
 def report(outcomes: list, seconds: float) -> None:

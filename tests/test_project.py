@@ -25,6 +25,8 @@ REQUIRED = {
     "evaluate": ["pred=a", "gt=b", "output=c.json"],
     "gen_mesh": ["image=a.png", "output=b.glb"],
     "import_hunyuan3d": ["output=a"],
+    "benchmark": ["images=a", "output=b"],
+    "gen_image": ["prompt=a chair", "output=b.png"],
 }
 CONDA_NAMES = {"torch": "pytorch", "open3d-cpu": "open3d"}
 CONDA_ONLY = {"python", "pip", "pytorch3d"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -29,12 +29,15 @@ class JointBlockAdapter(SignatureAdapter):
 
 
 def feed_forward_site(block: nn.Module, name: str) -> MLPSite:
-    """The site of a diffusers `FeedForward`; ValueError for gated activations, which have no plain prefix."""
+    """The site of a diffusers `FeedForward`; ValueError for a gated activation or a mixture of experts, which have no
+    plain prefix."""
+    part = block.get_submodule(name)
+    if type(part).__name__ != "FeedForward":
+        raise ValueError(f"{name} is a {type(part).__name__}, expected a FeedForward: it can't be narrowed")
     up = block.get_submodule(f"{name}.net.0")
     if type(up).__name__ != "GELU":
         raise ValueError(f"{name} has a {type(up).__name__} activation, expected GELU: it can't be narrowed")
-    proj = up.get_submodule("proj")
-    assert isinstance(proj, nn.Linear)
+    proj = cast(nn.Linear, up.get_submodule("proj"))  # or a LoRA's layer around one
     return MLPSite(f"{name}.net.0.proj", f"{name}.net.2", proj.out_features)
 
 

@@ -40,7 +40,7 @@ class QwenImageBlockAdapter(JointBlockAdapter):
 
     def width(self, block: nn.Module) -> int:
         """Channels of a token (D)."""
-        return cast(nn.Linear, block.get_submodule("img_mlp.net.2")).out_features
+        return cast(nn.Linear, block.get_submodule("attn.to_out.0")).out_features
 
     def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
         """The image stream's MLP."""

@@ -55,6 +55,10 @@ class GenerateConfig:
     """Options of `scripts/gen_mesh.py`."""
 
     image: str = option("", "Picture of one object: a file, a folder, or a glob such as 'photos/*.png'.")
+    prompt: str = option("", "Instead of image=: what the object is; a picture of it is made first.")
+    image_model: str = option(
+        "", "With prompt=: folder of the small text-to-image model; empty: that of this repository."
+    )
     output: str = option("", "Mesh file (.glb, .ply, .obj, .stl) for one picture, else a folder.")
     model: str = option(
         "",
@@ -108,8 +112,10 @@ class GenerateConfig:
     cleanup: CleanupConfig = option(CleanupConfig, "What is done to the mesh.")
 
     def __post_init__(self) -> None:
+        if self.image and self.prompt:
+            raise ValueError("image= and prompt= are both there, expected one of them")
         for name, example in (("image", "chair.png"), ("output", "chair.glb")):
-            if not getattr(self, name):
+            if not getattr(self, name) and not (name == "image" and self.prompt):
                 raise ValueError(f"{name}= is missing, for example {name}={example}")
         check_sampling(self.steps, self.guidance, self.resolution)
         if self.budget is not None:

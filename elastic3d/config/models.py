@@ -83,6 +83,10 @@ class DiTConfig:
     guidance_embed: bool = option(False, "embed the guidance scale (guidance-distilled models)")
     time_factor: float = option(1000.0, "t in [0, 1] is multiplied by this before it is embedded")
     max_period: float = option(1000.0, "longest period of the timestep embedding (1000 in Hunyuan3D-2)")
+    pooled_condition: bool = option(
+        False,
+        "the condition tokens' mean modulates the blocks, as the timestep does (official models: false)",
+    )
     point_freqs: int = option(
         0,
         "octaves in which a latent's first three channels, its anchor, are embedded besides; 0: none (official)",

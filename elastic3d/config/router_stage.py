@@ -51,6 +51,22 @@ class MeshLossConfig:
 
 
 @dataclass(kw_only=True)
+class PictureLossConfig:
+    """Picture reconstruction loss: what the elastic velocity implies, decoded, against the true picture."""
+
+    weight: float = option(0.1, "of the whole term; 0 leaves it out")
+    share: float = option(0.25, "share of a batch's samples that are decoded")
+    scales: int = option(3, "resolutions at which pictures are compared, each half the one before")
+    time_power: float = option(2.0, "a sample counts t to this power: noisy latents imply no sharp picture")
+
+    def __post_init__(self) -> None:
+        check_range("routing.picture.weight", self.weight, 0, 1e6)
+        check_range("routing.picture.share", self.share, 0, 1)
+        check_range("routing.picture.scales", self.scales, 1, 8)
+        check_range("routing.picture.time_power", self.time_power, 0, 20)
+
+
+@dataclass(kw_only=True)
 class RouterStageConfig:
     """The routers' training."""
 
@@ -77,6 +93,9 @@ class RouterStageConfig:
     distillation: float = option(1.0, "weight of the distance to the dense velocity")
     flow: float = option(0.1, "weight of flow matching")
     mesh: MeshLossConfig = option(MeshLossConfig, "mesh reconstruction loss")
+    picture: PictureLossConfig = option(
+        PictureLossConfig, "picture reconstruction loss, in the mesh loss' place"
+    )
     val_budgets: list[float] = option([0.9, 0.7, 0.5, 0.3], "budgets to validate at")
     val_shapes: int = option(8, "validation shapes that are generated at each of them")
     val_steps: int = option(16, "sampling steps of it")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from elastic3d.config.base import DeviceChoice, check_range, option
 from elastic3d.config.generate import PipelineConfig
+from elastic3d.config.image_stage import ImageStageConfig
 from elastic3d.config.images import ForegroundConfig, ImageEncoderConfig
 from elastic3d.config.models import DiTConfig, VAEConfig
 from elastic3d.config.router_stage import RouterStageConfig
@@ -20,6 +21,7 @@ class StageName(Enum):
     vae = "vae"
     cache = "cache"
     dit = "dit"
+    image = "image"
     router = "router"
     export = "export"
 
@@ -92,6 +94,9 @@ class LoopConfig:
     max_minutes: float = option(0.0, "stop cleanly, with a checkpoint, after this time; 0 never does")
     resume: bool = option(True, "go on from the newest whole checkpoint of this run")
     init_from: Path | None = option(None, "a checkpoint folder whose averaged weights a new run starts from")
+    init_new: list[str] = option(
+        [], "parameters that init_from's checkpoint may lack, by name: they keep their initial values"
+    )
     log_every: int = option(20, "steps between scalars")
     validate_every: int = option(500, "steps between validations; 0 never validates")
     sample_every: int = option(2000, "steps between sample pictures; 0 never draws any")
@@ -164,11 +169,6 @@ class VAEStageConfig:
     anchor_spread: float = option(
         0.0, "anchored: standard deviation of an anchor's offset from the surface, before it is read"
     )
-    decoder_only: bool = option(False, "leave the encoder, and so the latents, as they are")
-    anchor_noise: float = option(
-        0.0, "largest standard deviation of noise on anchors before they are decoded; drawn for each shape"
-    )
-    feature_noise: float = option(0.0, "the same for a latent's features")
     val_shapes: int = option(64, "shapes to validate on")
     val_queries: int = option(4096, "field queries of each kind for a validation shape")
     sample_resolution: int = option(64, "grid cells a side of the sample pictures")
@@ -179,8 +179,6 @@ class VAEStageConfig:
         check_range("vae.softness", self.softness, 1e-6, 1)
         check_range("vae.truncation", self.truncation, 1e-6, 2)
         check_range("vae.anchor_spread", self.anchor_spread, 0, 1)
-        check_range("vae.anchor_noise", self.anchor_noise, 0, 1)
-        check_range("vae.feature_noise", self.feature_noise, 0, 1e3)
         if self.near_queries + self.volume_queries < 1:
             raise ValueError(
                 "vae.near_queries and vae.volume_queries are both 0, expected at least one query"
@@ -243,9 +241,6 @@ class ExportConfig:
     """Averaged weights of a run as a model folder."""
 
     output: Path | None = option(None, "folder to write; by default `export` in the run's folder")
-    vae: Path | None = option(
-        None, "for a DiT: VAE to ship instead of the one that encoded its latents; the same encoder"
-    )
     pipeline: PipelineConfig = option(PipelineConfig, "name and sampling defaults of an exported DiT")
 
     def __post_init__(self) -> None:
@@ -264,6 +259,7 @@ class TrainConfig(LoopConfig):
     vae: VAEStageConfig = option(VAEStageConfig, "shape VAE")
     latents: LatentsConfig = option(LatentsConfig, "cache of latents and image tokens")
     dit: DiTStageConfig = option(DiTStageConfig, "shape DiT")
+    image: ImageStageConfig = option(ImageStageConfig, "pictures with captions")
     router: RouterConfig = option(RouterConfig, "architecture of the routers: a file of configs/router")
     routing: RouterStageConfig = option(RouterStageConfig, "training of the routers")
     export: ExportConfig = option(ExportConfig, "export")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from elastic3d.errors import UserError
+from elastic3d.geometry.mesh_io import atomic_path
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 # Formats whose decoders need no other program, unlike EPS, and no fonts or macros.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+
+_RECEIPT = "elastic3d"
 
 
 def load_picture(source: str | Path | Image.Image) -> Image.Image:
@@ -43,6 +48,27 @@ def load_picture(source: str | Path | Image.Image) -> Image.Image:
         raise UserError(f"{path} is no image, expected PNG, JPEG, WebP, BMP, GIF or TIFF") from error
     except Exception as error:  # decoders of broken files raise anything
         raise UserError(f"{path} is broken: {' '.join(str(error).split())}") from error
+
+
+def save_picture(image: Image.Image, path: str | Path, receipt: dict[str, Any]) -> None:
+    """Write a PNG with `receipt` as the JSON text of its `elastic3d` entry, whole or not at all.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    entries = PngImagePlugin.PngInfo()
+    entries.add_itxt(_RECEIPT, json.dumps(receipt, allow_nan=False, ensure_ascii=False))
+    with atomic_path(path) as temporary:
+        image.save(temporary, "PNG", pnginfo=entries)
+
+
+def read_receipt(path: str | Path) -> dict[str, Any]:
+    """What `save_picture` noted; empty for any other picture. UserError if the file is no picture."""
+    path = Path(path)
+    load_picture(path)
+    with Image.open(path) as image:
+        image.load()  # the entries may stand behind the pixels
+        return dict(json.loads(image.info.get(_RECEIPT, "{}")))
 
 
 def _check_file(path: Path) -> None:

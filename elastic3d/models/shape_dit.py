@@ -183,6 +183,8 @@ class ShapeDiT(PretrainedMixin, nn.Module):
             self.point_in = nn.Linear(3 + 6 * config.point_freqs, config.width, bias=False)
         self.time_in = VectorEmbedder(TIMESTEP_CHANNELS, config.width)
         self.cond_in = nn.Linear(config.condition_channels, config.width)
+        if config.pooled_condition:
+            self.pooled_in = nn.Linear(config.condition_channels, config.width, bias=False)
         if config.guidance_embed:
             self.guidance_in = VectorEmbedder(TIMESTEP_CHANNELS, config.width)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.double_blocks))
@@ -203,6 +205,8 @@ class ShapeDiT(PretrainedMixin, nn.Module):
             if isinstance(module, FinalLayer):
                 nn.init.zeros_(module.linear.weight)
                 nn.init.zeros_(module.get_parameter("adaLN_modulation.1.weight"))
+        if self.config.pooled_condition:
+            nn.init.zeros_(self.pooled_in.weight)
         for embedder in (self.time_in, getattr(self, "guidance_in", None)):
             if embedder is not None:
                 nn.init.normal_(embedder.in_layer.weight, std=0.02)
@@ -220,6 +224,8 @@ class ShapeDiT(PretrainedMixin, nn.Module):
             raise ValueError(f"this model {expected} guidance scale per sample")
         dtype = self.latent_in.weight.dtype
         vec = self._modulation_vector(t, guidance).to(dtype)
+        if self.config.pooled_condition:
+            vec = vec + self.pooled_in(condition.to(dtype).mean(dim=1))
         img, txt = self.latent_in(latents.to(dtype)), self.cond_in(condition.to(dtype))
         if self.config.point_freqs:
             # A token's velocity depends sharply on where the token is; a linear map of xyz learns that slowly.

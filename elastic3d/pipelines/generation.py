@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from elastic3d.config.generate import GenerateConfig, MeshFormat
 from elastic3d.config.serialize import to_dict
 from elastic3d.errors import UserError
@@ -17,20 +19,42 @@ from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, atomic_path, check_suffix
 from elastic3d.models.pictures import PICTURE_SUFFIXES
 from elastic3d.models.weights import save_json
 from elastic3d.pipelines.hunyuan3d import views_of
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Picture, Result
 from elastic3d.pipelines.preview import turntable
-from elastic3d.pipelines.routes import draw_routes
+from elastic3d.pipelines.routes import draw_routes, route_title
 
 SUMMARY_NAME = "summary.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One mesh to make."""
+    """One mesh to make, of a picture or of a prompt."""
 
     image: Path
     seed: int
     output: Path
+    prompt: str = ""
+
+    @property
+    def subject(self) -> str:
+        """What it is made of, for records."""
+        return self.prompt or str(self.image)
+
+    @property
+    def name(self) -> str:
+        """Of the mesh in its file."""
+        return self.prompt or self.image.stem
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The picture of a job's prompt, with its receipt."""
+
+    image: Image.Image
+    receipt: dict[str, Any]
+
+
+Draw = Callable[[Sequence[Job]], Sequence[Drawn]]
 
 
 @dataclass
@@ -62,6 +86,11 @@ def plan(config: GenerateConfig) -> Plan:
         UserError: no picture is there, or `output` is of the wrong kind.
     """
     output = Path(config.output)
+    if config.prompt:
+        check_suffix(output, WRITE_SUFFIXES)
+        numbers = range(config.num_samples)
+        targets = [_numbered(output, n, config.num_samples) for n in numbers]
+        return Plan([Job(Path(), config.seed + n, targets[n], config.prompt) for n in numbers], None)
     single = Path(config.image)
     many = single.is_dir() or (glob.has_magic(config.image) and not single.exists())
     if not many and not single.exists():
@@ -95,18 +124,24 @@ def generate(
     jobs: Sequence[Job],
     config: GenerateConfig,
     on_step: Callable[[int, int], None] | None = None,
+    draw: Draw | None = None,
 ) -> Iterator[Outcome]:
-    """Do the jobs in batches, each mesh saved as soon as its batch is through; one outcome a job."""
+    """Do the jobs in batches, each mesh saved as soon as its batch is through; one outcome a job.
+
+    `draw` makes the pictures of jobs that have a prompt.
+    """
     todo = []
     for job in jobs:
         if config.resume and job.output.exists():
-            yield Outcome(str(job.image), str(job.output), job.seed, "skipped")
+            yield Outcome(job.subject, str(job.output), job.seed, "skipped")
         else:
             todo.append(job)
     for start in range(0, len(todo), config.rows):
         batch = todo[start : start + config.rows]
+        drawn = draw(batch) if draw is not None else []
+        pictures: list[Picture] = [picture.image for picture in drawn]
         results = pipeline(
-            [views_of(job.image, config) for job in batch],
+            pictures or [views_of(job.image, config) for job in batch],
             [job.seed for job in batch],
             steps=config.steps,
             guidance=config.guidance,
@@ -119,6 +154,8 @@ def generate(
             cache=config.cache,
             on_step=on_step,
         )
+        for result, picture in zip(results, drawn, strict=False):
+            result.receipt["image"] = picture.receipt
         for job, result in zip(batch, results, strict=True):
             yield _save(job, result, config.preview)
 
@@ -146,17 +183,15 @@ def save_routes(path: Path, outcomes: Sequence[Outcome]) -> None:
     panels = []
     for outcome in outcomes:
         if receipt := outcome.receipt if "routes" in outcome.receipt else None:
-            share = receipt["flops_executed"] / receipt["flops_dense"]
-            title = f"{Path(outcome.output).name}, seed {outcome.seed}: {share:.0%} of the dense FLOPs"
-            panels.append((title, receipt["routes"]))
+            panels.append((route_title(Path(outcome.output).name, receipt), receipt["routes"]))
     draw_routes(panels, path)
 
 
 def _save(job: Job, result: Result, preview: bool) -> Outcome:
-    outcome = Outcome(str(job.image), str(job.output), job.seed, "ok", receipt=result.receipt)
+    outcome = Outcome(job.subject, str(job.output), job.seed, "ok", receipt=result.receipt)
     try:
         mesh = result.mesh
-        save_mesh(mesh, job.output, extras=result.receipt, name=job.image.stem)
+        save_mesh(mesh, job.output, extras=result.receipt, name=job.name)
         if preview:
             with atomic_path(job.output.with_suffix(".png")) as temporary:
                 turntable(mesh).save(temporary)

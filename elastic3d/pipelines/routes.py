@@ -77,6 +77,12 @@ def route_receipt(session: RoutingSession, settings: ElasticConfig, row: int) ->
     }
 
 
+def route_title(name: str, receipt: dict[str, Any]) -> str:
+    """What stands above the picture of a receipt's routes."""
+    share = receipt["flops_executed"] / receipt["flops_dense"]
+    return f"{name}, seed {receipt['seed']}: {share:.0%} of the dense FLOPs"
+
+
 def draw_routes(panels: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
     """A heat map, blocks down and steps across, one panel for each (title, `routes` of a receipt).
 

@@ -1,4 +1,4 @@
-"""Which device and number format a model runs in."""
+"""Which device and number format a model runs in, and how long it takes."""
 
 from __future__ import annotations
 

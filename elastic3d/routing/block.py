@@ -144,6 +144,20 @@ class ElasticBlock(nn.Module):
         self.inner.compile(**arguments)
         self.narrow.compile_arguments = dict(arguments)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A part that is exchanged from outside (LoRA, quantisation) is exchanged in the wrapped block."""
+        inner = self.__dict__.get("_modules", {}).get("inner")
+        own = name in ("inner", "router", "conditioner")
+        if isinstance(value, nn.Module) and inner is not None and name in inner._modules and not own:
+            setattr(inner, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """The block moves: narrow copies that view its old weights would keep those in memory."""
+        self.narrow.forget()
+        return super()._apply(fn, recurse)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

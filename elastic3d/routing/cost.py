@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic3d.routing.decision import RouteDecision
 from elastic3d.routing.gates import hard_keep, hard_ratio
-from elastic3d.routing.protocol import BlockFlops
+from elastic3d.routing.protocol import BlockFlops, ModelAdapter
 from elastic3d.routing.trace import NOT_RUN, Trace
 
 
@@ -26,6 +26,20 @@ def executed_share(
     dense = sum(block.dense for block in blocks)
     shares = [decision_flops(d, block, ratios) / dense for d, block in zip(decisions, blocks, strict=True)]
     return torch.stack(shares).sum(dim=0)
+
+
+def dense_flops(model: nn.Module, adapter: ModelAdapter, lengths: Sequence[int]) -> int:
+    """FLOPs of all blocks in one dense pass of one sample with `lengths` tokens in its streams.
+
+    Reads shapes alone: the model may lie on the meta device. A block of one stream sees all tokens.
+    """
+    total = 0
+    for name, block_adapter in adapter.block_lists(model):
+        streams = len(block_adapter.stream_names)
+        own = lengths if streams == len(lengths) else [sum(lengths)]
+        blocks = model.get_submodule(name).children()
+        total += sum(block_adapter.flops(block, own).dense for block in blocks)
+    return total
 
 
 def trace_flops(trace: Trace) -> Tensor:

@@ -58,3 +58,16 @@ class Trace:
 
 def _symbol(action: int) -> str:
     return "c" if action == REUSED else "." if action == SKIPPED else f"{action % 16:X}"
+
+
+def parse_actions(steps: Sequence[Sequence[str]], blocks: int) -> Tensor:
+    """One sample's actions (S,2,I) from what `Trace.sample` wrote; a branch that did not run is NOT_RUN."""
+    actions = torch.full((len(steps), 2, blocks), NOT_RUN)
+    for step, branches in enumerate(steps):
+        for branch, symbols in enumerate(branches):
+            actions[step, branch] = torch.tensor(list(map(_action, symbols)))
+    return actions
+
+
+def _action(symbol: str) -> int:
+    return REUSED if symbol == "c" else SKIPPED if symbol == "." else int(symbol, 16) or 16

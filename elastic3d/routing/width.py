@@ -85,6 +85,10 @@ class NarrowBlocks:
             self._copies[width] = (storage, self._copy(self.ratios[width]))
         return self._copies[width][1]
 
+    def forget(self) -> None:
+        """Drop the copies; they are made anew when they are needed."""
+        self._copies.clear()
+
     def _linear(self, name: str) -> nn.Linear:
         linear = self.block.get_submodule(name)
         if type(linear) is not nn.Linear and not is_parametrized(linear):

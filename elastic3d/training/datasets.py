@@ -159,10 +159,7 @@ def pick(points: Tensor, count: int, rng: np.random.Generator) -> Tensor:
 
 @dataclass
 class VAEItems:
-    """Items: `surface` (P,6), `points` (Q,3), `distance` (Q,), `noise` (N,C).
-
-    Where the configuration asks for them also `sharp` (S,6), `offsets` (N,3) and `disturbance` (N,C).
-    """
+    """Items: `surface` (P,6), `points` (Q,3), `distance` (Q,), `noise` (N,C), also `sharp` (S,6), `offsets` (N,3)."""
 
     shapes: PreparedShapes
     config: VAEStageConfig
@@ -180,7 +177,7 @@ class VAEItems:
         item = augment(item, self.config.augment, rng)
         model = self.config.model
         noise = rng.standard_normal((model.num_latents, model.channels), dtype=np.float32)
-        return {**item, **self.offsets(rng), **self.disturbance(rng), "noise": torch.from_numpy(noise)}
+        return {**item, **self.offsets(rng), "noise": torch.from_numpy(noise)}
 
     def offsets(self, rng: np.random.Generator) -> Batch:
         """`offsets` (N,3) of the anchors from the surface, where there are any."""
@@ -188,16 +185,6 @@ class VAEItems:
         if not (self.config.model.anchored and spread):
             return {}
         return {"offsets": torch.from_numpy(spread * rng.standard_normal((count, 3), dtype=np.float32))}
-
-    def disturbance(self, rng: np.random.Generator) -> Batch:
-        """`disturbance` (N,C) of the latents, at a level of the shape's own, where there is any."""
-        config, model = self.config, self.config.model
-        if not (config.anchor_noise or config.feature_noise):
-            return {}
-        spread = np.full(model.channels, config.feature_noise, dtype=np.float32)
-        spread[: model.channels - model.latent_channels] = config.anchor_noise
-        noise = rng.standard_normal((model.num_latents, model.channels), dtype=np.float32)
-        return {"disturbance": torch.from_numpy(np.float32(rng.random()) * spread * noise)}
 
     def draw(self, id: str, rng: np.random.Generator) -> Batch:
         """A random subset of a shape's stored points."""

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from elastic3d import __version__
 from elastic3d.adapters import save_routers
+from elastic3d.config.generate import PipelineConfig
 from elastic3d.config.router_stage import TrainedParts
 from elastic3d.config.serialize import from_dict
-from elastic3d.config.train import ExportConfig, StageName, TrainConfig
+from elastic3d.config.train import StageName, TrainConfig
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import atomic_path
 from elastic3d.models.image_encoder import build_image_encoder
@@ -37,7 +38,7 @@ def export_run(config: TrainConfig) -> Path:
 
     A VAE becomes one model folder; a DiT a folder for `ImageTo3DPipeline.from_pretrained`, with the VAE whose
     latents it learned and their statistics, and the image encoder's configuration. Routers become such a folder too,
-    that of their dense model with `routers/` inside.
+    that of their dense model with `routers/` inside; those of a text-to-image pipeline are written alone.
 
     Raises:
         UserError: the run has no whole checkpoint.
@@ -54,40 +55,34 @@ def export_run(config: TrainConfig) -> Path:
         load_strict(vae, _inside("vae.", weights), str(path))
         vae.save_pretrained(output, torch.bfloat16)
         _write_record(output, config.folder, checkpoint.step, checkpoint.values)
+    elif trained.stage is StageName.image:
+        _export_image_model(output, trained, _inside("dit.", weights), str(path))
+        _write_record(output, config.folder, checkpoint.step, checkpoint.values)
+    elif trained.stage is StageName.router and trained.image.backbone is not None:
+        _export_image_routers(output, trained, weights, str(path))
+        _write_record(output / "routers", config.folder, checkpoint.step, checkpoint.values)
     elif trained.stage is StageName.router:
         _export_routers(output, trained, weights, str(path))
         _write_record(output / "routers", config.folder, checkpoint.step, checkpoint.values)
     else:
-        _export_pipeline(output, config.export, trained, _inside("dit.", weights), str(path))
+        _export_pipeline(output, config.export.pipeline, trained, _inside("dit.", weights), str(path))
         _write_record(output / "dit", config.folder, checkpoint.step, checkpoint.values)
     return output
 
 
 def _export_pipeline(
-    output: Path, export: ExportConfig, trained: TrainConfig, weights: dict[str, Tensor], source: str
+    output: Path, pipeline: PipelineConfig, trained: TrainConfig, weights: dict[str, Tensor], source: str
 ) -> None:
     info = LatentInfo.load(trained.latents.output)
     dit = ShapeDiT(trained.dit.model)
     load_strict(dit, weights, source)
     vae = ShapeVAE.from_pretrained(info.vae)
-    if export.vae is not None:
-        vae = _of_same_encoder(vae, export.vae, info.vae)
     vae.set_latent_statistics(info.mean, info.std)
     encoder = build_image_encoder(info.encoder)
-    ImageTo3DPipeline(vae, dit, encoder, export.pipeline).save_pretrained(output, torch.bfloat16)
+    ImageTo3DPipeline(vae, dit, encoder, pipeline).save_pretrained(output, torch.bfloat16)
     for name in (RECORD_NAME, CURVES_NAME):
-        if ((export.vae or info.vae) / name).is_file():
-            shutil.copyfile((export.vae or info.vae) / name, output / "vae" / name)
-
-
-def _of_same_encoder(vae: ShapeVAE, folder: Path, encoded_by: Path) -> ShapeVAE:
-    """The VAE in `folder`, whose latents must be those of `vae`; UserError if its encoder is another."""
-    other = ShapeVAE.from_pretrained(folder)
-    names = [name for name in vae.state_dict() if name.startswith(("encoder.", "pre_kl."))]
-    for name in names:
-        if not torch.equal(vae.state_dict()[name], other.state_dict().get(name, torch.empty(0))):
-            raise UserError(f"export.vae={folder} encodes otherwise than {encoded_by}, first in {name}")
-    return other
+        if (info.vae / name).is_file():
+            shutil.copyfile(info.vae / name, output / "vae" / name)
 
 
 def _export_routers(output: Path, trained: TrainConfig, weights: dict[str, Tensor], source: str) -> None:
@@ -103,6 +98,33 @@ def _export_routers(output: Path, trained: TrainConfig, weights: dict[str, Tenso
         pipeline.dit.load_state_dict(objective.dit.state_dict())
     pipeline.save_pretrained(output, torch.bfloat16)
     save_routers(objective.dit, output / "routers")
+
+
+def _export_image_model(output: Path, trained: TrainConfig, weights: dict[str, Tensor], source: str) -> None:
+    from elastic3d.pipelines.pixel_flux import build_transformer, save_pixel_flux
+
+    transformer = build_transformer(trained.image.model)
+    load_strict(transformer, weights, source)
+    save_pixel_flux(trained.image.model, transformer, output, torch.bfloat16)
+
+
+def _export_image_routers(
+    output: Path, trained: TrainConfig, weights: dict[str, Tensor], source: str
+) -> None:
+    """Calibrated `routers/`; where the DiT learned too, it as it is now in `transformer/`."""
+    from elastic3d.adapters import detach
+    from elastic3d.training.image_router_stage import ImageRouterStage
+
+    stage = ImageRouterStage(trained)
+    load_strict(stage.flow, weights, source)
+    stage.flow.eval()
+    stage.calibrate()
+    save_routers(stage.flow.dit, output / "routers")
+    if trained.routing.parts is not TrainedParts.routers:
+        dit: Any = stage.flow.dit
+        merge_low_rank(dit.modules())
+        detach(stage.flow.backbone.pipe)
+        dit.to(torch.bfloat16).save_pretrained(output / "transformer")
 
 
 def _inside(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -149,6 +149,9 @@ class _Builder:
         path = self.config.output / "settings.json"
         if path.is_file():
             found = load_json(path)
+            for name, kind in (("encoder", ImageEncoderConfig), ("foreground", ForegroundConfig)):
+                # an option that did not exist when the cache was made had its default
+                found[name] = to_dict(from_dict(kind, found.get(name, {}), str(path)))
             differing = [n for n in {**self.settings, **found} if found.get(n) != self.settings.get(n)]
             if set(differing) - {"vae"}:  # the same weights may have moved
                 raise UserError(f"{self.config.output} was made with another {differing[0]}: delete it first")

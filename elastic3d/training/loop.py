@@ -279,7 +279,9 @@ class _Run:
             if self.config.init_from is None:
                 return None
             path = self.config.init_from
-            average = load_checkpoint(path).tensors["average"]
+            own = self.stage.objective.state_dict()
+            average = {name: own[name] for name in self.config.init_new if name in own}
+            average |= load_checkpoint(path).tensors["average"]
             checkpoint = Checkpoint(0, {"model": average, "average": average, "optimizer": {}})
         else:
             checkpoint = self._resumed(path)

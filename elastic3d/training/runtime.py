@@ -74,6 +74,15 @@ def compile_blocks(module: nn.Module) -> None:
         block.compile()
 
 
+@contextmanager
+def first_process_first(config: LoopConfig) -> Iterator[None]:
+    """The main process runs the block before the others do, which then find what it wrote."""
+    from accelerate import PartialState
+
+    with PartialState(cpu=config.device is DeviceChoice.cpu).main_process_first():
+        yield
+
+
 def enable_gradient_checkpointing(module: nn.Module) -> None:
     """Turn on `gradient_checkpointing` in every part that has the switch; UserError if none has."""
     parts = [part for part in module.modules() if hasattr(part, "gradient_checkpointing")]

@@ -39,6 +39,14 @@ def build_stage(config: TrainConfig) -> Stage:
         from elastic3d.training.dit_stage import DiTStage
 
         return DiTStage(config)
+    if config.stage is StageName.image:
+        from elastic3d.training.image_stage import ImageStage
+
+        return ImageStage(config)
+    if config.stage is StageName.router and config.image.backbone is not None:
+        from elastic3d.training.image_router_stage import ImageRouterStage
+
+        return ImageRouterStage(config)
     if config.stage is StageName.router:
         from elastic3d.training.router_stage import RouterStage
 

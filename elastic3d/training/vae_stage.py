@@ -23,11 +23,8 @@ class VAEObjective(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch of `VAEItems` -> loss and what it is made of. `noise` (B,N,C) draws the latents."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.decoder_only):
-            posterior = self.vae.encode(batch["surface"], batch.get("sharp"), batch.get("offsets"))
+        posterior = self.vae.encode(batch["surface"], batch.get("sharp"), batch.get("offsets"))
         raw = posterior.mean + batch["noise"] * (0.5 * posterior.logvar).exp()
-        if "disturbance" in batch:  # what a generated shape's latents are like: right but for small errors
-            raw = raw + batch["disturbance"]
         field = self.vae.query(batch["points"], self.vae.decode(self.vae.to_latents(raw)))
         field_loss = self.field_loss(field, batch["distance"])
         kl = posterior.kl().mean()
@@ -57,9 +54,6 @@ class VAEStage:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config.vae
         self.vae = ShapeVAE(config.vae.model)
-        if config.vae.decoder_only:
-            for part in (self.vae.encoder, self.vae.pre_kl):
-                part.requires_grad_(False)
         self.objective: nn.Module = VAEObjective(self.vae, config.vae)
         self._train = open_split(config.data, config.data.train, STORED, config.data.limit)
         self._val = open_split(config.data, config.data.val, STORED, config.vae.val_shapes)

@@ -60,6 +60,18 @@ def test_anchors_can_be_embedded_in_octaves():
         assert (model(latents, t, condition) - base).abs().max() > 1e-5
 
 
+def test_the_pooled_condition_can_modulate_the_blocks():
+    model = tiny(pooled_condition=True, double_blocks=0, single_blocks=0)
+    assert set(model.state_dict()) - set(tiny(double_blocks=0, single_blocks=0).state_dict()) == {
+        "pooled_in.weight"
+    }
+    latents, t, condition = inputs()
+    with torch.no_grad():  # without blocks there is no other way from the condition to the latents
+        base = model(latents, t, condition)
+        torch.testing.assert_close(model(latents, t, condition.flip(1)), base)
+        assert (model(latents, t, condition * 2) - base).abs().max() > 1e-5
+
+
 @pytest.mark.parametrize("gelu_tanh", [False, True])
 def test_gelu_is_exact_or_approximate_in_every_block(gelu_tanh):
     kinds = [call.approximate for call in tiny(gelu_tanh=gelu_tanh).modules() if isinstance(call, nn.GELU)]

@@ -14,7 +14,8 @@ import pytest
 import trimesh
 from _cli import execute
 from PIL import Image
-from tiny_pipeline import save_picture, tiny_pipeline
+from tiny_images import save_tiny_small
+from tiny_pipeline import picture, save_picture, tiny_pipeline
 
 from elastic3d.config.generate import GenerateConfig
 from elastic3d.geometry.mesh_io import read_extras
@@ -184,3 +185,25 @@ def test_as_a_process(model: Path, tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
     for item in ("image=", "num_samples=1", "cleanup.max_faces=40000", "same seed", "foreground.method=auto"):
         assert item.lower() in result.stdout.lower(), item
+
+
+def test_a_prompt_becomes_a_mesh(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from elastic3d.pipelines.text_to_image import TextToImagePipeline
+
+    monkeypatch.setattr(TextToImagePipeline, "_picture", lambda *arguments: picture())
+    small = save_tiny_small(tmp_path / "small")
+    options = [f"image_model={small}", "prompt=a red ball", "num_samples=2"]
+    assert command(*options, "output=x.glb", "seed=3") == 0
+    for n in range(2):
+        extras = read_extras(tmp_path / f"x_{n}.glb")
+        assert extras["seed"] == extras["image"]["seed"] == 3 + n
+        assert extras["image"]["prompt"] == "a red ball" and extras["image"]["backbone"] == "small"
+    assert command(*options, "output=y.glb", "image=a.png") == 2
+    assert "image= and prompt= are both there" in capsys.readouterr().err
+    assert command(*options, "output=y.glb", "budget=0.5") == 2
+    assert "neither model has routers" in capsys.readouterr().err
+    assert command(f"image_model={small}", "prompt=" + "ball " * 40, "output=y.glb") == 2
+    assert "tokens, expected at most 12" in capsys.readouterr().err
+    assert not (tmp_path / "y.glb").exists()

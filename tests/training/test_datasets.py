@@ -115,20 +115,6 @@ def test_offsets_are_drawn_at_the_asked_spread(prepared):
     assert 0.09 < drawn.std() < 0.11 and drawn.mean().abs() < 0.01
 
 
-def test_latents_are_disturbed_at_a_level_of_each_shape(prepared):
-    config = vae_config(prepared)
-    shapes = open_split(config.data, config.data.train, ())
-    assert "disturbance" not in VAEItems(shapes, config.vae).item(0, 0)
-    config.vae.anchor_noise, config.vae.feature_noise = 0.1, 2.0
-    items = VAEItems(shapes, config.vae)
-    drawn = torch.stack([items.item(i, 0)["disturbance"] for i in range(200)])
-    assert drawn.shape == (200, 8, 7)
-    levels = drawn[..., 3:].std(dim=(1, 2))
-    assert levels.min() < 0.2 and 1.6 < levels.max() < 3
-    ratio = drawn[..., :3].square().mean() / drawn[..., 3:].square().mean()
-    assert 0.04 < ratio.sqrt() < 0.06
-
-
 def test_mirror_scale_and_rotation_keep_distances_exact():
     config = AugmentConfig(scale_min=0.6, rotate_degrees=20.0)
     sides = set()

@@ -16,6 +16,7 @@ from elastic3d.diffusion.flow import velocity
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.models.weights import load_json, save_json
 from elastic3d.training.datasets import PreparedShapes, item_generator
 from elastic3d.training.dit_stage import DiTStage, FlowObjective, LatentItems
 from elastic3d.training.journal import read_metrics
@@ -92,6 +93,11 @@ def test_the_cache_goes_on_where_it_stopped_and_refuses_other_settings(cached):
     second.unlink()
     build_cache(config_for(cached))
     assert (first.stat().st_mtime_ns, second.read_bytes()) == before
+    settings = cached / "latents" / "settings.json"
+    older = load_json(settings)
+    del older["foreground"]["method"]  # as if written before there was such an option
+    save_json(older, settings)
+    build_cache(config_for(cached))
     other = config_for(cached)
     other.latents.variants = 1
     with pytest.raises(UserError, match="made with another variants"):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,23 @@ def test_starts_from_averaged_weights(prepared):
     average = load_checkpoint(checkpoint).tensors["average"]
     started = load_checkpoint(second.folder / "checkpoints" / "step-00000001").tensors["model"]
     assert all(torch.equal(tensor, started[name]) for name, tensor in average.items())
+
+
+def test_a_larger_model_starts_from_a_smaller_one(prepared):
+    config = vae_config(prepared, learning_rate=0.0)
+    run(config)
+    checkpoint = config.folder / "checkpoints" / "step-00000006"
+    larger = vae_config(prepared, name="larger", steps=1, learning_rate=0.0, init_from=checkpoint)
+    larger.vae.model.decoder_layers = 2
+    with pytest.raises(UserError, match="15 missing"):
+        run_stage(larger)
+    new = [name for name in build_stage(larger).objective.state_dict() if ".transformer.resblocks.1." in name]
+    assert len(new) == 15
+    run(replace(larger, init_new=new))
+    average = load_checkpoint(checkpoint).tensors["average"]
+    started = load_checkpoint(larger.folder / "checkpoints" / "step-00000001").tensors["model"]
+    assert all(torch.equal(tensor, started[name]) for name, tensor in average.items())
+    assert set(started) - set(average) == set(new)
 
 
 @pytest.mark.parametrize(

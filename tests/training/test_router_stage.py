@@ -104,6 +104,28 @@ def test_the_dense_model_has_no_distance_to_itself(dense):
     assert values["blocks_run"] == 1 and loss > 0
 
 
+def test_skipped_blocks_do_not_run_in_training_and_the_saving_is_reported(dense):
+    nearly_closed = RouterConfig(initial_keep=0.49, head_std=1.0)
+    stage = RouterStage(router_config(dense, routing={"explore": 0.3}, router=nearly_closed))
+    rows = []
+    for block in stage.flow.session.blocks:
+        block.inner.register_forward_hook(
+            lambda module, args, kwargs, _: rows.append(len([*args, *kwargs.values()][0])), with_kwargs=True
+        )
+    batch = batch_of(stage, 8)
+    with torch.no_grad():
+        stage.flow._dense(torch.zeros_like(batch["latents"]), batch)
+    teacher = sum(rows)  # the dense model, which is run beside: two branches, three blocks
+    assert teacher == 2 * 8 * 3
+    rows.clear()
+    loss, values = stage.flow(batch)
+    assert values["blocks_run"].item() == pytest.approx((sum(rows) - teacher) / teacher)
+    assert 0.1 < values["blocks_run"] < 0.9
+    loss.backward()
+    gates = [block.router.heads.weight.grad[0] for block in stage.flow.session.blocks]
+    assert all(gate.isfinite().all() and gate.abs().max() > 0 for gate in gates)
+
+
 @pytest.mark.parametrize("parts", list(TrainedParts))
 def test_trains_resumes_and_exports(dense, parts):
     config = router_config(

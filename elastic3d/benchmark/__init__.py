@@ -1,0 +1,1 @@
+"""Speed and fidelity of elastic models, beside what a sceptic would do instead. See docs/benchmark.md."""

@@ -1,0 +1,85 @@
+"""Running a run: the pipeline with its settings, and with routes from a table where it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic3d.benchmark.methods import Run
+from elastic3d.benchmark.store import Job
+from elastic3d.config.benchmark import BenchmarkConfig
+from elastic3d.config.geometry import CleanupConfig, DecodeConfig
+from elastic3d.config.images import ForegroundConfig
+from elastic3d.models.foreground import prepare_picture, to_tensor
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result, Settings
+from elastic3d.routing.session import RouteSource, RoutingSession
+
+
+@contextmanager
+def following(session: RoutingSession | None, source: RouteSource | None) -> Iterator[None]:
+    """While it lasts, `source` decides instead of the routers; None leaves them to it."""
+    if session is None:
+        yield
+        return
+    session.source = source
+    try:
+        yield
+    finally:
+        session.source = None
+
+
+def make(
+    pipeline: ImageTo3DPipeline,
+    run: Run,
+    jobs: Sequence[Job],
+    config: BenchmarkConfig,
+    source: RouteSource | None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[Result]:
+    """Meshes of the jobs as one batch, from picture to clean surface."""
+    options: dict[str, Any] = {}
+    if pipeline.session is not None:
+        options["elastic"] = run.settings.elastic
+        if run.settings.elastic:
+            options |= {name: getattr(run.settings, name) for name in ("budget", "width", "cache")}
+    with following(pipeline.session, source):
+        return pipeline(
+            [job.image for job in jobs],
+            [job.seed for job in jobs],
+            steps=run.steps,
+            guidance=config.guidance,
+            resolution=config.resolution,
+            on_step=on_step,
+            **options,
+        )
+
+
+def condition_of(pipeline: ImageTo3DPipeline, jobs: Sequence[Job]) -> Tensor:
+    """Condition tokens (B,M,Cc) of the jobs' pictures. UserError where one can't be used."""
+    size, foreground = pipeline.encoder.image_size, ForegroundConfig()
+    pictures = [prepare_picture(job.image, foreground, size) for job in jobs]
+    return pipeline.encoder(to_tensor(pictures).to(pipeline.device))
+
+
+def sample_latents(
+    pipeline: ImageTo3DPipeline,
+    run: Run,
+    condition: Tensor,
+    seeds: Sequence[int],
+    config: BenchmarkConfig,
+    source: RouteSource | None,
+) -> Tensor:
+    """The DiT alone: condition (B,M,Cc) -> latents (B,N,C); returns when a GPU is done."""
+    guidance = pipeline.config.guidance if config.guidance is None else config.guidance
+    settings = Settings(
+        run.steps, guidance, DecodeConfig(), CleanupConfig(), ForegroundConfig(), run.settings
+    )
+    with following(pipeline.session, source):
+        latents = pipeline.sample_latents(condition, seeds, settings)
+    if pipeline.device.type == "cuda":
+        torch.cuda.synchronize()
+    return latents

@@ -1,0 +1,221 @@
+"""The registry of methods: from a configuration to the rows of the table, and the runs behind them.
+
+Every control is made to execute what the routers do at the same budget without a cache (`elastic_no_cache`), and runs
+without one itself, so that the rows to compare are those two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+from elastic3d.benchmark.models import DENSE, MAIN, Models
+from elastic3d.config.benchmark import BenchmarkConfig, Method
+from elastic3d.config.routing import BlockCacheConfig, CacheRule, ElasticConfig
+from elastic3d.config.serialize import to_dict
+from elastic3d.errors import UserError
+
+
+class Routes(Enum):
+    """Who decides: nobody (the dense model), the routers, or a table."""
+
+    dense = "dense"
+    routers = "routers"
+    open = "open"  # every block, at full width: only the cache acts
+    random = "random"
+    static = "static"
+    timestep = "timestep"
+    shuffled = "shuffled"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to make meshes. Methods that ask for the same way share its meshes and its times.
+
+    `name` tells it from every other, also from the same with other weights or options. `donor` is the run whose
+    routes a control is matched to.
+    """
+
+    name: str = field(compare=True)
+    model: str = field(compare=False)
+    steps: int = field(compare=False)
+    routes: Routes = field(compare=False)
+    settings: ElasticConfig = field(compare=False)
+    donor: Run | None = field(compare=False, default=None)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table, but for the batch size. `budget` is None where there is none to ask for."""
+
+    method: str
+    run: Run
+    budget: float | None
+    note: str = ""
+
+
+PAPER_CACHE = BlockCacheConfig(rule=CacheRule.band, band=0.1, longest=5, start=0.3)
+DRIFT_CACHE = BlockCacheConfig(rule=CacheRule.drift, drift=0.1, longest=4, closed_reuse=True)
+NO_CACHE = BlockCacheConfig()
+
+
+class Planner:
+    """Makes runs out of what a configuration asks for."""
+
+    def __init__(self, config: BenchmarkConfig, models: Models) -> None:
+        self.config, self.models = config, models
+        main = models[MAIN]
+        self.baseline_steps = config.baseline_steps or main.config.steps
+        self.elastic_steps = config.elastic_steps or [self.baseline_steps]
+        self.default = main.config.elastic
+        if config.cache is not None:
+            self.default = replace(self.default, cache=config.cache)
+
+    def run(
+        self,
+        model: str,
+        steps: int,
+        routes: Routes,
+        settings: ElasticConfig | None = None,
+        donor: Run | None = None,
+    ) -> Run:
+        """A run with its name; settings None: dense."""
+        settings = settings or ElasticConfig(elastic=False)
+        pipeline, config = self.models[model], self.config
+        calibration = (str(config.calibration), config.calibration_samples, config.calibration_calls)
+        facts = [
+            pipeline.weights_sha256,
+            str(next(pipeline.dit.parameters()).dtype),
+            steps,
+            config.guidance if config.guidance is not None else pipeline.config.guidance,
+            config.resolution or pipeline.config.resolution,
+            pipeline.config.shift,
+            routes.value,
+            to_dict(settings),
+            donor.name if donor else "",
+            calibration if routes in (Routes.static, Routes.timestep) else "",
+        ]
+        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+        what = routes.value if model in (MAIN, DENSE) else model
+        budget = f"-b{settings.budget:g}" if settings.elastic else ""
+        return Run(f"{what}-s{steps}{budget}-{digest}", model, steps, routes, settings, donor)
+
+    def dense(self, steps: int) -> Run:
+        """The dense model in so many steps."""
+        return self.run(DENSE, steps, Routes.dense)
+
+    def elastic(self, budget: float, steps: int, model: str = MAIN, **changes: Any) -> Run:
+        """The routers at a budget, with the default settings but for `changes`."""
+        settings = replace(self.default, elastic=True, budget=budget, **changes)
+        return self.run(model, steps, Routes.routers, settings)
+
+    def reference(self) -> Run:
+        """The dense meshes that all others are paired with."""
+        return self.dense(self.config.reference_steps)
+
+
+def _dense(planner: Planner) -> Iterator[Case]:
+    yield Case("dense", planner.dense(planner.baseline_steps), 1.0)
+
+
+def _fewer_steps(planner: Planner) -> Iterator[Case]:
+    for steps in planner.config.steps:
+        if steps != planner.baseline_steps:
+            yield Case("fewer_steps", planner.dense(steps), 1.0)
+
+
+def _elastic(method: Method, **changes: Any) -> Callable[[Planner], Iterator[Case]]:
+    def cases(planner: Planner) -> Iterator[Case]:
+        for steps in planner.elastic_steps:
+            for budget in planner.config.budgets:
+                yield Case(method.value, planner.elastic(budget, steps, **changes), budget)
+
+    return cases
+
+
+def _dense_cache(planner: Planner) -> Iterator[Case]:
+    for steps in planner.elastic_steps:
+        for drift in planner.config.drifts:
+            cache = replace(DRIFT_CACHE, drift=drift, closed_reuse=False)
+            run = planner.run(MAIN, steps, Routes.open, ElasticConfig(cache=cache))
+            yield Case("dense_cache", run, None, f"drift {drift:g}")
+
+
+def _control(routes: Routes) -> Callable[[Planner], Iterator[Case]]:
+    def cases(planner: Planner) -> Iterator[Case]:
+        for budget in planner.config.budgets:
+            if budget < 1:  # at 1 there is hardly anything left out to choose
+                donor = planner.elastic(budget, planner.baseline_steps, cache=NO_CACHE)
+                run = planner.run(MAIN, planner.baseline_steps, routes, donor.settings, donor)
+                yield Case(routes.value, run, budget)
+
+    return cases
+
+
+REGISTRY: dict[Method, Callable[[Planner], Iterator[Case]]] = {
+    Method.dense: _dense,
+    Method.fewer_steps: _fewer_steps,
+    Method.elastic: _elastic(Method.elastic),
+    Method.elastic_no_cache: _elastic(Method.elastic_no_cache, cache=NO_CACHE),
+    Method.elastic_no_width: _elastic(Method.elastic_no_width, width=False),
+    Method.elastic_paper_cache: _elastic(Method.elastic_paper_cache, cache=PAPER_CACHE),
+    Method.elastic_drift_cache: _elastic(Method.elastic_drift_cache, cache=DRIFT_CACHE),
+    Method.dense_cache: _dense_cache,
+    Method.random: _control(Routes.random),
+    Method.static: _control(Routes.static),
+    Method.timestep: _control(Routes.timestep),
+    Method.shuffled: _control(Routes.shuffled),
+}
+WITHOUT_ROUTERS = (Method.dense, Method.fewer_steps)
+FAMILY = tuple(m.value for m in Method if m.name.startswith("elastic"))
+CONTROLS = tuple(m.value for m in (Method.random, Method.static, Method.timestep, Method.shuffled))
+
+
+def plan(config: BenchmarkConfig, models: Models, images: int) -> tuple[Planner, list[Case]]:
+    """The cases of a benchmark of so many pictures.
+
+    Raises:
+        UserError: a method that this model or these pictures do not allow.
+    """
+    planner = Planner(config, models)
+    has_routers = models[MAIN].session is not None
+    cases: list[Case] = []
+    for method, build in REGISTRY.items():
+        if config.methods and method not in config.methods:
+            continue
+        why = None
+        if method not in WITHOUT_ROUTERS and not has_routers:
+            why = f"{config.model} has no routers"
+        elif method is Method.shuffled and images < 2:
+            why = "it exchanges routes between pictures, and there is only one"
+        if why is None:
+            cases += build(planner)
+        elif config.methods:
+            raise UserError(f"methods has {method.value}, which can't be run: {why}")
+    for name in config.variants:
+        cases += _variant_cases(planner, name)
+    return planner, cases
+
+
+def _variant_cases(planner: Planner, name: str) -> Iterator[Case]:
+    session = planner.models[name].session
+    if session is None:
+        for steps in planner.elastic_steps:
+            yield Case(name, planner.run(name, steps, Routes.dense), None)
+        return
+    told = session.conditioner is not None  # the paper's routers know one budget only, that of their training
+    for steps in planner.elastic_steps:
+        for budget in planner.config.budgets if told else [1.0]:
+            yield Case(name, planner.elastic(budget, steps, name), budget if told else None)
+
+
+def needed_runs(planner: Planner, cases: list[Case]) -> list[Run]:
+    """Each run once: the reference, the dense model in each number of steps that occurs, donors before controls."""
+    runs = [planner.reference(), *(planner.dense(case.run.steps) for case in cases)]
+    for case in cases:
+        runs += [case.run.donor, case.run] if case.run.donor else [case.run]
+    return list(dict.fromkeys(runs))

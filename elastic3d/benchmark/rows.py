@@ -1,0 +1,192 @@
+"""From meshes, scores and times to the rows of the table."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from elastic3d.benchmark.methods import CONTROLS, FAMILY, Case, Run
+from elastic3d.benchmark.quality import FLOOR, REFERENCE, SAME_STEPS, TRUTH, Scores, Workplace
+from elastic3d.benchmark.timing import DIT, END_TO_END, Round, summarise
+from elastic3d.config.benchmark import Method
+from elastic3d.evaluation.fidelity import Rival, compare_metric
+from elastic3d.evaluation.items import Row
+from elastic3d.evaluation.statistics import bootstrap_mean
+from elastic3d.routing.trace import NOT_RUN, parse_actions
+
+
+def build_rows(place: Workplace, cases: Sequence[Case], scores: Scores, rounds: Sequence[Round]) -> list[Row]:
+    """A row for each case and batch size. What was not measured is None."""
+    floor = _floor(place, scores)
+    rows = []
+    for case in cases:
+        fidelity = _fidelity(place, case.run, scores) | floor
+        compute = _compute(place, case.run)
+        for batch in place.config.batches:
+            head = {
+                "method": case.method,
+                "note": case.note,
+                "budget": case.budget,
+                "steps": case.run.steps,
+                "batch": batch,
+            }
+            rows.append(head | compute | _times(place, case.run, rounds, batch, compute) | fidelity)
+            rows[-1]["run"] = case.run.name
+    return rows
+
+
+def _compute(place: Workplace, run: Run) -> dict[str, Any]:
+    """Executed FLOPs of the meshes of a run, over the dense model's in as many steps; mean and spread over meshes."""
+    records = [place.store.record(run, job) for job in place.jobs]
+    receipts = [r["receipt"] for r in records if r is not None and "flops_executed" in r["receipt"]]
+    shares = np.array([r["flops_executed"] / r["flops_dense"] for r in receipts])
+    routers = np.array([r.get("flops_routers", 0) / r["flops_dense"] for r in receipts])
+    statistics: dict[str, tuple[Callable[..., Any], np.ndarray]] = {
+        "executed_flops_ratio": (np.mean, shares),
+        "share_std": (np.std, shares),
+        "share_min": (np.min, shares),
+        "share_max": (np.max, shares),
+        "router_flops_ratio": (np.mean, routers),
+    }
+    found = {name: float(of(values)) if receipts else None for name, (of, values) in statistics.items()}
+    return found | {
+        "meshes": sum(record is not None for record in records),
+        "failed": sum(record is not None and record["status"] == "failed" for record in records),
+    }
+
+
+def _times(
+    place: Workplace, run: Run, rounds: Sequence[Round], batch: int, compute: dict[str, Any]
+) -> dict[str, Any]:
+    """Times a mesh and speed-ups; `executed_flops_ratio` of the timed meshes where no others were made."""
+    baseline_steps = place.planner.baseline_steps
+    baseline, same = place.planner.dense(baseline_steps), place.planner.dense(run.steps)
+    dit = summarise(rounds, run, baseline, DIT, batch)
+    within = summarise(rounds, run, same, DIT, batch)
+    whole = summarise(rounds, run, baseline, END_TO_END, batch)
+    share = compute["executed_flops_ratio"]
+    if share is None and dit is not None:
+        share = dit["share"]
+    total = None if share is None else share * run.steps / baseline_steps
+    found: dict[str, Any] = {
+        "executed_flops_ratio": share,
+        "flops_ratio_to_baseline": total,
+        "flop_speedup": 1 / total if total else None,
+    }
+    for name, index in (("q25", 0), ("median", 1), ("q75", 2)):
+        found[f"dit_ms_{name}"] = dit["ms"][index] if dit else None
+    for name, index in (("dit_speedup", 1), ("dit_speedup_q25", 0), ("dit_speedup_q75", 2)):
+        found[name] = dit["speedup"][index] if dit else None
+    found["dit_speedup_same_steps"] = within["speedup"][1] if within else None
+    found["efficiency"] = within["speedup"][1] * within["share"] if within else None
+    found["end_to_end_ms_median"] = whole["ms"][1] if whole else None
+    found["end_to_end_speedup"] = whole["speedup"][1] if whole else None
+    found["rounds"] = dit["rounds"] if dit else 0
+    return found
+
+
+def _fidelity(place: Workplace, run: Run, scores: Scores) -> dict[str, Any]:
+    """Scores against the reference, the dense model in as many steps, and ground truth."""
+    bootstrap = place.config.bootstrap
+    found: dict[str, Any] = {}
+    for kind, suffix in ((REFERENCE, "paired"), (SAME_STEPS, "same_steps")):
+        rows = scores.get((run.name, kind), [])
+        distance = sample_means(rows, "chamfer_l1")
+        found[f"chamfer_l1_{suffix}"] = _mean(distance)
+        found[f"iou_{suffix}"] = _mean(sample_means(rows, "volume_iou"))
+        if kind == REFERENCE:
+            interval = bootstrap_mean(distance, bootstrap) if distance else None
+            found["chamfer_l1_paired_low"] = interval.low if interval else None
+            found["chamfer_l1_paired_high"] = interval.high if interval else None
+    truth = scores.get((run.name, TRUTH), [])
+    for threshold in place.config.protocol.thresholds:
+        name = f"f_score@{threshold:g}"
+        found[name] = _mean(sample_means(truth, name))
+        baseline = scores.get((place.planner.dense(place.planner.baseline_steps).name, TRUTH), [])
+        dense = _mean(sample_means(baseline, name))
+        kept = None if found[name] is None or not dense else found[name] / dense
+        found[f"{name}_drop"] = None if kept is None else 1 - kept
+    found["chamfer_l1_truth"] = _mean(sample_means(truth, "chamfer_l1"))
+    found["iou_truth"] = _mean(sample_means(truth, "volume_iou"))
+    return found
+
+
+def _floor(place: Workplace, scores: Scores) -> dict[str, Any]:
+    """The dense model against itself with another seed; a mesh that failed is no measure of noise."""
+    rows = [r for r in scores.get((place.planner.reference().name, FLOOR), []) if r["status"] == "ok"]
+    return {
+        "chamfer_l1_seed_floor": _mean(sample_means(rows, "chamfer_l1")),
+        "iou_seed_floor": _mean(sample_means(rows, "volume_iou")),
+    }
+
+
+def sample_means(rows: Sequence[Row], metric: str) -> list[float]:
+    """The metric averaged over the seeds of each picture; pictures without it are left out."""
+    by_sample: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if row.get(metric) is not None:
+            by_sample[row["name"].rpartition("/")[2]].append(row[metric])
+    return [float(np.mean(values)) for values in by_sample.values()]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def compare_rivals(place: Workplace, cases: Sequence[Case], scores: Scores) -> list[dict[str, Any]]:
+    """The routers beside each control and variant of the same budget and steps, picture by picture.
+
+    Controls meet the routers without a cache, to which their FLOPs are matched; everything else meets `elastic`. A
+    rival without a budget meets every one.
+    """
+    found = []
+    for rival in cases:
+        mine = Method.elastic_no_cache if rival.method in CONTROLS else Method.elastic
+        if rival.method in (
+            Method.dense.value,
+            Method.fewer_steps.value,
+            Method.dense_cache.value,
+            mine.value,
+        ):
+            continue
+        for case in cases:
+            same = case.method == mine.value and case.run.steps == rival.run.steps
+            if not same or case.run == rival.run or rival.budget not in (None, case.budget):
+                continue
+            for kind, metric in ((REFERENCE, "chamfer_l1"), (TRUTH, "f_score@0.02")):
+                rows = [scores.get((run.name, kind), []) for run in (case.run, rival.run)]
+                compared = compare_metric(metric, rows[0], [rows[1]], Rival.baseline, place.config.bootstrap)
+                if compared is not None:
+                    head = {"routers": mine.value, "rival_method": rival.method, "against": kind}
+                    asked = {"budget": case.budget, "steps": case.run.steps}
+                    found.append(head | asked | compared.as_dict())
+    return found
+
+
+def route_shares(place: Workplace, cases: Sequence[Case]) -> dict[str, Any]:
+    """By run of the elastic family: executed width (S,2,I) averaged over meshes, 0 where skipped or reused."""
+    found: dict[str, Any] = {}
+    for case in cases:
+        if case.method not in FAMILY or case.run.name in found:
+            continue
+        shares, blocks = [], []
+        for job in place.jobs:
+            record = place.store.record(case.run, job)
+            routes = record["receipt"].get("routes") if record else None
+            if routes:
+                blocks = routes["blocks"]
+                widths = np.array([np.nan, 0, 0, *routes["widths"]])  # not run, reused, skipped, each width
+                shares.append(widths[parse_actions(routes["actions"], len(blocks)).numpy() - NOT_RUN])
+        if shares:
+            found[case.run.name] = {
+                "method": case.method,
+                "budget": case.budget,
+                "steps": case.run.steps,
+                "blocks": blocks,
+                "mean": np.mean(shares, axis=0),
+                "std": np.std(shares, axis=0),
+            }
+    return found

@@ -1,0 +1,135 @@
+"""The timing phase: all runs in turn, round after round, in one process, after a warm round that does not count.
+
+A round takes every run once, in an order of its own, on the same pictures; so what else the machine does falls on all
+of them alike, and speed-ups are ratios within a round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from elastic3d.benchmark.execute import condition_of, make, sample_latents
+from elastic3d.benchmark.machine import machine
+from elastic3d.benchmark.methods import Run
+from elastic3d.benchmark.quality import Workplace
+from elastic3d.benchmark.store import Job, spread
+from elastic3d.models.weights import load_json, save_json
+from elastic3d.routing.cost import trace_dense_flops, trace_flops, trace_router_flops
+
+DIT, END_TO_END = "dit", "end_to_end"
+Round = dict[str, Any]  # what, batch, round, and by run: milliseconds a mesh, FLOPs
+
+
+def measure(place: Workplace, runs: Sequence[Run]) -> list[Round]:
+    """All rounds, those of an earlier, interrupted call included. They are kept after each in timing.json."""
+    path = place.config.output / "timing.json"
+    key = timing_key(place, runs)
+    rounds = load_rounds(path, key)
+    todo = [entry for entry in _plan(place) if entry not in [_entry(done) for done in rounds]]
+    with tqdm(total=len(todo) * len(runs), desc="timing", unit="run", dynamic_ncols=True) as bar:
+        warm: set[tuple[str, int]] = set()
+        for what, batch, number in todo:
+            if (what, batch) not in warm:
+                warm.add((what, batch))
+                bar.set_postfix_str(f"{what}, batch {batch}, warm round")
+                _round(place, runs, what, batch, number, None)
+            bar.set_postfix_str(f"{what}, batch {batch}, round {number + 1}")
+            rounds.append(_round(place, runs, what, batch, number, bar))
+            save_json({"key": key, "rounds": rounds}, path)
+    return rounds
+
+
+def load_rounds(path: Path, key: str) -> list[Round]:
+    """The rounds kept in a file, if they are of these runs on this machine."""
+    if not path.is_file():
+        return []
+    stored = load_json(path)
+    return stored["rounds"] if stored["key"] == key else []
+
+
+def timing_key(place: Workplace, runs: Sequence[Run]) -> str:
+    """Changes with whatever makes times incomparable."""
+    config, about = place.config, machine()
+    fixed = {
+        name: about[name] for name in ("system", "processor", "cores", "accelerator", "threads", "torch")
+    }
+    facts = [sorted(run.name for run in runs), [i.name for i in place.images], config.timing_images, fixed]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _plan(place: Workplace) -> list[tuple[str, int, int]]:
+    """(what, batch size, round) of every round."""
+    config = place.config
+    counts = {DIT: config.repeats, END_TO_END: config.end_to_end_repeats}
+    return [(what, b, i) for b in config.batches for what, count in counts.items() for i in range(count)]
+
+
+def _entry(done: Round) -> tuple[str, int, int]:
+    return done["what"], done["batch"], done["round"]
+
+
+def _round(
+    place: Workplace, runs: Sequence[Run], what: str, batch: int, number: int, bar: tqdm | None
+) -> Round:
+    pictures = spread(place.images, place.config.timing_images)
+    chosen = [pictures[(number * batch + i) % len(pictures)] for i in range(batch)]
+    jobs = [Job(image, place.config.seeds[0]) for image in chosen]
+    conditions: dict[str, Tensor] = {}
+    measured: dict[str, dict[str, float]] = {}
+    order = list(runs)
+    random.Random(f"{what}/{batch}/{number}").shuffle(order)
+    for run in order:
+        if run.model not in conditions and what == DIT:
+            conditions[run.model] = condition_of(place.planner.models[run.model], jobs)
+        measured[run.name] = _time(place, run, jobs, what, conditions.get(run.model))
+        if bar is not None:
+            bar.update()
+    return {"what": what, "batch": batch, "round": number, "runs": measured}
+
+
+def _time(
+    place: Workplace, run: Run, jobs: Sequence[Job], what: str, condition: Tensor | None
+) -> dict[str, float]:
+    """Milliseconds a mesh, and the blocks' FLOPs of all passes, executed, dense and the routers' (0: none ran)."""
+    pipeline = place.planner.models[run.model]
+    source = place.controls.source(run, jobs)  # before the clock starts
+    seeds = [job.seed for job in jobs]
+    start = time.perf_counter()
+    if condition is not None:
+        sample_latents(pipeline, run, condition, seeds, place.config, source)
+    else:
+        make(pipeline, run, jobs, place.config, source)
+    found = {"ms": 1000 * (time.perf_counter() - start) / len(jobs)}
+    session = pipeline.session
+    if run.settings.elastic and session is not None and session.trace is not None:
+        flops = {"executed": trace_flops, "dense": trace_dense_flops, "routers": trace_router_flops}
+        found |= {name: float(of(session.trace).sum()) for name, of in flops.items()}
+    return found
+
+
+def summarise(
+    rounds: Sequence[Round], run: Run, baseline: Run, what: str, batch: int
+) -> dict[str, Any] | None:
+    """Median and quartiles of a run's milliseconds and of its speed-up over another; None without rounds."""
+    chosen = [r["runs"] for r in rounds if r["what"] == what and r["batch"] == batch]
+    if not chosen or run.name not in chosen[0]:
+        return None
+    ms = np.array([measured[run.name]["ms"] for measured in chosen])
+    ratio = np.array([measured[baseline.name]["ms"] for measured in chosen]) / ms
+    executed, dense = (sum(m[run.name].get(name, 1.0) for m in chosen) for name in ("executed", "dense"))
+    return {
+        "ms": np.quantile(ms, [0.25, 0.5, 0.75]).tolist(),
+        "speedup": np.quantile(ratio, [0.25, 0.5, 0.75]).tolist(),
+        "share": executed / dense,
+        "rounds": len(chosen),
+    }

@@ -1,0 +1,227 @@
+"""What differs between families of diffusers' text-to-image pipelines: prompts, latents, guidance, velocity.
+
+Generation runs the stock pipeline; training needs its parts one by one. Both find them here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from elastic3d.config.text_to_image import BackboneName
+
+Text = dict[str, Tensor]  # arguments of the pipeline, each (B, ...)
+
+
+class Backbone:
+    """A pipeline and its family's ways; subclasses fill in the parts.
+
+    `defaults` are sampling steps and guidance, for models with an embedding of the guidance and for others.
+    """
+
+    name: ClassVar[BackboneName]
+    pipeline_class: ClassVar[str]
+    negative: ClassVar[str] = ""  # what the unconditional branch is told
+    longest: int = 512  # tokens of a prompt
+    stores_bytes: ClassVar[bool] = False  # latents in [-1,1] that 8 bits hold exactly
+    defaults: ClassVar[dict[bool, tuple[int, float]]]
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The DiT."""
+        return self.pipe.transformer
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong."""
+        return self.pipe._execution_device
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether guidance is an input of the DiT: one branch, not two."""
+        return bool(self.pipe.transformer.config.guidance_embeds)
+
+    @property
+    def multiple(self) -> int:
+        """Both sides of a picture are multiples of this many pixels."""
+        return 2 * self.pipe.vae_scale_factor
+
+    @property
+    def default_size(self) -> int:
+        """Pixels a side."""
+        return self.pipe.default_sample_size * self.pipe.vae_scale_factor
+
+    def default_sampling(self) -> tuple[int, float]:
+        """Sampling steps and guidance."""
+        return self.defaults[self.embeds_guidance]
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt."""
+        raise NotImplementedError
+
+    def encode_prompts(self, prompts: Sequence[str], length: int | None = None) -> Text:
+        """Prompts -> arguments of the pipeline; every prompt with `length` tokens, where it is given."""
+        raise NotImplementedError
+
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Pictures (B,3,H,W) in [0,1] -> latents (B,N,C)."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Latents (B,N,C) -> pictures (B,3,H,W), [0,1] but for overshoots; `size` is width, height."""
+        raise NotImplementedError
+
+    def velocity(
+        self, dit: Any, latents: Tensor, t: Tensor, text: Text, size: tuple[int, int], guidance: float
+    ) -> Tensor:
+        """Latents (B,N,C) at t (B,), 0 = noise -> `dit`'s velocity (B,N,C) towards the data."""
+        raise NotImplementedError
+
+    def guidance_arguments(
+        self, guidance: float, samples: int, negative: Text | None = None
+    ) -> dict[str, Any]:
+        """Arguments of the pipeline for a guidance; where two branches are needed, the second one's text.
+
+        `negative` (1, ...) is that text where it was encoded before.
+        """
+        if self.embeds_guidance:
+            return {"guidance_scale": guidance}
+        if guidance <= 1:
+            return {"true_cfg_scale": 1.0}
+        text = negative or self.encode_prompts([self.negative])
+        other = {f"negative_{name}": value.expand(samples, *value.shape[1:]) for name, value in text.items()}
+        return {"true_cfg_scale": guidance, **other}
+
+    def _guidance(self, guidance: float, like: Tensor) -> Tensor | None:
+        return torch.full((len(like),), guidance, device=like.device) if self.embeds_guidance else None
+
+
+class FluxBackbone(Backbone):
+    """`FluxPipeline`: T5's tokens, CLIP's pooled vector."""
+
+    name = BackboneName.flux
+    pipeline_class = "FluxPipeline"
+    defaults = {True: (28, 3.5), False: (4, 1.0)}  # FLUX.1-dev, FLUX.1-schnell
+
+    def count_tokens(self, prompt: str) -> int:
+        """T5's."""
+        return len(self.pipe.tokenizer_2(prompt).input_ids)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], length: int | None = None) -> Text:
+        """`prompt_embeds` (B,L,D) and `pooled_prompt_embeds` (B,P)."""
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            prompt=list(prompts), device=self.device, max_sequence_length=length or self.longest
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Latents (B,N,C), 2 x 2 of the VAE's in a token."""
+        vae = self.pipe.vae
+        raw = vae.encode((2 * pictures - 1).to(vae.dtype)).latent_dist.mode()
+        x = (raw - vae.config.shift_factor) * vae.config.scaling_factor
+        return self.pipe._pack_latents(x, *x.shape)
+
+    def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Pictures (B,3,H,W)."""
+        pipe, config = self.pipe, self.pipe.vae.config
+        x = pipe._unpack_latents(latents, size[1], size[0], pipe.vae_scale_factor)
+        x = x / config.scaling_factor + config.shift_factor
+        return pipe.vae.decode(x.to(pipe.vae.dtype), return_dict=False)[0] / 2 + 0.5
+
+    def velocity(
+        self, dit: Any, latents: Tensor, t: Tensor, text: Text, size: tuple[int, int], guidance: float
+    ) -> Tensor:
+        """(B,N,C)."""
+        number, embeds = dit.dtype, text["prompt_embeds"]
+        rows, columns = size[1] // self.multiple, size[0] // self.multiple
+        places = self.pipe._prepare_latent_image_ids(len(latents), rows, columns, latents.device, number)
+        found = dit(
+            hidden_states=latents.to(number),
+            timestep=(1 - t).to(number),
+            guidance=self._guidance(guidance, latents),
+            pooled_projections=text["pooled_prompt_embeds"].to(number),
+            encoder_hidden_states=embeds.to(number),
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=latents.device, dtype=number),
+            img_ids=places,
+            return_dict=False,
+        )[0]
+        return -found
+
+
+class QwenImageBackbone(Backbone):
+    """`QwenImagePipeline`: the hidden states of a Qwen2.5-VL, with a mask."""
+
+    name = BackboneName.qwen_image
+    pipeline_class = "QwenImagePipeline"
+    negative = " "
+    longest = 1024
+    defaults = {True: (50, 4.0), False: (50, 4.0)}
+
+    def count_tokens(self, prompt: str) -> int:
+        """Qwen's."""
+        return len(self.pipe.tokenizer(prompt).input_ids)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], length: int | None = None) -> Text:
+        """`prompt_embeds` (B,L,D) and `prompt_embeds_mask` (B,L), 1 on tokens."""
+        embeds, mask = self.pipe.encode_prompt(
+            list(prompts), self.device, max_sequence_length=length or self.longest
+        )
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        missing = 0 if length is None else length - embeds.shape[1]
+        embeds = nn.functional.pad(embeds, (0, 0, 0, missing))
+        return {"prompt_embeds": embeds, "prompt_embeds_mask": nn.functional.pad(mask, (0, missing))}
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Latents (B,N,C), 2 x 2 of the VAE's in a token."""
+        vae = self.pipe.vae
+        raw = vae.encode((2 * pictures - 1).to(vae.dtype)[:, :, None]).latent_dist.mode()
+        mean, std = self._statistics(raw)
+        x = ((raw - mean) / std)[:, :, 0]
+        return self.pipe._pack_latents(x, *x.shape)
+
+    def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Pictures (B,3,H,W)."""
+        pipe = self.pipe
+        x = pipe._unpack_latents(latents, size[1], size[0], pipe.vae_scale_factor).to(pipe.vae.dtype)
+        mean, std = self._statistics(x)
+        return pipe.vae.decode(x * std + mean, return_dict=False)[0][:, :, 0] / 2 + 0.5
+
+    def velocity(
+        self, dit: Any, latents: Tensor, t: Tensor, text: Text, size: tuple[int, int], guidance: float
+    ) -> Tensor:
+        """(B,N,C)."""
+        number = dit.dtype
+        shape = (1, size[1] // self.multiple, size[0] // self.multiple)
+        found = dit(
+            hidden_states=latents.to(number),
+            timestep=(1 - t).to(number),
+            guidance=self._guidance(guidance, latents),
+            encoder_hidden_states=text["prompt_embeds"].to(number),
+            encoder_hidden_states_mask=text["prompt_embeds_mask"],
+            img_shapes=[[shape]] * len(latents),
+            return_dict=False,
+        )[0]
+        return -found
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.pipe.vae.config
+        mean, std = (
+            torch.tensor(v).to(x).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std)
+        )
+        return mean, std
+
+
+BACKBONES: dict[BackboneName, type[Backbone]] = {
+    backbone.name: backbone for backbone in (FluxBackbone, QwenImageBackbone)
+}

@@ -1,0 +1,182 @@
+"""The small text-to-image model: a `FluxTransformer2DModel` on pixels, in diffusers' own FLUX pipeline."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from einops import rearrange
+from torch import Tensor, nn
+
+from elastic3d import __version__
+from elastic3d.config.image_stage import PixelModelConfig
+from elastic3d.config.serialize import from_dict, to_dict
+from elastic3d.config.text_to_image import BackboneName
+from elastic3d.errors import UserError
+from elastic3d.models.text_encoder import MiniLM
+from elastic3d.models.weights import load_json, save_json
+from elastic3d.pipelines.backbones import FluxBackbone, Text
+from elastic3d.pipelines.image_loading import INDEX_NAME, check_index, load_transformer, quiet
+
+CLASS_NAME, SETTINGS_NAME = "PixelFluxPipeline", "pipeline.json"
+
+
+class PatchVAE(nn.Module):
+    """Stands where FLUX has its autoencoder: `factor` x `factor` pixels become channels of one latent, exactly."""
+
+    dtype = torch.float32
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.config = SimpleNamespace(scaling_factor=1.0, shift_factor=0.0)
+
+    def encode(self, pictures: Tensor) -> Any:
+        """Pictures (B,3,H,W) -> a distribution whose mode is (B,3 f^2,H/f,W/f)."""
+        f = self.factor
+        latents = rearrange(pictures, "B C (h f) (w g) -> B (C f g) h w", f=f, g=f)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
+
+    def decode(self, latents: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        """Latents (B,3 f^2,h,w) -> pictures (B,3,H,W)."""
+        f = self.factor
+        return (rearrange(latents, "B (C f g) h w -> B C (h f) (w g)", f=f, g=f),)
+
+
+class PixelFluxPipeline(FluxPipeline):
+    """`FluxPipeline` with MiniLM's tokens instead of T5's and CLIP's, and pixels instead of latents."""
+
+    model_cpu_offload_seq = "transformer"
+
+    settings: PixelModelConfig
+    text: MiniLM | None
+    vae: Any
+    transformer: Any
+    vae_scale_factor: int
+    default_sample_size: int
+    register_modules: Any
+    set_progress_bar_config: Any
+
+    def __init__(
+        self, scheduler: FlowMatchEulerDiscreteScheduler, transformer: FluxTransformer2DModel | None
+    ) -> None:
+        """diffusers wants to find its modules here and nothing else; see `build`."""
+        super(FluxPipeline, self).__init__()
+        self.register_modules(scheduler=scheduler, transformer=transformer)
+
+    @classmethod
+    def build(
+        cls, config: PixelModelConfig, transformer: FluxTransformer2DModel | None, text: MiniLM | None
+    ) -> PixelFluxPipeline:
+        """Without a transformer it encodes only, without a text encoder it takes embeddings only."""
+        pipe = cls(FlowMatchEulerDiscreteScheduler(shift=config.shift), transformer)
+        pipe.settings, pipe.text = config, text
+        pipe.vae_scale_factor = config.patch // 2
+        pipe.vae = PatchVAE(pipe.vae_scale_factor)
+        pipe.default_sample_size = config.size // pipe.vae_scale_factor
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        prompt_2: Any = None,
+        device: Any = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B,L,D), pooled (B,D), places (L,3)."""
+        if prompt_embeds is None or pooled_prompt_embeds is None:
+            assert self.text is not None and prompt is not None
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            parts = self.text(prompts)
+            if self.transformer is not None:
+                parts = tuple(part.to(self.transformer.device, self.transformer.dtype) for part in parts)
+            prompt_embeds, pooled_prompt_embeds = parts
+            prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+            pooled_prompt_embeds = pooled_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        return prompt_embeds, pooled_prompt_embeds, prompt_embeds.new_zeros(prompt_embeds.shape[1], 3)
+
+
+class SmallBackbone(FluxBackbone):
+    """The small model's ways."""
+
+    name = BackboneName.small
+    pipeline_class = CLASS_NAME
+    stores_bytes = True
+
+    @property
+    def longest(self) -> int:  # type: ignore[override]
+        """Tokens of a prompt."""
+        return self.pipe.settings.text_length
+
+    def default_sampling(self) -> tuple[int, float]:
+        """Sampling steps and guidance."""
+        return self.pipe.settings.steps, self.pipe.settings.guidance
+
+    def count_tokens(self, prompt: str) -> int:
+        """MiniLM's."""
+        return self.pipe.text.count(prompt)
+
+    def encode_prompts(self, prompts: Sequence[str], length: int | None = None) -> Text:
+        """Every prompt has the model's own length."""
+        return super().encode_prompts(prompts)
+
+
+def build_transformer(config: PixelModelConfig) -> Any:
+    """A fresh `FluxTransformer2DModel`; as in DiT (2212.09748), modulations and the output start at zero."""
+    head = config.width // config.heads
+    model: Any = FluxTransformer2DModel(
+        in_channels=3 * config.patch**2,
+        num_layers=config.double_blocks,
+        num_single_layers=config.single_blocks,
+        attention_head_dim=head,
+        num_attention_heads=config.heads,
+        joint_attention_dim=MiniLM.channels,
+        pooled_projection_dim=MiniLM.channels,
+        axes_dims_rope=(head // 4, 3 * head // 8, 3 * head // 8),
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (name == "proj_out" or ("norm" in name and "linear" in name)):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return model
+
+
+def load_pixel_flux(
+    folder: Path, device: torch.device, dtype: torch.dtype, encoders: bool = True
+) -> PixelFluxPipeline:
+    """The pipeline that `save_pixel_flux` wrote; UserError for anything else."""
+    check_index(folder, CLASS_NAME)
+    config = from_dict(PixelModelConfig, load_json(folder / SETTINGS_NAME), str(folder / SETTINGS_NAME))
+    try:
+        with quiet():
+            transformer = load_transformer(folder, dtype)
+            text = MiniLM(config.text_length) if encoders else None
+    except UserError:
+        raise
+    except Exception as error:  # loaders of broken folders raise anything
+        raise UserError(f"{folder} can't be loaded: {' '.join(str(error).split())[:300]}") from error
+    if transformer.config.in_channels != 3 * config.patch**2:
+        raise UserError(f"{folder}: {SETTINGS_NAME} does not fit the transformer (patch {config.patch})")
+    return PixelFluxPipeline.build(config, transformer.to(device), text)
+
+
+def save_pixel_flux(config: PixelModelConfig, transformer: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write the folder that `load_pixel_flux` reads, `model_index.json` last: half a folder is no pipeline."""
+    unfinished = folder / ".transformer.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with quiet():
+        transformer.to(dtype).save_pretrained(unfinished)
+    shutil.rmtree(folder / "transformer", ignore_errors=True)
+    unfinished.rename(folder / "transformer")
+    save_json(to_dict(config), folder / SETTINGS_NAME)
+    index = {"_class_name": CLASS_NAME, "_elastic3d_version": __version__}
+    save_json({**index, "transformer": ["diffusers", "FluxTransformer2DModel"]}, folder / INDEX_NAME)

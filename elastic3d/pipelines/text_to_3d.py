@@ -1,0 +1,44 @@
+"""Text to mesh: a picture of the prompt, then a mesh of the picture, both under one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from elastic3d.config.generate import GenerateConfig
+from elastic3d.config.text_to_image import BackboneName
+from elastic3d.errors import UserError
+from elastic3d.pipelines.generation import Draw, Drawn, Job
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.text_to_image import TextToImagePipeline, check_prompt
+
+ELASTIC = ("elastic", "budget", "width", "cache")
+
+
+def prompt_drawer(
+    config: GenerateConfig, pipeline: ImageTo3DPipeline, weights: str | Path
+) -> tuple[Draw, GenerateConfig]:
+    """What draws the prompt of a job, and the options that are left for the mesh's own model.
+
+    Both models follow the elastic options; one without routers runs dense beside one that has them.
+
+    Raises:
+        UserError: `weights` is no small text-to-image model, the prompt is none, or neither model has routers although
+            something elastic is asked for.
+    """
+    images = TextToImagePipeline.from_pretrained(BackboneName.small, weights, device=config.device)
+    check_prompt(config.prompt, images.backbone)
+    wanted: dict[str, Any] = {name: getattr(config, name) for name in ELASTIC}
+    if images.session is None and pipeline.session is None and config.budget not in (None, 1.0):
+        raise UserError("budget can't be set: neither model has routers")
+    if images.session is not None and pipeline.session is None:
+        config = replace(config, elastic=None, budget=None, width=None, cache=None)
+    options = wanted if images.session is not None else {}
+
+    def draw(jobs: Sequence[Job]) -> list[Drawn]:
+        results = images([job.prompt for job in jobs], [job.seed for job in jobs], **options)
+        return [Drawn(result.image, result.receipt) for result in results]
+
+    return draw, config

@@ -1,0 +1,280 @@
+"""Text to image: a stock diffusers pipeline, elastic where it has routers, with a receipt for every picture."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from elastic3d import __version__
+from elastic3d.adapters import adapter_for, attach, is_attached, session_of
+from elastic3d.config.base import DeviceChoice, DTypeChoice
+from elastic3d.config.generate import check_sampling
+from elastic3d.config.routing import BlockCacheConfig, ElasticConfig
+from elastic3d.config.text_to_image import MAX_PROMPT, BackboneName
+from elastic3d.errors import UserError
+from elastic3d.models.weights import file_sha256, find_weights
+from elastic3d.pipelines.backbones import Backbone, Text
+from elastic3d.pipelines.image_loading import load_backbone, merge_lora, weight_files
+from elastic3d.pipelines.routes import route_receipt, with_options
+from elastic3d.pipelines.runtime import resolve_device, resolve_dtype, timed
+from elastic3d.routing.cost import dense_flops
+from elastic3d.routing.session import RoutingSession
+
+ROUTERS_NAME = "routers"
+
+
+@dataclass
+class Settings:
+    """What one call asks for, defaults filled in; `size` is width, height."""
+
+    steps: int
+    guidance: float
+    size: tuple[int, int]
+    elastic: ElasticConfig
+
+
+@dataclass
+class ImageResult:
+    """One picture and its receipt: version, model, seed, steps, FLOPs, milliseconds, ..."""
+
+    image: Image.Image
+    receipt: dict[str, Any]
+
+
+class TextToImagePipeline:
+    """A prompt becomes a picture. `backbone` knows the pipeline's family; its transformer may have routers."""
+
+    def __init__(self, backbone: Backbone, model: str, weights_sha256: Future[str] | None = None) -> None:
+        """`model` is its name, for receipts."""
+        self.backbone, self.model = backbone, model
+        self._digest = weights_sha256
+
+    @property
+    def session(self) -> RoutingSession | None:
+        """Of the transformer's routers; None where it has none."""
+        transformer = self.backbone.transformer
+        return session_of(transformer) if is_attached(transformer) else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        backbone: BackboneName,
+        weights: str | Path,
+        routers: str | Path | None = None,
+        lora: str | Path | None = None,
+        device: DeviceChoice | torch.device | str = "auto",
+        dtype: DTypeChoice | torch.dtype | str = "auto",
+        offload: bool = False,
+    ) -> TextToImagePipeline:
+        """The pipeline in a folder, with routers on it if there are any.
+
+        Args:
+            weights: folder in the layout in which the pipeline is published.
+            routers: folder of routers; None takes `routers` in the folder of the weights, where there is one.
+            lora: a safetensors file that is merged into the weights.
+            offload: parts of the pipeline wait in main memory for their turn on the GPU.
+
+        Raises:
+            UserError: a folder that is broken or something else, routers of another model, a block that can't be
+                routed, a device that is not there.
+        """
+        folder, target = Path(weights), resolve_device(device)
+        if offload and target.type == "cpu":
+            raise UserError("offload is true, but the pipeline runs on the CPU: expected a GPU (device=cuda)")
+        home = torch.device("cpu") if offload else target
+        if backbone is BackboneName.small and dtype in ("auto", DTypeChoice.auto):
+            dtype = "float32"  # its latents are pixels, which bf16 would round from step to step
+        found = load_backbone(backbone, folder, home, resolve_dtype(dtype, target))
+        files = weight_files(folder)
+        if routers is None and (folder / ROUTERS_NAME).is_dir():
+            routers = folder / ROUTERS_NAME
+        if routers is not None:
+            try:
+                attach(found.pipe, routers)
+            except UserError:
+                raise
+            except ValueError as error:
+                raise UserError(f"{folder} can't be routed: {error}") from error
+            files.append(find_weights(Path(routers)))
+        if lora is not None:
+            files.append(merge_lora(found.pipe, Path(lora)))
+        if offload:
+            found.pipe.enable_model_cpu_offload(device=target)
+        pool = ThreadPoolExecutor(1)  # 24 GB take a while: hash them while the pictures are made
+        digest = pool.submit(file_sha256, *files)
+        pool.shutdown(wait=False)
+        return cls(found, folder.resolve().name, digest)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+        elastic: bool | None = None,
+        budget: float | None = None,
+        width: bool | None = None,
+        cache: BlockCacheConfig | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> list[ImageResult]:
+        """A picture of each prompt with its seed, as one batch; a sample does not depend on its batch.
+
+        Args:
+            steps, guidance: None is the family's default; a guidance of 1 or less runs one branch.
+            size: width and height in pixels.
+            elastic, budget, width, cache: as for meshes; None is the default of models with routers.
+            on_step: called with (steps done, steps) during sampling.
+
+        Raises:
+            UserError: a prompt that is empty, too long or no text, a value out of range, or a picture with values
+                that are not finite.
+        """
+        if len(prompts) != len(seeds) or not prompts:
+            raise UserError(
+                f"{len(seeds)} seeds for {len(prompts)} prompts, expected as many, and at least one"
+            )
+        for prompt in dict.fromkeys(prompts):
+            check_prompt(prompt, self.backbone)
+        settings = self._settings(steps, guidance, size)
+        settings.elastic = with_options(
+            ElasticConfig(), self.session is not None, elastic, budget, width, cache
+        )
+        if self.session is not None:
+            self.session.settings = settings.elastic
+        ms: dict[str, float] = {}
+        with timed(ms, "condition"):
+            text = self._text(prompts)
+            rest = self.backbone.guidance_arguments(settings.guidance, len(prompts))
+        with timed(ms, "dit"):
+            latents = self._sample(text, rest, seeds, settings, on_step)
+        with timed(ms, "decode"), torch.no_grad():
+            images = [self._picture(row[None], settings.size) for row in latents]
+        self.backbone.pipe.maybe_free_model_hooks()
+        receipts = self._receipts(prompts, seeds, settings, ms, latents.shape[1], text, rest)
+        return [ImageResult(image, receipt) for image, receipt in zip(images, receipts, strict=True)]
+
+    def _settings(self, steps: int | None, guidance: float | None, size: tuple[int, int] | None) -> Settings:
+        backbone = self.backbone
+        default_steps, default_guidance = backbone.default_sampling()
+        try:
+            check_sampling(steps, guidance, None)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        size = size or (backbone.default_size,) * 2
+        if any(side % backbone.multiple for side in size):
+            raise UserError(f"size is {size[0]}x{size[1]}, expected multiples of {backbone.multiple}")
+        return Settings(
+            default_steps if steps is None else steps,
+            default_guidance if guidance is None else guidance,
+            size,
+            ElasticConfig(),
+        )
+
+    def _text(self, prompts: Sequence[str]) -> Text:
+        """Each different prompt is encoded once."""
+        different = list(dict.fromkeys(prompts))
+        rows = torch.tensor([different.index(prompt) for prompt in prompts])
+        text = self.backbone.encode_prompts(different)
+        return {name: value[rows.to(value.device)] for name, value in text.items()}
+
+    def _sample(
+        self,
+        text: Text,
+        rest: dict[str, Any],
+        seeds: Sequence[int],
+        settings: Settings,
+        on_step: Callable[[int, int], None] | None,
+    ) -> Tensor:
+        """Latents (B,N,C), sample b from its own generator."""
+
+        def after_step(pipe: Any, index: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
+            if on_step is not None:
+                on_step(index + 1, settings.steps)
+            return values
+
+        return self.backbone.pipe(
+            **text,
+            **rest,
+            width=settings.size[0],
+            height=settings.size[1],
+            num_inference_steps=settings.steps,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            callback_on_step_end=after_step,
+            output_type="latent",
+            return_dict=False,
+        )[0]
+
+    def _picture(self, latents: Tensor, size: tuple[int, int]) -> Image.Image:
+        """Latents (1,N,C) -> RGB."""
+        values = self.backbone.decode(latents, size)[0].float()
+        if not values.isfinite().all():
+            raise UserError("the picture has values that are not finite: try dtype=float32")
+        pixels = (255 * values.clamp(0, 1)).round().byte().permute(1, 2, 0)
+        return Image.fromarray(pixels.cpu().numpy())
+
+    def _receipts(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+        ms: dict[str, float],
+        tokens: int,
+        text: Text,
+        rest: dict[str, Any],
+    ) -> list[dict[str, Any]]:
+        elastic = settings.elastic
+        lengths = [text["prompt_embeds"].shape[1]]
+        if "negative_prompt_embeds" in rest:
+            lengths.append(rest["negative_prompt_embeds"].shape[1])
+        transformer = self.backbone.transformer
+        passes = [dense_flops(transformer, adapter_for(transformer), [tokens, n]) for n in lengths]
+        dense = settings.steps * sum(passes)
+        receipts = []
+        for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            receipt: dict[str, Any] = {
+                "version": __version__,
+                "model": self.model,
+                "weights_sha256": self._digest.result() if self._digest else None,
+                "backbone": self.backbone.name.name,
+                "prompt": prompt,
+                "seed": seed,
+                "steps": settings.steps,
+                "guidance": settings.guidance,
+                "resolution": list(settings.size),
+                "budget": elastic.budget if elastic.elastic else 1.0,
+                "flops_executed": dense,
+                "flops_dense": dense,
+            }
+            if elastic.elastic and self.session is not None:
+                receipt.update(route_receipt(self.session, elastic, row))
+            receipt["ms"] = {name: round(value / len(prompts), 1) for name, value in ms.items()}
+            receipts.append(receipt)
+        return receipts
+
+
+def check_prompt(prompt: object, backbone: Backbone) -> None:
+    """Raise UserError for a prompt that is empty, no text, or longer than the text encoder reads."""
+    if not isinstance(prompt, str):
+        raise UserError(f"the prompt is a {type(prompt).__name__}, expected text")
+    if not prompt.strip():
+        raise UserError("the prompt is empty, expected a few words")
+    bad = next(
+        (c for c in prompt if unicodedata.category(c) in ("Cc", "Cs", "Cn") and c not in "\n\t\r"), None
+    )
+    if bad is not None:
+        raise UserError(f"the prompt is no text: it has the character {ord(bad):#x} in it")
+    if len(prompt) > MAX_PROMPT:
+        raise UserError(f"the prompt has {len(prompt)} characters, expected at most {MAX_PROMPT}")
+    count = backbone.count_tokens(prompt)
+    if count > backbone.longest:
+        raise UserError(f"the prompt has {count} tokens, expected at most {backbone.longest}")

@@ -1,0 +1,184 @@
+"""Training of routers on the DiT of a text-to-image pipeline; the reconstruction term is the decoded picture."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from elastic3d.adapters.diffusers_pipeline import drive
+from elastic3d.config.image_stage import ImageStageConfig
+from elastic3d.config.router_stage import RouterStageConfig
+from elastic3d.config.routing import ElasticConfig
+from elastic3d.config.train import TrainConfig
+from elastic3d.errors import UserError
+from elastic3d.models.weights import file_sha256
+from elastic3d.pipelines.backbones import Backbone
+from elastic3d.pipelines.image_loading import load_backbone, weight_files
+from elastic3d.pipelines.runtime import resolve_device
+from elastic3d.routing.cost import trace_share
+from elastic3d.training.datasets import Batch
+from elastic3d.training.image_stage import PictureItems, generate_latents, picture_sheet
+from elastic3d.training.picture_cache import PictureCache, build_picture_cache, text_of
+from elastic3d.training.router_objective import RouterObjective, add_route, calibrate, compare_budgets
+from elastic3d.training.runtime import first_process_first
+
+
+class PictureRouterObjective(RouterObjective):
+    """Routers of a text-to-image DiT. The pipeline's own guidance is what is distilled: both branches, or its input."""
+
+    def __init__(self, backbone: Backbone, config: TrainConfig, pictures: PictureCache) -> None:
+        paired = not backbone.embeds_guidance and config.routing.guidance > 1
+        super().__init__(backbone.transformer, config.routing, config.router, paired)
+        self.size = (pictures.settings["size"],) * 2
+        self._parts = (backbone, pictures.negative())  # no part of the state dict
+
+    @property
+    def backbone(self) -> Backbone:
+        """The pipeline's family, its VAE where the DiT is."""
+        backbone = self._parts[0]
+        backbone.pipe.vae.requires_grad_(False).eval().to(next(self.dit.parameters()).device)
+        return backbone
+
+    def velocities(self, dit: nn.Module, x_t: Tensor, batch: Batch) -> Tensor:
+        """Velocity (B,N,C) or (2B,N,C)."""
+        text, t = text_of(batch), batch["t"]
+        if self.paired:
+            x_t, t = x_t.repeat(2, 1, 1), t.repeat(2)
+            for name, value in self._parts[1].items():
+                text[name] = torch.cat([text[name], value.to(text[name]).expand_as(text[name])])
+        return self.backbone.velocity(dit, x_t, t, text, self.size, self.config.guidance)
+
+    def reconstruction(self, data: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Mean absolute difference of decoded pictures at several scales."""
+        config = self.config.picture
+        if not config.weight or not config.share:
+            return None
+        count = math.ceil(config.share * len(data))
+        with torch.no_grad():
+            true = self.backbone.decode(batch["latents"][:count], self.size).float()
+        found = self.backbone.decode(data[:count], self.size).float()
+        trust = batch["t"][:count] ** config.time_power
+        loss = (picture_loss(found, true, config.scales) * trust).mean()
+        return config.weight * loss, {"picture": loss}
+
+
+def picture_loss(found: Tensor, true: Tensor, scales: int) -> Tensor:
+    """Pictures (B,3,H,W) -> mean absolute difference (B,), averaged over resolutions, each half the one before."""
+    losses = []
+    for scale in range(scales):
+        if scale:
+            found, true = (nn.functional.avg_pool2d(x, 2, ceil_mode=True) for x in (found, true))
+        losses.append((found - true).abs().flatten(1).mean(1))
+    return torch.stack(losses).mean(0)
+
+
+class RoutedPictureItems(PictureItems):
+    """Items at the times of a random sampler, with its step size and a budget."""
+
+    def __init__(
+        self,
+        pictures: PictureCache,
+        config: ImageStageConfig,
+        routing: RouterStageConfig,
+        blocks: int,
+        paired: bool,
+    ) -> None:
+        self.routing, self.blocks, self.paired = routing, blocks, paired
+        super().__init__(pictures, config, 0.0)
+
+    def item(self, position: int, seed: int) -> Batch:
+        """Item `position` of the shuffled stream."""
+        item = super().item(position, seed)
+        rng = np.random.default_rng([seed, position, 3])
+        item["branch"] = torch.tensor(0.0)
+        add_route(item, self.routing, self.blocks, self.paired, rng)
+        return item
+
+
+class ImageRouterStage:
+    """What the loop needs to train routers for a text-to-image pipeline."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, image = config, config.image
+        assert image.backbone is not None and image.weights is not None
+        if image.backbone.name != "small" and image.images is None:
+            raise UserError("images= is missing: a folder of pictures with captions")
+        with first_process_first(config):
+            encoder = load_backbone(
+                image.backbone, image.weights, resolve_device(config.device), torch.float32
+            )
+            build_picture_cache(config, encoder)
+            del encoder  # with its text encoders, which are larger than the rest
+        backbone = load_backbone(
+            image.backbone, image.weights, torch.device("cpu"), torch.float32, encoders=False
+        )
+        self._train = PictureCache(image.cache, "train")
+        self._val = PictureCache(image.cache, "val", config.routing.val_shapes)
+        try:
+            self.flow = PictureRouterObjective(backbone, config, self._train)
+        except ValueError as error:
+            raise UserError(f"{image.weights} can't be routed: {error}") from error
+        self.objective: nn.Module = self.flow
+        drive(backbone.pipe, self.flow.session)
+        blocks = len(self.flow.session.blocks)
+        self._items = RoutedPictureItems(self._train, image, config.routing, blocks, self.flow.paired)
+        self._val_items = PictureItems(self._val, image, 0.0)
+
+    def items(self) -> RoutedPictureItems:
+        """Cached training pictures, shuffled, with what routers see."""
+        return self._items
+
+    def rate_factor(self, name: str) -> float:
+        """The base model learns more slowly than its routers."""
+        return 1.0 if name.startswith("routers.") else self.config.routing.base_rate
+
+    def record(self) -> dict[str, Any]:
+        """What the run trains on."""
+        assert self.config.image.weights is not None
+        return {
+            "train_pictures": len(self._train),
+            "val_pictures": len(self._val),
+            "pictures": self._train.settings,
+            "weights_sha256": file_sha256(*weight_files(self.config.image.weights)),
+        }
+
+    def validate(self) -> dict[str, float]:
+        """Executed share and distance to the dense latents of the same seed, sampling at each budget."""
+        return compare_budgets(self._generate, self.config.routing.val_budgets)
+
+    def samples(self) -> dict[str, np.ndarray]:
+        """Rows: the dense model's pictures, then those at each validation budget, same seeds."""
+        budgets = self.config.routing.val_budgets
+        settings = [ElasticConfig(elastic=False), *(ElasticConfig(budget=b) for b in budgets)]
+        rows = [self._generate(each)[0] for each in settings]
+        return {"generated": picture_sheet(self.flow.backbone, rows, self.flow.size)}
+
+    def calibrate(self, points: int = 8) -> None:
+        """Make the cost that is asked for the one that is executed, on the validation pictures."""
+        calibrate(self.flow.session, self._generate, points)
+
+    def _generate(self, settings: ElasticConfig) -> tuple[Tensor, Tensor]:
+        """Latents (B,N,C) of the validation captions, and the executed share (B,)."""
+        flow, routing = self.flow, self.config.routing
+        items = self._val_items.fixed(len(self._val))
+        before, flow.session.settings = flow.session.settings, settings
+        try:
+            latents = generate_latents(
+                flow.backbone,
+                text_of(items),
+                self._val.negative(),
+                flow.size,
+                routing.val_steps,
+                routing.guidance,
+            )
+            count, trace = len(latents), flow.session.trace
+            if not settings.elastic:
+                return latents, torch.ones(count)
+            assert trace is not None
+            return latents, trace_share(trace)
+        finally:
+            flow.session.settings = before

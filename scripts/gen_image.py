@@ -1,0 +1,71 @@
+"""Make a picture from a prompt.
+
+    python scripts/gen_image.py prompt="a wooden bar chair" output=chair.png
+    python scripts/gen_image.py backbone=flux weights=/models/FLUX.1-dev prompt="a red fox" output=fox.png budget=0.5
+    python scripts/gen_image.py backbone=qwen_image weights=/models/Qwen-Image prompt="a red fox" output=fox.png
+
+The folder of the weights is the one that is published, unchanged; routers are a folder of their own. With
+num_samples= there are several pictures, fox_0.png and so on. Each holds the receipt of how it was made.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from _cli import check_writable, run
+
+from elastic3d.config.text_to_image import DEFAULT_IMAGE_MODEL, GenerateImageConfig, parse_size
+from elastic3d.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def main(config: GenerateImageConfig) -> int:
+    """Load the pipeline, generate in batches, save each picture as soon as its batch is through."""
+    from elastic3d.models.pictures import save_picture
+    from elastic3d.pipelines.routes import draw_routes, route_title
+    from elastic3d.pipelines.text_to_image import TextToImagePipeline
+
+    start, output = time.perf_counter(), Path(config.output)
+    check_writable(output.parent)
+    pipeline = TextToImagePipeline.from_pretrained(
+        config.backbone,
+        config.weights or REPOSITORY / DEFAULT_IMAGE_MODEL,
+        config.routers or None,
+        config.lora or None,
+        config.device,
+        config.dtype,
+        config.offload,
+    )
+    if config.trace and pipeline.session is None:
+        raise UserError(f"trace={config.trace} can't be drawn: this model has no routers")
+    panels = []
+    for first in range(0, config.num_samples, config.batch_size):
+        numbers = range(first, min(first + config.batch_size, config.num_samples))
+        results = pipeline(
+            [config.prompt] * len(numbers),
+            [config.seed + n for n in numbers],
+            steps=config.steps,
+            guidance=config.guidance,
+            size=parse_size(config.size),
+            elastic=config.elastic,
+            budget=config.budget,
+            width=config.width,
+            cache=config.cache,
+        )
+        for n, result in zip(numbers, results, strict=True):
+            target = output if config.num_samples == 1 else output.with_stem(f"{output.stem}_{n}")
+            save_picture(result.image, target, result.receipt)
+            print(
+                f"{target}: {result.image.width} x {result.image.height}, {time.perf_counter() - start:.1f} s"
+            )
+            if "routes" in result.receipt:
+                panels.append((route_title(target.name, result.receipt), result.receipt["routes"]))
+    if config.trace:
+        draw_routes(panels, Path(config.trace))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, GenerateImageConfig, "gen_image")

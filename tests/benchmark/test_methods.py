@@ -1,0 +1,78 @@
+"""The registry: which runs the methods ask for."""
+
+from __future__ import annotations
+
+import pytest
+from _cli import parse
+
+from elastic3d.benchmark.methods import DRIFT_CACHE, PAPER_CACHE, REGISTRY, Routes, needed_runs, plan
+from elastic3d.benchmark.models import load_models
+from elastic3d.config.base import DeviceChoice
+from elastic3d.config.benchmark import BenchmarkConfig, Method, Phase
+from elastic3d.config.generate import GenerateConfig
+from elastic3d.config.routing import CacheRule
+from tests.benchmark.conftest import config_of
+
+CLI = ["images=photos", "output=out"]
+
+
+def test_every_method_is_registered():
+    assert list(REGISTRY) == list(Method)
+
+
+def test_caches_are_those_of_the_configuration_groups():
+    for name, cache in (("paper", PAPER_CACHE), ("drift", DRIFT_CACHE)):
+        assert parse(GenerateConfig, "gen_mesh", ["image=a", "output=b", f"cache={name}"]).cache == cache
+
+
+def test_methods_that_ask_for_the_same_share_a_run(world, tmp_path):
+    config = config_of(world, tmp_path, budgets=[1.0, 0.5], elastic_steps=[2, 3])
+    models = load_models(config, world)
+    planner, cases = plan(config, models, images=2)
+    by_method = {m: [c for c in cases if c.method == m.value] for m in Method}
+    assert [c.run for c in by_method[Method.elastic]] == [c.run for c in by_method[Method.elastic_no_cache]]
+    assert [(c.run.steps, c.budget) for c in by_method[Method.elastic]] == [
+        (2, 1.0),
+        (2, 0.5),
+        (3, 1.0),
+        (3, 0.5),
+    ]
+    assert [c.run.steps for c in by_method[Method.fewer_steps]] == [2, 4] and by_method[Method.dense][
+        0
+    ].run.steps == 3
+    [control] = by_method[Method.random]  # none at budget 1
+    assert (
+        control.run.donor == by_method[Method.elastic_no_cache][3].run and control.run.routes is Routes.random
+    )
+    runs = needed_runs(planner, cases)
+    names = [run.name for run in runs]
+    assert len(set(names)) == len(names) and names.index(control.run.donor.name) < names.index(
+        control.run.name
+    )
+    assert planner.reference() in runs and all(planner.dense(steps) in runs for steps in (2, 3, 4))
+    again = plan(config_of(world, tmp_path, resolution=9), models, 2)[1]
+    assert not {case.run for case in again} & set(runs)  # other options, other meshes
+
+
+def test_the_command_line():
+    config = parse(
+        BenchmarkConfig,
+        "benchmark",
+        [*CLI, "model=default", "budgets=[1,.5]", "seeds=[0,1,2]", "methods=[dense,elastic]", "phases=timing",
+         "variants={no_mesh: a b/routers, tuned: c}", "cache=drift", "device=cpu"],
+    )  # fmt: skip
+    assert config.budgets == [1.0, 0.5] and config.methods == [Method.dense, Method.elastic]
+    assert config.phases == [Phase.timing] and config.variants == {"no_mesh": "a b/routers", "tuned": "c"}
+    assert config.cache.rule is CacheRule.drift and config.device is DeviceChoice.cpu
+    assert config.protocol.views == 0 and not config.protocol.surface_health
+    for wrong, message in (
+        ("budgets=[1,0.1]", "budget is 0.1, expected a value from 0.3"),
+        ("budgets=[]", "budgets is .*, expected at least one value"),
+        ("seeds=[1,1]", "seeds is .*none twice"),
+        ("methods=[dens]", "expected a list such as"),
+        ("steps=[0]", "steps is 0"),
+        ("variants={elastic: x}", "variants has 'elastic', expected another name"),
+        ("drifts=[-1]", "drifts is -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse(BenchmarkConfig, "benchmark", [*CLI, wrong])

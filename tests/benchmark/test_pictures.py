@@ -1,0 +1,41 @@
+"""Pictures show what they are given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from elastic3d.benchmark.pictures import COLOURS, Series, _log_ticks, _ticks, chart, heat_map, pareto_plot
+
+
+def test_ticks_are_round_and_within_the_range():
+    assert _ticks(0.0, 1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert _log_ticks(9, 230) == [10, 20, 50, 100, 200]
+    for low, high in ((0.0131, 0.0132), (-3.0, 40.0), (1e5, 3e5)):
+        ticks = _ticks(low, high)
+        assert 3 <= len(ticks) <= 10 and low <= ticks[0] and ticks[-1] <= high
+
+
+def test_a_chart_has_every_series_in_its_colour():
+    series = [Series("one", [(10, 1.0), (100, 0.5)]), Series("two", [(20, 0.7)]), Series("none")]
+    colours = {colour for _, colour in chart(series, "x", "y").getcolors(1 << 20)}
+    assert {COLOURS[0], COLOURS[1]} < colours and COLOURS[2] not in colours
+    chart([Series("one point", [(10, 1.0)])], "x", "y")
+
+
+def test_without_times_there_is_no_plot():
+    row = {"method": "dense", "batch": 1, "dit_ms_median": None, "iou_paired": 0.5}
+    assert pareto_plot([row], 1) is None
+    assert pareto_plot([row | {"dit_ms_median": 5.0}], 2) is None
+    assert pareto_plot([row | {"dit_ms_median": 5.0}], 1) is not None
+
+
+def test_the_heat_map_is_darker_where_blocks_run():
+    mean = np.zeros((3, 2, 2))
+    mean[1, 0, 1] = 1.0
+    mean[:, 1] = np.nan  # the unconditional branch did not run
+    entry = {"method": "elastic", "budget": 0.5, "steps": 3, "blocks": ["a", "b"], "mean": mean, "std": mean}
+    picture = np.asarray(heat_map({"run": entry}, cell=10))
+    dark = (picture == (20, 60, 140)).all(-1)
+    assert dark.sum() == 100 and dark[44 + 10 : 44 + 20, 150 + 10 : 150 + 20].all()
+    assert heat_map({}) is None

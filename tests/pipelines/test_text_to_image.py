@@ -1,0 +1,199 @@
+"""Stock pipelines from folders in the published layout: elastic, reproducible, strict about what they are given."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_images import save_tiny_flux, save_tiny_qwen
+
+from elastic3d.adapters import attach, detach, save_routers
+from elastic3d.config.routing import RouterConfig
+from elastic3d.config.text_to_image import BackboneName
+from elastic3d.errors import UserError
+from elastic3d.pipelines.text_to_image import TextToImagePipeline
+
+MIXED = RouterConfig(initial_keep=0.5, initial_width_bias=0, head_std=3.0)
+SIZES = {BackboneName.flux: (32, 16), BackboneName.qwen_image: (16, 8)}
+FAMILIES = list(SIZES)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[BackboneName, Path]:
+    """Tiny pipelines, saved once; nothing changes them."""
+    root = tmp_path_factory.mktemp("published")
+    return {
+        BackboneName.flux: save_tiny_flux(root / "FLUX.1-tiny"),
+        BackboneName.qwen_image: save_tiny_qwen(root / "Qwen-Image-tiny"),
+    }
+
+
+def load(name: BackboneName, folder: Path, routers: Path | None = None) -> TextToImagePipeline:
+    return TextToImagePipeline.from_pretrained(name, folder, routers, device="cpu", dtype="float32")
+
+
+def mixed_routers(name: BackboneName, folder: Path, output: Path) -> Path:
+    pipeline = load(name, folder)
+    torch.manual_seed(0)
+    attach(pipeline.backbone.pipe, MIXED)
+    save_routers(pipeline.backbone.transformer, output)
+    return output
+
+
+@pytest.mark.parametrize("name", FAMILIES, ids=lambda name: name.name)
+def test_a_prompt_becomes_pictures_with_receipts(name, folders, tmp_path):
+    routers = mixed_routers(name, folders[name], tmp_path / "routers")
+    pipeline = load(name, folders[name], routers)
+    options = dict(steps=2, guidance=3.0, size=SIZES[name])
+    seen = []
+    dense = pipeline(["a chair"], [3], elastic=False, on_step=lambda i, n: seen.append((i, n)), **options)[0]
+    assert dense.image.size == SIZES[name] and dense.image.mode == "RGB" and seen == [(1, 2), (2, 2)]
+    assert (
+        dense.receipt["flops_executed"] == dense.receipt["flops_dense"] > 0 and "routes" not in dense.receipt
+    )
+    both = pipeline(["a chair", "a red cup"], [3, 4], budget=0.5, **options)
+    receipt = both[0].receipt
+    assert receipt["prompt"] == "a chair" and receipt["seed"] == 3 and receipt["budget"] == 0.5
+    assert receipt["flops_executed"] < receipt["flops_dense"] and len(receipt["weights_sha256"]) == 64
+    assert set(receipt["ms"]) == {"condition", "dit", "decode"}
+    branches = 1 if name is BackboneName.flux else 2
+    assert [len(step) for step in receipt["routes"]["actions"]] == [branches] * 2
+    json.dumps(receipt)
+    again = pipeline(["a chair", "a red cup"], [3, 4], budget=0.5, **options)
+    assert [r.image.tobytes() for r in again] == [r.image.tobytes() for r in both]
+    assert both[0].image.tobytes() != both[1].image.tobytes()
+
+
+@pytest.mark.parametrize("name", FAMILIES, ids=lambda name: name.name)
+def test_dense_pictures_are_those_of_the_stock_pipeline(name, folders):
+    import diffusers
+
+    pipeline = load(name, folders[name])
+    found = pipeline(["a chair"], [1], steps=2, guidance=4.0, size=SIZES[name])[0]
+    stock = getattr(diffusers, pipeline.backbone.pipeline_class).from_pretrained(folders[name])
+    stock.set_progress_bar_config(disable=True)
+    guidance = (
+        {"guidance_scale": 4.0}
+        if name is BackboneName.flux
+        else {"true_cfg_scale": 4.0, "negative_prompt": " "}
+    )
+    width, height = SIZES[name]
+    picture = stock(
+        "a chair", width=width, height=height, num_inference_steps=2, generator=[torch.Generator().manual_seed(1)],
+        **guidance,
+    ).images[0]  # fmt: skip
+    assert picture.tobytes() == found.image.tobytes()
+    with pytest.raises(UserError, match="budget can't be set: this model has no routers"):
+        pipeline(["a chair"], [1], budget=0.5)
+
+
+@pytest.mark.parametrize("name", FAMILIES, ids=lambda name: name.name)
+def test_the_parts_agree_with_the_pipeline(name, folders):
+    """Encode, decode and velocity, which training uses, say what the pipeline's loop says."""
+    backbone = load(name, folders[name]).backbone
+    size, t = SIZES[name], torch.tensor([0.25])
+    pictures = torch.rand(2, 3, size[1], size[0])
+    latents = backbone.encode_pictures(pictures)
+    assert backbone.decode(latents, size).shape == pictures.shape
+    assert latents.shape[1] == size[0] * size[1] // backbone.multiple**2
+    text = backbone.encode_prompts(["a chair"], length=64)
+    assert text["prompt_embeds"].shape[1] == 64
+    seen = {}
+
+    def note(module, args, kwargs, output):
+        seen.setdefault("x", kwargs["hidden_states"])
+        seen.setdefault("output", output[0])
+        seen.setdefault("timestep", kwargs["timestep"])
+
+    handle = backbone.transformer.register_forward_hook(note, with_kwargs=True)
+    generator = [torch.Generator().manual_seed(0)]
+    arguments = backbone.guidance_arguments(3.0, 1)
+    backbone.pipe(
+        **text, **arguments, width=size[0], height=size[1], num_inference_steps=2, generator=generator,
+        output_type="latent",
+    )  # fmt: skip
+    handle.remove()
+    t = 1 - seen["timestep"]
+    with torch.no_grad():
+        found = backbone.velocity(backbone.transformer, seen["x"], t, text, size, 3.0)
+    torch.testing.assert_close(found, -seen["output"], rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_that_are_none(folders):
+    pipeline = load(BackboneName.flux, folders[BackboneName.flux])
+    cases = {
+        "": "is empty", "  \n": "is empty", "a\udcffb": "is no text", "a\x00": "is no text",
+        "a" * 4001: "4001 characters", "chair " * 200: "tokens, expected at most 512",
+        None: "is a NoneType", b"chair": "is a bytes",
+    }  # fmt: skip
+    for prompt, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            pipeline([prompt], [0], steps=1, size=(16, 16))
+    with pytest.raises(UserError, match="size is 20x16, expected multiples of 8"):
+        pipeline(["a chair"], [0], size=(20, 16))
+    with pytest.raises(UserError, match="2 seeds for 1 prompts"):
+        pipeline(["a chair"], [0, 1])
+
+
+def test_folders_that_are_no_such_pipeline(folders, tmp_path):
+    flux, qwen = folders[BackboneName.flux], folders[BackboneName.qwen_image]
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    cases = {
+        tmp_path / "gone": "does not exist",
+        tmp_path / "file": "is a file",
+        tmp_path / "empty": "no model_index",
+    }
+    cases[qwen] = "is a QwenImagePipeline, expected a FluxPipeline"
+    for folder, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            load(BackboneName.flux, folder)
+    broken = tmp_path / "broken"
+    _copy(flux, broken)
+    file = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    save_file({k: v for k, v in state.items() if "proj_mlp" not in k}, file)
+    with pytest.raises(UserError, match="missing keys"):
+        load(BackboneName.flux, broken)
+    file.write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="can't be loaded as a FluxPipeline"):
+        load(BackboneName.flux, broken)
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(UserError, match="has no .safetensors file"):
+        load(BackboneName.flux, broken)
+
+
+def test_routers_of_another_model_and_blocks_without_a_prefix(folders, tmp_path):
+    flux, qwen = folders[BackboneName.flux], folders[BackboneName.qwen_image]
+    routers = mixed_routers(BackboneName.qwen_image, qwen, tmp_path / "routers")
+    with pytest.raises(UserError, match="expected a FluxTransformer2DModelRouters"):
+        load(BackboneName.flux, flux, routers)
+    bigger = save_tiny_flux(tmp_path / "bigger", guidance_embeds=False)
+    small = mixed_routers(BackboneName.flux, flux, tmp_path / "small")
+    assert load(BackboneName.flux, bigger, small).backbone.default_sampling() == (4, 1.0)
+    state = load_file(small / "model.safetensors")
+    save_file(
+        {k: v for k, v in state.items() if "single_transformer_blocks.1" not in k},
+        small / "model.safetensors",
+    )
+    with pytest.raises(UserError, match="do not fit this FluxTransformer2DModel"):
+        load(BackboneName.flux, flux, small)
+    from diffusers.models.attention import FeedForward
+
+    pipeline = load(BackboneName.flux, flux)
+    for part, message in (
+        (FeedForward(32, 32, activation_fn="geglu"), "GEGLU"),
+        (torch.nn.Identity(), "Identity"),
+    ):
+        pipeline.backbone.transformer.transformer_blocks[0].ff = part
+        with pytest.raises(ValueError, match=message):
+            attach(pipeline.backbone.pipe)
+    with pytest.raises(ValueError, match="no routers"):
+        detach(pipeline.backbone.pipe)
+
+
+def _copy(source: Path, target: Path) -> None:
+    import shutil
+
+    shutil.copytree(source, target)

@@ -1,0 +1,219 @@
+"""Training on pictures: the small model on views of shapes, routers for a published pipeline from a folder."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_images import save_tiny_flux, save_tiny_qwen
+
+from elastic3d.adapters import session_of
+from elastic3d.config.image_stage import ImageStageConfig, PixelModelConfig
+from elastic3d.config.router_stage import PictureLossConfig, RouterStageConfig, TrainedParts
+from elastic3d.config.text_to_image import BackboneName
+from elastic3d.config.train import ExportConfig, StageName, TrainConfig
+from elastic3d.errors import UserError
+from elastic3d.pipelines.text_to_image import TextToImagePipeline
+from elastic3d.training.export import export_run
+from elastic3d.training.image_router_stage import ImageRouterStage, picture_loss
+from elastic3d.training.image_stage import ImageStage
+from elastic3d.training.journal import read_metrics
+from elastic3d.training.picture_cache import PictureCache
+from elastic3d.training.pictures import (
+    PictureFolder,
+    ShapeViews,
+    colour_name,
+    noun_of,
+    recoloured,
+    view_words,
+    with_article,
+)
+from elastic3d.training.stages import run_stage
+from tests.training.test_dit_stage import add_views
+from tests.training.tiny import vae_config
+
+MODEL = PixelModelConfig(
+    size=16,
+    patch=8,
+    text_length=12,
+    width=32,
+    heads=2,
+    double_blocks=1,
+    single_blocks=2,
+    steps=2,
+    name="tiny",
+)
+ROUTING = dict(val_budgets=[0.5], val_shapes=1, val_steps=2, explore=0.5)
+
+
+def image_config(root: Path, stage=StageName.image, routing=None, **image) -> TrainConfig:
+    options = dict(
+        cache=root / "cache", model=MODEL, val_pictures=2, sample_pictures=2, sample_steps=2, shard=4
+    )
+    return vae_config(
+        root, stage=stage, name=stage.name, steps=2, image=ImageStageConfig(**(options | image)),
+        routing=RouterStageConfig(**(ROUTING | (routing or {}))),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def views(prepared):
+    """Prepared shapes with three views each, cameras and captions."""
+    add_views(prepared)
+    for shard in (prepared / "prepared" / "balls").glob("*.safetensors"):
+        tensors = load_file(shard)
+        ids = sorted({key.partition("/")[0] for key in tensors})
+        camera = torch.tensor(
+            [[2.0, 0, 3, 0, 0, 0, 40, 10], [0, 2, -3, 0, 0, 0, 40, 40], [3, 0, 0, 0, 0, 0, 40, 0]]
+        )
+        save_file(tensors | {f"{id}/cameras": camera.clone() for id in ids}, shard)
+        items = [{"id": id, "caption": "an orange ball"} for id in ids]
+        shard.with_suffix(".json").write_text(json.dumps({"items": items}))
+    return prepared
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six pictures with captions beside them, one without, one broken."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(6):
+        Image.new("RGB", (40, 30 + i), (40 * i, 10, 200)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(f"a picture of {i}\n")
+    Image.new("RGB", (8, 8)).save(images / "silent.png")
+    (images / "torn.png").write_bytes(b"no picture")
+    (images / "torn.txt").write_text("torn")
+    return images
+
+
+def test_captions_say_what_is_seen():
+    assert noun_of("an orange ball") == "orange ball" and with_article("orange ball") == "an orange ball"
+    cameras = np.array([[0.1, 0, 3], [2, 0, 2], [-3, 0, 0.1], [0.5, 0, -3]])
+    words = [view_words(np.array([*eye, 0, 0, 0, 40, 10])) for eye in cameras]
+    assert [w.split()[-1] for w in words] == ["front", "angle", "side", "behind"]
+    assert view_words(np.array([0, 2, 2, 0, 0, 0, 40, 45.0])).endswith("from the front and above")
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[2:6, 2:6] = (30, 60, 190, 255)
+    assert colour_name(pixels) == "blue" and colour_name(pixels * 0) is None
+    red = recoloured(pixels, (200, 20, 20))
+    assert colour_name(red) == "red" and (red[..., 3] == pixels[..., 3]).all()
+
+
+def test_views_of_shapes_and_their_captions(views):
+    config = ImageStageConfig(views=2, recolour=1.0, background=1.0)
+    source = ShapeViews(views / "prepared", [f"balls/ball{i}" for i in range(5)], config, 0, 0)
+    pictures = [picture for i in range(5) for picture in source.load(i, 16)]
+    assert len(pictures) == 10 and all(p.image.size == (16, 16) and p.image.mode == "RGB" for p in pictures)
+    assert all("orange ball seen" in p.captions[0] and "background" in p.captions[0] for p in pictures)
+    assert pictures[0].captions[2].startswith("an orange ball, on a ")
+    again = ShapeViews(views / "prepared", [f"balls/ball{i}" for i in range(5)], config, 0, 0).load(0, 16)
+    assert [p.captions for p in again] == [p.captions for p in pictures[:2]]
+
+
+def test_a_folder_of_pictures(folder, tmp_path):
+    config = ImageStageConfig(images=folder, val_every=3)
+    train, val = (PictureFolder(folder, config, validation) for validation in (False, True))
+    assert (len(train), len(val)) == (4, 3)
+    assert train.load(0, 16)[0].captions == ["a picture of 1"] and train.load(0, 16)[0].image.size == (16, 16)
+    (folder / "captions.jsonl").write_text(
+        '{"file": "0.png", "caption": "x"}\n\n{"file": "1.png", "caption": "y"}\n'
+    )
+    assert [c for _, c in PictureFolder(folder, config, False).pairs] == ["y"]
+    (folder / "captions.jsonl").write_text("[]\n")
+    with pytest.raises(UserError, match="captions.jsonl, line 1"):
+        PictureFolder(folder, config, False)
+    with pytest.raises(UserError, match="which is no folder"):
+        PictureFolder(tmp_path / "gone", config, False)
+
+
+def test_the_small_model_trains_exports_and_draws(views):
+    config = image_config(views)
+    config.validate_every = config.sample_every = config.steps = 4
+    assert run_stage(config) == 0
+    lines = read_metrics(config.folder / "metrics.jsonl")
+    assert {"val/flow", "val/flow_without_caption"} <= set(lines[-1])
+    with Image.open(config.folder / "samples" / "generated-00000004.png") as sheet:
+        assert sheet.size == (32, 32)
+    pictures = PictureCache(config.image.cache, "train")
+    item = pictures.read(3, 1)
+    assert item["latents"].shape == (4, 192) and item["latents"].abs().max() <= 1
+    assert item["text/prompt_embeds"].shape == (12, 384) and item["text/prompt_embeds"][-1].abs().max() == 0
+    stage = ImageStage(config)  # finds the cache
+    first = stage.backbone.decode(item["latents"][None], (16, 16))
+    assert torch.equal((first * 255).round(), first.clamp(0, 1) * 255)  # bytes come back exactly
+    config.stage, config.export = StageName.export, ExportConfig(output=views / "small")
+    export_run(config)
+    pipeline = TextToImagePipeline.from_pretrained(BackboneName.small, views / "small", device="cpu")
+    result = pipeline(["a red ball"], [0])[0]
+    assert result.image.size == (16, 16) and result.receipt["steps"] == 2
+    with pytest.raises(UserError, match="tokens, expected at most 12"):
+        pipeline(["a very long prompt " * 5], [0])
+    other = image_config(views, recolour=0.0)
+    with pytest.raises(UserError, match="made with another recolour"):
+        ImageStage(other)
+    routed = image_config(
+        views, StageName.router, backbone=BackboneName.small, weights=views / "small", size=16
+    )
+    routed.image.cache = views / "routed"
+    assert run_stage(routed) == 0
+
+
+@pytest.mark.parametrize(
+    "save, name, parts",
+    [
+        (save_tiny_flux, BackboneName.flux, TrainedParts.routers),
+        (save_tiny_qwen, BackboneName.qwen_image, TrainedParts.lora),
+    ],
+)
+def test_routers_for_a_published_pipeline(folder, prepared, save, name, parts):
+    weights = save(prepared / "published")
+    image = dict(backbone=name, weights=weights, images=folder, size=16, text_length=48, val_every=3)
+    config = image_config(prepared, StageName.router, {"parts": parts}, **image)
+    config.validate_every = config.sample_every = 2
+    assert run_stage(config) == 0
+    config.steps = 4
+    assert run_stage(config) == 0  # goes on from its own checkpoint, with its own cache
+    lines = read_metrics(config.folder / "metrics.jsonl")
+    assert {"distillation", "flow", "cost", "share", "picture"} <= set(lines[0])
+    assert 0 <= next(line["val/share_at_0.5"] for line in lines if "val/share_at_0.5" in line) <= 1
+    assert (config.folder / "samples" / "generated-00000002.png").is_file()
+    config.stage, config.export = StageName.export, ExportConfig(output=prepared / "elastic")
+    export_run(config)
+    assert (prepared / "elastic" / "transformer").is_dir() == (parts is TrainedParts.lora)
+    pipeline = TextToImagePipeline.from_pretrained(
+        name, weights, prepared / "elastic" / "routers", device="cpu"
+    )
+    result = pipeline(["a chair"], [0], steps=2, size=(16, 16), budget=0.5)[0]
+    assert result.receipt["routes"]["actions"]
+    assert session_of(pipeline.backbone.transformer).router_config.asked
+
+
+def test_the_picture_term_alone_moves_the_gates(folder, prepared):
+    weights = save_tiny_flux(prepared / "published")
+    image = dict(
+        backbone=BackboneName.flux, weights=weights, images=folder, size=16, text_length=16, val_every=3
+    )
+    routing = {"distillation": 0.0, "flow": 0.0, "cost_weight": 0.0, "explore": 1.0}
+    routing["picture"] = PictureLossConfig(weight=1.0, share=1.0, time_power=0.0)
+    stage = ImageRouterStage(image_config(prepared, StageName.router, routing, **image))
+    batch = {name: torch.stack([value] * 2) for name, value in stage.items().item(0, 0).items()}
+    loss, values = stage.flow(batch)
+    loss.backward()
+    assert values["distillation"] == 0  # open at the start
+    for block in stage.flow.session.blocks:
+        gate = block.router.heads.weight.grad[0]
+        assert gate.isfinite().all() and gate.abs().max() > 0
+    assert all(p.grad is None for n, p in stage.flow.named_parameters() if not n.startswith("routers."))
+    with pytest.raises(UserError, match="images= is missing"):
+        ImageRouterStage(image_config(prepared, StageName.router, **(image | {"images": None})))
+    with pytest.raises(ValueError, match="weights= is missing"):
+        ImageStageConfig(backbone=BackboneName.flux)
+
+
+def test_the_picture_loss():
+    x = torch.rand(2, 3, 8, 8)
+    assert picture_loss(x, x, 3).abs().max() == 0
+    torch.testing.assert_close(picture_loss(x + 0.1, x, 3), torch.full((2,), 0.1))
