@@ -20,6 +20,8 @@ class SkipBlockAdapter(SignatureAdapter):
     its tokens go different ways, so that there is no prefix that all of them share.
     """
 
+    early_parts: tuple[str, ...] = ("skip_linear", "skip_norm")
+
     def __init__(self) -> None:
         super().__init__(streams=("x",), conditioning="condition")  # which is only cut by that name
 

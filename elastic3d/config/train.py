@@ -193,6 +193,9 @@ class LatentsConfig:
     vae: Path = option(Path("runs/vae/export"), "folder of the trained shape VAE")
     variants: int = option(4, "encodings a shape, each of other surface points")
     views: int = option(6, "condition views a shape, spread over those that were rendered")
+    images: Path | None = option(
+        None, "pictures of the shapes, named as their meshes; a shape without one keeps its rendered views"
+    )
     batch: int = option(8, "shapes encoded at once")
     standardise: bool = option(
         True, "measure the latents' statistics; false for a published model, which knows its own scale"

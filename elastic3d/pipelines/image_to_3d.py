@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
@@ -25,7 +26,6 @@ from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field
 from elastic3d.geometry.surface import extract_surface
-from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.models.image_encoder import ImageEncoder, load_image_encoder, save_image_encoder
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
@@ -33,7 +33,7 @@ from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import file_sha256, find_weights, load_json, save_json
 from elastic3d.pipelines.conditions import Picture, Prepared, encode, is_picture, prepare
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, Placement
-from elastic3d.pipelines.routes import route_receipt, with_options
+from elastic3d.pipelines.routes import dense_receipt, route_receipt, with_options
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype, timed
 from elastic3d.routing.session import RoutingSession
 
@@ -273,21 +273,32 @@ class ImageTo3DPipeline:
                 condition = encode(list(prepared.values()), self.encoder, self.device)
         with timed(batch_ms, "dit"), self.placement.use(self.dit):
             latents = self.sample_latents(condition, [seeds[i] for i in prepared], settings, on_step)
-        with timed(batch_ms, "decode"), self.placement.use(self.vae), torch.no_grad():
-            tokens = self.vae.decode(latents)
-        share = {name: value / len(prepared) for name, value in batch_ms.items()}
-        for row, i in enumerate(prepared):
-            results[i].latents = latents[row].cpu()
-            ms = dict(share)
-            try:
-                results[i]._mesh = self._mesh_of(tokens[row : row + 1], settings, ms)
-            except ValueError as error:
-                results[i].error = error if isinstance(error, UserError) else UserError(str(error))
-            results[i].receipt.update(self._flops(condition.shape[1], settings))
+        done, moves = [results[i] for i in prepared], len(sampling_times(self.config, settings.steps)) - 1
+        for row, result in enumerate(done):
+            result.latents = latents[row].cpu()
+            result.receipt.update(
+                dense_receipt(self.dit.config, moves, settings.guidance, condition.shape[1])
+            )
             if settings.elastic.elastic and self.session is not None:
-                results[i].receipt.update(route_receipt(self.session, settings.elastic, row))
-            results[i].receipt["ms"] = {name: round(value, 1) for name, value in ms.items()}
+                result.receipt.update(route_receipt(self.session, settings.elastic, row))
+        self._decode(latents, done, settings, batch_ms)
         return results
+
+    def _decode(
+        self, latents: Tensor, results: Sequence[Result], settings: Settings, batch_ms: dict[str, float]
+    ) -> None:
+        """Latents (B,N,C) -> the meshes of `results`, or why there is none; with it all their times are known."""
+        with ExitStack() as stack:
+            with timed(batch_ms, "decode"), torch.no_grad():
+                stack.enter_context(self.placement.use(self.vae))  # until the last mesh is there
+                tokens = self.vae.decode(latents)
+            for row, result in enumerate(results):
+                ms = {name: value / len(results) for name, value in batch_ms.items()}
+                try:
+                    result._mesh = self._mesh_of(tokens[row : row + 1], settings, ms)
+                except ValueError as error:
+                    result.error = error if isinstance(error, UserError) else UserError(str(error))
+                result.receipt["ms"] = {name: round(value, 1) for name, value in ms.items()}
 
     def sample_latents(
         self,
@@ -316,7 +327,7 @@ class ImageTo3DPipeline:
 
     def _mesh_of(self, tokens: Tensor, settings: Settings, ms: dict[str, float]) -> trimesh.Trimesh:
         """Decoded tokens (1,N,D) of one sample -> clean mesh; adds its times to `ms`."""
-        with timed(ms, "decode"), self.placement.use(self.vae):
+        with timed(ms, "decode"):
             values, _ = decode_field(
                 lambda points, _: self.vae.query(points, tokens), 0, settings.decode, self.device
             )
@@ -336,11 +347,3 @@ class ImageTo3DPipeline:
             "resolution": settings.decode.resolution,
             "budget": settings.elastic.budget if settings.elastic.elastic else 1.0,
         }
-
-    def _flops(self, condition_tokens: int, settings: Settings) -> dict[str, int]:
-        """FLOPs of the DiT's blocks over all steps and branches, for one sample."""
-        cfg = self.dit.config
-        branches = 2 if settings.guidance != 1.0 and not cfg.guidance_embed else 1
-        moves = len(sampling_times(self.config, settings.steps)) - 1
-        dense = moves * branches * dit_blocks_flops(cfg, cfg.num_latents, condition_tokens)
-        return {"flops_executed": dense, "flops_dense": dense}

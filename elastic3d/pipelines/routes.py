@@ -9,10 +9,12 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from elastic3d.config.models import DiTConfig, SkipDiTConfig
 from elastic3d.config.routing import BlockCacheConfig, ElasticConfig
 from elastic3d.config.serialize import to_dict
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import atomic_path
+from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.routing.cost import trace_dense_flops, trace_flops, trace_router_flops
 from elastic3d.routing.session import RoutingSession
 
@@ -48,6 +50,15 @@ def with_options(
         return replace(default, elastic=True, **given)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def dense_receipt(
+    dit: DiTConfig | SkipDiTConfig, moves: int, guidance: float, condition_tokens: int
+) -> dict[str, int]:
+    """FLOPs of a dense DiT's blocks over all moves and branches, for one sample."""
+    branches = 2 if guidance != 1.0 and not dit.guidance_embed else 1
+    flops = moves * branches * dit_blocks_flops(dit, dit.num_latents, condition_tokens)
+    return {"flops_executed": flops, "flops_dense": flops}
 
 
 def route_receipt(session: RoutingSession, settings: ElasticConfig, row: int) -> dict[str, Any]:

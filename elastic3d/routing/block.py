@@ -118,16 +118,18 @@ class ElasticBlock(nn.Module):
         rows: Tensor | None = None
         if current.explored is not None:
             rows = (decision.keep | current.explored[:, self.index]).nonzero()[:, 0]
-            if len(rows) == 0:
-                current.ran_rows[self.index] = 0
-                return call.streams
+            current.ran_rows[self.index] = len(rows)
             share = current.explored.float().mean().clamp_min(1e-3)
             weight = torch.where(decision.keep, 1.0, 1 / share)[rows]
+            if len(rows) == 0:
+                if not current.lockstep:
+                    return call.streams
+                rows, weight = rows.new_zeros(1), weight.new_zeros(1)  # closed, and its gate learns nothing
         part = call if rows is None else self.adapter.take(call, rows)
         keep, keep_prob, width = decision.keep, decision.keep_prob, hard_width(decision)
         if rows is not None:
             keep, keep_prob, width = keep[rows], keep_prob[rows], width[rows]
-        current.ran_rows[self.index] = len(keep)
+        current.ran_rows.setdefault(self.index, len(keep))
         with masked(self.inner, self.sites, width, self.session.router_config.ratios):
             output = self.adapter.run(self.inner, part)
         mixed = tuple(gated(x, y, keep, keep_prob, weight) for x, y in zip(part.streams, output, strict=True))

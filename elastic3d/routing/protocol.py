@@ -66,9 +66,15 @@ class BlockCall:
 
 
 class BlockAdapter(Protocol):
-    """One kind of block."""
+    """One kind of block.
+
+    Attributes:
+        stream_names: its token streams.
+        early_parts: names of those of its modules, if it has them, that `bind` runs before the block is called.
+    """
 
     stream_names: tuple[str, ...]
+    early_parts: tuple[str, ...]
 
     def bind(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
         """The call with its arguments by name, however they were passed."""
@@ -128,6 +134,8 @@ class SignatureAdapter:
         returns: the streams' order in the block's return value, a tuple; None for a block that returns one tensor.
         per_sample: further arguments whose first axis is the batch; None values are allowed.
     """
+
+    early_parts: tuple[str, ...] = ()
 
     def __init__(
         self,

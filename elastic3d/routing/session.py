@@ -47,6 +47,7 @@ class Pass:
     step: int
     masked: bool
     explored: Tensor | None = None
+    lockstep: bool = False
     modulation: Tensor | None = None
     ahead: list[RouteDecision] = field(default_factory=list)
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
@@ -71,6 +72,7 @@ class _Announced:
     branches: tuple[int, ...] | Tensor
     masked: bool = False
     explored: Tensor | None = None
+    lockstep: bool = False
 
 
 class RoutingSession:
@@ -131,18 +133,26 @@ class RoutingSession:
             raise ValueError(f"step {index} of a generation of {self._steps} steps")
         self._announced = _Announced(index, dt, self._budget.repeat(len(branches)), tuple(branches))
 
-    def train(self, dt: Tensor, budget: Tensor, branch: Tensor, explored: Tensor | None = None) -> None:
+    def train(
+        self,
+        dt: Tensor,
+        budget: Tensor,
+        branch: Tensor,
+        explored: Tensor | None = None,
+        lockstep: bool = False,
+    ) -> None:
         """The next forward pass is a training pass: masked blocks, gradients to the gates, no caches.
 
         dt, budget, branch: (B,). By default every block runs for every row, so that closed gates get a gradient
         too. `explored` (B,I) bool says for which rows a closed block runs; for the others it is really skipped.
-        The gradients of explored closed gates are weighted up by the share that is explored.
+        The gradients of explored closed gates are weighted up by the share that is explored. With `lockstep` a block
+        that no row needs runs all the same, to no effect: other processes may wait for its weights or gradients.
         """
         if explored is not None and explored.shape != (len(budget), len(self.blocks)):
             raise ValueError(
                 f"explored is {tuple(explored.shape)}, expected {(len(budget), len(self.blocks))}"
             )
-        self._announced = _Announced(0, dt, budget, branch, masked=True, explored=explored)
+        self._announced = _Announced(0, dt, budget, branch, True, explored, lockstep)
 
     def end(self) -> None:
         """Free the caches; the trace stays."""
@@ -185,7 +195,7 @@ class RoutingSession:
         for name in ("dt", "budget", "branch"):
             if getattr(situation, name).shape != (B,):
                 raise ValueError(f"a batch of {B}, but {getattr(situation, name).shape[0]} values of {name}")
-        self.current = Pass(situation, rows, told.step, told.masked, told.explored)
+        self.current = Pass(situation, rows, told.step, told.masked, told.explored, told.lockstep)
         if self.conditioner is not None and self.source is None:
             self.current.modulation = self.conditioner(situation)
 

@@ -3,7 +3,6 @@ networks)."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -116,7 +115,8 @@ def _shallow(module: nn.Module) -> nn.Module:
     """A module of its own that shares parameters and children."""
     if "forward" in module.__dict__:  # it is bound to the original, whose weights are wide
         raise ValueError(f"a hook replaced the forward of {type(module).__name__}: run with width=false")
-    twin = copy.copy(module)
+    twin = object.__new__(type(module))  # copy.copy would call the class, which FSDP replaces
+    twin.__dict__.update(module.__dict__)
     twin._modules = dict(module._modules)
     twin._compiled_call_impl = None
     return twin

@@ -9,6 +9,7 @@ of the latents.
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from elastic3d.config.train import LatentsConfig, TrainConfig, VAEStageConfig
 from elastic3d.errors import UserError
 from elastic3d.models.foreground import prepare_picture, to_tensor
 from elastic3d.models.image_encoder import ImageEncoder, build_image_encoder
+from elastic3d.models.pictures import PICTURE_SUFFIXES
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.weights import WEIGHTS_NAME, file_sha256, load_json, save_json, save_weights
 from elastic3d.pipelines.runtime import resolve_device
@@ -81,6 +83,7 @@ def build_cache(config: TrainConfig) -> LatentInfo:
     plan = list(_plan(config.data.prepared, wanted))
     if not plan:
         raise UserError(f"no shape of the splits is under {config.data.prepared}")
+    builder.check_pictures(wanted)
     sums: list[dict[str, Any]] = []
     with tqdm(total=sum(len(ids) for _, ids in plan), desc="cache", unit="shape", dynamic_ncols=True) as bar:
         for shard, ids in plan:
@@ -135,6 +138,10 @@ class _Builder:
         }
         if not self.config.standardise:  # absent otherwise: older caches have no such entry
             self.settings["standardise"] = False
+        self.pictures: dict[str, list[Path]] = {}
+        if self.config.images is not None:
+            self.settings["images"] = str(self.config.images)
+            self.pictures = named_pictures(self.config.images)
         self._claim()
 
     def _claim(self) -> None:
@@ -145,11 +152,24 @@ class _Builder:
             for name, kind in (("encoder", ImageEncoderConfig), ("foreground", ForegroundConfig)):
                 # an option that did not exist when the cache was made had its default
                 found[name] = to_dict(from_dict(kind, found.get(name, {}), str(path)))
-            differing = [name for name, value in self.settings.items() if found.get(name) != value]
+            differing = [n for n in {**self.settings, **found} if found.get(n) != self.settings.get(n)]
             if set(differing) - {"vae"}:  # the same weights may have moved
                 raise UserError(f"{self.config.output} was made with another {differing[0]}: delete it first")
         else:
             save_json(self.settings, path)
+
+    def check_pictures(self, wanted: set[str]) -> None:
+        """Say how many shapes have pictures of their own; UserError if none has, though there is a folder."""
+        if not self.pictures:
+            return
+        known = [id for id in sorted(wanted) if id.partition("/")[2] in self.pictures]
+        if not known:
+            name, first = min(wanted).partition("/")[2], min(self.pictures)
+            raise UserError(
+                f"no shape has a picture in latents.images={self.config.images}: expected names such as {name}.png,"
+                f" but the first there is {self.pictures[first][0].name}"
+            )
+        tqdm.write(f"{len(known)} of {len(wanted)} shapes have pictures of their own", file=sys.stderr)
 
     def write(self, shapes: PreparedShapes, target: Path, train: set[str], bar: tqdm[Any]) -> None:
         """Encode the shapes of one prepared shard; the sums for the statistics go into a file beside."""
@@ -194,12 +214,13 @@ class _Builder:
         return torch.stack(means, dim=1), torch.stack(logvars, dim=1)
 
     def _look(self, shapes: PreparedShapes, id: str) -> Tensor:
-        """Tokens (V,M,Cc) of the shape's views."""
-        found = stored_views(shapes, id)
-        chosen = [found[i * len(found) // self.config.views] for i in range(self.config.views)]
-        size = self.encoder.image_size
-        pictures = [prepare_picture(view, self.config.foreground, size) for view in chosen]
-        return self.encoder(to_tensor(pictures).to(self.device)).cpu()
+        """Tokens (V,M,Cc) of the shape's own pictures or its rendered views; of some twice where there are fewer."""
+        found = self.pictures.get(id.partition("/")[2]) or stored_views(shapes, id)
+        places = [i * len(found) // self.config.views for i in range(self.config.views)]
+        size, used = self.encoder.image_size, sorted(set(places))
+        pictures = [prepare_picture(found[place], self.config.foreground, size) for place in used]
+        tokens = self.encoder(to_tensor(pictures).to(self.device)).cpu()
+        return tokens[[used.index(place) for place in places]]
 
     def finish(self, sums: list[dict[str, Any]]) -> LatentInfo:
         """Write `latents.json`."""
@@ -220,6 +241,19 @@ class _Builder:
         )
         save_json(vars(info), self.config.output / INFO_NAME)
         return info
+
+
+def named_pictures(folder: Path) -> dict[str, list[Path]]:
+    """Every picture below a folder, by the id that a mesh of that name has (see `FolderSource`)."""
+    if not folder.is_dir():
+        raise UserError(f"latents.images={folder} is no folder, expected one with pictures")
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file():
+            found.setdefault("--".join(path.relative_to(folder).with_suffix("").parts), []).append(path)
+    if not found:
+        raise UserError(f"latents.images={folder} holds no picture, expected {', '.join(PICTURE_SUFFIXES)}")
+    return found
 
 
 MIN_OPAQUE_PIXELS = 16  # of a view; with fewer there is no object to recognise

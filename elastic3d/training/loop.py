@@ -34,6 +34,7 @@ from elastic3d.training.runtime import (
     make_accelerator,
     stop_signals,
 )
+from elastic3d.training.sharding import gathered, shard, wants_sharding, whole_model
 
 MAX_BAD_STEPS = 20  # in a row without a finite gradient: the run is lost
 
@@ -103,14 +104,21 @@ class _Run:
         self.stage, self.config, self.folder, self.record = stage, config, folder, record
         self.started = time.monotonic()
         self.accelerator = accelerator = make_accelerator(config)
+        self.notes: list[str] = []
         self._prepare()
-        self.model = accelerator.prepare_model(stage.objective)  # now all have the main process' weights
+        found = self._find()
+        self.model = self._distribute()  # now all have the main process' weights
         trainable = {n: p for n, p in stage.objective.named_parameters() if p.requires_grad}
         self.optimizer = MasterOptimizer(trainable, config, stage.rate_factor)
         self.average = Average(self.optimizer.masters, config.ema)
-        self.notes = [f"{sum(p.numel() for p in trainable.values()) / 1e6:.2f} M parameters"]
-        self.notes += [f"{name} {value}" for name, value in stage.record().items()]
-        self.step = self._restore()
+        self.notes = [
+            f"{sum(p.numel() for p in trainable.values()) / 1e6:.2f} M parameters",
+            *(f"{name} {value}" for name, value in stage.record().items()),
+            *self.notes,
+        ]
+        if self.optimizer.sharded:
+            self.notes.append(f"{sum(p.numel() for p in self.optimizer.shards) / 1e6:.2f} M in this process")
+        self.step = self._restore(found)
         main = accelerator.is_main_process
         self.journal = Journal(folder, self.step, config.steps, main, title=folder.name)
         self.journal.say(f"{folder}: {', '.join(self.notes)}")
@@ -129,6 +137,13 @@ class _Run:
                 parameter.data = parameter.data.bfloat16()
         if config.compile:
             compile_blocks(objective)
+
+    def _distribute(self) -> nn.Module:
+        """What to call for a loss: the objective, itself sharded, or wrapped for several processes."""
+        if not wants_sharding(self.accelerator):
+            return self.accelerator.prepare_model(self.stage.objective)
+        shard(self.stage.objective, self.accelerator)
+        return self.stage.objective
 
     def go(self, signals: list[str]) -> Outcome:
         config, accelerator = self.config, self.accelerator
@@ -198,20 +213,25 @@ class _Run:
         last = self.step == self.config.steps
         validate = bool(self.config.validate_every) and (last or self._due(self.config.validate_every))
         draw = bool(self.config.sample_every) and (last or self._due(self.config.sample_every))
-        if self.accelerator.is_main_process and (validate or draw):
-            self.stage.objective.eval()
-            with self.average.applied(self.optimizer.parameters), torch.no_grad(), self._autocast():
-                if validate:
-                    values = self.stage.validate()
-                    self.journal.scalars(self.step, values)
-                    self.journal.say(
-                        f"step {self.step}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())
-                    )
-                if draw:
-                    self.journal.pictures(self.step, self.stage.samples())
-            self.stage.objective.train()
-        if validate or draw:
-            self.accelerator.wait_for_everyone()
+        if not (validate or draw):
+            return
+        with self.average.applied(self.optimizer.shards), whole_model(self.stage.objective):
+            if self.accelerator.is_main_process:
+                self._look_now(validate, draw)
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def _look_now(self, validate: bool, draw: bool) -> None:
+        self.stage.objective.eval()
+        with self._autocast():
+            if validate:
+                values = self.stage.validate()
+                self.journal.scalars(self.step, values)
+                shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+                self.journal.say(f"step {self.step}: {shown}")
+            if draw:
+                self.journal.pictures(self.step, self.stage.samples())
+        self.stage.objective.train()
 
     def _stop_reason(self, signals: list[str]) -> str:
         """Why to stop after this step, the same in every process; empty to go on."""
@@ -230,58 +250,61 @@ class _Run:
     def _save(self) -> None:
         folder = self.folder / "checkpoints"
         write_part(folder, self.step, f"random-{self.accelerator.process_index:05d}.json", random_state())
+        tensors = self._tensors()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            masters = dict(zip(self.optimizer.names, self.optimizer.masters, strict=True))
-            averages = dict(zip(self.optimizer.names, self.average.values, strict=True))
-            fixed = self.stage.objective.state_dict()
-            tensors = {
-                "model": {**fixed, **masters},
-                "average": {**fixed, **averages},
-                "optimizer": self.optimizer.state_tensors(),
-            }
-            self.saved = save_checkpoint(
-                folder, Checkpoint(self.step, tensors, self.record), self.config.keep
-            )
+            checkpoint = Checkpoint(self.step, tensors, self.record)
+            self.saved = save_checkpoint(folder, checkpoint, self.config.keep)
         self.accelerator.wait_for_everyone()
 
-    def _restore(self) -> int:
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything a checkpoint holds, by file; every process has to call it, the main one gets it."""
+        optimizer, trained = self.optimizer, set(self.optimizer.names)
+        state = self.stage.objective.state_dict()
+        fixed = {name: gathered(value, value) for name, value in state.items() if name not in trained}
+        return {
+            "model": {**fixed, **optimizer.whole(optimizer.masters)},
+            "average": {**fixed, **optimizer.whole(self.average.values)},
+            "optimizer": optimizer.state_tensors(),
+        }
+
+    def _find(self) -> Checkpoint | None:
+        """What the run starts from, its weights in the model already: its newest checkpoint, or another's averages."""
         folder = self.folder / "checkpoints"
         if self.accelerator.is_main_process:
             clear_unfinished(folder)
         path, passed_over = newest_checkpoint(folder)
         self.notes += [f"passed over: {reason}" for reason in passed_over]
         if path is None:
-            self._start_from(self.config.init_from)
-            return 0
+            if self.config.init_from is None:
+                return None
+            path = self.config.init_from
+            own = self.stage.objective.state_dict()
+            average = {name: own[name] for name in self.config.init_new if name in own}
+            average |= load_checkpoint(path).tensors["average"]
+            checkpoint = Checkpoint(0, {"model": average, "average": average, "optimizer": {}})
+        else:
+            checkpoint = self._resumed(path)
+        load_strict(self.stage.objective, checkpoint.tensors["model"], str(path))
+        return checkpoint
+
+    def _resumed(self, path: Path) -> Checkpoint:
         if not self.config.resume:
             raise UserError(f"{path} exists: take another name= or go on with resume=true")
         checkpoint = load_checkpoint(path)
         if checkpoint.step > self.config.steps:
             raise UserError(f"{path} is beyond steps={self.config.steps}")
-        self._load_weights(checkpoint.tensors["model"], path)
-        self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"])
-        for value, name in zip(self.average.values, self.optimizer.names, strict=True):
-            value.copy_(checkpoint.tensors["average"][name])
         own = path / f"random-{self.accelerator.process_index:05d}.json"
         if own.is_file():  # absent for the processes that a larger run adds
             set_random_state(load_json(own))
         self.notes.append(f"going on from {path}")
+        return checkpoint
+
+    def _restore(self, checkpoint: Checkpoint | None) -> int:
+        """Masters, averages and moments from a checkpoint -> its step."""
+        if checkpoint is None:
+            return 0
+        self.optimizer.fill(self.optimizer.masters, checkpoint.tensors["model"])
+        self.optimizer.fill(self.average.values, checkpoint.tensors["average"])
+        self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"])
         return checkpoint.step
-
-    def _start_from(self, path: Path | None) -> None:
-        if path is None:
-            return
-        weights = load_checkpoint(path).tensors["average"]
-        own = dict(zip(self.optimizer.names, self.optimizer.masters, strict=True))
-        weights = {name: own[name].detach() for name in self.config.init_new if name in own} | weights
-        self._load_weights(weights, path)
-        for value, master in zip(self.average.values, self.optimizer.masters, strict=True):
-            value.copy_(master.detach())
-
-    @torch.no_grad()
-    def _load_weights(self, tensors: dict[str, Tensor], path: Path) -> None:
-        """Masters and everything else of the objective from a checkpoint, strictly."""
-        load_strict(self.stage.objective, tensors, str(path))
-        for name, master in zip(self.optimizer.names, self.optimizer.masters, strict=True):
-            master.copy_(tensors[name])

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from elastic3d.config.train import LoopConfig, OptimizerName, Schedule
+from elastic3d.errors import UserError
+from elastic3d.training.sharding import gathered, is_sharded, local, scattered, total_norm
 
 Lists = list[Tensor]
 MUON_MOMENTUM = 0.95
@@ -41,10 +43,15 @@ class MasterOptimizer:
     Muon steps the matrices inside blocks, with updates scaled to the size of AdamW's, so that one learning rate
     serves both; embeddings, the output layer, vectors and scalars stay with AdamW.
 
+    Of sharded parameters a process steps its own part (`shards`); what is saved is whole.
+
     Args:
         parameters: trainable parameters by name; the names key the saved state.
         config: betas and weight decay.
         factor: learning rate of a parameter, by name, over the run's.
+
+    Raises:
+        UserError: Muon for sharded parameters.
     """
 
     def __init__(
@@ -57,7 +64,11 @@ class MasterOptimizer:
             raise ValueError("there is no parameter to train")
         self.names = list(parameters)
         self.parameters: Lists = list(parameters.values())
-        self.masters = [p if p.dtype is torch.float32 else p.detach().float() for p in self.parameters]
+        self.sharded = any(is_sharded(parameter) for parameter in self.parameters)
+        if self.sharded and config.optimizer is OptimizerName.muon:
+            raise UserError("optimizer=muon needs whole matrices, which FSDP shards: take optimizer=adamw")
+        self.shards: Lists = [local(parameter) for parameter in self.parameters]
+        self.masters = [p if p.dtype is torch.float32 else p.detach().float() for p in self.shards]
         for master in self.masters:
             master.requires_grad_()
         groups: dict[tuple[bool, float, float], Lists] = {}
@@ -92,10 +103,11 @@ class MasterOptimizer:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter is master or parameter.grad is None:
                 continue
+            gradient = local(parameter.grad)
             if master.grad is None:
-                master.grad = parameter.grad.float()
+                master.grad = gradient.float()
             else:
-                master.grad += parameter.grad
+                master.grad += gradient
             parameter.grad = None
 
     def step(self, rate: float, clip: float) -> Tensor:
@@ -103,7 +115,8 @@ class MasterOptimizer:
 
         Where the norm is not finite nothing is updated.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, clip or math.inf)
+        norm = total_norm([m.grad for m in self.masters if m.grad is not None], self.sharded)
+        torch.nn.utils.clip_grads_with_norm_(self.masters, clip or math.inf, norm)
         if norm.isfinite():
             for optimizer in self._optimizers:
                 for group in optimizer.param_groups:
@@ -117,15 +130,26 @@ class MasterOptimizer:
     @torch.no_grad()
     def write_back(self) -> None:
         """Copy the masters, rounded, into the model."""
-        pairs = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        pairs = [(p, m) for p, m in zip(self.shards, self.masters, strict=True) if p is not m]
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
 
+    def whole(self, values: Lists) -> dict[str, Tensor]:
+        """By name, the whole of values that are kept for each parameter, such as the masters (see `gathered`)."""
+        rows = zip(self.names, values, self.parameters, strict=True)
+        return {name: gathered(value, parameter) for name, value, parameter in rows}
+
+    @torch.no_grad()
+    def fill(self, values: Lists, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `whole`, into `values`."""
+        for name, value, parameter in zip(self.names, values, self.parameters, strict=True):
+            value.copy_(scattered(tensors[name], parameter))
+
     def state_tensors(self) -> dict[str, Tensor]:
-        """Moments and step counts, keyed `<parameter>/<what>`."""
+        """Moments and step counts, keyed `<parameter>/<what>` (see `gathered`)."""
         return {
-            f"{name}/{key}": value
-            for name, master in zip(self.names, self.masters, strict=True)
+            f"{name}/{key}": value if key == "step" else gathered(value, parameter)
+            for name, master, parameter in zip(self.names, self.masters, self.parameters, strict=True)
             for key, value in self._of[master].state.get(master, {}).items()
         }
 
@@ -134,7 +158,7 @@ class MasterOptimizer:
         found = {key.rpartition("/")[0] for key in tensors}
         if strangers := found - set(self.names):
             raise ValueError(f"the optimizer state has unknown parameters, first {min(strangers)}")
-        for name, master in zip(self.names, self.masters, strict=True):
+        for name, master, parameter in zip(self.names, self.masters, self.parameters, strict=True):
             if name not in found:  # never had a gradient
                 continue
             optimizer = self._of[master]
@@ -142,7 +166,9 @@ class MasterOptimizer:
             if missing := [f"{name}/{key}" for key in wanted if f"{name}/{key}" not in tensors]:
                 raise ValueError(f"the optimizer state lacks {missing[0]}")
             state = {key: tensors[f"{name}/{key}"].clone() for key in wanted}
-            optimizer.state[master] = {k: v if k == "step" else v.to(master.device) for k, v in state.items()}
+            optimizer.state[master] = {
+                k: v if k == "step" else scattered(v, parameter).to(master.device) for k, v in state.items()
+            }
 
 
 MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {

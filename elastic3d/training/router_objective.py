@@ -65,7 +65,8 @@ class RouterObjective(nn.Module):
         if self.paired:
             branch = torch.arange(2, device=branch.device).float().repeat_interleave(len(x_t))
         explored = batch["explored"].transpose(0, 1).flatten(0, 1) if "explored" in batch else None
-        self.session.train(dt, budget, branch, explored)
+        several = torch.distributed.is_initialized()  # they share weights or gradients
+        self.session.train(dt, budget, branch, explored, lockstep=several)
         found = self.velocities(self.dit, x_t, batch).float()
         values: dict[str, Tensor] = {}
         values["distillation"] = (self.guided(found) - self.guided(dense)).square().mean()

@@ -153,11 +153,16 @@ def forward(
 
 
 def train_forward(
-    model: nn.Module, session: RoutingSession, inputs: dict[str, Any], skip: bool = False
+    model: nn.Module,
+    session: RoutingSession,
+    inputs: dict[str, Any],
+    skip: bool = False,
+    lockstep: bool = False,
 ) -> Tensor:
     n = len(next(v for v in inputs.values() if isinstance(v, Tensor)))
     explored = torch.zeros(n, len(session.blocks), dtype=torch.bool) if skip else None
-    session.train(torch.full((n,), 0.1), torch.linspace(0.3, 1, n), torch.arange(n) % 2.0, explored)
+    dt, budget, branch = torch.full((n,), 0.1), torch.linspace(0.3, 1, n), torch.arange(n) % 2.0
+    session.train(dt, budget, branch, explored, lockstep)
     return run(model, inputs)
 
 

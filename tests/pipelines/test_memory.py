@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_pipeline import picture, tiny_pipeline
 from torch import nn
 
 from elastic3d.config.hunyuan3d import PRESETS
@@ -56,6 +57,14 @@ def test_parts_come_and_go() -> None:
     with placement.use(part):
         assert moves == ["meta"]
     assert moves == ["meta", "cpu"]
+
+
+def test_the_vae_comes_once_for_all_meshes() -> None:
+    pipeline, moves = tiny_pipeline(), []
+    pipeline.use_less_memory()
+    pipeline.vae.to = lambda device: moves.append(device)  # type: ignore[assignment, method-assign]
+    results = pipeline([picture(), picture()], seed=[1, 2], steps=2, resolution=12)
+    assert all(result.mesh.faces.size for result in results) and len(moves) == 2
 
 
 def test_free_memory_is_plausible() -> None:

@@ -1,6 +1,7 @@
 """From prepared shapes through a VAE and a cache of latents to a trained DiT."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from elastic3d.models.weights import load_json, save_json
 from elastic3d.training.datasets import PreparedShapes, item_generator
 from elastic3d.training.dit_stage import DiTStage, FlowObjective, LatentItems
 from elastic3d.training.journal import read_metrics
-from elastic3d.training.latents import LatentInfo, build_cache, stored_views
+from elastic3d.training.latents import LatentInfo, build_cache, named_pictures, stored_views
 from elastic3d.training.stages import run_stage
 from tests.training.tiny import tiny_vae, vae_config
 
@@ -104,6 +105,43 @@ def test_the_cache_goes_on_where_it_stopped_and_refuses_other_settings(cached):
     ShapeVAE(tiny_vae()).save_pretrained(cached / "vae")
     with pytest.raises(UserError, match="made with another vae_sha256"):
         build_cache(config_for(cached))
+
+
+def test_own_pictures_replace_rendered_views(cached, capfd):
+    own = cached / "own"
+    own.mkdir()
+    Image.new("RGBA", (40, 40)).save(own / "ball9.png")
+    config = config_for(cached)
+    config.latents.output, config.latents.images = cached / "other", own
+    with pytest.raises(UserError, match=r"names such as absent.png, but the first there is ball9.png"):
+        build_cache(config)
+    picture = Image.open(io.BytesIO(views(1)["views"].numpy().tobytes()))
+    picture.rotate(30).save(own / "ball1.webp", lossless=True)
+    picture.crop((0, 0, 32, 64)).save(own / "ball5.png")
+    (own / "ball5.jpg").write_bytes(b"no picture")
+    shutil.rmtree(cached / "other")
+    build_cache(config)
+    said = "".join(capfd.readouterr())
+    assert "2 of 7 shapes have pictures of their own" in said and "ball5.jpg is no image" in said
+    before, after = (
+        PreparedShapes(cached / name, [f"balls/ball{i}" for i in range(5)]) for name in ("latents", "other")
+    )
+    for id in after.ids:
+        tokens = after.read(id, "tokens")
+        assert tokens.shape == (2, 49, 768)
+        assert torch.equal(tokens, before.read(id, "tokens")) == (id != "balls/ball1")
+    assert torch.equal(*after.read("balls/ball1", "tokens"))  # the one picture, as often as there are views
+    config.latents.images = None
+    with pytest.raises(UserError, match="made with another images"):
+        build_cache(config)
+
+
+@pytest.mark.parametrize(("make", "message"), [(False, "is no folder"), (True, "holds no picture")])
+def test_folders_without_pictures(tmp_path, make, message):
+    if make:
+        (tmp_path / "own").mkdir()
+    with pytest.raises(UserError, match=message):
+        named_pictures(tmp_path / "own")
 
 
 def test_an_unfinished_cache_is_no_cache(tmp_path):

@@ -1,0 +1,136 @@
+"""FSDP: each process keeps its part of every weight, and of its master, average and moments.
+
+Started by `accelerate launch --config_file configs/accelerate/fsdp.yaml`. The model is cut into units that are
+gathered when they run and freed afterwards (fully sharded data parallelism, `torch.distributed.fsdp.fully_shard`).
+Everything that is stepped is the process' own part, an ordinary tensor; only a checkpoint is gathered whole, so that
+it does not tell how many processes wrote it. Where nothing is sharded each function returns what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from elastic3d.errors import UserError
+from elastic3d.routing.block import ElasticBlock
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+
+def wants_sharding(accelerator: Accelerator) -> bool:
+    """Whether the launcher asks for FSDP, and several processes share the work; UserError for FSDP version 1."""
+    from accelerate.utils import parse_flag_from_env
+
+    if accelerator.num_processes == 1 or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return False
+    if (version := _options().fsdp_version) != 2:
+        raise UserError(f"fsdp_version is {version}, expected 2 as in configs/accelerate/fsdp.yaml")
+    return True
+
+
+@cache
+def _options() -> FullyShardedDataParallelPlugin:
+    """What the launcher put into the environment; Accelerate itself does not read it on a CPU."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    return FullyShardedDataParallelPlugin()
+
+
+def shard(model: nn.Module, accelerator: Accelerator) -> None:
+    """Shard `model` in place, with the main process' weights.
+
+    `Accelerator.prepare` would do it together with an optimizer of the parameters; here masters are stepped.
+    """
+    options = _options()
+    for tensor in (*model.parameters(), *model.buffers()):
+        torch.distributed.broadcast(tensor.detach(), 0)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for unit in _units(model):
+        again = bool(options.reshard_after_forward)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=again, offload_policy=options.cpu_offload)
+    fully_shard(model, mesh=mesh, offload_policy=options.cpu_offload)
+
+
+def _units(model: nn.Module) -> list[list[nn.Module]]:
+    """What is gathered together, inner parts first: each element of a list of modules.
+
+    Of a block with a router only the block: a router may be asked while another block runs, so routers are gathered
+    with the model. What runs before its block is called has to be gathered apart.
+    """
+    units: list[list[nn.Module]] = []
+    for part in model.modules():
+        if isinstance(part, ElasticBlock):
+            early = [getattr(part.inner, name, None) for name in part.adapter.early_parts]
+            units += [[part.inner], [module for module in early if module is not None]]
+        elif type(part) is nn.ModuleList:  # parametrizations are in a list of another kind
+            units += [[element] for element in part if not isinstance(element, ElasticBlock)]
+    return [unit for unit in reversed(units) if unit]
+
+
+@contextmanager
+def whole_model(model: nn.Module) -> Iterator[None]:
+    """While it lasts every process holds the whole model and may run it without the others. For all to call."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            again = part is not model and bool(_options().reshard_after_forward)
+            part.set_reshard_after_forward(again, recurse=False)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether processes hold parts of it."""
+    return isinstance(tensor, DTensor)
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """This process' part of a sharded tensor, the same memory."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+
+
+def scattered(whole: Tensor, like: Tensor) -> Tensor:
+    """This process' part of a tensor that every process has whole, cut as `like` is."""
+    if not isinstance(like, DTensor):
+        return whole
+    mesh = like.device_mesh
+    return distribute_tensor(whole.to(mesh.device_type), mesh, like.placements, src_data_rank=None).to_local()
+
+
+def gathered(part: Tensor, like: Tensor) -> Tensor:
+    """The tensor whose part each process holds, cut as `like` is: whole on the main process, empty on the others.
+
+    For all to call, in the same order.
+    """
+    if not isinstance(like, DTensor):
+        return part
+    mesh = like.device_mesh
+    own = local(part).detach().to(mesh.device_type)
+    whole = DTensor.from_local(own, mesh, like.placements, shape=like.shape, stride=like.stride())
+    full = whole.full_tensor()
+    return full.cpu() if mesh.get_rank() == 0 else full.new_empty(0)
+
+
+def total_norm(gradients: Sequence[Tensor], sharded: bool) -> Tensor:
+    """Euclidean norm of all gradients, of all processes' parts where they are sharded."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if sharded:
+        square = norm.square()
+        torch.distributed.all_reduce(square)
+        norm = square.sqrt()
+    return norm
