@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from elastic3d.config.train import LoopConfig, Precision
 from elastic3d.errors import UserError
 from elastic3d.models.weights import load_json, load_strict
+from elastic3d.pipelines.memory import GB
 from elastic3d.training.checkpoint import (
     Checkpoint,
     clear_unfinished,
@@ -32,6 +33,8 @@ from elastic3d.training.runtime import (
     compile_blocks,
     enable_gradient_checkpointing,
     make_accelerator,
+    require_memory,
+    state_bytes,
     stop_signals,
 )
 from elastic3d.training.sharding import gathered, shard, wants_sharding, whole_model
@@ -131,6 +134,9 @@ class _Run:
             raise UserError(f"batch {config.batch} can't be shared by {share}")
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(objective)
+        need = state_bytes(objective, config, processes if wants_sharding(self.accelerator) else 1)
+        require_memory(need, objective, self.accelerator.device)
+        self.notes.append(f"{need / GB:.2g} GB in this process before activations")
         objective.to(self.accelerator.device)
         if config.precision is Precision.bf16_master:
             for parameter in objective.parameters():

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from elastic3d.config.base import DeviceChoice
-from elastic3d.config.train import LoopConfig
+from elastic3d.config.train import LoopConfig, Precision
 from elastic3d.errors import UserError
+from elastic3d.pipelines.memory import GB, free_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,6 +65,32 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     accelerator = Accelerator(cpu=config.device is DeviceChoice.cpu)
     set_seed(config.seed, device_specific=True)
     return accelerator
+
+
+def state_bytes(module: nn.Module, config: LoopConfig, shards: int = 1) -> int:
+    """Bytes in each process of weights, gradients, masters, averages and moments; activations come on top.
+
+    Args:
+        shards: processes that the state is divided between; the weights are whole in each before that.
+    """
+    half = config.precision is Precision.bf16_master
+    size = 2 if half else 4
+    state = size + 4 + 8 + (8 if half else 0)  # gradient; average; AdamW's moments; master and its gradient
+    weights = size * sum(p.numel() for p in module.parameters())
+    trained = state * sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return max(weights, (weights + trained) // shards)
+
+
+def require_memory(need: int, module: nn.Module, device: torch.device) -> None:
+    """UserError if `need` bytes don't fit on the device, with what is there already of the module."""
+    there = sum(p.nbytes for p in module.parameters() if p.device.type == device.type)
+    free = free_memory(device) + there
+    if need > free:
+        raise UserError(
+            f"weights, gradients and optimizer state need {need / GB:.1f} GB of {device.type} memory in each process,"
+            f" activations come on top, but {free / GB:.1f} GB are there: train fewer weights (routing.parts=lora or"
+            " routers), take precision=bf16_master, or shard over several GPUs (configs/accelerate/fsdp.yaml)"
+        )
 
 
 def compile_blocks(module: nn.Module) -> None:

@@ -20,7 +20,12 @@ from elastic3d.errors import UserError
 from elastic3d.training.checkpoint import load_checkpoint
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.loop import train
-from elastic3d.training.runtime import compile_blocks, enable_gradient_checkpointing, stop_signals
+from elastic3d.training.runtime import (
+    compile_blocks,
+    enable_gradient_checkpointing,
+    state_bytes,
+    stop_signals,
+)
 from elastic3d.training.stages import build_stage, run_stage
 from tests.training.tiny import vae_config
 
@@ -232,6 +237,21 @@ def test_a_run_that_diverges_stops(prepared):
         next(stage.objective.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match="diverged"):
         train(stage, config, config.folder)
+
+
+def test_too_little_memory_is_said_before_the_first_step(prepared, monkeypatch):
+    config = vae_config(prepared, precision=Precision.bf16_master)
+    stage = build_stage(config)
+    count = sum(p.numel() for p in stage.objective.parameters())
+    assert state_bytes(stage.objective, config) == count * (2 + 2 + 4 + 8 + 8)
+    assert state_bytes(stage.objective, config, shards=4) == count * 24 // 4
+    stage.objective.requires_grad_(False)
+    assert state_bytes(stage.objective, config) == count * 2
+    stage.objective.requires_grad_(True)
+    monkeypatch.setattr("elastic3d.training.runtime.free_memory", lambda device: 0)
+    with pytest.raises(UserError, match=r"need 0.\d GB of cpu memory .*routing.parts=lora.*fsdp.yaml"):
+        train(stage, config, config.folder)
+    assert not config.folder.exists()
 
 
 def test_metrics_of_a_killed_process_can_be_read(tmp_path):
