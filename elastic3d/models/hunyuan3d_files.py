@@ -39,7 +39,8 @@ def find_checkpoint(folder: str | Path, subfolder: str) -> tuple[Path, Path]:
             raise UserError(f"{root} has no folder {subfolder}, {hint}")
     if _REPOSITORY.fullmatch(str(folder)):
         return _files(_download(str(folder), subfolder) / subfolder)
-    raise UserError(f"there is no folder {folder}, nor {home / folder}")
+    looked = " nor ".join(dict.fromkeys(str(path) for path in candidates))
+    raise UserError(f"there is no folder {looked}")
 
 
 def _files(folder: Path) -> tuple[Path, Path]:

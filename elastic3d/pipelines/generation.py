@@ -154,8 +154,9 @@ def generate(
             cache=config.cache,
             on_step=on_step,
         )
-        for result, picture in zip(results, drawn, strict=False):
-            result.receipt["image"] = picture.receipt
+        if drawn:
+            for result, picture in zip(results, drawn, strict=True):
+                result.receipt["image"] = picture.receipt
         for job, result in zip(batch, results, strict=True):
             yield _save(job, result, config.preview)
 
