@@ -71,9 +71,8 @@ class Planner:
         main = models[MAIN]
         self.baseline_steps = config.baseline_steps or main.config.steps
         self.elastic_steps = config.elastic_steps or [self.baseline_steps]
-        self.default = main.config.elastic
-        if config.cache is not None:
-            self.default = replace(self.default, cache=config.cache)
+        own = main.session.router_config.cache() if main.session else NO_CACHE
+        self.default = replace(main.config.elastic, cache=config.cache or main.config.elastic.cache or own)
 
     def run(
         self,

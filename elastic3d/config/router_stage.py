@@ -83,6 +83,11 @@ class RouterStageConfig:
     explore: float = option(
         1.0, "share of the closed blocks that run all the same; the others are really skipped"
     )
+    recalled: int = option(
+        3, "router.longest above 0: earlier steps whose residuals are computed for a batch"
+    )
+    renewal: float = option(0.5, "of these: chance that a block was computed again at a step")
+    fresh: float = option(0.1, "of these: share of the blocks that remember nothing")
     cost: CostLoss = option(CostLoss.executed, "what holds the cost")
     cost_weight: float = option(20.0, "weight of the cost loss (lambda)")
     slack: float = option(
@@ -108,6 +113,9 @@ class RouterStageConfig:
         check_range("routing.max_steps", self.max_steps, self.min_steps, 1000)
         check_range("routing.explore", self.explore, 0, 1)
         check_range("routing.slack", self.slack, 0, 1)
+        check_range("routing.recalled", self.recalled, 1, 16)
+        check_range("routing.renewal", self.renewal, 0.05, 1)
+        check_range("routing.fresh", self.fresh, 0, 1)
         for name in ("cost_weight", "distillation", "flow"):
             check_range(f"routing.{name}", getattr(self, name), 0, 1e6)
         for name in ("rho_gate", "rho_width"):

@@ -50,6 +50,13 @@ class RouterConfig:
     initial_keep: float = option(0.7, "gate of every block before training")
     initial_width_bias: float = option(2.0, "logit of the full width before training; the others have 0")
     head_std: float = option(1e-3, "standard deviation of the heads' initial weights")
+    longest: int = option(
+        0,
+        "age in steps up to which a closed block adds its earlier residual, which the router is told; 0: never",
+    )
+    order: int = option(
+        1, "of that residual: 0 as it was, 1 its change between the last two computed goes on"
+    )
     asked: list[float] = option([], "calibration: budgets that are asked for, ascending; empty: none")
     told: list[float] = option([], "calibration: what the routers are told instead, measured after training")
 
@@ -61,12 +68,16 @@ class RouterConfig:
         check_range("initial_keep", self.initial_keep, 0.01, 0.99)
         check_range("initial_width_bias", self.initial_width_bias, 0, 20)
         check_range("head_std", self.head_std, 0, 100)
+        check_range("longest", self.longest, 0, 1000)
+        check_range("order", self.order, 0, 1)
         if len(self.asked) != len(self.told) or sorted(self.asked) != self.asked:
             raise ValueError("asked and told are no ascending list and one of the same length")
         if self.variant is RouterVariant.paper and self.lookahead is not Lookahead.block:
             raise ValueError(
                 "lookahead is step, expected block: the paper's router decides before each block"
             )
+        if self.variant is RouterVariant.paper and self.longest:
+            raise ValueError(f"longest is {self.longest}, expected 0: the paper's router is told no ages")
 
     def calibrated(self, budget: float) -> float:
         """What the routers are told for a budget: linear between the calibrated ones."""
@@ -78,6 +89,12 @@ class RouterConfig:
                 share = (budget - low) / max(high - low, 1e-9)
                 return self.told[i - 1] + share * (self.told[i] - self.told[i - 1])
         return self.told[-1]
+
+    def cache(self) -> BlockCacheConfig:
+        """The cache that these routers were trained with."""
+        if not self.longest:
+            return BlockCacheConfig()
+        return BlockCacheConfig(closed_reuse=True, longest=self.longest, order=self.order)
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -97,6 +114,9 @@ class BlockCacheConfig:
     )
     start: float = option(0.0, "share of the sampling steps before the first reuse")
     longest: int = option(5, "steps that a residual lives")
+    order: int = option(
+        0, "0 adds a residual as it was, 1 continues its change between the last two computed"
+    )
     probe_stride: int = option(8, "rule drift: the input's change is measured on every so-manieth token")
 
     def __post_init__(self) -> None:
@@ -104,6 +124,7 @@ class BlockCacheConfig:
         check_range("cache.drift", self.drift, 0, 100)
         check_range("cache.start", self.start, 0, 1)
         check_range("cache.longest", self.longest, 1, 1000)
+        check_range("cache.order", self.order, 0, 1)
         check_range("cache.probe_stride", self.probe_stride, 1, 1 << 20)
 
     @property
@@ -119,7 +140,9 @@ class ElasticConfig:
     elastic: bool = option(True, "let the routers decide; false runs the dense model")
     budget: float = option(1.0, "share of the dense blocks' FLOPs that may be executed")
     width: bool = option(True, "let the routers narrow the MLPs")
-    cache: BlockCacheConfig = option(BlockCacheConfig, "reuse of block residuals between steps")
+    cache: BlockCacheConfig | None = option(
+        None, "reuse of block residuals between steps; null: as the routers were trained"
+    )
 
     def __post_init__(self) -> None:
         check_budget(self.budget)

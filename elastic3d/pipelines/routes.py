@@ -72,7 +72,7 @@ def route_receipt(session: RoutingSession, settings: ElasticConfig, row: int) ->
     }
     return {
         **{name: int(flops[:, :, row].sum()) for name, flops in totals.items()},
-        "elastic": to_dict(settings),
+        "elastic": to_dict(replace(settings, cache=settings.cache or session.router_config.cache())),
         "routes": {"blocks": trace.blocks, "widths": list(trace.ratios), "actions": trace.sample(row)},
     }
 

@@ -54,18 +54,20 @@ class ElasticBlock(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own signature and return value."""
         session = self.session
-        if not session.settings.elastic:
+        if not session.settings.elastic and session.recorded is None:
             return self.inner(*args, **kwargs)
         call = self.adapter.bind(self.inner, args, kwargs)
+        if session.recorded is not None:
+            return self.adapter.pack(self._recorded(call))
         decision = session.decide(self, call)
         assert session.current is not None
         streams = self._masked(call, decision) if session.current.masked else self._sparse(call, decision)
         return self.adapter.pack(streams)
 
-    def route(self, call: BlockCall, modulation: Tensor | None) -> RouteDecision:
+    def route(self, call: BlockCall, modulation: Tensor | None, age: Tensor | None) -> RouteDecision:
         """What this block's router decides on the streams of `call`."""
         own = None if modulation is None else modulation[:, self.index]
-        logits = self.router(RouterInput(call.streams, self.adapter.conditioning(call), own))
+        logits = self.router(RouterInput(call.streams, self.adapter.conditioning(call), own, age))
         return RouteDecision.from_logits(logits, self.session.router_config.threshold)
 
     def flops(self, lengths: tuple[int, ...]) -> BlockFlops:
@@ -73,6 +75,14 @@ class ElasticBlock(nn.Module):
         if lengths not in self._flops:
             self._flops[lengths] = self.adapter.flops(self.inner, lengths)
         return self._flops[lengths]
+
+    def _recorded(self, call: BlockCall) -> tuple[Tensor, ...]:
+        """The dense block, and a note of what it added."""
+        assert self.session.recorded is not None
+        output = self.adapter.run(self.inner, call)
+        added = tuple((y - x).detach() for x, y in zip(call.streams, output, strict=True))
+        self.session.recorded[self.index] = added
+        return output
 
     def _sparse(self, call: BlockCall, decision: RouteDecision) -> tuple[Tensor, ...]:
         """Each group of rows with the same action does just that; one group that is everybody is not
@@ -100,8 +110,8 @@ class ElasticBlock(nn.Module):
         if action == SKIPPED:
             return call.streams
         if action == REUSED:
-            assert cache is not None
-            residuals = cache.residuals(session.keys(self, rows))
+            assert cache is not None and session.current is not None
+            residuals = cache.residuals(session.keys(self, rows), session.current.step)
             return tuple(x + r for x, r in zip(call.streams, residuals, strict=True))
         output = self.adapter.run(self.narrow.at(action - 1), call)
         if cache is not None:
@@ -114,6 +124,10 @@ class ElasticBlock(nn.Module):
         part."""
         current = self.session.current
         assert current is not None
+        closed = call.streams  # what comes out where the block is closed
+        if current.recall is not None:
+            added = current.recall.residuals(self.index)
+            closed = tuple(x + r.to(x.dtype) for x, r in zip(closed, added, strict=True))
         weight: Tensor | None = None
         rows: Tensor | None = None
         if current.explored is not None:
@@ -123,7 +137,7 @@ class ElasticBlock(nn.Module):
             weight = torch.where(decision.keep, 1.0, 1 / share)[rows]
             if len(rows) == 0:
                 if not current.lockstep:
-                    return call.streams
+                    return closed
                 rows, weight = rows.new_zeros(1), weight.new_zeros(1)  # closed, and its gate learns nothing
         part = call if rows is None else self.adapter.take(call, rows)
         keep, keep_prob, width = decision.keep, decision.keep_prob, hard_width(decision)
@@ -132,10 +146,11 @@ class ElasticBlock(nn.Module):
         current.ran_rows.setdefault(self.index, len(keep))
         with masked(self.inner, self.sites, width, self.session.router_config.ratios):
             output = self.adapter.run(self.inner, part)
-        mixed = tuple(gated(x, y, keep, keep_prob, weight) for x, y in zip(part.streams, output, strict=True))
+        base = closed if rows is None else tuple(x[rows] for x in closed)
+        mixed = tuple(gated(x, y, keep, keep_prob, weight) for x, y in zip(base, output, strict=True))
         if rows is None:
             return mixed
-        return tuple(x.index_copy(0, rows, y.to(x.dtype)) for x, y in zip(call.streams, mixed, strict=True))
+        return tuple(x.index_copy(0, rows, y.to(x.dtype)) for x, y in zip(closed, mixed, strict=True))
 
     # ---------------------------------------------------------------------------- looking like the wrapped block
 

@@ -20,12 +20,13 @@ Key = tuple[int, int, int, int]  # generation, branch, block, sample
 
 @dataclass(frozen=True)
 class Entry:
-    """A residual: the step that computed it, one (L,D) tensor a stream, and a probe of the block's input
-    then."""
+    """A residual: the step that computed it, one (L,D) tensor a stream, a probe of the block's input then, and, where
+    its change is continued, how much it changes a step."""
 
     step: int
     residuals: tuple[Tensor, ...]
     probe: Tensor | None
+    change: tuple[Tensor, ...] | None = None
 
 
 class ResidualCache:
@@ -42,13 +43,24 @@ class ResidualCache:
     @property
     def bytes(self) -> int:
         """Memory of all entries."""
-        tensors = [t for e in self._entries.values() for t in (*e.residuals, e.probe) if t is not None]
+        tensors = [
+            t
+            for e in self._entries.values()
+            for t in (*e.residuals, *(e.change or ()), e.probe)
+            if t is not None
+        ]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def alive(self, key: Key, step: int) -> bool:
         """Whether there is a residual for `key` that is young enough for `step`."""
+        return self.age(key, step) > 0
+
+    def age(self, key: Key, step: int) -> int:
+        """Steps since the living residual for `key` was computed, 0 without one."""
         entry = self._entries.get(key)
-        return entry is not None and step >= self.first_step and step - entry.step <= self.config.longest
+        if entry is None or step < self.first_step or step - entry.step > self.config.longest:
+            return 0
+        return step - entry.step
 
     def drift(self, keys: Sequence[Key], streams: Sequence[Tensor]) -> Tensor | None:
         """Relative L1 change (B,) of the first stream since each entry was computed; infinite without an
@@ -78,9 +90,13 @@ class ResidualCache:
             return keep_prob <= threshold + self.config.band
         return self.config.rule is CacheRule.drift and drift < self.config.drift
 
-    def residuals(self, keys: Sequence[Key]) -> tuple[Tensor, ...]:
-        """The residuals of `keys`: a batch (k,L,D) a stream."""
-        rows = [self._entries[key].residuals for key in keys]
+    def residuals(self, keys: Sequence[Key], step: int) -> tuple[Tensor, ...]:
+        """What stands in for the residuals of `keys` at `step`: a batch (k,L,D) a stream.
+
+        The newest ones, or (`order` 1) these and their change a step times their age, as TaylorSeer forecasts features
+        (2503.06923).
+        """
+        rows = [_forecast(self._entries[key], step) for key in keys]
         return tuple(torch.stack(stream) for stream in zip(*rows, strict=True))
 
     def store(
@@ -91,7 +107,22 @@ class ResidualCache:
         for row, key in enumerate(keys):
             residuals = tuple((y[row] - x[row]).detach() for x, y in zip(inputs, outputs, strict=True))
             kept = None if probe is None else probe[row].detach().clone()
-            self._entries[key] = Entry(step, residuals, kept)
+            self._entries[key] = Entry(step, residuals, kept, self._change(key, step, residuals))
+
+    def _change(self, key: Key, step: int, residuals: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """How much the residuals of `key` changed a step since those before, if those still lived."""
+        before = self._entries.get(key)
+        if not self.config.order or before is None or step - before.step > self.config.longest:
+            return None
+        return tuple((r - b) / (step - before.step) for r, b in zip(residuals, before.residuals, strict=True))
 
     def _probe(self, streams: Sequence[Tensor]) -> Tensor:
         return streams[0][:, :: self.config.probe_stride]
+
+
+def _forecast(entry: Entry, step: int) -> tuple[Tensor, ...]:
+    """The residuals of an entry, continued to `step`."""
+    if entry.change is None:
+        return entry.residuals
+    age = step - entry.step
+    return tuple(r + age * change for r, change in zip(entry.residuals, entry.change, strict=True))

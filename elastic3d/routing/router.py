@@ -50,12 +50,14 @@ def _octaves(x: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class RouterInput:
-    """What a router may look at: the block's input streams (each (B,L,D)), its modulation vector (B,D), and
-    the conditioner's output for this block (B, 2 H_r + 1 + K), None in the paper's variant."""
+    """What a router may look at: the block's input streams (each (B,L,D)), its modulation vector (B,D), the
+    conditioner's output for this block (B, 2 H_r + 1 + K), None in the paper's variant, and the age (B,) long in steps
+    of what it would add if it were closed (0: nothing), None where routers are not told."""
 
     streams: tuple[Tensor, ...]
     conditioning: Tensor
     modulation: Tensor | None
+    age: Tensor | None = None
 
 
 class Conditioner(nn.Module):
@@ -85,14 +87,22 @@ class LightRouter(nn.Module):
         self.trunk = nn.Linear(streams * width, config.hidden)
         self.heads = nn.Linear(config.hidden, 1 + config.widths)
         _initialise_heads(self.heads, config)
+        self.age = None
+        if config.longest:
+            self.age = nn.Embedding(config.longest + 1, 2 * config.hidden + 1 + config.widths)
+            nn.init.zeros_(self.age.weight)
 
     def forward(self, given: RouterInput) -> Tensor:
         """-> logits (B, 1 + K)."""
-        assert given.modulation is not None
+        modulation = given.modulation
+        assert modulation is not None
+        if self.age is not None:
+            assert given.age is not None
+            modulation = modulation + self.age(given.age)
         pooled = torch.cat([_pool(stream) for stream in given.streams], dim=-1)
         hidden = self.trunk(pooled.to(self.trunk.weight.dtype))
         H, K1 = self.trunk.out_features, self.heads.out_features
-        scale, shift, offset = given.modulation.split([H, H, K1], dim=-1)
+        scale, shift, offset = modulation.split([H, H, K1], dim=-1)
         return self.heads(F.silu(torch.addcmul(shift, hidden, 1 + scale))) + offset
 
     def flops(self, lengths: tuple[int, ...]) -> int:

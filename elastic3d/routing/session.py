@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from elastic3d.config.routing import ElasticConfig, RouterConfig, check_budget
+from elastic3d.config.routing import BlockCacheConfig, ElasticConfig, RouterConfig, check_budget
 from elastic3d.routing.cache import Key, ResidualCache
 from elastic3d.routing.decision import RouteDecision
 from elastic3d.routing.protocol import BlockCall, BlockFlops
+from elastic3d.routing.recall import Recall, Residuals
 from elastic3d.routing.router import Conditioner, Situation, looks_ahead
 from elastic3d.routing.trace import REUSED, SKIPPED, Trace
 
@@ -48,6 +49,7 @@ class Pass:
     masked: bool
     explored: Tensor | None = None
     lockstep: bool = False
+    recall: Recall | None = None
     modulation: Tensor | None = None
     ahead: list[RouteDecision] = field(default_factory=list)
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
@@ -73,6 +75,7 @@ class _Announced:
     masked: bool = False
     explored: Tensor | None = None
     lockstep: bool = False
+    recall: Recall | None = None
 
 
 class RoutingSession:
@@ -80,7 +83,8 @@ class RoutingSession:
 
     Public attributes: `settings`, changed between generations; `source`, None where the routers decide; `announcer`,
     which calls `begin` and `step` for a pass of so many rows that nobody announced; `trace` of the newest generation;
-    `current`, the newest forward pass, whose `decisions` the losses read.
+    `current`, the newest forward pass, whose `decisions` the losses read; `recorded`, what the blocks of a dense pass
+    add, while somebody asks for it.
     """
 
     def __init__(self, router_config: RouterConfig, family: str) -> None:
@@ -94,6 +98,7 @@ class RoutingSession:
         self.trace: Trace | None = None
         self.cache: ResidualCache | None = None
         self.current: Pass | None = None
+        self.recorded: Residuals | None = None
         self._announced: _Announced | None = None
         self._generation = 0
         self.samples = self._steps = 0
@@ -118,9 +123,14 @@ class RoutingSession:
         self.samples, self._steps = samples, steps
         self._budget = torch.tensor(list(map(self.router_config.calibrated, budgets)), dtype=torch.float32)
         self.trace = Trace([b.name for b in self.blocks], self.router_config.ratios, steps, samples)
-        cache = self.settings.cache
+        cache = self.reuse
         self.cache = ResidualCache(cache, steps) if cache.active else None
         self.current = self._announced = None
+
+    @property
+    def reuse(self) -> BlockCacheConfig:
+        """The cache of a generation: that of the settings, or the one that the routers were trained with."""
+        return self.settings.cache or self.router_config.cache()
 
     def step(self, index: int, dt: float, branches: Sequence[int] = BOTH_BRANCHES) -> None:
         """The next forward pass is sampling step `index` of size `dt`, for each branch the samples in order.
@@ -140,6 +150,7 @@ class RoutingSession:
         branch: Tensor,
         explored: Tensor | None = None,
         lockstep: bool = False,
+        recall: Recall | None = None,
     ) -> None:
         """The next forward pass is a training pass: masked blocks, gradients to the gates, no caches.
 
@@ -147,12 +158,13 @@ class RoutingSession:
         too. `explored` (B,I) bool says for which rows a closed block runs; for the others it is really skipped.
         The gradients of explored closed gates are weighted up by the share that is explored. With `lockstep` a block
         that no row needs runs all the same, to no effect: other processes may wait for its weights or gradients.
+        Closed blocks add what they `recall`, which stands for a cache.
         """
         if explored is not None and explored.shape != (len(budget), len(self.blocks)):
             raise ValueError(
                 f"explored is {tuple(explored.shape)}, expected {(len(budget), len(self.blocks))}"
             )
-        self._announced = _Announced(0, dt, budget, branch, True, explored, lockstep)
+        self._announced = _Announced(0, dt, budget, branch, True, explored, lockstep, recall)
 
     def end(self) -> None:
         """Free the caches; the trace stays."""
@@ -166,6 +178,16 @@ class RoutingSession:
             yield
         finally:
             self.settings.elastic = elastic
+
+    @contextmanager
+    def recording(self) -> Iterator[Residuals]:
+        """While it lasts, the model is the dense one, and what each block adds to its streams is noted."""
+        self.recorded = {}
+        try:
+            with self.dense():
+                yield self.recorded
+        finally:
+            self.recorded = None
 
     # ------------------------------------------------------------------------------------ called by the model
 
@@ -195,7 +217,9 @@ class RoutingSession:
         for name in ("dt", "budget", "branch"):
             if getattr(situation, name).shape != (B,):
                 raise ValueError(f"a batch of {B}, but {getattr(situation, name).shape[0]} values of {name}")
-        self.current = Pass(situation, rows, told.step, told.masked, told.explored, told.lockstep)
+        self.current = Pass(
+            situation, rows, told.step, told.masked, told.explored, told.lockstep, told.recall
+        )
         if self.conditioner is not None and self.source is None:
             self.current.modulation = self.conditioner(situation)
 
@@ -214,7 +238,7 @@ class RoutingSession:
         elif looks_ahead(self.router_config):
             decision = self._look_ahead(current, block, call)
         else:
-            decision = block.route(call, current.modulation)
+            decision = block.route(call, current.modulation, self._age(block))
         decision = decision if self.settings.width else decision.at_full_width()
         if block.index not in current.flops:
             current.flops[block.index] = block.flops(call.lengths)
@@ -224,8 +248,23 @@ class RoutingSession:
     def _look_ahead(self, current: Pass, block: ElasticBlock, call: BlockCall) -> RouteDecision:
         """At the first block (also when it is recomputed) decide for all."""
         if block.index == 0:
-            current.ahead = [other.route(call, current.modulation) for other in self.blocks]
+            current.ahead = [other.route(call, current.modulation, self._age(other)) for other in self.blocks]
         return current.ahead[block.index]
+
+    def _age(self, block: ElasticBlock) -> Tensor | None:
+        """Steps (B,) since the residual that a closed block would add was computed, 0 without one; None where routers
+        are not told."""
+        current, longest = self.current, self.router_config.longest
+        assert current is not None
+        if not longest:
+            return None
+        device = current.situation.t.device
+        if current.recall is not None:
+            return current.recall.age(block.index).clamp_max(longest)
+        if self.cache is None or not self.cache.config.closed_reuse:
+            return torch.zeros(current.situation.t.shape[0], dtype=torch.long, device=device)
+        ages = [self.cache.age(key, current.step) for key in self.keys(block, range(len(current.rows)))]
+        return torch.tensor(ages, device=device).clamp_max(longest)
 
     def plan(self, block: ElasticBlock, call: BlockCall, decision: RouteDecision) -> list[int]:
         """The action of every row, on the host (the one synchronisation of a block), recorded in the

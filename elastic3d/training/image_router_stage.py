@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from elastic3d.adapters.diffusers_pipeline import drive
 from elastic3d.config.image_stage import ImageStageConfig
 from elastic3d.config.router_stage import RouterStageConfig
-from elastic3d.config.routing import ElasticConfig
+from elastic3d.config.routing import ElasticConfig, RouterConfig
 from elastic3d.config.train import TrainConfig
 from elastic3d.errors import UserError
 from elastic3d.models.weights import file_sha256
@@ -84,10 +84,11 @@ class RoutedPictureItems(PictureItems):
         pictures: PictureCache,
         config: ImageStageConfig,
         routing: RouterStageConfig,
+        router: RouterConfig,
         blocks: int,
         paired: bool,
     ) -> None:
-        self.routing, self.blocks, self.paired = routing, blocks, paired
+        self.routing, self.router, self.blocks, self.paired = routing, router, blocks, paired
         super().__init__(pictures, config, 0.0)
 
     def item(self, position: int, seed: int) -> Batch:
@@ -95,7 +96,7 @@ class RoutedPictureItems(PictureItems):
         item = super().item(position, seed)
         rng = np.random.default_rng([seed, position, 3])
         item["branch"] = torch.tensor(0.0)
-        add_route(item, self.routing, self.blocks, self.paired, rng)
+        add_route(item, self.routing, self.router, self.blocks, self.paired, rng)
         return item
 
 
@@ -125,7 +126,9 @@ class ImageRouterStage:
         self.objective: nn.Module = self.flow
         drive(backbone.pipe, self.flow.session)
         blocks = len(self.flow.session.blocks)
-        self._items = RoutedPictureItems(self._train, image, config.routing, blocks, self.flow.paired)
+        self._items = RoutedPictureItems(
+            self._train, image, config.routing, config.router, blocks, self.flow.paired
+        )
         self._val_items = PictureItems(self._val, image, 0.0)
 
     def items(self) -> RoutedPictureItems:

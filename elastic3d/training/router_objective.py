@@ -17,6 +17,7 @@ from elastic3d.config.routing import MIN_BUDGET, ElasticConfig, RouterConfig
 from elastic3d.diffusion.flow import interpolate, predict_data, velocity
 from elastic3d.routing.attach import attach, router_modules
 from elastic3d.routing.losses import budget_loss, paper_loss, session_share
+from elastic3d.routing.recall import Recall
 from elastic3d.routing.session import RoutingSession
 from elastic3d.training.datasets import Batch
 from elastic3d.training.low_rank import add_low_rank
@@ -66,7 +67,8 @@ class RouterObjective(nn.Module):
             branch = torch.arange(2, device=branch.device).float().repeat_interleave(len(x_t))
         explored = batch["explored"].transpose(0, 1).flatten(0, 1) if "explored" in batch else None
         several = torch.distributed.is_initialized()  # they share weights or gradients
-        self.session.train(dt, budget, branch, explored, lockstep=several)
+        recall = self._recall(batch) if "ages" in batch else None
+        self.session.train(dt, budget, branch, explored, lockstep=several, recall=recall)
         found = self.velocities(self.dit, x_t, batch).float()
         values: dict[str, Tensor] = {}
         values["distillation"] = (self.guided(found) - self.guided(dense)).square().mean()
@@ -102,6 +104,20 @@ class RouterObjective(nn.Module):
         with self.session.dense():
             return self.velocities(self.dit, x_t, batch).float()
 
+    @torch.no_grad()
+    def _recall(self, batch: Batch) -> Recall:
+        """What the dense blocks add at earlier steps of the straight path between noise and data."""
+        passes, ages = [], batch["ages"]
+        for age in ages.unbind(1):
+            t = (batch["t"] - age * batch["dt"]).clamp_min(0)
+            x_t = interpolate(batch["noise"], batch["latents"], t)
+            with self.session.recording() as residuals:
+                self.velocities(self.dit, x_t, {**batch, "t": t})
+            passes.append(residuals)
+        picks = batch["picks"].transpose(0, 1).flatten(0, 1)
+        ages = ages.repeat(1 + self.paired, 1)
+        return Recall(passes, ages, picks, self.session.router_config.order)
+
     def _cost(self, share: Tensor, budget: Tensor) -> Tensor:
         if self.config.cost is CostLoss.executed:
             return budget_loss(share, budget, self.config.slack)
@@ -114,16 +130,30 @@ class RouterObjective(nn.Module):
 
 
 def add_route(
-    item: Batch, routing: RouterStageConfig, blocks: int, paired: bool, rng: np.random.Generator
+    item: Batch,
+    routing: RouterStageConfig,
+    router: RouterConfig,
+    blocks: int,
+    paired: bool,
+    rng: np.random.Generator,
 ) -> None:
-    """Give an item a time of a random sampler, with its step size, a budget, and the blocks to explore."""
+    """Give an item a time of a random sampler, with its step size, a budget, and the blocks to explore; for routers
+    that reuse residuals also earlier steps, and which of them each block remembers."""
     low, high = math.log(routing.min_steps), math.log(routing.max_steps + 1)
     steps = min(int(math.exp(rng.uniform(low, high))), routing.max_steps)
-    item["t"] = torch.tensor(float(rng.integers(steps)) / steps)
+    step = int(rng.integers(steps))
+    item["t"] = torch.tensor(step / steps)
     item["dt"] = torch.tensor(1.0 / steps)
     item["budget"] = torch.tensor(rng.uniform(routing.min_budget, 1.0)).float()
     if routing.explore < 1:
         item["explored"] = torch.from_numpy(rng.random((1 + paired, blocks)) < routing.explore)
+    if router.longest:
+        ages = np.cumsum(rng.geometric(routing.renewal, routing.recalled))
+        usable = int(np.sum((ages <= step) & (ages <= router.longest)))
+        fresh = rng.random((1 + paired, blocks)) < routing.fresh
+        picks = np.where(fresh, -1, rng.integers(usable, size=fresh.shape) if usable else -1)
+        item["ages"] = torch.from_numpy(np.where(ages <= step, ages, 0))
+        item["picks"] = torch.from_numpy(picks)
 
 
 def compare_budgets(generate: Generate, budgets: list[float]) -> dict[str, float]:

@@ -106,7 +106,8 @@ class RouterItems(LatentItems):
         meshes: PreparedShapes | None,
         flow: ShapeRouterObjective,
     ) -> None:
-        self.routing, self.meshes, self.paired = config.routing, meshes, flow.paired
+        self.routing, self.router, self.meshes = config.routing, config.router, meshes
+        self.paired = flow.paired
         self.blocks = len(flow.session.blocks)
         # Without the other branch beside it, half of the samples are unconditional, if the model has that branch.
         drop = 0.0 if flow.paired or flow.embedded else 0.5
@@ -116,7 +117,7 @@ class RouterItems(LatentItems):
         """Item `position` of the shuffled stream."""
         item, routing = super().item(position, seed), self.routing
         rng = np.random.default_rng([seed, position, 3])
-        add_route(item, routing, self.blocks, self.paired, rng)
+        add_route(item, routing, self.router, self.blocks, self.paired, rng)
         item["branch"] = torch.tensor(float(not item["condition"].any()))
         if self.meshes is not None:
             item |= self.surface(self.shapes.ids[self._shuffle(position, seed)], rng)

@@ -104,6 +104,33 @@ def test_the_dense_model_has_no_distance_to_itself(dense):
     assert values["blocks_run"] == 1 and loss > 0
 
 
+def test_closed_blocks_add_what_they_remember(dense):
+    """Where nothing has changed since, closed blocks that remember stand in for the dense ones exactly."""
+    closed = RouterConfig(initial_keep=0.2, head_std=0.0, longest=3, order=0)
+    routing = {"recalled": 1, "fresh": 0.0}
+    stage = RouterStage(router_config(dense, routing=routing, router=closed))
+    batch = batch_of(stage, 4)
+    assert batch["ages"].shape == (4, 1) and batch["picks"].shape == (4, 2, 3)
+    batch["ages"] = torch.ones_like(batch["ages"])
+    batch["picks"] = torch.zeros_like(batch["picks"])
+    batch["dt"] = torch.zeros_like(batch["dt"])  # the step before was at the same time
+    _, values = stage.flow(batch)
+    assert values["share"] == 0 and values["distillation"] < 1e-9
+    batch["picks"] = torch.full_like(batch["picks"], -1)
+    assert stage.flow(batch)[1]["distillation"] > 1e-4
+
+
+def test_a_router_learns_from_the_age_of_what_it_would_reuse(dense):
+    stage = RouterStage(router_config(dense, router=RouterConfig(longest=3)))
+    batch = batch_of(stage, 16)
+    usable = (batch["ages"] > 0) & (batch["ages"] <= 3)
+    for row, picks in enumerate(batch["picks"].flatten(1)):
+        assert all(usable[row, pick] for pick in picks if pick >= 0)
+    stage.flow(batch)[0].backward()
+    for block in stage.flow.session.blocks:
+        assert block.router.age.weight.grad.abs().sum(1).gt(0).sum() >= 3
+
+
 def test_skipped_blocks_do_not_run_in_training_and_the_saving_is_reported(dense):
     nearly_closed = RouterConfig(initial_keep=0.49, head_std=1.0)
     stage = RouterStage(router_config(dense, routing={"explore": 0.3}, router=nearly_closed))
