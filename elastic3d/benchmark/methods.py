@@ -1,7 +1,7 @@
 """The registry of methods: from a configuration to the rows of the table, and the runs behind them.
 
-Every control is made to execute what the routers do at the same budget without a cache (`elastic_no_cache`), and runs
-without one itself, so that the rows to compare are those two.
+Every control is made to execute what its donor does: the routers at the same budget, with the cache they were trained
+with, or none. It runs with that cache itself, so that the rows to compare are those two.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Case:
 
 PAPER_CACHE = BlockCacheConfig(rule=CacheRule.band, band=0.1, longest=5, start=0.3)
 DRIFT_CACHE = BlockCacheConfig(rule=CacheRule.drift, drift=0.1, longest=4, closed_reuse=True)
+FORECAST = BlockCacheConfig(rule=CacheRule.age, longest=1, order=1, closed_reuse=True)
 NO_CACHE = BlockCacheConfig()
 
 
@@ -71,8 +72,9 @@ class Planner:
         main = models[MAIN]
         self.baseline_steps = config.baseline_steps or main.config.steps
         self.elastic_steps = config.elastic_steps or [self.baseline_steps]
-        own = main.session.router_config.cache() if main.session else NO_CACHE
-        self.default = replace(main.config.elastic, cache=config.cache or main.config.elastic.cache or own)
+        self.trained_cache = main.session.router_config.cache() if main.session else NO_CACHE
+        default = config.cache or main.config.elastic.cache or self.trained_cache
+        self.default = replace(main.config.elastic, cache=default)
 
     def run(
         self,
@@ -142,13 +144,17 @@ def _dense_cache(planner: Planner) -> Iterator[Case]:
             cache = replace(DRIFT_CACHE, drift=drift, closed_reuse=False)
             run = planner.run(MAIN, steps, Routes.open, ElasticConfig(cache=cache))
             yield Case("dense_cache", run, None, f"drift {drift:g}")
+        for interval in planner.config.intervals:
+            cache = replace(FORECAST, longest=interval - 1, closed_reuse=False)
+            run = planner.run(MAIN, steps, Routes.open, ElasticConfig(cache=cache))
+            yield Case("dense_cache", run, None, f"forecast, computed every {interval} steps")
 
 
 def _control(routes: Routes) -> Callable[[Planner], Iterator[Case]]:
     def cases(planner: Planner) -> Iterator[Case]:
         for budget in planner.config.budgets:
             if budget < 1:  # at 1 there is hardly anything left out to choose
-                donor = planner.elastic(budget, planner.baseline_steps, cache=NO_CACHE)
+                donor = planner.elastic(budget, planner.baseline_steps, cache=planner.trained_cache)
                 run = planner.run(MAIN, planner.baseline_steps, routes, donor.settings, donor)
                 yield Case(routes.value, run, budget)
 
@@ -206,10 +212,11 @@ def _variant_cases(planner: Planner, name: str) -> Iterator[Case]:
         for steps in planner.elastic_steps:
             yield Case(name, planner.run(name, steps, Routes.dense), None)
         return
+    cache = planner.config.cache or session.router_config.cache()
     told = session.conditioner is not None  # the paper's routers know one budget only, that of their training
     for steps in planner.elastic_steps:
         for budget in planner.config.budgets if told else [1.0]:
-            yield Case(name, planner.elastic(budget, steps, name), budget if told else None)
+            yield Case(name, planner.elastic(budget, steps, name, cache=cache), budget if told else None)
 
 
 def needed_runs(planner: Planner, cases: list[Case]) -> list[Run]:

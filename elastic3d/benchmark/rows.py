@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic3d.benchmark.methods import CONTROLS, FAMILY, Case, Run
+from elastic3d.benchmark.methods import FAMILY, Case, Run
 from elastic3d.benchmark.quality import FLOOR, REFERENCE, SAME_STEPS, TRUTH, Scores, Workplace
 from elastic3d.benchmark.timing import DIT, END_TO_END, Round, summarise
 from elastic3d.config.benchmark import Method
@@ -16,6 +16,8 @@ from elastic3d.evaluation.fidelity import Rival, compare_metric
 from elastic3d.evaluation.items import Row
 from elastic3d.evaluation.statistics import bootstrap_mean
 from elastic3d.routing.trace import NOT_RUN, parse_actions
+
+NO_RIVALS = tuple(m.value for m in (Method.dense, Method.fewer_steps, Method.dense_cache, Method.elastic))
 
 
 def build_rows(place: Workplace, cases: Sequence[Case], scores: Scores, rounds: Sequence[Round]) -> list[Row]:
@@ -32,10 +34,21 @@ def build_rows(place: Workplace, cases: Sequence[Case], scores: Scores, rounds: 
                 "budget": case.budget,
                 "steps": case.run.steps,
                 "batch": batch,
+                "as_trained": _as_trained(place, case),
             }
             rows.append(head | compute | _times(place, case.run, rounds, batch, compute) | fidelity)
             rows[-1]["run"] = case.run.name
     return rows
+
+
+def _as_trained(place: Workplace, case: Case) -> bool:
+    """Whether these are the model's routers with the cache they were trained with: for that, budgets are calibrated."""
+    settings, planner = case.run.settings, place.planner
+    return (
+        case.method in FAMILY
+        and settings.width == planner.default.width
+        and settings.cache == planner.trained_cache
+    )
 
 
 def _compute(place: Workplace, run: Run) -> dict[str, Any]:
@@ -139,31 +152,38 @@ def _mean(values: Sequence[float]) -> float | None:
 def compare_rivals(place: Workplace, cases: Sequence[Case], scores: Scores) -> list[dict[str, Any]]:
     """The routers beside each control and variant of the same budget and steps, picture by picture.
 
-    Controls meet the routers without a cache, to which their FLOPs are matched; everything else meets `elastic`. A
-    rival without a budget meets every one.
+    Controls meet their donor, to which their FLOPs are matched; everything else meets `elastic`. A rival without a
+    budget meets every one.
     """
     found = []
     for rival in cases:
-        mine = Method.elastic_no_cache if rival.method in CONTROLS else Method.elastic
-        if rival.method in (
-            Method.dense.value,
-            Method.fewer_steps.value,
-            Method.dense_cache.value,
-            mine.value,
-        ):
+        if rival.method in NO_RIVALS:
             continue
-        for case in cases:
-            same = case.method == mine.value and case.run.steps == rival.run.steps
-            if not same or case.run == rival.run or rival.budget not in (None, case.budget):
-                continue
+        for case in _opponents(rival, cases):
             for kind, metric in ((REFERENCE, "chamfer_l1"), (TRUTH, "f_score@0.02")):
                 rows = [scores.get((run.name, kind), []) for run in (case.run, rival.run)]
                 compared = compare_metric(metric, rows[0], [rows[1]], Rival.baseline, place.config.bootstrap)
                 if compared is not None:
-                    head = {"routers": mine.value, "rival_method": rival.method, "against": kind}
+                    head = {"routers": case.method, "rival_method": rival.method, "against": kind}
                     asked = {"budget": case.budget, "steps": case.run.steps}
                     found.append(head | asked | compared.as_dict())
     return found
+
+
+def _opponents(rival: Case, cases: Sequence[Case]) -> Sequence[Case]:
+    """The elastic cases that a rival is compared with."""
+    donor = rival.run.donor
+    if donor is not None:
+        own = [case for case in cases if case.run == donor]
+        return own[:1] or [Case(Method.elastic.value, donor, rival.budget)]
+    return [
+        case
+        for case in cases
+        if case.method == Method.elastic.value
+        and case.run.steps == rival.run.steps
+        and case.run != rival.run
+        and rival.budget in (None, case.budget)
+    ]
 
 
 def route_shares(place: Workplace, cases: Sequence[Case]) -> dict[str, Any]:

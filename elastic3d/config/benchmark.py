@@ -59,6 +59,9 @@ class BenchmarkConfig:
     seeds: list[int] = option([0, 1, 2], "seeds of the noise; the first two or more give the seed floor")
     cache: BlockCacheConfig | None = option(None, "cache of elastic rows; null: the model's default")
     drifts: list[float] = option([0.1], "drift limits of dense_cache, one row each")
+    intervals: list[int] = option(
+        [2, 3], "dense_cache: every block computed every so-manieth step and forecast between, one row each"
+    )
     limit: int = option(0, "pictures, spread evenly over the folder; 0 takes all")
     phases: list[Phase] = option(
         [Phase.quality, Phase.timing], "what to do; the report is written in any case"
@@ -96,6 +99,8 @@ class BenchmarkConfig:
             check_range("seeds", seed, 0, 2**63 - 1)
         for drift in self.drifts:
             check_range("drifts", drift, 0, 100)
+        for interval in self.intervals:
+            check_range("intervals", interval, 2, 1000)
         for name in ("batch_size", "timing_images", "repeats", "calibration_samples", "calibration_calls"):
             check_range(name, getattr(self, name), 1, 1 << 20)
         for batch in self.batches:

@@ -28,11 +28,12 @@ class Lookahead(Enum):
 
 class CacheRule(Enum):
     """Which open blocks reuse an earlier residual: none, those with a gate in a band, those with a steady
-    input."""
+    input, all as long as it lives."""
 
     off = "off"
     band = "band"
     drift = "drift"
+    age = "age"
 
 
 @dataclass(kw_only=True)

@@ -86,6 +86,8 @@ class ResidualCache:
             return False
         if keep_prob <= threshold:
             return self.config.closed_reuse
+        if self.config.rule is CacheRule.age:
+            return True
         if self.config.rule is CacheRule.band:
             return keep_prob <= threshold + self.config.band
         return self.config.rule is CacheRule.drift and drift < self.config.drift
@@ -110,9 +112,9 @@ class ResidualCache:
             self._entries[key] = Entry(step, residuals, kept, self._change(key, step, residuals))
 
     def _change(self, key: Key, step: int, residuals: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """How much the residuals of `key` changed a step since those before, if those still lived."""
+        """How much the residuals of `key` changed a step since those before, if those lived until now."""
         before = self._entries.get(key)
-        if not self.config.order or before is None or step - before.step > self.config.longest:
+        if not self.config.order or before is None or step - before.step > self.config.longest + 1:
             return None
         return tuple((r - b) / (step - before.step) for r, b in zip(residuals, before.residuals, strict=True))
 

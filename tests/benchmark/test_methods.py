@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from _cli import parse
 
-from elastic3d.benchmark.methods import DRIFT_CACHE, PAPER_CACHE, REGISTRY, Routes, needed_runs, plan
+from elastic3d.benchmark.methods import (
+    DRIFT_CACHE,
+    FORECAST,
+    PAPER_CACHE,
+    REGISTRY,
+    Routes,
+    needed_runs,
+    plan,
+)
 from elastic3d.benchmark.models import load_models
 from elastic3d.config.base import DeviceChoice
 from elastic3d.config.benchmark import BenchmarkConfig, Method, Phase
@@ -21,7 +29,7 @@ def test_every_method_is_registered():
 
 
 def test_caches_are_those_of_the_configuration_groups():
-    for name, cache in (("paper", PAPER_CACHE), ("drift", DRIFT_CACHE)):
+    for name, cache in (("paper", PAPER_CACHE), ("drift", DRIFT_CACHE), ("forecast", FORECAST)):
         assert parse(GenerateConfig, "gen_mesh", ["image=a", "output=b", f"cache={name}"]).cache == cache
 
 

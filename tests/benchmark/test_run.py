@@ -107,8 +107,10 @@ def test_routers_and_controls_execute_what_they_should(done):
         routers["executed_flops_ratio"]
     )
     assert row_of(results, "static")["share_std"] == 0
-    cached = row_of(results, "dense_cache")
+    cached = row_of(results, "dense_cache", note="drift 0.1")
     assert cached["budget"] is None and cached["executed_flops_ratio"] <= 1
+    forecast = row_of(results, "dense_cache", note="forecast, computed every 2 steps")
+    assert forecast["executed_flops_ratio"] == pytest.approx(2 / 3)  # of three steps the second is forecast
     assert row_of(results, "elastic_no_width", budget=0.5)["run"] != routers["run"]
     # routers of the same weights make the same meshes
     for variant in ("no_mesh", "whole"):

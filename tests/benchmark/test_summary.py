@@ -13,7 +13,7 @@ def row(method: str, steps: int, ms: float | None, distance: float, **changes: A
     fields: dict[str, Any] = dict(
         method=method, budget=1.0, steps=steps, batch=1, run=f"{method}-{steps}", executed_flops_ratio=1.0,
         dit_ms_median=ms, dit_speedup=None if ms is None else 100 / ms, efficiency=0.9,
-        chamfer_l1_paired=distance, chamfer_l1_same_steps=distance, chamfer_l1_seed_floor=0.2,
+        as_trained=False, chamfer_l1_paired=distance, chamfer_l1_same_steps=distance, chamfer_l1_seed_floor=0.2,
         iou_paired=1 - distance, chamfer_l1_truth=0.1,
     )  # fmt: skip
     fields |= {"f_score@0.02": 0.5, "f_score@0.02_drop": 0.0, "f_score@0.05": 0.8, "f_score@0.05_drop": 0.0}
@@ -27,7 +27,7 @@ FEWER += [row("dense", 50, 100, 0.02), row("fewer_steps", 100, 200, 0.0)]
 
 
 def elastic(budget: float, ms: float, distance: float, **changes: Any) -> dict[str, Any]:
-    changes = {"run": f"elastic-{budget}", "executed_flops_ratio": budget} | changes
+    changes = {"run": f"elastic-{budget}", "executed_flops_ratio": budget, "as_trained": True} | changes
     return row("elastic_no_cache", 50, ms, distance, budget=budget, **changes)
 
 

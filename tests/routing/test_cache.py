@@ -51,6 +51,12 @@ def test_drift_is_the_relative_change_of_the_input():
     assert stored(rule=CacheRule.drift, closed_reuse=True).reuse(KEY, 1, 0.4, 0.5, 9.0)
 
 
+def test_by_age_open_blocks_reuse_what_lives():
+    cache = stored(step=2, rule=CacheRule.age, longest=1)
+    assert [cache.reuse(KEY, step, 0.9, 0.5, 0) for step in (3, 4)] == [True, False]
+    assert [cache.age(KEY, step) for step in (3, 4)] == [1, 0]
+
+
 @pytest.mark.parametrize("build, message", [
     (lambda: BlockCacheConfig(band=-0.1), "cache.band is -0.1, expected a value from 0 to 1"),
     (lambda: BlockCacheConfig(longest=0), "cache.longest is 0"),
