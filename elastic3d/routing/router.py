@@ -89,8 +89,7 @@ class LightRouter(nn.Module):
         _initialise_heads(self.heads, config)
         self.age = None
         if config.longest:
-            self.age = nn.Embedding(config.longest + 1, 2 * config.hidden + 1 + config.widths)
-            nn.init.zeros_(self.age.weight)
+            self.age = _age_embedding(config)
 
     def forward(self, given: RouterInput) -> Tensor:
         """-> logits (B, 1 + K)."""
@@ -162,6 +161,18 @@ def _pool(tokens: Tensor) -> Tensor:
     """(B,L,D) -> (B,D) fp32: LayerNorm of the mean token. (A norm of every token costs eight times as
     much.)"""
     return F.layer_norm(tokens.mean(dim=1).float(), tokens.shape[-1:])
+
+
+def _age_embedding(config: RouterConfig) -> nn.Embedding:
+    """A modulation for each age. At the start it moves the gate alone: open without anything to reuse, and the older
+    that is, the more open."""
+    longest = config.longest
+    embedding = nn.Embedding(longest + 1, 2 * config.hidden + 1 + config.widths)
+    nn.init.zeros_(embedding.weight)
+    with torch.no_grad():
+        embedding.weight[0, 2 * config.hidden] = longest
+        embedding.weight[1:, 2 * config.hidden] = torch.arange(longest) - (longest - 1) / 2
+    return embedding
 
 
 def _initialise_heads(heads: nn.Linear, config: RouterConfig) -> None:

@@ -106,7 +106,7 @@ def test_the_dense_model_has_no_distance_to_itself(dense):
 
 def test_closed_blocks_add_what_they_remember(dense):
     """Where nothing has changed since, closed blocks that remember stand in for the dense ones exactly."""
-    closed = RouterConfig(initial_keep=0.2, head_std=0.0, longest=3, order=0)
+    closed = RouterConfig(initial_keep=0.01, head_std=0.0, longest=3, order=0)
     routing = {"recalled": 1, "fresh": 0.0}
     stage = RouterStage(router_config(dense, routing=routing, router=closed))
     batch = batch_of(stage, 4)
