@@ -175,6 +175,7 @@ REGISTRY: dict[Method, Callable[[Planner], Iterator[Case]]] = {
     Method.timestep: _control(Routes.timestep),
     Method.shuffled: _control(Routes.shuffled),
 }
+WITHOUT_REUSE = (Method.elastic_no_cache, Method.elastic_paper_cache)
 WITHOUT_ROUTERS = (Method.dense, Method.fewer_steps)
 FAMILY = tuple(m.value for m in Method if m.name.startswith("elastic"))
 CONTROLS = tuple(m.value for m in (Method.random, Method.static, Method.timestep, Method.shuffled))
@@ -195,6 +196,8 @@ def plan(config: BenchmarkConfig, models: Models, images: int) -> tuple[Planner,
         why = None
         if method not in WITHOUT_ROUTERS and not has_routers:
             why = f"{config.model} has no routers"
+        elif method in WITHOUT_REUSE and planner.trained_cache.closed_reuse:
+            why = "its routers were trained to reuse residuals"
         elif method is Method.shuffled and images < 2:
             why = "it exchanges routes between pictures, and there is only one"
         if why is None:

@@ -87,7 +87,6 @@ class RouterStageConfig:
         3, "router.longest above 0: earlier steps whose residuals are computed for a batch"
     )
     renewal: float = option(0.5, "of these: chance that a block was computed again at a step")
-    fresh: float = option(0.1, "of these: share of the blocks that remember nothing")
     cost: CostLoss = option(CostLoss.executed, "what holds the cost")
     cost_weight: float = option(20.0, "weight of the cost loss (lambda)")
     slack: float = option(
@@ -115,7 +114,6 @@ class RouterStageConfig:
         check_range("routing.slack", self.slack, 0, 1)
         check_range("routing.recalled", self.recalled, 1, 16)
         check_range("routing.renewal", self.renewal, 0.05, 1)
-        check_range("routing.fresh", self.fresh, 0, 1)
         for name in ("cost_weight", "distillation", "flow"):
             check_range(f"routing.{name}", getattr(self, name), 0, 1e6)
         for name in ("rho_gate", "rho_width"):

@@ -35,6 +35,17 @@ class RouteDecision:
         width_prob = torch.nn.functional.one_hot(width, widths).float()
         return RouteDecision(keep, width, keep.float(), width_prob)
 
+    def opened(self, rows: Tensor) -> RouteDecision:
+        """The same, but rows (B,) bool run at full width whatever the router says, which then learns nothing there."""
+        full = self.width_prob.shape[-1] - 1
+        sure = torch.nn.functional.one_hot(torch.full_like(self.width, full), full + 1)
+        return RouteDecision(
+            self.keep | rows,
+            self.width.masked_fill(rows, full),
+            torch.where(rows, 1.0, self.keep_prob),
+            torch.where(rows[:, None], sure.to(self.width_prob.dtype), self.width_prob),
+        )
+
     def at_full_width(self) -> RouteDecision:
         """The same gates, every kept block at its full width."""
         widths = self.width_prob.shape[-1]

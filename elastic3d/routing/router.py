@@ -164,13 +164,11 @@ def _pool(tokens: Tensor) -> Tensor:
 
 
 def _age_embedding(config: RouterConfig) -> nn.Embedding:
-    """A modulation for each age. At the start it moves the gate alone: open without anything to reuse, and the older
-    that is, the more open."""
+    """A modulation for each age. At the start it moves the gate alone: the older, the more open."""
     longest = config.longest
     embedding = nn.Embedding(longest + 1, 2 * config.hidden + 1 + config.widths)
     nn.init.zeros_(embedding.weight)
     with torch.no_grad():
-        embedding.weight[0, 2 * config.hidden] = longest
         embedding.weight[1:, 2 * config.hidden] = torch.arange(longest) - (longest - 1) / 2
     return embedding
 

@@ -124,6 +124,10 @@ class RoutingSession:
         self._budget = torch.tensor(list(map(self.router_config.calibrated, budgets)), dtype=torch.float32)
         self.trace = Trace([b.name for b in self.blocks], self.router_config.ratios, steps, samples)
         cache = self.reuse
+        if self.router_config.longest and not cache.closed_reuse:
+            raise ValueError(
+                "cache.closed_reuse is false, expected true: these routers were trained to reuse residuals"
+            )
         self.cache = ResidualCache(cache, steps) if cache.active else None
         self.current = self._announced = None
 
@@ -233,12 +237,15 @@ class RoutingSession:
                 f"block {block.name} was called twice in one forward pass"
             )  # else: recomputation
         current.visited.add(block.index)
+        age = self._age(block)
         if self.source is not None:
             decision = self.source.decide(current, block.index)
         elif looks_ahead(self.router_config):
             decision = self._look_ahead(current, block, call)
         else:
-            decision = block.route(call, current.modulation, self._age(block))
+            decision = block.route(call, current.modulation, age)
+        if age is not None:  # these routers choose between a block and its forecast: without one it runs
+            decision = decision.opened(age == 0)
         decision = decision if self.settings.width else decision.at_full_width()
         if block.index not in current.flops:
             current.flops[block.index] = block.flops(call.lengths)
@@ -261,7 +268,7 @@ class RoutingSession:
         device = current.situation.t.device
         if current.recall is not None:
             return current.recall.age(block.index).clamp_max(longest)
-        if self.cache is None or not self.cache.config.closed_reuse:
+        if self.cache is None:  # training, at the first step of a path
             return torch.zeros(current.situation.t.shape[0], dtype=torch.long, device=device)
         ages = [self.cache.age(key, current.step) for key in self.keys(block, range(len(current.rows)))]
         return torch.tensor(ages, device=device).clamp_max(longest)

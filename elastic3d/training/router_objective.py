@@ -150,8 +150,8 @@ def add_route(
     if router.longest:
         ages = np.cumsum(rng.geometric(routing.renewal, routing.recalled))
         usable = int(np.sum((ages <= step) & (ages <= router.longest)))
-        fresh = rng.random((1 + paired, blocks)) < routing.fresh
-        picks = np.where(fresh, -1, rng.integers(usable, size=fresh.shape) if usable else -1)
+        shape = (1 + paired, blocks)
+        picks = rng.integers(usable, size=shape) if usable else np.full(shape, -1)
         item["ages"] = torch.from_numpy(np.where(ages <= step, ages, 0))
         item["picks"] = torch.from_numpy(picks)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from _cli import parse
 
+from elastic3d.adapters import attach, detach
 from elastic3d.benchmark.methods import (
     DRIFT_CACHE,
     FORECAST,
@@ -18,7 +19,9 @@ from elastic3d.benchmark.models import load_models
 from elastic3d.config.base import DeviceChoice
 from elastic3d.config.benchmark import BenchmarkConfig, Method, Phase
 from elastic3d.config.generate import GenerateConfig
-from elastic3d.config.routing import CacheRule
+from elastic3d.config.routing import CacheRule, RouterConfig
+from elastic3d.errors import UserError
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from tests.benchmark.conftest import config_of
 
 CLI = ["images=photos", "output=out"]
@@ -60,6 +63,30 @@ def test_methods_that_ask_for_the_same_share_a_run(world, tmp_path):
     assert planner.reference() in runs and all(planner.dense(steps) in runs for steps in (2, 3, 4))
     again = plan(config_of(world, tmp_path, resolution=9), models, 2)[1]
     assert not {case.run for case in again} & set(runs)  # other options, other meshes
+
+
+def test_routers_that_reuse_have_no_rows_without_and_share_their_cache_with_controls(world, tmp_path):
+    pipeline = ImageTo3DPipeline.from_pretrained(world / "model", "cpu", "float32")
+    detach(pipeline.dit)
+    attach(pipeline.dit, RouterConfig(longest=2))
+    pipeline.save_pretrained(tmp_path / "reuse")
+    config = config_of(world, tmp_path, model=str(tmp_path / "reuse"))
+    models = load_models(config, world)
+    _, cases = plan(config, models, images=2)
+    methods = {case.method for case in cases}
+    assert not methods & {"elastic_no_cache", "elastic_paper_cache"}
+    assert methods >= {"elastic", "random", "static", "timestep", "shuffled", "dense_cache"}
+    for case in cases:
+        if case.method in ("elastic", "random", "shuffled"):
+            assert case.run.settings.cache == RouterConfig(longest=2).cache()
+    with pytest.raises(
+        UserError, match="elastic_no_cache, which can't be run: its routers were trained to reuse"
+    ):
+        plan(
+            config_of(world, tmp_path, model=str(tmp_path / "reuse"), methods=[Method.elastic_no_cache]),
+            models,
+            2,
+        )
 
 
 def test_the_command_line():
