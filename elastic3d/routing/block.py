@@ -105,18 +105,17 @@ class ElasticBlock(nn.Module):
 
     def _act(self, call: BlockCall, action: int, rows: Sequence[int]) -> tuple[Tensor, ...]:
         """One action for all rows of `call`, which are `rows` of the batch."""
-        session = self.session
-        cache = session.cache
+        current, cache = self.session.current, self.session.cache
+        assert current is not None
         if action == SKIPPED:
             return call.streams
         if action == REUSED:
-            assert cache is not None and session.current is not None
-            residuals = cache.residuals(session.keys(self, rows), session.current.step)
+            assert cache is not None
+            residuals = cache.residuals(current.key(self.index), rows, current.step)
             return tuple(x + r for x, r in zip(call.streams, residuals, strict=True))
         output = self.adapter.run(self.narrow.at(action - 1), call)
         if cache is not None:
-            assert session.current is not None
-            cache.store(session.keys(self, rows), session.current.step, call.streams, output)
+            cache.store(current.key(self.index), rows, len(current.rows), current.step, call.streams, output)
         return output
 
     def _masked(self, call: BlockCall, decision: RouteDecision) -> tuple[Tensor, ...]:

@@ -1,7 +1,7 @@
 """Residuals of blocks, kept from one sampling step to later ones.
 
-The state is explicit: an entry belongs to one generation, guidance branch, block and sample, and there is at
-most one for each, so that memory is bounded by the residuals of one dense pass.
+The state is explicit: a bank belongs to one generation, block and set of guidance branches, and holds at most two
+residuals for each row of the batch, so that memory is bounded by those of two dense passes.
 """
 
 from __future__ import annotations
@@ -14,75 +14,71 @@ import torch
 from torch import Tensor
 
 from elastic3d.config.routing import BlockCacheConfig, CacheRule
+from elastic3d.routing.protocol import rows_index
 
-Key = tuple[int, int, int, int]  # generation, branch, block, sample
+Key = tuple[int, int]  # block, first branch of the batch
+Streams = tuple[Tensor, ...]  # (B,L,D) each
+NEVER = -(1 << 30)  # a step so long ago that nothing of it lives
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A residual: the step that computed it, one (L,D) tensor a stream, a probe of the block's input then, and, where
-    its change is continued, how much it changes a step."""
+@dataclass
+class Bank:
+    """What one block remembers of each row of its batch.
 
-    step: int
-    residuals: tuple[Tensor, ...]
-    probe: Tensor | None
-    change: tuple[Tensor, ...] | None = None
+    steps: when `newest` was computed, NEVER for a row without; `older` are the residuals before (None: none are kept),
+    computed at `before`; probe: the block's input when `newest` was computed.
+    """
+
+    steps: list[int]
+    before: list[int]
+    newest: Streams
+    older: Streams | None = None
+    probe: Tensor | None = None
 
 
 class ResidualCache:
-    """Entries and the policy that says when one may stand in for a block."""
+    """Banks, and the policy that says when a residual may stand in for a block. Rows are positions in the batch."""
 
     def __init__(self, config: BlockCacheConfig, steps: int) -> None:
         self.config = config
         self.first_step = math.ceil(config.start * steps)
-        self._entries: dict[Key, Entry] = {}
+        self._banks: dict[Key, Bank] = {}
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return sum(step > NEVER for bank in self._banks.values() for step in bank.steps)
 
     @property
     def bytes(self) -> int:
-        """Memory of all entries."""
+        """Memory of all banks."""
         tensors = [
-            t
-            for e in self._entries.values()
-            for t in (*e.residuals, *(e.change or ()), e.probe)
-            if t is not None
+            t for b in self._banks.values() for t in (*b.newest, *(b.older or ()), b.probe) if t is not None
         ]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def alive(self, key: Key, step: int) -> bool:
-        """Whether there is a residual for `key` that is young enough for `step`."""
-        return self.age(key, step) > 0
+    def ages(self, key: Key, count: int, step: int) -> list[int]:
+        """Of `count` rows: steps since the living residual was computed, 0 without one."""
+        bank = self._banks.get(key)
+        if bank is None or step < self.first_step:
+            return [0] * count
+        return [age if age <= self.config.longest else 0 for age in (step - at for at in bank.steps)]
 
-    def age(self, key: Key, step: int) -> int:
-        """Steps since the living residual for `key` was computed, 0 without one."""
-        entry = self._entries.get(key)
-        if entry is None or step < self.first_step or step - entry.step > self.config.longest:
-            return 0
-        return step - entry.step
-
-    def drift(self, keys: Sequence[Key], streams: Sequence[Tensor]) -> Tensor | None:
-        """Relative L1 change (B,) of the first stream since each entry was computed; infinite without an
-        entry.
+    def drift(self, key: Key, streams: Streams) -> Tensor | None:
+        """Relative L1 change (B,) of the first stream since each residual was computed; infinite without one.
 
         None where the rule needs none.
         """
         if self.config.rule is not CacheRule.drift:
             return None
-        probe = self._probe(streams)
-        entries = [self._entries.get(key) for key in keys]
-        drift = probe.new_full((len(keys),), math.inf)
-        known = [row for row, entry in enumerate(entries) if entry is not None and entry.probe is not None]
-        if known:
-            before = torch.stack([entries[row].probe for row in known])  # type: ignore[misc, union-attr]
-            change = (probe[known] - before).abs().sum((1, 2)) / before.abs().sum((1, 2))
-            drift[known] = change
-        return drift
+        probe, bank = self._probe(streams), self._banks.get(key)
+        if bank is None or bank.probe is None:
+            return probe.new_full((len(probe),), math.inf)
+        change = (probe - bank.probe).abs().sum((1, 2)) / bank.probe.abs().sum((1, 2))
+        unknown = torch.tensor([step == NEVER for step in bank.steps], device=change.device)
+        return change.masked_fill(unknown, math.inf)
 
-    def reuse(self, key: Key, step: int, keep_prob: float, threshold: float, drift: float) -> bool:
-        """Whether the residual of `key` stands in for a block with this gate and this change of its input."""
-        if not self.alive(key, step):
+    def reuse(self, age: int, keep_prob: float, threshold: float, drift: float) -> bool:
+        """Whether a residual of this age stands in for a block with this gate and this change of its input."""
+        if not age:
             return False
         if keep_prob <= threshold:
             return self.config.closed_reuse
@@ -92,39 +88,77 @@ class ResidualCache:
             return keep_prob <= threshold + self.config.band
         return self.config.rule is CacheRule.drift and drift < self.config.drift
 
-    def residuals(self, keys: Sequence[Key], step: int) -> tuple[Tensor, ...]:
-        """What stands in for the residuals of `keys` at `step`: a batch (k,L,D) a stream.
+    def residuals(self, key: Key, rows: Sequence[int], step: int) -> Streams:
+        """What stands in for the residuals of `rows` at `step`: (k,L,D) a stream.
 
         The newest ones, or (`order` 1) these and their change a step times their age, as TaylorSeer forecasts features
         (2503.06923).
         """
-        rows = [_forecast(self._entries[key], step) for key in keys]
-        return tuple(torch.stack(stream) for stream in zip(*rows, strict=True))
+        bank = self._banks[key]
+        weights = [self._weight(bank, row, step) for row in rows]
+        newest = _take(bank.newest, rows, len(bank.steps))
+        if bank.older is None or max(weights) == 1:
+            return newest
+        older = _take(bank.older, rows, len(bank.steps))
+        if min(weights) == max(weights):
+            return tuple(torch.lerp(old, new, weights[0]) for old, new in zip(older, newest, strict=True))
+        each = newest[0].new_tensor(weights)[:, None, None]
+        return tuple(torch.lerp(old, new, each) for old, new in zip(older, newest, strict=True))
 
     def store(
-        self, keys: Sequence[Key], step: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+        self, key: Key, rows: Sequence[int], count: int, step: int, inputs: Streams, outputs: Streams
     ) -> None:
-        """Keep outputs - inputs (each (k,L,D) a stream) for `keys`, in tensors of their own."""
-        probe = self._probe(inputs) if self.config.rule is CacheRule.drift else None
-        for row, key in enumerate(keys):
-            residuals = tuple((y[row] - x[row]).detach() for x, y in zip(inputs, outputs, strict=True))
-            kept = None if probe is None else probe[row].detach().clone()
-            self._entries[key] = Entry(step, residuals, kept, self._change(key, step, residuals))
+        """Keep outputs - inputs (each (k,L,D) a stream) of `rows`, out of a batch of `count`."""
+        found = tuple((y - x).detach() for x, y in zip(inputs, outputs, strict=True))
+        probe = self._probe(inputs).detach().clone() if self.config.rule is CacheRule.drift else None
+        bank = self._banks.get(key)
+        if bank is None:
+            bank = self._banks[key] = _bank_of(found, probe, len(rows), count)
+        elif len(rows) == count:
+            bank.older, bank.newest, bank.probe = bank.newest, found, probe
+        if not self.config.order:
+            bank.older = None
+        if len(rows) < count:
+            self._store_some(bank, rows, found, probe)
+        for row in rows:
+            bank.before[row], bank.steps[row] = bank.steps[row], step
 
-    def _change(self, key: Key, step: int, residuals: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """How much the residuals of `key` changed a step since those before, if those lived until now."""
-        before = self._entries.get(key)
-        if not self.config.order or before is None or step - before.step > self.config.longest + 1:
-            return None
-        return tuple((r - b) / (step - before.step) for r, b in zip(residuals, before.residuals, strict=True))
+    def _store_some(self, bank: Bank, rows: Sequence[int], found: Streams, probe: Tensor | None) -> None:
+        index = rows_index(rows, found[0].device)
+        if self.config.order and bank.older is None:
+            bank.older = tuple(torch.zeros_like(r) for r in bank.newest)
+        for place, (whole, part) in enumerate(zip(bank.newest, found, strict=True)):
+            if self.config.order:
+                assert bank.older is not None
+                bank.older[place][index] = whole[index]
+            whole[index] = part
+        if probe is not None:
+            assert bank.probe is not None
+            bank.probe[index] = probe
 
-    def _probe(self, streams: Sequence[Tensor]) -> Tensor:
+    def _weight(self, bank: Bank, row: int, step: int) -> float:
+        """Of the newest residual in a forecast, where the older one has one minus that."""
+        gap = bank.steps[row] - bank.before[row]
+        if not self.config.order or gap > self.config.longest + 1:
+            return 1.0
+        return 1 + (step - bank.steps[row]) / gap
+
+    def _probe(self, streams: Streams) -> Tensor:
         return streams[0][:, :: self.config.probe_stride]
 
 
-def _forecast(entry: Entry, step: int) -> tuple[Tensor, ...]:
-    """The residuals of an entry, continued to `step`."""
-    if entry.change is None:
-        return entry.residuals
-    age = step - entry.step
-    return tuple(r + age * change for r, change in zip(entry.residuals, entry.change, strict=True))
+def _bank_of(found: Streams, probe: Tensor | None, rows: int, count: int) -> Bank:
+    """A bank for `count` rows: of these residuals if they are of all, else of zeros."""
+    never = [NEVER] * count
+    if rows == count:
+        return Bank(never, list(never), found, None, probe)
+    blank = None if probe is None else probe.new_zeros((count, *probe.shape[1:]))
+    return Bank(never, list(never), tuple(r.new_zeros((count, *r.shape[1:])) for r in found), None, blank)
+
+
+def _take(streams: Streams, rows: Sequence[int], count: int) -> Streams:
+    """Some rows of a bank; all of them are not gathered."""
+    if len(rows) == count:
+        return streams
+    index = rows_index(rows, streams[0].device)
+    return tuple(stream[index] for stream in streams)

@@ -57,6 +57,10 @@ class Pass:
     ran_rows: dict[int, int] = field(default_factory=dict)
     visited: set[int] = field(default_factory=set)
 
+    def key(self, block: int) -> Key:
+        """Where the cache keeps what a block remembers of these rows."""
+        return block, self.rows[0][0]
+
 
 class RouteSource(Protocol):
     """Something else than the routers that decides (see `tables.py`)."""
@@ -270,22 +274,28 @@ class RoutingSession:
             return current.recall.age(block.index).clamp_max(longest)
         if self.cache is None:  # training, at the first step of a path
             return torch.zeros(current.situation.t.shape[0], dtype=torch.long, device=device)
-        ages = [self.cache.age(key, current.step) for key in self.keys(block, range(len(current.rows)))]
-        return torch.tensor(ages, device=device).clamp_max(longest)
+        return torch.tensor(self._ages(block), device=device).clamp_max(longest)
+
+    def _ages(self, block: ElasticBlock) -> list[int]:
+        """The same for the rows of a generation."""
+        current, cache = self.current, self.cache
+        assert current is not None
+        if cache is None:
+            return [0] * len(current.rows)
+        return cache.ages(current.key(block.index), len(current.rows), current.step)
 
     def plan(self, block: ElasticBlock, call: BlockCall, decision: RouteDecision) -> list[int]:
         """The action of every row, on the host (the one synchronisation of a block), recorded in the
         trace."""
         current, cache, trace = self.current, self.cache, self.trace
         assert current is not None and trace is not None
-        keys = self.keys(block, range(len(current.rows)))
-        drift = None if cache is None else cache.drift(keys, call.streams)
+        drift = None if cache is None else cache.drift(current.key(block.index), call.streams)
         facts = [decision.keep_prob, decision.width.float(), decision.keep.float()]
         table = torch.stack(facts if drift is None else [*facts, drift]).tolist()
-        drifts = table[3] if drift is not None else [0.0] * len(keys)
+        drifts = table[3] if drift is not None else [0.0] * len(current.rows)
         actions, tau = [], self.router_config.threshold
-        for key, p, width, keep, change in zip(keys, *table[:3], drifts, strict=True):
-            if cache is not None and cache.reuse(key, current.step, p, tau, change):
+        for age, p, width, keep, change in zip(self._ages(block), *table[:3], drifts, strict=True):
+            if cache is not None and cache.reuse(age, p, tau, change):
                 actions.append(REUSED)
             else:
                 actions.append(1 + int(width) if keep else SKIPPED)
@@ -294,9 +304,3 @@ class RoutingSession:
             trace.flops[block.index] = current.flops[block.index]
             trace.router_flops[block.index] = block.router.flops(call.lengths)
         return actions
-
-    def keys(self, block: ElasticBlock, rows: Sequence[int]) -> list[Key]:
-        """Cache keys of some batch rows."""
-        assert self.current is not None
-        at = [self.current.rows[row] for row in rows]
-        return [(self._generation, branch, block.index, sample) for branch, sample in at]

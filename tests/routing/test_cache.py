@@ -6,55 +6,105 @@ import torch
 from elastic3d.config.routing import BlockCacheConfig, CacheRule, ElasticConfig, RouterConfig, RouterVariant
 from elastic3d.routing.cache import ResidualCache
 
-KEY = (1, 0, 2, 0)
+KEY = (2, 0)
+
+
+def put(
+    cache: ResidualCache, step: int, values: list[float], rows: list[int] | None = None, count: int = 0
+) -> None:
+    """Rows of (4,2) ones come out as one plus their value."""
+    rows = list(range(len(values))) if rows is None else rows
+    x = torch.ones(len(rows), 4, 2)
+    y = x + torch.tensor(values)[:, None, None]
+    cache.store(KEY, rows, count or len(rows), step, (x,), (y,))
 
 
 def stored(step: int = 0, steps: int = 10, **changes) -> ResidualCache:
     cache = ResidualCache(BlockCacheConfig(**({"rule": CacheRule.band} | changes)), steps)
-    x = torch.ones(1, 4, 2)
-    cache.store([KEY], step, (x,), (x * 3,))
+    put(cache, step, [2.0])
     return cache
+
+
+def reuse(cache: ResidualCache, step: int, p: float, drift: float = math.inf) -> bool:
+    return cache.reuse(cache.ages(KEY, 1, step)[0], p, 0.5, drift)
+
+
+def value(cache: ResidualCache, step: int, row: int = 0) -> float:
+    [found] = cache.residuals(KEY, [row], step)
+    assert found.shape == (1, 4, 2) and found.min() == found.max()
+    return found.max().item()
 
 
 def test_the_band_is_closed_above_the_threshold_and_residuals_die():
     cache = stored(step=2, band=0.1, longest=3)
     for p, expected in ((0.5, False), (0.51, True), (0.6, True), (0.61, False)):
-        assert cache.reuse(KEY, 3, p, 0.5, math.inf) is expected
-    assert [cache.reuse(KEY, step, 0.55, 0.5, 0) for step in (3, 5, 6)] == [True, True, False]
-    assert not cache.reuse((1, 1, 2, 0), 3, 0.55, 0.5, 0)  # the other branch
-    assert torch.equal(cache.residuals([KEY], 3)[0], torch.full((1, 4, 2), 2.0))
+        assert reuse(cache, 3, p) is expected
+    assert [reuse(cache, step, 0.55) for step in (3, 5, 6)] == [True, True, False]
+    assert cache.ages((2, 1), 1, 3) == [0]  # the other branch
+    assert value(cache, 3) == 2
     assert cache.bytes == 4 * 2 * 4 and len(cache) == 1
 
 
 def test_nothing_is_reused_before_the_start():
     cache = stored(start=0.3, longest=9)
-    assert [cache.reuse(KEY, step, 0.55, 0.5, 0) for step in (2, 3)] == [False, True]
+    assert [reuse(cache, step, 0.55) for step in (2, 3)] == [False, True]
 
 
 def test_a_residual_goes_on_as_it_changed_while_both_lived():
     cache = stored(step=2, order=1, longest=3)
-    x = torch.ones(1, 4, 2)
-    assert torch.equal(cache.residuals([KEY], 3)[0], 2 * x)  # of one alone no change is known
-    cache.store([KEY], 4, (x,), (x * 4,))
-    assert torch.equal(cache.residuals([KEY], 6)[0], (3 + 2 * 0.5) * x)
+    assert value(cache, 3) == 2  # of one alone no change is known
+    put(cache, 4, [3.0])
+    assert value(cache, 6) == 3 + 2 * 0.5 and cache.ages(KEY, 1, 6) == [2]
     assert cache.bytes == 2 * 4 * 2 * 4
-    cache.store([KEY], 9, (x,), (x * 4,))  # the one before has died
-    assert torch.equal(cache.residuals([KEY], 10)[0], 3 * x)
+    put(cache, 9, [3.0])  # the one before has died
+    assert value(cache, 10) == 3
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_rows_that_are_computed_at_different_steps_are_kept_apart(order):
+    """Three rows in one batch against a cache of its own for each."""
+    config = BlockCacheConfig(closed_reuse=True, longest=4, order=order)
+    cache, alone = ResidualCache(config, 20), [ResidualCache(config, 20) for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    for step, rows in enumerate([[0, 2], [0, 1, 2], [1], [0, 2], [2], [0, 1, 2], [0], [], [1, 2]]):
+        for row in range(3):
+            age = alone[row].ages(KEY, 1, step)[0]
+            assert cache.ages(KEY, 3, step)[row] == age
+            if age:
+                assert value(cache, step, row) == pytest.approx(value(alone[row], step), abs=1e-5)
+        living = [row for row, age in enumerate(cache.ages(KEY, 3, step)) if age]
+        if living:
+            [together] = cache.residuals(KEY, living, step)
+            for place, row in enumerate(living):
+                assert together[place, 0, 0].item() == pytest.approx(value(alone[row], step), abs=1e-5)
+        values = torch.randn(3, generator=generator).tolist()
+        if rows:
+            put(cache, step, [values[row] for row in rows], rows, 3)
+        for row in rows:
+            put(alone[row], step, [values[row]])
+    assert len(cache) == 3 and cache.bytes == (1 + order) * 3 * 4 * 2 * 4
 
 
 def test_drift_is_the_relative_change_of_the_input():
-    cache = stored(rule=CacheRule.drift, drift=0.2, probe_stride=1)
-    drift = cache.drift([KEY, (1, 0, 2, 1)], (torch.full((2, 4, 2), 1.1),))
+    cache = ResidualCache(BlockCacheConfig(rule=CacheRule.drift, drift=0.2, probe_stride=1), 10)
+    assert cache.drift(KEY, (torch.ones(2, 4, 2),)).tolist() == [math.inf] * 2
+    put(cache, 0, [2.0], [0], 2)
+    drift = cache.drift(KEY, (torch.full((2, 4, 2), 1.1),))
     assert drift[0] == pytest.approx(0.1, abs=1e-6) and drift[1] == math.inf
-    assert cache.reuse(KEY, 1, 0.9, 0.5, 0.1) and not cache.reuse(KEY, 1, 0.9, 0.5, 0.3)
-    assert not cache.reuse(KEY, 1, 0.4, 0.5, 0.1)  # a closed block stays closed
-    assert stored(rule=CacheRule.drift, closed_reuse=True).reuse(KEY, 1, 0.4, 0.5, 9.0)
+    put(cache, 0, [2.0], [0], 2)
+    assert reuse2(cache, 0.9, 0.1) and not reuse2(cache, 0.9, 0.3)
+    assert not reuse2(cache, 0.4, 0.1)  # a closed block stays closed
+    assert reuse(stored(rule=CacheRule.drift, closed_reuse=True), 1, 0.4, 9.0)
+
+
+def reuse2(cache: ResidualCache, p: float, drift: float) -> bool:
+    return cache.reuse(cache.ages(KEY, 2, 1)[0], p, 0.5, drift)
 
 
 def test_by_age_open_blocks_reuse_what_lives():
     cache = stored(step=2, rule=CacheRule.age, longest=1)
-    assert [cache.reuse(KEY, step, 0.9, 0.5, 0) for step in (3, 4)] == [True, False]
-    assert [cache.age(KEY, step) for step in (3, 4)] == [1, 0]
+    assert [reuse(cache, step, 0.9) for step in (3, 4)] == [True, False]
+    assert [cache.ages(KEY, 1, step) for step in (3, 4)] == [[1], [0]]
 
 
 @pytest.mark.parametrize("build, message", [

@@ -27,9 +27,9 @@ def test_training_recalls_what_a_cache_would_hold(order):
                 if ages[row, index] > 0:
                     x = torch.zeros(1, 3, 4)
                     step = now - int(ages[row, index])
-                    cache.store([(0, 0, 0, row)], step, (x,), (known[index][0][0][:1],))
-            torch.testing.assert_close(found[row : row + 1], cache.residuals([(0, 0, 0, row)], now)[0])
-            assert recall.age(0)[row] == ages[row, pick] == cache.age((0, 0, 0, row), now)
+                    cache.store((0, 0), [0], 1, step, (x,), (known[index][0][0][:1],))
+            torch.testing.assert_close(found[row : row + 1], cache.residuals((0, 0), [0], now)[0])
+            assert recall.age(0)[row] == ages[row, pick] == cache.ages((0, 0), 1, now)[0]
 
 
 def test_a_row_that_remembers_nothing_adds_nothing():
