@@ -42,6 +42,11 @@ class RouterConfig:
 
     variant: RouterVariant = option(RouterVariant.light, "the light router, or the paper's own")
     lookahead: Lookahead = option(Lookahead.block, "decide before each block, or once a step for all blocks")
+    common: float = option(
+        0.0,
+        "lookahead step: how much the blocks decide together; a gate's logit is the blocks' mean, and its own"
+        " difference from that over 1 + common",
+    )
     hidden: int = option(32, "hidden channels of a router (H_r); the paper's code has 128")
     conditioning: int = option(
         32, "channels of the shared embedding of timestep, step size, budget and branch"
@@ -70,6 +75,11 @@ class RouterConfig:
         check_range("initial_width_bias", self.initial_width_bias, 0, 20)
         check_range("head_std", self.head_std, 0, 100)
         check_range("longest", self.longest, 0, 1000)
+        check_range("common", self.common, 0, 1e6)
+        if self.common and self.lookahead is not Lookahead.step:
+            raise ValueError(
+                f"common is {self.common:g}, expected 0: only with lookahead=step do blocks decide together"
+            )
         check_range("order", self.order, 0, 1)
         if len(self.asked) != len(self.told) or sorted(self.asked) != self.asked:
             raise ValueError("asked and told are no ascending list and one of the same length")

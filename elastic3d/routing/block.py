@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,11 +65,10 @@ class ElasticBlock(nn.Module):
         streams = self._masked(call, decision) if session.current.masked else self._sparse(call, decision)
         return self.adapter.pack(streams)
 
-    def route(self, call: BlockCall, modulation: Tensor | None, age: Tensor | None) -> RouteDecision:
-        """What this block's router decides on the streams of `call`."""
+    def route(self, given: RouterInput, modulation: Tensor | None, age: Tensor | None) -> Tensor:
+        """What this block's router makes of it, with its part of the modulation (B,I,C): logits (B, 1 + K)."""
         own = None if modulation is None else modulation[:, self.index]
-        logits = self.router(RouterInput(call.streams, self.adapter.conditioning(call), own, age))
-        return RouteDecision.from_logits(logits, self.session.router_config.threshold)
+        return self.router(replace(given, modulation=own, age=age))
 
     def flops(self, lengths: tuple[int, ...]) -> BlockFlops:
         """FLOPs of one sample with `lengths` tokens in each stream."""
@@ -111,8 +111,7 @@ class ElasticBlock(nn.Module):
             return call.streams
         if action == REUSED:
             assert cache is not None
-            residuals = cache.residuals(current.key(self.index), rows, current.step)
-            return tuple(x + r for x, r in zip(call.streams, residuals, strict=True))
+            return cache.apply(current.key(self.index), rows, current.step, call.streams)
         output = self.adapter.run(self.narrow.at(action - 1), call)
         if cache is not None:
             cache.store(current.key(self.index), rows, len(current.rows), current.step, call.streams, output)

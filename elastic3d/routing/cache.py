@@ -88,22 +88,22 @@ class ResidualCache:
             return keep_prob <= threshold + self.config.band
         return self.config.rule is CacheRule.drift and drift < self.config.drift
 
-    def residuals(self, key: Key, rows: Sequence[int], step: int) -> Streams:
-        """What stands in for the residuals of `rows` at `step`: (k,L,D) a stream.
+    def apply(self, key: Key, rows: Sequence[int], step: int, streams: Streams) -> Streams:
+        """Streams (k,L,D) of `rows` with what stands in for their residuals at `step` added.
 
-        The newest ones, or (`order` 1) these and their change a step times their age, as TaylorSeer forecasts features
-        (2503.06923).
+        These are the newest ones, or (`order` 1) these and their change a step times their age, as TaylorSeer forecasts
+        features (2503.06923).
         """
         bank = self._banks[key]
         weights = [self._weight(bank, row, step) for row in rows]
         newest = _take(bank.newest, rows, len(bank.steps))
         if bank.older is None or max(weights) == 1:
-            return newest
+            return tuple(x + r for x, r in zip(streams, newest, strict=True))
         older = _take(bank.older, rows, len(bank.steps))
-        if min(weights) == max(weights):
-            return tuple(torch.lerp(old, new, weights[0]) for old, new in zip(older, newest, strict=True))
-        each = newest[0].new_tensor(weights)[:, None, None]
-        return tuple(torch.lerp(old, new, each) for old, new in zip(older, newest, strict=True))
+        same = min(weights) == max(weights)
+        weight = weights[0] if same else newest[0].new_tensor(weights)[:, None, None]
+        forecast = (torch.lerp(old, new, weight) for old, new in zip(older, newest, strict=True))
+        return tuple(r.add_(x) for x, r in zip(streams, forecast, strict=True))
 
     def store(
         self, key: Key, rows: Sequence[int], count: int, step: int, inputs: Streams, outputs: Streams

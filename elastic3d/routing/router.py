@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -48,15 +49,32 @@ def _octaves(x: Tensor, count: int) -> Tensor:
     return torch.cat([x[:, None], angles.sin(), angles.cos()], dim=-1)
 
 
+class Tokens:
+    """Token streams, each (B,L,D); `pooled` is computed once, for however many routers."""
+
+    def __init__(self, streams: tuple[Tensor, ...]) -> None:
+        self.streams = streams
+
+    @cached_property
+    def pooled(self) -> Tensor:
+        """(B, streams * D) fp32: LayerNorm of each stream's mean token. (A norm of every token costs eight times as
+        much.)"""
+        means = [stream.mean(dim=1).float() for stream in self.streams]
+        return torch.cat([F.layer_norm(mean, mean.shape[-1:]) for mean in means], dim=-1)
+
+
 @dataclass(frozen=True)
 class RouterInput:
-    """What a router may look at: the block's input streams (each (B,L,D)), its modulation vector (B,D), the
-    conditioner's output for this block (B, 2 H_r + 1 + K), None in the paper's variant, and the age (B,) long in steps
-    of what it would add if it were closed (0: nothing), None where routers are not told."""
+    """What a router may look at.
 
-    streams: tuple[Tensor, ...]
+    The block's input tokens, its modulation vector (B,D), the conditioner's output for this block (B, 2 H_r + 1 + K),
+    None in the paper's variant, and the age (B,) long in steps of what the block would add if it were closed (0:
+    nothing), None where routers are not told.
+    """
+
+    tokens: Tokens
     conditioning: Tensor
-    modulation: Tensor | None
+    modulation: Tensor | None = None
     age: Tensor | None = None
 
 
@@ -98,8 +116,7 @@ class LightRouter(nn.Module):
         if self.age is not None:
             assert given.age is not None
             modulation = modulation + self.age(given.age)
-        pooled = torch.cat([_pool(stream) for stream in given.streams], dim=-1)
-        hidden = self.trunk(pooled.to(self.trunk.weight.dtype))
+        hidden = self.trunk(given.tokens.pooled.to(self.trunk.weight.dtype))
         H, K1 = self.trunk.out_features, self.heads.out_features
         scale, shift, offset = modulation.split([H, H, K1], dim=-1)
         return self.heads(F.silu(torch.addcmul(shift, hidden, 1 + scale))) + offset
@@ -125,7 +142,7 @@ class PaperRouter(nn.Module):
     def forward(self, given: RouterInput) -> Tensor:
         """-> logits (B, 1 + K), each head's mean over the tokens."""
         dtype = self.trunk.weight.dtype
-        x = torch.cat(given.streams, dim=1).to(dtype)
+        x = torch.cat(given.tokens.streams, dim=1).to(dtype)
         shift, scale = self.modulation(F.silu(given.conditioning.to(dtype)))[:, None].chunk(2, dim=-1)
         x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
         return self.heads(F.relu(self.trunk(x)).mean(dim=1))  # the head is linear: it commutes with the mean
@@ -155,12 +172,6 @@ def build_conditioner(config: RouterConfig, blocks: int) -> Conditioner | None:
 def looks_ahead(config: RouterConfig) -> bool:
     """Whether all decisions of a step are taken at the first block."""
     return config.lookahead is Lookahead.step
-
-
-def _pool(tokens: Tensor) -> Tensor:
-    """(B,L,D) -> (B,D) fp32: LayerNorm of the mean token. (A norm of every token costs eight times as
-    much.)"""
-    return F.layer_norm(tokens.mean(dim=1).float(), tokens.shape[-1:])
 
 
 def _age_embedding(config: RouterConfig) -> nn.Embedding:

@@ -21,7 +21,7 @@ from elastic3d.routing.cache import Key, ResidualCache
 from elastic3d.routing.decision import RouteDecision
 from elastic3d.routing.protocol import BlockCall, BlockFlops
 from elastic3d.routing.recall import Recall, Residuals
-from elastic3d.routing.router import Conditioner, Situation, looks_ahead
+from elastic3d.routing.router import Conditioner, RouterInput, Situation, Tokens, looks_ahead
 from elastic3d.routing.trace import REUSED, SKIPPED, Trace
 
 if TYPE_CHECKING:
@@ -241,15 +241,17 @@ class RoutingSession:
                 f"block {block.name} was called twice in one forward pass"
             )  # else: recomputation
         current.visited.add(block.index)
-        age = self._age(block)
         if self.source is not None:
             decision = self.source.decide(current, block.index)
         elif looks_ahead(self.router_config):
             decision = self._look_ahead(current, block, call)
         else:
-            decision = block.route(call, current.modulation, age)
-        if age is not None:  # these routers choose between a block and its forecast: without one it runs
-            decision = decision.opened(age == 0)
+            given = RouterInput(Tokens(call.streams), block.adapter.conditioning(call))
+            logits = block.route(given, current.modulation, self._age(block))
+            decision = RouteDecision.from_logits(logits, self.router_config.threshold)
+        age = self._age(block) if current.masked else None
+        if age is not None:
+            decision = decision.opened(age == 0)  # as in `plan`
         decision = decision if self.settings.width else decision.at_full_width()
         if block.index not in current.flops:
             current.flops[block.index] = block.flops(call.lengths)
@@ -258,8 +260,16 @@ class RoutingSession:
 
     def _look_ahead(self, current: Pass, block: ElasticBlock, call: BlockCall) -> RouteDecision:
         """At the first block (also when it is recomputed) decide for all."""
+        config = self.router_config
         if block.index == 0:
-            current.ahead = [other.route(call, current.modulation, self._age(other)) for other in self.blocks]
+            given = RouterInput(Tokens(call.streams), block.adapter.conditioning(call))
+            each = [other.route(given, current.modulation, self._age(other)) for other in self.blocks]
+            logits = _drawn_together(torch.stack(each), config.common)
+            if current.masked:
+                current.ahead = [RouteDecision.from_logits(own, config.threshold) for own in logits]
+            else:
+                whole = RouteDecision.from_logits(logits.flatten(0, 1), config.threshold)
+                current.ahead = whole.by_block(len(logits))
         return current.ahead[block.index]
 
     def _age(self, block: ElasticBlock) -> Tensor | None:
@@ -285,17 +295,17 @@ class RoutingSession:
         return cache.ages(current.key(block.index), len(current.rows), current.step)
 
     def plan(self, block: ElasticBlock, call: BlockCall, decision: RouteDecision) -> list[int]:
-        """The action of every row, on the host (the one synchronisation of a block), recorded in the
-        trace."""
+        """The action of every row, on the host (the one synchronisation of a block, or of a step that looks ahead),
+        recorded in the trace."""
         current, cache, trace = self.current, self.cache, self.trace
         assert current is not None and trace is not None
         drift = None if cache is None else cache.drift(current.key(block.index), call.streams)
-        facts = [decision.keep_prob, decision.width.float(), decision.keep.float()]
-        table = torch.stack(facts if drift is None else [*facts, drift]).tolist()
-        drifts = table[3] if drift is not None else [0.0] * len(current.rows)
-        actions, tau = [], self.router_config.threshold
-        for age, p, width, keep, change in zip(self._ages(block), *table[:3], drifts, strict=True):
-            if cache is not None and cache.reuse(age, p, tau, change):
+        drifts = drift.tolist() if drift is not None else [0.0] * len(current.rows)
+        actions, config = [], self.router_config
+        for age, p, width, keep, change in zip(self._ages(block), *decision.on_host(), drifts, strict=True):
+            if config.longest and not age:  # these routers choose between a block and its forecast
+                actions.append(config.widths)
+            elif cache is not None and cache.reuse(age, p, config.threshold, change):
                 actions.append(REUSED)
             else:
                 actions.append(1 + int(width) if keep else SKIPPED)
@@ -304,3 +314,12 @@ class RoutingSession:
             trace.flops[block.index] = current.flops[block.index]
             trace.router_flops[block.index] = block.router.flops(call.lengths)
         return actions
+
+
+def _drawn_together(logits: Tensor, common: float) -> Tensor:
+    """Logits (I,B,1+K) with each gate's difference from the mean gate divided by 1 + common."""
+    if not common:
+        return logits
+    gates, widths = logits[..., :1], logits[..., 1:]
+    mean = gates.mean(dim=0, keepdim=True)
+    return torch.cat([mean + (gates - mean) / (1 + common), widths], dim=-1)

@@ -18,6 +18,7 @@ from elastic3d.diffusion.flow import interpolate, predict_data, velocity
 from elastic3d.routing.attach import attach, router_modules
 from elastic3d.routing.losses import budget_loss, paper_loss, session_share
 from elastic3d.routing.recall import Recall
+from elastic3d.routing.router import looks_ahead
 from elastic3d.routing.session import RoutingSession
 from elastic3d.training.datasets import Batch
 from elastic3d.training.low_rank import add_low_rank
@@ -150,10 +151,13 @@ def add_route(
     if router.longest:
         ages = np.cumsum(rng.geometric(routing.renewal, routing.recalled))
         usable = int(np.sum((ages <= step) & (ages <= router.longest)))
-        shape = (1 + paired, blocks)
+        shape = (
+            1 + paired,
+            1 if looks_ahead(router) else blocks,
+        )  # who decides together remembers the same step
         picks = rng.integers(usable, size=shape) if usable else np.full(shape, -1)
         item["ages"] = torch.from_numpy(np.where(ages <= step, ages, 0))
-        item["picks"] = torch.from_numpy(picks)
+        item["picks"] = torch.from_numpy(np.broadcast_to(picks, (1 + paired, blocks)).copy())
 
 
 def compare_budgets(generate: Generate, budgets: list[float]) -> dict[str, float]:

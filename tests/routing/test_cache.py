@@ -30,7 +30,7 @@ def reuse(cache: ResidualCache, step: int, p: float, drift: float = math.inf) ->
 
 
 def value(cache: ResidualCache, step: int, row: int = 0) -> float:
-    [found] = cache.residuals(KEY, [row], step)
+    [found] = cache.apply(KEY, [row], step, (torch.zeros(1, 4, 2),))
     assert found.shape == (1, 4, 2) and found.min() == found.max()
     return found.max().item()
 
@@ -74,7 +74,7 @@ def test_rows_that_are_computed_at_different_steps_are_kept_apart(order):
                 assert value(cache, step, row) == pytest.approx(value(alone[row], step), abs=1e-5)
         living = [row for row, age in enumerate(cache.ages(KEY, 3, step)) if age]
         if living:
-            [together] = cache.residuals(KEY, living, step)
+            [together] = cache.apply(KEY, living, step, (torch.zeros(len(living), 4, 2),))
             for place, row in enumerate(living):
                 assert together[place, 0, 0].item() == pytest.approx(value(alone[row], step), abs=1e-5)
         values = torch.randn(3, generator=generator).tolist()

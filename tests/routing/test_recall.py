@@ -28,7 +28,9 @@ def test_training_recalls_what_a_cache_would_hold(order):
                     x = torch.zeros(1, 3, 4)
                     step = now - int(ages[row, index])
                     cache.store((0, 0), [0], 1, step, (x,), (known[index][0][0][:1],))
-            torch.testing.assert_close(found[row : row + 1], cache.residuals((0, 0), [0], now)[0])
+            torch.testing.assert_close(
+                found[row : row + 1], cache.apply((0, 0), [0], now, (torch.zeros(1, 3, 4),))[0]
+            )
             assert recall.age(0)[row] == ages[row, pick] == cache.ages((0, 0), 1, now)[0]
 
 
