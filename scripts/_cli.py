@@ -126,6 +126,8 @@ def composed(
 ) -> DictConfig:
     """The dataclass' defaults, overlaid by `<config_name>.yaml` with the chosen groups."""
     chosen = _default_groups(config_name, config_dir)
+    for key, name in (groups or {}).items():
+        chosen |= _default_groups(f"{key}/{name}", config_dir)
     overrides = [f"{'' if key in chosen else '+'}{key}={name}" for key, name in (groups or {}).items()]
     with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
         files = compose(config_name, overrides=overrides)
@@ -169,7 +171,8 @@ def _default_groups(config_name: str, config_dir: Path) -> set[str]:
     """Groups named in the defaults list of `<config_name>.yaml`."""
     entries = (yaml.safe_load((config_dir / f"{config_name}.yaml").read_text()) or {}).get("defaults", [])
     keys = [key for entry in entries if isinstance(entry, dict) for key in entry]
-    return {key.split("@")[0].removeprefix("override ").removeprefix("optional ").strip() for key in keys}
+    names = (key.split("@")[0].removeprefix("override ").removeprefix("optional ") for key in keys)
+    return {name.strip().removeprefix("/") for name in names}
 
 
 def _full_name(key: str, options: dict[str, Option], choices: dict[str, list[str]]) -> str:

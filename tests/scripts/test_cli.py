@@ -88,6 +88,12 @@ def test_a_group_that_the_file_does_not_choose_can_be_chosen(configs: Path) -> N
     assert parse(Config, "plain", ["cache=paper"], configs).cache.reuse == 5
 
 
+def test_a_group_that_a_chosen_group_brings_along_can_be_exchanged(configs: Path) -> None:
+    (configs / "stage/cached.yaml").write_text("# @package _global_\ndefaults: [{/cache: paper}]\nsteps: 3\n")
+    assert parse(Config, "plain", ["stage=cached"], configs).cache.reuse == 5
+    assert parse(Config, "plain", ["cache=default", "stage=cached"], configs).cache.reuse == 1
+
+
 LITERALS = [
     "a chair (1).png", "a,b;c", "k=v=w", "it's \"quoted\"", "$HOME", "${x}", "\\${x}\\", "a\\b", "-leading",
     "--help=", "~/x", "[a]", "{b: c}", "null ", "true", "1e3", "#tag", "Stuhl ä 椅子 🪑", " padded ", "",

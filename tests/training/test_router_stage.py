@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from _cli import parse
 from torch import nn
 
 from elastic3d.adapters import attach
@@ -62,6 +63,13 @@ def router_config(root, mesh: MeshLossConfig | None = None, routing=None, **chan
 
 def batch_of(stage: RouterStage, count: int = 4):
     return stack([stage.items().item(i, 0) for i in range(count)])
+
+
+def test_every_shipped_router_configuration_suits_the_stage():
+    for choice, longest in (("", 4), ("router=light", 0), ("router=paper", 0), ("router=reuse", 4)):
+        config = parse(TrainConfig, "train", ["stage=router", *([choice] if choice else [])])
+        assert config.router.longest == longest and config.stage is StageName.router
+    assert parse(TrainConfig, "train", ["stage=router", "router=paper"]).router.variant is RouterVariant.paper
 
 
 def test_items_show_the_router_what_samplers_do(dense):
