@@ -90,8 +90,9 @@ def test_a_group_that_the_file_does_not_choose_can_be_chosen(configs: Path) -> N
 
 def test_a_group_that_a_chosen_group_brings_along_can_be_exchanged(configs: Path) -> None:
     (configs / "stage/cached.yaml").write_text("# @package _global_\ndefaults: [{/cache: paper}]\nsteps: 3\n")
-    assert parse(Config, "plain", ["stage=cached"], configs).cache.reuse == 5
-    assert parse(Config, "plain", ["cache=default", "stage=cached"], configs).cache.reuse == 1
+    (configs / "staged.yaml").write_text("defaults: [_self_, {stage: quick}]\n")
+    assert parse(Config, "staged", ["stage=cached"], configs).cache.reuse == 5
+    assert parse(Config, "staged", ["cache=default", "stage=cached"], configs).cache.reuse == 1
 
 
 LITERALS = [
