@@ -18,6 +18,14 @@ class TrainedParts(Enum):
     full = "full"
 
 
+class GateGradient(Enum):
+    """How gates learn: straight through the hard decision (E-DiT), or from the loss to expect of a step whose
+    blocks all run or all go on with what they remember."""
+
+    straight_through = "straight_through"
+    expected = "expected"
+
+
 class CostLoss(Enum):
     """What holds the cost: the executed FLOPs to the budget, or E-DiT's mean gate and width to constants."""
 
@@ -83,6 +91,13 @@ class RouterStageConfig:
     explore: float = option(
         1.0, "share of the closed blocks that run all the same; the others are really skipped"
     )
+    gradient: GateGradient = option(
+        GateGradient.straight_through,
+        "how gates learn; expected needs routers that decide together and reuse",
+    )
+    late_weight: float = option(
+        1.0, "gradient expected: weight of an error at t = 1, with 1 at t = 0 and linear between"
+    )
     recalled: int = option(
         3, "router.longest above 0: earlier steps whose residuals are computed for a batch"
     )
@@ -112,6 +127,7 @@ class RouterStageConfig:
         check_range("routing.max_steps", self.max_steps, self.min_steps, 1000)
         check_range("routing.explore", self.explore, 0, 1)
         check_range("routing.slack", self.slack, 0, 1)
+        check_range("routing.late_weight", self.late_weight, 0, 1)
         check_range("routing.recalled", self.recalled, 1, 16)
         check_range("routing.renewal", self.renewal, 0.05, 1)
         for name in ("cost_weight", "distillation", "flow"):

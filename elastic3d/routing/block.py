@@ -126,6 +126,9 @@ class ElasticBlock(nn.Module):
         if current.recall is not None:
             added = current.recall.residuals(self.index)
             closed = tuple(x + r.to(x.dtype) for x, r in zip(closed, added, strict=True))
+        if current.closed:
+            current.ran_rows[self.index] = 0
+            return closed
         weight: Tensor | None = None
         rows: Tensor | None = None
         if current.explored is not None:

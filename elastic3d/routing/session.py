@@ -50,6 +50,7 @@ class Pass:
     explored: Tensor | None = None
     lockstep: bool = False
     recall: Recall | None = None
+    closed: bool = False
     modulation: Tensor | None = None
     ahead: list[RouteDecision] = field(default_factory=list)
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class _Announced:
     explored: Tensor | None = None
     lockstep: bool = False
     recall: Recall | None = None
+    closed: bool = False
 
 
 class RoutingSession:
@@ -159,6 +161,7 @@ class RoutingSession:
         explored: Tensor | None = None,
         lockstep: bool = False,
         recall: Recall | None = None,
+        closed: bool = False,
     ) -> None:
         """The next forward pass is a training pass: masked blocks, gradients to the gates, no caches.
 
@@ -166,13 +169,14 @@ class RoutingSession:
         too. `explored` (B,I) bool says for which rows a closed block runs; for the others it is really skipped.
         The gradients of explored closed gates are weighted up by the share that is explored. With `lockstep` a block
         that no row needs runs all the same, to no effect: other processes may wait for its weights or gradients.
-        Closed blocks add what they `recall`, which stands for a cache.
+        Closed blocks add what they `recall`, which stands for a cache. With `closed` no block runs, whatever the
+        routers decide; their decisions are recorded all the same.
         """
         if explored is not None and explored.shape != (len(budget), len(self.blocks)):
             raise ValueError(
                 f"explored is {tuple(explored.shape)}, expected {(len(budget), len(self.blocks))}"
             )
-        self._announced = _Announced(0, dt, budget, branch, True, explored, lockstep, recall)
+        self._announced = _Announced(0, dt, budget, branch, True, explored, lockstep, recall, closed)
 
     def end(self) -> None:
         """Free the caches; the trace stays."""
@@ -226,7 +230,7 @@ class RoutingSession:
             if getattr(situation, name).shape != (B,):
                 raise ValueError(f"a batch of {B}, but {getattr(situation, name).shape[0]} values of {name}")
         self.current = Pass(
-            situation, rows, told.step, told.masked, told.explored, told.lockstep, told.recall
+            situation, rows, told.step, told.masked, told.explored, told.lockstep, told.recall, told.closed
         )
         if self.conditioner is not None and self.source is None:
             self.current.modulation = self.conditioner(situation)

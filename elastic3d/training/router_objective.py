@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from elastic3d.adapters import adapter_for
-from elastic3d.config.router_stage import CostLoss, RouterStageConfig, TrainedParts
+from elastic3d.config.router_stage import CostLoss, GateGradient, RouterStageConfig, TrainedParts
 from elastic3d.config.routing import MIN_BUDGET, ElasticConfig, RouterConfig
 from elastic3d.diffusion.flow import interpolate, predict_data, velocity
+from elastic3d.errors import UserError
 from elastic3d.routing.attach import attach, router_modules
 from elastic3d.routing.losses import budget_loss, paper_loss, session_share
 from elastic3d.routing.recall import Recall
@@ -35,6 +37,15 @@ class RouterObjective(nn.Module):
     def __init__(self, dit: nn.Module, config: RouterStageConfig, router: RouterConfig, paired: bool) -> None:
         """`paired`: both branches of guidance run as one batch and are distilled together."""
         super().__init__()
+        if config.gradient is GateGradient.expected:
+            if not (router.common and router.longest):
+                raise UserError(
+                    "routing.gradient is expected: router.common and router.longest have to be above 0"
+                )
+            if config.parts is not TrainedParts.routers:
+                raise UserError(
+                    f"routing.gradient is expected: routing.parts is {config.parts.name}, not routers"
+                )
         self.config, self.paired = config, paired
         teacher = None
         if config.parts is not TrainedParts.routers:
@@ -62,34 +73,80 @@ class RouterObjective(nn.Module):
         x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
         with torch.no_grad():
             dense = self._dense(x_t, batch)
-        names = ("dt", "budget", "branch")
-        dt, budget, branch = (batch[name].repeat(2) if self.paired else batch[name] for name in names)
-        if self.paired:
-            branch = torch.arange(2, device=branch.device).float().repeat_interleave(len(x_t))
-        explored = batch["explored"].transpose(0, 1).flatten(0, 1) if "explored" in batch else None
-        several = torch.distributed.is_initialized()  # they share weights or gradients
-        recall = self._recall(batch) if "ages" in batch else None
-        self.session.train(dt, budget, branch, explored, lockstep=several, recall=recall)
+        expected = config.gradient is GateGradient.expected
+        self._announce(batch, closed=expected)
         found = self.velocities(self.dit, x_t, batch).float()
+        share = session_share(self.session)
         values: dict[str, Tensor] = {}
-        values["distillation"] = (self.guided(found) - self.guided(dense)).square().mean()
+        if expected:
+            keep = self._keep()
+            values["distillation"] = self._expected_distillation(found, dense, keep, batch)
+            found = torch.lerp(found, dense, keep[:, None, None])
+            spent = keep
+        else:
+            values["distillation"] = (self.guided(found) - self.guided(dense)).square().mean()
+            spent = share
         conditional = found[: len(x_t)]
         values["flow"] = (conditional - velocity(batch["noise"], batch["latents"])).square().mean()
-        share = session_share(self.session)
-        values["cost"] = self._cost(share.view(-1, len(x_t)).mean(0), batch["budget"])
+        values["cost"] = self._cost(spent.view(-1, len(x_t)).mean(0), batch["budget"])
         loss = config.distillation * values["distillation"] + config.flow * values["flow"]
         loss = loss + config.cost_weight * values["cost"]
         rebuilt = self.reconstruction(predict_data(x_t, conditional, batch["t"]), batch)
         if rebuilt is not None:
             loss, values = loss + rebuilt[0], values | rebuilt[1]
+        values |= self._spending(share, batch)
+        return loss, {name: value.detach() for name, value in values.items()}
+
+    def _announce(self, batch: Batch, closed: bool) -> None:
+        """Tell the session of the training pass to come."""
+        dt, budget, branch = (
+            batch[name].repeat(2) if self.paired else batch[name] for name in ("dt", "budget", "branch")
+        )
+        if self.paired:
+            branch = torch.arange(2, device=branch.device).float().repeat_interleave(len(batch["t"]))
+        explored = batch["explored"].transpose(0, 1).flatten(0, 1) if "explored" in batch else None
+        several = torch.distributed.is_initialized()  # they share weights or gradients
+        recall = self._recall(batch) if "ages" in batch else None
+        self.session.train(dt, budget, branch, explored, several, recall, closed)
+
+    def _keep(self) -> Tensor:
+        """Probability (R,) that the blocks of each row run, of blocks that decide together."""
         current = self.session.current
         assert current is not None
-        values["share"] = share.mean()
-        values["off_budget"] = (share.view(-1, len(x_t)).mean(0) - batch["budget"]).abs().mean()
-        values["blocks_run"] = share.new_tensor(
-            sum(current.ran_rows.values()) / (len(share) * len(current.ran_rows))
-        )
-        return loss, {name: value.detach() for name, value in values.items()}
+        return torch.stack([decision.keep_prob for decision in current.decisions.values()]).mean(0)
+
+    def _expected_distillation(self, closed: Tensor, dense: Tensor, keep: Tensor, batch: Batch) -> Tensor:
+        """Distance to expect from the dense guided velocity, over the square of the step size.
+
+        Each row runs as a whole with its probability `keep` (R,), and then is dense, or goes on with what it remembers,
+        and then is `closed`; both velocities are (R,N,C). An error counts as much as it moves the latents of a sampler,
+        the same share of what a step moves at every number of steps.
+        """
+        weight = 1 + (self.config.late_weight - 1) * batch["t"]
+        weight = weight * (batch["dt"] * self.config.max_steps).pow(-2)
+        target, parts = self.guided(dense), 1 + self.paired
+        runs = keep.view(parts, -1)
+        total = torch.zeros_like(weight)
+        for choice in itertools.product((False, True), repeat=parts):
+            chosen = torch.tensor(choice, device=keep.device)
+            rows = chosen.repeat_interleave(len(weight))
+            mixed = torch.where(rows[:, None, None], dense, closed)
+            distance = (self.guided(mixed) - target).square().flatten(1).mean(1)
+            chance = torch.where(chosen[:, None], runs, 1 - runs).prod(0)
+            total = total + chance * distance.detach()
+        return (weight * total).mean()
+
+    def _spending(self, share: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """What to report of the executed share (R,)."""
+        current = self.session.current
+        assert current is not None
+        rows = len(share) * len(current.ran_rows)
+        by_sample = share.view(-1, len(batch["budget"])).mean(0)
+        return {
+            "share": share.mean(),
+            "off_budget": (by_sample - batch["budget"]).abs().mean(),
+            "blocks_run": share.new_tensor(sum(current.ran_rows.values()) / rows),
+        }
 
     def guided(self, v: Tensor) -> Tensor:
         """The velocity that sampling follows, from those of the branches; over g, so that its scale stays."""

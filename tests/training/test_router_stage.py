@@ -1,5 +1,7 @@
 """From a dense DiT to trained routers, on shapes whose surface is known."""
 
+import itertools
+
 import pytest
 import torch
 from _cli import parse
@@ -8,9 +10,16 @@ from torch import nn
 from elastic3d.adapters import attach
 from elastic3d.config.generate import PipelineConfig
 from elastic3d.config.models import DiTConfig
-from elastic3d.config.router_stage import CostLoss, MeshLossConfig, RouterStageConfig, TrainedParts
-from elastic3d.config.routing import ElasticConfig, RouterConfig, RouterVariant
+from elastic3d.config.router_stage import (
+    CostLoss,
+    GateGradient,
+    MeshLossConfig,
+    RouterStageConfig,
+    TrainedParts,
+)
+from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig, RouterVariant
 from elastic3d.config.train import ExportConfig, StageName, TrainConfig
+from elastic3d.diffusion.flow import interpolate
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import build_image_encoder
 from elastic3d.models.shape_dit import ShapeDiT
@@ -141,6 +150,65 @@ def test_a_router_learns_from_the_age_of_what_it_would_reuse(dense):
     for block in stage.flow.session.blocks:
         moved = block.router.age.weight.grad.abs().sum(1)
         assert moved[0] == 0 and moved[1:].gt(0).sum() >= 2
+
+
+TOGETHER = dict(longest=3, lookahead=Lookahead.step, common=1e6, widths=1)
+
+
+def test_the_loss_to_expect_is_that_of_every_route_by_its_chance(dense):
+    """Four routes of a sample (each branch runs or does not), against passes that take them."""
+    routing = {"gradient": GateGradient.expected, "max_steps": 20, "min_steps": 20}
+    stage = RouterStage(router_config(dense, routing=routing, router=RouterConfig(**TOGETHER)))
+    flow, batch = stage.flow, batch_of(stage, 3)
+    batch["t"] = torch.full((3,), 0.5)
+    batch["ages"] = torch.tensor([[1, 2, 4]] * 3)
+    batch["picks"] = torch.zeros_like(batch["picks"])
+    x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
+    flow._announce(batch, closed=True)
+    with torch.no_grad():
+        closed, open_ = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
+    assert (closed - open_).abs().max() > 1e-4
+    keep = torch.tensor([0.2, 0.5, 0.9, 0.3, 0.6, 1.0])  # conditional rows, then unconditional ones
+    found = flow._expected_distillation(closed, open_, keep, batch)
+    total = 0.0
+    for row in range(3):
+        for runs in itertools.product((0, 1), repeat=2):
+            rows = [row + 3 * branch for branch in range(2)]
+            v = [(open_ if run else closed)[r] for run, r in zip(runs, rows, strict=True)]
+            guided = lambda c, u: u / flow.config.guidance + (c - u)  # noqa: E731
+            error = (guided(*v) - guided(*(open_[r] for r in rows))).square().mean()
+            chances = [keep[r] if run else 1 - keep[r] for run, r in zip(runs, rows, strict=True)]
+            total += chances[0] * chances[1] * error
+    assert found == pytest.approx(float(total) / 3, rel=1e-4)
+
+
+def test_expected_gates_open_for_fidelity_and_close_for_the_budget(dense):
+    router = RouterConfig(**TOGETHER)
+    only = {"flow": 0.0, "distillation": 0.0, "cost_weight": 0.0, "gradient": GateGradient.expected}
+    for changes, sign in (({"distillation": 1.0}, -1), ({"cost_weight": 1.0}, 1)):
+        none = MeshLossConfig(weight=0.0)
+        stage = RouterStage(router_config(dense, none, only | changes, router=router))
+        batch = batch_of(stage, 16)
+        batch["budget"] = torch.full_like(batch["budget"], 0.3)
+        batch["ages"], batch["t"] = torch.ones_like(batch["ages"]), torch.full_like(batch["t"], 0.5)
+        batch["picks"] = torch.zeros_like(batch["picks"])
+        stage.flow(batch)[0].backward()
+        bias = torch.stack([block.router.heads.bias.grad[0] for block in stage.flow.session.blocks])
+        assert (bias * sign > 0).all()
+    mesh = MeshLossConfig(near_queries=32, volume_queries=16, surface_points=16, weight=1.0, share=1.0)
+    stage = RouterStage(router_config(dense, mesh, only, router=router))
+    stage.flow(batch_of(stage, 16))[0].backward()  # through the decoder
+    assert all(block.router.heads.bias.grad[0] != 0 for block in stage.flow.session.blocks)
+
+
+@pytest.mark.parametrize("router, routing, message", [
+    (RouterConfig(longest=3), {}, "router.common and router.longest have to be above 0"),
+    (RouterConfig(**TOGETHER), {"parts": TrainedParts.lora}, "routing.parts is lora, not routers"),
+])  # fmt: skip
+def test_what_the_expected_gradient_needs(dense, router, routing, message):
+    routing = routing | {"gradient": GateGradient.expected}
+    with pytest.raises(UserError, match=message):
+        RouterStage(router_config(dense, routing=routing, router=router))
 
 
 def test_skipped_blocks_do_not_run_in_training_and_the_saving_is_reported(dense):
