@@ -89,7 +89,7 @@ class Planner:
         pipeline, config = self.models[model], self.config
         calibration = (str(config.calibration), config.calibration_samples, config.calibration_calls)
         facts = [
-            pipeline.weights_sha256,
+            pipeline.dense_sha256 if routes is Routes.dense else pipeline.weights_sha256,
             str(next(pipeline.dit.parameters()).dtype),
             steps,
             config.guidance if config.guidance is not None else pipeline.config.guidance,

@@ -18,12 +18,12 @@ class TrainedParts(Enum):
     full = "full"
 
 
-class GateGradient(Enum):
-    """How gates learn: straight through the hard decision (E-DiT), or from the loss to expect of a step whose
-    blocks all run or all go on with what they remember."""
+class GateLoss(Enum):
+    """How gates learn: straight through their hard decision (E-DiT), or by predicting the damage that is done where
+    the blocks of a step do not run but go on with what they remember."""
 
     straight_through = "straight_through"
-    expected = "expected"
+    damage = "damage"
 
 
 class CostLoss(Enum):
@@ -91,12 +91,11 @@ class RouterStageConfig:
     explore: float = option(
         1.0, "share of the closed blocks that run all the same; the others are really skipped"
     )
-    gradient: GateGradient = option(
-        GateGradient.straight_through,
-        "how gates learn; expected needs routers that decide together and reuse",
+    gate: GateLoss = option(
+        GateLoss.straight_through, "how gates learn; damage needs routers that decide together and reuse"
     )
     late_weight: float = option(
-        1.0, "gradient expected: weight of an error at t = 1, with 1 at t = 0 and linear between"
+        1.0, "gate damage: weight of an error at t = 1, with 1 at t = 0, linear between"
     )
     recalled: int = option(
         3, "router.longest above 0: earlier steps whose residuals are computed for a batch"

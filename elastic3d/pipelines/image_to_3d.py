@@ -87,11 +87,13 @@ class ImageTo3DPipeline:
         encoder: ImageEncoder,
         config: PipelineConfig | None = None,
         weights_sha256: str | None = None,
+        dense_sha256: str | None = None,
     ) -> None:
         """All parts on one device. UserError if their channels do not fit together.
 
         Args:
             weights_sha256: of the files they come from; None for models that were not loaded from files.
+            dense_sha256: of these without the routers; None: the same.
         """
         for name, wanted, found in (
             ("latent channels", vae.config.channels, dit.config.in_channels),
@@ -101,7 +103,7 @@ class ImageTo3DPipeline:
                 raise UserError(f"the DiT has {found} {name}, but its partner has {wanted}")
         self.vae, self.dit, self.encoder = vae.eval(), dit.eval(), encoder
         self.config = config or PipelineConfig()
-        self.weights_sha256 = weights_sha256
+        self.weights_sha256, self.dense_sha256 = weights_sha256, dense_sha256 or weights_sha256
         self.max_points = DecodeConfig().max_points  # in one call of the field
         self.placement = Placement(next(dit.parameters()).device)
 
@@ -147,12 +149,12 @@ class ImageTo3DPipeline:
         vae = ShapeVAE.from_pretrained(folder / "vae", number, target)
         dit = load_dit(folder / "dit", number, target)
         files = [find_weights(folder / "vae"), find_weights(folder / "dit")]
+        digest = dense_digest = file_sha256(*files)
         if (folder / ROUTERS_NAME).is_dir():
             attach(dit, folder / ROUTERS_NAME)
-            files.append(find_weights(folder / ROUTERS_NAME))
+            digest = file_sha256(*files, find_weights(folder / ROUTERS_NAME))
         encoder = load_image_encoder(folder / "image_encoder", target)
-        digest = file_sha256(*files)
-        return cls(vae, dit, encoder, config, digest)
+        return cls(vae, dit, encoder, config, digest, dense_digest)
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` reads; `pipeline.json` last: half a folder is no model."""

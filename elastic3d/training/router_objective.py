@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic3d.adapters import adapter_for
-from elastic3d.config.router_stage import CostLoss, GateGradient, RouterStageConfig, TrainedParts
+from elastic3d.config.router_stage import CostLoss, GateLoss, RouterStageConfig, TrainedParts
 from elastic3d.config.routing import MIN_BUDGET, ElasticConfig, RouterConfig
 from elastic3d.diffusion.flow import interpolate, predict_data, velocity
 from elastic3d.errors import UserError
@@ -25,6 +24,7 @@ from elastic3d.routing.session import RoutingSession
 from elastic3d.training.datasets import Batch
 from elastic3d.training.low_rank import add_low_rank
 
+PRICE_RANGE = 2.5  # standard deviations on both sides that prices cover
 Generate = Callable[[ElasticConfig], tuple[Tensor, Tensor]]  # -> latents (B,N,C), executed share (B,)
 
 
@@ -34,19 +34,18 @@ class RouterObjective(nn.Module):
     Subclasses say how the base model is called and what else its output is held to.
     """
 
+    damage_moments: Tensor
+
     def __init__(self, dit: nn.Module, config: RouterStageConfig, router: RouterConfig, paired: bool) -> None:
         """`paired`: both branches of guidance run as one batch and are distilled together."""
         super().__init__()
-        if config.gradient is GateGradient.expected:
+        if config.gate is GateLoss.damage:
             if not (router.common and router.longest):
-                raise UserError(
-                    "routing.gradient is expected: router.common and router.longest have to be above 0"
-                )
+                raise UserError("routing.gate is damage: router.common and router.longest have to be above 0")
             if config.parts is not TrainedParts.routers:
-                raise UserError(
-                    f"routing.gradient is expected: routing.parts is {config.parts.name}, not routers"
-                )
+                raise UserError(f"routing.gate is damage: routing.parts is {config.parts.name}, not routers")
         self.config, self.paired = config, paired
+        self.register_buffer("damage_moments", torch.zeros(2))
         teacher = None
         if config.parts is not TrainedParts.routers:
             teacher = copy.deepcopy(dit).eval().requires_grad_(False)
@@ -73,24 +72,23 @@ class RouterObjective(nn.Module):
         x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
         with torch.no_grad():
             dense = self._dense(x_t, batch)
-        expected = config.gradient is GateGradient.expected
-        self._announce(batch, closed=expected)
+        closed = config.gate is GateLoss.damage
+        self._announce(batch, closed)
         found = self.velocities(self.dit, x_t, batch).float()
         share = session_share(self.session)
         values: dict[str, Tensor] = {}
-        if expected:
-            keep = self._keep()
-            values["distillation"] = self._expected_distillation(found, dense, keep, batch)
-            found = torch.lerp(found, dense, keep[:, None, None])
-            spent = keep
+        if closed:
+            logits = self._gate_logits()
+            values["prediction"] = self._prediction_loss(logits, found, dense, batch)
+            loss = values["prediction"]
+            found = torch.lerp(found, dense, logits.sigmoid()[:, None, None])
         else:
             values["distillation"] = (self.guided(found) - self.guided(dense)).square().mean()
-            spent = share
+            values["cost"] = self._cost(share.view(-1, len(x_t)).mean(0), batch["budget"])
+            loss = config.distillation * values["distillation"] + config.cost_weight * values["cost"]
         conditional = found[: len(x_t)]
         values["flow"] = (conditional - velocity(batch["noise"], batch["latents"])).square().mean()
-        values["cost"] = self._cost(spent.view(-1, len(x_t)).mean(0), batch["budget"])
-        loss = config.distillation * values["distillation"] + config.flow * values["flow"]
-        loss = loss + config.cost_weight * values["cost"]
+        loss = loss + config.flow * values["flow"]
         rebuilt = self.reconstruction(predict_data(x_t, conditional, batch["t"]), batch)
         if rebuilt is not None:
             loss, values = loss + rebuilt[0], values | rebuilt[1]
@@ -109,32 +107,55 @@ class RouterObjective(nn.Module):
         recall = self._recall(batch) if "ages" in batch else None
         self.session.train(dt, budget, branch, explored, several, recall, closed)
 
-    def _keep(self) -> Tensor:
-        """Probability (R,) that the blocks of each row run, of blocks that decide together."""
+    def _gate_logits(self) -> Tensor:
+        """Mean gate logit (R,) of the blocks."""
         current = self.session.current
         assert current is not None
-        return torch.stack([decision.keep_prob for decision in current.decisions.values()]).mean(0)
+        gates = torch.stack([decision.keep_prob for decision in current.decisions.values()])
+        return gates.clamp(1e-6, 1 - 1e-6).logit().mean(0)
 
-    def _expected_distillation(self, closed: Tensor, dense: Tensor, keep: Tensor, batch: Batch) -> Tensor:
-        """Distance to expect from the dense guided velocity, over the square of the step size.
+    def _prediction_loss(self, logits: Tensor, closed: Tensor, dense: Tensor, batch: Batch) -> Tensor:
+        """Distance of the gates' logits (R,) from the logarithm of the damage that closing does, over its price.
 
-        Each row runs as a whole with its probability `keep` (R,), and then is dense, or goes on with what it remembers,
-        and then is `closed`; both velocities are (R,N,C). An error counts as much as it moves the latents of a sampler,
-        the same share of what a step moves at every number of steps.
+        A block then runs where the damage is above the price. Damage is the squared distance of the guided velocity
+        from the dense one where one row is `closed` and the other dense (both (R,N,C)). The price of a budget is a quantile
+        of a normal distribution with the mean and spread that logarithms of damage have had so far.
         """
+        parts = 1 + self.paired
+        damage = self._damage(closed, dense, batch).clamp_min(1e-9).log()
+        known = (
+            batch["picks"].transpose(0, 1).flatten(0, 1)[:, 0] >= 0
+        )  # others have nothing to go on with: they run
+        if self.training:
+            self._follow(damage[known])
+        mean, spread = self.damage_moments
+        floor, ceiling = MIN_BUDGET, 1.0
+        scarcity = (ceiling - batch["budget"].repeat(parts)) / (ceiling - floor)
+        price = mean + spread * (PRICE_RANGE * (2 * scarcity - 1))
+        errors = torch.nn.functional.smooth_l1_loss(logits, damage - price, reduction="none")
+        return (errors * known).sum() / known.sum().clamp_min(1)
+
+    @torch.no_grad()
+    def _damage(self, closed: Tensor, dense: Tensor, batch: Batch) -> Tensor:
+        """Damage (R,) of closing one row alone. An error counts as much as it moves the latents of a sampler, as a
+        share of what a step moves."""
         weight = 1 + (self.config.late_weight - 1) * batch["t"]
         weight = weight * (batch["dt"] * self.config.max_steps).pow(-2)
-        target, parts = self.guided(dense), 1 + self.paired
-        runs = keep.view(parts, -1)
-        total = torch.zeros_like(weight)
-        for choice in itertools.product((False, True), repeat=parts):
-            chosen = torch.tensor(choice, device=keep.device)
-            rows = chosen.repeat_interleave(len(weight))
-            mixed = torch.where(rows[:, None, None], dense, closed)
-            distance = (self.guided(mixed) - target).square().flatten(1).mean(1)
-            chance = torch.where(chosen[:, None], runs, 1 - runs).prod(0)
-            total = total + chance * distance.detach()
-        return (weight * total).mean()
+        target, found = self.guided(dense), []
+        for part in range(1 + self.paired):
+            rows = slice(part * len(weight), (part + 1) * len(weight))
+            mixed = dense.clone()
+            mixed[rows] = closed[rows]
+            found.append((self.guided(mixed) - target).square().flatten(1).mean(1) * weight)
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def _follow(self, damage: Tensor, rate: float = 0.05) -> None:
+        """Keep running moments of logarithms of damage."""
+        if len(damage) > 1:
+            found = torch.stack([damage.mean(), damage.std()])
+            known = self.damage_moments.abs().sum() > 0
+            self.damage_moments.copy_(torch.lerp(self.damage_moments, found, rate) if known else found)
 
     def _spending(self, share: Tensor, batch: Batch) -> dict[str, Tensor]:
         """What to report of the executed share (R,)."""

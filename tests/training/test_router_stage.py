@@ -1,7 +1,5 @@
 """From a dense DiT to trained routers, on shapes whose surface is known."""
 
-import itertools
-
 import pytest
 import torch
 from _cli import parse
@@ -12,7 +10,7 @@ from elastic3d.config.generate import PipelineConfig
 from elastic3d.config.models import DiTConfig
 from elastic3d.config.router_stage import (
     CostLoss,
-    GateGradient,
+    GateLoss,
     MeshLossConfig,
     RouterStageConfig,
     TrainedParts,
@@ -155,58 +153,67 @@ def test_a_router_learns_from_the_age_of_what_it_would_reuse(dense):
 TOGETHER = dict(longest=3, lookahead=Lookahead.step, common=1e6, widths=1)
 
 
-def test_the_loss_to_expect_is_that_of_every_route_by_its_chance(dense):
-    """Four routes of a sample (each branch runs or does not), against passes that take them."""
-    routing = {"gradient": GateGradient.expected, "max_steps": 20, "min_steps": 20}
+def test_damage_is_what_closing_one_branch_does_to_the_guided_velocity(dense):
+    routing = {"gate": GateLoss.damage, "max_steps": 20, "min_steps": 10, "late_weight": 0.5}
     stage = RouterStage(router_config(dense, routing=routing, router=RouterConfig(**TOGETHER)))
     flow, batch = stage.flow, batch_of(stage, 3)
-    batch["t"] = torch.full((3,), 0.5)
-    batch["ages"] = torch.tensor([[1, 2, 4]] * 3)
-    batch["picks"] = torch.zeros_like(batch["picks"])
+    batch["t"], batch["dt"] = torch.full((3,), 0.5), torch.full((3,), 0.1)
+    batch["ages"], batch["picks"] = torch.tensor([[1, 2, 4]] * 3), torch.zeros_like(batch["picks"])
     x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
     flow._announce(batch, closed=True)
     with torch.no_grad():
         closed, open_ = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
-    assert (closed - open_).abs().max() > 1e-4
-    keep = torch.tensor([0.2, 0.5, 0.9, 0.3, 0.6, 1.0])  # conditional rows, then unconditional ones
-    found = flow._expected_distillation(closed, open_, keep, batch)
-    total = 0.0
-    for row in range(3):
-        for runs in itertools.product((0, 1), repeat=2):
-            rows = [row + 3 * branch for branch in range(2)]
-            v = [(open_ if run else closed)[r] for run, r in zip(runs, rows, strict=True)]
-            guided = lambda c, u: u / flow.config.guidance + (c - u)  # noqa: E731
-            error = (guided(*v) - guided(*(open_[r] for r in rows))).square().mean()
-            chances = [keep[r] if run else 1 - keep[r] for run, r in zip(runs, rows, strict=True)]
-            total += chances[0] * chances[1] * error
-    assert found == pytest.approx(float(total) / 3, rel=1e-4)
+    change = (closed - open_).flatten(1)
+    assert change.abs().amax(1).min() > 1e-4
+    found = flow._damage(closed, open_, batch)
+    share = torch.tensor(
+        [1.0] * 3 + [1 / flow.config.guidance - 1] * 3
+    )  # of each branch in the guided velocity
+    expected = (share[:, None] * change).square().mean(1) * 0.75 / (0.1 * 20) ** 2
+    torch.testing.assert_close(found, expected)
 
 
-def test_expected_gates_open_for_fidelity_and_close_for_the_budget(dense):
+def test_gates_learn_to_predict_damage_and_follow_its_price(dense):
     router = RouterConfig(**TOGETHER)
-    only = {"flow": 0.0, "distillation": 0.0, "cost_weight": 0.0, "gradient": GateGradient.expected}
-    for changes, sign in (({"distillation": 1.0}, -1), ({"cost_weight": 1.0}, 1)):
-        none = MeshLossConfig(weight=0.0)
-        stage = RouterStage(router_config(dense, none, only | changes, router=router))
-        batch = batch_of(stage, 16)
-        batch["budget"] = torch.full_like(batch["budget"], 0.3)
-        batch["ages"], batch["t"] = torch.ones_like(batch["ages"]), torch.full_like(batch["t"], 0.5)
-        batch["picks"] = torch.zeros_like(batch["picks"])
-        stage.flow(batch)[0].backward()
-        bias = torch.stack([block.router.heads.bias.grad[0] for block in stage.flow.session.blocks])
-        assert (bias * sign > 0).all()
+    routing = {"gate": GateLoss.damage, "flow": 0.0}
+    stage = RouterStage(router_config(dense, MeshLossConfig(weight=0.0), routing, router=router))
+    flow, batch = stage.flow, batch_of(stage, 32)
+    optimizer = torch.optim.Adam([p for p in flow.parameters() if p.requires_grad], 0.02)
+    losses = []
+    for _ in range(40):
+        loss, values = flow(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0] and values["blocks_run"] == 0
+    shares = []
+    for budget in (0.3, 0.6, 1.0):
+        batch["budget"] = torch.full_like(batch["budget"], budget)
+        shares.append(flow(batch)[1]["share"].item())
+    assert shares[0] < shares[1] < shares[2]
+    assert flow.state_dict()["damage_moments"].abs().sum() > 0  # a resumed run goes on with them
+
+
+def test_the_mesh_term_reaches_gates_that_predict(dense):
+    only = {"flow": 0.0, "gate": GateLoss.damage}
     mesh = MeshLossConfig(near_queries=32, volume_queries=16, surface_points=16, weight=1.0, share=1.0)
-    stage = RouterStage(router_config(dense, mesh, only, router=router))
-    stage.flow(batch_of(stage, 16))[0].backward()  # through the decoder
-    assert all(block.router.heads.bias.grad[0] != 0 for block in stage.flow.session.blocks)
+    gradients = []
+    for config in (mesh, MeshLossConfig(weight=0.0)):
+        torch.manual_seed(0)
+        stage = RouterStage(router_config(dense, config, only, router=RouterConfig(**TOGETHER)))
+        batch = batch_of(stage, 8)
+        stage.flow(batch)[0].backward()
+        gradients.append(torch.stack([b.router.heads.bias.grad[0] for b in stage.flow.session.blocks]))
+    assert (gradients[0] != gradients[1]).all()
 
 
 @pytest.mark.parametrize("router, routing, message", [
     (RouterConfig(longest=3), {}, "router.common and router.longest have to be above 0"),
     (RouterConfig(**TOGETHER), {"parts": TrainedParts.lora}, "routing.parts is lora, not routers"),
 ])  # fmt: skip
-def test_what_the_expected_gradient_needs(dense, router, routing, message):
-    routing = routing | {"gradient": GateGradient.expected}
+def test_what_predicting_damage_needs(dense, router, routing, message):
+    routing = routing | {"gate": GateLoss.damage}
     with pytest.raises(UserError, match=message):
         RouterStage(router_config(dense, routing=routing, router=router))
 
