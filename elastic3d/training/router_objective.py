@@ -118,8 +118,8 @@ class RouterObjective(nn.Module):
         """Distance of the gates' logits (R,) from the logarithm of the damage that closing does, over its price.
 
         A block then runs where the damage is above the price. Damage is the squared distance of the guided velocity
-        from the dense one where one row is `closed` and the other dense (both (R,N,C)). The price of a budget is a quantile
-        of a normal distribution with the mean and spread that logarithms of damage have had so far.
+        from the dense one where one row is `closed` and the other dense (both (R,N,C)). The price of a budget is a
+        quantile of a normal distribution with the mean and spread that logarithms of damage have had so far.
         """
         parts = 1 + self.paired
         damage = self._damage(closed, dense, batch).clamp_min(1e-9).log()
