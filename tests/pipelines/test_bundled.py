@@ -36,7 +36,9 @@ def table() -> trimesh.Trimesh:
         for x in (-0.9, 0.9)
         for z in (-0.6, 0.6)
     ]
-    return trimesh.util.concatenate([top, *legs])
+    mesh = trimesh.util.concatenate([top, *legs])
+    assert isinstance(mesh, trimesh.Trimesh)
+    return mesh
 
 
 @pytest.mark.parametrize("shape", [table(), trimesh.creation.torus(0.7, 0.2)], ids=["table", "torus"])
