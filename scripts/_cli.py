@@ -267,6 +267,8 @@ def _expected(kind: Any) -> str:
         text = "one of " + ", ".join(member.name for member in kind)
     elif get_origin(kind) in (list, tuple):
         text = "a list such as [a, b], each element " + _expected((get_args(kind) or (str,))[0])
+    elif get_origin(kind) is dict:
+        text = "a mapping such as {name: value}, each value " + _expected(get_args(kind)[1])
     else:
         text = _EXPECTED.get(kind, "text" if kind in (str, Path) else "a value of another type")
     return f"{text} or null" if optional else text

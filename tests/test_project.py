@@ -26,6 +26,7 @@ REQUIRED = {
     "gen_mesh": ["image=a.png", "output=b.glb"],
     "import_hunyuan3d": ["output=a"],
     "benchmark": ["images=a", "output=b"],
+    "summarize": ["folders=a"],
     "gen_image": ["prompt=a chair", "output=b.png"],
 }
 CONDA_NAMES = {"torch": "pytorch", "open3d-cpu": "open3d"}

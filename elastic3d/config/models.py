@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from elastic3d.config.base import check_range, option
 
 
+def _check_sizes(config: VAEConfig | DiTConfig | SkipDiTConfig, *names: str) -> None:
+    """ValueError unless these fields, and those that all have, are 1 or more and the heads divide the width."""
+    for name in ("width", "heads", "num_latents", *names):
+        check_range(name, getattr(config, name), 1, 1 << 20)
+    if config.width % config.heads:
+        raise ValueError(f"width {config.width} is no multiple of heads {config.heads}")
+
+
 @dataclass(kw_only=True)
 class VAEConfig:
     """Vecset shape VAE (3DShape2VecSet; Hunyuan3D-2 layout), optionally with anchored latents.
@@ -44,8 +52,7 @@ class VAEConfig:
     latent_std: list[float] = option([], "standard deviation of each latent channel; empty: 1")
 
     def __post_init__(self) -> None:
-        for name in ("num_latents", "latent_channels", "width", "heads", "num_freqs", "geo_downsample"):
-            check_range(name, getattr(self, name), 1, 1 << 20)
+        _check_sizes(self, "latent_channels", "num_freqs", "geo_downsample")
         if self.width % (self.heads * self.geo_downsample):
             raise ValueError(f"width {self.width} is no multiple of heads x geo_downsample")
         if self.heads % self.geo_downsample:
@@ -95,20 +102,10 @@ class DiTConfig:
     condition_tokens: int = option(49, "condition tokens (M) the model was trained with; likewise")
 
     def __post_init__(self) -> None:
-        for name in (
-            "in_channels",
-            "condition_channels",
-            "width",
-            "heads",
-            "num_latents",
-            "condition_tokens",
-        ):
-            check_range(name, getattr(self, name), 1, 1 << 20)
+        _check_sizes(self, "in_channels", "condition_channels", "condition_tokens")
         check_range("double_blocks", self.double_blocks, 0, 1000)
         check_range("single_blocks", self.single_blocks, 0, 1000)
         check_range("point_freqs", self.point_freqs, 0, 16)
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
 
 
 @dataclass(kw_only=True)
@@ -130,19 +127,8 @@ class SkipDiTConfig:
     guidance_embed: bool = option(False, "there is no guidance-distilled model of this kind: false")
 
     def __post_init__(self) -> None:
-        for name in (
-            "in_channels",
-            "condition_channels",
-            "width",
-            "heads",
-            "blocks",
-            "experts",
-            "num_latents",
-        ):
-            check_range(name, getattr(self, name), 1, 1 << 20)
+        _check_sizes(self, "in_channels", "condition_channels", "condition_tokens", "blocks", "experts")
         check_range("expert_blocks", self.expert_blocks, 0, self.blocks)
         check_range("experts_per_token", self.experts_per_token, 1, self.experts)
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
         if self.guidance_embed:
             raise ValueError("guidance_embed is true, expected false for this kind of model")

@@ -5,6 +5,7 @@ Generation runs the stock pipeline; training needs its parts one by one. Both fi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from elastic3d.config.text_to_image import BackboneName
 Text = dict[str, Tensor]  # arguments of the pipeline, each (B, ...)
 
 
-class Backbone:
+class Backbone(ABC):
     """A pipeline and its family's ways; subclasses fill in the parts.
 
     `defaults` are sampling steps and guidance, for models with an embedding of the guidance and for others.
@@ -61,27 +62,27 @@ class Backbone:
         """Sampling steps and guidance."""
         return self.defaults[self.embeds_guidance]
 
+    @abstractmethod
     def count_tokens(self, prompt: str) -> int:
         """Tokens of a prompt."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_prompts(self, prompts: Sequence[str], length: int | None = None) -> Text:
         """Prompts -> arguments of the pipeline; every prompt with `length` tokens, where it is given."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """Pictures (B,3,H,W) in [0,1] -> latents (B,N,C)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
         """Latents (B,N,C) -> pictures (B,3,H,W), [0,1] but for overshoots; `size` is width, height."""
-        raise NotImplementedError
 
+    @abstractmethod
     def velocity(
         self, dit: Any, latents: Tensor, t: Tensor, text: Text, size: tuple[int, int], guidance: float
     ) -> Tensor:
         """Latents (B,N,C) at t (B,), 0 = noise -> `dit`'s velocity (B,N,C) towards the data."""
-        raise NotImplementedError
 
     def guidance_arguments(
         self, guidance: float, samples: int, negative: Text | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -28,7 +29,7 @@ PRICE_RANGE = 2.5  # standard deviations on both sides that prices cover
 Generate = Callable[[ElasticConfig], tuple[Tensor, Tensor]]  # -> latents (B,N,C), executed share (B,)
 
 
-class RouterObjective(nn.Module):
+class RouterObjective(nn.Module, ABC):
     """Routers first, so that they are parameters (and keys of the state dict) of their own, then the base model.
 
     Subclasses say how the base model is called and what else its output is held to.
@@ -58,13 +59,13 @@ class RouterObjective(nn.Module):
         self.routers = router_modules(dit)
         self.dit = dit
 
+    @abstractmethod
     def velocities(self, dit: nn.Module, x_t: Tensor, batch: Batch) -> Tensor:
         """Velocity (B,N,C), or (2B,N,C) of both branches where they are paired."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reconstruction(self, data: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Weighted loss of what predicted clean latents (B,N,C) decode to, and its parts; None without one."""
-        raise NotImplementedError
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`latents`, `noise`, `t` and what `add_route` draws -> loss and what it is made of."""

@@ -2,7 +2,18 @@
 
 from pathlib import Path
 
+import pytest
+import torch
+import trimesh
+from scipy.spatial import cKDTree
+
 from elastic3d.config.generate import DEFAULT_MODEL
+from elastic3d.config.geometry import DecodeConfig
+from elastic3d.geometry.decode import decode_field
+from elastic3d.geometry.grid import BOX
+from elastic3d.geometry.sampling import sample_surface
+from elastic3d.geometry.surface import extract_surface
+from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,6 +26,38 @@ def test_the_bundled_model_makes_a_watertight_mesh_of_a_sample_picture() -> None
     width, height, _ = result.mesh.extents
     assert width > height, "the picture shows a low table"
     assert result.receipt["flops_executed"] == result.receipt["flops_dense"] > 0
+
+
+def table() -> trimesh.Trimesh:
+    """A top and four legs, both thinner than a cell of a grid of 32."""
+    top = trimesh.creation.box((1.9, 0.06, 1.3), trimesh.transformations.translation_matrix((0, 0.5, 0)))
+    legs = [
+        trimesh.creation.box((0.06, 1.0, 0.06), trimesh.transformations.translation_matrix((x, -0.03, z)))
+        for x in (-0.9, 0.9)
+        for z in (-0.6, 0.6)
+    ]
+    mesh = trimesh.util.concatenate([top, *legs])
+    assert isinstance(mesh, trimesh.Trimesh)
+    return mesh
+
+
+@pytest.mark.parametrize("shape", [table(), trimesh.creation.torus(0.7, 0.2)], ids=["table", "torus"])
+@torch.no_grad()
+def test_the_trained_field_is_decoded_as_on_the_full_grid(shape: trimesh.Trimesh) -> None:
+    vae = ShapeVAE.from_pretrained(ROOT / DEFAULT_MODEL / "vae").float().eval()
+    surface = torch.cat([torch.from_numpy(part) for part in sample_surface(shape, 2048, seed=0)], dim=-1)
+    tokens = vae.decode(vae.to_latents(vae.encode(surface[None]).mean))
+    resolution, voxel = 64, 2 * BOX / 64
+    meshes, queries = [], []
+    for coarse in (resolution // 2, resolution):  # with one level, the coarse grid is the full one
+        config = DecodeConfig(resolution=resolution, coarse_resolution=coarse, max_points=8192)
+        values, stats = decode_field(lambda points, i: vae.query(points, tokens[i]), 0, config)
+        meshes.append(extract_surface(values))
+        queries.append(stats.queries)
+    fine, full = (cKDTree(mesh.vertices) for mesh in meshes)
+    assert fine.query(full.data)[0].mean() + full.query(fine.data)[0].mean() < 0.1 * voxel
+    assert 3 * queries[0] < queries[1] == (resolution + 1) ** 3
+    assert abs(meshes[0].bounds[0, 1] - shape.bounds[0, 1]) < 2 * voxel, "the legs are there"
 
 
 def test_the_bundled_models_stay_small() -> None:

@@ -1,0 +1,220 @@
+"""Several methods on the same shapes, side by side: reports in, one table out.
+
+A method may have several reports, one a seed: each shape's values are averaged over them first, so that the
+intervals (bootstrap over shapes) say how sure a mean is on other shapes, and a shape counts once. Differences to
+the baseline are paired by shape.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elastic3d.errors import UserError
+from elastic3d.evaluation.fidelity import direction
+from elastic3d.evaluation.items import Row
+from elastic3d.evaluation.statistics import Interval, bootstrap_mean
+
+Report = dict[str, Any]
+
+_SEED = re.compile(r"(?:(.+)-)?seed-(\d+)")
+_GENERATED = "generated"  # the method of reports that are named by their seed alone
+# Settings of the protocol that no number of the table depends on.
+_ELSEWHERE = {"name", "views", "view_size", "lpips", "surface_health", "near_points", "near_sigma"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of every row: its name, its heading, how it is read, and whether its mean is a share."""
+
+    key: str
+    title: str
+    read: Callable[[Row], float | None]
+    share: bool = False
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Method minus baseline, paired by shape, and the share of shapes on which the method is strictly better."""
+
+    interval: Interval
+    better: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method's mean of one column. `seed` is the report's name where the line is of one seed of several."""
+
+    method: str
+    seed: str | None
+    column: Column
+    mean: Interval
+    difference: Difference | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The table of one set of shapes. `methods` maps each to its number of seeds."""
+
+    title: str
+    shapes: int
+    protocol: dict[str, Any]
+    methods: dict[str, int]
+    baseline: str | None
+    lines: list[Line]
+
+
+def _score(key: str, title: str) -> Column:
+    return Column(key, title, lambda row: row.get(key))
+
+
+def _largest(above: float) -> Column:
+    """Whether the largest component holds more than a share of the area; a failed prediction has none."""
+
+    def read(row: Row) -> float | None:
+        return float(row.get("dominant_component_share", 0) > above) if "watertight" in row else None
+
+    return Column(f"largest_component>{above:g}", f"largest component > {100 * above:g} %", read, share=True)
+
+
+COLUMNS = (
+    _score("chamfer_l1", "Chamfer-L1"),
+    _score("f_score@0.02", "F@0.02"),
+    _score("f_score@0.05", "F@0.05"),
+    _score("volume_iou", "volume IoU"),
+    Column("watertight", "watertight", lambda row: row.get("watertight"), share=True),
+    _largest(0.5),
+    _largest(0.9),
+)
+
+
+def find_reports(folder: Path) -> dict[str, list[Path]]:
+    """The reports (*.json) of a folder by method: the file's name, or what is before `seed-<number>` in it.
+
+    Raises:
+        UserError: it is no folder, or holds no report.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder, expected one with reports of scripts/evaluate.py")
+    seeds: dict[str, dict[int, Path]] = defaultdict(dict)
+    for path in sorted(folder.glob("*.json")):
+        match = _SEED.fullmatch(path.stem)
+        method, seed = (match[1] or _GENERATED, int(match[2])) if match else (path.stem, 0)
+        if seed in seeds[method]:
+            raise UserError(f"{seeds[method][seed]} and {path} are both seed {seed} of {method}")
+        seeds[method][seed] = path
+    if not seeds:
+        raise UserError(f"{folder} has no report (*.json), expected those of scripts/evaluate.py")
+    return {method: [found[seed] for seed in sorted(found)] for method, found in seeds.items()}
+
+
+def load_report(path: Path) -> Report:
+    """A report as `scripts/evaluate.py` wrote it. UserError if there is none."""
+    if not path.is_file():
+        raise UserError(f"there is no report {path}")
+    try:
+        report = json.loads(path.read_text())
+    except ValueError:  # no JSON, or no text
+        report = None
+    if not isinstance(report, dict) or not {"protocol", "items"} <= report.keys():
+        raise UserError(f"{path} is no report of scripts/evaluate.py")
+    return report
+
+
+def summarize(
+    title: str, files: Mapping[str, Sequence[Path]], baseline: str | None = None, resamples: int = 2000
+) -> Summary:
+    """Put the methods' reports side by side, the baseline last.
+
+    A shape without a value (volume IoU of an open mesh) is left out of that mean and of its difference.
+
+    Args:
+        files: the reports of each method, one a seed.
+        baseline: the method that the others are compared with; None for no comparison.
+
+    Raises:
+        UserError: a file is no report, there is no such baseline, or the reports differ in protocol or items.
+    """
+    if baseline is not None and baseline not in files:
+        raise UserError(f"baseline={baseline}: expected one of {', '.join(files)}, or null")
+    for method, paths in files.items():
+        if not paths:
+            raise UserError(f"{method} has no report, expected at least one file")
+    methods = sorted(files, key=lambda method: method == baseline)
+    loaded = {path: load_report(path) for method in methods for path in files[method]}
+    _check_alike(loaded)
+    rows = {method: [loaded[path]["items"] for path in files[method]] for method in methods}
+    lines = []
+    for method in methods:
+        runs: list[tuple[str | None, list[list[Row]]]] = [(None, rows[method])]
+        if len(files[method]) > 1:
+            stems = {path.stem for path in files[method]}
+            alike = len(stems) < len(files[method])  # such as a/report.json and b/report.json
+            runs += [(str(p) if alike else p.stem, [loaded[p]["items"]]) for p in files[method]]
+        rival = rows[baseline] if baseline not in (None, method) else None
+        for seed, run in runs:
+            found = (_line(method, seed, column, run, rival, resamples) for column in COLUMNS)
+            lines += [line for line in found if line is not None]
+    first = next(iter(loaded.values()))
+    seeds = {method: len(files[method]) for method in methods}
+    return Summary(title, len(first["items"]), first["protocol"], seeds, baseline, lines)
+
+
+def _line(
+    method: str,
+    seed: str | None,
+    column: Column,
+    run: Sequence[Sequence[Row]],
+    rival: Sequence[Sequence[Row]] | None,
+    resamples: int,
+) -> Line | None:
+    """The line of one column; None where no shape has a value."""
+    mine = by_shape(run, column)
+    if not mine:
+        return None
+    theirs, sign = by_shape(rival or [], column), direction(column.key)
+    both = sorted(mine.keys() & theirs.keys())
+    difference = None
+    if both and sign is not None:
+        change = np.array([mine[name] - theirs[name] for name in both])
+        difference = Difference(bootstrap_mean(change, resamples), float((sign * change < 0).mean()))
+    mean = bootstrap_mean([mine[name] for name in sorted(mine)], resamples)
+    return Line(method, seed, column, mean, difference)
+
+
+def by_shape(runs: Sequence[Sequence[Row]], column: Column) -> dict[str, float]:
+    """Each shape's value, averaged over the seeds that have one."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for rows in runs:
+        for row in rows:
+            value = column.read(row)
+            if value is not None:
+                values[row["name"]].append(float(value))
+    return {name: float(np.mean(found)) for name, found in values.items()}
+
+
+def _check_alike(reports: Mapping[Path, Report]) -> None:
+    """UserError unless all have one protocol, as far as the columns depend on it, and the same items."""
+    (first_path, first), *others = reports.items()
+    names = {row["name"] for row in first["items"]}
+    for path, report in others:
+        ours, theirs = first["protocol"], report["protocol"]
+        for key in sorted((ours.keys() | theirs.keys()) - _ELSEWHERE):
+            if ours.get(key) != theirs.get(key):
+                raise UserError(
+                    f"{first_path} and {path} were scored differently: protocol.{key} is {ours.get(key)} and "
+                    f"{theirs.get(key)}, expected one protocol"
+                )
+        odd = sorted(names ^ {row["name"] for row in report["items"]})
+        if odd:
+            raise UserError(
+                f"{first_path} and {path} have different items, expected the same: {len(odd)} are in one only, "
+                f"such as {odd[0]}"
+            )

@@ -1,0 +1,38 @@
+"""Put reports of scripts/evaluate.py side by side: each method's means, and its difference to a baseline.
+
+    python scripts/summarize.py folders=outputs/held_out output=outputs/held_out
+    python scripts/summarize.py 'reports={mine: [a.json, b.json], theirs: [c.json]}' baseline=theirs
+
+Prints Markdown. All reports of a table must have one protocol and the same items.
+"""
+
+from __future__ import annotations
+
+from _cli import check_writable, run
+
+from elastic3d.config.summarize import SummarizeConfig
+
+
+def main(config: SummarizeConfig) -> int:
+    """Print the tables and write them to the output folder, if there is one."""
+    from elastic3d.evaluation.report import write_csv
+    from elastic3d.evaluation.summary import find_reports, summarize
+    from elastic3d.evaluation.summary_table import csv_rows, markdown
+    from elastic3d.geometry.mesh_io import atomic_path
+
+    if config.output:
+        check_writable(config.output)
+    sets = {folder.resolve().name: find_reports(folder) for folder in config.folders}
+    sets = sets or {"reports": config.reports}
+    summaries = [summarize(title, files, config.baseline, config.bootstrap) for title, files in sets.items()]
+    text = markdown(summaries)
+    if config.output:
+        with atomic_path(config.output / "summary.md") as path:
+            path.write_text(text)
+        write_csv([row for summary in summaries for row in csv_rows(summary)], config.output / "summary.csv")
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, SummarizeConfig, "summarize")
