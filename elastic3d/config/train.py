@@ -241,7 +241,9 @@ class ExportConfig:
     """Averaged weights of a run as a model folder."""
 
     output: Path | None = option(None, "folder to write; by default `export` in the run's folder")
-    pipeline: PipelineConfig = option(PipelineConfig, "name and sampling defaults of an exported DiT")
+    pipeline: PipelineConfig = option(
+        PipelineConfig, "defaults of an exported DiT; of routers `elastic` alone"
+    )
 
     def __post_init__(self) -> None:
         if self.output is not None and self.output.is_file():

@@ -14,6 +14,7 @@ from elastic3d import __version__
 from elastic3d.adapters import save_routers
 from elastic3d.config.generate import PipelineConfig
 from elastic3d.config.router_stage import TrainedParts
+from elastic3d.config.routing import ElasticConfig
 from elastic3d.config.serialize import from_dict
 from elastic3d.config.train import StageName, TrainConfig
 from elastic3d.errors import UserError
@@ -38,7 +39,8 @@ def export_run(config: TrainConfig) -> Path:
 
     A VAE becomes one model folder; a DiT a folder for `ImageTo3DPipeline.from_pretrained`, with the VAE whose
     latents it learned and their statistics, and the image encoder's configuration. Routers become such a folder too,
-    that of their dense model with `routers/` inside; those of a text-to-image pipeline are written alone.
+    that of their dense model with `routers/` inside and `export.pipeline.elastic` as its default; those of a
+    text-to-image pipeline are written alone.
 
     Raises:
         UserError: the run has no whole checkpoint.
@@ -62,7 +64,7 @@ def export_run(config: TrainConfig) -> Path:
         _export_image_routers(output, trained, weights, str(path))
         _write_record(output / "routers", config.folder, checkpoint.step, checkpoint.values)
     elif trained.stage is StageName.router:
-        _export_routers(output, trained, weights, str(path))
+        _export_routers(output, config.export.pipeline.elastic, trained, weights, str(path))
         _write_record(output / "routers", config.folder, checkpoint.step, checkpoint.values)
     else:
         _export_pipeline(output, config.export.pipeline, trained, _inside("dit.", weights), str(path))
@@ -85,7 +87,9 @@ def _export_pipeline(
             shutil.copyfile(info.vae / name, output / "vae" / name)
 
 
-def _export_routers(output: Path, trained: TrainConfig, weights: dict[str, Tensor], source: str) -> None:
+def _export_routers(
+    output: Path, elastic: ElasticConfig, trained: TrainConfig, weights: dict[str, Tensor], source: str
+) -> None:
     """The dense pipeline with calibrated `routers/` inside; a base model that learned too is written as it is now."""
     stage = RouterStage(trained)
     objective = stage.flow
@@ -96,6 +100,7 @@ def _export_routers(output: Path, trained: TrainConfig, weights: dict[str, Tenso
     if trained.routing.parts is not TrainedParts.routers:
         merge_low_rank(objective.dit.modules())
         pipeline.dit.load_state_dict(objective.dit.state_dict())
+    pipeline.config.elastic = elastic
     pipeline.save_pretrained(output, torch.bfloat16)
     save_routers(objective.dit, output / "routers")
 

@@ -25,7 +25,24 @@ def test_the_bundled_model_makes_a_watertight_mesh_of_a_sample_picture() -> None
     assert result.mesh.is_watertight
     width, height, _ = result.mesh.extents
     assert width > height, "the picture shows a low table"
-    assert result.receipt["flops_executed"] == result.receipt["flops_dense"] > 0
+    assert result.receipt["flops_executed"] < 0.6 * result.receipt["flops_dense"], "it is elastic by default"
+
+
+def test_the_bundled_routers_keep_to_a_budget_and_to_the_dense_shape() -> None:
+    pipeline = ImageTo3DPipeline.from_pretrained(ROOT / DEFAULT_MODEL)
+    picture, options = ROOT / "data/samples/table.png", dict(seed=0, resolution=32)
+    dense = pipeline(picture, elastic=False, **options)
+    assert dense.receipt["flops_executed"] == dense.receipt["flops_dense"] > 0
+    distances = []
+    for budget in (0.8, 0.4):
+        found = pipeline(picture, budget=budget, **options)
+        share = found.receipt["flops_executed"] / found.receipt["flops_dense"]
+        assert abs(share - budget) < 0.08, "one picture; on the mean over pictures it is closer"
+        tree = cKDTree(found.mesh.vertices)
+        distances.append(tree.query(dense.mesh.vertices)[0].mean())
+    assert distances[0] < 0.01 and distances[1] < 0.03
+    size = sum(file.stat().st_size for file in (ROOT / DEFAULT_MODEL / "routers").iterdir())
+    assert size < 10e6
 
 
 def table() -> trimesh.Trimesh:

@@ -73,7 +73,7 @@ def batch_of(stage: RouterStage, count: int = 4):
 
 
 def test_every_shipped_router_configuration_suits_the_stage():
-    for choice, longest in (("", 4), ("router=light", 0), ("router=paper", 0), ("router=reuse", 4)):
+    for choice, longest in (("", 8), ("router=light", 0), ("router=paper", 0), ("router=reuse", 8)):
         config = parse(TrainConfig, "train", ["stage=router", *([choice] if choice else [])])
         assert config.router.longest == longest and config.stage is StageName.router
     assert parse(TrainConfig, "train", ["stage=router", "router=paper"]).router.variant is RouterVariant.paper
