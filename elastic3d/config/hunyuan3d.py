@@ -241,9 +241,8 @@ def _mapped(params: Mapping[str, Any], table: _Table, source: str) -> dict[str, 
 def _picture_size(values: Mapping[str, Any], source: str) -> int:
     """Side in pixels at which pictures are prepared."""
     where = f"{source}: image_processor"
-    kind, params = "ImageProcessorV2", {}
-    if "image_processor" in values:
-        kind, params = _target(_part(values, "image_processor", source), where)
+    part = _part({"image_processor": {"target": "ImageProcessorV2"}, **values}, "image_processor", source)
+    kind, params = _target(part, where)
     if kind not in ("ImageProcessorV2", "MVImageProcessorV2"):
         raise UserError(f"{where}.target is {kind!r}, expected ImageProcessorV2")
     fields = _mapped(params, _PICTURE, where)
@@ -257,10 +256,10 @@ def _encoder(
     if kind != "SingleImageEncoder" or set(params) != {"main_image_encoder"}:
         raise UserError(f"{source}: conditioner is a {kind}, expected SingleImageEncoder")
     main = _part(params, "main_image_encoder", source)
-    kind, options = main.get("type"), dict(_part(main, "kwargs", source))
+    kind, options = str(main.get("type")), dict(_part(main, "kwargs", source))
     if kind not in ("DinoImageEncoder", "DinoImageEncoderMV"):
         raise UserError(f"{source}: main_image_encoder.type is {kind!r}, expected DinoImageEncoder")
-    fields = {"kind": EncoderKind.dinov2.name, "picture_size": picture_size, "path": INSIDE}
+    fields: dict[str, Any] = {"kind": EncoderKind.dinov2.name, "picture_size": picture_size, "path": INSIDE}
     fields["image_size"] = options.pop("image_size", 224)
     if kind.endswith("MV"):
         fields["views"] = options.pop("view_num", 4)

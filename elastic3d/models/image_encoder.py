@@ -58,6 +58,9 @@ def save_image_encoder(encoder: ImageEncoder, folder: str | Path) -> None:
     values = to_dict(encoder.config)
     if isinstance(encoder, DinoV2):
         encoder.network.save_pretrained(folder / "dinov2")
+        mode = (folder / "dinov2" / CONFIG_NAME).stat().st_mode
+        for file in dinov2_files(folder / "dinov2"):
+            file.chmod(mode)  # they would stay readable by their owner alone
         values["path"] = "dinov2"
     save_json({"_class_name": _CLASS_NAME, **values}, folder / CONFIG_NAME)
 

@@ -114,6 +114,8 @@ def find_weights(folder: Path) -> Path:
     path = folder / WEIGHTS_NAME
     if path.is_file():
         return path
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}, expected one with {CONFIG_NAME} and {WEIGHTS_NAME}")
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
     if pickles:
         raise UserError(f"{folder} has {pickles[0]}, a pickle that could run code; expected {WEIGHTS_NAME}")

@@ -40,6 +40,7 @@ def load_pipeline(config: GenerateConfig, default: Path, meshes: int) -> ImageTo
     Raises:
         UserError: a missing or broken file, too little memory, options that the model can't honour.
     """
+    routers = find_weights(Path(config.routers)) if config.routers else None
     if config.model in PRESETS:
         pipeline = hunyuan3d_pipeline(config, min(meshes, config.rows))
     else:
@@ -49,13 +50,11 @@ def load_pipeline(config: GenerateConfig, default: Path, meshes: int) -> ImageTo
         pipeline = ImageTo3DPipeline.from_pretrained(config.model or default, config.device, config.dtype)
         if config.memory_budget is not None:
             raise UserError(f"memory_budget= is for model={', '.join(PRESETS)}")
-    if config.routers:
+    if routers is not None:
         if pipeline.session is not None:
             raise UserError(f"routers={config.routers}: this model has routers of its own")
         attach(pipeline.dit, config.routers)
-        pipeline.weights_sha256 = (
-            f"{pipeline.weights_sha256}+{file_sha256(find_weights(Path(config.routers)))}"
-        )
+        pipeline.weights_sha256 = f"{pipeline.weights_sha256}+{file_sha256(routers)}"
     if config.low_memory:
         pipeline.use_less_memory()
     return pipeline

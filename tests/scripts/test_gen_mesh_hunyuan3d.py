@@ -160,6 +160,14 @@ def test_parts_from_elsewhere_count_for_the_memory(
     assert f"weights: condition {size / 1e9:.1f}," in capsys.readouterr().err
 
 
+def test_missing_routers_are_told_before_the_weights_are_read(
+    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elastic3d.pipelines.hunyuan3d.load_hunyuan3d", None)
+    assert command("model=hunyuan3d2", "routers=nowhere") == 2
+    assert "there is no folder nowhere" in capsys.readouterr().err
+
+
 def test_low_memory_loads_into_main_memory(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device never has to hold all weights at a time, not even while they are read."""
     devices = []
