@@ -292,7 +292,8 @@ def help_text(main: Callable[..., Any], config_class: type[Any], config_name: st
             continue
         kind = _optional(option.type)[0]
         names = [member.name for member in kind] if isinstance(kind, type) and issubclass(kind, Enum) else []
-        meaning = option.help[:1].upper() + option.help[1:].rstrip(".") + "." if option.help else ""
+        meaning = option.help[:1].upper() + option.help[1:]
+        meaning += "" if meaning.endswith(".") or not meaning else "."
         meaning += f" One of: {', '.join(names)}." if names else ""
         lines += _entry(option.name, _show(config, option.name), meaning)
     lines += _entry("debug", "false", _DEBUG_HELP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,6 @@ class Hunyuan3DConfig:
     encoder: ImageEncoderConfig = option(ImageEncoderConfig, "the image encoder")
     dinov2: dict[str, Any] = option({}, "the image encoder's network: fields of transformers' Dinov2Config")
     pipeline: PipelineConfig = option(PipelineConfig, "sampling defaults")
-    border: float = option(0.15, "share of the picture that stays free along the object's longer side")
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ _VAE: _Table = {
     "pc_sharpedge_size": ((), None),
     "downsample_ratio": ((), None),
 }
+_PICTURE: _Table = {"size": ("size", 512), "border_ratio": ((0.15, None), 0.15)}
 _DINOV2_SIZES = {
     "dinov2-small": (384, 12, 6, False),
     "dinov2-base": (768, 12, 12, False),
@@ -163,8 +164,7 @@ def parse_config(values: Mapping[str, Any], source: str, has_vae_encoder: bool =
         if name not in ("model", "vae", "conditioner", "scheduler", "image_processor", "pipeline"):
             raise UserError(f"{source}: unknown part {name!r}")
     vae = parse_vae(_part(values, "vae", source), source, has_vae_encoder)
-    border, picture_size = _picture(values, source)
-    encoder, dinov2 = _encoder(_part(values, "conditioner", source), picture_size, source)
+    encoder, dinov2 = _encoder(_part(values, "conditioner", source), _picture_size(values, source), source)
     kind, params = _target(_part(values, "model", source), f"{source}: model")
     tokens = encoder.views * ((encoder.image_size // 14) ** 2 + 1)
     dit: DiTConfig | SkipDiTConfig
@@ -181,9 +181,8 @@ def parse_config(values: Mapping[str, Any], source: str, has_vae_encoder: bool =
     ):
         if wanted != found:
             raise UserError(f"{source}: the model has {found} {name}, but its partner has {wanted}")
-    return Hunyuan3DConfig(
-        dit=dit, vae=vae, encoder=encoder, dinov2=dinov2, pipeline=_sampling(values, source), border=border
-    )
+    sampling = _sampling(values, source)
+    return Hunyuan3DConfig(dit=dit, vae=vae, encoder=encoder, dinov2=dinov2, pipeline=sampling)
 
 
 def parse_vae(part: Mapping[str, Any], source: str, has_encoder: bool) -> VAEConfig:
@@ -199,11 +198,22 @@ def parse_vae(part: Mapping[str, Any], source: str, has_encoder: bool) -> VAECon
     return from_dict(VAEConfig, fields, source)
 
 
-def _part(values: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
-    part = values.get(name)
-    if not isinstance(part, dict):
+def _part(values: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
+    if name not in values:
         raise UserError(f"{source}: there is no part {name!r}")
+    part = values[name]
+    if not isinstance(part, dict):
+        raise UserError(f"{source}: {name} is {part!r}, expected a mapping")
     return part
+
+
+def _positive(params: Mapping[str, Any], name: str, default: float, source: str) -> float:
+    """A number above zero; whole where the default is."""
+    value = params.get(name, default)
+    kinds = (int,) if isinstance(default, int) else (int, float)
+    if type(value) not in kinds or not 0 < value < math.inf:
+        raise UserError(f"{source}: {name} is {value!r}, expected a number above zero")
+    return value
 
 
 def _target(part: Mapping[str, Any], source: str) -> tuple[str, dict[str, Any]]:
@@ -228,16 +238,15 @@ def _mapped(params: Mapping[str, Any], table: _Table, source: str) -> dict[str, 
     return fields
 
 
-def _picture(values: Mapping[str, Any], source: str) -> tuple[float, int]:
-    """Border ratio and side in pixels."""
-    kind, params = _target(values.get("image_processor", {"target": "ImageProcessorV2"}), source)
+def _picture_size(values: Mapping[str, Any], source: str) -> int:
+    """Side in pixels at which pictures are prepared."""
+    where = f"{source}: image_processor"
+    part = _part({"image_processor": {"target": "ImageProcessorV2"}, **values}, "image_processor", source)
+    kind, params = _target(part, where)
     if kind not in ("ImageProcessorV2", "MVImageProcessorV2"):
-        raise UserError(f"{source}: image_processor.target is {kind!r}, expected ImageProcessorV2")
-    for name in params:
-        if name not in ("size", "border_ratio"):
-            raise UserError(f"{source}: image_processor: unknown parameter {name!r}")
-    border = params.get("border_ratio")
-    return 0.15 if border is None else float(border), int(params.get("size", 512))
+        raise UserError(f"{where}.target is {kind!r}, expected ImageProcessorV2")
+    fields = _mapped(params, _PICTURE, where)
+    return int(_positive(fields, "size", 512, where))
 
 
 def _encoder(
@@ -246,15 +255,17 @@ def _encoder(
     kind, params = _target(part, f"{source}: conditioner")
     if kind != "SingleImageEncoder" or set(params) != {"main_image_encoder"}:
         raise UserError(f"{source}: conditioner is a {kind}, expected SingleImageEncoder")
-    main = params["main_image_encoder"]
-    kind, options = main.get("type"), dict(main.get("kwargs", {}))
+    main = _part(params, "main_image_encoder", source)
+    kind, options = str(main.get("type")), dict(_part(main, "kwargs", source))
     if kind not in ("DinoImageEncoder", "DinoImageEncoderMV"):
         raise UserError(f"{source}: main_image_encoder.type is {kind!r}, expected DinoImageEncoder")
-    size = int(options.pop("image_size", 224))
-    views = int(options.pop("view_num", 4)) if kind.endswith("MV") else 1
+    fields: dict[str, Any] = {"kind": EncoderKind.dinov2.name, "picture_size": picture_size, "path": INSIDE}
+    fields["image_size"] = options.pop("image_size", 224)
+    if kind.endswith("MV"):
+        fields["views"] = options.pop("view_num", 4)
     if options.pop("use_cls_token", True) is not True:
         raise UserError(f"{source}: use_cls_token is false, expected true")
-    network, version = options.pop("config", None), options.pop("version", None)
+    version, network = options.pop("version", None), options.pop("config", None)
     if options:
         raise UserError(f"{source}: main_image_encoder: unknown parameter {next(iter(options))!r}")
     if network is None:
@@ -262,29 +273,31 @@ def _encoder(
         if name not in _DINOV2_SIZES:
             raise UserError(f"{source}: version is {version!r}, expected one of {', '.join(_DINOV2_SIZES)}")
         network = dinov2_config(name)
-    encoder = ImageEncoderConfig(
-        kind=EncoderKind.dinov2, image_size=size, picture_size=picture_size, views=views, path=INSIDE
-    )
-    return encoder, {"hidden_size": 768, **network}
+    elif not isinstance(network, dict):
+        raise UserError(f"{source}: config of main_image_encoder is {network!r}, expected a mapping")
+    return from_dict(ImageEncoderConfig, fields, source), {"hidden_size": 768, **network}
 
 
 def _sampling(values: Mapping[str, Any], source: str) -> PipelineConfig:
-    kind, params = _target(_part(values, "scheduler", source), f"{source}: scheduler")
-    config = PipelineConfig(guidance=5.0, resolution=384)
-    params = dict(params)
-    if params.pop("num_train_timesteps", 1000) != 1000:
-        raise UserError(f"{source}: num_train_timesteps is {values['scheduler']['params']}, expected 1000")
+    where = f"{source}: scheduler"
+    kind, params = _target(_part(values, "scheduler", source), where)
+    params = {"num_train_timesteps": 1000, **params}
+    times = params.pop("num_train_timesteps")
+    if times != 1000:
+        raise UserError(f"{where}: num_train_timesteps is {times!r}, expected 1000")
+    fields: dict[str, Any] = {"guidance": 5.0, "resolution": 384}
     if kind == "FlowMatchEulerDiscreteScheduler":
-        shift, dynamic = float(params.pop("shift", 1.0)), params.pop("use_dynamic_shifting", False)
-        if dynamic:
-            raise UserError(f"{source}: use_dynamic_shifting is true, expected false")
+        if params.pop("use_dynamic_shifting", False):
+            raise UserError(f"{where}: use_dynamic_shifting is true, expected false")
         # Theirs moves time the other way: s t / (1 + (s - 1) t).
-        config.steps, config.grid, config.shift = 50, SamplingGrid.endpoint, 1 / shift
+        shift = 1 / _positive(params, "shift", 1.0, where)
+        params.pop("shift", None)
+        fields |= {"steps": 50, "grid": SamplingGrid.endpoint.name, "shift": shift}
     elif kind == "ConsistencyFlowMatchEulerDiscreteScheduler":
-        config.steps, config.grid = 5, SamplingGrid.consistency
-        config.segments = int(params.pop("pcm_timesteps", 50))
+        segments = params.pop("pcm_timesteps", 50)
+        fields |= {"steps": 5, "grid": SamplingGrid.consistency.name, "segments": segments}
     else:
-        raise UserError(f"{source}: scheduler.target is {kind!r}, expected a flow-matching Euler scheduler")
+        raise UserError(f"{where}.target is {kind!r}, expected a flow-matching Euler scheduler")
     if params:
-        raise UserError(f"{source}: scheduler: unknown parameter {next(iter(params))!r}")
-    return config
+        raise UserError(f"{where}: unknown parameter {next(iter(params))!r}")
+    return from_dict(PipelineConfig, fields, where)

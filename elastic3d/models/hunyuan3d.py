@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from elastic3d.models.image_encoder import DinoV2, load_dinov2
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT
-from elastic3d.models.weights import load_strict, read_weights
+from elastic3d.models.weights import check_fit, load_strict, read_weights
 
 DEFAULT_SUBFOLDER = "hunyuan3d-dit-v2-0"
 _PARTS = ("model", "vae", "conditioner")
@@ -140,9 +141,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_weights(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:operand|global)[:\s]+([\w.]+)", str(error))
+        found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported operand ([\w.]+)", str(error))
         what = f" ({found[1] or found[2]})" if found else ""
         raise UserError(f"{path} holds code{what}, expected nothing but tensors: it was not run") from error
     except Exception as error:  # truncated archives surface as RuntimeError, EOFError, OSError, KeyError, ...
@@ -214,7 +215,8 @@ class _Place:
         return self.fill(model, state, source)
 
     def fill(self, model: nn.Module, state: Mapping[str, Tensor], source: str) -> Any:
-        """Give a model on the meta device its weights."""
+        """Give a model on the meta device its weights; what doesn't fit is told before any is converted."""
+        check_fit(model, state, source)
         placed = {
             name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
             for name, tensor in state.items()
@@ -280,7 +282,8 @@ def _flatten(content: Any, prefix: str, path: Path, into: dict[str, Tensor]) -> 
         for name, value in content.items():
             _flatten(value, f"{prefix}.{name}" if prefix else str(name), path, into)
     else:
-        raise UserError(f"{path} has a {type(content).__name__} at {prefix or 'its top'}, expected tensors")
+        kind = type(content).__name__
+        raise UserError(f"{path} has a value of type {kind} at {prefix or 'its top'}, expected tensors")
 
 
 def parameter_count(config: DiTConfig | SkipDiTConfig | VAEConfig) -> int:

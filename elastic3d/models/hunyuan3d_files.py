@@ -30,6 +30,10 @@ def find_checkpoint(folder: str | Path, subfolder: str) -> tuple[Path, Path]:
             return _files(root / subfolder)
     for root in candidates:
         if (root / CONFIG_NAME).is_file():
+            if root.name.startswith("hunyuan3d-") and root.name != subfolder:
+                raise UserError(
+                    f"{root} is not {subfolder}: give the folder above it, or subfolder={root.name}"
+                )
             return _files(root)
         if root.is_file():
             raise UserError(f"{root} is a file, expected the folder that holds {subfolder}/{CONFIG_NAME}")
@@ -37,9 +41,9 @@ def find_checkpoint(folder: str | Path, subfolder: str) -> tuple[Path, Path]:
             there = sorted(path.parent.name for path in root.glob(f"*/{CONFIG_NAME}"))
             hint = f"it has {', '.join(there)}" if there else f"and no other with a {CONFIG_NAME}"
             raise UserError(f"{root} has no folder {subfolder}, {hint}")
-    if _REPOSITORY.fullmatch(str(folder)):
-        return _files(_download(str(folder), subfolder) / subfolder)
     looked = " nor ".join(dict.fromkeys(str(path) for path in candidates))
+    if _REPOSITORY.fullmatch(str(folder)):
+        return _files(_download(str(folder), subfolder, looked) / subfolder)
     raise UserError(f"there is no folder {looked}")
 
 
@@ -53,8 +57,8 @@ def _files(folder: Path) -> tuple[Path, Path]:
     raise UserError(f"{folder} has no weights, expected one of {', '.join(WEIGHTS_NAMES)}")
 
 
-def _download(repository: str, subfolder: str) -> Path:
-    """The repository's snapshot in the Hub's own cache."""
+def _download(repository: str, subfolder: str, looked: str) -> Path:
+    """The repository's snapshot in the Hub's own cache; `looked` are the folders where it was not."""
     from huggingface_hub import snapshot_download
 
     patterns = [f"{subfolder}/{name}" for name in (CONFIG_NAME, WEIGHTS_NAMES[0], "*.ckpt")]
@@ -63,8 +67,8 @@ def _download(repository: str, subfolder: str) -> Path:
     except Exception as error:  # offline, unknown, gated: each an exception of another library
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"{repository} is neither a folder here nor can it be downloaded ({reason}); put {subfolder}/ with "
-            f"{CONFIG_NAME} and {WEIGHTS_NAMES[0]} into a folder and give that"
+            f"there is no folder {looked}, and {repository} can't be downloaded ({reason}): put {subfolder}/ "
+            f"with {CONFIG_NAME} and {WEIGHTS_NAMES[0]} into a folder and give that as weights="
         ) from error
     if not (root / subfolder).is_dir():
         raise UserError(f"{repository} has no folder {subfolder}")

@@ -58,6 +58,9 @@ def save_image_encoder(encoder: ImageEncoder, folder: str | Path) -> None:
     values = to_dict(encoder.config)
     if isinstance(encoder, DinoV2):
         encoder.network.save_pretrained(folder / "dinov2")
+        mode = (folder / "dinov2" / CONFIG_NAME).stat().st_mode
+        for file in dinov2_files(folder / "dinov2"):
+            file.chmod(mode)  # they would stay readable by their owner alone
         values["path"] = "dinov2"
     save_json({"_class_name": _CLASS_NAME, **values}, folder / CONFIG_NAME)
 
@@ -202,15 +205,23 @@ def sine_embedding(positions: Tensor, channels: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
 
+def dinov2_files(folder: Path) -> list[Path]:
+    """The files of weights in the folder of a DINOv2 model; UserError if it is none."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(f"there is no file {path}, expected the folder of a DINOv2 model")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} has no safetensors file, expected the weights of a DINOv2 model")
+    return files
+
+
 def load_dinov2(folder: Path) -> Any:
     """A `transformers.Dinov2Model`, strictly: transformers itself would start missing weights at random."""
     from transformers import Dinov2Model
 
     path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise UserError(f"there is no file {path}, expected the folder of a DINOv2 model")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} has no safetensors file, expected the weights of a DINOv2 model")
+    dinov2_files(folder)
     try:
         kind = json.loads(path.read_text()).get("model_type")
         if kind != "dinov2":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -113,6 +114,8 @@ def find_weights(folder: Path) -> Path:
     path = folder / WEIGHTS_NAME
     if path.is_file():
         return path
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}, expected one with {CONFIG_NAME} and {WEIGHTS_NAME}")
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
     if pickles:
         raise UserError(f"{folder} has {pickles[0]}, a pickle that could run code; expected {WEIGHTS_NAME}")
@@ -128,12 +131,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        with path.open("rb") as file:
-            head = file.read(32)
-        for magic, kind in _MAGIC.items():
-            if head.startswith(magic):
-                raise UserError(f"{path} is {kind}, expected a safetensors file") from error
-        raise UserError(f"{path} is truncated or no safetensors file ({error})") from error
+        raise UserError(_why_unreadable(path, error)) from error
+
+
+def count_weights(path: Path) -> dict[str, int]:
+    """Elements of every tensor of a safetensors file, from its head alone; UserError if it is broken."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(_why_unreadable(path, error)) from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        head = file.read(32)
+    for magic, kind in _MAGIC.items():
+        if head.startswith(magic):
+            return f"{path} is {kind}, expected a safetensors file"
+    return f"{path} is truncated or no safetensors file ({error})"
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
@@ -156,6 +172,19 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str, assi
             the meta device.
 
     Raises:
+        UserError: as `check_fit`; also naming the first tensor that is not finite.
+    """
+    check_fit(model, state, source)
+    bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise UserError(f"{source} has NaN or infinite values in {len(bad)} tensors, first in {bad[0]}")
+    model.load_state_dict(dict(state), strict=True, assign=assign)
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Whether every key and shape of `state` agrees with `model`'s; no value is read.
+
+    Raises:
         UserError: naming the first keys that are missing, unknown or mis-shaped, and how many there are.
     """
     own = model.state_dict()
@@ -173,10 +202,6 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str, assi
     ]
     if problems:
         raise UserError(f"{source} does not fit {type(model).__name__}: tensors {'; '.join(problems)}")
-    bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if bad:
-        raise UserError(f"{source} has NaN or infinite values in {len(bad)} tensors, first in {bad[0]}")
-    model.load_state_dict(dict(state), strict=True, assign=assign)
 
 
 def file_sha256(*paths: Path) -> str:

@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from elastic3d.adapters import attach
 from elastic3d.config.generate import GenerateConfig
@@ -14,7 +13,8 @@ from elastic3d.config.hunyuan3d import PRESETS, VIEW_NAMES, Hunyuan3DConfig, Imp
 from elastic3d.errors import UserError
 from elastic3d.models.hunyuan3d import load_hunyuan3d, read_yaml
 from elastic3d.models.hunyuan3d_files import find_checkpoint
-from elastic3d.models.weights import file_sha256, find_weights
+from elastic3d.models.image_encoder import dinov2_files
+from elastic3d.models.weights import count_weights, file_sha256, find_weights
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.memory import (
     GB,
@@ -40,6 +40,7 @@ def load_pipeline(config: GenerateConfig, default: Path, meshes: int) -> ImageTo
     Raises:
         UserError: a missing or broken file, too little memory, options that the model can't honour.
     """
+    routers = find_weights(Path(config.routers)) if config.routers else None
     if config.model in PRESETS:
         pipeline = hunyuan3d_pipeline(config, min(meshes, config.rows))
     else:
@@ -49,13 +50,11 @@ def load_pipeline(config: GenerateConfig, default: Path, meshes: int) -> ImageTo
         pipeline = ImageTo3DPipeline.from_pretrained(config.model or default, config.device, config.dtype)
         if config.memory_budget is not None:
             raise UserError(f"memory_budget= is for model={', '.join(PRESETS)}")
-    if config.routers:
+    if routers is not None:
         if pipeline.session is not None:
             raise UserError(f"routers={config.routers}: this model has routers of its own")
         attach(pipeline.dit, config.routers)
-        pipeline.weights_sha256 = (
-            f"{pipeline.weights_sha256}+{file_sha256(find_weights(Path(config.routers)))}"
-        )
+        pipeline.weights_sha256 = f"{pipeline.weights_sha256}+{file_sha256(routers)}"
     if config.low_memory:
         pipeline.use_less_memory()
     return pipeline
@@ -79,7 +78,13 @@ def hunyuan3d_pipeline(config: GenerateConfig, batch: int) -> ImageTo3DPipeline:
         )
     limit = LOW_MEMORY_CHUNK if config.low_memory else 65536
     sizes = part_sizes(weights_path)
-    if weights_path.suffix == ".safetensors" and not sizes["condition"] and not config.dinov2:
+    if config.vae_subfolder:
+        sizes["decode"] = sum(part_sizes(find_checkpoint(folder, config.vae_subfolder)[1]).values())
+    if config.dinov2:
+        sizes["condition"] = sum(
+            sum(count_weights(path).values()) for path in dinov2_files(Path(config.dinov2))
+        )
+    if weights_path.suffix == ".safetensors" and not sizes["condition"]:
         raise UserError(
             f"{weights_path} holds no image encoder (conditioner.*): give dinov2=, a DINOv2's folder"
         )
@@ -88,21 +93,11 @@ def hunyuan3d_pipeline(config: GenerateConfig, batch: int) -> ImageTo3DPipeline:
     if config.memory_budget is not None:
         budget = min(budget, int(config.memory_budget * GB))
     require(need, budget, config.low_memory, device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a missing image encoder is an error below
-        bundle = load_hunyuan3d(
-            folder, subfolder, dtype, device, config.vae_subfolder or None, config.dinov2 or None
-        )
-    if bundle.conditioner is None:
-        raise UserError(bundle.note)
-    sampling = bundle.config.pipeline
-    sampling.model = config.model
-    pipeline = ImageTo3DPipeline(
-        bundle.vae, bundle.dit, bundle.conditioner, sampling, file_sha256(*bundle.weights)
-    )
+    pipeline = _load(config, dtype, torch.device("cpu") if config.low_memory else device)
+    pipeline.placement.device = device
     resident = need.weights["decode"] if config.low_memory else sum(need.weights.values())
-    resolution = sampling.resolution if config.resolution is None else config.resolution
-    pipeline.max_points = points_within(budget - resident, bundle.vae.config, dtype, resolution, limit)
+    resolution = parts.pipeline.resolution if config.resolution is None else config.resolution
+    pipeline.max_points = points_within(budget - resident, pipeline.vae.config, dtype, resolution, limit)
     return pipeline
 
 
@@ -112,21 +107,32 @@ def import_checkpoint(config: ImportConfig) -> str:
     Raises:
         UserError: as `load_hunyuan3d`; no image encoder anywhere.
     """
+    pipeline = _load(config, torch.bfloat16, torch.device("cpu"))
+    pipeline.save_pretrained(config.output, torch.bfloat16)
+    encoder = "has an" if pipeline.vae.config.encoder_layers else "has no"
+    return f"{config.output}: {config.model}, whose VAE {encoder} encoder"
+
+
+def _load(
+    config: GenerateConfig | ImportConfig, dtype: torch.dtype, device: torch.device
+) -> ImageTo3DPipeline:
+    """The checkpoint that the options name, as a pipeline; UserError if there is no image encoder for it."""
     preset = PRESETS[config.model]
-    bundle = load_hunyuan3d(
-        config.weights or preset.repository,
-        config.subfolder or preset.subfolder,
-        torch.bfloat16,
-        vae_subfolder=config.vae_subfolder or None,
-        dinov2=config.dinov2 or None,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a missing image encoder is an error here
+        bundle = load_hunyuan3d(
+            config.weights or preset.repository,
+            config.subfolder or preset.subfolder,
+            dtype,
+            device,
+            config.vae_subfolder or None,
+            config.dinov2 or None,
+        )
     if bundle.conditioner is None:
         raise UserError(bundle.note)
     bundle.config.pipeline.model = config.model
-    pipeline = ImageTo3DPipeline(bundle.vae, bundle.dit, bundle.conditioner, bundle.config.pipeline)
-    pipeline.save_pretrained(config.output, torch.bfloat16)
-    encoder = "has an" if bundle.vae.config.encoder_layers else "has no"
-    return f"{config.output}: {config.model}, whose VAE {encoder} encoder"
+    sha256 = file_sha256(*bundle.weights)
+    return ImageTo3DPipeline(bundle.vae, bundle.dit, bundle.conditioner, bundle.config.pipeline, sha256)
 
 
 def views_of(image: Path, config: GenerateConfig) -> Path | dict[str, Path]:
@@ -163,18 +169,13 @@ def _need(
 def part_sizes(path: Path) -> dict[str, int]:
     """Parameters of each stage's weights in a checkpoint, from the head of the file alone.
 
-    A `.ckpt` has no such head: its bytes are taken for half-precision weights of the diffusion model.
+    A `.ckpt` has no such head: its bytes are taken for half-precision weights of the diffusion model. Tensors of no
+    stage (those of a VAE that is a file of its own) count as the field decoder's.
     """
     sizes = dict.fromkeys(_STAGES.values(), 0)
     if path.suffix != ".safetensors":
         sizes["dit"] = path.stat().st_size // 2
         return sizes
-    try:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                stage = _STAGES.get(name.partition(".")[0])
-                if stage is not None:
-                    sizes[stage] += torch.Size(file.get_slice(name).get_shape()).numel()
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or no safetensors file ({error})") from error
+    for name, count in count_weights(path).items():
+        sizes[_STAGES.get(name.partition(".")[0], "decode")] += count
     return sizes

@@ -75,7 +75,8 @@ def build_cache(config: TrainConfig) -> LatentInfo:
     A shape without a view that shows it is reported and left out.
 
     Raises:
-        UserError: the folder holds a cache made with another VAE, encoder or number of variants or views.
+        UserError: a VAE without an encoder, or the folder holds a cache made with another VAE, encoder or number of
+            variants or views.
     """
     builder = _Builder(config)
     wanted = set(read_split([*config.data.train, *config.data.val]))
@@ -84,6 +85,7 @@ def build_cache(config: TrainConfig) -> LatentInfo:
     if not plan:
         raise UserError(f"no shape of the splits is under {config.data.prepared}")
     builder.check_pictures(wanted)
+    builder.claim()
     sums: list[dict[str, Any]] = []
     with tqdm(total=sum(len(ids) for _, ids in plan), desc="cache", unit="shape", dynamic_ncols=True) as bar:
         for shard, ids in plan:
@@ -115,6 +117,11 @@ class _Builder:
         self.config: LatentsConfig = config.latents
         self.device = resolve_device(config.device)
         self.vae = ShapeVAE.from_pretrained(self.config.vae, device=self.device)
+        if not self.vae.config.encoder_layers:
+            raise UserError(
+                f"{self.config.vae} has no encoder, so meshes can't become latents; for Hunyuan3D-2, import with"
+                " vae_subfolder=, the folder of a VAE that has one"
+            )
         self.encoder: ImageEncoder = build_image_encoder(self.config.encoder, self.device)
         points = VAEStageConfig(
             model=self.vae.config,
@@ -142,9 +149,8 @@ class _Builder:
         if self.config.images is not None:
             self.settings["images"] = str(self.config.images)
             self.pictures = named_pictures(self.config.images)
-        self._claim()
 
-    def _claim(self) -> None:
+    def claim(self) -> None:
         """Note what the cache is made with before anything else is there; refuse a folder made otherwise."""
         path = self.config.output / "settings.json"
         if path.is_file():

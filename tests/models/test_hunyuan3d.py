@@ -215,7 +215,7 @@ def test_a_published_config_file() -> None:
     config = parse_config(values, "config.yaml")
     assert config.dit == full_size()
     assert config.vae.scale_factor == 0.9990943042622529 and config.vae.encoder_layers == 0
-    assert (config.encoder.image_size, config.border) == (518, 0.15)
+    assert (config.encoder.image_size, config.encoder.picture_size) == (518, 40)
     with torch.device("meta"):
         network = build_network(config.dinov2, "test")
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(1.136e9, rel=0.005)  # DINOv2-giant
@@ -229,10 +229,15 @@ def test_wrong_subfolder(written: Path) -> None:
         load_hunyuan3d(written, "hunyuan3d-dit-v9")
 
 
+def test_another_checkpoint_than_asked_for(written: Path) -> None:
+    with pytest.raises(UserError, match="is not hunyuan3d-dit-v2-mini: .* or subfolder=hunyuan3d-dit-v2-0"):
+        load_hunyuan3d(written / SUBFOLDER, "hunyuan3d-dit-v2-mini")
+
+
 def test_nothing_there_and_no_network(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no folder .*nowhere"):
         load_hunyuan3d(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="neither a folder here nor can it be downloaded"):
+    with pytest.raises(UserError, match="no folder .*someone/something can't be downloaded"):
         load_hunyuan3d("someone/something")
 
 
@@ -266,6 +271,17 @@ class Malicious:
 def test_code_in_a_ckpt_is_not_run(root: Path, tmp_path: Path) -> None:
     torch.save({"model": {"a": Malicious(tmp_path / "ran")}}, root / SUBFOLDER / "model.fp16.ckpt")
     (root / SUBFOLDER / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"ckpt holds code \((?!GLOBAL)[\w.]+\)"):
+        load_hunyuan3d(root)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_ckpt_as_written_before_torch_1_6(root: Path, tmp_path: Path) -> None:
+    path = root / SUBFOLDER / "model.ckpt"
+    torch.save(load_file(root / SUBFOLDER / WEIGHTS), path, _use_new_zipfile_serialization=False)
+    (root / SUBFOLDER / WEIGHTS).unlink()
+    assert load_hunyuan3d(root).weights == (path,)
+    torch.save({"a": Malicious(tmp_path / "ran")}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match="ckpt holds code"):
         load_hunyuan3d(root)
     assert not (tmp_path / "ran").exists()
@@ -295,6 +311,15 @@ def test_tensors_that_do_not_fit(root: Path, removed: str | None, added: str | N
     assert WEIGHTS in str(caught.value)
 
 
+def test_what_does_not_fit_is_told_before_it_is_converted(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "to", None)
+    change(root, model={"hidden_size": 64, "axes_dim": [32]})
+    with pytest.raises(UserError, match="mis-shaped"):
+        load_hunyuan3d(root)
+
+
 def test_weights_of_another_size(root: Path) -> None:
     change(root, model={"hidden_size": 64, "axes_dim": [32]})
     with pytest.raises(UserError, match=r"mis-shaped.*\(32, 8\) instead of \(64, 8\)"):
@@ -312,7 +337,12 @@ def test_weights_of_another_size(root: Path) -> None:
         ("vae", {"embed_dim": 4}, "8 latent channels.* 4"),
         ("scheduler", {"use_dynamic_shifting": True}, "use_dynamic_shifting is true"),
         ("scheduler", {"sigma": 1}, "unknown parameter 'sigma'"),
+        ("scheduler", {"shift": 0}, "shift is 0, expected a number above zero"),
         ("image_processor", {"mode": 1}, "unknown parameter 'mode'"),
+        ("image_processor", {"size": "big"}, "size is 'big'"),
+        ("image_processor", {"border_ratio": 0.3}, "border_ratio is 0.3, expected 0.15"),
+        ("conditioner", {"main_image_encoder": "clip"}, "main_image_encoder is 'clip', expected a mapping"),
+        ("conditioner", {"main_image_encoder": {"kwargs": None}}, "kwargs is None, expected a mapping"),
     ],
 )
 def test_unknown_values_are_named(root: Path, part: str, params: dict[str, Any], message: str) -> None:

@@ -38,7 +38,7 @@ class CleanupConfig:
 class Config:
     prompt: str = option("", "What to make.")
     output: Path = option(Path("out.glb"), "Where it goes.")
-    steps: int = option(25, "Number of steps.")
+    steps: int = option(25, "Number of steps: 1, 2, ...")
     guidance: float = option(3.0, "Guidance scale.")
     fast: bool = option(False, "Be quick.")
     seed: int | None = option(None, "Random seed.")
@@ -203,7 +203,7 @@ def test_help_lists_every_option_with_its_default_meaning_and_choices(configs: P
     text = help_text(main, Config, "demo", configs)
     assert "usage: python scripts/test_cli.py key=value" in text
     expected_texts = (
-        "steps=25|Number of steps.|guidance=4.0|fast=true|seed=null|colour=red|One of: red, dark_blue."
+        "steps=25|Number of steps: 1, 2, ...|guidance=4.0|fast=true|seed=null|colour=red|One of: red, dark_blue."
         "|cache.reuse=1|default, paper|debug=false"
     )
     for expected in expected_texts.split("|"):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import trimesh
 from _cli import execute, parse
-from hunyuan_tiny import write_checkpoint, write_checkpoint_21
+from hunyuan_tiny import DINOV2, write_checkpoint, write_checkpoint_21
 from tiny_pipeline import save_picture
 
 from elastic3d.adapters import attach, detach, save_routers
@@ -24,7 +24,9 @@ from elastic3d.config.hunyuan3d import PRESETS, ImportConfig
 from elastic3d.config.prepare import PrepareConfig
 from elastic3d.config.routing import RouterConfig
 from elastic3d.config.train import TrainConfig
+from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import read_extras
+from elastic3d.models.hunyuan3d import build_network
 from elastic3d.models.weights import load_hunyuan3d
 
 Command = Callable[..., int]
@@ -136,6 +138,48 @@ def test_missing_image_encoder(
     monkeypatch.setattr("elastic3d.pipelines.hunyuan3d.load_hunyuan3d", None)  # it is not even read
     assert command("model=hunyuan3d2", "weights=bare") == 2
     assert "holds no image encoder" in capsys.readouterr().err
+
+
+def test_a_pointer_instead_of_weights(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_checkpoint(tmp_path / "cloned") / "hunyuan3d-dit-v2-0"
+    (folder / "model.fp16.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
+    assert command("model=hunyuan3d2", "weights=cloned") == 2
+    assert "model.fp16.safetensors is a Git LFS pointer" in capsys.readouterr().err
+
+
+def test_parts_from_elsewhere_count_for_the_memory(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "bare", conditioner=False)
+    network = build_network({**DINOV2, "hidden_size": 512}, "test")
+    network.save_pretrained(tmp_path / "dinov2")
+    size = 4 * sum(p.numel() for p in network.parameters())
+    assert command("model=hunyuan3d2", "weights=bare", "dinov2=dinov2", "memory_budget=0.02") == 2
+    assert f"weights: condition {size / 1e9:.1f}," in capsys.readouterr().err
+
+
+def test_missing_routers_are_told_before_the_weights_are_read(
+    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elastic3d.pipelines.hunyuan3d.load_hunyuan3d", None)
+    assert command("model=hunyuan3d2", "routers=nowhere") == 2
+    assert "there is no folder nowhere" in capsys.readouterr().err
+
+
+def test_low_memory_loads_into_main_memory(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device never has to hold all weights at a time, not even while they are read."""
+    devices = []
+
+    def load(folder: str, subfolder: str, dtype: torch.dtype, device: torch.device, *rest: Any) -> None:
+        devices.append(device.type)
+        raise UserError("far enough")
+
+    monkeypatch.setattr("elastic3d.pipelines.hunyuan3d.load_hunyuan3d", load)
+    monkeypatch.setattr("elastic3d.pipelines.hunyuan3d.resolve_device", lambda _: torch.device("meta"))
+    assert command("model=hunyuan3d2") == command("model=hunyuan3d2", "low_memory=true") == 2
+    assert devices == ["meta", "cpu"]
 
 
 def test_options_of_other_models(command: Command, capsys: pytest.CaptureFixture[str]) -> None:

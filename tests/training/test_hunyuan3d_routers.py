@@ -27,6 +27,7 @@ from elastic3d.config.train import (
     Timesteps,
     TrainConfig,
 )
+from elastic3d.errors import UserError
 from elastic3d.pipelines.hunyuan3d import import_checkpoint
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.journal import read_metrics
@@ -123,5 +124,9 @@ def test_a_vae_without_an_encoder_says_so(prepared: Path) -> None:
         ImportConfig(model="hunyuan3d2", weights=str(prepared / "weights"), output=str(prepared / "model"))
     )
     assert told.endswith("whose VAE has no encoder")
-    with pytest.raises(ValueError, match="no encoder"):
-        build_cache(config_for(prepared))
+    config = config_for(prepared)
+    with pytest.raises(UserError, match="model/vae has no encoder.* vae_subfolder="):
+        build_cache(config)
+    assert not config.latents.output.exists()  # it would refuse the VAE that has one
+    weights = prepared / "model/image_encoder/dinov2/model.safetensors"
+    assert weights.stat().st_mode == weights.with_name("config.json").stat().st_mode
