@@ -130,7 +130,7 @@ class RoutingSession:
         self._budget = torch.tensor(list(map(self.router_config.calibrated, budgets)), dtype=torch.float32)
         self.trace = Trace([b.name for b in self.blocks], self.router_config.ratios, steps, samples)
         cache = self.reuse
-        if self.router_config.longest and not cache.closed_reuse:
+        if self.router_config.longest and self.source is None and not cache.closed_reuse:
             raise ValueError(
                 "cache.closed_reuse is false, expected true: these routers were trained to reuse residuals"
             )

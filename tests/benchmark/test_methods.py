@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from _cli import parse
 
 from elastic3d.adapters import attach, detach
+from elastic3d.benchmark.execute import make
 from elastic3d.benchmark.methods import (
     DRIFT_CACHE,
     FORECAST,
@@ -16,12 +18,14 @@ from elastic3d.benchmark.methods import (
     plan,
 )
 from elastic3d.benchmark.models import load_models
+from elastic3d.benchmark.store import Job
 from elastic3d.config.base import DeviceChoice
 from elastic3d.config.benchmark import BenchmarkConfig, Method, Phase
 from elastic3d.config.generate import GenerateConfig
 from elastic3d.config.routing import CacheRule, RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.routing.tables import TableRoutes
 from tests.benchmark.conftest import config_of
 
 CLI = ["images=photos", "output=out"]
@@ -76,7 +80,12 @@ def test_routers_that_reuse_have_no_rows_without_and_share_their_cache_with_cont
     methods = {case.method for case in cases}
     assert not methods & {"elastic_no_cache", "elastic_paper_cache"}
     assert methods >= {"elastic", "random", "static", "timestep", "shuffled", "dense_cache"}
+    widths = models["model"].session.router_config.widths
     for case in cases:
+        if case.method == "dense_cache":  # nobody asks the routers there
+            source = TableRoutes(torch.full((1, 1, 1, len(models["model"].session.blocks)), widths), widths)
+            [result] = make(models["model"], case.run, [Job(world / "images/a.png", 0)], config, source)
+            assert result.receipt["flops_executed"] <= result.receipt["flops_dense"]
         if case.method in ("elastic", "random", "shuffled"):
             assert case.run.settings.cache == RouterConfig(longest=2).cache()
     with pytest.raises(
