@@ -149,12 +149,11 @@ class ImageTo3DPipeline:
         vae = ShapeVAE.from_pretrained(folder / "vae", number, target)
         dit = load_dit(folder / "dit", number, target)
         files = [find_weights(folder / "vae"), find_weights(folder / "dit")]
-        digest = dense_digest = file_sha256(*files)
+        digest = dense = file_sha256(*files)
         if (folder / ROUTERS_NAME).is_dir():
             attach(dit, folder / ROUTERS_NAME)
             digest = file_sha256(*files, find_weights(folder / ROUTERS_NAME))
-        encoder = load_image_encoder(folder / "image_encoder", target)
-        return cls(vae, dit, encoder, config, digest, dense_digest)
+        return cls(vae, dit, load_image_encoder(folder / "image_encoder", target), config, digest, dense)
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` reads; `pipeline.json` last: half a folder is no model."""
