@@ -106,7 +106,6 @@ class RoutingSession:
         self.current: Pass | None = None
         self.recorded: Residuals | None = None
         self._announced: _Announced | None = None
-        self._generation = 0
         self.samples = self._steps = 0
         self._budget: Tensor = torch.ones(0)
 
@@ -125,7 +124,6 @@ class RoutingSession:
             raise ValueError(f"{len(budgets)} budgets for {samples} samples")
         for value in budgets:
             check_budget(value)
-        self._generation += 1
         self.samples, self._steps = samples, steps
         self._budget = torch.tensor(list(map(self.router_config.calibrated, budgets)), dtype=torch.float32)
         self.trace = Trace([b.name for b in self.blocks], self.router_config.ratios, steps, samples)

@@ -124,9 +124,8 @@ class RouterObjective(nn.Module, ABC):
         """
         parts = 1 + self.paired
         damage = self._damage(closed, dense, batch).clamp_min(1e-9).log()
-        known = (
-            batch["picks"].transpose(0, 1).flatten(0, 1)[:, 0] >= 0
-        )  # others have nothing to go on with: they run
+        # others have nothing to go on with: they run
+        known = batch["picks"].transpose(0, 1).flatten(0, 1)[:, 0] >= 0
         if self.training:
             self._follow(damage[known])
         mean, spread = self.damage_moments
@@ -230,10 +229,8 @@ def add_route(
     if router.longest:
         ages = np.cumsum(rng.geometric(routing.renewal, routing.recalled))
         usable = int(np.sum((ages <= step) & (ages <= router.longest)))
-        shape = (
-            1 + paired,
-            1 if looks_ahead(router) else blocks,
-        )  # who decides together remembers the same step
+        # blocks that decide together remember the same step
+        shape = (1 + paired, 1 if looks_ahead(router) else blocks)
         picks = rng.integers(usable, size=shape) if usable else np.full(shape, -1)
         item["ages"] = torch.from_numpy(np.where(ages <= step, ages, 0))
         item["picks"] = torch.from_numpy(np.broadcast_to(picks, (1 + paired, blocks)).copy())
