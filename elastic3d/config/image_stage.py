@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from elastic3d.config.base import check_range, option
 from elastic3d.config.text_to_image import BackboneName
+
+
+class Prediction(Enum):
+    """What a DiT's output is: the velocity, as in FLUX; or the clean picture, from which the velocity follows, and which
+    is far simpler than the noise where a token has many pixels (2511.13720)."""
+
+    velocity = "velocity"
+    clean = "clean"
 
 
 @dataclass(kw_only=True)
@@ -23,6 +32,7 @@ class PixelModelConfig:
     steps: int = option(30, "sampling steps by default")
     guidance: float = option(3.0, "guidance by default")
     shift: float = option(1.0, "timestep shift of the sampler; above 1 spends more steps on noise")
+    predicts: Prediction = option(Prediction.clean, "what the DiT's output is")
     name: str = option("image-small", "name of the model, for receipts")
 
     def __post_init__(self) -> None:
@@ -61,6 +71,7 @@ class ImageStageConfig:
     encode_batch: int = option(8, "pictures or prompts encoded at once")
     drop_caption: float = option(0.1, "share of samples without caption (classifier-free guidance)")
     logit_normal: bool = option(True, "timesteps from a logit-normal distribution; false: uniform")
+    shift: float = option(1.0, "timestep shift; above 1 trains more on noise")
     val_pictures: int = option(128, "pictures to validate on")
     sample_pictures: int = option(8, "sample pictures")
     sample_steps: int = option(25, "sampling steps of the sample pictures")

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from elastic3d import __version__
-from elastic3d.config.image_stage import PixelModelConfig
+from elastic3d.config.image_stage import PixelModelConfig, Prediction
 from elastic3d.config.serialize import from_dict, to_dict
 from elastic3d.config.text_to_image import BackboneName
 from elastic3d.errors import UserError
@@ -24,6 +24,7 @@ from elastic3d.pipelines.backbones import FluxBackbone, Text
 from elastic3d.pipelines.image_loading import INDEX_NAME, check_index, load_transformer, quiet
 
 CLASS_NAME, SETTINGS_NAME = "PixelFluxPipeline", "pipeline.json"
+LEAST_NOISE = 0.05
 
 
 class PatchVAE(nn.Module):
@@ -46,6 +47,18 @@ class PatchVAE(nn.Module):
         """Latents (B,3 f^2,h,w) -> pictures (B,3,H,W)."""
         f = self.factor
         return (rearrange(latents, "B (C f g) h w -> B C (h f) (w g)", f=f, g=f),)
+
+
+class CleanScheduler(FlowMatchEulerDiscreteScheduler):
+    """Euler steps for a model that predicts the clean picture: the velocity is what leads from it to the sample."""
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **options: Any) -> Any:
+        """As diffusers', with the prediction (B,N,C) of the data in the place of that of the velocity."""
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        sigma = self.sigmas[self.step_index].to(sample.device)
+        towards_noise = (sample.float() - model_output.float()) / sigma
+        return super().step(towards_noise, timestep, sample, *args, **options)
 
 
 class PixelFluxPipeline(FluxPipeline):
@@ -74,7 +87,9 @@ class PixelFluxPipeline(FluxPipeline):
         cls, config: PixelModelConfig, transformer: FluxTransformer2DModel | None, text: MiniLM | None
     ) -> PixelFluxPipeline:
         """Without a transformer it encodes only, without a text encoder it takes embeddings only."""
-        pipe = cls(FlowMatchEulerDiscreteScheduler(shift=config.shift), transformer)
+        clean = config.predicts is Prediction.clean
+        scheduler = CleanScheduler if clean else FlowMatchEulerDiscreteScheduler
+        pipe = cls(scheduler(shift=config.shift), transformer)
         pipe.settings, pipe.text = config, text
         pipe.vae_scale_factor = config.patch // 2
         pipe.vae = PatchVAE(pipe.vae_scale_factor)
@@ -128,6 +143,16 @@ class SmallBackbone(FluxBackbone):
     def encode_prompts(self, prompts: Sequence[str], length: int | None = None) -> Text:
         """Every prompt has the model's own length."""
         return super().encode_prompts(prompts)
+
+    def velocity(
+        self, dit: Any, latents: Tensor, t: Tensor, text: Text, size: tuple[int, int], guidance: float
+    ) -> Tensor:
+        """(B,N,C); of a clean prediction near the data, where it would be all error, of a slightly earlier time."""
+        found = super().velocity(dit, latents, t, text, size, guidance)
+        if self.pipe.settings.predicts is Prediction.velocity:
+            return found
+        left = (1 - t).clamp_min(LEAST_NOISE)[:, None, None]
+        return (-found - latents) / left
 
 
 def build_transformer(config: PixelModelConfig) -> Any:

@@ -64,7 +64,7 @@ class PictureItems:
         if rng.random() < self.drop_caption:
             item |= self._negative
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
-        item["t"] = sample_timesteps(1, generator, self.config.logit_normal)[0]
+        item["t"] = sample_timesteps(1, generator, self.config.logit_normal, self.config.shift)[0]
         return item
 
     def draw(self, index: int, caption: int, rng: np.random.Generator) -> Batch:

@@ -1,0 +1,66 @@
+"""The small model's two predictions: sampler and training agree on what its output is."""
+
+import pytest
+import torch
+
+from elastic3d.config.image_stage import PixelModelConfig, Prediction
+from elastic3d.diffusion.flow import interpolate, velocity
+from elastic3d.pipelines.pixel_flux import LEAST_NOISE, PixelFluxPipeline, SmallBackbone, build_transformer
+
+CONFIG = dict(size=16, patch=8, text_length=6, width=32, heads=2, double_blocks=1, single_blocks=1, name="tiny")
+
+
+class Oracle(torch.nn.Module):
+    """Knows the picture, and says what such a model should say."""
+
+    def __init__(self, transformer, predicts, data, noise):
+        super().__init__()
+        self.inner, self.predicts, self.data, self.noise = transformer, predicts, data, noise
+        self.config, self.dtype, self.device = transformer.config, torch.float32, torch.device("cpu")
+
+    def forward(self, **_):
+        return (self.data if self.predicts is Prediction.clean else self.noise - self.data,)
+
+
+@pytest.fixture(params=Prediction)
+def known(request):
+    config = PixelModelConfig(**CONFIG, predicts=request.param)
+    data, noise = torch.rand(2, 4, 192) * 2 - 1, torch.randn(2, 4, 192)
+    oracle = Oracle(build_transformer(config), request.param, data, noise)
+    pipe = PixelFluxPipeline.build(config, build_transformer(config), None)
+    text = {"prompt_embeds": torch.randn(2, 6, 384), "pooled_prompt_embeds": torch.randn(2, 384)}
+    return SmallBackbone(pipe), oracle, data, noise, text
+
+
+def test_velocity_of_the_right_answer_is_the_target(known):
+    backbone, oracle, data, noise, text = known
+    t = torch.tensor([0.0, 0.9])
+    found = backbone.velocity(oracle, interpolate(noise, data, t), t, text, (16, 16), 1.0)
+    torch.testing.assert_close(found, velocity(noise, data), rtol=1e-4, atol=1e-4)
+
+
+def test_velocity_near_the_data_stays_bounded(known):
+    backbone, oracle, data, noise, text = known
+    t = torch.tensor([0.9999, 1.0])
+    found = backbone.velocity(oracle, interpolate(noise, data, t), t, text, (16, 16), 1.0)
+    assert found.abs().max() <= (data - noise).abs().max() + 1e-3 < 1 / LEAST_NOISE
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_sampler_reaches_what_the_model_predicts(known, steps):
+    backbone, oracle, data, noise, text = known
+    pipe = backbone.pipe
+    pipe.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+    sample = noise
+    for t in pipe.scheduler.timesteps:
+        sample = pipe.scheduler.step(oracle()[0], t, sample, return_dict=False)[0]
+    torch.testing.assert_close(sample, data, rtol=1e-4, atol=1e-4)
+
+
+def test_prediction_is_kept_with_the_model(tmp_path):
+    from elastic3d.pipelines.pixel_flux import load_pixel_flux, save_pixel_flux
+
+    config = PixelModelConfig(**CONFIG, predicts=Prediction.velocity)
+    save_pixel_flux(config, build_transformer(config), tmp_path, torch.float32)
+    found = load_pixel_flux(tmp_path, torch.device("cpu"), torch.float32, encoders=False)
+    assert found.settings == config
