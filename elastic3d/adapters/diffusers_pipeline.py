@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from elastic3d.routing.session import Branch, RoutingSession
+from elastic3d.routing.passes import Branch
+from elastic3d.routing.session import RoutingSession
 
 _BRANCHES = {"cond": Branch.conditional, "uncond": Branch.unconditional}
 

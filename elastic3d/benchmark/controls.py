@@ -15,19 +15,21 @@ from elastic3d.benchmark.execute import condition_of, following, sample_latents
 from elastic3d.benchmark.methods import Planner, Routes, Run
 from elastic3d.benchmark.models import MAIN
 from elastic3d.benchmark.store import Job, find_pictures
-from elastic3d.config.routing import ElasticConfig
+from elastic3d.config.routing import Branches, ElasticConfig, RouterConfig
 from elastic3d.diffusion.flow import interpolate
 from elastic3d.diffusion.sampler import initial_noise
 from elastic3d.models.weights import load_json, save_json
 from elastic3d.routing.controls import (
+    as_one,
     executed_share,
     greedy_static,
     nearest_share,
     random_routes,
     timestep_routes,
 )
+from elastic3d.routing.passes import BOTH_BRANCHES, Branch, RouteSource
 from elastic3d.routing.protocol import BlockFlops
-from elastic3d.routing.session import BOTH_BRANCHES, Branch, RouteSource
+from elastic3d.routing.router import looks_ahead
 from elastic3d.routing.tables import TableRoutes
 from elastic3d.routing.trace import parse_actions
 
@@ -71,9 +73,14 @@ class Controls:
         seed = zlib.crc32(f"{run.name}/{job.seed}/{job.image.stem}".encode())
         branches = int((calibrated["actions"][:, :, 0, 0] >= -1).any(dim=0).sum())
         generator = torch.Generator().manual_seed(seed)
-        return random_routes(
-            calibrated["blocks"], self.ratios, run.steps, branches, calibrated["share"], generator
+        blocks, decided = calibrated["blocks"], self._decided(calibrated["blocks"])
+        together = self._router_config.branches is Branches.together
+        routes = random_routes(
+            decided, self.ratios, run.steps, 1 if together else branches, calibrated["share"], generator
         )
+        if together:
+            routes[:, 1:branches] = routes[:, :1]
+        return routes.expand(-1, -1, len(blocks))
 
     def _of_another(self, run: Run, job: Job) -> Tensor:
         """What the routers did for the next picture, at the same seed."""
@@ -84,7 +91,14 @@ class Controls:
 
     def _timestep(self, run: Run) -> Tensor:
         found = self._calibrated(run)
-        return timestep_routes(found["actions"], found["blocks"], self.ratios, found["share"])[:, :, None]
+        decided = self._decided(found["blocks"])
+        actions = found["actions"][..., : len(decided)]
+        routes = timestep_routes(actions, decided, self.ratios, found["share"])
+        return routes.expand(-1, -1, len(found["blocks"]))[:, :, None]
+
+    def _decided(self, blocks: list[BlockFlops]) -> list[BlockFlops]:
+        """What controls choose among: blocks, or all of them as one where the routers decide for all."""
+        return [as_one(blocks)] if looks_ahead(self._router_config) else blocks
 
     def _static(self, run: Run) -> Tensor:
         share = self._calibrated(run)["share"]
@@ -92,11 +106,15 @@ class Controls:
         return nearest_share(path, share)[None, None, None]
 
     @property
-    def ratios(self) -> tuple[float, ...]:
-        """Nested widths of the routers."""
+    def _router_config(self) -> RouterConfig:
         session = self.pipeline.session
         assert session is not None
-        return session.router_config.ratios
+        return session.router_config
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Nested widths of the routers."""
+        return self._router_config.ratios
 
     # ------------------------------------------------------------------------------------------- calibration
 

@@ -16,7 +16,8 @@ from elastic3d.config.geometry import CleanupConfig, DecodeConfig
 from elastic3d.config.images import ForegroundConfig
 from elastic3d.models.foreground import prepare_picture, to_tensor
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result, Settings
-from elastic3d.routing.session import RouteSource, RoutingSession
+from elastic3d.routing.passes import RouteSource
+from elastic3d.routing.session import RoutingSession
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from elastic3d.config.text_to_image import BackboneName
 
 
 class Prediction(Enum):
-    """What a DiT's output is: the velocity, as in FLUX; or the clean picture, from which the velocity follows, and which
-    is far simpler than the noise where a token has many pixels (2511.13720)."""
+    """What a DiT's output is: the velocity, as in FLUX; or the clean picture, from which the velocity follows. It is
+    far simpler than noise where a token has many pixels (2511.13720)."""
 
     velocity = "velocity"
     clean = "clean"

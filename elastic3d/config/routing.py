@@ -19,11 +19,18 @@ class RouterVariant(Enum):
 
 
 class Lookahead(Enum):
-    """What a router sees: its own block's input, or (one decision a step for all blocks) the first
-    block's."""
+    """Who decides: each block's router on its block's input, or one router at the start of a step, for all blocks."""
 
     block = "block"
     step = "step"
+
+
+class Branches(Enum):
+    """Whether the branches of classifier-free guidance have routes of their own, or the unconditional one takes the
+    conditional one's."""
+
+    apart = "apart"
+    together = "together"
 
 
 class CacheRule(Enum):
@@ -41,11 +48,9 @@ class RouterConfig:
     """Architecture and initialisation of the routers. Saved with their weights."""
 
     variant: RouterVariant = option(RouterVariant.light, "the light router, or the paper's own")
-    lookahead: Lookahead = option(Lookahead.block, "decide before each block, or once a step for all blocks")
-    common: float = option(
-        0.0,
-        "lookahead step: how much the blocks decide together; a gate's logit is the blocks' mean, and its own"
-        " difference from that over 1 + common",
+    lookahead: Lookahead = option(Lookahead.block, "decide before each block, or once a step for all of them")
+    branches: Branches = option(
+        Branches.apart, "lookahead step: each guidance branch for itself, or both as the conditional one"
     )
     hidden: int = option(32, "hidden channels of a router (H_r); the paper's code has 128")
     conditioning: int = option(
@@ -75,10 +80,9 @@ class RouterConfig:
         check_range("initial_width_bias", self.initial_width_bias, 0, 20)
         check_range("head_std", self.head_std, 0, 100)
         check_range("longest", self.longest, 0, 1000)
-        check_range("common", self.common, 0, 1e6)
-        if self.common and self.lookahead is not Lookahead.step:
+        if self.branches is Branches.together and self.lookahead is not Lookahead.step:
             raise ValueError(
-                f"common is {self.common:g}, expected 0: only with lookahead=step do blocks decide together"
+                "branches is together, expected apart: only with lookahead=step does one branch decide for both"
             )
         check_range("order", self.order, 0, 1)
         if len(self.asked) != len(self.told) or sorted(self.asked) != self.asked:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from elastic3d.diffusion.flow import timestep_grid
-from elastic3d.routing.session import BOTH_BRANCHES, Branch, RoutingSession
+from elastic3d.routing.passes import BOTH_BRANCHES, Branch
+from elastic3d.routing.session import RoutingSession
 
 
 class Velocity(Protocol):

@@ -58,7 +58,7 @@ class CleanScheduler(FlowMatchEulerDiscreteScheduler):
             self._init_step_index(timestep)
         sigma = self.sigmas[self.step_index].to(sample.device)
         towards_noise = (sample.float() - model_output.float()) / sigma
-        return super().step(towards_noise, timestep, sample, *args, **options)
+        return super().step(towards_noise.to(model_output.dtype), timestep, sample, *args, **options)
 
 
 class PixelFluxPipeline(FluxPipeline):

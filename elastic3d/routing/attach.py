@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic3d.config.routing import RouterConfig
-from elastic3d.routing.block import ElasticBlock
+from elastic3d.routing.block import ElasticBlock, Place
 from elastic3d.routing.protocol import BlockAdapter, ModelAdapter
 from elastic3d.routing.router import build_conditioner, build_router, looks_ahead
 from elastic3d.routing.session import RoutingSession
@@ -30,18 +30,23 @@ def attach(model: nn.Module, adapter: ModelAdapter, config: RouterConfig | None 
     if not found:
         raise ValueError(f"this {type(model).__name__} has no blocks to route")
     session = RoutingSession(config, adapter.family)
-    first = found[0][2]
-    reference = next(model.parameters())
-    session.conditioner = build_conditioner(config, len(found))
+    device = next(model.parameters()).device
+    deciding = 1 if looks_ahead(config) else len(found)
+    session.conditioner = build_conditioner(config, deciding)
+    if session.conditioner is not None:
+        session.conditioner.to(device)
+    start = 0
     for index, (parent, name, block_adapter, block) in enumerate(found):
-        streams = len((first if looks_ahead(config) else block_adapter).stream_names)
-        router = build_router(config, block_adapter.width(block), streams)
-        wrapped = ElasticBlock(block, name, index, block_adapter, router, session.conditioner, session)
-        wrapped.router.to(reference.device)
+        if parent is not found[start][0]:
+            start = index
+        router = None
+        if index < deciding:
+            streams = len(block_adapter.stream_names)
+            router = build_router(config, block_adapter.width(block), streams).to(device)
+        place = Place(name, index, range(start, start + len(parent)))
+        wrapped = ElasticBlock(block, place, block_adapter, router, session.conditioner, session)
         session.blocks.append(wrapped)
         parent[int(name.rpartition(".")[2])] = wrapped
-    if session.conditioner is not None:
-        session.conditioner.to(reference.device)
     handle = model.register_forward_pre_hook(_Enter(session, adapter), with_kwargs=True)
     model.__dict__[_HANDLE] = (session, handle)
     return session
@@ -72,7 +77,9 @@ def router_modules(model: nn.Module) -> nn.ModuleDict:
     """Every router and what they share, as one module: for optimizers, averages and counting."""
     session = session_of(model)
     modules: dict[str, nn.Module] = {
-        f"{block.name}.router".replace(".", "/"): block.router for block in session.blocks
+        f"{block.name}.router".replace(".", "/"): block.router
+        for block in session.blocks
+        if block.router is not None
     }
     if session.conditioner is not None:
         modules["conditioner"] = session.conditioner

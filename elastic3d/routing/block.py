@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,15 @@ from elastic3d.routing.trace import REUSED, SKIPPED
 from elastic3d.routing.width import NarrowBlocks, masked
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a block is in its model: its dotted name, its number, and the numbers of all blocks of its list."""
+
+    name: str
+    index: int
+    stage: range
+
+
 class ElasticBlock(nn.Module):
     """Wraps a block of a base model. Keys of the state dict, dotted names and attributes stay the block's
     own.
@@ -29,18 +38,18 @@ class ElasticBlock(nn.Module):
     def __init__(
         self,
         inner: nn.Module,
-        name: str,
-        index: int,
+        place: Place,
         adapter: BlockAdapter,
-        router: Router,
+        router: Router | None,
         conditioner: Conditioner | None,
         session: RoutingSession,
     ) -> None:
         super().__init__()
         self.inner = inner
-        self.router = router
+        self.router = router  # None where another block's decides
         self.conditioner = conditioner  # one module, shared by all blocks
-        self.name, self.index, self.adapter, self.session = name, index, adapter, session
+        self.name, self.index, self.stage = place.name, place.index, place.stage
+        self.adapter, self.session = adapter, session
         self.sites = adapter.mlp_sites(inner)
         self.narrow = NarrowBlocks(inner, self.sites, session.router_config.ratios)
         self._flops: dict[tuple[int, ...], BlockFlops] = {}
@@ -58,15 +67,19 @@ class ElasticBlock(nn.Module):
         if not session.settings.elastic and session.recorded is None:
             return self.inner(*args, **kwargs)
         call = self.adapter.bind(self.inner, args, kwargs)
+        span = session.span(self)
+        if self.index == span.start:
+            session.entered[span.start] = call.streams
         if session.recorded is not None:
-            return self.adapter.pack(self._recorded(call))
+            return self.adapter.pack(self._recorded(call, span))
         decision = session.decide(self, call)
         assert session.current is not None
-        streams = self._masked(call, decision) if session.current.masked else self._sparse(call, decision)
-        return self.adapter.pack(streams)
+        run = self._masked if session.current.masked else self._sparse
+        return self.adapter.pack(run(call, decision, span))
 
     def route(self, given: RouterInput, modulation: Tensor | None, age: Tensor | None) -> Tensor:
         """What this block's router makes of it, with its part of the modulation (B,I,C): logits (B, 1 + K)."""
+        assert self.router is not None
         own = None if modulation is None else modulation[:, self.index]
         return self.router(replace(given, modulation=own, age=age))
 
@@ -76,15 +89,17 @@ class ElasticBlock(nn.Module):
             self._flops[lengths] = self.adapter.flops(self.inner, lengths)
         return self._flops[lengths]
 
-    def _recorded(self, call: BlockCall) -> tuple[Tensor, ...]:
-        """The dense block, and a note of what it added."""
-        assert self.session.recorded is not None
+    def _recorded(self, call: BlockCall, span: range) -> tuple[Tensor, ...]:
+        """The dense block, and at the end of a span a note of what it added."""
+        session = self.session
+        assert session.recorded is not None
         output = self.adapter.run(self.inner, call)
-        added = tuple((y - x).detach() for x, y in zip(call.streams, output, strict=True))
-        self.session.recorded[self.index] = added
+        if self.index == span[-1]:
+            added = zip(session.entered[span.start], output, strict=True)
+            session.recorded[span.start] = tuple((y - x).detach() for x, y in added)
         return output
 
-    def _sparse(self, call: BlockCall, decision: RouteDecision) -> tuple[Tensor, ...]:
+    def _sparse(self, call: BlockCall, decision: RouteDecision, span: range) -> tuple[Tensor, ...]:
         """Each group of rows with the same action does just that; one group that is everybody is not
         gathered."""
         actions = self.session.plan(self, call, decision)
@@ -92,47 +107,56 @@ class ElasticBlock(nn.Module):
         for row, action in enumerate(actions):
             groups.setdefault(action, []).append(row)
         if len(groups) == 1:
-            return self._act(call, actions[0], groups[actions[0]])
+            return self._act(call, actions[0], groups[actions[0]], span)
         output = tuple(stream.clone() for stream in call.streams)
         for action, rows in groups.items():
             if action != SKIPPED:
                 index = rows_index(rows, output[0].device)
-                for whole, part in zip(
-                    output, self._act(self.adapter.take(call, index), action, rows), strict=True
-                ):
+                found = self._act(self.adapter.take(call, index), action, rows, span)
+                for whole, part in zip(output, found, strict=True):
                     whole[index] = part
         return output
 
-    def _act(self, call: BlockCall, action: int, rows: Sequence[int]) -> tuple[Tensor, ...]:
-        """One action for all rows of `call`, which are `rows` of the batch."""
-        current, cache = self.session.current, self.session.cache
+    def _act(self, call: BlockCall, action: int, rows: Sequence[int], span: range) -> tuple[Tensor, ...]:
+        """One action for all rows of `call`, which are `rows` of the batch.
+
+        Rows that reuse pass a span unchanged, and get all that it adds at its end.
+        """
+        session, ends = self.session, self.index == span[-1]
+        current, cache = session.current, session.cache
         assert current is not None
-        if action == SKIPPED:
+        if action == SKIPPED or (action == REUSED and not ends):
             return call.streams
+        output = call.streams if action == REUSED else self.adapter.run(self.narrow.at(action - 1), call)
+        if cache is None or not ends:
+            return output
+        key, count, entered = current.key(span.start), len(current.rows), session.entered[span.start]
+        if len(rows) < count:
+            index = rows_index(rows, entered[0].device)
+            entered = tuple(stream[index] for stream in entered)
         if action == REUSED:
-            assert cache is not None
-            return cache.apply(current.key(self.index), rows, current.step, call.streams)
-        output = self.adapter.run(self.narrow.at(action - 1), call)
-        if cache is not None:
-            cache.store(current.key(self.index), rows, len(current.rows), current.step, call.streams, output)
+            return cache.apply(key, rows, current.step, entered)
+        cache.store(key, rows, count, current.step, entered, output)
         return output
 
-    def _masked(self, call: BlockCall, decision: RouteDecision) -> tuple[Tensor, ...]:
+    def _masked(self, call: BlockCall, decision: RouteDecision, span: range) -> tuple[Tensor, ...]:
         """Training: hard gates and width masks with straight-through gradients, on the rows that take
-        part."""
-        current = self.session.current
+        part. Of a span of several blocks the gates act at its end."""
+        current, ends = self.session.current, self.index == span[-1]
         assert current is not None
         closed = call.streams  # what comes out where the block is closed
-        if current.recall is not None:
-            added = current.recall.residuals(self.index)
-            closed = tuple(x + r.to(x.dtype) for x, r in zip(closed, added, strict=True))
+        if ends:
+            closed = self.session.entered[span.start]
+            if current.recall is not None:
+                added = current.recall.residuals(span.start)
+                closed = tuple(x + r.to(x.dtype) for x, r in zip(closed, added, strict=True))
         if current.closed:
             current.ran_rows[self.index] = 0
             return closed
         weight: Tensor | None = None
         rows: Tensor | None = None
         if current.explored is not None:
-            rows = (decision.keep | current.explored[:, self.index]).nonzero()[:, 0]
+            rows = (decision.keep | current.explored[:, span.start]).nonzero()[:, 0]
             current.ran_rows[self.index] = len(rows)
             share = current.explored.float().mean().clamp_min(1e-3)
             weight = torch.where(decision.keep, 1.0, 1 / share)[rows]
@@ -147,8 +171,10 @@ class ElasticBlock(nn.Module):
         current.ran_rows.setdefault(self.index, len(keep))
         with masked(self.inner, self.sites, width, self.session.router_config.ratios):
             output = self.adapter.run(self.inner, part)
-        base = closed if rows is None else tuple(x[rows] for x in closed)
-        mixed = tuple(gated(x, y, keep, keep_prob, weight) for x, y in zip(base, output, strict=True))
+        mixed = output
+        if ends:
+            base = closed if rows is None else tuple(x[rows] for x in closed)
+            mixed = tuple(gated(x, y, keep, keep_prob, weight) for x, y in zip(base, output, strict=True))
         if rows is None:
             return mixed
         return tuple(x.index_copy(0, rows, y.to(x.dtype)) for x, y in zip(closed, mixed, strict=True))
@@ -194,9 +220,9 @@ class ElasticBlock(nn.Module):
         yield prefix, self
         yield from self.inner.named_modules(memo, prefix, remove_duplicate)
         dot = prefix + "." if prefix else ""
-        yield from self.router.named_modules(memo, dot + "router", remove_duplicate)
-        if self.conditioner is not None:
-            yield from self.conditioner.named_modules(memo, dot + "conditioner", remove_duplicate)
+        for name, own in (("router", self.router), ("conditioner", self.conditioner)):
+            if own is not None:
+                yield from own.named_modules(memo, dot + name, remove_duplicate)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped block's."""

@@ -17,6 +17,11 @@ from elastic3d.routing.protocol import BlockFlops
 from elastic3d.routing.trace import NOT_RUN, SKIPPED
 
 
+def as_one(blocks: Sequence[BlockFlops]) -> BlockFlops:
+    """Blocks that are decided together."""
+    return BlockFlops(sum(block.fixed for block in blocks), sum(block.mlp for block in blocks))
+
+
 def action_flops(blocks: Sequence[BlockFlops], ratios: Sequence[float]) -> Tensor:
     """FLOPs (I, 1 + K) fp64 of each action of each block, skipping first."""
     return torch.tensor([[0.0, *(b.at(ratio) for ratio in ratios)] for b in blocks], dtype=torch.float64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,28 +13,17 @@ class RouteDecision:
     """One route per sample through one block.
 
     keep (B,) bool: run the block; width (B,) long in [0, K): index of the MLP's nested width. keep_prob (B,)
-    and width_prob (B,K) are what they were taken from, and carry the gradient. host: keep_prob, width and keep as
-    lists, where they are known already.
+    and width_prob (B,K) are what they were taken from, and carry the gradient.
     """
 
     keep: Tensor
     width: Tensor
     keep_prob: Tensor
     width_prob: Tensor
-    host: Sequence[Sequence[float]] | None = None
 
-    def on_host(self) -> Sequence[Sequence[float]]:
+    def on_host(self) -> list[list[float]]:
         """keep_prob, width and keep as lists; waits for the device, once."""
-        if self.host is not None:
-            return self.host
         return torch.stack([self.keep_prob, self.width.float(), self.keep.float()]).tolist()
-
-    def by_block(self, blocks: int) -> list[RouteDecision]:
-        """Decisions of all blocks, one after the other, in one (I*B): one for each, known on the host."""
-        table = torch.tensor(self.on_host()).unflatten(1, (blocks, -1)).transpose(0, 1).tolist()
-        parts = [t.unflatten(0, (blocks, -1)).unbind() for t in (self.keep, self.width, self.keep_prob)]
-        widths = self.width_prob.unflatten(0, (blocks, -1)).unbind()
-        return [RouteDecision(*fields) for fields in zip(*parts, widths, table, strict=True)]
 
     @staticmethod
     def from_logits(logits: Tensor, threshold: float) -> RouteDecision:
@@ -67,5 +55,4 @@ class RouteDecision:
         widths = self.width_prob.shape[-1]
         full = torch.full_like(self.width, widths - 1)
         prob = torch.nn.functional.one_hot(full, widths).to(self.width_prob.dtype)
-        host = self.host and [self.host[0], [widths - 1.0] * len(full), self.host[2]]
-        return replace(self, width=full, width_prob=prob, host=host)
+        return replace(self, width=full, width_prob=prob)

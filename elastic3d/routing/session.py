@@ -9,17 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from elastic3d.config.routing import BlockCacheConfig, ElasticConfig, RouterConfig, check_budget
-from elastic3d.routing.cache import Key, ResidualCache
+from elastic3d.config.routing import (
+    BlockCacheConfig,
+    Branches,
+    CacheRule,
+    ElasticConfig,
+    RouterConfig,
+    check_budget,
+)
+from elastic3d.routing.cache import ResidualCache, Streams
 from elastic3d.routing.decision import RouteDecision
-from elastic3d.routing.protocol import BlockCall, BlockFlops
+from elastic3d.routing.passes import BOTH_BRANCHES, Announced, Branch, Pass, RouteSource
+from elastic3d.routing.protocol import BlockCall
 from elastic3d.routing.recall import Recall, Residuals
 from elastic3d.routing.router import Conditioner, RouterInput, Situation, Tokens, looks_ahead
 from elastic3d.routing.trace import REUSED, SKIPPED, Trace
@@ -28,69 +34,13 @@ if TYPE_CHECKING:
     from elastic3d.routing.block import ElasticBlock
 
 
-class Branch(IntEnum):
-    """The two branches of classifier-free guidance."""
-
-    conditional = 0
-    unconditional = 1
-
-
-BOTH_BRANCHES = (Branch.conditional, Branch.unconditional)
-
-
-@dataclass
-class Pass:
-    """One forward pass of the model. Rows of the batch are (branch, sample); masked passes are for
-    training."""
-
-    situation: Situation
-    rows: list[tuple[int, int]]
-    step: int
-    masked: bool
-    explored: Tensor | None = None
-    lockstep: bool = False
-    recall: Recall | None = None
-    closed: bool = False
-    modulation: Tensor | None = None
-    ahead: list[RouteDecision] = field(default_factory=list)
-    decisions: dict[int, RouteDecision] = field(default_factory=dict)
-    flops: dict[int, BlockFlops] = field(default_factory=dict)
-    ran_rows: dict[int, int] = field(default_factory=dict)
-    visited: set[int] = field(default_factory=set)
-
-    def key(self, block: int) -> Key:
-        """Where the cache keeps what a block remembers of these rows."""
-        return block, self.rows[0][0]
-
-
-class RouteSource(Protocol):
-    """Something else than the routers that decides (see `tables.py`)."""
-
-    def decide(self, current: Pass, block: int) -> RouteDecision:
-        """The route of every row of `current` through one block."""
-        ...
-
-
-@dataclass
-class _Announced:
-    step: int
-    dt: Tensor | float
-    budget: Tensor | float
-    branches: tuple[int, ...] | Tensor
-    masked: bool = False
-    explored: Tensor | None = None
-    lockstep: bool = False
-    recall: Recall | None = None
-    closed: bool = False
-
-
 class RoutingSession:
     """The state that the blocks of one model share.
 
     Public attributes: `settings`, changed between generations; `source`, None where the routers decide; `announcer`,
     which calls `begin` and `step` for a pass of so many rows that nobody announced; `trace` of the newest generation;
-    `current`, the newest forward pass, whose `decisions` the losses read; `recorded`, what the blocks of a dense pass
-    add, while somebody asks for it.
+    `current`, the newest forward pass, whose `decisions` the losses read; `recorded`, what the spans of a dense pass
+    add, while somebody asks for it; `entered`, by its first block, what came into each span in the newest pass.
     """
 
     def __init__(self, router_config: RouterConfig, family: str) -> None:
@@ -105,7 +55,9 @@ class RoutingSession:
         self.cache: ResidualCache | None = None
         self.current: Pass | None = None
         self.recorded: Residuals | None = None
-        self._announced: _Announced | None = None
+        self.entered: dict[int, Streams] = {}
+        self._led: tuple[int, Tensor] | None = None
+        self._announced: Announced | None = None
         self.samples = self._steps = 0
         self._budget: Tensor = torch.ones(0)
 
@@ -133,7 +85,7 @@ class RoutingSession:
                 "cache.closed_reuse is false, expected true: these routers were trained to reuse residuals"
             )
         self.cache = ResidualCache(cache, steps) if cache.active else None
-        self.current = self._announced = None
+        self._forget()
 
     @property
     def reuse(self) -> BlockCacheConfig:
@@ -149,7 +101,7 @@ class RoutingSession:
             raise ValueError("a step without a generation: call session.begin(samples, steps) first")
         if not 0 <= index < self._steps:
             raise ValueError(f"step {index} of a generation of {self._steps} steps")
-        self._announced = _Announced(index, dt, self._budget.repeat(len(branches)), tuple(branches))
+        self._announced = Announced(index, dt, self._budget.repeat(len(branches)), tuple(branches))
 
     def train(
         self,
@@ -160,6 +112,7 @@ class RoutingSession:
         lockstep: bool = False,
         recall: Recall | None = None,
         closed: bool = False,
+        leaders: int = 0,
     ) -> None:
         """The next forward pass is a training pass: masked blocks, gradients to the gates, no caches.
 
@@ -168,17 +121,23 @@ class RoutingSession:
         The gradients of explored closed gates are weighted up by the share that is explored. With `lockstep` a block
         that no row needs runs all the same, to no effect: other processes may wait for its weights or gradients.
         Closed blocks add what they `recall`, which stands for a cache. With `closed` no block runs, whatever the
-        routers decide; their decisions are recorded all the same.
+        routers decide; their decisions are recorded all the same. `leaders`: so many rows of the conditional branch
+        come first, and the same samples' other branch after them, in the same order; 0: every row is for itself.
         """
         if explored is not None and explored.shape != (len(budget), len(self.blocks)):
             raise ValueError(
                 f"explored is {tuple(explored.shape)}, expected {(len(budget), len(self.blocks))}"
             )
-        self._announced = _Announced(0, dt, budget, branch, True, explored, lockstep, recall, closed)
+        self._announced = Announced(0, dt, budget, branch, True, explored, lockstep, recall, closed, leaders)
 
     def end(self) -> None:
         """Free the caches; the trace stays."""
-        self.cache = self.current = self._announced = None
+        self.cache = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.current = self._announced = self._led = None
+        self.entered = {}
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -228,8 +187,17 @@ class RoutingSession:
             if getattr(situation, name).shape != (B,):
                 raise ValueError(f"a batch of {B}, but {getattr(situation, name).shape[0]} values of {name}")
         self.current = Pass(
-            situation, rows, told.step, told.masked, told.explored, told.lockstep, told.recall, told.closed
+            situation,
+            rows,
+            told.step,
+            told.masked,
+            told.explored,
+            told.lockstep,
+            told.recall,
+            told.closed,
+            told.leaders or B,
         )
+        self.entered = {}
         if self.conditioner is not None and self.source is None:
             self.current.modulation = self.conditioner(situation)
 
@@ -246,10 +214,12 @@ class RoutingSession:
         if self.source is not None:
             decision = self.source.decide(current, block.index)
         elif looks_ahead(self.router_config):
-            decision = self._look_ahead(current, block, call)
+            if current.ahead is None or block.index == 0:  # at the first block, also when it is recomputed
+                logits = self._ask_ahead(current, block, call)
+                current.ahead = RouteDecision.from_logits(logits, self.router_config.threshold)
+            decision = current.ahead
         else:
-            given = RouterInput(Tokens(call.streams), block.adapter.conditioning(call))
-            logits = block.route(given, current.modulation, self._age(block))
+            logits = self._ask(current, block, call, slice(None))
             decision = RouteDecision.from_logits(logits, self.router_config.threshold)
         age = self._age(block) if current.masked else None
         if age is not None:
@@ -260,19 +230,41 @@ class RoutingSession:
         current.decisions.setdefault(block.index, decision)
         return decision
 
-    def _look_ahead(self, current: Pass, block: ElasticBlock, call: BlockCall) -> RouteDecision:
-        """At the first block (also when it is recomputed) decide for all."""
-        config = self.router_config
-        if block.index == 0:
-            given = RouterInput(Tokens(call.streams), block.adapter.conditioning(call))
-            each = [other.route(given, current.modulation, self._age(other)) for other in self.blocks]
-            logits = _drawn_together(torch.stack(each), config.common)
-            if current.masked:
-                current.ahead = [RouteDecision.from_logits(own, config.threshold) for own in logits]
-            else:
-                whole = RouteDecision.from_logits(logits.flatten(0, 1), config.threshold)
-                current.ahead = whole.by_block(len(logits))
-        return current.ahead[block.index]
+    def _ask(self, current: Pass, block: ElasticBlock, call: BlockCall, rows: slice) -> Tensor:
+        """Logits of a block's router for some rows."""
+        streams = tuple(stream[rows] for stream in call.streams)
+        given = RouterInput(Tokens(streams), block.adapter.conditioning(call)[rows])
+        age = self._age(block)
+        modulation = None if current.modulation is None else current.modulation[rows]
+        return block.route(given, modulation, None if age is None else age[rows])
+
+    def _ask_ahead(self, current: Pass, block: ElasticBlock, call: BlockCall) -> Tensor:
+        """The same for all rows and blocks. Where branches go together, the conditional one's rows are asked, which
+        are the first of their pass, and in a later pass of that step nobody is."""
+        count = len(current.situation.t)
+        if self.router_config.branches is Branches.apart:
+            return self._ask(current, block, call, slice(None))
+        if current.rows and current.rows[0][0] != Branch.conditional and self._led is not None:
+            step, logits = self._led
+            if step == current.step:
+                return logits
+        leaders = self.samples if current.rows else current.leaders
+        logits = self._ask(current, block, call, slice(leaders))
+        self._led = (current.step, logits)
+        return logits.repeat(count // leaders, 1)
+
+    @property
+    def _alike(self) -> bool:
+        """Whether all blocks of a list do the same in a pass."""
+        if not self.settings.elastic or self.source is None or self.current is None or self.current.masked:
+            own = looks_ahead(self.router_config)
+        else:
+            own = self.source.alike
+        return own and self.reuse.rule in (CacheRule.off, CacheRule.age)
+
+    def span(self, block: ElasticBlock) -> range:
+        """The blocks around this one whose residual is kept as one: all of its list, where all do the same."""
+        return block.stage if self._alike else range(block.index, block.index + 1)
 
     def _age(self, block: ElasticBlock) -> Tensor | None:
         """Steps (B,) since the residual that a closed block would add was computed, 0 without one; None where routers
@@ -283,7 +275,7 @@ class RoutingSession:
             return None
         device = current.situation.t.device
         if current.recall is not None:
-            return current.recall.age(block.index).clamp_max(longest)
+            return current.recall.age(self.span(block).start).clamp_max(longest)
         if self.cache is None:  # training, at the first step of a path
             return torch.zeros(current.situation.t.shape[0], dtype=torch.long, device=device)
         return torch.tensor(self._ages(block), device=device).clamp_max(longest)
@@ -294,16 +286,27 @@ class RoutingSession:
         assert current is not None
         if cache is None:
             return [0] * len(current.rows)
-        return cache.ages(current.key(block.index), len(current.rows), current.step)
+        return cache.ages(current.key(self.span(block).start), len(current.rows), current.step)
 
     def plan(self, block: ElasticBlock, call: BlockCall, decision: RouteDecision) -> list[int]:
         """The action of every row, on the host (the one synchronisation of a block, or of a step that looks ahead),
         recorded in the trace."""
-        current, cache, trace = self.current, self.cache, self.trace
+        current, trace = self.current, self.trace
         assert current is not None and trace is not None
+        if current.actions is None or not self._alike:
+            current.actions = self._actions(current, block, call, decision)
+        trace.record(current.step, current.rows, block.index, current.actions)
+        if block.index not in trace.flops:
+            trace.flops[block.index] = current.flops[block.index]
+            trace.router_flops[block.index] = block.router.flops(call.lengths) if block.router else 0
+        return current.actions
+
+    def _actions(
+        self, current: Pass, block: ElasticBlock, call: BlockCall, decision: RouteDecision
+    ) -> list[int]:
+        cache, actions, config = self.cache, [], self.router_config
         drift = None if cache is None else cache.drift(current.key(block.index), call.streams)
         drifts = drift.tolist() if drift is not None else [0.0] * len(current.rows)
-        actions, config = [], self.router_config
         for age, p, width, keep, change in zip(self._ages(block), *decision.on_host(), drifts, strict=True):
             if config.longest and not age:  # these routers choose between a block and its forecast
                 actions.append(config.widths)
@@ -311,17 +314,4 @@ class RoutingSession:
                 actions.append(REUSED)
             else:
                 actions.append(1 + int(width) if keep else SKIPPED)
-        trace.record(current.step, current.rows, block.index, actions)
-        if block.index not in trace.flops:
-            trace.flops[block.index] = current.flops[block.index]
-            trace.router_flops[block.index] = block.router.flops(call.lengths)
         return actions
-
-
-def _drawn_together(logits: Tensor, common: float) -> Tensor:
-    """Logits (I,B,1+K) with each gate's difference from the mean gate divided by 1 + common."""
-    if not common:
-        return logits
-    gates, widths = logits[..., :1], logits[..., 1:]
-    mean = gates.mean(dim=0, keepdim=True)
-    return torch.cat([mean + (gates - mean) / (1 + common), widths], dim=-1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from elastic3d.routing.decision import RouteDecision
-from elastic3d.routing.session import Pass
+from elastic3d.routing.passes import Pass
 from elastic3d.routing.trace import SKIPPED, Trace
 
 
@@ -27,6 +27,7 @@ class TableRoutes:
                 f"actions from {int(actions.min())} to {int(actions.max())}, expected 0 to {widths}"
             )
         self.actions, self.widths = actions.long(), widths
+        self.alike = bool((actions == actions[..., :1]).all())
 
     @staticmethod
     def from_trace(trace: Trace) -> TableRoutes:

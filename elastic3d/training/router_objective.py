@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from elastic3d.adapters import adapter_for
 from elastic3d.config.router_stage import CostLoss, GateLoss, RouterStageConfig, TrainedParts
-from elastic3d.config.routing import MIN_BUDGET, ElasticConfig, RouterConfig
+from elastic3d.config.routing import MIN_BUDGET, Branches, ElasticConfig, RouterConfig
 from elastic3d.diffusion.flow import interpolate, predict_data, velocity
 from elastic3d.errors import UserError
 from elastic3d.routing.attach import attach, router_modules
@@ -41,8 +41,10 @@ class RouterObjective(nn.Module, ABC):
         """`paired`: both branches of guidance run as one batch and are distilled together."""
         super().__init__()
         if config.gate is GateLoss.damage:
-            if not (router.common and router.longest):
-                raise UserError("routing.gate is damage: router.common and router.longest have to be above 0")
+            if not (looks_ahead(router) and router.longest):
+                raise UserError(
+                    "routing.gate is damage: that needs router.lookahead=step and router.longest above 0"
+                )
             if config.parts is not TrainedParts.routers:
                 raise UserError(f"routing.gate is damage: routing.parts is {config.parts.name}, not routers")
         self.config, self.paired = config, paired
@@ -106,26 +108,32 @@ class RouterObjective(nn.Module, ABC):
         explored = batch["explored"].transpose(0, 1).flatten(0, 1) if "explored" in batch else None
         several = torch.distributed.is_initialized()  # they share weights or gradients
         recall = self._recall(batch) if "ages" in batch else None
-        self.session.train(dt, budget, branch, explored, several, recall, closed)
+        leaders = len(batch["t"]) if self.paired else 0
+        self.session.train(dt, budget, branch, explored, several, recall, closed, leaders)
 
     def _gate_logits(self) -> Tensor:
-        """Mean gate logit (R,) of the blocks."""
+        """Gate logit (R,) of every row."""
         current = self.session.current
         assert current is not None
-        gates = torch.stack([decision.keep_prob for decision in current.decisions.values()])
-        return gates.clamp(1e-6, 1 - 1e-6).logit().mean(0)
+        return next(iter(current.decisions.values())).keep_prob.clamp(1e-6, 1 - 1e-6).logit()
+
+    @property
+    def _decided(self) -> int:
+        """How many routes a sample has: that of both branches, or one for each."""
+        return 1 + (self.paired and self.session.router_config.branches is Branches.apart)
 
     def _prediction_loss(self, logits: Tensor, closed: Tensor, dense: Tensor, batch: Batch) -> Tensor:
         """Distance of the gates' logits (R,) from the logarithm of the damage that closing does, over its price.
 
-        A block then runs where the damage is above the price. Damage is the squared distance of the guided velocity
-        from the dense one where one row is `closed` and the other dense (both (R,N,C)). The price of a budget is a
-        quantile of a normal distribution with the mean and spread that logarithms of damage have had so far.
+        A step then runs where the damage is above the price. Damage is the squared distance of the guided velocity
+        from the dense one where the rows of one decision are `closed` and the others dense (both (R,N,C)). The price
+        of a budget is a quantile of a normal distribution with the mean and spread that logarithms of damage have had.
         """
-        parts = 1 + self.paired
+        parts = self._decided
+        logits = logits[: parts * len(batch["t"])]
         damage = self._damage(closed, dense, batch).clamp_min(1e-9).log()
         # others have nothing to go on with: they run
-        known = batch["picks"].transpose(0, 1).flatten(0, 1)[:, 0] >= 0
+        known = batch["picks"][:, :parts].transpose(0, 1).flatten(0, 1)[:, 0] >= 0
         if self.training:
             self._follow(damage[known])
         mean, spread = self.damage_moments
@@ -137,13 +145,14 @@ class RouterObjective(nn.Module, ABC):
 
     @torch.no_grad()
     def _damage(self, closed: Tensor, dense: Tensor, batch: Batch) -> Tensor:
-        """Damage (R,) of closing one row alone. An error counts as much as it moves the latents of a sampler, as a
-        share of what a step moves."""
+        """Damage of closing each row (R,) alone, or a sample's rows (B,) where its branches go together. An error
+        counts as much as it moves the latents of a sampler, as a share of what a step moves."""
         weight = 1 + (self.config.late_weight - 1) * batch["t"]
         weight = weight * (batch["dt"] * self.config.max_steps).pow(-2)
         target, found = self.guided(dense), []
-        for part in range(1 + self.paired):
-            rows = slice(part * len(weight), (part + 1) * len(weight))
+        size = len(closed) // self._decided
+        for part in range(self._decided):
+            rows = slice(part * size, (part + 1) * size)
             mixed = dense.clone()
             mixed[rows] = closed[rows]
             found.append((self.guided(mixed) - target).square().flatten(1).mean(1) * weight)
@@ -230,7 +239,8 @@ def add_route(
         ages = np.cumsum(rng.geometric(routing.renewal, routing.recalled))
         usable = int(np.sum((ages <= step) & (ages <= router.longest)))
         # blocks that decide together remember the same step
-        shape = (1 + paired, 1 if looks_ahead(router) else blocks)
+        together = router.branches is Branches.together
+        shape = (1 if together else 1 + paired, 1 if looks_ahead(router) else blocks)
         picks = rng.integers(usable, size=shape) if usable else np.full(shape, -1)
         item["ages"] = torch.from_numpy(np.where(ages <= step, ages, 0))
         item["picks"] = torch.from_numpy(np.broadcast_to(picks, (1 + paired, blocks)).copy())

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from elastic3d.config.models import DiTConfig, SkipDiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT
-from elastic3d.routing.session import Branch, RoutingSession
+from elastic3d.routing.passes import Branch
+from elastic3d.routing.session import RoutingSession
 from elastic3d.routing.tables import TableRoutes
 
 B, K = 4, 4  # rows of a batch; widths

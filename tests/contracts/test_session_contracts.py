@@ -131,6 +131,8 @@ def test_every_router_gets_finite_gradients_also_under_checkpointing(family, cha
         loss = train_forward(model, session, inputs).square().mean() + session_share(session).square().mean()
         gradients.append(router_gradients(model, loss))
     for block in session.blocks:
+        if block.router is None:
+            continue
         heads = block.router.heads.weight.grad
         assert heads.isfinite().all() and heads[0].abs().max() > 0
         runs = session.current.decisions[block.index].keep.any()

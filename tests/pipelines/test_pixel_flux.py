@@ -7,7 +7,9 @@ from elastic3d.config.image_stage import PixelModelConfig, Prediction
 from elastic3d.diffusion.flow import interpolate, velocity
 from elastic3d.pipelines.pixel_flux import LEAST_NOISE, PixelFluxPipeline, SmallBackbone, build_transformer
 
-CONFIG = dict(size=16, patch=8, text_length=6, width=32, heads=2, double_blocks=1, single_blocks=1, name="tiny")
+CONFIG = dict(
+    size=16, patch=8, text_length=6, width=32, heads=2, double_blocks=1, single_blocks=1, name="tiny"
+)
 
 
 class Oracle(torch.nn.Module):
@@ -55,6 +57,13 @@ def test_sampler_reaches_what_the_model_predicts(known, steps):
     for t in pipe.scheduler.timesteps:
         sample = pipe.scheduler.step(oracle()[0], t, sample, return_dict=False)[0]
     torch.testing.assert_close(sample, data, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_keep_the_models_precision(known):
+    scheduler = known[0].pipe.scheduler
+    scheduler.set_timesteps(sigmas=[1.0, 0.5])
+    sample = torch.randn(1, 4, 192).bfloat16()
+    assert scheduler.step(sample, scheduler.timesteps[0], sample)[0].dtype is torch.bfloat16
 
 
 def test_prediction_is_kept_with_the_model(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from elastic3d.routing.controls import (
+    as_one,
     executed_share,
     greedy_static,
     nearest_share,
@@ -29,6 +30,13 @@ def test_random_routes_execute_the_share(branches, share):
     assert executed_share(ran, BLOCKS, RATIOS) == pytest.approx(share, abs=0.02)
     assert set(one.unique().tolist()) <= {0, 4} and not one[:, branches:].any()
     assert torch.equal(one, two) == (share in (0.0, 1.0))
+
+
+def test_blocks_as_one_are_all_drawn_or_none():
+    whole = as_one(BLOCKS)
+    routes = random_routes([whole], RATIOS, 20, 2, 0.4, torch.Generator().manual_seed(0))
+    assert routes.shape == (20, 2, 1) and int((routes > 0).sum()) == 16
+    assert executed_share(routes.expand(-1, -1, 4), BLOCKS, RATIOS) == pytest.approx(0.4)
 
 
 def test_timestep_routes_keep_what_most_samples_keep():

@@ -1,57 +1,114 @@
-"""One decision a step for all blocks, and blocks that decide together."""
+"""One decision a step for all blocks: what runs, what is kept, and whose decision it is."""
 
 import pytest
 import torch
 
 from elastic3d.adapters import attach
 from elastic3d.config.models import DiTConfig
-from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig
+from elastic3d.config.routing import (
+    BlockCacheConfig,
+    Branches,
+    CacheRule,
+    ElasticConfig,
+    Lookahead,
+    RouterConfig,
+)
 from elastic3d.diffusion.sampler import sample
 from elastic3d.models.shape_dit import ShapeDiT
-from elastic3d.routing.decision import RouteDecision
+from elastic3d.routing.session import RoutingSession
+from elastic3d.routing.tables import TableRoutes
+
+STEPS = 8
 
 
-def generated(config: RouterConfig, settings: ElasticConfig, std: float = 5.0):
+def model() -> ShapeDiT:
+    """Blocks that change their streams, unlike those of a fresh model."""
     torch.manual_seed(0)
     dit = ShapeDiT(
-        DiTConfig(in_channels=5, condition_channels=8, width=32, heads=2, double_blocks=1, single_blocks=3)
+        DiTConfig(in_channels=5, condition_channels=8, width=32, heads=2, double_blocks=2, single_blocks=3)
     )
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return dit
+
+
+def attached(config: RouterConfig, std: float = 20.0) -> tuple[ShapeDiT, RoutingSession]:
+    dit = model()
     session = attach(dit, config)
+    torch.manual_seed(1)
     for block in session.blocks:
-        torch.nn.init.normal_(block.router.heads.weight, std=std)
-    session.settings = settings
+        if block.router is not None:
+            torch.nn.init.normal_(block.router.heads.weight, std=std)
+    session.settings = ElasticConfig(budget=0.5)
+    return dit, session
+
+
+def generated(dit: ShapeDiT, session: RoutingSession, sequential: bool = False):
+    """Latents and actions of three samples."""
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
-    sample(dit, torch.randn(3, 4, 8), (6, 5), 8, 2.0, generators, session=session)
-    return session.trace.actions
+    condition = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(9))
+    latents = sample(dit, condition, (6, 5), STEPS, 2.0, generators, session=session, sequential=sequential)
+    return latents, session.trace.actions
 
 
-def test_blocks_that_decide_together_all_run_or_none():
-    config = RouterConfig(lookahead=Lookahead.step, common=1e6, longest=3, widths=1, initial_keep=0.5)
-    actions = generated(config, ElasticConfig(budget=0.5))
+def of_one_decision(**options) -> RouterConfig:
+    return RouterConfig(**(dict(lookahead=Lookahead.step, longest=3, widths=1, initial_keep=0.5) | options))
+
+
+def test_one_router_decides_for_all_blocks():
+    dit, session = attached(of_one_decision())
+    assert [block.router is None for block in session.blocks] == [False] + 4 * [True]
+    _, actions = generated(dit, session)
     assert (actions == actions[..., :1]).all()
     assert (actions == -1).any() and (actions[1:] == 1).any()
-    apart = generated(
-        RouterConfig(lookahead=Lookahead.step, longest=3, initial_keep=0.5), ElasticConfig(budget=0.5)
+    dit, session = attached(RouterConfig(longest=3, widths=1, initial_keep=0.5))
+    _, actions = generated(dit, session)
+    assert (actions != actions[..., :1]).any()
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_branches_go_together_or_apart(sequential):
+    dit, session = attached(of_one_decision(branches=Branches.together))
+    _, actions = generated(dit, session, sequential)
+    assert torch.equal(actions[:, 0], actions[:, 1])
+    assert (actions == -1).any() and (actions[1:] == 1).any()
+    assert (actions[:, :, 0] != actions[:, :, 1]).any()
+    dit, session = attached(of_one_decision())
+    _, actions = generated(dit, session, sequential)
+    assert (actions[:, 0] != actions[:, 1]).any()
+
+
+def test_branches_one_after_the_other_take_the_same_routes():
+    dit, session = attached(of_one_decision(branches=Branches.together))
+    (latents, actions), (other, others) = generated(dit, session), generated(dit, session, True)
+    assert torch.equal(actions, others)
+    torch.testing.assert_close(latents, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_what_a_list_of_blocks_adds_is_kept_as_one_and_gives_the_same(order):
+    """A table decides alike for all blocks, or, at widths that are one and the same, block by block."""
+    routes = torch.randint(0, 2, (STEPS, 2, 3, 1), generator=torch.Generator().manual_seed(1)).expand(
+        -1, -1, -1, 5
     )
-    assert (apart != apart[..., :1]).any()
+    found = []
+    for rule in (CacheRule.off, CacheRule.drift):
+        dit, session = attached(of_one_decision(order=order))
+        cache = BlockCacheConfig(rule=rule, drift=0.0, closed_reuse=True, longest=3, order=order)
+        session.settings, session.source = ElasticConfig(cache=cache), TableRoutes(routes, 1)
+        latents, actions = generated(dit, session)
+        assert session.span(session.blocks[3]) == (range(2, 5) if rule is CacheRule.off else range(3, 4))
+        found.append(latents)
+        assert (actions == -1).any()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
 def test_a_block_with_nothing_to_reuse_runs_and_none_is_reused_for_longer_than_it_may():
-    config = RouterConfig(longest=2, initial_keep=0.01, head_std=0.0)
-    actions = generated(config, ElasticConfig(budget=0.5), std=0.0)
+    dit, session = attached(RouterConfig(longest=2, initial_keep=0.01, head_std=0.0), std=0.0)
+    _, actions = generated(dit, session)
     assert (actions[:, 0, 0, 0] > 0).tolist() == [True, False, False, True, False, False, True, False]
 
 
-def test_decisions_of_all_blocks_are_those_of_each():
-    logits = torch.randn(3, 4, 1 + 4)
-    each = [RouteDecision.from_logits(own, 0.5) for own in logits]
-    together = RouteDecision.from_logits(logits.flatten(0, 1), 0.5).by_block(3)
-    for one, other in zip(each, together, strict=True):
-        assert torch.equal(one.keep, other.keep) and torch.equal(one.width_prob, other.width_prob)
-        assert one.on_host() == other.on_host() and other.host is not None
-        assert other.at_full_width().on_host() == one.at_full_width().on_host()
-
-
-def test_only_blocks_that_look_ahead_decide_together():
-    with pytest.raises(ValueError, match="common is 3, expected 0: only with lookahead=step"):
-        RouterConfig(common=3)
+def test_only_who_looks_ahead_decides_for_both_branches():
+    with pytest.raises(ValueError, match="branches is together, expected apart: only with lookahead=step"):
+        RouterConfig(branches=Branches.together)

@@ -15,7 +15,7 @@ from elastic3d.config.router_stage import (
     RouterStageConfig,
     TrainedParts,
 )
-from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig, RouterVariant
+from elastic3d.config.routing import Branches, ElasticConfig, Lookahead, RouterConfig, RouterVariant
 from elastic3d.config.train import ExportConfig, StageName, TrainConfig
 from elastic3d.diffusion.flow import interpolate
 from elastic3d.errors import UserError
@@ -150,7 +150,7 @@ def test_a_router_learns_from_the_age_of_what_it_would_reuse(dense):
         assert moved[0] == 0 and moved[1:].gt(0).sum() >= 2
 
 
-TOGETHER = dict(longest=3, lookahead=Lookahead.step, common=1e6, widths=1)
+TOGETHER = dict(longest=3, lookahead=Lookahead.step, widths=1)
 
 
 def test_damage_is_what_closing_one_branch_does_to_the_guided_velocity(dense):
@@ -171,6 +171,25 @@ def test_damage_is_what_closing_one_branch_does_to_the_guided_velocity(dense):
     )  # of each branch in the guided velocity
     expected = (share[:, None] * change).square().mean(1) * 0.75 / (0.1 * 20) ** 2
     torch.testing.assert_close(found, expected)
+
+
+def test_damage_of_branches_that_go_together_is_that_of_closing_both(dense):
+    routing = {"gate": GateLoss.damage}
+    router = RouterConfig(**TOGETHER, branches=Branches.together)
+    stage = RouterStage(router_config(dense, routing=routing, router=router))
+    flow, batch = stage.flow, batch_of(stage, 8)
+    assert torch.equal(batch["picks"][:, 0], batch["picks"][:, 1])
+    batch["t"], batch["dt"] = torch.full((8,), 0.0), torch.full((8,), 1 / flow.config.max_steps)
+    x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
+    flow._announce(batch, closed=True)
+    with torch.no_grad():
+        closed, open_ = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
+    expected = (flow.guided(closed) - flow.guided(open_)).square().flatten(1).mean(1)
+    torch.testing.assert_close(flow._damage(closed, open_, batch), expected)
+    logits = flow._gate_logits()
+    known = batch["picks"][:, 0, 0] >= 0
+    assert known.any() and torch.equal(logits[:8], logits[8:])
+    assert logits[:8][known].unique().numel() == known.sum()  # each sample its own
 
 
 def test_gates_learn_to_predict_damage_and_follow_its_price(dense):
@@ -204,12 +223,12 @@ def test_the_mesh_term_reaches_gates_that_predict(dense):
         stage = RouterStage(router_config(dense, config, only, router=RouterConfig(**TOGETHER)))
         batch = batch_of(stage, 8)
         stage.flow(batch)[0].backward()
-        gradients.append(torch.stack([b.router.heads.bias.grad[0] for b in stage.flow.session.blocks]))
-    assert (gradients[0] != gradients[1]).all()
+        gradients.append(stage.flow.session.blocks[0].router.heads.bias.grad[0])
+    assert gradients[0] != gradients[1]
 
 
 @pytest.mark.parametrize("router, routing, message", [
-    (RouterConfig(longest=3), {}, "router.common and router.longest have to be above 0"),
+    (RouterConfig(longest=3), {}, "needs router.lookahead=step and router.longest"),
     (RouterConfig(**TOGETHER), {"parts": TrainedParts.lora}, "routing.parts is lora, not routers"),
 ])  # fmt: skip
 def test_what_predicting_damage_needs(dense, router, routing, message):
