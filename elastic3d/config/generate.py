@@ -30,6 +30,13 @@ class SamplingGrid(Enum):
     consistency = "consistency"
 
 
+class Solver(Enum):
+    """How the sampler steps: by the velocity found (`euler`), or by its line through the last two (`ab2`)."""
+
+    euler = "euler"
+    ab2 = "ab2"
+
+
 @dataclass(kw_only=True)
 class PipelineConfig:
     """`pipeline.json` beside the components: the model's name and how it is sampled by default."""
@@ -41,6 +48,7 @@ class PipelineConfig:
     resolution: int = option(256, "grid cells a side of the decoding")
     shift: float = option(1.0, "timestep shift of the sampler; above 1 spends more steps on noise")
     grid: SamplingGrid = option(SamplingGrid.uniform, "where the sampling times lie")
+    solver: Solver = option(Solver.euler, "how the sampler steps: euler, ab2 (Adams-Bashforth, second order)")
     segments: int = option(100, "grid consistency: segments of the distillation")
     elastic: ElasticConfig = option(ElasticConfig, "how a model with routers runs")
 

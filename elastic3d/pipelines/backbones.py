@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic3d.config.text_to_image import BackboneName
+from elastic3d.diffusion.flow import timestep_grid
 
 Text = dict[str, Tensor]  # arguments of the pipeline, each (B, ...)
 
@@ -57,6 +58,10 @@ class Backbone(ABC):
     def default_size(self) -> int:
         """Pixels a side."""
         return self.pipe.default_sample_size * self.pipe.vae_scale_factor
+
+    def grid(self, steps: int) -> Tensor:
+        """Times (S+1,) of so many steps, 0 = noise, to train at; a sampler's own shift may depend on the picture."""
+        return timestep_grid(steps)
 
     def default_sampling(self) -> tuple[int, float]:
         """Sampling steps and guidance."""

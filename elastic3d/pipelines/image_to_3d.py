@@ -320,6 +320,7 @@ class ImageTo3DPipeline:
             settings.guidance,
             [torch.Generator().manual_seed(seed) for seed in seeds],
             times=sampling_times(self.config, settings.steps),
+            solver=self.config.solver,
             sequential=self.placement.offload,
             guidance_embed=cfg.guidance_embed,
             session=self.session,

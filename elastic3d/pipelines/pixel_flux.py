@@ -17,6 +17,7 @@ from elastic3d import __version__
 from elastic3d.config.image_stage import PixelModelConfig, Prediction
 from elastic3d.config.serialize import from_dict, to_dict
 from elastic3d.config.text_to_image import BackboneName
+from elastic3d.diffusion.flow import timestep_grid
 from elastic3d.errors import UserError
 from elastic3d.models.text_encoder import MiniLM
 from elastic3d.models.weights import load_json, save_json
@@ -52,13 +53,18 @@ class PatchVAE(nn.Module):
 class CleanScheduler(FlowMatchEulerDiscreteScheduler):
     """Euler steps for a model that predicts the clean picture: the velocity is what leads from it to the sample."""
 
+    step_index: Any
+    sigmas: Any
+    _init_step_index: Any
+
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **options: Any) -> Any:
         """As diffusers', with the prediction (B,N,C) of the data in the place of that of the velocity."""
         if self.step_index is None:
             self._init_step_index(timestep)
         sigma = self.sigmas[self.step_index].to(sample.device)
         towards_noise = (sample.float() - model_output.float()) / sigma
-        return super().step(towards_noise.to(model_output.dtype), timestep, sample, *args, **options)
+        found = towards_noise.to(model_output.dtype)
+        return super().step(found, timestep, sample, *args, **options)  # type: ignore[misc]  # untyped
 
 
 class PixelFluxPipeline(FluxPipeline):
@@ -131,6 +137,10 @@ class SmallBackbone(FluxBackbone):
     def longest(self) -> int:  # type: ignore[override]
         """Tokens of a prompt."""
         return self.pipe.settings.text_length
+
+    def grid(self, steps: int) -> Tensor:
+        """With the model's own shift."""
+        return timestep_grid(steps, self.pipe.settings.shift)
 
     def default_sampling(self) -> tuple[int, float]:
         """Sampling steps and guidance."""

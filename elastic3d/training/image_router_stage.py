@@ -23,7 +23,7 @@ from elastic3d.routing.cost import trace_share
 from elastic3d.training.datasets import Batch
 from elastic3d.training.image_stage import PictureItems, generate_latents, picture_sheet
 from elastic3d.training.picture_cache import PictureCache, build_picture_cache, text_of
-from elastic3d.training.router_objective import RouterObjective, add_route, calibrate, compare_budgets
+from elastic3d.training.router_objective import Grid, RouterObjective, add_route, calibrate, compare_budgets
 from elastic3d.training.runtime import first_process_first
 
 
@@ -87,8 +87,10 @@ class RoutedPictureItems(PictureItems):
         router: RouterConfig,
         blocks: int,
         paired: bool,
+        grid: Grid,
     ) -> None:
         self.routing, self.router, self.blocks, self.paired = routing, router, blocks, paired
+        self.grid = grid
         super().__init__(pictures, config, 0.0)
 
     def item(self, position: int, seed: int) -> Batch:
@@ -96,7 +98,7 @@ class RoutedPictureItems(PictureItems):
         item = super().item(position, seed)
         rng = np.random.default_rng([seed, position, 3])
         item["branch"] = torch.tensor(0.0)
-        add_route(item, self.routing, self.router, self.blocks, self.paired, rng)
+        add_route(item, self.routing, self.router, self.blocks, self.paired, self.grid, rng)
         return item
 
 
@@ -127,7 +129,7 @@ class ImageRouterStage:
         drive(backbone.pipe, self.flow.session)
         blocks = len(self.flow.session.blocks)
         self._items = RoutedPictureItems(
-            self._train, image, config.routing, config.router, blocks, self.flow.paired
+            self._train, image, config.routing, config.router, blocks, self.flow.paired, backbone.grid
         )
         self._val_items = PictureItems(self._val, image, 0.0)
 

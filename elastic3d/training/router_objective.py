@@ -26,6 +26,7 @@ from elastic3d.training.datasets import Batch
 from elastic3d.training.low_rank import add_low_rank
 
 PRICE_RANGE = 2.5  # standard deviations on both sides that prices cover
+Grid = Callable[[int], Tensor]  # number of steps -> sampling times (S+1,)
 Generate = Callable[[ElasticConfig], tuple[Tensor, Tensor]]  # -> latents (B,N,C), executed share (B,)
 
 
@@ -146,9 +147,10 @@ class RouterObjective(nn.Module, ABC):
     @torch.no_grad()
     def _damage(self, closed: Tensor, dense: Tensor, batch: Batch) -> Tensor:
         """Damage of closing each row (R,) alone, or a sample's rows (B,) where its branches go together. An error
-        counts as much as it moves the latents of a sampler, as a share of what a step moves."""
+        counts as much as it moves the latents of a sampler, times the square of the number of steps, with which the
+        errors of forecasts fall: so a price is about the same share of the steps of any sampler."""
         weight = 1 + (self.config.late_weight - 1) * batch["t"]
-        weight = weight * (batch["dt"] * self.config.max_steps).pow(-2)
+        weight = weight * (batch["dt"] * batch["steps"].square() / self.config.max_steps).square()
         target, found = self.guided(dense), []
         size = len(closed) // self._decided
         for part in range(self._decided):
@@ -196,8 +198,7 @@ class RouterObjective(nn.Module, ABC):
     def _recall(self, batch: Batch) -> Recall:
         """What the dense blocks add at earlier steps of the straight path between noise and data."""
         passes, ages = [], batch["ages"]
-        for age in ages.unbind(1):
-            t = (batch["t"] - age * batch["dt"]).clamp_min(0)
+        for t in batch["earlier"].unbind(1):
             x_t = interpolate(batch["noise"], batch["latents"], t)
             with self.session.recording() as residuals:
                 self.velocities(self.dit, x_t, {**batch, "t": t})
@@ -223,15 +224,21 @@ def add_route(
     router: RouterConfig,
     blocks: int,
     paired: bool,
+    grid: Grid,
     rng: np.random.Generator,
 ) -> None:
-    """Give an item a time of a random sampler, with its step size, a budget, and the blocks to explore; for routers
-    that reuse residuals also earlier steps, and which of them each block remembers."""
+    """Give an item a time of a random sampler, with its step size and number of steps, a budget, and the blocks to
+    explore; for routers that reuse residuals also earlier steps, and which of them each block remembers."""
     low, high = math.log(routing.min_steps), math.log(routing.max_steps + 1)
     steps = min(int(math.exp(rng.uniform(low, high))), routing.max_steps)
+    times = grid(steps)
+    steps = len(times) - 1
     step = int(rng.integers(steps))
-    item["t"] = torch.tensor(step / steps)
-    item["dt"] = torch.tensor(1.0 / steps)
+    item["t"], item["dt"], item["steps"] = (
+        times[step],
+        times[step + 1] - times[step],
+        torch.tensor(float(steps)),
+    )
     item["budget"] = torch.tensor(rng.uniform(routing.min_budget, 1.0)).float()
     if routing.explore < 1:
         item["explored"] = torch.from_numpy(rng.random((1 + paired, blocks)) < routing.explore)
@@ -243,6 +250,7 @@ def add_route(
         shape = (1 if together else 1 + paired, 1 if looks_ahead(router) else blocks)
         picks = rng.integers(usable, size=shape) if usable else np.full(shape, -1)
         item["ages"] = torch.from_numpy(np.where(ages <= step, ages, 0))
+        item["earlier"] = times[torch.from_numpy(np.maximum(step - ages, 0))]
         item["picks"] = torch.from_numpy(np.broadcast_to(picks, (1 + paired, blocks)).copy())
 
 

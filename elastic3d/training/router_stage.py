@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from elastic3d.config.generate import PipelineConfig
 from elastic3d.config.routing import ElasticConfig
 from elastic3d.config.serialize import from_dict
 from elastic3d.config.train import TrainConfig, VAEStageConfig
+from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.sampler import sample
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import load_json
+from elastic3d.pipelines.image_to_3d import PIPELINE_NAME
 from elastic3d.routing.cost import trace_share
 from elastic3d.training.datasets import (
     Batch,
@@ -31,7 +35,7 @@ from elastic3d.training.datasets import (
 from elastic3d.training.dit_stage import STORED, LatentItems
 from elastic3d.training.latents import LatentInfo
 from elastic3d.training.mesh_loss import surface_loss
-from elastic3d.training.router_objective import RouterObjective, add_route, calibrate, compare_budgets
+from elastic3d.training.router_objective import Grid, RouterObjective, add_route, calibrate, compare_budgets
 from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture
 from elastic3d.training.vae_stage import VAEObjective
 
@@ -105,8 +109,9 @@ class RouterItems(LatentItems):
         scale: float,
         meshes: PreparedShapes | None,
         flow: ShapeRouterObjective,
+        grid: Grid,
     ) -> None:
-        self.routing, self.router, self.meshes = config.routing, config.router, meshes
+        self.routing, self.router, self.meshes, self.grid = config.routing, config.router, meshes, grid
         self.paired = flow.paired
         self.blocks = len(flow.session.blocks)
         # Without the other branch beside it, half of the samples are unconditional, if the model has that branch.
@@ -117,7 +122,7 @@ class RouterItems(LatentItems):
         """Item `position` of the shuffled stream."""
         item, routing = super().item(position, seed), self.routing
         rng = np.random.default_rng([seed, position, 3])
-        add_route(item, routing, self.router, self.blocks, self.paired, rng)
+        add_route(item, routing, self.router, self.blocks, self.paired, self.grid, rng)
         item["branch"] = torch.tensor(float(not item["condition"].any()))
         if self.meshes is not None:
             item |= self.surface(self.shapes.ids[self._shuffle(position, seed)], rng)
@@ -163,7 +168,10 @@ class RouterStage:
             open_split(config.data, config.data.train, MESH_STORED) if config.routing.mesh.weight else None
         )
         scale = self.vae.config.scale_factor
-        self._items = RouterItems(self._train, info, config, scale, meshes, self.flow)
+        settings = config.routing.model / PIPELINE_NAME
+        self.pipeline = from_dict(PipelineConfig, load_json(settings), str(settings))
+        grid = partial(sampling_times, self.pipeline)
+        self._items = RouterItems(self._train, info, config, scale, meshes, self.flow, grid)
         self._val_items = LatentItems(self._val, info, config.dit, scale)
 
     def items(self) -> RouterItems:
@@ -224,6 +232,8 @@ class RouterStage:
                 steps,
                 guidance,
                 generators,
+                times=sampling_times(self.pipeline, steps),
+                solver=self.pipeline.solver,
                 guidance_embed=flow.embedded,
                 session=flow.session,
             )

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from elastic3d.config.generate import Solver
 from elastic3d.diffusion.sampler import sample
 
 
@@ -26,6 +27,28 @@ def test_exact_velocity_reaches_the_data_in_any_number_of_steps():
     for steps in (1, 4, 9):
         out = sample(PointFlow(), condition, (7, 3), steps, 1.0, generators(0, 1))
         torch.testing.assert_close(out, condition.mean(1, keepdim=True).expand(2, 7, 3), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver, order", [(Solver.euler, 1), (Solver.ab2, 2)])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_error_falls_with_the_order_of_the_solver(solver, order, shift):
+    """x' = -3 x + 5 t, whose solution from x(0) is known; twice the steps, 2 ** order less error."""
+    calls = []
+
+    def flow(latents, t, condition, guidance=None):
+        calls.append(t[0].item())
+        return -3 * latents + 5 * t.view(-1, 1, 1)
+
+    def error(steps):
+        start = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+        exact = (start + 5 / 9) * torch.exp(torch.tensor(-3.0)) + 5 / 3 - 5 / 9
+        found = sample(
+            flow, torch.zeros(1, 2, 3), (7, 3), steps, 1.0, generators(0), shift=shift, solver=solver
+        )
+        return (found - exact).norm().item()
+
+    assert error(40) / error(80) == pytest.approx(2**order, rel=0.15)
+    assert len(calls) == 120
 
 
 def test_guidance_extrapolates_from_the_unconditional_branch():

@@ -128,10 +128,11 @@ def test_closed_blocks_add_what_they_remember(dense):
     assert batch["ages"].shape == (4, 1) and batch["picks"].shape == (4, 2, 3)
     batch["ages"] = torch.ones_like(batch["ages"])
     batch["picks"] = torch.zeros_like(batch["picks"])
-    batch["dt"] = torch.zeros_like(batch["dt"])  # the step before was at the same time
+    earlier = batch["earlier"]
+    batch["earlier"] = batch["t"][:, None]  # the step before was at the same time
     _, values = stage.flow(batch)
     assert values["share"] == 0 and values["distillation"] < 1e-9
-    batch["dt"] = torch.full_like(batch["dt"], 0.1)
+    batch["earlier"] = earlier
     assert stage.flow(batch)[1]["distillation"] > 1e-9
     batch["picks"] = torch.full_like(batch["picks"], -1)  # nothing to add: they run
     _, values = stage.flow(batch)
@@ -157,7 +158,12 @@ def test_damage_is_what_closing_one_branch_does_to_the_guided_velocity(dense):
     routing = {"gate": GateLoss.damage, "max_steps": 20, "min_steps": 10, "late_weight": 0.5}
     stage = RouterStage(router_config(dense, routing=routing, router=RouterConfig(**TOGETHER)))
     flow, batch = stage.flow, batch_of(stage, 3)
-    batch["t"], batch["dt"] = torch.full((3,), 0.5), torch.full((3,), 0.1)
+    batch["t"], batch["dt"], batch["steps"] = (
+        torch.full((3,), 0.5),
+        torch.full((3,), 0.1),
+        torch.full((3,), 15.0),
+    )
+    batch["earlier"] = torch.tensor([[0.4, 0.3, 0.1]] * 3)
     batch["ages"], batch["picks"] = torch.tensor([[1, 2, 4]] * 3), torch.zeros_like(batch["picks"])
     x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
     flow._announce(batch, closed=True)
@@ -169,7 +175,7 @@ def test_damage_is_what_closing_one_branch_does_to_the_guided_velocity(dense):
     share = torch.tensor(
         [1.0] * 3 + [1 / flow.config.guidance - 1] * 3
     )  # of each branch in the guided velocity
-    expected = (share[:, None] * change).square().mean(1) * 0.75 / (0.1 * 20) ** 2
+    expected = (share[:, None] * change).square().mean(1) * 0.75 * (0.1 * 15**2 / 20) ** 2
     torch.testing.assert_close(found, expected)
 
 
@@ -179,7 +185,8 @@ def test_damage_of_branches_that_go_together_is_that_of_closing_both(dense):
     stage = RouterStage(router_config(dense, routing=routing, router=router))
     flow, batch = stage.flow, batch_of(stage, 8)
     assert torch.equal(batch["picks"][:, 0], batch["picks"][:, 1])
-    batch["t"], batch["dt"] = torch.full((8,), 0.0), torch.full((8,), 1 / flow.config.max_steps)
+    count = torch.full((8,), float(flow.config.max_steps))
+    batch["t"], batch["dt"], batch["steps"] = torch.zeros(8), 1 / count, count
     x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
     flow._announce(batch, closed=True)
     with torch.no_grad():
