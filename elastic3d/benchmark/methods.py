@@ -8,16 +8,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
-from elastic3d.benchmark.models import DENSE, MAIN, Models
-from elastic3d.config.benchmark import BenchmarkConfig, Method
+from torch import nn
+
+from elastic3d.config.benchmark import BenchmarkOptions, Method
 from elastic3d.config.routing import BlockCacheConfig, CacheRule, ElasticConfig
 from elastic3d.config.serialize import to_dict
 from elastic3d.errors import UserError
+from elastic3d.routing.session import RoutingSession
+
+MAIN, DENSE = "model", "dense"
+
+
+class Subject(Protocol):
+    """What a planner asks of a model. `config` has its defaults: steps, guidance, resolution, shift, elastic."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def dit(self) -> nn.Module: ...
+
+    @property
+    def session(self) -> RoutingSession | None: ...
+
+    @property
+    def weights_sha256(self) -> str | None: ...
+
+    @property
+    def dense_sha256(self) -> str | None: ...
 
 
 class Routes(Enum):
@@ -34,10 +57,10 @@ class Routes(Enum):
 
 @dataclass(frozen=True)
 class Run:
-    """One way to make meshes. Methods that ask for the same way share its meshes and its times.
+    """One way to make meshes or pictures. Methods that ask for the same way share what it made and its times.
 
     `name` tells it from every other, also from the same with other weights or options. `donor` is the run whose
-    routes a control is matched to.
+    routes a control is matched to; `foreign` a cache of others around the dense model.
     """
 
     name: str = field(compare=True)
@@ -46,6 +69,7 @@ class Run:
     routes: Routes = field(compare=False)
     settings: ElasticConfig = field(compare=False)
     donor: Run | None = field(compare=False, default=None)
+    foreign: Any = field(compare=False, default=None)
 
 
 @dataclass(frozen=True)
@@ -67,7 +91,7 @@ NO_CACHE = BlockCacheConfig()
 class Planner:
     """Makes runs out of what a configuration asks for."""
 
-    def __init__(self, config: BenchmarkConfig, models: Models) -> None:
+    def __init__(self, config: BenchmarkOptions, models: Mapping[str, Subject]) -> None:
         self.config, self.models = config, models
         main = models[MAIN]
         self.baseline_steps = config.baseline_steps or main.config.steps
@@ -83,8 +107,9 @@ class Planner:
         routes: Routes,
         settings: ElasticConfig | None = None,
         donor: Run | None = None,
+        foreign: Any = None,
     ) -> Run:
-        """A run with its name; settings None: dense."""
+        """A run with its name; settings None: dense. `foreign` is a dataclass with a `title`."""
         settings = settings or ElasticConfig(elastic=False)
         pipeline, config = self.models[model], self.config
         calibration = (str(config.calibration), config.calibration_samples, config.calibration_calls)
@@ -99,11 +124,12 @@ class Planner:
             to_dict(settings),
             donor.name if donor else "",
             calibration if routes in (Routes.static, Routes.timestep) else "",
+            *([to_dict(foreign)] if foreign else []),
         ]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
-        what = routes.value if model in (MAIN, DENSE) else model
+        what = foreign.title if foreign else routes.value if model in (MAIN, DENSE) else model
         budget = f"-b{settings.budget:g}" if settings.elastic else ""
-        return Run(f"{what}-s{steps}{budget}-{digest}", model, steps, routes, settings, donor)
+        return Run(f"{what}-s{steps}{budget}-{digest}", model, steps, routes, settings, donor, foreign)
 
     def dense(self, steps: int) -> Run:
         """The dense model in so many steps."""
@@ -181,11 +207,11 @@ FAMILY = tuple(m.value for m in Method if m.name.startswith("elastic"))
 CONTROLS = tuple(m.value for m in (Method.random, Method.static, Method.timestep, Method.shuffled))
 
 
-def plan(config: BenchmarkConfig, models: Models, images: int) -> tuple[Planner, list[Case]]:
-    """The cases of a benchmark of so many pictures.
+def plan(config: BenchmarkOptions, models: Mapping[str, Subject], items: int) -> tuple[Planner, list[Case]]:
+    """The cases of a benchmark of so many items, pictures or prompts.
 
     Raises:
-        UserError: a method that this model or these pictures do not allow.
+        UserError: a method that this model or these items do not allow.
     """
     planner = Planner(config, models)
     has_routers = models[MAIN].session is not None
@@ -195,11 +221,11 @@ def plan(config: BenchmarkConfig, models: Models, images: int) -> tuple[Planner,
             continue
         why = None
         if method not in WITHOUT_ROUTERS and not has_routers:
-            why = f"{config.model} has no routers"
+            why = "the model has no routers"
         elif method in WITHOUT_REUSE and planner.trained_cache.closed_reuse:
             why = "its routers were trained to reuse residuals"
-        elif method is Method.shuffled and images < 2:
-            why = "it exchanges routes between pictures, and there is only one"
+        elif method is Method.shuffled and items < 2:
+            why = "it exchanges routes between items, and there is only one"
         if why is None:
             cases += build(planner)
         elif config.methods:

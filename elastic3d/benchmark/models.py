@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from elastic3d.adapters import attach
+from elastic3d.benchmark.methods import DENSE, MAIN
 from elastic3d.config.benchmark import BenchmarkConfig
 from elastic3d.config.generate import DEFAULT_MODEL
 from elastic3d.errors import UserError
@@ -12,7 +13,6 @@ from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import CONFIG_NAME, file_sha256, find_weights, load_json
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
 
-MAIN, DENSE = "model", "dense"
 Models = dict[str, ImageTo3DPipeline]
 
 
