@@ -36,6 +36,15 @@ def following(session: RoutingSession | None, source: RouteSource | None) -> Ite
         session.source = None
 
 
+def elastic_options(session: RoutingSession | None, run: Run) -> dict[str, Any]:
+    """The run's settings as arguments of a pipeline."""
+    if session is None:
+        return {}
+    if not run.settings.elastic:
+        return {"elastic": False}
+    return {"elastic": True} | {name: getattr(run.settings, name) for name in ("budget", "width", "cache")}
+
+
 def make(
     pipeline: ImageTo3DPipeline,
     run: Run,
@@ -45,11 +54,6 @@ def make(
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[Result]:
     """Meshes of the jobs as one batch, from picture to clean surface."""
-    options: dict[str, Any] = {}
-    if pipeline.session is not None:
-        options["elastic"] = run.settings.elastic
-        if run.settings.elastic:
-            options |= {name: getattr(run.settings, name) for name in ("budget", "width", "cache")}
     with following(pipeline.session, source):
         return pipeline(
             [job.image for job in jobs],
@@ -58,7 +62,7 @@ def make(
             guidance=config.guidance,
             resolution=config.resolution,
             on_step=on_step,
-            **options,
+            **elastic_options(pipeline.session, run),
         )
 
 

@@ -12,8 +12,9 @@ from typing import Any, cast
 from torch import Tensor
 from tqdm import tqdm
 
+from elastic3d.benchmark import execute
 from elastic3d.benchmark.controls import Controls
-from elastic3d.benchmark.execute import condition_of, make, sample_latents, velocity_error
+from elastic3d.benchmark.execute import make
 from elastic3d.benchmark.methods import MAIN, Planner, Run
 from elastic3d.benchmark.store import Job, Store, find_pictures, spread
 from elastic3d.config.benchmark import BenchmarkConfig
@@ -88,20 +89,20 @@ class Workplace:
 
     def condition_of(self, run: Run, jobs: Sequence[Job]) -> Tensor:
         """Condition tokens (B,M,Cc)."""
-        return condition_of(self._pipeline(run.model), jobs)
+        return execute.condition_of(self._pipeline(run.model), jobs)
 
     def sample(self, run: Run, condition: Tensor, jobs: Sequence[Job], source: RouteSource | None) -> Tensor:
         """The DiT alone: latents (B,N,C)."""
         seeds = [job.seed for job in jobs]
-        return sample_latents(self._pipeline(run.model), run, condition, seeds, self.config, source)
+        return execute.sample_latents(self._pipeline(run.model), run, condition, seeds, self.config, source)
 
     def produce(self, run: Run, jobs: Sequence[Job], source: RouteSource | None) -> list[Result]:
         """From picture to clean surface, kept nowhere."""
-        return make(self._pipeline(run.model), run, jobs, self.config, source)
+        return execute.make(self._pipeline(run.model), run, jobs, self.config, source)
 
     def velocity_error(self, jobs: Sequence[Job]) -> Callable[[Tensor], float]:
         """Fixed routes (I,) -> relative squared error of the guided velocity."""
-        return velocity_error(self._pipeline(MAIN), self.planner, jobs, self.config)
+        return execute.velocity_error(self._pipeline(MAIN), self.planner, jobs, self.config)
 
     def missing(self, run: Run) -> list[Job]:
         """Jobs of which a run has no record."""
