@@ -8,6 +8,7 @@ from pathlib import Path
 
 from elastic3d.config.base import check_range, option
 from elastic3d.config.benchmark import BenchmarkOptions
+from elastic3d.config.generate import check_sampling
 from elastic3d.config.text_to_image import BackboneName
 
 DEFAULT_PROMPTS = "data/prompts/image-small.txt"
@@ -36,6 +37,7 @@ class ImageBenchmarkConfig(BenchmarkOptions):
     timing_prompts: int = option(4, "timing: prompts, spread evenly")
     sheet_prompts: int = option(8, "prompts in the contact sheet")
     caches: list[CacheName] = option(list(CacheName), "caches of others to put beside")
+    cache_steps: list[int] = option([], "step counts of caches of others; empty: baseline_steps")
     first_block_thresholds: list[float] = option([0.05, 0.1, 0.2, 0.4], "first_block_cache: one row each")
     taylor_intervals: list[int] = option([2, 3, 5], "taylor_seer, taylor_seer_lite: one row each")
     taylor_warmup: int = option(3, "taylor_seer, taylor_seer_lite: steps that are computed first")
@@ -58,6 +60,8 @@ class ImageBenchmarkConfig(BenchmarkOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for count in self.cache_steps:
+            check_sampling(count, None, None)
         if not self.weights and self.backbone is not BackboneName.small:
             raise ValueError(f"weights= is missing: the folder of the {self.backbone.name} pipeline")
         for name in ("timing_prompts", "reference_views"):

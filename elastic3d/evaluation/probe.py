@@ -45,7 +45,9 @@ def fit_probe(features: Floats, labels: Sequence[str], decay: float = 1e-3, step
     """
     classes = sorted(set(labels))
     if len(classes) < 2 or len(labels) != len(features):
-        raise ValueError(f"{len(features)} rows, {len(labels)} labels of {len(classes)} classes: expected 2 or more")
+        raise ValueError(
+            f"{len(features)} rows, {len(labels)} labels of {len(classes)} classes: expected 2 or more"
+        )
     x = torch.from_numpy(np.asarray(features, dtype=np.float32))
     mean, scale = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
     x = (x - mean) / scale
@@ -60,5 +62,5 @@ def fit_probe(features: Floats, labels: Sequence[str], decay: float = 1e-3, step
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return Probe(classes, mean, scale, weight.detach(), bias.detach())

@@ -57,7 +57,9 @@ def grid(config: ImageBenchmarkConfig) -> list[ForeignCache]:
         CacheName.taylor_seer: [{"interval": i, "warmup": warmup} for i in config.taylor_intervals],
         CacheName.taylor_seer_lite: [{"interval": i, "warmup": warmup} for i in config.taylor_intervals],
         CacheName.mag_cache: [{"threshold": t} for t in config.mag_thresholds],
-        CacheName.db_cache: [{"threshold": t, "blocks": b} for b in config.db_blocks for t in config.db_thresholds],
+        CacheName.db_cache: [
+            {"threshold": t, "blocks": b} for b in config.db_blocks for t in config.db_thresholds
+        ],
     }
     absent = missing(config)
     return [
@@ -143,7 +145,7 @@ def _db_cache(pipe: Any, cache: ForeignCache, steps: int) -> Iterator[None]:
         Fn_compute_blocks=cache.options["blocks"], Bn_compute_blocks=0, max_warmup_steps=max(1, steps * 8 // 28),
         residual_diff_threshold=cache.options["threshold"], num_inference_steps=steps, enable_separate_cfg=True,
     )  # fmt: skip
-    own = pipe.transformer.__dict__
+    own, modules = pipe.transformer.__dict__, dict(pipe.transformer._modules)
     before = {name: own[name] for name in _LEFT_BEHIND if name in own}
     adapter = flux_adapter(pipe, has_separate_cfg=True)
     cache_dit.enable_cache(adapter, cache_config=config)
@@ -154,3 +156,5 @@ def _db_cache(pipe: Any, cache: ForeignCache, steps: int) -> Iterator[None]:
         for name in _LEFT_BEHIND:
             own.pop(name, None)
         own.update(before)
+        pipe.transformer._modules.clear()  # they come back in another order, by which diffusers finds the first block
+        pipe.transformer._modules.update(modules)

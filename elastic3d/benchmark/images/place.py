@@ -86,9 +86,7 @@ class ImagePlace:
             torch.cuda.synchronize()
         return latents
 
-    def produce(
-        self, run: Run, jobs: Sequence[PromptJob], source: RouteSource | None
-    ) -> list[ImageResult]:
+    def produce(self, run: Run, jobs: Sequence[PromptJob], source: RouteSource | None) -> list[ImageResult]:
         """From prompt to picture; the run must be `ready`."""
         pipeline = self.model(run.model).pipeline
         with following(pipeline.session, source):
@@ -196,9 +194,7 @@ class ImagePlace:
 
     def timing_jobs(self) -> list[PromptJob]:
         """A few prompts, spread evenly."""
-        return [
-            PromptJob(p, self.config.seeds[0]) for p in spread(self.prompts, self.config.timing_prompts)
-        ]
+        return [PromptJob(p, self.config.seeds[0]) for p in spread(self.prompts, self.config.timing_prompts)]
 
     def timing_facts(self) -> list[Any]:
         """The prompts."""

@@ -11,9 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import atomic_path
 from elastic3d.training.pictures import PictureSource
+
+SIDE = 64  # pixels at which a view's colour is named
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -46,20 +50,19 @@ def write_prompts(prompts: Sequence[str], path: Path) -> None:
 def held_out_prompts(
     source: PictureSource, count: int, fits: Callable[[str], bool] = lambda prompt: True
 ) -> list[str]:
-    """So many different captions, group after group, of each the next view: its longest caption that fits.
+    """So many different captions: of every group, in a random but fixed order, the longest that fits of one view.
 
     Raises:
         UserError: the source has not so many.
     """
     found: dict[str, None] = {}
-    turns = 4
-    for turn in range(turns):
-        for index in range(len(source)):
-            pictures = source.load(index, 64)
-            captions = pictures[(index + turn * 5) % len(pictures)].captions
-            fitting = [caption for caption in sorted(captions, key=len, reverse=True) if fits(caption)]
-            if fitting:
-                found[fitting[0]] = None
-            if len(found) == count:
-                return list(found)
+    generator = np.random.default_rng(0)
+    for index in generator.permutation(len(source)).tolist():
+        pictures = source.load(index, SIDE)
+        captions = pictures[int(generator.integers(len(pictures)))].captions
+        fitting = [caption for caption in sorted(captions, key=len, reverse=True) if fits(caption)]
+        if fitting:
+            found[fitting[0]] = None
+        if len(found) == count:
+            return list(found)
     raise UserError(f"there are only {len(found)} different captions, expected {count}")

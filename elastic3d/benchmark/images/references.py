@@ -41,7 +41,11 @@ class References:
         classes = len(self.probe.classes) if self.probe else 0
         return {
             "real_pictures": len(self.features),
-            "classifier": {"classes": classes, "pictures": self.trained_on, "held_out_accuracy": self.accuracy},
+            "classifier": {
+                "classes": classes,
+                "pictures": self.trained_on,
+                "held_out_accuracy": self.accuracy,
+            },
         }
 
 
@@ -66,7 +70,7 @@ def load_references(config: ImageBenchmarkConfig, features: PictureFeatures, siz
             found[part], nouns = _encoded(source, features, size, part)
             found[f"{part}_nouns"] = np.array(nouns)
         with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **found)  # type: ignore[arg-type]  # numpy's stub takes no names
+            np.savez_compressed(file, **found)
     if "train" not in found:
         return References(found["real"])
     counts = Counter(found["train_nouns"].tolist())

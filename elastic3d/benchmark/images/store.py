@@ -1,4 +1,4 @@
-"""What a benchmark of pictures made so far: one file a run and seed, whole or not there, so that a kill loses little."""
+"""What a benchmark of pictures made so far: one file a run and seed, whole or not there: a kill loses little."""
 
 from __future__ import annotations
 
