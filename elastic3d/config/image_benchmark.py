@@ -43,7 +43,7 @@ class ImageBenchmarkConfig(BenchmarkOptions):
     taylor_warmup: int = option(3, "taylor_seer, taylor_seer_lite: steps that are computed first")
     mag_thresholds: list[float] = option([0.06, 0.12, 0.24, 0.5], "mag_cache: one row each")
     db_thresholds: list[float] = option([0.05, 0.1, 0.2, 0.4], "db_cache: one row for each and db_blocks")
-    db_blocks: list[int] = option([1, 4], "db_cache: first blocks that are always computed")
+    db_blocks: list[int] = option([1], "db_cache: first blocks that are always computed")
     batched_decisions: bool = option(
         False, "run caches that decide for a whole batch in batches: faster, but samples depend on others"
     )

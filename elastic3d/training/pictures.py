@@ -154,7 +154,7 @@ def noun_of(caption: str) -> str:
 
 
 def noun_in(caption: str) -> str:
-    """What a caption of `ShapeViews` names: `a red dining table seen from behind, on a blue background` -> `dining table`.
+    """What a caption of `ShapeViews` names: `a red bar stool seen from behind, on a blue background` -> `bar stool`.
 
     The first word or two are taken for a colour where they are one of `COLOURS`.
     """

@@ -1,15 +1,23 @@
-"""FLOPs that a transformer really executes, counted where its matrix products are called, whatever wraps its blocks."""
+"""FLOPs that a transformer really executes, whatever wraps its blocks.
+
+`metered` counts every matrix product: exact for anything, but a batch of one takes half as long again. `counted` counts
+calls of whole blocks at no cost: for caches that either run a block or do not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from elastic3d.routing.protocol import ModelAdapter
 
 # not in PyTorch's registry: attention as a CPU runs it
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -37,18 +45,63 @@ class FlopMeter(TorchDispatchMode):
 @contextmanager
 def metered(transformer: nn.Module) -> Iterator[FlopMeter]:
     """While it lasts, every forward pass of `transformer` is counted; nothing else is."""
-    meter, inner = FlopMeter(), transformer.forward
-    had_own = "forward" in transformer.__dict__
+    meter = FlopMeter()
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with meter:
-            return inner(*args, **kwargs)
+    def inside(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with meter:
+                return forward(*args, **kwargs)
 
-    transformer.__dict__["forward"] = forward
-    try:
+        return wrapped
+
+    with _wrapped(transformer, inside):
         yield meter
+
+
+@contextmanager
+def counted(transformer: nn.Module, adapter: ModelAdapter, lengths: Sequence[int]) -> Iterator[FlopCount]:
+    """While it lasts, calls of the blocks are counted; a cache must be put around them after that.
+
+    Args:
+        lengths: tokens of the streams; the count's FLOPs are those of one sample with so many.
+    """
+    count = FlopCount()
+
+    def adding(flops: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def inside(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                count.total += flops
+                return forward(*args, **kwargs)
+
+            return functools.update_wrapper(wrapped, forward)  # caches look at a block's signature
+
+        return inside
+
+    with ExitStack() as stack:
+        for name, block_adapter in adapter.block_lists(transformer):
+            own = lengths if len(block_adapter.stream_names) == len(lengths) else [sum(lengths)]
+            for block in transformer.get_submodule(name).children():
+                stack.enter_context(_wrapped(block, adding(block_adapter.flops(block, own).dense)))
+        yield count
+
+
+@dataclass
+class FlopCount:
+    """FLOPs of one sample so far."""
+
+    total: int = 0
+
+
+@contextmanager
+def _wrapped(module: nn.Module, inside: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """While it lasts, the module's forward is another one."""
+    own = module.__dict__
+    before = own.get("forward")
+    own["forward"] = inside(module.forward)
+    try:
+        yield
     finally:
-        if had_own:
-            transformer.__dict__["forward"] = inner
+        if before is None:
+            del own["forward"]
         else:
-            del transformer.__dict__["forward"]
+            own["forward"] = before

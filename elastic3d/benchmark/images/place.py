@@ -16,7 +16,7 @@ from elastic3d.adapters import adapter_for
 from elastic3d.benchmark.controls import Controls
 from elastic3d.benchmark.execute import elastic_options, following
 from elastic3d.benchmark.images.foreign import ForeignCache, magnitude_ratios, running
-from elastic3d.benchmark.images.meter import metered
+from elastic3d.benchmark.images.meter import counted, metered
 from elastic3d.benchmark.images.models import ImageModel
 from elastic3d.benchmark.images.prompts import read_prompts
 from elastic3d.benchmark.images.store import Made, PictureStore, PromptJob
@@ -27,7 +27,7 @@ from elastic3d.config.image_benchmark import CacheName, ImageBenchmarkConfig
 from elastic3d.errors import UserError
 from elastic3d.models.weights import load_json, save_json
 from elastic3d.pipelines.text_to_image import ImageResult
-from elastic3d.routing.cost import dense_flops
+from elastic3d.routing.protocol import ModelAdapter
 from elastic3d.routing.session import RouteSource
 
 Condition = tuple[dict[str, Tensor], dict[str, Any]]  # of the prompts, of the guidance
@@ -42,6 +42,7 @@ class ImagePlace:
         self.config = planner.config
         self.jobs = [PromptJob(prompt, seed) for seed in self.config.seeds for prompt in self.prompts]
         self.controls = Controls(self)
+        self._measured: dict[str, int] = {}
 
     def model(self, name: str) -> ImageModel:
         """One of the models."""
@@ -125,21 +126,23 @@ class ImagePlace:
 
     def _made(self, run: Run, jobs: Sequence[PromptJob]) -> dict[str, Made]:
         source = self.controls.source(run, jobs)
-        with self.ready(run):
-            if run.foreign is None:
+        if run.foreign is None:
+            results = self.produce(run, jobs, source)
+        elif run.foreign.by_batch:
+            with counted(self.model(run.model).dit, *self._lengths) as count, self.ready(run):
                 results = self.produce(run, jobs, source)
-            else:
-                with metered(self.model(run.model).dit) as meter:
-                    results = self.produce(run, jobs, source)
-                for result in results:
-                    blocks = meter.total / len(jobs) - run.steps * self._outside_blocks
-                    result.receipt["flops_executed"] = round(blocks)
-        return {
-            job.prompt: Made(
-                np.asarray(result.image), {"status": "ok", "error": None, "receipt": result.receipt}
-            )
-            for job, result in zip(jobs, results, strict=True)
-        }
+            flops = count.total
+        else:
+            flops = self._scheduled_flops(run)
+            with self.ready(run):
+                results = self.produce(run, jobs, source)
+        made = {}
+        for job, result in zip(jobs, results, strict=True):
+            if run.foreign is not None:
+                result.receipt["flops_executed"] = flops
+            record = {"status": "ok", "error": None, "receipt": result.receipt}
+            made[job.prompt] = Made(np.asarray(result.image), record)
+        return made
 
     def _made_or_failed(self, run: Run, job: PromptJob) -> dict[str, Made]:
         """A picture that can't be made is grey."""
@@ -151,17 +154,28 @@ class ImagePlace:
             return {job.prompt: Made(np.full((side[1], side[0], 3), 128, np.uint8), record)}
 
     @cached_property
-    def _outside_blocks(self) -> float:
-        """FLOPs of one sample in one dense step that are spent outside the blocks."""
-        job, run = self.jobs[0], self.planner.dense(1)
-        text, rest = self.condition_of(run, [job])
-        transformer = self.model(DENSE).dit
-        with metered(transformer) as meter:
-            latents = self.sample(run, (text, rest), [job], None)
-        lengths = [v.shape[1] for name, v in {**text, **rest}.items() if name.endswith("prompt_embeds")
-                   and not name.endswith("pooled_prompt_embeds")]  # fmt: skip
-        adapter = adapter_for(transformer)
-        return meter.total - sum(dense_flops(transformer, adapter, [latents.shape[1], n]) for n in lengths)
+    def _lengths(self) -> tuple[ModelAdapter, list[int]]:
+        """The adapter of the transformer, and its tokens: of a picture, of a prompt."""
+        run, jobs = self.planner.dense(1), self.jobs[:1]
+        text, rest = self.condition_of(run, jobs)
+        latents = self.sample(run, (text, rest), jobs, None)
+        return adapter_for(self.model(DENSE).dit), [latents.shape[1], text["prompt_embeds"].shape[1]]
+
+    def _scheduled_flops(self, run: Run) -> int:
+        """FLOPs of the blocks for one sample of a cache that does the same for all, measured once.
+
+        What a dense step spends outside the blocks is taken off.
+        """
+        if run.name not in self._measured:
+            jobs, dense = self.jobs[:1], self.planner.dense(1)
+            transformer = self.model(run.model).dit
+            with metered(transformer) as meter:
+                receipt = self.produce(dense, jobs, None)[0].receipt
+            outside = meter.total - receipt["flops_dense"]
+            with self.ready(run), metered(transformer) as meter:
+                self.produce(run, jobs, None)
+            self._measured[run.name] = meter.total - run.steps * outside
+        return self._measured[run.name]
 
     def _ratios(self, steps: int) -> list[float]:
         """MagCache's calibration for so many steps, kept in `tables`."""

@@ -3,7 +3,7 @@
 data/prompts/image-small.txt is what `held_out_prompts` gives for the views of the validation and test splits:
 
     source = ShapeViews(prepared, read_split([val, test]), ImageStageConfig(), limit=0, seed=0)
-    write_prompts(held_out_prompts(source, 288, fits), path)  # fits: at most as many tokens as the model reads
+    write_prompts(held_out_prompts(source, 256, fits), path)  # fits: at most as many tokens as the model reads
 """
 
 from __future__ import annotations
