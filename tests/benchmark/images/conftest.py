@@ -26,9 +26,9 @@ DIFFUSERS = [name for name in CacheName if name is not CacheName.db_cache]
 def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model/ (elastic), prompts.txt and real/."""
     root = tmp_path_factory.mktemp("gallery")
+    torch.manual_seed(0)
     save_tiny_small(root / "model")
     pipe = TextToImagePipeline.from_pretrained(BackboneName.small, root / "model", device="cpu").backbone.pipe
-    torch.manual_seed(0)
     attach(pipe, RouterConfig(initial_keep=0.5, initial_width_bias=0, head_std=3.0))
     save_routers(pipe.transformer, root / "model" / "routers")
     (root / "prompts.txt").write_text("# prompts\n" + "\n".join(PROMPTS) + "\n")

@@ -37,13 +37,8 @@ class Views:
         return self.count
 
     def load(self, index: int, size: int) -> list[Captioned]:
-        return [
-            Captioned(
-                Image.new("RGB", (size, size)),
-                [f"a red thing {index} seen from view {view}", f"a thing {index}"],
-            )
-            for view in range(3)
-        ]
+        picture, plain = Image.new("RGB", (size, size)), f"a thing {index}"
+        return [Captioned(picture, [f"a red thing {index} seen from view {v}", plain]) for v in range(3)]
 
 
 def test_prompts_come_from_all_groups_in_a_fixed_order():
