@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from elastic3d.routing.cost import dense_flops
 from elastic3d.routing.protocol import ModelAdapter
 
 # not in PyTorch's registry: attention as a CPU runs it
@@ -65,12 +66,13 @@ def counted(transformer: nn.Module, adapter: ModelAdapter, lengths: Sequence[int
     Args:
         lengths: tokens of the streams; the count's FLOPs are those of one sample with so many.
     """
-    count = FlopCount()
+    count = FlopCount(dense_flops(transformer, adapter, lengths))
 
-    def adding(flops: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def adding(flops: int, is_first: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def inside(forward: Callable[..., Any]) -> Callable[..., Any]:
             def wrapped(*args: Any, **kwargs: Any) -> Any:
                 count.total += flops
+                count.passes += is_first
                 return forward(*args, **kwargs)
 
             return functools.update_wrapper(wrapped, forward)  # caches look at a block's signature
@@ -78,18 +80,26 @@ def counted(transformer: nn.Module, adapter: ModelAdapter, lengths: Sequence[int
         return inside
 
     with ExitStack() as stack:
-        for name, block_adapter in adapter.block_lists(transformer):
+        for number, (name, block_adapter) in enumerate(adapter.block_lists(transformer)):
             own = lengths if len(block_adapter.stream_names) == len(lengths) else [sum(lengths)]
-            for block in transformer.get_submodule(name).children():
-                stack.enter_context(_wrapped(block, adding(block_adapter.flops(block, own).dense)))
+            for index, block in enumerate(transformer.get_submodule(name).children()):
+                flops, is_first = block_adapter.flops(block, own).dense, number == index == 0
+                stack.enter_context(_wrapped(block, adding(flops, is_first)))
         yield count
 
 
 @dataclass
 class FlopCount:
-    """FLOPs of one sample so far."""
+    """FLOPs of one sample so far, and passes of the model, which all run its first block."""
 
+    dense_pass: int
     total: int = 0
+    passes: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of what the dense passes would have spent."""
+        return self.total / (self.passes * self.dense_pass)
 
 
 @contextmanager

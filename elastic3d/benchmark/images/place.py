@@ -42,7 +42,7 @@ class ImagePlace:
         self.config = planner.config
         self.jobs = [PromptJob(prompt, seed) for seed in self.config.seeds for prompt in self.prompts]
         self.controls = Controls(self)
-        self._measured: dict[str, int] = {}
+        self._measured: dict[str, float] = {}
 
     def model(self, name: str) -> ImageModel:
         """One of the models."""
@@ -131,15 +131,15 @@ class ImagePlace:
         elif run.foreign.by_batch:
             with counted(self.model(run.model).dit, *self._lengths) as count, self.ready(run):
                 results = self.produce(run, jobs, source)
-            flops = count.total
+            share = count.share
         else:
-            flops = self._scheduled_flops(run)
+            share = self._scheduled_share(run)
             with self.ready(run):
                 results = self.produce(run, jobs, source)
         made = {}
         for job, result in zip(jobs, results, strict=True):
             if run.foreign is not None:
-                result.receipt["flops_executed"] = flops
+                result.receipt["flops_executed"] = round(share * result.receipt["flops_dense"])
             record = {"status": "ok", "error": None, "receipt": result.receipt}
             made[job.prompt] = Made(np.asarray(result.image), record)
         return made
@@ -156,25 +156,24 @@ class ImagePlace:
     @cached_property
     def _lengths(self) -> tuple[ModelAdapter, list[int]]:
         """The adapter of the transformer, and its tokens: of a picture, of a prompt."""
-        run, jobs = self.planner.dense(1), self.jobs[:1]
+        run, jobs = self.planner.dense(2), self.jobs[:1]
         text, rest = self.condition_of(run, jobs)
         latents = self.sample(run, (text, rest), jobs, None)
         return adapter_for(self.model(DENSE).dit), [latents.shape[1], text["prompt_embeds"].shape[1]]
 
-    def _scheduled_flops(self, run: Run) -> int:
-        """FLOPs of the blocks for one sample of a cache that does the same for all, measured once.
+    def _scheduled_share(self, run: Run) -> float:
+        """Executed share of the blocks' FLOPs of a cache that does the same for all samples, measured once.
 
-        What a dense step spends outside the blocks is taken off.
+        What a dense generation spends outside the blocks is taken off.
         """
         if run.name not in self._measured:
-            jobs, dense = self.jobs[:1], self.planner.dense(1)
-            transformer = self.model(run.model).dit
+            jobs, transformer = self.jobs[:1], self.model(run.model).dit
             with metered(transformer) as meter:
-                receipt = self.produce(dense, jobs, None)[0].receipt
+                receipt = self.produce(self.planner.dense(run.steps), jobs, None)[0].receipt
             outside = meter.total - receipt["flops_dense"]
             with self.ready(run), metered(transformer) as meter:
                 self.produce(run, jobs, None)
-            self._measured[run.name] = meter.total - run.steps * outside
+            self._measured[run.name] = (meter.total - outside) / receipt["flops_dense"]
         return self._measured[run.name]
 
     def _ratios(self, steps: int) -> list[float]:
