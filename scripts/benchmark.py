@@ -2,9 +2,12 @@
 
     python scripts/benchmark.py model=default budgets=[1,.5] images=photos seeds=[0,1,2] output=outputs/benchmark
     python scripts/benchmark.py images=held_out/images gt=held_out/gt output=outputs/benchmark batches=[1]
+    python scripts/benchmark.py backbone=small budgets=[1,.5] output=outputs/benchmark-2d
 
-Writes results.json, results.csv, pareto.png, blocks.png and sheet.png to the output folder. Run it again and it goes on
-where it was: meshes, scores and timing rounds are kept. Exit code 0 whether or not targets are met, 1 if a mesh failed.
+With backbone= it is a text-to-image model that is measured; `backbone=small --help` lists the options of that. Writes
+results.json, results.csv, pareto.png, blocks.png and sheet.png to the output folder. Run it again and it goes on where
+it was: meshes or pictures, scores and timing rounds are kept. Exit code 0 whether or not targets are met, 1 if a mesh
+or a picture failed.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pathlib import Path
 from _cli import run
 
 from elastic3d.config.benchmark import BenchmarkConfig
+from elastic3d.config.image_benchmark import ImageBenchmarkConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -31,5 +35,21 @@ def main(config: BenchmarkConfig) -> int:
     return int(any(row["failed"] for row in results["rows"]))
 
 
+def main_images(config: ImageBenchmarkConfig) -> int:
+    """The same for a text-to-image model."""
+    from elastic3d.benchmark.images.report import COLUMNS
+    from elastic3d.benchmark.images.run import benchmark_images
+    from elastic3d.benchmark.report import text_table
+
+    results = benchmark_images(config, REPOSITORY, shlex.join(["python", *sys.argv]))
+    print(text_table(results, COLUMNS))
+    for name, reason in results["about"]["left_out"].items():
+        print(f"no rows of {name}: {reason}")
+    print(f"written to {config.output}")
+    return int(any(row["failed"] for row in results["rows"]))
+
+
 if __name__ == "__main__":
+    if any(argument.startswith("backbone=") for argument in sys.argv[1:]):
+        run(main_images, ImageBenchmarkConfig, "benchmark_images")
     run(main, BenchmarkConfig, "benchmark")

@@ -26,6 +26,7 @@ REQUIRED = {
     "gen_mesh": ["image=a.png", "output=b.glb"],
     "import_hunyuan3d": ["output=a"],
     "benchmark": ["images=a", "output=b"],
+    "benchmark_images": ["output=b"],
     "summarize": ["folders=a"],
     "gen_image": ["prompt=a chair", "output=b.png"],
 }
@@ -34,41 +35,55 @@ CONDA_ONLY = {"python", "pip", "pytorch3d"}
 README = (ROOT / "README.md").read_text()
 
 
-def entry_point(script: Path) -> tuple[type, str]:
-    """(configuration class, configuration name) of a script, from its last line `run(main, Class, "name")`."""
+def entry_points(script: Path) -> list[tuple[type, str]]:
+    """(configuration class, configuration name) of a script, from each of its lines `run(main, Class, "name")`.
+
+    Where there are several, the last one is for arguments that none before it is for.
+    """
     tree = ast.parse(script.read_text())
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    [call] = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "run" and len(c.args) == 3]
-    _, config_class, name = call.args
-    assert isinstance(config_class, ast.Name)
-    assert isinstance(name, ast.Constant)
     modules = {
         alias.name: node.module
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
     }
-    return getattr(importlib.import_module(modules[config_class.id]), config_class.id), name.value
-
-
-def shipped_choices() -> list[tuple[Path, list[str]]]:
-    """Each script with its defaults, and with every file of each group its configuration has."""
     found = []
-    for script in SCRIPTS:
-        config_class, name = entry_point(script)
-        found.append((script, []))
+    for call in ast.walk(tree):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            continue
+        if call.func.id == "run" and len(call.args) == 3:
+            _, config_class, name = call.args
+            assert isinstance(config_class, ast.Name)
+            assert isinstance(name, ast.Constant)
+            found.append(
+                (getattr(importlib.import_module(modules[config_class.id]), config_class.id), name.value)
+            )
+    return sorted(found, key=lambda entry: entry[1] == script.stem)
+
+
+def entry_point(script: Path, arguments: list[str]) -> tuple[type, str]:
+    """The one that a command takes: `backbone=` chooses the other where there are two."""
+    first, *rest = entry_points(script)
+    return first if not rest or any(a.startswith("backbone=") for a in arguments) else rest[-1]
+
+
+def shipped_choices() -> list[tuple[type, str, list[str]]]:
+    """Each script's entry points with their defaults, and with every file of each group their configuration has."""
+    found = []
+    for config_class, name in [entry for script in SCRIPTS for entry in entry_points(script)]:
+        found.append((config_class, name, list[str]()))
         for folder in sorted(path for path in (ROOT / "configs").iterdir() if path.is_dir()):
             text = (ROOT / "configs" / f"{name}.yaml").read_text()
             if folder.name in config_class.__dataclass_fields__ or f"- {folder.name}:" in text:
-                found += [(script, [f"{folder.name}={file.stem}"]) for file in sorted(folder.glob("*.yaml"))]
+                files = sorted(folder.glob("*.yaml"))
+                found += [(config_class, name, [f"{folder.name}={file.stem}"]) for file in files]
     return found
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments"), shipped_choices(), ids=lambda value: str(value).split("/")[-1]
+    ("config_class", "name", "arguments"), shipped_choices(), ids=lambda value: str(value).split("/")[-1]
 )
-def test_shipped_configurations_become_dataclasses(script, arguments):
-    config_class, name = entry_point(script)
+def test_shipped_configurations_become_dataclasses(config_class, name, arguments):
     arguments = [*REQUIRED.get(name, []), *arguments]
     assert isinstance(parse(config_class, name, arguments), config_class)
 
@@ -81,7 +96,7 @@ def readme_commands() -> list[str]:
 @pytest.mark.parametrize("command", [c for c in readme_commands() if c.startswith("python scripts/")])
 def test_commands_of_the_readme_are_understood(command):
     _, script, *arguments = shlex.split(command)
-    config_class, name = entry_point(ROOT / script)
+    config_class, name = entry_point(ROOT / script, arguments)
     assert isinstance(parse(config_class, name, arguments), config_class)
 
 

@@ -43,7 +43,8 @@ class PipelineDriver:
         if len(set(times)) < len(times):
             raise ValueError(f"{type(self.pipeline.scheduler).__name__} visits a timestep twice: unsupported")
         index = times.index(float(time))
-        if (index, self.branch) <= self._last or not self.session.samples:
+        now = (index, self.branch)
+        if now == (0, Branch.conditional) or now <= self._last or not self.session.samples:
             self.session.begin(batch, len(times))
         self._last = (index, self.branch)
         sigmas = self.pipeline.scheduler.sigmas

@@ -1,23 +1,18 @@
-"""Where the routes of controls come from: calibration pictures, other pictures, chance."""
+"""Where the routes of controls come from: calibration items, other items, chance."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.benchmark.execute import condition_of, following, sample_latents
-from elastic3d.benchmark.methods import Planner, Routes, Run
-from elastic3d.benchmark.models import MAIN
-from elastic3d.benchmark.store import Job, find_pictures
-from elastic3d.config.routing import Branches, ElasticConfig, RouterConfig
-from elastic3d.diffusion.flow import interpolate
-from elastic3d.diffusion.sampler import initial_noise
+from elastic3d.benchmark.methods import MAIN, Routes, Run
+from elastic3d.benchmark.place import Job, Place
+from elastic3d.config.routing import Branches, RouterConfig
 from elastic3d.models.weights import load_json, save_json
 from elastic3d.routing.controls import (
     as_one,
@@ -27,33 +22,26 @@ from elastic3d.routing.controls import (
     random_routes,
     timestep_routes,
 )
-from elastic3d.routing.passes import BOTH_BRANCHES, Branch, RouteSource
+from elastic3d.routing.passes import RouteSource
 from elastic3d.routing.protocol import BlockFlops
 from elastic3d.routing.router import looks_ahead
 from elastic3d.routing.tables import TableRoutes
 from elastic3d.routing.trace import parse_actions
 
-Recorded = Callable[[Run, Job], dict[str, Any]]  # a job of a run -> the `routes` of its receipt
-
 
 class Controls:
     """Route tables for the runs that have one. What is computed is kept in `<output>/tables`."""
 
-    def __init__(self, planner: Planner, images: Sequence[Path], recorded: Recorded) -> None:
-        """`recorded` gives the routes that a donor run took for a job, by making its mesh where need be."""
-        self.planner, self.config = planner, planner.config
-        self.images, self.recorded = list(images), recorded
-        self.pipeline = planner.models[MAIN]
-        found = find_pictures(self.config.calibration) if self.config.calibration else self.images
-        chosen = found[: self.config.calibration_samples]
-        seeds = self.config.seeds
-        self.calibration = [Job(image, seeds[i % len(seeds)]) for i, image in enumerate(chosen)]
+    def __init__(self, place: Place) -> None:
+        self.place, self.planner, self.config = place, place.planner, place.config
+        self.session = self.planner.models[MAIN].session
+        self.calibration = place.calibration_jobs()
         self.folder = self.config.output / "tables"
         self._tables: dict[str, Tensor] = {}
 
     def source(self, run: Run, jobs: Sequence[Job]) -> RouteSource | None:
         """What decides for a batch of jobs; None: the routers, or nobody."""
-        session = self.pipeline.session
+        session = self.session
         if run.routes in (Routes.dense, Routes.routers) or session is None:
             return None
         widths = session.router_config.widths
@@ -70,7 +58,7 @@ class Controls:
 
     def _random(self, run: Run, job: Job) -> Tensor:
         calibrated = self._calibrated(run)
-        seed = zlib.crc32(f"{run.name}/{job.seed}/{job.image.stem}".encode())
+        seed = zlib.crc32(f"{run.name}/{job.seed}/{job.name}".encode())
         branches = int((calibrated["actions"][:, :, 0, 0] >= -1).any(dim=0).sum())
         generator = torch.Generator().manual_seed(seed)
         blocks, decided = calibrated["blocks"], self._decided(calibrated["blocks"])
@@ -83,10 +71,9 @@ class Controls:
         return routes.expand(-1, -1, len(blocks))
 
     def _of_another(self, run: Run, job: Job) -> Tensor:
-        """What the routers did for the next picture, at the same seed."""
+        """What the routers did for the next item, at the same seed."""
         assert run.donor is not None
-        other = self.images[(self.images.index(job.image) + 1) % len(self.images)]
-        routes = self.recorded(run.donor, Job(other, job.seed))
+        routes = self.place.routes_of(run.donor, self.place.neighbour(job))
         return parse_actions(routes["actions"], len(routes["blocks"])).clamp_min(0)
 
     def _timestep(self, run: Run) -> Tensor:
@@ -107,7 +94,7 @@ class Controls:
 
     @property
     def _router_config(self) -> RouterConfig:
-        session = self.pipeline.session
+        session = self.session
         assert session is not None
         return session.router_config
 
@@ -119,7 +106,7 @@ class Controls:
     # ------------------------------------------------------------------------------------------- calibration
 
     def _calibrated(self, run: Run) -> dict[str, Any]:
-        """`share`, `actions` (S,2,C,I) and `blocks` (FLOPs) of a control's donor on the calibration pictures."""
+        """`share`, `actions` (S,2,C,I) and `blocks` (FLOPs) of a control's donor on the calibration items."""
         donor = run.donor
         assert donor is not None
         path = self.folder / f"{donor.name}-{self._calibration_key():08x}.json"
@@ -135,9 +122,8 @@ class Controls:
         flops: list[list[int]] = []
         for start in range(0, len(self.calibration), self.config.batch_size):
             jobs = self.calibration[start : start + self.config.batch_size]
-            condition = condition_of(self.pipeline, jobs)
-            sample_latents(self.pipeline, donor, condition, [job.seed for job in jobs], self.config, None)
-            session = self.pipeline.session
+            self.place.sample(donor, self.place.condition_of(donor, jobs), jobs, None)
+            session = self.session
             assert session is not None and session.trace is not None
             trace = session.trace
             samples += [trace.sample(row) for row in range(len(jobs))]
@@ -149,7 +135,7 @@ class Controls:
         facts = (
             self.planner.reference().name,  # the model, guidance, resolution
             self.planner.baseline_steps,
-            [(job.image.name, job.seed) for job in self.calibration],
+            [(job.label, job.seed) for job in self.calibration],
             config.calibration_calls,
         )
         return zlib.crc32(repr(facts).encode())
@@ -167,53 +153,9 @@ class Controls:
                     bar.set_postfix_str(f"{executed:.2f} of the FLOPs, down to {lowest:.2f}", refresh=False)
                     bar.update()
 
-                found = greedy_static(self._velocity_error(), blocks, self.ratios, lowest, on_change)
+                found = greedy_static(
+                    self.place.velocity_error(self.calibration), blocks, self.ratios, lowest, on_change
+                )
             path = [(executed, routes.tolist()) for executed, routes in found]
             save_json({"path": path}, file)
         return path
-
-    @torch.no_grad()
-    def _velocity_error(self) -> Callable[[Tensor], float]:
-        """Fixed routes (I,) -> relative squared error of the guided velocity, on calls between noise and data."""
-        planner, pipeline, config = self.planner, self.pipeline, self.config
-        cfg, guidance = (
-            pipeline.dit.config,
-            pipeline.config.guidance if config.guidance is None else config.guidance,
-        )
-        condition = condition_of(pipeline, self.calibration)
-        seeds = [job.seed for job in self.calibration]
-        dense = planner.run(MAIN, planner.baseline_steps, Routes.dense)
-        data = sample_latents(pipeline, dense, condition, seeds, config, None)
-        noise = initial_noise(
-            (cfg.num_latents, cfg.in_channels), [torch.Generator().manual_seed(s) for s in seeds], data.device
-        )
-        calls = config.calibration_calls
-        t = torch.rand(len(data) * calls, generator=torch.Generator().manual_seed(0)).to(data.device)
-        x = interpolate(noise.repeat(calls, 1, 1), data.repeat(calls, 1, 1), t)
-        condition = condition.repeat(calls, 1, 1)
-        two = guidance != 1.0 and not cfg.guidance_embed
-        branches = BOTH_BRANCHES if two else (Branch.conditional,)
-        scale = torch.full((len(x),), guidance, device=x.device) if cfg.guidance_embed else None
-        session = pipeline.session
-        assert session is not None
-
-        @torch.no_grad()
-        def velocity(settings: ElasticConfig, routes: RouteSource | None) -> Tensor:
-            session.settings = settings
-            session.begin(len(x), 1)
-            session.step(0, 1 / planner.baseline_steps, branches)
-            with following(session, routes):
-                if not two:
-                    return pipeline.dit(x, t, condition, scale).float()
-                both = torch.cat([condition, torch.zeros_like(condition)])
-                v, v_uncond = pipeline.dit(x.repeat(2, 1, 1), t.repeat(2), both).float().chunk(2)
-                return v_uncond + guidance * (v - v_uncond)
-
-        true = velocity(ElasticConfig(elastic=False), None)
-        widths = session.router_config.widths
-
-        def error(routes: Tensor) -> float:
-            found = velocity(ElasticConfig(), TableRoutes(routes[None, None, None], widths))
-            return float((found - true).square().mean() / true.square().mean())
-
-        return error

@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic3d.benchmark.methods import Run
+from elastic3d.benchmark.methods import MAIN, Planner, Routes, Run
 from elastic3d.benchmark.store import Job
 from elastic3d.config.benchmark import BenchmarkConfig
 from elastic3d.config.geometry import CleanupConfig, DecodeConfig
 from elastic3d.config.images import ForegroundConfig
+from elastic3d.config.routing import ElasticConfig
+from elastic3d.diffusion.flow import interpolate
+from elastic3d.diffusion.sampler import initial_noise
 from elastic3d.models.foreground import prepare_picture, to_tensor
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result, Settings
-from elastic3d.routing.passes import RouteSource
+from elastic3d.routing.passes import BOTH_BRANCHES, Branch, RouteSource
 from elastic3d.routing.session import RoutingSession
+from elastic3d.routing.tables import TableRoutes
 
 
 @contextmanager
@@ -33,6 +37,15 @@ def following(session: RoutingSession | None, source: RouteSource | None) -> Ite
         session.source = None
 
 
+def elastic_options(session: RoutingSession | None, run: Run) -> dict[str, Any]:
+    """The run's settings as arguments of a pipeline."""
+    if session is None:
+        return {}
+    if not run.settings.elastic:
+        return {"elastic": False}
+    return {"elastic": True} | {name: getattr(run.settings, name) for name in ("budget", "width", "cache")}
+
+
 def make(
     pipeline: ImageTo3DPipeline,
     run: Run,
@@ -42,11 +55,6 @@ def make(
     on_step: Callable[[int, int], None] | None = None,
 ) -> list[Result]:
     """Meshes of the jobs as one batch, from picture to clean surface."""
-    options: dict[str, Any] = {}
-    if pipeline.session is not None:
-        options["elastic"] = run.settings.elastic
-        if run.settings.elastic:
-            options |= {name: getattr(run.settings, name) for name in ("budget", "width", "cache")}
     with following(pipeline.session, source):
         return pipeline(
             [job.image for job in jobs],
@@ -55,7 +63,7 @@ def make(
             guidance=config.guidance,
             resolution=config.resolution,
             on_step=on_step,
-            **options,
+            **elastic_options(pipeline.session, run),
         )
 
 
@@ -84,3 +92,51 @@ def sample_latents(
     if pipeline.device.type == "cuda":
         torch.cuda.synchronize()
     return latents
+
+
+@torch.no_grad()
+def velocity_error(
+    pipeline: ImageTo3DPipeline, planner: Planner, jobs: Sequence[Job], config: BenchmarkConfig
+) -> Callable[[Tensor], float]:
+    """Fixed routes (I,) -> relative squared error of the guided velocity, on calls between noise and data."""
+    cfg, guidance = (
+        pipeline.dit.config,
+        pipeline.config.guidance if config.guidance is None else config.guidance,
+    )
+    condition = condition_of(pipeline, jobs)
+    seeds = [job.seed for job in jobs]
+    dense = planner.run(MAIN, planner.baseline_steps, Routes.dense)
+    data = sample_latents(pipeline, dense, condition, seeds, config, None)
+    noise = initial_noise(
+        (cfg.num_latents, cfg.in_channels), [torch.Generator().manual_seed(s) for s in seeds], data.device
+    )
+    calls = config.calibration_calls
+    t = torch.rand(len(data) * calls, generator=torch.Generator().manual_seed(0)).to(data.device)
+    x = interpolate(noise.repeat(calls, 1, 1), data.repeat(calls, 1, 1), t)
+    condition = condition.repeat(calls, 1, 1)
+    two = guidance != 1.0 and not cfg.guidance_embed
+    branches = BOTH_BRANCHES if two else (Branch.conditional,)
+    scale = torch.full((len(x),), guidance, device=x.device) if cfg.guidance_embed else None
+    session = pipeline.session
+    assert session is not None
+
+    @torch.no_grad()
+    def velocity(settings: ElasticConfig, routes: RouteSource | None) -> Tensor:
+        session.settings = settings
+        session.begin(len(x), 1)
+        session.step(0, 1 / planner.baseline_steps, branches)
+        with following(session, routes):
+            if not two:
+                return pipeline.dit(x, t, condition, scale).float()
+            both = torch.cat([condition, torch.zeros_like(condition)])
+            v, v_uncond = pipeline.dit(x.repeat(2, 1, 1), t.repeat(2), both).float().chunk(2)
+            return v_uncond + guidance * (v - v_uncond)
+
+    true = velocity(ElasticConfig(elastic=False), None)
+    widths = session.router_config.widths
+
+    def error(routes: Tensor) -> float:
+        found = velocity(ElasticConfig(), TableRoutes(routes[None, None, None], widths))
+        return float((found - true).square().mean() / true.square().mean())
+
+    return error

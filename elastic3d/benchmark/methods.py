@@ -8,16 +8,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
-from elastic3d.benchmark.models import DENSE, MAIN, Models
-from elastic3d.config.benchmark import BenchmarkConfig, Method
+from torch import nn
+
+from elastic3d.config.benchmark import BenchmarkOptions, Method
+from elastic3d.config.generate import Solver
 from elastic3d.config.routing import BlockCacheConfig, CacheRule, ElasticConfig
 from elastic3d.config.serialize import to_dict
 from elastic3d.errors import UserError
+from elastic3d.routing.session import RoutingSession
+
+MAIN, DENSE, EULER = "model", "dense", "euler"
+
+
+class Subject(Protocol):
+    """What a planner asks of a model. `config` has its defaults: steps, guidance, resolution, shift, elastic."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def dit(self) -> nn.Module: ...
+
+    @property
+    def session(self) -> RoutingSession | None: ...
+
+    @property
+    def weights_sha256(self) -> str | None: ...
+
+    @property
+    def dense_sha256(self) -> str | None: ...
 
 
 class Routes(Enum):
@@ -34,10 +58,10 @@ class Routes(Enum):
 
 @dataclass(frozen=True)
 class Run:
-    """One way to make meshes. Methods that ask for the same way share its meshes and its times.
+    """One way to make meshes or pictures. Methods that ask for the same way share what it made and its times.
 
     `name` tells it from every other, also from the same with other weights or options. `donor` is the run whose
-    routes a control is matched to.
+    routes a control is matched to; `foreign` a cache of others around the dense model.
     """
 
     name: str = field(compare=True)
@@ -46,6 +70,7 @@ class Run:
     routes: Routes = field(compare=False)
     settings: ElasticConfig = field(compare=False)
     donor: Run | None = field(compare=False, default=None)
+    foreign: Any = field(compare=False, default=None)
 
 
 @dataclass(frozen=True)
@@ -67,7 +92,7 @@ NO_CACHE = BlockCacheConfig()
 class Planner:
     """Makes runs out of what a configuration asks for."""
 
-    def __init__(self, config: BenchmarkConfig, models: Models) -> None:
+    def __init__(self, config: BenchmarkOptions, models: Mapping[str, Subject]) -> None:
         self.config, self.models = config, models
         main = models[MAIN]
         self.baseline_steps = config.baseline_steps or main.config.steps
@@ -83,8 +108,9 @@ class Planner:
         routes: Routes,
         settings: ElasticConfig | None = None,
         donor: Run | None = None,
+        foreign: Any = None,
     ) -> Run:
-        """A run with its name; settings None: dense."""
+        """A run with its name; settings None: dense. `foreign` is a dataclass with a `title`."""
         settings = settings or ElasticConfig(elastic=False)
         pipeline, config = self.models[model], self.config
         calibration = (str(config.calibration), config.calibration_samples, config.calibration_calls)
@@ -95,15 +121,17 @@ class Planner:
             config.guidance if config.guidance is not None else pipeline.config.guidance,
             config.resolution or pipeline.config.resolution,
             pipeline.config.shift,
+            getattr(pipeline.config, "solver", Solver.euler).value,
             routes.value,
             to_dict(settings),
             donor.name if donor else "",
             calibration if routes in (Routes.static, Routes.timestep) else "",
+            *([to_dict(foreign)] if foreign else []),
         ]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
-        what = routes.value if model in (MAIN, DENSE) else model
+        what = foreign.title if foreign else routes.value if model in (MAIN, DENSE) else model
         budget = f"-b{settings.budget:g}" if settings.elastic else ""
-        return Run(f"{what}-s{steps}{budget}-{digest}", model, steps, routes, settings, donor)
+        return Run(f"{what}-s{steps}{budget}-{digest}", model, steps, routes, settings, donor, foreign)
 
     def dense(self, steps: int) -> Run:
         """The dense model in so many steps."""
@@ -127,6 +155,11 @@ def _fewer_steps(planner: Planner) -> Iterator[Case]:
     for steps in planner.config.steps:
         if steps != planner.baseline_steps:
             yield Case("fewer_steps", planner.dense(steps), 1.0)
+
+
+def _euler_steps(planner: Planner) -> Iterator[Case]:
+    for steps in planner.config.steps:
+        yield Case("euler_steps", planner.run(EULER, steps, Routes.dense), 1.0)
 
 
 def _elastic(method: Method, **changes: Any) -> Callable[[Planner], Iterator[Case]]:
@@ -164,6 +197,7 @@ def _control(routes: Routes) -> Callable[[Planner], Iterator[Case]]:
 REGISTRY: dict[Method, Callable[[Planner], Iterator[Case]]] = {
     Method.dense: _dense,
     Method.fewer_steps: _fewer_steps,
+    Method.euler_steps: _euler_steps,
     Method.elastic: _elastic(Method.elastic),
     Method.elastic_no_cache: _elastic(Method.elastic_no_cache, cache=NO_CACHE),
     Method.elastic_no_width: _elastic(Method.elastic_no_width, width=False),
@@ -176,16 +210,16 @@ REGISTRY: dict[Method, Callable[[Planner], Iterator[Case]]] = {
     Method.shuffled: _control(Routes.shuffled),
 }
 WITHOUT_REUSE = (Method.elastic_no_cache, Method.elastic_paper_cache)
-WITHOUT_ROUTERS = (Method.dense, Method.fewer_steps)
+WITHOUT_ROUTERS = (Method.dense, Method.fewer_steps, Method.euler_steps)
 FAMILY = tuple(m.value for m in Method if m.name.startswith("elastic"))
 CONTROLS = tuple(m.value for m in (Method.random, Method.static, Method.timestep, Method.shuffled))
 
 
-def plan(config: BenchmarkConfig, models: Models, images: int) -> tuple[Planner, list[Case]]:
-    """The cases of a benchmark of so many pictures.
+def plan(config: BenchmarkOptions, models: Mapping[str, Subject], items: int) -> tuple[Planner, list[Case]]:
+    """The cases of a benchmark of so many items, pictures or prompts.
 
     Raises:
-        UserError: a method that this model or these pictures do not allow.
+        UserError: a method that this model or these items do not allow.
     """
     planner = Planner(config, models)
     has_routers = models[MAIN].session is not None
@@ -195,11 +229,13 @@ def plan(config: BenchmarkConfig, models: Models, images: int) -> tuple[Planner,
             continue
         why = None
         if method not in WITHOUT_ROUTERS and not has_routers:
-            why = f"{config.model} has no routers"
+            why = "the model has no routers"
+        elif method is Method.euler_steps and EULER not in models:
+            why = "its sampler takes equal Euler steps anyway"
         elif method in WITHOUT_REUSE and planner.trained_cache.closed_reuse:
             why = "its routers were trained to reuse residuals"
-        elif method is Method.shuffled and images < 2:
-            why = "it exchanges routes between pictures, and there is only one"
+        elif method is Method.shuffled and items < 2:
+            why = "it exchanges routes between items, and there is only one"
         if why is None:
             cases += build(planner)
         elif config.methods:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from elastic3d.adapters import attach
+from elastic3d.benchmark.methods import DENSE, EULER, MAIN
 from elastic3d.config.benchmark import BenchmarkConfig
-from elastic3d.config.generate import DEFAULT_MODEL
+from elastic3d.config.generate import DEFAULT_MODEL, SamplingGrid, Solver
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import CONFIG_NAME, file_sha256, find_weights, load_json
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
 
-MAIN, DENSE = "model", "dense"
 Models = dict[str, ImageTo3DPipeline]
 
 
 def load_models(config: BenchmarkConfig, repository: Path) -> Models:
-    """Every pipeline by name: `model`, `dense`, and the variants.
+    """Every pipeline by name: `model`, `dense`, `euler` (where that differs: dense, in equal Euler steps), and variants.
 
     Args:
         repository: where the bundled model is.
@@ -30,6 +31,10 @@ def load_models(config: BenchmarkConfig, repository: Path) -> Models:
     models = {MAIN: main, DENSE: main}
     if config.dense:
         models[DENSE] = ImageTo3DPipeline.from_pretrained(config.dense, config.device, config.dtype)
+    plain = replace(main.config, solver=Solver.euler, shift=1.0, grid=SamplingGrid.uniform)
+    if plain != main.config:
+        dense = models[DENSE]
+        models[EULER] = ImageTo3DPipeline(dense.vae, dense.dit, dense.encoder, plain, dense.dense_sha256)
     for name, path in config.variants.items():
         models[name] = _variant(Path(path), main, folder, config)
     return models

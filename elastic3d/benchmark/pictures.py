@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,16 @@ def save(picture: Image.Image, path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- Pareto plot
 
 
-def pareto_plot(rows: Sequence[Row], batch: int) -> Image.Image | None:
-    """Fidelity over the DiT's milliseconds a mesh, a panel each score, a colour each method; None without times."""
+def pareto_plot(
+    rows: Sequence[Row], batch: int, labels: Mapping[str, str] = LABELS, each_one: str = "a mesh"
+) -> Image.Image | None:
+    """Fidelity over the DiT's milliseconds, a panel each score, a colour each method; None without times.
+
+    A label says in brackets whether lower is better.
+    """
     panels = []
     names = list(dict.fromkeys("dense, fewer steps" if _is_dense(row) else row["method"] for row in rows))
-    for score, label in LABELS.items():
+    for score, label in labels.items():
         series = {name: Series(name) for name in names}
         for row in rows:
             value, time = row.get(score), row["dit_ms_median"]
@@ -58,7 +63,7 @@ def pareto_plot(rows: Sequence[Row], batch: int) -> Image.Image | None:
                 name = "dense, fewer steps" if _is_dense(row) else row["method"]
                 series[name].points.append((time, value))
         if any(each.points for each in series.values()):
-            time_label, lower = f"DiT, ms a mesh, batch {batch}", score.startswith("chamfer")
+            time_label, lower = f"DiT, ms {each_one}, batch {batch}", "(lower" in label
             panels.append(chart(list(series.values()), time_label, label, lower))
     if not panels:
         return None

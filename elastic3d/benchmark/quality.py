@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from torch import Tensor
 from tqdm import tqdm
 
+from elastic3d.benchmark import execute
 from elastic3d.benchmark.controls import Controls
 from elastic3d.benchmark.execute import make
-from elastic3d.benchmark.methods import Planner, Run
-from elastic3d.benchmark.store import Job, Store
+from elastic3d.benchmark.methods import MAIN, Planner, Run
+from elastic3d.benchmark.store import Job, Store, find_pictures, spread
+from elastic3d.config.benchmark import BenchmarkConfig
 from elastic3d.config.evaluate import Align, UpAxis
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Item, Row, find_meshes
 from elastic3d.evaluation.runner import score_all
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
+from elastic3d.routing.passes import RouteSource
 
 TRUTH, REFERENCE, SAME_STEPS, FLOOR = "truth", "reference", "same_steps", "floor"
 Scores = dict[tuple[str, str], list[Row]]  # (run, what it is compared with) -> a row for each job
@@ -32,13 +38,15 @@ class Workplace:
     images: list[Path]
 
     def __post_init__(self) -> None:
-        self.config = self.planner.config
+        config = self.planner.config
+        assert isinstance(config, BenchmarkConfig)
+        self.config = config
         self.jobs = [Job(image, seed) for seed in self.config.seeds for image in self.images]
-        self.controls = Controls(self.planner, self.images, self.routes_of)
+        self.controls = Controls(self)
 
     def make(self, run: Run, jobs: Sequence[Job], bar: tqdm | None = None) -> None:
         """Make and keep the meshes of one batch."""
-        pipeline = self.planner.models[run.model]
+        pipeline = self._pipeline(run.model)
         source = self.controls.source(run, jobs)
         results = make(pipeline, run, jobs, self.config, source, _on_step(bar, run))
         for job, result in zip(jobs, results, strict=True):
@@ -51,6 +59,50 @@ class Workplace:
         record = self.store.record(run, job)
         assert record is not None
         return record["receipt"]["routes"]
+
+    def _pipeline(self, model: str) -> ImageTo3DPipeline:
+        return cast(ImageTo3DPipeline, self.planner.models[model])
+
+    def timing_jobs(self) -> list[Job]:
+        """A few pictures, spread evenly."""
+        return [Job(i, self.config.seeds[0]) for i in spread(self.images, self.config.timing_images)]
+
+    def timing_facts(self) -> list[Any]:
+        """Names of the pictures."""
+        return [[image.name for image in self.images], self.config.timing_images]
+
+    def calibration_jobs(self) -> list[Job]:
+        """The first pictures, with the seeds in turn."""
+        calibration, seeds = self.config.calibration, self.config.seeds
+        chosen = (find_pictures(calibration) if calibration else self.images)[
+            : self.config.calibration_samples
+        ]
+        return [Job(image, seeds[i % len(seeds)]) for i, image in enumerate(chosen)]
+
+    def neighbour(self, job: Job) -> Job:
+        """The next picture, with the same seed."""
+        return Job(self.images[(self.images.index(job.image) + 1) % len(self.images)], job.seed)
+
+    def ready(self, run: Run) -> AbstractContextManager[None]:
+        """Nothing to set up."""
+        return nullcontext()
+
+    def condition_of(self, run: Run, jobs: Sequence[Job]) -> Tensor:
+        """Condition tokens (B,M,Cc)."""
+        return execute.condition_of(self._pipeline(run.model), jobs)
+
+    def sample(self, run: Run, condition: Tensor, jobs: Sequence[Job], source: RouteSource | None) -> Tensor:
+        """The DiT alone: latents (B,N,C)."""
+        seeds = [job.seed for job in jobs]
+        return execute.sample_latents(self._pipeline(run.model), run, condition, seeds, self.config, source)
+
+    def produce(self, run: Run, jobs: Sequence[Job], source: RouteSource | None) -> list[Result]:
+        """From picture to clean surface, kept nowhere."""
+        return execute.make(self._pipeline(run.model), run, jobs, self.config, source)
+
+    def velocity_error(self, jobs: Sequence[Job]) -> Callable[[Tensor], float]:
+        """Fixed routes (I,) -> relative squared error of the guided velocity."""
+        return execute.velocity_error(self._pipeline(MAIN), self.planner, jobs, self.config)
 
     def missing(self, run: Run) -> list[Job]:
         """Jobs of which a run has no record."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -55,7 +55,7 @@ def write_report(
         "summary": {
             **summarise_rows(rows, config.reference_steps, planner.baseline_steps),
             "routers_beside_rivals": beaten(comparisons),
-            "blocks": {run: _block_means(entry) for run, entry in shares.items()},
+            "blocks": {run: block_means(entry) for run, entry in shares.items()},
         },
         "comparisons": comparisons,
     }
@@ -106,7 +106,7 @@ def contact_sheet(place: Workplace, cases: Sequence[Case], truth: dict[str, Any]
     return titled_sheet(["input", *runs, *(["ground truth"] if truth else [])], rows)
 
 
-def _block_means(entry: dict[str, Any]) -> dict[str, Any]:
+def block_means(entry: dict[str, Any]) -> dict[str, Any]:
     """How wide each block ran on average over steps and meshes, by branch, and how much meshes differ."""
     names = ("conditional", "unconditional")
     found: dict[str, Any] = {name: entry[name] for name in ("method", "budget", "steps", "blocks")}
@@ -118,13 +118,17 @@ def _block_means(entry: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def text_table(results: dict[str, Any]) -> str:
-    """The headline columns and the targets, for a terminal."""
-    columns = ("method", "budget", "steps", "batch", "executed_flops_ratio", "dit_ms_median", "dit_speedup",
-               "efficiency", "end_to_end_speedup", "chamfer_l1_paired", "iou_paired", "f_score@0.02")  # fmt: skip
-    short = ("method", "budget", "steps", "batch", "FLOPs", "DiT ms", "speed-up", "efficiency", "end to end",
-             "Chamfer", "IoU", "F@0.02")  # fmt: skip
-    lines = ["".join(f"{name:<21}" if i == 0 else f"{name:>12}" for i, name in enumerate(short))]
+COLUMNS = {
+    "method": "method", "budget": "budget", "steps": "steps", "batch": "batch", "executed_flops_ratio": "FLOPs",
+    "dit_ms_median": "DiT ms", "dit_speedup": "speed-up", "efficiency": "efficiency",
+    "end_to_end_speedup": "end to end", "chamfer_l1_paired": "Chamfer", "iou_paired": "IoU", "f_score@0.02": "F@0.02",
+}  # fmt: skip
+
+
+def text_table(results: dict[str, Any], columns: Mapping[str, str] = COLUMNS) -> str:
+    """The headline columns, `columns` with their titles, and the targets, for a terminal."""
+    titles = columns.values()
+    lines = ["".join(f"{name:<21}" if i == 0 else f"{name:>12}" for i, name in enumerate(titles))]
     for row in results["rows"]:
         lines.append("".join(_cell(row.get(name), i == 0) for i, name in enumerate(columns)))
     answers = {True: "met", False: "NOT met", None: "not measured"}

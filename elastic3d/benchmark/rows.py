@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from elastic3d.benchmark.methods import FAMILY, Case, Run
+from elastic3d.benchmark.place import Place
 from elastic3d.benchmark.quality import FLOOR, REFERENCE, SAME_STEPS, TRUTH, Scores, Workplace
 from elastic3d.benchmark.timing import DIT, END_TO_END, Round, summarise
 from elastic3d.config.benchmark import Method
@@ -17,7 +18,10 @@ from elastic3d.evaluation.items import Row
 from elastic3d.evaluation.statistics import bootstrap_mean
 from elastic3d.routing.trace import NOT_RUN, parse_actions
 
-NO_RIVALS = tuple(m.value for m in (Method.dense, Method.fewer_steps, Method.dense_cache, Method.elastic))
+NO_RIVALS = tuple(
+    m.value
+    for m in (Method.dense, Method.fewer_steps, Method.euler_steps, Method.dense_cache, Method.elastic)
+)
 
 
 def build_rows(place: Workplace, cases: Sequence[Case], scores: Scores, rounds: Sequence[Round]) -> list[Row]:
@@ -26,7 +30,7 @@ def build_rows(place: Workplace, cases: Sequence[Case], scores: Scores, rounds: 
     rows = []
     for case in cases:
         fidelity = _fidelity(place, case.run, scores) | floor
-        compute = _compute(place, case.run)
+        compute = compute_of(place, case.run)
         for batch in place.config.batches:
             head = {
                 "method": case.method,
@@ -34,14 +38,14 @@ def build_rows(place: Workplace, cases: Sequence[Case], scores: Scores, rounds: 
                 "budget": case.budget,
                 "steps": case.run.steps,
                 "batch": batch,
-                "as_trained": _as_trained(place, case),
+                "as_trained": as_trained(place, case),
             }
-            rows.append(head | compute | _times(place, case.run, rounds, batch, compute) | fidelity)
+            rows.append(head | compute | times_of(place, case.run, rounds, batch, compute) | fidelity)
             rows[-1]["run"] = case.run.name
     return rows
 
 
-def _as_trained(place: Workplace, case: Case) -> bool:
+def as_trained(place: Place, case: Case) -> bool:
     """Whether these are the model's routers with the cache they were trained with: for that, budgets are calibrated."""
     settings, planner = case.run.settings, place.planner
     return (
@@ -51,7 +55,7 @@ def _as_trained(place: Workplace, case: Case) -> bool:
     )
 
 
-def _compute(place: Workplace, run: Run) -> dict[str, Any]:
+def compute_of(place: Place, run: Run) -> dict[str, Any]:
     """Executed FLOPs of the meshes of a run, over the dense model's in as many steps; mean and spread over meshes."""
     records = [place.store.record(run, job) for job in place.jobs]
     receipts = [r["receipt"] for r in records if r is not None and "flops_executed" in r["receipt"]]
@@ -71,8 +75,8 @@ def _compute(place: Workplace, run: Run) -> dict[str, Any]:
     }
 
 
-def _times(
-    place: Workplace, run: Run, rounds: Sequence[Round], batch: int, compute: dict[str, Any]
+def times_of(
+    place: Place, run: Run, rounds: Sequence[Round], batch: int, compute: dict[str, Any]
 ) -> dict[str, Any]:
     """Times a mesh and speed-ups; `executed_flops_ratio` of the timed meshes where no others were made."""
     baseline_steps = place.planner.baseline_steps
@@ -159,7 +163,7 @@ def compare_rivals(place: Workplace, cases: Sequence[Case], scores: Scores) -> l
     for rival in cases:
         if rival.method in NO_RIVALS:
             continue
-        for case in _opponents(rival, cases):
+        for case in opponents(rival, cases):
             for kind, metric in ((REFERENCE, "chamfer_l1"), (TRUTH, "f_score@0.02")):
                 rows = [scores.get((run.name, kind), []) for run in (case.run, rival.run)]
                 compared = compare_metric(metric, rows[0], [rows[1]], Rival.baseline, place.config.bootstrap)
@@ -170,7 +174,7 @@ def compare_rivals(place: Workplace, cases: Sequence[Case], scores: Scores) -> l
     return found
 
 
-def _opponents(rival: Case, cases: Sequence[Case]) -> Sequence[Case]:
+def opponents(rival: Case, cases: Sequence[Case]) -> Sequence[Case]:
     """The elastic cases that a rival is compared with."""
     donor = rival.run.donor
     if donor is not None:
@@ -186,7 +190,7 @@ def _opponents(rival: Case, cases: Sequence[Case]) -> Sequence[Case]:
     ]
 
 
-def route_shares(place: Workplace, cases: Sequence[Case]) -> dict[str, Any]:
+def route_shares(place: Place, cases: Sequence[Case]) -> dict[str, Any]:
     """By run of the elastic family: executed width (S,2,I) averaged over meshes, 0 where skipped or reused."""
     found: dict[str, Any] = {}
     for case in cases:

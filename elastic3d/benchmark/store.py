@@ -23,6 +23,16 @@ class Job:
     image: Path
     seed: int
 
+    @property
+    def name(self) -> str:
+        """The picture's, without its suffix."""
+        return self.image.stem
+
+    @property
+    def label(self) -> str:
+        """The picture's, with it."""
+        return self.image.name
+
 
 def find_pictures(folder: Path, limit: int = 0) -> list[Path]:
     """Pictures of a folder by name, `limit` of them spread evenly (0: all).

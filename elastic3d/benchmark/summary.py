@@ -12,37 +12,44 @@ from elastic3d.evaluation.items import Row
 
 SPEED, F_DROP, EFFICIENCY, OFF_BUDGET, SOONER = 2.0, 0.01, 0.85, 0.03, 1.5
 TOLERANCE = 0.01  # of a frontier that is on the other
-FEWER = ("dense", "fewer_steps")
+FEWER, EULER = ("dense", "fewer_steps"), ("euler_steps",)
 # better the lower, or (all but Chamfer) the higher: these become 1 - value
 LOSSES = ("chamfer_l1_paired", "iou_paired", "f_score@0.02", "f_score@0.05", "chamfer_l1_truth")
 
 
 def summarise_rows(rows: Sequence[Row], reference_steps: int, baseline_steps: int) -> dict[str, Any]:
-    """Frontiers by batch size and loss, the best operating point, and the targets (`met`: None where not measured)."""
-    frontiers = {
-        str(batch): {loss: frontier(rows, loss, batch, reference_steps) for loss in LOSSES}
-        for batch in dict.fromkeys(row["batch"] for row in rows)
-    }
-    best = best_point(rows, baseline_steps)
+    """Frontiers by batch size and loss, beside the model's own sampler and (`euler_frontiers`) plain Euler steps; the
+    best operating point, and the targets (`met`: None where not measured)."""
+
+    def fronts(rivals: tuple[str, ...]) -> dict[str, Any]:
+        return {
+            str(batch): {loss: frontier(rows, loss, batch, reference_steps, rivals) for loss in LOSSES}
+            for batch in dict.fromkeys(row["batch"] for row in rows)
+        }
+
+    frontiers, best = fronts(FEWER), best_point(rows, baseline_steps)
     return {
         "frontiers": frontiers,
+        "euler_frontiers": fronts(EULER) if any(row["method"] in EULER for row in rows) else None,
         "best_operating_point": best,
         "targets": targets(rows, frontiers, best, baseline_steps),
     }
 
 
-def frontier(rows: Sequence[Row], loss: str, batch: int, reference_steps: int) -> dict[str, Any]:
+def frontier(
+    rows: Sequence[Row], loss: str, batch: int, reference_steps: int, rivals: tuple[str, ...] = FEWER
+) -> dict[str, Any]:
     """The elastic family (steps x budget x cache) beside fewer steps, over the DiT's milliseconds a mesh.
 
     The reference itself, which has no distance to itself, is no point of a paired frontier.
     """
     points: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for row in rows:
-        is_elastic, is_fewer = row["method"] in FAMILY, row["method"] in FEWER
+        is_elastic, is_fewer = row["method"] in FAMILY, row["method"] in rivals
         value, time = row.get(loss), row["dit_ms_median"]
         if row["batch"] != batch or value is None or time is None or not (is_elastic or is_fewer):
             continue
-        if is_fewer and row["steps"] == reference_steps and loss.endswith("_paired"):
+        if row["method"] in FEWER and row["steps"] == reference_steps and loss.endswith("_paired"):
             continue
         points[is_elastic].append((time, value if loss.startswith("chamfer") else 1 - value))
     return compare_fronts(points[True], points[False], TOLERANCE).as_dict()

@@ -15,14 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.benchmark.execute import condition_of, make, sample_latents
 from elastic3d.benchmark.machine import machine
 from elastic3d.benchmark.methods import Run
-from elastic3d.benchmark.quality import Workplace
-from elastic3d.benchmark.store import Job, spread
+from elastic3d.benchmark.place import Job, Place
 from elastic3d.models.weights import load_json, save_json
 from elastic3d.routing.cost import trace_dense_flops, trace_flops, trace_router_flops
 
@@ -30,7 +27,7 @@ DIT, END_TO_END = "dit", "end_to_end"
 Round = dict[str, Any]  # what, batch, round, and by run: milliseconds a mesh, FLOPs
 
 
-def measure(place: Workplace, runs: Sequence[Run]) -> list[Round]:
+def measure(place: Place, runs: Sequence[Run]) -> list[Round]:
     """All rounds, those of an earlier, interrupted call included. They are kept after each in timing.json."""
     path = place.config.output / "timing.json"
     key = timing_key(place, runs)
@@ -57,17 +54,17 @@ def load_rounds(path: Path, key: str) -> list[Round]:
     return stored["rounds"] if stored["key"] == key else []
 
 
-def timing_key(place: Workplace, runs: Sequence[Run]) -> str:
+def timing_key(place: Place, runs: Sequence[Run]) -> str:
     """Changes with whatever makes times incomparable."""
-    config, about = place.config, machine()
+    about = machine()
     fixed = {
         name: about[name] for name in ("system", "processor", "cores", "accelerator", "threads", "torch")
     }
-    facts = [sorted(run.name for run in runs), [i.name for i in place.images], config.timing_images, fixed]
+    facts = [sorted(run.name for run in runs), *place.timing_facts(), fixed]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _plan(place: Workplace) -> list[tuple[str, int, int]]:
+def _plan(place: Place) -> list[tuple[str, int, int]]:
     """(what, batch size, round) of every round."""
     config = place.config
     counts = {DIT: config.repeats, END_TO_END: config.end_to_end_repeats}
@@ -78,39 +75,33 @@ def _entry(done: Round) -> tuple[str, int, int]:
     return done["what"], done["batch"], done["round"]
 
 
-def _round(
-    place: Workplace, runs: Sequence[Run], what: str, batch: int, number: int, bar: tqdm | None
-) -> Round:
-    pictures = spread(place.images, place.config.timing_images)
-    chosen = [pictures[(number * batch + i) % len(pictures)] for i in range(batch)]
-    jobs = [Job(image, place.config.seeds[0]) for image in chosen]
-    conditions: dict[str, Tensor] = {}
+def _round(place: Place, runs: Sequence[Run], what: str, batch: int, number: int, bar: tqdm | None) -> Round:
+    timed = place.timing_jobs()
+    jobs = [timed[(number * batch + i) % len(timed)] for i in range(batch)]
+    conditions: dict[str, Any] = {}
     measured: dict[str, dict[str, float]] = {}
     order = list(runs)
     random.Random(f"{what}/{batch}/{number}").shuffle(order)
     for run in order:
         if run.model not in conditions and what == DIT:
-            conditions[run.model] = condition_of(place.planner.models[run.model], jobs)
+            conditions[run.model] = place.condition_of(run, jobs)
         measured[run.name] = _time(place, run, jobs, what, conditions.get(run.model))
         if bar is not None:
             bar.update()
     return {"what": what, "batch": batch, "round": number, "runs": measured}
 
 
-def _time(
-    place: Workplace, run: Run, jobs: Sequence[Job], what: str, condition: Tensor | None
-) -> dict[str, float]:
+def _time(place: Place, run: Run, jobs: Sequence[Job], what: str, condition: Any) -> dict[str, float]:
     """Milliseconds a mesh, and the blocks' FLOPs of all passes, executed, dense and the routers' (0: none ran)."""
-    pipeline = place.planner.models[run.model]
     source = place.controls.source(run, jobs)  # before the clock starts
-    seeds = [job.seed for job in jobs]
-    start = time.perf_counter()
-    if condition is not None:
-        sample_latents(pipeline, run, condition, seeds, place.config, source)
-    else:
-        make(pipeline, run, jobs, place.config, source)
-    found = {"ms": 1000 * (time.perf_counter() - start) / len(jobs)}
-    session = pipeline.session
+    with place.ready(run):
+        start = time.perf_counter()
+        if condition is not None:
+            place.sample(run, condition, jobs, source)
+        else:
+            place.produce(run, jobs, source)
+        found = {"ms": 1000 * (time.perf_counter() - start) / len(jobs)}
+    session = place.planner.models[run.model].session
     if run.settings.elastic and session is not None and session.trace is not None:
         flops = {"executed": trace_flops, "dense": trace_dense_flops, "routers": trace_router_flops}
         found |= {name: float(of(session.trace).sum()) for name, of in flops.items()}

@@ -17,6 +17,7 @@ class Method(Enum):
 
     dense = "dense"
     fewer_steps = "fewer_steps"
+    euler_steps = "euler_steps"
     elastic = "elastic"
     elastic_no_cache = "elastic_no_cache"
     elastic_no_width = "elastic_no_width"
@@ -37,51 +38,46 @@ class Phase(Enum):
 
 
 @dataclass(kw_only=True)
-class BenchmarkConfig:
-    """An elastic model against its dense self, fewer steps and controls: speed and fidelity in one table."""
+class BenchmarkOptions:
+    """What the benchmarks of all models share."""
 
-    images: Path = field(metadata={"help": "folder of pictures, each of one object"})
     output: Path = field(
         metadata={"help": "folder for results.json, the plots, and all that makes a run resumable"}
     )
-    gt: Path | None = option(None, "folder of ground truth meshes named as the pictures; null: no F-scores")
-    model: str = option("default", "folder of the elastic model; default is the bundled one")
-    dense: str = option("", "folder of the dense model; empty: `model` without its routers")
     variants: dict[str, str] = option(
-        {}, "further rows, {name: folder}: of routers for `model`, of a DiT, or of a whole model"
+        {}, "further rows, {name: folder}: of routers for the model, of a DiT, or of a whole model (shapes)"
     )
-    methods: list[Method] = option([], "rows of the table; empty: all that the model and the pictures allow")
+    methods: list[Method] = option([], "rows of the table; empty: all that the model and the items allow")
     budgets: list[float] = option([1.0, 0.8, 0.65, 0.5, 0.4, 0.3], "budgets of elastic rows and controls")
     steps: list[int] = option([8, 12, 16, 25, 50, 100], "step counts of fewer_steps")
     elastic_steps: list[int] = option([], "step counts of elastic rows; empty: baseline_steps")
     baseline_steps: int | None = option(None, "steps of dense and the controls; null: the model's default")
-    reference_steps: int = option(100, "steps of the dense meshes that all others are paired with")
+    reference_steps: int = option(100, "steps of the dense results that all others are paired with")
     seeds: list[int] = option([0, 1, 2], "seeds of the noise; the first two or more give the seed floor")
     cache: BlockCacheConfig | None = option(None, "cache of elastic rows; null: the model's default")
     drifts: list[float] = option([0.1], "drift limits of dense_cache, one row each")
     intervals: list[int] = option(
         [2, 3], "dense_cache: every block computed every so-manieth step and forecast between, one row each"
     )
-    limit: int = option(0, "pictures, spread evenly over the folder; 0 takes all")
+    limit: int = option(0, "items, spread evenly over all; 0 takes all")
     phases: list[Phase] = option(
         [Phase.quality, Phase.timing], "what to do; the report is written in any case"
     )
     guidance: float | None = option(None, "guidance scale; null: the model's default")
-    resolution: int | None = option(None, "grid cells a side of the decoding; null: the model's default")
-    batch_size: int = option(8, "quality: meshes generated at a time")
-    batches: list[int] = option([1, 4], "timing: batch sizes")
-    timing_images: int = option(4, "timing: pictures, spread evenly")
-    repeats: int = option(5, "timing: rounds of the DiT alone, after a warm one")
-    end_to_end_repeats: int = option(2, "timing: rounds from picture to mesh, after a warm one")
-    calibration: Path | None = option(
-        None, "folder of pictures that static and timestep routes are found on; null: the first of images"
+    resolution: int | None = option(
+        None, "shapes: grid cells a side; pictures: pixels a side; null: the model's default"
     )
-    calibration_samples: int = option(8, "pictures that static and timestep routes are found on")
-    calibration_calls: int = option(4, "static: random times a picture at which the velocity is compared")
-    protocol: ProtocolConfig = option(ProtocolConfig, "how a mesh is scored: a file of configs/protocol")
-    workers: int = option(0, "processes that score; 0 takes one a core")
+    batch_size: int = option(8, "quality: items generated at a time")
+    batches: list[int] = option([1, 4], "timing: batch sizes")
+    repeats: int = option(5, "timing: rounds of the DiT alone, after a warm one")
+    end_to_end_repeats: int = option(2, "timing: rounds of everything, after a warm one")
+    calibration: Path | None = option(
+        None,
+        "items that static and timestep routes are found on, given as the others; null: the first of those",
+    )
+    calibration_samples: int = option(8, "items that static and timestep routes are found on")
+    calibration_calls: int = option(4, "static: random times an item at which the velocity is compared")
     bootstrap: int = option(2000, "resamples behind the confidence intervals")
-    sheet_images: int = option(8, "pictures in the contact sheet")
     device: DeviceChoice = option(DeviceChoice.auto, "where the model runs")
     dtype: DTypeChoice = option(DTypeChoice.auto, "number format of the model")
     threads: int = option(0, "CPU threads of PyTorch; 0: its default")
@@ -101,13 +97,33 @@ class BenchmarkConfig:
             check_range("drifts", drift, 0, 100)
         for interval in self.intervals:
             check_range("intervals", interval, 2, 1000)
-        for name in ("batch_size", "timing_images", "repeats", "calibration_samples", "calibration_calls"):
+        for name in ("batch_size", "repeats", "calibration_samples", "calibration_calls"):
             check_range(name, getattr(self, name), 1, 1 << 20)
         for batch in self.batches:
             check_range("batches", batch, 1, 4096)
-        for name in ("limit", "end_to_end_repeats", "sheet_images", "threads", "workers"):
+        for name in ("limit", "end_to_end_repeats", "threads"):
             check_range(name, getattr(self, name), 0, 1 << 20)
         check_range("bootstrap", self.bootstrap, 1, 1_000_000)
         for name in self.variants:
             if name in Method.__members__ or name == "model" or not name.isidentifier():
                 raise ValueError(f"variants has {name!r}, expected another name, of letters, digits and _")
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig(BenchmarkOptions):
+    """An elastic model against its dense self, fewer steps and controls: speed and fidelity in one table."""
+
+    images: Path = field(metadata={"help": "folder of pictures, each of one object"})
+    gt: Path | None = option(None, "folder of ground truth meshes named as the pictures; null: no F-scores")
+    model: str = option("default", "folder of the elastic model; default is the bundled one")
+    dense: str = option("", "folder of the dense model; empty: `model` without its routers")
+    timing_images: int = option(4, "timing: pictures, spread evenly")
+    protocol: ProtocolConfig = option(ProtocolConfig, "how a mesh is scored: a file of configs/protocol")
+    workers: int = option(0, "processes that score; 0 takes one a core")
+    sheet_images: int = option(8, "pictures in the contact sheet")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("timing_images", self.timing_images, 1, 1 << 20)
+        for name in ("sheet_images", "workers"):
+            check_range(name, getattr(self, name), 0, 1 << 20)

@@ -25,7 +25,7 @@ from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Row
 from elastic3d.evaluation.statistics import Interval, bootstrap_mean, sign_test
 
-LOWER_IS_BETTER = ("chamfer_l1", "chamfer_l2", "hausdorff", "sharp_normal_error", "lpips")
+LOWER_IS_BETTER = ("chamfer_l1", "chamfer_l2", "hausdorff", "sharp_normal_error", "lpips", "feature")
 HIGHER_IS_BETTER = (
     "f_score@",
     "normal_consistency",
@@ -34,6 +34,8 @@ HIGHER_IS_BETTER = (
     "silhouette_iou",
     "normal_psnr",
     "normal_ssim",
+    "psnr",
+    "ssim",
 )
 
 

@@ -104,14 +104,16 @@ def frechet_distance(first: Floats, second: Floats) -> float:
     """
     _check_features(first, second)
     a, b = first.astype(np.float64), second.astype(np.float64)
-    cov_a, cov_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
-    distance = (
-        np.square(a.mean(axis=0) - b.mean(axis=0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
-    )
-    return float(max(distance, 0.0))
+    offset = np.square(a.mean(axis=0) - b.mean(axis=0)).sum()
+    a, b = ((x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (a, b))  # C1 = a^T a, C2 = b^T b
+    if min(len(a), len(b)) <= a.shape[1]:
+        # C1 C2 has the squared singular values of a b^T as its eigenvalues, and zeros
+        cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    else:
+        values, vectors = np.linalg.eigh(a.T @ a)
+        root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+        cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ (b.T @ b) @ root), 0, None)).sum()
+    return float(max(offset + np.square(a).sum() + np.square(b).sum() - 2 * cross, 0.0))
 
 
 def kernel_distance(first: Floats, second: Floats) -> float:

@@ -130,15 +130,25 @@ class EfficientNetLite(_FrozenEncoder):
         """images (B,3,S,S) -> average of the classifier's last feature map (B,1280)."""
         return self._head(self._maps(images)[1]).mean(dim=(2, 3))
 
+    @torch.no_grad()
+    def pyramid(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """images (B,3,S,S) -> the last map (B,C,h,w) of each resolution, strides 2 to 32, and `pooled` (B,1280)."""
+        maps = self._blocks(images)
+        last = [a for a, b in zip(maps, maps[1:], strict=False) if a.shape[-1] != b.shape[-1]]
+        return [*last, maps[-1]], self._head(maps[-1]).mean(dim=(2, 3))
+
     def _maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self._blocks(images)
+        return maps[1 + self.STRIDE16_BLOCK], maps[-1]
+
+    def _blocks(self, images: Tensor) -> list[Tensor]:
+        """The outputs of the stem and of all blocks."""
         net = self.network
         x = self._normalised(images).contiguous(memory_format=torch.channels_last)
-        x = net._swish(net._bn0(net._conv_stem(x)))
-        for i, block in enumerate(net._blocks):
-            x = block(x)
-            if i == self.STRIDE16_BLOCK:
-                stride16 = x
-        return stride16, x
+        maps = [net._swish(net._bn0(net._conv_stem(x)))]
+        for block in net._blocks:
+            maps.append(block(maps[-1]))
+        return maps
 
     def _head(self, stride32: Tensor) -> Tensor:
         net = self.network

@@ -145,7 +145,7 @@ class TextToImagePipeline:
             )
         for prompt in dict.fromkeys(prompts):
             check_prompt(prompt, self.backbone)
-        settings = self._settings(steps, guidance, size)
+        settings = self.settings_of(steps, guidance, size)
         settings.elastic = with_options(
             ElasticConfig(), self.session is not None, elastic, budget, width, cache
         )
@@ -153,17 +153,20 @@ class TextToImagePipeline:
             self.session.settings = settings.elastic
         ms: dict[str, float] = {}
         with timed(ms, "condition"):
-            text = self._text(prompts)
+            text = self.encode(prompts)
             rest = self.backbone.guidance_arguments(settings.guidance, len(prompts))
         with timed(ms, "dit"):
-            latents = self._sample(text, rest, seeds, settings, on_step)
+            latents = self.sample(text, rest, seeds, settings, on_step)
         with timed(ms, "decode"), torch.no_grad():
             images = [self._picture(row[None], settings.size) for row in latents]
         self.backbone.pipe.maybe_free_model_hooks()
         receipts = self._receipts(prompts, seeds, settings, ms, latents.shape[1], text, rest)
         return [ImageResult(image, receipt) for image, receipt in zip(images, receipts, strict=True)]
 
-    def _settings(self, steps: int | None, guidance: float | None, size: tuple[int, int] | None) -> Settings:
+    def settings_of(
+        self, steps: int | None, guidance: float | None, size: tuple[int, int] | None
+    ) -> Settings:
+        """What a call asks for, defaults filled in; UserError for a value out of range."""
         backbone = self.backbone
         default_steps, default_guidance = backbone.default_sampling()
         try:
@@ -180,22 +183,25 @@ class TextToImagePipeline:
             ElasticConfig(),
         )
 
-    def _text(self, prompts: Sequence[str]) -> Text:
-        """Each different prompt is encoded once."""
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """Arguments of the stock pipeline (B, ...); each different prompt is encoded once."""
         different = list(dict.fromkeys(prompts))
         rows = torch.tensor([different.index(prompt) for prompt in prompts])
         text = self.backbone.encode_prompts(different)
         return {name: value[rows.to(value.device)] for name, value in text.items()}
 
-    def _sample(
+    def sample(
         self,
         text: Text,
         rest: dict[str, Any],
         seeds: Sequence[int],
         settings: Settings,
-        on_step: Callable[[int, int], None] | None,
+        on_step: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Latents (B,N,C), sample b from its own generator."""
+        """The transformer alone: latents (B,N,C), sample b from its own generator.
+
+        `rest` are the backbone's guidance arguments; `settings.elastic` is for the caller to give to the session.
+        """
 
         def after_step(pipe: Any, index: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
             if on_step is not None:

@@ -153,6 +153,18 @@ def noun_of(caption: str) -> str:
     return rest if first in ("a", "an") and rest else caption
 
 
+def noun_in(caption: str) -> str:
+    """What a caption of `ShapeViews` names: `a red bar stool seen from behind, on a blue background` -> `bar stool`.
+
+    The first word or two are taken for a colour where they are one of `COLOURS`.
+    """
+    noun = noun_of(caption.partition(" seen from ")[0].partition(" seen at ")[0].partition(", on a ")[0])
+    for colour in sorted(COLOURS, key=len, reverse=True):
+        if noun.startswith(f"{colour} "):
+            return noun.removeprefix(f"{colour} ")
+    return noun
+
+
 def with_article(noun: str) -> str:
     """`armchair` -> `an armchair`."""
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"

@@ -43,7 +43,7 @@ def test_caches_are_those_of_the_configuration_groups():
 def test_methods_that_ask_for_the_same_share_a_run(world, tmp_path):
     config = config_of(world, tmp_path, budgets=[1.0, 0.5], elastic_steps=[2, 3])
     models = load_models(config, world)
-    planner, cases = plan(config, models, images=2)
+    planner, cases = plan(config, models, items=2)
     by_method = {m: [c for c in cases if c.method == m.value] for m in Method}
     assert [c.run for c in by_method[Method.elastic]] == [c.run for c in by_method[Method.elastic_no_cache]]
     assert [(c.run.steps, c.budget) for c in by_method[Method.elastic]] == [
@@ -76,7 +76,7 @@ def test_routers_that_reuse_have_no_rows_without_and_share_their_cache_with_cont
     pipeline.save_pretrained(tmp_path / "reuse")
     config = config_of(world, tmp_path, model=str(tmp_path / "reuse"))
     models = load_models(config, world)
-    _, cases = plan(config, models, images=2)
+    _, cases = plan(config, models, items=2)
     methods = {case.method for case in cases}
     assert not methods & {"elastic_no_cache", "elastic_paper_cache"}
     assert methods >= {"elastic", "random", "static", "timestep", "shuffled", "dense_cache"}

@@ -73,6 +73,16 @@ def test_frechet_distance_equals_the_formula() -> None:
     assert sets.frechet_distance(a, a + 2) == pytest.approx(6 * 4)
 
 
+@pytest.mark.parametrize(("rows", "more"), [(4, 5), (4, 40), (40, 4)])
+def test_frechet_distance_of_few_rows_equals_the_formula(rows: int, more: int) -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.standard_normal((rows, 6)), 2 * rng.standard_normal((more, 6)) + 1
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    roots = np.sqrt(np.clip(np.linalg.eigvals(cov_a @ cov_b).real, 0, None))
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b) - 2 * roots.sum()
+    assert sets.frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
+
+
 def test_frechet_distance_works_with_fewer_samples_than_features() -> None:
     a = np.random.default_rng(1).standard_normal((5, 30))
     assert sets.frechet_distance(a, a + 1) == pytest.approx(30, abs=1e-4)
