@@ -18,7 +18,7 @@ Models = dict[str, ImageTo3DPipeline]
 
 
 def load_models(config: BenchmarkConfig, repository: Path) -> Models:
-    """Every pipeline by name: `model`, `dense`, `euler` (where that differs: dense, in equal Euler steps), and variants.
+    """Every pipeline by name: `model`, `dense`, `euler` (dense, in equal Euler steps, where that differs), variants.
 
     Args:
         repository: where the bundled model is.

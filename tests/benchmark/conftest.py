@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from elastic3d.adapters import attach
 from elastic3d.config.base import DeviceChoice, DTypeChoice
 from elastic3d.config.benchmark import BenchmarkConfig
 from elastic3d.config.evaluate import ProtocolConfig
+from elastic3d.config.generate import Solver
 from elastic3d.config.routing import RouterConfig
 
 
@@ -22,6 +24,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model/ (elastic), images/ and gt/."""
     root = tmp_path_factory.mktemp("world")
     pipeline = tiny_pipeline()
+    pipeline.config = replace(pipeline.config, solver=Solver.ab2, shift=2.0)
     torch.manual_seed(0)
     attach(pipeline.dit, RouterConfig(initial_keep=0.5, initial_width_bias=0, head_std=3.0))
     pipeline.save_pretrained(root / "model")

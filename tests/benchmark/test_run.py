@@ -58,6 +58,9 @@ def test_every_method_is_a_row_with_every_number(done):
     assert json.loads((output / "results.json").read_text()) == json.loads(json.dumps(results))
     rows = results["rows"]
     assert {row["method"] for row in rows} == {*Method.__members__, "no_mesh", "finetuned", "whole"}
+    euler, own = (row_of(results, method, steps=2) for method in ("euler_steps", "fewer_steps"))
+    assert euler["run"] != own["run"] and euler["chamfer_l1_paired"] != own["chamfer_l1_paired"]
+    assert set(results["summary"]["euler_frontiers"]) == set(results["summary"]["frontiers"])
     for row in rows:
         assert set(row) >= WANTED
         absent = {name for name in WANTED if row[name] is None} - {
@@ -272,7 +275,7 @@ def test_without_routers_only_the_dense_model_is_measured(world, tmp_path):
         phases=[Phase.quality],
     )
     results = benchmark(config, world)
-    assert {row["method"] for row in results["rows"]} == {"dense", "fewer_steps"}
+    assert {row["method"] for row in results["rows"]} == {"dense", "fewer_steps", "euler_steps"}
     assert all(row["f_score@0.02"] is None for row in results["rows"])
     config.methods = [Method.elastic]
     with pytest.raises(UserError, match="methods has elastic, which can't be run: .* has no routers"):
