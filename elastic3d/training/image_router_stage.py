@@ -162,7 +162,7 @@ class ImageRouterStage:
         rows = [self._generate(each)[0] for each in settings]
         return {"generated": picture_sheet(self.flow.backbone, rows, self.flow.size)}
 
-    def calibrate(self, points: int = 8) -> None:
+    def calibrate(self, points: int = 24) -> None:
         """Make the cost that is asked for the one that is executed, on the validation pictures."""
         calibrate(self.flow.session, self._generate, points)
 

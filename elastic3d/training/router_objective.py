@@ -267,7 +267,7 @@ def compare_budgets(generate: Generate, budgets: list[float]) -> dict[str, float
     return values
 
 
-def calibrate(session: RoutingSession, generate: Generate, points: int = 8) -> None:
+def calibrate(session: RoutingSession, generate: Generate, points: int = 24) -> None:
     """Measure what is executed at `points` budgets; note in the routers' configuration what they have to be told so
     that a budget that is asked for is what is executed. The paper's have no such input."""
     if session.conditioner is None:

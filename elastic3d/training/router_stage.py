@@ -207,7 +207,7 @@ class RouterStage:
             rows.append([mesh_picture(mesh) for mesh in meshes])
         return {"generated": contact_sheet(rows)}
 
-    def calibrate(self, points: int = 8) -> None:
+    def calibrate(self, points: int = 24) -> None:
         """Make the cost that is asked for the one that is executed, on the validation shapes."""
         calibrate(self.flow.session, self._generate, points)
 

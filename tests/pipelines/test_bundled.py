@@ -37,7 +37,7 @@ def test_the_bundled_routers_keep_to_a_budget_and_to_the_dense_shape() -> None:
     for budget in (0.8, 0.4):
         found = pipeline(picture, budget=budget, **options)
         share = found.receipt["flops_executed"] / found.receipt["flops_dense"]
-        assert abs(share - budget) < 0.08, "one picture; on the mean over pictures it is closer"
+        assert abs(share - budget) < 0.1, "one picture; on the mean over pictures it is closer"
         tree = cKDTree(found.mesh.vertices)
         distances.append(tree.query(dense.mesh.vertices)[0].mean())
     assert distances[0] < 0.01 and distances[1] < 0.03
