@@ -65,13 +65,7 @@ def sample(
     times = timestep_grid(steps, shift) if times is None else times
     steps = len(times) - 1
     x = initial_noise(shape, generators, condition.device)
-    passes: list[tuple[tuple[Branch, ...], Tensor]] = [((Branch.conditional,), condition)]
-    if guidance != 1.0 and not guidance_embed:
-        zeros = torch.zeros_like(condition)
-        if sequential:
-            passes.append(((Branch.unconditional,), zeros))
-        else:
-            passes = [(BOTH_BRANCHES, torch.cat([condition, zeros]))]
+    passes = _passes(condition, guidance != 1.0 and not guidance_embed, sequential)
     scale = torch.full((condition.shape[0],), guidance, device=x.device) if guidance_embed else None
     if session is not None:
         session.begin(len(generators), steps)
@@ -85,11 +79,9 @@ def sample(
             t = times[i].to(x.device).expand(tokens.shape[0])
             found = dit(x.repeat(len(branches), 1, 1), t, tokens, scale).float()
             velocities += found.chunk(len(branches))
-        v = (
-            velocities[0]
-            if len(velocities) == 1
-            else velocities[1] + guidance * (velocities[0] - velocities[1])
-        )
+        v = velocities[0]
+        if len(velocities) > 1:
+            v = velocities[1] + guidance * (v - velocities[1])
         x = x + dt * (v if earlier is None else v + dt / (2 * earlier[0]) * (v - earlier[1]))
         if solver is Solver.ab2:
             earlier = dt, v
@@ -98,3 +90,13 @@ def sample(
     if session is not None:
         session.end()
     return x
+
+
+def _passes(condition: Tensor, guided: bool, sequential: bool) -> list[tuple[tuple[Branch, ...], Tensor]]:
+    """The calls of a step: branches, and the condition (branches * B,M,Cc) of each."""
+    if not guided:
+        return [((Branch.conditional,), condition)]
+    zeros = torch.zeros_like(condition)
+    if sequential:
+        return [((Branch.conditional,), condition), ((Branch.unconditional,), zeros)]
+    return [(BOTH_BRANCHES, torch.cat([condition, zeros]))]

@@ -37,8 +37,7 @@ from elastic3d.pipelines.routes import dense_receipt, route_receipt, with_option
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype, timed
 from elastic3d.routing.session import RoutingSession
 
-PIPELINE_NAME = "pipeline.json"
-ROUTERS_NAME = "routers"
+PIPELINE_NAME, ROUTERS_NAME = "pipeline.json", "routers"
 
 
 @dataclass
