@@ -308,7 +308,9 @@ class RoutingSession:
         drift = None if cache is None else cache.drift(current.key(block.index), call.streams)
         drifts = drift.tolist() if drift is not None else [0.0] * len(current.rows)
         for age, p, width, keep, change in zip(self._ages(block), *decision.on_host(), drifts, strict=True):
-            if config.longest and not age:  # these routers choose between a block and its forecast
+            if (
+                config.longest and cache is not None and not age
+            ):  # these routers choose between a block and its forecast
                 actions.append(config.widths)
             elif cache is not None and cache.reuse(age, p, config.threshold, change):
                 actions.append(REUSED)

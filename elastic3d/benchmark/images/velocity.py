@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic3d.benchmark.execute import following
+from elastic3d.benchmark.execute import error_of_routes, following
 from elastic3d.config.routing import ElasticConfig
 from elastic3d.diffusion.flow import interpolate
 from elastic3d.pipelines.text_to_image import Settings, TextToImagePipeline
 from elastic3d.routing.passes import Branch, RouteSource
-from elastic3d.routing.tables import TableRoutes
 
 NEGATIVE = "negative_"
 
@@ -48,9 +47,9 @@ def velocity_error(
     @torch.no_grad()
     def velocity(elastic: ElasticConfig, routes: RouteSource | None) -> Tensor:
         session.settings = elastic
-        session.begin(len(x), 1)
         found = []
         with following(session, routes):
+            session.begin(len(x), 1)
             for branch, each in zip(Branch, repeated, strict=False):
                 session.step(0, 1 / settings.steps, (branch,))
                 v = backbone.velocity(backbone.transformer, x, t, each, settings.size, settings.guidance)
@@ -58,11 +57,4 @@ def velocity_error(
         session.end()
         return found[0] if len(found) == 1 else found[1] + settings.guidance * (found[0] - found[1])
 
-    true = velocity(ElasticConfig(elastic=False), None)
-    widths = session.router_config.widths
-
-    def error(routes: Tensor) -> float:
-        found = velocity(ElasticConfig(), TableRoutes(routes[None, None, None], widths))
-        return float((found - true).square().mean() / true.square().mean())
-
-    return error
+    return error_of_routes(velocity, session.router_config.widths)
