@@ -28,7 +28,8 @@ BOTH_BRANCHES = (Branch.conditional, Branch.unconditional)
 @dataclass
 class Pass:
     """One forward pass of the model. Rows of the batch are (branch, sample); masked passes are for training. In those
-    the first `leaders` rows decide for the branches that follow them."""
+    the first `leaders` rows decide for the branches that follow them. `settled`: blocks within a span, and the one
+    action of all rows that the first block of that span has settled for them."""
 
     situation: Situation
     rows: list[tuple[int, int]]
@@ -42,6 +43,7 @@ class Pass:
     modulation: Tensor | None = None
     ahead: RouteDecision | None = None
     actions: list[int] | None = None
+    settled: tuple[range, int] | None = None
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
     flops: dict[int, BlockFlops] = field(default_factory=dict)
     ran_rows: dict[int, int] = field(default_factory=dict)

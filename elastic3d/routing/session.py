@@ -260,7 +260,8 @@ class RoutingSession:
             own = looks_ahead(self.router_config)
         else:
             own = self.source.alike
-        return own and self.reuse.rule in (CacheRule.off, CacheRule.age)
+        rule = CacheRule.off if self.settings.cache is None else self.settings.cache.rule  # routers' own: off
+        return own and rule in (CacheRule.off, CacheRule.age)
 
     def span(self, block: ElasticBlock) -> range:
         """The blocks around this one whose residual is kept as one: all of its list, where all do the same."""
@@ -299,7 +300,23 @@ class RoutingSession:
         if block.index not in trace.flops:
             trace.flops[block.index] = current.flops[block.index]
             trace.router_flops[block.index] = block.router.flops(call.lengths) if block.router else 0
+        span = self.span(block)
+        if block.index == span.start and len(set(current.actions)) == 1:
+            current.settled = span[1:-1], current.actions[0]
         return current.actions
+
+    def settled(self, block: ElasticBlock) -> int | None:
+        """The action of all rows, recorded in the trace, where the first block of this one's span has settled it; None
+        where the block has to ask."""
+        current, trace = self.current, self.trace
+        if current is None or current.settled is None or trace is None:
+            return None
+        blocks, action = current.settled
+        if block.index not in blocks or block.index in current.visited or block.index not in trace.flops:
+            return None
+        current.visited.add(block.index)
+        trace.record(current.step, current.rows, block.index, [action] * len(current.rows))
+        return action
 
     def _actions(
         self, current: Pass, block: ElasticBlock, call: BlockCall, decision: RouteDecision
