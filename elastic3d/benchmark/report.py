@@ -17,7 +17,7 @@ from elastic3d.benchmark.rows import build_rows, compare_rivals, route_shares
 from elastic3d.benchmark.store import Job, spread
 from elastic3d.benchmark.summary import beaten, summarise_rows
 from elastic3d.benchmark.timing import Round
-from elastic3d.config.benchmark import Method
+from elastic3d.config.benchmark import BenchmarkOptions, Method
 from elastic3d.config.serialize import to_dict
 from elastic3d.evaluation.items import Row
 from elastic3d.evaluation.report import write_csv
@@ -41,19 +41,38 @@ def write_report(
     rows = build_rows(place, cases, scores, rounds)
     comparisons = compare_rivals(place, cases, scores)
     shares = route_shares(place, cases)
+    about = {
+        "models": {name: pipeline.weights_sha256 for name, pipeline in planner.models.items()},
+        "pictures": len(place.images),
+        "baseline_steps": planner.baseline_steps,
+    }
+    summary = summarise_rows(rows, config.reference_steps, planner.baseline_steps)
+    results = save_results(config, command, about, rows, summary, comparisons, shares)
+    draw(place, cases, rows, shares, truth)
+    return results
+
+
+def save_results(
+    config: BenchmarkOptions,
+    command: str,
+    about: Mapping[str, Any],
+    rows: Sequence[Row],
+    summary: Mapping[str, Any],
+    comparisons: Sequence[dict[str, Any]],
+    shares: dict[str, Any],
+) -> dict[str, Any]:
+    """Write results.json and results.csv; what results.json holds."""
     results = {
         "about": {
             "command": command,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": machine(),
-            "models": {name: pipeline.weights_sha256 for name, pipeline in planner.models.items()},
-            "pictures": len(place.images),
-            "baseline_steps": planner.baseline_steps,
+            **about,
             "config": to_dict(config),
         },
         "rows": rows,
         "summary": {
-            **summarise_rows(rows, config.reference_steps, planner.baseline_steps),
+            **summary,
             "routers_beside_rivals": beaten(comparisons),
             "blocks": {run: block_means(entry) for run, entry in shares.items()},
         },
@@ -61,7 +80,6 @@ def write_report(
     }
     save_json(results, config.output / "results.json")
     write_csv(rows, config.output / "results.csv")
-    draw(place, cases, rows, shares, truth)
     return results
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -16,19 +15,14 @@ from elastic3d.benchmark.images.references import References
 from elastic3d.benchmark.images.rows import build_rows, compare_rivals
 from elastic3d.benchmark.images.scores import Scores
 from elastic3d.benchmark.images.summary import summarise_rows
-from elastic3d.benchmark.machine import machine
 from elastic3d.benchmark.methods import Case, Run
 from elastic3d.benchmark.pictures import heat_map, pareto_plot, save, titled_sheet
-from elastic3d.benchmark.report import block_means
+from elastic3d.benchmark.report import save_results
 from elastic3d.benchmark.rows import route_shares
 from elastic3d.benchmark.store import spread
-from elastic3d.benchmark.summary import beaten
 from elastic3d.benchmark.timing import Round
 from elastic3d.config.benchmark import Method
-from elastic3d.config.serialize import to_dict
 from elastic3d.evaluation.items import Row
-from elastic3d.evaluation.report import write_csv
-from elastic3d.models.weights import save_json
 
 PICTURE_SIZE = 128
 LABELS = {
@@ -58,28 +52,15 @@ def write_report(
     comparisons = compare_rivals(place, cases, scores, rows)
     shares = route_shares(place, cases)
     models = {name: model for name, model in planner.models.items() if isinstance(model, ImageModel)}
-    results = {
-        "about": {
-            "command": command,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": machine(),
-            "models": {name: model.weights_sha256 for name, model in models.items()},
-            "prompts": len(place.prompts),
-            "baseline_steps": planner.baseline_steps,
-            "left_out": missing(config),
-            **(references.about() if references else {"real_pictures": 0}),
-            "config": to_dict(config),
-        },
-        "rows": rows,
-        "summary": {
-            **summarise_rows(rows, config.reference_steps, planner.baseline_steps),
-            "routers_beside_rivals": beaten(comparisons),
-            "blocks": {run: block_means(entry) for run, entry in shares.items()},
-        },
-        "comparisons": comparisons,
+    about = {
+        "models": {name: model.weights_sha256 for name, model in models.items()},
+        "prompts": len(place.prompts),
+        "baseline_steps": planner.baseline_steps,
+        "left_out": missing(config),
+        **(references.about() if references else {"real_pictures": 0}),
     }
-    save_json(results, config.output / "results.json")
-    write_csv(rows, config.output / "results.csv")
+    summary = summarise_rows(rows, config.reference_steps, planner.baseline_steps)
+    results = save_results(config, command, about, rows, summary, comparisons, shares)
     for batch in config.batches:
         if (plot := pareto_plot(rows, batch, LABELS, "a picture")) is not None:
             name = "pareto.png" if batch == config.batches[0] else f"pareto-batch-{batch}.png"

@@ -8,10 +8,10 @@ from typing import Any
 from elastic3d.benchmark.images.rows import FEWER, within_floor
 from elastic3d.benchmark.images.scores import ANCHORS, METRICS, SAME_STEPS
 from elastic3d.benchmark.methods import CONTROLS, FAMILY
+from elastic3d.benchmark.summary import SPEED, TOLERANCE, budget_target
 from elastic3d.evaluation.frontier import compare_fronts
 from elastic3d.evaluation.items import Row
 
-SPEED, TOLERANCE, OFF_BUDGET = 2.0, 0.01, 0.03
 LOSSES = (*(f"{metric}_{anchor}" for anchor in ANCHORS for metric in METRICS), "frechet")
 
 
@@ -87,11 +87,6 @@ def targets(rows: Sequence[Row], frontiers: dict[str, Any], best: Row | None) ->
     """Every target with what was wanted, what was found, and whether it is met."""
     family = [row for row in rows if row["method"] in FAMILY]
     known = any(row["dit_speedup"] is not None and within_floor(row) is not None for row in family)
-    off = [
-        abs(row["executed_flops_ratio"] - row["budget"])
-        for row in rows
-        if row["as_trained"] and row["executed_flops_ratio"] is not None
-    ]
     found: dict[str, Any] = {
         "speed": {
             "wanted": f"DiT at least {SPEED}x the dense model's speed, PSNR, SSIM and feature distance to its pictures "
@@ -99,11 +94,7 @@ def targets(rows: Sequence[Row], frontiers: dict[str, Any], best: Row | None) ->
             "found": best["dit_speedup"] if best else None,
             "met": (best is not None and best["dit_speedup"] >= SPEED) if known else None,
         },
-        "budgets": {
-            "wanted": f"executed FLOPs within {OFF_BUDGET} of every budget, with the cache of the training",
-            "found": max(off, default=None),
-            "met": all(value <= OFF_BUDGET for value in off) if off else None,
-        },
+        "budgets": budget_target(rows),
     }
     for batch, families in frontiers.items():
         for rival, losses in families.items():
