@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from elastic3d.config.base import check_range, option
+from elastic3d.config.routing import ElasticConfig
 from elastic3d.config.text_to_image import BackboneName
 
 
@@ -18,9 +19,12 @@ class Prediction(Enum):
     clean = "clean"
 
 
+SAMPLING_DEFAULTS = ("steps", "guidance", "shift", "elastic", "name")
+
+
 @dataclass(kw_only=True)
 class PixelModelConfig:
-    """A small `FluxTransformer2DModel` on pixels."""
+    """A small `FluxTransformer2DModel` on pixels. `SAMPLING_DEFAULTS` may be chosen anew when it is exported."""
 
     size: int = option(64, "pixels a side")
     patch: int = option(8, "pixels a side of a token")
@@ -33,6 +37,7 @@ class PixelModelConfig:
     guidance: float = option(3.0, "guidance by default")
     shift: float = option(1.0, "timestep shift of the sampler; above 1 spends more steps on noise")
     predicts: Prediction = option(Prediction.clean, "what the DiT's output is")
+    elastic: ElasticConfig = option(ElasticConfig, "how it runs by default once it has routers")
     name: str = option("image-small", "name of the model, for receipts")
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from elastic3d.config.routing import ElasticConfig
 from elastic3d.config.text_to_image import BackboneName
 from elastic3d.diffusion.flow import timestep_grid
 
@@ -66,6 +67,10 @@ class Backbone(ABC):
     def default_sampling(self) -> tuple[int, float]:
         """Sampling steps and guidance."""
         return self.defaults[self.embeds_guidance]
+
+    def default_elastic(self) -> ElasticConfig:
+        """How it runs once it has routers."""
+        return ElasticConfig()
 
     @abstractmethod
     def count_tokens(self, prompt: str) -> int:

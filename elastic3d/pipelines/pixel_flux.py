@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from elastic3d import __version__
 from elastic3d.config.image_stage import PixelModelConfig, Prediction
+from elastic3d.config.routing import ElasticConfig
 from elastic3d.config.serialize import from_dict, to_dict
 from elastic3d.config.text_to_image import BackboneName
 from elastic3d.diffusion.flow import timestep_grid
@@ -26,6 +27,7 @@ from elastic3d.pipelines.image_loading import INDEX_NAME, check_index, load_tran
 
 CLASS_NAME, SETTINGS_NAME = "PixelFluxPipeline", "pipeline.json"
 LEAST_NOISE = 0.05
+TOKENS = ("hidden_states", "encoder_hidden_states", "pooled_projections")
 
 
 class PatchVAE(nn.Module):
@@ -119,7 +121,7 @@ class PixelFluxPipeline(FluxPipeline):
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
             parts = self.text(prompts)
             if self.transformer is not None:
-                parts = tuple(part.to(self.transformer.device, self.transformer.dtype) for part in parts)
+                parts = tuple(part.to(self.transformer.device) for part in parts)
             prompt_embeds, pooled_prompt_embeds = parts
             prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
             pooled_prompt_embeds = pooled_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
@@ -145,6 +147,10 @@ class SmallBackbone(FluxBackbone):
     def default_sampling(self) -> tuple[int, float]:
         """Sampling steps and guidance."""
         return self.pipe.settings.steps, self.pipe.settings.guidance
+
+    def default_elastic(self) -> ElasticConfig:
+        """Of the folder."""
+        return self.pipe.settings.elastic
 
     def count_tokens(self, prompt: str) -> int:
         """MiniLM's."""
@@ -201,7 +207,23 @@ def load_pixel_flux(
         raise UserError(f"{folder} can't be loaded: {' '.join(str(error).split())[:300]}") from error
     if transformer.config.in_channels != 3 * config.patch**2:
         raise UserError(f"{folder}: {SETTINGS_NAME} does not fit the transformer (patch {config.patch})")
+    if dtype is not torch.float32:
+        transformer.register_forward_pre_hook(_narrowed, with_kwargs=True)
+        transformer.register_forward_hook(_widened)
     return PixelFluxPipeline.build(config, transformer.to(device), text)
+
+
+def _narrowed(
+    dit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What goes into a transformer, in its own format. Outside of it pixels are fp32: bf16 would round them from step
+    to step."""
+    return args, {k: v.to(dit.dtype) if k in TOKENS and v is not None else v for k, v in kwargs.items()}
+
+
+def _widened(dit: Any, args: Any, output: Any) -> Any:
+    """What comes out of it, in fp32."""
+    return tuple(part.float() for part in output) if isinstance(output, tuple) else output
 
 
 def save_pixel_flux(config: PixelModelConfig, transformer: Any, folder: Path, dtype: torch.dtype) -> None:

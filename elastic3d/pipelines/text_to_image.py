@@ -90,8 +90,6 @@ class TextToImagePipeline:
         if offload and target.type == "cpu":
             raise UserError("offload is true, but the pipeline runs on the CPU: expected a GPU (device=cuda)")
         home = torch.device("cpu") if offload else target
-        if backbone is BackboneName.small and dtype in ("auto", DTypeChoice.auto):
-            dtype = "float32"  # its latents are pixels, which bf16 would round from step to step
         found = load_backbone(backbone, folder, home, resolve_dtype(dtype, target))
         files = weight_files(folder)
         if routers is None and (folder / ROUTERS_NAME).is_dir():
@@ -147,7 +145,7 @@ class TextToImagePipeline:
             check_prompt(prompt, self.backbone)
         settings = self.settings_of(steps, guidance, size)
         settings.elastic = with_options(
-            ElasticConfig(), self.session is not None, elastic, budget, width, cache
+            self.backbone.default_elastic(), self.session is not None, elastic, budget, width, cache
         )
         if self.session is not None:
             self.session.settings = settings.elastic

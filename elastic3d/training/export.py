@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from elastic3d import __version__
 from elastic3d.adapters import save_routers
 from elastic3d.config.generate import PipelineConfig
+from elastic3d.config.image_stage import SAMPLING_DEFAULTS, PixelModelConfig
 from elastic3d.config.router_stage import TrainedParts
 from elastic3d.config.routing import ElasticConfig
 from elastic3d.config.serialize import from_dict
@@ -40,7 +42,7 @@ def export_run(config: TrainConfig) -> Path:
     A VAE becomes one model folder; a DiT a folder for `ImageTo3DPipeline.from_pretrained`, with the VAE whose
     latents it learned and their statistics, and the image encoder's configuration. Routers become such a folder too,
     that of their dense model with `routers/` inside and `export.pipeline.elastic` as its default; those of a
-    text-to-image pipeline are written alone.
+    text-to-image pipeline are written alone. The small text-to-image model's sampling defaults are those of `config`.
 
     Raises:
         UserError: the run has no whole checkpoint.
@@ -58,7 +60,9 @@ def export_run(config: TrainConfig) -> Path:
         vae.save_pretrained(output, torch.bfloat16)
         _write_record(output, config.folder, checkpoint.step, checkpoint.values)
     elif trained.stage is StageName.image:
-        _export_image_model(output, trained, _inside("dit.", weights), str(path))
+        sampling = {name: getattr(config.image.model, name) for name in SAMPLING_DEFAULTS}
+        model = replace(trained.image.model, **sampling)
+        _export_image_model(output, model, _inside("dit.", weights), str(path))
         _write_record(output, config.folder, checkpoint.step, checkpoint.values)
     elif trained.stage is StageName.router and trained.image.backbone is not None:
         _export_image_routers(output, trained, weights, str(path))
@@ -105,12 +109,14 @@ def _export_routers(
     save_routers(objective.dit, output / "routers")
 
 
-def _export_image_model(output: Path, trained: TrainConfig, weights: dict[str, Tensor], source: str) -> None:
+def _export_image_model(
+    output: Path, config: PixelModelConfig, weights: dict[str, Tensor], source: str
+) -> None:
     from elastic3d.pipelines.pixel_flux import build_transformer, save_pixel_flux
 
-    transformer = build_transformer(trained.image.model)
+    transformer = build_transformer(config)
     load_strict(transformer, weights, source)
-    save_pixel_flux(trained.image.model, transformer, output, torch.bfloat16)
+    save_pixel_flux(config, transformer, output, torch.bfloat16)
 
 
 def _export_image_routers(
