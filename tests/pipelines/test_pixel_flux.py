@@ -5,7 +5,15 @@ import torch
 
 from elastic3d.config.image_stage import PixelModelConfig, Prediction
 from elastic3d.diffusion.flow import interpolate, velocity
-from elastic3d.pipelines.pixel_flux import LEAST_NOISE, PixelFluxPipeline, SmallBackbone, build_transformer
+from elastic3d.pipelines.pixel_flux import (
+    LEAST_NOISE,
+    PixelFluxPipeline,
+    SmallBackbone,
+    build_transformer,
+    load_pixel_flux,
+    save_pixel_flux,
+)
+from tests.tiny_images import save_tiny_small
 
 CONFIG = dict(
     size=16, patch=8, text_length=6, width=32, heads=2, double_blocks=1, single_blocks=1, name="tiny"
@@ -67,9 +75,25 @@ def test_samples_keep_the_models_precision(known):
 
 
 def test_prediction_is_kept_with_the_model(tmp_path):
-    from elastic3d.pipelines.pixel_flux import load_pixel_flux, save_pixel_flux
-
     config = PixelModelConfig(**CONFIG, predicts=Prediction.velocity)
     save_pixel_flux(config, build_transformer(config), tmp_path, torch.float32)
     found = load_pixel_flux(tmp_path, torch.device("cpu"), torch.float32, encoders=False)
     assert found.settings == config
+
+
+def test_weights_are_narrow_and_pixels_are_not(tmp_path):
+    folder = save_tiny_small(tmp_path)
+    pictures, seen = {}, []
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe = load_pixel_flux(folder, torch.device("cpu"), dtype)
+        assert pipe.transformer.dtype is dtype
+        pipe.transformer.x_embedder.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+        text = SmallBackbone(pipe).encode_prompts(["a chair"])
+        generator = torch.Generator().manual_seed(0)
+        pictures[dtype] = pipe(
+            **text, num_inference_steps=3, generator=generator, output_type="latent", return_dict=False
+        )[0]
+    assert seen == [torch.float32] * 3 + [torch.bfloat16] * 3
+    wide, narrow = pictures.values()
+    assert narrow.dtype is torch.float32
+    assert 0 < (wide - narrow).square().mean() < 0.05 * wide.square().mean()
