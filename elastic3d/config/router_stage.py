@@ -115,7 +115,10 @@ class RouterStageConfig:
         PictureLossConfig, "picture reconstruction loss, in the mesh loss' place"
     )
     val_budgets: list[float] = option([0.9, 0.7, 0.5, 0.3], "budgets to validate at")
-    val_shapes: int = option(8, "validation shapes that are generated at each of them")
+    val_shapes: int = option(
+        8,
+        "validation shapes that are generated at each of them; stage=export: that budgets are calibrated on",
+    )
     val_steps: int = option(16, "sampling steps of it")
 
     def __post_init__(self) -> None:

@@ -109,7 +109,7 @@ class ImageRouterStage:
         self.config, image = config, config.image
         assert image.backbone is not None and image.weights is not None
         if image.backbone.name != "small" and image.images is None:
-            raise UserError("images= is missing: a folder of pictures with captions")
+            raise UserError("image.images= is missing: a folder of pictures with captions")
         with first_process_first(config):
             encoder = load_backbone(
                 image.backbone, image.weights, resolve_device(config.device), torch.float32

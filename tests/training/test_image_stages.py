@@ -209,7 +209,7 @@ def test_the_picture_term_alone_moves_the_gates(folder, prepared):
         gate = block.router.heads.weight.grad[0]
         assert gate.isfinite().all() and gate.abs().max() > 0
     assert all(p.grad is None for n, p in stage.flow.named_parameters() if not n.startswith("routers."))
-    with pytest.raises(UserError, match="images= is missing"):
+    with pytest.raises(UserError, match="image.images= is missing"):
         ImageRouterStage(image_config(prepared, StageName.router, **(image | {"images": None})))
     with pytest.raises(ValueError, match="weights= is missing"):
         ImageStageConfig(backbone=BackboneName.flux)
