@@ -16,12 +16,13 @@ from elastic3d.benchmark.quality import Scores, Workplace
 from elastic3d.benchmark.rows import build_rows, compare_rivals, route_shares
 from elastic3d.benchmark.store import Job, spread
 from elastic3d.benchmark.summary import beaten, summarise_rows
+from elastic3d.benchmark.table import page
 from elastic3d.benchmark.timing import Round
 from elastic3d.config.benchmark import BenchmarkOptions, Method
 from elastic3d.config.serialize import to_dict
 from elastic3d.evaluation.items import Row
 from elastic3d.evaluation.report import write_csv
-from elastic3d.geometry.mesh_io import load_mesh
+from elastic3d.geometry.mesh_io import atomic_path, load_mesh
 from elastic3d.models.weights import save_json
 from elastic3d.training.samples import mesh_picture, on_white
 
@@ -47,7 +48,7 @@ def write_report(
         "baseline_steps": planner.baseline_steps,
     }
     summary = summarise_rows(rows, config.reference_steps, planner.baseline_steps)
-    results = save_results(config, command, about, rows, summary, comparisons, shares)
+    results = save_results(config, command, about, rows, summary, comparisons, shares, SCORES)
     draw(place, cases, rows, shares, truth)
     return results
 
@@ -60,8 +61,9 @@ def save_results(
     summary: Mapping[str, Any],
     comparisons: Sequence[dict[str, Any]],
     shares: dict[str, Any],
+    scores: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Write results.json and results.csv; what results.json holds."""
+    """Write results.json, results.csv and table.md with the columns `scores`; what results.json holds."""
     results = {
         "about": {
             "command": command,
@@ -80,6 +82,8 @@ def save_results(
     }
     save_json(results, config.output / "results.json")
     write_csv(rows, config.output / "results.csv")
+    with atomic_path(config.output / "table.md") as path:
+        path.write_text(page(results, scores))
     return results
 
 
@@ -136,6 +140,11 @@ def block_means(entry: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+SCORES = {
+    "chamfer_l1_same_steps": "Chamfer-L1 to dense, same steps", "iou_same_steps": "IoU to dense, same steps",
+    "chamfer_l1_paired": "Chamfer-L1 to reference", "iou_paired": "IoU to reference", "f_score@0.02": "F@0.02",
+    "f_score@0.05": "F@0.05",
+}  # fmt: skip
 COLUMNS = {
     "method": "method", "budget": "budget", "steps": "steps", "batch": "batch", "executed_flops_ratio": "FLOPs",
     "dit_ms_median": "DiT ms", "dit_speedup": "speed-up", "efficiency": "efficiency",

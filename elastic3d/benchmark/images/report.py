@@ -31,6 +31,10 @@ LABELS = {
     "feature_reference": "feature distance to the reference (lower is better)",
     "frechet": "Frechet distance to real pictures (lower is better)",
 }
+SCORES = {
+    "psnr_dense": "PSNR to dense", "ssim_dense": "SSIM to dense", "feature_dense": "feature distance to dense",
+    "feature_reference": "to reference", "frechet": "Frechet distance", "category_accuracy": "category",
+}  # fmt: skip
 COLUMNS = {
     "method": "method", "note": "note", "budget": "budget", "steps": "steps", "batch": "batch",
     "executed_flops_ratio": "FLOPs", "dit_ms_median": "DiT ms", "dit_speedup": "speed-up", "psnr_dense": "PSNR",
@@ -60,7 +64,7 @@ def write_report(
         **(references.about() if references else {"real_pictures": 0}),
     }
     summary = summarise_rows(rows, config.reference_steps, planner.baseline_steps)
-    results = save_results(config, command, about, rows, summary, comparisons, shares)
+    results = save_results(config, command, about, rows, summary, comparisons, shares, SCORES)
     for batch in config.batches:
         if (plot := pareto_plot(rows, batch, LABELS, "a picture")) is not None:
             name = "pareto.png" if batch == config.batches[0] else f"pareto-batch-{batch}.png"
