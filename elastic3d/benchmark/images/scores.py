@@ -107,7 +107,7 @@ class _Judge:
     def floor(self, anchor: str, other: int) -> dict[str, NDArray[Any]]:
         """The same of an anchor's pictures of another seed, without features."""
         run = self.anchors[anchor]
-        path = self.place.config.output / "scores" / run.name / f"floor-{self.seed}-{other}.npz"
+        path = self.place.config.output / "scores" / run.name / f"floor-{anchor}-{self.seed}-{other}.npz"
         found = _read(path, self._key())
         if found is None:
             pictures = self.place.store.pictures(run, other, self.place.prompts)

@@ -232,3 +232,12 @@ def _backbones() -> Any:
     from elastic3d.config.text_to_image import BackboneName
 
     return BackboneName
+
+
+def test_dense_pictures_may_be_the_reference_too(gallery, tmp_path):
+    config = config_of(
+        gallery, tmp_path, methods=[Method.dense], caches=[], phases=[Phase.quality], reference_steps=4
+    )
+    row = row_of(benchmark_images(config, gallery, ""), "dense")
+    assert row["psnr_reference"] == row["psnr_dense"] == 100
+    assert row["psnr_reference_floor"] == row["psnr_dense_floor"] < 100
