@@ -134,12 +134,8 @@ class Worker:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
-                [
-                    str(self._python),
-                    "-P",
-                    str(WORKER),
-                    str(writer),
-                ],  # -P: our files must not shadow Infinigen's
+                [str(self._python), str(WORKER), str(writer)],
+                env={**os.environ, "PYTHONSAFEPATH": "1"},  # our files must not shadow Infinigen's
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
