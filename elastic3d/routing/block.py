@@ -66,11 +66,11 @@ class ElasticBlock(nn.Module):
         session = self.session
         if not session.settings.elastic and session.recorded is None:
             return self.inner(*args, **kwargs)
-        settled = session.settled(self) if session.recorded is None else None
-        if settled is not None and settled != SKIPPED and settled != REUSED:
+        settled = session.settled(self)
+        if settled is not None and settled not in (SKIPPED, REUSED):
             return self.narrow.at(settled - 1)(*args, **kwargs)
         call = self.adapter.bind(self.inner, args, kwargs)
-        if settled is not None:
+        if settled is not None:  # what is reused is added at the span's end
             return self.adapter.pack(call.streams)
         span = session.span(self)
         if self.index == span.start:

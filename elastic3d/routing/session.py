@@ -309,7 +309,7 @@ class RoutingSession:
         """The action of all rows, recorded in the trace, where the first block of this one's span has settled it; None
         where the block has to ask."""
         current, trace = self.current, self.trace
-        if current is None or current.settled is None or trace is None:
+        if current is None or current.settled is None or trace is None or self.recorded is not None:
             return None
         blocks, action = current.settled
         if block.index not in blocks or block.index in current.visited or block.index not in trace.flops:
