@@ -43,7 +43,9 @@ def elastic_options(session: RoutingSession | None, run: Run) -> dict[str, Any]:
         return {}
     if not run.settings.elastic:
         return {"elastic": False}
-    return {"elastic": True} | {name: getattr(run.settings, name) for name in ("budget", "width", "cache")}
+    return {"elastic": True} | {
+        name: getattr(run.settings, name) for name in ("budget", "width", "cache", "shared")
+    }
 
 
 def make(

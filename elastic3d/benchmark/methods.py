@@ -85,7 +85,7 @@ class Case:
 
 PAPER_CACHE = BlockCacheConfig(rule=CacheRule.band, band=0.1, longest=5, start=0.3)
 DRIFT_CACHE = BlockCacheConfig(rule=CacheRule.drift, drift=0.1, longest=4, closed_reuse=True)
-FORECAST = BlockCacheConfig(rule=CacheRule.age, longest=1, order=1, closed_reuse=True)
+FORECAST = BlockCacheConfig(rule=CacheRule.age, longest=1, trend=1.0, closed_reuse=True)
 NO_CACHE = BlockCacheConfig()
 
 
@@ -203,6 +203,7 @@ REGISTRY: dict[Method, Callable[[Planner], Iterator[Case]]] = {
     Method.elastic_no_width: _elastic(Method.elastic_no_width, width=False),
     Method.elastic_paper_cache: _elastic(Method.elastic_paper_cache, cache=PAPER_CACHE),
     Method.elastic_drift_cache: _elastic(Method.elastic_drift_cache, cache=DRIFT_CACHE),
+    Method.elastic_shared: _elastic(Method.elastic_shared, shared=True),
     Method.dense_cache: _dense_cache,
     Method.random: _control(Routes.random),
     Method.static: _control(Routes.static),

@@ -31,7 +31,7 @@ def build_rows(place: Workplace, cases: Sequence[Case], scores: Scores, rounds: 
     for case in cases:
         fidelity = _fidelity(place, case.run, scores) | floor
         compute = compute_of(place, case.run)
-        for batch in place.config.batches:
+        for batch in batches_of(case, place.config.batches):
             head = {
                 "method": case.method,
                 "note": case.note,
@@ -45,13 +45,20 @@ def build_rows(place: Workplace, cases: Sequence[Case], scores: Scores, rounds: 
     return rows
 
 
+def batches_of(case: Case, batches: Sequence[int]) -> list[int]:
+    """The batch sizes that have a row: alone, a sample has nobody to share its routes with."""
+    return [batch for batch in batches if batch > 1 or not case.run.settings.shared]
+
+
 def as_trained(place: Place, case: Case) -> bool:
-    """Whether these are the model's routers with the cache they were trained with: for that, budgets are calibrated."""
+    """Whether these are the model's routers, each sample for itself, with the cache they were trained with: for that,
+    budgets are calibrated."""
     settings, planner = case.run.settings, place.planner
     return (
         case.method in FAMILY
         and settings.width == planner.default.width
         and settings.cache == planner.trained_cache
+        and not settings.shared
     )
 
 

@@ -23,6 +23,7 @@ class Method(Enum):
     elastic_no_width = "elastic_no_width"
     elastic_paper_cache = "elastic_paper_cache"
     elastic_drift_cache = "elastic_drift_cache"
+    elastic_shared = "elastic_shared"
     dense_cache = "dense_cache"
     random = "random"
     static = "static"

@@ -100,6 +100,10 @@ class GenerateConfig:
     )
     width: bool | None = option(None, "Let the routers narrow the MLPs; null: the model's default.")
     cache: BlockCacheConfig | None = option(None, "Reuse of blocks between steps; null: the model's default.")
+    shared: bool | None = option(
+        None,
+        "Routes are shared in a batch: faster, but a result then depends on its batch; null: the default.",
+    )
     trace: str = option("", "Also draw what every block did at every step, one panel a mesh, to this PNG.")
     seed: int = option(0, "Seed of the noise; the same seed on the same machine gives the same mesh.")
     num_samples: int = option(1, "Meshes of each picture, with seeds seed, seed + 1, ...")

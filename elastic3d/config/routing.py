@@ -65,11 +65,15 @@ class RouterConfig:
         0,
         "age in steps up to which a closed block adds its earlier residual, which the router is told; 0: never",
     )
-    order: int = option(
-        1, "of that residual: 0 as it was, 1 its change between the last two computed goes on"
+    trend: float = option(
+        1.0, "of that residual: share of its change between the last two computed that goes on, a step later"
     )
     asked: list[float] = option([], "calibration: budgets that are asked for, ascending; empty: none")
     told: list[float] = option([], "calibration: what the routers are told instead, measured after training")
+    times: list[float] = option([], "calibration: times in [0,1], ascending; empty: none")
+    urgency: list[float] = option(
+        [], "calibration: what is added to gates at these times, as a gap there grows until the end"
+    )
 
     def __post_init__(self) -> None:
         check_range("hidden", self.hidden, 1, 4096)
@@ -84,9 +88,13 @@ class RouterConfig:
             raise ValueError(
                 "branches is together, expected apart: only with lookahead=step does one branch decide for both"
             )
-        check_range("order", self.order, 0, 1)
-        if len(self.asked) != len(self.told) or sorted(self.asked) != self.asked:
-            raise ValueError("asked and told are no ascending list and one of the same length")
+        check_range("trend", self.trend, 0, 1)
+        for names, at, found in (
+            ("asked and told", self.asked, self.told),
+            ("times and urgency", self.times, self.urgency),
+        ):
+            if len(at) != len(found) or sorted(at) != at:
+                raise ValueError(f"{names} are no ascending list and one of the same length")
         if self.variant is RouterVariant.paper and self.lookahead is not Lookahead.block:
             raise ValueError(
                 "lookahead is step, expected block: the paper's router decides before each block"
@@ -109,7 +117,7 @@ class RouterConfig:
         """The cache that these routers were trained with."""
         if not self.longest:
             return BlockCacheConfig()
-        return BlockCacheConfig(closed_reuse=True, longest=self.longest, order=self.order)
+        return BlockCacheConfig(closed_reuse=True, longest=self.longest, trend=self.trend)
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -129,8 +137,8 @@ class BlockCacheConfig:
     )
     start: float = option(0.0, "share of the sampling steps before the first reuse")
     longest: int = option(5, "steps that a residual lives")
-    order: int = option(
-        0, "0 adds a residual as it was, 1 continues its change between the last two computed"
+    trend: float = option(
+        0.0, "share of its change between the last two computed that goes on, a step later: 0 none, 1 a line"
     )
     probe_stride: int = option(8, "rule drift: the input's change is measured on every so-manieth token")
 
@@ -139,7 +147,7 @@ class BlockCacheConfig:
         check_range("cache.drift", self.drift, 0, 100)
         check_range("cache.start", self.start, 0, 1)
         check_range("cache.longest", self.longest, 1, 1000)
-        check_range("cache.order", self.order, 0, 1)
+        check_range("cache.trend", self.trend, 0, 1)
         check_range("cache.probe_stride", self.probe_stride, 1, 1 << 20)
 
     @property
@@ -155,6 +163,9 @@ class ElasticConfig:
     elastic: bool = option(True, "let the routers decide; false runs the dense model")
     budget: float = option(1.0, "share of the dense blocks' FLOPs that may be executed")
     width: bool = option(True, "let the routers narrow the MLPs")
+    shared: bool = option(
+        False, "samples of a batch share their routes: faster in batches, but each then depends on the others"
+    )
     cache: BlockCacheConfig | None = option(
         None, "reuse of block residuals between steps; null: as the routers were trained"
     )

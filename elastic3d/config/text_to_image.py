@@ -46,6 +46,10 @@ class GenerateImageConfig:
     )
     width: bool | None = option(None, "Let the routers narrow the MLPs; null: the default.")
     cache: BlockCacheConfig | None = option(None, "Reuse of blocks between steps; null: the default.")
+    shared: bool | None = option(
+        None,
+        "Routes are shared in a batch: faster, but a result then depends on its batch; null: the default.",
+    )
     trace: str = option("", "Also draw what every block did at every step, one panel a picture, to this PNG.")
     seed: int = option(0, "Seed of the noise; the same seed on the same machine gives the same picture.")
     num_samples: int = option(1, "Pictures, with seeds seed, seed + 1, ...")

@@ -152,6 +152,7 @@ def generate(
             budget=config.budget,
             width=config.width,
             cache=config.cache,
+            shared=config.shared,
             on_step=on_step,
         )
         if drawn:

@@ -187,6 +187,7 @@ class ImageTo3DPipeline:
         budget: float | None = None,
         width: bool | None = None,
         cache: BlockCacheConfig | None = None,
+        shared: bool | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Result | list[Result]:
         """Mesh of a picture, or of each of a list of pictures as one batch.
@@ -199,8 +200,8 @@ class ImageTo3DPipeline:
             max_faces: decimate to this many faces; None is `cleanup`'s own (40,000).
             elastic: let the routers decide; None is the model's default, False the dense model.
             budget: share of the dense blocks' FLOPs to execute, 0.3 to 1; None is the model's default.
-            width: let the routers narrow the MLPs; None is the model's default.
-            cache: reuse of blocks between steps; None is the model's default.
+            width, cache: let the routers narrow the MLPs; reuse of blocks between steps; None: the model's default.
+            shared: samples share their routes, and depend on each other; None is the model's default.
             on_step: called with (steps done, steps) during sampling.
 
         Raises:
@@ -213,9 +214,8 @@ class ImageTo3DPipeline:
         if len(seeds) != len(pictures):
             raise UserError(f"seed has {len(seeds)} values, expected one or {len(pictures)}")
         settings = self._settings(steps, guidance, resolution, max_faces, cleanup, foreground)
-        settings.elastic = with_options(
-            self.config.elastic, self.session is not None, elastic, budget, width, cache
-        )
+        asked = (elastic, budget, width, cache, shared)
+        settings.elastic = with_options(self.config.elastic, self.session is not None, *asked)
         results = self._generate(pictures, seeds, settings, on_step)
         if many:
             return results

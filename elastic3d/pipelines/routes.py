@@ -29,13 +29,14 @@ def with_options(
     budget: float | None,
     width: bool | None,
     cache: BlockCacheConfig | None,
+    shared: bool | None = None,
 ) -> ElasticConfig:
     """The model's default with what a caller asked for; None keeps it.
 
     Raises:
         UserError: a budget out of range; anything elastic of a model without routers, or of one that is to run dense.
     """
-    asked: dict[str, Any] = {"budget": budget, "width": width, "cache": cache}
+    asked: dict[str, Any] = {"budget": budget, "width": width, "cache": cache, "shared": shared}
     given = {name: value for name, value in asked.items() if value is not None}
     wanted = default.elastic if elastic is None else elastic
     if not has_routers or not wanted:

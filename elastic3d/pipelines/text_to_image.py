@@ -123,14 +123,15 @@ class TextToImagePipeline:
         budget: float | None = None,
         width: bool | None = None,
         cache: BlockCacheConfig | None = None,
+        shared: bool | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> list[ImageResult]:
-        """A picture of each prompt with its seed, as one batch; a sample does not depend on its batch.
+        """A picture of each prompt with its seed, as one batch; a sample does not depend on its batch, unless `shared`.
 
         Args:
             steps, guidance: None is the family's default; a guidance of 1 or less runs one branch.
             size: width and height in pixels.
-            elastic, budget, width, cache: as for meshes; None is the default of models with routers.
+            elastic, budget, width, cache, shared: as for meshes; None is the default of models with routers.
             on_step: called with (steps done, steps) during sampling.
 
         Raises:
@@ -145,7 +146,7 @@ class TextToImagePipeline:
             check_prompt(prompt, self.backbone)
         settings = self.settings_of(steps, guidance, size)
         settings.elastic = with_options(
-            self.backbone.default_elastic(), self.session is not None, elastic, budget, width, cache
+            self.backbone.default_elastic(), self.session is not None, elastic, budget, width, cache, shared
         )
         if self.session is not None:
             self.session.settings = settings.elastic

@@ -91,8 +91,8 @@ class ResidualCache:
     def apply(self, key: Key, rows: Sequence[int], step: int, streams: Streams) -> Streams:
         """Streams (k,L,D) of `rows` with what stands in for their residuals at `step` added.
 
-        These are the newest ones, or (`order` 1) these and their change a step times their age, as TaylorSeer forecasts
-        features (2503.06923).
+        These are the newest ones and, with a `trend`, what is left of their change a step: of 1 a line, as TaylorSeer
+        forecasts features (2503.06923), less flattens with each step (damped trend, Gardner and McKenzie 1985).
         """
         bank = self._banks[key]
         weights = [self._weight(bank, row, step) for row in rows]
@@ -116,7 +116,7 @@ class ResidualCache:
             bank = self._banks[key] = _bank_of(found, probe, len(rows), count)
         elif len(rows) == count:
             bank.older, bank.newest, bank.probe = bank.newest, found, probe
-        if not self.config.order:
+        if not self.config.trend:
             bank.older = None
         if len(rows) < count:
             self._store_some(bank, rows, found, probe)
@@ -125,10 +125,10 @@ class ResidualCache:
 
     def _store_some(self, bank: Bank, rows: Sequence[int], found: Streams, probe: Tensor | None) -> None:
         index = rows_index(rows, found[0].device)
-        if self.config.order and bank.older is None:
+        if self.config.trend and bank.older is None:
             bank.older = tuple(torch.zeros_like(r) for r in bank.newest)
         for place, (whole, part) in enumerate(zip(bank.newest, found, strict=True)):
-            if self.config.order:
+            if self.config.trend:
                 assert bank.older is not None
                 bank.older[place][index] = whole[index]
             whole[index] = part
@@ -139,12 +139,17 @@ class ResidualCache:
     def _weight(self, bank: Bank, row: int, step: int) -> float:
         """Of the newest residual in a forecast, where the older one has one minus that."""
         gap = bank.steps[row] - bank.before[row]
-        if not self.config.order or gap > self.config.longest + 1:
+        if not self.config.trend or gap > self.config.longest + 1:
             return 1.0
-        return 1 + (step - bank.steps[row]) / gap
+        return 1 + damped_steps(step - bank.steps[row], self.config.trend) / gap
 
     def _probe(self, streams: Streams) -> Tensor:
         return streams[0][:, :: self.config.probe_stride]
+
+
+def damped_steps(age: int, trend: float) -> float:
+    """Steps of a change that go on within `age` steps, where each keeps a share `trend` of the one before."""
+    return float(age) if trend == 1 else trend * (1 - trend**age) / (1 - trend)
 
 
 def _bank_of(found: Streams, probe: Tensor | None, rows: int, count: int) -> Bank:

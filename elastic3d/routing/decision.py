@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,10 +27,14 @@ class RouteDecision:
         return torch.stack([self.keep_prob, self.width.float(), self.keep.float()]).tolist()
 
     @staticmethod
-    def from_logits(logits: Tensor, threshold: float) -> RouteDecision:
-        """logits (B, 1 + K), the gate first; a block is kept where sigmoid(gate) > threshold (E-DiT, tau)."""
+    def from_logits(logits: Tensor, threshold: float, urgency: Tensor | None = None) -> RouteDecision:
+        """logits (B, 1 + K), the gate first; a block is kept where sigmoid(gate) > threshold (E-DiT, tau).
+
+        `urgency` (B,) is added to the gate.
+        """
         logits = logits.float()
-        keep_prob = logits[:, 0].sigmoid()
+        gate = logits[:, 0] if urgency is None else logits[:, 0] + urgency
+        keep_prob = gate.sigmoid()
         width_prob = logits[:, 1:].softmax(dim=-1)
         return RouteDecision(keep_prob > threshold, width_prob.argmax(dim=-1), keep_prob, width_prob)
 
@@ -56,3 +61,14 @@ class RouteDecision:
         full = torch.full_like(self.width, widths - 1)
         prob = torch.nn.functional.one_hot(full, widths).to(self.width_prob.dtype)
         return replace(self, width=full, width_prob=prob)
+
+
+def interpolated(x: Tensor, at: Sequence[float], values: Sequence[float]) -> Tensor:
+    """Values (B,) at x (B,): linear between those at the ascending positions `at`, constant outside."""
+    knots, found = x.new_tensor(at), x.new_tensor(values)
+    if len(at) == 1:
+        return found.expand_as(x)
+    right = torch.searchsorted(knots, x.contiguous()).clamp(1, len(at) - 1)
+    low, high = knots[right - 1], knots[right]
+    share = ((x - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
+    return torch.lerp(found[right - 1], found[right], share)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elastic3d.routing.cache import damped_steps
+
 Residuals = dict[int, tuple[Tensor, ...]]  # by block: outputs - inputs, each (B,L,D)
 
 
@@ -16,14 +18,14 @@ class Recall:
     """Dense passes at P earlier steps, the newest first, and which of them each block of each row remembers.
 
     passes: P residuals of all blocks; ages (B,P) long: steps since each; picks (B,I) long in [-1,P): the pass that
-    computed what is remembered, -1 nothing; order: 0 residuals as they were, 1 continued by their change since the
-    pass before, where there is one (age 0: there is none).
+    computed what is remembered, -1 nothing; trend: share of their change since the pass before, where there is one
+    (age 0: there is none), that goes on.
     """
 
     passes: Sequence[Residuals]
     ages: Tensor
     picks: Tensor
-    order: int
+    trend: float
 
     def age(self, block: int) -> Tensor:
         """Steps (B,) long since what a block remembers was computed, 0 for nothing."""
@@ -40,14 +42,17 @@ class Recall:
         )
 
     def _weights(self, picked: Tensor) -> Tensor:
-        """Share (P,B) of each pass in the forecast: 1 + age / gap of the picked one, - age / gap of the one before."""
+        """Share (P,B) of each pass in the forecast: 1 + n / gap of the picked one, - n / gap of the one before, where n
+        are the damped steps of its age."""
         passes = self.ages.shape[1]
         newest = torch.nn.functional.one_hot(picked.clamp_min(0), passes).float() * (picked >= 0)[:, None]
-        if not self.order or passes == 1:
+        if not self.trend or passes == 1:
             return newest.T
         older = torch.cat([self.ages[:, 1:], torch.zeros_like(self.ages[:, :1])], dim=1)
         known = (older > self.ages) & (self.ages > 0)
-        slope = torch.where(known, self.ages / (older - self.ages).clamp_min(1), 0.0)  # (B,P)
+        steps = torch.tensor([[damped_steps(age, self.trend) for age in row] for row in self.ages.tolist()])
+        gaps = (older - self.ages).clamp_min(1)
+        slope = torch.where(known, steps.to(gaps.device) / gaps, 0.0)  # (B,P)
         going_on = newest * slope
         before = torch.cat([torch.zeros_like(going_on[:, :1]), going_on[:, :-1]], dim=1)
         return (newest + going_on - before).T

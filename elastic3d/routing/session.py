@@ -23,7 +23,7 @@ from elastic3d.config.routing import (
     check_budget,
 )
 from elastic3d.routing.cache import ResidualCache, Streams
-from elastic3d.routing.decision import RouteDecision
+from elastic3d.routing.decision import RouteDecision, interpolated
 from elastic3d.routing.passes import BOTH_BRANCHES, Announced, Branch, Pass, RouteSource
 from elastic3d.routing.protocol import BlockCall
 from elastic3d.routing.recall import Recall, Residuals
@@ -215,12 +215,10 @@ class RoutingSession:
             decision = self.source.decide(current, block.index)
         elif looks_ahead(self.router_config):
             if current.ahead is None or block.index == 0:  # at the first block, also when it is recomputed
-                logits = self._ask_ahead(current, block, call)
-                current.ahead = RouteDecision.from_logits(logits, self.router_config.threshold)
+                current.ahead = self._decision(current, self._ask_ahead(current, block, call))
             decision = current.ahead
         else:
-            logits = self._ask(current, block, call, slice(None))
-            decision = RouteDecision.from_logits(logits, self.router_config.threshold)
+            decision = self._decision(current, self._ask(current, block, call, slice(None)))
         age = self._age(block) if current.masked else None
         if age is not None:
             decision = decision.opened(age == 0)  # as in `plan`
@@ -229,6 +227,15 @@ class RoutingSession:
             current.flops[block.index] = block.flops(call.lengths)
         current.decisions.setdefault(block.index, decision)
         return decision
+
+    def _decision(self, current: Pass, logits: Tensor) -> RouteDecision:
+        """What logits (B, 1 + K) of all rows say; where routes are shared, their mean over the samples of a branch."""
+        if self.settings.shared and current.rows:
+            by_branch = logits.unflatten(0, (-1, self.samples))
+            logits = by_branch.mean(1, keepdim=True).expand_as(by_branch).flatten(0, 1)
+        config, t = self.router_config, current.situation.t
+        urgency = interpolated(t, config.times, config.urgency) if config.times else None
+        return RouteDecision.from_logits(logits, config.threshold, urgency)
 
     def _ask(self, current: Pass, block: ElasticBlock, call: BlockCall, rows: slice) -> Tensor:
         """Logits of a block's router for some rows."""

@@ -20,10 +20,11 @@ from elastic3d.pipelines.backbones import Backbone
 from elastic3d.pipelines.image_loading import load_backbone, weight_files
 from elastic3d.pipelines.runtime import resolve_device
 from elastic3d.routing.cost import trace_share
+from elastic3d.training.calibration import as_trained, calibrate, compare_budgets
 from elastic3d.training.datasets import Batch
 from elastic3d.training.image_stage import PictureItems, generate_latents, picture_sheet
 from elastic3d.training.picture_cache import PictureCache, build_picture_cache, text_of
-from elastic3d.training.router_objective import Grid, RouterObjective, add_route, calibrate, compare_budgets
+from elastic3d.training.router_objective import Grid, RouterObjective, add_route
 from elastic3d.training.runtime import first_process_first
 
 
@@ -163,23 +164,26 @@ class ImageRouterStage:
         return {"generated": picture_sheet(self.flow.backbone, rows, self.flow.size)}
 
     def calibrate(self, points: int = 24) -> None:
-        """Make the cost that is asked for the one that is executed, on the validation pictures."""
-        calibrate(self.flow.session, self._generate, points)
+        """Measure on the validation pictures how urgent times are, and make the cost that is asked for the one that is
+        executed."""
+        times = self.flow.backbone.grid(self.config.routing.val_steps)
+        calibrate(self.flow.session, self._generate, times, points)
 
-    def _generate(self, settings: ElasticConfig) -> tuple[Tensor, Tensor]:
-        """Latents (B,N,C) of the validation captions, and the executed share (B,)."""
+    def _generate(self, settings: ElasticConfig, count: int = 0) -> tuple[Tensor, Tensor]:
+        """Latents (B,N,C) of the first `count` (0: all) validation captions, and the executed share (B,)."""
         flow, routing = self.flow, self.config.routing
-        items = self._val_items.fixed(len(self._val))
+        items = self._val_items.fixed(count or len(self._val))
         before, flow.session.settings = flow.session.settings, settings
         try:
-            latents = generate_latents(
-                flow.backbone,
-                text_of(items),
-                self._val.negative(),
-                flow.size,
-                routing.val_steps,
-                routing.guidance,
-            )
+            with as_trained(self.config, next(flow.dit.parameters()).device):
+                latents = generate_latents(
+                    flow.backbone,
+                    text_of(items),
+                    self._val.negative(),
+                    flow.size,
+                    routing.val_steps,
+                    routing.guidance,
+                )
             count, trace = len(latents), flow.session.trace
             if not settings.elastic:
                 return latents, torch.ones(count)

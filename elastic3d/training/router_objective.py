@@ -6,7 +6,6 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from elastic3d.adapters import adapter_for
 from elastic3d.config.router_stage import CostLoss, GateLoss, RouterStageConfig, TrainedParts
-from elastic3d.config.routing import MIN_BUDGET, Branches, ElasticConfig, RouterConfig
+from elastic3d.config.routing import MIN_BUDGET, Branches, RouterConfig
 from elastic3d.diffusion.flow import interpolate, predict_data, velocity
 from elastic3d.errors import UserError
 from elastic3d.routing.attach import attach, router_modules
@@ -27,7 +26,6 @@ from elastic3d.training.low_rank import add_low_rank
 
 PRICE_RANGE = 2.5  # standard deviations on both sides that prices cover
 Grid = Callable[[int], Tensor]  # number of steps -> sampling times (S+1,)
-Generate = Callable[[ElasticConfig], tuple[Tensor, Tensor]]  # -> latents (B,N,C), executed share (B,)
 
 
 class RouterObjective(nn.Module, ABC):
@@ -149,8 +147,7 @@ class RouterObjective(nn.Module, ABC):
         """Damage of closing each row (R,) alone, or a sample's rows (B,) where its branches go together. An error
         counts as much as it moves the latents of a sampler, times the square of the number of steps, with which the
         errors of forecasts fall: so a price is about the same share of the steps of any sampler."""
-        weight = 1 + (self.config.late_weight - 1) * batch["t"]
-        weight = weight * (batch["dt"] * batch["steps"].square() / self.config.max_steps).square()
+        weight = (batch["dt"] * batch["steps"].square() / self.config.max_steps).square()
         target, found = self.guided(dense), []
         size = len(closed) // self._decided
         for part in range(self._decided):
@@ -205,7 +202,7 @@ class RouterObjective(nn.Module, ABC):
             passes.append(residuals)
         picks = batch["picks"].transpose(0, 1).flatten(0, 1)
         ages = ages.repeat(1 + self.paired, 1)
-        return Recall(passes, ages, picks, self.session.router_config.order)
+        return Recall(passes, ages, picks, self.session.router_config.trend)
 
     def _cost(self, share: Tensor, budget: Tensor) -> Tensor:
         if self.config.cost is CostLoss.executed:
@@ -252,29 +249,3 @@ def add_route(
         item["ages"] = torch.from_numpy(np.where(ages <= step, ages, 0))
         item["earlier"] = times[torch.from_numpy(np.maximum(step - ages, 0))]
         item["picks"] = torch.from_numpy(np.broadcast_to(picks, (1 + paired, blocks)).copy())
-
-
-def compare_budgets(generate: Generate, budgets: list[float]) -> dict[str, float]:
-    """Executed share and distance to the dense latents of the same seed, sampling at each budget."""
-    dense, _ = generate(ElasticConfig(elastic=False))
-    values = {}
-    for budget in budgets:
-        latents, share = generate(ElasticConfig(budget=budget))
-        values[f"val/share_at_{budget:g}"] = share.mean().item()
-        values[f"val/share_spread_at_{budget:g}"] = share.std(unbiased=False).item()
-        error = (latents - dense).square().mean() / dense.square().mean()
-        values[f"val/error_at_{budget:g}"] = error.item()
-    return values
-
-
-def calibrate(session: RoutingSession, generate: Generate, points: int = 24) -> None:
-    """Measure what is executed at `points` budgets; note in the routers' configuration what they have to be told so
-    that a budget that is asked for is what is executed. The paper's have no such input."""
-    if session.conditioner is None:
-        return
-    told = np.linspace(MIN_BUDGET, 1.0, points)
-    session.router_config = replace(session.router_config, asked=[], told=[])
-    shares = [generate(ElasticConfig(budget=float(budget)))[1].mean().item() for budget in told]
-    found = np.maximum.accumulate(shares) + 1e-6 * np.arange(points)  # ascending, as an inverse needs
-    inverse = np.interp(told, found, told)
-    session.router_config = replace(session.router_config, asked=told.tolist(), told=inverse.tolist())

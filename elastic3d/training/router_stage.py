@@ -24,6 +24,7 @@ from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import load_json
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME
 from elastic3d.routing.cost import trace_share
+from elastic3d.training.calibration import as_trained, calibrate, compare_budgets
 from elastic3d.training.datasets import (
     Batch,
     PreparedShapes,
@@ -35,7 +36,7 @@ from elastic3d.training.datasets import (
 from elastic3d.training.dit_stage import STORED, LatentItems
 from elastic3d.training.latents import LatentInfo
 from elastic3d.training.mesh_loss import surface_loss
-from elastic3d.training.router_objective import Grid, RouterObjective, add_route, calibrate, compare_budgets
+from elastic3d.training.router_objective import Grid, RouterObjective, add_route
 from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture
 from elastic3d.training.vae_stage import VAEObjective
 
@@ -208,12 +209,14 @@ class RouterStage:
         return {"generated": contact_sheet(rows)}
 
     def calibrate(self, points: int = 24) -> None:
-        """Make the cost that is asked for the one that is executed, on the validation shapes."""
-        calibrate(self.flow.session, self._generate, points)
+        """Measure on the validation shapes how urgent times are, and make the cost that is asked for the one that is
+        executed."""
+        times = sampling_times(self.pipeline, self.config.routing.val_steps)
+        calibrate(self.flow.session, self._generate, times, points)
 
-    def _generate(self, settings: ElasticConfig) -> tuple[Tensor, Tensor]:
-        """Latents (B,N,C) of the validation shapes, and the executed share (B,)."""
-        flow, count = self.flow, len(self._val)
+    def _generate(self, settings: ElasticConfig, count: int = 0) -> tuple[Tensor, Tensor]:
+        """Latents (B,N,C) of the first `count` (0: all) validation shapes, and the executed share (B,)."""
+        flow, count = self.flow, min(count or len(self._val), len(self._val))
         views = self.info.settings["views"]
         items = [
             self._val_items.draw(self._val.ids[i], 0, i % views, item_generator(0, i)) for i in range(count)
@@ -225,18 +228,19 @@ class RouterStage:
         try:
             shape = cast(tuple[int, int], tuple(self.info.latents))
             steps, guidance = self.config.routing.val_steps, self.config.dit.sample_guidance
-            latents = sample(
-                flow.dit,
-                condition,
-                shape,
-                steps,
-                guidance,
-                generators,
-                times=sampling_times(self.pipeline, steps),
-                solver=self.pipeline.solver,
-                guidance_embed=flow.embedded,
-                session=flow.session,
-            )
+            with as_trained(self.config, condition.device):
+                latents = sample(
+                    flow.dit,
+                    condition,
+                    shape,
+                    steps,
+                    guidance,
+                    generators,
+                    times=sampling_times(self.pipeline, steps),
+                    solver=self.pipeline.solver,
+                    guidance_embed=flow.embedded,
+                    session=flow.session,
+                )
             trace = flow.session.trace
             assert trace is not None
             return latents, trace_share(trace) if settings.elastic else torch.ones(count)

@@ -51,7 +51,7 @@ def test_nothing_is_reused_before_the_start():
 
 
 def test_a_residual_goes_on_as_it_changed_while_both_lived():
-    cache = stored(step=2, order=1, longest=3)
+    cache = stored(step=2, trend=1.0, longest=3)
     assert value(cache, 3) == 2  # of one alone no change is known
     put(cache, 4, [3.0])
     assert value(cache, 6) == 3 + 2 * 0.5 and cache.ages(KEY, 1, 6) == [2]
@@ -60,10 +60,10 @@ def test_a_residual_goes_on_as_it_changed_while_both_lived():
     assert value(cache, 10) == 3
 
 
-@pytest.mark.parametrize("order", [0, 1])
-def test_rows_that_are_computed_at_different_steps_are_kept_apart(order):
+@pytest.mark.parametrize("trend", [0.0, 0.8, 1.0])
+def test_rows_that_are_computed_at_different_steps_are_kept_apart(trend):
     """Three rows in one batch against a cache of its own for each."""
-    config = BlockCacheConfig(closed_reuse=True, longest=4, order=order)
+    config = BlockCacheConfig(closed_reuse=True, longest=4, trend=trend)
     cache, alone = ResidualCache(config, 20), [ResidualCache(config, 20) for _ in range(3)]
     generator = torch.Generator().manual_seed(0)
     for step, rows in enumerate([[0, 2], [0, 1, 2], [1], [0, 2], [2], [0, 1, 2], [0], [], [1, 2]]):
@@ -82,7 +82,7 @@ def test_rows_that_are_computed_at_different_steps_are_kept_apart(order):
             put(cache, step, [values[row] for row in rows], rows, 3)
         for row in rows:
             put(alone[row], step, [values[row]])
-    assert len(cache) == 3 and cache.bytes == (1 + order) * 3 * 4 * 2 * 4
+    assert len(cache) == 3 and cache.bytes == (1 + (trend > 0)) * 3 * 4 * 2 * 4
 
 
 def test_drift_is_the_relative_change_of_the_input():
@@ -110,7 +110,7 @@ def test_by_age_open_blocks_reuse_what_lives():
 @pytest.mark.parametrize("build, message", [
     (lambda: BlockCacheConfig(band=-0.1), "cache.band is -0.1, expected a value from 0 to 1"),
     (lambda: BlockCacheConfig(longest=0), "cache.longest is 0"),
-    (lambda: BlockCacheConfig(order=2), "cache.order is 2, expected a value from 0 to 1"),
+    (lambda: BlockCacheConfig(trend=2), "cache.trend is 2, expected a value from 0 to 1"),
     (lambda: BlockCacheConfig(start=1.5), "cache.start is 1.5"),
     (lambda: BlockCacheConfig(drift=math.nan), "cache.drift is nan"),
     (lambda: ElasticConfig(budget=0.1), "budget is 0.1, expected a value from 0.3 to 1"),

@@ -1,5 +1,7 @@
 """One decision a step for all blocks: what runs, what is kept, and whose decision it is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -85,16 +87,16 @@ def test_branches_one_after_the_other_take_the_same_routes():
     torch.testing.assert_close(latents, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("order", [0, 1])
-def test_what_a_list_of_blocks_adds_is_kept_as_one_and_gives_the_same(order):
+@pytest.mark.parametrize("trend", [0.0, 0.8, 1.0])
+def test_what_a_list_of_blocks_adds_is_kept_as_one_and_gives_the_same(trend):
     """A table decides alike for all blocks, or, at widths that are one and the same, block by block."""
     routes = torch.randint(0, 2, (STEPS, 2, 3, 1), generator=torch.Generator().manual_seed(1)).expand(
         -1, -1, -1, 5
     )
     found = []
     for rule in (CacheRule.off, CacheRule.drift):
-        dit, session = attached(of_one_decision(order=order))
-        cache = BlockCacheConfig(rule=rule, drift=0.0, closed_reuse=True, longest=3, order=order)
+        dit, session = attached(of_one_decision(trend=trend))
+        cache = BlockCacheConfig(rule=rule, drift=0.0, closed_reuse=True, longest=3, trend=trend)
         session.settings, session.source = ElasticConfig(cache=cache), TableRoutes(routes, 1)
         latents, actions = generated(dit, session)
         assert session.span(session.blocks[3]) == (range(2, 5) if rule is CacheRule.off else range(3, 4))
@@ -112,3 +114,31 @@ def test_a_block_with_nothing_to_reuse_runs_and_none_is_reused_for_longer_than_i
 def test_only_who_looks_ahead_decides_for_both_branches():
     with pytest.raises(ValueError, match="branches is together, expected apart: only with lookahead=step"):
         RouterConfig(branches=Branches.together)
+
+
+@pytest.mark.parametrize("config", [
+    of_one_decision(), of_one_decision(branches=Branches.together), RouterConfig(initial_keep=0.5),
+])  # fmt: skip
+@pytest.mark.parametrize("sequential", [False, True])
+def test_samples_share_their_routes_only_where_that_is_asked_for(config, sequential):
+    dit, session = attached(config)
+    _, apart = generated(dit, session, sequential)
+    assert (apart != apart[:, :, :1]).any()
+    session.settings = ElasticConfig(budget=0.5, shared=True)
+    _, shared = generated(dit, session, sequential)
+    assert (shared == shared[:, :, :1]).all()
+    assert (shared <= 0).any() and (shared > 0).any()
+    session.settings = ElasticConfig(budget=0.5)
+    assert torch.equal(generated(dit, session, sequential)[1], apart)
+
+
+def test_urgency_moves_gates_at_its_times_alone():
+    dit, session = attached(of_one_decision())
+    _, before = generated(dit, session)
+    config = session.router_config
+    session.router_config = replace(config, times=[0.4, 0.5, 0.6], urgency=[0.0, 1e4, 0.0])
+    _, after = generated(dit, session)
+    steps = torch.arange(STEPS) / STEPS
+    assert (after[steps == 0.5] == 1).all() and (before[steps == 0.5] == -1).any()
+    early = steps < 0.4
+    assert torch.equal(after[early], before[early])

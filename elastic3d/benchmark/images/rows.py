@@ -9,7 +9,7 @@ from elastic3d.benchmark.images.place import ImagePlace
 from elastic3d.benchmark.images.references import References, category_accuracy
 from elastic3d.benchmark.images.scores import ANCHORS, METRICS, SAME_STEPS, Scores
 from elastic3d.benchmark.methods import FAMILY, Case, Run
-from elastic3d.benchmark.rows import as_trained, compute_of, opponents, sample_means, times_of
+from elastic3d.benchmark.rows import as_trained, batches_of, compute_of, opponents, sample_means, times_of
 from elastic3d.benchmark.timing import Round
 from elastic3d.config.benchmark import Method
 from elastic3d.evaluation.fidelity import Rival, compare_metric
@@ -41,7 +41,7 @@ def build_rows(
             known[run.name] = _fidelity(place, run, scores) | _realism(place, run, scores, references)
         compute = compute_of(place, run)
         compute = {"pictures" if name == "meshes" else name: value for name, value in compute.items()}
-        for batch in place.config.batches:
+        for batch in batches_of(case, place.config.batches):
             head = {
                 "method": case.method,
                 "note": case.note,

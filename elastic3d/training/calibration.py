@@ -1,0 +1,95 @@
+"""What is measured of trained routers: fidelity at budgets, and the calibration of times and of budgets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elastic3d.config.routing import MIN_BUDGET, ElasticConfig
+from elastic3d.config.train import Precision, TrainConfig
+from elastic3d.routing.router import looks_ahead
+from elastic3d.routing.session import RoutingSession
+
+# settings, number of validation samples (0: all) -> latents (B,N,C), executed share (B,)
+Generate = Callable[[ElasticConfig, int], tuple[Tensor, Tensor]]
+EARLY, LATE = (0.0, 1.5, 3.0), (0.0, 2.0)
+_PROBES = 16  # samples on which these are compared
+_TOLD, _SHARES = (0.4, 0.5, 0.6, 0.7, 0.8), (0.3, 0.35, 0.4, 0.5)
+
+
+def as_trained(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """The precision of the training, for a model that is exported in full."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision is not Precision.fp32)
+
+
+def compare_budgets(generate: Generate, budgets: list[float]) -> dict[str, float]:
+    """Executed share and distance to the dense latents of the same seed, sampling at each budget."""
+    dense, _ = generate(ElasticConfig(elastic=False), 0)
+    values = {}
+    for budget in budgets:
+        latents, share = generate(ElasticConfig(budget=budget), 0)
+        values[f"val/share_at_{budget:g}"] = share.mean().item()
+        values[f"val/share_spread_at_{budget:g}"] = share.std(unbiased=False).item()
+        values[f"val/error_at_{budget:g}"] = relative_error(latents, dense)
+    return values
+
+
+def relative_error(found: Tensor, true: Tensor) -> float:
+    """Squared distance over the squared norm."""
+    return ((found - true).square().mean() / true.square().mean()).item()
+
+
+def calibrate(session: RoutingSession, generate: Generate, times: Tensor, points: int = 24) -> None:
+    """Note in the routers' configuration how urgent each time is, and what they have to be told so that a budget that
+    is asked for is what is executed, at `points` budgets.
+
+    `times` (S+1,) are those that `generate` samples at. The paper's routers have neither input.
+    """
+    if session.conditioner is None:
+        return
+    session.router_config = replace(session.router_config, asked=[], told=[], times=[], urgency=[])
+    if looks_ahead(session.router_config) and session.router_config.longest:
+        choose_urgency(session, generate, times)
+    told = np.linspace(MIN_BUDGET, 1.0, points)
+    shares = [generate(ElasticConfig(budget=float(budget)), 0)[1].mean().item() for budget in told]
+    found = np.maximum.accumulate(shares) + 1e-6 * np.arange(points)  # ascending, as an inverse needs
+    inverse = np.interp(told, found, told)
+    session.router_config = replace(session.router_config, asked=told.tolist(), told=inverse.tolist())
+
+
+def choose_urgency(session: RoutingSession, generate: Generate, times: Tensor) -> None:
+    """Choose what is added to gates over time: the curve with the smallest error of the result at equal cost.
+
+    Routers predict the damage that a closed step does there and then. But the gaps of the first steps grow until the
+    end, and those of the last ones hardly have the time to. A curve has a share of each: `EARLY` decays over the
+    first fifth of the steps, `LATE` holds in the last tenth of them.
+    """
+    steps = len(times) - 1
+    if steps < 3:
+        return  # the first has nothing to go on with: no two to compare
+    dense, _ = generate(ElasticConfig(elastic=False), _PROBES)
+    place = np.arange(1, steps) / (steps - 1)
+
+    def urgency(early: float, late: float) -> list[float]:
+        return (early * np.exp(-place / 0.2) - late * (place > 0.9)).tolist()
+
+    def error(curve: tuple[float, float]) -> float:
+        """Mean logarithm of the error at the shares that are compared."""
+        session.router_config = replace(
+            session.router_config, times=times[1:-1].tolist(), urgency=urgency(*curve)
+        )
+        points = []
+        for told in _TOLD:
+            latents, share = generate(ElasticConfig(budget=told), _PROBES)
+            points.append((share.mean().item(), math.log(max(relative_error(latents, dense), 1e-12))))
+        shares, errors = zip(*sorted(points), strict=True)
+        return float(np.interp(_SHARES, shares, errors).mean())
+
+    best = min(product(EARLY, LATE), key=error)
+    session.router_config = replace(session.router_config, urgency=urgency(*best))

@@ -1,0 +1,58 @@
+"""Choosing which times are urgent, with a real dense model and fresh routers."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from elastic3d.config.router_stage import GateLoss
+from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig
+from elastic3d.training import calibration
+from elastic3d.training.calibration import choose_urgency, relative_error
+from elastic3d.training.router_stage import RouterStage
+from tests.training.test_router_stage import dense, router_config  # noqa: F401  # a fixture
+
+STEPS = 6
+
+
+@pytest.fixture
+def stage(dense, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(calibration, "_TOLD", (0.3, 0.9))
+    router = RouterConfig(longest=3, lookahead=Lookahead.step, widths=1, head_std=0.1)
+    routing = {"gate": GateLoss.damage, "val_shapes": 1, "val_steps": STEPS}
+    return RouterStage(router_config(dense, routing=routing, router=router))
+
+
+def test_the_curve_with_the_smallest_error_at_equal_cost_is_taken(stage):
+    """Against every curve tried by hand: share and error at what routers are told, linear between."""
+    session, times = stage.flow.session, torch.linspace(0, 1, STEPS + 1)
+    torch.nn.init.constant_(session.blocks[0].router.heads.bias[:1], 0.0)  # within reach of every curve
+    fresh = session.router_config
+    true, _ = stage._generate(ElasticConfig(elastic=False))
+    place, found = np.arange(1, STEPS) / (STEPS - 1), {}
+    for early in calibration.EARLY:
+        for late in calibration.LATE:
+            curve = early * np.exp(-place / 0.2) - late * (place > 0.9)
+            session.router_config = replace(fresh, times=times[1:-1].tolist(), urgency=curve.tolist())
+            points = []
+            for told in calibration._TOLD:
+                latents, share = stage._generate(ElasticConfig(budget=told))
+                points.append((share.item(), math.log(max(relative_error(latents, true), 1e-12))))
+            shares, errors = zip(*sorted(points), strict=True)
+            found[tuple(curve)] = np.interp(calibration._SHARES, shares, errors).mean()
+    assert len(set(found.values())) > 1
+    session.router_config = fresh
+    choose_urgency(session, stage._generate, times)
+    assert session.router_config.times == times[1:-1].tolist()
+    assert found[tuple(session.router_config.urgency)] == min(found.values())
+
+
+def test_calibration_starts_from_nothing(stage):
+    session = stage.flow.session
+    stage.calibrate(points=6)
+    first = session.router_config
+    assert len(first.times) == STEPS - 1 and len(first.asked) == 6
+    stage.calibrate(points=6)
+    assert session.router_config == first
