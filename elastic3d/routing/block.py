@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from elastic3d.routing.decision import RouteDecision
 from elastic3d.routing.gates import gated, hard_width
+from elastic3d.routing.passes import Groups
 from elastic3d.routing.protocol import BlockAdapter, BlockCall, BlockFlops, rows_index
 from elastic3d.routing.router import Conditioner, Router, RouterInput
 from elastic3d.routing.session import RoutingSession
@@ -67,12 +68,12 @@ class ElasticBlock(nn.Module):
         if not session.settings.elastic and session.recorded is None:
             return self.inner(*args, **kwargs)
         settled = session.settled(self)
-        if settled is not None and settled not in (SKIPPED, REUSED):
-            return self.narrow.at(settled - 1)(*args, **kwargs)
+        if settled is not None and len(settled) == 1 and min(settled) > SKIPPED:
+            return self.narrow.at(min(settled) - 1)(*args, **kwargs)
         call = self.adapter.bind(self.inner, args, kwargs)
-        if settled is not None:  # what is reused is added at the span's end
-            return self.adapter.pack(call.streams)
         span = session.span(self)
+        if settled is not None:
+            return self.adapter.pack(self._grouped(call, settled, span))
         if self.index == span.start:
             session.entered[span.start] = call.streams
         if session.recorded is not None:
@@ -105,17 +106,18 @@ class ElasticBlock(nn.Module):
         return output
 
     def _sparse(self, call: BlockCall, decision: RouteDecision, span: range) -> tuple[Tensor, ...]:
-        """Each group of rows with the same action does just that; one group that is everybody is not
-        gathered."""
-        actions = self.session.plan(self, call, decision)
-        groups: dict[int, list[int]] = {}
-        for row, action in enumerate(actions):
-            groups.setdefault(action, []).append(row)
+        """Each group of rows with the same action does just that."""
+        return self._grouped(call, self.session.plan(self, call, decision), span)
+
+    def _grouped(self, call: BlockCall, groups: Groups, span: range) -> tuple[Tensor, ...]:
+        """Each group its action; one that is everybody is not gathered. What is reused is added at a span's end."""
         if len(groups) == 1:
-            return self._act(call, actions[0], groups[actions[0]], span)
+            ((action, rows),) = groups.items()
+            return self._act(call, action, rows, span)
+        ends = self.index == span[-1]
         output = tuple(stream.clone() for stream in call.streams)
         for action, rows in groups.items():
-            if action != SKIPPED:
+            if action > SKIPPED or (action == REUSED and ends):
                 index = rows_index(rows, output[0].device)
                 found = self._act(self.adapter.take(call, index), action, rows, span)
                 for whole, part in zip(output, found, strict=True):

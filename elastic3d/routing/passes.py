@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
@@ -25,11 +26,22 @@ class Branch(IntEnum):
 BOTH_BRANCHES = (Branch.conditional, Branch.unconditional)
 
 
+Groups = dict[int, list[int]]  # the rows of each action
+
+
+def grouped(actions: Sequence[int]) -> Groups:
+    """The rows of each action, in the order in which actions appear."""
+    groups: Groups = {}
+    for row, action in enumerate(actions):
+        groups.setdefault(action, []).append(row)
+    return groups
+
+
 @dataclass
 class Pass:
     """One forward pass of the model. Rows of the batch are (branch, sample); masked passes are for training. In those
-    the first `leaders` rows decide for the branches that follow them. `settled`: blocks within a span, and the one
-    action of all rows that the first block of that span has settled for them."""
+    the first `leaders` rows decide for the branches that follow them. `settled`: blocks within a span, and the rows of
+    each action, as the first block of that span has settled it for them."""
 
     situation: Situation
     rows: list[tuple[int, int]]
@@ -43,7 +55,7 @@ class Pass:
     modulation: Tensor | None = None
     ahead: RouteDecision | None = None
     actions: list[int] | None = None
-    settled: tuple[range, int] | None = None
+    settled: tuple[range, Groups] | None = None
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
     flops: dict[int, BlockFlops] = field(default_factory=dict)
     ran_rows: dict[int, int] = field(default_factory=dict)

@@ -24,7 +24,15 @@ from elastic3d.config.routing import (
 )
 from elastic3d.routing.cache import ResidualCache, Streams
 from elastic3d.routing.decision import RouteDecision, interpolated
-from elastic3d.routing.passes import BOTH_BRANCHES, Announced, Branch, Pass, RouteSource
+from elastic3d.routing.passes import (
+    BOTH_BRANCHES,
+    Announced,
+    Branch,
+    Groups,
+    Pass,
+    RouteSource,
+    grouped,
+)
 from elastic3d.routing.protocol import BlockCall
 from elastic3d.routing.recall import Recall, Residuals
 from elastic3d.routing.router import Conditioner, RouterInput, Situation, Tokens, looks_ahead
@@ -296,8 +304,8 @@ class RoutingSession:
             return [0] * len(current.rows)
         return cache.ages(current.key(self.span(block).start), len(current.rows), current.step)
 
-    def plan(self, block: ElasticBlock, call: BlockCall, decision: RouteDecision) -> list[int]:
-        """The action of every row, on the host (the one synchronisation of a block, or of a step that looks ahead),
+    def plan(self, block: ElasticBlock, call: BlockCall, decision: RouteDecision) -> Groups:
+        """The rows of each action, on the host (the one synchronisation of a block, or of a step that looks ahead),
         recorded in the trace."""
         current, trace = self.current, self.trace
         assert current is not None and trace is not None
@@ -307,23 +315,24 @@ class RoutingSession:
         if block.index not in trace.flops:
             trace.flops[block.index] = current.flops[block.index]
             trace.router_flops[block.index] = block.router.flops(call.lengths) if block.router else 0
-        span = self.span(block)
-        if block.index == span.start and len(set(current.actions)) == 1:
-            current.settled = span[1:-1], current.actions[0]
-        return current.actions
+        span, groups = self.span(block), grouped(current.actions)
+        if block.index == span.start:
+            current.settled = span[1:-1], groups
+        return groups
 
-    def settled(self, block: ElasticBlock) -> int | None:
-        """The action of all rows, recorded in the trace, where the first block of this one's span has settled it; None
+    def settled(self, block: ElasticBlock) -> Groups | None:
+        """The rows of each action, recorded in the trace, where the first block of this one's span has settled it; None
         where the block has to ask."""
         current, trace = self.current, self.trace
         if current is None or current.settled is None or trace is None or self.recorded is not None:
             return None
-        blocks, action = current.settled
+        blocks, groups = current.settled
         if block.index not in blocks or block.index in current.visited or block.index not in trace.flops:
             return None
+        assert current.actions is not None
         current.visited.add(block.index)
-        trace.record(current.step, current.rows, block.index, [action] * len(current.rows))
-        return action
+        trace.record(current.step, current.rows, block.index, current.actions)
+        return groups
 
     def _actions(
         self, current: Pass, block: ElasticBlock, call: BlockCall, decision: RouteDecision
