@@ -94,6 +94,9 @@ class RouterStageConfig:
     gate: GateLoss = option(
         GateLoss.straight_through, "how gates learn; damage needs routers that decide together and reuse"
     )
+    late_weight: float = option(
+        1.0, "gate damage: weight of an error at t = 1, with 1 at t = 0, linear between"
+    )
     recalled: int = option(
         3, "router.longest above 0: earlier steps whose residuals are computed for a batch"
     )
@@ -126,6 +129,7 @@ class RouterStageConfig:
         check_range("routing.max_steps", self.max_steps, self.min_steps, 1000)
         check_range("routing.explore", self.explore, 0, 1)
         check_range("routing.slack", self.slack, 0, 1)
+        check_range("routing.late_weight", self.late_weight, 0, 1)
         check_range("routing.recalled", self.recalled, 1, 16)
         check_range("routing.renewal", self.renewal, 0.05, 1)
         for name in ("cost_weight", "distillation", "flow"):

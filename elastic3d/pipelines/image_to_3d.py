@@ -32,7 +32,7 @@ from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import file_sha256, find_weights, load_json, save_json
 from elastic3d.pipelines.conditions import Picture, Prepared, encode, is_picture, prepare
-from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, Placement
+from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, Placement, usual_chunk
 from elastic3d.pipelines.routes import dense_receipt, route_receipt, with_options
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype, timed
 from elastic3d.routing.session import RoutingSession
@@ -103,8 +103,8 @@ class ImageTo3DPipeline:
         self.vae, self.dit, self.encoder = vae.eval(), dit.eval(), encoder
         self.config = config or PipelineConfig()
         self.weights_sha256, self.dense_sha256 = weights_sha256, dense_sha256 or weights_sha256
-        self.max_points = DecodeConfig().max_points  # in one call of the field
         self.placement = Placement(next(dit.parameters()).device)
+        self.max_points = usual_chunk(self.device)
 
     @property
     def device(self) -> torch.device:

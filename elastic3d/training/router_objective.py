@@ -147,7 +147,8 @@ class RouterObjective(nn.Module, ABC):
         """Damage of closing each row (R,) alone, or a sample's rows (B,) where its branches go together. An error
         counts as much as it moves the latents of a sampler, times the square of the number of steps, with which the
         errors of forecasts fall: so a price is about the same share of the steps of any sampler."""
-        weight = (batch["dt"] * batch["steps"].square() / self.config.max_steps).square()
+        weight = 1 + (self.config.late_weight - 1) * batch["t"]
+        weight = weight * (batch["dt"] * batch["steps"].square() / self.config.max_steps).square()
         target, found = self.guided(dense), []
         size = len(closed) // self._decided
         for part in range(self._decided):
