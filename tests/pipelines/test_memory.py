@@ -13,7 +13,14 @@ from elastic3d.config.hunyuan3d import PRESETS
 from elastic3d.config.models import VAEConfig
 from elastic3d.errors import UserError
 from elastic3d.pipelines.estimates import estimate, published, table
-from elastic3d.pipelines.memory import MemoryNeed, Placement, free_memory, points_within, require
+from elastic3d.pipelines.memory import (
+    MemoryNeed,
+    Placement,
+    free_memory,
+    points_within,
+    require,
+    usual_chunk,
+)
 
 DOCS = Path(__file__).parents[2] / "docs" / "hunyuan3d.md"
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -80,3 +87,13 @@ def test_budgets_scale_the_cost() -> None:
 
 def test_the_table_of_the_documentation_is_this_one() -> None:
     assert table() in DOCS.read_text(), f"docs/hunyuan3d.md needs this table:\n{table()}"
+
+
+def test_smaller_calls_of_the_field_give_the_same_mesh():
+    pipeline = tiny_pipeline()
+    assert pipeline.max_points == usual_chunk(torch.device("cpu")) < usual_chunk(torch.device("cuda"))
+    one = pipeline(picture(), steps=2, resolution=32)
+    pipeline.max_points = 1000
+    other = pipeline(picture(), steps=2, resolution=32)
+    assert one.mesh.vertices.shape == other.mesh.vertices.shape
+    assert abs(one.mesh.vertices - other.mesh.vertices).max() < 1e-4
