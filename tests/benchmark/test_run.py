@@ -57,7 +57,8 @@ def test_every_method_is_a_row_with_every_number(done):
     output, results = done
     assert json.loads((output / "results.json").read_text()) == json.loads(json.dumps(results))
     rows = results["rows"]
-    assert {row["method"] for row in rows} == {*Method.__members__, "no_mesh", "finetuned", "whole"}
+    methods = {*Method.__members__} - {Method.elastic_shared.name}  # alone, there is nobody to share with
+    assert {row["method"] for row in rows} == {*methods, "no_mesh", "finetuned", "whole"}
     euler, own = (row_of(results, method, steps=2) for method in ("euler_steps", "fewer_steps"))
     assert euler["run"] != own["run"] and euler["chamfer_l1_paired"] != own["chamfer_l1_paired"]
     assert set(results["summary"]["euler_frontiers"]) == set(results["summary"]["frontiers"])
@@ -280,3 +281,13 @@ def test_without_routers_only_the_dense_model_is_measured(world, tmp_path):
     config.methods = [Method.elastic]
     with pytest.raises(UserError, match="methods has elastic, which can't be run: .* has no routers"):
         benchmark(config, world)
+
+
+def test_shared_routes_are_a_row_of_batches_alone_and_count_for_no_budget(world, tmp_path):
+    config = config_of(world, tmp_path, methods=[Method.dense, Method.elastic, Method.elastic_shared], seeds=[0],
+                       batches=[1, 2], end_to_end_repeats=0, variants={})  # fmt: skip
+    rows = benchmark(config, world)["rows"]
+    shared = [row for row in rows if row["method"] == "elastic_shared"]
+    assert {row["batch"] for row in shared} == {2} and not any(row["as_trained"] for row in shared)
+    assert {row["batch"] for row in rows if row["method"] == "elastic"} == {1, 2}
+    assert all(row["rounds"] == 1 and row["chamfer_l1_paired"] is not None for row in shared)
