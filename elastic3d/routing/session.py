@@ -24,15 +24,7 @@ from elastic3d.config.routing import (
 )
 from elastic3d.routing.cache import ResidualCache, Streams
 from elastic3d.routing.decision import RouteDecision, interpolated
-from elastic3d.routing.passes import (
-    BOTH_BRANCHES,
-    Announced,
-    Branch,
-    Groups,
-    Pass,
-    RouteSource,
-    grouped,
-)
+from elastic3d.routing.passes import BOTH_BRANCHES, Announced, Branch, Groups, Pass, RouteSource, grouped
 from elastic3d.routing.protocol import BlockCall
 from elastic3d.routing.recall import Recall, Residuals
 from elastic3d.routing.router import Conditioner, RouterInput, Situation, Tokens, looks_ahead
