@@ -1,5 +1,5 @@
-"""Train the shape VAE or the shape DiT, cache latents and image tokens between the two, export a trained
-model.
+"""Train the shape VAE or the shape DiT, cache latents and image tokens between the two, train routers, export a
+trained model, calibrate the budgets of exported routers.
 
 Start several processes with `accelerate launch scripts/train.py ...`. Calling the same command again goes on
 where the run stopped.

@@ -26,8 +26,13 @@ from elastic3d.routing.attach import load_router_state, router_state, session_of
 
 def save_routers(model: nn.Module, folder: str | Path) -> None:
     """Write the routers of a model to `folder`, each file whole or not at all."""
-    session = session_of(model)
     save_weights(router_state(model), Path(folder) / WEIGHTS_NAME)
+    save_router_config(model, folder)
+
+
+def save_router_config(model: nn.Module, folder: str | Path) -> None:
+    """Write the configuration of a model's routers alone: what a calibration changes."""
+    session = session_of(model)
     save_json(
         {"_class_name": class_name(session.family), **to_dict(session.router_config)},
         Path(folder) / CONFIG_NAME,

@@ -33,6 +33,13 @@ class CostLoss(Enum):
     paper = "paper"
 
 
+class Urgency(Enum):
+    """What a calibration does with the curve over time that is added to gates: chooses it anew, or keeps it."""
+
+    choose = "choose"
+    keep = "keep"
+
+
 @dataclass(kw_only=True)
 class MeshLossConfig:
     """Mesh reconstruction loss: the shape that the elastic velocity implies, against the true surface."""
@@ -117,9 +124,12 @@ class RouterStageConfig:
     val_budgets: list[float] = option([0.9, 0.7, 0.5, 0.3], "budgets to validate at")
     val_shapes: int = option(
         8,
-        "validation shapes that are generated at each of them; stage=export: that budgets are calibrated on",
+        "validation shapes that are generated at each of them; stage=export, calibrate: to calibrate budgets on",
     )
     val_steps: int = option(16, "sampling steps of it")
+    urgency: Urgency = option(
+        Urgency.choose, "stage=export, calibrate: choose the gates' curve over time anew, or keep it"
+    )
 
     def __post_init__(self) -> None:
         check_range("routing.lora_rank", self.lora_rank, 1, 4096)

@@ -24,6 +24,7 @@ class StageName(Enum):
     image = "image"
     router = "router"
     export = "export"
+    calibrate = "calibrate"
 
 
 class Precision(Enum):
@@ -240,7 +241,10 @@ class DiTStageConfig:
 class ExportConfig:
     """Averaged weights of a run as a model folder."""
 
-    output: Path | None = option(None, "folder to write; by default `export` in the run's folder")
+    output: Path | None = option(
+        None,
+        "folder to write; null: `export` in the run's folder, with stage=calibrate the model's own folder",
+    )
     pipeline: PipelineConfig = option(
         PipelineConfig, "defaults of an exported DiT; of routers `elastic` alone"
     )

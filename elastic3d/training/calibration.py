@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elastic3d.config.router_stage import Urgency
 from elastic3d.config.routing import MIN_BUDGET, ElasticConfig
 from elastic3d.config.train import Precision, TrainConfig
 from elastic3d.routing.router import looks_ahead
@@ -45,7 +46,13 @@ def relative_error(found: Tensor, true: Tensor) -> float:
     return ((found - true).square().mean() / true.square().mean()).item()
 
 
-def calibrate(session: RoutingSession, generate: Generate, times: Tensor, points: int = 24) -> None:
+def calibrate(
+    session: RoutingSession,
+    generate: Generate,
+    times: Tensor,
+    urgency: Urgency = Urgency.choose,
+    points: int = 24,
+) -> None:
     """Note in the routers' configuration how urgent each time is, and what they have to be told so that a budget that
     is asked for is what is executed, at `points` budgets.
 
@@ -53,9 +60,11 @@ def calibrate(session: RoutingSession, generate: Generate, times: Tensor, points
     """
     if session.conditioner is None:
         return
-    session.router_config = replace(session.router_config, asked=[], told=[], times=[], urgency=[])
-    if looks_ahead(session.router_config) and session.router_config.longest:
-        choose_urgency(session, generate, times)
+    session.router_config = replace(session.router_config, asked=[], told=[])
+    if urgency is Urgency.choose:
+        session.router_config = replace(session.router_config, times=[], urgency=[])
+        if looks_ahead(session.router_config) and session.router_config.longest:
+            choose_urgency(session, generate, times)
     told = np.linspace(MIN_BUDGET, 1.0, points)
     shares = [generate(ElasticConfig(budget=float(budget)), 0)[1].mean().item() for budget in told]
     found = np.maximum.accumulate(shares) + 1e-6 * np.arange(points)  # ascending, as an inverse needs

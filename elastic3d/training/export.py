@@ -43,7 +43,8 @@ def export_run(config: TrainConfig) -> Path:
     latents it learned and their statistics, and the image encoder's configuration. Routers become such a folder too,
     that of their dense model with `routers/` inside and `export.pipeline.elastic` as its default; those of a
     text-to-image pipeline are written alone. The small text-to-image model's sampling defaults are those of `config`,
-    and so is `routing.val_shapes`, the number of shapes or pictures on which routers are calibrated.
+    and so are `routing.val_shapes`, the number of shapes or pictures on which routers are calibrated, and
+    `routing.urgency`.
 
     Raises:
         UserError: the run has no whole checkpoint.
@@ -54,6 +55,7 @@ def export_run(config: TrainConfig) -> Path:
     checkpoint = load_checkpoint(path)
     trained: TrainConfig = from_dict(TrainConfig, checkpoint.values["config"], str(path))
     trained.routing.val_shapes = config.routing.val_shapes  # to calibrate on
+    trained.routing.urgency = config.routing.urgency
     output = config.export.output or config.folder / "export"
     weights = checkpoint.tensors["average"]
     if trained.stage is StageName.vae:

@@ -23,6 +23,10 @@ def run_stage(config: TrainConfig) -> int:
         from elastic3d.training.export import export_run
 
         export_run(config)
+    elif config.stage is StageName.calibrate:
+        from elastic3d.training.calibrate_stage import calibrate_exported
+
+        calibrate_exported(config)
     else:
         outcome = train(build_stage(config), config, config.folder, {"config": to_dict(config)})
         return 130 if outcome.reason == "SIGINT" else 0
