@@ -10,6 +10,7 @@ from itertools import product
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from elastic3d.config.router_stage import Urgency
 from elastic3d.config.routing import MIN_BUDGET, ElasticConfig
@@ -66,7 +67,8 @@ def calibrate(
         if looks_ahead(session.router_config) and session.router_config.longest:
             choose_urgency(session, generate, times)
     told = np.linspace(MIN_BUDGET, 1.0, points)
-    shares = [generate(ElasticConfig(budget=float(budget)), 0)[1].mean().item() for budget in told]
+    bar = tqdm(told, desc="calibrate", dynamic_ncols=True)
+    shares = [generate(ElasticConfig(budget=float(budget)), 0)[1].mean().item() for budget in bar]
     found = np.maximum.accumulate(shares) + 1e-6 * np.arange(points)  # ascending, as an inverse needs
     inverse = np.interp(told, found, told)
     session.router_config = replace(session.router_config, asked=told.tolist(), told=inverse.tolist())
