@@ -126,6 +126,7 @@ class Planner:
             to_dict(settings),
             donor.name if donor else "",
             calibration if routes in (Routes.static, Routes.timestep) else "",
+            to_dict(pipeline.session.router_config) if pipeline.session and settings.elastic else "",
             *([to_dict(foreign)] if foreign else []),
         ]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from _cli import parse
@@ -120,3 +122,16 @@ def test_the_command_line():
     ):
         with pytest.raises(ValueError, match=message):
             parse(BenchmarkConfig, "benchmark", [*CLI, wrong])
+
+
+def test_routers_that_are_calibrated_anew_make_other_runs(world, tmp_path):
+    """Their weights are the same, what they execute is not; dense runs stay."""
+    config = config_of(world, tmp_path, methods=[Method.dense, Method.elastic, Method.random])
+    names = []
+    for told in (0.5, 0.6):
+        models = load_models(config, world)
+        session = models["model"].session
+        session.router_config = replace(session.router_config, asked=[0.3, 1.0], told=[told, 1.0])
+        names.append({case.method: case.run.name for case in plan(config, models, 2)[1]})
+    assert names[0]["dense"] == names[1]["dense"]
+    assert names[0]["elastic"] != names[1]["elastic"] and names[0]["random"] != names[1]["random"]
