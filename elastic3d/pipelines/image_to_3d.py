@@ -33,7 +33,7 @@ from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import file_sha256, find_weights, load_json, save_json
 from elastic3d.pipelines.conditions import Picture, Prepared, encode, is_picture, prepare
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, Placement, usual_chunk
-from elastic3d.pipelines.routes import dense_receipt, route_receipt, with_options
+from elastic3d.pipelines.routes import dense_receipt, route_receipts, with_options
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype, timed
 from elastic3d.routing.session import RoutingSession
 
@@ -274,13 +274,11 @@ class ImageTo3DPipeline:
         with timed(batch_ms, "dit"), self.placement.use(self.dit):
             latents = self.sample_latents(condition, [seeds[i] for i in prepared], settings, on_step)
         done, moves = [results[i] for i in prepared], len(sampling_times(self.config, settings.steps)) - 1
-        for row, result in enumerate(done):
-            result.latents = latents[row].cpu()
-            result.receipt.update(
-                dense_receipt(self.dit.config, moves, settings.guidance, condition.shape[1])
-            )
-            if settings.elastic.elastic and self.session is not None:
-                result.receipt.update(route_receipt(self.session, settings.elastic, row))
+        dense = dense_receipt(self.dit.config, moves, settings.guidance, condition.shape[1])
+        routes = route_receipts(self.session, settings.elastic, len(done))
+        for result, row, route in zip(done, latents, routes, strict=True):
+            result.latents = row.cpu()
+            result.receipt |= dense | route
         self._decode(latents, done, settings, batch_ms)
         return results
 

@@ -62,20 +62,31 @@ def dense_receipt(
     return {"flops_executed": flops, "flops_dense": flops}
 
 
-def route_receipt(session: RoutingSession, settings: ElasticConfig, row: int) -> dict[str, Any]:
-    """What the blocks did for one sample of the newest generation, and what it cost."""
+def route_receipts(
+    session: RoutingSession | None, settings: ElasticConfig, samples: int
+) -> list[dict[str, Any]]:
+    """What the blocks did for each sample of the newest generation, and what it cost; nothing where it was dense."""
+    if session is None or not settings.elastic:
+        return [{} for _ in range(samples)]
     trace = session.trace
     assert trace is not None
     totals = {
-        "flops_executed": trace_flops(trace),
-        "flops_dense": trace_dense_flops(trace),
-        "flops_routers": trace_router_flops(trace),
+        name: flops(trace).sum((0, 1, 3)).long().tolist()
+        for name, flops in (
+            ("flops_executed", trace_flops),
+            ("flops_dense", trace_dense_flops),
+            ("flops_routers", trace_router_flops),
+        )
     }
-    return {
-        **{name: int(flops[:, :, row].sum()) for name, flops in totals.items()},
-        "elastic": to_dict(replace(settings, cache=settings.cache or session.router_config.cache())),
-        "routes": {"blocks": trace.blocks, "widths": list(trace.ratios), "actions": trace.sample(row)},
-    }
+    elastic = to_dict(replace(settings, cache=settings.cache or session.router_config.cache()))
+    return [
+        {
+            **{name: flops[row] for name, flops in totals.items()},
+            "elastic": elastic,
+            "routes": {"blocks": trace.blocks, "widths": list(trace.ratios), "actions": trace.sample(row)},
+        }
+        for row in range(samples)
+    ]
 
 
 def route_title(name: str, receipt: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.weights import file_sha256, find_weights
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.pipelines.image_loading import load_backbone, merge_lora, weight_files
-from elastic3d.pipelines.routes import route_receipt, with_options
+from elastic3d.pipelines.routes import route_receipts, with_options
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype, timed
 from elastic3d.routing.cost import dense_flops
 from elastic3d.routing.session import RoutingSession
@@ -245,7 +245,8 @@ class TextToImagePipeline:
         passes = [dense_flops(transformer, adapter_for(transformer), [tokens, n]) for n in lengths]
         dense = settings.steps * sum(passes)
         receipts = []
-        for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        routes = route_receipts(self.session, elastic, len(prompts))
+        for prompt, seed, route in zip(prompts, seeds, routes, strict=True):
             receipt: dict[str, Any] = {
                 "version": __version__,
                 "model": self.model,
@@ -259,9 +260,8 @@ class TextToImagePipeline:
                 "budget": elastic.budget if elastic.elastic else 1.0,
                 "flops_executed": dense,
                 "flops_dense": dense,
+                **route,
             }
-            if elastic.elastic and self.session is not None:
-                receipt.update(route_receipt(self.session, elastic, row))
             receipt["ms"] = {name: round(value / len(prompts), 1) for name, value in ms.items()}
             receipts.append(receipt)
         return receipts
