@@ -47,15 +47,17 @@ def find_items(pred: Path, gt: Path) -> list[Item]:
 
 
 def score_item(item: Item, protocol: ProtocolConfig, workers: int = -1) -> Row:
-    """The row of one item. Whatever goes wrong makes it a failed row with its reason, never an exception.
+    """The row of one item. Whatever is wrong with its files makes it a failed row with its reason, never an exception.
 
     A failed row whose ground truth is sound carries the scores of an empty prediction (`failed_scores`), so
-    that the means count it against the method.
+    that the means count it against the method. A package that is missing is no mesh's fault: UserError.
     """
     start = time.perf_counter()
     row: Row = {"name": item.name, "status": "ok", "error": None}
     try:
         row |= _scores(item, protocol, workers)
+    except ImportError as error:
+        raise UserError(f"scoring needs {error.name}, which can't be imported: {error}") from error
     except Exception as error:  # a broken mesh may break anything below; the reason is kept in the row
         known = isinstance(error, UserError)
         row |= {"status": "failed", "error": str(error) if known else f"{type(error).__name__}: {error}"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -186,3 +187,14 @@ def test_folders_must_exist_and_hold_meshes(folders: tuple[Path, Path], tmp_path
     with pytest.raises(UserError, match="empty has no mesh file"):
         find_items(folders[0], tmp_path / "empty")
     assert [item.pred for item in find_items(tmp_path / "empty", folders[1])] == [()]
+
+
+def test_a_missing_package_is_no_failed_mesh(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a broken installation would look like a broken method: every mesh with the scores of an empty one."""
+    [item] = find_items(*folders)
+    assert score_item(item, QUICK)["status"] == "ok"
+    monkeypatch.setitem(sys.modules, "igl", None)
+    with pytest.raises(UserError, match="scoring needs igl, which can't be imported"):
+        score_item(item, QUICK)
