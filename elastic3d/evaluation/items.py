@@ -52,12 +52,19 @@ def score_item(item: Item, protocol: ProtocolConfig, workers: int = -1) -> Row:
     A failed row whose ground truth is sound carries the scores of an empty prediction (`failed_scores`), so
     that the means count it against the method. A package that is missing is no mesh's fault: UserError.
     """
+    try:
+        return _row(item, protocol, workers)
+    except ImportError as error:
+        raise UserError(f"scoring needs {error.name}, which can't be imported: {error}") from error
+
+
+def _row(item: Item, protocol: ProtocolConfig, workers: int) -> Row:
     start = time.perf_counter()
     row: Row = {"name": item.name, "status": "ok", "error": None}
     try:
         row |= _scores(item, protocol, workers)
-    except ImportError as error:
-        raise UserError(f"scoring needs {error.name}, which can't be imported: {error}") from error
+    except ImportError:
+        raise
     except Exception as error:  # a broken mesh may break anything below; the reason is kept in the row
         known = isinstance(error, UserError)
         row |= {"status": "failed", "error": str(error) if known else f"{type(error).__name__}: {error}"}
@@ -76,6 +83,8 @@ def _failure_scores(item: Item, protocol: ProtocolConfig) -> Row:
     """Scores of an empty prediction, or nothing where the ground truth itself can't be used."""
     try:
         return failed_scores(load_mesh(_only("ground truth", item.gt, item.name)), protocol)
+    except ImportError:
+        raise
     except Exception:  # the ground truth's own fault is in the row's reason, or was the first of two
         return {}
 
