@@ -145,7 +145,7 @@ class Controls:
         file = self.folder / f"static-{self._calibration_key():08x}.json"
         path: list[tuple[float, list[int]]] = load_json(file)["path"] if file.is_file() else []
         if not path or path[-1][0] > share:
-            lowest = min(share, 0.9 * min(self.config.budgets))
+            lowest = min(share, 0.9 * min(self.planner.control_budgets))
             blocks = self._calibrated(run)["blocks"]
             with tqdm(desc="static routes", unit="change", dynamic_ncols=True) as bar:
 

@@ -97,6 +97,7 @@ class Planner:
         main = models[MAIN]
         self.baseline_steps = config.baseline_steps or main.config.steps
         self.elastic_steps = config.elastic_steps or [self.baseline_steps]
+        self.control_budgets = config.control_budgets or config.budgets
         self.trained_cache = main.session.router_config.cache() if main.session else NO_CACHE
         default = config.cache or main.config.elastic.cache or self.trained_cache
         self.default = replace(main.config.elastic, cache=default)
@@ -186,7 +187,7 @@ def _dense_cache(planner: Planner) -> Iterator[Case]:
 
 def _control(routes: Routes) -> Callable[[Planner], Iterator[Case]]:
     def cases(planner: Planner) -> Iterator[Case]:
-        for budget in planner.config.budgets:
+        for budget in planner.control_budgets:
             if budget < 1:  # at 1 there is hardly anything left out to choose
                 donor = planner.elastic(budget, planner.baseline_steps, cache=planner.trained_cache)
                 run = planner.run(MAIN, planner.baseline_steps, routes, donor.settings, donor)
@@ -248,16 +249,14 @@ def plan(config: BenchmarkOptions, models: Mapping[str, Subject], items: int) ->
 
 
 def _variant_cases(planner: Planner, name: str) -> Iterator[Case]:
-    session = planner.models[name].session
+    session, steps = planner.models[name].session, planner.baseline_steps
     if session is None:
-        for steps in planner.elastic_steps:
-            yield Case(name, planner.run(name, steps, Routes.dense), None)
+        yield Case(name, planner.run(name, steps, Routes.dense), None)
         return
     cache = planner.config.cache or session.router_config.cache()
     told = session.conditioner is not None  # the paper's routers know one budget only, that of their training
-    for steps in planner.elastic_steps:
-        for budget in planner.config.budgets if told else [1.0]:
-            yield Case(name, planner.elastic(budget, steps, name, cache=cache), budget if told else None)
+    for budget in planner.control_budgets if told else [1.0]:
+        yield Case(name, planner.elastic(budget, steps, name, cache=cache), budget if told else None)
 
 
 def needed_runs(planner: Planner, cases: list[Case]) -> list[Run]:

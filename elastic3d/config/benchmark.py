@@ -49,10 +49,15 @@ class BenchmarkOptions:
         {}, "further rows, {name: folder}: of routers for the model, of a DiT, or of a whole model (shapes)"
     )
     methods: list[Method] = option([], "rows of the table; empty: all that the model and the items allow")
-    budgets: list[float] = option([1.0, 0.8, 0.65, 0.5, 0.4, 0.3], "budgets of elastic rows and controls")
+    budgets: list[float] = option([1.0, 0.8, 0.65, 0.5, 0.4, 0.3], "budgets of elastic rows")
+    control_budgets: list[float] = option(
+        [], "budgets of controls and variants; empty: those of elastic rows"
+    )
     steps: list[int] = option([8, 12, 16, 25, 50, 100], "step counts of fewer_steps")
     elastic_steps: list[int] = option([], "step counts of elastic rows; empty: baseline_steps")
-    baseline_steps: int | None = option(None, "steps of dense and the controls; null: the model's default")
+    baseline_steps: int | None = option(
+        None, "steps of dense, controls and variants; null: the model's default"
+    )
     reference_steps: int = option(100, "steps of the dense results that all others are paired with")
     seeds: list[int] = option([0, 1, 2], "seeds of the noise; the first two or more give the seed floor")
     cache: BlockCacheConfig | None = option(None, "cache of elastic rows; null: the model's default")
@@ -88,7 +93,9 @@ class BenchmarkOptions:
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name} is {values}, expected at least one value, and none twice")
-        for budget in self.budgets:
+        if len(set(self.control_budgets)) != len(self.control_budgets):
+            raise ValueError(f"control_budgets is {self.control_budgets}, expected no value twice")
+        for budget in (*self.budgets, *self.control_budgets):
             check_budget(budget)
         for count in (*self.steps, *self.elastic_steps, self.reference_steps, self.baseline_steps):
             check_sampling(count, self.guidance, self.resolution)

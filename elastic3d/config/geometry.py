@@ -34,6 +34,11 @@ class DecodeConfig:
         check_range("box", self.box, 1e-3, 1e3)
 
 
+def usual_coarse(resolution: int) -> int:
+    """Where decoding to `resolution` cells a side starts: 64 cells, for small grids half of them, 32 at least."""
+    return min(DecodeConfig().coarse_resolution, max(resolution // 2, 32))
+
+
 @dataclass(kw_only=True)
 class CleanupConfig:
     """What is done to an extracted mesh before it is saved."""

@@ -16,7 +16,7 @@ from elastic3d import __version__
 from elastic3d.adapters import attach, is_attached, save_routers, session_of
 from elastic3d.config.base import DeviceChoice, DTypeChoice
 from elastic3d.config.generate import PipelineConfig, check_sampling
-from elastic3d.config.geometry import CleanupConfig, DecodeConfig
+from elastic3d.config.geometry import CleanupConfig, DecodeConfig, usual_coarse
 from elastic3d.config.images import ForegroundConfig
 from elastic3d.config.routing import BlockCacheConfig, ElasticConfig
 from elastic3d.config.serialize import from_dict, to_dict
@@ -237,12 +237,12 @@ class ImageTo3DPipeline:
             cleaning = cleanup or CleanupConfig()
             if max_faces is not None:
                 cleaning = replace(cleaning, max_faces=max_faces)
+            cells = self.config.resolution if resolution is None else resolution
             return Settings(
                 steps=self.config.steps if steps is None else steps,
                 guidance=self.config.guidance if guidance is None else guidance,
                 decode=DecodeConfig(
-                    resolution=self.config.resolution if resolution is None else resolution,
-                    max_points=self.max_points,
+                    resolution=cells, coarse_resolution=usual_coarse(cells), max_points=self.max_points
                 ),
                 cleanup=cleaning,
                 foreground=foreground or ForegroundConfig(),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from _cli import parse
 
-from elastic3d.adapters import attach, detach
+from elastic3d.adapters import attach, detach, save_routers
 from elastic3d.benchmark.execute import make
 from elastic3d.benchmark.methods import (
     DRIFT_CACHE,
@@ -114,6 +114,8 @@ def test_the_command_line():
     for wrong, message in (
         ("budgets=[1,0.1]", "budget is 0.1, expected a value from 0.3"),
         ("budgets=[]", "budgets is .*, expected at least one value"),
+        ("control_budgets=[0.5,0.5]", "control_budgets is .*no value twice"),
+        ("control_budgets=[0.1]", "budget is 0.1, expected a value from 0.3"),
         ("seeds=[1,1]", "seeds is .*none twice"),
         ("methods=[dens]", "expected a list such as"),
         ("steps=[0]", "steps is 0"),
@@ -122,6 +124,18 @@ def test_the_command_line():
     ):
         with pytest.raises(ValueError, match=message):
             parse(BenchmarkConfig, "benchmark", [*CLI, wrong])
+
+
+def test_controls_and_variants_have_their_own_budgets(world, tmp_path):
+    """And the steps of the baseline, whatever steps elastic rows have."""
+    pipeline = ImageTo3DPipeline.from_pretrained(world / "model", "cpu", "float32")
+    save_routers(pipeline.dit, tmp_path / "routers")
+    config = config_of(world, tmp_path, budgets=[1.0, 0.5], elastic_steps=[2, 3], control_budgets=[0.4, 0.3],
+                       variants={"other": str(tmp_path / "routers")})  # fmt: skip
+    _, cases = plan(config, load_models(config, world), items=2)
+    for method in ("random", "static", "timestep", "shuffled", "other"):
+        assert [(c.run.steps, c.budget) for c in cases if c.method == method] == [(3, 0.4), (3, 0.3)]
+    assert {c.budget for c in cases if c.method == "elastic"} == {1.0, 0.5}
 
 
 def test_routers_that_are_calibrated_anew_make_other_runs(world, tmp_path):

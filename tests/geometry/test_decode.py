@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from elastic3d.config.geometry import DecodeConfig
+from elastic3d.config.geometry import DecodeConfig, usual_coarse
 from elastic3d.errors import NoSurfaceError
 from elastic3d.geometry.decode import decode_field, decode_meshes, iterate_meshes, level_resolutions
 from elastic3d.geometry.grid import BOX, grid_points
@@ -194,6 +194,11 @@ def test_levels(resolution: int, coarse: int, levels: list[int]) -> None:
     )
     assert values.shape == (resolution + 1,) * 3 and stats.resolutions == levels
     assert stats.queries < stats.full_queries or len(levels) == 1
+
+
+@pytest.mark.parametrize(("resolution", "coarse"), [(256, 64), (128, 64), (64, 32), (40, 32), (16, 32)])
+def test_small_grids_start_coarser(resolution: int, coarse: int) -> None:
+    assert usual_coarse(resolution) == coarse
 
 
 def test_bad_fields_and_options() -> None:
