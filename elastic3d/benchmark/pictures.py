@@ -175,17 +175,19 @@ def _heat_panel(entry: dict[str, Any], cell: int) -> Image.Image:
             ("spread over samples", 2 * std[:, 0], (200, 90, 0))]  # fmt: skip
     maps = [each for each in maps if np.isfinite(each[1]).all()]
     steps, blocks = mean.shape[0], mean.shape[2]
+    font = ImageFont.load_default(12)
+    margin = max(150, *(int(font.getlength(name)) + 20 for name in entry["blocks"]))
     column = max(steps * cell + 24, 150)
-    picture = Image.new("RGB", (150 + column * len(maps), blocks * cell + 56), PAPER)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    picture = Image.new("RGB", (margin + column * len(maps), blocks * cell + 56), PAPER)
+    draw = ImageDraw.Draw(picture)
     title = f"{entry['method']}, {entry['steps']} steps" + (
         f", budget {entry['budget']:g}" if entry["budget"] is not None else ""
     )
     draw.text((10, 6), title, fill=INK, font=ImageFont.load_default(14))
     for row, name in enumerate(entry["blocks"]):
-        draw.text((140, 44 + row * cell + cell / 2), name, fill=INK, font=font, anchor="rm")
+        draw.text((margin - 10, 44 + row * cell + cell / 2), name, fill=INK, font=font, anchor="rm")
     for number, (name, values, full) in enumerate(maps):
-        left = 150 + number * column
+        left = margin + number * column
         draw.text((left, 26), name, fill=INK, font=font)
         shade = np.clip(values.T, 0, 1)[..., None] * (np.array(full) - 255) + 255
         pixels = Image.fromarray(np.round(shade).astype(np.uint8)).resize(

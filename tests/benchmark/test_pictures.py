@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw, ImageFont
 
-from elastic3d.benchmark.pictures import COLOURS, Series, _log_ticks, _ticks, chart, heat_map, pareto_plot
+from elastic3d.benchmark.pictures import (
+    COLOURS,
+    INK,
+    PAPER,
+    Series,
+    _log_ticks,
+    _ticks,
+    chart,
+    heat_map,
+    pareto_plot,
+)
 
 
 def test_ticks_are_round_and_within_the_range():
@@ -39,3 +50,16 @@ def test_the_heat_map_is_darker_where_blocks_run():
     dark = (picture == (20, 60, 140)).all(-1)
     assert dark.sum() == 100 and dark[44 + 10 : 44 + 20, 150 + 10 : 150 + 20].all()
     assert heat_map({}) is None
+
+
+def test_the_heat_map_makes_room_for_long_names():
+    """As much ink as there is in the name alone, so nothing of it is cut off."""
+    mean, name = np.zeros((3, 2, 1)), "transformer.single_transformer_blocks.13"
+    entry = {"method": "", "budget": None, "steps": 3, "blocks": [name], "mean": mean, "std": mean}
+    alone = Image.new("RGB", (400, 20), PAPER)
+    ImageDraw.Draw(alone).text((10, 10), name, fill=INK, font=ImageFont.load_default(12), anchor="lm")
+    picture = heat_map({"run": entry})
+    assert picture is not None
+    label = picture.crop((0, 44, picture.width - 3 * 150 - 1, 56))
+    ink = [(np.asarray(each) < 128).all(-1).sum() for each in (label, alone)]
+    assert ink[0] == pytest.approx(ink[1], rel=0.1) and ink[1] > 100
