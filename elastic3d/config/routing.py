@@ -68,6 +68,11 @@ class RouterConfig:
     trend: float = option(
         1.0, "of that residual: share of its change between the last two computed that goes on, a step later"
     )
+    forecast_times: list[float] = option([], "calibration of that: times in [0,1], ascending; empty: none")
+    trends: list[float] = option([], "calibration: shares at these times, in the place of trend")
+    fades: list[float] = option(
+        [], "calibration: rate at these times at which a residual fades, per unit of time; empty: it doesn't"
+    )
     asked: list[float] = option([], "calibration: budgets that are asked for, ascending; empty: none")
     told: list[float] = option([], "calibration: what the routers are told instead, measured after training")
     times: list[float] = option([], "calibration: times in [0,1], ascending; empty: none")
@@ -92,6 +97,8 @@ class RouterConfig:
         for names, at, found in (
             ("asked and told", self.asked, self.told),
             ("times and urgency", self.times, self.urgency),
+            ("forecast_times and trends", self.forecast_times, self.trends),
+            ("forecast_times and fades", self.forecast_times, self.fades or self.trends),
         ):
             if len(at) != len(found) or sorted(at) != at:
                 raise ValueError(f"{names} are no ascending list and one of the same length")
@@ -117,7 +124,14 @@ class RouterConfig:
         """The cache that these routers were trained with."""
         if not self.longest:
             return BlockCacheConfig()
-        return BlockCacheConfig(closed_reuse=True, longest=self.longest, trend=self.trend)
+        return BlockCacheConfig(
+            closed_reuse=True,
+            longest=self.longest,
+            trend=self.trend,
+            times=self.forecast_times,
+            trends=self.trends,
+            fades=self.fades,
+        )
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -140,6 +154,11 @@ class BlockCacheConfig:
     trend: float = option(
         0.0, "share of its change between the last two computed that goes on, a step later: 0 none, 1 a line"
     )
+    times: list[float] = option([], "times in [0,1], ascending, for trends and fades; empty: none")
+    trends: list[float] = option([], "trend at these times, linear between; empty: trend at all times")
+    fades: list[float] = option(
+        [], "rate at these times at which a residual fades, per unit of time; empty: it doesn't"
+    )
     probe_stride: int = option(8, "rule drift: the input's change is measured on every so-manieth token")
 
     def __post_init__(self) -> None:
@@ -149,11 +168,22 @@ class BlockCacheConfig:
         check_range("cache.longest", self.longest, 1, 1000)
         check_range("cache.trend", self.trend, 0, 1)
         check_range("cache.probe_stride", self.probe_stride, 1, 1 << 20)
+        for name, values in (("trends", self.trends), ("fades", self.fades)):
+            if values and (len(values) != len(self.times) or sorted(self.times) != self.times):
+                raise ValueError(
+                    f"cache.{name} has {len(values)} values, expected one at each of ascending cache.times"
+                    f" ({len(self.times)})"
+                )
 
     @property
     def active(self) -> bool:
         """Whether anything is ever stored."""
         return self.rule is not CacheRule.off or self.closed_reuse
+
+    @property
+    def extrapolates(self) -> bool:
+        """Whether residuals go on as they changed."""
+        return bool(self.trend or self.trends)
 
 
 @dataclass(kw_only=True)

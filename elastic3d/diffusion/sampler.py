@@ -1,8 +1,13 @@
-"""Sampling with classifier-free guidance: Euler steps, or Adams-Bashforth ones of second order."""
+"""Sampling with classifier-free guidance: Euler steps, or Adams-Bashforth ones of second order.
+
+Elastic samples leave out the blocks at different steps. In a batch each goes on by itself while it can do without
+them, and waits where it needs them; when all wait, the blocks run once for all, at the times of each. So batches stay
+whole, and a sample's route is what it is alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -10,7 +15,7 @@ from torch import Tensor
 
 from elastic3d.config.generate import Solver
 from elastic3d.diffusion.flow import timestep_grid
-from elastic3d.routing.passes import BOTH_BRANCHES, Branch
+from elastic3d.routing.passes import BOTH_BRANCHES, Branch, Hold
 from elastic3d.routing.session import RoutingSession
 
 
@@ -57,39 +62,106 @@ def sample(
     `sequential` runs the branches one after the other:
     half the memory. `session` is that of a model with routers: it is told of the generation, of each step and of the
     branches.
-    `on_step(i, steps)` is called after step i. Raises ValueError for fewer than one step or a generator count
-    other than B.
+    `on_step(i, steps)` is called when all samples have done step i. Raises ValueError for fewer than one step or a
+    generator count other than B.
     """
     if len(generators) != condition.shape[0]:
         raise ValueError(f"{len(generators)} generators for a batch of {condition.shape[0]}")
     times = timestep_grid(steps, shift) if times is None else times
-    steps = len(times) - 1
-    x = initial_noise(shape, generators, condition.device)
+    path = _Path(initial_noise(shape, generators, condition.device), times, solver)
     passes = _passes(condition, guidance != 1.0 and not guidance_embed, sequential)
-    scale = torch.full((condition.shape[0],), guidance, device=x.device) if guidance_embed else None
+    scale = torch.full((len(path.x),), guidance, device=path.x.device) if guidance_embed else None
     if session is not None:
-        session.begin(len(generators), steps)
-    earlier: tuple[float, Tensor] | None = None  # step size and velocity of the step before
-    for i in range(steps):
-        dt = (times[i + 1] - times[i]).item()
+        session.begin(len(generators), path.steps)
+    waits = session is not None and session.holds and len(generators) > 1 and not sequential
+    while path.unfinished:
+        before, (rows, hold) = path.reached, path.turn(waits)
         velocities: list[Tensor] = []
         for branches, tokens in passes:
             if session is not None:
-                session.step(i, dt, branches)
-            t = times[i].to(x.device).expand(tokens.shape[0])
-            found = dit(x.repeat(len(branches), 1, 1), t, tokens, scale).float()
+                session.step([path.done[row] for row in rows], path.step_sizes(rows), branches, rows, hold)
+            x, t = path.state(rows)
+            some = _of_samples(tokens, rows, len(branches))
+            embedded = scale if scale is None else scale[rows]
+            found = dit(x.repeat(len(branches), 1, 1), t.repeat(len(branches)), some, embedded).float()
             velocities += found.chunk(len(branches))
         v = velocities[0]
         if len(velocities) > 1:
             v = velocities[1] + guidance * (v - velocities[1])
-        x = x + dt * (v if earlier is None else v + dt / (2 * earlier[0]) * (v - earlier[1]))
-        if solver is Solver.ab2:
-            earlier = dt, v
-        if on_step is not None:
-            on_step(i + 1, steps)
+        held = session.held if session is not None else frozenset()
+        path.advance(rows, v, held)
+        for step in range(before, path.reached):
+            if on_step is not None:
+                on_step(step + 1, path.steps)
     if session is not None:
         session.end()
-    return x
+    return path.x
+
+
+class _Path:
+    """Samples on their way from noise to data, each at a step of its own."""
+
+    def __init__(self, x: Tensor, times: Tensor, solver: Solver) -> None:
+        self.x, self.solver = x, solver
+        self.times, self.sizes = times.to(x.device), times.diff().tolist()
+        self.steps = len(self.sizes)
+        self.done = [0] * len(x)
+        self.waiting: set[int] = set()
+        self._earlier = torch.zeros_like(x)  # velocities of the step before
+
+    @property
+    def reached(self) -> int:
+        """Steps that all samples have done."""
+        return min(self.done)
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Samples with steps to go."""
+        return [row for row, done in enumerate(self.done) if done < self.steps]
+
+    def turn(self, waits: bool) -> tuple[list[int], Hold]:
+        """The samples that go next, and whether those that need the blocks have to wait."""
+        left = self.unfinished
+        asking = [row for row in left if row not in self.waiting]
+        if not waits or not asking:
+            self.waiting.clear()
+            return left, Hold.never
+        return asking, Hold.always if self.waiting else Hold.unless_all
+
+    def step_sizes(self, rows: Sequence[int]) -> list[float]:
+        """dt of each of some samples' next step."""
+        return [self.sizes[self.done[row]] for row in rows]
+
+    def state(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Latents (k,N,C) and times (k,) of some samples."""
+        x = self.x if len(rows) == len(self.x) else self.x[rows]
+        return x, self.times[[self.done[row] for row in rows]]
+
+    def advance(self, rows: list[int], v: Tensor, held: Collection[int]) -> None:
+        """A step along velocities (k,N,C) for those of the samples that are not held."""
+        if held:
+            v = v[[place for place, row in enumerate(rows) if row not in held]]
+            rows = [row for row in rows if row not in held]
+        self.waiting.update(held)
+        if not rows:
+            return
+        dt = self.step_sizes(rows)
+        along = v
+        if self.solver is Solver.ab2:
+            steps = [self.done[row] for row in rows]
+            bend = [d / (2 * self.sizes[i - 1]) if i else 0.0 for i, d in zip(steps, dt, strict=True)]
+            along = v + v.new_tensor(bend)[:, None, None] * (v - self._earlier[rows])
+            self._earlier[rows] = v
+        self.x[rows] = self.x[rows] + v.new_tensor(dt)[:, None, None] * along
+        for row in rows:
+            self.done[row] += 1
+
+
+def _of_samples(tokens: Tensor, rows: list[int], branches: int) -> Tensor:
+    """Those of some samples, of tokens (branches * B,M,Cc) -> (branches * k,M,Cc)."""
+    if len(rows) * branches == len(tokens):
+        return tokens
+    return tokens.unflatten(0, (branches, -1))[:, rows].flatten(0, 1)
 
 
 def _passes(condition: Tensor, guided: bool, sequential: bool) -> list[tuple[tuple[Branch, ...], Tensor]]:

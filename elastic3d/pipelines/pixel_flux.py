@@ -218,7 +218,8 @@ def _narrowed(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What goes into a transformer, in its own format. Outside of it pixels are fp32: bf16 would round them from step
     to step."""
-    return args, {k: v.to(dit.dtype) if k in TOKENS and v is not None else v for k, v in kwargs.items()}
+    dtype = dit.proj_out.weight.dtype  # dit.dtype walks through all modules
+    return args, {k: v.to(dtype) if k in TOKENS and v is not None else v for k, v in kwargs.items()}
 
 
 def _widened(dit: Any, args: Any, output: Any) -> Any:

@@ -137,13 +137,13 @@ class ElasticBlock(nn.Module):
         output = call.streams if action == REUSED else self.adapter.run(self.narrow.at(action - 1), call)
         if cache is None or not ends:
             return output
-        key, count, entered = current.key(span.start), len(current.rows), session.entered[span.start]
-        if len(rows) < count:
+        key, entered, when = current.key(span.start), session.entered[span.start], current.when.some(rows)
+        if len(rows) < len(current.rows):
             index = rows_index(rows, entered[0].device)
             entered = tuple(stream[index] for stream in entered)
         if action == REUSED:
-            return cache.apply(key, rows, current.step, entered)
-        cache.store(key, rows, count, current.step, entered, output)
+            return cache.apply(key, when, entered)
+        cache.store(key, when, entered, output)
         return output
 
     def _masked(self, call: BlockCall, decision: RouteDecision, span: range) -> tuple[Tensor, ...]:

@@ -1,15 +1,16 @@
 """Residuals of blocks, kept from one sampling step to later ones.
 
 The state is explicit: a bank belongs to one generation, block and set of guidance branches, and holds at most two
-residuals for each row of the batch, so that memory is bounded by those of two dense passes.
+residuals for each of its rows, so that memory is bounded by those of two dense passes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,12 +22,37 @@ Streams = tuple[Tensor, ...]  # (B,L,D) each
 NEVER = -(1 << 30)  # a step so long ago that nothing of it lives
 
 
+@dataclass(frozen=True)
+class Moments:
+    """When rows are computed or wanted, and where their bank keeps them.
+
+    rows: their places in a bank of `count`; steps: the sampling step of each, times: its time in [0,1].
+    """
+
+    rows: list[int]
+    count: int
+    steps: list[int]
+    times: list[float]
+
+    @staticmethod
+    def together(rows: Sequence[int], count: int, step: int, time: float = 0.0) -> Moments:
+        """Rows that are all at the same step."""
+        return Moments(list(rows), count, [step] * len(rows), [time] * len(rows))
+
+    def some(self, places: Sequence[int]) -> Moments:
+        """Those at some places of this list."""
+        if len(places) == len(self.rows):
+            return self
+        rows, steps = ([values[i] for i in places] for values in (self.rows, self.steps))
+        return Moments(rows, self.count, steps, [self.times[i] for i in places])
+
+
 @dataclass
 class Bank:
     """What one block remembers of each row of its batch.
 
-    steps: when `newest` was computed, NEVER for a row without; `older` are the residuals before (None: none are kept),
-    computed at `before`; probe: the block's input when `newest` was computed.
+    steps: when `newest` was computed, NEVER for a row without, and times: at which time; `older` are the residuals
+    before (None: none are kept), computed at `before`; probe: the block's input when `newest` was computed.
     """
 
     steps: list[int]
@@ -34,6 +60,10 @@ class Bank:
     newest: Streams
     older: Streams | None = None
     probe: Tensor | None = None
+    times: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.times = self.times or [0.0] * len(self.steps)
 
 
 class ResidualCache:
@@ -55,12 +85,16 @@ class ResidualCache:
         ]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def ages(self, key: Key, count: int, step: int) -> list[int]:
-        """Of `count` rows: steps since the living residual was computed, 0 without one."""
+    def ages(self, key: Key, when: Moments) -> list[int]:
+        """Of each row: steps since the living residual was computed, 0 without one."""
         bank = self._banks.get(key)
-        if bank is None or step < self.first_step:
-            return [0] * count
-        return [age if age <= self.config.longest else 0 for age in (step - at for at in bank.steps)]
+        if bank is None:
+            return [0] * len(when.rows)
+        ages = (step - bank.steps[row] for row, step in zip(when.rows, when.steps, strict=True))
+        return [
+            age if age <= self.config.longest and step >= self.first_step else 0
+            for age, step in zip(ages, when.steps, strict=True)
+        ]
 
     def drift(self, key: Key, streams: Streams) -> Tensor | None:
         """Relative L1 change (B,) of the first stream since each residual was computed; infinite without one.
@@ -88,47 +122,51 @@ class ResidualCache:
             return keep_prob <= threshold + self.config.band
         return self.config.rule is CacheRule.drift and drift < self.config.drift
 
-    def apply(self, key: Key, rows: Sequence[int], step: int, streams: Streams) -> Streams:
-        """Streams (k,L,D) of `rows` with what stands in for their residuals at `step` added.
+    def apply(self, key: Key, when: Moments, streams: Streams) -> Streams:
+        """Streams (k,L,D) of the rows with what stands in for their residuals added.
 
-        These are the newest ones and, with a `trend`, what is left of their change a step: of 1 a line, as TaylorSeer
-        forecasts features (2503.06923), less flattens with each step (damped trend, Gardner and McKenzie 1985).
+        These are the newest ones, faded, and what is left of their change a step: of a `trend` of 1 a line, as
+        TaylorSeer forecasts features (2503.06923), less flattens with each step (damped trend, Gardner and McKenzie
+        1985).
         """
         bank = self._banks[key]
-        weights = [self._weight(bank, row, step) for row in rows]
-        newest = _take(bank.newest, rows, len(bank.steps))
-        if bank.older is None or max(weights) == 1:
-            return tuple(x + r for x, r in zip(streams, newest, strict=True))
-        older = _take(bank.older, rows, len(bank.steps))
-        same = min(weights) == max(weights)
-        weight = weights[0] if same else newest[0].new_tensor(weights)[:, None, None]
-        forecast = (torch.lerp(old, new, weight) for old, new in zip(older, newest, strict=True))
-        return tuple(r.add_(x) for x, r in zip(streams, forecast, strict=True))
+        slopes = [
+            self._slope(bank, *moment) for moment in zip(when.rows, when.steps, when.times, strict=True)
+        ]
+        newest = _take(bank.newest, when)
+        if bank.older is None or not any(slopes):
+            forecast = newest
+        else:
+            older, weight = _take(bank.older, when), _factor([1 + slope for slope in slopes], newest[0])
+            forecast = tuple(torch.lerp(old, new, weight) for old, new in zip(older, newest, strict=True))
+        if self.config.fades:
+            left = [self._left(bank, row, time) - 1 for row, time in zip(when.rows, when.times, strict=True)]
+            lost = _factor(left, newest[0])
+            forecast = tuple(r + lost * new for r, new in zip(forecast, newest, strict=True))
+        return tuple(x + r for x, r in zip(streams, forecast, strict=True))
 
-    def store(
-        self, key: Key, rows: Sequence[int], count: int, step: int, inputs: Streams, outputs: Streams
-    ) -> None:
-        """Keep outputs - inputs (each (k,L,D) a stream) of `rows`, out of a batch of `count`."""
+    def store(self, key: Key, when: Moments, inputs: Streams, outputs: Streams) -> None:
+        """Keep outputs - inputs (each (k,L,D) a stream) of the rows."""
         found = tuple((y - x).detach() for x, y in zip(inputs, outputs, strict=True))
         probe = self._probe(inputs).detach().clone() if self.config.rule is CacheRule.drift else None
-        bank = self._banks.get(key)
+        bank, whole = self._banks.get(key), len(when.rows) == when.count
         if bank is None:
-            bank = self._banks[key] = _bank_of(found, probe, len(rows), count)
-        elif len(rows) == count:
+            bank = self._banks[key] = _bank_of(found, probe, len(when.rows), when.count)
+        elif whole:
             bank.older, bank.newest, bank.probe = bank.newest, found, probe
-        if not self.config.trend:
+        if not self.config.extrapolates:
             bank.older = None
-        if len(rows) < count:
-            self._store_some(bank, rows, found, probe)
-        for row in rows:
-            bank.before[row], bank.steps[row] = bank.steps[row], step
+        if not whole:
+            self._store_some(bank, when.rows, found, probe)
+        for row, step, time in zip(when.rows, when.steps, when.times, strict=True):
+            bank.before[row], bank.steps[row], bank.times[row] = bank.steps[row], step, time
 
     def _store_some(self, bank: Bank, rows: Sequence[int], found: Streams, probe: Tensor | None) -> None:
         index = rows_index(rows, found[0].device)
-        if self.config.trend and bank.older is None:
+        if self.config.extrapolates and bank.older is None:
             bank.older = tuple(torch.zeros_like(r) for r in bank.newest)
         for place, (whole, part) in enumerate(zip(bank.newest, found, strict=True)):
-            if self.config.trend:
+            if self.config.extrapolates:
                 assert bank.older is not None
                 bank.older[place][index] = whole[index]
             whole[index] = part
@@ -136,12 +174,18 @@ class ResidualCache:
             assert bank.probe is not None
             bank.probe[index] = probe
 
-    def _weight(self, bank: Bank, row: int, step: int) -> float:
-        """Of the newest residual in a forecast, where the older one has one minus that."""
-        gap = bank.steps[row] - bank.before[row]
-        if not self.config.trend or gap > self.config.longest + 1:
-            return 1.0
-        return 1 + damped_steps(step - bank.steps[row], self.config.trend) / gap
+    def _slope(self, bank: Bank, row: int, step: int, time: float) -> float:
+        """How many times the change between a row's two residuals is added to the newest."""
+        gap, config = bank.steps[row] - bank.before[row], self.config
+        if not config.extrapolates or gap > config.longest + 1:
+            return 0.0
+        trend = float(np.interp(time, config.times, config.trends)) if config.trends else config.trend
+        return damped_steps(step - bank.steps[row], trend) / gap
+
+    def _left(self, bank: Bank, row: int, time: float) -> float:
+        """What is left of a row's newest residual."""
+        fade = float(np.interp(time, self.config.times, self.config.fades))
+        return math.exp(-fade * (time - bank.times[row]))
 
     def _probe(self, streams: Streams) -> Tensor:
         return streams[0][:, :: self.config.probe_stride]
@@ -161,9 +205,14 @@ def _bank_of(found: Streams, probe: Tensor | None, rows: int, count: int) -> Ban
     return Bank(never, list(never), tuple(r.new_zeros((count, *r.shape[1:])) for r in found), None, blank)
 
 
-def _take(streams: Streams, rows: Sequence[int], count: int) -> Streams:
+def _take(streams: Streams, when: Moments) -> Streams:
     """Some rows of a bank; all of them are not gathered."""
-    if len(rows) == count:
+    if len(when.rows) == when.count:
         return streams
-    index = rows_index(rows, streams[0].device)
+    index = rows_index(when.rows, streams[0].device)
     return tuple(stream[index] for stream in streams)
+
+
+def _factor(values: Sequence[float], like: Tensor) -> float | Tensor:
+    """One number where all rows have the same, else (k,1,1)."""
+    return values[0] if min(values) == max(values) else like.new_tensor(values)[:, None, None]

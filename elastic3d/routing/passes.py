@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from elastic3d.routing.cache import Key
+from elastic3d.routing.cache import Key, Moments
 from elastic3d.routing.decision import RouteDecision
 from elastic3d.routing.protocol import BlockFlops
 from elastic3d.routing.recall import Recall
@@ -26,6 +27,18 @@ class Branch(IntEnum):
 BOTH_BRANCHES = (Branch.conditional, Branch.unconditional)
 
 
+class Hold(Enum):
+    """Which rows of a pass are not run though they should: none, all, or all unless every row should run.
+
+    A sampler asks so where samples leave out different steps: those that can go on without the blocks do, until all of
+    them need the blocks, which then run for all at once.
+    """
+
+    never = "never"
+    unless_all = "unless_all"
+    always = "always"
+
+
 Groups = dict[int, list[int]]  # the rows of each action
 
 
@@ -39,14 +52,16 @@ def grouped(actions: Sequence[int]) -> Groups:
 
 @dataclass
 class Pass:
-    """One forward pass of the model. Rows of the batch are (branch, sample); masked passes are for training. In those
-    the first `leaders` rows decide for the branches that follow them. `settled`: blocks within a span, and the rows of
-    each action, as the first block of that span has settled it for them."""
+    """One forward pass of the model. Rows of the batch are (branch, sample), each at its step; masked passes are for
+    training. The first `leaders` rows are those of one branch. `when`: steps, times and the cache's rows; `held`:
+    samples that should have run and were held. `settled`: blocks within a span, and the rows of each action, as the
+    first block of that span has settled it for them."""
 
     situation: Situation
     rows: list[tuple[int, int]]
-    step: int
+    when: Moments
     masked: bool
+    hold: Hold = Hold.never
     explored: Tensor | None = None
     lockstep: bool = False
     recall: Recall | None = None
@@ -55,6 +70,7 @@ class Pass:
     modulation: Tensor | None = None
     ahead: RouteDecision | None = None
     actions: list[int] | None = None
+    held: set[int] = field(default_factory=set)
     settled: tuple[range, Groups] | None = None
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
     flops: dict[int, BlockFlops] = field(default_factory=dict)
@@ -78,15 +94,49 @@ class RouteSource(Protocol):
 
 @dataclass
 class Announced:
-    """What the next forward pass is told of itself; see `RoutingSession.step` and `RoutingSession.train`."""
+    """What the next forward pass is told of itself; see `RoutingSession.step` and `RoutingSession.train`.
 
-    step: int
-    dt: Tensor | float
-    budget: Tensor | float
-    branches: tuple[int, ...] | Tensor
+    Of a generation: `steps`, `dt` and `budget` of its `samples`, which are those of all `total` that take part.
+    """
+
+    dt: Tensor | Sequence[float]
+    budget: Tensor
+    branches: Sequence[int] | Tensor
+    samples: Sequence[int] = ()
+    steps: Sequence[int] = ()
+    total: int = 0
+    hold: Hold = Hold.never
     masked: bool = False
     explored: Tensor | None = None
     lockstep: bool = False
     recall: Recall | None = None
     closed: bool = False
     leaders: int = 0
+
+    def pass_at(self, t: Tensor) -> Pass:
+        """The pass at times t (B,). ValueError where its batch is another than what was announced."""
+        if isinstance(self.branches, Tensor):
+            rows, branch, copies, when = [], self.branches, 1, Moments([], 0, [], [])
+        else:
+            rows = [(int(branch), sample) for branch in self.branches for sample in self.samples]
+            branch, copies = torch.tensor([float(b) for b, _ in rows]), len(self.branches)
+            places = [(b - rows[0][0]) * self.total + sample for b, sample in rows]
+            when = Moments(places, copies * self.total, list(self.steps) * copies, [])
+        B, device = t.shape[0], t.device
+        values = {"dt": torch.as_tensor(self.dt).repeat(copies), "budget": self.budget.repeat(copies)}
+        values = {name: value.float().to(device) for name, value in (values | {"branch": branch}).items()}
+        for name, value in values.items():
+            if value.shape != (B,):
+                raise ValueError(f"a batch of {B}, but {value.shape[0]} values of {name}")
+        return Pass(
+            Situation(t.float(), **values),
+            rows,
+            when,
+            self.masked,
+            self.hold,
+            self.explored,
+            self.lockstep,
+            self.recall,
+            self.closed,
+            self.leaders or len(self.samples) or B,
+        )

@@ -7,7 +7,7 @@ says `train(...)` before each forward pass. A pass that nobody announced is an e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -22,13 +22,23 @@ from elastic3d.config.routing import (
     RouterConfig,
     check_budget,
 )
+from elastic3d.routing.actions import actions_of
 from elastic3d.routing.cache import ResidualCache, Streams
 from elastic3d.routing.decision import RouteDecision, interpolated
-from elastic3d.routing.passes import BOTH_BRANCHES, Announced, Branch, Groups, Pass, RouteSource, grouped
+from elastic3d.routing.passes import (
+    BOTH_BRANCHES,
+    Announced,
+    Branch,
+    Groups,
+    Hold,
+    Pass,
+    RouteSource,
+    grouped,
+)
 from elastic3d.routing.protocol import BlockCall
 from elastic3d.routing.recall import Recall, Residuals
-from elastic3d.routing.router import Conditioner, RouterInput, Situation, Tokens, looks_ahead
-from elastic3d.routing.trace import REUSED, SKIPPED, Trace
+from elastic3d.routing.router import Conditioner, RouterInput, Tokens, looks_ahead
+from elastic3d.routing.trace import Trace
 
 if TYPE_CHECKING:
     from elastic3d.routing.block import ElasticBlock
@@ -56,7 +66,7 @@ class RoutingSession:
         self.current: Pass | None = None
         self.recorded: Residuals | None = None
         self.entered: dict[int, Streams] = {}
-        self._led: tuple[int, Tensor] | None = None
+        self._led: tuple[list[int], RouteDecision] | None = None
         self._announced: Announced | None = None
         self.samples = self._steps = 0
         self._budget: Tensor = torch.ones(0)
@@ -92,16 +102,31 @@ class RoutingSession:
         """The cache of a generation: that of the settings, or the one that the routers were trained with."""
         return self.settings.cache or self.router_config.cache()
 
-    def step(self, index: int, dt: float, branches: Sequence[int] = BOTH_BRANCHES) -> None:
+    def step(
+        self,
+        index: int | Sequence[int],
+        dt: float | Sequence[float],
+        branches: Sequence[int] = BOTH_BRANCHES,
+        samples: Sequence[int] | None = None,
+        hold: Hold = Hold.never,
+    ) -> None:
         """The next forward pass is sampling step `index` of size `dt`, for each branch the samples in order.
 
-        Branches that run one after the other announce themselves one after the other.
+        Branches that run one after the other announce themselves one after the other. `samples`: those that take part,
+        ascending, None for all; each may be at a step of its own then. Those that are held come out as they went in.
         """
         if not self.samples:
             raise ValueError("a step without a generation: call session.begin(samples, steps) first")
-        if not 0 <= index < self._steps:
-            raise ValueError(f"step {index} of a generation of {self._steps} steps")
-        self._announced = Announced(index, dt, self._budget.repeat(len(branches)), tuple(branches))
+        samples = range(self.samples) if samples is None else samples
+        steps = [index] * len(samples) if isinstance(index, int) else list(index)
+        for step in steps:
+            if not 0 <= step < self._steps:
+                raise ValueError(f"step {step} of a generation of {self._steps} steps")
+        if hold is not Hold.never and not self.holds:
+            raise ValueError(f"hold is {hold.name}, expected never: blocks or samples do not decide so")
+        dts = [dt] * len(samples) if isinstance(dt, (int, float)) else list(dt)
+        budget = self._budget[list(samples)]
+        self._announced = Announced(dts, budget, branches, samples, steps, self.samples, hold)
 
     def train(
         self,
@@ -128,7 +153,8 @@ class RoutingSession:
             raise ValueError(
                 f"explored is {tuple(explored.shape)}, expected {(len(budget), len(self.blocks))}"
             )
-        self._announced = Announced(0, dt, budget, branch, True, explored, lockstep, recall, closed, leaders)
+        options = (True, explored, lockstep, recall, closed, leaders)
+        self._announced = Announced(dt, budget, branch, (), (), 0, Hold.never, *options)
 
     def end(self) -> None:
         """Free the caches; the trace stays."""
@@ -171,35 +197,16 @@ class RoutingSession:
                 "a forward pass that nobody announced: call session.step or session.train before it"
             )
         told, self._announced = self._announced, None
-        B, device = t.shape[0], t.device
-
-        def per_row(value: Tensor | float) -> Tensor:
-            tensor = torch.as_tensor(value, dtype=torch.float32, device=device)
-            return tensor.expand(B) if tensor.ndim == 0 else tensor
-
-        if isinstance(told.branches, Tensor):
-            rows, branch = [], per_row(told.branches)
-        else:
-            rows = [(int(branch), sample) for branch in told.branches for sample in range(self.samples)]
-            branch = torch.tensor([float(b) for b, _ in rows], device=device)
-        situation = Situation(t.float(), per_row(told.dt), per_row(told.budget), branch)
-        for name in ("dt", "budget", "branch"):
-            if getattr(situation, name).shape != (B,):
-                raise ValueError(f"a batch of {B}, but {getattr(situation, name).shape[0]} values of {name}")
-        self.current = Pass(
-            situation,
-            rows,
-            told.step,
-            told.masked,
-            told.explored,
-            told.lockstep,
-            told.recall,
-            told.closed,
-            told.leaders or B,
-        )
+        self.current = current = told.pass_at(t)
+        current.when.times.extend(self._times(t) if current.rows else ())
         self.entered = {}
-        if self.conditioner is not None and self.source is None:
-            self.current.modulation = self.conditioner(situation)
+        if current.masked and self.conditioner is not None:  # here, and not in a block that may be recomputed
+            current.modulation = self.conditioner(current.situation)
+
+    def _times(self, t: Tensor) -> list[float]:
+        """Times of rows on the host, where the cache asks for them."""
+        config = self.cache.config if self.cache is not None else None
+        return t.tolist() if config is not None and config.times else [0.0] * len(t)
 
     def decide(self, block: ElasticBlock, call: BlockCall) -> RouteDecision:
         """The route of every row through `block`."""
@@ -215,7 +222,7 @@ class RoutingSession:
             decision = self.source.decide(current, block.index)
         elif looks_ahead(self.router_config):
             if current.ahead is None or block.index == 0:  # at the first block, also when it is recomputed
-                current.ahead = self._decision(current, self._ask_ahead(current, block, call))
+                current.ahead = self._decide_ahead(current, block, call)
             decision = current.ahead
         else:
             decision = self._decision(current, self._ask(current, block, call, slice(None)))
@@ -231,7 +238,7 @@ class RoutingSession:
     def _decision(self, current: Pass, logits: Tensor) -> RouteDecision:
         """What logits (B, 1 + K) of all rows say; where routes are shared, their mean over the samples of a branch."""
         if self.settings.shared and current.rows:
-            by_branch = logits.unflatten(0, (-1, self.samples))
+            by_branch = logits.unflatten(0, (-1, current.leaders))
             logits = by_branch.mean(1, keepdim=True).expand_as(by_branch).flatten(0, 1)
         config, t = self.router_config, current.situation.t
         urgency = interpolated(t, config.times, config.urgency) if config.times else None
@@ -242,23 +249,25 @@ class RoutingSession:
         streams = tuple(stream[rows] for stream in call.streams)
         given = RouterInput(Tokens(streams), block.adapter.conditioning(call)[rows])
         age = self._age(block)
+        if current.modulation is None and self.conditioner is not None:
+            current.modulation = self.conditioner(current.situation)
         modulation = None if current.modulation is None else current.modulation[rows]
         return block.route(given, modulation, None if age is None else age[rows])
 
-    def _ask_ahead(self, current: Pass, block: ElasticBlock, call: BlockCall) -> Tensor:
-        """The same for all rows and blocks. Where branches go together, the conditional one's rows are asked, which
-        are the first of their pass, and in a later pass of that step nobody is."""
+    def _decide_ahead(self, current: Pass, block: ElasticBlock, call: BlockCall) -> RouteDecision:
+        """The same decision for all blocks. Where branches go together, the conditional one's rows are asked, which are
+        the first of their pass, and in a later pass of that step nobody is."""
         count = len(current.situation.t)
         if self.router_config.branches is Branches.apart:
-            return self._ask(current, block, call, slice(None))
+            return self._decision(current, self._ask(current, block, call, slice(None)))
         if current.rows and current.rows[0][0] != Branch.conditional and self._led is not None:
-            step, logits = self._led
-            if step == current.step:
-                return logits
-        leaders = self.samples if current.rows else current.leaders
-        logits = self._ask(current, block, call, slice(leaders))
-        self._led = (current.step, logits)
-        return logits.repeat(count // leaders, 1)
+            steps, decision = self._led
+            if steps == current.when.steps:
+                return decision
+        logits = self._ask(current, block, call, slice(current.leaders))
+        decision = self._decision(current, logits.repeat(count // current.leaders, 1))
+        self._led = (current.when.steps, decision)
+        return decision
 
     @property
     def _alike(self) -> bool:
@@ -269,6 +278,16 @@ class RoutingSession:
             own = self.source.alike
         rule = CacheRule.off if self.settings.cache is None else self.settings.cache.rule  # routers' own: off
         return own and rule in (CacheRule.off, CacheRule.age)
+
+    @property
+    def holds(self) -> bool:
+        """Whether samples can wait for each other: they decide once a step, each for itself."""
+        return self._alike and not self.settings.shared and self.settings.elastic
+
+    @property
+    def held(self) -> Collection[int]:
+        """Samples of the newest pass that should have run, and have to wait."""
+        return () if self.current is None else self.current.held
 
     def span(self, block: ElasticBlock) -> range:
         """The blocks around this one whose residual is kept as one: all of its list, where all do the same."""
@@ -294,7 +313,7 @@ class RoutingSession:
         assert current is not None
         if cache is None:
             return [0] * len(current.rows)
-        return cache.ages(current.key(self.span(block).start), len(current.rows), current.step)
+        return cache.ages(current.key(self.span(block).start), current.when)
 
     def plan(self, block: ElasticBlock, call: BlockCall, decision: RouteDecision) -> Groups:
         """The rows of each action, on the host (the one synchronisation of a block, or of a step that looks ahead),
@@ -302,8 +321,10 @@ class RoutingSession:
         current, trace = self.current, self.trace
         assert current is not None and trace is not None
         if current.actions is None or not self._alike:
-            current.actions = self._actions(current, block, call, decision)
-        trace.record(current.step, current.rows, block.index, current.actions)
+            drift = None if self.cache is None else self.cache.drift(current.key(block.index), call.streams)
+            ages = self._ages(block)
+            current.actions = actions_of(current, decision, ages, drift, self.cache, self.router_config)
+        trace.record(current.when.steps, current.rows, block.index, current.actions)
         if block.index not in trace.flops:
             trace.flops[block.index] = current.flops[block.index]
             trace.router_flops[block.index] = block.router.flops(call.lengths) if block.router else 0
@@ -323,22 +344,5 @@ class RoutingSession:
             return None
         assert current.actions is not None
         current.visited.add(block.index)
-        trace.record(current.step, current.rows, block.index, current.actions)
+        trace.record(current.when.steps, current.rows, block.index, current.actions)
         return groups
-
-    def _actions(
-        self, current: Pass, block: ElasticBlock, call: BlockCall, decision: RouteDecision
-    ) -> list[int]:
-        cache, actions, config = self.cache, [], self.router_config
-        drift = None if cache is None else cache.drift(current.key(block.index), call.streams)
-        drifts = drift.tolist() if drift is not None else [0.0] * len(current.rows)
-        for age, p, width, keep, change in zip(self._ages(block), *decision.on_host(), drifts, strict=True):
-            if (
-                config.longest and cache is not None and not age
-            ):  # these routers choose between a block and its forecast
-                actions.append(config.widths)
-            elif cache is not None and cache.reuse(age, p, config.threshold, change):
-                actions.append(REUSED)
-            else:
-                actions.append(1 + int(width) if keep else SKIPPED)
-        return actions

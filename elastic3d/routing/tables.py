@@ -37,10 +37,11 @@ class TableRoutes:
     def decide(self, current: Pass, block: int) -> RouteDecision:
         """The route of every row of `current` through one block."""
         steps, branches, samples, _ = self.actions.shape
-        step = current.step if steps > 1 else 0
         picked = [
-            self.actions[step, branch if branches > 1 else 0, sample if samples > 1 else 0, block]
-            for branch, sample in current.rows
+            self.actions[
+                step if steps > 1 else 0, branch if branches > 1 else 0, sample if samples > 1 else 0, block
+            ]
+            for step, (branch, sample) in zip(current.when.steps, current.rows, strict=True)
         ]
         actions = torch.stack(picked).to(current.situation.t.device)
         return RouteDecision.fixed(actions > 0, (actions - 1).clamp_min(0), self.widths)

@@ -34,11 +34,12 @@ class Trace:
             for _ in range(self.steps)
         ]
 
-    def record(self, step: int, rows: Sequence[tuple[int, int]], block: int, actions: Sequence[int]) -> None:
-        """Note the actions of one block for the rows (branch, sample) of one call."""
-        at_step = self._actions[step]
-        for (branch, sample), action in zip(rows, actions, strict=True):
-            at_step[branch][sample][block] = action
+    def record(
+        self, steps: Sequence[int], rows: Sequence[tuple[int, int]], block: int, actions: Sequence[int]
+    ) -> None:
+        """Note the actions of one block for the rows (branch, sample) of one call, each at its step."""
+        for step, (branch, sample), action in zip(steps, rows, actions, strict=True):
+            self._actions[step][branch][sample][block] = action
 
     @property
     def actions(self) -> Tensor:

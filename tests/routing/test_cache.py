@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from elastic3d.config.routing import BlockCacheConfig, CacheRule, ElasticConfig, RouterConfig, RouterVariant
-from elastic3d.routing.cache import ResidualCache
+from elastic3d.routing.cache import Moments, ResidualCache
 
 KEY = (2, 0)
 
@@ -16,7 +16,7 @@ def put(
     rows = list(range(len(values))) if rows is None else rows
     x = torch.ones(len(rows), 4, 2)
     y = x + torch.tensor(values)[:, None, None]
-    cache.store(KEY, rows, count or len(rows), step, (x,), (y,))
+    cache.store(KEY, Moments.together(rows, count or len(rows), step), (x,), (y,))
 
 
 def stored(step: int = 0, steps: int = 10, **changes) -> ResidualCache:
@@ -25,12 +25,16 @@ def stored(step: int = 0, steps: int = 10, **changes) -> ResidualCache:
     return cache
 
 
+def ages(cache: ResidualCache, count: int, step: int, key=KEY) -> list[int]:
+    return cache.ages(key, Moments.together(range(count), count, step))
+
+
 def reuse(cache: ResidualCache, step: int, p: float, drift: float = math.inf) -> bool:
-    return cache.reuse(cache.ages(KEY, 1, step)[0], p, 0.5, drift)
+    return cache.reuse(ages(cache, 1, step, KEY)[0], p, 0.5, drift)
 
 
-def value(cache: ResidualCache, step: int, row: int = 0) -> float:
-    [found] = cache.apply(KEY, [row], step, (torch.zeros(1, 4, 2),))
+def value(cache: ResidualCache, step: int, row: int = 0, count: int = 1) -> float:
+    [found] = cache.apply(KEY, Moments.together([row], count, step), (torch.zeros(1, 4, 2),))
     assert found.shape == (1, 4, 2) and found.min() == found.max()
     return found.max().item()
 
@@ -40,7 +44,7 @@ def test_the_band_is_closed_above_the_threshold_and_residuals_die():
     for p, expected in ((0.5, False), (0.51, True), (0.6, True), (0.61, False)):
         assert reuse(cache, 3, p) is expected
     assert [reuse(cache, step, 0.55) for step in (3, 5, 6)] == [True, True, False]
-    assert cache.ages((2, 1), 1, 3) == [0]  # the other branch
+    assert ages(cache, 1, 3, (2, 1)) == [0]  # the other branch
     assert value(cache, 3) == 2
     assert cache.bytes == 4 * 2 * 4 and len(cache) == 1
 
@@ -54,7 +58,7 @@ def test_a_residual_goes_on_as_it_changed_while_both_lived():
     cache = stored(step=2, trend=1.0, longest=3)
     assert value(cache, 3) == 2  # of one alone no change is known
     put(cache, 4, [3.0])
-    assert value(cache, 6) == 3 + 2 * 0.5 and cache.ages(KEY, 1, 6) == [2]
+    assert value(cache, 6) == 3 + 2 * 0.5 and ages(cache, 1, 6) == [2]
     assert cache.bytes == 2 * 4 * 2 * 4
     put(cache, 9, [3.0])  # the one before has died
     assert value(cache, 10) == 3
@@ -68,13 +72,15 @@ def test_rows_that_are_computed_at_different_steps_are_kept_apart(trend):
     generator = torch.Generator().manual_seed(0)
     for step, rows in enumerate([[0, 2], [0, 1, 2], [1], [0, 2], [2], [0, 1, 2], [0], [], [1, 2]]):
         for row in range(3):
-            age = alone[row].ages(KEY, 1, step)[0]
-            assert cache.ages(KEY, 3, step)[row] == age
+            age = ages(alone[row], 1, step)[0]
+            assert ages(cache, 3, step)[row] == age
             if age:
-                assert value(cache, step, row) == pytest.approx(value(alone[row], step), abs=1e-5)
-        living = [row for row, age in enumerate(cache.ages(KEY, 3, step)) if age]
+                assert value(cache, step, row, 3) == pytest.approx(value(alone[row], step), abs=1e-5)
+        living = [row for row, age in enumerate(ages(cache, 3, step)) if age]
         if living:
-            [together] = cache.apply(KEY, living, step, (torch.zeros(len(living), 4, 2),))
+            [together] = cache.apply(
+                KEY, Moments.together(living, 3, step), (torch.zeros(len(living), 4, 2),)
+            )
             for place, row in enumerate(living):
                 assert together[place, 0, 0].item() == pytest.approx(value(alone[row], step), abs=1e-5)
         values = torch.randn(3, generator=generator).tolist()
@@ -83,6 +89,40 @@ def test_rows_that_are_computed_at_different_steps_are_kept_apart(trend):
         for row in rows:
             put(alone[row], step, [values[row]])
     assert len(cache) == 3 and cache.bytes == (1 + (trend > 0)) * 3 * 4 * 2 * 4
+
+
+def at(row: int, step: int, time: float, count: int = 1) -> Moments:
+    return Moments([row], count, [step], [time])
+
+
+def test_a_calibrated_forecast_follows_curves_over_time():
+    """A trend of 0.5 at time 0.2 and 1 at 0.6, a rate of fading of 2 at 0.2 and 0 at 0.6, linear between."""
+    config = BlockCacheConfig(
+        closed_reuse=True, longest=9, trend=0.3, times=[0.2, 0.6], trends=[0.5, 1.0], fades=[2.0, 0.0]
+    )
+    cache, x = ResidualCache(config, 10), torch.zeros(1, 4, 2)
+    cache.store(KEY, at(0, 1, 0.1), (x,), (x + 3,))
+    for time, left in ((0.2, math.exp(-2 * 0.1)), (0.4, math.exp(-0.3)), (0.7, 1.0)):
+        assert cache.apply(KEY, at(0, 2, time), (x,))[0].max().item() == pytest.approx(3 * left)
+    cache.store(KEY, at(0, 3, 0.2), (x,), (x + 4,))
+    for time, trend in ((0.2, 0.5), (0.4, 0.75), (0.7, 1.0)):
+        fade = {0.2: 2.0, 0.4: 1.0, 0.7: 0.0}[time]
+        expected = 4 * math.exp(-fade * (time - 0.2)) + (trend + trend**2) / 2  # two steps of half the change
+        assert cache.apply(KEY, at(0, 5, time), (x,))[0].max().item() == pytest.approx(expected)
+
+
+def test_rows_of_a_batch_are_forecast_each_for_its_time():
+    config = BlockCacheConfig(
+        closed_reuse=True, longest=9, times=[0.0, 1.0], trends=[0.2, 1.1], fades=[3.0, 0.5]
+    )
+    cache, x = ResidualCache(config, 10), torch.zeros(2, 4, 2)
+    for step, time in ((0, 0.0), (2, 0.1)):
+        cache.store(KEY, Moments([0, 1], 2, [step, step + 1], [time, time + 0.3]), (x,), (x + step + 1,))
+    when = Moments([0, 1], 2, [4, 7], [0.5, 0.9])
+    [found] = cache.apply(KEY, when, (x,))
+    for row in (0, 1):
+        [alone] = cache.apply(KEY, when.some([row]), (x[:1],))
+        torch.testing.assert_close(found[row : row + 1], alone)
 
 
 def test_drift_is_the_relative_change_of_the_input():
@@ -98,18 +138,22 @@ def test_drift_is_the_relative_change_of_the_input():
 
 
 def reuse2(cache: ResidualCache, p: float, drift: float) -> bool:
-    return cache.reuse(cache.ages(KEY, 2, 1)[0], p, 0.5, drift)
+    return cache.reuse(ages(cache, 2, 1, KEY)[0], p, 0.5, drift)
 
 
 def test_by_age_open_blocks_reuse_what_lives():
     cache = stored(step=2, rule=CacheRule.age, longest=1)
     assert [reuse(cache, step, 0.9) for step in (3, 4)] == [True, False]
-    assert [cache.ages(KEY, 1, step) for step in (3, 4)] == [[1], [0]]
+    assert [ages(cache, 1, step, KEY) for step in (3, 4)] == [[1], [0]]
 
 
 @pytest.mark.parametrize("build, message", [
     (lambda: BlockCacheConfig(band=-0.1), "cache.band is -0.1, expected a value from 0 to 1"),
     (lambda: BlockCacheConfig(longest=0), "cache.longest is 0"),
+    (lambda: BlockCacheConfig(times=[0.5], trends=[1.0, 0.5]),
+     r"cache.trends has 2 values, expected one at each of ascending cache.times \(1\)"),
+    (lambda: RouterConfig(forecast_times=[0.5, 0.2], trends=[1.0, 0.5]),
+     "forecast_times and trends are no ascending list and one of the same length"),
     (lambda: BlockCacheConfig(trend=2), "cache.trend is 2, expected a value from 0 to 1"),
     (lambda: BlockCacheConfig(start=1.5), "cache.start is 1.5"),
     (lambda: BlockCacheConfig(drift=math.nan), "cache.drift is nan"),

@@ -17,6 +17,7 @@ from elastic3d.config.routing import (
 )
 from elastic3d.diffusion.sampler import sample
 from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.routing.passes import Hold
 from elastic3d.routing.session import RoutingSession
 from elastic3d.routing.tables import TableRoutes
 
@@ -109,6 +110,63 @@ def test_a_block_with_nothing_to_reuse_runs_and_none_is_reused_for_longer_than_i
     dit, session = attached(RouterConfig(longest=2, initial_keep=0.01, head_std=0.0), std=0.0)
     _, actions = generated(dit, session)
     assert (actions[:, 0, 0, 0] > 0).tolist() == [True, False, False, True, False, False, True, False]
+
+
+def one_by_one(dit: ShapeDiT, session: RoutingSession):
+    """The same three samples, each in a generation of its own."""
+    condition = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(9))
+    latents, actions = [], []
+    for i in range(3):
+        noise = [torch.Generator().manual_seed(i)]
+        latents.append(sample(dit, condition[i : i + 1], (6, 5), STEPS, 2.0, noise, session=session))
+        actions.append(session.trace.actions)
+    return torch.cat(latents), torch.cat(actions, dim=2)
+
+
+@pytest.mark.parametrize("branches", list(Branches))
+@pytest.mark.parametrize("trend", [0.0, 0.8])
+def test_samples_wait_for_each_other_and_take_the_routes_that_they_take_alone(branches, trend):
+    dit, session = attached(of_one_decision(branches=branches, trend=trend))
+    batches = []
+    session.blocks[1].inner.register_forward_hook(lambda block, args, out: batches.append(len(out[0])))
+    latents, actions = generated(dit, session)
+    ran, batches[:] = sum(batches), []
+    alone, routes = one_by_one(dit, session)
+    assert torch.equal(actions, routes) and ran == sum(batches)
+    assert (actions[:, :, 0] != actions[:, :, 1]).any()
+    torch.testing.assert_close(latents, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_run_as_often_as_the_sample_that_needs_them_most():
+    routes = torch.zeros(STEPS, 1, 3, 1, dtype=torch.long)
+    for row, steps in enumerate([(0, 3, 6), (0, 1, 7), (0, 5)]):
+        routes[list(steps), 0, row] = 1
+    dit, session = attached(of_one_decision(longest=STEPS))
+    session.source = TableRoutes(routes.expand(-1, -1, -1, 5), 1)
+    batches, done = [], []
+    session.blocks[1].inner.register_forward_hook(lambda block, args, out: batches.append(len(out[0])))
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    condition = torch.randn(3, 4, 8)
+    sample(
+        dit, condition, (6, 5), STEPS, 2.0, generators, session=session, on_step=lambda *at: done.append(at)
+    )
+    assert batches == [6, 6, 4]  # two branches of three samples, of three, of two
+    assert done == [(i + 1, STEPS) for i in range(STEPS)]
+    assert torch.equal(session.trace.actions[:, 0, :, 0] > 0, routes[:, 0, :, 0] > 0)
+
+
+def test_only_samples_that_decide_once_a_step_and_apart_can_wait():
+    for config, settings in (
+        (RouterConfig(), ElasticConfig(budget=0.5)),
+        (of_one_decision(), ElasticConfig(budget=0.5, shared=True)),
+        (of_one_decision(), ElasticConfig(elastic=False)),
+    ):
+        _, session = attached(config)
+        session.settings = settings
+        session.begin(2, STEPS)
+        assert not session.holds
+        with pytest.raises(ValueError, match="hold is always, expected never"):
+            session.step(0, 0.1, hold=Hold.always)
 
 
 def test_only_who_looks_ahead_decides_for_both_branches():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from elastic3d.config.routing import BlockCacheConfig, RouterConfig, RouterVariant
-from elastic3d.routing.cache import ResidualCache
+from elastic3d.routing.cache import Moments, ResidualCache
 from elastic3d.routing.recall import Recall
 
 
@@ -27,11 +27,11 @@ def test_training_recalls_what_a_cache_would_hold(trend):
                 if ages[row, index] > 0:
                     x = torch.zeros(1, 3, 4)
                     step = now - int(ages[row, index])
-                    cache.store((0, 0), [0], 1, step, (x,), (known[index][0][0][:1],))
-            torch.testing.assert_close(
-                found[row : row + 1], cache.apply((0, 0), [0], now, (torch.zeros(1, 3, 4),))[0]
-            )
-            assert recall.age(0)[row] == ages[row, pick] == cache.ages((0, 0), 1, now)[0]
+                    cache.store((0, 0), Moments.together([0], 1, step), (x,), (known[index][0][0][:1],))
+            when = Moments.together([0], 1, now)
+            [expected] = cache.apply((0, 0), when, (torch.zeros(1, 3, 4),))
+            torch.testing.assert_close(found[row : row + 1], expected)
+            assert recall.age(0)[row] == ages[row, pick] == cache.ages((0, 0), when)[0]
 
 
 def test_a_row_that_remembers_nothing_adds_nothing():
