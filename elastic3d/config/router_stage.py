@@ -33,8 +33,8 @@ class CostLoss(Enum):
     paper = "paper"
 
 
-class Urgency(Enum):
-    """What a calibration does with the curve over time that is added to gates: chooses it anew, or keeps it."""
+class Curve(Enum):
+    """What a calibration does with a curve over time: `choose` it anew, or `keep` what is there."""
 
     choose = "choose"
     keep = "keep"
@@ -127,8 +127,11 @@ class RouterStageConfig:
         "validation shapes that are generated at each of them; stage=export, calibrate: to calibrate budgets on",
     )
     val_steps: int = option(16, "sampling steps of it")
-    urgency: Urgency = option(
-        Urgency.choose, "stage=export, calibrate: choose the gates' curve over time anew, or keep it"
+    trends: Curve = option(
+        Curve.choose, "stage=export, calibrate: choose the forecasts' curve over time anew, or keep it"
+    )
+    urgency: Curve = option(
+        Curve.choose, "stage=export, calibrate: choose the gates' curve over time anew, or keep it"
     )
 
     def __post_init__(self) -> None:

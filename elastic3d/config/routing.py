@@ -70,9 +70,6 @@ class RouterConfig:
     )
     forecast_times: list[float] = option([], "calibration of that: times in [0,1], ascending; empty: none")
     trends: list[float] = option([], "calibration: shares at these times, in the place of trend")
-    fades: list[float] = option(
-        [], "calibration: rate at these times at which a residual fades, per unit of time; empty: it doesn't"
-    )
     asked: list[float] = option([], "calibration: budgets that are asked for, ascending; empty: none")
     told: list[float] = option([], "calibration: what the routers are told instead, measured after training")
     times: list[float] = option([], "calibration: times in [0,1], ascending; empty: none")
@@ -98,7 +95,6 @@ class RouterConfig:
             ("asked and told", self.asked, self.told),
             ("times and urgency", self.times, self.urgency),
             ("forecast_times and trends", self.forecast_times, self.trends),
-            ("forecast_times and fades", self.forecast_times, self.fades or self.trends),
         ):
             if len(at) != len(found) or sorted(at) != at:
                 raise ValueError(f"{names} are no ascending list and one of the same length")
@@ -130,7 +126,6 @@ class RouterConfig:
             trend=self.trend,
             times=self.forecast_times,
             trends=self.trends,
-            fades=self.fades,
         )
 
     @property
@@ -154,11 +149,8 @@ class BlockCacheConfig:
     trend: float = option(
         0.0, "share of its change between the last two computed that goes on, a step later: 0 none, 1 a line"
     )
-    times: list[float] = option([], "times in [0,1], ascending, for trends and fades; empty: none")
-    trends: list[float] = option([], "trend at these times, linear between; empty: trend at all times")
-    fades: list[float] = option(
-        [], "rate at these times at which a residual fades, per unit of time; empty: it doesn't"
-    )
+    times: list[float] = option([], "times in [0,1], ascending; empty: trend holds at all of them")
+    trends: list[float] = option([], "trend at these times, linear between")
     probe_stride: int = option(8, "rule drift: the input's change is measured on every so-manieth token")
 
     def __post_init__(self) -> None:
@@ -168,12 +160,8 @@ class BlockCacheConfig:
         check_range("cache.longest", self.longest, 1, 1000)
         check_range("cache.trend", self.trend, 0, 1)
         check_range("cache.probe_stride", self.probe_stride, 1, 1 << 20)
-        for name, values in (("trends", self.trends), ("fades", self.fades)):
-            if values and (len(values) != len(self.times) or sorted(self.times) != self.times):
-                raise ValueError(
-                    f"cache.{name} has {len(values)} values, expected one at each of ascending cache.times"
-                    f" ({len(self.times)})"
-                )
+        if len(self.times) != len(self.trends) or sorted(self.times) != self.times:
+            raise ValueError("cache.times and cache.trends are no ascending list and one of the same length")
 
     @property
     def active(self) -> bool:

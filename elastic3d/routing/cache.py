@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -51,8 +51,8 @@ class Moments:
 class Bank:
     """What one block remembers of each row of its batch.
 
-    steps: when `newest` was computed, NEVER for a row without, and times: at which time; `older` are the residuals
-    before (None: none are kept), computed at `before`; probe: the block's input when `newest` was computed.
+    steps: when `newest` was computed, NEVER for a row without; `older` are the residuals before (None: none are kept),
+    computed at `before`; probe: the block's input when `newest` was computed.
     """
 
     steps: list[int]
@@ -60,10 +60,6 @@ class Bank:
     newest: Streams
     older: Streams | None = None
     probe: Tensor | None = None
-    times: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.times = self.times or [0.0] * len(self.steps)
 
 
 class ResidualCache:
@@ -125,9 +121,8 @@ class ResidualCache:
     def apply(self, key: Key, when: Moments, streams: Streams) -> Streams:
         """Streams (k,L,D) of the rows with what stands in for their residuals added.
 
-        These are the newest ones, faded, and what is left of their change a step: of a `trend` of 1 a line, as
-        TaylorSeer forecasts features (2503.06923), less flattens with each step (damped trend, Gardner and McKenzie
-        1985).
+        These are the newest ones and, with a trend, what is left of their change a step: of 1 a line, as TaylorSeer
+        forecasts features (2503.06923), less flattens with each step (damped trend, Gardner and McKenzie 1985).
         """
         bank = self._banks[key]
         slopes = [
@@ -139,10 +134,6 @@ class ResidualCache:
         else:
             older, weight = _take(bank.older, when), _factor([1 + slope for slope in slopes], newest[0])
             forecast = tuple(torch.lerp(old, new, weight) for old, new in zip(older, newest, strict=True))
-        if self.config.fades:
-            left = [self._left(bank, row, time) - 1 for row, time in zip(when.rows, when.times, strict=True)]
-            lost = _factor(left, newest[0])
-            forecast = tuple(r + lost * new for r, new in zip(forecast, newest, strict=True))
         return tuple(x + r for x, r in zip(streams, forecast, strict=True))
 
     def store(self, key: Key, when: Moments, inputs: Streams, outputs: Streams) -> None:
@@ -158,8 +149,8 @@ class ResidualCache:
             bank.older = None
         if not whole:
             self._store_some(bank, when.rows, found, probe)
-        for row, step, time in zip(when.rows, when.steps, when.times, strict=True):
-            bank.before[row], bank.steps[row], bank.times[row] = bank.steps[row], step, time
+        for row, step in zip(when.rows, when.steps, strict=True):
+            bank.before[row], bank.steps[row] = bank.steps[row], step
 
     def _store_some(self, bank: Bank, rows: Sequence[int], found: Streams, probe: Tensor | None) -> None:
         index = rows_index(rows, found[0].device)
@@ -181,11 +172,6 @@ class ResidualCache:
             return 0.0
         trend = float(np.interp(time, config.times, config.trends)) if config.trends else config.trend
         return damped_steps(step - bank.steps[row], trend) / gap
-
-    def _left(self, bank: Bank, row: int, time: float) -> float:
-        """What is left of a row's newest residual."""
-        fade = float(np.interp(time, self.config.times, self.config.fades))
-        return math.exp(-fade * (time - bank.times[row]))
 
     def _probe(self, streams: Streams) -> Tensor:
         return streams[0][:, :: self.config.probe_stride]

@@ -86,6 +86,7 @@ def _note(stage: RouterStage | ImageRouterStage) -> dict[str, object]:
     return {
         "steps": routing.val_steps,
         "guidance": routing.guidance,
+        "trends": routing.trends.name,
         "urgency": routing.urgency.name,
         "precision": stage.config.precision.name,
         "data": {name: value for name, value in stage.record().items() if not name.startswith("train_")},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.config.router_stage import Urgency
+from elastic3d.config.router_stage import Curve
 from elastic3d.config.routing import MIN_BUDGET, ElasticConfig
 from elastic3d.config.train import Precision, TrainConfig
 from elastic3d.routing.router import looks_ahead
@@ -21,8 +21,12 @@ from elastic3d.routing.session import RoutingSession
 # settings, number of validation samples (0: all) -> latents (B,N,C), executed share (B,)
 Generate = Callable[[ElasticConfig, int], tuple[Tensor, Tensor]]
 EARLY, LATE = (0.0, 1.5, 3.0), (0.0, 2.0)
-_PROBES = 16  # samples on which these are compared
-_TOLD, _SHARES = (0.4, 0.5, 0.6, 0.7, 0.8), (0.3, 0.35, 0.4, 0.5)
+TREND_TIMES = (0.0, 0.05, 0.12, 0.3, 0.6, 1.0)
+TREND_STEPS = ((-0.6, -0.3, 0.3), (-0.15, 0.15))  # of a value, round by round
+MAX_TREND = 1.5
+_PROBES, _TREND_PROBES = 16, 8  # samples on which these are compared
+_TOLD, _TREND_TOLD = (0.4, 0.5, 0.6, 0.7, 0.8), (0.5, 0.6, 0.7)
+_SHARES = (0.3, 0.35, 0.4, 0.5)
 
 
 def as_trained(config: TrainConfig, device: torch.device) -> torch.autocast:
@@ -51,27 +55,59 @@ def calibrate(
     session: RoutingSession,
     generate: Generate,
     times: Tensor,
-    urgency: Urgency = Urgency.choose,
+    trends: Curve = Curve.choose,
+    urgency: Curve = Curve.choose,
     points: int = 24,
 ) -> None:
-    """Note in the routers' configuration how urgent each time is, and what they have to be told so that a budget that
-    is asked for is what is executed, at `points` budgets.
+    """Note in the routers' configuration how residuals go on over time, how urgent each time is, and what the routers
+    have to be told so that a budget that is asked for is what is executed, at `points` budgets.
 
     `times` (S+1,) are those that `generate` samples at. The paper's routers have neither input.
     """
     if session.conditioner is None:
         return
     session.router_config = replace(session.router_config, asked=[], told=[])
-    if urgency is Urgency.choose:
+    reuse = looks_ahead(session.router_config) and session.router_config.longest > 0
+    if trends is Curve.choose:
+        session.router_config = replace(session.router_config, forecast_times=[], trends=[])
+    if urgency is Curve.choose:
         session.router_config = replace(session.router_config, times=[], urgency=[])
-        if looks_ahead(session.router_config) and session.router_config.longest:
-            choose_urgency(session, generate, times)
+    if reuse and trends is Curve.choose and session.router_config.trend:
+        choose_trends(session, generate)
+    if reuse and urgency is Curve.choose:
+        choose_urgency(session, generate, times)
     told = np.linspace(MIN_BUDGET, 1.0, points)
     bar = tqdm(told, desc="calibrate", dynamic_ncols=True)
     shares = [generate(ElasticConfig(budget=float(budget)), 0)[1].mean().item() for budget in bar]
     found = np.maximum.accumulate(shares) + 1e-6 * np.arange(points)  # ascending, as an inverse needs
     inverse = np.interp(told, found, told)
     session.router_config = replace(session.router_config, asked=told.tolist(), told=inverse.tolist())
+
+
+def choose_trends(session: RoutingSession, generate: Generate) -> None:
+    """Choose how much of a residual's change goes on, over time: the curve with the smallest error of the result.
+
+    Where latents are noise, a change hardly goes on; where they are nearly clean it may even grow. One time after the
+    other of `TREND_TIMES` takes the best of some values, which are finer from round to round.
+    """
+    dense, _ = generate(ElasticConfig(elastic=False), _TREND_PROBES)
+    trends = [session.router_config.trend] * len(TREND_TIMES)
+
+    def error(values: list[float]) -> float:
+        session.router_config = replace(
+            session.router_config, forecast_times=list(TREND_TIMES), trends=values
+        )
+        return _error_at_equal_cost(generate, dense, _TREND_TOLD)
+
+    best = error(trends)
+    rounds = [(place, steps) for steps in TREND_STEPS for place in range(len(TREND_TIMES))]
+    for place, steps in tqdm(rounds, desc="trends", dynamic_ncols=True):
+        middle = trends[place]
+        for value in sorted({min(max(middle + step, 0.0), MAX_TREND) for step in steps} - {middle}):
+            tried = [*trends[:place], value, *trends[place + 1 :]]
+            if (found := error(tried)) < best:
+                best, trends = found, tried
+    session.router_config = replace(session.router_config, trends=trends)
 
 
 def choose_urgency(session: RoutingSession, generate: Generate, times: Tensor) -> None:
@@ -91,16 +127,20 @@ def choose_urgency(session: RoutingSession, generate: Generate, times: Tensor) -
         return (early * np.exp(-place / 0.2) - late * (place > 0.9)).tolist()
 
     def error(curve: tuple[float, float]) -> float:
-        """Mean logarithm of the error at the shares that are compared."""
         session.router_config = replace(
             session.router_config, times=times[1:-1].tolist(), urgency=urgency(*curve)
         )
-        points = []
-        for told in _TOLD:
-            latents, share = generate(ElasticConfig(budget=told), _PROBES)
-            points.append((share.mean().item(), math.log(max(relative_error(latents, dense), 1e-12))))
-        shares, errors = zip(*sorted(points), strict=True)
-        return float(np.interp(_SHARES, shares, errors).mean())
+        return _error_at_equal_cost(generate, dense, _TOLD)
 
     best = min(product(EARLY, LATE), key=error)
     session.router_config = replace(session.router_config, urgency=urgency(*best))
+
+
+def _error_at_equal_cost(generate: Generate, dense: Tensor, budgets: Sequence[float]) -> float:
+    """Mean logarithm of the result's error at the shares that are compared, from what routers make of some budgets."""
+    points = []
+    for told in budgets:
+        latents, share = generate(ElasticConfig(budget=told), len(dense))
+        points.append((share.mean().item(), math.log(max(relative_error(latents, dense), 1e-12))))
+    shares, errors = zip(*sorted(points), strict=True)
+    return float(np.interp(_SHARES, shares, errors).mean())

@@ -167,7 +167,8 @@ class ImageRouterStage:
         """Measure on the validation pictures how urgent times are, and make the cost that is asked for the one that is
         executed."""
         times = self.flow.backbone.grid(self.config.routing.val_steps)
-        calibrate(self.flow.session, self._generate, times, self.config.routing.urgency, points)
+        routing = self.config.routing
+        calibrate(self.flow.session, self._generate, times, routing.trends, routing.urgency, points)
 
     def _generate(self, settings: ElasticConfig, count: int = 0) -> tuple[Tensor, Tensor]:
         """Latents (B,N,C) of the first `count` (0: all) validation captions, and the executed share (B,)."""

@@ -9,7 +9,7 @@ from tiny_images import save_tiny_qwen
 
 from elastic3d.adapters import attach, load_routers, save_routers
 from elastic3d.adapters.storage import load_router_config
-from elastic3d.config.router_stage import Urgency
+from elastic3d.config.router_stage import Curve
 from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig, RouterVariant
 from elastic3d.config.text_to_image import BackboneName
 from elastic3d.config.train import DataConfig, ExportConfig, StageName
@@ -74,7 +74,7 @@ def check_executed(stage, folder: Path) -> None:  # noqa: F811
 
 def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypatch):  # noqa: F811
     before = {path.name: path.read_bytes() for path in routers.iterdir()}
-    config = shape_config(dense, {"urgency": Urgency.keep})
+    config = shape_config(dense, {"trends": Curve.keep, "urgency": Curve.keep})
     assert run_stage(config) == 0
     after = {path.name: path.read_bytes() for path in routers.iterdir()}
     assert {name for name in before if before[name] != after[name]} == {"config.json"}
@@ -89,13 +89,15 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
     check_executed(RouterStage(config), routers)
 
     monkeypatch.setattr(calibration, "EARLY", (0.0,))
+    monkeypatch.setattr(calibration, "TREND_STEPS", ((-0.5,),))
     config = shape_config(dense, export=ExportConfig(output=dense / "other"))
     assert run_stage(config) == 0
     assert {path.name: path.read_bytes() for path in routers.iterdir()} == after
     other = dense / "other" / "routers"
     for name in ("model.safetensors", "training.json"):
         assert (other / name).read_bytes() == before[name]
-    assert len(load_router_config(other, "ShapeDiT").urgency) == STEPS - 1  # chosen anew
+    chosen = load_router_config(other, "ShapeDiT")  # anew
+    assert len(chosen.urgency) == STEPS - 1 and chosen.forecast_times == list(calibration.TREND_TIMES)
 
 
 def test_pictures(folder, prepared):  # noqa: F811
@@ -106,7 +108,8 @@ def test_pictures(folder, prepared):  # noqa: F811
     image = dict(
         backbone=BackboneName.qwen_image, weights=weights, images=folder, size=16, text_length=48, val_every=2
     )
-    config = image_config(prepared, StageName.calibrate, {"urgency": Urgency.keep, "val_shapes": 3}, **image)
+    kept = {"trends": Curve.keep, "urgency": Curve.keep}
+    config = image_config(prepared, StageName.calibrate, {**kept, "val_shapes": 3}, **image)
     assert run_stage(config) == 0
     assert (routers / "model.safetensors").read_bytes() == before
     found = load_router_config(routers, "QwenImageTransformer2DModel")

@@ -10,7 +10,7 @@ import torch
 from elastic3d.config.router_stage import GateLoss
 from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig
 from elastic3d.training import calibration
-from elastic3d.training.calibration import choose_urgency, relative_error
+from elastic3d.training.calibration import choose_trends, choose_urgency, relative_error
 from elastic3d.training.router_stage import RouterStage
 from tests.training.test_router_stage import dense, router_config  # noqa: F401  # a fixture
 
@@ -20,9 +20,22 @@ STEPS = 6
 @pytest.fixture
 def stage(dense, monkeypatch):  # noqa: F811
     monkeypatch.setattr(calibration, "_TOLD", (0.3, 0.9))
+    monkeypatch.setattr(calibration, "_TREND_TOLD", (0.3, 0.9))
     router = RouterConfig(longest=3, lookahead=Lookahead.step, widths=1, head_std=0.1)
     routing = {"gate": GateLoss.damage, "val_shapes": 1, "val_steps": STEPS}
     return RouterStage(router_config(dense, routing=routing, router=router))
+
+
+def error_by_hand(stage, true, **curves) -> float:
+    """With curves in the routers' configuration: mean logarithm of the error, linear between shares."""
+    session = stage.flow.session
+    session.router_config = replace(session.router_config, **curves)
+    points = []
+    for told in calibration._TOLD:
+        latents, share = stage._generate(ElasticConfig(budget=told))
+        points.append((share.item(), math.log(max(relative_error(latents, true), 1e-12))))
+    shares, errors = zip(*sorted(points), strict=True)
+    return float(np.interp(calibration._SHARES, shares, errors).mean())
 
 
 def test_the_curve_with_the_smallest_error_at_equal_cost_is_taken(stage):
@@ -35,13 +48,9 @@ def test_the_curve_with_the_smallest_error_at_equal_cost_is_taken(stage):
     for early in calibration.EARLY:
         for late in calibration.LATE:
             curve = early * np.exp(-place / 0.2) - late * (place > 0.9)
-            session.router_config = replace(fresh, times=times[1:-1].tolist(), urgency=curve.tolist())
-            points = []
-            for told in calibration._TOLD:
-                latents, share = stage._generate(ElasticConfig(budget=told))
-                points.append((share.item(), math.log(max(relative_error(latents, true), 1e-12))))
-            shares, errors = zip(*sorted(points), strict=True)
-            found[tuple(curve)] = np.interp(calibration._SHARES, shares, errors).mean()
+            found[tuple(curve)] = error_by_hand(
+                stage, true, times=times[1:-1].tolist(), urgency=curve.tolist()
+            )
     assert len(set(found.values())) > 1
     session.router_config = fresh
     choose_urgency(session, stage._generate, times)
@@ -49,10 +58,30 @@ def test_the_curve_with_the_smallest_error_at_equal_cost_is_taken(stage):
     assert found[tuple(session.router_config.urgency)] == min(found.values())
 
 
+def test_trends_over_time_take_one_value_after_the_other(stage, monkeypatch):
+    monkeypatch.setattr(calibration, "TREND_TIMES", (0.0, 1.0))
+    monkeypatch.setattr(calibration, "TREND_STEPS", ((-0.9, 0.3),))
+    session = stage.flow.session
+    torch.nn.init.constant_(session.blocks[0].router.heads.bias[:1], -1.0)
+    true, _ = stage._generate(ElasticConfig(elastic=False))
+
+    def errors(tried):
+        return {v: error_by_hand(stage, true, forecast_times=[0.0, 1.0], trends=list(v)) for v in tried}
+
+    first = errors([(1.0, 1.0), (0.1, 1.0), (1.3, 1.0)])
+    early = min(first, key=first.get)[0]
+    second = errors([(early, 1.0), (early, 0.1), (early, 1.3)])
+    assert len({*first.values(), *second.values()}) == 5
+    choose_trends(session, stage._generate)
+    assert session.router_config.forecast_times == [0.0, 1.0]
+    assert tuple(session.router_config.trends) == min(second, key=second.get)
+
+
 def test_calibration_starts_from_nothing(stage):
     session = stage.flow.session
     stage.calibrate(points=6)
     first = session.router_config
     assert len(first.times) == STEPS - 1 and len(first.asked) == 6
+    assert len(first.trends) == len(calibration.TREND_TIMES)
     stage.calibrate(points=6)
     assert session.router_config == first
