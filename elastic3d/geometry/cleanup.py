@@ -105,7 +105,8 @@ def simplify(mesh: trimesh.Trimesh, max_faces: int) -> trimesh.Trimesh:
 
     Of a closed mesh manifold3d first merges faces at no visible loss (a 100 000th of the longest side), where
     quadrics alone stall on flat parts. Then quadrics keep volume best, but can glue the sides of a thin plate
-    together; if they do, manifold3d does it all: closed by construction, its tolerance doubled until it fits.
+    together; where they do, manifold3d goes on, closed by construction, its tolerance doubled until it fits, or
+    quadrics do on what it left.
     """
     import manifold3d
 
@@ -116,11 +117,10 @@ def simplify(mesh: trimesh.Trimesh, max_faces: int) -> trimesh.Trimesh:
         return _quadric(merge_equal_vertices(mesh), max_faces)
     tolerance = 1e-5 * extent
     solid = solid.simplify(tolerance)
-    if solid.num_tri() > max_faces:
+    while solid.num_tri() > max_faces:
         reduced = _quadric(_from_solid(solid), max_faces)
         if len(reduced.faces) <= max_faces and is_closed(reduced):
             return reduced
-    while solid.num_tri() > max_faces:
         tolerance *= 2
         solid = solid.simplify(tolerance)
     if solid.num_tri() == 0:

@@ -85,6 +85,7 @@ def test_degenerate_faces_collapse_without_opening_the_mesh() -> None:
 
 @settings(max_examples=6, deadline=None)
 @example(seed=286, max_faces=2000)  # leaves one sliver, whose removal would open the mesh
+@example(seed=1, max_faces=300)  # needs quadrics once more, after manifold3d has begun
 @given(seed=st.integers(0, 1000), max_faces=st.sampled_from([300, 2000, 8000]))
 def test_decimated_meshes_stay_closed_even_in_files(seed: int, max_faces: int) -> None:
     mesh = noise_mesh(seed)
