@@ -54,6 +54,7 @@ def main(config: GenerateImageConfig) -> int:
             width=config.width,
             cache=config.cache,
             shared=config.shared,
+            updates=config.updates,
         )
         for n, result in zip(numbers, results, strict=True):
             target = output if config.num_samples == 1 else output.with_stem(f"{output.stem}_{n}")

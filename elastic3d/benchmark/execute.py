@@ -44,7 +44,7 @@ def elastic_options(session: RoutingSession | None, run: Run) -> dict[str, Any]:
     if not run.settings.elastic:
         return {"elastic": False}
     return {"elastic": True} | {
-        name: getattr(run.settings, name) for name in ("budget", "width", "cache", "shared")
+        name: getattr(run.settings, name) for name in ("budget", "width", "cache", "shared", "updates")
     }
 
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
@@ -21,6 +22,7 @@ from elastic3d.config.routing import BlockCacheConfig, CacheRule, ElasticConfig
 from elastic3d.config.serialize import to_dict
 from elastic3d.errors import UserError
 from elastic3d.routing.session import RoutingSession
+from elastic3d.routing.updates import coarseness
 
 MAIN, DENSE, EULER = "model", "dense", "euler"
 
@@ -144,6 +146,17 @@ class Planner:
         settings = replace(self.default, elastic=True, budget=budget, **changes)
         return self.run(model, steps, Routes.routers, settings)
 
+    @property
+    def has_updates(self) -> bool:
+        """Whether the model's routers have updates of the blocks."""
+        session = self.models[MAIN].session
+        return session is not None and session.router_config.updates > 0
+
+    def updates(self, steps: int, budget: float) -> bool:
+        """Whether a generation uses them."""
+        session = self.models[MAIN].session
+        return session is not None and coarseness(session.router_config, steps, budget) is not None
+
     def reference(self) -> Run:
         """The dense meshes that all others are paired with."""
         return self.dense(self.config.reference_steps)
@@ -177,12 +190,26 @@ def _dense_cache(planner: Planner) -> Iterator[Case]:
     for steps in planner.elastic_steps:
         for drift in planner.config.drifts:
             cache = replace(DRIFT_CACHE, drift=drift, closed_reuse=False)
-            run = planner.run(MAIN, steps, Routes.open, ElasticConfig(cache=cache))
+            run = planner.run(MAIN, steps, Routes.open, ElasticConfig(cache=cache, updates=False))
             yield Case("dense_cache", run, None, f"drift {drift:g}")
         for interval in planner.config.intervals:
             cache = replace(FORECAST, longest=interval - 1, closed_reuse=False)
-            run = planner.run(MAIN, steps, Routes.open, ElasticConfig(cache=cache))
+            run = planner.run(MAIN, steps, Routes.open, ElasticConfig(cache=cache, updates=False))
             yield Case("dense_cache", run, None, f"forecast, computed every {interval} steps")
+
+
+def _no_updates(planner: Planner) -> Iterator[Case]:
+    for steps in planner.elastic_steps:
+        for budget in filter(partial(planner.updates, steps), planner.config.budgets):
+            run = planner.elastic(budget, steps, updates=False)
+            yield Case(Method.elastic_no_updates.value, run, budget)
+
+
+def _updated_steps(planner: Planner) -> Iterator[Case]:
+    for steps in planner.config.steps:
+        if planner.updates(steps, 1.0):
+            run = planner.run(MAIN, steps, Routes.open, ElasticConfig(cache=NO_CACHE))
+            yield Case(Method.updated_steps.value, run, 1.0)
 
 
 def _control(routes: Routes) -> Callable[[Planner], Iterator[Case]]:
@@ -206,6 +233,8 @@ REGISTRY: dict[Method, Callable[[Planner], Iterator[Case]]] = {
     Method.elastic_paper_cache: _elastic(Method.elastic_paper_cache, cache=PAPER_CACHE),
     Method.elastic_drift_cache: _elastic(Method.elastic_drift_cache, cache=DRIFT_CACHE),
     Method.elastic_shared: _elastic(Method.elastic_shared, shared=True),
+    Method.elastic_no_updates: _no_updates,
+    Method.updated_steps: _updated_steps,
     Method.dense_cache: _dense_cache,
     Method.random: _control(Routes.random),
     Method.static: _control(Routes.static),
@@ -213,6 +242,7 @@ REGISTRY: dict[Method, Callable[[Planner], Iterator[Case]]] = {
     Method.shuffled: _control(Routes.shuffled),
 }
 WITHOUT_REUSE = (Method.elastic_no_cache, Method.elastic_paper_cache)
+UPDATED = (Method.elastic_no_updates, Method.updated_steps)
 WITHOUT_ROUTERS = (Method.dense, Method.fewer_steps, Method.euler_steps)
 FAMILY = tuple(m.value for m in Method if m.name.startswith("elastic"))
 CONTROLS = tuple(m.value for m in (Method.random, Method.static, Method.timestep, Method.shuffled))
@@ -237,6 +267,8 @@ def plan(config: BenchmarkOptions, models: Mapping[str, Subject], items: int) ->
             why = "its sampler takes equal Euler steps anyway"
         elif method in WITHOUT_REUSE and planner.trained_cache.closed_reuse:
             why = "its routers were trained to reuse residuals"
+        elif method in UPDATED and not planner.has_updates:
+            why = "its routers have no updates"
         elif method is Method.shuffled and items < 2:
             why = "it exchanges routes between items, and there is only one"
         if why is None:

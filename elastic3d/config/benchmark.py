@@ -24,6 +24,8 @@ class Method(Enum):
     elastic_paper_cache = "elastic_paper_cache"
     elastic_drift_cache = "elastic_drift_cache"
     elastic_shared = "elastic_shared"
+    elastic_no_updates = "elastic_no_updates"
+    updated_steps = "updated_steps"
     dense_cache = "dense_cache"
     random = "random"
     static = "static"

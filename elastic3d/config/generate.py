@@ -104,6 +104,9 @@ class GenerateConfig:
         None,
         "Routes are shared in a batch: faster, but a result then depends on its batch; null: the default.",
     )
+    updates: bool | None = option(
+        None, "Use the routers' updates of the blocks where few calls are left; null: the model's default."
+    )
     trace: str = option("", "Also draw what every block did at every step, one panel a mesh, to this PNG.")
     seed: int = option(0, "Seed of the noise; the same seed on the same machine gives the same mesh.")
     num_samples: int = option(1, "Meshes of each picture, with seeds seed, seed + 1, ...")

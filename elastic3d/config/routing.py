@@ -68,6 +68,10 @@ class RouterConfig:
     trend: float = option(
         1.0, "of that residual: share of its change between the last two computed that goes on, a step later"
     )
+    updates: int = option(
+        0, "rank of the low-rank updates of the blocks, for generations with few calls; 0: none"
+    )
+    updates_calls: float = option(8.0, "they are used where steps times budget is at most this")
     forecast_times: list[float] = option([], "calibration of that: times in [0,1], ascending; empty: none")
     trends: list[float] = option([], "calibration: shares at these times, in the place of trend")
     asked: list[float] = option([], "calibration: budgets that are asked for, ascending; empty: none")
@@ -91,6 +95,8 @@ class RouterConfig:
                 "branches is together, expected apart: only with lookahead=step does one branch decide for both"
             )
         check_range("trend", self.trend, 0, 1)
+        check_range("updates", self.updates, 0, 4096)
+        check_range("updates_calls", self.updates_calls, 0.1, 1000)
         for names, at, found in (
             ("asked and told", self.asked, self.told),
             ("times and urgency", self.times, self.urgency),
@@ -184,6 +190,7 @@ class ElasticConfig:
     shared: bool = option(
         False, "samples of a batch share their routes: faster in batches, but each then depends on the others"
     )
+    updates: bool = option(True, "use the routers' low-rank updates of the blocks where few calls are left")
     cache: BlockCacheConfig | None = option(
         None, "reuse of block residuals between steps; null: as the routers were trained"
     )

@@ -50,6 +50,9 @@ class GenerateImageConfig:
         None,
         "Routes are shared in a batch: faster, but a result then depends on its batch; null: the default.",
     )
+    updates: bool | None = option(
+        None, "Use the routers' updates of the blocks where few calls are left; null: the model's default."
+    )
     trace: str = option("", "Also draw what every block did at every step, one panel a picture, to this PNG.")
     seed: int = option(0, "Seed of the noise; the same seed on the same machine gives the same picture.")
     num_samples: int = option(1, "Pictures, with seeds seed, seed + 1, ...")

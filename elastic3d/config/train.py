@@ -13,6 +13,7 @@ from elastic3d.config.images import ForegroundConfig, ImageEncoderConfig
 from elastic3d.config.models import DiTConfig, VAEConfig
 from elastic3d.config.router_stage import RouterStageConfig
 from elastic3d.config.routing import RouterConfig
+from elastic3d.config.updates_stage import UpdatesStageConfig
 
 
 class StageName(Enum):
@@ -23,6 +24,7 @@ class StageName(Enum):
     dit = "dit"
     image = "image"
     router = "router"
+    updates = "updates"
     export = "export"
     calibrate = "calibrate"
 
@@ -268,6 +270,7 @@ class TrainConfig(LoopConfig):
     image: ImageStageConfig = option(ImageStageConfig, "pictures with captions")
     router: RouterConfig = option(RouterConfig, "architecture of the routers: a file of configs/router")
     routing: RouterStageConfig = option(RouterStageConfig, "training of the routers")
+    updates: UpdatesStageConfig = option(UpdatesStageConfig, "training of the routers' low-rank updates")
     export: ExportConfig = option(ExportConfig, "export")
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ whole, and a sample's route is what it is alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +44,25 @@ def sample(
     steps: int,
     guidance: float,
     generators: Sequence[torch.Generator],
+    **options: Any,
+) -> Tensor:
+    """Integrate from noise to data: condition (B,M,Cc) -> latents (B,N,C) in fp32, with `shape` = (N, C).
+
+    Each sample's noise comes from its own generator. `options` are those of `integrate`. Raises ValueError for fewer
+    than one step or a generator count other than B.
+    """
+    if len(generators) != condition.shape[0]:
+        raise ValueError(f"{len(generators)} generators for a batch of {condition.shape[0]}")
+    noise = initial_noise(shape, generators, condition.device)
+    return integrate(dit, condition, noise, steps, guidance, **options)
+
+
+def integrate(
+    dit: Velocity,
+    condition: Tensor,
+    noise: Tensor,
+    steps: int,
+    guidance: float,
     *,
     shift: float = 1.0,
     guidance_embed: bool = False,
@@ -53,7 +72,7 @@ def sample(
     session: RoutingSession | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Integrate from noise to data: condition (B,M,Cc) -> latents (B,N,C) in fp32, with `shape` = (N, C).
+    """Integrate from given noise (B,N,C): condition (B,M,Cc) -> latents (B,N,C). Gradients go back through all steps.
 
     Guidance g: v = v_uncond + g (v_cond - v_uncond) (2207.12598), the unconditional branch sees zeros; g = 1
     runs the conditional branch alone. A guidance-embedded model takes g as an input and runs one branch.
@@ -62,18 +81,15 @@ def sample(
     `sequential` runs the branches one after the other:
     half the memory. `session` is that of a model with routers: it is told of the generation, of each step and of the
     branches.
-    `on_step(i, steps)` is called when all samples have done step i. Raises ValueError for fewer than one step or a
-    generator count other than B.
+    `on_step(i, steps)` is called when all samples have done step i.
     """
-    if len(generators) != condition.shape[0]:
-        raise ValueError(f"{len(generators)} generators for a batch of {condition.shape[0]}")
     times = timestep_grid(steps, shift) if times is None else times
-    path = _Path(initial_noise(shape, generators, condition.device), times, solver)
+    path = _Path(noise, times, solver)
     passes = _passes(condition, guidance != 1.0 and not guidance_embed, sequential)
     scale = torch.full((len(path.x),), guidance, device=path.x.device) if guidance_embed else None
     if session is not None:
-        session.begin(len(generators), path.steps)
-    waits = session is not None and session.holds and len(generators) > 1 and not sequential
+        session.begin(len(noise), path.steps)
+    waits = session is not None and session.holds and len(noise) > 1 and not sequential
     while path.unfinished:
         before, (rows, hold) = path.reached, path.turn(waits)
         velocities: list[Tensor] = []
@@ -151,10 +167,18 @@ class _Path:
             steps = [self.done[row] for row in rows]
             bend = [d / (2 * self.sizes[i - 1]) if i else 0.0 for i, d in zip(steps, dt, strict=True)]
             along = v + v.new_tensor(bend)[:, None, None] * (v - self._earlier[rows])
-            self._earlier[rows] = v
-        self.x[rows] = self.x[rows] + v.new_tensor(dt)[:, None, None] * along
+            self._earlier = _put(self._earlier, rows, v)
+        moved = self.x[rows] + v.new_tensor(dt)[:, None, None] * along
+        self.x = _put(self.x, rows, moved)
         for row in rows:
             self.done[row] += 1
+
+
+def _put(whole: Tensor, rows: list[int], part: Tensor) -> Tensor:
+    """(B,...) with some samples exchanged. A new tensor: gradients need the old one."""
+    if len(rows) == len(whole):
+        return part
+    return whole.index_copy(0, torch.tensor(rows, device=whole.device), part)
 
 
 def _of_samples(tokens: Tensor, rows: list[int], branches: int) -> Tensor:

@@ -153,6 +153,7 @@ def generate(
             width=config.width,
             cache=config.cache,
             shared=config.shared,
+            updates=config.updates,
             on_step=on_step,
         )
         if drawn:

@@ -188,6 +188,7 @@ class ImageTo3DPipeline:
         width: bool | None = None,
         cache: BlockCacheConfig | None = None,
         shared: bool | None = None,
+        updates: bool | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Result | list[Result]:
         """Mesh of a picture, or of each of a list of pictures as one batch.
@@ -202,6 +203,7 @@ class ImageTo3DPipeline:
             budget: share of the dense blocks' FLOPs to execute, 0.3 to 1; None is the model's default.
             width, cache: let the routers narrow the MLPs; reuse of blocks between steps; None: the model's default.
             shared: samples share their routes, and depend on each other; None is the model's default.
+            updates: use the routers' updates of the blocks where few calls are left; None is the model's default.
             on_step: called with (steps done, steps) during sampling.
 
         Raises:
@@ -214,7 +216,7 @@ class ImageTo3DPipeline:
         if len(seeds) != len(pictures):
             raise UserError(f"seed has {len(seeds)} values, expected one or {len(pictures)}")
         settings = self._settings(steps, guidance, resolution, max_faces, cleanup, foreground)
-        asked = (elastic, budget, width, cache, shared)
+        asked = (elastic, budget, width, cache, shared, updates)
         settings.elastic = with_options(self.config.elastic, self.session is not None, *asked)
         results = self._generate(pictures, seeds, settings, on_step)
         if many:

@@ -30,13 +30,15 @@ def with_options(
     width: bool | None,
     cache: BlockCacheConfig | None,
     shared: bool | None = None,
+    updates: bool | None = None,
 ) -> ElasticConfig:
     """The model's default with what a caller asked for; None keeps it.
 
     Raises:
         UserError: a budget out of range; anything elastic of a model without routers, or of one that is to run dense.
     """
-    asked: dict[str, Any] = {"budget": budget, "width": width, "cache": cache, "shared": shared}
+    asked: dict[str, Any] = {"budget": budget, "width": width, "cache": cache}
+    asked |= {"shared": shared, "updates": updates}
     given = {name: value for name, value in asked.items() if value is not None}
     wanted = default.elastic if elastic is None else elastic
     if not has_routers or not wanted:

@@ -14,7 +14,7 @@ from elastic3d.pipelines.generation import Draw, Drawn, Job
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.text_to_image import TextToImagePipeline, check_prompt
 
-ELASTIC = ("elastic", "budget", "width", "cache", "shared")
+ELASTIC = ("elastic", "budget", "width", "cache", "shared", "updates")
 
 
 def prompt_drawer(
@@ -34,7 +34,7 @@ def prompt_drawer(
     if images.session is None and pipeline.session is None and config.budget not in (None, 1.0):
         raise UserError("budget can't be set: neither model has routers")
     if images.session is not None and pipeline.session is None:
-        config = replace(config, elastic=None, budget=None, width=None, cache=None, shared=None)
+        config = replace(config, elastic=None, budget=None, width=None, cache=None, shared=None, updates=None)
     options = wanted if images.session is not None else {}
 
     def draw(jobs: Sequence[Job]) -> list[Drawn]:

@@ -124,6 +124,7 @@ class TextToImagePipeline:
         width: bool | None = None,
         cache: BlockCacheConfig | None = None,
         shared: bool | None = None,
+        updates: bool | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> list[ImageResult]:
         """A picture of each prompt with its seed, as one batch; a sample does not depend on its batch, unless `shared`.
@@ -131,7 +132,7 @@ class TextToImagePipeline:
         Args:
             steps, guidance: None is the family's default; a guidance of 1 or less runs one branch.
             size: width and height in pixels.
-            elastic, budget, width, cache, shared: as for meshes; None is the default of models with routers.
+            elastic, budget, width, cache, shared, updates: as for meshes; None is the default of models with routers.
             on_step: called with (steps done, steps) during sampling.
 
         Raises:
@@ -146,7 +147,14 @@ class TextToImagePipeline:
             check_prompt(prompt, self.backbone)
         settings = self.settings_of(steps, guidance, size)
         settings.elastic = with_options(
-            self.backbone.default_elastic(), self.session is not None, elastic, budget, width, cache, shared
+            self.backbone.default_elastic(),
+            self.session is not None,
+            elastic,
+            budget,
+            width,
+            cache,
+            shared,
+            updates,
         )
         if self.session is not None:
             self.session.settings = settings.elastic

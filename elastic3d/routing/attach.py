@@ -81,13 +81,18 @@ def router_modules(model: nn.Module) -> nn.ModuleDict:
         for block in session.blocks
         if block.router is not None
     }
+    modules |= {
+        f"{block.name}.updates".replace(".", "/"): block.updates
+        for block in session.blocks
+        if block.updates is not None
+    }
     if session.conditioner is not None:
         modules["conditioner"] = session.conditioner
     return nn.ModuleDict(modules)
 
 
 def router_state(model: nn.Module) -> dict[str, Tensor]:
-    """The routers' weights, `<block>.router.*` and `conditioner.*`."""
+    """The routers' weights, `<block>.router.*`, `<block>.updates.*` and `conditioner.*`."""
     return {key.replace("/", "."): value for key, value in router_modules(model).state_dict().items()}
 
 

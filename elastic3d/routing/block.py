@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from elastic3d.routing.protocol import BlockAdapter, BlockCall, BlockFlops, rows
 from elastic3d.routing.router import Conditioner, Router, RouterInput
 from elastic3d.routing.session import RoutingSession
 from elastic3d.routing.trace import REUSED, SKIPPED
+from elastic3d.routing.updates import BlockUpdates, Key
 from elastic3d.routing.width import NarrowBlocks, masked
 
 
@@ -53,6 +54,10 @@ class ElasticBlock(nn.Module):
         self.adapter, self.session = adapter, session
         self.sites = adapter.mlp_sites(inner)
         self.narrow = NarrowBlocks(inner, self.sites, session.router_config.ratios)
+        self.updates = None  # of the block's weights, for generations with few calls
+        if rank := session.router_config.updates:
+            self.updates = BlockUpdates(inner, rank).to(next(inner.parameters()).device)
+        self._updated: tuple[Key, NarrowBlocks] | None = None
         self._flops: dict[tuple[int, ...], BlockFlops] = {}
         self.train(inner.training)
         self.register_load_state_dict_pre_hook(_keys_to_inner)
@@ -69,7 +74,7 @@ class ElasticBlock(nn.Module):
             return self.inner(*args, **kwargs)
         settled = session.settled(self)
         if settled is not None and len(settled) == 1 and min(settled) > SKIPPED:
-            return self.narrow.at(min(settled) - 1)(*args, **kwargs)
+            return self.running.at(min(settled) - 1)(*args, **kwargs)
         call = self.adapter.bind(self.inner, args, kwargs)
         span = session.span(self)
         if settled is not None:
@@ -82,6 +87,30 @@ class ElasticBlock(nn.Module):
         assert session.current is not None
         run = self._masked if session.current.masked else self._sparse
         return self.adapter.pack(run(call, decision, span))
+
+    @property
+    def running(self) -> NarrowBlocks:
+        """The block at its widths, with its updates in a generation that uses them."""
+        coarse = self.session.coarseness
+        if self.updates is None or coarse is None:
+            return self.narrow
+        if self._updated is None:
+            twin, state = self.updates.updated(self.inner, coarse), self.updates.state(self.inner, coarse)
+            if self.narrow.compile_arguments is not None:
+                twin.compile(**self.narrow.compile_arguments)
+            narrow = NarrowBlocks(twin, self.sites, self.narrow.ratios)
+            narrow.compile_arguments = self.narrow.compile_arguments
+            self._updated = (state, narrow)
+        return self._updated[1]
+
+    def refresh(self, coarse: float | None) -> None:
+        """A generation of this coarseness begins: what an earlier one made of the updates goes, unless it holds still.
+        With gradients it never does: each generation has a graph of its own."""
+        if self._updated is None or self.updates is None or coarse is None:
+            return
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.updates.parameters())
+        if learns or self._updated[0] != self.updates.state(self.inner, coarse):
+            self._updated = None
 
     def route(self, given: RouterInput, modulation: Tensor | None, age: Tensor | None) -> Tensor:
         """What this block's router makes of it, with its part of the modulation (B,I,C): logits (B, 1 + K)."""
@@ -134,7 +163,7 @@ class ElasticBlock(nn.Module):
         assert current is not None
         if action == SKIPPED or (action == REUSED and not ends):
             return call.streams
-        output = call.streams if action == REUSED else self.adapter.run(self.narrow.at(action - 1), call)
+        output = call.streams if action == REUSED else self.adapter.run(self.running.at(action - 1), call)
         if cache is None or not ends:
             return output
         key, entered, when = current.key(span.start), session.entered[span.start], current.when.some(rows)
@@ -192,19 +221,21 @@ class ElasticBlock(nn.Module):
         """Compile the block and, as they are made, its narrow copies; decisions stay eager."""
         self.inner.compile(**arguments)
         self.narrow.compile_arguments = dict(arguments)
+        self._updated = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A part that is exchanged from outside (LoRA, quantisation) is exchanged in the wrapped block."""
         inner = self.__dict__.get("_modules", {}).get("inner")
-        own = name in ("inner", "router", "conditioner")
+        own = name in ("inner", "router", "conditioner", "updates")
         if isinstance(value, nn.Module) and inner is not None and name in inner._modules and not own:
             setattr(inner, name, value)
         else:
             super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """The block moves: narrow copies that view its old weights would keep those in memory."""
+        """The block moves: copies that view its old weights would keep those in memory."""
         self.narrow.forget()
+        self._updated = None
         return super()._apply(fn, recurse)
 
     def __getattr__(self, name: str) -> Any:
@@ -227,9 +258,13 @@ class ElasticBlock(nn.Module):
         yield prefix, self
         yield from self.inner.named_modules(memo, prefix, remove_duplicate)
         dot = prefix + "." if prefix else ""
-        for name, own in (("router", self.router), ("conditioner", self.conditioner)):
+        for name, own in self._own():
             if own is not None:
                 yield from own.named_modules(memo, dot + name, remove_duplicate)
+
+    def _own(self) -> tuple[tuple[str, nn.Module | None], ...]:
+        """What the wrapper adds to the block."""
+        return ("router", self.router), ("conditioner", self.conditioner), ("updates", self.updates)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped block's."""
@@ -242,8 +277,7 @@ def _keys_to_inner(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
     assert isinstance(module, ElasticBlock)
     for key in [key for key in state if key.startswith(prefix)]:
         state[f"{prefix}inner.{key.removeprefix(prefix)}"] = state.pop(key)
-    own: Mapping[str, nn.Module | None] = {"router": module.router, "conditioner": module.conditioner}
-    for name, child in own.items():
+    for name, child in module._own():
         if child is not None:
             for key, value in child.state_dict(prefix=f"{prefix}{name}.", keep_vars=True).items():
                 state[key] = value

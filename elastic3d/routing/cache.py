@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from elastic3d.config.routing import BlockCacheConfig, CacheRule
-from elastic3d.routing.protocol import rows_index
+from elastic3d.routing.protocol import Rows, rows_index
 
 Key = tuple[int, int]  # block, first branch of the batch
 Streams = tuple[Tensor, ...]  # (B,L,D) each
@@ -137,8 +137,8 @@ class ResidualCache:
         return tuple(x + r for x, r in zip(streams, forecast, strict=True))
 
     def store(self, key: Key, when: Moments, inputs: Streams, outputs: Streams) -> None:
-        """Keep outputs - inputs (each (k,L,D) a stream) of the rows."""
-        found = tuple((y - x).detach() for x, y in zip(inputs, outputs, strict=True))
+        """Keep outputs - inputs (each (k,L,D) a stream) of the rows, with their gradients."""
+        found = tuple(y - x for x, y in zip(inputs, outputs, strict=True))
         probe = self._probe(inputs).detach().clone() if self.config.rule is CacheRule.drift else None
         bank, whole = self._banks.get(key), len(when.rows) == when.count
         if bank is None:
@@ -153,17 +153,17 @@ class ResidualCache:
             bank.before[row], bank.steps[row] = bank.steps[row], step
 
     def _store_some(self, bank: Bank, rows: Sequence[int], found: Streams, probe: Tensor | None) -> None:
+        """Exchange some rows. Tensors are made anew: gradients may need the old ones."""
         index = rows_index(rows, found[0].device)
-        if self.config.extrapolates and bank.older is None:
-            bank.older = tuple(torch.zeros_like(r) for r in bank.newest)
-        for place, (whole, part) in enumerate(zip(bank.newest, found, strict=True)):
-            if self.config.extrapolates:
-                assert bank.older is not None
-                bank.older[place][index] = whole[index]
-            whole[index] = part
+        if self.config.extrapolates:
+            older = bank.older or tuple(torch.zeros_like(r) for r in bank.newest)
+            moved = zip(older, bank.newest, strict=True)
+            bank.older = tuple(_put(old, index, new[index]) for old, new in moved)
+        exchanged = zip(bank.newest, found, strict=True)
+        bank.newest = tuple(_put(whole, index, part) for whole, part in exchanged)
         if probe is not None:
             assert bank.probe is not None
-            bank.probe[index] = probe
+            bank.probe = _put(bank.probe, index, probe)
 
     def _slope(self, bank: Bank, row: int, step: int, time: float) -> float:
         """How many times the change between a row's two residuals is added to the newest."""
@@ -189,6 +189,13 @@ def _bank_of(found: Streams, probe: Tensor | None, rows: int, count: int) -> Ban
         return Bank(never, list(never), found, None, probe)
     blank = None if probe is None else probe.new_zeros((count, *probe.shape[1:]))
     return Bank(never, list(never), tuple(r.new_zeros((count, *r.shape[1:])) for r in found), None, blank)
+
+
+def _put(whole: Tensor, index: Rows, part: Tensor) -> Tensor:
+    """A copy with some rows exchanged."""
+    whole = whole.clone()
+    whole[index] = part
+    return whole
 
 
 def _take(streams: Streams, when: Moments) -> Streams:

@@ -113,15 +113,19 @@ class Announced:
     closed: bool = False
     leaders: int = 0
 
-    def pass_at(self, t: Tensor) -> Pass:
-        """The pass at times t (B,). ValueError where its batch is another than what was announced."""
+    def pass_at(self, t: Tensor, timed: bool = False) -> Pass:
+        """The pass at times t (B,), which the cache gets to know where it is `timed`.
+
+        Raises ValueError where its batch is another than what was announced.
+        """
         if isinstance(self.branches, Tensor):
             rows, branch, copies, when = [], self.branches, 1, Moments([], 0, [], [])
         else:
             rows = [(int(branch), sample) for branch in self.branches for sample in self.samples]
             branch, copies = torch.tensor([float(b) for b, _ in rows]), len(self.branches)
             places = [(b - rows[0][0]) * self.total + sample for b, sample in rows]
-            when = Moments(places, copies * self.total, list(self.steps) * copies, [])
+            times = t.tolist() if timed else [0.0] * len(rows)
+            when = Moments(places, copies * self.total, list(self.steps) * copies, times)
         B, device = t.shape[0], t.device
         values = {"dt": torch.as_tensor(self.dt).repeat(copies), "budget": self.budget.repeat(copies)}
         values = {name: value.float().to(device) for name, value in (values | {"branch": branch}).items()}

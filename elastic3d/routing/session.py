@@ -39,6 +39,7 @@ from elastic3d.routing.protocol import BlockCall
 from elastic3d.routing.recall import Recall, Residuals
 from elastic3d.routing.router import Conditioner, RouterInput, Tokens, looks_ahead
 from elastic3d.routing.trace import Trace
+from elastic3d.routing.updates import coarseness
 
 if TYPE_CHECKING:
     from elastic3d.routing.block import ElasticBlock
@@ -50,7 +51,8 @@ class RoutingSession:
     Public attributes: `settings`, changed between generations; `source`, None where the routers decide; `announcer`,
     which calls `begin` and `step` for a pass of so many rows that nobody announced; `trace` of the newest generation;
     `current`, the newest forward pass, whose `decisions` the losses read; `recorded`, what the spans of a dense pass
-    add, while somebody asks for it; `entered`, by its first block, what came into each span in the newest pass.
+    add, while somebody asks for it; `entered`, by its first block, what came into each span in the newest pass;
+    `coarseness` of a generation that uses the blocks' updates, else None.
     """
 
     def __init__(self, router_config: RouterConfig, family: str) -> None:
@@ -70,6 +72,7 @@ class RoutingSession:
         self._announced: Announced | None = None
         self.samples = self._steps = 0
         self._budget: Tensor = torch.ones(0)
+        self.coarseness: float | None = None
 
     # ------------------------------------------------------------------------------------- told from outside
 
@@ -87,6 +90,10 @@ class RoutingSession:
         for value in budgets:
             check_budget(value)
         self.samples, self._steps = samples, steps
+        told = coarseness(self.router_config, steps, sum(budgets) / samples)
+        self.coarseness = told if self.settings.updates else None
+        for block in self.blocks:
+            block.refresh(self.coarseness)
         self._budget = torch.tensor(list(map(self.router_config.calibrated, budgets)), dtype=torch.float32)
         self.trace = Trace([b.name for b in self.blocks], self.router_config.ratios, steps, samples)
         cache = self.reuse
@@ -197,16 +204,11 @@ class RoutingSession:
                 "a forward pass that nobody announced: call session.step or session.train before it"
             )
         told, self._announced = self._announced, None
-        self.current = current = told.pass_at(t)
-        current.when.times.extend(self._times(t) if current.rows else ())
+        timed = self.cache is not None and bool(self.cache.config.times)
+        self.current = current = told.pass_at(t, timed)
         self.entered = {}
         if current.masked and self.conditioner is not None:  # here, and not in a block that may be recomputed
             current.modulation = self.conditioner(current.situation)
-
-    def _times(self, t: Tensor) -> list[float]:
-        """Times of rows on the host, where the cache asks for them."""
-        config = self.cache.config if self.cache is not None else None
-        return t.tolist() if config is not None and config.times else [0.0] * len(t)
 
     def decide(self, block: ElasticBlock, call: BlockCall) -> RouteDecision:
         """The route of every row through `block`."""

@@ -3,7 +3,7 @@ networks)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -96,16 +96,19 @@ class NarrowBlocks:
         return cast(nn.Linear, linear)
 
     def _copy(self, ratio: float) -> nn.Module:
-        narrow = _shallow(self.block)
+        parts, attributes = {}, {}
         for site in self.sites:
             units = prefix_length(site.hidden, ratio)
             fc1, fc2 = self._linear(site.fc1), self._linear(site.fc2)
             rows, columns = site.fc1_offset + units, site.fc2_offset + units
-            bias = None if fc1.bias is None else fc1.bias.detach()[:rows]
-            _replace(narrow, site.fc1, _view(fc1.weight.detach()[:rows], bias))
-            _replace(narrow, site.fc2, _view(fc2.weight.detach()[:, :columns], fc2.bias))
+            bias = None if fc1.bias is None else fc1.bias[:rows]
+            parts[site.fc1] = linear_around(fc1.weight.detach()[:rows], bias)
+            parts[site.fc2] = linear_around(fc2.weight.detach()[:, :columns], fc2.bias)
             if site.attribute is not None:
-                setattr(narrow, site.attribute, units)
+                attributes[site.attribute] = units
+        narrow = with_modules(self.block, parts)
+        for name, value in attributes.items():
+            setattr(narrow, name, value)
         if self.compile_arguments is not None:
             narrow.compile(**self.compile_arguments)
         return narrow
@@ -122,25 +125,29 @@ def _shallow(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at a dotted name below `root`, with shallow copies of the modules on the way."""
-    parent, *rest = name.split(".", 1)
-    if not rest:
-        root._modules[parent] = module
-        return
-    child = root._modules[parent]
-    assert child is not None
-    if "_twin" not in child.__dict__:  # another site may have copied it already
-        child = _shallow(child)
-        child.__dict__["_twin"] = True
-        root._modules[parent] = child
-    _replace(child, rest[0], module)
+def with_modules(block: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
+    """A twin of a block with other modules at some dotted names; it shares all else with the block."""
+    twin = _shallow(block)
+    copied = {"": twin}
+    for name, module in parts.items():
+        *above, last = name.split(".")
+        path, parent = "", twin
+        for step in above:
+            path += f".{step}"
+            if path not in copied:
+                child = parent._modules[step]
+                assert child is not None
+                copied[path] = parent._modules[step] = _shallow(child)
+            parent = copied[path]
+        parent._modules[last] = module
+    return twin
 
 
-def _view(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer around existing tensors."""
+def linear_around(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer around existing tensors. One with a gradient is no parameter of it: what it is made of learns."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+    del linear._parameters["weight"]
+    linear.weight = weight if weight.requires_grad else nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return linear

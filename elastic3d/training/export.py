@@ -24,13 +24,16 @@ from elastic3d.geometry.mesh_io import atomic_path
 from elastic3d.models.image_encoder import build_image_encoder
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.models.skip_dit import load_dit
 from elastic3d.models.weights import load_strict, save_json
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.routing.attach import load_router_state, router_state, session_of
 from elastic3d.training.checkpoint import load_checkpoint, newest_checkpoint
 from elastic3d.training.journal import METRICS_NAME, read_metrics
 from elastic3d.training.latents import LatentInfo
 from elastic3d.training.low_rank import merge_low_rank
 from elastic3d.training.router_stage import RouterStage
+from elastic3d.training.updates_stage import attach_for_updates
 
 RECORD_NAME = "training.json"
 CURVES_NAME = "training.csv"
@@ -43,8 +46,9 @@ def export_run(config: TrainConfig) -> Path:
     latents it learned and their statistics, and the image encoder's configuration. Routers become such a folder too,
     that of their dense model with `routers/` inside and `export.pipeline.elastic` as its default; those of a
     text-to-image pipeline are written alone. The small text-to-image model's sampling defaults are those of `config`,
-    and so are `routing.val_shapes`, the number of shapes or pictures on which routers are calibrated, and
-    `routing.urgency`.
+    and so are `routing.val_shapes`, the number of shapes or pictures on which routers are calibrated,
+    `routing.urgency` and `routing.trends`. Updates become `routers/` with the routers that they belong to, used up to
+    `updates.used_calls`.
 
     Raises:
         UserError: the run has no whole checkpoint.
@@ -55,7 +59,8 @@ def export_run(config: TrainConfig) -> Path:
     checkpoint = load_checkpoint(path)
     trained: TrainConfig = from_dict(TrainConfig, checkpoint.values["config"], str(path))
     trained.routing.val_shapes = config.routing.val_shapes  # to calibrate on
-    trained.routing.urgency = config.routing.urgency
+    trained.updates.used_calls = config.updates.used_calls
+    trained.routing.urgency, trained.routing.trends = config.routing.urgency, config.routing.trends
     output = config.export.output or config.folder / "export"
     weights = checkpoint.tensors["average"]
     if trained.stage is StageName.vae:
@@ -74,6 +79,9 @@ def export_run(config: TrainConfig) -> Path:
     elif trained.stage is StageName.router:
         _export_routers(output, config.export.pipeline.elastic, trained, weights, str(path))
         _write_record(output / "routers", config.folder, checkpoint.step, checkpoint.values)
+    elif trained.stage is StageName.updates:
+        _export_updates(output / "routers", trained, weights, str(path))
+        _write_record(output / "routers", config.folder, checkpoint.step, checkpoint.values, "updates")
     else:
         _export_pipeline(output, config.export.pipeline, trained, _inside("dit.", weights), str(path))
         _write_record(output / "dit", config.folder, checkpoint.step, checkpoint.values)
@@ -113,6 +121,31 @@ def _export_routers(
     save_routers(objective.dit, output / "routers")
 
 
+def _export_updates(output: Path, trained: TrainConfig, weights: dict[str, Tensor], source: str) -> None:
+    """The model's routers with their updates, in bf16, and what is known of the routers."""
+    routers = trained.updates.model / "routers"
+    dit = load_dit(trained.updates.model / "dit")
+    attach_for_updates(dit, trained.updates)
+    own = {key: tensor for key, tensor in router_state(dit).items() if ".updates." not in key}
+    updates = {key.removeprefix("updates.").replace("/", "."): tensor for key, tensor in weights.items()}
+    try:
+        load_router_state(dit, own | updates)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
+    session = session_of(dit)
+    used = trained.updates.used_calls or trained.updates.max_calls
+    session.router_config = replace(session.router_config, updates_calls=used)
+    for block in session.blocks:
+        assert block.updates is not None
+        block.updates.rebase(used / trained.updates.max_calls)
+        block.updates.to(torch.bfloat16)
+    for name in (RECORD_NAME, CURVES_NAME, "calibration.json"):
+        if routers.resolve() != output.resolve() and (routers / name).is_file():
+            with atomic_path(output / name) as temporary:
+                shutil.copyfile(routers / name, temporary)
+    save_routers(dit, output)
+
+
 def _export_image_model(
     output: Path, config: PixelModelConfig, weights: dict[str, Tensor], source: str
 ) -> None:
@@ -147,13 +180,13 @@ def _inside(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _write_record(folder: Path, run: Path, step: int, values: dict[str, Any]) -> None:
+def _write_record(folder: Path, run: Path, step: int, values: dict[str, Any], name: str = "training") -> None:
     """`training.json`: versions, configuration, data; `training.csv`: every recorded scalar by step."""
     versions = {"elastic3d": __version__, "torch": torch.__version__}
-    save_json({"steps": step, "versions": versions, **values}, folder / RECORD_NAME)
+    save_json({"steps": step, "versions": versions, **values}, folder / f"{name}.json")
     lines = read_metrics(run / METRICS_NAME)
-    names = sorted({name for line in lines for name in line} - {"step", "time"})
-    with atomic_path(folder / CURVES_NAME) as temporary, temporary.open("w", newline="") as file:
+    names = sorted({key for line in lines for key in line} - {"step", "time"})
+    with atomic_path(folder / f"{name}.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["step", "time", *names])
         writer.writeheader()
         writer.writerows(lines)

@@ -55,4 +55,8 @@ def build_stage(config: TrainConfig) -> Stage:
         from elastic3d.training.router_stage import RouterStage
 
         return RouterStage(config)
+    if config.stage is StageName.updates:
+        from elastic3d.training.updates_stage import UpdatesStage
+
+        return UpdatesStage(config)
     raise UserError(f"stage={config.stage.name} trains nothing")

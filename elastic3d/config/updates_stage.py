@@ -1,0 +1,43 @@
+"""Options of training the routers' low-rank updates (`scripts/train.py stage=updates`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic3d.config.base import check_range, option
+
+
+@dataclass(kw_only=True)
+class UpdatesStageConfig:
+    """Updates of a model's blocks for generations with few calls, learned through whole generations."""
+
+    model: Path = option(Path("data/pretrained/shape-small"), "folder of a pipeline with trained routers")
+    rank: int = option(32, "rank of the updates")
+    min_calls: float = option(3.0, "fewest calls of the model in a generation: its steps times its budget")
+    max_calls: float = option(8.0, "most of them")
+    used_calls: float | None = option(
+        None, "stage=export: calls up to which the updates will be used; null: max_calls"
+    )
+    min_steps: int = option(4, "fewest sampling steps")
+    max_steps: int = option(25, "most of them")
+    reference_steps: int = option(60, "sampling steps of the dense results that are to be reached")
+    pairs: int = option(8192, "pairs of a picture and noise, whose dense results are kept in memory")
+    floor: float = option(
+        1e-3,
+        "relative squared error below which little is to be gained; the loss is the logarithm of what is above",
+    )
+    val_shapes: int = option(28, "validation shapes that are generated")
+
+    def __post_init__(self) -> None:
+        check_range("updates.rank", self.rank, 1, 4096)
+        check_range("updates.min_calls", self.min_calls, 1, 1000)
+        check_range("updates.max_calls", self.max_calls, self.min_calls, 1000)
+        if self.used_calls is not None:
+            check_range("updates.used_calls", self.used_calls, 0.1, 1000)
+        check_range("updates.min_steps", self.min_steps, 1, 1000)
+        check_range("updates.max_steps", self.max_steps, self.min_steps, 1000)
+        check_range("updates.reference_steps", self.reference_steps, self.max_steps, 10_000)
+        check_range("updates.pairs", self.pairs, 1, 1 << 30)
+        check_range("updates.floor", self.floor, 1e-9, 1)
+        check_range("updates.val_shapes", self.val_shapes, 1, 1 << 16)

@@ -1,0 +1,224 @@
+"""Training of the routers' low-rank updates: through whole elastic generations with few calls of the model, held to
+what the dense model makes of the same noise in many steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from elastic3d.adapters import adapter_for
+from elastic3d.adapters.storage import load_router_config
+from elastic3d.config.generate import PipelineConfig
+from elastic3d.config.routing import MIN_BUDGET, ElasticConfig, RouterConfig
+from elastic3d.config.serialize import from_dict
+from elastic3d.config.train import Precision, TrainConfig
+from elastic3d.config.updates_stage import UpdatesStageConfig
+from elastic3d.diffusion.flow import sampling_times
+from elastic3d.diffusion.sampler import integrate
+from elastic3d.errors import UserError
+from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.models.skip_dit import SkipDiT, load_dit
+from elastic3d.models.weights import find_weights, load_json, read_weights
+from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ROUTERS_NAME
+from elastic3d.routing.attach import attach, load_router_state, router_modules, router_state
+from elastic3d.routing.session import RoutingSession
+from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_generator, read_split, stack
+from elastic3d.training.latents import LatentInfo
+
+VALIDATED = ((4, 1.0), (6, 1.0), (8, 0.5), (12, 0.35), (12, 0.5), (25, 0.3))  # steps, budget
+TOKENS = ("tokens",)
+
+
+def attach_for_updates(dit: nn.Module, config: UpdatesStageConfig) -> RoutingSession:
+    """Put the routers of `config.model` on a model, with fresh updates in the place of what they may have."""
+    adapter, folder = adapter_for(dit), config.model / ROUTERS_NAME
+    router: RouterConfig = load_router_config(folder, adapter.family)
+    router = replace(router, updates=config.rank, updates_calls=config.max_calls)
+    session = attach(dit, adapter, router)
+    path = find_weights(folder)
+    trained = {key: value for key, value in read_weights(path).items() if ".updates." not in key}
+    try:
+        load_router_state(dit, router_state(dit) | trained)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    return session
+
+
+class UpdatesObjective(nn.Module):
+    """Whole generations. Only the updates are parameters: the model and its routers stay as they are."""
+
+    def __init__(self, dit: ShapeDiT | SkipDiT, pipeline: PipelineConfig, config: UpdatesStageConfig) -> None:
+        super().__init__()
+        self.config, self.pipeline = config, pipeline
+        dit.requires_grad_(False)
+        self.session = attach_for_updates(dit, config)
+        modules = router_modules(dit).items()
+        self.updates = nn.ModuleDict({name: part for name, part in modules if name.endswith("updates")})
+        for part in router_modules(dit).values():
+            part.requires_grad_(False)
+        self.updates.requires_grad_(True)
+        self._dit = (dit.eval(),)  # in a tuple: no part of the state dict, nor trained
+        self._dense: dict[int, Tensor] = {}
+
+    @property
+    def dit(self) -> ShapeDiT | SkipDiT:
+        """The model with its routers, where the updates are."""
+        dit, device = self._dit[0], next(self.updates.parameters()).device
+        return dit if next(dit.parameters()).device == device else dit.to(device)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`noise` (B,N,C), `condition` (B,M,Cc), `pair` (B,), and for all the first one's `steps` and `calls` -> loss:
+        the mean logarithm of the relative squared errors, so that each number of calls counts the same."""
+        steps, calls = int(batch["steps"][0]), float(batch["calls"][0])
+        target = self.dense_results(batch)
+        budget = min(max(calls / steps, MIN_BUDGET), 1.0)
+        found = self.generate(batch, steps, ElasticConfig(budget=budget))
+        errors = relative_errors(found, target)
+        loss = (errors + self.config.floor).log().mean()
+        return loss, {"error": errors.detach().log().mean().exp(), "calls": batch["calls"][0]}
+
+    def generate(self, batch: Batch, steps: int, settings: ElasticConfig) -> Tensor:
+        """Latents (B,N,C) in `steps` steps, with gradients to the updates where they are used."""
+        noise, before = batch["noise"], self.session.settings
+        self.session.settings = settings
+        try:
+            return integrate(
+                self.dit,
+                batch["condition"].float(),
+                noise,
+                steps,
+                self.pipeline.guidance,
+                times=sampling_times(self.pipeline, steps),
+                solver=self.pipeline.solver,
+                guidance_embed=self.dit.config.guidance_embed,
+                session=self.session,
+            )
+        finally:
+            self.session.settings = before
+
+    @torch.no_grad()
+    def dense_results(self, batch: Batch) -> Tensor:
+        """Latents (B,N,C) of the dense model in many steps; computed when they are first needed, and kept."""
+        pairs = batch["pair"].tolist()
+        missing = [row for row, pair in enumerate(pairs) if pair not in self._dense]
+        if missing:
+            part = {name: batch[name][missing] for name in ("noise", "condition")}
+            found = self.generate(part, self.config.reference_steps, ElasticConfig(elastic=False)).cpu()
+            self._dense |= {pairs[row]: latents for row, latents in zip(missing, found, strict=True)}
+        return torch.stack([self._dense[pair] for pair in pairs]).to(batch["noise"].device)
+
+
+def relative_errors(found: Tensor, true: Tensor) -> Tensor:
+    """(B,N,C) each -> squared distance over the squared norm (B,)."""
+    return (found - true).square().mean((1, 2)) / true.square().mean((1, 2))
+
+
+@dataclass
+class PairItems:
+    """`pairs` pairs of a shape's view and noise, in a new order each round; a batch has one number of steps and calls.
+
+    Items: `noise` (N,C), `condition` (M,Cc), `pair`, `steps`, `calls` ()."""
+
+    shapes: PreparedShapes
+    info: LatentInfo
+    config: UpdatesStageConfig
+    batch: int
+
+    def __post_init__(self) -> None:
+        self._shuffle = Shuffle(self.config.pairs)
+
+    def __len__(self) -> int:
+        return self.config.pairs
+
+    def item(self, position: int, seed: int) -> Batch:
+        """Item `position` of the stream."""
+        config, rng = self.config, np.random.default_rng([seed, position // self.batch, 4])
+        low, high = math.log(config.min_steps), math.log(config.max_steps + 1)
+        steps = min(int(math.exp(rng.uniform(low, high))), config.max_steps)
+        calls = rng.uniform(min(config.min_calls, steps), min(config.max_calls, steps))
+        pair = self._shuffle(position, seed)
+        # no fewer calls than the smallest budget leaves
+        values = {"pair": pair, "steps": steps, "calls": max(calls, MIN_BUDGET * steps)}
+        return self.draw(pair, seed) | {name: torch.tensor(value) for name, value in values.items()}
+
+    def draw(self, pair: int, seed: int) -> Batch:
+        """The noise and the view of one pair."""
+        rng = item_generator(seed, pair)
+        view = int(rng.integers(self.info.settings["views"]))
+        noise = rng.standard_normal(tuple(self.info.latents), dtype=np.float32)
+        id = self.shapes.ids[pair % len(self.shapes)]
+        return {"noise": torch.from_numpy(noise), "condition": self.shapes.read(id, "tokens", view)}
+
+
+class UpdatesStage:
+    """What the loop needs to train updates."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, options = config, config.updates
+        self.info = LatentInfo.load(config.latents.output)
+        settings = options.model / PIPELINE_NAME
+        pipeline: PipelineConfig = from_dict(PipelineConfig, load_json(settings), str(settings))
+        if not (options.model / ROUTERS_NAME).is_dir():
+            raise UserError(f"{options.model} has no routers, expected a folder {ROUTERS_NAME} in it")
+        dtype = torch.bfloat16 if config.precision is Precision.bf16_master else torch.float32
+        dit = load_dit(options.model / "dit", dtype)
+        if self.info.tokens[1] != dit.config.condition_channels:
+            expected, found = dit.config.condition_channels, self.info.tokens[1]
+            raise UserError(f"{options.model} has {expected} condition channels, but the cache has {found}")
+        self.flow = UpdatesObjective(dit, pipeline, options)
+        self.objective: nn.Module = self.flow
+        train, val = read_split(config.data.train), read_split(config.data.val)
+        preload = TOKENS if config.data.preload else ()
+        self._train = PreparedShapes(config.latents.output, train, preload, config.data.limit)
+        self._val = PreparedShapes(config.latents.output, val, (), options.val_shapes)
+        self._items = PairItems(self._train, self.info, options, config.batch)
+        self._references: Tensor | None = None
+
+    def items(self) -> PairItems:
+        """Pairs of cached training views and noise."""
+        return self._items
+
+    def rate_factor(self, name: str) -> float:
+        """Every parameter learns at the run's rate."""
+        return 1.0
+
+    def record(self) -> dict[str, str | int]:
+        """What the run trains on."""
+        return {
+            "train_shapes": len(self._train),
+            "train_missing": self._train.missing,
+            "val_shapes": len(self._val),
+            "encoder": self.info.settings["encoder"]["kind"],
+        }
+
+    def validate(self) -> dict[str, float]:
+        """Geometric mean of the relative squared error to the dense results, with and without the updates."""
+        items = PairItems(self._val, self.info, replace(self.config.updates, pairs=len(self._val)), 1)
+        batch = stack([items.draw(pair, 0) for pair in range(len(self._val))])
+        device = next(self.flow.updates.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        dense = ElasticConfig(elastic=False)
+        if self._references is None:
+            self._references = self.flow.generate(batch, self.config.updates.reference_steps, dense)
+        values = {}
+        for steps, budget in self._points():
+            for name, updates in (("updated", True), ("plain", False)):
+                found = self.flow.generate(batch, steps, ElasticConfig(budget=budget, updates=updates))
+                error = relative_errors(found, self._references).log().mean().exp().item()
+                values[f"val/{name}_{steps}_at_{budget:g}"] = error
+        return values
+
+    def _points(self) -> Sequence[tuple[int, float]]:
+        """Steps and budgets that are validated: those of which few enough calls are left."""
+        options = self.config.updates
+        found = [(s, b) for s, b in VALIDATED if s * b <= options.max_calls and s <= options.max_steps]
+        return found or [(options.max_steps, max(options.max_calls / options.max_steps, MIN_BUDGET))]
+
+    def samples(self) -> dict[str, np.ndarray]:
+        """None: latents alone are looked at."""
+        return {}

@@ -1,0 +1,224 @@
+"""Low-rank updates: what they add, when they are used, and that nothing else changes."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from elastic3d.adapters import attach, detach, load_routers, save_routers
+from elastic3d.config.models import DiTConfig
+from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig
+from elastic3d.diffusion.sampler import integrate, sample
+from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.routing.attach import load_router_state, router_modules, router_state
+from elastic3d.routing.tables import TableRoutes
+from elastic3d.routing.updates import BlockUpdates, LowRankUpdate, coarseness
+
+ROUTERS = RouterConfig(updates=3, updates_calls=4, head_std=0.3, widths=2)
+
+
+def tiny() -> ShapeDiT:
+    torch.manual_seed(0)
+    model = ShapeDiT(DiTConfig(in_channels=4, condition_channels=6, width=32, heads=2, double_blocks=1,
+                               single_blocks=2)).eval()  # fmt: skip
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def learned(model: ShapeDiT, config: RouterConfig = ROUTERS):
+    """Routers with updates that are not zero."""
+    session = attach(model, config)
+    for block in session.blocks:
+        for parameter in block.updates.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    return session
+
+
+def generate(model: ShapeDiT, session, steps: int, budget: float = 1.0, seeds=(0, 1), **settings):
+    if session is not None:
+        session.settings = ElasticConfig(budget=budget, **settings)
+    condition = torch.stack(
+        [torch.randn(5, 6, generator=torch.Generator().manual_seed(7 + seed)) for seed in seeds]
+    )
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return sample(model, condition, (10, 4), steps, 2.0, generators, session=session)
+
+
+def opened(steps: int) -> TableRoutes:
+    """Every block at full width."""
+    return TableRoutes(torch.full((steps, 2, 2, 3), ROUTERS.widths), ROUTERS.widths)
+
+
+def by_hand(model: ShapeDiT, session, coarse: float) -> ShapeDiT:
+    """The dense model with the updates added to its weights."""
+    plain, updates = copy.deepcopy(model), {}
+    for block in session.blocks:
+        for name, part in block.updates.parts.items():
+            gain = torch.diag(1 + coarse * part.slope)
+            updates[f"{block.name}.{name.replace('/', '.')}.weight"] = part.up @ gain @ part.down
+    detach(plain)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if name in updates:
+                parameter += updates.pop(name)
+    assert not updates
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("steps", "budget", "expected"),
+    [(4, 1.0, 0.0), (2, 1.0, 1.0), (8, 0.5, 0.0), (5, 0.4, 1.0), (5, 1, None)],
+)
+def test_they_are_used_where_few_calls_are_left(steps, budget, expected):
+    assert coarseness(ROUTERS, steps, budget) == expected
+    assert coarseness(RouterConfig(), steps, budget) is None
+
+
+@pytest.mark.parametrize("steps", [4, 3, 2])
+def test_a_generation_is_that_of_the_dense_model_with_updated_weights(steps):
+    model = tiny()
+    session = learned(model)
+    session.source = opened(steps)
+    found = generate(model, session, steps)
+    expected = generate(by_hand(model, session, coarseness(ROUTERS, steps, 1.0)), None, steps)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_many_calls_dense_runs_and_updates_that_are_off_know_nothing_of_them():
+    dense, model = tiny(), tiny()
+    session = learned(model)
+    session.source = opened(6)
+    for steps, settings in ((6, {}), (3, {"elastic": False}), (3, {"updates": False})):
+        assert torch.equal(generate(model, session, steps, **settings), generate(dense, None, steps))
+    assert not torch.allclose(generate(model, session, 3), generate(dense, None, 3), atol=1e-2)
+    detach(model)
+    assert torch.equal(generate(model, None, 3), generate(dense, None, 3))
+    assert list(model.state_dict()) == list(dense.state_dict())
+
+
+def test_narrow_blocks_are_slices_of_the_updated_ones():
+    model = tiny()
+    session = learned(model)
+    widths = torch.randint(1, 3, (3, 2, 2, 3), generator=torch.Generator().manual_seed(0))
+    session.source = TableRoutes(widths, 2)
+    plain = by_hand(model, session, coarseness(ROUTERS, 3, 1.0))
+    other = attach(plain, RouterConfig(widths=2))
+    other.source = session.source
+    torch.testing.assert_close(generate(model, session, 3), generate(plain, other, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_stale_twins_are_made_anew():
+    """After a change of the updates, of the base weights, and of where they are."""
+    model = tiny()
+    session = learned(model)
+    first = generate(model, session, 3)
+    assert torch.equal(first, generate(model, session, 3))
+    with torch.no_grad():
+        session.blocks[0].updates.parts["img_mlp/0"].up.mul_(2)
+    second = generate(model, session, 3)
+    assert not torch.equal(first, second)
+    with torch.no_grad():
+        model.single_blocks[0].linear1.weight.mul_(1.1)
+    assert not torch.equal(second, third := generate(model, session, 3))
+    model.double()
+    assert generate(model, session, 3).dtype == torch.float32
+    model.float()
+    torch.testing.assert_close(generate(model, session, 3), third, rtol=1e-4, atol=1e-5)
+
+
+def test_they_are_saved_with_the_routers(tmp_path):
+    model, other = tiny(), tiny()
+    session = learned(model)
+    save_routers(model, tmp_path)
+    again = attach(other, tmp_path)
+    assert again.router_config == ROUTERS
+    assert torch.equal(generate(model, session, 3, 0.9), generate(other, again, 3, 0.9))
+    keys = set(router_state(model))
+    assert "double_blocks.0.updates.parts.img_attn.qkv.up" in keys
+    state = {key: value for key, value in router_state(model).items() if ".updates." not in key}
+    with pytest.raises(ValueError, match="missing"):
+        load_router_state(other, state)
+    load_routers(other, tmp_path)
+
+
+def test_gradients_go_back_through_a_whole_generation():
+    """The derivative along a direction equals that of finite differences, blocks that wait for each other included."""
+    config = RouterConfig(
+        updates=2, updates_calls=4, lookahead=Lookahead.step, longest=4, widths=1, head_std=0.0,
+        forecast_times=[0.0, 1.0], trends=[0.5, 1.0],
+    )  # fmt: skip
+    model = tiny().double()
+    model.requires_grad_(False)
+    session = learned(model, config)
+    model.double()
+    keep = torch.ones(5, 2, 2, 3)
+    keep[2, :, 0] = keep[3, :, :] = keep[4, :, 1] = 0  # the samples leave out different steps
+    session.source = TableRoutes(keep, 1)
+    noise = torch.randn(2, 10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    condition = torch.randn(2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    parameters = [p for block in session.blocks for p in block.updates.parameters()]
+
+    def loss() -> torch.Tensor:
+        session.settings = ElasticConfig(budget=0.6)
+        return integrate(model, condition, noise, 5, 2.0, session=session).square().mean()
+
+    gradients = torch.autograd.grad(loss(), parameters)
+    torch.manual_seed(3)
+    direction = [torch.randn_like(p) for p in parameters]
+    slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True)).item()
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p += sign * 1e-4 * d
+            ends.append(loss().item())
+            for p, d in zip(parameters, direction, strict=True):
+                p -= sign * 1e-4 * d
+    assert slope == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=2e-2)
+
+
+def test_calls_can_be_counted_from_another_number():
+    """The weights at each number of calls stay what they are; only where updates are used changes."""
+    model = tiny()
+    session = learned(model)
+    block = session.blocks[0]
+    linear = block.inner.img_mlp[0]
+    part = block.updates.parts["img_mlp/0"]
+    before = [part(linear.weight, coarseness(ROUTERS, 2, budget)) for budget in (0.9, 0.5)]
+    block.updates.rebase(0.75)
+    fewer = replace(ROUTERS, updates_calls=3)
+    for budget, expected in zip((0.9, 0.5), before, strict=True):
+        found = part(linear.weight, coarseness(fewer, 2, budget))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert coarseness(fewer, 4, 1.0) is None
+
+
+def test_fresh_updates_change_nothing_and_replaced_layers_are_named():
+    block = tiny().double_blocks[0]
+    updates = BlockUpdates(block, 2)
+    twin = updates.updated(block, 0.7)
+    for name, part in block.named_parameters():
+        assert torch.equal(twin.get_parameter(name) if "norm" in name else _tensor(twin, name), part)
+    block.img_mlp[0] = nn.Identity()
+    with pytest.raises(ValueError, match=r"img_mlp.0 is a Identity, expected nn.Linear"):
+        updates.updated(block, 0.0)
+    assert LowRankUpdate(5, 4, 2)(torch.ones(5, 4), 1.0).shape == (5, 4)
+
+
+def _tensor(module: nn.Module, name: str) -> torch.Tensor:
+    parent, _, last = name.rpartition(".")
+    return getattr(module.get_submodule(parent), last)
+
+
+def test_compiled_blocks_run_with_updates():
+    model = tiny()
+    session = learned(model)
+    session.source = opened(3)
+    eager = generate(model, session, 3)
+    for block in session.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(generate(model, session, 3), eager)
+    assert {name.split("/")[-1] for name in router_modules(model)} == {"router", "updates", "conditioner"}
