@@ -244,7 +244,7 @@ REGISTRY: dict[Method, Callable[[Planner], Iterator[Case]]] = {
 WITHOUT_REUSE = (Method.elastic_no_cache, Method.elastic_paper_cache)
 UPDATED = (Method.elastic_no_updates, Method.updated_steps)
 WITHOUT_ROUTERS = (Method.dense, Method.fewer_steps, Method.euler_steps)
-FAMILY = tuple(m.value for m in Method if m.name.startswith("elastic"))
+FAMILY = (*(m.value for m in Method if m.name.startswith("elastic")), Method.updated_steps.value)
 CONTROLS = tuple(m.value for m in (Method.random, Method.static, Method.timestep, Method.shuffled))
 
 

@@ -85,6 +85,7 @@ def route_receipts(
         {
             **{name: flops[row] for name, flops in totals.items()},
             "elastic": elastic,
+            "updated": session.coarseness is not None,
             "routes": {"blocks": trace.blocks, "widths": list(trace.ratios), "actions": trace.sample(row)},
         }
         for row in range(samples)

@@ -160,6 +160,10 @@ class UpdatesStage:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, options = config, config.updates
+        if config.image.backbone is not None:
+            raise UserError(
+                f"backbone is {config.image.backbone.name}: stage=updates trains shape models alone"
+            )
         self.info = LatentInfo.load(config.latents.output)
         settings = options.model / PIPELINE_NAME
         pipeline: PipelineConfig = from_dict(PipelineConfig, load_json(settings), str(settings))

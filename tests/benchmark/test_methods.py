@@ -13,6 +13,7 @@ from elastic3d.benchmark.execute import make
 from elastic3d.benchmark.methods import (
     DRIFT_CACHE,
     FORECAST,
+    NO_CACHE,
     PAPER_CACHE,
     REGISTRY,
     Routes,
@@ -98,6 +99,40 @@ def test_routers_that_reuse_have_no_rows_without_and_share_their_cache_with_cont
             models,
             2,
         )
+
+
+def test_updates_have_rows_where_few_calls_are_left(world, tmp_path):
+    pipeline = ImageTo3DPipeline.from_pretrained(world / "model", "cpu", "float32")
+    detach(pipeline.dit)
+    session = attach(pipeline.dit, RouterConfig(longest=2, updates=2, updates_calls=2.5))
+    for block in session.blocks:
+        for part in block.updates.parts.values():
+            torch.nn.init.normal_(part.up, std=0.3)
+    pipeline.save_pretrained(tmp_path / "updated")
+    fields = dict(
+        model=str(tmp_path / "updated"), budgets=[1.0, 0.5], elastic_steps=[2, 4, 8], steps=[2, 3, 4]
+    )
+    config = config_of(world, tmp_path, **fields)
+    models = load_models(config, world)
+    _, cases = plan(config, models, items=2)
+    by_method = {m: [c for c in cases if c.method == m.value] for m in Method}
+    assert [c.run.steps for c in by_method[Method.updated_steps]] == [2]
+    plain = by_method[Method.elastic_no_updates]
+    assert [(c.run.steps, c.budget) for c in plain] == [(2, 1.0), (2, 0.5), (4, 0.5)]
+    assert not any(c.run.settings.updates for c in (*plain, *by_method[Method.dense_cache]))
+    job = [Job(world / "images/a.png", 0)]
+    [dense] = make(models["dense"], by_method[Method.fewer_steps][0].run, job, config, None)
+    widths = session.router_config.widths
+    for case, same in ((by_method[Method.updated_steps][0], False), (by_method[Method.dense_cache][0], True)):
+        source = TableRoutes(torch.full((1, 1, 1, len(session.blocks)), widths), widths)
+        run = replace(
+            case.run, steps=dense.receipt["steps"], settings=replace(case.run.settings, cache=NO_CACHE)
+        )
+        [result] = make(models["model"], run, job, config, source)
+        assert torch.equal(result.latents, dense.latents) is same
+    with pytest.raises(UserError, match="updated_steps, which can't be run: its routers have no updates"):
+        plain_config = config_of(world, tmp_path, methods=[Method.updated_steps])
+        plan(plain_config, load_models(plain_config, world), 2)
 
 
 def test_the_command_line():

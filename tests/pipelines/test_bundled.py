@@ -45,6 +45,23 @@ def test_the_bundled_routers_keep_to_a_budget_and_to_the_dense_shape() -> None:
     assert size < 10e6
 
 
+def test_the_bundled_updates_bring_few_calls_nearer_to_many() -> None:
+    pipeline = ImageTo3DPipeline.from_pretrained(ROOT / DEFAULT_MODEL)
+    pictures = [ROOT / f"data/samples/{name}.png" for name in ("table", "chair")]
+
+    def made(uses: bool | None, **options: object) -> torch.Tensor:
+        results = pipeline(pictures, 0, resolution=16, **options)
+        assert [result.receipt.get("updated") for result in results] == [uses] * 2
+        return torch.stack([result.latents for result in results])
+
+    many = made(None, steps=40, elastic=False)
+    plain, updated = made(False, steps=4, budget=1.0, updates=False), made(True, steps=4, budget=1.0)
+    assert torch.equal(made(None, steps=4, elastic=False), plain)
+    errors = [(found - many).square().mean() / many.square().mean() for found in (plain, updated)]
+    assert errors[1] < 0.6 * errors[0]
+    made(False, budget=0.5)  # 12.5 calls: none are needed
+
+
 def table() -> trimesh.Trimesh:
     """A top and four legs, both thinner than a cell of a grid of 32."""
     top = trimesh.creation.box((1.9, 0.06, 1.3), trimesh.transformations.translation_matrix((0, 0.5, 0)))

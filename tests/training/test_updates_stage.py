@@ -7,7 +7,9 @@ import pytest
 import torch
 from _cli import parse
 
+from elastic3d.config.image_stage import ImageStageConfig
 from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig
+from elastic3d.config.text_to_image import BackboneName
 from elastic3d.config.train import ExportConfig, StageName, TrainConfig
 from elastic3d.config.updates_stage import UpdatesStageConfig
 from elastic3d.errors import UserError
@@ -121,6 +123,9 @@ def test_train_export_and_generate(routed):
 
 
 def test_what_does_not_fit_is_said(routed):
+    pictures = updates_config(routed, image=ImageStageConfig(backbone=BackboneName.small))
+    with pytest.raises(UserError, match="backbone is small: stage=updates trains shape models alone"):
+        UpdatesStage(pictures)
     shutil.rmtree(routed / "dense" / "routers")
     with pytest.raises(UserError, match="has no routers, expected a folder routers in it"):
         UpdatesStage(updates_config(routed))
