@@ -123,7 +123,7 @@ def test_train_export_and_generate(routed):
 
 
 def test_what_does_not_fit_is_said(routed):
-    pictures = updates_config(routed, image=ImageStageConfig(backbone=BackboneName.small))
+    pictures = updates_config(routed, image=ImageStageConfig(backbone=BackboneName.small, weights=routed))
     with pytest.raises(UserError, match="backbone is small: stage=updates trains shape models alone"):
         UpdatesStage(pictures)
     shutil.rmtree(routed / "dense" / "routers")
