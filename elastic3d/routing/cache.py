@@ -34,11 +34,6 @@ class Moments:
     steps: list[int]
     times: list[float]
 
-    @staticmethod
-    def together(rows: Sequence[int], count: int, step: int, time: float = 0.0) -> Moments:
-        """Rows that are all at the same step."""
-        return Moments(list(rows), count, [step] * len(rows), [time] * len(rows))
-
     def some(self, places: Sequence[int]) -> Moments:
         """Those at some places of this list."""
         if len(places) == len(self.rows):

@@ -9,6 +9,11 @@ from elastic3d.routing.cache import Moments, ResidualCache
 KEY = (2, 0)
 
 
+def together(rows, count: int, step: int) -> Moments:
+    """Rows that are all at the same step."""
+    return Moments(list(rows), count, [step] * len(rows), [0.0] * len(rows))
+
+
 def put(
     cache: ResidualCache, step: int, values: list[float], rows: list[int] | None = None, count: int = 0
 ) -> None:
@@ -16,7 +21,7 @@ def put(
     rows = list(range(len(values))) if rows is None else rows
     x = torch.ones(len(rows), 4, 2)
     y = x + torch.tensor(values)[:, None, None]
-    cache.store(KEY, Moments.together(rows, count or len(rows), step), (x,), (y,))
+    cache.store(KEY, together(rows, count or len(rows), step), (x,), (y,))
 
 
 def stored(step: int = 0, steps: int = 10, **changes) -> ResidualCache:
@@ -26,7 +31,7 @@ def stored(step: int = 0, steps: int = 10, **changes) -> ResidualCache:
 
 
 def ages(cache: ResidualCache, count: int, step: int, key=KEY) -> list[int]:
-    return cache.ages(key, Moments.together(range(count), count, step))
+    return cache.ages(key, together(range(count), count, step))
 
 
 def reuse(cache: ResidualCache, step: int, p: float, drift: float = math.inf) -> bool:
@@ -34,7 +39,7 @@ def reuse(cache: ResidualCache, step: int, p: float, drift: float = math.inf) ->
 
 
 def value(cache: ResidualCache, step: int, row: int = 0, count: int = 1) -> float:
-    [found] = cache.apply(KEY, Moments.together([row], count, step), (torch.zeros(1, 4, 2),))
+    [found] = cache.apply(KEY, together([row], count, step), (torch.zeros(1, 4, 2),))
     assert found.shape == (1, 4, 2) and found.min() == found.max()
     return found.max().item()
 
@@ -78,9 +83,7 @@ def test_rows_that_are_computed_at_different_steps_are_kept_apart(trend):
                 assert value(cache, step, row, 3) == pytest.approx(value(alone[row], step), abs=1e-5)
         living = [row for row, age in enumerate(ages(cache, 3, step)) if age]
         if living:
-            [together] = cache.apply(
-                KEY, Moments.together(living, 3, step), (torch.zeros(len(living), 4, 2),)
-            )
+            [together] = cache.apply(KEY, together(living, 3, step), (torch.zeros(len(living), 4, 2),))
             for place, row in enumerate(living):
                 assert together[place, 0, 0].item() == pytest.approx(value(alone[row], step), abs=1e-5)
         values = torch.randn(3, generator=generator).tolist()

@@ -27,8 +27,8 @@ def test_training_recalls_what_a_cache_would_hold(trend):
                 if ages[row, index] > 0:
                     x = torch.zeros(1, 3, 4)
                     step = now - int(ages[row, index])
-                    cache.store((0, 0), Moments.together([0], 1, step), (x,), (known[index][0][0][:1],))
-            when = Moments.together([0], 1, now)
+                    cache.store((0, 0), Moments([0], 1, [step], [0.0]), (x,), (known[index][0][0][:1],))
+            when = Moments([0], 1, [now], [0.0])
             [expected] = cache.apply((0, 0), when, (torch.zeros(1, 3, 4),))
             torch.testing.assert_close(found[row : row + 1], expected)
             assert recall.age(0)[row] == ages[row, pick] == cache.ages((0, 0), when)[0]
