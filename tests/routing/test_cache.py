@@ -83,9 +83,9 @@ def test_rows_that_are_computed_at_different_steps_are_kept_apart(trend):
                 assert value(cache, step, row, 3) == pytest.approx(value(alone[row], step), abs=1e-5)
         living = [row for row, age in enumerate(ages(cache, 3, step)) if age]
         if living:
-            [together] = cache.apply(KEY, together(living, 3, step), (torch.zeros(len(living), 4, 2),))
+            [batched] = cache.apply(KEY, together(living, 3, step), (torch.zeros(len(living), 4, 2),))
             for place, row in enumerate(living):
-                assert together[place, 0, 0].item() == pytest.approx(value(alone[row], step), abs=1e-5)
+                assert batched[place, 0, 0].item() == pytest.approx(value(alone[row], step), abs=1e-5)
         values = torch.randn(3, generator=generator).tolist()
         if rows:
             put(cache, step, [values[row] for row in rows], rows, 3)
