@@ -27,6 +27,9 @@ class UpdatesStageConfig:
         1e-3,
         "relative squared error below which little is to be gained; the loss is the logarithm of what is above",
     )
+    anchor_weight: float = option(
+        1.0, "weight of the anchors' channels over the others': errors there cost a mesh the most"
+    )
     val_shapes: int = option(28, "validation shapes that are generated")
 
     def __post_init__(self) -> None:
@@ -39,5 +42,6 @@ class UpdatesStageConfig:
         check_range("updates.max_steps", self.max_steps, self.min_steps, 1000)
         check_range("updates.reference_steps", self.reference_steps, self.max_steps, 10_000)
         check_range("updates.pairs", self.pairs, 1, 1 << 30)
+        check_range("updates.anchor_weight", self.anchor_weight, 0, 1e6)
         check_range("updates.floor", self.floor, 1e-9, 1)
         check_range("updates.val_shapes", self.val_shapes, 1, 1 << 16)

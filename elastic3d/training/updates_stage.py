@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from elastic3d.adapters import adapter_for
 from elastic3d.adapters.storage import load_router_config
 from elastic3d.config.generate import PipelineConfig
+from elastic3d.config.models import VAEConfig
 from elastic3d.config.routing import MIN_BUDGET, ElasticConfig, RouterConfig
 from elastic3d.config.serialize import from_dict
 from elastic3d.config.train import Precision, TrainConfig
@@ -23,7 +24,7 @@ from elastic3d.diffusion.sampler import integrate
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT, load_dit
-from elastic3d.models.weights import find_weights, load_json, read_weights
+from elastic3d.models.weights import find_weights, load_config, load_json, read_weights
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ROUTERS_NAME
 from elastic3d.routing.attach import attach, load_router_state, router_modules, router_state
 from elastic3d.routing.session import RoutingSession
@@ -52,9 +53,17 @@ def attach_for_updates(dit: nn.Module, config: UpdatesStageConfig) -> RoutingSes
 class UpdatesObjective(nn.Module):
     """Whole generations. Only the updates are parameters: the model and its routers stay as they are."""
 
-    def __init__(self, dit: ShapeDiT | SkipDiT, pipeline: PipelineConfig, config: UpdatesStageConfig) -> None:
+    weights: Tensor
+
+    def __init__(
+        self, dit: ShapeDiT | SkipDiT, pipeline: PipelineConfig, config: UpdatesStageConfig, anchors: int
+    ) -> None:
+        """`anchors`: how many channels of a latent, the first ones, are where it is."""
         super().__init__()
         self.config, self.pipeline = config, pipeline
+        weights = torch.ones(dit.config.in_channels)
+        weights[:anchors] = config.anchor_weight
+        self.register_buffer("weights", weights, persistent=False)
         dit.requires_grad_(False)
         self.session = attach_for_updates(dit, config)
         modules = router_modules(dit).items()
@@ -78,7 +87,7 @@ class UpdatesObjective(nn.Module):
         target = self.dense_results(batch)
         budget = min(max(calls / steps, MIN_BUDGET), 1.0)
         found = self.generate(batch, steps, ElasticConfig(budget=budget))
-        errors = relative_errors(found, target)
+        errors = relative_errors(found, target, self.weights)
         loss = (errors + self.config.floor).log().mean()
         return loss, {"error": errors.detach().log().mean().exp(), "calls": batch["calls"][0]}
 
@@ -113,9 +122,9 @@ class UpdatesObjective(nn.Module):
         return torch.stack([self._dense[pair] for pair in pairs]).to(batch["noise"].device)
 
 
-def relative_errors(found: Tensor, true: Tensor) -> Tensor:
-    """(B,N,C) each -> squared distance over the squared norm (B,)."""
-    return (found - true).square().mean((1, 2)) / true.square().mean((1, 2))
+def relative_errors(found: Tensor, true: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+    """(B,N,C) each, weights of channels (C,) -> squared distance over the squared norm (B,)."""
+    return (weights * (found - true).square()).mean((1, 2)) / (weights * true.square()).mean((1, 2))
 
 
 @dataclass
@@ -174,7 +183,8 @@ class UpdatesStage:
         if self.info.tokens[1] != dit.config.condition_channels:
             expected, found = dit.config.condition_channels, self.info.tokens[1]
             raise UserError(f"{options.model} has {expected} condition channels, but the cache has {found}")
-        self.flow = UpdatesObjective(dit, pipeline, options)
+        vae: VAEConfig = load_config(options.model / "vae", VAEConfig, "ShapeVAE")
+        self.flow = UpdatesObjective(dit, pipeline, options, vae.channels - vae.latent_channels)
         self.objective: nn.Module = self.flow
         train, val = read_split(config.data.train), read_split(config.data.val)
         preload = TOKENS if config.data.preload else ()
@@ -213,8 +223,8 @@ class UpdatesStage:
         for steps, budget in self._points():
             for name, updates in (("updated", True), ("plain", False)):
                 found = self.flow.generate(batch, steps, ElasticConfig(budget=budget, updates=updates))
-                error = relative_errors(found, self._references).log().mean().exp().item()
-                values[f"val/{name}_{steps}_at_{budget:g}"] = error
+                errors = relative_errors(found, self._references, self.flow.weights)
+                values[f"val/{name}_{steps}_at_{budget:g}"] = errors.log().mean().exp().item()
         return values
 
     def _points(self) -> Sequence[tuple[int, float]]:

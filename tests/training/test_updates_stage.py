@@ -102,6 +102,17 @@ def test_dense_results_are_computed_once(routed, monkeypatch):
     assert relative_errors(2 * expected, expected).tolist() == pytest.approx([1.0] * 4)
 
 
+def test_errors_of_anchors_can_count_more(routed):
+    flow = UpdatesStage(updates_config(routed, {"anchor_weight": 5.0})).flow
+    assert flow.weights.tolist() == [5.0] * 3 + [1.0] * 4  # xyz before the features
+    true = torch.ones(1, 8, 7)
+    anchors, features = true.clone(), true.clone()
+    anchors[..., 0] += 1
+    features[..., 6] += 1
+    found = [relative_errors(x, true, flow.weights).item() for x in (anchors, features)]
+    assert found == pytest.approx([5 / 19, 1 / 19])
+
+
 def test_train_export_and_generate(routed):
     before = read_weights(routed / "dense" / "routers" / "model.safetensors")
     assert run_stage(updates_config(routed, steps=3, validate_every=3)) == 0
