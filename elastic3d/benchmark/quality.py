@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -84,7 +85,14 @@ class Workplace:
         return Job(self.images[(self.images.index(job.image) + 1) % len(self.images)], job.seed)
 
     def ready(self, run: Run) -> AbstractContextManager[None]:
-        """Nothing to set up."""
+        """Updates are merged before a clock starts: a model that goes on with the same settings does it once."""
+        session = self._pipeline(run.model).session
+        if session is not None and run.settings.elastic:
+            session.settings = run.settings
+            session.coarsen(run.steps, run.settings.budget)
+            with torch.no_grad():
+                for block in session.blocks:
+                    block.running()
         return nullcontext()
 
     def condition_of(self, run: Run, jobs: Sequence[Job]) -> Tensor:

@@ -74,7 +74,7 @@ class ElasticBlock(nn.Module):
             return self.inner(*args, **kwargs)
         settled = session.settled(self)
         if settled is not None and len(settled) == 1 and min(settled) > SKIPPED:
-            return self.running.at(min(settled) - 1)(*args, **kwargs)
+            return self.running().at(min(settled) - 1)(*args, **kwargs)
         call = self.adapter.bind(self.inner, args, kwargs)
         span = session.span(self)
         if settled is not None:
@@ -88,7 +88,6 @@ class ElasticBlock(nn.Module):
         run = self._masked if session.current.masked else self._sparse
         return self.adapter.pack(run(call, decision, span))
 
-    @property
     def running(self) -> NarrowBlocks:
         """The block at its widths, with its updates in a generation that uses them."""
         coarse = self.session.coarseness
@@ -163,7 +162,7 @@ class ElasticBlock(nn.Module):
         assert current is not None
         if action == SKIPPED or (action == REUSED and not ends):
             return call.streams
-        output = call.streams if action == REUSED else self.adapter.run(self.running.at(action - 1), call)
+        output = call.streams if action == REUSED else self.adapter.run(self.running().at(action - 1), call)
         if cache is None or not ends:
             return output
         key, entered, when = current.key(span.start), session.entered[span.start], current.when.some(rows)

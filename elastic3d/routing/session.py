@@ -90,19 +90,22 @@ class RoutingSession:
         for value in budgets:
             check_budget(value)
         self.samples, self._steps = samples, steps
-        told = coarseness(self.router_config, steps, sum(budgets) / samples)
-        self.coarseness = told if self.settings.updates else None
-        for block in self.blocks:
-            block.refresh(self.coarseness)
+        self.coarsen(steps, sum(budgets) / samples)
         self._budget = torch.tensor(list(map(self.router_config.calibrated, budgets)), dtype=torch.float32)
         self.trace = Trace([b.name for b in self.blocks], self.router_config.ratios, steps, samples)
         cache = self.reuse
         if self.router_config.longest and self.source is None and not cache.closed_reuse:
             raise ValueError(
-                "cache.closed_reuse is false, expected true: these routers were trained to reuse residuals"
+                "cache.closed_reuse is false, expected true: these routers were trained to reuse"
             )
         self.cache = ResidualCache(cache, steps) if cache.active else None
         self._forget()
+
+    def coarsen(self, steps: int, budget: float) -> None:
+        """Say how few calls a generation to come leaves: blocks are updated for that."""
+        self.coarseness = coarseness(self.router_config, steps, budget) if self.settings.updates else None
+        for block in self.blocks:
+            block.refresh(self.coarseness)
 
     @property
     def reuse(self) -> BlockCacheConfig:
@@ -132,8 +135,9 @@ class RoutingSession:
         if hold is not Hold.never and not self.holds:
             raise ValueError(f"hold is {hold.name}, expected never: blocks or samples do not decide so")
         dts = [dt] * len(samples) if isinstance(dt, (int, float)) else list(dt)
-        budget = self._budget[list(samples)]
-        self._announced = Announced(dts, budget, branches, samples, steps, self.samples, hold)
+        self._announced = Announced(
+            dts, self._budget[list(samples)], branches, samples, steps, self.samples, hold
+        )
 
     def train(
         self,
@@ -200,9 +204,7 @@ class RoutingSession:
         if self._announced is None and self.announcer is not None:
             self.announcer(t.shape[0])
         if self._announced is None:
-            raise ValueError(
-                "a forward pass that nobody announced: call session.step or session.train before it"
-            )
+            raise ValueError("a forward pass that nobody announced: call session.step or session.train first")
         told, self._announced = self._announced, None
         timed = self.cache is not None and bool(self.cache.config.times)
         self.current = current = told.pass_at(t, timed)
@@ -296,8 +298,7 @@ class RoutingSession:
         return block.stage if self._alike else range(block.index, block.index + 1)
 
     def _age(self, block: ElasticBlock) -> Tensor | None:
-        """Steps (B,) since the residual that a closed block would add was computed, 0 without one; None where routers
-        are not told."""
+        """Age (B,) in steps of what a closed block would add, 0 for nothing; None where routers are not told."""
         current, longest = self.current, self.router_config.longest
         assert current is not None
         if not longest:
@@ -313,9 +314,8 @@ class RoutingSession:
         """The same for the rows of a generation."""
         current, cache = self.current, self.cache
         assert current is not None
-        if cache is None:
-            return [0] * len(current.rows)
-        return cache.ages(current.key(self.span(block).start), current.when)
+        key = current.key(self.span(block).start)
+        return [0] * len(current.rows) if cache is None else cache.ages(key, current.when)
 
     def plan(self, block: ElasticBlock, call: BlockCall, decision: RouteDecision) -> Groups:
         """The rows of each action, on the host (the one synchronisation of a block, or of a step that looks ahead),

@@ -21,7 +21,8 @@ from elastic3d.benchmark.methods import (
     plan,
 )
 from elastic3d.benchmark.models import load_models
-from elastic3d.benchmark.store import Job
+from elastic3d.benchmark.quality import Workplace
+from elastic3d.benchmark.store import Job, Store
 from elastic3d.config.base import DeviceChoice
 from elastic3d.config.benchmark import BenchmarkConfig, Method, Phase
 from elastic3d.config.generate import GenerateConfig
@@ -130,6 +131,16 @@ def test_updates_have_rows_where_few_calls_are_left(world, tmp_path):
         )
         [result] = make(models["model"], run, job, config, source)
         assert torch.equal(result.latents, dense.latents) is same
+    place = Workplace(plan(config, models, 2)[0], Store(tmp_path), [job[0].image])
+    own = models["model"].session
+    place.ready(by_method[Method.updated_steps][0].run)
+    merged = [block.running() for block in own.blocks]
+    own.source = TableRoutes(torch.full((1, 1, 1, len(own.blocks)), widths), widths)
+    with torch.no_grad():
+        own.begin(1, 2)
+    assert all(block.running() is before for block, before in zip(own.blocks, merged, strict=True))
+    assert all(before is not block.narrow for block, before in zip(own.blocks, merged, strict=True))
+    own.source = None
     with pytest.raises(UserError, match="updated_steps, which can't be run: its routers have no updates"):
         plain_config = config_of(world, tmp_path, methods=[Method.updated_steps])
         plan(plain_config, load_models(plain_config, world), 2)

@@ -17,7 +17,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import load_json, save_json
 from elastic3d.pipelines.image_loading import load_transformer
-from elastic3d.training import calibration
+from elastic3d.training import calibration, router_stage
 from elastic3d.training.image_router_stage import ImageRouterStage
 from elastic3d.training.router_stage import RouterStage
 from elastic3d.training.stages import run_stage
@@ -70,6 +70,22 @@ def check_executed(stage, folder: Path) -> None:  # noqa: F811
     for budget in (0.45, 0.6, 0.8):
         _, share = stage._generate(ElasticConfig(budget=budget))
         assert share.mean().item() == pytest.approx(budget, abs=0.05)
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_curves_are_chosen_by_the_anchors_of_anchored_latents(dense, monkeypatch, anchored):  # noqa: F811
+    stage = RouterStage(router_config(dense))
+    latents, share = stage._generate(ElasticConfig())
+    if not anchored:
+        monkeypatch.setattr(stage.vae.config, "anchored", False)
+        monkeypatch.setattr(stage.vae.config, "latent_channels", 7)
+    seen = []
+    monkeypatch.setattr(
+        router_stage, "calibrate", lambda session, generate, *rest: seen.append(generate(ElasticConfig(), 0))
+    )
+    stage.calibrate()
+    [(found, shares)] = seen
+    assert torch.equal(found, latents[..., :3] if anchored else latents) and torch.equal(shares, share)
 
 
 def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypatch):  # noqa: F811

@@ -24,7 +24,6 @@ from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.routing.attach import router_state
-from elastic3d.training import router_stage
 from elastic3d.training.datasets import stack
 from elastic3d.training.export import export_run
 from elastic3d.training.journal import read_metrics
@@ -67,22 +66,6 @@ def router_config(root, mesh: MeshLossConfig | None = None, routing=None, **chan
     )
     settings = dict(stage=StageName.router, name="router", routing=RouterStageConfig(**options))
     return config_for(root, **(settings | changes))
-
-
-@pytest.mark.parametrize("anchored", [True, False])
-def test_curves_are_chosen_by_the_anchors_of_anchored_latents(dense, monkeypatch, anchored):
-    stage = RouterStage(router_config(dense))
-    latents, share = stage._generate(ElasticConfig())
-    if not anchored:
-        monkeypatch.setattr(stage.vae.config, "anchored", False)
-        monkeypatch.setattr(stage.vae.config, "latent_channels", 7)
-    seen = []
-    monkeypatch.setattr(
-        router_stage, "calibrate", lambda session, generate, *rest: seen.append(generate(ElasticConfig(), 0))
-    )
-    stage.calibrate()
-    [(found, shares)] = seen
-    assert torch.equal(found, latents[..., :3] if anchored else latents) and torch.equal(shares, share)
 
 
 def batch_of(stage: RouterStage, count: int = 4):
