@@ -306,7 +306,7 @@ def test_calibration_makes_the_executed_cost_what_was_asked_for(dense):
     stage = RouterStage(router_config(dense, routing={"val_shapes": 1, "val_steps": 2}))
     session = stage.flow.session
     stage._generate = lambda settings, count=0: (
-        None,
+        torch.zeros(1, 8, 7),
         torch.tensor([session.router_config.calibrated(settings.budget) ** 2]),
     )
     stage.calibrate(points=40)
