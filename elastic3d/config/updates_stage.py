@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elastic3d.config.base import check_range, option
+from elastic3d.config.routing import MIN_BUDGET
 
 
 @dataclass(kw_only=True)
@@ -40,6 +41,11 @@ class UpdatesStageConfig:
             check_range("updates.used_calls", self.used_calls, 0.1, 1000)
         check_range("updates.min_steps", self.min_steps, 1, 1000)
         check_range("updates.max_steps", self.max_steps, self.min_steps, 1000)
+        if self.max_steps * MIN_BUDGET > self.max_calls:
+            raise ValueError(
+                f"updates.max_steps is {self.max_steps}, expected at most {int(self.max_calls / MIN_BUDGET)}:"
+                f" the smallest budget, {MIN_BUDGET:g}, leaves more than {self.max_calls:g} calls"
+            )
         check_range("updates.reference_steps", self.reference_steps, self.max_steps, 10_000)
         check_range("updates.pairs", self.pairs, 1, 1 << 30)
         check_range("updates.anchor_weight", self.anchor_weight, 0, 1e6)

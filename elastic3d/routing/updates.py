@@ -21,7 +21,7 @@ Key = tuple[object, ...]
 def coarseness(config: RouterConfig, steps: int, budget: float) -> float | None:
     """How few calls a generation leaves: 0 at the most for which there are updates, 1 at half of them; None where they
     are not used."""
-    calls = steps * budget
+    calls = round(steps * budget, 6)  # a budget that is a rounded share of the steps must not miss the limit
     if not config.updates or calls > config.updates_calls:
         return None
     return math.log2(config.updates_calls / calls)

@@ -75,6 +75,7 @@ def by_hand(model: ShapeDiT, session, coarse: float) -> ShapeDiT:
 def test_they_are_used_where_few_calls_are_left(steps, budget, expected):
     assert coarseness(ROUTERS, steps, budget) == expected
     assert coarseness(RouterConfig(), steps, budget) is None
+    assert all(coarseness(ROUTERS, n, 4 / n) == 0 for n in range(4, 60))  # n * (4 / n) is not always 4
 
 
 @pytest.mark.parametrize("steps", [4, 3, 2])

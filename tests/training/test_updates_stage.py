@@ -142,5 +142,7 @@ def test_what_does_not_fit_is_said(routed):
         UpdatesStage(updates_config(routed))
     with pytest.raises(ValueError, match="updates.max_calls is 1"):
         UpdatesStageConfig(min_calls=2, max_calls=1)
+    with pytest.raises(ValueError, match="updates.max_steps is 40, expected at most 26"):
+        UpdatesStageConfig(max_steps=40)
     with pytest.raises(ValueError, match="updates.reference_steps is 10"):
         UpdatesStageConfig(reference_steps=10)
