@@ -121,7 +121,7 @@ class Planner:
             pipeline.dense_sha256 if routes is Routes.dense else pipeline.weights_sha256,
             str(next(pipeline.dit.parameters()).dtype),
             steps,
-            config.guidance if config.guidance is not None else pipeline.config.guidance,
+            self.guidance(model),
             config.resolution or pipeline.config.resolution,
             pipeline.config.shift,
             getattr(pipeline.config, "solver", Solver.euler).value,
@@ -155,7 +155,14 @@ class Planner:
     def updates(self, steps: int, budget: float) -> bool:
         """Whether a generation uses them."""
         session = self.models[MAIN].session
-        return session is not None and coarseness(session.router_config, steps, budget) is not None
+        if session is None:
+            return False
+        return coarseness(session.router_config, steps, budget, self.guidance(MAIN)) is not None
+
+    def guidance(self, model: str) -> float:
+        """The guidance scale of a model's runs."""
+        asked = self.config.guidance
+        return self.models[model].config.guidance if asked is None else asked
 
     def reference(self) -> Run:
         """The dense meshes that all others are paired with."""

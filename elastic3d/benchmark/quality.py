@@ -89,7 +89,7 @@ class Workplace:
         session = self._pipeline(run.model).session
         if session is not None and run.settings.elastic:
             session.settings = run.settings
-            session.coarsen(run.steps, run.settings.budget)
+            session.coarsen(run.steps, run.settings.budget, self.planner.guidance(run.model))
             with torch.no_grad():
                 for block in session.blocks:
                     block.running()

@@ -72,6 +72,9 @@ class RouterConfig:
         0, "rank of the low-rank updates of the blocks, for generations with few calls; 0: none"
     )
     updates_calls: float = option(8.0, "they are used where steps times budget is at most this")
+    updates_guidance: float | None = option(
+        None, "guidance scale that the updates have learned, for which they run one branch; null: none"
+    )
     forecast_times: list[float] = option([], "calibration of that: times in [0,1], ascending; empty: none")
     trends: list[float] = option([], "calibration: shares at these times, in the place of trend")
     asked: list[float] = option([], "calibration: budgets that are asked for, ascending; empty: none")
@@ -97,6 +100,8 @@ class RouterConfig:
         check_range("trend", self.trend, 0, 1)
         check_range("updates", self.updates, 0, 4096)
         check_range("updates_calls", self.updates_calls, 0.1, 1000)
+        if self.updates_guidance is not None:
+            check_range("updates_guidance", self.updates_guidance, 0, 1000)
         for names, at, found in (
             ("asked and told", self.asked, self.told),
             ("times and urgency", self.times, self.urgency),

@@ -15,6 +15,10 @@ class UpdatesStageConfig:
 
     model: Path = option(Path("data/pretrained/shape-small"), "folder of a pipeline with trained routers")
     rank: int = option(32, "rank of the updates")
+    continued: bool = option(False, "start from the updates that the model has, instead of fresh ones")
+    guidance: bool = option(
+        False, "learn the pipeline's guidance too: generations with updates run the conditional branch alone"
+    )
     min_calls: float = option(3.0, "fewest calls of the model in a generation: its steps times its budget")
     max_calls: float = option(8.0, "most of them")
     used_calls: float | None = option(

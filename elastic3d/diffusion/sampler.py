@@ -85,10 +85,12 @@ def integrate(
     """
     times = timestep_grid(steps, shift) if times is None else times
     path = _Path(noise, times, solver)
-    passes = _passes(condition, guidance != 1.0 and not guidance_embed, sequential)
-    scale = torch.full((len(path.x),), guidance, device=path.x.device) if guidance_embed else None
+    branches_guide = guidance != 1.0 and not guidance_embed
     if session is not None:
-        session.begin(len(noise), path.steps)
+        session.begin(len(noise), path.steps, guidance=guidance if branches_guide else None)
+        branches_guide = branches_guide and not session.guided
+    passes = _passes(condition, branches_guide, sequential)
+    scale = torch.full((len(path.x),), guidance, device=path.x.device) if guidance_embed else None
     waits = session is not None and session.holds and len(noise) > 1 and not sequential
     while path.unfinished:
         before, (rows, hold) = path.reached, path.turn(waits)

@@ -86,6 +86,7 @@ def route_receipts(
             **{name: flops[row] for name, flops in totals.items()},
             "elastic": elastic,
             "updated": session.coarseness is not None,
+            "one_branch": session.guided,
             "routes": {"blocks": trace.blocks, "widths": list(trace.ratios), "actions": trace.sample(row)},
         }
         for row in range(samples)

@@ -52,9 +52,11 @@ def trace_flops(trace: Trace) -> Tensor:
 
 
 def trace_dense_flops(trace: Trace) -> Tensor:
-    """FLOPs (S,2,B,I) fp64 that the dense blocks would have spent on the same passes."""
+    """FLOPs (S,2,B,I) fp64 that the dense blocks would have spent on the same passes, and on the branch that the dense
+    model runs beside them."""
     dense = torch.tensor([trace.flops[i].dense if i in trace.flops else 0 for i in range(len(trace.blocks))])
-    return (trace.actions != NOT_RUN).double() * dense.double()
+    ran = trace.actions != NOT_RUN
+    return (ran[:, :1].expand_as(ran) if trace.one_branch else ran).double() * dense.double()
 
 
 def trace_router_flops(trace: Trace) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from elastic3d.routing.decision import RouteDecision
 from elastic3d.routing.protocol import BlockFlops
 from elastic3d.routing.recall import Recall
 from elastic3d.routing.router import Situation
+
+T = TypeVar("T", int, float)
 
 
 class Branch(IntEnum):
@@ -48,6 +50,14 @@ def grouped(actions: Sequence[int]) -> Groups:
     for row, action in enumerate(actions):
         groups.setdefault(action, []).append(row)
     return groups
+
+
+def one_each(value: Sequence[T] | T, count: int, what: str) -> list[T]:
+    """A value for each of so many samples, of one for all or of a list; ValueError for one of another length."""
+    values = list(value) if isinstance(value, Sequence) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"{len(values)} {what} for {count} samples")
+    return values
 
 
 @dataclass

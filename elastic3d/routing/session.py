@@ -34,6 +34,7 @@ from elastic3d.routing.passes import (
     Pass,
     RouteSource,
     grouped,
+    one_each,
 )
 from elastic3d.routing.protocol import BlockCall
 from elastic3d.routing.recall import Recall, Residuals
@@ -43,6 +44,8 @@ from elastic3d.routing.updates import coarseness
 
 if TYPE_CHECKING:
     from elastic3d.routing.block import ElasticBlock
+
+Budget = Sequence[float] | float | None  # one for all samples, one for each, or that of the settings
 
 
 class RoutingSession:
@@ -76,23 +79,19 @@ class RoutingSession:
 
     # ------------------------------------------------------------------------------------- told from outside
 
-    def begin(self, samples: int, steps: int, budget: Sequence[float] | float | None = None) -> None:
-        """A new generation of `samples` in `steps` sampling steps: caches and trace start empty.
-
-        `budget` is one for all or one a sample; by default the settings'.
-        """
+    def begin(self, samples: int, steps: int, budget: Budget = None, guidance: float | None = None) -> None:
+        """A new generation of `samples` in `steps` sampling steps: caches and trace start empty. `guidance` is the
+        scale where a second branch stands for it."""
         if samples < 1 or steps < 1:
             raise ValueError(f"a generation of {samples} samples in {steps} steps, expected at least 1 and 1")
-        budget = self.settings.budget if budget is None else budget
-        budgets = [budget] * samples if isinstance(budget, (int, float)) else list(budget)
-        if len(budgets) != samples:
-            raise ValueError(f"{len(budgets)} budgets for {samples} samples")
+        budgets = one_each(self.settings.budget if budget is None else budget, samples, "budgets")
         for value in budgets:
             check_budget(value)
         self.samples, self._steps = samples, steps
-        self.coarsen(steps, sum(budgets) / samples)
+        self.coarsen(steps, sum(budgets) / samples, guidance)
         self._budget = torch.tensor(list(map(self.router_config.calibrated, budgets)), dtype=torch.float32)
-        self.trace = Trace([b.name for b in self.blocks], self.router_config.ratios, steps, samples)
+        names = [block.name for block in self.blocks]
+        self.trace = Trace(names, self.router_config.ratios, steps, samples, self.guided)
         cache = self.reuse
         if self.router_config.longest and self.source is None and not cache.closed_reuse:
             raise ValueError(
@@ -101,11 +100,17 @@ class RoutingSession:
         self.cache = ResidualCache(cache, steps) if cache.active else None
         self._forget()
 
-    def coarsen(self, steps: int, budget: float) -> None:
+    def coarsen(self, steps: int, budget: float, guidance: float | None) -> None:
         """Say how few calls a generation to come leaves: blocks are updated for that."""
-        self.coarseness = coarseness(self.router_config, steps, budget) if self.settings.updates else None
+        wanted = self.settings.updates and self.settings.elastic
+        self.coarseness = coarseness(self.router_config, steps, budget, guidance) if wanted else None
         for block in self.blocks:
             block.refresh(self.coarseness)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the blocks of this generation have learned its guidance: the conditional branch is enough."""
+        return self.coarseness is not None and self.router_config.updates_guidance is not None
 
     @property
     def reuse(self) -> BlockCacheConfig:
@@ -128,16 +133,14 @@ class RoutingSession:
         if not self.samples:
             raise ValueError("a step without a generation: call session.begin(samples, steps) first")
         samples = range(self.samples) if samples is None else samples
-        steps = [index] * len(samples) if isinstance(index, int) else list(index)
+        steps = one_each(index, len(samples), "steps")
         for step in steps:
             if not 0 <= step < self._steps:
                 raise ValueError(f"step {step} of a generation of {self._steps} steps")
         if hold is not Hold.never and not self.holds:
             raise ValueError(f"hold is {hold.name}, expected never: blocks or samples do not decide so")
-        dts = [dt] * len(samples) if isinstance(dt, (int, float)) else list(dt)
-        self._announced = Announced(
-            dts, self._budget[list(samples)], branches, samples, steps, self.samples, hold
-        )
+        dts, budgets = one_each(dt, len(samples), "step sizes"), self._budget[list(samples)]
+        self._announced = Announced(dts, budgets, branches, samples, steps, self.samples, hold)
 
     def train(
         self,
@@ -160,10 +163,9 @@ class RoutingSession:
         routers decide; their decisions are recorded all the same. `leaders`: so many rows of the conditional branch
         come first, and the same samples' other branch after them, in the same order; 0: every row is for itself.
         """
-        if explored is not None and explored.shape != (len(budget), len(self.blocks)):
-            raise ValueError(
-                f"explored is {tuple(explored.shape)}, expected {(len(budget), len(self.blocks))}"
-            )
+        expected = (len(budget), len(self.blocks))
+        if explored is not None and explored.shape != expected:
+            raise ValueError(f"explored is {tuple(explored.shape)}, expected {expected}")
         options = (True, explored, lockstep, recall, closed, leaders)
         self._announced = Announced(dt, budget, branch, (), (), 0, Hold.never, *options)
 
@@ -217,10 +219,8 @@ class RoutingSession:
         current = self.current
         if current is None:
             raise ValueError(f"block {block.name} was called outside a forward pass of its model")
-        if block.index in current.visited and not torch.is_grad_enabled():
-            raise ValueError(
-                f"block {block.name} was called twice in one forward pass"
-            )  # else: recomputation
+        if block.index in current.visited and not torch.is_grad_enabled():  # with gradients: recomputation
+            raise ValueError(f"block {block.name} was called twice in one forward pass")
         current.visited.add(block.index)
         if self.source is not None:
             decision = self.source.decide(current, block.index)

@@ -18,13 +18,14 @@ class Trace:
     """Actions of S steps, 2 branches, B samples and I blocks, and what they cost.
 
     `blocks` are names, `ratios` the K widths; `flops` and `router_flops` hold one entry a block once it was
-    called.
+    called. `one_branch`: the conditional one runs alone, where the dense model runs both.
     """
 
     blocks: list[str]
     ratios: tuple[float, ...]
     steps: int
     samples: int
+    one_branch: bool = False
     flops: dict[int, BlockFlops] = field(default_factory=dict)
     router_flops: dict[int, int] = field(default_factory=dict)
 

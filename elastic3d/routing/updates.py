@@ -18,9 +18,11 @@ from elastic3d.routing.width import linear_around, with_modules
 Key = tuple[object, ...]
 
 
-def coarseness(config: RouterConfig, steps: int, budget: float) -> float | None:
+def coarseness(config: RouterConfig, steps: int, budget: float, guidance: float | None) -> float | None:
     """How few calls a generation leaves: 0 at the most for which there are updates, 1 at half of them; None where they
-    are not used."""
+    are not used, as with another `guidance` than they have learned."""
+    if config.updates_guidance not in (None, guidance):
+        return None
     calls = round(steps * budget, 6)  # a budget that is a rounded share of the steps must not miss the limit
     if not config.updates or calls > config.updates_calls:
         return None

@@ -33,7 +33,7 @@ from elastic3d.training.journal import METRICS_NAME, read_metrics
 from elastic3d.training.latents import LatentInfo
 from elastic3d.training.low_rank import merge_low_rank
 from elastic3d.training.router_stage import RouterStage
-from elastic3d.training.updates_stage import attach_for_updates
+from elastic3d.training.updates_stage import attach_for_updates, pipeline_config
 
 RECORD_NAME = "training.json"
 CURVES_NAME = "training.csv"
@@ -125,7 +125,7 @@ def _export_updates(output: Path, trained: TrainConfig, weights: dict[str, Tenso
     """The model's routers with their updates, in bf16, and what is known of the routers."""
     routers = trained.updates.model / "routers"
     dit = load_dit(trained.updates.model / "dit")
-    attach_for_updates(dit, trained.updates)
+    attach_for_updates(dit, trained.updates, pipeline_config(trained.updates.model).guidance)
     own = {key: tensor for key, tensor in router_state(dit).items() if ".updates." not in key}
     updates = {key.removeprefix("updates.").replace("/", "."): tensor for key, tensor in weights.items()}
     try:

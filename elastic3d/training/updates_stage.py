@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,18 +36,35 @@ VALIDATED = ((4, 1.0), (6, 1.0), (8, 0.5), (12, 0.35), (12, 0.5), (25, 0.3))  # 
 TOKENS = ("tokens",)
 
 
-def attach_for_updates(dit: nn.Module, config: UpdatesStageConfig) -> RoutingSession:
-    """Put the routers of `config.model` on a model, with fresh updates in the place of what they may have."""
+def pipeline_config(model: Path) -> PipelineConfig:
+    """The sampling defaults in a pipeline's folder."""
+    path = model / PIPELINE_NAME
+    found: PipelineConfig = from_dict(PipelineConfig, load_json(path), str(path))
+    return found
+
+
+def attach_for_updates(dit: nn.Module, config: UpdatesStageConfig, guidance: float) -> RoutingSession:
+    """Put the routers of `config.model` on a model, with fresh updates in the place of what they may have, or with
+    these where they are to be `continued`; `guidance` is the pipeline's."""
     adapter, folder = adapter_for(dit), config.model / ROUTERS_NAME
-    router: RouterConfig = load_router_config(folder, adapter.family)
-    router = replace(router, updates=config.rank, updates_calls=config.max_calls)
+    old: RouterConfig = load_router_config(folder, adapter.family)
+    if config.continued and old.updates != config.rank:
+        raise UserError(f"updates.rank is {config.rank}, expected {old.updates}, that of {folder}, to go on")
+    learned = guidance if config.guidance else None
+    router = replace(old, updates=config.rank, updates_calls=config.max_calls, updates_guidance=learned)
     session = attach(dit, adapter, router)
     path = find_weights(folder)
-    trained = {key: value for key, value in read_weights(path).items() if ".updates." not in key}
+    trained = read_weights(path)
+    if not config.continued:
+        trained = {key: value for key, value in trained.items() if ".updates." not in key}
     try:
         load_router_state(dit, router_state(dit) | trained)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+    if config.continued:
+        for block in session.blocks:
+            assert block.updates is not None
+            block.updates.rebase(config.max_calls / old.updates_calls)
     return session
 
 
@@ -65,7 +83,7 @@ class UpdatesObjective(nn.Module):
         weights[:anchors] = config.anchor_weight
         self.register_buffer("weights", weights, persistent=False)
         dit.requires_grad_(False)
-        self.session = attach_for_updates(dit, config)
+        self.session = attach_for_updates(dit, config, pipeline.guidance)
         modules = router_modules(dit).items()
         self.updates = nn.ModuleDict({name: part for name, part in modules if name.endswith("updates")})
         for part in router_modules(dit).values():
@@ -174,8 +192,7 @@ class UpdatesStage:
                 f"backbone is {config.image.backbone.name}: stage=updates trains shape models alone"
             )
         self.info = LatentInfo.load(config.latents.output)
-        settings = options.model / PIPELINE_NAME
-        pipeline: PipelineConfig = from_dict(PipelineConfig, load_json(settings), str(settings))
+        pipeline = pipeline_config(options.model)
         if not (options.model / ROUTERS_NAME).is_dir():
             raise UserError(f"{options.model} has no routers, expected a folder {ROUTERS_NAME} in it")
         dtype = torch.bfloat16 if config.precision is Precision.bf16_master else torch.float32

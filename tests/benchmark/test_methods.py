@@ -146,6 +146,26 @@ def test_updates_have_rows_where_few_calls_are_left(world, tmp_path):
         plan(plain_config, load_models(plain_config, world), 2)
 
 
+def test_updates_with_guidance_cost_half_and_fit_their_guidance_alone(world, tmp_path):
+    pipeline = ImageTo3DPipeline.from_pretrained(world / "model", "cpu", "float32")
+    detach(pipeline.dit)
+    attach(pipeline.dit, RouterConfig(updates=2, updates_calls=4, updates_guidance=3.0))
+    pipeline.save_pretrained(tmp_path / "guided")
+    fields = dict(model=str(tmp_path / "guided"), steps=[2], methods=[Method.updated_steps])
+    config = config_of(world, tmp_path, guidance=3.0, **fields)
+    models = load_models(config, world)
+    planner, [case] = plan(config, models, items=1)
+    job, widths = [Job(world / "images/a.png", 0)], models["model"].session.router_config.widths
+    source = TableRoutes(torch.full((1, 1, 1, len(models["model"].session.blocks)), widths), widths)
+    Workplace(planner, Store(tmp_path), [job[0].image]).ready(case.run)
+    [result] = make(models["model"], case.run, job, config, source)
+    receipt = result.receipt
+    assert receipt["updated"] and receipt["one_branch"]
+    assert 2 * receipt["flops_executed"] == receipt["flops_dense"]
+    other = config_of(world, tmp_path, guidance=2.0, **fields)
+    assert plan(other, load_models(other, world), items=1)[1] == []
+
+
 def test_the_command_line():
     config = parse(
         BenchmarkConfig,

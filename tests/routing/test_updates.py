@@ -13,7 +13,9 @@ from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig
 from elastic3d.diffusion.sampler import integrate, sample
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.routing.attach import load_router_state, router_modules, router_state
+from elastic3d.routing.cost import trace_share
 from elastic3d.routing.tables import TableRoutes
+from elastic3d.routing.trace import NOT_RUN
 from elastic3d.routing.updates import BlockUpdates, LowRankUpdate, coarseness
 
 ROUTERS = RouterConfig(updates=3, updates_calls=4, head_std=0.3, widths=2)
@@ -37,14 +39,24 @@ def learned(model: ShapeDiT, config: RouterConfig = ROUTERS):
     return session
 
 
-def generate(model: ShapeDiT, session, steps: int, budget: float = 1.0, seeds=(0, 1), **settings):
+def generate(
+    model: ShapeDiT,
+    session,
+    steps: int,
+    budget: float = 1.0,
+    seeds=(0, 1),
+    guidance=2.0,
+    options=None,
+    **settings,
+):
     if session is not None:
         session.settings = ElasticConfig(budget=budget, **settings)
     condition = torch.stack(
         [torch.randn(5, 6, generator=torch.Generator().manual_seed(7 + seed)) for seed in seeds]
     )
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return sample(model, condition, (10, 4), steps, 2.0, generators, session=session)
+    options = options or {}
+    return sample(model, condition, (10, 4), steps, guidance, generators, session=session, **options)
 
 
 def opened(steps: int) -> TableRoutes:
@@ -73,9 +85,9 @@ def by_hand(model: ShapeDiT, session, coarse: float) -> ShapeDiT:
     [(4, 1.0, 0.0), (2, 1.0, 1.0), (8, 0.5, 0.0), (5, 0.4, 1.0), (5, 1, None)],
 )
 def test_they_are_used_where_few_calls_are_left(steps, budget, expected):
-    assert coarseness(ROUTERS, steps, budget) == expected
-    assert coarseness(RouterConfig(), steps, budget) is None
-    assert all(coarseness(ROUTERS, n, 4 / n) == 0 for n in range(4, 60))  # n * (4 / n) is not always 4
+    assert coarseness(ROUTERS, steps, budget, None) == expected
+    assert coarseness(RouterConfig(), steps, budget, 2.0) is None
+    assert all(coarseness(ROUTERS, n, 4 / n, None) == 0 for n in range(4, 60))  # n * (4 / n) is not always 4
 
 
 @pytest.mark.parametrize("steps", [4, 3, 2])
@@ -84,7 +96,7 @@ def test_a_generation_is_that_of_the_dense_model_with_updated_weights(steps):
     session = learned(model)
     session.source = opened(steps)
     found = generate(model, session, steps)
-    expected = generate(by_hand(model, session, coarseness(ROUTERS, steps, 1.0)), None, steps)
+    expected = generate(by_hand(model, session, coarseness(ROUTERS, steps, 1.0, None)), None, steps)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -100,12 +112,39 @@ def test_many_calls_dense_runs_and_updates_that_are_off_know_nothing_of_them():
     assert list(model.state_dict()) == list(dense.state_dict())
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_updates_that_have_learned_the_guidance_run_one_branch(sequential):
+    model = tiny()
+    session = learned(model, replace(ROUTERS, updates_guidance=2.0))
+    session.source = opened(3)
+    found = generate(model, session, 3, options={"sequential": sequential})
+    assert session.guided and trace_share(session.trace).tolist() == [0.5, 0.5]
+    assert (session.trace.actions[:, 1] == NOT_RUN).all()
+    plain = by_hand(model, session, coarseness(ROUTERS, 3, 1.0, None))
+    torch.testing.assert_close(found, generate(plain, None, 3, guidance=1.0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "guidance", "settings"),
+    [(3, 3.0, {}), (3, 1.0, {}), (6, 2.0, {}), (3, 2.0, {"updates": False}), (3, 2.0, {"elastic": False})],
+)
+def test_another_guidance_runs_without_them_and_dense_runs_keep_both_branches(steps, guidance, settings):
+    dense, model = tiny(), tiny()
+    session = learned(model, replace(ROUTERS, updates_guidance=2.0))
+    session.source = opened(steps)
+    found = generate(model, session, steps, guidance=guidance, **settings)
+    assert torch.equal(found, generate(dense, None, steps, guidance=guidance))
+    assert not session.guided
+    if session.settings.elastic:
+        assert trace_share(session.trace).tolist() == [1.0, 1.0]
+
+
 def test_narrow_blocks_are_slices_of_the_updated_ones():
     model = tiny()
     session = learned(model)
     widths = torch.randint(1, 3, (3, 2, 2, 3), generator=torch.Generator().manual_seed(0))
     session.source = TableRoutes(widths, 2)
-    plain = by_hand(model, session, coarseness(ROUTERS, 3, 1.0))
+    plain = by_hand(model, session, coarseness(ROUTERS, 3, 1.0, None))
     other = attach(plain, RouterConfig(widths=2))
     other.source = session.source
     torch.testing.assert_close(generate(model, session, 3), generate(plain, other, 3), rtol=1e-4, atol=1e-5)
@@ -188,13 +227,13 @@ def test_calls_can_be_counted_from_another_number():
     block = session.blocks[0]
     linear = block.inner.img_mlp[0]
     part = block.updates.parts["img_mlp/0"]
-    before = [part(linear.weight, coarseness(ROUTERS, 2, budget)) for budget in (0.9, 0.5)]
+    before = [part(linear.weight, coarseness(ROUTERS, 2, budget, None)) for budget in (0.9, 0.5)]
     block.updates.rebase(0.75)
     fewer = replace(ROUTERS, updates_calls=3)
     for budget, expected in zip((0.9, 0.5), before, strict=True):
-        found = part(linear.weight, coarseness(fewer, 2, budget))
+        found = part(linear.weight, coarseness(fewer, 2, budget, None))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert coarseness(fewer, 4, 1.0) is None
+    assert coarseness(fewer, 4, 1.0, None) is None
 
 
 def test_fresh_updates_change_nothing_and_replaced_layers_are_named():

@@ -16,6 +16,8 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import load_json, read_weights, save_json
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.routing.trace import NOT_RUN
+from elastic3d.routing.updates import LowRankUpdate
 from elastic3d.training.datasets import stack
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.stages import run_stage
@@ -131,6 +133,34 @@ def test_train_export_and_generate(routed):
     assert (output / "routers" / "updates.csv").is_file()
     pipeline = ImageTo3DPipeline.from_pretrained(output, "cpu", "float32")
     assert pipeline.session.router_config == replace(ROUTERS, updates=4, updates_calls=3)
+
+
+def test_guidance_is_learned_from_the_updates_that_are_there(routed):
+    assert run_stage(updates_config(routed, steps=2)) == 0
+    output = routed / "dense"
+    assert run_stage(updates_config(routed, stage=StageName.export, export=ExportConfig(output=output))) == 0
+    first = read_weights(output / "routers" / "model.safetensors")
+
+    options = {"continued": True, "guidance": True, "max_calls": 4}
+    flow = UpdatesStage(updates_config(routed, options)).flow
+    parts = {name: part for block in flow.session.blocks for name, part in block.updates.named_modules()}
+    assert all(not isinstance(part, LowRankUpdate) or part.up.any() for part in parts.values())
+    batch = stack([UpdatesStage(updates_config(routed)).items().item(0, 0)])
+    flow.generate(batch, 4, ElasticConfig())
+    assert (flow.session.trace.actions[:, 1] == NOT_RUN).all()
+
+    assert run_stage(updates_config(routed, options, steps=2, name="guided")) == 0
+    export = updates_config(routed, options, stage=StageName.export, name="guided")
+    assert run_stage(replace(export, export=ExportConfig(output=output))) == 0
+    pipeline = ImageTo3DPipeline.from_pretrained(output, "cpu", "float32")
+    assert pipeline.session.router_config == replace(
+        ROUTERS, updates=4, updates_calls=4, updates_guidance=2.5
+    )
+    after = read_weights(output / "routers" / "model.safetensors")
+    assert any(not torch.equal(after[key], value) for key, value in first.items() if key.endswith(".up"))
+
+    with pytest.raises(UserError, match=r"updates.rank is 3, expected 4, that of .*routers, to go on"):
+        UpdatesStage(updates_config(routed, options | {"rank": 3}))
 
 
 def test_what_does_not_fit_is_said(routed):
