@@ -75,6 +75,9 @@ class RouterConfig:
     updates_guidance: float | None = option(
         None, "guidance scale that the updates have learned, for which they run one branch; null: none"
     )
+    guided_times: list[float] = option(
+        [], "with it: first and last time between which both branches run all the same; empty: nowhere"
+    )
     forecast_times: list[float] = option([], "calibration of that: times in [0,1], ascending; empty: none")
     trends: list[float] = option([], "calibration: shares at these times, in the place of trend")
     asked: list[float] = option([], "calibration: budgets that are asked for, ascending; empty: none")
@@ -102,6 +105,8 @@ class RouterConfig:
         check_range("updates_calls", self.updates_calls, 0.1, 1000)
         if self.updates_guidance is not None:
             check_range("updates_guidance", self.updates_guidance, 0, 1000)
+        if len(self.guided_times) not in (0, 2) or sorted(self.guided_times) != self.guided_times:
+            raise ValueError(f"guided_times is {self.guided_times}, expected none or two, ascending")
         for names, at, found in (
             ("asked and told", self.asked, self.told),
             ("times and urgency", self.times, self.urgency),
@@ -117,7 +122,8 @@ class RouterConfig:
             raise ValueError(f"longest is {self.longest}, expected 0: the paper's router is told no ages")
 
     def calibrated(self, budget: float) -> float:
-        """What the routers are told for a budget: linear between the calibrated ones."""
+        """What the routers are told for a budget: linear between the calibrated ones. ValueError out of range."""
+        check_budget(budget)
         if not self.asked or budget <= self.asked[0]:
             return self.told[0] if self.asked else budget
         for i in range(1, len(self.asked)):
@@ -126,6 +132,10 @@ class RouterConfig:
                 share = (budget - low) / max(high - low, 1e-9)
                 return self.told[i - 1] + share * (self.told[i] - self.told[i - 1])
         return self.told[-1]
+
+    def guided_at(self, t: float) -> bool:
+        """Whether both branches run at a time in [0,1] though the updates have learned the guidance."""
+        return bool(self.guided_times) and self.guided_times[0] <= t <= self.guided_times[1]
 
     def cache(self) -> BlockCacheConfig:
         """The cache that these routers were trained with."""

@@ -19,6 +19,9 @@ class UpdatesStageConfig:
     guidance: bool = option(
         False, "learn the pipeline's guidance too: generations with updates run the conditional branch alone"
     )
+    guided_times: list[float] = option(
+        [], "with it: first and last time between which both branches run all the same; empty: nowhere"
+    )
     min_calls: float = option(3.0, "fewest calls of the model in a generation: its steps times its budget")
     max_calls: float = option(8.0, "most of them")
     used_calls: float | None = option(

@@ -18,6 +18,8 @@ from elastic3d.diffusion.flow import timestep_grid
 from elastic3d.routing.passes import BOTH_BRANCHES, Branch, Hold
 from elastic3d.routing.session import RoutingSession
 
+Branches = tuple[Branch, ...]
+
 
 class Velocity(Protocol):
     """A DiT: latents (B,N,C), t (B,), condition (B,M,Cc) -> velocity (B,N,C)."""
@@ -85,29 +87,18 @@ def integrate(
     """
     times = timestep_grid(steps, shift) if times is None else times
     path = _Path(noise, times, solver)
-    branches_guide = guidance != 1.0 and not guidance_embed
+    guided = _Guided(dit, condition, guidance, guidance_embed, sequential, session)
     if session is not None:
-        session.begin(len(noise), path.steps, guidance=guidance if branches_guide else None)
-        branches_guide = branches_guide and not session.guided
-    passes = _passes(condition, branches_guide, sequential)
-    scale = torch.full((len(path.x),), guidance, device=path.x.device) if guidance_embed else None
+        session.begin(len(noise), path.steps, guidance=guidance if len(guided.branches) > 1 else None)
     waits = session is not None and session.holds and len(noise) > 1 and not sequential
     while path.unfinished:
-        before, (rows, hold) = path.reached, path.turn(waits)
-        velocities: list[Tensor] = []
-        for branches, tokens in passes:
-            if session is not None:
-                session.step([path.done[row] for row in rows], path.step_sizes(rows), branches, rows, hold)
-            x, t = path.state(rows)
-            some = _of_samples(tokens, rows, len(branches))
-            embedded = scale if scale is None else scale[rows]
-            found = dit(x.repeat(len(branches), 1, 1), t.repeat(len(branches)), some, embedded).float()
-            velocities += found.chunk(len(branches))
-        v = velocities[0]
-        if len(velocities) > 1:
-            v = velocities[1] + guidance * (v - velocities[1])
-        held = session.held if session is not None else frozenset()
-        path.advance(rows, v, held)
+        before, (turn, hold) = path.reached, path.turn(waits)
+        groups = guided.by_branches(path, turn)
+        if len(groups) > 1 and hold is Hold.unless_all:
+            hold = Hold.always  # those that need the blocks wait for the other group too
+        for branches, rows in groups.items():
+            v = guided.velocity(path, branches, rows, hold)
+            path.advance(rows, v, session.held if session is not None else frozenset())
         for step in range(before, path.reached):
             if on_step is not None:
                 on_step(step + 1, path.steps)
@@ -116,12 +107,57 @@ def integrate(
     return path.x
 
 
+class _Guided:
+    """A DiT under guidance, called for samples that are each at a step of its own."""
+
+    def __init__(
+        self,
+        dit: Velocity,
+        condition: Tensor,
+        guidance: float,
+        embedded: bool,
+        sequential: bool,
+        session: RoutingSession | None,
+    ) -> None:
+        self.dit, self.guidance, self.session, self.sequential = dit, guidance, session, sequential
+        two = guidance != 1.0 and not embedded
+        self.branches: Branches = BOTH_BRANCHES if two else BOTH_BRANCHES[:1]
+        self.tokens = torch.cat([condition, torch.zeros_like(condition)]) if two else condition
+        self.scale = torch.full((len(condition),), guidance, device=condition.device) if embedded else None
+
+    def by_branches(self, path: _Path, rows: list[int]) -> dict[Branches, list[int]]:
+        """The samples by the branches that run at the times where they are."""
+        found: dict[Branches, list[int]] = {}
+        for row in rows:
+            alone = self.session is not None and self.session.one_branch(path.moments[path.done[row]])
+            found.setdefault(self.branches[:1] if alone else self.branches, []).append(row)
+        return found
+
+    def velocity(self, path: _Path, branches: Branches, rows: list[int], hold: Hold) -> Tensor:
+        """Velocities (k,N,C) of some samples, with the branches in one call or in turn."""
+        x, t = path.state(rows)
+        scale = None if self.scale is None else self.scale[rows]
+        tokens = self.tokens.unflatten(0, (len(self.branches), -1))
+        if len(rows) < tokens.shape[1]:
+            tokens = tokens[:, rows]
+        room = 1 if self.sequential else len(self.branches)
+        found: list[Tensor] = []
+        for part in [(branch,) for branch in branches] if self.sequential else [branches]:
+            if self.session is not None:
+                done = [path.done[row] for row in rows]
+                self.session.step(done, path.step_sizes(rows), part, rows, hold, room)
+            some, copies = tokens[part[0] : part[-1] + 1].flatten(0, 1), len(part)
+            v = self.dit(x.repeat(copies, 1, 1), t.repeat(copies), some, scale).float()
+            found += v.chunk(copies)
+        return found[0] if len(found) == 1 else found[1] + self.guidance * (found[0] - found[1])
+
+
 class _Path:
     """Samples on their way from noise to data, each at a step of its own."""
 
     def __init__(self, x: Tensor, times: Tensor, solver: Solver) -> None:
         self.x, self.solver = x, solver
-        self.times, self.sizes = times.to(x.device), times.diff().tolist()
+        self.times, self.moments, self.sizes = times.to(x.device), times.tolist(), times.diff().tolist()
         self.steps = len(self.sizes)
         self.done = [0] * len(x)
         self.waiting: set[int] = set()
@@ -181,20 +217,3 @@ def _put(whole: Tensor, rows: list[int], part: Tensor) -> Tensor:
     if len(rows) == len(whole):
         return part
     return whole.index_copy(0, torch.tensor(rows, device=whole.device), part)
-
-
-def _of_samples(tokens: Tensor, rows: list[int], branches: int) -> Tensor:
-    """Those of some samples, of tokens (branches * B,M,Cc) -> (branches * k,M,Cc)."""
-    if len(rows) * branches == len(tokens):
-        return tokens
-    return tokens.unflatten(0, (branches, -1))[:, rows].flatten(0, 1)
-
-
-def _passes(condition: Tensor, guided: bool, sequential: bool) -> list[tuple[tuple[Branch, ...], Tensor]]:
-    """The calls of a step: branches, and the condition (branches * B,M,Cc) of each."""
-    if not guided:
-        return [((Branch.conditional,), condition)]
-    zeros = torch.zeros_like(condition)
-    if sequential:
-        return [((Branch.conditional,), condition), ((Branch.unconditional,), zeros)]
-    return [(BOTH_BRANCHES, torch.cat([condition, zeros]))]

@@ -106,7 +106,8 @@ class RouteSource(Protocol):
 class Announced:
     """What the next forward pass is told of itself; see `RoutingSession.step` and `RoutingSession.train`.
 
-    Of a generation: `steps`, `dt` and `budget` of its `samples`, which are those of all `total` that take part.
+    Of a generation: `steps`, `dt` and `budget` of its `samples`, which are those of all `total` that take part, and for
+    how many branches the cache has `room`.
     """
 
     dt: Tensor | Sequence[float]
@@ -122,6 +123,7 @@ class Announced:
     recall: Recall | None = None
     closed: bool = False
     leaders: int = 0
+    room: int = 1
 
     def pass_at(self, t: Tensor, timed: bool = False) -> Pass:
         """The pass at times t (B,), which the cache gets to know where it is `timed`.
@@ -135,7 +137,7 @@ class Announced:
             branch, copies = torch.tensor([float(b) for b, _ in rows]), len(self.branches)
             places = [(b - rows[0][0]) * self.total + sample for b, sample in rows]
             times = t.tolist() if timed else [0.0] * len(rows)
-            when = Moments(places, copies * self.total, list(self.steps) * copies, times)
+            when = Moments(places, max(copies, self.room) * self.total, list(self.steps) * copies, times)
         B, device = t.shape[0], t.device
         values = {"dt": torch.as_tensor(self.dt).repeat(copies), "budget": self.budget.repeat(copies)}
         values = {name: value.float().to(device) for name, value in (values | {"branch": branch}).items()}

@@ -20,7 +20,6 @@ from elastic3d.config.routing import (
     CacheRule,
     ElasticConfig,
     RouterConfig,
-    check_budget,
 )
 from elastic3d.routing.actions import actions_of
 from elastic3d.routing.cache import ResidualCache, Streams
@@ -85,18 +84,14 @@ class RoutingSession:
         if samples < 1 or steps < 1:
             raise ValueError(f"a generation of {samples} samples in {steps} steps, expected at least 1 and 1")
         budgets = one_each(self.settings.budget if budget is None else budget, samples, "budgets")
-        for value in budgets:
-            check_budget(value)
+        self._budget = torch.tensor(list(map(self.router_config.calibrated, budgets)), dtype=torch.float32)
         self.samples, self._steps = samples, steps
         self.coarsen(steps, sum(budgets) / samples, guidance)
-        self._budget = torch.tensor(list(map(self.router_config.calibrated, budgets)), dtype=torch.float32)
-        names = [block.name for block in self.blocks]
-        self.trace = Trace(names, self.router_config.ratios, steps, samples, self.guided)
+        names, ratios = [block.name for block in self.blocks], self.router_config.ratios
+        self.trace = Trace(names, ratios, steps, samples, self.guided)
         cache = self.reuse
         if self.router_config.longest and self.source is None and not cache.closed_reuse:
-            raise ValueError(
-                "cache.closed_reuse is false, expected true: these routers were trained to reuse"
-            )
+            raise ValueError("cache.closed_reuse is false, expected true: routers were trained to reuse")
         self.cache = ResidualCache(cache, steps) if cache.active else None
         self._forget()
 
@@ -109,8 +104,12 @@ class RoutingSession:
 
     @property
     def guided(self) -> bool:
-        """Whether the blocks of this generation have learned its guidance: the conditional branch is enough."""
+        """Whether the blocks of this generation have learned its guidance."""
         return self.coarseness is not None and self.router_config.updates_guidance is not None
+
+    def one_branch(self, t: float) -> bool:
+        """Whether the conditional branch is enough at a time in [0,1]."""
+        return self.guided and not self.router_config.guided_at(t)
 
     @property
     def reuse(self) -> BlockCacheConfig:
@@ -124,11 +123,13 @@ class RoutingSession:
         branches: Sequence[int] = BOTH_BRANCHES,
         samples: Sequence[int] | None = None,
         hold: Hold = Hold.never,
+        room: int = 1,
     ) -> None:
         """The next forward pass is sampling step `index` of size `dt`, for each branch the samples in order.
 
         Branches that run one after the other announce themselves one after the other. `samples`: those that take part,
         ascending, None for all; each may be at a step of its own then. Those that are held come out as they went in.
+        `room`: of how many branches the cache keeps what these add; more than now where others join at some steps.
         """
         if not self.samples:
             raise ValueError("a step without a generation: call session.begin(samples, steps) first")
@@ -140,7 +141,7 @@ class RoutingSession:
         if hold is not Hold.never and not self.holds:
             raise ValueError(f"hold is {hold.name}, expected never: blocks or samples do not decide so")
         dts, budgets = one_each(dt, len(samples), "step sizes"), self._budget[list(samples)]
-        self._announced = Announced(dts, budgets, branches, samples, steps, self.samples, hold)
+        self._announced = Announced(dts, budgets, branches, samples, steps, self.samples, hold, room=room)
 
     def train(
         self,
@@ -208,8 +209,7 @@ class RoutingSession:
         if self._announced is None:
             raise ValueError("a forward pass that nobody announced: call session.step or session.train first")
         told, self._announced = self._announced, None
-        timed = self.cache is not None and bool(self.cache.config.times)
-        self.current = current = told.pass_at(t, timed)
+        self.current = current = told.pass_at(t, self.cache is not None and bool(self.cache.config.times))
         self.entered = {}
         if current.masked and self.conditioner is not None:  # here, and not in a block that may be recomputed
             current.modulation = self.conditioner(current.situation)

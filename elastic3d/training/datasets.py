@@ -119,6 +119,11 @@ class PreparedShapes:
         return self._folders[source].read(own, name, row)
 
 
+def record_of_shapes(train: PreparedShapes, val: PreparedShapes) -> dict[str, int]:
+    """How many shapes a run trains and is validated on, and how many of the training split were not there."""
+    return {"train_shapes": len(train), "train_missing": train.missing, "val_shapes": len(val)}
+
+
 def open_split(
     config: DataConfig, split: Sequence[Path], names: Sequence[str], limit: int = 0
 ) -> PreparedShapes:

@@ -22,6 +22,7 @@ from elastic3d.training.datasets import (
     item_generator,
     open_split,
     read_split,
+    record_of_shapes,
     stack,
 )
 from elastic3d.training.latents import LatentInfo, stored_views
@@ -143,12 +144,7 @@ class DiTStage:
 
     def record(self) -> dict[str, str | int]:
         """What the run trains on."""
-        return {
-            "train_shapes": len(self._train),
-            "train_missing": self._train.missing,
-            "val_shapes": len(self._val),
-            "vae_sha256": self.info.settings["vae_sha256"],
-        }
+        return record_of_shapes(self._train, self._val) | {"vae_sha256": self.info.settings["vae_sha256"]}
 
     def validate(self, batch: int = 16) -> dict[str, float]:
         """Velocity error on validation shapes at fixed noise and even times, with and without image."""

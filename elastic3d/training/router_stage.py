@@ -32,6 +32,7 @@ from elastic3d.training.datasets import (
     open_split,
     pick,
     read_split,
+    record_of_shapes,
 )
 from elastic3d.training.dit_stage import STORED, LatentItems
 from elastic3d.training.latents import LatentInfo
@@ -185,12 +186,7 @@ class RouterStage:
 
     def record(self) -> dict[str, str | int]:
         """What the run trains on."""
-        return {
-            "train_shapes": len(self._train),
-            "train_missing": self._train.missing,
-            "val_shapes": len(self._val),
-            "vae_sha256": self.info.settings["vae_sha256"],
-        }
+        return record_of_shapes(self._train, self._val) | {"vae_sha256": self.info.settings["vae_sha256"]}
 
     def validate(self) -> dict[str, float]:
         """Executed share and distance to the dense latents of the same seed, sampling at each budget."""

@@ -29,7 +29,15 @@ from elastic3d.models.weights import find_weights, load_config, load_json, read_
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ROUTERS_NAME
 from elastic3d.routing.attach import attach, load_router_state, router_modules, router_state
 from elastic3d.routing.session import RoutingSession
-from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_generator, read_split, stack
+from elastic3d.training.datasets import (
+    Batch,
+    PreparedShapes,
+    Shuffle,
+    item_generator,
+    read_split,
+    record_of_shapes,
+    stack,
+)
 from elastic3d.training.latents import LatentInfo
 
 VALIDATED = ((4, 1.0), (6, 1.0), (8, 0.5), (12, 0.35), (12, 0.5), (25, 0.3))  # steps, budget
@@ -50,8 +58,13 @@ def attach_for_updates(dit: nn.Module, config: UpdatesStageConfig, guidance: flo
     old: RouterConfig = load_router_config(folder, adapter.family)
     if config.continued and old.updates != config.rank:
         raise UserError(f"updates.rank is {config.rank}, expected {old.updates}, that of {folder}, to go on")
-    learned = guidance if config.guidance else None
-    router = replace(old, updates=config.rank, updates_calls=config.max_calls, updates_guidance=learned)
+    router = replace(
+        old,
+        updates=config.rank,
+        updates_calls=config.max_calls,
+        updates_guidance=guidance if config.guidance else None,
+        guided_times=config.guided_times,
+    )
     session = attach(dit, adapter, router)
     path = find_weights(folder)
     trained = read_weights(path)
@@ -220,12 +233,7 @@ class UpdatesStage:
 
     def record(self) -> dict[str, str | int]:
         """What the run trains on."""
-        return {
-            "train_shapes": len(self._train),
-            "train_missing": self._train.missing,
-            "val_shapes": len(self._val),
-            "encoder": self.info.settings["encoder"]["kind"],
-        }
+        return record_of_shapes(self._train, self._val) | {"encoder": self.info.settings["encoder"]["kind"]}
 
     def validate(self) -> dict[str, float]:
         """Geometric mean of the relative squared error to the dense results, with and without the updates."""

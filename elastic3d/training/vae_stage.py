@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from elastic3d.config.train import FieldLoss, TrainConfig, VAEStageConfig
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.training.datasets import Batch, VAEItems, item_generator, open_split, pick, stack
+from elastic3d.training.datasets import (
+    Batch,
+    VAEItems,
+    item_generator,
+    open_split,
+    pick,
+    record_of_shapes,
+    stack,
+)
 from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture
 
 STORED = ("surface", "sharp", "near", "volume")
@@ -69,11 +77,7 @@ class VAEStage:
 
     def record(self) -> dict[str, int]:
         """What the run trains on."""
-        return {
-            "train_shapes": len(self._train),
-            "train_missing": self._train.missing,
-            "val_shapes": len(self._val),
-        }
+        return record_of_shapes(self._train, self._val)
 
     def validate(self, batch: int = 8) -> dict[str, float]:
         """Volume IoU and near-surface accuracy of validation shapes at fixed points, from mean latents."""

@@ -124,6 +124,43 @@ def test_updates_that_have_learned_the_guidance_run_one_branch(sequential):
     torch.testing.assert_close(found, generate(plain, None, 3, guidance=1.0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_both_branches_run_at_some_times_and_batches_change_nothing(sequential):
+    """The generation of a model that is told when to leave the second branch out; samples meet its start and end at
+    different turns."""
+    config = replace(ROUTERS, lookahead=Lookahead.step, longest=4, widths=1, updates_calls=7)
+    config = replace(config, updates_guidance=2.0, guided_times=[0.15, 0.55])
+    model = tiny()
+    session = learned(model, config)
+    keep = torch.ones(10, 2, 2, 3)
+    keep[3:5, :, 0] = keep[6, :, 0] = keep[7:9, :, 1] = keep[2, :, 1] = 0
+    session.source = TableRoutes(keep, 1)
+    options = {"sequential": sequential}
+    found = generate(model, session, 10, 0.7, options=options)
+    ran = session.trace.actions[:, 1, :, 0] != NOT_RUN
+    assert ran.T.tolist() == [[2 <= step <= 5 for step in range(10)]] * 2
+    shares = trace_share(session.trace).tolist()
+    for seed in (0, 1):
+        session.source = TableRoutes(keep[:, :, [seed]], 1)
+        alone = generate(model, session, 10, 0.7, seeds=(seed,), options=options)
+        torch.testing.assert_close(alone[0], found[seed], rtol=1e-4, atol=1e-5)
+        assert trace_share(session.trace).tolist() == shares[seed : seed + 1]
+
+
+def test_the_second_branch_is_that_of_the_updated_model_where_it_runs():
+    model = tiny()
+    session = learned(model, replace(ROUTERS, updates_guidance=2.0, guided_times=[0.3, 0.6]))
+    session.source = opened(4)
+    found = generate(model, session, 4)
+    plain = by_hand(model, session, coarseness(ROUTERS, 4, 1.0, None))
+
+    def guided_at_times(x, t, condition, guidance=None):
+        v, without = plain(x, t, condition).chunk(2)
+        return torch.cat([v, without if 0.3 <= t[0] <= 0.6 else v])
+
+    assert torch.isclose(found, generate(guided_at_times, None, 4), rtol=1e-4, atol=1e-5).all()
+
+
 @pytest.mark.parametrize(
     ("steps", "guidance", "settings"),
     [(3, 3.0, {}), (3, 1.0, {}), (6, 2.0, {}), (3, 2.0, {"updates": False}), (3, 2.0, {"elastic": False})],
@@ -234,6 +271,12 @@ def test_calls_can_be_counted_from_another_number():
         found = part(linear.weight, coarseness(fewer, 2, budget, None))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert coarseness(fewer, 4, 1.0, None) is None
+
+
+def test_times_that_are_no_interval_are_refused():
+    for times in ([0.5], [0.6, 0.2], [0.1, 0.2, 0.3]):
+        with pytest.raises(ValueError, match="guided_times is .*, expected none or two, ascending"):
+            RouterConfig(guided_times=times)
 
 
 def test_fresh_updates_change_nothing_and_replaced_layers_are_named():
