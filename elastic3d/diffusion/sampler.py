@@ -80,9 +80,8 @@ def integrate(
     runs the conditional branch alone. A guidance-embedded model takes g as an input and runs one branch.
     `times` (S+1,) replaces the grid that `steps` and `shift` give. `solver` ab2: from the second step on the line
     through the last two velocities is followed (Adams-Bashforth for uneven steps); it calls the model no more often.
-    `sequential` runs the branches one after the other:
-    half the memory. `session` is that of a model with routers: it is told of the generation, of each step and of the
-    branches.
+    `sequential` runs the branches one after the other: half the memory. `session` is that of a model with routers: it
+    is told of the generation, of each step and of the branches, and says where one of them is enough.
     `on_step(i, steps)` is called when all samples have done step i.
     """
     times = timestep_grid(steps, shift) if times is None else times
@@ -108,7 +107,11 @@ def integrate(
 
 
 class _Guided:
-    """A DiT under guidance, called for samples that are each at a step of its own."""
+    """A DiT under guidance, called for samples that are each at a step of its own.
+
+    Where one branch is enough, what guidance added when both last ran goes on, faded with 1/t (both are smooth in time,
+    and the branches grow alike as the noise goes).
+    """
 
     def __init__(
         self,
@@ -124,6 +127,8 @@ class _Guided:
         self.branches: Branches = BOTH_BRANCHES if two else BOTH_BRANCHES[:1]
         self.tokens = torch.cat([condition, torch.zeros_like(condition)]) if two else condition
         self.scale = torch.full((len(condition),), guidance, device=condition.device) if embedded else None
+        self._added: Tensor | None = None  # by guidance (B,N,C)
+        self._since = [0.0] * len(condition)  # at these times
 
     def by_branches(self, path: _Path, rows: list[int]) -> dict[Branches, list[int]]:
         """The samples by the branches that run at the times where they are."""
@@ -149,7 +154,31 @@ class _Guided:
             some, copies = tokens[part[0] : part[-1] + 1].flatten(0, 1), len(part)
             v = self.dit(x.repeat(copies, 1, 1), t.repeat(copies), some, scale).float()
             found += v.chunk(copies)
-        return found[0] if len(found) == 1 else found[1] + self.guidance * (found[0] - found[1])
+        if len(found) == 1:
+            return self._go_on(path, rows, found[0])
+        self._keep(path, rows, (self.guidance - 1) * (found[0] - found[1]))
+        return found[1] + self.guidance * (found[0] - found[1])
+
+    def _go_on(self, path: _Path, rows: list[int], v: Tensor) -> Tensor:
+        """Velocities of one branch with what is left of guidance."""
+        left = [self._since[row] / path.moments[path.done[row]] if self._since[row] else 0.0 for row in rows]
+        if self._added is None or not any(left):
+            return v
+        return v + v.new_tensor(left)[:, None, None] * self._added[rows]
+
+    def _keep(self, path: _Path, rows: list[int], added: Tensor) -> None:
+        """Note what guidance adds to samples that are not held."""
+        if self.session is None or not self.session.guided:
+            return
+        kept = [place for place, row in enumerate(rows) if row not in self.session.held]
+        rows = [rows[place] for place in kept]
+        if rows:
+            whole = (
+                added.new_zeros(len(self._since), *added.shape[1:]) if self._added is None else self._added
+            )
+            self._added = _put(whole, rows, added[kept])
+        for row in rows:
+            self._since[row] = path.moments[path.done[row]]
 
 
 class _Path:
