@@ -18,7 +18,8 @@ class Trace:
     """Actions of S steps, 2 branches, B samples and I blocks, and what they cost.
 
     `blocks` are names, `ratios` the K widths; `flops` and `router_flops` hold one entry a block once it was
-    called. `one_branch`: the conditional one runs alone, where the dense model runs both.
+    called. `one_branch`: at some steps the conditional one runs alone, where the
+    dense model runs both.
     """
 
     blocks: list[str]
