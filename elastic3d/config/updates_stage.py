@@ -42,6 +42,10 @@ class UpdatesStageConfig:
 
     def __post_init__(self) -> None:
         check_range("updates.rank", self.rank, 1, 4096)
+        if self.guided_times and not self.guidance:
+            raise ValueError(
+                f"updates.guided_times is {self.guided_times}, expected none: updates.guidance is false"
+            )
         check_range("updates.min_calls", self.min_calls, 1, 1000)
         check_range("updates.max_calls", self.max_calls, self.min_calls, 1000)
         if self.used_calls is not None:

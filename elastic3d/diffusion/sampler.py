@@ -109,8 +109,7 @@ def integrate(
 class _Guided:
     """A DiT under guidance, called for samples that are each at a step of its own.
 
-    Where one branch is enough, what guidance added when both last ran goes on, faded with 1/t (both are smooth in time,
-    and the branches grow alike as the noise goes).
+    Where one branch is enough, what guidance added when both last ran goes on, faded with 1/t.
     """
 
     def __init__(

@@ -172,6 +172,8 @@ def test_what_does_not_fit_is_said(routed):
         UpdatesStage(updates_config(routed))
     with pytest.raises(ValueError, match="updates.max_calls is 1"):
         UpdatesStageConfig(min_calls=2, max_calls=1)
+    with pytest.raises(ValueError, match="guided_times is .*, expected none: updates.guidance is false"):
+        UpdatesStageConfig(guided_times=[0.1, 0.3])
     with pytest.raises(ValueError, match="updates.max_steps is 40, expected at most 26"):
         UpdatesStageConfig(max_steps=40)
     with pytest.raises(ValueError, match="updates.reference_steps is 10"):
