@@ -198,7 +198,8 @@ def opponents(rival: Case, cases: Sequence[Case]) -> Sequence[Case]:
 
 
 def route_shares(place: Place, cases: Sequence[Case]) -> dict[str, Any]:
-    """By run of the elastic family: executed width (S,2,I) averaged over meshes, 0 where skipped or reused."""
+    """By run of the elastic family: executed width (S,2,I) averaged over meshes, 0 where skipped or reused or where
+    the other branch alone ran; NaN for a branch that never runs."""
     found: dict[str, Any] = {}
     for case in cases:
         if case.method not in FAMILY or case.run.name in found:
@@ -212,12 +213,15 @@ def route_shares(place: Place, cases: Sequence[Case]) -> dict[str, Any]:
                 widths = np.array([np.nan, 0, 0, *routes["widths"]])  # not run, reused, skipped, each width
                 shares.append(widths[parse_actions(routes["actions"], len(blocks)).numpy() - NOT_RUN])
         if shares:
+            executed = np.array(shares)  # (J,S,2,I)
+            runs = np.isfinite(executed).any((0, 1, 3))
+            executed[:, :, runs] = np.nan_to_num(executed[:, :, runs])
             found[case.run.name] = {
                 "method": case.method,
                 "budget": case.budget,
                 "steps": case.run.steps,
                 "blocks": blocks,
-                "mean": np.mean(shares, axis=0),
-                "std": np.std(shares, axis=0),
+                "mean": np.mean(executed, axis=0),
+                "std": np.std(executed, axis=0),
             }
     return found

@@ -22,6 +22,7 @@ from elastic3d.benchmark.methods import (
 )
 from elastic3d.benchmark.models import load_models
 from elastic3d.benchmark.quality import Workplace
+from elastic3d.benchmark.rows import route_shares
 from elastic3d.benchmark.store import Job, Store
 from elastic3d.config.base import DeviceChoice
 from elastic3d.config.benchmark import BenchmarkConfig, Method, Phase
@@ -162,6 +163,12 @@ def test_updates_with_guidance_cost_half_and_fit_their_guidance_alone(world, tmp
     receipt = result.receipt
     assert receipt["updated"] and receipt["one_branch"]
     assert 2 * receipt["flops_executed"] == receipt["flops_dense"]
+    session = models["model"].session
+    session.router_config = replace(session.router_config, guided_times=[0.2, 0.9])
+    place = Workplace(planner, Store(tmp_path / "meshes"), [job[0].image])
+    place.make(case.run, place.jobs)
+    mean = route_shares(place, [case])[case.run.name]["mean"]
+    assert mean[:, 0].all() and not mean[0, 1].any() and mean[1, 1].all()
     other = config_of(world, tmp_path, guidance=2.0, **fields)
     assert plan(other, load_models(other, world), items=1)[1] == []
 
