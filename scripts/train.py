@@ -5,8 +5,6 @@ Start several processes with `accelerate launch scripts/train.py ...`. Calling t
 where the run stopped.
 """
 
-import os
-
 from _cli import run
 
 from elastic3d.config.train import TrainConfig
@@ -20,7 +18,4 @@ def main(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    # Idle OpenMP threads sleep instead of spinning: beside other work a step then takes a third of the CPU
-    # time. It has to be set before torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     run(main, TrainConfig, "train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,10 @@ class UpdatesStageConfig:
     )
     min_steps: int = option(4, "fewest sampling steps")
     max_steps: int = option(25, "most of them")
+    whole: float = option(
+        0.0,
+        "share of the batches that run every block in each step: in as many steps as calls, a budget of 1",
+    )
     reference_steps: int = option(60, "sampling steps of the dense results that are to be reached")
     pairs: int = option(8192, "pairs of a picture and noise, whose dense results are kept in memory")
     floor: float = option(
@@ -52,6 +57,12 @@ class UpdatesStageConfig:
             check_range("updates.used_calls", self.used_calls, 0.1, 1000)
         check_range("updates.min_steps", self.min_steps, 1, 1000)
         check_range("updates.max_steps", self.max_steps, self.min_steps, 1000)
+        check_range("updates.whole", self.whole, 0, 1)
+        if self.whole and not self.whole_steps:
+            raise ValueError(
+                f"updates.whole is {self.whole:g}, expected 0: no number of steps is between {self.min_calls:g} and"
+                f" {min(self.max_calls, self.max_steps):g}"
+            )
         if self.max_steps * MIN_BUDGET > self.max_calls:
             raise ValueError(
                 f"updates.max_steps is {self.max_steps}, expected at most {int(self.max_calls / MIN_BUDGET)}:"
@@ -62,3 +73,8 @@ class UpdatesStageConfig:
         check_range("updates.anchor_weight", self.anchor_weight, 0, 1e6)
         check_range("updates.floor", self.floor, 1e-9, 1)
         check_range("updates.val_shapes", self.val_shapes, 1, 1 << 16)
+
+    @property
+    def whole_steps(self) -> range:
+        """Numbers of steps that a generation with every block has."""
+        return range(math.ceil(self.min_calls), int(min(self.max_calls, self.max_steps)) + 1)

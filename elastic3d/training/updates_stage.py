@@ -181,6 +181,8 @@ class PairItems:
         low, high = math.log(config.min_steps), math.log(config.max_steps + 1)
         steps = min(int(math.exp(rng.uniform(low, high))), config.max_steps)
         calls = rng.uniform(min(config.min_calls, steps), min(config.max_calls, steps))
+        if rng.random() < config.whole:
+            calls = steps = int(rng.choice(config.whole_steps))
         pair = self._shuffle(position, seed)
         # no fewer calls than the smallest budget leaves
         values = {"pair": pair, "steps": steps, "calls": max(calls, MIN_BUDGET * steps)}

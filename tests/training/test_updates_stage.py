@@ -16,6 +16,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import load_json, read_weights, save_json
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.routing.cost import trace_share
 from elastic3d.routing.trace import NOT_RUN
 from elastic3d.routing.updates import LowRankUpdate
 from elastic3d.training.datasets import stack
@@ -67,6 +68,22 @@ def test_a_batch_has_one_number_of_steps_and_calls_and_pairs_repeat(routed):
         assert 0 <= pair < 6
         assert torch.equal(known.setdefault(pair, item["noise"]), item["noise"])
     assert not torch.equal(known[0], known[1])
+
+
+def test_a_share_of_the_batches_runs_every_block(routed):
+    stage = UpdatesStage(
+        updates_config(routed, {"whole": 0.5, "min_steps": 4, "max_steps": 9, "reference_steps": 9}, batch=3)
+    )
+    items = [stage.items().item(position, 5) for position in range(0, 120, 3)]
+    whole = [int(item["steps"]) for item in items if item["calls"] == item["steps"]]
+    assert set(whole) == {2, 3}  # from min_calls to max_calls
+    assert 10 < len(whole) < 30
+    assert any(item["steps"] > 3 for item in items)  # the others have routes
+    stage = UpdatesStage(updates_config(routed, {"whole": 1.0}))
+    flow, batch = stage.flow, stack([stage.items().item(0, 5)])
+    flow(batch)
+    assert len(flow.session.trace.actions) == int(batch["steps"][0])
+    assert trace_share(flow.session.trace).item() == 1.0
 
 
 def test_only_the_updates_learn_and_the_error_falls(routed):
@@ -174,6 +191,10 @@ def test_what_does_not_fit_is_said(routed):
         UpdatesStageConfig(min_calls=2, max_calls=1)
     with pytest.raises(ValueError, match="guided_times is .*, expected none: updates.guidance is false"):
         UpdatesStageConfig(guided_times=[0.1, 0.3])
+    with pytest.raises(
+        ValueError, match=r"updates.whole is 0.2, expected 0: no number of .* between 4.2 and 4.8"
+    ):
+        UpdatesStageConfig(whole=0.2, min_calls=4.2, max_calls=4.8)
     with pytest.raises(ValueError, match="updates.max_steps is 40, expected at most 26"):
         UpdatesStageConfig(max_steps=40)
     with pytest.raises(ValueError, match="updates.reference_steps is 10"):
