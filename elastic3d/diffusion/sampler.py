@@ -18,7 +18,7 @@ from elastic3d.diffusion.flow import timestep_grid
 from elastic3d.routing.passes import BOTH_BRANCHES, Branch, Hold
 from elastic3d.routing.session import RoutingSession
 
-Branches = tuple[Branch, ...]
+SomeBranches = tuple[Branch, ...]  # the conditional one, or both
 
 
 class Velocity(Protocol):
@@ -123,21 +123,21 @@ class _Guided:
     ) -> None:
         self.dit, self.guidance, self.session, self.sequential = dit, guidance, session, sequential
         two = guidance != 1.0 and not embedded
-        self.branches: Branches = BOTH_BRANCHES if two else BOTH_BRANCHES[:1]
+        self.branches: SomeBranches = BOTH_BRANCHES if two else BOTH_BRANCHES[:1]
         self.tokens = torch.cat([condition, torch.zeros_like(condition)]) if two else condition
         self.scale = torch.full((len(condition),), guidance, device=condition.device) if embedded else None
         self._added: Tensor | None = None  # by guidance (B,N,C)
         self._since = [0.0] * len(condition)  # at these times
 
-    def by_branches(self, path: _Path, rows: list[int]) -> dict[Branches, list[int]]:
+    def by_branches(self, path: _Path, rows: list[int]) -> dict[SomeBranches, list[int]]:
         """The samples by the branches that run at the times where they are."""
-        found: dict[Branches, list[int]] = {}
+        found: dict[SomeBranches, list[int]] = {}
         for row in rows:
             alone = self.session is not None and self.session.one_branch(path.moments[path.done[row]])
             found.setdefault(self.branches[:1] if alone else self.branches, []).append(row)
         return found
 
-    def velocity(self, path: _Path, branches: Branches, rows: list[int], hold: Hold) -> Tensor:
+    def velocity(self, path: _Path, branches: SomeBranches, rows: list[int], hold: Hold) -> Tensor:
         """Velocities (k,N,C) of some samples, with the branches in one call or in turn."""
         x, t = path.state(rows)
         scale = None if self.scale is None else self.scale[rows]
