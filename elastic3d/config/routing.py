@@ -72,6 +72,7 @@ class RouterConfig:
         0, "rank of the low-rank updates of the blocks, for generations with few calls; 0: none"
     )
     updates_calls: float = option(8.0, "they are used where steps times budget is at most this")
+    updates_steps: int | None = option(None, "and in at most so many sampling steps; null: in any number")
     updates_guidance: float | None = option(
         None, "guidance scale that the updates have learned, for which they run one branch; null: none"
     )
@@ -103,6 +104,8 @@ class RouterConfig:
         check_range("trend", self.trend, 0, 1)
         check_range("updates", self.updates, 0, 4096)
         check_range("updates_calls", self.updates_calls, 0.1, 1000)
+        if self.updates_steps is not None:
+            check_range("updates_steps", self.updates_steps, 1, 1000)
         if self.updates_guidance is not None:
             check_range("updates_guidance", self.updates_guidance, 0, 1000)
         if len(self.guided_times) not in (0, 2) or sorted(self.guided_times) != self.guided_times:

@@ -16,7 +16,10 @@ class UpdatesStageConfig:
 
     model: Path = option(Path("data/pretrained/shape-small"), "folder of a pipeline with trained routers")
     rank: int = option(32, "rank of the updates")
-    continued: bool = option(False, "start from the updates that the model has, instead of fresh ones")
+    continued: bool = option(
+        False,
+        "start from the updates that the model has, instead of fresh ones; a larger rank adds directions",
+    )
     guidance: bool = option(
         False, "learn the pipeline's guidance too: generations with updates run the conditional branch alone"
     )

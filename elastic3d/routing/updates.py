@@ -20,8 +20,10 @@ Key = tuple[object, ...]
 
 def coarseness(config: RouterConfig, steps: int, budget: float, guidance: float | None) -> float | None:
     """How few calls a generation leaves: 0 at the most for which there are updates, 1 at half of them; None where they
-    are not used, as with another `guidance` than they have learned."""
+    are not used, as with another `guidance` than they have learned, or in more steps."""
     if config.updates_guidance not in (None, guidance):
+        return None
+    if config.updates_steps is not None and steps > config.updates_steps:
         return None
     calls = round(steps * budget, 6)  # a budget that is a rounded share of the steps must not miss the limit
     if not config.updates or calls > config.updates_calls:

@@ -53,25 +53,33 @@ def pipeline_config(model: Path) -> PipelineConfig:
 
 def attach_for_updates(dit: nn.Module, config: UpdatesStageConfig, guidance: float) -> RoutingSession:
     """Put the routers of `config.model` on a model, with fresh updates in the place of what they may have, or with
-    these where they are to be `continued`; `guidance` is the pipeline's."""
+    these where they are to be `continued`, and fresh directions up to the rank; `guidance` is the pipeline's."""
     adapter, folder = adapter_for(dit), config.model / ROUTERS_NAME
     old: RouterConfig = load_router_config(folder, adapter.family)
-    if config.continued and old.updates != config.rank:
-        raise UserError(f"updates.rank is {config.rank}, expected {old.updates}, that of {folder}, to go on")
+    if config.continued and not 0 < old.updates <= config.rank:
+        raise UserError(
+            f"updates.rank is {config.rank}, expected at least that of {folder} to go on, which is {old.updates}"
+            if old.updates
+            else f"updates.continued is true, but {folder} has no updates"
+        )
     router = replace(
         old,
         updates=config.rank,
         updates_calls=config.max_calls,
+        updates_steps=config.max_steps,
         updates_guidance=guidance if config.guidance else None,
         guided_times=config.guided_times,
     )
     session = attach(dit, adapter, router)
     path = find_weights(folder)
-    trained = read_weights(path)
-    if not config.continued:
-        trained = {key: value for key, value in trained.items() if ".updates." not in key}
+    trained, fresh = read_weights(path), router_state(dit)
+    updates = {key for key in trained if ".updates." in key}
+    if config.continued:
+        trained |= {key: widened(trained[key], fresh[key]) for key in updates & fresh.keys()}
+    else:
+        trained = {key: value for key, value in trained.items() if key not in updates}
     try:
-        load_router_state(dit, router_state(dit) | trained)
+        load_router_state(dit, fresh | trained)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     if config.continued:
@@ -79,6 +87,16 @@ def attach_for_updates(dit: nn.Module, config: UpdatesStageConfig, guidance: flo
             assert block.updates is not None
             block.updates.rebase(config.max_calls / old.updates_calls)
     return session
+
+
+def widened(trained: Tensor, fresh: Tensor) -> Tensor:
+    """A fresh tensor of the same or a larger rank, with what was trained at its start: with fresh `up`s of zero both
+    change a layer alike. As it is where it is no part of the fresh one."""
+    if trained.ndim != fresh.ndim or any(a > b for a, b in zip(trained.shape, fresh.shape, strict=True)):
+        return trained
+    result = fresh.clone()
+    result[tuple(map(slice, trained.shape))] = trained.to(fresh)
+    return result
 
 
 class UpdatesObjective(nn.Module):

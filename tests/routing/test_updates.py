@@ -88,6 +88,8 @@ def test_they_are_used_where_few_calls_are_left(steps, budget, expected):
     assert coarseness(ROUTERS, steps, budget, None) == expected
     assert coarseness(RouterConfig(), steps, budget, 2.0) is None
     assert all(coarseness(ROUTERS, n, 4 / n, None) == 0 for n in range(4, 60))  # n * (4 / n) is not always 4
+    few = replace(ROUTERS, updates_steps=5)
+    assert coarseness(few, steps, budget, None) == (expected if steps <= 5 else None)
 
 
 @pytest.mark.parametrize("steps", [4, 3, 2])

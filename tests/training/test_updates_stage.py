@@ -149,7 +149,7 @@ def test_train_export_and_generate(routed):
     assert load_json(output / "routers" / "training.json") == {"steps": 7}  # of the routers, as before
     assert (output / "routers" / "updates.csv").is_file()
     pipeline = ImageTo3DPipeline.from_pretrained(output, "cpu", "float32")
-    assert pipeline.session.router_config == replace(ROUTERS, updates=4, updates_calls=3)
+    assert pipeline.session.router_config == replace(ROUTERS, updates=4, updates_calls=3, updates_steps=4)
 
 
 def test_guidance_is_learned_from_the_updates_that_are_there(routed):
@@ -171,13 +171,34 @@ def test_guidance_is_learned_from_the_updates_that_are_there(routed):
     assert run_stage(replace(export, export=ExportConfig(output=output))) == 0
     pipeline = ImageTo3DPipeline.from_pretrained(output, "cpu", "float32")
     assert pipeline.session.router_config == replace(
-        ROUTERS, updates=4, updates_calls=4, updates_guidance=2.5
+        ROUTERS, updates=4, updates_calls=4, updates_steps=4, updates_guidance=2.5
     )
     after = read_weights(output / "routers" / "model.safetensors")
     assert any(not torch.equal(after[key], value) for key, value in first.items() if key.endswith(".up"))
 
-    with pytest.raises(UserError, match=r"updates.rank is 3, expected 4, that of .*routers, to go on"):
+    with pytest.raises(
+        UserError, match=r"updates.rank is 3, expected at least that of .*routers to go on, which is 4"
+    ):
         UpdatesStage(updates_config(routed, options | {"rank": 3}))
+
+
+def test_a_larger_rank_goes_on_from_the_same_generations(routed):
+    options = {"continued": True}
+    with pytest.raises(UserError, match="updates.continued is true, but .*routers has no updates"):
+        UpdatesStage(updates_config(routed, options))
+    assert run_stage(updates_config(routed, steps=2, learning_rate=0.03)) == 0
+    export = ExportConfig(output=routed / "dense")
+    assert run_stage(updates_config(routed, stage=StageName.export, export=export)) == 0
+    same, larger = (UpdatesStage(updates_config(routed, options | {"rank": rank})) for rank in (4, 6))
+    batch = stack([same.items().item(0, 0)])
+    fresh = UpdatesStage(updates_config(routed)).flow.generate(batch, 3, ElasticConfig())
+    first, second = (stage.flow.generate(batch, 3, ElasticConfig()) for stage in (same, larger))
+    torch.testing.assert_close(first, second)
+    assert not torch.allclose(first, fresh, atol=1e-3)
+    ups = [p for name, p in larger.flow.named_parameters() if name.endswith(".up")]
+    assert all(p.shape[1] == 6 and p[:, :4].any() and not p[:, 4:].any() for p in ups)
+    larger.flow(batch)[0].backward()
+    assert all(p.grad[:, 4:].any() for p in ups)  # the new directions learn
 
 
 def test_what_does_not_fit_is_said(routed):
