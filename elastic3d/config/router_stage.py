@@ -49,19 +49,24 @@ class MeshLossConfig:
     field: float = option(1.0, "weight of the field at points with a known signed distance")
     chamfer: float = option(10.0, "weight of the squared Chamfer distance of surface points")
     normals: float = option(0.1, "weight of the disagreement of their normals")
+    silhouette: float = option(
+        0.0, "weight of the shape's silhouette in one of its rendered views; 0 leaves it out"
+    )
     near_queries: int = option(256, "points near the surface with a known distance")
     volume_queries: int = option(128, "such points anywhere in the box")
     surface_points: int = option(128, "surface points in Chamfer distance and normals")
     jitter: float = option(0.02, "standard deviation of the offset at which their search starts")
+    rays: int = option(64, "rays of the silhouette")
+    ray_points: int = option(64, "points of a ray, of which the one deepest inside counts")
     time_power: float = option(2.0, "a sample counts t to this power: noisy latents imply no sharp shape")
 
     def __post_init__(self) -> None:
-        for name in ("weight", "field", "chamfer", "normals"):
+        for name in ("weight", "field", "chamfer", "normals", "silhouette"):
             check_range(f"routing.mesh.{name}", getattr(self, name), 0, 1e6)
         check_range("routing.mesh.share", self.share, 0, 1)
         check_range("routing.mesh.jitter", self.jitter, 0, 0.1)
         check_range("routing.mesh.time_power", self.time_power, 0, 20)
-        for name in ("near_queries", "volume_queries", "surface_points"):
+        for name in ("near_queries", "volume_queries", "surface_points", "rays", "ray_points"):
             check_range(f"routing.mesh.{name}", getattr(self, name), 1, 1 << 16)
 
 

@@ -87,3 +87,24 @@ def surface_loss(field: Field, surface: Tensor, jitter: Tensor) -> tuple[Tensor,
     points = surface_points(field, true + jitter)
     found = -F.normalize(field_gradient(field, points.detach()), dim=-1, eps=1e-6)
     return chamfer_distance(points, true, found, normals)
+
+
+def silhouette_loss(
+    field: Field, starts: Tensor, ends: Tensor, covered: Tensor, offsets: Tensor, count: int
+) -> Tensor:
+    """Whether rays meet the field's shape, against whether they meet the true one: binary cross-entropy of the field's
+    largest value on each (the mask loss of IDR, 2003.09852). Only the field at the point that has it is
+    differentiated.
+
+    Args:
+        field: its values are logits of being inside.
+        starts, ends: of the rays' segments (B,R,3).
+        covered: (B,R), 1 where the true silhouette is.
+        offsets: (B,R) from 0 to 1, where in its interval each of a ray's `count` points lies.
+    """
+    places = (torch.arange(count, device=starts.device) + offsets[..., None]) / count
+    points = torch.lerp(starts[:, :, None], ends[:, :, None], places[..., None])
+    with torch.no_grad():
+        largest = field(points.flatten(1, 2)).unflatten(1, (-1, count)).argmax(-1)
+    found = points.gather(2, largest[..., None, None].expand(-1, -1, 1, 3)).squeeze(2)
+    return F.binary_cross_entropy_with_logits(field(found), covered)

@@ -36,12 +36,14 @@ from elastic3d.training.datasets import (
 )
 from elastic3d.training.dit_stage import STORED, LatentItems
 from elastic3d.training.latents import LatentInfo
-from elastic3d.training.mesh_loss import surface_loss
+from elastic3d.training.mesh_loss import silhouette_loss, surface_loss
 from elastic3d.training.router_objective import Grid, RouterObjective, add_route
 from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture
 from elastic3d.training.vae_stage import VAEObjective
+from elastic3d.training.view_rays import VIEWS_STORED, view_rays
 
 MESH_STORED = ("surface", "near", "volume")
+MESH_TERMS = ("field", "chamfer", "normals", "silhouette")
 
 
 class ShapeRouterObjective(RouterObjective):
@@ -53,7 +55,8 @@ class ShapeRouterObjective(RouterObjective):
         super().__init__(dit, config.routing, config.router, paired)
         self.embedded = embedded
         self._vae = (vae.eval().requires_grad_(False),)  # no part of the state dict, nor trained
-        self.field_loss = VAEObjective(vae, config.vae).field_loss
+        fields = VAEObjective(vae, config.vae)
+        self.field_loss, self.logits = fields.field_loss, fields.logits
 
     @property
     def vae(self) -> ShapeVAE:
@@ -90,14 +93,27 @@ class ShapeRouterObjective(RouterObjective):
         losses["mesh_chamfer"], losses["mesh_normals"] = (
             torch.stack(list(x)) for x in zip(*pairs, strict=True)
         )
+        if config.silhouette:
+            outlines = [self._silhouette_loss(tokens[i : i + 1], batch, i) for i in range(count)]
+            losses["mesh_silhouette"] = torch.stack(outlines)
         means = {name: (value * trust).mean() for name, value in losses.items()}
-        total = config.field * means["mesh_field"] + config.chamfer * means["mesh_chamfer"]
-        return total + config.normals * means["mesh_normals"], means
+        weights = {f"mesh_{name}": getattr(config, name) for name in MESH_TERMS}
+        return sum((weights[name] * mean for name, mean in means.items()), latents.new_zeros(())), means
 
     def _surface_loss(self, tokens: Tensor, batch: Batch, row: int) -> tuple[Tensor, Tensor]:
         """Chamfer distance and normal disagreement of one decoded sample (1,N,D)."""
         surface, jitter = (batch[name][row : row + 1] for name in ("surface", "jitter"))
         return surface_loss(lambda points: self.vae.query(points, tokens), surface, jitter)
+
+    def _silhouette_loss(self, tokens: Tensor, batch: Batch, row: int) -> Tensor:
+        """Cross-entropy of one decoded sample's (1,N,D) silhouette."""
+        names = ("ray_starts", "ray_ends", "covered", "ray_offsets")
+        starts, ends, covered, offsets = (batch[name][row : row + 1] for name in names)
+
+        def logits(points: Tensor) -> Tensor:
+            return self.logits(self.vae.query(points, tokens))
+
+        return silhouette_loss(logits, starts, ends, covered, offsets, self.config.mesh.ray_points)
 
 
 class RouterItems(LatentItems):
@@ -131,14 +147,18 @@ class RouterItems(LatentItems):
         return item
 
     def surface(self, id: str, rng: np.random.Generator) -> Batch:
-        """`points` (Q,3) with their `distance` (Q,); `surface` (S,6) and `jitter` (S,3)."""
+        """`points` (Q,3) with their `distance` (Q,); `surface` (S,6) and `jitter` (S,3); the rays of a silhouette."""
         assert self.meshes is not None
         config, meshes = self.routing.mesh, self.meshes
         near = pick(meshes.read(id, "near"), config.near_queries, rng)
         volume = pick(meshes.read(id, "volume"), config.volume_queries, rng)
         queries = torch.cat([near, volume])
         offsets = rng.standard_normal((config.surface_points, 3), dtype=np.float32)
-        return {
+        rays: Batch = {}
+        if config.silhouette:
+            rays = view_rays(meshes, id, config.rays, rng)
+            rays["ray_offsets"] = torch.from_numpy(rng.random(config.rays, dtype=np.float32))
+        return rays | {
             "points": queries[:, :3].contiguous(),
             "distance": queries[:, 3].contiguous(),
             "surface": pick(meshes.read(id, "surface"), config.surface_points, rng),
@@ -166,9 +186,10 @@ class RouterStage:
         preload = STORED if config.data.preload else ()
         self._train = PreparedShapes(config.latents.output, train, preload, config.data.limit)
         self._val = PreparedShapes(config.latents.output, val, (), config.routing.val_shapes)
-        meshes = (
-            open_split(config.data, config.data.train, MESH_STORED) if config.routing.mesh.weight else None
-        )
+        mesh, meshes = config.routing.mesh, None
+        if mesh.weight:
+            stored = (*MESH_STORED, *(VIEWS_STORED if mesh.silhouette else ()))
+            meshes = open_split(config.data, config.data.train, stored)
         scale = self.vae.config.scale_factor
         settings = config.routing.model / PIPELINE_NAME
         self.pipeline = from_dict(PipelineConfig, load_json(settings), str(settings))

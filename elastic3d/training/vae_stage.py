@@ -55,6 +55,11 @@ class VAEObjective(nn.Module):
         entropy = nn.functional.binary_cross_entropy(target, target)
         return nn.functional.binary_cross_entropy_with_logits(field, target) - entropy
 
+    def logits(self, field: Tensor) -> Tensor:
+        """The field as logits of being inside, as soft as occupancy: it is so already, or the distance is."""
+        config = self.config
+        return field if config.loss is FieldLoss.occupancy else field * (config.truncation / config.softness)
+
 
 class VAEStage:
     """What the loop needs to train a `ShapeVAE` on prepared shapes."""

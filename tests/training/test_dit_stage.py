@@ -35,7 +35,12 @@ def views(count: int) -> dict[str, torch.Tensor]:
         files.append(stream.getvalue())
     offsets = np.cumsum([0, *map(len, files)])
     data = torch.from_numpy(np.frombuffer(b"".join(files), np.uint8).copy())
-    return {"views": data, "view_offsets": torch.from_numpy(offsets)}
+    camera = [0.0, 0.0, 4.0, 0.0, 0.0, 0.0, 40.0, 0.0]  # eye, target, angle of view, elevation
+    return {
+        "views": data,
+        "view_offsets": torch.from_numpy(offsets),
+        "cameras": torch.tensor([camera] * count),
+    }
 
 
 def config_for(root, **changes) -> TrainConfig:

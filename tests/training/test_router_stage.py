@@ -28,7 +28,7 @@ from elastic3d.training.datasets import stack
 from elastic3d.training.export import export_run
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo, build_cache
-from elastic3d.training.router_stage import RouterStage
+from elastic3d.training.router_stage import MESH_TERMS, RouterStage
 from elastic3d.training.stages import run_stage
 from tests.training.test_dit_stage import add_views, config_for
 from tests.training.tiny import tiny_vae
@@ -96,11 +96,12 @@ def test_items_show_the_router_what_samplers_do(dense):
 def test_the_mesh_term_alone_moves_the_gates(dense):
     routing = {"distillation": 0.0, "flow": 0.0, "cost_weight": 0.0}
     mesh = MeshLossConfig(near_queries=32, volume_queries=16, surface_points=16, weight=1.0, share=1.0)
-    for only in ("field", "chamfer", "normals"):
-        weights = {name: float(name == only) for name in ("field", "chamfer", "normals")}
+    for only in MESH_TERMS:
+        weights = {name: float(name == only) for name in MESH_TERMS}
         mesh = MeshLossConfig(
-            near_queries=32, volume_queries=16, surface_points=16, weight=1.0, share=1.0, **weights
-        )
+            near_queries=32, volume_queries=16, surface_points=16, rays=16, ray_points=8, weight=1.0, share=1.0,
+            **weights,
+        )  # fmt: skip
         stage = RouterStage(router_config(dense, mesh, routing))
         loss, _ = stage.flow(batch_of(stage))
         loss.backward()
