@@ -20,6 +20,7 @@ from elastic3d.benchmark.methods import MAIN, Planner, Run
 from elastic3d.benchmark.store import Job, Store, find_pictures, spread
 from elastic3d.config.benchmark import BenchmarkConfig
 from elastic3d.config.evaluate import Align, UpAxis
+from elastic3d.diffusion.flow import sampling_times
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Item, Row, find_meshes
 from elastic3d.evaluation.runner import score_all
@@ -86,10 +87,11 @@ class Workplace:
 
     def ready(self, run: Run) -> AbstractContextManager[None]:
         """Updates are merged before a clock starts: a model that goes on with the same settings does it once."""
-        session = self._pipeline(run.model).session
+        pipeline = self._pipeline(run.model)
+        session, times = pipeline.session, sampling_times(pipeline.config, run.steps)[:-1].tolist()
         if session is not None and run.settings.elastic:
             session.settings = run.settings
-            session.coarsen(run.steps, run.settings.budget, self.planner.guidance(run.model))
+            session.coarsen(run.steps, run.settings.budget, self.planner.guidance(run.model), times)
             with torch.no_grad():
                 for block in session.blocks:
                     block.running()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -124,9 +125,11 @@ class RouterConfig:
         if self.variant is RouterVariant.paper and self.longest:
             raise ValueError(f"longest is {self.longest}, expected 0: the paper's router is told no ages")
 
-    def calibrated(self, budget: float) -> float:
-        """What the routers are told for a budget: linear between the calibrated ones. ValueError out of range."""
+    def calibrated(self, budget: float, share: float = 1.0) -> float:
+        """What the routers are told for a budget: linear between the calibrated ones. `share` is what a generation runs
+        that leaves out no block. ValueError out of range."""
         check_budget(budget)
+        budget = min(budget / share, 1.0)
         if not self.asked or budget <= self.asked[0]:
             return self.told[0] if self.asked else budget
         for i in range(1, len(self.asked)):
@@ -135,6 +138,13 @@ class RouterConfig:
                 share = (budget - low) / max(high - low, 1e-9)
                 return self.told[i - 1] + share * (self.told[i] - self.told[i - 1])
         return self.told[-1]
+
+    def guided_share(self, times: Sequence[float]) -> float:
+        """Share of the dense model's calls in a generation with steps at these times whose updates have learned the
+        guidance: one branch counts half. 1 where they have not."""
+        if self.updates_guidance is None or not times:
+            return 1.0
+        return sum(1.0 if self.guided_at(t) else 0.5 for t in times) / len(times)
 
     def guided_at(self, t: float) -> bool:
         """Whether both branches run at a time in [0,1] though the updates have learned the guidance."""

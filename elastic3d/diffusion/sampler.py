@@ -88,7 +88,8 @@ def integrate(
     path = _Path(noise, times, solver)
     guided = _Guided(dit, condition, guidance, guidance_embed, sequential, session)
     if session is not None:
-        session.begin(len(noise), path.steps, guidance=guidance if len(guided.branches) > 1 else None)
+        scale = guidance if len(guided.branches) > 1 else None
+        session.begin(len(noise), path.steps, guidance=scale, times=path.moments[:-1])
     waits = session is not None and session.holds and len(noise) > 1 and not sequential
     while path.unfinished:
         before, (turn, hold) = path.reached, path.turn(waits)

@@ -1,5 +1,4 @@
-"""The session: what routing knows of the generation it is in. Owns the caches and the trace; there is no
-global.
+"""The session: what routing knows of the generation it is in. Owns the caches and the trace; there is no global.
 
 A sampler says `begin(samples, steps)` once and `step(i, t, dt)` before each forward pass; a training loop
 says `train(...)` before each forward pass. A pass that nobody announced is an error.
@@ -14,13 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from elastic3d.config.routing import (
-    BlockCacheConfig,
-    Branches,
-    CacheRule,
-    ElasticConfig,
-    RouterConfig,
-)
+from elastic3d.config.routing import BlockCacheConfig, Branches, CacheRule, ElasticConfig, RouterConfig
 from elastic3d.routing.actions import actions_of
 from elastic3d.routing.cache import ResidualCache, Streams
 from elastic3d.routing.decision import RouteDecision, interpolated
@@ -44,6 +37,8 @@ from elastic3d.routing.updates import coarseness
 if TYPE_CHECKING:
     from elastic3d.routing.block import ElasticBlock
 
+Scale = float | None
+Times = Sequence[float]
 Budget = Sequence[float] | float | None  # one for all samples, one for each, or that of the settings
 
 
@@ -78,27 +73,31 @@ class RoutingSession:
 
     # ------------------------------------------------------------------------------------- told from outside
 
-    def begin(self, samples: int, steps: int, budget: Budget = None, guidance: float | None = None) -> None:
-        """A new generation of `samples` in `steps` sampling steps: caches and trace start empty. `guidance` is the
-        scale where a second branch stands for it."""
+    def begin(
+        self, samples: int, steps: int, budget: Budget = None, guidance: Scale = None, times: Times = ()
+    ) -> None:
+        """A new generation, of steps at `times`: caches and trace start empty. `guidance`: that of a second branch."""
         if samples < 1 or steps < 1:
             raise ValueError(f"a generation of {samples} samples in {steps} steps, expected at least 1 and 1")
         budgets = one_each(self.settings.budget if budget is None else budget, samples, "budgets")
-        self._budget = torch.tensor(list(map(self.router_config.calibrated, budgets)), dtype=torch.float32)
         self.samples, self._steps = samples, steps
-        self.coarsen(steps, sum(budgets) / samples, guidance)
-        names, ratios = [block.name for block in self.blocks], self.router_config.ratios
-        self.trace = Trace(names, ratios, steps, samples, self.guided)
+        self.coarsen(steps, sum(budgets) / samples, guidance, times)
+        share = self.router_config.guided_share(times) if self.guided else 1.0
+        self._budget = torch.tensor([self.router_config.calibrated(each, share) for each in budgets])
+        self.trace = Trace(
+            [b.name for b in self.blocks], self.router_config.ratios, steps, samples, self.guided
+        )
         cache = self.reuse
         if self.router_config.longest and self.source is None and not cache.closed_reuse:
             raise ValueError("cache.closed_reuse is false, expected true: routers were trained to reuse")
         self.cache = ResidualCache(cache, steps) if cache.active else None
         self._forget()
 
-    def coarsen(self, steps: int, budget: float, guidance: float | None) -> None:
+    def coarsen(self, steps: int, budget: float, guidance: Scale, times: Times = ()) -> None:
         """Say how few calls a generation to come leaves: blocks are updated for that."""
-        wanted = self.settings.updates and self.settings.elastic
-        self.coarseness = coarseness(self.router_config, steps, budget, guidance) if wanted else None
+        config, wanted = self.router_config, self.settings.updates and self.settings.elastic
+        calls = (steps, budget, guidance, config.guided_share(times))
+        self.coarseness = coarseness(config, *calls) if wanted else None
         for block in self.blocks:
             block.refresh(self.coarseness)
 
@@ -156,13 +155,13 @@ class RoutingSession:
     ) -> None:
         """The next forward pass is a training pass: masked blocks, gradients to the gates, no caches.
 
-        dt, budget, branch: (B,). By default every block runs for every row, so that closed gates get a gradient
-        too. `explored` (B,I) bool says for which rows a closed block runs; for the others it is really skipped.
-        The gradients of explored closed gates are weighted up by the share that is explored. With `lockstep` a block
-        that no row needs runs all the same, to no effect: other processes may wait for its weights or gradients.
-        Closed blocks add what they `recall`, which stands for a cache. With `closed` no block runs, whatever the
-        routers decide; their decisions are recorded all the same. `leaders`: so many rows of the conditional branch
-        come first, and the same samples' other branch after them, in the same order; 0: every row is for itself.
+        dt, budget, branch: (B,). By default every block runs for every row, so that closed gates get a gradient too.
+        `explored` (B,I) bool says for which rows a closed block runs; for the others it is really skipped. The
+        gradients of explored closed gates are weighted up by the share that is explored. With `lockstep` a block that
+        no row needs runs all the same, to no effect: other processes may wait for its weights or gradients. Closed
+        blocks add what they `recall`, which stands for a cache. With `closed` no block runs, whatever the routers
+        decide; their decisions are recorded all the same. `leaders`: so many rows of the conditional branch come
+        first, and the same samples' other branch after them, in the same order; 0: every row is for itself.
         """
         expected = (len(budget), len(self.blocks))
         if explored is not None and explored.shape != expected:

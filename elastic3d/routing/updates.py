@@ -18,9 +18,12 @@ from elastic3d.routing.width import linear_around, with_modules
 Key = tuple[object, ...]
 
 
-def coarseness(config: RouterConfig, steps: int, budget: float, guidance: float | None) -> float | None:
+def coarseness(
+    config: RouterConfig, steps: int, budget: float, guidance: float | None, share: float = 1.0
+) -> float | None:
     """How few calls a generation leaves: 0 at the most for which there are updates, 1 at half of them; None where they
-    are not used, as with another `guidance` than they have learned, or in more steps."""
+    are not used, as with another `guidance` than they have learned, or in more steps. `share` of the dense calls is
+    all that a generation makes which has learned its guidance: its budget is spent on those."""
     if config.updates_guidance not in (None, guidance):
         return None
     if config.updates_steps is not None and steps > config.updates_steps:
@@ -28,7 +31,7 @@ def coarseness(config: RouterConfig, steps: int, budget: float, guidance: float 
     calls = round(steps * budget, 6)  # a budget that is a rounded share of the steps must not miss the limit
     if not config.updates or calls > config.updates_calls:
         return None
-    return math.log2(config.updates_calls / calls)
+    return math.log2(config.updates_calls / min(max(calls, 1e-6) / share, steps))
 
 
 class LowRankUpdate(nn.Module):

@@ -1,6 +1,7 @@
 """Low-rank updates: what they add, when they are used, and that nothing else changes."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -90,6 +91,34 @@ def test_they_are_used_where_few_calls_are_left(steps, budget, expected):
     assert all(coarseness(ROUTERS, n, 4 / n, None) == 0 for n in range(4, 60))  # n * (4 / n) is not always 4
     few = replace(ROUTERS, updates_steps=5)
     assert coarseness(few, steps, budget, None) == (expected if steps <= 5 else None)
+
+
+def test_a_budget_is_spent_on_the_branches_that_run():
+    """Where guidance is learned, up to half of the dense calls are left out anyway, which a budget counts."""
+    config = replace(
+        ROUTERS, updates_guidance=2.0, guided_times=[0.2, 0.6], asked=[0.3, 1.0], told=[0.3, 0.9]
+    )
+    times = [0.0, 0.25, 0.5, 0.75]
+    assert config.guided_share(times) == 0.75 and config.guided_share([]) == 1.0
+    assert replace(config, guided_times=[]).guided_share(times) == 0.5
+    assert ROUTERS.guided_share(times) == 1.0  # both branches run everywhere
+    assert config.calibrated(0.6, 0.75) == config.calibrated(0.8)
+    assert config.calibrated(0.8, 0.75) == pytest.approx(0.9)
+    with pytest.raises(ValueError, match="budget is 1.2"):
+        config.calibrated(1.2, 0.5)
+    assert coarseness(config, 4, 0.6, 2.0, 0.75) == coarseness(config, 4, 0.8, 2.0)
+    assert coarseness(config, 5, 0.8, 2.0, 0.75) == pytest.approx(
+        coarseness(config, 4, 1.0, 2.0) - math.log2(5 / 4)
+    )
+
+    model = tiny()
+    session = learned(model, config)
+    for guidance, told in ((2.0, 0.8), (3.0, 0.6)):  # with another guidance both branches run
+        session.begin(1, 4, 0.6, guidance, times)
+        assert session._budget.item() == pytest.approx(config.calibrated(told))
+    session.settings = ElasticConfig(updates=False)
+    session.begin(1, 4, 0.6, 2.0, times)
+    assert session._budget.item() == pytest.approx(config.calibrated(0.6))
 
 
 @pytest.mark.parametrize("steps", [4, 3, 2])
