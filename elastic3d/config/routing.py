@@ -125,11 +125,11 @@ class RouterConfig:
         if self.variant is RouterVariant.paper and self.longest:
             raise ValueError(f"longest is {self.longest}, expected 0: the paper's router is told no ages")
 
-    def calibrated(self, budget: float, share: float = 1.0) -> float:
-        """What the routers are told for a budget: linear between the calibrated ones. `share` is what a generation runs
-        that leaves out no block. ValueError out of range."""
+    def calibrated(self, budget: float, whole: float = 1.0) -> float:
+        """What the routers are told for a budget: linear between the calibrated ones. `whole` is the share of the dense
+        calls of a generation that leaves out no block. ValueError out of range."""
         check_budget(budget)
-        budget = min(budget / share, 1.0)
+        budget = min(budget / whole, 1.0)
         if not self.asked or budget <= self.asked[0]:
             return self.told[0] if self.asked else budget
         for i in range(1, len(self.asked)):
