@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from elastic3d.errors import UserError
+from elastic3d.geometry.grid import BOX
 from elastic3d.geometry.render import Camera
 from elastic3d.training.datasets import Batch, PreparedShapes
 
-BOX = 1.01  # shapes and the points with known distances lie within it
 VIEWS_STORED = ("views", "view_offsets", "cameras")
 
 

@@ -7,9 +7,10 @@ import trimesh
 from safetensors.torch import save_file
 
 from elastic3d.errors import UserError
+from elastic3d.geometry.grid import BOX
 from elastic3d.preparation.views import RawShape, render_views
 from elastic3d.training.datasets import PreparedShapes
-from elastic3d.training.view_rays import BOX, through_box, view_rays
+from elastic3d.training.view_rays import through_box, view_rays
 
 EXTENTS = np.array([1.8, 0.6, 1.0])
 
