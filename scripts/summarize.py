@@ -18,7 +18,7 @@ def main(config: SummarizeConfig) -> int:
     from elastic3d.evaluation.report import write_csv
     from elastic3d.evaluation.summary import find_reports, summarize
     from elastic3d.evaluation.summary_table import csv_rows, markdown
-    from elastic3d.geometry.mesh_io import atomic_path
+    from elastic3d.utils.files import atomic_path
 
     if config.output:
         check_writable(config.output)

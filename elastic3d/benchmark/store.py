@@ -12,8 +12,9 @@ from elastic3d.benchmark.methods import Run
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import save_mesh
 from elastic3d.models.pictures import PICTURE_SUFFIXES
-from elastic3d.models.weights import file_sha256, load_json, save_json
 from elastic3d.pipelines.image_to_3d import Result
+from elastic3d.utils.files import file_sha256
+from elastic3d.utils.structured import Maybe, load_json, save_json
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+_RECORD = {"status": str, "error": Maybe(str), "image_sha256": str, "receipt": dict}
+
+
 class Store:
     """Meshes and records under `folder`/runs, by run, seed and name of the picture."""
 
@@ -73,7 +77,7 @@ class Store:
         path = self.mesh(run, job)
         if not path.with_suffix(".json").is_file():
             return None
-        record = load_json(path.with_suffix(".json"))
+        record: dict[str, Any] = load_json(path.with_suffix(".json"), _RECORD)
         is_whole = record["status"] == "failed" or path.is_file()
         return record if is_whole and record["image_sha256"] == _sha256(job.image) else None
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from elastic3d.errors import UserError
-from elastic3d.geometry.mesh_io import atomic_path
+from elastic3d.utils.files import atomic_path
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 # Formats whose decoders need no other program, unlike EPS, and no fonts or macros.
