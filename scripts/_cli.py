@@ -3,11 +3,13 @@
 A script says `run(main, GenerateConfig, "gen_mesh")`. The dataclass gives the options, their defaults, their
 types and (through `elastic3d.config.base.option`) their help texts; `configs/gen_mesh.yaml` may change
 defaults and choose configuration groups (`configs/cache/paper.yaml` is chosen by `cache=paper`). Hydra
-composes the files; what the user types never passes through a grammar: a path or a prompt arrives as typed.
+composes the files; what the user types never passes through a grammar: a path or a prompt arrives as typed, but for
+a leading `~/` of a path, which is the home folder. Defaults that name what the repository ships, such as
+`data/splits`, hold from any folder.
 Where it is unique, a nested option's last name is enough: `max_faces=` for `cleanup.max_faces=`.
 
 Exit codes: 0 success, 1 what `main` returns when some items failed, 2 a mistake in what the user gave,
-130 interrupted.
+130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import signal
 import sys
 import textwrap
 import traceback
@@ -31,6 +34,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from elastic3d.errors import UserError
+from elastic3d.utils.structured import parse_yaml
 
 # Before PyTorch is imported: idle OpenMP threads wait awake for a few microseconds only, then sleep. Spinning on, they
 # take the cores from each other where anything else runs: 5 steps of shape-small on two busy cores then take 18 s
@@ -38,14 +42,20 @@ from elastic3d.errors import UserError
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
     os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIG_DIR = REPOSITORY / "configs"
 Config = TypeVar("Config")
 _EXPECTED = {int: "an integer", float: "a number", bool: "true or false"}
+_SHIPPED = ("data/splits", "data/pretrained", "data/samples", "data/prompts")
+_TEXTS = ("prompt",)  # options that are no paths, whatever they begin with
 _DEBUG_HELP = "Show the full traceback of an error."
 
 
 def run(main: Callable[[Config], int | None], config_class: type[Config], config_name: str) -> NoReturn:
     """Run `main` on the command line's options and leave the process with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names may be no UTF-8
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(execute(main, config_class, config_name, sys.argv[1:]))
 
 
@@ -63,6 +73,9 @@ def execute(
     debug = any(argument.lower() == "debug=true" for argument in arguments)
     try:
         return main(parse(config_class, config_name, arguments, config_dir)) or 0
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -73,6 +86,14 @@ def execute(
         if not debug and not isinstance(error, UserError):
             print("(debug=true shows where this happened)", file=sys.stderr)
         return 2
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: ends the command as Ctrl-C does, so that nothing is left half-written and no worker goes on."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
 
 
 def check_writable(folder: Path) -> None:
@@ -113,6 +134,7 @@ def parse(
             raise UserError(_unknown(key, [*options, *choices, "debug"]))
     try:
         config = composed(config_class, config_name, config_dir, groups)
+        _anchor(config, options)
         for key, text in values.items():
             _set(config, options, key, text)
         return OmegaConf.to_object(config)  # type: ignore[return-value]
@@ -134,6 +156,23 @@ def composed(
     with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
         files = compose(config_name, overrides=overrides)
     return OmegaConf.merge(OmegaConf.structured(config_class), files)  # type: ignore[return-value]
+
+
+def _anchor(config: DictConfig, options: dict[str, Option]) -> None:
+    """Make defaults that name shipped files absolute where the current folder has no such file."""
+
+    def anchored(value: Any) -> Any:
+        text = Path(value).as_posix() if isinstance(value, (str, Path)) else ""
+        if not text.startswith(_SHIPPED) or Path(text).exists():
+            return value
+        return type(value)(REPOSITORY / text)
+
+    for name in options:
+        value = OmegaConf.select(config, name)
+        if isinstance(value, (str, Path)) and (new := anchored(value)) != value:
+            OmegaConf.update(config, name, new)
+        elif isinstance(value, ListConfig) and (news := [anchored(item) for item in value]) != list(value):
+            OmegaConf.update(config, name, news)
 
 
 # ------------------------------------------------------------------------------------------------ options
@@ -197,15 +236,16 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 
 def _set(config: DictConfig, options: dict[str, Option], key: str, text: str) -> None:
     try:
-        value = parse_value(text, options[key].type)
+        is_text = key.rpartition(".")[2] in _TEXTS
+        value = _literal(text) if is_text else parse_value(text, options[key].type)
         parent = config
         for name, nested in zip(key.split(".")[:-1], options[key].parents, strict=True):
             if OmegaConf.is_missing(parent, name) or parent[name] is None:
                 parent[name] = OmegaConf.structured(nested)
             parent = parent[name]
         parent[key.rpartition(".")[2]] = value
-    except (ValueError, OmegaConfBaseException) as error:
-        raise UserError(f"{key}={text}: expected {_expected(options[key].type)}") from error
+    except (ValueError, TypeError, OmegaConfBaseException) as error:
+        raise UserError(f"{key}={_shortened(text)}: expected {_expected(options[key].type)}") from error
 
 
 def parse_value(text: str, kind: Any) -> Any:
@@ -221,7 +261,7 @@ def parse_value(text: str, kind: Any) -> Any:
     if optional and text == "null":
         return None
     if kind in (str, Path):
-        return _literal(text)
+        return _literal(os.path.expanduser(text))  # noqa: PTH111 (Path would drop a trailing slash)
     if isinstance(kind, type) and issubclass(kind, Enum):
         matches = [member for member in kind if text in (member.name, str(member.value))]
         if not matches:
@@ -234,16 +274,16 @@ def parse_value(text: str, kind: Any) -> Any:
         return kind(text)
     if kind is bool:
         return {"true": True, "false": False, "1": True, "0": False}.get(text.lower(), text)
-    return yaml.safe_load(text)
+    return _literals(parse_yaml(text))
 
 
 def _split(text: str, element: Any) -> list[str]:
     if text.startswith("[") and text.endswith("]"):
         try:
             items = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar stays text  # noqa: S506
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise ValueError(text) from error
-        if all(isinstance(item, str) for item in items):
+        if isinstance(items, list) and all(isinstance(item, str) for item in items):
             return items
         raise ValueError(text)
     return [text] if element in (str, Path) else text.split(",")
@@ -252,6 +292,19 @@ def _split(text: str, element: Any) -> list[str]:
 def _literal(text: str) -> str:
     """Protect `${` from being taken for an OmegaConf interpolation."""
     return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+
+
+def _literals(value: Any) -> Any:
+    """`_literal` paths in a mapping or list that came from YAML."""
+    if isinstance(value, dict):
+        return {key: _literals(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literals(item) for item in value]
+    return _literal(os.path.expanduser(value)) if isinstance(value, str) else value  # noqa: PTH111
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _optional(kind: Any) -> tuple[Any, bool]:

@@ -23,7 +23,7 @@ def load_gate(path: Path) -> Gate:
     try:
         data = load_yaml(path)
     except UserError as error:
-        raise UserError(f"can't read the gate: {error}") from error
+        raise UserError(f"can't read the gate {path} ({error})") from error
     if not data:
         raise UserError(
             f"the gate {path} has no bounds, expected lines such as 'f_score@0.02: {{min: 0.95}}'"

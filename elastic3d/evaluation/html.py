@@ -51,7 +51,7 @@ def load_frontier(path: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = load_json(path, {"rows": [dict]})["rows"]
     except UserError as error:
-        raise UserError(f"no results.json of scripts/benchmark.py: {error}") from error
+        raise UserError(f"{path} is no results.json of scripts/benchmark.py ({error})") from error
     return rows
 
 

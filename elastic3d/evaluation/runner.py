@@ -98,7 +98,9 @@ def read_journal(path: Path) -> dict[str, Row]:
         shape = {"key": str, "row": {"name": str, "status": str}}
         entries = [parse_json(line, shape, str(path)) for line in whole.splitlines()]
     except UserError as error:
-        raise UserError(f"no journal of rows: {error}; remove it or choose another output") from error
+        raise UserError(
+            f"{path} is no journal of rows ({error}): remove it or choose another output"
+        ) from error
     return {entry["key"]: entry["row"] for entry in entries}
 
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -118,10 +119,12 @@ def find_reports(folder: Path) -> dict[str, list[Path]]:
 
 def load_report(path: Path) -> Report:
     """A report as `scripts/evaluate.py` wrote it. UserError if there is none."""
+    if not path.exists():
+        raise UserError(f"there is no report {path}")
     try:
         report: Report = load_json(path, _REPORT)
     except UserError as error:
-        raise UserError(f"{error}: {path} is no report of scripts/evaluate.py") from error
+        raise UserError(f"{path} is no report of scripts/evaluate.py ({error})") from error
     for row in report["items"]:
         for name in (*(column.key for column in COLUMNS), "dominant_component_share"):
             if not isinstance(row.get(name), (int, float, NoneType)):

@@ -147,7 +147,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     try:
         described: dict[str, Any] = load_json(path, _SIDECAR)
     except UserError as error:
-        raise UserError(f"can't read what describes a shard: {error}") from error
+        raise UserError(f"{path} describes no shard ({error})") from error
     return described
 
 

@@ -32,7 +32,7 @@ from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.weights import WEIGHTS_NAME
 from elastic3d.pipelines.runtime import resolve_device
 from elastic3d.training.datasets import PreparedShapes, VAEItems, item_generator, read_split, stack
-from elastic3d.utils.files import file_sha256
+from elastic3d.utils.files import file_sha256, visible_files
 from elastic3d.utils.structured import Number, load_json, save_json
 from elastic3d.utils.tensors import save_weights, tensor_heads
 
@@ -264,8 +264,8 @@ def named_pictures(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise UserError(f"latents.images={folder} is no folder, expected one with pictures")
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file():
+    for path in visible_files(folder):
+        if path.suffix.lower() in PICTURE_SUFFIXES:
             found.setdefault("--".join(path.relative_to(folder).with_suffix("").parts), []).append(path)
     if not found:
         raise UserError(f"latents.images={folder} holds no picture, expected {', '.join(PICTURE_SUFFIXES)}")

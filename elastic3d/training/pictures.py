@@ -211,7 +211,8 @@ def _shade(hsv: tuple[float, float, float], rng: np.random.Generator) -> tuple[i
 
 
 def _from_texts(folder: Path) -> list[tuple[Path, str]]:
-    pictures = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURE_SUFFIXES]
+    files = visible_files(folder, recursive=False)
+    pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
     texts = [(path, path.with_suffix(".txt")) for path in pictures]
     return [(path, text) for path, file in texts if file.is_file() and (text := file.read_text().strip())]
 

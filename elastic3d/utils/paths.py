@@ -35,8 +35,8 @@ def check_distinct(reads: Mapping[str, Paths], writes: Mapping[str, Paths]) -> N
         for key in keys & taken.keys():
             other, place = taken[key]
             raise UserError(
-                f"{name} would be written to {printable(path)}, which is the same as {printable(place)} ({other}):"
-                " expected another name"
+                f"{name} would be written to {printable(path)}, which is the same file as {printable(place)}"
+                f" ({other}): choose another name"
             )
         taken |= dict.fromkeys(keys, (f"{name}, written too", path))
 

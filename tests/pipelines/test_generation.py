@@ -52,7 +52,7 @@ def test_equal_stems_keep_their_suffix(tmp_path: Path) -> None:
     names = [job.output.name for job in _plan(tmp_path / "in", tmp_path / "out")]
     assert names == ["a_png.glb", "a_webp.glb", "b.glb"]
     save_picture(tmp_path / "in/deeper/b.png")
-    with pytest.raises(UserError, match="several pictures named b_png"):
+    with pytest.raises(UserError, match="several images named b_png"):
         _plan(f"{tmp_path}/in/**/*.png", tmp_path / "out")
 
 
@@ -62,8 +62,8 @@ def test_what_is_refused(photos: Path, tmp_path: Path) -> None:
     cases = [
         (photos, "x.glb", "output is x.glb, expected a folder, as image is a folder or a glob"),
         (photos, tmp_path / "file", "output is .*file, a file, expected a folder"),
-        (tmp_path / "empty", "out", r"empty, which holds no picture \(.png"),
-        (tmp_path / "*.tiff", "out", "which holds no picture"),
+        (tmp_path / "empty", "out", r"empty, which holds no image \(.png"),
+        (tmp_path / "*.tiff", "out", "which holds no image"),
         (tmp_path / "gone.png", "x.glb", "there is no file .*gone.png"),
         (photos / "a.PNG", "chair.fbx", "chair.fbx has .fbx, expected one of .glb"),
         (photos / "a.PNG", "chair", "chair has no suffix, expected one of .glb"),
