@@ -16,25 +16,23 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import signal
 import sys
 import textwrap
 import traceback
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
+from _values import expected, literal, optional_type, parse_value, shortened
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from elastic3d.errors import UserError
-from elastic3d.utils.structured import parse_yaml
 
 # Before PyTorch is imported: idle OpenMP threads wait awake for a few microseconds only, then sleep. Spinning on, they
 # take the cores from each other where anything else runs: 5 steps of shape-small on two busy cores then take 18 s
@@ -45,7 +43,6 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "configs"
 Config = TypeVar("Config")
-_EXPECTED = {int: "an integer", float: "a number", bool: "true or false"}
 _SHIPPED = ("data/splits", "data/pretrained", "data/samples", "data/prompts")
 _TEXTS = ("prompt",)  # options that are no paths, whatever they begin with
 _DEBUG_HELP = "Show the full traceback of an error."
@@ -194,7 +191,7 @@ def walk_options(
     """Every option of a dataclass, nested dataclasses by dotted names."""
     hints = get_type_hints(config_class)
     for item in fields(config_class):
-        name, (kind, optional) = prefix + item.name, _optional(hints[item.name])
+        name, (kind, optional) = prefix + item.name, optional_type(hints[item.name])
         if is_dataclass(kind):
             yield from walk_options(kind, name + ".", (*parents, kind))  # type: ignore[arg-type]
         else:
@@ -237,7 +234,7 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 def _set(config: DictConfig, options: dict[str, Option], key: str, text: str) -> None:
     try:
         is_text = key.rpartition(".")[2] in _TEXTS
-        value = _literal(text) if is_text else parse_value(text, options[key].type)
+        value = literal(text) if is_text else parse_value(text, options[key].type)
         parent = config
         for name, nested in zip(key.split(".")[:-1], options[key].parents, strict=True):
             if OmegaConf.is_missing(parent, name) or parent[name] is None:
@@ -245,88 +242,7 @@ def _set(config: DictConfig, options: dict[str, Option], key: str, text: str) ->
             parent = parent[name]
         parent[key.rpartition(".")[2]] = value
     except (ValueError, TypeError, OmegaConfBaseException) as error:
-        raise UserError(f"{key}={_shortened(text)}: expected {_expected(options[key].type)}") from error
-
-
-def parse_value(text: str, kind: Any) -> Any:
-    """`text` as typed by the user, as a value of the type `kind`; strings and paths stay literal.
-
-    Lists: `[a, b]`, or one bare element, or `1,2,3` where the elements are not strings. `null` gives None
-    where the option allows it.
-
-    Raises:
-        ValueError: the text does not fit the type.
-    """
-    kind, optional = _optional(kind)
-    if optional and text == "null":
-        return None
-    if kind in (str, Path):
-        return _literal(os.path.expanduser(text))  # noqa: PTH111 (Path would drop a trailing slash)
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        matches = [member for member in kind if text in (member.name, str(member.value))]
-        if not matches:
-            raise ValueError(text)
-        return matches[0]
-    if get_origin(kind) in (list, tuple):
-        element = (get_args(kind) or (str,))[0]
-        return [parse_value(item, element) for item in _split(text, element)]
-    if kind in (int, float):
-        return kind(text)
-    if kind is bool:
-        return {"true": True, "false": False, "1": True, "0": False}.get(text.lower(), text)
-    return _literals(parse_yaml(text))
-
-
-def _split(text: str, element: Any) -> list[str]:
-    if text.startswith("[") and text.endswith("]"):
-        try:
-            items = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar stays text  # noqa: S506
-        except (yaml.YAMLError, RecursionError) as error:
-            raise ValueError(text) from error
-        if isinstance(items, list) and all(isinstance(item, str) for item in items):
-            return items
-        raise ValueError(text)
-    return [text] if element in (str, Path) else text.split(",")
-
-
-def _literal(text: str) -> str:
-    """Protect `${` from being taken for an OmegaConf interpolation."""
-    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
-
-
-def _literals(value: Any) -> Any:
-    """`_literal` paths in a mapping or list that came from YAML."""
-    if isinstance(value, dict):
-        return {key: _literals(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_literals(item) for item in value]
-    return _literal(os.path.expanduser(value)) if isinstance(value, str) else value  # noqa: PTH111
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _optional(kind: Any) -> tuple[Any, bool]:
-    """`X | None` -> (X, True); anything else -> (itself, False)."""
-    if get_origin(kind) in (Union, types.UnionType):
-        rest = [part for part in get_args(kind) if part is not type(None)]
-        if len(rest) == 1:
-            return rest[0], True
-    return kind, False
-
-
-def _expected(kind: Any) -> str:
-    kind, optional = _optional(kind)
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        text = "one of " + ", ".join(member.name for member in kind)
-    elif get_origin(kind) in (list, tuple):
-        text = "a list such as [a, b], each element " + _expected((get_args(kind) or (str,))[0])
-    elif get_origin(kind) is dict:
-        text = "a mapping such as {name: value}, each value " + _expected(get_args(kind)[1])
-    else:
-        text = _EXPECTED.get(kind, "text" if kind in (str, Path) else "a value of another type")
-    return f"{text} or null" if optional else text
+        raise UserError(f"{key}={shortened(text)}: expected {expected(options[key].type)}") from error
 
 
 # --------------------------------------------------------------------------------------------------- help
@@ -345,7 +261,7 @@ def help_text(main: Callable[..., Any], config_class: type[Any], config_name: st
     for option in walk_options(config_class):
         if option.name in choices:
             continue
-        kind = _optional(option.type)[0]
+        kind = optional_type(option.type)[0]
         names = [member.name for member in kind] if isinstance(kind, type) and issubclass(kind, Enum) else []
         meaning = option.help[:1].upper() + option.help[1:]
         meaning += "" if meaning.endswith(".") or not meaning else "."

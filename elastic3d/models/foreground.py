@@ -144,7 +144,7 @@ def _mask_against(image: Image.Image, colour: np.ndarray, tolerance: int) -> np.
         hard = _floor_shadow(rgb, colour, background, np.inf)
         if hard.sum() > _SHADOW_WARNED * (~background).sum():
             warnings.warn(
-                "what may be the object's shadow on the floor is taken for a part of it: cut it out, or give a softer one",
+                "what may be the object's shadow on the floor is taken for a part of it: cut it out if it is one",
                 stacklevel=3,
             )
     mask = ~(background | shadow)
@@ -170,6 +170,8 @@ def _floor_shadow(rgb: np.ndarray, colour: np.ndarray, background: np.ndarray, s
     Args:
         steepest: slope in levels a pixel, of a side of 256 pixels, at which an outline begins.
     """
+    if min(background.shape) < _SMALLEST_OBJECT:
+        return np.zeros_like(background)
     share = rgb / np.maximum(colour, 1.0)
     brightness = share.mean(axis=2)
     tinted = np.ptp(share, axis=2) > _SHADOW_TINT

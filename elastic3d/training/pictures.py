@@ -18,6 +18,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.pictures import PICTURE_SUFFIXES, load_picture
 from elastic3d.training.datasets import PreparedShapes
 from elastic3d.training.latents import stored_views
+from elastic3d.utils.files import visible_files
 from elastic3d.utils.structured import load_json, load_json_lines
 
 # Names of colours with (hue in degrees, saturation, value); a name may stand for a material that looks like it.

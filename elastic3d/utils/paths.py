@@ -55,10 +55,8 @@ def _keys(path: Path) -> set[object]:
         keys: set[object] = {name_key(os.path.realpath(path))}
         keys.add(name_key(os.path.join(os.path.realpath(path.parent), path.name)))  # noqa: PTH118 (of text)
         found = os.stat(path)  # noqa: PTH116
-    except FileNotFoundError:
+    except OSError:  # not there; whether it can be written is told by who writes it
         return keys
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"can't use {printable(path)}: {getattr(error, 'strerror', None) or error}"
-        ) from error
+    except ValueError as error:  # a zero byte
+        raise UserError(f"can't use {printable(path)}: {error}") from error
     return keys | {(found.st_dev, found.st_ino)}
