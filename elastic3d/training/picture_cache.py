@@ -169,7 +169,7 @@ class PictureCache:
         path = self.folder / INFO_NAME
         info = load_json(path, _INFO) if path.is_file() else {"counts": {}}
         if not info["counts"]:
-            raise UserError(f"{self.folder} has no finished cache of pictures")
+            raise UserError(f"{self.folder} has no finished cache of images, which {INFO_NAME} would count")
         self.settings: dict[str, Any] = info["settings"]
         self._paths = sorted((self.folder / self.split).glob("shard-*.safetensors"))
         self._open: dict[int, Any] = {}

@@ -100,3 +100,33 @@ def test_turntable_shows_the_mesh_from_all_sides() -> None:
     assert min(covered) > 0.02 and covered[1] > 1.2 * covered[0]
     cube = np.asarray(turntable(trimesh.creation.box(), views=8, size=48))
     assert (cube[[0, -1]] > 250).all() and (cube[:, ::48] > 250).all(), "nothing is cut off"
+
+
+def test_no_output_replaces_an_input_or_another_output(tmp_path: Path) -> None:
+    image = save_picture(tmp_path / "a.png")
+    save_picture(tmp_path / "b.png")
+    for options in (
+        {"output": tmp_path / "a.glb", "preview": True},
+        {"output": tmp_path / "A.glb", "preview": True},
+        {"output": tmp_path / "c.glb", "trace": str(image)},
+        {"output": tmp_path / "c.glb", "preview": True, "trace": str(tmp_path / "c.png")},
+        {"output": tmp_path / "b.glb", "preview": True, "image_back": str(tmp_path / "b.png")},
+    ):
+        with pytest.raises(UserError, match="would be written to .* which is the same file as"):
+            _plan(image, **options)
+    with pytest.raises(UserError, match="preview would be written"):
+        _plan(tmp_path, tmp_path, preview=True)
+    assert len(_plan(tmp_path, tmp_path)) == 2, "meshes beside their images are fine"
+    assert len(_plan(image, tmp_path / "c.glb", preview=True, trace=str(tmp_path / "t.png"))) == 1
+
+
+def test_folders_as_cameras_and_phones_fill_them(tmp_path: Path) -> None:
+    photos = tmp_path / "photos [1]"
+    photos.mkdir()
+    for name in ("a.png", "._a.png", "b.jfif", "c.jp2", "d.heic", "e.avif", "f.JPE", "notes.txt"):
+        (photos / name).touch()
+    (photos / "g.png").symlink_to(tmp_path)
+    assert [job.image.name for job in _plan(photos, tmp_path / "out")] == [
+        *("a.png", "b.jfif", "c.jp2", "d.heic", "e.avif", "f.JPE")
+    ]
+    assert [job.image.name for job in _plan(photos / "*.jp2", tmp_path / "out")] == ["c.jp2"]
