@@ -20,7 +20,7 @@ _WORKING_SIDE = 1024  # longer sides are reduced first: the encoder sees a few h
 _SMALLEST_OBJECT = 8  # pixels; less carries no shape
 _PLAIN_SHARE = 0.75  # of the border's pixels; the object may touch the rest
 _SPECK = 0.002  # parts smaller than this share of the largest one are noise
-_SPECK_PIXELS = 4  # and so are parts of fewer pixels
+_SPECK_PIXELS, _TINY = 9, 0.02  # and so are parts of fewer pixels that are smaller than this share
 _SHADOW_DEPTH = 0.3  # of the background's brightness is left in the darkest shadow
 _SHADOW_TINT = 0.06  # largest difference between the channels of that share
 _SHADOW_SLOPES = (
@@ -214,7 +214,8 @@ def _without_specks(mask: np.ndarray, least: int = _SPECK_PIXELS) -> np.ndarray:
         return mask
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
-    return np.isin(parts, np.flatnonzero(sizes >= min(max(least, _SPECK * sizes.max()), sizes.max())))
+    smallest = max(_SPECK * sizes.max(), min(least, _TINY * sizes.max()), 1)
+    return np.isin(parts, np.flatnonzero(sizes >= smallest))
 
 
 def _with_alpha(image: Image.Image, mask: np.ndarray) -> Image.Image:
