@@ -13,7 +13,7 @@ from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import save_mesh
 from elastic3d.models.pictures import PICTURE_SUFFIXES
 from elastic3d.pipelines.image_to_3d import Result
-from elastic3d.utils.files import file_sha256
+from elastic3d.utils.files import file_sha256, visible_files
 from elastic3d.utils.structured import Maybe, load_json, save_json
 
 
@@ -43,7 +43,8 @@ def find_pictures(folder: Path, limit: int = 0) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder, expected one of pictures ({', '.join(PICTURE_SUFFIXES)})")
-    found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURE_SUFFIXES]
+    files = visible_files(folder, recursive=False)
+    found = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
     if not found:
         raise UserError(f"{folder} holds no picture ({', '.join(PICTURE_SUFFIXES)})")
     stems = [path.stem for path in found]
