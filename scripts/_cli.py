@@ -3,29 +3,31 @@
 A script says `run(main, GenerateConfig, "gen_mesh")`. The dataclass gives the options, their defaults, their
 types and (through `elastic3d.config.base.option`) their help texts; `configs/gen_mesh.yaml` may change
 defaults and choose configuration groups (`configs/cache/paper.yaml` is chosen by `cache=paper`). Hydra
-composes the files; what the user types never passes through a grammar: a path or a prompt arrives as typed.
+composes the files; what the user types never passes through a grammar: a path or a prompt arrives as typed, but for
+a leading `~/` of a path, which is the home folder. Defaults that name what the repository ships, such as
+`data/splits`, hold from any folder.
 Where it is unique, a nested option's last name is enough: `max_faces=` for `cleanup.max_faces=`.
 
 Exit codes: 0 success, 1 what `main` returns when some items failed, 2 a mistake in what the user gave,
-130 interrupted.
+130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-import re
+import signal
 import sys
 import textwrap
 import traceback
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
+from _values import expected, literal, optional_type, parse_value, shortened
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -38,14 +40,19 @@ from elastic3d.errors import UserError
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
     os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIG_DIR = REPOSITORY / "configs"
 Config = TypeVar("Config")
-_EXPECTED = {int: "an integer", float: "a number", bool: "true or false"}
+_SHIPPED = ("data/splits", "data/pretrained", "data/samples", "data/prompts")
+_TEXTS = ("prompt",)  # options that are no paths, whatever they begin with
 _DEBUG_HELP = "Show the full traceback of an error."
 
 
 def run(main: Callable[[Config], int | None], config_class: type[Config], config_name: str) -> NoReturn:
     """Run `main` on the command line's options and leave the process with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names may be no UTF-8
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(execute(main, config_class, config_name, sys.argv[1:]))
 
 
@@ -63,6 +70,9 @@ def execute(
     debug = any(argument.lower() == "debug=true" for argument in arguments)
     try:
         return main(parse(config_class, config_name, arguments, config_dir)) or 0
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -73,6 +83,14 @@ def execute(
         if not debug and not isinstance(error, UserError):
             print("(debug=true shows where this happened)", file=sys.stderr)
         return 2
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: ends the command as Ctrl-C does, so that nothing is left half-written and no worker goes on."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
 
 
 def check_writable(folder: Path) -> None:
@@ -113,6 +131,7 @@ def parse(
             raise UserError(_unknown(key, [*options, *choices, "debug"]))
     try:
         config = composed(config_class, config_name, config_dir, groups)
+        _anchor(config, options)
         for key, text in values.items():
             _set(config, options, key, text)
         return OmegaConf.to_object(config)  # type: ignore[return-value]
@@ -136,6 +155,23 @@ def composed(
     return OmegaConf.merge(OmegaConf.structured(config_class), files)  # type: ignore[return-value]
 
 
+def _anchor(config: DictConfig, options: dict[str, Option]) -> None:
+    """Make defaults that name shipped files absolute where the current folder has no such file."""
+
+    def anchored(value: Any) -> Any:
+        text = Path(value).as_posix() if isinstance(value, (str, Path)) else ""
+        if not text.startswith(_SHIPPED) or Path(text).exists():
+            return value
+        return type(value)(REPOSITORY / text)
+
+    for name in options:
+        value = OmegaConf.select(config, name)
+        if isinstance(value, (str, Path)) and (new := anchored(value)) != value:
+            OmegaConf.update(config, name, new)
+        elif isinstance(value, ListConfig) and (news := [anchored(item) for item in value]) != list(value):
+            OmegaConf.update(config, name, news)
+
+
 # ------------------------------------------------------------------------------------------------ options
 
 
@@ -155,7 +191,7 @@ def walk_options(
     """Every option of a dataclass, nested dataclasses by dotted names."""
     hints = get_type_hints(config_class)
     for item in fields(config_class):
-        name, (kind, optional) = prefix + item.name, _optional(hints[item.name])
+        name, (kind, optional) = prefix + item.name, optional_type(hints[item.name])
         if is_dataclass(kind):
             yield from walk_options(kind, name + ".", (*parents, kind))  # type: ignore[arg-type]
         else:
@@ -197,83 +233,16 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 
 def _set(config: DictConfig, options: dict[str, Option], key: str, text: str) -> None:
     try:
-        value = parse_value(text, options[key].type)
+        is_text = key.rpartition(".")[2] in _TEXTS
+        value = literal(text) if is_text else parse_value(text, options[key].type)
         parent = config
         for name, nested in zip(key.split(".")[:-1], options[key].parents, strict=True):
             if OmegaConf.is_missing(parent, name) or parent[name] is None:
                 parent[name] = OmegaConf.structured(nested)
             parent = parent[name]
         parent[key.rpartition(".")[2]] = value
-    except (ValueError, OmegaConfBaseException) as error:
-        raise UserError(f"{key}={text}: expected {_expected(options[key].type)}") from error
-
-
-def parse_value(text: str, kind: Any) -> Any:
-    """`text` as typed by the user, as a value of the type `kind`; strings and paths stay literal.
-
-    Lists: `[a, b]`, or one bare element, or `1,2,3` where the elements are not strings. `null` gives None
-    where the option allows it.
-
-    Raises:
-        ValueError: the text does not fit the type.
-    """
-    kind, optional = _optional(kind)
-    if optional and text == "null":
-        return None
-    if kind in (str, Path):
-        return _literal(text)
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        matches = [member for member in kind if text in (member.name, str(member.value))]
-        if not matches:
-            raise ValueError(text)
-        return matches[0]
-    if get_origin(kind) in (list, tuple):
-        element = (get_args(kind) or (str,))[0]
-        return [parse_value(item, element) for item in _split(text, element)]
-    if kind in (int, float):
-        return kind(text)
-    if kind is bool:
-        return {"true": True, "false": False, "1": True, "0": False}.get(text.lower(), text)
-    return yaml.safe_load(text)
-
-
-def _split(text: str, element: Any) -> list[str]:
-    if text.startswith("[") and text.endswith("]"):
-        try:
-            items = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar stays text  # noqa: S506
-        except yaml.YAMLError as error:
-            raise ValueError(text) from error
-        if all(isinstance(item, str) for item in items):
-            return items
-        raise ValueError(text)
-    return [text] if element in (str, Path) else text.split(",")
-
-
-def _literal(text: str) -> str:
-    """Protect `${` from being taken for an OmegaConf interpolation."""
-    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
-
-
-def _optional(kind: Any) -> tuple[Any, bool]:
-    """`X | None` -> (X, True); anything else -> (itself, False)."""
-    if get_origin(kind) in (Union, types.UnionType):
-        rest = [part for part in get_args(kind) if part is not type(None)]
-        if len(rest) == 1:
-            return rest[0], True
-    return kind, False
-
-
-def _expected(kind: Any) -> str:
-    kind, optional = _optional(kind)
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        text = "one of " + ", ".join(member.name for member in kind)
-    elif get_origin(kind) in (list, tuple):
-        text = "a list such as [a, b], each element " + _expected((get_args(kind) or (str,))[0])
-    elif get_origin(kind) is dict:
-        text = "a mapping such as {name: value}, each value " + _expected(get_args(kind)[1])
-    else:
-        text = _EXPECTED.get(kind, "text" if kind in (str, Path) else "a value of another type")
-    return f"{text} or null" if optional else text
+    except (ValueError, TypeError, OmegaConfBaseException) as error:
+        raise UserError(f"{key}={shortened(text)}: expected {expected(options[key].type)}") from error
 
 
 # --------------------------------------------------------------------------------------------------- help
@@ -292,7 +261,7 @@ def help_text(main: Callable[..., Any], config_class: type[Any], config_name: st
     for option in walk_options(config_class):
         if option.name in choices:
             continue
-        kind = _optional(option.type)[0]
+        kind = optional_type(option.type)[0]
         names = [member.name for member in kind] if isinstance(kind, type) and issubclass(kind, Enum) else []
         meaning = option.help[:1].upper() + option.help[1:]
         meaning += "" if meaning.endswith(".") or not meaning else "."

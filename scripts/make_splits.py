@@ -17,10 +17,12 @@ from elastic3d.preparation.infinigen_source import assets
 from elastic3d.preparation.prepare import cache_folder
 from elastic3d.preparation.splits import Split, infinigen_split, split_groups, write_splits
 from elastic3d.preparation.sweethome3d import SweetHome3DSource, find_package
+from elastic3d.utils.paths import check_distinct
 
 
 def main(config: SplitsConfig) -> int:
     """Split Infinigen by seed and SweetHome3D by group of near duplicates."""
+    check_distinct({"path": config.path}, {"output": config.output})
     splits = {f"infinigen/{asset.name}": infinigen_split(asset.seed) for asset in assets([], config.seeds)}
     splits |= split_groups(sweethome3d_groups(config), config.test, config.val, config.seed)
     write_splits(Path(config.output), splits)

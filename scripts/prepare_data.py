@@ -10,14 +10,19 @@ listed.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from _cli import run
 
 from elastic3d.config.prepare import PrepareConfig
 from elastic3d.preparation.prepare import prepare_data
+from elastic3d.utils.paths import check_distinct
 
 
 def main(config: PrepareConfig) -> int:
     """Prepare a source of shapes: distances, surface samples and views, in shards that training reads."""
+    folder = Path(config.output) / (config.name or config.source.value)
+    check_distinct({"path": config.path, "splits": config.splits}, {"output": folder})
     summary = prepare_data(config)
     print(f"{summary.prepared} shapes in {summary.folder}, {len(summary.failures)} skipped")
     for name, reason in list(summary.failures.items())[:20]:

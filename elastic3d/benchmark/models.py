@@ -11,8 +11,10 @@ from elastic3d.config.benchmark import BenchmarkConfig
 from elastic3d.config.generate import DEFAULT_MODEL, SamplingGrid, Solver
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
-from elastic3d.models.weights import CONFIG_NAME, file_sha256, find_weights, load_json
+from elastic3d.models.weights import CONFIG_NAME, find_weights
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
+from elastic3d.utils.files import file_sha256
+from elastic3d.utils.structured import load_json
 
 Models = dict[str, ImageTo3DPipeline]
 

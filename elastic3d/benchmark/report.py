@@ -22,9 +22,10 @@ from elastic3d.config.benchmark import BenchmarkOptions, Method
 from elastic3d.config.serialize import to_dict
 from elastic3d.evaluation.items import Row
 from elastic3d.evaluation.report import write_csv
-from elastic3d.geometry.mesh_io import atomic_path, load_mesh
-from elastic3d.models.weights import save_json
+from elastic3d.geometry.mesh_io import load_mesh
 from elastic3d.training.samples import mesh_picture, on_white
+from elastic3d.utils.files import atomic_path
+from elastic3d.utils.structured import save_json
 
 PICTURE_SIZE = 160
 

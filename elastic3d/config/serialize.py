@@ -67,12 +67,12 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
         return from_dict(hint, value, where)
     if isinstance(hint, type) and issubclass(hint, Enum):
-        if value in hint.__members__:
+        if isinstance(value, str) and value in hint.__members__:
             return hint[value]
         raise UserError(f"{where} is {value!r}, expected one of {', '.join(hint.__members__)}")
     if hint is Path and isinstance(value, str):
         return Path(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int and abs(value) < 1 << 1000:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value

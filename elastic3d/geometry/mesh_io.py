@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import trimesh
 
 from elastic3d import __version__
 from elastic3d.errors import UserError
+from elastic3d.utils.files import atomic_path
 
 READ_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 WRITE_SUFFIXES = (".glb", ".ply", ".obj", ".stl")
@@ -115,34 +113,6 @@ def read_extras(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise UserError(f"{path} is a broken glb file: {error}") from error
     extras = tree.get("asset", {}).get("extras", {})
     return dict(extras.get("elastic3d", {}))
-
-
-@contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` with the same suffix, renamed to `path` when the block ends well.
-
-    If the block raises or is interrupted, the temporary file goes and `path` stays as it was. Missing parent
-    folders are made.
-
-    Raises:
-        UserError: the place can't be written, or writing ended in an operating system error.
-    """
-    path = Path(path)
-    if os.path.isdir(path):  # noqa: PTH112 (unlike Path.is_dir it never raises, for example for a long name)
-        raise UserError(f"can't write {path}: it is a folder, expected a file name")
-    temporary = path.with_name(f".{path.stem[:100]}.{secrets.token_hex(4)}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):  # renamed, or never made
-            temporary.unlink()
 
 
 def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:

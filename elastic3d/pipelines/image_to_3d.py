@@ -30,12 +30,14 @@ from elastic3d.models.image_encoder import ImageEncoder, load_image_encoder, sav
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
-from elastic3d.models.weights import file_sha256, find_weights, load_json, save_json
+from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.conditions import Picture, Prepared, encode, is_picture, prepare
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, Placement, usual_chunk
 from elastic3d.pipelines.routes import dense_receipt, route_receipts, with_options
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype, timed
 from elastic3d.routing.session import RoutingSession
+from elastic3d.utils.files import file_sha256
+from elastic3d.utils.structured import load_json, save_json
 
 PIPELINE_NAME, ROUTERS_NAME = "pipeline.json", "routers"
 

@@ -21,9 +21,9 @@ from elastic3d.config.text_to_image import BackboneName
 from elastic3d.diffusion.flow import timestep_grid
 from elastic3d.errors import UserError
 from elastic3d.models.text_encoder import MiniLM
-from elastic3d.models.weights import load_json, save_json
 from elastic3d.pipelines.backbones import FluxBackbone, Text
 from elastic3d.pipelines.image_loading import INDEX_NAME, check_index, load_transformer, quiet
+from elastic3d.utils.structured import load_json, save_json
 
 CLASS_NAME, SETTINGS_NAME = "PixelFluxPipeline", "pipeline.json"
 LEAST_NOISE = 0.05

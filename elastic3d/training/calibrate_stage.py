@@ -15,13 +15,14 @@ from elastic3d.config.routing import RouterConfig, RouterVariant
 from elastic3d.config.serialize import from_dict
 from elastic3d.config.train import TrainConfig
 from elastic3d.errors import UserError
-from elastic3d.geometry.mesh_io import atomic_path
-from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME, load_json, save_json
+from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME
 from elastic3d.pipelines.image_to_3d import ROUTERS_NAME
 from elastic3d.pipelines.runtime import resolve_device
 from elastic3d.training.export import CURVES_NAME, RECORD_NAME
 from elastic3d.training.image_router_stage import ImageRouterStage
 from elastic3d.training.router_stage import RouterStage
+from elastic3d.utils.files import atomic_path
+from elastic3d.utils.structured import load_json, save_json
 
 NOTE_NAME = "calibration.json"
 

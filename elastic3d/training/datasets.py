@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from elastic3d.config.train import DataConfig, LoopConfig, VAEStageConfig
 from elastic3d.errors import UserError
 from elastic3d.training.augment import augment
+from elastic3d.utils.tensors import open_tensors, tensor_heads
 
 Batch = dict[str, Tensor]
 
@@ -52,13 +52,12 @@ class ShardFolder:
             raise UserError(f"there is no folder {folder}")
         self._shards: dict[str, Path] = {}
         self._names: dict[str, list[str]] = {}
-        self._open: dict[Path, safe_open] = {}
+        self._open: dict[Path, Any] = {}
         for path in sorted(folder.glob("shard-*.safetensors")):
-            with safe_open(path, "pt") as shard:
-                for key in shard.keys():  # noqa: SIM118 (it is no mapping)
-                    id, _, name = key.rpartition("/")
-                    self._shards[id] = path
-                    self._names.setdefault(id, []).append(name)
+            for key in tensor_heads(path):
+                id, _, name = key.rpartition("/")
+                self._shards[id] = path
+                self._names.setdefault(id, []).append(name)
 
     def __contains__(self, id: str) -> bool:
         return id in self._shards
@@ -73,8 +72,12 @@ class ShardFolder:
     def read(self, id: str, name: str, row: int | None = None) -> Tensor:
         """A tensor, or one row of it, copied from the mapped file."""
         path = self._shards[id]
+        if name not in self._names[id]:
+            raise UserError(
+                f"{path} has no tensor {id}/{name}, but {', '.join(self._names[id])} of this shape"
+            )
         if path not in self._open:
-            self._open[path] = safe_open(path, "pt")
+            self._open[path] = open_tensors(path)
         if row is None:
             return self._open[path].get_tensor(f"{id}/{name}")
         return self._open[path].get_slice(f"{id}/{name}")[row]

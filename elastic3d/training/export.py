@@ -20,12 +20,11 @@ from elastic3d.config.routing import ElasticConfig
 from elastic3d.config.serialize import from_dict
 from elastic3d.config.train import StageName, TrainConfig
 from elastic3d.errors import UserError
-from elastic3d.geometry.mesh_io import atomic_path
 from elastic3d.models.image_encoder import build_image_encoder
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import load_dit
-from elastic3d.models.weights import load_strict, save_json
+from elastic3d.models.weights import load_strict
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.routing.attach import load_router_state, router_state, session_of
 from elastic3d.training.checkpoint import load_checkpoint, newest_checkpoint
@@ -34,6 +33,8 @@ from elastic3d.training.latents import LatentInfo
 from elastic3d.training.low_rank import merge_low_rank
 from elastic3d.training.router_stage import RouterStage
 from elastic3d.training.updates_stage import attach_for_updates, pipeline_config
+from elastic3d.utils.files import atomic_path
+from elastic3d.utils.structured import check_shape, save_json
 
 RECORD_NAME = "training.json"
 CURVES_NAME = "training.csv"
@@ -57,12 +58,13 @@ def export_run(config: TrainConfig) -> Path:
     if path is None:
         raise UserError(f"{config.folder} has no whole checkpoint to export")
     checkpoint = load_checkpoint(path)
+    check_shape(checkpoint.values, {"config": dict}, str(path / "state.json"))
     trained: TrainConfig = from_dict(TrainConfig, checkpoint.values["config"], str(path))
     trained.routing.val_shapes = config.routing.val_shapes  # to calibrate on
     trained.updates.used_calls = config.updates.used_calls
     trained.routing.urgency, trained.routing.trends = config.routing.urgency, config.routing.trends
     output = config.export.output or config.folder / "export"
-    weights = checkpoint.tensors["average"]
+    weights = checkpoint.part("average")
     if trained.stage is StageName.vae:
         vae = ShapeVAE(trained.vae.model)
         load_strict(vae, _inside("vae.", weights), str(path))

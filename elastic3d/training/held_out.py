@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import trimesh
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from elastic3d.config.images import ForegroundConfig
 from elastic3d.config.train import VAEStageConfig
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
-from elastic3d.geometry.mesh_io import atomic_path, load_mesh, save_mesh
+from elastic3d.geometry.mesh_io import load_mesh, save_mesh
 from elastic3d.geometry.normalize import normalize_mesh
 from elastic3d.geometry.solid import solidify
 from elastic3d.models.foreground import prepare_picture, to_tensor
@@ -33,6 +32,8 @@ from elastic3d.preparation.prepare import open_source
 from elastic3d.training.datasets import PreparedShapes, VAEItems, item_generator, read_split
 from elastic3d.training.latents import stored_views
 from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture, on_white
+from elastic3d.utils.files import atomic_path
+from elastic3d.utils.tensors import read_weights, save_weights
 
 SHEET_SHAPES = 64
 PICTURE_SIZE = 128
@@ -158,7 +159,7 @@ def _bank(
     train = [id for id in read_split([config.train]) if id.startswith(prefix)]
     shapes = PreparedShapes(Path(config.data.output), train)
     path = config.output / "bank.safetensors"
-    bank = load_file(path) if path.is_file() else {}
+    bank = read_weights(path) if path.is_file() else {}
     todo = [id for id in shapes.ids if id not in bank]
     bar = tqdm(todo, desc="bank", unit="shape", dynamic_ncols=True)
     for id in bar:
@@ -170,8 +171,7 @@ def _bank(
         chosen = np.linspace(0, len(views) - 1, config.bank_views).round().astype(int)
         bank[id] = features([views[i] for i in chosen]).half()
     if todo:
-        with atomic_path(path) as temporary:
-            save_file(bank, temporary)
+        save_weights(bank, path)
     names = [id for id in shapes.ids if id in bank]
     return names, torch.stack([bank[id] for id in names]).float()
 

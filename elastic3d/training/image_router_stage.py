@@ -15,7 +15,6 @@ from elastic3d.config.router_stage import RouterStageConfig
 from elastic3d.config.routing import ElasticConfig, RouterConfig
 from elastic3d.config.train import TrainConfig
 from elastic3d.errors import UserError
-from elastic3d.models.weights import file_sha256
 from elastic3d.pipelines.backbones import Backbone
 from elastic3d.pipelines.image_loading import load_backbone, weight_files
 from elastic3d.pipelines.runtime import resolve_device
@@ -26,6 +25,7 @@ from elastic3d.training.image_stage import PictureItems, generate_latents, pictu
 from elastic3d.training.picture_cache import PictureCache, build_picture_cache, text_of
 from elastic3d.training.router_objective import Grid, RouterObjective, add_route
 from elastic3d.training.runtime import first_process_first
+from elastic3d.utils.files import file_sha256
 
 
 class PictureRouterObjective(RouterObjective):

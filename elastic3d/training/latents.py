@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,23 @@ from elastic3d.models.foreground import prepare_picture, to_tensor
 from elastic3d.models.image_encoder import ImageEncoder, build_image_encoder
 from elastic3d.models.pictures import PICTURE_SUFFIXES
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.models.weights import WEIGHTS_NAME, file_sha256, load_json, save_json, save_weights
+from elastic3d.models.weights import WEIGHTS_NAME
 from elastic3d.pipelines.runtime import resolve_device
 from elastic3d.training.datasets import PreparedShapes, VAEItems, item_generator, read_split, stack
+from elastic3d.utils.files import file_sha256, visible_files
+from elastic3d.utils.structured import Number, load_json, save_json
+from elastic3d.utils.tensors import save_weights, tensor_heads
 
 INFO_NAME = "latents.json"
+_COUNT = Number(0, 1 << 40, whole=True)
+_INFO = {
+    "settings": {"vae": str, "vae_sha256": str, "encoder": dict, "foreground": dict},
+    "latents": [_COUNT],
+    "tokens": [_COUNT],
+    "mean": [Number()],
+    "std": [Number(0)],
+}
+_SUMS = {"ids": [str], "count": _COUNT, "sum": [Number()], "square": [Number()]}
 
 
 @dataclass
@@ -51,7 +63,8 @@ class LatentInfo:
         """The description of a finished cache; UserError if there is none."""
         if not (folder / INFO_NAME).is_file():
             raise UserError(f"{folder} has no {INFO_NAME}, expected a finished cache (stage=cache)")
-        return cls(**load_json(folder / INFO_NAME))
+        values = load_json(folder / INFO_NAME, _INFO)
+        return cls(**{item.name: values[item.name] for item in fields(cls)})
 
     @property
     def vae(self) -> Path:
@@ -91,23 +104,20 @@ def build_cache(config: TrainConfig) -> LatentInfo:
         for shard, ids in plan:
             target = config.latents.output / shard.parent.name / shard.name
             sidecar = target.with_suffix(".json")
-            if not (target.is_file() and sidecar.is_file() and load_json(sidecar)["ids"] == ids):
+            if not (target.is_file() and sidecar.is_file() and load_json(sidecar, _SUMS)["ids"] == ids):
                 shapes = PreparedShapes(config.data.prepared, ids)
                 builder.write(shapes, target, train, bar)
             else:
                 bar.update(len(ids))
-            sums.append(load_json(sidecar))
+            sums.append(load_json(sidecar, _SUMS))
     return builder.finish(sums)
 
 
 def _plan(prepared: Path, wanted: set[str]) -> Iterator[tuple[Path, list[str]]]:
     """(prepared shard, its wanted ids as `source/id`) of every shard that has any."""
-    from safetensors import safe_open
-
     for source in sorted({id.partition("/")[0] for id in wanted}):
         for shard in sorted((prepared / source).glob("shard-*.safetensors")):
-            with safe_open(shard, "pt") as file:
-                ids = dict.fromkeys(f"{source}/{key.rpartition('/')[0]}" for key in file.keys())  # noqa: SIM118
+            ids = dict.fromkeys(f"{source}/{key.rpartition('/')[0]}" for key in tensor_heads(shard))
             if found := [id for id in ids if id in wanted]:
                 yield shard, found
 
@@ -254,8 +264,8 @@ def named_pictures(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise UserError(f"latents.images={folder} is no folder, expected one with pictures")
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file():
+    for path in visible_files(folder):
+        if path.suffix.lower() in PICTURE_SUFFIXES:
             found.setdefault("--".join(path.relative_to(folder).with_suffix("").parts), []).append(path)
     if not found:
         raise UserError(f"latents.images={folder} holds no picture, expected {', '.join(PICTURE_SUFFIXES)}")

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from elastic3d.config.train import LoopConfig, Precision
 from elastic3d.errors import UserError
-from elastic3d.models.weights import load_json, load_strict
+from elastic3d.models.weights import load_strict
 from elastic3d.pipelines.memory import GB
 from elastic3d.training.checkpoint import (
     Checkpoint,
     clear_unfinished,
     load_checkpoint,
+    load_random_state,
     newest_checkpoint,
     random_state,
     save_checkpoint,
-    set_random_state,
     write_part,
 )
 from elastic3d.training.datasets import Batch, Items, PositionLoader
@@ -287,11 +287,12 @@ class _Run:
             path = self.config.init_from
             own = self.stage.objective.state_dict()
             average = {name: own[name] for name in self.config.init_new if name in own}
-            average |= load_checkpoint(path).tensors["average"]
-            checkpoint = Checkpoint(0, {"model": average, "average": average, "optimizer": {}})
+            average |= load_checkpoint(path).part("average")
+            parts = {"model": average, "average": average, "optimizer": dict[str, Tensor]()}
+            checkpoint = Checkpoint(0, parts, source=str(path))
         else:
             checkpoint = self._resumed(path)
-        load_strict(self.stage.objective, checkpoint.tensors["model"], str(path))
+        load_strict(self.stage.objective, checkpoint.part("model"), str(path))
         return checkpoint
 
     def _resumed(self, path: Path) -> Checkpoint:
@@ -302,7 +303,7 @@ class _Run:
             raise UserError(f"{path} is beyond steps={self.config.steps}")
         own = path / f"random-{self.accelerator.process_index:05d}.json"
         if own.is_file():  # absent for the processes that a larger run adds
-            set_random_state(load_json(own))
+            load_random_state(own)
         self.notes.append(f"going on from {path}")
         return checkpoint
 
@@ -310,7 +311,10 @@ class _Run:
         """Masters, averages and moments from a checkpoint -> its step."""
         if checkpoint is None:
             return 0
-        self.optimizer.fill(self.optimizer.masters, checkpoint.tensors["model"])
-        self.optimizer.fill(self.average.values, checkpoint.tensors["average"])
-        self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"])
+        try:
+            self.optimizer.fill(self.optimizer.masters, checkpoint.part("model"))
+            self.optimizer.fill(self.average.values, checkpoint.part("average"))
+            self.optimizer.load_state_tensors(checkpoint.part("optimizer"))
+        except ValueError as error:
+            raise UserError(f"{checkpoint.source} does not fit: {error}") from error
         return checkpoint.step

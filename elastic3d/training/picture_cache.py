@@ -15,19 +15,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.config.image_stage import ImageStageConfig
 from elastic3d.config.train import TrainConfig
 from elastic3d.errors import UserError
-from elastic3d.models.weights import load_json, read_weights, save_json, save_weights
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.training.datasets import Batch, read_split
 from elastic3d.training.pictures import Captioned, PictureSource, open_pictures
+from elastic3d.utils.structured import Number, load_json, save_json
+from elastic3d.utils.tensors import open_tensors, read_weights, save_weights
 
 INFO_NAME, NEGATIVE_NAME = "cache.json", "negative.safetensors"
+_INFO = {"settings": dict, "counts": {str: Number(0, whole=True)}}
 
 
 def build_picture_cache(config: TrainConfig, backbone: Backbone) -> None:
@@ -42,7 +43,7 @@ def build_picture_cache(config: TrainConfig, backbone: Backbone) -> None:
     output = image.cache
     path = output / INFO_NAME
     if path.is_file():
-        found = load_json(path)
+        found = load_json(path, _INFO)
         differing = [name for name, value in settings.items() if found["settings"].get(name) != value]
         if differing:
             raise UserError(
@@ -166,12 +167,12 @@ class PictureCache:
 
     def __post_init__(self) -> None:
         path = self.folder / INFO_NAME
-        info = load_json(path) if path.is_file() else {"counts": {}}
+        info = load_json(path, _INFO) if path.is_file() else {"counts": {}}
         if not info["counts"]:
-            raise UserError(f"{self.folder} has no finished cache of pictures")
+            raise UserError(f"{self.folder} has no finished cache of images, which {INFO_NAME} would count")
         self.settings: dict[str, Any] = info["settings"]
         self._paths = sorted((self.folder / self.split).glob("shard-*.safetensors"))
-        self._open: dict[int, safe_open] = {}
+        self._open: dict[int, Any] = {}
         sizes = [self._file(i).get_slice("caption").get_shape()[0] for i in range(len(self._paths))]
         self._places = [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
         if 0 < self.limit < len(self._places):
@@ -196,9 +197,9 @@ class PictureCache:
         names = [name for name in file.keys() if name.startswith("text/")]  # noqa: SIM118 (it is no mapping)
         return {"latents": number, **{name: file.get_slice(name)[line] for name in names}}
 
-    def _file(self, shard: int) -> safe_open:
+    def _file(self, shard: int) -> Any:
         if shard not in self._open:
-            self._open[shard] = safe_open(self._paths[shard], "pt")
+            self._open[shard] = open_tensors(self._paths[shard], ("latents", "caption"))
         return self._open[shard]
 
     def __getstate__(self) -> dict[str, object]:

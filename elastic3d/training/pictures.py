@@ -4,7 +4,6 @@ known of them."""
 from __future__ import annotations
 
 import colorsys
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from PIL import Image, ImageOps
 from elastic3d.config.image_stage import ImageStageConfig
 from elastic3d.errors import UserError
 from elastic3d.models.pictures import PICTURE_SUFFIXES, load_picture
-from elastic3d.models.weights import load_json
 from elastic3d.training.datasets import PreparedShapes
 from elastic3d.training.latents import stored_views
+from elastic3d.utils.files import visible_files
+from elastic3d.utils.structured import load_json, load_json_lines
 
 # Names of colours with (hue in degrees, saturation, value); a name may stand for a material that looks like it.
 COLOURS = {
@@ -97,7 +97,7 @@ class ShapeViews:
             f"{sidecar.parent.name}/{item['id']}": noun_of(item["caption"])
             for source in sorted({id.partition("/")[0] for id in self.shapes.ids})
             for sidecar in sorted((prepared / source).glob("shard-*.json"))
-            for item in load_json(sidecar)["items"]
+            for item in load_json(sidecar, {"items": [{"id": str, "caption": str}]})["items"]
         }
 
     def __len__(self) -> int:
@@ -212,21 +212,12 @@ def _shade(hsv: tuple[float, float, float], rng: np.random.Generator) -> tuple[i
 
 
 def _from_texts(folder: Path) -> list[tuple[Path, str]]:
-    pictures = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURE_SUFFIXES]
+    files = visible_files(folder, recursive=False)
+    pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
     texts = [(path, path.with_suffix(".txt")) for path in pictures]
     return [(path, text) for path, file in texts if file.is_file() and (text := file.read_text().strip())]
 
 
 def _from_lines(folder: Path) -> list[tuple[Path, str]]:
-    path, pairs = folder / "captions.jsonl", []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            pairs.append((folder / entry["file"], str(entry["caption"]).strip()))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f'{path}, line {number}: expected {{"file": "a.png", "caption": "..."}}'
-            ) from error
-    return pairs
+    lines = load_json_lines(folder / "captions.jsonl", {"file": str, "caption": str})
+    return [(folder / entry["file"], entry["caption"].strip()) for entry in lines]

@@ -21,7 +21,6 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
-from elastic3d.models.weights import load_json
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME
 from elastic3d.routing.cost import trace_share
 from elastic3d.training.calibration import as_trained, calibrate, compare_budgets
@@ -41,6 +40,7 @@ from elastic3d.training.router_objective import Grid, RouterObjective, add_route
 from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture
 from elastic3d.training.vae_stage import VAEObjective
 from elastic3d.training.view_rays import VIEWS_STORED, view_rays
+from elastic3d.utils.structured import load_json
 
 MESH_STORED = ("surface", "near", "volume")
 MESH_TERMS = ("field", "chamfer", "normals", "silhouette")
@@ -280,7 +280,9 @@ def load_vae(config: TrainConfig) -> ShapeVAE:
     vae.set_latent_statistics(info.mean, info.std)
     record = info.vae / "training.json"
     if record.is_file():
-        trained = from_dict(VAEStageConfig, load_json(record)["config"]["vae"], str(record))
+        trained = from_dict(
+            VAEStageConfig, load_json(record, {"config": {"vae": dict}})["config"]["vae"], str(record)
+        )
         for name in ("loss", "softness", "truncation"):
             wanted, found = getattr(trained, name), getattr(config.vae, name)
             if wanted != found:

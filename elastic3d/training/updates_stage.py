@@ -25,7 +25,7 @@ from elastic3d.diffusion.sampler import integrate
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT, load_dit
-from elastic3d.models.weights import find_weights, load_config, load_json, read_weights
+from elastic3d.models.weights import find_weights, load_config
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ROUTERS_NAME
 from elastic3d.routing.attach import attach, load_router_state, router_modules, router_state
 from elastic3d.routing.session import RoutingSession
@@ -39,6 +39,8 @@ from elastic3d.training.datasets import (
     stack,
 )
 from elastic3d.training.latents import LatentInfo
+from elastic3d.utils.structured import load_json
+from elastic3d.utils.tensors import read_weights
 
 VALIDATED = ((4, 1.0), (6, 1.0), (8, 0.5), (12, 0.35), (12, 0.5), (25, 0.3))  # steps, budget
 TOKENS = ("tokens",)

@@ -10,7 +10,8 @@ import trimesh
 from PIL import Image
 
 from elastic3d.errors import UserError
-from elastic3d.geometry.mesh_io import atomic_path, load_mesh, read_extras, save_mesh
+from elastic3d.geometry.mesh_io import load_mesh, read_extras, save_mesh
+from elastic3d.utils.files import atomic_path
 
 EXTRAS = {"version": "0.1.0", "seed": 7, "ms": {"dit": 12.5}}
 

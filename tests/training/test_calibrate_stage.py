@@ -15,12 +15,12 @@ from elastic3d.config.text_to_image import BackboneName
 from elastic3d.config.train import DataConfig, ExportConfig, StageName
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
-from elastic3d.models.weights import load_json, save_json
 from elastic3d.pipelines.image_loading import load_transformer
 from elastic3d.training import calibration, router_stage
 from elastic3d.training.image_router_stage import ImageRouterStage
 from elastic3d.training.router_stage import RouterStage
 from elastic3d.training.stages import run_stage
+from elastic3d.utils.structured import load_json, save_json
 from tests.training.test_image_stages import folder, image_config  # noqa: F401  # a fixture
 from tests.training.test_router_stage import dense, router_config  # noqa: F401  # a fixture
 

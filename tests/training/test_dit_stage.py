@@ -15,12 +15,12 @@ from elastic3d.diffusion.flow import velocity
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.models.weights import load_json, save_json
 from elastic3d.training.datasets import PreparedShapes, item_generator
 from elastic3d.training.dit_stage import DiTStage, FlowObjective, LatentItems
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo, build_cache, named_pictures, stored_views
 from elastic3d.training.stages import run_stage
+from elastic3d.utils.structured import load_json, save_json
 from tests.training.tiny import tiny_vae, vae_config
 
 

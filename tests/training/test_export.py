@@ -7,12 +7,12 @@ from elastic3d.config.generate import PipelineConfig
 from elastic3d.config.train import ExportConfig, StageName
 from elastic3d.errors import UserError
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.models.weights import load_json
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.checkpoint import load_checkpoint
 from elastic3d.training.export import export_run
 from elastic3d.training.latents import LatentInfo
 from elastic3d.training.stages import run_stage
+from elastic3d.utils.structured import load_json
 from tests.training.test_dit_stage import add_views, config_for
 from tests.training.tiny import vae_config
 

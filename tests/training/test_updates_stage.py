@@ -14,7 +14,6 @@ from elastic3d.config.train import ExportConfig, StageName, TrainConfig
 from elastic3d.config.updates_stage import UpdatesStageConfig
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
-from elastic3d.models.weights import load_json, read_weights, save_json
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.routing.cost import trace_share
 from elastic3d.routing.trace import NOT_RUN
@@ -23,6 +22,8 @@ from elastic3d.training.datasets import stack
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.stages import run_stage
 from elastic3d.training.updates_stage import UpdatesStage, relative_errors
+from elastic3d.utils.structured import load_json, save_json
+from elastic3d.utils.tensors import read_weights
 from tests.training.test_calibrate_stage import save_tiny_routers
 from tests.training.test_dit_stage import config_for
 from tests.training.test_router_stage import dense  # noqa: F401  # a fixture

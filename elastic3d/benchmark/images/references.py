@@ -19,9 +19,9 @@ from elastic3d.config.image_benchmark import ImageBenchmarkConfig
 from elastic3d.config.image_stage import ImageStageConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation.probe import Probe, fit_probe
-from elastic3d.geometry.mesh_io import atomic_path
 from elastic3d.training.datasets import read_split
 from elastic3d.training.pictures import PictureFolder, PictureSource, ShapeViews, noun_in
+from elastic3d.utils.files import atomic_path
 
 LEAST = 20  # training pictures of a category that the classifier knows
 FILE = "references.npz"

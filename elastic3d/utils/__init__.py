@@ -1,0 +1,1 @@
+"""What every other room stands on: errors, and files that are read with care and written whole or not at all."""
