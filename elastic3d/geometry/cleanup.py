@@ -20,7 +20,7 @@ _QUADRIC_LOCK = Lock()
 """fast_simplification keeps the mesh it works on in global variables."""
 
 _ROUNDS = 8
-"""How often the tolerance of `simplify` grows: from 1e-5 to a sixth of the longest side."""
+"""How often the tolerance of `simplify` grows: from 1e-6 to a quarter of the longest side."""
 
 _DEGENERATE = 1e-12
 """A face counts as degenerate below this area, in squares of the mesh's longest side."""
@@ -116,7 +116,7 @@ def simplify(mesh: trimesh.Trimesh, max_faces: int) -> trimesh.Trimesh:
     Quadrics do nearly all of it: they are fast and keep the shape best, but can glue sheets together along an edge,
     which `separate_sheets` undoes. Where that is not enough (degenerate faces are left, flat parts stall, or the
     input itself touches itself), manifold3d makes room, closed by construction, with a tolerance that grows from a
-    100,000th of the longest side, before quadrics go on.
+    millionth of the longest side, before quadrics go on.
 
     Raises:
         UserError: the surface can't be reduced so far.
@@ -157,7 +157,7 @@ def _reduce_solid(mesh: trimesh.Trimesh, max_faces: int) -> trimesh.Trimesh:
         return _quadric(merge_equal_vertices(kept), max_faces)
     fallback = None
     for step in range(_ROUNDS):
-        solid = solid.simplify(1e-5 * extent * 4**step)
+        solid = solid.simplify(1e-6 * extent * 6**step)
         rest = _apart(_from_solid(solid))
         reduced = _reduce(rest, max_faces) if len(rest.faces) > max_faces else rest
         if _accepted(reduced, max_faces):

@@ -116,11 +116,11 @@ def _straightest(forward: NDArray[np.bool_], angle: NDArray[np.float64]) -> list
     """Pairs of the faces around an edge, one of either direction, without crossing and with the widest wedges.
 
     Going round, the solid lies between a face that runs backward and the next that runs forward, the outside
-    between a forward one and the next backward one: either all wedges of the solid are kept, or all of the outside.
+    between a forward one and the next backward one: either all wedges of the solid are kept, or, where those are wider, all of the outside.
     """
     once = np.argsort(angle, kind="stable").tolist()
     found = []
-    for opens in (True, False):
+    for opens in (False, True):
         pairs, waiting, done = list[tuple[int, int]](), list[int](), set[int]()
         for face in (*once, *once):  # twice round, as a wedge may hold the beginning
             if face in done or face in waiting:
@@ -131,4 +131,5 @@ def _straightest(forward: NDArray[np.bool_], angle: NDArray[np.float64]) -> list
                 pairs.append((waiting.pop(), face))
                 done.update(pairs[-1])
         found.append((sum((angle[b] - angle[a]) % (2 * np.pi) for a, b in pairs), pairs))
-    return max(found, key=lambda item: item[0])[1]
+    (solid, bodies), (outside, sides) = found
+    return sides if outside > solid + 1e-6 else bodies
