@@ -123,7 +123,7 @@ def _read_stl(data: bytes) -> Polygons:
                 raise FormatError(f"a vertex has {len(words) - 1} coordinates, expected 3")
             positions += words[1:]
         facets += words[0] == b"facet"
-        ended = len(positions) if words[0] in (b"endsolid", b"end") else ended
+        ended = len(positions) if words[0] == b"endsolid" or words[:2] == [b"end", b"solid"] else ended
     if ended < len(positions) or len(positions) != 9 * facets:
         raise FormatError(
             f"it is cut off or broken: it has {facets:,} facets, {len(positions) // 3:,} vertices"

@@ -115,8 +115,9 @@ def _angles(points: NDArray[np.float64], axis: NDArray[np.float64]) -> NDArray[n
 def _straightest(forward: NDArray[np.bool_], angle: NDArray[np.float64]) -> list[tuple[int, int]]:
     """Pairs of the faces around an edge, one of either direction, without crossing and with the widest wedges.
 
-    Going round, the solid lies between a face that runs backward and the next that runs forward, the outside
-    between a forward one and the next backward one: either all wedges of the solid are kept, or, where those are wider, all of the outside.
+    Going round, the solid lies between a face that runs backward and the next that runs forward, the outside between
+    a forward one and the next backward one. Either all wedges of the solid are kept, or, where those of the outside
+    are wider, all of these.
     """
     once = np.argsort(angle, kind="stable").tolist()
     found = []
