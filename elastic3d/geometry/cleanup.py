@@ -116,10 +116,11 @@ def drop_floaters(mesh: trimesh.Trimesh, share: float) -> trimesh.Trimesh:
 def simplify(mesh: trimesh.Trimesh, max_faces: int) -> trimesh.Trimesh:
     """A mesh of at most `max_faces` faces without degenerate ones; closed if `mesh` is. Repeatable.
 
-    Quadrics (Garland and Heckbert 1997) do nearly all of it: they are fast and keep the shape best, but can glue sheets together along an edge,
-    which `separate_sheets` undoes. Where that is not enough (degenerate faces are left, flat parts stall, or the
-    input itself touches itself), manifold3d makes room, closed by construction, with a tolerance that grows from a
-    millionth of the longest side, before quadrics go on.
+    Quadrics (Garland and Heckbert 1997) do nearly all of it: they are fast and keep the shape best. Where they glue
+    sheets together along an edge, `separate_sheets` undoes that. Where that is not enough (degenerate faces are
+    left, flat parts stall, or the input itself touches itself), manifold3d makes room, closed by construction, with
+    a tolerance that grows from a millionth of the longest side, before quadrics go on. The worst case in time is a
+    surface of many handles, as of noise: two or three passes of quadrics.
 
     Raises:
         UserError: the surface can't be reduced so far.
@@ -203,7 +204,7 @@ def _from_solid(solid: Any) -> trimesh.Trimesh:
 
 
 def _quadric(mesh: trimesh.Trimesh, max_faces: int) -> trimesh.Trimesh:
-    """The mesh reduced by quadric edge collapse (Garland and Heckbert 1997), as far as that goes."""
+    """The mesh reduced by quadric edge collapse, as far as that goes."""
     import fast_simplification
 
     # Its thresholds are absolute: the larger the mesh, the nearer collapses come to the order of their errors, and

@@ -42,5 +42,6 @@ def _mapped(mesh: trimesh.Trimesh, rotation: np.ndarray, scale: float) -> trimes
     normals = np.asarray(mesh.vertex_normals) @ rotation.T
     vertices = np.asarray(mesh.vertices) @ rotation.T * scale
     result = trimesh.Trimesh(vertices, mesh.faces, vertex_normals=normals, process=False)
-    result.visual = mesh.visual.copy()
+    if mesh.visual is not None:
+        result.visual = mesh.visual.copy()
     return result
