@@ -108,9 +108,10 @@ def drop_floaters(mesh: trimesh.Trimesh, share: float) -> trimesh.Trimesh:
     keep = area >= share * area.max()
     if keep.all():
         return mesh
-    kept = trimesh.Trimesh(mesh.vertices, mesh.faces[keep[labels]], process=False)
-    kept.remove_unreferenced_vertices()
-    return kept
+    faces = np.asarray(mesh.faces)[keep[labels]]
+    used = np.zeros(len(mesh.vertices), bool)
+    used[faces.ravel()] = True
+    return trimesh.Trimesh(np.asarray(mesh.vertices)[used], (np.cumsum(used) - 1)[faces], process=False)
 
 
 def simplify(mesh: trimesh.Trimesh, max_faces: int) -> trimesh.Trimesh:

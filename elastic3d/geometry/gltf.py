@@ -68,8 +68,9 @@ class _Scene:
         parent: dict[int, int] = {}
         for node, below in enumerate(children):
             for child in below:
-                if parent.setdefault(child, node) != node:
-                    raise FormatError(f"node {child} has two parents")
+                if child in parent:
+                    raise FormatError(f"node {child} has two parents, or one twice")
+                parent[child] = node
         if self._file.array("scenes"):
             scene = self._file.item("scenes", self._file.tree.get("scene", 0))
             roots = self._file.indices(scene, "nodes", "nodes")
