@@ -55,6 +55,10 @@ class MeshFields(BaseModel):
     max_faces: int | None = Field(None, ge=4, le=10_000_000, description="decimate to this many faces")
     elastic: bool | None = Field(None, description="let the routers decide; false: the dense model")
     budget: float | None = Field(None, gt=0, le=1, description="share of the dense FLOPs to execute")
+    tolerance: int | None = Field(
+        None, ge=0, le=255, description="largest difference within a plain background"
+    )
+    border: float | None = Field(None, ge=0, le=0.9, description="free share of the square around the object")
     format: Literal["glb", "ply", "obj", "stl"] = Field("glb", description="file format of the mesh")
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+from elastic3d.config.images import ForegroundConfig
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import save_mesh
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
@@ -55,13 +56,16 @@ class MeshRequest:
     max_faces: int | None = None
     elastic: bool | None = None
     budget: float | None = None
+    tolerance: int | None = None
+    border: float | None = None
     format: str = "glb"
 
     def options(self) -> dict[str, Any]:
         """The arguments of the pipeline that a batch has to share."""
-        given = asdict(self)
+        given = {name: value for name, value in asdict(self).items() if value is not None}
         del given["seed"], given["format"]
-        return {name: value for name, value in given.items() if value is not None}
+        mask = {name: given.pop(name) for name in ("tolerance", "border") if name in given}
+        return given | ({"foreground": ForegroundConfig(**mask)} if mask else {})
 
 
 @dataclass
