@@ -27,6 +27,10 @@ from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueFu
 
 MASK_SIDE = 256
 GAP = 0.4  # between two meshes that are shown in one scene, in units of a mesh's half side
+GREY, BLUE = (
+    [0.6, 0.6, 0.6, 1.0],
+    [0.35, 0.55, 0.85, 1.0],
+)  # of the dense and of the elastic mesh, side by side
 POLL_S = 0.1
 KEEP_S = 900
 FONTS = ["system-ui", "sans-serif"]  # of the visitor's machine
@@ -59,7 +63,9 @@ def build_app(queue: MeshQueue, draw: Draw | None = None) -> gr.Blocks:
                     label="Image", type="pil", image_mode="RGBA", sources=["upload", "clipboard"]
                 )
                 prompt = gr.Textbox(label="or a prompt", visible=draw is not None, submit_btn="Draw")
-                mask = gr.Image(label="What the model will see", interactive=False, height=220)
+                mask = gr.Image(
+                    label="What the model will see", interactive=False, height=220, elem_id="mask"
+                )
                 with gr.Accordion("Mask", open=False):
                     tolerance = gr.Slider(0, 120, 20, step=1, label="Background tolerance")
                     border = gr.Slider(0, 0.5, 0.15, step=0.01, label="Free border")
@@ -81,12 +87,18 @@ def build_app(queue: MeshQueue, draw: Draw | None = None) -> gr.Blocks:
                     run = gr.Button("Make mesh", variant="primary")
                     stop = gr.Button("Stop")
             with gr.Column(scale=3, min_width=300):
-                viewer = gr.Model3D(label="Mesh", clear_color=(1, 1, 1, 1), height=420)
+                viewer = gr.Model3D(
+                    label="Mesh (left, grey: dense)" if routed else "Mesh",
+                    clear_color=(0.95, 0.95, 0.95, 1),
+                    height=420,
+                )
                 table = gr.Dataframe(
                     headers=["sample", "seconds", "DiT ms", "executed", "faces", "closed"],
                     label="What it took", interactive=False, wrap=True,
                 )  # fmt: skip
-                gallery = gr.Gallery(label="Samples", columns=2, height=220, allow_preview=False)
+                gallery = gr.Gallery(
+                    label="Samples", columns=2, height=220, allow_preview=False, object_fit="contain"
+                )
                 routes = gr.Image(
                     label="Blocks over steps: blue executed, orange cached, grey skipped", visible=routed,
                     interactive=False,
@@ -232,11 +244,15 @@ def _scene(shown: Shown, index: int) -> str:
         return str(path)
     both = path.with_name(f"both-{index}.glb")
     scene = trimesh.Scene()
-    for side, name, file in ((-1, "dense", shown.dense[index]), (1, "elastic", path)):
+    for side, name, file, colour in ((-1, "dense", shown.dense[index], GREY), (1, "elastic", path, BLUE)):
         mesh = load_mesh(file)
         width = float(mesh.extents[0])
         offset = side * (width + GAP) / 2 - float(mesh.bounds[:, 0].mean())
         mesh.apply_translation([offset, 0, 0])
+        material = trimesh.visual.material.PBRMaterial(
+            name=name, baseColorFactor=colour, metallicFactor=0.0, roughnessFactor=0.7
+        )
+        mesh.visual = trimesh.visual.TextureVisuals(material=material)
         scene.add_geometry(mesh, node_name=name, geom_name=name)
     both.write_bytes(bytes(trimesh.exchange.gltf.export_glb(scene, include_normals=True)))
     return str(both)
