@@ -187,6 +187,25 @@ def test_json_and_yaml(tmp_path: Path, name: str) -> None:
         set_random_state(kept)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*DOCUMENTS, *LINES])
+def test_a_thousand_inputs(tmp_path: Path, name: str) -> None:
+    """Bytes that are changed, inserted and dropped at random, in files that are cut off anywhere."""
+    value, read = (DOCUMENTS | LINES)[name]
+    rng, kept = random.Random(name), random_state()
+    try:
+        for _ in range(1000):
+            data = bytearray(json.dumps(value).encode() + b"\n")
+            for _ in range(rng.randint(1, 4)):
+                place = rng.randrange(len(data))
+                data[place : place + rng.randint(0, 3)] = rng.choice(
+                    (b"", b"\x00", b"\xff", b"[", b"}", b'"', b"-", b"9" * 40)
+                )
+            _read(tmp_path / name, bytes(data[: rng.choice((len(data), rng.randrange(len(data) + 1)))]), read)
+    finally:
+        set_random_state(kept)
+
+
 def _shard(path: Path) -> object:
     shards = ShardFolder(path.parent)
     return [shards.read(id, name) for id in ("a",) if id in shards for name in ("surface",)]
