@@ -12,6 +12,7 @@ from tqdm import tqdm
 from elastic3d.config.prepare import PrepareConfig, SourceName
 from elastic3d.errors import UserError
 from elastic3d.preparation.infinigen_source import InfinigenSource
+from elastic3d.preparation.primitives.source import PrimitivesSource
 from elastic3d.preparation.run import prepare
 from elastic3d.preparation.shards import Recipe, Shard, drop_outdated, plan_shards, write_manifest
 from elastic3d.preparation.sources import FolderSource, Source
@@ -45,6 +46,8 @@ def open_source(config: PrepareConfig) -> Source:
     if config.source is SourceName.sweethome3d:
         downloads = cache / "sweethome3d"
         return SweetHome3DSource(find_package(downloads, config.path), downloads)
+    if config.source is SourceName.primitives:
+        return PrimitivesSource(config.categories, config.shapes)
     if not config.path:
         raise UserError("source=folder needs path=, the directory with your meshes")
     return FolderSource(Path(config.path), config.name or "folder")

@@ -30,6 +30,13 @@ def infinigen_split(seed: int) -> Split:
     return Split.val if seed < 200 and seed % 40 == 8 else Split.train
 
 
+def primitives_split(seed: int, per_round: int = 1) -> Split:
+    """Seeds 9 and 19 are for testing, 29, 39 ... too where a round holds several seeds; 8 is for validation."""
+    if seed < 20 * per_round and seed % 10 == 9:
+        return Split.test
+    return Split.val if seed == 8 else Split.train
+
+
 def split_groups(groups: dict[str, int], test: int, val: int, seed: int = 0) -> dict[str, Split]:
     """Split of every name such that a group stays whole: at least `test` and `val` names, the rest for
     training.
