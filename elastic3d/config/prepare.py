@@ -84,7 +84,7 @@ class SplitsConfig:
     path: str = option("", "the unpacked sweethome3d package, if you have one")
     cache_dir: str = option("", "folder for downloads; the user's cache folder if empty")
     seeds: int = option(300, "Infinigen seeds that the lists name, for every category")
-    primitives: int = option(12_000, "composed shapes that the lists name, over all categories")
+    primitives: int = option(8000, "composed shapes that the lists name, over all categories")
     test: int = option(100, "models of sweethome3d for testing")
     val: int = option(20, "models of sweethome3d for validation")
     threshold: float = option(0.05, "models closer than this, of a longest side of 2, are near duplicates")

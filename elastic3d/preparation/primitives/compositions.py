@@ -50,7 +50,7 @@ def carving(d: Dice, count: int) -> Parts:
             break
         tool = _beside(d, body, _primitive(d, d(0.5, 0.9)))
         carved = body ^ tool.scale((1.8, 1.8, 1.8)) if d.chance(0.2) else body - tool
-        if 0.5 * body.volume() < carved.volume() < 0.97 * body.volume() and _in_one_piece(carved):
+        if 0.5 * body.volume() < carved.volume() < 0.97 * body.volume() and _is_stout(carved):
             body, done = carved, done + 1
     return {"body": body}
 
@@ -74,7 +74,7 @@ def warped(d: Dice, count: int) -> Parts:
             body = taper(body, d(0.35, 0.6) if d.chance(0.7) else d(1.3, 1.8))
         else:
             body = bumps(body, d(0.02, 0.05), d(1.5, 4), d(0, 6))
-    return {"body": body}
+    return {"body": max(body.decompose(), key=Manifold.volume)}
 
 
 def lathe(d: Dice) -> Parts:
@@ -127,5 +127,9 @@ def _beside(d: Dice, base: Manifold, solid: Manifold) -> Manifold:
     return solid.translate([c + 0.85 * h * w for c, h, w in zip(centre, half, way, strict=True)])
 
 
-def _in_one_piece(solid: Manifold) -> bool:
-    return len(solid.decompose()) == 1
+def _is_stout(solid: Manifold) -> bool:
+    """Whether it is in one piece and no shell or shred: a ball's mean thickness is a third of its diameter."""
+    box_ = solid.bounding_box()
+    longest = max(high - low for low, high in zip(box_[:3], box_[3:], strict=True))
+    thickness = 2 * solid.volume() / solid.surface_area()
+    return thickness > 0.13 * longest and len(solid.decompose()) == 1

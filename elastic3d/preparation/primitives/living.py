@@ -71,9 +71,10 @@ def cat(d: Dice) -> Parts:
         )
     )
     tail = tube([(0, 0.08, -0.25), (0.2, 0.05, -0.35), (0.34, 0.07, -0.1), (0.32, 0.1, 0.08)], 0.045)
+    neck = capsule((0, 0.4, 0.05), (0, y, 0.12), 0.1)
     head_ball = ellipsoid(head * 1.1, head, head, (0, y, 0.12))
     eyes = join(_eyes(0.07, y + 0.03, 0.12 + head * 0.85), ball(0.025, (0, y - 0.02, 0.13 + head)))
-    return {"fur": join(body, head_ball, ears, legs, tail), "eyes": eyes}
+    return {"fur": join(body, neck, head_ball, ears, legs, tail), "eyes": eyes}
 
 
 def duck(d: Dice) -> Parts:
@@ -120,7 +121,7 @@ def pig(d: Dice) -> Parts:
             for sz in (-0.2, 0.2)
         )
     )
-    tail = torus(0.06, 0.03, (0, 0.08, -length - 0.03), (0, 0, 1))
+    tail = torus(0.06, 0.03, (0, 0.08, -length), (0, 0, 1))
     return {
         "skin": join(body, ball(0.2, (0, y, z)), snout, ears, legs, tail),
         "eyes": _eyes(0.09, y + 0.09, z + 0.17),
@@ -306,7 +307,7 @@ def teddy(d: Dice) -> Parts:
     return {
         "fur": skin,
         "fur 2": join(ears, muzzle),
-        "eyes": join(_eyes(0.09, y + 0.06, head * 0.9), ball(0.035, (0, y - 0.01, head + 0.1))),
+        "eyes": join(_eyes(0.09, y + 0.06, head * 0.9), ball(0.035, (0, y - 0.01, head + 0.06))),
     }
 
 
@@ -375,7 +376,7 @@ def palm(d: Dice) -> Parts:
 def mushroom(d: Dice) -> Parts:
     """A toadstool."""
     cap, rise, height = d(0.36, 0.5), d(0.2, 0.4), d(0.45, 0.7)
-    stem = lathe([(d(0.13, 0.2), 0), (d(0.09, 0.13), height * 0.6), (0.12, height)])
+    stem = lathe([(d(0.13, 0.2), 0), (d(0.09, 0.13), height * 0.6), (0.12, height + 0.06)])
     hat = ellipsoid(cap, rise, cap, (0, height, 0)) - ellipsoid(
         cap * 1.1, 0.5, cap * 1.1, (0, height - 0.48, 0)
     )
@@ -392,12 +393,12 @@ def mushroom(d: Dice) -> Parts:
 def flower(d: Dice) -> Parts:
     """A flower on its stem, its face to the front."""
     petals, length, size = d.whole(5, 8), d(0.15, 0.22), d(0.09, 0.13)
-    petal = ellipsoid(length * 0.6, 0.055, length * 0.38, (size + length * 0.4, 0, 0))
+    petal = ellipsoid(length * 0.6, 0.055, length * 0.38, (size + length * 0.25, 0, 0))
     tilt = d(40, 80)
     blossom = around(petal, petals).rotate((tilt, 0, 0)).translate((0, 0.9, 0.05))
     heart = ellipsoid(size, 0.07, size).rotate((tilt, 0, 0)).translate((0, 0.91, 0.07))
-    stem = tube([(0, 0, 0), (d(-0.05, 0.05), 0.45, 0), (0, 0.9, 0.02)], 0.036)
-    leaf = ellipsoid(0.17, 0.035, 0.075).rotate((0, 0, 35)).translate((0.15, d(0.25, 0.45), 0))
+    stem = tube([(0, 0, 0), (d(-0.02, 0.02), 0.45, 0), (0, 0.9, 0.02)], 0.036)
+    leaf = ellipsoid(0.17, 0.035, 0.075).rotate((0, 0, 35)).translate((0.13, d(0.25, 0.45), 0))
     leaves = join(leaf, leaf.mirror((1, 0, 0)).translate((0, d(-0.1, 0.1), 0)))
     return {"petals": blossom, "yellow": heart, "leaves": join(stem, leaves)}
 
@@ -449,9 +450,10 @@ def banana(d: Dice) -> Parts:
 
 def star_fish(d: Dice) -> Parts:
     """A starfish upright, its face to the front."""
-    arm = capsule((0, 0, 0), (0, d(0.36, 0.46), 0), d(0.14, 0.18), 0.055)
-    body = join(*(arm.rotate((0, 0, 72 * i)) for i in range(5))).scale((1, 1, d(0.5, 0.8)))
-    return {"skin": body, "eyes": _eyes(0.07, 0.06, 0.13, 0.035)}
+    girth, squash = d(0.14, 0.18), d(0.5, 0.8)
+    arm = capsule((0, 0, 0), (0, d(0.36, 0.46), 0), girth, 0.055)
+    body = join(*(arm.rotate((0, 0, 72 * i)) for i in range(5))).scale((1, 1, squash))
+    return {"skin": body, "eyes": _eyes(0.07, 0.06, 0.85 * girth * squash, 0.035)}
 
 
 def butterfly(d: Dice) -> Parts:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import trimesh
 from manifold3d import CrossSection, FillRule, JoinType, Manifold, OpType
 from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator, make_interp_spline
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 Point = Sequence[float]
 Parts = dict[str, Any]  # solids (manifold3d.Manifold) by the name of their material
@@ -260,6 +263,21 @@ def _aim(solid: Manifold, axis: NDArray[np.float64], at: Point) -> Manifold:
     return solid.transform(turned)
 
 
+def split_creases(
+    vertices: NDArray[np.float64], faces: NDArray[np.int64], degrees: float = 30.0
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Vertices (V, 3) and faces (F, 3) such that only faces which meet smoothly share a vertex.
+
+    So that a renderer which interpolates vertex normals shades flat faces flat.
+    """
+    mesh = trimesh.Trimesh(vertices, faces, process=False)
+    pairs = mesh.face_adjacency[mesh.face_adjacency_angles < np.radians(degrees)]
+    links = coo_array((np.ones(len(pairs)), tuple(pairs.T)), shape=(len(faces), len(faces)))
+    count, sheet = connected_components(links, directed=False)
+    corners, index = np.unique(faces * count + sheet[:, None], return_inverse=True)
+    return vertices[corners // count], index.reshape(-1, 3)
+
+
 def to_arrays(parts: Parts) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64], list[str]]:
     """The union of the parts: vertices (V, 3), faces (F, 3), part of each face (F,), names of the parts.
 
@@ -271,4 +289,5 @@ def to_arrays(parts: Parts) -> tuple[NDArray[np.float64], NDArray[np.int64], NDA
     faces = np.asarray(mesh.tri_verts, np.int64)
     runs = np.diff(np.asarray(mesh.run_index, np.int64)) // 3
     part = np.repeat([number[name] for name in np.asarray(mesh.run_original_id).tolist()], runs)
-    return np.asarray(mesh.vert_properties, np.float64)[:, :3], faces, part.astype(np.int64), list(parts)
+    vertices, faces = split_creases(np.asarray(mesh.vert_properties, np.float64)[:, :3], faces)
+    return vertices, faces, part.astype(np.int64), list(parts)

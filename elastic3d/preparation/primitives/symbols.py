@@ -20,7 +20,6 @@ from elastic3d.preparation.primitives.solids import (
     lathe,
     plate,
     polygon,
-    prism,
     rod,
     torus,
     tube,
@@ -284,15 +283,11 @@ def pipe(d: Dice) -> Parts:
 
 def hollow_frame(d: Dice) -> Parts:
     """A cube, a sphere or a cylinder pierced along its axes."""
-    body = d.pick(box(1, 1, 1), ball(0.6), rod((0, -0.5, 0), (0, 0.5, 0), 0.5))
-    size = d(0.28, 0.36)
+    body = d.pick(box(1, 1, 1), ball(0.6), rod((0, -0.5, 0), (0, 0.5, 0), 0.55))
+    size = d(0.24, 0.32)
     hole = box(2 * size, 2 * size, 3) if d.chance(0.5) else rod((0, 0, -2), (0, 0, 2), size)
     cut = join(hole, hole.rotate((0, 90, 0)), hole.rotate((90, 0, 0)))
-    inside = [ball(d(0.2, 0.26))] if d.chance(0.3) else []
-    parts: Parts = {"body": body - cut}
-    if inside:
-        parts["core"] = join(inside[0], prism((0, -0.5, 0), (0, 0.5, 0), 0.05, 8))
-    return parts
+    return {"body": body - cut}
 
 
 def brick(d: Dice) -> Parts:
@@ -314,7 +309,11 @@ def brick(d: Dice) -> Parts:
 def stairs(d: Dice) -> Parts:
     """A flight of steps that climbs to the back."""
     count, rise, run, width = d.whole(4, 8), d(0.1, 0.15), d(0.12, 0.18), d(0.35, 0.7)
-    steps = [box(width, rise * (i + 1), run, (0, rise * (i + 1) / 2, -run * i)) for i in range(count)]
+    depths = [run * (count - index) for index in range(count)]
+    steps = [
+        box(width, rise * (index + 1), depth, (0, rise * (index + 1) / 2, depth / 2 - run * count))
+        for index, depth in enumerate(depths)
+    ]
     return {"stone": join(*steps)}
 
 
@@ -322,10 +321,11 @@ def guitar(d: Dice) -> Parts:
     """A guitar, neck up, its face to the front."""
     lower, upper, neck = d(0.26, 0.3), d(0.19, 0.22), d(0.5, 0.62)
     outline = (disc(lower) + disc(upper, (0, lower + 0.08))).offset(0.05).offset(-0.09).offset(0.04)
-    body = plate(outline, d(0.12, 0.18), bevel=0.02)
+    depth = d(0.12, 0.18)
+    body = plate(outline, depth, bevel=0.02)
     top = lower + 0.2
     hole = rod((0, lower * 0.75, 0.02), (0, lower * 0.75, 1), 0.085)
-    bridge = box(0.2, 0.045, 0.05, (0, -0.08, 0.1))
+    bridge = box(0.2, 0.045, 0.07, (0, -0.08, depth / 2))
     fretboard = box(0.08, neck, 0.06, (0, top + neck / 2, 0.06))
     head = box(0.13, 0.18, 0.06, (0, top + neck + 0.07, 0.04))
     return {"wood": body - hole, "black": join(fretboard, bridge), "body": head}

@@ -165,8 +165,9 @@ def screwdriver(d: Dice) -> Parts:
     grip = d(0.35, 0.45)
     profile = [(0.06, 0), (0.1, 0.06), (d(0.08, 0.11), grip * 0.6), (0.07, grip)]
     handle = lathe(profile) - around(rod((0.12, -0.1, 0), (0.12, grip, 0), 0.03), 6)
-    tip = rod((0, grip - 0.02, 0), (0, grip + d(0.4, 0.55), 0), 0.036)
-    blade = box(0.11, 0.12, 0.045, (0, grip + 0.5, 0))
+    top = grip + d(0.4, 0.55)
+    tip = rod((0, grip - 0.02, 0), (0, top, 0), 0.036)
+    blade = box(0.11, 0.12, 0.045, (0, top, 0))
     return {"handle": handle, "metal": join(tip, blade)}
 
 
@@ -187,7 +188,7 @@ def screw(d: Dice) -> Parts:
         top = lathe([(head, length), (head * 0.8, length + 0.1), (0.02, length + 0.16)])
         top = top - box(1, 0.12, 0.07, (0, length + 0.16, 0))
     threads = [torus(shank, 0.03, (0, y, 0)) for y in np.arange(0.04, length * d(0.5, 0.85), 0.09)]
-    return {"metal": join(top, rod((0, 0, 0), (0, length, 0), shank), *threads)}
+    return {"metal": join(top, rod((0, 0, 0), (0, length + 0.04, 0), shank), *threads)}
 
 
 def pencil(d: Dice) -> Parts:

@@ -60,7 +60,7 @@ def truck(d: Dice) -> Parts:
     """A lorry with a cab and a box, or a flat bed with a load."""
     half, width, wheel = d(0.55, 0.65), d(0.34, 0.42), d(0.1, 0.13)
     frame = box(width * 0.9, 0.08, half * 2, (0, wheel * 1.6, 0))
-    floor = wheel * 1.6 + 0.04
+    floor = wheel * 1.6 + 0.03
     height = d(0.32, 0.42)
     cab = _side(
         [
@@ -194,9 +194,9 @@ def boat(d: Dice) -> Parts:
     hull = hull.rotate((-90, 0, 0)).mirror((0, 0, 1))
     if d.chance(0.6):
         mast, back = d(0.8, 1.0), half * 0.85
-        pole = rod((0, 0, 0.05), (0, mast, 0.05), 0.03)
+        pole = rod((0, -0.06, 0.05), (0, mast, 0.05), 0.03)
         main = _side([(0.02, 0.12), (0.02, mast * 0.95), (-back, 0.12)], 0.04)
-        jib = _side([(0.1, 0.1), (0.1, mast * 0.8), (half * 0.9, 0.1)], 0.04)
+        jib = _side([(0.06, 0.1), (0.06, mast * 0.8), (half * 0.9, 0.1)], 0.04)
         return {"paint": hull, "wood": pole, "white": join(main, jib)}
     cabin = join(
         box(width, 0.18, half * 0.9, (0, 0.08, -0.05)), box(width * 0.7, 0.14, half * 0.45, (0, 0.22, 0))
@@ -298,7 +298,7 @@ def tractor(d: Dice) -> Parts:
     axle = join(
         rod((-0.25, big, -0.15), (0.25, big, -0.15), 0.06),
         rod((-0.2, small, 0.42), (0.2, small, 0.42), 0.05),
-        box(0.12, big, 0.5, (0, big * 0.75, 0.2)),
+        box(0.12, big, 0.7, (0, big * 0.75, 0.13)),
     )
     return {"paint": join(bonnet, cab - panes), "red": roof, "metal": join(pipe, axle), "tyre": wheels}
 

@@ -198,7 +198,7 @@ def trophy(d: Dice) -> Parts:
     """A cup with two ears on a plinth."""
     base = round_box(0.42, d(0.14, 0.24), 0.42, 0.03, (0, 0.1, 0))
     rim = d(0.28, 0.38)
-    stem = lathe([(0.17, 0.18), (0.05, 0.28), (0.05, 0.42)])
+    stem = lathe([(0.17, 0.12), (0.05, 0.28), (0.05, 0.42)])
     cup = vessel([(0.06, 0.38), (rim * 0.9, 0.58), (rim, 0.98)], 0.045, 0.08)
     ear = [(rim * 0.9, 0.9, 0), (rim + 0.2, 0.88, 0), (rim + 0.12, 0.66, 0), (rim * 0.8, 0.58, 0)]
     inner = rod((0, 0.62, 0), (0, 2, 0), rim - 0.05)
@@ -242,7 +242,7 @@ def bell(d: Dice) -> Parts:
     shell = lathe(outer) - lathe(inner)
     return {
         "gold": shell,
-        "metal": join(ball(0.1, (0, 0.05, 0)), rod((0, 0.05, 0), (0, height - 0.1, 0), 0.035)),
+        "metal": join(ball(0.1, (0, 0.05, 0)), rod((0, 0.05, 0), (0, height, 0), 0.035)),
         "wood": grip,
     }
 
