@@ -87,7 +87,7 @@ def star(d: Dice) -> Parts:
         _hull([*front[[i, (i + 1) % (2 * rays)]], [0, 0, 0], [0, 0, thick], [0, 0, -thick]])
         for i in range(2 * rays)
     ]
-    return {"gold": join(*rays_3d)}
+    return {"gold": join(ball(0.04), *rays_3d)}
 
 
 def heart(d: Dice) -> Parts:

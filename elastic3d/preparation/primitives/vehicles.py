@@ -158,7 +158,7 @@ def helicopter(d: Dice) -> Parts:
     girth = d(0.17, 0.22)
     body = ellipsoid(girth, girth, girth * 1.5)
     boom = rod((0, 0.05, -0.2), (0, 0.1, -d(0.65, 0.8)), 0.07, 0.04)
-    fin = _side([(-0.66, 0.08), (-0.78, 0.26), (-0.86, 0.26), (-0.8, 0.06)], 0.045)
+    fin = _side([(-0.58, 0.08), (-0.78, 0.26), (-0.86, 0.26), (-0.8, 0.06)], 0.045)
     mast = rod((0, girth * 0.8, 0), (0, girth + 0.12, 0), 0.035)
     blade = ellipsoid(d(0.5, 0.62), 0.025, 0.05, (0, girth + 0.12, 0))
     turn = d(0, 90)
@@ -195,13 +195,13 @@ def boat(d: Dice) -> Parts:
     if d.chance(0.6):
         mast, back = d(0.8, 1.0), half * 0.85
         pole = rod((0, -0.06, 0.05), (0, mast, 0.05), 0.03)
-        main = _side([(0.02, 0.12), (0.02, mast * 0.95), (-back, 0.12)], 0.04)
+        main = _side([(0.05, 0.12), (0.05, mast * 0.95), (-back, 0.12)], 0.04)
         jib = _side([(0.06, 0.1), (0.06, mast * 0.8), (half * 0.9, 0.1)], 0.04)
         return {"paint": hull, "wood": pole, "white": join(main, jib)}
     cabin = join(
         box(width, 0.18, half * 0.9, (0, 0.08, -0.05)), box(width * 0.7, 0.14, half * 0.45, (0, 0.22, 0))
     )
-    funnels = [rod((0, 0.2, z), (0, 0.5, z - 0.03), 0.06) for z in ((-0.15,), (-0.2, 0.0))[d.whole(0, 1)]]
+    funnels = [rod((0, 0.1, z), (0, 0.5, z - 0.03), 0.06) for z in ((-0.15,), (-0.2, 0.0))[d.whole(0, 1)]]
     return {"paint": hull, "white": cabin, "red": join(*funnels)}
 
 
