@@ -59,6 +59,10 @@ class PrepareConfig:
     infinigen_env: str = option(
         "", "an Infinigen environment you already have; created in the cache if empty"
     )
+    val_share: float = option(
+        0.1,
+        "folder: share of the meshes kept for validation; of fewer than 10 all train and are validated on",
+    )
     categories: list[str] = option([], "categories of Infinigen or of primitives; all if empty")
     seeds: int = option(200, "Infinigen seeds for every category")
     shapes: int = option(4000, "shapes of primitives, over all categories")
@@ -72,6 +76,7 @@ class PrepareConfig:
         check_range("seed", self.seed, 0, 2**31)
         check_range("timeout", self.timeout, 1, 1e6)
         check_range("seeds", self.seeds, 1, 1_000_000)
+        check_range("val_share", self.val_share, 0, 0.9)
         check_range("shapes", self.shapes, 1, 10_000_000)
         check_range("generators", self.generators, 1, 256)
 

@@ -120,7 +120,7 @@ def _beside(d: Dice, base: Manifold, solid: Manifold) -> Manifold:
     box_ = base.bounding_box()
     centre = [(low + high) / 2 for low, high in zip(box_[:3], box_[3:], strict=True)]
     half = [(high - low) / 2 for low, high in zip(box_[:3], box_[3:], strict=True)]
-    way = d.direction()
+    way = d.direction().tolist()
     if d.chance(0.6):
         axis = d.whole(0, 2)
         way = [d.pick(-1.0, 1.0) if index == axis else d.pick(0.0, 0.0, 0.5) for index in range(3)]

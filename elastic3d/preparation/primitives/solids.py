@@ -13,7 +13,8 @@ from scipy.interpolate import PchipInterpolator, make_interp_spline
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-Point = Sequence[float]
+Point = Sequence[float] | NDArray[np.float64]
+Points = Sequence[Point] | NDArray[np.float64]
 Parts = dict[str, Any]  # solids (manifold3d.Manifold) by the name of their material
 SEGMENTS = 40  # of a full circle
 ORIGIN = (0.0, 0.0, 0.0)
@@ -106,7 +107,7 @@ def torus(ring: float, tube: float, at: Point = ORIGIN, axis: Point = (0.0, 1.0,
     return _aim(Manifold.revolve(profile, 48), np.asarray(axis, np.float64), at)
 
 
-def spline(points: Sequence[Point], count: int = 24) -> NDArray[np.float64]:
+def spline(points: Points, count: int = 24) -> NDArray[np.float64]:
     """A smooth curve (count, D) through at least three points (n, D)."""
     given = np.asarray(points, np.float64)
     steps = np.linalg.norm(np.diff(given, axis=0), axis=1) ** 0.5
@@ -116,7 +117,7 @@ def spline(points: Sequence[Point], count: int = 24) -> NDArray[np.float64]:
 
 
 def tube(
-    points: Sequence[Point], radius: float, end_radius: float | None = None, count: int = 14
+    points: Points, radius: float, end_radius: float | None = None, count: int = 14
 ) -> Manifold:
     """A round tube along the smooth curve through the points."""
     curve = spline(points, count)
@@ -127,14 +128,14 @@ def tube(
     return join(*(Manifold.batch_hull([a, b]) for a, b in zip(beads[:-1], beads[1:], strict=True)))
 
 
-def profile_curve(points: Sequence[Point], count: int = 28) -> NDArray[np.float64]:
+def profile_curve(points: Points, count: int = 28) -> NDArray[np.float64]:
     """A curve (count, 2) through points (n, 2) that never swings beyond its neighbours."""
     given = np.asarray(points, np.float64)
     along = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(given, axis=0), axis=1))])
     return PchipInterpolator(along, given)(np.linspace(0, along[-1], count))
 
 
-def lathe(points: Sequence[Point], smooth: bool = True) -> Manifold:
+def lathe(points: Points, smooth: bool = True) -> Manifold:
     """The solid of revolution around Y below a profile of (radius, height), listed from bottom to top."""
     outline = profile_curve(points) if smooth else np.asarray(points, np.float64)
     outline = np.maximum(outline, [0, -np.inf])
@@ -143,7 +144,7 @@ def lathe(points: Sequence[Point], smooth: bool = True) -> Manifold:
     return Manifold.revolve(section, SEGMENTS).rotate((-90, 0, 0))
 
 
-def vessel(points: Sequence[Point], wall: float, floor: float | None = None) -> Manifold:
+def vessel(points: Points, wall: float, floor: float | None = None) -> Manifold:
     """An open vessel around Y: the profile of (radius, height) from the foot to the rim, hollowed to a wall."""
     outline = profile_curve(points)
     level = outline[0, 1] + (wall if floor is None else floor)
@@ -171,7 +172,7 @@ def plate(outline: Any, depth: float, at: Point = ORIGIN, bevel: float = 0.0) ->
     return join(*layers).translate(at)
 
 
-def polygon(*rings: Sequence[Point] | NDArray[np.float64]) -> CrossSection:
+def polygon(*rings: Points) -> CrossSection:
     """The area within an odd number of the rings (n, 2)."""
     return CrossSection([np.asarray(ring, np.float64) for ring in rings], FillRule.EvenOdd)
 
@@ -287,7 +288,7 @@ def to_arrays(parts: Parts) -> tuple[NDArray[np.float64], NDArray[np.int64], NDA
     number = {solid.original_id(): index for index, solid in enumerate(originals)}
     mesh = Manifold.batch_boolean(originals, OpType.Add).to_mesh64()
     faces = np.asarray(mesh.tri_verts, np.int64)
-    runs = np.diff(np.asarray(mesh.run_index, np.int64)) // 3
-    part = np.repeat([number[name] for name in np.asarray(mesh.run_original_id).tolist()], runs)
+    ends = np.asarray(mesh.run_index, np.int64) // 3
+    part = np.repeat([number[name] for name in np.asarray(mesh.run_original_id).tolist()], ends[1:] - ends[:-1])
     vertices, faces = split_creases(np.asarray(mesh.vert_properties, np.float64)[:, :3], faces)
     return vertices, faces, part.astype(np.int64), list(parts)

@@ -1,29 +1,27 @@
-"""Animals, people and plants, put together from balls and capsules; every animal looks along +Z."""
+"""Animals, put together from balls and capsules; all look along +Z, fish and snail along +X."""
 
 from __future__ import annotations
 
 import numpy as np
+from manifold3d import Manifold
 
 from elastic3d.preparation.primitives.solids import (
     Dice,
     Parts,
-    around,
     ball,
     both_sides,
     box,
     capsule,
     ellipsoid,
     join,
-    lathe,
     plate,
-    polygon,
     rod,
     torus,
     tube,
 )
 
 
-def _four_legs(d: Dice, length: float, width: float, drop: float, radius: float) -> object:
+def _four_legs(d: Dice, length: float, width: float, drop: float, radius: float) -> Manifold:
     spread = d(0.0, 0.06)
     legs = [
         capsule((side * width, 0, z), (side * width, -drop, z + spread * lean), radius * 1.2, radius)
@@ -33,7 +31,8 @@ def _four_legs(d: Dice, length: float, width: float, drop: float, radius: float)
     return join(*legs)
 
 
-def _eyes(x: float, y: float, z: float, size: float = 0.035) -> object:
+def eyes(x: float, y: float, z: float, size: float = 0.035) -> Manifold:
+    """Two beads at x and -x."""
     return both_sides(ball(size, (x, y, z)))
 
 
@@ -56,7 +55,7 @@ def dog(d: Dice) -> Parts:
         body, neck, ball(head, (0, y, z)), snout, tail, _four_legs(d, length, girth * 0.65, drop, 0.055)
     )
     nose = ball(0.04, (0, y - 0.03, z + 0.26))
-    return {"fur": skin, "fur 2": ears, "eyes": join(nose, _eyes(0.07, y + 0.05, z + head * 0.85))}
+    return {"fur": skin, "fur 2": ears, "eyes": join(nose, eyes(0.07, y + 0.05, z + head * 0.85))}
 
 
 def cat(d: Dice) -> Parts:
@@ -73,8 +72,8 @@ def cat(d: Dice) -> Parts:
     tail = tube([(0, 0.08, -0.25), (0.2, 0.05, -0.35), (0.34, 0.07, -0.1), (0.32, 0.1, 0.08)], 0.045)
     neck = capsule((0, 0.4, 0.05), (0, y, 0.12), 0.1)
     head_ball = ellipsoid(head * 1.1, head, head, (0, y, 0.12))
-    eyes = join(_eyes(0.07, y + 0.03, 0.12 + head * 0.85), ball(0.025, (0, y - 0.02, 0.13 + head)))
-    return {"fur": join(body, neck, head_ball, ears, legs, tail), "eyes": eyes}
+    face = join(eyes(0.07, y + 0.03, 0.12 + head * 0.85), ball(0.025, (0, y - 0.02, 0.13 + head)))
+    return {"fur": join(body, neck, head_ball, ears, legs, tail), "eyes": face}
 
 
 def duck(d: Dice) -> Parts:
@@ -89,7 +88,7 @@ def duck(d: Dice) -> Parts:
     return {
         "feathers": join(body, tail, neck, ball(head, (0, y, z)), wings),
         "beak": beak,
-        "eyes": _eyes(head * 0.5, y + head * 0.35, z + head * 0.75),
+        "eyes": eyes(head * 0.5, y + head * 0.35, z + head * 0.75),
     }
 
 
@@ -124,7 +123,7 @@ def pig(d: Dice) -> Parts:
     tail = torus(0.06, 0.03, (0, 0.08, -length), (0, 0, 1))
     return {
         "skin": join(body, ball(0.2, (0, y, z)), snout, ears, legs, tail),
-        "eyes": _eyes(0.09, y + 0.09, z + 0.17),
+        "eyes": eyes(0.09, y + 0.09, z + 0.17),
     }
 
 
@@ -144,7 +143,7 @@ def elephant(d: Dice) -> Parts:
     legs = join(*(rod((sx, 0, sz), (sx, -0.52, sz), 0.1) for sx in (-0.16, 0.16) for sz in (-0.22, 0.22)))
     tail = capsule((0, 0.05, -length), (0, -0.25, -length - 0.08), 0.032)
     skin = join(ellipsoid(girth, girth, length), ball(head, (0, y, z)), trunk, ears, legs, tail)
-    return {"grey": skin, "ivory": tusks, "eyes": _eyes(0.13, y + 0.08, z + 0.12, 0.03)}
+    return {"grey": skin, "ivory": tusks, "eyes": eyes(0.13, y + 0.08, z + 0.12, 0.03)}
 
 
 def giraffe(d: Dice) -> Parts:
@@ -161,7 +160,7 @@ def giraffe(d: Dice) -> Parts:
     return {
         "fur": join(body, throat, head, ears, legs, tail),
         "horn": horns,
-        "eyes": _eyes(0.06, top + 0.02, z + 0.05, 0.025),
+        "eyes": eyes(0.06, top + 0.02, z + 0.05, 0.025),
     }
 
 
@@ -184,7 +183,7 @@ def rabbit(d: Dice) -> Parts:
     return {
         "fur": skin,
         "white": ball(0.08, (0, 0.12, -0.23)),
-        "eyes": join(_eyes(0.08, y + 0.03, 0.06 + head * 0.85, 0.03), ball(0.03, (0, y - 0.02, 0.07 + head))),
+        "eyes": join(eyes(0.08, y + 0.03, 0.06 + head * 0.85, 0.03), ball(0.03, (0, y - 0.02, 0.07 + head))),
     }
 
 
@@ -205,7 +204,7 @@ def turtle(d: Dice) -> Parts:
     return {
         "shell": join(shell, rim),
         "skin": join(head, tail, *legs),
-        "eyes": _eyes(0.07, 0.14, radius + 0.26, 0.03),
+        "eyes": eyes(0.07, 0.14, radius + 0.26, 0.03),
     }
 
 
@@ -246,7 +245,7 @@ def penguin(d: Dice) -> Parts:
         "black": join(body, ball(d(0.17, 0.2), (0, head_y, 0)), wings),
         "white": belly,
         "beak": join(beak, feet),
-        "eyes": _eyes(0.08, head_y + 0.06, 0.16, 0.03),
+        "eyes": eyes(0.08, head_y + 0.06, 0.16, 0.03),
     }
 
 
@@ -266,186 +265,8 @@ def bird(d: Dice) -> Parts:
     return {
         "feathers": join(body, head, wings, tail),
         "beak": beak,
-        "eyes": _eyes(0.07, 0.12, length + 0.07, 0.025),
+        "eyes": eyes(0.07, 0.12, length + 0.07, 0.025),
     }
-
-
-def person(d: Dice) -> Parts:
-    """A figure that stands, walks or lifts its arms."""
-    swing, lift = d(-0.12, 0.12), d.pick(d(-0.42, -0.36), d(-0.2, 0.3))
-    torso = capsule((0, 0.5, 0), (0, 0.8, 0), d(0.12, 0.15), d(0.13, 0.17))
-    arms = [
-        tube(
-            [
-                (s * 0.16, 0.84, 0),
-                (s * 0.32, 0.84 + lift * 0.5, s * swing),
-                (s * 0.3, 0.84 + lift, s * swing * 2 + 0.05),
-            ],
-            0.055,
-        )
-        for s in (-1, 1)
-    ]
-    legs = [capsule((s * 0.09, 0.48, 0), (s * 0.12, 0.06, -s * swing * 1.5), 0.085, 0.06) for s in (-1, 1)]
-    shoes = [ellipsoid(0.07, 0.06, 0.13, (s * 0.12, 0.04, -s * swing * 1.5 + 0.05)) for s in (-1, 1)]
-    head = join(capsule((0, 0.85, 0), (0, 1.1, 0), 0.055), ball(d(0.14, 0.19), (0, 1.16, 0)))
-    return {"cloth": torso, "skin": join(head, *arms), "trousers": join(*legs), "shoes": join(*shoes)}
-
-
-def teddy(d: Dice) -> Parts:
-    """A teddy bear that sits."""
-    belly, head = d(0.26, 0.31), d(0.22, 0.26)
-    y = belly * 1.9 + head * 0.55
-    limbs = join(
-        capsule((belly * 0.7, belly * 1.5, 0), (belly * 1.45, belly * d(0.9, 1.6), 0.16), 0.1),
-        capsule((0.13, 0.1, 0.1), (0.28, 0.08, 0.42), 0.12),
-    )
-    skin = join(
-        ellipsoid(belly, belly * 1.15, belly, (0, belly, 0)), ball(head, (0, y, 0)), both_sides(limbs)
-    )
-    ears = both_sides(ellipsoid(0.1, 0.1, 0.055, (head * 0.75, y + head * 0.8, 0)))
-    muzzle = ellipsoid(0.1, 0.08, 0.09, (0, y - 0.05, head * 0.9))
-    return {
-        "fur": skin,
-        "fur 2": join(ears, muzzle),
-        "eyes": join(_eyes(0.09, y + 0.06, head * 0.9), ball(0.035, (0, y - 0.01, head + 0.06))),
-    }
-
-
-def snowman(d: Dice) -> Parts:
-    """A snowman with a carrot, and often a hat and arms."""
-    sizes = [d(0.32, 0.38), d(0.23, 0.28), d(0.16, 0.2)]
-    centres = [0.0, sizes[0] + sizes[1] * 0.6, sizes[0] + sizes[1] * 1.5 + sizes[2] * 0.65]
-    snow = join(*(ball(size, (0, y, 0)) for size, y in zip(sizes, centres, strict=True)))
-    top = centres[2]
-    parts: Parts = {
-        "snow": snow,
-        "carrot": rod((0, top, sizes[2] * 0.8), (0, top, sizes[2] + 0.22), 0.05, 0.012),
-    }
-    buttons = [ball(0.035, (0, centres[1] + y, np.sqrt(sizes[1] ** 2 - y**2))) for y in (-0.07, 0.06)]
-    parts["eyes"] = join(*buttons, _eyes(0.07, top + 0.06, sizes[2] * 0.85, 0.03))
-    if d.chance(0.75):
-        low = top + sizes[2] * 0.75
-        parts["black"] = join(
-            rod((0, low, 0), (0, low + 0.045, 0), 0.25), rod((0, low, 0), (0, low + d(0.18, 0.3), 0), 0.16)
-        )
-    if d.chance(0.7):
-        arm = capsule(
-            (sizes[1] * 0.8, centres[1] + 0.05, 0), (sizes[1] + 0.34, centres[1] + d(0.05, 0.3), 0.03), 0.032
-        )
-        parts["wood"] = both_sides(arm)
-    return parts
-
-
-def tree(d: Dice) -> Parts:
-    """A broad-leaved tree or a conifer."""
-    trunk, height = d(0.06, 0.1), d(0.3, 0.5)
-    stem = rod((0, 0, 0), (0, height + 0.2, 0), trunk * 1.25, trunk * 0.8)
-    if d.chance(0.5):
-        tiers, size = d.whole(2, 4), d(0.32, 0.42)
-        crown = [
-            rod(
-                (0, height + i * 0.24, 0), (0, height + i * 0.24 + 0.4, 0), size * (1 - i / (tiers + 1)), 0.02
-            )
-            for i in range(tiers)
-        ]
-    else:
-        size = d(0.22, 0.3)
-        crown = [ball(size * 1.1, (0, height + size * 1.2, 0))]
-        for _ in range(d.whole(3, 7)):
-            side = d.direction() * size * 0.9
-            crown.append(ball(size * d(0.6, 0.9), (side[0], height + size * 1.3 + side[1], side[2])))
-    return {"wood": stem, "leaves": join(*crown)}
-
-
-def palm(d: Dice) -> Parts:
-    """A palm tree."""
-    lean, height = d(-0.3, 0.3), d(0.8, 1.0)
-    stem = tube([(0, 0, 0), (lean * 0.3, height * 0.5, 0), (lean, height, 0)], 0.075, 0.05)
-    reach, droop = d(0.36, 0.46), d(0.15, 0.35)
-    leaf = tube([(0, 0, 0), (reach * 0.5, 0.12, 0), (reach, 0.12 - droop, 0)], 0.055, 0.03, 9).scale(
-        (1, 0.8, 1.6)
-    )
-    nuts = around(ball(0.06, (0.08, -0.06, 0)), 3)
-    return {
-        "wood": stem,
-        "leaves": around(leaf, d.whole(5, 7)).translate((lean, height, 0)),
-        "nut": nuts.translate((lean, height, 0)),
-    }
-
-
-def mushroom(d: Dice) -> Parts:
-    """A toadstool."""
-    cap, rise, height = d(0.36, 0.5), d(0.2, 0.4), d(0.45, 0.7)
-    stem = lathe([(d(0.13, 0.2), 0), (d(0.09, 0.13), height * 0.6), (0.12, height + 0.06)])
-    hat = ellipsoid(cap, rise, cap, (0, height, 0)) - ellipsoid(
-        cap * 1.1, 0.5, cap * 1.1, (0, height - 0.48, 0)
-    )
-    spots = [
-        rod((0, 0, 0), (0, 1.06, 0), 0.13, 0.16).rotate((tilt, 0, 0)).rotate((0, turn, 0))
-        for tilt, turn in ((10, d(0, 360)), *((50, d(0, 30) + 60 * i) for i in range(6)))
-    ]
-    dots = join(*spots).scale((cap, rise, cap)).translate((0, height, 0)) - box(
-        2, 2, 2, (0, height - 0.96, 0)
-    )
-    return {"red": hat, "ivory": stem, "white": dots if d.chance(0.6) else stem}
-
-
-def flower(d: Dice) -> Parts:
-    """A flower on its stem, its face to the front."""
-    petals, length, size = d.whole(5, 8), d(0.15, 0.22), d(0.09, 0.13)
-    petal = ellipsoid(length * 0.6, 0.055, length * 0.38, (size + length * 0.25, 0, 0))
-    tilt = d(40, 80)
-    blossom = around(petal, petals).rotate((tilt, 0, 0)).translate((0, 0.9, 0.05))
-    heart = ellipsoid(size, 0.07, size).rotate((tilt, 0, 0)).translate((0, 0.91, 0.07))
-    stem = tube([(0, 0, 0), (d(-0.02, 0.02), 0.45, 0), (0, 0.9, 0.02)], 0.036)
-    leaf = ellipsoid(0.17, 0.035, 0.075).rotate((0, 0, 35)).translate((0.13, d(0.25, 0.45), 0))
-    leaves = join(leaf, leaf.mirror((1, 0, 0)).translate((0, d(-0.1, 0.1), 0)))
-    return {"petals": blossom, "yellow": heart, "leaves": join(stem, leaves)}
-
-
-def apple(d: Dice) -> Parts:
-    """An apple with its stalk."""
-    radius = d(0.4, 0.48)
-    body = lathe(
-        [
-            (0.02, 0.06),
-            (radius * 0.5, 0),
-            (radius, 0.45),
-            (radius * 0.75, 0.76),
-            (radius * 0.3, 0.8),
-            (0.02, 0.68),
-        ]
-    )
-    stalk = tube([(0, 0.64, 0), (0.02, 0.85, 0), (d(0.05, 0.12), 1.0, 0)], 0.036)
-    leaf = ellipsoid(0.16, 0.04, 0.08).rotate((0, 0, 25)).translate((0.18, 0.94, 0))
-    return {"red": body, "wood": stalk, "leaves": leaf}
-
-
-def pear(d: Dice) -> Parts:
-    """A pear with its stalk."""
-    radius, neck = d(0.3, 0.38), d(0.12, 0.18)
-    body = lathe(
-        [(0.04, 0.02), (radius * 0.7, 0.08), (radius, 0.34), (neck * 1.2, 0.7), (neck, 0.84), (0.03, 0.93)]
-    )
-    return {"pear": body, "wood": tube([(0, 0.88, 0), (0.02, 1.0, 0), (d(-0.1, 0.1), 1.1, 0)], 0.034)}
-
-
-def banana(d: Dice) -> Parts:
-    """A banana that lies on its back."""
-    reach, sag, girth = d(0.45, 0.52), d(0.22, 0.34), d(0.09, 0.12)
-    points = [
-        (-reach, sag, 0),
-        (-reach * 0.5, sag * 0.25, 0),
-        (0, 0, 0),
-        (reach * 0.5, sag * 0.25, 0),
-        (reach, sag, 0),
-    ]
-    ends = [
-        capsule(points[0], (-reach - 0.06, sag + 0.1, 0), girth * 0.55, 0.04),
-        capsule(points[-1], (reach + 0.05, sag + 0.09, 0), girth * 0.5, 0.03),
-    ]
-    left, right = tube(points[2::-1], girth, girth * 0.55), tube(points[2:], girth, girth * 0.5)
-    return {"yellow": join(left, right), "wood": join(*ends)}
 
 
 def star_fish(d: Dice) -> Parts:
@@ -453,7 +274,7 @@ def star_fish(d: Dice) -> Parts:
     girth, squash = d(0.14, 0.18), d(0.5, 0.8)
     arm = capsule((0, 0, 0), (0, d(0.36, 0.46), 0), girth, 0.055)
     body = join(*(arm.rotate((0, 0, 72 * i)) for i in range(5))).scale((1, 1, squash))
-    return {"skin": body, "eyes": _eyes(0.07, 0.06, 0.85 * girth * squash, 0.035)}
+    return {"skin": body, "eyes": eyes(0.07, 0.06, 0.85 * girth * squash, 0.035)}
 
 
 def butterfly(d: Dice) -> Parts:
@@ -465,33 +286,3 @@ def butterfly(d: Dice) -> Parts:
     fold = d(-25, 10)
     wings = both_sides(join(upper, lower).rotate((0, fold, 0)))
     return {"black": join(body, feelers), "wings": wings}
-
-
-def cloud(d: Dice) -> Parts:
-    """A cloud of balls with a flat bottom."""
-    lobes = [
-        ball(d(0.16, 0.28), (x, d(0.02, 0.2), d(-0.08, 0.08))) for x in np.linspace(-0.4, 0.4, d.whole(4, 6))
-    ]
-    return {"white": join(*lobes) - box(3, 1, 3, (0, -0.5, 0))}
-
-
-def ghost(d: Dice) -> Parts:
-    """A ghost with a wavy hem."""
-    height, radius = d(0.6, 0.8), d(0.28, 0.34)
-    body = join(rod((0, 0, 0), (0, height, 0), radius * 1.15, radius), ball(radius, (0, height, 0)))
-    hem = around(ball(radius * 0.28, (radius * 0.95, 0, 0)), 8, 22)
-    eyes = both_sides(ellipsoid(0.055, 0.08, 0.3, (0.1, height + 0.05, radius)))
-    mouth = ellipsoid(0.06, 0.05, 0.3, (0, height - 0.12, radius))
-    arms = both_sides(capsule((radius * 0.8, height * 0.75, 0.1), (radius + 0.12, height * 0.7, 0.2), 0.08))
-    return {"white": join(body, arms) - hem - eyes - mouth}
-
-
-def lollipop(d: Dice) -> Parts:
-    """A lollipop or a popsicle."""
-    stick = rod((0, 0, 0), (0, 0.6, 0), 0.04)
-    if d.chance(0.5):
-        return {"sugar": rod((0, 0.85, -0.07), (0, 0.85, 0.07), d(0.28, 0.36)), "ivory": stick}
-    bar = polygon(
-        [(-0.2, 0.45), (0.2, 0.45), (0.2, 1.0), (0.14, 1.12), (0, 1.17), (-0.14, 1.12), (-0.2, 1.0)]
-    )
-    return {"sugar": plate(bar, d(0.16, 0.22), bevel=0.04), "ivory": stick}
