@@ -116,9 +116,7 @@ def spline(points: Points, count: int = 24) -> NDArray[np.float64]:
     return curve(np.linspace(0, along[-1], count))
 
 
-def tube(
-    points: Points, radius: float, end_radius: float | None = None, count: int = 14
-) -> Manifold:
+def tube(points: Points, radius: float, end_radius: float | None = None, count: int = 14) -> Manifold:
     """A round tube along the smooth curve through the points."""
     curve = spline(points, count)
     radii = np.linspace(radius, radius if end_radius is None else end_radius, count)
@@ -289,6 +287,8 @@ def to_arrays(parts: Parts) -> tuple[NDArray[np.float64], NDArray[np.int64], NDA
     mesh = Manifold.batch_boolean(originals, OpType.Add).to_mesh64()
     faces = np.asarray(mesh.tri_verts, np.int64)
     ends = np.asarray(mesh.run_index, np.int64) // 3
-    part = np.repeat([number[name] for name in np.asarray(mesh.run_original_id).tolist()], ends[1:] - ends[:-1])
+    part = np.repeat(
+        [number[name] for name in np.asarray(mesh.run_original_id).tolist()], ends[1:] - ends[:-1]
+    )
     vertices, faces = split_creases(np.asarray(mesh.vert_properties, np.float64)[:, :3], faces)
     return vertices, faces, part.astype(np.int64), list(parts)
