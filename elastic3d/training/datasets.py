@@ -46,7 +46,8 @@ def read_split(paths: Sequence[Path]) -> list[str]:
 
 def own_lists(prepared: Path) -> list[Path]:
     """The training lists that `source=folder` left beside a user's prepared meshes."""
-    return sorted(prepared.glob("*/train.txt"))
+    found = sorted(prepared.glob("*/train.txt"))
+    return [path for path in found if any(path.parent.glob("shard-*.safetensors"))]
 
 
 def use_own_lists(config: DataConfig) -> None:
