@@ -13,6 +13,7 @@ class SourceName(Enum):
 
     infinigen = "infinigen"
     sweethome3d = "sweethome3d"
+    primitives = "primitives"
     folder = "folder"
 
 
@@ -40,7 +41,7 @@ class ShapeConfig:
 class PrepareConfig:
     """Turn meshes into shards of training data."""
 
-    source: SourceName = option(SourceName.folder, "infinigen, sweethome3d or folder")
+    source: SourceName = option(SourceName.folder, "infinigen, sweethome3d, primitives or folder")
     output: str = option("data/prepared", "folder for the shards; each source gets a folder in it")
     path: str = option(
         "", "folder: the directory with meshes; sweethome3d: an unpacked package, if you have one"
@@ -58,8 +59,13 @@ class PrepareConfig:
     infinigen_env: str = option(
         "", "an Infinigen environment you already have; created in the cache if empty"
     )
-    categories: list[str] = option([], "Infinigen categories; all if empty")
+    val_share: float = option(
+        0.1,
+        "folder: share of the meshes kept for validation; of fewer than 10 all train and are validated on",
+    )
+    categories: list[str] = option([], "categories of Infinigen or of primitives; all if empty")
     seeds: int = option(200, "Infinigen seeds for every category")
+    shapes: int = option(4000, "shapes of primitives, over all categories")
     generators: int = option(1, "Blender processes that make Infinigen meshes")
     shape: ShapeConfig = option(ShapeConfig, "what is stored of every shape")
 
@@ -70,6 +76,8 @@ class PrepareConfig:
         check_range("seed", self.seed, 0, 2**31)
         check_range("timeout", self.timeout, 1, 1e6)
         check_range("seeds", self.seeds, 1, 1_000_000)
+        check_range("val_share", self.val_share, 0, 0.9)
+        check_range("shapes", self.shapes, 1, 10_000_000)
         check_range("generators", self.generators, 1, 256)
 
 
@@ -81,6 +89,7 @@ class SplitsConfig:
     path: str = option("", "the unpacked sweethome3d package, if you have one")
     cache_dir: str = option("", "folder for downloads; the user's cache folder if empty")
     seeds: int = option(300, "Infinigen seeds that the lists name, for every category")
+    primitives: int = option(8000, "composed shapes that the lists name, over all categories")
     test: int = option(100, "models of sweethome3d for testing")
     val: int = option(20, "models of sweethome3d for validation")
     threshold: float = option(0.05, "models closer than this, of a longest side of 2, are near duplicates")
@@ -88,6 +97,7 @@ class SplitsConfig:
 
     def __post_init__(self) -> None:
         check_range("seeds", self.seeds, 200, 1_000_000)
+        check_range("primitives", self.primitives, 4000, 10_000_000)
         check_range("test", self.test, 0, 1000)
         check_range("val", self.val, 0, 1000)
         check_range("threshold", self.threshold, 1e-4, 1)

@@ -96,7 +96,10 @@ class LoopConfig:
     workers: int = option(0, "processes that read data; 0 reads in the training process")
     max_minutes: float = option(0.0, "stop cleanly, with a checkpoint, after this time; 0 never does")
     resume: bool = option(True, "go on from the newest whole checkpoint of this run")
-    init_from: Path | None = option(None, "a checkpoint folder whose averaged weights a new run starts from")
+    init_from: Path | None = option(
+        None,
+        "what a new run starts from: a checkpoint folder (its averaged weights) or a model, such as shape-small",
+    )
     init_new: list[str] = option(
         [], "parameters that init_from's checkpoint may lack, by name: they keep their initial values"
     )

@@ -38,7 +38,42 @@ def read_split(paths: Sequence[Path]) -> list[str]:
             raise UserError(f"there is no split file {path}")
         lines = (line.strip() for line in path.read_text().splitlines())
         ids.update(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if not ids:
+        names = ", ".join(map(str, paths)) or "the list of split files"
+        raise UserError(f"{names} names no shape, expected lines such as folder/chair (source/id)")
     return list(ids)
+
+
+def own_lists(prepared: Path) -> list[Path]:
+    """The training lists that `source=folder` left beside a user's prepared meshes."""
+    found = sorted(prepared.glob("*/train.txt"))
+    return [path for path in found if any(path.parent.glob("shard-*.safetensors"))]
+
+
+def use_own_lists(config: DataConfig) -> None:
+    """Train on a user's own meshes where they are all that is prepared and no lists were named.
+
+    UserError if a list that was named is missing.
+    """
+    if (config.train, config.val) != (DataConfig().train, DataConfig().val):
+        return
+    sources = {id.partition("/")[0] for id in read_split([*config.train, *config.val])}
+    if any(any((config.prepared / source).glob("shard-*.safetensors")) for source in sources):
+        return
+    if own := own_lists(config.prepared):
+        config.train, config.val = own, [path.with_name("val.txt") for path in own]
+
+
+def nothing_prepared(count: int, root: Path) -> str:
+    """Why there is nothing to train on under a folder, and what to do about it."""
+    if own := own_lists(root):
+        lists = f"data.train=[{own[0]}] data.val=[{own[0].with_name('val.txt')}]"
+        advice = f"your own meshes are used with {lists}"
+    elif (root / "latents.json").is_file():
+        advice = "stage=cache with the same data.train= and data.val= puts them there"
+    else:
+        advice = "scripts/prepare_data.py makes them"
+    return f"none of the {count} shapes that the lists name is under {root}: {advice}"
 
 
 class ShardFolder:
@@ -102,7 +137,7 @@ class PreparedShapes:
         # A split lists category after category: a part of it is taken from everywhere.
         self.ids = [found[i * len(found) // limit] for i in range(limit)] if 0 < limit < len(found) else found
         if not self.ids:
-            raise UserError(f"none of the {len(split)} shapes of the split is under {root}")
+            raise UserError(nothing_prepared(len(split), root))
         self._loaded: dict[tuple[str, str], Tensor] = {}
         self._loaded = {(id, name): self.read(id, name) for id in self.ids for name in preload}
 

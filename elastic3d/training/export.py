@@ -56,7 +56,9 @@ def export_run(config: TrainConfig) -> Path:
     """
     path, _ = newest_checkpoint(config.folder / "checkpoints")
     if path is None:
-        raise UserError(f"{config.folder} has no whole checkpoint to export")
+        raise UserError(
+            f"{config.folder} has no whole checkpoint to export: train it first, or name another run with name="
+        )
     checkpoint = load_checkpoint(path)
     check_shape(checkpoint.values, {"config": dict}, str(path / "state.json"))
     trained: TrainConfig = from_dict(TrainConfig, checkpoint.values["config"], str(path))

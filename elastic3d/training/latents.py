@@ -31,7 +31,14 @@ from elastic3d.models.pictures import PICTURE_SUFFIXES
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.weights import WEIGHTS_NAME
 from elastic3d.pipelines.runtime import resolve_device
-from elastic3d.training.datasets import PreparedShapes, VAEItems, item_generator, read_split, stack
+from elastic3d.training.datasets import (
+    PreparedShapes,
+    VAEItems,
+    item_generator,
+    nothing_prepared,
+    read_split,
+    stack,
+)
 from elastic3d.utils.files import file_sha256, visible_files
 from elastic3d.utils.structured import Number, load_json, save_json
 from elastic3d.utils.tensors import save_weights, tensor_heads
@@ -96,7 +103,7 @@ def build_cache(config: TrainConfig) -> LatentInfo:
     train = set(read_split(config.data.train))
     plan = list(_plan(config.data.prepared, wanted))
     if not plan:
-        raise UserError(f"no shape of the splits is under {config.data.prepared}")
+        raise UserError(nothing_prepared(len(wanted), config.data.prepared))
     builder.check_pictures(wanted)
     builder.claim()
     sums: list[dict[str, Any]] = []
@@ -155,6 +162,13 @@ class _Builder:
         }
         if not self.config.standardise:  # absent otherwise: older caches have no such entry
             self.settings["standardise"] = False
+        self.statistics: tuple[list[float], list[float]] | None = None
+        if config.init_from is not None:
+            from elastic3d.training.init_from import statistics_of
+
+            self.statistics = statistics_of(config.init_from)
+            self.settings["statistics_of"] = str(config.init_from)
+        tqdm.write(f"latents of {self.config.vae} -> {self.config.output}", file=sys.stderr)
         self.pictures: dict[str, list[Path]] = {}
         if self.config.images is not None:
             self.settings["images"] = str(self.config.images)
@@ -255,6 +269,8 @@ class _Builder:
             mean=mean.tolist(),
             std=np.sqrt(np.maximum(variance, 1e-12)).tolist(),
         )
+        if self.statistics is not None:
+            info.mean, info.std = self.statistics
         save_json(vars(info), self.config.output / INFO_NAME)
         return info
 

@@ -27,6 +27,7 @@ from elastic3d.training.checkpoint import (
     write_part,
 )
 from elastic3d.training.datasets import Batch, Items, PositionLoader
+from elastic3d.training.init_from import starting_weights
 from elastic3d.training.journal import Journal
 from elastic3d.training.optim import Average, MasterOptimizer, learning_rate
 from elastic3d.training.runtime import (
@@ -186,6 +187,8 @@ class _Run:
                 break
         outcome = Outcome(self.step, reason or "finished", self.saved)
         where = f", checkpoint {outcome.checkpoint}" if outcome.checkpoint else ""
+        if reason and reason != "finished":
+            where += "; the same command goes on from there"
         self.journal.say(f"stopped after step {outcome.step} of {config.steps} ({outcome.reason}){where}")
         return outcome
 
@@ -287,12 +290,17 @@ class _Run:
             path = self.config.init_from
             own = self.stage.objective.state_dict()
             average = {name: own[name] for name in self.config.init_new if name in own}
-            average |= load_checkpoint(path).part("average")
+            average |= starting_weights(path, own)
             parts = {"model": average, "average": average, "optimizer": dict[str, Tensor]()}
             checkpoint = Checkpoint(0, parts, source=str(path))
         else:
             checkpoint = self._resumed(path)
-        load_strict(self.stage.objective, checkpoint.part("model"), str(path))
+        try:
+            load_strict(self.stage.objective, checkpoint.part("model"), str(path))
+        except UserError as error:
+            raise UserError(
+                f"{error}: give the options that it was trained with, or another name= for a new run"
+            ) from error
         return checkpoint
 
     def _resumed(self, path: Path) -> Checkpoint:

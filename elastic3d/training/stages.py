@@ -7,14 +7,21 @@ import torch
 from elastic3d.config.serialize import to_dict
 from elastic3d.config.train import StageName, TrainConfig
 from elastic3d.errors import UserError
+from elastic3d.training.datasets import use_own_lists
+from elastic3d.training.init_from import adopt_architecture
 from elastic3d.training.loop import Stage, train
 from elastic3d.training.runtime import keep_memory_mapped
+
+SHAPE_STAGES = (StageName.vae, StageName.cache, StageName.dit)
 
 
 def run_stage(config: TrainConfig) -> int:
     """Run `config.stage` -> the process' exit code; UserError for whatever the user can mend."""
     keep_memory_mapped()
     torch.manual_seed(config.seed)
+    if config.stage in SHAPE_STAGES:
+        use_own_lists(config.data)
+        adopt_architecture(config)
     if config.stage is StageName.cache:
         from elastic3d.training.latents import build_cache
 

@@ -1,6 +1,7 @@
 """From prepared shapes through a VAE and a cache of latents to a trained DiT."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +11,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from elastic3d.config.models import DiTConfig
-from elastic3d.config.train import DiTStageConfig, LatentsConfig, StageName, Timesteps, TrainConfig
+from elastic3d.config.train import (
+    DataConfig,
+    DiTStageConfig,
+    ExportConfig,
+    LatentsConfig,
+    StageName,
+    Timesteps,
+    TrainConfig,
+)
 from elastic3d.diffusion.flow import velocity
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.training.checkpoint import load_checkpoint
 from elastic3d.training.datasets import PreparedShapes, item_generator
 from elastic3d.training.dit_stage import DiTStage, FlowObjective, LatentItems
+from elastic3d.training.export import export_run
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo, build_cache, named_pictures, stored_views
 from elastic3d.training.stages import run_stage
@@ -230,3 +241,40 @@ def test_one_row_of_a_stored_tensor(cached):
         shapes = PreparedShapes(cached / "latents", ["balls/ball0"], preload)
         assert torch.equal(shapes.read("balls/ball0", "tokens", 1), whole[1])
     assert item_generator(1, 2).random() == item_generator(1, 2).random()
+
+
+def test_fine_tuning_a_model_folder(cached):
+    """An exported DiT goes on with its own architecture, weights and scale of the latents."""
+    run_stage(config_for(cached, steps=1, name="first"))
+    export_run(
+        config_for(cached, stage=StageName.export, name="first", export=ExportConfig(output=cached / "model"))
+    )
+    model = cached / "model"
+    fresh = LatentsConfig(output=cached / "again", vae=cached / "nowhere", variants=2, views=2, batch=2)
+    few = DataConfig(prepared=cached / "prepared", train=[cached / "val.txt"], val=[cached / "val.txt"])
+    given = dict(latents=fresh, data=few, init_from=model)
+    run_stage(config_for(cached, stage=StageName.cache, **given))
+    first, second = LatentInfo.load(cached / "latents"), LatentInfo.load(cached / "again")
+    assert (first.mean, first.std) == (second.mean, second.std)
+    assert second.vae == model / "vae"
+    tuned = config_for(cached, name="second", steps=1, learning_rate=0.0, **given)
+    tuned.dit = replace(tuned.dit, model=DiTConfig(width=64, heads=2))  # the model knows better
+    assert run_stage(tuned) == 0
+    started = load_checkpoint(tuned.folder / "checkpoints" / "step-00000001").part("model")
+    exported = ShapeDiT.from_pretrained(model / "dit").state_dict()
+    assert all(torch.equal(tensor, started[f"dit.{name}"]) for name, tensor in exported.items())
+    values = load_json(cached / "again" / "latents.json")
+    save_json({**values, "mean": [0.0] * 7}, cached / "again" / "latents.json")
+    with pytest.raises(UserError, match=r"another scale than .* stage=cache init_from="):
+        run_stage(replace(tuned, name="third"))
+    with pytest.raises(UserError, match="needs a model with a DiT"):
+        run_stage(config_for(cached, stage=StageName.cache, init_from=model / "vae"))
+
+
+def test_the_vae_of_a_model_is_fine_tuned(cached):
+    config = vae_config(cached, name="tuned", steps=1, learning_rate=0.0, init_from=cached / "vae")
+    config.vae.model = tiny_vae(width=64)
+    run_stage(config)
+    started = load_checkpoint(config.folder / "checkpoints" / "step-00000001").part("model")
+    saved = ShapeVAE.from_pretrained(cached / "vae").state_dict()
+    assert all(torch.equal(tensor, started[f"vae.{name}"]) for name, tensor in saved.items())
