@@ -15,8 +15,8 @@ from pathlib import Path
 
 from _cli import check_writable, run
 
-from elastic3d.config.text_to_image import DEFAULT_IMAGE_MODEL, GenerateImageConfig, parse_size
 from elastic3d.errors import UserError
+from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, GenerateImageConfig, parse_size
 from elastic3d.utils.paths import check_distinct
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from elastic3d.config.hunyuan3d import INSIDE, Hunyuan3DConfig, parse_config, parse_vae
-from elastic3d.config.images import ImageEncoderConfig
-from elastic3d.config.models import DiTConfig, SkipDiTConfig, VAEConfig
 from elastic3d.errors import UserError
 from elastic3d.models.hunyuan3d_files import find_checkpoint
 from elastic3d.models.image_encoder import DinoV2, load_dinov2
+from elastic3d.models.options import DiTConfig, ImageEncoderConfig, SkipDiTConfig, VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT

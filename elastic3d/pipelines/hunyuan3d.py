@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from elastic3d.adapters import attach
-from elastic3d.config.generate import GenerateConfig
 from elastic3d.config.hunyuan3d import PRESETS, VIEW_NAMES, Hunyuan3DConfig, ImportConfig, parse_config
 from elastic3d.errors import UserError
 from elastic3d.models.hunyuan3d import load_hunyuan3d
@@ -25,6 +24,7 @@ from elastic3d.pipelines.memory import (
     points_within,
     require,
 )
+from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype
 from elastic3d.utils.files import file_sha256
 from elastic3d.utils.structured import load_yaml

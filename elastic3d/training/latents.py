@@ -21,25 +21,21 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.config.images import ForegroundConfig, ImageEncoderConfig
-from elastic3d.config.serialize import from_dict, to_dict
-from elastic3d.config.train import LatentsConfig, TrainConfig, VAEStageConfig
 from elastic3d.errors import UserError
 from elastic3d.models.foreground import prepare_picture, to_tensor
 from elastic3d.models.image_encoder import ImageEncoder, build_image_encoder
+from elastic3d.models.options import ForegroundConfig, ImageEncoderConfig
 from elastic3d.models.pictures import PICTURE_SUFFIXES
 from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.models.sizes import require_memory
 from elastic3d.models.weights import WEIGHTS_NAME
 from elastic3d.pipelines.runtime import resolve_device
-from elastic3d.training.datasets import (
-    PreparedShapes,
-    VAEItems,
-    item_generator,
-    nothing_prepared,
-    read_split,
-    stack,
-)
+from elastic3d.training.datasets import PreparedShapes, item_generator, nothing_prepared, read_split, stack
+from elastic3d.training.init_from import statistics_of
+from elastic3d.training.options import DataConfig, StageConfig, StageName
+from elastic3d.training.vae import SurfaceConfig, VAEItems, VAEStageConfig
 from elastic3d.utils.files import file_sha256, visible_files
+from elastic3d.utils.options import Options, from_dict, option, to_dict
 from elastic3d.utils.structured import Number, load_json, save_json
 from elastic3d.utils.tensors import save_weights, tensor_heads
 
@@ -53,6 +49,45 @@ _INFO = {
     "std": [Number(0)],
 }
 _SUMS = {"ids": [str], "count": _COUNT, "sum": [Number()], "square": [Number()]}
+
+
+@dataclass(kw_only=True)
+class LatentCacheConfig(Options):
+    """Where latents and image tokens are."""
+
+    output: Path = option(Path("data/prepared/latents"), "folder of the cache")
+
+
+@dataclass(kw_only=True)
+class LatentsConfig(LatentCacheConfig):
+    """Latents and image tokens of every shape, computed once for the DiT."""
+
+    vae: Path = option(Path("runs/vae/export"), "folder of the trained shape VAE")
+    variants: int = option(4, "encodings a shape, each of other surface points", ge=1, le=1 << 16)
+    views: int = option(6, "condition views a shape, spread over those that were rendered", ge=1, le=1 << 16)
+    images: Path | None = option(
+        None, "pictures of the shapes, named as their meshes; a shape without one keeps its rendered views"
+    )
+    batch: int = option(8, "shapes encoded at once", ge=1, le=4096)
+    standardise: bool = option(
+        True, "measure the latents' statistics; false for a published model, which knows its own scale"
+    )
+    encoder: ImageEncoderConfig = option(ImageEncoderConfig, "image encoder")
+    foreground: ForegroundConfig = option(ForegroundConfig, "what happens to a view before")
+
+
+@dataclass(kw_only=True)
+class CacheConfig(StageConfig):
+    """Everything `scripts/train.py stage=cache` takes."""
+
+    stage: StageName = option(StageName.cache, "what to do")
+    data: DataConfig = option(DataConfig, "prepared shapes")
+    latents: LatentsConfig = option(LatentsConfig, "cache of latents and image tokens")
+    vae: SurfaceConfig = option(SurfaceConfig, "what the VAE's encoder reads")
+    init_from: Path | None = option(
+        None,
+        "a model, such as shape-small, whose DiT goes on from these latents: they get the scale that it knows",
+    )
 
 
 @dataclass
@@ -74,6 +109,11 @@ class LatentInfo:
         return cls(**{item.name: values[item.name] for item in fields(cls)})
 
     @property
+    def token_counts(self) -> tuple[int, int]:
+        """Of a shape's latents (N) and of an image (M)."""
+        return self.latents[0], self.tokens[0]
+
+    @property
     def vae(self) -> Path:
         """Folder of the VAE that encoded the shapes."""
         return Path(self.settings["vae"])
@@ -89,7 +129,7 @@ class LatentInfo:
         return from_dict(ForegroundConfig, self.settings["foreground"], INFO_NAME)
 
 
-def build_cache(config: TrainConfig) -> LatentInfo:
+def build_cache(config: CacheConfig) -> LatentInfo:
     """Encode the training and validation shapes; what an earlier call finished stays as it is.
 
     A shape without a view that shows it is reported and left out.
@@ -98,6 +138,8 @@ def build_cache(config: TrainConfig) -> LatentInfo:
         UserError: a VAE without an encoder, or the folder holds a cache made with another VAE, encoder or number of
             variants or views.
     """
+    points = config.vae.surface_points + config.vae.sharp_points
+    require_memory(28 * points * config.latents.batch, "the surface points of latents.batch shapes need")
     builder = _Builder(config)
     wanted = set(read_split([*config.data.train, *config.data.val]))
     train = set(read_split(config.data.train))
@@ -130,7 +172,7 @@ def _plan(prepared: Path, wanted: set[str]) -> Iterator[tuple[Path, list[str]]]:
 
 
 class _Builder:
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: CacheConfig) -> None:
         self.config: LatentsConfig = config.latents
         self.device = resolve_device(config.device)
         self.vae = ShapeVAE.from_pretrained(self.config.vae, device=self.device)
@@ -164,8 +206,6 @@ class _Builder:
             self.settings["standardise"] = False
         self.statistics: tuple[list[float], list[float]] | None = None
         if config.init_from is not None:
-            from elastic3d.training.init_from import statistics_of
-
             self.statistics = statistics_of(config.init_from)
             self.settings["statistics_of"] = str(config.init_from)
         tqdm.write(f"latents of {self.config.vae} -> {self.config.output}", file=sys.stderr)

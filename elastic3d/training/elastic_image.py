@@ -1,8 +1,10 @@
-"""Training of routers on the DiT of a text-to-image pipeline; the reconstruction term is the decoded picture."""
+"""Routers of the DiT of a text-to-image pipeline; the reconstruction term is the decoded picture."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,28 +12,78 @@ import torch
 from torch import Tensor, nn
 
 from elastic3d.adapters.diffusers_pipeline import drive
-from elastic3d.config.image_stage import ImageStageConfig
-from elastic3d.config.router_stage import RouterStageConfig
 from elastic3d.config.routing import ElasticConfig, RouterConfig
-from elastic3d.config.train import TrainConfig
 from elastic3d.errors import UserError
 from elastic3d.pipelines.backbones import Backbone
 from elastic3d.pipelines.image_loading import load_backbone, weight_files
+from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.runtime import resolve_device
 from elastic3d.routing.cost import trace_share
-from elastic3d.training.calibration import as_trained, calibrate, compare_budgets
+from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate, compare_budgets
 from elastic3d.training.datasets import Batch
-from elastic3d.training.image_stage import PictureItems, generate_latents, picture_sheet
+from elastic3d.training.elastic_objective import Grid, RouterObjective, RoutingConfig, add_route
+from elastic3d.training.image import PictureFlowConfig, PictureItems, generate_latents, picture_sheet
+from elastic3d.training.options import StageName, TrainConfig
 from elastic3d.training.picture_cache import PictureCache, build_picture_cache, text_of
-from elastic3d.training.router_objective import Grid, RouterObjective, add_route
+from elastic3d.training.pictures import PictureConfig
 from elastic3d.training.runtime import first_process_first
 from elastic3d.utils.files import file_sha256
+from elastic3d.utils.options import Options, option
+
+
+@dataclass(kw_only=True)
+class PictureLossConfig(Options):
+    """Picture reconstruction loss: what the elastic velocity implies, decoded, against the true picture."""
+
+    weight: float = option(0.1, "of the whole term; 0 leaves it out", ge=0, le=1e6)
+    share: float = option(0.25, "share of a batch's samples that are decoded", ge=0, le=1)
+    scales: int = option(
+        3,
+        "resolutions at which pictures are compared, each half the one before",
+        ge=1,
+        le=8,
+        advanced=True,
+    )
+    time_power: float = option(
+        2.0,
+        "a sample counts t to this power: noisy latents imply no sharp picture",
+        ge=0,
+        le=20,
+        advanced=True,
+    )
+
+
+@dataclass(kw_only=True)
+class BackboneConfig(PictureConfig):
+    """A published pipeline, and the pictures with captions that its routers learn from."""
+
+    backbone: BackboneName = option(BackboneName.small, "family whose DiT gets routers")
+    weights: Path = option(..., "folder of the pipeline, in the layout in which it is published")
+
+
+@dataclass(kw_only=True)
+class ImageRoutingConfig(RoutingConfig):
+    """The training of a text-to-image DiT's routers."""
+
+    picture: PictureLossConfig = option(PictureLossConfig, "picture reconstruction loss")
+
+
+@dataclass(kw_only=True)
+class ImageRouterTrainConfig(TrainConfig):
+    """Everything `scripts/train.py stage=image_router` takes."""
+
+    stage: StageName = option(StageName.image_router, "what to do")
+    image: BackboneConfig = option(..., "the pipeline, and pictures with captions")
+    router: RouterConfig = option(RouterConfig, "architecture of the routers: a file of configs/router")
+    routing: ImageRoutingConfig = option(ImageRoutingConfig, "training of the routers")
 
 
 class PictureRouterObjective(RouterObjective):
     """Routers of a text-to-image DiT. The pipeline's own guidance is what is distilled: both branches, or its input."""
 
-    def __init__(self, backbone: Backbone, config: TrainConfig, pictures: PictureCache) -> None:
+    config: ImageRoutingConfig
+
+    def __init__(self, backbone: Backbone, config: ImageRouterTrainConfig, pictures: PictureCache) -> None:
         paired = not backbone.embeds_guidance and config.routing.guidance > 1
         super().__init__(backbone.transformer, config.routing, config.router, paired)
         self.size = (pictures.settings["size"],) * 2
@@ -83,8 +135,7 @@ class RoutedPictureItems(PictureItems):
     def __init__(
         self,
         pictures: PictureCache,
-        config: ImageStageConfig,
-        routing: RouterStageConfig,
+        routing: RoutingConfig,
         router: RouterConfig,
         blocks: int,
         paired: bool,
@@ -92,7 +143,7 @@ class RoutedPictureItems(PictureItems):
     ) -> None:
         self.routing, self.router, self.blocks, self.paired = routing, router, blocks, paired
         self.grid = grid
-        super().__init__(pictures, config, 0.0)
+        super().__init__(pictures, PictureFlowConfig(), 0.0)
 
     def item(self, position: int, seed: int) -> Batch:
         """Item `position` of the shuffled stream."""
@@ -106,16 +157,15 @@ class RoutedPictureItems(PictureItems):
 class ImageRouterStage:
     """What the loop needs to train routers for a text-to-image pipeline."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: ImageRouterTrainConfig) -> None:
         self.config, image = config, config.image
-        assert image.backbone is not None and image.weights is not None
         if image.backbone.name != "small" and image.images is None:
             raise UserError("image.images= is missing: a folder of pictures with captions")
         with first_process_first(config):
             encoder = load_backbone(
                 image.backbone, image.weights, resolve_device(config.device), torch.float32
             )
-            build_picture_cache(config, encoder)
+            build_picture_cache(image, config.data, encoder, config.seed)
             del encoder  # with its text encoders, which are larger than the rest
         backbone = load_backbone(
             image.backbone, image.weights, torch.device("cpu"), torch.float32, encoders=False
@@ -130,9 +180,9 @@ class ImageRouterStage:
         drive(backbone.pipe, self.flow.session)
         blocks = len(self.flow.session.blocks)
         self._items = RoutedPictureItems(
-            self._train, image, config.routing, config.router, blocks, self.flow.paired, backbone.grid
+            self._train, config.routing, config.router, blocks, self.flow.paired, backbone.grid
         )
-        self._val_items = PictureItems(self._val, image, 0.0)
+        self._val_items = PictureItems(self._val, PictureFlowConfig(), 0.0)
 
     def items(self) -> RoutedPictureItems:
         """Cached training pictures, shuffled, with what routers see."""
@@ -144,7 +194,6 @@ class ImageRouterStage:
 
     def record(self) -> dict[str, Any]:
         """What the run trains on."""
-        assert self.config.image.weights is not None
         return {
             "train_pictures": len(self._train),
             "val_pictures": len(self._val),
@@ -163,12 +212,11 @@ class ImageRouterStage:
         rows = [self._generate(each)[0] for each in settings]
         return {"generated": picture_sheet(self.flow.backbone, rows, self.flow.size)}
 
-    def calibrate(self, points: int = 24) -> None:
+    def calibrate(self, curves: CurvesConfig, points: int = 24) -> None:
         """Measure on the validation pictures how urgent times are, and make the cost that is asked for the one that is
         executed."""
         times = self.flow.backbone.grid(self.config.routing.val_steps)
-        routing = self.config.routing
-        calibrate(self.flow.session, self._generate, times, routing.trends, routing.urgency, points)
+        calibrate(self.flow.session, self._generate, times, curves, points)
 
     def _generate(self, settings: ElasticConfig, count: int = 0) -> tuple[Tensor, Tensor]:
         """Latents (B,N,C) of the first `count` (0: all) validation captions, and the executed share (B,)."""
@@ -176,7 +224,7 @@ class ImageRouterStage:
         items = self._val_items.fixed(count or len(self._val))
         before, flow.session.settings = flow.session.settings, settings
         try:
-            with as_trained(self.config, next(flow.dit.parameters()).device):
+            with as_trained(self.config.precision, next(flow.dit.parameters()).device):
                 latents = generate_latents(
                     flow.backbone,
                     text_of(items),

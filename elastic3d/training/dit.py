@@ -1,18 +1,19 @@
-"""Training of the shape DiT by flow matching on cached latents."""
+"""The shape DiT: flow matching on cached latents."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from elastic3d.config.train import DiTStageConfig, Timesteps, TrainConfig
 from elastic3d.diffusion.flow import interpolate, match_noise, sample_timesteps, velocity
 from elastic3d.diffusion.sampler import sample
 from elastic3d.models.foreground import prepare_picture
+from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.training.datasets import (
@@ -25,10 +26,70 @@ from elastic3d.training.datasets import (
     record_of_shapes,
     stack,
 )
-from elastic3d.training.latents import LatentInfo, stored_views
+from elastic3d.training.latents import INFO_NAME, LatentCacheConfig, LatentInfo, stored_views
+from elastic3d.training.options import StageName, TrainConfig
 from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture
+from elastic3d.utils.options import Options, option
 
 STORED = ("mean", "logvar", "tokens")
+
+
+class Timesteps(Enum):
+    """Distribution of training timesteps."""
+
+    logit_normal = "logit_normal"
+    uniform = "uniform"
+
+
+@dataclass(kw_only=True)
+class LatentFlowConfig(Options):
+    """What every training on cached latents has, that of routers too."""
+
+    match_channels: int = option(
+        3,
+        "pair noise with the nearest latents by the first N channels (3: the anchor's xyz); 0 pairs at random",
+        ge=0,
+        le=1 << 16,
+    )
+    sample_guidance: float = option(3.0, "guidance of the sample pictures", ge=0, le=100)
+    sample_resolution: int = option(64, "grid cells a side of the sample pictures", ge=8, le=512)
+
+
+@dataclass(kw_only=True)
+class DiTStageConfig(LatentFlowConfig):
+    """The shape DiT's training."""
+
+    model: DiTConfig = option(DiTConfig, "architecture; channel and token counts come from the cache")
+    timesteps: Timesteps = option(Timesteps.logit_normal, "distribution of training timesteps")
+    time_shift: float = option(1.0, "above 1 trains more on noisy timesteps", ge=1e-3, le=1e3)
+    drop_condition: float = option(
+        0.1, "share of samples that see no image (classifier-free guidance)", ge=0, le=1
+    )
+    anchor_weight: float = option(
+        1.0, "weight of an anchor channel's loss over that of a feature channel", ge=0, le=1e3
+    )
+    val_shapes: int = option(128, "shapes to validate on", ge=1, le=1 << 16)
+    sample_shapes: int = option(8, "shapes of the sample pictures", ge=1, le=1 << 16)
+    sample_steps: int = option(25, "sampling steps of the sample pictures", ge=1, le=1000)
+
+
+@dataclass(kw_only=True)
+class DiTTrainConfig(TrainConfig):
+    """Everything `scripts/train.py stage=dit` takes."""
+
+    stage: StageName = option(StageName.dit, "what to do")
+    latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
+    dit: DiTStageConfig = option(DiTStageConfig, "shape DiT")
+
+    def network(self) -> nn.Module:
+        """The DiT; its numbers of channels come from the cache."""
+        return ShapeDiT(self.dit.model)
+
+    def sample_bytes(self) -> int:
+        """The latents' and the condition's tokens in every block; both counts come from the cache."""
+        model, cache = self.dit.model, self.latents.output
+        tokens = sum(LatentInfo.load(cache).token_counts) if (cache / INFO_NAME).is_file() else 1
+        return 2 * model.width * tokens * (model.double_blocks + model.single_blocks)
 
 
 class FlowObjective(nn.Module):
@@ -112,7 +173,7 @@ class LatentItems:
 class DiTStage:
     """What the loop needs to train a `ShapeDiT` on a cache of latents."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: DiTTrainConfig) -> None:
         self.config = config.dit
         self.info = info = LatentInfo.load(config.latents.output)
         model = config.dit.model

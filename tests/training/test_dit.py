@@ -10,26 +10,18 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from elastic3d.config.models import DiTConfig
-from elastic3d.config.train import (
-    DataConfig,
-    DiTStageConfig,
-    ExportConfig,
-    LatentsConfig,
-    StageName,
-    Timesteps,
-    TrainConfig,
-)
 from elastic3d.diffusion.flow import velocity
 from elastic3d.errors import UserError
+from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.training.checkpoint import load_checkpoint
 from elastic3d.training.datasets import PreparedShapes, item_generator
-from elastic3d.training.dit_stage import DiTStage, FlowObjective, LatentItems
-from elastic3d.training.export import export_run
+from elastic3d.training.dit import DiTStage, DiTStageConfig, FlowObjective, LatentItems, Timesteps
+from elastic3d.training.export import ExportConfig, export_run
 from elastic3d.training.journal import read_metrics
-from elastic3d.training.latents import LatentInfo, build_cache, named_pictures, stored_views
+from elastic3d.training.latents import LatentInfo, LatentsConfig, build_cache, named_pictures, stored_views
+from elastic3d.training.options import DataConfig, StageName
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.structured import load_json, save_json
 from tests.training.tiny import tiny_vae, vae_config
@@ -54,7 +46,7 @@ def views(count: int) -> dict[str, torch.Tensor]:
     }
 
 
-def config_for(root, **changes) -> TrainConfig:
+def config_for(root, **changes):
     options = dict(
         stage=StageName.dit,
         name="dit",
@@ -84,7 +76,7 @@ def cached(prepared):
     add_views(prepared)
     torch.manual_seed(0)
     ShapeVAE(tiny_vae()).save_pretrained(prepared / "vae")
-    build_cache(config_for(prepared))
+    build_cache(config_for(prepared, stage=StageName.cache))
     return prepared
 
 
@@ -106,27 +98,27 @@ def test_the_cache_goes_on_where_it_stopped_and_refuses_other_settings(cached):
     first, second = sorted((cached / "latents" / "balls").glob("*.safetensors"))
     before = first.stat().st_mtime_ns, second.read_bytes()
     second.unlink()
-    build_cache(config_for(cached))
+    build_cache(config_for(cached, stage=StageName.cache))
     assert (first.stat().st_mtime_ns, second.read_bytes()) == before
     settings = cached / "latents" / "settings.json"
     older = load_json(settings)
     del older["foreground"]["method"]  # as if written before there was such an option
     save_json(older, settings)
-    build_cache(config_for(cached))
-    other = config_for(cached)
+    build_cache(config_for(cached, stage=StageName.cache))
+    other = config_for(cached, stage=StageName.cache)
     other.latents.variants = 1
     with pytest.raises(UserError, match="made with another variants"):
         build_cache(other)
     ShapeVAE(tiny_vae()).save_pretrained(cached / "vae")
     with pytest.raises(UserError, match="made with another vae_sha256"):
-        build_cache(config_for(cached))
+        build_cache(config_for(cached, stage=StageName.cache))
 
 
 def test_own_pictures_replace_rendered_views(cached, capfd):
     own = cached / "own"
     own.mkdir()
     Image.new("RGBA", (40, 40)).save(own / "ball9.png")
-    config = config_for(cached)
+    config = config_for(cached, stage=StageName.cache)
     config.latents.output, config.latents.images = cached / "other", own
     with pytest.raises(UserError, match=r"names such as absent.png, but the first there is ball9.png"):
         build_cache(config)

@@ -1,21 +1,20 @@
-"""Training of routers on a dense shape DiT; the reconstruction term is the mesh that its latents decode to."""
+"""Routers of a dense shape DiT; the reconstruction term is the mesh that its latents decode to."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.config.generate import PipelineConfig
-from elastic3d.config.routing import ElasticConfig
-from elastic3d.config.serialize import from_dict
-from elastic3d.config.train import TrainConfig, VAEStageConfig
+from elastic3d.config.routing import ElasticConfig, RouterConfig
 from elastic3d.diffusion.flow import sampling_times
+from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.diffusion.sampler import sample
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
@@ -23,7 +22,7 @@ from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME
 from elastic3d.routing.cost import trace_share
-from elastic3d.training.calibration import as_trained, calibrate, compare_budgets
+from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate, compare_budgets
 from elastic3d.training.datasets import (
     Batch,
     PreparedShapes,
@@ -33,30 +32,102 @@ from elastic3d.training.datasets import (
     read_split,
     record_of_shapes,
 )
-from elastic3d.training.dit_stage import STORED, LatentItems
-from elastic3d.training.latents import LatentInfo
+from elastic3d.training.dit import STORED, DiTStageConfig, LatentFlowConfig, LatentItems
+from elastic3d.training.elastic_objective import Grid, RouterObjective, RoutingConfig, add_route
+from elastic3d.training.latents import LatentCacheConfig, LatentInfo
 from elastic3d.training.mesh_loss import silhouette_loss, surface_loss
-from elastic3d.training.router_objective import Grid, RouterObjective, add_route
+from elastic3d.training.options import StageName, TrainConfig
+from elastic3d.training.record import read_record
 from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture
-from elastic3d.training.vae_stage import VAEObjective
+from elastic3d.training.vae import FieldLossConfig, VAETrainConfig, field_loss, inside_logits
 from elastic3d.training.view_rays import VIEWS_STORED, view_rays
+from elastic3d.utils.options import Options, from_dict, option
 from elastic3d.utils.structured import load_json
 
 MESH_STORED = ("surface", "near", "volume")
 MESH_TERMS = ("field", "chamfer", "normals", "silhouette")
 
 
+@dataclass(kw_only=True)
+class MeshLossConfig(Options):
+    """Mesh reconstruction loss: the shape that the elastic velocity implies, against the true surface."""
+
+    weight: float = option(0.1, "of the whole mesh loss; 0 leaves it out", ge=0, le=1e6)
+    share: float = option(0.25, "share of a batch's samples that are decoded", ge=0, le=1)
+    field: float = option(
+        1.0, "weight of the field at points with a known signed distance", ge=0, le=1e6, advanced=True
+    )
+    chamfer: float = option(
+        10.0, "weight of the squared Chamfer distance of surface points", ge=0, le=1e6, advanced=True
+    )
+    normals: float = option(0.1, "weight of the disagreement of their normals", ge=0, le=1e6, advanced=True)
+    silhouette: float = option(
+        0.0, "weight of the shape's silhouette in one of its rendered views; 0 leaves it out", ge=0, le=1e6
+    )
+    near_queries: int = option(
+        256, "points near the surface with a known distance", ge=1, le=1 << 16, advanced=True
+    )
+    volume_queries: int = option(128, "such points anywhere in the box", ge=1, le=1 << 16, advanced=True)
+    surface_points: int = option(
+        128, "surface points in Chamfer distance and normals", ge=1, le=1 << 16, advanced=True
+    )
+    jitter: float = option(
+        0.02,
+        "standard deviation of the offset at which their search starts",
+        ge=0,
+        le=0.1,
+        advanced=True,
+    )
+    rays: int = option(64, "rays of the silhouette", ge=1, le=1 << 16, advanced=True)
+    ray_points: int = option(
+        64, "points of a ray, of which the one deepest inside counts", ge=1, le=1 << 16, advanced=True
+    )
+    time_power: float = option(
+        2.0,
+        "a sample counts t to this power: noisy latents imply no sharp shape",
+        ge=0,
+        le=20,
+        advanced=True,
+    )
+
+
+@dataclass(kw_only=True)
+class RouterStageConfig(RoutingConfig):
+    """The training of a shape DiT's routers."""
+
+    model: Path = option(Path("runs/dit/export"), "folder of the dense pipeline")
+    mesh: MeshLossConfig = option(MeshLossConfig, "mesh reconstruction loss")
+
+
+@dataclass(kw_only=True)
+class RouterTrainConfig(TrainConfig):
+    """Everything `scripts/train.py stage=router` takes."""
+
+    stage: StageName = option(StageName.router, "what to do")
+    latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
+    vae: FieldLossConfig = option(FieldLossConfig, "the loss that the VAE was trained with")
+    dit: LatentFlowConfig = option(LatentFlowConfig, "shape DiT")
+    router: RouterConfig = option(RouterConfig, "architecture of the routers: a file of configs/router")
+    routing: RouterStageConfig = option(RouterStageConfig, "training of the routers")
+
+    def sample_bytes(self) -> int:
+        """The points of the mesh loss."""
+        mesh = self.routing.mesh
+        return 16 * (mesh.near_queries + mesh.volume_queries + 2 * mesh.surface_points)
+
+
 class ShapeRouterObjective(RouterObjective):
     """Routers of a shape DiT; what its latents decode to is held to the true surface."""
 
-    def __init__(self, dit: ShapeDiT | SkipDiT, vae: ShapeVAE, config: TrainConfig) -> None:
+    config: RouterStageConfig
+
+    def __init__(self, dit: ShapeDiT | SkipDiT, vae: ShapeVAE, config: RouterTrainConfig) -> None:
         embedded = dit.config.guidance_embed
         paired = config.routing.guidance != 1.0 and not embedded
         super().__init__(dit, config.routing, config.router, paired)
         self.embedded = embedded
         self._vae = (vae.eval().requires_grad_(False),)  # no part of the state dict, nor trained
-        fields = VAEObjective(vae, config.vae)
-        self.field_loss, self.logits = fields.field_loss, fields.logits
+        self.field_config = config.vae
 
     @property
     def vae(self) -> ShapeVAE:
@@ -88,7 +159,9 @@ class ShapeRouterObjective(RouterObjective):
         trust = batch["t"][:count] ** config.time_power
         field = vae.query(batch["points"][:count], tokens)
         by_sample = zip(field, batch["distance"][:count], strict=True)
-        losses = {"mesh_field": torch.stack([self.field_loss(f[None], d[None]) for f, d in by_sample])}
+        losses = {
+            "mesh_field": torch.stack([field_loss(f[None], d[None], self.field_config) for f, d in by_sample])
+        }
         pairs = [self._surface_loss(tokens[i : i + 1], batch, i) for i in range(count)]
         losses["mesh_chamfer"], losses["mesh_normals"] = (
             torch.stack(list(x)) for x in zip(*pairs, strict=True)
@@ -111,7 +184,7 @@ class ShapeRouterObjective(RouterObjective):
         starts, ends, covered, offsets = (batch[name][row : row + 1] for name in names)
 
         def logits(points: Tensor) -> Tensor:
-            return self.logits(self.vae.query(points, tokens))
+            return inside_logits(self.vae.query(points, tokens), self.field_config)
 
         return silhouette_loss(logits, starts, ends, covered, offsets, self.config.mesh.ray_points)
 
@@ -123,7 +196,7 @@ class RouterItems(LatentItems):
         self,
         shapes: PreparedShapes,
         info: LatentInfo,
-        config: TrainConfig,
+        config: RouterTrainConfig,
         scale: float,
         meshes: PreparedShapes | None,
         flow: ShapeRouterObjective,
@@ -134,7 +207,8 @@ class RouterItems(LatentItems):
         self.blocks = len(flow.session.blocks)
         # Without the other branch beside it, half of the samples are unconditional, if the model has that branch.
         drop = 0.0 if flow.paired or flow.embedded else 0.5
-        super().__init__(shapes, info, replace(config.dit, drop_condition=drop), scale)
+        items = DiTStageConfig(match_channels=config.dit.match_channels, drop_condition=drop)
+        super().__init__(shapes, info, items, scale)
 
     def item(self, position: int, seed: int) -> Batch:
         """Item `position` of the shuffled stream."""
@@ -169,7 +243,7 @@ class RouterItems(LatentItems):
 class RouterStage:
     """What the loop needs to train routers."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: RouterTrainConfig) -> None:
         self.config = config
         self.info = info = LatentInfo.load(config.latents.output)
         self.vae = load_vae(config)
@@ -195,7 +269,8 @@ class RouterStage:
         self.pipeline = from_dict(PipelineConfig, load_json(settings), str(settings))
         grid = partial(sampling_times, self.pipeline)
         self._items = RouterItems(self._train, info, config, scale, meshes, self.flow, grid)
-        self._val_items = LatentItems(self._val, info, config.dit, scale)
+        items = DiTStageConfig(match_channels=config.dit.match_channels)
+        self._val_items = LatentItems(self._val, info, items, scale)
 
     def items(self) -> RouterItems:
         """Cached training shapes, shuffled, with what routers see."""
@@ -225,12 +300,11 @@ class RouterStage:
             rows.append([mesh_picture(mesh) for mesh in meshes])
         return {"generated": contact_sheet(rows)}
 
-    def calibrate(self, points: int = 24) -> None:
+    def calibrate(self, curves: CurvesConfig, points: int = 24) -> None:
         """Measure on the validation shapes how urgent times are, and make the cost that is asked for the one that is
         executed."""
         times = sampling_times(self.pipeline, self.config.routing.val_steps)
-        routing = self.config.routing
-        calibrate(self.flow.session, self._anchors, times, routing.trends, routing.urgency, points)
+        calibrate(self.flow.session, self._anchors, times, curves, points)
 
     def _anchors(self, settings: ElasticConfig, count: int = 0) -> tuple[Tensor, Tensor]:
         """What `_generate` does, of anchored latents the anchors (B,N,3) alone: curves with a smaller error of all
@@ -253,7 +327,7 @@ class RouterStage:
         try:
             shape = cast(tuple[int, int], tuple(self.info.latents))
             steps, guidance = self.config.routing.val_steps, self.config.dit.sample_guidance
-            with as_trained(self.config, condition.device):
+            with as_trained(self.config.precision, condition.device):
                 latents = sample(
                     flow.dit,
                     condition,
@@ -273,16 +347,15 @@ class RouterStage:
             flow.session.settings = before
 
 
-def load_vae(config: TrainConfig) -> ShapeVAE:
-    """The VAE of the cached latents; UserError where `config.vae` is not the field loss it was trained with."""
+def load_vae(config: RouterTrainConfig) -> ShapeVAE:
+    """The VAE of the cached latents; UserError where a mesh loss is wanted, but `config.vae` is not the field loss it
+    was trained with."""
     info = LatentInfo.load(config.latents.output)
     vae = ShapeVAE.from_pretrained(info.vae)
     vae.set_latent_statistics(info.mean, info.std)
     record = info.vae / "training.json"
-    if record.is_file():
-        trained = from_dict(
-            VAEStageConfig, load_json(record, {"config": {"vae": dict}})["config"]["vae"], str(record)
-        )
+    if record.is_file() and config.routing.mesh.weight:
+        trained = read_record(load_json(record).get("config"), VAETrainConfig, record).vae
         for name in ("loss", "softness", "truncation"):
             wanted, found = getattr(trained, name), getattr(config.vae, name)
             if wanted != found:

@@ -6,13 +6,14 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from elastic3d.adapters import adapter_for
-from elastic3d.config.router_stage import CostLoss, GateLoss, RouterStageConfig, TrainedParts
 from elastic3d.config.routing import MIN_BUDGET, Branches, RouterConfig
 from elastic3d.diffusion.flow import interpolate, predict_data, velocity
 from elastic3d.errors import UserError
@@ -23,9 +24,109 @@ from elastic3d.routing.router import looks_ahead
 from elastic3d.routing.session import RoutingSession
 from elastic3d.training.datasets import Batch
 from elastic3d.training.low_rank import add_low_rank
+from elastic3d.utils.options import Options, option
 
 PRICE_RANGE = 2.5  # standard deviations on both sides that prices cover
 Grid = Callable[[int], Tensor]  # number of steps -> sampling times (S+1,)
+
+
+class TrainedParts(Enum):
+    """What learns: the routers alone, also low-rank updates of the blocks, or everything (E-DiT)."""
+
+    routers = "routers"
+    lora = "lora"
+    full = "full"
+
+
+class GateLoss(Enum):
+    """How gates learn: straight through their hard decision (E-DiT), or by predicting the damage that is done where
+    the blocks of a step do not run but go on with what they remember."""
+
+    straight_through = "straight_through"
+    damage = "damage"
+
+
+class CostLoss(Enum):
+    """What holds the cost: the executed FLOPs to the budget, or E-DiT's mean gate and width to constants."""
+
+    executed = "executed"
+    paper = "paper"
+
+
+@dataclass(kw_only=True)
+class RoutingConfig(Options):
+    """The routers' training, whatever they route."""
+
+    parts: TrainedParts = option(TrainedParts.routers, "what learns")
+    lora_rank: int = option(16, "rank of the low-rank updates", ge=1, le=4096, advanced=True)
+    base_rate: float = option(
+        0.1, "learning rate of the base model's weights over the routers'", ge=0, le=10, advanced=True
+    )
+    guidance: float = option(
+        3.0, "guidance at which both branches are distilled together; 1 trains them apart", ge=0, le=100
+    )
+    min_steps: int = option(8, "fewest sampling steps whose step sizes and times are trained", ge=1, le=1000)
+    max_steps: int = option(50, "most of them", ge=1, le=1000)
+    min_budget: float = option(
+        MIN_BUDGET, "smallest budget to train for; the largest is 1", ge=MIN_BUDGET, le=1, advanced=True
+    )
+    explore: float = option(
+        1.0,
+        "share of the closed blocks that run all the same; the others are really skipped",
+        ge=0,
+        le=1,
+        advanced=True,
+    )
+    gate: GateLoss = option(
+        GateLoss.straight_through, "how gates learn; damage needs routers that decide together and reuse"
+    )
+    late_weight: float = option(
+        1.0, "gate damage: weight of an error at t = 1, with 1 at t = 0, linear between", ge=0, le=1
+    )
+    recalled: int = option(
+        3,
+        "router.longest above 0: earlier steps whose residuals are computed for a batch",
+        ge=1,
+        le=16,
+        advanced=True,
+    )
+    renewal: float = option(
+        0.5,
+        "of these: chance that a block was computed again at a step",
+        ge=0.05,
+        le=1,
+        advanced=True,
+    )
+    cost: CostLoss = option(CostLoss.executed, "what holds the cost", advanced=True)
+    cost_weight: float = option(20.0, "weight of the cost loss (lambda)", ge=0, le=1e6, advanced=True)
+    slack: float = option(
+        0.1,
+        "a sample's cost may differ from its budget by this, as long as the mean does not",
+        ge=0,
+        le=1,
+        advanced=True,
+    )
+    rho_gate: float = option(0.6, "cost paper: target of the mean gate", ge=0, le=1, advanced=True)
+    rho_width: float = option(
+        0.5, "cost paper: target of the mean width of open blocks", ge=0, le=1, advanced=True
+    )
+    distillation: float = option(
+        1.0, "weight of the distance to the dense velocity", ge=0, le=1e6, advanced=True
+    )
+    flow: float = option(0.1, "weight of flow matching", ge=0, le=1e6)
+    val_budgets: list[float] = option(
+        [0.9, 0.7, 0.5, 0.3], "budgets to validate at", ge=MIN_BUDGET, le=1, lengths=(0, 100)
+    )
+    val_shapes: int = option(
+        8, "validation shapes or pictures that are generated at each of them", ge=1, le=1 << 16
+    )
+    val_steps: int = option(16, "sampling steps of it", ge=1, le=1000)
+
+    def check(self) -> None:
+        """The range of steps is not empty."""
+        super().check()
+        if self.max_steps < self.min_steps:
+            raise ValueError(f"max_steps is {self.max_steps}, expected a value from {self.min_steps} to 1000")
 
 
 class RouterObjective(nn.Module, ABC):
@@ -36,7 +137,7 @@ class RouterObjective(nn.Module, ABC):
 
     damage_moments: Tensor
 
-    def __init__(self, dit: nn.Module, config: RouterStageConfig, router: RouterConfig, paired: bool) -> None:
+    def __init__(self, dit: nn.Module, config: RoutingConfig, router: RouterConfig, paired: bool) -> None:
         """`paired`: both branches of guidance run as one batch and are distilled together."""
         super().__init__()
         if config.gate is GateLoss.damage:
@@ -218,7 +319,7 @@ class RouterObjective(nn.Module, ABC):
 
 def add_route(
     item: Batch,
-    routing: RouterStageConfig,
+    routing: RoutingConfig,
     router: RouterConfig,
     blocks: int,
     paired: bool,

@@ -9,20 +9,20 @@ from tiny_images import save_tiny_qwen
 
 from elastic3d.adapters import attach, load_routers, save_routers
 from elastic3d.adapters.storage import load_router_config
-from elastic3d.config.router_stage import Curve
 from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig, RouterVariant
-from elastic3d.config.text_to_image import BackboneName
-from elastic3d.config.train import DataConfig, ExportConfig, StageName
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_loading import load_transformer
-from elastic3d.training import calibration, router_stage
-from elastic3d.training.image_router_stage import ImageRouterStage
-from elastic3d.training.router_stage import RouterStage
+from elastic3d.pipelines.options import BackboneName
+from elastic3d.training import calibration, elastic
+from elastic3d.training.calibration import Curve, CurvesConfig
+from elastic3d.training.elastic import RouterStage
+from elastic3d.training.elastic_image import ImageRouterStage
+from elastic3d.training.options import DataConfig, StageName
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.structured import load_json, save_json
+from tests.training.test_elastic import router_config
 from tests.training.test_image_stages import folder, image_config  # noqa: F401  # a fixture
-from tests.training.test_router_stage import dense, router_config  # noqa: F401  # a fixture
 
 STEPS, TIMES, CURVE = 12, [0.2, 0.8], [0.3, -0.2]
 ROUTERS = RouterConfig(
@@ -81,9 +81,9 @@ def test_curves_are_chosen_by_the_anchors_of_anchored_latents(dense, monkeypatch
         monkeypatch.setattr(stage.vae.config, "latent_channels", 7)
     seen = []
     monkeypatch.setattr(
-        router_stage, "calibrate", lambda session, generate, *rest: seen.append(generate(ElasticConfig(), 0))
+        elastic, "calibrate", lambda session, generate, *rest: seen.append(generate(ElasticConfig(), 0))
     )
-    stage.calibrate()
+    stage.calibrate(CurvesConfig())
     [(found, shares)] = seen
     assert torch.equal(found, latents[..., :3] if anchored else latents) and torch.equal(shares, share)
 
@@ -100,13 +100,14 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
     assert (note["steps"], note["guidance"], note["urgency"]) == (STEPS, 2.5, "keep")
     assert note["data"]["val_shapes"] == 5 and "train_shapes" not in note["data"]
 
-    config.routing.val_steps, config.dit.sample_guidance = STEPS, 2.5
-    config.router, config.data.prepared = found, dense / "prepared"
-    check_executed(RouterStage(config), routers)
+    routing = {"val_shapes": 5, "val_steps": STEPS}
+    trained = router_config(dense, routing=routing, router=found, data=config.data)
+    trained.dit.sample_guidance, trained.data.prepared = 2.5, dense / "prepared"
+    check_executed(RouterStage(trained), routers)
 
     monkeypatch.setattr(calibration, "EARLY", (0.0,))
     monkeypatch.setattr(calibration, "TREND_STEPS", ((-0.5,),))
-    config = shape_config(dense, export=ExportConfig(output=dense / "other"))
+    config = shape_config(dense, export={"output": dense / "other"})
     assert run_stage(config) == 0
     assert {path.name: path.read_bytes() for path in routers.iterdir()} == after
     other = dense / "other" / "routers"
@@ -132,9 +133,10 @@ def test_pictures(folder, prepared):  # noqa: F811
     assert found == replace(given, asked=found.asked, told=found.told) and found.told != given.told
     note = load_json(routers / "calibration.json")
     assert (note["steps"], note["data"]["val_pictures"]) == (50, 3)
-    config.routing.val_steps, config.routing.guidance = note["steps"], note["guidance"]
-    config.router = found
-    check_executed(ImageRouterStage(config), routers)
+    routing = {"val_shapes": 3, "val_steps": note["steps"], "guidance": note["guidance"]}
+    trained = image_config(prepared, StageName.image_router, routing, **image)
+    trained.router = found
+    check_executed(ImageRouterStage(trained), routers)
 
 
 def test_what_cannot_be_calibrated(dense):  # noqa: F811

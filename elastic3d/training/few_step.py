@@ -1,5 +1,5 @@
-"""Training of the routers' low-rank updates: through whole elastic generations with few calls of the model, held to
-what the dense model makes of the same noise in many steps."""
+"""The routers' few-step LoRA (low-rank updates of the blocks): learned through whole elastic generations with few
+model evaluations, held to what the dense model makes of the same noise in many steps."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ from torch import Tensor, nn
 
 from elastic3d.adapters import adapter_for
 from elastic3d.adapters.storage import load_router_config
-from elastic3d.config.generate import PipelineConfig
-from elastic3d.config.models import VAEConfig
 from elastic3d.config.routing import MIN_BUDGET, ElasticConfig, RouterConfig
-from elastic3d.config.serialize import from_dict
-from elastic3d.config.train import Precision, TrainConfig
-from elastic3d.config.updates_stage import UpdatesStageConfig
 from elastic3d.diffusion.flow import sampling_times
+from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.diffusion.sampler import integrate
 from elastic3d.errors import UserError
+from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import find_weights, load_config
@@ -38,12 +35,105 @@ from elastic3d.training.datasets import (
     record_of_shapes,
     stack,
 )
-from elastic3d.training.latents import LatentInfo
+from elastic3d.training.latents import LatentCacheConfig, LatentInfo
+from elastic3d.training.options import Precision, StageName, TrainConfig
+from elastic3d.utils.options import Options, from_dict, option
 from elastic3d.utils.structured import load_json
 from elastic3d.utils.tensors import read_weights
 
 VALIDATED = ((4, 1.0), (6, 1.0), (8, 0.5), (12, 0.35), (12, 0.5), (25, 0.3))  # steps, budget
 TOKENS = ("tokens",)
+
+
+@dataclass(kw_only=True)
+class UpdatesStageConfig(Options):
+    """Updates of a model's blocks for generations with few model evaluations, learned through whole generations."""
+
+    model: Path = option(Path("data/pretrained/shape-small"), "folder of a pipeline with trained routers")
+    rank: int = option(32, "rank of the updates", ge=1, le=4096)
+    continued: bool = option(
+        False,
+        "start from the updates that the model has, instead of fresh ones; a larger rank adds directions",
+    )
+    guidance: bool = option(
+        False, "learn the pipeline's guidance too: generations with updates run the conditional branch alone"
+    )
+    guided_times: list[float] = option(
+        [],
+        "with it: first and last time between which both branches run all the same; empty: nowhere",
+        ge=0,
+        le=1,
+        ascending=True,
+    )
+    min_calls: float = option(
+        3.0, "fewest calls of the model in a generation: its steps times its budget", ge=1, le=1000
+    )
+    max_calls: float = option(8.0, "most of them", ge=1, le=1000)
+    min_steps: int = option(4, "fewest sampling steps", ge=1, le=1000)
+    max_steps: int = option(25, "most of them", ge=1, le=1000)
+    whole: float = option(
+        0.0,
+        "share of the batches that run every block in each step: in as many steps as calls, a budget of 1",
+        ge=0,
+        le=1,
+    )
+    reference_steps: int = option(
+        60, "sampling steps of the dense results that are to be reached", ge=1, le=10_000
+    )
+    pairs: int = option(
+        8192, "pairs of a picture and noise, whose dense results are kept in memory", ge=1, le=1 << 24
+    )
+    floor: float = option(
+        1e-3,
+        "relative squared error below which little is to be gained; the loss is the logarithm of what is above",
+        ge=1e-9,
+        le=1,
+    )
+    anchor_weight: float = option(
+        1.0,
+        "weight of the anchors' channels over the others': errors there cost a mesh the most",
+        ge=0,
+        le=1e6,
+    )
+    val_shapes: int = option(28, "validation shapes that are generated", ge=1, le=1 << 16)
+
+    def check(self) -> None:
+        """Ranges of steps and calls that hold at least one generation."""
+        if len(self.guided_times) not in (0, 2):
+            raise ValueError(f"guided_times is {self.guided_times}, expected none or two")
+        if self.guided_times and not self.guidance:
+            raise ValueError(f"guided_times is {self.guided_times}, expected none: guidance is false")
+        for name, low, high in (
+            ("max_calls", self.min_calls, 1000),
+            ("max_steps", self.min_steps, 1000),
+            ("reference_steps", self.max_steps, 10_000),
+        ):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a value from {low} to {high}")
+        if self.whole and not self.whole_steps:
+            raise ValueError(
+                f"whole is {self.whole:g}, expected 0: no number of steps is between {self.min_calls:g} and"
+                f" {min(self.max_calls, self.max_steps):g}"
+            )
+        if self.max_steps * MIN_BUDGET > self.max_calls:
+            raise ValueError(
+                f"max_steps is {self.max_steps}, expected at most {int(self.max_calls / MIN_BUDGET)}:"
+                f" the smallest budget, {MIN_BUDGET:g}, leaves more than {self.max_calls:g} calls"
+            )
+
+    @property
+    def whole_steps(self) -> range:
+        """Numbers of steps that a generation with every block has."""
+        return range(math.ceil(self.min_calls), int(min(self.max_calls, self.max_steps)) + 1)
+
+
+@dataclass(kw_only=True)
+class FewStepTrainConfig(TrainConfig):
+    """Everything `scripts/train.py stage=updates` takes."""
+
+    stage: StageName = option(StageName.updates, "what to do")
+    latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
+    updates: UpdatesStageConfig = option(UpdatesStageConfig, "training of the routers' low-rank updates")
 
 
 def pipeline_config(model: Path) -> PipelineConfig:
@@ -220,12 +310,8 @@ class PairItems:
 class UpdatesStage:
     """What the loop needs to train updates."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: FewStepTrainConfig) -> None:
         self.config, options = config, config.updates
-        if config.image.backbone is not None:
-            raise UserError(
-                f"backbone is {config.image.backbone.name}: stage=updates trains shape models alone"
-            )
         self.info = LatentInfo.load(config.latents.output)
         pipeline = pipeline_config(options.model)
         if not (options.model / ROUTERS_NAME).is_dir():

@@ -7,11 +7,7 @@ import pytest
 import torch
 from _cli import parse
 
-from elastic3d.config.image_stage import ImageStageConfig
 from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig
-from elastic3d.config.text_to_image import BackboneName
-from elastic3d.config.train import ExportConfig, StageName, TrainConfig
-from elastic3d.config.updates_stage import UpdatesStageConfig
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
@@ -19,19 +15,20 @@ from elastic3d.routing.cost import trace_share
 from elastic3d.routing.trace import NOT_RUN
 from elastic3d.routing.updates import LowRankUpdate
 from elastic3d.training.datasets import stack
+from elastic3d.training.few_step import FewStepTrainConfig, UpdatesStage, UpdatesStageConfig, relative_errors
 from elastic3d.training.journal import read_metrics
+from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
-from elastic3d.training.updates_stage import UpdatesStage, relative_errors
 from elastic3d.utils.structured import load_json, save_json
 from elastic3d.utils.tensors import read_weights
-from tests.training.test_calibrate_stage import save_tiny_routers
-from tests.training.test_dit_stage import config_for
-from tests.training.test_router_stage import dense  # noqa: F401  # a fixture
+from tests.training.test_calibrate import save_tiny_routers
+from tests.training.test_dit import config_for
+from tests.training.tiny import export_of
 
 ROUTERS = RouterConfig(lookahead=Lookahead.step, longest=3, widths=1, head_std=0.3)
 
 
-def updates_config(root, updates=None, **changes) -> TrainConfig:
+def updates_config(root, updates=None, **changes) -> FewStepTrainConfig:
     options = dict(model=root / "dense", rank=4, min_calls=2, max_calls=3, min_steps=2, max_steps=4,
                    reference_steps=8, pairs=6, val_shapes=1)  # fmt: skip
     settings = dict(
@@ -49,7 +46,7 @@ def routed(dense):  # noqa: F811
 
 
 def test_the_shipped_configuration_suits_the_stage():
-    config = parse(TrainConfig, "train", ["stage=updates"])
+    config = parse(FewStepTrainConfig, "train", ["stage=updates"])
     assert config.stage is StageName.updates
     assert (config.updates.rank, config.updates.max_calls, config.weight_decay) == (32, 8.0, 0.0)
 
@@ -139,7 +136,7 @@ def test_train_export_and_generate(routed):
     rows = read_metrics(routed / "runs" / "updates" / "metrics.jsonl")
     assert any(name.startswith("val/updated_") for row in rows for name in row)
     output = routed / "dense"
-    export = updates_config(routed, stage=StageName.export, export=ExportConfig(output=output))
+    export = export_of(updates_config(routed), output)
     for _ in range(2):  # a second export finds updates there already
         assert run_stage(export) == 0
     after = read_weights(output / "routers" / "model.safetensors")
@@ -156,7 +153,7 @@ def test_train_export_and_generate(routed):
 def test_guidance_is_learned_from_the_updates_that_are_there(routed):
     assert run_stage(updates_config(routed, steps=2)) == 0
     output = routed / "dense"
-    assert run_stage(updates_config(routed, stage=StageName.export, export=ExportConfig(output=output))) == 0
+    assert run_stage(export_of(updates_config(routed), output)) == 0
     first = read_weights(output / "routers" / "model.safetensors")
 
     options = {"continued": True, "guidance": True, "max_calls": 4}
@@ -168,8 +165,7 @@ def test_guidance_is_learned_from_the_updates_that_are_there(routed):
     assert (flow.session.trace.actions[:, 1] == NOT_RUN).all()
 
     assert run_stage(updates_config(routed, options, steps=2, name="guided")) == 0
-    export = updates_config(routed, options, stage=StageName.export, name="guided")
-    assert run_stage(replace(export, export=ExportConfig(output=output))) == 0
+    assert run_stage(export_of(updates_config(routed, options, name="guided"), output)) == 0
     pipeline = ImageTo3DPipeline.from_pretrained(output, "cpu", "float32")
     assert pipeline.session.router_config == replace(
         ROUTERS, updates=4, updates_calls=4, updates_steps=4, updates_guidance=2.5
@@ -188,8 +184,7 @@ def test_a_larger_rank_goes_on_from_the_same_generations(routed):
     with pytest.raises(UserError, match="updates.continued is true, but .*routers has no updates"):
         UpdatesStage(updates_config(routed, options))
     assert run_stage(updates_config(routed, steps=2, learning_rate=0.03)) == 0
-    export = ExportConfig(output=routed / "dense")
-    assert run_stage(updates_config(routed, stage=StageName.export, export=export)) == 0
+    assert run_stage(export_of(updates_config(routed), routed / "dense")) == 0
     same, larger = (UpdatesStage(updates_config(routed, options | {"rank": rank})) for rank in (4, 6))
     batch = stack([same.items().item(0, 0)])
     fresh = UpdatesStage(updates_config(routed)).flow.generate(batch, 3, ElasticConfig())
@@ -203,21 +198,16 @@ def test_a_larger_rank_goes_on_from_the_same_generations(routed):
 
 
 def test_what_does_not_fit_is_said(routed):
-    pictures = updates_config(routed, image=ImageStageConfig(backbone=BackboneName.small, weights=routed))
-    with pytest.raises(UserError, match="backbone is small: stage=updates trains shape models alone"):
-        UpdatesStage(pictures)
     shutil.rmtree(routed / "dense" / "routers")
     with pytest.raises(UserError, match="has no routers, expected a folder routers in it"):
         UpdatesStage(updates_config(routed))
-    with pytest.raises(ValueError, match="updates.max_calls is 1"):
+    with pytest.raises(ValueError, match="max_calls is 1"):
         UpdatesStageConfig(min_calls=2, max_calls=1)
-    with pytest.raises(ValueError, match="guided_times is .*, expected none: updates.guidance is false"):
+    with pytest.raises(ValueError, match="guided_times is .*, expected none: guidance is false"):
         UpdatesStageConfig(guided_times=[0.1, 0.3])
-    with pytest.raises(
-        ValueError, match=r"updates.whole is 0.2, expected 0: no number of .* between 4.2 and 4.8"
-    ):
+    with pytest.raises(ValueError, match=r"whole is 0.2, expected 0: no number of .* between 4.2 and 4.8"):
         UpdatesStageConfig(whole=0.2, min_calls=4.2, max_calls=4.8)
-    with pytest.raises(ValueError, match="updates.max_steps is 40, expected at most 26"):
+    with pytest.raises(ValueError, match="max_steps is 40, expected at most 26"):
         UpdatesStageConfig(max_steps=40)
-    with pytest.raises(ValueError, match="updates.reference_steps is 10"):
+    with pytest.raises(ValueError, match="reference_steps is 10"):
         UpdatesStageConfig(reference_steps=10)

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from elastic3d.config.base import check_range
-from elastic3d.config.serialize import from_dict, to_dict
 from elastic3d.errors import UserError
+from elastic3d.utils.options import check_range, from_dict, to_dict
 
 
 class Kind(Enum):
@@ -52,12 +51,12 @@ def test_round_trip_through_json() -> None:
     ("values", "message"),
     [
         ({"witdh": 3}, r"f.json: unknown field 'witdh' of Config \(did you mean width\?\)"),
-        ({"width": "3"}, "f.json: width is '3', expected int"),
-        ({"width": True}, "f.json: width is True, expected int"),
+        ({"width": "3"}, "f.json: width is '3', expected an integer"),
+        ({"width": True}, "f.json: width is True, expected an integer"),
         ({"width": 0}, "f.json: width is 0, expected a value from 1 to 100"),
         ({"kind": "huge"}, "f.json: kind is 'huge', expected one of small, large"),
-        ({"means": ["a"]}, "f.json: means is 'a', expected float"),
-        ({"inner": {"y": 1}}, "f.json: inner: unknown field 'y' of Inner"),
+        ({"means": ["a"]}, "f.json: means is 'a', expected a number"),
+        ({"inner": {"y": 1}}, "f.json: unknown field 'inner.y' of Inner"),
     ],
 )
 def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:

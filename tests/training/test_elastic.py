@@ -1,37 +1,39 @@
 """From a dense DiT to trained routers, on shapes whose surface is known."""
 
+from typing import Any
+
 import pytest
 import torch
 from _cli import parse
 from torch import nn
 
 from elastic3d.adapters import attach
-from elastic3d.config.generate import PipelineConfig
-from elastic3d.config.models import DiTConfig
-from elastic3d.config.router_stage import (
-    CostLoss,
-    GateLoss,
-    MeshLossConfig,
-    RouterStageConfig,
-    TrainedParts,
-)
 from elastic3d.config.routing import Branches, ElasticConfig, Lookahead, RouterConfig, RouterVariant
-from elastic3d.config.train import ExportConfig, StageName, TrainConfig
 from elastic3d.diffusion.flow import interpolate
+from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import build_image_encoder
+from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.routing.attach import router_state
 from elastic3d.training.datasets import stack
+from elastic3d.training.elastic import (
+    MESH_TERMS,
+    MeshLossConfig,
+    RouterStage,
+    RouterStageConfig,
+    RouterTrainConfig,
+)
+from elastic3d.training.elastic_objective import CostLoss, GateLoss, TrainedParts
 from elastic3d.training.export import export_run
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo, build_cache
-from elastic3d.training.router_stage import MESH_TERMS, RouterStage
+from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
-from tests.training.test_dit_stage import add_views, config_for
-from tests.training.tiny import tiny_vae
+from tests.training.test_dit import add_views, config_for
+from tests.training.tiny import export_of, tiny_vae
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def dense(prepared):
     add_views(prepared)
     torch.manual_seed(0)
     ShapeVAE(tiny_vae()).save_pretrained(prepared / "vae")
-    build_cache(config_for(prepared))
+    build_cache(config_for(prepared, stage=StageName.cache))
     info = LatentInfo.load(prepared / "latents")
     dit = ShapeDiT(
         DiTConfig(
@@ -59,12 +61,12 @@ def dense(prepared):
     return prepared
 
 
-def router_config(root, mesh: MeshLossConfig | None = None, routing=None, **changes) -> TrainConfig:
+def router_config(root, mesh: MeshLossConfig | None = None, routing=None, **changes) -> Any:
     small = mesh or MeshLossConfig(near_queries=32, volume_queries=16, surface_points=16, share=0.5)
     options = dict(model=root / "dense", mesh=small, val_budgets=[0.5], val_shapes=1, val_steps=2) | (
         routing or {}
     )
-    settings = dict(stage=StageName.router, name="router", routing=RouterStageConfig(**options))
+    settings = dict(stage=StageName.router, name="router", routing=options)
     return config_for(root, **(settings | changes))
 
 
@@ -74,9 +76,12 @@ def batch_of(stage: RouterStage, count: int = 4):
 
 def test_every_shipped_router_configuration_suits_the_stage():
     for choice, longest in (("", 8), ("router=light", 0), ("router=paper", 0), ("router=reuse", 8)):
-        config = parse(TrainConfig, "train", ["stage=router", *([choice] if choice else [])])
+        config = parse(RouterTrainConfig, "train", ["stage=router", *([choice] if choice else [])])
         assert config.router.longest == longest and config.stage is StageName.router
-    assert parse(TrainConfig, "train", ["stage=router", "router=paper"]).router.variant is RouterVariant.paper
+    assert (
+        parse(RouterTrainConfig, "train", ["stage=router", "router=paper"]).router.variant
+        is RouterVariant.paper
+    )
 
 
 def test_items_show_the_router_what_samplers_do(dense):
@@ -279,9 +284,7 @@ def test_trains_resumes_and_exports(dense, parts):
     assert (config.folder / "samples" / "generated-00000004.png").is_file()
     config.steps = 6
     assert run_stage(config) == 0  # goes on from its own checkpoint
-    config.export = ExportConfig(output=dense / "elastic")
-    config.stage = StageName.export
-    export_run(config)
+    export_run(export_of(config, dense / "elastic"))
     before = ImageTo3DPipeline.from_pretrained(dense / "dense", "cpu", "float32").dit.state_dict()
     after = ImageTo3DPipeline.from_pretrained(dense / "elastic", "cpu", "float32").dit
     changed = any(not torch.equal(before[key], value) for key, value in after.state_dict().items())

@@ -1,4 +1,4 @@
-"""Training of the small text-to-image model by flow matching on cached pictures."""
+"""The small text-to-image model: flow matching on cached pictures."""
 
 from __future__ import annotations
 
@@ -9,16 +9,63 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.config.image_stage import ImageStageConfig
-from elastic3d.config.train import TrainConfig
 from elastic3d.diffusion.flow import interpolate, sample_timesteps, velocity
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.pipelines.image_loading import quiet
-from elastic3d.pipelines.pixel_flux import MiniLM, PixelFluxPipeline, SmallBackbone, build_transformer
+from elastic3d.pipelines.pixel_flux import (
+    MiniLM,
+    PixelFluxPipeline,
+    PixelModelConfig,
+    SmallBackbone,
+    build_transformer,
+)
 from elastic3d.training.datasets import Batch, Shuffle, item_generator, stack
+from elastic3d.training.options import StageName, TrainConfig
 from elastic3d.training.picture_cache import PictureCache, build_picture_cache, text_of
+from elastic3d.training.pictures import PictureConfig
 from elastic3d.training.runtime import first_process_first
 from elastic3d.training.samples import contact_sheet
+from elastic3d.utils.options import Options, option
+
+
+@dataclass(kw_only=True)
+class PictureFlowConfig(Options):
+    """How timesteps are drawn."""
+
+    logit_normal: bool = option(True, "timesteps from a logit-normal distribution; false: uniform")
+    shift: float = option(1.0, "timestep shift; above 1 trains more on noise", ge=1e-3, le=1e3)
+
+
+@dataclass(kw_only=True)
+class ImageStageConfig(PictureConfig, PictureFlowConfig):
+    """Pictures with captions, and the model that learns from them."""
+
+    model: PixelModelConfig = option(PixelModelConfig, "architecture")
+    drop_caption: float = option(
+        0.1, "share of samples without caption (classifier-free guidance)", ge=0, le=1
+    )
+    val_pictures: int = option(128, "pictures to validate on", ge=1, le=1 << 20)
+    sample_pictures: int = option(8, "sample pictures", ge=1, le=1 << 16)
+    sample_steps: int = option(25, "sampling steps of the sample pictures", ge=1, le=1000)
+    sample_guidance: float = option(3.0, "their guidance", ge=0, le=100)
+
+
+@dataclass(kw_only=True)
+class ImageTrainConfig(TrainConfig):
+    """Everything `scripts/train.py stage=image` takes."""
+
+    stage: StageName = option(StageName.image, "what to do")
+    image: ImageStageConfig = option(ImageStageConfig, "pictures with captions")
+
+    def network(self) -> nn.Module:
+        """The transformer."""
+        return build_transformer(self.image.model)
+
+    def sample_bytes(self) -> int:
+        """The picture's and the prompt's tokens in every block."""
+        model = self.image.model
+        tokens = (model.size // model.patch) ** 2 + model.text_length
+        return 2 * model.width * tokens * (model.double_blocks + model.single_blocks)
 
 
 class PictureFlow(nn.Module):
@@ -47,7 +94,7 @@ class PictureItems:
     """Items: `latents`, `noise` (N,C), `t` (), `text/<name>`, that of the unconditional branch where it is dropped."""
 
     pictures: PictureCache
-    config: ImageStageConfig
+    config: PictureFlowConfig
     drop_caption: float
 
     def __post_init__(self) -> None:
@@ -81,12 +128,13 @@ class PictureItems:
 class ImageStage:
     """What the loop needs to train the small text-to-image model."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: ImageTrainConfig) -> None:
         self.config = image = config.image
         with first_process_first(config):
             with quiet():
                 text = MiniLM(image.model.text_length)
-            build_picture_cache(config, SmallBackbone(PixelFluxPipeline.build(image.model, None, text)))
+            encoder = SmallBackbone(PixelFluxPipeline.build(image.model, None, text))
+            build_picture_cache(image, config.data, encoder, config.seed)
         self.dit = build_transformer(image.model)
         self.backbone = SmallBackbone(PixelFluxPipeline.build(image.model, self.dit, None))
         self.flow = PictureFlow(self.backbone, image.model.size, image.model.guidance)
