@@ -87,7 +87,7 @@ def adopt_architecture(config: Any) -> None:
 
     Nothing changes where `init_from` is a checkpoint, or where `init_new` says that the two differ.
     """
-    if config.init_from is None or config.init_new:
+    if config.init_from is None or getattr(config, "init_new", []):
         return
     path = find_start(config.init_from)
     if config.stage is StageName.vae and (folder := model_part(path, "vae")):

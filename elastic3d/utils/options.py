@@ -21,7 +21,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from elastic3d.errors import UserError
+from elastic3d.utils.errors import UserError
 
 Config = TypeVar("Config")
 MAX_TEXT = 4096  # characters of a text or path, which is also the longest path of Linux
