@@ -128,6 +128,7 @@ class LatentItems:
     info: LatentInfo
     config: DiTStageConfig
     scale: float = 1.0
+    mirror: bool = True  # take mirrored shapes too, where the cache has them
 
     def __post_init__(self) -> None:
         self._shuffle = Shuffle(len(self.shapes))
@@ -140,16 +141,23 @@ class LatentItems:
         """Item `position` of the shuffled stream."""
         rng = item_generator(seed, position)
         id = self.shapes.ids[self._shuffle(position, seed)]
-        settings = self.info.settings
-        item = self.draw(
-            id, int(rng.integers(settings["variants"])), int(rng.integers(settings["views"])), rng
-        )
+        item = self.draw(id, *self._choose(rng), rng)
         if rng.random() < self.config.drop_condition:
             item["condition"] = torch.zeros_like(item["condition"])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
         logit_normal = self.config.timesteps is Timesteps.logit_normal
         item["t"] = sample_timesteps(1, generator, logit_normal, self.config.time_shift)[0]
         return item
+
+    def _choose(self, rng: np.random.Generator) -> tuple[int, int]:
+        """An encoding and a view: any two of the shape, or any two of its mirror image (`LatentsConfig.mirror`)."""
+        settings = self.info.settings
+        counts = (settings["variants"], settings["views"])
+        if not settings.get("mirror"):
+            return int(rng.integers(counts[0])), int(rng.integers(counts[1]))
+        half = int(rng.integers(2)) if self.mirror else 0
+        first, second = (count // 2 for count in counts)
+        return half * first + int(rng.integers(first)), half * second + int(rng.integers(second))
 
     def draw(self, id: str, variant: int, view: int, rng: np.random.Generator) -> Batch:
         """A standardised posterior sample of one encoding, noise, and one view's tokens."""

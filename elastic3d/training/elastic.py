@@ -208,7 +208,9 @@ class RouterItems(LatentItems):
         # Without the other branch beside it, half of the samples are unconditional, if the model has that branch.
         drop = 0.0 if flow.paired or flow.embedded else 0.5
         items = DiTStageConfig(match_channels=config.dit.match_channels, drop_condition=drop)
-        super().__init__(shapes, info, items, scale)
+        super().__init__(
+            shapes, info, items, scale, mirror=meshes is None
+        )  # a stored surface is no mirror image
 
     def item(self, position: int, seed: int) -> Batch:
         """Item `position` of the shuffled stream."""

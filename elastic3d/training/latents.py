@@ -25,12 +25,13 @@ from elastic3d.errors import UserError
 from elastic3d.models.foreground import prepare_picture, to_tensor
 from elastic3d.models.image_encoder import ImageEncoder, build_image_encoder
 from elastic3d.models.options import ForegroundConfig, ImageEncoderConfig
-from elastic3d.models.pictures import PICTURE_SUFFIXES
+from elastic3d.models.pictures import PICTURE_SUFFIXES, load_picture
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.sizes import require_memory
 from elastic3d.models.weights import WEIGHTS_NAME
 from elastic3d.pipelines.runtime import resolve_device
 from elastic3d.training.datasets import PreparedShapes, item_generator, nothing_prepared, read_split, stack
+from elastic3d.training.image_augment import augment_view
 from elastic3d.training.init_from import statistics_of
 from elastic3d.training.options import DataConfig, StageConfig, StageName
 from elastic3d.training.vae import SurfaceConfig, VAEItems, VAEStageConfig
@@ -68,12 +69,26 @@ class LatentsConfig(LatentCacheConfig):
     images: Path | None = option(
         None, "pictures of the shapes, named as their meshes; a shape without one keeps its rendered views"
     )
+    augment: bool = option(
+        False, "training views as people give them: shadows, compression, low resolution, other exposures"
+    )
+    mirror: bool = option(
+        False,
+        "half of the encodings and views of training shapes are of the mirrored shape (both numbers even)",
+    )
     batch: int = option(8, "shapes encoded at once", ge=1, le=4096)
     standardise: bool = option(
         True, "measure the latents' statistics; false for a published model, which knows its own scale"
     )
     encoder: ImageEncoderConfig = option(ImageEncoderConfig, "image encoder")
     foreground: ForegroundConfig = option(ForegroundConfig, "what happens to a view before")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mirror and (self.variants % 2 or self.views % 2):
+            raise ValueError(
+                f"variants is {self.variants} and views {self.views}, expected even numbers with mirror=true"
+            )
 
 
 @dataclass(kw_only=True)
@@ -204,6 +219,7 @@ class _Builder:
         }
         if not self.config.standardise:  # absent otherwise: older caches have no such entry
             self.settings["standardise"] = False
+        self.settings |= {name: True for name in ("augment", "mirror") if getattr(self.config, name)}
         self.statistics: tuple[list[float], list[float]] | None = None
         if config.init_from is not None:
             self.statistics = statistics_of(config.init_from)
@@ -248,12 +264,12 @@ class _Builder:
         total, square, count = torch.zeros(channels).double(), torch.zeros(channels).double(), 0
         for first in range(0, len(shapes), self.config.batch):
             ids = shapes.ids[first : first + self.config.batch]
-            mean, logvar = self._encode(shapes, ids)
+            mean, logvar = self._encode(shapes, ids, train)
             for i, id in enumerate(ids):
                 own = id.partition("/")[2]
                 bar.update()
                 try:
-                    tokens = self._look(shapes, id)
+                    tokens = self._look(shapes, id, id in train)
                 except UserError as error:
                     bar.write(f"skipped: {error}")
                     continue
@@ -268,29 +284,44 @@ class _Builder:
         save_json(sums, target.with_suffix(".json"))
 
     @torch.no_grad()
-    def _encode(self, shapes: PreparedShapes, ids: list[str]) -> tuple[Tensor, Tensor]:
-        """Posterior mean and logvar (B,K,N,C) from K subsets of the surface points."""
+    def _encode(self, shapes: PreparedShapes, ids: list[str], train: set[str]) -> tuple[Tensor, Tensor]:
+        """Posterior mean and logvar (B,K,N,C) from K subsets of the surface points; see `LatentsConfig.mirror`."""
         items = VAEItems(shapes, self.points)
         means, logvars = [], []
         for variant in range(self.config.variants):
             drawn = []
             for id in ids:
                 rng = item_generator(variant, _number(id))
-                drawn.append({**items.draw(id, rng), **items.offsets(rng)})
+                item = {**items.draw(id, rng), **items.offsets(rng)}
+                if self.config.mirror and id in train and 2 * variant >= self.config.variants:
+                    item = {name: mirrored(tensor) for name, tensor in item.items()}
+                drawn.append(item)
             batch = {name: tensor.to(self.device) for name, tensor in stack(drawn).items()}
             posterior = self.vae.encode(batch["surface"], batch.get("sharp"), batch.get("offsets"))
             means.append(posterior.mean.cpu())
             logvars.append(posterior.logvar.cpu())
         return torch.stack(means, dim=1), torch.stack(logvars, dim=1)
 
-    def _look(self, shapes: PreparedShapes, id: str) -> Tensor:
-        """Tokens (V,M,Cc) of the shape's own pictures or its rendered views; of some twice where there are fewer."""
+    def _look(self, shapes: PreparedShapes, id: str, training: bool) -> Tensor:
+        """Tokens (V,M,Cc) of the shape's own images or its rendered views; of some twice where there are fewer."""
+        config, views = self.config, self.config.views
         found = self.pictures.get(id.partition("/")[2]) or stored_views(shapes, id)
-        places = [i * len(found) // self.config.views for i in range(self.config.views)]
-        size, used = self.encoder.image_size, sorted(set(places))
-        pictures = [prepare_picture(found[place], self.config.foreground, size) for place in used]
+        halves = 2 if config.mirror and training else 1
+        places = [i * len(found) // (views // halves) for i in range(views // halves)] * halves
+        chosen = [(place, halves == 2 and 2 * i >= views) for i, place in enumerate(places)]
+        changed = config.augment and training
+        # an augmented view is another one each time; an unchanged one is encoded once
+        used = list(enumerate(chosen)) if changed else [(0, pair) for pair in sorted(set(chosen))]
+        pictures = []
+        for index, (place, flip) in used:
+            view = load_picture(found[place]) if changed or flip else found[place]
+            if changed:
+                view = augment_view(view, np.random.default_rng([_number(id), index, 6]))
+            if flip:
+                view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pictures.append(prepare_picture(view, config.foreground, self.encoder.image_size))
         tokens = self.encoder(to_tensor(pictures).to(self.device)).cpu()
-        return tokens[[used.index(place) for place in places]]
+        return tokens if changed else tokens[[used.index((0, pair)) for pair in chosen]]
 
     def finish(self, sums: list[dict[str, Any]]) -> LatentInfo:
         """Write `latents.json`."""
@@ -313,6 +344,14 @@ class _Builder:
             info.mean, info.std = self.statistics
         save_json(vars(info), self.config.output / INFO_NAME)
         return info
+
+
+def mirrored(points: Tensor) -> Tensor:
+    """Points, or points and normals (...,3 or more), in the mirror x -> -x; distances behind xyz stay."""
+    flipped = points.clone()
+    if points.shape[-1] in (3, 6):
+        flipped[..., ::3] *= -1
+    return flipped
 
 
 def named_pictures(folder: Path) -> dict[str, list[Path]]:

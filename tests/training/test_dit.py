@@ -180,6 +180,36 @@ def test_items(cached):
     assert all(torch.equal(again[name], drawn[7][name]) for name in again)
 
 
+def test_a_mirrored_cache_pairs_a_shape_with_views_of_the_same_hand(prepared):
+    """Points move to x > 0 and pictures are lit on the right, so that the hand can be read off both."""
+    add_views(prepared)
+    for shard in (prepared / "prepared" / "balls").glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in [name for name in tensors if name.endswith("/surface")]:
+            tensors[name][..., 0] = tensors[name][..., 0].abs()
+        save_file(tensors, shard)
+    torch.manual_seed(0)
+    ShapeVAE(tiny_vae()).save_pretrained(prepared / "vae")
+    options = dict(vae=prepared / "vae", variants=4, views=4, batch=2, mirror=True, augment=True)
+    config = config_for(
+        prepared, stage=StageName.cache, latents=LatentsConfig(output=prepared / "mirrored", **options)
+    )
+    build_cache(config)
+    info = LatentInfo.load(prepared / "mirrored")
+    shapes = PreparedShapes(prepared / "mirrored", [f"balls/ball{i}" for i in range(6)])
+    x = torch.stack([shapes.read(id, "mean")[..., 0].float().mean(1) for id in shapes.ids])  # of the anchors
+    assert (x[:5, :2] > 0.1).all() and (x[:5, 2:] < -0.1).all()
+    assert (x[5] > 0.1).all()  # validation shapes stay as they are
+    items = LatentItems(shapes, info, config_for(prepared).dit)
+    rng = np.random.default_rng(0)
+    chosen = {items._choose(rng) for _ in range(200)}
+    assert chosen == {(v, w) for v in range(4) for w in range(4) if (v < 2) == (w < 2)}
+    items.mirror = False
+    assert {items._choose(rng) for _ in range(100)} == {(v, w) for v in range(2) for w in range(2)}
+    with pytest.raises(ValueError, match="even numbers"):
+        LatentsConfig(variants=3, views=4, mirror=True)
+
+
 def test_the_objective_is_the_weighted_velocity_error():
     torch.manual_seed(0)
     dit = ShapeDiT(
