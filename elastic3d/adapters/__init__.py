@@ -49,7 +49,9 @@ def attach(model: Any, routers: RouterConfig | str | Path | None = None) -> Rout
     """Put routers on every block of `model`, in place; the session through which they are driven.
 
     Args:
-        model: a model of a known family, or a diffusers pipeline around one, which then drives the session itself.
+        model: a model of a known family, or a diffusers pipeline around one, which then drives the session itself, as
+            does each that shares its transformer and scheduler. One with another scheduler is attached too: it gets
+            the session of the transformer.
         routers: an architecture for fresh routers, or a folder of trained ones (None: a fresh default).
 
     Raises:
@@ -57,8 +59,17 @@ def attach(model: Any, routers: RouterConfig | str | Path | None = None) -> Rout
         UserError: a folder of routers that is broken or of another model; the model is left as it was.
     """
     if _is_pipeline(model):
+        if is_attached(model.transformer) and routers is None:
+            session = session_of(model.transformer)
+            if session.driver is None or all(known is not model for known in session.driver.pipelines):
+                drive(model, session)
+                return session
         session = attach(model.transformer, routers)
-        drive(model, session)
+        try:
+            drive(model, session)
+        except ValueError:
+            detach_from(model.transformer)
+            raise
         return session
     adapter = adapter_for(model)
     if not isinstance(routers, (str, Path)):
@@ -75,10 +86,11 @@ def attach(model: Any, routers: RouterConfig | str | Path | None = None) -> Rout
 def detach(model: Any) -> None:
     """Take the routers off a model or a pipeline: it is what it was before. ValueError where it has none."""
     if _is_pipeline(model):
-        detach_from(model.transformer)
-        release(model)
-    else:
-        detach_from(model)
+        detach(model.transformer)
+        return
+    if is_attached(model):
+        release(session_of(model))
+    detach_from(model)
 
 
 def _is_pipeline(model: Any) -> bool:

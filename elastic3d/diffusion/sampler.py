@@ -91,19 +91,21 @@ def integrate(
         scale = guidance if len(guided.branches) > 1 else None
         session.begin(len(noise), path.steps, guidance=scale, times=path.moments[:-1])
     waits = session is not None and session.holds and len(noise) > 1 and not sequential
-    while path.unfinished:
-        before, (turn, hold) = path.reached, path.turn(waits)
-        groups = guided.by_branches(path, turn)
-        if len(groups) > 1 and hold is Hold.unless_all:
-            hold = Hold.always  # those that need the blocks wait for the other group too
-        for branches, rows in groups.items():
-            v = guided.velocity(path, branches, rows, hold)
-            path.advance(rows, v, session.held if session is not None else frozenset())
-        for step in range(before, path.reached):
-            if on_step is not None:
-                on_step(step + 1, path.steps)
-    if session is not None:
-        session.end()
+    try:
+        while path.unfinished:
+            before, (turn, hold) = path.reached, path.turn(waits)
+            groups = guided.by_branches(path, turn)
+            if len(groups) > 1 and hold is Hold.unless_all:
+                hold = Hold.always  # those that need the blocks wait for the other group too
+            for branches, rows in groups.items():
+                v = guided.velocity(path, branches, rows, hold)
+                path.advance(rows, v, session.held if session is not None else frozenset())
+            for step in range(before, path.reached):
+                if on_step is not None:
+                    on_step(step + 1, path.steps)
+    finally:
+        if session is not None:
+            session.end()
     return path.x
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -156,3 +157,29 @@ class Announced:
             self.closed,
             self.leaders or len(self.samples) or B,
         )
+
+
+class Driver(Protocol):
+    """A loop of others that generates: it is asked to announce a pass that nobody announced. `hook`: on its model."""
+
+    hook: Any
+
+    def announce(self, t: Tensor) -> None:
+        """Call `begin` and `step` for a pass at times t (B,)."""
+        ...
+
+
+class Turn:
+    """A lock that one thread may take several times; a copy is a lock of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
+        return Turn, ()

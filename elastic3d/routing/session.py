@@ -6,7 +6,7 @@ says `train(...)` before each forward pass. A pass that nobody announced is an e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,12 @@ from elastic3d.routing.passes import (
     BOTH_BRANCHES,
     Announced,
     Branch,
+    Driver,
     Groups,
     Hold,
     Pass,
     RouteSource,
+    Turn,
     grouped,
     one_each,
 )
@@ -45,11 +47,11 @@ Budget = Sequence[float] | float | None  # one for all samples, one for each, or
 class RoutingSession:
     """The state that the blocks of one model share.
 
-    Public attributes: `settings`, changed between generations; `source`, None where the routers decide; `announcer`,
-    which calls `begin` and `step` for a pass of so many rows that nobody announced; `trace` of the newest generation;
-    `current`, the newest forward pass, whose `decisions` the losses read; `recorded`, what the spans of a dense pass
-    add, while somebody asks for it; `entered`, by its first block, what came into each span in the newest pass;
-    `coarseness` of a generation that uses the blocks' updates, else None.
+    Public attributes: `settings`, changed between generations; `source`, None where the routers decide; `driver`,
+    which calls `begin` and `step` for a pass that nobody announced; `turn`, held by who generates; `trace` of the
+    newest generation; `current`, the newest forward pass, whose `decisions` the losses read; `recorded`, what the spans
+    of a dense pass add, while somebody asks for it; `entered`, by its first block, what came into each span in the
+    newest pass; `coarseness` of a generation that uses the blocks' updates, else None.
     """
 
     def __init__(self, router_config: RouterConfig, family: str) -> None:
@@ -57,7 +59,8 @@ class RoutingSession:
         self.family = family
         self.settings = ElasticConfig()
         self.source: RouteSource | None = None
-        self.announcer: Callable[[int], None] | None = None
+        self.driver: Driver | None = None
+        self.turn = Turn()
         self.blocks: list[ElasticBlock] = []
         self.conditioner: Conditioner | None = None
         self.trace: Trace | None = None
@@ -203,8 +206,8 @@ class RoutingSession:
         """A forward pass of the model starts, at times t (B,)."""
         if not self.settings.elastic:
             return
-        if self._announced is None and self.announcer is not None:
-            self.announcer(t.shape[0])
+        if self._announced is None and self.driver is not None:
+            self.driver.announce(t)
         if self._announced is None:
             raise ValueError("a forward pass that nobody announced: call session.step or session.train first")
         told, self._announced = self._announced, None
