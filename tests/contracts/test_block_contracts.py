@@ -142,3 +142,16 @@ def test_routers_own_decisions_do_not_depend_on_batch_mates(family):
         alone = forward(model, session, rows(inputs, [b]))
         assert torch.equal(session.trace.actions[0, 0, 0], actions[b])
         torch.testing.assert_close(alone, together[b : b + 1], **CLOSE)
+
+
+def test_in_bf16_a_row_alone_is_what_it_is_in_a_batch(family):
+    """Also in the dense model: a batch of one must not take kernels that round otherwise."""
+    model, inputs = family.model().to(torch.bfloat16), family.inputs(B)
+    inputs = {
+        k: v.bfloat16() if torch.is_tensor(v) and v.dtype is torch.float32 else v for k, v in inputs.items()
+    }
+    with torch.no_grad():
+        together = run(model, inputs).float()
+        for b in range(B):
+            alone = run(model, rows(inputs, [b])).float()[0]
+            assert (alone - together[b]).square().sum() < 2e-5 * together[b].square().sum()
