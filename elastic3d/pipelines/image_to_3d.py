@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
@@ -29,11 +29,19 @@ from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import find_weights
-from elastic3d.pipelines.conditions import Picture, Prepared, encode, is_picture, prepare
+from elastic3d.pipelines.conditions import (
+    Picture,
+    Prepared,
+    check_directions,
+    encode,
+    is_picture,
+    prepare,
+)
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, Placement, usual_chunk
 from elastic3d.pipelines.options import check_sampling
 from elastic3d.pipelines.routes import dense_receipt, route_receipts, with_options
-from elastic3d.pipelines.runtime import resolve_device, resolve_dtype, timed
+from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, seeds_of, timed
+from elastic3d.routing.passes import Turn
 from elastic3d.routing.session import RoutingSession
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256
@@ -108,6 +116,7 @@ class ImageTo3DPipeline:
         self.weights_sha256, self.dense_sha256 = weights_sha256, dense_sha256 or weights_sha256
         self.placement = Placement(next(dit.parameters()).device)
         self.max_points = usual_chunk(self.device)
+        self._turn = Turn()  # threads that share a pipeline take turns
 
     @property
     def device(self) -> torch.device:
@@ -137,12 +146,13 @@ class ImageTo3DPipeline:
         """The pipeline saved in a folder, ready to run.
 
         Args:
+            path: a folder, or the name of a bundled model: "shape-small".
             dtype: of the DiT and the VAE; `auto` is bf16 where it is fast, else fp32.
 
         Raises:
             UserError: a missing, broken or foreign file, a device that is not there.
         """
-        folder = Path(path)
+        folder = find_model(path)
         target = resolve_device(device)
         number = resolve_dtype(dtype, target)
         if not folder.is_dir():
@@ -197,7 +207,7 @@ class ImageTo3DPipeline:
         """Mesh of a picture, or of each of a list of pictures as one batch.
 
         Args:
-            images: file, PIL image, views of one object by direction (front, left, back, right), or a list of them.
+            images: file, PIL image, array, views of one object by direction (front, left, back, right), or a list.
             seed: of the noise; one for all, or one a picture. A sample depends on its own picture and seed
                 alone, not on its batch.
             steps, guidance, resolution: None is the model's default.
@@ -215,13 +225,12 @@ class ImageTo3DPipeline:
         """
         many = not is_picture(images)
         pictures: Sequence[Picture] = images if many else [images]  # type: ignore[assignment, list-item]
-        seeds = [seed] * len(pictures) if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(pictures):
-            raise UserError(f"seed has {len(seeds)} values, expected one or {len(pictures)}")
+        seeds = seeds_of(seed, len(pictures))
         settings = self._settings(steps, guidance, resolution, max_faces, cleanup, foreground)
         asked = (elastic, budget, width, cache, shared, updates)
         settings.elastic = with_options(self.config.elastic, self.session is not None, *asked)
-        results = self._generate(pictures, seeds, settings, on_step)
+        with self._turn, self.session.turn if self.session is not None else nullcontext():
+            results = self._generate(pictures, seeds, settings, on_step)
         if many:
             return results
         if results[0].error is not None:
@@ -270,7 +279,9 @@ class ImageTo3DPipeline:
             for i, picture in enumerate(pictures):
                 try:
                     prepared[i] = prepare(picture, settings.foreground, self.encoder)
+                    check_directions(prepared[i], next(iter(prepared.values())))
                 except UserError as error:
+                    prepared.pop(i, None)
                     results[i].error = error
             if not prepared:
                 return results
