@@ -15,8 +15,8 @@ from torch import Tensor
 
 from elastic3d.diffusion.flow import timestep_grid
 from elastic3d.diffusion.options import Solver
-from elastic3d.routing.passes import BOTH_BRANCHES, Branch, Hold
-from elastic3d.routing.session import RoutingSession
+from elastic3d.elastic.context import BOTH_BRANCHES, Branch, Hold
+from elastic3d.elastic.session import ElasticSession
 
 SomeBranches = tuple[Branch, ...]  # the conditional one, or both
 
@@ -71,7 +71,7 @@ def integrate(
     times: Tensor | None = None,
     solver: Solver = Solver.euler,
     sequential: bool = False,
-    session: RoutingSession | None = None,
+    session: ElasticSession | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Integrate from given noise (B,N,C): condition (B,M,Cc) -> latents (B,N,C). Gradients go back through all steps.
@@ -122,7 +122,7 @@ class _Guided:
         guidance: float,
         embedded: bool,
         sequential: bool,
-        session: RoutingSession | None,
+        session: ElasticSession | None,
     ) -> None:
         self.dit, self.guidance, self.session, self.sequential = dit, guidance, session, sequential
         two = guidance != 1.0 and not embedded

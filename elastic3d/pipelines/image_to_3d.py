@@ -13,11 +13,13 @@ import trimesh
 from torch import Tensor, nn
 
 from elastic3d import __version__
-from elastic3d.adapters import attach, is_attached, save_routers, session_of
-from elastic3d.config.routing import BlockCacheConfig, ElasticConfig
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.diffusion.sampler import sample
+from elastic3d.elastic import attach, is_attached, save_routers, session_of
+from elastic3d.elastic.config import ElasticConfig, ElasticOptions
+from elastic3d.elastic.context import Turn
+from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field
@@ -39,10 +41,8 @@ from elastic3d.pipelines.conditions import (
 )
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, Placement, usual_chunk
 from elastic3d.pipelines.options import check_sampling
-from elastic3d.pipelines.routes import dense_receipt, route_receipts, with_options
+from elastic3d.pipelines.routes import dense_receipt, route_receipts
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, seeds_of, timed
-from elastic3d.routing.passes import Turn
-from elastic3d.routing.session import RoutingSession
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256
 from elastic3d.utils.options import from_dict, to_dict
@@ -132,7 +132,7 @@ class ImageTo3DPipeline:
                 part.to("cpu")
 
     @property
-    def session(self) -> RoutingSession | None:
+    def session(self) -> ElasticSession | None:
         """Of the DiT's routers; None where it has none."""
         return session_of(self.dit) if is_attached(self.dit) else None
 
@@ -196,13 +196,8 @@ class ImageTo3DPipeline:
         max_faces: int | None = None,
         cleanup: CleanupConfig | None = None,
         foreground: ForegroundConfig | None = None,
-        elastic: bool | None = None,
-        budget: float | None = None,
-        width: bool | None = None,
-        cache: BlockCacheConfig | None = None,
-        shared: bool | None = None,
-        updates: bool | None = None,
         on_step: Callable[[int, int], None] | None = None,
+        **elastic: Any,
     ) -> Result | list[Result]:
         """Mesh of a picture, or of each of a list of pictures as one batch.
 
@@ -212,12 +207,8 @@ class ImageTo3DPipeline:
                 alone, not on its batch.
             steps, guidance, resolution: None is the model's default.
             max_faces: decimate to this many faces; None is `cleanup`'s own (40,000).
-            elastic: let the routers decide; None is the model's default, False the dense model.
-            budget: share of the dense blocks' FLOPs to execute, 0.3 to 1; None is the model's default.
-            width, cache: let the routers narrow the MLPs; reuse of blocks between steps; None: the model's default.
-            shared: samples share their routes, and depend on each other; None is the model's default.
-            updates: use the routers' updates of the blocks where few calls are left; None is the model's default.
             on_step: called with (steps done, steps) during sampling.
+            elastic: `budget=` and whatever else `ElasticOptions` has.
 
         Raises:
             UserError: a value out of range; for a single picture also whatever kept it from becoming a mesh.
@@ -227,8 +218,7 @@ class ImageTo3DPipeline:
         pictures: Sequence[Picture] = images if many else [images]  # type: ignore[assignment, list-item]
         seeds = seeds_of(seed, len(pictures))
         settings = self._settings(steps, guidance, resolution, max_faces, cleanup, foreground)
-        asked = (elastic, budget, width, cache, shared, updates)
-        settings.elastic = with_options(self.config.elastic, self.session is not None, *asked)
+        settings.elastic = ElasticOptions(**elastic).over(self.config.elastic, self.session is not None)
         with self._turn, self.session.turn if self.session is not None else nullcontext():
             results = self._generate(pictures, seeds, settings, on_step)
         if many:
@@ -289,6 +279,8 @@ class ImageTo3DPipeline:
                 condition = encode(list(prepared.values()), self.encoder, self.device)
         with timed(batch_ms, "dit"), self.placement.use(self.dit):
             latents = self.sample_latents(condition, [seeds[i] for i in prepared], settings, on_step)
+        if self.placement.offload and self.session is not None:
+            self.session.forget()  # copies of blocks would stay on the device
         done, moves = [results[i] for i in prepared], len(sampling_times(self.config, settings.steps)) - 1
         dense = dense_receipt(self.dit.config, moves, settings.guidance, condition.shape[1])
         routes = route_receipts(self.session, settings.elastic, len(done))

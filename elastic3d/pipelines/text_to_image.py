@@ -15,18 +15,18 @@ from PIL import Image
 from torch import Tensor
 
 from elastic3d import __version__
-from elastic3d.adapters import adapter_for, attach, is_attached, session_of
-from elastic3d.config.routing import BlockCacheConfig, ElasticConfig
+from elastic3d.elastic import adapter_for, attach, is_attached, session_of
+from elastic3d.elastic.config import ElasticConfig, ElasticOptions
+from elastic3d.elastic.context import Turn
+from elastic3d.elastic.cost import dense_flops
+from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.pipelines.image_loading import load_backbone, merge_lora, weight_files
 from elastic3d.pipelines.options import MAX_PROMPT, BackboneName, check_sampling
-from elastic3d.pipelines.routes import route_receipts, with_options
+from elastic3d.pipelines.routes import route_receipts
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, seeds_of, timed
-from elastic3d.routing.cost import dense_flops
-from elastic3d.routing.passes import Turn
-from elastic3d.routing.session import RoutingSession
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256
 
@@ -61,7 +61,7 @@ class TextToImagePipeline:
         self._turn = Turn()  # threads that share a pipeline take turns
 
     @property
-    def session(self) -> RoutingSession | None:
+    def session(self) -> ElasticSession | None:
         """Of the transformer's routers; None where it has none."""
         transformer = self.backbone.transformer
         return session_of(transformer) if is_attached(transformer) else None
@@ -130,21 +130,16 @@ class TextToImagePipeline:
         steps: int | None = None,
         guidance: float | None = None,
         size: tuple[int, int] | None = None,
-        elastic: bool | None = None,
-        budget: float | None = None,
-        width: bool | None = None,
-        cache: BlockCacheConfig | None = None,
-        shared: bool | None = None,
-        updates: bool | None = None,
         on_step: Callable[[int, int], None] | None = None,
+        **elastic: Any,
     ) -> list[ImageResult]:
         """A picture of each prompt with its seed, as one batch; a sample does not depend on its batch, unless `shared`.
 
         Args:
             steps, guidance: None is the family's default; a guidance of 1 or less runs one branch.
             size: width and height in pixels.
-            elastic, budget, width, cache, shared, updates: as for meshes; None is the default of models with routers.
             on_step: called with (steps done, steps) during sampling.
+            elastic: `budget=` and whatever else `ElasticOptions` has.
 
         Raises:
             UserError: a prompt that is empty, too long or no text, a value out of range, or a picture with values
@@ -159,16 +154,8 @@ class TextToImagePipeline:
         for prompt in dict.fromkeys(prompts):
             check_prompt(prompt, self.backbone)
         settings = self.settings_of(steps, guidance, size)
-        settings.elastic = with_options(
-            self.backbone.default_elastic(),
-            self.session is not None,
-            elastic,
-            budget,
-            width,
-            cache,
-            shared,
-            updates,
-        )
+        options, default = ElasticOptions(**elastic), self.backbone.default_elastic()
+        settings.elastic = options.over(default, self.session is not None)
         with self._turn, self.session.turn if self.session is not None else nullcontext():
             return self._generate(prompts, seeds, settings, on_step)
 

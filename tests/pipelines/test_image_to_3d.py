@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny_pipeline import CHANNELS, LATENTS, picture, save_picture, tiny_pipeline
 
 from elastic3d import __version__
-from elastic3d.adapters import attach
-from elastic3d.adapters.shape_dit import ShapeDiTAdapter
-from elastic3d.config.routing import RouterConfig
+from elastic3d.elastic import attach
+from elastic3d.elastic.config import RouterConfig
+from elastic3d.elastic.families.shape_dit import ShapeDiTAdapter
 from elastic3d.errors import NoSurfaceError, UserError
 from elastic3d.geometry.options import CleanupConfig
 from elastic3d.models.flops import dit_blocks_flops
