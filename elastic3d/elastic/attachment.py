@@ -137,6 +137,7 @@ class _Enter:
     def __init__(self, session: ElasticSession, adapter: ModelAdapter) -> None:
         self.session, self.adapter = session, adapter
 
+    @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.session.settings.elastic:
             self.session.enter(self.adapter.timestep(model, args, kwargs))

@@ -235,6 +235,22 @@ def test_blocks_compile_whole_with_a_bounded_number_of_recompilations(family):
     torch._dynamo.reset()
 
 
+def test_the_whole_model_compiles_around_blocks_that_decide(family):
+    torch._dynamo.reset()
+    model, inputs = family.model(), family.inputs(B)
+    session = attach(model)
+    outputs = []
+    for compiled in (False, True):
+        if compiled:
+            model.compile(backend="eager")
+        session.source = random_table(session, 3)
+        begin(session)
+        outputs.append(forward(model, session, inputs))
+    torch.testing.assert_close(*outputs, **CLOSE)
+    assert (session.trace.actions == 0).any()
+    torch._dynamo.reset()
+
+
 @sdpa_kernel(SDPBackend.MATH)  # torch has no formula for the CPU's fused attention
 def test_flops_are_those_that_torch_counts(family):
     model, inputs = family.model(), family.inputs(1)

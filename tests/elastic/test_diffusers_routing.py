@@ -273,3 +273,19 @@ def test_a_scheduler_that_does_not_know_its_step_is_refused_by_name():
     with pytest.raises(ValueError, match="FluxPipeline can't have routers: its DDPMScheduler has no"):
         attach(pipe)
     attach(pipe.transformer)  # left as it was
+
+
+def test_layerwise_casting_stores_the_model_in_eight_bits_and_leaves_the_routers():
+    pipe = flux_pipeline()
+    session = attach(pipe, REUSING)
+    session.settings.budget = 0.5
+    plain = flux(pipe)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert pipe.transformer.transformer_blocks[0].attn.to_q.weight.dtype is torch.float8_e4m3fn
+    found = flux(pipe)
+    assert (session.trace.actions == -1).any()
+    assert 0 < (found - plain).square().mean() < 0.05 * plain.square().mean()
+    detach(pipe)
+    attach(pipe, MIXED)
+    with pytest.raises(ValueError, match="run with width=false"):
+        flux(pipe)

@@ -114,8 +114,8 @@ def test_the_budget_reaches_the_routers_for_each_sample():
     session.begin(2, 4, [0.5, 1.0])
     session.step(0, 0.25)
     session.enter(torch.zeros(4))
-    assert session.current.situation.budget.tolist() == [0.5, 1.0, 0.5, 1.0]
-    assert session.current.situation.branch.tolist() == [0, 0, 1, 1]
+    assert session.current.budget.tolist() == [0.5, 1.0, 0.5, 1.0]
+    assert session.current.branch.tolist() == [0, 0, 1, 1]
 
 
 def test_routers_of_another_model_or_broken_ones_are_refused_and_nothing_changes(tmp_path):
