@@ -35,12 +35,6 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from elastic3d.errors import UserError
 from elastic3d.utils.options import Bounds, bounds_of, from_dict, hints
 
-# Before PyTorch is imported: idle OpenMP threads wait awake for a few microseconds only, then sleep. Spinning on, they
-# take the cores from each other where anything else runs: 5 steps of shape-small on two busy cores then take 18 s
-# instead of 0.6 to 1.0. Asleep at once they help a small model little: 0.38 s instead of 0.25 on two idle cores.
-if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
-    os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "configs"
 Config = TypeVar("Config")

@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import save, save_file
 from torch import nn
 
-from elastic3d.config.routing import RouterConfig
 from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation.gate import load_gate
 from elastic3d.evaluation.html import load_frontier

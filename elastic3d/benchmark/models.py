@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from elastic3d.adapters import attach
 from elastic3d.benchmark.methods import DENSE, EULER, MAIN
 from elastic3d.benchmark.options import BenchmarkConfig
 from elastic3d.diffusion.options import SamplingGrid, Solver
+from elastic3d.elastic import attach
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import CONFIG_NAME, find_weights

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from elastic3d.config.routing import MIN_BUDGET, BlockCacheConfig
+from elastic3d.elastic.config import MIN_BUDGET, BlockCacheConfig
 from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.options import Options, option
@@ -22,7 +22,6 @@ class Method(Enum):
     elastic_no_cache = "elastic_no_cache"
     elastic_no_width = "elastic_no_width"
     elastic_paper_cache = "elastic_paper_cache"
-    elastic_drift_cache = "elastic_drift_cache"
     elastic_shared = "elastic_shared"
     elastic_no_updates = "elastic_no_updates"
     updated_steps = "updated_steps"
@@ -79,9 +78,6 @@ class BenchmarkOptions(Options):
         unique=True,
     )
     cache: BlockCacheConfig | None = option(None, "cache of elastic rows; null: the model's default")
-    drifts: list[float] = option(
-        [0.1], "drift limits of dense_cache, one row each", ge=0, le=100, lengths=(1, 1000), unique=True
-    )
     intervals: list[int] = option(
         [2, 3],
         "dense_cache: every block computed every N-th step and forecast between, one row each",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from elastic3d.config.routing import ElasticConfig
+from elastic3d.elastic.config import ElasticConfig
 from elastic3d.utils.options import Options, option
 
 

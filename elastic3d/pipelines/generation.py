@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from elastic3d.elastic.config import ElasticOptions
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import mesh_health
 from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, check_suffix, save_mesh
@@ -171,13 +172,8 @@ def generate(
             resolution=config.resolution,
             cleanup=config.cleanup,
             foreground=config.foreground,
-            elastic=config.elastic,
-            budget=config.budget,
-            width=config.width,
-            cache=config.cache,
-            shared=config.shared,
-            updates=config.updates,
             on_step=on_step,
+            **ElasticOptions.of(config),
         )
         if drawn:
             for result, picture in zip(results, drawn, strict=True):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from elastic3d.adapters import attach
 from elastic3d.config.hunyuan3d import PRESETS, VIEW_NAMES, Hunyuan3DConfig, ImportConfig, parse_config
+from elastic3d.elastic import attach
 from elastic3d.errors import UserError
 from elastic3d.models.hunyuan3d import load_hunyuan3d
 from elastic3d.models.hunyuan3d_files import find_checkpoint

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
-from elastic3d.config.routing import MIN_BUDGET, BlockCacheConfig
+from elastic3d.elastic.config import MIN_BUDGET, BlockCacheConfig
 from elastic3d.geometry.options import CleanupConfig
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from elastic3d import __version__
-from elastic3d.adapters.storage import load_routers, save_router_config
-from elastic3d.config.routing import RouterConfig, RouterVariant
+from elastic3d.elastic.attachment import load_routers, save_router_config
+from elastic3d.elastic.config import RouterConfig, RouterVariant
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import atomic_path
 from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME, load_json, save_json

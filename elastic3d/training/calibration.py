@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.config.routing import MIN_BUDGET, ElasticConfig
-from elastic3d.routing.router import looks_ahead
-from elastic3d.routing.session import RoutingSession
+from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig
+from elastic3d.elastic.router import looks_ahead
+from elastic3d.elastic.session import ElasticSession
 from elastic3d.training.options import Precision
 from elastic3d.utils.options import Options, option
 
@@ -68,7 +68,7 @@ def relative_error(found: Tensor, true: Tensor) -> float:
 
 
 def calibrate(
-    session: RoutingSession,
+    session: ElasticSession,
     generate: Generate,
     times: Tensor,
     curves: CurvesConfig,
@@ -100,7 +100,7 @@ def calibrate(
     session.router_config = replace(session.router_config, asked=told.tolist(), told=inverse.tolist())
 
 
-def choose_trends(session: RoutingSession, generate: Generate) -> None:
+def choose_trends(session: ElasticSession, generate: Generate) -> None:
     """Choose how much of a residual's change goes on, over time: the curve with the smallest error of the result.
 
     Where latents are noise, a change hardly goes on; where they are nearly clean it may even grow. One time after the
@@ -126,7 +126,7 @@ def choose_trends(session: RoutingSession, generate: Generate) -> None:
     session.router_config = replace(session.router_config, trends=trends)
 
 
-def choose_urgency(session: RoutingSession, generate: Generate, times: Tensor) -> None:
+def choose_urgency(session: ElasticSession, generate: Generate, times: Tensor) -> None:
     """Choose what is added to gates over time: the curve with the smallest error of the result at equal cost.
 
     Routers predict the damage that a closed step does there and then. But the gaps of the first steps grow until the

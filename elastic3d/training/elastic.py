@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.config.routing import ElasticConfig, RouterConfig
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.diffusion.sampler import sample
+from elastic3d.elastic.config import ElasticConfig, RouterConfig
+from elastic3d.elastic.cost import trace_share
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME
-from elastic3d.routing.cost import trace_share
 from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate, compare_budgets
 from elastic3d.training.datasets import (
     Batch,

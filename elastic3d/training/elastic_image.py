@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.adapters.diffusers_pipeline import drive
-from elastic3d.config.routing import ElasticConfig, RouterConfig
+from elastic3d.elastic.config import ElasticConfig, RouterConfig
+from elastic3d.elastic.cost import trace_share
+from elastic3d.elastic.diffusers_loop import drive
 from elastic3d.errors import UserError
 from elastic3d.pipelines.backbones import Backbone
 from elastic3d.pipelines.image_loading import load_backbone, weight_files
 from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.runtime import resolve_device
-from elastic3d.routing.cost import trace_share
 from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate, compare_budgets
 from elastic3d.training.datasets import Batch
 from elastic3d.training.elastic_objective import Grid, RouterObjective, RoutingConfig, add_route

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.adapters import adapter_for
-from elastic3d.config.routing import MIN_BUDGET, Branches, RouterConfig
 from elastic3d.diffusion.flow import interpolate, predict_data, velocity
+from elastic3d.elastic import adapter_for
+from elastic3d.elastic.attachment import attach_with, router_modules
+from elastic3d.elastic.cache import SimulatedCache
+from elastic3d.elastic.config import MIN_BUDGET, Branches, RouterConfig
+from elastic3d.elastic.losses import budget_loss, paper_loss, session_share
+from elastic3d.elastic.router import looks_ahead
+from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
-from elastic3d.routing.attach import attach, router_modules
-from elastic3d.routing.losses import budget_loss, paper_loss, session_share
-from elastic3d.routing.recall import Recall
-from elastic3d.routing.router import looks_ahead
-from elastic3d.routing.session import RoutingSession
 from elastic3d.training.datasets import Batch
 from elastic3d.training.low_rank import add_low_rank
 from elastic3d.utils.options import Options, option
@@ -157,7 +157,7 @@ class RouterObjective(nn.Module, ABC):
         adapter = adapter_for(dit)
         if config.parts is TrainedParts.lora:
             add_low_rank([dit.get_submodule(name) for name, _ in adapter.block_lists(dit)], config.lora_rank)
-        self.session: RoutingSession = attach(dit, adapter, router)
+        self.session: ElasticSession = attach_with(dit, adapter, router)
         self.routers = router_modules(dit)
         self.dit = dit
 
@@ -294,7 +294,7 @@ class RouterObjective(nn.Module, ABC):
             return self.velocities(self.dit, x_t, batch).float()
 
     @torch.no_grad()
-    def _recall(self, batch: Batch) -> Recall:
+    def _recall(self, batch: Batch) -> SimulatedCache:
         """What the dense blocks add at earlier steps of the straight path between noise and data."""
         passes, ages = [], batch["ages"]
         for t in batch["earlier"].unbind(1):
@@ -304,7 +304,7 @@ class RouterObjective(nn.Module, ABC):
             passes.append(residuals)
         picks = batch["picks"].transpose(0, 1).flatten(0, 1)
         ages = ages.repeat(1 + self.paired, 1)
-        return Recall(passes, ages, picks, self.session.router_config.trend)
+        return SimulatedCache(passes, ages, picks, self.session.router_config.trend)
 
     def _cost(self, share: Tensor, budget: Tensor) -> Tensor:
         if self.config.cost is CostLoss.executed:

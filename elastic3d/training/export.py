@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from elastic3d import __version__
-from elastic3d.adapters import save_routers
 from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.elastic import save_routers
+from elastic3d.elastic.attachment import load_router_state, router_state, session_of
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import build_image_encoder
 from elastic3d.models.shape_dit import ShapeDiT
@@ -23,7 +24,6 @@ from elastic3d.models.skip_dit import load_dit
 from elastic3d.models.weights import load_strict
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.pixel_flux import PixelSamplingConfig
-from elastic3d.routing.attach import load_router_state, router_state, session_of
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from elastic3d.training.dit import DiTTrainConfig
@@ -234,7 +234,7 @@ def _export_image_model(run: _Run) -> None:
 
 def _export_image_routers(run: _Run) -> None:
     """Calibrated `routers/`; where the DiT learned too, it as it is now in `transformer/`."""
-    from elastic3d.adapters import detach
+    from elastic3d.elastic import detach
     from elastic3d.training.elastic_image import ImageRouterStage
 
     trained = run.trained(ImageRouterTrainConfig)

@@ -12,20 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.adapters import adapter_for
-from elastic3d.adapters.storage import load_router_config
-from elastic3d.config.routing import MIN_BUDGET, ElasticConfig, RouterConfig
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.diffusion.sampler import integrate
+from elastic3d.elastic import adapter_for
+from elastic3d.elastic.attachment import (
+    attach_with,
+    load_router_config,
+    load_router_state,
+    router_modules,
+    router_state,
+)
+from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig
+from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import find_weights, load_config
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ROUTERS_NAME
-from elastic3d.routing.attach import attach, load_router_state, router_modules, router_state
-from elastic3d.routing.session import RoutingSession
 from elastic3d.training.datasets import (
     Batch,
     PreparedShapes,
@@ -143,7 +148,7 @@ def pipeline_config(model: Path) -> PipelineConfig:
     return found
 
 
-def attach_for_updates(dit: nn.Module, config: UpdatesStageConfig, guidance: float) -> RoutingSession:
+def attach_for_updates(dit: nn.Module, config: UpdatesStageConfig, guidance: float) -> ElasticSession:
     """Put the routers of `config.model` on a model, with fresh updates in the place of what they may have, or with
     these where they are to be `continued`, and fresh directions up to the rank; `guidance` is the pipeline's."""
     adapter, folder = adapter_for(dit), config.model / ROUTERS_NAME
@@ -162,7 +167,7 @@ def attach_for_updates(dit: nn.Module, config: UpdatesStageConfig, guidance: flo
         updates_guidance=guidance if config.guidance else None,
         guided_times=config.guided_times,
     )
-    session = attach(dit, adapter, router)
+    session = attach_with(dit, adapter, router)
     path = find_weights(folder)
     trained, fresh = read_weights(path), router_state(dit)
     updates = {key for key in trained if ".updates." in key}

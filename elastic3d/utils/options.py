@@ -247,6 +247,7 @@ def from_dict(
         UserError: an unknown field, a value of the wrong type or out of range.
     """
     kinds, prefix = hints(config_class), f"{source}: " if source else ""
+    values = getattr(config_class, "upgraded", dict)(values)  # of files that older versions wrote
     for name in values:
         if name not in kinds:
             close = difflib.get_close_matches(str(name), kinds, n=1)

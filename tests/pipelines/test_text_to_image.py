@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_images import save_tiny_flux, save_tiny_qwen
 
-from elastic3d.adapters import attach, detach, save_routers
-from elastic3d.config.routing import RouterConfig
+from elastic3d.elastic import attach, detach, save_routers
+from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.text_to_image import TextToImagePipeline

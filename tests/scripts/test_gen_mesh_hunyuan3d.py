@@ -17,9 +17,9 @@ from _cli import execute, parse
 from hunyuan_tiny import DINOV2, write_checkpoint, write_checkpoint_21
 from tiny_pipeline import save_picture
 
-from elastic3d.adapters import attach, detach, save_routers
 from elastic3d.config.hunyuan3d import PRESETS, ImportConfig
-from elastic3d.config.routing import RouterConfig
+from elastic3d.elastic import attach, detach, save_routers
+from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation.options import EvaluateConfig
 from elastic3d.geometry.mesh_io import read_extras

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_images import save_tiny_qwen
 
-from elastic3d.adapters import attach, load_routers, save_routers
-from elastic3d.adapters.storage import load_router_config
-from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig, RouterVariant
+from elastic3d.elastic import attach, load_routers, save_routers
+from elastic3d.elastic.attachment import load_router_config
+from elastic3d.elastic.config import ElasticConfig, Lookahead, RouterConfig, RouterVariant
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_loading import load_transformer

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig
+from elastic3d.elastic.config import ElasticConfig, Lookahead, RouterConfig
 from elastic3d.training import calibration
 from elastic3d.training.calibration import CurvesConfig, choose_trends, choose_urgency, relative_error
 from elastic3d.training.elastic import RouterStage

@@ -7,13 +7,13 @@ import pytest
 import torch
 from _cli import parse
 
-from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig
+from elastic3d.elastic.config import ElasticConfig, Lookahead, RouterConfig
+from elastic3d.elastic.cost import trace_share
+from elastic3d.elastic.few_step import LowRankUpdate
+from elastic3d.elastic.trace import NOT_RUN
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
-from elastic3d.routing.cost import trace_share
-from elastic3d.routing.trace import NOT_RUN
-from elastic3d.routing.updates import LowRankUpdate
 from elastic3d.training.datasets import stack
 from elastic3d.training.few_step import FewStepTrainConfig, UpdatesStage, UpdatesStageConfig, relative_errors
 from elastic3d.training.journal import read_metrics

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_images import save_tiny_flux, save_tiny_qwen
 
-from elastic3d.adapters import session_of
+from elastic3d.elastic import session_of
 from elastic3d.errors import UserError
 from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.pixel_flux import PixelModelConfig, PixelSamplingConfig

@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 
+from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.elastic.config import BlockCacheConfig, CacheRule, RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.utils.options import check_range, from_dict, to_dict
+
+PRETRAINED = Path(__file__).resolve().parents[2] / "data" / "pretrained"
 
 
 class Kind(Enum):
@@ -62,3 +66,15 @@ def test_round_trip_through_json() -> None:
 def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         from_dict(Config, values, "f.json")
+
+
+def test_files_of_older_versions_are_read():
+    cache = {"rule": "band", "band": 0.2, "drift": 0.1, "probe_stride": 8}
+    found = from_dict(PipelineConfig, {"elastic": {"budget": 0.5, "cache": cache}}, "pipeline.json")
+    assert found.elastic.cache == BlockCacheConfig(rule=CacheRule.band, band=0.2)
+    with pytest.raises(UserError, match="rule is 'drift', expected one of off, band, age"):
+        from_dict(BlockCacheConfig, {"rule": "drift"}, "pipeline.json")
+    for file in sorted(PRETRAINED.glob("*/routers/config.json")):
+        values = json.loads(file.read_text())
+        values.pop("_class_name")
+        assert from_dict(RouterConfig, values, str(file)).longest == 8

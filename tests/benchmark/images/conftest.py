@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from tiny_images import save_tiny_small
 
-from elastic3d.adapters import attach, save_routers
 from elastic3d.benchmark.images.options import CacheName, ImageBenchmarkConfig
-from elastic3d.config.routing import RouterConfig
+from elastic3d.elastic import attach, save_routers
+from elastic3d.elastic.config import RouterConfig
 from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from elastic3d.utils.devices import DeviceChoice
