@@ -44,6 +44,13 @@ def sample_timesteps(
     return t / (t + shift * (1 - t))
 
 
+def timesteps_at(u: Tensor, logit_normal: bool = True, shift: float = 1.0) -> Tensor:
+    """The timesteps (count,) at quantiles u (count,) in [0, 1] of the distribution of `sample_timesteps`."""
+    u = u.double().clamp(1e-6, 1 - 1e-6)
+    t = torch.special.ndtri(u).sigmoid() if logit_normal else u
+    return (t / (t + shift * (1 - t))).float()
+
+
 def timestep_grid(steps: int, shift: float = 1.0) -> Tensor:
     """Sampling times (steps + 1,) from 0 to 1, uniform before the shift."""
     if steps < 1:

@@ -89,7 +89,8 @@ class NarrowBlocks:
         if width == len(self.ratios) - 1 or not self.sites:
             return self.full
         linears = [self._linear(name) for site in self.sites for name in (site.fc1, site.fc2)]
-        if any(is_parametrized(linear) for linear in linears):  # the weight is computed anew at each access
+        learns = torch.is_grad_enabled() and any(linear.weight.requires_grad for linear in linears)
+        if learns or any(is_parametrized(linear) for linear in linears):  # of this pass alone
             return self._copy(self.ratios[width])
         storage = tuple(linear.weight.data_ptr() for linear in linears)
         if width not in self._copies or self._copies[width][0] != storage:  # moved, cast or loaded anew
@@ -117,8 +118,8 @@ class NarrowBlocks:
             fc1, fc2 = self._linear(site.fc1), self._linear(site.fc2)
             rows, columns = site.fc1_offset + units, site.fc2_offset + units
             bias = None if fc1.bias is None else fc1.bias[:rows]
-            parts[site.fc1] = linear_around(fc1.weight.detach()[:rows], bias)
-            parts[site.fc2] = linear_around(fc2.weight.detach()[:, :columns], fc2.bias)
+            parts[site.fc1] = linear_around(fc1.weight[:rows], bias)
+            parts[site.fc2] = linear_around(fc2.weight[:, :columns], fc2.bias)
             if site.attribute is not None:
                 attributes[site.attribute] = units
         narrow = with_modules(self.block, parts)
@@ -167,8 +168,12 @@ def with_modules(block: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
 def linear_around(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer around existing tensors. One with a gradient is no parameter of it: what it is made of learns."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    del linear._parameters["weight"]
-    linear.weight = weight if weight.requires_grad else nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        linear._parameters.pop(name)
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            setattr(linear, name, tensor)
+        else:
+            setattr(linear, name, nn.Parameter(tensor.detach(), requires_grad=False))
     return linear

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from elastic3d.diffusion.flow import interpolate, match_noise, sample_timesteps, velocity
+from elastic3d.diffusion.flow import interpolate, match_noise, sample_timesteps, timesteps_at, velocity
 from elastic3d.diffusion.sampler import sample
 from elastic3d.models.foreground import prepare_picture
 from elastic3d.models.options import DiTConfig
@@ -28,6 +28,7 @@ from elastic3d.training.datasets import (
 )
 from elastic3d.training.latents import INFO_NAME, LatentCacheConfig, LatentInfo, stored_views
 from elastic3d.training.options import StageName, TrainConfig
+from elastic3d.training.random_routes import WIDTHS, RandomRoutes, RandomRoutesConfig, draw
 from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture
 from elastic3d.utils.options import Options, option
 
@@ -68,6 +69,7 @@ class DiTStageConfig(LatentFlowConfig):
     anchor_weight: float = option(
         1.0, "weight of an anchor channel's loss over that of a feature channel", ge=0, le=1e3
     )
+    routes: RandomRoutesConfig = option(RandomRoutesConfig, "random routes: an elastic base from the start")
     val_shapes: int = option(128, "shapes to validate on", ge=1, le=1 << 16)
     sample_shapes: int = option(8, "shapes of the sample pictures", ge=1, le=1 << 16)
     sample_steps: int = option(25, "sampling steps of the sample pictures", ge=1, le=1000)
@@ -97,9 +99,12 @@ class FlowObjective(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, dit: ShapeDiT, anchor_channels: int, anchor_weight: float) -> None:
+    def __init__(
+        self, dit: ShapeDiT, anchor_channels: int, anchor_weight: float, routes: RandomRoutes | None = None
+    ) -> None:
+        """`routes`: on `dit`, for batches with a `route` (B,I)."""
         super().__init__()
-        self.dit, self.anchors = dit, anchor_channels
+        self.dit, self.anchors, self.routes = dit, anchor_channels, routes
         weight = torch.ones(dit.config.in_channels)
         weight[:anchor_channels] = anchor_weight
         self.register_buffer("weight", weight / weight.mean(), persistent=False)
@@ -109,6 +114,8 @@ class FlowObjective(nn.Module):
         error = self.squared_error(batch)
         loss = (error * self.weight).mean()
         values = {"features": error[..., self.anchors :].detach().mean()}
+        if "route" in batch:
+            values |= _by_route(error.detach().mean((1, 2)), batch["route"])
         if self.anchors:
             values["anchors"] = error[..., : self.anchors].detach().mean()
         return loss, values
@@ -116,13 +123,31 @@ class FlowObjective(nn.Module):
     def squared_error(self, batch: Batch) -> Tensor:
         """Of the predicted velocity, (B,N,C) fp32."""
         x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
+        elastic = self.routes is not None and self.training and "route" in batch
+        if elastic:
+            self.routes.announce(batch["route"])
+        elif self.routes is not None:
+            self.routes.leave()
         found = self.dit(x_t, batch["t"], batch["condition"]).float()
         return (found - velocity(batch["noise"], batch["latents"])).square()
 
 
+def _by_route(error: Tensor, route: Tensor) -> dict[str, Tensor]:
+    """Errors (B,) of samples with the full route and with a shorter one, and the share of the blocks that ran."""
+    full = (route == WIDTHS).all(1)
+    values = {"executed": (route > 0).float().mean()}
+    for name, rows in (("full", full), ("elastic", ~full)):
+        if rows.any():
+            values[name] = error[rows].mean()
+    return values
+
+
 @dataclass
 class LatentItems:
-    """Items of the DiT: `latents`, `noise` (N,C), `t` (), `condition` (M,Cc), zero where it is dropped."""
+    """Items of the DiT: `latents`, `noise` (N,C), `t` (), `condition` (M,Cc), zero where it is dropped, `route` (I,).
+
+    The last one only where routes are drawn (`RandomRoutesConfig`).
+    """
 
     shapes: PreparedShapes
     info: LatentInfo
@@ -146,6 +171,12 @@ class LatentItems:
             item["condition"] = torch.zeros_like(item["condition"])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
         logit_normal = self.config.timesteps is Timesteps.logit_normal
+        if self.config.routes.active:
+            model = self.config.model
+            drawn = draw(self.config.routes, model.double_blocks + model.single_blocks, position, seed, rng)
+            item["t"] = timesteps_at(torch.tensor([drawn.u]), logit_normal, self.config.time_shift)[0]
+            item["route"] = torch.from_numpy(drawn.route)
+            return item
         item["t"] = sample_timesteps(1, generator, logit_normal, self.config.time_shift)[0]
         return item
 
@@ -191,7 +222,8 @@ class DiTStage:
         self.vae.set_latent_statistics(info.mean, info.std)
         self.dit = ShapeDiT(model)
         anchor_channels = self.vae.config.channels - self.vae.config.latent_channels
-        self.flow = FlowObjective(self.dit, anchor_channels, config.dit.anchor_weight)
+        routes = RandomRoutes(self.dit) if config.dit.routes.active else None
+        self.flow = FlowObjective(self.dit, anchor_channels, config.dit.anchor_weight, routes)
         self.objective: nn.Module = self.flow
         cache = config.latents.output
         preload = STORED if config.data.preload else ()

@@ -52,14 +52,18 @@ def test_the_mask_passes_gradients_to_every_width_that_holds_a_unit():
 def test_narrow_copies_own_nothing_and_follow_the_weights():
     block, x = Block(), torch.randn(2, 5, 3)
     narrow = NarrowBlocks(block, block.forward, (SITE,), RATIOS)
-    first = narrow.at(0)
+    with torch.no_grad():
+        first, again = narrow.at(0), narrow.at(0)
     assert first.__self__.mlp[0].weight.data_ptr() == block.mlp[0].weight.data_ptr()
-    assert first == narrow.at(0) and [n for n, _ in block.named_parameters()][0] == "mlp.0.weight"
+    assert first == again and [n for n, _ in block.named_parameters()][0] == "mlp.0.weight"
     with torch.no_grad():
         block.mlp[0].weight.mul_(2)  # an optimizer's step
         torch.testing.assert_close(narrow.at(0)(x), naive(block, x, (2, 2)))
         block.double()
         torch.testing.assert_close(narrow.at(0)(x.double()), naive(block, x.double(), (2, 2)))
+    narrow.at(0)(x.double()).sum().backward()  # with gradients a copy is of one pass alone
+    assert block.mlp[0].weight.grad[:2].any() and not block.mlp[0].weight.grad[2:].any()
+    assert block.mlp[0].bias.grad[:2].any() and block.mlp[2].bias.grad.any()
 
 
 def test_what_can_not_be_sliced_raises():
