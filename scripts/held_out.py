@@ -8,6 +8,8 @@ Run it again and it goes on where it was. `sheet.png` shows input, generated, gr
 
 from __future__ import annotations
 
+from typing import Any
+
 from _cli import run
 
 from elastic3d.training.held_out import HeldOutConfig
@@ -18,8 +20,8 @@ def main(config: HeldOutConfig) -> int:
     """Write the folders of meshes."""
     from elastic3d.training.held_out import build_held_out
 
-    inputs = {"model": config.model, "split": config.split, "train": config.train}
-    check_distinct({**inputs, "data.output": config.data.output}, {"output": config.output})
+    inputs: dict[str, Any] = {"model": config.model, "split": config.split, "train": config.train}
+    check_distinct(inputs | {"data.output": config.data.output}, {"output": config.output})
     ids = build_held_out(config)
     print(f"{len(ids)} held-out shapes in {config.output}; score a folder with scripts/evaluate.py")
     return 0
