@@ -134,12 +134,12 @@ def test_defaults_that_the_repository_ships_hold_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from elastic3d.training.held_out import HeldOutConfig
-    from elastic3d.training.options import TrainConfig
+    from elastic3d.training.vae import VAETrainConfig
 
     monkeypatch.chdir(tmp_path)
     held_out = parse(HeldOutConfig, "held_out", [])
     assert held_out.split.is_file() and Path(held_out.data.splits).is_dir() and Path(held_out.model).is_dir()
-    assert all(path.is_file() for path in parse(TrainConfig, "train", ["stage=vae"]).data.train)
+    assert all(path.is_file() for path in parse(VAETrainConfig, "train", ["stage=vae"]).data.train)
     assert held_out.output == Path("outputs/held_out"), "outputs stay in the current folder"
     (tmp_path / "data/splits").mkdir(parents=True)
     assert parse(HeldOutConfig, "held_out", []).data.splits == "data/splits", "one's own comes first"
