@@ -33,7 +33,9 @@ class VAEConfig:
     include_pi: bool = option(False, "multiply the embedding's frequencies by pi")
     qkv_bias: bool = option(False, "bias in the query, key and value projections")
     qk_norm: bool = option(True, "LayerNorm on queries and keys")
+    norm_eps: float = option(1e-6, "epsilon of the LayerNorms (1e-5 in TripoSG and Step1X-3D)")
     mlp_ratio: int = option(4, "hidden width of the MLPs over their width")
+    encoder_width: int = option(0, "width of the encoder; 0: the decoder's")
     geo_downsample: int = option(1, "width of the field decoder: the transformer's width divided by this")
     geo_mlp_ratio: int = option(4, "hidden width over width in the field decoder's MLP")
     geo_ln_post: bool = option(True, "LayerNorm before the field decoder's output")
@@ -42,6 +44,13 @@ class VAEConfig:
     sharp_latents: int = option(
         0, "how many of the latents read their query point from the sharp-edge stream"
     )
+    sharp_attention: bool = option(
+        False,
+        "sharp-edge points have a projection and a cross-attention of their own, added to the surface's (Step1X-3D)",
+    )
+    query_pool: int = option(0, "latents' query points are chosen among the first N points; 0: all")
+    logvar_min: float = option(-20.0, "lower bound of a latent's log variance")
+    logvar_max: float = option(4.0, "upper bound of a latent's log variance")
     anchored: bool = option(False, "a latent carries its anchor point and attention knows distances to it")
     neighbours_in: int = option(16, "anchored: surface points whose local shape a latent reads; 0 for none")
     neighbours_out: int = option(8, "anchored: latents whose local shape a field query reads; 0 for none")
@@ -57,6 +66,12 @@ class VAEConfig:
             raise ValueError(f"width {self.width} is no multiple of heads x geo_downsample")
         if self.heads % self.geo_downsample:
             raise ValueError(f"heads {self.heads} is no multiple of geo_downsample {self.geo_downsample}")
+        if self.encoder_width % self.heads:
+            raise ValueError(f"encoder_width {self.encoder_width} is no multiple of heads {self.heads}")
+        if self.sharp_attention and self.anchored:
+            raise ValueError("sharp_attention and anchored are both true, expected one of them at most")
+        for name in ("norm_eps", "encoder_width", "query_pool"):
+            check_range(name, getattr(self, name), 0, 1 << 20)
         check_range("neighbours_out", self.neighbours_out, 0, self.num_latents)
         check_range("sharp_latents", self.sharp_latents, 0, self.num_latents)
         for name in ("latent_mean", "latent_std"):
