@@ -105,6 +105,11 @@ class DiTConfig:
     guidance_embed: bool = option(False, "embed the guidance scale (guidance-distilled models)")
     time_factor: float = option(1000.0, "t in [0, 1] is multiplied by this before it is embedded")
     max_period: float = option(1000.0, "longest period of the timestep embedding (1000 in Hunyuan3D-2)")
+    wide_time: bool = option(
+        False,
+        "embed t in as many channels as the model has, sines first, with periods up to 10000 (Step1X-3D)",
+    )
+    time_reversed: bool = option(False, "the network's own time is 1 - t: 1 is noise (Step1X-3D)")
     pooled_condition: bool = option(
         False,
         "the condition tokens' mean modulates the blocks, as the timestep does (official models: false)",
@@ -125,7 +130,7 @@ class DiTConfig:
 
 @dataclass(kw_only=True)
 class SkipDiTConfig:
-    """Shape DiT of Hunyuan3D-2.1: one stream with long skips (U-ViT), cross-attention, experts in the last blocks."""
+    """Shape DiT of Hunyuan3D-2.1 and TripoSG: one stream with long skips (U-ViT), cross-attention, perhaps experts."""
 
     in_channels: int = option(64, "channels of a latent (C)")
     condition_channels: int = option(1024, "channels of a condition token")
@@ -137,6 +142,9 @@ class SkipDiTConfig:
     experts_per_token: int = option(2, "experts that a token passes")
     qkv_bias: bool = option(False, "bias in the query, key and value projections")
     qk_norm: bool = option(True, "RMSNorm on queries and keys")
+    norm_eps: float = option(1e-6, "epsilon of the LayerNorms (1e-5 in TripoSG)")
+    time_factor: float = option(1.0, "t is multiplied by this before it is embedded (1000 in TripoSG)")
+    time_reversed: bool = option(False, "the network's own time is 1 - t: 1 is noise (TripoSG)")
     num_latents: int = option(4096, "latent tokens to generate (N); the weights do not depend on it")
     condition_tokens: int = option(1370, "condition tokens (M) the model was trained with; likewise")
     guidance_embed: bool = option(False, "there is no guidance-distilled model of this kind: false")
