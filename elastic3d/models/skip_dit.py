@@ -1,9 +1,9 @@
 """Shape DiT of Hunyuan3D-2.1 and TripoSG: a time token and latents in one stream, long skips, cross-attention, experts.
 
-Parameter names and shapes of Hunyuan3D-2.1's checkpoints; TripoSG is the same without experts. Differs from `shape_dit`
-in everything: time is a token in front of the latents instead of a modulation, the condition is read by cross-attention,
-the blocks of the second half read the output of their mirror image in the first (U-ViT, 2209.12152), and the last blocks
-choose experts for each token (mixture of experts, DiT-MoE 2407.11633).
+Parameter names and shapes of Hunyuan3D-2.1's checkpoints; TripoSG is the same without experts. Differs from
+`shape_dit` in everything: time is a token in front of the latents instead of a modulation, the condition is read by
+cross-attention, the blocks of the second half read the output of their mirror image in the first (U-ViT, 2209.12152),
+and the last blocks choose experts for each token (mixture of experts, DiT-MoE 2407.11633).
 """
 
 from __future__ import annotations
