@@ -23,11 +23,13 @@ class MeshFormat(Enum):
 
 
 class SamplingGrid(Enum):
-    """Where sampling times lie: `uniform`, `endpoint` (Hunyuan3D-2: n times are n - 1 moves), `consistency` (turbo)."""
+    """Where sampling times lie: `uniform`; `endpoint` (Hunyuan3D-2: n times are n - 1 moves); `consistency` (turbo);
+    `late_start` (Step1X-3D: n times, of which the first moves nothing)."""
 
     uniform = "uniform"
     endpoint = "endpoint"
     consistency = "consistency"
+    late_start = "late_start"
 
 
 class Solver(Enum):
@@ -46,6 +48,7 @@ class PipelineConfig:
     steps: int = option(25, "sampling steps")
     guidance: float = option(3.0, "classifier-free guidance scale; 1 is none")
     resolution: int = option(256, "grid cells a side of the decoding")
+    box: float = option(1.01, "half side of the cube that is decoded")
     shift: float = option(1.0, "timestep shift of the sampler; above 1 spends more steps on noise")
     grid: SamplingGrid = option(SamplingGrid.uniform, "where the sampling times lie")
     solver: Solver = option(Solver.euler, "how the sampler steps: euler, ab2 (Adams-Bashforth, second order)")
@@ -55,6 +58,7 @@ class PipelineConfig:
     def __post_init__(self) -> None:
         check_sampling(self.steps, self.guidance, self.resolution)
         check_range("shift", self.shift, 1e-3, 1e3)
+        check_range("box", self.box, 1e-3, 1e3)
         check_range("segments", self.segments, 1, 1000)
 
 
@@ -71,12 +75,13 @@ class GenerateConfig:
     model: str = option(
         "",
         f"Folder of the model; empty: {DEFAULT_MODEL} of this repository. Or a published model whose weights you have:"
-        " hunyuan3d2, hunyuan3d2_mini, hunyuan3d2_mv, hunyuan3d2_turbo, hunyuan3d2_mini_turbo, hunyuan3d2_1.",
+        " hunyuan3d2, hunyuan3d2_mini, hunyuan3d2_mv, hunyuan3d2_turbo, hunyuan3d2_mini_turbo, hunyuan3d2_1,"
+        " triposg, step1x3d.",
     )
     weights: str = option(
         "",
         "Folder with a published model's weights, or its name on the Hugging Face Hub; empty: looked for in"
-        " $HY3DGEN_MODELS, ~/.cache/hy3dgen and on the Hub.",
+        " $HY3DGEN_MODELS, ~/.cache/hy3dgen, the Hub's cache in $HF_HOME and on the Hub.",
     )
     subfolder: str = option("", "Folder of the checkpoint in weights; empty: the published one.")
     vae_subfolder: str = option(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from elastic3d.config.base import check_range, option
@@ -43,6 +43,10 @@ class ImageEncoderConfig:
     picture_size: int = option(
         0, "DINOv2 only: pictures are prepared at this side and then resized; 0: image_size"
     )
+    centre_crop: bool = option(
+        False, "DINOv2 only: image_size pixels are cut out of the middle of picture_size, rather than resized"
+    )
+    border: float = option(0.15, "share of the square that stays free along the object's longer side")
     views: int = option(
         1, "DINOv2 only: pictures of one object, told apart by an embedding of their direction"
     )
@@ -51,7 +55,12 @@ class ImageEncoderConfig:
     def __post_init__(self) -> None:
         check_range("image_size", self.image_size, 28, 2048)
         check_range("picture_size", self.picture_size, 0, 2048)
+        check_range("border", self.border, 0.0, 0.9)
         check_range("views", self.views, 1, 16)
+        if self.centre_crop and self.picture_size < self.image_size:
+            raise ValueError(
+                f"picture_size is {self.picture_size}, expected at least image_size {self.image_size} to cut from"
+            )
         step = 14 if self.kind is EncoderKind.dinov2 else 32
         if self.image_size % step:
             raise ValueError(
@@ -66,9 +75,16 @@ class ForegroundConfig:
     """How the object is cut out and centred."""
 
     method: ForegroundMethod = option(ForegroundMethod.auto, "where the object's mask comes from")
-    border: float = option(0.15, "share of the square that stays free along the object's longer side")
+    border: float | None = option(
+        None, "share of the square that stays free along the object's longer side; null: the model's own"
+    )
     tolerance: int = option(20, "largest channel difference (0 to 255) within a plain background")
 
     def __post_init__(self) -> None:
-        check_range("border", self.border, 0.0, 0.9)
+        if self.border is not None:
+            check_range("border", self.border, 0.0, 0.9)
         check_range("tolerance", self.tolerance, 0, 255)
+
+    def for_encoder(self, encoder: ImageEncoderConfig) -> ForegroundConfig:
+        """With the border that a model's images have, where none was chosen."""
+        return replace(self, border=encoder.border) if self.border is None else self

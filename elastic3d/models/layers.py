@@ -45,7 +45,7 @@ class TimeEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B,D)."""
         cosines, sines = timestep_embedding(t, self.width, 10000.0, self.time_factor).chunk(2, dim=-1)
-        return self.mlp(torch.cat([sines, cosines], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([sines, cosines], dim=-1).to(next(self.parameters()).dtype))
 
 
 def farthest_points(points: Tensor, count: int) -> Tensor:

@@ -35,6 +35,7 @@ def prepare(picture: Picture, foreground: ForegroundConfig, encoder: ImageEncode
         UserError: no usable picture, an unknown direction, or several directions for an encoder of one.
     """
     views = picture if isinstance(picture, Mapping) else {VIEW_NAMES[0]: picture}
+    foreground = foreground.for_encoder(encoder.config)
     known = VIEW_NAMES[: encoder.config.views]
     for name in views:
         if name not in known:

@@ -67,7 +67,7 @@ class Result:
 
     @property
     def mesh(self) -> trimesh.Trimesh:
-        """The mesh, Y up, in [-1.01, 1.01]^3; raises `error` if there is none."""
+        """The mesh, Y up, in the cube of the model's `box`; raises `error` if there is none."""
         if self.error is not None:
             raise self.error
         assert self._mesh is not None
@@ -246,7 +246,10 @@ class ImageTo3DPipeline:
                 steps=self.config.steps if steps is None else steps,
                 guidance=self.config.guidance if guidance is None else guidance,
                 decode=DecodeConfig(
-                    resolution=cells, coarse_resolution=usual_coarse(cells), max_points=self.max_points
+                    resolution=cells,
+                    coarse_resolution=usual_coarse(cells),
+                    max_points=self.max_points,
+                    box=self.config.box,
                 ),
                 cleanup=cleaning,
                 foreground=foreground or ForegroundConfig(),

@@ -140,6 +140,7 @@ class _Builder:
                 " vae_subfolder=, the folder of a VAE that has one"
             )
         self.encoder: ImageEncoder = build_image_encoder(self.config.encoder, self.device)
+        self.foreground = self.config.foreground.for_encoder(self.config.encoder)
         points = VAEStageConfig(
             model=self.vae.config,
             surface_points=config.vae.surface_points,
@@ -153,7 +154,7 @@ class _Builder:
             "vae": str(self.config.vae),
             "vae_sha256": file_sha256(self.config.vae / WEIGHTS_NAME),
             "encoder": to_dict(self.config.encoder),
-            "foreground": to_dict(self.config.foreground),
+            "foreground": to_dict(self.foreground),
             "variants": self.config.variants,
             "views": self.config.views,
             "surface_points": points.surface_points,
@@ -248,7 +249,7 @@ class _Builder:
         found = self.pictures.get(id.partition("/")[2]) or stored_views(shapes, id)
         places = [i * len(found) // self.config.views for i in range(self.config.views)]
         size, used = self.encoder.image_size, sorted(set(places))
-        pictures = [prepare_picture(found[place], self.config.foreground, size) for place in used]
+        pictures = [prepare_picture(found[place], self.foreground, size) for place in used]
         tokens = self.encoder(to_tensor(pictures).to(self.device)).cpu()
         return tokens[[used.index(place) for place in places]]
 

@@ -9,7 +9,7 @@ import torch
 from tiny_pipeline import picture, tiny_pipeline
 from torch import nn
 
-from elastic3d.config.hunyuan3d import PRESETS
+from elastic3d.config.checkpoints import PRESETS
 from elastic3d.config.models import VAEConfig
 from elastic3d.errors import UserError
 from elastic3d.pipelines.estimates import estimate, published, table

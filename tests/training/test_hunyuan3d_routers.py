@@ -15,7 +15,7 @@ from hunyuan_tiny import (
 )
 from safetensors.torch import save_file
 
-from elastic3d.config.hunyuan3d import PRESETS, ImportConfig
+from elastic3d.config.checkpoints import PRESETS, ImportConfig
 from elastic3d.config.images import EncoderKind, ImageEncoderConfig
 from elastic3d.config.router_stage import MeshLossConfig, RouterStageConfig, TrainedParts
 from elastic3d.config.train import (
@@ -28,8 +28,8 @@ from elastic3d.config.train import (
     TrainConfig,
 )
 from elastic3d.errors import UserError
-from elastic3d.pipelines.hunyuan3d import import_checkpoint
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo, build_cache
 from elastic3d.training.stages import run_stage

@@ -14,11 +14,11 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from elastic3d.config.hunyuan3d import ImportConfig
+from elastic3d.config.checkpoints import ImportConfig
 from elastic3d.config.router_stage import TrainedParts
 from elastic3d.config.train import LoopConfig, OptimizerName, Precision, Schedule, TrainConfig
 from elastic3d.errors import UserError
-from elastic3d.pipelines.hunyuan3d import import_checkpoint
+from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.training.checkpoint import load_checkpoint
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import build_cache
