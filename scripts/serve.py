@@ -34,7 +34,6 @@ def main(config: ServeConfig) -> int:
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'elastic3d[serve]'") from error
     from elastic3d.pipelines.published import load_pipeline
-
     from elastic3d.serve.queue import MeshQueue
 
     wanted = GenerateConfig(
