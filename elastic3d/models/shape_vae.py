@@ -133,7 +133,9 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        self.config = config = replace(config, width=config.encoder_width or config.width)
+        if config.encoder_width:
+            config = replace(config, width=config.encoder_width)
+        self.config = config
         channels = 3 + 6 * config.num_freqs + config.point_features
         self.input_proj = nn.Linear(channels, config.width)
         self.cross_attn = CrossAttentionBlock(
