@@ -41,10 +41,13 @@ class Folder:
             )
         return True
 
-    def config(self, part: str, name: str = "config.json") -> tuple[dict[str, Any], str]:
-        """A part's configuration and its path; notes of the program that wrote it (`_class_name` ...) are left out."""
+    def _require(self, part: str) -> None:
         if not self.has(part):
             raise UserError(f"{self.root / INDEX_NAME} has no {part}, expected one")
+
+    def config(self, part: str, name: str = "config.json") -> tuple[dict[str, Any], str]:
+        """A part's configuration and its path; notes of the program that wrote it (`_class_name` ...) are left out."""
+        self._require(part)
         path = self.root / part / name
         return {key: value for key, value in load_json(path).items() if not key.startswith("_")}, str(path)
 
@@ -57,6 +60,7 @@ class Folder:
 
     def files(self, part: str) -> list[Path]:
         """The files of a part's weights; UserError where there are none."""
+        self._require(part)
         folder = self.root / part
         names = [f"{stem}{variant}" for stem in _STEMS for variant in _VARIANTS]
         for name in names:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from elastic3d.checkpoints.bundle import Bundle, Inspection, Loader
 from elastic3d.checkpoints.dinov2 import load_network, other_network
+from elastic3d.checkpoints.identify import identify
 from elastic3d.checkpoints.tensors import count_parameters, read_checkpoint
 from elastic3d.config.hunyuan3d import parse_config, parse_vae
 from elastic3d.config.models import VAEConfig
@@ -193,7 +194,8 @@ def find_checkpoint(folder: str | Path, subfolder: str) -> tuple[Path, Path]:
         if root.is_dir():
             there = sorted(path.parent.name for path in root.glob(f"*/{CONFIG_NAME}"))
             hint = f"it has {', '.join(there)}" if there else f"and no other with a {CONFIG_NAME}"
-            raise UserError(f"{root} has no folder {subfolder}, {hint}")
+            found = identify(root) if len(there) < 2 else ""
+            raise UserError(f"{root} has no folder {subfolder}, {hint}{f': {found}' if found else ''}")
     looked = " nor ".join(dict.fromkeys(str(path) for path in candidates))
     if _REPOSITORY.fullmatch(str(folder)):
         return _files(_download(str(folder), subfolder, looked) / subfolder)
