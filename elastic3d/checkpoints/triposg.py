@@ -24,6 +24,7 @@ from elastic3d.config.models import SkipDiTConfig, VAEConfig
 from elastic3d.config.serialize import from_dict
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import DinoV2, dinov2_files, load_dinov2
+from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT
 
 ENCODER, EXTRACTOR = "image_encoder_dinov2", "feature_extractor_dinov2"
@@ -115,6 +116,21 @@ def load_triposg(
         note = _no_encoder(source)
         warnings.warn(note, stacklevel=2)
     return Bundle(dit, vae, conditioner, config, tuple(files), note)
+
+
+def load_triposg_vae(
+    folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> ShapeVAE:
+    """The VAE of a folder that has one in TripoSG's layout at `vae/`, whatever model it belongs to.
+
+    Arguments and errors as in `load_triposg`.
+    """
+    root = Path(folder)
+    source, loader = Folder(root, {"vae": ["", ""]}), Loader.of(dtype, device)
+    state = source.state("vae")
+    config = _vae(*source.config("vae"), any(name.startswith("encoder.") for name in state))
+    source.check_class("vae", "TripoSGVAEModel", "Tripo2VAEModel")
+    return loader.vae(config, *source.renamed("vae", config, vae_rows(config), state))
 
 
 def inspect_triposg(folder: str | Path, subfolder: str = "", dinov2: str = "") -> Inspection:

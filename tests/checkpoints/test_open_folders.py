@@ -20,7 +20,7 @@ from elastic3d.checkpoints.hunyuan3d import load_hunyuan3d
 from elastic3d.checkpoints.step1x3d import load_step1x3d
 from elastic3d.checkpoints.tensors import to_published
 from elastic3d.checkpoints.tiny import write_tiny
-from elastic3d.checkpoints.triposg import dit_rows, load_triposg, vae_rows
+from elastic3d.checkpoints.triposg import dit_rows, load_triposg, load_triposg_vae, vae_rows
 from elastic3d.config.models import SkipDiTConfig
 from elastic3d.errors import UserError
 
@@ -61,6 +61,14 @@ def test_names_lead_back(written: dict[str, Path]) -> None:
         found = to_published(model.state_dict(), rows)
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_the_vae_alone(root: Callable[[str], Path]) -> None:
+    """Other models have TripoSG's VAE beside a transformer of their own."""
+    folder = root("triposg")
+    shutil.rmtree(folder / "transformer")
+    change(folder / "model_index.json", _class_name="PartCrafterPipeline")
+    assert load_triposg_vae(folder).config.encoder_width == 16
 
 
 @pytest.mark.parametrize("model", MODELS)
