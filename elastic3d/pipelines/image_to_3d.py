@@ -242,15 +242,11 @@ class ImageTo3DPipeline:
             if max_faces is not None:
                 cleaning = replace(cleaning, max_faces=max_faces)
             cells = self.config.resolution if resolution is None else resolution
+            chunk, box, coarse = self.max_points, self.config.box, usual_coarse(cells)
             return Settings(
                 steps=self.config.steps if steps is None else steps,
                 guidance=self.config.guidance if guidance is None else guidance,
-                decode=DecodeConfig(
-                    resolution=cells,
-                    coarse_resolution=usual_coarse(cells),
-                    max_points=self.max_points,
-                    box=self.config.box,
-                ),
+                decode=DecodeConfig(resolution=cells, coarse_resolution=coarse, max_points=chunk, box=box),
                 cleanup=cleaning,
                 foreground=foreground or ForegroundConfig(),
                 elastic=self.config.elastic,

@@ -168,7 +168,7 @@ def test_nothing_there_and_no_network(tmp_path: Path) -> None:
 def test_truncated(root: Path, kept: int) -> None:
     path = root / SUBFOLDER / WEIGHTS
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match=f"{WEIGHTS} is truncated"):
+    with pytest.raises(UserError, match=f"{WEIGHTS} is (truncated|empty)"):
         load_hunyuan3d(root)
 
 
@@ -281,7 +281,7 @@ def test_a_broken_config(root: Path) -> None:
     with pytest.raises(UserError, match="config.yaml is broken"):
         load_hunyuan3d(root)
     path.write_text("just text")
-    with pytest.raises(UserError, match="holds a str"):
+    with pytest.raises(UserError, match="holds text"):
         load_hunyuan3d(root)
     path.unlink()
     with pytest.raises(UserError, match="config.yaml"):
