@@ -239,8 +239,7 @@ class ImageTo3DPipeline:
         try:
             check_sampling(steps, guidance, resolution)
             cleaning = cleanup or CleanupConfig()
-            if max_faces is not None:
-                cleaning = replace(cleaning, max_faces=max_faces)
+            cleaning = cleaning if max_faces is None else replace(cleaning, max_faces=max_faces)
             cells = self.config.resolution if resolution is None else resolution
             chunk, box, coarse = self.max_points, self.config.box, usual_coarse(cells)
             return Settings(
