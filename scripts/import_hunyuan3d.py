@@ -1,6 +1,6 @@
 """The earlier name of `import_weights.py`, with the same options.
 
-    python scripts/import_hunyuan3d.py model=hunyuan3d2 weights=FOLDER output=models/hunyuan3d2
+python scripts/import_hunyuan3d.py model=hunyuan3d2 weights=FOLDER output=models/hunyuan3d2
 """
 
 from __future__ import annotations
