@@ -15,9 +15,8 @@ from pathlib import Path
 
 from _cli import run
 
-from elastic3d.config.generate import DEFAULT_MODEL, GenerateConfig
-from elastic3d.config.text_to_image import DEFAULT_IMAGE_MODEL, BackboneName
 from elastic3d.errors import UserError
+from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, DEFAULT_MODEL, BackboneName, GenerateConfig
 from elastic3d.serve.config import ServeConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from _cli import run
 
-from elastic3d.config.benchmark import BenchmarkConfig
-from elastic3d.config.image_benchmark import ImageBenchmarkConfig
+from elastic3d.benchmark.images.options import ImageBenchmarkConfig
+from elastic3d.benchmark.options import BenchmarkConfig
 from elastic3d.utils.paths import check_distinct
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -16,9 +16,9 @@ from typing import Any
 from _cli import run
 from tqdm import tqdm
 
-from elastic3d.config.evaluate import EvaluateConfig
 from elastic3d.evaluation.folders import evaluate_folders
 from elastic3d.evaluation.html import load_frontier, write_html
+from elastic3d.evaluation.options import EvaluateConfig
 from elastic3d.evaluation.report import text_report, write_csv, write_json
 from elastic3d.utils.paths import check_distinct
 
@@ -49,8 +49,8 @@ def image_features() -> Any:
     """EfficientNet features (V, 1280) of views (V, H, W, 3), for the Frechet and kernel distances."""
     import torch
 
-    from elastic3d.config.images import ImageEncoderConfig
     from elastic3d.models.image_encoder import build_image_encoder
+    from elastic3d.models.options import ImageEncoderConfig
 
     encoder = build_image_encoder(ImageEncoderConfig())
 

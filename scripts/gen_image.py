@@ -15,8 +15,9 @@ from pathlib import Path
 
 from _cli import check_writable, run
 
-from elastic3d.config.text_to_image import DEFAULT_IMAGE_MODEL, GenerateImageConfig, parse_size
+from elastic3d.elastic.config import ElasticOptions
 from elastic3d.errors import UserError
+from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, GenerateImageConfig, parse_size
 from elastic3d.utils.paths import check_distinct
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -55,12 +56,7 @@ def main(config: GenerateImageConfig) -> int:
             steps=config.steps,
             guidance=config.guidance,
             size=parse_size(config.size),
-            elastic=config.elastic,
-            budget=config.budget,
-            width=config.width,
-            cache=config.cache,
-            shared=config.shared,
-            updates=config.updates,
+            **ElasticOptions.of(config),
         )
         for n, result in zip(numbers, results, strict=True):
             target = targets[n]

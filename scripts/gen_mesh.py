@@ -2,7 +2,7 @@
 
     python scripts/gen_mesh.py image=chair.png output=chair.glb
     python scripts/gen_mesh.py image=photos/ output=meshes/ resume=true
-    python scripts/gen_mesh.py image=chair.png output=chair.glb budget=0.5 cache=drift trace=routes.png
+    python scripts/gen_mesh.py image=chair.png output=chair.glb budget=0.5 cache=forecast trace=routes.png
     python scripts/gen_mesh.py model=hunyuan3d2 weights=FOLDER image=chair.png output=chair.glb
     python scripts/gen_mesh.py prompt="a wooden bar chair" output=chair.glb
 
@@ -18,9 +18,8 @@ from pathlib import Path
 
 from _cli import check_writable, run
 
-from elastic3d.config.generate import DEFAULT_MODEL, GenerateConfig
-from elastic3d.config.text_to_image import DEFAULT_IMAGE_MODEL
 from elastic3d.errors import UserError
+from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, DEFAULT_MODEL, GenerateConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from _cli import run
 
-from elastic3d.config.held_out import HeldOutConfig
+from elastic3d.training.held_out import HeldOutConfig
 from elastic3d.utils.paths import check_distinct
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import import_weights
 from _cli import run
 
-from elastic3d.config.checkpoints import ImportConfig
+from elastic3d.checkpoints.options import ImportConfig
 
 
 def main(config: ImportConfig) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from _cli import run
 
-from elastic3d.config.checkpoints import ImportConfig
+from elastic3d.checkpoints.options import ImportConfig
 from elastic3d.utils.paths import check_distinct
 
 

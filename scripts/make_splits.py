@@ -10,10 +10,10 @@ from pathlib import Path
 from _cli import run
 from tqdm import tqdm
 
-from elastic3d.config.prepare import SplitsConfig
 from elastic3d.errors import UserError
 from elastic3d.preparation.duplicates import near_duplicate_groups, shape_points
 from elastic3d.preparation.infinigen_source import assets
+from elastic3d.preparation.options import SplitsConfig
 from elastic3d.preparation.prepare import cache_folder
 from elastic3d.preparation.primitives.catalogue import PER_ROUND, shapes
 from elastic3d.preparation.splits import Split, infinigen_split, primitives_split, split_groups, write_splits

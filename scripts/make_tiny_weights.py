@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from _cli import run
 
-from elastic3d.config.checkpoints import TinyWeightsConfig
+from elastic3d.checkpoints.options import TinyWeightsConfig
 
 
 def main(config: TinyWeightsConfig) -> None:

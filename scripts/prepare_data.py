@@ -15,7 +15,7 @@ from pathlib import Path
 
 from _cli import run
 
-from elastic3d.config.prepare import PrepareConfig, SourceName
+from elastic3d.preparation.options import PrepareConfig, SourceName
 from elastic3d.preparation.prepare import next_commands, prepare_data
 from elastic3d.utils.paths import check_distinct
 

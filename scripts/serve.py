@@ -15,8 +15,8 @@ from pathlib import Path
 
 from _cli import run
 
-from elastic3d.config.generate import DEFAULT_MODEL, GenerateConfig
 from elastic3d.errors import UserError
+from elastic3d.pipelines.options import DEFAULT_MODEL, GenerateConfig
 from elastic3d.serve.config import ServeConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent

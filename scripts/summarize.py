@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from _cli import check_writable, run
 
-from elastic3d.config.summarize import SummarizeConfig
+from elastic3d.evaluation.options import SummarizeConfig
 from elastic3d.utils.paths import check_distinct
 
 

@@ -20,10 +20,8 @@ from PIL import Image
 from safetensors.torch import save, save_file
 from torch import nn
 
-from elastic3d.config.generate import PipelineConfig
-from elastic3d.config.images import ForegroundConfig, ImageEncoderConfig
-from elastic3d.config.routing import RouterConfig
-from elastic3d.config.serialize import from_dict, to_dict
+from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation.gate import load_gate
 from elastic3d.evaluation.html import load_frontier
@@ -31,6 +29,7 @@ from elastic3d.evaluation.report import write_json
 from elastic3d.evaluation.runner import read_journal
 from elastic3d.evaluation.summary import load_report
 from elastic3d.geometry.mesh_io import save_mesh
+from elastic3d.models.options import ForegroundConfig, ImageEncoderConfig
 from elastic3d.models.pictures import read_receipt, save_picture
 from elastic3d.models.weights import PretrainedMixin, load_config
 from elastic3d.preparation.shards import Shard, read_sidecar, write_shard
@@ -46,6 +45,7 @@ from elastic3d.training.datasets import ShardFolder
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo
 from elastic3d.training.picture_cache import PictureCache
+from elastic3d.utils.options import from_dict, to_dict
 from elastic3d.utils.structured import load_json
 from elastic3d.utils.tensors import open_tensors, read_weights, tensor_heads
 

@@ -12,8 +12,11 @@ from tqdm import tqdm
 
 from elastic3d.benchmark.methods import MAIN, Routes, Run
 from elastic3d.benchmark.place import Job, Place
-from elastic3d.config.routing import Branches, RouterConfig
-from elastic3d.routing.controls import (
+from elastic3d.elastic.config import Branches, RouterConfig
+from elastic3d.elastic.context import RouteSource
+from elastic3d.elastic.family import BlockFlops
+from elastic3d.elastic.policies import (
+    TableRoutes,
     as_one,
     executed_share,
     greedy_static,
@@ -21,11 +24,8 @@ from elastic3d.routing.controls import (
     random_routes,
     timestep_routes,
 )
-from elastic3d.routing.passes import RouteSource
-from elastic3d.routing.protocol import BlockFlops
-from elastic3d.routing.router import looks_ahead
-from elastic3d.routing.tables import TableRoutes
-from elastic3d.routing.trace import parse_actions
+from elastic3d.elastic.router import looks_ahead
+from elastic3d.elastic.trace import parse_actions
 from elastic3d.utils.structured import load_json, save_json
 
 

@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from elastic3d.benchmark.methods import MAIN, NO_CACHE, Planner, Routes, Run
+from elastic3d.benchmark.options import BenchmarkConfig
 from elastic3d.benchmark.store import Job
-from elastic3d.config.benchmark import BenchmarkConfig
-from elastic3d.config.geometry import CleanupConfig, DecodeConfig
-from elastic3d.config.images import ForegroundConfig
-from elastic3d.config.routing import ElasticConfig
 from elastic3d.diffusion.flow import interpolate
 from elastic3d.diffusion.sampler import initial_noise
+from elastic3d.elastic.config import ElasticConfig
+from elastic3d.elastic.context import BOTH_BRANCHES, Branch, RouteSource
+from elastic3d.elastic.policies import TableRoutes
+from elastic3d.elastic.session import ElasticSession
+from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.models.foreground import prepare_picture, to_tensor
+from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result, Settings
-from elastic3d.routing.passes import BOTH_BRANCHES, Branch, RouteSource
-from elastic3d.routing.session import RoutingSession
-from elastic3d.routing.tables import TableRoutes
 
 
 @contextmanager
-def following(session: RoutingSession | None, source: RouteSource | None) -> Iterator[None]:
+def following(session: ElasticSession | None, source: RouteSource | None) -> Iterator[None]:
     """While it lasts, `source` decides instead of the routers; None leaves them to it."""
     if session is None:
         yield
@@ -37,7 +37,7 @@ def following(session: RoutingSession | None, source: RouteSource | None) -> Ite
         session.source = None
 
 
-def elastic_options(session: RoutingSession | None, run: Run) -> dict[str, Any]:
+def elastic_options(session: ElasticSession | None, run: Run) -> dict[str, Any]:
     """The run's settings as arguments of a pipeline."""
     if session is None:
         return {}

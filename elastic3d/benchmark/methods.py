@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from elastic3d.config.benchmark import BenchmarkOptions, Method
-from elastic3d.config.generate import Solver
-from elastic3d.config.routing import BlockCacheConfig, CacheRule, ElasticConfig
-from elastic3d.config.serialize import to_dict
+from elastic3d.benchmark.options import BenchmarkOptions, Method
+from elastic3d.diffusion.options import Solver
+from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig
+from elastic3d.elastic.few_step import coarseness
+from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
-from elastic3d.routing.session import RoutingSession
-from elastic3d.routing.updates import coarseness
+from elastic3d.utils.options import to_dict
 
 MAIN, DENSE, EULER = "model", "dense", "euler"
 
@@ -37,7 +37,7 @@ class Subject(Protocol):
     def dit(self) -> nn.Module: ...
 
     @property
-    def session(self) -> RoutingSession | None: ...
+    def session(self) -> ElasticSession | None: ...
 
     @property
     def weights_sha256(self) -> str | None: ...
@@ -86,7 +86,6 @@ class Case:
 
 
 PAPER_CACHE = BlockCacheConfig(rule=CacheRule.band, band=0.1, longest=5, start=0.3)
-DRIFT_CACHE = BlockCacheConfig(rule=CacheRule.drift, drift=0.1, longest=4, closed_reuse=True)
 FORECAST = BlockCacheConfig(rule=CacheRule.age, longest=1, trend=1.0, closed_reuse=True)
 NO_CACHE = BlockCacheConfig()
 
@@ -195,10 +194,6 @@ def _elastic(method: Method, **changes: Any) -> Callable[[Planner], Iterator[Cas
 
 def _dense_cache(planner: Planner) -> Iterator[Case]:
     for steps in planner.elastic_steps:
-        for drift in planner.config.drifts:
-            cache = replace(DRIFT_CACHE, drift=drift, closed_reuse=False)
-            run = planner.run(MAIN, steps, Routes.open, ElasticConfig(cache=cache, updates=False))
-            yield Case("dense_cache", run, None, f"drift {drift:g}")
         for interval in planner.config.intervals:
             cache = replace(FORECAST, longest=interval - 1, closed_reuse=False)
             run = planner.run(MAIN, steps, Routes.open, ElasticConfig(cache=cache, updates=False))
@@ -238,7 +233,6 @@ REGISTRY: dict[Method, Callable[[Planner], Iterator[Case]]] = {
     Method.elastic_no_cache: _elastic(Method.elastic_no_cache, cache=NO_CACHE),
     Method.elastic_no_width: _elastic(Method.elastic_no_width, width=False),
     Method.elastic_paper_cache: _elastic(Method.elastic_paper_cache, cache=PAPER_CACHE),
-    Method.elastic_drift_cache: _elastic(Method.elastic_drift_cache, cache=DRIFT_CACHE),
     Method.elastic_shared: _elastic(Method.elastic_shared, shared=True),
     Method.elastic_no_updates: _no_updates,
     Method.updated_steps: _updated_steps,

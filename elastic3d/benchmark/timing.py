@@ -20,7 +20,7 @@ from tqdm import tqdm
 from elastic3d.benchmark.machine import machine
 from elastic3d.benchmark.methods import Run
 from elastic3d.benchmark.place import Job, Place
-from elastic3d.routing.cost import trace_dense_flops, trace_flops, trace_router_flops
+from elastic3d.elastic.cost import trace_dense_flops, trace_flops, trace_router_flops
 from elastic3d.utils.structured import load_json, save_json
 
 DIT, END_TO_END = "dit", "end_to_end"

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic3d.config.checkpoints import CheckpointConfig
-from elastic3d.config.models import DiTConfig, SkipDiTConfig, VAEConfig
+from elastic3d.checkpoints.options import CheckpointConfig
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.sampler import integrate
 from elastic3d.models.image_encoder import DinoV2
+from elastic3d.models.options import DiTConfig, SkipDiTConfig, VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT

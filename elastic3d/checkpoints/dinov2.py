@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from elastic3d.checkpoints.bundle import Loader, on_meta
-from elastic3d.config.checkpoints import CheckpointConfig
+from elastic3d.checkpoints.options import CheckpointConfig
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import DinoV2, load_dinov2
 

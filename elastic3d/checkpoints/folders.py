@@ -13,8 +13,8 @@ from torch import Tensor
 
 from elastic3d.checkpoints.bundle import model_class, on_meta
 from elastic3d.checkpoints.identify import INDEX_NAME, PIPELINE_CLASSES, identify
+from elastic3d.checkpoints.options import PRESETS
 from elastic3d.checkpoints.tensors import Row, count_parameters, read_checkpoint, to_ours
-from elastic3d.config.checkpoints import PRESETS
 from elastic3d.errors import UserError
 from elastic3d.utils.structured import load_json
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from elastic3d.checkpoints.bundle import Bundle, Inspection, Loader
 from elastic3d.checkpoints.dinov2 import load_network, other_network
+from elastic3d.checkpoints.hunyuan3d_config import parse_config, parse_vae
 from elastic3d.checkpoints.identify import identify
 from elastic3d.checkpoints.tensors import count_parameters, read_checkpoint
-from elastic3d.config.hunyuan3d import parse_config, parse_vae
-from elastic3d.config.models import VAEConfig
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import DinoV2, dinov2_files
+from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.utils.structured import load_yaml
 from elastic3d.utils.tensors import tensor_heads

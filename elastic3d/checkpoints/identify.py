@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from elastic3d.config.checkpoints import PRESETS
+from elastic3d.checkpoints.options import PRESETS
 
 INDEX_NAME = "model_index.json"
 PIPELINE_CLASSES = {"TripoSGPipeline": "triposg", "Step1X3DGeometryPipeline": "step1x3d"}

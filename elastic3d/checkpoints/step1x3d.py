@@ -17,8 +17,7 @@ from torch import Tensor
 from elastic3d.checkpoints.bundle import Bundle, Inspection, Loader, on_meta
 from elastic3d.checkpoints.dinov2 import load_network, modern_names, network_fields, other_network
 from elastic3d.checkpoints.folders import Folder, open_folder
-from elastic3d.checkpoints.tensors import Row, count_parameters, rename_linear
-from elastic3d.config.checkpoints import (
+from elastic3d.checkpoints.options import (
     INSIDE,
     PRESETS,
     REQUIRED,
@@ -27,14 +26,14 @@ from elastic3d.config.checkpoints import (
     check_partners,
     mapped,
 )
-from elastic3d.config.generate import PipelineConfig, SamplingGrid
-from elastic3d.config.images import EncoderKind, ImageEncoderConfig
-from elastic3d.config.models import DiTConfig, VAEConfig
-from elastic3d.config.serialize import from_dict
+from elastic3d.checkpoints.tensors import Row, count_parameters, rename_linear
+from elastic3d.diffusion.options import PipelineConfig, SamplingGrid
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import DinoV2, dinov2_files
+from elastic3d.models.options import DiTConfig, EncoderKind, ImageEncoderConfig, VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.utils.options import from_dict
 
 ENCODER = "visual_encoder"
 _PREFIX, _DIT_PREFIX = "dino_model.", "dit_model."

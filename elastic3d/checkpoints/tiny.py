@@ -17,9 +17,9 @@ from elastic3d.checkpoints.bundle import model_class
 from elastic3d.checkpoints.dinov2 import build_network
 from elastic3d.checkpoints.folders import Folder, open_folder
 from elastic3d.checkpoints.identify import INDEX_NAME
+from elastic3d.checkpoints.options import CheckpointConfig
 from elastic3d.checkpoints.tensors import Row, to_published
-from elastic3d.config.checkpoints import CheckpointConfig
-from elastic3d.config.models import DiTConfig, SkipDiTConfig
+from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.utils.structured import save_json
 from elastic3d.utils.tensors import save_weights

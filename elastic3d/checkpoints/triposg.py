@@ -16,16 +16,15 @@ import torch
 from elastic3d.checkpoints.bundle import Bundle, Inspection, Loader
 from elastic3d.checkpoints.dinov2 import other_network
 from elastic3d.checkpoints.folders import Folder, open_folder
+from elastic3d.checkpoints.options import INSIDE, PRESETS, CheckpointConfig, Table, check_partners, mapped
 from elastic3d.checkpoints.tensors import Row, count_parameters, rename_linear
-from elastic3d.config.checkpoints import INSIDE, PRESETS, CheckpointConfig, Table, check_partners, mapped
-from elastic3d.config.generate import PipelineConfig
-from elastic3d.config.images import EncoderKind, ImageEncoderConfig
-from elastic3d.config.models import SkipDiTConfig, VAEConfig
-from elastic3d.config.serialize import from_dict
+from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import DinoV2, dinov2_files, load_dinov2
+from elastic3d.models.options import EncoderKind, ImageEncoderConfig, SkipDiTConfig, VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT
+from elastic3d.utils.options import from_dict
 
 ENCODER, EXTRACTOR = "image_encoder_dinov2", "feature_extractor_dinov2"
 _LATENTS = 2048  # the original's default; the weights fit any number

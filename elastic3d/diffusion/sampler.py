@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from elastic3d.config.generate import Solver
 from elastic3d.diffusion.flow import timestep_grid
-from elastic3d.routing.passes import BOTH_BRANCHES, Branch, Hold
-from elastic3d.routing.session import RoutingSession
+from elastic3d.diffusion.options import Solver
+from elastic3d.elastic.context import BOTH_BRANCHES, Branch, Hold
+from elastic3d.elastic.session import ElasticSession
 
 SomeBranches = tuple[Branch, ...]  # the conditional one, or both
 
@@ -71,7 +71,7 @@ def integrate(
     times: Tensor | None = None,
     solver: Solver = Solver.euler,
     sequential: bool = False,
-    session: RoutingSession | None = None,
+    session: ElasticSession | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Integrate from given noise (B,N,C): condition (B,M,Cc) -> latents (B,N,C). Gradients go back through all steps.
@@ -91,19 +91,21 @@ def integrate(
         scale = guidance if len(guided.branches) > 1 else None
         session.begin(len(noise), path.steps, guidance=scale, times=path.moments[:-1])
     waits = session is not None and session.holds and len(noise) > 1 and not sequential
-    while path.unfinished:
-        before, (turn, hold) = path.reached, path.turn(waits)
-        groups = guided.by_branches(path, turn)
-        if len(groups) > 1 and hold is Hold.unless_all:
-            hold = Hold.always  # those that need the blocks wait for the other group too
-        for branches, rows in groups.items():
-            v = guided.velocity(path, branches, rows, hold)
-            path.advance(rows, v, session.held if session is not None else frozenset())
-        for step in range(before, path.reached):
-            if on_step is not None:
-                on_step(step + 1, path.steps)
-    if session is not None:
-        session.end()
+    try:
+        while path.unfinished:
+            before, (turn, hold) = path.reached, path.turn(waits)
+            groups = guided.by_branches(path, turn)
+            if len(groups) > 1 and hold is Hold.unless_all:
+                hold = Hold.always  # those that need the blocks wait for the other group too
+            for branches, rows in groups.items():
+                v = guided.velocity(path, branches, rows, hold)
+                path.advance(rows, v, session.held if session is not None else frozenset())
+            for step in range(before, path.reached):
+                if on_step is not None:
+                    on_step(step + 1, path.steps)
+    finally:
+        if session is not None:
+            session.end()
     return path.x
 
 
@@ -120,7 +122,7 @@ class _Guided:
         guidance: float,
         embedded: bool,
         sequential: bool,
-        session: RoutingSession | None,
+        session: ElasticSession | None,
     ) -> None:
         self.dit, self.guidance, self.session, self.sequential = dit, guidance, session, sequential
         two = guidance != 1.0 and not embedded

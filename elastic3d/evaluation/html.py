@@ -7,10 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from elastic3d.config.evaluate import EvaluateConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation.exhibits import HEAT_MAX, Exhibit, make_exhibit
 from elastic3d.evaluation.items import Row, find_items
+from elastic3d.evaluation.options import EvaluateConfig
 from elastic3d.geometry.mesh_io import load_mesh
 from elastic3d.utils.files import atomic_path
 from elastic3d.utils.structured import load_json

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic3d.config.evaluate import ProtocolConfig
 from elastic3d.errors import UserError
+from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.evaluation.protocol import evaluate_pair, failed_scores
 from elastic3d.evaluation.uv import has_uv
 from elastic3d.geometry.mesh_io import READ_SUFFIXES, load_mesh

@@ -19,9 +19,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from elastic3d.config.evaluate import ProtocolConfig, Runner
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Item, Row, score_item
+from elastic3d.evaluation.options import ProtocolConfig, Runner
 from elastic3d.utils.files import atomic_path, read_text
 from elastic3d.utils.structured import parse_json
 

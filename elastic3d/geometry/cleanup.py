@@ -11,9 +11,9 @@ import trimesh
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from elastic3d.config.geometry import CleanupConfig
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import far_centre, merge_equal_vertices, unit_normals
+from elastic3d.geometry.options import CleanupConfig
 from elastic3d.geometry.sheets import separate_sheets
 
 _QUADRIC_LOCK = Lock()

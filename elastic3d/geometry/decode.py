@@ -19,9 +19,9 @@ import torch
 import trimesh
 from torch import Tensor
 
-from elastic3d.config.geometry import DecodeConfig
 from elastic3d.errors import NoSurfaceError
 from elastic3d.geometry.grid import node_points
+from elastic3d.geometry.options import DecodeConfig
 from elastic3d.geometry.surface import extract_surface
 
 FieldFunction = Callable[[Tensor, Tensor], Tensor]

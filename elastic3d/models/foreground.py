@@ -12,8 +12,8 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from elastic3d.config.images import ForegroundConfig, ForegroundMethod, ImageEncoderConfig
 from elastic3d.errors import UserError
+from elastic3d.models.options import ForegroundConfig, ForegroundMethod, ImageEncoderConfig
 from elastic3d.models.pictures import load_picture
 
 _WORKING_SIDE = 1024  # longer sides are reduced first: the encoder sees a few hundred pixels

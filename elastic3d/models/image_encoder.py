@@ -12,10 +12,10 @@ from efficientnet_lite_pytorch import EfficientNet
 from einops import rearrange
 from torch import Tensor, nn
 
-from elastic3d.config.images import EncoderFeatures, EncoderKind, ImageEncoderConfig
-from elastic3d.config.serialize import to_dict
 from elastic3d.errors import UserError
+from elastic3d.models.options import EncoderFeatures, EncoderKind, ImageEncoderConfig
 from elastic3d.models.weights import CONFIG_NAME, load_config, load_strict
+from elastic3d.utils.options import to_dict
 from elastic3d.utils.structured import load_json, save_json
 
 _CLASS_NAME = "ImageEncoder"

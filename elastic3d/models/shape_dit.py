@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elastic3d.config.models import DiTConfig
 from elastic3d.models.layers import TimeEmbedder, attend, fourier_embedding, timestep_embedding
+from elastic3d.models.options import DiTConfig
 from elastic3d.models.weights import PretrainedMixin
 
 TIMESTEP_CHANNELS = 256  # of the sinusoidal embedding, before its MLP; the same in every FLUX descendant
@@ -90,6 +90,14 @@ class StreamAttention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "B L (K H d) -> K B H L d", K=3, H=self.heads)
         return *self.norm(q, k), v
 
+    def project(self, x: Tensor) -> Tensor:
+        """(B,L,D), a part of the tokens that attended -> (B,L,D).
+
+        Such a part is contiguous in a batch of one alone, and torch's `linear` rounds once or twice by that: a sample
+        would depend on its batch.
+        """
+        return self.proj(x.contiguous())
+
 
 def _gelu(config: DiTConfig) -> str:
     """How GELU is computed, in torch's words."""
@@ -124,9 +132,9 @@ class DoubleStreamBlock(nn.Module):
         t_qkv = self.txt_attn.heads_first(modulate(txt, t_shift1, t_scale1))
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(t_qkv, i_qkv, strict=True))
         t_out, i_out = attend(q, k, v).split([txt.shape[1], img.shape[1]], dim=1)
-        img = torch.addcmul(img, i_gate1, self.img_attn.proj(i_out))
+        img = torch.addcmul(img, i_gate1, self.img_attn.project(i_out))
         img = torch.addcmul(img, i_gate2, self.img_mlp(modulate(img, i_shift2, i_scale2)))
-        txt = torch.addcmul(txt, t_gate1, self.txt_attn.proj(t_out))
+        txt = torch.addcmul(txt, t_gate1, self.txt_attn.project(t_out))
         txt = torch.addcmul(txt, t_gate2, self.txt_mlp(modulate(txt, t_shift2, t_scale2)))
         return img, txt
 

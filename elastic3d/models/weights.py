@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from elastic3d.config.serialize import from_dict, to_dict
 from elastic3d.errors import UserError
+from elastic3d.utils.options import from_dict, to_dict
 from elastic3d.utils.structured import load_json, save_json
 from elastic3d.utils.tensors import PICKLE_SUFFIXES, Stored, read_weights, save_weights, tensor_heads
 

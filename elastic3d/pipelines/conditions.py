@@ -6,26 +6,55 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from elastic3d.config.hunyuan3d import VIEW_NAMES
-from elastic3d.config.images import ForegroundConfig
+from elastic3d.checkpoints.hunyuan3d_config import VIEW_NAMES
 from elastic3d.errors import UserError
 from elastic3d.models.foreground import prepare_picture, to_tensor
 from elastic3d.models.image_encoder import DinoV2, ImageEncoder
+from elastic3d.models.options import ForegroundConfig
 
-OnePicture = str | Path | Image.Image
+OnePicture = str | Path | Image.Image | np.ndarray
 Picture = OnePicture | Mapping[str, OnePicture]
-"""A picture, or pictures of one object by direction: front, left, back, right."""
+"""An image, or images of one object by direction: front, left, back, right. Arrays are (H,W), or (H,W,C) with 1, 3 or 4
+channels: uint8, or floats from 0 to 1."""
 Prepared = dict[int, Image.Image]
 """Pictures as the encoder wants them, by the number of their direction; 0 is the front."""
 
 
 def is_picture(value: Any) -> bool:
     """Whether `value` is one picture (or one object's views), rather than a list of them."""
-    return isinstance(value, (str, Path, Image.Image, Mapping))
+    one_array = isinstance(value, np.ndarray) and value.ndim < 4
+    return one_array or isinstance(value, (str, Path, Image.Image, Mapping))
+
+
+def as_file_or_image(value: Any) -> str | Path | Image.Image:
+    """An array as a PIL image; a file or a PIL image as it is. UserError for anything else."""
+    if isinstance(value, (str, Path, Image.Image)):
+        return value
+    if not isinstance(value, np.ndarray):
+        raise UserError(
+            f"an image is a {type(value).__name__}, expected a file, a PIL image or a numpy array"
+        )
+    array = value[..., 0] if value.ndim == 3 and value.shape[-1] == 1 else value
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
+        raise UserError(
+            f"an image is an array of {value.shape}, expected (H,W) or (H,W,C) with 1, 3 or 4 channels"
+        )
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all() or array.min(initial=0) < 0 or array.max(initial=0) > 1:
+            raise UserError(
+                "an image is an array of floats, expected values from 0 to 1 (or integers to 255)"
+            )
+        array = (255 * array).round()
+    elif array.dtype.kind not in "bui" or array.min(initial=0) < 0 or array.max(initial=0) > 255:
+        raise UserError(f"an image is an array of {array.dtype}, expected uint8, or floats from 0 to 1")
+    elif array.dtype.kind == "b":
+        array = 255 * array.astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
 
 
 def prepare(picture: Picture, foreground: ForegroundConfig, encoder: ImageEncoder) -> Prepared:
@@ -43,16 +72,20 @@ def prepare(picture: Picture, foreground: ForegroundConfig, encoder: ImageEncode
     if not views:
         raise UserError("there are no pictures, expected at least the front")
     return {
-        VIEW_NAMES.index(name): prepare_picture(view, foreground, encoder.image_size)
+        VIEW_NAMES.index(name): prepare_picture(as_file_or_image(view), foreground, encoder.image_size)
         for name, view in sorted(views.items(), key=lambda item: VIEW_NAMES.index(item[0]))
     }
 
 
-def encode(prepared: Sequence[Prepared], encoder: ImageEncoder, device: torch.device) -> Tensor:
-    """Condition tokens (B,M,Cc) of prepared pictures; UserError where objects show different directions."""
-    directions = list(prepared[0])
-    if any(list(each) != directions for each in prepared):
+def check_directions(prepared: Prepared, first: Prepared) -> None:
+    """Raise UserError unless an object is seen from the same directions as the first one of its batch."""
+    if list(prepared) != list(first):
         raise UserError("the objects of one batch are seen from different directions: give one at a time")
+
+
+def encode(prepared: Sequence[Prepared], encoder: ImageEncoder, device: torch.device) -> Tensor:
+    """Condition tokens (B,M,Cc) of prepared pictures, all from the same directions."""
+    directions = list(prepared[0])
     images = torch.stack([to_tensor(list(each.values())) for each in prepared]).to(device)
     if isinstance(encoder, DinoV2) and encoder.config.views > 1:
         return encoder.encode_views(images, directions)

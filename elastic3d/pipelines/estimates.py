@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from elastic3d.checkpoints.bundle import parameter_count
-from elastic3d.config.checkpoints import OPEN_MODELS, PRESETS
-from elastic3d.config.models import DiTConfig, SkipDiTConfig, VAEConfig
+from elastic3d.checkpoints.options import OPEN_MODELS, PRESETS
 from elastic3d.models.flops import dit_blocks_flops
+from elastic3d.models.options import DiTConfig, SkipDiTConfig, VAEConfig
 from elastic3d.pipelines.memory import GB, LOW_MEMORY_CHUNK, memory_need
 
 BUDGETS = (1.0, 0.7, 0.5, 0.3)

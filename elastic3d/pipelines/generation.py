@@ -11,17 +11,18 @@ from typing import Any
 
 from PIL import Image
 
-from elastic3d.config.generate import GenerateConfig, MeshFormat
-from elastic3d.config.serialize import to_dict
+from elastic3d.elastic.config import ElasticOptions
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import mesh_health
 from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, check_suffix, save_mesh
 from elastic3d.models.pictures import PICTURE_SUFFIXES
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Picture, Result
+from elastic3d.pipelines.options import GenerateConfig, MeshFormat
 from elastic3d.pipelines.preview import turntable
 from elastic3d.pipelines.published import views_of
 from elastic3d.pipelines.routes import draw_routes, route_title
 from elastic3d.utils.files import atomic_path, matching_files, name_key, printable, visible_files
+from elastic3d.utils.options import to_dict
 from elastic3d.utils.paths import check_distinct
 from elastic3d.utils.structured import save_json
 
@@ -171,13 +172,8 @@ def generate(
             resolution=config.resolution,
             cleanup=config.cleanup,
             foreground=config.foreground,
-            elastic=config.elastic,
-            budget=config.budget,
-            width=config.width,
-            cache=config.cache,
-            shared=config.shared,
-            updates=config.updates,
             on_step=on_step,
+            **ElasticOptions.of(config),
         )
         if drawn:
             for result, picture in zip(results, drawn, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
@@ -13,30 +13,39 @@ import trimesh
 from torch import Tensor, nn
 
 from elastic3d import __version__
-from elastic3d.adapters import attach, is_attached, save_routers, session_of
-from elastic3d.config.base import DeviceChoice, DTypeChoice
-from elastic3d.config.generate import PipelineConfig, check_sampling
-from elastic3d.config.geometry import CleanupConfig, DecodeConfig, usual_coarse
-from elastic3d.config.images import ForegroundConfig
-from elastic3d.config.routing import BlockCacheConfig, ElasticConfig
-from elastic3d.config.serialize import from_dict, to_dict
 from elastic3d.diffusion.flow import sampling_times
+from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.diffusion.sampler import sample
+from elastic3d.elastic import attach, is_attached, save_routers, session_of
+from elastic3d.elastic.config import ElasticConfig, ElasticOptions
+from elastic3d.elastic.context import Turn
+from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field
+from elastic3d.geometry.options import CleanupConfig, DecodeConfig, usual_coarse
 from elastic3d.geometry.surface import extract_surface
 from elastic3d.models.image_encoder import ImageEncoder, load_image_encoder, save_image_encoder
+from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import find_weights
-from elastic3d.pipelines.conditions import Picture, Prepared, encode, is_picture, prepare
+from elastic3d.pipelines.conditions import (
+    Picture,
+    Prepared,
+    check_directions,
+    encode,
+    is_picture,
+    prepare,
+)
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, Placement, usual_chunk
-from elastic3d.pipelines.routes import dense_receipt, route_receipts, with_options
-from elastic3d.pipelines.runtime import resolve_device, resolve_dtype, timed
-from elastic3d.routing.session import RoutingSession
+from elastic3d.pipelines.options import check_sampling
+from elastic3d.pipelines.routes import dense_receipt, route_receipts
+from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, seeds_of, timed
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256
+from elastic3d.utils.options import from_dict, to_dict
 from elastic3d.utils.structured import load_json, save_json
 
 PIPELINE_NAME, ROUTERS_NAME = "pipeline.json", "routers"
@@ -107,6 +116,7 @@ class ImageTo3DPipeline:
         self.weights_sha256, self.dense_sha256 = weights_sha256, dense_sha256 or weights_sha256
         self.placement = Placement(next(dit.parameters()).device)
         self.max_points = usual_chunk(self.device)
+        self._turn = Turn()  # threads that share a pipeline take turns
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +132,7 @@ class ImageTo3DPipeline:
                 part.to("cpu")
 
     @property
-    def session(self) -> RoutingSession | None:
+    def session(self) -> ElasticSession | None:
         """Of the DiT's routers; None where it has none."""
         return session_of(self.dit) if is_attached(self.dit) else None
 
@@ -136,12 +146,13 @@ class ImageTo3DPipeline:
         """The pipeline saved in a folder, ready to run.
 
         Args:
+            path: a folder, or the name of a bundled model: "shape-small".
             dtype: of the DiT and the VAE; `auto` is bf16 where it is fast, else fp32.
 
         Raises:
             UserError: a missing, broken or foreign file, a device that is not there.
         """
-        folder = Path(path)
+        folder = find_model(path)
         target = resolve_device(device)
         number = resolve_dtype(dtype, target)
         if not folder.is_dir():
@@ -185,28 +196,19 @@ class ImageTo3DPipeline:
         max_faces: int | None = None,
         cleanup: CleanupConfig | None = None,
         foreground: ForegroundConfig | None = None,
-        elastic: bool | None = None,
-        budget: float | None = None,
-        width: bool | None = None,
-        cache: BlockCacheConfig | None = None,
-        shared: bool | None = None,
-        updates: bool | None = None,
         on_step: Callable[[int, int], None] | None = None,
+        **elastic: Any,
     ) -> Result | list[Result]:
         """Mesh of a picture, or of each of a list of pictures as one batch.
 
         Args:
-            images: file, PIL image, views of one object by direction (front, left, back, right), or a list of them.
+            images: file, PIL image, array, views of one object by direction (front, left, back, right), or a list.
             seed: of the noise; one for all, or one a picture. A sample depends on its own picture and seed
                 alone, not on its batch.
             steps, guidance, resolution: None is the model's default.
             max_faces: decimate to this many faces; None is `cleanup`'s own (40,000).
-            elastic: let the routers decide; None is the model's default, False the dense model.
-            budget: share of the dense blocks' FLOPs to execute, 0.3 to 1; None is the model's default.
-            width, cache: let the routers narrow the MLPs; reuse of blocks between steps; None: the model's default.
-            shared: samples share their routes, and depend on each other; None is the model's default.
-            updates: use the routers' updates of the blocks where few calls are left; None is the model's default.
             on_step: called with (steps done, steps) during sampling.
+            elastic: `budget=` and whatever else `ElasticOptions` has.
 
         Raises:
             UserError: a value out of range; for a single picture also whatever kept it from becoming a mesh.
@@ -214,13 +216,11 @@ class ImageTo3DPipeline:
         """
         many = not is_picture(images)
         pictures: Sequence[Picture] = images if many else [images]  # type: ignore[assignment, list-item]
-        seeds = [seed] * len(pictures) if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(pictures):
-            raise UserError(f"seed has {len(seeds)} values, expected one or {len(pictures)}")
+        seeds = seeds_of(seed, len(pictures))
         settings = self._settings(steps, guidance, resolution, max_faces, cleanup, foreground)
-        asked = (elastic, budget, width, cache, shared, updates)
-        settings.elastic = with_options(self.config.elastic, self.session is not None, *asked)
-        results = self._generate(pictures, seeds, settings, on_step)
+        settings.elastic = ElasticOptions(**elastic).over(self.config.elastic, self.session is not None)
+        with self._turn, self.session.turn if self.session is not None else nullcontext():
+            results = self._generate(pictures, seeds, settings, on_step)
         if many:
             return results
         if results[0].error is not None:
@@ -267,7 +267,9 @@ class ImageTo3DPipeline:
             for i, picture in enumerate(pictures):
                 try:
                     prepared[i] = prepare(picture, settings.foreground, self.encoder)
+                    check_directions(prepared[i], next(iter(prepared.values())))
                 except UserError as error:
+                    prepared.pop(i, None)
                     results[i].error = error
             if not prepared:
                 return results
@@ -275,6 +277,8 @@ class ImageTo3DPipeline:
                 condition = encode(list(prepared.values()), self.encoder, self.device)
         with timed(batch_ms, "dit"), self.placement.use(self.dit):
             latents = self.sample_latents(condition, [seeds[i] for i in prepared], settings, on_step)
+        if self.placement.offload and self.session is not None:
+            self.session.forget()  # copies of blocks would stay on the device
         done, moves = [results[i] for i in prepared], len(sampling_times(self.config, settings.steps)) - 1
         dense = dense_receipt(self.dit.config, moves, settings.guidance, condition.shape[1])
         routes = route_receipts(self.session, settings.elastic, len(done))

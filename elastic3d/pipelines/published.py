@@ -7,15 +7,14 @@ from pathlib import Path
 
 import torch
 
-from elastic3d.adapters import attach
 from elastic3d.checkpoints.bundle import Bundle, Inspection
 from elastic3d.checkpoints.hunyuan3d import inspect_hunyuan3d, load_hunyuan3d
+from elastic3d.checkpoints.hunyuan3d_config import VIEW_NAMES
 from elastic3d.checkpoints.identify import identify
+from elastic3d.checkpoints.options import PRESETS, ImportConfig
 from elastic3d.checkpoints.step1x3d import inspect_step1x3d, load_step1x3d
 from elastic3d.checkpoints.triposg import inspect_triposg, load_triposg
-from elastic3d.config.checkpoints import PRESETS, ImportConfig
-from elastic3d.config.generate import GenerateConfig
-from elastic3d.config.hunyuan3d import VIEW_NAMES
+from elastic3d.elastic import attach
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
@@ -28,6 +27,7 @@ from elastic3d.pipelines.memory import (
     points_within,
     require,
 )
+from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype
 from elastic3d.utils.files import file_sha256
 

@@ -1,4 +1,4 @@
-"""Running a pipeline's model elastically: options, the receipt of its routes, and their picture."""
+"""The receipt of a generation's routes, and their picture."""
 
 from __future__ import annotations
 
@@ -9,50 +9,17 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from elastic3d.config.models import DiTConfig, SkipDiTConfig
-from elastic3d.config.routing import BlockCacheConfig, ElasticConfig
-from elastic3d.config.serialize import to_dict
+from elastic3d.elastic.config import ElasticConfig
+from elastic3d.elastic.cost import trace_dense_flops, trace_flops, trace_router_flops
+from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 from elastic3d.models.flops import dit_blocks_flops
-from elastic3d.routing.cost import trace_dense_flops, trace_flops, trace_router_flops
-from elastic3d.routing.session import RoutingSession
+from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.utils.files import atomic_path
+from elastic3d.utils.options import to_dict
 
 CELL, MARGIN, GAP = 10, 34, 12
 SKIPPED, REUSED, EMPTY = (235, 235, 235), (245, 160, 60), (255, 255, 255)
-
-
-def with_options(
-    default: ElasticConfig,
-    has_routers: bool,
-    elastic: bool | None,
-    budget: float | None,
-    width: bool | None,
-    cache: BlockCacheConfig | None,
-    shared: bool | None = None,
-    updates: bool | None = None,
-) -> ElasticConfig:
-    """The model's default with what a caller asked for; None keeps it.
-
-    Raises:
-        UserError: a budget out of range; anything elastic of a model without routers, or of one that is to run dense.
-    """
-    asked: dict[str, Any] = {"budget": budget, "width": width, "cache": cache}
-    asked |= {"shared": shared, "updates": updates}
-    given = {name: value for name, value in asked.items() if value is not None}
-    wanted = default.elastic if elastic is None else elastic
-    if not has_routers or not wanted:
-        if elastic and not has_routers:
-            raise UserError("elastic is true, but this model has no routers")
-        needless = {name for name in given if name != "budget" or budget != 1}
-        if needless:
-            why = "elastic is false" if has_routers else "this model has no routers"
-            raise UserError(f"{', '.join(sorted(needless))} can't be set: {why}")
-        return ElasticConfig(elastic=False)
-    try:
-        return replace(default, elastic=True, **given)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def dense_receipt(
@@ -65,7 +32,7 @@ def dense_receipt(
 
 
 def route_receipts(
-    session: RoutingSession | None, settings: ElasticConfig, samples: int
+    session: ElasticSession | None, settings: ElasticConfig, samples: int
 ) -> list[dict[str, Any]]:
     """What the blocks did for each sample of the newest generation, and what it cost; nothing where it was dense."""
     if session is None or not settings.elastic:

@@ -1,15 +1,53 @@
-"""Which device and number format a model runs in, and how long it takes."""
+"""Where a bundled model is, which device and number format it runs in, how long it takes; seeds."""
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from elastic3d.config.base import DeviceChoice, DTypeChoice
 from elastic3d.errors import UserError
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+BUNDLED = (_PACKAGE / "pretrained", _PACKAGE.parent / "data" / "pretrained")  # of a wheel, of a checkout
+
+
+def find_model(name: str | Path) -> Path:
+    """A model's folder, or the one of a bundled model by its name, wherever the current folder is."""
+    folder = Path(name)
+    if folder.exists() or len(folder.parts) != 1:
+        return folder
+    return next((home / name for home in BUNDLED if (home / name).is_dir()), folder)
+
+
+def seeds_of(seed: Any, count: int) -> list[int]:
+    """One seed for each of `count` samples, from one for all or a list; integers of numpy and arrays are fine.
+
+    Raises:
+        UserError: another number of them, or one that is no integer of 64 bits.
+    """
+    try:
+        one = operator.index(seed)
+    except TypeError:
+        pass
+    else:
+        seed = [one] * count
+    try:
+        seeds = [operator.index(each) for each in seed]
+    except TypeError as error:
+        raise UserError(f"seed is {seed!r}, expected an integer, or a list of them") from error
+    if len(seeds) != count:
+        raise UserError(f"seed has {len(seeds)} values, expected one or {count}")
+    for each in seeds:
+        if not -(2**63) <= each < 2**64:
+            raise UserError(f"seed is {each}, expected an integer of 64 bits")
+    return seeds
 
 
 def resolve_device(choice: DeviceChoice | torch.device | str = DeviceChoice.auto) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,19 @@ from PIL import Image
 from torch import Tensor
 
 from elastic3d import __version__
-from elastic3d.adapters import adapter_for, attach, is_attached, session_of
-from elastic3d.config.base import DeviceChoice, DTypeChoice
-from elastic3d.config.generate import check_sampling
-from elastic3d.config.routing import BlockCacheConfig, ElasticConfig
-from elastic3d.config.text_to_image import MAX_PROMPT, BackboneName
+from elastic3d.elastic import adapter_for, attach, is_attached, session_of
+from elastic3d.elastic.config import ElasticConfig, ElasticOptions
+from elastic3d.elastic.context import Turn
+from elastic3d.elastic.cost import dense_flops
+from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.pipelines.image_loading import load_backbone, merge_lora, weight_files
-from elastic3d.pipelines.routes import route_receipts, with_options
-from elastic3d.pipelines.runtime import resolve_device, resolve_dtype, timed
-from elastic3d.routing.cost import dense_flops
-from elastic3d.routing.session import RoutingSession
+from elastic3d.pipelines.options import MAX_PROMPT, BackboneName, check_sampling
+from elastic3d.pipelines.routes import route_receipts
+from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, seeds_of, timed
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256
 
 ROUTERS_NAME = "routers"
@@ -57,9 +58,10 @@ class TextToImagePipeline:
         """`model` is its name, for receipts."""
         self.backbone, self.model = backbone, model
         self._digest = weights_sha256
+        self._turn = Turn()  # threads that share a pipeline take turns
 
     @property
-    def session(self) -> RoutingSession | None:
+    def session(self) -> ElasticSession | None:
         """Of the transformer's routers; None where it has none."""
         transformer = self.backbone.transformer
         return session_of(transformer) if is_attached(transformer) else None
@@ -67,8 +69,8 @@ class TextToImagePipeline:
     @classmethod
     def from_pretrained(
         cls,
-        backbone: BackboneName,
-        weights: str | Path,
+        backbone: BackboneName | str | Path,
+        weights: str | Path | None = None,
         routers: str | Path | None = None,
         lora: str | Path | None = None,
         device: DeviceChoice | torch.device | str = "auto",
@@ -78,6 +80,8 @@ class TextToImagePipeline:
         """The pipeline in a folder, with routers on it if there are any.
 
         Args:
+            backbone: family of the pipeline; without `weights` the folder of a small one, or the name of the bundled
+                one: "image-small".
             weights: folder in the layout in which the pipeline is published.
             routers: folder of routers; None takes `routers` in the folder of the weights, where there is one.
             lora: a safetensors file that is merged into the weights.
@@ -87,6 +91,12 @@ class TextToImagePipeline:
             UserError: a folder that is broken or something else, routers of another model, a block that can't be
                 routed, a device that is not there.
         """
+        if weights is None:
+            if isinstance(backbone, BackboneName):
+                raise UserError(f"weights are missing: the folder of a {backbone.name} pipeline")
+            backbone, weights = BackboneName.small, find_model(backbone)
+        elif not isinstance(backbone, BackboneName):
+            backbone = backbone_named(str(backbone))
         folder, target = Path(weights), resolve_device(device)
         if offload and target.type == "cpu":
             raise UserError("offload is true, but the pipeline runs on the CPU: expected a GPU (device=cuda)")
@@ -120,43 +130,42 @@ class TextToImagePipeline:
         steps: int | None = None,
         guidance: float | None = None,
         size: tuple[int, int] | None = None,
-        elastic: bool | None = None,
-        budget: float | None = None,
-        width: bool | None = None,
-        cache: BlockCacheConfig | None = None,
-        shared: bool | None = None,
-        updates: bool | None = None,
         on_step: Callable[[int, int], None] | None = None,
+        **elastic: Any,
     ) -> list[ImageResult]:
         """A picture of each prompt with its seed, as one batch; a sample does not depend on its batch, unless `shared`.
 
         Args:
             steps, guidance: None is the family's default; a guidance of 1 or less runs one branch.
             size: width and height in pixels.
-            elastic, budget, width, cache, shared, updates: as for meshes; None is the default of models with routers.
             on_step: called with (steps done, steps) during sampling.
+            elastic: `budget=` and whatever else `ElasticOptions` has.
 
         Raises:
             UserError: a prompt that is empty, too long or no text, a value out of range, or a picture with values
                 that are not finite.
         """
+        prompts = list(prompts)
         if len(prompts) != len(seeds) or not prompts:
             raise UserError(
                 f"{len(seeds)} seeds for {len(prompts)} prompts, expected as many, and at least one"
             )
+        seeds = seeds_of(seeds, len(prompts))
         for prompt in dict.fromkeys(prompts):
             check_prompt(prompt, self.backbone)
         settings = self.settings_of(steps, guidance, size)
-        settings.elastic = with_options(
-            self.backbone.default_elastic(),
-            self.session is not None,
-            elastic,
-            budget,
-            width,
-            cache,
-            shared,
-            updates,
-        )
+        options, default = ElasticOptions(**elastic), self.backbone.default_elastic()
+        settings.elastic = options.over(default, self.session is not None)
+        with self._turn, self.session.turn if self.session is not None else nullcontext():
+            return self._generate(prompts, seeds, settings, on_step)
+
+    def _generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+        on_step: Callable[[int, int], None] | None,
+    ) -> list[ImageResult]:
         if self.session is not None:
             self.session.settings = settings.elastic
         ms: dict[str, float] = {}
@@ -216,6 +225,15 @@ class TextToImagePipeline:
                 on_step(index + 1, settings.steps)
             return values
 
+        try:
+            return self._sampled(text, rest, seeds, settings, after_step)
+        finally:
+            if self.session is not None:
+                self.session.end()
+
+    def _sampled(
+        self, text: Text, rest: dict[str, Any], seeds: Sequence[int], settings: Settings, after_step: Any
+    ) -> Tensor:
         return self.backbone.pipe(
             **text,
             **rest,
@@ -274,6 +292,13 @@ class TextToImagePipeline:
             receipt["ms"] = {name: round(value / len(prompts), 1) for name, value in ms.items()}
             receipts.append(receipt)
         return receipts
+
+
+def backbone_named(name: str) -> BackboneName:
+    """The family of that name; UserError where there is none."""
+    if name not in BackboneName.__members__:
+        raise UserError(f"backbone is {name!r}, expected one of {', '.join(BackboneName.__members__)}")
+    return BackboneName[name]
 
 
 def check_prompt(prompt: object, backbone: Backbone) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from elastic3d.config.prepare import PrepareConfig, SourceName
 from elastic3d.errors import UserError
 from elastic3d.preparation.infinigen_source import InfinigenSource
+from elastic3d.preparation.options import PrepareConfig, SourceName
 from elastic3d.preparation.primitives.source import PrimitivesSource
 from elastic3d.preparation.run import prepare
 from elastic3d.preparation.shards import Recipe, Shard, drop_outdated, plan_shards, write_manifest

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from elastic3d.config.prepare import ShapeConfig
 from elastic3d.errors import UserError
+from elastic3d.preparation.options import ShapeConfig
 from elastic3d.preparation.shape import item_seed, prepare_shape
 from elastic3d.preparation.sources import Item, Source
 from elastic3d.utils.files import atomic_path

@@ -17,10 +17,10 @@ from PIL import Image
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no request leaves the machine
 import gradio as gr  # noqa: E402
 
-from elastic3d.config.images import ForegroundConfig  # noqa: E402
 from elastic3d.errors import UserError  # noqa: E402
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh  # noqa: E402
 from elastic3d.models.foreground import prepare_picture  # noqa: E402
+from elastic3d.models.options import ForegroundConfig  # noqa: E402
 from elastic3d.pipelines.preview import turntable  # noqa: E402
 from elastic3d.pipelines.routes import draw_routes, route_title  # noqa: E402
 from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueFull  # noqa: E402

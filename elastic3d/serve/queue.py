@@ -19,9 +19,9 @@ from typing import Any
 
 from PIL import Image
 
-from elastic3d.config.images import ForegroundConfig
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import save_mesh
+from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
 
 LINGER_S = 0.01  # how long a batch waits for others that arrive together

@@ -1,4 +1,4 @@
-"""Training data: prepared shapes by id, items of the VAE, and a loader whose position is the step alone."""
+"""Training data: prepared shapes by id, and a loader whose position is the step alone."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from elastic3d.config.train import DataConfig, LoopConfig, VAEStageConfig
 from elastic3d.errors import UserError
-from elastic3d.training.augment import augment
+from elastic3d.training.options import DataConfig, LoopConfig
 from elastic3d.utils.tensors import open_tensors, tensor_heads
 
 Batch = dict[str, Tensor]
@@ -198,53 +197,6 @@ def pick(points: Tensor, count: int, rng: np.random.Generator) -> Tensor:
     else:
         index = rng.integers(0, len(points), count)
     return points[torch.from_numpy(index)].float()
-
-
-@dataclass
-class VAEItems:
-    """Items: `surface` (P,6), `points` (Q,3), `distance` (Q,), `noise` (N,C), also `sharp` (S,6), `offsets` (N,3)."""
-
-    shapes: PreparedShapes
-    config: VAEStageConfig
-
-    def __post_init__(self) -> None:
-        self._shuffle = Shuffle(len(self.shapes))
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def item(self, position: int, seed: int) -> Batch:
-        """Item `position` of the shuffled, augmented stream."""
-        rng = item_generator(seed, position)
-        item = self.draw(self.shapes.ids[self._shuffle(position, seed)], rng)
-        item = augment(item, self.config.augment, rng)
-        model = self.config.model
-        noise = rng.standard_normal((model.num_latents, model.channels), dtype=np.float32)
-        return {**item, **self.offsets(rng), "noise": torch.from_numpy(noise)}
-
-    def offsets(self, rng: np.random.Generator) -> Batch:
-        """`offsets` (N,3) of the anchors from the surface, where there are any."""
-        spread, count = self.config.anchor_spread, self.config.model.num_latents
-        if not (self.config.model.anchored and spread):
-            return {}
-        return {"offsets": torch.from_numpy(spread * rng.standard_normal((count, 3), dtype=np.float32))}
-
-    def draw(self, id: str, rng: np.random.Generator) -> Batch:
-        """A random subset of a shape's stored points."""
-        config = self.config
-        near = pick(self.shapes.read(id, "near"), config.near_queries, rng)
-        volume = pick(self.shapes.read(id, "volume"), config.volume_queries, rng)
-        queries = torch.cat([near, volume])
-        surface = self.shapes.read(id, "surface")
-        item = {
-            "surface": pick(surface, config.surface_points, rng),
-            "points": queries[:, :3].contiguous(),
-            "distance": queries[:, 3].contiguous(),
-        }
-        if config.sharp_points:
-            sharp = self.shapes.read(id, "sharp")
-            item["sharp"] = pick(sharp if len(sharp) else surface, config.sharp_points, rng)
-        return item
 
 
 class _ByPosition(Dataset):

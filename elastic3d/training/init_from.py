@@ -7,18 +7,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from elastic3d.config.images import ImageEncoderConfig
-from elastic3d.config.models import DiTConfig, VAEConfig
-from elastic3d.config.train import StageName, TrainConfig
 from elastic3d.errors import UserError
+from elastic3d.models.options import DiTConfig, VAEConfig
 from elastic3d.models.weights import CONFIG_NAME, find_weights, load_config
 from elastic3d.training.checkpoint import load_checkpoint, newest_checkpoint
-from elastic3d.training.latents import LatentInfo
 from elastic3d.utils.structured import load_json
 from elastic3d.utils.tensors import read_weights
 
 BUNDLED = Path("data/pretrained")
-_CLASSES = {"vae": (VAEConfig, "ShapeVAE"), "dit": (DiTConfig, "ShapeDiT")}
+CLASSES = {"vae": (VAEConfig, "ShapeVAE"), "dit": (DiTConfig, "ShapeDiT")}
 
 
 def find_start(path: Path) -> Path:
@@ -36,7 +33,7 @@ def find_start(path: Path) -> Path:
 def model_part(path: Path, part: str) -> Path | None:
     """The folder of a model's `vae` or `dit`: inside a pipeline's folder, or the given one itself."""
     for folder in (path / part, path):
-        if (folder / CONFIG_NAME).is_file() and _class_of(folder) == _CLASSES[part][1]:
+        if (folder / CONFIG_NAME).is_file() and _class_of(folder) == CLASSES[part][1]:
             return folder
     return None
 
@@ -52,7 +49,7 @@ def starting_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]
     """
     path = find_start(path)
     part = next(iter(own)).partition(".")[0]
-    folder = model_part(path, part) if part in _CLASSES else None
+    folder = model_part(path, part) if part in CLASSES else None
     if folder is not None:
         weights = read_weights(find_weights(folder))
         return {f"{part}.{name}": value.float() for name, value in weights.items()}
@@ -67,48 +64,15 @@ def starting_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]
     return load_checkpoint(path).part("average")
 
 
-def adopt_architecture(config: TrainConfig) -> None:
-    """Give the run the architecture of the model folder that it starts from, and its cache that model's latents.
-
-    Nothing changes where `init_from` is a checkpoint, or where `init_new` says that the two differ.
-    """
-    if config.init_from is None or config.init_new:
-        return
-    path = find_start(config.init_from)
-    if config.stage is StageName.vae and (folder := model_part(path, "vae")):
-        config.vae.model = load_config(folder, *_CLASSES["vae"])
-    elif config.stage is StageName.dit and (folder := model_part(path, "dit")):
-        config.dit.model = load_config(folder, *_CLASSES["dit"])
-        _check_latents(config.latents.output, path)
-    elif config.stage is StageName.cache:
-        if model_part(path, "dit") is None:
-            raise UserError(
-                f"stage=cache init_from={config.init_from} needs a model with a DiT that goes on from its latents"
-            )
-        config.latents.encoder = load_config(path / "image_encoder", ImageEncoderConfig, "ImageEncoder")
-        if not config.latents.vae.exists():
-            config.latents.vae = path / "vae"
-
-
 def statistics_of(path: Path) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the latent channels that a model's DiT was trained on."""
     folder = model_part(find_start(path), "vae")
-    vae: VAEConfig | None = load_config(folder, *_CLASSES["vae"]) if folder else None
+    vae: VAEConfig | None = load_config(folder, *CLASSES["vae"]) if folder else None
     if vae is None or not vae.latent_mean:
         raise UserError(
             f"{path} has no vae/{CONFIG_NAME} with statistics of its latents, expected an exported DiT"
         )
     return vae.latent_mean, vae.latent_std
-
-
-def _check_latents(cache: Path, path: Path) -> None:
-    """UserError unless a cache of latents has the scale that the model's DiT knows."""
-    info = LatentInfo.load(cache)
-    if model_part(path, "vae") and (info.mean, info.std) != statistics_of(path):
-        raise UserError(
-            f"{cache} holds latents of another scale than {path} was trained on: make them with"
-            f" stage=cache init_from={path} latents.output=another folder, and give stage=dit that folder"
-        )
 
 
 def _class_of(folder: Path) -> str:

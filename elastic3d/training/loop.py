@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.config.train import LoopConfig, Precision
 from elastic3d.errors import UserError
 from elastic3d.models.weights import load_strict
 from elastic3d.pipelines.memory import GB
@@ -30,6 +29,7 @@ from elastic3d.training.datasets import Batch, Items, PositionLoader
 from elastic3d.training.init_from import starting_weights
 from elastic3d.training.journal import Journal
 from elastic3d.training.optim import Average, MasterOptimizer, learning_rate
+from elastic3d.training.options import LoopConfig, Precision
 from elastic3d.training.runtime import (
     compile_blocks,
     enable_gradient_checkpointing,

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from elastic3d.config.train import LoopConfig, OptimizerName, Schedule
 from elastic3d.errors import UserError
+from elastic3d.training.options import LoopConfig, OptimizerName, Schedule
 from elastic3d.training.sharding import gathered, is_sharded, local, scattered, total_norm
 
 Lists = list[Tensor]

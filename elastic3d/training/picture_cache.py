@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.config.image_stage import ImageStageConfig
-from elastic3d.config.train import TrainConfig
 from elastic3d.errors import UserError
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.training.datasets import Batch, read_split
-from elastic3d.training.pictures import Captioned, PictureSource, open_pictures
+from elastic3d.training.options import DataConfig
+from elastic3d.training.pictures import Captioned, PictureConfig, PictureSource, open_pictures
 from elastic3d.utils.structured import Number, load_json, save_json
 from elastic3d.utils.tensors import open_tensors, read_weights, save_weights
 
@@ -31,13 +30,12 @@ INFO_NAME, NEGATIVE_NAME = "cache.json", "negative.safetensors"
 _INFO = {"settings": dict, "counts": {str: Number(0, whole=True)}}
 
 
-def build_picture_cache(config: TrainConfig, backbone: Backbone) -> None:
+def build_picture_cache(image: PictureConfig, data: DataConfig, backbone: Backbone, seed: int) -> None:
     """Encode training and validation pictures; what an earlier call finished stays as it is.
 
     A picture that can't be read is reported and left out. UserError where the folder holds a cache of other pictures,
     or made otherwise.
     """
-    image = config.image
     size = image.size or backbone.default_size
     settings = cache_settings(image, backbone, size)
     output = image.cache
@@ -55,15 +53,15 @@ def build_picture_cache(config: TrainConfig, backbone: Backbone) -> None:
     negative = backbone.encode_prompts([backbone.negative], length=text_length(image, backbone))
     save_weights({name: _halved(value) for name, value in negative.items()}, output / NEGATIVE_NAME)
     counts = {}
-    for split, paths in (("train", config.data.train), ("val", config.data.val)):
+    for split, paths in (("train", data.train), ("val", data.val)):
         ids = [] if image.images is not None else read_split(paths)
-        limit = config.data.limit if split == "train" else 0
-        source = open_pictures(image, config.data.prepared, ids, limit, config.seed, split == "val")
+        limit = data.limit if split == "train" else 0
+        source = open_pictures(image, data.prepared, ids, limit, seed, split == "val")
         counts[split] = _write_split(source, output / split, image, backbone, size)
     save_json({"settings": settings, "counts": counts}, path)
 
 
-def cache_settings(image: ImageStageConfig, backbone: Backbone, size: int) -> dict[str, Any]:
+def cache_settings(image: PictureConfig, backbone: Backbone, size: int) -> dict[str, Any]:
     """All that decides what is in a cache."""
     names = ("views", "recolour", "background") if image.images is None else ("val_every",)
     return {
@@ -76,13 +74,13 @@ def cache_settings(image: ImageStageConfig, backbone: Backbone, size: int) -> di
     }
 
 
-def text_length(image: ImageStageConfig, backbone: Backbone) -> int:
+def text_length(image: PictureConfig, backbone: Backbone) -> int:
     """Tokens of a cached prompt."""
     return min(image.text_length, backbone.longest)
 
 
 def _write_split(
-    source: PictureSource, folder: Path, image: ImageStageConfig, backbone: Backbone, size: int
+    source: PictureSource, folder: Path, image: PictureConfig, backbone: Backbone, size: int
 ) -> int:
     """Shards of one split -> how many pictures they hold."""
     total = 0
@@ -112,7 +110,7 @@ def _stream(source: PictureSource, size: int, bar: tqdm[Any]) -> Iterator[Captio
 
 
 def _encode(
-    pictures: list[Captioned], image: ImageStageConfig, backbone: Backbone, known: dict[str, Text]
+    pictures: list[Captioned], image: PictureConfig, backbone: Backbone, known: dict[str, Text]
 ) -> dict[str, Tensor]:
     """One shard; `known` remembers encoded prompts while they are small."""
     latents = []

@@ -20,7 +20,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from elastic3d.errors import UserError
-from elastic3d.routing.block import ElasticBlock
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,19 +61,15 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
 
 
 def _units(model: nn.Module) -> list[list[nn.Module]]:
-    """What is gathered together, inner parts first: each element of a list of modules.
-
-    Of a block with a router only the block: a router may be asked while another block runs, so routers are gathered
-    with the model. What runs before its block is called has to be gathered apart.
-    """
-    units: list[list[nn.Module]] = []
-    for part in model.modules():
-        if isinstance(part, ElasticBlock):
-            early = [getattr(part.inner, name, None) for name in part.adapter.early_parts]
-            units += [[part.inner], [module for module in early if module is not None]]
-        elif type(part) is nn.ModuleList:  # parametrizations are in a list of another kind
-            units += [[element] for element in part if not isinstance(element, ElasticBlock)]
-    return [unit for unit in reversed(units) if unit]
+    """What is gathered together, inner parts first: each element of a list of modules. Routers, which may be asked
+    while another block runs, are gathered with the model."""
+    units = [
+        [element]
+        for part in model.modules()
+        if type(part) is nn.ModuleList  # parametrizations are in a list of another kind
+        for element in part
+    ]
+    return units[::-1]
 
 
 @contextmanager

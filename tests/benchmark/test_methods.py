@@ -8,10 +8,8 @@ import pytest
 import torch
 from _cli import parse
 
-from elastic3d.adapters import attach, detach, save_routers
 from elastic3d.benchmark.execute import make
 from elastic3d.benchmark.methods import (
-    DRIFT_CACHE,
     FORECAST,
     NO_CACHE,
     PAPER_CACHE,
@@ -21,16 +19,17 @@ from elastic3d.benchmark.methods import (
     plan,
 )
 from elastic3d.benchmark.models import load_models
+from elastic3d.benchmark.options import BenchmarkConfig, Method, Phase
 from elastic3d.benchmark.quality import Workplace
 from elastic3d.benchmark.rows import route_shares
 from elastic3d.benchmark.store import Job, Store
-from elastic3d.config.base import DeviceChoice
-from elastic3d.config.benchmark import BenchmarkConfig, Method, Phase
-from elastic3d.config.generate import GenerateConfig
-from elastic3d.config.routing import CacheRule, RouterConfig
+from elastic3d.elastic import attach, detach, save_routers
+from elastic3d.elastic.config import CacheRule, RouterConfig
+from elastic3d.elastic.policies import TableRoutes
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
-from elastic3d.routing.tables import TableRoutes
+from elastic3d.pipelines.options import GenerateConfig
+from elastic3d.utils.devices import DeviceChoice
 from tests.benchmark.conftest import config_of
 
 CLI = ["images=photos", "output=out"]
@@ -41,7 +40,7 @@ def test_every_method_is_registered():
 
 
 def test_caches_are_those_of_the_configuration_groups():
-    for name, cache in (("paper", PAPER_CACHE), ("drift", DRIFT_CACHE), ("forecast", FORECAST)):
+    for name, cache in (("paper", PAPER_CACHE), ("forecast", FORECAST)):
         assert parse(GenerateConfig, "gen_mesh", ["image=a", "output=b", f"cache={name}"]).cache == cache
 
 
@@ -178,11 +177,11 @@ def test_the_command_line():
         BenchmarkConfig,
         "benchmark",
         [*CLI, "model=default", "budgets=[1,.5]", "seeds=[0,1,2]", "methods=[dense,elastic]", "phases=timing",
-         "variants={no_mesh: a b/routers, tuned: c}", "cache=drift", "device=cpu"],
+         "variants={no_mesh: a b/routers, tuned: c}", "cache=forecast", "device=cpu"],
     )  # fmt: skip
     assert config.budgets == [1.0, 0.5] and config.methods == [Method.dense, Method.elastic]
     assert config.phases == [Phase.timing] and config.variants == {"no_mesh": "a b/routers", "tuned": "c"}
-    assert config.cache.rule is CacheRule.drift and config.device is DeviceChoice.cpu
+    assert config.cache.rule is CacheRule.age and config.device is DeviceChoice.cpu
     assert config.protocol.views == 0 and not config.protocol.surface_health
     for wrong, message in (
         ("budgets=[1,0.1]", "budget is 0.1, expected a value from 0.3"),
@@ -193,7 +192,6 @@ def test_the_command_line():
         ("methods=[dens]", "expected a list such as"),
         ("steps=[0]", "steps is 0"),
         ("variants={elastic: x}", "variants has 'elastic', expected another name"),
-        ("drifts=[-1]", "drifts is -1"),
     ):
         with pytest.raises(ValueError, match=message):
             parse(BenchmarkConfig, "benchmark", [*CLI, wrong])

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from elastic3d.adapters import save_routers, session_of
 from elastic3d.benchmark import quality, timing
 from elastic3d.benchmark.methods import UPDATED
+from elastic3d.benchmark.options import Method, Phase
 from elastic3d.benchmark.run import benchmark
-from elastic3d.config.benchmark import Method, Phase
-from elastic3d.config.routing import BlockCacheConfig, CacheRule
+from elastic3d.elastic import save_routers, session_of
+from elastic3d.elastic.config import BlockCacheConfig, CacheRule
 from elastic3d.errors import UserError
 from elastic3d.evaluation.html import load_frontier
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
@@ -40,7 +40,7 @@ def done(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
         "finetuned": str(world / "model/dit"),
         "whole": str(world / "model"),
     }
-    cache = BlockCacheConfig(rule=CacheRule.drift, drift=0.5)
+    cache = BlockCacheConfig(rule=CacheRule.age, longest=1)
     config = config_of(world, output, variants=variants, cache=cache, calibration=world / "images")
     return output, benchmark(config, world, "python scripts/benchmark.py")
 
@@ -113,7 +113,7 @@ def test_routers_and_controls_execute_what_they_should(done):
         routers["executed_flops_ratio"]
     )
     assert row_of(results, "static")["share_std"] == 0
-    cached = row_of(results, "dense_cache", note="drift 0.1")
+    cached = row_of(results, "dense_cache", note="forecast, computed every 2 steps")
     assert cached["budget"] is None and cached["executed_flops_ratio"] <= 1
     forecast = row_of(results, "dense_cache", note="forecast, computed every 2 steps")
     assert forecast["executed_flops_ratio"] == pytest.approx(2 / 3)  # of three steps the second is forecast
@@ -148,7 +148,7 @@ def test_a_second_run_makes_nothing_again(done, world, monkeypatch):
 
     monkeypatch.setattr(quality, "make", never)
     monkeypatch.setattr(quality, "score_all", _from_journal_only)
-    cache = BlockCacheConfig(rule=CacheRule.drift, drift=0.5)
+    cache = BlockCacheConfig(rule=CacheRule.age, longest=1)
     config = config_of(
         world,
         output,

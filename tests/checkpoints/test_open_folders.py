@@ -21,8 +21,8 @@ from elastic3d.checkpoints.step1x3d import load_step1x3d
 from elastic3d.checkpoints.tensors import to_published
 from elastic3d.checkpoints.tiny import write_tiny
 from elastic3d.checkpoints.triposg import dit_rows, load_triposg, load_triposg_vae, vae_rows
-from elastic3d.config.models import SkipDiTConfig
 from elastic3d.errors import UserError
+from elastic3d.models.options import SkipDiTConfig
 
 LOADERS: dict[str, Callable[..., Bundle]] = {"triposg": load_triposg, "step1x3d": load_step1x3d}
 MODELS = tuple(LOADERS)

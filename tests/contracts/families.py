@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic3d.config.models import DiTConfig, SkipDiTConfig
+from elastic3d.elastic.context import Branch
+from elastic3d.elastic.policies import TableRoutes
+from elastic3d.elastic.session import ElasticSession
+from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT
-from elastic3d.routing.passes import Branch
-from elastic3d.routing.session import RoutingSession
-from elastic3d.routing.tables import TableRoutes
 
 B, K = 4, 4  # rows of a batch; widths
 CONDITIONAL = (Branch.conditional,)
@@ -141,12 +141,12 @@ FAMILIES = {
 }
 
 
-def begin(session: RoutingSession, samples: int = B, steps: int = 1) -> None:
+def begin(session: ElasticSession, samples: int = B, steps: int = 1) -> None:
     session.begin(samples, steps)
 
 
 def forward(
-    model: nn.Module, session: RoutingSession, inputs: dict[str, Any], step: int = 0, branches=CONDITIONAL
+    model: nn.Module, session: ElasticSession, inputs: dict[str, Any], step: int = 0, branches=CONDITIONAL
 ):
     session.step(step, 0.1, branches)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def forward(
 
 def train_forward(
     model: nn.Module,
-    session: RoutingSession,
+    session: ElasticSession,
     inputs: dict[str, Any],
     skip: bool = False,
     lockstep: bool = False,
@@ -167,12 +167,12 @@ def train_forward(
     return run(model, inputs)
 
 
-def table(session: RoutingSession, action: int | Tensor, samples: int = B) -> TableRoutes:
+def table(session: ElasticSession, action: int | Tensor, samples: int = B) -> TableRoutes:
     full = torch.zeros(1, 1, samples, len(session.blocks), dtype=torch.long)
     return TableRoutes(full + action, K)
 
 
-def random_table(session: RoutingSession, seed: int, steps: int = 1, samples: int = B) -> TableRoutes:
+def random_table(session: ElasticSession, seed: int, steps: int = 1, samples: int = B) -> TableRoutes:
     generator = torch.Generator().manual_seed(seed)
     return TableRoutes(
         torch.randint(0, K + 1, (steps, 2, samples, len(session.blocks)), generator=generator), K

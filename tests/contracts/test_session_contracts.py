@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic3d.adapters import adapter_for, attach, detach, load_routers, save_routers
-from elastic3d.config.routing import (
+from elastic3d.elastic import adapter_for, attach, detach, load_routers, save_routers
+from elastic3d.elastic.attachment import load_router_state, router_modules, router_state
+from elastic3d.elastic.config import (
     BlockCacheConfig,
     CacheRule,
     ElasticConfig,
@@ -20,11 +21,10 @@ from elastic3d.config.routing import (
     RouterConfig,
     RouterVariant,
 )
+from elastic3d.elastic.losses import session_share
+from elastic3d.elastic.policies import TableRoutes
+from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
-from elastic3d.routing.attach import load_router_state, router_modules, router_state
-from elastic3d.routing.losses import session_share
-from elastic3d.routing.session import RoutingSession
-from elastic3d.routing.tables import TableRoutes
 from tests.contracts.families import (
     CLOSE,
     B,
@@ -46,13 +46,13 @@ def noisy(inputs: dict[str, Any], step: int) -> dict[str, Any]:
     return inputs | {first: inputs[first] * (1 + 0.1 * step)}
 
 
-def generation(model: nn.Module, session: RoutingSession, inputs: dict[str, Any]) -> list[Tensor]:
+def generation(model: nn.Module, session: ElasticSession, inputs: dict[str, Any]) -> list[Tensor]:
     begin(session, B // 2, 4)
     return [forward(model, session, noisy(inputs, i), i, (0, 1)) for i in range(4)]
 
 
 CACHES = [BlockCacheConfig(rule=CacheRule.band, band=0.5, longest=2), BlockCacheConfig(closed_reuse=True, longest=2),
-          BlockCacheConfig(rule=CacheRule.drift, drift=10.0, longest=2, probe_stride=2)]  # fmt: skip
+          BlockCacheConfig(rule=CacheRule.age, longest=2, closed_reuse=True, trend=0.8)]  # fmt: skip
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -204,8 +204,8 @@ def test_a_copy_of_the_model_has_a_session_of_its_own(family):
     model, inputs = family.model(), family.inputs(B)
     attach(model)
     twin = copy.deepcopy(model)
-    session = twin.__dict__["_routing"][0]
-    assert session.blocks[0] is not model.__dict__["_routing"][0].blocks[0]
+    session = twin.__dict__["_elastic"][0]
+    assert session.blocks[0] is not model.__dict__["_elastic"][0].blocks[0]
     begin(session)
     session.source = random_table(session, 2)
     forward(twin, session, inputs)
@@ -232,6 +232,22 @@ def test_blocks_compile_whole_with_a_bounded_number_of_recompilations(family):
         torch.testing.assert_close(plain, traced, **CLOSE)
     kinds = len({type(block.inner) for block in session.blocks})
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= kinds * 2 * K + kinds
+    torch._dynamo.reset()
+
+
+def test_the_whole_model_compiles_around_blocks_that_decide(family):
+    torch._dynamo.reset()
+    model, inputs = family.model(), family.inputs(B)
+    session = attach(model)
+    outputs = []
+    for compiled in (False, True):
+        if compiled:
+            model.compile(backend="eager")
+        session.source = random_table(session, 3)
+        begin(session)
+        outputs.append(forward(model, session, inputs))
+    torch.testing.assert_close(*outputs, **CLOSE)
+    assert (session.trace.actions == 0).any()
     torch._dynamo.reset()
 
 

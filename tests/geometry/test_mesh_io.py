@@ -9,9 +9,9 @@ import pytest
 import trimesh
 from PIL import Image
 
-from elastic3d.config.evaluate import ProtocolConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation import evaluate_pair
+from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.geometry.mesh_io import load_mesh, read_extras, save_mesh
 from elastic3d.geometry.normalize import normalize_mesh
 from elastic3d.utils.files import atomic_path

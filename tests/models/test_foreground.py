@@ -11,9 +11,9 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from elastic3d.config.images import ForegroundConfig, ForegroundMethod
 from elastic3d.errors import UserError
 from elastic3d.models.foreground import cut_out, prepare_picture, recentre, to_tensor
+from elastic3d.models.options import ForegroundConfig, ForegroundMethod
 
 CONFIG = ForegroundConfig()
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from elastic3d.config.models import DiTConfig
+from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 
 
@@ -128,3 +128,19 @@ def test_gradient_checkpointing_changes_nothing():
 def test_width_must_fit_the_heads():
     with pytest.raises(ValueError, match="width 30 is no multiple of heads 4"):
         DiTConfig(width=30, heads=4)
+
+
+def test_in_bf16_a_sample_does_not_depend_on_its_batch_at_the_size_that_ships():
+    """Where one branch of guidance runs, a single image is a batch of one: its matrices have other strides."""
+    torch.manual_seed(0)
+    config = DiTConfig(double_blocks=2, single_blocks=2, width=256, heads=4, num_latents=128)
+    model = ShapeDiT(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    model = model.to(torch.bfloat16)
+    latents, t, condition = torch.randn(3, 128, config.in_channels), torch.rand(3), torch.randn(3, 49, 768)
+    with torch.no_grad():
+        together = model(latents, t, condition).float()
+        for b in range(3):
+            alone = model(latents[b : b + 1], t[b : b + 1], condition[b : b + 1]).float()[0]
+            assert (alone - together[b]).square().sum() < 1e-8 * together[b].square().sum()

@@ -10,9 +10,9 @@ import pytest
 import trimesh
 from tiny_pipeline import save_picture
 
-from elastic3d.config.generate import GenerateConfig
 from elastic3d.errors import UserError
 from elastic3d.pipelines.generation import Job, plan
+from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.preview import turntable
 
 

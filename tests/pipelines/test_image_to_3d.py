@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_pipeline import CHANNELS, LATENTS, picture, save_picture
+from tiny_pipeline import CHANNELS, LATENTS, picture, save_picture, tiny_pipeline
 
 from elastic3d import __version__
-from elastic3d.adapters.shape_dit import ShapeDiTAdapter
-from elastic3d.config.geometry import CleanupConfig
+from elastic3d.elastic import attach
+from elastic3d.elastic.config import RouterConfig
+from elastic3d.elastic.families.shape_dit import ShapeDiTAdapter
 from elastic3d.errors import NoSurfaceError, UserError
+from elastic3d.geometry.options import CleanupConfig
 from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.pipelines import image_to_3d
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.runtime import find_model
 
 
 def test_one_picture(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:
@@ -219,3 +223,65 @@ def test_broken_models_are_one_sentence(saved: Path, tmp_path: Path, name: str) 
     with pytest.raises(UserError, match=message) as caught:
         ImageTo3DPipeline.from_pretrained(folder, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_arrays_are_images_and_integers_of_numpy_are_seeds(pipeline):
+    image = picture()
+    right = pipeline(image, seed=3, resolution=12)
+    for array in (np.asarray(image), np.asarray(image) / 255):
+        found = pipeline(array, seed=np.int64(3), resolution=12)
+        assert torch.equal(found.latents, right.latents)
+        assert json.loads(json.dumps(found.receipt))["seed"] == 3
+    both = pipeline(np.stack([np.asarray(image)] * 2), np.array([3, 3]), resolution=12)
+    assert [r.error for r in both] == [None, None]
+    torch.testing.assert_close(both[1].latents, right.latents, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="an array of floats, expected values from 0 to 1"):
+        pipeline(np.asarray(image) * 1.0)
+    with pytest.raises(UserError, match=r"an array of \(2, 3, 5\), expected"):
+        pipeline(np.zeros((2, 3, 5), np.uint8))
+    for seed, message in ((1.5, "expected an integer"), (2**64, "of 64 bits"), ([1, 2], "has 2 values")):
+        with pytest.raises(UserError, match=f"seed .*{message}"):
+            pipeline(image, seed=seed)
+
+
+def test_in_a_list_whatever_is_wrong_with_one_is_its_own_error(pipeline):
+    wrong = [None, 7, "missing.png", np.zeros(3), {"left": picture()}]
+    results = pipeline([picture(), *wrong, picture()], seed=1, resolution=12)
+    assert [r.error is None for r in results] == [True, *[False] * len(wrong), True]
+    assert all(isinstance(r.error, UserError) for r in results[1:-1])
+    assert torch.equal(results[0].latents, results[-1].latents)
+
+
+def test_two_threads_on_one_pipeline_get_what_one_gets():
+    pipeline = tiny_pipeline()
+    attach(pipeline.dit, RouterConfig(initial_keep=0.5, head_std=3.0))
+    right = [pipeline(picture(), seed=s, budget=b, resolution=12) for s, b in ((0, 0.4), (1, 1.0))]
+
+    def work(number: int):
+        seed, budget = ((0, 0.4), (1, 1.0))[number]
+        return [pipeline(picture(), seed=seed, budget=budget, resolution=12) for _ in range(4)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for wanted, found in zip(right, pool.map(work, range(2)), strict=True):
+            for result in found:
+                assert torch.equal(result.latents, wanted.latents)
+                assert result.receipt["routes"] == wanted.receipt["routes"]
+
+
+def test_bundled_models_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (find_model("shape-small") / "pipeline.json").is_file()
+    (tmp_path / "shape-small").mkdir()  # a folder of one's own comes first
+    assert find_model("shape-small") == Path("shape-small")
+    with pytest.raises(UserError, match="there is no folder nothing"):
+        ImageTo3DPipeline.from_pretrained("nothing")
+
+
+def test_an_exception_in_a_callback_leaves_nothing_behind(pipeline):
+    elastic = tiny_pipeline()
+    session = attach(elastic.dit, RouterConfig(initial_keep=0.2, head_std=0.0, longest=5))
+    right = elastic(picture(), resolution=12).latents
+    with pytest.raises(ZeroDivisionError):
+        elastic(picture(), seed=1, on_step=lambda done, steps: 1 / (steps - 1 - done))
+    assert session.cache is None
+    assert torch.equal(elastic(picture(), resolution=12).latents, right)

@@ -9,9 +9,9 @@ import torch
 from tiny_pipeline import picture, tiny_pipeline
 from torch import nn
 
-from elastic3d.config.checkpoints import OPEN_MODELS, PRESETS
-from elastic3d.config.models import VAEConfig
+from elastic3d.checkpoints.options import OPEN_MODELS, PRESETS
 from elastic3d.errors import UserError
+from elastic3d.models.options import VAEConfig
 from elastic3d.pipelines.estimates import estimate, published, table
 from elastic3d.pipelines.memory import (
     MemoryNeed,

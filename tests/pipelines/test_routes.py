@@ -1,20 +1,22 @@
 """A pipeline with routers: options, receipts, files, pictures."""
 
 import json
+from dataclasses import fields
 
 import pytest
 import torch
 from PIL import Image
 from tiny_pipeline import picture, save_picture, tiny_pipeline
 
-from elastic3d.adapters import attach, detach
-from elastic3d.config.routing import BlockCacheConfig, CacheRule, ElasticConfig, RouterConfig
+from elastic3d.elastic import attach, detach
+from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig, ElasticOptions, RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import read_extras
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
-from elastic3d.pipelines.routes import draw_routes, with_options
+from elastic3d.pipelines.options import GenerateConfig, GenerateImageConfig
+from elastic3d.pipelines.routes import draw_routes
 
-DRIFT = BlockCacheConfig(rule=CacheRule.drift, drift=0.5, closed_reuse=True)
+CACHE = BlockCacheConfig(rule=CacheRule.age, longest=1, closed_reuse=True)
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +35,16 @@ def test_a_dense_run_of_an_elastic_model_is_the_dense_model(elastic, pipeline):
 
 
 def test_the_receipt_tells_every_block_of_every_step(elastic):
-    one, two = elastic([picture(), picture("white", x=5)], [0, 1], budget=0.5, cache=DRIFT, resolution=12)
+    one, two = elastic([picture(), picture("white", x=5)], [0, 1], budget=0.5, cache=CACHE, resolution=12)
     for result in (one, two):
         receipt = json.loads(json.dumps(result.receipt))
-        assert receipt["budget"] == 0.5 and receipt["elastic"]["cache"]["rule"] == "drift"
+        assert receipt["budget"] == 0.5 and receipt["elastic"]["cache"]["rule"] == "age"
         actions = receipt["routes"]["actions"]
         assert len(actions) == 3 and all(len(step) == 2 and len(step[0]) == 4 for step in actions)
         assert set("".join(sum(actions, []))) <= set(".c1234")
         assert 0 < receipt["flops_executed"] < receipt["flops_dense"]
         assert receipt["flops_routers"] > 0
-    alone = elastic(picture(), 0, budget=0.5, cache=DRIFT, resolution=12).receipt
+    alone = elastic(picture(), 0, budget=0.5, cache=CACHE, resolution=12).receipt
     assert alone["routes"] == one.receipt["routes"]
 
 
@@ -60,7 +62,7 @@ def test_options_that_fit_no_model_are_refused(pipeline, elastic):
     for options, message in (
         ({"budget": 0.5}, "budget can't be set: this model has no routers"),
         ({"elastic": True}, "elastic is true, but this model has no routers"),
-        ({"cache": DRIFT, "width": False}, "cache, width can't be set: this model has no routers"),
+        ({"cache": CACHE, "width": False}, "cache, width can't be set: this model has no routers"),
     ):
         with pytest.raises(UserError, match=message):
             pipeline(picture(), **options)
@@ -72,11 +74,11 @@ def test_options_that_fit_no_model_are_refused(pipeline, elastic):
 
 
 def test_none_keeps_the_models_default():
-    default = ElasticConfig(budget=0.6, cache=DRIFT)
-    assert with_options(default, True, None, None, None, None) == default
-    changed = with_options(default, True, None, 0.4, False, None)
-    assert (changed.budget, changed.width, changed.cache) == (0.4, False, DRIFT)
-    assert not with_options(default, False, None, None, None, None).elastic
+    default = ElasticConfig(budget=0.6, cache=CACHE)
+    assert ElasticOptions().over(default, True) == default
+    changed = ElasticOptions(budget=0.4, width=False).over(default, True)
+    assert (changed.budget, changed.width, changed.cache) == (0.4, False, CACHE)
+    assert not ElasticOptions().over(default, False).elastic
 
 
 def test_routes_are_drawn(tmp_path):
@@ -93,7 +95,7 @@ def test_the_command_line(elastic, tmp_path, capsys):
     import gen_mesh
     from _cli import execute
 
-    from elastic3d.config.generate import GenerateConfig
+    from elastic3d.pipelines.options import GenerateConfig
 
     elastic.save_pretrained(tmp_path / "model")
     image = save_picture(tmp_path / "a.png")
@@ -110,11 +112,23 @@ def test_the_command_line(elastic, tmp_path, capsys):
     receipt = read_extras(tmp_path / "a.glb")
     assert receipt["elastic"]["cache"]["rule"] == "band" and receipt["elastic"]["width"] is False
     assert trace.is_file() and set("".join(sum(receipt["routes"]["actions"], []))) <= set(".c4")
-    for choice in ("off", "drift"):
+    for choice in ("off", "forecast"):
         assert execute(gen_mesh.main, GenerateConfig, "gen_mesh", [*arguments, f"cache={choice}"]) == 0
-        assert read_extras(tmp_path / "a.glb")["elastic"]["cache"]["closed_reuse"] == (choice == "drift")
+        assert read_extras(tmp_path / "a.glb")["elastic"]["cache"]["closed_reuse"] == (choice == "forecast")
     assert execute(gen_mesh.main, GenerateConfig, "gen_mesh", [*arguments, "elastic=false"]) == 0
     assert "routes" not in read_extras(tmp_path / "a.glb")
     for wrong in ("budget=0.1", "cache=none", "cache.longest=0", "trace=routes.jpg"):
         assert execute(gen_mesh.main, GenerateConfig, "gen_mesh", [*arguments, wrong]) == 2
     assert "error: budget is 0.1, expected a value from 0.3 to 1.0" in capsys.readouterr().err
+
+
+def test_every_elastic_option_of_the_commands_reaches_the_gate():
+    """One object from the command line to the routers: its fields are the commands' and the session's."""
+    names = {item.name for item in fields(ElasticOptions)}
+    assert names == {item.name for item in fields(ElasticConfig)}
+    for command in (GenerateConfig, GenerateImageConfig):
+        assert names <= {item.name for item in fields(command)}
+    config = GenerateConfig(image="a.png", output="b.glb", budget=0.5, shared=True)
+    assert ElasticOptions(**ElasticOptions.of(config)) == ElasticOptions(budget=0.5, shared=True)
+    with pytest.raises(TypeError, match="bugdet"):
+        ElasticOptions(bugdet=0.5)

@@ -94,7 +94,7 @@ import sys
 from pathlib import Path
 import _cli
 from box_source import RECIPE, plan
-from elastic3d.config.prepare import PrepareConfig
+from elastic3d.preparation.options import PrepareConfig
 from elastic3d.preparation.run import prepare
 
 def main(config):

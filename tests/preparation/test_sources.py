@@ -12,8 +12,8 @@ from _cli import execute
 from prepare_data import main
 from safetensors.numpy import load_file
 
-from elastic3d.config.prepare import PrepareConfig
 from elastic3d.errors import UserError
+from elastic3d.preparation.options import PrepareConfig
 from elastic3d.preparation.sources import FolderSource
 
 TINY = [f"shape.{name}=50" for name in ("surface_points", "sharp_points", "near_points", "volume_points")]

@@ -13,8 +13,8 @@ from _cli import execute, help_text, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic3d.config.base import check_range, option
 from elastic3d.errors import UserError
+from elastic3d.utils.options import check_range, option
 
 
 class Colour(Enum):
@@ -133,8 +133,8 @@ def test_a_mapping_that_is_none_is_told_in_a_sentence(
 def test_defaults_that_the_repository_ships_hold_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from elastic3d.config.held_out import HeldOutConfig
-    from elastic3d.config.train import TrainConfig
+    from elastic3d.training.held_out import HeldOutConfig
+    from elastic3d.training.options import TrainConfig
 
     monkeypatch.chdir(tmp_path)
     held_out = parse(HeldOutConfig, "held_out", [])
@@ -260,7 +260,7 @@ def test_run_ends_the_process_with_the_exit_code(tmp_path: Path, configs: Path) 
     script.write_text(
         f"import sys; sys.path.insert(0, {str(scripts)!r})\n"
         "import _cli; from pathlib import Path; from dataclasses import dataclass\n"
-        f"_cli.execute.__defaults__ = (Path({str(configs)!r}),)\n"
+        f"_cli.execute.__defaults__ = (Path({str(configs)!r}), dict)\n"
         "@dataclass\nclass C:\n    x: int = 0\n"
         "_cli.run(lambda config: config.x, C, 'plain')\n"
     )

@@ -12,12 +12,12 @@ from _cli import execute
 from PIL import Image
 from tiny_images import save_tiny_flux, save_tiny_qwen
 
-from elastic3d.adapters import attach, save_routers
-from elastic3d.config.base import DeviceChoice
-from elastic3d.config.routing import RouterConfig
-from elastic3d.config.text_to_image import BackboneName, GenerateImageConfig
+from elastic3d.elastic import attach, save_routers
+from elastic3d.elastic.config import RouterConfig
 from elastic3d.models.pictures import read_receipt
 from elastic3d.pipelines.image_loading import load_backbone
+from elastic3d.pipelines.options import BackboneName, GenerateImageConfig
+from elastic3d.utils.devices import DeviceChoice
 
 Command = Callable[..., int]
 
@@ -48,13 +48,13 @@ def command(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comm
 def test_a_picture_with_its_receipt(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = "a (red) chair, x=y ${HOME} ä"
     assert (
-        command(f"prompt={prompt}", "output=new/a b.png", "budget=0.5", "cache=drift", "trace=routes.png")
+        command(f"prompt={prompt}", "output=new/a b.png", "budget=0.5", "cache=paper", "trace=routes.png")
         == 0
     )
     assert "new/a b.png: 16 x 16" in capsys.readouterr().out
     receipt = read_receipt("new/a b.png")
     assert receipt["prompt"] == prompt and receipt["budget"] == 0.5 and receipt["model"] == "FLUX.1-tiny"
-    assert receipt["elastic"]["cache"]["rule"] == "drift" and receipt["resolution"] == [16, 16]
+    assert receipt["elastic"]["cache"]["rule"] == "band" and receipt["resolution"] == [16, 16]
     assert Image.open("routes.png").width > 0
     assert command("prompt=a chair", "output=dense.png", "elastic=false") == 0
     assert "routes" not in read_receipt("dense.png")

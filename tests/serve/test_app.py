@@ -16,8 +16,8 @@ gradio = pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
 from tiny_pipeline import picture, save_picture, tiny_pipeline  # noqa: E402
 
-from elastic3d.adapters import attach  # noqa: E402
-from elastic3d.config.routing import ElasticConfig, RouterConfig  # noqa: E402
+from elastic3d.elastic import attach  # noqa: E402
+from elastic3d.elastic.config import ElasticConfig, RouterConfig  # noqa: E402
 from elastic3d.serve.app import build_app, launch  # noqa: E402
 from elastic3d.serve.queue import MeshQueue  # noqa: E402
 

@@ -4,19 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from elastic3d.config.train import AugmentConfig, DataConfig, LoopConfig
 from elastic3d.errors import UserError
-from elastic3d.training.augment import augment
 from elastic3d.training.datasets import (
     PositionLoader,
     PreparedShapes,
     Shuffle,
-    VAEItems,
     open_split,
     pick,
     read_split,
     use_own_lists,
 )
+from elastic3d.training.options import DataConfig, LoopConfig
+from elastic3d.training.vae import AugmentConfig, VAEItems, augment
 from tests.training.tiny import vae_config
 
 

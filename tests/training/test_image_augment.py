@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from elastic3d.config.images import ForegroundConfig
 from elastic3d.models.foreground import prepare_picture
+from elastic3d.models.options import ForegroundConfig
 from elastic3d.training import image_augment as augment
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from elastic3d.config.train import Precision, Schedule, TrainConfig
 from elastic3d.errors import UserError
 from elastic3d.training.checkpoint import load_checkpoint
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.loop import train
+from elastic3d.training.options import Precision, Schedule, TrainConfig
 from elastic3d.training.runtime import (
     compile_blocks,
     enable_gradient_checkpointing,

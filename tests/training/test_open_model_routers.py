@@ -7,10 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from open_models import CONTEXT, write_folder
-
-from elastic3d.config.checkpoints import ImportConfig
-from elastic3d.config.images import EncoderKind, ImageEncoderConfig
 from elastic3d.config.router_stage import MeshLossConfig, RouterStageConfig, TrainedParts
 from elastic3d.config.train import (
     DiTStageConfig,
@@ -20,13 +16,17 @@ from elastic3d.config.train import (
     Timesteps,
     TrainConfig,
 )
+from open_models import CONTEXT, write_folder
+from tests.training.test_dit_stage import add_views
+
+from elastic3d.checkpoints.options import ImportConfig
+from elastic3d.models.options import EncoderKind, ImageEncoderConfig
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import build_cache
 from elastic3d.training.stages import run_stage
 from tests.tiny_pipeline import picture
-from tests.training.test_dit_stage import add_views
 from tests.training.tiny import vae_config
 
 

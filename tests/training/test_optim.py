@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from elastic3d.config.train import LoopConfig, OptimizerName, Schedule
 from elastic3d.training.optim import Average, MasterOptimizer, learning_rate
+from elastic3d.training.options import LoopConfig, OptimizerName, Schedule
 
 
 def parameters(dtype: torch.dtype) -> dict[str, nn.Parameter]:

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from elastic3d.routing.cost import dense_flops
-from elastic3d.routing.protocol import ModelAdapter
+from elastic3d.elastic.cost import dense_flops
+from elastic3d.elastic.family import ModelAdapter
 
 # not in PyTorch's registry: attention as a CPU runs it
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from elastic3d.benchmark.execute import error_of_routes, following
-from elastic3d.config.routing import ElasticConfig
 from elastic3d.diffusion.flow import interpolate
+from elastic3d.elastic.config import ElasticConfig
+from elastic3d.elastic.context import Branch, RouteSource
 from elastic3d.pipelines.text_to_image import Settings, TextToImagePipeline
-from elastic3d.routing.passes import Branch, RouteSource
 
 NEGATIVE = "negative_"
 

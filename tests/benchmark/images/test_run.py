@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from elastic3d.benchmark.images import place as place_module
+from elastic3d.benchmark.images.options import CacheName, ImageBenchmarkConfig
 from elastic3d.benchmark.images.run import benchmark_images
 from elastic3d.benchmark.images.store import PictureStore
 from elastic3d.benchmark.methods import UPDATED
-from elastic3d.config.benchmark import Method, Phase
-from elastic3d.config.image_benchmark import CacheName, ImageBenchmarkConfig
-from elastic3d.config.routing import BlockCacheConfig, CacheRule
+from elastic3d.benchmark.options import Method, Phase
+from elastic3d.elastic.config import BlockCacheConfig, CacheRule
 from elastic3d.errors import UserError
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from tests.benchmark.images.conftest import DIFFUSERS, PROMPTS, config_of
@@ -40,7 +40,7 @@ def done(gallery: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """Every method, the caches of diffusers, and other routers."""
     output = tmp_path_factory.mktemp("benchmark")
     variants = {"same": str(gallery / "model" / "routers")}
-    cache = BlockCacheConfig(rule=CacheRule.drift, drift=0.5)
+    cache = BlockCacheConfig(rule=CacheRule.age, longest=1)
     config = config_of(gallery, output, variants=variants, cache=cache)
     return output, benchmark_images(config, gallery, "python scripts/benchmark.py")
 
@@ -127,7 +127,7 @@ def test_a_second_run_makes_nothing_again(done, gallery, monkeypatch):
     monkeypatch.setattr(TextToImagePipeline, "__call__", never)
     monkeypatch.setattr("elastic3d.benchmark.images.features.PictureFeatures.maps", never)
     monkeypatch.setattr("elastic3d.benchmark.images.features.PictureFeatures.pooled", never)
-    cache = BlockCacheConfig(rule=CacheRule.drift, drift=0.5)
+    cache = BlockCacheConfig(rule=CacheRule.age, longest=1)
     config = config_of(gallery, output, cache=cache, phases=[Phase.quality], methods=[Method.elastic])
     again = benchmark_images(config, gallery)
     before, after = row_of(results, "elastic"), row_of(again, "elastic")
@@ -232,7 +232,7 @@ def test_options_are_checked():
 
 
 def _backbones() -> Any:
-    from elastic3d.config.text_to_image import BackboneName
+    from elastic3d.pipelines.options import BackboneName
 
     return BackboneName
 

@@ -1,0 +1,38 @@
+"""Elastic diffusion transformers: routers decide which blocks run, at which width, and what is reused.
+
+    from elastic3d.elastic import attach, detach
+
+    session = attach(model)                 # fresh routers
+    session = attach(model, "routers/")     # trained ones, saved by `save_routers`
+    detach(model)                           # the base model again
+
+`model` may also be a pipeline of diffusers: its transformer gets the routers, and its loop drives the session.
+
+Read in this order, like the method section of E-DiT (2602.13993): `config` and `context`, what is asked for and what a
+pass is told; `router`, tokens to a decision; `block`, what a decision does; `width` and `cache`, the narrower and the
+earlier result; `few_step`, weights for few evaluations of the model; `session`, the state of a generation; `losses` and
+`cost`; `policies`, decisions without training; `families`, how each kind of block is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_MODULES = {
+    "adapter_for": "attachment",
+    "attach": "attachment",
+    "detach": "attachment",
+    "is_attached": "attachment",
+    "load_routers": "attachment",
+    "save_routers": "attachment",
+    "session_of": "attachment",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """Found when they are asked for, so that options can be read without PyTorch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,0 +1,241 @@
+"""ElasticBlock: y = x + g (B(x) - x), with a gate g for each sample, of E-DiT (2602.13993).
+
+Training computes just that. In a generation g is 0 or 1, so that each row runs (at its width), or goes on with the
+residual of an earlier step, or passes. Where all blocks of a list do the same (a span of blocks), x is what came into
+the first of them, B(x) what comes out of the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic3d.elastic.context import Groups, StepContext, Streams
+from elastic3d.elastic.family import BlockAdapter, BlockCall, BlockFlops, rows_index
+from elastic3d.elastic.few_step import BlockUpdates, Key
+from elastic3d.elastic.router import RouteDecision, Router
+from elastic3d.elastic.session import ElasticSession
+from elastic3d.elastic.trace import REUSED, SKIPPED
+from elastic3d.elastic.width import NarrowBlocks, masked
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block is in its model: its dotted name, its number, and the numbers of all blocks of its list."""
+
+    name: str
+    index: int
+    stage: range
+
+
+class ElasticBlock:
+    """Stands where a block of a base model has its `forward`, and calls that, or not.
+
+    The block stays the module that it is, in its place, with its parameters, hooks and names; the router is no part of
+    it, so that base checkpoints are saved and loaded as if it was not there.
+    """
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        place: Place,
+        adapter: BlockAdapter,
+        router: Router | None,
+        session: ElasticSession,
+    ) -> None:
+        self.inner = inner
+        self.router = router  # None where another block's decides
+        self.name, self.index, self.stage = place.name, place.index, place.stage
+        self.adapter, self.session = adapter, session
+        self.sites = adapter.mlp_sites(inner)
+        self._before = inner.__dict__.get("forward")  # of somebody who replaced it earlier
+        self.narrow = NarrowBlocks(inner, inner.forward, self.sites, session.router_config.ratios)
+        self.updates = None  # of the block's weights, for generations with few calls
+        if rank := session.router_config.updates:
+            self.updates = BlockUpdates(inner, rank).to(next(inner.parameters()).device)
+        self._updated: tuple[Key, NarrowBlocks] | None = None
+        self._flops: dict[tuple[int, ...], BlockFlops] = {}
+        self._attached = True
+        inner.__dict__.update({"forward": self, "compile": self.compile})
+
+    def detach(self) -> None:
+        """The block is what it was."""
+        self._attached = False  # for somebody who wrapped this forward and calls it still
+        own = self.inner.__dict__
+        own.pop("compile", None)
+        if own.get("forward") is self:
+            if self._before is None:
+                del own["forward"]
+            else:
+                own["forward"] = self._before
+
+    # -------------------------------------------------------------------------------------------------- running
+
+    @torch.compiler.disable  # decisions stay eager; blocks are compiled by themselves, see `compile`
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's own signature and return value."""
+        session = self.session
+        if not self._attached or (not session.settings.elastic and session.recorded is None):
+            return self.narrow.full(*args, **kwargs)
+        settled = session.settled(self)
+        if settled is not None and len(settled) == 1 and min(settled) > SKIPPED:
+            return self.running().at(min(settled) - 1)(*args, **kwargs)
+        call = self.adapter.bind(self.inner, args, kwargs)
+        span = session.span(self)
+        if session.recorded is not None:
+            return self.adapter.pack(self._recorded(call, span))
+        context = session.context_of(self)
+        if self.index == span.start:
+            context.entered[span.start] = call.streams
+        if settled is not None:
+            return self.adapter.pack(self._grouped(context, call, settled, span))
+        decision = session.decide(self, call)
+        if context.training is not None:
+            return self.adapter.pack(self._masked(context, call, decision, span))
+        return self.adapter.pack(self._grouped(context, call, session.plan(self, call, decision), span))
+
+    def _grouped(self, context: StepContext, call: BlockCall, groups: Groups, span: range) -> Streams:
+        """Each group of rows its action; one that is everybody is not gathered. What is reused is added at a span's
+        end."""
+        if len(groups) == 1:
+            ((action, rows),) = groups.items()
+            return self._act(context, call, action, rows, span)
+        ends = self.index == span[-1]
+        output = tuple(stream.clone() for stream in call.streams)
+        for action, rows in groups.items():
+            if action > SKIPPED or (action == REUSED and ends):
+                index = rows_index(rows, output[0].device)
+                found = self._act(context, self.adapter.take(call, index), action, rows, span)
+                for whole, part in zip(output, found, strict=True):
+                    whole[index] = part
+        return output
+
+    def _act(
+        self, context: StepContext, call: BlockCall, action: int, rows: Sequence[int], span: range
+    ) -> Streams:
+        """One action for all rows of `call`, which are `rows` of the batch.
+
+        Rows that reuse pass a span unchanged, and get all that it adds at its end.
+        """
+        cache, ends = self.session.cache, self.index == span[-1]
+        if action == SKIPPED or (action == REUSED and not ends):
+            return call.streams
+        output = call.streams
+        if action != REUSED:
+            output = self.adapter.run(self.running().at(action - 1), call)
+        if cache is None or not ends:
+            return output
+        key, entered, when = context.key(span.start), context.entered[span.start], context.when.some(rows)
+        if len(rows) < len(context.rows):
+            index = rows_index(rows, entered[0].device)
+            entered = tuple(stream[index] for stream in entered)
+        if action == REUSED:
+            return cache.apply(key, when, entered)
+        cache.store(key, when, entered, output)
+        return output
+
+    def _masked(self, context: StepContext, call: BlockCall, decision: RouteDecision, span: range) -> Streams:
+        """Training: y = x + g (B(x) - x), g straight through, B(x) with its MLPs masked, on the rows that take part."""
+        training, ends = context.training, self.index == span[-1]
+        assert training is not None
+        x = call.streams  # what comes out where the block is closed
+        if ends:
+            x = context.entered[span.start]
+            if training.recall is not None:
+                added = training.recall.residuals(span.start)
+                x = tuple(stream + r.to(stream.dtype) for stream, r in zip(x, added, strict=True))
+        if training.closed:
+            context.ran_rows[self.index] = 0
+            return x
+        weight: Tensor | None = None
+        rows: Tensor | None = None
+        if training.explored is not None:
+            rows = (decision.keep | training.explored[:, span.start]).nonzero()[:, 0]
+            context.ran_rows[self.index] = len(rows)
+            share = training.explored.float().mean().clamp_min(1e-3)
+            weight = torch.where(decision.keep, 1.0, 1 / share)[rows]
+            if len(rows) == 0:
+                if not training.lockstep:
+                    return x
+                rows, weight = rows.new_zeros(1), weight.new_zeros(1)  # closed, and its gate learns nothing
+        part = call if rows is None else self.adapter.take(call, rows)
+        keep, keep_prob, width = decision.keep, decision.keep_prob, decision.hard_width()
+        if rows is not None:
+            keep, keep_prob, width = keep[rows], keep_prob[rows], width[rows]
+        context.ran_rows.setdefault(self.index, len(keep))
+        with masked(self.inner, self.sites, width, self.narrow.ratios):
+            y = self.adapter.run(self.narrow.full, part)
+        if ends:
+            base = x if rows is None else tuple(stream[rows] for stream in x)
+            y = tuple(gated(*pair, keep, keep_prob, weight) for pair in zip(base, y, strict=True))
+        if rows is None:
+            return y
+        return tuple(whole.index_copy(0, rows, y.to(whole.dtype)) for whole, y in zip(x, y, strict=True))
+
+    def _recorded(self, call: BlockCall, span: range) -> Streams:
+        """The dense block, and at the end of a span a note of what it added."""
+        recorded, entered = self.session.recorded, self.session.entered
+        assert recorded is not None
+        if self.index == span.start:
+            entered[span.start] = call.streams
+        output = self.adapter.run(self.narrow.full, call)
+        if self.index == span[-1]:
+            added = zip(entered[span.start], output, strict=True)
+            recorded[span.start] = tuple((y - x).detach() for x, y in added)
+        return output
+
+    # ------------------------------------------------------------------------------------- what it is made of
+
+    def running(self) -> NarrowBlocks:
+        """The block at its widths, with its updates in a generation that uses them."""
+        coarse = self.session.coarseness
+        if self.updates is None or coarse is None:
+            return self.narrow
+        if self._updated is None:
+            twin, state = self.updates.updated(self.inner, coarse), self.updates.state(self.inner, coarse)
+            narrow = NarrowBlocks(twin, twin.forward, self.sites, self.narrow.ratios)
+            narrow.compile(self.narrow.compile_arguments)
+            self._updated = (state, narrow)
+        return self._updated[1]
+
+    def refresh(self, coarse: float | None) -> None:
+        """A generation of this coarseness begins: what an earlier one made of the updates goes, unless it holds still.
+        With gradients it never does: each generation has a graph of its own."""
+        if self._updated is None or self.updates is None or coarse is None:
+            return
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.updates.parameters())
+        if learns or self._updated[0] != self.updates.state(self.inner, coarse):
+            self._updated = None
+
+    def forget(self) -> None:
+        """Drop the copies of the block, which may hold weights on a device that it has left."""
+        self.narrow.forget()
+        self._updated = None
+
+    def flops(self, lengths: tuple[int, ...]) -> BlockFlops:
+        """FLOPs of one sample with `lengths` tokens in each stream."""
+        if lengths not in self._flops:
+            self._flops[lengths] = self.adapter.flops(self.inner, lengths)
+        return self._flops[lengths]
+
+    def compile(self, **arguments: Any) -> None:
+        """Compile the block and, as they are made, its narrow copies; decisions stay eager."""
+        self.narrow.compile(arguments)
+        self._updated = None
+
+
+def gated(x: Tensor, y: Tensor, keep: Tensor, keep_prob: Tensor, weight: Tensor | None = None) -> Tensor:
+    """x + g (y - x) with a straight-through gate g: x, y (B,L,D), keep (B,) bool, keep_prob (B,) -> (B,L,D).
+
+    Forward it is y or x bit for bit. Backward the gate gets <gradient, y - x>, times `weight` (B,) where
+    given.
+    """
+    taken = torch.where(keep[:, None, None], y, x)
+    slope = keep_prob - keep_prob.detach()
+    if weight is not None:
+        slope = slope * weight
+    return taken + slope.to(x.dtype)[:, None, None] * (y - x).detach()

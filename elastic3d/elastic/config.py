@@ -1,0 +1,331 @@
+"""Options of the routers, of the block cache, and of running a model elastically."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import Any
+
+from elastic3d.errors import UserError
+from elastic3d.utils.options import Options, check_range, option
+
+MIN_BUDGET = 0.3
+
+
+class RouterVariant(Enum):
+    """`light` pools the tokens first and shares its conditioning between blocks; `paper` is E-DiT's own
+    router."""
+
+    light = "light"
+    paper = "paper"
+
+
+class Lookahead(Enum):
+    """Who decides: each block's router on its block's input, or one router at the start of a step, for all blocks."""
+
+    block = "block"
+    step = "step"
+
+
+class Branches(Enum):
+    """Whether the branches of classifier-free guidance have routes of their own, or the unconditional one takes the
+    conditional one's."""
+
+    apart = "apart"
+    together = "together"
+
+
+class CacheRule(Enum):
+    """Which open blocks reuse an earlier residual: none, those with a gate in a band (E-DiT), all while it lives."""
+
+    off = "off"
+    band = "band"
+    age = "age"
+
+
+@dataclass(kw_only=True)
+class RouterConfig(Options):
+    """Architecture and initialisation of the routers. Saved with their weights."""
+
+    variant: RouterVariant = option(RouterVariant.light, "the light router, or the paper's own")
+    lookahead: Lookahead = option(Lookahead.block, "decide before each block, or once a step for all of them")
+    branches: Branches = option(
+        Branches.apart, "lookahead step: each guidance branch for itself, or both as the conditional one"
+    )
+    hidden: int = option(
+        32, "hidden channels of a router (H_r); the paper's code has 128", ge=1, le=4096, advanced=True
+    )
+    conditioning: int = option(
+        32,
+        "channels of the shared embedding of timestep, step size, budget and branch",
+        ge=1,
+        le=4096,
+        advanced=True,
+    )
+    widths: int = option(4, "nested widths of an MLP: 1/widths, 2/widths, .. 1", ge=1, le=16)
+    threshold: float = option(
+        0.5, "a block is kept where its gate is above this (tau)", ge=0.01, le=0.99, advanced=True
+    )
+    initial_keep: float = option(0.7, "gate of every block before training", ge=0.01, le=0.99, advanced=True)
+    initial_width_bias: float = option(
+        2.0, "logit of the full width before training; the others have 0", ge=0, le=20, advanced=True
+    )
+    head_std: float = option(
+        1e-3, "standard deviation of the heads' initial weights", ge=0, le=100, advanced=True
+    )
+    longest: int = option(
+        0,
+        "age in steps up to which a closed block adds its earlier residual, which the router is told; 0: never",
+        ge=0,
+        le=1000,
+    )
+    trend: float = option(
+        1.0,
+        "of that residual: share of its change between the last two computed that goes on, a step later",
+        ge=0,
+        le=1,
+        advanced=True,
+    )
+    updates: int = option(
+        0,
+        "rank of the low-rank updates of the blocks, for generations with few calls; 0: none",
+        ge=0,
+        le=4096,
+        internal=True,
+    )
+    updates_calls: float = option(
+        8.0, "they are used where steps times budget is at most this", ge=0.1, le=1000, internal=True
+    )
+    updates_steps: int | None = option(
+        None, "and in at most so many sampling steps; null: in any number", ge=1, le=1000, internal=True
+    )
+    updates_guidance: float | None = option(
+        None,
+        "guidance scale that the updates have learned, for which they run one branch; null: none",
+        ge=0,
+        le=1000,
+        internal=True,
+    )
+    guided_times: list[float] = option(
+        [],
+        "with it: first and last time between which both branches run all the same; empty: nowhere",
+        ge=0,
+        le=1,
+        ascending=True,
+        internal=True,
+    )
+    forecast_times: list[float] = option(
+        [],
+        "calibration of that: times in [0,1], ascending; empty: none",
+        ge=0,
+        le=1,
+        ascending=True,
+        internal=True,
+    )
+    trends: list[float] = option(
+        [], "calibration: shares at these times, in the place of trend", ge=-10, le=10, internal=True
+    )
+    asked: list[float] = option(
+        [],
+        "calibration: budgets that are asked for, ascending; empty: none",
+        ge=0,
+        le=1,
+        ascending=True,
+        internal=True,
+    )
+    told: list[float] = option(
+        [],
+        "calibration: what the routers are told instead, measured after training",
+        ge=0,
+        le=1,
+        internal=True,
+    )
+    times: list[float] = option(
+        [], "calibration: times in [0,1], ascending; empty: none", ge=0, le=1, ascending=True, internal=True
+    )
+    urgency: list[float] = option(
+        [],
+        "calibration: what is added to gates at these times, as a gap there grows until the end",
+        ge=-1e3,
+        le=1e3,
+        internal=True,
+    )
+
+    def check(self) -> None:
+        """Lists that belong together; what each variant can do."""
+        if self.branches is Branches.together and self.lookahead is not Lookahead.step:
+            raise ValueError(
+                "branches is together, expected apart: only with lookahead=step does one branch decide for both"
+            )
+        if len(self.guided_times) not in (0, 2):
+            raise ValueError(f"guided_times is {self.guided_times}, expected none or two, ascending")
+        for names, at, found in (
+            ("asked and told", self.asked, self.told),
+            ("times and urgency", self.times, self.urgency),
+            ("forecast_times and trends", self.forecast_times, self.trends),
+        ):
+            if len(at) != len(found):
+                raise ValueError(f"{names} are no ascending list and one of the same length")
+        if self.variant is RouterVariant.paper and self.lookahead is not Lookahead.block:
+            raise ValueError(
+                "lookahead is step, expected block: the paper's router decides before each block"
+            )
+        if self.variant is RouterVariant.paper and self.longest:
+            raise ValueError(f"longest is {self.longest}, expected 0: the paper's router is told no ages")
+
+    def calibrated(self, budget: float, whole: float = 1.0) -> float:
+        """What the routers are told for a budget: linear between the calibrated ones. `whole` is the share of the dense
+        calls of a generation that leaves out no block. ValueError out of range."""
+        check_budget(budget)
+        budget = min(budget / whole, 1.0)
+        if not self.asked or budget <= self.asked[0]:
+            return self.told[0] if self.asked else budget
+        for i in range(1, len(self.asked)):
+            low, high = self.asked[i - 1], self.asked[i]
+            if budget <= high:
+                share = (budget - low) / max(high - low, 1e-9)
+                return self.told[i - 1] + share * (self.told[i] - self.told[i - 1])
+        return self.told[-1]
+
+    def guided_share(self, times: Sequence[float]) -> float:
+        """Share of the dense model's calls in a generation with steps at these times whose updates have learned the
+        guidance: one branch counts half. 1 where they have not."""
+        if self.updates_guidance is None or not times:
+            return 1.0
+        return sum(1.0 if self.guided_at(t) else 0.5 for t in times) / len(times)
+
+    def guided_at(self, t: float) -> bool:
+        """Whether both branches run at a time in [0,1] though the updates have learned the guidance."""
+        return bool(self.guided_times) and self.guided_times[0] <= t <= self.guided_times[1]
+
+    def cache(self) -> BlockCacheConfig:
+        """The cache that these routers were trained with."""
+        if not self.longest:
+            return BlockCacheConfig()
+        return BlockCacheConfig(
+            closed_reuse=True,
+            longest=self.longest,
+            trend=self.trend,
+            times=self.forecast_times,
+            trends=self.trends,
+        )
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The nested widths as shares of the full one, the smallest first."""
+        return tuple((i + 1) / self.widths for i in range(self.widths))
+
+
+@dataclass(kw_only=True)
+class BlockCacheConfig(Options):
+    """Reuse of block residuals between sampling steps. Training-free."""
+
+    rule: CacheRule = option(CacheRule.off, "which open blocks reuse an earlier residual")
+    band: float = option(
+        0.1, "rule band: reuse where the gate is at most this far above its threshold", ge=0, le=1
+    )
+    closed_reuse: bool = option(
+        False, "a closed block adds its earlier residual, where it has one, instead of nothing"
+    )
+    start: float = option(0.0, "share of the sampling steps before the first reuse", ge=0, le=1)
+    longest: int = option(5, "steps that a residual lives", ge=1, le=1000)
+    trend: float = option(
+        0.0,
+        "share of its change between the last two computed that goes on, a step later: 0 none, 1 a line",
+        ge=0,
+        le=1,
+    )
+    times: list[float] = option(
+        [],
+        "times in [0,1], ascending; empty: trend holds at all of them",
+        ge=0,
+        le=1,
+        ascending=True,
+        internal=True,
+    )
+    trends: list[float] = option([], "trend at these times, linear between", ge=-10, le=10, internal=True)
+
+    def check(self) -> None:
+        """Each time has its trend."""
+        if len(self.times) != len(self.trends):
+            raise ValueError("times and trends are no ascending list and one of the same length")
+
+    @staticmethod
+    def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+        """What an older version saved, without the options of the drift rule, which is gone."""
+        return {name: value for name, value in values.items() if name not in ("drift", "probe_stride")}
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is ever stored."""
+        return self.rule is not CacheRule.off or self.closed_reuse
+
+    @property
+    def extrapolates(self) -> bool:
+        """Whether residuals go on as they changed."""
+        return bool(self.trend or self.trends)
+
+
+@dataclass(kw_only=True)
+class ElasticConfig(Options):
+    """How a model with routers runs. `elastic=false` is the dense model, bit for bit."""
+
+    elastic: bool = option(True, "let the routers decide; false runs the dense model")
+    budget: float = option(1.0, "share of the dense blocks' FLOPs that may be executed", ge=MIN_BUDGET, le=1)
+    width: bool = option(True, "let the routers narrow the MLPs")
+    shared: bool = option(
+        False, "samples of a batch share their routes: faster in batches, but each then depends on the others"
+    )
+    updates: bool = option(True, "use the routers' low-rank updates of the blocks where few calls are left")
+    cache: BlockCacheConfig | None = option(
+        None, "reuse of block residuals between steps; null: as the routers were trained"
+    )
+
+
+@dataclass(kw_only=True)
+class ElasticOptions:
+    """What a caller asks for, from the command line or Python; None is the model's default.
+
+    elastic: let the routers decide, or run the dense model; budget: share of the dense blocks' FLOPs to execute, 0.3 to
+    1; width: let the routers narrow the MLPs; cache: reuse of blocks between steps; shared: samples share their routes,
+    and depend on each other; updates: use the routers' low-rank updates of the blocks where few calls are left.
+    """
+
+    elastic: bool | None = None
+    budget: float | None = None
+    width: bool | None = None
+    cache: BlockCacheConfig | None = None
+    shared: bool | None = None
+    updates: bool | None = None
+
+    @staticmethod
+    def of(config: object) -> dict[str, Any]:
+        """Those of a command's configuration, as arguments of a pipeline."""
+        return {item.name: getattr(config, item.name) for item in fields(ElasticOptions)}
+
+    def over(self, default: ElasticConfig, has_routers: bool) -> ElasticConfig:
+        """The model's default with what is asked for.
+
+        Raises:
+            UserError: a budget out of range; anything elastic of a model without routers, or that is to run dense.
+        """
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        wanted = given.pop("elastic", default.elastic)
+        if not has_routers or not wanted:
+            if self.elastic and not has_routers:
+                raise UserError("elastic is true, but this model has no routers")
+            needless = {name for name in given if name != "budget" or self.budget != 1}
+            if needless:
+                why = "elastic is false" if has_routers else "this model has no routers"
+                raise UserError(f"{', '.join(sorted(needless))} can't be set: {why}")
+            return ElasticConfig(elastic=False)
+        try:
+            return replace(default, elastic=True, **given)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+def check_budget(budget: float) -> None:
+    """Raise ValueError unless a budget is one that routers are trained for."""
+    check_range("budget", budget, MIN_BUDGET, 1.0)

@@ -1,0 +1,66 @@
+"""The shape DiT: double-stream and single-stream blocks in the Hunyuan3D-2 layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from elastic3d.elastic.family import BlockAdapter, BlockFlops, MLPSite
+from elastic3d.models.flops import double_block_flops, single_block_flops
+from elastic3d.models.shape_dit import DoubleStreamBlock, SingleStreamBlock
+
+
+class DoubleAdapter(BlockAdapter):
+    """Latents and condition with weights of their own; the latents' MLP is narrowed (as in E-DiT's code)."""
+
+    def __init__(self) -> None:
+        super().__init__(streams=("img", "txt"), conditioning="vec", returns=("img", "txt"))
+
+    def width(self, block: nn.Module) -> int:
+        """Channels of a token (D)."""
+        return cast(DoubleStreamBlock, block).img_attn.proj.out_features
+
+    def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
+        """The latents' MLP."""
+        up = cast(nn.Linear, cast(DoubleStreamBlock, block).img_mlp[0])
+        return (MLPSite("img_mlp.0", "img_mlp.2", up.out_features),)
+
+    def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
+        """FLOPs of one sample: latents, condition."""
+        return BlockFlops(*double_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, *lengths))
+
+
+class SingleAdapter(BlockAdapter):
+    """Condition and latents as one sequence; the MLP is fused with the attention's projections."""
+
+    def __init__(self) -> None:
+        super().__init__(streams=("x",), conditioning="vec")
+
+    def width(self, block: nn.Module) -> int:
+        """Channels of a token (D)."""
+        return cast(SingleStreamBlock, block).linear2.out_features
+
+    def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
+        """The MLP behind QKV in linear1, and behind the attention's output in linear2."""
+        D, hidden = self.width(block), cast(SingleStreamBlock, block).mlp_width
+        return (MLPSite("linear1", "linear2", hidden, 3 * D, D, attribute="mlp_width"),)
+
+    def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
+        """FLOPs of one sample."""
+        return BlockFlops(*single_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, *lengths))
+
+
+class ShapeDiTAdapter:
+    """All blocks of a `ShapeDiT`; t is its second argument."""
+
+    family = "ShapeDiT"
+
+    def block_lists(self, model: nn.Module) -> tuple[tuple[str, BlockAdapter], ...]:
+        """Double blocks, then single blocks."""
+        return ("double_blocks", DoubleAdapter()), ("single_blocks", SingleAdapter())
+
+    def timestep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """t (B,)."""
+        return kwargs["t"] if "t" in kwargs else args[1]

@@ -1,0 +1,100 @@
+"""Low-rank updates of a block, for generations that leave the model few calls.
+
+A dense model follows its path with many small steps. Where routers leave it a handful of calls, each has to stand for a
+long piece of the path, which the dense weights were not trained for; the updates are. They belong to the routers: they
+are saved with them, and the model without routers, or with `elastic=false`, knows nothing of them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from elastic3d.elastic.config import RouterConfig
+from elastic3d.elastic.width import linear_around, with_modules
+
+Key = tuple[object, ...]
+
+
+def coarseness(
+    config: RouterConfig, steps: int, budget: float, guidance: float | None, share: float = 1.0
+) -> float | None:
+    """How few calls a generation leaves: 0 at the most for which there are updates, 1 at half of them; None where they
+    are not used, as with another `guidance` than they have learned, or in more steps. `share` of the dense calls is
+    all that a generation makes which has learned its guidance: its budget is spent on those."""
+    if config.updates_guidance not in (None, guidance):
+        return None
+    if config.updates_steps is not None and steps > config.updates_steps:
+        return None
+    calls = round(steps * budget, 6)  # a budget that is a rounded share of the steps must not miss the limit
+    if not config.updates or calls > config.updates_calls:
+        return None
+    return math.log2(config.updates_calls / min(max(calls, 1e-6) / share, steps))
+
+
+class LowRankUpdate(nn.Module):
+    """weight (O,I) -> weight + up diag(1 + slope c) down, c being the coarseness (LoRA, 2106.09685, with a gain for
+    each direction). `up` starts at zero, so that nothing changes at first."""
+
+    def __init__(self, out_features: int, in_features: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, in_features) * in_features**-0.5)
+        self.up = nn.Parameter(torch.zeros(out_features, rank))
+        self.slope = nn.Parameter(torch.zeros(rank))
+
+    def forward(self, weight: Tensor, coarse: float) -> Tensor:
+        """(O,I) -> (O,I), in the weight's own format."""
+        change = (self.up * (1 + coarse * self.slope)) @ self.down
+        return weight + change.to(weight.dtype)
+
+
+class BlockUpdates(nn.Module):
+    """Updates of every linear layer of one block."""
+
+    def __init__(self, block: nn.Module, rank: int) -> None:
+        super().__init__()
+        linears = {name: part for name, part in block.named_modules() if type(part) is nn.Linear}
+        self.parts = nn.ModuleDict(
+            {
+                name.replace(".", "/"): LowRankUpdate(part.out_features, part.in_features, rank)
+                for name, part in linears.items()
+            }
+        )
+
+    def updated(self, block: nn.Module, coarse: float) -> nn.Module:
+        """A twin of the block with updated weights; gradients reach the updates while they are enabled."""
+        return with_modules(
+            block,
+            {
+                name: linear_around(part(linear.weight.detach(), coarse), linear.bias)
+                for name, part, linear in self._pairs(block)
+            },
+        )
+
+    def state(self, block: nn.Module, coarse: float) -> Key:
+        """What an updated twin was made of: it is another as soon as the twin is stale."""
+        tensors = [linear.weight for _, _, linear in self._pairs(block)] + list(self.parameters())
+        return coarse, *((tensor.data_ptr(), tensor._version) for tensor in tensors)
+
+    @torch.no_grad()
+    def rebase(self, factor: float) -> None:
+        """Count calls from another `updates_calls`, which is `factor` times the old one: the same weights as before at
+        each number of calls."""
+        shift = math.log2(factor)  # c + shift is the new coarseness
+        for part in self.parts.values():
+            assert isinstance(part, LowRankUpdate)
+            gain = 1 - shift * part.slope
+            part.up.mul_(gain)
+            part.slope.div_(gain)
+
+    def _pairs(self, block: nn.Module) -> list[tuple[str, nn.Module, nn.Linear]]:
+        names = [(key.replace("/", "."), part) for key, part in self.parts.items()]
+        found = [(name, part, block.get_submodule(name)) for name, part in names]
+        for name, _, linear in found:
+            if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+                raise ValueError(
+                    f"{name} is a {type(linear).__name__}, expected nn.Linear: run with updates=false"
+                )
+        return found  # type: ignore[return-value]

@@ -1,0 +1,63 @@
+"""Losses of router training: the executed budget, E-DiT's own variant, distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from elastic3d.elastic.cost import executed_share
+from elastic3d.elastic.router import RouteDecision
+from elastic3d.elastic.session import ElasticSession
+
+
+def session_share(session: ElasticSession) -> Tensor:
+    """Executed share (B,) of the dense block FLOPs in the newest training pass, with gradients to the
+    routers."""
+    current = session.current
+    if current is None or len(current.decisions) != len(session.blocks):
+        raise ValueError("no complete elastic forward pass to count: run the model after session.train")
+    order = sorted(current.decisions)
+    decisions = [current.decisions[index] for index in order]
+    flops = [current.flops[index] for index in order]
+    return executed_share(decisions, flops, session.router_config.ratios)
+
+
+def budget_loss(share: Tensor, budget: Tensor, slack: float = 0.0, groups: int = 4) -> Tensor:
+    """How far the executed cost is from its budget: share, budget (B,) -> scalar.
+
+    The squared mean difference within each of `groups` bands of the budget, so that timesteps, samples and
+    branches may trade compute with each other, plus the squared difference of every sample beyond `slack`.
+    """
+    low, high = 0.0, 1.0 + 1e-6
+    band = ((budget - low) / (high - low) * groups).long()
+    count = torch.zeros(groups, device=share.device).index_add(0, band, torch.ones_like(share))
+    total = torch.zeros(groups, device=share.device).index_add(0, band, share - budget)
+    mean = (total / count.clamp_min(1)).square() * (count / count.sum())
+    each = ((share - budget).abs() - slack).clamp_min(0).square().mean()
+    return mean.sum() + each
+
+
+def paper_loss(
+    decisions: Sequence[RouteDecision],
+    ratios: tuple[float, ...],
+    rho_gate: float = 0.6,
+    rho_width: float = 0.5,
+) -> Tensor:
+    """E-DiT (2602.13993): (mean gate - rho_g)^2 + (mean expected ratio of the open blocks - rho_w)^2.
+
+    rho_g is 0.6 (base) or 0.5 (turbo); rho_w is not published, 0.5 is the default of the released code.
+    """
+    gates = torch.stack([decision.keep_prob for decision in decisions])
+    expected = torch.stack([d.width_prob @ d.width_prob.new_tensor(ratios) for d in decisions])
+    keep = torch.stack([decision.keep for decision in decisions]).float()
+    open_ratio = (expected * keep).sum() / keep.sum().clamp_min(1)
+    width = (open_ratio - rho_width).square() * (keep.sum() > 0)
+    return (gates.mean() - rho_gate).square() + width
+
+
+def distillation_loss(elastic: Tensor, dense: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared difference of two velocities (B,N,C), each sample times `weight` (B,) where given."""
+    each = (elastic - dense.detach()).square().flatten(1).mean(dim=1)
+    return each.mean() if weight is None else (each * weight).mean()

@@ -1,0 +1,254 @@
+"""Routers: from a block's input tokens to a gate logit and K width logits for each sample, and to a decision.
+
+`LightRouter` pools the tokens before its trunk and takes its modulation from one `Conditioner` for all
+blocks, so that a router costs thousands of parameters and FLOPs. `PaperRouter` is E-DiT's (2602.13993):
+modulated LayerNorm of every token -> Linear -> ReLU -> heads -> mean over tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from elastic3d.elastic.config import Lookahead, RouterConfig, RouterVariant
+from elastic3d.elastic.context import StepContext
+
+_TIME_OCTAVES, _BUDGET_OCTAVES = 4, 3
+_FEATURES = (1 + 2 * _TIME_OCTAVES) + 3 + (1 + 2 * _BUDGET_OCTAVES) + 1
+_SMALLEST_STEP = 1e-3
+
+
+@dataclass(frozen=True)
+class RouteDecision:
+    """One route per sample through one block, or through all blocks of a step.
+
+    keep (B,) bool: run the block; width (B,) long in [0, K): index of the MLP's nested width. keep_prob (B,)
+    and width_prob (B,K) are what they were taken from, and carry the gradient.
+    """
+
+    keep: Tensor
+    width: Tensor
+    keep_prob: Tensor
+    width_prob: Tensor
+
+    def on_host(self) -> list[list[float]]:
+        """keep_prob, width and keep as lists; waits for the device, once."""
+        return torch.stack([self.keep_prob, self.width.float(), self.keep.float()]).tolist()
+
+    @staticmethod
+    def from_logits(logits: Tensor, threshold: float, bias: Tensor | None = None) -> RouteDecision:
+        """logits (B, 1 + K), the gate first; a block is kept where sigmoid(gate + bias) > threshold (E-DiT, tau)."""
+        logits = logits.float()
+        gate = logits[:, 0] if bias is None else logits[:, 0] + bias
+        keep_prob = gate.sigmoid()
+        width_prob = logits[:, 1:].softmax(dim=-1)
+        return RouteDecision(keep_prob > threshold, width_prob.argmax(dim=-1), keep_prob, width_prob)
+
+    @staticmethod
+    def fixed(keep: Tensor, width: Tensor, widths: int) -> RouteDecision:
+        """A route that nobody computed: keep (B,) bool and width (B,) long, with certain probabilities."""
+        return RouteDecision(keep, width, keep.float(), F.one_hot(width, widths).float())
+
+    def running(self, rows: Tensor) -> RouteDecision:
+        """The same, but rows (B,) bool run at full width whatever the router says, which then learns nothing there."""
+        full = self.width_prob.shape[-1] - 1
+        sure = F.one_hot(torch.full_like(self.width, full), full + 1).to(self.width_prob.dtype)
+        return RouteDecision(
+            self.keep | rows,
+            self.width.masked_fill(rows, full),
+            torch.where(rows, 1.0, self.keep_prob),
+            torch.where(rows[:, None], sure, self.width_prob),
+        )
+
+    def at_full_width(self) -> RouteDecision:
+        """The same gates, every kept block at its full width."""
+        full = torch.full_like(self.width, self.width_prob.shape[-1] - 1)
+        prob = F.one_hot(full, self.width_prob.shape[-1]).to(self.width_prob.dtype)
+        return RouteDecision(self.keep, full, self.keep_prob, prob)
+
+    def hard_keep(self) -> Tensor:
+        """(B,) 0 or 1: is the block kept; the gradient is that of the probability (straight through, 1308.3432)."""
+        return straight_through(self.keep, self.keep_prob)
+
+    def hard_width(self) -> Tensor:
+        """(B,K) one-hot: which width is taken."""
+        return straight_through(F.one_hot(self.width, self.width_prob.shape[-1]), self.width_prob)
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The values of `hard`, exactly; the gradient of `soft`."""
+    return hard.to(soft.dtype) + (soft - soft.detach())
+
+
+def interpolated(x: Tensor, at: Sequence[float], values: Sequence[float]) -> Tensor:
+    """Values (B,) at x (B,): linear between those at the ascending positions `at`, constant outside."""
+    knots, found = x.new_tensor(at), x.new_tensor(values)
+    if len(at) == 1:
+        return found.expand_as(x)
+    right = torch.searchsorted(knots, x.contiguous()).clamp(1, len(at) - 1)
+    low, high = knots[right - 1], knots[right]
+    share = ((x - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
+    return torch.lerp(found[right - 1], found[right], share)
+
+
+def _features(context: StepContext) -> Tensor:
+    """(B, 20): octaves of t and of the budget, the step size on a log scale, the branch."""
+    step = context.dt.clamp(_SMALLEST_STEP, 1.0).log() / -math.log(_SMALLEST_STEP)
+    parts = [_octaves(context.t, _TIME_OCTAVES), step[:, None], step.square()[:, None], context.dt[:, None]]
+    parts += [_octaves(context.budget, _BUDGET_OCTAVES), context.branch[:, None]]
+    return torch.cat(parts, dim=-1)
+
+
+def _octaves(x: Tensor, count: int) -> Tensor:
+    """x (B,) -> (B, 1 + 2 count): x, then sines and cosines of pi 2^k x."""
+    angles = x[:, None] * (math.pi * 2.0 ** torch.arange(count, device=x.device, dtype=x.dtype))
+    return torch.cat([x[:, None], angles.sin(), angles.cos()], dim=-1)
+
+
+class Tokens:
+    """Token streams, each (B,L,D); `pooled` is computed once, for however many routers."""
+
+    def __init__(self, streams: tuple[Tensor, ...]) -> None:
+        self.streams = streams
+
+    @cached_property
+    def pooled(self) -> Tensor:
+        """(B, streams * D) fp32: LayerNorm of each stream's mean token. (A norm of every token costs eight times as
+        much.)"""
+        means = [stream.mean(dim=1).float() for stream in self.streams]
+        return torch.cat([F.layer_norm(mean, mean.shape[-1:]) for mean in means], dim=-1)
+
+
+@dataclass(frozen=True)
+class RouterInput:
+    """What a router may look at.
+
+    The block's input tokens, its modulation vector (B,D), the conditioner's output for this block (B, 2 H_r + 1 + K),
+    None in the paper's variant, and the age (B,) long in steps of what the block would add if it were closed (0:
+    nothing), None where routers are not told.
+    """
+
+    tokens: Tokens
+    conditioning: Tensor
+    modulation: Tensor | None = None
+    age: Tensor | None = None
+
+
+class Conditioner(nn.Module):
+    """The one embedding of time, step size, budget and branch, and from it every block's modulation; once a pass."""
+
+    def __init__(self, config: RouterConfig, blocks: int) -> None:
+        super().__init__()
+        E = config.conditioning
+        self.blocks, self.channels = blocks, 2 * config.hidden + 1 + config.widths
+        self.embed = nn.Sequential(nn.Linear(_FEATURES, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
+        self.modulation = nn.Linear(E, blocks * self.channels)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, context: StepContext) -> Tensor:
+        """(B,) each -> (B, blocks, 2 H_r + 1 + K): scale and shift of a trunk, offsets of its logits."""
+        features = _features(context).to(self.modulation.weight.dtype)
+        return self.modulation(self.embed(features)).unflatten(-1, (self.blocks, self.channels))
+
+
+class LightRouter(nn.Module):
+    """Pooled tokens -> Linear -> modulated SiLU -> logits, plus the conditioner's offsets."""
+
+    def __init__(self, config: RouterConfig, width: int, streams: int) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(streams * width, config.hidden)
+        self.heads = nn.Linear(config.hidden, 1 + config.widths)
+        _initialise_heads(self.heads, config)
+        self.age = None
+        if config.longest:
+            self.age = _age_embedding(config)
+
+    def forward(self, given: RouterInput) -> Tensor:
+        """-> logits (B, 1 + K)."""
+        modulation = given.modulation
+        assert modulation is not None
+        if self.age is not None:
+            assert given.age is not None
+            modulation = modulation + self.age(given.age)
+        hidden = self.trunk(given.tokens.pooled.to(self.trunk.weight.dtype))
+        H, K1 = self.trunk.out_features, self.heads.out_features
+        scale, shift, offset = modulation.split([H, H, K1], dim=-1)
+        return self.heads(F.silu(torch.addcmul(shift, hidden, 1 + scale))) + offset
+
+    def flops(self, lengths: tuple[int, ...]) -> int:
+        """FLOPs a sample. Pooling is counted as a product with a row of ones."""
+        D = self.trunk.in_features // len(lengths)
+        return 2 * sum(lengths) * D + 2 * self.trunk.weight.numel() + 2 * self.heads.weight.numel()
+
+
+class PaperRouter(nn.Module):
+    """E-DiT's router, on all streams concatenated."""
+
+    def __init__(self, config: RouterConfig, width: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 2 * width)
+        self.trunk = nn.Linear(width, config.hidden)
+        self.heads = nn.Linear(config.hidden, 1 + config.widths)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        _initialise_heads(self.heads, config)
+
+    def forward(self, given: RouterInput) -> Tensor:
+        """-> logits (B, 1 + K), each head's mean over the tokens."""
+        dtype = self.trunk.weight.dtype
+        x = torch.cat(given.tokens.streams, dim=1).to(dtype)
+        shift, scale = self.modulation(F.silu(given.conditioning.to(dtype)))[:, None].chunk(2, dim=-1)
+        x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+        return self.heads(F.relu(self.trunk(x)).mean(dim=1))  # the head is linear: it commutes with the mean
+
+    def flops(self, lengths: tuple[int, ...]) -> int:
+        """FLOPs a sample."""
+        return 2 * (self.modulation.weight.numel() + sum(lengths) * self.trunk.weight.numel()) + (
+            2 * self.heads.weight.numel()
+        )
+
+
+Router = LightRouter | PaperRouter
+
+
+def build_router(config: RouterConfig, width: int, streams: int) -> Router:
+    """A router for blocks with `streams` token streams of `width` channels."""
+    if config.variant is RouterVariant.paper:
+        return PaperRouter(config, width)
+    return LightRouter(config, width, streams)
+
+
+def build_conditioner(config: RouterConfig, blocks: int) -> Conditioner | None:
+    """The conditioner that `blocks` routers share; the paper's have none."""
+    return None if config.variant is RouterVariant.paper else Conditioner(config, blocks)
+
+
+def looks_ahead(config: RouterConfig) -> bool:
+    """Whether all decisions of a step are taken at the first block."""
+    return config.lookahead is Lookahead.step
+
+
+def _age_embedding(config: RouterConfig) -> nn.Embedding:
+    """A modulation for each age. At the start it moves the gate alone: the older, the more open."""
+    longest = config.longest
+    embedding = nn.Embedding(longest + 1, 2 * config.hidden + 1 + config.widths)
+    nn.init.zeros_(embedding.weight)
+    with torch.no_grad():
+        embedding.weight[1:, 2 * config.hidden] = torch.arange(longest) - (longest - 1) / 2
+    return embedding
+
+
+def _initialise_heads(heads: nn.Linear, config: RouterConfig) -> None:
+    """Open at the start (E-DiT): the gate at `initial_keep`, the widths leaning to the full one."""
+    nn.init.normal_(heads.weight, std=config.head_std)
+    nn.init.zeros_(heads.bias)
+    with torch.no_grad():
+        heads.bias[0] = math.log(config.initial_keep / (1 - config.initial_keep))
+        heads.bias[-1] = config.initial_width_bias

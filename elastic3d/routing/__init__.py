@@ -1,1 +1,0 @@
-"""Elastic routing: decides, bypasses, narrows, caches, counts. Knows nothing of shapes or images."""

@@ -1,0 +1,146 @@
+import math
+
+import pytest
+import torch
+
+from elastic3d.elastic.cache import Moments, ResidualCache
+from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig, RouterConfig, RouterVariant
+
+KEY = (2, 0)
+
+
+def together(rows, count: int, step: int) -> Moments:
+    """Rows that are all at the same step."""
+    return Moments(list(rows), count, [step] * len(rows), [0.0] * len(rows))
+
+
+def put(
+    cache: ResidualCache, step: int, values: list[float], rows: list[int] | None = None, count: int = 0
+) -> None:
+    """Rows of (4,2) ones come out as one plus their value."""
+    rows = list(range(len(values))) if rows is None else rows
+    x = torch.ones(len(rows), 4, 2)
+    y = x + torch.tensor(values)[:, None, None]
+    cache.store(KEY, together(rows, count or len(rows), step), (x,), (y,))
+
+
+def stored(step: int = 0, steps: int = 10, **changes) -> ResidualCache:
+    cache = ResidualCache(BlockCacheConfig(**({"rule": CacheRule.band} | changes)), steps)
+    put(cache, step, [2.0])
+    return cache
+
+
+def ages(cache: ResidualCache, count: int, step: int, key=KEY) -> list[int]:
+    return cache.ages(key, together(range(count), count, step))
+
+
+def reuse(cache: ResidualCache, step: int, p: float) -> bool:
+    return cache.reuse(ages(cache, 1, step, KEY)[0], p, 0.5)
+
+
+def value(cache: ResidualCache, step: int, row: int = 0, count: int = 1) -> float:
+    [found] = cache.apply(KEY, together([row], count, step), (torch.zeros(1, 4, 2),))
+    assert found.shape == (1, 4, 2) and found.min() == found.max()
+    return found.max().item()
+
+
+def test_the_band_is_closed_above_the_threshold_and_residuals_die():
+    cache = stored(step=2, band=0.1, longest=3)
+    for p, expected in ((0.5, False), (0.51, True), (0.6, True), (0.61, False)):
+        assert reuse(cache, 3, p) is expected
+    assert [reuse(cache, step, 0.55) for step in (3, 5, 6)] == [True, True, False]
+    assert ages(cache, 1, 3, (2, 1)) == [0]  # the other branch
+    assert value(cache, 3) == 2
+    assert cache.bytes == 4 * 2 * 4 and len(cache) == 1
+
+
+def test_nothing_is_reused_before_the_start():
+    cache = stored(start=0.3, longest=9)
+    assert [reuse(cache, step, 0.55) for step in (2, 3)] == [False, True]
+
+
+def test_a_residual_goes_on_as_it_changed_while_both_lived():
+    cache = stored(step=2, trend=1.0, longest=3)
+    assert value(cache, 3) == 2  # of one alone no change is known
+    put(cache, 4, [3.0])
+    assert value(cache, 6) == 3 + 2 * 0.5 and ages(cache, 1, 6) == [2]
+    assert cache.bytes == 2 * 4 * 2 * 4
+    put(cache, 9, [3.0])  # the one before has died
+    assert value(cache, 10) == 3
+
+
+@pytest.mark.parametrize("trend", [0.0, 0.8, 1.0])
+def test_rows_that_are_computed_at_different_steps_are_kept_apart(trend):
+    """Three rows in one batch against a cache of its own for each."""
+    config = BlockCacheConfig(closed_reuse=True, longest=4, trend=trend)
+    cache, alone = ResidualCache(config, 20), [ResidualCache(config, 20) for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    for step, rows in enumerate([[0, 2], [0, 1, 2], [1], [0, 2], [2], [0, 1, 2], [0], [], [1, 2]]):
+        for row in range(3):
+            age = ages(alone[row], 1, step)[0]
+            assert ages(cache, 3, step)[row] == age
+            if age:
+                assert value(cache, step, row, 3) == pytest.approx(value(alone[row], step), abs=1e-5)
+        living = [row for row, age in enumerate(ages(cache, 3, step)) if age]
+        if living:
+            [batched] = cache.apply(KEY, together(living, 3, step), (torch.zeros(len(living), 4, 2),))
+            for place, row in enumerate(living):
+                assert batched[place, 0, 0].item() == pytest.approx(value(alone[row], step), abs=1e-5)
+        values = torch.randn(3, generator=generator).tolist()
+        if rows:
+            put(cache, step, [values[row] for row in rows], rows, 3)
+        for row in rows:
+            put(alone[row], step, [values[row]])
+    assert len(cache) == 3 and cache.bytes == (1 + (trend > 0)) * 3 * 4 * 2 * 4
+
+
+def at(row: int, step: int, time: float, count: int = 1) -> Moments:
+    return Moments([row], count, [step], [time])
+
+
+def test_a_calibrated_trend_changes_over_time():
+    """0.5 at time 0.2 and 1.1 at 0.6, linear between, in the place of one for all times."""
+    config = BlockCacheConfig(closed_reuse=True, longest=9, trend=0.3, times=[0.2, 0.6], trends=[0.5, 1.1])
+    cache, x = ResidualCache(config, 10), torch.zeros(1, 4, 2)
+    for step in (1, 3):
+        cache.store(KEY, at(0, step, 0.1 * step), (x,), (x + step,))
+    for time, trend in ((0.1, 0.5), (0.2, 0.5), (0.4, 0.8), (0.7, 1.1)):
+        expected = 3 + trend + trend**2  # two steps, where the change was one a step
+        assert cache.apply(KEY, at(0, 5, time), (x,))[0].max().item() == pytest.approx(expected)
+
+
+def test_rows_of_a_batch_are_forecast_each_for_its_time():
+    config = BlockCacheConfig(closed_reuse=True, longest=9, times=[0.0, 1.0], trends=[0.2, 1.1])
+    cache, x = ResidualCache(config, 10), torch.zeros(2, 4, 2)
+    for step, time in ((0, 0.0), (2, 0.1)):
+        cache.store(KEY, Moments([0, 1], 2, [step, step + 1], [time, time + 0.3]), (x,), (x + step + 1,))
+    when = Moments([0, 1], 2, [4, 7], [0.5, 0.9])
+    [found] = cache.apply(KEY, when, (x,))
+    for row in (0, 1):
+        [alone] = cache.apply(KEY, when.some([row]), (x[:1],))
+        torch.testing.assert_close(found[row : row + 1], alone)
+
+
+def test_by_age_open_blocks_reuse_what_lives():
+    cache = stored(step=2, rule=CacheRule.age, longest=1)
+    assert [reuse(cache, step, 0.9) for step in (3, 4)] == [True, False]
+    assert [ages(cache, 1, step, KEY) for step in (3, 4)] == [[1], [0]]
+
+
+@pytest.mark.parametrize("build, message", [
+    (lambda: BlockCacheConfig(band=-0.1), "cache.band is -0.1, expected a value from 0 to 1"),
+    (lambda: BlockCacheConfig(longest=0), "cache.longest is 0"),
+    (lambda: BlockCacheConfig(times=[0.5], trends=[1.0, 0.5]),
+     "cache.times and cache.trends are no ascending list and one of the same length"),
+    (lambda: RouterConfig(forecast_times=[0.5, 0.2], trends=[1.0, 0.5]),
+     "forecast_times and trends are no ascending list and one of the same length"),
+    (lambda: BlockCacheConfig(trend=2), "cache.trend is 2, expected a value from 0 to 1"),
+    (lambda: BlockCacheConfig(start=1.5), "cache.start is 1.5"),
+    (lambda: BlockCacheConfig(trend=math.nan), "cache.trend is nan"),
+    (lambda: ElasticConfig(budget=0.1), "budget is 0.1, expected a value from 0.3 to 1"),
+    (lambda: RouterConfig(hidden=0), "hidden is 0"),
+    (lambda: RouterConfig(variant=RouterVariant.paper, lookahead="step"), "the paper's router"),
+])  # fmt: skip
+def test_impossible_numbers_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

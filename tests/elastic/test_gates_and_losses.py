@@ -1,0 +1,75 @@
+import math
+
+import pytest
+import torch
+
+from elastic3d.elastic.block import gated
+from elastic3d.elastic.cost import decision_flops, executed_share
+from elastic3d.elastic.family import BlockFlops
+from elastic3d.elastic.losses import budget_loss, distillation_loss, paper_loss
+from elastic3d.elastic.router import RouteDecision, straight_through
+
+RATIOS = (0.25, 0.5, 0.75, 1.0)
+
+
+def decision(logits: list[list[float]]) -> RouteDecision:
+    return RouteDecision.from_logits(torch.tensor(logits), 0.5)
+
+
+def test_straight_through_is_hard_forward_and_soft_backward():
+    p = torch.tensor([0.2, 0.7], requires_grad=True)
+    hard = straight_through(p > 0.5, p)
+    assert hard.tolist() == [0, 1]
+    (hard * torch.tensor([3.0, 5.0])).sum().backward()
+    assert p.grad.tolist() == [3, 5]
+
+
+def test_gated_is_the_paper_formula_and_exact():
+    """x + g (y - x), g straight-through: the gate's gradient is <dL, y - x>, whether open or closed."""
+    x, y = torch.randn(2, 3, 4), torch.randn(2, 3, 4, requires_grad=True)
+    p = torch.tensor([0.4, 0.6], requires_grad=True)
+    out = gated(x, y, p > 0.5, p)
+    assert torch.equal(out[0], x[0]) and torch.equal(out[1], y[1])
+    weight = torch.randn(2, 3, 4)
+    (out * weight).sum().backward()
+    torch.testing.assert_close(p.grad, (weight * (y - x)).sum((1, 2)).detach())
+    assert y.grad[0].abs().max() == 0 and torch.equal(y.grad[1], weight[1])
+
+
+def test_a_decision_takes_threshold_and_argmax():
+    d = decision([[-0.1, 0, 3, 0, 0], [0.1, 0, 0, 0, 2]])
+    assert d.keep.tolist() == [False, True] and d.width.tolist() == [1, 3]
+    assert d.hard_keep().tolist() == [0, 1] and d.hard_width().argmax(-1).tolist() == [1, 3]
+    assert d.at_full_width().width.tolist() == [3, 3]
+
+
+def test_executed_share_weighs_flops():
+    blocks = [BlockFlops(10, 30), BlockFlops(20, 40)]  # dense: 100
+    open_half, shut = [5.0, 0, 9, 0, 0], [-5.0, 0, 0, 0, 9]
+    assert decision_flops(decision([open_half]), blocks[0], RATIOS).tolist() == [25]
+    share = executed_share([decision([open_half, shut]), decision([shut, open_half])], blocks, RATIOS)
+    torch.testing.assert_close(share, torch.tensor([0.25, 0.4]))
+
+
+def test_budget_loss_is_zero_on_budget_and_pushes_towards_it():
+    budget = torch.tensor([0.3, 0.5, 0.9])
+    assert budget_loss(budget, budget) == 0
+    share = (budget + 0.1).requires_grad_()
+    budget_loss(share, budget).backward()
+    assert (share.grad > 0).all()
+    swapped = torch.tensor([0.45, 0.55])  # within the slack samples of one band may trade
+    assert budget_loss(swapped, torch.tensor([0.5, 0.5]), slack=0.1) < 1e-12
+
+
+def test_paper_loss_holds_the_mean_probability_not_the_executed_cost():
+    def with_gate(p: float) -> RouteDecision:
+        return decision([[math.log(p / (1 - p)), 0, 0, 0, 50.0]])
+
+    assert paper_loss([with_gate(0.9), with_gate(0.3)], RATIOS, 0.6, 1.0) == pytest.approx(0, abs=1e-9)
+    assert paper_loss([with_gate(0.9)], RATIOS, 0.6, 0.5) == pytest.approx(0.3**2 + 0.5**2)
+    assert paper_loss([with_gate(0.3)], RATIOS, 0.6, 0.5) == pytest.approx(0.3**2)  # no open block, no width
+
+
+def test_distillation_weighs_samples():
+    a, b = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
+    assert distillation_loss(a, b) == 1 and distillation_loss(a, b, torch.tensor([1.0, 3.0])) == 2

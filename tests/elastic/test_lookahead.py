@@ -1,0 +1,215 @@
+"""One decision a step for all blocks: what runs, what is kept, and whose decision it is."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from elastic3d.diffusion.sampler import sample
+from elastic3d.elastic import attach
+from elastic3d.elastic.block import ElasticBlock
+from elastic3d.elastic.config import (
+    BlockCacheConfig,
+    Branches,
+    ElasticConfig,
+    Lookahead,
+    RouterConfig,
+)
+from elastic3d.elastic.context import Hold
+from elastic3d.elastic.policies import TableRoutes
+from elastic3d.elastic.session import ElasticSession
+from elastic3d.models.options import DiTConfig
+from elastic3d.models.shape_dit import ShapeDiT
+
+STEPS = 8
+
+
+def model() -> ShapeDiT:
+    """Blocks that change their streams, unlike those of a fresh model."""
+    torch.manual_seed(0)
+    dit = ShapeDiT(
+        DiTConfig(in_channels=5, condition_channels=8, width=32, heads=2, double_blocks=2, single_blocks=3)
+    )
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return dit
+
+
+def attached(config: RouterConfig, std: float = 20.0) -> tuple[ShapeDiT, ElasticSession]:
+    dit = model()
+    session = attach(dit, config)
+    torch.manual_seed(1)
+    for block in session.blocks:
+        if block.router is not None:
+            torch.nn.init.normal_(block.router.heads.weight, std=std)
+    session.settings = ElasticConfig(budget=0.5)
+    return dit, session
+
+
+def generated(dit: ShapeDiT, session: ElasticSession, sequential: bool = False):
+    """Latents and actions of three samples."""
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    condition = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(9))
+    latents = sample(dit, condition, (6, 5), STEPS, 2.0, generators, session=session, sequential=sequential)
+    return latents, session.trace.actions
+
+
+def of_one_decision(**options) -> RouterConfig:
+    return RouterConfig(**(dict(lookahead=Lookahead.step, longest=3, widths=1, initial_keep=0.5) | options))
+
+
+def test_one_router_decides_for_all_blocks():
+    dit, session = attached(of_one_decision())
+    assert [block.router is None for block in session.blocks] == [False] + 4 * [True]
+    _, actions = generated(dit, session)
+    assert (actions == actions[..., :1]).all()
+    assert (actions == -1).any() and (actions[1:] == 1).any()
+    dit, session = attached(RouterConfig(longest=3, widths=1, initial_keep=0.5))
+    _, actions = generated(dit, session)
+    assert (actions != actions[..., :1]).any()
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_branches_go_together_or_apart(sequential):
+    dit, session = attached(of_one_decision(branches=Branches.together))
+    _, actions = generated(dit, session, sequential)
+    assert torch.equal(actions[:, 0], actions[:, 1])
+    assert (actions == -1).any() and (actions[1:] == 1).any()
+    assert (actions[:, :, 0] != actions[:, :, 1]).any()
+    dit, session = attached(of_one_decision())
+    _, actions = generated(dit, session, sequential)
+    assert (actions[:, 0] != actions[:, 1]).any()
+
+
+def test_branches_one_after_the_other_take_the_same_routes():
+    dit, session = attached(of_one_decision(branches=Branches.together))
+    (latents, actions), (other, others) = generated(dit, session), generated(dit, session, True)
+    assert torch.equal(actions, others)
+    torch.testing.assert_close(latents, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trend", [0.0, 0.8, 1.0])
+def test_what_a_list_of_blocks_adds_is_kept_as_one_and_gives_the_same(trend):
+    """A table decides alike for all blocks, or, where it is said not to, block by block."""
+    routes = torch.randint(0, 2, (STEPS, 2, 3, 1), generator=torch.Generator().manual_seed(1)).expand(
+        -1, -1, -1, 5
+    )
+    found = []
+    for alike in (True, False):
+        dit, session = attached(of_one_decision(trend=trend))
+        cache = BlockCacheConfig(closed_reuse=True, longest=3, trend=trend)
+        session.settings, session.source = ElasticConfig(cache=cache), TableRoutes(routes, 1)
+        session.source.alike = alike
+        latents, actions = generated(dit, session)
+        found.append((latents, actions))
+        assert (actions == -1).any()
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_block_with_nothing_to_reuse_runs_and_none_is_reused_for_longer_than_it_may():
+    dit, session = attached(RouterConfig(longest=2, initial_keep=0.01, head_std=0.0), std=0.0)
+    _, actions = generated(dit, session)
+    assert (actions[:, 0, 0, 0] > 0).tolist() == [True, False, False, True, False, False, True, False]
+
+
+def count_rows(block: ElasticBlock, batches: list[int]) -> None:
+    """Note how many rows the base block is called with."""
+    full = block.narrow.full
+
+    def counting(*args, **kwargs):
+        out = full(*args, **kwargs)
+        batches.append(len(out[0]))
+        return out
+
+    block.narrow.full = counting
+
+
+def one_by_one(dit: ShapeDiT, session: ElasticSession):
+    """The same three samples, each in a generation of its own."""
+    condition = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(9))
+    latents, actions = [], []
+    for i in range(3):
+        noise = [torch.Generator().manual_seed(i)]
+        latents.append(sample(dit, condition[i : i + 1], (6, 5), STEPS, 2.0, noise, session=session))
+        actions.append(session.trace.actions)
+    return torch.cat(latents), torch.cat(actions, dim=2)
+
+
+@pytest.mark.parametrize("branches", list(Branches))
+@pytest.mark.parametrize("trend", [0.0, 0.8])
+def test_samples_wait_for_each_other_and_take_the_routes_that_they_take_alone(branches, trend):
+    dit, session = attached(of_one_decision(branches=branches, trend=trend))
+    batches = []
+    count_rows(session.blocks[1], batches)
+    latents, actions = generated(dit, session)
+    ran, batches[:] = sum(batches), []
+    alone, routes = one_by_one(dit, session)
+    assert torch.equal(actions, routes) and ran == sum(batches)
+    assert (actions[:, :, 0] != actions[:, :, 1]).any()
+    torch.testing.assert_close(latents, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_run_as_often_as_the_sample_that_needs_them_most():
+    routes = torch.zeros(STEPS, 1, 3, 1, dtype=torch.long)
+    for row, steps in enumerate([(0, 3, 6), (0, 1, 7), (0, 5)]):
+        routes[list(steps), 0, row] = 1
+    dit, session = attached(of_one_decision(longest=STEPS))
+    session.source = TableRoutes(routes.expand(-1, -1, -1, 5), 1)
+    batches, done = [], []
+    count_rows(session.blocks[1], batches)
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    condition = torch.randn(3, 4, 8)
+    sample(
+        dit, condition, (6, 5), STEPS, 2.0, generators, session=session, on_step=lambda *at: done.append(at)
+    )
+    assert batches == [6, 6, 4]  # two branches of three samples, of three, of two
+    assert done == [(i + 1, STEPS) for i in range(STEPS)]
+    assert torch.equal(session.trace.actions[:, 0, :, 0] > 0, routes[:, 0, :, 0] > 0)
+
+
+def test_only_samples_that_decide_once_a_step_and_apart_can_wait():
+    for config, settings in (
+        (RouterConfig(), ElasticConfig(budget=0.5)),
+        (of_one_decision(), ElasticConfig(budget=0.5, shared=True)),
+        (of_one_decision(), ElasticConfig(elastic=False)),
+    ):
+        _, session = attached(config)
+        session.settings = settings
+        session.begin(2, STEPS)
+        assert not session.holds
+        with pytest.raises(ValueError, match="hold is always, expected never"):
+            session.step(0, 0.1, hold=Hold.always)
+
+
+def test_only_who_looks_ahead_decides_for_both_branches():
+    with pytest.raises(ValueError, match="branches is together, expected apart: only with lookahead=step"):
+        RouterConfig(branches=Branches.together)
+
+
+@pytest.mark.parametrize("config", [
+    of_one_decision(), of_one_decision(branches=Branches.together), RouterConfig(initial_keep=0.5),
+])  # fmt: skip
+@pytest.mark.parametrize("sequential", [False, True])
+def test_samples_share_their_routes_only_where_that_is_asked_for(config, sequential):
+    dit, session = attached(config)
+    _, apart = generated(dit, session, sequential)
+    assert (apart != apart[:, :, :1]).any()
+    session.settings = ElasticConfig(budget=0.5, shared=True)
+    _, shared = generated(dit, session, sequential)
+    assert (shared == shared[:, :, :1]).all()
+    assert (shared <= 0).any() and (shared > 0).any()
+    session.settings = ElasticConfig(budget=0.5)
+    assert torch.equal(generated(dit, session, sequential)[1], apart)
+
+
+def test_urgency_moves_gates_at_its_times_alone():
+    dit, session = attached(of_one_decision())
+    _, before = generated(dit, session)
+    config = session.router_config
+    session.router_config = replace(config, times=[0.4, 0.5, 0.6], urgency=[0.0, 1e4, 0.0])
+    _, after = generated(dit, session)
+    steps = torch.arange(STEPS) / STEPS
+    assert (after[steps == 0.5] == 1).all() and (before[steps == 0.5] == -1).any()
+    early = steps < 0.4
+    assert torch.equal(after[early], before[early])
