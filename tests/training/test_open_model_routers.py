@@ -7,13 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from elastic3d.config.router_stage import MeshLossConfig, RouterStageConfig, TrainedParts
-from elastic3d.config.train import (
-    LatentsConfig,
-    StageName,
-)
 from open_models import CONTEXT, write_folder
-from tests.training.test_dit_stage import add_views
 
 from elastic3d.checkpoints.options import ImportConfig
 from elastic3d.models.options import EncoderKind, ImageEncoderConfig
