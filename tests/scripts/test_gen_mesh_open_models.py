@@ -12,7 +12,6 @@ import pytest
 import torch
 import trimesh
 from _cli import execute
-from elastic3d.config.routing import RouterConfig
 from hunyuan_tiny import write_checkpoint_21
 from open_models import write_folder
 from tiny_pipeline import save_picture
@@ -21,6 +20,7 @@ from elastic3d.checkpoints.options import TinyWeightsConfig
 from elastic3d.checkpoints.step1x3d import load_step1x3d
 from elastic3d.checkpoints.triposg import load_triposg
 from elastic3d.elastic import attach, save_routers
+from elastic3d.elastic.config import RouterConfig
 from elastic3d.geometry.mesh_io import read_extras
 from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.pipelines.options import GenerateConfig
