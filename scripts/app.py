@@ -30,7 +30,7 @@ def main(config: ServeConfig) -> int:
         from elastic3d.serve import app
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'elastic3d[app]'") from error
-    from elastic3d.pipelines.hunyuan3d import load_pipeline
+    from elastic3d.pipelines.published import load_pipeline
     from elastic3d.pipelines.text_to_image import TextToImagePipeline
     from elastic3d.serve.queue import MeshQueue
 

@@ -29,7 +29,7 @@ def main(config: GenerateConfig) -> int:
     from tqdm import tqdm
 
     from elastic3d.pipelines import generation
-    from elastic3d.pipelines.hunyuan3d import load_pipeline
+    from elastic3d.pipelines.published import load_pipeline
 
     start = time.perf_counter()
     plan = generation.plan(config)

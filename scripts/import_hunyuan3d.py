@@ -1,25 +1,19 @@
-"""Rewrite a published Hunyuan3D-2 checkpoint as a model folder of this project, to train routers on it.
+"""The earlier name of `import_weights.py`, with the same options.
 
-    python scripts/import_hunyuan3d.py model=hunyuan3d2 weights=FOLDER output=models/hunyuan3d2
-
-The weights stay under their own licence. Only a VAE with an encoder can turn meshes into training data: where the
-checkpoint's own has none, `vae_subfolder=hunyuan3d-vae-v2-0-withencoder` takes another.
+python scripts/import_hunyuan3d.py model=hunyuan3d2 weights=FOLDER output=models/hunyuan3d2
 """
 
 from __future__ import annotations
 
+import import_weights
 from _cli import run
 
-from elastic3d.config.hunyuan3d import ImportConfig
-from elastic3d.utils.paths import check_distinct
+from elastic3d.checkpoints.options import ImportConfig
 
 
 def main(config: ImportConfig) -> None:
-    """Read, check, write."""
-    from elastic3d.pipelines.hunyuan3d import import_checkpoint
-
-    check_distinct({"weights": config.weights, "dinov2": config.dinov2}, {"output": config.output})
-    print(import_checkpoint(config))
+    """As there."""
+    import_weights.main(config)
 
 
 if __name__ == "__main__":

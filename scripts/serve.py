@@ -33,7 +33,7 @@ def main(config: ServeConfig) -> int:
         from elastic3d.serve.metrics import Metrics
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'elastic3d[serve]'") from error
-    from elastic3d.pipelines.hunyuan3d import load_pipeline
+    from elastic3d.pipelines.published import load_pipeline
     from elastic3d.serve.queue import MeshQueue
 
     wanted = GenerateConfig(

@@ -19,7 +19,7 @@ from hunyuan_tiny import CASES, CHANNELS, CONTEXT, LATENTS, PICTURE, dinov2_shap
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-STORED = Path(__file__).parent / "models" / "data" / "hunyuan3d_reference.safetensors"
+STORED = Path(__file__).parent / "checkpoints" / "data" / "hunyuan3d_reference.safetensors"
 STEPS, GUIDANCE, VIEWS = 5, 5.0, (0, 2)
 
 

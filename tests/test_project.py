@@ -25,6 +25,8 @@ REQUIRED = {
     "evaluate": ["pred=a", "gt=b", "output=c.json"],
     "gen_mesh": ["image=a.png", "output=b.glb"],
     "import_hunyuan3d": ["output=a"],
+    "import_weights": ["output=a"],
+    "make_tiny_weights": ["output=a"],
     "benchmark": ["images=a", "output=b"],
     "benchmark_images": ["output=b"],
     "summarize": ["folders=a"],

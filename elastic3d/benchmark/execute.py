@@ -71,7 +71,7 @@ def make(
 
 def condition_of(pipeline: ImageTo3DPipeline, jobs: Sequence[Job]) -> Tensor:
     """Condition tokens (B,M,Cc) of the jobs' pictures. UserError where one can't be used."""
-    size, foreground = pipeline.encoder.image_size, ForegroundConfig()
+    size, foreground = pipeline.encoder.image_size, ForegroundConfig().for_encoder(pipeline.encoder.config)
     pictures = [prepare_picture(job.image, foreground, size) for job in jobs]
     return pipeline.encoder(to_tensor(pictures).to(pipeline.device))
 

@@ -80,12 +80,24 @@ def consistency_grid(steps: int, segments: int = 100, train_steps: int = 1000) -
     return torch.cat([times, torch.ones(1, dtype=torch.float64)]).float()
 
 
+def late_start_grid(steps: int, shift: float = 1.0, smallest: float = 0.001) -> Tensor:
+    """Sampling times (steps,) as Step1X-3D counts them: `steps` noise levels from 1 to 0.001, then 0.
+
+    Its first step moves nothing, so that the second starts from pure noise at its own time: that pass is left out here.
+    """
+    sigma = torch.linspace(1.0, smallest, steps, dtype=torch.float64)[min(1, steps - 1) :]
+    t = 1 - torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
+    return (t / (t + shift * (1 - t))).float()
+
+
 def sampling_times(config: PipelineConfig, steps: int) -> Tensor:
     """The times (moves + 1,) of `steps` steps in a model's own grid."""
     if config.grid is SamplingGrid.endpoint:
         return endpoint_grid(steps, config.shift)
     if config.grid is SamplingGrid.consistency:
         return consistency_grid(steps, config.segments)
+    if config.grid is SamplingGrid.late_start:
+        return late_start_grid(steps, config.shift)
     return timestep_grid(steps, config.shift)
 
 

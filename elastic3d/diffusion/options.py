@@ -10,11 +10,13 @@ from elastic3d.utils.options import Options, option
 
 
 class SamplingGrid(Enum):
-    """Where sampling times lie: `uniform`, `endpoint` (Hunyuan3D-2: n times are n - 1 moves), `consistency` (turbo)."""
+    """Where sampling times lie: `uniform`, `endpoint` (Hunyuan3D-2: n times are n - 1 moves), `consistency` (turbo),
+    `late_start` (Step1X-3D: n times, of which the first moves nothing)."""
 
     uniform = "uniform"
     endpoint = "endpoint"
     consistency = "consistency"
+    late_start = "late_start"
 
 
 class Solver(Enum):
@@ -33,6 +35,7 @@ class PipelineConfig(Options):
     steps: int = option(25, "sampling steps", ge=1, le=1000)
     guidance: float = option(3.0, "classifier-free guidance scale; 1 is none", ge=0, le=100)
     resolution: int = option(256, "grid cells a side of the decoding", ge=8, le=512)
+    box: float = option(1.01, "half side of the cube that is decoded", ge=1e-3, le=1e3)
     shift: float = option(
         1.0, "timestep shift of the sampler; above 1 spends more steps on noise", ge=1e-3, le=1e3
     )

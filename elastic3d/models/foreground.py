@@ -13,7 +13,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from elastic3d.errors import UserError
-from elastic3d.models.options import ForegroundConfig, ForegroundMethod
+from elastic3d.models.options import ForegroundConfig, ForegroundMethod, ImageEncoderConfig
 from elastic3d.models.pictures import load_picture
 
 _WORKING_SIDE = 1024  # longer sides are reduced first: the encoder sees a few hundred pixels
@@ -41,7 +41,8 @@ def prepare_picture(source: str | Path | Image.Image, config: ForegroundConfig, 
         UserError: no usable picture, or no object found in it; names the file.
     """
     try:
-        return recentre(cut_out(load_picture(source), config), size, config.border)
+        border = ImageEncoderConfig.border if config.border is None else config.border
+        return recentre(cut_out(load_picture(source), config), size, border)
     except UserError as error:
         name = "" if isinstance(source, Image.Image) else str(source)
         if not name or name in str(error):

@@ -158,7 +158,8 @@ class EfficientNetLite(_FrozenEncoder):
 class DinoV2(_FrozenEncoder):
     """DINOv2 (arXiv 2304.07193) through transformers, from a local folder in the Hugging Face layout.
 
-    Tokens: the class token, then the patches: (S/14)^2 + 1 of the model's width. With several `views` (Hunyuan3D-2mv:
+    Tokens: the class token, then the patches: (S/14)^2 + 1 of the model's width; register tokens (arXiv 2309.16588) are
+    dropped. With several `views` (Hunyuan3D-2mv:
     front, left, back, right) the tokens of each follow one another, each with its direction's embedding added.
     """
 
@@ -173,6 +174,7 @@ class DinoV2(_FrozenEncoder):
             )
         self.tokens = (config.image_size // patch) ** 2 + 1
         self.channels: int = self.network.config.hidden_size
+        self.registers: int = getattr(self.network.config, "num_register_tokens", 0)
         self.image_size = config.picture_size or config.image_size
 
     @torch.no_grad()
@@ -203,9 +205,13 @@ class DinoV2(_FrozenEncoder):
     def _tokens(self, images: Tensor) -> Tensor:
         """images (B,3,S,S) -> tokens (B,M,Cc) in fp32."""
         x, side = self._normalised(images), self.config.image_size
-        if x.shape[-1] != side:
+        if self.config.centre_crop:
+            edge = (x.shape[-1] - side) // 2
+            x = x[..., edge : edge + side, edge : edge + side]
+        elif x.shape[-1] != side:
             x = nn.functional.interpolate(x, (side, side), mode="bilinear", antialias=True)
-        return self.network(x.to(self.network.dtype)).last_hidden_state.float()
+        tokens = self.network(x.to(self.network.dtype)).last_hidden_state.float()
+        return torch.cat([tokens[:, :1], tokens[:, 1 + self.registers :]], dim=1)
 
 
 def sine_embedding(positions: Tensor, channels: int) -> Tensor:
@@ -227,16 +233,19 @@ def dinov2_files(folder: Path) -> list[Path]:
 
 
 def load_dinov2(folder: Path) -> Any:
-    """A `transformers.Dinov2Model`, strictly: transformers itself would start missing weights at random."""
-    from transformers import Dinov2Model
+    """A `transformers.Dinov2Model`, or the one with registers, strictly: it would start missing weights at random."""
+    from transformers import Dinov2Model, Dinov2WithRegistersModel
 
     path = folder / CONFIG_NAME
     dinov2_files(folder)
     try:
         kind = load_json(path).get("model_type")
-        if kind != "dinov2":
-            raise UserError(f"{path} describes a model of type {kind!r}, expected 'dinov2'")
-        load: Any = Dinov2Model.from_pretrained
+        kinds: dict[Any, Any] = {"dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}
+        if kind not in kinds:
+            raise UserError(
+                f"{path} describes a model of type {kind!r}, expected {' or '.join(map(repr, kinds))}"
+            )
+        load = kinds[kind].from_pretrained
         model, info = load(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=torch.float32
         )
@@ -246,5 +255,5 @@ def load_dinov2(folder: Path) -> Any:
         raise UserError(f"can't load a DINOv2 model from {folder}: {' '.join(str(error).split())}") from error
     problems = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
     if problems:
-        raise UserError(f"the weights in {folder} do not fit Dinov2Model: {problems}")
+        raise UserError(f"the weights in {folder} do not fit {type(model).__name__}: {problems}")
     return model

@@ -31,6 +31,23 @@ def timestep_embedding(t: Tensor, width: int, max_period: float, time_factor: fl
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class TimeEmbedder(nn.Module):
+    """t (B,) -> (B,D): sines, then cosines of as many channels as the model has, behind an MLP with exact GELU.
+
+    `time_factor` scales t first: 1 in Hunyuan3D-2.1, 1000 in TripoSG and Step1X-3D.
+    """
+
+    def __init__(self, width: int, time_factor: float = 1.0) -> None:
+        super().__init__()
+        self.width, self.time_factor = width, time_factor
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) -> (B,D)."""
+        cosines, sines = timestep_embedding(t, self.width, 10000.0, self.time_factor).chunk(2, dim=-1)
+        return self.mlp(torch.cat([sines, cosines], dim=-1).to(next(self.parameters()).dtype))
+
+
 def farthest_points(points: Tensor, count: int) -> Tensor:
     """Greedy farthest-point sampling: points (B, P, 3) -> indices (B, count), the first point first.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from elastic3d.utils.options import Options, option
@@ -65,6 +65,24 @@ class VAEConfig(Options):
         le=MAX_TOKENS,
         advanced=True,
     )
+    norm_eps: float = option(1e-6, "epsilon of the LayerNorms (1e-5 in TripoSG and Step1X-3D)", gt=0, le=1)
+    encoder_width: int = option(
+        0, "width of the encoder; 0: the decoder's", ge=0, le=MAX_WIDTH, advanced=True
+    )
+    sharp_attention: bool = option(
+        False,
+        "sharp-edge points have a projection and a cross-attention of their own, added to the surface's (Step1X-3D)",
+        advanced=True,
+    )
+    query_pool: int = option(
+        0,
+        "latents' query points are chosen among the first N points; 0: all",
+        ge=0,
+        le=1 << 24,
+        advanced=True,
+    )
+    logvar_min: float = option(-20.0, "lower bound of a latent's log variance", ge=-100, le=0, advanced=True)
+    logvar_max: float = option(4.0, "upper bound of a latent's log variance", ge=0, le=100, advanced=True)
     anchored: bool = option(False, "a latent carries its anchor point and attention knows distances to it")
     neighbours_in: int = option(
         16, "anchored: surface points whose local shape a latent reads; 0 for none", ge=0, le=4096
@@ -97,6 +115,10 @@ class VAEConfig(Options):
     def check(self) -> None:
         """Widths divide, and parts are no larger than their whole."""
         check_heads(self)
+        if self.encoder_width % self.heads:
+            raise ValueError(f"encoder_width {self.encoder_width} is no multiple of heads {self.heads}")
+        if self.sharp_attention and self.anchored:
+            raise ValueError("sharp_attention and anchored are both true, expected one of them at most")
         if self.width % (self.heads * self.geo_downsample):
             raise ValueError(f"width {self.width} is no multiple of heads x geo_downsample")
         if self.heads % self.geo_downsample:
@@ -148,6 +170,14 @@ class DiTConfig(Options):
         gt=1,
         le=1e9,
         internal=True,
+    )
+    wide_time: bool = option(
+        False,
+        "embed t in as many channels as the model has, sines first, with periods up to 10000 (Step1X-3D)",
+        advanced=True,
+    )
+    time_reversed: bool = option(
+        False, "the network's own time is 1 - t: 1 is noise (Step1X-3D)", advanced=True
     )
     pooled_condition: bool = option(
         False,
@@ -202,6 +232,11 @@ class SkipDiTConfig(Options):
     experts_per_token: int = option(2, "experts that a token passes", ge=1, le=64)
     qkv_bias: bool = option(False, "bias in the query, key and value projections")
     qk_norm: bool = option(True, "RMSNorm on queries and keys")
+    norm_eps: float = option(1e-6, "epsilon of the LayerNorms (1e-5 in TripoSG)", gt=0, le=1)
+    time_factor: float = option(
+        1.0, "t is multiplied by this before it is embedded (1000 in TripoSG)", gt=0, le=1e6
+    )
+    time_reversed: bool = option(False, "the network's own time is 1 - t: 1 is noise (TripoSG)")
     num_latents: int = option(
         4096, "latent tokens to generate (N); the weights do not depend on it", ge=1, le=MAX_TOKENS
     )
@@ -263,6 +298,12 @@ class ImageEncoderConfig(Options):
         ge=0,
         le=2048,
     )
+    centre_crop: bool = option(
+        False, "DINOv2 only: image_size pixels are cut out of the middle of picture_size, rather than resized"
+    )
+    border: float = option(
+        0.15, "share of the square that stays free along the object's longer side", ge=0, le=0.9
+    )
     views: int = option(
         1, "DINOv2 only: pictures of one object, told apart by an embedding of their direction", ge=1, le=16
     )
@@ -275,6 +316,10 @@ class ImageEncoderConfig(Options):
             raise ValueError(
                 f"image_size is {self.image_size}, expected a multiple of {step} ({self.kind.name})"
             )
+        if self.centre_crop and self.picture_size < self.image_size:
+            raise ValueError(
+                f"picture_size is {self.picture_size}, expected at least image_size {self.image_size} to cut from"
+            )
         if self.kind is EncoderKind.dinov2 and not self.path:
             raise ValueError("path is empty, expected the folder of a DINOv2 model")
 
@@ -284,9 +329,16 @@ class ForegroundConfig(Options):
     """How the object is cut out and centred."""
 
     method: ForegroundMethod = option(ForegroundMethod.auto, "where the object's mask comes from")
-    border: float = option(
-        0.15, "share of the square that stays free along the object's longer side", ge=0, le=0.9
+    border: float | None = option(
+        None,
+        "share of the square that stays free along the object's longer side; null: the model's own",
+        ge=0,
+        le=0.9,
     )
     tolerance: int = option(
         20, "largest channel difference (0 to 255) within a plain background", ge=0, le=255
     )
+
+    def for_encoder(self, encoder: ImageEncoderConfig) -> ForegroundConfig:
+        """With the border that a model's images have, where none was chosen."""
+        return replace(self, border=encoder.border) if self.border is None else self

@@ -1,8 +1,8 @@
 """Shape DiT: velocity of shape latents, given an image's tokens.
 
 Double- and single-stream blocks of FLUX without positional encoding, with the parameter names and shapes of
-Hunyuan3D-2, so that official weights load as they are. Knows nothing of routers: they attach to the blocks from
-outside.
+Hunyuan3D-2, so that official weights load as they are. Step1X-3D is the same with another time embedder. Knows nothing
+of routers: they attach to the blocks from outside.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elastic3d.models.layers import attend, fourier_embedding, timestep_embedding
+from elastic3d.models.layers import TimeEmbedder, attend, fourier_embedding, timestep_embedding
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.weights import PretrainedMixin
 
@@ -189,7 +189,11 @@ class ShapeDiT(PretrainedMixin, nn.Module):
         self.latent_in = nn.Linear(config.in_channels, config.width)
         if config.point_freqs:
             self.point_in = nn.Linear(3 + 6 * config.point_freqs, config.width, bias=False)
-        self.time_in = VectorEmbedder(TIMESTEP_CHANNELS, config.width)
+        self.time_in: VectorEmbedder | TimeEmbedder
+        if config.wide_time:
+            self.time_in = TimeEmbedder(config.width, config.time_factor)
+        else:
+            self.time_in = VectorEmbedder(TIMESTEP_CHANNELS, config.width)
         self.cond_in = nn.Linear(config.condition_channels, config.width)
         if config.pooled_condition:
             self.pooled_in = nn.Linear(config.condition_channels, config.width, bias=False)
@@ -216,7 +220,7 @@ class ShapeDiT(PretrainedMixin, nn.Module):
         if self.config.pooled_condition:
             nn.init.zeros_(self.pooled_in.weight)
         for embedder in (self.time_in, getattr(self, "guidance_in", None)):
-            if embedder is not None:
+            if isinstance(embedder, VectorEmbedder):
                 nn.init.normal_(embedder.in_layer.weight, std=0.02)
                 nn.init.normal_(embedder.out_layer.weight, std=0.02)
 
@@ -252,7 +256,8 @@ class ShapeDiT(PretrainedMixin, nn.Module):
         def embed(scalar: Tensor) -> Tensor:
             return timestep_embedding(scalar, TIMESTEP_CHANNELS, cfg.max_period, cfg.time_factor).to(dtype)
 
-        vec = self.time_in(embed(t))
+        t = 1 - t if cfg.time_reversed else t
+        vec = self.time_in(t if isinstance(self.time_in, TimeEmbedder) else embed(t))
         return vec if guidance is None else vec + self.guidance_in(embed(guidance))
 
     def _run(self, block: nn.Module, *args: Tensor):  # type: ignore[no-untyped-def]  # a block's own return type

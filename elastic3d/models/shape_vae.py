@@ -7,7 +7,7 @@ was read from, attention between points and latents knows their distance, and lo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -43,9 +43,9 @@ class SelfAttentionBlock(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.attn = SelfAttention(config)
-        self.ln_1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.ln_1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = MLP(config.width, config.mlp_ratio)
-        self.ln_2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.ln_2 = nn.LayerNorm(config.width, eps=config.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -98,9 +98,9 @@ class CrossAttentionBlock(nn.Module):
     def __init__(self, config: VAEConfig, width: int, heads: int, mlp_ratio: int, qk_norm: bool) -> None:
         super().__init__()
         self.attn = CrossAttention(config, width, heads, qk_norm)
-        self.ln_1 = nn.LayerNorm(width, eps=1e-6)
-        self.ln_2 = nn.LayerNorm(width, eps=1e-6)
-        self.ln_3 = nn.LayerNorm(width, eps=1e-6)
+        self.ln_1 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.ln_2 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.ln_3 = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = MLP(width, mlp_ratio)
 
     def forward(self, x: Tensor, data: Tensor, x_points: Tensor | None, data_points: Tensor | None) -> Tensor:
@@ -133,24 +133,34 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
+        if config.encoder_width:
+            config = replace(config, width=config.encoder_width)
         self.config = config
-        self.input_proj = nn.Linear(3 + 6 * config.num_freqs + config.point_features, config.width)
+        channels = 3 + 6 * config.num_freqs + config.point_features
+        self.input_proj = nn.Linear(channels, config.width)
         self.cross_attn = CrossAttentionBlock(
             config, config.width, config.heads, config.mlp_ratio, config.qk_norm
         )
+        if config.sharp_attention:
+            self.input_proj_sharp = nn.Linear(channels, config.width)
+            self.cross_attn_sharp = CrossAttentionBlock(
+                config, config.width, config.heads, config.mlp_ratio, config.qk_norm
+            )
         if config.anchored and config.neighbours_in:
             self.local = LocalFeatures(
                 config.point_features, config.width, config.local_width, config.neighbours_in, "max"
             )
         self.self_attn = Transformer(config, config.encoder_layers)
-        self.ln_post = nn.LayerNorm(config.width, eps=1e-6)
+        self.ln_post = nn.LayerNorm(config.width, eps=config.norm_eps)
 
     def forward(self, surface: Tensor, sharp: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
         """surface (B,P,6), sharp (B,Q,6) or None: xyz and unit normal -> tokens (B,N,D), anchors (B,N,3) fp32."""
         cfg = self.config
+        if cfg.sharp_attention:
+            return self._read_apart(surface, sharp)
         from_sharp = cfg.sharp_latents if sharp is not None else 0
         points = _labelled(surface, 0.0)
-        queries = _pick(points, cfg.num_latents - from_sharp)
+        queries = _pick(points[:, : cfg.query_pool or None], cfg.num_latents - from_sharp)
         if sharp is not None:
             edges = _labelled(sharp, 1.0)
             points = torch.cat([points, edges], dim=1)
@@ -165,10 +175,27 @@ class Encoder(nn.Module):
         x = self.cross_attn(x, self._embed(points), queries[..., :3], points[..., :3])
         return self.ln_post(self.self_attn(x)), queries[..., :3]
 
-    def _embed(self, points: Tensor) -> Tensor:
+    def _read_apart(self, surface: Tensor, sharp: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All queries read the surface and the sharp-edge points, each with weights of its own; both are added.
+
+        Each block adds what it read to the queries, so that these count twice: so the weights were trained.
+        """
+        cfg = self.config
+        if sharp is None:
+            raise ValueError("this VAE's encoder needs sharp-edge points (sharp_attention is true)")
+        points, edges = _labelled(surface, 0.0), _labelled(sharp, 1.0)
+        flat = _pick(points[:, : cfg.query_pool or None], cfg.num_latents - cfg.sharp_latents)
+        edge = _pick(edges[:, : cfg.query_pool or None], cfg.sharp_latents)
+        queries = torch.cat([self._embed(flat), self._embed(edge, self.input_proj_sharp)], dim=1)
+        x = self.cross_attn(queries, self._embed(points), None, None)
+        x = x + self.cross_attn_sharp(queries, self._embed(edges, self.input_proj_sharp), None, None)
+        return self.ln_post(self.self_attn(x)), torch.cat([flat, edge], dim=1)[..., :3]
+
+    def _embed(self, points: Tensor, projection: nn.Linear | None = None) -> Tensor:
+        projection = projection or self.input_proj
         position = fourier_embedding(points[..., :3], self.config.num_freqs, self.config.include_pi)
         features = points[..., 3 : 3 + self.config.point_features]
-        return self.input_proj(torch.cat([position, features], dim=-1).to(self.input_proj.weight.dtype))
+        return projection(torch.cat([position, features], dim=-1).to(projection.weight.dtype))
 
 
 def _labelled(points: Tensor, label: float) -> Tensor:
@@ -225,7 +252,7 @@ class ShapeVAE(PretrainedMixin, nn.Module):
         self.config = config
         if config.encoder_layers:
             self.encoder = Encoder(config)
-            self.pre_kl = nn.Linear(config.width, 2 * config.latent_channels)
+            self.pre_kl = nn.Linear(config.encoder_width or config.width, 2 * config.latent_channels)
         self.post_kl = nn.Linear(config.latent_channels, config.width)
         if config.anchored:
             self.anchor_proj = nn.Linear(3 + 6 * config.num_freqs, config.width)
@@ -263,7 +290,7 @@ class ShapeVAE(PretrainedMixin, nn.Module):
             raise ValueError("this VAE has no encoder (encoder_layers is 0)")
         tokens, anchors = self.encoder(surface, sharp, offsets)
         mean, logvar = self.pre_kl(tokens).float().chunk(2, dim=-1)
-        logvar = logvar.clamp(-20.0, 4.0)
+        logvar = logvar.clamp(self.config.logvar_min, self.config.logvar_max)
         if not self.config.anchored:
             return Posterior(mean, logvar, 0)
         jitter = torch.full_like(anchors, 2 * torch.tensor(self.config.anchor_jitter + 1e-8).log().item())

@@ -1,9 +1,9 @@
-"""Shape DiT of Hunyuan3D-2.1: one stream of a time token and latents, long skips, cross-attention, experts.
+"""Shape DiT of Hunyuan3D-2.1 and TripoSG: a time token and latents in one stream, long skips, cross-attention, experts.
 
-Parameter names and shapes of the published checkpoints. Differs from `shape_dit` in everything: time is a token in
-front of the latents instead of a modulation, the condition is read by cross-attention, the blocks of the second half
-read the output of their mirror image in the first (U-ViT, 2209.12152), and the last blocks choose experts for each
-token (mixture of experts, DiT-MoE 2407.11633).
+Parameter names and shapes of Hunyuan3D-2.1's checkpoints; TripoSG is the same without experts. Differs from
+`shape_dit` in everything: time is a token in front of the latents instead of a modulation, the condition is read by
+cross-attention, the blocks of the second half read the output of their mirror image in the first (U-ViT, 2209.12152),
+and the last blocks choose experts for each token (mixture of experts, DiT-MoE 2407.11633).
 """
 
 from __future__ import annotations
@@ -16,31 +16,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elastic3d.models.layers import attend
+from elastic3d.models.layers import TimeEmbedder, attend
 from elastic3d.models.options import SkipDiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import CONFIG_NAME, PretrainedMixin
 from elastic3d.utils.structured import load_json
 
 _MLP_RATIO = 4
-_EPS = 1e-6
-
-
-class TimeEmbedder(nn.Module):
-    """t (B,) -> a token (B,1,D). Sines, then cosines of t itself: it is not scaled to 0 .. 1000."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, t: Tensor) -> Tensor:
-        """(B,) -> (B,1,D)."""
-        half = self.width // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
-        angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
-        embedding = torch.cat([angles.sin(), angles.cos()], dim=-1)
-        return self.mlp(embedding.to(next(self.parameters()).dtype))[:, None]
+_RMS_EPS = 1e-6
 
 
 class Attention(nn.Module):
@@ -58,8 +41,8 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(read, D, bias=bias)
         self.to_v = nn.Linear(read, D, bias=bias)
         norm = config.qk_norm
-        self.q_norm = nn.RMSNorm(D // config.heads, eps=_EPS) if norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(D // config.heads, eps=_EPS) if norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(D // config.heads, eps=_RMS_EPS) if norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(D // config.heads, eps=_RMS_EPS) if norm else nn.Identity()
         self.out_proj = nn.Linear(D, D)
 
     def forward(self, x: Tensor, data: Tensor | None = None) -> Tensor:
@@ -156,13 +139,13 @@ class SkipBlock(nn.Module):
         super().__init__()
         D = config.width
         self.condition_tokens = config.condition_tokens
-        self.norm1 = nn.LayerNorm(D, eps=_EPS)
+        self.norm1 = nn.LayerNorm(D, eps=config.norm_eps)
         self.attn1 = Attention(config, None)
-        self.norm2 = nn.LayerNorm(D, eps=_EPS)
+        self.norm2 = nn.LayerNorm(D, eps=config.norm_eps)
         self.attn2 = Attention(config, config.condition_channels)
-        self.norm3 = nn.LayerNorm(D, eps=_EPS)
+        self.norm3 = nn.LayerNorm(D, eps=config.norm_eps)
         if has_skip:
-            self.skip_norm = nn.LayerNorm(D, eps=_EPS)
+            self.skip_norm = nn.LayerNorm(D, eps=config.norm_eps)
             self.skip_linear = nn.Linear(2 * D, D)
         if has_experts:
             self.moe = MixtureOfExperts(config)
@@ -185,10 +168,10 @@ class SkipBlock(nn.Module):
 class OutputLayer(nn.Module):
     """Norm, and projection of the latents' tokens."""
 
-    def __init__(self, width: int, out_channels: int) -> None:
+    def __init__(self, config: SkipDiTConfig) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, eps=_EPS)
-        self.linear = nn.Linear(width, out_channels)
+        self.norm_final = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.linear = nn.Linear(config.width, config.in_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,1+N,D) -> (B,N,C)."""
@@ -205,12 +188,12 @@ class SkipDiT(PretrainedMixin, nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.x_embedder = nn.Linear(config.in_channels, config.width)
-        self.t_embedder = TimeEmbedder(config.width)
+        self.t_embedder = TimeEmbedder(config.width, config.time_factor)
         first_expert = config.blocks - config.expert_blocks
         self.blocks = nn.ModuleList(
             SkipBlock(config, i > config.blocks // 2, i >= first_expert) for i in range(config.blocks)
         )
-        self.final_layer = OutputLayer(config.width, config.in_channels)
+        self.final_layer = OutputLayer(config)
         for module in self.modules():
             if isinstance(module, ExpertGate):
                 nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
@@ -222,7 +205,8 @@ class SkipDiT(PretrainedMixin, nn.Module):
         if guidance is not None:
             raise ValueError("this model takes no guidance scale per sample")
         dtype = self.x_embedder.weight.dtype
-        x = torch.cat([self.t_embedder(t), self.x_embedder(latents.to(dtype))], dim=1)
+        time = self.t_embedder(1 - t if self.config.time_reversed else t)
+        x = torch.cat([time[:, None], self.x_embedder(latents.to(dtype))], dim=1)
         condition = condition.to(dtype)
         skips: list[Tensor] = []
         half = len(self.blocks) // 2

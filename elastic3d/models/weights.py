@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -192,7 +193,5 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor] | Mapping[str, Store
 def __getattr__(name: str) -> Any:
     """`load_hunyuan3d` is found here too; its module needs the models, which need this one."""
     if name in ("load_hunyuan3d", "load_hunyuan3d_vae"):
-        from elastic3d.models import hunyuan3d
-
-        return getattr(hunyuan3d, name)
+        return getattr(importlib.import_module("elastic3d.checkpoints.hunyuan3d"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from elastic3d.config.hunyuan3d import VIEW_NAMES
+from elastic3d.checkpoints.hunyuan3d_config import VIEW_NAMES
 from elastic3d.errors import UserError
 from elastic3d.models.foreground import prepare_picture, to_tensor
 from elastic3d.models.image_encoder import DinoV2, ImageEncoder
@@ -64,6 +64,7 @@ def prepare(picture: Picture, foreground: ForegroundConfig, encoder: ImageEncode
         UserError: no usable picture, an unknown direction, or several directions for an encoder of one.
     """
     views = picture if isinstance(picture, Mapping) else {VIEW_NAMES[0]: picture}
+    foreground = foreground.for_encoder(encoder.config)
     known = VIEW_NAMES[: encoder.config.views]
     for name in views:
         if name not in known:

@@ -1,14 +1,15 @@
-"""What the published Hunyuan3D-2 models cost on paper: FLOPs and memory by shape, time by an assumed speed."""
+"""What published models cost on paper: FLOPs and memory by shape, time by an assumed speed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from elastic3d.config.hunyuan3d import PRESETS
+from elastic3d.checkpoints.bundle import parameter_count
+from elastic3d.checkpoints.options import OPEN_MODELS, PRESETS
 from elastic3d.models.flops import dit_blocks_flops
-from elastic3d.models.hunyuan3d import parameter_count
 from elastic3d.models.options import DiTConfig, SkipDiTConfig, VAEConfig
 from elastic3d.pipelines.memory import GB, LOW_MEMORY_CHUNK, memory_need
 
@@ -17,7 +18,6 @@ SUSTAINED = 150e12
 """Assumed FLOPs a second in half precision: about what a large data-centre GPU reaches in such models."""
 _TOKENS = 1370  # of one picture
 _DINOV2 = {1536: 1_136_480_768, 1024: 304_368_640}  # parameters by width: giant, large
-_RESOLUTION = 384
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Published:
     dit: DiTConfig | SkipDiTConfig
     vae: VAEConfig
     passes: int
+    resolution: int = 384
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Estimate:
 
 def published(name: str) -> Published:
     """The sizes of a preset as published. KeyError for another name."""
+    if name in OPEN_MODELS:
+        return _open_model(name)
     latents = {"hunyuan3d2_mini": 512, "hunyuan3d2_mini_turbo": 512, "hunyuan3d2_1": 4096}.get(name, 3072)
     turbo = name.endswith("turbo")
     vae = VAEConfig(
@@ -56,6 +59,25 @@ def published(name: str) -> Published:
         guidance_embed=turbo, num_latents=latents, condition_tokens=_TOKENS * (4 if name.endswith("_mv") else 1),
     )  # fmt: skip
     return Published(dit, vae, passes)
+
+
+def _open_model(name: str) -> Published:
+    if name == "triposg":
+        skip = SkipDiTConfig(expert_blocks=0, norm_eps=1e-5, num_latents=2048, condition_tokens=257)
+        vae = VAEConfig(
+            num_latents=2048, latent_channels=64, width=1024, heads=8, encoder_width=512, encoder_layers=8,
+            decoder_layers=16, qk_norm=False, point_features=3, neighbours_in=0, neighbours_out=0,
+        )  # fmt: skip
+        return Published(skip, vae, 2 * 50, resolution=512)
+    dit = DiTConfig(
+        in_channels=64, condition_channels=1024, width=1280, heads=20, double_blocks=12, single_blocks=24,
+        wide_time=True, num_latents=2048, condition_tokens=_TOKENS,
+    )  # fmt: skip
+    vae = VAEConfig(
+        num_latents=2048, latent_channels=64, width=768, heads=12, encoder_layers=8, decoder_layers=16,
+        qk_norm=False, point_features=3, sharp_attention=True, neighbours_in=0, neighbours_out=0,
+    )  # fmt: skip
+    return Published(dit, vae, 2 * 29)  # of 30 steps, the first moves nothing
 
 
 def estimate(name: str, budget: float) -> Estimate:
@@ -76,7 +98,7 @@ def estimate(name: str, budget: float) -> Estimate:
             parameters,
             torch.bfloat16,
             rows=1 if low or dit.guidance_embed else 2,
-            resolution=_RESOLUTION,
+            resolution=model.resolution,
             max_points=LOW_MEMORY_CHUNK if low else 65536,
             encoder_width=dit.condition_channels,
             encoder_tokens=dit.condition_tokens,
@@ -87,13 +109,13 @@ def estimate(name: str, budget: float) -> Estimate:
     return Estimate(flops, flops / SUSTAINED, peak(False), peak(True))
 
 
-def table() -> str:
-    """The estimates of every preset and budget in Markdown."""
+def table(names: Sequence[str]) -> str:
+    """The estimates of some presets at every budget, in Markdown."""
     lines = [
         "| model | budget | DiT, PFLOP a mesh | DiT, s a mesh | memory, GB | with `low_memory=true`, GB |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name in PRESETS:
+    for name in names:
         for budget in BUDGETS:
             e = estimate(name, budget)
             memory = f"{e.memory / GB:.1f} | {e.low_memory / GB:.1f}"

@@ -16,10 +16,10 @@ from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import mesh_health
 from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, check_suffix, save_mesh
 from elastic3d.models.pictures import PICTURE_SUFFIXES
-from elastic3d.pipelines.hunyuan3d import views_of
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Picture, Result
 from elastic3d.pipelines.options import GenerateConfig, MeshFormat
 from elastic3d.pipelines.preview import turntable
+from elastic3d.pipelines.published import views_of
 from elastic3d.pipelines.routes import draw_routes, route_title
 from elastic3d.utils.files import atomic_path, matching_files, name_key, printable, visible_files
 from elastic3d.utils.options import to_dict

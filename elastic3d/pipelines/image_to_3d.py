@@ -76,7 +76,7 @@ class Result:
 
     @property
     def mesh(self) -> trimesh.Trimesh:
-        """The mesh, Y up, in [-1.01, 1.01]^3; raises `error` if there is none."""
+        """The mesh, Y up, in the cube of the model's `box`; raises `error` if there is none."""
         if self.error is not None:
             raise self.error
         assert self._mesh is not None
@@ -239,15 +239,13 @@ class ImageTo3DPipeline:
         try:
             check_sampling(steps, guidance, resolution)
             cleaning = cleanup or CleanupConfig()
-            if max_faces is not None:
-                cleaning = replace(cleaning, max_faces=max_faces)
+            cleaning = cleaning if max_faces is None else replace(cleaning, max_faces=max_faces)
             cells = self.config.resolution if resolution is None else resolution
+            chunk, box, coarse = self.max_points, self.config.box, usual_coarse(cells)
             return Settings(
                 steps=self.config.steps if steps is None else steps,
                 guidance=self.config.guidance if guidance is None else guidance,
-                decode=DecodeConfig(
-                    resolution=cells, coarse_resolution=usual_coarse(cells), max_points=self.max_points
-                ),
+                decode=DecodeConfig(resolution=cells, coarse_resolution=coarse, max_points=chunk, box=box),
                 cleanup=cleaning,
                 foreground=foreground or ForegroundConfig(),
                 elastic=self.config.elastic,

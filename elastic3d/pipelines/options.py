@@ -40,7 +40,8 @@ class GenerateConfig(Options):
     model: str = option(
         "",
         f"Folder of the model; empty: {DEFAULT_MODEL} of this repository. Or a published model whose weights you have:"
-        " hunyuan3d2, hunyuan3d2_mini, hunyuan3d2_mv, hunyuan3d2_turbo, hunyuan3d2_mini_turbo, hunyuan3d2_1.",
+        " hunyuan3d2, hunyuan3d2_mini, hunyuan3d2_mv, hunyuan3d2_turbo, hunyuan3d2_mini_turbo, hunyuan3d2_1,"
+        " triposg, step1x3d.",
     )
     weights: str = option(
         "",

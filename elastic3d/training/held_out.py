@@ -171,7 +171,7 @@ def _write_nearest(pipeline: ImageTo3DPipeline, shapes: PreparedShapes, config: 
 
 def _features(pipeline: ImageTo3DPipeline) -> Callable[[Sequence[Image.Image]], Tensor]:
     """Pictures -> unit global features (V, 1280)."""
-    encoder, foreground = pipeline.encoder, ForegroundConfig()
+    encoder, foreground = pipeline.encoder, ForegroundConfig().for_encoder(pipeline.encoder.config)
 
     def features(pictures: Sequence[Image.Image]) -> Tensor:
         ready = [prepare_picture(picture, foreground, encoder.image_size) for picture in pictures]

@@ -197,6 +197,7 @@ class _Builder:
                 " vae_subfolder=, the folder of a VAE that has one"
             )
         self.encoder: ImageEncoder = build_image_encoder(self.config.encoder, self.device)
+        self.foreground = self.config.foreground.for_encoder(self.config.encoder)
         points = VAEStageConfig(
             model=self.vae.config,
             surface_points=config.vae.surface_points,
@@ -210,7 +211,7 @@ class _Builder:
             "vae": str(self.config.vae),
             "vae_sha256": file_sha256(self.config.vae / WEIGHTS_NAME),
             "encoder": to_dict(self.config.encoder),
-            "foreground": to_dict(self.config.foreground),
+            "foreground": to_dict(self.foreground),
             "variants": self.config.variants,
             "views": self.config.views,
             "surface_points": points.surface_points,
@@ -319,7 +320,7 @@ class _Builder:
                 view = augment_view(view, np.random.default_rng([_number(id), index, 6]))
             if flip:
                 view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            pictures.append(prepare_picture(view, config.foreground, self.encoder.image_size))
+            pictures.append(prepare_picture(view, self.foreground, self.encoder.image_size))
         tokens = self.encoder(to_tensor(pictures).to(self.device)).cpu()
         return tokens if changed else tokens[[used.index((0, pair)) for pair in chosen]]
 

@@ -17,13 +17,13 @@ from _cli import execute, parse
 from hunyuan_tiny import DINOV2, write_checkpoint, write_checkpoint_21
 from tiny_pipeline import save_picture
 
-from elastic3d.config.hunyuan3d import PRESETS, ImportConfig
+from elastic3d.checkpoints.dinov2 import build_network
+from elastic3d.checkpoints.options import PRESETS, ImportConfig
 from elastic3d.elastic import attach, detach, save_routers
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation.options import EvaluateConfig
 from elastic3d.geometry.mesh_io import read_extras
-from elastic3d.models.hunyuan3d import build_network
 from elastic3d.models.weights import load_hunyuan3d
 from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.preparation.options import PrepareConfig
@@ -121,7 +121,7 @@ def test_low_memory_gives_the_same_mesh(command: Command) -> None:
 def test_too_little_memory_is_told_before_the_weights_are_read(
     command: Command, weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("elastic3d.pipelines.hunyuan3d.load_hunyuan3d", None)
+    monkeypatch.setattr("elastic3d.pipelines.published.load_hunyuan3d", None)
     assert command("model=hunyuan3d2", "resolution=512", "memory_budget=0.5") == 2
     told = capsys.readouterr().err
     assert "needs about" in told and "0.5 GB" in told and "low_memory=true" in told
@@ -135,7 +135,7 @@ def test_missing_image_encoder(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_checkpoint(tmp_path / "bare", conditioner=False)
-    monkeypatch.setattr("elastic3d.pipelines.hunyuan3d.load_hunyuan3d", None)  # it is not even read
+    monkeypatch.setattr("elastic3d.pipelines.published.load_hunyuan3d", None)  # it is not even read
     assert command("model=hunyuan3d2", "weights=bare") == 2
     assert "holds no image encoder" in capsys.readouterr().err
 
@@ -163,7 +163,7 @@ def test_parts_from_elsewhere_count_for_the_memory(
 def test_missing_routers_are_told_before_the_weights_are_read(
     command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("elastic3d.pipelines.hunyuan3d.load_hunyuan3d", None)
+    monkeypatch.setattr("elastic3d.pipelines.published.load_hunyuan3d", None)
     assert command("model=hunyuan3d2", "routers=nowhere") == 2
     assert "there is no folder nowhere" in capsys.readouterr().err
 
@@ -176,8 +176,8 @@ def test_low_memory_loads_into_main_memory(command: Command, monkeypatch: pytest
         devices.append(device.type)
         raise UserError("far enough")
 
-    monkeypatch.setattr("elastic3d.pipelines.hunyuan3d.load_hunyuan3d", load)
-    monkeypatch.setattr("elastic3d.pipelines.hunyuan3d.resolve_device", lambda _: torch.device("meta"))
+    monkeypatch.setattr("elastic3d.pipelines.published.load_hunyuan3d", load)
+    monkeypatch.setattr("elastic3d.pipelines.published.resolve_device", lambda _: torch.device("meta"))
     assert command("model=hunyuan3d2") == command("model=hunyuan3d2", "low_memory=true") == 2
     assert devices == ["meta", "cpu"]
 

@@ -15,11 +15,11 @@ from hunyuan_tiny import (
 )
 from safetensors.torch import save_file
 
-from elastic3d.config.hunyuan3d import PRESETS, ImportConfig
+from elastic3d.checkpoints.options import PRESETS, ImportConfig
 from elastic3d.errors import UserError
 from elastic3d.models.options import EncoderKind, ImageEncoderConfig
-from elastic3d.pipelines.hunyuan3d import import_checkpoint
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.training.dit import LatentFlowConfig
 from elastic3d.training.elastic import MeshLossConfig, RouterStageConfig, RouterTrainConfig
 from elastic3d.training.elastic_objective import TrainedParts

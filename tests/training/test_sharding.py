@@ -14,9 +14,9 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from elastic3d.config.hunyuan3d import ImportConfig
+from elastic3d.checkpoints.options import ImportConfig
 from elastic3d.errors import UserError
-from elastic3d.pipelines.hunyuan3d import import_checkpoint
+from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.training.checkpoint import load_checkpoint
 from elastic3d.training.elastic_objective import TrainedParts
 from elastic3d.training.journal import read_metrics

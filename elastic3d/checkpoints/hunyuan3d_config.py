@@ -1,73 +1,19 @@
-"""Hunyuan3D-2 checkpoints: what their config.yaml says, in this project's dataclasses; the published ones."""
+"""Hunyuan3D-2 checkpoints: what their config.yaml says, in this project's dataclasses."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from elastic3d.checkpoints.options import INSIDE, CheckpointConfig, Table, check_partners, mapped
 from elastic3d.diffusion.options import PipelineConfig, SamplingGrid
 from elastic3d.errors import UserError
 from elastic3d.models.options import DiTConfig, EncoderKind, ImageEncoderConfig, SkipDiTConfig, VAEConfig
-from elastic3d.utils.options import Options, from_dict, option
+from elastic3d.utils.options import from_dict
 
 VIEW_NAMES = ("front", "left", "back", "right")
-INSIDE = "(inside the checkpoint)"  # the path of an encoder whose weights are in the same file
-
-
-@dataclass(kw_only=True)
-class Hunyuan3DConfig(Options):
-    """One checkpoint: its parts, and how it is sampled."""
-
-    dit: DiTConfig | SkipDiTConfig = option(DiTConfig, "the diffusion transformer")
-    vae: VAEConfig = option(VAEConfig, "the shape VAE")
-    encoder: ImageEncoderConfig = option(ImageEncoderConfig, "the image encoder")
-    dinov2: dict[str, Any] = option({}, "the image encoder's network: fields of transformers' Dinov2Config")
-    pipeline: PipelineConfig = option(PipelineConfig, "sampling defaults")
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Where a published checkpoint lies."""
-
-    repository: str
-    subfolder: str
-
-
-PRESETS = {
-    "hunyuan3d2": Preset("tencent/Hunyuan3D-2", "hunyuan3d-dit-v2-0"),
-    "hunyuan3d2_mini": Preset("tencent/Hunyuan3D-2mini", "hunyuan3d-dit-v2-mini"),
-    "hunyuan3d2_mv": Preset("tencent/Hunyuan3D-2mv", "hunyuan3d-dit-v2-mv"),
-    "hunyuan3d2_turbo": Preset("tencent/Hunyuan3D-2", "hunyuan3d-dit-v2-0-turbo"),
-    "hunyuan3d2_mini_turbo": Preset("tencent/Hunyuan3D-2mini", "hunyuan3d-dit-v2-mini-turbo"),
-    "hunyuan3d2_1": Preset("tencent/Hunyuan3D-2.1", "hunyuan3d-dit-v2-1"),
-}
-
-
-@dataclass(kw_only=True)
-class ImportConfig(Options):
-    """Options of `scripts/import_hunyuan3d.py`."""
-
-    model: str = option(
-        "hunyuan3d2", "which published model: its name as for gen_mesh.py", choices=tuple(PRESETS)
-    )
-    weights: str = option("", "folder with its weights; empty: looked for as gen_mesh.py does")
-    subfolder: str = option("", "folder of the checkpoint in weights; empty: the published one")
-    vae_subfolder: str = option("", "take the VAE from this folder in weights: one with an encoder")
-    dinov2: str = option("", "folder of a DINOv2, for a checkpoint without its image encoder")
-    output: str = option("", "folder to write")
-
-    def check(self) -> None:
-        """There is an output."""
-        if not self.output:
-            raise ValueError("output= is missing, for example output=models/hunyuan3d2")
-
-
-# Their parameter -> (our field, their default). Where our field is a tuple, it has no effect here: the values we accept
-# (an empty tuple accepts every value).
-_Table = dict[str, tuple[Any, Any]]
-_DIT: _Table = {
+_DIT: Table = {
     "in_channels": ("in_channels", 64),
     "context_in_dim": ("condition_channels", 1536),
     "hidden_size": ("width", 1024),
@@ -82,7 +28,7 @@ _DIT: _Table = {
     "theta": ((), None),
     "ckpt_path": ((None,), None),
 }
-_SKIP_DIT: _Table = {
+_SKIP_DIT: Table = {
     "in_channels": ("in_channels", 4),
     "context_dim": ("condition_channels", 1024),
     "hidden_size": ("width", 1024),
@@ -106,7 +52,7 @@ _SKIP_DIT: _Table = {
     "decoupled_ca_dim": ((), None),
     "decoupled_ca_weight": ((), None),
 }
-_VAE: _Table = {
+_VAE: Table = {
     "num_latents": ("num_latents", 3072),
     "embed_dim": ("latent_channels", 64),
     "width": ("width", 1024),
@@ -128,7 +74,7 @@ _VAE: _Table = {
     "pc_sharpedge_size": ((), None),
     "downsample_ratio": ((), None),
 }
-_PICTURE: _Table = {"size": ("size", 512), "border_ratio": ((0.15, None), 0.15)}
+_PICTURE: Table = {"size": ("size", 512), "border_ratio": ((0.15, None), 0.15)}
 _DINOV2_SIZES = {
     "dinov2-small": (384, 12, 6, False),
     "dinov2-base": (768, 12, 12, False),
@@ -150,7 +96,7 @@ def dinov2_config(size: str) -> dict[str, Any]:
     }
 
 
-def parse_config(values: Mapping[str, Any], source: str, has_vae_encoder: bool = False) -> Hunyuan3DConfig:
+def parse_config(values: Mapping[str, Any], source: str, has_vae_encoder: bool = False) -> CheckpointConfig:
     """The values of a published config.yaml as our dataclasses.
 
     Args:
@@ -170,19 +116,15 @@ def parse_config(values: Mapping[str, Any], source: str, has_vae_encoder: bool =
     dit: DiTConfig | SkipDiTConfig
     if kind == "Hunyuan3DDiT":
         more = {"num_latents": vae.num_latents, "condition_tokens": tokens}
-        dit = from_dict(DiTConfig, _mapped(params, _DIT, f"{source}: model") | more, source)
+        dit = from_dict(DiTConfig, mapped(params, _DIT, f"{source}: model") | more, source)
     elif kind == "HunYuanDiTPlain":
-        dit = from_dict(SkipDiTConfig, _mapped(params, _SKIP_DIT, f"{source}: model"), source)
+        dit = from_dict(SkipDiTConfig, mapped(params, _SKIP_DIT, f"{source}: model"), source)
     else:
         raise UserError(f"{source}: model.target is {kind!r}, expected Hunyuan3DDiT or HunYuanDiTPlain")
-    for name, wanted, found in (
-        ("latent channels", vae.channels, dit.in_channels),
-        ("condition channels", dinov2["hidden_size"], dit.condition_channels),
-    ):
-        if wanted != found:
-            raise UserError(f"{source}: the model has {found} {name}, but its partner has {wanted}")
     sampling = _sampling(values, source)
-    return Hunyuan3DConfig(dit=dit, vae=vae, encoder=encoder, dinov2=dinov2, pipeline=sampling)
+    config = CheckpointConfig(dit=dit, vae=vae, encoder=encoder, dinov2=dinov2, pipeline=sampling)
+    check_partners(config, source)
+    return config
 
 
 def parse_vae(part: Mapping[str, Any], source: str, has_encoder: bool) -> VAEConfig:
@@ -190,7 +132,7 @@ def parse_vae(part: Mapping[str, Any], source: str, has_encoder: bool) -> VAECon
     kind, params = _target(part, f"{source}: vae")
     if kind != "ShapeVAE":
         raise UserError(f"{source}: vae.target is {kind!r}, expected ShapeVAE")
-    fields = _mapped(params, _VAE, f"{source}: vae")
+    fields = mapped(params, _VAE, f"{source}: vae")
     fields["geo_qk_norm"] = fields["geo_ln_post"]  # theirs drops both together
     fields |= {"neighbours_in": 0, "neighbours_out": 0}
     if not has_encoder:
@@ -224,20 +166,6 @@ def _target(part: Mapping[str, Any], source: str) -> tuple[str, dict[str, Any]]:
     return str(part.get("target", "")).rpartition(".")[2], params
 
 
-def _mapped(params: Mapping[str, Any], table: _Table, source: str) -> dict[str, Any]:
-    for name in params:
-        if name not in table:
-            raise UserError(f"{source}: unknown parameter {name!r}")
-    fields = {}
-    for name, (ours, default) in table.items():
-        value = params.get(name, default)
-        if isinstance(ours, str):
-            fields[ours] = value
-        elif ours and value not in ours:
-            raise UserError(f"{source}: {name} is {value!r}, expected {' or '.join(map(repr, ours))}")
-    return fields
-
-
 def _picture_size(values: Mapping[str, Any], source: str) -> int:
     """Side in pixels at which pictures are prepared."""
     where = f"{source}: image_processor"
@@ -245,7 +173,7 @@ def _picture_size(values: Mapping[str, Any], source: str) -> int:
     kind, params = _target(part, where)
     if kind not in ("ImageProcessorV2", "MVImageProcessorV2"):
         raise UserError(f"{where}.target is {kind!r}, expected ImageProcessorV2")
-    fields = _mapped(params, _PICTURE, where)
+    fields = mapped(params, _PICTURE, where)
     return int(_positive(fields, "size", 512, where))
 
 

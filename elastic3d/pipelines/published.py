@@ -1,4 +1,4 @@
-"""Generation with Hunyuan3D-2 checkpoints as published, and the choice of a model by the command line."""
+"""Generation with checkpoints as published, and the choice of a model by the command line."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from pathlib import Path
 
 import torch
 
-from elastic3d.config.hunyuan3d import PRESETS, VIEW_NAMES, Hunyuan3DConfig, ImportConfig, parse_config
+from elastic3d.checkpoints.bundle import Bundle, Inspection
+from elastic3d.checkpoints.hunyuan3d import inspect_hunyuan3d, load_hunyuan3d
+from elastic3d.checkpoints.hunyuan3d_config import VIEW_NAMES
+from elastic3d.checkpoints.identify import identify
+from elastic3d.checkpoints.options import PRESETS, ImportConfig
+from elastic3d.checkpoints.step1x3d import inspect_step1x3d, load_step1x3d
+from elastic3d.checkpoints.triposg import inspect_triposg, load_triposg
 from elastic3d.elastic import attach
 from elastic3d.errors import UserError
-from elastic3d.models.hunyuan3d import load_hunyuan3d
-from elastic3d.models.hunyuan3d_files import find_checkpoint
-from elastic3d.models.image_encoder import dinov2_files
 from elastic3d.models.weights import find_weights
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
 from elastic3d.pipelines.memory import (
     GB,
     LOW_MEMORY_CHUNK,
@@ -27,10 +30,6 @@ from elastic3d.pipelines.memory import (
 from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype
 from elastic3d.utils.files import file_sha256
-from elastic3d.utils.structured import load_yaml
-from elastic3d.utils.tensors import tensor_heads
-
-_STAGES = {"conditioner": "condition", "model": "dit", "vae": "decode"}
 
 
 def load_pipeline(config: GenerateConfig, default: Path, meshes: int) -> ImageTo3DPipeline:
@@ -45,12 +44,15 @@ def load_pipeline(config: GenerateConfig, default: Path, meshes: int) -> ImageTo
     """
     routers = find_weights(Path(config.routers)) if config.routers else None
     if config.model in PRESETS:
-        pipeline = hunyuan3d_pipeline(config, min(meshes, config.rows))
+        pipeline = published_pipeline(config, min(meshes, config.rows))
     else:
         for name in ("weights", "subfolder", "vae_subfolder", "dinov2"):
             if getattr(config, name):
                 raise UserError(f"{name}= is for model={', '.join(PRESETS)}, but model is {config.model!r}")
-        pipeline = ImageTo3DPipeline.from_pretrained(config.model or default, config.device, config.dtype)
+        folder = Path(config.model or default)
+        if not (folder / PIPELINE_NAME).is_file() and (found := identify(folder)):
+            raise UserError(f"{folder}: {found} weights={folder}")
+        pipeline = ImageTo3DPipeline.from_pretrained(folder, config.device, config.dtype)
         if config.memory_budget is not None:
             raise UserError(f"memory_budget= is for model={', '.join(PRESETS)}")
     if routers is not None:
@@ -63,35 +65,24 @@ def load_pipeline(config: GenerateConfig, default: Path, meshes: int) -> ImageTo
     return pipeline
 
 
-def hunyuan3d_pipeline(config: GenerateConfig, batch: int) -> ImageTo3DPipeline:
+def published_pipeline(config: GenerateConfig, batch: int) -> ImageTo3DPipeline:
     """The pipeline of `model=` a preset; its memory is estimated before the weights are read.
 
     Raises:
-        UserError: as `load_hunyuan3d`; no image encoder anywhere; too little memory; views for a model of one.
+        UserError: as the family's loader; no image encoder anywhere; too little memory; views for a model of one.
     """
-    preset = PRESETS[config.model]
-    folder, subfolder = config.weights or preset.repository, config.subfolder or preset.subfolder
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    config_path, weights_path = find_checkpoint(folder, subfolder)
-    parts = parse_config(load_yaml(config_path), str(config_path))
+    found = _inspect(config)
+    parts = found.config
     if config.views and parts.encoder.views == 1:
         raise UserError(
             f"image_{next(iter(config.views))}= is for a multi-view model, but model is {config.model}"
         )
+    if found.note:
+        raise UserError(found.note)
     limit = LOW_MEMORY_CHUNK if config.low_memory else 65536
-    sizes = part_sizes(weights_path)
-    if config.vae_subfolder:
-        sizes["decode"] = sum(part_sizes(find_checkpoint(folder, config.vae_subfolder)[1]).values())
-    if config.dinov2:
-        sizes["condition"] = sum(
-            head.numel for path in dinov2_files(Path(config.dinov2)) for head in tensor_heads(path).values()
-        )
-    if weights_path.suffix == ".safetensors" and not sizes["condition"]:
-        raise UserError(
-            f"{weights_path} holds no image encoder (conditioner.*): give dinov2=, a DINOv2's folder"
-        )
-    need = _need(parts, sizes, config, dtype, batch, limit)
+    need = _need(found, config, dtype, batch, limit)
     budget = free_memory(device)
     if config.memory_budget is not None:
         budget = min(budget, int(config.memory_budget * GB))
@@ -108,7 +99,7 @@ def import_checkpoint(config: ImportConfig) -> str:
     """Write a published checkpoint as a model folder, in bf16 -> what was written, in one sentence.
 
     Raises:
-        UserError: as `load_hunyuan3d`; no image encoder anywhere.
+        UserError: as the family's loader; no image encoder anywhere.
     """
     pipeline = _load(config, torch.bfloat16, torch.device("cpu"))
     pipeline.save_pretrained(config.output, torch.bfloat16)
@@ -116,21 +107,33 @@ def import_checkpoint(config: ImportConfig) -> str:
     return f"{config.output}: {config.model}, whose VAE {encoder} encoder"
 
 
+def _inspect(config: GenerateConfig | ImportConfig) -> Inspection:
+    preset = PRESETS[config.model]
+    folder, subfolder = config.weights or preset.repository, config.subfolder or preset.subfolder
+    if preset.family == "hunyuan3d":
+        return inspect_hunyuan3d(folder, subfolder, config.vae_subfolder, config.dinov2)
+    if config.vae_subfolder:
+        raise UserError(f"vae_subfolder= is for Hunyuan3D-2, but model is {config.model}")
+    if preset.family == "step1x3d":
+        return inspect_step1x3d(folder, subfolder, config.dinov2)
+    return inspect_triposg(folder, subfolder, config.dinov2)
+
+
 def _load(
     config: GenerateConfig | ImportConfig, dtype: torch.dtype, device: torch.device
 ) -> ImageTo3DPipeline:
     """The checkpoint that the options name, as a pipeline; UserError if there is no image encoder for it."""
     preset = PRESETS[config.model]
+    folder, subfolder = config.weights or preset.repository, config.subfolder or preset.subfolder
+    dinov2 = config.dinov2 or None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a missing image encoder is an error here
-        bundle = load_hunyuan3d(
-            config.weights or preset.repository,
-            config.subfolder or preset.subfolder,
-            dtype,
-            device,
-            config.vae_subfolder or None,
-            config.dinov2 or None,
-        )
+        bundle: Bundle
+        if preset.family == "hunyuan3d":
+            bundle = load_hunyuan3d(folder, subfolder, dtype, device, config.vae_subfolder or None, dinov2)
+        else:
+            load = load_step1x3d if preset.family == "step1x3d" else load_triposg
+            bundle = load(folder, dtype, device, dinov2, subfolder)
     if bundle.conditioner is None:
         raise UserError(bundle.note)
     bundle.config.pipeline.model = config.model
@@ -146,39 +149,20 @@ def views_of(image: Path, config: GenerateConfig) -> Path | dict[str, Path]:
 
 
 def _need(
-    parts: Hunyuan3DConfig,
-    sizes: dict[str, int],
-    config: GenerateConfig,
-    dtype: torch.dtype,
-    batch: int,
-    max_points: int,
+    found: Inspection, config: GenerateConfig, dtype: torch.dtype, batch: int, max_points: int
 ) -> MemoryNeed:
+    parts = found.config
     guidance = parts.pipeline.guidance if config.guidance is None else config.guidance
     two = guidance != 1.0 and not parts.dit.guidance_embed and not config.low_memory
     encoder = parts.encoder
     return memory_need(
         parts.dit,
         parts.vae,
-        sizes,
+        found.sizes,
         dtype,
         rows=batch * (2 if two else 1),
         resolution=parts.pipeline.resolution if config.resolution is None else config.resolution,
         max_points=max_points if config.memory_budget is None else min(max_points, LOW_MEMORY_CHUNK),
-        encoder_width=int(parts.dinov2["hidden_size"]),
+        encoder_width=parts.dit.condition_channels,
         encoder_tokens=encoder.views * ((encoder.image_size // 14) ** 2 + 1),
     )
-
-
-def part_sizes(path: Path) -> dict[str, int]:
-    """Parameters of each stage's weights in a checkpoint, from the head of the file alone.
-
-    A `.ckpt` has no such head: its bytes are taken for half-precision weights of the diffusion model. Tensors of no
-    stage (those of a VAE that is a file of its own) count as the field decoder's.
-    """
-    sizes = dict.fromkeys(_STAGES.values(), 0)
-    if path.suffix != ".safetensors":
-        sizes["dit"] = path.stat().st_size // 2
-        return sizes
-    for name, head in tensor_heads(path).items():
-        sizes[_STAGES.get(name.partition(".")[0], "decode")] += head.numel
-    return sizes
