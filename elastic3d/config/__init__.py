@@ -1,1 +1,0 @@
-"""Every configuration dataclass, one file a topic. The library reads these; only the scripts know hydra."""
