@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from elastic3d.benchmark.machine import machine
 from elastic3d.config.stages import StagesConfig
 from elastic3d.errors import UserError
@@ -36,12 +38,11 @@ def measure_stages(config: StagesConfig) -> dict[str, Any]:
             raise UserError(f"against is {config.against}, expected the root of a checkout of elastic3d")
         checkouts[OTHER] = config.against.resolve()
     rounds: list[Round] = []
-    for number in range(config.rounds):
+    for number in tqdm(range(config.rounds), desc="stages", unit="round", disable=None):
         order = list(checkouts.items())
         if number % 2:  # whoever comes second finds a warm disk: take turns
             order.reverse()
         rounds.append({name: _process(folder, config) for name, folder in order})
-        print(f"round {number + 1} of {config.rounds} done", file=sys.stderr)
     found = {"machine": machine(), "table": table(rounds), "rounds": rounds}
     save_json(found, config.output)
     return found
