@@ -20,7 +20,12 @@ class DecodeConfig:
     """How a field becomes a mesh."""
 
     resolution: int = option(256, "cells a side of the grid, 8 to 512")
-    coarse_resolution: int = option(64, "cells a side at which the whole cube is evaluated, at least")
+    coarse_resolution: int = option(32, "cells a side at which the whole cube is evaluated, at least")
+    tolerance: float = option(
+        0.2,
+        "how far, in cells, linear and cubic interpolation may disagree on a vertex before the last level is"
+        " evaluated there; 0: evaluate it everywhere at the surface",
+    )
     thin_slack: float = option(4.0, "how eagerly parts thinner than a cell are sought; 0: not at all")
     max_points: int = option(65536, "points in one call of the field")
     surface: SurfaceMethod = option(SurfaceMethod.skimage, "library that extracts the surface")
@@ -29,14 +34,10 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         check_range("resolution", self.resolution, 8, 512)
         check_range("coarse_resolution", self.coarse_resolution, 4, 512)
+        check_range("tolerance", self.tolerance, 0, 1)
         check_range("thin_slack", self.thin_slack, 0, 100)
         check_range("max_points", self.max_points, 1, 1 << 30)
         check_range("box", self.box, 1e-3, 1e3)
-
-
-def usual_coarse(resolution: int) -> int:
-    """Where decoding to `resolution` cells a side starts: 64 cells, for small grids half of them, 32 at least."""
-    return min(DecodeConfig().coarse_resolution, max(resolution // 2, 32))
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,7 @@ from elastic3d import __version__
 from elastic3d.adapters import attach, is_attached, save_routers, session_of
 from elastic3d.config.base import DeviceChoice, DTypeChoice
 from elastic3d.config.generate import PipelineConfig, check_sampling
-from elastic3d.config.geometry import CleanupConfig, DecodeConfig, usual_coarse
+from elastic3d.config.geometry import CleanupConfig, DecodeConfig
 from elastic3d.config.images import ForegroundConfig
 from elastic3d.config.routing import BlockCacheConfig, ElasticConfig
 from elastic3d.config.serialize import from_dict, to_dict
@@ -243,9 +243,7 @@ class ImageTo3DPipeline:
             return Settings(
                 steps=self.config.steps if steps is None else steps,
                 guidance=self.config.guidance if guidance is None else guidance,
-                decode=DecodeConfig(
-                    resolution=cells, coarse_resolution=usual_coarse(cells), max_points=self.max_points
-                ),
+                decode=DecodeConfig(resolution=cells, max_points=self.max_points),
                 cleanup=cleaning,
                 foreground=foreground or ForegroundConfig(),
                 elastic=self.config.elastic,
@@ -329,9 +327,7 @@ class ImageTo3DPipeline:
     def _mesh_of(self, tokens: Tensor, settings: Settings, ms: dict[str, float]) -> trimesh.Trimesh:
         """Decoded tokens (1,N,D) of one sample -> clean mesh; adds its times to `ms`."""
         with timed(ms, "decode"):
-            values, _ = decode_field(
-                lambda points, _: self.vae.query(points, tokens), 0, settings.decode, self.device
-            )
+            values, _ = decode_field(self.vae.field(tokens), 0, settings.decode, self.device)
         with timed(ms, "surface"):
             mesh = extract_surface(values, settings.decode.box, settings.decode.surface)
         with timed(ms, "cleanup"):

@@ -122,8 +122,8 @@ def test_a_field_without_a_surface_is_an_error_in_its_slot(
 def test_a_field_that_is_not_finite_is_an_error_in_its_slot(
     pipeline: ImageTo3DPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    query = pipeline.vae.query
-    monkeypatch.setattr(pipeline.vae, "query", lambda points, tokens: query(points, tokens) * torch.nan)
+    field = pipeline.vae.field
+    monkeypatch.setattr(pipeline.vae, "field", lambda tokens: lambda *args: field(tokens)(*args) * torch.nan)
     (result,) = pipeline([picture()])
     assert isinstance(result.error, UserError) and "not finite" in str(result.error)
 
