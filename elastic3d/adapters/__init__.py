@@ -20,6 +20,7 @@ from torch import nn
 from elastic3d.adapters.diffusers_pipeline import drive, release
 from elastic3d.adapters.storage import load_router_config, load_routers, save_routers
 from elastic3d.config.routing import RouterConfig
+from elastic3d.models.initialise import without_random_weights
 from elastic3d.routing.attach import attach as attach_with
 from elastic3d.routing.attach import detach as detach_from
 from elastic3d.routing.attach import is_attached, session_of
@@ -63,7 +64,8 @@ def attach(model: Any, routers: RouterConfig | str | Path | None = None) -> Rout
     adapter = adapter_for(model)
     if not isinstance(routers, (str, Path)):
         return attach_with(model, adapter, routers)
-    session = attach_with(model, adapter, load_router_config(Path(routers), adapter.family))
+    with without_random_weights():
+        session = attach_with(model, adapter, load_router_config(Path(routers), adapter.family))
     try:
         load_routers(model, Path(routers))
     except BaseException:

@@ -15,6 +15,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.weights import (
     CONFIG_NAME,
     WEIGHTS_NAME,
+    all_finite,
     find_weights,
     load_config,
     read_weights,
@@ -54,7 +55,7 @@ def load_routers(model: nn.Module, folder: str | Path) -> None:
     if config != session.router_config:
         raise UserError(f"{folder} has routers of another architecture ({to_dict(config)})")
     state = read_weights(path)
-    bad = [name for name, value in state.items() if not value.isfinite().all()]
+    bad = [name for name, value in state.items() if not all_finite(value)]
     if bad:
         raise UserError(f"{path} has NaN or infinite values in {len(bad)} tensors, first in {bad[0]}")
     try:

@@ -20,9 +20,9 @@ class DecodeConfig:
     """How a field becomes a mesh."""
 
     resolution: int = option(256, "cells a side of the grid, 8 to 512")
-    coarse_resolution: int = option(32, "cells a side at which the whole cube is evaluated, at least")
+    coarse_resolution: int = option(24, "cells a side at which the whole cube is evaluated, at least")
     tolerance: float = option(
-        0.2,
+        0.15,
         "how far, in cells, linear and cubic interpolation may disagree on a vertex before the last level is"
         " evaluated there; 0: evaluate it everywhere at the surface",
     )

