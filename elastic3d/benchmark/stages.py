@@ -43,8 +43,8 @@ def measure_stages(config: StagesConfig) -> dict[str, Any]:
         if number % 2:  # whoever comes second finds a warm disk: take turns
             order.reverse()
         rounds.append({name: _process(folder, config) for name, folder in order})
-    found = {"machine": machine(), "table": table(rounds), "rounds": rounds}
-    save_json(found, config.output)
+        found = {"machine": machine(), "table": table(rounds), "rounds": rounds}
+        save_json(found, config.output)  # after each: a long measurement may be stopped
     return found
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from elastic3d.models.layers import fourier_embedding
@@ -76,9 +77,8 @@ class _Reader:
         return torch.cat([self._read(chunk) for chunk in points.split(self.rows, dim=1)], dim=1)
 
     def _read(self, points: Tensor) -> Tensor:
-        x = self._embed(points)
+        x = self._attended(self._embed(points), points)
         block = self.geo.cross_attn_decoder
-        x = x + block.attn.read(block.ln_1(x), points, self.keys, self.values)
         x = x + block.mlp(block.ln_3(x))
         return self.geo.output_proj(self.geo.ln_post(x)).squeeze(-1).float()
 
@@ -86,9 +86,14 @@ class _Reader:
         """Queries (1,P,D) before attention."""
         return self.geo.embed(points, self.tokens, self.anchors)
 
+    def _attended(self, x: Tensor, points: Tensor) -> Tensor:
+        """Queries x (1,P,D) with what they read from the tokens."""
+        block = self.geo.cross_attn_decoder
+        return x + block.attn.read(block.ln_1(x), points, self.keys, self.values)
+
 
 class _AnchorReader(_Reader):
-    """As `_Reader`, with the local features by a matrix an anchor. fp32."""
+    """As `_Reader`, with the local features by a matrix an anchor, and values already projected. fp32."""
 
     def __init__(self, geo: GeoDecoder, tokens: Tensor, anchors: Tensor) -> None:
         super().__init__(geo, tokens, anchors)
@@ -99,6 +104,12 @@ class _AnchorReader(_Reader):
         self.squares = self.points.square().sum(dim=-1)
         both = torch.cat([geo.query_proj.weight, local.out_proj.weight], dim=1)
         self.query = both.T.contiguous(), geo.query_proj.bias + local.out_proj.bias
+        # A head's output goes through its own columns of the projection: (weights V) W = weights (V W), whose sum
+        # over the heads needs no copy that brings them side by side.
+        heads = self.values.shape[1]
+        columns = rearrange(geo.cross_attn_decoder.attn.c_proj.weight, "D (H d) -> H d D", H=heads)
+        self.projected = torch.bmm(self.values[0], columns)
+        self.keys_across = self.keys[0].transpose(1, 2).contiguous()
 
     def _embed(self, points: Tensor) -> Tensor:
         position = fourier_embedding(points[0], self.geo.config.num_freqs, self.geo.config.include_pi)
@@ -106,6 +117,20 @@ class _AnchorReader(_Reader):
         weight, bias = self.query
         pooled = self._pooled(points[0], offsets)
         return torch.addmm(bias, torch.cat([position, pooled], dim=-1), weight)[None]
+
+    def _attended(self, x: Tensor, points: Tensor) -> Tensor:
+        block = self.geo.cross_attn_decoder
+        attention = block.attn
+        q = rearrange(attention.c_q(block.ln_1(x)), "B P (H d) -> B H P d", H=attention.heads)
+        if attention.attention is not None:
+            q = attention.attention.q_norm(q)
+        q = attention.distance.extend_queries(q, points)[0]
+        out = x[0] + attention.c_proj.bias
+        for weights, values in zip(
+            torch.bmm(q, self.keys_across).softmax(dim=-1), self.projected, strict=True
+        ):
+            out.addmm_(weights, values)
+        return out[None]
 
     def _pooled(self, points: Tensor, offsets: Tensor) -> Tensor:
         """The local features (P,h) before their last layer, of points (P,3) with embeddings `offsets` (P,E)."""

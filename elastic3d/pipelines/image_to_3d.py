@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,7 +19,7 @@ from elastic3d.config.base import DeviceChoice, DTypeChoice
 from elastic3d.config.generate import PipelineConfig, check_sampling
 from elastic3d.config.geometry import CleanupConfig, DecodeConfig
 from elastic3d.config.images import ForegroundConfig
-from elastic3d.config.routing import BlockCacheConfig, ElasticConfig
+from elastic3d.config.routing import BlockCacheConfig
 from elastic3d.config.serialize import from_dict, to_dict
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.sampler import sample
@@ -33,43 +34,13 @@ from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import file_sha256, find_weights, load_json, save_json
 from elastic3d.pipelines.conditions import Picture, Prepared, encode, is_picture, prepare
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, Placement, usual_chunk
+from elastic3d.pipelines.progress import Listeners, OnProgress, OnResult, OnStep
+from elastic3d.pipelines.result import Result, Settings
 from elastic3d.pipelines.routes import dense_receipt, route_receipts, with_options
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype, timed
 from elastic3d.routing.session import RoutingSession
 
 PIPELINE_NAME, ROUTERS_NAME = "pipeline.json", "routers"
-
-
-@dataclass
-class Settings:
-    """What one call asks for, defaults filled in."""
-
-    steps: int
-    guidance: float
-    decode: DecodeConfig
-    cleanup: CleanupConfig
-    foreground: ForegroundConfig
-    elastic: ElasticConfig
-
-
-@dataclass
-class Result:
-    """One sample: its mesh, or the reason why there is none."""
-
-    receipt: dict[str, Any]
-    """What was done, as stored in a glb: version, model, seed, steps, FLOPs, milliseconds, ..."""
-    latents: Tensor | None = None
-    """Sampled latents (N,C) fp32 on the CPU; None if the picture could not be used."""
-    error: UserError | None = None
-    _mesh: trimesh.Trimesh | None = field(default=None, repr=False)
-
-    @property
-    def mesh(self) -> trimesh.Trimesh:
-        """The mesh, Y up, in [-1.01, 1.01]^3; raises `error` if there is none."""
-        if self.error is not None:
-            raise self.error
-        assert self._mesh is not None
-        return self._mesh
 
 
 class ImageTo3DPipeline:
@@ -189,7 +160,9 @@ class ImageTo3DPipeline:
         cache: BlockCacheConfig | None = None,
         shared: bool | None = None,
         updates: bool | None = None,
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: OnStep | None = None,
+        on_progress: OnProgress | None = None,
+        on_result: OnResult | None = None,
     ) -> Result | list[Result]:
         """Mesh of a picture, or of each of a list of pictures as one batch.
 
@@ -205,6 +178,8 @@ class ImageTo3DPipeline:
             shared: samples share their routes, and depend on each other; None is the model's default.
             updates: use the routers' updates of the blocks where few calls are left; None is the model's default.
             on_step: called with (steps done, steps) during sampling.
+            on_progress: called with (stage, done, total) in every stage: condition, dit, decode, cleanup.
+            on_result: called with (number in the list, result) as soon as a result is known, failures included.
 
         Raises:
             UserError: a value out of range; for a single picture also whatever kept it from becoming a mesh.
@@ -218,7 +193,7 @@ class ImageTo3DPipeline:
         settings = self._settings(steps, guidance, resolution, max_faces, cleanup, foreground)
         asked = (elastic, budget, width, cache, shared, updates)
         settings.elastic = with_options(self.config.elastic, self.session is not None, *asked)
-        results = self._generate(pictures, seeds, settings, on_step)
+        results = self._generate(pictures, seeds, settings, Listeners(on_step, on_progress, on_result))
         if many:
             return results
         if results[0].error is not None:
@@ -256,7 +231,7 @@ class ImageTo3DPipeline:
         pictures: Sequence[Picture],
         seeds: Sequence[int],
         settings: Settings,
-        on_step: Callable[[int, int], None] | None,
+        listeners: Listeners,
     ) -> list[Result]:
         results = [Result(self._receipt(seed, settings)) for seed in seeds]
         prepared: dict[int, Prepared] = {}
@@ -265,38 +240,59 @@ class ImageTo3DPipeline:
             for i, picture in enumerate(pictures):
                 try:
                     prepared[i] = prepare(picture, settings.foreground, self.encoder)
+                    results[i].image = next(iter(prepared[i].values()))
                 except UserError as error:
                     results[i].error = error
+                    listeners.ready(i, results[i])
+                listeners.at("condition", i + 1, len(pictures))
             if not prepared:
                 return results
             with self.placement.use(self.encoder):
                 condition = encode(list(prepared.values()), self.encoder, self.device)
         with timed(batch_ms, "dit"), self.placement.use(self.dit):
-            latents = self.sample_latents(condition, [seeds[i] for i in prepared], settings, on_step)
+            latents = self.sample_latents(
+                condition, [seeds[i] for i in prepared], settings, partial(listeners.at, "dit")
+            )
         done, moves = [results[i] for i in prepared], len(sampling_times(self.config, settings.steps)) - 1
         dense = dense_receipt(self.dit.config, moves, settings.guidance, condition.shape[1])
         routes = route_receipts(self.session, settings.elastic, len(done))
         for result, row, route in zip(done, latents, routes, strict=True):
             result.latents = row.cpu()
             result.receipt |= dense | route
-        self._decode(latents, done, settings, batch_ms)
+        self._decode(latents, dict(zip(prepared, done, strict=True)), settings, batch_ms, listeners)
         return results
 
     def _decode(
-        self, latents: Tensor, results: Sequence[Result], settings: Settings, batch_ms: dict[str, float]
+        self,
+        latents: Tensor,
+        results: dict[int, Result],
+        settings: Settings,
+        batch_ms: dict[str, float],
+        listeners: Listeners,
     ) -> None:
-        """Latents (B,N,C) -> the meshes of `results`, or why there is none; with it all their times are known."""
+        """Latents (B,N,C) -> the meshes of `results`, or why there is none; with it all their times are known.
+
+        `results` are by their number in the call.
+        """
+        count = len(results)
+
+        def decoding(row: int, level: int, levels: int) -> None:
+            listeners.at("decode", row * levels + level, count * levels)
+
         with ExitStack() as stack:
             with timed(batch_ms, "decode"), torch.no_grad():
                 stack.enter_context(self.placement.use(self.vae))  # until the last mesh is there
                 tokens = self.vae.decode(latents)
-            for row, result in enumerate(results):
-                ms = {name: value / len(results) for name, value in batch_ms.items()}
+            for row, (number, result) in enumerate(results.items()):
+                ms = {name: value / count for name, value in batch_ms.items()}
                 try:
-                    result._mesh = self._mesh_of(tokens[row : row + 1], settings, ms)
+                    on_level = partial(decoding, row)
+                    result._mesh = self._mesh_of(tokens[row : row + 1], settings, ms, on_level)
                 except ValueError as error:
                     result.error = error if isinstance(error, UserError) else UserError(str(error))
                 result.receipt["ms"] = {name: round(value, 1) for name, value in ms.items()}
+                listeners.at("cleanup", row + 1, count)
+                listeners.ready(number, result)
 
     def sample_latents(
         self,
@@ -324,10 +320,12 @@ class ImageTo3DPipeline:
             on_step=on_step,
         )
 
-    def _mesh_of(self, tokens: Tensor, settings: Settings, ms: dict[str, float]) -> trimesh.Trimesh:
+    def _mesh_of(
+        self, tokens: Tensor, settings: Settings, ms: dict[str, float], on_level: OnStep
+    ) -> trimesh.Trimesh:
         """Decoded tokens (1,N,D) of one sample -> clean mesh; adds its times to `ms`."""
         with timed(ms, "decode"):
-            values, _ = decode_field(self.vae.field(tokens), 0, settings.decode, self.device)
+            values, _ = decode_field(self.vae.field(tokens), 0, settings.decode, self.device, on_level)
         with timed(ms, "surface"):
             mesh = extract_surface(values, settings.decode.box, settings.decode.surface)
         with timed(ms, "cleanup"):

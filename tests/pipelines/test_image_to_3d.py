@@ -219,3 +219,25 @@ def test_broken_models_are_one_sentence(saved: Path, tmp_path: Path, name: str) 
     with pytest.raises(UserError, match=message) as caught:
         ImageTo3DPipeline.from_pretrained(folder, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_progress_covers_every_stage_and_results_are_told_at_once(
+    pipeline: ImageTo3DPipeline, tmp_path: Path
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+    told: list[int] = []
+
+    def hear(number: int, result: Any) -> None:
+        told.append(number)
+        if number == 1:
+            assert result.error is not None and not any(stage == "dit" for stage, _, _ in seen)
+        else:
+            assert len(result.mesh.faces) and result.receipt["ms"]["cleanup"] >= 0
+
+    images = [picture(), tmp_path / "gone.png", picture(x=50)]
+    pipeline(images, on_progress=lambda *at: seen.append(at), on_result=hear, steps=3, resolution=48)
+    assert told == [1, 0, 2], "the broken image first, before any time is spent"
+    assert [at for at in seen if at[0] == "condition"] == [("condition", n, 3) for n in (1, 2, 3)]
+    assert [at for at in seen if at[0] == "dit"] == [("dit", n, 3) for n in (1, 2, 3)]
+    assert [at for at in seen if at[0] == "decode"] == [("decode", n, 4) for n in (1, 2, 3, 4)]
+    assert [at for at in seen if at[0] == "cleanup"] == [("cleanup", 1, 2), ("cleanup", 2, 2)]
