@@ -1,36 +1,39 @@
 """Command lines of the form `key=value`, from a dataclass and a YAML file of `configs/`.
 
 A script says `run(main, GenerateConfig, "gen_mesh")`. The dataclass gives the options, their defaults, their
-types and (through `elastic3d.config.base.option`) their help texts; `configs/gen_mesh.yaml` may change
+types and (through `elastic3d.utils.options.option`) their help texts and ranges; `configs/gen_mesh.yaml` may change
 defaults and choose configuration groups (`configs/cache/paper.yaml` is chosen by `cache=paper`). Hydra
-composes the files; what the user types never passes through a grammar: a path or a prompt arrives as typed.
+composes the files; what the user types never passes through a grammar: a path or a prompt arrives as typed, but for
+a leading `~/` of a path, which is the home folder. Defaults that name what the repository ships, such as
+`data/splits`, hold from any folder.
 Where it is unique, a nested option's last name is enough: `max_faces=` for `cleanup.max_faces=`.
 
 Exit codes: 0 success, 1 what `main` returns when some items failed, 2 a mistake in what the user gave,
-130 interrupted.
+130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-import re
+import signal
 import sys
 import textwrap
 import traceback
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_origin
 
 import yaml
+from _values import expected, literal, optional_type, parse_value, shortened
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from elastic3d.errors import UserError
+from elastic3d.utils.options import Bounds, bounds_of, from_dict, hints
 
 # Before PyTorch is imported: idle OpenMP threads wait awake for a few microseconds only, then sleep. Spinning on, they
 # take the cores from each other where anything else runs: 5 steps of shape-small on two busy cores then take 18 s
@@ -38,15 +41,29 @@ from elastic3d.errors import UserError
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
     os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIG_DIR = REPOSITORY / "configs"
 Config = TypeVar("Config")
-_EXPECTED = {int: "an integer", float: "a number", bool: "true or false"}
+_SHIPPED = ("data/splits", "data/pretrained", "data/samples", "data/prompts")
+_TEXTS = ("prompt",)  # options that are no paths, whatever they begin with
+# What other choices of the command take: `stage=dit` -> its options. Asked for where an option is unknown.
+Elsewhere = Callable[[], Mapping[str, Collection[str]]]
 _DEBUG_HELP = "Show the full traceback of an error."
 
 
-def run(main: Callable[[Config], int | None], config_class: type[Config], config_name: str) -> NoReturn:
+def run(
+    main: Callable[[Config], int | None],
+    config_class: type[Config],
+    config_name: str,
+    arguments: Sequence[str] | None = None,
+    elsewhere: Elsewhere = dict,
+) -> NoReturn:
     """Run `main` on the command line's options and leave the process with its exit code."""
-    sys.exit(execute(main, config_class, config_name, sys.argv[1:]))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names may be no UTF-8
+    signal.signal(signal.SIGTERM, _terminate)
+    given = sys.argv[1:] if arguments is None else arguments
+    sys.exit(execute(main, config_class, config_name, given, elsewhere=elsewhere))
 
 
 def execute(
@@ -55,14 +72,18 @@ def execute(
     config_name: str,
     arguments: Sequence[str],
     config_dir: Path = CONFIG_DIR,
+    elsewhere: Elsewhere = dict,
 ) -> int:
     """The exit code of `main(config)`, with every expected error told in one sentence on stderr."""
     if {"--help", "-h", "help"} & set(arguments):
-        print(help_text(main, config_class, config_name, config_dir))
+        print(help_text(main, config_class, config_name, config_dir, arguments))
         return 0
     debug = any(argument.lower() == "debug=true" for argument in arguments)
     try:
-        return main(parse(config_class, config_name, arguments, config_dir)) or 0
+        return main(parse(config_class, config_name, arguments, config_dir, elsewhere)) or 0
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -75,6 +96,14 @@ def execute(
         return 2
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: ends the command as Ctrl-C does, so that nothing is left half-written and no worker goes on."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
 def check_writable(folder: Path) -> None:
     """UserError before the work, not after it, if nothing can be written to `folder`."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -83,13 +112,16 @@ def check_writable(folder: Path) -> None:
 
 
 def parse(
-    config_class: type[Config], config_name: str, arguments: Sequence[str], config_dir: Path = CONFIG_DIR
+    config_class: type[Config],
+    config_name: str,
+    arguments: Sequence[str],
+    config_dir: Path = CONFIG_DIR,
+    elsewhere: Elsewhere = dict,
 ) -> Config:
     """The configuration that `arguments` (each `key=value`) ask for.
 
     Raises:
-        UserError: unknown option or group, a value of the wrong type, a required option left out.
-        ValueError: from the dataclass' own checks.
+        UserError: unknown option or group, a value of the wrong type or out of range, a required option left out.
     """
     options = {option.name: option for option in walk_options(config_class)}
     choices = group_choices(config_class, config_name, config_dir)
@@ -110,17 +142,19 @@ def parse(
             if text.lower() not in ("true", "false"):
                 raise UserError(f"{argument}: expected true or false")
         else:
-            raise UserError(_unknown(key, [*options, *choices, "debug"]))
+            raise UserError(_unknown(key, [*options, *choices, "debug"], elsewhere()))
     try:
         config = composed(config_class, config_name, config_dir, groups)
+        _anchor(config, options)
         for key, text in values.items():
             _set(config, options, key, text)
-        return OmegaConf.to_object(config)  # type: ignore[return-value]
+        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = error.full_key or str(error).rpartition(": ")[2]
         raise UserError(f"{key}= is required: {options[key].help if key in options else ''}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"configuration {config_name}: {str(error).splitlines()[0]}") from error
+    return from_dict(config_class, plain)
 
 
 def composed(
@@ -133,7 +167,33 @@ def composed(
     overrides = [f"{'' if key in chosen else '+'}{key}={name}" for key, name in (groups or {}).items()]
     with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
         files = compose(config_name, overrides=overrides)
-    return OmegaConf.merge(OmegaConf.structured(config_class), files)  # type: ignore[return-value]
+    return OmegaConf.merge(_with_defaults(config_class), files)  # type: ignore[return-value]
+
+
+def _with_defaults(config_class: type[Any]) -> DictConfig:
+    """The dataclass' defaults; a nested one that has to be given is there too, with its own."""
+    config: DictConfig = OmegaConf.structured(config_class)
+    for name, kind in hints(config_class).items():
+        if is_dataclass(kind) and OmegaConf.is_missing(config, name):
+            config[name] = _with_defaults(kind)  # type: ignore[arg-type]
+    return config
+
+
+def _anchor(config: DictConfig, options: dict[str, Option]) -> None:
+    """Make defaults that name shipped files absolute where the current folder has no such file."""
+
+    def anchored(value: Any) -> Any:
+        text = Path(value).as_posix() if isinstance(value, (str, Path)) else ""
+        if not text.startswith(_SHIPPED) or Path(text).exists():
+            return value
+        return type(value)(REPOSITORY / text)
+
+    for name in options:
+        value = OmegaConf.select(config, name)
+        if isinstance(value, (str, Path)) and (new := anchored(value)) != value:
+            OmegaConf.update(config, name, new)
+        elif isinstance(value, ListConfig) and (news := [anchored(item) for item in value]) != list(value):
+            OmegaConf.update(config, name, news)
 
 
 # ------------------------------------------------------------------------------------------------ options
@@ -147,19 +207,24 @@ class Option:
     type: Any
     help: str
     parents: tuple[Any, ...]
+    bounds: Bounds
+    advanced: bool
 
 
 def walk_options(
     config_class: type[Any], prefix: str = "", parents: tuple[Any, ...] = ()
 ) -> Iterator[Option]:
     """Every option of a dataclass, nested dataclasses by dotted names."""
-    hints = get_type_hints(config_class)
     for item in fields(config_class):
-        name, (kind, optional) = prefix + item.name, _optional(hints[item.name])
+        if item.metadata.get("internal"):
+            continue
+        name, (kind, optional) = prefix + item.name, optional_type(hints(config_class)[item.name])
         if is_dataclass(kind):
             yield from walk_options(kind, name + ".", (*parents, kind))  # type: ignore[arg-type]
         else:
-            yield Option(name, kind | None if optional else kind, item.metadata.get("help", ""), parents)
+            meaning, advanced = item.metadata.get("help", ""), item.metadata.get("advanced", False)
+            given = kind | None if optional else kind
+            yield Option(name, given, meaning, parents, bounds_of(item), advanced)
 
 
 def group_choices(config_class: type[Any], config_name: str, config_dir: Path) -> dict[str, list[str]]:
@@ -185,10 +250,13 @@ def _full_name(key: str, options: dict[str, Option], choices: dict[str, list[str
     return matches[0] if len(matches) == 1 else key
 
 
-def _unknown(key: str, known: Sequence[str]) -> str:
-    by_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    close = by_leaf or difflib.get_close_matches(key.lstrip("-"), known, n=3, cutoff=0.6)
+def _unknown(key: str, known: Sequence[str], elsewhere: Mapping[str, Collection[str]]) -> str:
+    name = key.lstrip("-")
+    by_leaf = [each for each in known if each.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = by_leaf or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
+    having = [choice for choice, names in elsewhere.items() if name in names]
+    hint += f"it is an option of {', '.join(having)}; " if having else ""
     return f"unknown option {key!r}: {hint}(--help lists every option)"
 
 
@@ -197,109 +265,64 @@ def _unknown(key: str, known: Sequence[str]) -> str:
 
 def _set(config: DictConfig, options: dict[str, Option], key: str, text: str) -> None:
     try:
-        value = parse_value(text, options[key].type)
+        is_text = key.rpartition(".")[2] in _TEXTS
+        value = literal(text) if is_text else parse_value(text, options[key].type)
         parent = config
         for name, nested in zip(key.split(".")[:-1], options[key].parents, strict=True):
             if OmegaConf.is_missing(parent, name) or parent[name] is None:
                 parent[name] = OmegaConf.structured(nested)
             parent = parent[name]
         parent[key.rpartition(".")[2]] = value
-    except (ValueError, OmegaConfBaseException) as error:
-        raise UserError(f"{key}={text}: expected {_expected(options[key].type)}") from error
-
-
-def parse_value(text: str, kind: Any) -> Any:
-    """`text` as typed by the user, as a value of the type `kind`; strings and paths stay literal.
-
-    Lists: `[a, b]`, or one bare element, or `1,2,3` where the elements are not strings. `null` gives None
-    where the option allows it.
-
-    Raises:
-        ValueError: the text does not fit the type.
-    """
-    kind, optional = _optional(kind)
-    if optional and text == "null":
-        return None
-    if kind in (str, Path):
-        return _literal(text)
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        matches = [member for member in kind if text in (member.name, str(member.value))]
-        if not matches:
-            raise ValueError(text)
-        return matches[0]
-    if get_origin(kind) in (list, tuple):
-        element = (get_args(kind) or (str,))[0]
-        return [parse_value(item, element) for item in _split(text, element)]
-    if kind in (int, float):
-        return kind(text)
-    if kind is bool:
-        return {"true": True, "false": False, "1": True, "0": False}.get(text.lower(), text)
-    return yaml.safe_load(text)
-
-
-def _split(text: str, element: Any) -> list[str]:
-    if text.startswith("[") and text.endswith("]"):
-        try:
-            items = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar stays text  # noqa: S506
-        except yaml.YAMLError as error:
-            raise ValueError(text) from error
-        if all(isinstance(item, str) for item in items):
-            return items
-        raise ValueError(text)
-    return [text] if element in (str, Path) else text.split(",")
-
-
-def _literal(text: str) -> str:
-    """Protect `${` from being taken for an OmegaConf interpolation."""
-    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
-
-
-def _optional(kind: Any) -> tuple[Any, bool]:
-    """`X | None` -> (X, True); anything else -> (itself, False)."""
-    if get_origin(kind) in (Union, types.UnionType):
-        rest = [part for part in get_args(kind) if part is not type(None)]
-        if len(rest) == 1:
-            return rest[0], True
-    return kind, False
-
-
-def _expected(kind: Any) -> str:
-    kind, optional = _optional(kind)
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        text = "one of " + ", ".join(member.name for member in kind)
-    elif get_origin(kind) in (list, tuple):
-        text = "a list such as [a, b], each element " + _expected((get_args(kind) or (str,))[0])
-    elif get_origin(kind) is dict:
-        text = "a mapping such as {name: value}, each value " + _expected(get_args(kind)[1])
-    else:
-        text = _EXPECTED.get(kind, "text" if kind in (str, Path) else "a value of another type")
-    return f"{text} or null" if optional else text
+    except (ValueError, TypeError, OmegaConfBaseException) as error:
+        raise UserError(f"{key}={shortened(text)}: expected {expected(options[key].type)}") from error
 
 
 # --------------------------------------------------------------------------------------------------- help
 
 
-def help_text(main: Callable[..., Any], config_class: type[Any], config_name: str, config_dir: Path) -> str:
-    """What the command does (the docstring of `main`'s module) and every option with default and meaning."""
+def help_text(
+    main: Callable[..., Any],
+    config_class: type[Any],
+    config_name: str,
+    config_dir: Path,
+    arguments: Sequence[str] = (),
+) -> str:
+    """What the command does (the docstring of `main`'s module) and every option with default, meaning and range.
+
+    Defaults are those of the groups that `arguments` choose; `all` among them adds what is seldom changed.
+    """
     module = sys.modules[main.__module__]
     script = Path(getattr(module, "__file__", None) or config_name).name
     about = (module.__doc__ or main.__doc__ or "").strip()
     choices = group_choices(config_class, config_name, config_dir)
-    config = composed(config_class, config_name, config_dir)
+    given = (argument.partition("=") for argument in arguments)
+    chosen = {key: text for key, _, text in given if text in choices.get(key, [])}
+    config, advanced = composed(config_class, config_name, config_dir, chosen), "all" in arguments
     lines = [f"usage: python scripts/{script} key=value ...", "", about, "", "options:"]
     for name, names in choices.items():
         lines += _entry(name, "", f"Choose a set of options from configs/{name}/: {', '.join(names)}.")
-    for option in walk_options(config_class):
-        if option.name in choices:
-            continue
-        kind = _optional(option.type)[0]
-        names = [member.name for member in kind] if isinstance(kind, type) and issubclass(kind, Enum) else []
-        meaning = option.help[:1].upper() + option.help[1:]
-        meaning += "" if meaning.endswith(".") or not meaning else "."
-        meaning += f" One of: {', '.join(names)}." if names else ""
-        lines += _entry(option.name, _show(config, option.name), meaning)
+    options = [option for option in walk_options(config_class) if option.name not in choices]
+    for option in options:
+        if advanced or not option.advanced:
+            lines += _entry(option.name, _show(config, option.name), _meaning(option))
     lines += _entry("debug", "false", _DEBUG_HELP)
+    hidden = sum(option.advanced for option in options)
+    if hidden and not advanced:
+        lines += ["", f"{hidden} more options are seldom changed: --help all lists them too."]
     return "\n".join(lines)
+
+
+def _meaning(option: Option) -> str:
+    """What an option is, as a sentence, and what it may be."""
+    kind = optional_type(option.type)[0]
+    meaning = option.help[:1].upper() + option.help[1:]
+    meaning += "" if meaning.endswith(".") or not meaning else "."
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return f"{meaning} One of: {', '.join(member.name for member in kind)}."
+    if text := str(option.bounds):
+        each = "each " if get_origin(kind) in (list, tuple) else ""
+        return f"{meaning} ({each}{text})"
+    return meaning
 
 
 def _entry(name: str, default: str, help: str) -> list[str]:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from _cli import run
 
-from elastic3d.config.benchmark import BenchmarkConfig
-from elastic3d.config.image_benchmark import ImageBenchmarkConfig
+from elastic3d.benchmark.images.options import ImageBenchmarkConfig
+from elastic3d.benchmark.options import BenchmarkConfig
+from elastic3d.utils.paths import check_distinct
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -29,6 +30,8 @@ def main(config: BenchmarkConfig) -> int:
     from elastic3d.benchmark.report import text_table
     from elastic3d.benchmark.run import benchmark
 
+    inputs = {name: getattr(config, name) for name in ("images", "gt", "model", "dense", "calibration")}
+    check_distinct({**inputs, "variants": config.variants.values()}, {"output": config.output})
     results = benchmark(config, REPOSITORY, shlex.join(["python", *sys.argv]))
     print(text_table(results))
     print(f"written to {config.output}")
@@ -41,6 +44,8 @@ def main_images(config: ImageBenchmarkConfig) -> int:
     from elastic3d.benchmark.images.run import benchmark_images
     from elastic3d.benchmark.report import text_table
 
+    inputs = {name: getattr(config, name) for name in ("weights", "routers", "prompts", "prepared", "splits")}
+    check_distinct({**inputs, "variants": config.variants.values()}, {"output": config.output})
     results = benchmark_images(config, REPOSITORY, shlex.join(["python", *sys.argv]))
     print(text_table(results, COLUMNS))
     for name, reason in results["about"]["left_out"].items():

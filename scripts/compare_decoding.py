@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from _cli import run
 
-from elastic3d.config.decoding import DecodingConfig
+from elastic3d.benchmark.stages_options import DecodingConfig
 
 
 def main(config: DecodingConfig) -> int:

@@ -16,13 +16,17 @@ from typing import Any
 from _cli import run
 from tqdm import tqdm
 
-from elastic3d.config.evaluate import EvaluateConfig
 from elastic3d.evaluation.folders import evaluate_folders
 from elastic3d.evaluation.html import load_frontier, write_html
+from elastic3d.evaluation.options import EvaluateConfig
 from elastic3d.evaluation.report import text_report, write_csv, write_json
+from elastic3d.utils.paths import check_distinct
 
 
 def main(config: EvaluateConfig) -> int:
+    outputs = [config.output, *(config.output.with_suffix(end) for end in (".csv", ".rows.jsonl"))]
+    inputs = ("gate", "benchmark", "pred", "gt", "floor", "baseline")
+    check_distinct({name: getattr(config, name) for name in inputs}, {"output": outputs, "html": config.html})
     frontier = load_frontier(config.benchmark) if config.benchmark else []
     command = shlex.join(["python", *sys.argv])
     with tqdm(desc="score", unit="pair") as bar:
@@ -45,8 +49,8 @@ def image_features() -> Any:
     """EfficientNet features (V, 1280) of views (V, H, W, 3), for the Frechet and kernel distances."""
     import torch
 
-    from elastic3d.config.images import ImageEncoderConfig
     from elastic3d.models.image_encoder import build_image_encoder
+    from elastic3d.models.options import ImageEncoderConfig
 
     encoder = build_image_encoder(ImageEncoderConfig())
 

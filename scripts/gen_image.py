@@ -15,8 +15,9 @@ from pathlib import Path
 
 from _cli import check_writable, run
 
-from elastic3d.config.text_to_image import DEFAULT_IMAGE_MODEL, GenerateImageConfig, parse_size
 from elastic3d.errors import UserError
+from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, GenerateImageConfig, parse_size
+from elastic3d.utils.paths import check_distinct
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -31,6 +32,11 @@ def main(config: GenerateImageConfig) -> int:
 
     start, output = time.perf_counter(), Path(config.output)
     check_writable(output.parent)
+    targets = (
+        [output] if config.num_samples == 1 else [_numbered(output, n) for n in range(config.num_samples)]
+    )
+    inputs = {name: getattr(config, name) for name in ("weights", "routers", "lora")}
+    check_distinct(inputs, {"output": targets, "trace": config.trace})
     pipeline = TextToImagePipeline.from_pretrained(
         config.backbone,
         config.weights or REPOSITORY / DEFAULT_IMAGE_MODEL,
@@ -61,7 +67,7 @@ def main(config: GenerateImageConfig) -> int:
             on_step=lambda done, steps: bar.set_postfix_str(f"step {done}/{steps}"),
         )
         for n, result in zip(numbers, results, strict=True):
-            target = output if config.num_samples == 1 else output.with_stem(f"{output.stem}_{n}")
+            target = targets[n]
             save_picture(result.image, target, result.receipt)
             bar.update()
             seconds = time.perf_counter() - start
@@ -72,6 +78,10 @@ def main(config: GenerateImageConfig) -> int:
     if config.trace:
         draw_routes(panels, Path(config.trace))
     return 0
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_stem(f"{path.stem}_{number}")
 
 
 if __name__ == "__main__":

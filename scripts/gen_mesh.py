@@ -18,9 +18,8 @@ from pathlib import Path
 
 from _cli import check_writable, run
 
-from elastic3d.config.generate import DEFAULT_MODEL, GenerateConfig
-from elastic3d.config.text_to_image import DEFAULT_IMAGE_MODEL
 from elastic3d.errors import UserError
+from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, DEFAULT_MODEL, GenerateConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STAGES = {"condition": "image", "dit": "step", "decode": "decoding", "cleanup": "mesh"}

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from _cli import run
 
-from elastic3d.config.held_out import HeldOutConfig
+from elastic3d.training.held_out import HeldOutConfig
+from elastic3d.utils.paths import check_distinct
 
 
 def main(config: HeldOutConfig) -> int:
     """Write the folders of meshes."""
     from elastic3d.training.held_out import build_held_out
 
+    inputs = {"model": config.model, "split": config.split, "train": config.train}
+    check_distinct({**inputs, "data.output": config.data.output}, {"output": config.output})
     ids = build_held_out(config)
     print(f"{len(ids)} held-out shapes in {config.output}; score a folder with scripts/evaluate.py")
     return 0

@@ -11,12 +11,14 @@ from __future__ import annotations
 from _cli import run
 
 from elastic3d.config.hunyuan3d import ImportConfig
+from elastic3d.utils.paths import check_distinct
 
 
 def main(config: ImportConfig) -> None:
     """Read, check, write."""
     from elastic3d.pipelines.hunyuan3d import import_checkpoint
 
+    check_distinct({"weights": config.weights, "dinov2": config.dinov2}, {"output": config.output})
     print(import_checkpoint(config))
 
 

@@ -10,18 +10,25 @@ from pathlib import Path
 from _cli import run
 from tqdm import tqdm
 
-from elastic3d.config.prepare import SplitsConfig
 from elastic3d.errors import UserError
 from elastic3d.preparation.duplicates import near_duplicate_groups, shape_points
 from elastic3d.preparation.infinigen_source import assets
+from elastic3d.preparation.options import SplitsConfig
 from elastic3d.preparation.prepare import cache_folder
-from elastic3d.preparation.splits import Split, infinigen_split, split_groups, write_splits
+from elastic3d.preparation.primitives.catalogue import PER_ROUND, shapes
+from elastic3d.preparation.splits import Split, infinigen_split, primitives_split, split_groups, write_splits
 from elastic3d.preparation.sweethome3d import SweetHome3DSource, find_package
+from elastic3d.utils.paths import check_distinct
 
 
 def main(config: SplitsConfig) -> int:
     """Split Infinigen by seed and SweetHome3D by group of near duplicates."""
+    check_distinct({"path": config.path}, {"output": config.output})
     splits = {f"infinigen/{asset.name}": infinigen_split(asset.seed) for asset in assets([], config.seeds)}
+    splits |= {
+        f"primitives/{shape.name}": primitives_split(shape.seed, PER_ROUND.get(shape.category, 1))
+        for shape in shapes([], config.primitives)
+    }
     splits |= split_groups(sweethome3d_groups(config), config.test, config.val, config.seed)
     write_splits(Path(config.output), splits)
     for split in Split:

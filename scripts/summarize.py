@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from _cli import check_writable, run
 
-from elastic3d.config.summarize import SummarizeConfig
+from elastic3d.evaluation.options import SummarizeConfig
+from elastic3d.utils.paths import check_distinct
 
 
 def main(config: SummarizeConfig) -> int:
@@ -18,12 +19,16 @@ def main(config: SummarizeConfig) -> int:
     from elastic3d.evaluation.report import write_csv
     from elastic3d.evaluation.summary import find_reports, summarize
     from elastic3d.evaluation.summary_table import csv_rows, markdown
-    from elastic3d.geometry.mesh_io import atomic_path
+    from elastic3d.utils.files import atomic_path
 
     if config.output:
         check_writable(config.output)
     sets = {folder.resolve().name: find_reports(folder) for folder in config.folders}
     sets = sets or {"reports": config.reports}
+    if config.output:
+        outputs = [config.output / name for name in ("summary.md", "summary.csv")]
+        methods = [files for found in sets.values() for files in found.values()]
+        check_distinct({"reports": [path for files in methods for path in files]}, {"output": outputs})
     summaries = [summarize(title, files, config.baseline, config.bootstrap) for title, files in sets.items()]
     text = markdown(summaries)
     if config.output:

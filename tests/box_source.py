@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import trimesh
 
-from elastic3d.config.prepare import ShapeConfig
 from elastic3d.errors import UserError
+from elastic3d.preparation.options import ShapeConfig
 from elastic3d.preparation.shards import Recipe, Shard, plan_shards
 from elastic3d.preparation.sources import AlwaysReady, Item
 from elastic3d.preparation.views import RawShape

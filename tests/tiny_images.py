@@ -90,8 +90,7 @@ def save_tiny_qwen(folder: Path) -> Path:
 
 def save_tiny_small(folder: Path) -> Path:
     """The small model of this repository, smaller: a background that is plain and an object that is random."""
-    from elastic3d.config.image_stage import PixelModelConfig
-    from elastic3d.pipelines.pixel_flux import build_transformer, save_pixel_flux
+    from elastic3d.pipelines.pixel_flux import PixelModelConfig, build_transformer, save_pixel_flux
 
     config = PixelModelConfig(
         size=16,

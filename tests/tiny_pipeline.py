@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from elastic3d.config.generate import PipelineConfig
-from elastic3d.config.images import ImageEncoderConfig
-from elastic3d.config.models import DiTConfig, VAEConfig
+from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.geometry.grid import node_points
 from elastic3d.models.image_encoder import build_image_encoder
+from elastic3d.models.options import DiTConfig, ImageEncoderConfig, VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline

@@ -10,19 +10,12 @@ from pathlib import Path
 from torch import nn
 
 from elastic3d.config.routing import RouterConfig
-from elastic3d.config.serialize import to_dict
 from elastic3d.errors import UserError
-from elastic3d.models.weights import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    all_finite,
-    find_weights,
-    load_config,
-    read_weights,
-    save_json,
-    save_weights,
-)
+from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME, all_finite, find_weights, load_config
 from elastic3d.routing.attach import load_router_state, router_state, session_of
+from elastic3d.utils.options import to_dict
+from elastic3d.utils.structured import save_json
+from elastic3d.utils.tensors import read_weights, save_weights
 
 
 def save_routers(model: nn.Module, folder: str | Path) -> None:

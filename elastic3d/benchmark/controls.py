@@ -13,7 +13,6 @@ from tqdm import tqdm
 from elastic3d.benchmark.methods import MAIN, Routes, Run
 from elastic3d.benchmark.place import Job, Place
 from elastic3d.config.routing import Branches, RouterConfig
-from elastic3d.models.weights import load_json, save_json
 from elastic3d.routing.controls import (
     as_one,
     executed_share,
@@ -27,6 +26,7 @@ from elastic3d.routing.protocol import BlockFlops
 from elastic3d.routing.router import looks_ahead
 from elastic3d.routing.tables import TableRoutes
 from elastic3d.routing.trace import parse_actions
+from elastic3d.utils.structured import load_json, save_json
 
 
 class Controls:
@@ -112,7 +112,7 @@ class Controls:
         path = self.folder / f"{donor.name}-{self._calibration_key():08x}.json"
         if not path.is_file():
             save_json(self._record(donor), path)
-        stored = load_json(path)
+        stored = load_json(path, {"flops": [[int]], "samples": [[[str]]]})
         blocks = [BlockFlops(fixed, mlp) for fixed, mlp in stored["flops"]]
         actions = torch.stack([parse_actions(sample, len(blocks)) for sample in stored["samples"]], dim=2)
         return {"actions": actions, "blocks": blocks, "share": executed_share(actions, blocks, self.ratios)}
@@ -143,7 +143,9 @@ class Controls:
     def _static_path(self, run: Run, share: float) -> list[tuple[float, list[int]]]:
         """The greedy path of fixed routes, down to `share` at least; one for every budget."""
         file = self.folder / f"static-{self._calibration_key():08x}.json"
-        path: list[tuple[float, list[int]]] = load_json(file)["path"] if file.is_file() else []
+        path: list[tuple[float, list[int]]] = (
+            load_json(file, {"path": [list]})["path"] if file.is_file() else []
+        )
         if not path or path[-1][0] > share:
             lowest = min(share, 0.9 * min(self.planner.control_budgets))
             blocks = self._calibrated(run)["blocks"]

@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.config.decoding import DecodingConfig
-from elastic3d.config.geometry import CleanupConfig, DecodeConfig
+from elastic3d.benchmark.stages_options import DecodingConfig
 from elastic3d.geometry.cleanup import drop_floaters
 from elastic3d.geometry.decode import decode_field
-from elastic3d.geometry.mesh_io import atomic_path
+from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.geometry.surface import extract_surface
 from elastic3d.models.pictures import PICTURE_SUFFIXES
-from elastic3d.models.weights import load_json, save_json
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.utils.files import atomic_path
+from elastic3d.utils.structured import load_json, save_json
 
 SURFACE_POINTS = 8192
 

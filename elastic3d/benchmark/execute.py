@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from elastic3d.benchmark.methods import MAIN, NO_CACHE, Planner, Routes, Run
+from elastic3d.benchmark.options import BenchmarkConfig
 from elastic3d.benchmark.store import Job
-from elastic3d.config.benchmark import BenchmarkConfig
-from elastic3d.config.geometry import CleanupConfig, DecodeConfig
-from elastic3d.config.images import ForegroundConfig
 from elastic3d.config.routing import ElasticConfig
 from elastic3d.diffusion.flow import interpolate
 from elastic3d.diffusion.sampler import initial_noise
+from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.models.foreground import prepare_picture, to_tensor
+from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result, Settings
 from elastic3d.routing.passes import BOTH_BRANCHES, Branch, RouteSource
 from elastic3d.routing.session import RoutingSession

@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from elastic3d.config.benchmark import BenchmarkOptions, Method
-from elastic3d.config.generate import Solver
+from elastic3d.benchmark.options import BenchmarkOptions, Method
 from elastic3d.config.routing import BlockCacheConfig, CacheRule, ElasticConfig
-from elastic3d.config.serialize import to_dict
+from elastic3d.diffusion.options import Solver
 from elastic3d.errors import UserError
 from elastic3d.routing.session import RoutingSession
 from elastic3d.routing.updates import coarseness
+from elastic3d.utils.options import to_dict
 
 MAIN, DENSE, EULER = "model", "dense", "euler"
 

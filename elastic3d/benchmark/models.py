@@ -7,12 +7,15 @@ from pathlib import Path
 
 from elastic3d.adapters import attach
 from elastic3d.benchmark.methods import DENSE, EULER, MAIN
-from elastic3d.config.benchmark import BenchmarkConfig
-from elastic3d.config.generate import DEFAULT_MODEL, SamplingGrid, Solver
+from elastic3d.benchmark.options import BenchmarkConfig
+from elastic3d.diffusion.options import SamplingGrid, Solver
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
-from elastic3d.models.weights import CONFIG_NAME, file_sha256, find_weights, load_json
+from elastic3d.models.weights import CONFIG_NAME, find_weights
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
+from elastic3d.pipelines.options import DEFAULT_MODEL
+from elastic3d.utils.files import file_sha256
+from elastic3d.utils.structured import load_json
 
 Models = dict[str, ImageTo3DPipeline]
 

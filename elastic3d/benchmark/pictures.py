@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from elastic3d.evaluation.frontier import pareto_front
 from elastic3d.evaluation.items import Row
-from elastic3d.geometry.mesh_io import atomic_path
+from elastic3d.utils.files import atomic_path
 
 Colour = tuple[int, int, int]
 INK, GRID, PAPER = (30, 30, 30), (225, 225, 225), (255, 255, 255)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from elastic3d.benchmark.methods import Planner, Run
-from elastic3d.config.benchmark import BenchmarkOptions
+from elastic3d.benchmark.options import BenchmarkOptions
 from elastic3d.routing.passes import RouteSource
 
 if TYPE_CHECKING:

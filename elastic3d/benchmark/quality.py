@@ -17,12 +17,12 @@ from elastic3d.benchmark import execute
 from elastic3d.benchmark.controls import Controls
 from elastic3d.benchmark.execute import make
 from elastic3d.benchmark.methods import MAIN, Planner, Run
+from elastic3d.benchmark.options import BenchmarkConfig
 from elastic3d.benchmark.store import Job, Store, find_pictures, spread
-from elastic3d.config.benchmark import BenchmarkConfig
-from elastic3d.config.evaluate import Align, UpAxis
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Item, Row, find_meshes
+from elastic3d.evaluation.options import Align, UpAxis
 from elastic3d.evaluation.runner import score_all
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
 from elastic3d.routing.passes import RouteSource

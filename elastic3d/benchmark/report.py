@@ -11,6 +11,7 @@ from PIL import Image
 
 from elastic3d.benchmark.machine import machine
 from elastic3d.benchmark.methods import Case
+from elastic3d.benchmark.options import BenchmarkOptions, Method
 from elastic3d.benchmark.pictures import heat_map, pareto_plot, save, titled_sheet
 from elastic3d.benchmark.quality import Scores, Workplace
 from elastic3d.benchmark.rows import build_rows, compare_rivals, route_shares
@@ -18,13 +19,13 @@ from elastic3d.benchmark.store import Job, spread
 from elastic3d.benchmark.summary import beaten, summarise_rows
 from elastic3d.benchmark.table import page
 from elastic3d.benchmark.timing import Round
-from elastic3d.config.benchmark import BenchmarkOptions, Method
-from elastic3d.config.serialize import to_dict
 from elastic3d.evaluation.items import Row
 from elastic3d.evaluation.report import write_csv
-from elastic3d.geometry.mesh_io import atomic_path, load_mesh
-from elastic3d.models.weights import save_json
+from elastic3d.geometry.mesh_io import load_mesh
 from elastic3d.training.samples import mesh_picture, on_white
+from elastic3d.utils.files import atomic_path
+from elastic3d.utils.options import to_dict
+from elastic3d.utils.structured import save_json
 
 PICTURE_SIZE = 160
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from elastic3d.benchmark.methods import FAMILY, Case, Run
+from elastic3d.benchmark.options import Method
 from elastic3d.benchmark.place import Place
 from elastic3d.benchmark.quality import FLOOR, REFERENCE, SAME_STEPS, TRUTH, Scores, Workplace
 from elastic3d.benchmark.timing import DIT, END_TO_END, Round, summarise
-from elastic3d.config.benchmark import Method
 from elastic3d.evaluation.fidelity import Rival, compare_metric
 from elastic3d.evaluation.items import Row
 from elastic3d.evaluation.statistics import bootstrap_mean

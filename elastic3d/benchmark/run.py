@@ -9,14 +9,14 @@ import torch
 
 from elastic3d.benchmark.methods import needed_runs, plan
 from elastic3d.benchmark.models import load_models
+from elastic3d.benchmark.options import BenchmarkConfig, Phase
 from elastic3d.benchmark.quality import Workplace, make_meshes, pair_truth, score_runs
 from elastic3d.benchmark.report import write_report
 from elastic3d.benchmark.store import Store, find_pictures, spread
 from elastic3d.benchmark.timing import load_rounds, measure, timing_key
-from elastic3d.config.benchmark import BenchmarkConfig, Phase
-from elastic3d.config.images import ForegroundConfig
 from elastic3d.errors import UserError
 from elastic3d.models.foreground import prepare_picture
+from elastic3d.models.options import ForegroundConfig
 
 
 def benchmark(config: BenchmarkConfig, repository: Path, command: str = "") -> dict[str, Any]:

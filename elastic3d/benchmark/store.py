@@ -12,8 +12,9 @@ from elastic3d.benchmark.methods import Run
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import save_mesh
 from elastic3d.models.pictures import PICTURE_SUFFIXES
-from elastic3d.models.weights import file_sha256, load_json, save_json
 from elastic3d.pipelines.image_to_3d import Result
+from elastic3d.utils.files import file_sha256, visible_files
+from elastic3d.utils.structured import Maybe, load_json, save_json
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def find_pictures(folder: Path, limit: int = 0) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder, expected one of pictures ({', '.join(PICTURE_SUFFIXES)})")
-    found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURE_SUFFIXES]
+    files = visible_files(folder, recursive=False)
+    found = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
     if not found:
         raise UserError(f"{folder} holds no picture ({', '.join(PICTURE_SUFFIXES)})")
     stems = [path.stem for path in found]
@@ -56,6 +58,9 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
     """`count` of the items, at even distances (0, or more than there are: all)."""
     count = min(count or len(items), len(items))
     return [items[i * len(items) // count] for i in range(count)]
+
+
+_RECORD = {"status": str, "error": Maybe(str), "image_sha256": str, "receipt": dict}
 
 
 class Store:
@@ -73,7 +78,7 @@ class Store:
         path = self.mesh(run, job)
         if not path.with_suffix(".json").is_file():
             return None
-        record = load_json(path.with_suffix(".json"))
+        record: dict[str, Any] = load_json(path.with_suffix(".json"), _RECORD)
         is_whole = record["status"] == "failed" or path.is_file()
         return record if is_whole and record["image_sha256"] == _sha256(job.image) else None
 

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from elastic3d.benchmark.machine import machine
 from elastic3d.benchmark.methods import Run
 from elastic3d.benchmark.place import Job, Place
-from elastic3d.models.weights import load_json, save_json
 from elastic3d.routing.cost import trace_dense_flops, trace_flops, trace_router_flops
+from elastic3d.utils.structured import load_json, save_json
 
 DIT, END_TO_END = "dit", "end_to_end"
 Round = dict[str, Any]  # what, batch, round, and by run: milliseconds a mesh, FLOPs
@@ -50,7 +50,7 @@ def load_rounds(path: Path, key: str) -> list[Round]:
     """The rounds kept in a file, if they are of these runs on this machine."""
     if not path.is_file():
         return []
-    stored = load_json(path)
+    stored = load_json(path, {"key": str, "rounds": [{"what": str, "batch": int, "round": int}]})
     return stored["rounds"] if stored["key"] == key else []
 
 

@@ -7,19 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from elastic3d.config.base import check_choice, option
-from elastic3d.config.generate import PipelineConfig, SamplingGrid
-from elastic3d.config.images import EncoderKind, ImageEncoderConfig
-from elastic3d.config.models import DiTConfig, SkipDiTConfig, VAEConfig
-from elastic3d.config.serialize import from_dict
+from elastic3d.diffusion.options import PipelineConfig, SamplingGrid
 from elastic3d.errors import UserError
+from elastic3d.models.options import DiTConfig, EncoderKind, ImageEncoderConfig, SkipDiTConfig, VAEConfig
+from elastic3d.utils.options import Options, from_dict, option
 
 VIEW_NAMES = ("front", "left", "back", "right")
 INSIDE = "(inside the checkpoint)"  # the path of an encoder whose weights are in the same file
 
 
 @dataclass(kw_only=True)
-class Hunyuan3DConfig:
+class Hunyuan3DConfig(Options):
     """One checkpoint: its parts, and how it is sampled."""
 
     dit: DiTConfig | SkipDiTConfig = option(DiTConfig, "the diffusion transformer")
@@ -48,18 +46,20 @@ PRESETS = {
 
 
 @dataclass(kw_only=True)
-class ImportConfig:
+class ImportConfig(Options):
     """Options of `scripts/import_hunyuan3d.py`."""
 
-    model: str = option("hunyuan3d2", "which published model: its name as for gen_mesh.py")
+    model: str = option(
+        "hunyuan3d2", "which published model: its name as for gen_mesh.py", choices=tuple(PRESETS)
+    )
     weights: str = option("", "folder with its weights; empty: looked for as gen_mesh.py does")
     subfolder: str = option("", "folder of the checkpoint in weights; empty: the published one")
     vae_subfolder: str = option("", "take the VAE from this folder in weights: one with an encoder")
     dinov2: str = option("", "folder of a DINOv2, for a checkpoint without its image encoder")
     output: str = option("", "folder to write")
 
-    def __post_init__(self) -> None:
-        check_choice("model", self.model, tuple(PRESETS))
+    def check(self) -> None:
+        """There is an output."""
         if not self.output:
             raise ValueError("output= is missing, for example output=models/hunyuan3d2")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from elastic3d.config.base import check_range, option
+from elastic3d.utils.options import Options, check_range, option
 
 MIN_BUDGET = 0.3
 
@@ -45,7 +45,7 @@ class CacheRule(Enum):
 
 
 @dataclass(kw_only=True)
-class RouterConfig:
+class RouterConfig(Options):
     """Architecture and initialisation of the routers. Saved with their weights."""
 
     variant: RouterVariant = option(RouterVariant.light, "the light router, or the paper's own")
@@ -53,70 +53,119 @@ class RouterConfig:
     branches: Branches = option(
         Branches.apart, "lookahead step: each guidance branch for itself, or both as the conditional one"
     )
-    hidden: int = option(32, "hidden channels of a router (H_r); the paper's code has 128")
-    conditioning: int = option(
-        32, "channels of the shared embedding of timestep, step size, budget and branch"
+    hidden: int = option(
+        32, "hidden channels of a router (H_r); the paper's code has 128", ge=1, le=4096, advanced=True
     )
-    widths: int = option(4, "nested widths of an MLP: 1/widths, 2/widths, .. 1")
-    threshold: float = option(0.5, "a block is kept where its gate is above this (tau)")
-    initial_keep: float = option(0.7, "gate of every block before training")
-    initial_width_bias: float = option(2.0, "logit of the full width before training; the others have 0")
-    head_std: float = option(1e-3, "standard deviation of the heads' initial weights")
+    conditioning: int = option(
+        32,
+        "channels of the shared embedding of timestep, step size, budget and branch",
+        ge=1,
+        le=4096,
+        advanced=True,
+    )
+    widths: int = option(4, "nested widths of an MLP: 1/widths, 2/widths, .. 1", ge=1, le=16)
+    threshold: float = option(
+        0.5, "a block is kept where its gate is above this (tau)", ge=0.01, le=0.99, advanced=True
+    )
+    initial_keep: float = option(0.7, "gate of every block before training", ge=0.01, le=0.99, advanced=True)
+    initial_width_bias: float = option(
+        2.0, "logit of the full width before training; the others have 0", ge=0, le=20, advanced=True
+    )
+    head_std: float = option(
+        1e-3, "standard deviation of the heads' initial weights", ge=0, le=100, advanced=True
+    )
     longest: int = option(
         0,
         "age in steps up to which a closed block adds its earlier residual, which the router is told; 0: never",
+        ge=0,
+        le=1000,
     )
     trend: float = option(
-        1.0, "of that residual: share of its change between the last two computed that goes on, a step later"
+        1.0,
+        "of that residual: share of its change between the last two computed that goes on, a step later",
+        ge=0,
+        le=1,
+        advanced=True,
     )
     updates: int = option(
-        0, "rank of the low-rank updates of the blocks, for generations with few calls; 0: none"
+        0,
+        "rank of the low-rank updates of the blocks, for generations with few calls; 0: none",
+        ge=0,
+        le=4096,
+        internal=True,
     )
-    updates_calls: float = option(8.0, "they are used where steps times budget is at most this")
-    updates_steps: int | None = option(None, "and in at most so many sampling steps; null: in any number")
+    updates_calls: float = option(
+        8.0, "they are used where steps times budget is at most this", ge=0.1, le=1000, internal=True
+    )
+    updates_steps: int | None = option(
+        None, "and in at most so many sampling steps; null: in any number", ge=1, le=1000, internal=True
+    )
     updates_guidance: float | None = option(
-        None, "guidance scale that the updates have learned, for which they run one branch; null: none"
+        None,
+        "guidance scale that the updates have learned, for which they run one branch; null: none",
+        ge=0,
+        le=1000,
+        internal=True,
     )
     guided_times: list[float] = option(
-        [], "with it: first and last time between which both branches run all the same; empty: nowhere"
+        [],
+        "with it: first and last time between which both branches run all the same; empty: nowhere",
+        ge=0,
+        le=1,
+        ascending=True,
+        internal=True,
     )
-    forecast_times: list[float] = option([], "calibration of that: times in [0,1], ascending; empty: none")
-    trends: list[float] = option([], "calibration: shares at these times, in the place of trend")
-    asked: list[float] = option([], "calibration: budgets that are asked for, ascending; empty: none")
-    told: list[float] = option([], "calibration: what the routers are told instead, measured after training")
-    times: list[float] = option([], "calibration: times in [0,1], ascending; empty: none")
+    forecast_times: list[float] = option(
+        [],
+        "calibration of that: times in [0,1], ascending; empty: none",
+        ge=0,
+        le=1,
+        ascending=True,
+        internal=True,
+    )
+    trends: list[float] = option(
+        [], "calibration: shares at these times, in the place of trend", ge=-10, le=10, internal=True
+    )
+    asked: list[float] = option(
+        [],
+        "calibration: budgets that are asked for, ascending; empty: none",
+        ge=0,
+        le=1,
+        ascending=True,
+        internal=True,
+    )
+    told: list[float] = option(
+        [],
+        "calibration: what the routers are told instead, measured after training",
+        ge=0,
+        le=1,
+        internal=True,
+    )
+    times: list[float] = option(
+        [], "calibration: times in [0,1], ascending; empty: none", ge=0, le=1, ascending=True, internal=True
+    )
     urgency: list[float] = option(
-        [], "calibration: what is added to gates at these times, as a gap there grows until the end"
+        [],
+        "calibration: what is added to gates at these times, as a gap there grows until the end",
+        ge=-1e3,
+        le=1e3,
+        internal=True,
     )
 
-    def __post_init__(self) -> None:
-        check_range("hidden", self.hidden, 1, 4096)
-        check_range("conditioning", self.conditioning, 1, 4096)
-        check_range("widths", self.widths, 1, 16)
-        check_range("threshold", self.threshold, 0.01, 0.99)
-        check_range("initial_keep", self.initial_keep, 0.01, 0.99)
-        check_range("initial_width_bias", self.initial_width_bias, 0, 20)
-        check_range("head_std", self.head_std, 0, 100)
-        check_range("longest", self.longest, 0, 1000)
+    def check(self) -> None:
+        """Lists that belong together; what each variant can do."""
         if self.branches is Branches.together and self.lookahead is not Lookahead.step:
             raise ValueError(
                 "branches is together, expected apart: only with lookahead=step does one branch decide for both"
             )
-        check_range("trend", self.trend, 0, 1)
-        check_range("updates", self.updates, 0, 4096)
-        check_range("updates_calls", self.updates_calls, 0.1, 1000)
-        if self.updates_steps is not None:
-            check_range("updates_steps", self.updates_steps, 1, 1000)
-        if self.updates_guidance is not None:
-            check_range("updates_guidance", self.updates_guidance, 0, 1000)
-        if len(self.guided_times) not in (0, 2) or sorted(self.guided_times) != self.guided_times:
+        if len(self.guided_times) not in (0, 2):
             raise ValueError(f"guided_times is {self.guided_times}, expected none or two, ascending")
         for names, at, found in (
             ("asked and told", self.asked, self.told),
             ("times and urgency", self.times, self.urgency),
             ("forecast_times and trends", self.forecast_times, self.trends),
         ):
-            if len(at) != len(found) or sorted(at) != at:
+            if len(at) != len(found):
                 raise ValueError(f"{names} are no ascending list and one of the same length")
         if self.variant is RouterVariant.paper and self.lookahead is not Lookahead.block:
             raise ValueError(
@@ -169,33 +218,44 @@ class RouterConfig:
 
 
 @dataclass(kw_only=True)
-class BlockCacheConfig:
+class BlockCacheConfig(Options):
     """Reuse of block residuals between sampling steps. Training-free."""
 
     rule: CacheRule = option(CacheRule.off, "which open blocks reuse an earlier residual")
-    band: float = option(0.1, "rule band: reuse where the gate is at most this far above its threshold")
-    drift: float = option(0.1, "rule drift: reuse where a block's input changed relatively by less than this")
+    band: float = option(
+        0.1, "rule band: reuse where the gate is at most this far above its threshold", ge=0, le=1
+    )
+    drift: float = option(
+        0.1, "rule drift: reuse where a block's input changed relatively by less than this", ge=0, le=100
+    )
     closed_reuse: bool = option(
         False, "a closed block adds its earlier residual, where it has one, instead of nothing"
     )
-    start: float = option(0.0, "share of the sampling steps before the first reuse")
-    longest: int = option(5, "steps that a residual lives")
+    start: float = option(0.0, "share of the sampling steps before the first reuse", ge=0, le=1)
+    longest: int = option(5, "steps that a residual lives", ge=1, le=1000)
     trend: float = option(
-        0.0, "share of its change between the last two computed that goes on, a step later: 0 none, 1 a line"
+        0.0,
+        "share of its change between the last two computed that goes on, a step later: 0 none, 1 a line",
+        ge=0,
+        le=1,
     )
-    times: list[float] = option([], "times in [0,1], ascending; empty: trend holds at all of them")
-    trends: list[float] = option([], "trend at these times, linear between")
-    probe_stride: int = option(8, "rule drift: the input's change is measured on every so-manieth token")
+    times: list[float] = option(
+        [],
+        "times in [0,1], ascending; empty: trend holds at all of them",
+        ge=0,
+        le=1,
+        ascending=True,
+        internal=True,
+    )
+    trends: list[float] = option([], "trend at these times, linear between", ge=-10, le=10, internal=True)
+    probe_stride: int = option(
+        8, "rule drift: the input's change is measured on every N-th token", ge=1, le=1 << 20
+    )
 
-    def __post_init__(self) -> None:
-        check_range("cache.band", self.band, 0, 1)
-        check_range("cache.drift", self.drift, 0, 100)
-        check_range("cache.start", self.start, 0, 1)
-        check_range("cache.longest", self.longest, 1, 1000)
-        check_range("cache.trend", self.trend, 0, 1)
-        check_range("cache.probe_stride", self.probe_stride, 1, 1 << 20)
-        if len(self.times) != len(self.trends) or sorted(self.times) != self.times:
-            raise ValueError("cache.times and cache.trends are no ascending list and one of the same length")
+    def check(self) -> None:
+        """Each time has its trend."""
+        if len(self.times) != len(self.trends):
+            raise ValueError("times and trends are no ascending list and one of the same length")
 
     @property
     def active(self) -> bool:
@@ -209,11 +269,11 @@ class BlockCacheConfig:
 
 
 @dataclass(kw_only=True)
-class ElasticConfig:
+class ElasticConfig(Options):
     """How a model with routers runs. `elastic=false` is the dense model, bit for bit."""
 
     elastic: bool = option(True, "let the routers decide; false runs the dense model")
-    budget: float = option(1.0, "share of the dense blocks' FLOPs that may be executed")
+    budget: float = option(1.0, "share of the dense blocks' FLOPs that may be executed", ge=MIN_BUDGET, le=1)
     width: bool = option(True, "let the routers narrow the MLPs")
     shared: bool = option(
         False, "samples of a batch share their routes: faster in batches, but each then depends on the others"
@@ -222,9 +282,6 @@ class ElasticConfig:
     cache: BlockCacheConfig | None = option(
         None, "reuse of block residuals between steps; null: as the routers were trained"
     )
-
-    def __post_init__(self) -> None:
-        check_budget(self.budget)
 
 
 def check_budget(budget: float) -> None:

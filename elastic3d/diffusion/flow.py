@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from elastic3d.config.generate import PipelineConfig, SamplingGrid
+from elastic3d.diffusion.options import PipelineConfig, SamplingGrid
 
 
 def _per_sample(t: Tensor, x: Tensor) -> Tensor:

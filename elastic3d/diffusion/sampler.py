@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from elastic3d.config.generate import Solver
 from elastic3d.diffusion.flow import timestep_grid
+from elastic3d.diffusion.options import Solver
 from elastic3d.routing.passes import BOTH_BRANCHES, Branch, Hold
 from elastic3d.routing.session import RoutingSession
 

@@ -14,8 +14,8 @@ import trimesh
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from elastic3d.config.evaluate import Align, UpAxis
 from elastic3d.evaluation.metrics import TREE
+from elastic3d.evaluation.options import Align, UpAxis
 from elastic3d.geometry.normalize import placement_of
 from elastic3d.geometry.sampling import sample_surface
 

@@ -14,7 +14,7 @@ import trimesh
 from numpy.typing import NDArray
 from PIL import Image
 
-from elastic3d.config.evaluate import ProtocolConfig
+from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.evaluation.protocol import prepare
 from elastic3d.geometry.cleanup import simplify
 from elastic3d.geometry.render import Camera, Scene, Views, orbit_camera

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from elastic3d.config.evaluate import EvaluateConfig, ProtocolConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation import sets
 from elastic3d.evaluation.fidelity import Rival, compare
 from elastic3d.evaluation.gate import Gate, load_gate, violations
 from elastic3d.evaluation.items import Item, Row, find_items
+from elastic3d.evaluation.options import EvaluateConfig, ProtocolConfig
 from elastic3d.evaluation.report import build_report
 from elastic3d.evaluation.runner import score_all
 from elastic3d.evaluation.sets import Features

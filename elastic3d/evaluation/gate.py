@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from elastic3d.errors import UserError
+from elastic3d.utils.structured import load_yaml
 
 Gate = dict[str, dict[str, float]]
 
@@ -21,10 +21,10 @@ def load_gate(path: Path) -> Gate:
         UserError: the file can't be read, or does not map metrics to `min` and `max` numbers.
     """
     try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"can't read the gate {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict) or not data:
+        data = load_yaml(path)
+    except UserError as error:
+        raise UserError(f"can't read the gate {path} ({error})") from error
+    if not data:
         raise UserError(
             f"the gate {path} has no bounds, expected lines such as 'f_score@0.02: {{min: 0.95}}'"
         )
@@ -55,4 +55,4 @@ def violations(gate: Gate, means: Mapping[str, float]) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf

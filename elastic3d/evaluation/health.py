@@ -193,3 +193,26 @@ def count_floaters(mesh: trimesh.Trimesh) -> int:
     component = np.unique(of_vertex[mesh.faces[:, 0]], return_inverse=True)[1]
     areas = np.bincount(component, weights=mesh.area_faces)
     return int((areas < FLOATER * areas.sum()).sum())
+
+
+def thinnest_wall(
+    mesh: trimesh.Trimesh, samples: int = SAMPLES, seed: int = 0, share: float = 0.01
+) -> float | None:
+    """How thin the thinnest `share` of a closed mesh's walls is, in units of the mesh; None if no wall is met.
+
+    From uniform surface points a ray goes straight inwards to the opposite wall, which faces away from it within
+    60 degrees, so that corners are not walls; the result is that quantile of the distances. The minimum itself
+    would be the tip of the sharpest ridge. For a print: nothing but the thinnest hundredth is thinner than this.
+
+    Raises ValueError for a mesh without faces, of no extent or with vertices that are not finite.
+    """
+    mesh, placement = normalize_mesh(mesh, half_extent=1.0)
+    points, face, normals = sample_faces(mesh.triangles, samples, seed)
+    other, distance = Rays(mesh).hit(points - _STEP * normals, -normals)
+    corners = np.asarray(mesh.triangles)[other]
+    wall = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    opposite = np.einsum("pk,pk->p", normals, wall) < -0.5 * np.linalg.norm(wall, axis=1)
+    met = (other >= 0) & (other != face) & opposite
+    if not met.any():
+        return None
+    return float(np.quantile(distance[met] + _STEP, share)) / placement.scale

@@ -7,11 +7,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from elastic3d.config.evaluate import EvaluateConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation.exhibits import HEAT_MAX, Exhibit, make_exhibit
 from elastic3d.evaluation.items import Row, find_items
-from elastic3d.geometry.mesh_io import atomic_path, load_mesh
+from elastic3d.evaluation.options import EvaluateConfig
+from elastic3d.geometry.mesh_io import load_mesh
+from elastic3d.utils.files import atomic_path
+from elastic3d.utils.structured import load_json
 
 RANKED_BY = "chamfer_l1"
 
@@ -47,11 +49,9 @@ def rank(rows: list[Row], count: int) -> tuple[list[str], list[str]]:
 def load_frontier(path: Path) -> list[dict[str, Any]]:
     """The `rows` of a benchmark's results.json. UserError if the file has none."""
     try:
-        rows = json.loads(path.read_text())["rows"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"can't read benchmark rows from {path}: {type(error).__name__}: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} has no list of rows, expected the results.json of scripts/benchmark.py")
+        rows: list[dict[str, Any]] = load_json(path, {"rows": [dict]})["rows"]
+    except UserError as error:
+        raise UserError(f"{path} is no results.json of scripts/benchmark.py ({error})") from error
     return rows
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic3d.config.evaluate import ProtocolConfig
 from elastic3d.errors import UserError
+from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.evaluation.protocol import evaluate_pair, failed_scores
 from elastic3d.evaluation.uv import has_uv
 from elastic3d.geometry.mesh_io import READ_SUFFIXES, load_mesh
+from elastic3d.utils.files import printable, visible_files
 
 Row = dict[str, Any]
 
@@ -27,13 +29,17 @@ class Item:
 
 
 def find_meshes(folder: Path) -> dict[str, list[Path]]:
-    """Mesh files under `folder` by their path relative to it, suffix aside. UserError if it is no folder."""
+    """Mesh files under `folder` by their path relative to it, suffix aside. UserError if it is no folder.
+
+    Accents count the same however they are composed: file systems and archives change that.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder, expected a folder of meshes ({', '.join(READ_SUFFIXES)})")
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in READ_SUFFIXES and path.is_file() and not path.name.startswith("."):
-            found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
+    for path in visible_files(folder):
+        if path.suffix.lower() in READ_SUFFIXES:
+            name = printable(path.relative_to(folder).with_suffix("").as_posix())
+            found.setdefault(unicodedata.normalize("NFC", name), []).append(path)
     return found
 
 

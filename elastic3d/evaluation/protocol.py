@@ -21,12 +21,12 @@ import numpy as np
 import trimesh
 from numpy.typing import NDArray
 
-from elastic3d.config.evaluate import ProtocolConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation import metrics
 from elastic3d.evaluation.align import align, turn_up
 from elastic3d.evaluation.health import SurfaceHealth, surface_health
 from elastic3d.evaluation.lpips import load_lpips
+from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.evaluation.views import ViewScores, compare_views
 from elastic3d.geometry.cleanup import MeshHealth, mesh_health
 from elastic3d.geometry.mesh_io import merge_equal_vertices

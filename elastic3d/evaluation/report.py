@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from elastic3d import __version__
-from elastic3d.config.evaluate import ProtocolConfig
 from elastic3d.evaluation.fidelity import Rival, comparison_table
 from elastic3d.evaluation.items import Row
+from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.evaluation.statistics import Interval, bootstrap_mean
-from elastic3d.geometry.mesh_io import atomic_path
+from elastic3d.utils.files import atomic_path
 
 # What the numbers mean, said in every report.
 DEFINITIONS = {

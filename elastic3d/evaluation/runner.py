@@ -19,9 +19,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from elastic3d.config.evaluate import ProtocolConfig, Runner
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Item, Row, score_item
+from elastic3d.evaluation.options import ProtocolConfig, Runner
+from elastic3d.utils.files import atomic_path, read_text
+from elastic3d.utils.structured import parse_json
 
 Score = Callable[[Item, ProtocolConfig, int], Row]  # item, protocol, threads; must be a module's function
 
@@ -86,15 +88,20 @@ def read_journal(path: Path) -> dict[str, Row]:
     """
     if not path.exists():
         return {}
-    text = path.read_text()
-    whole, _, rest = text.rpartition("\n")
-    if rest:
-        path.write_text(whole + "\n" if whole else "")
+    if not path.stat().st_size:
+        return {}
     try:
-        entries = [json.loads(line) for line in whole.splitlines()]
-        return {entry["key"]: entry["row"] for entry in entries}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no journal of rows; remove it or choose another output") from error
+        whole, _, rest = read_text(path, "a journal").rpartition("\n")
+        if rest:
+            with atomic_path(path) as temporary:
+                temporary.write_text(whole + "\n" if whole else "")
+        shape = {"key": str, "row": {"name": str, "status": str}}
+        entries = [parse_json(line, shape, str(path)) for line in whole.splitlines()]
+    except UserError as error:
+        raise UserError(
+            f"{path} is no journal of rows ({error}): remove it or choose another output"
+        ) from error
+    return {entry["key"]: entry["row"] for entry in entries}
 
 
 def _stream(

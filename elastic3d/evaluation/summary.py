@@ -7,12 +7,12 @@ the baseline are paired by shape.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,11 @@ from elastic3d.errors import UserError
 from elastic3d.evaluation.fidelity import direction
 from elastic3d.evaluation.items import Row
 from elastic3d.evaluation.statistics import Interval, bootstrap_mean
+from elastic3d.utils.structured import load_json
 
 Report = dict[str, Any]
 
+_REPORT = {"protocol": dict, "items": [{"name": str}]}
 _SEED = re.compile(r"(?:(.+)-)?seed-(\d+)")
 _GENERATED = "generated"  # the method of reports that are named by their seed alone
 # Settings of the protocol that no number of the table depends on.
@@ -117,14 +119,16 @@ def find_reports(folder: Path) -> dict[str, list[Path]]:
 
 def load_report(path: Path) -> Report:
     """A report as `scripts/evaluate.py` wrote it. UserError if there is none."""
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"there is no report {path}")
     try:
-        report = json.loads(path.read_text())
-    except ValueError:  # no JSON, or no text
-        report = None
-    if not isinstance(report, dict) or not {"protocol", "items"} <= report.keys():
-        raise UserError(f"{path} is no report of scripts/evaluate.py")
+        report: Report = load_json(path, _REPORT)
+    except UserError as error:
+        raise UserError(f"{path} is no report of scripts/evaluate.py ({error})") from error
+    for row in report["items"]:
+        for name in (*(column.key for column in COLUMNS), "dominant_component_share"):
+            if not isinstance(row.get(name), (int, float, NoneType)):
+                raise UserError(f"{path}: {name} of {row['name']} is {row[name]!r}, expected a number")
     return report
 
 

@@ -23,10 +23,10 @@ import torch
 import trimesh
 from torch import Tensor
 
-from elastic3d.config.geometry import DecodeConfig
 from elastic3d.errors import NoSurfaceError
 from elastic3d.geometry.cells import corner_indices, crossed_cells, halved
 from elastic3d.geometry.grid import block_order, node_points
+from elastic3d.geometry.options import DecodeConfig
 from elastic3d.geometry.surface import extract_surface
 
 FieldFunction = Callable[[Tensor, Tensor], Tensor]

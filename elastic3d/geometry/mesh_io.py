@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import trimesh
+from numpy.typing import NDArray
 
 from elastic3d import __version__
 from elastic3d.errors import UserError
+from elastic3d.geometry.gltf import read_gltf
+from elastic3d.geometry.mesh_formats import read_polygons
+from elastic3d.geometry.mesh_parsing import FormatError
+from elastic3d.geometry.polygons import triangulate
+from elastic3d.utils.files import atomic_path
 
 READ_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 WRITE_SUFFIXES = (".glb", ".ply", ".obj", ".stl")
@@ -27,38 +30,66 @@ _GLB_JSON = 0x4E4F534A
 def load_mesh(path: str | os.PathLike[str]) -> trimesh.Trimesh:
     """The geometry of a mesh file as one triangle mesh: scene transforms applied, equal vertices merged.
 
-    Materials, textures and colours are not read, so a picture in the file can't exhaust the memory.
+    Polygons are divided into triangles without leaving them (`polygons.triangulate`). Materials, textures and
+    colours are not read, so an image in the file can't exhaust the memory.
 
     Raises:
-        UserError: the file is missing, empty, broken, of an unknown kind, has no face, or a vertex that is
-            not finite.
+        UserError: the file is missing, empty, broken, cut off, of an unknown kind, needs a feature that is not
+            supported, has no face, or a vertex that is not finite.
     """
     path = Path(path)
     _check_readable(path)
     check_suffix(path, READ_SUFFIXES)
     try:
-        mesh = trimesh.load_scene(path, skip_materials=True, process=False).to_mesh()
-        vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
-    except Exception as error:  # parsers of broken files raise anything
-        raise UserError(f"can't read {path} as a mesh: {type(error).__name__}: {error}") from error
+        vertices, faces = _read(path)
+    except FormatError as error:
+        raise UserError(f"can't read {path} as a mesh: {error}") from error
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror or error}") from error
+    except Exception as error:  # what the readers' own checks do not name
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"can't read {path} as a mesh: {reason}") from error
     if len(faces) == 0:
         raise UserError(f"{path} has no faces, expected a triangle mesh")
-    if faces.min() < 0 or faces.max() >= len(vertices):
-        raise UserError(f"{path} is broken: a face refers to a vertex that does not exist")
     bad = int((~np.isfinite(vertices)).any(axis=1).sum())
     if bad:
         raise UserError(f"{path} has {bad} of {len(vertices)} vertices that are not finite")
     return merge_equal_vertices(trimesh.Trimesh(vertices, faces, process=False))
 
 
+def _read(path: Path) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Vertices (V, 3) and faces (F, 3) of a file."""
+    data, suffix = path.read_bytes(), path.suffix.lower()
+    if suffix in (".glb", ".gltf"):
+        return read_gltf(path, data)
+    surface = read_polygons(data, suffix)
+    return surface.vertices, triangulate(*surface)
+
+
 def merge_equal_vertices(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     """A mesh whose vertices at the same float32 position are one, at any scale; faces keep their order.
 
-    Files split vertices where normals or texture coordinates differ, which looks like holes in the surface.
+    Files split vertices where normals or texture coordinates differ, which looks like holes in the surface. Of a
+    mesh far from the origin, as in map coordinates, the positions relative to its centre are compared: rounded
+    where they stand, different ones would become equal.
     """
-    position = np.ascontiguousarray(mesh.vertices, dtype=np.float32) + np.float32(0)  # -0 becomes 0
+    position = np.ascontiguousarray(mesh.vertices - far_centre(mesh), dtype=np.float32)
+    position += np.float32(0)  # -0 becomes 0
     unique, inverse = trimesh.grouping.unique_rows(position.view(np.int32))
     return trimesh.Trimesh(mesh.vertices[unique], inverse[mesh.faces], process=False)
+
+
+def far_centre(mesh: trimesh.Trimesh) -> NDArray[np.float64]:
+    """The centre (3,) of the bounding box if it is further from the origin than the longest side; otherwise zero.
+
+    What rounds positions to float32 has to take it off before, in double precision, and add it afterwards.
+    Nearer meshes lose nothing that matters, and keep their exact values.
+    """
+    bounds = mesh.bounds
+    if bounds is None or not np.isfinite(bounds).all():
+        return np.zeros(3)
+    centre = bounds.mean(axis=0)
+    return centre if np.abs(centre).max() > np.ptp(bounds, axis=0).max() else np.zeros(3)
 
 
 def save_mesh(
@@ -117,34 +148,6 @@ def read_extras(path: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(extras.get("elastic3d", {}))
 
 
-@contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` with the same suffix, renamed to `path` when the block ends well.
-
-    If the block raises or is interrupted, the temporary file goes and `path` stays as it was. Missing parent
-    folders are made.
-
-    Raises:
-        UserError: the place can't be written, or writing ended in an operating system error.
-    """
-    path = Path(path)
-    if os.path.isdir(path):  # noqa: PTH112 (unlike Path.is_dir it never raises, for example for a long name)
-        raise UserError(f"can't write {path}: it is a folder, expected a file name")
-    temporary = path.with_name(f".{path.stem[:100]}.{secrets.token_hex(4)}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):  # renamed, or never made
-            temporary.unlink()
-
-
 def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
     """Raise UserError unless the file name ends in one of `suffixes`, in any case."""
     if path.suffix.lower() not in suffixes:
@@ -157,6 +160,8 @@ def _check_readable(path: Path) -> None:
         raise UserError(f"there is no file {path}")
     if path.is_dir():
         raise UserError(f"{path} is a folder, expected a mesh file")
+    if not path.is_file():  # reading a pipe or a device may never end
+        raise UserError(f"{path} is no regular file, expected a mesh file")
     try:
         with path.open("rb") as file:
             empty = not file.read(1)

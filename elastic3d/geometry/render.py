@@ -7,6 +7,7 @@ Rays: Embree through `embreex`. Everything is deterministic.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,14 +143,17 @@ class Scene:
         self,
         camera: Camera,
         size: int,
-        light: Light | None = None,
+        light: Light | Sequence[Light] | None = None,
         antialias: bool = True,
         shaded: bool = True,
     ) -> Views:
-        """Cast one ray a pixel, and 9 more where colour changes abruptly (when `antialias` and `shaded`)."""
+        """Cast one ray a pixel, and 9 more where colour changes abruptly (when `antialias` and `shaded`).
+
+        What several lights add is summed.
+        """
         if size < 1:
             raise ValueError(f"size is {size}, expected at least one pixel")
-        light = light or Light()
+        lights = [light or Light()] if isinstance(light, Light | None) else list(light)
         rows, columns = np.divmod(np.arange(size * size), size)
         centres = np.stack([rows, columns], axis=1) + 0.5
         directions = camera.rays(centres, size)
@@ -158,9 +162,9 @@ class Scene:
         depth = np.where(silhouette, hits.distance * (directions @ camera.axes()[2]), np.inf)
         colour = np.zeros((size * size, 4), np.float32)
         if shaded:
-            colour = self._shade(hits, directions, camera, light)
+            colour = self._shade(hits, directions, camera, lights)
             if antialias:
-                self._antialias(colour, hits, centres, camera, light, size)
+                self._antialias(colour, hits, centres, camera, lights, size)
         return Views(
             silhouette=silhouette.reshape(size, size),
             depth=depth.astype(np.float32).reshape(size, size),
@@ -190,22 +194,25 @@ class Scene:
         corner = np.where(gentle[:, :, None], corner, flat[:, None])
         return _unit(np.einsum("ij,ijk->ik", np.stack([1 - u - v, u, v], axis=1), corner))
 
-    def _shade(self, hits: _Hits, directions: NDArray[np.float64], camera: Camera, light: Light) -> Floats:
+    def _shade(
+        self, hits: _Hits, directions: NDArray[np.float64], camera: Camera, lights: Sequence[Light]
+    ) -> Floats:
         """Lambert, sky and Blinn-Phong highlight in linear light; sRGB and alpha in [0, 1], 0 for a miss."""
         colour = np.zeros((len(directions), 4), np.float32)
         hit = np.flatnonzero(hits.face >= 0)
-        normal, towards = hits.normal[hit], _unit(np.array([light.direction], np.float32))
-        facing = np.clip(normal @ towards[0], 0, None)
-        if light.shadows:
-            points = np.array(camera.eye, np.float32) + hits.distance[hit, None] * directions[hit]
-            facing = facing * ~self._shadowed(points + 2e-3 * normal, towards[0], facing > 0)
-        sky = light.ambient * (0.75 + 0.25 * normal[:, 1])
-        halfway = _unit(towards - directions[hit])
-        highlight = (
-            light.specular * np.clip(np.einsum("ij,ij->i", normal, halfway), 0, 1) ** 24 * (facing > 0)
-        )
+        normal = hits.normal[hit]
         base = np.full((len(hit), 3), 192) if self._colours is None else self._colours[hits.face[hit]]
-        linear = _LINEAR[base] * (sky + light.diffuse * facing)[:, None] + highlight[:, None]
+        linear = np.zeros((len(hit), 3), np.float32)
+        for light in lights:
+            towards = _unit(np.array([light.direction], np.float32))
+            facing = np.clip(normal @ towards[0], 0, None)
+            if light.shadows:
+                points = np.array(camera.eye, np.float32) + hits.distance[hit, None] * directions[hit]
+                facing = facing * ~self._shadowed(points + 2e-3 * normal, towards[0], facing > 0)
+            sky = light.ambient * (0.75 + 0.25 * normal[:, 1])
+            aligned = np.clip(np.einsum("ij,ij->i", normal, _unit(towards - directions[hit])), 0, 1)
+            highlight = light.specular * aligned**24 * (facing > 0)
+            linear = linear + _LINEAR[base] * (sky + light.diffuse * facing)[:, None] + highlight[:, None]
         colour[hit, :3] = np.clip(linear, 0, 1) ** (1 / GAMMA)
         colour[hit, 3] = 1
         return colour
@@ -226,7 +233,7 @@ class Scene:
         hits: _Hits,
         centres: NDArray[np.float64],
         camera: Camera,
-        light: Light,
+        lights: Sequence[Light],
         size: int,
     ) -> None:
         """Replace pixels whose neighbours differ by the mean of a grid of rays (premultiplied alpha)."""
@@ -240,7 +247,7 @@ class Scene:
         steps = (np.arange(SUBPIXELS) + 0.5) / SUBPIXELS - 0.5
         offsets = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
         directions = camera.rays((centres[pixel, None] + offsets).reshape(-1, 2), size)
-        fine = self._shade(self._cast(camera, directions), directions, camera, light).reshape(
+        fine = self._shade(self._cast(camera, directions), directions, camera, lights).reshape(
             -1, SUBPIXELS**2, 4
         )
         alpha = fine[:, :, 3].mean(axis=1)
@@ -254,7 +261,7 @@ def render(
     camera: Camera,
     size: int,
     face_colours: NDArray[np.uint8] | None = None,
-    light: Light | None = None,
+    light: Light | Sequence[Light] | None = None,
     antialias: bool = True,
     shaded: bool = True,
 ) -> Views:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import trimesh
 
-from elastic3d.config.geometry import SurfaceMethod
 from elastic3d.errors import NoSurfaceError, UserError
 from elastic3d.geometry.grid import BOX
+from elastic3d.geometry.options import SurfaceMethod
 
 
 def extract_surface(

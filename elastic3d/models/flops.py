@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic3d.config.models import DiTConfig, SkipDiTConfig
+from elastic3d.models.options import DiTConfig, SkipDiTConfig
 
 
 def double_block_flops(width: int, hidden: int, latents: int, condition: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,14 +12,26 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from elastic3d.config.images import ForegroundConfig, ForegroundMethod
 from elastic3d.errors import UserError
+from elastic3d.models.options import ForegroundConfig, ForegroundMethod
 from elastic3d.models.pictures import load_picture
 
 _WORKING_SIDE = 1024  # longer sides are reduced first: the encoder sees a few hundred pixels
 _SMALLEST_OBJECT = 8  # pixels; less carries no shape
 _PLAIN_SHARE = 0.75  # of the border's pixels; the object may touch the rest
 _SPECK = 0.002  # parts smaller than this share of the largest one are noise
+_SPECK_PIXELS, _TINY = 9, 0.02  # and so are parts of fewer pixels that are smaller than this share
+_SHADOW_DEPTH = 0.3  # of the background's brightness is left in the darkest shadow
+_SHADOW_TINT = 0.06  # largest difference between the channels of that share
+_SHADOW_SLOPES = (
+    14.0,
+    7.0,
+)  # levels a pixel, of a side of 256: less steep than most outlines, than nearly all
+_SHADOW_WARNED = 0.15  # of the mask looks like a shadow with an outline
+_SHADOW_HEIGHT = 0.45  # of the object's height, from above, has no part of its shadow on the floor,
+_SHADOW_STRAY = 0.03  # up to this share
+_SHADOWED_REST = 0.2  # of the mask at least is the object
+_SHADOW_BLACK = 40  # largest channel value of a shadow that is drawn as transparent black
 
 
 def prepare_picture(source: str | Path | Image.Image, config: ForegroundConfig, size: int) -> Image.Image:
@@ -57,7 +70,7 @@ def cut_out(image: Image.Image, config: ForegroundConfig) -> Image.Image:
             raise UserError(
                 "the image has no transparent pixels, expected an alpha channel around the object"
             )
-        return image
+        return _without_black_haze(image)
     if method is ForegroundMethod.plain:
         colour = _plain_background(image, config.tolerance)
         if colour is None:
@@ -69,13 +82,15 @@ def cut_out(image: Image.Image, config: ForegroundConfig) -> Image.Image:
 def recentre(image: Image.Image, size: int, border: float) -> Image.Image:
     """RGBA with alpha as mask -> RGB of `size` x `size` on white, the object `(1 - border) * size` long.
 
+    Specks beside the object are not part of it: they neither move nor shrink it.
+
     Raises:
         UserError: the image is fully transparent, or the object is only a few pixels large.
     """
     alpha = np.asarray(image.getchannel("A"))
     if not alpha.any():
         raise UserError("the image is fully transparent, expected an object")
-    rows, columns = np.nonzero(alpha >= max(1, int(alpha.max()) // 2))
+    rows, columns = np.nonzero(_without_specks(alpha >= max(1, int(alpha.max()) // 2)))
     box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
     width, height = box[2] - box[0], box[3] - box[1]
     longest = max(width, height)
@@ -120,15 +135,87 @@ def _mask_against(image: Image.Image, colour: np.ndarray, tolerance: int) -> np.
     """Object mask (H, W): what the background's colour, flooding in from the border, does not reach."""
     rgb = np.asarray(image.convert("RGB")).astype(np.int16)
     similar = np.abs(rgb - colour).max(axis=2) <= tolerance
-    labels, _ = ndimage.label(similar)
-    edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
-    mask = ~np.isin(labels, np.unique(edge[edge > 0]))
-    parts, count = ndimage.label(mask, structure=np.ones((3, 3)))
-    if count == 0:
+    background = _reached_from_border(similar)
+    shadow = next(
+        (found for slope in _SHADOW_SLOPES if (found := _floor_shadow(rgb, colour, background, slope)).any()),
+        np.zeros_like(background),
+    )
+    if not shadow.any():
+        hard = _floor_shadow(rgb, colour, background, np.inf)
+        if hard.sum() > _SHADOW_WARNED * (~background).sum():
+            warnings.warn(
+                "what may be the object's shadow on the floor is taken for a part of it: cut it out if it is one",
+                stacklevel=3,
+            )
+    mask = ~(background | shadow)
+    if not mask.any():
         raise UserError("nothing in the image stands out from its background, expected an object")
+    return _without_specks(mask, 1)
+
+
+def _reached_from_border(region: np.ndarray) -> np.ndarray:
+    """The parts (H, W) of a region that touch the image's border."""
+    labels, _ = ndimage.label(region)
+    edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    return np.isin(labels, np.unique(edge[edge > 0]))
+
+
+def _floor_shadow(rgb: np.ndarray, colour: np.ndarray, background: np.ndarray, steepest: float) -> np.ndarray:
+    """What a soft shadow darkens (H, W) of a plain background; nothing where that is not below an object.
+
+    A shadow is the background's colour at a share of its brightness and fades out: no outline parts it from the
+    background. Object surfaces of that colour lie behind an outline, which is steeper. A gap of a few pixels in an
+    outline lets nothing through. A hard shadow can't be told from an object.
+
+    Args:
+        steepest: slope in levels a pixel, of a side of 256 pixels, at which an outline begins.
+    """
+    if min(background.shape) < _SMALLEST_OBJECT:
+        return np.zeros_like(background)
+    share = rgb / np.maximum(colour, 1.0)
+    brightness = share.mean(axis=2)
+    tinted = np.ptp(share, axis=2) > _SHADOW_TINT
+    grey = ndimage.gaussian_filter(rgb.mean(axis=2), 1.0)
+    slope = np.hypot(*np.gradient(grey)) * max(grey.shape) / 256
+    like = background | (~tinted & (brightness > _SHADOW_DEPTH) & (brightness < 1) & (slope < steepest))
+    gap = max(1, round(max(grey.shape) / 128))
+    reached = _reached_from_border(ndimage.binary_erosion(like, iterations=gap, border_value=1))
+    shadow = ndimage.binary_dilation(reached, iterations=gap + 1, mask=like | background) & ~background
+    return shadow if _lies_low(shadow, ~background) else np.zeros_like(shadow)
+
+
+def _lies_low(part: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether a part (H, W) of the mask is as a floor's shadow: low beside an object that is higher and no sliver."""
+    rest = _without_specks(mask & ~part)
+    if not part.any() or rest.sum() < _SHADOWED_REST * mask.sum():
+        return False
+    rows = np.flatnonzero(rest.any(axis=1))
+    middle = rows[0] + _SHADOW_HEIGHT * (rows[-1] - rows[0])
+    return bool(part[: int(middle)].sum() < _SHADOW_STRAY * part.sum())
+
+
+def _without_black_haze(image: Image.Image) -> Image.Image:
+    """Without a shadow drawn as transparent black, away from the object's own soft outline."""
+    pixels = np.asarray(image)
+    alpha = pixels[..., 3]
+    haze = (alpha > 0) & (alpha < 230) & (pixels[..., :3].max(axis=2) <= _SHADOW_BLACK)
+    haze &= ~ndimage.binary_dilation(alpha >= 230, iterations=2)
+    if not haze.any() or not (alpha >= 230).any():
+        return image
+    result = image.copy()
+    result.putalpha(Image.fromarray(np.where(haze, 0, alpha).astype(np.uint8)))
+    return result
+
+
+def _without_specks(mask: np.ndarray, least: int = _SPECK_PIXELS) -> np.ndarray:
+    """A mask (H, W) without the parts that are too small, compared with its largest one, to belong to an object."""
+    parts, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    if count < 2:
+        return mask
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
-    return np.isin(parts, np.flatnonzero(sizes >= max(1, _SPECK * sizes.max())))
+    smallest = max(_SPECK * sizes.max(), min(least, _TINY * sizes.max()), 1)
+    return np.isin(parts, np.flatnonzero(sizes >= smallest))
 
 
 def _with_alpha(image: Image.Image, mask: np.ndarray) -> Image.Image:

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from elastic3d.config.hunyuan3d import INSIDE, Hunyuan3DConfig, parse_config, parse_vae
-from elastic3d.config.images import ImageEncoderConfig
-from elastic3d.config.models import DiTConfig, SkipDiTConfig, VAEConfig
 from elastic3d.errors import UserError
 from elastic3d.models.hunyuan3d_files import find_checkpoint
 from elastic3d.models.image_encoder import DinoV2, load_dinov2
+from elastic3d.models.options import DiTConfig, ImageEncoderConfig, SkipDiTConfig, VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT
-from elastic3d.models.weights import check_fit, load_strict, read_weights
+from elastic3d.models.weights import check_fit, load_strict
+from elastic3d.utils.structured import load_yaml
+from elastic3d.utils.tensors import read_weights
 
 DEFAULT_SUBFOLDER = "hunyuan3d-dit-v2-0"
 _PARTS = ("model", "vae", "conditioner")
@@ -85,7 +85,7 @@ def load_hunyuan3d(
             names the file and the value or tensor.
     """
     config_path, weights_path = find_checkpoint(folder, subfolder)
-    values = read_yaml(config_path)
+    values = load_yaml(config_path)
     state = split_state(read_checkpoint(weights_path), weights_path)
     has_encoder = any(name.startswith("encoder.") for name in state["vae"])
     config = parse_config(values, str(config_path), has_encoder)
@@ -119,17 +119,6 @@ def load_hunyuan3d_vae(
     """A checkpoint that is a VAE alone; arguments and errors as in `load_hunyuan3d`."""
     place = _Place(dtype or torch.float32, torch.device(device or "cpu"))
     return _other_vae(folder, subfolder, place, None)[0]
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a config.yaml; UserError if it is broken or something else."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is broken: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}, expected a mapping")
-    return values
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -235,7 +224,7 @@ def _other_vae(
     folder: str | Path, subfolder: str, place: _Place, instead_of: VAEConfig | None
 ) -> tuple[ShapeVAE, Path]:
     config_path, weights_path = find_checkpoint(folder, subfolder)
-    values = read_yaml(config_path)
+    values = load_yaml(config_path)
     state = read_checkpoint(weights_path)
     if all(name.startswith("vae.") for name in state):
         state = {name.removeprefix("vae."): tensor for name, tensor in state.items()}

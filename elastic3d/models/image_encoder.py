@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,11 +12,12 @@ from efficientnet_lite_pytorch import EfficientNet
 from einops import rearrange
 from torch import Tensor, nn
 
-from elastic3d.config.images import EncoderFeatures, EncoderKind, ImageEncoderConfig
-from elastic3d.config.serialize import to_dict
 from elastic3d.errors import UserError
 from elastic3d.models.initialise import without_random_weights
-from elastic3d.models.weights import CONFIG_NAME, load_config, load_strict, save_json
+from elastic3d.models.options import EncoderFeatures, EncoderKind, ImageEncoderConfig
+from elastic3d.models.weights import CONFIG_NAME, load_config, load_strict
+from elastic3d.utils.options import to_dict
+from elastic3d.utils.structured import load_json, save_json
 
 _CLASS_NAME = "ImageEncoder"
 
@@ -235,7 +235,7 @@ def load_dinov2(folder: Path) -> Any:
     path = folder / CONFIG_NAME
     dinov2_files(folder)
     try:
-        kind = json.loads(path.read_text()).get("model_type")
+        kind = load_json(path).get("model_type")
         if kind != "dinov2":
             raise UserError(f"{path} describes a model of type {kind!r}, expected 'dinov2'")
         load: Any = Dinov2Model.from_pretrained

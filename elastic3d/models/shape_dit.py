@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elastic3d.config.models import DiTConfig
 from elastic3d.models.layers import attend, fourier_embedding, timestep_embedding
+from elastic3d.models.options import DiTConfig
 from elastic3d.models.weights import PretrainedMixin
 
 TIMESTEP_CHANNELS = 256  # of the sinusoidal embedding, before its MLP; the same in every FLUX descendant

@@ -19,7 +19,7 @@ from elastic3d.models.layers import fourier_embedding
 from elastic3d.models.local import OFFSET_FREQS, OFFSET_SCALE, LocalFeatures, fade_weights
 
 if TYPE_CHECKING:
-    from elastic3d.config.models import VAEConfig
+    from elastic3d.models.options import VAEConfig
     from elastic3d.models.shape_vae import GeoDecoder, ShapeVAE
 
 _ROWS = 4096  # points at a time on a CPU: their activations stay in its cache

@@ -13,9 +13,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from elastic3d.config.models import VAEConfig
 from elastic3d.models.layers import MLP, DistanceBias, QKNorm, attend, farthest_points, fourier_embedding
 from elastic3d.models.local import LocalFeatures
+from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_field import ShapeField
 from elastic3d.models.weights import PretrainedMixin
 

@@ -16,10 +16,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elastic3d.config.models import SkipDiTConfig
 from elastic3d.models.layers import attend
+from elastic3d.models.options import SkipDiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
-from elastic3d.models.weights import CONFIG_NAME, PretrainedMixin, load_json
+from elastic3d.models.weights import CONFIG_NAME, PretrainedMixin
+from elastic3d.utils.structured import load_json
 
 _MLP_RATIO = 4
 _EPS = 1e-6

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from elastic3d.config.serialize import from_dict, to_dict
 from elastic3d.errors import UserError
-from elastic3d.geometry.mesh_io import atomic_path
 from elastic3d.models.initialise import without_random_weights
+from elastic3d.utils.options import from_dict, to_dict
+from elastic3d.utils.structured import load_json, save_json
+from elastic3d.utils.tensors import PICKLE_SUFFIXES, Stored, read_weights, save_weights, tensor_heads
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 _CLASS_KEY = "_class_name"
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_MAGIC = {
-    b"PK\x03\x04": "a pickle",  # torch.save since 1.6: a zip archive around a pickle
-    b"\x80": "a pickle",
-    b"version https://git-lfs": "a Git LFS pointer, so `git lfs pull` is needed",
-}
 
 Model = TypeVar("Model", bound="PretrainedMixin")
 
@@ -57,10 +50,11 @@ class PretrainedMixin:
         """
         folder = Path(folder)
         config = load_config(folder, cls.config_class, cls.__name__)
+        path = find_weights(folder)
+        check_size(cls, config, folder)
         with without_random_weights():
             model = cls(config)  # type: ignore[call-arg]
         assert isinstance(model, nn.Module)
-        path = find_weights(folder)
         load_strict(model, read_weights(path), str(path))
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype or torch.float32)
@@ -76,25 +70,6 @@ class PretrainedMixin:
         folder = Path(folder)
         save_weights(self.state_dict(), folder / WEIGHTS_NAME, dtype)
         save_json({_CLASS_KEY: type(self).__name__, **to_dict(self.config)}, folder / CONFIG_NAME)
-
-
-def save_json(values: Mapping[str, Any], path: Path) -> None:
-    """Write a JSON object, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; UserError if it is missing, broken or no object."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is broken: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}, expected a JSON object")
-    return values
 
 
 def load_config(folder: Path, config_class: type[Any], class_name: str) -> Any:
@@ -118,52 +93,56 @@ def find_weights(folder: Path) -> Path:
         return path
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}, expected one with {CONFIG_NAME} and {WEIGHTS_NAME}")
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise UserError(f"{folder} has {pickles[0]}, a pickle that could run code; expected {WEIGHTS_NAME}")
     raise UserError(f"there is no file {path}")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU; UserError if missing, broken or something else."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    if path.suffix in _PICKLE_SUFFIXES:
-        raise UserError(f"{path} is a pickle, expected a safetensors file")
+def check_size(kind: type[Any], config: Any, folder: Path) -> None:
+    """Whether `folder/model.safetensors` holds the weights of `kind(config)`, before anything is allocated for them.
+
+    A hostile `config.json` may describe a model of any size: it is built on the meta device, and only as long as it
+    has no more weights than the file.
+
+    Raises:
+        UserError: the configuration describes no model, or another than that of the file.
+    """
+    path = folder / WEIGHTS_NAME
+    heads = tensor_heads(path)
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(_why_unreadable(path, error)) from error
+        with _no_more_weights_than(heads, f"{folder / CONFIG_NAME}"), torch.device("meta"):
+            model = kind(config)
+    except UserError:
+        raise
+    except Exception as error:  # whatever sizes that make no sense run into
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder / CONFIG_NAME} describes no {kind.__name__}: {reason}") from error
+    check_fit(model, heads, str(path))
 
 
-def count_weights(path: Path) -> dict[str, int]:
-    """Elements of every tensor of a safetensors file, from its head alone; UserError if it is broken."""
+@contextmanager
+def _no_more_weights_than(heads: Mapping[str, Stored], source: str) -> Iterator[None]:
+    """UserError as soon as this thread builds modules with twice the weights (some are set twice) of a file."""
+    thread, most = threading.get_ident(), 2 * sum(head.numel for head in heads.values())
+    left = [2 * len(heads) + 16, most + (1 << 16)]
+
+    def count(_: nn.Module, __: str, parameter: nn.Parameter | None) -> None:
+        if parameter is None or threading.get_ident() != thread:
+            return
+        left[0] -= 1
+        left[1] -= parameter.numel()
+        if min(left) < 0:
+            raise UserError(
+                f"{source} describes a larger model than that of {WEIGHTS_NAME}, which has {len(heads)} tensors of"
+                f" {most // 2:,} values"
+            )
+
+    handle = register_module_parameter_registration_hook(count)
     try:
-        with safe_open(path, "pt") as file:
-            return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(_why_unreadable(path, error)) from error
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
-    with path.open("rb") as file:
-        head = file.read(32)
-    for magic, kind in _MAGIC.items():
-        if head.startswith(magic):
-            return f"{path} is {kind}, expected a safetensors file"
-    return f"{path} is truncated or no safetensors file ({error})"
-
-
-def save_weights(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
-    """Write tensors to a safetensors file, whole or not at all; `dtype` converts the floating-point ones."""
-    tensors = {}
-    for name, tensor in state.items():
-        kept = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
-        tensors[name] = tensor.detach().to("cpu", kept).contiguous().clone()
-    with atomic_path(path) as temporary:
-        mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.chmod(mode)  # save_file would leave it readable by its owner alone
+        yield
+    finally:
+        handle.remove()
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
@@ -177,7 +156,13 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str, assi
         UserError: as `check_fit`; also naming the first tensor that is not finite.
     """
     check_fit(model, state, source)
-    bad = [name for name, value in state.items() if not all_finite(value)]
+    floats = {name: value for name, value in state.items() if value.is_floating_point()}
+    small = [name for name, value in floats.items() if value.itemsize < 2]
+    if small:
+        raise UserError(
+            f"{source} has tensors of type {state[small[0]].dtype}, first {small[0]}; expected 16 bits or more"
+        )
+    bad = [name for name, value in floats.items() if not all_finite(value)]
     if bad:
         raise UserError(f"{source} has NaN or infinite values in {len(bad)} tensors, first in {bad[0]}")
     model.load_state_dict(dict(state), strict=True, assign=assign)
@@ -190,7 +175,7 @@ def all_finite(values: Tensor) -> bool:
     return bool(torch.stack(values.aminmax()).isfinite().all())
 
 
-def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def check_fit(model: nn.Module, state: Mapping[str, Tensor] | Mapping[str, Stored], source: str) -> None:
     """Whether every key and shape of `state` agrees with `model`'s; no value is read.
 
     Raises:
@@ -211,20 +196,6 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
     ]
     if problems:
         raise UserError(f"{source} does not fit {type(model).__name__}: tensors {'; '.join(problems)}")
-
-
-def file_sha256(*paths: Path) -> str:
-    """SHA-256 (hex) of one file's bytes; of several, that of their digests one after the other."""
-    digests = []
-    for path in paths:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        digests.append(digest)
-    if len(digests) == 1:
-        return digests[0].hexdigest()
-    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
 def __getattr__(name: str) -> Any:

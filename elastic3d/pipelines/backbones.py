@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from elastic3d.config.routing import ElasticConfig
-from elastic3d.config.text_to_image import BackboneName
 from elastic3d.diffusion.flow import timestep_grid
+from elastic3d.pipelines.options import BackboneName
 
 Text = dict[str, Tensor]  # arguments of the pipeline, each (B, ...)
 

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from elastic3d.config.hunyuan3d import VIEW_NAMES
-from elastic3d.config.images import ForegroundConfig
 from elastic3d.errors import UserError
 from elastic3d.models.foreground import prepare_picture, to_tensor
 from elastic3d.models.image_encoder import DinoV2, ImageEncoder
+from elastic3d.models.options import ForegroundConfig
 
 OnePicture = str | Path | Image.Image
 Picture = OnePicture | Mapping[str, OnePicture]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from elastic3d.config.hunyuan3d import PRESETS
-from elastic3d.config.models import DiTConfig, SkipDiTConfig, VAEConfig
 from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.models.hunyuan3d import parameter_count
+from elastic3d.models.options import DiTConfig, SkipDiTConfig, VAEConfig
 from elastic3d.pipelines.memory import GB, LOW_MEMORY_CHUNK, memory_need
 
 BUDGETS = (1.0, 0.7, 0.5, 0.3)

@@ -11,18 +11,20 @@ from typing import Any
 
 from PIL import Image
 
-from elastic3d.config.generate import GenerateConfig, MeshFormat
-from elastic3d.config.serialize import to_dict
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import mesh_health
-from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, atomic_path, check_suffix, save_mesh
+from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, check_suffix, save_mesh
 from elastic3d.models.pictures import PICTURE_SUFFIXES
-from elastic3d.models.weights import save_json
 from elastic3d.pipelines.hunyuan3d import views_of
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Picture, Result
+from elastic3d.pipelines.options import GenerateConfig, MeshFormat
 from elastic3d.pipelines.preview import turntable
 from elastic3d.pipelines.progress import OnProgress
 from elastic3d.pipelines.routes import draw_routes, route_title
+from elastic3d.utils.files import atomic_path, matching_files, name_key, printable, visible_files
+from elastic3d.utils.options import to_dict
+from elastic3d.utils.paths import check_distinct
+from elastic3d.utils.structured import save_json
 
 SUMMARY_NAME = "summary.json"
 
@@ -39,12 +41,12 @@ class Job:
     @property
     def subject(self) -> str:
         """What it is made of, for records."""
-        return self.prompt or str(self.image)
+        return self.prompt or printable(self.image)
 
     @property
     def name(self) -> str:
         """Of the mesh in its file."""
-        return self.prompt or self.image.stem
+        return self.prompt or printable(self.image.stem)
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,29 @@ def plan(config: GenerateConfig) -> Plan:
     """The jobs that `image`, `output`, `seed` and `num_samples` ask for.
 
     Raises:
-        UserError: no picture is there, or `output` is of the wrong kind.
+        UserError: no image is there, `output` is of the wrong kind, or something would be written over an input or
+            another output.
     """
+    found = _plan(config)
+    meshes = [job.output for job in found.jobs]
+    check_distinct(
+        {"image": [job.image for job in found.jobs if not job.prompt], **_named_views(config)},
+        {
+            "output": meshes,
+            "preview": [path.with_suffix(".png") for path in meshes] if config.preview else None,
+            "trace": config.trace,
+            "summary": found.folder / SUMMARY_NAME if found.folder else None,
+        },
+    )
+    return found
+
+
+def _named_views(config: GenerateConfig) -> dict[str, str]:
+    return {f"image_{name}": path for name, path in config.views.items()}
+
+
+def _plan(config: GenerateConfig) -> Plan:
+    """As `plan`, whatever the files are."""
     output = Path(config.output)
     if config.prompt:
         check_suffix(output, WRITE_SUFFIXES)
@@ -95,7 +118,7 @@ def plan(config: GenerateConfig) -> Plan:
     single = Path(config.image)
     many = single.is_dir() or (glob.has_magic(config.image) and not single.exists())
     if not many and not single.exists():
-        raise UserError(f"there is no file {single}")
+        raise UserError(f"there is no file {printable(single)}")
     if many and config.views:
         name = next(iter(config.views))
         raise UserError(
@@ -135,7 +158,7 @@ def generate(
     todo = []
     for job in jobs:
         if config.resume and job.output.exists():
-            on_outcome(Outcome(job.subject, str(job.output), job.seed, "skipped"))
+            on_outcome(Outcome(job.subject, printable(job.output), job.seed, "skipped"))
         else:
             todo.append(job)
     for start in range(0, len(todo), config.rows):
@@ -197,7 +220,7 @@ def save_routes(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def _save(job: Job, result: Result, preview: bool) -> Outcome:
-    outcome = Outcome(job.subject, str(job.output), job.seed, "ok", receipt=result.receipt)
+    outcome = Outcome(job.subject, printable(job.output), job.seed, "ok", receipt=result.receipt)
     try:
         mesh = result.mesh
         save_mesh(mesh, job.output, extras=result.receipt, name=job.name)
@@ -213,25 +236,31 @@ def _save(job: Job, result: Result, preview: bool) -> Outcome:
 
 
 def _pictures(pattern: str) -> list[Path]:
-    """Pictures in a folder, or files that match a glob; sorted."""
+    """Images in a folder, or files that match a glob; sorted."""
     folder = Path(pattern)
     if folder.is_dir():
-        found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURE_SUFFIXES]
+        files = visible_files(folder, recursive=False)
+        found = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
     else:
-        found = [path for path in map(Path, sorted(glob.glob(pattern, recursive=True))) if path.is_file()]  # noqa: PTH207
+        found = matching_files(pattern)
     if not found:
         kinds = f" ({', '.join(PICTURE_SUFFIXES)})" if folder.is_dir() else ""
-        raise UserError(f"image is {pattern}, which holds no picture{kinds}")
+        raise UserError(f"image is {printable(pattern)}, which holds no image{kinds}")
     return found
 
 
 def _targets(images: Sequence[Path], folder: Path, kind: MeshFormat) -> list[Path]:
-    """`folder/<stem>.<kind>`; the suffix stays in the name where two pictures differ in nothing else."""
-    stems = Counter(image.stem for image in images)
-    names = [image.stem if stems[image.stem] == 1 else image.name.replace(".", "_") for image in images]
-    repeated = [name for name, count in Counter(names).items() if count > 1]
+    """`folder/<stem>.<kind>`; the suffix stays in the name where two images differ in nothing else."""
+    stems = Counter(name_key(image.stem) for image in images)
+    names = [
+        image.stem if stems[name_key(image.stem)] == 1 else image.name.replace(".", "_") for image in images
+    ]
+    repeated = [name for name, count in Counter(map(name_key, names)).items() if count > 1]
     if repeated:
-        raise UserError(f"image matches several pictures named {repeated[0]}, expected different names")
+        raise UserError(
+            f"image matches several images named {printable(repeated[0])}, expected names that differ in more than"
+            " upper and lower case"
+        )
     return [folder / f"{name}.{kind.value}" for name in names]
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 
 from elastic3d.adapters import attach
-from elastic3d.config.generate import GenerateConfig
 from elastic3d.config.hunyuan3d import PRESETS, VIEW_NAMES, Hunyuan3DConfig, ImportConfig, parse_config
 from elastic3d.errors import UserError
-from elastic3d.models.hunyuan3d import load_hunyuan3d, read_yaml
+from elastic3d.models.hunyuan3d import load_hunyuan3d
 from elastic3d.models.hunyuan3d_files import find_checkpoint
 from elastic3d.models.image_encoder import dinov2_files
-from elastic3d.models.weights import count_weights, file_sha256, find_weights
+from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.memory import (
     GB,
@@ -25,7 +24,11 @@ from elastic3d.pipelines.memory import (
     points_within,
     require,
 )
+from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype
+from elastic3d.utils.files import file_sha256
+from elastic3d.utils.structured import load_yaml
+from elastic3d.utils.tensors import tensor_heads
 
 _STAGES = {"conditioner": "condition", "model": "dit", "vae": "decode"}
 
@@ -71,7 +74,7 @@ def hunyuan3d_pipeline(config: GenerateConfig, batch: int) -> ImageTo3DPipeline:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     config_path, weights_path = find_checkpoint(folder, subfolder)
-    parts = parse_config(read_yaml(config_path), str(config_path))
+    parts = parse_config(load_yaml(config_path), str(config_path))
     if config.views and parts.encoder.views == 1:
         raise UserError(
             f"image_{next(iter(config.views))}= is for a multi-view model, but model is {config.model}"
@@ -82,7 +85,7 @@ def hunyuan3d_pipeline(config: GenerateConfig, batch: int) -> ImageTo3DPipeline:
         sizes["decode"] = sum(part_sizes(find_checkpoint(folder, config.vae_subfolder)[1]).values())
     if config.dinov2:
         sizes["condition"] = sum(
-            sum(count_weights(path).values()) for path in dinov2_files(Path(config.dinov2))
+            head.numel for path in dinov2_files(Path(config.dinov2)) for head in tensor_heads(path).values()
         )
     if weights_path.suffix == ".safetensors" and not sizes["condition"]:
         raise UserError(
@@ -176,6 +179,6 @@ def part_sizes(path: Path) -> dict[str, int]:
     if path.suffix != ".safetensors":
         sizes["dit"] = path.stat().st_size // 2
         return sizes
-    for name, count in count_weights(path).items():
-        sizes[_STAGES.get(name.partition(".")[0], "decode")] += count
+    for name, head in tensor_heads(path).items():
+        sizes[_STAGES.get(name.partition(".")[0], "decode")] += head.numel
     return sizes

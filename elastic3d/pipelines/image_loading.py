@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from elastic3d.config.text_to_image import BackboneName
 from elastic3d.errors import UserError
-from elastic3d.models.weights import load_json
 from elastic3d.pipelines.backbones import BACKBONES, Backbone
+from elastic3d.pipelines.options import BackboneName
+from elastic3d.utils.structured import load_json
 
 INDEX_NAME = "model_index.json"
 

@@ -15,30 +15,33 @@ from torch import Tensor, nn
 
 from elastic3d import __version__
 from elastic3d.adapters import attach, is_attached, save_routers, session_of
-from elastic3d.config.base import DeviceChoice, DTypeChoice
-from elastic3d.config.generate import PipelineConfig, check_sampling
-from elastic3d.config.geometry import CleanupConfig, DecodeConfig
-from elastic3d.config.images import ForegroundConfig
 from elastic3d.config.routing import BlockCacheConfig
-from elastic3d.config.serialize import from_dict, to_dict
 from elastic3d.diffusion.flow import sampling_times
+from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.diffusion.sampler import sample
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field
+from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.geometry.surface import extract_surface
 from elastic3d.models.image_encoder import ImageEncoder, load_image_encoder, save_image_encoder
+from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
-from elastic3d.models.weights import file_sha256, find_weights, load_json, save_json
+from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.conditions import Picture, Prepared, encode, is_picture, prepare
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, Placement, usual_chunk
+from elastic3d.pipelines.options import check_sampling
 from elastic3d.pipelines.progress import Listeners, OnProgress, OnResult, OnStep
 from elastic3d.pipelines.result import Result, Settings
 from elastic3d.pipelines.routes import dense_receipt, route_receipts, with_options
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype, timed
 from elastic3d.routing.session import RoutingSession
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
+from elastic3d.utils.files import file_sha256
+from elastic3d.utils.options import from_dict, to_dict
+from elastic3d.utils.structured import load_json, save_json
 
 PIPELINE_NAME, ROUTERS_NAME = "pipeline.json", "routers"
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from elastic3d.config.geometry import DecodeConfig
-from elastic3d.config.models import DiTConfig, SkipDiTConfig, VAEConfig
 from elastic3d.errors import UserError
+from elastic3d.geometry.options import DecodeConfig
+from elastic3d.models.options import DiTConfig, SkipDiTConfig, VAEConfig
 
 GB = 1e9
 # Bytes: copies of the token streams that are alive at the worst place of a block, measured in token widths.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,20 +16,65 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from elastic3d import __version__
-from elastic3d.config.image_stage import PixelModelConfig, Prediction
 from elastic3d.config.routing import ElasticConfig
-from elastic3d.config.serialize import from_dict, to_dict
-from elastic3d.config.text_to_image import BackboneName
 from elastic3d.diffusion.flow import timestep_grid
 from elastic3d.errors import UserError
+from elastic3d.models.options import MAX_WIDTH
 from elastic3d.models.text_encoder import MiniLM
-from elastic3d.models.weights import load_json, save_json
 from elastic3d.pipelines.backbones import FluxBackbone, Text
 from elastic3d.pipelines.image_loading import INDEX_NAME, check_index, load_transformer, quiet
+from elastic3d.pipelines.options import BackboneName
+from elastic3d.utils.options import Options, from_dict, option, to_dict
+from elastic3d.utils.structured import load_json, save_json
 
 CLASS_NAME, SETTINGS_NAME = "PixelFluxPipeline", "pipeline.json"
 LEAST_NOISE = 0.05
 TOKENS = ("hidden_states", "encoder_hidden_states", "pooled_projections")
+
+
+class Prediction(Enum):
+    """What a DiT's output is: the velocity, as in FLUX; or the clean picture, from which the velocity follows. It is
+    far simpler than noise where a token has many pixels (2511.13720)."""
+
+    velocity = "velocity"
+    clean = "clean"
+
+
+@dataclass(kw_only=True)
+class PixelSamplingConfig(Options):
+    """What may be chosen anew when the small model is exported."""
+
+    steps: int = option(30, "sampling steps by default", ge=1, le=1000)
+    guidance: float = option(3.0, "guidance by default", ge=0, le=100)
+    shift: float = option(
+        1.0, "timestep shift of the sampler; above 1 spends more steps on noise", ge=1e-3, le=1e3
+    )
+    elastic: ElasticConfig = option(ElasticConfig, "how it runs by default once it has routers")
+    name: str = option("image-small", "name of the model, for receipts", lengths=(1, 200))
+
+
+@dataclass(kw_only=True)
+class PixelModelConfig(PixelSamplingConfig):
+    """A small `FluxTransformer2DModel` on pixels."""
+
+    size: int = option(64, "pixels a side", ge=2, le=4096)
+    patch: int = option(8, "pixels a side of a token, even", ge=2, le=256, multiple_of=2)
+    text_length: int = option(16, "tokens of a prompt; longer ones are refused", ge=3, le=512)
+    width: int = option(256, "channels of a token", ge=16, le=MAX_WIDTH)
+    heads: int = option(4, "attention heads", ge=1, le=MAX_WIDTH)
+    double_blocks: int = option(2, "blocks with weights of their own for text and picture", ge=0, le=1000)
+    single_blocks: int = option(14, "blocks with the same weights for both", ge=0, le=1000)
+    predicts: Prediction = option(Prediction.clean, "what the DiT's output is")
+    elastic: ElasticConfig = option(ElasticConfig, "how it runs once it has routers", internal=True)
+    name: str = option("image-small", "name of the model", lengths=(1, 200), internal=True)
+
+    def check(self) -> None:
+        """Pictures are cut into whole tokens, and the rotary axes into pairs."""
+        super().check()
+        if self.size % self.patch:
+            raise ValueError(f"patch {self.patch} is no divisor of size {self.size}")
+        if self.width % self.heads or (self.width // self.heads) % 16:
+            raise ValueError(f"width {self.width} / heads {self.heads} is no multiple of 16 (rotary axes)")
 
 
 class PatchVAE(nn.Module):

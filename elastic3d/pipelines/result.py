@@ -9,10 +9,10 @@ import trimesh
 from PIL import Image
 from torch import Tensor
 
-from elastic3d.config.geometry import CleanupConfig, DecodeConfig
-from elastic3d.config.images import ForegroundConfig
 from elastic3d.config.routing import ElasticConfig
 from elastic3d.errors import UserError
+from elastic3d.geometry.options import CleanupConfig, DecodeConfig
+from elastic3d.models.options import ForegroundConfig
 
 
 @dataclass

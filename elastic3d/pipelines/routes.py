@@ -9,14 +9,14 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from elastic3d.config.models import DiTConfig, SkipDiTConfig
 from elastic3d.config.routing import BlockCacheConfig, ElasticConfig
-from elastic3d.config.serialize import to_dict
 from elastic3d.errors import UserError
-from elastic3d.geometry.mesh_io import atomic_path
 from elastic3d.models.flops import dit_blocks_flops
+from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.routing.cost import trace_dense_flops, trace_flops, trace_router_flops
 from elastic3d.routing.session import RoutingSession
+from elastic3d.utils.files import atomic_path
+from elastic3d.utils.options import to_dict
 
 CELL, MARGIN, GAP = 10, 34, 12
 SKIPPED, REUSED, EMPTY = (235, 235, 235), (245, 160, 60), (255, 255, 255)

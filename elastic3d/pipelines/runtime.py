@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from elastic3d.config.base import DeviceChoice, DTypeChoice
 from elastic3d.errors import UserError
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 
 
 def resolve_device(choice: DeviceChoice | torch.device | str = DeviceChoice.auto) -> torch.device:

@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from elastic3d.config.generate import GenerateConfig
-from elastic3d.config.text_to_image import BackboneName
 from elastic3d.errors import UserError
 from elastic3d.pipelines.generation import Draw, Drawn, Job
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.options import BackboneName, GenerateConfig
 from elastic3d.pipelines.text_to_image import TextToImagePipeline, check_prompt
 
 ELASTIC = ("elastic", "budget", "width", "cache", "shared", "updates")

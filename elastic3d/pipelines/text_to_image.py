@@ -15,18 +15,18 @@ from torch import Tensor
 
 from elastic3d import __version__
 from elastic3d.adapters import adapter_for, attach, is_attached, session_of
-from elastic3d.config.base import DeviceChoice, DTypeChoice
-from elastic3d.config.generate import check_sampling
 from elastic3d.config.routing import BlockCacheConfig, ElasticConfig
-from elastic3d.config.text_to_image import MAX_PROMPT, BackboneName
 from elastic3d.errors import UserError
-from elastic3d.models.weights import file_sha256, find_weights
+from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.pipelines.image_loading import load_backbone, merge_lora, weight_files
+from elastic3d.pipelines.options import MAX_PROMPT, BackboneName, check_sampling
 from elastic3d.pipelines.routes import route_receipts, with_options
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype, timed
 from elastic3d.routing.cost import dense_flops
 from elastic3d.routing.session import RoutingSession
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
+from elastic3d.utils.files import file_sha256
 
 ROUTERS_NAME = "routers"
 

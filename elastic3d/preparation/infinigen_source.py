@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,6 +32,7 @@ from elastic3d.errors import UserError
 from elastic3d.preparation.infinigen_environment import find_environment
 from elastic3d.preparation.sources import Item, with_article
 from elastic3d.preparation.views import RawShape
+from elastic3d.utils.structured import parse_json
 
 WORKER = Path(__file__).with_name("infinigen_worker.py")
 # category: (module under infinigen.assets.objects, factory). Looked at: clean, recognisable, under 2 s.
@@ -287,5 +288,9 @@ def read_failures(folder: Path) -> dict[str, str]:
     path = folder / "failures.jsonl"
     if not path.exists():
         return {}
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    return {row["id"]: row["reason"] for row in rows}
+    found = {}
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(UserError):  # a line that a kill tore: its asset is tried again
+            row = parse_json(line, {"id": str, "reason": str}, str(path))
+            found[row["id"]] = row["reason"]
+    return found

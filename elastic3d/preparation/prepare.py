@@ -9,13 +9,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from elastic3d.config.prepare import PrepareConfig, SourceName
 from elastic3d.errors import UserError
 from elastic3d.preparation.infinigen_source import InfinigenSource
+from elastic3d.preparation.options import PrepareConfig, SourceName
+from elastic3d.preparation.primitives.source import PrimitivesSource
 from elastic3d.preparation.run import prepare
 from elastic3d.preparation.shards import Recipe, Shard, drop_outdated, plan_shards, write_manifest
 from elastic3d.preparation.sources import FolderSource, Source
-from elastic3d.preparation.splits import Split, read_splits
+from elastic3d.preparation.splits import Split, folder_split, read_splits, write_folder_split
 from elastic3d.preparation.sweethome3d import SweetHome3DSource, find_package
 
 
@@ -45,6 +46,8 @@ def open_source(config: PrepareConfig) -> Source:
     if config.source is SourceName.sweethome3d:
         downloads = cache / "sweethome3d"
         return SweetHome3DSource(find_package(downloads, config.path), downloads)
+    if config.source is SourceName.primitives:
+        return PrimitivesSource(config.categories, config.shapes)
     if not config.path:
         raise UserError("source=folder needs path=, the directory with your meshes")
     return FolderSource(Path(config.path), config.name or "folder")
@@ -52,17 +55,39 @@ def open_source(config: PrepareConfig) -> Source:
 
 def prepare_data(config: PrepareConfig) -> Summary:
     """Prepare every shard that is missing and rebuild the manifest; run it again to go on where it was."""
-    held_out = [name for name, split in read_splits(Path(config.splits)).items() if split is not Split.train]
+    held_out = {name for name, split in read_splits(Path(config.splits)).items() if split is not Split.train}
     source = open_source(config)
     items = source.items()[: config.limit or None]
     folder = Path(config.output) / (config.name or source.name)
     _make_writable(folder)
+    if config.source is SourceName.folder:
+        held_out |= set(
+            folder_split([f"{item.source}/{item.id}" for item in items], config.val_share, config.seed)[1]
+        )
     shards = plan_shards(items, folder, config.shard_size)
     recipe = Recipe(config.shape, config.seed, frozenset(held_out))
     drop_outdated(shards, recipe)
     _prepare_with_bar(shards, source, recipe, config)
     count, failures = write_manifest(folder)
+    if config.source is SourceName.folder and count:
+        write_folder_split(
+            folder, [f"{item.source}/{item.id}" for item in items if item.id not in failures], held_out
+        )
     return Summary(folder, count, failures)
+
+
+def next_commands(config: PrepareConfig) -> list[str]:
+    """The commands that fine-tune the bundled model on a user's prepared meshes, in their order."""
+    name, output = config.name or "folder", Path(config.output)
+    given = f"init_from=shape-small latents.output={output / f'latents-{name}'}"
+    if config.output != PrepareConfig().output:
+        given += f" data.prepared={output}"
+    given += f" data.train=[{output / name / 'train.txt'}] data.val=[{output / name / 'val.txt'}]"
+    return [
+        f"python scripts/train.py stage=cache {given}",
+        f"python scripts/train.py stage=dit name={name} steps=2000 learning_rate=5e-4 {given}",
+        f"python scripts/train.py stage=export name={name}",
+    ]
 
 
 def _prepare_with_bar(shards: list[Shard], source: Source, recipe: Recipe, config: PrepareConfig) -> None:

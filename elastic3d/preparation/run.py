@@ -8,7 +8,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -114,10 +114,14 @@ def _start(context: Any, shard: Shard, source: Source, recipe: Recipe, failures:
 
 def _work(shard: Shard, source: Source, recipe: Recipe, failures: dict[str, str], sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         prepare_shard(shard, source, recipe, failures, lambda *message: sender.send(message))
     except UserError as error:  # nothing to do with one shape: the shard can't be written
-        sender.send(("error", "", str(error)))
+        with suppress(BrokenPipeError):
+            sender.send(("error", "", str(error)))
+    except BrokenPipeError:  # the parent was killed: there is nobody to work for
+        pass
 
 
 def _attend(

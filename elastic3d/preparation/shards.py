@@ -16,13 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from elastic3d.config.prepare import ShapeConfig
 from elastic3d.errors import UserError
-from elastic3d.geometry.mesh_io import atomic_path
+from elastic3d.preparation.options import ShapeConfig
 from elastic3d.preparation.shape import item_seed, prepare_shape
 from elastic3d.preparation.sources import Item, Source
+from elastic3d.utils.files import atomic_path
+from elastic3d.utils.structured import load_json
 
 Report = Callable[[str, str, str], None]
+_SIDECAR = {
+    "settings": dict,
+    "items": [{"id": str, "source": str, "category": str, "licence": str}],
+    "failures": [{"id": str, "reason": str}],
+}
 
 
 @dataclass(frozen=True)
@@ -139,9 +145,9 @@ def write_shard(shard: Shard, arrays: dict[str, NDArray[Any]], description: dict
 def read_sidecar(path: Path) -> dict[str, Any]:
     """The description of a shard. UserError if the file is missing or broken."""
     try:
-        described: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't read {path}, which describes a shard: {error}") from error
+        described: dict[str, Any] = load_json(path, _SIDECAR)
+    except UserError as error:
+        raise UserError(f"{path} describes no shard ({error})") from error
     return described
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import READ_SUFFIXES, load_mesh
 from elastic3d.preparation.views import RawShape
+from elastic3d.utils.files import visible_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +93,7 @@ class FolderSource(AlwaysReady):
         if not path.is_dir():
             raise UserError(f"path={path} is no directory, expected one with mesh files")
         self.name, self._path = name, path
-        files = [
-            file
-            for file in sorted(path.rglob("*"))
-            if file.suffix.lower() in READ_SUFFIXES and file.is_file()
-        ]
+        files = [file for file in visible_files(path) if file.suffix.lower() in READ_SUFFIXES]
         if not files:
             raise UserError(f"{path} holds no mesh, expected files ending in {', '.join(READ_SUFFIXES)}")
         relative = [file.relative_to(path) for file in files]

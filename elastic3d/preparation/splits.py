@@ -6,6 +6,7 @@ lists name shapes whether they were generated or not.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from enum import Enum
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from elastic3d.errors import UserError
+from elastic3d.utils.files import atomic_path
 
 
 class Split(Enum):
@@ -28,6 +30,13 @@ def infinigen_split(seed: int) -> Split:
     if seed < 200 and seed % 10 == 9:
         return Split.test
     return Split.val if seed < 200 and seed % 40 == 8 else Split.train
+
+
+def primitives_split(seed: int, per_round: int = 1) -> Split:
+    """Seeds 9 and 19 are for testing, 29, 39 ... too where a round holds several seeds; 8 is for validation."""
+    if seed < 20 * per_round and seed % 10 == 9:
+        return Split.test
+    return Split.val if seed == 8 else Split.train
 
 
 def split_groups(groups: dict[str, int], test: int, val: int, seed: int = 0) -> dict[str, Split]:
@@ -72,3 +81,29 @@ def write_splits(folder: Path, splits: dict[str, Split]) -> None:
     for split in Split:
         names = sorted(name for name, which in splits.items() if which is split)
         (folder / f"{split.value}.txt").write_text("".join(f"{name}\n" for name in names))
+
+
+FEWEST_TO_SPLIT = (
+    10  # meshes of a user's folder; fewer all train, and validation shows how well they are fitted
+)
+
+
+def folder_split(names: list[str], share: float, seed: int = 0) -> tuple[list[str], list[str]]:
+    """(train, val) of a user's meshes: each name's hash decides, so a mesh that is added moves few others.
+
+    At least one of ten or more is for validation unless `share` is 0; of fewer than ten all are in both.
+    """
+    if len(names) < FEWEST_TO_SPLIT or share == 0:
+        return names, names
+    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    val = set(order[: max(1, round(share * len(names)))])
+    return [name for name in names if name not in val], [name for name in names if name in val]
+
+
+def write_folder_split(folder: Path, names: list[str], held_out: set[str]) -> None:
+    """Write `train.txt` and `val.txt` beside a user's prepared meshes; where nothing else is left, both name all."""
+    train = [name for name in names if name not in held_out] or names
+    val = [name for name in names if name in held_out] or names
+    for name, listed in (("train", train), ("val", val)):
+        with atomic_path(folder / f"{name}.txt") as draft:
+            draft.write_text("".join(f"{line}\n" for line in listed))

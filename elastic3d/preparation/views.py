@@ -43,26 +43,42 @@ def random_colour(generator: np.random.Generator) -> NDArray[np.uint8]:
     return np.round(255 * np.array(colorsys.hsv_to_rgb(*hsv))).astype(np.uint8)
 
 
-def random_light(camera: Camera, generator: np.random.Generator) -> Light:
-    """A light of any hardness from above, seldom from behind the object."""
-    back = -camera.axes()[2]
-    azimuth = np.arctan2(back[0], back[2]) + np.radians(generator.normal(0, 60))
-    height = generator.uniform(0.35, 0.95)
-    side = np.sqrt(1 - height**2)
+def random_lights(camera: Camera, generator: np.random.Generator) -> list[Light]:
+    """A key light of any hardness from above, seldom from behind the object; often one or two weaker ones too."""
     ambient = float(generator.uniform(0.3, 0.65))
-    return Light(
-        direction=(float(side * np.sin(azimuth)), float(height), float(side * np.cos(azimuth))),
-        ambient=ambient,
-        diffuse=float(generator.uniform(0.9, 1.25) - ambient),
-        specular=float(generator.uniform(0, 0.3) ** 1.5),
-        shadows=bool(generator.random() < 0.7),
-    )
+    strength = float(generator.uniform(0.9, 1.25) - ambient)
+    count = int(generator.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
+    shares = np.sort(generator.dirichlet(np.full(count, 2.0)))[::-1]
+    lights = []
+    for index, share in enumerate(shares):
+        spread, low = (60, 0.35) if index == 0 else (100, -0.1)
+        lights.append(
+            Light(
+                direction=_light_direction(camera, generator, spread, low),
+                ambient=ambient if index == 0 else 0.0,
+                diffuse=float(share * strength),
+                specular=float(share * generator.uniform(0, 0.3) ** 1.5),
+                shadows=bool(generator.random() < 0.7),
+            )
+        )
+    return lights
+
+
+def _light_direction(
+    camera: Camera, generator: np.random.Generator, spread_deg: float, lowest: float
+) -> tuple[float, float, float]:
+    back = -camera.axes()[2]
+    azimuth = np.arctan2(back[0], back[2]) + np.radians(generator.normal(0, spread_deg))
+    height = generator.uniform(lowest, 0.95)
+    side = np.sqrt(1 - height**2)
+    return float(side * np.sin(azimuth)), float(height), float(side * np.cos(azimuth))
 
 
 def view_cameras(mesh: trimesh.Trimesh, count: int, generator: np.random.Generator) -> list[Camera]:
     """Cameras all round, two thirds of them in front; the first one sees the front at an angle.
 
-    Elevation -5 to 45 degrees, angle of view 25 to 50 degrees, the object fills 80 to 95 % of the frame.
+    Elevation -10 to 60 degrees, angle of view 15 to 65 degrees (most 25 to 50), the object fills 80 to 95 % of the
+    frame.
     """
     front = max(1, round(count * 2 / 3))
     azimuths = [float(generator.choice([-1, 1]) * generator.uniform(20, 50))]
@@ -74,8 +90,9 @@ def view_cameras(mesh: trimesh.Trimesh, count: int, generator: np.random.Generat
     outline = np.concatenate([outline, vertices[extremes]])
     cameras = []
     for index, azimuth in enumerate(azimuths[:count]):
-        elevation = generator.uniform(10, 30) if index == 0 else generator.uniform(-5, 45)
-        start = orbit_camera(azimuth, elevation, 4.0, float(generator.uniform(25, 50)))
+        elevation = generator.uniform(10, 30) if index == 0 else generator.uniform(-10, 60)
+        fov = generator.uniform(25, 50) if generator.random() < 0.8 else generator.uniform(15, 65)
+        start = orbit_camera(azimuth, elevation, 4.0, float(fov))
         cameras.append(frame(start, outline, fill=float(generator.uniform(0.8, 0.95))))
     return cameras
 
@@ -115,7 +132,7 @@ def render_views(
         fresh = np.stack([random_colour(generator) for _ in range(parts)])
         palette = own if generator.random() < 0.5 else fresh
         scene.face_colours = palette[shape.part]
-        pixels = scene.render(camera, size, random_light(camera, generator)).colour
+        pixels = scene.render(camera, size, random_lights(camera, generator)).colour
         images.append(encode_png(pixels))
         rows.append([*camera.eye, *camera.target, camera.fov_deg, _elevation(camera)])
     return images, np.array(rows, np.float32).reshape(count, 8)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import Enum
 from itertools import product
 
 import numpy as np
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.config.router_stage import Curve
 from elastic3d.config.routing import MIN_BUDGET, ElasticConfig
-from elastic3d.config.train import Precision, TrainConfig
 from elastic3d.routing.router import looks_ahead
 from elastic3d.routing.session import RoutingSession
+from elastic3d.training.options import Precision
+from elastic3d.utils.options import Options, option
 
 # settings, number of validation samples (0: all) -> latents (B,N,C), executed share (B,)
 Generate = Callable[[ElasticConfig, int], tuple[Tensor, Tensor]]
@@ -29,9 +30,24 @@ _TOLD, _TREND_TOLD = (0.4, 0.5, 0.6, 0.7, 0.8), (0.5, 0.6, 0.7)
 _SHARES = (0.3, 0.35, 0.4, 0.5)
 
 
-def as_trained(config: TrainConfig, device: torch.device) -> torch.autocast:
+class Curve(Enum):
+    """What a calibration does with a curve over time: `choose` it anew, or `keep` what is there."""
+
+    choose = "choose"
+    keep = "keep"
+
+
+@dataclass(kw_only=True)
+class CurvesConfig(Options):
+    """What a calibration measures anew."""
+
+    trends: Curve = option(Curve.choose, "choose the forecasts' curve over time anew, or keep it")
+    urgency: Curve = option(Curve.choose, "choose the gates' curve over time anew, or keep it")
+
+
+def as_trained(precision: Precision, device: torch.device) -> torch.autocast:
     """The precision of the training, for a model that is exported in full."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision is not Precision.fp32)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision is not Precision.fp32)
 
 
 def compare_budgets(generate: Generate, budgets: list[float]) -> dict[str, float]:
@@ -55,8 +71,7 @@ def calibrate(
     session: RoutingSession,
     generate: Generate,
     times: Tensor,
-    trends: Curve = Curve.choose,
-    urgency: Curve = Curve.choose,
+    curves: CurvesConfig,
     points: int = 24,
 ) -> None:
     """Note in the routers' configuration how residuals go on over time, how urgent each time is, and what the routers
@@ -66,6 +81,7 @@ def calibrate(
     """
     if session.conditioner is None:
         return
+    trends, urgency = curves.trends, curves.urgency
     session.router_config = replace(session.router_config, asked=[], told=[])
     reuse = looks_ahead(session.router_config) and session.router_config.longest > 0
     if trends is Curve.choose:

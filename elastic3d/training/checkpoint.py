@@ -17,10 +17,24 @@ import torch
 from torch import Tensor
 
 from elastic3d.errors import UserError
-from elastic3d.models.weights import file_sha256, load_json, read_weights, save_weights
+from elastic3d.utils.files import file_sha256
+from elastic3d.utils.structured import Number, load_json
+from elastic3d.utils.tensors import read_weights, save_weights
 
 MANIFEST = "manifest.json"
 _PREFIX = "step-"
+_MT_WORDS = 624  # of the Mersenne Twister's state
+_RANDOM = {
+    "python": list,
+    "numpy": {
+        "bit_generator": str,
+        "state": {"key": [Number(0, 2**32 - 1, whole=True)], "pos": Number(0, _MT_WORDS, whole=True)},
+        "has_gauss": Number(0, 1, whole=True),
+        "gauss": Number(),
+    },
+    "torch": str,
+    "cuda": [str],
+}
 
 
 @dataclass
@@ -30,6 +44,13 @@ class Checkpoint:
     step: int
     tensors: dict[str, dict[str, Tensor]]
     values: dict[str, Any] = field(default_factory=dict)
+    source: str = ""  # its folder, for messages
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one file. UserError if it is not there."""
+        if name not in self.tensors:
+            raise UserError(f"{self.source} has no {name}.safetensors")
+        return self.tensors[name]
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -52,14 +73,14 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     renamed: whatever moment the process dies at, no folder of the final name is incomplete.
     """
     final, unfinished = checkpoint_path(folder, checkpoint.step), _unfinished(folder, checkpoint.step)
-    unfinished.mkdir(parents=True, exist_ok=True)
-    for name, tensors in checkpoint.tensors.items():
-        save_weights(tensors, unfinished / f"{name}.safetensors")
-    (unfinished / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.values}))
-    hashes = {file.name: file_sha256(file) for file in sorted(unfinished.iterdir()) if file.name != MANIFEST}
-    (unfinished / MANIFEST).write_text(json.dumps(hashes, indent=1))
-    for path in (*unfinished.iterdir(), unfinished):
-        _flush(path)
+    try:
+        _write(unfinished, checkpoint)
+    except OSError as error:  # such as a full disk
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"can't write {final}: {error.strerror or error}") from error
+    except UserError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     if final.exists():  # the same step again, after a resume from an older checkpoint
         shutil.rmtree(final)
     unfinished.rename(final)
@@ -69,29 +90,46 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return final
 
 
+def _write(unfinished: Path, checkpoint: Checkpoint) -> None:
+    """The files of a checkpoint and the manifest of all that lies in its folder by now, on the disk for certain."""
+    unfinished.mkdir(parents=True, exist_ok=True)
+    for name, tensors in checkpoint.tensors.items():
+        save_weights(tensors, unfinished / f"{name}.safetensors")
+    (unfinished / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.values}))
+    hashes = {file.name: file_sha256(file) for file in sorted(unfinished.iterdir()) if file.name != MANIFEST}
+    (unfinished / MANIFEST).write_text(json.dumps(hashes, indent=1))
+    for path in (*unfinished.iterdir(), unfinished):
+        _flush(path)
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint after verifying every file's hash.
 
     Raises:
-        UserError: the folder is missing or half-written, or a file was changed or is gone.
+        UserError: the folder is missing or half-written, a file was changed or is gone, or holds something else.
     """
-    verify_checkpoint(path)
-    values = load_json(path / "state.json")
-    tensors = {file.stem: read_weights(file) for file in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(values.pop("step"), tensors, values)
+    names = verify_checkpoint(path)
+    values = load_json(path / "state.json", {"step": Number(0, 1 << 50, whole=True)})
+    weights = [path / name for name in sorted(names) if name.endswith(".safetensors")]
+    tensors = {file.stem: read_weights(file) for file in weights}
+    return Checkpoint(values.pop("step"), tensors, values, str(path))
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Raise UserError unless `path` is a whole checkpoint."""
+def verify_checkpoint(path: Path) -> list[str]:
+    """The names of a whole checkpoint's files. UserError if `path` is none."""
     if not path.is_dir():
         raise UserError(f"there is no checkpoint folder {path}")
     if not (path / MANIFEST).is_file():
         raise UserError(f"{path} is no whole checkpoint: it has no {MANIFEST}")
-    for name, expected in load_json(path / MANIFEST).items():
+    hashes: dict[str, str] = load_json(path / MANIFEST, {str: str})
+    if "state.json" not in hashes:
+        raise UserError(f"{path} is no whole checkpoint: {MANIFEST} does not list state.json")
+    for name, expected in hashes.items():
         if not (path / name).is_file():
             raise UserError(f"{path} is no whole checkpoint: {name} is missing")
         if file_sha256(path / name) != expected:
             raise UserError(f"{path} is no whole checkpoint: {name} differs from its hash in {MANIFEST}")
+    return list(hashes)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -126,8 +164,19 @@ def random_state() -> dict[str, Any]:
     }
 
 
+def load_random_state(path: Path) -> None:
+    """`set_random_state` from a part of a checkpoint; UserError unless `random_state` wrote it."""
+    state = load_json(path, _RANDOM)
+    try:
+        set_random_state(state)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{path} holds no state of the random generators: {error}") from error
+
+
 def set_random_state(state: dict[str, Any]) -> None:
     """Inverse of `random_state`, in the same or another process."""
+    if len(state["numpy"]["state"]["key"]) != _MT_WORDS:  # NumPy would read beyond them
+        raise ValueError(f"NumPy's key has {len(state['numpy']['state']['key'])} words, expected {_MT_WORDS}")
     version, inner, gauss = state["python"]
     random.setstate((version, tuple(inner), gauss))
     key = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)
@@ -142,7 +191,7 @@ def _encode(tensor: Tensor) -> str:
 
 
 def _decode(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
 
 
 def _unfinished(folder: Path, step: int) -> Path:

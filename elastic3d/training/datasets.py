@@ -1,21 +1,20 @@
-"""Training data: prepared shapes by id, items of the VAE, and a loader whose position is the step alone."""
+"""Training data: prepared shapes by id, and a loader whose position is the step alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from elastic3d.config.train import DataConfig, LoopConfig, VAEStageConfig
 from elastic3d.errors import UserError
-from elastic3d.training.augment import augment
+from elastic3d.training.options import DataConfig, LoopConfig
+from elastic3d.utils.tensors import open_tensors, tensor_heads
 
 Batch = dict[str, Tensor]
 
@@ -38,7 +37,42 @@ def read_split(paths: Sequence[Path]) -> list[str]:
             raise UserError(f"there is no split file {path}")
         lines = (line.strip() for line in path.read_text().splitlines())
         ids.update(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if not ids:
+        names = ", ".join(map(str, paths)) or "the list of split files"
+        raise UserError(f"{names} names no shape, expected lines such as folder/chair (source/id)")
     return list(ids)
+
+
+def own_lists(prepared: Path) -> list[Path]:
+    """The training lists that `source=folder` left beside a user's prepared meshes."""
+    found = sorted(prepared.glob("*/train.txt"))
+    return [path for path in found if any(path.parent.glob("shard-*.safetensors"))]
+
+
+def use_own_lists(config: DataConfig) -> None:
+    """Train on a user's own meshes where they are all that is prepared and no lists were named.
+
+    UserError if a list that was named is missing.
+    """
+    if (config.train, config.val) != (DataConfig().train, DataConfig().val):
+        return
+    sources = {id.partition("/")[0] for id in read_split([*config.train, *config.val])}
+    if any(any((config.prepared / source).glob("shard-*.safetensors")) for source in sources):
+        return
+    if own := own_lists(config.prepared):
+        config.train, config.val = own, [path.with_name("val.txt") for path in own]
+
+
+def nothing_prepared(count: int, root: Path) -> str:
+    """Why there is nothing to train on under a folder, and what to do about it."""
+    if own := own_lists(root):
+        lists = f"data.train=[{own[0]}] data.val=[{own[0].with_name('val.txt')}]"
+        advice = f"your own meshes are used with {lists}"
+    elif (root / "latents.json").is_file():
+        advice = "stage=cache with the same data.train= and data.val= puts them there"
+    else:
+        advice = "scripts/prepare_data.py makes them"
+    return f"none of the {count} shapes that the lists name is under {root}: {advice}"
 
 
 class ShardFolder:
@@ -52,13 +86,12 @@ class ShardFolder:
             raise UserError(f"there is no folder {folder}")
         self._shards: dict[str, Path] = {}
         self._names: dict[str, list[str]] = {}
-        self._open: dict[Path, safe_open] = {}
+        self._open: dict[Path, Any] = {}
         for path in sorted(folder.glob("shard-*.safetensors")):
-            with safe_open(path, "pt") as shard:
-                for key in shard.keys():  # noqa: SIM118 (it is no mapping)
-                    id, _, name = key.rpartition("/")
-                    self._shards[id] = path
-                    self._names.setdefault(id, []).append(name)
+            for key in tensor_heads(path):
+                id, _, name = key.rpartition("/")
+                self._shards[id] = path
+                self._names.setdefault(id, []).append(name)
 
     def __contains__(self, id: str) -> bool:
         return id in self._shards
@@ -73,8 +106,12 @@ class ShardFolder:
     def read(self, id: str, name: str, row: int | None = None) -> Tensor:
         """A tensor, or one row of it, copied from the mapped file."""
         path = self._shards[id]
+        if name not in self._names[id]:
+            raise UserError(
+                f"{path} has no tensor {id}/{name}, but {', '.join(self._names[id])} of this shape"
+            )
         if path not in self._open:
-            self._open[path] = safe_open(path, "pt")
+            self._open[path] = open_tensors(path)
         if row is None:
             return self._open[path].get_tensor(f"{id}/{name}")
         return self._open[path].get_slice(f"{id}/{name}")[row]
@@ -99,7 +136,7 @@ class PreparedShapes:
         # A split lists category after category: a part of it is taken from everywhere.
         self.ids = [found[i * len(found) // limit] for i in range(limit)] if 0 < limit < len(found) else found
         if not self.ids:
-            raise UserError(f"none of the {len(split)} shapes of the split is under {root}")
+            raise UserError(nothing_prepared(len(split), root))
         self._loaded: dict[tuple[str, str], Tensor] = {}
         self._loaded = {(id, name): self.read(id, name) for id in self.ids for name in preload}
 
@@ -160,53 +197,6 @@ def pick(points: Tensor, count: int, rng: np.random.Generator) -> Tensor:
     else:
         index = rng.integers(0, len(points), count)
     return points[torch.from_numpy(index)].float()
-
-
-@dataclass
-class VAEItems:
-    """Items: `surface` (P,6), `points` (Q,3), `distance` (Q,), `noise` (N,C), also `sharp` (S,6), `offsets` (N,3)."""
-
-    shapes: PreparedShapes
-    config: VAEStageConfig
-
-    def __post_init__(self) -> None:
-        self._shuffle = Shuffle(len(self.shapes))
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def item(self, position: int, seed: int) -> Batch:
-        """Item `position` of the shuffled, augmented stream."""
-        rng = item_generator(seed, position)
-        item = self.draw(self.shapes.ids[self._shuffle(position, seed)], rng)
-        item = augment(item, self.config.augment, rng)
-        model = self.config.model
-        noise = rng.standard_normal((model.num_latents, model.channels), dtype=np.float32)
-        return {**item, **self.offsets(rng), "noise": torch.from_numpy(noise)}
-
-    def offsets(self, rng: np.random.Generator) -> Batch:
-        """`offsets` (N,3) of the anchors from the surface, where there are any."""
-        spread, count = self.config.anchor_spread, self.config.model.num_latents
-        if not (self.config.model.anchored and spread):
-            return {}
-        return {"offsets": torch.from_numpy(spread * rng.standard_normal((count, 3), dtype=np.float32))}
-
-    def draw(self, id: str, rng: np.random.Generator) -> Batch:
-        """A random subset of a shape's stored points."""
-        config = self.config
-        near = pick(self.shapes.read(id, "near"), config.near_queries, rng)
-        volume = pick(self.shapes.read(id, "volume"), config.volume_queries, rng)
-        queries = torch.cat([near, volume])
-        surface = self.shapes.read(id, "surface")
-        item = {
-            "surface": pick(surface, config.surface_points, rng),
-            "points": queries[:, :3].contiguous(),
-            "distance": queries[:, 3].contiguous(),
-        }
-        if config.sharp_points:
-            sharp = self.shapes.read(id, "sharp")
-            item["sharp"] = pick(sharp if len(sharp) else surface, config.sharp_points, rng)
-        return item
 
 
 class _ByPosition(Dataset):

@@ -4,175 +4,262 @@ from __future__ import annotations
 
 import csv
 import shutil
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from elastic3d import __version__
 from elastic3d.adapters import save_routers
-from elastic3d.config.generate import PipelineConfig
-from elastic3d.config.image_stage import SAMPLING_DEFAULTS, PixelModelConfig
-from elastic3d.config.router_stage import TrainedParts
-from elastic3d.config.routing import ElasticConfig
-from elastic3d.config.serialize import from_dict
-from elastic3d.config.train import StageName, TrainConfig
+from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.errors import UserError
-from elastic3d.geometry.mesh_io import atomic_path
 from elastic3d.models.image_encoder import build_image_encoder
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import load_dit
-from elastic3d.models.weights import load_strict, save_json
+from elastic3d.models.weights import load_strict
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.pixel_flux import PixelSamplingConfig
 from elastic3d.routing.attach import load_router_state, router_state, session_of
-from elastic3d.training.checkpoint import load_checkpoint, newest_checkpoint
+from elastic3d.training.calibration import CurvesConfig
+from elastic3d.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
+from elastic3d.training.dit import DiTTrainConfig
+from elastic3d.training.elastic import RouterStage, RouterTrainConfig
+from elastic3d.training.elastic_image import ImageRouterTrainConfig
+from elastic3d.training.elastic_objective import TrainedParts
+from elastic3d.training.few_step import FewStepTrainConfig, attach_for_updates, pipeline_config
+from elastic3d.training.image import ImageTrainConfig
 from elastic3d.training.journal import METRICS_NAME, read_metrics
 from elastic3d.training.latents import LatentInfo
 from elastic3d.training.low_rank import merge_low_rank
-from elastic3d.training.router_stage import RouterStage
-from elastic3d.training.updates_stage import attach_for_updates, pipeline_config
+from elastic3d.training.options import RunConfig, StageName
+from elastic3d.training.record import read_record, upgraded
+from elastic3d.training.vae import VAETrainConfig
+from elastic3d.utils.files import atomic_path
+from elastic3d.utils.options import Options, option
+from elastic3d.utils.structured import save_json
 
+Config = TypeVar("Config")
 RECORD_NAME = "training.json"
 CURVES_NAME = "training.csv"
 
 
-def export_run(config: TrainConfig) -> Path:
+@dataclass(kw_only=True)
+class ExportConfig(Options):
+    """Averaged weights of a run as a model folder."""
+
+    output: Path | None = option(None, "folder to write; null: `export` in the run's folder")
+    pipeline: PipelineConfig = option(
+        PipelineConfig, "defaults of an exported DiT; of routers `elastic` alone"
+    )
+
+    def check(self) -> None:
+        """What is written is a folder."""
+        if self.output is not None and self.output.is_file():
+            raise ValueError(f"output {self.output} is a file, expected a folder")
+
+
+@dataclass(kw_only=True)
+class ImageExportConfig(Options):
+    """What an exported text-to-image model is told besides its weights."""
+
+    model: PixelSamplingConfig = option(PixelSamplingConfig, "its sampling defaults")
+
+
+@dataclass(kw_only=True)
+class RouterExportConfig(CurvesConfig):
+    """How exported routers are calibrated."""
+
+    val_shapes: int = option(
+        8, "validation shapes or pictures that routers are calibrated on", ge=1, le=1 << 16
+    )
+
+
+@dataclass(kw_only=True)
+class UpdatesExportConfig(Options):
+    """When exported updates are used."""
+
+    used_calls: float | None = option(
+        None, "calls up to which the updates will be used; null: updates.max_calls of the training",
+        ge=0.1, le=1000,
+    )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class ExportStageConfig(RunConfig):
+    """Everything `scripts/train.py stage=export` takes."""
+
+    stage: StageName = option(StageName.export, "what to do")
+    export: ExportConfig = option(ExportConfig, "what is written")
+    image: ImageExportConfig = option(ImageExportConfig, "of a text-to-image model")
+    routing: RouterExportConfig = option(RouterExportConfig, "of routers")
+    updates: UpdatesExportConfig = option(UpdatesExportConfig, "of updates")
+
+
+@dataclass
+class _Run:
+    """A checkpoint on its way to a model folder."""
+
+    config: ExportStageConfig
+    source: str
+    checkpoint: Checkpoint
+    output: Path
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The averaged weights of the whole objective."""
+        return self.checkpoint.part("average")
+
+    def trained(self, config_class: type[Config]) -> Config:
+        """The configuration it was trained with."""
+        return read_record(self.checkpoint.values.get("config"), config_class, self.source)
+
+    def write_record(self, folder: Path, name: str = "training") -> None:
+        """`training.json` and `training.csv` beside what was trained."""
+        _write_record(folder, self.config.folder, self.checkpoint.step, self.checkpoint.values, name)
+
+
+def export_run(config: ExportStageConfig) -> Path:
     """Write the averaged weights of the run `config.name` in bf16, with the record of its training.
 
     A VAE becomes one model folder; a DiT a folder for `ImageTo3DPipeline.from_pretrained`, with the VAE whose
     latents it learned and their statistics, and the image encoder's configuration. Routers become such a folder too,
     that of their dense model with `routers/` inside and `export.pipeline.elastic` as its default; those of a
     text-to-image pipeline are written alone. The small text-to-image model's sampling defaults are those of `config`,
-    and so are `routing.val_shapes`, the number of shapes or pictures on which routers are calibrated,
-    `routing.urgency` and `routing.trends`. Updates become `routers/` with the routers that they belong to, used up to
-    `updates.used_calls`.
+    and so is how routers are calibrated (`routing`). Updates become `routers/` with the routers that they belong to,
+    used up to `updates.used_calls`.
 
     Raises:
         UserError: the run has no whole checkpoint.
     """
     path, _ = newest_checkpoint(config.folder / "checkpoints")
     if path is None:
-        raise UserError(f"{config.folder} has no whole checkpoint to export")
+        raise UserError(
+            f"{config.folder} has no whole checkpoint to export: train it first, or name another run with name="
+        )
     checkpoint = load_checkpoint(path)
-    trained: TrainConfig = from_dict(TrainConfig, checkpoint.values["config"], str(path))
-    trained.routing.val_shapes = config.routing.val_shapes  # to calibrate on
-    trained.updates.used_calls = config.updates.used_calls
-    trained.routing.urgency, trained.routing.trends = config.routing.urgency, config.routing.trends
+    stage = upgraded(checkpoint.values.get("config"), path).get("stage")
+    if stage not in _EXPORTS:
+        raise UserError(f"{path} was trained by stage={stage}, expected one of {', '.join(_EXPORTS)}")
     output = config.export.output or config.folder / "export"
-    weights = checkpoint.tensors["average"]
-    if trained.stage is StageName.vae:
-        vae = ShapeVAE(trained.vae.model)
-        load_strict(vae, _inside("vae.", weights), str(path))
-        vae.save_pretrained(output, torch.bfloat16)
-        _write_record(output, config.folder, checkpoint.step, checkpoint.values)
-    elif trained.stage is StageName.image:
-        sampling = {name: getattr(config.image.model, name) for name in SAMPLING_DEFAULTS}
-        model = replace(trained.image.model, **sampling)
-        _export_image_model(output, model, _inside("dit.", weights), str(path))
-        _write_record(output, config.folder, checkpoint.step, checkpoint.values)
-    elif trained.stage is StageName.router and trained.image.backbone is not None:
-        _export_image_routers(output, trained, weights, str(path))
-        _write_record(output / "routers", config.folder, checkpoint.step, checkpoint.values)
-    elif trained.stage is StageName.router:
-        _export_routers(output, config.export.pipeline.elastic, trained, weights, str(path))
-        _write_record(output / "routers", config.folder, checkpoint.step, checkpoint.values)
-    elif trained.stage is StageName.updates:
-        _export_updates(output / "routers", trained, weights, str(path))
-        _write_record(output / "routers", config.folder, checkpoint.step, checkpoint.values, "updates")
-    else:
-        _export_pipeline(output, config.export.pipeline, trained, _inside("dit.", weights), str(path))
-        _write_record(output / "dit", config.folder, checkpoint.step, checkpoint.values)
+    _EXPORTS[stage](_Run(config, str(path), checkpoint, output))
     return output
 
 
-def _export_pipeline(
-    output: Path, pipeline: PipelineConfig, trained: TrainConfig, weights: dict[str, Tensor], source: str
-) -> None:
+def _export_vae(run: _Run) -> None:
+    vae = ShapeVAE(run.trained(VAETrainConfig).vae.model)
+    load_strict(vae, _inside("vae.", run.weights), run.source)
+    vae.save_pretrained(run.output, torch.bfloat16)
+    run.write_record(run.output)
+
+
+def _export_pipeline(run: _Run) -> None:
+    trained = run.trained(DiTTrainConfig)
     info = LatentInfo.load(trained.latents.output)
     dit = ShapeDiT(trained.dit.model)
-    load_strict(dit, weights, source)
+    load_strict(dit, _inside("dit.", run.weights), run.source)
     vae = ShapeVAE.from_pretrained(info.vae)
     vae.set_latent_statistics(info.mean, info.std)
     encoder = build_image_encoder(info.encoder)
-    ImageTo3DPipeline(vae, dit, encoder, pipeline).save_pretrained(output, torch.bfloat16)
+    pipeline = ImageTo3DPipeline(vae, dit, encoder, run.config.export.pipeline)
+    pipeline.save_pretrained(run.output, torch.bfloat16)
     for name in (RECORD_NAME, CURVES_NAME):
         if (info.vae / name).is_file():
-            shutil.copyfile(info.vae / name, output / "vae" / name)
+            shutil.copyfile(info.vae / name, run.output / "vae" / name)
+    run.write_record(run.output / "dit")
 
 
-def _export_routers(
-    output: Path, elastic: ElasticConfig, trained: TrainConfig, weights: dict[str, Tensor], source: str
-) -> None:
+def _export_routers(run: _Run) -> None:
     """The dense pipeline with calibrated `routers/` inside; a base model that learned too is written as it is now."""
+    trained = run.trained(RouterTrainConfig)
+    trained.routing.val_shapes = run.config.routing.val_shapes
     stage = RouterStage(trained)
     objective = stage.flow
-    load_strict(objective, weights, source)
+    load_strict(objective, run.weights, run.source)
     objective.eval()
-    stage.calibrate()
+    stage.calibrate(run.config.routing)
     pipeline = ImageTo3DPipeline.from_pretrained(trained.routing.model, "cpu", "float32")
     if trained.routing.parts is not TrainedParts.routers:
         merge_low_rank(objective.dit.modules())
         pipeline.dit.load_state_dict(objective.dit.state_dict())
-    pipeline.config.elastic = elastic
-    pipeline.save_pretrained(output, torch.bfloat16)
-    save_routers(objective.dit, output / "routers")
+    pipeline.config.elastic = run.config.export.pipeline.elastic
+    pipeline.save_pretrained(run.output, torch.bfloat16)
+    save_routers(objective.dit, run.output / "routers")
+    run.write_record(run.output / "routers")
 
 
-def _export_updates(output: Path, trained: TrainConfig, weights: dict[str, Tensor], source: str) -> None:
+def _export_updates(run: _Run) -> None:
     """The model's routers with their updates, in bf16, and what is known of the routers."""
-    routers = trained.updates.model / "routers"
-    dit = load_dit(trained.updates.model / "dit")
-    attach_for_updates(dit, trained.updates, pipeline_config(trained.updates.model).guidance)
+    trained = run.trained(FewStepTrainConfig).updates
+    output, routers = run.output / "routers", trained.model / "routers"
+    dit = load_dit(trained.model / "dit")
+    attach_for_updates(dit, trained, pipeline_config(trained.model).guidance)
     own = {key: tensor for key, tensor in router_state(dit).items() if ".updates." not in key}
-    updates = {key.removeprefix("updates.").replace("/", "."): tensor for key, tensor in weights.items()}
+    updates = {key.removeprefix("updates.").replace("/", "."): t for key, t in run.weights.items()}
     try:
         load_router_state(dit, own | updates)
     except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
+        raise UserError(f"{run.source}: {error}") from error
     session = session_of(dit)
-    used = trained.updates.used_calls or trained.updates.max_calls
+    used = run.config.updates.used_calls or trained.max_calls
     session.router_config = replace(session.router_config, updates_calls=used)
     for block in session.blocks:
         assert block.updates is not None
-        block.updates.rebase(used / trained.updates.max_calls)
+        block.updates.rebase(used / trained.max_calls)
         block.updates.to(torch.bfloat16)
     for name in (RECORD_NAME, CURVES_NAME, "calibration.json"):
         if routers.resolve() != output.resolve() and (routers / name).is_file():
             with atomic_path(output / name) as temporary:
                 shutil.copyfile(routers / name, temporary)
     save_routers(dit, output)
+    run.write_record(output, "updates")
 
 
-def _export_image_model(
-    output: Path, config: PixelModelConfig, weights: dict[str, Tensor], source: str
-) -> None:
+def _export_image_model(run: _Run) -> None:
     from elastic3d.pipelines.pixel_flux import build_transformer, save_pixel_flux
 
-    transformer = build_transformer(config)
-    load_strict(transformer, weights, source)
-    save_pixel_flux(config, transformer, output, torch.bfloat16)
+    sampling = run.config.image.model
+    model = replace(
+        run.trained(ImageTrainConfig).image.model,
+        **{item.name: getattr(sampling, item.name) for item in fields(PixelSamplingConfig)},
+    )
+    transformer = build_transformer(model)
+    load_strict(transformer, _inside("dit.", run.weights), run.source)
+    save_pixel_flux(model, transformer, run.output, torch.bfloat16)
+    run.write_record(run.output)
 
 
-def _export_image_routers(
-    output: Path, trained: TrainConfig, weights: dict[str, Tensor], source: str
-) -> None:
+def _export_image_routers(run: _Run) -> None:
     """Calibrated `routers/`; where the DiT learned too, it as it is now in `transformer/`."""
     from elastic3d.adapters import detach
-    from elastic3d.training.image_router_stage import ImageRouterStage
+    from elastic3d.training.elastic_image import ImageRouterStage
 
+    trained = run.trained(ImageRouterTrainConfig)
+    trained.routing.val_shapes = run.config.routing.val_shapes
     stage = ImageRouterStage(trained)
-    load_strict(stage.flow, weights, source)
+    load_strict(stage.flow, run.weights, run.source)
     stage.flow.eval()
-    stage.calibrate()
-    save_routers(stage.flow.dit, output / "routers")
+    stage.calibrate(run.config.routing)
+    save_routers(stage.flow.dit, run.output / "routers")
     if trained.routing.parts is not TrainedParts.routers:
         dit: Any = stage.flow.dit
         merge_low_rank(dit.modules())
         detach(stage.flow.backbone.pipe)
-        dit.to(torch.bfloat16).save_pretrained(output / "transformer")
+        dit.to(torch.bfloat16).save_pretrained(run.output / "transformer")
+    run.write_record(run.output / "routers")
+
+
+_EXPORTS: dict[Any, Callable[[_Run], None]] = {
+    "vae": _export_vae,
+    "dit": _export_pipeline,
+    "image": _export_image_model,
+    "router": _export_routers,
+    "image_router": _export_image_routers,
+    "updates": _export_updates,
+}
 
 
 def _inside(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,34 +8,65 @@ is the baseline that single-image reconstruction most often fails to beat (Tatar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import trimesh
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.config.geometry import CleanupConfig
-from elastic3d.config.held_out import HeldOutConfig
-from elastic3d.config.images import ForegroundConfig
-from elastic3d.config.train import VAEStageConfig
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
-from elastic3d.geometry.mesh_io import atomic_path, load_mesh, save_mesh
+from elastic3d.geometry.mesh_io import load_mesh, save_mesh
 from elastic3d.geometry.normalize import normalize_mesh
+from elastic3d.geometry.options import CleanupConfig
 from elastic3d.geometry.solid import solidify
 from elastic3d.models.foreground import prepare_picture, to_tensor
+from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.options import DEFAULT_MODEL
+from elastic3d.preparation.options import PrepareConfig
 from elastic3d.preparation.prepare import open_source
-from elastic3d.training.datasets import PreparedShapes, VAEItems, item_generator, read_split
+from elastic3d.training.datasets import PreparedShapes, item_generator, read_split
 from elastic3d.training.latents import stored_views
 from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture, on_white
+from elastic3d.training.vae import VAEItems, VAEStageConfig
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
+from elastic3d.utils.files import atomic_path
+from elastic3d.utils.options import Options, option
+from elastic3d.utils.tensors import read_weights, save_weights
 
 SHEET_SHAPES = 64
 PICTURE_SIZE = 128
+
+
+@dataclass(kw_only=True)
+class HeldOutConfig(Options):
+    """What a model makes of held-out shapes, as folders of meshes that `scripts/evaluate.py` compares."""
+
+    model: str = option(DEFAULT_MODEL, "folder of the model")
+    output: Path = option(Path("outputs/held_out"), "folder for the folders of meshes")
+    split: Path = option(Path("data/splits/test.txt"), "list of source/id to take held-out shapes from")
+    train: Path = option(
+        Path("data/splits/train.txt"), "list of source/id the nearest shape is looked for in"
+    )
+    data: PrepareConfig = option(PrepareConfig, "source of the shapes; its output is where the shards are")
+    limit: int = option(64, "held-out shapes, spread evenly over the list; 0 takes all", ge=0, le=1 << 20)
+    view: int = option(0, "which of the stored views is the input", ge=0, le=1000)
+    seeds: list[int] = option(
+        [0, 1, 2], "seeds of generation; empty: no generation", ge=0, le=2**63 - 1, unique=True
+    )
+    steps: int | None = option(None, "sampling steps; null: the model's default", ge=1, le=1000)
+    guidance: float | None = option(None, "guidance scale; null: the model's default", ge=0, le=100)
+    resolution: int = option(256, "grid cells a side of the decoding", ge=8, le=512)
+    surface_points: int = option(2048, "surface points the VAE's encoder reads", ge=1, le=1 << 20)
+    bank_views: int = option(4, "views of each training shape that retrieval compares with", ge=1, le=1 << 20)
+    batch_size: int = option(8, "meshes generated at a time", ge=1, le=1 << 20)
+    device: DeviceChoice = option(DeviceChoice.auto, "where the model runs")
+    dtype: DTypeChoice = option(DTypeChoice.auto, "number format of the model")
 
 
 def build_held_out(config: HeldOutConfig) -> list[str]:
@@ -158,7 +189,7 @@ def _bank(
     train = [id for id in read_split([config.train]) if id.startswith(prefix)]
     shapes = PreparedShapes(Path(config.data.output), train)
     path = config.output / "bank.safetensors"
-    bank = load_file(path) if path.is_file() else {}
+    bank = read_weights(path) if path.is_file() else {}
     todo = [id for id in shapes.ids if id not in bank]
     bar = tqdm(todo, desc="bank", unit="shape", dynamic_ncols=True)
     for id in bar:
@@ -170,8 +201,7 @@ def _bank(
         chosen = np.linspace(0, len(views) - 1, config.bank_views).round().astype(int)
         bank[id] = features([views[i] for i in chosen]).half()
     if todo:
-        with atomic_path(path) as temporary:
-            save_file(bank, temporary)
+        save_weights(bank, path)
     names = [id for id in shapes.ids if id in bank]
     return names, torch.stack([bank[id] for id in names]).float()
 

@@ -12,6 +12,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from elastic3d.utils.files import atomic_path
+from elastic3d.utils.structured import Number, check_shape, load_json_lines
+
 METRICS_NAME = "metrics.jsonl"
 
 
@@ -39,7 +42,8 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics = folder / METRICS_NAME
         kept = [line for line in read_metrics(self._metrics) if line["step"] <= start]
-        self._metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with atomic_path(self._metrics) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def advance(self, step: int) -> None:
@@ -80,13 +84,13 @@ class Journal:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`; a last line that was cut off by a kill is left out."""
-    if not path.exists():
+    """The lines of a `metrics.jsonl`; a last line that was cut off by a kill is left out.
+
+    UserError for any other line that is not one of numbers with a step; a diverging loss may be NaN.
+    """
+    if not path.exists() or not path.stat().st_size:
         return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+    lines = list(load_json_lines(path, {str: float}, torn=True, finite=False))
+    for number, line in enumerate(lines, 1):
+        check_shape(line, {"step": Number(0)}, f"{path}, line {number},")
     return lines

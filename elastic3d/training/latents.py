@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,88 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.config.images import ForegroundConfig, ImageEncoderConfig
-from elastic3d.config.serialize import from_dict, to_dict
-from elastic3d.config.train import LatentsConfig, TrainConfig, VAEStageConfig
 from elastic3d.errors import UserError
 from elastic3d.models.foreground import prepare_picture, to_tensor
 from elastic3d.models.image_encoder import ImageEncoder, build_image_encoder
-from elastic3d.models.pictures import PICTURE_SUFFIXES
+from elastic3d.models.options import ForegroundConfig, ImageEncoderConfig
+from elastic3d.models.pictures import PICTURE_SUFFIXES, load_picture
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.models.weights import WEIGHTS_NAME, file_sha256, load_json, save_json, save_weights
+from elastic3d.models.sizes import require_memory
+from elastic3d.models.weights import WEIGHTS_NAME
 from elastic3d.pipelines.runtime import resolve_device
-from elastic3d.training.datasets import PreparedShapes, VAEItems, item_generator, read_split, stack
+from elastic3d.training.datasets import PreparedShapes, item_generator, nothing_prepared, read_split, stack
+from elastic3d.training.image_augment import augment_view
+from elastic3d.training.init_from import statistics_of
+from elastic3d.training.options import DataConfig, StageConfig, StageName
+from elastic3d.training.vae import SurfaceConfig, VAEItems, VAEStageConfig
+from elastic3d.utils.files import file_sha256, visible_files
+from elastic3d.utils.options import Options, from_dict, option, to_dict
+from elastic3d.utils.structured import Number, load_json, save_json
+from elastic3d.utils.tensors import save_weights, tensor_heads
 
 INFO_NAME = "latents.json"
+_COUNT = Number(0, 1 << 40, whole=True)
+_INFO = {
+    "settings": {"vae": str, "vae_sha256": str, "encoder": dict, "foreground": dict},
+    "latents": [_COUNT],
+    "tokens": [_COUNT],
+    "mean": [Number()],
+    "std": [Number(0)],
+}
+_SUMS = {"ids": [str], "count": _COUNT, "sum": [Number()], "square": [Number()]}
+
+
+@dataclass(kw_only=True)
+class LatentCacheConfig(Options):
+    """Where latents and image tokens are."""
+
+    output: Path = option(Path("data/prepared/latents"), "folder of the cache")
+
+
+@dataclass(kw_only=True)
+class LatentsConfig(LatentCacheConfig):
+    """Latents and image tokens of every shape, computed once for the DiT."""
+
+    vae: Path = option(Path("runs/vae/export"), "folder of the trained shape VAE")
+    variants: int = option(4, "encodings a shape, each of other surface points", ge=1, le=1 << 16)
+    views: int = option(6, "condition views a shape, spread over those that were rendered", ge=1, le=1 << 16)
+    images: Path | None = option(
+        None, "pictures of the shapes, named as their meshes; a shape without one keeps its rendered views"
+    )
+    augment: bool = option(
+        False, "training views as people give them: shadows, compression, low resolution, other exposures"
+    )
+    mirror: bool = option(
+        False,
+        "half of the encodings and views of training shapes are of the mirrored shape (both numbers even)",
+    )
+    batch: int = option(8, "shapes encoded at once", ge=1, le=4096)
+    standardise: bool = option(
+        True, "measure the latents' statistics; false for a published model, which knows its own scale"
+    )
+    encoder: ImageEncoderConfig = option(ImageEncoderConfig, "image encoder")
+    foreground: ForegroundConfig = option(ForegroundConfig, "what happens to a view before")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mirror and (self.variants % 2 or self.views % 2):
+            raise ValueError(
+                f"variants is {self.variants} and views {self.views}, expected even numbers with mirror=true"
+            )
+
+
+@dataclass(kw_only=True)
+class CacheConfig(StageConfig):
+    """Everything `scripts/train.py stage=cache` takes."""
+
+    stage: StageName = option(StageName.cache, "what to do")
+    data: DataConfig = option(DataConfig, "prepared shapes")
+    latents: LatentsConfig = option(LatentsConfig, "cache of latents and image tokens")
+    vae: SurfaceConfig = option(SurfaceConfig, "what the VAE's encoder reads")
+    init_from: Path | None = option(
+        None,
+        "a model, such as shape-small, whose DiT goes on from these latents: they get the scale that it knows",
+    )
 
 
 @dataclass
@@ -51,7 +120,13 @@ class LatentInfo:
         """The description of a finished cache; UserError if there is none."""
         if not (folder / INFO_NAME).is_file():
             raise UserError(f"{folder} has no {INFO_NAME}, expected a finished cache (stage=cache)")
-        return cls(**load_json(folder / INFO_NAME))
+        values = load_json(folder / INFO_NAME, _INFO)
+        return cls(**{item.name: values[item.name] for item in fields(cls)})
+
+    @property
+    def token_counts(self) -> tuple[int, int]:
+        """Of a shape's latents (N) and of an image (M)."""
+        return self.latents[0], self.tokens[0]
 
     @property
     def vae(self) -> Path:
@@ -69,7 +144,7 @@ class LatentInfo:
         return from_dict(ForegroundConfig, self.settings["foreground"], INFO_NAME)
 
 
-def build_cache(config: TrainConfig) -> LatentInfo:
+def build_cache(config: CacheConfig) -> LatentInfo:
     """Encode the training and validation shapes; what an earlier call finished stays as it is.
 
     A shape without a view that shows it is reported and left out.
@@ -78,12 +153,14 @@ def build_cache(config: TrainConfig) -> LatentInfo:
         UserError: a VAE without an encoder, or the folder holds a cache made with another VAE, encoder or number of
             variants or views.
     """
+    points = config.vae.surface_points + config.vae.sharp_points
+    require_memory(28 * points * config.latents.batch, "the surface points of latents.batch shapes need")
     builder = _Builder(config)
     wanted = set(read_split([*config.data.train, *config.data.val]))
     train = set(read_split(config.data.train))
     plan = list(_plan(config.data.prepared, wanted))
     if not plan:
-        raise UserError(f"no shape of the splits is under {config.data.prepared}")
+        raise UserError(nothing_prepared(len(wanted), config.data.prepared))
     builder.check_pictures(wanted)
     builder.claim()
     sums: list[dict[str, Any]] = []
@@ -91,29 +168,26 @@ def build_cache(config: TrainConfig) -> LatentInfo:
         for shard, ids in plan:
             target = config.latents.output / shard.parent.name / shard.name
             sidecar = target.with_suffix(".json")
-            if not (target.is_file() and sidecar.is_file() and load_json(sidecar)["ids"] == ids):
+            if not (target.is_file() and sidecar.is_file() and load_json(sidecar, _SUMS)["ids"] == ids):
                 shapes = PreparedShapes(config.data.prepared, ids)
                 builder.write(shapes, target, train, bar)
             else:
                 bar.update(len(ids))
-            sums.append(load_json(sidecar))
+            sums.append(load_json(sidecar, _SUMS))
     return builder.finish(sums)
 
 
 def _plan(prepared: Path, wanted: set[str]) -> Iterator[tuple[Path, list[str]]]:
     """(prepared shard, its wanted ids as `source/id`) of every shard that has any."""
-    from safetensors import safe_open
-
     for source in sorted({id.partition("/")[0] for id in wanted}):
         for shard in sorted((prepared / source).glob("shard-*.safetensors")):
-            with safe_open(shard, "pt") as file:
-                ids = dict.fromkeys(f"{source}/{key.rpartition('/')[0]}" for key in file.keys())  # noqa: SIM118
+            ids = dict.fromkeys(f"{source}/{key.rpartition('/')[0]}" for key in tensor_heads(shard))
             if found := [id for id in ids if id in wanted]:
                 yield shard, found
 
 
 class _Builder:
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: CacheConfig) -> None:
         self.config: LatentsConfig = config.latents
         self.device = resolve_device(config.device)
         self.vae = ShapeVAE.from_pretrained(self.config.vae, device=self.device)
@@ -145,6 +219,12 @@ class _Builder:
         }
         if not self.config.standardise:  # absent otherwise: older caches have no such entry
             self.settings["standardise"] = False
+        self.settings |= {name: True for name in ("augment", "mirror") if getattr(self.config, name)}
+        self.statistics: tuple[list[float], list[float]] | None = None
+        if config.init_from is not None:
+            self.statistics = statistics_of(config.init_from)
+            self.settings["statistics_of"] = str(config.init_from)
+        tqdm.write(f"latents of {self.config.vae} -> {self.config.output}", file=sys.stderr)
         self.pictures: dict[str, list[Path]] = {}
         if self.config.images is not None:
             self.settings["images"] = str(self.config.images)
@@ -184,12 +264,12 @@ class _Builder:
         total, square, count = torch.zeros(channels).double(), torch.zeros(channels).double(), 0
         for first in range(0, len(shapes), self.config.batch):
             ids = shapes.ids[first : first + self.config.batch]
-            mean, logvar = self._encode(shapes, ids)
+            mean, logvar = self._encode(shapes, ids, train)
             for i, id in enumerate(ids):
                 own = id.partition("/")[2]
                 bar.update()
                 try:
-                    tokens = self._look(shapes, id)
+                    tokens = self._look(shapes, id, id in train)
                 except UserError as error:
                     bar.write(f"skipped: {error}")
                     continue
@@ -204,29 +284,44 @@ class _Builder:
         save_json(sums, target.with_suffix(".json"))
 
     @torch.no_grad()
-    def _encode(self, shapes: PreparedShapes, ids: list[str]) -> tuple[Tensor, Tensor]:
-        """Posterior mean and logvar (B,K,N,C) from K subsets of the surface points."""
+    def _encode(self, shapes: PreparedShapes, ids: list[str], train: set[str]) -> tuple[Tensor, Tensor]:
+        """Posterior mean and logvar (B,K,N,C) from K subsets of the surface points; see `LatentsConfig.mirror`."""
         items = VAEItems(shapes, self.points)
         means, logvars = [], []
         for variant in range(self.config.variants):
             drawn = []
             for id in ids:
                 rng = item_generator(variant, _number(id))
-                drawn.append({**items.draw(id, rng), **items.offsets(rng)})
+                item = {**items.draw(id, rng), **items.offsets(rng)}
+                if self.config.mirror and id in train and 2 * variant >= self.config.variants:
+                    item = {name: mirrored(tensor) for name, tensor in item.items()}
+                drawn.append(item)
             batch = {name: tensor.to(self.device) for name, tensor in stack(drawn).items()}
             posterior = self.vae.encode(batch["surface"], batch.get("sharp"), batch.get("offsets"))
             means.append(posterior.mean.cpu())
             logvars.append(posterior.logvar.cpu())
         return torch.stack(means, dim=1), torch.stack(logvars, dim=1)
 
-    def _look(self, shapes: PreparedShapes, id: str) -> Tensor:
-        """Tokens (V,M,Cc) of the shape's own pictures or its rendered views; of some twice where there are fewer."""
+    def _look(self, shapes: PreparedShapes, id: str, training: bool) -> Tensor:
+        """Tokens (V,M,Cc) of the shape's own images or its rendered views; of some twice where there are fewer."""
+        config, views = self.config, self.config.views
         found = self.pictures.get(id.partition("/")[2]) or stored_views(shapes, id)
-        places = [i * len(found) // self.config.views for i in range(self.config.views)]
-        size, used = self.encoder.image_size, sorted(set(places))
-        pictures = [prepare_picture(found[place], self.config.foreground, size) for place in used]
+        halves = 2 if config.mirror and training else 1
+        places = [i * len(found) // (views // halves) for i in range(views // halves)] * halves
+        chosen = [(place, halves == 2 and 2 * i >= views) for i, place in enumerate(places)]
+        changed = config.augment and training
+        # an augmented view is another one each time; an unchanged one is encoded once
+        used = list(enumerate(chosen)) if changed else [(0, pair) for pair in sorted(set(chosen))]
+        pictures = []
+        for index, (place, flip) in used:
+            view = load_picture(found[place]) if changed or flip else found[place]
+            if changed:
+                view = augment_view(view, np.random.default_rng([_number(id), index, 6]))
+            if flip:
+                view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pictures.append(prepare_picture(view, config.foreground, self.encoder.image_size))
         tokens = self.encoder(to_tensor(pictures).to(self.device)).cpu()
-        return tokens[[used.index(place) for place in places]]
+        return tokens if changed else tokens[[used.index((0, pair)) for pair in chosen]]
 
     def finish(self, sums: list[dict[str, Any]]) -> LatentInfo:
         """Write `latents.json`."""
@@ -245,8 +340,18 @@ class _Builder:
             mean=mean.tolist(),
             std=np.sqrt(np.maximum(variance, 1e-12)).tolist(),
         )
+        if self.statistics is not None:
+            info.mean, info.std = self.statistics
         save_json(vars(info), self.config.output / INFO_NAME)
         return info
+
+
+def mirrored(points: Tensor) -> Tensor:
+    """Points, or points and normals (...,3 or more), in the mirror x -> -x; distances behind xyz stay."""
+    flipped = points.clone()
+    if points.shape[-1] in (3, 6):
+        flipped[..., ::3] *= -1
+    return flipped
 
 
 def named_pictures(folder: Path) -> dict[str, list[Path]]:
@@ -254,8 +359,8 @@ def named_pictures(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise UserError(f"latents.images={folder} is no folder, expected one with pictures")
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file():
+    for path in visible_files(folder):
+        if path.suffix.lower() in PICTURE_SUFFIXES:
             found.setdefault("--".join(path.relative_to(folder).with_suffix("").parts), []).append(path)
     if not found:
         raise UserError(f"latents.images={folder} holds no picture, expected {', '.join(PICTURE_SUFFIXES)}")

@@ -12,23 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.config.train import LoopConfig, Precision
 from elastic3d.errors import UserError
-from elastic3d.models.weights import load_json, load_strict
+from elastic3d.models.weights import load_strict
 from elastic3d.pipelines.memory import GB
 from elastic3d.training.checkpoint import (
     Checkpoint,
     clear_unfinished,
     load_checkpoint,
+    load_random_state,
     newest_checkpoint,
     random_state,
     save_checkpoint,
-    set_random_state,
     write_part,
 )
 from elastic3d.training.datasets import Batch, Items, PositionLoader
+from elastic3d.training.init_from import starting_weights
 from elastic3d.training.journal import Journal
 from elastic3d.training.optim import Average, MasterOptimizer, learning_rate
+from elastic3d.training.options import LoopConfig, Precision
 from elastic3d.training.runtime import (
     compile_blocks,
     enable_gradient_checkpointing,
@@ -186,6 +187,8 @@ class _Run:
                 break
         outcome = Outcome(self.step, reason or "finished", self.saved)
         where = f", checkpoint {outcome.checkpoint}" if outcome.checkpoint else ""
+        if reason and reason != "finished":
+            where += "; the same command goes on from there"
         self.journal.say(f"stopped after step {outcome.step} of {config.steps} ({outcome.reason}){where}")
         return outcome
 
@@ -287,11 +290,17 @@ class _Run:
             path = self.config.init_from
             own = self.stage.objective.state_dict()
             average = {name: own[name] for name in self.config.init_new if name in own}
-            average |= load_checkpoint(path).tensors["average"]
-            checkpoint = Checkpoint(0, {"model": average, "average": average, "optimizer": {}})
+            average |= starting_weights(path, own)
+            parts = {"model": average, "average": average, "optimizer": dict[str, Tensor]()}
+            checkpoint = Checkpoint(0, parts, source=str(path))
         else:
             checkpoint = self._resumed(path)
-        load_strict(self.stage.objective, checkpoint.tensors["model"], str(path))
+        try:
+            load_strict(self.stage.objective, checkpoint.part("model"), str(path))
+        except UserError as error:
+            raise UserError(
+                f"{error}: give the options that it was trained with, or another name= for a new run"
+            ) from error
         return checkpoint
 
     def _resumed(self, path: Path) -> Checkpoint:
@@ -302,7 +311,7 @@ class _Run:
             raise UserError(f"{path} is beyond steps={self.config.steps}")
         own = path / f"random-{self.accelerator.process_index:05d}.json"
         if own.is_file():  # absent for the processes that a larger run adds
-            set_random_state(load_json(own))
+            load_random_state(own)
         self.notes.append(f"going on from {path}")
         return checkpoint
 
@@ -310,7 +319,10 @@ class _Run:
         """Masters, averages and moments from a checkpoint -> its step."""
         if checkpoint is None:
             return 0
-        self.optimizer.fill(self.optimizer.masters, checkpoint.tensors["model"])
-        self.optimizer.fill(self.average.values, checkpoint.tensors["average"])
-        self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"])
+        try:
+            self.optimizer.fill(self.optimizer.masters, checkpoint.part("model"))
+            self.optimizer.fill(self.average.values, checkpoint.part("average"))
+            self.optimizer.load_state_tensors(checkpoint.part("optimizer"))
+        except ValueError as error:
+            raise UserError(f"{checkpoint.source} does not fit: {error}") from error
         return checkpoint.step

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from elastic3d.config.train import LoopConfig, OptimizerName, Schedule
 from elastic3d.errors import UserError
+from elastic3d.training.options import LoopConfig, OptimizerName, Schedule
 from elastic3d.training.sharding import gathered, is_sharded, local, scattered, total_norm
 
 Lists = list[Tensor]
@@ -141,8 +141,11 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def fill(self, values: Lists, tensors: Mapping[str, Tensor]) -> None:
-        """Inverse of `whole`, into `values`."""
+        """Inverse of `whole`, into `values`; ValueError if one is missing, mis-shaped or not finite."""
         for name, value, parameter in zip(self.names, values, self.parameters, strict=True):
+            if name not in tensors:
+                raise ValueError(f"the weights lack {name}")
+            check_tensor(name, tensors[name], parameter.shape)
             value.copy_(scattered(tensors[name], parameter))
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -154,7 +157,12 @@ class MasterOptimizer:
         }
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Inverse of `state_tensors`; ValueError if a state belongs to no parameter or lacks a moment."""
+        """Inverse of `state_tensors`.
+
+        Raises:
+            ValueError: a state belongs to no parameter, lacks a moment, or has one that is mis-shaped or not finite:
+                the fused optimizers would write beyond it.
+        """
         found = {key.rpartition("/")[0] for key in tensors}
         if strangers := found - set(self.names):
             raise ValueError(f"the optimizer state has unknown parameters, first {min(strangers)}")
@@ -166,6 +174,8 @@ class MasterOptimizer:
             if missing := [f"{name}/{key}" for key in wanted if f"{name}/{key}" not in tensors]:
                 raise ValueError(f"the optimizer state lacks {missing[0]}")
             state = {key: tensors[f"{name}/{key}"].clone() for key in wanted}
+            for key, value in state.items():
+                check_tensor(f"{name}/{key}", value, () if key == "step" else parameter.shape)
             optimizer.state[master] = {
                 k: v if k == "step" else scattered(v, parameter).to(master.device) for k, v in state.items()
             }
@@ -175,6 +185,14 @@ MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
     torch.optim.Muon: ("momentum_buffer",),
 }
+
+
+def check_tensor(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    """ValueError unless a tensor from a file has this shape and finite floating-point values."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+    if not tensor.is_floating_point() or not tensor.isfinite().all():
+        raise ValueError(f"{name} has values that are no finite numbers")
 
 
 def _in_block(name: str) -> bool:

@@ -15,34 +15,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.config.image_stage import ImageStageConfig
-from elastic3d.config.train import TrainConfig
 from elastic3d.errors import UserError
-from elastic3d.models.weights import load_json, read_weights, save_json, save_weights
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.training.datasets import Batch, read_split
-from elastic3d.training.pictures import Captioned, PictureSource, open_pictures
+from elastic3d.training.options import DataConfig
+from elastic3d.training.pictures import Captioned, PictureConfig, PictureSource, open_pictures
+from elastic3d.utils.structured import Number, load_json, save_json
+from elastic3d.utils.tensors import open_tensors, read_weights, save_weights
 
 INFO_NAME, NEGATIVE_NAME = "cache.json", "negative.safetensors"
+_INFO = {"settings": dict, "counts": {str: Number(0, whole=True)}}
 
 
-def build_picture_cache(config: TrainConfig, backbone: Backbone) -> None:
+def build_picture_cache(image: PictureConfig, data: DataConfig, backbone: Backbone, seed: int) -> None:
     """Encode training and validation pictures; what an earlier call finished stays as it is.
 
     A picture that can't be read is reported and left out. UserError where the folder holds a cache of other pictures,
     or made otherwise.
     """
-    image = config.image
     size = image.size or backbone.default_size
     settings = cache_settings(image, backbone, size)
     output = image.cache
     path = output / INFO_NAME
     if path.is_file():
-        found = load_json(path)
+        found = load_json(path, _INFO)
         differing = [name for name, value in settings.items() if found["settings"].get(name) != value]
         if differing:
             raise UserError(
@@ -54,15 +53,15 @@ def build_picture_cache(config: TrainConfig, backbone: Backbone) -> None:
     negative = backbone.encode_prompts([backbone.negative], length=text_length(image, backbone))
     save_weights({name: _halved(value) for name, value in negative.items()}, output / NEGATIVE_NAME)
     counts = {}
-    for split, paths in (("train", config.data.train), ("val", config.data.val)):
+    for split, paths in (("train", data.train), ("val", data.val)):
         ids = [] if image.images is not None else read_split(paths)
-        limit = config.data.limit if split == "train" else 0
-        source = open_pictures(image, config.data.prepared, ids, limit, config.seed, split == "val")
+        limit = data.limit if split == "train" else 0
+        source = open_pictures(image, data.prepared, ids, limit, seed, split == "val")
         counts[split] = _write_split(source, output / split, image, backbone, size)
     save_json({"settings": settings, "counts": counts}, path)
 
 
-def cache_settings(image: ImageStageConfig, backbone: Backbone, size: int) -> dict[str, Any]:
+def cache_settings(image: PictureConfig, backbone: Backbone, size: int) -> dict[str, Any]:
     """All that decides what is in a cache."""
     names = ("views", "recolour", "background") if image.images is None else ("val_every",)
     return {
@@ -75,13 +74,13 @@ def cache_settings(image: ImageStageConfig, backbone: Backbone, size: int) -> di
     }
 
 
-def text_length(image: ImageStageConfig, backbone: Backbone) -> int:
+def text_length(image: PictureConfig, backbone: Backbone) -> int:
     """Tokens of a cached prompt."""
     return min(image.text_length, backbone.longest)
 
 
 def _write_split(
-    source: PictureSource, folder: Path, image: ImageStageConfig, backbone: Backbone, size: int
+    source: PictureSource, folder: Path, image: PictureConfig, backbone: Backbone, size: int
 ) -> int:
     """Shards of one split -> how many pictures they hold."""
     total = 0
@@ -111,7 +110,7 @@ def _stream(source: PictureSource, size: int, bar: tqdm[Any]) -> Iterator[Captio
 
 
 def _encode(
-    pictures: list[Captioned], image: ImageStageConfig, backbone: Backbone, known: dict[str, Text]
+    pictures: list[Captioned], image: PictureConfig, backbone: Backbone, known: dict[str, Text]
 ) -> dict[str, Tensor]:
     """One shard; `known` remembers encoded prompts while they are small."""
     latents = []
@@ -166,12 +165,12 @@ class PictureCache:
 
     def __post_init__(self) -> None:
         path = self.folder / INFO_NAME
-        info = load_json(path) if path.is_file() else {"counts": {}}
+        info = load_json(path, _INFO) if path.is_file() else {"counts": {}}
         if not info["counts"]:
-            raise UserError(f"{self.folder} has no finished cache of pictures")
+            raise UserError(f"{self.folder} has no finished cache of images, which {INFO_NAME} would count")
         self.settings: dict[str, Any] = info["settings"]
         self._paths = sorted((self.folder / self.split).glob("shard-*.safetensors"))
-        self._open: dict[int, safe_open] = {}
+        self._open: dict[int, Any] = {}
         sizes = [self._file(i).get_slice("caption").get_shape()[0] for i in range(len(self._paths))]
         self._places = [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
         if 0 < self.limit < len(self._places):
@@ -196,9 +195,9 @@ class PictureCache:
         names = [name for name in file.keys() if name.startswith("text/")]  # noqa: SIM118 (it is no mapping)
         return {"latents": number, **{name: file.get_slice(name)[line] for name in names}}
 
-    def _file(self, shard: int) -> safe_open:
+    def _file(self, shard: int) -> Any:
         if shard not in self._open:
-            self._open[shard] = safe_open(self._paths[shard], "pt")
+            self._open[shard] = open_tensors(self._paths[shard], ("latents", "caption"))
         return self._open[shard]
 
     def __getstate__(self) -> dict[str, object]:

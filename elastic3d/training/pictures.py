@@ -4,7 +4,6 @@ known of them."""
 from __future__ import annotations
 
 import colorsys
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from elastic3d.config.image_stage import ImageStageConfig
 from elastic3d.errors import UserError
 from elastic3d.models.pictures import PICTURE_SUFFIXES, load_picture
-from elastic3d.models.weights import load_json
 from elastic3d.training.datasets import PreparedShapes
 from elastic3d.training.latents import stored_views
+from elastic3d.utils.files import visible_files
+from elastic3d.utils.options import Options, option
+from elastic3d.utils.structured import load_json, load_json_lines
 
 # Names of colours with (hue in degrees, saturation, value); a name may stand for a material that looks like it.
 COLOURS = {
@@ -30,6 +30,33 @@ COLOURS = {
 }  # fmt: skip
 GROUNDS = {"grey": (0, 0, 0.75), "blue": (215, 0.35, 0.9), "green": (120, 0.3, 0.8), "pink": (340, 0.25, 0.95),
            "yellow": (50, 0.4, 0.97), "black": (0, 0, 0.1)}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class PictureConfig(Options):
+    """Pictures with captions, and the cache of what a backbone makes of them."""
+
+    images: Path | None = option(
+        None,
+        "folder of pictures with captions (a.png with a.txt, or captions.jsonl); null: the prepared shapes' views",
+    )
+    cache: Path = option(Path("data/prepared/images"), "folder of the cached pictures and texts")
+    size: int | None = option(None, "pixels a side; null: the model's", ge=16, le=4096)
+    text_length: int = option(
+        256, "tokens of a cached prompt; the small model has its own", ge=3, le=1024, advanced=True
+    )
+    views: int = option(12, "prepared shapes: views of each", ge=1, le=1 << 16)
+    recolour: float = option(
+        0.5, "prepared shapes: share of views that get one colour, which the caption names", ge=0, le=1
+    )
+    background: float = option(
+        0.15, "prepared shapes: share on a coloured ground, which the caption names", ge=0, le=1
+    )
+    val_every: int = option(
+        50, "folder of pictures: every N-th is for validation", ge=1, le=1 << 20, advanced=True
+    )
+    shard: int = option(512, "pictures in a file of the cache", ge=1, le=1 << 20, advanced=True)
+    encode_batch: int = option(8, "pictures or prompts encoded at once", ge=1, le=1 << 16, advanced=True)
 
 
 @dataclass(frozen=True)
@@ -60,7 +87,7 @@ class PictureFolder:
 
     missing = 0
 
-    def __init__(self, folder: Path, config: ImageStageConfig, validation: bool) -> None:
+    def __init__(self, folder: Path, config: PictureConfig, validation: bool) -> None:
         if not folder.is_dir():
             raise UserError(f"images is {folder}, which is no folder")
         pairs = _from_lines(folder) if (folder / "captions.jsonl").is_file() else _from_texts(folder)
@@ -89,7 +116,7 @@ class ShapeViews:
     """Views of prepared shapes on a plain ground; captions say what it is, its colour, and from where it is seen."""
 
     def __init__(
-        self, prepared: Path, split: Sequence[str], config: ImageStageConfig, limit: int, seed: int
+        self, prepared: Path, split: Sequence[str], config: PictureConfig, limit: int, seed: int
     ) -> None:
         self.shapes = PreparedShapes(prepared, split, (), limit)
         self.missing, self.config, self.seed = self.shapes.missing, config, seed
@@ -97,7 +124,7 @@ class ShapeViews:
             f"{sidecar.parent.name}/{item['id']}": noun_of(item["caption"])
             for source in sorted({id.partition("/")[0] for id in self.shapes.ids})
             for sidecar in sorted((prepared / source).glob("shard-*.json"))
-            for item in load_json(sidecar)["items"]
+            for item in load_json(sidecar, {"items": [{"id": str, "caption": str}]})["items"]
         }
 
     def __len__(self) -> int:
@@ -139,7 +166,7 @@ class ShapeViews:
 
 
 def open_pictures(
-    config: ImageStageConfig, prepared: Path, split: Sequence[str], limit: int, seed: int, validation: bool
+    config: PictureConfig, prepared: Path, split: Sequence[str], limit: int, seed: int, validation: bool
 ) -> PictureSource:
     """The folder of pictures that `config` names, else views of the shapes of `split`."""
     if config.images is not None:
@@ -212,21 +239,12 @@ def _shade(hsv: tuple[float, float, float], rng: np.random.Generator) -> tuple[i
 
 
 def _from_texts(folder: Path) -> list[tuple[Path, str]]:
-    pictures = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURE_SUFFIXES]
+    files = visible_files(folder, recursive=False)
+    pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
     texts = [(path, path.with_suffix(".txt")) for path in pictures]
     return [(path, text) for path, file in texts if file.is_file() and (text := file.read_text().strip())]
 
 
 def _from_lines(folder: Path) -> list[tuple[Path, str]]:
-    path, pairs = folder / "captions.jsonl", []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            pairs.append((folder / entry["file"], str(entry["caption"]).strip()))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f'{path}, line {number}: expected {{"file": "a.png", "caption": "..."}}'
-            ) from error
-    return pairs
+    lines = load_json_lines(folder / "captions.jsonl", {"file": str, "caption": str})
+    return [(folder / entry["file"], entry["caption"].strip()) for entry in lines]

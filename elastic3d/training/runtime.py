@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from elastic3d.config.base import DeviceChoice
-from elastic3d.config.train import LoopConfig, Precision
 from elastic3d.errors import UserError
 from elastic3d.pipelines.memory import GB, free_memory
+from elastic3d.training.options import LoopConfig, Precision
+from elastic3d.utils.devices import DeviceChoice
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -8,8 +8,8 @@ import numpy as np
 import trimesh
 from torch import Tensor
 
-from elastic3d.config.geometry import DecodeConfig
 from elastic3d.geometry.decode import decode_meshes
+from elastic3d.geometry.options import DecodeConfig
 from elastic3d.geometry.render import Scene, orbit_camera
 from elastic3d.models.shape_vae import ShapeVAE
 

@@ -1,62 +1,117 @@
-"""What `scripts/train.py` does: one function a stage."""
+"""What `scripts/train.py` does: each stage's configuration, and what runs it."""
 
 from __future__ import annotations
 
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
 import torch
 
-from elastic3d.config.serialize import to_dict
-from elastic3d.config.train import StageName, TrainConfig
 from elastic3d.errors import UserError
+from elastic3d.models.options import ImageEncoderConfig
+from elastic3d.models.sizes import require_memory
+from elastic3d.models.weights import load_config
+from elastic3d.training.datasets import use_own_lists
+from elastic3d.training.init_from import CLASSES, find_start, model_part, statistics_of
 from elastic3d.training.loop import Stage, train
-from elastic3d.training.runtime import keep_memory_mapped
+from elastic3d.training.options import StageConfig, StageName, TrainConfig
+from elastic3d.training.runtime import keep_memory_mapped, state_bytes
+from elastic3d.utils.options import to_dict
+
+SHAPE_STAGES = (StageName.vae, StageName.cache, StageName.dit)
+
+# Stage -> its file, its configuration, and the class that trains or the function that does it.
+_STAGES = {
+    StageName.vae: ("vae", "VAETrainConfig", "VAEStage"),
+    StageName.cache: ("latents", "CacheConfig", "build_cache"),
+    StageName.dit: ("dit", "DiTTrainConfig", "DiTStage"),
+    StageName.image: ("image", "ImageTrainConfig", "ImageStage"),
+    StageName.router: ("elastic", "RouterTrainConfig", "RouterStage"),
+    StageName.image_router: ("elastic_image", "ImageRouterTrainConfig", "ImageRouterStage"),
+    StageName.updates: ("few_step", "FewStepTrainConfig", "UpdatesStage"),
+    StageName.export: ("export", "ExportStageConfig", "export_run"),
+    StageName.calibrate: ("calibrate", "CalibrateConfig", "calibrate_exported"),
+}
 
 
-def run_stage(config: TrainConfig) -> int:
-    """Run `config.stage` -> the process' exit code; UserError for whatever the user can mend."""
-    keep_memory_mapped()
-    torch.manual_seed(config.seed)
-    if config.stage is StageName.cache:
-        from elastic3d.training.latents import build_cache
+def stage_config(stage: StageName) -> type[StageConfig]:
+    """The dataclass of a stage's options."""
+    file, config, _ = _STAGES[stage]
+    found: type[StageConfig] = getattr(import_module(f"elastic3d.training.{file}"), config)
+    return found
 
-        build_cache(config)
-    elif config.stage is StageName.export:
-        from elastic3d.training.export import export_run
 
-        export_run(config)
-    elif config.stage is StageName.calibrate:
-        from elastic3d.training.calibrate_stage import calibrate_exported
-
-        calibrate_exported(config)
-    else:
-        outcome = train(build_stage(config), config, config.folder, {"config": to_dict(config)})
-        return 130 if outcome.reason == "SIGINT" else 0
-    return 0
+def require_sizes(config: TrainConfig) -> None:
+    """UserError before anything is allocated, where a network or a batch is larger than the machine."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    with torch.device("meta"):
+        network = config.network()
+    if network is not None:
+        count = sum(parameter.numel() for parameter in network.parameters())
+        need = state_bytes(network, config, processes)
+        require_memory(need, f"{count:,} parameters, their gradients and optimizer state need")
+    samples = config.batch // config.accumulate // processes
+    require_memory(samples * config.sample_bytes(), f"{samples:,} samples in each process need")
 
 
 def build_stage(config: TrainConfig) -> Stage:
-    """The stage that `config` describes, ready to train."""
-    if config.stage is StageName.vae:
-        from elastic3d.training.vae_stage import VAEStage
+    """What `config` trains, ready for the loop."""
+    stage: Stage = _implementation(config.stage)(config)
+    return stage
 
-        return VAEStage(config)
-    if config.stage is StageName.dit:
-        from elastic3d.training.dit_stage import DiTStage
 
-        return DiTStage(config)
-    if config.stage is StageName.image:
-        from elastic3d.training.image_stage import ImageStage
+def run_stage(config: StageConfig) -> int:
+    """Do what `config.stage` says -> the process' exit code; UserError for whatever the user can mend."""
+    keep_memory_mapped()
+    torch.manual_seed(config.seed)
+    if config.stage in SHAPE_STAGES:
+        use_own_lists(config.data)  # type: ignore[attr-defined]
+        adopt_architecture(config)
+    if not isinstance(config, TrainConfig):
+        _implementation(config.stage)(config)
+        return 0
+    require_sizes(config)
+    outcome = train(build_stage(config), config, config.folder, {"config": to_dict(config)})
+    return 130 if outcome.reason == "SIGINT" else 0
 
-        return ImageStage(config)
-    if config.stage is StageName.router and config.image.backbone is not None:
-        from elastic3d.training.image_router_stage import ImageRouterStage
 
-        return ImageRouterStage(config)
-    if config.stage is StageName.router:
-        from elastic3d.training.router_stage import RouterStage
+def _implementation(stage: StageName) -> Any:
+    file, _, name = _STAGES[stage]
+    return getattr(import_module(f"elastic3d.training.{file}"), name)
 
-        return RouterStage(config)
-    if config.stage is StageName.updates:
-        from elastic3d.training.updates_stage import UpdatesStage
 
-        return UpdatesStage(config)
-    raise UserError(f"stage={config.stage.name} trains nothing")
+def adopt_architecture(config: Any) -> None:
+    """Give the run the architecture of the model folder that it starts from, and its cache that model's latents.
+
+    Nothing changes where `init_from` is a checkpoint, or where `init_new` says that the two differ.
+    """
+    if config.init_from is None or getattr(config, "init_new", []):
+        return
+    path = find_start(config.init_from)
+    if config.stage is StageName.vae and (folder := model_part(path, "vae")):
+        config.vae.model = load_config(folder, *CLASSES["vae"])
+    elif config.stage is StageName.dit and (folder := model_part(path, "dit")):
+        config.dit.model = load_config(folder, *CLASSES["dit"])
+        _check_latents(config.latents.output, path)
+    elif config.stage is StageName.cache:
+        if model_part(path, "dit") is None:
+            raise UserError(
+                f"stage=cache init_from={config.init_from} needs a model with a DiT that goes on from its latents"
+            )
+        config.latents.encoder = load_config(path / "image_encoder", ImageEncoderConfig, "ImageEncoder")
+        if not config.latents.vae.exists():
+            config.latents.vae = path / "vae"
+
+
+def _check_latents(cache: Path, path: Path) -> None:
+    """UserError unless a cache of latents has the scale that the model's DiT knows."""
+    from elastic3d.training.latents import LatentInfo
+
+    info = LatentInfo.load(cache)
+    if model_part(path, "vae") and (info.mean, info.std) != statistics_of(path):
+        raise UserError(
+            f"{cache} holds latents of another scale than {path} was trained on: make them with"
+            f" stage=cache init_from={path} latents.output=another folder, and give stage=dit that folder"
+        )

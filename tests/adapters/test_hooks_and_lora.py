@@ -8,9 +8,9 @@ from tiny_images import save_tiny_flux
 
 from elastic3d.adapters import attach, detach, save_routers
 from elastic3d.config.routing import ElasticConfig, RouterConfig
-from elastic3d.config.text_to_image import BackboneName
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_loading import load_backbone
+from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 
 diffusers = pytest.importorskip("diffusers")

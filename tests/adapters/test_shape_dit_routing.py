@@ -8,16 +8,16 @@ import yaml
 from torch import nn
 
 from elastic3d.adapters import attach, detach, load_routers, save_routers
-from elastic3d.config.models import DiTConfig
 from elastic3d.config.routing import BlockCacheConfig, CacheRule, ElasticConfig, RouterConfig
-from elastic3d.config.serialize import from_dict
 from elastic3d.diffusion.sampler import sample
 from elastic3d.errors import UserError
 from elastic3d.models.flops import dit_blocks_flops
+from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.routing.attach import router_modules
 from elastic3d.routing.cost import trace_dense_flops, trace_router_flops, trace_share
 from elastic3d.routing.tables import TableRoutes
+from elastic3d.utils.options import from_dict
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

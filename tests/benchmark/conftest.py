@@ -12,11 +12,11 @@ import trimesh
 from tiny_pipeline import save_picture, tiny_pipeline
 
 from elastic3d.adapters import attach
-from elastic3d.config.base import DeviceChoice, DTypeChoice
-from elastic3d.config.benchmark import BenchmarkConfig
-from elastic3d.config.evaluate import ProtocolConfig
-from elastic3d.config.generate import Solver
+from elastic3d.benchmark.options import BenchmarkConfig
 from elastic3d.config.routing import RouterConfig
+from elastic3d.diffusion.options import Solver
+from elastic3d.evaluation.options import ProtocolConfig
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 
 
 @pytest.fixture(scope="session")

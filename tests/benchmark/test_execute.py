@@ -5,8 +5,8 @@ import torch
 
 from elastic3d.adapters import attach
 from elastic3d.benchmark.execute import error_of_routes, following
-from elastic3d.config.models import DiTConfig
 from elastic3d.config.routing import RouterConfig
+from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 
 

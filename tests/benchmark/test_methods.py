@@ -21,16 +21,16 @@ from elastic3d.benchmark.methods import (
     plan,
 )
 from elastic3d.benchmark.models import load_models
+from elastic3d.benchmark.options import BenchmarkConfig, Method, Phase
 from elastic3d.benchmark.quality import Workplace
 from elastic3d.benchmark.rows import route_shares
 from elastic3d.benchmark.store import Job, Store
-from elastic3d.config.base import DeviceChoice
-from elastic3d.config.benchmark import BenchmarkConfig, Method, Phase
-from elastic3d.config.generate import GenerateConfig
 from elastic3d.config.routing import CacheRule, RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.routing.tables import TableRoutes
+from elastic3d.utils.devices import DeviceChoice
 from tests.benchmark.conftest import config_of
 
 CLI = ["images=photos", "output=out"]

@@ -13,8 +13,8 @@ from PIL import Image
 from elastic3d.adapters import save_routers, session_of
 from elastic3d.benchmark import quality, timing
 from elastic3d.benchmark.methods import UPDATED
+from elastic3d.benchmark.options import Method, Phase
 from elastic3d.benchmark.run import benchmark
-from elastic3d.config.benchmark import Method, Phase
 from elastic3d.config.routing import BlockCacheConfig, CacheRule
 from elastic3d.errors import UserError
 from elastic3d.evaluation.html import load_frontier

@@ -8,7 +8,7 @@ from tiny_pipeline import picture, tiny_pipeline
 
 from elastic3d.benchmark import stage_worker
 from elastic3d.benchmark.stages import HERE, OTHER, measure_stages, printed, table
-from elastic3d.config.stages import StagesConfig
+from elastic3d.benchmark.stages_options import StagesConfig
 from elastic3d.errors import UserError
 
 

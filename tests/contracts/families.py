@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic3d.config.models import DiTConfig, SkipDiTConfig
+from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT
 from elastic3d.routing.passes import Branch

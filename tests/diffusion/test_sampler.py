@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from elastic3d.config.generate import Solver
+from elastic3d.diffusion.options import Solver
 from elastic3d.diffusion.sampler import sample
 
 

@@ -7,8 +7,8 @@ import pytest
 import trimesh
 from trimesh.transformations import random_rotation_matrix, rotation_matrix
 
-from elastic3d.config.evaluate import Align, UpAxis
 from elastic3d.evaluation.align import align, cube_rotations, similarity, turn_up
+from elastic3d.evaluation.options import Align, UpAxis
 from elastic3d.geometry.normalize import placement_of
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import trimesh
 
-from elastic3d.config.evaluate import Align, EvaluateConfig, ProtocolConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation.folders import evaluate_folders
+from elastic3d.evaluation.options import Align, EvaluateConfig, ProtocolConfig
 from elastic3d.evaluation.report import text_report
 
 QUICK = ProtocolConfig(points=800, volume_points=200, near_points=0, views=0, surface_health=False)

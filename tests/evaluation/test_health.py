@@ -18,6 +18,7 @@ from elastic3d.evaluation.health import (
     is_manifold,
     self_intersections,
     surface_health,
+    thinnest_wall,
 )
 
 SOUND = SurfaceHealth(True, 0.0, 0.0, 0.0, 0, 0)
@@ -172,3 +173,24 @@ def test_floaters_are_judged_by_area() -> None:
 def test_nothing_raises_valueerror() -> None:
     with pytest.raises(ValueError, match="no faces"):
         surface_health(trimesh.Trimesh())
+
+
+def test_thinnest_wall_of_known_shapes() -> None:
+    plate = trimesh.creation.box((2, 1, 0.05))
+    assert thinnest_wall(plate) == pytest.approx(0.05, rel=1e-3)
+    assert thinnest_wall(plate.copy().apply_scale(30).apply_translation([9e5, 0, 0])) == pytest.approx(
+        1.5, rel=1e-3
+    )
+    leg = trimesh.creation.box(bounds=[[1, 0, 0], [3, 0.02, 0.02]])
+    table = trimesh.util.concatenate([trimesh.creation.box((1, 1, 1)), leg])
+    assert thinnest_wall(table) == pytest.approx(0.02, rel=1e-2), (
+        "a thin leg counts although it is little area"
+    )
+    shell = trimesh.creation.icosphere(4)
+    inner = trimesh.creation.icosphere(4, 0.9)
+    inner.invert()
+    assert thinnest_wall(trimesh.util.concatenate([shell, inner])) == pytest.approx(0.1, rel=0.02)
+    sheet = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[0, 1, 2]], process=False)
+    assert thinnest_wall(sheet) is None
+    with pytest.raises(ValueError, match="no faces"):
+        thinnest_wall(trimesh.Trimesh())

@@ -14,11 +14,11 @@ import pytest
 import trimesh
 from PIL import Image
 
-from elastic3d.config.evaluate import EvaluateConfig, ProtocolConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation import exhibits
 from elastic3d.evaluation.folders import evaluate_folders
 from elastic3d.evaluation.html import load_frontier, rank, write_html
+from elastic3d.evaluation.options import EvaluateConfig, ProtocolConfig
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ODD = "</script><img src=x onerror=alert(1)>"

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import trimesh
 
-from elastic3d.config.evaluate import ProtocolConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import find_items, score_item
+from elastic3d.evaluation.options import ProtocolConfig
 
 QUICK = ProtocolConfig(points=500, volume_points=500, near_points=100, views=0, max_faces=1500)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic3d.config.evaluate import Align, ProtocolConfig
+from elastic3d.evaluation.options import Align, ProtocolConfig
 from elastic3d.evaluation.report import build_report, summarise, text_table, write_csv, write_json
 
 ROWS = [

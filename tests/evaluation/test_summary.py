@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic3d.config.evaluate import ProtocolConfig
 from elastic3d.errors import UserError
+from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.evaluation.report import build_report, write_json
 from elastic3d.evaluation.statistics import bootstrap_mean
 from elastic3d.evaluation.summary import Line, Summary, find_reports, summarize

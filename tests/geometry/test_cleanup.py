@@ -1,4 +1,7 @@
 import sys
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +10,13 @@ import trimesh
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
+from scipy.spatial import cKDTree
 
-from elastic3d.config.geometry import CleanupConfig
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean, mesh_health, simplify, unwrap, with_smooth_normals
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh
+from elastic3d.geometry.options import CleanupConfig
+from elastic3d.geometry.sampling import sample_surface
 from elastic3d.geometry.surface import extract_surface
 
 
@@ -105,6 +110,105 @@ def test_decimation_is_accurate_and_survives_a_file(tmp_path: Path) -> None:
     save_mesh(cleaned, tmp_path / "a.glb")
     assert mesh_health(load_mesh(tmp_path / "a.glb")).watertight
     assert len(clean(mesh, CleanupConfig(max_faces=0)).faces) == len(mesh.faces)
+
+
+def hollow() -> trimesh.Trimesh:
+    """A vessel with a thin wall and a handle, of about 45,000 faces: quadrics alone glue its sides."""
+    axis = np.linspace(-1, 1, 91)
+    x, y, z = np.meshgrid(axis, axis, axis, indexing="ij")
+    radius = np.sqrt(x**2 + z**2)
+    body = np.maximum(np.abs(radius - 0.55 - 0.1 * np.sin(4 * y)) - 0.03, np.abs(y) - 0.9)
+    floor = np.maximum(np.abs(y + 0.87) - 0.03, radius - 0.6)
+    ring = np.hypot(np.hypot(x - 0.6, y) - 0.25, z) - 0.05
+    return extract_surface(-np.minimum(np.minimum(body, floor), ring))
+
+
+def distances(a: trimesh.Trimesh, b: trimesh.Trimesh) -> np.ndarray:
+    """Distances of points on each surface to points on the other."""
+    one, other = (sample_surface(mesh, 20_000, seed)[0] for seed, mesh in enumerate((a, b)))
+    return np.concatenate([cKDTree(one).query(other)[0], cKDTree(other).query(one)[0]])
+
+
+@pytest.mark.parametrize("max_faces", [200, 500, 5000])
+def test_low_targets_keep_thin_walls_exactly_and_repeatably(max_faces: int) -> None:
+    mesh = hollow()
+    reduced, again = (clean(mesh, CleanupConfig(max_faces=max_faces)) for _ in range(2))
+    health = mesh_health(reduced)
+    assert (
+        0.97 * max_faces <= health.faces <= max_faces and health.watertight and health.degenerate_share == 0
+    )
+    assert health.components == 1 and (distances(reduced, mesh) < 0.05).mean() > 0.98
+    np.testing.assert_array_equal(reduced.vertices, again.vertices)
+    np.testing.assert_array_equal(reduced.faces, again.faces)
+
+
+def test_the_worst_case_takes_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A surface of noise, all handles: the whole of it is reduced once, what is left at most a few times."""
+    import fast_simplification
+    import manifold3d
+
+    mesh = extract_surface(gaussian_filter(np.random.default_rng(0).standard_normal((40, 40, 40)), 1.2))
+    assert mesh_health(mesh).genus is not None and len(mesh.faces) > 60_000
+    passes, solids = list[int](), list[int]()
+    simplify_once, manifold = fast_simplification.simplify, manifold3d.Manifold
+
+    def counted(vertices: np.ndarray, faces: np.ndarray, **options: int) -> object:
+        passes.append(len(faces))
+        return simplify_once(vertices, faces, **options)
+
+    def built(source: object) -> object:
+        solids.append(1)
+        return manifold(source)
+
+    monkeypatch.setattr(fast_simplification, "simplify", counted)
+    monkeypatch.setattr(manifold3d, "Manifold", built)
+    for max_faces in (6000, 300):
+        passes.clear(), solids.clear()
+        health = mesh_health(clean(mesh, CleanupConfig(max_faces=max_faces)))
+        assert health.watertight and health.faces <= max_faces and health.degenerate_share == 0
+        assert sum(count > 0.9 * len(mesh.faces) for count in passes) == 1, (
+            "the whole mesh is gone through once"
+        )
+        assert len(passes) <= 16 and len(solids) <= 1
+    monkeypatch.undo()
+    start = time.process_time()
+    clean(mesh, CleanupConfig(max_faces=6000))
+    assert time.process_time() - start < 3
+
+
+def test_memory_is_a_few_copies_of_the_mesh() -> None:
+    mesh = hollow()
+    own = mesh.vertices.nbytes + mesh.faces.nbytes
+    tracemalloc.start()
+    clean(mesh, CleanupConfig(max_faces=2000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * own
+
+
+def test_threads_do_not_mix_their_meshes() -> None:
+    meshes = [
+        trimesh.creation.torus(0.7, 0.1 + 0.05 * i, major_sections=96, minor_sections=48) for i in range(4)
+    ]
+    config = CleanupConfig(max_faces=3000)
+    alone = [clean(mesh, config) for mesh in meshes]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for one, other in zip(alone, pool.map(lambda mesh: clean(mesh, config), meshes), strict=True):
+                np.testing.assert_array_equal(one.vertices, other.vertices)
+
+
+def test_far_and_large_meshes_are_reduced_alike() -> None:
+    mesh = trimesh.creation.torus(0.7, 0.2, major_sections=96, minor_sections=48)
+    near = clean(mesh, CleanupConfig(max_faces=2000))
+    far = clean(mesh.copy().apply_scale(1000).apply_translation([5e8, 0, 0]), CleanupConfig(max_faces=2000))
+    assert mesh_health(far).watertight and len(far.faces) == len(near.faces)
+    back = trimesh.Trimesh((far.vertices - [5e8, 0, 0]) / 1000, far.faces, process=False)
+    assert back.volume == pytest.approx(near.volume, rel=1e-3) and back.area == pytest.approx(
+        near.area, rel=1e-3
+    )
+    radius = np.hypot(np.linalg.norm(back.vertices[:, :2], axis=1) - 0.7, back.vertices[:, 2])
+    np.testing.assert_allclose(radius, 0.2, atol=5e-3)
 
 
 def test_open_meshes_are_decimated_too() -> None:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from elastic3d.config.geometry import DecodeConfig
 from elastic3d.errors import NoSurfaceError
 from elastic3d.geometry.decode import decode_field, decode_meshes, iterate_meshes, level_resolutions
 from elastic3d.geometry.grid import BOX, grid_points
+from elastic3d.geometry.options import DecodeConfig
 from elastic3d.geometry.surface import extract_surface
 
 Field = Callable[[Tensor], Tensor]

@@ -10,7 +10,11 @@ import trimesh
 from PIL import Image
 
 from elastic3d.errors import UserError
-from elastic3d.geometry.mesh_io import atomic_path, load_mesh, read_extras, save_mesh
+from elastic3d.evaluation import evaluate_pair
+from elastic3d.evaluation.options import ProtocolConfig
+from elastic3d.geometry.mesh_io import load_mesh, read_extras, save_mesh
+from elastic3d.geometry.normalize import normalize_mesh
+from elastic3d.utils.files import atomic_path
 
 EXTRAS = {"version": "0.1.0", "seed": 7, "ms": {"dit": 12.5}}
 
@@ -75,6 +79,24 @@ def test_split_vertices_are_merged_at_any_scale(tmp_path: Path) -> None:
         assert len(loaded.vertices) == 8 and loaded.is_watertight
 
 
+@pytest.mark.parametrize("far", [1e3, 5e5, 1e8])
+def test_far_from_the_origin_nothing_is_rounded(tmp_path: Path, mesh: trimesh.Trimesh, far: float) -> None:
+    """In map coordinates a float32 is a multiple of centimetres, or of metres."""
+    shift = np.array([far, -far, 3.0])
+    rows = "".join(f"v {x:.9f} {y:.9f} {z:.9f}\n" for x, y, z in mesh.triangles.reshape(-1, 3) + shift)
+    faces = "".join(f"f {i} {i + 1} {i + 2}\n" for i in range(1, 3 * len(mesh.faces), 3))
+    (tmp_path / "far.obj").write_text(rows + faces)
+    loaded = load_mesh(tmp_path / "far.obj")
+    assert loaded.is_watertight and len(loaded.vertices) == len(mesh.vertices)
+    np.testing.assert_allclose(loaded.triangles - shift, mesh.triangles, atol=1e-7)
+    normal, _ = normalize_mesh(loaded)
+    np.testing.assert_allclose(normal.triangles, normalize_mesh(mesh)[0].triangles, atol=1e-6)
+    scores = evaluate_pair(
+        loaded, loaded, ProtocolConfig(views=0, points=2000, near_points=0, surface_health=False)
+    )
+    assert scores.points["f_score@0.02"] == 1 and scores.health.watertight
+
+
 def test_textures_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quad = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[0, 1, 2]], process=False)
     image = Image.new("RGB", (64, 64))
@@ -106,7 +128,7 @@ NAN = "v 0 0 nan\nv 1 0 0\nv 0 1 0\nf 1 2 3\n"
         ("bare", b"123", "no suffix"),
         ("junk.glb", b"\x89PNG\r\n\x1a\n" + bytes(100), "can't read"),
         ("cut.glb", b"glTF\x02\x00\x00\x00\xff\xff\x00\x00\xff\xff\x00\x00JSON{", "can't read"),
-        ("junk.stl", bytes(range(256)), "no faces"),
+        ("junk.stl", bytes(range(256)), "cut off: 1,397,903,696 faces are announced, 3 are there"),
         ("junk.ply", b"ply\nformat binary_little_endian 1.0\nelement vertex 99999999999\n", "can't read"),
         ("junk.obj", b"\x00\xff\xfe", "junk.obj"),
         ("words.off", b"hello there", "can't read"),

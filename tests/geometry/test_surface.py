@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from elastic3d.config.geometry import SurfaceMethod
 from elastic3d.errors import NoSurfaceError, UserError
 from elastic3d.geometry.grid import BOX, grid_points, node_coordinates, node_points
+from elastic3d.geometry.options import SurfaceMethod
 from elastic3d.geometry.surface import extract_surface
 
 

@@ -6,8 +6,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic3d.config.models import DiTConfig, SkipDiTConfig
 from elastic3d.models.flops import dit_blocks_flops
+from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
-from elastic3d.config.images import ForegroundConfig, ForegroundMethod
 from elastic3d.errors import UserError
 from elastic3d.models.foreground import cut_out, prepare_picture, recentre, to_tensor
+from elastic3d.models.options import ForegroundConfig, ForegroundMethod
 
 CONFIG = ForegroundConfig()
 
@@ -130,3 +131,77 @@ def test_to_tensor() -> None:
     tensor = to_tensor(images)
     assert tensor.shape == (2, 3, 4, 4)
     assert tensor[1, :, 0, 0].tolist() == [1.0, 0.0, 0.0] and tensor[0].min() == 1.0
+
+
+@pytest.mark.parametrize("background", [(0, 0, 0, 0), "white"])
+@pytest.mark.parametrize("side", [1, 2])
+def test_specks_beside_the_object_change_nothing(background: object, side: int) -> None:
+    image, stray = _box_image(background, (400, 300)), _box_image(background, (400, 300))
+    ImageDraw.Draw(stray).rectangle((390, 290, 389 + side, 289 + side), fill=(0, 0, 0, 255))
+    clean, found = (np.asarray(prepare_picture(picture, CONFIG, 200)) for picture in (image, stray))
+    np.testing.assert_array_equal(found, clean)
+
+
+def test_a_small_part_of_an_object_is_no_speck() -> None:
+    image = _box_image()
+    ImageDraw.Draw(image).rectangle((150, 20, 156, 26), fill=(200, 30, 30, 255))
+    left, _, right, _ = _object_box(prepare_picture(image, CONFIG, 200))
+    rows = np.asarray(prepare_picture(image, CONFIG, 200)).min(axis=2) < 250
+    assert right - left == pytest.approx(170, abs=2) and rows.sum() < 0.4 * 170 * 170
+
+
+SAMPLES = sorted((Path(__file__).resolve().parents[2] / "data" / "samples").glob("*.png"))
+
+
+def _on_floor(
+    sample: Path, background: int, strength: float, softness: float = 0.03
+) -> tuple[Image.Image, np.ndarray]:
+    """A bundled view on a plain background with an elliptic shadow under it -> that image, the object's true mask."""
+    pixels = np.asarray(Image.open(sample).convert("RGBA")).astype(float)
+    side = pixels.shape[1]
+    pixels = np.pad(pixels, ((side // 5,) * 2, (side // 5,) * 2, (0, 0)))
+    alpha = pixels[..., 3] / 255
+    rows, columns = np.nonzero(alpha > 0.5)
+    y, x = np.mgrid[: len(alpha), : len(alpha)]
+    half = (columns.max() - columns.min()) / 2
+    across, down = (x - columns.min() - half) / (1.05 * half), (y - rows.max()) / (0.28 * half)
+    ellipse = (across**2 + down**2 < 1).astype(float)
+    shade = 1 - strength * ndimage.gaussian_filter(ellipse, softness * len(alpha))
+    result = background * shade[..., None] * (1 - alpha[..., None]) + pixels[..., :3] * alpha[..., None]
+    return Image.fromarray(result.round().clip(0, 255).astype(np.uint8)), alpha > 0.5
+
+
+def _overlap(image: Image.Image, true: np.ndarray) -> float:
+    found = np.asarray(cut_out(image.convert("RGBA"), CONFIG).getchannel("A")) > 127
+    return float((found & true).sum() / (found | true).sum())
+
+
+def test_a_soft_shadow_on_the_floor_is_background() -> None:
+    for background in (255, 235):
+        plain = [_overlap(*_on_floor(sample, background, 0.0)) for sample in SAMPLES]
+        for strength in (0.3, 0.5):
+            found = [_overlap(*_on_floor(sample, background, strength)) for sample in SAMPLES]
+            assert np.mean(found) > np.mean(plain) - 0.04, "as good as without the shadow"
+
+
+def test_a_shadow_with_an_outline_is_told_where_it_looks_like_one() -> None:
+    image, _ = _on_floor(SAMPLES[-1], 120, 0.5, softness=0.002)
+    with pytest.warns(UserWarning, match="shadow on the floor is taken for a part"):
+        cut_out(image.convert("RGBA"), CONFIG)
+
+
+def test_objects_without_a_shadow_keep_their_mask() -> None:
+    """A grey vase on grey, and a white one: nothing of their smooth sides is taken for a shadow."""
+    y, x = np.mgrid[:256, :256]
+    inside = ((x - 128) / 50) ** 2 + ((y - 128) / 90) ** 2 < 1
+    for background, low, high in ((255, 120, 210), (128, 40, 100), (235, 90, 200)):
+        shading = low + (high - low) * (x - 78) / 100
+        image = np.where(inside, shading, background).clip(0, 255).astype(np.uint8)
+        assert _overlap(Image.fromarray(image), inside) > 0.98
+
+
+def test_a_shadow_of_transparent_black_is_left_out() -> None:
+    image = _box_image()
+    ImageDraw.Draw(image).ellipse((10, 42, 120, 60), fill=(0, 0, 0, 140))
+    with_shadow, without = (prepare_picture(picture, CONFIG, 200) for picture in (image, _box_image()))
+    np.testing.assert_array_equal(np.asarray(with_shadow), np.asarray(without))

@@ -10,9 +10,9 @@ import torch
 from hunyuan_tiny import config_21, dit_shapes_21, tiny_config
 
 from elastic3d.config.hunyuan3d import dinov2_config, parse_config, parse_vae
-from elastic3d.config.models import DiTConfig, SkipDiTConfig
 from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.models.hunyuan3d import build_network, parameter_count
+from elastic3d.models.options import DiTConfig, SkipDiTConfig
 
 
 def full_size(**changes: Any) -> DiTConfig:

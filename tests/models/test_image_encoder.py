@@ -10,7 +10,6 @@ from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
-from elastic3d.config.images import EncoderFeatures, EncoderKind, ImageEncoderConfig
 from elastic3d.errors import UserError
 from elastic3d.models.foreground import to_tensor
 from elastic3d.models.image_encoder import (
@@ -20,6 +19,7 @@ from elastic3d.models.image_encoder import (
     load_image_encoder,
     save_image_encoder,
 )
+from elastic3d.models.options import EncoderFeatures, EncoderKind, ImageEncoderConfig
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from elastic3d.config.models import VAEConfig
 from elastic3d.models.initialise import without_random_weights
+from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.weights import all_finite
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from elastic3d.errors import UserError
-from elastic3d.models.pictures import load_picture
+from elastic3d.models.pictures import PICTURE_SUFFIXES, load_picture
 
 
 def _gradient(side: int = 64) -> Image.Image:
@@ -35,11 +37,16 @@ def test_every_mode_becomes_rgba(mode: str) -> None:
         assert np.abs(difference).max() <= 6
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif", "ppm"])
+@pytest.mark.parametrize(
+    "suffix",
+    ["png", "jpg", "jfif", "jpe", "webp", "bmp", "gif", "tif", "ppm", "pgm", "jp2", "jpx", "avif"],
+)
 def test_every_format(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a picture (1), x=y.{suffix}"
-    _gradient().save(path)
-    assert load_picture(path).size == (64, 64)
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("this build of Pillow has no AVIF")
+    _gradient().save(path, {"jfif": "JPEG", "jpe": "JPEG"}.get(suffix))
+    assert suffix in {name[1:] for name in PICTURE_SUFFIXES} and load_picture(path).size == (64, 64)
 
 
 def test_sixteen_bits_and_floats_keep_their_range(tmp_path: Path) -> None:
@@ -117,3 +124,43 @@ def test_broken_files_are_one_sentence(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_picture(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def _png16(colour: int, pixels: np.ndarray, transparent: bytes) -> bytes:
+    """A 16-bit PNG with a tRNS chunk, which Pillow can't write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, colour, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = [(b"IHDR", head), (b"tRNS", transparent), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*entry) for entry in chunks)
+
+
+@pytest.mark.parametrize("colour", [0, 2], ids=["grey", "rgb"])
+def test_sixteen_bits_keep_their_transparent_value(tmp_path: Path, colour: int) -> None:
+    pixels = np.full((6, 6) if colour == 0 else (6, 6, 3), 1000)
+    pixels[2:4, 1:5] = 40_000
+    (tmp_path / "a.png").write_bytes(
+        _png16(colour, pixels, struct.pack(">H", 1000) * (1 if colour == 0 else 3))
+    )
+    alpha = np.asarray(load_picture(tmp_path / "a.png"))[..., 3]
+    assert (alpha == 255).sum() == 8 and (alpha[2:4, 1:5] == 255).all() and alpha[0, 0] == 0
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif1"])
+def test_heic_names_the_package_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brand: bytes
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(struct.pack(">I", 24) + b"ftyp" + brand + bytes(64))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(UserError, match=r"a.jpg is a HEIC image.*pip install pillow-heif"):
+        load_picture(tmp_path / "a.jpg")
+
+
+def test_a_pipe_or_device_is_no_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", Path("/dev/zero")):
+        with pytest.raises(UserError, match="is a pipe or a device, expected an image file"):
+            load_picture(path)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from elastic3d.config.models import DiTConfig
+from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 
 

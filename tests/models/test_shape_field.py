@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from elastic3d.config.models import VAEConfig
 from elastic3d.models import shape_field
+from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
 
 

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from elastic3d.errors import UserError
-from elastic3d.models.weights import PretrainedMixin, file_sha256, read_weights
+from elastic3d.models.weights import PretrainedMixin
+from elastic3d.utils.files import file_sha256
+from elastic3d.utils.tensors import read_weights
 
 
 @dataclass(kw_only=True)
@@ -87,7 +89,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "there is no file .*config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is broken"),
     "binary config": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json is broken"),
-    "list config": (lambda f: (f / "config.json").write_text("[]"), "holds a list, expected a JSON object"),
+    "list config": (lambda f: (f / "config.json").write_text("[]"), "is a list, expected a JSON object"),
     "unknown field": (lambda f: _edit_config(f, witdh=3), "unknown field 'witdh'"),
     "another class": (lambda f: _edit_config(f, _class_name="Big"), "describes a Big, expected a Tiny"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "there is no file .*model.safetensors"),
@@ -101,7 +103,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "Git LFS pointer",
     ),
     "truncated": (_truncate, "truncated or no safetensors file"),
-    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "truncated or no safetensors file"),
+    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "is empty, expected a safetensors file"),
     "garbage": (
         lambda f: (f / "model.safetensors").write_bytes(b"x" * 99),
         "truncated or no safetensors file",
@@ -150,7 +152,7 @@ def test_a_failed_save_leaves_the_old_files(folder: Path, monkeypatch: pytest.Mo
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("elastic3d.models.weights.save_file", full)
+    monkeypatch.setattr("elastic3d.utils.tensors.save_file", full)
     with pytest.raises(UserError, match="can't write .*no space left|No space left"):
         Tiny(TinyConfig(width=3)).save_pretrained(folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic3d.config.text_to_image import DEFAULT_IMAGE_MODEL, BackboneName
+from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, BackboneName
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 
 FOLDER = Path(__file__).resolve().parents[2] / DEFAULT_IMAGE_MODEL

@@ -10,9 +10,9 @@ import pytest
 import trimesh
 from tiny_pipeline import save_picture
 
-from elastic3d.config.generate import GenerateConfig
 from elastic3d.errors import UserError
 from elastic3d.pipelines.generation import Job, plan
+from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.preview import turntable
 
 
@@ -52,7 +52,7 @@ def test_equal_stems_keep_their_suffix(tmp_path: Path) -> None:
     names = [job.output.name for job in _plan(tmp_path / "in", tmp_path / "out")]
     assert names == ["a_png.glb", "a_webp.glb", "b.glb"]
     save_picture(tmp_path / "in/deeper/b.png")
-    with pytest.raises(UserError, match="several pictures named b_png"):
+    with pytest.raises(UserError, match="several images named b_png"):
         _plan(f"{tmp_path}/in/**/*.png", tmp_path / "out")
 
 
@@ -62,8 +62,8 @@ def test_what_is_refused(photos: Path, tmp_path: Path) -> None:
     cases = [
         (photos, "x.glb", "output is x.glb, expected a folder, as image is a folder or a glob"),
         (photos, tmp_path / "file", "output is .*file, a file, expected a folder"),
-        (tmp_path / "empty", "out", r"empty, which holds no picture \(.png"),
-        (tmp_path / "*.tiff", "out", "which holds no picture"),
+        (tmp_path / "empty", "out", r"empty, which holds no image \(.png"),
+        (tmp_path / "*.tiff", "out", "which holds no image"),
         (tmp_path / "gone.png", "x.glb", "there is no file .*gone.png"),
         (photos / "a.PNG", "chair.fbx", "chair.fbx has .fbx, expected one of .glb"),
         (photos / "a.PNG", "chair", "chair has no suffix, expected one of .glb"),
@@ -100,3 +100,33 @@ def test_turntable_shows_the_mesh_from_all_sides() -> None:
     assert min(covered) > 0.02 and covered[1] > 1.2 * covered[0]
     cube = np.asarray(turntable(trimesh.creation.box(), views=8, size=48))
     assert (cube[[0, -1]] > 250).all() and (cube[:, ::48] > 250).all(), "nothing is cut off"
+
+
+def test_no_output_replaces_an_input_or_another_output(tmp_path: Path) -> None:
+    image = save_picture(tmp_path / "a.png")
+    save_picture(tmp_path / "b.png")
+    for options in (
+        {"output": tmp_path / "a.glb", "preview": True},
+        {"output": tmp_path / "A.glb", "preview": True},
+        {"output": tmp_path / "c.glb", "trace": str(image)},
+        {"output": tmp_path / "c.glb", "preview": True, "trace": str(tmp_path / "c.png")},
+        {"output": tmp_path / "b.glb", "preview": True, "image_back": str(tmp_path / "b.png")},
+    ):
+        with pytest.raises(UserError, match="would be written to .* which is the same file as"):
+            _plan(image, **options)
+    with pytest.raises(UserError, match="preview would be written"):
+        _plan(tmp_path, tmp_path, preview=True)
+    assert len(_plan(tmp_path, tmp_path)) == 2, "meshes beside their images are fine"
+    assert len(_plan(image, tmp_path / "c.glb", preview=True, trace=str(tmp_path / "t.png"))) == 1
+
+
+def test_folders_as_cameras_and_phones_fill_them(tmp_path: Path) -> None:
+    photos = tmp_path / "photos [1]"
+    photos.mkdir()
+    for name in ("a.png", "._a.png", "b.jfif", "c.jp2", "d.heic", "e.avif", "f.JPE", "notes.txt"):
+        (photos / name).touch()
+    (photos / "g.png").symlink_to(tmp_path)
+    assert [job.image.name for job in _plan(photos, tmp_path / "out")] == [
+        *("a.png", "b.jfif", "c.jp2", "d.heic", "e.avif", "f.JPE")
+    ]
+    assert [job.image.name for job in _plan(photos / "*.jp2", tmp_path / "out")] == ["c.jp2"]

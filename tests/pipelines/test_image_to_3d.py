@@ -17,8 +17,8 @@ from tiny_pipeline import CHANNELS, LATENTS, picture, save_picture
 
 from elastic3d import __version__
 from elastic3d.adapters.shape_dit import ShapeDiTAdapter
-from elastic3d.config.geometry import CleanupConfig
 from elastic3d.errors import NoSurfaceError, UserError
+from elastic3d.geometry.options import CleanupConfig
 from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.pipelines import image_to_3d
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline

@@ -10,8 +10,8 @@ from tiny_pipeline import picture, tiny_pipeline
 from torch import nn
 
 from elastic3d.config.hunyuan3d import PRESETS
-from elastic3d.config.models import VAEConfig
 from elastic3d.errors import UserError
+from elastic3d.models.options import VAEConfig
 from elastic3d.pipelines.estimates import estimate, published, table
 from elastic3d.pipelines.memory import (
     MemoryNeed,

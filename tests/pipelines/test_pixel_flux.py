@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from elastic3d.config.image_stage import PixelModelConfig, Prediction
 from elastic3d.diffusion.flow import interpolate, velocity
 from elastic3d.pipelines.pixel_flux import (
     LEAST_NOISE,
     PixelFluxPipeline,
+    PixelModelConfig,
+    Prediction,
     SmallBackbone,
     build_transformer,
     load_pixel_flux,

@@ -93,7 +93,7 @@ def test_the_command_line(elastic, tmp_path, capsys):
     import gen_mesh
     from _cli import execute
 
-    from elastic3d.config.generate import GenerateConfig
+    from elastic3d.pipelines.options import GenerateConfig
 
     elastic.save_pretrained(tmp_path / "model")
     image = save_picture(tmp_path / "a.png")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic3d.config.base import DeviceChoice, DTypeChoice
 from elastic3d.errors import UserError
 from elastic3d.pipelines.runtime import fast_bfloat16, resolve_device, resolve_dtype
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ from tiny_images import save_tiny_flux, save_tiny_qwen
 
 from elastic3d.adapters import attach, detach, save_routers
 from elastic3d.config.routing import RouterConfig
-from elastic3d.config.text_to_image import BackboneName
 from elastic3d.errors import UserError
+from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 
 MIXED = RouterConfig(initial_keep=0.5, initial_width_bias=0, head_std=3.0)

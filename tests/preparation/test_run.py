@@ -89,6 +89,53 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_files(tmp_path: Path) -
     assert {name: data for name, data in resumed.items() if not name.startswith(".")} == whole
 
 
+TERMINATED = """
+import sys
+from pathlib import Path
+import _cli
+from box_source import RECIPE, plan
+from elastic3d.preparation.options import PrepareConfig
+from elastic3d.preparation.run import prepare
+
+def main(config):
+    shards, source = plan([f"b{i}" for i in range(400)], Path(config.output), size=200)
+    print("ready", flush=True)
+    prepare(shards, source, RECIPE, workers=2, progress=lambda *row: print(*row, flush=True))
+
+if __name__ == "__main__":
+    _cli.run(main, PrepareConfig, "prepare_data")
+"""
+
+
+@pytest.mark.parametrize("how", ["terminated", "group terminated", "killed"])
+def test_workers_end_quietly_with_the_command(tmp_path: Path, how: str) -> None:
+    script, tests = tmp_path / "go.py", Path(__file__).parents[1]
+    script.write_text(TERMINATED)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent / "scripts", tests.parent))),
+    }
+    command = [sys.executable, str(script), f"output={tmp_path / 'out'}"]
+    with (tmp_path / "err").open("w") as err:
+        running = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=err, text=True, start_new_session=True
+        )
+        assert running.stdout is not None
+        for line in running.stdout:
+            if line.startswith("b"):
+                break
+        if how == "group terminated":
+            os.killpg(running.pid, signal.SIGTERM)
+        else:
+            running.send_signal(signal.SIGTERM if how == "terminated" else signal.SIGKILL)
+        running.stdout.read()  # to its end: no worker holds it any longer
+        running.wait()
+        running.stdout.close()
+    assert running.returncode == (-9 if how == "killed" else 143)
+    assert (tmp_path / "err").read_text() == ("" if how == "killed" else "terminated\n")
+    assert not list((tmp_path / "out").glob("**/*.safetensors"))
+
+
 def test_nothing_to_do_does_nothing(tmp_path: Path) -> None:
     shards, source = plan(["b0"], tmp_path)
     prepare(shards, source, RECIPE)

@@ -7,7 +7,7 @@ import pytest
 import trimesh
 from PIL import Image
 
-from elastic3d.config.prepare import ShapeConfig
+from elastic3d.preparation.options import ShapeConfig
 from elastic3d.preparation.shape import item_seed, prepare_shape
 from elastic3d.preparation.views import RawShape
 

@@ -12,8 +12,8 @@ from _cli import execute
 from prepare_data import main
 from safetensors.numpy import load_file
 
-from elastic3d.config.prepare import PrepareConfig
 from elastic3d.errors import UserError
+from elastic3d.preparation.options import PrepareConfig
 from elastic3d.preparation.sources import FolderSource
 
 TINY = [f"shape.{name}=50" for name in ("surface_points", "sharp_points", "near_points", "volume_points")]
@@ -54,6 +54,11 @@ def test_folder_end_to_end(meshes: Path, tmp_path: Path, capsys: pytest.CaptureF
     rows = [json.loads(line) for line in (output / "folder" / "manifest.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == ["box-glb", "box-stl", "cone", "toys--red_ball"]
     assert {row["shard"] for row in rows} == {"shard-00000.safetensors", "shard-00001.safetensors"}
+    listed = [f"folder/{row['id']}" for row in rows]
+    assert (
+        output / "folder" / "train.txt"
+    ).read_text().split() == listed  # too few to keep any from training
+    assert f"stage=cache init_from=shape-small latents.output={output}" in shown
     arrays = load_file(output / "folder" / "shard-00001.safetensors")
     assert arrays["cone/surface"].shape == (50, 6)
     assert arrays["toys--red_ball/cameras"].shape == (2, 8)

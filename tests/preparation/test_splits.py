@@ -12,7 +12,17 @@ import trimesh
 from elastic3d.errors import UserError
 from elastic3d.preparation.duplicates import near_duplicate_groups, shape_points
 from elastic3d.preparation.infinigen_source import FACTORIES, assets
-from elastic3d.preparation.splits import Split, infinigen_split, read_splits, split_groups, write_splits
+from elastic3d.preparation.primitives.catalogue import CATEGORIES, PER_ROUND, shapes
+from elastic3d.preparation.splits import (
+    Split,
+    folder_split,
+    infinigen_split,
+    primitives_split,
+    read_splits,
+    split_groups,
+    write_folder_split,
+    write_splits,
+)
 from elastic3d.preparation.views import RawShape
 
 COMMITTED = Path(__file__).parents[2] / "data" / "splits"
@@ -71,3 +81,35 @@ def test_near_duplicates_are_found() -> None:
     squashed.apply_scale((1, 0.97, 1))
     groups = near_duplicate_groups([cloud(mesh) for mesh in (ball, box, bigger, squashed)])
     assert groups[0] == groups[2] == groups[3] != groups[1]
+
+
+def test_held_out_primitives_are_balanced() -> None:
+    splits = read_splits(COMMITTED)
+    for shape in shapes([], 4000):
+        expected = primitives_split(shape.seed, PER_ROUND.get(shape.category, 1))
+        assert splits[f"primitives/{shape.name}"] is expected
+    held_out = Counter(
+        (name.split("/")[1].rsplit("-", 1)[0], split)
+        for name, split in splits.items()
+        if name.startswith("primitives/")
+    )
+    for category in CATEGORIES:
+        assert held_out[category, Split.test] == 2 * PER_ROUND.get(category, 1)
+        assert held_out[category, Split.val] == 1
+
+
+def test_a_users_meshes_are_split_by_name(tmp_path: Path) -> None:
+    names = [f"mine/{index}" for index in range(40)]
+    train, val = folder_split(names, 0.1)
+    assert len(val) == 4 and sorted(train + val) == sorted(names)
+    assert folder_split(names[::-1], 0.1)[1] == val[::-1]
+    assert folder_split(names, 0.1, seed=1)[1] != val
+    more, _ = folder_split([*names, "mine/new"], 0.1)
+    assert len(set(train) - set(more)) <= 1  # a mesh that is added moves few others
+    assert folder_split(names[:9], 0.1) == (names[:9], names[:9])
+    assert folder_split(names, 0) == (names, names)
+    write_folder_split(tmp_path, names, set(val))
+    assert (tmp_path / "train.txt").read_text().split() == train
+    assert (tmp_path / "val.txt").read_text().split() == val
+    write_folder_split(tmp_path, names[:2], set(names))
+    assert (tmp_path / "train.txt").read_text() == (tmp_path / "val.txt").read_text() == "mine/0\nmine/1\n"

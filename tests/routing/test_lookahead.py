@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from elastic3d.adapters import attach
-from elastic3d.config.models import DiTConfig
 from elastic3d.config.routing import (
     BlockCacheConfig,
     Branches,
@@ -16,6 +15,7 @@ from elastic3d.config.routing import (
     RouterConfig,
 )
 from elastic3d.diffusion.sampler import sample
+from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.routing.passes import Hold
 from elastic3d.routing.session import RoutingSession

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from elastic3d.adapters import attach, detach, load_routers, save_routers
-from elastic3d.config.models import DiTConfig
 from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig
 from elastic3d.diffusion.sampler import integrate, sample
+from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.routing.attach import load_router_state, router_modules, router_state
 from elastic3d.routing.cost import trace_share

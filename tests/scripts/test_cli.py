@@ -13,8 +13,8 @@ from _cli import execute, help_text, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic3d.config.base import check_range, option
 from elastic3d.errors import UserError
+from elastic3d.utils.options import check_range, option
 
 
 class Colour(Enum):
@@ -46,6 +46,7 @@ class Config:
     colour: Colour = option(Colour.red, "The colour.")
     files: list[str] = option([], "Several files.")
     sizes: list[int] = option([64], "Several sizes.")
+    named: dict[str, list[Path]] = option({}, "Files by name.")
     cache: CacheConfig = option(CacheConfig, "The cache.")
     extra: CacheConfig | None = option(None, "Another cache, or none.")
     cleanup: CleanupConfig = option(CleanupConfig, "The cleaning.")
@@ -97,9 +98,51 @@ def test_a_group_that_a_chosen_group_brings_along_can_be_exchanged(configs: Path
 
 LITERALS = [
     "a chair (1).png", "a,b;c", "k=v=w", "it's \"quoted\"", "$HOME", "${x}", "\\${x}\\", "a\\b", "-leading",
-    "--help=", "~/x", "[a]", "{b: c}", "null ", "true", "1e3", "#tag", "Stuhl ä 椅子 🪑", " padded ", "",
+    "--help=", "a~/x", "[a]", "{b: c}", "null ", "true", "1e3", "#tag", "Stuhl ä 椅子 🪑", " padded ", "",
     "a\nb", "@file", "!tag", "*?[x]",
 ]  # fmt: skip
+
+
+def test_a_tilde_is_the_home_folder_in_paths_alone(
+    configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = ["prompt=~/x", "output=~/x/", "files=[~/a, b]", "named={n: [~/c, '${x}']}"]
+    config = parse(Config, "plain", arguments, configs)
+    assert config.prompt == "~/x" and config.output == tmp_path / "x"
+    assert config.files == [str(tmp_path / "a"), "b"]
+    assert config.named == {"n": [tmp_path / "c", Path("${x}")]}
+
+
+BROKEN_YAML = [
+    "{a: [", "{a: b: c}", "{? [x] : y}", "{a: !!python/object:os.system x}", "{a: 2020-99-99}", "[" * 5000, "{a: *b}",
+    "{a: &x [q], b: *x}", "text", "[1]", "{a: 1}", "{a: {b: c}}", "\t- x", "{<<: 3}", "{a: \x00}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BROKEN_YAML)
+def test_a_mapping_that_is_none_is_told_in_a_sentence(
+    configs: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute(lambda config: 0, Config, "plain", [f"named={text}"], configs) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: named=") and "expected a mapping such as {name: value}" in said, said
+    assert "Traceback" not in said and len(said) < 400
+
+
+def test_defaults_that_the_repository_ships_hold_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from elastic3d.training.held_out import HeldOutConfig
+    from elastic3d.training.options import TrainConfig
+
+    monkeypatch.chdir(tmp_path)
+    held_out = parse(HeldOutConfig, "held_out", [])
+    assert held_out.split.is_file() and Path(held_out.data.splits).is_dir() and Path(held_out.model).is_dir()
+    assert all(path.is_file() for path in parse(TrainConfig, "train", ["stage=vae"]).data.train)
+    assert held_out.output == Path("outputs/held_out"), "outputs stay in the current folder"
+    (tmp_path / "data/splits").mkdir(parents=True)
+    assert parse(HeldOutConfig, "held_out", []).data.splits == "data/splits", "one's own comes first"
 
 
 @pytest.mark.parametrize("text", LITERALS)
@@ -217,7 +260,7 @@ def test_run_ends_the_process_with_the_exit_code(tmp_path: Path, configs: Path) 
     script.write_text(
         f"import sys; sys.path.insert(0, {str(scripts)!r})\n"
         "import _cli; from pathlib import Path; from dataclasses import dataclass\n"
-        f"_cli.execute.__defaults__ = (Path({str(configs)!r}),)\n"
+        f"_cli.execute.__defaults__ = (Path({str(configs)!r}), dict)\n"
         "@dataclass\nclass C:\n    x: int = 0\n"
         "_cli.run(lambda config: config.x, C, 'plain')\n"
     )

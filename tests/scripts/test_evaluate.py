@@ -13,7 +13,7 @@ import pytest
 import trimesh
 from _cli import execute
 
-from elastic3d.config.evaluate import EvaluateConfig
+from elastic3d.evaluation.options import EvaluateConfig
 
 QUICK = [
     "protocol.points=500",

@@ -13,11 +13,11 @@ from PIL import Image
 from tiny_images import save_tiny_flux, save_tiny_qwen
 
 from elastic3d.adapters import attach, save_routers
-from elastic3d.config.base import DeviceChoice
 from elastic3d.config.routing import RouterConfig
-from elastic3d.config.text_to_image import BackboneName, GenerateImageConfig
 from elastic3d.models.pictures import read_receipt
 from elastic3d.pipelines.image_loading import load_backbone
+from elastic3d.pipelines.options import BackboneName, GenerateImageConfig
+from elastic3d.utils.devices import DeviceChoice
 
 Command = Callable[..., int]
 

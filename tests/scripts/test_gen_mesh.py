@@ -17,9 +17,9 @@ from PIL import Image
 from tiny_images import save_tiny_small
 from tiny_pipeline import picture, save_picture, tiny_pipeline
 
-from elastic3d.config.generate import GenerateConfig
 from elastic3d.geometry.mesh_io import read_extras
 from elastic3d.pipelines import generation
+from elastic3d.pipelines.options import GenerateConfig
 
 Command = Callable[..., int]
 

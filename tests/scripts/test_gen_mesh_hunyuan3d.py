@@ -18,16 +18,16 @@ from hunyuan_tiny import DINOV2, write_checkpoint, write_checkpoint_21
 from tiny_pipeline import save_picture
 
 from elastic3d.adapters import attach, detach, save_routers
-from elastic3d.config.evaluate import EvaluateConfig
-from elastic3d.config.generate import GenerateConfig
 from elastic3d.config.hunyuan3d import PRESETS, ImportConfig
-from elastic3d.config.prepare import PrepareConfig
 from elastic3d.config.routing import RouterConfig
-from elastic3d.config.train import TrainConfig
 from elastic3d.errors import UserError
+from elastic3d.evaluation.options import EvaluateConfig
 from elastic3d.geometry.mesh_io import read_extras
 from elastic3d.models.hunyuan3d import build_network
 from elastic3d.models.weights import load_hunyuan3d
+from elastic3d.pipelines.options import GenerateConfig
+from elastic3d.preparation.options import PrepareConfig
+from elastic3d.training.options import TrainConfig
 
 Command = Callable[..., int]
 CONFIGS: dict[str, tuple[str, Any]] = {

@@ -9,8 +9,7 @@ import pytest
 import summarize
 from _cli import execute
 
-from elastic3d.config.evaluate import ProtocolConfig
-from elastic3d.config.summarize import SummarizeConfig
+from elastic3d.evaluation.options import ProtocolConfig, SummarizeConfig
 from elastic3d.evaluation.report import build_report, write_json
 
 

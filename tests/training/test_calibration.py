@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from elastic3d.config.router_stage import GateLoss
 from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig
 from elastic3d.training import calibration
-from elastic3d.training.calibration import choose_trends, choose_urgency, relative_error
-from elastic3d.training.router_stage import RouterStage
-from tests.training.test_router_stage import dense, router_config  # noqa: F401  # a fixture
+from elastic3d.training.calibration import CurvesConfig, choose_trends, choose_urgency, relative_error
+from elastic3d.training.elastic import RouterStage
+from elastic3d.training.elastic_objective import GateLoss
+from tests.training.test_elastic import dense, router_config  # noqa: F401  # a fixture
 
 STEPS = 6
 
@@ -79,9 +79,9 @@ def test_trends_over_time_take_one_value_after_the_other(stage, monkeypatch):
 
 def test_calibration_starts_from_nothing(stage):
     session = stage.flow.session
-    stage.calibrate(points=6)
+    stage.calibrate(CurvesConfig(), points=6)
     first = session.router_config
     assert len(first.times) == STEPS - 1 and len(first.asked) == 6
     assert len(first.trends) == len(calibration.TREND_TIMES)
-    stage.calibrate(points=6)
+    stage.calibrate(CurvesConfig(), points=6)
     assert session.router_config == first

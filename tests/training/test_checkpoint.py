@@ -1,3 +1,5 @@
+import copy
+import json
 import random
 import shutil
 
@@ -11,6 +13,7 @@ from elastic3d.training.checkpoint import (
     checkpoint_path,
     clear_unfinished,
     load_checkpoint,
+    load_random_state,
     newest_checkpoint,
     random_state,
     save_checkpoint,
@@ -87,3 +90,35 @@ def test_random_state_round_trip():
     assert draw() != first
     set_random_state(state)
     assert draw() == first
+
+
+def test_files_that_the_manifest_does_not_list_are_not_read(tmp_path):
+    path = save_checkpoint(tmp_path, some_checkpoint(1), keep=2)
+    shutil.copy(path / "model.safetensors", path / "stranger.safetensors")
+    found = load_checkpoint(path)
+    assert set(found.tensors) == {"model"}
+    with pytest.raises(UserError, match="step-00000001 has no average.safetensors"):
+        found.part("average")
+
+
+def test_a_random_state_that_points_outside_of_its_words_is_refused(tmp_path):
+    good = json.loads(json.dumps(random_state()))
+    path = tmp_path / "random-00000.json"
+    for place, value in (
+        ("pos", 1 << 30),
+        ("pos", -1),
+        ("key", [1, 2]),
+        ("key", [-1] * 624),
+        ("key", ["a"] * 624),
+    ):
+        state = copy.deepcopy(good)
+        state["numpy"]["state"][place] = value
+        path.write_text(json.dumps(state))
+        with pytest.raises(UserError, match="random-00000.json"):
+            load_random_state(path)
+    path.write_text(json.dumps({**good, "torch": good["torch"][:40]}))
+    with pytest.raises(UserError, match="random-00000.json holds no state of the random generators"):
+        load_random_state(path)
+    path.write_text(json.dumps(good))
+    load_random_state(path)
+    assert json.loads(json.dumps(random_state())) == good

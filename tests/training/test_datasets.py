@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from elastic3d.config.train import AugmentConfig, LoopConfig
 from elastic3d.errors import UserError
-from elastic3d.training.augment import augment
 from elastic3d.training.datasets import (
     PositionLoader,
     PreparedShapes,
     Shuffle,
-    VAEItems,
     open_split,
     pick,
     read_split,
+    use_own_lists,
 )
+from elastic3d.training.options import DataConfig, LoopConfig
+from elastic3d.training.vae import AugmentConfig, VAEItems, augment
 from tests.training.tiny import vae_config
 
 
@@ -151,3 +151,28 @@ def test_a_stretch_keeps_signs_and_normals_and_bounds_distances():
     stretch = (surface / before["surface"][:, :3]).nanmedian(dim=0).values
     ellipsoid = torch.nn.functional.normalize(before["surface"][:, 3:] / stretch, dim=-1)
     torch.testing.assert_close(item["surface"][:, 3:], ellipsoid, atol=1e-4, rtol=0)
+
+
+def test_a_users_own_meshes_are_found(prepared, monkeypatch):
+    """Without options where they are all there is; else the options are in the message."""
+    monkeypatch.chdir(prepared)
+    (prepared / "data" / "splits").mkdir(parents=True)
+    for name in ("train", "val"):
+        (prepared / "data" / "splits" / f"{name}.txt").write_text("infinigen/chair-00001\n")
+        (prepared / "prepared" / "balls" / f"{name}.txt").write_text("balls/ball1\n")
+    own = [prepared / "prepared" / "balls" / "train.txt"]
+    found = DataConfig(prepared=prepared / "prepared")
+    use_own_lists(found)
+    assert found.train == own and found.val == [own[0].with_name("val.txt")]
+    (prepared / "prepared" / "infinigen").mkdir()
+    (prepared / "prepared" / "infinigen" / "shard-00000.safetensors").touch()
+    listed = DataConfig(prepared=prepared / "prepared")
+    use_own_lists(listed)
+    assert listed == DataConfig(prepared=prepared / "prepared")
+    with pytest.raises(UserError, match=r"none of the 1 shapes .* data.train=\[.*balls/train.txt\]"):
+        PreparedShapes(prepared / "prepared", ["sofas/1"])
+    with pytest.raises(UserError, match="prepare_data.py makes them"):
+        PreparedShapes(prepared / "data", ["sofas/1"])
+    (prepared / "train.txt").write_text("# nothing\n")
+    with pytest.raises(UserError, match="names no shape, expected lines such as"):
+        read_split([prepared / "train.txt"])

@@ -3,18 +3,18 @@ import csv
 import pytest
 import torch
 
-from elastic3d.config.generate import PipelineConfig
-from elastic3d.config.train import ExportConfig, StageName
+from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.errors import UserError
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.models.weights import load_json
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.checkpoint import load_checkpoint
 from elastic3d.training.export import export_run
 from elastic3d.training.latents import LatentInfo
+from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
-from tests.training.test_dit_stage import add_views, config_for
-from tests.training.tiny import vae_config
+from elastic3d.utils.structured import load_json
+from tests.training.test_dit import add_views, config_for
+from tests.training.tiny import export_of, vae_config
 
 
 def test_from_prepared_shapes_to_a_pipeline(prepared):
@@ -22,7 +22,7 @@ def test_from_prepared_shapes_to_a_pipeline(prepared):
     add_views(prepared)
     folder = prepared / "vae"
     assert run_stage(vae_config(prepared, validate_every=6)) == 0
-    assert run_stage(vae_config(prepared, stage=StageName.export, export=ExportConfig(output=folder))) == 0
+    assert run_stage(export_of(vae_config(prepared), folder)) == 0
     average = load_checkpoint(prepared / "runs" / "tiny" / "checkpoints" / "step-00000006").tensors["average"]
     vae = ShapeVAE.from_pretrained(folder)
     for name, value in vae.named_parameters():
@@ -37,8 +37,8 @@ def test_from_prepared_shapes_to_a_pipeline(prepared):
     assert run_stage(config_for(prepared, stage=StageName.cache)) == 0
     assert run_stage(config_for(prepared, steps=2)) == 0
     output = prepared / "pipeline"
-    options = ExportConfig(output=output, pipeline=PipelineConfig(model="tiny", steps=3))
-    assert export_run(config_for(prepared, stage=StageName.export, export=options)) == output
+    options = {"pipeline": PipelineConfig(model="tiny", steps=3)}
+    assert export_run(export_of(config_for(prepared), output, export=options)) == output
     pipeline = ImageTo3DPipeline.from_pretrained(output, device="cpu", dtype="float32")
     assert (pipeline.config.model, pipeline.config.steps) == ("tiny", 3)
     info = LatentInfo.load(prepared / "latents")
@@ -51,4 +51,4 @@ def test_from_prepared_shapes_to_a_pipeline(prepared):
 
 def test_a_run_without_a_checkpoint(prepared):
     with pytest.raises(UserError, match="has no whole checkpoint"):
-        export_run(vae_config(prepared, stage=StageName.export))
+        export_run(export_of(vae_config(prepared)))

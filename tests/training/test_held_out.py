@@ -4,12 +4,11 @@ from pathlib import Path
 
 import trimesh
 
-from elastic3d.config.generate import DEFAULT_MODEL
-from elastic3d.config.held_out import HeldOutConfig
-from elastic3d.config.prepare import PrepareConfig, ShapeConfig, SourceName
 from elastic3d.geometry.mesh_io import load_mesh, read_extras
+from elastic3d.pipelines.options import DEFAULT_MODEL
+from elastic3d.preparation.options import PrepareConfig, ShapeConfig, SourceName
 from elastic3d.preparation.prepare import prepare_data
-from elastic3d.training.held_out import build_held_out
+from elastic3d.training.held_out import HeldOutConfig, build_held_out
 
 ROOT = Path(__file__).resolve().parents[2]
 

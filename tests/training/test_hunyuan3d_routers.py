@@ -16,26 +16,20 @@ from hunyuan_tiny import (
 from safetensors.torch import save_file
 
 from elastic3d.config.hunyuan3d import PRESETS, ImportConfig
-from elastic3d.config.images import EncoderKind, ImageEncoderConfig
-from elastic3d.config.router_stage import MeshLossConfig, RouterStageConfig, TrainedParts
-from elastic3d.config.train import (
-    DiTStageConfig,
-    ExportConfig,
-    LatentsConfig,
-    Precision,
-    StageName,
-    Timesteps,
-    TrainConfig,
-)
 from elastic3d.errors import UserError
+from elastic3d.models.options import EncoderKind, ImageEncoderConfig
 from elastic3d.pipelines.hunyuan3d import import_checkpoint
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.training.dit import LatentFlowConfig
+from elastic3d.training.elastic import MeshLossConfig, RouterStageConfig, RouterTrainConfig
+from elastic3d.training.elastic_objective import TrainedParts
 from elastic3d.training.journal import read_metrics
-from elastic3d.training.latents import LatentInfo, build_cache
+from elastic3d.training.latents import LatentInfo, LatentsConfig, build_cache
+from elastic3d.training.options import Precision, StageName
 from elastic3d.training.stages import run_stage
 from tests.tiny_pipeline import picture
-from tests.training.test_dit_stage import add_views
-from tests.training.tiny import vae_config
+from tests.training.test_dit import add_views
+from tests.training.tiny import export_of, vae_config
 
 WITH_ENCODER = "hunyuan3d-vae-v2-0-withencoder"
 
@@ -56,7 +50,7 @@ def publish(root: Path, model: str) -> None:
     save_file({n: random_tensor(n, shape) for n, shape in shapes.items()}, folder / "model.fp16.safetensors")
 
 
-def config_for(root: Path, parts: TrainedParts = TrainedParts.routers, **changes) -> TrainConfig:
+def config_for(root: Path, parts: TrainedParts = TrainedParts.routers, **changes) -> RouterTrainConfig:
     encoder = ImageEncoderConfig(
         kind=EncoderKind.dinov2, image_size=28, picture_size=40, path=str(root / "model/image_encoder/dinov2")
     )
@@ -69,7 +63,7 @@ def config_for(root: Path, parts: TrainedParts = TrainedParts.routers, **changes
             output=root / "latents", vae=root / "model/vae", variants=1, views=2, batch=2, encoder=encoder,
             standardise=False,
         ),
-        dit=DiTStageConfig(timesteps=Timesteps.uniform, match_channels=0, sample_guidance=5.0),
+        dit=LatentFlowConfig(match_channels=0, sample_guidance=5.0),
         routing=RouterStageConfig(
             model=root / "model", parts=parts, lora_rank=2, guidance=5.0, explore=0.5, val_budgets=[0.5],
             val_shapes=1, val_steps=2,
@@ -102,14 +96,13 @@ def test_routers_are_trained_and_generate(
     )
     assert told.endswith("whose VAE has an encoder")
     config = config_for(prepared, parts, precision=precision, validate_every=2)
-    info = build_cache(config)
+    info = build_cache(config_for(prepared, stage=StageName.cache))
     assert info == LatentInfo.load(config.latents.output)
     assert info.mean == [0.0] * 8 and info.std == [1.0] * 8 and info.tokens == [5, 24]
     assert run_stage(config) == 0
     last = read_metrics(config.folder / "metrics.jsonl")[-1]
     assert 0 <= last["val/share_at_0.5"] <= 1
-    config.stage, config.export = StageName.export, ExportConfig(output=prepared / "elastic")
-    assert run_stage(config) == 0
+    assert run_stage(export_of(config, prepared / "elastic")) == 0
     pipeline = ImageTo3DPipeline.from_pretrained(prepared / "elastic", "cpu", "float32")
     assert pipeline.session is not None and pipeline.config.model == model
     result = pipeline([picture()], steps=2, resolution=16, budget=0.5)[0]
@@ -126,7 +119,7 @@ def test_a_vae_without_an_encoder_says_so(prepared: Path) -> None:
     assert told.endswith("whose VAE has no encoder")
     config = config_for(prepared)
     with pytest.raises(UserError, match="model/vae has no encoder.* vae_subfolder="):
-        build_cache(config)
+        build_cache(config_for(prepared, stage=StageName.cache))
     assert not config.latents.output.exists()  # it would refuse the VAE that has one
     weights = prepared / "model/image_encoder/dinov2/model.safetensors"
     assert weights.stat().st_mode == weights.with_name("config.json").stat().st_mode

@@ -1,7 +1,6 @@
 """Training on pictures: the small model on views of shapes, routers for a published pipeline from a folder."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +11,24 @@ from safetensors.torch import load_file, save_file
 from tiny_images import save_tiny_flux, save_tiny_qwen
 
 from elastic3d.adapters import session_of
-from elastic3d.config.image_stage import ImageStageConfig, PixelModelConfig
-from elastic3d.config.router_stage import PictureLossConfig, RouterStageConfig, TrainedParts
-from elastic3d.config.text_to_image import BackboneName
-from elastic3d.config.train import ExportConfig, StageName, TrainConfig
 from elastic3d.errors import UserError
+from elastic3d.pipelines.options import BackboneName
+from elastic3d.pipelines.pixel_flux import PixelModelConfig, PixelSamplingConfig
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
+from elastic3d.training.elastic_image import (
+    ImageRouterStage,
+    ImageRouterTrainConfig,
+    PictureLossConfig,
+    picture_loss,
+)
+from elastic3d.training.elastic_objective import TrainedParts
 from elastic3d.training.export import export_run
-from elastic3d.training.image_router_stage import ImageRouterStage, picture_loss
-from elastic3d.training.image_stage import ImageStage
+from elastic3d.training.image import ImageStage
 from elastic3d.training.journal import read_metrics
+from elastic3d.training.options import StageName
 from elastic3d.training.picture_cache import PictureCache
 from elastic3d.training.pictures import (
+    PictureConfig,
     PictureFolder,
     ShapeViews,
     colour_name,
@@ -33,8 +38,9 @@ from elastic3d.training.pictures import (
     with_article,
 )
 from elastic3d.training.stages import run_stage
-from tests.training.test_dit_stage import add_views
-from tests.training.tiny import vae_config
+from elastic3d.utils.options import from_dict
+from tests.training.test_dit import add_views
+from tests.training.tiny import export_of, vae_config
 
 MODEL = PixelModelConfig(
     size=16,
@@ -50,14 +56,13 @@ MODEL = PixelModelConfig(
 ROUTING = dict(val_budgets=[0.5], val_shapes=1, val_steps=2, explore=0.5)
 
 
-def image_config(root: Path, stage=StageName.image, routing=None, **image) -> TrainConfig:
+def image_config(root: Path, stage=StageName.image, routing=None, **image):
     options = dict(
         cache=root / "cache", model=MODEL, val_pictures=2, sample_pictures=2, sample_steps=2, shard=4
     )
     return vae_config(
-        root, stage=stage, name=stage.name, steps=2, image=ImageStageConfig(**(options | image)),
-        routing=RouterStageConfig(**(ROUTING | (routing or {}))),
-    )  # fmt: skip
+        root, stage, name=stage.name, steps=2, image=options | image, routing=ROUTING | (routing or {})
+    )
 
 
 @pytest.fixture
@@ -104,7 +109,7 @@ def test_captions_say_what_is_seen():
 
 
 def test_views_of_shapes_and_their_captions(views):
-    config = ImageStageConfig(views=2, recolour=1.0, background=1.0)
+    config = PictureConfig(views=2, recolour=1.0, background=1.0)
     source = ShapeViews(views / "prepared", [f"balls/ball{i}" for i in range(5)], config, 0, 0)
     pictures = [picture for i in range(5) for picture in source.load(i, 16)]
     assert len(pictures) == 10 and all(p.image.size == (16, 16) and p.image.mode == "RGB" for p in pictures)
@@ -115,7 +120,7 @@ def test_views_of_shapes_and_their_captions(views):
 
 
 def test_a_folder_of_pictures(folder, tmp_path):
-    config = ImageStageConfig(images=folder, val_every=3)
+    config = PictureConfig(images=folder, val_every=3)
     train, val = (PictureFolder(folder, config, validation) for validation in (False, True))
     assert (len(train), len(val)) == (4, 3)
     assert train.load(0, 16)[0].captions == ["a picture of 1"] and train.load(0, 16)[0].image.size == (16, 16)
@@ -145,9 +150,7 @@ def test_the_small_model_trains_exports_and_draws(views):
     stage = ImageStage(config)  # finds the cache
     first = stage.backbone.decode(item["latents"][None], (16, 16))
     assert torch.equal((first * 255).round(), first.clamp(0, 1) * 255)  # bytes come back exactly
-    config.stage, config.export = StageName.export, ExportConfig(output=views / "small")
-    config.image.model = replace(MODEL, steps=3, width=64)  # sampling may change, the architecture may not
-    export_run(config)
+    export_run(export_of(config, views / "small", image={"model": PixelSamplingConfig(steps=3, name="tiny")}))
     pipeline = TextToImagePipeline.from_pretrained(BackboneName.small, views / "small", device="cpu")
     result = pipeline(["a red ball"], [0])[0]
     assert result.image.size == (16, 16) and result.receipt["steps"] == 3
@@ -157,7 +160,7 @@ def test_the_small_model_trains_exports_and_draws(views):
     with pytest.raises(UserError, match="made with another recolour"):
         ImageStage(other)
     routed = image_config(
-        views, StageName.router, backbone=BackboneName.small, weights=views / "small", size=16
+        views, StageName.image_router, backbone=BackboneName.small, weights=views / "small", size=16
     )
     routed.image.cache = views / "routed"
     assert run_stage(routed) == 0
@@ -173,7 +176,7 @@ def test_the_small_model_trains_exports_and_draws(views):
 def test_routers_for_a_published_pipeline(folder, prepared, save, name, parts):
     weights = save(prepared / "published")
     image = dict(backbone=name, weights=weights, images=folder, size=16, text_length=48, val_every=3)
-    config = image_config(prepared, StageName.router, {"parts": parts}, **image)
+    config = image_config(prepared, StageName.image_router, {"parts": parts}, **image)
     config.validate_every = config.sample_every = 2
     assert run_stage(config) == 0
     config.steps = 4
@@ -182,8 +185,7 @@ def test_routers_for_a_published_pipeline(folder, prepared, save, name, parts):
     assert {"distillation", "flow", "cost", "share", "picture"} <= set(lines[0])
     assert 0 <= next(line["val/share_at_0.5"] for line in lines if "val/share_at_0.5" in line) <= 1
     assert (config.folder / "samples" / "generated-00000002.png").is_file()
-    config.stage, config.export = StageName.export, ExportConfig(output=prepared / "elastic")
-    export_run(config)
+    export_run(export_of(config, prepared / "elastic"))
     assert (prepared / "elastic" / "transformer").is_dir() == (parts is TrainedParts.lora)
     pipeline = TextToImagePipeline.from_pretrained(
         name, weights, prepared / "elastic" / "routers", device="cpu"
@@ -200,7 +202,7 @@ def test_the_picture_term_alone_moves_the_gates(folder, prepared):
     )
     routing = {"distillation": 0.0, "flow": 0.0, "cost_weight": 0.0, "explore": 1.0}
     routing["picture"] = PictureLossConfig(weight=1.0, share=1.0, time_power=0.0)
-    stage = ImageRouterStage(image_config(prepared, StageName.router, routing, **image))
+    stage = ImageRouterStage(image_config(prepared, StageName.image_router, routing, **image))
     batch = {name: torch.stack([value] * 2) for name, value in stage.items().item(0, 0).items()}
     loss, values = stage.flow(batch)
     loss.backward()
@@ -210,9 +212,9 @@ def test_the_picture_term_alone_moves_the_gates(folder, prepared):
         assert gate.isfinite().all() and gate.abs().max() > 0
     assert all(p.grad is None for n, p in stage.flow.named_parameters() if not n.startswith("routers."))
     with pytest.raises(UserError, match="image.images= is missing"):
-        ImageRouterStage(image_config(prepared, StageName.router, **(image | {"images": None})))
-    with pytest.raises(ValueError, match="weights= is missing"):
-        ImageStageConfig(backbone=BackboneName.flux)
+        ImageRouterStage(image_config(prepared, StageName.image_router, **(image | {"images": None})))
+    with pytest.raises(UserError, match="image.weights is missing: folder of the pipeline"):
+        from_dict(ImageRouterTrainConfig, {"image": {"backbone": "flux"}})
 
 
 def test_the_picture_loss():

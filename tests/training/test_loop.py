@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from elastic3d.config.train import Precision, Schedule, TrainConfig
 from elastic3d.errors import UserError
 from elastic3d.training.checkpoint import load_checkpoint
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.loop import train
+from elastic3d.training.options import Precision, Schedule, TrainConfig
 from elastic3d.training.runtime import (
     compile_blocks,
     enable_gradient_checkpointing,
@@ -213,7 +213,10 @@ def test_a_larger_model_starts_from_a_smaller_one(prepared):
         (dict(resume=False), "exists: take another name"),
         (dict(steps=5), "is beyond steps=5"),
         (dict(gradient_checkpointing=True), "can't recompute its blocks"),
-        (dict(init_from=Path("nowhere"), name="fresh"), "no checkpoint folder nowhere"),
+        (
+            dict(init_from=Path("nowhere"), name="fresh"),
+            "init_from=nowhere does not exist, expected a checkpoint",
+        ),
     ],
 )
 def test_mistakes(prepared, changes, message):

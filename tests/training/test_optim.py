@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from elastic3d.config.train import LoopConfig, OptimizerName, Schedule
 from elastic3d.training.optim import Average, MasterOptimizer, learning_rate
+from elastic3d.training.options import LoopConfig, OptimizerName, Schedule
 
 
 def parameters(dtype: torch.dtype) -> dict[str, nn.Parameter]:
@@ -101,6 +101,14 @@ def test_state_round_trip_and_strangers():
         other.load_state_tensors({"stranger/step": torch.zeros(())})
     with pytest.raises(ValueError, match="lacks bias/exp_avg_sq"):
         other.load_state_tensors({key: state[key] for key in ("bias/step", "bias/exp_avg")})
+    for key, value, message in (
+        ("bias/exp_avg", torch.zeros(1), r"bias/exp_avg has the shape \(1,\), expected"),
+        ("bias/exp_avg_sq", torch.zeros_like(state["bias/exp_avg_sq"]).long(), "no finite numbers"),
+        ("bias/exp_avg", torch.full_like(state["bias/exp_avg"], torch.nan), "no finite numbers"),
+        ("bias/step", torch.zeros(3), r"bias/step has the shape \(3,\), expected \(\)"),
+    ):
+        with pytest.raises(ValueError, match=message):  # the fused step would read and write beyond it
+            other.load_state_tensors({**state, key: value})
 
 
 def test_muon_steps_the_matrices_of_blocks_orthogonally_and_adamw_the_rest():

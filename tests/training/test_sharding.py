@@ -15,16 +15,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from elastic3d.config.hunyuan3d import ImportConfig
-from elastic3d.config.router_stage import TrainedParts
-from elastic3d.config.train import LoopConfig, OptimizerName, Precision, Schedule, TrainConfig
 from elastic3d.errors import UserError
 from elastic3d.pipelines.hunyuan3d import import_checkpoint
 from elastic3d.training.checkpoint import load_checkpoint
+from elastic3d.training.elastic_objective import TrainedParts
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import build_cache
 from elastic3d.training.optim import MasterOptimizer
+from elastic3d.training.options import LoopConfig, OptimizerName, Precision, Schedule, TrainConfig
 from elastic3d.training.sharding import _options, wants_sharding
-from tests.training.test_dit_stage import add_views
+from tests.training.test_dit import add_views
 from tests.training.test_hunyuan3d_routers import WITH_ENCODER, config_for, publish
 from tests.training.test_loop import ROOT, run, start
 

@@ -1,11 +1,32 @@
 """Configurations small enough to train in a test."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from elastic3d.config.base import DeviceChoice
-from elastic3d.config.models import VAEConfig
-from elastic3d.config.train import AugmentConfig, DataConfig, Precision, TrainConfig, VAEStageConfig
+from elastic3d.models.options import VAEConfig
+from elastic3d.training.export import ExportConfig, ExportStageConfig
+from elastic3d.training.options import DataConfig, Precision, StageName, TrainConfig
+from elastic3d.training.stages import stage_config
+from elastic3d.training.vae import AugmentConfig, VAEStageConfig
+from elastic3d.utils.devices import DeviceChoice
+from elastic3d.utils.options import hints
+
+
+def config_of(stage: StageName, **options: Any) -> Any:
+    """The configuration of a stage, from the options of any; nested ones as objects or as dicts."""
+    return _fitting(stage_config(stage), {**options, "stage": stage})
+
+
+def _fitting(kind: Any, options: dict[str, Any]) -> Any:
+    known = {item.name: options[item.name] for item in fields(kind) if item.name in options}
+    return kind(**{n: _fitting(hints(kind)[n], v) if isinstance(v, dict) else v for n, v in known.items()})
+
+
+def export_of(config: TrainConfig, output: Path | None = None, **changes: Any) -> ExportStageConfig:
+    """The export of a run."""
+    export = ExportConfig(output=output, **changes.pop("export", {}))
+    return config_of(StageName.export, name=config.name, runs=config.runs, export=export, **changes)
 
 
 def tiny_vae(**changes: Any) -> VAEConfig:
@@ -22,8 +43,8 @@ def tiny_vae(**changes: Any) -> VAEConfig:
     return VAEConfig(**{**options, **changes})
 
 
-def vae_config(root: Path, **changes: Any) -> TrainConfig:
-    """A run of the VAE stage on the `prepared` fixture's shapes."""
+def vae_config(root: Path, stage: StageName = StageName.vae, **changes: Any) -> Any:
+    """A run, of the VAE stage or another, on the `prepared` fixture's shapes."""
     options: dict[str, Any] = dict(
         name="tiny", runs=root / "runs", steps=6, batch=4, warmup=2, learning_rate=1e-2, seed=3,
         device=DeviceChoice.cpu, precision=Precision.fp32,
@@ -35,4 +56,4 @@ def vae_config(root: Path, **changes: Any) -> TrainConfig:
             augment=AugmentConfig(scale_min=0.9), sample_resolution=16,
         ),
     )  # fmt: skip
-    return TrainConfig(**{**options, **changes})
+    return config_of(stage, **{**options, **changes})

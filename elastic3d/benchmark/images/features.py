@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from elastic3d.config.images import ImageEncoderConfig
 from elastic3d.models.image_encoder import EfficientNetLite
+from elastic3d.models.options import ImageEncoderConfig
 
 BATCH = 32
 

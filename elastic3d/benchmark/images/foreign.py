@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from elastic3d.config.image_benchmark import CacheName, ImageBenchmarkConfig
-from elastic3d.config.text_to_image import BackboneName
+from elastic3d.benchmark.images.options import CacheName, ImageBenchmarkConfig
+from elastic3d.pipelines.options import BackboneName
 
 DB_CACHE_PACKAGE = "cache_dit"
 BY_BATCH = (CacheName.first_block_cache, CacheName.db_cache)  # one decision for all samples of a batch

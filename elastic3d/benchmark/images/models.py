@@ -8,14 +8,15 @@ from pathlib import Path
 from torch import nn
 
 from elastic3d.adapters import detach
+from elastic3d.benchmark.images.options import ImageBenchmarkConfig
 from elastic3d.benchmark.methods import DENSE, MAIN
-from elastic3d.config.image_benchmark import ImageBenchmarkConfig
 from elastic3d.config.routing import ElasticConfig
-from elastic3d.config.text_to_image import DEFAULT_IMAGE_MODEL
-from elastic3d.models.weights import file_sha256, find_weights
+from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.image_loading import weight_files
+from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL
 from elastic3d.pipelines.text_to_image import ROUTERS_NAME, TextToImagePipeline
 from elastic3d.routing.session import RoutingSession
+from elastic3d.utils.files import file_sha256
 
 
 @dataclass(frozen=True)

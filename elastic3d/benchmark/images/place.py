@@ -18,17 +18,17 @@ from elastic3d.benchmark.execute import elastic_options, following
 from elastic3d.benchmark.images.foreign import ForeignCache, magnitude_ratios, running
 from elastic3d.benchmark.images.meter import counted, metered
 from elastic3d.benchmark.images.models import ImageModel
+from elastic3d.benchmark.images.options import CacheName, ImageBenchmarkConfig
 from elastic3d.benchmark.images.prompts import read_prompts
 from elastic3d.benchmark.images.store import Made, PictureStore, PromptJob
 from elastic3d.benchmark.images.velocity import velocity_error
 from elastic3d.benchmark.methods import DENSE, MAIN, Planner, Routes, Run
 from elastic3d.benchmark.store import spread
-from elastic3d.config.image_benchmark import CacheName, ImageBenchmarkConfig
 from elastic3d.errors import UserError
-from elastic3d.models.weights import load_json, save_json
 from elastic3d.pipelines.text_to_image import ImageResult
 from elastic3d.routing.passes import RouteSource
 from elastic3d.routing.protocol import ModelAdapter
+from elastic3d.utils.structured import load_json, save_json
 
 Condition = tuple[dict[str, Tensor], dict[str, Any]]  # of the prompts, of the guidance
 
@@ -182,7 +182,7 @@ class ImagePlace:
         jobs = self.calibration_jobs()
         path = self.controls.folder / f"magnitudes-{run.name}.json"
         key = [[job.prompt, job.seed] for job in jobs]
-        stored = load_json(path) if path.is_file() else {}
+        stored = load_json(path, {"jobs": list, "ratios": [float]}) if path.is_file() else {}
         if stored.get("jobs") != key:
             pipe = self.model(DENSE).pipeline.backbone.pipe
             ratios = magnitude_ratios(pipe, lambda: self.produce(run, jobs, None), steps)

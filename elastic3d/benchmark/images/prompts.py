@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from elastic3d.errors import UserError
-from elastic3d.geometry.mesh_io import atomic_path
 from elastic3d.training.pictures import PictureSource
+from elastic3d.utils.files import atomic_path
 
 SIDE = 64  # pixels at which a view's colour is named
 

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from elastic3d.benchmark.images.features import PictureFeatures
-from elastic3d.config.image_benchmark import ImageBenchmarkConfig
-from elastic3d.config.image_stage import ImageStageConfig
+from elastic3d.benchmark.images.options import ImageBenchmarkConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation.probe import Probe, fit_probe
-from elastic3d.geometry.mesh_io import atomic_path
 from elastic3d.training.datasets import read_split
+from elastic3d.training.image import ImageStageConfig
 from elastic3d.training.pictures import PictureFolder, PictureSource, ShapeViews, noun_in
+from elastic3d.utils.files import atomic_path
 
 LEAST = 20  # training pictures of a category that the classifier knows
 FILE = "references.npz"

@@ -16,12 +16,12 @@ from elastic3d.benchmark.images.rows import build_rows, compare_rivals
 from elastic3d.benchmark.images.scores import Scores
 from elastic3d.benchmark.images.summary import summarise_rows
 from elastic3d.benchmark.methods import Case, Run
+from elastic3d.benchmark.options import Method
 from elastic3d.benchmark.pictures import heat_map, pareto_plot, save, titled_sheet
 from elastic3d.benchmark.report import save_results
 from elastic3d.benchmark.rows import route_shares
 from elastic3d.benchmark.store import spread
 from elastic3d.benchmark.timing import Round
-from elastic3d.config.benchmark import Method
 from elastic3d.evaluation.items import Row
 
 PICTURE_SIZE = 128

@@ -9,9 +9,9 @@ from elastic3d.benchmark.images.place import ImagePlace
 from elastic3d.benchmark.images.references import References, category_accuracy
 from elastic3d.benchmark.images.scores import ANCHORS, METRICS, SAME_STEPS, Scores
 from elastic3d.benchmark.methods import FAMILY, Case, Run
+from elastic3d.benchmark.options import Method
 from elastic3d.benchmark.rows import as_trained, batches_of, compute_of, opponents, sample_means, times_of
 from elastic3d.benchmark.timing import Round
-from elastic3d.config.benchmark import Method
 from elastic3d.evaluation.fidelity import Rival, compare_metric
 from elastic3d.evaluation.items import Row
 from elastic3d.evaluation.sets import frechet_distance, kernel_distance

@@ -10,6 +10,7 @@ import torch
 from elastic3d.benchmark.images.features import PictureFeatures
 from elastic3d.benchmark.images.foreign import grid
 from elastic3d.benchmark.images.models import load_image_models
+from elastic3d.benchmark.images.options import DEFAULT_PROMPTS, ImageBenchmarkConfig
 from elastic3d.benchmark.images.place import ImagePlace, foreign_run, make_pictures
 from elastic3d.benchmark.images.prompts import read_prompts
 from elastic3d.benchmark.images.references import load_references
@@ -17,10 +18,9 @@ from elastic3d.benchmark.images.report import write_report
 from elastic3d.benchmark.images.scores import score_runs
 from elastic3d.benchmark.images.store import PictureStore
 from elastic3d.benchmark.methods import DENSE, Case, Planner, needed_runs, plan
+from elastic3d.benchmark.options import Phase
 from elastic3d.benchmark.store import spread
 from elastic3d.benchmark.timing import load_rounds, measure, timing_key
-from elastic3d.config.benchmark import Phase
-from elastic3d.config.image_benchmark import DEFAULT_PROMPTS, ImageBenchmarkConfig
 from elastic3d.errors import UserError
 from elastic3d.pipelines.text_to_image import check_prompt
 

@@ -20,7 +20,7 @@ from elastic3d.benchmark.methods import Run
 from elastic3d.evaluation.items import Row
 from elastic3d.evaluation.perceptual import feature_distance
 from elastic3d.evaluation.views import psnr, ssim
-from elastic3d.geometry.mesh_io import atomic_path
+from elastic3d.utils.files import atomic_path
 
 SAME_STEPS, REFERENCE = "dense", "reference"  # the dense pictures in the default and in many steps
 ANCHORS = (SAME_STEPS, REFERENCE)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic3d.benchmark.methods import Run
-from elastic3d.geometry.mesh_io import atomic_path
+from elastic3d.utils.files import atomic_path
 
 Pictures = NDArray[np.uint8]  # (H,W,3), or (P,H,W,3)
 OPEN = 6  # files kept in memory

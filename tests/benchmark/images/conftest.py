@@ -12,11 +12,11 @@ from PIL import Image
 from tiny_images import save_tiny_small
 
 from elastic3d.adapters import attach, save_routers
-from elastic3d.config.base import DeviceChoice
-from elastic3d.config.image_benchmark import CacheName, ImageBenchmarkConfig
+from elastic3d.benchmark.images.options import CacheName, ImageBenchmarkConfig
 from elastic3d.config.routing import RouterConfig
-from elastic3d.config.text_to_image import BackboneName
+from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
+from elastic3d.utils.devices import DeviceChoice
 
 PROMPTS = ("a red chair", "a bed", "a blue sofa seen from behind")
 DIFFUSERS = [name for name in CacheName if name is not CacheName.db_cache]

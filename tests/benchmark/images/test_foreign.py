@@ -14,8 +14,8 @@ from elastic3d.adapters import adapter_for
 from elastic3d.benchmark.images.foreign import ForeignCache, grid, magnitude_ratios, missing, running
 from elastic3d.benchmark.images.meter import counted, metered
 from elastic3d.benchmark.images.models import ImageModel, load_image_models
+from elastic3d.benchmark.images.options import CacheName
 from elastic3d.benchmark.methods import DENSE
-from elastic3d.config.image_benchmark import CacheName
 from elastic3d.routing.cost import dense_flops
 from tests.benchmark.images.conftest import config_of
 

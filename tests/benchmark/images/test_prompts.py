@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from elastic3d.benchmark.images.options import DEFAULT_PROMPTS
 from elastic3d.benchmark.images.prompts import held_out_prompts, read_prompts, write_prompts
-from elastic3d.config.image_benchmark import DEFAULT_PROMPTS
 from elastic3d.errors import UserError
 from elastic3d.models.text_encoder import MiniLM
 from elastic3d.training.pictures import COLOURS, Captioned, noun_in, with_article

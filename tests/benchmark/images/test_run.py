@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from elastic3d.benchmark.images import place as place_module
+from elastic3d.benchmark.images.options import CacheName, ImageBenchmarkConfig
 from elastic3d.benchmark.images.run import benchmark_images
 from elastic3d.benchmark.images.store import PictureStore
 from elastic3d.benchmark.methods import UPDATED
-from elastic3d.config.benchmark import Method, Phase
-from elastic3d.config.image_benchmark import CacheName, ImageBenchmarkConfig
+from elastic3d.benchmark.options import Method, Phase
 from elastic3d.config.routing import BlockCacheConfig, CacheRule
 from elastic3d.errors import UserError
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
@@ -232,7 +232,7 @@ def test_options_are_checked():
 
 
 def _backbones() -> Any:
-    from elastic3d.config.text_to_image import BackboneName
+    from elastic3d.pipelines.options import BackboneName
 
     return BackboneName
 

@@ -1,0 +1,42 @@
+"""How a model is sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from elastic3d.config.routing import ElasticConfig
+from elastic3d.utils.options import Options, option
+
+
+class SamplingGrid(Enum):
+    """Where sampling times lie: `uniform`, `endpoint` (Hunyuan3D-2: n times are n - 1 moves), `consistency` (turbo)."""
+
+    uniform = "uniform"
+    endpoint = "endpoint"
+    consistency = "consistency"
+
+
+class Solver(Enum):
+    """How the sampler steps: by the velocity found (`euler`), or by its line through the last two (`ab2`)."""
+
+    euler = "euler"
+    ab2 = "ab2"
+
+
+@dataclass(kw_only=True)
+class PipelineConfig(Options):
+    """`pipeline.json` beside the components: the model's name and how it is sampled by default."""
+
+    model: str = option("unnamed", "name of the model, for receipts", lengths=(1, 200))
+    version: str = option("", "version of elastic3d that wrote the folder", lengths=(0, 200))
+    steps: int = option(25, "sampling steps", ge=1, le=1000)
+    guidance: float = option(3.0, "classifier-free guidance scale; 1 is none", ge=0, le=100)
+    resolution: int = option(256, "grid cells a side of the decoding", ge=8, le=512)
+    shift: float = option(
+        1.0, "timestep shift of the sampler; above 1 spends more steps on noise", ge=1e-3, le=1e3
+    )
+    grid: SamplingGrid = option(SamplingGrid.uniform, "where the sampling times lie")
+    solver: Solver = option(Solver.euler, "how the sampler steps: euler, ab2 (Adams-Bashforth, second order)")
+    segments: int = option(100, "grid consistency: segments of the distillation", ge=1, le=1000)
+    elastic: ElasticConfig = option(ElasticConfig, "how a model with routers runs")

@@ -1,0 +1,59 @@
+"""Options of decoding a field to a mesh, and of cleaning the mesh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from elastic3d.utils.options import Options, option
+
+
+class SurfaceMethod(Enum):
+    """Library that extracts the iso-surface; all place it the same, `open3d` is faster and optional."""
+
+    skimage = "skimage"
+    open3d = "open3d"
+
+
+@dataclass(kw_only=True)
+class DecodeConfig(Options):
+    """How a field becomes a mesh."""
+
+    resolution: int = option(256, "cells a side of the grid", ge=8, le=512)
+    coarse_resolution: int = option(
+        24, "cells a side at which the whole cube is evaluated, at least", ge=4, le=512
+    )
+    tolerance: float = option(
+        0.15,
+        "how far, in cells, linear and cubic interpolation may disagree on a vertex before the last level is"
+        " evaluated there; 0: evaluate it everywhere at the surface",
+        ge=0,
+        le=1,
+    )
+    thin_slack: float = option(
+        4.0, "how eagerly parts thinner than a cell are sought; 0: not at all", ge=0, le=100
+    )
+    max_points: int = option(65536, "points in one call of the field", ge=1, le=1 << 30)
+    surface: SurfaceMethod = option(SurfaceMethod.skimage, "library that extracts the surface")
+    box: float = option(1.01, "half side of the cube that is decoded", ge=1e-3, le=1e3)
+
+
+@dataclass(kw_only=True)
+class CleanupConfig(Options):
+    """What is done to an extracted mesh before it is saved."""
+
+    min_component: float = option(
+        0.01, "drop parts below this share of the largest part's area; 0: none", ge=0, le=1
+    )
+    remove_degenerate: bool = option(True, "collapse faces without area")
+    max_faces: int = option(
+        40000, "decimate to at most this many faces, 4 or more; 0: never", ge=0, le=1 << 31
+    )
+    require_closed: bool = option(False, "fail if the mesh has holes")
+    smooth_normals: bool = option(True, "one smooth normal a vertex; false: flat faces")
+    uv: bool = option(False, "unwrap texture coordinates (needs xatlas)")
+
+    def check(self) -> None:
+        """A mesh has at least four faces."""
+        if 0 < self.max_faces < 4:
+            raise ValueError(f"max_faces is {self.max_faces}, expected 0 or a value from 4 to {1 << 31}")

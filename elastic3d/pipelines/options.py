@@ -1,0 +1,209 @@
+"""Options of `scripts/gen_mesh.py` and `scripts/gen_image.py`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+from elastic3d.config.routing import MIN_BUDGET, BlockCacheConfig
+from elastic3d.geometry.options import CleanupConfig
+from elastic3d.models.options import ForegroundConfig
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
+from elastic3d.utils.options import Options, check_range, option
+
+DEFAULT_MODEL = "data/pretrained/shape-small"
+DEFAULT_IMAGE_MODEL = "data/pretrained/image-small"
+MAX_PIXELS = 4096  # a side
+MAX_PROMPT = 4000  # characters; every text encoder here takes fewer tokens
+
+
+class MeshFormat(Enum):
+    """File formats of meshes; only glb holds the receipt."""
+
+    glb = "glb"
+    ply = "ply"
+    obj = "obj"
+    stl = "stl"
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(Options):
+    """Options of `scripts/gen_mesh.py`."""
+
+    image: str = option("", "Picture of one object: a file, a folder, or a glob such as 'photos/*.png'.")
+    prompt: str = option("", "Instead of image=: what the object is; a picture of it is made first.")
+    image_model: str = option(
+        "", "With prompt=: folder of the small text-to-image model; empty: that of this repository."
+    )
+    output: str = option("", "Mesh file (.glb, .ply, .obj, .stl) for one picture, else a folder.")
+    model: str = option(
+        "",
+        f"Folder of the model; empty: {DEFAULT_MODEL} of this repository. Or a published model whose weights you have:"
+        " hunyuan3d2, hunyuan3d2_mini, hunyuan3d2_mv, hunyuan3d2_turbo, hunyuan3d2_mini_turbo, hunyuan3d2_1.",
+    )
+    weights: str = option(
+        "",
+        "Folder with a published model's weights, or its name on the Hugging Face Hub; empty: looked for in"
+        " $HY3DGEN_MODELS, ~/.cache/hy3dgen and on the Hub.",
+    )
+    subfolder: str = option("", "Folder of the checkpoint in weights; empty: the published one.")
+    vae_subfolder: str = option(
+        "", "Take the VAE from this folder in weights, such as hunyuan3d-vae-v2-0-turbo."
+    )
+    dinov2: str = option("", "Folder of a DINOv2, for a checkpoint without its image encoder.")
+    routers: str = option("", "Folder of trained routers for this model.")
+    image_left: str = option("", "Multi-view models: the object seen from its left.")
+    image_back: str = option("", "Multi-view models: seen from behind.")
+    image_right: str = option("", "Multi-view models: seen from its right.")
+    steps: int | None = option(None, "Sampling steps; null: the model's default.", ge=1, le=1000)
+    guidance: float | None = option(
+        None, "How strictly the picture is followed; null: the model's.", ge=0, le=100
+    )
+    resolution: int | None = option(None, "Grid cells a side; null: the model's default.", ge=8, le=512)
+    elastic: bool | None = option(
+        None, "Let the routers decide; false: the dense model; null: if it has any."
+    )
+    budget: float | None = option(
+        None, "Share of the dense blocks' FLOPs to execute; null: the model's default.", ge=MIN_BUDGET, le=1
+    )
+    width: bool | None = option(None, "Let the routers narrow the MLPs; null: the model's default.")
+    cache: BlockCacheConfig | None = option(None, "Reuse of blocks between steps; null: the model's default.")
+    shared: bool | None = option(
+        None,
+        "Routes are shared in a batch: faster, but a result then depends on its batch; null: the default.",
+    )
+    updates: bool | None = option(
+        None, "Use the routers' updates of the blocks where few calls are left; null: the model's default."
+    )
+    trace: str = option("", "Also draw what every block did at every step, one panel a mesh, to this PNG.")
+    seed: int = option(
+        0, "Seed of the noise; the same seed on the same machine gives the same mesh.", ge=0, le=2**63 - 1
+    )
+    num_samples: int = option(1, "Meshes of each picture, with seeds seed, seed + 1, ...", ge=1, le=100_000)
+    preview: bool = option(False, "Also write a turntable strip of each mesh as a PNG beside it.")
+    format: MeshFormat = option(MeshFormat.glb, "Format of the meshes where output is a folder.")
+    resume: bool = option(False, "Skip what already has an output file.")
+    batch_size: int = option(8, "Meshes generated at a time.", ge=1, le=4096)
+    device: DeviceChoice = option(DeviceChoice.auto, "Where the model runs.")
+    dtype: DTypeChoice = option(DTypeChoice.auto, "Number format of the model.")
+    low_memory: bool = option(
+        False,
+        "One part of the model on the device at a time, one mesh and one branch of the guidance at a time.",
+    )
+    memory_budget: float | None = option(
+        None,
+        "Published models: use at most this many GB; null: what is free. Less means smaller chunks.",
+        ge=0.01,
+        le=1e5,
+    )
+    foreground: ForegroundConfig = option(ForegroundConfig, "How the object is cut out.")
+    cleanup: CleanupConfig = option(CleanupConfig, "What is done to the mesh.")
+
+    def check(self) -> None:
+        """There is one input and one output."""
+        if self.image and self.prompt:
+            raise ValueError("image= and prompt= are both there, expected one of them")
+        for name, example in (("image", "chair.png"), ("output", "chair.glb")):
+            if not getattr(self, name) and not (name == "image" and self.prompt):
+                raise ValueError(f"{name}= is missing, for example {name}={example}")
+        if self.trace and not self.trace.lower().endswith(".png"):
+            raise ValueError(f"trace is {self.trace}, expected a .png file")
+
+    @property
+    def rows(self) -> int:
+        """Meshes generated at a time."""
+        return 1 if self.low_memory else self.batch_size
+
+    @property
+    def views(self) -> dict[str, str]:
+        """Further pictures of the object by the direction they are taken from."""
+        named = {name: getattr(self, f"image_{name}") for name in ("left", "back", "right")}
+        return {name: path for name, path in named.items() if path}
+
+
+class BackboneName(Enum):
+    """Families of text-to-image pipelines; `small` is the one of this repository."""
+
+    small = "small"
+    flux = "flux"
+    qwen_image = "qwen_image"
+
+
+@dataclass(kw_only=True)
+class GenerateImageConfig(Options):
+    """Options of `scripts/gen_image.py`."""
+
+    prompt: str = option("", "What the picture shows.")
+    output: str = option("", "Picture file (.png); it holds the receipt of how it was made.")
+    backbone: BackboneName = option(BackboneName.small, "Family of the pipeline.")
+    weights: str = option(
+        "", f"Folder of the pipeline as published; empty: {DEFAULT_IMAGE_MODEL} of this repository."
+    )
+    routers: str = option("", "Folder of routers; empty: `routers` in the folder of the weights, if there.")
+    lora: str = option("", "LoRA (.safetensors) to merge into the weights; needs peft.")
+    steps: int | None = option(None, "Sampling steps; null: the pipeline's default.", ge=1, le=1000)
+    guidance: float | None = option(
+        None, "How strictly the prompt is followed; null: the default.", ge=0, le=100
+    )
+    size: str = option("", "Pixels: 512, or 768x512 (width x height); empty: the pipeline's default.")
+    elastic: bool | None = option(
+        None, "Let the routers decide; false: the dense model; null: if it has any."
+    )
+    budget: float | None = option(
+        None, "Share of the dense blocks' FLOPs to execute; null: the default.", ge=MIN_BUDGET, le=1
+    )
+    width: bool | None = option(None, "Let the routers narrow the MLPs; null: the default.")
+    cache: BlockCacheConfig | None = option(None, "Reuse of blocks between steps; null: the default.")
+    shared: bool | None = option(
+        None,
+        "Routes are shared in a batch: faster, but a result then depends on its batch; null: the default.",
+    )
+    updates: bool | None = option(
+        None, "Use the routers' updates of the blocks where few calls are left; null: the model's default."
+    )
+    trace: str = option("", "Also draw what every block did at every step, one panel a picture, to this PNG.")
+    seed: int = option(
+        0, "Seed of the noise; the same seed on the same machine gives the same picture.", ge=0, le=2**63 - 1
+    )
+    num_samples: int = option(1, "Pictures, with seeds seed, seed + 1, ...", ge=1, le=100_000)
+    batch_size: int = option(8, "Pictures generated at a time.", ge=1, le=4096)
+    device: DeviceChoice = option(DeviceChoice.auto, "Where the model runs.")
+    dtype: DTypeChoice = option(DTypeChoice.auto, "Number format of the model.")
+    offload: bool = option(False, "Keep parts of the pipeline in main memory while they do not run (a GPU).")
+
+    def check(self) -> None:
+        """There is a prompt, an output and a pipeline."""
+        for name, example in (("prompt", '"a wooden chair"'), ("output", "chair.png")):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name}= is missing, for example {name}={example}")
+        for name in ("output", "trace"):
+            value = getattr(self, name)
+            if value and not value.lower().endswith(".png"):
+                raise ValueError(f"{name} is {value}, expected a .png file")
+        if not self.weights and self.backbone is not BackboneName.small:
+            raise ValueError(f"weights= is missing: the folder of the {self.backbone.name} pipeline")
+        parse_size(self.size)
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """`512` or `768x512` -> (width, height) in pixels; None for an empty text. ValueError for anything else."""
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    if not match:
+        raise ValueError(f"size is {text!r}, expected pixels such as 512 or 768x512")
+    width, height = int(match[1]), int(match[2] or match[1])
+    for side in (width, height):
+        check_range("size", side, 16, MAX_PIXELS)
+    return width, height
+
+
+def check_sampling(steps: int | None, guidance: float | None, resolution: int | None) -> None:
+    """Raise ValueError for a value that is out of range; None is a default to be filled in."""
+    if steps is not None:
+        check_range("steps", steps, 1, 1000)
+    if guidance is not None:
+        check_range("guidance", guidance, 0.0, 100.0)
+    if resolution is not None:
+        check_range("resolution", resolution, 8, 512)

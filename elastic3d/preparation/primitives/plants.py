@@ -1,0 +1,139 @@
+"""Plants and fruit, and the weather above them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from elastic3d.preparation.primitives.solids import (
+    Dice,
+    Parts,
+    around,
+    ball,
+    box,
+    capsule,
+    ellipsoid,
+    join,
+    lathe,
+    rod,
+    tube,
+)
+
+
+def tree(d: Dice) -> Parts:
+    """A broad-leaved tree or a conifer."""
+    trunk, height = d(0.06, 0.1), d(0.3, 0.5)
+    stem = rod((0, 0, 0), (0, height + 0.2, 0), trunk * 1.25, trunk * 0.8)
+    if d.chance(0.5):
+        tiers, size = d.whole(2, 4), d(0.32, 0.42)
+        crown = [
+            rod(
+                (0, height + i * 0.24, 0), (0, height + i * 0.24 + 0.4, 0), size * (1 - i / (tiers + 1)), 0.02
+            )
+            for i in range(tiers)
+        ]
+    else:
+        size = d(0.22, 0.3)
+        crown = [ball(size * 1.1, (0, height + size * 1.2, 0))]
+        for _ in range(d.whole(3, 7)):
+            side = d.direction() * size * 0.9
+            crown.append(ball(size * d(0.6, 0.9), (side[0], height + size * 1.3 + side[1], side[2])))
+    return {"wood": stem, "leaves": join(*crown)}
+
+
+def palm(d: Dice) -> Parts:
+    """A palm tree."""
+    lean, height = d(-0.3, 0.3), d(0.8, 1.0)
+    stem = tube([(0, 0, 0), (lean * 0.3, height * 0.5, 0), (lean, height, 0)], 0.075, 0.05)
+    reach, droop = d(0.36, 0.46), d(0.15, 0.35)
+    leaf = tube([(0, 0, 0), (reach * 0.5, 0.12, 0), (reach, 0.12 - droop, 0)], 0.055, 0.03, 9).scale(
+        (1, 0.8, 1.6)
+    )
+    nuts = around(ball(0.06, (0.08, -0.06, 0)), 3)
+    return {
+        "wood": stem,
+        "leaves": around(leaf, d.whole(5, 7)).translate((lean, height, 0)),
+        "nut": nuts.translate((lean, height, 0)),
+    }
+
+
+def mushroom(d: Dice) -> Parts:
+    """A toadstool."""
+    cap, rise, height = d(0.36, 0.5), d(0.2, 0.4), d(0.45, 0.7)
+    stem = lathe([(d(0.13, 0.2), 0), (d(0.09, 0.13), height * 0.6), (0.12, height + 0.06)])
+    hat = ellipsoid(cap, rise, cap, (0, height, 0)) - ellipsoid(
+        cap * 1.1, 0.5, cap * 1.1, (0, height - 0.48, 0)
+    )
+    spots = [
+        rod((0, 0, 0), (0, 1.06, 0), 0.13, 0.16).rotate((tilt, 0, 0)).rotate((0, turn, 0))
+        for tilt, turn in ((10, d(0, 360)), *((50, d(0, 30) + 60 * i) for i in range(6)))
+    ]
+    dots = join(*spots).scale((cap, rise, cap)).translate((0, height, 0)) - box(
+        2, 2, 2, (0, height - 0.96, 0)
+    )
+    return {"red": hat, "ivory": stem, "white": dots if d.chance(0.6) else stem}
+
+
+def flower(d: Dice) -> Parts:
+    """A flower on its stem, its face to the front."""
+    petals, length, size = d.whole(5, 8), d(0.15, 0.22), d(0.09, 0.13)
+    petal = ellipsoid(length * 0.6, 0.055, length * 0.38, (size + length * 0.25, 0, 0))
+    tilt = d(40, 80)
+    blossom = around(petal, petals).rotate((tilt, 0, 0)).translate((0, 0.9, 0.05))
+    heart = ellipsoid(size, 0.07, size).rotate((tilt, 0, 0)).translate((0, 0.91, 0.07))
+    stem = tube([(0, 0, 0), (d(-0.02, 0.02), 0.45, 0), (0, 0.9, 0.02)], 0.036)
+    leaf = ellipsoid(0.17, 0.035, 0.075).rotate((0, 0, 35)).translate((0.13, d(0.25, 0.45), 0))
+    leaves = join(leaf, leaf.mirror((1, 0, 0)).translate((0, d(-0.1, 0.1), 0)))
+    return {"petals": blossom, "yellow": heart, "leaves": join(stem, leaves)}
+
+
+def apple(d: Dice) -> Parts:
+    """An apple with its stalk."""
+    radius = d(0.4, 0.48)
+    body = lathe(
+        [
+            (0.02, 0.06),
+            (radius * 0.5, 0),
+            (radius, 0.45),
+            (radius * 0.75, 0.76),
+            (radius * 0.3, 0.8),
+            (0.02, 0.68),
+        ]
+    )
+    stalk = tube([(0, 0.64, 0), (0.02, 0.85, 0), (d(0.05, 0.12), 1.0, 0)], 0.036)
+    leaf = ellipsoid(0.16, 0.04, 0.08).rotate((0, 0, 25)).translate((0.18, 0.94, 0))
+    return {"red": body, "wood": stalk, "leaves": leaf}
+
+
+def pear(d: Dice) -> Parts:
+    """A pear with its stalk."""
+    radius, neck = d(0.3, 0.38), d(0.12, 0.18)
+    body = lathe(
+        [(0.04, 0.02), (radius * 0.7, 0.08), (radius, 0.34), (neck * 1.2, 0.7), (neck, 0.84), (0.03, 0.93)]
+    )
+    return {"pear": body, "wood": tube([(0, 0.88, 0), (0.02, 1.0, 0), (d(-0.1, 0.1), 1.1, 0)], 0.034)}
+
+
+def banana(d: Dice) -> Parts:
+    """A banana that lies on its back."""
+    reach, sag, girth = d(0.45, 0.52), d(0.22, 0.34), d(0.09, 0.12)
+    points = [
+        (-reach, sag, 0),
+        (-reach * 0.5, sag * 0.25, 0),
+        (0, 0, 0),
+        (reach * 0.5, sag * 0.25, 0),
+        (reach, sag, 0),
+    ]
+    ends = [
+        capsule(points[0], (-reach - 0.06, sag + 0.1, 0), girth * 0.55, 0.04),
+        capsule(points[-1], (reach + 0.05, sag + 0.09, 0), girth * 0.5, 0.03),
+    ]
+    left, right = tube(points[2::-1], girth, girth * 0.55), tube(points[2:], girth, girth * 0.5)
+    return {"yellow": join(left, right), "wood": join(*ends)}
+
+
+def cloud(d: Dice) -> Parts:
+    """A cloud of balls with a flat bottom."""
+    lobes = [
+        ball(d(0.16, 0.28), (x, d(0.02, 0.2), d(-0.08, 0.08))) for x in np.linspace(-0.4, 0.4, d.whole(4, 6))
+    ]
+    return {"white": join(*lobes) - box(3, 1, 3, (0, -0.5, 0))}

@@ -1,0 +1,376 @@
+"""The HTTP API: images in, meshes out. FastAPI in front of a `MeshQueue`."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import io
+import json
+import time
+import warnings
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from elastic3d import __version__
+from elastic3d.errors import UserError
+from elastic3d.serve.config import ServeConfig
+from elastic3d.serve.guard import Guard
+from elastic3d.serve.metrics import Metrics
+from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueFull
+
+MEDIA_TYPES = {
+    "glb": "model/gltf-binary",
+    "ply": "application/octet-stream",
+    "obj": "model/obj",
+    "stl": "model/stl",
+}
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+POLL_S = 0.01
+ASK_CLIENT_S = 0.25
+
+
+class MeshFields(BaseModel):
+    """Options of a mesh, as `scripts/gen_mesh.py` has them; what is left out is the model's default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the noise")
+    steps: int | None = Field(None, ge=1, le=1000, description="sampling steps")
+    guidance: float | None = Field(None, ge=0, le=100, description="classifier-free guidance scale")
+    resolution: int | None = Field(None, ge=8, le=512, description="grid cells a side of the decoding")
+    max_faces: int | None = Field(None, ge=4, le=10_000_000, description="decimate to this many faces")
+    elastic: bool | None = Field(None, description="let the routers decide; false: the dense model")
+    budget: float | None = Field(None, gt=0, le=1, description="share of the dense FLOPs to execute")
+    tolerance: int | None = Field(
+        None, ge=0, le=255, description="largest difference within a plain background"
+    )
+    border: float | None = Field(None, ge=0, le=0.9, description="free share of the square around the object")
+    format: Literal["glb", "ply", "obj", "stl"] = Field("glb", description="file format of the mesh")
+
+
+class MeshBody(MeshFields):
+    """The JSON form of a request."""
+
+    image: str = Field(description="the image file, base64")
+    wait: bool = Field(True, description="answer with the mesh; false: at once, with a job")
+
+
+class HunyuanBody(BaseModel):
+    """A request to Hunyuan3D-2's own server. Fields that say how that program works inside are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    image: str
+    seed: int = Field(1234, ge=0, lt=2**63)
+    octree_resolution: int | None = Field(None, ge=8, le=512)
+    num_inference_steps: int | None = Field(None, ge=1, le=1000)
+    guidance_scale: float | None = Field(None, ge=0, le=100)
+    face_count: int | None = Field(None, ge=4, le=10_000_000)
+    texture: bool = False
+    type: Literal["glb", "ply", "obj", "stl"] = "glb"
+
+    def request(self) -> MeshRequest:
+        """The same in this project's names."""
+        if self.texture:
+            raise ApiError(400, "texture is true, but this server makes shapes without texture")
+        return MeshRequest(
+            seed=self.seed,
+            steps=self.num_inference_steps,
+            guidance=self.guidance_scale,
+            resolution=self.octree_resolution,
+            max_faces=self.face_count,
+            format=self.type,
+        )
+
+
+class ApiError(Exception):
+    """An answer with a status and one sentence."""
+
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, headers
+
+
+def create_app(queue: MeshQueue, config: ServeConfig, metrics: Metrics) -> FastAPI:
+    """The application around a queue, which is closed when the server stops."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(queue.close, config.stop_s)
+
+    app = FastAPI(title="elastic3d", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, config=config, metrics=metrics)
+    _add_errors(app)
+    _add_meshes(app, queue, config)
+    _add_jobs(app, queue)
+    _add_hunyuan(app, queue, config)
+    _add_pages(app, queue, metrics)
+    return app
+
+
+def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """`{"error": message}`."""
+    return JSONResponse({"error": message}, status, headers=headers)
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def of_ours(_: Request, error: ApiError) -> JSONResponse:
+        return error_response(error.status, error.message, error.headers)
+
+    @app.exception_handler(UserError)
+    async def of_the_user(_: Request, error: UserError) -> JSONResponse:
+        return error_response(400, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def of_a_value(_: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(400, _sentence(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def of_the_framework(_: Request, error: HTTPException) -> JSONResponse:
+        return error_response(error.status_code, str(error.detail))
+
+    @app.exception_handler(Exception)
+    async def of_the_program(_: Request, error: Exception) -> JSONResponse:
+        return error_response(500, f"the server failed: {type(error).__name__}")
+
+
+def _sentence(errors: Any) -> str:
+    first = errors[0]
+    name = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
+    given = first.get("input")
+    shown = f" is {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
+    return f"{name}{shown}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+# --------------------------------------------------------------------------------------------------- requests
+
+
+def decode_image(data: bytes, max_pixels: int) -> Image.Image:
+    """The image in a file's bytes. UserError if it is none, broken, or has too many pixels."""
+    if not data:
+        raise UserError("the image is empty, expected an image file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if image.width * image.height > max_pixels:
+            raise UserError(
+                f"the image has {image.width} x {image.height} pixels, expected at most {max_pixels:,}"
+            )
+        image.load()
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UserError("the upload is no image, expected PNG, JPEG, WebP, BMP, GIF or TIFF") from error
+    except Exception as error:  # decoders of broken files raise anything
+        raise UserError(f"the image is broken: {' '.join(str(error).split())[:200]}") from error
+    return image
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ApiError(400, "image is not base64, expected the bytes of an image file in base64") from error
+
+
+async def _read_mesh_body(request: Request) -> tuple[bytes, MeshFields, bool]:
+    """Image bytes, options and whether to wait, from JSON or a multipart form."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    try:
+        if kind == "application/json":
+            body = MeshBody.model_validate(json.loads(await request.body()))
+            fields = MeshFields.model_validate(body.model_dump(exclude={"image", "wait"}))
+            return _from_base64(body.image), fields, body.wait
+        if kind != "multipart/form-data":
+            raise ApiError(
+                415, f"content-type is {kind or 'missing'}, expected multipart/form-data or application/json"
+            )
+        async with request.form(max_files=1, max_fields=32) as form:
+            upload = form.get("image")
+            if not isinstance(upload, UploadFile):
+                raise ApiError(400, "image is missing, expected a file in the form's field image")
+            values = {name: value for name, value in form.items() if name != "image"}
+            wait = str(values.pop("wait", "true")).lower() not in ("false", "0")
+            return await upload.read(), MeshFields.model_validate(values), wait
+    except ValidationError as error:
+        raise ApiError(400, _sentence(error.errors())) from error
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the request is no valid JSON: {str(error)[:120]}") from error
+
+
+async def _submit(queue: MeshQueue, config: ServeConfig, data: bytes, wanted: MeshRequest) -> Job:
+    image = await run_in_threadpool(decode_image, data, config.max_pixels)
+    try:
+        return queue.submit(image, wanted)
+    except QueueFull as error:
+        raise ApiError(429, str(error), {"Retry-After": "5"}) from error
+
+
+async def _wait_for(job: Job, queue: MeshQueue, request: Request, timeout_s: float) -> bytes:
+    """The finished mesh file; the job is given up with the client or the time."""
+    deadline, asked = time.monotonic() + timeout_s, time.monotonic()
+    try:
+        while not job.finished.is_set():
+            await asyncio.sleep(POLL_S)
+            now = time.monotonic()
+            if now > deadline:
+                raise ApiError(
+                    504, f"the mesh was not ready after {timeout_s:g} s, expected to ask with wait=false"
+                )
+            if now - asked > ASK_CLIENT_S:
+                asked = now
+                if await request.is_disconnected():
+                    raise ApiError(499, "the client went away")
+        return _file_of(job).read_bytes()
+    finally:
+        queue.cancel(job)  # nothing of it is kept once it is answered
+
+
+def _file_of(job: Job) -> Path:
+    if job.state is JobState.failed:
+        raise ApiError(400, job.error)
+    if job.state is JobState.cancelled:
+        raise ApiError(503, "the job was cancelled: the server stops")
+    if job.file is None:
+        raise ApiError(409, f"job {job.id} is {job.state.value}, expected done")
+    return job.file
+
+
+def _mesh_response(content: bytes, format: str) -> Response:
+    headers = {"Content-Disposition": f'attachment; filename="mesh.{format}"'}
+    return Response(content, media_type=MEDIA_TYPES[format], headers=headers)
+
+
+# -------------------------------------------------------------------------------------------------- endpoints
+
+
+def _add_meshes(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
+    json_form = MeshBody.model_json_schema()
+    multipart = json_form | {
+        "properties": json_form["properties"] | {"image": {"type": "string", "format": "binary"}}
+    }
+    body = {
+        "required": True,
+        "content": {"multipart/form-data": {"schema": multipart}, "application/json": {"schema": json_form}},
+    }
+
+    @app.post(
+        "/v1/meshes",
+        summary="Make a mesh of an image",
+        openapi_extra={"requestBody": body},
+        responses={200: {"content": {"model/gltf-binary": {}}}, 202: {"description": "a job"}},
+        response_model=None,
+    )
+    async def make_mesh(request: Request) -> Response:
+        data, fields, wait = await _read_mesh_body(request)
+        job = await _submit(queue, config, data, MeshRequest(**fields.model_dump()))
+        if not wait:
+            headers = {"Location": f"/v1/jobs/{job.id}"}
+            return JSONResponse(job.describe(), 202, headers=headers)
+        content = await _wait_for(job, queue, request, config.timeout_s)
+        return _mesh_response(content, fields.format)
+
+
+def _add_jobs(app: FastAPI, queue: MeshQueue) -> None:
+    def known(id: str) -> Job:
+        job = queue.find(id)
+        if job is None:
+            raise ApiError(404, "there is no such job: it never was, was deleted, or is too old")
+        return job
+
+    @app.get("/v1/jobs/{id}", summary="How far a job is")
+    async def job_state(id: str) -> dict[str, Any]:
+        return known(id).describe()
+
+    @app.get("/v1/jobs/{id}/mesh", summary="The mesh of a finished job", response_model=None)
+    async def job_mesh(id: str) -> Response:
+        job = known(id)
+        content = await run_in_threadpool(_file_of(job).read_bytes)
+        return _mesh_response(content, job.request.format)
+
+    @app.delete("/v1/jobs/{id}", summary="Cancel a job, or delete its mesh", status_code=204)
+    async def delete_job(id: str) -> None:
+        queue.cancel(known(id))
+
+
+def _add_hunyuan(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
+    async def submit(body: HunyuanBody) -> Job:
+        return await _submit(queue, config, _from_base64(body.image), body.request())
+
+    @app.post("/generate", summary="As Hunyuan3D-2's server: the mesh", response_model=None)
+    async def generate(body: HunyuanBody, request: Request) -> Response:
+        job = await submit(body)
+        return _mesh_response(await _wait_for(job, queue, request, config.timeout_s), body.type)
+
+    @app.post("/send", summary="As Hunyuan3D-2's server: a job")
+    async def send(body: HunyuanBody) -> dict[str, str]:
+        return {"uid": (await submit(body)).id}
+
+    @app.get("/status/{uid}", summary="As Hunyuan3D-2's server: how far a job is")
+    async def status(uid: str) -> dict[str, str]:
+        job = queue.find(uid)
+        if job is None or job.state in (JobState.failed, JobState.cancelled):
+            return {"status": "error", "message": job.error if job else "there is no such job"}
+        if job.state is not JobState.done:
+            return {"status": "processing"}
+        content = await run_in_threadpool(_file_of(job).read_bytes)
+        return {"status": "completed", "model_base64": base64.b64encode(content).decode()}
+
+
+def _add_pages(app: FastAPI, queue: MeshQueue, metrics: Metrics) -> None:
+    @app.get("/v1/models", summary="The model that is loaded")
+    async def models() -> dict[str, Any]:
+        pipeline = queue.pipeline
+        defaults = {name: getattr(pipeline.config, name) for name in ("steps", "guidance", "resolution")} | {
+            "budget": pipeline.config.elastic.budget if pipeline.session is not None else 1.0
+        }
+        return {
+            "models": [
+                {
+                    "id": pipeline.config.model,
+                    "weights_sha256": pipeline.weights_sha256,
+                    "elastic": pipeline.session is not None,
+                    "defaults": defaults,
+                }
+            ]
+        }
+
+    @app.get("/healthz", summary="Whether the server works")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "waiting": queue.waiting, "running": queue.running}
+
+    @app.get("/metrics", summary="Counters for Prometheus", response_model=None)
+    async def counters() -> Response:
+        content, kind = metrics.exposition(queue.waiting, queue.running)
+        return Response(content, media_type=kind)
+
+    from swagger_ui_bundle import swagger_ui_path
+
+    app.mount("/docs/assets", StaticFiles(directory=swagger_ui_path))
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title="elastic3d API",
+            swagger_js_url="/docs/assets/swagger-ui-bundle.js",
+            swagger_css_url="/docs/assets/swagger-ui.css",
+            swagger_favicon_url="/docs/assets/favicon-32x32.png",
+        )

@@ -1,0 +1,279 @@
+"""The web app: drop an image, see its mask, turn the dial, compare dense and elastic side by side. Gradio."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import trimesh
+from PIL import Image
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no request leaves the machine
+import gradio as gr  # noqa: E402
+
+from elastic3d.errors import UserError  # noqa: E402
+from elastic3d.geometry.mesh_io import load_mesh, save_mesh  # noqa: E402
+from elastic3d.models.foreground import prepare_picture  # noqa: E402
+from elastic3d.models.options import ForegroundConfig  # noqa: E402
+from elastic3d.pipelines.preview import turntable  # noqa: E402
+from elastic3d.pipelines.routes import draw_routes, route_title  # noqa: E402
+from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueFull  # noqa: E402
+
+MASK_SIDE = 256
+GAP = 0.4  # between two meshes that are shown in one scene, in units of a mesh's half side
+GREY, BLUE = (
+    [0.6, 0.6, 0.6, 1.0],
+    [0.35, 0.55, 0.85, 1.0],
+)  # of the dense and of the elastic mesh, side by side
+POLL_S = 0.1
+KEEP_S = 900
+FONTS = ["system-ui", "sans-serif"]  # of the visitor's machine
+CSS = "footer {display: none !important} .gradio-container {max-width: 1200px !important}"
+
+Draw = Callable[[str, int], Image.Image]
+"""(prompt, seed) -> an image of it."""
+
+
+@dataclass
+class Shown:
+    """What a visitor made last: files, and what is said of each sample."""
+
+    elastic: list[Path] = field(default_factory=list)
+    dense: list[Path] = field(default_factory=list)
+    rows: list[list[Any]] = field(default_factory=list)
+    routes: Path | None = None
+
+
+def build_app(queue: MeshQueue, draw: Draw | None = None) -> gr.Blocks:
+    """The page around a queue. `draw` makes images of prompts; without it there is no field for a prompt."""
+    pipeline = queue.pipeline
+    routed = pipeline.session is not None
+    title = f"elastic3d: {pipeline.config.model}"
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(60, KEEP_S)) as app:
+        gr.Markdown(f"# {title}\nDrop an image of one object on a plain or transparent background.")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                image = gr.Image(
+                    label="Image", type="pil", image_mode="RGBA", sources=["upload", "clipboard"]
+                )
+                prompt = gr.Textbox(label="or a prompt", visible=draw is not None, submit_btn="Draw")
+                mask = gr.Image(
+                    label="What the model will see", interactive=False, height=220, elem_id="mask"
+                )
+                with gr.Accordion("Mask", open=False):
+                    tolerance = gr.Slider(0, 120, 20, step=1, label="Background tolerance")
+                    border = gr.Slider(0, 0.5, 0.15, step=0.01, label="Free border")
+                budget = gr.Slider(
+                    0.3, 1, _default_budget(pipeline), step=0.05, label="Budget", visible=routed,
+                    info="share of the dense model's computation",
+                )  # fmt: skip
+                compare = gr.Checkbox(value=False, label="Dense beside it", visible=routed)
+                with gr.Row():
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                    samples = gr.Slider(1, 8, 1, step=1, label="Samples")
+                with gr.Accordion("More", open=False):
+                    steps = gr.Slider(1, 100, pipeline.config.steps, step=1, label="Steps")
+                    resolution = gr.Slider(
+                        32, 512, pipeline.config.resolution, step=8, label="Resolution (grid cells a side)"
+                    )
+                    faces = gr.Number(40_000, label="Most faces", precision=0, minimum=100)
+                with gr.Row():
+                    run = gr.Button("Make mesh", variant="primary")
+                    stop = gr.Button("Stop")
+            with gr.Column(scale=3, min_width=300):
+                viewer = gr.Model3D(
+                    label="Mesh (left, grey: dense)" if routed else "Mesh",
+                    clear_color=(0.95, 0.95, 0.95, 1),
+                    height=420,
+                )
+                table = gr.Dataframe(
+                    headers=["sample", "seconds", "DiT ms", "executed", "faces", "closed"],
+                    label="What it took", interactive=False, wrap=True,
+                )  # fmt: skip
+                gallery = gr.Gallery(
+                    label="Samples", columns=2, height=220, allow_preview=False, object_fit="contain"
+                )
+                routes = gr.Image(
+                    label="Blocks over steps: blue executed, orange cached, grey skipped", visible=routed,
+                    interactive=False,
+                )  # fmt: skip
+                with gr.Row():
+                    kind = gr.Radio(["glb", "stl", "obj", "ply"], value="glb", label="Format")
+                    size = gr.Number(100, label="Longest side in mm", minimum=0.001)
+                    download = gr.DownloadButton("Download", interactive=False)
+        shown = gr.State(Shown())
+        chosen = gr.State(0)
+        visit = _Visit(queue)
+        for changed in (image.change, tolerance.release, border.release):
+            changed(_mask, [image, tolerance, border], mask, show_progress="hidden")
+        if draw is not None:
+            prompt.submit(lambda text, number: _drawn(draw, text, number), [prompt, seed], image)
+        inputs = [image, budget, compare, seed, samples, steps, resolution, faces, tolerance, border]
+        making = run.click(visit.generate, inputs, [viewer, table, gallery, routes, shown, chosen])
+        making.then(_file, [shown, chosen, kind, size], download)
+        stop.click(None, cancels=[making])
+        gallery.select(_pick, shown, [viewer, chosen]).then(_file, [shown, chosen, kind, size], download)
+        for changed in (kind.change, size.change):
+            changed(_file, [shown, chosen, kind, size], download, show_progress="hidden")
+    return app
+
+
+def launch(app: gr.Blocks, **options: Any) -> Any:
+    """Serve the page with fonts of the visitor's machine; returns what Gradio's `launch` does."""
+    theme = gr.themes.Default(font=FONTS, font_mono=["monospace"])
+    return app.queue(max_size=64).launch(theme=theme, css=CSS, share=False, **options)
+
+
+def _default_budget(pipeline: Any) -> float:
+    elastic = pipeline.config.elastic
+    return float(elastic.budget) if elastic.elastic else 1.0
+
+
+def _mask(image: Image.Image | None, tolerance: int, border: float) -> Image.Image | None:
+    if image is None:
+        return None
+    try:
+        return prepare_picture(image, ForegroundConfig(tolerance=int(tolerance), border=border), MASK_SIDE)
+    except UserError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+
+
+def _drawn(draw: Draw, prompt: str, seed: float) -> Image.Image:
+    try:
+        return draw(prompt, int(seed))
+    except UserError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+
+
+class _Visit:
+    """What the button does."""
+
+    def __init__(self, queue: MeshQueue) -> None:
+        self._queue = queue
+
+    def generate(
+        self,
+        image: Image.Image | None,
+        budget: float,
+        compare: bool,
+        seed: float,
+        samples: float,
+        steps: float,
+        resolution: float,
+        faces: float,
+        tolerance: float,
+        border: float,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio asks for it)
+    ) -> Iterator[tuple[Any, ...]]:
+        """Jobs for all samples; the page is brought up to date when they are done."""
+        if image is None:
+            raise gr.Error("There is no image yet: drop one, or draw a prompt.", print_exception=False)
+        routed = self._queue.pipeline.session is not None
+        base = MeshRequest(
+            steps=int(steps), resolution=int(resolution), max_faces=int(faces),
+            tolerance=int(tolerance), border=border,
+        )  # fmt: skip
+        seeds = [int(seed) + i for i in range(int(samples))]
+        elastic = [replace(base, seed=s, budget=round(budget, 4) if routed else None) for s in seeds]
+        dense = [replace(base, seed=s, elastic=False) for s in seeds] if routed and compare else []
+        jobs: list[Job] = []
+        try:
+            for request in [*elastic, *dense]:
+                jobs.append(self._queue.submit(image, request))
+            while not all(job.finished.is_set() for job in jobs):
+                done = float(np.mean([job.progress for job in jobs]))
+                stage = "waiting" if done == 0 else "sampling" if done < 0.5 else "decoding"
+                progress(done, desc=stage)
+                time.sleep(POLL_S)
+            shown = _shown(jobs, len(elastic))
+        except QueueFull as error:
+            raise gr.Error(f"{error}: try again in a moment.", print_exception=False) from error
+        finally:
+            for job in jobs:
+                self._queue.cancel(job)
+        pictures = [turntable(load_mesh(path), 2, 192) for path in shown.elastic]
+        yield _scene(shown, 0), shown.rows, pictures, shown.routes, shown, 0
+
+
+def _shown(jobs: list[Job], elastic: int) -> Shown:
+    """Copies of the finished meshes, and what is said of them. gr.Error with the first failure."""
+    for job in jobs:
+        if job.state is not JobState.done:
+            raise gr.Error(job.error or "The server stops.", print_exception=False)
+    folder = Path(tempfile.mkdtemp(prefix="elastic3d-", dir=_cache()))
+    shown, panels = Shown(), []
+    for index, job in enumerate(jobs):
+        assert job.file is not None
+        name = "elastic" if index < elastic else "dense"
+        path = folder / f"{name}-{job.request.seed}.glb"
+        path.write_bytes(job.file.read_bytes())
+        (shown.elastic if index < elastic else shown.dense).append(path)
+        mesh, metadata = load_mesh(path), job.metadata
+        share = metadata["flops_executed"] / max(metadata["flops_dense"], 1)
+        seconds = sum(metadata["ms"].values()) / 1000
+        closed = "yes" if mesh.is_watertight else "no"
+        label = f"{name}, seed {job.request.seed}"
+        shown.rows.append(
+            [label, round(seconds, 2), round(metadata["ms"]["dit"]), f"{share:.0%}", len(mesh.faces), closed]
+        )
+        if "routes" in metadata:
+            panels.append((route_title(label, metadata), metadata["routes"]))
+    if panels:
+        shown.routes = folder / "routes.png"
+        draw_routes(panels, shown.routes)
+    return shown
+
+
+def _cache() -> str | None:
+    folder = os.environ.get("GRADIO_TEMP_DIR")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _scene(shown: Shown, index: int) -> str:
+    """The file to show: a mesh, or dense and elastic in one scene, which one camera turns."""
+    path = shown.elastic[index]
+    if not shown.dense:
+        return str(path)
+    both = path.with_name(f"both-{index}.glb")
+    scene = trimesh.Scene()
+    for side, name, file, colour in ((-1, "dense", shown.dense[index], GREY), (1, "elastic", path, BLUE)):
+        mesh = load_mesh(file)
+        width = float(mesh.extents[0])
+        offset = side * (width + GAP) / 2 - float(mesh.bounds[:, 0].mean())
+        mesh.apply_translation([offset, 0, 0])
+        material = trimesh.visual.material.PBRMaterial(
+            name=name, baseColorFactor=colour, metallicFactor=0.0, roughnessFactor=0.7
+        )
+        mesh.visual = trimesh.visual.TextureVisuals(material=material)
+        scene.add_geometry(mesh, node_name=name, geom_name=name)
+    both.write_bytes(bytes(trimesh.exchange.gltf.export_glb(scene, include_normals=True)))
+    return str(both)
+
+
+def _pick(shown: Shown, event: gr.SelectData) -> tuple[str, int]:
+    index = int(event.index)  # type: ignore[call-overload]
+    return _scene(shown, index), index
+
+
+def _file(shown: Shown, index: int, kind: str, size: float) -> Any:
+    """The download of the shown sample, scaled so that its longest side has `size` millimetres.
+
+    glTF counts in metres, the other formats have no unit and are written in millimetres.
+    """
+    if not shown.elastic:
+        return gr.DownloadButton(interactive=False)
+    source = shown.elastic[index]
+    mesh = load_mesh(source)
+    scale = float(size) / float(mesh.extents.max())
+    mesh.apply_scale(scale / 1000 if kind == "glb" else scale)
+    target = source.with_name(f"{source.stem}-{size:g}mm.{kind}")
+    save_mesh(mesh, target, name="mesh")
+    return gr.DownloadButton(f"Download .{kind}, {size:g} mm", value=str(target), interactive=True)

@@ -1,0 +1,95 @@
+"""What a request has to pass before anything of it is read: the token and the size of its body."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from elastic3d.serve.config import ServeConfig
+    from elastic3d.serve.metrics import Metrics
+
+OPEN_PATHS = ("/healthz",)
+
+
+class Guard:
+    """ASGI middleware: 401 without the token, 413 for a larger body than allowed, and a count of all answers."""
+
+    def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics) -> None:
+        self._app, self._config, self._metrics = app, config, metrics
+        self._limit = int(config.max_megabytes * 1e6)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status, answered = time.perf_counter(), 500, False
+
+        async def watched(message: Message) -> None:
+            nonlocal status, answered
+            if message["type"] == "http.response.start":
+                status, answered = message["status"], True
+            await send(message)
+
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        try:
+            if refusal := self._refusal(scope["path"], headers):
+                await _answer(watched, *refusal)
+                return
+            try:
+                await self._app(scope, self._limited(receive), watched)
+            except _TooLarge:
+                if not answered:
+                    await _answer(watched, 413, self._too_large())
+        finally:
+            self._metrics.answered(scope["path"], status, time.perf_counter() - started)
+
+    def _refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
+        token = self._config.token
+        if token and path not in OPEN_PATHS:
+            kind, _, given = headers.get("authorization", "").partition(" ")
+            if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
+                return 401, "the token is missing or wrong, expected the header `Authorization: Bearer TOKEN`"
+        length = headers.get("content-length", "0")
+        if not length.isdigit():
+            return 400, f"content-length is {length[:20]!r}, expected a number"
+        if int(length[:20]) > self._limit:
+            return 413, self._too_large()
+        return None
+
+    def _too_large(self) -> str:
+        return f"the request is larger than {self._config.max_megabytes:g} MB"
+
+    def _limited(self, receive: Receive) -> Receive:
+        """`receive` that stops a body without a stated length at the limit."""
+        taken = 0
+
+        async def limited() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._limit:
+                raise _TooLarge
+            return message
+
+        return limited
+
+
+class _TooLarge(Exception):
+    """A body went past the limit."""
+
+
+async def _answer(send: Send, status: int, message: str) -> None:
+    body = json.dumps({"error": message}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,286 @@
+"""One model, many callers: a bounded queue whose waiting jobs are generated in batches.
+
+A sample does not depend on its batch mates, so a job's mesh is the one that it would have had alone.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from elastic3d.errors import UserError
+from elastic3d.geometry.mesh_io import save_mesh
+from elastic3d.models.options import ForegroundConfig
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
+
+LINGER_S = 0.01  # how long a batch waits for others that arrive together
+ID_BYTES = 16
+
+
+class QueueFull(Exception):
+    """As many jobs wait as may."""
+
+
+class JobState(str, Enum):
+    """Where a job is; the last three are final."""
+
+    queued = "queued"
+    running = "running"
+    done = "done"
+    failed = "failed"
+    cancelled = "cancelled"
+
+
+FINAL = (JobState.done, JobState.failed, JobState.cancelled)
+
+
+@dataclass(frozen=True)
+class MeshRequest:
+    """What a job asks for, by the names that `scripts/gen_mesh.py` has; None is the model's default."""
+
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    resolution: int | None = None
+    max_faces: int | None = None
+    elastic: bool | None = None
+    budget: float | None = None
+    tolerance: int | None = None
+    border: float | None = None
+    format: str = "glb"
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of the pipeline that a batch has to share."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        del given["seed"], given["format"]
+        mask = {name: given.pop(name) for name in ("tolerance", "border") if name in given}
+        return given | ({"foreground": ForegroundConfig(**mask)} if mask else {})
+
+
+@dataclass
+class Job:
+    """One image on its way to a mesh file."""
+
+    id: str
+    request: MeshRequest
+    image: Image.Image | None  # dropped as soon as the job has ended
+    created: float = field(default_factory=time.monotonic)
+    ended: float | None = None
+    state: JobState = JobState.queued
+    progress: float = 0.0
+    error: str = ""
+    file: Path | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    finished: threading.Event = field(default_factory=threading.Event)
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON shows it."""
+        shown: dict[str, Any] = {
+            "id": self.id,
+            "state": self.state.value,
+            "progress": round(self.progress, 3),
+        }
+        if self.error:
+            shown["error"] = self.error
+        if self.metadata:
+            shown["metadata"] = self.metadata
+        return shown
+
+
+@dataclass
+class Observer:
+    """What the queue tells of its work; every function may be called from the worker's thread."""
+
+    batch: Callable[[int, float], None] = lambda size, seconds: None
+    ended: Callable[[Job], None] = lambda job: None
+
+
+class MeshQueue:
+    """Generates the meshes of jobs in a thread of its own; a context manager.
+
+    Args:
+        pipeline: shared by all jobs; nobody else may call it meanwhile.
+        capacity: jobs that may wait; one more raises `QueueFull`.
+        batch_size: jobs with equal options that are generated at a time.
+        keep_s: seconds for which the file of a finished job is kept.
+    """
+
+    def __init__(
+        self,
+        pipeline: ImageTo3DPipeline,
+        capacity: int = 64,
+        batch_size: int = 8,
+        keep_s: float = 600.0,
+        observer: Observer | None = None,
+    ) -> None:
+        self.pipeline, self.capacity, self.batch_size, self.keep_s = pipeline, capacity, batch_size, keep_s
+        self._observer = observer or Observer()
+        self._folder = Path(tempfile.mkdtemp(prefix="elastic3d-"))
+        self._jobs: dict[str, Job] = {}
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="elastic3d-generation", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> MeshQueue:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------------------------------------- for callers
+
+    def submit(self, image: Image.Image, request: MeshRequest) -> Job:
+        """Queue an image. QueueFull if too many wait, or the queue is closed."""
+        job = Job(secrets.token_urlsafe(ID_BYTES), request, image)
+        with self._changed:
+            self._drop_old()
+            if self._closed or len(self._waiting) >= self.capacity:
+                raise QueueFull(
+                    f"{len(self._waiting)} jobs wait already, expected fewer than {self.capacity}"
+                )
+            self._jobs[job.id] = job
+            self._waiting.append(job)
+            self._changed.notify_all()
+        return job
+
+    def find(self, id: str) -> Job | None:
+        """A job that is known still."""
+        with self._changed:
+            self._drop_old()
+            return self._jobs.get(id)
+
+    def cancel(self, job: Job) -> None:
+        """Give a job up: what waits never starts, what runs is dropped when its batch has ended, files go."""
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+            self._jobs.pop(job.id, None)
+            if job.state not in FINAL:
+                self._end(job, JobState.cancelled)
+            elif job.file is not None:
+                job.file.unlink(missing_ok=True)
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that have not begun."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Jobs of the batch that is being generated."""
+        return len(self._running)
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        """Take no more jobs, finish the batch that runs, cancel those that wait, remove all files."""
+        with self._changed:
+            self._closed = True
+            for job in list(self._waiting):
+                self._end(job, JobState.cancelled)
+            self._waiting.clear()
+            self._changed.notify_all()
+        self._thread.join(timeout_s)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # ------------------------------------------------------------------------------------------------ the worker
+
+    def _work(self) -> None:
+        while batch := self._next_batch():
+            started = time.perf_counter()
+            try:
+                self._generate(batch)
+            except Exception as error:  # one batch must not take the others with it
+                for job in batch:
+                    job.error = job.error or f"{type(error).__name__}: {error}"
+                    self._end_with(job, JobState.failed)
+            finally:
+                with self._changed:
+                    self._running = []
+                self._observer.batch(len(batch), time.perf_counter() - started)
+
+    def _next_batch(self) -> list[Job]:
+        """Jobs with the options of the one that waits longest; empty once the queue is closed."""
+        with self._changed:
+            while not self._waiting and not self._closed:
+                self._changed.wait(1.0)
+                self._drop_old()
+        time.sleep(LINGER_S)
+        with self._changed:
+            if not self._waiting:
+                return [] if self._closed else self._next_batch()
+            options = self._waiting[0].request.options()
+            batch = [job for job in self._waiting if job.request.options() == options][: self.batch_size]
+            for job in batch:
+                self._waiting.remove(job)
+                job.state = JobState.running
+            self._running = batch
+            return batch
+
+    def _generate(self, batch: list[Job]) -> None:
+        def on_step(done: int, steps: int) -> None:
+            for job in batch:
+                job.progress = 0.5 * done / steps  # the other half is decoding
+
+        kept = [(job, image) for job in batch if (image := job.image) is not None]  # the rest is cancelled
+        if not kept:
+            return
+        try:
+            results = self.pipeline(
+                [image for _, image in kept],
+                seed=[job.request.seed for job, _ in kept],
+                on_step=on_step,
+                **batch[0].request.options(),
+            )
+        except UserError as error:  # an option that no image of the batch can be generated with
+            for job in batch:
+                job.error = str(error)
+                self._end_with(job, JobState.failed)
+            return
+        for (job, _), result in zip(kept, results, strict=True):
+            self._keep(job, result)
+
+    def _keep(self, job: Job, result: Result) -> None:
+        try:
+            path = self._folder / f"{job.id}.{job.request.format}"
+            save_mesh(result.mesh, path, extras=result.receipt, name="mesh")
+        except UserError as error:
+            job.error = str(error)
+            self._end_with(job, JobState.failed)
+            return
+        job.file, job.metadata = path, result.receipt
+        self._end_with(job, JobState.done)
+
+    def _end_with(self, job: Job, state: JobState) -> None:
+        with self._changed:
+            if job.state is JobState.cancelled:
+                if job.file is not None:
+                    job.file.unlink(missing_ok=True)
+                return
+            self._end(job, state)
+
+    def _end(self, job: Job, state: JobState) -> None:
+        job.state, job.image, job.ended = state, None, time.monotonic()
+        job.progress = 1.0 if state is JobState.done else job.progress
+        job.finished.set()
+        self._observer.ended(job)
+
+    def _drop_old(self) -> None:
+        now = time.monotonic()
+        for id, job in list(self._jobs.items()):
+            if job.ended is not None and now - job.ended > self.keep_s:
+                if job.file is not None:
+                    job.file.unlink(missing_ok=True)
+                del self._jobs[id]

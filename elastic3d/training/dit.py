@@ -1,0 +1,268 @@
+"""The shape DiT: flow matching on cached latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from elastic3d.diffusion.flow import interpolate, match_noise, sample_timesteps, velocity
+from elastic3d.diffusion.sampler import sample
+from elastic3d.models.foreground import prepare_picture
+from elastic3d.models.options import DiTConfig
+from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.training.datasets import (
+    Batch,
+    PreparedShapes,
+    Shuffle,
+    item_generator,
+    open_split,
+    read_split,
+    record_of_shapes,
+    stack,
+)
+from elastic3d.training.latents import INFO_NAME, LatentCacheConfig, LatentInfo, stored_views
+from elastic3d.training.options import StageName, TrainConfig
+from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture
+from elastic3d.utils.options import Options, option
+
+STORED = ("mean", "logvar", "tokens")
+
+
+class Timesteps(Enum):
+    """Distribution of training timesteps."""
+
+    logit_normal = "logit_normal"
+    uniform = "uniform"
+
+
+@dataclass(kw_only=True)
+class LatentFlowConfig(Options):
+    """What every training on cached latents has, that of routers too."""
+
+    match_channels: int = option(
+        3,
+        "pair noise with the nearest latents by the first N channels (3: the anchor's xyz); 0 pairs at random",
+        ge=0,
+        le=1 << 16,
+    )
+    sample_guidance: float = option(3.0, "guidance of the sample pictures", ge=0, le=100)
+    sample_resolution: int = option(64, "grid cells a side of the sample pictures", ge=8, le=512)
+
+
+@dataclass(kw_only=True)
+class DiTStageConfig(LatentFlowConfig):
+    """The shape DiT's training."""
+
+    model: DiTConfig = option(DiTConfig, "architecture; channel and token counts come from the cache")
+    timesteps: Timesteps = option(Timesteps.logit_normal, "distribution of training timesteps")
+    time_shift: float = option(1.0, "above 1 trains more on noisy timesteps", ge=1e-3, le=1e3)
+    drop_condition: float = option(
+        0.1, "share of samples that see no image (classifier-free guidance)", ge=0, le=1
+    )
+    anchor_weight: float = option(
+        1.0, "weight of an anchor channel's loss over that of a feature channel", ge=0, le=1e3
+    )
+    val_shapes: int = option(128, "shapes to validate on", ge=1, le=1 << 16)
+    sample_shapes: int = option(8, "shapes of the sample pictures", ge=1, le=1 << 16)
+    sample_steps: int = option(25, "sampling steps of the sample pictures", ge=1, le=1000)
+
+
+@dataclass(kw_only=True)
+class DiTTrainConfig(TrainConfig):
+    """Everything `scripts/train.py stage=dit` takes."""
+
+    stage: StageName = option(StageName.dit, "what to do")
+    latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
+    dit: DiTStageConfig = option(DiTStageConfig, "shape DiT")
+
+    def network(self) -> nn.Module:
+        """The DiT; its numbers of channels come from the cache."""
+        return ShapeDiT(self.dit.model)
+
+    def sample_bytes(self) -> int:
+        """The latents' and the condition's tokens in every block; both counts come from the cache."""
+        model, cache = self.dit.model, self.latents.output
+        tokens = sum(LatentInfo.load(cache).token_counts) if (cache / INFO_NAME).is_file() else 1
+        return 2 * model.width * tokens * (model.double_blocks + model.single_blocks)
+
+
+class FlowObjective(nn.Module):
+    """Flow matching: mean squared error of the velocity (2210.02747)."""
+
+    weight: Tensor
+
+    def __init__(self, dit: ShapeDiT, anchor_channels: int, anchor_weight: float) -> None:
+        super().__init__()
+        self.dit, self.anchors = dit, anchor_channels
+        weight = torch.ones(dit.config.in_channels)
+        weight[:anchor_channels] = anchor_weight
+        self.register_buffer("weight", weight / weight.mean(), persistent=False)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`latents`, `noise` (B,N,C), `t` (B,), `condition` (B,M,Cc) -> loss and what it is made of."""
+        error = self.squared_error(batch)
+        loss = (error * self.weight).mean()
+        values = {"features": error[..., self.anchors :].detach().mean()}
+        if self.anchors:
+            values["anchors"] = error[..., : self.anchors].detach().mean()
+        return loss, values
+
+    def squared_error(self, batch: Batch) -> Tensor:
+        """Of the predicted velocity, (B,N,C) fp32."""
+        x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
+        found = self.dit(x_t, batch["t"], batch["condition"]).float()
+        return (found - velocity(batch["noise"], batch["latents"])).square()
+
+
+@dataclass
+class LatentItems:
+    """Items of the DiT: `latents`, `noise` (N,C), `t` (), `condition` (M,Cc), zero where it is dropped."""
+
+    shapes: PreparedShapes
+    info: LatentInfo
+    config: DiTStageConfig
+    scale: float = 1.0
+    mirror: bool = True  # take mirrored shapes too, where the cache has them
+
+    def __post_init__(self) -> None:
+        self._shuffle = Shuffle(len(self.shapes))
+        self._mean, self._std = torch.tensor(self.info.mean), torch.tensor(self.info.std)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def item(self, position: int, seed: int) -> Batch:
+        """Item `position` of the shuffled stream."""
+        rng = item_generator(seed, position)
+        id = self.shapes.ids[self._shuffle(position, seed)]
+        item = self.draw(id, *self._choose(rng), rng)
+        if rng.random() < self.config.drop_condition:
+            item["condition"] = torch.zeros_like(item["condition"])
+        generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
+        logit_normal = self.config.timesteps is Timesteps.logit_normal
+        item["t"] = sample_timesteps(1, generator, logit_normal, self.config.time_shift)[0]
+        return item
+
+    def _choose(self, rng: np.random.Generator) -> tuple[int, int]:
+        """An encoding and a view: any two of the shape, or any two of its mirror image (`LatentsConfig.mirror`)."""
+        settings = self.info.settings
+        counts = (settings["variants"], settings["views"])
+        if not settings.get("mirror"):
+            return int(rng.integers(counts[0])), int(rng.integers(counts[1]))
+        half = int(rng.integers(2)) if self.mirror else 0
+        first, second = (count // 2 for count in counts)
+        return half * first + int(rng.integers(first)), half * second + int(rng.integers(second))
+
+    def draw(self, id: str, variant: int, view: int, rng: np.random.Generator) -> Batch:
+        """A standardised posterior sample of one encoding, noise, and one view's tokens."""
+        mean, logvar = (self.shapes.read(id, name, variant).float() for name in ("mean", "logvar"))
+        raw = mean + self._normal(rng) * (0.5 * logvar).exp()
+        latents = (raw - self._mean) / self._std * self.scale
+        noise = self._normal(rng)
+        if self.config.match_channels:
+            noise = match_noise(noise, latents, self.config.match_channels)
+        return {
+            "latents": latents,
+            "noise": noise,
+            "condition": self.shapes.read(id, "tokens", view),
+        }
+
+    def _normal(self, rng: np.random.Generator) -> Tensor:
+        count, channels = self.info.latents
+        return torch.from_numpy(rng.standard_normal((count, channels), dtype=np.float32))
+
+
+class DiTStage:
+    """What the loop needs to train a `ShapeDiT` on a cache of latents."""
+
+    def __init__(self, config: DiTTrainConfig) -> None:
+        self.config = config.dit
+        self.info = info = LatentInfo.load(config.latents.output)
+        model = config.dit.model
+        model.num_latents, model.in_channels = info.latents
+        model.condition_tokens, model.condition_channels = info.tokens
+        self.vae = ShapeVAE.from_pretrained(info.vae)
+        self.vae.set_latent_statistics(info.mean, info.std)
+        self.dit = ShapeDiT(model)
+        anchor_channels = self.vae.config.channels - self.vae.config.latent_channels
+        self.flow = FlowObjective(self.dit, anchor_channels, config.dit.anchor_weight)
+        self.objective: nn.Module = self.flow
+        cache = config.latents.output
+        preload = STORED if config.data.preload else ()
+        train, val = read_split(config.data.train), read_split(config.data.val)
+        self._train = PreparedShapes(cache, train, preload, config.data.limit)
+        self._val = PreparedShapes(cache, val, (), config.dit.val_shapes)
+        self._pictures = open_split(config.data, config.data.val, ())
+        scale = self.vae.config.scale_factor
+        self._items = LatentItems(self._train, info, config.dit, scale)
+        self._val_items = LatentItems(self._val, info, config.dit, scale)
+
+    def items(self) -> LatentItems:
+        """Cached training shapes, shuffled."""
+        return self._items
+
+    def rate_factor(self, name: str) -> float:
+        """Every parameter learns at the run's rate."""
+        return 1.0
+
+    def record(self) -> dict[str, str | int]:
+        """What the run trains on."""
+        return record_of_shapes(self._train, self._val) | {"vae_sha256": self.info.settings["vae_sha256"]}
+
+    def validate(self, batch: int = 16) -> dict[str, float]:
+        """Velocity error on validation shapes at fixed noise and even times, with and without image."""
+        device = next(self.dit.parameters()).device
+        count = len(self._val)
+        errors = []
+        for first in range(0, count, batch):
+            indices = range(first, min(first + batch, count))
+            items = stack([self._fixed(i) for i in indices])
+            items["t"] = torch.tensor([(7 * i % count + 0.5) / count for i in indices])
+            items = {name: tensor.to(device) for name, tensor in items.items()}
+            blind = {**items, "condition": torch.zeros_like(items["condition"])}
+            pair = [self.flow.squared_error(b).mean((1, 2)).cpu() for b in (items, blind)]
+            errors.append(torch.stack([*pair, items["t"].cpu()]))
+        seen, unseen, t = torch.cat(errors, dim=1)
+        values = {"val/flow": seen.mean(), "val/flow_without_image": unseen.mean()}
+        for name, low in (("noisy", 0.0), ("middle", 1 / 3), ("clean", 2 / 3)):
+            inside = (t >= low) & (t < low + 1 / 3)
+            values[f"val/flow_{name}"] = seen[inside].mean() if inside.any() else seen.new_zeros(())
+        return {name: value.item() for name, value in values.items()}
+
+    def samples(self) -> dict[str, np.ndarray]:
+        """Rows of validation shapes: the view, what is generated from it, the VAE's reconstruction."""
+        device = next(self.dit.parameters()).device
+        indices = range(min(self.config.sample_shapes, len(self._val)))
+        items = stack([self._fixed(i) for i in indices])
+        generators = [torch.Generator().manual_seed(i) for i in indices]
+        count, channels = self.info.latents
+        latents = sample(
+            self.dit,
+            items["condition"].to(device).float(),
+            (count, channels),
+            self.config.sample_steps,
+            self.config.sample_guidance,
+            generators,
+        )
+        self.vae.to(device)
+        rows = [[self._view(i) for i in indices]]
+        for found in (latents, items["latents"].to(device)):
+            meshes = field_meshes(self.vae, found, self.config.sample_resolution)
+            rows.append([mesh_picture(mesh) for mesh in meshes])
+        return {"generated": contact_sheet(rows)}
+
+    def _fixed(self, index: int) -> Batch:
+        views = self.info.settings["views"]
+        return self._val_items.draw(self._val.ids[index], 0, index % views, item_generator(0, index))
+
+    def _view(self, index: int, size: int = 160) -> np.ndarray:
+        views, id = self.info.settings["views"], self._val.ids[index]
+        found = stored_views(self._pictures, id)
+        view: Image.Image = found[(index % views) * len(found) // views]
+        return np.asarray(prepare_picture(view, self.info.foreground, size))

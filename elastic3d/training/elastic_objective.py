@@ -1,0 +1,353 @@
+"""Training of routers, whatever they route: distillation, flow matching, a compute budget, a reconstruction term."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from elastic3d.adapters import adapter_for
+from elastic3d.config.routing import MIN_BUDGET, Branches, RouterConfig
+from elastic3d.diffusion.flow import interpolate, predict_data, velocity
+from elastic3d.errors import UserError
+from elastic3d.routing.attach import attach, router_modules
+from elastic3d.routing.losses import budget_loss, paper_loss, session_share
+from elastic3d.routing.recall import Recall
+from elastic3d.routing.router import looks_ahead
+from elastic3d.routing.session import RoutingSession
+from elastic3d.training.datasets import Batch
+from elastic3d.training.low_rank import add_low_rank
+from elastic3d.utils.options import Options, option
+
+PRICE_RANGE = 2.5  # standard deviations on both sides that prices cover
+Grid = Callable[[int], Tensor]  # number of steps -> sampling times (S+1,)
+
+
+class TrainedParts(Enum):
+    """What learns: the routers alone, also low-rank updates of the blocks, or everything (E-DiT)."""
+
+    routers = "routers"
+    lora = "lora"
+    full = "full"
+
+
+class GateLoss(Enum):
+    """How gates learn: straight through their hard decision (E-DiT), or by predicting the damage that is done where
+    the blocks of a step do not run but go on with what they remember."""
+
+    straight_through = "straight_through"
+    damage = "damage"
+
+
+class CostLoss(Enum):
+    """What holds the cost: the executed FLOPs to the budget, or E-DiT's mean gate and width to constants."""
+
+    executed = "executed"
+    paper = "paper"
+
+
+@dataclass(kw_only=True)
+class RoutingConfig(Options):
+    """The routers' training, whatever they route."""
+
+    parts: TrainedParts = option(TrainedParts.routers, "what learns")
+    lora_rank: int = option(16, "rank of the low-rank updates", ge=1, le=4096, advanced=True)
+    base_rate: float = option(
+        0.1, "learning rate of the base model's weights over the routers'", ge=0, le=10, advanced=True
+    )
+    guidance: float = option(
+        3.0, "guidance at which both branches are distilled together; 1 trains them apart", ge=0, le=100
+    )
+    min_steps: int = option(8, "fewest sampling steps whose step sizes and times are trained", ge=1, le=1000)
+    max_steps: int = option(50, "most of them", ge=1, le=1000)
+    min_budget: float = option(
+        MIN_BUDGET, "smallest budget to train for; the largest is 1", ge=MIN_BUDGET, le=1, advanced=True
+    )
+    explore: float = option(
+        1.0,
+        "share of the closed blocks that run all the same; the others are really skipped",
+        ge=0,
+        le=1,
+        advanced=True,
+    )
+    gate: GateLoss = option(
+        GateLoss.straight_through, "how gates learn; damage needs routers that decide together and reuse"
+    )
+    late_weight: float = option(
+        1.0, "gate damage: weight of an error at t = 1, with 1 at t = 0, linear between", ge=0, le=1
+    )
+    recalled: int = option(
+        3,
+        "router.longest above 0: earlier steps whose residuals are computed for a batch",
+        ge=1,
+        le=16,
+        advanced=True,
+    )
+    renewal: float = option(
+        0.5,
+        "of these: chance that a block was computed again at a step",
+        ge=0.05,
+        le=1,
+        advanced=True,
+    )
+    cost: CostLoss = option(CostLoss.executed, "what holds the cost", advanced=True)
+    cost_weight: float = option(20.0, "weight of the cost loss (lambda)", ge=0, le=1e6, advanced=True)
+    slack: float = option(
+        0.1,
+        "a sample's cost may differ from its budget by this, as long as the mean does not",
+        ge=0,
+        le=1,
+        advanced=True,
+    )
+    rho_gate: float = option(0.6, "cost paper: target of the mean gate", ge=0, le=1, advanced=True)
+    rho_width: float = option(
+        0.5, "cost paper: target of the mean width of open blocks", ge=0, le=1, advanced=True
+    )
+    distillation: float = option(
+        1.0, "weight of the distance to the dense velocity", ge=0, le=1e6, advanced=True
+    )
+    flow: float = option(0.1, "weight of flow matching", ge=0, le=1e6)
+    val_budgets: list[float] = option(
+        [0.9, 0.7, 0.5, 0.3], "budgets to validate at", ge=MIN_BUDGET, le=1, lengths=(0, 100)
+    )
+    val_shapes: int = option(
+        8, "validation shapes or pictures that are generated at each of them", ge=1, le=1 << 16
+    )
+    val_steps: int = option(16, "sampling steps of it", ge=1, le=1000)
+
+    def check(self) -> None:
+        """The range of steps is not empty."""
+        super().check()
+        if self.max_steps < self.min_steps:
+            raise ValueError(f"max_steps is {self.max_steps}, expected a value from {self.min_steps} to 1000")
+
+
+class RouterObjective(nn.Module, ABC):
+    """Routers first, so that they are parameters (and keys of the state dict) of their own, then the base model.
+
+    Subclasses say how the base model is called and what else its output is held to.
+    """
+
+    damage_moments: Tensor
+
+    def __init__(self, dit: nn.Module, config: RoutingConfig, router: RouterConfig, paired: bool) -> None:
+        """`paired`: both branches of guidance run as one batch and are distilled together."""
+        super().__init__()
+        if config.gate is GateLoss.damage:
+            if not (looks_ahead(router) and router.longest):
+                raise UserError(
+                    "routing.gate is damage: that needs router.lookahead=step and router.longest above 0"
+                )
+            if config.parts is not TrainedParts.routers:
+                raise UserError(f"routing.gate is damage: routing.parts is {config.parts.name}, not routers")
+        self.config, self.paired = config, paired
+        self.register_buffer("damage_moments", torch.zeros(2))
+        teacher = None
+        if config.parts is not TrainedParts.routers:
+            teacher = copy.deepcopy(dit).eval().requires_grad_(False)
+        self._teacher = (teacher,)  # in a tuple: no part of the state dict, nor trained
+        dit.requires_grad_(config.parts is TrainedParts.full)
+        adapter = adapter_for(dit)
+        if config.parts is TrainedParts.lora:
+            add_low_rank([dit.get_submodule(name) for name, _ in adapter.block_lists(dit)], config.lora_rank)
+        self.session: RoutingSession = attach(dit, adapter, router)
+        self.routers = router_modules(dit)
+        self.dit = dit
+
+    @abstractmethod
+    def velocities(self, dit: nn.Module, x_t: Tensor, batch: Batch) -> Tensor:
+        """Velocity (B,N,C), or (2B,N,C) of both branches where they are paired."""
+
+    @abstractmethod
+    def reconstruction(self, data: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Weighted loss of what predicted clean latents (B,N,C) decode to, and its parts; None without one."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`latents`, `noise`, `t` and what `add_route` draws -> loss and what it is made of."""
+        config = self.config
+        x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
+        with torch.no_grad():
+            dense = self._dense(x_t, batch)
+        closed = config.gate is GateLoss.damage
+        self._announce(batch, closed)
+        found = self.velocities(self.dit, x_t, batch).float()
+        share = session_share(self.session)
+        values: dict[str, Tensor] = {}
+        if closed:
+            logits = self._gate_logits()
+            values["prediction"] = self._prediction_loss(logits, found, dense, batch)
+            loss = values["prediction"]
+            found = torch.lerp(found, dense, logits.sigmoid()[:, None, None])
+        else:
+            values["distillation"] = (self.guided(found) - self.guided(dense)).square().mean()
+            values["cost"] = self._cost(share.view(-1, len(x_t)).mean(0), batch["budget"])
+            loss = config.distillation * values["distillation"] + config.cost_weight * values["cost"]
+        conditional = found[: len(x_t)]
+        values["flow"] = (conditional - velocity(batch["noise"], batch["latents"])).square().mean()
+        loss = loss + config.flow * values["flow"]
+        rebuilt = self.reconstruction(predict_data(x_t, conditional, batch["t"]), batch)
+        if rebuilt is not None:
+            loss, values = loss + rebuilt[0], values | rebuilt[1]
+        values |= self._spending(share, batch)
+        return loss, {name: value.detach() for name, value in values.items()}
+
+    def _announce(self, batch: Batch, closed: bool) -> None:
+        """Tell the session of the training pass to come."""
+        dt, budget, branch = (
+            batch[name].repeat(2) if self.paired else batch[name] for name in ("dt", "budget", "branch")
+        )
+        if self.paired:
+            branch = torch.arange(2, device=branch.device).float().repeat_interleave(len(batch["t"]))
+        explored = batch["explored"].transpose(0, 1).flatten(0, 1) if "explored" in batch else None
+        several = torch.distributed.is_initialized()  # they share weights or gradients
+        recall = self._recall(batch) if "ages" in batch else None
+        leaders = len(batch["t"]) if self.paired else 0
+        self.session.train(dt, budget, branch, explored, several, recall, closed, leaders)
+
+    def _gate_logits(self) -> Tensor:
+        """Gate logit (R,) of every row."""
+        current = self.session.current
+        assert current is not None
+        return next(iter(current.decisions.values())).keep_prob.clamp(1e-6, 1 - 1e-6).logit()
+
+    @property
+    def _decided(self) -> int:
+        """How many routes a sample has: that of both branches, or one for each."""
+        return 1 + (self.paired and self.session.router_config.branches is Branches.apart)
+
+    def _prediction_loss(self, logits: Tensor, closed: Tensor, dense: Tensor, batch: Batch) -> Tensor:
+        """Distance of the gates' logits (R,) from the logarithm of the damage that closing does, over its price.
+
+        A step then runs where the damage is above the price. Damage is the squared distance of the guided velocity
+        from the dense one where the rows of one decision are `closed` and the others dense (both (R,N,C)). The price
+        of a budget is a quantile of a normal distribution with the mean and spread that logarithms of damage have had.
+        """
+        parts = self._decided
+        logits = logits[: parts * len(batch["t"])]
+        damage = self._damage(closed, dense, batch).clamp_min(1e-9).log()
+        # others have nothing to go on with: they run
+        known = batch["picks"][:, :parts].transpose(0, 1).flatten(0, 1)[:, 0] >= 0
+        if self.training:
+            self._follow(damage[known])
+        mean, spread = self.damage_moments
+        floor, ceiling = MIN_BUDGET, 1.0
+        scarcity = (ceiling - batch["budget"].repeat(parts)) / (ceiling - floor)
+        price = mean + spread * (PRICE_RANGE * (2 * scarcity - 1))
+        errors = torch.nn.functional.smooth_l1_loss(logits, damage - price, reduction="none")
+        return (errors * known).sum() / known.sum().clamp_min(1)
+
+    @torch.no_grad()
+    def _damage(self, closed: Tensor, dense: Tensor, batch: Batch) -> Tensor:
+        """Damage of closing each row (R,) alone, or a sample's rows (B,) where its branches go together. An error
+        counts as much as it moves the latents of a sampler, times the square of the number of steps, with which the
+        errors of forecasts fall: so a price is about the same share of the steps of any sampler."""
+        weight = 1 + (self.config.late_weight - 1) * batch["t"]
+        weight = weight * (batch["dt"] * batch["steps"].square() / self.config.max_steps).square()
+        target, found = self.guided(dense), []
+        size = len(closed) // self._decided
+        for part in range(self._decided):
+            rows = slice(part * size, (part + 1) * size)
+            mixed = dense.clone()
+            mixed[rows] = closed[rows]
+            found.append((self.guided(mixed) - target).square().flatten(1).mean(1) * weight)
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def _follow(self, damage: Tensor, rate: float = 0.05) -> None:
+        """Keep running moments of logarithms of damage."""
+        if len(damage) > 1:
+            found = torch.stack([damage.mean(), damage.std()])
+            known = self.damage_moments.abs().sum() > 0
+            self.damage_moments.copy_(torch.lerp(self.damage_moments, found, rate) if known else found)
+
+    def _spending(self, share: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """What to report of the executed share (R,)."""
+        current = self.session.current
+        assert current is not None
+        rows = len(share) * len(current.ran_rows)
+        by_sample = share.view(-1, len(batch["budget"])).mean(0)
+        return {
+            "share": share.mean(),
+            "off_budget": (by_sample - batch["budget"]).abs().mean(),
+            "blocks_run": share.new_tensor(sum(current.ran_rows.values()) / rows),
+        }
+
+    def guided(self, v: Tensor) -> Tensor:
+        """The velocity that sampling follows, from those of the branches; over g, so that its scale stays."""
+        if not self.paired:
+            return v
+        conditional, unconditional = v.float().chunk(2)
+        return unconditional / self.config.guidance + (conditional - unconditional)
+
+    def _dense(self, x_t: Tensor, batch: Batch) -> Tensor:
+        teacher = self._teacher[0]
+        if teacher is not None:
+            return self.velocities(teacher.to(x_t.device), x_t, batch).float()
+        with self.session.dense():
+            return self.velocities(self.dit, x_t, batch).float()
+
+    @torch.no_grad()
+    def _recall(self, batch: Batch) -> Recall:
+        """What the dense blocks add at earlier steps of the straight path between noise and data."""
+        passes, ages = [], batch["ages"]
+        for t in batch["earlier"].unbind(1):
+            x_t = interpolate(batch["noise"], batch["latents"], t)
+            with self.session.recording() as residuals:
+                self.velocities(self.dit, x_t, {**batch, "t": t})
+            passes.append(residuals)
+        picks = batch["picks"].transpose(0, 1).flatten(0, 1)
+        ages = ages.repeat(1 + self.paired, 1)
+        return Recall(passes, ages, picks, self.session.router_config.trend)
+
+    def _cost(self, share: Tensor, budget: Tensor) -> Tensor:
+        if self.config.cost is CostLoss.executed:
+            return budget_loss(share, budget, self.config.slack)
+        current = self.session.current
+        assert current is not None
+        decisions = list(current.decisions.values())
+        return paper_loss(
+            decisions, self.session.router_config.ratios, self.config.rho_gate, self.config.rho_width
+        )
+
+
+def add_route(
+    item: Batch,
+    routing: RoutingConfig,
+    router: RouterConfig,
+    blocks: int,
+    paired: bool,
+    grid: Grid,
+    rng: np.random.Generator,
+) -> None:
+    """Give an item a time of a random sampler, with its step size and number of steps, a budget, and the blocks to
+    explore; for routers that reuse residuals also earlier steps, and which of them each block remembers."""
+    low, high = math.log(routing.min_steps), math.log(routing.max_steps + 1)
+    steps = min(int(math.exp(rng.uniform(low, high))), routing.max_steps)
+    times = grid(steps)
+    steps = len(times) - 1
+    step = int(rng.integers(steps))
+    item["t"], item["dt"], item["steps"] = (
+        times[step],
+        times[step + 1] - times[step],
+        torch.tensor(float(steps)),
+    )
+    item["budget"] = torch.tensor(rng.uniform(routing.min_budget, 1.0)).float()
+    if routing.explore < 1:
+        item["explored"] = torch.from_numpy(rng.random((1 + paired, blocks)) < routing.explore)
+    if router.longest:
+        ages = np.cumsum(rng.geometric(routing.renewal, routing.recalled))
+        usable = int(np.sum((ages <= step) & (ages <= router.longest)))
+        # blocks that decide together remember the same step
+        together = router.branches is Branches.together
+        shape = (1 if together else 1 + paired, 1 if looks_ahead(router) else blocks)
+        picks = rng.integers(usable, size=shape) if usable else np.full(shape, -1)
+        item["ages"] = torch.from_numpy(np.where(ages <= step, ages, 0))
+        item["earlier"] = times[torch.from_numpy(np.maximum(step - ages, 0))]
+        item["picks"] = torch.from_numpy(np.broadcast_to(picks, (1 + paired, blocks)).copy())

@@ -1,0 +1,231 @@
+"""The small text-to-image model: flow matching on cached pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from elastic3d.diffusion.flow import interpolate, sample_timesteps, velocity
+from elastic3d.pipelines.backbones import Backbone, Text
+from elastic3d.pipelines.image_loading import quiet
+from elastic3d.pipelines.pixel_flux import (
+    MiniLM,
+    PixelFluxPipeline,
+    PixelModelConfig,
+    SmallBackbone,
+    build_transformer,
+)
+from elastic3d.training.datasets import Batch, Shuffle, item_generator, stack
+from elastic3d.training.options import StageName, TrainConfig
+from elastic3d.training.picture_cache import PictureCache, build_picture_cache, text_of
+from elastic3d.training.pictures import PictureConfig
+from elastic3d.training.runtime import first_process_first
+from elastic3d.training.samples import contact_sheet
+from elastic3d.utils.options import Options, option
+
+
+@dataclass(kw_only=True)
+class PictureFlowConfig(Options):
+    """How timesteps are drawn."""
+
+    logit_normal: bool = option(True, "timesteps from a logit-normal distribution; false: uniform")
+    shift: float = option(1.0, "timestep shift; above 1 trains more on noise", ge=1e-3, le=1e3)
+
+
+@dataclass(kw_only=True)
+class ImageStageConfig(PictureConfig, PictureFlowConfig):
+    """Pictures with captions, and the model that learns from them."""
+
+    model: PixelModelConfig = option(PixelModelConfig, "architecture")
+    drop_caption: float = option(
+        0.1, "share of samples without caption (classifier-free guidance)", ge=0, le=1
+    )
+    val_pictures: int = option(128, "pictures to validate on", ge=1, le=1 << 20)
+    sample_pictures: int = option(8, "sample pictures", ge=1, le=1 << 16)
+    sample_steps: int = option(25, "sampling steps of the sample pictures", ge=1, le=1000)
+    sample_guidance: float = option(3.0, "their guidance", ge=0, le=100)
+
+
+@dataclass(kw_only=True)
+class ImageTrainConfig(TrainConfig):
+    """Everything `scripts/train.py stage=image` takes."""
+
+    stage: StageName = option(StageName.image, "what to do")
+    image: ImageStageConfig = option(ImageStageConfig, "pictures with captions")
+
+    def network(self) -> nn.Module:
+        """The transformer."""
+        return build_transformer(self.image.model)
+
+    def sample_bytes(self) -> int:
+        """The picture's and the prompt's tokens in every block."""
+        model = self.image.model
+        tokens = (model.size // model.patch) ** 2 + model.text_length
+        return 2 * model.width * tokens * (model.double_blocks + model.single_blocks)
+
+
+class PictureFlow(nn.Module):
+    """Flow matching: mean squared error of the velocity (2210.02747)."""
+
+    def __init__(self, backbone: Backbone, size: int, guidance: float) -> None:
+        super().__init__()
+        self.backbone, self.size, self.guidance = backbone, (size, size), guidance
+        self.dit = backbone.transformer
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`latents`, `noise` (B,N,C), `t` (B,), `text/...` -> loss, nothing else to record."""
+        return self.squared_error(batch).mean(), {}
+
+    def squared_error(self, batch: Batch) -> Tensor:
+        """Of the predicted velocity, (B,N,C) fp32."""
+        x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
+        found = self.backbone.velocity(
+            self.dit, x_t, batch["t"], text_of(batch), self.size, self.guidance
+        ).float()
+        return (found - velocity(batch["noise"], batch["latents"])).square()
+
+
+@dataclass
+class PictureItems:
+    """Items: `latents`, `noise` (N,C), `t` (), `text/<name>`, that of the unconditional branch where it is dropped."""
+
+    pictures: PictureCache
+    config: PictureFlowConfig
+    drop_caption: float
+
+    def __post_init__(self) -> None:
+        self._shuffle = Shuffle(len(self.pictures))
+        self._negative = {f"text/{name}": value[0] for name, value in self.pictures.negative().items()}
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def item(self, position: int, seed: int) -> Batch:
+        """Item `position` of the shuffled stream."""
+        rng = item_generator(seed, position)
+        item = self.draw(self._shuffle(position, seed), int(rng.integers(1 << 16)), rng)
+        if rng.random() < self.drop_caption:
+            item |= self._negative
+        generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
+        item["t"] = sample_timesteps(1, generator, self.config.logit_normal, self.config.shift)[0]
+        return item
+
+    def draw(self, index: int, caption: int, rng: np.random.Generator) -> Batch:
+        """A picture, noise, and one of its captions."""
+        item = self.pictures.read(index, caption)
+        noise = rng.standard_normal(tuple(item["latents"].shape), dtype=np.float32)
+        return {**item, "noise": torch.from_numpy(noise)}
+
+    def fixed(self, count: int) -> Batch:
+        """The first `count` pictures with their first captions, the same noise every time."""
+        return stack([self.draw(i, 0, item_generator(0, i)) for i in range(min(count, len(self)))])
+
+
+class ImageStage:
+    """What the loop needs to train the small text-to-image model."""
+
+    def __init__(self, config: ImageTrainConfig) -> None:
+        self.config = image = config.image
+        with first_process_first(config):
+            with quiet():
+                text = MiniLM(image.model.text_length)
+            encoder = SmallBackbone(PixelFluxPipeline.build(image.model, None, text))
+            build_picture_cache(image, config.data, encoder, config.seed)
+        self.dit = build_transformer(image.model)
+        self.backbone = SmallBackbone(PixelFluxPipeline.build(image.model, self.dit, None))
+        self.flow = PictureFlow(self.backbone, image.model.size, image.model.guidance)
+        self.objective: nn.Module = self.flow
+        self._train = PictureCache(image.cache, "train")
+        self._val = PictureCache(image.cache, "val", image.val_pictures)
+        self._items = PictureItems(self._train, image, image.drop_caption)
+        self._val_items = PictureItems(self._val, image, 0.0)
+
+    def items(self) -> PictureItems:
+        """Cached training pictures, shuffled."""
+        return self._items
+
+    def rate_factor(self, name: str) -> float:
+        """Every parameter learns at the run's rate."""
+        return 1.0
+
+    def record(self) -> dict[str, Any]:
+        """What the run trains on."""
+        return {
+            "train_pictures": len(self._train),
+            "val_pictures": len(self._val),
+            "pictures": self._train.settings,
+        }
+
+    def validate(self, batch: int = 32) -> dict[str, float]:
+        """Velocity error on validation pictures at fixed noise and even times, with and without caption."""
+        device, whole = next(self.dit.parameters()).device, self._val_items.fixed(len(self._val))
+        count = len(whole["latents"])
+        whole["t"] = (7 * torch.arange(count) % count + 0.5) / count
+        blind = {**whole, **_all_rows(self._val.negative(), count)}
+        means = []
+        for items in (whole, blind):
+            parts = [
+                self.flow.squared_error({k: v[first : first + batch].to(device) for k, v in items.items()})
+                for first in range(0, count, batch)
+            ]
+            means.append(torch.cat([part.mean((1, 2)).cpu() for part in parts]).mean().item())
+        return {"val/flow": means[0], "val/flow_without_caption": means[1]}
+
+    def samples(self) -> dict[str, np.ndarray]:
+        """Rows of validation pictures: the picture, what is generated from its caption."""
+        image = self.config
+        items = self._val_items.fixed(image.sample_pictures)
+        latents = generate_latents(
+            self.backbone,
+            text_of(items),
+            self._val.negative(),
+            self.flow.size,
+            image.sample_steps,
+            image.sample_guidance,
+        )
+        return {"generated": picture_sheet(self.backbone, [items["latents"], latents], self.flow.size)}
+
+
+def generate_latents(
+    backbone: Backbone, text: Text, negative: Text, size: tuple[int, int], steps: int, guidance: float
+) -> Tensor:
+    """Latents (B,N,C) of cached prompts from the pipeline's own loop, sample b from seed b."""
+    dit = backbone.transformer
+    parameter = next(dit.parameters())
+
+    def placed(part: Text) -> Text:
+        return {
+            name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+            for name, value in part.items()
+        }
+
+    text = placed(text)
+    count = len(next(iter(text.values())))
+    return backbone.pipe(
+        **text,
+        **backbone.guidance_arguments(guidance, count, placed(negative)),
+        width=size[0],
+        height=size[1],
+        num_inference_steps=steps,
+        generator=[torch.Generator().manual_seed(i) for i in range(count)],
+        output_type="latent",
+        return_dict=False,
+    )[0].float()
+
+
+def picture_sheet(backbone: Backbone, rows: list[Tensor], size: tuple[int, int]) -> np.ndarray:
+    """Rows of latents (B,N,C) as one picture."""
+    device = next(backbone.pipe.vae.parameters(), torch.zeros(0)).device
+    sheet = []
+    for row in rows:
+        pictures = backbone.decode(row.to(device), size).float().clamp(0, 1)
+        sheet.append(list((255 * pictures).round().byte().permute(0, 2, 3, 1).cpu().numpy()))
+    return contact_sheet(sheet)
+
+
+def _all_rows(text: Text, count: int) -> Batch:
+    return {f"text/{name}": value.expand(count, *value.shape[1:]) for name, value in text.items()}

@@ -1,0 +1,92 @@
+"""What happens to a rendered view before the image encoder sees it: views closer to what people give.
+
+A clean render of the object alone is the exception in practice. Users bring images with a soft shadow on the floor,
+small or compressed ones, pale objects on white, other exposures. Each of these is drawn for a share of the views.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+SHADOW, SMALL, COMPRESSED, PALE, EXPOSED, GREY = 0.25, 0.25, 0.3, 0.08, 0.4, 0.05  # shares of the views
+
+
+def augment_view(view: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """An RGBA view of an object alone -> RGBA of the same size: exposure, shadow, low resolution, compression."""
+    if rng.random() < PALE:
+        view = pale(view, float(rng.uniform(0.4, 0.75)))
+    if rng.random() < GREY:
+        view = _with_colour(view, np.asarray(view.convert("L").convert("RGB")))
+    if rng.random() < EXPOSED:
+        view = expose(view, float(rng.uniform(0.65, 1.5)), float(rng.uniform(0.85, 1.15)))
+    if rng.random() < SHADOW:
+        view = floor_shadow(
+            view, float(rng.uniform(0.1, 0.45)), float(rng.uniform(-1, 1)), rng.uniform(0.02, 0.06)
+        )
+    if rng.random() < SMALL:
+        view = reduce_resolution(view, int(rng.integers(40, 112)))
+    if rng.random() < COMPRESSED:
+        view = compress(view, int(rng.integers(20, 80)))
+    return view
+
+
+def pale(view: Image.Image, share: float) -> Image.Image:
+    """Colours (H,W) moved towards white by `share`, so that a light object on white has little contrast."""
+    colour = np.asarray(view.convert("RGB")).astype(np.float32)
+    return _with_colour(view, colour + share * (245 - colour))
+
+
+def expose(view: Image.Image, gamma: float, gain: float) -> Image.Image:
+    """Another exposure: value -> gain * value^gamma, values in [0, 1]."""
+    colour = np.asarray(view.convert("RGB")).astype(np.float32) / 255
+    return _with_colour(view, 255 * gain * colour**gamma)
+
+
+def floor_shadow(view: Image.Image, strength: float, slant: float, softness: float) -> Image.Image:
+    """A soft dark patch on a floor under the object, part of the image as with a poor cut-out.
+
+    The silhouette, flattened to a fifth of its height at its foot and slanted to one side, is blurred by `softness`
+    of the image's side. Its opacity is at most `strength`, so that the box around the object does not grow by it.
+    """
+    alpha = np.asarray(view.getchannel("A")).astype(np.float32) / 255
+    rows = np.nonzero(alpha.max(axis=1) > 0.5)[0]
+    if not len(rows):
+        return view
+    foot, height = int(rows[-1]), int(rows[-1] - rows[0] + 1)
+    row, column = np.mgrid[: alpha.shape[0], : alpha.shape[1]].astype(np.float32)
+    above = (foot + 0.05 * height - row) * 5  # a row of the floor shows what stands so far above the foot
+    shadow = ndimage.map_coordinates(alpha, [foot - above, column - slant * above * 0.5], order=1, cval=0.0)
+    shadow = strength * ndimage.gaussian_filter(shadow, softness * len(alpha))
+    colour = np.asarray(view.convert("RGB")).astype(np.float32)
+    total = alpha + shadow * (1 - alpha)
+    mixed = colour * (alpha / np.maximum(total, 1e-6))[..., None]  # the shadow itself is black
+    return _rgba(mixed, 255 * total)
+
+
+def reduce_resolution(view: Image.Image, side: int) -> Image.Image:
+    """The view as it comes out of an image of `side` pixels."""
+    small = view.resize((side, side), Image.Resampling.BOX)
+    return small.resize(view.size, Image.Resampling.BICUBIC)
+
+
+def compress(view: Image.Image, quality: int) -> Image.Image:
+    """The artefacts of JPEG on white; the mask stays."""
+    flat = Image.new("RGBA", view.size, "white")
+    flat.alpha_composite(view)
+    buffer = io.BytesIO()
+    flat.convert("RGB").save(buffer, "JPEG", quality=quality)
+    return _with_colour(view, np.asarray(Image.open(buffer).convert("RGB")))
+
+
+def _with_colour(view: Image.Image, colour: NDArray[np.generic]) -> Image.Image:
+    return _rgba(np.asarray(colour, np.float32), np.asarray(view.getchannel("A")).astype(np.float32))
+
+
+def _rgba(colour: NDArray[np.float32], alpha: NDArray[np.float32]) -> Image.Image:
+    both = np.concatenate([colour, alpha[..., None]], axis=-1)
+    return Image.fromarray(both.round().clip(0, 255).astype(np.uint8), "RGBA")

@@ -1,0 +1,163 @@
+"""What stages share: the loop's options, the data, and where a run lies. Each stage's own are beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from elastic3d.utils.devices import DeviceChoice
+from elastic3d.utils.options import Options, option
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MAX_STEPS = 1 << 40
+
+
+class StageName(Enum):
+    """What `scripts/train.py` does."""
+
+    vae = "vae"
+    cache = "cache"
+    dit = "dit"
+    image = "image"
+    router = "router"
+    image_router = "image_router"
+    updates = "updates"
+    export = "export"
+    calibrate = "calibrate"
+
+
+class Precision(Enum):
+    """Number format of training; masters, moments and averages are fp32 in all of them.
+
+    `bf16_master` keeps the model itself in bf16, the optimizer steps fp32 copies of its weights;
+    `bf16_autocast` keeps fp32 weights and casts inside the forward pass.
+    """
+
+    bf16_master = "bf16_master"
+    bf16_autocast = "bf16_autocast"
+    fp32 = "fp32"
+
+
+class Schedule(Enum):
+    """Learning rate after the warm-up; `trapezoid` is constant, then linear to zero over `decay_steps`."""
+
+    constant = "constant"
+    cosine = "cosine"
+    linear = "linear"
+    trapezoid = "trapezoid"
+
+
+class OptimizerName(Enum):
+    """How weights are stepped; `muon` orthogonalises the steps of the blocks' matrices, AdamW does the rest."""
+
+    adamw = "adamw"
+    muon = "muon"
+
+
+@dataclass(kw_only=True)
+class StageConfig(Options):
+    """What every stage has."""
+
+    stage: StageName = option(StageName.vae, "what to do")
+    seed: int = option(0, "of initialisation, data order, augmentation and noise", ge=0, le=2**63 - 1)
+    device: DeviceChoice = option(DeviceChoice.auto, "where to compute")
+
+
+@dataclass(kw_only=True)
+class LoopConfig(StageConfig):
+    """Optimisation, validation and checkpoints."""
+
+    steps: int = option(10_000, "optimizer steps", ge=1, le=MAX_STEPS)
+    batch: int = option(
+        8, "samples of one optimizer step, over all processes and micro-batches", ge=1, le=1 << 24
+    )
+    accumulate: int = option(1, "micro-batches of one optimizer step", ge=1, le=1 << 24)
+    learning_rate: float = option(1e-3, "peak learning rate", ge=0, le=10)
+    optimizer: OptimizerName = option(OptimizerName.adamw, "how weights are stepped")
+    warmup: int = option(200, "steps of linear warm-up", ge=0, le=MAX_STEPS)
+    schedule: Schedule = option(Schedule.cosine, "learning rate after the warm-up")
+    decay_steps: int = option(1000, "last steps, in which the trapezoid goes to zero", ge=0, le=MAX_STEPS)
+    beta1: float = option(0.9, "AdamW's first-moment decay", ge=0, lt=1, advanced=True)
+    beta2: float = option(0.99, "AdamW's second-moment decay", ge=0, lt=1, advanced=True)
+    weight_decay: float = option(
+        0.01, "AdamW's decoupled weight decay; vectors and scalars are exempt", ge=0, le=100
+    )
+    clip: float = option(1.0, "largest gradient norm; 0 does not clip", ge=0, le=1e12)
+    ema: float = option(0.999, "decay of the averaged weights, after its own warm-up", ge=0, lt=1)
+    precision: Precision = option(Precision.bf16_master, "number format of training")
+    gradient_checkpointing: bool = option(False, "recompute the blocks' activations in the backward pass")
+    compile: bool = option(False, "compile the model's blocks with torch.compile; needs a C++ compiler")
+    workers: int = option(0, "processes that read data; 0 reads in the training process", ge=0, le=1024)
+    max_minutes: float = option(
+        0.0, "stop cleanly, with a checkpoint, after this time; 0 never does", ge=0, le=1e9
+    )
+    resume: bool = option(True, "go on from the newest whole checkpoint of this run")
+    init_from: Path | None = option(
+        None,
+        "what a new run starts from: a checkpoint folder (its averaged weights) or a model, such as shape-small",
+    )
+    init_new: list[str] = option(
+        [],
+        "parameters that init_from's checkpoint may lack, by name: they keep their initial values",
+        advanced=True,
+    )
+    log_every: int = option(20, "steps between scalars", ge=1, le=MAX_STEPS)
+    validate_every: int = option(500, "steps between validations; 0 never validates", ge=0, le=MAX_STEPS)
+    sample_every: int = option(2000, "steps between sample pictures; 0 never draws any", ge=0, le=MAX_STEPS)
+    save_every: int = option(500, "steps between checkpoints", ge=1, le=MAX_STEPS)
+    keep: int = option(2, "newest checkpoints to keep", ge=1, le=1 << 20)
+
+    def check(self) -> None:
+        """Micro-batches are of one size."""
+        super().check()
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch {self.batch} is no multiple of accumulate {self.accumulate}")
+
+
+@dataclass(kw_only=True)
+class DataConfig(Options):
+    """Where prepared shapes lie and which of them to use."""
+
+    prepared: Path = option(Path("data/prepared"), "folder of prepared sources (scripts/prepare_data.py)")
+    train: list[Path] = option([Path("data/splits/train.txt")], "lists of source/id to train on")
+    val: list[Path] = option([Path("data/splits/val.txt")], "lists of source/id to validate on")
+    limit: int = option(0, "use the first N training shapes; 0 uses all", ge=0, le=1 << 40)
+    preload: bool = option(False, "read every shape into memory at the start instead of mapping the files")
+
+
+@dataclass(kw_only=True)
+class RunConfig(StageConfig):
+    """A run has a name, and a folder of that name."""
+
+    name: str = option("vae", "name of the run: its folder under `runs`", lengths=(1, 200))
+    runs: Path = option(Path("runs"), "folder of all runs")
+
+    def check(self) -> None:
+        """The name is that of one folder."""
+        super().check()
+        if "/" in self.name or "\0" in self.name or self.name in (".", ".."):
+            raise ValueError(f"name is {self.name!r}, expected a folder name")
+
+    @property
+    def folder(self) -> Path:
+        """Where this run's checkpoints and curves go."""
+        return self.runs / self.name
+
+
+@dataclass(kw_only=True)
+class TrainConfig(LoopConfig, RunConfig):
+    """What every stage that trains has."""
+
+    data: DataConfig = option(DataConfig, "prepared shapes")
+
+    def network(self) -> nn.Module | None:
+        """A network of the architecture that is trained; None where it comes from a file."""
+        return None
+
+    def sample_bytes(self) -> int:
+        """Memory that a sample needs at the very least, in bytes: its data, and each block's input."""
+        return 0

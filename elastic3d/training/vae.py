@@ -1,0 +1,313 @@
+"""The shape VAE: its training items, objective and stage."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from elastic3d.models.options import VAEConfig
+from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.training.datasets import (
+    Batch,
+    PreparedShapes,
+    Shuffle,
+    item_generator,
+    open_split,
+    pick,
+    record_of_shapes,
+    stack,
+)
+from elastic3d.training.options import StageName, TrainConfig
+from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture
+from elastic3d.utils.options import Options, option
+
+STORED = ("surface", "sharp", "near", "volume")
+HALF_EXTENT = 0.95  # of the longest side of a prepared shape
+MAX_POINTS = 1 << 20  # of one kind, a shape
+
+
+class FieldLoss(Enum):
+    """What the field decoder learns."""
+
+    occupancy = "occupancy"
+    tsdf = "tsdf"
+
+
+@dataclass(kw_only=True)
+class AugmentConfig(Options):
+    """Changes to a training shape. Mirror, rotation and uniform scale keep distances exact."""
+
+    mirror: bool = option(True, "mirror half of the shapes left to right (x)")
+    scale_min: float = option(0.8, "smallest uniform scale; 1 does not scale", ge=0.1, le=1)
+    stretch_min: float = option(
+        1.0, "smallest further scale of a single axis; distances become lower bounds", ge=0.1, le=1
+    )
+    rotate_degrees: float = option(0.0, "largest rotation about the vertical axis", ge=0, le=180)
+
+
+@dataclass(kw_only=True)
+class FieldLossConfig(Options):
+    """How a decoded field is compared with distances."""
+
+    loss: FieldLoss = option(FieldLoss.occupancy, "soft occupancy or truncated signed distance")
+    softness: float = option(
+        0.01, "distance over which soft occupancy goes from 1/2 to 0.73", ge=1e-6, le=1, advanced=True
+    )
+    truncation: float = option(
+        0.1, "distance at which the signed distance is cut", ge=1e-6, le=2, advanced=True
+    )
+
+
+@dataclass(kw_only=True)
+class SurfaceConfig(Options):
+    """What the encoder reads of a shape."""
+
+    surface_points: int = option(2048, "surface points the encoder reads", ge=1, le=MAX_POINTS)
+    sharp_points: int = option(
+        0, "points on sharp edges the encoder reads besides", ge=0, le=MAX_POINTS, advanced=True
+    )
+    anchor_spread: float = option(
+        0.0,
+        "anchored: standard deviation of an anchor's offset from the surface, before it is read",
+        ge=0,
+        le=1,
+    )
+
+
+@dataclass(kw_only=True)
+class VAEStageConfig(SurfaceConfig, FieldLossConfig):
+    """The shape VAE's training."""
+
+    model: VAEConfig = option(VAEConfig, "architecture")
+    augment: AugmentConfig = option(AugmentConfig, "changes to training shapes")
+    near_queries: int = option(768, "field queries near the surface", ge=0, le=MAX_POINTS)
+    volume_queries: int = option(256, "field queries anywhere in the box", ge=0, le=MAX_POINTS)
+    kl_weight: float = option(1e-5, "weight of the KL term", ge=0, le=1e6)
+    val_shapes: int = option(64, "shapes to validate on", ge=1, le=1 << 20)
+    val_queries: int = option(4096, "field queries of each kind for a validation shape", ge=1, le=MAX_POINTS)
+    sample_resolution: int = option(64, "grid cells a side of the sample pictures", ge=8, le=512)
+
+    def check(self) -> None:
+        """There is a query."""
+        super().check()
+        if self.near_queries + self.volume_queries < 1:
+            raise ValueError("near_queries and volume_queries are both 0, expected at least one query")
+
+
+@dataclass(kw_only=True)
+class VAETrainConfig(TrainConfig):
+    """Everything `scripts/train.py stage=vae` takes."""
+
+    stage: StageName = option(StageName.vae, "what to do")
+    vae: VAEStageConfig = option(VAEStageConfig, "shape VAE")
+
+    def network(self) -> nn.Module:
+        """The VAE."""
+        return ShapeVAE(self.vae.model)
+
+    def sample_bytes(self) -> int:
+        """Points; the latents' tokens in every layer; a token a query."""
+        vae, model = self.vae, self.vae.model
+        points = 28 * (vae.surface_points + vae.sharp_points)
+        tokens = model.num_latents * (model.encoder_layers + model.decoder_layers)
+        queries = vae.near_queries + vae.volume_queries
+        return points + 2 * model.width * tokens + (16 + 2 * model.width // model.geo_downsample) * queries
+
+
+# ------------------------------------------------------------------------------------------------- items
+
+
+def augment(item: Batch, config: AugmentConfig, rng: np.random.Generator) -> Batch:
+    """Mirror, stretch, rotate and scale an item: `surface` and `sharp` (P,6), `points` (Q,3), `distance`
+    (Q,).
+
+    Mirror (x), rotation (Y) and uniform scale transform distances exactly. A stretch by factors s per axis
+    keeps the sign; the distance becomes d * min(s), the largest value that is never too long. A shape that a
+    rotation carries out of its box is scaled back into it.
+    """
+    stretch = torch.from_numpy(rng.uniform(config.stretch_min, 1.0, 3)).float()
+    scale = rng.uniform(config.scale_min, 1.0)
+    angle = math.radians(rng.uniform(-config.rotate_degrees, config.rotate_degrees))
+    side = -1.0 if config.mirror and rng.random() < 0.5 else 1.0
+    turn = torch.tensor(
+        [[math.cos(angle), 0.0, math.sin(angle)], [0.0, 1.0, 0.0], [-math.sin(angle), 0.0, math.cos(angle)]]
+    )
+    matrix = turn @ torch.diag(stretch) @ torch.diag(torch.tensor([side, 1.0, 1.0]))
+    reach = (item["surface"][:, :3] @ matrix.T).abs().max().item()
+    scale *= min(1.0, HALF_EXTENT / max(reach, 1e-6)) if angle else 1.0
+    cofactor = turn @ torch.diag(1 / stretch) @ torch.diag(torch.tensor([side, 1.0, 1.0]))
+
+    def moved(points: Tensor) -> Tensor:
+        normals = torch.nn.functional.normalize(points[:, 3:] @ cofactor.T, dim=-1)
+        return torch.cat([points[:, :3] @ (scale * matrix).T, normals], dim=-1)
+
+    changed: Batch = {name: moved(item[name]) for name in ("surface", "sharp") if name in item}
+    changed["points"] = item["points"] @ (scale * matrix).T
+    changed["distance"] = item["distance"] * (scale * stretch.min().item())
+    return {**item, **changed}
+
+
+@dataclass
+class VAEItems:
+    """Items: `surface` (P,6), `points` (Q,3), `distance` (Q,), `noise` (N,C), also `sharp` (S,6), `offsets` (N,3)."""
+
+    shapes: PreparedShapes
+    config: VAEStageConfig
+
+    def __post_init__(self) -> None:
+        self._shuffle = Shuffle(len(self.shapes))
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def item(self, position: int, seed: int) -> Batch:
+        """Item `position` of the shuffled, augmented stream."""
+        rng = item_generator(seed, position)
+        item = self.draw(self.shapes.ids[self._shuffle(position, seed)], rng)
+        item = augment(item, self.config.augment, rng)
+        model = self.config.model
+        noise = rng.standard_normal((model.num_latents, model.channels), dtype=np.float32)
+        return {**item, **self.offsets(rng), "noise": torch.from_numpy(noise)}
+
+    def offsets(self, rng: np.random.Generator) -> Batch:
+        """`offsets` (N,3) of the anchors from the surface, where there are any."""
+        spread, count = self.config.anchor_spread, self.config.model.num_latents
+        if not (self.config.model.anchored and spread):
+            return {}
+        return {"offsets": torch.from_numpy(spread * rng.standard_normal((count, 3), dtype=np.float32))}
+
+    def draw(self, id: str, rng: np.random.Generator) -> Batch:
+        """A random subset of a shape's stored points."""
+        config = self.config
+        near = pick(self.shapes.read(id, "near"), config.near_queries, rng)
+        volume = pick(self.shapes.read(id, "volume"), config.volume_queries, rng)
+        queries = torch.cat([near, volume])
+        surface = self.shapes.read(id, "surface")
+        item = {
+            "surface": pick(surface, config.surface_points, rng),
+            "points": queries[:, :3].contiguous(),
+            "distance": queries[:, 3].contiguous(),
+        }
+        if config.sharp_points:
+            sharp = self.shapes.read(id, "sharp")
+            item["sharp"] = pick(sharp if len(sharp) else surface, config.sharp_points, rng)
+        return item
+
+
+# --------------------------------------------------------------------------------------- objective and stage
+
+
+class VAEObjective(nn.Module):
+    """Field loss + KL of a batch of shapes."""
+
+    def __init__(self, vae: ShapeVAE, config: VAEStageConfig) -> None:
+        super().__init__()
+        self.vae, self.config = vae, config
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Batch of `VAEItems` -> loss and what it is made of. `noise` (B,N,C) draws the latents."""
+        posterior = self.vae.encode(batch["surface"], batch.get("sharp"), batch.get("offsets"))
+        raw = posterior.mean + batch["noise"] * (0.5 * posterior.logvar).exp()
+        field = self.vae.query(batch["points"], self.vae.decode(self.vae.to_latents(raw)))
+        loss = field_loss(field, batch["distance"], self.config)
+        kl = posterior.kl().mean()
+        inside = batch["distance"] > 0
+        accuracy = ((field > 0) == inside).float().mean()
+        values = {"field": loss.detach(), "kl": kl.detach(), "accuracy": accuracy}
+        return loss + self.config.kl_weight * kl, values
+
+
+def field_loss(field: Tensor, distance: Tensor, config: FieldLossConfig) -> Tensor:
+    """Mean loss of the field (B,Q) at points of signed distance (B,Q), both positive inside.
+
+    Occupancy: binary cross-entropy against sigmoid(distance / softness), the soft margin of the sign;
+    less the target's own entropy, so that a perfect field has loss 0. Or L1 to the distance, truncated
+    and divided by the truncation.
+    """
+    if config.loss is FieldLoss.tsdf:
+        return nn.functional.l1_loss(field, (distance / config.truncation).clamp(-1.0, 1.0))
+    target = torch.sigmoid(distance / config.softness)
+    entropy = nn.functional.binary_cross_entropy(target, target)
+    return nn.functional.binary_cross_entropy_with_logits(field, target) - entropy
+
+
+def inside_logits(field: Tensor, config: FieldLossConfig) -> Tensor:
+    """The field as logits of being inside, as soft as occupancy: it is so already, or the distance is."""
+    return field if config.loss is FieldLoss.occupancy else field * (config.truncation / config.softness)
+
+
+class VAEStage:
+    """What the loop needs to train a `ShapeVAE` on prepared shapes."""
+
+    def __init__(self, config: VAETrainConfig) -> None:
+        self.config = config.vae
+        self.vae = ShapeVAE(config.vae.model)
+        self.objective: nn.Module = VAEObjective(self.vae, config.vae)
+        self._train = open_split(config.data, config.data.train, STORED, config.data.limit)
+        self._val = open_split(config.data, config.data.val, STORED, config.vae.val_shapes)
+        self._items = VAEItems(self._train, config.vae)
+
+    def items(self) -> VAEItems:
+        """Training shapes, shuffled and augmented."""
+        return self._items
+
+    def rate_factor(self, name: str) -> float:
+        """Every parameter learns at the run's rate."""
+        return 1.0
+
+    def record(self) -> dict[str, int]:
+        """What the run trains on."""
+        return record_of_shapes(self._train, self._val)
+
+    def validate(self, batch: int = 8) -> dict[str, float]:
+        """Volume IoU and near-surface accuracy of validation shapes at fixed points, from mean latents."""
+        device = next(self.vae.parameters()).device
+        rows: list[list[float]] = []
+        for first in range(0, len(self._val), batch):
+            items = [self._fixed(i) for i in range(first, min(first + batch, len(self._val)))]
+            on_device = {name: tensor.to(device) for name, tensor in stack(items).items()}
+            field = self._field(on_device)
+            loss = field_loss(field, on_device["distance"], self.config)
+            said, true = field > 0, on_device["distance"] > 0
+            near, volume = slice(None, self.config.val_queries), slice(self.config.val_queries, None)
+            both = (said & true)[:, volume].sum(1).float()
+            either = (said | true)[:, volume].sum(1).clamp(min=1)
+            accuracy = (said == true)[:, near].float().mean(1)
+            rows += [
+                [i, a, loss.item()] for i, a in zip((both / either).tolist(), accuracy.tolist(), strict=True)
+            ]
+        iou, accuracy, loss = np.mean(rows, axis=0)
+        return {"val/volume_iou": float(iou), "val/near_accuracy": float(accuracy), "val/field": float(loss)}
+
+    def samples(self, count: int = 6) -> dict[str, np.ndarray]:
+        """Views of reconstructed validation shapes."""
+        device = next(self.vae.parameters()).device
+        items = stack([self._fixed(i) for i in range(min(count, len(self._val)))])
+        posterior = self.vae.encode(items["surface"].to(device), _to(items.get("sharp"), device))
+        latents = self.vae.to_latents(posterior.mean)
+        meshes = field_meshes(self.vae, latents, self.config.sample_resolution)
+        return {"reconstruction": contact_sheet([[mesh_picture(mesh) for mesh in meshes]])}
+
+    def _field(self, batch: Batch) -> Tensor:
+        posterior = self.vae.encode(batch["surface"], batch.get("sharp"))
+        tokens = self.vae.decode(self.vae.to_latents(posterior.mean))
+        return self.vae.query(batch["points"], tokens)
+
+    def _fixed(self, index: int) -> Batch:
+        """A validation shape with the same points every time: near queries, then volume queries."""
+        shapes, config = self._val, self.config
+        id, rng = shapes.ids[index], item_generator(0, index)
+        queries = torch.cat(
+            [pick(shapes.read(id, kind), config.val_queries, rng) for kind in ("near", "volume")]
+        )
+        item = VAEItems(shapes, config).draw(id, rng)
+        return {**item, "points": queries[:, :3], "distance": queries[:, 3]}
+
+
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)

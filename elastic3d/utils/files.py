@@ -1,0 +1,148 @@
+"""Files in general: written whole or not at all, read only where they are ordinary files, found below a folder."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import secrets
+import stat
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from elastic3d.utils.errors import UserError
+
+_NAME_BYTES = 100  # of a file's stem in its temporary name; file systems take names of 255 bytes
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path` with the same suffix, renamed to `path` when the block ends well.
+
+    If the block raises or is interrupted, the temporary file goes and `path` stays as it was. Missing parent
+    folders are made.
+
+    Raises:
+        UserError: the place can't be written, or writing ended in an operating system error.
+    """
+    path = Path(path)
+    if os.path.isdir(path):  # noqa: PTH112 (unlike Path.is_dir it never raises, for example for a long name)
+        raise UserError(f"can't write {printable(path)}: it is a folder, expected a file name")
+    stem = os.fsencode(path.stem)[:_NAME_BYTES].decode("utf-8", "ignore")
+    temporary = path.with_name(f".{stem}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"can't write {printable(path)}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):  # renamed, or never made
+            temporary.unlink()
+
+
+def check_file(path: str | os.PathLike[str], what: str = "a file", limit: int | None = None) -> Path:
+    """`path`, which is an ordinary file that can be read and is not empty.
+
+    Pipes and devices are refused: reading one may wait, or go on, for ever.
+
+    Args:
+        what: is expected there, for the message, such as "an image".
+        limit: bytes that it may have.
+
+    Raises:
+        UserError: says what `path` is instead.
+    """
+    path, name = Path(path), printable(path)
+    try:
+        found = path.stat()
+        if stat.S_ISREG(found.st_mode):
+            with path.open("rb") as file:
+                empty = not file.read(1)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {name}") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise UserError(f"can't read {name}: {getattr(error, 'strerror', None) or error}") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{name} is a folder, expected {what}")
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{name} is a pipe or a device, expected {what}")
+    if empty:
+        raise UserError(f"{name} is empty, expected {what}")
+    if limit is not None and found.st_size > limit:
+        raise UserError(f"{name} has {found.st_size:,} bytes, expected {what} of at most {limit:,}")
+    return path
+
+
+def read_text(path: str | os.PathLike[str], what: str = "a text file", limit: int = 1 << 28) -> str:
+    """The UTF-8 text of an ordinary file. UserError as `check_file`, or where it is no text."""
+    path = check_file(path, what, limit)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{printable(path)} is broken or no text, expected {what}: {error}") from error
+    except OSError as error:
+        raise UserError(f"can't read {printable(path)}: {error.strerror or error}") from error
+
+
+def file_sha256(*paths: Path) -> str:
+    """SHA-256 (hex) of one file's bytes; of several, that of their digests one after the other."""
+    digests = []
+    for path in paths:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        digests.append(digest)
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+
+
+def printable(name: str | os.PathLike[str]) -> str:
+    r"""A name as text that any file and terminal takes: a byte that is no UTF-8 becomes `\xf6`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def name_key(name: str) -> str:
+    """Equal for names that some file system takes for one: upper and lower case, composed and decomposed accents."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def visible_files(folder: Path, recursive: bool = True) -> list[Path]:
+    """The files of a folder, sorted by path, those below links to folders included.
+
+    Hidden files and folders are left out, `._chair.png` among them, which macOS writes beside `chair.png` on foreign
+    disks. A link back to a folder it lies in is not followed. UserError if the folder can't be read.
+    """
+
+    def walk(place: Path, above: frozenset[str]) -> Iterator[Path]:
+        try:
+            entries = sorted(entry for entry in place.iterdir() if not entry.name.startswith("."))
+        except OSError as error:
+            raise UserError(f"can't read {printable(place)}: {error.strerror or error}") from error
+        for entry in entries:
+            if entry.is_file():
+                yield entry
+            elif recursive and entry.is_dir() and (real := os.path.realpath(entry)) not in above:
+                yield from walk(entry, above | {real})
+
+    return sorted(walk(folder, frozenset([os.path.realpath(folder)])))
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """The files that a glob pattern matches, sorted; `**` matches folders of any depth.
+
+    A part that is the name of a folder is that folder: brackets in it are no pattern.
+    """
+    folder, *rest = (Path(pattern).anchor or ".", *Path(pattern).relative_to(Path(pattern).anchor).parts)
+    place = Path(folder)
+    while rest and (place / rest[0]).is_dir():
+        place /= rest.pop(0)
+    found = glob.glob(str(Path(*rest)), root_dir=place, recursive=True)  # noqa: PTH207 (hidden files are left out)
+    return [path for path in (place / name for name in sorted(found)) if path.is_file()]

@@ -1,0 +1,182 @@
+"""ComfyUI nodes: load a model, an image to a mesh with a dial for speed, save and preview the mesh.
+
+Installation: `pip install elastic3d` into ComfyUI's Python and copy this folder to `ComfyUI/custom_nodes/elastic3d`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+CATEGORY = "3d/elastic3d"
+PREVIEW_VIEWS, PREVIEW_SIZE = 4, 256
+
+
+class Elastic3DLoadModel:
+    """A model folder, or the bundled model, as a pipeline on a device."""
+
+    CATEGORY, FUNCTION = CATEGORY, "load"
+    RETURN_TYPES, RETURN_NAMES = ("ELASTIC3D",), ("model",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 (ComfyUI's name)
+        """What ComfyUI draws."""
+        return {
+            "required": {
+                "model": ("STRING", {"default": "shape-small", "tooltip": "name or folder of the model"}),
+                "device": (["auto", "cuda", "mps", "cpu"],),
+            }
+        }
+
+    def load(self, model: str, device: str) -> tuple[Any]:
+        """The pipeline."""
+        from elastic3d import ImageTo3DPipeline
+
+        return (ImageTo3DPipeline.from_pretrained(model, device=device),)
+
+
+class Elastic3DImageToMesh:
+    """Images (B,H,W,3 or 4) in [0,1], and masks (B,H,W) that are 1 on the object -> one mesh an image."""
+
+    CATEGORY, FUNCTION = CATEGORY, "generate"
+    RETURN_TYPES, RETURN_NAMES = ("TRIMESH", "STRING"), ("meshes", "metadata")
+    OUTPUT_IS_LIST = (True, True)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        """What ComfyUI draws."""
+        return {
+            "required": {
+                "model": ("ELASTIC3D",),
+                "image": ("IMAGE",),
+                "seed": ("INT", {"default": 0, "min": 0, "max": 2**63 - 1, "control_after_generate": True}),
+                "budget": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.05,
+                        "tooltip": "share of the dense model's FLOPs; 0: the model's default",
+                    },
+                ),
+                "steps": ("INT", {"default": 0, "min": 0, "max": 1000, "tooltip": "0: the model's default"}),
+                "resolution": ("INT", {"default": 256, "min": 8, "max": 512, "step": 8}),
+                "max_faces": ("INT", {"default": 40_000, "min": 100, "max": 1_000_000}),
+            },
+            "optional": {
+                "mask": ("MASK", {"tooltip": "1 on the object; else the background has to be plain"})
+            },
+        }
+
+    def generate(
+        self,
+        model: Any,
+        image: torch.Tensor,
+        seed: int,
+        budget: float,
+        steps: int,
+        resolution: int,
+        max_faces: int,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[list[Any], list[str]]:
+        """Meshes and how each was made, as JSON. ValueError if an image shows no object."""
+        import json
+
+        options = {"resolution": resolution, "max_faces": max_faces}
+        options |= {name: value for name, value in (("budget", budget), ("steps", steps)) if value}
+        results = model(to_images(image, mask), seed=seed, **options)
+        return [result.mesh for result in results], [json.dumps(result.receipt) for result in results]
+
+
+class Elastic3DSaveMesh:
+    """Writes a mesh into ComfyUI's output folder."""
+
+    CATEGORY, FUNCTION = CATEGORY, "save"
+    RETURN_TYPES, RETURN_NAMES = ("STRING",), ("path",)
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        """What ComfyUI draws."""
+        return {
+            "required": {
+                "mesh": ("TRIMESH",),
+                "filename_prefix": ("STRING", {"default": "elastic3d/mesh"}),
+                "format": (["glb", "obj", "ply", "stl"],),
+            },
+            "optional": {"metadata": ("STRING", {"forceInput": True})},
+        }
+
+    def save(self, mesh: Any, filename_prefix: str, format: str, metadata: str = "{}") -> dict[str, Any]:
+        """The file's path, numbered so that nothing is overwritten."""
+        import json
+
+        import folder_paths  # ComfyUI's own
+
+        from elastic3d.geometry.mesh_io import save_mesh
+
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory()
+        )
+        path = Path(folder) / f"{name}_{counter:05d}_.{format}"
+        while path.exists():
+            counter += 1
+            path = path.with_name(f"{name}_{counter:05d}_.{format}")
+        save_mesh(mesh, path, extras=json.loads(metadata), name=name)
+        shown = {"filename": path.name, "subfolder": subfolder, "type": "output"}
+        return {"ui": {"3d": [shown]}, "result": (str(path),)}
+
+
+class Elastic3DPreviewMesh:
+    """Views of a mesh from all round, as an image for ComfyUI's own preview."""
+
+    CATEGORY, FUNCTION = CATEGORY, "preview"
+    RETURN_TYPES, RETURN_NAMES = ("IMAGE",), ("views",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        """What ComfyUI draws."""
+        return {"required": {"mesh": ("TRIMESH",)}}
+
+    def preview(self, mesh: Any) -> tuple[torch.Tensor]:
+        """(1, H, W, 3) in [0, 1]."""
+        from elastic3d.pipelines.preview import turntable
+
+        strip = turntable(mesh, PREVIEW_VIEWS, PREVIEW_SIZE)
+        return (torch.from_numpy(np.asarray(strip).astype(np.float32) / 255)[None],)
+
+
+def to_images(image: torch.Tensor, mask: torch.Tensor | None) -> list[Image.Image]:
+    """ComfyUI's image batch (and mask) as PIL images. ValueError if their numbers differ."""
+    if mask is not None and len(mask) not in (1, len(image)):
+        raise ValueError(f"mask has {len(mask)} images, expected 1 or {len(image)}")
+    found = []
+    for index, pixels in enumerate(image):
+        array = (pixels.clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8)
+        picture = Image.fromarray(array)
+        if mask is not None:
+            alpha = Image.fromarray(
+                (mask[index % len(mask)].clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8)
+            )
+            picture.putalpha(alpha.resize(picture.size))
+        found.append(picture)
+    return found
+
+
+NODE_CLASS_MAPPINGS = {
+    "Elastic3DLoadModel": Elastic3DLoadModel,
+    "Elastic3DImageToMesh": Elastic3DImageToMesh,
+    "Elastic3DSaveMesh": Elastic3DSaveMesh,
+    "Elastic3DPreviewMesh": Elastic3DPreviewMesh,
+}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "Elastic3DLoadModel": "Load elastic3d model",
+    "Elastic3DImageToMesh": "Image to mesh (elastic3d)",
+    "Elastic3DSaveMesh": "Save mesh (elastic3d)",
+    "Elastic3DPreviewMesh": "Preview mesh (elastic3d)",
+}

@@ -1,0 +1,139 @@
+"""`scripts/train.py`: the documented commands, what each stage's help shows, and records of earlier versions."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import train
+from _cli import CONFIG_DIR, help_text, parse, walk_options
+
+from elastic3d.errors import UserError
+from elastic3d.training.export import ExportStageConfig
+from elastic3d.training.options import StageName, TrainConfig
+from elastic3d.training.record import read_record, upgraded
+from elastic3d.training.stages import require_sizes, stage_config
+from elastic3d.utils.options import from_dict, to_dict
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "docs/*.md", "data/pretrained/README.md", "reports/elastic-3d/README.md")
+RECORDS = [
+    path
+    for path in sorted(ROOT.glob("data/pretrained/*/**/*.json"))
+    if path.name.startswith(("training", "updates"))
+]
+
+
+def commands() -> list[list[str]]:
+    """Arguments of every `scripts/train.py` in a code block of the documentation."""
+    found = []
+    for page in (path for pattern in PAGES for path in sorted(ROOT.glob(pattern))):
+        text = page.read_text().replace("\\\n", " ")
+        for line in text.splitlines():
+            head, script, rest = line.partition("scripts/train.py ")
+            if script and "`" not in head and "..." not in rest:
+                found.append(shlex.split(rest, comments=True))
+    return found
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
+def test_documented_commands_are_understood(arguments: list[str]) -> None:
+    given = train.with_own_stage(arguments)
+    stage = train.chosen_stage(given)
+    config = parse(stage_config(stage), "train", given)
+    assert config.stage is stage
+    assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_there_are_commands_of_every_stage() -> None:
+    assert {train.chosen_stage(train.with_own_stage(each)) for each in commands()} == set(StageName)
+
+
+@pytest.mark.parametrize("stage", list(StageName))
+def test_a_stage_shows_its_own_options_at_most_sixty(stage: StageName) -> None:
+    config_class = stage_config(stage)
+    chosen = f"stage={stage.name}"
+    shown = help_text(train.main, config_class, "train", CONFIG_DIR, [chosen])
+    options = [line for line in shown.splitlines() if line.startswith("  ") and line[2:3].isalpha()]
+    assert len(options) <= 60
+    everything = help_text(train.main, config_class, "train", CONFIG_DIR, [chosen, "all"])
+    for option in walk_options(config_class):
+        assert f"  {option.name}=" in everything
+        assert (f"  {option.name}=" in shown) != option.advanced
+    if stage is StageName.dit:
+        assert "(1 to 65536)" in shown and "image.model" not in everything
+        assert "  batch=16 " in shown  # as configs/stage/dit.yaml has it
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stage=dit", "dit.model.widht=3"], "did you mean dit.model.width"),
+        (["stage=dit", "kl_weight=3"], "unknown option 'kl_weight': it is an option of stage=vae; "),
+        (["stage=vae", "image.cache=x"], "stage=image, stage=image_router, stage=calibrate;"),
+        (["stage=vae", "vae.model.include_pi=true"], "unknown option 'vae.model.include_pi'"),
+        (["stage=dit", "dit.model.width=0"], "^dit.model.width is 0, expected a value from 1 to 65536"),
+        (["stage=dit", "dit.model.mlp_ratio=0"], "^dit.model.mlp_ratio is 0"),
+        (["stage=dit", "dit.model.double_blocks=100000000000"], "^dit.model.double_blocks is 100000000000"),
+        (["stage=vae", "batch=1000000000000"], "^batch is 1000000000000, expected a value from 1 to"),
+        (["stage=vae", "vae.model.neighbours_in=-1"], "^vae.model.neighbours_in is -1"),
+        (["stage=image", "image.model.patch=0"], "^image.model.patch is 0"),
+        (["stage=dit", "learning_rate=nan"], "^learning_rate is nan"),
+        (["stage=image_router"], "image.weights= is required"),
+    ],
+)
+def test_mistakes_are_said_in_a_sentence(arguments: list[str], message: str) -> None:
+    stage = train.chosen_stage(arguments)
+    with pytest.raises(UserError, match=message) as caught:
+        parse(stage_config(stage), "train", arguments, elsewhere=train.options_of_stages)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["stage=dit", "dit.model.width=65536"],
+            r"[\d,]+ parameters, their gradients .* at least [\d.e+,]+ GB",
+        ),
+        (
+            ["stage=vae", "batch=16777216"],
+            r"16,777,216 samples in each process need at least .* GB of memory",
+        ),
+        (["stage=vae", "vae.near_queries=1048576", "batch=65536"], "65,536 samples in each process need"),
+        (["stage=image", "image.model.width=65536"], "parameters, their gradients"),
+    ],
+)
+def test_what_no_machine_holds_is_refused_before_anything_is_allocated(
+    arguments: list[str], message: str
+) -> None:
+    stage = train.chosen_stage(arguments)
+    config = parse(stage_config(stage), "train", arguments)
+    assert isinstance(config, TrainConfig)
+    with pytest.raises(UserError, match=message):
+        require_sizes(config)
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: str(path.relative_to(ROOT / "data/pretrained")))
+def test_records_of_shipped_models_are_read(path: Path) -> None:
+    """They were written when one configuration had the options of all stages."""
+    saved = json.loads(path.read_text())["config"]
+    stage = upgraded(saved, path)["stage"]
+    config = read_record(saved, stage_config(StageName[stage]), path)
+    assert isinstance(config, TrainConfig) and config.stage is StageName[stage]
+    for name in ("steps", "learning_rate", "seed", "batch", "name"):
+        assert getattr(config, name) == saved[name]
+    part = {"vae": "vae", "dit": "dit", "image": "image", "updates": "updates"}.get(stage, "routing")
+    for item in fields(getattr(config, part)):
+        if item.name in saved[part] and not isinstance(saved[part][item.name], dict):
+            assert to_dict(getattr(config, part))[item.name] == saved[part][item.name], item.name
+
+
+def test_a_broken_record_is_named() -> None:
+    with pytest.raises(UserError, match="^a.json has no configuration of a training"):
+        read_record(None, ExportStageConfig, "a.json")
+    with pytest.raises(UserError, match="^a.json: steps is 0, expected a value from 1"):
+        read_record({"stage": "vae", "steps": 0}, stage_config(StageName.vae), "a.json")

@@ -1,0 +1,158 @@
+"""Routers that were exported are calibrated anew: by the command, on tiny dense models."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_images import save_tiny_qwen
+
+from elastic3d.adapters import attach, load_routers, save_routers
+from elastic3d.adapters.storage import load_router_config
+from elastic3d.config.routing import ElasticConfig, Lookahead, RouterConfig, RouterVariant
+from elastic3d.errors import UserError
+from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.pipelines.image_loading import load_transformer
+from elastic3d.pipelines.options import BackboneName
+from elastic3d.training import calibration, elastic
+from elastic3d.training.calibration import Curve, CurvesConfig
+from elastic3d.training.elastic import RouterStage
+from elastic3d.training.elastic_image import ImageRouterStage
+from elastic3d.training.options import DataConfig, StageName
+from elastic3d.training.stages import run_stage
+from elastic3d.utils.structured import load_json, save_json
+from tests.training.test_elastic import router_config
+from tests.training.test_image_stages import folder, image_config  # noqa: F401  # a fixture
+
+STEPS, TIMES, CURVE = 12, [0.2, 0.8], [0.3, -0.2]
+ROUTERS = RouterConfig(
+    lookahead=Lookahead.step, longest=3, widths=1, head_std=0.3,
+    asked=[0.3, 1.0], told=[0.9, 1.0], times=TIMES, urgency=CURVE,
+)  # fmt: skip
+
+
+def save_tiny_routers(dit: torch.nn.Module, folder: Path, config: RouterConfig = ROUTERS) -> Path:  # noqa: F811
+    """Routers whose gates rise with the budget, and differ between samples and times."""
+    torch.manual_seed(0)
+    session = attach(dit, config)
+    if session.conditioner is not None:
+        embed, modulation = session.conditioner.embed, session.conditioner.modulation
+        with torch.no_grad():
+            for layer in (embed[0], embed[2]):
+                layer.weight.zero_()
+                layer.bias.zero_()
+            embed[0].weight[0, 12] = embed[2].weight[0, 0] = 4.0  # the budget is the 13th feature
+            modulation.weight[2 * config.hidden, 0] = 0.5  # the gate's offset
+            modulation.bias[2 * config.hidden] = -5.0
+    save_routers(dit, folder)
+    save_json({"steps": 7}, folder / "training.json")
+    return folder
+
+
+@pytest.fixture
+def routers(dense):  # noqa: F811
+    """The folder of the dense shape model's routers; it samples in `STEPS` steps."""
+    path = dense / "dense" / "pipeline.json"
+    save_json({**load_json(path), "steps": STEPS, "guidance": 2.5}, path)
+    return save_tiny_routers(ShapeDiT.from_pretrained(dense / "dense" / "dit"), dense / "dense" / "routers")
+
+
+def shape_config(root: Path, routing=None, **changes):
+    """Calibration on all shapes but one."""
+    data = DataConfig(prepared=root / "no meshes", train=[root / "train.txt"], val=[root / "train.txt"])
+    routing = {"val_shapes": 5} | (routing or {})
+    return router_config(root, routing=routing, stage=StageName.calibrate, data=data, **changes)
+
+
+def check_executed(stage, folder: Path) -> None:  # noqa: F811
+    """What is asked for is executed, within a step of one sample or two."""
+    load_routers(stage.flow.dit, folder)
+    for budget in (0.45, 0.6, 0.8):
+        _, share = stage._generate(ElasticConfig(budget=budget))
+        assert share.mean().item() == pytest.approx(budget, abs=0.05)
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_curves_are_chosen_by_the_anchors_of_anchored_latents(dense, monkeypatch, anchored):  # noqa: F811
+    stage = RouterStage(router_config(dense))
+    latents, share = stage._generate(ElasticConfig())
+    if not anchored:
+        monkeypatch.setattr(stage.vae.config, "anchored", False)
+        monkeypatch.setattr(stage.vae.config, "latent_channels", 7)
+    seen = []
+    monkeypatch.setattr(
+        elastic, "calibrate", lambda session, generate, *rest: seen.append(generate(ElasticConfig(), 0))
+    )
+    stage.calibrate(CurvesConfig())
+    [(found, shares)] = seen
+    assert torch.equal(found, latents[..., :3] if anchored else latents) and torch.equal(shares, share)
+
+
+def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypatch):  # noqa: F811
+    before = {path.name: path.read_bytes() for path in routers.iterdir()}
+    config = shape_config(dense, {"trends": Curve.keep, "urgency": Curve.keep})
+    assert run_stage(config) == 0
+    after = {path.name: path.read_bytes() for path in routers.iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {"config.json"}
+    found = load_router_config(routers, "ShapeDiT")
+    assert found == replace(ROUTERS, asked=found.asked, told=found.told) and len(found.asked) == 24
+    note = load_json(routers / "calibration.json")
+    assert (note["steps"], note["guidance"], note["urgency"]) == (STEPS, 2.5, "keep")
+    assert note["data"]["val_shapes"] == 5 and "train_shapes" not in note["data"]
+
+    routing = {"val_shapes": 5, "val_steps": STEPS}
+    trained = router_config(dense, routing=routing, router=found, data=config.data)
+    trained.dit.sample_guidance, trained.data.prepared = 2.5, dense / "prepared"
+    check_executed(RouterStage(trained), routers)
+
+    monkeypatch.setattr(calibration, "EARLY", (0.0,))
+    monkeypatch.setattr(calibration, "TREND_STEPS", ((-0.5,),))
+    config = shape_config(dense, export={"output": dense / "other"})
+    assert run_stage(config) == 0
+    assert {path.name: path.read_bytes() for path in routers.iterdir()} == after
+    other = dense / "other" / "routers"
+    for name in ("model.safetensors", "training.json"):
+        assert (other / name).read_bytes() == before[name]
+    chosen = load_router_config(other, "ShapeDiT")  # anew
+    assert len(chosen.urgency) == STEPS - 1 and chosen.forecast_times == list(calibration.TREND_TIMES)
+
+
+def test_pictures(folder, prepared):  # noqa: F811
+    weights = save_tiny_qwen(prepared / "published")
+    given = replace(ROUTERS, head_std=3.0)  # else their share jumps with the budget
+    routers = save_tiny_routers(load_transformer(weights, torch.float32), weights / "routers", given)
+    before = (routers / "model.safetensors").read_bytes()
+    image = dict(
+        backbone=BackboneName.qwen_image, weights=weights, images=folder, size=16, text_length=48, val_every=2
+    )
+    kept = {"trends": Curve.keep, "urgency": Curve.keep}
+    config = image_config(prepared, StageName.calibrate, {**kept, "val_shapes": 3}, **image)
+    assert run_stage(config) == 0
+    assert (routers / "model.safetensors").read_bytes() == before
+    found = load_router_config(routers, "QwenImageTransformer2DModel")
+    assert found == replace(given, asked=found.asked, told=found.told) and found.told != given.told
+    note = load_json(routers / "calibration.json")
+    assert (note["steps"], note["data"]["val_pictures"]) == (50, 3)
+    routing = {"val_shapes": 3, "val_steps": note["steps"], "guidance": note["guidance"]}
+    trained = image_config(prepared, StageName.image_router, routing, **image)
+    trained.router = found
+    check_executed(ImageRouterStage(trained), routers)
+
+
+def test_what_cannot_be_calibrated(dense):  # noqa: F811
+    config = shape_config(dense)
+    with pytest.raises(UserError, match="dense has no routers to calibrate: there is no folder"):
+        run_stage(config)
+    dit = ShapeDiT.from_pretrained(dense / "dense" / "dit")
+    paper = RouterConfig(variant=RouterVariant.paper, hidden=16)
+    routers = save_tiny_routers(dit, dense / "dense" / "routers", paper)
+    with pytest.raises(UserError, match="take no budget: there is nothing to calibrate"):
+        run_stage(config)
+    other = ShapeDiT(replace(dit.config, single_blocks=4, width=64))
+    save_tiny_routers(other, routers)
+    with pytest.raises(UserError, match="model.safetensors: "):
+        run_stage(config)
+    foreign = {**load_json(routers / "config.json"), "_class_name": "FluxTransformer2DModelRouters"}
+    save_json(foreign, routers / "config.json")
+    with pytest.raises(UserError, match="a FluxTransformer2DModelRouters, expected a ShapeDiTRouters"):
+        run_stage(config)

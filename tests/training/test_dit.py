@@ -1,0 +1,302 @@
+"""From prepared shapes through a VAE and a cache of latents to a trained DiT."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from elastic3d.diffusion.flow import velocity
+from elastic3d.errors import UserError
+from elastic3d.models.options import DiTConfig
+from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.training.checkpoint import load_checkpoint
+from elastic3d.training.datasets import PreparedShapes, item_generator
+from elastic3d.training.dit import DiTStage, DiTStageConfig, FlowObjective, LatentItems, Timesteps
+from elastic3d.training.export import ExportConfig, export_run
+from elastic3d.training.journal import read_metrics
+from elastic3d.training.latents import LatentInfo, LatentsConfig, build_cache, named_pictures, stored_views
+from elastic3d.training.options import DataConfig, StageName
+from elastic3d.training.stages import run_stage
+from elastic3d.utils.structured import load_json, save_json
+from tests.training.tiny import tiny_vae, vae_config
+
+
+def views(count: int) -> dict[str, torch.Tensor]:
+    """Pictures of a disc, as prepared shards keep them."""
+    files = []
+    for i in range(count):
+        row, column = np.mgrid[:64, :64] - 32
+        disc = (row**2 + column**2 < (12 + i) ** 2).astype(np.uint8) * 255
+        stream = io.BytesIO()
+        Image.fromarray(np.stack([disc // 2, disc // 3, disc, disc], axis=-1)).save(stream, "png")
+        files.append(stream.getvalue())
+    offsets = np.cumsum([0, *map(len, files)])
+    data = torch.from_numpy(np.frombuffer(b"".join(files), np.uint8).copy())
+    camera = [0.0, 0.0, 4.0, 0.0, 0.0, 0.0, 40.0, 0.0]  # eye, target, angle of view, elevation
+    return {
+        "views": data,
+        "view_offsets": torch.from_numpy(offsets),
+        "cameras": torch.tensor([camera] * count),
+    }
+
+
+def config_for(root, **changes):
+    options = dict(
+        stage=StageName.dit,
+        name="dit",
+        latents=LatentsConfig(output=root / "latents", vae=root / "vae", variants=2, views=2, batch=2),
+        dit=DiTStageConfig(
+            model=DiTConfig(width=32, heads=2, double_blocks=1, single_blocks=1),
+            sample_shapes=1,
+            sample_steps=2,
+            sample_resolution=16,
+        ),
+    )
+    return vae_config(root, **{**options, **changes})
+
+
+def add_views(root) -> None:
+    """Give every prepared shape three pictures."""
+    for shard in (root / "prepared" / "balls").glob("*.safetensors"):
+        tensors = load_file(shard)
+        for id in {key.partition("/")[0] for key in tensors}:
+            tensors |= {f"{id}/{name}": tensor for name, tensor in views(3).items()}
+        save_file(tensors, shard)
+
+
+@pytest.fixture
+def cached(prepared):
+    """A data folder with views, an untrained VAE and the cache made with it."""
+    add_views(prepared)
+    torch.manual_seed(0)
+    ShapeVAE(tiny_vae()).save_pretrained(prepared / "vae")
+    build_cache(config_for(prepared, stage=StageName.cache))
+    return prepared
+
+
+def test_the_cache_holds_standardised_statistics(cached):
+    info = LatentInfo.load(cached / "latents")
+    assert (info.latents, info.tokens) == ([8, 7], [49, 768])
+    shapes = PreparedShapes(cached / "latents", [f"balls/ball{i}" for i in range(6)])
+    train = shapes.ids[:5]
+    mean = torch.cat([shapes.read(id, "mean").float().flatten(0, 1) for id in train])
+    variance = torch.cat([shapes.read(id, "logvar").float().exp().flatten(0, 1) for id in train])
+    torch.testing.assert_close(torch.tensor(info.mean), mean.mean(0), atol=2e-3, rtol=0)
+    std = (mean.var(0, correction=0) + variance.mean(0)).sqrt()
+    torch.testing.assert_close(torch.tensor(info.std), std, atol=2e-3, rtol=1e-2)
+    assert shapes.read("balls/ball0", "tokens").shape == (2, 49, 768)
+    assert not torch.equal(*shapes.read("balls/ball0", "mean"))
+
+
+def test_the_cache_goes_on_where_it_stopped_and_refuses_other_settings(cached):
+    first, second = sorted((cached / "latents" / "balls").glob("*.safetensors"))
+    before = first.stat().st_mtime_ns, second.read_bytes()
+    second.unlink()
+    build_cache(config_for(cached, stage=StageName.cache))
+    assert (first.stat().st_mtime_ns, second.read_bytes()) == before
+    settings = cached / "latents" / "settings.json"
+    older = load_json(settings)
+    del older["foreground"]["method"]  # as if written before there was such an option
+    save_json(older, settings)
+    build_cache(config_for(cached, stage=StageName.cache))
+    other = config_for(cached, stage=StageName.cache)
+    other.latents.variants = 1
+    with pytest.raises(UserError, match="made with another variants"):
+        build_cache(other)
+    ShapeVAE(tiny_vae()).save_pretrained(cached / "vae")
+    with pytest.raises(UserError, match="made with another vae_sha256"):
+        build_cache(config_for(cached, stage=StageName.cache))
+
+
+def test_own_pictures_replace_rendered_views(cached, capfd):
+    own = cached / "own"
+    own.mkdir()
+    Image.new("RGBA", (40, 40)).save(own / "ball9.png")
+    config = config_for(cached, stage=StageName.cache)
+    config.latents.output, config.latents.images = cached / "other", own
+    with pytest.raises(UserError, match=r"names such as absent.png, but the first there is ball9.png"):
+        build_cache(config)
+    picture = Image.open(io.BytesIO(views(1)["views"].numpy().tobytes()))
+    picture.rotate(30).save(own / "ball1.webp", lossless=True)
+    picture.crop((0, 0, 32, 64)).save(own / "ball5.png")
+    (own / "ball5.jpg").write_bytes(b"no picture")
+    assert not (cached / "other").exists()  # it would refuse the next run, with other pictures
+    build_cache(config)
+    said = "".join(capfd.readouterr())
+    assert "2 of 7 shapes have pictures of their own" in said and "ball5.jpg is no image" in said
+    before, after = (
+        PreparedShapes(cached / name, [f"balls/ball{i}" for i in range(5)]) for name in ("latents", "other")
+    )
+    for id in after.ids:
+        tokens = after.read(id, "tokens")
+        assert tokens.shape == (2, 49, 768)
+        assert torch.equal(tokens, before.read(id, "tokens")) == (id != "balls/ball1")
+    assert torch.equal(*after.read("balls/ball1", "tokens"))  # the one picture, as often as there are views
+    config.latents.images = None
+    with pytest.raises(UserError, match="made with another images"):
+        build_cache(config)
+
+
+@pytest.mark.parametrize(("make", "message"), [(False, "is no folder"), (True, "holds no picture")])
+def test_folders_without_pictures(tmp_path, make, message):
+    if make:
+        (tmp_path / "own").mkdir()
+    with pytest.raises(UserError, match=message):
+        named_pictures(tmp_path / "own")
+
+
+def test_an_unfinished_cache_is_no_cache(tmp_path):
+    with pytest.raises(UserError, match=r"no latents.json, expected a finished cache"):
+        LatentInfo.load(tmp_path)
+
+
+def test_views_come_back_as_rendered(cached):
+    shapes = PreparedShapes(cached / "prepared", ["balls/ball0"])
+    found = stored_views(shapes, "balls/ball0")
+    assert [view.getbbox()[2] - view.getbbox()[0] for view in found] == [23, 25, 27]
+
+
+def test_items(cached):
+    config = config_for(cached, dit=DiTStageConfig(drop_condition=0.5, timesteps=Timesteps.uniform))
+    info = LatentInfo.load(cached / "latents")
+    shapes = PreparedShapes(cached / "latents", [f"balls/ball{i}" for i in range(5)])
+    items = LatentItems(shapes, info, config.dit)
+    drawn = [items.item(position, seed=0) for position in range(200)]
+    latents = torch.stack([item["latents"] for item in drawn]).flatten(0, 1)
+    torch.testing.assert_close(latents.mean(0), torch.zeros(7), atol=0.1, rtol=0)
+    torch.testing.assert_close(latents.std(0), torch.ones(7), atol=0.1, rtol=0)
+    times = torch.stack([item["t"] for item in drawn])
+    assert times.min() < 0.05
+    assert times.max() > 0.95
+    dropped = sum(not item["condition"].any() for item in drawn)
+    assert 70 < dropped < 130
+    again = LatentItems(shapes, info, config.dit).item(7, seed=0)
+    assert all(torch.equal(again[name], drawn[7][name]) for name in again)
+
+
+def test_a_mirrored_cache_pairs_a_shape_with_views_of_the_same_hand(prepared):
+    """Points move to x > 0 and pictures are lit on the right, so that the hand can be read off both."""
+    add_views(prepared)
+    for shard in (prepared / "prepared" / "balls").glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in [name for name in tensors if name.endswith("/surface")]:
+            tensors[name][..., 0] = tensors[name][..., 0].abs()
+        save_file(tensors, shard)
+    torch.manual_seed(0)
+    ShapeVAE(tiny_vae()).save_pretrained(prepared / "vae")
+    options = dict(vae=prepared / "vae", variants=4, views=4, batch=2, mirror=True, augment=True)
+    config = config_for(
+        prepared, stage=StageName.cache, latents=LatentsConfig(output=prepared / "mirrored", **options)
+    )
+    build_cache(config)
+    info = LatentInfo.load(prepared / "mirrored")
+    shapes = PreparedShapes(prepared / "mirrored", [f"balls/ball{i}" for i in range(6)])
+    x = torch.stack([shapes.read(id, "mean")[..., 0].float().mean(1) for id in shapes.ids])  # of the anchors
+    assert (x[:5, :2] > 0.1).all() and (x[:5, 2:] < -0.1).all()
+    assert (x[5] > 0.1).all()  # validation shapes stay as they are
+    items = LatentItems(shapes, info, config_for(prepared).dit)
+    rng = np.random.default_rng(0)
+    chosen = {items._choose(rng) for _ in range(200)}
+    assert chosen == {(v, w) for v in range(4) for w in range(4) if (v < 2) == (w < 2)}
+    items.mirror = False
+    assert {items._choose(rng) for _ in range(100)} == {(v, w) for v in range(2) for w in range(2)}
+    with pytest.raises(ValueError, match="even numbers"):
+        LatentsConfig(variants=3, views=4, mirror=True)
+
+
+def test_the_objective_is_the_weighted_velocity_error():
+    torch.manual_seed(0)
+    dit = ShapeDiT(
+        DiTConfig(in_channels=5, condition_channels=4, width=16, heads=2, double_blocks=1, single_blocks=1)
+    )
+    batch = {
+        "latents": torch.randn(2, 3, 5), "noise": torch.randn(2, 3, 5), "t": torch.rand(2),
+        "condition": torch.randn(2, 4, 4),
+    }  # fmt: skip
+    loss, values = FlowObjective(dit, anchor_channels=3, anchor_weight=4.0)(batch)
+    target = velocity(batch["noise"], batch["latents"]).square()  # an untrained DiT says 0
+    expected = (4 * target[..., :3].sum() + target[..., 3:].sum()) / (2 * 3 * (4 * 3 + 2))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(values["anchors"], target[..., :3].mean())
+    torch.testing.assert_close(values["features"], target[..., 3:].mean())
+
+
+def test_trains_on_the_cache_and_draws(cached):
+    config = config_for(
+        cached, steps=30, log_every=10, learning_rate=3e-2, validate_every=30, sample_every=30, save_every=30
+    )
+    assert run_stage(config) == 0
+    lines = read_metrics(config.folder / "metrics.jsonl")
+    assert lines[2]["loss"] < 0.9 * lines[0]["loss"]
+    assert {"val/flow", "val/flow_without_image", "val/flow_noisy"} <= set(lines[-1])
+    with Image.open(config.folder / "samples" / "generated-00000030.png") as sheet:
+        assert sheet.size == (160, 480)
+
+
+def test_gradient_checkpointing_changes_nothing(cached):
+    found = []
+    for name, recompute in (("plain", False), ("recomputed", True)):
+        config = config_for(cached, name=name, gradient_checkpointing=recompute, steps=3)
+        assert run_stage(config) == 0
+        found.append([line["loss"] for line in read_metrics(config.folder / "metrics.jsonl")])
+    assert found[0] == found[1]
+
+
+def test_a_fixed_validation_batch(cached):
+    stage = DiTStage(config_for(cached))
+    assert stage.validate() == stage.validate()
+    assert stage.dit.config.in_channels == 7
+    assert stage.record()["train_missing"] == 1
+
+
+def test_one_row_of_a_stored_tensor(cached):
+    [shard, _] = sorted((cached / "latents" / "balls").glob("*.safetensors"))
+    with safe_open(shard, "pt") as file:
+        whole = file.get_tensor("ball0/tokens")
+    for preload in ((), ("tokens",)):
+        shapes = PreparedShapes(cached / "latents", ["balls/ball0"], preload)
+        assert torch.equal(shapes.read("balls/ball0", "tokens", 1), whole[1])
+    assert item_generator(1, 2).random() == item_generator(1, 2).random()
+
+
+def test_fine_tuning_a_model_folder(cached):
+    """An exported DiT goes on with its own architecture, weights and scale of the latents."""
+    run_stage(config_for(cached, steps=1, name="first"))
+    export_run(
+        config_for(cached, stage=StageName.export, name="first", export=ExportConfig(output=cached / "model"))
+    )
+    model = cached / "model"
+    fresh = LatentsConfig(output=cached / "again", vae=cached / "nowhere", variants=2, views=2, batch=2)
+    few = DataConfig(prepared=cached / "prepared", train=[cached / "val.txt"], val=[cached / "val.txt"])
+    given = dict(latents=fresh, data=few, init_from=model)
+    run_stage(config_for(cached, stage=StageName.cache, **given))
+    first, second = LatentInfo.load(cached / "latents"), LatentInfo.load(cached / "again")
+    assert (first.mean, first.std) == (second.mean, second.std)
+    assert second.vae == model / "vae"
+    tuned = config_for(cached, name="second", steps=1, learning_rate=0.0, **given)
+    tuned.dit = replace(tuned.dit, model=DiTConfig(width=64, heads=2))  # the model knows better
+    assert run_stage(tuned) == 0
+    started = load_checkpoint(tuned.folder / "checkpoints" / "step-00000001").part("model")
+    exported = ShapeDiT.from_pretrained(model / "dit").state_dict()
+    assert all(torch.equal(tensor, started[f"dit.{name}"]) for name, tensor in exported.items())
+    values = load_json(cached / "again" / "latents.json")
+    save_json({**values, "mean": [0.0] * 7}, cached / "again" / "latents.json")
+    with pytest.raises(UserError, match=r"another scale than .* stage=cache init_from="):
+        run_stage(replace(tuned, name="third"))
+    with pytest.raises(UserError, match="needs a model with a DiT"):
+        run_stage(config_for(cached, stage=StageName.cache, init_from=model / "vae"))
+
+
+def test_the_vae_of_a_model_is_fine_tuned(cached):
+    config = vae_config(cached, name="tuned", steps=1, learning_rate=0.0, init_from=cached / "vae")
+    config.vae.model = tiny_vae(width=64)
+    run_stage(config)
+    started = load_checkpoint(config.folder / "checkpoints" / "step-00000001").part("model")
+    saved = ShapeVAE.from_pretrained(cached / "vae").state_dict()
+    assert all(torch.equal(tensor, started[f"vae.{name}"]) for name, tensor in saved.items())

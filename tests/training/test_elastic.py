@@ -1,0 +1,349 @@
+"""From a dense DiT to trained routers, on shapes whose surface is known."""
+
+from typing import Any
+
+import pytest
+import torch
+from _cli import parse
+from torch import nn
+
+from elastic3d.adapters import attach
+from elastic3d.config.routing import Branches, ElasticConfig, Lookahead, RouterConfig, RouterVariant
+from elastic3d.diffusion.flow import interpolate
+from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.errors import UserError
+from elastic3d.models.image_encoder import build_image_encoder
+from elastic3d.models.options import DiTConfig
+from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.routing.attach import router_state
+from elastic3d.training.datasets import stack
+from elastic3d.training.elastic import (
+    MESH_TERMS,
+    MeshLossConfig,
+    RouterStage,
+    RouterStageConfig,
+    RouterTrainConfig,
+)
+from elastic3d.training.elastic_objective import CostLoss, GateLoss, TrainedParts
+from elastic3d.training.export import export_run
+from elastic3d.training.journal import read_metrics
+from elastic3d.training.latents import LatentInfo, build_cache
+from elastic3d.training.options import StageName
+from elastic3d.training.stages import run_stage
+from tests.training.test_dit import add_views, config_for
+from tests.training.tiny import export_of, tiny_vae
+
+
+@pytest.fixture
+def dense(prepared):
+    """A data folder with a cache of latents and a random dense pipeline."""
+    add_views(prepared)
+    torch.manual_seed(0)
+    ShapeVAE(tiny_vae()).save_pretrained(prepared / "vae")
+    build_cache(config_for(prepared, stage=StageName.cache))
+    info = LatentInfo.load(prepared / "latents")
+    dit = ShapeDiT(
+        DiTConfig(
+            in_channels=7, condition_channels=768, width=32, heads=2, double_blocks=1, single_blocks=2,
+            num_latents=8, condition_tokens=49,
+        )
+    )  # fmt: skip
+    for name, parameter in dit.named_parameters():
+        if "mod" in name or "adaLN" in name or "final" in name:
+            nn.init.normal_(parameter, std=0.2)
+    vae = ShapeVAE.from_pretrained(prepared / "vae")
+    vae.set_latent_statistics(info.mean, info.std)
+    encoder = build_image_encoder(info.encoder)
+    pipeline = ImageTo3DPipeline(vae, dit, encoder, PipelineConfig(model="tiny", steps=3))
+    pipeline.save_pretrained(prepared / "dense", torch.bfloat16)
+    return prepared
+
+
+def router_config(root, mesh: MeshLossConfig | None = None, routing=None, **changes) -> Any:
+    small = mesh or MeshLossConfig(near_queries=32, volume_queries=16, surface_points=16, share=0.5)
+    options = dict(model=root / "dense", mesh=small, val_budgets=[0.5], val_shapes=1, val_steps=2) | (
+        routing or {}
+    )
+    settings = dict(stage=StageName.router, name="router", routing=options)
+    return config_for(root, **(settings | changes))
+
+
+def batch_of(stage: RouterStage, count: int = 4):
+    return stack([stage.items().item(i, 0) for i in range(count)])
+
+
+def test_every_shipped_router_configuration_suits_the_stage():
+    for choice, longest in (("", 8), ("router=light", 0), ("router=paper", 0), ("router=reuse", 8)):
+        config = parse(RouterTrainConfig, "train", ["stage=router", *([choice] if choice else [])])
+        assert config.router.longest == longest and config.stage is StageName.router
+    assert (
+        parse(RouterTrainConfig, "train", ["stage=router", "router=paper"]).router.variant
+        is RouterVariant.paper
+    )
+
+
+def test_items_show_the_router_what_samplers_do(dense):
+    stage = RouterStage(router_config(dense, routing={"explore": 0.5, "min_steps": 4, "max_steps": 20}))
+    batch = batch_of(stage, 64)
+    steps = 1 / batch["dt"]
+    torch.testing.assert_close(steps, steps.round())
+    assert steps.min() >= 4 and steps.max() <= 20 and len(steps.unique()) > 8
+    torch.testing.assert_close(batch["t"] * steps, (batch["t"] * steps).round(), atol=1e-4, rtol=0)
+    assert batch["budget"].min() >= 0.3 and batch["budget"].max() <= 1
+    assert batch["condition"].flatten(1).any(1).all()  # both branches are run anyway
+    assert batch["explored"].shape == (64, 2, 3) and 0.3 < batch["explored"].float().mean() < 0.7
+    again = stage.items().item(3, 0)
+    assert all(torch.equal(again[name], batch[name][3]) for name in again)
+
+
+def test_the_mesh_term_alone_moves_the_gates(dense):
+    routing = {"distillation": 0.0, "flow": 0.0, "cost_weight": 0.0}
+    mesh = MeshLossConfig(near_queries=32, volume_queries=16, surface_points=16, weight=1.0, share=1.0)
+    for only in MESH_TERMS:
+        weights = {name: float(name == only) for name in MESH_TERMS}
+        mesh = MeshLossConfig(
+            near_queries=32, volume_queries=16, surface_points=16, rays=16, ray_points=8, weight=1.0, share=1.0,
+            **weights,
+        )  # fmt: skip
+        stage = RouterStage(router_config(dense, mesh, routing))
+        loss, _ = stage.flow(batch_of(stage))
+        loss.backward()
+        for block in stage.flow.session.blocks:
+            gate = block.router.heads.weight.grad[0]
+            assert gate.isfinite().all() and gate.abs().max() > 0, only
+        assert all(
+            p.grad is None for name, p in stage.flow.named_parameters() if not name.startswith("routers.")
+        )
+
+
+def test_the_dense_model_has_no_distance_to_itself(dense):
+    stage = RouterStage(router_config(dense))  # open at the start
+    loss, values = stage.flow(batch_of(stage))
+    assert values["distillation"] == 0 and values["share"] == pytest.approx(1, abs=1e-6)
+    assert values["blocks_run"] == 1 and loss > 0
+
+
+def test_closed_blocks_add_what_they_remember(dense):
+    """Where nothing has changed since, closed blocks that remember stand in for the dense ones exactly."""
+    closed = RouterConfig(initial_keep=0.01, head_std=0.0, longest=3, trend=0.0)
+    routing = {"recalled": 1}
+    stage = RouterStage(router_config(dense, routing=routing, router=closed))
+    batch = batch_of(stage, 4)
+    assert batch["ages"].shape == (4, 1) and batch["picks"].shape == (4, 2, 3)
+    batch["ages"] = torch.ones_like(batch["ages"])
+    batch["picks"] = torch.zeros_like(batch["picks"])
+    earlier = batch["earlier"]
+    batch["earlier"] = batch["t"][:, None]  # the step before was at the same time
+    _, values = stage.flow(batch)
+    assert values["share"] == 0 and values["distillation"] < 1e-9
+    batch["earlier"] = earlier
+    assert stage.flow(batch)[1]["distillation"] > 1e-9
+    batch["picks"] = torch.full_like(batch["picks"], -1)  # nothing to add: they run
+    _, values = stage.flow(batch)
+    assert values["share"] == pytest.approx(1) and values["distillation"] == 0
+
+
+def test_a_router_learns_from_the_age_of_what_it_would_reuse(dense):
+    stage = RouterStage(router_config(dense, router=RouterConfig(longest=3)))
+    batch = batch_of(stage, 16)
+    usable = (batch["ages"] > 0) & (batch["ages"] <= 3)
+    for row, picks in enumerate(batch["picks"].flatten(1)):
+        assert all(usable[row, pick] for pick in picks if pick >= 0)
+    stage.flow(batch)[0].backward()
+    for block in stage.flow.session.blocks:
+        moved = block.router.age.weight.grad.abs().sum(1)
+        assert moved[0] == 0 and moved[1:].gt(0).sum() >= 2
+
+
+TOGETHER = dict(longest=3, lookahead=Lookahead.step, widths=1)
+
+
+def test_damage_is_what_closing_one_branch_does_to_the_guided_velocity(dense):
+    routing = {"gate": GateLoss.damage, "max_steps": 20, "min_steps": 10, "late_weight": 0.5}
+    stage = RouterStage(router_config(dense, routing=routing, router=RouterConfig(**TOGETHER)))
+    flow, batch = stage.flow, batch_of(stage, 3)
+    batch["t"], batch["dt"], batch["steps"] = (
+        torch.full((3,), 0.5),
+        torch.full((3,), 0.1),
+        torch.full((3,), 15.0),
+    )
+    batch["earlier"] = torch.tensor([[0.4, 0.3, 0.1]] * 3)
+    batch["ages"], batch["picks"] = torch.tensor([[1, 2, 4]] * 3), torch.zeros_like(batch["picks"])
+    x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
+    flow._announce(batch, closed=True)
+    with torch.no_grad():
+        closed, open_ = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
+    change = (closed - open_).flatten(1)
+    assert change.abs().amax(1).min() > 1e-4
+    found = flow._damage(closed, open_, batch)
+    share = torch.tensor(
+        [1.0] * 3 + [1 / flow.config.guidance - 1] * 3
+    )  # of each branch in the guided velocity
+    expected = (share[:, None] * change).square().mean(1) * 0.75 * (0.1 * 15**2 / 20) ** 2
+    torch.testing.assert_close(found, expected)
+
+
+def test_damage_of_branches_that_go_together_is_that_of_closing_both(dense):
+    routing = {"gate": GateLoss.damage}
+    router = RouterConfig(**TOGETHER, branches=Branches.together)
+    stage = RouterStage(router_config(dense, routing=routing, router=router))
+    flow, batch = stage.flow, batch_of(stage, 8)
+    assert torch.equal(batch["picks"][:, 0], batch["picks"][:, 1])
+    count = torch.full((8,), float(flow.config.max_steps))
+    batch["t"], batch["dt"], batch["steps"] = torch.zeros(8), 1 / count, count
+    x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
+    flow._announce(batch, closed=True)
+    with torch.no_grad():
+        closed, open_ = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
+    expected = (flow.guided(closed) - flow.guided(open_)).square().flatten(1).mean(1)
+    torch.testing.assert_close(flow._damage(closed, open_, batch), expected)
+    logits = flow._gate_logits()
+    known = batch["picks"][:, 0, 0] >= 0
+    assert known.any() and torch.equal(logits[:8], logits[8:])
+    assert logits[:8][known].unique().numel() == known.sum()  # each sample its own
+
+
+def test_gates_learn_to_predict_damage_and_follow_its_price(dense):
+    router = RouterConfig(**TOGETHER)
+    routing = {"gate": GateLoss.damage, "flow": 0.0}
+    stage = RouterStage(router_config(dense, MeshLossConfig(weight=0.0), routing, router=router))
+    flow, batch = stage.flow, batch_of(stage, 32)
+    optimizer = torch.optim.Adam([p for p in flow.parameters() if p.requires_grad], 0.02)
+    losses = []
+    for _ in range(40):
+        loss, values = flow(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0] and values["blocks_run"] == 0
+    shares = []
+    for budget in (0.3, 0.6, 1.0):
+        batch["budget"] = torch.full_like(batch["budget"], budget)
+        shares.append(flow(batch)[1]["share"].item())
+    assert shares[0] < shares[1] < shares[2]
+    assert flow.state_dict()["damage_moments"].abs().sum() > 0  # a resumed run goes on with them
+
+
+def test_the_mesh_term_reaches_gates_that_predict(dense):
+    only = {"flow": 0.0, "gate": GateLoss.damage}
+    mesh = MeshLossConfig(near_queries=32, volume_queries=16, surface_points=16, weight=1.0, share=1.0)
+    gradients = []
+    for config in (mesh, MeshLossConfig(weight=0.0)):
+        torch.manual_seed(0)
+        stage = RouterStage(router_config(dense, config, only, router=RouterConfig(**TOGETHER)))
+        batch = batch_of(stage, 8)
+        stage.flow(batch)[0].backward()
+        gradients.append(stage.flow.session.blocks[0].router.heads.bias.grad[0])
+    assert gradients[0] != gradients[1]
+
+
+@pytest.mark.parametrize("router, routing, message", [
+    (RouterConfig(longest=3), {}, "needs router.lookahead=step and router.longest"),
+    (RouterConfig(**TOGETHER), {"parts": TrainedParts.lora}, "routing.parts is lora, not routers"),
+])  # fmt: skip
+def test_what_predicting_damage_needs(dense, router, routing, message):
+    routing = routing | {"gate": GateLoss.damage}
+    with pytest.raises(UserError, match=message):
+        RouterStage(router_config(dense, routing=routing, router=router))
+
+
+def test_skipped_blocks_do_not_run_in_training_and_the_saving_is_reported(dense):
+    nearly_closed = RouterConfig(initial_keep=0.49, head_std=1.0)
+    stage = RouterStage(router_config(dense, routing={"explore": 0.3}, router=nearly_closed))
+    rows = []
+    for block in stage.flow.session.blocks:
+        block.inner.register_forward_hook(
+            lambda module, args, kwargs, _: rows.append(len([*args, *kwargs.values()][0])), with_kwargs=True
+        )
+    batch = batch_of(stage, 8)
+    with torch.no_grad():
+        stage.flow._dense(torch.zeros_like(batch["latents"]), batch)
+    teacher = sum(rows)  # the dense model, which is run beside: two branches, three blocks
+    assert teacher == 2 * 8 * 3
+    rows.clear()
+    loss, values = stage.flow(batch)
+    assert values["blocks_run"].item() == pytest.approx((sum(rows) - teacher) / teacher)
+    assert 0.1 < values["blocks_run"] < 0.9
+    loss.backward()
+    gates = [block.router.heads.weight.grad[0] for block in stage.flow.session.blocks]
+    assert all(gate.isfinite().all() and gate.abs().max() > 0 for gate in gates)
+
+
+@pytest.mark.parametrize("parts", list(TrainedParts))
+def test_trains_resumes_and_exports(dense, parts):
+    config = router_config(
+        dense, routing={"parts": parts, "explore": 0.5}, steps=4, validate_every=4, sample_every=4
+    )
+    assert run_stage(config) == 0
+    lines = read_metrics(config.folder / "metrics.jsonl")
+    assert {"distillation", "cost", "share", "mesh_field", "mesh_chamfer"} <= set(lines[0])
+    assert 0 <= lines[-1]["val/share_at_0.5"] <= 1
+    assert (config.folder / "samples" / "generated-00000004.png").is_file()
+    config.steps = 6
+    assert run_stage(config) == 0  # goes on from its own checkpoint
+    export_run(export_of(config, dense / "elastic"))
+    before = ImageTo3DPipeline.from_pretrained(dense / "dense", "cpu", "float32").dit.state_dict()
+    after = ImageTo3DPipeline.from_pretrained(dense / "elastic", "cpu", "float32").dit
+    changed = any(not torch.equal(before[key], value) for key, value in after.state_dict().items())
+    assert changed == (parts is not TrainedParts.routers)
+    plain = ShapeDiT.from_pretrained(dense / "elastic" / "dit")
+    attach(plain, dense / "elastic" / "routers")
+    assert any(value.abs().max() > 0 for key, value in router_state(plain).items() if "modulation" in key)
+
+
+def test_the_cost_follows_the_budget(dense):
+    config = router_config(
+        dense, MeshLossConfig(weight=0.0), {"distillation": 0.1, "flow": 0.0, "slack": 0.0},
+        steps=80, batch=16, learning_rate=3e-2, ema=0.9, save_every=80,
+        router=RouterConfig(initial_keep=0.6, head_std=0.1),
+    )  # fmt: skip
+    assert run_stage(config) == 0
+    lines = read_metrics(config.folder / "metrics.jsonl")
+    first, last = lines[0], lines[-1]
+    assert last["off_budget"] < 0.6 * first["off_budget"]
+
+
+def test_calibration_makes_the_executed_cost_what_was_asked_for(dense):
+    stage = RouterStage(router_config(dense, routing={"val_shapes": 1, "val_steps": 2}))
+    session = stage.flow.session
+    stage._generate = lambda settings, count=0: (
+        torch.zeros(1, 8, 7),
+        torch.tensor([session.router_config.calibrated(settings.budget) ** 2]),
+    )
+    stage.calibrate(points=40)
+    for budget in (0.3, 0.5, 0.9, 1.0):
+        assert stage._generate(ElasticConfig(budget=budget))[1].item() == pytest.approx(budget, abs=0.01)
+    session.begin(2, 1, [0.5, 1.0])
+    session.step(0, 1.0, (0,))
+    session.enter(torch.zeros(2))
+    told = session.current.situation.budget
+    torch.testing.assert_close(told, torch.tensor([0.5**0.5, 1.0]), atol=0.01, rtol=0)
+    with pytest.raises(ValueError, match="no ascending list"):
+        RouterConfig(asked=[0.5, 0.4], told=[0.5, 0.4])
+
+
+def test_the_papers_own_variant_trains(dense):
+    routing = {"cost": CostLoss.paper, "guidance": 1.0}
+    router = RouterConfig(variant=RouterVariant.paper, hidden=16)
+    assert run_stage(router_config(dense, routing=routing, router=router, steps=2)) == 0
+
+
+def test_a_cache_of_another_model_is_refused(dense):
+    ShapeDiT(DiTConfig(in_channels=9, condition_channels=768, width=32, heads=2)).save_pretrained(
+        dense / "o" / "dit"
+    )
+    with pytest.raises(UserError, match="has 9 latent channels, but the cache has 7"):
+        RouterStage(router_config(dense, routing={"model": dense / "o"}))
+    with pytest.raises(ValueError, match="routing.max_steps is 3, expected a value from 8 to 1000"):
+        RouterStageConfig(max_steps=3)
+
+
+def test_validation_runs_at_the_budget_that_it_says(dense):
+    stage = RouterStage(router_config(dense))
+    stage.objective.eval()
+    with torch.no_grad():
+        assert stage.validate() == stage.validate()
+    assert stage.flow.session.settings == ElasticConfig()

@@ -1,0 +1,64 @@
+"""Configurations survive a round trip through JSON and refuse what they do not know."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic3d.errors import UserError
+from elastic3d.utils.options import check_range, from_dict, to_dict
+
+
+class Kind(Enum):
+    small = 1
+    large = 2
+
+
+@dataclass(kw_only=True)
+class Inner:
+    x: int = 1
+
+
+@dataclass(kw_only=True)
+class Config:
+    width: int = 8
+    rate: float = 0.5
+    kind: Kind = Kind.small
+    path: Path = Path("a")
+    name: str | None = None
+    means: list[float] = field(default_factory=list)
+    inner: Inner = field(default_factory=Inner)
+
+    def __post_init__(self) -> None:
+        check_range("width", self.width, 1, 100)
+
+
+def test_round_trip_through_json() -> None:
+    config = Config(
+        width=3, rate=2.0, kind=Kind.large, path=Path("b c"), name="x", means=[0.5], inner=Inner(x=7)
+    )
+    assert from_dict(Config, json.loads(json.dumps(to_dict(config))), "file") == config
+    assert from_dict(Config, {}, "file") == Config()
+    assert from_dict(Config, {"rate": 2, "name": None}, "file").rate == 2.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"witdh": 3}, r"f.json: unknown field 'witdh' of Config \(did you mean width\?\)"),
+        ({"width": "3"}, "f.json: width is '3', expected an integer"),
+        ({"width": True}, "f.json: width is True, expected an integer"),
+        ({"width": 0}, "f.json: width is 0, expected a value from 1 to 100"),
+        ({"kind": "huge"}, "f.json: kind is 'huge', expected one of small, large"),
+        ({"means": ["a"]}, "f.json: means is 'a', expected a number"),
+        ({"inner": {"y": 1}}, "f.json: unknown field 'inner.y' of Inner"),
+    ],
+)
+def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_dict(Config, values, "f.json")
