@@ -25,6 +25,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def main(config: GenerateImageConfig) -> int:
     """Load the pipeline, generate in batches, save each picture as soon as its batch is through."""
+    from tqdm import tqdm
+
     from elastic3d.models.pictures import save_picture
     from elastic3d.pipelines.routes import draw_routes, route_title
     from elastic3d.pipelines.text_to_image import TextToImagePipeline
@@ -48,6 +50,7 @@ def main(config: GenerateImageConfig) -> int:
     if config.trace and pipeline.session is None:
         raise UserError(f"trace={config.trace} can't be drawn: this model has no routers")
     panels = []
+    bar = tqdm(total=config.num_samples, unit="image", leave=False, disable=None)
     for first in range(0, config.num_samples, config.batch_size):
         numbers = range(first, min(first + config.batch_size, config.num_samples))
         results = pipeline(
@@ -56,16 +59,18 @@ def main(config: GenerateImageConfig) -> int:
             steps=config.steps,
             guidance=config.guidance,
             size=parse_size(config.size),
+            on_step=lambda done, steps: bar.set_postfix_str(f"step {done}/{steps}"),
             **ElasticOptions.of(config),
         )
         for n, result in zip(numbers, results, strict=True):
             target = targets[n]
             save_picture(result.image, target, result.receipt)
-            print(
-                f"{target}: {result.image.width} x {result.image.height}, {time.perf_counter() - start:.1f} s"
-            )
+            bar.update()
+            seconds = time.perf_counter() - start
+            bar.write(f"{target}: {result.image.width} x {result.image.height}, {seconds:.1f} s")
             if "routes" in result.receipt:
                 panels.append((route_title(target.name, result.receipt), result.receipt["routes"]))
+    bar.close()
     if config.trace:
         draw_routes(panels, Path(config.trace))
     return 0

@@ -22,6 +22,7 @@ from elastic3d.errors import UserError
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, DEFAULT_MODEL, GenerateConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+STAGES = {"condition": "image", "dit": "step", "decode": "decoding", "cleanup": "mesh"}
 
 
 def main(config: GenerateConfig) -> int:
@@ -44,21 +45,26 @@ def main(config: GenerateConfig) -> int:
         raise UserError(f"trace={config.trace} can't be drawn: this model has no routers")
     single = len(plan.jobs) == 1 and plan.folder is None
     outcomes: list[generation.Outcome] = []
-    bar = tqdm(total=len(plan.jobs), unit="mesh", leave=False, disable=None)
-    try:
-        for outcome in generation.generate(
-            pipeline, plan.jobs, config, lambda done, steps: bar.set_postfix_str(f"step {done}/{steps}"), draw
-        ):
+    with tqdm(total=len(plan.jobs), unit="mesh", leave=False, disable=None) as bar:
+
+        def tell(outcome: generation.Outcome) -> None:
             outcomes.append(outcome)
             bar.update()
-            if outcome.status == "failed":
-                if single:
-                    raise UserError(outcome.error)
+            if outcome.status == "failed" and not single:
                 bar.write(f"failed: {outcome.error}", file=sys.stderr)
-    finally:
-        bar.close()
-        if plan.folder is not None:
-            generation.save_summary(plan.folder / generation.SUMMARY_NAME, config, outcomes, len(plan.jobs))
+
+        def show(stage: str, done: int, total: int) -> None:
+            bar.set_postfix_str(f"{STAGES[stage]} {done}/{total}")
+
+        try:
+            generation.generate(pipeline, plan.jobs, config, tell, show, draw)
+        finally:
+            if plan.folder is not None:
+                generation.save_summary(
+                    plan.folder / generation.SUMMARY_NAME, config, outcomes, len(plan.jobs)
+                )
+    if single and outcomes[0].status == "failed":
+        raise UserError(outcomes[0].error)
     if config.trace:
         generation.save_routes(Path(config.trace), outcomes)
     report(outcomes, time.perf_counter() - start)

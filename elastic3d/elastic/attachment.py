@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from elastic3d.elastic.block import ElasticBlock, Place
+from elastic3d.elastic.compiling import stays_eager
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.diffusers_loop import drive
 from elastic3d.elastic.family import BlockAdapter, ModelAdapter
 from elastic3d.elastic.router import build_conditioner, build_router, looks_ahead
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
-from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME, find_weights, load_config
+from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME, all_finite, find_weights, load_config
 from elastic3d.utils.options import to_dict
 from elastic3d.utils.structured import save_json
 from elastic3d.utils.tensors import read_weights, save_weights
@@ -137,7 +138,7 @@ class _Enter:
     def __init__(self, session: ElasticSession, adapter: ModelAdapter) -> None:
         self.session, self.adapter = session, adapter
 
-    @torch.compiler.disable
+    @stays_eager
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.session.settings.elastic:
             self.session.enter(self.adapter.timestep(model, args, kwargs))
@@ -191,7 +192,7 @@ def load_routers(model: nn.Module, folder: str | Path) -> None:
     if config != session.router_config:
         raise UserError(f"{folder} has routers of another architecture ({to_dict(config)})")
     state = read_weights(path)
-    bad = [name for name, value in state.items() if not value.isfinite().all()]
+    bad = [name for name, value in state.items() if not all_finite(value)]
     if bad:
         raise UserError(f"{path} has NaN or infinite values in {len(bad)} tensors, first in {bad[0]}")
     try:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic3d.elastic.compiling import stays_eager
 from elastic3d.elastic.context import Groups, StepContext, Streams
 from elastic3d.elastic.family import BlockAdapter, BlockCall, BlockFlops, rows_index
 from elastic3d.elastic.few_step import BlockUpdates, Key
@@ -75,7 +76,7 @@ class ElasticBlock:
 
     # -------------------------------------------------------------------------------------------------- running
 
-    @torch.compiler.disable  # decisions stay eager; blocks are compiled by themselves, see `compile`
+    @stays_eager  # decisions stay eager; blocks are compiled by themselves, see `compile`
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own signature and return value."""
         session = self.session

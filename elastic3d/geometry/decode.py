@@ -8,6 +8,10 @@ A level starts from the level below, interpolated to twice the resolution, and e
    exact values at both ends: a surface found anywhere is followed everywhere.
 Marching cubes places its vertices on crossed edges, so the mesh is the full grid's, unless a component as
 small as a coarse cell stays unseen.
+
+The last level has more crossed edges than all others together, and most of the field there is smooth. With
+`tolerance` above 0 it is interpolated cubically in the cells that the surface crosses, and evaluated where a vertex
+would move by more than the tolerance if it were interpolated linearly, around thin parts, and on from there.
 """
 
 from __future__ import annotations
@@ -20,12 +24,16 @@ import trimesh
 from torch import Tensor
 
 from elastic3d.errors import NoSurfaceError
-from elastic3d.geometry.grid import node_points
+from elastic3d.geometry.cells import corner_indices, crossed_cells, halved
+from elastic3d.geometry.grid import block_order, node_points
 from elastic3d.geometry.options import DecodeConfig
 from elastic3d.geometry.surface import extract_surface
 
 FieldFunction = Callable[[Tensor, Tensor], Tensor]
 """field(points (B,P,3) float32, sample index (B,) int64) -> values (B,P), positive inside."""
+
+_CELLS = 1 << 15  # interpolated at a time
+_IN_CELL = tuple((x, y, z) for x in range(3) for y in range(3) for z in range(3))
 
 
 @dataclass
@@ -74,9 +82,16 @@ def iterate_meshes(
 
 
 def decode_field(
-    field: FieldFunction, sample: int, config: DecodeConfig, device: torch.device | str = "cpu"
+    field: FieldFunction,
+    sample: int,
+    config: DecodeConfig,
+    device: torch.device | str = "cpu",
+    on_level: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, DecodeStats]:
-    """Values (R+1, R+1, R+1) float32 of one field: exact at the surface, elsewhere only of the right sign.
+    """Values (R+1, R+1, R+1) float32 of one field: right at the surface, elsewhere only of the right sign.
+
+    At the surface they are exact, or as far off as `config.tolerance` allows. `on_level` is called with (levels
+    done, levels).
 
     Raises:
         ValueError: the field is not finite somewhere, or has the wrong shape.
@@ -84,11 +99,16 @@ def decode_field(
     levels = level_resolutions(config.resolution, config.coarse_resolution)
     grid = _Level(field, sample, config, torch.empty((levels[0] + 1,) * 3, device=device))
     grid.evaluate(torch.arange(grid.values.numel(), device=device))
-    stats = DecodeStats(levels, [grid.queries])
-    for _ in levels[1:]:
-        grid = grid.refined()
-        stats.queries_per_level.append(grid.queries)
-    return grid.values, stats
+    grids = [grid]
+    for resolution in levels[1:]:
+        if on_level is not None:
+            on_level(len(grids), len(levels))
+        last = resolution == levels[-1] and config.tolerance > 0
+        grid = grid.finished() if last else grid.refined()
+        grids.append(grid)
+    if on_level is not None:
+        on_level(len(levels), len(levels))
+    return grid.values, DecodeStats(levels, [grid.queries for grid in grids])
 
 
 def level_resolutions(resolution: int, coarse: int) -> list[int]:
@@ -109,34 +129,73 @@ class _Level:
         self.queries = 0
 
     def evaluate(self, indices: Tensor) -> None:
-        """Put the field's exact values at flat node indices (P,)."""
+        """Put the field's exact values at flat node indices (P,); a call has points that lie close together."""
         self.known.view(-1)[indices] = True
         self.queries += len(indices)
+        indices = indices[block_order(indices, self.resolution)]
         sample = torch.tensor([self.sample], device=indices.device)
+        found = [indices.new_empty(0, dtype=torch.float32)]
         for chunk in indices.split(self.config.max_points):
             points = node_points(chunk, self.resolution, self.config.box)
             with torch.no_grad():
                 values = self.field(points[None], sample)
             if values.shape != (1, len(chunk)):
                 raise ValueError(f"the field gave shape {tuple(values.shape)}, expected (1, {len(chunk)})")
-            if bad := int((~torch.isfinite(values)).sum()):
-                where = f"{bad} of {len(chunk)} points of sample {self.sample}"
-                raise ValueError(f"the field is not finite at {where}")
-            self.values.view(-1)[chunk] = values[0].float()
+            found.append(values[0].float())
+        exact = torch.cat(found)
+        if bad := int((~torch.isfinite(exact)).sum()):
+            where = f"{bad} of {len(exact)} points of sample {self.sample}"
+            raise ValueError(f"the field is not finite at {where}")
+        self.values.view(-1)[indices] = exact
 
     def refined(self) -> _Level:
         """The grid of twice the resolution, exact at the surface."""
         fine = _Level(self.field, self.sample, self.config, _interpolated(self.values))
         fine.known[::2, ::2, ::2] = self.known
-        wanted = _crossed_ends(fine.values > 0)
+        fine._follow(self._thin_parts(fine, _crossed_ends(fine.values > 0)))
+        return fine
+
+    def finished(self) -> _Level:
+        """The grid of twice the resolution, right within `config.tolerance` at the surface."""
+        cells = crossed_cells(self.values > 0)
+        while len(unknown := self._unknown_corners(cells)):
+            self.evaluate(unknown)
+            cells = crossed_cells(self.values > 0)
+        fine = _Level(self.field, self.sample, self.config, _doubled(self.values))
+        settled = torch.zeros_like(fine.known)
+        wanted = torch.zeros_like(fine.known)
+        for some in cells.split(_CELLS):
+            values, doubt = halved(self.values, some, self.config.tolerance)
+            for i, j, k in _IN_CELL:
+                x, y, z = (2 * some + some.new_tensor([i, j, k])).unbind(dim=1)
+                fine.values[x, y, z] = values[:, i, j, k]
+                settled[x, y, z] = True
+                at = doubt[:, i, j, k]
+                wanted[x[at], y[at], z[at]] = True
+        fine.known[::2, ::2, ::2] = self.known
+        fine._follow(self._thin_parts(fine, wanted), settled)
+        return fine
+
+    def _unknown_corners(self, cells: Tensor) -> Tensor:
+        """Flat indices (Q,) of the nodes without an exact value among the corners of cells (A, 3)."""
+        corners = corner_indices(cells, self.resolution + 1)
+        return corners[~self.known.view(-1)[corners]]
+
+    def _thin_parts(self, fine: _Level, wanted: Tensor) -> Tensor:
+        """`wanted` nodes of the finer grid, and those where a thin part may hide from this one."""
         for axis in range(3):
             x, y, z = fine._around(2 * _turning_edges(self.values, axis, self.config.thin_slack), axis)
             wanted[x, y, z] = True
-        indices = (wanted & ~fine.known).view(-1).nonzero()[:, 0]
+        return wanted
+
+    def _follow(self, wanted: Tensor, settled: Tensor | None = None) -> None:
+        """Evaluate `wanted` nodes, and on across every sign change to nodes neither known nor `settled`."""
+        indices = (wanted & ~self.known).view(-1).nonzero()[:, 0]
+        if settled is not None:
+            self.known |= settled
         while len(indices):
-            fine.evaluate(indices)
-            indices = fine._unknown_across(indices)
-        return fine
+            self.evaluate(indices)
+            indices = self._unknown_across(indices)
 
     def _around(self, edges: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
         """Nodes x, y, z (27 E,) around the middles of edges two cells long, from their lower ends (E, 3)."""
@@ -170,6 +229,13 @@ def _interpolated(values: Tensor) -> Tensor:
         torch.add(old[:-1], old[1:], out=lines[1::2]).mul_(0.5)
         values = finer
     return values
+
+
+def _doubled(values: Tensor) -> Tensor:
+    """(2r+1, 2r+1, 2r+1) from values (r+1, r+1, r+1): a new node has the value of the old one below it."""
+    for axis in (2, 1, 0):
+        values = values.repeat_interleave(2, dim=axis).narrow(axis, 0, 2 * values.shape[axis] - 1)
+    return values.contiguous()
 
 
 def _crossed_ends(inside: Tensor) -> Tensor:

@@ -27,3 +27,11 @@ def node_points(indices: torch.Tensor, resolution: int, box: float = BOX) -> tor
 def grid_points(resolution: int, box: float = BOX) -> torch.Tensor:
     """Positions ((R+1)^3, 3) float32 of every node in C order of [x, y, z]."""
     return node_points(torch.arange((resolution + 1) ** 3), resolution, box)
+
+
+def block_order(indices: torch.Tensor, resolution: int, side: int = 8) -> torch.Tensor:
+    """The order (P,) that sorts nodes with flat indices (P,) into an (R+1)^3 array by blocks of `side`^3 nodes."""
+    nodes = resolution + 1
+    blocks = nodes // side + 1
+    x, y, z = indices // nodes**2 // side, indices // nodes % nodes // side, indices % nodes // side
+    return ((x * blocks + y) * blocks + z).argsort(stable=True)

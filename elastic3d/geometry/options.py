@@ -21,7 +21,14 @@ class DecodeConfig(Options):
 
     resolution: int = option(256, "cells a side of the grid", ge=8, le=512)
     coarse_resolution: int = option(
-        64, "cells a side at which the whole cube is evaluated, at least", ge=4, le=512
+        24, "cells a side at which the whole cube is evaluated, at least", ge=4, le=512
+    )
+    tolerance: float = option(
+        0.15,
+        "how far, in cells, linear and cubic interpolation may disagree on a vertex before the last level is"
+        " evaluated there; 0: evaluate it everywhere at the surface",
+        ge=0,
+        le=1,
     )
     thin_slack: float = option(
         4.0, "how eagerly parts thinner than a cell are sought; 0: not at all", ge=0, le=100
@@ -29,11 +36,6 @@ class DecodeConfig(Options):
     max_points: int = option(65536, "points in one call of the field", ge=1, le=1 << 30)
     surface: SurfaceMethod = option(SurfaceMethod.skimage, "library that extracts the surface")
     box: float = option(1.01, "half side of the cube that is decoded", ge=1e-3, le=1e3)
-
-
-def usual_coarse(resolution: int) -> int:
-    """Where decoding to `resolution` cells a side starts: 64 cells, for small grids half of them, 32 at least."""
-    return min(DecodeConfig().coarse_resolution, max(resolution // 2, 32))
 
 
 @dataclass(kw_only=True)

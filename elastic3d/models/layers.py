@@ -83,20 +83,28 @@ class DistanceBias(nn.Module):
         gammas = strongest ** torch.linspace(0.0, 1.0, heads)
         self.log_gamma = nn.Parameter(gammas.log())
 
-    def extend(self, q: Tensor, k: Tensor, x_q: Tensor, x_k: Tensor) -> tuple[Tensor, Tensor]:
-        """q (B,H,P,d), k (B,H,N,d), x_q (B,P,3), x_k (B,N,3) -> q, k with channels behind; q comes back scaled."""
+    def extend_queries(self, q: Tensor, x_q: Tensor) -> Tensor:
+        """q (B,H,P,d), x_q (B,P,3) -> q, scaled by d^-1/2, with channels behind; for logits at scale 1."""
         gamma = self.log_gamma.float().exp()[None, :, None, None]
-        x_q, x_k = x_q.float()[:, None], x_k.float()[:, None]
+        x_q = x_q.float()[:, None]
         minus = -gamma.expand(q.shape[0], -1, q.shape[2], 1)
-        more_q = torch.cat([2 * gamma * x_q, minus, minus * x_q.square().sum(-1, keepdim=True)], dim=-1)
-        more_k = torch.cat([x_k, x_k.square().sum(-1, keepdim=True), torch.ones_like(x_k[..., :1])], dim=-1)
-        q, more_k = q * q.shape[-1] ** -0.5, more_k.expand(-1, k.shape[1], -1, -1)
+        more = torch.cat([2 * gamma * x_q, minus, minus * x_q.square().sum(-1, keepdim=True)], dim=-1)
+        q = q * q.shape[-1] ** -0.5
         if q.dtype == torch.float32:
-            return torch.cat([q, more_q], dim=-1), torch.cat([k, more_k], dim=-1)
+            return torch.cat([q, more], dim=-1)
         # Half precision would lose the difference of two large terms: keep both factors as high + low parts.
-        q_high, q_low = _split(more_q, q.dtype)
-        k_high, k_low = _split(more_k, k.dtype)
-        return torch.cat([q, q_high, q_high, q_low], dim=-1), torch.cat([k, k_high, k_low, k_high], dim=-1)
+        high, low = _split(more, q.dtype)
+        return torch.cat([q, high, high, low], dim=-1)
+
+    def extend_keys(self, k: Tensor, x_k: Tensor) -> Tensor:
+        """k (B,H,N,d), x_k (B,N,3) -> k with channels behind."""
+        x_k = x_k.float()[:, None]
+        more = torch.cat([x_k, x_k.square().sum(-1, keepdim=True), torch.ones_like(x_k[..., :1])], dim=-1)
+        more = more.expand(-1, k.shape[1], -1, -1)
+        if k.dtype == torch.float32:
+            return torch.cat([k, more], dim=-1)
+        high, low = _split(more, k.dtype)
+        return torch.cat([k, high, low, high], dim=-1)
 
 
 def _split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

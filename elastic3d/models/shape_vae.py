@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from elastic3d.models.layers import MLP, DistanceBias, QKNorm, attend, farthest_points, fourier_embedding
 from elastic3d.models.local import LocalFeatures
 from elastic3d.models.options import VAEConfig
+from elastic3d.models.shape_field import ShapeField
 from elastic3d.models.weights import PretrainedMixin
 
 
@@ -81,15 +82,27 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, data: Tensor, x_points: Tensor | None, data_points: Tensor | None) -> Tensor:
         """x (B,P,D), data (B,N,D), x_points (B,P,3), data_points (B,N,3) -> (B,P,D)."""
-        q = rearrange(self.c_q(x), "B P (H d) -> B H P d", H=self.heads)
+        return self.read(x, x_points, *self.keys_values(data, data_points))
+
+    def keys_values(self, data: Tensor, data_points: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What `read` needs of data (B,N,D) and its points (B,N,3): keys and values (B,H,N,d)."""
         k, v = rearrange(self.c_kv(data), "B N (H K d) -> K B H N d", H=self.heads, K=2)
         if self.attention is not None:
-            q, k = self.attention.q_norm(q), self.attention.k_norm(k)
+            k = self.attention.k_norm(k)
+        if self.distance is not None:
+            assert data_points is not None
+            k = self.distance.extend_keys(k, data_points)
+        return k, v
+
+    def read(self, x: Tensor, x_points: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
+        """Queries x (B,P,D) at x_points (B,P,3) from the keys and values of some data -> (B,P,D)."""
+        q = rearrange(self.c_q(x), "B P (H d) -> B H P d", H=self.heads)
+        if self.attention is not None:
+            q = self.attention.q_norm(q)
         if self.distance is None:
             return self.c_proj(attend(q, k, v))
-        assert x_points is not None and data_points is not None
-        q, k = self.distance.extend(q, k, x_points, data_points)
-        return self.c_proj(attend(q, k, v, scale=1.0))
+        assert x_points is not None
+        return self.c_proj(attend(self.distance.extend_queries(q, x_points), k, v, scale=1.0))
 
 
 class CrossAttentionBlock(nn.Module):
@@ -231,12 +244,16 @@ class GeoDecoder(nn.Module):
         """points (B,P,3), tokens (B,N,D), anchors (B,N,3) or None -> field (B,P) fp32."""
         if self.config.geo_downsample > 1:
             tokens = self.latents_proj(tokens)
+        x = self.cross_attn_decoder(self.embed(points, tokens, anchors), tokens, points, anchors)
+        return self.output_proj(self.ln_post(x)).squeeze(-1).float()
+
+    def embed(self, points: Tensor, tokens: Tensor, anchors: Tensor | None) -> Tensor:
+        """What points (B,P,3) ask the tokens (B,N,D), of the decoder's own width, with -> (B,P,D)."""
         position = fourier_embedding(points, self.config.num_freqs, self.config.include_pi)
         x = self.query_proj(position.to(tokens.dtype))
         if anchors is not None and self.config.neighbours_out:
             x = x + self.local(points, anchors, tokens)
-        x = self.cross_attn_decoder(x, tokens, points, anchors)
-        return self.output_proj(self.ln_post(x)).squeeze(-1).float()
+        return x
 
 
 class ShapeVAE(PretrainedMixin, nn.Module):
@@ -321,6 +338,10 @@ class ShapeVAE(PretrainedMixin, nn.Module):
         if self.config.anchored:
             anchors, tokens = tokens[..., :3], tokens[..., 3:]
         return self.geo_decoder(points, tokens.to(self.post_kl.weight.dtype), anchors)
+
+    def field(self, tokens: Tensor) -> ShapeField:
+        """The field of `decode`'s tokens, for decoding meshes: `query`, prepared for many points, without gradients."""
+        return ShapeField(self, tokens)
 
     def forward(self, surface: Tensor, sharp: Tensor | None, points: Tensor) -> tuple[Tensor, Posterior]:
         """One training pass: encode, draw, decode, query -> field (B,P), posterior."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from elastic3d.models.pictures import PICTURE_SUFFIXES
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Picture, Result
 from elastic3d.pipelines.options import GenerateConfig, MeshFormat
 from elastic3d.pipelines.preview import turntable
+from elastic3d.pipelines.progress import OnProgress
 from elastic3d.pipelines.published import views_of
 from elastic3d.pipelines.routes import draw_routes, route_title
 from elastic3d.utils.files import atomic_path, matching_files, name_key, printable, visible_files
@@ -147,24 +148,33 @@ def generate(
     pipeline: ImageTo3DPipeline,
     jobs: Sequence[Job],
     config: GenerateConfig,
-    on_step: Callable[[int, int], None] | None = None,
+    on_outcome: Callable[[Outcome], None],
+    on_progress: OnProgress | None = None,
     draw: Draw | None = None,
-) -> Iterator[Outcome]:
-    """Do the jobs in batches, each mesh saved as soon as its batch is through; one outcome a job.
+) -> None:
+    """Do the jobs in batches; each mesh is saved, and its outcome told, as soon as it is there or has failed.
 
     `draw` makes the pictures of jobs that have a prompt.
     """
     todo = []
     for job in jobs:
         if config.resume and job.output.exists():
-            yield Outcome(job.subject, printable(job.output), job.seed, "skipped")
+            on_outcome(Outcome(job.subject, printable(job.output), job.seed, "skipped"))
         else:
             todo.append(job)
     for start in range(0, len(todo), config.rows):
         batch = todo[start : start + config.rows]
         drawn = draw(batch) if draw is not None else []
         pictures: list[Picture] = [picture.image for picture in drawn]
-        results = pipeline(
+
+        def finish(
+            number: int, result: Result, batch: Sequence[Job] = batch, drawn: Sequence[Drawn] = drawn
+        ) -> None:
+            if drawn:
+                result.receipt["image"] = drawn[number].receipt
+            on_outcome(_save(batch[number], result, config.preview))
+
+        pipeline(
             pictures or [views_of(job.image, config) for job in batch],
             [job.seed for job in batch],
             steps=config.steps,
@@ -172,14 +182,10 @@ def generate(
             resolution=config.resolution,
             cleanup=config.cleanup,
             foreground=config.foreground,
-            on_step=on_step,
+            on_progress=on_progress,
+            on_result=finish,
             **ElasticOptions.of(config),
         )
-        if drawn:
-            for result, picture in zip(results, drawn, strict=True):
-                result.receipt["image"] = picture.receipt
-        for job, result in zip(batch, results, strict=True):
-            yield _save(job, result, config.preview)
 
 
 def save_summary(path: Path, config: GenerateConfig, outcomes: Sequence[Outcome], planned: int) -> None:
@@ -216,7 +222,7 @@ def _save(job: Job, result: Result, preview: bool) -> Outcome:
         save_mesh(mesh, job.output, extras=result.receipt, name=job.name)
         if preview:
             with atomic_path(job.output.with_suffix(".png")) as temporary:
-                turntable(mesh).save(temporary)
+                turntable(mesh, image=result.image).save(temporary)
     except UserError as error:
         outcome.status, outcome.error = "failed", str(error)
         return outcome

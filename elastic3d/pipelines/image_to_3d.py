@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,13 +18,13 @@ from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.diffusion.sampler import sample
 from elastic3d.elastic import attach, is_attached, save_routers, session_of
-from elastic3d.elastic.config import ElasticConfig, ElasticOptions
+from elastic3d.elastic.config import ElasticOptions
 from elastic3d.elastic.context import Turn
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field
-from elastic3d.geometry.options import CleanupConfig, DecodeConfig, usual_coarse
+from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.geometry.surface import extract_surface
 from elastic3d.models.image_encoder import ImageEncoder, load_image_encoder, save_image_encoder
 from elastic3d.models.options import ForegroundConfig
@@ -41,6 +42,8 @@ from elastic3d.pipelines.conditions import (
 )
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, Placement, usual_chunk
 from elastic3d.pipelines.options import check_sampling
+from elastic3d.pipelines.progress import Listeners, OnProgress, OnResult, OnStep
+from elastic3d.pipelines.result import Result, Settings
 from elastic3d.pipelines.routes import dense_receipt, route_receipts
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, seeds_of, timed
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
@@ -49,38 +52,6 @@ from elastic3d.utils.options import from_dict, to_dict
 from elastic3d.utils.structured import load_json, save_json
 
 PIPELINE_NAME, ROUTERS_NAME = "pipeline.json", "routers"
-
-
-@dataclass
-class Settings:
-    """What one call asks for, defaults filled in."""
-
-    steps: int
-    guidance: float
-    decode: DecodeConfig
-    cleanup: CleanupConfig
-    foreground: ForegroundConfig
-    elastic: ElasticConfig
-
-
-@dataclass
-class Result:
-    """One sample: its mesh, or the reason why there is none."""
-
-    receipt: dict[str, Any]
-    """What was done, as stored in a glb: version, model, seed, steps, FLOPs, milliseconds, ..."""
-    latents: Tensor | None = None
-    """Sampled latents (N,C) fp32 on the CPU; None if the picture could not be used."""
-    error: UserError | None = None
-    _mesh: trimesh.Trimesh | None = field(default=None, repr=False)
-
-    @property
-    def mesh(self) -> trimesh.Trimesh:
-        """The mesh, Y up, in the cube of the model's `box`; raises `error` if there is none."""
-        if self.error is not None:
-            raise self.error
-        assert self._mesh is not None
-        return self._mesh
 
 
 class ImageTo3DPipeline:
@@ -196,7 +167,9 @@ class ImageTo3DPipeline:
         max_faces: int | None = None,
         cleanup: CleanupConfig | None = None,
         foreground: ForegroundConfig | None = None,
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: OnStep | None = None,
+        on_progress: OnProgress | None = None,
+        on_result: OnResult | None = None,
         **elastic: Any,
     ) -> Result | list[Result]:
         """Mesh of a picture, or of each of a list of pictures as one batch.
@@ -208,6 +181,8 @@ class ImageTo3DPipeline:
             steps, guidance, resolution: None is the model's default.
             max_faces: decimate to this many faces; None is `cleanup`'s own (40,000).
             on_step: called with (steps done, steps) during sampling.
+            on_progress: called with (stage, done, total) in every stage: condition, dit, decode, cleanup.
+            on_result: called with (number in the list, result) as soon as a result is known, failures included.
             elastic: `budget=` and whatever else `ElasticOptions` has.
 
         Raises:
@@ -220,7 +195,7 @@ class ImageTo3DPipeline:
         settings = self._settings(steps, guidance, resolution, max_faces, cleanup, foreground)
         settings.elastic = ElasticOptions(**elastic).over(self.config.elastic, self.session is not None)
         with self._turn, self.session.turn if self.session is not None else nullcontext():
-            results = self._generate(pictures, seeds, settings, on_step)
+            results = self._generate(pictures, seeds, settings, Listeners(on_step, on_progress, on_result))
         if many:
             return results
         if results[0].error is not None:
@@ -241,11 +216,11 @@ class ImageTo3DPipeline:
             cleaning = cleanup or CleanupConfig()
             cleaning = cleaning if max_faces is None else replace(cleaning, max_faces=max_faces)
             cells = self.config.resolution if resolution is None else resolution
-            chunk, box, coarse = self.max_points, self.config.box, usual_coarse(cells)
+            chunk, box = self.max_points, self.config.box
             return Settings(
                 steps=self.config.steps if steps is None else steps,
                 guidance=self.config.guidance if guidance is None else guidance,
-                decode=DecodeConfig(resolution=cells, coarse_resolution=coarse, max_points=chunk, box=box),
+                decode=DecodeConfig(resolution=cells, max_points=chunk, box=box),
                 cleanup=cleaning,
                 foreground=foreground or ForegroundConfig(),
                 elastic=self.config.elastic,
@@ -258,7 +233,7 @@ class ImageTo3DPipeline:
         pictures: Sequence[Picture],
         seeds: Sequence[int],
         settings: Settings,
-        on_step: Callable[[int, int], None] | None,
+        listeners: Listeners,
     ) -> list[Result]:
         results = [Result(self._receipt(seed, settings)) for seed in seeds]
         prepared: dict[int, Prepared] = {}
@@ -268,15 +243,20 @@ class ImageTo3DPipeline:
                 try:
                     prepared[i] = prepare(picture, settings.foreground, self.encoder)
                     check_directions(prepared[i], next(iter(prepared.values())))
+                    results[i].image = next(iter(prepared[i].values()))
                 except UserError as error:
                     prepared.pop(i, None)
                     results[i].error = error
+                    listeners.ready(i, results[i])
+                listeners.at("condition", i + 1, len(pictures))
             if not prepared:
                 return results
             with self.placement.use(self.encoder):
                 condition = encode(list(prepared.values()), self.encoder, self.device)
         with timed(batch_ms, "dit"), self.placement.use(self.dit):
-            latents = self.sample_latents(condition, [seeds[i] for i in prepared], settings, on_step)
+            latents = self.sample_latents(
+                condition, [seeds[i] for i in prepared], settings, partial(listeners.at, "dit")
+            )
         if self.placement.offload and self.session is not None:
             self.session.forget()  # copies of blocks would stay on the device
         done, moves = [results[i] for i in prepared], len(sampling_times(self.config, settings.steps)) - 1
@@ -285,24 +265,40 @@ class ImageTo3DPipeline:
         for result, row, route in zip(done, latents, routes, strict=True):
             result.latents = row.cpu()
             result.receipt |= dense | route
-        self._decode(latents, done, settings, batch_ms)
+        self._decode(latents, dict(zip(prepared, done, strict=True)), settings, batch_ms, listeners)
         return results
 
     def _decode(
-        self, latents: Tensor, results: Sequence[Result], settings: Settings, batch_ms: dict[str, float]
+        self,
+        latents: Tensor,
+        results: dict[int, Result],
+        settings: Settings,
+        batch_ms: dict[str, float],
+        listeners: Listeners,
     ) -> None:
-        """Latents (B,N,C) -> the meshes of `results`, or why there is none; with it all their times are known."""
+        """Latents (B,N,C) -> the meshes of `results`, or why there is none; with it all their times are known.
+
+        `results` are by their number in the call.
+        """
+        count = len(results)
+
+        def decoding(row: int, level: int, levels: int) -> None:
+            listeners.at("decode", row * levels + level, count * levels)
+
         with ExitStack() as stack:
             with timed(batch_ms, "decode"), torch.no_grad():
                 stack.enter_context(self.placement.use(self.vae))  # until the last mesh is there
                 tokens = self.vae.decode(latents)
-            for row, result in enumerate(results):
-                ms = {name: value / len(results) for name, value in batch_ms.items()}
+            for row, (number, result) in enumerate(results.items()):
+                ms = {name: value / count for name, value in batch_ms.items()}
                 try:
-                    result._mesh = self._mesh_of(tokens[row : row + 1], settings, ms)
+                    on_level = partial(decoding, row)
+                    result._mesh = self._mesh_of(tokens[row : row + 1], settings, ms, on_level)
                 except ValueError as error:
                     result.error = error if isinstance(error, UserError) else UserError(str(error))
                 result.receipt["ms"] = {name: round(value, 1) for name, value in ms.items()}
+                listeners.at("cleanup", row + 1, count)
+                listeners.ready(number, result)
 
     def sample_latents(
         self,
@@ -330,12 +326,12 @@ class ImageTo3DPipeline:
             on_step=on_step,
         )
 
-    def _mesh_of(self, tokens: Tensor, settings: Settings, ms: dict[str, float]) -> trimesh.Trimesh:
+    def _mesh_of(
+        self, tokens: Tensor, settings: Settings, ms: dict[str, float], on_level: OnStep
+    ) -> trimesh.Trimesh:
         """Decoded tokens (1,N,D) of one sample -> clean mesh; adds its times to `ms`."""
         with timed(ms, "decode"):
-            values, _ = decode_field(
-                lambda points, _: self.vae.query(points, tokens), 0, settings.decode, self.device
-            )
+            values, _ = decode_field(self.vae.field(tokens), 0, settings.decode, self.device, on_level)
         with timed(ms, "surface"):
             mesh = extract_surface(values, settings.decode.box, settings.decode.surface)
         with timed(ms, "cleanup"):

@@ -6,17 +6,34 @@ import numpy as np
 import trimesh
 from PIL import Image
 
-from elastic3d.geometry.render import Scene, ring_cameras
+from elastic3d.geometry.render import Camera, Light, Scene, ring_cameras
 
 
-def turntable(mesh: trimesh.Trimesh, views: int = 8, size: int = 256) -> Image.Image:
-    """Views from all around, the first from the front, in a row on white: RGB, `views * size` x `size`."""
+def turntable(
+    mesh: trimesh.Trimesh, views: int = 8, size: int = 256, image: Image.Image | None = None
+) -> Image.Image:
+    """Views from all around, the first from the front, in a row on white: RGB, `size` high, as wide for each view.
+
+    `image`, as the model saw it, comes before them. The light turns with the camera, so that all sides are as bright.
+    """
     placed = mesh.copy()
     placed.apply_translation(-mesh.bounds.mean(axis=0))
     placed.apply_scale(1.18 / float(np.linalg.norm(placed.vertices, axis=1).max()))  # fits from every side
     scene = Scene(placed)
-    strip = Image.new("RGBA", (views * size, size), "white")
-    for i, camera in enumerate(ring_cameras(views, elevation_deg=20, distance=3.6, fov_deg=40)):
-        view = Image.fromarray(np.asarray(scene.render(camera, size).colour))
-        strip.alpha_composite(view, (i * size, 0))
+    tiles = (
+        [image.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)] if image is not None else []
+    )
+    for camera in ring_cameras(views, elevation_deg=20, distance=3.6, fov_deg=40):
+        colour = scene.render(camera, size, light_beside(camera)).colour
+        tiles.append(Image.fromarray(np.asarray(colour)))
+    strip = Image.new("RGBA", (len(tiles) * size, size), "white")
+    for i, tile in enumerate(tiles):
+        strip.alpha_composite(tile, (i * size, 0))
     return strip.convert("RGB")
+
+
+def light_beside(camera: Camera) -> Light:
+    """A light above the left shoulder of whoever looks, without shadows."""
+    right, up, forward = camera.axes()
+    x, y, z = -0.5 * right + 0.6 * up - forward
+    return Light(direction=(float(x), float(y), float(z)), shadows=False)

@@ -18,9 +18,7 @@ def field_meshes(vae: ShapeVAE, latents: Tensor, resolution: int) -> list[trimes
     """Meshes of DiT-space latents (B,N,C); None where a field has no surface."""
     tokens = vae.decode(latents)
     config = DecodeConfig(resolution=resolution)
-    meshes = decode_meshes(
-        lambda points, i: vae.query(points, tokens[i]), len(latents), config, latents.device
-    )
+    meshes = decode_meshes(vae.field(tokens), len(latents), config, latents.device)
     return [mesh if isinstance(mesh, trimesh.Trimesh) else None for mesh in meshes]
 
 

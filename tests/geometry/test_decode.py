@@ -12,7 +12,7 @@ from torch import Tensor
 from elastic3d.errors import NoSurfaceError
 from elastic3d.geometry.decode import decode_field, decode_meshes, iterate_meshes, level_resolutions
 from elastic3d.geometry.grid import BOX, grid_points
-from elastic3d.geometry.options import DecodeConfig, usual_coarse
+from elastic3d.geometry.options import DecodeConfig
 from elastic3d.geometry.surface import extract_surface
 
 Field = Callable[[Tensor], Tensor]
@@ -125,7 +125,7 @@ def test_mesh_is_that_of_the_full_grid(name: str, kind: str) -> None:
     field = SHAPES[name]
     if kind == "truncated":
         field = truncated(field, 1.0 if "network" in name else 0.11)
-    config = DecodeConfig(resolution=RESOLUTION, coarse_resolution=COARSE)
+    config = DecodeConfig(resolution=RESOLUTION, coarse_resolution=COARSE, tolerance=0)
     values, stats = decode_field(single(field), 0, config)
     exact = full_grid(field, RESOLUTION)
     assert torch.equal(values > 0, exact > 0), "every node has the right side"
@@ -135,11 +135,11 @@ def test_mesh_is_that_of_the_full_grid(name: str, kind: str) -> None:
 
 def test_default_at_256_is_exact_and_fifteen_times_cheaper() -> None:
     field = truncated(union(torus(0.7, 0.015), spheres(1, 0.012, seed=0)), 0.05)
-    values, stats = decode_field(single(field), 0, DecodeConfig())
+    values, stats = decode_field(single(field), 0, DecodeConfig(tolerance=0))
     exact = full_grid(field, 256)
     assert torch.equal(values > 0, exact > 0)
     assert chamfer(extract_surface(values), extract_surface(exact)) < 0.1 * 2 * BOX / 256
-    assert stats.resolutions == [64, 128, 256] and stats.full_queries == 257**3
+    assert stats.resolutions == [32, 64, 128, 256] and stats.full_queries == 257**3
     for shape in (TABLE, SHAPES["thin shell"]):
         _, stats = decode_field(single(truncated(shape, 0.05)), 0, DecodeConfig())
         assert stats.queries * 15 < stats.full_queries
@@ -155,7 +155,7 @@ def test_no_rod_or_floater_is_lost(ends: list[float], radius: float, width: floa
     """Radius in voxels of a grid of 64, seen from 16 cells a side; the field flattens after two of those."""
     shape = rod(ends[:3], [end + 1e-3 for end in ends[3:]], radius * 2 * BOX / 64)
     field = truncated(shape, max(width, 2 * 2 * BOX / 16))
-    values, _ = decode_field(single(field), 0, DecodeConfig(resolution=64, coarse_resolution=16))
+    values, _ = decode_field(single(field), 0, DecodeConfig(resolution=64, coarse_resolution=16, tolerance=0))
     assert torch.equal(values > 0, full_grid(field, 64) > 0)
 
 
@@ -196,9 +196,37 @@ def test_levels(resolution: int, coarse: int, levels: list[int]) -> None:
     assert stats.queries < stats.full_queries or len(levels) == 1
 
 
-@pytest.mark.parametrize(("resolution", "coarse"), [(256, 64), (128, 64), (64, 32), (40, 32), (16, 32)])
-def test_small_grids_start_coarser(resolution: int, coarse: int) -> None:
-    assert usual_coarse(resolution) == coarse
+INTERPOLATED = [
+    (name, width)
+    for name in SHAPES
+    for width in (0.11, 1.0)
+    # left out: a sphere of 1.5 cells is nothing but curvature, and waves of 0.11 are as long as a coarse cell
+    if name != "floaters" and (name, width) != ("wavy network", 0.11)
+]
+
+
+@pytest.mark.parametrize(("name", "width"), INTERPOLATED)
+def test_an_interpolated_last_level_is_less_than_a_tenth_of_a_cell_off(name: str, width: float) -> None:
+    field = truncated(SHAPES[name], width)
+    values, stats = decode_field(single(field), 0, DecodeConfig(resolution=128))
+    exact, whole = decode_field(single(field), 0, DecodeConfig(resolution=128, tolerance=0))
+    assert chamfer(extract_surface(values), extract_surface(exact)) < 0.1 * 2 * BOX / 128
+    assert stats.queries < 1.02 * whole.queries, "where nothing is sure, only corners of cells are added"
+
+
+def test_a_smooth_field_needs_few_queries_on_the_last_level() -> None:
+    field = truncated(torus(0.6, 0.25), 0.2)
+    config = DecodeConfig(resolution=128)
+    _, stats = decode_field(single(field), 0, config)
+    _, exact = decode_field(single(field), 0, DecodeConfig(resolution=128, tolerance=0))
+    assert stats.queries_per_level[-1] < 0.15 * exact.queries_per_level[-1]
+
+
+def test_progress_tells_every_level() -> None:
+    told: list[tuple[int, int]] = []
+    config = DecodeConfig(resolution=64, coarse_resolution=16)
+    decode_field(single(torus(0.6, 0.2)), 0, config, on_level=lambda *level: told.append(level))
+    assert told == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_bad_fields_and_options() -> None:

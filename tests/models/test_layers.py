@@ -64,7 +64,7 @@ def test_distance_bias_equals_explicit_logits(dtype, tolerance):
     gamma = bias.log_gamma.exp()[None, :, None, None]
     logits = q @ k.transpose(-1, -2) / 8**0.5 - gamma * torch.cdist(x_q, x_k)[:, None] ** 2
     expected = rearrange(logits.softmax(-1) @ v, "B H P d -> B P (H d)")
-    longer_q, longer_k = bias.extend(q.to(dtype), k.to(dtype), x_q, x_k)
+    longer_q, longer_k = bias.extend_queries(q.to(dtype), x_q), bias.extend_keys(k.to(dtype), x_k)
     out = attend(longer_q, longer_k, v.to(dtype), scale=1.0)
     assert ((out.float() - expected).square().mean() / expected.square().mean()).sqrt() < tolerance
 

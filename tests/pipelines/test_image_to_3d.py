@@ -126,8 +126,8 @@ def test_a_field_without_a_surface_is_an_error_in_its_slot(
 def test_a_field_that_is_not_finite_is_an_error_in_its_slot(
     pipeline: ImageTo3DPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    query = pipeline.vae.query
-    monkeypatch.setattr(pipeline.vae, "query", lambda points, tokens: query(points, tokens) * torch.nan)
+    field = pipeline.vae.field
+    monkeypatch.setattr(pipeline.vae, "field", lambda tokens: lambda *args: field(tokens)(*args) * torch.nan)
     (result,) = pipeline([picture()])
     assert isinstance(result.error, UserError) and "not finite" in str(result.error)
 
@@ -285,3 +285,25 @@ def test_an_exception_in_a_callback_leaves_nothing_behind(pipeline):
         elastic(picture(), seed=1, on_step=lambda done, steps: 1 / (steps - 1 - done))
     assert session.cache is None
     assert torch.equal(elastic(picture(), resolution=12).latents, right)
+
+
+def test_progress_covers_every_stage_and_results_are_told_at_once(
+    pipeline: ImageTo3DPipeline, tmp_path: Path
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+    told: list[int] = []
+
+    def hear(number: int, result: Any) -> None:
+        told.append(number)
+        if number == 1:
+            assert result.error is not None and not any(stage == "dit" for stage, _, _ in seen)
+        else:
+            assert len(result.mesh.faces) and result.receipt["ms"]["cleanup"] >= 0
+
+    images = [picture(), tmp_path / "gone.png", picture(x=50)]
+    pipeline(images, on_progress=lambda *at: seen.append(at), on_result=hear, steps=3, resolution=48)
+    assert told == [1, 0, 2], "the broken image first, before any time is spent"
+    assert [at for at in seen if at[0] == "condition"] == [("condition", n, 3) for n in (1, 2, 3)]
+    assert [at for at in seen if at[0] == "dit"] == [("dit", n, 3) for n in (1, 2, 3)]
+    assert [at for at in seen if at[0] == "decode"] == [("decode", n, 4) for n in (1, 2, 3, 4)]
+    assert [at for at in seen if at[0] == "cleanup"] == [("cleanup", 1, 2), ("cleanup", 2, 2)]

@@ -1,0 +1,141 @@
+"""Stages from an image to a written mesh, cold and warm, of this checkout and of another one in turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from elastic3d.benchmark.machine import machine
+from elastic3d.benchmark.stages_options import StagesConfig
+from elastic3d.errors import UserError
+from elastic3d.utils.structured import save_json
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HERE, OTHER = "this", "against"
+Round = dict[str, dict[str, list[float]]]
+"""By checkout and row: the measurements of one round."""
+
+
+def measure_stages(config: StagesConfig) -> dict[str, Any]:
+    """Run all rounds, write `config.output`, and return it: `rounds`, `table` and what machine it was.
+
+    Raises:
+        UserError: `against` is no checkout, or a process failed.
+    """
+    checkouts = {HERE: ROOT}
+    if config.against is not None:
+        if not (config.against / "elastic3d").is_dir():
+            raise UserError(f"against is {config.against}, expected the root of a checkout of elastic3d")
+        checkouts[OTHER] = config.against.resolve()
+    rounds: list[Round] = []
+    for number in tqdm(range(config.rounds), desc="stages", unit="round", disable=None):
+        order = list(checkouts.items())
+        if number % 2:  # whoever comes second finds a warm disk: take turns
+            order.reverse()
+        rounds.append({name: _process(folder, config) for name, folder in order})
+        found = {"machine": machine(), "table": table(rounds), "rounds": rounds}
+        save_json(found, config.output)  # after each: a long measurement may be stopped
+    return found
+
+
+def table(rounds: Sequence[Round]) -> list[dict[str, Any]]:
+    """One entry a row: median, least and most of each checkout, and the median of the rounds' ratios.
+
+    A ratio is that of two medians of one round, so that what else the machine does falls on both.
+    """
+    rows = []
+    for name in rounds[0][HERE]:
+        row: dict[str, Any] = {"row": name}
+        for checkout in rounds[0]:
+            values = [value for one in rounds for value in one[checkout].get(name, [])]
+            if values:
+                row[checkout] = {
+                    "median": round(statistics.median(values), 1),
+                    "least": round(min(values), 1),
+                    "most": round(max(values), 1),
+                }
+        if OTHER in row:
+            row["ratio"] = round(
+                statistics.median(
+                    statistics.median(one[OTHER][name]) / max(statistics.median(one[HERE][name]), 1e-3)
+                    for one in rounds
+                ),
+                2,
+            )
+        rows.append(row)
+    return rows
+
+
+def printed(rows: Sequence[dict[str, Any]]) -> str:
+    """The table as Markdown; times in milliseconds, memory in megabytes."""
+    both = any(OTHER in row for row in rows)
+    names = [OTHER, HERE] if both else [HERE]
+    lines = ["| | " + " | ".join([*names, *(["ratio"] if both else [])]) + " |"]
+    lines.append("| --- |" + " --- |" * (len(names) + both))
+    for row in rows:
+        cells = [_cell(row.get(name)) for name in names]
+        lines.append(
+            "| " + " | ".join([row["row"], *cells, *([str(row.get("ratio", ""))] if both else [])]) + " |"
+        )
+    return "\n".join(lines)
+
+
+def _cell(found: dict[str, float] | None) -> str:
+    return f"{found['median']:,.0f} ({found['least']:,.0f} to {found['most']:,.0f})" if found else ""
+
+
+def _process(folder: Path, config: StagesConfig) -> dict[str, list[float]]:
+    """Every row of one fresh process of a checkout, and of its commands."""
+    options = {
+        "image": str(config.image.resolve()),
+        "model": str(config.model.resolve()),
+        "repeats": config.repeats,
+        "resolution": config.resolution,
+        "elastic": config.elastic,
+        "threads": config.threads,
+    }
+    worker = Path(__file__).with_name("stage_worker.py")
+    text, _ = _run([str(worker), json.dumps(options)], folder)
+    found = json.loads(text.splitlines()[-1])
+    rows = {"import": [found["import"]], "load": [found["load"]]}
+    first, warm = found["meshes"][0], found["meshes"][1:]
+    rows |= {f"first mesh, {stage}": [value] for stage, value in first.items()}
+    rows |= {f"warm, {stage}": [mesh[stage] for mesh in warm] for stage in first}
+    rows["peak memory, MB"] = [found["peak_mb"]]
+    if config.commands:
+        script = str(folder / "scripts" / "gen_mesh.py")
+        rows["gen_mesh.py --help"] = [_run([script, "--help"], folder)[1]]
+        with tempfile.TemporaryDirectory() as output:
+            arguments = [
+                f"image={options['image']}",
+                f"output={output}/mesh.glb",
+                f"model={options['model']}",
+            ]
+            arguments += [f"resolution={config.resolution}", f"elastic={str(config.elastic).lower()}"]
+            rows["gen_mesh.py"] = [_run([script, *arguments], folder)[1]]
+    return rows
+
+
+def _run(arguments: Sequence[str], folder: Path) -> tuple[str, float]:
+    """Output of Python on these arguments with a checkout's package, and the milliseconds it took."""
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    environment |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}  # as the scripts set it
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    elapsed = 1000 * (time.perf_counter() - start)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{Path(arguments[0]).name} failed in {folder}: {last}")
+    return done.stdout, elapsed

@@ -1,0 +1,47 @@
+"""Options of `scripts/time_stages.py` and `scripts/compare_decoding.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic3d.pipelines.options import DEFAULT_MODEL
+from elastic3d.utils.options import Options, option
+
+
+@dataclass(kw_only=True)
+class StagesConfig(Options):
+    """How long each stage from an image to a written mesh takes, also against another checkout."""
+
+    image: Path = option(Path("data/samples/chair.png"), "image of one object")
+    model: Path = option(Path(DEFAULT_MODEL), "folder of the model; both checkouts load this one")
+    against: Path | None = option(
+        None, "root of another checkout, measured in turn with this one; null: none"
+    )
+    output: Path = option(Path("outputs/stages.json"), "JSON file with every measurement")
+    rounds: int = option(3, "fresh processes of each checkout", ge=1, le=1000)
+    repeats: int = option(3, "meshes that such a process makes after its first", ge=1, le=1000)
+    commands: bool = option(True, "also time the whole commands gen_mesh.py and gen_mesh.py --help")
+    resolution: int = option(256, "grid cells a side of the decoding", ge=8, le=512)
+    elastic: bool = option(True, "let the routers decide; false: the dense model")
+    threads: int = option(0, "threads of PyTorch; 0: its own choice", ge=0, le=1024)
+
+
+@dataclass(kw_only=True)
+class DecodingConfig(Options):
+    """What resolution and tolerance of the decoding cost, and what they leave of the mesh."""
+
+    model: str = option(DEFAULT_MODEL, "folder of the model")
+    images: Path = option(Path("data/samples"), "folder of images to sample latents from")
+    seeds: list[int] = option([0, 1, 2], "seeds of the latents of each image")
+    output: Path = option(
+        Path("outputs/decoding"), "folder for latents.safetensors, shapes.json and table.md"
+    )
+    reference: int = option(
+        256, "cells a side of the reference, evaluated everywhere at the surface", ge=8, le=512
+    )
+    resolutions: list[int] = option(
+        [64, 96, 128, 192, 256], "cells a side to compare with it, by default ways", ge=8, le=512
+    )
+    points: int = option(20000, "points on each mesh that distances are measured from", ge=100, le=1 << 24)
+    limit: int = option(0, "shapes, from the first; 0: all", ge=0, le=1 << 20)

@@ -1,0 +1,26 @@
+"""Time the stages from an image to a written mesh, in fresh processes, and those of another checkout in turn.
+
+    python scripts/time_stages.py output=outputs/stages.json
+    git worktree add ../before v0.1.0 && python scripts/time_stages.py against=../before
+
+`import` and `load` are those of a fresh process; `first mesh` is the first that it makes, `warm` those after it.
+Ratios are taken within a round, where both checkouts ran one after the other: above 1 this one is faster.
+"""
+
+from __future__ import annotations
+
+from _cli import run
+
+from elastic3d.benchmark.stages_options import StagesConfig
+
+
+def main(config: StagesConfig) -> int:
+    """Measure, write the JSON, print the table."""
+    from elastic3d.benchmark.stages import measure_stages, printed
+
+    print(printed(measure_stages(config)["table"]))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, StagesConfig, "time_stages")
