@@ -80,8 +80,9 @@ class DistanceBias(nn.Module):
 
     def __init__(self, heads: int, strongest: float = 128.0) -> None:
         super().__init__()
-        gammas = strongest ** torch.linspace(0.0, 1.0, heads)
-        self.log_gamma = nn.Parameter(gammas.log())
+        # Numbers of Python: a power of tensors on the meta device loads torch's compiler, two seconds.
+        spread = [math.log(strongest) * head / max(heads - 1, 1) for head in range(heads)]
+        self.log_gamma = nn.Parameter(torch.tensor(spread))
 
     def extend_queries(self, q: Tensor, x_q: Tensor) -> Tensor:
         """q (B,H,P,d), x_q (B,P,3) -> q, scaled by d^-1/2, with channels behind; for logits at scale 1."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from elastic3d.errors import UserError
 from elastic3d.utils.options import from_dict, to_dict
@@ -110,7 +111,7 @@ def check_size(kind: type[Any], config: Any, folder: Path) -> None:
     path = folder / WEIGHTS_NAME
     heads = tensor_heads(path)
     try:
-        with _no_more_weights_than(heads, f"{folder / CONFIG_NAME}"), torch.device("meta"):
+        with _no_more_weights_than(heads, f"{folder / CONFIG_NAME}"), torch.device("meta"), _NoFills():
             model = kind(config)
     except UserError:
         raise
@@ -118,6 +119,16 @@ def check_size(kind: type[Any], config: Any, folder: Path) -> None:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder / CONFIG_NAME} describes no {kind.__name__}: {reason}") from error
     check_fit(model, heads, str(path))
+
+
+class _NoFills(TorchFunctionMode):
+    """Initialisation does nothing: on the meta device there is nothing to fill, and trying loads torch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 @contextmanager

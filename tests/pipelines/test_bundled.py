@@ -1,5 +1,7 @@
 """The model that ships, as a user meets it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,14 @@ def test_the_trained_field_is_decoded_as_on_the_full_grid(shape: trimesh.Trimesh
 def test_the_bundled_models_stay_small() -> None:
     files = [path for path in (ROOT / "data/pretrained").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 100e6
+
+
+def test_a_first_mesh_waits_for_no_compiler_and_no_other_library():
+    """Each of these takes a second or more to import, and nothing on the default path needs it."""
+    code = (
+        "import sys; from elastic3d import ImageTo3DPipeline;"
+        "ImageTo3DPipeline.from_pretrained('shape-small', device='cpu');"
+        "heavy = ('torch._dynamo', 'sympy', 'diffusers', 'transformers', 'accelerate', 'open3d', 'matplotlib');"
+        "sys.exit(', '.join(name for name in heavy if name in sys.modules) or None)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
