@@ -65,9 +65,11 @@ def entry_points(script: Path) -> list[tuple[type, str]]:
 
 
 def entry_point(script: Path, arguments: list[str]) -> tuple[type, str]:
-    """The one that a command takes: `backbone=` chooses the other where there are two."""
+    """The one that a command takes: `task=images` or `backbone=` chooses the other where there are two."""
     first, *rest = entry_points(script)
-    return first if not rest or any(a.startswith("backbone=") for a in arguments) else rest[-1]
+    return (
+        first if not rest or any(a.startswith(("backbone=", "task=images")) for a in arguments) else rest[-1]
+    )
 
 
 def shipped_choices() -> list[tuple[type, str, list[str]]]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.benchmark.methods import MAIN, Routes, Run
-from elastic3d.benchmark.place import Job, Place
-from elastic3d.elastic.config import Branches, RouterConfig
+from elastic3d.benchmark.methods import MAIN, NO_CACHE, Job, Planner, Routes, Run
+from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig
 from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.family import BlockFlops
 from elastic3d.elastic.policies import (
@@ -29,135 +29,136 @@ from elastic3d.elastic.trace import parse_actions
 from elastic3d.utils.structured import load_json, save_json
 
 
+class Maker(Protocol):
+    """What controls ask of a task."""
+
+    planner: Planner
+
+    def calibration_jobs(self) -> list[Job]: ...
+    def neighbour(self, job: Job) -> Job: ...
+    def routes_of(self, run: Run, job: Job) -> dict[str, Any]: ...
+    def ready(self, run: Run) -> AbstractContextManager[None]: ...
+    def condition_of(self, run: Run, jobs: Sequence[Job]) -> Any: ...
+    def sample(self, run: Run, condition: Any, jobs: Sequence[Job], source: RouteSource | None) -> Tensor: ...
+
+
 class Controls:
     """Route tables for the runs that have one. What is computed is kept in `<output>/tables`."""
 
-    def __init__(self, place: Place) -> None:
-        self.place, self.planner, self.config = place, place.planner, place.config
+    def __init__(self, task: Maker) -> None:
+        self.task, self.planner, self.config = task, task.planner, task.planner.config
         self.session = self.planner.models[MAIN].session
-        self.calibration = place.calibration_jobs()
+        self.router = self.session.router_config if self.session is not None else RouterConfig()
+        self.calibration = task.calibration_jobs()
         self.folder = self.config.output / "tables"
         self._tables: dict[str, Tensor] = {}
 
     def source(self, run: Run, jobs: Sequence[Job]) -> RouteSource | None:
         """What decides for a batch of jobs; None: the routers, or nobody."""
-        session = self.session
-        if run.routes in (Routes.dense, Routes.routers) or session is None:
+        if run.routes in (Routes.dense, Routes.routers) or self.session is None:
             return None
-        widths = session.router_config.widths
+        widths = self.router.widths
         if run.routes is Routes.open:
-            return TableRoutes(torch.full((1, 1, 1, len(session.blocks)), widths), widths)
-        if run.routes is Routes.random:
-            return TableRoutes(torch.stack([self._random(run, job) for job in jobs], dim=2), widths)
-        if run.routes is Routes.shuffled:
-            return TableRoutes(torch.stack([self._of_another(run, job) for job in jobs], dim=2), widths)
+            return TableRoutes(torch.full((1, 1, 1, len(self.session.blocks)), widths), widths)
+        if run.routes in (Routes.random, Routes.shuffled):
+            own = self._random if run.routes is Routes.random else self._of_another
+            return TableRoutes(torch.stack([own(run, job) for job in jobs], dim=2), widths)
         if run.name not in self._tables:
             found = self._static(run) if run.routes is Routes.static else self._timestep(run)
             self._tables[run.name] = found
         return TableRoutes(self._tables[run.name], widths)
 
     def _random(self, run: Run, job: Job) -> Tensor:
-        calibrated = self._calibrated(run)
+        actions, blocks, share = self._calibrated(run)
+        branches = int((actions[:, :, 0, 0] >= -1).any(dim=0).sum())
         seed = zlib.crc32(f"{run.name}/{job.seed}/{job.name}".encode())
-        branches = int((calibrated["actions"][:, :, 0, 0] >= -1).any(dim=0).sum())
-        generator = torch.Generator().manual_seed(seed)
-        blocks, decided = calibrated["blocks"], self._decided(calibrated["blocks"])
-        together = self._router_config.branches is Branches.together
+        one = self.router.branches is Branches.together
         routes = random_routes(
-            decided, self.ratios, run.steps, 1 if together else branches, calibrated["share"], generator
-        )
-        if together:
+            self._decided(blocks), self.router.ratios, run.steps, 1 if one else branches, share,
+            torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+        if one:
             routes[:, 1:branches] = routes[:, :1]
         return routes.expand(-1, -1, len(blocks))
 
     def _of_another(self, run: Run, job: Job) -> Tensor:
         """What the routers did for the next item, at the same seed."""
         assert run.donor is not None
-        routes = self.place.routes_of(run.donor, self.place.neighbour(job))
+        routes = self.task.routes_of(run.donor, self.task.neighbour(job))
         return parse_actions(routes["actions"], len(routes["blocks"])).clamp_min(0)
 
     def _timestep(self, run: Run) -> Tensor:
-        found = self._calibrated(run)
-        decided = self._decided(found["blocks"])
-        actions = found["actions"][..., : len(decided)]
-        routes = timestep_routes(actions, decided, self.ratios, found["share"])
-        return routes.expand(-1, -1, len(found["blocks"]))[:, :, None]
+        actions, blocks, share = self._calibrated(run)
+        decided = self._decided(blocks)
+        routes = timestep_routes(actions[..., : len(decided)], decided, self.router.ratios, share)
+        return routes.expand(-1, -1, len(blocks))[:, :, None]
+
+    def _static(self, run: Run) -> Tensor:
+        _, blocks, share = self._calibrated(run)
+        path = [(found, torch.tensor(routes)) for found, routes in self._static_path(blocks, share)]
+        return nearest_share(path, share)[None, None, None]
 
     def _decided(self, blocks: list[BlockFlops]) -> list[BlockFlops]:
         """What controls choose among: blocks, or all of them as one where the routers decide for all."""
-        return [as_one(blocks)] if looks_ahead(self._router_config) else blocks
+        return [as_one(blocks)] if looks_ahead(self.router) else blocks
 
-    def _static(self, run: Run) -> Tensor:
-        share = self._calibrated(run)["share"]
-        path = [(found, torch.tensor(routes)) for found, routes in self._static_path(run, share)]
-        return nearest_share(path, share)[None, None, None]
-
-    @property
-    def _router_config(self) -> RouterConfig:
-        session = self.session
-        assert session is not None
-        return session.router_config
-
-    @property
-    def ratios(self) -> tuple[float, ...]:
-        """Nested widths of the routers."""
-        return self._router_config.ratios
-
-    # ------------------------------------------------------------------------------------------- calibration
-
-    def _calibrated(self, run: Run) -> dict[str, Any]:
-        """`share`, `actions` (S,2,C,I) and `blocks` (FLOPs) of a control's donor on the calibration items."""
+    def _calibrated(self, run: Run) -> tuple[Tensor, list[BlockFlops], float]:
+        """Actions (S,2,C,I), the blocks' FLOPs and the executed share of a control's donor on the calibration items."""
         donor = run.donor
-        assert donor is not None
-        path = self.folder / f"{donor.name}-{self._calibration_key():08x}.json"
+        assert donor is not None and self.session is not None
+        path = self.folder / f"{donor.name}-{self._key():08x}.json"
         if not path.is_file():
-            save_json(self._record(donor), path)
+            samples, flops = list[Any](), list[list[int]]()
+            for start in range(0, len(self.calibration), self.config.batch_size):
+                jobs = self.calibration[start : start + self.config.batch_size]
+                with self.task.ready(donor):
+                    self.task.sample(donor, self.task.condition_of(donor, jobs), jobs, None)
+                trace = self.session.trace
+                assert trace is not None
+                samples += [trace.sample(row) for row in range(len(jobs))]
+                flops = [[trace.flops[i].fixed, trace.flops[i].mlp] for i in range(len(trace.blocks))]
+            save_json({"samples": samples, "flops": flops}, path)
         stored = load_json(path, {"flops": [[int]], "samples": [[[str]]]})
         blocks = [BlockFlops(fixed, mlp) for fixed, mlp in stored["flops"]]
         actions = torch.stack([parse_actions(sample, len(blocks)) for sample in stored["samples"]], dim=2)
-        return {"actions": actions, "blocks": blocks, "share": executed_share(actions, blocks, self.ratios)}
+        return actions, blocks, executed_share(actions, blocks, self.router.ratios)
 
-    def _record(self, donor: Run) -> dict[str, Any]:
-        samples: list[list[list[str]]] = []
-        flops: list[list[int]] = []
-        for start in range(0, len(self.calibration), self.config.batch_size):
-            jobs = self.calibration[start : start + self.config.batch_size]
-            self.place.sample(donor, self.place.condition_of(donor, jobs), jobs, None)
-            session = self.session
-            assert session is not None and session.trace is not None
-            trace = session.trace
-            samples += [trace.sample(row) for row in range(len(jobs))]
-            flops = [[trace.flops[i].fixed, trace.flops[i].mlp] for i in range(len(trace.blocks))]
-        return {"samples": samples, "flops": flops}
+    def _key(self) -> int:
+        """Of the model, guidance, resolution, steps and items."""
+        items = [(job.name, job.seed) for job in self.calibration]
+        return zlib.crc32(repr((self.planner.reference().name, self.planner.baseline_steps, items)).encode())
 
-    def _calibration_key(self) -> int:
-        config = self.config
-        facts = (
-            self.planner.reference().name,  # the model, guidance, resolution
-            self.planner.baseline_steps,
-            [(job.label, job.seed) for job in self.calibration],
-            config.calibration_calls,
-        )
-        return zlib.crc32(repr(facts).encode())
-
-    def _static_path(self, run: Run, share: float) -> list[tuple[float, list[int]]]:
+    def _static_path(self, blocks: list[BlockFlops], share: float) -> list[tuple[float, list[int]]]:
         """The greedy path of fixed routes, down to `share` at least; one for every budget."""
-        file = self.folder / f"static-{self._calibration_key():08x}.json"
+        file = self.folder / f"static-{self._key():08x}.json"
         path: list[tuple[float, list[int]]] = (
             load_json(file, {"path": [list]})["path"] if file.is_file() else []
         )
         if not path or path[-1][0] > share:
             lowest = min(share, 0.9 * min(self.planner.control_budgets))
-            blocks = self._calibrated(run)["blocks"]
-            with tqdm(desc="static routes", unit="change", dynamic_ncols=True) as bar:
-
-                def on_change(executed: float) -> None:
-                    bar.set_postfix_str(f"{executed:.2f} of the FLOPs, down to {lowest:.2f}", refresh=False)
-                    bar.update()
-
+            with tqdm(desc=f"static routes down to {lowest:.2f}", unit="change", dynamic_ncols=True) as bar:
                 found = greedy_static(
-                    self.place.velocity_error(self.calibration), blocks, self.ratios, lowest, on_change
+                    self._error(), blocks, self.router.ratios, lowest, lambda share: bar.update()
                 )
             path = [(executed, routes.tolist()) for executed, routes in found]
             save_json({"path": path}, file)
         return path
+
+    def _error(self) -> Callable[[Tensor], float]:
+        """Fixed routes (I,) -> relative squared error of the last latents of the calibration items.
+
+        Blocks that are left out add nothing: with the cache of routers that reuse, a first step would run all of them.
+        """
+        task, planner, jobs = self.task, self.planner, self.calibration
+        dense = planner.run(MAIN, planner.baseline_steps, Routes.dense)
+        plain = ElasticConfig(cache=NO_CACHE, updates=False)
+        fixed = planner.run(MAIN, planner.baseline_steps, Routes.open, plain)
+        condition = task.condition_of(dense, jobs)
+        true = task.sample(dense, condition, jobs, None)
+
+        def error(routes: Tensor) -> float:
+            source = TableRoutes(routes[None, None, None], self.router.widths)
+            found = task.sample(fixed, condition, jobs, source)
+            return float((found - true).square().mean() / true.square().mean())
+
+        return error

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from elastic3d.benchmark.options import BenchmarkOptions, Method
-from elastic3d.diffusion.options import Solver
+from elastic3d.benchmark.config import BenchmarkOptions, CacheName, Method
+from elastic3d.elastic import is_attached, session_of
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.session import ElasticSession
@@ -27,23 +28,24 @@ from elastic3d.utils.options import to_dict
 MAIN, DENSE, EULER = "model", "dense", "euler"
 
 
-class Subject(Protocol):
-    """What a planner asks of a model. `config` has its defaults: steps, guidance, resolution, shift, elastic."""
+@dataclass(frozen=True)
+class Model:
+    """A pipeline, its DiT, and what it does where nothing is asked for. `sampler` is its timestep shift and solver."""
+
+    pipeline: Any
+    dit: nn.Module
+    steps: int
+    guidance: float
+    resolution: int
+    sampler: tuple[float, str]
+    weights_sha256: str | None
+    dense_sha256: str | None
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
 
     @property
-    def config(self) -> Any: ...
-
-    @property
-    def dit(self) -> nn.Module: ...
-
-    @property
-    def session(self) -> ElasticSession | None: ...
-
-    @property
-    def weights_sha256(self) -> str | None: ...
-
-    @property
-    def dense_sha256(self) -> str | None: ...
+    def session(self) -> ElasticSession | None:
+        """Of its routers."""
+        return session_of(self.dit) if is_attached(self.dit) else None
 
 
 class Routes(Enum):
@@ -59,11 +61,29 @@ class Routes(Enum):
 
 
 @dataclass(frozen=True)
+class Rival:
+    """A training-free cache and its options (`elastic3d.benchmark.rivals` runs it)."""
+
+    title: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> CacheName:
+        """Which."""
+        return CacheName(self.title)
+
+    @property
+    def note(self) -> str:
+        """The options in words."""
+        return ", ".join(f"{k} {v}" if isinstance(v, str) else f"{k} {v:g}" for k, v in self.options.items())
+
+
+@dataclass(frozen=True)
 class Run:
-    """One way to make meshes or pictures. Methods that ask for the same way share what it made and its times.
+    """One way to make meshes or images. Methods that ask for the same way share what it made and its times.
 
     `name` tells it from every other, also from the same with other weights or options. `donor` is the run whose
-    routes a control is matched to; `foreign` a cache of others around the dense model.
+    routes a control is matched to; `unbiased` leaves out the routers' gate bias over time.
     """
 
     name: str = field(compare=True)
@@ -72,7 +92,21 @@ class Run:
     routes: Routes = field(compare=False)
     settings: ElasticConfig = field(compare=False)
     donor: Run | None = field(compare=False, default=None)
-    foreign: Any = field(compare=False, default=None)
+    rival: Rival | None = field(compare=False, default=None)
+    unbiased: bool = field(compare=False, default=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One result to make by each run: an item (the file of an image, or a prompt) and a seed."""
+
+    item: Path | str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The prompt, or the name of the image without its suffix."""
+        return self.item.stem if isinstance(self.item, Path) else self.item
 
 
 @dataclass(frozen=True)
@@ -85,74 +119,73 @@ class Case:
     note: str = ""
 
 
-PAPER_CACHE = BlockCacheConfig(rule=CacheRule.band, band=0.1, longest=5, start=0.3)
-FORECAST = BlockCacheConfig(rule=CacheRule.age, longest=1, trend=1.0, closed_reuse=True)
 NO_CACHE = BlockCacheConfig()
 
 
 class Planner:
     """Makes runs out of what a configuration asks for."""
 
-    def __init__(self, config: BenchmarkOptions, models: Mapping[str, Subject]) -> None:
+    def __init__(self, config: BenchmarkOptions, models: Mapping[str, Model]) -> None:
         self.config, self.models = config, models
         main = models[MAIN]
-        self.baseline_steps = config.baseline_steps or main.config.steps
+        self.baseline_steps = config.baseline_steps or main.steps
         self.elastic_steps = config.elastic_steps or [self.baseline_steps]
         self.control_budgets = config.control_budgets or config.budgets
         self.trained_cache = main.session.router_config.cache() if main.session else NO_CACHE
-        default = config.cache or main.config.elastic.cache or self.trained_cache
-        self.default = replace(main.config.elastic, cache=default)
+        default = config.cache or main.elastic.cache or self.trained_cache
+        self.default = replace(main.elastic, cache=default)
 
     def run(
         self,
-        model: str,
+        name: str,
         steps: int,
         routes: Routes,
         settings: ElasticConfig | None = None,
         donor: Run | None = None,
-        foreign: Any = None,
+        rival: Rival | None = None,
+        unbiased: bool = False,
     ) -> Run:
-        """A run with its name; settings None: dense. `foreign` is a dataclass with a `title`."""
+        """A run with its name; settings None: dense."""
         settings = settings or ElasticConfig(elastic=False)
-        pipeline, config = self.models[model], self.config
-        calibration = (str(config.calibration), config.calibration_samples, config.calibration_calls)
+        model, config = self.models[name], self.config
+        calibration = (str(config.calibration), config.calibration_samples)
         facts = [
-            pipeline.dense_sha256 if routes is Routes.dense else pipeline.weights_sha256,
-            str(next(pipeline.dit.parameters()).dtype),
+            model.dense_sha256 if routes is Routes.dense else model.weights_sha256,
+            str(next(model.dit.parameters()).dtype),
             steps,
-            self.guidance(model),
-            config.resolution or pipeline.config.resolution,
-            pipeline.config.shift,
-            getattr(pipeline.config, "solver", Solver.euler).value,
+            self.guidance(name),
+            config.resolution or model.resolution,
+            *model.sampler,
             routes.value,
             to_dict(settings),
             donor.name if donor else "",
             calibration if routes in (Routes.static, Routes.timestep) else "",
-            to_dict(pipeline.session.router_config) if pipeline.session and settings.elastic else "",
-            *([to_dict(foreign)] if foreign else []),
+            to_dict(model.session.router_config) if model.session and settings.elastic else "",
+            *([to_dict(rival)] if rival else []),
+            *(["unbiased"] if unbiased else []),
         ]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
-        what = foreign.title if foreign else routes.value if model in (MAIN, DENSE) else model
+        what = rival.title if rival else routes.value if name in (MAIN, DENSE) else name
         budget = f"-b{settings.budget:g}" if settings.elastic else ""
-        return Run(f"{what}-s{steps}{budget}-{digest}", model, steps, routes, settings, donor, foreign)
+        return Run(f"{what}-s{steps}{budget}-{digest}", name, steps, routes, settings, donor, rival, unbiased)
 
     def dense(self, steps: int) -> Run:
-        """The dense model in so many steps."""
+        """The dense model in N steps."""
         return self.run(DENSE, steps, Routes.dense)
 
-    def elastic(self, budget: float, steps: int, model: str = MAIN, **changes: Any) -> Run:
+    def elastic(
+        self, budget: float, steps: int, model: str = MAIN, unbiased: bool = False, **changes: Any
+    ) -> Run:
         """The routers at a budget, with the default settings but for `changes`."""
         settings = replace(self.default, elastic=True, budget=budget, **changes)
-        return self.run(model, steps, Routes.routers, settings)
+        return self.run(model, steps, Routes.routers, settings, unbiased=unbiased)
 
-    @property
-    def has_updates(self) -> bool:
-        """Whether the model's routers have updates of the blocks."""
-        session = self.models[MAIN].session
-        return session is not None and session.router_config.updates > 0
+    def opened(self, steps: int, cache: BlockCacheConfig, lora: bool) -> Run:
+        """Every block of the model with routers at full width: only a cache and, if wanted, the few-step LoRA act."""
+        return self.run(MAIN, steps, Routes.open, ElasticConfig(cache=cache, updates=lora))
 
-    def updates(self, steps: int, budget: float) -> bool:
-        """Whether a generation uses them."""
+    def has_lora(self, steps: int, budget: float) -> bool:
+        """Whether a generation uses the few-step LoRA of the routers."""
         session = self.models[MAIN].session
         if session is None:
             return False
@@ -160,11 +193,11 @@ class Planner:
 
     def guidance(self, model: str) -> float:
         """The guidance scale of a model's runs."""
-        asked = self.config.guidance
-        return self.models[model].config.guidance if asked is None else asked
+        requested = self.config.guidance
+        return self.models[model].guidance if requested is None else requested
 
     def reference(self) -> Run:
-        """The dense meshes that all others are paired with."""
+        """The dense results that all others are paired with."""
         return self.dense(self.config.reference_steps)
 
 
@@ -183,102 +216,111 @@ def _euler_steps(planner: Planner) -> Iterator[Case]:
         yield Case("euler_steps", planner.run(EULER, steps, Routes.dense), 1.0)
 
 
-def _elastic(method: Method, **changes: Any) -> Callable[[Planner], Iterator[Case]]:
-    def cases(planner: Planner) -> Iterator[Case]:
-        for steps in planner.elastic_steps:
-            for budget in planner.config.budgets:
-                yield Case(method.value, planner.elastic(budget, steps, **changes), budget)
+def _elastic(planner: Planner, method: Method, **changes: Any) -> Iterator[Case]:
+    for steps in planner.elastic_steps:
+        for budget in planner.config.budgets:
+            yield Case(method.value, planner.elastic(budget, steps, **changes), budget)
 
-    return cases
+
+def _no_damping(planner: Planner) -> Iterator[Case]:
+    cache = replace(planner.default.cache or NO_CACHE, trend=1.0, times=[], trends=[])
+    yield from _elastic(planner, Method.elastic_no_damping, cache=cache)
+
+
+def _no_lora(planner: Planner) -> Iterator[Case]:
+    for steps in planner.elastic_steps:
+        for budget in filter(partial(planner.has_lora, steps), planner.config.budgets):
+            run = planner.elastic(budget, steps, updates=False)
+            yield Case(Method.elastic_no_lora.value, run, budget)
+
+
+def _few_step_lora(planner: Planner) -> Iterator[Case]:
+    for steps in planner.config.steps:
+        if planner.has_lora(steps, 1.0):
+            yield Case(Method.few_step_lora.value, planner.opened(steps, NO_CACHE, lora=True), 1.0)
 
 
 def _dense_cache(planner: Planner) -> Iterator[Case]:
+    """A forecast at fixed intervals, without routers: with given dampings, and with the one calibrated for them."""
+    line, own = BlockCacheConfig(rule=CacheRule.age), planner.trained_cache
+    dampings = {f"damping {each:g}": replace(line, trend=each) for each in planner.config.dampings}
+    if own.trends or own.trend not in (0.0, *planner.config.dampings):
+        dampings["calibrated damping"] = replace(line, trend=own.trend, times=own.times, trends=own.trends)
     for steps in planner.elastic_steps:
+        start = min(1.0, (planner.config.forecast_warmup - 0.5) / steps)  # rounded up to whole steps
         for interval in planner.config.intervals:
-            cache = replace(FORECAST, longest=interval - 1, closed_reuse=False)
-            run = planner.run(MAIN, steps, Routes.open, ElasticConfig(cache=cache, updates=False))
-            yield Case("dense_cache", run, None, f"forecast, computed every {interval} steps")
+            for note, damped in dampings.items():
+                run = planner.opened(steps, replace(damped, longest=interval - 1, start=start), lora=False)
+                yield Case("dense_cache", run, None, f"every {interval} steps, {note}")
 
 
-def _no_updates(planner: Planner) -> Iterator[Case]:
-    for steps in planner.elastic_steps:
-        for budget in filter(partial(planner.updates, steps), planner.config.budgets):
-            run = planner.elastic(budget, steps, updates=False)
-            yield Case(Method.elastic_no_updates.value, run, budget)
-
-
-def _updated_steps(planner: Planner) -> Iterator[Case]:
-    for steps in planner.config.steps:
-        if planner.updates(steps, 1.0):
-            run = planner.run(MAIN, steps, Routes.open, ElasticConfig(cache=NO_CACHE))
-            yield Case(Method.updated_steps.value, run, 1.0)
-
-
-def _control(routes: Routes) -> Callable[[Planner], Iterator[Case]]:
-    def cases(planner: Planner) -> Iterator[Case]:
-        for budget in planner.control_budgets:
-            if budget < 1:  # at 1 there is hardly anything left out to choose
-                donor = planner.elastic(budget, planner.baseline_steps, cache=planner.trained_cache)
-                run = planner.run(MAIN, planner.baseline_steps, routes, donor.settings, donor)
-                yield Case(routes.value, run, budget)
-
-    return cases
+def _control(planner: Planner, routes: Routes) -> Iterator[Case]:
+    for budget in planner.control_budgets:
+        if budget < 1:  # at 1 there is hardly anything left out to choose
+            donor = planner.elastic(budget, planner.baseline_steps, cache=planner.trained_cache)
+            run = planner.run(MAIN, planner.baseline_steps, routes, donor.settings, donor)
+            yield Case(routes.value, run, budget)
 
 
 REGISTRY: dict[Method, Callable[[Planner], Iterator[Case]]] = {
     Method.dense: _dense,
     Method.fewer_steps: _fewer_steps,
     Method.euler_steps: _euler_steps,
-    Method.elastic: _elastic(Method.elastic),
-    Method.elastic_no_cache: _elastic(Method.elastic_no_cache, cache=NO_CACHE),
-    Method.elastic_no_width: _elastic(Method.elastic_no_width, width=False),
-    Method.elastic_paper_cache: _elastic(Method.elastic_paper_cache, cache=PAPER_CACHE),
-    Method.elastic_shared: _elastic(Method.elastic_shared, shared=True),
-    Method.elastic_no_updates: _no_updates,
-    Method.updated_steps: _updated_steps,
+    Method.elastic: partial(_elastic, method=Method.elastic),
+    Method.elastic_shared: partial(_elastic, method=Method.elastic_shared, shared=True),
+    Method.elastic_no_lora: _no_lora,
+    Method.elastic_no_bias: partial(_elastic, method=Method.elastic_no_bias, unbiased=True),
+    Method.elastic_no_damping: _no_damping,
+    Method.few_step_lora: _few_step_lora,
     Method.dense_cache: _dense_cache,
-    Method.random: _control(Routes.random),
-    Method.static: _control(Routes.static),
-    Method.timestep: _control(Routes.timestep),
-    Method.shuffled: _control(Routes.shuffled),
+    Method.random: partial(_control, routes=Routes.random),
+    Method.static: partial(_control, routes=Routes.static),
+    Method.timestep: partial(_control, routes=Routes.timestep),
+    Method.shuffled: partial(_control, routes=Routes.shuffled),
 }
-WITHOUT_REUSE = (Method.elastic_no_cache, Method.elastic_paper_cache)
-UPDATED = (Method.elastic_no_updates, Method.updated_steps)
+ABLATIONS = (Method.elastic_no_lora, Method.elastic_no_bias, Method.elastic_no_damping)
 WITHOUT_ROUTERS = (Method.dense, Method.fewer_steps, Method.euler_steps)
-FAMILY = (*(m.value for m in Method if m.name.startswith("elastic")), Method.updated_steps.value)
+FEWER = (Method.dense.value, Method.fewer_steps.value)
+FAMILY = (Method.elastic.value, Method.elastic_shared.value, Method.few_step_lora.value)
 CONTROLS = tuple(m.value for m in (Method.random, Method.static, Method.timestep, Method.shuffled))
 
 
-def plan(config: BenchmarkOptions, models: Mapping[str, Subject], items: int) -> tuple[Planner, list[Case]]:
-    """The cases of a benchmark of so many items, pictures or prompts.
-
-    Raises:
-        UserError: a method that this model or these items do not allow.
-    """
-    planner = Planner(config, models)
-    has_routers = models[MAIN].session is not None
+def plan(planner: Planner, items: int) -> list[Case]:
+    """The cases of a benchmark of N items, images or prompts. UserError for a method that they do not allow."""
     cases: list[Case] = []
     for method, build in REGISTRY.items():
-        if config.methods and method not in config.methods:
+        if planner.config.methods and method not in planner.config.methods:
             continue
-        why = None
-        if method not in WITHOUT_ROUTERS and not has_routers:
-            why = "the model has no routers"
-        elif method is Method.euler_steps and EULER not in models:
-            why = "its sampler takes equal Euler steps anyway"
-        elif method in WITHOUT_REUSE and planner.trained_cache.closed_reuse:
-            why = "its routers were trained to reuse residuals"
-        elif method in UPDATED and not planner.has_updates:
-            why = "its routers have no updates"
-        elif method is Method.shuffled and items < 2:
-            why = "it exchanges routes between items, and there is only one"
-        if why is None:
+        why = "it is asked for by name" if method in ABLATIONS else ""
+        why = _impossible(planner, method, items) or (why if not planner.config.methods else "")
+        if not why:
             cases += build(planner)
-        elif config.methods:
+        elif planner.config.methods:
             raise UserError(f"methods has {method.value}, which can't be run: {why}")
-    for name in config.variants:
+    for name in planner.config.variants:
         cases += _variant_cases(planner, name)
-    return planner, cases
+    return cases
+
+
+def _impossible(planner: Planner, method: Method, items: int) -> str:
+    """Why a method has no rows; empty where it has."""
+    session = planner.models[MAIN].session
+    if method is Method.euler_steps and EULER not in planner.models:
+        return "its sampler takes equal Euler steps anyway"
+    if method in WITHOUT_ROUTERS:
+        return ""
+    if session is None:
+        return "the model has no routers"
+    if method in (Method.elastic_no_lora, Method.few_step_lora) and not session.router_config.updates:
+        return "its routers have no few-step LoRA"
+    if method is Method.elastic_no_bias and not session.router_config.urgency:
+        return "its routers have no gate bias over time"
+    cache = planner.trained_cache
+    if method is Method.elastic_no_damping and not cache.trends and cache.trend in (0, 1):
+        return "the forecasts of its routers have no damping"
+    if method is Method.shuffled and items < 2:
+        return "it exchanges routes between items, and there is only one"
+    return ""
 
 
 def _variant_cases(planner: Planner, name: str) -> Iterator[Case]:
@@ -287,9 +329,9 @@ def _variant_cases(planner: Planner, name: str) -> Iterator[Case]:
         yield Case(name, planner.run(name, steps, Routes.dense), None)
         return
     cache = planner.config.cache or session.router_config.cache()
-    told = session.conditioner is not None  # the paper's routers know one budget only, that of their training
-    for budget in planner.control_budgets if told else [1.0]:
-        yield Case(name, planner.elastic(budget, steps, name, cache=cache), budget if told else None)
+    many = session.conditioner is not None  # the paper's routers know one budget only, that of their training
+    for budget in planner.control_budgets if many else [1.0]:
+        yield Case(name, planner.elastic(budget, steps, name, cache=cache), budget if many else None)
 
 
 def needed_runs(planner: Planner, cases: list[Case]) -> list[Run]:

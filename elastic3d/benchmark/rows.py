@@ -1,154 +1,31 @@
-"""From meshes, scores and times to the rows of the table."""
+"""From results, scores and times to the rows of the table, and what they say: frontiers, targets, comparisons."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from elastic3d.benchmark.methods import FAMILY, Case, Run
-from elastic3d.benchmark.options import Method
-from elastic3d.benchmark.place import Place
-from elastic3d.benchmark.quality import FLOOR, REFERENCE, SAME_STEPS, TRUTH, Scores, Workplace
+from elastic3d.benchmark.config import Method
+from elastic3d.benchmark.methods import CONTROLS, FAMILY, FEWER, Case, Run
+from elastic3d.benchmark.task import Scores, Task
 from elastic3d.benchmark.timing import DIT, END_TO_END, Round, summarise
 from elastic3d.elastic.trace import NOT_RUN, parse_actions
-from elastic3d.evaluation.fidelity import Rival, compare_metric
+from elastic3d.evaluation.fidelity import Rival as Opponent
+from elastic3d.evaluation.fidelity import compare_metric
+from elastic3d.evaluation.frontier import compare_fronts
 from elastic3d.evaluation.items import Row
-from elastic3d.evaluation.statistics import bootstrap_mean
 
-NO_RIVALS = tuple(
-    m.value
-    for m in (Method.dense, Method.fewer_steps, Method.euler_steps, Method.dense_cache, Method.elastic)
-)
-
-
-def build_rows(place: Workplace, cases: Sequence[Case], scores: Scores, rounds: Sequence[Round]) -> list[Row]:
-    """A row for each case and batch size. What was not measured is None."""
-    floor = _floor(place, scores)
-    rows = []
-    for case in cases:
-        fidelity = _fidelity(place, case.run, scores) | floor
-        compute = compute_of(place, case.run)
-        for batch in batches_of(case, place.config.batches):
-            head = {
-                "method": case.method,
-                "note": case.note,
-                "budget": case.budget,
-                "steps": case.run.steps,
-                "batch": batch,
-                "as_trained": as_trained(place, case),
-            }
-            rows.append(head | compute | times_of(place, case.run, rounds, batch, compute) | fidelity)
-            rows[-1]["run"] = case.run.name
-    return rows
-
-
-def batches_of(case: Case, batches: Sequence[int]) -> list[int]:
-    """The batch sizes that have a row: alone, a sample has nobody to share its routes with."""
-    return [batch for batch in batches if batch > 1 or not case.run.settings.shared]
-
-
-def as_trained(place: Place, case: Case) -> bool:
-    """Whether these are the model's routers, each sample for itself, with the cache they were trained with: for that,
-    budgets are calibrated."""
-    settings, planner = case.run.settings, place.planner
-    return (
-        case.method in FAMILY
-        and settings.width == planner.default.width
-        and settings.cache == planner.trained_cache
-        and not settings.shared
-    )
-
-
-def compute_of(place: Place, run: Run) -> dict[str, Any]:
-    """Executed FLOPs of the meshes of a run, over the dense model's in as many steps; mean and spread over meshes."""
-    records = [place.store.record(run, job) for job in place.jobs]
-    receipts = [r["receipt"] for r in records if r is not None and "flops_executed" in r["receipt"]]
-    shares = np.array([r["flops_executed"] / r["flops_dense"] for r in receipts])
-    routers = np.array([r.get("flops_routers", 0) / r["flops_dense"] for r in receipts])
-    statistics: dict[str, tuple[Callable[..., Any], np.ndarray]] = {
-        "executed_flops_ratio": (np.mean, shares),
-        "share_std": (np.std, shares),
-        "share_min": (np.min, shares),
-        "share_max": (np.max, shares),
-        "router_flops_ratio": (np.mean, routers),
-    }
-    found = {name: float(of(values)) if receipts else None for name, (of, values) in statistics.items()}
-    return found | {
-        "meshes": sum(record is not None for record in records),
-        "failed": sum(record is not None and record["status"] == "failed" for record in records),
-    }
-
-
-def times_of(
-    place: Place, run: Run, rounds: Sequence[Round], batch: int, compute: dict[str, Any]
-) -> dict[str, Any]:
-    """Times a mesh and speed-ups; `executed_flops_ratio` of the timed meshes where no others were made."""
-    baseline_steps = place.planner.baseline_steps
-    baseline, same = place.planner.dense(baseline_steps), place.planner.dense(run.steps)
-    dit = summarise(rounds, run, baseline, DIT, batch)
-    within = summarise(rounds, run, same, DIT, batch)
-    whole = summarise(rounds, run, baseline, END_TO_END, batch)
-    share = compute["executed_flops_ratio"]
-    if share is None and dit is not None:
-        share = dit["share"]
-    total = None if share is None else share * run.steps / baseline_steps
-    found: dict[str, Any] = {
-        "executed_flops_ratio": share,
-        "flops_ratio_to_baseline": total,
-        "flop_speedup": 1 / total if total else None,
-    }
-    for name, index in (("q25", 0), ("median", 1), ("q75", 2)):
-        found[f"dit_ms_{name}"] = dit["ms"][index] if dit else None
-    for name, index in (("dit_speedup", 1), ("dit_speedup_q25", 0), ("dit_speedup_q75", 2)):
-        found[name] = dit["speedup"][index] if dit else None
-    found["dit_speedup_same_steps"] = within["speedup"][1] if within else None
-    found["efficiency"] = within["speedup"][1] * within["share"] if within else None
-    found["end_to_end_ms_median"] = whole["ms"][1] if whole else None
-    found["end_to_end_speedup"] = whole["speedup"][1] if whole else None
-    found["rounds"] = dit["rounds"] if dit else 0
-    return found
-
-
-def _fidelity(place: Workplace, run: Run, scores: Scores) -> dict[str, Any]:
-    """Scores against the reference, the dense model in as many steps, and ground truth."""
-    bootstrap = place.config.bootstrap
-    found: dict[str, Any] = {}
-    for kind, suffix in ((REFERENCE, "paired"), (SAME_STEPS, "same_steps")):
-        rows = scores.get((run.name, kind), [])
-        distance = sample_means(rows, "chamfer_l1")
-        found[f"chamfer_l1_{suffix}"] = _mean(distance)
-        found[f"iou_{suffix}"] = _mean(sample_means(rows, "volume_iou"))
-        if kind == REFERENCE:
-            interval = bootstrap_mean(distance, bootstrap) if distance else None
-            found["chamfer_l1_paired_low"] = interval.low if interval else None
-            found["chamfer_l1_paired_high"] = interval.high if interval else None
-    truth = scores.get((run.name, TRUTH), [])
-    for threshold in place.config.protocol.thresholds:
-        name = f"f_score@{threshold:g}"
-        found[name] = _mean(sample_means(truth, name))
-        baseline = scores.get((place.planner.dense(place.planner.baseline_steps).name, TRUTH), [])
-        dense = _mean(sample_means(baseline, name))
-        kept = None if found[name] is None or not dense else found[name] / dense
-        found[f"{name}_drop"] = None if kept is None else 1 - kept
-    found["chamfer_l1_truth"] = _mean(sample_means(truth, "chamfer_l1"))
-    found["iou_truth"] = _mean(sample_means(truth, "volume_iou"))
-    return found
-
-
-def _floor(place: Workplace, scores: Scores) -> dict[str, Any]:
-    """The dense model against itself with another seed; a mesh that failed is no measure of noise."""
-    rows = [r for r in scores.get((place.planner.reference().name, FLOOR), []) if r["status"] == "ok"]
-    return {
-        "chamfer_l1_seed_floor": _mean(sample_means(rows, "chamfer_l1")),
-        "iou_seed_floor": _mean(sample_means(rows, "volume_iou")),
-    }
+SPEED, EFFICIENCY, OFF_BUDGET, SOONER = 2.0, 0.85, 0.03, 1.5
+TOLERANCE = 0.01  # of a frontier that is on the other
+EQUAL_TIME = 1.02  # a rival is compared with the elastic row that takes at most this share of its time
+LOWER_IS_BETTER = ("chamfer", "feature", "frechet")
 
 
 def sample_means(rows: Sequence[Row], metric: str) -> list[float]:
-    """The metric averaged over the seeds of each picture; pictures without it are left out."""
+    """The metric averaged over the seeds of each item; items without it are left out."""
     by_sample: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         if row.get(metric) is not None:
@@ -156,57 +33,96 @@ def sample_means(rows: Sequence[Row], metric: str) -> list[float]:
     return [float(np.mean(values)) for values in by_sample.values()]
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
+    """None of nothing."""
     return float(np.mean(values)) if values else None
 
 
-def compare_rivals(place: Workplace, cases: Sequence[Case], scores: Scores) -> list[dict[str, Any]]:
-    """The routers beside each control and variant of the same budget and steps, picture by picture.
-
-    Controls meet their donor, to which their FLOPs are matched; everything else meets `elastic`. A rival without a
-    budget meets every one.
-    """
-    found = []
-    for rival in cases:
-        if rival.method in NO_RIVALS:
-            continue
-        for case in opponents(rival, cases):
-            for kind, metric in ((REFERENCE, "chamfer_l1"), (TRUTH, "f_score@0.02")):
-                rows = [scores.get((run.name, kind), []) for run in (case.run, rival.run)]
-                compared = compare_metric(metric, rows[0], [rows[1]], Rival.baseline, place.config.bootstrap)
-                if compared is not None:
-                    head = {"routers": case.method, "rival_method": rival.method, "against": kind}
-                    asked = {"budget": case.budget, "steps": case.run.steps}
-                    found.append(head | asked | compared.as_dict())
-    return found
+# -------------------------------------------------------------------------------------------------------- rows
 
 
-def opponents(rival: Case, cases: Sequence[Case]) -> Sequence[Case]:
-    """The elastic cases that a rival is compared with."""
-    donor = rival.run.donor
-    if donor is not None:
-        own = [case for case in cases if case.run == donor]
-        return own[:1] or [Case(Method.elastic.value, donor, rival.budget)]
-    return [
-        case
-        for case in cases
-        if case.method == Method.elastic.value
-        and case.run.steps == rival.run.steps
-        and case.run != rival.run
-        and rival.budget in (None, case.budget)
-    ]
+def build_rows(task: Task, cases: Sequence[Case], scores: Scores, rounds: Sequence[Round]) -> list[Row]:
+    """A row for each case and batch size. What was not measured is None."""
+    rows, known = [], dict[str, dict[str, Any]]()
+    for case in cases:
+        run = case.run
+        if run.name not in known:
+            known[run.name] = task.columns(run, scores)
+        compute = _compute(task, run)
+        # alone, a sample has nobody to share its routes with
+        for batch in [b for b in task.config.batches if b > 1 or not run.settings.shared]:
+            head = {
+                "method": case.method, "note": case.note, "budget": case.budget, "steps": run.steps, "batch": batch,
+                "as_trained": _as_trained(task, case),
+            }  # fmt: skip
+            times = _times(task, run, rounds, batch, compute["executed_flops_ratio"])
+            rows.append(head | compute | times | known[run.name] | {"run": run.name})
+    return rows
 
 
-def route_shares(place: Place, cases: Sequence[Case]) -> dict[str, Any]:
-    """By run of the elastic family: executed width (S,2,I) averaged over meshes, 0 where skipped or reused or where
-    the other branch alone ran; NaN for a branch that never runs."""
+def _as_trained(task: Task, case: Case) -> bool:
+    """Whether these are the model's routers, each sample for itself, with the cache they were trained with: for that,
+    budgets are calibrated."""
+    settings, planner = case.run.settings, task.planner
+    own = settings.width == planner.default.width and settings.cache == planner.trained_cache
+    return case.method == Method.elastic.value and own
+
+
+def _compute(task: Task, run: Run) -> dict[str, Any]:
+    """Executed FLOPs of the results of a run, over the dense model's in as many steps; mean and spread over results."""
+    records = [task.record(run, job) for job in task.jobs]
+    receipts = [r["receipt"] for r in records if r is not None and "flops_executed" in r["receipt"]]
+    shares = np.array([r["flops_executed"] / r["flops_dense"] for r in receipts])
+    routers = np.array([r.get("flops_routers", 0) / r["flops_dense"] for r in receipts])
+    statistics: dict[str, tuple[Callable[..., Any], np.ndarray]] = {
+        "executed_flops_ratio": (np.mean, shares), "share_std": (np.std, shares), "share_min": (np.min, shares),
+        "share_max": (np.max, shares), "router_flops_ratio": (np.mean, routers),
+    }  # fmt: skip
+    found = {name: float(of(values)) if receipts else None for name, (of, values) in statistics.items()}
+    return found | {
+        task.plural: sum(record is not None for record in records),
+        "failed": sum(record is not None and record["status"] == "failed" for record in records),
+    }
+
+
+def _times(task: Task, run: Run, rounds: Sequence[Round], batch: int, made: float | None) -> dict[str, Any]:
+    """Times a result and speed-ups; executed FLOPs of the timed results where no others were `made`."""
+    planner = task.planner
+    baseline, same = planner.dense(planner.baseline_steps), planner.dense(run.steps)
+    dit = summarise(rounds, run, baseline, DIT, batch)
+    within = summarise(rounds, run, same, DIT, batch)
+    whole = summarise(rounds, run, baseline, END_TO_END, batch)
+    timed = dit["share"] if dit and run.rival is None else None  # a rival leaves no trace in the timed rounds
+    share = timed if made is None else made
+    total = None if share is None else share * run.steps / planner.baseline_steps
+    executed = made if run.rival else timed
+    quartiles = {"_q25": 0, "_median": 1, "_q75": 2}
+    return {
+        "executed_flops_ratio": share,
+        "flops_ratio_to_baseline": total,
+        "flop_speedup": 1 / total if total else None,
+        **{f"dit_ms{name}": dit["ms"][i] if dit else None for name, i in quartiles.items()},
+        "dit_speedup": dit["speedup"][1] if dit else None,
+        "dit_speedup_q25": dit["speedup"][0] if dit else None,
+        "dit_speedup_q75": dit["speedup"][2] if dit else None,
+        "dit_speedup_same_steps": within["speedup"][1] if within else None,
+        "efficiency": within["speedup"][1] * executed if within and executed is not None else None,
+        "end_to_end_ms_median": whole["ms"][1] if whole else None,
+        "end_to_end_speedup": whole["speedup"][1] if whole else None,
+        "rounds": dit["rounds"] if dit else 0,
+    }
+
+
+def route_shares(task: Task, cases: Sequence[Case]) -> dict[str, Any]:
+    """By run of the elastic family: executed width (S,2,I), mean and deviation over results, 0 where skipped or reused
+    or where the other branch alone ran; NaN for a branch that never runs."""
     found: dict[str, Any] = {}
     for case in cases:
         if case.method not in FAMILY or case.run.name in found:
             continue
         shares, blocks = [], []
-        for job in place.jobs:
-            record = place.store.record(case.run, job)
+        for job in task.jobs:
+            record = task.record(case.run, job)
             routes = record["receipt"].get("routes") if record else None
             if routes:
                 blocks = routes["blocks"]
@@ -216,12 +132,168 @@ def route_shares(place: Place, cases: Sequence[Case]) -> dict[str, Any]:
             executed = np.array(shares)  # (J,S,2,I)
             runs = np.isfinite(executed).any((0, 1, 3))
             executed[:, :, runs] = np.nan_to_num(executed[:, :, runs])
-            found[case.run.name] = {
-                "method": case.method,
-                "budget": case.budget,
-                "steps": case.run.steps,
-                "blocks": blocks,
-                "mean": np.mean(executed, axis=0),
-                "std": np.std(executed, axis=0),
-            }
+            head = {"method": case.method, "budget": case.budget, "steps": case.run.steps, "blocks": blocks}
+            found[case.run.name] = head | {"mean": executed.mean(axis=0), "std": executed.std(axis=0)}
     return found
+
+
+# ------------------------------------------------------------------------------------------------- comparisons
+
+
+def compare_rivals(
+    task: Task, cases: Sequence[Case], scores: Scores, rows: Sequence[Row]
+) -> list[dict[str, Any]]:
+    """The routers beside every rival, item by item: controls at equal FLOPs, variants and ablations at an equal
+    budget, everything else at equal time, with the slowest elastic row that takes no longer."""
+    found = []
+    for rival in cases:
+        matched, opponents = _opponents(task, rival, cases, rows)
+        for case in opponents:
+            for against, metric in task.compared:
+                sides = [scores.rows.get((run.name, against), []) for run in (case.run, rival.run)]
+                compared = compare_metric(
+                    metric, sides[0], [sides[1]], Opponent.baseline, task.config.bootstrap
+                )
+                if compared is not None:
+                    found.append({
+                        "routers": case.method, "rival_method": rival.method, "rival_run": rival.run.name,
+                        "rival_note": rival.note, "against": against, "budget": case.budget, "steps": case.run.steps,
+                        "matched": matched, **compared.as_dict(),
+                    })  # fmt: skip
+    return found
+
+
+def _opponents(
+    task: Task, rival: Case, cases: Sequence[Case], rows: Sequence[Row]
+) -> tuple[str, Sequence[Case]]:
+    donor = rival.run.donor
+    if donor is not None:
+        own = [case for case in cases if case.run == donor][:1]
+        return "equal FLOPs", own or [Case(Method.elastic.value, donor, rival.budget)]
+    if rival.method in (*FAMILY, Method.dense.value):
+        return "", []
+    if rival.method.startswith("elastic") or (rival.method in task.config.variants and rival.budget):
+        elastic = [case for case in cases if case.method == Method.elastic.value]
+        same = [c for c in elastic if c.run.steps == rival.run.steps and c.budget == rival.budget]
+        return "equal budget", [case for case in same if case.run != rival.run]
+    smallest = min((row["batch"] for row in rows), default=None)
+    times = {row["run"]: row["dit_ms_median"] for row in rows if row["batch"] == smallest}
+    limit = times.get(rival.run.name)
+    timed = [case for case in cases if case.method in FAMILY and times.get(case.run.name) is not None]
+    fast = [case for case in timed if limit is not None and times[case.run.name] <= EQUAL_TIME * limit]
+    return "equal time", [max(fast, key=lambda case: times[case.run.name])] if fast else []
+
+
+def beaten(comparisons: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[Any]]]:
+    """By rival and score, at which budgets our routers are better, worse, or not told apart (95 % intervals)."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for c in comparisons:
+        entry = found.setdefault(f"{c['rival_method']}, {c['metric']}, {c['against']}", {})
+        worse = c["worse_by"]
+        verdict = "better" if worse["high"] < 0 else "worse" if worse["low"] > 0 else "not told apart"
+        entry.setdefault(verdict, []).append({"budget": c["budget"], "steps": c["steps"]})
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------- summary
+
+
+def summarise_rows(task: Task, rows: Sequence[Row]) -> dict[str, Any]:
+    """`frontiers` by batch size, rival and loss; the best operating point; `targets`, met: None where not measured."""
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    frontiers = {
+        str(batch): {
+            rival: {loss: frontier(task, rows, rival, loss, batch) for loss in task.losses}
+            for rival in rivals_in(rows)
+        }
+        for batch in batches
+    }
+    best = best_point(task, rows)
+    summary = {"frontiers": frontiers, "best_operating_point": best}
+    return summary | {"targets": targets(task, rows, frontiers, best)}
+
+
+def rivals_in(rows: Sequence[Row]) -> list[str]:
+    """Families that the elastic one is put beside; fewer steps first."""
+    names = dict.fromkeys("fewer_steps" if row["method"] in FEWER else row["method"] for row in rows)
+    return sorted((n for n in names if n not in (*FAMILY, *CONTROLS)), key=lambda name: name != "fewer_steps")
+
+
+def frontier(task: Task, rows: Sequence[Row], rival: str, loss: str, batch: int) -> dict[str, Any]:
+    """The elastic family beside one rival, over the DiT's milliseconds a result.
+
+    What a loss is paired with is no point of its frontier: it has no distance to itself.
+    """
+    planner = task.planner
+    itself = {"reference": task.config.reference_steps, "dense": planner.baseline_steps}.get(
+        task.losses[loss]
+    )
+    points: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for row in rows:
+        is_elastic, is_fewer = row["method"] in FAMILY, row["method"] in FEWER
+        is_rival = is_fewer if rival == "fewer_steps" else row["method"] == rival
+        value, time = row.get(loss), row["dit_ms_median"]
+        if row["batch"] != batch or value is None or time is None or not (is_elastic or is_rival):
+            continue
+        if not (is_fewer and row["steps"] == itself):
+            points[is_elastic].append((time, as_loss(loss, value)))
+    return compare_fronts(points[True], points[False], TOLERANCE).as_dict()
+
+
+def as_loss(name: str, value: float) -> float:
+    """A score as a loss, the lower the better: -PSNR; 1 - IoU, F-score or SSIM; distances as they are."""
+    if name.startswith(LOWER_IS_BETTER):
+        return value
+    return -value if name.startswith("psnr") else 1 - value
+
+
+def best_point(task: Task, rows: Sequence[Row]) -> Row | None:
+    """The fastest row of the elastic family at the smallest batch that holds the dense model's fidelity."""
+    smallest = min((row["batch"] for row in rows), default=None)
+    family = [row for row in rows if row["method"] in FAMILY and row["batch"] == smallest]
+    found = [row for row in family if row["dit_speedup"] is not None and task.holds(row)]
+    return max(found, key=lambda row: row["dit_speedup"], default=None)
+
+
+def targets(task: Task, rows: Sequence[Row], frontiers: dict[str, Any], best: Row | None) -> dict[str, Any]:
+    """Every target with what was wanted, what was found, and whether it is met."""
+    family = [row for row in rows if row["method"] in FAMILY]
+    known = any(row["dit_speedup"] is not None and task.holds(row) is not None for row in family)
+    efficiency = {
+        str(row["batch"]): row["efficiency"] for row in family if best and row["run"] == best["run"]
+    }
+    reached = [value >= EFFICIENCY for value in efficiency.values() if value is not None]
+    off = [
+        abs(row["executed_flops_ratio"] - row["budget"])
+        for row in rows
+        if row["as_trained"] and row["executed_flops_ratio"] is not None
+    ]
+    fast = best is not None and best["dit_speedup"] >= SPEED
+    found = {
+        f"speed: DiT at least {SPEED}x the dense model's, fidelity held": (
+            best["dit_speedup"] if best else None, fast if known else None,
+        ),
+        f"efficiency: measured / FLOP speed-up at least {EFFICIENCY} at the best point, by batch size": (
+            efficiency, _all(reached),
+        ),
+        f"budgets: executed FLOPs within {OFF_BUDGET} of each": (
+            max(off, default=None), _all(value <= OFF_BUDGET for value in off),
+        ),
+    }  # fmt: skip
+    for batch, families in frontiers.items():
+        for rival, losses in families.items():
+            for loss in task.plot:
+                entry = losses[loss]
+                name = f"{rival}, {loss}, batch {batch}"
+                worst = {"worst_time": entry["worst_time"], "losses": entry["worst_losses"]}
+                found[f"never worse in the same time than {name}"] = (worst, entry["never_worse"])
+                ratio, is_known = entry["knee_ratio"], entry["knee"] is not None and bool(entry["front"])
+                if rival == "fewer_steps" and task.losses[loss] == "reference":
+                    met = (ratio is not None and ratio >= SOONER) if is_known else None
+                    found[f"knee at least {SOONER}x sooner than {name}"] = (ratio, met)
+    return {name: {"found": value, "met": met} for name, (value, met) in found.items()}
+
+
+def _all(values: Iterable[bool]) -> bool | None:
+    found = list(values)
+    return all(found) if found else None

@@ -17,31 +17,36 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from elastic3d.benchmark.machine import machine
-from elastic3d.benchmark.methods import Run
-from elastic3d.benchmark.place import Job, Place
+from elastic3d.benchmark.methods import Job, Run
+from elastic3d.benchmark.task import Task
 from elastic3d.elastic.cost import trace_dense_flops, trace_flops, trace_router_flops
+from elastic3d.evaluation.machine import machine
 from elastic3d.utils.structured import load_json, save_json
 
 DIT, END_TO_END = "dit", "end_to_end"
 Round = dict[str, Any]  # what, batch, round, and by run: milliseconds a mesh, FLOPs
 
 
-def measure(place: Place, runs: Sequence[Run]) -> list[Round]:
+def measure(task: Task, runs: Sequence[Run]) -> list[Round]:
     """All rounds, those of an earlier, interrupted call included. They are kept after each in timing.json."""
-    path = place.config.output / "timing.json"
-    key = timing_key(place, runs)
+    path = task.config.output / "timing.json"
+    key = timing_key(task, runs)
     rounds = load_rounds(path, key)
-    todo = [entry for entry in _plan(place) if entry not in [_entry(done) for done in rounds]]
+    counts = {DIT: task.config.repeats, END_TO_END: task.config.end_to_end_repeats}
+    every = [
+        (what, b, i) for b in task.config.batches for what, count in counts.items() for i in range(count)
+    ]
+    known = {(done["what"], done["batch"], done["round"]) for done in rounds}
+    todo = [entry for entry in every if entry not in known]
     with tqdm(total=len(todo) * len(runs), desc="timing", unit="run", dynamic_ncols=True) as bar:
         warm: set[tuple[str, int]] = set()
         for what, batch, number in todo:
             if (what, batch) not in warm:
                 warm.add((what, batch))
                 bar.set_postfix_str(f"{what}, batch {batch}, warm round")
-                _round(place, runs, what, batch, number, None)
+                _round(task, runs, what, batch, number, None)
             bar.set_postfix_str(f"{what}, batch {batch}, round {number + 1}")
-            rounds.append(_round(place, runs, what, batch, number, bar))
+            rounds.append(_round(task, runs, what, batch, number, bar))
             save_json({"key": key, "rounds": rounds}, path)
     return rounds
 
@@ -54,29 +59,18 @@ def load_rounds(path: Path, key: str) -> list[Round]:
     return stored["rounds"] if stored["key"] == key else []
 
 
-def timing_key(place: Place, runs: Sequence[Run]) -> str:
+def timing_key(task: Task, runs: Sequence[Run]) -> str:
     """Changes with whatever makes times incomparable."""
     about = machine()
     fixed = {
         name: about[name] for name in ("system", "processor", "cores", "accelerator", "threads", "torch")
     }
-    facts = [sorted(run.name for run in runs), *place.timing_facts(), fixed]
+    facts = [sorted(run.name for run in runs), [job.name for job in task.timing_jobs], fixed]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _plan(place: Place) -> list[tuple[str, int, int]]:
-    """(what, batch size, round) of every round."""
-    config = place.config
-    counts = {DIT: config.repeats, END_TO_END: config.end_to_end_repeats}
-    return [(what, b, i) for b in config.batches for what, count in counts.items() for i in range(count)]
-
-
-def _entry(done: Round) -> tuple[str, int, int]:
-    return done["what"], done["batch"], done["round"]
-
-
-def _round(place: Place, runs: Sequence[Run], what: str, batch: int, number: int, bar: tqdm | None) -> Round:
-    timed = place.timing_jobs()
+def _round(task: Task, runs: Sequence[Run], what: str, batch: int, number: int, bar: tqdm | None) -> Round:
+    timed = task.timing_jobs
     jobs = [timed[(number * batch + i) % len(timed)] for i in range(batch)]
     conditions: dict[str, Any] = {}
     measured: dict[str, dict[str, float]] = {}
@@ -84,24 +78,24 @@ def _round(place: Place, runs: Sequence[Run], what: str, batch: int, number: int
     random.Random(f"{what}/{batch}/{number}").shuffle(order)
     for run in order:
         if run.model not in conditions and what == DIT:
-            conditions[run.model] = place.condition_of(run, jobs)
-        measured[run.name] = _time(place, run, jobs, what, conditions.get(run.model))
+            conditions[run.model] = task.condition_of(run, jobs)
+        measured[run.name] = _time(task, run, jobs, what, conditions.get(run.model))
         if bar is not None:
             bar.update()
     return {"what": what, "batch": batch, "round": number, "runs": measured}
 
 
-def _time(place: Place, run: Run, jobs: Sequence[Job], what: str, condition: Any) -> dict[str, float]:
+def _time(task: Task, run: Run, jobs: Sequence[Job], what: str, condition: Any) -> dict[str, float]:
     """Milliseconds a mesh, and the blocks' FLOPs of all passes, executed, dense and the routers' (0: none ran)."""
-    source = place.controls.source(run, jobs)  # before the clock starts
-    with place.ready(run):
+    source = task.controls.source(run, jobs)  # before the clock starts
+    with task.ready(run):
         start = time.perf_counter()
         if condition is not None:
-            place.sample(run, condition, jobs, source)
+            task.sample(run, condition, jobs, source)
         else:
-            place.produce(run, jobs, source)
+            task.produce(run, jobs, source)
         found = {"ms": 1000 * (time.perf_counter() - start) / len(jobs)}
-    session = place.planner.models[run.model].session
+    session = task.planner.models[run.model].session
     if run.settings.elastic and session is not None and session.trace is not None:
         flops = {"executed": trace_flops, "dense": trace_dense_flops, "routers": trace_router_flops}
         found |= {name: float(of(session.trace).sum()) for name, of in flops.items()}

@@ -1,4 +1,4 @@
-"""A tiny elastic model with random routers, pictures, and ground truth meshes."""
+"""Tiny models with random routers: images and ground truth meshes for one, prompts and real images for the other."""
 
 from __future__ import annotations
 
@@ -6,17 +6,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import trimesh
+from PIL import Image
+from tiny_images import save_tiny_small
 from tiny_pipeline import save_picture, tiny_pipeline
 
-from elastic3d.benchmark.options import BenchmarkConfig
+from elastic3d.benchmark.config import (
+    CacheName,
+    ForecastName,
+    ImageBenchmarkConfig,
+    MeshBenchmarkConfig,
+)
 from elastic3d.diffusion.options import Solver
-from elastic3d.elastic import attach
+from elastic3d.elastic import attach, save_routers
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.evaluation.options import ProtocolConfig
+from elastic3d.pipelines.options import BackboneName
+from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
+
+PROMPTS = ("a red chair", "a bed", "a blue sofa seen from behind")
+PACKAGED = (CacheName.db_cache, CacheName.hicache)  # of packages that may not be installed
+INSTALLED = [name for name in CacheName if name not in PACKAGED]
 
 
 @pytest.fixture(scope="session")
@@ -40,12 +54,46 @@ def options(world: Path, output: Path, **changes: Any) -> dict[str, Any]:
     fields: dict[str, Any] = dict(
         model=str(world / "model"), images=world / "images", gt=world / "gt", output=output, limit=2, seeds=[0, 1],
         budgets=[0.5], steps=[2, 3, 4], reference_steps=4, resolution=8, batch_size=2, batches=[1],
-        timing_images=1, repeats=1, end_to_end_repeats=0, calibration_samples=2, calibration_calls=1, workers=1,
-        bootstrap=20, sheet_images=2, device=DeviceChoice.cpu, dtype=DTypeChoice.float32,
+        timing_images=1, repeats=1, end_to_end_repeats=0, calibration_samples=2, workers=1,
+        bootstrap=20, sheet_images=2, caches=[CacheName.forecast], forecasts=[ForecastName.dmd], forecast_intervals=[2],
+        forecast_warmup=1, device=DeviceChoice.cpu, dtype=DTypeChoice.float32,
         protocol=ProtocolConfig(points=800, volume_points=50, near_points=0, views=0, surface_health=False),
     )  # fmt: skip
     return fields | changes
 
 
-def config_of(world: Path, output: Path, **changes: Any) -> BenchmarkConfig:
-    return BenchmarkConfig(**options(world, output, **changes))
+def config_of(world: Path, output: Path, **changes: Any) -> MeshBenchmarkConfig:
+    return MeshBenchmarkConfig(**options(world, output, **changes))
+
+
+@pytest.fixture(scope="session")
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/ (elastic), prompts.txt and real/."""
+    root = tmp_path_factory.mktemp("gallery")
+    torch.manual_seed(0)
+    save_tiny_small(root / "model")
+    pipe = TextToImagePipeline.from_pretrained(BackboneName.small, root / "model", device="cpu").backbone.pipe
+    attach(pipe, RouterConfig(initial_keep=0.5, initial_width_bias=0, head_std=3.0))
+    save_routers(pipe.transformer, root / "model" / "routers")
+    (root / "prompts.txt").write_text("# prompts\n" + "\n".join(PROMPTS) + "\n")
+    (root / "real").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(3):
+        pixels = generator.integers(256, size=(20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "real" / f"{number}.png")
+        (root / "real" / f"{number}.txt").write_text("a bed")
+    return root
+
+
+def image_config_of(gallery: Path, output: Path, **changes: Any) -> ImageBenchmarkConfig:
+    """Small enough for a test."""
+    fields: dict[str, Any] = dict(
+        weights=str(gallery / "model"), prompts=gallery / "prompts.txt", output=output, seeds=[0, 1], budgets=[0.5],
+        steps=[2, 3], baseline_steps=4, reference_steps=6, batch_size=2, batches=[1], repeats=1,
+        end_to_end_repeats=0, timing_prompts=1, calibration_samples=2, bootstrap=20,
+        sheet_prompts=2, references=gallery / "real", feature_size=32, first_block_thresholds=[0.9],
+        taylor_intervals=[2], taylor_warmup=1, mag_thresholds=[0.5], db_thresholds=[0.9], caches=INSTALLED,
+        forecasts=[ForecastName.chebyshev], forecast_intervals=[2], forecast_warmup=2,
+        device=DeviceChoice.cpu,
+    )  # fmt: skip
+    return ImageBenchmarkConfig(**fields | changes)

@@ -8,27 +8,31 @@ import pytest
 import torch
 from _cli import parse
 
-from elastic3d.benchmark.execute import make
+from elastic3d.benchmark.config import (
+    ForecastName,
+    ImageBenchmarkConfig,
+    MeshBenchmarkConfig,
+    Method,
+    Phase,
+)
+from elastic3d.benchmark.meshes import MeshTask, load_models
 from elastic3d.benchmark.methods import (
-    FORECAST,
+    ABLATIONS,
+    MAIN,
     NO_CACHE,
-    PAPER_CACHE,
     REGISTRY,
+    Job,
+    Planner,
     Routes,
     needed_runs,
-    plan,
 )
-from elastic3d.benchmark.models import load_models
-from elastic3d.benchmark.options import BenchmarkConfig, Method, Phase
-from elastic3d.benchmark.quality import Workplace
+from elastic3d.benchmark.methods import plan as plan_of
+from elastic3d.benchmark.rivals import grid, rival_cases
 from elastic3d.benchmark.rows import route_shares
-from elastic3d.benchmark.store import Job, Store
 from elastic3d.elastic import attach, detach, save_routers
 from elastic3d.elastic.config import CacheRule, RouterConfig
-from elastic3d.elastic.policies import TableRoutes
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
-from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.utils.devices import DeviceChoice
 from tests.benchmark.conftest import config_of
 
@@ -39,9 +43,21 @@ def test_every_method_is_registered():
     assert list(REGISTRY) == list(Method)
 
 
-def test_caches_are_those_of_the_configuration_groups():
-    for name, cache in (("paper", PAPER_CACHE), ("forecast", FORECAST)):
-        assert parse(GenerateConfig, "gen_mesh", ["image=a", "output=b", f"cache={name}"]).cache == cache
+def plan(config, models, items):
+    """The planner and the cases of some models."""
+    planner = Planner(config, models)
+    return planner, plan_of(planner, items)
+
+
+def calibrated(world, folder, **changes):
+    """The tiny model with routers that forecast, have curves over time, and what `changes` say."""
+    pipeline = ImageTo3DPipeline.from_pretrained(world / "model", "cpu", "float32")
+    detach(pipeline.dit)
+    curves = dict(times=[0.0, 1.0], urgency=[4.0, -4.0], forecast_times=[0.0, 1.0], trends=[0.5, 0.9])
+    torch.manual_seed(0)
+    attach(pipeline.dit, RouterConfig(**dict(longest=2, head_std=3.0) | curves | changes))
+    pipeline.save_pretrained(folder)
+    return folder
 
 
 def test_methods_that_ask_for_the_same_share_a_run(world, tmp_path):
@@ -49,7 +65,6 @@ def test_methods_that_ask_for_the_same_share_a_run(world, tmp_path):
     models = load_models(config, world)
     planner, cases = plan(config, models, items=2)
     by_method = {m: [c for c in cases if c.method == m.value] for m in Method}
-    assert [c.run for c in by_method[Method.elastic]] == [c.run for c in by_method[Method.elastic_no_cache]]
     assert [(c.run.steps, c.budget) for c in by_method[Method.elastic]] == [
         (2, 1.0),
         (2, 0.5),
@@ -60,9 +75,7 @@ def test_methods_that_ask_for_the_same_share_a_run(world, tmp_path):
         0
     ].run.steps == 3
     [control] = by_method[Method.random]  # none at budget 1
-    assert (
-        control.run.donor == by_method[Method.elastic_no_cache][3].run and control.run.routes is Routes.random
-    )
+    assert control.run.donor == by_method[Method.elastic][3].run and control.run.routes is Routes.random
     runs = needed_runs(planner, cases)
     names = [run.name for run in runs]
     assert len(set(names)) == len(names) and names.index(control.run.donor.name) < names.index(
@@ -73,100 +86,133 @@ def test_methods_that_ask_for_the_same_share_a_run(world, tmp_path):
     assert not {case.run for case in again} & set(runs)  # other options, other meshes
 
 
-def test_routers_that_reuse_have_no_rows_without_and_share_their_cache_with_controls(world, tmp_path):
-    pipeline = ImageTo3DPipeline.from_pretrained(world / "model", "cpu", "float32")
-    detach(pipeline.dit)
-    attach(pipeline.dit, RouterConfig(longest=2))
-    pipeline.save_pretrained(tmp_path / "reuse")
-    config = config_of(world, tmp_path, model=str(tmp_path / "reuse"))
+def test_controls_have_the_cache_of_the_routers_and_fixed_intervals_their_damping(world, tmp_path):
+    config = config_of(world, tmp_path, model=str(calibrated(world, tmp_path / "model")), dampings=[0.0, 1.0])
     models = load_models(config, world)
     _, cases = plan(config, models, items=2)
-    methods = {case.method for case in cases}
-    assert not methods & {"elastic_no_cache", "elastic_paper_cache"}
-    assert methods >= {"elastic", "random", "static", "timestep", "shuffled", "dense_cache"}
-    widths = models["model"].session.router_config.widths
+    own = models[MAIN].session.router_config.cache()
+    assert {c.method for c in cases} >= {"elastic", "random", "static", "timestep", "shuffled", "dense_cache"}
     for case in cases:
-        if case.method == "dense_cache":  # nobody asks the routers there
-            source = TableRoutes(torch.full((1, 1, 1, len(models["model"].session.blocks)), widths), widths)
-            [result] = make(models["model"], case.run, [Job(world / "images/a.png", 0)], config, source)
-            assert result.receipt["flops_executed"] <= result.receipt["flops_dense"]
         if case.method in ("elastic", "random", "shuffled"):
-            assert case.run.settings.cache == RouterConfig(longest=2).cache()
-    with pytest.raises(
-        UserError, match="elastic_no_cache, which can't be run: its routers were trained to reuse"
-    ):
-        plan(
-            config_of(world, tmp_path, model=str(tmp_path / "reuse"), methods=[Method.elastic_no_cache]),
-            models,
-            2,
-        )
+            assert case.run.settings.cache == own
+    notes = [case.note for case in cases if case.method == "dense_cache"]
+    assert notes[:3] == [
+        "every 2 steps, damping 0",
+        "every 2 steps, damping 1",
+        "every 2 steps, calibrated damping",
+    ]
+    damped = next(case.run.settings.cache for case in cases if case.note == notes[2])
+    assert (damped.rule, damped.longest, damped.times, damped.trends) == (
+        CacheRule.age,
+        1,
+        own.times,
+        own.trends,
+    )
+    plain = config_of(world, tmp_path)  # whose routers forecast nothing
+    assert all("calibrated" not in c.note for c in plan(plain, load_models(plain, world), 2)[1])
 
 
-def test_updates_have_rows_where_few_calls_are_left(world, tmp_path):
+def test_ablations_leave_out_one_thing_and_have_to_be_asked_for(world, tmp_path):
+    model = str(calibrated(world, tmp_path / "model"))
+    config = config_of(world, tmp_path, model=model)
+    models = load_models(config, world)
+    assert not {c.method for c in plan(config, models, 2)[1]} & {m.value for m in ABLATIONS}
+    chosen = [Method.elastic, Method.elastic_no_bias, Method.elastic_no_damping]
+    task = MeshTask(config_of(world, tmp_path / "out", model=model, methods=chosen, seeds=[0]), world)
+    cases = plan_of(task.planner, 2)
+    runs = {case.method: case.run for case in cases}
+    assert len({run.name for run in runs.values()}) == 3
+    assert (
+        runs["elastic_no_damping"].settings.cache.trend == 1
+        and not runs["elastic_no_damping"].settings.cache.trends
+    )
+    config_before, found = task.session(runs["elastic"]).router_config, {}
+    for name, run in runs.items():
+        with task.ready(run):
+            assert bool(task.session(run).router_config.urgency) is (name != "elastic_no_bias")
+            condition = task.condition_of(run, task.jobs[:1])
+            found[name] = task.sample(run, condition, task.jobs[:1], None)
+    assert task.session(runs["elastic"]).router_config is config_before
+    assert not torch.equal(found["elastic"], found["elastic_no_bias"])
+    with pytest.raises(UserError, match="elastic_no_bias, which can't be run: its routers have no gate bias"):
+        plain = config_of(world, tmp_path, methods=[Method.elastic_no_bias])
+        plan(plain, load_models(plain, world), 2)
+
+
+def test_a_linear_forecast_of_the_dense_model_is_dense_cache(world, tmp_path):
+    """The wrapper around the plain model and the cache of the routing session give the same latents."""
+    model = str(calibrated(world, tmp_path / "model"))
+    config = config_of(world, tmp_path, model=model, steps=[8], baseline_steps=8, elastic_steps=[8], intervals=[3],
+                       forecasts=[ForecastName.linear], forecast_intervals=[3])  # fmt: skip
+    task = MeshTask(config, world)
+    [cached, _] = [c.run for c in plan_of(task.planner, 2) if c.method == "dense_cache"]
+    [rival] = [c.run for c in rival_cases(task.planner)]
+    jobs, found = task.jobs[:2], []
+    for run in (cached, rival):
+        condition = task.condition_of(run, jobs)
+        with task.ready(run):
+            found.append(task.sample(run, condition, jobs, task.controls.source(run, jobs)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[0], task.sample(task.planner.dense(8), condition, jobs, None))
+
+
+def test_the_few_step_lora_has_rows_where_few_evaluations_are_left(world, tmp_path):
     pipeline = ImageTo3DPipeline.from_pretrained(world / "model", "cpu", "float32")
     detach(pipeline.dit)
     session = attach(pipeline.dit, RouterConfig(longest=2, updates=2, updates_calls=2.5))
     for block in session.blocks:
         for part in block.updates.parts.values():
             torch.nn.init.normal_(part.up, std=0.3)
-    pipeline.save_pretrained(tmp_path / "updated")
-    fields = dict(
-        model=str(tmp_path / "updated"), budgets=[1.0, 0.5], elastic_steps=[2, 4, 8], steps=[2, 3, 4]
-    )
-    config = config_of(world, tmp_path, **fields)
-    models = load_models(config, world)
-    _, cases = plan(config, models, items=2)
-    by_method = {m: [c for c in cases if c.method == m.value] for m in Method}
-    assert [c.run.steps for c in by_method[Method.updated_steps]] == [2]
-    plain = by_method[Method.elastic_no_updates]
-    assert [(c.run.steps, c.budget) for c in plain] == [(2, 1.0), (2, 0.5), (4, 0.5)]
-    assert not any(c.run.settings.updates for c in (*plain, *by_method[Method.dense_cache]))
+    pipeline.save_pretrained(tmp_path / "lora")
+    fields = dict(model=str(tmp_path / "lora"), budgets=[1.0, 0.5], elastic_steps=[2, 4, 8], steps=[2, 3, 4])
+    named = [Method.few_step_lora, Method.elastic_no_lora, Method.dense_cache, Method.fewer_steps]
+    task = MeshTask(config_of(world, tmp_path, methods=named, **fields), world)
+    cases = plan_of(task.planner, 2)
+    by_method = {m: [c.run for c in cases if c.method == m.value] for m in Method}
+    assert [run.steps for run in by_method[Method.few_step_lora]] == [2]
+    plain = [(c.run.steps, c.budget) for c in cases if c.method == Method.elastic_no_lora.value]
+    assert plain == [(2, 1.0), (2, 0.5), (4, 0.5)]
+    without = (*by_method[Method.elastic_no_lora], *by_method[Method.dense_cache])
+    assert not any(run.settings.updates for run in without)
     job = [Job(world / "images/a.png", 0)]
-    [dense] = make(models["dense"], by_method[Method.fewer_steps][0].run, job, config, None)
-    widths = session.router_config.widths
-    for case, same in ((by_method[Method.updated_steps][0], False), (by_method[Method.dense_cache][0], True)):
-        source = TableRoutes(torch.full((1, 1, 1, len(session.blocks)), widths), widths)
-        run = replace(
-            case.run, steps=dense.receipt["steps"], settings=replace(case.run.settings, cache=NO_CACHE)
-        )
-        [result] = make(models["model"], run, job, config, source)
+    [dense] = task.produce(by_method[Method.fewer_steps][0], job, None)
+    for run, same in ((by_method[Method.few_step_lora][0], False), (by_method[Method.dense_cache][0], True)):
+        run = replace(run, steps=dense.receipt["steps"], settings=replace(run.settings, cache=NO_CACHE))
+        [result] = task.produce(run, job, task.controls.source(run, job))
         assert torch.equal(result.latents, dense.latents) is same
-    place = Workplace(plan(config, models, 2)[0], Store(tmp_path), [job[0].image])
-    own = models["model"].session
-    place.ready(by_method[Method.updated_steps][0].run)
+    own = task.planner.models[MAIN].session
+    task.warm_up(by_method[Method.few_step_lora][0])
     merged = [block.running() for block in own.blocks]
-    own.source = TableRoutes(torch.full((1, 1, 1, len(own.blocks)), widths), widths)
+    own.source = task.controls.source(by_method[Method.few_step_lora][0], job)
     with torch.no_grad():
         own.begin(1, 2)
     assert all(block.running() is before for block, before in zip(own.blocks, merged, strict=True))
     assert all(before is not block.narrow for block, before in zip(own.blocks, merged, strict=True))
     own.source = None
-    with pytest.raises(UserError, match="updated_steps, which can't be run: its routers have no updates"):
-        plain_config = config_of(world, tmp_path, methods=[Method.updated_steps])
+    with pytest.raises(
+        UserError, match="few_step_lora, which can't be run: its routers have no few-step LoRA"
+    ):
+        plain_config = config_of(world, tmp_path, methods=[Method.few_step_lora])
         plan(plain_config, load_models(plain_config, world), 2)
 
 
-def test_updates_with_guidance_cost_half_and_fit_their_guidance_alone(world, tmp_path):
+def test_a_lora_with_guidance_costs_half_and_fits_its_guidance_alone(world, tmp_path):
     pipeline = ImageTo3DPipeline.from_pretrained(world / "model", "cpu", "float32")
     detach(pipeline.dit)
     attach(pipeline.dit, RouterConfig(updates=2, updates_calls=4, updates_guidance=3.0))
     pipeline.save_pretrained(tmp_path / "guided")
-    fields = dict(model=str(tmp_path / "guided"), steps=[2], methods=[Method.updated_steps])
-    config = config_of(world, tmp_path, guidance=3.0, **fields)
-    models = load_models(config, world)
-    planner, [case] = plan(config, models, items=1)
-    job, widths = [Job(world / "images/a.png", 0)], models["model"].session.router_config.widths
-    source = TableRoutes(torch.full((1, 1, 1, len(models["model"].session.blocks)), widths), widths)
-    Workplace(planner, Store(tmp_path), [job[0].image]).ready(case.run)
-    [result] = make(models["model"], case.run, job, config, source)
-    receipt = result.receipt
-    assert receipt["updated"] and receipt["one_branch"]
-    assert 2 * receipt["flops_executed"] == receipt["flops_dense"]
-    session = models["model"].session
+    fields = dict(
+        model=str(tmp_path / "guided"), steps=[2], methods=[Method.few_step_lora], limit=1, seeds=[0]
+    )
+    task = MeshTask(config_of(world, tmp_path / "meshes", guidance=3.0, **fields), world)
+    [case] = plan_of(task.planner, 1)
+    [result] = task.produced(case.run, task.jobs)
+    assert result.receipt["updated"] and result.receipt["one_branch"]
+    assert 2 * result.receipt["flops_executed"] == result.receipt["flops_dense"]
+    session = task.session(case.run)
     session.router_config = replace(session.router_config, guided_times=[0.2, 0.9])
-    place = Workplace(planner, Store(tmp_path / "meshes"), [job[0].image])
-    place.make(case.run, place.jobs)
-    mean = route_shares(place, [case])[case.run.name]["mean"]
+    task.make(case.run, task.jobs)
+    mean = route_shares(task, [case])[case.run.name]["mean"]
     assert mean[:, 0].all() and not mean[0, 1].any() and mean[1, 1].all()
     other = config_of(world, tmp_path, guidance=2.0, **fields)
     assert plan(other, load_models(other, world), items=1)[1] == []
@@ -174,14 +220,14 @@ def test_updates_with_guidance_cost_half_and_fit_their_guidance_alone(world, tmp
 
 def test_the_command_line():
     config = parse(
-        BenchmarkConfig,
+        MeshBenchmarkConfig,
         "benchmark",
         [*CLI, "model=default", "budgets=[1,.5]", "seeds=[0,1,2]", "methods=[dense,elastic]", "phases=timing",
-         "variants={no_mesh: a b/routers, tuned: c}", "cache=forecast", "device=cpu"],
+         "variants={no_mesh: a b/routers, tuned: c}", "cache=paper", "device=cpu", "forecasts=[dmd,linear]"],
     )  # fmt: skip
     assert config.budgets == [1.0, 0.5] and config.methods == [Method.dense, Method.elastic]
     assert config.phases == [Phase.timing] and config.variants == {"no_mesh": "a b/routers", "tuned": "c"}
-    assert config.cache.rule is CacheRule.age and config.device is DeviceChoice.cpu
+    assert config.cache.rule is CacheRule.band and config.device is DeviceChoice.cpu
     assert config.protocol.views == 0 and not config.protocol.surface_health
     for wrong, message in (
         ("budgets=[1,0.1]", "budget is 0.1, expected a value from 0.3"),
@@ -192,9 +238,12 @@ def test_the_command_line():
         ("methods=[dens]", "expected a list such as"),
         ("steps=[0]", "steps is 0"),
         ("variants={elastic: x}", "variants has 'elastic', expected another name"),
+        ("dampings=[2]", "dampings is 2"),
+        ("caches=[mag_cache]", "caches has mag_cache, which runs on models of diffusers"),
+        ("task=shapes", "task=shapes: expected one of meshes, images"),
     ):
         with pytest.raises(ValueError, match=message):
-            parse(BenchmarkConfig, "benchmark", [*CLI, wrong])
+            parse(MeshBenchmarkConfig, "benchmark", [*CLI, wrong])
 
 
 def test_controls_and_variants_have_their_own_budgets(world, tmp_path):
@@ -220,3 +269,17 @@ def test_routers_that_are_calibrated_anew_make_other_runs(world, tmp_path):
         names.append({case.method: case.run.name for case in plan(config, models, 2)[1]})
     assert names[0]["dense"] == names[1]["dense"]
     assert names[0]["elastic"] != names[1]["elastic"] and names[0]["random"] != names[1]["random"]
+
+
+def test_every_shipped_configuration_is_read_and_has_rows(world, gallery, tmp_path):
+    """`configs/benchmark.yaml` and `benchmark_images.yaml` with what they require, planned on tiny models."""
+    both = [f"output={tmp_path}", "caches=[forecast]"]
+    required = [f"model={world / 'model'}", f"images={world / 'images'}"]
+    meshes = parse(MeshBenchmarkConfig, "benchmark", [*both, *required])
+    required = [f"weights={gallery / 'model'}", "caches=[forecast,taylor_seer]"]
+    images = parse(ImageBenchmarkConfig, "benchmark_images", [*both, *required])
+    task = MeshTask(meshes, world)
+    assert {case.method for case in plan_of(task.planner, 3)} >= {"dense", "fewer_steps", "elastic", "static"}
+    assert len(rival_cases(task.planner)) == 10
+    assert [rival.title for rival in grid(images)].count("taylor_seer") == 3
+    assert images.task.name == "images" and meshes.task.name == "meshes"

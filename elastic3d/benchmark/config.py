@@ -1,0 +1,262 @@
+"""Options of `scripts/benchmark.py`: what both tasks share, and those of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from elastic3d.elastic.config import MIN_BUDGET, BlockCacheConfig
+from elastic3d.evaluation.options import ProtocolConfig
+from elastic3d.pipelines.options import BackboneName
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
+from elastic3d.utils.options import Options, option
+
+DEFAULT_PROMPTS = "data/prompts/image-small.txt"
+MANY = 1 << 20
+SOME = (1, 1000)  # values in a list that has to have one
+
+
+class TaskName(Enum):
+    """What is made: meshes from images, or images from prompts."""
+
+    meshes = "meshes"
+    images = "images"
+
+
+class Method(Enum):
+    """What can be a row of the table; `elastic3d.benchmark.methods` says how each is run."""
+
+    dense = "dense"
+    fewer_steps = "fewer_steps"
+    euler_steps = "euler_steps"
+    elastic = "elastic"
+    elastic_shared = "elastic_shared"
+    elastic_no_lora = "elastic_no_lora"
+    elastic_no_bias = "elastic_no_bias"
+    elastic_no_damping = "elastic_no_damping"
+    few_step_lora = "few_step_lora"
+    dense_cache = "dense_cache"
+    random = "random"
+    static = "static"
+    timestep = "timestep"
+    shuffled = "shuffled"
+
+
+class CacheName(Enum):
+    """Training-free rivals that run on the dense transformer, and are rows of the table too.
+
+    `forecast` and `hicache` run on every model, the others on those of diffusers.
+    """
+
+    forecast = "forecast"
+    hicache = "hicache"
+    first_block_cache = "first_block_cache"
+    taylor_seer = "taylor_seer"
+    taylor_seer_lite = "taylor_seer_lite"
+    mag_cache = "mag_cache"
+    db_cache = "db_cache"
+
+
+ON_ANY_MODEL = [CacheName.forecast, CacheName.hicache]
+
+
+class ForecastName(Enum):
+    """How `forecast` continues what the blocks added; `elastic3d.elastic.forecasts` has the formulas."""
+
+    linear = "linear"
+    taylor = "taylor"
+    hermite = "hermite"
+    chebyshev = "chebyshev"
+    dmd = "dmd"
+
+
+class Calibrator(Enum):
+    """How DBCache continues a residual: as it was, by a Taylor series, or by its dynamic modes."""
+
+    none = "none"
+    taylorseer = "taylorseer"
+    dmd = "dmd"
+
+
+class Phase(Enum):
+    """`quality` makes and scores results, `timing` takes times. Both keep what they did."""
+
+    quality = "quality"
+    timing = "timing"
+
+
+@dataclass(kw_only=True)
+class BenchmarkOptions(Options):
+    """What both tasks share."""
+
+    task: TaskName = option(
+        TaskName.meshes, "what is made; task=images --help lists the options of text-to-image models"
+    )
+    output: Path = option(..., "folder for results.json, the plots, and all that makes a run resumable")
+    variants: dict[str, str] = option(
+        {}, "further rows, {name: folder}: of routers for the model, of a DiT, or of a whole model (meshes)"
+    )
+    methods: list[Method] = option(
+        [], "rows of the table; empty: all that the model and the items allow, without the ablations"
+    )
+    budgets: list[float] = option(
+        [1.0, 0.8, 0.65, 0.5, 0.4, 0.3],
+        "budgets of elastic rows",
+        ge=MIN_BUDGET,
+        le=1,
+        lengths=SOME,
+        unique=True,
+    )
+    control_budgets: list[float] = option(
+        [], "budgets of controls and variants; empty: those of elastic rows", ge=MIN_BUDGET, le=1, unique=True
+    )
+    steps: list[int] = option(
+        [8, 12, 16, 25, 50, 100], "step counts of fewer_steps", ge=1, le=1000, lengths=SOME, unique=True
+    )
+    elastic_steps: list[int] = option([], "step counts of elastic rows; empty: baseline_steps", ge=1, le=1000)
+    baseline_steps: int | None = option(
+        None, "steps of dense, controls and variants; null: the model's default", ge=1, le=1000
+    )
+    reference_steps: int = option(
+        100, "steps of the dense results that all others are paired with", ge=1, le=1000
+    )
+    seeds: list[int] = option(
+        [0, 1, 2],
+        "seeds of the noise; the first two or more give the seed floor",
+        ge=0,
+        le=2**63 - 1,
+        lengths=SOME,
+        unique=True,
+    )
+    cache: BlockCacheConfig | None = option(None, "cache of elastic rows; null: the model's default")
+    intervals: list[int] = option(
+        [2, 3],
+        "dense_cache: all blocks run at every N-th step and are forecast between, one row each",
+        ge=2,
+        le=1000,
+    )
+    dampings: list[float] = option(
+        [1.0],
+        "dense_cache: damping of the forecast, one row each (1: a line); the calibrated one of the routers is added",
+        ge=0,
+        le=1,
+    )
+    limit: int = option(0, "items, spread evenly over all; 0 takes all", ge=0, le=MANY)
+    phases: list[Phase] = option(
+        [Phase.quality, Phase.timing],
+        "what to do; the report is written in any case",
+        lengths=SOME,
+        unique=True,
+    )
+    guidance: float | None = option(None, "guidance scale; null: the model's default", ge=0, le=100)
+    resolution: int | None = option(
+        None, "meshes: grid cells a side; images: pixels a side; null: the model's default", ge=8, le=512
+    )
+    batch_size: int = option(8, "quality: items generated at a time", ge=1, le=MANY)
+    batches: list[int] = option([1, 4], "timing: batch sizes", ge=1, le=4096, lengths=SOME, unique=True)
+    repeats: int = option(5, "timing: rounds of the DiT alone, after a warm one", ge=1, le=MANY)
+    end_to_end_repeats: int = option(2, "timing: rounds of everything, after a warm one", ge=0, le=MANY)
+    calibration: Path | None = option(
+        None,
+        "items that static and timestep routes are found on, given as the others; null: the first of those",
+    )
+    calibration_samples: int = option(8, "items that static and timestep routes are found on", ge=1, le=MANY)
+    caches: list[CacheName] = option(ON_ANY_MODEL, "training-free rivals to put beside")
+    cache_steps: list[int] = option([], "step counts of these; empty: baseline_steps", ge=1, le=1000)
+    forecasts: list[ForecastName] = option(list(ForecastName), "forecast: one row each and interval")
+    forecast_intervals: list[int] = option(
+        [2, 3], "forecast, hicache: the model runs at every N-th step", ge=2, le=1000
+    )
+    forecast_warmup: int = option(
+        3, "forecast, hicache, dense_cache: steps that are computed first", ge=1, le=1000
+    )
+    batched_decisions: bool = option(
+        False, "run rivals that decide for a whole batch in batches: faster, but samples depend on others"
+    )
+    bootstrap: int = option(2000, "resamples behind the confidence intervals", ge=1, le=1_000_000)
+    device: DeviceChoice = option(DeviceChoice.auto, "where the model runs")
+    dtype: DTypeChoice = option(DTypeChoice.auto, "number format of the model")
+    threads: int = option(0, "CPU threads of PyTorch; 0: its default", ge=0, le=MANY)
+
+    def check(self) -> None:
+        """Rows have names of their own."""
+        for name in self.variants:
+            known = {*Method.__members__, *CacheName.__members__, "model"}
+            if name in known or not name.isidentifier():
+                raise ValueError(f"variants has {name!r}, expected another name, of letters, digits and _")
+
+
+@dataclass(kw_only=True)
+class MeshBenchmarkConfig(BenchmarkOptions):
+    """An image-to-mesh model with routers against its dense self, fewer steps, controls and training-free caches."""
+
+    images: Path = option(..., "folder of images, each of one object")
+    gt: Path | None = option(None, "folder of ground truth meshes named as the images; null: no F-scores")
+    model: str = option("default", "folder of the elastic model; default is the bundled one")
+    dense: str = option("", "folder of the dense model; empty: `model` without its routers")
+    timing_images: int = option(4, "timing: images, spread evenly", ge=1, le=MANY)
+    protocol: ProtocolConfig = option(ProtocolConfig, "how a mesh is scored: a file of configs/protocol")
+    workers: int = option(0, "processes that score; 0 takes one a core", ge=0, le=MANY)
+    sheet_images: int = option(8, "images in the contact sheet", ge=0, le=MANY)
+
+    def check(self) -> None:
+        """Caches of diffusers run on its models alone."""
+        super().check()
+        for name in self.caches:
+            if name not in ON_ANY_MODEL:
+                known = ", ".join(each.name for each in ON_ANY_MODEL)
+                raise ValueError(
+                    f"caches has {name.name}, which runs on models of diffusers: expected {known}"
+                )
+
+
+@dataclass(kw_only=True)
+class ImageBenchmarkConfig(BenchmarkOptions):
+    """An elastic text-to-image model against its dense self, fewer steps, controls, and caches of others."""
+
+    task: TaskName = option(TaskName.images, "what is made")
+    backbone: BackboneName = option(BackboneName.small, "family of the pipeline")
+    weights: str = option("", "folder of the pipeline as published; empty: the bundled one")
+    routers: str = option("", "folder of routers; empty: `routers` in the folder of the weights, if there")
+    prompts: Path | None = option(None, f"text file, one prompt a line; null: {DEFAULT_PROMPTS}")
+    steps: list[int] = option(
+        [4, 6, 8, 10, 12, 16, 20, 25], "step counts of fewer_steps", ge=1, le=1000, lengths=SOME, unique=True
+    )
+    batch_size: int = option(16, "quality: images generated at a time", ge=1, le=MANY)
+    timing_prompts: int = option(4, "timing: prompts, spread evenly", ge=1, le=MANY)
+    sheet_prompts: int = option(8, "prompts in the contact sheet", ge=0, le=MANY)
+    caches: list[CacheName] = option(list(CacheName), "training-free rivals to put beside")
+    first_block_thresholds: list[float] = option(
+        [0.05, 0.1, 0.2, 0.4], "first_block_cache: one row each", ge=0, le=100
+    )
+    taylor_intervals: list[int] = option(
+        [2, 3, 5], "taylor_seer, taylor_seer_lite: one row each", ge=2, le=1000
+    )
+    taylor_warmup: int = option(
+        3, "taylor_seer, taylor_seer_lite: steps that are computed first", ge=0, le=MANY
+    )
+    mag_thresholds: list[float] = option([0.06, 0.12, 0.24, 0.5], "mag_cache: one row each", ge=0, le=100)
+    db_thresholds: list[float] = option(
+        [0.05, 0.1, 0.2, 0.4], "db_cache: one row for each, blocks, calibrator", ge=0, le=100
+    )
+    db_blocks: list[int] = option([1], "db_cache: first blocks that are always computed", ge=1, le=1000)
+    db_calibrators: list[Calibrator] = option(list(Calibrator), "db_cache: how residuals are continued")
+    prepared: Path = option(
+        Path("data/prepared"), "prepared shapes, whose held-out views are the real images"
+    )
+    splits: Path = option(Path("data/splits"), "folder of train.txt, val.txt and test.txt")
+    references: Path | None = option(
+        None, "folder of real images with captions (a.png with a.txt) instead; then without a classifier"
+    )
+    reference_views: int = option(2, "views of each held-out shape that are real images", ge=1, le=MANY)
+    probe_shapes: int = option(1500, "training shapes whose views the classifier learns from", ge=0, le=MANY)
+    feature_size: int = option(
+        128, "pixels a side at which EfficientNet sees an image", ge=32, le=1024, multiple_of=32
+    )
+
+    def check(self) -> None:
+        """A published pipeline has a folder."""
+        super().check()
+        if not self.weights and self.backbone is not BackboneName.small:
+            raise ValueError(f"weights= is missing: the folder of the {self.backbone.name} pipeline")

@@ -1,0 +1,339 @@
+"""Images from prompts: the models, what was made so far, and its scores."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from elastic3d.benchmark.config import DEFAULT_PROMPTS, CacheName, ImageBenchmarkConfig
+from elastic3d.benchmark.image_scores import METRICS, REFERENCE, SAME_STEPS, ImageFeatures, Judge
+from elastic3d.benchmark.methods import DENSE, MAIN, Case, Job, Model, Planner, Run
+from elastic3d.benchmark.references import References, category_accuracy, load_references
+from elastic3d.benchmark.rivals import by_batch, magnitude_ratios
+from elastic3d.benchmark.rows import mean, sample_means
+from elastic3d.benchmark.task import OnStep, Scores, Task, elastic_options, finish, following, spread
+from elastic3d.diffusion.options import Solver
+from elastic3d.elastic import detach
+from elastic3d.elastic.context import RouteSource
+from elastic3d.errors import UserError
+from elastic3d.evaluation.items import Row
+from elastic3d.evaluation.sets import frechet_distance, kernel_distance
+from elastic3d.evaluation.statistics import bootstrap_mean
+from elastic3d.models.weights import find_weights
+from elastic3d.pipelines.image_loading import weight_files
+from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL
+from elastic3d.pipelines.text_to_image import ROUTERS_NAME, ImageResult, TextToImagePipeline, check_prompt
+from elastic3d.utils.files import atomic_path, file_sha256
+from elastic3d.utils.structured import load_json, save_json
+
+Condition = tuple[dict[str, Tensor], dict[str, Any]]  # of the prompts, of the guidance
+Pixels = NDArray[np.uint8]
+SHEET_SIDE = 128
+OPEN = 6  # files kept in memory
+
+
+class ImageTask(Task):
+    """The `Task` of images. Kept as `<output>/runs/<run>/seed-<s>.npz`, a file a run and seed: a kill loses little."""
+
+    noun, plural = "image", "images"
+    table = {
+        "psnr_dense": "PSNR to dense", "ssim_dense": "SSIM to dense", "feature_dense": "feature distance to dense",
+        "feature_reference": "to reference", "frechet": "Frechet distance", "category_accuracy": "category",
+    }  # fmt: skip
+    plot = {
+        "feature_dense": "feature distance to the dense image (lower is better)",
+        "ssim_dense": "SSIM with the dense image (higher is better)",
+        "feature_reference": "feature distance to the reference (lower is better)",
+        "frechet": "Frechet distance to real images (lower is better)",
+    }
+    losses = {f"{m}_{anchor}": anchor for anchor in (SAME_STEPS, REFERENCE) for m in METRICS} | {
+        "frechet": ""
+    }
+    compared = tuple((anchor, metric) for anchor in (SAME_STEPS, REFERENCE) for metric in METRICS)
+
+    def __init__(self, config: ImageBenchmarkConfig, repository: Path) -> None:
+        """UserError for an option, a prompt or a model that can't be used."""
+        self._config = config
+        prompts = spread(self.find_items(config.prompts or repository / DEFAULT_PROMPTS), config.limit)
+        models = load_models(config, repository)
+        for prompt in prompts:
+            check_prompt(prompt, models[DENSE].pipeline.backbone)
+        self._open: OrderedDict[Path, dict[str, tuple[Pixels, dict[str, Any]]]] = OrderedDict()
+        self._references: References | None = None
+        super().__init__(config, Planner(config, models), prompts, config.timing_prompts)
+
+    @property
+    def config(self) -> ImageBenchmarkConfig:
+        """The options."""
+        return self._config
+
+    def pipeline(self, run: Run) -> TextToImagePipeline:
+        """The pipeline of a run."""
+        return cast(TextToImagePipeline, self.planner.models[run.model].pipeline)
+
+    def find_items(self, path: Path) -> list[Any]:
+        """Prompts of a file."""
+        return read_prompts(path)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Requested width and height."""
+        side = self.config.resolution
+        return (side, side) if side else None
+
+    # ---------------------------------------------------------------------------------------------- making
+
+    def record(self, run: Run, job: Job) -> dict[str, Any] | None:
+        """What was noted of an image; None where it is still to be made."""
+        entry = self._read(run, job.seed).get(job.name)
+        return entry[1] if entry else None
+
+    def images(self, run: Run, seed: int, prompts: Sequence[str]) -> Pixels:
+        """Images (P,H,W,3) of prompts that are all made."""
+        entries = self._read(run, seed)
+        return np.stack([entries[prompt][0] for prompt in prompts])
+
+    def make(self, run: Run, jobs: Sequence[Job], on_step: OnStep = None) -> None:
+        """Make and keep the images of jobs of one seed; one that can't be made is grey."""
+        alone = run.rival is not None and by_batch(run.rival) and not self.config.batched_decisions
+        entries = self._read(run, jobs[0].seed)
+        for batch in [[job] for job in jobs] if alone else [list(jobs)]:
+            try:
+                entries |= self._made(run, batch)
+            except UserError:  # of which one?
+                for job in batch:
+                    entries |= self._made_or_failed(run, job)
+        records = json.dumps({prompt: record for prompt, (_, record) in entries.items()})
+        with atomic_path(self._path(run, jobs[0].seed)) as temporary, temporary.open("wb") as file:
+            pixels = np.stack([image for image, _ in entries.values()])
+            np.savez_compressed(file, pictures=pixels, records=np.frombuffer(records.encode(), np.uint8))
+
+    def _made(self, run: Run, jobs: Sequence[Job]) -> dict[str, tuple[Pixels, dict[str, Any]]]:
+        return {
+            job.name: (np.asarray(result.image), {"status": "ok", "error": None, "receipt": result.receipt})
+            for job, result in zip(jobs, self.produced(run, jobs), strict=True)
+        }
+
+    def _made_or_failed(self, run: Run, job: Job) -> dict[str, tuple[Pixels, dict[str, Any]]]:
+        try:
+            return self._made(run, [job])
+        except UserError as error:
+            width, height = self.size or (self.pipeline(run).backbone.default_size,) * 2
+            grey = np.full((height, width, 3), 128, np.uint8)
+            return {job.name: (grey, {"status": "failed", "error": str(error), "receipt": {}})}
+
+    def _path(self, run: Run, seed: int) -> Path:
+        return self.config.output / "runs" / run.name / f"seed-{seed}.npz"
+
+    def _read(self, run: Run, seed: int) -> dict[str, tuple[Pixels, dict[str, Any]]]:
+        """What a file holds, by prompt."""
+        path = self._path(run, seed)
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        entries: dict[str, tuple[Pixels, dict[str, Any]]] = {}
+        if path.is_file():
+            with np.load(path) as file:
+                records, pixels = json.loads(file["records"].tobytes()), file["pictures"]
+            entries = {p: (image, record) for (p, record), image in zip(records.items(), pixels, strict=True)}
+        self._open[path] = entries
+        if len(self._open) > OPEN:
+            self._open.popitem(last=False)
+        return entries
+
+    def produce(
+        self, run: Run, jobs: Sequence[Job], source: RouteSource | None, on_step: OnStep = None
+    ) -> list[ImageResult]:
+        """From prompt to image."""
+        pipeline, config = self.pipeline(run), self.config
+        prompts, seeds = [job.name for job in jobs], [job.seed for job in jobs]
+        with following(pipeline.session, source):
+            return pipeline(
+                prompts, seeds, steps=run.steps, guidance=config.guidance, size=self.size, on_step=on_step,
+                **elastic_options(pipeline.session, run),
+            )  # fmt: skip
+
+    def condition_of(self, run: Run, jobs: Sequence[Job]) -> Condition:
+        """Embedded prompts, and what guidance needs."""
+        pipeline = self.pipeline(run)
+        text = pipeline.encode([job.name for job in jobs])
+        return text, pipeline.backbone.guidance_arguments(self.planner.guidance(run.model), len(jobs))
+
+    def sample(
+        self, run: Run, condition: Condition, jobs: Sequence[Job], source: RouteSource | None
+    ) -> Tensor:
+        """The transformer alone: latents (B,N,C)."""
+        pipeline = self.pipeline(run)
+        settings = pipeline.settings_of(run.steps, self.config.guidance, self.size)
+        if pipeline.session is not None:
+            pipeline.session.settings = run.settings
+        with following(pipeline.session, source):
+            return finish(pipeline.sample(*condition, [job.seed for job in jobs], settings))
+
+    def pipe(self, run: Run) -> Any:
+        """The pipeline of diffusers."""
+        return self.pipeline(run).backbone.pipe
+
+    def ratios(self, run: Run) -> Sequence[float]:
+        """MagCache's calibration for as many steps, kept in `tables`."""
+        if run.rival is None or run.rival.kind is not CacheName.mag_cache:
+            return ()
+        dense, jobs = self.planner.dense(run.steps), self.calibration_jobs()
+        path = self.controls.folder / f"magnitudes-{dense.name}.json"
+        key = [[job.name, job.seed] for job in jobs]
+        stored = load_json(path, {"jobs": list, "ratios": [float]}) if path.is_file() else {}
+        if stored.get("jobs") != key:
+            ratios = magnitude_ratios(
+                self.transformer(dense), lambda: self.produce(dense, jobs, None), run.steps
+            )
+            stored = {"jobs": key, "ratios": ratios}
+            save_json(stored, path)
+        return stored["ratios"]
+
+    # ---------------------------------------------------------------------------------------------- scores
+
+    @cached_property
+    def features(self) -> ImageFeatures:
+        """The network that scores images."""
+        return ImageFeatures(
+            self.config.feature_size, self.pipeline(self.planner.reference()).backbone.device
+        )
+
+    def score(self, runs: Sequence[Run]) -> Scores:
+        """All runs whose images are all made; the floor of an anchor is its images against those of the next seed."""
+        planner, prompts = self.planner, self.items
+        done = [run for run in runs if not self.missing(run)]
+        anchors = {SAME_STEPS: planner.dense(planner.baseline_steps), REFERENCE: planner.reference()}
+        anchors = {name: run for name, run in anchors.items() if run in done}
+        judge = Judge(self.config.output / "scores", self.features, prompts, anchors, self.images)
+        scores, pooled = judge.score(done, self.config.seeds, self.next_seed)
+        if pooled:
+            side = self.config.resolution or planner.models[DENSE].resolution
+            self._references = load_references(self.config, self.features, side)
+        every = prompts * len(self.config.seeds)
+        for name, features in pooled.items():
+            scores.further[name] = _realism(features, self._references, every)
+        return scores
+
+    def columns(self, run: Run, scores: Scores) -> dict[str, Any]:
+        """Mean scores against both anchors with their floors, an interval over prompts for the feature distance, and
+        the distances to real images."""
+        found: dict[str, Any] = {}
+        for anchor in (SAME_STEPS, REFERENCE):
+            rows, floor = scores.rows.get((run.name, anchor), []), scores.floors.get(anchor, [])
+            for metric in METRICS:
+                found[f"{metric}_{anchor}"] = mean(sample_means(rows, metric))
+                found[f"{metric}_{anchor}_floor"] = mean(sample_means(floor, metric))
+            values = sample_means(rows, "feature")
+            interval = bootstrap_mean(values, self.config.bootstrap) if values else None
+            found[f"feature_{anchor}_low"] = interval.low if interval else None
+            found[f"feature_{anchor}_high"] = interval.high if interval else None
+        unknown = dict.fromkeys(("frechet", "kernel", "category_accuracy"))
+        return found | unknown | scores.further.get(run.name, {})
+
+    def holds(self, row: Row) -> bool | None:
+        """Nearer to the dense images than those of another seed are, by all three scores."""
+        names = [(f"{m}_{SAME_STEPS}", m == "feature") for m in METRICS]
+        pairs = [(row[name], row[f"{name}_floor"], lower) for name, lower in names]
+        pairs = [pair for pair in pairs if pair[0] is not None and pair[1] is not None]
+        if not pairs:
+            return None
+        return all(value < floor if lower else value > floor for value, floor, lower in pairs)
+
+    # ---------------------------------------------------------------------------------------------- report
+
+    def about(self) -> dict[str, Any]:
+        """How many prompts and real images."""
+        real = self._references.about() if self._references else {"real_images": 0}
+        return {"prompts": len(self.items), **real}
+
+    def sheet(self, cases: Sequence[Case]) -> tuple[list[str], list[list[Pixels]]] | None:
+        """A row a prompt: the reference, dense, elastic at each budget, and some of the fewer steps."""
+        steps, seed = self.planner.baseline_steps, self.config.seeds[0]
+        runs = {f"{self.config.reference_steps} steps": self.planner.reference()} | self.shown(cases)
+        fewer = [case.run for case in cases if case.method == "fewer_steps" and case.run.steps < steps]
+        runs |= {f"{run.steps} steps": run for run in spread(fewer, 4)}
+        prompts = spread(self.items, self.config.sheet_prompts)
+        runs = {name: run for name, run in runs.items() if self._read(run, seed).keys() >= set(prompts)}
+        if not runs or not self.config.sheet_prompts:
+            return None
+        columns = [[_enlarged(each) for each in self.images(run, seed, prompts)] for run in runs.values()]
+        return list(runs), [list(row) for row in zip(*columns, strict=True)]
+
+
+def _enlarged(image: Pixels) -> Pixels:
+    return np.asarray(Image.fromarray(image).resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS))
+
+
+def _realism(
+    features: NDArray[np.float32], real: References | None, prompts: Sequence[str]
+) -> dict[str, float | None]:
+    """Distances to real images, and whether a classifier finds what the prompt names."""
+    if real is None:
+        return {}
+    found = {"category_accuracy": category_accuracy(real.probe, features, prompts)}
+    if len(features) > 1:
+        found["frechet"] = frechet_distance(features, real.features)
+        found["kernel"] = kernel_distance(features, real.features)
+    return found
+
+
+def load_models(config: ImageBenchmarkConfig, repository: Path) -> dict[str, Model]:
+    """`model` with its routers, `dense` without (the stock class, nothing attached), and a variant for each folder.
+
+    `repository` is where the bundled model is. UserError for a folder that holds no pipeline or routers, or such as do
+    not fit.
+    """
+    folder = Path(config.weights) if config.weights else repository / DEFAULT_IMAGE_MODEL
+
+    def load(routers: Path | None) -> TextToImagePipeline:
+        return TextToImagePipeline.from_pretrained(
+            config.backbone, folder, routers, device=config.device, dtype=config.dtype
+        )
+
+    plain = load(None)
+    if plain.session is not None:
+        detach(plain.backbone.pipe)
+    dense = file_sha256(*weight_files(folder))
+
+    def model(pipeline: TextToImagePipeline, routers: Path | None) -> Model:
+        backbone, files = pipeline.backbone, [find_weights(routers)] if routers else []
+        digest = file_sha256(*weight_files(folder), *files)
+        sampler = backbone.pipe.scheduler.config.shift, Solver.euler.value
+        steps, guidance = backbone.default_sampling()
+        return Model(
+            pipeline, backbone.transformer, steps, guidance, backbone.default_size, sampler, digest, dense
+        )
+
+    models = {DENSE: model(plain, None)}
+    own = Path(config.routers) if config.routers else folder / ROUTERS_NAME
+    models[MAIN] = model(load(own), own) if config.routers or own.is_dir() else models[DENSE]
+    for name, path in config.variants.items():
+        models[name] = model(load(Path(path)), Path(path))
+    return models
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file, without blank ones and # comments. UserError: no file, no text, no prompt, or one twice."""
+    if not path.is_file():
+        raise UserError(f"prompts is {path}, which is no file: expected a text file, one prompt a line")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts is {path}, which is no text file (UTF-8)") from error
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise UserError(f"prompts is {path}, which holds no prompt")
+    for prompt in found:
+        if found.count(prompt) > 1:
+            raise UserError(f"{path} has the prompt {prompt!r} twice")
+    return found

@@ -1,0 +1,227 @@
+"""Training-free caches around a dense transformer: forecasts of what its blocks add, and caches of other packages.
+
+`forecast` (the formulas of `elastic3d.elastic.forecasts`) and `hicache` (of `hicache-pp`) run on every model of a known
+family; the caches of diffusers and DBCache of `cache-dit` on those of diffusers. Every generation gets its cache anew.
+
+True guidance of diffusers runs two passes a step: its caches keep a state for each `cache_context` of the pipeline,
+DBCache is told that the passes alternate. Pyramid Attention Broadcast and FasterCache keep one state for both, and
+expect the branches in one batch: FLUX pipelines do not run that way, so they are no rows.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from elastic3d.benchmark.config import BenchmarkOptions, CacheName, ImageBenchmarkConfig
+from elastic3d.benchmark.methods import DENSE, Case, Planner, Rival, Routes
+from elastic3d.elastic.forecasting import HISTORY, Clock, Forward, forecasting, replaced
+from elastic3d.pipelines.options import BackboneName
+
+PACKAGES = {CacheName.db_cache: ("cache_dit", "cache-dit"), CacheName.hicache: ("hicache_pp", "hicache-pp")}
+MAG_RETENTION = 0.2  # share of the first steps that MagCache computes; its authors' value
+_LEFT_BEHIND = ("forward", "_is_patched")  # what cache-dit does not take off a FLUX transformer
+
+
+def by_batch(rival: Rival) -> bool:
+    """Whether a sample's result depends on its batch mates: one decision, or one fit, for all of them."""
+    return rival.kind in (CacheName.first_block_cache, CacheName.db_cache, CacheName.hicache)
+
+
+def rival_cases(planner: Planner) -> list[Case]:
+    """A row for each rival of a configuration that is installed, and each point of its grid."""
+    config = planner.config
+    return [
+        Case(rival.title, planner.run(DENSE, steps, Routes.dense, rival=rival), None, rival.note)
+        for steps in config.cache_steps or [planner.baseline_steps]
+        for rival in grid(config)
+    ]
+
+
+def grid(config: BenchmarkOptions) -> list[Rival]:
+    """All that a configuration asks for and that is installed (`missing` names what is not)."""
+    fixed = [{"interval": i, "warmup": config.forecast_warmup} for i in config.forecast_intervals]
+    options: dict[CacheName, list[dict[str, Any]]] = {
+        CacheName.forecast: [{"by": name.value} | each for name in config.forecasts for each in fixed],
+        CacheName.hicache: [{"by": name} | each for name in ("hermite", "dmd") for each in fixed],
+    }
+    if isinstance(config, ImageBenchmarkConfig):
+        taylor = [{"interval": i, "warmup": config.taylor_warmup} for i in config.taylor_intervals]
+        options |= {
+            CacheName.first_block_cache: [{"threshold": t} for t in config.first_block_thresholds],
+            CacheName.taylor_seer: taylor,
+            CacheName.taylor_seer_lite: taylor,
+            CacheName.mag_cache: [{"threshold": t} for t in config.mag_thresholds],
+            CacheName.db_cache: [
+                {"threshold": threshold, "blocks": blocks}
+                | ({} if calibrator.value == "none" else {"calibrator": calibrator.value})
+                for calibrator in config.db_calibrators
+                for blocks in config.db_blocks
+                for threshold in config.db_thresholds
+            ],
+        }
+    absent = missing(config)
+    return [Rival(n.value, each) for n in config.caches if n.value not in absent for each in options[n]]
+
+
+def missing(config: BenchmarkOptions) -> dict[str, str]:
+    """Rivals that were asked for and have no rows, with the reason."""
+    found = {}
+    for name, (module, package) in PACKAGES.items():
+        if name in config.caches and find_spec(module) is None:
+            found[name.value] = f"{package} is not installed: pip install 'elastic3d[bench]'"
+    is_qwen = isinstance(config, ImageBenchmarkConfig) and config.backbone is BackboneName.qwen_image
+    if is_qwen and CacheName.db_cache in config.caches:
+        found[CacheName.db_cache.value] = "it is set up for FLUX transformers here"
+    return found
+
+
+@contextmanager
+def running(
+    transformer: nn.Module, rival: Rival, steps: int, ratios: Sequence[float] = (), pipe: Any = None
+) -> Iterator[None]:
+    """While it lasts, a plain transformer has the cache, in its initial state.
+
+    Args:
+        steps: sampling steps of the generation.
+        ratios: what `magnitude_ratios` found for as many steps; for MagCache alone.
+        pipe: the diffusers pipeline of the transformer; for DBCache alone.
+    """
+    if rival.kind is CacheName.forecast:
+        options = rival.options
+        context: Any = forecasting(transformer, options["by"], options["interval"], options["warmup"])
+    elif rival.kind is CacheName.hicache:
+        context = _hicache(transformer, rival, steps)
+    elif rival.kind is CacheName.db_cache:
+        context = _db_cache(pipe, rival, steps)
+    else:
+        context = _of_diffusers(transformer, rival, steps, ratios)
+    with context:
+        yield
+
+
+# ---------------------------------------------------------------------------------------- on every model
+
+
+@contextmanager
+def _hicache(transformer: nn.Module, rival: Rival, steps: int) -> Iterator[None]:
+    """HiCache++ as published: the model's output is forecast, a state for each branch that runs by itself."""
+    import hicache_pp
+
+    clock = Clock(transformer)
+    states: dict[int, dict[str, Any]] = {}
+    options = rival.options
+    forecast = {"hermite": hicache_pp.hicache_forecast, "dmd": hicache_pp.dmd_forecast_state}[options["by"]]
+
+    def around(forward: Forward) -> Forward:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if clock.branch not in states:
+                states[clock.branch] = hicache_pp.hicache_init(
+                    steps,
+                    options["interval"],
+                    first_enhance=options["warmup"],
+                    backend=options["by"],
+                    history=HISTORY,
+                )
+            state = states[clock.branch]
+            state["step"] = clock.step
+            if hicache_pp.hicache_decide(state) == "forecast":
+                found = forecast(state)
+                return found if not state["packed"] else (found,)
+            out = forward(*args, **kwargs)
+            state["packed"] = isinstance(out, tuple)
+            value = (out[0] if state["packed"] else out).detach()
+            hicache_pp.hicache_update_derivatives(state, value)
+            hicache_pp.dmd_update_snapshots(state, value, HISTORY)
+            return out
+
+        return wrapped
+
+    with replaced(transformer, around), replaced(transformer, clock.around):
+        yield
+
+
+# ---------------------------------------------------------------------------------------- on models of diffusers
+
+
+@contextmanager
+def _of_diffusers(transformer: Any, rival: Rival, steps: int, ratios: Sequence[float]) -> Iterator[None]:
+    from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+
+    options, config = rival.options, None  # type: Any, Any
+    if rival.kind is CacheName.first_block_cache:
+        config = FirstBlockCacheConfig(threshold=options["threshold"])
+    elif rival.kind is CacheName.mag_cache:
+        config = MagCacheConfig(
+            threshold=options["threshold"], num_inference_steps=steps, mag_ratios=list(ratios),
+            retention_ratio=MAG_RETENTION,
+        )  # fmt: skip
+    else:
+        config = TaylorSeerCacheConfig(
+            cache_interval=options["interval"], disable_cache_before_step=options["warmup"], max_order=1,
+            taylor_factors_dtype=torch.float32, use_lite_mode=rival.kind is CacheName.taylor_seer_lite,
+        )  # fmt: skip
+    transformer.enable_cache(config)
+    try:
+        yield
+    finally:
+        transformer.disable_cache()
+
+
+def magnitude_ratios(transformer: Any, generate: Callable[[], Any], steps: int) -> list[float]:
+    """MagCache's own calibration: ratios of the residuals' magnitudes, one a step, from dense generations.
+
+    diffusers prints them, once a branch; those of the conditional one, which comes first, are taken.
+    """
+    from diffusers import MagCacheConfig
+
+    transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=steps))
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            generate()
+    finally:
+        transformer.disable_cache()
+    lines = [line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]")]
+    found: list[float] = ast.literal_eval(lines[0])
+    if len(found) != steps:
+        raise ValueError(f"MagCache's calibration gave {len(found)} ratios, expected {steps}")
+    return found
+
+
+@contextmanager
+def _db_cache(pipe: Any, rival: Rival, steps: int) -> Iterator[None]:
+    """DBCache with cache-dit's own description of FLUX; warm-up in proportion to its default of 8 in 28 steps."""
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # it reads this when it is imported
+    import cache_dit
+    from cache_dit.caching.block_adapters.adapters import flux_adapter
+
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=rival.options["blocks"], Bn_compute_blocks=0, max_warmup_steps=max(1, steps * 8 // 28),
+        residual_diff_threshold=rival.options["threshold"], num_inference_steps=steps, enable_separate_cfg=True,
+    )  # fmt: skip
+    calibrators = {"taylorseer": cache_dit.TaylorSeerCalibratorConfig, "dmd": cache_dit.DMDCalibratorConfig}
+    calibrator = rival.options.get("calibrator")
+    own, modules = pipe.transformer.__dict__, dict(pipe.transformer._modules)
+    before = {name: own[name] for name in _LEFT_BEHIND if name in own}
+    adapter = flux_adapter(pipe, has_separate_cfg=True)
+    cache_dit.enable_cache(
+        adapter, cache_config=config, calibrator_config=calibrators[calibrator]() if calibrator else None
+    )
+    try:
+        yield
+    finally:
+        cache_dit.disable_cache(adapter)
+        for name in _LEFT_BEHIND:
+            own.pop(name, None)
+        own.update(before)
+        pipe.transformer._modules.clear()  # they come back in another order, by which diffusers finds the first block
+        pipe.transformer._modules.update(modules)

@@ -1,0 +1,286 @@
+"""What the benchmark needs to know of what is made: meshes from images, or images from prompts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from elastic3d.benchmark.config import BenchmarkOptions
+from elastic3d.benchmark.controls import Controls
+from elastic3d.benchmark.methods import Case, Job, Planner, Routes, Run
+from elastic3d.benchmark.rivals import by_batch, running
+from elastic3d.elastic.context import RouteSource
+from elastic3d.elastic.flop_meter import metered
+from elastic3d.elastic.session import ElasticSession
+from elastic3d.evaluation.items import Row
+
+OnStep = Callable[[int, int], None] | None
+
+
+@dataclass
+class Scores:
+    """Rows by (run, what it is compared with), named `seed-<s>/<item>`; the seed floors by what is compared; further
+    columns by run."""
+
+    rows: dict[tuple[str, str], list[Row]] = field(default_factory=dict)
+    floors: dict[str, list[Row]] = field(default_factory=dict)
+    further: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """Makes results, and knows what has to be made and how it is scored.
+
+    Class attributes: `noun`, `plural` of a result; `table`: columns and titles of table.md; `plot`: scores and axis
+    labels of the plots; `losses`: scores that have frontiers, with what they are paired with,
+    "" for none; `compared`: (what with, metric) of the paired comparisons.
+    """
+
+    noun: str
+    plural: str
+    table: Mapping[str, str]
+    plot: Mapping[str, str]
+    losses: Mapping[str, str]
+    compared: Sequence[tuple[str, str]]
+
+    def __init__(self, config: BenchmarkOptions, planner: Planner, items: Sequence[Any], timed: int) -> None:
+        """Times are taken with `timed` of the items, spread evenly."""
+        self.planner, self.items = planner, list(items)
+        self.timing_jobs = [Job(item, config.seeds[0]) for item in spread(self.items, timed)]
+        self.jobs = [Job(item, seed) for seed in config.seeds for item in self.items]
+        self.controls = Controls(self)
+        self._shares: dict[str, float] = {}
+        self._dense: dict[
+            int, tuple[float, float]
+        ] = {}  # by steps: FLOPs of a generation outside its blocks, and of them
+
+    # ------------------------------------------------------------------------------------- of each task
+
+    @property
+    @abstractmethod
+    def config(self) -> BenchmarkOptions:
+        """The options."""
+
+    @abstractmethod
+    def record(self, run: Run, job: Job) -> dict[str, Any] | None:
+        """`status`, `error` and `receipt` of a result; None where it is still to be made."""
+
+    @abstractmethod
+    def make(self, run: Run, jobs: Sequence[Job], on_step: OnStep = None) -> None:
+        """Make and keep the results of jobs of one seed."""
+
+    @abstractmethod
+    def produce(
+        self, run: Run, jobs: Sequence[Job], source: RouteSource | None, on_step: OnStep = None
+    ) -> list[Any]:
+        """All that a user waits for, as one batch; each result has a `receipt`. The run must be `ready`."""
+
+    @abstractmethod
+    def condition_of(self, run: Run, jobs: Sequence[Job]) -> Any:
+        """What the DiT is told of the jobs' items."""
+
+    @abstractmethod
+    def sample(self, run: Run, condition: Any, jobs: Sequence[Job], source: RouteSource | None) -> Tensor:
+        """The DiT alone: latents (B,N,C); returns when a GPU is done. The run must be `ready`."""
+
+    @abstractmethod
+    def find_items(self, path: Path) -> list[Any]:
+        """Items in a folder or a file."""
+
+    @abstractmethod
+    def score(self, runs: Sequence[Run]) -> Scores:
+        """All scores of the runs that are made; what was scored before is read."""
+
+    @abstractmethod
+    def columns(self, run: Run, scores: Scores) -> dict[str, Any]:
+        """The fidelity columns of a row; None for what was not measured."""
+
+    @abstractmethod
+    def holds(self, row: Row) -> bool | None:
+        """Whether a row is as good as the dense model, as the speed target has it; None where that is not known."""
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """Facts for the report."""
+
+    @abstractmethod
+    def sheet(self, cases: Sequence[Case]) -> tuple[list[str], list[list[NDArray[np.uint8]]]] | None:
+        """Titles of the columns and rows of images (H,W,3) of the contact sheet; None where nothing is made."""
+
+    def warm_up(self, run: Run) -> None:  # noqa: B027  # most need none
+        """What is done once for a model that goes on with the same settings, before a clock starts."""
+
+    def ratios(self, run: Run) -> Sequence[float]:
+        """MagCache's calibration; of models of diffusers alone."""
+        return ()
+
+    def pipe(self, run: Run) -> Any:
+        """The diffusers pipeline of a run, where it has one."""
+        return None
+
+    # ------------------------------------------------------------------------------------- of all
+
+    def transformer(self, run: Run) -> nn.Module:
+        """The DiT of a run."""
+        return self.planner.models[run.model].dit
+
+    def session(self, run: Run) -> ElasticSession | None:
+        """The routing session of a run's model."""
+        return self.planner.models[run.model].session
+
+    @contextmanager
+    def ready(self, run: Run) -> Iterator[None]:
+        """While it lasts, the model is set up for one generation of a run."""
+        with ExitStack() as stack:
+            session = self.session(run)
+            if run.unbiased and session is not None:
+                stack.enter_context(_unbiased(session))
+            if run.rival is not None:
+                transformer, ratios = self.transformer(run), self.ratios(run)
+                stack.enter_context(running(transformer, run.rival, run.steps, ratios, self.pipe(run)))
+            self.warm_up(run)
+            yield
+
+    def produced(self, run: Run, jobs: Sequence[Job], on_step: OnStep = None) -> list[Any]:
+        """Results of a batch; the receipts of a rival say what it really executed."""
+        source, share = self.controls.source(run, jobs), 1.0
+        if run.rival is None or not by_batch(run.rival):
+            if run.rival is not None:
+                share = self._scheduled_share(run)
+            with self.ready(run):
+                results = self.produce(run, jobs, source, on_step)
+        else:
+            with self.ready(run), metered(self.transformer(run)) as meter:
+                results = self.produce(run, jobs, source, on_step)
+            share = self._share(run, meter.total / len(jobs))
+        if run.rival is not None:
+            for result in results:
+                if "flops_dense" in result.receipt:
+                    result.receipt["flops_executed"] = round(share * result.receipt["flops_dense"])
+        return results
+
+    def _scheduled_share(self, run: Run) -> float:
+        """Executed share of the blocks' FLOPs of a rival that does the same for all samples, measured once."""
+        if run.name not in self._shares:
+            jobs = self.jobs[:1]
+            condition = self.condition_of(run, jobs)
+            with self.ready(run), metered(self.transformer(run)) as meter:
+                self.sample(run, condition, jobs, None)
+            self._shares[run.name] = self._share(run, meter.total)
+        return self._shares[run.name]
+
+    def _share(self, run: Run, total: float) -> float:
+        """Of the dense blocks' FLOPs; what a dense generation spends outside the blocks is taken off."""
+        dense, jobs = self.planner.dense(run.steps), self.jobs[:1]
+        if run.steps not in self._dense:
+            with self.ready(dense), metered(self.transformer(dense)) as meter:
+                blocks = self.produce(dense, jobs, None)[0].receipt["flops_dense"]
+            self._dense[run.steps] = meter.total - blocks, blocks
+        outside, blocks = self._dense[run.steps]
+        return (total - outside) / blocks
+
+    def missing(self, run: Run, seed: int | None = None) -> list[Job]:
+        """Jobs, of one seed or of all, of which a run has no record."""
+        jobs = [job for job in self.jobs if seed is None or job.seed == seed]
+        return [job for job in jobs if self.record(run, job) is None]
+
+    def routes_of(self, run: Run, job: Job) -> dict[str, Any]:
+        """The routes that a run took for a job, which is done where need be."""
+        if self.record(run, job) is None:
+            self.make(run, [job])
+        record = self.record(run, job)
+        assert record is not None
+        return record["receipt"]["routes"]
+
+    def calibration_jobs(self) -> list[Job]:
+        """The jobs that static and timestep routes are found on: the first items, with the seeds in turn."""
+        path, seeds = self.config.calibration, self.config.seeds
+        chosen = (self.find_items(path) if path else self.items)[: self.config.calibration_samples]
+        return [Job(item, seeds[i % len(seeds)]) for i, item in enumerate(chosen)]
+
+    def neighbour(self, job: Job) -> Job:
+        """The job of the next item, with the same seed."""
+        return Job(self.items[(self.items.index(job.item) + 1) % len(self.items)], job.seed)
+
+    def next_seed(self, seed: int) -> int:
+        """The seed that another is compared with for the seed floor."""
+        seeds = self.config.seeds
+        return seeds[(seeds.index(seed) + 1) % len(seeds)]
+
+    def shown(self, cases: Sequence[Case]) -> dict[str, Run]:
+        """What a contact sheet shows beside the rest: the dense model, and the routers at each budget."""
+        steps = self.planner.baseline_steps
+        runs = {f"dense, {steps} steps": self.planner.dense(steps)}
+        for case in cases:
+            if case.method == "elastic" and case.run.steps == steps and case.budget is not None:
+                runs[f"elastic {case.budget:g}"] = case.run
+        return runs
+
+
+def make_all(task: Task, runs: Sequence[Run]) -> None:
+    """Every result that is still missing, with a progress bar over all of them."""
+    seeds, size = task.config.seeds, task.config.batch_size
+    todo = {(run, seed): task.missing(run, seed) for run in runs for seed in seeds}
+    total, left = len(runs) * len(task.jobs), sum(map(len, todo.values()))
+    with tqdm(total=total, initial=total - left, desc=task.plural, unit=task.noun, dynamic_ncols=True) as bar:
+        for (run, seed), jobs in todo.items():
+            bar.set_postfix_str(f"{run.name}, seed {seed}")
+            for start in range(0, len(jobs), size):
+                task.make(run, jobs[start : start + size])
+                bar.update(len(jobs[start : start + size]))
+
+
+@contextmanager
+def following(session: ElasticSession | None, source: RouteSource | None) -> Iterator[None]:
+    """While it lasts, `source` decides instead of the routers; None leaves them to it."""
+    if session is None:
+        yield
+        return
+    session.source = source
+    try:
+        yield
+    finally:
+        session.source = None
+
+
+@contextmanager
+def _unbiased(session: ElasticSession) -> Iterator[None]:
+    """While it lasts, the gates have no bias over time."""
+    before = session.router_config
+    session.router_config = replace(before, times=[], urgency=[])
+    try:
+        yield
+    finally:
+        session.router_config = before
+
+
+def elastic_options(session: ElasticSession | None, run: Run) -> dict[str, Any]:
+    """The run's settings as arguments of a pipeline."""
+    if session is None:
+        return {}
+    if run.routes is Routes.dense:
+        return {"elastic": False}
+    names = ("budget", "width", "cache", "shared", "updates")
+    return {"elastic": True} | {name: getattr(run.settings, name) for name in names}
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """`count` of the items, at even distances (0, or more than there are: all)."""
+    count = min(count or len(items), len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def finish(latents: Tensor) -> Tensor:
+    """The latents when a GPU is done with them."""
+    if latents.device.type == "cuda":
+        torch.cuda.synchronize()
+    return latents

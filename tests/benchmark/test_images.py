@@ -1,0 +1,249 @@
+"""A whole benchmark of a tiny text-to-image model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from elastic3d.benchmark.config import CacheName, ImageBenchmarkConfig, Method, Phase
+from elastic3d.benchmark.images import ImageTask
+from elastic3d.benchmark.methods import ABLATIONS
+from elastic3d.benchmark.run import benchmark
+from elastic3d.elastic.config import BlockCacheConfig, CacheRule
+from elastic3d.errors import UserError
+from elastic3d.pipelines.text_to_image import TextToImagePipeline
+from tests.benchmark.conftest import INSTALLED, PROMPTS, image_config_of
+
+ROOT = Path(__file__).resolve().parents[2]
+WANTED = {
+    "method", "note", "budget", "steps", "batch", "executed_flops_ratio", "flop_speedup", "efficiency", "share_std",
+    "dit_ms_median", "dit_ms_q25", "dit_ms_q75", "dit_speedup", "dit_speedup_same_steps", "end_to_end_speedup",
+    "psnr_dense", "ssim_dense", "feature_dense", "psnr_reference", "ssim_reference", "feature_reference",
+    "psnr_dense_floor", "ssim_reference_floor", "feature_dense_floor", "feature_dense_low", "frechet", "kernel",
+    "category_accuracy", "images", "failed", "run",
+}  # fmt: skip
+# not asked for here; of a static mask of two blocks that may skip both
+ABSENT = {"budget", "end_to_end_speedup", "category_accuracy", "flop_speedup"}
+
+
+@pytest.fixture(scope="module")
+def done(gallery: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Every method, the caches of diffusers, and other routers."""
+    output = tmp_path_factory.mktemp("benchmark")
+    variants = {"same": str(gallery / "model" / "routers")}
+    cache = BlockCacheConfig(rule=CacheRule.band, band=0.2)
+    config = image_config_of(gallery, output, variants=variants, cache=cache)
+    return output, benchmark(config, gallery, "python scripts/benchmark.py")
+
+
+def row_of(results: dict[str, Any], method: str, **fields: Any) -> dict[str, Any]:
+    [row] = [
+        row
+        for row in results["rows"]
+        if row["method"] == method and all(row[k] == v for k, v in fields.items())
+    ]
+    return row
+
+
+def test_every_method_is_a_row_with_every_number(done):
+    output, results = done
+    assert json.loads((output / "results.json").read_text()) == json.loads(json.dumps(results))
+    rows = results["rows"]
+    # its sampler takes no other steps, its routers have no LoRA, and alone there is nobody to share routes with
+    absent = {Method.euler_steps, Method.elastic_shared, Method.few_step_lora, *ABLATIONS}
+    methods = {*Method.__members__} - {method.name for method in absent}
+    assert {row["method"] for row in rows} == {*methods, *(c.name for c in INSTALLED), "same"}
+    for row in rows:
+        assert set(row) >= WANTED
+        assert not {name for name in WANTED if row[name] is None} - ABSENT, row
+        assert row["images"] == 6 and row["failed"] == 0 and row["rounds"] == 1
+    with (output / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    for name in ("pareto", "blocks", "sheet"):
+        with Image.open(output / f"{name}.png") as picture:
+            assert picture.width > 100 and len(picture.getcolors(1 << 20)) > 2
+    assert results["about"]["real_images"] == 3 and results["about"]["left_out"] == {}
+
+
+def test_dense_rows_are_what_they_must_be(done):
+    _, results = done
+    dense = row_of(results, "dense")
+    assert (
+        dense["psnr_dense"] == 100 and dense["feature_dense"] == 0 and dense["ssim_dense"] == pytest.approx(1)
+    )
+    assert dense["dit_speedup"] == 1 and dense["executed_flops_ratio"] == 1 and dense["feature_reference"] > 0
+    assert dense["feature_dense_floor"] > 0 and dense["psnr_dense_floor"] < 100
+    fewer = row_of(results, "fewer_steps", steps=2)
+    assert fewer["flops_ratio_to_baseline"] == 0.5 and fewer["feature_dense"] > 0
+
+
+def test_routers_and_rivals_execute_what_they_should(done):
+    _, results = done
+    routers = row_of(results, "elastic")
+    assert 0 < routers["executed_flops_ratio"] < 1
+    same, elastic = row_of(results, "same"), row_of(results, "elastic")
+    assert same["feature_dense"] == pytest.approx(elastic["feature_dense"])
+    assert row_of(results, "static")["share_std"] == 0
+    lite = row_of(results, "taylor_seer_lite")
+    # TaylorSeer computes steps 0 and 2 of four here, in both branches
+    assert lite["executed_flops_ratio"] == pytest.approx(0.5, abs=0.05) and lite["share_std"] == 0
+    assert lite["efficiency"] == pytest.approx(lite["dit_speedup"] * lite["executed_flops_ratio"])
+    forecast = row_of(results, "forecast")  # steps 0, 1 and 3 of four
+    assert forecast["executed_flops_ratio"] == pytest.approx(0.75, abs=1e-3) and forecast["share_std"] == 0
+    attention_alone = row_of(results, "taylor_seer")
+    assert lite["executed_flops_ratio"] < attention_alone["executed_flops_ratio"] < 1
+
+
+def test_the_summary_puts_every_family_beside_the_elastic_one(done):
+    _, results = done
+    families = results["summary"]["frontiers"]["1"]
+    assert list(families)[0] == "fewer_steps"
+    assert set(families) == {"fewer_steps", "dense_cache", "same", *(c.name for c in INSTALLED)}
+    front = families["first_block_cache"]["feature_dense"]
+    assert front["front"] and front["other"]
+    targets = results["summary"]["targets"]
+    answers = {name.split(":")[0]: target["met"] for name, target in targets.items()}
+    assert (
+        answers["speed"] is not None and answers["budgets"] is None
+    )  # this is not the cache of their training
+    assert {c["matched"] for c in results["comparisons"]} >= {"equal FLOPs", "equal budget"}
+    rivals = {c["rival_method"] for c in results["comparisons"]}
+    assert rivals >= {"random", "static", "timestep", "shuffled"}
+
+
+def test_a_second_run_makes_nothing_again(done, gallery, monkeypatch):
+    output, results = done
+
+    def never(*arguments: Any, **named: Any) -> None:
+        raise AssertionError("this was made already")
+
+    monkeypatch.setattr(TextToImagePipeline, "__call__", never)
+    monkeypatch.setattr("elastic3d.benchmark.image_scores.ImageFeatures.maps", never)
+    monkeypatch.setattr("elastic3d.benchmark.image_scores.ImageFeatures.pooled", never)
+    cache = BlockCacheConfig(rule=CacheRule.band, band=0.2)
+    config = image_config_of(
+        gallery, output, cache=cache, phases=[Phase.quality], methods=[Method.elastic], caches=[]
+    )
+    again = benchmark(config, gallery)
+    before, after = row_of(results, "elastic"), row_of(again, "elastic")
+    assert after["feature_dense"] == before["feature_dense"] and after["frechet"] == before["frechet"]
+    assert after["dit_ms_median"] is None
+
+
+def test_an_interrupted_run_keeps_what_it_has(gallery, tmp_path, monkeypatch):
+    config = image_config_of(
+        gallery, tmp_path, methods=[Method.dense], caches=[], seeds=[0], phases=[Phase.quality]
+    )
+    real, made = ImageTask._made, list[str]()
+
+    def counted(self: Any, run: Any, jobs: Any) -> Any:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.extend(job.name for job in jobs)
+        return real(self, run, jobs)
+
+    monkeypatch.setattr(ImageTask, "_made", counted)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(config, gallery)
+    [file] = tmp_path.rglob("seed-0.npz")
+    with np.load(file) as stored:
+        assert stored["pictures"].shape == (2, 16, 16, 3) and stored["pictures"].dtype == np.uint8
+    made.clear()
+    monkeypatch.setattr(
+        ImageTask,
+        "_made",
+        lambda s, r, jobs: made.extend(j.name for j in jobs) or real(s, r, jobs),
+    )
+    results = benchmark(config, gallery)
+    assert made == [PROMPTS[2], *PROMPTS] and row_of(results, "dense")["images"] == 3
+    assert row_of(results, "dense")["psnr_dense_floor"] is None  # one seed only
+
+
+def test_a_picture_that_cannot_be_made_counts_against_the_method(gallery, tmp_path, monkeypatch):
+    real = TextToImagePipeline.__call__
+
+    def broken(self: Any, prompts: Any, seeds: Any, **options: Any) -> Any:
+        if options["steps"] == 2 and "a bed" in prompts:
+            raise UserError("the picture has values that are not finite")
+        return real(self, prompts, seeds, **options)
+
+    monkeypatch.setattr(TextToImagePipeline, "__call__", broken)
+    config = image_config_of(gallery, tmp_path, methods=[Method.dense, Method.fewer_steps], caches=[], seeds=[0],
+                       steps=[2], phases=[Phase.quality])  # fmt: skip
+    row = row_of(benchmark(config, gallery), "fewer_steps")
+    assert row["failed"] == 1 and row["images"] == 3
+    [path] = (tmp_path / "runs").glob("dense-s2-*/seed-0.npz")
+    with np.load(path) as stored:
+        assert (stored["pictures"][1] == 128).all()
+        records = json.loads(stored["records"].tobytes())
+    assert records["a bed"]["error"].endswith("not finite")
+
+
+def test_the_command_writes_its_results(gallery, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import benchmark as command
+    from _cli import execute
+
+    options = [
+        "task=images", f"weights={gallery / 'model'}", f"prompts={gallery / 'prompts.txt'}", f"output={tmp_path}",
+        "seeds=[0,1]", "budgets=[1,.5]", "steps=[1]", "baseline_steps=2", "reference_steps=3", "batches=[1]",
+        "methods=[dense,fewer_steps,elastic]", "caches=[first_block_cache,db_cache]", "db_thresholds=[0.1]",
+        "first_block_thresholds=[0.1]", "repeats=1", "end_to_end_repeats=1", "timing_prompts=1", "bootstrap=20",
+        f"references={gallery / 'real'}", "feature_size=32", "limit=2", "device=cpu",
+    ]  # fmt: skip
+    monkeypatch.setattr("elastic3d.benchmark.rivals.find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+    assert execute(command.main, ImageBenchmarkConfig, "benchmark_images", options) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    methods = [row["method"] for row in results["rows"]]
+    assert methods == ["dense", "fewer_steps", "elastic", "elastic", "first_block_cache"]
+    assert all(row["end_to_end_speedup"] > 0 and row["images"] == 4 for row in results["rows"])
+    assert results["about"]["command"].startswith("python benchmark.py task=images")
+    printed = capsys.readouterr().out
+    assert "no rows of db_cache: cache-dit is not installed" in printed and "first_block_cache" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": Path("nowhere.txt")}, "prompts is nowhere.txt, which is no file"),
+        ({"weights": "nowhere"}, "weights is nowhere, which does not exist"),
+        ({"references": Path("nowhere")}, "images is nowhere, which is no folder"),
+        ({"methods": [Method.shuffled], "limit": 1}, "methods has shuffled, which can't be run: .*only one"),
+    ],
+)
+def test_what_is_refused(gallery, tmp_path, changes, message):
+    base = {"methods": [Method.dense], "caches": [], "phases": [Phase.quality], "seeds": [0]}
+    with pytest.raises(UserError, match=message):
+        benchmark(image_config_of(gallery, tmp_path, **base | changes), gallery)
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="weights= is missing"):
+        ImageBenchmarkConfig(output=Path("x"), backbone=next(b for b in _backbones() if b.name == "flux"))
+    with pytest.raises(ValueError, match="feature_size is 100"):
+        ImageBenchmarkConfig(output=Path("x"), feature_size=100)
+    with pytest.raises(ValueError, match="variants has 'mag_cache', expected another name"):
+        ImageBenchmarkConfig(output=Path("x"), variants={CacheName.mag_cache.name: "y"})
+
+
+def _backbones() -> Any:
+    from elastic3d.pipelines.options import BackboneName
+
+    return BackboneName
+
+
+def test_dense_pictures_may_be_the_reference_too(gallery, tmp_path):
+    config = image_config_of(
+        gallery, tmp_path, methods=[Method.dense], caches=[], phases=[Phase.quality], reference_steps=4
+    )
+    row = row_of(benchmark(config, gallery, ""), "dense")
+    assert row["psnr_reference"] == row["psnr_dense"] == 100
+    assert row["psnr_reference_floor"] == row["psnr_dense_floor"] < 100

@@ -1,0 +1,78 @@
+"""Real pictures and the classifier that learns from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from elastic3d.benchmark import references
+from elastic3d.benchmark.image_scores import ImageFeatures
+from elastic3d.benchmark.references import category_accuracy, load_references
+from elastic3d.errors import UserError
+from elastic3d.training.pictures import Captioned
+from tests.benchmark.conftest import image_config_of
+
+COLOURS = {"bed": "red", "cup": "blue"}
+
+
+class Coloured:
+    """Red beds and blue cups, one picture in five of which can't be read."""
+
+    missing = 0
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def load(self, index: int, size: int) -> list[Captioned]:
+        if index % 5 == 4:
+            raise UserError("broken")
+        noun = ("bed", "cup")[index % 2]
+        base = np.asarray(Image.new("RGB", (size, size), COLOURS[noun])).astype(int)
+        noise = np.random.default_rng([self.seed, index]).integers(-60, 60, base.shape)
+        image = Image.fromarray(np.clip(base + noise, 0, 255).astype(np.uint8))
+        return [Captioned(image, [f"a green {noun} seen from behind", f"a {noun}"])]
+
+
+def test_the_classifier_learns_and_is_kept(gallery, tmp_path, monkeypatch):
+    features = ImageFeatures(32, torch.device("cpu"))
+    config = image_config_of(gallery, tmp_path, references=None, prepared=tmp_path)
+    monkeypatch.setattr(
+        references, "_sources", lambda config: {"real": Coloured(20, 0), "train": Coloured(60, 1)}
+    )
+    found = load_references(config, features, 16)
+    assert found is not None and found.features.shape == (16, 1280) and found.trained_on == 48
+    assert found.accuracy is not None and found.accuracy > 0.9
+    assert found.about()["classifier"]["classes"] == 2
+    right = category_accuracy(found.probe, found.features, ["a grey bed", "a cup"] * 8)
+    assert right is not None and category_accuracy(None, found.features, ["a bed"] * 16) is None
+
+    def never(*arguments: Any) -> None:
+        raise AssertionError("this was computed already")
+
+    monkeypatch.setattr(ImageFeatures, "pooled", never)
+    again = load_references(config, features, 16)
+    assert again is not None and again.accuracy == found.accuracy
+
+
+def test_without_real_pictures_there_are_no_references(gallery, tmp_path):
+    config = image_config_of(gallery, tmp_path, references=None, prepared=tmp_path / "nothing")
+    assert load_references(config, ImageFeatures(32, torch.device("cpu")), 16) is None
+
+
+def test_a_folder_of_pictures_has_no_classifier(gallery: Path, tmp_path: Path):
+    found = load_references(image_config_of(gallery, tmp_path), ImageFeatures(32, torch.device("cpu")), 16)
+    assert found is not None and len(found.features) == 3 and found.probe is None
+    with pytest.raises(UserError, match="no folder"):
+        load_references(
+            image_config_of(gallery, tmp_path, references=Path("nowhere")),
+            ImageFeatures(32, torch.device("cpu")),
+            16,
+        )
