@@ -146,10 +146,8 @@ class MeshTask(Task):
     def condition_of(self, run: Run, jobs: Sequence[Job]) -> Tensor:
         """Condition tokens (B,M,Cc)."""
         pipeline = self.pipeline(run)
-        encoder, items = pipeline.encoder, [cast(Path, job.item) for job in jobs]
-        return encode(
-            [prepare(item, ForegroundConfig(), encoder) for item in items], encoder, pipeline.device
-        )
+        images = [prepare(cast(Path, job.item), ForegroundConfig(), pipeline.encoder) for job in jobs]
+        return encode(images, pipeline.encoder, pipeline.device)
 
     def sample(self, run: Run, condition: Tensor, jobs: Sequence[Job], source: RouteSource | None) -> Tensor:
         """The DiT alone: latents (B,N,C)."""

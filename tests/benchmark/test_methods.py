@@ -230,15 +230,15 @@ def test_the_command_line():
     assert config.cache.rule is CacheRule.band and config.device is DeviceChoice.cpu
     assert config.protocol.views == 0 and not config.protocol.surface_health
     for wrong, message in (
-        ("budgets=[1,0.1]", "budget is 0.1, expected a value from 0.3"),
-        ("budgets=[]", "budgets is .*, expected at least one value"),
+        ("budgets=[1,0.1]", "budgets has 0.1, expected a value from 0.3"),
+        ("budgets=[]", "budgets has 0 values, expected 1 to 1000"),
         ("control_budgets=[0.5,0.5]", "control_budgets is .*no value twice"),
-        ("control_budgets=[0.1]", "budget is 0.1, expected a value from 0.3"),
-        ("seeds=[1,1]", "seeds is .*none twice"),
+        ("control_budgets=[0.1]", "control_budgets has 0.1, expected a value from 0.3"),
+        ("seeds=[1,1]", "seeds is .*no value twice"),
         ("methods=[dens]", "expected a list such as"),
-        ("steps=[0]", "steps is 0"),
+        ("steps=[0]", "steps has 0, expected a value from 1"),
         ("variants={elastic: x}", "variants has 'elastic', expected another name"),
-        ("dampings=[2]", "dampings is 2"),
+        ("dampings=[2]", "dampings has 2"),
         ("caches=[mag_cache]", "caches has mag_cache, which runs on models of diffusers"),
         ("task=shapes", "task=shapes: expected one of meshes, images"),
     ):
