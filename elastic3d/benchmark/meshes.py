@@ -35,8 +35,9 @@ from elastic3d.models.pictures import PICTURE_SUFFIXES
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import CONFIG_NAME, find_weights
 from elastic3d.pipelines.conditions import encode, prepare
-from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline, Result, Settings
+from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
+from elastic3d.pipelines.result import Result, Settings
 from elastic3d.training.samples import mesh_picture, on_white
 from elastic3d.utils.files import file_sha256, visible_files
 from elastic3d.utils.structured import Maybe, load_json, save_json

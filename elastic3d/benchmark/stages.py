@@ -15,9 +15,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from elastic3d.benchmark.machine import machine
 from elastic3d.benchmark.stages_options import StagesConfig
 from elastic3d.errors import UserError
+from elastic3d.evaluation.machine import machine
 from elastic3d.utils.structured import save_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
