@@ -30,10 +30,12 @@ def load_models(config: BenchmarkConfig, repository: Path) -> Models:
         UserError: a folder that holds no model or routers, or such as do not fit `model`.
     """
     folder = repository / DEFAULT_MODEL if config.model in ("", "default") else Path(config.model)
-    main = ImageTo3DPipeline.from_pretrained(folder, config.device, config.dtype)
+    main = ImageTo3DPipeline.from_pretrained(folder, config.device, config.dtype, dial=False)
     models = {MAIN: main, DENSE: main}
     if config.dense:
-        models[DENSE] = ImageTo3DPipeline.from_pretrained(config.dense, config.device, config.dtype)
+        models[DENSE] = ImageTo3DPipeline.from_pretrained(
+            config.dense, config.device, config.dtype, dial=False
+        )
     plain = replace(main.config, solver=Solver.euler, shift=1.0, grid=SamplingGrid.uniform)
     if plain != main.config:
         dense = models[DENSE]
@@ -46,7 +48,7 @@ def load_models(config: BenchmarkConfig, repository: Path) -> Models:
 def _variant(path: Path, main: ImageTo3DPipeline, folder: Path, config: BenchmarkConfig) -> ImageTo3DPipeline:
     """The model in a folder of its own; or `main` with another DiT; or with its own and other routers."""
     if (path / PIPELINE_NAME).is_file():
-        return ImageTo3DPipeline.from_pretrained(path, config.device, config.dtype)
+        return ImageTo3DPipeline.from_pretrained(path, config.device, config.dtype, dial=False)
     if not (path / CONFIG_NAME).is_file():
         raise UserError(
             f"{path} has neither {PIPELINE_NAME} nor {CONFIG_NAME}: it holds no model and no routers"
