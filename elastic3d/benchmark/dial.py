@@ -79,8 +79,8 @@ def dial_values(
 ) -> dict[str, Any]:
     """What `dial.json` holds, of a benchmark's results.
 
-    Of all settings that a call can ask for, those stay that have a higher IoU than every cheaper one and are at least as
-    fast as every dearer one. Costs are rounded to 0.01: what routers execute differs more between samples.
+    Of all settings that a call can ask for, those stay that have a higher IoU than every cheaper one and are at least
+    as fast as every dearer one. Costs are rounded to 0.01: what routers execute differs more between samples.
 
     Raises:
         UserError: naming `source`: results at another guidance or number of steps, or with nothing to choose from.
@@ -100,7 +100,7 @@ def dial_values(
     if not dense:
         raise UserError(f"{source} has no dense row in {model.steps} steps with IoU, F-scores and times")
     rows = frontier(entries)
-    values = {
+    values: dict[str, Any] = {
         "dense": {"steps": model.steps, "guidance": model.guidance, **{n: dense[0][n] for n in F_SCORES}},
         "names": {},
         "rows": rows,
@@ -124,7 +124,7 @@ def dial_values(
 
 
 def frontier(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those with a higher IoU than every cheaper or equally cheap one, and none slower than a dearer one; cheapest first."""
+    """Those with a higher IoU than all that cost no more, and no slower than any dearer one; the cheapest first."""
     better: list[dict[str, Any]] = []
     for entry in sorted(entries, key=lambda e: (e["cost"], -e["iou"])):
         if not better or entry["iou"] > better[-1]["iou"]:

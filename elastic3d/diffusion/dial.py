@@ -1,8 +1,8 @@
 """The dial of a model: a budget becomes steps and a budget of the routers, by a table that was measured with the model.
 
 `dial.json` lies beside `pipeline.json`. A row is one way to run the model: its cost, which is the share of the dense
-default generation's FLOPs that it executes, its settings, and what was measured with them. Costs ascend; a row has a
-higher IoU to the reference than every cheaper one, and is not faster. So a smaller budget is never slower, and no row is
+default generation's FLOPs that it executes, its settings, and what was measured with them. Costs ascend. A row has a
+higher IoU to the reference than every cheaper one, and is not faster: a smaller budget is never slower, and no row is
 worse than another of the same or lower cost.
 """
 
@@ -48,10 +48,10 @@ _SHAPE = {
 class Row:
     """One way to run a model, and what was measured with it.
 
-    cost: share of the dense default generation's FLOPs; router_budget: share of the FLOPs of `steps` dense steps that the
-    routers may execute, None for the dense model; few_step_lora: whether the few-step LoRA is merged, which also runs
-    the second guidance branch in a part of the steps alone; speedup: of the DiT over the dense default, by batch size;
-    iou: to the reference; f_scores: to the ground truth, in the order of `F_SCORES`.
+    cost: share of the dense default generation's FLOPs; router_budget: share of the FLOPs of `steps` dense steps that
+    the routers may execute, None for the dense model; few_step_lora: whether the few-step LoRA is merged, with which
+    the second guidance branch runs in some of the steps alone; speedup: of the DiT over the dense default, by batch
+    size; iou: to the reference; f_scores: to the ground truth, in the order of `F_SCORES`.
     """
 
     cost: float
@@ -234,8 +234,9 @@ def _check_rows(rows: Sequence[Row]) -> None:
     sizes = set(rows[0].speedup)
     for number, row in enumerate(rows):
         if "1" not in row.speedup or set(row.speedup) != sizes:
+            found = ", ".join(row.speedup)
             raise ValueError(
-                f"rows[{number}]: speedup has batches {', '.join(row.speedup)}, expected 1 and those of all rows"
+                f"rows[{number}]: speedup has batches of {found}, expected 1 and those of all rows"
             )
         if row.few_step_lora and row.router_budget is None:
             raise ValueError(f"rows[{number}]: few_step_lora is true, expected false for the dense model")

@@ -59,7 +59,7 @@ class GenerateConfig(Options):
     image_back: str = option("", "Multi-view models: seen from behind.")
     image_right: str = option("", "Multi-view models: seen from its right.")
     steps: int | None = option(
-        None, "Sampling steps; null: what the budget says, or the model's default.", ge=1, le=1000
+        None, "Sampling steps; null: by budget=, or the model's default.", ge=1, le=1000
     )
     guidance: float | None = option(
         None, "How strictly the picture is followed; null: the model's.", ge=0, le=100

@@ -73,7 +73,7 @@ def build_app(queue: MeshQueue, draw: Draw | None = None) -> gr.Blocks:
                     border = gr.Slider(0, 0.5, 0.15, step=0.01, label="Free border")
                 quality = gr.Radio(
                     _qualities(pipeline.dial), value=Quality.default.name, label="Quality",
-                    visible=pipeline.dial is not None, info="DiT time and IoU to the mesh of the most steps, as measured",
+                    visible=pipeline.dial is not None, info="speed-up of the DiT, IoU to the mesh of 100 dense steps",
                 )  # fmt: skip
                 budget = gr.Slider(
                     0.3, 1, _default_budget(pipeline), step=0.05, label="Budget",
