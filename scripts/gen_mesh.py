@@ -2,7 +2,8 @@
 
     python scripts/gen_mesh.py image=chair.png output=chair.glb
     python scripts/gen_mesh.py image=photos/ output=meshes/ resume=true
-    python scripts/gen_mesh.py image=chair.png output=chair.glb budget=0.5 cache=forecast trace=routes.png
+    python scripts/gen_mesh.py image=chair.png output=chair.glb quality=fast
+    python scripts/gen_mesh.py image=chair.png output=chair.glb budget=0.5 trace=routes.png
     python scripts/gen_mesh.py model=hunyuan3d2 weights=FOLDER image=chair.png output=chair.glb
     python scripts/gen_mesh.py prompt="a wooden bar chair" output=chair.glb
 

@@ -18,8 +18,11 @@ import torch
 import trimesh
 from PIL import Image
 from safetensors.torch import save, save_file
+from tiny_dial import ROUTERS
+from tiny_dial import values as dial_values
 from torch import nn
 
+from elastic3d.diffusion.dial import load_dial
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
@@ -110,6 +113,10 @@ DOCUMENTS: dict[str, tuple[Any, Callable[[Path], object]]] = {
     "pipeline.json": (
         to_dict(PipelineConfig()),
         lambda path: from_dict(PipelineConfig, load_json(path), str(path)),
+    ),
+    "dial.json": (
+        dial_values(),
+        lambda path: load_dial(path.parent, PipelineConfig(steps=3, guidance=2.0), ROUTERS),
     ),
     "shard-00000.json": (SIDECAR, read_sidecar),
     "latents.json": (LATENTS, _latents),

@@ -312,10 +312,12 @@ def load_models(config: MeshBenchmarkConfig, repository: Path) -> dict[str, Mode
     differs), variants. `repository` is where the bundled model is. UserError for a folder that holds no model or
     routers, or such as do not fit `model`."""
     folder = repository / DEFAULT_MODEL if config.model in ("", "default") else Path(config.model)
-    main = ImageTo3DPipeline.from_pretrained(folder, config.device, config.dtype)
+    main = ImageTo3DPipeline.from_pretrained(folder, config.device, config.dtype, dial=False)
     dense = main
     if config.dense or main.session is not None:
-        dense = ImageTo3DPipeline.from_pretrained(config.dense or folder, config.device, config.dtype)
+        dense = ImageTo3DPipeline.from_pretrained(
+            config.dense or folder, config.device, config.dtype, dial=False
+        )
         if dense.session is not None:
             detach(dense.dit)
     found = {MAIN: main, DENSE: dense}
@@ -336,7 +338,7 @@ def _variant(
 ) -> ImageTo3DPipeline:
     """The model in a folder of its own; or `main` with another DiT; or with its own and other routers."""
     if (path / PIPELINE_NAME).is_file():
-        return ImageTo3DPipeline.from_pretrained(path, config.device, config.dtype)
+        return ImageTo3DPipeline.from_pretrained(path, config.device, config.dtype, dial=False)
     if not (path / CONFIG_NAME).is_file():
         raise UserError(
             f"{path} has neither {PIPELINE_NAME} nor {CONFIG_NAME}: it holds no model and no routers"

@@ -26,6 +26,14 @@ class Solver(Enum):
     ab2 = "ab2"
 
 
+class Quality(Enum):
+    """Three points of a model's dial (see `dial`): its fastest, its default, its most faithful."""
+
+    fast = "fast"
+    default = "default"
+    best = "best"
+
+
 @dataclass(kw_only=True)
 class PipelineConfig(Options):
     """`pipeline.json` beside the components: the model's name and how it is sampled by default."""

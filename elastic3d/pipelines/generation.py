@@ -177,6 +177,7 @@ def generate(
         pipeline(
             pictures or [views_of(job.image, config) for job in batch],
             [job.seed for job in batch],
+            quality=config.quality,
             steps=config.steps,
             guidance=config.guidance,
             resolution=config.resolution,

@@ -14,8 +14,9 @@ import trimesh
 from torch import Tensor, nn
 
 from elastic3d import __version__
+from elastic3d.diffusion.dial import Dial, choose, load_dial, save_dial
 from elastic3d.diffusion.flow import sampling_times
-from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample
 from elastic3d.elastic import attach, is_attached, save_routers, session_of
 from elastic3d.elastic.config import ElasticOptions
@@ -58,7 +59,7 @@ class ImageTo3DPipeline:
     """A picture of one object becomes a mesh.
 
     On disk: a folder with `pipeline.json`, `vae/`, `dit/` (each config.json and model.safetensors),
-    `image_encoder/config.json` and, for an elastic model, `routers/`.
+    `image_encoder/config.json` and, for an elastic model, `routers/` and `dial.json`.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class ImageTo3DPipeline:
         self.weights_sha256, self.dense_sha256 = weights_sha256, dense_sha256 or weights_sha256
         self.placement = Placement(next(dit.parameters()).device)
         self.max_points = usual_chunk(self.device)
+        self.dial: Dial | None = None  # what a budget becomes; None: the budget is the routers' own
         self._turn = Turn()  # threads that share a pipeline take turns
 
     @property
@@ -113,12 +115,14 @@ class ImageTo3DPipeline:
         path: str | Path,
         device: DeviceChoice | torch.device | str = "auto",
         dtype: DTypeChoice | torch.dtype | str = "auto",
+        dial: bool = True,
     ) -> ImageTo3DPipeline:
         """The pipeline saved in a folder, ready to run.
 
         Args:
             path: a folder, or the name of a bundled model: "shape-small".
             dtype: of the DiT and the VAE; `auto` is bf16 where it is fast, else fp32.
+            dial: False leaves out the model's dial, as for measurements: a budget is then the routers' own.
 
         Raises:
             UserError: a missing, broken or foreign file, a device that is not there.
@@ -136,7 +140,11 @@ class ImageTo3DPipeline:
         if (folder / ROUTERS_NAME).is_dir():
             attach(dit, folder / ROUTERS_NAME)
             digest = file_sha256(*files, find_weights(folder / ROUTERS_NAME))
-        return cls(vae, dit, load_image_encoder(folder / "image_encoder", target), config, digest, dense)
+        pipeline = cls(vae, dit, load_image_encoder(folder / "image_encoder", target), config, digest, dense)
+        if dial:
+            session = pipeline.session
+            pipeline.dial = load_dial(folder, config, None if session is None else session.router_config)
+        return pipeline
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` reads; `pipeline.json` last: half a folder is no model."""
@@ -146,6 +154,7 @@ class ImageTo3DPipeline:
         if is_attached(self.dit):
             save_routers(self.dit, folder / ROUTERS_NAME)
         save_image_encoder(self.encoder, folder / "image_encoder")
+        save_dial(self.dial, folder)
         save_json({**to_dict(self.config), "version": __version__}, folder / PIPELINE_NAME)
 
     @overload
@@ -161,6 +170,7 @@ class ImageTo3DPipeline:
         images: Picture | Sequence[Picture],
         seed: int | Sequence[int] = 0,
         *,
+        quality: Quality | str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         resolution: int | None = None,
@@ -178,7 +188,9 @@ class ImageTo3DPipeline:
             images: file, PIL image, array, views of one object by direction (front, left, back, right), or a list.
             seed: of the noise; one for all, or one a picture. A sample depends on its own picture and seed
                 alone, not on its batch.
-            steps, guidance, resolution: None is the model's default.
+            quality: `fast`, `default` or `best`, three points of the model's dial, in the place of a budget.
+            steps, guidance, resolution: None is the model's default. With `steps`, a budget is a share of that many
+                dense steps; without, of the dense model's default ones, where the model has a dial.
             max_faces: decimate to this many faces; None is `cleanup`'s own (40,000).
             on_step: called with (steps done, steps) during sampling.
             on_progress: called with (stage, done, total) in every stage: condition, dit, decode, cleanup.
@@ -192,8 +204,13 @@ class ImageTo3DPipeline:
         many = not is_picture(images)
         pictures: Sequence[Picture] = images if many else [images]  # type: ignore[assignment, list-item]
         seeds = seeds_of(seed, len(pictures))
+        asked = ElasticOptions(**elastic)
+        row = choose(self.dial, asked, steps, quality, guidance)
+        run = asked if row is None else row.over(asked)
+        steps = steps if row is None else row.steps
         settings = self._settings(steps, guidance, resolution, max_faces, cleanup, foreground)
-        settings.elastic = ElasticOptions(**elastic).over(self.config.elastic, self.session is not None)
+        settings.elastic = run.over(self.config.elastic, self.session is not None)
+        settings.dial = None if row is None else row.metadata(asked.budget, quality)
         with self._turn, self.session.turn if self.session is not None else nullcontext():
             results = self._generate(pictures, seeds, settings, Listeners(on_step, on_progress, on_result))
         if many:
@@ -262,9 +279,10 @@ class ImageTo3DPipeline:
         done, moves = [results[i] for i in prepared], len(sampling_times(self.config, settings.steps)) - 1
         dense = dense_receipt(self.dit.config, moves, settings.guidance, condition.shape[1])
         routes = route_receipts(self.session, settings.elastic, len(done))
+        by_default = self._dense_default(condition.shape[1])
         for result, row, route in zip(done, latents, routes, strict=True):
             result.latents = row.cpu()
-            result.receipt |= dense | route
+            result.receipt |= dense | route | by_default
         self._decode(latents, dict(zip(prepared, done, strict=True)), settings, batch_ms, listeners)
         return results
 
@@ -337,6 +355,14 @@ class ImageTo3DPipeline:
         with timed(ms, "cleanup"):
             return clean(mesh, settings.cleanup)
 
+    def _dense_default(self, condition_tokens: int) -> dict[str, int]:
+        """FLOPs that a dial's costs are shares of; nothing without a dial."""
+        if self.dial is None:
+            return {}
+        moves = len(sampling_times(self.config, self.config.steps)) - 1
+        dense = dense_receipt(self.dit.config, moves, self.config.guidance, condition_tokens)
+        return {"flops_dense": dense["flops_dense"]}
+
     def _receipt(self, seed: int, settings: Settings) -> dict[str, Any]:
         return {
             "version": __version__,
@@ -347,4 +373,5 @@ class ImageTo3DPipeline:
             "guidance": settings.guidance,
             "resolution": settings.decode.resolution,
             "budget": settings.elastic.budget if settings.elastic.elastic else 1.0,
+            **({} if settings.dial is None else {"dial": settings.dial}),
         }

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
+from elastic3d.diffusion.options import Quality
 from elastic3d.elastic.config import MIN_BUDGET, BlockCacheConfig
 from elastic3d.geometry.options import CleanupConfig
 from elastic3d.models.options import ForegroundConfig
@@ -57,7 +58,9 @@ class GenerateConfig(Options):
     image_left: str = option("", "Multi-view models: the object seen from its left.")
     image_back: str = option("", "Multi-view models: seen from behind.")
     image_right: str = option("", "Multi-view models: seen from its right.")
-    steps: int | None = option(None, "Sampling steps; null: the model's default.", ge=1, le=1000)
+    steps: int | None = option(
+        None, "Sampling steps; null: by budget=, or the model's default.", ge=1, le=1000
+    )
     guidance: float | None = option(
         None, "How strictly the picture is followed; null: the model's.", ge=0, le=100
     )
@@ -65,8 +68,15 @@ class GenerateConfig(Options):
     elastic: bool | None = option(
         None, "Let the routers decide; false: the dense model; null: if it has any."
     )
+    quality: Quality | None = option(
+        None, "Instead of budget=: the model's fastest setting, its default, or its most faithful one."
+    )
     budget: float | None = option(
-        None, "Share of the dense blocks' FLOPs to execute; null: the model's default.", ge=MIN_BUDGET, le=1
+        None,
+        "Share of the FLOPs of the dense model in its default steps; with steps=, of the dense model in that many;"
+        " null: the model's default.",
+        gt=0,
+        le=1,
     )
     width: bool | None = option(None, "Let the routers narrow the MLPs; null: the model's default.")
     cache: BlockCacheConfig | None = option(None, "Reuse of blocks between steps; null: the model's default.")

@@ -25,6 +25,8 @@ class Settings:
     cleanup: CleanupConfig
     foreground: ForegroundConfig
     elastic: ElasticConfig
+    dial: dict[str, Any] | None = None
+    """What was requested of the dial, and the cost of the row that runs; None where it is not asked."""
 
 
 @dataclass

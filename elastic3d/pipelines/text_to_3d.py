@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from elastic3d.elastic.config import MIN_BUDGET
 from elastic3d.errors import UserError
 from elastic3d.pipelines.generation import Draw, Drawn, Job
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
@@ -21,7 +22,8 @@ def prompt_drawer(
 ) -> tuple[Draw, GenerateConfig]:
     """What draws the prompt of a job, and the options that are left for the mesh's own model.
 
-    Both models follow the elastic options; one without routers runs dense beside one that has them.
+    Both models follow the elastic options; one without routers runs dense beside one that has them. The image's routers
+    take no budget below 0.3, and `quality=` is the mesh's alone.
 
     Raises:
         UserError: `weights` is no small text-to-image model, the prompt is none, or neither model has routers although
@@ -30,6 +32,8 @@ def prompt_drawer(
     images = TextToImagePipeline.from_pretrained(BackboneName.small, weights, device=config.device)
     check_prompt(config.prompt, images.backbone)
     wanted: dict[str, Any] = {name: getattr(config, name) for name in ELASTIC}
+    if config.budget is not None:  # the mesh's model may have a dial, which goes lower than routers do
+        wanted["budget"] = max(config.budget, MIN_BUDGET)
     if images.session is None and pipeline.session is None and config.budget not in (None, 1.0):
         raise UserError("budget can't be set: neither model has routers")
     if images.session is not None and pipeline.session is None:

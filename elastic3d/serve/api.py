@@ -49,12 +49,17 @@ class MeshFields(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the noise")
+    quality: Literal["fast", "default", "best"] | None = Field(
+        None, description="a point of the model's dial, in the place of a budget"
+    )
     steps: int | None = Field(None, ge=1, le=1000, description="sampling steps")
     guidance: float | None = Field(None, ge=0, le=100, description="classifier-free guidance scale")
     resolution: int | None = Field(None, ge=8, le=512, description="grid cells a side of the decoding")
     max_faces: int | None = Field(None, ge=4, le=10_000_000, description="decimate to this many faces")
     elastic: bool | None = Field(None, description="let the routers decide; false: the dense model")
-    budget: float | None = Field(None, gt=0, le=1, description="share of the dense FLOPs to execute")
+    budget: float | None = Field(
+        None, gt=0, le=1, description="share of the dense FLOPs to execute; with steps, of that many steps"
+    )
     tolerance: int | None = Field(
         None, ge=0, le=255, description="largest difference within a plain background"
     )
@@ -347,6 +352,7 @@ def _add_pages(app: FastAPI, queue: MeshQueue, metrics: Metrics) -> None:
                     "id": pipeline.config.model,
                     "weights_sha256": pipeline.weights_sha256,
                     "elastic": pipeline.session is not None,
+                    "dial": None if pipeline.dial is None else pipeline.dial.values,
                     "defaults": defaults,
                 }
             ]

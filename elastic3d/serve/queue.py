@@ -50,6 +50,7 @@ class MeshRequest:
     """What a job asks for, by the names that `scripts/gen_mesh.py` has; None is the model's default."""
 
     seed: int = 0
+    quality: str | None = None
     steps: int | None = None
     guidance: float | None = None
     resolution: int | None = None

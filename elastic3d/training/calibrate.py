@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from elastic3d import __version__
+from elastic3d.diffusion.dial import save_dial
 from elastic3d.elastic.attachment import load_routers, save_router_config
 from elastic3d.elastic.config import RouterConfig, RouterVariant
 from elastic3d.errors import UserError
@@ -81,7 +82,8 @@ class CalibrateConfig(StageConfig):
 def calibrate_exported(config: CalibrateConfig) -> Path:
     """Calibrate `routers/` of the model that `config` names as an export does, at the model's own steps and guidance.
 
-    Their `config.json` is written anew, with `calibration.json` beside it: what it was measured on. Weights and the
+    Their `config.json` is written anew, with `calibration.json` beside it: what it was measured on. A `dial.json` there
+    goes: it was measured with what they were. Weights and the
     record of the training stay as they are; another `export.output` gets copies of them.
 
     Raises:
@@ -100,6 +102,7 @@ def calibrate_exported(config: CalibrateConfig) -> Path:
             if (source / name).is_file():
                 with atomic_path(output / name) as temporary:
                     shutil.copyfile(source / name, temporary)
+    save_dial(None, output.parent)
     save_router_config(stage.flow.dit, output)
     save_json(_note(stage, config), output / NOTE_NAME)
     return output

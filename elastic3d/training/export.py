@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from elastic3d import __version__
+from elastic3d.diffusion.dial import save_dial
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.elastic import save_routers
 from elastic3d.elastic.attachment import load_router_state, router_state, session_of
@@ -181,7 +182,7 @@ def _export_routers(run: _Run) -> None:
     load_strict(objective, run.weights, run.source)
     objective.eval()
     stage.calibrate(run.config.routing)
-    pipeline = ImageTo3DPipeline.from_pretrained(trained.routing.model, "cpu", "float32")
+    pipeline = ImageTo3DPipeline.from_pretrained(trained.routing.model, "cpu", "float32", dial=False)
     if trained.routing.parts is not TrainedParts.routers:
         merge_low_rank(objective.dit.modules())
         pipeline.dit.load_state_dict(objective.dit.state_dict())
@@ -214,6 +215,7 @@ def _export_updates(run: _Run) -> None:
         if routers.resolve() != output.resolve() and (routers / name).is_file():
             with atomic_path(output / name) as temporary:
                 shutil.copyfile(routers / name, temporary)
+    save_dial(None, run.output)
     save_routers(dit, output)
     run.write_record(output, "updates")
 

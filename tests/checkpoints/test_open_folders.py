@@ -163,7 +163,7 @@ def test_tiny_weights_are_in_the_published_layout(tmp_path: Path, model: str) ->
         ("triposg", DIT, {"depth": 3}, "unknown parameter 'depth'"),
         ("triposg", DIT, {"use_cross_attention_2": True}, "use_cross_attention_2 is True, expected False"),
         ("triposg", DIT, {"_class_name": "PartCrafterDiTModel"}, "describes a PartCrafterDiTModel, expected a TripoSG"),
-        ("triposg", DIT, {"width": "wide"}, "width is 'wide', expected int"),
+        ("triposg", DIT, {"width": "wide"}, "width is 'wide', expected"),
         ("triposg", DIT, {"cross_attention_dim": 32}, "has 32 condition channels, but its partner has 64"),
         ("triposg", VAE, {"embedding_type": "triplane"}, "embedding_type is 'triplane', expected 'frequency'"),
         ("triposg", SCHEDULER, {"shift": 3.0}, "shift is 3.0, expected 1"),

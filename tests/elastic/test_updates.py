@@ -310,7 +310,7 @@ def test_calls_can_be_counted_from_another_number():
 
 def test_times_that_are_no_interval_are_refused():
     for times in ([0.5], [0.6, 0.2], [0.1, 0.2, 0.3]):
-        with pytest.raises(ValueError, match="guided_times is .*, expected none or two, ascending"):
+        with pytest.raises(ValueError, match="guided_times is .*, expected .*ascending"):
             RouterConfig(guided_times=times)
 
 

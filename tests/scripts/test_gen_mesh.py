@@ -14,6 +14,7 @@ import pytest
 import trimesh
 from _cli import execute
 from PIL import Image
+from tiny_dial import save_dialled
 from tiny_images import save_tiny_small
 from tiny_pipeline import picture, save_picture, tiny_pipeline
 
@@ -98,6 +99,36 @@ def test_a_folder_with_a_bad_file(
     assert "1 ok, 0 failed, 2 skipped" in capsys.readouterr().out
     for name in ("a.glb", "d.glb"):
         assert (tmp_path / "out" / name).stat().st_mtime_ns == times[tmp_path / "out" / name]
+
+
+def test_a_quality_and_a_budget_of_a_model_with_a_dial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_dialled(tmp_path / "model")
+    save_picture(tmp_path / "a.png")
+
+    def command(*options: str) -> int:
+        fixed = ["model=model", "image=a.png", "output=x.glb", "resolution=8", "device=cpu", "dtype=float32"]
+        return execute(gen_mesh.main, GenerateConfig, "gen_mesh", [*fixed, *options])
+
+    for option, requested, steps in (("quality=fast", "fast", 1), ("budget=0.7", 0.7, 2)):
+        assert command(option) == 0
+        found = read_extras(tmp_path / "x.glb")
+        assert found["dial"]["requested"] == requested and found["steps"] == steps
+        assert found["flops_executed"] / found["flops_dense"] == pytest.approx(found["dial"]["cost"])
+    (tmp_path / "x.glb").unlink()
+    for options, message in (
+        (["budget=0.1"], "budget is 0.1, expected at least 0.166667"),
+        (["quality=best", "steps=3"], "quality is best and steps is 3, expected one of them"),
+        (["quality=good"], "quality=good"),
+        (["budget=0"], "budget is 0"),
+    ):
+        assert command(*options) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "x.glb").exists()
+    (tmp_path / "model/dial.json").write_text("{")
+    assert command() == 2
+    assert "model/dial.json is broken" in capsys.readouterr().err
 
 
 def test_several_samples(command: Command, tmp_path: Path) -> None:

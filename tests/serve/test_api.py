@@ -17,9 +17,11 @@ from PIL import Image, ImageDraw
 
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient  # noqa: E402
+from tiny_dial import save_dialled  # noqa: E402
 from tiny_pipeline import tiny_pipeline  # noqa: E402
 
 from elastic3d.geometry.mesh_io import read_extras  # noqa: E402
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline  # noqa: E402
 from elastic3d.serve.api import create_app  # noqa: E402
 from elastic3d.serve.config import ServeConfig  # noqa: E402
 from elastic3d.serve.metrics import Metrics  # noqa: E402
@@ -267,6 +269,26 @@ def test_as_a_client_of_hunyuan3d_2_asks(serve) -> None:
     assert base64.b64decode(state["model_base64"])[:4] == b"glTF"
     assert client.get("/status/unknown").json()["status"] == "error"
     assert "texture" in client.post("/generate", json={**body, "texture": True}).json()["error"]
+
+
+def test_a_quality_is_a_point_of_the_dial(serve, tmp_path: Path) -> None:
+    dialled = ImageTo3DPipeline.from_pretrained(save_dialled(tmp_path / "model"), "cpu", "float32")
+    server = Server(dialled)
+    try:
+        form = {"files": {"image": ("a.png", image_bytes())}}
+        answer = server.client.post("/v1/meshes", data={"quality": "fast", "resolution": "8"}, **form)
+        assert answer.status_code == 200, answer.text
+        (tmp_path / "a.glb").write_bytes(answer.content)
+        assert read_extras(tmp_path / "a.glb")["dial"]["requested"] == "fast"
+        answer = server.client.post("/v1/meshes", data={"quality": "fast", "budget": "0.5"}, **form)
+        assert answer.status_code == 400 and "expected one of them" in answer.json()["error"]
+        answer = server.client.post("/v1/meshes", data={"quality": "good"}, **form)
+        assert answer.status_code == 400 and answer.json()["error"].startswith("quality is 'good'")
+        assert server.client.get("/v1/models").json()["models"][0]["dial"]["names"]["best"] == 1
+    finally:
+        server.queue.close()
+    answer = serve().client.post("/v1/meshes", data={"quality": "fast"}, **form)
+    assert answer.status_code == 400 and "this model has no dial.json" in answer.json()["error"]
 
 
 def test_what_the_server_says_of_itself(serve) -> None:

@@ -14,11 +14,12 @@ from PIL import Image
 
 gradio = pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
+from tiny_dial import load, save_dialled  # noqa: E402
 from tiny_pipeline import picture, save_picture, tiny_pipeline  # noqa: E402
 
 from elastic3d.elastic import attach  # noqa: E402
 from elastic3d.elastic.config import ElasticConfig, RouterConfig  # noqa: E402
-from elastic3d.serve.app import build_app, launch  # noqa: E402
+from elastic3d.serve.app import _Visit, build_app, launch  # noqa: E402
 from elastic3d.serve.queue import MeshQueue  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -67,6 +68,19 @@ def browser():
         started = tool.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield started
         started.close()
+
+
+def test_a_dial_is_three_buttons_in_the_place_of_budget_and_steps(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    with MeshQueue(load(save_dialled(tmp_path / "model"))) as queue:
+        config = build_app(queue).get_config_file()
+        shown = {c["props"].get("label"): c["props"] for c in config["components"]}
+        assert [value for _, value in shown["Quality"]["choices"]] == ["fast", "default", "best"]
+        assert shown["Quality"]["choices"][0][0] == "fast (5.5x, 0.60)" and shown["Quality"]["visible"]
+        assert not shown["Budget"]["visible"] and not shown["Steps"]["visible"]
+        visit = _Visit(queue).generate(picture(), "fast", 1.0, True, 0, 1, 25, 32, 1000, 20, 0.15)
+        _, rows, _, _, _, _ = next(visit)
+        assert [row[3] for row in rows] == ["17%", "100%"], "of the dense default"
 
 
 def test_from_an_image_to_a_download(address: str, browser, tmp_path: Path) -> None:

@@ -1,0 +1,172 @@
+"""The dial of a model from its benchmark: the rows that no cheaper or equally cheap one beats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic3d.diffusion.dial import F_SCORES, Row, load_dial, named_row, parse_dial, save_dial
+from elastic3d.diffusion.options import PipelineConfig, Quality
+from elastic3d.elastic.config import RouterConfig
+from elastic3d.elastic.few_step import coarseness
+from elastic3d.errors import UserError
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.utils.files import printable
+from elastic3d.utils.options import Options, option
+from elastic3d.utils.structured import Maybe, Number, load_json
+
+DENSE = ("dense", "fewer_steps")
+LORA = ("updated_steps", "few_step_lora")
+ROUTERS = "elastic"
+_COST, _SPEEDUP, _IOU = "flops_ratio_to_baseline", "dit_speedup", "iou_paired"
+_MEASURED = {name: Maybe(Number(low=-1e9, high=1e9)) for name in (_COST, _SPEEDUP, _IOU, *F_SCORES)}
+_SHAPE = {
+    "about": {
+        "date": str,
+        "machine": {"processor": str, "cores": int},
+        "models": {"model": Maybe(str)},
+        "pictures": int,
+        "baseline_steps": Number(1, 1000, whole=True),
+        "config": {"seeds": [int], "guidance": Maybe(Number(0, 100)), "cache": object},
+    },
+    "rows": [
+        {
+            "method": str,
+            "note": str,
+            "budget": Maybe(Number(0, 1)),
+            "steps": Number(1, 1000, whole=True),
+            "batch": Number(1, 4096, whole=True),
+            "as_trained": bool,
+            **_MEASURED,
+        }
+    ],
+}
+
+
+@dataclass(kw_only=True)
+class DialConfig(Options):
+    """The dial of a model from the results of scripts/benchmark.py."""
+
+    model: Path = option(Path("data/pretrained/shape-small"), "Folder of the model, which gets dial.json.")
+    results: Path = option(..., "results.json of a benchmark of this model, with ground truth and times.")
+
+
+def make_dial(config: DialConfig) -> list[tuple[str, Row]]:
+    """Write `dial.json` beside the weights -> its rows, with the names of three of them.
+
+    Raises:
+        UserError: results of another model, or without what a dial needs.
+    """
+    pipeline = ImageTo3DPipeline.from_pretrained(config.model, "cpu", "float32", dial=False)
+    report, source = load_json(config.results, _SHAPE), printable(config.results)
+    measured = report["about"]["models"]["model"]
+    if measured != pipeline.weights_sha256:
+        raise UserError(
+            f"{source} has measured the weights {measured}, expected {pipeline.weights_sha256}, those of {config.model}"
+        )
+    routers = None if pipeline.session is None else pipeline.session.router_config
+    dial = parse_dial(dial_values(report, pipeline.config, routers, source), source)
+    save_dial(dial, config.model)
+    load_dial(config.model, pipeline.config, routers)
+    names = [", ".join(q.name for q in Quality if dial.named(q) is row) for row in dial.rows]
+    return list(zip(names, dial.rows, strict=True))
+
+
+def dial_values(
+    report: Mapping[str, Any], model: PipelineConfig, routers: RouterConfig | None, source: str
+) -> dict[str, Any]:
+    """What `dial.json` holds, of a benchmark's results.
+
+    Of all settings that a call can ask for, those stay that have a higher IoU than every cheaper one and are at least
+    as fast as every dearer one. Costs are rounded to 0.01: what routers execute differs more between samples.
+
+    Raises:
+        UserError: naming `source`: results at another guidance or number of steps, or with nothing to choose from.
+    """
+    about = report["about"]
+    guidance = about["config"]["guidance"]
+    if about["baseline_steps"] != model.steps or guidance not in (None, model.guidance):
+        raise UserError(
+            f"{source} has a dense model in {about['baseline_steps']} steps at guidance {guidance}, expected the"
+            f" model's default: {model.steps} steps at guidance {model.guidance:g}"
+        )
+    if about["config"]["cache"] is not None:
+        raise UserError(f"{source} has measured cache=, expected the cache of the routers' training")
+    found = [_entry(rows, model, routers) for rows in _settings(report["rows"])]
+    entries = [entry for entry in found if entry is not None]
+    dense = [e for e in entries if e["router_budget"] is None and e["steps"] == model.steps]
+    if not dense:
+        raise UserError(f"{source} has no dense row in {model.steps} steps with IoU, F-scores and times")
+    rows = frontier(entries)
+    values: dict[str, Any] = {
+        "dense": {"steps": model.steps, "guidance": model.guidance, **{n: dense[0][n] for n in F_SCORES}},
+        "names": {},
+        "rows": rows,
+        "measured": {
+            "results": source,
+            "date": about["date"],
+            "processor": about["machine"]["processor"],
+            "cores": about["machine"]["cores"],
+            "images": about["pictures"],
+            "seeds": len(about["config"]["seeds"]),
+            "weights_sha256": about["models"]["model"],
+        },
+    }
+    scores = [values["dense"][name] for name in F_SCORES]
+    typed = [Row.of(row) for row in rows]
+    try:
+        values["names"] = {q.name: named_row(typed, q, scores).cost for q in Quality}
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
+    return values
+
+
+def frontier(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those with a higher IoU than all that cost no more, and no slower than any dearer one; the cheapest first."""
+    better: list[dict[str, Any]] = []
+    for entry in sorted(entries, key=lambda e: (e["cost"], -e["iou"])):
+        if not better or entry["iou"] > better[-1]["iou"]:
+            better.append(entry)
+    kept: list[dict[str, Any]] = []
+    for entry in reversed(better):
+        if not kept or all(entry["speedup"][b] >= kept[-1]["speedup"][b] for b in kept[-1]["speedup"]):
+            kept.append(entry)
+    return kept[::-1]
+
+
+def _settings(rows: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows of one setting each, of those that a call can ask for by steps, budget and `elastic=`."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        routed = row["method"] == ROUTERS and row["as_trained"] and row["budget"] is not None
+        if not row["note"] and (routed or row["method"] in (*DENSE, *LORA)):
+            groups.setdefault((row["method"], row["budget"], row["steps"]), []).append(row)
+    return list(groups.values())
+
+
+def _entry(
+    rows: Sequence[dict[str, Any]], model: PipelineConfig, routers: RouterConfig | None
+) -> dict[str, Any] | None:
+    """One setting as a row of the dial; None where something was not measured."""
+    first = rows[0]
+    if any(row[name] is None for row in rows for name in _MEASURED):
+        return None
+    budget = None if first["method"] in DENSE else 1.0 if first["method"] in LORA else float(first["budget"])
+    lora = (
+        budget is not None
+        and routers is not None
+        and coarseness(routers, first["steps"], budget, model.guidance) is not None
+    )
+    if first["method"] in LORA and not lora:
+        return None  # a call in so many steps runs without it
+    return {
+        "cost": round(first[_COST], 2),
+        "steps": first["steps"],
+        "router_budget": budget,
+        "few_step_lora": lora,
+        "speedup": {str(row["batch"]): round(row[_SPEEDUP], 4) for row in rows},
+        "iou": round(first[_IOU], 4),
+        **{name: round(first[name], 4) for name in F_SCORES},
+    }

@@ -1,0 +1,282 @@
+"""The dial of a model: a budget becomes steps and a budget of the routers, by a table that was measured with the model.
+
+`dial.json` lies beside `pipeline.json`. A row is one way to run the model: its cost, which is the share of the dense
+default generation's FLOPs that it executes, its settings, and what was measured with them. Costs ascend. A row has a
+higher IoU to the reference than every cheaper one, and is not faster: a smaller budget is never slower, and no row is
+worse than another of the same or lower cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from elastic3d.diffusion.options import PipelineConfig, Quality
+from elastic3d.elastic.config import MIN_BUDGET, ElasticOptions, RouterConfig
+from elastic3d.elastic.few_step import coarseness
+from elastic3d.errors import UserError
+from elastic3d.utils.files import printable
+from elastic3d.utils.options import Bounds, check_value
+from elastic3d.utils.structured import Maybe, Number, load_json, save_json
+
+DIAL_NAME = "dial.json"
+F_SCORES = ("f_score@0.02", "f_score@0.05")
+TOLERANCE = 0.01  # what F-scores of the default may lose, of those of the dense default generation
+
+_F_SCORES = {name: Number(0, 1) for name in F_SCORES}
+_SHAPE = {
+    "dense": {"steps": Number(1, 1000, whole=True), "guidance": Number(0, 100), **_F_SCORES},
+    "rows": [
+        {
+            "cost": Number(1e-4, 1),
+            "steps": Number(1, 1000, whole=True),
+            "router_budget": Maybe(Number(MIN_BUDGET, 1)),
+            "few_step_lora": bool,
+            "speedup": {str: Number(1e-3, 1e6)},
+            "iou": Number(0, 1),
+            **_F_SCORES,
+        }
+    ],
+    "names": {quality.name: Number(0, 1) for quality in Quality},
+    "measured": dict,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run a model, and what was measured with it.
+
+    cost: share of the dense default generation's FLOPs; router_budget: share of the FLOPs of `steps` dense steps that
+    the routers may execute, None for the dense model; few_step_lora: whether the few-step LoRA is merged, with which
+    the second guidance branch runs in some of the steps alone; speedup: of the DiT over the dense default, by batch
+    size; iou: to the reference; f_scores: to the ground truth, in the order of `F_SCORES`.
+    """
+
+    cost: float
+    steps: int
+    router_budget: float | None
+    few_step_lora: bool
+    speedup: Mapping[str, float]
+    iou: float
+    f_scores: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Row:
+        """A row as the file holds it."""
+        names = ("cost", "steps", "router_budget", "few_step_lora", "speedup", "iou")
+        return cls(*(values[name] for name in names), f_scores=tuple(values[name] for name in F_SCORES))
+
+    def over(self, asked: ElasticOptions) -> ElasticOptions:
+        """What a caller asks for, with the settings of this row in the place of its budget."""
+        if self.router_budget is None:
+            return replace(asked, elastic=False, budget=None)
+        return replace(asked, budget=self.router_budget)
+
+    def metadata(self, budget: float | None, quality: Quality | str | None) -> dict[str, Any]:
+        """What was requested, and what it costs."""
+        name = Quality.default if quality is None else quality
+        name = name.name if isinstance(name, Quality) else name
+        return {"requested": name if budget is None else float(budget), "cost": self.cost}
+
+
+@dataclass(frozen=True)
+class Dial:
+    """The rows of a model, cheapest first, and the dense default generation that they are measured against.
+
+    `values` is what the file holds.
+    """
+
+    rows: tuple[Row, ...]
+    steps: int
+    guidance: float
+    f_scores: tuple[float, ...]
+    values: Mapping[str, Any]
+
+    def named(self, quality: Quality) -> Row:
+        """The row of a name. ValueError as `named_row`."""
+        return named_row(self.rows, quality, self.f_scores)
+
+
+def named_row(rows: Sequence[Row], quality: Quality, dense_f_scores: Sequence[float]) -> Row:
+    """`fast` is the cheapest of some rows in ascending order, `best` the last one, and `default` the fastest whose
+    F-scores are within 1 % of the dense default generation's. ValueError where no row's are."""
+    if quality is Quality.fast:
+        return rows[0]
+    if quality is Quality.best:
+        return rows[-1]
+    for row in rows:
+        pairs = zip(row.f_scores, dense_f_scores, strict=True)
+        if all(score >= (1 - TOLERANCE) * dense for score, dense in pairs):
+            return row
+    raise ValueError("no row has both F-scores within 1 % of the dense default's")
+
+
+def choose(
+    dial: Dial | None,
+    asked: ElasticOptions,
+    steps: int | None,
+    quality: Quality | str | None,
+    guidance: float | None,
+) -> Row | None:
+    """The row that a call runs; None where the dial is not asked: by `steps`, by a dense call, by a model without one.
+
+    Args:
+        guidance: of the call, None for the model's. With another than was measured, or `updates=False`, rows of the
+            few-step LoRA are left out.
+
+    Raises:
+        UserError: a budget out of range or below the cheapest row; a quality that is unknown, that the model has no
+            dial for, or that comes with another choice of speed.
+    """
+    quality = _checked(dial, asked, steps, quality)
+    if dial is None or steps is not None or asked.elastic is False:
+        return None
+    lora = guidance in (None, dial.guidance) and asked.updates is not False
+    routed = any(
+        getattr(asked, name) is not None for name in ("elastic", "width", "cache", "shared", "updates")
+    )
+    rows = [
+        row
+        for row in dial.rows
+        if (lora or not row.few_step_lora) and not (routed and row.router_budget is None)
+    ]
+    if not rows:
+        raise UserError(f"no row of {DIAL_NAME} can run with these options, expected steps= with them")
+    if asked.budget is None:
+        try:
+            return named_row(rows, quality or Quality.default, dial.f_scores)
+        except ValueError:  # of those that are left
+            return rows[-1]
+    try:
+        check_value("budget", asked.budget, float, Bounds(gt=0, le=1))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    affordable = [row for row in rows if row.cost <= asked.budget]
+    if not affordable:
+        why = "" if len(rows) == len(dial.rows) else ", as these options rule out cheaper settings"
+        raise UserError(f"budget is {asked.budget:g}, expected at least {rows[0].cost:g}{why}")
+    return affordable[-1]
+
+
+def _checked(
+    dial: Dial | None, asked: ElasticOptions, steps: int | None, quality: Quality | str | None
+) -> Quality | None:
+    """The quality that is asked for, if any. UserError as `choose`."""
+    if quality is None:
+        return None
+    name = quality.name if isinstance(quality, Quality) else quality
+    if not isinstance(name, str) or name not in Quality.__members__:
+        raise UserError(f"quality is {name!r}, expected one of {', '.join(Quality.__members__)}")
+    for other, given in (("budget", asked.budget), ("steps", steps)):
+        if given is not None:
+            raise UserError(f"quality is {name} and {other} is {given}, expected one of them")
+    if asked.elastic is False:
+        raise UserError(f"quality is {name}, but elastic is false")
+    if dial is None:
+        raise UserError(f"quality is {name}, but this model has no {DIAL_NAME}: set budget= or steps=")
+    return Quality[name]
+
+
+def load_dial(folder: Path, model: PipelineConfig, routers: RouterConfig | None) -> Dial | None:
+    """The dial in a model's folder; None where there is none.
+
+    Args:
+        model: its `pipeline.json`, whose steps and guidance are the dense default generation's.
+        routers: None for a model without.
+
+    Raises:
+        UserError: naming the file: it is broken, its rows do not go up in cost and IoU and down in speed, its names are
+            not those of the rule, or it is the table of a model that runs otherwise.
+    """
+    path = folder / DIAL_NAME
+    if not path.exists():
+        return None
+    dial = parse_dial(load_json(path, _SHAPE), printable(path))
+    try:
+        _check_model(dial, model, routers)
+    except ValueError as error:
+        raise UserError(f"{printable(path)}: {error}") from error
+    return dial
+
+
+def save_dial(dial: Dial | None, folder: Path) -> None:
+    """Write `dial.json`; without a dial, remove what is there: it was measured with another model."""
+    if dial is None:
+        (folder / DIAL_NAME).unlink(missing_ok=True)
+    else:
+        save_json(dial.values, folder / DIAL_NAME)
+
+
+def parse_dial(values: Mapping[str, Any], source: str) -> Dial:
+    """The dial of a JSON object of the right shape; UserError naming `source` for rows that are no dial."""
+    rows = tuple(Row.of(each) for each in values["rows"])
+    dense = values["dense"]
+    f_scores = tuple(dense[name] for name in F_SCORES)
+    dial = Dial(rows, dense["steps"], dense["guidance"], f_scores, values)
+    try:
+        _check_rows(rows)
+        for quality in Quality:
+            cost, found = dial.named(quality).cost, values["names"][quality.name]
+            if found != cost:
+                raise ValueError(
+                    f"names: {quality.name} is {found:g}, expected {cost:g}, the cost of its row"
+                )
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
+    return dial
+
+
+def _check_rows(rows: Sequence[Row]) -> None:
+    if not rows:
+        raise ValueError("rows is empty, expected at least one")
+    sizes = set(rows[0].speedup)
+    for number, row in enumerate(rows):
+        if "1" not in row.speedup or set(row.speedup) != sizes:
+            found = ", ".join(row.speedup)
+            raise ValueError(
+                f"rows[{number}]: speedup has batches of {found}, expected 1 and those of all rows"
+            )
+        if row.few_step_lora and row.router_budget is None:
+            raise ValueError(f"rows[{number}]: few_step_lora is true, expected false for the dense model")
+    for number, (cheaper, row) in enumerate(zip(rows, rows[1:], strict=False), 1):
+        where = f"rows[{number}]"
+        if row.cost <= cheaper.cost:
+            raise ValueError(
+                f"{where}: cost is {row.cost:g}, expected above {cheaper.cost:g}, that of the row before"
+            )
+        if row.iou <= cheaper.iou:
+            raise ValueError(
+                f"{where}: iou is {row.iou:g}, expected above {cheaper.iou:g}, that of a cheaper row"
+            )
+        for batch in sorted(sizes):
+            if row.speedup[batch] > cheaper.speedup[batch]:
+                raise ValueError(
+                    f"{where}: speedup in batches of {batch} is {row.speedup[batch]:g}, expected at most"
+                    f" {cheaper.speedup[batch]:g}, that of a cheaper row"
+                )
+
+
+def _check_model(dial: Dial, model: PipelineConfig, routers: RouterConfig | None) -> None:
+    """ValueError for a table of a model with other defaults, or other routers."""
+    for name, found, wanted in (
+        ("steps", dial.steps, model.steps),
+        ("guidance", dial.guidance, model.guidance),
+    ):
+        if found != wanted:
+            raise ValueError(f"dense: {name} is {found:g}, expected {wanted:g}, the model's default")
+    for number, row in enumerate(dial.rows):
+        if row.router_budget is None:
+            continue
+        if routers is None:
+            raise ValueError(
+                f"rows[{number}]: router_budget is {row.router_budget:g}, but this model has no routers"
+            )
+        lora = coarseness(routers, row.steps, row.router_budget, model.guidance) is not None
+        if lora is not row.few_step_lora:
+            runs = "with" if lora else "without"
+            raise ValueError(
+                f"rows[{number}]: few_step_lora is {str(row.few_step_lora).lower()}, but {row.steps} steps run {runs}"
+                " the few-step LoRA of these routers"
+            )

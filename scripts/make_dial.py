@@ -1,0 +1,29 @@
+"""Write a model's dial.json, which turns a budget into steps and router budget, from the results of its benchmark.
+
+    python scripts/make_dial.py model=data/pretrained/shape-small results=reports/elastic-3d/results.json
+
+The results have to be those of `scripts/benchmark.py` with this model's weights, with ground truth and times.
+"""
+
+from __future__ import annotations
+
+from _cli import run
+
+from elastic3d.benchmark.dial import DialConfig, make_dial
+
+
+def main(config: DialConfig) -> int:
+    """Write the file and print its rows."""
+    for name, row in make_dial(config):
+        settings = "dense" if row.router_budget is None else f"routers {row.router_budget:g}"
+        lora = ", few-step LoRA" if row.few_step_lora else ""
+        scores = ", ".join(f"{score:.4f}" for score in row.f_scores)
+        print(
+            f"budget {row.cost:.2f}: {row.steps} steps, {settings}{lora}; {row.speedup['1']:.2f} times faster,"
+            f" IoU {row.iou:.3f}, F-scores {scores} {name}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, DialConfig, "make_dial")

@@ -1,0 +1,107 @@
+"""The dial of a benchmark's results: which settings stay, and that the bundled one is reproduced."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from elastic3d.benchmark.models import load_models
+from elastic3d.benchmark.options import BenchmarkConfig
+from tiny_dial import save_dialled
+
+from elastic3d.benchmark.dial import DialConfig, dial_values, frontier, make_dial
+from elastic3d.diffusion.dial import parse_dial
+from elastic3d.diffusion.options import PipelineConfig, Quality
+from elastic3d.elastic.config import RouterConfig
+from elastic3d.errors import UserError
+from elastic3d.models.weights import find_weights
+from elastic3d.utils.files import file_sha256
+from elastic3d.utils.options import from_dict
+from elastic3d.utils.structured import load_json
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL, REPORT = ROOT / "data/pretrained/shape-small", "reports/elastic-3d/results.json"
+
+
+def test_what_stays_is_never_beaten() -> None:
+    draw = random.Random(0)
+    entries = [
+        {
+            "cost": draw.randint(1, 9) / 10,
+            "iou": draw.random(),
+            "speedup": {"1": draw.random(), "4": draw.random()},
+        }
+        for _ in range(60)
+    ]
+    kept = frontier(entries)
+    assert kept and max(entries, key=lambda e: e["iou"]) in kept
+    for entry in kept:
+        assert all(e is entry or e["cost"] > entry["cost"] or e["iou"] <= entry["iou"] for e in entries)
+        dearer = [e for e in kept if e["cost"] > entry["cost"]]
+        assert all(entry["speedup"][b] >= e["speedup"][b] for e in dearer for b in ("1", "4"))
+
+
+def _bundled() -> tuple[PipelineConfig, RouterConfig]:
+    routers = load_json(MODEL / "routers/config.json")
+    del routers["_class_name"]
+    return from_dict(PipelineConfig, load_json(MODEL / "pipeline.json")), from_dict(RouterConfig, routers)
+
+
+def test_the_bundled_dial_is_that_of_the_report_and_of_the_bundled_weights() -> None:
+    found = load_json(MODEL / "dial.json")
+    assert found == dial_values(load_json(ROOT / REPORT), *_bundled(), REPORT)
+    files = [find_weights(MODEL / part) for part in ("vae", "dit", "routers")]
+    assert found["measured"]["weights_sha256"] == file_sha256(*files), "measure anew: scripts/make_dial.py"
+
+
+def test_the_default_of_the_bundled_dial_by_the_report_itself() -> None:
+    rows = [r for r in load_json(ROOT / REPORT)["rows"] if r["batch"] == 1]
+    dense = next(r for r in rows if r["method"] == "dense")
+    dial = parse_dial(load_json(MODEL / "dial.json"), "dial.json")
+    close = []
+    for row in dial.rows:
+        of = [
+            r
+            for r in rows
+            if r["steps"] == row.steps and r["method"] in ("elastic", "updated_steps", "few_step_lora")
+        ]
+        (measured,) = [r for r in of if r["budget"] == row.router_budget]
+        assert row.cost == pytest.approx(measured["flops_ratio_to_baseline"], abs=0.005)
+        scores = ("f_score@0.02", "f_score@0.05")
+        if all(measured[name] >= 0.99 * dense[name] for name in scores):
+            close.append((measured["dit_speedup"], row))
+    assert dial.named(Quality.default) is max(close, key=lambda pair: pair[0])[1]
+    config, _ = _bundled()
+    assert dial.named(Quality.default).router_budget == config.elastic.budget
+
+
+def test_other_results_are_refused(tmp_path: Path) -> None:
+    report = load_json(ROOT / REPORT)
+    model, routers = _bundled()
+    with pytest.raises(
+        UserError, match="r.json has a dense model in 25 steps at guidance None, expected .*: 30 steps"
+    ):
+        dial_values(report, PipelineConfig(steps=30, guidance=2.0), routers, "r.json")
+    rows = [row for row in report["rows"] if row["method"] != "dense"]
+    with pytest.raises(UserError, match="r.json has no dense row in 25 steps"):
+        dial_values({**report, "rows": rows}, model, routers, "r.json")
+    without = dial_values(report, model, None, "r.json")["rows"]
+    assert not any(row["few_step_lora"] for row in without)
+    folder = save_dialled(tmp_path / "model")
+    before = (folder / "dial.json").read_bytes()
+    (tmp_path / "r.json").write_text(json.dumps(report))
+    with pytest.raises(UserError, match="r.json has measured the weights f8add6ac"):
+        make_dial(DialConfig(model=folder, results=tmp_path / "r.json"))
+    assert (folder / "dial.json").read_bytes() == before
+
+
+def test_a_benchmark_measures_without_the_dial(tmp_path: Path) -> None:
+    folder = save_dialled(tmp_path / "model")
+    config = BenchmarkConfig(
+        model=str(folder), images=tmp_path, output=tmp_path / "out", variants={"other": folder}
+    )
+    assert {name: pipeline.dial for name, pipeline in load_models(config, tmp_path).items()} == {
+        "model": None, "dense": None, "other": None,
+    }  # fmt: skip

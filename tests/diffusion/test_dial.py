@@ -1,0 +1,261 @@
+"""The dial: what a budget or a quality becomes, what a file may hold, and what the pipeline then runs and records."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_dial import load, row, save_dialled, values
+from tiny_pipeline import picture
+
+from elastic3d.diffusion.dial import F_SCORES, choose, load_dial, parse_dial, save_dial
+from elastic3d.diffusion.options import PipelineConfig, Quality
+from elastic3d.elastic.config import ElasticOptions
+from elastic3d.errors import UserError
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
+
+DIAL = parse_dial(values(), "dial.json")
+
+
+def chosen(
+    steps: int | None = None, quality: Any = None, guidance: float | None = None, **asked: Any
+) -> int | None:
+    found = choose(DIAL, ElasticOptions(**asked), steps, quality, guidance)
+    return None if found is None else DIAL.rows.index(found)
+
+
+def test_a_budget_buys_the_best_row_that_it_pays_for() -> None:
+    budgets = [0.17, 0.3, 0.66, 0.67, 0.99, 1, 1.0]
+    found = [chosen(budget=budget) for budget in budgets]
+    for budget, index in zip(budgets, found, strict=True):
+        slow = max((r.iou, i) for i, r in enumerate(DIAL.rows) if r.cost <= budget)[1]
+        assert index == slow
+    speeds = [DIAL.rows[index].speedup["1"] for index in found if index is not None]
+    assert speeds == sorted(speeds, reverse=True) and len(set(speeds)) == 3
+
+
+def test_names_are_points_of_the_table() -> None:
+    assert [chosen(quality=q) for q in Quality] == [0, 1, 2] == [chosen(quality=q.name) for q in Quality]
+    assert chosen() == 1, "the default"
+    allowed = [r for r in DIAL.rows if min(r.f_scores) >= 0.99 * 0.5]
+    assert DIAL.named(Quality.default) is max(allowed, key=lambda r: r.speedup["1"])
+
+
+def test_either_f_score_may_lose_one_percent() -> None:
+    for name in F_SCORES:
+        changed = values()
+        changed["rows"][1][name] = 0.4949
+        changed["names"]["default"] = 1.0
+        assert parse_dial(changed, "x").named(Quality.default).steps == 3
+        changed["rows"][1][name], changed["names"]["default"] = 0.4951, 2 / 3
+        assert parse_dial(changed, "x").named(Quality.default).steps == 2
+
+
+def test_steps_and_the_dense_model_leave_the_dial_out() -> None:
+    assert chosen(steps=3, budget=0.5) is None and chosen(steps=3) is None
+    assert chosen(elastic=False) is None and chosen(elastic=False, budget=1) is None
+    assert choose(None, ElasticOptions(budget=0.1), None, None, None) is None
+
+
+def test_rows_that_a_call_can_not_run_as_measured_are_left_out() -> None:
+    assert chosen(quality="fast", guidance=2.0) == 0
+    assert (
+        chosen(quality="fast", guidance=3.0) == chosen(quality="fast", updates=False, elastic=None) - 1 == 1
+    )
+    assert chosen(quality="fast", updates=False) == 2, "neither the LoRA nor the dense model"
+    assert chosen(quality="default", width=True, guidance=1.0) == 2, "the last, where none is close enough"
+    with pytest.raises(
+        UserError, match=r"budget is 0.5, expected at least 0.666667, as these options rule out"
+    ):
+        chosen(budget=0.5, guidance=3.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.1}, "budget is 0.1, expected at least 0.166667$"),
+        ({"budget": 0}, "budget is 0, expected a value above 0 and at most 1"),
+        ({"budget": 1.01}, "budget is 1.01, expected"),
+        ({"budget": float("nan")}, "budget is nan, expected"),
+        ({"budget": "half"}, "budget is 'half', expected a number"),
+        ({"quality": "good"}, "quality is 'good', expected one of fast, default, best"),
+        ({"quality": 3}, "quality is 3, expected one of"),
+        ({"quality": "fast", "budget": 0.5}, "quality is fast and budget is 0.5, expected one of them"),
+        ({"quality": Quality.best, "steps": 5}, "quality is best and steps is 5, expected one of them"),
+        ({"quality": "best", "elastic": False}, "quality is best, but elastic is false"),
+    ],
+)
+def test_what_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        chosen(**options)
+
+
+def test_a_quality_needs_a_dial() -> None:
+    with pytest.raises(
+        UserError, match="quality is best, but this model has no dial.json: set budget= or steps="
+    ):
+        choose(None, ElasticOptions(), None, "best", None)
+
+
+def _set(*path: Any) -> Callable[[dict[str, Any]], None]:
+    *names, last, value = path
+
+    def change(found: Any) -> None:
+        for name in names:
+            found = found[name]
+        found[last] = value
+
+    return change
+
+
+FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no rows": (_set("rows", []), "rows is empty"),
+    "missing": (lambda v: v["rows"][1].pop("iou"), r"rows\[1\] has no 'iou'"),
+    "cost above 1": (
+        _set("rows", 2, "cost", 1.2),
+        r"rows\[2\]: cost is 1.2, expected a number from 0.0001 to 1",
+    ),
+    "budget": (
+        _set("rows", 0, "router_budget", 0.1),
+        "router_budget is 0.1, expected a number from 0.3 to 1",
+    ),
+    "steps": (_set("rows", 0, "steps", 1.5), "steps is 1.5, expected an integer"),
+    "same cost": (_set("rows", 1, "cost", 1 / 6), r"rows\[1\]: cost is 0.166667, expected above 0.166667"),
+    "falling cost": (lambda v: v["rows"].reverse(), r"rows\[1\]: cost is 0.666667, expected above 1"),
+    "worse than cheaper": (_set("rows", 2, "iou", 0.7), r"rows\[2\]: iou is 0.7, expected above 0.8"),
+    "cheaper but slower": (
+        _set("rows", 0, "speedup", {"1": 1.0, "4": 9.0}),
+        "in batches of 1 is 1.4, expected at most 1,",
+    ),
+    "slower in fours": (
+        _set("rows", 0, "speedup", {"1": 9.0, "4": 1.0}),
+        "in batches of 4 is 1.4, expected at most 1,",
+    ),
+    "batches": (_set("rows", 1, "speedup", {"1": 1.4}), r"rows\[1\]: speedup has batches of 1, expected"),
+    "no batch of 1": (
+        _set("rows", 0, "speedup", {"4": 1.4}),
+        r"rows\[0\]: speedup has batches of 4, expected 1",
+    ),
+    "dense with LoRA": (_set("rows", 1, "few_step_lora", True), "expected false for the dense model"),
+    "another default": (_set("names", "default", 1.0), "names: default is 1, expected 0.666667"),
+    "no default": (
+        lambda v: [r.update({"f_score@0.05": 0.1}) for r in v["rows"]],
+        "no row has both F-scores within 1 %",
+    ),
+    "other steps": (_set("dense", "steps", 4), "dense: steps is 4, expected 3, the model's default"),
+    "other guidance": (_set("dense", "guidance", 3.0), "dense: guidance is 3, expected 2"),
+    "LoRA not covering": (
+        _set("rows", 2, "few_step_lora", True),
+        r"rows\[2\]: few_step_lora is true, but 3 steps run without",
+    ),
+    "LoRA unsaid": (
+        _set("rows", 0, "few_step_lora", False),
+        r"rows\[0\]: few_step_lora is false, but 1 steps run with",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_dialled(tmp_path_factory.mktemp("dial") / "model")
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path) -> ImageTo3DPipeline:
+    return load(folder)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_faulty_file_is_named_in_one_sentence(
+    pipeline: ImageTo3DPipeline, tmp_path: Path, name: str
+) -> None:
+    change, message = FAULTS[name]
+    found = copy.deepcopy(values())
+    change(found)
+    (tmp_path / "dial.json").write_text(json.dumps(found))
+    assert pipeline.session is not None
+    with pytest.raises(UserError, match=message) as error:
+        load_dial(tmp_path, pipeline.config, pipeline.session.router_config)
+    assert str(error.value).startswith(str(tmp_path / "dial.json")) and "\n" not in str(error.value)
+
+
+def test_a_dial_of_routers_needs_routers(tmp_path: Path) -> None:
+    (tmp_path / "dial.json").write_text(json.dumps(values()))
+    model = PipelineConfig(steps=3, guidance=2.0)
+    with pytest.raises(
+        UserError, match=r"dial.json: rows\[0\]: router_budget is 1, but this model has no routers"
+    ):
+        load_dial(tmp_path, model, None)
+    plain = values()
+    plain["rows"] = [row(1 / 3, 1, None, False, 3, 0.5, 0.5), row(1.0, 3, None, False, 1, 0.9, 0.5)]
+    plain["names"] = {"fast": 1 / 3, "default": 1 / 3, "best": 1.0}
+    (tmp_path / "dial.json").write_text(json.dumps(plain))
+    assert load_dial(tmp_path, model, None) is not None, "fewer dense steps are a dial too"
+
+
+# ------------------------------------------------------------------------------------------------ in a pipeline
+
+
+def made(pipeline: ImageTo3DPipeline, **options: Any) -> Result:
+    return pipeline(picture(), seed=3, resolution=8, **options)
+
+
+def test_executed_over_dense_is_what_the_dial_says(pipeline: ImageTo3DPipeline) -> None:
+    wholes = set()
+    for quality, found in zip(Quality, DIAL.rows, strict=True):
+        receipt = made(pipeline, quality=quality.name).receipt
+        wholes.add(receipt["flops_dense"])
+        assert receipt["flops_executed"] / receipt["flops_dense"] == pytest.approx(found.cost)
+        assert receipt["steps"] == found.steps and receipt["budget"] == 1.0
+        assert receipt["dial"] == {"requested": quality.name, "cost": found.cost}
+        assert receipt.get("updated", False) is found.few_step_lora
+    by_steps = made(pipeline, steps=2, budget=1.0).receipt
+    dense = made(pipeline, elastic=False).receipt
+    assert wholes == {by_steps["flops_dense"]} == {dense["flops_dense"]} == {dense["flops_executed"]}
+    assert by_steps["flops_executed"] / by_steps["flops_dense"] == pytest.approx(2 / 3)
+    assert "dial" not in by_steps and "dial" not in dense
+    assert made(pipeline, budget=0.2).receipt["dial"] == {"requested": 0.2, "cost": 1 / 6}
+    assert made(pipeline).receipt["dial"]["requested"] == "default"
+
+
+def test_steps_override_with_todays_meaning_of_a_budget(pipeline: ImageTo3DPipeline, folder: Path) -> None:
+    plain = load(folder, dial=False)
+    assert plain.dial is None
+    for options in (
+        {"steps": 1, "budget": 1.0},
+        {"steps": 3, "budget": 0.5},
+        {"steps": 2},
+        {"elastic": False},
+    ):
+        found, expected = made(pipeline, **options), made(plain, **options)
+        assert torch.equal(found.latents, expected.latents)
+        whole = {"flops_dense", "ms"}
+        assert {k: v for k, v in found.receipt.items() if k not in whole} == {
+            k: v for k, v in expected.receipt.items() if k not in whole
+        }
+    assert torch.equal(made(pipeline, quality="fast").latents, made(plain, steps=1, budget=1.0).latents)
+    with pytest.raises(UserError, match="budget is 0.2, expected a value from 0.3 to 1"):
+        made(pipeline, steps=3, budget=0.2)
+    with pytest.raises(UserError, match="budget is 0.2, expected a value from 0.3 to 1"):
+        made(plain, budget=0.2)
+
+
+def test_a_sample_is_the_same_in_a_batch(pipeline: ImageTo3DPipeline) -> None:
+    batch = pipeline([picture("navy"), picture()], seed=[1, 3], resolution=8, budget=0.2)
+    alone = made(pipeline, budget=0.2)
+    assert torch.allclose(batch[1].latents, alone.latents, atol=1e-5)
+    assert batch[1].receipt["flops_executed"] == alone.receipt["flops_executed"]
+
+
+def test_a_dial_is_saved_with_its_model_and_goes_with_it(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "copy")
+    again = load(tmp_path / "copy")
+    assert again.dial == pipeline.dial
+    load(tmp_path / "copy", dial=False).save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy/dial.json").exists(), "it may have been measured with other weights"
+    save_dial(None, tmp_path / "nowhere")
