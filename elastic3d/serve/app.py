@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from elastic3d.errors import UserError  # noqa: E402
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh  # noqa: E402
 from elastic3d.models.foreground import prepare_picture  # noqa: E402
 from elastic3d.models.options import ForegroundConfig  # noqa: E402
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline  # noqa: E402
 from elastic3d.pipelines.preview import turntable  # noqa: E402
 from elastic3d.pipelines.routes import draw_routes, route_title  # noqa: E402
 from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueFull  # noqa: E402
@@ -37,6 +39,20 @@ POLL_S = 0.1
 KEEP_S = 900
 FONTS = ["system-ui", "sans-serif"]  # of the visitor's machine
 CSS = "footer {display: none !important} .gradio-container {max-width: 1200px !important}"
+
+OPTIONS = (
+    "image",
+    "quality",
+    "budget",
+    "compare",
+    "seed",
+    "samples",
+    "steps",
+    "resolution",
+    "faces",
+    "tolerance",
+)
+OPTIONS += ("border",)  # in the order in which `_Visit.generate` takes them
 
 Draw = Callable[[str, int], Image.Image]
 """(prompt, seed) -> an image of it."""
@@ -55,81 +71,90 @@ class Shown:
 def build_app(queue: MeshQueue, draw: Draw | None = None) -> gr.Blocks:
     """The page around a queue. `draw` makes images of prompts; without it there is no field for a prompt."""
     pipeline = queue.pipeline
-    routed = pipeline.session is not None
     title = f"elastic3d: {pipeline.config.model}"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(60, KEEP_S)) as app:
         gr.Markdown(f"# {title}\nDrop an image of one object on a plain or transparent background.")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                image = gr.Image(
-                    label="Image", type="pil", image_mode="RGBA", sources=["upload", "clipboard"]
-                )
-                prompt = gr.Textbox(label="or a prompt", visible=draw is not None, submit_btn="Draw")
-                mask = gr.Image(
-                    label="What the model will see", interactive=False, height=220, elem_id="mask"
-                )
-                with gr.Accordion("Mask", open=False):
-                    tolerance = gr.Slider(0, 120, 20, step=1, label="Background tolerance")
-                    border = gr.Slider(0, 0.5, 0.15, step=0.01, label="Free border")
-                quality = gr.Radio(
-                    _qualities(pipeline.dial), value=Quality.default.name, label="Quality",
-                    visible=pipeline.dial is not None, info="speed-up of the DiT, IoU to the mesh of 100 dense steps",
-                )  # fmt: skip
-                budget = gr.Slider(
-                    0.3, 1, _default_budget(pipeline), step=0.05, label="Budget",
-                    visible=routed and pipeline.dial is None, info="share of the dense model's computation",
-                )  # fmt: skip
-                compare = gr.Checkbox(value=False, label="Dense beside it", visible=routed)
-                with gr.Row():
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-                    samples = gr.Slider(1, 8, 1, step=1, label="Samples")
-                with gr.Accordion("More", open=False):
-                    steps = gr.Slider(
-                        1, 100, pipeline.config.steps, step=1, label="Steps", visible=pipeline.dial is None
-                    )
-                    resolution = gr.Slider(
-                        32, 512, pipeline.config.resolution, step=8, label="Resolution (grid cells a side)"
-                    )
-                    faces = gr.Number(40_000, label="Most faces", precision=0, minimum=100)
-                with gr.Row():
-                    run = gr.Button("Make mesh", variant="primary")
-                    stop = gr.Button("Stop")
+                asked = _asked(pipeline, draw is not None)
             with gr.Column(scale=3, min_width=300):
-                viewer = gr.Model3D(
-                    label="Mesh (left, grey: dense)" if routed else "Mesh",
-                    clear_color=(0.95, 0.95, 0.95, 1),
-                    height=420,
-                )
-                table = gr.Dataframe(
-                    headers=["sample", "seconds", "DiT ms", "executed", "faces", "closed"],
-                    label="What it took", interactive=False, wrap=True,
-                )  # fmt: skip
-                gallery = gr.Gallery(
-                    label="Samples", columns=2, height=220, allow_preview=False, object_fit="contain"
-                )
-                routes = gr.Image(
-                    label="Blocks over steps: blue executed, orange cached, grey skipped", visible=routed,
-                    interactive=False,
-                )  # fmt: skip
-                with gr.Row():
-                    kind = gr.Radio(["glb", "stl", "obj", "ply"], value="glb", label="Format")
-                    size = gr.Number(100, label="Longest side in mm", minimum=0.001)
-                    download = gr.DownloadButton("Download", interactive=False)
-        shown = gr.State(Shown())
-        chosen = gr.State(0)
-        visit = _Visit(queue)
-        for changed in (image.change, tolerance.release, border.release):
-            changed(_mask, [image, tolerance, border], mask, show_progress="hidden")
+                answer = _answer(pipeline.session is not None)
+        shown, chosen = gr.State(Shown()), gr.State(0)
+        look = [asked.image, asked.tolerance, asked.border]
+        for changed in (asked.image.change, asked.tolerance.release, asked.border.release):
+            changed(_mask, look, asked.mask, show_progress="hidden")
         if draw is not None:
-            prompt.submit(lambda text, number: _drawn(draw, text, number), [prompt, seed], image)
-        inputs = [image, quality, budget, compare, seed, samples, steps, resolution, faces, tolerance, border]
-        making = run.click(visit.generate, inputs, [viewer, table, gallery, routes, shown, chosen])
-        making.then(_file, [shown, chosen, kind, size], download)
-        stop.click(None, cancels=[making])
-        gallery.select(_pick, shown, [viewer, chosen]).then(_file, [shown, chosen, kind, size], download)
-        for changed in (kind.change, size.change):
-            changed(_file, [shown, chosen, kind, size], download, show_progress="hidden")
+            prompt = [asked.prompt, asked.seed]
+            asked.prompt.submit(lambda text, number: _drawn(draw, text, number), prompt, asked.image)
+        options = [getattr(asked, name) for name in OPTIONS]
+        results = [answer.viewer, answer.table, answer.gallery, answer.routes, shown, chosen]
+        file = [shown, chosen, answer.kind, answer.size]
+        making = asked.run.click(_Visit(queue).generate, options, results)
+        making.then(_file, file, answer.download)
+        asked.stop.click(None, cancels=[making])
+        answer.gallery.select(_pick, shown, [answer.viewer, chosen]).then(_file, file, answer.download)
+        for changed in (answer.kind.change, answer.size.change):
+            changed(_file, file, answer.download, show_progress="hidden")
     return app
+
+
+def _asked(pipeline: ImageTo3DPipeline, prompts: bool) -> SimpleNamespace:
+    """The left column: what a visitor gives and chooses, by name."""
+    routed, dial = pipeline.session is not None, pipeline.dial
+    image = gr.Image(label="Image", type="pil", image_mode="RGBA", sources=["upload", "clipboard"])
+    prompt = gr.Textbox(label="or a prompt", visible=prompts, submit_btn="Draw")
+    mask = gr.Image(label="What the model will see", interactive=False, height=220, elem_id="mask")
+    with gr.Accordion("Mask", open=False):
+        tolerance = gr.Slider(0, 120, 20, step=1, label="Background tolerance")
+        border = gr.Slider(0, 0.5, 0.15, step=0.01, label="Free border")
+    quality = gr.Radio(
+        _qualities(dial), value=Quality.default.name, label="Quality", visible=dial is not None,
+        info="speed-up of the DiT, IoU to the mesh of 100 dense steps",
+    )  # fmt: skip
+    budget = gr.Slider(
+        0.3, 1, _default_budget(pipeline), step=0.05, label="Budget", visible=routed and dial is None,
+        info="share of the dense model's computation",
+    )  # fmt: skip
+    compare = gr.Checkbox(value=False, label="Dense beside it", visible=routed)
+    with gr.Row():
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+        samples = gr.Slider(1, 8, 1, step=1, label="Samples")
+    with gr.Accordion("More", open=False):
+        steps = gr.Slider(1, 100, pipeline.config.steps, step=1, label="Steps", visible=dial is None)
+        cells = pipeline.config.resolution
+        resolution = gr.Slider(32, 512, cells, step=8, label="Resolution (grid cells a side)")
+        faces = gr.Number(40_000, label="Most faces", precision=0, minimum=100)
+    with gr.Row():
+        run, stop = gr.Button("Make mesh", variant="primary"), gr.Button("Stop")
+    return SimpleNamespace(
+        image=image, prompt=prompt, mask=mask, tolerance=tolerance, border=border, quality=quality, budget=budget,
+        compare=compare, seed=seed, samples=samples, steps=steps, resolution=resolution, faces=faces, run=run,
+        stop=stop,
+    )  # fmt: skip
+
+
+def _answer(routed: bool) -> SimpleNamespace:
+    """The right column: what was made, by name."""
+    viewer = gr.Model3D(
+        label="Mesh (left, grey: dense)" if routed else "Mesh", clear_color=(0.95, 0.95, 0.95, 1), height=420
+    )
+    table = gr.Dataframe(
+        headers=["sample", "seconds", "DiT ms", "executed", "faces", "closed"],
+        label="What it took", interactive=False, wrap=True,
+    )  # fmt: skip
+    gallery = gr.Gallery(label="Samples", columns=2, height=220, allow_preview=False, object_fit="contain")
+    routes = gr.Image(
+        label="Blocks over steps: blue executed, orange cached, grey skipped",
+        visible=routed,
+        interactive=False,
+    )
+    with gr.Row():
+        kind = gr.Radio(["glb", "stl", "obj", "ply"], value="glb", label="Format")
+        size = gr.Number(100, label="Longest side in mm", minimum=0.001)
+        download = gr.DownloadButton("Download", interactive=False)
+    return SimpleNamespace(
+        viewer=viewer, table=table, gallery=gallery, routes=routes, kind=kind, size=size, download=download
+    )
 
 
 def launch(app: gr.Blocks, **options: Any) -> Any:

@@ -86,7 +86,7 @@ def test_a_dial_is_three_buttons_in_the_place_of_budget_and_steps(tmp_path: Path
 def test_from_an_image_to_a_download(address: str, browser, tmp_path: Path) -> None:
     visit = Visit(browser)
     page = visit.page
-    page.goto(address, wait_until="networkidle")
+    page.goto(address)
     page.get_by_role("button", name="Make mesh").wait_for()
     page.locator("input[type=file]").first.set_input_files(save_picture(tmp_path / "a.png"))
     page.locator("#mask img").wait_for()
@@ -118,7 +118,7 @@ def test_from_an_image_to_a_download(address: str, browser, tmp_path: Path) -> N
 def test_what_goes_wrong_is_said_on_the_page(address: str, browser, tmp_path: Path) -> None:
     visit = Visit(browser)
     page = visit.page
-    page.goto(address, wait_until="networkidle")
+    page.goto(address)
     page.get_by_role("button", name="Make mesh").click()
     page.get_by_text("There is no image yet").first.wait_for()
     blank = tmp_path / "blank.png"
@@ -131,7 +131,7 @@ def test_what_goes_wrong_is_said_on_the_page(address: str, browser, tmp_path: Pa
 def test_a_prompt_becomes_the_image_and_a_phone_shows_the_page(address: str, browser) -> None:
     visit = Visit(browser, width=390)
     page = visit.page
-    page.goto(address, wait_until="networkidle")
+    page.goto(address)
     field = page.get_by_label("or a prompt")
     field.fill("a blue egg")
     field.press("Enter")
