@@ -28,6 +28,7 @@ REQUIRED = {
     "import_weights": ["output=a"],
     "make_tiny_weights": ["output=a"],
     "benchmark": ["images=a", "output=b"],
+    "make_dial": ["results=a"],
     "benchmark_images": ["output=b"],
     "summarize": ["folders=a"],
     "gen_image": ["prompt=a chair", "output=b.png"],

@@ -22,12 +22,12 @@ LORA = ("updated_steps", "few_step_lora")
 ROUTERS = "elastic"
 _COST, _SPEEDUP, _IOU = "flops_ratio_to_baseline", "dit_speedup", "iou_paired"
 _MEASURED = {name: Maybe(Number(low=-1e9, high=1e9)) for name in (_COST, _SPEEDUP, _IOU, *F_SCORES)}
-_SHAPE = {
+SHAPE = {
     "about": {
         "date": str,
         "machine": {"processor": str, "cores": int},
         "models": {"model": Maybe(str)},
-        "pictures": int,
+        "images": int,
         "baseline_steps": Number(1, 1000, whole=True),
         "config": {"seeds": [int], "guidance": Maybe(Number(0, 100)), "cache": object},
     },
@@ -60,7 +60,7 @@ def make_dial(config: DialConfig) -> list[tuple[str, Row]]:
         UserError: results of another model, or without what a dial needs.
     """
     pipeline = ImageTo3DPipeline.from_pretrained(config.model, "cpu", "float32", dial=False)
-    report, source = load_json(config.results, _SHAPE), printable(config.results)
+    report, source = load_json(config.results, SHAPE), printable(config.results)
     measured = report["about"]["models"]["model"]
     if measured != pipeline.weights_sha256:
         raise UserError(
@@ -109,7 +109,7 @@ def dial_values(
             "date": about["date"],
             "processor": about["machine"]["processor"],
             "cores": about["machine"]["cores"],
-            "images": about["pictures"],
+            "images": about["images"],
             "seeds": len(about["config"]["seeds"]),
             "weights_sha256": about["models"]["model"],
         },

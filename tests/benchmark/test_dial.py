@@ -7,11 +7,11 @@ import random
 from pathlib import Path
 
 import pytest
-from elastic3d.benchmark.models import load_models
-from elastic3d.benchmark.options import BenchmarkConfig
 from tiny_dial import save_dialled
 
+from elastic3d.benchmark.config import MeshBenchmarkConfig
 from elastic3d.benchmark.dial import DialConfig, dial_values, frontier, make_dial
+from elastic3d.benchmark.meshes import load_models
 from elastic3d.diffusion.dial import parse_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.elastic.config import RouterConfig
@@ -99,9 +99,9 @@ def test_other_results_are_refused(tmp_path: Path) -> None:
 
 def test_a_benchmark_measures_without_the_dial(tmp_path: Path) -> None:
     folder = save_dialled(tmp_path / "model")
-    config = BenchmarkConfig(
-        model=str(folder), images=tmp_path, output=tmp_path / "out", variants={"other": folder}
+    config = MeshBenchmarkConfig(
+        model=str(folder), images=tmp_path, output=tmp_path / "out", variants={"other": str(folder)}
     )
-    assert {name: pipeline.dial for name, pipeline in load_models(config, tmp_path).items()} == {
+    assert {name: model.pipeline.dial for name, model in load_models(config, tmp_path).items()} == {
         "model": None, "dense": None, "other": None,
     }  # fmt: skip

@@ -12,6 +12,7 @@ from PIL import Image
 
 from elastic3d.benchmark import meshes, timing
 from elastic3d.benchmark.config import Method, Phase
+from elastic3d.benchmark.dial import SHAPE
 from elastic3d.benchmark.meshes import MeshTask
 from elastic3d.benchmark.methods import ABLATIONS
 from elastic3d.benchmark.run import benchmark
@@ -20,6 +21,7 @@ from elastic3d.elastic.config import BlockCacheConfig, CacheRule
 from elastic3d.errors import UserError
 from elastic3d.evaluation.html import load_frontier
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.utils.structured import load_json
 from tests.benchmark.conftest import config_of
 
 WANTED = {
@@ -77,6 +79,7 @@ def test_every_method_is_a_row_with_every_number(done):
         assert row["meshes"] == 4 and row["failed"] == 0 and row["rounds"] == 1
         assert row["dit_ms_q25"] <= row["dit_ms_median"] <= row["dit_ms_q75"]
     assert load_frontier(output / "results.json") == rows
+    assert load_json(output / "results.json", SHAPE)["about"]["images"] == 2  # what a dial is made of
     with (output / "results.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
     for name in ("pareto", "blocks", "sheet"):
