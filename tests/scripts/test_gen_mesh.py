@@ -58,7 +58,7 @@ def test_one_picture_becomes_a_mesh(
     assert 0 < len(mesh.faces) <= 500
     extras = read_extras(tmp_path / "new/chair.glb")
     assert extras["seed"] == 3 and extras["steps"] == 1 and extras["model"] == "tiny"
-    assert Image.open(tmp_path / "new/chair.png").size == (8 * 256, 256)
+    assert Image.open(tmp_path / "new/chair.png").size == (9 * 256, 256)
     assert _names("new") == ["chair.glb", "chair.png"]
     assert "new/chair.glb: " in capsys.readouterr().out
 
