@@ -39,8 +39,8 @@ def generate_over_ray(
 ) -> None:
     """As `generate`, over the cluster of RAY_ADDRESS, or a local one of `config.workers` workers.
 
-    Batches are those of one process, so the meshes are the same; outcomes are told as they are ready. What is there
-    already is skipped with `resume`, before any model is loaded. A worker that dies costs its batch, as failed outcomes.
+    Batches are those of one process, so the meshes are the same; outcomes are told as they are ready. With `resume`,
+    what is there already is skipped before any model is loaded. A worker that dies costs its batch, as failed outcomes.
 
     Raises:
         UserError: Ray is not installed; or as `load_pipeline`.
