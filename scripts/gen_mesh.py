@@ -5,6 +5,9 @@
     python scripts/gen_mesh.py image=chair.png output=chair.glb quality=fast
     python scripts/gen_mesh.py image=chair.png output=chair.glb budget=0.5 trace=routes.png
     python scripts/gen_mesh.py model=hunyuan3d2 weights=FOLDER image=chair.png output=chair.glb
+    python scripts/gen_mesh.py image=chair.png output=chair.stl size_mm=120 up=z
+    python scripts/gen_mesh.py image=chair.png output=chair.glb texture=project
+    python scripts/gen_mesh.py image=photos/ output=meshes/ runner=ray workers=4 resume=true
     python scripts/gen_mesh.py prompt="a wooden bar chair" output=chair.glb
 
 A folder or glob of pictures is done in batches: a bad file is reported and skipped, `summary.json` records
@@ -15,12 +18,19 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from _cli import check_writable, run
 
 from elastic3d.errors import UserError
+from elastic3d.evaluation.options import Runner
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, DEFAULT_MODEL, GenerateConfig
+
+if TYPE_CHECKING:
+    from elastic3d.pipelines.generation import Job, Outcome
+    from elastic3d.pipelines.image_to_3d import OnProgress
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STAGES = {"condition": "image", "dit": "step", "decode": "decoding", "cleanup": "mesh"}
@@ -31,21 +41,13 @@ def main(config: GenerateConfig) -> int:
     from tqdm import tqdm
 
     from elastic3d.pipelines import generation
-    from elastic3d.pipelines.published import load_pipeline
 
     start = time.perf_counter()
     plan = generation.plan(config)
     check_writable(plan.folder or plan.jobs[0].output.parent)
-    pipeline = load_pipeline(config, REPOSITORY / DEFAULT_MODEL, len(plan.jobs))
-    draw = None
-    if config.prompt:
-        from elastic3d.pipelines.text_to_3d import prompt_drawer
-
-        draw, config = prompt_drawer(config, pipeline, config.image_model or REPOSITORY / DEFAULT_IMAGE_MODEL)
-    if config.trace and pipeline.session is None:
-        raise UserError(f"trace={config.trace} can't be drawn: this model has no routers")
     single = len(plan.jobs) == 1 and plan.folder is None
     outcomes: list[generation.Outcome] = []
+    make = maker(plan.jobs, config)
     with tqdm(total=len(plan.jobs), unit="mesh", leave=False, disable=None) as bar:
 
         def tell(outcome: generation.Outcome) -> None:
@@ -58,7 +60,7 @@ def main(config: GenerateConfig) -> int:
             bar.set_postfix_str(f"{STAGES[stage]} {done}/{total}")
 
         try:
-            generation.generate(pipeline, plan.jobs, config, tell, show, draw)
+            make(tell, show)
         finally:
             if plan.folder is not None:
                 generation.save_summary(
@@ -72,15 +74,43 @@ def main(config: GenerateConfig) -> int:
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
 
+def maker(
+    jobs: Sequence[Job], config: GenerateConfig
+) -> Callable[[Callable[[Outcome], None], OnProgress], None]:
+    """What makes the meshes, its model loaded: in this process, or over a Ray cluster."""
+    from elastic3d.pipelines.generation import generate
+    from elastic3d.pipelines.published import load_pipeline
+
+    if config.runner is Runner.ray:
+        from elastic3d.pipelines.ray_generation import generate_over_ray
+
+        return lambda tell, _: generate_over_ray(jobs, config, tell, REPOSITORY / DEFAULT_MODEL)
+    pipeline = load_pipeline(config, REPOSITORY / DEFAULT_MODEL, len(jobs))
+    draw = None
+    if config.prompt:
+        from elastic3d.pipelines.text_to_3d import known_nouns, prompt_drawer, prompt_warning
+
+        weights = config.image_model or REPOSITORY / DEFAULT_IMAGE_MODEL
+        draw, config = prompt_drawer(config, pipeline, weights)
+        if warning := prompt_warning(config.prompt, known_nouns(weights)):
+            print(f"warning: {warning}", file=sys.stderr)
+    if config.trace and pipeline.session is None:
+        raise UserError(f"trace={config.trace} can't be drawn: this model has no routers")
+    return lambda tell, show: generate(pipeline, jobs, config, tell, show, draw)
+
+
 def report(outcomes: list, seconds: float) -> None:
     """One line for a mesh, a count for many."""
     if len(outcomes) == 1 and outcomes[0].status == "ok":
         mesh = outcomes[0]
-        closed = "watertight" if mesh.watertight else "not watertight"
-        print(f"{mesh.output}: {mesh.faces:,} faces, {closed}, {seconds:.1f} s")
+        print(f"{mesh.output}: {mesh.faces:,} faces, {mesh.print_summary}, {seconds:.1f} s")
+        for warning in mesh.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
         return
     counts = [f"{sum(o.status == s for o in outcomes)} {s}" for s in ("ok", "failed", "skipped")]
     print(f"{len(outcomes)} meshes: {', '.join(counts)}, {seconds:.1f} s")
+    if warned := sum(bool(outcome.warnings) for outcome in outcomes):
+        print(f"warning: {warned} have warnings: see summary.json", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -100,8 +100,9 @@ def save_mesh(
 ) -> None:
     """Write a mesh as .glb, .ply, .obj or .stl, whole or not at all.
 
-    A glb has Y up, vertex normals, texture coordinates where the mesh has them, a neutral material, one mesh
-    called `name`, and `extras` under `asset.extras.elastic3d`. Other formats can't hold extras.
+    A glb has vertex normals, texture coordinates, a texture or sRGB vertex colours where the mesh has them (else a
+    neutral material), one mesh called `name`, and `extras` under `asset.extras.elastic3d`. Other formats can't hold
+    extras or a texture; .stl no colours either.
 
     Raises:
         UserError: the suffix is none of those, or the file can't be written.
@@ -177,12 +178,8 @@ def _glb_bytes(mesh: trimesh.Trimesh, extras: dict[str, Any] | None, name: str) 
         receipt = json.loads(json.dumps(extras or {}, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"extras can't be written as JSON: {error}") from error
-    material = trimesh.visual.material.PBRMaterial(
-        name="neutral", baseColorFactor=[0.75, 0.75, 0.75, 1.0], metallicFactor=0.0, roughnessFactor=0.7
-    )
     plain = trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=unit_normals(mesh), process=False)
-    uv = getattr(mesh.visual, "uv", None)
-    plain.visual = trimesh.visual.TextureVisuals(uv=uv, material=material)
+    plain.visual = _gltf_visual(mesh)
 
     def finish(tree: dict[str, Any]) -> None:
         tree["asset"]["generator"] = f"elastic3d {__version__}"
@@ -194,6 +191,34 @@ def _glb_bytes(mesh: trimesh.Trimesh, extras: dict[str, Any] | None, name: str) 
     scene = trimesh.Scene()
     scene.add_geometry(plain, node_name=name, geom_name=name)
     return bytes(trimesh.exchange.gltf.export_glb(scene, include_normals=True, tree_postprocessor=finish))
+
+
+def _gltf_visual(mesh: trimesh.Trimesh) -> trimesh.visual.TextureVisuals:
+    """Texture coordinates, texture and colours as glTF has them: COLOR_0 is linear where the mesh's are sRGB."""
+    uv = getattr(mesh.visual, "uv", None)
+    texture = getattr(getattr(mesh.visual, "material", None), "baseColorTexture", None)
+    coloured = mesh.visual is not None and mesh.visual.kind == "vertex"
+    shade = 1.0 if coloured or texture is not None else 0.75
+    material = trimesh.visual.material.PBRMaterial(
+        name="image" if shade == 1 else "neutral",
+        baseColorFactor=[shade, shade, shade, 1.0],
+        baseColorTexture=texture,
+        metallicFactor=0.0,
+        roughnessFactor=0.7,
+    )
+    visual = trimesh.visual.TextureVisuals(uv=uv, material=material)
+    if coloured:
+        colours = np.array(mesh.visual.vertex_colors, np.uint8)
+        colours[:, :3] = linear_of(colours[:, :3])
+        visual.vertex_attributes["color"] = colours
+    return visual
+
+
+def linear_of(srgb: np.ndarray) -> np.ndarray:
+    """sRGB values 0 to 255 as linear ones 0 to 255, rounded (IEC 61966-2-1)."""
+    share = np.asarray(srgb, np.float64) / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    return np.round(255 * linear).astype(np.uint8)
 
 
 def unit_normals(mesh: trimesh.Trimesh) -> np.ndarray:

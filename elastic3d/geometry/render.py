@@ -73,6 +73,27 @@ def ring_cameras(count: int, elevation_deg: float, distance: float, fov_deg: flo
     return [orbit_camera(360 * index / count, elevation_deg, distance, fov_deg) for index in range(count)]
 
 
+def frame(camera: Camera, points: NDArray[np.floating], fill: float) -> Camera:
+    """The camera moved, not turned, so that the points (P, 3) are centred and span `fill` of the image."""
+    axes = camera.axes()
+    slope = np.tan(np.radians(camera.fov_deg) / 2)
+    target, distance = np.zeros(3), float(np.linalg.norm(np.subtract(camera.eye, camera.target)))
+    closest = float(np.linalg.norm(points, axis=1).max()) * 1.05
+    for _ in range(6):
+        moved = Camera(
+            eye=_triple(target - distance * axes[2]), target=_triple(target), fov_deg=camera.fov_deg
+        )
+        seen = moved.project(points)
+        low, high = seen.min(axis=0), seen.max(axis=0)
+        target = target + ((low + high) / 2 * slope * distance) @ axes[:2]
+        distance = max(distance * float((high - low).max()) / 2 / fill, closest)
+    return Camera(eye=_triple(target - distance * axes[2]), target=_triple(target), fov_deg=camera.fov_deg)
+
+
+def _triple(vector: NDArray[np.floating]) -> tuple[float, float, float]:
+    return float(vector[0]), float(vector[1]), float(vector[2])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Light:
     """One distant light, a sky that is brighter above than below, and a dull highlight."""

@@ -88,6 +88,17 @@ def recentre(image: Image.Image, size: int, border: float) -> Image.Image:
     Raises:
         UserError: the image is fully transparent, or the object is only a few pixels large.
     """
+    return _placed(image, size, border, "white").convert("RGB")
+
+
+def centred(image: Image.Image, size: int, border: float) -> Image.Image:
+    """As `recentre`, but RGBA on a transparent ground."""
+    return _placed(image, size, border, (0, 0, 0, 0))
+
+
+def _placed(
+    image: Image.Image, size: int, border: float, ground: str | tuple[int, int, int, int]
+) -> Image.Image:
     alpha = np.asarray(image.getchannel("A"))
     if not alpha.any():
         raise UserError("the image is fully transparent, expected an object")
@@ -100,9 +111,9 @@ def recentre(image: Image.Image, size: int, border: float) -> Image.Image:
     scale = size * (1 - border) / longest
     new_size = (max(1, round(width * scale)), max(1, round(height * scale)))
     resized = image.crop(box).resize(new_size, Image.Resampling.LANCZOS)  # premultiplies by alpha itself
-    canvas = Image.new("RGBA", (size, size), "white")
+    canvas = Image.new("RGBA", (size, size), ground)
     canvas.alpha_composite(resized, ((size - new_size[0]) // 2, (size - new_size[1]) // 2))
-    return canvas.convert("RGB")
+    return canvas
 
 
 def _choose(image: Image.Image, config: ForegroundConfig) -> ForegroundMethod:

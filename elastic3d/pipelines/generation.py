@@ -11,11 +11,12 @@ from typing import Any
 
 from PIL import Image
 
+from elastic3d.checkpoints.options import PRESETS
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.errors import UserError
-from elastic3d.geometry.cleanup import mesh_health
 from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, check_suffix, save_mesh
 from elastic3d.models.pictures import PICTURE_SUFFIXES
+from elastic3d.pipelines.assets import check_asset, finish
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Picture, Result
 from elastic3d.pipelines.options import GenerateConfig, MeshFormat
 from elastic3d.pipelines.preview import turntable
@@ -45,6 +46,11 @@ class Job:
         return self.prompt or printable(self.image)
 
     @property
+    def drawing(self) -> Path:
+        """Where the image of the prompt is kept."""
+        return self.output.with_name(f"{self.output.stem}_image.png")
+
+    @property
     def name(self) -> str:
         """Of the mesh in its file."""
         return self.prompt or printable(self.image.stem)
@@ -72,6 +78,8 @@ class Outcome:
     error: str | None = None
     faces: int | None = None
     watertight: bool | None = None
+    print_summary: str = ""
+    warnings: list[str] = field(default_factory=list)
     receipt: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,11 +99,14 @@ def plan(config: GenerateConfig) -> Plan:
             another output.
     """
     found = _plan(config)
+    for suffix in {job.output.suffix for job in found.jobs}:
+        check_asset(config.asset, suffix, config.cleanup.uv)
     meshes = [job.output for job in found.jobs]
     check_distinct(
         {"image": [job.image for job in found.jobs if not job.prompt], **_named_views(config)},
         {
             "output": meshes,
+            "image of the prompt": [job.drawing for job in found.jobs if job.prompt],
             "preview": [path.with_suffix(".png") for path in meshes] if config.preview else None,
             "trace": config.trace,
             "summary": found.folder / SUMMARY_NAME if found.folder else None,
@@ -166,16 +177,24 @@ def generate(
         batch = todo[start : start + config.rows]
         drawn = draw(batch) if draw is not None else []
         pictures: list[Picture] = [picture.image for picture in drawn]
+        pictures = pictures or [views_of(job.image, config) for job in batch]
 
-        def finish(
-            number: int, result: Result, batch: Sequence[Job] = batch, drawn: Sequence[Drawn] = drawn
+        def keep(
+            number: int,
+            result: Result,
+            batch: Sequence[Job] = batch,
+            drawn: Sequence[Drawn] = drawn,
+            pictures: Sequence[Picture] = pictures,
         ) -> None:
             if drawn:
                 result.receipt["image"] = drawn[number].receipt
-            on_outcome(_save(batch[number], result, config.preview))
+            on_outcome(_save(batch[number], result, config, pictures[number]))
 
+        for job, picture in zip(batch, drawn, strict=False):  # none where there is no prompt
+            with atomic_path(job.drawing) as temporary:
+                picture.image.save(temporary)
         pipeline(
-            pictures or [views_of(job.image, config) for job in batch],
+            pictures,
             [job.seed for job in batch],
             quality=config.quality,
             steps=config.steps,
@@ -184,7 +203,7 @@ def generate(
             cleanup=config.cleanup,
             foreground=config.foreground,
             on_progress=on_progress,
-            on_result=finish,
+            on_result=keep,
             **ElasticOptions.of(config),
         )
 
@@ -216,19 +235,22 @@ def save_routes(path: Path, outcomes: Sequence[Outcome]) -> None:
     draw_routes(panels, path)
 
 
-def _save(job: Job, result: Result, preview: bool) -> Outcome:
+def _save(job: Job, result: Result, config: GenerateConfig, image: Picture) -> Outcome:
     outcome = Outcome(job.subject, printable(job.output), job.seed, "ok", receipt=result.receipt)
     try:
-        mesh = result.mesh
+        frontal = config.model in PRESETS
+        mesh, check = finish(result, config.asset, job.output.suffix, image, config.foreground, frontal)
         save_mesh(mesh, job.output, extras=result.receipt, name=job.name)
-        if preview:
+        if config.preview:
             with atomic_path(job.output.with_suffix(".png")) as temporary:
-                turntable(mesh, image=result.image).save(temporary)
+                turntable(result.mesh, image=result.image).save(temporary)
     except UserError as error:
         outcome.status, outcome.error = "failed", str(error)
         return outcome
-    health = mesh_health(mesh)
-    outcome.faces, outcome.watertight = health.faces, health.watertight
+    outcome.faces, outcome.watertight = check.faces, check.watertight
+    outcome.print_summary, outcome.warnings = check.summary(), check.warnings()
+    if texture_warning := result.receipt.get("texture", {}).get("warning"):
+        outcome.warnings.append(f"texture=project: {texture_warning}")
     return outcome
 
 

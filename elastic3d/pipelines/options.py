@@ -8,6 +8,7 @@ from enum import Enum
 
 from elastic3d.diffusion.options import Quality
 from elastic3d.elastic.config import MIN_BUDGET, BlockCacheConfig
+from elastic3d.evaluation.options import Runner
 from elastic3d.geometry.options import CleanupConfig
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
@@ -28,12 +29,51 @@ class MeshFormat(Enum):
     stl = "stl"
 
 
+class Up(Enum):
+    """The axis that points up in the file."""
+
+    y = "y"
+    z = "z"
+
+
+class Texture(Enum):
+    """Where the mesh's colours come from: it has none, or the image's are projected onto it."""
+
+    none = "none"
+    project = "project"
+
+
+@dataclass(kw_only=True)
+class AssetConfig(Options):
+    """Options of the file that a mesh is saved to."""
+
+    size_mm: float | None = option(
+        None,
+        "Longest side in millimetres (.glb counts in metres, as glTF does; the others in mm); null: the model's frame,"
+        " about 2 units.",
+        ge=1e-3,
+        le=1e6,
+    )
+    up: Up = option(Up.y, "Axis that points up in the file; z: facing -y, as Blender and slicers have it.")
+    min_wall_mm: float = option(
+        0.8, "Thinnest wall that prints; a thinner one at size_mm= is warned about.", ge=0, le=1e3
+    )
+    texture: Texture = option(
+        Texture.none, "project: the image's colours on the mesh, as vertex colours or (uv=true) as a texture."
+    )
+    texture_size: int = option(1024, "Pixels a side of the texture.", ge=16, le=8192)
+
+
 @dataclass(kw_only=True)
 class GenerateConfig(Options):
     """Options of `scripts/gen_mesh.py`."""
 
     image: str = option("", "Picture of one object: a file, a folder, or a glob such as 'photos/*.png'.")
-    prompt: str = option("", "Instead of image=: what the object is; a picture of it is made first.")
+    prompt: str = option(
+        "",
+        "Instead of image=: what the object is; an image of it is made first and kept beside the mesh. The nouns that"
+        " the bundled model knows are in data/pretrained/image-small/nouns.txt.",
+    )
     image_model: str = option(
         "", "With prompt=: folder of the small text-to-image model; empty: that of this repository."
     )
@@ -96,6 +136,11 @@ class GenerateConfig(Options):
     format: MeshFormat = option(MeshFormat.glb, "Format of the meshes where output is a folder.")
     resume: bool = option(False, "Skip what already has an output file.")
     batch_size: int = option(8, "Meshes generated at a time.", ge=1, le=4096)
+    runner: Runner = option(
+        Runner.local,
+        "Where a folder is generated: this process, or workers on the Ray cluster of RAY_ADDRESS.",
+    )
+    workers: int = option(2, "With runner=ray: models that work at a time.", ge=1, le=4096)
     device: DeviceChoice = option(DeviceChoice.auto, "Where the model runs.")
     dtype: DTypeChoice = option(DTypeChoice.auto, "Number format of the model.")
     low_memory: bool = option(
@@ -110,6 +155,7 @@ class GenerateConfig(Options):
     )
     foreground: ForegroundConfig = option(ForegroundConfig, "How the object is cut out.")
     cleanup: CleanupConfig = option(CleanupConfig, "What is done to the mesh.")
+    asset: AssetConfig = option(AssetConfig, "What the file holds: size, axis, colour.")
 
     def check(self) -> None:
         """There is one input and one output."""
@@ -120,6 +166,8 @@ class GenerateConfig(Options):
                 raise ValueError(f"{name}= is missing, for example {name}={example}")
         if self.trace and not self.trace.lower().endswith(".png"):
             raise ValueError(f"trace is {self.trace}, expected a .png file")
+        if self.runner is Runner.ray and self.prompt:
+            raise ValueError("runner=ray is for images, but prompt= is given")
 
     @property
     def rows(self) -> int:

@@ -15,7 +15,10 @@ from elastic3d.errors import UserError
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-BUNDLED = (_PACKAGE / "pretrained", _PACKAGE.parent / "data" / "pretrained")  # of a wheel, of a checkout
+BUNDLED = (
+    _PACKAGE / "data" / "pretrained",
+    _PACKAGE.parent / "data" / "pretrained",
+)  # of a wheel, of a checkout
 
 
 def find_model(name: str | Path) -> Path:

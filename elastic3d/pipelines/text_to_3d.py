@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from elastic3d.pipelines.generation import Draw, Drawn, Job
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import BackboneName, GenerateConfig
 from elastic3d.pipelines.text_to_image import TextToImagePipeline, check_prompt
+from elastic3d.utils.files import read_text
 
+NOUNS_NAME = "nouns.txt"
 ELASTIC = ("elastic", "budget", "width", "cache", "shared", "updates")
 
 
@@ -45,3 +48,27 @@ def prompt_drawer(
         return [Drawn(result.image, result.receipt) for result in results]
 
     return draw, config
+
+
+def known_nouns(weights: str | Path) -> list[str]:
+    """What a model's training captions name, one a line in `nouns.txt` beside it; empty where there is no such file."""
+    path = Path(weights) / NOUNS_NAME
+    return (
+        [line.strip() for line in read_text(path, "a list of nouns").splitlines() if line.strip()]
+        if path.is_file()
+        else []
+    )
+
+
+def prompt_warning(prompt: str, nouns: Sequence[str]) -> str | None:
+    """One sentence for a prompt that names nothing that the model was trained on; None where it does."""
+    words = " " + " ".join(re.findall(r"[a-z]+", prompt.lower())) + " "
+    if not nouns or any(f" {form} " in words for noun in nouns for form in _forms(noun)):
+        return None
+    return f"the prompt names nothing that the text-to-image model knows, which is: {', '.join(nouns)}"
+
+
+def _forms(noun: str) -> tuple[str, ...]:
+    """A noun and its plural."""
+    plural = f"{noun[:-1]}ves" if noun.endswith("f") else f"{noun}es" if noun.endswith("h") else f"{noun}s"
+    return noun, plural

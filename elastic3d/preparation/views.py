@@ -11,7 +11,7 @@ import trimesh
 from numpy.typing import NDArray
 from PIL import Image
 
-from elastic3d.geometry.render import Camera, Light, Scene, orbit_camera
+from elastic3d.geometry.render import Camera, Light, Scene, frame, orbit_camera
 
 SMOOTH_BELOW = 60_000  # faces; a finer mesh looks smooth with flat faces, and its vertex normals cost time
 
@@ -97,23 +97,6 @@ def view_cameras(mesh: trimesh.Trimesh, count: int, generator: np.random.Generat
     return cameras
 
 
-def frame(camera: Camera, points: NDArray[np.floating], fill: float) -> Camera:
-    """The camera moved, not turned, so that the points (P, 3) are centred and span `fill` of the image."""
-    axes = camera.axes()
-    slope = np.tan(np.radians(camera.fov_deg) / 2)
-    target, distance = np.zeros(3), float(np.linalg.norm(np.subtract(camera.eye, camera.target)))
-    closest = float(np.linalg.norm(points, axis=1).max()) * 1.05
-    for _ in range(6):
-        moved = Camera(
-            eye=_triple(target - distance * axes[2]), target=_triple(target), fov_deg=camera.fov_deg
-        )
-        seen = moved.project(points)
-        low, high = seen.min(axis=0), seen.max(axis=0)
-        target = target + ((low + high) / 2 * slope * distance) @ axes[:2]
-        distance = max(distance * float((high - low).max()) / 2 / fill, closest)
-    return Camera(eye=_triple(target - distance * axes[2]), target=_triple(target), fov_deg=camera.fov_deg)
-
-
 def render_views(
     shape: RawShape, count: int, size: int, generator: np.random.Generator
 ) -> tuple[list[bytes], NDArray[np.float32]]:
@@ -147,7 +130,3 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 
 def _elevation(camera: Camera) -> float:
     return float(np.degrees(np.arcsin(np.clip(-camera.axes()[2, 1], -1, 1))))
-
-
-def _triple(vector: NDArray[np.floating]) -> tuple[float, float, float]:
-    return float(vector[0]), float(vector[1]), float(vector[2])

@@ -65,6 +65,11 @@ class MeshFields(BaseModel):
     )
     border: float | None = Field(None, ge=0, le=0.9, description="free share of the square around the object")
     format: Literal["glb", "ply", "obj", "stl"] = Field("glb", description="file format of the mesh")
+    size_mm: float | None = Field(None, ge=1e-3, le=1e6, description="longest side in millimetres")
+    up: Literal["y", "z"] = Field("y", description="axis that points up in the file")
+    texture: Literal["none", "project"] = Field(
+        "none", description="project: the image's colours on the mesh"
+    )
 
 
 class MeshBody(MeshFields):
@@ -122,9 +127,11 @@ def create_app(queue: MeshQueue, config: ServeConfig, metrics: Metrics) -> FastA
     app.add_middleware(Guard, config=config, metrics=metrics)
     _add_errors(app)
     _add_meshes(app, queue, config)
-    _add_jobs(app, queue)
+    if config.replicas == 1:
+        _add_jobs(app, queue)
     _add_hunyuan(app, queue, config)
     _add_pages(app, queue, metrics)
+    app.state.model = queue.pipeline.config.model
     return app
 
 
@@ -285,12 +292,23 @@ def _add_meshes(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
     )
     async def make_mesh(request: Request) -> Response:
         data, fields, wait = await _read_mesh_body(request)
+        if not wait:
+            _check_jobs(config)
         job = await _submit(queue, config, data, MeshRequest(**fields.model_dump()))
         if not wait:
             headers = {"Location": f"/v1/jobs/{job.id}"}
             return JSONResponse(job.describe(), 202, headers=headers)
         content = await _wait_for(job, queue, request, config.timeout_s)
         return _mesh_response(content, fields.format)
+
+
+def _check_jobs(config: ServeConfig) -> None:
+    """501 where another replica than the job's may be asked for it."""
+    if config.replicas > 1:
+        raise ApiError(
+            501,
+            f"there are no jobs with {config.replicas} replicas, expected to wait for the answer (wait=true)",
+        )
 
 
 def _add_jobs(app: FastAPI, queue: MeshQueue) -> None:
@@ -326,6 +344,7 @@ def _add_hunyuan(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
 
     @app.post("/send", summary="As Hunyuan3D-2's server: a job")
     async def send(body: HunyuanBody) -> dict[str, str]:
+        _check_jobs(config)
         return {"uid": (await submit(body)).id}
 
     @app.get("/status/{uid}", summary="As Hunyuan3D-2's server: how far a job is")

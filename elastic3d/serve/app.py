@@ -21,6 +21,7 @@ import gradio as gr  # noqa: E402
 from elastic3d.diffusion.dial import Dial  # noqa: E402
 from elastic3d.diffusion.options import Quality  # noqa: E402
 from elastic3d.errors import UserError  # noqa: E402
+from elastic3d.geometry.export import scale_to  # noqa: E402
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh  # noqa: E402
 from elastic3d.models.foreground import prepare_picture  # noqa: E402
 from elastic3d.models.options import ForegroundConfig  # noqa: E402
@@ -317,9 +318,7 @@ def _file(shown: Shown, index: int, kind: str, size: float) -> Any:
     if not shown.elastic:
         return gr.DownloadButton(interactive=False)
     source = shown.elastic[index]
-    mesh = load_mesh(source)
-    scale = float(size) / float(mesh.extents.max())
-    mesh.apply_scale(scale / 1000 if kind == "glb" else scale)
+    mesh = scale_to(load_mesh(source), float(size), f".{kind}")
     target = source.with_name(f"{source.stem}-{size:g}mm.{kind}")
     save_mesh(mesh, target, name="mesh")
     return gr.DownloadButton(f"Download .{kind}, {size:g} mm", value=str(target), interactive=True)

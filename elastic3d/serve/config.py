@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
+from elastic3d.evaluation.options import Runner
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.options import Options, option
 
@@ -41,6 +42,15 @@ class ServeConfig(Options):
     max_pixels: int = option(25_000_000, "Most pixels of an image.", ge=64, le=10**9)
     device: DeviceChoice = option(DeviceChoice.auto, "Where the model runs.")
     dtype: DTypeChoice = option(DTypeChoice.auto, "Number format of the model.")
+    runner: Runner = option(Runner.local, "local: one process; ray: replicas on the cluster of RAY_ADDRESS.")
+    replicas: int = option(
+        1, "With runner=ray: processes with a model each; above 1 without jobs.", ge=1, le=4096
+    )
+
+    def check(self) -> None:
+        """Replicas are Ray's."""
+        if self.replicas > 1 and self.runner is not Runner.ray:
+            raise ValueError(f"replicas is {self.replicas}, expected runner=ray with it")
 
     def require_token(self) -> None:
         """ValueError where anybody on the network could ask without a token."""

@@ -19,10 +19,13 @@ from typing import Any
 
 from PIL import Image
 
+from elastic3d.checkpoints.options import PRESETS
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import save_mesh
 from elastic3d.models.options import ForegroundConfig
+from elastic3d.pipelines.assets import check_asset, finish
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
+from elastic3d.pipelines.options import AssetConfig, Texture, Up
 
 LINGER_S = 0.01  # how long a batch waits for others that arrive together
 ID_BYTES = 16
@@ -60,13 +63,28 @@ class MeshRequest:
     tolerance: int | None = None
     border: float | None = None
     format: str = "glb"
+    size_mm: float | None = None
+    up: str = "y"
+    texture: str = "none"
+
+    @property
+    def asset(self) -> AssetConfig:
+        """What the file holds."""
+        return AssetConfig(size_mm=self.size_mm, up=Up(self.up), texture=Texture(self.texture))
+
+    @property
+    def foreground(self) -> ForegroundConfig:
+        """How the object is cut out."""
+        mask = {name: getattr(self, name) for name in ("tolerance", "border")}
+        return ForegroundConfig(**{name: value for name, value in mask.items() if value is not None})
 
     def options(self) -> dict[str, Any]:
         """The arguments of the pipeline that a batch has to share."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
-        del given["seed"], given["format"]
+        for name in ("seed", "format", "size_mm", "up", "texture"):
+            given.pop(name, None)
         mask = {name: given.pop(name) for name in ("tolerance", "border") if name in given}
-        return given | ({"foreground": ForegroundConfig(**mask)} if mask else {})
+        return given | ({"foreground": self.foreground} if mask else {})
 
 
 @dataclass
@@ -145,7 +163,8 @@ class MeshQueue:
     # ---------------------------------------------------------------------------------------------- for callers
 
     def submit(self, image: Image.Image, request: MeshRequest) -> Job:
-        """Queue an image. QueueFull if too many wait, or the queue is closed."""
+        """Queue an image. QueueFull if too many wait, or the queue is closed; UserError for colours in an STL."""
+        check_asset(request.asset, f".{request.format}", uv=False)
         job = Job(secrets.token_urlsafe(ID_BYTES), request, image)
         with self._changed:
             self._drop_old()
@@ -250,13 +269,16 @@ class MeshQueue:
                 job.error = str(error)
                 self._end_with(job, JobState.failed)
             return
-        for (job, _), result in zip(kept, results, strict=True):
-            self._keep(job, result)
+        for (job, image), result in zip(kept, results, strict=True):
+            self._keep(job, result, image)
 
-    def _keep(self, job: Job, result: Result) -> None:
+    def _keep(self, job: Job, result: Result, image: Image.Image) -> None:
+        wanted = job.request
         try:
-            path = self._folder / f"{job.id}.{job.request.format}"
-            save_mesh(result.mesh, path, extras=result.receipt, name="mesh")
+            path = self._folder / f"{job.id}.{wanted.format}"
+            frontal = self.pipeline.config.model in PRESETS
+            mesh, _ = finish(result, wanted.asset, path.suffix, image, wanted.foreground, frontal)
+            save_mesh(mesh, path, extras=result.receipt, name="mesh")
         except UserError as error:
             job.error = str(error)
             self._end_with(job, JobState.failed)

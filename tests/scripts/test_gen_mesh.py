@@ -58,7 +58,7 @@ def test_one_picture_becomes_a_mesh(
     assert 0 < len(mesh.faces) <= 500
     extras = read_extras(tmp_path / "new/chair.glb")
     assert extras["seed"] == 3 and extras["steps"] == 1 and extras["model"] == "tiny"
-    assert Image.open(tmp_path / "new/chair.png").size == (8 * 256, 256)
+    assert Image.open(tmp_path / "new/chair.png").size == (9 * 256, 256)
     assert _names("new") == ["chair.glb", "chair.png"]
     assert "new/chair.glb: " in capsys.readouterr().out
 
@@ -231,6 +231,7 @@ def test_a_prompt_becomes_a_mesh(
         extras = read_extras(tmp_path / f"x_{n}.glb")
         assert extras["seed"] == extras["image"]["seed"] == 3 + n
         assert extras["image"]["prompt"] == "a red ball" and extras["image"]["backbone"] == "small"
+        assert Image.open(tmp_path / f"x_{n}_image.png").size == (100, 80)
     assert command(*options, "output=y.glb", "image=a.png") == 2
     assert "image= and prompt= are both there" in capsys.readouterr().err
     assert command(*options, "output=y.glb", "budget=0.5") == 2
@@ -238,3 +239,44 @@ def test_a_prompt_becomes_a_mesh(
     assert command(f"image_model={small}", "prompt=" + "ball " * 40, "output=y.glb") == 2
     assert "tokens, expected at most 12" in capsys.readouterr().err
     assert not (tmp_path / "y.glb").exists()
+
+
+@pytest.mark.parametrize("suffix", ["glb", "ply", "obj", "stl"])
+def test_real_size_and_axis_in_every_format(
+    command: Command, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_picture(tmp_path / "a.png")
+    assert command("image=a.png", f"output=plain.{suffix}") == 0
+    assert command("image=a.png", f"output=a.{suffix}", "size_mm=120", "up=z") == 0
+    plain, mesh = (trimesh.load(tmp_path / f"{name}.{suffix}", force="mesh") for name in ("plain", "a"))
+    assert mesh.extents.max() == pytest.approx(0.12 if suffix == "glb" else 120, rel=1e-5)
+    share = 120 / plain.extents.max() * (1e-3 if suffix == "glb" else 1)
+    assert mesh.extents == pytest.approx(plain.extents[[0, 2, 1]] * share, rel=1e-4)
+    assert "thinnest wall" in capsys.readouterr().out
+    if suffix == "glb":
+        found = read_extras(tmp_path / "a.glb")["print"]
+        assert found["size_mm"] == 120 and found["pieces"] >= 1 and found["watertight"] is True
+
+
+def test_the_images_colours_are_on_the_mesh(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_picture(tmp_path / "a.png", "maroon")
+    assert command("image=a.png", "output=a.ply", "texture=project", "max_faces=500") == 0
+    colours = trimesh.load(tmp_path / "a.ply", process=False).visual.vertex_colors[:, :3]
+    away = abs(colours.astype(int) - [128, 0, 0]).max(axis=1)
+    assert away.max() < 40 and (away < 12).mean() > 0.8  # enlarging the image of 30 x 60 pixels rings at its outline
+    assert (
+        command(
+            "image=a.png", "output=a.glb", "texture=project", "uv=true", "texture_size=64", "max_faces=500"
+        )
+        == 0
+    )
+    assert {"azimuth_deg", "overlap"} <= read_extras(tmp_path / "a.glb")["texture"].keys()
+    capsys.readouterr()
+    for options, message in (
+        (["output=b.stl"], ".stl holds no colours"),
+        (["output=b.ply", "uv=true"], ".ply holds no texture"),
+    ):
+        assert command("image=a.png", "texture=project", *options) == 2
+        assert message in capsys.readouterr().err

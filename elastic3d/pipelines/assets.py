@@ -1,0 +1,101 @@
+"""From a generated mesh to what its file holds: checked for a print, coloured, turned up, in its real size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import trimesh
+
+from elastic3d.checkpoints.hunyuan3d_config import VIEW_NAMES
+from elastic3d.errors import UserError
+from elastic3d.evaluation.print_check import PrintCheck, print_check
+from elastic3d.geometry.colour import ImageColours, with_texture, with_vertex_colours
+from elastic3d.geometry.export import scale_to, with_up
+from elastic3d.geometry.pose import CANONICAL, FRONT, find_pose
+from elastic3d.models.foreground import centred, cut_out
+from elastic3d.models.options import ForegroundConfig
+from elastic3d.models.pictures import load_picture
+from elastic3d.pipelines.conditions import Picture
+from elastic3d.pipelines.image_to_3d import Result
+from elastic3d.pipelines.options import AssetConfig, Texture
+
+COLOURED_SUFFIXES = (".glb", ".ply", ".obj")
+LEAST_SIDE, MOST_SIDE = (
+    96,
+    768,
+)  # pixels of the image whose colours are taken; its own where that lies between
+BORDER = 0.1  # share of its side that stays free
+_POOR_FIT = 0.75  # below this overlap of mask and mesh the colours are partly guessed
+
+
+def check_asset(config: AssetConfig, suffix: str, uv: bool) -> None:
+    """UserError where a file that ends in `suffix` can't hold what is asked for; before anything is generated."""
+    if config.texture is Texture.none:
+        return
+    if suffix.lower() not in COLOURED_SUFFIXES:
+        raise UserError(
+            f"texture=project: {suffix} holds no colours, expected {', '.join(COLOURED_SUFFIXES)}"
+        )
+    if uv and suffix.lower() != ".glb":
+        raise UserError(f"texture=project uv=true: {suffix} holds no texture, expected .glb (or uv=false)")
+
+
+def finish(
+    result: Result,
+    config: AssetConfig,
+    suffix: str,
+    image: Picture,
+    foreground: ForegroundConfig | None = None,
+    frontal: bool = False,
+) -> tuple[trimesh.Trimesh, PrintCheck]:
+    """The mesh as a file that ends in `suffix` holds it; its metadata gets the object `print`, and `texture`.
+
+    Args:
+        image: what the mesh was made from, for its colours.
+        frontal: the model's meshes face the camera of their image, rather than +Z whatever the view.
+
+    Raises whatever kept the result from becoming a mesh, and UserError where the image's colours can't be taken.
+    """
+    mesh = result.mesh
+    check = print_check(mesh, config.size_mm, config.min_wall_mm)
+    result.receipt["print"] = check.as_dict()
+    if config.texture is Texture.project:
+        mesh, result.receipt["texture"] = coloured(
+            mesh, image, foreground or ForegroundConfig(), config, frontal
+        )
+    mesh = with_up(mesh, config.up.value)
+    if config.size_mm is not None:
+        mesh = scale_to(mesh, config.size_mm, suffix)
+    return mesh, check
+
+
+def coloured(
+    mesh: trimesh.Trimesh, image: Picture, foreground: ForegroundConfig, config: AssetConfig, frontal: bool
+) -> tuple[trimesh.Trimesh, dict[str, object]]:
+    """The mesh with the image's colours (as a texture if it has texture coordinates), and where the camera is."""
+    front = image[VIEW_NAMES[0]] if isinstance(image, Mapping) else image
+    cut = cut_out(load_picture(front), foreground)
+    left, top, right, bottom = cut.getchannel("A").getbbox() or (0, 0, *cut.size)
+    side = round(max(right - left, bottom - top) / (1 - BORDER))
+    pixels = np.asarray(centred(cut, int(np.clip(side, LEAST_SIDE, MOST_SIDE)), BORDER))
+    try:
+        pose = find_pose(mesh, pixels, FRONT if frontal else CANONICAL)
+        colours = ImageColours(mesh, pose.camera, pixels)
+    except ValueError as error:
+        raise UserError(f"texture=project: {error}") from error
+    has_uv = getattr(mesh.visual, "uv", None) is not None
+    painted = (
+        with_texture(mesh, colours, config.texture_size) if has_uv else with_vertex_colours(mesh, colours)
+    )
+    found: dict[str, object] = {
+        "azimuth_deg": round(pose.azimuth_deg, 1),
+        "elevation_deg": round(pose.elevation_deg, 1),
+        "fov_deg": round(pose.camera.fov_deg, 1),
+        "overlap": round(pose.overlap, 3),
+    }
+    if pose.overlap < _POOR_FIT:
+        found["warning"] = (
+            f"the mesh covers the object in the image by {pose.overlap:.0%} only: colours may be misplaced"
+        )
+    return painted, found

@@ -1,0 +1,98 @@
+"""A folder of images spread over a Ray cluster: one model a worker, batches of jobs in turn, files on a shared disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from elastic3d.errors import UserError
+from elastic3d.pipelines.generation import Job, Outcome, generate
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.options import GenerateConfig
+from elastic3d.pipelines.published import load_pipeline
+from elastic3d.pipelines.runtime import resolve_device
+from elastic3d.utils.files import printable
+
+_DIED = "the process that made it died (out of memory, or a crash in a native library)"
+
+
+class Worker:
+    """A model in a process of its own, loaded for the first batch: its errors are then those of a batch."""
+
+    def __init__(self, config: GenerateConfig, default: Path) -> None:
+        self._config, self._default = config, default
+        self._pipeline: ImageTo3DPipeline | None = None
+
+    def make(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """The outcomes of jobs, their files written. UserError as `load_pipeline`."""
+        if self._pipeline is None:
+            self._pipeline = load_pipeline(self._config, self._default, self._config.rows)
+        outcomes: list[Outcome] = []
+        generate(self._pipeline, jobs, self._config, outcomes.append)
+        return outcomes
+
+
+def generate_over_ray(
+    jobs: Sequence[Job], config: GenerateConfig, on_outcome: Callable[[Outcome], None], default: Path
+) -> None:
+    """As `generate`, over the cluster of RAY_ADDRESS, or a local one of `config.workers` workers.
+
+    Batches are those of one process, so the meshes are the same; outcomes are told as they are ready. With `resume`,
+    what is there already is skipped before any model is loaded. A worker that dies costs its batch, as failed outcomes.
+
+    Raises:
+        UserError: Ray is not installed; or as `load_pipeline`.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("runner=ray needs Ray: pip install 'elastic3d[ray]'") from error
+    todo = []
+    for job in jobs:
+        if config.resume and job.output.exists():
+            on_outcome(Outcome(job.subject, printable(job.output), job.seed, "skipped"))
+        else:
+            todo.append(job)
+    batches = [todo[start : start + config.rows] for start in range(0, len(todo), config.rows)]
+    if not batches:
+        return
+    started = not ray.is_initialized()
+    if started:
+        local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": config.workers}
+        ray.init(include_dashboard=False, log_to_driver=False, **local)
+    gpus = int(resolve_device(config.device).type == "cuda")
+    kind = ray.remote(num_cpus=1, num_gpus=gpus)(Worker)
+    try:
+        for outcome in _spread(ray, kind, batches, config, default.resolve()):
+            on_outcome(outcome)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _spread(
+    ray: Any, kind: Any, batches: list[list[Job]], config: GenerateConfig, default: Path
+) -> Iterator[Outcome]:
+    """Each worker has one batch at a time; another takes the place of one that died."""
+    waiting = iter(batches)
+    running: dict[Any, tuple[Any, list[Job]]] = {}
+    for batch in [batch for _, batch in zip(range(config.workers), waiting, strict=False)]:
+        worker = kind.remote(config, default)
+        running[worker.make.remote(batch)] = (worker, batch)
+    while running:
+        finished, _ = ray.wait(list(running), num_returns=1)
+        worker, batch = running.pop(finished[0])
+        try:
+            outcomes = ray.get(finished[0])
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):  # of an option: no batch could be made
+                raise error.cause from error
+            raise
+        except ray.exceptions.RayActorError:
+            outcomes = [Outcome(j.subject, printable(j.output), j.seed, "failed", _DIED) for j in batch]
+            worker = kind.remote(config, default)
+        yield from outcomes
+        if (batch := next(waiting, None)) is not None:
+            running[worker.make.remote(batch)] = (worker, batch)

@@ -1,0 +1,131 @@
+"""How much a server answers: requests one at a time, then many clients at once, with its memory over them."""
+
+from __future__ import annotations
+
+import io
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from elastic3d.errors import UserError
+from elastic3d.utils.options import Options, option
+
+START_S = 300.0
+
+
+@dataclass(kw_only=True)
+class LoadTestConfig(Options):
+    """Options of `scripts/load_test.py`; the server is started for it, on this machine alone."""
+
+    model: str = option("", "Folder of the model; empty: the bundled model.")
+    requests: int = option(500, "Requests of all clients together.", ge=10, le=100_000)
+    alone: int = option(50, "Requests one at a time, before.", ge=5, le=100_000)
+    clients: int = option(8, "Clients that ask at once.", ge=1, le=256)
+    batch_size: int = option(8, "Of the server.", ge=1, le=1024)
+    steps: int = option(5, "Sampling steps of each mesh.", ge=1, le=1000)
+    resolution: int = option(64, "Grid cells a side of each mesh.", ge=8, le=512)
+    budget: float = option(1.0, "Share of the dense FLOPs of each mesh.", gt=0, le=1)
+    output: Path | None = option(None, "Also write the figures to this JSON file.")
+
+
+def load_test(config: LoadTestConfig, script: Path) -> dict[str, Any]:
+    """Figures of a server that `script` starts: requests a second alone and together, p50 and p95, errors, memory.
+
+    Raises:
+        UserError: httpx is missing, or the server did not start.
+    """
+    try:
+        import httpx
+    except ImportError as error:
+        raise UserError("httpx is missing: pip install httpx") from error
+    import psutil
+
+    image = _image()
+    with _server(config, script) as (base, process), httpx.Client(base_url=base, timeout=600) as client:
+
+        def ask(seed: int) -> tuple[float, int]:
+            form = {
+                "seed": str(seed), "steps": str(config.steps), "resolution": str(config.resolution),
+                "budget": str(config.budget),
+            }  # fmt: skip
+            start = time.perf_counter()
+            answer = client.post("/v1/meshes", files={"image": image}, data=form)
+            return time.perf_counter() - start, answer.status_code
+
+        _ready(client, process)
+        for seed in range(3):  # what is loaded at first use
+            ask(seed)
+        server = psutil.Process(process.pid)
+        start = time.perf_counter()
+        alone = [ask(seed) for seed in range(config.alone)]
+        alone_s = time.perf_counter() - start
+        memory = []
+        start = time.perf_counter()
+        together: list[tuple[float, int]] = []
+        with ThreadPoolExecutor(config.clients) as pool:
+            for answer in pool.map(ask, range(config.requests)):
+                together.append(answer)
+                if len(together) % max(config.requests // 10, 1) == 0:
+                    memory.append(round(server.memory_info().rss / 2**20))
+        together_s = time.perf_counter() - start
+    return {
+        "alone": _figures(alone, alone_s),
+        "together": _figures(together, together_s) | {"clients": config.clients},
+        "memory_mib": memory,
+    }
+
+
+def _figures(answers: list[tuple[float, int]], seconds: float) -> dict[str, Any]:
+    times = np.array([time for time, _ in answers])
+    return {
+        "requests": len(answers),
+        "errors": sum(status != 200 for _, status in answers),
+        "requests_per_s": round(len(answers) / seconds, 2),
+        "p50_s": round(float(np.quantile(times, 0.5)), 3),
+        "p95_s": round(float(np.quantile(times, 0.95)), 3),
+    }
+
+
+@contextmanager
+def _server(config: LoadTestConfig, script: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [f"port={port}", f"model={config.model}", f"batch_size={config.batch_size}", "queue=1000"]
+    process = subprocess.Popen([sys.executable, str(script), *options])
+    try:
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _ready(client: Any, process: subprocess.Popen[bytes]) -> None:
+    import httpx
+
+    deadline = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            client.get("/healthz").raise_for_status()
+            return
+        except httpx.HTTPError:
+            time.sleep(0.2)
+    raise UserError(f"the server did not answer within {START_S:g} s")
+
+
+def _image() -> bytes:
+    image = Image.new("RGB", (256, 256), "white")
+    ImageDraw.Draw(image).ellipse((60, 40, 200, 220), fill="brown")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,55 @@
+"""The print check against shapes whose walls, pieces and holes are known."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import trimesh
+
+from elastic3d.evaluation.print_check import print_check
+
+
+def hollow(wall: float) -> trimesh.Trimesh:
+    """A closed box of side 1 with a cavity, walls of `wall`; two surfaces, one solid."""
+    inner = trimesh.creation.box((1 - 2 * wall,) * 3)
+    inner.invert()
+    return trimesh.util.concatenate([trimesh.creation.box((1, 1, 1)), inner])
+
+
+def test_a_plate_of_a_known_thickness() -> None:
+    plate = trimesh.creation.box((2, 0.02, 1))
+    check = print_check(plate, size_mm=100)
+    assert (check.watertight, check.pieces, check.genus, check.faces) == (True, 1, 0, 12)
+    assert check.thinnest_wall == pytest.approx(0.01, rel=0.02) and check.thinnest_mm == pytest.approx(
+        1, rel=0.02
+    )
+    assert check.warnings() == [] and check.summary() == "watertight, 1 piece, genus 0, thinnest wall 1 mm"
+    thin = print_check(plate, size_mm=50)
+    assert len(thin.warnings()) == 1 and "size_mm=80 on" in thin.warnings()[0]
+    assert "% of the longest side" in print_check(plate).summary() and print_check(plate).warnings() == []
+
+
+def test_a_torus_has_a_hole_and_two_balls_are_two_pieces() -> None:
+    assert print_check(trimesh.creation.torus(1, 0.3)).genus == 1
+    balls = [trimesh.creation.icosphere(3), trimesh.creation.icosphere(3).apply_translation([3, 0, 0])]
+    check = print_check(trimesh.util.concatenate(balls))
+    assert check.pieces == 2 and "2 pieces" in check.summary() and "2 pieces" in check.warnings()[0]
+
+
+def test_the_wall_of_a_hollow_box() -> None:
+    check = print_check(hollow(0.03), size_mm=100)
+    assert check.thinnest_mm == pytest.approx(3, rel=0.05)
+
+
+def test_an_open_mesh_is_told_and_has_no_wall() -> None:
+    box = trimesh.creation.box()
+    check = print_check(trimesh.Trimesh(box.vertices, box.faces[:-1], process=False), size_mm=10)
+    assert not check.watertight and check.genus is None and check.thinnest_wall is None
+    assert "3 edges have no two faces" in check.warnings()[0]
+
+
+def test_the_check_is_json_and_does_not_depend_on_where_the_mesh_lies() -> None:
+    box = trimesh.creation.box((1, 0.1, 1))
+    there = print_check(box.copy().apply_scale(7).apply_translation([100, 0, 0]), size_mm=30)
+    assert json.loads(json.dumps(there.as_dict())) == print_check(box, size_mm=30).as_dict()

@@ -1,0 +1,35 @@
+"""Prompts: what the text-to-image model knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from elastic3d.pipelines.text_to_3d import known_nouns, prompt_warning
+from elastic3d.preparation.infinigen_source import FACTORIES
+
+BUNDLED = Path(__file__).resolve().parents[2] / "data/pretrained/image-small"
+
+
+def test_the_bundled_model_knows_every_category_that_it_was_trained_on() -> None:
+    nouns = known_nouns(BUNDLED)
+    assert {name.replace("_", " ") for name in FACTORIES} <= set(nouns)
+    assert nouns == sorted(set(nouns))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a red chair", "Two SHELVES, of oak", "a dining table.", "desk-lamp", "toilets"]
+)
+def test_a_prompt_with_a_known_noun_is_not_warned_about(prompt: str) -> None:
+    assert prompt_warning(prompt, known_nouns(BUNDLED)) is None
+
+
+@pytest.mark.parametrize("prompt", ["a dragon", "a chairman", "potato", "tablet"])
+def test_a_prompt_without_one_is_told_what_there_is(prompt: str) -> None:
+    warning = prompt_warning(prompt, known_nouns(BUNDLED))
+    assert warning is not None and "armchair, bar chair" in warning
+
+
+def test_a_model_without_a_list_warns_of_nothing(tmp_path: Path) -> None:
+    assert prompt_warning("a dragon", known_nouns(tmp_path)) is None

@@ -1,0 +1,119 @@
+"""Ray: two replicas answer as one process does, and a folder gives the meshes of one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import trimesh
+
+pytest.importorskip("fastapi")
+ray = pytest.importorskip("ray")
+httpx = pytest.importorskip("httpx")
+from tiny_pipeline import save_picture, tiny_pipeline  # noqa: E402
+
+from elastic3d.errors import UserError  # noqa: E402
+from elastic3d.evaluation.options import Runner  # noqa: E402
+from elastic3d.geometry.mesh_io import save_mesh  # noqa: E402
+from elastic3d.pipelines import generation  # noqa: E402
+from elastic3d.pipelines.options import GenerateConfig, MeshFormat  # noqa: E402
+from elastic3d.pipelines.published import load_pipeline  # noqa: E402
+from elastic3d.pipelines.ray_generation import generate_over_ray  # noqa: E402
+from elastic3d.serve.application import PROXY_START_S, serve_over_ray  # noqa: E402
+from elastic3d.serve.config import ServeConfig  # noqa: E402
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """One for all tests: starting one takes seconds."""
+    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = PROXY_START_S  # before its processes start
+    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=4)
+    yield
+    ray.shutdown()
+
+
+def _config(model: Path, images: Path, output: Path, **options) -> GenerateConfig:
+    return GenerateConfig(
+        image=str(images), output=f"{output}/", model=str(model), steps=1, batch_size=2, format=MeshFormat.stl,
+        device=DeviceChoice.cpu, dtype=DTypeChoice.float32, **options,
+    )  # fmt: skip
+
+
+def over_ray(config: GenerateConfig, model: Path) -> list[generation.Outcome]:
+    outcomes: list[generation.Outcome] = []
+    generate_over_ray(generation.plan(config).jobs, config, outcomes.append, model)
+    return outcomes
+
+
+def test_a_folder_gives_the_meshes_of_one_process_and_resumes(model: Path, tmp_path: Path) -> None:
+    images = tmp_path / "in"
+    for index, name in enumerate("abcde"):
+        save_picture(images / f"{name}.png", x=10 * index)
+    (images / "broken.png").write_text("no image")
+    alone = _config(model, images, tmp_path / "one")
+    spread = _config(model, images, tmp_path / "ray", runner=Runner.ray)
+    generation.generate(load_pipeline(alone, model, 6), generation.plan(alone).jobs, alone, lambda _: None)
+    outcomes = over_ray(spread, model)
+    assert sorted(o.status for o in outcomes) == ["failed"] + ["ok"] * 5
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "ray").iterdir()) and len(files) == 5
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes()
+    (images / "broken.png").unlink()
+    (tmp_path / "ray" / files[2]).unlink()
+    spread.resume = True
+    again = over_ray(spread, model)
+    assert sorted(o.status for o in again) == ["ok"] + ["skipped"] * 4
+    missing = _config(tmp_path / "nowhere", images, tmp_path / "none", runner=Runner.ray)
+    with pytest.raises(UserError, match="nowhere"):
+        over_ray(missing, model)
+
+
+def test_two_replicas_answer_as_one_process_does(model: Path, tmp_path: Path) -> None:
+    from ray import serve
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    image = save_picture(tmp_path / "a.png").read_bytes()
+    config = ServeConfig(
+        model=str(model), port=port, runner=Runner.ray, replicas=2, device=DeviceChoice.cpu,
+        dtype=DTypeChoice.float32, token="secret",
+    )  # fmt: skip
+    serve_over_ray(config, model, block=False)
+    try:
+        base = f"http://127.0.0.1:{port}"
+        client = httpx.Client(base_url=base, headers={"Authorization": "Bearer secret"}, timeout=120)
+
+        def mesh(seed: int) -> bytes:
+            form = {"seed": str(seed), "steps": "1", "format": "stl"}
+            answer = client.post("/v1/meshes", files={"image": image}, data=form)
+            assert answer.status_code == 200, answer.text
+            return answer.content
+
+        with ThreadPoolExecutor(4) as pool:
+            meshes = list(pool.map(mesh, [0, 1] * 4))
+        assert len(set(meshes)) == 2 and meshes[::2] == [meshes[0]] * 4
+        expected = tmp_path / "one.stl"
+        tiny = tiny_pipeline()
+        save_mesh(tiny(tmp_path / "a.png", seed=0, steps=1).mesh, expected)
+        assert len(trimesh.load(expected).faces) == (len(meshes[0]) - 84) // 50
+        answer = client.post("/v1/meshes", files={"image": image}, data={"wait": "false"})
+        assert answer.status_code == 501 and "2 replicas" in answer.json()["error"]
+        assert client.get("/v1/jobs/any").status_code == 404
+        assert httpx.get(f"{base}/v1/models").status_code == 401
+    finally:
+        serve.shutdown()

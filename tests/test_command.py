@@ -1,0 +1,81 @@
+"""The command `elastic3d`: equal to the scripts, from a checkout and from an installed wheel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from elastic3d import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(
+    *arguments: str, folder: Path = ROOT, command: tuple[str, ...] = ("-m", "elastic3d.cli")
+) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def test_there_is_a_command_for_every_script() -> None:
+    scripts = {path for path in (ROOT / "scripts").glob("*.py") if not path.name.startswith("_")}
+    assert set(cli.find_commands().values()) == scripts
+    assert {"gen-mesh", "evaluate", "train", "serve", "app"} <= set(cli.find_commands())
+
+
+def test_overview_version_and_typing_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in cli.find_commands())
+    assert "Make a mesh from a picture" in shown or "Make a mesh from an image" in shown
+    assert cli.main(["--version"]) == 0 and "elastic3d 0." in capsys.readouterr().out
+    assert cli.main(["gen-msh"]) == 2
+    assert "did you mean gen-mesh?" in capsys.readouterr().err
+
+
+def test_a_command_answers_as_its_script_does() -> None:
+    for arguments in (["--help"], ["image=gone.png", "output=x.glb"]):
+        ours = run("gen-mesh", *arguments)
+        script = run(*arguments, command=(str(ROOT / "scripts/gen_mesh.py"),))
+        assert (ours.returncode, ours.stderr) == (script.returncode, script.stderr)
+        assert ours.stdout.splitlines()[1:] == script.stdout.splitlines()[1:]
+    assert run("gen_mesh", "image=gone.png", "output=x.glb").returncode == 2
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_finds_its_configurations_and_models(tmp_path: Path) -> None:
+    """Unpacked in another folder, with nothing of the checkout in sight."""
+    command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--wheel-dir", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "site")
+        entry = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+        assert "elastic3d = elastic3d.cli:main" in wheel.read(entry).decode()
+    (tmp_path / "work").mkdir()
+    start = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+    start += "from elastic3d import cli; print(cli.__file__); cli.main(sys.argv[1:])"
+    sample = str(ROOT / "data/samples/chair.png")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            start,
+            "gen-mesh",
+            f"image={sample}",
+            "output=chair.glb",
+            "steps=4",
+            "resolution=64",
+        ],
+        cwd=tmp_path / "work",
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "site") in done.stdout and (tmp_path / "work/chair.glb").is_file()
