@@ -122,5 +122,5 @@ def test_bad_options(config: EvaluateConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't write"):
         evaluate_folders(config)
     for options in ({"output": Path("report.txt")}, {"html": Path("page.pdf")}):
-        with pytest.raises(UserError, match="ends in"):
+        with pytest.raises(ValueError, match="ends in"):
             EvaluateConfig(**({"pred": tmp_path, "gt": tmp_path, "output": Path("a.json")} | options))

@@ -188,8 +188,8 @@ def test_meshes_that_cannot_be_scored_raise(bad: trimesh.Trimesh, message: str) 
     [
         ({"points": 0}, "points is 0"),
         ({"near_sigma": float("nan")}, "near_sigma is nan"),
-        ({"thresholds": []}, "thresholds is empty"),
-        ({"thresholds": [0.0]}, "thresholds is 0.0"),
+        ({"thresholds": []}, "thresholds has 0 values"),
+        ({"thresholds": [0.0]}, "thresholds has 0.0"),
     ],
 )
 def test_bad_protocols_raise(options: dict, message: str) -> None:

@@ -265,7 +265,9 @@ def test_the_images_colours_are_on_the_mesh(
     assert command("image=a.png", "output=a.ply", "texture=project", "max_faces=500") == 0
     colours = trimesh.load(tmp_path / "a.ply", process=False).visual.vertex_colors[:, :3]
     away = abs(colours.astype(int) - [128, 0, 0]).max(axis=1)
-    assert away.max() < 40 and (away < 12).mean() > 0.8  # enlarging the image of 30 x 60 pixels rings at its outline
+    assert (
+        away.max() < 40 and (away < 12).mean() > 0.8
+    )  # enlarging the image of 30 x 60 pixels rings at its outline
     assert (
         command(
             "image=a.png", "output=a.glb", "texture=project", "uv=true", "texture_size=64", "max_faces=500"
