@@ -22,7 +22,7 @@ LORA = ("few_step_lora",)
 ROUTERS = "elastic"
 _COST, _SPEEDUP, _IOU = "flops_ratio_to_baseline", "dit_speedup", "iou_paired"
 _MEASURED = {name: Maybe(Number(low=-1e9, high=1e9)) for name in (_COST, _SPEEDUP, _IOU, *F_SCORES)}
-_SHAPE = {
+SHAPE = {
     "about": {
         "date": str,
         "machine": {"processor": str, "cores": int},
@@ -59,7 +59,7 @@ def make_dial(config: DialConfig) -> list[tuple[str, Row]]:
         UserError: results of another model, or without what a dial needs.
     """
     pipeline = ImageTo3DPipeline.from_pretrained(config.model, "cpu", "float32", dial=False)
-    report, source = load_json(config.results, _SHAPE), printable(config.results)
+    report, source = load_json(config.results, SHAPE), printable(config.results)
     measured = report["about"]["models"]["model"]
     if measured != pipeline.weights_sha256:
         raise UserError(
