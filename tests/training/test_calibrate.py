@@ -21,7 +21,7 @@ from elastic3d.training.elastic_image import ImageRouterStage
 from elastic3d.training.options import DataConfig, StageName
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.structured import load_json, save_json
-from tests.training.test_elastic import router_config
+from tests.training.test_elastic import dense, router_config  # noqa: F401  # a fixture
 from tests.training.test_image_stages import folder, image_config  # noqa: F401  # a fixture
 
 STEPS, TIMES, CURVE = 12, [0.2, 0.8], [0.3, -0.2]
@@ -91,7 +91,10 @@ def test_curves_are_chosen_by_the_anchors_of_anchored_latents(dense, monkeypatch
 def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypatch):  # noqa: F811
     before = {path.name: path.read_bytes() for path in routers.iterdir()}
     config = shape_config(dense, {"trends": Curve.keep, "urgency": Curve.keep})
+    dial = routers.parent / "dial.json"
+    dial.write_text("{}")
     assert run_stage(config) == 0
+    assert not dial.exists(), "it was measured with the earlier calibration"
     after = {path.name: path.read_bytes() for path in routers.iterdir()}
     assert {name for name in before if before[name] != after[name]} == {"config.json"}
     found = load_router_config(routers, "ShapeDiT")
