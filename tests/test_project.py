@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import train
 import yaml
 from _cli import parse
 from packaging.requirements import Requirement
+
+from elastic3d.training.stages import stage_config
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -66,7 +69,9 @@ def entry_points(script: Path) -> list[tuple[type, str]]:
 
 
 def entry_point(script: Path, arguments: list[str]) -> tuple[type, str]:
-    """The one that a command takes: `task=images` or `backbone=` chooses the other where there are two."""
+    """The one that a command takes: `stage=` chooses it for train.py; `task=images` or `backbone=` the other of two."""
+    if script.stem == "train":
+        return stage_config(train.chosen_stage(train.with_own_stage(arguments))), "train"
     first, *rest = entry_points(script)
     return (
         first if not rest or any(a.startswith(("backbone=", "task=images")) for a in arguments) else rest[-1]
@@ -120,6 +125,8 @@ def test_documented_commands_are_understood(command):
     if "--help" in arguments:
         return
     config_class, name = entry_point(ROOT / script, arguments)
+    if name == "train":
+        arguments = train.with_own_stage(arguments)
     assert isinstance(parse(config_class, name, arguments), config_class)
 
 
