@@ -66,7 +66,7 @@ class Row:
     def of(cls, values: Mapping[str, Any]) -> Row:
         """A row as the file holds it."""
         names = ("cost", "steps", "router_budget", "few_step_lora", "speedup", "iou")
-        return cls(*(values[name] for name in names), f_scores=tuple(values[name] for name in F_SCORES))
+        return cls(*(values[name] for name in names), tuple(values[name] for name in F_SCORES))  # type: ignore[call-arg]
 
     def over(self, asked: ElasticOptions) -> ElasticOptions:
         """What a caller asks for, with the settings of this row in the place of its budget."""

@@ -148,8 +148,9 @@ class Announced:
             if value.shape != (B,):
                 raise ValueError(f"a batch of {B}, but {value.shape[0]} values of {name}")
         leaders = self.leaders or len(self.samples) or B
+        told = (values["dt"], values["budget"], values["branch"])
         return StepContext(
-            t.float(), **values, rows=rows, when=when, leaders=leaders, hold=self.hold, training=self.training
+            t.float(), *told, rows=rows, when=when, leaders=leaders, hold=self.hold, training=self.training
         )
 
 

@@ -156,7 +156,7 @@ def with_texture(mesh: trimesh.Trimesh, colours: ImageColours, size: int) -> tri
 
     What lies between the charts takes the colour of the nearest one, so that no seam shows when it is scaled down.
     """
-    uv = np.asarray(mesh.visual.uv, np.float64)
+    uv = np.asarray(mesh.visual.uv, np.float64)  # type: ignore[union-attr]  # as the caller says
     flat = trimesh.Trimesh(np.pad(uv, [(0, 0), (0, 1)]), mesh.faces, process=False)
     scene = rtcore_scene.EmbreeScene()
     TriangleMesh(scene, np.ascontiguousarray(flat.triangles, np.float32))
@@ -164,7 +164,7 @@ def with_texture(mesh: trimesh.Trimesh, colours: ImageColours, size: int) -> tri
     origins = np.stack([(columns + 0.5) / size, 1 - (rows + 0.5) / size, np.ones(size * size)], axis=1)
     found = scene.run(
         origins.astype(np.float32),
-        np.ascontiguousarray(np.broadcast_to(np.float32([0, 0, -1]), origins.shape)),
+        np.ascontiguousarray(np.broadcast_to(np.array([0, 0, -1], np.float32), origins.shape)),
         output=True,
     )
     face = np.asarray(found["primID"]).astype(np.int64)

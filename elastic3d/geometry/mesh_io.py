@@ -208,7 +208,7 @@ def _gltf_visual(mesh: trimesh.Trimesh) -> trimesh.visual.TextureVisuals:
     )
     visual = trimesh.visual.TextureVisuals(uv=uv, material=material)
     if coloured:
-        colours = np.array(mesh.visual.vertex_colors, np.uint8)
+        colours = np.array(mesh.visual.vertex_colors, np.uint8)  # type: ignore[union-attr]  # as its kind says
         colours[:, :3] = linear_of(colours[:, :3])
         visual.vertex_attributes["color"] = colours
     return visual

@@ -34,7 +34,8 @@ class ShapeField:
     def __init__(self, vae: ShapeVAE, tokens: Tensor) -> None:
         """tokens (B,N,D) as `ShapeVAE.decode` gives them."""
         self.vae, self.tokens = vae, tokens
-        self._sample, self._reader = -1, None
+        self._sample = -1
+        self._reader: _Reader | None = None
 
     @torch.no_grad()
     def __call__(self, points: Tensor, sample: Tensor) -> Tensor:
@@ -57,8 +58,9 @@ def _reader(vae: ShapeVAE, tokens: Tensor) -> _Reader:
         anchors, tokens = tokens[..., :3], tokens[..., 3:]
     dtype = vae.post_kl.weight.dtype
     plain = tokens.device.type != "cpu" or dtype != torch.float32
-    local = anchors is not None and vae.config.neighbours_out > 1 and not plain
-    return (_AnchorReader if local else _Reader)(vae.geo_decoder, tokens.to(dtype), anchors)
+    if anchors is not None and vae.config.neighbours_out > 1 and not plain:
+        return _AnchorReader(vae.geo_decoder, tokens.to(dtype), anchors)
+    return _Reader(vae.geo_decoder, tokens.to(dtype), anchors)
 
 
 class _Reader:
@@ -124,6 +126,7 @@ class _AnchorReader(_Reader):
         q = rearrange(attention.c_q(block.ln_1(x)), "B P (H d) -> B H P d", H=attention.heads)
         if attention.attention is not None:
             q = attention.attention.q_norm(q)
+        assert attention.distance is not None  # anchors have it
         q = attention.distance.extend_queries(q, points)[0]
         out = x[0] + attention.c_proj.bias
         for weights, values in zip(

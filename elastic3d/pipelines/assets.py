@@ -16,7 +16,7 @@ from elastic3d.geometry.pose import CANONICAL, FRONT, find_pose
 from elastic3d.models.foreground import centred, cut_out
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.pictures import load_picture
-from elastic3d.pipelines.conditions import Picture
+from elastic3d.pipelines.conditions import Picture, as_file_or_image
 from elastic3d.pipelines.image_to_3d import Result
 from elastic3d.pipelines.options import AssetConfig, Texture
 
@@ -75,7 +75,7 @@ def coloured(
 ) -> tuple[trimesh.Trimesh, dict[str, object]]:
     """The mesh with the image's colours (as a texture if it has texture coordinates), and where the camera is."""
     front = image[VIEW_NAMES[0]] if isinstance(image, Mapping) else image
-    cut = cut_out(load_picture(front), foreground)
+    cut = cut_out(load_picture(as_file_or_image(front)), foreground)
     left, top, right, bottom = cut.getchannel("A").getbbox() or (0, 0, *cut.size)
     side = round(max(right - left, bottom - top) / (1 - BORDER))
     pixels = np.asarray(centred(cut, int(np.clip(side, LEAST_SIDE, MOST_SIDE)), BORDER))

@@ -165,7 +165,7 @@ class ImageTo3DPipeline:
         self, images: Sequence[Picture], seed: int | Sequence[int] = 0, **options: Any
     ) -> list[Result]: ...
 
-    def __call__(  # type: ignore[misc]  # the overloads pass the options on unnamed
+    def __call__(
         self,
         images: Picture | Sequence[Picture],
         seed: int | Sequence[int] = 0,

@@ -94,5 +94,6 @@ def _spread(
             outcomes = [Outcome(j.subject, printable(j.output), j.seed, "failed", _DIED) for j in batch]
             worker = kind.remote(config, default)
         yield from outcomes
-        if (batch := next(waiting, None)) is not None:
+        for batch in waiting:
             running[worker.make.remote(batch)] = (worker, batch)
+            break

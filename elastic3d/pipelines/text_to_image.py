@@ -94,7 +94,8 @@ class TextToImagePipeline:
         if weights is None:
             if isinstance(backbone, BackboneName):
                 raise UserError(f"weights are missing: the folder of a {backbone.name} pipeline")
-            backbone, weights = BackboneName.small, find_model(backbone)
+            folder: str | Path = backbone
+            backbone, weights = BackboneName.small, find_model(folder)
         elif not isinstance(backbone, BackboneName):
             backbone = backbone_named(str(backbone))
         folder, target = Path(weights), resolve_device(device)

@@ -41,7 +41,9 @@ KEEP_S = 900
 FONTS = ["system-ui", "sans-serif"]  # of the visitor's machine
 CSS = "footer {display: none !important} .gradio-container {max-width: 1200px !important}"
 
-OPTIONS = (
+# In the order in which `_Visit.generate` takes them.
+OPTIONS = ["image", "quality", "budget", "compare", "seed", "samples", "steps", "resolution", "faces"]
+OPTIONS += ["tolerance", "border"]
     "image",
     "quality",
     "budget",
@@ -52,8 +54,8 @@ OPTIONS = (
     "resolution",
     "faces",
     "tolerance",
-)
-OPTIONS += ("border",)  # in the order in which `_Visit.generate` takes them
+    "border",
+]
 
 Draw = Callable[[str, int], Image.Image]
 """(prompt, seed) -> an image of it."""
@@ -306,7 +308,7 @@ def _scene(shown: Shown, index: int) -> str:
 
 
 def _pick(shown: Shown, event: gr.SelectData) -> tuple[str, int]:
-    index = int(event.index)  # type: ignore[call-overload]
+    index = int(event.index)
     return _scene(shown, index), index
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -59,7 +60,8 @@ def serve_over_ray(config: ServeConfig, default: Path, block: bool = True) -> No
         ray.init(include_dashboard=False, log_to_driver=False, num_cpus=None if gpu else config.replicas + 1)
     serve.start(http_options={"host": config.host, "port": config.port})
     folder = default.resolve()
-    replica = serve.deployment(serve.ingress(lambda: build_app(config, folder))()).options(
+    made: Any = serve.deployment(serve.ingress(lambda: build_app(config, folder))())
+    replica = made.options(
         name="meshes",
         num_replicas=config.replicas,
         max_ongoing_requests=config.queue,

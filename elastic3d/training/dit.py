@@ -123,11 +123,11 @@ class FlowObjective(nn.Module):
     def squared_error(self, batch: Batch) -> Tensor:
         """Of the predicted velocity, (B,N,C) fp32."""
         x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
-        elastic = self.routes is not None and self.training and "route" in batch
-        if elastic:
-            self.routes.announce(batch["route"])
-        elif self.routes is not None:
-            self.routes.leave()
+        if self.routes is not None:
+            if self.training and "route" in batch:
+                self.routes.announce(batch["route"])
+            else:
+                self.routes.leave()
         found = self.dit(x_t, batch["t"], batch["condition"]).float()
         return (found - velocity(batch["noise"], batch["latents"])).square()
 

@@ -315,11 +315,11 @@ class _Builder:
         used = list(enumerate(chosen)) if changed else [(0, pair) for pair in sorted(set(chosen))]
         pictures = []
         for index, (place, flip) in used:
-            view = load_picture(found[place]) if changed or flip else found[place]
+            view: Image.Image | Path = found[place]
             if changed:
-                view = augment_view(view, np.random.default_rng([_number(id), index, 6]))
+                view = augment_view(load_picture(view), np.random.default_rng([_number(id), index, 6]))
             if flip:
-                view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                view = load_picture(view).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             pictures.append(prepare_picture(view, self.foreground, self.encoder.image_size))
         tokens = self.encoder(to_tensor(pictures).to(self.device)).cpu()
         return tokens if changed else tokens[[used.index((0, pair)) for pair in chosen]]
