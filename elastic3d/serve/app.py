@@ -44,18 +44,6 @@ CSS = "footer {display: none !important} .gradio-container {max-width: 1200px !i
 # In the order in which `_Visit.generate` takes them.
 OPTIONS = ["image", "quality", "budget", "compare", "seed", "samples", "steps", "resolution", "faces"]
 OPTIONS += ["tolerance", "border"]
-    "image",
-    "quality",
-    "budget",
-    "compare",
-    "seed",
-    "samples",
-    "steps",
-    "resolution",
-    "faces",
-    "tolerance",
-    "border",
-]
 
 Draw = Callable[[str, int], Image.Image]
 """(prompt, seed) -> an image of it."""
