@@ -8,15 +8,19 @@ goes on where it was.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from _cli import run
 
 from elastic3d.benchmark.stages_options import DecodingConfig
+from elastic3d.utils.paths import check_distinct
 
 
 def main(config: DecodingConfig) -> int:
     """Measure, write the files, print the table."""
     from elastic3d.benchmark.decoding import compare_decoding
 
+    check_distinct({"images": config.images, "model": Path(config.model)}, {"output": config.output})
     print(compare_decoding(config))
     return 0
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 from _cli import run
 
 from elastic3d.benchmark.dial import DialConfig, make_dial
+from elastic3d.diffusion.dial import DIAL_NAME
+from elastic3d.utils.paths import check_distinct
 
 
 def main(config: DialConfig) -> int:
     """Write the file and print its rows."""
+    check_distinct({"results": config.results}, {"dial": config.model / DIAL_NAME})
     for name, row in make_dial(config):
         settings = "dense" if row.router_budget is None else f"routers {row.router_budget:g}"
         lora = ", few-step LoRA" if row.few_step_lora else ""

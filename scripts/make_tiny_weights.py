@@ -8,15 +8,19 @@ Its meshes are blobs: only that the commands run is shown, and how.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from _cli import run
 
 from elastic3d.checkpoints.options import TinyWeightsConfig
+from elastic3d.utils.paths import check_distinct
 
 
 def main(config: TinyWeightsConfig) -> None:
     """Draw, write."""
     from elastic3d.checkpoints.tiny import write_tiny
 
+    check_distinct({}, {"output": Path(config.output)})
     print(
         f"{write_tiny(config.model, config.output, config.seed)}: a tiny {config.model} with random weights"
     )

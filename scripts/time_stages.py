@@ -12,12 +12,15 @@ from __future__ import annotations
 from _cli import run
 
 from elastic3d.benchmark.stages_options import StagesConfig
+from elastic3d.utils.paths import check_distinct
 
 
 def main(config: StagesConfig) -> int:
     """Measure, write the JSON, print the table."""
     from elastic3d.benchmark.stages import measure_stages, printed
 
+    reads = {"image": config.image, "model": config.model, "against": config.against}
+    check_distinct(reads, {"output": config.output})
     print(printed(measure_stages(config)["table"]))
     return 0
 

@@ -33,7 +33,7 @@ class DecodingConfig(Options):
 
     model: str = option(DEFAULT_MODEL, "folder of the model")
     images: Path = option(Path("data/samples"), "folder of images to sample latents from")
-    seeds: list[int] = option([0, 1, 2], "seeds of the latents of each image")
+    seeds: list[int] = option([0, 1, 2], "seeds of the latents of each image", ge=0, le=2**63 - 1)
     output: Path = option(
         Path("outputs/decoding"), "folder for latents.safetensors, shapes.json and table.md"
     )

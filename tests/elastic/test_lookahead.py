@@ -207,7 +207,7 @@ def test_urgency_moves_gates_at_its_times_alone():
     dit, session = attached(of_one_decision())
     _, before = generated(dit, session)
     config = session.router_config
-    session.router_config = replace(config, times=[0.4, 0.5, 0.6], urgency=[0.0, 1e4, 0.0])
+    session.router_config = replace(config, times=[0.4, 0.5, 0.6], urgency=[0.0, 1e3, 0.0])
     _, after = generated(dit, session)
     steps = torch.arange(STEPS) / STEPS
     assert (after[steps == 0.5] == 1).all() and (before[steps == 0.5] == -1).any()

@@ -35,7 +35,7 @@ CONFIGS: dict[str, tuple[str, Any]] = {
     "evaluate": ("evaluate", EvaluateConfig),
     "prepare_data": ("prepare_data", PrepareConfig),
     "train": ("train", TrainConfig),
-    "import_hunyuan3d": ("import_hunyuan3d", ImportConfig),
+    "import_weights": ("import_weights", ImportConfig),
 }
 
 

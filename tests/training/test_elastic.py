@@ -19,6 +19,7 @@ from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.datasets import stack
 from elastic3d.training.elastic import (
     MESH_TERMS,
@@ -323,7 +324,7 @@ def test_calibration_makes_the_executed_cost_what_was_asked_for(dense):
         torch.zeros(1, 8, 7),
         torch.tensor([session.router_config.calibrated(settings.budget) ** 2]),
     )
-    stage.calibrate(points=40)
+    stage.calibrate(CurvesConfig(), points=40)
     for budget in (0.3, 0.5, 0.9, 1.0):
         assert stage._generate(ElasticConfig(budget=budget))[1].item() == pytest.approx(budget, abs=0.01)
     session.begin(2, 1, [0.5, 1.0])
@@ -347,7 +348,7 @@ def test_a_cache_of_another_model_is_refused(dense):
     )
     with pytest.raises(UserError, match="has 9 latent channels, but the cache has 7"):
         RouterStage(router_config(dense, routing={"model": dense / "o"}))
-    with pytest.raises(ValueError, match="routing.max_steps is 3, expected a value from 8 to 1000"):
+    with pytest.raises(ValueError, match="max_steps is 3, expected a value from 8 to 1000"):
         RouterStageConfig(max_steps=3)
 
 

@@ -23,6 +23,7 @@ from elastic3d.utils.structured import load_json, save_json
 from elastic3d.utils.tensors import read_weights
 from tests.training.test_calibrate import save_tiny_routers
 from tests.training.test_dit import config_for
+from tests.training.test_elastic import dense  # noqa: F401  # a fixture
 from tests.training.tiny import export_of
 
 ROUTERS = RouterConfig(lookahead=Lookahead.step, longest=3, widths=1, head_std=0.3)
