@@ -25,6 +25,8 @@ Ints = NDArray[np.int64]
 
 _IDENTITY = np.eye(4)
 
+MOST_DRAWN = 100_000  # primitives, an instance each time; more take minutes and are no single object
+
 
 def read_gltf(path: Path, data: bytes) -> tuple[Floats, Ints]:
     """Positions (V, 3) in the scene's frame and faces (F, 3) of a file's content; `path` is where its buffers are.
@@ -42,6 +44,7 @@ class _Scene:
     def __init__(self, file: GltfFile) -> None:
         self._file = file
         self._size = 0
+        self._drawn = 0
 
     def surface(self) -> tuple[Floats, Ints]:
         """All meshes of the scene in its frame."""
@@ -138,6 +141,9 @@ class _Scene:
                 continue
             if "POSITION" not in attributes:
                 continue
+            self._drawn += 1
+            if self._drawn > MOST_DRAWN:
+                raise FormatError(f"its scene draws more than {MOST_DRAWN:,} primitives")
             points = self._positions(primitive, attributes["POSITION"], weights)
             faces = self._faces(primitive, mode, len(points))
             if "skin" in node:

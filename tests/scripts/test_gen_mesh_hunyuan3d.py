@@ -12,6 +12,7 @@ from typing import Any
 import gen_mesh
 import pytest
 import torch
+import train
 import trimesh
 from _cli import execute, parse
 from hunyuan_tiny import DINOV2, write_checkpoint, write_checkpoint_21
@@ -28,6 +29,7 @@ from elastic3d.models.weights import load_hunyuan3d
 from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.preparation.options import PrepareConfig
 from elastic3d.training.options import TrainConfig
+from elastic3d.training.stages import stage_config
 
 Command = Callable[..., int]
 CONFIGS: dict[str, tuple[str, Any]] = {
@@ -204,5 +206,9 @@ def test_commands_of_the_documentation_are_understood() -> None:
     commands = re.findall(r"^python scripts/(\w+)\.py (.*)$", text, re.MULTILINE)
     assert len(commands) > 8
     for script, arguments in commands:
+        given = shlex.split(arguments)
         name, config_class = CONFIGS[script]
-        assert isinstance(parse(config_class, name, shlex.split(arguments)), config_class), arguments
+        if script == "train":
+            given = train.with_own_stage(given)
+            config_class = stage_config(train.chosen_stage(given))
+        assert isinstance(parse(config_class, name, given), config_class), arguments
