@@ -19,7 +19,7 @@ from tiny_pipeline import picture, save_picture, tiny_pipeline  # noqa: E402
 
 from elastic3d.elastic import attach  # noqa: E402
 from elastic3d.elastic.config import ElasticConfig, RouterConfig  # noqa: E402
-from elastic3d.serve.app import _Visit, build_app, launch  # noqa: E402
+from elastic3d.serve.app import _mask, _Visit, build_app, launch  # noqa: E402
 from elastic3d.serve.queue import MeshQueue  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -115,17 +115,15 @@ def test_from_an_image_to_a_download(address: str, browser, tmp_path: Path) -> N
     assert visit.elsewhere == []
 
 
-def test_what_goes_wrong_is_said_on_the_page(address: str, browser, tmp_path: Path) -> None:
-    visit = Visit(browser)
-    page = visit.page
-    page.goto(address)
-    page.get_by_role("button", name="Make mesh").click()
-    page.get_by_text("There is no image yet").first.wait_for()
-    blank = tmp_path / "blank.png"
-    Image.new("RGB", (64, 64), "white").save(blank)
-    page.locator("input[type=file]").first.set_input_files(blank)
-    page.get_by_text("stands out from its background").first.wait_for()
-    assert visit.elsewhere == []
+def test_what_goes_wrong_is_one_sentence_for_the_page() -> None:
+    """`gr.Error` is what Gradio shows to a visitor."""
+    with MeshQueue(tiny_pipeline()) as queue:
+        generate = _Visit(queue).generate
+        options = (0.5, False, 0, 1, 2, 16, 500, 20, 0.15)
+        with pytest.raises(gradio.Error, match="There is no image yet"):
+            next(generate(None, "default", *options))
+    with pytest.raises(gradio.Error, match="stands out from its background"):
+        _mask(Image.new("RGB", (64, 64), "white"), 20, 0.15)
 
 
 def test_a_prompt_becomes_the_image_and_a_phone_shows_the_page(address: str, browser) -> None:
