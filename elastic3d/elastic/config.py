@@ -115,6 +115,13 @@ class RouterConfig(Options):
         ascending=True,
         internal=True,
     )
+    trained_steps: list[int] = option(
+        [],
+        "fewest and most steps of the generations that routers and few-step LoRA were trained through; empty: any",
+        ge=1,
+        le=1000,
+        internal=True,
+    )
     forecast_times: list[float] = option(
         [],
         "calibration of that: times in [0,1], ascending; empty: none",
@@ -160,6 +167,10 @@ class RouterConfig(Options):
             )
         if len(self.guided_times) not in (0, 2):
             raise ValueError(f"guided_times is {self.guided_times}, expected none or two, ascending")
+        if self.trained_steps and (len(self.trained_steps) != 2 or self.lookahead is not Lookahead.block):
+            raise ValueError(
+                f"trained_steps is {self.trained_steps}, expected two numbers, of routers with lookahead=block"
+            )
         for names, at, found in (
             ("asked and told", self.asked, self.told),
             ("times and urgency", self.times, self.urgency),
@@ -187,6 +198,24 @@ class RouterConfig(Options):
                 share = (budget - low) / max(high - low, 1e-9)
                 return self.told[i - 1] + share * (self.told[i] - self.told[i - 1])
         return self.told[-1]
+
+    def check_generation(self, steps: int, guidance: float | None, updates: bool) -> None:
+        """UserError for a generation that routers and few-step LoRA, trained through whole generations, do not cover:
+        neither is any good without the other. `guidance`: that of a second branch, None without one."""
+        if not self.trained_steps:
+            return
+        low, high = self.trained_steps
+        if not low <= steps <= high:
+            raise UserError(
+                f"steps is {steps}, expected {low} to {high}, for which these per-block routers were trained"
+            )
+        if not updates:
+            raise UserError("updates is false, expected true: these routers were trained with their few-step LoRA")
+        if self.updates_guidance not in (None, guidance):
+            raise UserError(
+                f"guidance is {1.0 if guidance is None else guidance:g}, expected {self.updates_guidance:g}, which the"
+                " few-step LoRA of these routers has learned"
+            )
 
     def guided_share(self, times: Sequence[float]) -> float:
         """Share of the dense model's calls in a generation with steps at these times whose updates have learned the

@@ -81,7 +81,8 @@ class StepContext:
     each (B,) fp32. Rows of a generation are (branch, sample), each at its step; a training pass has none. The first
     `leaders` rows are those of one branch. `entered`: by its first block, what came into each span of blocks;
     `settled`: blocks within a span, and the rows of each action, as its first block has settled it for them;
-    `deferred`: samples that should have run and wait.
+    `deferred`: samples that should have run and wait. `asked`: in a rollout what the routers of the blocks decided, where
+    `decisions` are what was executed.
     """
 
     t: Tensor
@@ -100,6 +101,7 @@ class StepContext:
     deferred: set[int] = field(default_factory=set)
     entered: dict[int, Streams] = field(default_factory=dict)
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
+    asked: dict[int, RouteDecision] = field(default_factory=dict)
     flops: dict[int, BlockFlops] = field(default_factory=dict)
     ran_rows: dict[int, int] = field(default_factory=dict)
     visited: set[int] = field(default_factory=set)

@@ -23,11 +23,14 @@ def coarseness(
 ) -> float | None:
     """How few calls a generation leaves: 0 at the most for which there are updates, 1 at half of them; None where they
     are not used, as with another `guidance` than they have learned, or in more steps. `share` of the dense calls is
-    all that a generation makes which has learned its guidance: its budget is spent on those."""
+    all that a generation makes which has learned its guidance: its budget is spent on those. Per-block routers evaluate
+    the model at every step, whatever their budget."""
     if config.updates_guidance not in (None, guidance):
         return None
     if config.updates_steps is not None and steps > config.updates_steps:
         return None
+    if config.trained_steps:
+        budget = share = 1.0
     calls = round(steps * budget, 6)  # a budget that is a rounded share of the steps must not miss the limit
     if not config.updates or calls > config.updates_calls:
         return None

@@ -55,6 +55,25 @@ class RouteDecision:
         """A route that nobody computed: keep (B,) bool and width (B,) long, with certain probabilities."""
         return RouteDecision(keep, width, keep.float(), F.one_hot(width, widths).float())
 
+    @staticmethod
+    def stacked(decisions: Sequence[RouteDecision], dim: int) -> RouteDecision:
+        """Several as one, along a new axis that comes after that of the samples."""
+        parts = zip(*((d.keep, d.width, d.keep_prob, d.width_prob) for d in decisions), strict=True)
+        return RouteDecision(*(torch.stack(part, dim=dim) for part in parts))
+
+    def rows(self, index: slice) -> RouteDecision:
+        """Those of some samples."""
+        return RouteDecision(self.keep[index], self.width[index], self.keep_prob[index], self.width_prob[index])
+
+    def of(self, block: int) -> RouteDecision:
+        """Of stacked ones, whose last axis is that of the blocks, those of one."""
+        return RouteDecision(
+            self.keep[..., block],
+            self.width[..., block],
+            self.keep_prob[..., block],
+            self.width_prob[..., block, :],
+        )
+
     def running(self, rows: Tensor) -> RouteDecision:
         """The same, but rows (B,) bool run at full width whatever the router says, which then learns nothing there."""
         full = self.width_prob.shape[-1] - 1
