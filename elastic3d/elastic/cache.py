@@ -66,8 +66,8 @@ class ResidualCache:
         ]
 
     def reuse(self, age: int, keep: bool, keep_prob: float, threshold: float) -> bool:
-        """Whether a residual of this age stands in for a block: where the block is skipped, or, with E-DiT's rule, where
-        its gate is in a band above the threshold."""
+        """Whether a residual of this age stands in for a block: where it is skipped, or, with E-DiT's rule, where its
+        gate is in a band above the threshold."""
         if not age:
             return False
         if not keep:

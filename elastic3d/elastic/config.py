@@ -210,7 +210,9 @@ class RouterConfig(Options):
                 f"steps is {steps}, expected {low} to {high}, for which these per-block routers were trained"
             )
         if not updates:
-            raise UserError("updates is false, expected true: these routers were trained with their few-step LoRA")
+            raise UserError(
+                "updates is false, expected true: these routers were trained with their few-step LoRA"
+            )
         if self.updates_guidance not in (None, guidance):
             raise UserError(
                 f"guidance is {1.0 if guidance is None else guidance:g}, expected {self.updates_guidance:g}, which the"

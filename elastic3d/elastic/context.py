@@ -81,8 +81,8 @@ class StepContext:
     each (B,) fp32. Rows of a generation are (branch, sample), each at its step; a training pass has none. The first
     `leaders` rows are those of one branch. `entered`: by its first block, what came into each span of blocks;
     `settled`: blocks within a span, and the rows of each action, as its first block has settled it for them;
-    `deferred`: samples that should have run and wait. `asked`: in a rollout what the routers of the blocks decided, where
-    `decisions` are what was executed.
+    `deferred`: samples that should have run and wait. `decisions` are what is executed, `asked` what the routers of the
+    blocks decided in a rollout.
     """
 
     t: Tensor

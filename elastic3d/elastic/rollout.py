@@ -51,9 +51,7 @@ class Rollout:
             keep = gate < asked.keep_prob
             width = (choice[:, None] >= asked.width_prob.cumsum(-1)[:, :-1]).sum(-1)
         action = self.routes[sample, step, branch, block].to(keep.device)
-        forced = RouteDecision.fixed(
-            action > SKIPPED, (action - 1).clamp_min(0), asked.width_prob.shape[-1]
-        )
+        forced = RouteDecision.fixed(action > SKIPPED, (action - 1).clamp_min(0), asked.width_prob.shape[-1])
         free = action == FREE
         return RouteDecision(
             torch.where(free, keep, forced.keep),
@@ -90,9 +88,7 @@ class Rollout:
 
         `one_branch`: the dense model runs both branches at every step (see `Trace`)."""
         flops, done, ran = self.passes[0].flops, self.executed(), self.ran()
-        cost = sum(
-            decision_flops(done.of(index), flops[index], tuple(ratios)) for index in sorted(flops)
-        )
+        cost = sum(decision_flops(done.of(index), flops[index], tuple(ratios)) for index in sorted(flops))
         passes = 2 * len(ran) if one_branch else int(ran.sum())
         return cost.sum((1, 2)) / (passes * sum(block.dense for block in flops.values()))
 
@@ -135,4 +131,3 @@ def flipped(actions: Tensor, cell: Tensor, widths: int) -> Tensor:
 def gate_logits(decision: RouteDecision) -> Tensor:
     """Of decisions of any shape."""
     return decision.keep_prob.clamp(1e-6, 1 - 1e-6).logit()
-

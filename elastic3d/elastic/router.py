@@ -63,7 +63,9 @@ class RouteDecision:
 
     def rows(self, index: slice) -> RouteDecision:
         """Those of some samples."""
-        return RouteDecision(self.keep[index], self.width[index], self.keep_prob[index], self.width_prob[index])
+        return RouteDecision(
+            self.keep[index], self.width[index], self.keep_prob[index], self.width_prob[index]
+        )
 
     def of(self, block: int) -> RouteDecision:
         """Of stacked ones, whose last axis is that of the blocks, those of one."""

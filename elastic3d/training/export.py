@@ -31,7 +31,8 @@ from elastic3d.training.dit import DiTTrainConfig
 from elastic3d.training.elastic import RouterStage, RouterTrainConfig
 from elastic3d.training.elastic_image import ImageRouterTrainConfig
 from elastic3d.training.elastic_objective import TrainedParts
-from elastic3d.training.few_step import FewStepTrainConfig, attach_for_updates, pipeline_config
+from elastic3d.training.few_step import FewStepTrainConfig, attach_for_updates
+from elastic3d.training.generations import pipeline_config
 from elastic3d.training.image import ImageTrainConfig
 from elastic3d.training.journal import METRICS_NAME, read_metrics
 from elastic3d.training.latents import LatentInfo

@@ -14,7 +14,7 @@ from elastic3d.elastic.few_step import LowRankUpdate
 from elastic3d.elastic.rollout import FREE, Rollout, flipped
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import REUSED, SKIPPED
-from tests.contracts.families import CLOSE, B, K, Family, rows, run
+from tests.contracts.families import CLOSE, B, Family, K, rows, run
 
 S, SAMPLES = 3, B // 2
 # of few-step LoRA and gates that differ between samples, blocks and steps; residuals live for one step
@@ -38,7 +38,11 @@ def routed(family: Family, config: RouterConfig = CONFIG) -> tuple[nn.Module, El
 
 
 def generate(
-    model: nn.Module, session: ElasticSession, inputs: dict, samples: int = SAMPLES, budget: float | None = None
+    model: nn.Module,
+    session: ElasticSession,
+    inputs: dict,
+    samples: int = SAMPLES,
+    budget: float | None = None,
 ) -> Tensor:
     """The sum of what the model puts out in S steps with both branches, each step's input being that of the last one
     and what came out. (2 x samples, ...)"""

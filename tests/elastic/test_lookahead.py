@@ -18,6 +18,7 @@ from elastic3d.elastic.config import (
 from elastic3d.elastic.context import Hold
 from elastic3d.elastic.policies import TableRoutes
 from elastic3d.elastic.session import ElasticSession
+from elastic3d.elastic.trace import SKIPPED
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 
