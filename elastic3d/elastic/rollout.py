@@ -88,9 +88,9 @@ class Rollout:
 
         `one_branch`: the dense model runs both branches at every step (see `Trace`)."""
         flops, done, ran = self.passes[0].flops, self.executed(), self.ran()
-        cost = sum(decision_flops(done.of(index), flops[index], tuple(ratios)) for index in sorted(flops))
+        costs = [decision_flops(done.of(index), flops[index], tuple(ratios)) for index in sorted(flops)]
         passes = 2 * len(ran) if one_branch else int(ran.sum())
-        return cost.sum((1, 2)) / (passes * sum(block.dense for block in flops.values()))
+        return torch.stack(costs).sum((0, 2, 3)) / (passes * sum(block.dense for block in flops.values()))
 
     def log_likelihood(self, actions: Tensor) -> Tensor:
         """Mean over the cells that ran of the log-probability (B,) that the routers give to actions (B,S,2,I)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,9 +103,9 @@ class ElasticSession:
         """A new generation, of steps at `times`: caches and trace start empty. `guidance`: that of a second branch."""
         if samples < 1 or steps < 1:
             raise ValueError(f"a generation of {samples} samples in {steps} steps, expected at least 1 and 1")
-        if budget is None:
-            budget = self.settings.budget if self.rollout is None else self.rollout.budget.tolist()
-        budgets = one_each(budget, samples, "budgets")
+        if budget is None and self.rollout is not None:
+            budget = cast(list[float], self.rollout.budget.tolist())
+        budgets = one_each(self.settings.budget if budget is None else budget, samples, "budgets")
         if self.settings.elastic and self.source is None:
             self.router_config.check_generation(steps, guidance, self.settings.updates)
         self.samples, self._steps = samples, steps

@@ -315,7 +315,7 @@ class BlockRouterObjective(GenerationObjective):
     def _policy(
         self, rollout: Rollout, batch: Batch, damage: Tensor, excess: Tensor, dense: Tensor
     ) -> Tensor:
-        """REINFORCE with the mean of a group as its baseline, over the group's standard deviation (GRPO, 2402.03300)."""
+        """REINFORCE, of which a group's mean is the baseline and its deviation the scale (GRPO, 2402.03300)."""
         reward = -(damage + self.config.cost_weight * excess.square()).detach().view(-1, self.config.group)
         advantage = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-3)
         each = advantage.flatten() * rollout.log_likelihood(rollout.actions().clamp_min(SKIPPED))
@@ -324,8 +324,8 @@ class BlockRouterObjective(GenerationObjective):
     def _predicted_damage(
         self, rollout: Rollout, batch: Batch, damage: Tensor, excess: Tensor, dense: Tensor
     ) -> Tensor:
-        """One cell of each sample is turned over, and the generation made again: the gate's logit is to be the logarithm
-        of the damage for each FLOP, over a price that falls as the budget rises (`price`)."""
+        """One cell of each sample is turned over, and the generation made again: the gate's logit is to be the
+        logarithm of the damage for each FLOP, over a price that falls as the budget rises (`price`)."""
         blocks = len(self.session.blocks)
         ran = rollout.ran()[:, :, None].expand(-1, -1, blocks).flatten().nonzero()[:, 0]
         cell = ran[(batch["cell"] * len(ran)).long().clamp_max(len(ran) - 1)]

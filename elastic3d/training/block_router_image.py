@@ -96,21 +96,21 @@ class ImageBlockRouters(BlockRouterObjective):
 
     def integrate(self, batch: Batch, steps: int) -> Tensor:
         """By the sampler of shapes, whose condition here are numbers of prompts: 0 is that of the second branch."""
-        backbone, dit, guidance = self.backbone, self.dit, self.config.guidance
+        backbone, dit, scale = self.backbone, self.dit, self.config.guidance
         prompts = _with_negative(text_of(batch), self._parts[1])
 
-        def velocity(x: Tensor, t: Tensor, condition: Tensor, scale: Tensor | None = None) -> Tensor:
+        def velocity(latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None) -> Tensor:
             text = {name: value[condition[:, 0, 0]] for name, value in prompts.items()}
-            return backbone.velocity(dit, x, t, text, self.size, guidance)
+            return backbone.velocity(dit, latents, t, text, self.size, scale)
 
         numbers = torch.arange(1, len(batch["noise"]) + 1, device=batch["noise"].device)
-        one = backbone.embeds_guidance or guidance <= 1
+        one = backbone.embeds_guidance or scale <= 1
         return integrate(
             velocity,
             numbers[:, None, None],
             batch["noise"],
             steps,
-            1.0 if one else guidance,
+            1.0 if one else scale,
             times=backbone.grid(steps),
             session=self.session,
         )

@@ -80,7 +80,7 @@ class BlockRouterStage(ABC):
         return errors.log().mean().exp().item()
 
     def calibrate(self, points: int = 24) -> None:
-        """Make the share that is asked for the one that is executed, in the mean over the validated numbers of steps."""
+        """Make the requested share the executed one, in the mean over the validated numbers of steps."""
 
         def generate(settings: ElasticConfig, count: int) -> tuple[Tensor, Tensor]:
             shares = []

@@ -306,8 +306,8 @@ class RouterObjective(nn.Module, ABC):
 
 
 def price(moments: Tensor, budget: Tensor) -> Tensor:
-    """What the logarithm of a damage has to be above at a budget (B,): a quantile of a normal distribution with the mean
-    and spread (2,) that they have had."""
+    """What the logarithm of a damage has to be above at a budget (B,): a quantile of a normal distribution with the
+    mean and spread (2,) that they have had."""
     mean, spread = moments
     scarcity = (1.0 - budget) / (1.0 - MIN_BUDGET)
     return mean + spread * (PRICE_RANGE * (2 * scarcity - 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.pipelines.runtime import resolve_device
@@ -55,12 +56,13 @@ class SensitivityStageConfig(StageConfig):
     image: CalibrationPicturesConfig = option(
         CalibrationPicturesConfig, "of a text-to-image pipeline: images with captions"
     )
+    router: RouterConfig = option(RouterConfig, "architecture of the routers: a file of configs/router")
     blocks: SensitivityConfig = option(SensitivityConfig, "what is measured")
 
 
 def measure_sensitivity(config: SensitivityStageConfig) -> Path:
-    """Write the table that `blocks.output` names: the relative squared error of the last latents to the dense ones, with
-    each block left out at each step alone.
+    """Write the table that `blocks.output` names: the relative squared error of the last latents to the dense ones,
+    with each block left out at each step alone.
 
     Raises:
         UserError: what `stage=block_router` raises of such a model.
@@ -74,8 +76,8 @@ def measure_sensitivity(config: SensitivityStageConfig) -> Path:
 def _stage_for(config: SensitivityStageConfig) -> ShapeBlockRouterStage | ImageBlockRouterStage:
     """A stage that starts from the model as a training does."""
     options, image = config.blocks, config.image
-    shared = {name: getattr(config, name) for name in ("seed", "device", "precision", "data")}
-    common = {
+    shared = {name: getattr(config, name) for name in ("seed", "device", "precision", "data", "router")}
+    common: dict[str, Any] = {
         "rank": options.rank,
         "min_steps": 1,
         "max_steps": max(options.steps, 10),
@@ -91,11 +93,7 @@ def _stage_for(config: SensitivityStageConfig) -> ShapeBlockRouterStage | ImageB
             mesh=EndMeshLossConfig(weight=0.0),  # needs no data of true surfaces then
             **common,
         )
-        return ShapeBlockRouterStage(
-            BlockRouterTrainConfig(**shared, latents=config.latents, router=RouterConfig(), blocks=shape)
-        )
+        return ShapeBlockRouterStage(BlockRouterTrainConfig(**shared, latents=config.latents, blocks=shape))
     pictures = BackboneConfig(**{item.name: getattr(image, item.name) for item in fields(BackboneConfig)})
     blocks = ImageBlockRouterConfig(guidance=options.guidance, **common)
-    return ImageBlockRouterStage(
-        ImageBlockRouterTrainConfig(**shared, image=pictures, router=RouterConfig(), blocks=blocks)
-    )
+    return ImageBlockRouterStage(ImageBlockRouterTrainConfig(**shared, image=pictures, blocks=blocks))
