@@ -91,7 +91,7 @@ def random_routes(
 
 
 def routes_around(
-    damage: Tensor,
+    skip_error: Tensor,
     blocks: Sequence[BlockFlops],
     ratios: Sequence[float],
     share: float,
@@ -106,12 +106,12 @@ def routes_around(
     what is saved is divided at random between blocks that are skipped and MLPs that are narrowed.
     """
     chance = torch.rand((), generator=generator).item() * min(1.0, 2 * (1 - share)) * (spread > 0)
-    narrow = torch.rand(damage.shape, generator=generator) < chance
-    width = torch.randint(1, len(ratios) + 1, damage.shape, generator=generator)
+    narrow = torch.rand(skip_error.shape, generator=generator) < chance
+    width = torch.randint(1, len(ratios) + 1, skip_error.shape, generator=generator)
     action = torch.where(narrow, width, len(ratios))
-    noise = -torch.rand(damage.shape, generator=generator).clamp(1e-9, 1 - 1e-7).log().neg().log()
-    scale = damage.std(unbiased=False).item() or 1.0
-    priority = (damage + spread * scale * noise - damage.min() + 1e3)[:, None].expand(-1, 2, -1)
+    noise = -torch.rand(skip_error.shape, generator=generator).clamp(1e-9, 1 - 1e-7).log().neg().log()
+    scale = skip_error.std(unbiased=False).item() or 1.0
+    priority = (skip_error + spread * scale * noise - skip_error.min() + 1e3)[:, None].expand(-1, 2, -1)
     ran = torch.zeros(priority.shape, dtype=torch.bool)
     ran[:, 0] = True  # one branch stands for both
     found = _fill(priority, action[:, None].expand_as(priority), ran, blocks, ratios, share)
@@ -186,8 +186,8 @@ def greedy_static(
         changed[block] = action
         if measured < len(path):
             after = error(changed)
-            price = (after - now) / float(table[block, routes[block]] - table[block, action])
-            heapq.heappush(heap, (price, after, len(path), block, action))
+            threshold = (after - now) / float(table[block, routes[block]] - table[block, action])
+            heapq.heappush(heap, (threshold, after, len(path), block, action))
             continue
         now, routes = after, changed
         share = float(table[torch.arange(len(blocks)), routes].sum() / table[:, -1].sum())

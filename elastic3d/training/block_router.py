@@ -27,7 +27,7 @@ from elastic3d.elastic.attachment import (
     router_modules,
     router_state,
 )
-from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, Lookahead, RouterConfig, RouterVariant
+from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig, RouterVariant, Scope
 from elastic3d.elastic.family import BlockFlops
 from elastic3d.elastic.losses import budget_loss
 from elastic3d.elastic.policies import routes_around
@@ -55,7 +55,7 @@ class Signal(Enum):
     same noise."""
 
     straight_through = "straight_through"
-    damage = "damage"
+    predicted_error = "predicted_error"
     policy = "policy"
 
 
@@ -109,9 +109,9 @@ class BlockRouterConfig(GenerationConfig):
 
     def check_run(self, router: RouterConfig, batch: int, accumulate: int) -> None:
         """ValueError for routers of another kind, or micro-batches without a sandwich."""
-        if router.lookahead is not Lookahead.block or router.variant is not RouterVariant.light:
+        if router.scope is not Scope.block or router.variant is not RouterVariant.light:
             raise ValueError(
-                f"router.variant is {router.variant.name} and router.lookahead {router.lookahead.name},"
+                f"router.variant is {router.variant.name} and router.scope {router.scope.name},"
                 " expected light and block: each block decides for itself, at a budget"
             )
         if batch // accumulate % (KINDS * self.group):
@@ -139,17 +139,17 @@ def attach_block_routers(
     adapter = adapter_for(dit)
     wanted = replace(
         router,
-        updates=config.rank,
-        updates_calls=float(config.max_steps),
-        updates_steps=config.max_steps,
-        updates_guidance=guidance,
+        few_step_rank=config.rank,
+        few_step_nfe=float(config.max_steps),
+        few_step_max_steps=config.max_steps,
+        few_step_guidance=guidance,
         guided_times=list(guided_times),
         trained_steps=[config.min_steps, config.max_steps],
     )
     old: RouterConfig | None = load_router_config(start, adapter.family) if start.is_dir() else None
-    if old is not None and old.updates > config.rank:
+    if old is not None and old.few_step_rank > config.rank:
         raise UserError(
-            f"rank is {config.rank}, expected at least {old.updates}, that of the LoRA in {start}"
+            f"rank is {config.rank}, expected at least {old.few_step_rank}, that of the LoRA in {start}"
         )
     for name in ARCHITECTURE if old is not None and old.trained_steps else ():
         if getattr(old, name) != getattr(wanted, name):
@@ -162,14 +162,14 @@ def attach_block_routers(
         return
     trained = read_weights(find_weights(start))
     if not old.trained_steps:
-        trained = {key: value for key, value in trained.items() if ".updates." in key}
+        trained = {key: value for key, value in trained.items() if ".few_step." in key}
     try:
         load_router_state(dit, with_lora(router_state(dit), trained, keep=True))
     except ValueError as error:
         raise UserError(f"{start}: {error}") from error
     for block in session.blocks:
-        if old.updates and block.updates is not None:
-            block.updates.rebase(config.max_steps / old.updates_calls)
+        if old.few_step_rank and block.updates is not None:
+            block.updates.rebase(config.max_steps / old.few_step_nfe)
 
 
 @dataclass

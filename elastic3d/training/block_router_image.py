@@ -25,10 +25,10 @@ from elastic3d.training.block_router import (
 )
 from elastic3d.training.block_router_stage import BlockRouterStage
 from elastic3d.training.datasets import Batch, Shuffle, item_generator
-from elastic3d.training.elastic_image import BackboneConfig, picture_loss
-from elastic3d.training.image import PictureFlowConfig, PictureItems
+from elastic3d.training.elastic_image import BackboneConfig, image_loss
+from elastic3d.training.image import ImageFlowConfig, ImageItems
+from elastic3d.training.image_cache import ImageCache, build_image_cache, text_of
 from elastic3d.training.options import StageName, TrainConfig
-from elastic3d.training.picture_cache import PictureCache, build_picture_cache, text_of
 from elastic3d.training.runtime import first_process_first
 from elastic3d.training.sensitivity import load_sensitivity
 from elastic3d.utils.files import file_sha256
@@ -74,17 +74,15 @@ class ImageBlockRouters(BlockRouterObjective):
 
     config: ImageBlockRouterConfig
 
-    def __init__(
-        self, backbone: Backbone, config: ImageBlockRouterTrainConfig, pictures: PictureCache
-    ) -> None:
+    def __init__(self, backbone: Backbone, config: ImageBlockRouterTrainConfig, images: ImageCache) -> None:
         options = config.blocks
         attach_block_routers(
             backbone.transformer, options, config.router, config.image.weights / ROUTERS_NAME
         )
-        channels = pictures.read(0, 0)["latents"].shape[-1]
+        channels = images.read(0, 0)["latents"].shape[-1]
         super().__init__(backbone.transformer, options, torch.ones(channels), backbone.grid)
-        self.size = (pictures.settings["size"],) * 2
-        self._parts = (backbone, pictures.negative())  # no part of the state dict
+        self.size = (images.settings["size"],) * 2
+        self._parts = (backbone, images.negative())  # no part of the state dict
 
     @property
     def backbone(self) -> Backbone:
@@ -125,7 +123,7 @@ class ImageBlockRouters(BlockRouterObjective):
         backbone = self.backbone
         with torch.no_grad():
             wanted = backbone.decode(dense, self.size).float()
-        loss = picture_loss(backbone.decode(found, self.size).float(), wanted, config.scales)
+        loss = image_loss(backbone.decode(found, self.size).float(), wanted, config.scales)
         return config.weight * loss, {"image": loss}
 
 
@@ -141,13 +139,13 @@ def _with_negative(text: Text, negative: Text) -> Text:
 class ImageRolloutItems:
     """Pairs of a caption and noise, with what `RouteDraw` says of the generation."""
 
-    pictures: PictureCache
+    images: ImageCache
     config: ImageBlockRouterConfig
     draw: RouteDraw
 
     def __post_init__(self) -> None:
         self._shuffle = Shuffle(self.config.pairs)
-        self._items = PictureItems(self.pictures, PictureFlowConfig(), 0.0)
+        self._items = ImageItems(self.images, ImageFlowConfig(), 0.0)
 
     def __len__(self) -> int:
         return self.config.pairs
@@ -157,7 +155,7 @@ class ImageRolloutItems:
         place, item = self.draw(position, seed)
         pair = self._shuffle(place, seed)
         rng = item_generator(seed, pair)
-        drawn = self._items.draw(pair % len(self.pictures), int(rng.integers(1 << 16)), rng)
+        drawn = self._items.draw(pair % len(self.images), int(rng.integers(1 << 16)), rng)
         return item | drawn | {"pair": torch.tensor(pair)}
 
 
@@ -171,13 +169,13 @@ class ImageBlockRouterStage(BlockRouterStage):
         with first_process_first(config):
             device = resolve_device(config.device)
             encoder = load_backbone(image.backbone, image.weights, device, torch.float32)
-            build_picture_cache(image, config.data, encoder, config.seed)
+            build_image_cache(image, config.data, encoder, config.seed)
             del encoder  # with its text encoders, which are larger than the rest
         backbone = load_backbone(
             image.backbone, image.weights, torch.device("cpu"), torch.float32, encoders=False
         )
-        self._train = PictureCache(image.cache, "train")
-        self._val = PictureCache(image.cache, "val", options.val_shapes)
+        self._train = ImageCache(image.cache, "train")
+        self._val = ImageCache(image.cache, "val", options.val_shapes)
         try:
             flow = ImageBlockRouters(backbone, config, self._train)
         except UserError:
@@ -203,12 +201,12 @@ class ImageBlockRouterStage(BlockRouterStage):
     def record(self) -> dict[str, Any]:
         """What the run trains on."""
         return {
-            "train_pictures": len(self._train),
-            "val_pictures": len(self._val),
-            "pictures": self._train.settings,
+            "train_images": len(self._train),
+            "val_images": len(self._val),
+            "images": self._train.settings,
             "weights_sha256": file_sha256(*weight_files(self.config.image.weights)),
         }
 
     def val_batch(self, count: int) -> Batch:
         """Of the first validation captions."""
-        return PictureItems(self._val, PictureFlowConfig(), 0.0).fixed(count)
+        return ImageItems(self._val, ImageFlowConfig(), 0.0).fixed(count)

@@ -90,7 +90,7 @@ class BlockRouterStage(ABC):
                 shares.append(share / whole)
             return latents, torch.stack(shares).mean(0)
 
-        none = CurvesConfig(trends=Curve.keep, urgency=Curve.keep)  # of forecasts and gates over time
+        none = CurvesConfig(dampings=Curve.keep, gate_bias=Curve.keep)  # of forecasts and gates over time
         calibrate(self.flow.session, generate, self.flow.times(self.config.blocks.val_steps[0]), none, points)
 
     def sensitivity(self, steps: int) -> Sensitivity:

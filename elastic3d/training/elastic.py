@@ -36,7 +36,7 @@ from elastic3d.training.elastic_objective import Grid, RouterObjective, RoutingC
 from elastic3d.training.latents import LatentCacheConfig, LatentInfo
 from elastic3d.training.options import StageName, TrainConfig
 from elastic3d.training.reconstruction import MeshReconstruction, MeshTermsConfig, load_vae, mesh_item
-from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture
+from elastic3d.training.samples import contact_sheet, field_meshes, mesh_image
 from elastic3d.training.vae import FieldLossConfig
 from elastic3d.utils.options import from_dict, option
 from elastic3d.utils.structured import load_json
@@ -210,7 +210,7 @@ class RouterStage:
         rows = []
         for each in settings:
             meshes = field_meshes(self.vae, self._generate(each)[0], self.config.dit.sample_resolution)
-            rows.append([mesh_picture(mesh) for mesh in meshes])
+            rows.append([mesh_image(mesh) for mesh in meshes])
         return {"generated": contact_sheet(rows)}
 
     def calibrate(self, curves: CurvesConfig, points: int = 24) -> None:

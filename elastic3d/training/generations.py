@@ -182,7 +182,7 @@ def pipeline_config(model: Path) -> PipelineConfig:
 
 def with_lora(fresh: Mapping[str, Tensor], trained: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """A state of routers with a few-step LoRA: fresh, with what was trained; its LoRA only where it is to be kept."""
-    lora = {key for key in trained if ".updates." in key}
+    lora = {key for key in trained if ".few_step." in key}
     found = {key: value for key, value in trained.items() if key not in lora}
     if keep:
         found |= {key: widened(trained[key], fresh[key]) for key in lora & fresh.keys()}

@@ -19,7 +19,7 @@ from elastic3d.training.block_router_shape import (
     ShapeBlockRouterConfig,
     ShapeBlockRouterStage,
 )
-from elastic3d.training.calibrate import CalibrationPicturesConfig
+from elastic3d.training.calibrate import CalibrationImagesConfig
 from elastic3d.training.elastic_image import BackboneConfig
 from elastic3d.training.latents import LatentCacheConfig
 from elastic3d.training.options import DataConfig, Precision, StageConfig, StageName
@@ -53,8 +53,8 @@ class SensitivityStageConfig(StageConfig):
     precision: Precision = option(Precision.bf16_master, "number format")
     data: DataConfig = option(DataConfig, "prepared shapes")
     latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
-    image: CalibrationPicturesConfig = option(
-        CalibrationPicturesConfig, "of a text-to-image pipeline: images with captions"
+    image: CalibrationImagesConfig = option(
+        CalibrationImagesConfig, "of a text-to-image pipeline: images with captions"
     )
     router: RouterConfig = option(RouterConfig, "architecture of the routers: a file of configs/router")
     blocks: SensitivityConfig = option(SensitivityConfig, "what is measured")
@@ -94,6 +94,6 @@ def _stage_for(config: SensitivityStageConfig) -> ShapeBlockRouterStage | ImageB
             **common,
         )
         return ShapeBlockRouterStage(BlockRouterTrainConfig(**shared, latents=config.latents, blocks=shape))
-    pictures = BackboneConfig(**{item.name: getattr(image, item.name) for item in fields(BackboneConfig)})
+    images = BackboneConfig(**{item.name: getattr(image, item.name) for item in fields(BackboneConfig)})
     blocks = ImageBlockRouterConfig(guidance=options.guidance, **common)
-    return ImageBlockRouterStage(ImageBlockRouterTrainConfig(**shared, image=pictures, blocks=blocks))
+    return ImageBlockRouterStage(ImageBlockRouterTrainConfig(**shared, image=images, blocks=blocks))

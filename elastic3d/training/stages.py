@@ -30,7 +30,7 @@ _STAGES = {
     StageName.image: ("image", "ImageTrainConfig", "ImageStage"),
     StageName.router: ("elastic", "RouterTrainConfig", "RouterStage"),
     StageName.image_router: ("elastic_image", "ImageRouterTrainConfig", "ImageRouterStage"),
-    StageName.updates: ("few_step", "FewStepTrainConfig", "UpdatesStage"),
+    StageName.few_step: ("few_step", "FewStepTrainConfig", "FewStepStage"),
     StageName.block_router: ("block_router_shape", "BlockRouterTrainConfig", "ShapeBlockRouterStage"),
     StageName.image_block_router: (
         "block_router_image",

@@ -19,8 +19,8 @@ from tests.contracts.families import CLOSE, B, Family, K, rows, run
 S, SAMPLES = 3, B // 2
 # of few-step LoRA and gates that differ between samples, blocks and steps; residuals live for one step
 CONFIG = RouterConfig(
-    longest=1, trend=0.0, initial_keep=0.5, initial_width_bias=0.0, head_std=3.0,
-    updates=2, updates_calls=S, updates_steps=S, trained_steps=[2, S],
+    longest=1, damping=0.0, initial_keep=0.5, initial_width_bias=0.0, head_std=3.0,
+    few_step_rank=2, few_step_nfe=S, few_step_max_steps=S, trained_steps=[2, S],
 )  # fmt: skip
 
 
