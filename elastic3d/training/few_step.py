@@ -52,12 +52,12 @@ TOKENS = ("tokens",)
 
 @dataclass(kw_only=True)
 class FewStepStageConfig(ShapeGenerationConfig):
-    """Updates of a model's blocks for generations with few model evaluations, learned through whole generations."""
+    """A few-step LoRA, learned through whole generations."""
 
     model: Path = option(Path("data/pretrained/shape-small"), "folder of a pipeline with trained routers")
     continued: bool = option(
         False,
-        "start from the few-step LoRA that the model has, instead of fresh ones; a larger rank adds directions",
+        "start from the few-step LoRA that the model has, instead of a fresh one; a larger rank adds directions",
     )
     min_nfe: float = option(
         3.0,
