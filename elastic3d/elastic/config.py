@@ -236,7 +236,7 @@ class RouterConfig(Options):
             )
         if not few_step:
             raise UserError(
-                "updates is false, expected true: these routers were trained with their few-step LoRA"
+                "few_step is false, expected true: these routers were trained with their few-step LoRA"
             )
         if self.few_step_guidance not in (None, guidance):
             raise UserError(

@@ -40,26 +40,26 @@ class Rollout:
     straight: bool = False
     passes: list[StepContext] = field(default_factory=list)
 
-    def settle(self, context: StepContext, block: int, requested: RouteDecision) -> RouteDecision:
+    def settle(self, context: StepContext, block: int, proposed: RouteDecision) -> RouteDecision:
         """The route of every row through a block: forced, drawn, or what its router decides."""
         branch, sample = torch.tensor(context.rows, device=self.routes.device).T
         step = torch.tensor(context.when.steps, device=self.routes.device)
-        context.requested.setdefault(block, requested)
-        keep, width = requested.keep, requested.width
+        context.proposed.setdefault(block, proposed)
+        keep, width = proposed.keep, proposed.width
         if self.dice is not None:
             gate, choice = self.dice[sample, step, branch, block].to(keep.device).unbind(-1)
-            keep = gate < requested.keep_prob
-            width = (choice[:, None] >= requested.width_prob.cumsum(-1)[:, :-1]).sum(-1)
+            keep = gate < proposed.keep_prob
+            width = (choice[:, None] >= proposed.width_prob.cumsum(-1)[:, :-1]).sum(-1)
         action = self.routes[sample, step, branch, block].to(keep.device)
         forced = RouteDecision.fixed(
-            action > SKIPPED, (action - 1).clamp_min(0), requested.width_prob.shape[-1]
+            action > SKIPPED, (action - 1).clamp_min(0), proposed.width_prob.shape[-1]
         )
         free = action == FREE
         return RouteDecision(
             torch.where(free, keep, forced.keep),
             torch.where(free, width, forced.width),
-            torch.where(free, requested.keep_prob, forced.keep_prob),
-            torch.where(free[:, None], requested.width_prob, forced.width_prob),
+            torch.where(free, proposed.keep_prob, forced.keep_prob),
+            torch.where(free[:, None], proposed.width_prob, forced.width_prob),
         )
 
     # --------------------------------------------------------------------------------- after the generation
@@ -76,9 +76,9 @@ class Rollout:
         """What was executed, by (B,S,2,I); where a branch did not run, its blocks count as skipped."""
         return self._table([context.decisions for context in self.passes])
 
-    def requested(self) -> RouteDecision:
+    def proposed(self) -> RouteDecision:
         """What the routers decided, also where another route was forced or drawn, by (B,S,2,I)."""
-        return self._table([context.requested for context in self.passes])
+        return self._table([context.proposed for context in self.passes])
 
     def actions(self) -> Tensor:
         """(B,S,2,I) long: what was executed, FREE where a branch did not run."""
@@ -96,10 +96,10 @@ class Rollout:
 
     def log_likelihood(self, actions: Tensor) -> Tensor:
         """Mean over the cells that ran of the log-probability (B,) that the routers give to actions (B,S,2,I)."""
-        requested, ran = self.requested_budgets(), self.ran()[:, :, None]
-        gate = requested.keep_prob.clamp(1e-6, 1 - 1e-6)
+        proposed, ran = self.proposed(), self.ran()[:, :, None]
+        gate = proposed.keep_prob.clamp(1e-6, 1 - 1e-6)
         width = (actions - 1).clamp_min(0)[..., None]
-        chosen = requested.width_prob.clamp_min(1e-6).gather(-1, width)[..., 0]
+        chosen = proposed.width_prob.clamp_min(1e-6).gather(-1, width)[..., 0]
         each = torch.where(actions > SKIPPED, gate.log() + chosen.log(), (1 - gate).log())
         return (each * ran).sum((1, 2, 3)) / (ran.sum() * actions.shape[-1])
 

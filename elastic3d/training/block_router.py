@@ -3,7 +3,7 @@
 A batch goes from noise through all steps along hard routes to its last latents, which are held to the dense model's of
 the same noise, and decoded to what they stand for. Of every four groups of samples one takes the full route, one has
 the smallest budget, two have budgets between (the sandwich rule of slimmable networks, 1903.05134). At first routes
-are random, around the damage that each block was measured to do when it is left out; routers imitate them, and the
+are random, around the error that leaving out each block was measured to cause; routers imitate them, and the
 LoRA learns to do without neighbours. Then routers decide, and learn by one of three signals (`Signal`).
 """
 
@@ -36,7 +36,7 @@ from elastic3d.elastic.trace import SKIPPED
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
 from elastic3d.training.datasets import Batch
-from elastic3d.training.elastic_objective import Grid, followed, price
+from elastic3d.training.elastic_objective import Grid, followed, threshold
 from elastic3d.training.generations import GenerationConfig, GenerationObjective, relative_errors, with_lora
 from elastic3d.training.random_routes import KINDS
 from elastic3d.training.sensitivity import Sensitivity
@@ -45,13 +45,13 @@ from elastic3d.utils.tensors import read_weights
 
 FULL, SMALLEST = range(2)  # kinds of groups; those beyond are between
 KIND_NAMES = ("full", "smallest", "between")
-LEAST_DAMAGE = 1e-4
+LEAST_ERROR = 1e-4
 ARCHITECTURE = ("variant", "hidden", "conditioning", "widths", "longest")
 
 
 class Signal(Enum):
     """How routers learn from the end of a generation: by gradients straight through their hard decisions; by predicting
-    the damage that is measured there when one cell is turned over; or by policy gradient, from several routes of the
+    the error that is measured there when one cell is turned over; or by policy gradient, from several routes of the
     same noise."""
 
     straight_through = "straight_through"
@@ -87,7 +87,11 @@ class BlockRouterConfig(GenerationConfig):
         advanced=True,
     )  # fmt: skip
     routing_weight: float = option(
-        1.0, "weight of what only routers learn from: imitation, damage, policy", ge=0, le=1e6, advanced=True
+        1.0,
+        "weight of what only routers learn from: imitation, predicted error, policy",
+        ge=0,
+        le=1e6,
+        advanced=True,
     )
     router_rate: float = option(10.0, "learning rate of the routers over that of the LoRA", ge=0, le=1e4)
     val_steps: list[int] = option([4, 6], "sampling steps to validate in", ge=1, le=1000, lengths=(1, 100))
@@ -168,8 +172,8 @@ def attach_block_routers(
     except ValueError as error:
         raise UserError(f"{start}: {error}") from error
     for block in session.blocks:
-        if old.few_step_rank and block.updates is not None:
-            block.updates.rebase(config.max_steps / old.few_step_nfe)
+        if old.few_step_rank and block.few_step is not None:
+            block.few_step.rebase(config.max_steps / old.few_step_nfe)
 
 
 @dataclass
@@ -233,7 +237,7 @@ class RouteDraw:
 class BlockRouterObjective(GenerationObjective):
     """Parameters are the routers with their few-step LoRA. Subclasses generate, and decode."""
 
-    damage_moments: Tensor
+    error_moments: Tensor
 
     def __init__(
         self, dit: nn.Module, config: BlockRouterConfig, weights: Tensor, times: Callable[[int], Tensor]
@@ -242,7 +246,7 @@ class BlockRouterObjective(GenerationObjective):
         self.config, self.times = config, times
         self.routers = router_modules(dit)
         self.routers.requires_grad_(True)
-        self.register_buffer("damage_moments", torch.zeros(2))
+        self.register_buffer("error_moments", torch.zeros(2))
 
     @abstractmethod
     def reconstruction(
@@ -256,11 +260,11 @@ class BlockRouterObjective(GenerationObjective):
         straight = config.signal is Signal.straight_through and bool(batch["free"].any())
         rollout = Rollout(batch["budget"], batch["routes"], batch.get("dice"), straight)
         found = self.along(rollout, batch)
-        damage, values = self.damage(found, dense, batch)
+        losses, values = self.end_losses(found, dense, batch)
         share = rollout.share(self.session.router_config.ratios, self.session.guided)
         budget = batch["budget"].clamp_max(self.largest_share(batch))
         free = batch["free"]
-        loss = damage.mean()
+        loss = losses.mean()
         forced = ~free
         if forced.any():
             imitation = -rollout.log_likelihood(rollout.actions())[forced].mean()
@@ -269,9 +273,9 @@ class BlockRouterObjective(GenerationObjective):
         if free.any():
             routing = {
                 Signal.straight_through: self._straight_through,
-                Signal.damage: self._predicted_damage,
+                Signal.predicted_error: self._predicted_error,
                 Signal.policy: self._policy,
-            }[config.signal](rollout, batch, damage, share - budget, dense)
+            }[config.signal](rollout, batch, losses, share - budget, dense)
             loss = loss + routing
             values |= {"routing": routing, "off_budget": (share - budget)[free].abs().mean()}
         values["share"] = share.mean()
@@ -287,60 +291,60 @@ class BlockRouterObjective(GenerationObjective):
         times = self.times(int(batch["steps"][0]))[:-1].tolist()
         return self.session.router_config.guided_share(times) if self.session.guided else 1.0
 
-    def damage(self, found: Tensor, dense: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def end_losses(self, found: Tensor, dense: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """What is lost at the end (B,): the logarithm of the latents' relative squared error to the dense ones, so that
         every number of steps counts the same, and what they decode to."""
         errors = relative_errors(found, dense, self.weights)
-        damage = (errors + self.config.floor).log()
+        losses = (errors + self.config.floor).log()
         values = {
             f"error_{name}": errors[batch["kind"] == kind].log().mean().exp()
             for kind, name in enumerate(KIND_NAMES)
         }
         rebuilt = self.reconstruction(found, dense, batch)
         if rebuilt is not None:
-            damage = damage + rebuilt[0]
+            losses = losses + rebuilt[0]
             values |= {name: part.mean() for name, part in rebuilt[1].items()}
-        return damage, values
+        return losses, values
 
     # -------------------------------------------------------------------------------------------- the signals
 
     def _straight_through(
-        self, rollout: Rollout, batch: Batch, damage: Tensor, excess: Tensor, dense: Tensor
+        self, rollout: Rollout, batch: Batch, losses: Tensor, excess: Tensor, dense: Tensor
     ) -> Tensor:
-        """The damage has gone through the gates by itself: only the budget is added."""
+        """The losses have gone through the gates by themselves: only the budget is added."""
         free, budget = batch["free"], batch["budget"]
         cost = budget_loss((excess + budget)[free], budget[free], self.config.slack)
         return self.config.cost_weight * cost
 
     def _policy(
-        self, rollout: Rollout, batch: Batch, damage: Tensor, excess: Tensor, dense: Tensor
+        self, rollout: Rollout, batch: Batch, losses: Tensor, excess: Tensor, dense: Tensor
     ) -> Tensor:
         """REINFORCE, of which a group's mean is the baseline and its deviation the scale (GRPO, 2402.03300)."""
-        reward = -(damage + self.config.cost_weight * excess.square()).detach().view(-1, self.config.group)
+        reward = -(losses + self.config.cost_weight * excess.square()).detach().view(-1, self.config.group)
         advantage = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-3)
         each = advantage.flatten() * rollout.log_likelihood(rollout.actions().clamp_min(SKIPPED))
         return -self.config.routing_weight * each[batch["free"]].mean()
 
-    def _predicted_damage(
-        self, rollout: Rollout, batch: Batch, damage: Tensor, excess: Tensor, dense: Tensor
+    def _predicted_error(
+        self, rollout: Rollout, batch: Batch, losses: Tensor, excess: Tensor, dense: Tensor
     ) -> Tensor:
         """One cell of each sample is turned over, and the generation made again: the gate's logit is to be the
-        logarithm of the damage for each FLOP, over a price that falls as the budget rises (`price`)."""
+        logarithm of the error for each FLOP, over a threshold that falls as the budget rises."""
         blocks = len(self.session.blocks)
         ran = rollout.ran()[:, :, None].expand(-1, -1, blocks).flatten().nonzero()[:, 0]
         cell = ran[(batch["cell"] * len(ran)).long().clamp_max(len(ran) - 1)]
         actions, widths = rollout.actions(), self.session.router_config.widths
         with torch.no_grad():
             other = Rollout(batch["budget"], flipped(actions, cell, widths))
-            turned, _ = self.damage(self.along(other, batch), dense, batch)
+            turned, _ = self.end_losses(self.along(other, batch), dense, batch)
             rows = torch.arange(len(cell), device=cell.device)
             ran_before = actions.flatten(1)[rows, cell] > SKIPPED
-            lost = torch.where(ran_before, turned - damage, damage - turned)
+            lost = torch.where(ran_before, turned - losses, losses - turned)
             flops = rollout.passes[0].flops
-            dense_flops = damage.new_tensor([float(flops[index].dense) for index in range(blocks)])
-            lost = (lost * (dense_flops.mean() / dense_flops)[cell % blocks]).clamp_min(LEAST_DAMAGE).log()
+            dense_flops = losses.new_tensor([float(flops[index].dense) for index in range(blocks)])
+            lost = (lost * (dense_flops.mean() / dense_flops)[cell % blocks]).clamp_min(LEAST_ERROR).log()
             if self.training:
-                followed(self.damage_moments, lost)
-        logits = gate_logits(rollout.asked()).flatten(1)[rows, cell]
-        target = lost - price(self.damage_moments, batch["budget"])
+                followed(self.error_moments, lost)
+        logits = gate_logits(rollout.proposed()).flatten(1)[rows, cell]
+        target = lost - threshold(self.error_moments, batch["budget"])
         return self.config.routing_weight * nn.functional.smooth_l1_loss(logits, target)

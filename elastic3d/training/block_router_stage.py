@@ -35,7 +35,7 @@ class BlockRouterStage(ABC):
 
     def rate_factor(self, name: str) -> float:
         """Routers learn faster than the LoRA."""
-        return 1.0 if "/updates." in name else self.config.blocks.router_rate
+        return 1.0 if "/few_step." in name else self.config.blocks.router_rate
 
     def samples(self) -> dict[str, np.ndarray]:
         """None: latents alone are looked at."""

@@ -1,4 +1,4 @@
-"""The damage that each block does to the end of a generation when it is left out at one step: a measured table."""
+"""The error at the end of a generation that leaving out one block at one step causes: a measured table."""
 
 from __future__ import annotations
 
