@@ -234,6 +234,7 @@ def test_predicted_errors_are_those_of_single_cells_turned_over(routed, monkeypa
 def test_checkpointing_changes_nothing(routed):  # noqa: F811
     gradients = []
     for recompute in (False, True):
+        torch.manual_seed(0)
         stage = ShapeBlockRouterStage(block_config(routed, {"random_steps": 0}, batch=4))
         half_open(stage)
         torch.manual_seed(1)
