@@ -257,12 +257,14 @@ def decides_per_step(config: RouterConfig) -> bool:
 
 
 def _age_embedding(config: RouterConfig) -> nn.Embedding:
-    """A modulation for each age. At the start it moves the gate alone: the older, the more open."""
+    """A modulation for each age. At the start it moves the gate alone, and only where one decision holds for all
+    blocks: the older, the more open."""
     longest = config.longest
     embedding = nn.Embedding(longest + 1, 2 * config.hidden + 1 + config.widths)
     nn.init.zeros_(embedding.weight)
-    with torch.no_grad():
-        embedding.weight[1:, 2 * config.hidden] = torch.arange(longest) - (longest - 1) / 2
+    if decides_per_step(config):
+        with torch.no_grad():
+            embedding.weight[1:, 2 * config.hidden] = torch.arange(longest) - (longest - 1) / 2
     return embedding
 
 

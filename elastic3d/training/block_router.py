@@ -130,25 +130,28 @@ def attach_block_routers(
     config: BlockRouterConfig,
     router: RouterConfig,
     start: Path,
+    times: Grid,
     guidance: float | None = None,
     guided_times: Sequence[float] = (),
 ) -> None:
     """Put per-block routers with a few-step LoRA on a model, with what the routers in the folder `start` have of them.
 
-    Of routers of another scope the LoRA alone is taken over. `guidance`: the scale that the LoRA is to learn.
+    Of routers of another scope the LoRA alone is taken over. `times`: the sampler's, for a number of steps; `guidance`: the
+    scale that the LoRA is to learn.
 
     Raises:
         UserError: per-block routers of another architecture, or a LoRA of a higher rank.
     """
     adapter = adapter_for(dit)
+    low, high = (len(times(steps)) - 1 for steps in (config.min_steps, config.max_steps))
     wanted = replace(
         router,
         few_step_rank=config.rank,
-        few_step_nfe=float(config.max_steps),
-        few_step_max_steps=config.max_steps,
+        few_step_nfe=float(high),
+        few_step_max_steps=high,
         few_step_guidance=guidance,
         guided_times=list(guided_times),
-        trained_steps=[config.min_steps, config.max_steps],
+        trained_steps=[low, high],
     )
     old: RouterConfig | None = load_router_config(start, adapter.family) if start.is_dir() else None
     if old is not None and old.few_step_rank > config.rank:
@@ -173,7 +176,7 @@ def attach_block_routers(
         raise UserError(f"{start}: {error}") from error
     for block in session.blocks:
         if old.few_step_rank and block.few_step is not None:
-            block.few_step.rebase(config.max_steps / old.few_step_nfe)
+            block.few_step.rebase(high / old.few_step_nfe)
 
 
 @dataclass
@@ -256,7 +259,15 @@ class BlockRouterObjective(GenerationObjective):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`noise` (B,N,C), a condition, `pair` and what `RouteDraw` says -> loss, and what it is made of."""
-        config, dense = self.config, self.dense_results(batch)
+        config = self.config
+        if len(batch["kind"]) % (
+            KINDS * config.group
+        ):  # some parameters would get no gradient in this process
+            raise UserError(
+                f"a process has {len(batch['kind'])} samples in a micro-batch, expected a multiple of"
+                f" {KINDS * config.group}, with every kind of route"
+            )
+        dense = self.dense_results(batch)
         straight = config.signal is Signal.straight_through and bool(batch["free"].any())
         rollout = Rollout(batch["budget"], batch["routes"], batch.get("dice"), straight)
         found = self.along(rollout, batch)

@@ -77,7 +77,7 @@ class ImageBlockRouters(BlockRouterObjective):
     def __init__(self, backbone: Backbone, config: ImageBlockRouterTrainConfig, images: ImageCache) -> None:
         options = config.blocks
         attach_block_routers(
-            backbone.transformer, options, config.router, config.image.weights / ROUTERS_NAME
+            backbone.transformer, options, config.router, config.image.weights / ROUTERS_NAME, backbone.grid
         )
         channels = images.read(0, 0)["latents"].shape[-1]
         super().__init__(backbone.transformer, options, torch.ones(channels), backbone.grid)

@@ -107,6 +107,7 @@ class ShapeBlockRouters(BlockRouterObjective):
             options,
             config.router,
             options.model / ROUTERS_NAME,
+            partial(sampling_times, pipeline),
             pipeline.guidance if options.guidance else None,
             options.guided_times,
         )
@@ -205,4 +206,6 @@ class ShapeBlockRouterStage(BlockRouterStage):
     def val_batch(self, count: int) -> Batch:
         """Pairs of the first `count` validation shapes."""
         items = [draw_pair(self._val, self.info, pair, 0) for pair in range(min(count, len(self._val)))]
-        return stack(items)
+        return stack(
+            [{**item, "condition": item["condition"].float()} for item in items]
+        )  # no fp16 in autocast
