@@ -65,12 +65,12 @@ class ResidualCache:
             for age, step in zip(ages, when.steps, strict=True)
         ]
 
-    def reuse(self, age: int, keep_prob: float, threshold: float) -> bool:
-        """Whether a residual of this age stands in for a block with this gate: where the gate is closed, or, with
-        E-DiT's rule, in a band above its threshold."""
+    def reuse(self, age: int, keep: bool, keep_prob: float, threshold: float) -> bool:
+        """Whether a residual of this age stands in for a block: where it is skipped, or, with E-DiT's rule, where its
+        gate is in a band above the threshold."""
         if not age:
             return False
-        if keep_prob <= threshold:
+        if not keep:
             return self.config.skipped_reuse
         if self.config.rule is CacheRule.age:
             return True

@@ -81,7 +81,8 @@ class StepContext:
     each (B,) fp32. Rows of a generation are (branch, sample), each at its step; a training pass has none. The first
     `conditional_rows` rows are those of one branch. `entered`: by its first block, what came into each span of blocks;
     `settled`: blocks within a span, and the rows of each action, as its first block has settled it for them;
-    `deferred`: samples that should have run and wait.
+    `deferred`: samples that should have run and wait. `decisions` are what is executed, `proposed` what the
+    routers of the blocks decided in a rollout.
     """
 
     t: Tensor
@@ -100,6 +101,7 @@ class StepContext:
     deferred: set[int] = field(default_factory=set)
     entered: dict[int, Streams] = field(default_factory=dict)
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
+    proposed: dict[int, RouteDecision] = field(default_factory=dict)
     flops: dict[int, BlockFlops] = field(default_factory=dict)
     ran_rows: dict[int, int] = field(default_factory=dict)
     visited: set[int] = field(default_factory=set)

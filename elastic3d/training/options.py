@@ -26,6 +26,9 @@ class StageName(Enum):
     router = "router"
     image_router = "image_router"
     few_step = "few_step"
+    block_router = "block_router"
+    image_block_router = "image_block_router"
+    sensitivity = "sensitivity"
     export = "export"
     calibrate = "calibrate"
 

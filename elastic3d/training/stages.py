@@ -31,6 +31,13 @@ _STAGES = {
     StageName.router: ("elastic", "RouterTrainConfig", "RouterStage"),
     StageName.image_router: ("elastic_image", "ImageRouterTrainConfig", "ImageRouterStage"),
     StageName.few_step: ("few_step", "FewStepTrainConfig", "FewStepStage"),
+    StageName.block_router: ("block_router_shape", "BlockRouterTrainConfig", "ShapeBlockRouterStage"),
+    StageName.image_block_router: (
+        "block_router_image",
+        "ImageBlockRouterTrainConfig",
+        "ImageBlockRouterStage",
+    ),
+    StageName.sensitivity: ("measure_sensitivity", "SensitivityStageConfig", "measure_sensitivity"),
     StageName.export: ("export", "ExportStageConfig", "export_run"),
     StageName.calibrate: ("calibrate", "CalibrateConfig", "calibrate_exported"),
 }
