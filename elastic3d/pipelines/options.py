@@ -94,7 +94,10 @@ class GenerateConfig(Options):
         "", "Take the VAE from this folder in weights, such as hunyuan3d-vae-v2-0-turbo."
     )
     dinov2: str = option("", "Folder of a DINOv2, for a checkpoint without its image encoder.")
-    routers: str = option("", "Folder of trained routers for this model.")
+    routers: str = option("", "Folder of trained routers for this model; none: leave out its own.")
+    calibration: str = option(
+        "", "For a budget without routers: file or folder of elastic3d calibrate; empty: beside the weights."
+    )
     image_left: str = option("", "Multi-view models: the object seen from its left.")
     image_back: str = option("", "Multi-view models: seen from behind.")
     image_right: str = option("", "Multi-view models: seen from its right.")
@@ -199,7 +202,13 @@ class GenerateImageConfig(Options):
     weights: str = option(
         "", f"Folder of the pipeline as published; empty: {DEFAULT_IMAGE_MODEL} of this repository."
     )
-    routers: str = option("", "Folder of routers; empty: `routers` in the folder of the weights, if there.")
+    routers: str = option(
+        "",
+        "Folder of routers; empty: `routers` in the folder of the weights, if there; none: leave these out.",
+    )
+    calibration: str = option(
+        "", "For a budget without routers: file or folder of elastic3d calibrate; empty: beside the weights."
+    )
     lora: str = option("", "LoRA (.safetensors) to merge into the weights; needs peft.")
     steps: int | None = option(None, "Sampling steps; null: the pipeline's default.", ge=1, le=1000)
     guidance: float | None = option(

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from elastic3d import __version__
 from elastic3d.elastic import adapter_for, attach, is_attached, session_of
+from elastic3d.elastic.calibrating import find_calibration, has_routers, put_policy
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.context import Turn
 from elastic3d.elastic.cost import dense_flops
 from elastic3d.elastic.session import ElasticSession
+from elastic3d.elastic.training_free import Calibration, check_budget
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.backbones import Backbone, Text
@@ -30,7 +32,7 @@ from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtyp
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256
 
-ROUTERS_NAME = "routers"
+ROUTERS_NAME, NO_ROUTERS_NAME = "routers", "none"
 
 
 @dataclass
@@ -58,11 +60,12 @@ class TextToImagePipeline:
         """`model` is its name, for receipts."""
         self.backbone, self.model = backbone, model
         self._digest = weights_sha256
+        self.calibration: Calibration | None = None  # of the policy that keeps a budget without routers
         self._turn = Turn()  # threads that share a pipeline take turns
 
     @property
     def session(self) -> ElasticSession | None:
-        """Of the transformer's routers; None where it has none."""
+        """Of the transformer's routers, or of its policy once a budget was set; None where it has neither."""
         transformer = self.backbone.transformer
         return session_of(transformer) if is_attached(transformer) else None
 
@@ -76,6 +79,7 @@ class TextToImagePipeline:
         device: DeviceChoice | torch.device | str = "auto",
         dtype: DTypeChoice | torch.dtype | str = "auto",
         offload: bool = False,
+        calibration: str | Path | None = None,
     ) -> TextToImagePipeline:
         """The pipeline in a folder, with routers on it if there are any.
 
@@ -83,9 +87,11 @@ class TextToImagePipeline:
             backbone: family of the pipeline; without `weights` the folder of a small one, or the name of the bundled
                 one: "image-small".
             weights: folder in the layout in which the pipeline is published.
-            routers: folder of routers; None takes `routers` in the folder of the weights, where there is one.
+            routers: folder of routers; None takes `routers` in the folder of the weights, where there is one; "none"
+                leaves them out.
             lora: a safetensors file that is merged into the weights.
             offload: parts of the pipeline wait in main memory for their turn on the GPU.
+            calibration: file or folder of the calibration for a budget without routers; None: that of the weights.
 
         Raises:
             UserError: a folder that is broken or something else, routers of another model, a block that can't be
@@ -106,6 +112,8 @@ class TextToImagePipeline:
         files = weight_files(folder)
         if routers is None and (folder / ROUTERS_NAME).is_dir():
             routers = folder / ROUTERS_NAME
+        if routers == NO_ROUTERS_NAME:
+            routers = None
         if routers is not None:
             try:
                 attach(found.pipe, routers)
@@ -121,7 +129,10 @@ class TextToImagePipeline:
         pool = ThreadPoolExecutor(1)  # 24 GB take a while: hash them while the pictures are made
         digest = pool.submit(file_sha256, *files)
         pool.shutdown(wait=False)
-        return cls(found, folder.resolve().name, digest)
+        pipeline = cls(found, folder.resolve().name, digest)
+        if routers is None:
+            pipeline.calibration = find_calibration(calibration or folder, found.transformer)
+        return pipeline
 
     def __call__(
         self,
@@ -156,7 +167,11 @@ class TextToImagePipeline:
             check_prompt(prompt, self.backbone)
         settings = self.settings_of(steps, guidance, size)
         options, default = ElasticOptions(**elastic), self.backbone.default_elastic()
-        settings.elastic = options.over(default, self.session is not None)
+        settings.elastic = options.over(default, has_routers(self.backbone.transformer))
+        if settings.elastic.elastic and not has_routers(self.backbone.transformer):
+            check_budget(settings.elastic.budget, settings.steps)
+            if self.session is None:
+                put_policy(self.backbone.pipe, self.calibration)
         with self._turn, self.session.turn if self.session is not None else nullcontext():
             return self._generate(prompts, seeds, settings, on_step)
 
