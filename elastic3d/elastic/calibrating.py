@@ -162,7 +162,8 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
 
 
 def calibrate(model: nn.Module, generate: Callable[[int], Any], samples: int, **about: Any) -> Calibration:
-    """The calibration of a model with a session, from `samples` dense generations: `generate` makes the one of a number.
+    """The calibration of a model with a session, from `samples` dense generations: `generate` makes the one of a
+    number.
 
     UserError: generations of fewer than three steps, or values that are not finite.
     """

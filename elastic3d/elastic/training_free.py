@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from elastic3d.elastic.config import MIN_BUDGET, Branches, Lookahead, RouterConfig, RouterVariant
+from elastic3d.elastic.config import MIN_BUDGET, Branches, RouterConfig, RouterVariant, Scope
 from elastic3d.elastic.context import StepContext
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.errors import UserError
@@ -37,8 +37,8 @@ DAMPING = 0.7  # without a calibration
 
 # Blocks that are decided together and have no router.
 NO_ROUTERS = RouterConfig(
-    variant=RouterVariant.none, lookahead=Lookahead.step, branches=Branches.together, widths=1, longest=1000,
-    trend=DAMPING,
+    variant=RouterVariant.none, scope=Scope.step, branches=Branches.shared, widths=1, longest=1000,
+    damping=DAMPING,
 )  # fmt: skip
 
 
