@@ -10,7 +10,7 @@ disable(pipe)  # the pipeline is what it was
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,9 +76,9 @@ def enable(pipe: Any, budget: float = 0.5, calibration: str | Path | None = None
     """
     transformer = pipe.transformer
     settings = ElasticConfig(budget=budget)
-    found = find_calibration(calibration or str(getattr(pipe.config, "_name_or_path", "") or ""), transformer)
-    if calibration is not None and found is None:
-        raise UserError(f"{printable(calibration)} has no {CALIBRATION_NAME}: run elastic3d calibrate")
+    if calibration is not None:
+        calibration = calibration_file(calibration)
+    found = find_calibration(calibration or getattr(pipe.config, "_name_or_path", None), transformer)
     if is_attached(transformer):
         if has_routers(transformer):
             raise ValueError(
@@ -115,12 +115,20 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def find_calibration(place: str | Path, model: nn.Module) -> Calibration | None:
+def calibration_file(place: str | Path) -> Path:
+    """The file of a calibration, named by itself or by its folder; UserError where there is none."""
+    path = Path(place) / CALIBRATION_NAME if Path(place).is_dir() else Path(place)
+    if not path.is_file():
+        raise UserError(f"there is no calibration {printable(path)}: write one with elastic3d calibrate")
+    return path
+
+
+def find_calibration(place: str | Path | None, model: nn.Module) -> Calibration | None:
     """The calibration in a file, or in a folder; None where there is none. UserError as `load_calibration`."""
-    path = Path(place) if str(place) else None
-    if path is not None and path.is_dir():
-        path = path / CALIBRATION_NAME
-    return load_calibration(path, model) if path is not None and path.is_file() else None
+    if not place:
+        return None
+    path = Path(place) / CALIBRATION_NAME if Path(place).is_dir() else Path(place)
+    return load_calibration(path, model) if path.is_file() else None
 
 
 def load_calibration(path: Path, model: nn.Module) -> Calibration:

@@ -265,6 +265,6 @@ def check_budget(budget: float, steps: int) -> int:
         raise UserError(str(error)) from error
     if budget < least:
         raise UserError(
-            f"budget is {budget:g}, expected at least {least:.2f} in {steps} steps: a forecast needs two that are computed"
+            f"budget is {budget:g}, expected at least {least:.2f} in {steps} steps: a forecast needs two computed ones"
         )
     return max(1, round(budget * steps))

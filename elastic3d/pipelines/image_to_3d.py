@@ -19,17 +19,11 @@ from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample
 from elastic3d.elastic import attach, is_attached, save_routers, session_of
-from elastic3d.elastic.calibrating import (
-    CALIBRATION_NAME,
-    find_calibration,
-    has_routers,
-    put_policy,
-    save_calibration,
-)
+from elastic3d.elastic.calibrating import find_calibration, has_routers, put_policy
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.elastic.context import Turn
 from elastic3d.elastic.session import ElasticSession
-from elastic3d.elastic.training_free import Calibration, check_budget
+from elastic3d.elastic.training_free import check_budget
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field
@@ -98,7 +92,7 @@ class ImageTo3DPipeline:
         self.placement = Placement(next(dit.parameters()).device)
         self.max_points = usual_chunk(self.device)
         self.dial: Dial | None = None  # what a budget becomes; None: the budget is the routers' own
-        self.calibration: Calibration | None = None  # of the policy that keeps a budget without routers
+        self.calibration: Path | None = None  # file or folder of what keeps a budget without routers
         self._turn = Turn()  # threads that share a pipeline take turns
 
     @property
@@ -156,8 +150,7 @@ class ImageTo3DPipeline:
         session = pipeline.session
         if dial and routers:
             pipeline.dial = load_dial(folder, config, None if session is None else session.router_config)
-        if session is None:
-            pipeline.calibration = find_calibration(folder, dit)
+        pipeline.calibration = folder
         return pipeline
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -167,8 +160,6 @@ class ImageTo3DPipeline:
         self.dit.save_pretrained(folder / "dit", dtype)
         if has_routers(self.dit):
             save_routers(self.dit, folder / ROUTERS_NAME)
-        if self.calibration is not None:
-            save_calibration(self.calibration, folder / CALIBRATION_NAME)
         save_image_encoder(self.encoder, folder / "image_encoder")
         save_dial(self.dial, folder)
         save_json({**to_dict(self.config), "version": __version__}, folder / PIPELINE_NAME)
@@ -229,7 +220,7 @@ class ImageTo3DPipeline:
         if settings.elastic.elastic and not has_routers(self.dit):
             check_budget(settings.elastic.budget, len(sampling_times(self.config, settings.steps)) - 1)
             if self.session is None:
-                put_policy(self.dit, self.calibration)
+                put_policy(self.dit, find_calibration(self.calibration, self.dit))
         settings.dial = None if row is None else row.metadata(requested.budget, quality)
         with self._turn, self.session.turn if self.session is not None else nullcontext():
             results = self._generate(inputs, seeds, settings, Listeners(on_step, on_progress, on_result))

@@ -16,23 +16,23 @@ from torch import Tensor
 
 from elastic3d import __version__
 from elastic3d.elastic import adapter_for, attach, is_attached, session_of
-from elastic3d.elastic.calibrating import find_calibration, has_routers, put_policy
+from elastic3d.elastic.calibrating import calibration_file, find_calibration, has_routers, put_policy
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.context import Turn
 from elastic3d.elastic.cost import dense_flops
 from elastic3d.elastic.session import ElasticSession
-from elastic3d.elastic.training_free import Calibration, check_budget
+from elastic3d.elastic.training_free import check_budget
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.pipelines.image_loading import load_backbone, merge_lora, weight_files
-from elastic3d.pipelines.options import MAX_PROMPT, BackboneName, check_sampling
+from elastic3d.pipelines.options import MAX_PROMPT, NO_ROUTERS_NAME, BackboneName, check_sampling
 from elastic3d.pipelines.routes import route_metadata
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, seeds_of, timed
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256
 
-ROUTERS_NAME, NO_ROUTERS_NAME = "routers", "none"
+ROUTERS_NAME = "routers"
 
 
 @dataclass
@@ -60,7 +60,7 @@ class TextToImagePipeline:
         """`model` is its name, for metadata."""
         self.backbone, self.model = backbone, model
         self._digest = weights_sha256
-        self.calibration: Calibration | None = None  # of the policy that keeps a budget without routers
+        self.calibration: Path | None = None  # file or folder of what keeps a budget without routers
         self._turn = Turn()  # threads that share a pipeline take turns
 
     @property
@@ -114,6 +114,12 @@ class TextToImagePipeline:
             routers = folder / ROUTERS_NAME
         if routers == NO_ROUTERS_NAME:
             routers = None
+        if calibration is not None:
+            calibration = calibration_file(calibration)
+            if routers is not None:
+                raise UserError(
+                    f"calibration is {calibration}, but the pipeline has routers: expected routers=none"
+                )
         if routers is not None:
             try:
                 attach(found.pipe, routers)
@@ -130,8 +136,7 @@ class TextToImagePipeline:
         digest = pool.submit(file_sha256, *files)
         pool.shutdown(wait=False)
         pipeline = cls(found, folder.resolve().name, digest)
-        if routers is None:
-            pipeline.calibration = find_calibration(calibration or folder, found.transformer)
+        pipeline.calibration = Path(calibration or folder)
         return pipeline
 
     def __call__(
@@ -171,7 +176,8 @@ class TextToImagePipeline:
         if settings.elastic.elastic and not has_routers(self.backbone.transformer):
             check_budget(settings.elastic.budget, settings.steps)
             if self.session is None:
-                put_policy(self.backbone.pipe, self.calibration)
+                transformer = self.backbone.transformer
+                put_policy(self.backbone.pipe, find_calibration(self.calibration, transformer))
         with self._turn, self.session.turn if self.session is not None else nullcontext():
             return self._generate(prompts, seeds, settings, on_step)
 
@@ -333,3 +339,20 @@ def check_prompt(prompt: object, backbone: Backbone) -> None:
     count = backbone.count_tokens(prompt)
     if count > backbone.longest:
         raise UserError(f"the prompt has {count} tokens, expected at most {backbone.longest}")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file, without blank ones and # comments. UserError: no file, no text, no prompt, or one twice."""
+    if not path.is_file():
+        raise UserError(f"prompts is {path}, which is no file: expected a text file, one prompt a line")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts is {path}, which is no text file (UTF-8)") from error
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise UserError(f"prompts is {path}, which holds no prompt")
+    for prompt in found:
+        if found.count(prompt) > 1:
+            raise UserError(f"{path} has the prompt {prompt!r} twice")
+    return found
