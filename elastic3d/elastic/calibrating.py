@@ -157,7 +157,7 @@ def load_calibration(path: Path, model: nn.Module) -> Calibration:
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
     """Write the file that `load_calibration` reads, whole or not at all."""
-    rounded = np.vectorize(lambda value: float(f"{value:.{DIGITS}g}"))
+    rounded = np.vectorize(lambda value: float(f"{value:.{DIGITS}g}"), otypes=[float])
     moments = [
         {"span": span, "stream": stream, "values": rounded(moment).tolist()}
         for (span, stream), moment in calibration.moments.items()
@@ -209,17 +209,16 @@ class Notes:
             raise UserError(
                 f"a generation has {len(self.times)} steps, expected at least 3 to calibrate a policy on"
             )
-        rows: dict[Series, list[Tensor]] = defaultdict(list)
-        for passes in self.added:
+        found: dict[Series, Array] = defaultdict(lambda: np.zeros((len(self.times),) * 2))
+        branches = list(zip(*self.added, strict=False))  # the passes of each, whose texts may differ in length
+        for passes in branches:
             for series in passes[0]:
-                rows[series].append(torch.cat([each[series] for each in passes]))  # (branches * B, d)
-        found = {}
-        for series, values in rows.items():
-            table = torch.stack(values).double()  # (S, rows, d)
-            found[series] = torch.einsum("srd,trd->st", table, table).numpy() / table.shape[1]
-            if not np.isfinite(found[series]).all():
-                raise UserError("a generation has values that are not finite: try dtype=float32")
-        return found
+                values = torch.stack([each[series] for each in passes]).double()  # (S,B,d)
+                moment = torch.einsum("sbd,tbd->st", values, values).numpy()
+                found[series] += moment / values.shape[1] / len(branches)
+        if not all(np.isfinite(moment).all() for moment in found.values()):
+            raise UserError("a generation has values that are not finite: try dtype=float32")
+        return dict(found)
 
     def changes(self) -> Array:
         """Relative changes (S,) of the input."""

@@ -174,6 +174,12 @@ class StepPolicy:
         kept = torch.tensor(keep, device=context.t.device)
         return RouteDecision.fixed(kept, torch.zeros_like(kept, dtype=torch.long), 1)
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """For metadata: the schedule, and on how many generations it was calibrated (0: it was not)."""
+        samples = 0 if self.calibration is None else self.calibration.about.get("samples", 0)
+        return {"schedule": self.schedule.name, "samples": samples}
+
     def _errors_at(self, times: tuple[float, ...]) -> Array:
         assert self._here is not None
         if self._errors is None or self._errors[0] != times:
