@@ -262,9 +262,14 @@ def _computed(errors: Array, threshold: float) -> int:
     return len(computed)
 
 
+def least_budget(steps: int) -> float:
+    """The smallest budget that N steps cover: two of them are computed."""
+    return min(max(MIN_BUDGET, 1.5 / steps), 1.0)
+
+
 def check_budget(budget: float, steps: int) -> int:
     """How many of N steps a budget computes. UserError for fewer than two, or a budget out of range."""
-    least = min(max(MIN_BUDGET, 1.5 / steps), 1.0)
+    least = least_budget(steps)
     try:
         check_range("budget", budget, MIN_BUDGET, 1.0)
     except ValueError as error:

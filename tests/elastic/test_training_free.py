@@ -1,4 +1,4 @@
-"""The policy of models without routers: its forecast and its plan, by oracles; on stock pipelines, one line on and off."""
+"""The policy of models without routers: forecast and plan, by oracles; on stock pipelines, one line on and off."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from elastic3d.elastic.calibrating import (
     recorded,
     save_calibration,
 )
-from elastic3d.elastic.config import ElasticConfig, RouterConfig
+from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.cost import trace_share
 from elastic3d.elastic.training_free import (
     Calibration,
@@ -50,7 +50,9 @@ def calibration_of(values: np.ndarray, times: np.ndarray) -> Calibration:
     return Calibration(times, {(0, 0): values @ values.T}, np.ones(len(times)))
 
 
-def qwen(pipe: Any, seeds: tuple[int, ...] = (0, 1), steps: int = STEPS, true_cfg: float = 3.0) -> torch.Tensor:
+def qwen(
+    pipe: Any, seeds: tuple[int, ...] = (0, 1), steps: int = STEPS, true_cfg: float = 3.0
+) -> torch.Tensor:
     torch.manual_seed(1)
     mask = torch.ones(2, 5, dtype=torch.long)
     embeds, negative = torch.randn(2, 5, 6)[list(seeds)], torch.randn(2, 3, 6)[list(seeds)]
