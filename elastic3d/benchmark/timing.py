@@ -65,6 +65,7 @@ def timing_key(task: Task, runs: Sequence[Run]) -> str:
     fixed = {
         name: about[name] for name in ("system", "processor", "cores", "accelerator", "threads", "torch")
     }
+    fixed["cpu_time"] = task.config.cpu_time
     facts = [sorted(run.name for run in runs), [job.name for job in task.timing_jobs], fixed]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 

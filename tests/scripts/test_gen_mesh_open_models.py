@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import calibrate
 import gen_mesh
 import make_tiny_weights
 import pytest
@@ -20,10 +21,11 @@ from elastic3d.checkpoints.options import TinyWeightsConfig
 from elastic3d.checkpoints.step1x3d import load_step1x3d
 from elastic3d.checkpoints.triposg import load_triposg
 from elastic3d.elastic import attach, save_routers
+from elastic3d.elastic.calibrating import CALIBRATION_NAME
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.geometry.mesh_io import read_extras
 from elastic3d.models.flops import dit_blocks_flops
-from elastic3d.pipelines.options import GenerateConfig
+from elastic3d.pipelines.options import CalibratePolicyConfig, GenerateConfig
 
 Command = Callable[..., int]
 BOXES = {"triposg": 1.005, "step1x3d": 1.05}
@@ -83,6 +85,40 @@ def test_routers_and_a_budget(command: Command, folders: dict[str, Path], tmp_pa
         assert 0 < found["flops_executed"] < found["flops_dense"] and found["budget"] == 0.5
         assert command(model, f"routers={model}", "budget=0.5", "low_memory=true") == 0
         assert extras()["routes"] == found["routes"]
+
+
+def test_a_budget_without_routers(
+    command: Command, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even steps; then, once the model is calibrated, the plan that lies beside the weights."""
+    (tmp_path / "many").mkdir()
+    for name in ("a", "b"):
+        save_image(tmp_path / "many" / f"{name}.png", x=20)
+    for model in BOXES:
+        moves = 20 if model == "triposg" else 21
+        options = [f"model={model}", f"weights={folders[model]}", "device=cpu", "dtype=float32"]
+        assert command(model, f"steps={moves}", "budget=0.5") == 0
+        found = extras()
+        assert found["policy"] == {"schedule": "even", "samples": 0}
+        assert 0.47 <= found["flops_executed"] / found["flops_dense"] <= 0.53
+        asked = [*options, "image=many", "steps=12"]
+        assert execute(calibrate.main, CalibratePolicyConfig, "calibrate", asked) == 0
+        assert f"{CALIBRATION_NAME}: 2 generations of" in capsys.readouterr().out
+        for low_memory in (False, True):
+            assert command(model, f"steps={moves}", "budget=0.5", f"low_memory={low_memory}") == 0
+            found = extras()
+            assert found["policy"] == {"schedule": "planned", "samples": 2}
+            assert 0.47 <= found["flops_executed"] / found["flops_dense"] <= 0.53
+    for arguments, told in (
+        (["budget=0.2", "steps=20"], "budget is 0.2, expected a value from 0.3 to 1"),
+        (["budget=0.3", "steps=4"], "budget is 0.3, expected at least 0.38 in 4 steps"),
+        (["budget=0.5", "steps=20", "calibration=gone"], "there is no calibration gone"),
+        ([f"calibration={folders['step1x3d']}", "budget=0.5", "steps=20"], "is of another model"),
+    ):
+        assert command("triposg", *arguments) == 2
+        assert told in capsys.readouterr().err
+    for model in BOXES:
+        (folders[model] / CALIBRATION_NAME).unlink()
 
 
 @pytest.mark.parametrize("model", BOXES)
