@@ -107,19 +107,10 @@ class TextToImagePipeline:
         folder, target = Path(weights), resolve_device(device)
         if offload and target.type == "cpu":
             raise UserError("offload is true, but the pipeline runs on the CPU: expected a GPU (device=cuda)")
+        routers = chosen_routers(folder, routers, calibration)
         home = torch.device("cpu") if offload else target
         found = load_backbone(backbone, folder, home, resolve_dtype(dtype, target))
         files = weight_files(folder)
-        if routers is None and (folder / ROUTERS_NAME).is_dir():
-            routers = folder / ROUTERS_NAME
-        if routers == NO_ROUTERS_NAME:
-            routers = None
-        if calibration is not None:
-            calibration = calibration_file(calibration)
-            if routers is not None:
-                raise UserError(
-                    f"calibration is {calibration}, but the pipeline has routers: expected routers=none"
-                )
         if routers is not None:
             try:
                 attach(found.pipe, routers)
@@ -314,6 +305,22 @@ class TextToImagePipeline:
             metadata["ms"] = {name: round(value / len(prompts), 1) for name, value in ms.items()}
             metadata_list.append(metadata)
         return metadata_list
+
+
+def chosen_routers(
+    folder: Path, routers: str | Path | None, calibration: str | Path | None
+) -> str | Path | None:
+    """The folder of routers that a pipeline gets, None for none. UserError for a calibration that is missing, or beside
+    routers."""
+    if routers is None and (folder / ROUTERS_NAME).is_dir():
+        routers = folder / ROUTERS_NAME
+    if routers == NO_ROUTERS_NAME:
+        routers = None
+    if calibration is not None:
+        path = calibration_file(calibration)
+        if routers is not None:
+            raise UserError(f"calibration is {path}, but the pipeline has routers: expected routers=none")
+    return routers
 
 
 def backbone_named(name: str) -> BackboneName:
