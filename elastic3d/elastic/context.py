@@ -162,10 +162,26 @@ class Announced:
         )
 
 
+class Forecast(Protocol):
+    """How residuals go on in one generation, where that is not along a damped line."""
+
+    def weights(
+        self, span: int, stream: int, step: int, newest: int, older: int | None
+    ) -> tuple[float, float]:
+        """At a step, of what a span of blocks added to a stream at the `newest` computed step and the `older` one."""
+        ...
+
+
 class RouteSource(Protocol):
-    """Something else than the routers that decides (see `policies`). `alike`: it decides the same for all blocks."""
+    """Something else than the routers that decides (see `policies`, `training_free`). `alike`: it decides the same for
+    all blocks."""
 
     alike: bool
+
+    def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> Forecast | None:
+        """A generation begins: its steps, their times in [0,1] where they are known, each sample's budget -> how
+        residuals go on; None: as the cache says."""
+        ...
 
     def decide(self, context: StepContext, block: int) -> RouteDecision:
         """The route of every row through one block."""

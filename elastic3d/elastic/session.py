@@ -115,10 +115,12 @@ class ElasticSession:
         self.trace = Trace(
             [b.name for b in self.blocks], self.router_config.ratios, steps, samples, self.guided
         )
-        cache = self.reuse
-        if self.router_config.longest and self.source is None and not cache.skipped_reuse:
+        cache, forecast = self.reuse, None
+        if self.source is not None:
+            forecast = self.source.begin(steps, times, budgets)
+        elif self.router_config.longest and not cache.skipped_reuse:
             raise ValueError("cache.skipped_reuse is false, expected true: routers were trained to reuse")
-        self.cache = ResidualCache(cache, steps) if cache.active else None
+        self.cache = ResidualCache(cache, steps, forecast) if cache.active else None
         self._forget()
 
     def coarsen(self, steps: int, budget: float, guidance: Scale, times: Times = ()) -> None:
