@@ -23,6 +23,7 @@ from elastic3d.elastic.config import ElasticOptions
 from elastic3d.elastic.context import Turn
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
+from elastic3d.geometry.cells import reducible
 from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
@@ -175,6 +176,7 @@ class ImageTo3DPipeline:
         guidance: float | None = None,
         resolution: int | None = None,
         max_faces: int | None = None,
+        decode: DecodeConfig | None = None,
         cleanup: CleanupConfig | None = None,
         foreground: ForegroundConfig | None = None,
         on_step: OnStep | None = None,
@@ -192,6 +194,7 @@ class ImageTo3DPipeline:
             steps, guidance, resolution: None is the model's default. With `steps`, a budget is a share of that many
                 dense steps; without, of the dense model's default ones, where the model has a dial.
             max_faces: decimate to this many faces; None is `cleanup`'s own (40,000).
+            decode: how the field becomes a mesh; its resolution, box and size of a call are those of this call.
             on_step: called with (steps done, steps) during sampling.
             on_progress: called with (stage, done, total) in every stage: condition, dit, decode, cleanup.
             on_result: called with (number in the list, result) as soon as a result is known, failures included.
@@ -208,7 +211,7 @@ class ImageTo3DPipeline:
         row = choose(self.dial, requested, steps, quality, guidance)
         run = requested if row is None else row.over(requested)
         steps = steps if row is None else row.steps
-        settings = self._settings(steps, guidance, resolution, max_faces, cleanup, foreground)
+        settings = self._settings(steps, guidance, resolution, max_faces, decode, cleanup, foreground)
         settings.elastic = run.over(self.config.elastic, self.session is not None)
         settings.dial = None if row is None else row.metadata(requested.budget, quality)
         with self._turn, self.session.turn if self.session is not None else nullcontext():
@@ -225,6 +228,7 @@ class ImageTo3DPipeline:
         guidance: float | None,
         resolution: int | None,
         max_faces: int | None,
+        decode: DecodeConfig | None,
         cleanup: CleanupConfig | None,
         foreground: ForegroundConfig | None,
     ) -> Settings:
@@ -233,11 +237,13 @@ class ImageTo3DPipeline:
             cleaning = cleanup or CleanupConfig()
             cleaning = cleaning if max_faces is None else replace(cleaning, max_faces=max_faces)
             cells = self.config.resolution if resolution is None else resolution
-            chunk, box = self.max_points, self.config.box
+            decoding = replace(
+                decode or DecodeConfig(), resolution=cells, max_points=self.max_points, box=self.config.box
+            )
             return Settings(
                 steps=self.config.steps if steps is None else steps,
                 guidance=self.config.guidance if guidance is None else guidance,
-                decode=DecodeConfig(resolution=cells, max_points=chunk, box=box),
+                decode=decoding,
                 cleanup=cleaning,
                 foreground=foreground or ForegroundConfig(),
                 elastic=self.config.elastic,
@@ -351,6 +357,7 @@ class ImageTo3DPipeline:
         with timed(ms, "decode"):
             values, _ = decode_field(self.vae.field(tokens), 0, settings.decode, self.device, on_level)
         with timed(ms, "surface"):
+            values = reducible(values, settings.cleanup.max_faces)
             mesh = extract_surface(values, settings.decode.box, settings.decode.surface)
         with timed(ms, "cleanup"):
             return clean(mesh, settings.cleanup)
