@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -28,6 +29,7 @@ from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.geometry.surface import extract_surface
+from elastic3d.models.familiarity import Familiarity, load_familiarity
 from elastic3d.models.image_encoder import ImageEncoder, load_image_encoder, save_image_encoder
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
@@ -49,7 +51,7 @@ from elastic3d.pipelines.result import Result, Settings
 from elastic3d.pipelines.routes import dense_metadata, route_metadata
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, seeds_of, timed
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
-from elastic3d.utils.files import file_sha256
+from elastic3d.utils.files import file_sha256, printable
 from elastic3d.utils.options import from_dict, to_dict
 from elastic3d.utils.structured import load_json, save_json
 
@@ -60,7 +62,8 @@ class ImageTo3DPipeline:
     """An image of one object becomes a mesh.
 
     On disk: a folder with `pipeline.json`, `vae/`, `dit/` (each config.json and model.safetensors),
-    `image_encoder/config.json` and, for an elastic model, `routers/` and `dial.json`.
+    `image_encoder/config.json`, `familiarity.safetensors` (which images the model knows) and, for an elastic model,
+    `routers/` and `dial.json`.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class ImageTo3DPipeline:
         self.placement = Placement(next(dit.parameters()).device)
         self.max_points = usual_chunk(self.device)
         self.dial: Dial | None = None  # what a budget becomes; None: the budget is the routers' own
+        self.familiarity: Familiarity | None = None  # with the images the model was trained on
         self._turn = Turn()  # threads that share a pipeline take turns
 
     @property
@@ -142,6 +146,7 @@ class ImageTo3DPipeline:
             attach(dit, folder / ROUTERS_NAME)
             digest = file_sha256(*files, find_weights(folder / ROUTERS_NAME))
         pipeline = cls(vae, dit, load_image_encoder(folder / "image_encoder", target), config, digest, dense)
+        pipeline.familiarity = load_familiarity(folder, pipeline.encoder.channels)
         if dial:
             session = pipeline.session
             pipeline.dial = load_dial(folder, config, None if session is None else session.router_config)
@@ -155,6 +160,8 @@ class ImageTo3DPipeline:
         if is_attached(self.dit):
             save_routers(self.dit, folder / ROUTERS_NAME)
         save_image_encoder(self.encoder, folder / "image_encoder")
+        if self.familiarity is not None:
+            self.familiarity.save(folder)
         save_dial(self.dial, folder)
         save_json({**to_dict(self.config), "version": __version__}, folder / PIPELINE_NAME)
 
@@ -276,6 +283,7 @@ class ImageTo3DPipeline:
                 return results
             with self.placement.use(self.encoder):
                 condition = encode(list(prepared.values()), self.encoder, self.device)
+            self._compare(condition, {i: (images[i], results[i]) for i in prepared})
         with timed(batch_ms, "dit"), self.placement.use(self.dit):
             latents = self.sample_latents(
                 condition, [seeds[i] for i in prepared], settings, partial(listeners.at, "dit")
@@ -291,6 +299,19 @@ class ImageTo3DPipeline:
             result.metadata |= dense | route | by_default
         self._decode(latents, dict(zip(prepared, done, strict=True)), settings, batch_ms, listeners)
         return results
+
+    def _compare(self, condition: Tensor, rows: dict[int, tuple[ImageInput, Result]]) -> None:
+        """Note how far the images of some samples are from the training images, and warn of those far away."""
+        if self.familiarity is None:
+            return
+        for (image, result), distance in zip(
+            rows.values(), self.familiarity.distance(condition).tolist(), strict=True
+        ):
+            result.metadata["image_distance"] = round(distance, 3)
+            if text := self.familiarity.warning(distance):
+                result.warnings.append(text)
+                name = f"{printable(image)}: " if isinstance(image, (str, Path)) else ""
+                warnings.warn(f"{name}{text}", stacklevel=2)
 
     def _decode(
         self,
