@@ -75,6 +75,7 @@ class ElasticSession:
         self.recorded: Residuals | None = None
         self.entered: dict[int, Streams] = {}  # while recording
         self.samples = self._steps = 0
+        self._times: list[float] = []
         self._budget: Tensor = torch.ones(0)
         self.coarseness: float | None = None
         self._led: tuple[list[int], RouteDecision] | None = None
@@ -100,7 +101,7 @@ class ElasticSession:
         if samples < 1 or steps < 1:
             raise ValueError(f"a generation of {samples} samples in {steps} steps, expected at least 1 and 1")
         budgets = one_each(self.settings.budget if budget is None else budget, samples, "budgets")
-        self.samples, self._steps = samples, steps
+        self.samples, self._steps, self._times = samples, steps, list(times)
         self.coarsen(steps, sum(budgets) / samples, guidance, times)
         share = self.router_config.guided_share(times) if self.guided else 1.0
         self._budget = torch.tensor([self.router_config.calibrated(each, share) for each in budgets])
@@ -160,7 +161,10 @@ class ElasticSession:
         if defer is not Defer.never and not self.defers:
             raise ValueError(f"hold is {defer.name}, expected never: blocks or samples do not decide so")
         dts, budgets = one_each(dt, len(samples), "step sizes"), self._budget[list(samples)]
-        self._announced = Announced(dts, budgets, branches, samples, steps, self.samples, defer, room=room)
+        times = [self._times[step] for step in steps] if len(self._times) == self._steps else []
+        self._announced = Announced(
+            dts, budgets, branches, samples, steps, self.samples, defer, room=room, times=times
+        )
 
     def train(
         self,
