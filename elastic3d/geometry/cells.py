@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,11 +17,9 @@ def reducible(values: Tensor, max_faces: int) -> Tensor:
     grow without a bound then. A level of `decode` is exact at the surface, so this is the mesh of a coarser one.
     """
     while 0 < 8 * max_faces <= MANY_FACES and len(values) % 2 == 1 and len(values) > 64:
-        inside = values > 0
-        crossings = sum(
-            int((inside.narrow(axis, 0, len(values) - 1) != inside.narrow(axis, 1, len(values) - 1)).sum())
-            for axis in range(3)
-        )
+        inside = (values > 0).cpu().numpy()  # whose counting is ten times faster than PyTorch's
+        axes = (inside.swapaxes(0, axis) for axis in range(3))
+        crossings = sum(int(np.count_nonzero(line[:-1] != line[1:])) for line in axes)
         if 2 * crossings <= MANY_FACES:  # a vertex on each, two faces a vertex
             break
         values = values[::2, ::2, ::2]
