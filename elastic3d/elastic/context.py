@@ -115,7 +115,8 @@ class StepContext:
 class Announced:
     """All of a `StepContext` but the times, which the model is given; see `ElasticSession.step` and `train`.
 
-    Of a generation: `samples` of all `total` take part, and the cache keeps what `room` branches add.
+    Of a generation: `samples` of all `total` take part, and the cache keeps what `room` branches add; `times` are
+    theirs, where they are known without reading them from the device.
     """
 
     dt: Tensor | Sequence[float]
@@ -128,6 +129,7 @@ class Announced:
     room: int = 1
     training: Training | None = None
     conditional_rows: int = 0
+    times: Sequence[float] = ()
 
     def at(self, t: Tensor, timed: bool = False) -> StepContext:
         """The pass at times t (B,), which the cache gets to know where it is `timed`.
@@ -140,7 +142,9 @@ class Announced:
             copies = len(branch)
             rows = [(int(each), sample) for each in branch for sample in self.samples]
             places = [(each - rows[0][0]) * self.total + sample for each, sample in rows]
-            times = t.tolist() if timed else [0.0] * len(rows)
+            times = [0.0] * len(rows)
+            if timed:
+                times = list(self.times) * copies or t.tolist()
             when = Moments(places, max(copies, self.room) * self.total, list(self.steps) * copies, times)
             branch = torch.tensor([float(each) for each, _ in rows])
         values = {"dt": torch.as_tensor(self.dt).repeat(copies), "budget": self.budget.repeat(copies)}

@@ -77,6 +77,7 @@ class ElasticSession:
         self.recorded: Residuals | None = None
         self.entered: dict[int, Streams] = {}  # while recording
         self.samples = self._steps = 0
+        self._times: list[float] = []
         self._budget: Tensor = torch.ones(0)
         self.coarseness: float | None = None
         self.rollout: Rollout | None = None
@@ -108,7 +109,7 @@ class ElasticSession:
         budgets = one_each(self.settings.budget if budget is None else budget, samples, "budgets")
         if self.settings.elastic and self.source is None:
             self.router_config.check_generation(steps, guidance, self.settings.few_step)
-        self.samples, self._steps = samples, steps
+        self.samples, self._steps, self._times = samples, steps, list(times)
         self.coarsen(steps, sum(budgets) / samples, guidance, times)
         share = self.router_config.guided_share(times) if self.guided else 1.0
         self._budget = torch.tensor([self.router_config.calibrated(each, share) for each in budgets])
@@ -171,8 +172,18 @@ class ElasticSession:
             raise ValueError(f"hold is {defer.name}, expected never: blocks or samples do not decide so")
         dts, budgets = one_each(dt, len(samples), "step sizes"), self._budget[list(samples)]
         training = Training() if self.rollout is not None and self.rollout.straight else None
+        times = [self._times[step] for step in steps] if len(self._times) == self._steps else []
         self._announced = Announced(
-            dts, budgets, branches, samples, steps, self.samples, defer, room=room, training=training
+            dts,
+            budgets,
+            branches,
+            samples,
+            steps,
+            self.samples,
+            defer,
+            room=room,
+            training=training,
+            times=times,
         )
 
     def train(
