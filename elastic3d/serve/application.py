@@ -10,7 +10,6 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.published import load_pipeline
 from elastic3d.pipelines.runtime import resolve_device
 from elastic3d.serve.api import create_app
@@ -24,16 +23,7 @@ PROXY_START_S = "60"  # Ray gives its proxy 5 s to start, which a busy machine e
 
 def build_app(config: ServeConfig, default: Path) -> FastAPI:
     """Load the model (`default` where none is named) and put the API in front of it; the app closes the queue."""
-    wanted = GenerateConfig(
-        image="-",
-        output="-",
-        model=config.model,
-        weights=config.weights,
-        routers=config.routers,
-        device=config.device,
-        dtype=config.dtype,
-    )
-    pipeline = load_pipeline(wanted, default, 1)
+    pipeline = load_pipeline(config.generate_config(), default, 1)
     metrics = Metrics()
     queue = MeshQueue(pipeline, config.queue, config.batch_size, config.keep_s, metrics.observer())
     return create_app(queue, config, metrics)
