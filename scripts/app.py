@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import threading
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +48,6 @@ def main(config: AppConfig) -> int:
         models, nouns = find_models(config), known_nouns(REPOSITORY / DEFAULT_IMAGE_MODEL)
         with MeshQueue(models, config.queue, config.batch_size, config.keep_s) as queue:
             page = app.build_app(queue, Drawer(config, nouns), nouns, config)
-            print(f"{models.names[0]} on http://{config.host}:{config.port}", file=sys.stderr)
             app.launch(
                 page,
                 server_name=config.host,
@@ -55,7 +55,13 @@ def main(config: AppConfig) -> int:
                 auth=("elastic3d", config.token) if config.token else None,
                 max_file_size=int(config.max_megabytes * 1e6),
                 quiet=True,
+                prevent_thread_lock=True,
             )
+            print(f"{models.names[0]} on http://{config.host}:{config.port}", file=sys.stderr)
+            try:
+                threading.Event().wait()  # until SIGTERM or Ctrl-C
+            finally:
+                page.close()
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -96,7 +97,7 @@ def _wire_asked(asked: SimpleNamespace, queue: MeshQueue, draw: Draw | None) -> 
         return [gr.update(**settings[control]) for control in SWITCHED]
 
     controls = [getattr(asked, name) for name in SWITCHED]
-    asked.model.change(switch, asked.model, controls, show_progress_on=asked.model)
+    asked.model.change(switch, asked.model, controls, show_progress_on=asked.said)
     asked.quality.change(lambda q: gr.update(visible=q == OWN), asked.quality, asked.budget, show_progress="hidden")
 
 
@@ -159,7 +160,7 @@ def _settings(info: ModelInfo) -> dict[str, dict[str, Any]]:
         },
         "compare": {"value": False, "visible": routed},
         "steps": {"value": info.config.steps, "visible": dial is None},
-        "resolution": {"value": info.config.resolution},
+        "resolution": {"value": info.config.resolution, "minimum": min(32, info.config.resolution)},
     }
 
 
@@ -202,7 +203,7 @@ def _asked(queue: MeshQueue, nouns: Sequence[str] | None) -> SimpleNamespace:
         samples = gr.Slider(1, 8, 1, step=1, label="Samples", min_width=140)
     with gr.Accordion("More", open=False):
         steps = gr.Slider(1, 100, step=1, label="Steps", **settings["steps"])
-        resolution = gr.Slider(32, 512, step=8, label="Resolution (grid cells a side)", **settings["resolution"])
+        resolution = gr.Slider(maximum=512, step=8, label="Resolution (grid cells a side)", **settings["resolution"])
         faces = gr.Number(40_000, label="Most faces", precision=0, minimum=100)
     with gr.Row():
         run, stop = gr.Button("Make mesh", variant="primary"), gr.Button("Stop", min_width=80, scale=0)
@@ -249,5 +250,5 @@ def _drawn(draw: Draw, prompt: str, seed: float) -> Image.Image:
     except UserError as error:
         raise failed(error) from error
     if warning:
-        gr.Warning(warning)
+        gr.Warning(html.escape(warning))
     return image
