@@ -61,7 +61,9 @@ def build_app(
     """The page around a queue. `draw` makes images of prompts, and knows `nouns`; without it there are no prompts."""
     config, visits = config or AppConfig(), Visits(queue)
     with gr.Blocks(title="elastic3d", analytics_enabled=False, delete_cache=(min(60, KEEP_S), KEEP_S)) as app:
-        gr.Markdown("# elastic3d\nAn image of one object, on a plain or transparent background, becomes a mesh.")
+        gr.Markdown(
+            "# elastic3d\nAn image of one object, on a plain or transparent background, becomes a mesh."
+        )
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 asked = _asked(queue, nouns if draw is not None else None)
@@ -98,7 +100,9 @@ def _wire_asked(asked: SimpleNamespace, queue: MeshQueue, draw: Draw | None) -> 
 
     controls = [getattr(asked, name) for name in SWITCHED]
     asked.model.change(switch, asked.model, controls, show_progress_on=asked.said)
-    asked.quality.change(lambda q: gr.update(visible=q == OWN), asked.quality, asked.budget, show_progress="hidden")
+    asked.quality.change(
+        lambda q: gr.update(visible=q == OWN), asked.quality, asked.budget, show_progress="hidden"
+    )
 
 
 def _wire_answer(
@@ -173,7 +177,12 @@ def _asked(queue: MeshQueue, nouns: Sequence[str] | None) -> SimpleNamespace:
             elem_id="image", buttons=[],
         )  # fmt: skip
         mask = gr.Image(
-            label="What the model sees", interactive=False, height=260, min_width=140, elem_id="mask", buttons=[]
+            label="What the model sees",
+            interactive=False,
+            height=260,
+            min_width=140,
+            elem_id="mask",
+            buttons=[],
         )
     prompt = gr.Textbox(
         label="or a prompt", placeholder="a wooden bar chair", visible=nouns is not None, submit_btn="Draw",
@@ -203,7 +212,9 @@ def _asked(queue: MeshQueue, nouns: Sequence[str] | None) -> SimpleNamespace:
         samples = gr.Slider(1, 8, 1, step=1, label="Samples", min_width=140)
     with gr.Accordion("More", open=False):
         steps = gr.Slider(1, 100, step=1, label="Steps", **settings["steps"])
-        resolution = gr.Slider(maximum=512, step=8, label="Resolution (grid cells a side)", **settings["resolution"])
+        resolution = gr.Slider(
+            maximum=512, step=8, label="Resolution (grid cells a side)", **settings["resolution"]
+        )
         faces = gr.Number(40_000, label="Most faces", precision=0, minimum=100)
     with gr.Row():
         run, stop = gr.Button("Make mesh", variant="primary"), gr.Button("Stop", min_width=80, scale=0)
@@ -217,7 +228,9 @@ def _asked(queue: MeshQueue, nouns: Sequence[str] | None) -> SimpleNamespace:
 
 def _answer() -> SimpleNamespace:
     """The right column: what was made, by name."""
-    viewer = gr.HTML("<p style='text-align: center; padding: 90px 0'>The mesh will be here.</p>", elem_id="viewer")
+    viewer = gr.HTML(
+        "<p style='text-align: center; padding: 90px 0'>The mesh will be here.</p>", elem_id="viewer"
+    )
     gallery = gr.Gallery(
         label="Samples: choose one", columns=4, height="auto", allow_preview=False, object_fit="contain",
         visible=False, elem_id="gallery", buttons=[],
@@ -233,7 +246,14 @@ def _answer() -> SimpleNamespace:
         interactive=False, height=420, elem_id="routes", buttons=["fullscreen"],
     )  # fmt: skip
     return SimpleNamespace(
-        viewer=viewer, gallery=gallery, kind=kind, up=up, size=size, download=button, table=table, routes=routes
+        viewer=viewer,
+        gallery=gallery,
+        kind=kind,
+        up=up,
+        size=size,
+        download=button,
+        table=table,
+        routes=routes,
     )
 
 

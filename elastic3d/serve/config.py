@@ -21,7 +21,8 @@ class ServerConfig(Options):
     host: str = option("127.0.0.1", "Address to listen on; any but a loopback address needs a token.")
     port: int = option(8000, "Port to listen on; 0 takes a free one.", ge=0, le=65535)
     token: str = option(
-        "", "What callers have to send (`Authorization: Bearer TOKEN`) or log in with; empty: $ELASTIC3D_TOKEN, or none."
+        "",
+        "What callers have to send (`Authorization: Bearer TOKEN`) or log in with; empty: $ELASTIC3D_TOKEN, or none.",
     )
     queue: int = option(64, "Jobs that may wait; a further one is refused (HTTP 429).", ge=1, le=100_000)
     batch_size: int = option(

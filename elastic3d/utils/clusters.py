@@ -31,9 +31,7 @@ def join_cluster(workers: int | None, extra: str = "ray") -> tuple[Any, bool]:
         return ray, False
     local: dict[str, Any] = {"num_cpus": workers, "object_store_memory": _OBJECT_STORE}
     handler = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        include_dashboard=False, log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else local)
-    )
+    ray.init(include_dashboard=False, log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else local))
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray puts its own there
     return ray, True

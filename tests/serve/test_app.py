@@ -173,7 +173,9 @@ def test_from_an_image_to_downloads(site: Page, browser, tmp_path: Path) -> None
     turned = trimesh.load_mesh(visit.downloaded("Download .ply, 50 mm", tmp_path / "turned.ply")).extents
     np.testing.assert_allclose(turned, upright[[0, 2, 1]] / 2, rtol=1e-4)
     rows = page.locator("#table").inner_text()
-    assert [name for name in ("elastic, seed 0", "elastic, seed 1", "dense, seed 0") if name not in rows] == []
+    assert [
+        name for name in ("elastic, seed 0", "elastic, seed 1", "dense, seed 0") if name not in rows
+    ] == []
     assert "100%" in rows and "watertight" in rows and page.locator("#routes img").count() == 1
     frame = page.frame_locator("#viewer iframe")
     assert frame.locator("figure").all_inner_texts()[0].startswith("dense, seed 0\n100% of the FLOPs")
@@ -233,9 +235,7 @@ def test_the_mask_can_be_corrected(site: Page, browser, tmp_path: Path) -> None:
     field.fill("4")
     field.press("Tab")
     visit.page.wait_for_function("src => document.querySelector('#mask img').src !== src", arg=before)
-    wide, narrow = (
-        np.asarray(masked(image, value, 0.15).convert("L")) < 250 for value in (4, 20)
-    )
+    wide, narrow = (np.asarray(masked(image, value, 0.15).convert("L")) < 250 for value in (4, 20))
     assert np.ptp(np.flatnonzero(wide.any(0))) > np.ptp(np.flatnonzero(narrow.any(0)))
 
 

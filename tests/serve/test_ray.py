@@ -125,7 +125,9 @@ def test_two_replicas_answer_as_one_process_does(model: Path, tmp_path: Path) ->
 
 def _meshes_of_a_replica(metrics: str) -> int:
     """How many meshes the replica has made whose counters these are."""
-    found = re.search(r'^elastic3d_requests_total{path="/v1/meshes",status="200"} (\S+)', metrics, re.MULTILINE)
+    found = re.search(
+        r'^elastic3d_requests_total{path="/v1/meshes",status="200"} (\S+)', metrics, re.MULTILINE
+    )
     return int(float(found[1])) if found else 0
 
 
