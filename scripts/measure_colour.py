@@ -1,4 +1,5 @@
-"""Measure the colours of texture=project on held-out shapes: PSNR of the input view, unseen views against the mean colour.
+"""Measure the colours of texture=project on held-out shapes: PSNR of the input view, unseen views against the mean
+colour.
 
 python scripts/measure_colour.py data.source=sweethome3d
 python scripts/measure_colour.py data.source=infinigen data.seeds=10 limit=10 output=colour.json

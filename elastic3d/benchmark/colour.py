@@ -48,7 +48,8 @@ class ColourConfig(Options):
 def measure_shape(
     raw: RawShape, make: Callable[[Image.Image], trimesh.Trimesh], seed: int
 ) -> dict[str, float]:
-    """Figures of one shape: its image is rendered, `make` makes a mesh of that, and the mesh is coloured and seen again.
+    """Figures of one shape: its image is rendered, `make` makes a mesh of that, and the mesh is coloured and seen
+    again.
 
     `psnr`: of the input view in dB, where mesh and mask overlap, and how far they do (`overlap`, an IoU). `rmse` and
     `rmse_mean`: of unseen views against the shape's own in the same light, colours from 0 to 1, by the mesh's colours

@@ -31,7 +31,7 @@ from elastic3d.serve.visit import (  # noqa: E402
     failed,
     masked,
     opened,
-    route_picture,
+    route_image,
     table,
     tiles,
 )
@@ -123,7 +123,7 @@ def _wire_answer(
         return [said, table([m.row() for m in everything]), gallery, made, *look_at(made, 0)]
 
     def look_at(made: Shown, index: int) -> list[Any]:
-        routes = route_picture(made, index)
+        routes = route_image(made, index)
         return [made.view(index), gr.update(value=routes, visible=routes is not None), index]
 
     def pick(made: Shown, event: gr.SelectData) -> list[Any]:

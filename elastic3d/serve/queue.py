@@ -294,13 +294,13 @@ class MeshQueue:
             self._fail(job, str(error))
             return
         try:
-            save_mesh(mesh, path, extras=result.receipt, name="mesh")
+            save_mesh(mesh, path, extras=result.metadata, name="mesh")
         except UserError as error:
             _log.error("%s", error)
             reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else None
             self._fail(job, f"the server can't keep the mesh: {reason or 'its disk failed'}", internal=True)
             return
-        job.file, job.metadata = path, result.receipt
+        job.file, job.metadata = path, result.metadata
         self._end_with(job, JobState.done)
 
     def _fail(self, job: Job, error: str, internal: bool = False) -> None:

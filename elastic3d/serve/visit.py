@@ -1,4 +1,5 @@
-"""What the buttons of the web app do: jobs for a visitor's choices, and what is shown and downloaded of their meshes."""
+"""What the buttons of the web app do: jobs for a visitor's choices, and what is shown and downloaded of their
+meshes."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from PIL import Image
 from elastic3d.errors import UserError
 from elastic3d.geometry.export import scale_to, with_up
 from elastic3d.geometry.mesh_io import save_mesh
-from elastic3d.models.foreground import prepare_picture
+from elastic3d.models.foreground import prepare_image
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.preview import turntable
 from elastic3d.pipelines.routes import draw_routes, route_title
@@ -156,7 +157,7 @@ def masked(image: Image.Image | None, tolerance: float, border: float) -> Image.
     if image is None:
         return None
     try:
-        return prepare_picture(image, ForegroundConfig(tolerance=int(tolerance), border=border), MASK_SIDE)
+        return prepare_image(image, ForegroundConfig(tolerance=int(tolerance), border=border), MASK_SIDE)
     except UserError as error:
         raise failed(error) from error
 
@@ -240,11 +241,11 @@ def table(rows: list[list[str]]) -> str:
 
 
 def tiles(shown: Shown) -> list[tuple[Image.Image, str]]:
-    """A small picture of every sample, and its name."""
+    """A small image of every sample, and its name."""
     return [(turntable(made.mesh, 1, TILE_SIDE), f"seed {made.metadata['seed']}") for made in shown.elastic]
 
 
-def route_picture(shown: Shown, index: int) -> str | None:
+def route_image(shown: Shown, index: int) -> str | None:
     """The file of what every block of a sample did; None where no model with routers ran."""
     made = shown.elastic[index]
     if "routes" not in made.metadata:

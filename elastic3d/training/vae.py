@@ -23,7 +23,7 @@ from elastic3d.training.datasets import (
     stack,
 )
 from elastic3d.training.options import StageName, TrainConfig
-from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture
+from elastic3d.training.samples import contact_sheet, field_meshes, mesh_image
 from elastic3d.utils.options import Options, option
 
 STORED = ("surface", "sharp", "near", "volume")
@@ -90,7 +90,7 @@ class VAEStageConfig(SurfaceConfig, FieldLossConfig):
     kl_weight: float = option(1e-5, "weight of the KL term", ge=0, le=1e6)
     val_shapes: int = option(64, "shapes to validate on", ge=1, le=1 << 20)
     val_queries: int = option(4096, "field queries of each kind for a validation shape", ge=1, le=MAX_POINTS)
-    sample_resolution: int = option(64, "grid cells a side of the sample pictures", ge=8, le=512)
+    sample_resolution: int = option(64, "grid cells a side of the sample images", ge=8, le=512)
 
     def check(self) -> None:
         """There is a query."""
@@ -291,7 +291,7 @@ class VAEStage:
         posterior = self.vae.encode(items["surface"].to(device), _to(items.get("sharp"), device))
         latents = self.vae.to_latents(posterior.mean)
         meshes = field_meshes(self.vae, latents, self.config.sample_resolution)
-        return {"reconstruction": contact_sheet([[mesh_picture(mesh) for mesh in meshes]])}
+        return {"reconstruction": contact_sheet([[mesh_image(mesh) for mesh in meshes]])}
 
     def _field(self, batch: Batch) -> Tensor:
         posterior = self.vae.encode(batch["surface"], batch.get("sharp"))

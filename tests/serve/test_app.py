@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 gradio = pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
 from tiny_dial import load, save_dialled  # noqa: E402
-from tiny_pipeline import picture, save_picture, tiny_pipeline  # noqa: E402
+from tiny_pipeline import image, save_image, tiny_pipeline  # noqa: E402
 
 from elastic3d.elastic import attach  # noqa: E402
 from elastic3d.elastic.config import ElasticConfig, RouterConfig  # noqa: E402
@@ -47,7 +47,7 @@ ARGUMENTS = [
 ]  # fmt: skip
 WAIT_MS = 25_000
 HOSTILE = "<img src=x onerror=window.hit=1>"
-CHOICES = Choices(picture(), "", "default", 1.0, False, False, 0, 1, 2, 16, 500, 20, 0.15)
+CHOICES = Choices(image(), "", "default", 1.0, False, False, 0, 1, 2, 16, 500, 20, 0.15)
 
 
 def routed():
@@ -67,7 +67,7 @@ class Page:
         dialled = save_dialled(folder / "dialled")
         self.queue = MeshQueue(Models({"routed": routed, "dialled": lambda: load(dialled), "gone": _gone}))
         page = build_app(
-            self.queue, lambda prompt, seed: (picture("navy"), f"{prompt} is not known"), ["egg"],
+            self.queue, lambda prompt, seed: (image("navy"), f"{prompt} is not known"), ["egg"],
             AppConfig(max_pixels=10**6),
         )  # fmt: skip
         self.app = page
@@ -153,7 +153,7 @@ def browser():
 def test_from_an_image_to_downloads(site: Page, browser, tmp_path: Path) -> None:
     visit = Visit(browser, site.url)
     page = visit.page
-    visit.upload(save_picture(tmp_path / "a.png"))
+    visit.upload(save_image(tmp_path / "a.png"))
     page.locator("#mask img").wait_for()
     page.get_by_label("Dense beside it").check()
     page.get_by_label("Image's colours").check()
@@ -200,7 +200,7 @@ def test_what_goes_wrong_is_said_on_the_page(site: Page, browser, tmp_path: Path
     (tmp_path / "text.png").write_text("no image at all")
     Image.new("L", (10_000, 10_000)).save(tmp_path / "large.png")
     Image.new("RGB", (64, 64), "white").save(tmp_path / "blank.png")
-    (tmp_path / "cut.png").write_bytes(save_picture(tmp_path / "a.png").read_bytes()[:200])
+    (tmp_path / "cut.png").write_bytes(save_image(tmp_path / "a.png").read_bytes()[:200])
     for name, words in (
         ("text", "the upload is no image"),
         ("large", "10000 x 10000 pixels, expected at most 1,000,000"),
@@ -257,7 +257,7 @@ def test_another_model_and_its_dial(site: Page, browser, tmp_path: Path) -> None
     assert not steps.is_visible() and page.get_by_text("fast: 5.5x, IoU 0.60").is_visible()
     page.get_by_role("radio", name="by budget").check()
     page.get_by_label("number input for Budget").fill("0.7")
-    visit.upload(save_picture(tmp_path / "a.png"))
+    visit.upload(save_image(tmp_path / "a.png"))
     page.locator("#mask img").wait_for()
     page.get_by_label("number input for Resolution (grid cells a side)").fill("32")
     visit.press("Make mesh")
@@ -268,7 +268,7 @@ def test_another_model_and_its_dial(site: Page, browser, tmp_path: Path) -> None
 def test_stop_and_leaving_cancel_what_runs(site: Page, browser, tmp_path: Path) -> None:
     visit = Visit(browser, site.url)
     page = visit.page
-    visit.upload(save_picture(tmp_path / "a.png"))
+    visit.upload(save_image(tmp_path / "a.png"))
     page.locator("#mask img").wait_for()
     with site.queue.models.use(""):  # nothing can run meanwhile
         visit.press("Make mesh")
@@ -344,7 +344,7 @@ def test_uploads_go_after_a_while(browser, tmp_path: Path, monkeypatch) -> None:
     page = Page(tmp_path)
     try:
         visit = Visit(browser, page.url)
-        visit.upload(save_picture(tmp_path / "mine.png"))
+        visit.upload(save_image(tmp_path / "mine.png"))
         visit.page.locator("#mask img").wait_for()
         assert list(page.folder.rglob("mine.png"))
         _until(lambda: not list(page.folder.rglob("*.png")) and not list(page.folder.rglob("*.webp")))
@@ -394,7 +394,7 @@ def test_the_script_keeps_to_itself_and_leaves_nothing(browser, tmp_path: Path) 
         page.get_by_label("password").fill("secret")
         page.get_by_role("button", name=re.compile("login", re.IGNORECASE)).click()
         page.get_by_role("button", name="Make mesh").wait_for()
-        page.locator("#image input[type=file]").set_input_files(save_picture(tmp_path / "a.png"))
+        page.locator("#image input[type=file]").set_input_files(save_image(tmp_path / "a.png"))
         page.locator("#mask img").wait_for()
         assert list((tmp_path / "tmp").rglob("a.png"))
         process.send_signal(signal.SIGTERM)
