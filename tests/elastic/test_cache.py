@@ -105,7 +105,7 @@ def at(row: int, step: int, time: float, count: int = 1) -> Moments:
     return Moments([row], count, [step], [time])
 
 
-def test_a_calibrated_trend_changes_over_time():
+def test_a_calibrated_damping_changes_over_time():
     """0.5 at time 0.2 and 1.1 at 0.6, linear between, in the place of one for all times."""
     config = BlockCacheConfig(
         skipped_reuse=True, longest=9, damping=0.3, times=[0.2, 0.6], dampings=[0.5, 1.1]
@@ -140,7 +140,7 @@ def test_by_age_open_blocks_reuse_what_lives():
     (lambda: BlockCacheConfig(band=-0.1), "band is -0.1, expected a value from 0 to 1"),
     (lambda: BlockCacheConfig(longest=0), "longest is 0"),
     (lambda: BlockCacheConfig(times=[0.5], dampings=[1.0, 0.5]),
-     "times and damping are no ascending list and one of the same length"),
+     "times and dampings are no ascending list and one of the same length"),
     (lambda: RouterConfig(damping_times=[0.5, 0.2], dampings=[1.0, 0.5]),
      "damping_times is .* expected values in ascending order"),
     (lambda: BlockCacheConfig(damping=2), "damping is 2, expected a value from 0 to 1"),

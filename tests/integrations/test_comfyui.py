@@ -40,7 +40,7 @@ def test_every_node_declares_what_its_function_takes(nodes) -> None:
 
 def test_from_an_image_batch_to_files(nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rgba = np.asarray(image().convert("RGBA")).astype(np.float32) / 255
-    image = torch.from_numpy(np.stack([rgba[..., :3]] * 2))
+    batch = torch.from_numpy(np.stack([rgba[..., :3]] * 2))
     mask = torch.from_numpy(rgba[None, ..., 3])
     pipeline = tiny_pipeline()
     meshes, metadata = nodes.Elastic3DImageToMesh().generate(
@@ -69,14 +69,14 @@ def test_from_an_image_batch_to_files(nodes, tmp_path: Path, monkeypatch: pytest
 
 def test_a_quality_is_a_point_of_the_dial(nodes, tmp_path: Path) -> None:
     (dialled,) = nodes.Elastic3DLoadModel().load(str(save_dialled(tmp_path / "model")), "cpu")
-    image = torch.from_numpy(np.asarray(image().convert("RGBA")).astype(np.float32)[None] / 255)
+    batch = torch.from_numpy(np.asarray(image().convert("RGBA")).astype(np.float32)[None] / 255)
     generate = nodes.Elastic3DImageToMesh().generate
     made = [
-        generate(dialled, image, 0, *chosen, 0, 16, 500)[1][0] for chosen in (("fast", 0.0), ("default", 0.7))
+        generate(dialled, batch, 0, *chosen, 0, 16, 500)[1][0] for chosen in (("fast", 0.0), ("default", 0.7))
     ]
     assert [json.loads(metadata)["dial"]["requested"] for metadata in made] == ["fast", 0.7]
     with pytest.raises(ValueError, match="expected one of them"):
-        generate(dialled, image, 0, "fast", 0.7, 0, 16, 500)
+        generate(dialled, batch, 0, "fast", 0.7, 0, 16, 500)
 
 
 def test_a_mask_of_another_batch_is_named(nodes) -> None:

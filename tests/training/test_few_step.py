@@ -1,4 +1,4 @@
-"""Updates of the blocks, trained through whole generations on a tiny dense model, by the commands."""
+"""The few-step LoRA, trained through whole generations on a tiny dense model, by the commands."""
 
 import shutil
 from dataclasses import replace
@@ -85,12 +85,12 @@ def test_a_share_of_the_batches_runs_every_block(routed):
     assert trace_share(flow.session.trace).item() == 1.0
 
 
-def test_only_the_updates_learn_and_the_error_falls(routed):
+def test_only_the_lora_learns_and_the_error_falls(routed):
     stage = FewStepStage(few_step_config(routed, batch=4))
     flow = stage.flow
     batch = stack([stage.items().item(position, 0) for position in range(4)])
     trainable = {name for name, p in flow.named_parameters() if p.requires_grad}
-    assert trainable == set(flow.state_dict()) and all(name.startswith("updates.") for name in trainable)
+    assert trainable == set(flow.state_dict()) and all(name.startswith("few_step.") for name in trainable)
     assert not any(
         p.requires_grad for p in flow.dit.parameters() if id(p) not in set(map(id, flow.parameters()))
     )
@@ -138,7 +138,7 @@ def test_train_export_and_generate(routed):
     assert any(name.startswith("val/updated_") for row in rows for name in row)
     output = routed / "dense"
     export = export_of(few_step_config(routed), output)
-    for _ in range(2):  # a second export finds updates there already
+    for _ in range(2):  # a second export finds a few-step LoRA there already
         assert run_stage(export) == 0
     after = read_weights(output / "routers" / "model.safetensors")
     assert all(torch.equal(after[key], value) for key, value in before.items())
@@ -149,11 +149,11 @@ def test_train_export_and_generate(routed):
     assert (output / "routers" / "few_step.csv").is_file()
     pipeline = ImageTo3DPipeline.from_pretrained(output, "cpu", "float32")
     assert pipeline.session.router_config == replace(
-        ROUTERS, few_step=4, few_step_nfe=3, few_step_max_steps=4
+        ROUTERS, few_step_rank=4, few_step_nfe=3, few_step_max_steps=4
     )
 
 
-def test_guidance_is_learned_from_the_updates_that_are_there(routed):
+def test_guidance_is_learned_from_the_lora_that_is_there(routed):
     assert run_stage(few_step_config(routed, steps=2)) == 0
     output = routed / "dense"
     assert run_stage(export_of(few_step_config(routed), output)) == 0
@@ -171,7 +171,7 @@ def test_guidance_is_learned_from_the_updates_that_are_there(routed):
     assert run_stage(export_of(few_step_config(routed, options, name="guided"), output)) == 0
     pipeline = ImageTo3DPipeline.from_pretrained(output, "cpu", "float32")
     assert pipeline.session.router_config == replace(
-        ROUTERS, few_step=4, few_step_nfe=4, few_step_max_steps=4, few_step_guidance=2.5
+        ROUTERS, few_step_rank=4, few_step_nfe=4, few_step_max_steps=4, few_step_guidance=2.5
     )
     after = read_weights(output / "routers" / "model.safetensors")
     assert any(not torch.equal(after[key], value) for key, value in first.items() if key.endswith(".up"))
