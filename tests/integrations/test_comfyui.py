@@ -44,7 +44,7 @@ def test_from_an_image_batch_to_files(nodes, tmp_path: Path, monkeypatch: pytest
     mask = torch.from_numpy(rgba[None, ..., 3])
     pipeline = tiny_pipeline()
     meshes, metadata = nodes.Elastic3DImageToMesh().generate(
-        pipeline, image, 5, "default", 0.0, 2, 16, 500, mask
+        pipeline, batch, 5, "default", 0.0, 2, 16, 500, mask
     )
     assert len(meshes) == 2 and json.loads(metadata[0])["seed"] == 5
     alone = pipeline(image(), seed=5, steps=2, resolution=16, max_faces=500).mesh
