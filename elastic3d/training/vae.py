@@ -291,40 +291,35 @@ class VAEObjective(nn.Module):
                 part.requires_grad_(False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Batch of `VAEItems` -> loss and what it is made of. `noise` (B,N,C) draws the latents."""
-        if "latents" in batch:
-            return self._from_latents(batch)
-        posterior = self.vae.encode(batch["surface"], batch.get("sharp"), batch.get("offsets"))
-        raw = posterior.mean + batch["noise"] * (0.5 * posterior.logvar).exp()
-        if "errors" in batch:
-            raw = raw + batch["errors"] * self._units()
-        field = self.vae.query(batch["points"], self.vae.decode(self.vae.to_latents(raw)))
-        loss = field_loss(field, batch["distance"], self.config)
-        kl = posterior.kl().mean()
-        inside = batch["distance"] > 0
-        accuracy = ((field > 0) == inside).float().mean()
-        values = {"field": loss.detach(), "kl": kl.detach(), "accuracy": accuracy}
-        return loss + self.config.kl_weight * kl, values
-
-    def _from_latents(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Batch of `RolloutItems` -> loss and what it is made of."""
-        tokens = self.vae.decode(batch["latents"])
+        """Batch of `VAEItems` or `RolloutItems` -> loss and what it is made of."""
+        latents, kl = self._latents(batch)
+        tokens = self.vae.decode(latents)
         field = self.vae.query(batch["points"], tokens)
         loss = field_loss(field, batch["distance"], self.config)
         accuracy = ((field > 0) == (batch["distance"] > 0)).float().mean()
         values = {"field": loss.detach(), "accuracy": accuracy}
-        if self.config.anchor_weight:
+        if kl is not None:
+            loss = loss + self.config.kl_weight * kl
+            values["kl"] = kl.detach()
+        if self.config.anchor_weight and "true" in batch:
             true = self.vae.from_latents(batch["true"])[..., :3]
             moved = (tokens[..., :3] - true).square().sum(-1).mean()
             loss = loss + self.config.anchor_weight * moved
             values["anchors"] = moved.detach()
         return loss, values
 
-    def _units(self) -> Tensor:
-        """What a latent's errors are counted in (C,): an anchor's in the shape's units, a feature's in deviations."""
-        units, anchors = self.vae.latent_std.clone(), self.vae.config.channels - self.vae.config.latent_channels
-        units[:anchors] = 1.0
-        return units
+    def _latents(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What is decoded (B,N,C): a DiT's, or a draw from the posterior (by `noise`) and its mean KL; with `errors`."""
+        if "latents" in batch:
+            return batch["latents"], None
+        posterior = self.vae.encode(batch["surface"], batch.get("sharp"), batch.get("offsets"))
+        raw = posterior.mean + batch["noise"] * (0.5 * posterior.logvar).exp()
+        latents = self.vae.to_latents(raw)
+        if "errors" in batch:
+            units, anchors = torch.ones_like(self.vae.latent_std), posterior.anchor_channels
+            units[:anchors] /= self.vae.latent_std[:anchors]
+            latents = latents + batch["errors"] * units * self.vae.config.scale_factor
+        return latents, posterior.kl().mean()
 
 
 def field_loss(field: Tensor, distance: Tensor, config: FieldLossConfig) -> Tensor:
