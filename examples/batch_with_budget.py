@@ -24,8 +24,8 @@ def main(
         if result.error:
             print(f"{file.name}: {result.error}")
             continue
-        executed = result.receipt["flops_executed"] / result.receipt["flops_dense"]
-        save_mesh(result.mesh, Path(output) / f"{file.stem}.glb", extras=result.receipt)
+        executed = result.metadata["flops_executed"] / result.metadata["flops_dense"]
+        save_mesh(result.mesh, Path(output) / f"{file.stem}.glb", extras=result.metadata)
         print(f"{file.stem}.glb: {executed:.0%} of the dense FLOPs executed")
 
 

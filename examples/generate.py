@@ -12,8 +12,8 @@ def main(image: str, output: str, model: str = "data/pretrained/shape-small", **
     """Options are those of the pipeline's call: seed, steps, guidance, resolution, budget, ..."""
     pipeline = ImageTo3DPipeline.from_pretrained(model)
     result = pipeline(image, **options)
-    save_mesh(result.mesh, output, extras=result.receipt)
-    print(f"{output}: {len(result.mesh.faces):,} faces, {result.receipt['ms']}")
+    save_mesh(result.mesh, output, extras=result.metadata)
+    print(f"{output}: {len(result.mesh.faces):,} faces, {result.metadata['ms']}")
 
 
 if __name__ == "__main__":

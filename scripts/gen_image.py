@@ -1,11 +1,11 @@
-"""Make a picture from a prompt.
+"""Make an image from a prompt.
 
     python scripts/gen_image.py prompt="a wooden bar chair" output=chair.png
     python scripts/gen_image.py backbone=flux weights=/models/FLUX.1-dev prompt="a red fox" output=fox.png budget=0.5
     python scripts/gen_image.py backbone=qwen_image weights=/models/Qwen-Image prompt="a red fox" output=fox.png
 
 The folder of the weights is the one that is published, unchanged; routers are a folder of their own. With
-num_samples= there are several pictures, fox_0.png and so on. Each holds the receipt of how it was made.
+num_samples= there are several images, fox_0.png and so on. Each holds the metadata of how it was made.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def main(config: GenerateImageConfig) -> int:
-    """Load the pipeline, generate in batches, save each picture as soon as its batch is through."""
+    """Load the pipeline, generate in batches, save each image as soon as its batch is through."""
     from tqdm import tqdm
 
-    from elastic3d.models.pictures import save_picture
+    from elastic3d.models.images import save_image
     from elastic3d.pipelines.routes import draw_routes, route_title
     from elastic3d.pipelines.text_to_image import TextToImagePipeline
 
@@ -64,12 +64,12 @@ def main(config: GenerateImageConfig) -> int:
         )
         for n, result in zip(numbers, results, strict=True):
             target = targets[n]
-            save_picture(result.image, target, result.receipt)
+            save_image(result.image, target, result.metadata)
             bar.update()
             seconds = time.perf_counter() - start
             bar.write(f"{target}: {result.image.width} x {result.image.height}, {seconds:.1f} s")
-            if "routes" in result.receipt:
-                panels.append((route_title(target.name, result.receipt), result.receipt["routes"]))
+            if "routes" in result.metadata:
+                panels.append((route_title(target.name, result.metadata), result.metadata["routes"]))
     bar.close()
     if config.trace:
         draw_routes(panels, Path(config.trace))

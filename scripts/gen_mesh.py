@@ -1,4 +1,4 @@
-"""Make a mesh from a picture of an object, or from a prompt.
+"""Make a mesh from an image of an object, or from a prompt.
 
     python scripts/gen_mesh.py image=chair.png output=chair.glb
     python scripts/gen_mesh.py image=photos/ output=meshes/ resume=true
@@ -10,8 +10,8 @@
     python scripts/gen_mesh.py image=photos/ output=meshes/ runner=ray workers=4 resume=true
     python scripts/gen_mesh.py prompt="a wooden bar chair" output=chair.glb
 
-A folder or glob of pictures is done in batches: a bad file is reported and skipped, `summary.json` records
-everything, and the exit code is 1 if any failed. A picture needs a transparent or a plain background.
+A folder or glob of images is done in batches: a bad file is reported and skipped, `summary.json` records
+everything, and the exit code is 1 if any failed. An image needs a transparent or a plain background.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STAGES = {"condition": "image", "dit": "step", "decode": "decoding", "cleanup": 
 
 
 def main(config: GenerateConfig) -> int:
-    """Plan, load the model, generate; 1 if any picture failed."""
+    """Plan, load the model, generate; 1 if any image failed."""
     from tqdm import tqdm
 
     from elastic3d.pipelines import generation

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hunyuan_tiny import CASES, CHANNELS, CONTEXT, LATENTS, PICTURE, dinov2_shapes, tiny_config, tiny_state
+from hunyuan_tiny import CASES, CHANNELS, CONTEXT, IMAGE, LATENTS, dinov2_shapes, tiny_config, tiny_state
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ def inputs(case: str) -> dict[str, Tensor]:
         "condition": normal(2, 5 * views, CONTEXT),
         "guidance": torch.tensor([5.0, 3.0]),
         "points": torch.rand((2, 50, 3), generator=generator) * 2 - 1,
-        "images": torch.rand((1, views, 3, PICTURE, PICTURE), generator=generator),
+        "images": torch.rand((1, views, 3, IMAGE, IMAGE), generator=generator),
     }
 
 

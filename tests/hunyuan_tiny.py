@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SEED = 7
-LATENTS, CHANNELS, CONTEXT, PICTURE = 6, 8, 24, 40
+LATENTS, CHANNELS, CONTEXT, IMAGE = 6, 8, 24, 40
 CASES = ("base", "turbo", "mv")
 DINOV2 = {
     "hidden_size": CONTEXT, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
@@ -62,7 +62,7 @@ def tiny_config(case: str = "base") -> dict[str, Any]:
         },
         "image_processor": {
             "target": f"{package}.preprocessors.{'MV' if views else ''}ImageProcessorV2",
-            "params": {"size": PICTURE},
+            "params": {"size": IMAGE},
         },
         "pipeline": {"target": f"{package}.pipelines.Hunyuan3DDiTFlowMatchingPipeline"},
     }  # fmt: skip

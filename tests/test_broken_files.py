@@ -32,8 +32,8 @@ from elastic3d.evaluation.report import write_json
 from elastic3d.evaluation.runner import read_journal
 from elastic3d.evaluation.summary import load_report
 from elastic3d.geometry.mesh_io import save_mesh
+from elastic3d.models.images import read_metadata, save_image
 from elastic3d.models.options import ForegroundConfig, ImageEncoderConfig
-from elastic3d.models.pictures import read_receipt, save_picture
 from elastic3d.models.weights import PretrainedMixin, load_config
 from elastic3d.preparation.shards import Shard, read_sidecar, write_shard
 from elastic3d.training.checkpoint import (
@@ -45,9 +45,9 @@ from elastic3d.training.checkpoint import (
     set_random_state,
 )
 from elastic3d.training.datasets import ShardFolder
+from elastic3d.training.image_cache import ImageCache
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo
-from elastic3d.training.picture_cache import PictureCache
 from elastic3d.utils.options import from_dict, to_dict
 from elastic3d.utils.structured import load_json
 from elastic3d.utils.tensors import open_tensors, read_weights, tensor_heads
@@ -88,8 +88,8 @@ def _latents(path: Path) -> object:
     return info.vae, info.encoder, info.foreground
 
 
-def _pictures(path: Path) -> object:
-    return len(PictureCache(path.parent, "train"))
+def _images(path: Path) -> object:
+    return len(ImageCache(path.parent, "train"))
 
 
 def _state(path: Path) -> object:
@@ -120,7 +120,7 @@ DOCUMENTS: dict[str, tuple[Any, Callable[[Path], object]]] = {
     ),
     "shard-00000.json": (SIDECAR, read_sidecar),
     "latents.json": (LATENTS, _latents),
-    "cache.json": ({"settings": {"size": 64}, "counts": {"train": 3}}, _pictures),
+    "cache.json": ({"settings": {"size": 64}, "counts": {"train": 3}}, _images),
     "state.json": ({"step": 3, "config": {}}, _state),
     "manifest.json": ({"state.json": hashlib.sha256(b'{"step": 1}').hexdigest()}, _manifest),
     "random-00000.json": (json.loads(json.dumps(random_state())), load_random_state),
@@ -223,7 +223,7 @@ def _cached(path: Path) -> object:
     (path.parent / "cache.json").write_text('{"settings": {}, "counts": {"train": 1}}')
     moved = path.parent / "train" / path.name
     moved.write_bytes(path.read_bytes())
-    return PictureCache(path.parent, "train").read(0, 0)
+    return ImageCache(path.parent, "train").read(0, 0)
 
 
 TENSORS: dict[str, tuple[dict[str, torch.Tensor], Callable[[Path], object]]] = {
@@ -286,12 +286,12 @@ def test_a_size_that_the_weights_do_not_have_costs_nothing(tmp_path: Path, value
 
 def test_metadata_of_an_image(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    save_picture(Image.new("RGB", (8, 8)), path, {"seed": 1})
+    save_image(Image.new("RGB", (8, 8)), path, {"seed": 1})
     whole = path.read_bytes()
-    assert read_receipt(path) == {"seed": 1}
-    assert any(_read(path, data, read_receipt) for data in _cuts(whole)[:-1])
+    assert read_metadata(path) == {"seed": 1}
+    assert any(_read(path, data, read_metadata) for data in _cuts(whole)[:-1])
     for broken in (b'{"seed": NaN ', b"[" * 12, b'{"seed":"x"', b"null"):
-        assert _read(path, whole.replace(b'{"seed": 1}', broken.ljust(11)[:11]), read_receipt)
+        assert _read(path, whole.replace(b'{"seed": 1}', broken.ljust(11)[:11]), read_metadata)
 
 
 # ------------------------------------------------------------------------------------------------ full disk

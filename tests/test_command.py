@@ -32,7 +32,7 @@ def test_overview_version_and_typing_errors(capsys: pytest.CaptureFixture[str]) 
     assert cli.main([]) == cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in cli.find_commands())
-    assert "Make a mesh from a picture" in shown or "Make a mesh from an image" in shown
+    assert "Make a mesh from an image" in shown or "Make a mesh from an image" in shown
     assert cli.main(["--version"]) == 0 and "elastic3d 0." in capsys.readouterr().out
     assert cli.main(["gen-msh"]) == 2
     assert "did you mean gen-mesh?" in capsys.readouterr().err

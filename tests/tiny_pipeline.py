@@ -19,7 +19,7 @@ LATENTS, CHANNELS = 8, 7
 
 
 def tiny_pipeline() -> ImageTo3DPipeline:
-    """Width 32, 2 + 2 blocks, 8 latents, 4 condition tokens from pictures of 64 pixels; always the same."""
+    """Width 32, 2 + 2 blocks, 8 latents, 4 condition tokens from images of 64 pixels; always the same."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vae = ShapeVAE(
@@ -53,15 +53,15 @@ def _centre_field(vae: ShapeVAE) -> None:
         vae.geo_decoder.output_proj.bias -= vae.query(points, tokens).quantile(0.67)
 
 
-def picture(colour: str = "maroon", x: int = 30) -> Image.Image:
+def image(colour: str = "maroon", x: int = 30) -> Image.Image:
     """An ellipse on a transparent background."""
     image = Image.new("RGBA", (100, 80), (0, 0, 0, 0))
     ImageDraw.Draw(image).ellipse((x, 10, x + 30, 70), fill=colour)
     return image
 
 
-def save_picture(path: Path, colour: str = "maroon", x: int = 30) -> Path:
-    """Write `picture` to a file."""
+def save_image(path: Path, colour: str = "maroon", x: int = 30) -> Path:
+    """Write `image` to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(colour, x).save(path)
+    image(colour, x).save(path)
     return path

@@ -24,7 +24,7 @@ from elastic3d.elastic.policies import (
     random_routes,
     timestep_routes,
 )
-from elastic3d.elastic.router import looks_ahead
+from elastic3d.elastic.router import decides_per_step
 from elastic3d.elastic.trace import parse_actions
 from elastic3d.utils.structured import load_json, save_json
 
@@ -72,7 +72,7 @@ class Controls:
         actions, blocks, share = self._calibrated(run)
         branches = int((actions[:, :, 0, 0] >= -1).any(dim=0).sum())
         seed = zlib.crc32(f"{run.name}/{job.seed}/{job.name}".encode())
-        one = self.router.branches is Branches.together
+        one = self.router.branches is Branches.shared
         routes = random_routes(
             self._decided(blocks), self.router.ratios, run.steps, 1 if one else branches, share,
             torch.Generator().manual_seed(seed),
@@ -100,7 +100,7 @@ class Controls:
 
     def _decided(self, blocks: list[BlockFlops]) -> list[BlockFlops]:
         """What controls choose among: blocks, or all of them as one where the routers decide for all."""
-        return [as_one(blocks)] if looks_ahead(self.router) else blocks
+        return [as_one(blocks)] if decides_per_step(self.router) else blocks
 
     def _calibrated(self, run: Run) -> tuple[Tensor, list[BlockFlops], float]:
         """Actions (S,2,C,I), the blocks' FLOPs and the executed share of a control's donor on the calibration items."""
@@ -151,7 +151,7 @@ class Controls:
         """
         task, planner, jobs = self.task, self.planner, self.calibration
         dense = planner.run(MAIN, planner.baseline_steps, Routes.dense)
-        plain = ElasticConfig(cache=NO_CACHE, updates=False)
+        plain = ElasticConfig(cache=NO_CACHE, few_step=False)
         fixed = planner.run(MAIN, planner.baseline_steps, Routes.open, plain)
         condition = task.condition_of(dense, jobs)
         true = task.sample(dense, condition, jobs, None)

@@ -22,7 +22,7 @@ from elastic3d.geometry.cleanup import drop_floaters
 from elastic3d.geometry.decode import decode_field
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.geometry.surface import extract_surface
-from elastic3d.models.pictures import PICTURE_SUFFIXES
+from elastic3d.models.images import IMAGE_SUFFIXES
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.utils.files import atomic_path
 from elastic3d.utils.structured import load_json, save_json
@@ -138,7 +138,7 @@ def _latents(pipeline: ImageTo3DPipeline, config: DecodingConfig) -> dict[str, T
     """Latents (N,C) by name, from `latents.safetensors` if it is there, else sampled and encoded, and kept there."""
     path = config.output / "latents.safetensors"
     if not path.is_file():
-        images = sorted(p for p in config.images.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+        images = sorted(p for p in config.images.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         found: dict[str, Tensor] = {}
         for seed in config.seeds:
             for image, result in zip(images, pipeline(images, seed=seed, resolution=32), strict=True):

@@ -115,11 +115,11 @@ class ImageTask(Task):
         records = json.dumps({prompt: record for prompt, (_, record) in entries.items()})
         with atomic_path(self._path(run, jobs[0].seed)) as temporary, temporary.open("wb") as file:
             pixels = np.stack([image for image, _ in entries.values()])
-            np.savez_compressed(file, pictures=pixels, records=np.frombuffer(records.encode(), np.uint8))
+            np.savez_compressed(file, images=pixels, records=np.frombuffer(records.encode(), np.uint8))
 
     def _made(self, run: Run, jobs: Sequence[Job]) -> dict[str, tuple[Pixels, dict[str, Any]]]:
         return {
-            job.name: (np.asarray(result.image), {"status": "ok", "error": None, "receipt": result.receipt})
+            job.name: (np.asarray(result.image), {"status": "ok", "error": None, "metadata": result.metadata})
             for job, result in zip(jobs, self.produced(run, jobs), strict=True)
         }
 
@@ -129,7 +129,7 @@ class ImageTask(Task):
         except UserError as error:
             width, height = self.size or (self.pipeline(run).backbone.default_size,) * 2
             grey = np.full((height, width, 3), 128, np.uint8)
-            return {job.name: (grey, {"status": "failed", "error": str(error), "receipt": {}})}
+            return {job.name: (grey, {"status": "failed", "error": str(error), "metadata": {}})}
 
     def _path(self, run: Run, seed: int) -> Path:
         return self.config.output / "runs" / run.name / f"seed-{seed}.npz"
@@ -143,7 +143,7 @@ class ImageTask(Task):
         entries: dict[str, tuple[Pixels, dict[str, Any]]] = {}
         if path.is_file():
             with np.load(path) as file:
-                records, pixels = json.loads(file["records"].tobytes()), file["pictures"]
+                records, pixels = json.loads(file["records"].tobytes()), file["images"]
             entries = {p: (image, record) for (p, record), image in zip(records.items(), pixels, strict=True)}
         self._open[path] = entries
         if len(self._open) > OPEN:

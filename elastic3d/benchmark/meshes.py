@@ -30,22 +30,22 @@ from elastic3d.evaluation.runner import score_all
 from elastic3d.evaluation.statistics import bootstrap_mean
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
+from elastic3d.models.images import IMAGE_SUFFIXES
 from elastic3d.models.options import ForegroundConfig
-from elastic3d.models.pictures import PICTURE_SUFFIXES
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import CONFIG_NAME, find_weights
 from elastic3d.pipelines.conditions import encode, prepare
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.pipelines.result import Result, Settings
-from elastic3d.training.samples import mesh_picture, on_white
+from elastic3d.training.samples import mesh_image, on_white
 from elastic3d.utils.files import file_sha256, visible_files
 from elastic3d.utils.structured import Maybe, load_json, save_json
 
 TRUTH, REFERENCE, SAME_STEPS = "truth", "reference", "same_steps"
 F_DROP = 0.01  # of an F-score, that the speed target allows
 SHEET_SIDE = 160
-_RECORD = {"status": str, "error": Maybe(str), "image_sha256": str, "receipt": dict}
+_RECORD = {"status": str, "error": Maybe(str), "image_sha256": str, "metadata": dict}
 
 
 class MeshTask(Task):
@@ -90,11 +90,11 @@ class MeshTask(Task):
     def find_items(self, path: Path) -> list[Any]:
         """Images of a folder by name. UserError: no folder, no image, or two that differ in their suffix alone."""
         if not path.is_dir():
-            raise UserError(f"{path} is no folder, expected one of images ({', '.join(PICTURE_SUFFIXES)})")
+            raise UserError(f"{path} is no folder, expected one of images ({', '.join(IMAGE_SUFFIXES)})")
         files = visible_files(path, recursive=False)
-        found = [each for each in files if each.suffix.lower() in PICTURE_SUFFIXES]
+        found = [each for each in files if each.suffix.lower() in IMAGE_SUFFIXES]
         if not found:
-            raise UserError(f"{path} holds no image ({', '.join(PICTURE_SUFFIXES)})")
+            raise UserError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
         stems = [each.stem for each in found]
         for stem in stems:
             if stems.count(stem) > 1:
@@ -124,10 +124,10 @@ class MeshTask(Task):
                 "status": "ok" if result.error is None else "failed",
                 "error": None if result.error is None else str(result.error),
                 "image_sha256": _sha256(cast(Path, job.item)),
-                "receipt": result.receipt,
+                "metadata": result.metadata,
             }
             if result.error is None:
-                save_mesh(result.mesh, path, extras=result.receipt, name=job.name)
+                save_mesh(result.mesh, path, extras=result.metadata, name=job.name)
             else:
                 path.unlink(missing_ok=True)
             save_json(record, path.with_suffix(".json"))
@@ -285,7 +285,7 @@ class MeshTask(Task):
             paths = [self.mesh(run, Job(image, seed)) for run in runs.values()]
             paths += [self.truth[image.stem]] if self.truth else []
             meshes = [load_mesh(path) if path.is_file() else None for path in paths]  # white where one failed
-            rows.append([on_white(np.asarray(fitted)), *(mesh_picture(m, SHEET_SIDE) for m in meshes)])
+            rows.append([on_white(np.asarray(fitted)), *(mesh_image(m, SHEET_SIDE) for m in meshes)])
         return ["input", *runs, *(["ground truth"] if self.truth else [])], rows
 
 

@@ -182,7 +182,7 @@ class Planner:
 
     def opened(self, steps: int, cache: BlockCacheConfig, lora: bool) -> Run:
         """Every block of the model with routers at full width: only a cache and, if wanted, the few-step LoRA act."""
-        return self.run(MAIN, steps, Routes.open, ElasticConfig(cache=cache, updates=lora))
+        return self.run(MAIN, steps, Routes.open, ElasticConfig(cache=cache, few_step=lora))
 
     def has_lora(self, steps: int, budget: float) -> bool:
         """Whether a generation uses the few-step LoRA of the routers."""
@@ -223,14 +223,14 @@ def _elastic(planner: Planner, method: Method, **changes: Any) -> Iterator[Case]
 
 
 def _no_damping(planner: Planner) -> Iterator[Case]:
-    cache = replace(planner.default.cache or NO_CACHE, trend=1.0, times=[], trends=[])
+    cache = replace(planner.default.cache or NO_CACHE, damping=1.0, times=[], dampings=[])
     yield from _elastic(planner, Method.elastic_no_damping, cache=cache)
 
 
 def _no_lora(planner: Planner) -> Iterator[Case]:
     for steps in planner.elastic_steps:
         for budget in filter(partial(planner.has_lora, steps), planner.config.budgets):
-            run = planner.elastic(budget, steps, updates=False)
+            run = planner.elastic(budget, steps, few_step=False)
             yield Case(Method.elastic_no_lora.value, run, budget)
 
 
@@ -243,9 +243,11 @@ def _few_step_lora(planner: Planner) -> Iterator[Case]:
 def _dense_cache(planner: Planner) -> Iterator[Case]:
     """A forecast at fixed intervals, without routers: with given dampings, and with the one calibrated for them."""
     line, own = BlockCacheConfig(rule=CacheRule.age), planner.trained_cache
-    dampings = {f"damping {each:g}": replace(line, trend=each) for each in planner.config.dampings}
-    if own.trends or own.trend not in (0.0, *planner.config.dampings):
-        dampings["calibrated damping"] = replace(line, trend=own.trend, times=own.times, trends=own.trends)
+    dampings = {f"damping {each:g}": replace(line, damping=each) for each in planner.config.dampings}
+    if own.dampings or own.damping not in (0.0, *planner.config.dampings):
+        dampings["calibrated damping"] = replace(
+            line, damping=own.damping, times=own.times, dampings=own.dampings
+        )
     for steps in planner.elastic_steps:
         start = min(1.0, (planner.config.forecast_warmup - 0.5) / steps)  # rounded up to whole steps
         for interval in planner.config.intervals:
@@ -311,12 +313,12 @@ def _impossible(planner: Planner, method: Method, items: int) -> str:
         return ""
     if session is None:
         return "the model has no routers"
-    if method in (Method.elastic_no_lora, Method.few_step_lora) and not session.router_config.updates:
+    if method in (Method.elastic_no_lora, Method.few_step_lora) and not session.router_config.few_step_rank:
         return "its routers have no few-step LoRA"
-    if method is Method.elastic_no_bias and not session.router_config.urgency:
+    if method is Method.elastic_no_bias and not session.router_config.gate_bias:
         return "its routers have no gate bias over time"
     cache = planner.trained_cache
-    if method is Method.elastic_no_damping and not cache.trends and cache.trend in (0, 1):
+    if method is Method.elastic_no_damping and not cache.dampings and cache.damping in (0, 1):
         return "the forecasts of its routers have no damping"
     if method is Method.shuffled and items < 2:
         return "it exchanges routes between items, and there is only one"

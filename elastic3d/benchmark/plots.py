@@ -15,10 +15,10 @@ from elastic3d.evaluation.items import Row
 from elastic3d.utils.files import atomic_path
 
 
-def save(picture: Image.Image, path: Path) -> None:
+def save(image: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     with atomic_path(path) as temporary:
-        picture.save(temporary, format="PNG")
+        image.save(temporary, format="PNG")
 
 
 # ------------------------------------------------------------------------------------------------- Pareto plot
@@ -84,8 +84,8 @@ def _heat_panel(entry: dict[str, Any], cell: int) -> Image.Image:
     font = ImageFont.load_default(12)
     margin = max(150, *(int(font.getlength(name)) + 20 for name in entry["blocks"]))
     column = max(steps * cell + 24, 150)
-    picture = Image.new("RGB", (margin + column * len(maps), blocks * cell + 56), PAPER)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (margin + column * len(maps), blocks * cell + 56), PAPER)
+    draw = ImageDraw.Draw(image)
     title = f"{entry['method']}, {entry['steps']} steps" + (
         f", budget {entry['budget']:g}" if entry["budget"] is not None else ""
     )
@@ -99,16 +99,16 @@ def _heat_panel(entry: dict[str, Any], cell: int) -> Image.Image:
         pixels = Image.fromarray(np.round(shade).astype(np.uint8)).resize(
             (steps * cell, blocks * cell), Image.Resampling.NEAREST
         )
-        picture.paste(pixels, (left, 44))
+        image.paste(pixels, (left, 44))
         draw.rectangle((left - 1, 43, left + steps * cell, 44 + blocks * cell), outline=GRID)
-    return picture
+    return image
 
 
 # ----------------------------------------------------------------------------------------------- contact sheet
 
 
 def titled_sheet(titles: Sequence[str], rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
-    """Pictures of one size (H,W,3) uint8 in rows, a title over each column."""
+    """Images of one size (H,W,3) uint8 in rows, a title over each column."""
     size = rows[0][0].shape[1]
     body = Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows]))
     sheet = Image.new("RGB", (body.width, body.height + 24), PAPER)

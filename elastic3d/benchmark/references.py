@@ -19,9 +19,9 @@ from elastic3d.errors import UserError
 from elastic3d.evaluation.probe import Probe, fit_probe
 from elastic3d.training.datasets import read_split
 from elastic3d.training.image import ImageStageConfig
-from elastic3d.training.pictures import PictureFolder, PictureSource, ShapeViews, noun_in
+from elastic3d.training.image_data import ImageFolder, ImageSource, ShapeViews, noun_in
 
-LEAST = 20  # training pictures of a category that the classifier knows
+LEAST = 20  # training images of a category that the classifier knows
 FILE = "references.npz"
 
 
@@ -44,10 +44,10 @@ def load_references(config: ImageBenchmarkConfig, features: ImageFeatures, size:
     """Features of the real images, computed once and kept in the output; None where there are no real images.
 
     Args:
-        size: pixels a side of the generated pictures, to which the real ones are brought first.
+        size: pixels a side of the generated images, to which the real ones are brought first.
 
     Raises:
-        UserError: `references` is no folder of pictures with captions.
+        UserError: `references` is no folder of images with captions.
     """
     if config.references is None and not config.prepared.is_dir():
         return None
@@ -73,14 +73,14 @@ def load_references(config: ImageBenchmarkConfig, features: ImageFeatures, size:
     return References(found["real"], probe, int(known.sum()), accuracy)
 
 
-def _sources(config: ImageBenchmarkConfig) -> dict[str, PictureSource]:
+def _sources(config: ImageBenchmarkConfig) -> dict[str, ImageSource]:
     options = ImageStageConfig(views=config.reference_views)
     if config.references is not None:
         options.val_every = 1  # all of them
-        return {"real": PictureFolder(config.references, options, validation=True)}
+        return {"real": ImageFolder(config.references, options, validation=True)}
     splits = {name: config.splits / f"{name}.txt" for name in ("train", "val", "test")}
     held_out = read_split([splits["val"], splits["test"]])
-    sources: dict[str, PictureSource] = {"real": ShapeViews(config.prepared, held_out, options, 0, 1)}
+    sources: dict[str, ImageSource] = {"real": ShapeViews(config.prepared, held_out, options, 0, 1)}
     if config.probe_shapes:
         train = read_split([splits["train"]])
         sources["train"] = ShapeViews(config.prepared, train, options, config.probe_shapes, 0)
@@ -88,23 +88,23 @@ def _sources(config: ImageBenchmarkConfig) -> dict[str, PictureSource]:
 
 
 def _encoded(
-    source: PictureSource, features: ImageFeatures, size: int, name: str
+    source: ImageSource, features: ImageFeatures, size: int, name: str
 ) -> tuple[NDArray[np.float32], list[str]]:
-    """Features (R,D) and the nouns of all pictures of a source; those that can't be read are left out."""
+    """Features (R,D) and the nouns of all images of a source; those that can't be read are left out."""
     parts, nouns = list[NDArray[np.float32]](), list[str]()
-    pictures = list[NDArray[np.uint8]]()
+    images = list[NDArray[np.uint8]]()
     for index in tqdm(range(len(source)), desc=f"real images, {name}", dynamic_ncols=True):
         try:
             loaded = source.load(index, size)
         except UserError:
             continue
-        pictures += [np.asarray(each.image) for each in loaded]
+        images += [np.asarray(each.image) for each in loaded]
         nouns += [noun_in(each.captions[-1]) for each in loaded]
-        if len(pictures) >= 256 or index == len(source) - 1:
-            parts.append(features.pooled(np.stack(pictures)))
-            pictures = []
-    if pictures:
-        parts.append(features.pooled(np.stack(pictures)))
+        if len(images) >= 256 or index == len(source) - 1:
+            parts.append(features.pooled(np.stack(images)))
+            images = []
+    if images:
+        parts.append(features.pooled(np.stack(images)))
     if sum(map(len, parts)) < 2:
         raise UserError(f"{len(nouns)} real images could be read, expected at least 2")
     return np.concatenate(parts), nouns
@@ -113,5 +113,5 @@ def _encoded(
 def category_accuracy(
     probe: Probe | None, features: NDArray[np.float32], prompts: Sequence[str]
 ) -> float | None:
-    """Share of pictures in which the classifier finds what the prompt names; None where it knows none of that."""
+    """Share of images in which the classifier finds what the prompt names; None where it knows none of that."""
     return None if probe is None else probe.accuracy(features, [noun_in(prompt) for prompt in prompts])

@@ -71,14 +71,14 @@ def _as_trained(task: Task, case: Case) -> bool:
 def _compute(task: Task, run: Run) -> dict[str, Any]:
     """Executed FLOPs of the results of a run, over the dense model's in as many steps; mean and spread over results."""
     records = [task.record(run, job) for job in task.jobs]
-    receipts = [r["receipt"] for r in records if r is not None and "flops_executed" in r["receipt"]]
-    shares = np.array([r["flops_executed"] / r["flops_dense"] for r in receipts])
-    routers = np.array([r.get("flops_routers", 0) / r["flops_dense"] for r in receipts])
+    metadata_list = [r["metadata"] for r in records if r is not None and "flops_executed" in r["metadata"]]
+    shares = np.array([r["flops_executed"] / r["flops_dense"] for r in metadata_list])
+    routers = np.array([r.get("flops_routers", 0) / r["flops_dense"] for r in metadata_list])
     statistics: dict[str, tuple[Callable[..., Any], np.ndarray]] = {
         "executed_flops_ratio": (np.mean, shares), "share_std": (np.std, shares), "share_min": (np.min, shares),
         "share_max": (np.max, shares), "router_flops_ratio": (np.mean, routers),
     }  # fmt: skip
-    found = {name: float(of(values)) if receipts else None for name, (of, values) in statistics.items()}
+    found = {name: float(of(values)) if metadata_list else None for name, (of, values) in statistics.items()}
     return found | {
         task.plural: sum(record is not None for record in records),
         "failed": sum(record is not None and record["status"] == "failed" for record in records),
@@ -123,7 +123,7 @@ def route_shares(task: Task, cases: Sequence[Case]) -> dict[str, Any]:
         shares, blocks = [], []
         for job in task.jobs:
             record = task.record(case.run, job)
-            routes = record["receipt"].get("routes") if record else None
+            routes = record["metadata"].get("routes") if record else None
             if routes:
                 blocks = routes["blocks"]
                 widths = np.array([np.nan, 0, 0, *routes["widths"]])  # not run, reused, skipped, each width

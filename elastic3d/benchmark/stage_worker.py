@@ -34,9 +34,9 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
                 options["image"], seed=seed, resolution=options["resolution"], elastic=options["elastic"]
             )
             made = time.perf_counter()
-            save_mesh(result.mesh, Path(folder) / "mesh.glb", extras=result.receipt)
+            save_mesh(result.mesh, Path(folder) / "mesh.glb", extras=result.metadata)
             end = time.perf_counter()
-            stages = dict(result.receipt["ms"]) | {"write": 1000 * (end - made)}
+            stages = dict(result.metadata["ms"]) | {"write": 1000 * (end - made)}
             meshes.append(
                 stages | {"total": 1000 * (end - begin), "total (CPU)": 1000 * (time.process_time() - cpu)}
             )

@@ -72,7 +72,7 @@ class Task(ABC):
 
     @abstractmethod
     def record(self, run: Run, job: Job) -> dict[str, Any] | None:
-        """`status`, `error` and `receipt` of a result; None where it is still to be made."""
+        """`status`, `error` and `metadata` of a result; None where it is still to be made."""
 
     @abstractmethod
     def make(self, run: Run, jobs: Sequence[Job], on_step: OnStep = None) -> None:
@@ -82,7 +82,7 @@ class Task(ABC):
     def produce(
         self, run: Run, jobs: Sequence[Job], source: RouteSource | None, on_step: OnStep = None
     ) -> list[Any]:
-        """All that a user waits for, as one batch; each result has a `receipt`. The run must be `ready`."""
+        """All that a user waits for, as one batch; each result has a `metadata`. The run must be `ready`."""
 
     @abstractmethod
     def condition_of(self, run: Run, jobs: Sequence[Job]) -> Any:
@@ -151,7 +151,7 @@ class Task(ABC):
             yield
 
     def produced(self, run: Run, jobs: Sequence[Job], on_step: OnStep = None) -> list[Any]:
-        """Results of a batch; the receipts of a rival say what it really executed."""
+        """Results of a batch; the metadata of a rival say what it really executed."""
         source, share = self.controls.source(run, jobs), 1.0
         if run.rival is None or not by_batch(run.rival):
             if run.rival is not None:
@@ -164,8 +164,8 @@ class Task(ABC):
             share = self._share(run, meter.total / len(jobs))
         if run.rival is not None:
             for result in results:
-                if "flops_dense" in result.receipt:
-                    result.receipt["flops_executed"] = round(share * result.receipt["flops_dense"])
+                if "flops_dense" in result.metadata:
+                    result.metadata["flops_executed"] = round(share * result.metadata["flops_dense"])
         return results
 
     def _scheduled_share(self, run: Run) -> float:
@@ -183,7 +183,7 @@ class Task(ABC):
         dense, jobs = self.planner.dense(run.steps), self.jobs[:1]
         if run.steps not in self._dense:
             with self.ready(dense), metered(self.transformer(dense)) as meter:
-                blocks = self.produce(dense, jobs, None)[0].receipt["flops_dense"]
+                blocks = self.produce(dense, jobs, None)[0].metadata["flops_dense"]
             self._dense[run.steps] = meter.total - blocks, blocks
         outside, blocks = self._dense[run.steps]
         return (total - outside) / blocks
@@ -199,7 +199,7 @@ class Task(ABC):
             self.make(run, [job])
         record = self.record(run, job)
         assert record is not None
-        return record["receipt"]["routes"]
+        return record["metadata"]["routes"]
 
     def calibration_jobs(self) -> list[Job]:
         """The jobs that static and timestep routes are found on: the first items, with the seeds in turn."""
@@ -256,7 +256,7 @@ def following(session: ElasticSession | None, source: RouteSource | None) -> Ite
 def _unbiased(session: ElasticSession) -> Iterator[None]:
     """While it lasts, the gates have no bias over time."""
     before = session.router_config
-    session.router_config = replace(before, times=[], urgency=[])
+    session.router_config = replace(before, times=[], gate_bias=[])
     try:
         yield
     finally:
@@ -269,7 +269,7 @@ def elastic_options(session: ElasticSession | None, run: Run) -> dict[str, Any]:
         return {}
     if run.routes is Routes.dense:
         return {"elastic": False}
-    names = ("budget", "width", "cache", "shared", "updates")
+    names = ("budget", "width", "cache", "shared", "few_step")
     return {"elastic": True} | {name: getattr(run.settings, name) for name in names}
 
 

@@ -1,6 +1,6 @@
 """The timing phase: all runs in turn, round after round, in one process, after a warm round that does not count.
 
-A round takes every run once, in an order of its own, on the same pictures; so what else the machine does falls on all
+A round takes every run once, in an order of its own, on the same images; so what else the machine does falls on all
 of them alike, and speed-ups are ratios within a round.
 """
 

@@ -50,7 +50,7 @@ def load_hunyuan3d(
         dinov2: folder of a DINOv2 in the Hugging Face layout, for a file without the conditioner's weights.
 
     Raises:
-        UserError: a missing, truncated or foreign file, an unknown value in config.yaml, weights that do not fit:
+        UserError: a missing, truncated or third-party file, an unknown value in config.yaml, weights that do not fit:
             names the file and the value or tensor.
     """
     config_path, weights_path = find_checkpoint(folder, subfolder)

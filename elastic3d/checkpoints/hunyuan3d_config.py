@@ -74,7 +74,7 @@ _VAE: Table = {
     "pc_sharpedge_size": ((), None),
     "downsample_ratio": ((), None),
 }
-_PICTURE: Table = {"size": ("size", 512), "border_ratio": ((0.15, None), 0.15)}
+_IMAGE: Table = {"size": ("size", 512), "border_ratio": ((0.15, None), 0.15)}
 _DINOV2_SIZES = {
     "dinov2-small": (384, 12, 6, False),
     "dinov2-base": (768, 12, 12, False),
@@ -110,7 +110,7 @@ def parse_config(values: Mapping[str, Any], source: str, has_vae_encoder: bool =
         if name not in ("model", "vae", "conditioner", "scheduler", "image_processor", "pipeline"):
             raise UserError(f"{source}: unknown part {name!r}")
     vae = parse_vae(_part(values, "vae", source), source, has_vae_encoder)
-    encoder, dinov2 = _encoder(_part(values, "conditioner", source), _picture_size(values, source), source)
+    encoder, dinov2 = _encoder(_part(values, "conditioner", source), _image_size(values, source), source)
     kind, params = _target(_part(values, "model", source), f"{source}: model")
     tokens = encoder.views * ((encoder.image_size // 14) ** 2 + 1)
     dit: DiTConfig | SkipDiTConfig
@@ -166,19 +166,19 @@ def _target(part: Mapping[str, Any], source: str) -> tuple[str, dict[str, Any]]:
     return str(part.get("target", "")).rpartition(".")[2], params
 
 
-def _picture_size(values: Mapping[str, Any], source: str) -> int:
-    """Side in pixels at which pictures are prepared."""
+def _image_size(values: Mapping[str, Any], source: str) -> int:
+    """Side in pixels at which images are prepared."""
     where = f"{source}: image_processor"
     part = _part({"image_processor": {"target": "ImageProcessorV2"}, **values}, "image_processor", source)
     kind, params = _target(part, where)
     if kind not in ("ImageProcessorV2", "MVImageProcessorV2"):
         raise UserError(f"{where}.target is {kind!r}, expected ImageProcessorV2")
-    fields = mapped(params, _PICTURE, where)
+    fields = mapped(params, _IMAGE, where)
     return int(_positive(fields, "size", 512, where))
 
 
 def _encoder(
-    part: Mapping[str, Any], picture_size: int, source: str
+    part: Mapping[str, Any], prepared_size: int, source: str
 ) -> tuple[ImageEncoderConfig, dict[str, Any]]:
     kind, params = _target(part, f"{source}: conditioner")
     if kind != "SingleImageEncoder" or set(params) != {"main_image_encoder"}:
@@ -187,7 +187,7 @@ def _encoder(
     kind, options = str(main.get("type")), dict(_part(main, "kwargs", source))
     if kind not in ("DinoImageEncoder", "DinoImageEncoderMV"):
         raise UserError(f"{source}: main_image_encoder.type is {kind!r}, expected DinoImageEncoder")
-    fields: dict[str, Any] = {"kind": EncoderKind.dinov2.name, "picture_size": picture_size, "path": INSIDE}
+    fields: dict[str, Any] = {"kind": EncoderKind.dinov2.name, "prepared_size": prepared_size, "path": INSIDE}
     fields["image_size"] = options.pop("image_size", 224)
     if kind.endswith("MV"):
         fields["views"] = options.pop("view_num", 4)

@@ -142,7 +142,8 @@ def load_step1x3d(
         subfolder: of the repository; empty: Step1X-3D-Geometry-1300m.
 
     Raises:
-        UserError: a missing, truncated or foreign file, an unknown or missing value in a configuration, weights that
+        UserError: a missing, truncated or third-party file, an unknown or missing value in a configuration,
+        weights that
             do not fit: names the file and the value or tensor.
     """
     source, loader = open_folder(folder, "step1x3d", subfolder), Loader.of(dtype, device)

@@ -91,7 +91,8 @@ def load_triposg(
         subfolder: of the repository; empty: the repository itself.
 
     Raises:
-        UserError: a missing, truncated or foreign file, an unknown value in a configuration, weights that do not fit:
+        UserError: a missing, truncated or third-party file, an unknown value in a configuration, weights that do
+        not fit:
             names the file and the value or tensor.
     """
     source, loader = open_folder(folder, "triposg", subfolder), Loader.of(dtype, device)
@@ -214,7 +215,7 @@ def _encoder(source: Folder) -> ImageEncoderConfig:
         {
             "kind": EncoderKind.dinov2.name,
             "image_size": crop["height"],
-            "picture_size": size["shortest_edge"],
+            "prepared_size": size["shortest_edge"],
             "centre_crop": True,
             "border": _BORDER,
             "path": INSIDE,

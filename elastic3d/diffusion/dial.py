@@ -68,11 +68,11 @@ class Row:
         names = ("cost", "steps", "router_budget", "few_step_lora", "speedup", "iou")
         return cls(*(values[name] for name in names), tuple(values[name] for name in F_SCORES))  # type: ignore[call-arg]
 
-    def over(self, asked: ElasticOptions) -> ElasticOptions:
+    def over(self, requested: ElasticOptions) -> ElasticOptions:
         """What a caller asks for, with the settings of this row in the place of its budget."""
         if self.router_budget is None:
-            return replace(asked, elastic=False, budget=None)
-        return replace(asked, budget=self.router_budget)
+            return replace(requested, elastic=False, budget=None)
+        return replace(requested, budget=self.router_budget)
 
     def metadata(self, budget: float | None, quality: Quality | str | None) -> dict[str, Any]:
         """What was requested, and what it costs."""
@@ -115,7 +115,7 @@ def named_row(rows: Sequence[Row], quality: Quality, dense_f_scores: Sequence[fl
 
 def choose(
     dial: Dial | None,
-    asked: ElasticOptions,
+    requested: ElasticOptions,
     steps: int | None,
     quality: Quality | str | None,
     guidance: float | None,
@@ -123,19 +123,19 @@ def choose(
     """The row that a call runs; None where the dial is not asked: by `steps`, by a dense call, by a model without one.
 
     Args:
-        guidance: of the call, None for the model's. With another than was measured, or `updates=False`, rows of the
-            few-step LoRA are left out.
+        guidance: of the call, None for the model's. With another than was measured, or `few_step=False`, rows of the
+            few-step LoRA is left out.
 
     Raises:
         UserError: a budget out of range or below the cheapest row; a quality that is unknown, that the model has no
             dial for, or that comes with another choice of speed.
     """
-    quality = _checked(dial, asked, steps, quality)
-    if dial is None or steps is not None or asked.elastic is False:
+    quality = _checked(dial, requested, steps, quality)
+    if dial is None or steps is not None or requested.elastic is False:
         return None
-    lora = guidance in (None, dial.guidance) and asked.updates is not False
+    lora = guidance in (None, dial.guidance) and requested.few_step is not False
     routed = any(
-        getattr(asked, name) is not None for name in ("elastic", "width", "cache", "shared", "updates")
+        getattr(requested, name) is not None for name in ("elastic", "width", "cache", "shared", "few_step")
     )
     rows = [
         row
@@ -144,24 +144,24 @@ def choose(
     ]
     if not rows:
         raise UserError(f"no row of {DIAL_NAME} can run with these options, expected steps= with them")
-    if asked.budget is None:
+    if requested.budget is None:
         try:
             return named_row(rows, quality or Quality.default, dial.f_scores)
         except ValueError:  # of those that are left
             return rows[-1]
     try:
-        check_value("budget", asked.budget, float, Bounds(gt=0, le=1))
+        check_value("budget", requested.budget, float, Bounds(gt=0, le=1))
     except ValueError as error:
         raise UserError(str(error)) from error
-    affordable = [row for row in rows if row.cost <= asked.budget]
+    affordable = [row for row in rows if row.cost <= requested.budget]
     if not affordable:
         why = "" if len(rows) == len(dial.rows) else ", as these options rule out cheaper settings"
-        raise UserError(f"budget is {asked.budget:g}, expected at least {rows[0].cost:g}{why}")
+        raise UserError(f"budget is {requested.budget:g}, expected at least {rows[0].cost:g}{why}")
     return affordable[-1]
 
 
 def _checked(
-    dial: Dial | None, asked: ElasticOptions, steps: int | None, quality: Quality | str | None
+    dial: Dial | None, requested: ElasticOptions, steps: int | None, quality: Quality | str | None
 ) -> Quality | None:
     """The quality that is asked for, if any. UserError as `choose`."""
     if quality is None:
@@ -169,10 +169,10 @@ def _checked(
     name = quality.name if isinstance(quality, Quality) else quality
     if not isinstance(name, str) or name not in Quality.__members__:
         raise UserError(f"quality is {name!r}, expected one of {', '.join(Quality.__members__)}")
-    for other, given in (("budget", asked.budget), ("steps", steps)):
+    for other, given in (("budget", requested.budget), ("steps", steps)):
         if given is not None:
             raise UserError(f"quality is {name} and {other} is {given}, expected one of them")
-    if asked.elastic is False:
+    if requested.elastic is False:
         raise UserError(f"quality is {name}, but elastic is false")
     if dial is None:
         raise UserError(f"quality is {name}, but this model has no {DIAL_NAME}: set budget= or steps=")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from elastic3d.diffusion.flow import timestep_grid
 from elastic3d.diffusion.options import Solver
-from elastic3d.elastic.context import BOTH_BRANCHES, Branch, Hold
+from elastic3d.elastic.context import BOTH_BRANCHES, Branch, Defer
 from elastic3d.elastic.session import ElasticSession
 
 SomeBranches = tuple[Branch, ...]  # the conditional one, or both
@@ -90,16 +90,16 @@ def integrate(
     if session is not None:
         scale = guidance if len(guided.branches) > 1 else None
         session.begin(len(noise), path.steps, guidance=scale, times=path.moments[:-1])
-    waits = session is not None and session.holds and len(noise) > 1 and not sequential
+    waits = session is not None and session.defers and len(noise) > 1 and not sequential
     try:
         while path.unfinished:
-            before, (turn, hold) = path.reached, path.turn(waits)
+            before, (turn, defer) = path.reached, path.turn(waits)
             groups = guided.by_branches(path, turn)
-            if len(groups) > 1 and hold is Hold.unless_all:
-                hold = Hold.always  # those that need the blocks wait for the other group too
+            if len(groups) > 1 and defer is Defer.unless_all:
+                defer = Defer.always  # those that need the blocks wait for the other group too
             for branches, rows in groups.items():
-                v = guided.velocity(path, branches, rows, hold)
-                path.advance(rows, v, session.held if session is not None else frozenset())
+                v = guided.velocity(path, branches, rows, defer)
+                path.advance(rows, v, session.deferred if session is not None else frozenset())
             for step in range(before, path.reached):
                 if on_step is not None:
                     on_step(step + 1, path.steps)
@@ -140,7 +140,7 @@ class _Guided:
             found.setdefault(self.branches[:1] if alone else self.branches, []).append(row)
         return found
 
-    def velocity(self, path: _Path, branches: SomeBranches, rows: list[int], hold: Hold) -> Tensor:
+    def velocity(self, path: _Path, branches: SomeBranches, rows: list[int], defer: Defer) -> Tensor:
         """Velocities (k,N,C) of some samples, with the branches in one call or in turn."""
         x, t = path.state(rows)
         scale = None if self.scale is None else self.scale[rows]
@@ -152,7 +152,7 @@ class _Guided:
         for part in [(branch,) for branch in branches] if self.sequential else [branches]:
             if self.session is not None:
                 done = [path.done[row] for row in rows]
-                self.session.step(done, path.step_sizes(rows), part, rows, hold, room)
+                self.session.step(done, path.step_sizes(rows), part, rows, defer, room)
             some, copies = tokens[part[0] : part[-1] + 1].flatten(0, 1), len(part)
             v = self.dit(x.repeat(copies, 1, 1), t.repeat(copies), some, scale).float()
             found += v.chunk(copies)
@@ -172,7 +172,7 @@ class _Guided:
         """Note what guidance adds to samples that are not held."""
         if self.session is None or not self.session.guided:
             return
-        kept = [place for place, row in enumerate(rows) if row not in self.session.held]
+        kept = [place for place, row in enumerate(rows) if row not in self.session.deferred]
         rows = [rows[place] for place in kept]
         if rows:
             whole = (
@@ -204,14 +204,14 @@ class _Path:
         """Samples with steps to go."""
         return [row for row, done in enumerate(self.done) if done < self.steps]
 
-    def turn(self, waits: bool) -> tuple[list[int], Hold]:
+    def turn(self, waits: bool) -> tuple[list[int], Defer]:
         """The samples that go next, and whether those that need the blocks have to wait."""
         left = self.unfinished
         asking = [row for row in left if row not in self.waiting]
         if not waits or not asking:
             self.waiting.clear()
-            return left, Hold.never
-        return asking, Hold.always if self.waiting else Hold.unless_all
+            return left, Defer.never
+        return asking, Defer.always if self.waiting else Defer.unless_all
 
     def step_sizes(self, rows: Sequence[int]) -> list[float]:
         """dt of each of some samples' next step."""
@@ -222,12 +222,12 @@ class _Path:
         x = self.x if len(rows) == len(self.x) else self.x[rows]
         return x, self.times[[self.done[row] for row in rows]]
 
-    def advance(self, rows: list[int], v: Tensor, held: Collection[int]) -> None:
+    def advance(self, rows: list[int], v: Tensor, deferred: Collection[int]) -> None:
         """A step along velocities (k,N,C) for those of the samples that are not held."""
-        if held:
-            v = v[[place for place, row in enumerate(rows) if row not in held]]
-            rows = [row for row in rows if row not in held]
-        self.waiting.update(held)
+        if deferred:
+            v = v[[place for place, row in enumerate(rows) if row not in deferred]]
+            rows = [row for row in rows if row not in deferred]
+        self.waiting.update(deferred)
         if not rows:
             return
         dt = self.step_sizes(rows)

@@ -18,7 +18,7 @@ from elastic3d.elastic.compiling import stays_eager
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.diffusers_loop import drive
 from elastic3d.elastic.family import BlockAdapter, ModelAdapter
-from elastic3d.elastic.router import build_conditioner, build_router, looks_ahead
+from elastic3d.elastic.router import build_conditioner, build_router, decides_per_step
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME, all_finite, find_weights, load_config
@@ -51,7 +51,7 @@ def attach_with(
         raise ValueError(f"this {type(model).__name__} has no blocks to route")
     session = ElasticSession(config, adapter.family)
     device = next(model.parameters()).device
-    deciding = 1 if looks_ahead(config) else len(found)
+    deciding = 1 if decides_per_step(config) else len(found)
     session.conditioner = build_conditioner(config, deciding)
     if session.conditioner is not None:
         session.conditioner.to(device)
@@ -185,7 +185,7 @@ def load_router_config(folder: str | Path, family: str) -> RouterConfig:
 def load_routers(model: nn.Module, folder: str | Path) -> None:
     """Copy the routers in `folder` into a model with routers of the same architecture.
 
-    Raises UserError for a missing, broken or foreign file, and for routers that do not fit.
+    Raises UserError for a missing, broken or third-party file, and for routers that do not fit.
     """
     session, path = session_of(model), find_weights(Path(folder))
     config = load_router_config(folder, session.family)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from elastic3d.elastic.compiling import stays_eager
 from elastic3d.elastic.context import Groups, StepContext, Streams
 from elastic3d.elastic.family import BlockAdapter, BlockCall, BlockFlops, rows_index
-from elastic3d.elastic.few_step import BlockUpdates, Key
+from elastic3d.elastic.few_step import FewStepLoRA, Key
 from elastic3d.elastic.router import RouteDecision, Router
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import REUSED, SKIPPED
@@ -55,10 +55,10 @@ class ElasticBlock:
         self.sites = adapter.mlp_sites(inner)
         self._before = inner.__dict__.get("forward")  # of somebody who replaced it earlier
         self.narrow = NarrowBlocks(inner, inner.forward, self.sites, session.router_config.ratios)
-        self.updates = None  # of the block's weights, for generations with few calls
-        if rank := session.router_config.updates:
-            self.updates = BlockUpdates(inner, rank).to(next(inner.parameters()).device)
-        self._updated: tuple[Key, NarrowBlocks] | None = None
+        self.few_step = None  # of the block's weights, for generations with few model evaluations
+        if rank := session.router_config.few_step_rank:
+            self.few_step = FewStepLoRA(inner, rank).to(next(inner.parameters()).device)
+        self._adapted: tuple[Key, NarrowBlocks] | None = None
         self._flops: dict[tuple[int, ...], BlockFlops] = {}
         self._attached = True
         inner.__dict__.update({"forward": self, "compile": self.compile})
@@ -146,10 +146,10 @@ class ElasticBlock:
         x = call.streams  # what comes out where the block is closed
         if ends:
             x = context.entered[span.start]
-            if training.recall is not None:
-                added = training.recall.residuals(span.start)
+            if training.simulated is not None:
+                added = training.simulated.residuals(span.start)
                 x = tuple(stream + r.to(stream.dtype) for stream, r in zip(x, added, strict=True))
-        if training.closed:
+        if training.skipped:
             context.ran_rows[self.index] = 0
             return x
         weight: Tensor | None = None
@@ -192,30 +192,30 @@ class ElasticBlock:
     # ------------------------------------------------------------------------------------- what it is made of
 
     def running(self) -> NarrowBlocks:
-        """The block at its widths, with its updates in a generation that uses them."""
+        """The block at its widths, with its few-step LoRA in a generation that uses them."""
         coarse = self.session.coarseness
-        if self.updates is None or coarse is None:
+        if self.few_step is None or coarse is None:
             return self.narrow
-        if self._updated is None:
-            twin, state = self.updates.updated(self.inner, coarse), self.updates.state(self.inner, coarse)
+        if self._adapted is None:
+            twin, state = self.few_step.updated(self.inner, coarse), self.few_step.state(self.inner, coarse)
             narrow = NarrowBlocks(twin, twin.forward, self.sites, self.narrow.ratios)
             narrow.compile(self.narrow.compile_arguments)
-            self._updated = (state, narrow)
-        return self._updated[1]
+            self._adapted = (state, narrow)
+        return self._adapted[1]
 
     def refresh(self, coarse: float | None) -> None:
-        """A generation of this coarseness begins: what an earlier one made of the updates goes, unless it holds still.
-        With gradients it never does: each generation has a graph of its own."""
-        if self._updated is None or self.updates is None or coarse is None:
+        """A generation of this coarseness begins: what an earlier one made of the few-step LoRA goes, unless it
+        holds still. With gradients it never does: each generation has a graph of its own."""
+        if self._adapted is None or self.few_step is None or coarse is None:
             return
-        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.updates.parameters())
-        if learns or self._updated[0] != self.updates.state(self.inner, coarse):
-            self._updated = None
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.few_step.parameters())
+        if learns or self._adapted[0] != self.few_step.state(self.inner, coarse):
+            self._adapted = None
 
     def forget(self) -> None:
         """Drop the copies of the block, which may hold weights on a device that it has left."""
         self.narrow.forget()
-        self._updated = None
+        self._adapted = None
 
     def flops(self, lengths: tuple[int, ...]) -> BlockFlops:
         """FLOPs of one sample with `lengths` tokens in each stream."""
@@ -226,7 +226,7 @@ class ElasticBlock:
     def compile(self, **arguments: Any) -> None:
         """Compile the block and, as they are made, its narrow copies; decisions stay eager."""
         self.narrow.compile(arguments)
-        self._updated = None
+        self._adapted = None
 
 
 def gated(x: Tensor, y: Tensor, keep: Tensor, keep_prob: Tensor, weight: Tensor | None = None) -> Tensor:

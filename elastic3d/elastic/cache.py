@@ -71,7 +71,7 @@ class ResidualCache:
         if not age:
             return False
         if keep_prob <= threshold:
-            return self.config.closed_reuse
+            return self.config.skipped_reuse
         if self.config.rule is CacheRule.age:
             return True
         return self.config.rule is CacheRule.band and keep_prob <= threshold + self.config.band
@@ -79,7 +79,7 @@ class ResidualCache:
     def apply(self, key: Key, when: Moments, streams: Streams) -> Streams:
         """Streams (k,L,D) of the rows with what stands in for their residuals added.
 
-        These are the newest ones and, with a trend, what is left of their change a step: of 1 a line, as TaylorSeer
+        These are the newest ones and, with a damping, what is left of their change a step: of 1 a line, as TaylorSeer
         forecasts features (2503.06923), less flattens with each step (damped trend, Gardner and McKenzie 1985).
         """
         bank = self._banks[key]
@@ -124,13 +124,13 @@ class ResidualCache:
         gap, config = bank.steps[row] - bank.before[row], self.config
         if not config.extrapolates or gap > config.longest + 1:
             return 0.0
-        trend = float(np.interp(time, config.times, config.trends)) if config.trends else config.trend
-        return damped_steps(step - bank.steps[row], trend) / gap
+        damping = float(np.interp(time, config.times, config.dampings)) if config.dampings else config.damping
+        return damped_steps(step - bank.steps[row], damping) / gap
 
 
-def damped_steps(age: int, trend: float) -> float:
-    """Steps of a change that go on within `age` steps, where each keeps a share `trend` of the one before."""
-    return float(age) if trend == 1 else trend * (1 - trend**age) / (1 - trend)
+def damped_steps(age: int, damping: float) -> float:
+    """Steps of a change that go on within `age` steps, where each keeps a share `damping` of the one before."""
+    return float(age) if damping == 1 else damping * (1 - damping**age) / (1 - damping)
 
 
 def _bank_of(found: Streams, rows: int, count: int) -> Bank:
@@ -165,14 +165,14 @@ class SimulatedCache:
     """What a cache would hold in a training pass: dense passes at P earlier steps, the newest first.
 
     passes: P residuals of all blocks; ages (B,P) long: steps since each; picks (B,I) long in [-1,P): the pass that
-    computed what a block of a row remembers, -1 nothing; trend: share of their change since the pass before, where
+    computed what a block of a row remembers, -1 nothing; damping: share of their change since the pass before, where
     there is one (age 0: there is none), that goes on.
     """
 
     passes: Sequence[Residuals]
     ages: Tensor
     picks: Tensor
-    trend: float
+    damping: float
 
     def age(self, block: int) -> Tensor:
         """Steps (B,) long since what a block remembers was computed, 0 for nothing."""
@@ -193,11 +193,11 @@ class SimulatedCache:
         are the damped steps of its age."""
         passes = self.ages.shape[1]
         newest = torch.nn.functional.one_hot(picked.clamp_min(0), passes).float() * (picked >= 0)[:, None]
-        if not self.trend or passes == 1:
+        if not self.damping or passes == 1:
             return newest.T
         older = torch.cat([self.ages[:, 1:], torch.zeros_like(self.ages[:, :1])], dim=1)
         known = (older > self.ages) & (self.ages > 0)
-        steps = torch.tensor([[damped_steps(age, self.trend) for age in row] for row in self.ages.tolist()])
+        steps = torch.tensor([[damped_steps(age, self.damping) for age in row] for row in self.ages.tolist()])
         gaps = (older - self.ages).clamp_min(1)
         slope = torch.where(known, steps.to(gaps.device) / gaps, 0.0)  # (B,P)
         going_on = newest * slope

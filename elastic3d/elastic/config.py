@@ -21,7 +21,7 @@ class RouterVariant(Enum):
     paper = "paper"
 
 
-class Lookahead(Enum):
+class Scope(Enum):
     """Who decides: each block's router on its block's input, or one router at the start of a step, for all blocks."""
 
     block = "block"
@@ -32,12 +32,13 @@ class Branches(Enum):
     """Whether the branches of classifier-free guidance have routes of their own, or the unconditional one takes the
     conditional one's."""
 
-    apart = "apart"
-    together = "together"
+    separate = "separate"
+    shared = "shared"
 
 
 class CacheRule(Enum):
-    """Which open blocks reuse an earlier residual: none, those with a gate in a band (E-DiT), all while it lives."""
+    """Which executed blocks reuse an earlier residual: none, those with a gate in a band (E-DiT), all while it
+    lives."""
 
     off = "off"
     band = "band"
@@ -49,9 +50,9 @@ class RouterConfig(Options):
     """Architecture and initialisation of the routers. Saved with their weights."""
 
     variant: RouterVariant = option(RouterVariant.light, "the light router, or the paper's own")
-    lookahead: Lookahead = option(Lookahead.block, "decide before each block, or once a step for all of them")
+    scope: Scope = option(Scope.block, "decide before each block, or once a step for all of them")
     branches: Branches = option(
-        Branches.apart, "lookahead step: each guidance branch for itself, or both as the conditional one"
+        Branches.separate, "scope step: each guidance branch for itself, or both as the conditional one"
     )
     hidden: int = option(
         32, "hidden channels of a router (H_r); the paper's code has 128", ge=1, le=4096, advanced=True
@@ -76,33 +77,33 @@ class RouterConfig(Options):
     )
     longest: int = option(
         0,
-        "age in steps up to which a closed block adds its earlier residual, which the router is told; 0: never",
+        "age in steps up to which a skipped block adds its earlier residual, which the router is told; 0: never",
         ge=0,
         le=1000,
     )
-    trend: float = option(
+    damping: float = option(
         1.0,
         "of that residual: share of its change between the last two computed that goes on, a step later",
         ge=0,
         le=1,
         advanced=True,
     )
-    updates: int = option(
+    few_step_rank: int = option(
         0,
-        "rank of the low-rank updates of the blocks, for generations with few calls; 0: none",
+        "rank of the few-step LoRA of the blocks, for generations with few model evaluations; 0: none",
         ge=0,
         le=4096,
         internal=True,
     )
-    updates_calls: float = option(
+    few_step_nfe: float = option(
         8.0, "they are used where steps times budget is at most this", ge=0.1, le=1000, internal=True
     )
-    updates_steps: int | None = option(
+    few_step_max_steps: int | None = option(
         None, "and in at most so many sampling steps; null: in any number", ge=1, le=1000, internal=True
     )
-    updates_guidance: float | None = option(
+    few_step_guidance: float | None = option(
         None,
-        "guidance scale that the updates have learned, for which they run one branch; null: none",
+        "guidance scale that the few-step LoRA has learned, for which they run one branch; null: none",
         ge=0,
         le=1000,
         internal=True,
@@ -115,7 +116,7 @@ class RouterConfig(Options):
         ascending=True,
         internal=True,
     )
-    forecast_times: list[float] = option(
+    damping_times: list[float] = option(
         [],
         "calibration of that: times in [0,1], ascending; empty: none",
         ge=0,
@@ -123,10 +124,10 @@ class RouterConfig(Options):
         ascending=True,
         internal=True,
     )
-    trends: list[float] = option(
-        [], "calibration: shares at these times, in the place of trend", ge=-10, le=10, internal=True
+    dampings: list[float] = option(
+        [], "calibration: shares at these times, in the place of damping", ge=-10, le=10, internal=True
     )
-    asked: list[float] = option(
+    requested_budgets: list[float] = option(
         [],
         "calibration: budgets that are asked for, ascending; empty: none",
         ge=0,
@@ -134,7 +135,7 @@ class RouterConfig(Options):
         ascending=True,
         internal=True,
     )
-    told: list[float] = option(
+    calibrated_budgets: list[float] = option(
         [],
         "calibration: what the routers are told instead, measured after training",
         ge=0,
@@ -144,7 +145,7 @@ class RouterConfig(Options):
     times: list[float] = option(
         [], "calibration: times in [0,1], ascending; empty: none", ge=0, le=1, ascending=True, internal=True
     )
-    urgency: list[float] = option(
+    gate_bias: list[float] = option(
         [],
         "calibration: what is added to gates at these times, as a gap there grows until the end",
         ge=-1e3,
@@ -154,23 +155,21 @@ class RouterConfig(Options):
 
     def check(self) -> None:
         """Lists that belong together; what each variant can do."""
-        if self.branches is Branches.together and self.lookahead is not Lookahead.step:
+        if self.branches is Branches.shared and self.scope is not Scope.step:
             raise ValueError(
-                "branches is together, expected apart: only with lookahead=step does one branch decide for both"
+                "branches is shared, expected separate: only with scope=step does one branch decide for both"
             )
         if len(self.guided_times) not in (0, 2):
             raise ValueError(f"guided_times is {self.guided_times}, expected none or two, ascending")
         for names, at, found in (
-            ("asked and told", self.asked, self.told),
-            ("times and urgency", self.times, self.urgency),
-            ("forecast_times and trends", self.forecast_times, self.trends),
+            ("asked and told", self.requested_budgets, self.calibrated_budgets),
+            ("times and gate bias", self.times, self.gate_bias),
+            ("damping_times and damping", self.damping_times, self.dampings),
         ):
             if len(at) != len(found):
                 raise ValueError(f"{names} are no ascending list and one of the same length")
-        if self.variant is RouterVariant.paper and self.lookahead is not Lookahead.block:
-            raise ValueError(
-                "lookahead is step, expected block: the paper's router decides before each block"
-            )
+        if self.variant is RouterVariant.paper and self.scope is not Scope.block:
+            raise ValueError("scope is step, expected block: the paper's router decides before each block")
         if self.variant is RouterVariant.paper and self.longest:
             raise ValueError(f"longest is {self.longest}, expected 0: the paper's router is told no ages")
 
@@ -179,24 +178,27 @@ class RouterConfig(Options):
         calls of a generation that leaves out no block. ValueError out of range."""
         check_budget(budget)
         budget = min(budget / whole, 1.0)
-        if not self.asked or budget <= self.asked[0]:
-            return self.told[0] if self.asked else budget
-        for i in range(1, len(self.asked)):
-            low, high = self.asked[i - 1], self.asked[i]
+        if not self.requested_budgets or budget <= self.requested_budgets[0]:
+            return self.calibrated_budgets[0] if self.requested_budgets else budget
+        for i in range(1, len(self.requested_budgets)):
+            low, high = self.requested_budgets[i - 1], self.requested_budgets[i]
             if budget <= high:
                 share = (budget - low) / max(high - low, 1e-9)
-                return self.told[i - 1] + share * (self.told[i] - self.told[i - 1])
-        return self.told[-1]
+                return self.calibrated_budgets[i - 1] + share * (
+                    self.calibrated_budgets[i] - self.calibrated_budgets[i - 1]
+                )
+        return self.calibrated_budgets[-1]
 
     def guided_share(self, times: Sequence[float]) -> float:
-        """Share of the dense model's calls in a generation with steps at these times whose updates have learned the
+        """Share of the dense model's calls in a generation with steps at these times whose few-step LoRA has
+        learned the
         guidance: one branch counts half. 1 where they have not."""
-        if self.updates_guidance is None or not times:
+        if self.few_step_guidance is None or not times:
             return 1.0
         return sum(1.0 if self.guided_at(t) else 0.5 for t in times) / len(times)
 
     def guided_at(self, t: float) -> bool:
-        """Whether both branches run at a time in [0,1] though the updates have learned the guidance."""
+        """Whether both branches run at a time in [0,1] though the few-step LoRA has learned the guidance."""
         return bool(self.guided_times) and self.guided_times[0] <= t <= self.guided_times[1]
 
     def cache(self) -> BlockCacheConfig:
@@ -204,11 +206,11 @@ class RouterConfig(Options):
         if not self.longest:
             return BlockCacheConfig()
         return BlockCacheConfig(
-            closed_reuse=True,
+            skipped_reuse=True,
             longest=self.longest,
-            trend=self.trend,
-            times=self.forecast_times,
-            trends=self.trends,
+            damping=self.damping,
+            times=self.damping_times,
+            dampings=self.dampings,
         )
 
     @property
@@ -221,16 +223,16 @@ class RouterConfig(Options):
 class BlockCacheConfig(Options):
     """Reuse of block residuals between sampling steps. Training-free."""
 
-    rule: CacheRule = option(CacheRule.off, "which open blocks reuse an earlier residual")
+    rule: CacheRule = option(CacheRule.off, "which executed blocks reuse an earlier residual")
     band: float = option(
         0.1, "rule band: reuse where the gate is at most this far above its threshold", ge=0, le=1
     )
-    closed_reuse: bool = option(
-        False, "a closed block adds its earlier residual, where it has one, instead of nothing"
+    skipped_reuse: bool = option(
+        False, "a skipped block adds its earlier residual, where it has one, instead of nothing"
     )
     start: float = option(0.0, "share of the sampling steps before the first reuse", ge=0, le=1)
     longest: int = option(5, "steps that a residual lives", ge=1, le=1000)
-    trend: float = option(
+    damping: float = option(
         0.0,
         "share of its change between the last two computed that goes on, a step later: 0 none, 1 a line",
         ge=0,
@@ -238,18 +240,18 @@ class BlockCacheConfig(Options):
     )
     times: list[float] = option(
         [],
-        "times in [0,1], ascending; empty: trend holds at all of them",
+        "times in [0,1], ascending; empty: damping holds at all of them",
         ge=0,
         le=1,
         ascending=True,
         internal=True,
     )
-    trends: list[float] = option([], "trend at these times, linear between", ge=-10, le=10, internal=True)
+    dampings: list[float] = option([], "damping at these times, linear between", ge=-10, le=10, internal=True)
 
     def check(self) -> None:
-        """Each time has its trend."""
-        if len(self.times) != len(self.trends):
-            raise ValueError("times and trends are no ascending list and one of the same length")
+        """Each time has its damping."""
+        if len(self.times) != len(self.dampings):
+            raise ValueError("times and damping are no ascending list and one of the same length")
 
     @staticmethod
     def upgraded(values: dict[str, Any]) -> dict[str, Any]:
@@ -259,12 +261,12 @@ class BlockCacheConfig(Options):
     @property
     def active(self) -> bool:
         """Whether anything is ever stored."""
-        return self.rule is not CacheRule.off or self.closed_reuse
+        return self.rule is not CacheRule.off or self.skipped_reuse
 
     @property
     def extrapolates(self) -> bool:
         """Whether residuals go on as they changed."""
-        return bool(self.trend or self.trends)
+        return bool(self.damping or self.dampings)
 
 
 @dataclass(kw_only=True)
@@ -277,7 +279,9 @@ class ElasticConfig(Options):
     shared: bool = option(
         False, "samples of a batch share their routes: faster in batches, but each then depends on the others"
     )
-    updates: bool = option(True, "use the routers' low-rank updates of the blocks where few calls are left")
+    few_step: bool = option(
+        True, "use the routers' few-step LoRA of the blocks where few model evaluations are left"
+    )
     cache: BlockCacheConfig | None = option(
         None, "reuse of block residuals between steps; null: as the routers were trained"
     )
@@ -289,7 +293,8 @@ class ElasticOptions:
 
     elastic: let the routers decide, or run the dense model; budget: share of the dense blocks' FLOPs to execute, 0.3 to
     1; width: let the routers narrow the MLPs; cache: reuse of blocks between steps; shared: samples share their routes,
-    and depend on each other; updates: use the routers' low-rank updates of the blocks where few calls are left.
+    and depend on each other; updates: use the routers' few-step LoRA of the blocks where few model evaluations are
+    left.
     """
 
     elastic: bool | None = None
@@ -297,7 +302,7 @@ class ElasticOptions:
     width: bool | None = None
     cache: BlockCacheConfig | None = None
     shared: bool | None = None
-    updates: bool | None = None
+    few_step: bool | None = None
 
     @staticmethod
     def of(config: object) -> dict[str, Any]:

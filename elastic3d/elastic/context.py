@@ -31,7 +31,7 @@ class Branch(IntEnum):
 BOTH_BRANCHES = (Branch.conditional, Branch.unconditional)
 
 
-class Hold(Enum):
+class Defer(Enum):
     """Which rows of a pass are deferred though they should run: none, all, or all unless every row should run.
 
     A sampler asks so where samples leave out different steps: those that can go on without the blocks do, until all of
@@ -69,8 +69,8 @@ class Training:
 
     explored: Tensor | None = None
     lockstep: bool = False
-    recall: SimulatedCache | None = None
-    closed: bool = False
+    simulated: SimulatedCache | None = None
+    skipped: bool = False
 
 
 @dataclass
@@ -79,7 +79,7 @@ class StepContext:
 
     t: time (B,) in [0,1]; dt: size of the sampling step; budget: in [0.3,1]; branch: 0 conditional, 1 unconditional;
     each (B,) fp32. Rows of a generation are (branch, sample), each at its step; a training pass has none. The first
-    `leaders` rows are those of one branch. `entered`: by its first block, what came into each span of blocks;
+    `conditional_rows` rows are those of one branch. `entered`: by its first block, what came into each span of blocks;
     `settled`: blocks within a span, and the rows of each action, as its first block has settled it for them;
     `deferred`: samples that should have run and wait.
     """
@@ -90,8 +90,8 @@ class StepContext:
     branch: Tensor
     rows: list[tuple[int, int]]
     when: Moments
-    leaders: int
-    hold: Hold = Hold.never
+    conditional_rows: int
+    defer: Defer = Defer.never
     training: Training | None = None
     modulation: Tensor | None = None
     ahead: RouteDecision | None = None
@@ -122,10 +122,10 @@ class Announced:
     samples: Sequence[int] = ()
     steps: Sequence[int] = ()
     total: int = 0
-    hold: Hold = Hold.never
+    defer: Defer = Defer.never
     room: int = 1
     training: Training | None = None
-    leaders: int = 0
+    conditional_rows: int = 0
 
     def at(self, t: Tensor, timed: bool = False) -> StepContext:
         """The pass at times t (B,), which the cache gets to know where it is `timed`.
@@ -147,10 +147,16 @@ class Announced:
         for name, value in values.items():
             if value.shape != (B,):
                 raise ValueError(f"a batch of {B}, but {value.shape[0]} values of {name}")
-        leaders = self.leaders or len(self.samples) or B
+        conditional_rows = self.conditional_rows or len(self.samples) or B
         told = (values["dt"], values["budget"], values["branch"])
         return StepContext(
-            t.float(), *told, rows=rows, when=when, leaders=leaders, hold=self.hold, training=self.training
+            t.float(),
+            *told,
+            rows=rows,
+            when=when,
+            conditional_rows=conditional_rows,
+            defer=self.defer,
+            training=self.training,
         )
 
 

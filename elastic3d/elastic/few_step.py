@@ -1,8 +1,8 @@
-"""Low-rank updates of a block, for generations that leave the model few calls.
+"""Low-rank updates of a block, for generations that leave the model few model evaluations.
 
 A dense model follows its path with many small steps. Where routers leave it a handful of calls, each has to stand for a
-long piece of the path, which the dense weights were not trained for; the updates are. They belong to the routers: they
-are saved with them, and the model without routers, or with `elastic=false`, knows nothing of them.
+long piece of the path, which the dense weights were not trained for; the few-step LoRA is. They belong to the
+routers: they are saved with them, and the model without routers, or with `elastic=false`, knows nothing of them.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Key = tuple[object, ...]
 def coarseness(
     config: RouterConfig, steps: int, budget: float, guidance: float | None, share: float = 1.0
 ) -> float | None:
-    """How few calls a generation leaves: 0 at the most for which there are updates, 1 at half of them; None where they
-    are not used, as with another `guidance` than they have learned, or in more steps. `share` of the dense calls is
-    all that a generation makes which has learned its guidance: its budget is spent on those."""
-    if config.updates_guidance not in (None, guidance):
+    """How few model evaluations a generation leaves: 0 at the most for which there are updates, 1 at half of them;
+    None where they are not used, as with another `guidance` than they have learned, or in more steps. `share` of
+    the dense calls is all that a generation makes which has learned its guidance: its budget is spent on those."""
+    if config.few_step_guidance not in (None, guidance):
         return None
-    if config.updates_steps is not None and steps > config.updates_steps:
+    if config.few_step_max_steps is not None and steps > config.few_step_max_steps:
         return None
-    calls = round(steps * budget, 6)  # a budget that is a rounded share of the steps must not miss the limit
-    if not config.updates or calls > config.updates_calls:
+    nfe = round(steps * budget, 6)  # a budget that is a rounded share of the steps must not miss the limit
+    if not config.few_step_rank or nfe > config.few_step_nfe:
         return None
-    return math.log2(config.updates_calls / min(max(calls, 1e-6) / share, steps))
+    return math.log2(config.few_step_nfe / min(max(nfe, 1e-6) / share, steps))
 
 
 class LowRankUpdate(nn.Module):
@@ -50,7 +50,7 @@ class LowRankUpdate(nn.Module):
         return weight + change.to(weight.dtype)
 
 
-class BlockUpdates(nn.Module):
+class FewStepLoRA(nn.Module):
     """Updates of every linear layer of one block."""
 
     def __init__(self, block: nn.Module, rank: int) -> None:
@@ -64,7 +64,7 @@ class BlockUpdates(nn.Module):
         )
 
     def updated(self, block: nn.Module, coarse: float) -> nn.Module:
-        """A twin of the block with updated weights; gradients reach the updates while they are enabled."""
+        """A twin of the block with updated weights; gradients reach the few-step LoRA while they are enabled."""
         return with_modules(
             block,
             {
@@ -80,8 +80,8 @@ class BlockUpdates(nn.Module):
 
     @torch.no_grad()
     def rebase(self, factor: float) -> None:
-        """Count calls from another `updates_calls`, which is `factor` times the old one: the same weights as before at
-        each number of calls."""
+        """Count calls from another `few_step_nfe`, which is `factor` times the old one: the same weights as before at
+        each NFE."""
         shift = math.log2(factor)  # c + shift is the new coarseness
         for part in self.parts.values():
             assert isinstance(part, LowRankUpdate)
@@ -95,6 +95,6 @@ class BlockUpdates(nn.Module):
         for name, _, linear in found:
             if type(linear) is not nn.Linear or "forward" in linear.__dict__:
                 raise ValueError(
-                    f"{name} is a {type(linear).__name__}, expected nn.Linear: run with updates=false"
+                    f"{name} is a {type(linear).__name__}, expected nn.Linear: run with few_step=false"
                 )
         return found  # type: ignore[return-value]

@@ -45,7 +45,7 @@ def paper_loss(
     rho_gate: float = 0.6,
     rho_width: float = 0.5,
 ) -> Tensor:
-    """E-DiT (2602.13993): (mean gate - rho_g)^2 + (mean expected ratio of the open blocks - rho_w)^2.
+    """E-DiT (2602.13993): (mean gate - rho_g)^2 + (mean expected ratio of the executed blocks - rho_w)^2.
 
     rho_g is 0.6 (base) or 0.5 (turbo); rho_w is not published, 0.5 is the default of the released code.
     """

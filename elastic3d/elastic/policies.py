@@ -158,8 +158,8 @@ def greedy_static(
         changed[block] = action
         if measured < len(path):
             after = error(changed)
-            price = (after - now) / float(table[block, routes[block]] - table[block, action])
-            heapq.heappush(heap, (price, after, len(path), block, action))
+            threshold = (after - now) / float(table[block, routes[block]] - table[block, action])
+            heapq.heappush(heap, (threshold, after, len(path), block, action))
             continue
         now, routes = after, changed
         share = float(table[torch.arange(len(blocks)), routes].sum() / table[:, -1].sum())

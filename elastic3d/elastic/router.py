@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elastic3d.elastic.config import Lookahead, RouterConfig, RouterVariant
+from elastic3d.elastic.config import RouterConfig, RouterVariant, Scope
 from elastic3d.elastic.context import StepContext
 
 _TIME_OCTAVES, _BUDGET_OCTAVES = 4, 3
@@ -230,9 +230,9 @@ def build_conditioner(config: RouterConfig, blocks: int) -> Conditioner | None:
     return None if config.variant is RouterVariant.paper else Conditioner(config, blocks)
 
 
-def looks_ahead(config: RouterConfig) -> bool:
+def decides_per_step(config: RouterConfig) -> bool:
     """Whether all decisions of a step are taken at the first block."""
-    return config.lookahead is Lookahead.step
+    return config.scope is Scope.step
 
 
 def _age_embedding(config: RouterConfig) -> nn.Embedding:

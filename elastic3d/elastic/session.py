@@ -19,9 +19,9 @@ from elastic3d.elastic.context import (
     BOTH_BRANCHES,
     Announced,
     Branch,
+    Defer,
     Driver,
     Groups,
-    Hold,
     RouteSource,
     StepContext,
     Streams,
@@ -37,8 +37,8 @@ from elastic3d.elastic.router import (
     RouteDecision,
     RouterInput,
     Tokens,
+    decides_per_step,
     interpolated,
-    looks_ahead,
 )
 from elastic3d.elastic.trace import REUSED, SKIPPED, Trace
 
@@ -84,7 +84,7 @@ class ElasticSession:
     def parts(self) -> dict[str, nn.Module]:
         """Every router, update and what they share, by name."""
         found: dict[str, nn.Module] = {}
-        for what in ("router", "updates"):
+        for what in ("router", "few_step"):
             for block in self.blocks:
                 part = getattr(block, what)
                 if part is not None:
@@ -108,23 +108,23 @@ class ElasticSession:
             [b.name for b in self.blocks], self.router_config.ratios, steps, samples, self.guided
         )
         cache = self.reuse
-        if self.router_config.longest and self.source is None and not cache.closed_reuse:
-            raise ValueError("cache.closed_reuse is false, expected true: routers were trained to reuse")
+        if self.router_config.longest and self.source is None and not cache.skipped_reuse:
+            raise ValueError("cache.skipped_reuse is false, expected true: routers were trained to reuse")
         self.cache = ResidualCache(cache, steps) if cache.active else None
         self._forget()
 
     def coarsen(self, steps: int, budget: float, guidance: Scale, times: Times = ()) -> None:
-        """Say how few calls a generation to come leaves: blocks are updated for that."""
-        config, wanted = self.router_config, self.settings.updates and self.settings.elastic
-        calls = (steps, budget, guidance, config.guided_share(times))
-        self.coarseness = coarseness(config, *calls) if wanted else None
+        """Say how few model evaluations a generation to come leaves: blocks are updated for that."""
+        config, wanted = self.router_config, self.settings.few_step and self.settings.elastic
+        nfe = (steps, budget, guidance, config.guided_share(times))
+        self.coarseness = coarseness(config, *nfe) if wanted else None
         for block in self.blocks:
             block.refresh(self.coarseness)
 
     @property
     def guided(self) -> bool:
         """Whether the blocks of this generation have learned its guidance."""
-        return self.coarseness is not None and self.router_config.updates_guidance is not None
+        return self.coarseness is not None and self.router_config.few_step_guidance is not None
 
     def one_branch(self, t: float) -> bool:
         """Whether the conditional branch is enough at a time in [0,1]."""
@@ -141,7 +141,7 @@ class ElasticSession:
         dt: float | Sequence[float],
         branches: Sequence[int] = BOTH_BRANCHES,
         samples: Sequence[int] | None = None,
-        hold: Hold = Hold.never,
+        defer: Defer = Defer.never,
         room: int = 1,
     ) -> None:
         """The next forward pass is sampling step `index` of size `dt`, for each branch the samples in order.
@@ -157,10 +157,10 @@ class ElasticSession:
         for step in steps:
             if not 0 <= step < self._steps:
                 raise ValueError(f"step {step} of a generation of {self._steps} steps")
-        if hold is not Hold.never and not self.holds:
-            raise ValueError(f"hold is {hold.name}, expected never: blocks or samples do not decide so")
+        if defer is not Defer.never and not self.defers:
+            raise ValueError(f"hold is {defer.name}, expected never: blocks or samples do not decide so")
         dts, budgets = one_each(dt, len(samples), "step sizes"), self._budget[list(samples)]
-        self._announced = Announced(dts, budgets, branches, samples, steps, self.samples, hold, room=room)
+        self._announced = Announced(dts, budgets, branches, samples, steps, self.samples, defer, room=room)
 
     def train(
         self,
@@ -169,25 +169,25 @@ class ElasticSession:
         branch: Tensor,
         explored: Tensor | None = None,
         lockstep: bool = False,
-        recall: SimulatedCache | None = None,
-        closed: bool = False,
-        leaders: int = 0,
+        simulated: SimulatedCache | None = None,
+        skipped: bool = False,
+        conditional_rows: int = 0,
     ) -> None:
         """The next forward pass is a training pass: masked blocks, gradients to the gates, no caches.
 
-        dt, budget, branch: (B,). By default every block runs for every row, so that closed gates get a gradient too.
-        `explored` (B,I) bool says for which rows a closed block runs; for the others it is really skipped. The
-        gradients of explored closed gates are weighted up by the share that is explored. With `lockstep` a block that
+        dt, budget, branch: (B,). By default every block runs for every row, so that skipped gates get a gradient too.
+        `explored` (B,I) bool says for which rows a skipped block runs; for the others it is really skipped. The
+        gradients of explored skipped gates are weighted up by the share that is explored. With `lockstep` a block that
         no row needs runs all the same, to no effect: other processes may wait for its weights or gradients. Closed
-        blocks add what they `recall`, which stands for a cache. With `closed` no block runs, whatever the routers
-        decide; their decisions are recorded all the same. `leaders`: so many rows of the conditional branch come
-        first, and the same samples' other branch after them, in the same order; 0: every row is for itself.
+        blocks add what they `simulated`, which stands for a cache. With `skipped` no block runs, whatever the routers
+        decide; their decisions are recorded all the same. `conditional_rows`: so many rows of the conditional
+        branch come first, and the same samples' other branch after them, in the same order; 0: every row is for itself.
         """
         expected = (len(budget), len(self.blocks))
         if explored is not None and explored.shape != expected:
             raise ValueError(f"explored is {tuple(explored.shape)}, expected {expected}")
-        training = Training(explored, lockstep, recall, closed)
-        self._announced = Announced(dt, budget, branch, training=training, leaders=leaders)
+        training = Training(explored, lockstep, simulated, skipped)
+        self._announced = Announced(dt, budget, branch, training=training, conditional_rows=conditional_rows)
 
     def end(self) -> None:
         """Free the caches; the trace stays."""
@@ -260,7 +260,7 @@ class ElasticSession:
         context.visited.add(block.index)
         if self.source is not None:
             decision = self.source.decide(context, block.index)
-        elif not looks_ahead(self.router_config):
+        elif not decides_per_step(self.router_config):
             decision = self._decision(context, self._logits(context, block, call, slice(None)))
         else:
             if context.ahead is None or block.index == 0:  # at the first block, also when it is recomputed
@@ -278,10 +278,10 @@ class ElasticSession:
     def _decision(self, context: StepContext, logits: Tensor) -> RouteDecision:
         """What logits (B, 1 + K) of all rows say; where routes are shared, their mean over the samples of a branch."""
         if self.settings.shared and context.rows:
-            by_branch = logits.unflatten(0, (-1, context.leaders))
+            by_branch = logits.unflatten(0, (-1, context.conditional_rows))
             logits = by_branch.mean(1, keepdim=True).expand_as(by_branch).flatten(0, 1)
         config = self.router_config
-        bias = interpolated(context.t, config.times, config.urgency) if config.times else None
+        bias = interpolated(context.t, config.times, config.gate_bias) if config.times else None
         return RouteDecision.from_logits(logits, config.threshold, bias)
 
     def _logits(self, context: StepContext, block: ElasticBlock, call: BlockCall, rows: slice) -> Tensor:
@@ -301,21 +301,21 @@ class ElasticSession:
     def _decide_ahead(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
         """The same decision for all blocks. Where branches go together, the conditional one's rows are asked, which are
         the first of their pass, and in a later pass of that step nobody is."""
-        if self.router_config.branches is Branches.apart:
+        if self.router_config.branches is Branches.separate:
             return self._decision(context, self._logits(context, block, call, slice(None)))
         if context.rows and context.rows[0][0] != Branch.conditional and self._led is not None:
             steps, decision = self._led
             if steps == context.when.steps:
                 return decision
-        logits = self._logits(context, block, call, slice(context.leaders))
-        decision = self._decision(context, logits.repeat(len(context.t) // context.leaders, 1))
+        logits = self._logits(context, block, call, slice(context.conditional_rows))
+        decision = self._decision(context, logits.repeat(len(context.t) // context.conditional_rows, 1))
         self._led = (context.when.steps, decision)
         return decision
 
     @property
     def _alike(self) -> bool:
         """Whether all blocks of a list do the same in a pass."""
-        own = looks_ahead(self.router_config)
+        own = decides_per_step(self.router_config)
         training = self.current is not None and self.current.training is not None
         if self.settings.elastic and self.source is not None and not training:
             own = self.source.alike
@@ -323,12 +323,12 @@ class ElasticSession:
         return own and rule in (CacheRule.off, CacheRule.age)
 
     @property
-    def holds(self) -> bool:
+    def defers(self) -> bool:
         """Whether samples can wait for each other: they decide once a step, each for itself."""
         return self._alike and not self.settings.shared and self.settings.elastic
 
     @property
-    def held(self) -> Collection[int]:
+    def deferred(self) -> Collection[int]:
         """Samples of the newest pass that should have run, and are deferred."""
         return () if self.current is None else self.current.deferred
 
@@ -337,12 +337,12 @@ class ElasticSession:
         return block.stage if self._alike else range(block.index, block.index + 1)
 
     def _age(self, block: ElasticBlock) -> Tensor | None:
-        """Age (B,) in steps of what a closed block would add, 0 for nothing; None where routers are not told."""
+        """Age (B,) in steps of what a skipped block would add, 0 for nothing; None where routers are not told."""
         context, longest = self.context_of(block), self.router_config.longest
         if not longest:
             return None
-        if context.training is not None and context.training.recall is not None:
-            return context.training.recall.age(self.span(block).start).clamp_max(longest)
+        if context.training is not None and context.training.simulated is not None:
+            return context.training.simulated.age(self.span(block).start).clamp_max(longest)
         if self.cache is None:  # training, at the first step of a path
             return torch.zeros(len(context.t), dtype=torch.long, device=context.t.device)
         return torch.tensor(self._ages(block), device=context.t.device).clamp_max(longest)
@@ -378,7 +378,7 @@ class ElasticSession:
                 actions.append(REUSED)
             else:
                 actions.append(1 + int(width) if keep else SKIPPED)
-        if context.hold is Hold.never or (context.hold is Hold.unless_all and min(actions) > SKIPPED):
+        if context.defer is Defer.never or (context.defer is Defer.unless_all and min(actions) > SKIPPED):
             return actions
         samples = [sample for _, sample in context.rows]
         context.deferred = {s for s, action in zip(samples, actions, strict=True) if action > SKIPPED}

@@ -35,8 +35,8 @@ def chart(series: Sequence[Series], x_label: str, y_label: str, lower: bool = Tr
     )
     y_range = _padded(min(y for _, y in points), max(y for _, y in points))
     width, height = PANEL
-    picture = Image.new("RGB", (LEFT + width + 20, TOP + height + BOTTOM), PAPER)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    image = Image.new("RGB", (LEFT + width + 20, TOP + height + BOTTOM), PAPER)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (math.log(x) - x_range[0]) / (x_range[1] - x_range[0])
@@ -62,19 +62,19 @@ def chart(series: Sequence[Series], x_label: str, y_label: str, lower: bool = Tr
             draw.line([place(x, sign * y) for x, y in front], fill=colour, width=2)
         for x, y in (place(*point) for point in each.points):
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
-    return picture
+    return image
 
 
 def legend(names: Sequence[str], width: int) -> Image.Image:
     columns = max(1, width // 190)
-    picture = Image.new("RGB", (width, LEGEND * math.ceil(len(names) / columns) + 10), PAPER)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    image = Image.new("RGB", (width, LEGEND * math.ceil(len(names) / columns) + 10), PAPER)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     for number, name in enumerate(names):
         row, column = divmod(number, columns)
         x, y = 20 + column * 190, row * LEGEND + LEGEND // 2
         draw.ellipse((x, y - 5, x + 10, y + 5), fill=COLOURS[number % len(COLOURS)])
         draw.text((x + 16, y), name, fill=INK, font=font, anchor="lm")
-    return picture
+    return image
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""One pair of meshes as pictures: renders, error heat maps, and packed meshes for the viewer of the HTML
+"""One pair of meshes as images: renders, error heat maps, and packed meshes for the viewer of the HTML
 report.
 """
 
@@ -37,7 +37,7 @@ class Exhibit:
 
 
 def make_exhibit(pred: trimesh.Trimesh, gt: trimesh.Trimesh, protocol: ProtocolConfig) -> Exhibit:
-    """Pictures of a pair in the protocol's frame. Raises UserError as `evaluate_pair`."""
+    """Images of a pair in the protocol's frame. Raises UserError as `evaluate_pair`."""
     pred, gt = prepare(pred, gt, protocol)
     camera = orbit_camera(35, 20, 5.1, 36)
     renders = {}

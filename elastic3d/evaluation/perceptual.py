@@ -1,4 +1,4 @@
-"""How differently a network sees two pictures: LPIPS without weights that were fitted to people's judgements."""
+"""How differently a network sees two images: LPIPS without weights that were fitted to people's judgements."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def feature_distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    """Distances (P,) of pictures by their feature maps, each (P,C,h,w), a map for each scale.
+    """Distances (P,) of images by their feature maps, each (P,C,h,w), a map for each scale.
 
     At every position the features become a vector of length one; the squared distance of the two vectors is averaged
-    over positions, then over scales (Zhang et al. 2018, equation 1, all weights 1). 0 for equal pictures.
+    over positions, then over scales (Zhang et al. 2018, equation 1, all weights 1). 0 for equal images.
 
     Raises:
         ValueError: not the same maps on both sides, or none.

@@ -177,12 +177,12 @@ def with_texture(mesh: trimesh.Trimesh, colours: ImageColours, size: int) -> tri
     pixels, covered = np.zeros((size * size, 3)), np.zeros(size * size, bool)
     pixels[texel], covered[texel] = colours.mixed(points, normals, rest), True
     near = distance_transform_edt(~covered.reshape(size, size), return_distances=False, return_indices=True)
-    picture = np.clip(np.round(pixels), 0, 255).astype(np.uint8).reshape(size, size, 3)[near[0], near[1]]
+    image = np.clip(np.round(pixels), 0, 255).astype(np.uint8).reshape(size, size, 3)[near[0], near[1]]
     result = mesh.copy()
     result.visual = trimesh.visual.TextureVisuals(
         uv=uv,
         material=trimesh.visual.material.PBRMaterial(
-            name="image", baseColorTexture=Image.fromarray(picture), metallicFactor=0.0, roughnessFactor=0.9
+            name="image", baseColorTexture=Image.fromarray(image), metallicFactor=0.0, roughnessFactor=0.9
         ),
     )
     return result

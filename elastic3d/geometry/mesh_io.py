@@ -1,4 +1,4 @@
-"""Meshes to and from files: any common format in, atomic writes out, and the receipt kept in the glb."""
+"""Meshes to and from files: any common format in, atomic writes out, and the metadata kept in the glb."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def _check_readable(path: Path) -> None:
 def _glb_bytes(mesh: trimesh.Trimesh, extras: dict[str, Any] | None, name: str) -> bytes:
     """The glb file of a mesh with a neutral material; see `save_mesh`."""
     try:
-        receipt = json.loads(json.dumps(extras or {}, allow_nan=False))
+        metadata = json.loads(json.dumps(extras or {}, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"extras can't be written as JSON: {error}") from error
     plain = trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=unit_normals(mesh), process=False)
@@ -183,8 +183,8 @@ def _glb_bytes(mesh: trimesh.Trimesh, extras: dict[str, Any] | None, name: str) 
 
     def finish(tree: dict[str, Any]) -> None:
         tree["asset"]["generator"] = f"elastic3d {__version__}"
-        if receipt:
-            tree["asset"]["extras"] = {"elastic3d": receipt}
+        if metadata:
+            tree["asset"]["extras"] = {"elastic3d": metadata}
         for exported in tree["meshes"]:
             exported.pop("extras", None)
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 GAMMA = 2.2
-SUBPIXELS = 3  # a side, where the picture is antialiased
+SUBPIXELS = 3  # a side, where the image is antialiased
 _LINEAR = ((np.arange(256) / 255) ** GAMMA).astype(np.float32)
 
 

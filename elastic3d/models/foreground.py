@@ -1,4 +1,4 @@
-"""From any picture to what the encoder was trained on: the object alone, centred on a white square."""
+"""From any image to what the encoder was trained on: the object alone, centred on a white square."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from elastic3d.errors import UserError
+from elastic3d.models.images import load_image
 from elastic3d.models.options import ForegroundConfig, ForegroundMethod, ImageEncoderConfig
-from elastic3d.models.pictures import load_picture
 
 _WORKING_SIDE = 1024  # longer sides are reduced first: the encoder sees a few hundred pixels
 _SMALLEST_OBJECT = 8  # pixels; less carries no shape
@@ -34,15 +34,15 @@ _SHADOWED_REST = 0.2  # of the mask at least is the object
 _SHADOW_BLACK = 40  # largest channel value of a shadow that is drawn as transparent black
 
 
-def prepare_picture(source: str | Path | Image.Image, config: ForegroundConfig, size: int) -> Image.Image:
+def prepare_image(source: str | Path | Image.Image, config: ForegroundConfig, size: int) -> Image.Image:
     """A file or PIL image -> RGB image of `size` x `size`: the object cut out, centred, on white.
 
     Raises:
-        UserError: no usable picture, or no object found in it; names the file.
+        UserError: no usable image, or no object found in it; names the file.
     """
     try:
         border = ImageEncoderConfig.border if config.border is None else config.border
-        return recentre(cut_out(load_picture(source), config), size, border)
+        return recentre(cut_out(load_image(source), config), size, border)
     except UserError as error:
         name = "" if isinstance(source, Image.Image) else str(source)
         if not name or name in str(error):

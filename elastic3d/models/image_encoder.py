@@ -1,4 +1,4 @@
-"""Frozen image encoders: a picture on white becomes condition tokens and one global feature."""
+"""Frozen image encoders: an image on white becomes condition tokens and one global feature."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class EfficientNetLite(_FrozenEncoder):
     next to the last stride-32 map (320 channels): (S/32)^2 tokens of 768 channels that still know where an
     edge runs. `features=head`: the classifier's last map, (S/32)^2 tokens of 1280 channels.
 
-    Always fp32, 32 to 39 ms of one core a picture: bf16 takes 19 to 22 ms, but its features are 5 % off.
+    Always fp32, 32 to 39 ms of one core an image: bf16 takes 19 to 22 ms, but its features are 5 % off.
     Channels-last is a quarter faster at batch 16 and changes nothing.
     """
 
@@ -175,7 +175,7 @@ class DinoV2(_FrozenEncoder):
         self.tokens = (config.image_size // patch) ** 2 + 1
         self.channels: int = self.network.config.hidden_size
         self.registers: int = getattr(self.network.config, "num_register_tokens", 0)
-        self.image_size = config.picture_size or config.image_size
+        self.image_size = config.prepared_size or config.image_size
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

@@ -295,20 +295,21 @@ class ImageEncoderConfig(Options):
     image_size: int = option(
         224, "side of the input in pixels, a multiple of 32 (EfficientNet) or 14 (DINOv2)", ge=28, le=2048
     )
-    picture_size: int = option(
+    prepared_size: int = option(
         0,
-        "DINOv2 only: pictures are prepared at this side and then resized; 0: image_size",
+        "DINOv2 only: images are prepared at this side and then resized; 0: image_size",
         ge=0,
         le=2048,
     )
     centre_crop: bool = option(
-        False, "DINOv2 only: image_size pixels are cut out of the middle of picture_size, rather than resized"
+        False,
+        "DINOv2 only: image_size pixels are cut out of the middle of prepared_size, rather than resized",
     )
     border: float = option(
         0.15, "share of the square that stays free along the object's longer side", ge=0, le=0.9
     )
     views: int = option(
-        1, "DINOv2 only: pictures of one object, told apart by an embedding of their direction", ge=1, le=16
+        1, "DINOv2 only: images of one object, told apart by an embedding of their direction", ge=1, le=16
     )
     path: str = option("", "folder of the DINOv2 model (config.json and safetensors); unused by EfficientNet")
 
@@ -319,9 +320,9 @@ class ImageEncoderConfig(Options):
             raise ValueError(
                 f"image_size is {self.image_size}, expected a multiple of {step} ({self.kind.name})"
             )
-        if self.centre_crop and self.picture_size < self.image_size:
+        if self.centre_crop and self.prepared_size < self.image_size:
             raise ValueError(
-                f"picture_size is {self.picture_size}, expected at least image_size {self.image_size} to cut from"
+                f"prepared_size is {self.prepared_size}, expected at least image_size {self.image_size} to cut from"
             )
         if self.kind is EncoderKind.dinov2 and not self.path:
             raise ValueError("path is empty, expected the folder of a DINOv2 model")

@@ -46,7 +46,7 @@ class PretrainedMixin:
             device: None is the CPU.
 
         Raises:
-            UserError: a missing, broken or foreign file; weights that do not fit the architecture or are not
+            UserError: a missing, broken or third-party file; weights that do not fit the architecture or are not
                 finite.
         """
         folder = Path(folder)

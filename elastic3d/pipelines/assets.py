@@ -14,9 +14,9 @@ from elastic3d.geometry.colour import ImageColours, with_texture, with_vertex_co
 from elastic3d.geometry.export import scale_to, with_up
 from elastic3d.geometry.pose import CANONICAL, FRONT, find_pose
 from elastic3d.models.foreground import centred, cut_out
+from elastic3d.models.images import load_image
 from elastic3d.models.options import ForegroundConfig
-from elastic3d.models.pictures import load_picture
-from elastic3d.pipelines.conditions import Picture, as_file_or_image
+from elastic3d.pipelines.conditions import ImageInput, as_file_or_image
 from elastic3d.pipelines.image_to_3d import Result
 from elastic3d.pipelines.options import AssetConfig, Texture
 
@@ -45,7 +45,7 @@ def finish(
     result: Result,
     config: AssetConfig,
     suffix: str,
-    image: Picture,
+    image: ImageInput,
     foreground: ForegroundConfig | None = None,
     frontal: bool = False,
 ) -> tuple[trimesh.Trimesh, PrintCheck]:
@@ -59,9 +59,9 @@ def finish(
     """
     mesh = result.mesh
     check = print_check(mesh, config.size_mm, config.min_wall_mm)
-    result.receipt["print"] = check.as_dict()
+    result.metadata["print"] = check.as_dict()
     if config.texture is Texture.project:
-        mesh, result.receipt["texture"] = coloured(
+        mesh, result.metadata["texture"] = coloured(
             mesh, image, foreground or ForegroundConfig(), config, frontal
         )
     mesh = with_up(mesh, config.up.value)
@@ -71,11 +71,11 @@ def finish(
 
 
 def coloured(
-    mesh: trimesh.Trimesh, image: Picture, foreground: ForegroundConfig, config: AssetConfig, frontal: bool
+    mesh: trimesh.Trimesh, image: ImageInput, foreground: ForegroundConfig, config: AssetConfig, frontal: bool
 ) -> tuple[trimesh.Trimesh, dict[str, object]]:
     """The mesh with the image's colours (as a texture if it has texture coordinates), and where the camera is."""
     front = image[VIEW_NAMES[0]] if isinstance(image, Mapping) else image
-    cut = cut_out(load_picture(as_file_or_image(front)), foreground)
+    cut = cut_out(load_image(as_file_or_image(front)), foreground)
     left, top, right, bottom = cut.getchannel("A").getbbox() or (0, 0, *cut.size)
     side = round(max(right - left, bottom - top) / (1 - BORDER))
     pixels = np.asarray(centred(cut, int(np.clip(side, LEAST_SIDE, MOST_SIDE)), BORDER))

@@ -52,7 +52,7 @@ class Backbone(ABC):
 
     @property
     def multiple(self) -> int:
-        """Both sides of a picture are multiples of this many pixels."""
+        """Both sides of an image are multiples of this many pixels."""
         return 2 * self.pipe.vae_scale_factor
 
     @property
@@ -61,7 +61,7 @@ class Backbone(ABC):
         return self.pipe.default_sample_size * self.pipe.vae_scale_factor
 
     def grid(self, steps: int) -> Tensor:
-        """Times (S+1,) of so many steps, 0 = noise, to train at; a sampler's own shift may depend on the picture."""
+        """Times (S+1,) of so many steps, 0 = noise, to train at; a sampler's own shift may depend on the image."""
         return timestep_grid(steps)
 
     def default_sampling(self) -> tuple[int, float]:
@@ -81,12 +81,12 @@ class Backbone(ABC):
         """Prompts -> arguments of the pipeline; every prompt with `length` tokens, where it is given."""
 
     @abstractmethod
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """Pictures (B,3,H,W) in [0,1] -> latents (B,N,C)."""
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B,3,H,W) in [0,1] -> latents (B,N,C)."""
 
     @abstractmethod
     def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        """Latents (B,N,C) -> pictures (B,3,H,W), [0,1] but for overshoots; `size` is width, height."""
+        """Latents (B,N,C) -> images (B,3,H,W), [0,1] but for overshoots; `size` is width, height."""
 
     @abstractmethod
     def velocity(
@@ -133,15 +133,15 @@ class FluxBackbone(Backbone):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     @torch.no_grad()
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B,N,C), 2 x 2 of the VAE's in a token."""
         vae = self.pipe.vae
-        raw = vae.encode((2 * pictures - 1).to(vae.dtype)).latent_dist.mode()
+        raw = vae.encode((2 * images - 1).to(vae.dtype)).latent_dist.mode()
         x = (raw - vae.config.shift_factor) * vae.config.scaling_factor
         return self.pipe._pack_latents(x, *x.shape)
 
     def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        """Pictures (B,3,H,W)."""
+        """Images (B,3,H,W)."""
         pipe, config = self.pipe, self.pipe.vae.config
         x = pipe._unpack_latents(latents, size[1], size[0], pipe.vae_scale_factor)
         x = x / config.scaling_factor + config.shift_factor
@@ -193,16 +193,16 @@ class QwenImageBackbone(Backbone):
         return {"prompt_embeds": embeds, "prompt_embeds_mask": nn.functional.pad(mask, (0, missing))}
 
     @torch.no_grad()
-    def encode_pictures(self, pictures: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B,N,C), 2 x 2 of the VAE's in a token."""
         vae = self.pipe.vae
-        raw = vae.encode((2 * pictures - 1).to(vae.dtype)[:, :, None]).latent_dist.mode()
+        raw = vae.encode((2 * images - 1).to(vae.dtype)[:, :, None]).latent_dist.mode()
         mean, std = self._statistics(raw)
         x = ((raw - mean) / std)[:, :, 0]
         return self.pipe._pack_latents(x, *x.shape)
 
     def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        """Pictures (B,3,H,W)."""
+        """Images (B,3,H,W)."""
         pipe = self.pipe
         x = pipe._unpack_latents(latents, size[1], size[0], pipe.vae_scale_factor).to(pipe.vae.dtype)
         mean, std = self._statistics(x)

@@ -1,4 +1,4 @@
-"""From pictures to condition tokens: one picture of an object, or several from known directions."""
+"""From images to condition tokens: one image of an object, or several from known directions."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 
 from elastic3d.checkpoints.hunyuan3d_config import VIEW_NAMES
 from elastic3d.errors import UserError
-from elastic3d.models.foreground import prepare_picture, to_tensor
+from elastic3d.models.foreground import prepare_image, to_tensor
 from elastic3d.models.image_encoder import DinoV2, ImageEncoder
 from elastic3d.models.options import ForegroundConfig
 
-OnePicture = str | Path | Image.Image | np.ndarray
-Picture = OnePicture | Mapping[str, OnePicture]
+SingleImage = str | Path | Image.Image | np.ndarray
+ImageInput = SingleImage | Mapping[str, SingleImage]
 """An image, or images of one object by direction: front, left, back, right. Arrays are (H,W), or (H,W,C) with 1, 3 or 4
 channels: uint8, or floats from 0 to 1."""
 Prepared = dict[int, Image.Image]
-"""Pictures as the encoder wants them, by the number of their direction; 0 is the front."""
+"""Images as the encoder wants them, by the number of their direction; 0 is the front."""
 
 
-def is_picture(value: Any) -> bool:
-    """Whether `value` is one picture (or one object's views), rather than a list of them."""
+def is_image(value: Any) -> bool:
+    """Whether `value` is one image (or one object's views), rather than a list of them."""
     one_array = isinstance(value, np.ndarray) and value.ndim < 4
     return one_array or isinstance(value, (str, Path, Image.Image, Mapping))
 
@@ -57,22 +57,22 @@ def as_file_or_image(value: Any) -> str | Path | Image.Image:
     return Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
 
 
-def prepare(picture: Picture, foreground: ForegroundConfig, encoder: ImageEncoder) -> Prepared:
-    """The object of each picture cut out, centred, on white.
+def prepare(image: ImageInput, foreground: ForegroundConfig, encoder: ImageEncoder) -> Prepared:
+    """The object of each image cut out, centred, on white.
 
     Raises:
-        UserError: no usable picture, an unknown direction, or several directions for an encoder of one.
+        UserError: no usable image, an unknown direction, or several directions for an encoder of one.
     """
-    views = picture if isinstance(picture, Mapping) else {VIEW_NAMES[0]: picture}
+    views = image if isinstance(image, Mapping) else {VIEW_NAMES[0]: image}
     foreground = foreground.for_encoder(encoder.config)
     known = VIEW_NAMES[: encoder.config.views]
     for name in views:
         if name not in known:
-            raise UserError(f"a picture from the {name}, but this model takes {', '.join(known)} only")
+            raise UserError(f"an image from the {name}, but this model takes {', '.join(known)} only")
     if not views:
-        raise UserError("there are no pictures, expected at least the front")
+        raise UserError("there are no images, expected at least the front")
     return {
-        VIEW_NAMES.index(name): prepare_picture(as_file_or_image(view), foreground, encoder.image_size)
+        VIEW_NAMES.index(name): prepare_image(as_file_or_image(view), foreground, encoder.image_size)
         for name, view in sorted(views.items(), key=lambda item: VIEW_NAMES.index(item[0]))
     }
 
@@ -84,7 +84,7 @@ def check_directions(prepared: Prepared, first: Prepared) -> None:
 
 
 def encode(prepared: Sequence[Prepared], encoder: ImageEncoder, device: torch.device) -> Tensor:
-    """Condition tokens (B,M,Cc) of prepared pictures, all from the same directions."""
+    """Condition tokens (B,M,Cc) of prepared images, all from the same directions."""
     directions = list(prepared[0])
     images = torch.stack([to_tensor(list(each.values())) for each in prepared]).to(device)
     if isinstance(encoder, DinoV2) and encoder.config.views > 1:

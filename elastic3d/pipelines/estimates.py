@@ -16,7 +16,7 @@ from elastic3d.pipelines.memory import GB, LOW_MEMORY_CHUNK, memory_need
 BUDGETS = (1.0, 0.7, 0.5, 0.3)
 SUSTAINED = 150e12
 """Assumed FLOPs a second in half precision: about what a large data-centre GPU reaches in such models."""
-_TOKENS = 1370  # of one picture
+_TOKENS = 1370  # of one image
 _DINOV2 = {1536: 1_136_480_768, 1024: 304_368_640}  # parameters by width: giant, large
 
 

@@ -1,4 +1,4 @@
-"""Many pictures to many mesh files: what to do, doing it in batches, and the record of it."""
+"""Many images to many mesh files: what to do, doing it in batches, and the record of it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from elastic3d.checkpoints.options import PRESETS
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, check_suffix, save_mesh
-from elastic3d.models.pictures import PICTURE_SUFFIXES
+from elastic3d.models.images import IMAGE_SUFFIXES
 from elastic3d.pipelines.assets import check_asset, finish
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Picture, Result
+from elastic3d.pipelines.image_to_3d import ImageInput, ImageTo3DPipeline, Result
 from elastic3d.pipelines.options import GenerateConfig, MeshFormat
 from elastic3d.pipelines.preview import turntable
 from elastic3d.pipelines.progress import OnProgress
@@ -33,7 +33,7 @@ SUMMARY_NAME = "summary.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One mesh to make, of a picture or of a prompt."""
+    """One mesh to make, of an image or of a prompt."""
 
     image: Path
     seed: int
@@ -58,10 +58,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The picture of a job's prompt, with its receipt."""
+    """The image of a job's prompt, with its metadata."""
 
     image: Image.Image
-    receipt: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 Draw = Callable[[Sequence[Job]], Sequence[Drawn]]
@@ -80,12 +80,12 @@ class Outcome:
     watertight: bool | None = None
     print_summary: str = ""
     warnings: list[str] = field(default_factory=list)
-    receipt: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs of a command; `folder` is where many outputs go, None for a single picture's own file."""
+    """All jobs of a command; `folder` is where many outputs go, None for a single image's own file."""
 
     jobs: list[Job]
     folder: Path | None
@@ -134,14 +134,14 @@ def _plan(config: GenerateConfig) -> Plan:
     if many and config.views:
         name = next(iter(config.views))
         raise UserError(
-            f"image_{name} is given, but image is {config.image}, several objects: give one picture"
+            f"image_{name} is given, but image is {config.image}, several objects: give one image"
         )
     if many or output.is_dir() or config.output.endswith("/"):
         if output.suffix.lower() in WRITE_SUFFIXES and not output.is_dir():
             raise UserError(f"output is {output}, expected a folder, as image is a folder or a glob")
         if output.exists() and not output.is_dir():
             raise UserError(f"output is {output}, a file, expected a folder")
-        images = _pictures(config.image) if many else [single]
+        images = _images(config.image) if many else [single]
         targets = _targets(images, output, config.format)
         folder: Path | None = output
     else:
@@ -165,7 +165,7 @@ def generate(
 ) -> None:
     """Do the jobs in batches; each mesh is saved, and its outcome told, as soon as it is there or has failed.
 
-    `draw` makes the pictures of jobs that have a prompt.
+    `draw` makes the images of jobs that have a prompt.
     """
     todo = []
     for job in jobs:
@@ -176,25 +176,25 @@ def generate(
     for start in range(0, len(todo), config.rows):
         batch = todo[start : start + config.rows]
         drawn = draw(batch) if draw is not None else []
-        pictures: list[Picture] = [picture.image for picture in drawn]
-        pictures = pictures or [views_of(job.image, config) for job in batch]
+        images: list[ImageInput] = [image.image for image in drawn]
+        images = images or [views_of(job.image, config) for job in batch]
 
         def keep(
             number: int,
             result: Result,
             batch: Sequence[Job] = batch,
             drawn: Sequence[Drawn] = drawn,
-            pictures: Sequence[Picture] = pictures,
+            images: Sequence[ImageInput] = images,
         ) -> None:
             if drawn:
-                result.receipt["image"] = drawn[number].receipt
-            on_outcome(_save(batch[number], result, config, pictures[number]))
+                result.metadata["image"] = drawn[number].metadata
+            on_outcome(_save(batch[number], result, config, images[number]))
 
-        for job, picture in zip(batch, drawn, strict=False):  # none where there is no prompt
+        for job, image in zip(batch, drawn, strict=False):  # none where there is no prompt
             with atomic_path(job.drawing) as temporary:
-                picture.image.save(temporary)
+                image.image.save(temporary)
         pipeline(
-            pictures,
+            images,
             [job.seed for job in batch],
             quality=config.quality,
             steps=config.steps,
@@ -230,17 +230,17 @@ def save_routes(path: Path, outcomes: Sequence[Outcome]) -> None:
     """
     panels = []
     for outcome in outcomes:
-        if receipt := outcome.receipt if "routes" in outcome.receipt else None:
-            panels.append((route_title(Path(outcome.output).name, receipt), receipt["routes"]))
+        if metadata := outcome.metadata if "routes" in outcome.metadata else None:
+            panels.append((route_title(Path(outcome.output).name, metadata), metadata["routes"]))
     draw_routes(panels, path)
 
 
-def _save(job: Job, result: Result, config: GenerateConfig, image: Picture) -> Outcome:
-    outcome = Outcome(job.subject, printable(job.output), job.seed, "ok", receipt=result.receipt)
+def _save(job: Job, result: Result, config: GenerateConfig, image: ImageInput) -> Outcome:
+    outcome = Outcome(job.subject, printable(job.output), job.seed, "ok", metadata=result.metadata)
     try:
         frontal = config.model in PRESETS
         mesh, check = finish(result, config.asset, job.output.suffix, image, config.foreground, frontal)
-        save_mesh(mesh, job.output, extras=result.receipt, name=job.name)
+        save_mesh(mesh, job.output, extras=result.metadata, name=job.name)
         if config.preview:
             with atomic_path(job.output.with_suffix(".png")) as temporary:
                 turntable(result.mesh, image=result.image).save(temporary)
@@ -249,21 +249,21 @@ def _save(job: Job, result: Result, config: GenerateConfig, image: Picture) -> O
         return outcome
     outcome.faces, outcome.watertight = check.faces, check.watertight
     outcome.print_summary, outcome.warnings = check.summary(), check.warnings()
-    if texture_warning := result.receipt.get("texture", {}).get("warning"):
+    if texture_warning := result.metadata.get("texture", {}).get("warning"):
         outcome.warnings.append(f"texture=project: {texture_warning}")
     return outcome
 
 
-def _pictures(pattern: str) -> list[Path]:
+def _images(pattern: str) -> list[Path]:
     """Images in a folder, or files that match a glob; sorted."""
     folder = Path(pattern)
     if folder.is_dir():
         files = visible_files(folder, recursive=False)
-        found = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
+        found = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     else:
         found = matching_files(pattern)
     if not found:
-        kinds = f" ({', '.join(PICTURE_SUFFIXES)})" if folder.is_dir() else ""
+        kinds = f" ({', '.join(IMAGE_SUFFIXES)})" if folder.is_dir() else ""
         raise UserError(f"image is {printable(pattern)}, which holds no image{kinds}")
     return found
 

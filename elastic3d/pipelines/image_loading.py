@@ -108,7 +108,7 @@ def merge_lora(pipe: Any, path: Path) -> Path:
             pipe.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
             pipe.fuse_lora()
             pipe.unload_lora_weights()
-    except Exception as error:  # loaders of foreign files raise anything
+    except Exception as error:  # loaders of third-party files raise anything
         raise UserError(f"{path} can't be loaded as a LoRA of this pipeline: {_first_line(error)}") from error
     return path
 

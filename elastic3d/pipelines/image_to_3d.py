@@ -1,4 +1,4 @@
-"""Image to mesh: encode the picture, sample latents, decode the field, extract and clean the surface."""
+"""Image to mesh: encode the image, sample latents, decode the field, extract and clean the surface."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.conditions import (
-    Picture,
+    ImageInput,
     Prepared,
     check_directions,
     encode,
-    is_picture,
+    is_image,
     prepare,
 )
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, Placement, usual_chunk
 from elastic3d.pipelines.options import check_sampling
 from elastic3d.pipelines.progress import Listeners, OnProgress, OnResult, OnStep
 from elastic3d.pipelines.result import Result, Settings
-from elastic3d.pipelines.routes import dense_receipt, route_receipts
+from elastic3d.pipelines.routes import dense_metadata, route_metadata
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, seeds_of, timed
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256
@@ -56,7 +56,7 @@ PIPELINE_NAME, ROUTERS_NAME = "pipeline.json", "routers"
 
 
 class ImageTo3DPipeline:
-    """A picture of one object becomes a mesh.
+    """An image of one object becomes a mesh.
 
     On disk: a folder with `pipeline.json`, `vae/`, `dit/` (each config.json and model.safetensors),
     `image_encoder/config.json` and, for an elastic model, `routers/` and `dial.json`.
@@ -125,7 +125,7 @@ class ImageTo3DPipeline:
             dial: False leaves out the model's dial, as for measurements: a budget is then the routers' own.
 
         Raises:
-            UserError: a missing, broken or foreign file, a device that is not there.
+            UserError: a missing, broken or third-party file, a device that is not there.
         """
         folder = find_model(path)
         target = resolve_device(device)
@@ -158,16 +158,16 @@ class ImageTo3DPipeline:
         save_json({**to_dict(self.config), "version": __version__}, folder / PIPELINE_NAME)
 
     @overload
-    def __call__(self, images: Picture, seed: int = 0, **options: Any) -> Result: ...
+    def __call__(self, images: ImageInput, seed: int = 0, **options: Any) -> Result: ...
 
     @overload
     def __call__(
-        self, images: Sequence[Picture], seed: int | Sequence[int] = 0, **options: Any
+        self, images: Sequence[ImageInput], seed: int | Sequence[int] = 0, **options: Any
     ) -> list[Result]: ...
 
     def __call__(
         self,
-        images: Picture | Sequence[Picture],
+        images: ImageInput | Sequence[ImageInput],
         seed: int | Sequence[int] = 0,
         *,
         quality: Quality | str | None = None,
@@ -182,11 +182,11 @@ class ImageTo3DPipeline:
         on_result: OnResult | None = None,
         **elastic: Any,
     ) -> Result | list[Result]:
-        """Mesh of a picture, or of each of a list of pictures as one batch.
+        """Mesh of an image, or of each of a list of images as one batch.
 
         Args:
             images: file, PIL image, array, views of one object by direction (front, left, back, right), or a list.
-            seed: of the noise; one for all, or one a picture. A sample depends on its own picture and seed
+            seed: of the noise; one for all, or one an image. A sample depends on its own image and seed
                 alone, not on its batch.
             quality: `fast`, `default` or `best`, three points of the model's dial, in the place of a budget.
             steps, guidance, resolution: None is the model's default. With `steps`, a budget is a share of that many
@@ -198,12 +198,12 @@ class ImageTo3DPipeline:
             elastic: `budget=` and whatever else `ElasticOptions` has.
 
         Raises:
-            UserError: a value out of range; for a single picture also whatever kept it from becoming a mesh.
+            UserError: a value out of range; for a single image also whatever kept it from becoming a mesh.
                 In a list that is the `error` of its result, and the others go on.
         """
-        many = not is_picture(images)
-        pictures: Sequence[Picture] = images if many else [images]  # type: ignore[assignment, list-item]
-        seeds = seeds_of(seed, len(pictures))
+        many = not is_image(images)
+        images: Sequence[ImageInput] = images if many else [images]  # type: ignore[assignment, list-item]
+        seeds = seeds_of(seed, len(images))
         asked = ElasticOptions(**elastic)
         row = choose(self.dial, asked, steps, quality, guidance)
         run = asked if row is None else row.over(asked)
@@ -212,7 +212,7 @@ class ImageTo3DPipeline:
         settings.elastic = run.over(self.config.elastic, self.session is not None)
         settings.dial = None if row is None else row.metadata(asked.budget, quality)
         with self._turn, self.session.turn if self.session is not None else nullcontext():
-            results = self._generate(pictures, seeds, settings, Listeners(on_step, on_progress, on_result))
+            results = self._generate(images, seeds, settings, Listeners(on_step, on_progress, on_result))
         if many:
             return results
         if results[0].error is not None:
@@ -247,25 +247,25 @@ class ImageTo3DPipeline:
 
     def _generate(
         self,
-        pictures: Sequence[Picture],
+        images: Sequence[ImageInput],
         seeds: Sequence[int],
         settings: Settings,
         listeners: Listeners,
     ) -> list[Result]:
-        results = [Result(self._receipt(seed, settings)) for seed in seeds]
+        results = [Result(self._metadata(seed, settings)) for seed in seeds]
         prepared: dict[int, Prepared] = {}
         batch_ms: dict[str, float] = {}
         with timed(batch_ms, "condition"):
-            for i, picture in enumerate(pictures):
+            for i, image in enumerate(images):
                 try:
-                    prepared[i] = prepare(picture, settings.foreground, self.encoder)
+                    prepared[i] = prepare(image, settings.foreground, self.encoder)
                     check_directions(prepared[i], next(iter(prepared.values())))
                     results[i].image = next(iter(prepared[i].values()))
                 except UserError as error:
                     prepared.pop(i, None)
                     results[i].error = error
                     listeners.ready(i, results[i])
-                listeners.at("condition", i + 1, len(pictures))
+                listeners.at("condition", i + 1, len(images))
             if not prepared:
                 return results
             with self.placement.use(self.encoder):
@@ -277,12 +277,12 @@ class ImageTo3DPipeline:
         if self.placement.offload and self.session is not None:
             self.session.forget()  # copies of blocks would stay on the device
         done, moves = [results[i] for i in prepared], len(sampling_times(self.config, settings.steps)) - 1
-        dense = dense_receipt(self.dit.config, moves, settings.guidance, condition.shape[1])
-        routes = route_receipts(self.session, settings.elastic, len(done))
+        dense = dense_metadata(self.dit.config, moves, settings.guidance, condition.shape[1])
+        routes = route_metadata(self.session, settings.elastic, len(done))
         by_default = self._dense_default(condition.shape[1])
         for result, row, route in zip(done, latents, routes, strict=True):
             result.latents = row.cpu()
-            result.receipt |= dense | route | by_default
+            result.metadata |= dense | route | by_default
         self._decode(latents, dict(zip(prepared, done, strict=True)), settings, batch_ms, listeners)
         return results
 
@@ -314,7 +314,7 @@ class ImageTo3DPipeline:
                     result._mesh = self._mesh_of(tokens[row : row + 1], settings, ms, on_level)
                 except ValueError as error:
                     result.error = error if isinstance(error, UserError) else UserError(str(error))
-                result.receipt["ms"] = {name: round(value, 1) for name, value in ms.items()}
+                result.metadata["ms"] = {name: round(value, 1) for name, value in ms.items()}
                 listeners.at("cleanup", row + 1, count)
                 listeners.ready(number, result)
 
@@ -360,10 +360,10 @@ class ImageTo3DPipeline:
         if self.dial is None:
             return {}
         moves = len(sampling_times(self.config, self.config.steps)) - 1
-        dense = dense_receipt(self.dit.config, moves, self.config.guidance, condition_tokens)
+        dense = dense_metadata(self.dit.config, moves, self.config.guidance, condition_tokens)
         return {"flops_dense": dense["flops_dense"]}
 
-    def _receipt(self, seed: int, settings: Settings) -> dict[str, Any]:
+    def _metadata(self, seed: int, settings: Settings) -> dict[str, Any]:
         return {
             "version": __version__,
             "model": self.config.model,

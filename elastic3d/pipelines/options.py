@@ -21,7 +21,7 @@ MAX_PROMPT = 4000  # characters; every text encoder here takes fewer tokens
 
 
 class MeshFormat(Enum):
-    """File formats of meshes; only glb holds the receipt."""
+    """File formats of meshes; only glb holds the metadata."""
 
     glb = "glb"
     ply = "ply"
@@ -68,7 +68,7 @@ class AssetConfig(Options):
 class GenerateConfig(Options):
     """Options of `scripts/gen_mesh.py`."""
 
-    image: str = option("", "Picture of one object: a file, a folder, or a glob such as 'photos/*.png'.")
+    image: str = option("", "Image of one object: a file, a folder, or a glob such as 'photos/*.png'.")
     prompt: str = option(
         "",
         "Instead of image=: what the object is; an image of it is made first and kept beside the mesh. The nouns that"
@@ -77,7 +77,7 @@ class GenerateConfig(Options):
     image_model: str = option(
         "", "With prompt=: folder of the small text-to-image model; empty: that of this repository."
     )
-    output: str = option("", "Mesh file (.glb, .ply, .obj, .stl) for one picture, else a folder.")
+    output: str = option("", "Mesh file (.glb, .ply, .obj, .stl) for one image, else a folder.")
     model: str = option(
         "",
         f"Folder of the model; empty: {DEFAULT_MODEL} of this repository. Or a published model whose weights you have:"
@@ -102,7 +102,7 @@ class GenerateConfig(Options):
         None, "Sampling steps; null: by budget=, or the model's default.", ge=1, le=1000
     )
     guidance: float | None = option(
-        None, "How strictly the picture is followed; null: the model's.", ge=0, le=100
+        None, "How strictly the image is followed; null: the model's.", ge=0, le=100
     )
     resolution: int | None = option(None, "Grid cells a side; null: the model's default.", ge=8, le=512)
     elastic: bool | None = option(
@@ -124,14 +124,15 @@ class GenerateConfig(Options):
         None,
         "Routes are shared in a batch: faster, but a result then depends on its batch; null: the default.",
     )
-    updates: bool | None = option(
-        None, "Use the routers' updates of the blocks where few calls are left; null: the model's default."
+    few_step: bool | None = option(
+        None,
+        "Use the routers' few-step LoRA of the blocks where few model evaluations are left; null: the model's default.",
     )
     trace: str = option("", "Also draw what every block did at every step, one panel a mesh, to this PNG.")
     seed: int = option(
         0, "Seed of the noise; the same seed on the same machine gives the same mesh.", ge=0, le=2**63 - 1
     )
-    num_samples: int = option(1, "Meshes of each picture, with seeds seed, seed + 1, ...", ge=1, le=100_000)
+    num_samples: int = option(1, "Meshes of each image, with seeds seed, seed + 1, ...", ge=1, le=100_000)
     preview: bool = option(False, "Also write a turntable strip of each mesh as a PNG beside it.")
     format: MeshFormat = option(MeshFormat.glb, "Format of the meshes where output is a folder.")
     resume: bool = option(False, "Skip what already has an output file.")
@@ -176,7 +177,7 @@ class GenerateConfig(Options):
 
     @property
     def views(self) -> dict[str, str]:
-        """Further pictures of the object by the direction they are taken from."""
+        """Further images of the object by the direction they are taken from."""
         named = {name: getattr(self, f"image_{name}") for name in ("left", "back", "right")}
         return {name: path for name, path in named.items() if path}
 
@@ -193,8 +194,8 @@ class BackboneName(Enum):
 class GenerateImageConfig(Options):
     """Options of `scripts/gen_image.py`."""
 
-    prompt: str = option("", "What the picture shows.")
-    output: str = option("", "Picture file (.png); it holds the receipt of how it was made.")
+    prompt: str = option("", "What the image shows.")
+    output: str = option("", "Image file (.png); it holds the metadata of how it was made.")
     backbone: BackboneName = option(BackboneName.small, "Family of the pipeline.")
     weights: str = option(
         "", f"Folder of the pipeline as published; empty: {DEFAULT_IMAGE_MODEL} of this repository."
@@ -218,15 +219,16 @@ class GenerateImageConfig(Options):
         None,
         "Routes are shared in a batch: faster, but a result then depends on its batch; null: the default.",
     )
-    updates: bool | None = option(
-        None, "Use the routers' updates of the blocks where few calls are left; null: the model's default."
+    few_step: bool | None = option(
+        None,
+        "Use the routers' few-step LoRA of the blocks where few model evaluations are left; null: the model's default.",
     )
-    trace: str = option("", "Also draw what every block did at every step, one panel a picture, to this PNG.")
+    trace: str = option("", "Also draw what every block did at every step, one panel an image, to this PNG.")
     seed: int = option(
-        0, "Seed of the noise; the same seed on the same machine gives the same picture.", ge=0, le=2**63 - 1
+        0, "Seed of the noise; the same seed on the same machine gives the same image.", ge=0, le=2**63 - 1
     )
-    num_samples: int = option(1, "Pictures, with seeds seed, seed + 1, ...", ge=1, le=100_000)
-    batch_size: int = option(8, "Pictures generated at a time.", ge=1, le=4096)
+    num_samples: int = option(1, "Images, with seeds seed, seed + 1, ...", ge=1, le=100_000)
+    batch_size: int = option(8, "Images generated at a time.", ge=1, le=4096)
     device: DeviceChoice = option(DeviceChoice.auto, "Where the model runs.")
     dtype: DTypeChoice = option(DTypeChoice.auto, "Number format of the model.")
     offload: bool = option(False, "Keep parts of the pipeline in main memory while they do not run (a GPU).")

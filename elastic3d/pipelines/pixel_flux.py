@@ -33,7 +33,7 @@ TOKENS = ("hidden_states", "encoder_hidden_states", "pooled_projections")
 
 
 class Prediction(Enum):
-    """What a DiT's output is: the velocity, as in FLUX; or the clean picture, from which the velocity follows. It is
+    """What a DiT's output is: the velocity, as in FLUX; or the clean image, from which the velocity follows. It is
     far simpler than noise where a token has many pixels (2511.13720)."""
 
     velocity = "velocity"
@@ -50,7 +50,7 @@ class PixelSamplingConfig(Options):
         1.0, "timestep shift of the sampler; above 1 spends more steps on noise", ge=1e-3, le=1e3
     )
     elastic: ElasticConfig = option(ElasticConfig, "how it runs by default once it has routers")
-    name: str = option("image-small", "name of the model, for receipts", lengths=(1, 200))
+    name: str = option("image-small", "name of the model, for metadata", lengths=(1, 200))
 
 
 @dataclass(kw_only=True)
@@ -62,14 +62,14 @@ class PixelModelConfig(PixelSamplingConfig):
     text_length: int = option(16, "tokens of a prompt; longer ones are refused", ge=3, le=512)
     width: int = option(256, "channels of a token", ge=16, le=MAX_WIDTH)
     heads: int = option(4, "attention heads", ge=1, le=MAX_WIDTH)
-    double_blocks: int = option(2, "blocks with weights of their own for text and picture", ge=0, le=1000)
+    double_blocks: int = option(2, "blocks with weights of their own for text and image", ge=0, le=1000)
     single_blocks: int = option(14, "blocks with the same weights for both", ge=0, le=1000)
     predicts: Prediction = option(Prediction.clean, "what the DiT's output is")
     elastic: ElasticConfig = option(ElasticConfig, "how it runs once it has routers", internal=True)
     name: str = option("image-small", "name of the model", lengths=(1, 200), internal=True)
 
     def check(self) -> None:
-        """Pictures are cut into whole tokens, and the rotary axes into pairs."""
+        """Images are cut into whole tokens, and the rotary axes into pairs."""
         super().check()
         if self.size % self.patch:
             raise ValueError(f"patch {self.patch} is no divisor of size {self.size}")
@@ -87,20 +87,20 @@ class PatchVAE(nn.Module):
         self.factor = factor
         self.config = SimpleNamespace(scaling_factor=1.0, shift_factor=0.0)
 
-    def encode(self, pictures: Tensor) -> Any:
-        """Pictures (B,3,H,W) -> a distribution whose mode is (B,3 f^2,H/f,W/f)."""
+    def encode(self, images: Tensor) -> Any:
+        """Images (B,3,H,W) -> a distribution whose mode is (B,3 f^2,H/f,W/f)."""
         f = self.factor
-        latents = rearrange(pictures, "B C (h f) (w g) -> B (C f g) h w", f=f, g=f)
+        latents = rearrange(images, "B C (h f) (w g) -> B (C f g) h w", f=f, g=f)
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
 
     def decode(self, latents: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        """Latents (B,3 f^2,h,w) -> pictures (B,3,H,W)."""
+        """Latents (B,3 f^2,h,w) -> images (B,3,H,W)."""
         f = self.factor
         return (rearrange(latents, "B (C f g) h w -> B C (h f) (w g)", f=f, g=f),)
 
 
 class CleanScheduler(FlowMatchEulerDiscreteScheduler):
-    """Euler steps for a model that predicts the clean picture: the velocity is what leads from it to the sample."""
+    """Euler steps for a model that predicts the clean image: the velocity is what leads from it to the sample."""
 
     step_index: Any
     sigmas: Any

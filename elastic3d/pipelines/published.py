@@ -142,7 +142,7 @@ def _load(
 
 
 def views_of(image: Path, config: GenerateConfig) -> Path | dict[str, Path]:
-    """What the pipeline is given for a picture: with the further views, if any were named."""
+    """What the pipeline is given for an image: with the further views, if any were named."""
     if not config.views:
         return image
     return {VIEW_NAMES[0]: image, **{name: Path(path) for name, path in config.views.items()}}

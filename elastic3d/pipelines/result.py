@@ -33,10 +33,10 @@ class Settings:
 class Result:
     """One sample: its mesh, or the reason why there is none."""
 
-    receipt: dict[str, Any]
+    metadata: dict[str, Any]
     """What was done, as stored in a glb: version, model, seed, steps, FLOPs, milliseconds, ..."""
     latents: Tensor | None = None
-    """Sampled latents (N,C) fp32 on the CPU; None if the picture could not be used."""
+    """Sampled latents (N,C) fp32 on the CPU; None if the image could not be used."""
     error: UserError | None = None
     image: Image.Image | None = None
     """The (front) image as the model saw it: the object cut out, centred, on white; None if it could not be used."""

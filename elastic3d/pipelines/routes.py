@@ -1,4 +1,4 @@
-"""The receipt of a generation's routes, and their picture."""
+"""The metadata of a generation's routes, and their image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CELL, MARGIN, GAP = 10, 34, 12
 SKIPPED, REUSED, EMPTY = (235, 235, 235), (245, 160, 60), (255, 255, 255)
 
 
-def dense_receipt(
+def dense_metadata(
     dit: DiTConfig | SkipDiTConfig, moves: int, guidance: float, condition_tokens: int
 ) -> dict[str, int]:
     """FLOPs of a dense DiT's blocks over all moves and branches, for one sample."""
@@ -31,7 +31,7 @@ def dense_receipt(
     return {"flops_executed": flops, "flops_dense": flops}
 
 
-def route_receipts(
+def route_metadata(
     session: ElasticSession | None, settings: ElasticConfig, samples: int
 ) -> list[dict[str, Any]]:
     """What the blocks did for each sample of the newest generation, and what it cost; nothing where it was dense."""
@@ -60,26 +60,26 @@ def route_receipts(
     ]
 
 
-def route_title(name: str, receipt: dict[str, Any]) -> str:
-    """What stands above the picture of a receipt's routes."""
-    share = receipt["flops_executed"] / receipt["flops_dense"]
-    return f"{name}, seed {receipt['seed']}: {share:.0%} of the dense FLOPs"
+def route_title(name: str, metadata: dict[str, Any]) -> str:
+    """What stands above the image of metadata's routes."""
+    share = metadata["flops_executed"] / metadata["flops_dense"]
+    return f"{name}, seed {metadata['seed']}: {share:.0%} of the dense FLOPs"
 
 
 def draw_routes(panels: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
-    """A heat map, blocks down and steps across, one panel for each (title, `routes` of a receipt).
+    """A heat map, blocks down and steps across, one panel for each (title, `routes` of metadata).
 
     Grey was skipped, orange reused an earlier residual, and the darker the blue the wider the block ran. The
     unconditional branch stands below the conditional one.
     """
     if not panels:
         raise UserError(f"there are no routes to draw in {path}")
-    pictures = [_panel(title, routes) for title, routes in panels]
-    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), EMPTY)
+    images = [_panel(title, routes) for title, routes in panels]
+    sheet = Image.new("RGB", (max(p.width for p in images), sum(p.height for p in images)), EMPTY)
     top = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height
     with atomic_path(path) as temporary:
         sheet.save(temporary)
 
@@ -89,8 +89,8 @@ def _panel(title: str, routes: dict[str, Any]) -> Image.Image:
     branches = max(len(step) for step in steps)
     height = MARGIN + branches * (blocks * CELL + GAP)
     width = max(2 * GAP + len(steps) * CELL, 2 * GAP + 7 * len(title))
-    picture = Image.new("RGB", (width, height), EMPTY)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, height), EMPTY)
+    draw = ImageDraw.Draw(image)
     draw.text((GAP, GAP), title, fill=(0, 0, 0))
     for column, step in enumerate(steps):
         for branch, actions in enumerate(step):
@@ -98,7 +98,7 @@ def _panel(title: str, routes: dict[str, Any]) -> Image.Image:
                 left = GAP + column * CELL
                 top = MARGIN + branch * (blocks * CELL + GAP) + row * CELL
                 draw.rectangle((left, top, left + CELL - 2, top + CELL - 2), fill=_colour(symbol, widths))
-    return picture
+    return image
 
 
 def _colour(symbol: str, widths: int) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Text to mesh: a picture of the prompt, then a mesh of the picture, both under one budget."""
+"""Text to mesh: an image of the prompt, then a mesh of the image, both under one budget."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from elastic3d.pipelines.text_to_image import TextToImagePipeline, check_prompt
 from elastic3d.utils.files import read_text
 
 NOUNS_NAME = "nouns.txt"
-ELASTIC = ("elastic", "budget", "width", "cache", "shared", "updates")
+ELASTIC = ("elastic", "budget", "width", "cache", "shared", "few_step")
 
 
 def prompt_drawer(
@@ -40,12 +40,14 @@ def prompt_drawer(
     if images.session is None and pipeline.session is None and config.budget not in (None, 1.0):
         raise UserError("budget can't be set: neither model has routers")
     if images.session is not None and pipeline.session is None:
-        config = replace(config, elastic=None, budget=None, width=None, cache=None, shared=None, updates=None)
+        config = replace(
+            config, elastic=None, budget=None, width=None, cache=None, shared=None, few_step=None
+        )
     options = wanted if images.session is not None else {}
 
     def draw(jobs: Sequence[Job]) -> list[Drawn]:
         results = images([job.prompt for job in jobs], [job.seed for job in jobs], **options)
-        return [Drawn(result.image, result.receipt) for result in results]
+        return [Drawn(result.image, result.metadata) for result in results]
 
     return draw, config
 

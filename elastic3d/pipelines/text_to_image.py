@@ -1,4 +1,4 @@
-"""Text to image: a stock diffusers pipeline, elastic where it has routers, with a receipt for every picture."""
+"""Text to image: a stock diffusers pipeline, elastic where it has routers, with metadata for every image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.pipelines.image_loading import load_backbone, merge_lora, weight_files
 from elastic3d.pipelines.options import MAX_PROMPT, BackboneName, check_sampling
-from elastic3d.pipelines.routes import route_receipts
+from elastic3d.pipelines.routes import route_metadata
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, seeds_of, timed
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256
@@ -45,17 +45,17 @@ class Settings:
 
 @dataclass
 class ImageResult:
-    """One picture and its receipt: version, model, seed, steps, FLOPs, milliseconds, ..."""
+    """One image and its metadata: version, model, seed, steps, FLOPs, milliseconds, ..."""
 
     image: Image.Image
-    receipt: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 class TextToImagePipeline:
-    """A prompt becomes a picture. `backbone` knows the pipeline's family; its transformer may have routers."""
+    """A prompt becomes an image. `backbone` knows the pipeline's family; its transformer may have routers."""
 
     def __init__(self, backbone: Backbone, model: str, weights_sha256: Future[str] | None = None) -> None:
-        """`model` is its name, for receipts."""
+        """`model` is its name, for metadata."""
         self.backbone, self.model = backbone, model
         self._digest = weights_sha256
         self._turn = Turn()  # threads that share a pipeline take turns
@@ -118,7 +118,7 @@ class TextToImagePipeline:
             files.append(merge_lora(found.pipe, Path(lora)))
         if offload:
             found.pipe.enable_model_cpu_offload(device=target)
-        pool = ThreadPoolExecutor(1)  # 24 GB take a while: hash them while the pictures are made
+        pool = ThreadPoolExecutor(1)  # 24 GB take a while: hash them while the images are made
         digest = pool.submit(file_sha256, *files)
         pool.shutdown(wait=False)
         return cls(found, folder.resolve().name, digest)
@@ -134,7 +134,7 @@ class TextToImagePipeline:
         on_step: Callable[[int, int], None] | None = None,
         **elastic: Any,
     ) -> list[ImageResult]:
-        """A picture of each prompt with its seed, as one batch; a sample does not depend on its batch, unless `shared`.
+        """An image of each prompt with its seed, as one batch; a sample does not depend on its batch, unless `shared`.
 
         Args:
             steps, guidance: None is the family's default; a guidance of 1 or less runs one branch.
@@ -143,7 +143,7 @@ class TextToImagePipeline:
             elastic: `budget=` and whatever else `ElasticOptions` has.
 
         Raises:
-            UserError: a prompt that is empty, too long or no text, a value out of range, or a picture with values
+            UserError: a prompt that is empty, too long or no text, a value out of range, or an image with values
                 that are not finite.
         """
         prompts = list(prompts)
@@ -176,10 +176,10 @@ class TextToImagePipeline:
         with timed(ms, "dit"):
             latents = self.sample(text, rest, seeds, settings, on_step)
         with timed(ms, "decode"), torch.no_grad():
-            images = [self._picture(row[None], settings.size) for row in latents]
+            images = [self._image(row[None], settings.size) for row in latents]
         self.backbone.pipe.maybe_free_model_hooks()
-        receipts = self._receipts(prompts, seeds, settings, ms, latents.shape[1], text, rest)
-        return [ImageResult(image, receipt) for image, receipt in zip(images, receipts, strict=True)]
+        metadata_list = self._metadata_list(prompts, seeds, settings, ms, latents.shape[1], text, rest)
+        return [ImageResult(image, metadata) for image, metadata in zip(images, metadata_list, strict=True)]
 
     def settings_of(
         self, steps: int | None, guidance: float | None, size: tuple[int, int] | None
@@ -247,15 +247,15 @@ class TextToImagePipeline:
             return_dict=False,
         )[0]
 
-    def _picture(self, latents: Tensor, size: tuple[int, int]) -> Image.Image:
+    def _image(self, latents: Tensor, size: tuple[int, int]) -> Image.Image:
         """Latents (1,N,C) -> RGB."""
         values = self.backbone.decode(latents, size)[0].float()
         if not values.isfinite().all():
-            raise UserError("the picture has values that are not finite: try dtype=float32")
+            raise UserError("the image has values that are not finite: try dtype=float32")
         pixels = (255 * values.clamp(0, 1)).round().byte().permute(1, 2, 0)
         return Image.fromarray(pixels.cpu().numpy())
 
-    def _receipts(
+    def _metadata_list(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
@@ -272,10 +272,10 @@ class TextToImagePipeline:
         transformer = self.backbone.transformer
         passes = [dense_flops(transformer, adapter_for(transformer), [tokens, n]) for n in lengths]
         dense = settings.steps * sum(passes)
-        receipts = []
-        routes = route_receipts(self.session, elastic, len(prompts))
+        metadata_list = []
+        routes = route_metadata(self.session, elastic, len(prompts))
         for prompt, seed, route in zip(prompts, seeds, routes, strict=True):
-            receipt: dict[str, Any] = {
+            metadata: dict[str, Any] = {
                 "version": __version__,
                 "model": self.model,
                 "weights_sha256": self._digest.result() if self._digest else None,
@@ -290,9 +290,9 @@ class TextToImagePipeline:
                 "flops_dense": dense,
                 **route,
             }
-            receipt["ms"] = {name: round(value / len(prompts), 1) for name, value in ms.items()}
-            receipts.append(receipt)
-        return receipts
+            metadata["ms"] = {name: round(value / len(prompts), 1) for name, value in ms.items()}
+            metadata_list.append(metadata)
+        return metadata_list
 
 
 def backbone_named(name: str) -> BackboneName:

@@ -1,4 +1,4 @@
-"""Random condition views: a picture of the object alone, as a user would cut it out of a photo."""
+"""Random condition views: an image of the object alone, as a user would cut it out of a photo."""
 
 from __future__ import annotations
 

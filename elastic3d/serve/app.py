@@ -23,7 +23,7 @@ from elastic3d.diffusion.options import Quality  # noqa: E402
 from elastic3d.errors import UserError  # noqa: E402
 from elastic3d.geometry.export import scale_to  # noqa: E402
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh  # noqa: E402
-from elastic3d.models.foreground import prepare_picture  # noqa: E402
+from elastic3d.models.foreground import prepare_image  # noqa: E402
 from elastic3d.models.options import ForegroundConfig  # noqa: E402
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline  # noqa: E402
 from elastic3d.pipelines.preview import turntable  # noqa: E402
@@ -171,7 +171,7 @@ def _mask(image: Image.Image | None, tolerance: int, border: float) -> Image.Ima
     if image is None:
         return None
     try:
-        return prepare_picture(image, ForegroundConfig(tolerance=int(tolerance), border=border), MASK_SIDE)
+        return prepare_image(image, ForegroundConfig(tolerance=int(tolerance), border=border), MASK_SIDE)
     except UserError as error:
         raise gr.Error(str(error), print_exception=False) from error
 
@@ -234,8 +234,8 @@ class _Visit:
         finally:
             for job in jobs:
                 self._queue.cancel(job)
-        pictures = [turntable(load_mesh(path), 2, 192) for path in shown.elastic]
-        yield _scene(shown, 0), shown.rows, pictures, shown.routes, shown, 0
+        images = [turntable(load_mesh(path), 2, 192) for path in shown.elastic]
+        yield _scene(shown, 0), shown.rows, images, shown.routes, shown, 0
 
 
 def _shown(jobs: list[Job], elastic: int) -> Shown:

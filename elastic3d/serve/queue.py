@@ -278,12 +278,12 @@ class MeshQueue:
             path = self._folder / f"{job.id}.{wanted.format}"
             frontal = self.pipeline.config.model in PRESETS
             mesh, _ = finish(result, wanted.asset, path.suffix, image, wanted.foreground, frontal)
-            save_mesh(mesh, path, extras=result.receipt, name="mesh")
+            save_mesh(mesh, path, extras=result.metadata, name="mesh")
         except UserError as error:
             job.error = str(error)
             self._end_with(job, JobState.failed)
             return
-        job.file, job.metadata = path, result.receipt
+        job.file, job.metadata = path, result.metadata
         self._end_with(job, JobState.done)
 
     def _end_with(self, job: Job, state: JobState) -> None:

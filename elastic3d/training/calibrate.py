@@ -27,9 +27,9 @@ from elastic3d.training.elastic_image import (
     ImageRoutingConfig,
 )
 from elastic3d.training.export import CURVES_NAME, RECORD_NAME
+from elastic3d.training.image_data import ImageDataConfig
 from elastic3d.training.latents import LatentCacheConfig
 from elastic3d.training.options import DataConfig, Precision, StageConfig, StageName
-from elastic3d.training.pictures import PictureConfig
 from elastic3d.utils.options import Options, from_dict, option
 
 NOTE_NAME = "calibration.json"
@@ -41,13 +41,13 @@ class CalibratedRoutersConfig(CurvesConfig):
 
     model: Path = option(Path("runs/dit/export"), "folder of a shape pipeline with routers")
     val_shapes: int = option(
-        8, "validation shapes or pictures that are generated at each budget", ge=1, le=1 << 16
+        8, "validation shapes or images that are generated at each budget", ge=1, le=1 << 16
     )
 
 
 @dataclass(kw_only=True)
-class CalibrationPicturesConfig(PictureConfig):
-    """For routers of a text-to-image pipeline: which, and the pictures with captions."""
+class CalibrationImagesConfig(ImageDataConfig):
+    """For routers of a text-to-image pipeline: which, and the images with captions."""
 
     backbone: BackboneName | None = option(None, "family of the pipeline; null: a shape pipeline")
     weights: Path | None = option(None, "its folder, with `routers` inside")
@@ -74,7 +74,7 @@ class CalibrateConfig(StageConfig):
     precision: Precision = option(Precision.bf16_master, "number format that routers were trained in")
     data: DataConfig = option(DataConfig, "prepared shapes")
     latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
-    image: CalibrationPicturesConfig = option(CalibrationPicturesConfig, "pictures with captions")
+    image: CalibrationImagesConfig = option(CalibrationImagesConfig, "images with captions")
     routing: CalibratedRoutersConfig = option(CalibratedRoutersConfig, "the routers")
     export: CalibrationOutputConfig = option(CalibrationOutputConfig, "what is written")
 
@@ -132,10 +132,10 @@ def _stage_for(config: CalibrateConfig, router: RouterConfig) -> RouterStage | I
         return RouterStage(
             RouterTrainConfig(**shared, latents=config.latents, router=router, routing=routing)
         )
-    pictures = BackboneConfig(**{item.name: getattr(image, item.name) for item in fields(BackboneConfig)})
+    images = BackboneConfig(**{item.name: getattr(image, item.name) for item in fields(BackboneConfig)})
     return ImageRouterStage(
         ImageRouterTrainConfig(
-            **shared, image=pictures, router=router, routing=ImageRoutingConfig(val_shapes=count)
+            **shared, image=images, router=router, routing=ImageRoutingConfig(val_shapes=count)
         )
     )
 
@@ -156,8 +156,8 @@ def _note(stage: RouterStage | ImageRouterStage, config: CalibrateConfig) -> dic
     return {
         "steps": routing.val_steps,
         "guidance": routing.guidance,
-        "trends": config.routing.trends.name,
-        "urgency": config.routing.urgency.name,
+        "dampings": config.routing.dampings.name,
+        "gate_bias": config.routing.gate_bias.name,
         "precision": config.precision.name,
         "data": {name: value for name, value in stage.record().items() if not name.startswith("train_")},
         "versions": {"elastic3d": __version__, "torch": torch.__version__},

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig
-from elastic3d.elastic.router import looks_ahead
+from elastic3d.elastic.router import decides_per_step
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.training.options import Precision
 from elastic3d.utils.options import Options, option
@@ -22,11 +22,11 @@ from elastic3d.utils.options import Options, option
 # settings, number of validation samples (0: all) -> latents (B,N,C), executed share (B,)
 Generate = Callable[[ElasticConfig, int], tuple[Tensor, Tensor]]
 EARLY, LATE = (0.0, 1.5, 3.0), (0.0, 2.0)
-TREND_TIMES = (0.0, 0.05, 0.12, 0.3, 0.6, 1.0)
-TREND_STEPS = ((-0.6, -0.3, 0.3), (-0.15, 0.15))  # of a value, round by round
-MAX_TREND = 1.5
-_PROBES, _TREND_PROBES = 16, 8  # samples on which these are compared
-_TOLD, _TREND_TOLD = (0.4, 0.5, 0.6, 0.7, 0.8), (0.5, 0.6, 0.7)
+DAMPING_TIMES = (0.0, 0.05, 0.12, 0.3, 0.6, 1.0)
+DAMPING_STEPS = ((-0.6, -0.3, 0.3), (-0.15, 0.15))  # of a value, round by round
+MAX_DAMPING = 1.5
+_PROBES, _DAMPING_PROBES = 16, 8  # samples on which these are compared
+_TOLD, _DAMPING_BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8), (0.5, 0.6, 0.7)
 _SHARES = (0.3, 0.35, 0.4, 0.5)
 
 
@@ -41,8 +41,8 @@ class Curve(Enum):
 class CurvesConfig(Options):
     """What a calibration measures anew."""
 
-    trends: Curve = option(Curve.choose, "choose the forecasts' curve over time anew, or keep it")
-    urgency: Curve = option(Curve.choose, "choose the gates' curve over time anew, or keep it")
+    dampings: Curve = option(Curve.choose, "choose the forecasts' curve over time anew, or keep it")
+    gate_bias: Curve = option(Curve.choose, "choose the gates' curve over time anew, or keep it")
 
 
 def as_trained(precision: Precision, device: torch.device) -> torch.autocast:
@@ -81,55 +81,57 @@ def calibrate(
     """
     if session.conditioner is None:
         return
-    trends, urgency = curves.trends, curves.urgency
-    session.router_config = replace(session.router_config, asked=[], told=[])
-    reuse = looks_ahead(session.router_config) and session.router_config.longest > 0
-    if trends is Curve.choose:
-        session.router_config = replace(session.router_config, forecast_times=[], trends=[])
-    if urgency is Curve.choose:
-        session.router_config = replace(session.router_config, times=[], urgency=[])
-    if reuse and trends is Curve.choose and session.router_config.trend:
-        choose_trends(session, generate)
-    if reuse and urgency is Curve.choose:
-        choose_urgency(session, generate, times)
+    dampings, gate_bias = curves.dampings, curves.gate_bias
+    session.router_config = replace(session.router_config, requested_budgets=[], calibrated_budgets=[])
+    reuse = decides_per_step(session.router_config) and session.router_config.longest > 0
+    if dampings is Curve.choose:
+        session.router_config = replace(session.router_config, damping_times=[], dampings=[])
+    if gate_bias is Curve.choose:
+        session.router_config = replace(session.router_config, times=[], gate_bias=[])
+    if reuse and dampings is Curve.choose and session.router_config.damping:
+        choose_dampings(session, generate)
+    if reuse and gate_bias is Curve.choose:
+        choose_gate_bias(session, generate, times)
     told = np.linspace(MIN_BUDGET, 1.0, points)
     bar = tqdm(told, desc="calibrate", dynamic_ncols=True)
     shares = [generate(ElasticConfig(budget=float(budget)), 0)[1].mean().item() for budget in bar]
     found = np.maximum.accumulate(shares) + 1e-6 * np.arange(points)  # ascending, as an inverse needs
     inverse = np.interp(told, found, told)
-    session.router_config = replace(session.router_config, asked=told.tolist(), told=inverse.tolist())
+    session.router_config = replace(
+        session.router_config, requested_budgets=told.tolist(), calibrated_budgets=inverse.tolist()
+    )
 
 
-def choose_trends(session: ElasticSession, generate: Generate) -> None:
+def choose_dampings(session: ElasticSession, generate: Generate) -> None:
     """Choose how much of a residual's change goes on, over time: the curve with the smallest error of the result.
 
     Where latents are noise, a change hardly goes on; where they are nearly clean it may even grow. One time after the
-    other of `TREND_TIMES` takes the best of some values, which are finer from round to round.
+    other of `DAMPING_TIMES` takes the best of some values, which are finer from round to round.
     """
-    dense, _ = generate(ElasticConfig(elastic=False), _TREND_PROBES)
-    trends = [session.router_config.trend] * len(TREND_TIMES)
+    dense, _ = generate(ElasticConfig(elastic=False), _DAMPING_PROBES)
+    dampings = [session.router_config.damping] * len(DAMPING_TIMES)
 
     def error(values: list[float]) -> float:
         session.router_config = replace(
-            session.router_config, forecast_times=list(TREND_TIMES), trends=values
+            session.router_config, damping_times=list(DAMPING_TIMES), dampings=values
         )
-        return _error_at_equal_cost(generate, dense, _TREND_TOLD)
+        return _error_at_equal_cost(generate, dense, _DAMPING_BUDGETS)
 
-    best = error(trends)
-    rounds = [(place, steps) for steps in TREND_STEPS for place in range(len(TREND_TIMES))]
-    for place, steps in tqdm(rounds, desc="trends", dynamic_ncols=True):
-        middle = trends[place]
-        for value in sorted({min(max(middle + step, 0.0), MAX_TREND) for step in steps} - {middle}):
-            tried = [*trends[:place], value, *trends[place + 1 :]]
+    best = error(dampings)
+    rounds = [(place, steps) for steps in DAMPING_STEPS for place in range(len(DAMPING_TIMES))]
+    for place, steps in tqdm(rounds, desc="dampings", dynamic_ncols=True):
+        middle = dampings[place]
+        for value in sorted({min(max(middle + step, 0.0), MAX_DAMPING) for step in steps} - {middle}):
+            tried = [*dampings[:place], value, *dampings[place + 1 :]]
             if (found := error(tried)) < best:
-                best, trends = found, tried
-    session.router_config = replace(session.router_config, trends=trends)
+                best, dampings = found, tried
+    session.router_config = replace(session.router_config, dampings=dampings)
 
 
-def choose_urgency(session: ElasticSession, generate: Generate, times: Tensor) -> None:
+def choose_gate_bias(session: ElasticSession, generate: Generate, times: Tensor) -> None:
     """Choose what is added to gates over time: the curve with the smallest error of the result at equal cost.
 
-    Routers predict the damage that a closed step does there and then. But the gaps of the first steps grow until the
+    Routers predict the damage that a skipped step does there and then. But the gaps of the first steps grow until the
     end, and those of the last ones hardly have the time to. A curve has a share of each: `EARLY` decays over the
     first fifth of the steps, `LATE` holds in the last tenth of them.
     """
@@ -139,17 +141,17 @@ def choose_urgency(session: ElasticSession, generate: Generate, times: Tensor) -
     dense, _ = generate(ElasticConfig(elastic=False), _PROBES)
     place = np.arange(1, steps) / (steps - 1)
 
-    def urgency(early: float, late: float) -> list[float]:
+    def gate_bias(early: float, late: float) -> list[float]:
         return (early * np.exp(-place / 0.2) - late * (place > 0.9)).tolist()
 
     def error(curve: tuple[float, float]) -> float:
         session.router_config = replace(
-            session.router_config, times=times[1:-1].tolist(), urgency=urgency(*curve)
+            session.router_config, times=times[1:-1].tolist(), gate_bias=gate_bias(*curve)
         )
         return _error_at_equal_cost(generate, dense, _TOLD)
 
     best = min(product(EARLY, LATE), key=error)
-    session.router_config = replace(session.router_config, urgency=urgency(*best))
+    session.router_config = replace(session.router_config, gate_bias=gate_bias(*best))
 
 
 def _error_at_equal_cost(generate: Generate, dense: Tensor, budgets: Sequence[float]) -> float:

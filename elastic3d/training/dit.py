@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from elastic3d.diffusion.flow import interpolate, match_noise, sample_timesteps, timesteps_at, velocity
 from elastic3d.diffusion.sampler import sample
-from elastic3d.models.foreground import prepare_picture
+from elastic3d.models.foreground import prepare_image
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
@@ -29,7 +29,7 @@ from elastic3d.training.datasets import (
 from elastic3d.training.latents import INFO_NAME, LatentCacheConfig, LatentInfo, stored_views
 from elastic3d.training.options import StageName, TrainConfig
 from elastic3d.training.random_routes import WIDTHS, RandomRoutes, RandomRoutesConfig, draw
-from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture
+from elastic3d.training.samples import contact_sheet, field_meshes, mesh_image
 from elastic3d.utils.options import Options, option
 
 STORED = ("mean", "logvar", "tokens")
@@ -52,8 +52,8 @@ class LatentFlowConfig(Options):
         ge=0,
         le=1 << 16,
     )
-    sample_guidance: float = option(3.0, "guidance of the sample pictures", ge=0, le=100)
-    sample_resolution: int = option(64, "grid cells a side of the sample pictures", ge=8, le=512)
+    sample_guidance: float = option(3.0, "guidance of the sample images", ge=0, le=100)
+    sample_resolution: int = option(64, "grid cells a side of the sample images", ge=8, le=512)
 
 
 @dataclass(kw_only=True)
@@ -71,8 +71,8 @@ class DiTStageConfig(LatentFlowConfig):
     )
     routes: RandomRoutesConfig = option(RandomRoutesConfig, "random routes: an elastic base from the start")
     val_shapes: int = option(128, "shapes to validate on", ge=1, le=1 << 16)
-    sample_shapes: int = option(8, "shapes of the sample pictures", ge=1, le=1 << 16)
-    sample_steps: int = option(25, "sampling steps of the sample pictures", ge=1, le=1000)
+    sample_shapes: int = option(8, "shapes of the sample images", ge=1, le=1 << 16)
+    sample_steps: int = option(25, "sampling steps of the sample images", ge=1, le=1000)
 
 
 @dataclass(kw_only=True)
@@ -234,7 +234,7 @@ class DiTStage:
         train, val = read_split(config.data.train), read_split(config.data.val)
         self._train = PreparedShapes(cache, train, preload, config.data.limit)
         self._val = PreparedShapes(cache, val, (), config.dit.val_shapes)
-        self._pictures = open_split(config.data, config.data.val, ())
+        self._images = open_split(config.data, config.data.val, ())
         scale = self.vae.config.scale_factor
         self._items = LatentItems(self._train, info, config.dit, scale)
         self._val_items = LatentItems(self._val, info, config.dit, scale)
@@ -290,7 +290,7 @@ class DiTStage:
         rows = [[self._view(i) for i in indices]]
         for found in (latents, items["latents"].to(device)):
             meshes = field_meshes(self.vae, found, self.config.sample_resolution)
-            rows.append([mesh_picture(mesh) for mesh in meshes])
+            rows.append([mesh_image(mesh) for mesh in meshes])
         return {"generated": contact_sheet(rows)}
 
     def _fixed(self, index: int) -> Batch:
@@ -299,6 +299,6 @@ class DiTStage:
 
     def _view(self, index: int, size: int = 160) -> np.ndarray:
         views, id = self.info.settings["views"], self._val.ids[index]
-        found = stored_views(self._pictures, id)
+        found = stored_views(self._images, id)
         view: Image.Image = found[(index % views) * len(found) // views]
-        return np.asarray(prepare_picture(view, self.info.foreground, size))
+        return np.asarray(prepare_image(view, self.info.foreground, size))

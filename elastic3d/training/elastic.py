@@ -38,7 +38,7 @@ from elastic3d.training.latents import LatentCacheConfig, LatentInfo
 from elastic3d.training.mesh_loss import silhouette_loss, surface_loss
 from elastic3d.training.options import StageName, TrainConfig
 from elastic3d.training.record import read_record
-from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture
+from elastic3d.training.samples import contact_sheet, field_meshes, mesh_image
 from elastic3d.training.vae import FieldLossConfig, VAETrainConfig, field_loss, inside_logits
 from elastic3d.training.view_rays import VIEWS_STORED, view_rays
 from elastic3d.utils.options import Options, from_dict, option
@@ -299,7 +299,7 @@ class RouterStage:
         rows = []
         for each in settings:
             meshes = field_meshes(self.vae, self._generate(each)[0], self.config.dit.sample_resolution)
-            rows.append([mesh_picture(mesh) for mesh in meshes])
+            rows.append([mesh_image(mesh) for mesh in meshes])
         return {"generated": contact_sheet(rows)}
 
     def calibrate(self, curves: CurvesConfig, points: int = 24) -> None:

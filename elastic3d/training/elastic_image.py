@@ -1,4 +1,4 @@
-"""Routers of the DiT of a text-to-image pipeline; the reconstruction term is the decoded picture."""
+"""Routers of the DiT of a text-to-image pipeline; the reconstruction term is the decoded image."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from elastic3d.pipelines.runtime import resolve_device
 from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate, compare_budgets
 from elastic3d.training.datasets import Batch
 from elastic3d.training.elastic_objective import Grid, RouterObjective, RoutingConfig, add_route
-from elastic3d.training.image import PictureFlowConfig, PictureItems, generate_latents, picture_sheet
+from elastic3d.training.image import ImageFlowConfig, ImageItems, generate_latents, image_sheet
+from elastic3d.training.image_cache import ImageCache, build_image_cache, text_of
+from elastic3d.training.image_data import ImageDataConfig
 from elastic3d.training.options import StageName, TrainConfig
-from elastic3d.training.picture_cache import PictureCache, build_picture_cache, text_of
-from elastic3d.training.pictures import PictureConfig
 from elastic3d.training.runtime import first_process_first
 from elastic3d.utils.files import file_sha256
 from elastic3d.utils.options import Options, option
 
 
 @dataclass(kw_only=True)
-class PictureLossConfig(Options):
-    """Picture reconstruction loss: what the elastic velocity implies, decoded, against the true picture."""
+class ImageLossConfig(Options):
+    """Image reconstruction loss: what the elastic velocity implies, decoded, against the true image."""
 
     weight: float = option(0.1, "of the whole term; 0 leaves it out", ge=0, le=1e6)
     share: float = option(0.25, "share of a batch's samples that are decoded", ge=0, le=1)
     scales: int = option(
         3,
-        "resolutions at which pictures are compared, each half the one before",
+        "resolutions at which images are compared, each half the one before",
         ge=1,
         le=8,
         advanced=True,
     )
     time_power: float = option(
         2.0,
-        "a sample counts t to this power: noisy latents imply no sharp picture",
+        "a sample counts t to this power: noisy latents imply no sharp image",
         ge=0,
         le=20,
         advanced=True,
@@ -54,8 +54,8 @@ class PictureLossConfig(Options):
 
 
 @dataclass(kw_only=True)
-class BackboneConfig(PictureConfig):
-    """A published pipeline, and the pictures with captions that its routers learn from."""
+class BackboneConfig(ImageDataConfig):
+    """A published pipeline, and the images with captions that its routers learn from."""
 
     backbone: BackboneName = option(BackboneName.small, "family whose DiT gets routers")
     weights: Path = option(..., "folder of the pipeline, in the layout in which it is published")
@@ -65,7 +65,7 @@ class BackboneConfig(PictureConfig):
 class ImageRoutingConfig(RoutingConfig):
     """The training of a text-to-image DiT's routers."""
 
-    picture: PictureLossConfig = option(PictureLossConfig, "picture reconstruction loss")
+    image: ImageLossConfig = option(ImageLossConfig, "image reconstruction loss")
 
 
 @dataclass(kw_only=True)
@@ -73,21 +73,21 @@ class ImageRouterTrainConfig(TrainConfig):
     """Everything `scripts/train.py stage=image_router` takes."""
 
     stage: StageName = option(StageName.image_router, "what to do")
-    image: BackboneConfig = option(..., "the pipeline, and pictures with captions")
+    image: BackboneConfig = option(..., "the pipeline, and images with captions")
     router: RouterConfig = option(RouterConfig, "architecture of the routers: a file of configs/router")
     routing: ImageRoutingConfig = option(ImageRoutingConfig, "training of the routers")
 
 
-class PictureRouterObjective(RouterObjective):
+class ImageRouterObjective(RouterObjective):
     """Routers of a text-to-image DiT. The pipeline's own guidance is what is distilled: both branches, or its input."""
 
     config: ImageRoutingConfig
 
-    def __init__(self, backbone: Backbone, config: ImageRouterTrainConfig, pictures: PictureCache) -> None:
+    def __init__(self, backbone: Backbone, config: ImageRouterTrainConfig, images: ImageCache) -> None:
         paired = not backbone.embeds_guidance and config.routing.guidance > 1
         super().__init__(backbone.transformer, config.routing, config.router, paired)
-        self.size = (pictures.settings["size"],) * 2
-        self._parts = (backbone, pictures.negative())  # no part of the state dict
+        self.size = (images.settings["size"],) * 2
+        self._parts = (backbone, images.negative())  # no part of the state dict
 
     @property
     def backbone(self) -> Backbone:
@@ -106,8 +106,8 @@ class PictureRouterObjective(RouterObjective):
         return self.backbone.velocity(dit, x_t, t, text, self.size, self.config.guidance)
 
     def reconstruction(self, data: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """Mean absolute difference of decoded pictures at several scales."""
-        config = self.config.picture
+        """Mean absolute difference of decoded images at several scales."""
+        config = self.config.image
         if not config.weight or not config.share:
             return None
         count = math.ceil(config.share * len(data))
@@ -115,12 +115,12 @@ class PictureRouterObjective(RouterObjective):
             true = self.backbone.decode(batch["latents"][:count], self.size).float()
         found = self.backbone.decode(data[:count], self.size).float()
         trust = batch["t"][:count] ** config.time_power
-        loss = (picture_loss(found, true, config.scales) * trust).mean()
-        return config.weight * loss, {"picture": loss}
+        loss = (image_loss(found, true, config.scales) * trust).mean()
+        return config.weight * loss, {"image": loss}
 
 
-def picture_loss(found: Tensor, true: Tensor, scales: int) -> Tensor:
-    """Pictures (B,3,H,W) -> mean absolute difference (B,), averaged over resolutions, each half the one before."""
+def image_loss(found: Tensor, true: Tensor, scales: int) -> Tensor:
+    """Images (B,3,H,W) -> mean absolute difference (B,), averaged over resolutions, each half the one before."""
     losses = []
     for scale in range(scales):
         if scale:
@@ -129,12 +129,12 @@ def picture_loss(found: Tensor, true: Tensor, scales: int) -> Tensor:
     return torch.stack(losses).mean(0)
 
 
-class RoutedPictureItems(PictureItems):
+class RoutedImageItems(ImageItems):
     """Items at the times of a random sampler, with its step size and a budget."""
 
     def __init__(
         self,
-        pictures: PictureCache,
+        images: ImageCache,
         routing: RoutingConfig,
         router: RouterConfig,
         blocks: int,
@@ -143,7 +143,7 @@ class RoutedPictureItems(PictureItems):
     ) -> None:
         self.routing, self.router, self.blocks, self.paired = routing, router, blocks, paired
         self.grid = grid
-        super().__init__(pictures, PictureFlowConfig(), 0.0)
+        super().__init__(images, ImageFlowConfig(), 0.0)
 
     def item(self, position: int, seed: int) -> Batch:
         """Item `position` of the shuffled stream."""
@@ -160,32 +160,32 @@ class ImageRouterStage:
     def __init__(self, config: ImageRouterTrainConfig) -> None:
         self.config, image = config, config.image
         if image.backbone.name != "small" and image.images is None:
-            raise UserError("image.images= is missing: a folder of pictures with captions")
+            raise UserError("image.images= is missing: a folder of images with captions")
         with first_process_first(config):
             encoder = load_backbone(
                 image.backbone, image.weights, resolve_device(config.device), torch.float32
             )
-            build_picture_cache(image, config.data, encoder, config.seed)
+            build_image_cache(image, config.data, encoder, config.seed)
             del encoder  # with its text encoders, which are larger than the rest
         backbone = load_backbone(
             image.backbone, image.weights, torch.device("cpu"), torch.float32, encoders=False
         )
-        self._train = PictureCache(image.cache, "train")
-        self._val = PictureCache(image.cache, "val", config.routing.val_shapes)
+        self._train = ImageCache(image.cache, "train")
+        self._val = ImageCache(image.cache, "val", config.routing.val_shapes)
         try:
-            self.flow = PictureRouterObjective(backbone, config, self._train)
+            self.flow = ImageRouterObjective(backbone, config, self._train)
         except ValueError as error:
             raise UserError(f"{image.weights} can't be routed: {error}") from error
         self.objective: nn.Module = self.flow
         drive(backbone.pipe, self.flow.session)
         blocks = len(self.flow.session.blocks)
-        self._items = RoutedPictureItems(
+        self._items = RoutedImageItems(
             self._train, config.routing, config.router, blocks, self.flow.paired, backbone.grid
         )
-        self._val_items = PictureItems(self._val, PictureFlowConfig(), 0.0)
+        self._val_items = ImageItems(self._val, ImageFlowConfig(), 0.0)
 
-    def items(self) -> RoutedPictureItems:
-        """Cached training pictures, shuffled, with what routers see."""
+    def items(self) -> RoutedImageItems:
+        """Cached training images, shuffled, with what routers see."""
         return self._items
 
     def rate_factor(self, name: str) -> float:
@@ -195,9 +195,9 @@ class ImageRouterStage:
     def record(self) -> dict[str, Any]:
         """What the run trains on."""
         return {
-            "train_pictures": len(self._train),
-            "val_pictures": len(self._val),
-            "pictures": self._train.settings,
+            "train_images": len(self._train),
+            "val_images": len(self._val),
+            "images": self._train.settings,
             "weights_sha256": file_sha256(*weight_files(self.config.image.weights)),
         }
 
@@ -206,14 +206,14 @@ class ImageRouterStage:
         return compare_budgets(self._generate, self.config.routing.val_budgets)
 
     def samples(self) -> dict[str, np.ndarray]:
-        """Rows: the dense model's pictures, then those at each validation budget, same seeds."""
+        """Rows: the dense model's images, then those at each validation budget, same seeds."""
         budgets = self.config.routing.val_budgets
         settings = [ElasticConfig(elastic=False), *(ElasticConfig(budget=b) for b in budgets)]
         rows = [self._generate(each)[0] for each in settings]
-        return {"generated": picture_sheet(self.flow.backbone, rows, self.flow.size)}
+        return {"generated": image_sheet(self.flow.backbone, rows, self.flow.size)}
 
     def calibrate(self, curves: CurvesConfig, points: int = 24) -> None:
-        """Measure on the validation pictures how urgent times are, and make the cost that is asked for the one that is
+        """Measure on the validation images how urgent times are, and make the cost that is asked for the one that is
         executed."""
         times = self.flow.backbone.grid(self.config.routing.val_steps)
         calibrate(self.flow.session, self._generate, times, curves, points)

@@ -19,14 +19,14 @@ from elastic3d.elastic.attachment import attach_with, router_modules
 from elastic3d.elastic.cache import SimulatedCache
 from elastic3d.elastic.config import MIN_BUDGET, Branches, RouterConfig
 from elastic3d.elastic.losses import budget_loss, paper_loss, session_share
-from elastic3d.elastic.router import looks_ahead
+from elastic3d.elastic.router import decides_per_step
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 from elastic3d.training.datasets import Batch
 from elastic3d.training.low_rank import add_low_rank
 from elastic3d.utils.options import Options, option
 
-PRICE_RANGE = 2.5  # standard deviations on both sides that prices cover
+THRESHOLD_RANGE = 2.5  # standard deviations on both sides that prices cover
 Grid = Callable[[int], Tensor]  # number of steps -> sampling times (S+1,)
 
 
@@ -43,7 +43,7 @@ class GateLoss(Enum):
     the blocks of a step do not run but go on with what they remember."""
 
     straight_through = "straight_through"
-    damage = "damage"
+    predicted_error = "predicted_error"
 
 
 class CostLoss(Enum):
@@ -72,7 +72,7 @@ class RoutingConfig(Options):
     )
     explore: float = option(
         1.0,
-        "share of the closed blocks that run all the same; the others are really skipped",
+        "share of the skipped blocks that run all the same; the others are really skipped",
         ge=0,
         le=1,
         advanced=True,
@@ -108,7 +108,7 @@ class RoutingConfig(Options):
     )
     rho_gate: float = option(0.6, "cost paper: target of the mean gate", ge=0, le=1, advanced=True)
     rho_width: float = option(
-        0.5, "cost paper: target of the mean width of open blocks", ge=0, le=1, advanced=True
+        0.5, "cost paper: target of the mean width of executed blocks", ge=0, le=1, advanced=True
     )
     distillation: float = option(
         1.0, "weight of the distance to the dense velocity", ge=0, le=1e6, advanced=True
@@ -118,7 +118,7 @@ class RoutingConfig(Options):
         [0.9, 0.7, 0.5, 0.3], "budgets to validate at", ge=MIN_BUDGET, le=1, lengths=(0, 100)
     )
     val_shapes: int = option(
-        8, "validation shapes or pictures that are generated at each of them", ge=1, le=1 << 16
+        8, "validation shapes or images that are generated at each of them", ge=1, le=1 << 16
     )
     val_steps: int = option(16, "sampling steps of it", ge=1, le=1000)
 
@@ -140,13 +140,15 @@ class RouterObjective(nn.Module, ABC):
     def __init__(self, dit: nn.Module, config: RoutingConfig, router: RouterConfig, paired: bool) -> None:
         """`paired`: both branches of guidance run as one batch and are distilled together."""
         super().__init__()
-        if config.gate is GateLoss.damage:
-            if not (looks_ahead(router) and router.longest):
+        if config.gate is GateLoss.predicted_error:
+            if not (decides_per_step(router) and router.longest):
                 raise UserError(
-                    "routing.gate is damage: that needs router.lookahead=step and router.longest above 0"
+                    "routing.gate is predicted_error: that needs router.scope=step and router.longest above 0"
                 )
             if config.parts is not TrainedParts.routers:
-                raise UserError(f"routing.gate is damage: routing.parts is {config.parts.name}, not routers")
+                raise UserError(
+                    f"routing.gate is predicted_error: routing.parts is {config.parts.name}, not routers"
+                )
         self.config, self.paired = config, paired
         self.register_buffer("damage_moments", torch.zeros(2))
         teacher = None
@@ -175,12 +177,12 @@ class RouterObjective(nn.Module, ABC):
         x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
         with torch.no_grad():
             dense = self._dense(x_t, batch)
-        closed = config.gate is GateLoss.damage
-        self._announce(batch, closed)
+        skipped = config.gate is GateLoss.predicted_error
+        self._announce(batch, skipped)
         found = self.velocities(self.dit, x_t, batch).float()
         share = session_share(self.session)
         values: dict[str, Tensor] = {}
-        if closed:
+        if skipped:
             logits = self._gate_logits()
             values["prediction"] = self._prediction_loss(logits, found, dense, batch)
             loss = values["prediction"]
@@ -198,7 +200,7 @@ class RouterObjective(nn.Module, ABC):
         values |= self._spending(share, batch)
         return loss, {name: value.detach() for name, value in values.items()}
 
-    def _announce(self, batch: Batch, closed: bool) -> None:
+    def _announce(self, batch: Batch, skipped: bool) -> None:
         """Tell the session of the training pass to come."""
         dt, budget, branch = (
             batch[name].repeat(2) if self.paired else batch[name] for name in ("dt", "budget", "branch")
@@ -207,9 +209,9 @@ class RouterObjective(nn.Module, ABC):
             branch = torch.arange(2, device=branch.device).float().repeat_interleave(len(batch["t"]))
         explored = batch["explored"].transpose(0, 1).flatten(0, 1) if "explored" in batch else None
         several = torch.distributed.is_initialized()  # they share weights or gradients
-        recall = self._recall(batch) if "ages" in batch else None
-        leaders = len(batch["t"]) if self.paired else 0
-        self.session.train(dt, budget, branch, explored, several, recall, closed, leaders)
+        simulated = self._simulated(batch) if "ages" in batch else None
+        conditional_rows = len(batch["t"]) if self.paired else 0
+        self.session.train(dt, budget, branch, explored, several, simulated, skipped, conditional_rows)
 
     def _gate_logits(self) -> Tensor:
         """Gate logit (R,) of every row."""
@@ -220,50 +222,50 @@ class RouterObjective(nn.Module, ABC):
     @property
     def _decided(self) -> int:
         """How many routes a sample has: that of both branches, or one for each."""
-        return 1 + (self.paired and self.session.router_config.branches is Branches.apart)
+        return 1 + (self.paired and self.session.router_config.branches is Branches.separate)
 
-    def _prediction_loss(self, logits: Tensor, closed: Tensor, dense: Tensor, batch: Batch) -> Tensor:
+    def _prediction_loss(self, logits: Tensor, skipped: Tensor, dense: Tensor, batch: Batch) -> Tensor:
         """Distance of the gates' logits (R,) from the logarithm of the damage that closing does, over its price.
 
         A step then runs where the damage is above the price. Damage is the squared distance of the guided velocity
-        from the dense one where the rows of one decision are `closed` and the others dense (both (R,N,C)). The price
+        from the dense one where the rows of one decision are `skipped` and the others dense (both (R,N,C)). The price
         of a budget is a quantile of a normal distribution with the mean and spread that logarithms of damage have had.
         """
         parts = self._decided
         logits = logits[: parts * len(batch["t"])]
-        damage = self._damage(closed, dense, batch).clamp_min(1e-9).log()
+        skip_error = self._skip_error(skipped, dense, batch).clamp_min(1e-9).log()
         # others have nothing to go on with: they run
         known = batch["picks"][:, :parts].transpose(0, 1).flatten(0, 1)[:, 0] >= 0
         if self.training:
-            self._follow(damage[known])
+            self._follow(skip_error[known])
         mean, spread = self.damage_moments
         floor, ceiling = MIN_BUDGET, 1.0
         scarcity = (ceiling - batch["budget"].repeat(parts)) / (ceiling - floor)
-        price = mean + spread * (PRICE_RANGE * (2 * scarcity - 1))
-        errors = torch.nn.functional.smooth_l1_loss(logits, damage - price, reduction="none")
+        threshold = mean + spread * (THRESHOLD_RANGE * (2 * scarcity - 1))
+        errors = torch.nn.functional.smooth_l1_loss(logits, skip_error - threshold, reduction="none")
         return (errors * known).sum() / known.sum().clamp_min(1)
 
     @torch.no_grad()
-    def _damage(self, closed: Tensor, dense: Tensor, batch: Batch) -> Tensor:
+    def _skip_error(self, skipped: Tensor, dense: Tensor, batch: Batch) -> Tensor:
         """Damage of closing each row (R,) alone, or a sample's rows (B,) where its branches go together. An error
         counts as much as it moves the latents of a sampler, times the square of the number of steps, with which the
         errors of forecasts fall: so a price is about the same share of the steps of any sampler."""
         weight = 1 + (self.config.late_weight - 1) * batch["t"]
         weight = weight * (batch["dt"] * batch["steps"].square() / self.config.max_steps).square()
         target, found = self.guided(dense), []
-        size = len(closed) // self._decided
+        size = len(skipped) // self._decided
         for part in range(self._decided):
             rows = slice(part * size, (part + 1) * size)
             mixed = dense.clone()
-            mixed[rows] = closed[rows]
+            mixed[rows] = skipped[rows]
             found.append((self.guided(mixed) - target).square().flatten(1).mean(1) * weight)
         return torch.cat(found)
 
     @torch.no_grad()
-    def _follow(self, damage: Tensor, rate: float = 0.05) -> None:
+    def _follow(self, skip_error: Tensor, rate: float = 0.05) -> None:
         """Keep running moments of logarithms of damage."""
-        if len(damage) > 1:
-            found = torch.stack([damage.mean(), damage.std()])
+        if len(skip_error) > 1:
+            found = torch.stack([skip_error.mean(), skip_error.std()])
             known = self.damage_moments.abs().sum() > 0
             self.damage_moments.copy_(torch.lerp(self.damage_moments, found, rate) if known else found)
 
@@ -294,7 +296,7 @@ class RouterObjective(nn.Module, ABC):
             return self.velocities(self.dit, x_t, batch).float()
 
     @torch.no_grad()
-    def _recall(self, batch: Batch) -> SimulatedCache:
+    def _simulated(self, batch: Batch) -> SimulatedCache:
         """What the dense blocks add at earlier steps of the straight path between noise and data."""
         passes, ages = [], batch["ages"]
         for t in batch["earlier"].unbind(1):
@@ -304,7 +306,7 @@ class RouterObjective(nn.Module, ABC):
             passes.append(residuals)
         picks = batch["picks"].transpose(0, 1).flatten(0, 1)
         ages = ages.repeat(1 + self.paired, 1)
-        return SimulatedCache(passes, ages, picks, self.session.router_config.trend)
+        return SimulatedCache(passes, ages, picks, self.session.router_config.damping)
 
     def _cost(self, share: Tensor, budget: Tensor) -> Tensor:
         if self.config.cost is CostLoss.executed:
@@ -345,8 +347,8 @@ def add_route(
         ages = np.cumsum(rng.geometric(routing.renewal, routing.recalled))
         usable = int(np.sum((ages <= step) & (ages <= router.longest)))
         # blocks that decide together remember the same step
-        together = router.branches is Branches.together
-        shape = (1 if together else 1 + paired, 1 if looks_ahead(router) else blocks)
+        together = router.branches is Branches.shared
+        shape = (1 if together else 1 + paired, 1 if decides_per_step(router) else blocks)
         picks = rng.integers(usable, size=shape) if usable else np.full(shape, -1)
         item["ages"] = torch.from_numpy(np.where(ages <= step, ages, 0))
         item["earlier"] = times[torch.from_numpy(np.maximum(step - ages, 0))]

@@ -31,7 +31,7 @@ from elastic3d.training.dit import DiTTrainConfig
 from elastic3d.training.elastic import RouterStage, RouterTrainConfig
 from elastic3d.training.elastic_image import ImageRouterTrainConfig
 from elastic3d.training.elastic_objective import TrainedParts
-from elastic3d.training.few_step import FewStepTrainConfig, attach_for_updates, pipeline_config
+from elastic3d.training.few_step import FewStepTrainConfig, attach_few_step, pipeline_config
 from elastic3d.training.image import ImageTrainConfig
 from elastic3d.training.journal import METRICS_NAME, read_metrics
 from elastic3d.training.latents import LatentInfo
@@ -75,16 +75,16 @@ class RouterExportConfig(CurvesConfig):
     """How exported routers are calibrated."""
 
     val_shapes: int = option(
-        8, "validation shapes or pictures that routers are calibrated on", ge=1, le=1 << 16
+        8, "validation shapes or images that routers are calibrated on", ge=1, le=1 << 16
     )
 
 
 @dataclass(kw_only=True)
-class UpdatesExportConfig(Options):
-    """When exported updates are used."""
+class FewStepExportConfig(Options):
+    """When exported few-step LoRA is used."""
 
-    used_calls: float | None = option(
-        None, "calls up to which the updates will be used; null: updates.max_calls of the training",
+    used_nfe: float | None = option(
+        None, "calls up to which the few-step LoRA will be used; null: few_step.max_nfe of the training",
         ge=0.1, le=1000,
     )  # fmt: skip
 
@@ -97,7 +97,7 @@ class ExportStageConfig(RunConfig):
     export: ExportConfig = option(ExportConfig, "what is written")
     image: ImageExportConfig = option(ImageExportConfig, "of a text-to-image model")
     routing: RouterExportConfig = option(RouterExportConfig, "of routers")
-    updates: UpdatesExportConfig = option(UpdatesExportConfig, "of updates")
+    few_step: FewStepExportConfig = option(FewStepExportConfig, "of few-step LoRA")
 
 
 @dataclass
@@ -131,7 +131,7 @@ def export_run(config: ExportStageConfig) -> Path:
     that of their dense model with `routers/` inside and `export.pipeline.elastic` as its default; those of a
     text-to-image pipeline are written alone. The small text-to-image model's sampling defaults are those of `config`,
     and so is how routers are calibrated (`routing`). Updates become `routers/` with the routers that they belong to,
-    used up to `updates.used_calls`.
+    used up to `few_step.used_nfe`.
 
     Raises:
         UserError: the run has no whole checkpoint.
@@ -192,32 +192,32 @@ def _export_routers(run: _Run) -> None:
     run.write_record(run.output / "routers")
 
 
-def _export_updates(run: _Run) -> None:
-    """The model's routers with their updates, in bf16, and what is known of the routers."""
-    trained = run.trained(FewStepTrainConfig).updates
+def _export_few_step(run: _Run) -> None:
+    """The model's routers with their few-step LoRA, in bf16, and what is known of the routers."""
+    trained = run.trained(FewStepTrainConfig).few_step
     output, routers = run.output / "routers", trained.model / "routers"
     dit = load_dit(trained.model / "dit")
-    attach_for_updates(dit, trained, pipeline_config(trained.model).guidance)
-    own = {key: tensor for key, tensor in router_state(dit).items() if ".updates." not in key}
-    updates = {key.removeprefix("updates.").replace("/", "."): t for key, t in run.weights.items()}
+    attach_few_step(dit, trained, pipeline_config(trained.model).guidance)
+    own = {key: tensor for key, tensor in router_state(dit).items() if ".few_step." not in key}
+    few_step = {key.removeprefix("updates.").replace("/", "."): t for key, t in run.weights.items()}
     try:
-        load_router_state(dit, own | updates)
+        load_router_state(dit, own | few_step)
     except ValueError as error:
         raise UserError(f"{run.source}: {error}") from error
     session = session_of(dit)
-    used = run.config.updates.used_calls or trained.max_calls
-    session.router_config = replace(session.router_config, updates_calls=used)
+    used = run.config.few_step.used_nfe or trained.max_nfe
+    session.router_config = replace(session.router_config, few_step_nfe=used)
     for block in session.blocks:
-        assert block.updates is not None
-        block.updates.rebase(used / trained.max_calls)
-        block.updates.to(torch.bfloat16)
+        assert block.few_step is not None
+        block.few_step.rebase(used / trained.max_nfe)
+        block.few_step.to(torch.bfloat16)
     for name in (RECORD_NAME, CURVES_NAME, "calibration.json"):
         if routers.resolve() != output.resolve() and (routers / name).is_file():
             with atomic_path(output / name) as temporary:
                 shutil.copyfile(routers / name, temporary)
     save_dial(None, run.output)
     save_routers(dit, output)
-    run.write_record(output, "updates")
+    run.write_record(output, "few_step")
 
 
 def _export_image_model(run: _Run) -> None:
@@ -260,7 +260,7 @@ _EXPORTS: dict[Any, Callable[[_Run], None]] = {
     "image": _export_image_model,
     "router": _export_routers,
     "image_router": _export_image_routers,
-    "updates": _export_updates,
+    "few_step": _export_few_step,
 }
 
 

@@ -51,17 +51,18 @@ TOKENS = ("tokens",)
 
 
 @dataclass(kw_only=True)
-class UpdatesStageConfig(Options):
+class FewStepStageConfig(Options):
     """Updates of a model's blocks for generations with few model evaluations, learned through whole generations."""
 
     model: Path = option(Path("data/pretrained/shape-small"), "folder of a pipeline with trained routers")
-    rank: int = option(32, "rank of the updates", ge=1, le=4096)
+    rank: int = option(32, "rank of the few-step LoRA", ge=1, le=4096)
     continued: bool = option(
         False,
-        "start from the updates that the model has, instead of fresh ones; a larger rank adds directions",
+        "start from the few-step LoRA that the model has, instead of fresh ones; a larger rank adds directions",
     )
     guidance: bool = option(
-        False, "learn the pipeline's guidance too: generations with updates run the conditional branch alone"
+        False,
+        "learn the pipeline's guidance too: generations with few-step LoRA run the conditional branch alone",
     )
     guided_times: list[float] = option(
         [],
@@ -70,10 +71,13 @@ class UpdatesStageConfig(Options):
         le=1,
         ascending=True,
     )
-    min_calls: float = option(
-        3.0, "fewest calls of the model in a generation: its steps times its budget", ge=1, le=1000
+    min_nfe: float = option(
+        3.0,
+        "fewest evaluations of the model (NFE) in a generation: its steps times its budget",
+        ge=1,
+        le=1000,
     )
-    max_calls: float = option(8.0, "most of them", ge=1, le=1000)
+    max_nfe: float = option(8.0, "most of them", ge=1, le=1000)
     min_steps: int = option(4, "fewest sampling steps", ge=1, le=1000)
     max_steps: int = option(25, "most of them", ge=1, le=1000)
     whole: float = option(
@@ -86,7 +90,7 @@ class UpdatesStageConfig(Options):
         60, "sampling steps of the dense results that are to be reached", ge=1, le=10_000
     )
     pairs: int = option(
-        8192, "pairs of a picture and noise, whose dense results are kept in memory", ge=1, le=1 << 24
+        8192, "pairs of an image and noise, whose dense results are kept in memory", ge=1, le=1 << 24
     )
     floor: float = option(
         1e-3,
@@ -109,7 +113,7 @@ class UpdatesStageConfig(Options):
         if self.guided_times and not self.guidance:
             raise ValueError(f"guided_times is {self.guided_times}, expected none: guidance is false")
         for name, low, high in (
-            ("max_calls", self.min_calls, 1000),
+            ("max_nfe", self.min_nfe, 1000),
             ("max_steps", self.min_steps, 1000),
             ("reference_steps", self.max_steps, 10_000),
         ):
@@ -117,28 +121,28 @@ class UpdatesStageConfig(Options):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a value from {low} to {high}")
         if self.whole and not self.whole_steps:
             raise ValueError(
-                f"whole is {self.whole:g}, expected 0: no number of steps is between {self.min_calls:g} and"
-                f" {min(self.max_calls, self.max_steps):g}"
+                f"whole is {self.whole:g}, expected 0: no number of steps is between {self.min_nfe:g} and"
+                f" {min(self.max_nfe, self.max_steps):g}"
             )
-        if self.max_steps * MIN_BUDGET > self.max_calls:
+        if self.max_steps * MIN_BUDGET > self.max_nfe:
             raise ValueError(
-                f"max_steps is {self.max_steps}, expected at most {int(self.max_calls / MIN_BUDGET)}:"
-                f" the smallest budget, {MIN_BUDGET:g}, leaves more than {self.max_calls:g} calls"
+                f"max_steps is {self.max_steps}, expected at most {int(self.max_nfe / MIN_BUDGET)}:"
+                f" the smallest budget, {MIN_BUDGET:g}, leaves more than {self.max_nfe:g} calls"
             )
 
     @property
     def whole_steps(self) -> range:
         """Numbers of steps that a generation with every block has."""
-        return range(math.ceil(self.min_calls), int(min(self.max_calls, self.max_steps)) + 1)
+        return range(math.ceil(self.min_nfe), int(min(self.max_nfe, self.max_steps)) + 1)
 
 
 @dataclass(kw_only=True)
 class FewStepTrainConfig(TrainConfig):
-    """Everything `scripts/train.py stage=updates` takes."""
+    """Everything `scripts/train.py stage=few_step` takes."""
 
-    stage: StageName = option(StageName.updates, "what to do")
+    stage: StageName = option(StageName.few_step, "what to do")
     latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
-    updates: UpdatesStageConfig = option(UpdatesStageConfig, "training of the routers' low-rank updates")
+    few_step: FewStepStageConfig = option(FewStepStageConfig, "training of the routers' few-step LoRA")
 
 
 def pipeline_config(model: Path) -> PipelineConfig:
@@ -148,41 +152,42 @@ def pipeline_config(model: Path) -> PipelineConfig:
     return found
 
 
-def attach_for_updates(dit: nn.Module, config: UpdatesStageConfig, guidance: float) -> ElasticSession:
-    """Put the routers of `config.model` on a model, with fresh updates in the place of what they may have, or with
-    these where they are to be `continued`, and fresh directions up to the rank; `guidance` is the pipeline's."""
+def attach_few_step(dit: nn.Module, config: FewStepStageConfig, guidance: float) -> ElasticSession:
+    """Put the routers of `config.model` on a model, with fresh few-step LoRA in the place of what they may have,
+    or with these where they are to be `continued`, and fresh directions up to the rank; `guidance` is the
+    pipeline's."""
     adapter, folder = adapter_for(dit), config.model / ROUTERS_NAME
     old: RouterConfig = load_router_config(folder, adapter.family)
-    if config.continued and not 0 < old.updates <= config.rank:
+    if config.continued and not 0 < old.few_step_rank <= config.rank:
         raise UserError(
-            f"updates.rank is {config.rank}, expected at least that of {folder} to go on, which is {old.updates}"
-            if old.updates
-            else f"updates.continued is true, but {folder} has no updates"
+            f"few_step.rank is {config.rank}, expected at least that of {folder} to go on, which is {old.few_step_rank}"
+            if old.few_step_rank
+            else f"few_step.continued is true, but {folder} has no few-step LoRA"
         )
     router = replace(
         old,
-        updates=config.rank,
-        updates_calls=config.max_calls,
-        updates_steps=config.max_steps,
-        updates_guidance=guidance if config.guidance else None,
+        few_step_rank=config.rank,
+        few_step_nfe=config.max_nfe,
+        few_step_max_steps=config.max_steps,
+        few_step_guidance=guidance if config.guidance else None,
         guided_times=config.guided_times,
     )
     session = attach_with(dit, adapter, router)
     path = find_weights(folder)
     trained, fresh = read_weights(path), router_state(dit)
-    updates = {key for key in trained if ".updates." in key}
+    few_step = {key for key in trained if ".few_step." in key}
     if config.continued:
-        trained |= {key: widened(trained[key], fresh[key]) for key in updates & fresh.keys()}
+        trained |= {key: widened(trained[key], fresh[key]) for key in few_step & fresh.keys()}
     else:
-        trained = {key: value for key, value in trained.items() if key not in updates}
+        trained = {key: value for key, value in trained.items() if key not in few_step}
     try:
         load_router_state(dit, fresh | trained)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     if config.continued:
         for block in session.blocks:
-            assert block.updates is not None
-            block.updates.rebase(config.max_calls / old.updates_calls)
+            assert block.few_step is not None
+            block.few_step.rebase(config.max_nfe / old.few_step_nfe)
     return session
 
 
@@ -196,13 +201,13 @@ def widened(trained: Tensor, fresh: Tensor) -> Tensor:
     return result
 
 
-class UpdatesObjective(nn.Module):
-    """Whole generations. Only the updates are parameters: the model and its routers stay as they are."""
+class FewStepObjective(nn.Module):
+    """Whole generations. Only the few-step LoRA is parameters: the model and its routers stay as they are."""
 
     weights: Tensor
 
     def __init__(
-        self, dit: ShapeDiT | SkipDiT, pipeline: PipelineConfig, config: UpdatesStageConfig, anchors: int
+        self, dit: ShapeDiT | SkipDiT, pipeline: PipelineConfig, config: FewStepStageConfig, anchors: int
     ) -> None:
         """`anchors`: how many channels of a latent, the first ones, are where it is."""
         super().__init__()
@@ -211,34 +216,34 @@ class UpdatesObjective(nn.Module):
         weights[:anchors] = config.anchor_weight
         self.register_buffer("weights", weights, persistent=False)
         dit.requires_grad_(False)
-        self.session = attach_for_updates(dit, config, pipeline.guidance)
+        self.session = attach_few_step(dit, config, pipeline.guidance)
         modules = router_modules(dit).items()
-        self.updates = nn.ModuleDict({name: part for name, part in modules if name.endswith("updates")})
+        self.few_step = nn.ModuleDict({name: part for name, part in modules if name.endswith("few_step")})
         for part in router_modules(dit).values():
             part.requires_grad_(False)
-        self.updates.requires_grad_(True)
+        self.few_step.requires_grad_(True)
         self._dit = (dit.eval(),)  # in a tuple: no part of the state dict, nor trained
         self._dense: dict[int, Tensor] = {}
 
     @property
     def dit(self) -> ShapeDiT | SkipDiT:
-        """The model with its routers, where the updates are."""
-        dit, device = self._dit[0], next(self.updates.parameters()).device
+        """The model with its routers, where the few-step LoRA is."""
+        dit, device = self._dit[0], next(self.few_step.parameters()).device
         return dit if next(dit.parameters()).device == device else dit.to(device)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """`noise` (B,N,C), `condition` (B,M,Cc), `pair` (B,), and for all the first one's `steps` and `calls` -> loss:
-        the mean logarithm of the relative squared errors, so that each number of calls counts the same."""
-        steps, calls = int(batch["steps"][0]), float(batch["calls"][0])
+        """`noise` (B,N,C), `condition` (B,M,Cc), `pair` (B,), and for all the first one's `steps` and `nfe` -> loss:
+        the mean logarithm of the relative squared errors, so that each NFE counts the same."""
+        steps, nfe = int(batch["steps"][0]), float(batch["nfe"][0])
         target = self.dense_results(batch)
-        budget = min(max(calls / steps, MIN_BUDGET), 1.0)
+        budget = min(max(nfe / steps, MIN_BUDGET), 1.0)
         found = self.generate(batch, steps, ElasticConfig(budget=budget))
         errors = relative_errors(found, target, self.weights)
         loss = (errors + self.config.floor).log().mean()
-        return loss, {"error": errors.detach().log().mean().exp(), "calls": batch["calls"][0]}
+        return loss, {"error": errors.detach().log().mean().exp(), "nfe": batch["nfe"][0]}
 
     def generate(self, batch: Batch, steps: int, settings: ElasticConfig) -> Tensor:
-        """Latents (B,N,C) in `steps` steps, with gradients to the updates where they are used."""
+        """Latents (B,N,C) in `steps` steps, with gradients to the few-step LoRA where they are used."""
         noise, before = batch["noise"], self.session.settings
         self.session.settings = settings
         try:
@@ -277,11 +282,11 @@ def relative_errors(found: Tensor, true: Tensor, weights: Tensor | float = 1.0) 
 class PairItems:
     """`pairs` pairs of a shape's view and noise, in a new order each round; a batch has one number of steps and calls.
 
-    Items: `noise` (N,C), `condition` (M,Cc), `pair`, `steps`, `calls` ()."""
+    Items: `noise` (N,C), `condition` (M,Cc), `pair`, `steps`, `nfe` ()."""
 
     shapes: PreparedShapes
     info: LatentInfo
-    config: UpdatesStageConfig
+    config: FewStepStageConfig
     batch: int
 
     def __post_init__(self) -> None:
@@ -295,12 +300,12 @@ class PairItems:
         config, rng = self.config, np.random.default_rng([seed, position // self.batch, 4])
         low, high = math.log(config.min_steps), math.log(config.max_steps + 1)
         steps = min(int(math.exp(rng.uniform(low, high))), config.max_steps)
-        calls = rng.uniform(min(config.min_calls, steps), min(config.max_calls, steps))
+        nfe = rng.uniform(min(config.min_nfe, steps), min(config.max_nfe, steps))
         if rng.random() < config.whole:
-            calls = steps = int(rng.choice(config.whole_steps))
+            nfe = steps = int(rng.choice(config.whole_steps))
         pair = self._shuffle(position, seed)
         # no fewer calls than the smallest budget leaves
-        values = {"pair": pair, "steps": steps, "calls": max(calls, MIN_BUDGET * steps)}
+        values = {"pair": pair, "steps": steps, "nfe": max(nfe, MIN_BUDGET * steps)}
         return self.draw(pair, seed) | {name: torch.tensor(value) for name, value in values.items()}
 
     def draw(self, pair: int, seed: int) -> Batch:
@@ -312,11 +317,11 @@ class PairItems:
         return {"noise": torch.from_numpy(noise), "condition": self.shapes.read(id, "tokens", view)}
 
 
-class UpdatesStage:
-    """What the loop needs to train updates."""
+class FewStepStage:
+    """What the loop needs to train few-step LoRA."""
 
     def __init__(self, config: FewStepTrainConfig) -> None:
-        self.config, options = config, config.updates
+        self.config, options = config, config.few_step
         self.info = LatentInfo.load(config.latents.output)
         pipeline = pipeline_config(options.model)
         if not (options.model / ROUTERS_NAME).is_dir():
@@ -327,7 +332,7 @@ class UpdatesStage:
             expected, found = dit.config.condition_channels, self.info.tokens[1]
             raise UserError(f"{options.model} has {expected} condition channels, but the cache has {found}")
         vae: VAEConfig = load_config(options.model / "vae", VAEConfig, "ShapeVAE")
-        self.flow = UpdatesObjective(dit, pipeline, options, vae.channels - vae.latent_channels)
+        self.flow = FewStepObjective(dit, pipeline, options, vae.channels - vae.latent_channels)
         self.objective: nn.Module = self.flow
         train, val = read_split(config.data.train), read_split(config.data.val)
         preload = TOKENS if config.data.preload else ()
@@ -349,27 +354,27 @@ class UpdatesStage:
         return record_of_shapes(self._train, self._val) | {"encoder": self.info.settings["encoder"]["kind"]}
 
     def validate(self) -> dict[str, float]:
-        """Geometric mean of the relative squared error to the dense results, with and without the updates."""
-        items = PairItems(self._val, self.info, replace(self.config.updates, pairs=len(self._val)), 1)
+        """Geometric mean of the relative squared error to the dense results, with and without the few-step LoRA."""
+        items = PairItems(self._val, self.info, replace(self.config.few_step, pairs=len(self._val)), 1)
         batch = stack([items.draw(pair, 0) for pair in range(len(self._val))])
-        device = next(self.flow.updates.parameters()).device
+        device = next(self.flow.few_step.parameters()).device
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         dense = ElasticConfig(elastic=False)
         if self._references is None:
-            self._references = self.flow.generate(batch, self.config.updates.reference_steps, dense)
+            self._references = self.flow.generate(batch, self.config.few_step.reference_steps, dense)
         values = {}
         for steps, budget in self._points():
-            for name, updates in (("updated", True), ("plain", False)):
-                found = self.flow.generate(batch, steps, ElasticConfig(budget=budget, updates=updates))
+            for name, few_step in (("updated", True), ("plain", False)):
+                found = self.flow.generate(batch, steps, ElasticConfig(budget=budget, few_step=few_step))
                 errors = relative_errors(found, self._references, self.flow.weights)
                 values[f"val/{name}_{steps}_at_{budget:g}"] = errors.log().mean().exp().item()
         return values
 
     def _points(self) -> Sequence[tuple[int, float]]:
         """Steps and budgets that are validated: those of which few enough calls are left."""
-        options = self.config.updates
-        found = [(s, b) for s, b in VALIDATED if s * b <= options.max_calls and s <= options.max_steps]
-        return found or [(options.max_steps, max(options.max_calls / options.max_steps, MIN_BUDGET))]
+        options = self.config.few_step
+        found = [(s, b) for s, b in VALIDATED if s * b <= options.max_nfe and s <= options.max_steps]
+        return found or [(options.max_steps, max(options.max_nfe / options.max_steps, MIN_BUDGET))]
 
     def samples(self) -> dict[str, np.ndarray]:
         """None: latents alone are looked at."""

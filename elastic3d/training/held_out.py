@@ -1,7 +1,7 @@
 """What a model makes of held-out shapes, and the baseline it has to beat, as folders of meshes.
 
-`<output>/gt`, `images`, `reconstruction` (through the VAE alone), `seed-<s>` (from the picture) and `nearest`: the
-training shape whose views are most like the picture, by cosine similarity of the image encoder's global feature. It
+`<output>/gt`, `images`, `reconstruction` (through the VAE alone), `seed-<s>` (from the image) and `nearest`: the
+training shape whose views are most like the image, by cosine similarity of the image encoder's global feature. It
 is the baseline that single-image reconstruction most often fails to beat (Tatarchenko et al., 1905.03678).
 """
 
@@ -24,7 +24,7 @@ from elastic3d.geometry.mesh_io import load_mesh, save_mesh
 from elastic3d.geometry.normalize import normalize_mesh
 from elastic3d.geometry.options import CleanupConfig
 from elastic3d.geometry.solid import solidify
-from elastic3d.models.foreground import prepare_picture, to_tensor
+from elastic3d.models.foreground import prepare_image, to_tensor
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
@@ -32,7 +32,7 @@ from elastic3d.preparation.options import PrepareConfig
 from elastic3d.preparation.prepare import open_source
 from elastic3d.training.datasets import PreparedShapes, item_generator, read_split
 from elastic3d.training.latents import stored_views
-from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture, on_white
+from elastic3d.training.samples import contact_sheet, field_meshes, mesh_image, on_white
 from elastic3d.training.vae import VAEItems, VAEStageConfig
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import atomic_path
@@ -40,7 +40,7 @@ from elastic3d.utils.options import Options, option
 from elastic3d.utils.tensors import read_weights, save_weights
 
 SHEET_SHAPES = 64
-PICTURE_SIZE = 128
+IMAGE_SIZE = 128
 
 
 @dataclass(kw_only=True)
@@ -148,10 +148,10 @@ def _write_generated(
     folder = config.output / f"seed-{seed}"
     options = {"steps": config.steps, "guidance": config.guidance, "resolution": config.resolution}
     for batch in _missing(shapes.ids, folder, config):
-        pictures = [config.output / "images" / f"{stem(id)}.png" for id in batch]
-        for id, result in zip(batch, pipeline(pictures, seed, **options), strict=True):
+        images = [config.output / "images" / f"{stem(id)}.png" for id in batch]
+        for id, result in zip(batch, pipeline(images, seed, **options), strict=True):
             if result.error is None:  # a failed sample leaves no file and counts as failed when it is scored
-                save_mesh(result.mesh, folder / f"{stem(id)}.glb", result.receipt)
+                save_mesh(result.mesh, folder / f"{stem(id)}.glb", result.metadata)
 
 
 def _write_nearest(pipeline: ImageTo3DPipeline, shapes: PreparedShapes, config: HeldOutConfig) -> None:
@@ -163,18 +163,18 @@ def _write_nearest(pipeline: ImageTo3DPipeline, shapes: PreparedShapes, config: 
     solid = _solids(config)
     for batch in _missing(shapes.ids, folder, config):
         for id in batch:
-            picture = Image.open(config.output / "images" / f"{stem(id)}.png")
-            similarity = (bank @ features([picture])[0]).amax(dim=1)
+            image = Image.open(config.output / "images" / f"{stem(id)}.png")
+            similarity = (bank @ features([image])[0]).amax(dim=1)
             found = names[int(similarity.argmax())]
             save_mesh(solid(found), folder / f"{stem(id)}.glb", {"nearest": found})
 
 
 def _features(pipeline: ImageTo3DPipeline) -> Callable[[Sequence[Image.Image]], Tensor]:
-    """Pictures -> unit global features (V, 1280)."""
+    """Images -> unit global features (V, 1280)."""
     encoder, foreground = pipeline.encoder, ForegroundConfig().for_encoder(pipeline.encoder.config)
 
-    def features(pictures: Sequence[Image.Image]) -> Tensor:
-        ready = [prepare_picture(picture, foreground, encoder.image_size) for picture in pictures]
+    def features(images: Sequence[Image.Image]) -> Tensor:
+        ready = [prepare_image(image, foreground, encoder.image_size) for image in images]
         found = encoder.pooled(to_tensor(ready).to(pipeline.device)).float().cpu()
         return torch.nn.functional.normalize(found, dim=-1)
 
@@ -228,12 +228,12 @@ def write_sheet(ids: Sequence[str], config: HeldOutConfig) -> None:
     folders = ([f"seed-{config.seeds[0]}"] if config.seeds else ["reconstruction"]) + ["gt", "nearest"]
     cells = []
     for id in chosen:
-        view = Image.open(config.output / "images" / f"{stem(id)}.png").resize((PICTURE_SIZE, PICTURE_SIZE))
+        view = Image.open(config.output / "images" / f"{stem(id)}.png").resize((IMAGE_SIZE, IMAGE_SIZE))
         paths = [config.output / folder / f"{stem(id)}.glb" for folder in folders]
         meshes = [load_mesh(path) if path.is_file() else None for path in paths]  # white where one failed
-        cells.append([on_white(np.asarray(view)), *(mesh_picture(mesh, PICTURE_SIZE) for mesh in meshes)])
+        cells.append([on_white(np.asarray(view)), *(mesh_image(mesh, IMAGE_SIZE) for mesh in meshes)])
     blank = [np.full_like(cells[0][0], 255)] * len(cells[0])
     cells += [blank] * (-len(cells) % 4)
-    rows = [[picture for cell in cells[i : i + 4] for picture in cell] for i in range(0, len(cells), 4)]
+    rows = [[image for cell in cells[i : i + 4] for image in cell] for i in range(0, len(cells), 4)]
     with atomic_path(config.output / "sheet.png") as path:
         Image.fromarray(contact_sheet(rows)).save(path)

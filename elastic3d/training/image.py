@@ -1,4 +1,4 @@
-"""The small text-to-image model: flow matching on cached pictures."""
+"""The small text-to-image model: flow matching on cached images."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from elastic3d.pipelines.pixel_flux import (
     build_transformer,
 )
 from elastic3d.training.datasets import Batch, Shuffle, item_generator, stack
+from elastic3d.training.image_cache import ImageCache, build_image_cache, text_of
+from elastic3d.training.image_data import ImageDataConfig
 from elastic3d.training.options import StageName, TrainConfig
-from elastic3d.training.picture_cache import PictureCache, build_picture_cache, text_of
-from elastic3d.training.pictures import PictureConfig
 from elastic3d.training.runtime import first_process_first
 from elastic3d.training.samples import contact_sheet
 from elastic3d.utils.options import Options, option
 
 
 @dataclass(kw_only=True)
-class PictureFlowConfig(Options):
+class ImageFlowConfig(Options):
     """How timesteps are drawn."""
 
     logit_normal: bool = option(True, "timesteps from a logit-normal distribution; false: uniform")
@@ -37,16 +37,16 @@ class PictureFlowConfig(Options):
 
 
 @dataclass(kw_only=True)
-class ImageStageConfig(PictureConfig, PictureFlowConfig):
-    """Pictures with captions, and the model that learns from them."""
+class ImageStageConfig(ImageDataConfig, ImageFlowConfig):
+    """Images with captions, and the model that learns from them."""
 
     model: PixelModelConfig = option(PixelModelConfig, "architecture")
     drop_caption: float = option(
         0.1, "share of samples without caption (classifier-free guidance)", ge=0, le=1
     )
-    val_pictures: int = option(128, "pictures to validate on", ge=1, le=1 << 20)
-    sample_pictures: int = option(8, "sample pictures", ge=1, le=1 << 16)
-    sample_steps: int = option(25, "sampling steps of the sample pictures", ge=1, le=1000)
+    val_images: int = option(128, "images to validate on", ge=1, le=1 << 20)
+    sample_images: int = option(8, "sample images", ge=1, le=1 << 16)
+    sample_steps: int = option(25, "sampling steps of the sample images", ge=1, le=1000)
     sample_guidance: float = option(3.0, "their guidance", ge=0, le=100)
 
 
@@ -55,20 +55,20 @@ class ImageTrainConfig(TrainConfig):
     """Everything `scripts/train.py stage=image` takes."""
 
     stage: StageName = option(StageName.image, "what to do")
-    image: ImageStageConfig = option(ImageStageConfig, "pictures with captions")
+    image: ImageStageConfig = option(ImageStageConfig, "images with captions")
 
     def network(self) -> nn.Module:
         """The transformer."""
         return build_transformer(self.image.model)
 
     def sample_bytes(self) -> int:
-        """The picture's and the prompt's tokens in every block."""
+        """The image's and the prompt's tokens in every block."""
         model = self.image.model
         tokens = (model.size // model.patch) ** 2 + model.text_length
         return 2 * model.width * tokens * (model.double_blocks + model.single_blocks)
 
 
-class PictureFlow(nn.Module):
+class ImageFlow(nn.Module):
     """Flow matching: mean squared error of the velocity (2210.02747)."""
 
     def __init__(self, backbone: Backbone, size: int, guidance: float) -> None:
@@ -90,19 +90,19 @@ class PictureFlow(nn.Module):
 
 
 @dataclass
-class PictureItems:
+class ImageItems:
     """Items: `latents`, `noise` (N,C), `t` (), `text/<name>`, that of the unconditional branch where it is dropped."""
 
-    pictures: PictureCache
-    config: PictureFlowConfig
+    images: ImageCache
+    config: ImageFlowConfig
     drop_caption: float
 
     def __post_init__(self) -> None:
-        self._shuffle = Shuffle(len(self.pictures))
-        self._negative = {f"text/{name}": value[0] for name, value in self.pictures.negative().items()}
+        self._shuffle = Shuffle(len(self.images))
+        self._negative = {f"text/{name}": value[0] for name, value in self.images.negative().items()}
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def item(self, position: int, seed: int) -> Batch:
         """Item `position` of the shuffled stream."""
@@ -115,13 +115,13 @@ class PictureItems:
         return item
 
     def draw(self, index: int, caption: int, rng: np.random.Generator) -> Batch:
-        """A picture, noise, and one of its captions."""
-        item = self.pictures.read(index, caption)
+        """An image, noise, and one of its captions."""
+        item = self.images.read(index, caption)
         noise = rng.standard_normal(tuple(item["latents"].shape), dtype=np.float32)
         return {**item, "noise": torch.from_numpy(noise)}
 
     def fixed(self, count: int) -> Batch:
-        """The first `count` pictures with their first captions, the same noise every time."""
+        """The first `count` images with their first captions, the same noise every time."""
         return stack([self.draw(i, 0, item_generator(0, i)) for i in range(min(count, len(self)))])
 
 
@@ -134,18 +134,18 @@ class ImageStage:
             with quiet():
                 text = MiniLM(image.model.text_length)
             encoder = SmallBackbone(PixelFluxPipeline.build(image.model, None, text))
-            build_picture_cache(image, config.data, encoder, config.seed)
+            build_image_cache(image, config.data, encoder, config.seed)
         self.dit = build_transformer(image.model)
         self.backbone = SmallBackbone(PixelFluxPipeline.build(image.model, self.dit, None))
-        self.flow = PictureFlow(self.backbone, image.model.size, image.model.guidance)
+        self.flow = ImageFlow(self.backbone, image.model.size, image.model.guidance)
         self.objective: nn.Module = self.flow
-        self._train = PictureCache(image.cache, "train")
-        self._val = PictureCache(image.cache, "val", image.val_pictures)
-        self._items = PictureItems(self._train, image, image.drop_caption)
-        self._val_items = PictureItems(self._val, image, 0.0)
+        self._train = ImageCache(image.cache, "train")
+        self._val = ImageCache(image.cache, "val", image.val_images)
+        self._items = ImageItems(self._train, image, image.drop_caption)
+        self._val_items = ImageItems(self._val, image, 0.0)
 
-    def items(self) -> PictureItems:
-        """Cached training pictures, shuffled."""
+    def items(self) -> ImageItems:
+        """Cached training images, shuffled."""
         return self._items
 
     def rate_factor(self, name: str) -> float:
@@ -155,13 +155,13 @@ class ImageStage:
     def record(self) -> dict[str, Any]:
         """What the run trains on."""
         return {
-            "train_pictures": len(self._train),
-            "val_pictures": len(self._val),
-            "pictures": self._train.settings,
+            "train_images": len(self._train),
+            "val_images": len(self._val),
+            "images": self._train.settings,
         }
 
     def validate(self, batch: int = 32) -> dict[str, float]:
-        """Velocity error on validation pictures at fixed noise and even times, with and without caption."""
+        """Velocity error on validation images at fixed noise and even times, with and without caption."""
         device, whole = next(self.dit.parameters()).device, self._val_items.fixed(len(self._val))
         count = len(whole["latents"])
         whole["t"] = (7 * torch.arange(count) % count + 0.5) / count
@@ -176,9 +176,9 @@ class ImageStage:
         return {"val/flow": means[0], "val/flow_without_caption": means[1]}
 
     def samples(self) -> dict[str, np.ndarray]:
-        """Rows of validation pictures: the picture, what is generated from its caption."""
+        """Rows of validation images: the image, what is generated from its caption."""
         image = self.config
-        items = self._val_items.fixed(image.sample_pictures)
+        items = self._val_items.fixed(image.sample_images)
         latents = generate_latents(
             self.backbone,
             text_of(items),
@@ -187,7 +187,7 @@ class ImageStage:
             image.sample_steps,
             image.sample_guidance,
         )
-        return {"generated": picture_sheet(self.backbone, [items["latents"], latents], self.flow.size)}
+        return {"generated": image_sheet(self.backbone, [items["latents"], latents], self.flow.size)}
 
 
 def generate_latents(
@@ -217,13 +217,13 @@ def generate_latents(
     )[0].float()
 
 
-def picture_sheet(backbone: Backbone, rows: list[Tensor], size: tuple[int, int]) -> np.ndarray:
-    """Rows of latents (B,N,C) as one picture."""
+def image_sheet(backbone: Backbone, rows: list[Tensor], size: tuple[int, int]) -> np.ndarray:
+    """Rows of latents (B,N,C) as one image."""
     device = next(backbone.pipe.vae.parameters(), torch.zeros(0)).device
     sheet = []
     for row in rows:
-        pictures = backbone.decode(row.to(device), size).float().clamp(0, 1)
-        sheet.append(list((255 * pictures).round().byte().permute(0, 2, 3, 1).cpu().numpy()))
+        images = backbone.decode(row.to(device), size).float().clamp(0, 1)
+        sheet.append(list((255 * images).round().byte().permute(0, 2, 3, 1).cpu().numpy()))
     return contact_sheet(sheet)
 
 

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a progress bar, `metrics.jsonl`, TensorBoard scalars and pictures."""
+"""What a run tells while it trains: a progress bar, `metrics.jsonl`, TensorBoard scalars and images."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Journal:
         shown = {name: f"{value:.4g}" for name, value in values.items() if name in ("loss", "learning_rate")}
         self._bar.set_postfix(shown, refresh=False)
 
-    def pictures(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Record pictures (H,W,3) uint8, in TensorBoard and as PNG under `samples/`."""
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Record images (H,W,3) uint8, in TensorBoard and as PNG under `samples/`."""
         if not self.active:
             return
         (self.folder / "samples").mkdir(exist_ok=True)

@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.errors import UserError
-from elastic3d.models.foreground import prepare_picture, to_tensor
+from elastic3d.models.foreground import prepare_image, to_tensor
 from elastic3d.models.image_encoder import ImageEncoder, build_image_encoder
+from elastic3d.models.images import IMAGE_SUFFIXES, load_image
 from elastic3d.models.options import ForegroundConfig, ImageEncoderConfig
-from elastic3d.models.pictures import PICTURE_SUFFIXES, load_picture
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.sizes import require_memory
 from elastic3d.models.weights import WEIGHTS_NAME
@@ -67,7 +67,7 @@ class LatentsConfig(LatentCacheConfig):
     variants: int = option(4, "encodings a shape, each of other surface points", ge=1, le=1 << 16)
     views: int = option(6, "condition views a shape, spread over those that were rendered", ge=1, le=1 << 16)
     images: Path | None = option(
-        None, "pictures of the shapes, named as their meshes; a shape without one keeps its rendered views"
+        None, "images of the shapes, named as their meshes; a shape without one keeps its rendered views"
     )
     augment: bool = option(
         False, "training views as people give them: shadows, compression, low resolution, other exposures"
@@ -161,7 +161,7 @@ def build_cache(config: CacheConfig) -> LatentInfo:
     plan = list(_plan(config.data.prepared, wanted))
     if not plan:
         raise UserError(nothing_prepared(len(wanted), config.data.prepared))
-    builder.check_pictures(wanted)
+    builder.check_images(wanted)
     builder.claim()
     sums: list[dict[str, Any]] = []
     with tqdm(total=sum(len(ids) for _, ids in plan), desc="cache", unit="shape", dynamic_ncols=True) as bar:
@@ -226,10 +226,10 @@ class _Builder:
             self.statistics = statistics_of(config.init_from)
             self.settings["statistics_of"] = str(config.init_from)
         tqdm.write(f"latents of {self.config.vae} -> {self.config.output}", file=sys.stderr)
-        self.pictures: dict[str, list[Path]] = {}
+        self.images: dict[str, list[Path]] = {}
         if self.config.images is not None:
             self.settings["images"] = str(self.config.images)
-            self.pictures = named_pictures(self.config.images)
+            self.images = named_images(self.config.images)
 
     def claim(self) -> None:
         """Note what the cache is made with before anything else is there; refuse a folder made otherwise."""
@@ -245,18 +245,18 @@ class _Builder:
         else:
             save_json(self.settings, path)
 
-    def check_pictures(self, wanted: set[str]) -> None:
-        """Say how many shapes have pictures of their own; UserError if none has, though there is a folder."""
-        if not self.pictures:
+    def check_images(self, wanted: set[str]) -> None:
+        """Say how many shapes have images of their own; UserError if none has, though there is a folder."""
+        if not self.images:
             return
-        known = [id for id in sorted(wanted) if id.partition("/")[2] in self.pictures]
+        known = [id for id in sorted(wanted) if id.partition("/")[2] in self.images]
         if not known:
-            name, first = min(wanted).partition("/")[2], min(self.pictures)
+            name, first = min(wanted).partition("/")[2], min(self.images)
             raise UserError(
-                f"no shape has a picture in latents.images={self.config.images}: expected names such as {name}.png,"
-                f" but the first there is {self.pictures[first][0].name}"
+                f"no shape has an image in latents.images={self.config.images}: expected names such as {name}.png,"
+                f" but the first there is {self.images[first][0].name}"
             )
-        tqdm.write(f"{len(known)} of {len(wanted)} shapes have pictures of their own", file=sys.stderr)
+        tqdm.write(f"{len(known)} of {len(wanted)} shapes have images of their own", file=sys.stderr)
 
     def write(self, shapes: PreparedShapes, target: Path, train: set[str], bar: tqdm[Any]) -> None:
         """Encode the shapes of one prepared shard; the sums for the statistics go into a file beside."""
@@ -306,22 +306,22 @@ class _Builder:
     def _look(self, shapes: PreparedShapes, id: str, training: bool) -> Tensor:
         """Tokens (V,M,Cc) of the shape's own images or its rendered views; of some twice where there are fewer."""
         config, views = self.config, self.config.views
-        found = self.pictures.get(id.partition("/")[2]) or stored_views(shapes, id)
+        found = self.images.get(id.partition("/")[2]) or stored_views(shapes, id)
         halves = 2 if config.mirror and training else 1
         places = [i * len(found) // (views // halves) for i in range(views // halves)] * halves
         chosen = [(place, halves == 2 and 2 * i >= views) for i, place in enumerate(places)]
         changed = config.augment and training
         # an augmented view is another one each time; an unchanged one is encoded once
         used = list(enumerate(chosen)) if changed else [(0, pair) for pair in sorted(set(chosen))]
-        pictures = []
+        images = []
         for index, (place, flip) in used:
             view: Image.Image | Path = found[place]
             if changed:
-                view = augment_view(load_picture(view), np.random.default_rng([shape_number(id), index, 6]))
+                view = augment_view(load_image(view), np.random.default_rng([shape_number(id), index, 6]))
             if flip:
-                view = load_picture(view).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            pictures.append(prepare_picture(view, self.foreground, self.encoder.image_size))
-        tokens = self.encoder(to_tensor(pictures).to(self.device)).cpu()
+                view = load_image(view).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            images.append(prepare_image(view, self.foreground, self.encoder.image_size))
+        tokens = self.encoder(to_tensor(images).to(self.device)).cpu()
         return tokens if changed else tokens[[used.index((0, pair)) for pair in chosen]]
 
     def finish(self, sums: list[dict[str, Any]]) -> LatentInfo:
@@ -355,16 +355,16 @@ def mirrored(points: Tensor) -> Tensor:
     return flipped
 
 
-def named_pictures(folder: Path) -> dict[str, list[Path]]:
-    """Every picture below a folder, by the id that a mesh of that name has (see `FolderSource`)."""
+def named_images(folder: Path) -> dict[str, list[Path]]:
+    """Every image below a folder, by the id that a mesh of that name has (see `FolderSource`)."""
     if not folder.is_dir():
-        raise UserError(f"latents.images={folder} is no folder, expected one with pictures")
+        raise UserError(f"latents.images={folder} is no folder, expected one with images")
     found: dict[str, list[Path]] = {}
     for path in visible_files(folder):
-        if path.suffix.lower() in PICTURE_SUFFIXES:
+        if path.suffix.lower() in IMAGE_SUFFIXES:
             found.setdefault("--".join(path.relative_to(folder).with_suffix("").parts), []).append(path)
     if not found:
-        raise UserError(f"latents.images={folder} holds no picture, expected {', '.join(PICTURE_SUFFIXES)}")
+        raise UserError(f"latents.images={folder} holds no image, expected {', '.join(IMAGE_SUFFIXES)}")
     return found
 
 

@@ -71,7 +71,7 @@ class Stage(Protocol):
         ...
 
     def samples(self) -> dict[str, np.ndarray]:
-        """Pictures (H,W,3) uint8 by name."""
+        """Images (H,W,3) uint8 by name."""
         ...
 
 
@@ -218,7 +218,7 @@ class _Run:
         return dict(zip(names, reduced.tolist(), strict=True))
 
     def _look(self) -> None:
-        """Validation and pictures, with averaged weights, on the main process."""
+        """Validation and images, with averaged weights, on the main process."""
         last = self.step == self.config.steps
         validate = bool(self.config.validate_every) and (last or self._due(self.config.validate_every))
         draw = bool(self.config.sample_every) and (last or self._due(self.config.sample_every))
@@ -239,7 +239,7 @@ class _Run:
                 shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
                 self.journal.say(f"step {self.step}: {shown}")
             if draw:
-                self.journal.pictures(self.step, self.stage.samples())
+                self.journal.images(self.step, self.stage.samples())
         self.stage.objective.train()
 
     def _stop_reason(self, signals: list[str]) -> str:

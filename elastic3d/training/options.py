@@ -26,7 +26,7 @@ class StageName(Enum):
     image = "image"
     router = "router"
     image_router = "image_router"
-    updates = "updates"
+    few_step = "few_step"
     export = "export"
     calibrate = "calibrate"
 
@@ -108,7 +108,7 @@ class LoopConfig(StageConfig):
     )
     log_every: int = option(20, "steps between scalars", ge=1, le=MAX_STEPS)
     validate_every: int = option(500, "steps between validations; 0 never validates", ge=0, le=MAX_STEPS)
-    sample_every: int = option(2000, "steps between sample pictures; 0 never draws any", ge=0, le=MAX_STEPS)
+    sample_every: int = option(2000, "steps between sample images; 0 never draws any", ge=0, le=MAX_STEPS)
     save_every: int = option(500, "steps between checkpoints", ge=1, le=MAX_STEPS)
     keep: int = option(2, "newest checkpoints to keep", ge=1, le=1 << 20)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from elastic3d.errors import UserError
-from elastic3d.training.pictures import PictureSource
+from elastic3d.training.image_data import ImageSource
 from elastic3d.utils.files import atomic_path
 
 SIDE = 64  # pixels at which a view's colour is named
@@ -27,7 +27,7 @@ def write_prompts(prompts: Sequence[str], path: Path) -> None:
 
 
 def held_out_prompts(
-    source: PictureSource, count: int, fits: Callable[[str], bool] = lambda prompt: True
+    source: ImageSource, count: int, fits: Callable[[str], bool] = lambda prompt: True
 ) -> list[str]:
     """So many different captions: of every group, in a random but fixed order, the longest that fits of one view.
 
@@ -37,8 +37,8 @@ def held_out_prompts(
     found: dict[str, None] = {}
     generator = np.random.default_rng(0)
     for index in generator.permutation(len(source)).tolist():
-        pictures = source.load(index, SIDE)
-        captions = pictures[int(generator.integers(len(pictures)))].captions
+        images = source.load(index, SIDE)
+        captions = images[int(generator.integers(len(images)))].captions
         fitting = [caption for caption in sorted(captions, key=len, reverse=True) if fits(caption)]
         if fitting:
             found[fitting[0]] = None

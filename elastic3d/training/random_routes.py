@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from elastic3d.elastic import attach
-from elastic3d.elastic.config import ElasticConfig, Lookahead, RouterConfig
+from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import Branch, StepContext
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.utils.options import Options, option
@@ -111,7 +111,7 @@ class RandomRoutes:
     alike = False
 
     def __init__(self, model: nn.Module) -> None:
-        self.session = attach(model, RouterConfig(lookahead=Lookahead.block, widths=WIDTHS, longest=0))
+        self.session = attach(model, RouterConfig(scope=Scope.block, widths=WIDTHS, longest=0))
         self.session.source = self
         self.session.settings = ElasticConfig(elastic=False)
         self._routes = torch.zeros(0, 0)

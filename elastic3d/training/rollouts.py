@@ -25,7 +25,14 @@ from elastic3d.models.skip_dit import load_dit
 from elastic3d.models.weights import WEIGHTS_NAME
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME
 from elastic3d.pipelines.runtime import resolve_device
-from elastic3d.training.datasets import Batch, PreparedShapes, item_generator, nothing_prepared, read_split, stack
+from elastic3d.training.datasets import (
+    Batch,
+    PreparedShapes,
+    item_generator,
+    nothing_prepared,
+    read_split,
+    stack,
+)
 from elastic3d.training.dit import DiTStageConfig, LatentItems
 from elastic3d.training.latents import LatentCacheConfig, LatentInfo, shape_number
 from elastic3d.training.options import DataConfig, StageConfig, StageName
@@ -43,8 +50,12 @@ class RolloutsConfig(Options):
     output: Path = option(Path("data/prepared/rollouts"), "folder of the rollouts")
     model: Path = option(Path("data/pretrained/shape-small"), "folder of the pipeline whose DiT makes them")
     samples: int = option(8, "rollouts a shape, of even times", ge=1, le=1 << 16)
-    earliest: float = option(0.0, "earliest time they start from; 0 is noise alone, 1 true latents", ge=0, le=1)
-    steps: int = option(10, "sampling steps of a whole generation; a rollout has those after its start", ge=1, le=1000)
+    earliest: float = option(
+        0.0, "earliest time they start from; 0 is noise alone, 1 true latents", ge=0, le=1
+    )
+    steps: int = option(
+        10, "sampling steps of a whole generation; a rollout has those after its start", ge=1, le=1000
+    )
     batch: int = option(16, "shapes at once", ge=1, le=4096)
 
 
@@ -119,7 +130,9 @@ class _Builder:
             part = items.shapes.ids[first : first + size]
             rows = [self._roll(items, part, sample) for sample in range(self.options.samples)]
             whole = {name: torch.stack([row[name] for row in rows], dim=1) for name in ROLLOUTS}
-            found |= {f"{id.partition('/')[2]}/{n}": whole[n][i] for i, id in enumerate(part) for n in ROLLOUTS}
+            found |= {
+                f"{id.partition('/')[2]}/{n}": whole[n][i] for i, id in enumerate(part) for n in ROLLOUTS
+            }
         return found
 
     def _roll(self, items: LatentItems, ids: Sequence[str], sample: int) -> Batch:

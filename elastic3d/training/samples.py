@@ -1,4 +1,4 @@
-"""Pictures of meshes for the training record."""
+"""Images of meshes for the training record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def field_meshes(vae: ShapeVAE, latents: Tensor, resolution: int) -> list[trimes
     return [mesh if isinstance(mesh, trimesh.Trimesh) else None for mesh in meshes]
 
 
-def mesh_picture(mesh: trimesh.Trimesh | None, size: int = 160) -> np.ndarray:
+def mesh_image(mesh: trimesh.Trimesh | None, size: int = 160) -> np.ndarray:
     """A view from the front right (size, size, 3) uint8 on white; white where there is no mesh."""
     if mesh is None:
         return np.full((size, size, 3), 255, np.uint8)
@@ -37,5 +37,5 @@ def on_white(rgba: np.ndarray) -> np.ndarray:
 
 
 def contact_sheet(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Pictures of one size (H,W,3) in rows of one length -> one picture."""
+    """Images of one size (H,W,3) in rows of one length -> one image."""
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)

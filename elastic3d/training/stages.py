@@ -31,7 +31,7 @@ _STAGES = {
     StageName.image: ("image", "ImageTrainConfig", "ImageStage"),
     StageName.router: ("elastic", "RouterTrainConfig", "RouterStage"),
     StageName.image_router: ("elastic_image", "ImageRouterTrainConfig", "ImageRouterStage"),
-    StageName.updates: ("few_step", "FewStepTrainConfig", "UpdatesStage"),
+    StageName.few_step: ("few_step", "FewStepTrainConfig", "FewStepStage"),
     StageName.export: ("export", "ExportStageConfig", "export_run"),
     StageName.calibrate: ("calibrate", "CalibrateConfig", "calibrate_exported"),
 }

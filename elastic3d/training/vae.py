@@ -26,7 +26,7 @@ from elastic3d.training.datasets import (
     stack,
 )
 from elastic3d.training.options import StageName, TrainConfig
-from elastic3d.training.samples import contact_sheet, field_meshes, mesh_picture
+from elastic3d.training.samples import contact_sheet, field_meshes, mesh_image
 from elastic3d.utils.options import Options, option
 
 STORED = ("surface", "sharp", "near", "volume")
@@ -121,7 +121,7 @@ class VAEStageConfig(SurfaceConfig, FieldLossConfig):
     )
     val_shapes: int = option(64, "shapes to validate on", ge=1, le=1 << 20)
     val_queries: int = option(4096, "field queries of each kind for a validation shape", ge=1, le=MAX_POINTS)
-    sample_resolution: int = option(64, "grid cells a side of the sample pictures", ge=8, le=512)
+    sample_resolution: int = option(64, "grid cells a side of the sample images", ge=8, le=512)
 
     def check(self) -> None:
         """There is a query; an encoder that learns is not left out."""
@@ -249,7 +249,8 @@ class VAEItems:
 
 @dataclass
 class RolloutItems:
-    """Items: `latents`, `true` (N,C), `points` (Q,3), `distance` (Q,): what a DiT made of a shape, and its own field."""
+    """Items: `latents`, `true` (N,C), `points` (Q,3), `distance` (Q,): what a DiT made of a shape, and its own
+    field."""
 
     shapes: PreparedShapes
     rollouts: PreparedShapes
@@ -309,7 +310,8 @@ class VAEObjective(nn.Module):
         return loss, values
 
     def _latents(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What is decoded (B,N,C): a DiT's, or a draw from the posterior (by `noise`) and its mean KL; with `errors`."""
+        """What is decoded (B,N,C): a DiT's, or a draw from the posterior (by `noise`) and its mean KL; with
+        `errors`."""
         if "latents" in batch:
             return batch["latents"], None
         posterior = self.vae.encode(batch["surface"], batch.get("sharp"), batch.get("offsets"))
@@ -379,7 +381,9 @@ class VAEStage:
             made = self._val_rollouts
             count = len(made.rollouts.read(made.rollouts.ids[0], "mirrored"))
             items = [
-                made.draw(id, i % count, self._queries(number := self._val.ids.index(id), item_generator(0, number)))
+                made.draw(
+                    id, i % count, self._queries(number := self._val.ids.index(id), item_generator(0, number))
+                )
                 for i, id in enumerate(made.rollouts.ids)
             ]
             values |= {f"{name}_of_rollouts": value for name, value in self._scores(items, batch).items()}
@@ -410,7 +414,7 @@ class VAEStage:
         posterior = self.vae.encode(items["surface"].to(device), _to(items.get("sharp"), device))
         latents = self.vae.to_latents(posterior.mean)
         meshes = field_meshes(self.vae, latents, self.config.sample_resolution)
-        return {"reconstruction": contact_sheet([[mesh_picture(mesh) for mesh in meshes]])}
+        return {"reconstruction": contact_sheet([[mesh_image(mesh) for mesh in meshes]])}
 
     def _field(self, batch: Batch) -> Tensor:
         latents = batch.get("latents")

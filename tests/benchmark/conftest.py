@@ -12,7 +12,7 @@ import torch
 import trimesh
 from PIL import Image
 from tiny_images import save_tiny_small
-from tiny_pipeline import save_picture, tiny_pipeline
+from tiny_pipeline import save_image, tiny_pipeline
 
 from elastic3d.benchmark.config import (
     CacheName,
@@ -43,7 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     attach(pipeline.dit, RouterConfig(initial_keep=0.5, initial_width_bias=0, head_std=3.0))
     pipeline.save_pretrained(root / "model")
     for name, colour in (("a", "maroon"), ("b", "navy"), ("c", "gold")):
-        save_picture(root / "images" / f"{name}.png", colour, 10 * len(name) + ord(name) % 3 * 15)
+        save_image(root / "images" / f"{name}.png", colour, 10 * len(name) + ord(name) % 3 * 15)
         (root / "gt").mkdir(exist_ok=True)
         trimesh.creation.icosphere(2, radius=0.7).export(root / "gt" / f"{name}.ply")
     return root

@@ -1,4 +1,4 @@
-"""PSNR, SSIM and feature distance of pictures against slow, direct computations."""
+"""PSNR, SSIM and feature distance of images against slow, direct computations."""
 
 from __future__ import annotations
 
@@ -63,16 +63,16 @@ def test_scores_equal_the_formulas(features):
     assert found["psnr"][2] == 100 and found["ssim"][2] == pytest.approx(1) and found["feature"][2] == 0
 
 
-def test_pictures_smaller_than_the_window_have_no_ssim(features):
+def test_images_smaller_than_the_window_have_no_ssim(features):
     small = np.zeros((1, 8, 8, 3), np.uint8)
     maps = features.maps(small)[0]
     assert np.isnan(compare_images(small, small, (maps, maps))["ssim"]).all()
 
 
 def test_maps_are_one_a_resolution_and_pooled_is_the_encoders(features):
-    pictures = np.random.default_rng(1).integers(256, size=(2, 32, 32, 3), dtype=np.uint8)
-    maps, pooled = features.maps(pictures)
+    images = np.random.default_rng(1).integers(256, size=(2, 32, 32, 3), dtype=np.uint8)
+    maps, pooled = features.maps(images)
     assert [each.shape[-1] for each in maps] == [16, 8, 4, 2, 1] and maps[-1].shape[1] == 320
-    np.testing.assert_allclose(pooled, features.pooled(pictures), rtol=1e-5, atol=1e-6)
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+    np.testing.assert_allclose(pooled, features.pooled(images), rtol=1e-5, atol=1e-6)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
     np.testing.assert_allclose(pooled, features.network.pooled(images).numpy(), rtol=1e-4, atol=1e-5)

@@ -67,8 +67,8 @@ def test_every_method_is_a_row_with_every_number(done):
     with (output / "results.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
     for name in ("pareto", "blocks", "sheet"):
-        with Image.open(output / f"{name}.png") as picture:
-            assert picture.width > 100 and len(picture.getcolors(1 << 20)) > 2
+        with Image.open(output / f"{name}.png") as image:
+            assert image.width > 100 and len(image.getcolors(1 << 20)) > 2
     assert results["about"]["real_images"] == 3 and results["about"]["left_out"] == {}
 
 
@@ -154,7 +154,7 @@ def test_an_interrupted_run_keeps_what_it_has(gallery, tmp_path, monkeypatch):
         benchmark(config, gallery)
     [file] = tmp_path.rglob("seed-0.npz")
     with np.load(file) as stored:
-        assert stored["pictures"].shape == (2, 16, 16, 3) and stored["pictures"].dtype == np.uint8
+        assert stored["images"].shape == (2, 16, 16, 3) and stored["images"].dtype == np.uint8
     made.clear()
     monkeypatch.setattr(
         ImageTask,
@@ -166,12 +166,12 @@ def test_an_interrupted_run_keeps_what_it_has(gallery, tmp_path, monkeypatch):
     assert row_of(results, "dense")["psnr_dense_floor"] is None  # one seed only
 
 
-def test_a_picture_that_cannot_be_made_counts_against_the_method(gallery, tmp_path, monkeypatch):
+def test_an_image_that_cannot_be_made_counts_against_the_method(gallery, tmp_path, monkeypatch):
     real = TextToImagePipeline.__call__
 
     def broken(self: Any, prompts: Any, seeds: Any, **options: Any) -> Any:
         if options["steps"] == 2 and "a bed" in prompts:
-            raise UserError("the picture has values that are not finite")
+            raise UserError("the image has values that are not finite")
         return real(self, prompts, seeds, **options)
 
     monkeypatch.setattr(TextToImagePipeline, "__call__", broken)
@@ -181,7 +181,7 @@ def test_a_picture_that_cannot_be_made_counts_against_the_method(gallery, tmp_pa
     assert row["failed"] == 1 and row["images"] == 3
     [path] = (tmp_path / "runs").glob("dense-s2-*/seed-0.npz")
     with np.load(path) as stored:
-        assert (stored["pictures"][1] == 128).all()
+        assert (stored["images"][1] == 128).all()
         records = json.loads(stored["records"].tobytes())
     assert records["a bed"]["error"].endswith("not finite")
 
@@ -240,7 +240,7 @@ def _backbones() -> Any:
     return BackboneName
 
 
-def test_dense_pictures_may_be_the_reference_too(gallery, tmp_path):
+def test_dense_images_may_be_the_reference_too(gallery, tmp_path):
     config = image_config_of(
         gallery, tmp_path, methods=[Method.dense], caches=[], phases=[Phase.quality], reference_steps=4
     )

@@ -83,8 +83,8 @@ def test_every_method_is_a_row_with_every_number(done):
     with (output / "results.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
     for name in ("pareto", "blocks", "sheet"):
-        with Image.open(output / f"{name}.png") as picture:
-            assert picture.width > 100 and len(picture.getcolors(1 << 20)) > 2
+        with Image.open(output / f"{name}.png") as image:
+            assert image.width > 100 and len(image.getcolors(1 << 20)) > 2
     machine = results["about"]["machine"]
     assert machine["torch"] and machine["processor"] and machine["threads"] >= 1
 
@@ -215,7 +215,7 @@ def test_an_interrupted_run_goes_on(world, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "_round", interrupted)
     with pytest.raises(KeyboardInterrupt):
         benchmark(config, world)
-    assert sum(made) == 3 * 2  # three runs of two pictures, each once
+    assert sum(made) == 3 * 2  # three runs of two images, each once
     rounds.clear()
     monkeypatch.setattr(
         timing, "_round", lambda *a: (rounds.append(a[2:5]) if a[5] is not None else None) or real_round(*a)

@@ -53,7 +53,7 @@ def calibrated(world, folder, **changes):
     """The tiny model with routers that forecast, have curves over time, and what `changes` say."""
     pipeline = ImageTo3DPipeline.from_pretrained(world / "model", "cpu", "float32")
     detach(pipeline.dit)
-    curves = dict(times=[0.0, 1.0], urgency=[4.0, -4.0], forecast_times=[0.0, 1.0], trends=[0.5, 0.9])
+    curves = dict(times=[0.0, 1.0], gate_bias=[4.0, -4.0], damping_times=[0.0, 1.0], dampings=[0.5, 0.9])
     torch.manual_seed(0)
     attach(pipeline.dit, RouterConfig(**dict(longest=2, head_std=3.0) | curves | changes))
     pipeline.save_pretrained(folder)
@@ -102,11 +102,11 @@ def test_controls_have_the_cache_of_the_routers_and_fixed_intervals_their_dampin
         "every 2 steps, calibrated damping",
     ]
     damped = next(case.run.settings.cache for case in cases if case.note == notes[2])
-    assert (damped.rule, damped.longest, damped.times, damped.trends) == (
+    assert (damped.rule, damped.longest, damped.times, damped.dampings) == (
         CacheRule.age,
         1,
         own.times,
-        own.trends,
+        own.dampings,
     )
     plain = config_of(world, tmp_path)  # whose routers forecast nothing
     assert all("calibrated" not in c.note for c in plan(plain, load_models(plain, world), 2)[1])
@@ -123,13 +123,13 @@ def test_ablations_leave_out_one_thing_and_have_to_be_asked_for(world, tmp_path)
     runs = {case.method: case.run for case in cases}
     assert len({run.name for run in runs.values()}) == 3
     assert (
-        runs["elastic_no_damping"].settings.cache.trend == 1
-        and not runs["elastic_no_damping"].settings.cache.trends
+        runs["elastic_no_damping"].settings.cache.damping == 1
+        and not runs["elastic_no_damping"].settings.cache.dampings
     )
     config_before, found = task.session(runs["elastic"]).router_config, {}
     for name, run in runs.items():
         with task.ready(run):
-            assert bool(task.session(run).router_config.urgency) is (name != "elastic_no_bias")
+            assert bool(task.session(run).router_config.gate_bias) is (name != "elastic_no_bias")
             condition = task.condition_of(run, task.jobs[:1])
             found[name] = task.sample(run, condition, task.jobs[:1], None)
     assert task.session(runs["elastic"]).router_config is config_before
@@ -159,9 +159,9 @@ def test_a_linear_forecast_of_the_dense_model_is_dense_cache(world, tmp_path):
 def test_the_few_step_lora_has_rows_where_few_evaluations_are_left(world, tmp_path):
     pipeline = ImageTo3DPipeline.from_pretrained(world / "model", "cpu", "float32")
     detach(pipeline.dit)
-    session = attach(pipeline.dit, RouterConfig(longest=2, updates=2, updates_calls=2.5))
+    session = attach(pipeline.dit, RouterConfig(longest=2, few_step_rank=2, few_step_nfe=2.5))
     for block in session.blocks:
-        for part in block.updates.parts.values():
+        for part in block.few_step.parts.values():
             torch.nn.init.normal_(part.up, std=0.3)
     pipeline.save_pretrained(tmp_path / "lora")
     fields = dict(model=str(tmp_path / "lora"), budgets=[1.0, 0.5], elastic_steps=[2, 4, 8], steps=[2, 3, 4])
@@ -173,11 +173,11 @@ def test_the_few_step_lora_has_rows_where_few_evaluations_are_left(world, tmp_pa
     plain = [(c.run.steps, c.budget) for c in cases if c.method == Method.elastic_no_lora.value]
     assert plain == [(2, 1.0), (2, 0.5), (4, 0.5)]
     without = (*by_method[Method.elastic_no_lora], *by_method[Method.dense_cache])
-    assert not any(run.settings.updates for run in without)
+    assert not any(run.settings.few_step for run in without)
     job = [Job(world / "images/a.png", 0)]
     [dense] = task.produce(by_method[Method.fewer_steps][0], job, None)
     for run, same in ((by_method[Method.few_step_lora][0], False), (by_method[Method.dense_cache][0], True)):
-        run = replace(run, steps=dense.receipt["steps"], settings=replace(run.settings, cache=NO_CACHE))
+        run = replace(run, steps=dense.metadata["steps"], settings=replace(run.settings, cache=NO_CACHE))
         [result] = task.produce(run, job, task.controls.source(run, job))
         assert torch.equal(result.latents, dense.latents) is same
     own = task.planner.models[MAIN].session
@@ -199,7 +199,7 @@ def test_the_few_step_lora_has_rows_where_few_evaluations_are_left(world, tmp_pa
 def test_a_lora_with_guidance_costs_half_and_fits_its_guidance_alone(world, tmp_path):
     pipeline = ImageTo3DPipeline.from_pretrained(world / "model", "cpu", "float32")
     detach(pipeline.dit)
-    attach(pipeline.dit, RouterConfig(updates=2, updates_calls=4, updates_guidance=3.0))
+    attach(pipeline.dit, RouterConfig(few_step_rank=2, few_step_nfe=4, few_step_guidance=3.0))
     pipeline.save_pretrained(tmp_path / "guided")
     fields = dict(
         model=str(tmp_path / "guided"), steps=[2], methods=[Method.few_step_lora], limit=1, seeds=[0]
@@ -207,8 +207,8 @@ def test_a_lora_with_guidance_costs_half_and_fits_its_guidance_alone(world, tmp_
     task = MeshTask(config_of(world, tmp_path / "meshes", guidance=3.0, **fields), world)
     [case] = plan_of(task.planner, 1)
     [result] = task.produced(case.run, task.jobs)
-    assert result.receipt["updated"] and result.receipt["one_branch"]
-    assert 2 * result.receipt["flops_executed"] == result.receipt["flops_dense"]
+    assert result.metadata["updated"] and result.metadata["one_branch"]
+    assert 2 * result.metadata["flops_executed"] == result.metadata["flops_dense"]
     session = task.session(case.run)
     session.router_config = replace(session.router_config, guided_times=[0.2, 0.9])
     task.make(case.run, task.jobs)
@@ -265,7 +265,9 @@ def test_routers_that_are_calibrated_anew_make_other_runs(world, tmp_path):
     for told in (0.5, 0.6):
         models = load_models(config, world)
         session = models["model"].session
-        session.router_config = replace(session.router_config, asked=[0.3, 1.0], told=[told, 1.0])
+        session.router_config = replace(
+            session.router_config, requested_budgets=[0.3, 1.0], calibrated_budgets=[told, 1.0]
+        )
         names.append({case.method: case.run.name for case in plan(config, models, 2)[1]})
     assert names[0]["dense"] == names[1]["dense"]
     assert names[0]["elastic"] != names[1]["elastic"] and names[0]["random"] != names[1]["random"]

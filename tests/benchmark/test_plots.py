@@ -1,4 +1,4 @@
-"""Pictures show what they are given."""
+"""Images show what they are given."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def test_the_heat_map_is_darker_where_blocks_run():
     mean[1, 0, 1] = 1.0
     mean[:, 1] = np.nan  # the unconditional branch did not run
     entry = {"method": "elastic", "budget": 0.5, "steps": 3, "blocks": ["a", "b"], "mean": mean, "std": mean}
-    picture = np.asarray(heat_map({"run": entry}, cell=10))
-    dark = (picture == (20, 60, 140)).all(-1)
+    image = np.asarray(heat_map({"run": entry}, cell=10))
+    dark = (image == (20, 60, 140)).all(-1)
     assert dark.sum() == 100 and dark[44 + 10 : 44 + 20, 150 + 10 : 150 + 20].all()
     assert heat_map({}) is None
 
@@ -36,8 +36,8 @@ def test_the_heat_map_makes_room_for_long_names():
     entry = {"method": "", "budget": None, "steps": 3, "blocks": [name], "mean": mean, "std": mean}
     alone = Image.new("RGB", (400, 20), PAPER)
     ImageDraw.Draw(alone).text((10, 10), name, fill=INK, font=ImageFont.load_default(12), anchor="lm")
-    picture = heat_map({"run": entry})
-    assert picture is not None
-    label = picture.crop((0, 44, picture.width - 3 * 150 - 1, 56))
+    image = heat_map({"run": entry})
+    assert image is not None
+    label = image.crop((0, 44, image.width - 3 * 150 - 1, 56))
     ink = [(np.asarray(each) < 128).all(-1).sum() for each in (label, alone)]
     assert ink[0] == pytest.approx(ink[1], rel=0.1) and ink[1] > 100

@@ -1,4 +1,4 @@
-"""Real pictures and the classifier that learns from them."""
+"""Real images and the classifier that learns from them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from elastic3d.benchmark import references
 from elastic3d.benchmark.image_scores import ImageFeatures
 from elastic3d.benchmark.references import category_accuracy, load_references
 from elastic3d.errors import UserError
-from elastic3d.training.pictures import Captioned
+from elastic3d.training.image_data import Captioned
 from tests.benchmark.conftest import image_config_of
 
 COLOURS = {"bed": "red", "cup": "blue"}
 
 
 class Coloured:
-    """Red beds and blue cups, one picture in five of which can't be read."""
+    """Red beds and blue cups, one image in five of which can't be read."""
 
     missing = 0
 
@@ -62,12 +62,12 @@ def test_the_classifier_learns_and_is_kept(gallery, tmp_path, monkeypatch):
     assert again is not None and again.accuracy == found.accuracy
 
 
-def test_without_real_pictures_there_are_no_references(gallery, tmp_path):
+def test_without_real_images_there_are_no_references(gallery, tmp_path):
     config = image_config_of(gallery, tmp_path, references=None, prepared=tmp_path / "nothing")
     assert load_references(config, ImageFeatures(32, torch.device("cpu")), 16) is None
 
 
-def test_a_folder_of_pictures_has_no_classifier(gallery: Path, tmp_path: Path):
+def test_a_folder_of_images_has_no_classifier(gallery: Path, tmp_path: Path):
     found = load_references(image_config_of(gallery, tmp_path), ImageFeatures(32, torch.device("cpu")), 16)
     assert found is not None and len(found.features) == 3 and found.probe is None
     with pytest.raises(UserError, match="no folder"):

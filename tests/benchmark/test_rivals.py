@@ -87,7 +87,7 @@ def test_the_meter_counts_the_blocks_and_what_is_around_them(model):
     around = 2 * (4 * 192 * width + 12 * 384 * width + 256 * width + width**2 + 384 * width + width**2
                   + width * 2 * width + 4 * width * 192)  # fmt: skip
     assert meter.total == STEPS * 2 * (blocks + around) and once.total * STEPS == meter.total
-    assert result.receipt["flops_dense"] == STEPS * 2 * blocks
+    assert result.metadata["flops_dense"] == STEPS * 2 * blocks
     assert "forward" not in model.dit.__dict__
 
 
@@ -112,7 +112,7 @@ def test_caches_that_decide_run_the_first_block_in_every_pass(model, cache):
     [dense] = generator(model)()
     with metered(model.dit) as whole:
         generator(model)()
-    around_blocks = whole.total - dense.receipt["flops_dense"]
+    around_blocks = whole.total - dense.metadata["flops_dense"]
     with around(model, cache), metered(model.dit) as meter:
         generator(model)()
     adapter = adapter_for(model.dit)
@@ -131,7 +131,7 @@ def test_fixed_intervals_run_half_of_the_steps_and_leave_the_model_as_it_was(mod
     [expected] = generator(model)()
     with metered(model.dit) as whole:
         generator(model)()
-    around_blocks = whole.total - expected.receipt["flops_dense"]
+    around_blocks = whole.total - expected.metadata["flops_dense"]
     images = []
     for _ in range(2):  # every generation gets the cache anew
         with around(model, cache), metered(model.dit) as meter:
@@ -139,7 +139,7 @@ def test_fixed_intervals_run_half_of_the_steps_and_leave_the_model_as_it_was(mod
     np.testing.assert_array_equal(images[0], images[1])
     assert not np.array_equal(images[0], np.asarray(expected.image))
     if cache.kind is CacheName.forecast and cache.options["by"] != "dmd":
-        executed = (meter.total - around_blocks) / expected.receipt["flops_dense"]
+        executed = (meter.total - around_blocks) / expected.metadata["flops_dense"]
         assert executed == pytest.approx(0.5, abs=2e-3)  # and the fit of Chebyshev polynomials
     else:  # hicache leaves out what is around the blocks too, and fits of modes are counted
         assert meter.total < whole.total
@@ -155,12 +155,12 @@ def test_scheduled_caches_do_not_depend_on_the_batch(model):
         Rival("forecast", {"by": "linear"} | FIXED),
     ):
         assert not by_batch(cache)
-        totals, pictures = [], []
+        totals, images = [], []
         for samples in (1, 2):
             with around(model, cache), metered(model.dit) as meter:
-                pictures.append(np.asarray(generator(model, samples)()[0].image, dtype=int))
+                images.append(np.asarray(generator(model, samples)()[0].image, dtype=int))
             totals.append(meter.total / samples)
-        assert totals[0] == totals[1] and abs(pictures[0] - pictures[1]).max() <= 1
+        assert totals[0] == totals[1] and abs(images[0] - images[1]).max() <= 1
 
 
 def test_magnitude_ratios_are_one_a_step(model, capsys):

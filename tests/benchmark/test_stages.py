@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_pipeline import picture, tiny_pipeline
+from tiny_pipeline import image, tiny_pipeline
 
 from elastic3d.benchmark import stage_worker
 from elastic3d.benchmark.stages import HERE, OTHER, measure_stages, printed, table
@@ -28,7 +28,7 @@ def test_ratios_are_taken_within_a_round():
 
 def test_a_fresh_process_times_every_stage(tmp_path: Path):
     tiny_pipeline().save_pretrained(tmp_path / "model")
-    picture().save(tmp_path / "image.png")
+    image().save(tmp_path / "image.png")
     config = StagesConfig(
         image=tmp_path / "image.png", model=tmp_path / "model", output=tmp_path / "stages.json",
         rounds=1, repeats=2, commands=False, resolution=16, elastic=False, threads=1,

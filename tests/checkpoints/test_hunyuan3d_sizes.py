@@ -79,7 +79,7 @@ def test_a_published_config_file() -> None:
     config = parse_config(values, "config.yaml")
     assert config.dit == full_size()
     assert config.vae.scale_factor == 0.9990943042622529 and config.vae.encoder_layers == 0
-    assert (config.encoder.image_size, config.encoder.picture_size) == (518, 40)
+    assert (config.encoder.image_size, config.encoder.prepared_size) == (518, 40)
     with torch.device("meta"):
         network = build_network(config.dinov2, "test")
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(1.136e9, rel=0.005)  # DINOv2-giant

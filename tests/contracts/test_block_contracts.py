@@ -13,9 +13,9 @@ from elastic3d.elastic import attach, detach
 from elastic3d.elastic.attachment import router_state
 from elastic3d.elastic.config import (
     ElasticConfig,
-    Lookahead,
     RouterConfig,
     RouterVariant,
+    Scope,
 )
 from elastic3d.elastic.context import Training
 from elastic3d.elastic.policies import TableRoutes
@@ -35,7 +35,7 @@ from tests.contracts.families import (
 
 
 @pytest.mark.parametrize("config", [RouterConfig(), RouterConfig(variant=RouterVariant.paper, hidden=16),
-                                    RouterConfig(lookahead=Lookahead.step)])  # fmt: skip
+                                    RouterConfig(scope=Scope.step)])  # fmt: skip
 def test_everything_kept_at_full_width_is_the_base_model_exactly(family, config):
     model, inputs = family.model(), family.inputs(B)
     with torch.no_grad():

@@ -17,9 +17,9 @@ from elastic3d.elastic.config import (
     BlockCacheConfig,
     CacheRule,
     ElasticConfig,
-    Lookahead,
     RouterConfig,
     RouterVariant,
+    Scope,
 )
 from elastic3d.elastic.losses import session_share
 from elastic3d.elastic.policies import TableRoutes
@@ -51,8 +51,8 @@ def generation(model: nn.Module, session: ElasticSession, inputs: dict[str, Any]
     return [forward(model, session, noisy(inputs, i), i, (0, 1)) for i in range(4)]
 
 
-CACHES = [BlockCacheConfig(rule=CacheRule.band, band=0.5, longest=2), BlockCacheConfig(closed_reuse=True, longest=2),
-          BlockCacheConfig(rule=CacheRule.age, longest=2, closed_reuse=True, trend=0.8)]  # fmt: skip
+CACHES = [BlockCacheConfig(rule=CacheRule.band, band=0.5, longest=2), BlockCacheConfig(skipped_reuse=True, longest=2),
+          BlockCacheConfig(rule=CacheRule.age, longest=2, skipped_reuse=True, damping=0.8)]  # fmt: skip
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -60,7 +60,7 @@ def test_a_second_generation_equals_the_first(family, cache):
     model, inputs = family.model(), family.inputs(B)
     session = attach(model, RouterConfig(initial_keep=0.5, initial_width_bias=0, head_std=3.0))
     session.settings = ElasticConfig(cache=cache)
-    if cache.closed_reuse:  # these routers never change their mind
+    if cache.skipped_reuse:  # these routers never change their mind
         session.source = random_table(session, 5, steps=4, samples=B // 2)
     first = generation(model, session, inputs)
     assert (session.trace.actions == -1).any()
@@ -118,7 +118,7 @@ def router_gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"initial_width_bias": 0.1}, {"lookahead": Lookahead.step}, {"variant": RouterVariant.paper}],
+    [{"initial_width_bias": 0.1}, {"scope": Scope.step}, {"variant": RouterVariant.paper}],
 )
 def test_every_router_gets_finite_gradients_also_under_checkpointing(family, changes):
     gradients = []
@@ -136,7 +136,7 @@ def test_every_router_gets_finite_gradients_also_under_checkpointing(family, cha
         heads = block.router.heads.weight.grad
         assert heads.isfinite().all() and heads[0].abs().max() > 0
         runs = session.current.decisions[block.index].keep.any()
-        if runs and block.sites:  # a closed block has no width, one with experts can't be narrowed
+        if runs and block.sites:  # a skipped block has no width, one with experts can't be narrowed
             assert heads[1:].abs().max() > 0
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=1e-4, atol=1e-6)

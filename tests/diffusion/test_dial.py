@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_dial import load, row, save_dialled, values
-from tiny_pipeline import picture
+from tiny_pipeline import image
 
 from elastic3d.diffusion.dial import F_SCORES, choose, load_dial, parse_dial, save_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
@@ -23,9 +23,9 @@ DIAL = parse_dial(values(), "dial.json")
 
 
 def chosen(
-    steps: int | None = None, quality: Any = None, guidance: float | None = None, **asked: Any
+    steps: int | None = None, quality: Any = None, guidance: float | None = None, **requested: Any
 ) -> int | None:
-    found = choose(DIAL, ElasticOptions(**asked), steps, quality, guidance)
+    found = choose(DIAL, ElasticOptions(**requested), steps, quality, guidance)
     return None if found is None else DIAL.rows.index(found)
 
 
@@ -65,9 +65,9 @@ def test_steps_and_the_dense_model_leave_the_dial_out() -> None:
 def test_rows_that_a_call_can_not_run_as_measured_are_left_out() -> None:
     assert chosen(quality="fast", guidance=2.0) == 0
     assert (
-        chosen(quality="fast", guidance=3.0) == chosen(quality="fast", updates=False, elastic=None) - 1 == 1
+        chosen(quality="fast", guidance=3.0) == chosen(quality="fast", few_step=False, elastic=None) - 1 == 1
     )
-    assert chosen(quality="fast", updates=False) == 2, "neither the LoRA nor the dense model"
+    assert chosen(quality="fast", few_step=False) == 2, "neither the LoRA nor the dense model"
     assert chosen(quality="default", width=True, guidance=1.0) == 2, "the last, where none is close enough"
     with pytest.raises(
         UserError, match=r"budget is 0.5, expected at least 0.666667, as these options rule out"
@@ -202,25 +202,25 @@ def test_a_dial_of_routers_needs_routers(tmp_path: Path) -> None:
 
 
 def made(pipeline: ImageTo3DPipeline, **options: Any) -> Result:
-    return pipeline(picture(), seed=3, resolution=8, **options)
+    return pipeline(image(), seed=3, resolution=8, **options)
 
 
 def test_executed_over_dense_is_what_the_dial_says(pipeline: ImageTo3DPipeline) -> None:
     wholes = set()
     for quality, found in zip(Quality, DIAL.rows, strict=True):
-        receipt = made(pipeline, quality=quality.name).receipt
-        wholes.add(receipt["flops_dense"])
-        assert receipt["flops_executed"] / receipt["flops_dense"] == pytest.approx(found.cost)
-        assert receipt["steps"] == found.steps and receipt["budget"] == 1.0
-        assert receipt["dial"] == {"requested": quality.name, "cost": found.cost}
-        assert receipt.get("updated", False) is found.few_step_lora
-    by_steps = made(pipeline, steps=2, budget=1.0).receipt
-    dense = made(pipeline, elastic=False).receipt
+        metadata = made(pipeline, quality=quality.name).metadata
+        wholes.add(metadata["flops_dense"])
+        assert metadata["flops_executed"] / metadata["flops_dense"] == pytest.approx(found.cost)
+        assert metadata["steps"] == found.steps and metadata["budget"] == 1.0
+        assert metadata["dial"] == {"requested": quality.name, "cost": found.cost}
+        assert metadata.get("updated", False) is found.few_step_lora
+    by_steps = made(pipeline, steps=2, budget=1.0).metadata
+    dense = made(pipeline, elastic=False).metadata
     assert wholes == {by_steps["flops_dense"]} == {dense["flops_dense"]} == {dense["flops_executed"]}
     assert by_steps["flops_executed"] / by_steps["flops_dense"] == pytest.approx(2 / 3)
     assert "dial" not in by_steps and "dial" not in dense
-    assert made(pipeline, budget=0.2).receipt["dial"] == {"requested": 0.2, "cost": 1 / 6}
-    assert made(pipeline).receipt["dial"]["requested"] == "default"
+    assert made(pipeline, budget=0.2).metadata["dial"] == {"requested": 0.2, "cost": 1 / 6}
+    assert made(pipeline).metadata["dial"]["requested"] == "default"
 
 
 def test_steps_override_with_todays_meaning_of_a_budget(pipeline: ImageTo3DPipeline, folder: Path) -> None:
@@ -235,8 +235,8 @@ def test_steps_override_with_todays_meaning_of_a_budget(pipeline: ImageTo3DPipel
         found, expected = made(pipeline, **options), made(plain, **options)
         assert torch.equal(found.latents, expected.latents)
         whole = {"flops_dense", "ms"}
-        assert {k: v for k, v in found.receipt.items() if k not in whole} == {
-            k: v for k, v in expected.receipt.items() if k not in whole
+        assert {k: v for k, v in found.metadata.items() if k not in whole} == {
+            k: v for k, v in expected.metadata.items() if k not in whole
         }
     assert torch.equal(made(pipeline, quality="fast").latents, made(plain, steps=1, budget=1.0).latents)
     with pytest.raises(UserError, match="budget is 0.2, expected a value from 0.3 to 1"):
@@ -246,10 +246,10 @@ def test_steps_override_with_todays_meaning_of_a_budget(pipeline: ImageTo3DPipel
 
 
 def test_a_sample_is_the_same_in_a_batch(pipeline: ImageTo3DPipeline) -> None:
-    batch = pipeline([picture("navy"), picture()], seed=[1, 3], resolution=8, budget=0.2)
+    batch = pipeline([image("navy"), image()], seed=[1, 3], resolution=8, budget=0.2)
     alone = made(pipeline, budget=0.2)
     assert torch.allclose(batch[1].latents, alone.latents, atol=1e-5)
-    assert batch[1].receipt["flops_executed"] == alone.receipt["flops_executed"]
+    assert batch[1].metadata["flops_executed"] == alone.metadata["flops_executed"]
 
 
 def test_a_dial_is_saved_with_its_model_and_goes_with_it(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from elastic3d.elastic.config import (
     BlockCacheConfig,
     CacheRule,
     ElasticConfig,
-    Lookahead,
     RouterConfig,
     RouterVariant,
+    Scope,
 )
 
 KEY = (2, 0)
@@ -67,7 +67,7 @@ def test_nothing_is_reused_before_the_start():
 
 
 def test_a_residual_goes_on_as_it_changed_while_both_lived():
-    cache = stored(step=2, trend=1.0, longest=3)
+    cache = stored(step=2, damping=1.0, longest=3)
     assert value(cache, 3) == 2  # of one alone no change is known
     put(cache, 4, [3.0])
     assert value(cache, 6) == 3 + 2 * 0.5 and ages(cache, 1, 6) == [2]
@@ -76,10 +76,10 @@ def test_a_residual_goes_on_as_it_changed_while_both_lived():
     assert value(cache, 10) == 3
 
 
-@pytest.mark.parametrize("trend", [0.0, 0.8, 1.0])
-def test_rows_that_are_computed_at_different_steps_are_kept_apart(trend):
+@pytest.mark.parametrize("damping", [0.0, 0.8, 1.0])
+def test_rows_that_are_computed_at_different_steps_are_kept_apart(damping):
     """Three rows in one batch against a cache of its own for each."""
-    config = BlockCacheConfig(closed_reuse=True, longest=4, trend=trend)
+    config = BlockCacheConfig(skipped_reuse=True, longest=4, damping=damping)
     cache, alone = ResidualCache(config, 20), [ResidualCache(config, 20) for _ in range(3)]
     generator = torch.Generator().manual_seed(0)
     for step, rows in enumerate([[0, 2], [0, 1, 2], [1], [0, 2], [2], [0, 1, 2], [0], [], [1, 2]]):
@@ -98,7 +98,7 @@ def test_rows_that_are_computed_at_different_steps_are_kept_apart(trend):
             put(cache, step, [values[row] for row in rows], rows, 3)
         for row in rows:
             put(alone[row], step, [values[row]])
-    assert len(cache) == 3 and cache.bytes == (1 + (trend > 0)) * 3 * 4 * 2 * 4
+    assert len(cache) == 3 and cache.bytes == (1 + (damping > 0)) * 3 * 4 * 2 * 4
 
 
 def at(row: int, step: int, time: float, count: int = 1) -> Moments:
@@ -107,17 +107,19 @@ def at(row: int, step: int, time: float, count: int = 1) -> Moments:
 
 def test_a_calibrated_trend_changes_over_time():
     """0.5 at time 0.2 and 1.1 at 0.6, linear between, in the place of one for all times."""
-    config = BlockCacheConfig(closed_reuse=True, longest=9, trend=0.3, times=[0.2, 0.6], trends=[0.5, 1.1])
+    config = BlockCacheConfig(
+        skipped_reuse=True, longest=9, damping=0.3, times=[0.2, 0.6], dampings=[0.5, 1.1]
+    )
     cache, x = ResidualCache(config, 10), torch.zeros(1, 4, 2)
     for step in (1, 3):
         cache.store(KEY, at(0, step, 0.1 * step), (x,), (x + step,))
-    for time, trend in ((0.1, 0.5), (0.2, 0.5), (0.4, 0.8), (0.7, 1.1)):
-        expected = 3 + trend + trend**2  # two steps, where the change was one a step
+    for time, damping in ((0.1, 0.5), (0.2, 0.5), (0.4, 0.8), (0.7, 1.1)):
+        expected = 3 + damping + damping**2  # two steps, where the change was one a step
         assert cache.apply(KEY, at(0, 5, time), (x,))[0].max().item() == pytest.approx(expected)
 
 
 def test_rows_of_a_batch_are_forecast_each_for_its_time():
-    config = BlockCacheConfig(closed_reuse=True, longest=9, times=[0.0, 1.0], trends=[0.2, 1.1])
+    config = BlockCacheConfig(skipped_reuse=True, longest=9, times=[0.0, 1.0], dampings=[0.2, 1.1])
     cache, x = ResidualCache(config, 10), torch.zeros(2, 4, 2)
     for step, time in ((0, 0.0), (2, 0.1)):
         cache.store(KEY, Moments([0, 1], 2, [step, step + 1], [time, time + 0.3]), (x,), (x + step + 1,))
@@ -137,16 +139,16 @@ def test_by_age_open_blocks_reuse_what_lives():
 @pytest.mark.parametrize("build, message", [
     (lambda: BlockCacheConfig(band=-0.1), "band is -0.1, expected a value from 0 to 1"),
     (lambda: BlockCacheConfig(longest=0), "longest is 0"),
-    (lambda: BlockCacheConfig(times=[0.5], trends=[1.0, 0.5]),
-     "times and trends are no ascending list and one of the same length"),
-    (lambda: RouterConfig(forecast_times=[0.5, 0.2], trends=[1.0, 0.5]),
-     "forecast_times is .* expected values in ascending order"),
-    (lambda: BlockCacheConfig(trend=2), "trend is 2, expected a value from 0 to 1"),
+    (lambda: BlockCacheConfig(times=[0.5], dampings=[1.0, 0.5]),
+     "times and damping are no ascending list and one of the same length"),
+    (lambda: RouterConfig(damping_times=[0.5, 0.2], dampings=[1.0, 0.5]),
+     "damping_times is .* expected values in ascending order"),
+    (lambda: BlockCacheConfig(damping=2), "damping is 2, expected a value from 0 to 1"),
     (lambda: BlockCacheConfig(start=1.5), "start is 1.5"),
-    (lambda: BlockCacheConfig(trend=math.nan), "trend is nan"),
+    (lambda: BlockCacheConfig(damping=math.nan), "damping is nan"),
     (lambda: ElasticConfig(budget=0.1), "budget is 0.1, expected a value from 0.3 to 1"),
     (lambda: RouterConfig(hidden=0), "hidden is 0"),
-    (lambda: RouterConfig(variant=RouterVariant.paper, lookahead=Lookahead.step), "the paper's router"),
+    (lambda: RouterConfig(variant=RouterVariant.paper, scope=Scope.step), "the paper's router"),
 ])  # fmt: skip
 def test_impossible_numbers_are_refused(build, message):
     with pytest.raises(ValueError, match=message):

@@ -24,6 +24,6 @@ def test_urgency_is_added_to_the_gate_alone():
 
 def test_times_that_do_not_ascend_are_refused():
     with pytest.raises(ValueError, match="ascending"):
-        RouterConfig(times=[0.5, 0.4], urgency=[0.0, 1.0])
+        RouterConfig(times=[0.5, 0.4], gate_bias=[0.0, 1.0])
     with pytest.raises(ValueError, match="ascending"):
-        RouterConfig(times=[0.5], urgency=[])
+        RouterConfig(times=[0.5], gate_bias=[])

@@ -12,8 +12,8 @@ from elastic3d.elastic.config import (
     Branches,
     CacheRule,
     ElasticConfig,
-    Lookahead,
     RouterConfig,
+    Scope,
 )
 from elastic3d.elastic.cost import trace_share
 
@@ -179,12 +179,12 @@ def test_what_can_not_be_narrowed_or_cut_raises():
 
 
 REUSING = RouterConfig(
-    initial_keep=0.2, head_std=0.0, widths=1, lookahead=Lookahead.step, branches=Branches.together, longest=8
+    initial_keep=0.2, head_std=0.0, widths=1, scope=Scope.step, branches=Branches.shared, longest=8
 )
 
 
 def image_to_image(steps: int = 6):
-    """A FluxImg2ImgPipeline, and a function that runs it on picture 0 or 1."""
+    """A FluxImg2ImgPipeline, and a function that runs it on image 0 or 1."""
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
         block_out_channels=(4,), norm_num_groups=1, latent_channels=1, shift_factor=0.0, scaling_factor=1.0

@@ -67,7 +67,9 @@ def test_paper_loss_holds_the_mean_probability_not_the_executed_cost():
 
     assert paper_loss([with_gate(0.9), with_gate(0.3)], RATIOS, 0.6, 1.0) == pytest.approx(0, abs=1e-9)
     assert paper_loss([with_gate(0.9)], RATIOS, 0.6, 0.5) == pytest.approx(0.3**2 + 0.5**2)
-    assert paper_loss([with_gate(0.3)], RATIOS, 0.6, 0.5) == pytest.approx(0.3**2)  # no open block, no width
+    assert paper_loss([with_gate(0.3)], RATIOS, 0.6, 0.5) == pytest.approx(
+        0.3**2
+    )  # no executed block, no width
 
 
 def test_distillation_weighs_samples():

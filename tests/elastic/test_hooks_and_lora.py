@@ -87,7 +87,7 @@ def test_the_pipeline_merges_a_lora(flux, tmp_path):
     with_lora = TextToImagePipeline.from_pretrained(BackboneName.flux, flux, lora=file, **options)
     found = [p(["a chair"], [0], steps=2, size=(16, 16), budget=0.5)[0] for p in (without, with_lora)]
     assert found[0].image.tobytes() != found[1].image.tobytes()
-    assert found[0].receipt["weights_sha256"] != found[1].receipt["weights_sha256"]
+    assert found[0].metadata["weights_sha256"] != found[1].metadata["weights_sha256"]
     file.write_bytes(b"x" * 64)
     with pytest.raises(UserError, match="can't be loaded as a LoRA"):
         TextToImagePipeline.from_pretrained(BackboneName.flux, flux, lora=file, **options)

@@ -73,7 +73,9 @@ def test_sampling_open_or_not_elastic_is_the_dense_generation_bit_for_bit():
 def test_a_generated_sample_does_not_depend_on_its_batch_mates(guidance):
     model = tiny()
     session = attach(model, RouterConfig(initial_keep=0.5, initial_width_bias=0, head_std=3.0))
-    session.settings = ElasticConfig(cache=BlockCacheConfig(rule=CacheRule.band, band=0.3, closed_reuse=True))
+    session.settings = ElasticConfig(
+        cache=BlockCacheConfig(rule=CacheRule.band, band=0.3, skipped_reuse=True)
+    )
     together = generate(model, session, (0, 1, 2), guidance)
     actions, shares = session.trace.actions, trace_share(session.trace)
     assert (actions == -1).any() and (actions[:, 1] == -2).all() == (guidance == 1.0)

@@ -11,7 +11,7 @@ import pytest
 import trimesh
 from PIL import Image
 from tiny_images import save_tiny_flux
-from tiny_pipeline import save_picture, tiny_pipeline
+from tiny_pipeline import save_image, tiny_pipeline
 
 from elastic3d.elastic import attach
 from elastic3d.geometry.mesh_io import read_extras, save_mesh
@@ -38,14 +38,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_generate(model: str, tmp_path: Path) -> None:
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     example("generate").main(str(tmp_path / "a.png"), str(tmp_path / "a.glb"), model, seed=2)
     assert read_extras(tmp_path / "a.glb")["seed"] == 2
 
 
 def test_batch_with_budget(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in "ab":
-        save_picture(tmp_path / f"in/{name}.png")
+        save_image(tmp_path / f"in/{name}.png")
     (tmp_path / "in/c.png").write_text("no image")
     example("batch_with_budget").main(str(tmp_path / "in"), str(tmp_path / "out"), model, budget=0.6)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.glb", "b.glb"]
@@ -94,7 +94,7 @@ def test_notebook(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     cells = json.loads((EXAMPLES / "image_to_mesh.ipynb").read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert all(not cell.get("outputs") for cell in cells)
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
     first = f'MODEL, IMAGE, OPTIONS = {model!r}, "a.png", {{"steps": 2}}'
     line = next(line for line in sources[0].splitlines() if line.startswith("MODEL"))

@@ -147,10 +147,10 @@ def test_files_hold_the_colours(tmp_path: Path) -> None:
     top = stored[plain.vertices[:, 1] > 0.3, :3].mean(axis=0)
     assert top[0] > 0.6 * linear_of(np.array([200]))[0] and top[2] < 20  # linear, as glTF has them
     textured = trimesh.load(files["texture"], force="mesh", process=False)
-    picture = np.asarray(textured.visual.material.baseColorTexture.convert("RGB")).astype(int)
-    assert picture.shape == (256, 256, 3)
+    image = np.asarray(textured.visual.material.baseColorTexture.convert("RGB")).astype(int)
+    assert image.shape == (256, 256, 3)
     at = np.clip((textured.visual.uv * [1, -1] + [0, 1]) * 256, 0, 255).astype(int)
-    shown = picture[at[:, 1], at[:, 0]]
+    shown = image[at[:, 1], at[:, 0]]
     high, low = textured.vertices[:, 1] > 0.2, textured.vertices[:, 1] < -0.2
     right = [(shown[high, 0] > shown[high, 2]).mean(), (shown[low, 2] > shown[low, 0]).mean()]
     assert min(right) > 0.97  # at the corner of a chart the nearest pixel may be another chart's

@@ -124,7 +124,7 @@ NAN = "v 0 0 nan\nv 1 0 0\nv 0 1 0\nf 1 2 3\n"
     [
         ("missing.glb", None, "there is no file"),
         ("empty.glb", b"", "is empty"),
-        ("picture.png", b"123", "expected one of .glb"),
+        ("image.png", b"123", "expected one of .glb"),
         ("bare", b"123", "no suffix"),
         ("junk.glb", b"\x89PNG\r\n\x1a\n" + bytes(100), "can't read"),
         ("cut.glb", b"glTF\x02\x00\x00\x00\xff\xff\x00\x00\xff\xff\x00\x00JSON{", "can't read"),

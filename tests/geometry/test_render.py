@@ -57,7 +57,7 @@ def test_an_arrow_to_the_front_turns_with_azimuth() -> None:
     assert centre(side.silhouette)[1] < 45
 
 
-def test_project_agrees_with_the_picture() -> None:
+def test_project_agrees_with_the_image() -> None:
     point = np.array([[0.4, -0.3, 0.2]])
     camera = Camera(eye=(1.5, 2.0, 2.5), target=(0.1, 0.0, 0.0), fov_deg=45)
     row, column = centre(render(blob((0.4, -0.3, 0.2)), camera, 300).silhouette)

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
-from tiny_pipeline import save_picture, tiny_pipeline  # noqa: E402
+from tiny_pipeline import save_image, tiny_pipeline  # noqa: E402
 
 from elastic3d.serve.api import create_app  # noqa: E402
 from elastic3d.serve.config import ServeConfig  # noqa: E402
@@ -51,7 +51,7 @@ def address() -> Iterator[str]:
 
 
 def test_the_client_gets_a_mesh_in_the_background(client, address: str, tmp_path: Path) -> None:
-    image = save_picture(tmp_path / "a.png")
+    image = save_image(tmp_path / "a.png")
     job = client.Generation(address, "", image, {"resolution": 16, "seed": 2})
     job.start()
     job.join(60)
@@ -59,7 +59,7 @@ def test_the_client_gets_a_mesh_in_the_background(client, address: str, tmp_path
 
 
 def test_the_client_says_what_is_wrong(client, address: str, tmp_path: Path) -> None:
-    image = save_picture(tmp_path / "a.png")
+    image = save_image(tmp_path / "a.png")
     (tmp_path / "no.png").write_text("text")
     for server, path, options, words in (
         (address, tmp_path / "none.png", {}, "can't read"),
@@ -84,7 +84,7 @@ def _python_with_bpy() -> str | None:
 
 @pytest.mark.skipif(_python_with_bpy() is None, reason="needs bpy (or $ELASTIC3D_BPY_PYTHON)")
 def test_in_blender_itself(address: str, tmp_path: Path) -> None:
-    image = save_picture(tmp_path / "vase.png")
+    image = save_image(tmp_path / "vase.png")
     python, script = _python_with_bpy(), Path(__file__).with_name("blender_session.py")
     done = subprocess.run(
         [str(python), str(script), address, str(image)],

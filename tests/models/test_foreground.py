@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from elastic3d.errors import UserError
-from elastic3d.models.foreground import cut_out, prepare_picture, recentre, to_tensor
+from elastic3d.models.foreground import cut_out, prepare_image, recentre, to_tensor
 from elastic3d.models.options import ForegroundConfig, ForegroundMethod
 
 CONFIG = ForegroundConfig()
@@ -35,7 +35,7 @@ def _object_box(image: Image.Image) -> tuple[int, int, int, int]:
 
 @pytest.mark.parametrize("background", [(0, 0, 0, 0), "white", (10, 90, 40, 255)])
 def test_the_object_is_centred_with_the_border_ratio(background: object) -> None:
-    result = prepare_picture(_box_image(background), CONFIG, 200)
+    result = prepare_image(_box_image(background), CONFIG, 200)
     left, top, right, bottom = _object_box(result)
     assert result.mode == "RGB" and result.size == (200, 200)
     assert right - left == pytest.approx(170, abs=2) and bottom - top == pytest.approx(85, abs=2)
@@ -47,7 +47,7 @@ def test_jpeg_noise_and_specks_do_not_move_the_object(tmp_path: Path) -> None:
     image = _box_image("white").convert("RGB").resize((800, 480))
     image.putpixel((790, 470), (0, 0, 0))
     image.save(tmp_path / "a.jpg", quality=60)
-    left, _, right, _ = _object_box(prepare_picture(tmp_path / "a.jpg", CONFIG, 200))
+    left, _, right, _ = _object_box(prepare_image(tmp_path / "a.jpg", CONFIG, 200))
     assert right - left == pytest.approx(170, abs=4)
 
 
@@ -65,17 +65,17 @@ def test_an_object_at_the_border_is_found() -> None:
     assert alpha[99, 50] == 255 and alpha[99, 5] == 0
 
 
-def test_huge_pictures_are_reduced_first() -> None:
+def test_huge_images_are_reduced_first() -> None:
     assert max(cut_out(_box_image("white").resize((4000, 2400)), CONFIG).size) == 1024
 
 
 def test_colours_under_transparency_do_not_bleed() -> None:
     image = _box_image((0, 0, 0, 0))
-    pixels = np.asarray(prepare_picture(image, CONFIG, 100)).reshape(-1, 3)
+    pixels = np.asarray(prepare_image(image, CONFIG, 100)).reshape(-1, 3)
     assert (pixels[:, 0] > 150).all(), "neither white nor red pixels are dark in red"
 
 
-def test_a_picture_without_an_object() -> None:
+def test_an_image_without_an_object() -> None:
     cases = {
         "fully transparent": Image.new("RGBA", (30, 30), (255, 0, 0, 0)),
         "stands out": Image.new("RGB", (30, 30), "white"),
@@ -85,17 +85,17 @@ def test_a_picture_without_an_object() -> None:
     cases["object is 2 x 2 pixels"].paste((1, 2, 3, 255), (4, 4, 6, 6))
     for message, image in cases.items():
         with pytest.raises(UserError, match=message):
-            prepare_picture(image, CONFIG, 64)
+            prepare_image(image, CONFIG, 64)
     with pytest.raises(UserError, match="stands out"):
-        prepare_picture(Image.new("RGB", (1, 1), "red"), CONFIG, 64)
+        prepare_image(Image.new("RGB", (1, 1), "red"), CONFIG, 64)
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:
     Image.new("RGBA", (30, 30), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     with pytest.raises(UserError, match="clear.png: the image is fully transparent"):
-        prepare_picture(tmp_path / "clear.png", CONFIG, 64)
+        prepare_image(tmp_path / "clear.png", CONFIG, 64)
     with pytest.raises(UserError, match="^there is no file .*gone.png$"):
-        prepare_picture(tmp_path / "gone.png", CONFIG, 64)
+        prepare_image(tmp_path / "gone.png", CONFIG, 64)
 
 
 def test_an_explicit_method_does_not_fall_back() -> None:
@@ -138,15 +138,15 @@ def test_to_tensor() -> None:
 def test_specks_beside_the_object_change_nothing(background: object, side: int) -> None:
     image, stray = _box_image(background, (400, 300)), _box_image(background, (400, 300))
     ImageDraw.Draw(stray).rectangle((390, 290, 389 + side, 289 + side), fill=(0, 0, 0, 255))
-    clean, found = (np.asarray(prepare_picture(picture, CONFIG, 200)) for picture in (image, stray))
+    clean, found = (np.asarray(prepare_image(image, CONFIG, 200)) for image in (image, stray))
     np.testing.assert_array_equal(found, clean)
 
 
 def test_a_small_part_of_an_object_is_no_speck() -> None:
     image = _box_image()
     ImageDraw.Draw(image).rectangle((150, 20, 156, 26), fill=(200, 30, 30, 255))
-    left, _, right, _ = _object_box(prepare_picture(image, CONFIG, 200))
-    rows = np.asarray(prepare_picture(image, CONFIG, 200)).min(axis=2) < 250
+    left, _, right, _ = _object_box(prepare_image(image, CONFIG, 200))
+    rows = np.asarray(prepare_image(image, CONFIG, 200)).min(axis=2) < 250
     assert right - left == pytest.approx(170, abs=2) and rows.sum() < 0.4 * 170 * 170
 
 
@@ -203,5 +203,5 @@ def test_objects_without_a_shadow_keep_their_mask() -> None:
 def test_a_shadow_of_transparent_black_is_left_out() -> None:
     image = _box_image()
     ImageDraw.Draw(image).ellipse((10, 42, 120, 60), fill=(0, 0, 0, 140))
-    with_shadow, without = (prepare_picture(picture, CONFIG, 200) for picture in (image, _box_image()))
+    with_shadow, without = (prepare_image(image, CONFIG, 200) for image in (image, _box_image()))
     np.testing.assert_array_equal(np.asarray(with_shadow), np.asarray(without))

@@ -31,12 +31,12 @@ def encoder() -> EfficientNetLite:
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
-    pictures = []
+    images = []
     for x in (60, 64, 120):
-        picture = Image.new("RGB", (224, 224), "white")
-        ImageDraw.Draw(picture).ellipse((x, 40, x + 60, 160), fill="maroon")
-        pictures.append(picture)
-    return to_tensor(pictures)
+        image = Image.new("RGB", (224, 224), "white")
+        ImageDraw.Draw(image).ellipse((x, 40, x + 60, 160), fill="maroon")
+        images.append(image)
+    return to_tensor(images)
 
 
 def test_efficientnet_shapes(encoder: EfficientNetLite, images: torch.Tensor) -> None:

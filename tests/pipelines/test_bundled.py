@@ -21,25 +21,27 @@ from elastic3d.pipelines.options import DEFAULT_MODEL
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_bundled_model_makes_a_watertight_mesh_of_a_sample_picture() -> None:
+def test_the_bundled_model_makes_a_watertight_mesh_of_a_sample_image() -> None:
     pipeline = ImageTo3DPipeline.from_pretrained(ROOT / DEFAULT_MODEL)
     result = pipeline(ROOT / "data/samples/table.png", seed=0, steps=8, resolution=64)
     assert result.mesh.is_watertight
     width, height, _ = result.mesh.extents
-    assert width > height, "the picture shows a low table"
-    assert result.receipt["flops_executed"] < 0.6 * result.receipt["flops_dense"], "it is elastic by default"
+    assert width > height, "the image shows a low table"
+    assert result.metadata["flops_executed"] < 0.6 * result.metadata["flops_dense"], (
+        "it is elastic by default"
+    )
 
 
 def test_the_bundled_routers_keep_to_a_budget_and_to_the_dense_shape() -> None:
     pipeline = ImageTo3DPipeline.from_pretrained(ROOT / DEFAULT_MODEL)
-    picture, options = ROOT / "data/samples/table.png", dict(seed=0, resolution=32)
-    dense = pipeline(picture, elastic=False, **options)
-    assert dense.receipt["flops_executed"] == dense.receipt["flops_dense"] > 0
+    image, options = ROOT / "data/samples/table.png", dict(seed=0, resolution=32)
+    dense = pipeline(image, elastic=False, **options)
+    assert dense.metadata["flops_executed"] == dense.metadata["flops_dense"] > 0
     distances = []
     for budget in (0.8, 0.4):
-        found = pipeline(picture, budget=budget, **options)
-        share = found.receipt["flops_executed"] / found.receipt["flops_dense"]
-        assert abs(share - budget) < 0.1, "one picture; on the mean over pictures it is closer"
+        found = pipeline(image, budget=budget, **options)
+        share = found.metadata["flops_executed"] / found.metadata["flops_dense"]
+        assert abs(share - budget) < 0.1, "one image; on the mean over images it is closer"
         tree = cKDTree(found.mesh.vertices)
         distances.append(tree.query(dense.mesh.vertices)[0].mean())
     assert distances[0] < 0.01 and distances[1] < 0.03
@@ -49,15 +51,15 @@ def test_the_bundled_routers_keep_to_a_budget_and_to_the_dense_shape() -> None:
 
 def test_the_bundled_updates_bring_few_calls_nearer_to_many() -> None:
     pipeline = ImageTo3DPipeline.from_pretrained(ROOT / DEFAULT_MODEL)
-    pictures = [ROOT / f"data/samples/{name}.png" for name in ("table", "chair")]
+    images = [ROOT / f"data/samples/{name}.png" for name in ("table", "chair")]
 
     def made(uses: bool | None, **options: object) -> torch.Tensor:
-        results = pipeline(pictures, 0, resolution=16, **options)
-        assert [result.receipt.get("updated") for result in results] == [uses] * 2
+        results = pipeline(images, 0, resolution=16, **options)
+        assert [result.metadata.get("updated") for result in results] == [uses] * 2
         return torch.stack([result.latents for result in results])
 
     many = made(None, steps=40, elastic=False)
-    plain, updated = made(False, steps=4, budget=1.0, updates=False), made(True, steps=4, budget=1.0)
+    plain, updated = made(False, steps=4, budget=1.0, few_step=False), made(True, steps=4, budget=1.0)
     assert torch.equal(made(None, steps=4, elastic=False), plain)
     errors = [(found - many).square().mean() / many.square().mean() for found in (plain, updated)]
     assert errors[1] < 0.6 * errors[0]

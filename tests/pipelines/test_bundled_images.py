@@ -16,7 +16,7 @@ def pipeline() -> TextToImagePipeline:
     return TextToImagePipeline.from_pretrained(BackboneName.small, FOLDER, device="cpu")
 
 
-def test_pictures_show_one_object_in_the_colour_that_was_asked_for(pipeline: TextToImagePipeline) -> None:
+def test_images_show_one_object_in_the_colour_that_was_asked_for(pipeline: TextToImagePipeline) -> None:
     colours = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
     results = pipeline([f"a {colour} sofa" for colour in colours], [0, 0, 0], steps=12)
     for result, wanted in zip(results, colours.values(), strict=True):
@@ -26,10 +26,10 @@ def test_pictures_show_one_object_in_the_colour_that_was_asked_for(pipeline: Tex
         thing = pixels[pixels.min(-1) < 0.6]
         assert 0.1 < len(thing) / 64**2 < 0.8
         assert thing.mean(0).argmax() == int(np.argmax(wanted))
-        assert result.receipt["flops_executed"] < 0.7 * result.receipt["flops_dense"], "elastic by default"
+        assert result.metadata["flops_executed"] < 0.7 * result.metadata["flops_dense"], "elastic by default"
 
 
-def test_routers_keep_to_a_budget_and_to_the_dense_picture(pipeline: TextToImagePipeline) -> None:
+def test_routers_keep_to_a_budget_and_to_the_dense_image(pipeline: TextToImagePipeline) -> None:
     prompts, seeds = ["a wooden bar chair", "a blue vase"], [0, 1]
     dense = pipeline(prompts, seeds, elastic=False)
     other = pipeline(prompts, [2, 3], elastic=False)
@@ -37,8 +37,8 @@ def test_routers_keep_to_a_budget_and_to_the_dense_picture(pipeline: TextToImage
     for budget in (0.8, 0.4):
         found = pipeline(prompts, seeds, budget=budget)
         for result in found:
-            share = result.receipt["flops_executed"] / result.receipt["flops_dense"]
-            assert abs(share - budget) < 0.1, "one picture; on the mean over pictures it is closer"
+            share = result.metadata["flops_executed"] / result.metadata["flops_dense"]
+            assert abs(share - budget) < 0.1, "one image; on the mean over images it is closer"
         distances.append(_distance(found, dense))
     assert distances[0] < distances[1] < 0.25 * _distance(other, dense)
     size = sum(file.stat().st_size for file in (FOLDER / "routers").iterdir())

@@ -1,4 +1,4 @@
-"""Plans of many pictures: names, folders, globs, and what is refused."""
+"""Plans of many images: names, folders, globs, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import trimesh
-from tiny_pipeline import save_picture
+from tiny_pipeline import save_image
 
 from elastic3d.errors import UserError
 from elastic3d.pipelines.generation import Job, plan
@@ -28,8 +28,8 @@ def _plan(image: object, output: object, **options: Any) -> list[Job]:
     return plan(GenerateConfig(image=str(image), output=str(output), **options)).jobs
 
 
-def test_a_single_picture(tmp_path: Path) -> None:
-    image = save_picture(tmp_path / "chair.png")
+def test_a_single_image(tmp_path: Path) -> None:
+    image = save_image(tmp_path / "chair.png")
     assert _plan(image, tmp_path / "x.GLB") == [Job(image, 0, tmp_path / "x.GLB")]
     assert _plan(image, tmp_path) == [Job(image, 0, tmp_path / "chair.glb")]
     assert _plan(image, f"{tmp_path}/new/") == [Job(image, 0, tmp_path / "new/chair.glb")]
@@ -48,10 +48,10 @@ def test_folders_and_globs(photos: Path, tmp_path: Path) -> None:
 
 def test_equal_stems_keep_their_suffix(tmp_path: Path) -> None:
     for name in ("a.png", "a.jpg", "b.png"):
-        save_picture(tmp_path / "in" / name.replace(".jpg", ".webp"))
+        save_image(tmp_path / "in" / name.replace(".jpg", ".webp"))
     names = [job.output.name for job in _plan(tmp_path / "in", tmp_path / "out")]
     assert names == ["a_png.glb", "a_webp.glb", "b.glb"]
-    save_picture(tmp_path / "in/deeper/b.png")
+    save_image(tmp_path / "in/deeper/b.png")
     with pytest.raises(UserError, match="several images named b_png"):
         _plan(f"{tmp_path}/in/**/*.png", tmp_path / "out")
 
@@ -103,8 +103,8 @@ def test_turntable_shows_the_mesh_from_all_sides() -> None:
 
 
 def test_no_output_replaces_an_input_or_another_output(tmp_path: Path) -> None:
-    image = save_picture(tmp_path / "a.png")
-    save_picture(tmp_path / "b.png")
+    image = save_image(tmp_path / "a.png")
+    save_image(tmp_path / "b.png")
     for options in (
         {"output": tmp_path / "a.glb", "preview": True},
         {"output": tmp_path / "A.glb", "preview": True},

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_pipeline import CHANNELS, LATENTS, picture, save_picture, tiny_pipeline
+from tiny_pipeline import CHANNELS, LATENTS, image, save_image, tiny_pipeline
 
 from elastic3d import __version__
 from elastic3d.elastic import attach
@@ -28,22 +28,22 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.runtime import find_model
 
 
-def test_one_picture(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:
-    result = pipeline(save_picture(tmp_path / "a.png"), seed=3)
+def test_one_image(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:
+    result = pipeline(save_image(tmp_path / "a.png"), seed=3)
     assert len(result.mesh.faces) > 0 and np.abs(result.mesh.vertices).max() <= 1.0101
     assert result.latents is not None and result.latents.shape == (LATENTS, CHANNELS)
-    again = pipeline(picture(), seed=3)
+    again = pipeline(image(), seed=3)
     np.testing.assert_array_equal(again.mesh.vertices, result.mesh.vertices)
 
 
 def test_receipt(pipeline: ImageTo3DPipeline) -> None:
-    receipt = pipeline(picture(), seed=5, steps=2, guidance=1.0, resolution=12).receipt
-    assert list(receipt) == [
+    metadata = pipeline(image(), seed=5, steps=2, guidance=1.0, resolution=12).metadata
+    assert list(metadata) == [
         "version", "model", "weights_sha256", "seed", "steps", "guidance", "resolution", "budget",
         "flops_executed", "flops_dense", "ms",
     ]  # fmt: skip
-    assert list(receipt["ms"]) == ["condition", "dit", "decode", "surface", "cleanup"]
-    assert all(value >= 0 for value in receipt["ms"].values())
+    assert list(metadata["ms"]) == ["condition", "dit", "decode", "surface", "cleanup"]
+    assert all(value >= 0 for value in metadata["ms"].values())
     flops = 2 * dit_blocks_flops(pipeline.dit.config, LATENTS, 4)
     expected = {
         "version": __version__,
@@ -54,10 +54,10 @@ def test_receipt(pipeline: ImageTo3DPipeline) -> None:
         "resolution": 12,
     }
     expected |= {"budget": 1.0, "flops_executed": flops, "flops_dense": flops}
-    assert {name: receipt[name] for name in expected} == expected
-    guided = pipeline(picture(), steps=2, guidance=3.0).receipt
+    assert {name: metadata[name] for name in expected} == expected
+    guided = pipeline(image(), steps=2, guidance=3.0).metadata
     assert guided["flops_dense"] == 2 * flops
-    json.dumps(receipt)
+    json.dumps(metadata)
 
 
 def test_flops_agree_with_the_adapter(pipeline: ImageTo3DPipeline) -> None:
@@ -69,31 +69,31 @@ def test_flops_agree_with_the_adapter(pipeline: ImageTo3DPipeline) -> None:
     assert dit_blocks_flops(pipeline.dit.config, LATENTS, 4) == total
 
 
-def test_seed_picture_and_guidance_matter(pipeline: ImageTo3DPipeline) -> None:
-    base = pipeline(picture(), seed=0).latents
+def test_seed_image_and_guidance_matter(pipeline: ImageTo3DPipeline) -> None:
+    base = pipeline(image(), seed=0).latents
     assert base is not None
     for other in (
-        pipeline(picture(), seed=1),
-        pipeline(picture("white", x=5), seed=0),
-        pipeline(picture(), seed=0, guidance=9.0),
-        pipeline(picture(), seed=0, steps=4),
+        pipeline(image(), seed=1),
+        pipeline(image("white", x=5), seed=0),
+        pipeline(image(), seed=0, guidance=9.0),
+        pipeline(image(), seed=0, steps=4),
     ):
         assert other.latents is not None and (other.latents - base).abs().max() > 1e-4
 
 
 def test_a_sample_does_not_depend_on_its_batch(pipeline: ImageTo3DPipeline) -> None:
-    pictures = [picture("maroon"), picture("navy", 5), picture("green", 60)]
-    batch = pipeline(pictures, seed=[7, 8, 9])
-    for image, seed, together in zip(pictures, (7, 8, 9), batch, strict=True):
+    images = [image("maroon"), image("navy", 5), image("green", 60)]
+    batch = pipeline(images, seed=[7, 8, 9])
+    for image, seed, together in zip(images, (7, 8, 9), batch, strict=True):
         alone = pipeline(image, seed=seed)
         torch.testing.assert_close(alone.latents, together.latents, rtol=1e-4, atol=1e-5)
         assert abs(len(alone.mesh.faces) - len(together.mesh.faces)) <= 8
-    assert [result.receipt["seed"] for result in batch] == [7, 8, 9]
-    assert all(result.receipt["seed"] == 4 for result in pipeline(pictures[:2], seed=4))
+    assert [result.metadata["seed"] for result in batch] == [7, 8, 9]
+    assert all(result.metadata["seed"] == 4 for result in pipeline(images[:2], seed=4))
 
 
-def test_a_bad_picture_is_an_error_in_its_slot(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:
-    results = pipeline([picture(), tmp_path / "gone.png", Image.new("RGBA", (9, 9)), picture()], seed=0)
+def test_a_bad_image_is_an_error_in_its_slot(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:
+    results = pipeline([image(), tmp_path / "gone.png", Image.new("RGBA", (9, 9)), image()], seed=0)
     assert [result.error is None for result in results] == [True, False, False, True]
     np.testing.assert_array_equal(results[0].mesh.vertices, results[3].mesh.vertices)
     with pytest.raises(UserError, match="no file .*gone.png"):
@@ -115,12 +115,12 @@ def test_a_field_without_a_surface_is_an_error_in_its_slot(
         return values * 0 - 1 if len(calls) == 2 else values, stats
 
     monkeypatch.setattr(image_to_3d, "decode_field", decode)
-    results = pipeline([picture()] * 3, seed=[0, 1, 2])
+    results = pipeline([image()] * 3, seed=[0, 1, 2])
     assert [result.error is None for result in results] == [True, False, True]
     assert isinstance(results[1].error, NoSurfaceError) and results[1].latents is not None
     calls[:] = [0]
     with pytest.raises(NoSurfaceError):
-        pipeline(picture())
+        pipeline(image())
 
 
 def test_a_field_that_is_not_finite_is_an_error_in_its_slot(
@@ -128,7 +128,7 @@ def test_a_field_that_is_not_finite_is_an_error_in_its_slot(
 ) -> None:
     field = pipeline.vae.field
     monkeypatch.setattr(pipeline.vae, "field", lambda tokens: lambda *args: field(tokens)(*args) * torch.nan)
-    (result,) = pipeline([picture()])
+    (result,) = pipeline([image()])
     assert isinstance(result.error, UserError) and "not finite" in str(result.error)
 
 
@@ -146,17 +146,17 @@ def test_a_field_that_is_not_finite_is_an_error_in_its_slot(
 )
 def test_values_out_of_range(pipeline: ImageTo3DPipeline, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        pipeline([picture()], **options)
+        pipeline([image()], **options)
 
 
 def test_max_faces_and_cleanup(pipeline: ImageTo3DPipeline) -> None:
-    assert len(pipeline(picture(), max_faces=100).mesh.faces) <= 100
-    assert len(pipeline(picture(), cleanup=CleanupConfig(max_faces=200)).mesh.faces) <= 200
+    assert len(pipeline(image(), max_faces=100).mesh.faces) <= 100
+    assert len(pipeline(image(), cleanup=CleanupConfig(max_faces=200)).mesh.faces) <= 200
 
 
 def test_steps_are_reported(pipeline: ImageTo3DPipeline) -> None:
     seen: list[tuple[int, int]] = []
-    pipeline(picture(), on_step=lambda *step: seen.append(step))
+    pipeline(image(), on_step=lambda *step: seen.append(step))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -164,15 +164,15 @@ def test_save_and_load(pipeline: ImageTo3DPipeline, saved: Path) -> None:
     loaded = ImageTo3DPipeline.from_pretrained(saved, device="cpu", dtype="float32")
     assert loaded.config.version == __version__ and loaded.weights_sha256 is not None
     assert len(loaded.weights_sha256) == 64
-    a, b = loaded(picture(), seed=1), pipeline(picture(), seed=1)
+    a, b = loaded(image(), seed=1), pipeline(image(), seed=1)
     torch.testing.assert_close(a.latents, b.latents, rtol=0, atol=0)
     np.testing.assert_array_equal(a.mesh.vertices, b.mesh.vertices)
-    assert a.receipt["weights_sha256"] == loaded.weights_sha256 and b.receipt["weights_sha256"] is None
+    assert a.metadata["weights_sha256"] == loaded.weights_sha256 and b.metadata["weights_sha256"] is None
 
 
 def test_bf16_gives_about_the_same(pipeline: ImageTo3DPipeline, saved: Path) -> None:
     half = ImageTo3DPipeline.from_pretrained(saved, device="cpu", dtype="bfloat16")
-    a, b = half(picture(), seed=1), pipeline(picture(), seed=1)
+    a, b = half(image(), seed=1), pipeline(image(), seed=1)
     assert a.latents is not None and b.latents is not None and a.latents.dtype == torch.float32
     assert (a.latents - b.latents).norm() < 0.05 * b.latents.norm()
     assert a.mesh.area == pytest.approx(b.mesh.area, rel=0.2)
@@ -226,12 +226,12 @@ def test_broken_models_are_one_sentence(saved: Path, tmp_path: Path, name: str) 
 
 
 def test_arrays_are_images_and_integers_of_numpy_are_seeds(pipeline):
-    image = picture()
+    image = image()
     right = pipeline(image, seed=3, resolution=12)
     for array in (np.asarray(image), np.asarray(image) / 255):
         found = pipeline(array, seed=np.int64(3), resolution=12)
         assert torch.equal(found.latents, right.latents)
-        assert json.loads(json.dumps(found.receipt))["seed"] == 3
+        assert json.loads(json.dumps(found.metadata))["seed"] == 3
     both = pipeline(np.stack([np.asarray(image)] * 2), np.array([3, 3]), resolution=12)
     assert [r.error for r in both] == [None, None]
     torch.testing.assert_close(both[1].latents, right.latents, rtol=1e-4, atol=1e-5)
@@ -245,8 +245,8 @@ def test_arrays_are_images_and_integers_of_numpy_are_seeds(pipeline):
 
 
 def test_in_a_list_whatever_is_wrong_with_one_is_its_own_error(pipeline):
-    wrong = [None, 7, "missing.png", np.zeros(3), {"left": picture()}]
-    results = pipeline([picture(), *wrong, picture()], seed=1, resolution=12)
+    wrong = [None, 7, "missing.png", np.zeros(3), {"left": image()}]
+    results = pipeline([image(), *wrong, image()], seed=1, resolution=12)
     assert [r.error is None for r in results] == [True, *[False] * len(wrong), True]
     assert all(isinstance(r.error, UserError) for r in results[1:-1])
     assert torch.equal(results[0].latents, results[-1].latents)
@@ -255,17 +255,17 @@ def test_in_a_list_whatever_is_wrong_with_one_is_its_own_error(pipeline):
 def test_two_threads_on_one_pipeline_get_what_one_gets():
     pipeline = tiny_pipeline()
     attach(pipeline.dit, RouterConfig(initial_keep=0.5, head_std=3.0))
-    right = [pipeline(picture(), seed=s, budget=b, resolution=12) for s, b in ((0, 0.4), (1, 1.0))]
+    right = [pipeline(image(), seed=s, budget=b, resolution=12) for s, b in ((0, 0.4), (1, 1.0))]
 
     def work(number: int):
         seed, budget = ((0, 0.4), (1, 1.0))[number]
-        return [pipeline(picture(), seed=seed, budget=budget, resolution=12) for _ in range(4)]
+        return [pipeline(image(), seed=seed, budget=budget, resolution=12) for _ in range(4)]
 
     with ThreadPoolExecutor(2) as pool:
         for wanted, found in zip(right, pool.map(work, range(2)), strict=True):
             for result in found:
                 assert torch.equal(result.latents, wanted.latents)
-                assert result.receipt["routes"] == wanted.receipt["routes"]
+                assert result.metadata["routes"] == wanted.metadata["routes"]
 
 
 def test_bundled_models_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
@@ -280,11 +280,11 @@ def test_bundled_models_are_found_by_name_from_any_folder(tmp_path, monkeypatch)
 def test_an_exception_in_a_callback_leaves_nothing_behind(pipeline):
     elastic = tiny_pipeline()
     session = attach(elastic.dit, RouterConfig(initial_keep=0.2, head_std=0.0, longest=5))
-    right = elastic(picture(), resolution=12).latents
+    right = elastic(image(), resolution=12).latents
     with pytest.raises(ZeroDivisionError):
-        elastic(picture(), seed=1, on_step=lambda done, steps: 1 / (steps - 1 - done))
+        elastic(image(), seed=1, on_step=lambda done, steps: 1 / (steps - 1 - done))
     assert session.cache is None
-    assert torch.equal(elastic(picture(), resolution=12).latents, right)
+    assert torch.equal(elastic(image(), resolution=12).latents, right)
 
 
 def test_progress_covers_every_stage_and_results_are_told_at_once(
@@ -298,9 +298,9 @@ def test_progress_covers_every_stage_and_results_are_told_at_once(
         if number == 1:
             assert result.error is not None and not any(stage == "dit" for stage, _, _ in seen)
         else:
-            assert len(result.mesh.faces) and result.receipt["ms"]["cleanup"] >= 0
+            assert len(result.mesh.faces) and result.metadata["ms"]["cleanup"] >= 0
 
-    images = [picture(), tmp_path / "gone.png", picture(x=50)]
+    images = [image(), tmp_path / "gone.png", image(x=50)]
     pipeline(images, on_progress=lambda *at: seen.append(at), on_result=hear, steps=3, resolution=48)
     assert told == [1, 0, 2], "the broken image first, before any time is spent"
     assert [at for at in seen if at[0] == "condition"] == [("condition", n, 3) for n in (1, 2, 3)]

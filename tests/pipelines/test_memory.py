@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_pipeline import picture, tiny_pipeline
+from tiny_pipeline import image, tiny_pipeline
 from torch import nn
 
 from elastic3d.checkpoints.options import OPEN_MODELS, PRESETS
@@ -70,7 +70,7 @@ def test_the_vae_comes_once_for_all_meshes() -> None:
     pipeline, moves = tiny_pipeline(), []
     pipeline.use_less_memory()
     pipeline.vae.to = lambda device: moves.append(device)  # type: ignore[assignment, method-assign]
-    results = pipeline([picture(), picture()], seed=[1, 2], steps=2, resolution=12)
+    results = pipeline([image(), image()], seed=[1, 2], steps=2, resolution=12)
     assert all(result.mesh.faces.size for result in results) and len(moves) == 2
 
 
@@ -95,8 +95,8 @@ def test_the_table_of_the_documentation_is_this_one() -> None:
 def test_smaller_calls_of_the_field_give_the_same_mesh():
     pipeline = tiny_pipeline()
     assert pipeline.max_points == usual_chunk(torch.device("cpu")) < usual_chunk(torch.device("cuda"))
-    one = pipeline(picture(), steps=2, resolution=32)
+    one = pipeline(image(), steps=2, resolution=32)
     pipeline.max_points = 1000
-    other = pipeline(picture(), steps=2, resolution=32)
+    other = pipeline(image(), steps=2, resolution=32)
     assert one.mesh.vertices.shape == other.mesh.vertices.shape
     assert abs(one.mesh.vertices - other.mesh.vertices).max() < 1e-4

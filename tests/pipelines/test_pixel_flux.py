@@ -22,7 +22,7 @@ CONFIG = dict(
 
 
 class Oracle(torch.nn.Module):
-    """Knows the picture, and says what such a model should say."""
+    """Knows the image, and says what such a model should say."""
 
     def __init__(self, transformer, predicts, data, noise):
         super().__init__()
@@ -84,17 +84,17 @@ def test_prediction_is_kept_with_the_model(tmp_path):
 
 def test_weights_are_narrow_and_pixels_are_not(tmp_path):
     folder = save_tiny_small(tmp_path)
-    pictures, seen = {}, []
+    images, seen = {}, []
     for dtype in (torch.float32, torch.bfloat16):
         pipe = load_pixel_flux(folder, torch.device("cpu"), dtype)
         assert pipe.transformer.dtype is dtype
         pipe.transformer.x_embedder.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
         text = SmallBackbone(pipe).encode_prompts(["a chair"])
         generator = torch.Generator().manual_seed(0)
-        pictures[dtype] = pipe(
+        images[dtype] = pipe(
             **text, num_inference_steps=3, generator=generator, output_type="latent", return_dict=False
         )[0]
     assert seen == [torch.float32] * 3 + [torch.bfloat16] * 3
-    wide, narrow = pictures.values()
+    wide, narrow = images.values()
     assert narrow.dtype is torch.float32
     assert 0 < (wide - narrow).square().mean() < 0.05 * wide.square().mean()

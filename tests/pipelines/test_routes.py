@@ -1,4 +1,4 @@
-"""A pipeline with routers: options, receipts, files, pictures."""
+"""A pipeline with routers: options, metadata, files, images."""
 
 import json
 from dataclasses import fields
@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 from PIL import Image
-from tiny_pipeline import picture, save_picture, tiny_pipeline
+from tiny_pipeline import image, save_image, tiny_pipeline
 
 from elastic3d.elastic import attach, detach
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig, ElasticOptions, RouterConfig
@@ -16,7 +16,7 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import GenerateConfig, GenerateImageConfig
 from elastic3d.pipelines.routes import draw_routes
 
-CACHE = BlockCacheConfig(rule=CacheRule.age, longest=1, closed_reuse=True)
+CACHE = BlockCacheConfig(rule=CacheRule.age, longest=1, skipped_reuse=True)
 
 
 @pytest.fixture(scope="module")
@@ -28,30 +28,30 @@ def elastic() -> ImageTo3DPipeline:
 
 
 def test_a_dense_run_of_an_elastic_model_is_the_dense_model(elastic, pipeline):
-    plain = pipeline(picture(), seed=1)
-    dense = elastic(picture(), seed=1, elastic=False)
-    assert torch.equal(dense.latents, plain.latents) and "routes" not in dense.receipt
-    assert not torch.equal(elastic(picture(), seed=1).latents, plain.latents)
+    plain = pipeline(image(), seed=1)
+    dense = elastic(image(), seed=1, elastic=False)
+    assert torch.equal(dense.latents, plain.latents) and "routes" not in dense.metadata
+    assert not torch.equal(elastic(image(), seed=1).latents, plain.latents)
 
 
 def test_the_receipt_tells_every_block_of_every_step(elastic):
-    one, two = elastic([picture(), picture("white", x=5)], [0, 1], budget=0.5, cache=CACHE, resolution=12)
+    one, two = elastic([image(), image("white", x=5)], [0, 1], budget=0.5, cache=CACHE, resolution=12)
     for result in (one, two):
-        receipt = json.loads(json.dumps(result.receipt))
-        assert receipt["budget"] == 0.5 and receipt["elastic"]["cache"]["rule"] == "age"
-        actions = receipt["routes"]["actions"]
+        metadata = json.loads(json.dumps(result.metadata))
+        assert metadata["budget"] == 0.5 and metadata["elastic"]["cache"]["rule"] == "age"
+        actions = metadata["routes"]["actions"]
         assert len(actions) == 3 and all(len(step) == 2 and len(step[0]) == 4 for step in actions)
         assert set("".join(sum(actions, []))) <= set(".c1234")
-        assert 0 < receipt["flops_executed"] < receipt["flops_dense"]
-        assert receipt["flops_routers"] > 0
-    alone = elastic(picture(), 0, budget=0.5, cache=CACHE, resolution=12).receipt
-    assert alone["routes"] == one.receipt["routes"]
+        assert 0 < metadata["flops_executed"] < metadata["flops_dense"]
+        assert metadata["flops_routers"] > 0
+    alone = elastic(image(), 0, budget=0.5, cache=CACHE, resolution=12).metadata
+    assert alone["routes"] == one.metadata["routes"]
 
 
 def test_routers_travel_with_the_pipeline(elastic, tmp_path):
     elastic.save_pretrained(tmp_path)
     again = ImageTo3DPipeline.from_pretrained(tmp_path, "cpu", "float32")
-    assert torch.equal(again(picture(), budget=0.6).latents, elastic(picture(), budget=0.6).latents)
+    assert torch.equal(again(image(), budget=0.6).latents, elastic(image(), budget=0.6).latents)
     dense = tiny_pipeline()
     assert set(again.dit.state_dict()) == set(dense.dit.state_dict())
     detach(again.dit)
@@ -65,12 +65,12 @@ def test_options_that_fit_no_model_are_refused(pipeline, elastic):
         ({"cache": CACHE, "width": False}, "cache, width can't be set: this model has no routers"),
     ):
         with pytest.raises(UserError, match=message):
-            pipeline(picture(), **options)
+            pipeline(image(), **options)
     with pytest.raises(UserError, match="budget can't be set: elastic is false"):
-        elastic(picture(), elastic=False, budget=0.5)
+        elastic(image(), elastic=False, budget=0.5)
     with pytest.raises(UserError, match="budget is 0.1, expected a value from 0.3 to 1"):
-        elastic(picture(), budget=0.1)
-    assert pipeline(picture(), budget=1.0, resolution=12).receipt["budget"] == 1.0
+        elastic(image(), budget=0.1)
+    assert pipeline(image(), budget=1.0, resolution=12).metadata["budget"] == 1.0
 
 
 def test_none_keeps_the_models_default():
@@ -98,7 +98,7 @@ def test_the_command_line(elastic, tmp_path, capsys):
     from elastic3d.pipelines.options import GenerateConfig
 
     elastic.save_pretrained(tmp_path / "model")
-    image = save_picture(tmp_path / "a.png")
+    image = save_image(tmp_path / "a.png")
     arguments = [
         f"image={image}",
         f"output={tmp_path / 'a.glb'}",
@@ -109,12 +109,12 @@ def test_the_command_line(elastic, tmp_path, capsys):
     trace = tmp_path / "routes.png"
     more = ["budget=0.5", "cache=paper", "width=off", f"trace={trace}"]
     assert execute(gen_mesh.main, GenerateConfig, "gen_mesh", arguments + more) == 0
-    receipt = read_extras(tmp_path / "a.glb")
-    assert receipt["elastic"]["cache"]["rule"] == "band" and receipt["elastic"]["width"] is False
-    assert trace.is_file() and set("".join(sum(receipt["routes"]["actions"], []))) <= set(".c4")
+    metadata = read_extras(tmp_path / "a.glb")
+    assert metadata["elastic"]["cache"]["rule"] == "band" and metadata["elastic"]["width"] is False
+    assert trace.is_file() and set("".join(sum(metadata["routes"]["actions"], []))) <= set(".c4")
     for choice in ("off", "forecast"):
         assert execute(gen_mesh.main, GenerateConfig, "gen_mesh", [*arguments, f"cache={choice}"]) == 0
-        assert read_extras(tmp_path / "a.glb")["elastic"]["cache"]["closed_reuse"] == (choice == "forecast")
+        assert read_extras(tmp_path / "a.glb")["elastic"]["cache"]["skipped_reuse"] == (choice == "forecast")
     assert execute(gen_mesh.main, GenerateConfig, "gen_mesh", [*arguments, "elastic=false"]) == 0
     assert "routes" not in read_extras(tmp_path / "a.glb")
     for wrong in ("budget=0.1", "cache=none", "cache.longest=0", "trace=routes.jpg"):

@@ -42,7 +42,7 @@ def mixed_routers(name: BackboneName, folder: Path, output: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", FAMILIES, ids=lambda name: name.name)
-def test_a_prompt_becomes_pictures_with_receipts(name, folders, tmp_path):
+def test_a_prompt_becomes_images_with_receipts(name, folders, tmp_path):
     routers = mixed_routers(name, folders[name], tmp_path / "routers")
     pipeline = load(name, folders[name], routers)
     options = dict(steps=2, guidance=3.0, size=SIZES[name])
@@ -50,23 +50,24 @@ def test_a_prompt_becomes_pictures_with_receipts(name, folders, tmp_path):
     dense = pipeline(["a chair"], [3], elastic=False, on_step=lambda i, n: seen.append((i, n)), **options)[0]
     assert dense.image.size == SIZES[name] and dense.image.mode == "RGB" and seen == [(1, 2), (2, 2)]
     assert (
-        dense.receipt["flops_executed"] == dense.receipt["flops_dense"] > 0 and "routes" not in dense.receipt
+        dense.metadata["flops_executed"] == dense.metadata["flops_dense"] > 0
+        and "routes" not in dense.metadata
     )
     both = pipeline(["a chair", "a red cup"], [3, 4], budget=0.5, **options)
-    receipt = both[0].receipt
-    assert receipt["prompt"] == "a chair" and receipt["seed"] == 3 and receipt["budget"] == 0.5
-    assert receipt["flops_executed"] < receipt["flops_dense"] and len(receipt["weights_sha256"]) == 64
-    assert set(receipt["ms"]) == {"condition", "dit", "decode"}
+    metadata = both[0].metadata
+    assert metadata["prompt"] == "a chair" and metadata["seed"] == 3 and metadata["budget"] == 0.5
+    assert metadata["flops_executed"] < metadata["flops_dense"] and len(metadata["weights_sha256"]) == 64
+    assert set(metadata["ms"]) == {"condition", "dit", "decode"}
     branches = 1 if name is BackboneName.flux else 2
-    assert [len(step) for step in receipt["routes"]["actions"]] == [branches] * 2
-    json.dumps(receipt)
+    assert [len(step) for step in metadata["routes"]["actions"]] == [branches] * 2
+    json.dumps(metadata)
     again = pipeline(["a chair", "a red cup"], [3, 4], budget=0.5, **options)
     assert [r.image.tobytes() for r in again] == [r.image.tobytes() for r in both]
     assert both[0].image.tobytes() != both[1].image.tobytes()
 
 
 @pytest.mark.parametrize("name", FAMILIES, ids=lambda name: name.name)
-def test_dense_pictures_are_those_of_the_stock_pipeline(name, folders):
+def test_dense_images_are_those_of_the_stock_pipeline(name, folders):
     import diffusers
 
     pipeline = load(name, folders[name])
@@ -79,11 +80,11 @@ def test_dense_pictures_are_those_of_the_stock_pipeline(name, folders):
         else {"true_cfg_scale": 4.0, "negative_prompt": " "}
     )
     width, height = SIZES[name]
-    picture = stock(
+    image = stock(
         "a chair", width=width, height=height, num_inference_steps=2, generator=[torch.Generator().manual_seed(1)],
         **guidance,
     ).images[0]  # fmt: skip
-    assert picture.tobytes() == found.image.tobytes()
+    assert image.tobytes() == found.image.tobytes()
     with pytest.raises(UserError, match="budget can't be set: this model has no routers"):
         pipeline(["a chair"], [1], budget=0.5)
 
@@ -93,9 +94,9 @@ def test_the_parts_agree_with_the_pipeline(name, folders):
     """Encode, decode and velocity, which training uses, say what the pipeline's loop says."""
     backbone = load(name, folders[name]).backbone
     size, t = SIZES[name], torch.tensor([0.25])
-    pictures = torch.rand(2, 3, size[1], size[0])
-    latents = backbone.encode_pictures(pictures)
-    assert backbone.decode(latents, size).shape == pictures.shape
+    images = torch.rand(2, 3, size[1], size[0])
+    latents = backbone.encode_images(images)
+    assert backbone.decode(latents, size).shape == images.shape
     assert latents.shape[1] == size[0] * size[1] // backbone.multiple**2
     text = backbone.encode_prompts(["a chair"], length=64)
     assert text["prompt_embeds"].shape[1] == 64

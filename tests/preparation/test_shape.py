@@ -55,7 +55,7 @@ def test_distances_belong_to_the_stored_points() -> None:
     assert arrays["sharp"].shape == (0, 6)
 
 
-def test_views_are_pictures_of_the_object_alone() -> None:
+def test_views_are_images_of_the_object_alone() -> None:
     arrays = prepare_shape(raw(trimesh.creation.box((3, 2, 1))), SMALL, seed=1)
     data, offsets = arrays["views"].tobytes(), arrays["view_offsets"]
     for index in range(3):

@@ -1,4 +1,4 @@
-"""The command `gen_image.py`: files, receipts, and one sentence for every mistake."""
+"""The command `gen_image.py`: files, metadata, and one sentence for every mistake."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiny_images import save_tiny_flux, save_tiny_qwen
 
 from elastic3d.elastic import attach, save_routers
 from elastic3d.elastic.config import RouterConfig
-from elastic3d.models.pictures import read_receipt
+from elastic3d.models.images import read_metadata
 from elastic3d.pipelines.image_loading import load_backbone
 from elastic3d.pipelines.options import BackboneName, GenerateImageConfig
 from elastic3d.utils.devices import DeviceChoice
@@ -45,24 +45,24 @@ def command(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comm
     return call
 
 
-def test_a_picture_with_its_receipt(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_with_its_receipt(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = "a (red) chair, x=y ${HOME} ä"
     assert (
         command(f"prompt={prompt}", "output=new/a b.png", "budget=0.5", "cache=paper", "trace=routes.png")
         == 0
     )
     assert "new/a b.png: 16 x 16" in capsys.readouterr().out
-    receipt = read_receipt("new/a b.png")
-    assert receipt["prompt"] == prompt and receipt["budget"] == 0.5 and receipt["model"] == "FLUX.1-tiny"
-    assert receipt["elastic"]["cache"]["rule"] == "band" and receipt["resolution"] == [16, 16]
+    metadata = read_metadata("new/a b.png")
+    assert metadata["prompt"] == prompt and metadata["budget"] == 0.5 and metadata["model"] == "FLUX.1-tiny"
+    assert metadata["elastic"]["cache"]["rule"] == "band" and metadata["resolution"] == [16, 16]
     assert Image.open("routes.png").width > 0
     assert command("prompt=a chair", "output=dense.png", "elastic=false") == 0
-    assert "routes" not in read_receipt("dense.png")
+    assert "routes" not in read_metadata("dense.png")
 
 
 def test_several_samples_in_batches(command: Command) -> None:
     assert command("prompt=a chair", "output=x.png", "num_samples=3", "batch_size=2", "seed=4") == 0
-    assert [read_receipt(f"x_{n}.png")["seed"] for n in range(3)] == [4, 5, 6]
+    assert [read_metadata(f"x_{n}.png")["seed"] for n in range(3)] == [4, 5, 6]
     assert command("prompt=a chair", "output=y.png", "seed=6") == 0
     assert Image.open("y.png").tobytes() == Image.open("x_2.png").tobytes()
 
@@ -70,7 +70,7 @@ def test_several_samples_in_batches(command: Command) -> None:
 def test_qwen_image(command: Command, tmp_path: Path) -> None:
     folder = save_tiny_qwen(tmp_path / "qwen")
     assert command("prompt=a chair", "output=x.png", "backbone=qwen_image", f"weights={folder}") == 0
-    assert read_receipt("x.png")["backbone"] == "qwen_image"
+    assert read_metadata("x.png")["backbone"] == "qwen_image"
 
 
 BAD_INPUT: dict[str, tuple[list[str], str]] = {

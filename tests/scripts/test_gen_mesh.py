@@ -16,7 +16,7 @@ from _cli import execute
 from PIL import Image
 from tiny_dial import save_dialled
 from tiny_images import save_tiny_small
-from tiny_pipeline import picture, save_picture, tiny_pipeline
+from tiny_pipeline import image, save_image, tiny_pipeline
 
 from elastic3d.geometry.mesh_io import read_extras
 from elastic3d.pipelines import generation
@@ -48,11 +48,11 @@ def _names(folder: str) -> list[str]:
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-def test_one_picture_becomes_a_mesh(
+def test_one_image_becomes_a_mesh(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "a chair (1), x=y $HOME ä.png"
-    save_picture(tmp_path / name)
+    save_image(tmp_path / name)
     assert command(f"image={name}", "output=new/chair.glb", "seed=3", "max_faces=500", "preview=true") == 0
     mesh = trimesh.load_mesh(tmp_path / "new/chair.glb")
     assert 0 < len(mesh.faces) <= 500
@@ -65,13 +65,13 @@ def test_one_picture_becomes_a_mesh(
 
 @pytest.mark.parametrize("suffix", ["ply", "obj", "stl"])
 def test_other_formats(command: Command, tmp_path: Path, suffix: str) -> None:
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     assert command("image=a.png", f"output=a.{suffix}") == 0
     assert len(trimesh.load_mesh(tmp_path / f"a.{suffix}").faces) > 0
 
 
 def test_the_same_seed_gives_the_same_file(command: Command, tmp_path: Path) -> None:
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     for name in ("1.stl", "2.stl"):
         assert command("image=a.png", f"output={name}") == 0
     assert (tmp_path / "1.stl").read_bytes() == (tmp_path / "2.stl").read_bytes()
@@ -81,8 +81,8 @@ def test_a_folder_with_a_bad_file(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("a", "b", "d"):
-        save_picture(tmp_path / f"in/{name}.png", x=10 * ord(name) % 60)
-    (tmp_path / "in/c.png").write_text("no picture")
+        save_image(tmp_path / f"in/{name}.png", x=10 * ord(name) % 60)
+    (tmp_path / "in/c.png").write_text("no image")
     assert command("image=in", "output=out", "batch_size=2", "num_samples=1") == 1
     assert _names("out") == ["a.glb", "b.glb", "d.glb", "summary.json"]
     captured = capsys.readouterr()
@@ -106,7 +106,7 @@ def test_a_quality_and_a_budget_of_a_model_with_a_dial(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save_dialled(tmp_path / "model")
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
 
     def command(*options: str) -> int:
         fixed = ["model=model", "image=a.png", "output=x.glb", "resolution=8", "device=cpu", "dtype=float32"]
@@ -132,7 +132,7 @@ def test_a_quality_and_a_budget_of_a_model_with_a_dial(
 
 
 def test_several_samples(command: Command, tmp_path: Path) -> None:
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     assert command("image=a.png", "output=x.glb", "num_samples=2", "seed=4") == 0
     assert [read_extras(tmp_path / f"x_{n}.glb")["seed"] for n in range(2)] == [4, 5]
 
@@ -141,7 +141,7 @@ def test_ctrl_c_leaves_whole_files_and_a_summary(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in "abc":
-        save_picture(tmp_path / f"in/{name}.png")
+        save_image(tmp_path / f"in/{name}.png")
     original, saved = generation.save_mesh, []
 
     def save(mesh: trimesh.Trimesh, path: Path, **options: Any) -> None:
@@ -187,7 +187,7 @@ def test_bad_input_is_one_sentence_and_no_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arguments, message = BAD_INPUT[name]
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     (tmp_path / "empty.png").touch()
     (tmp_path / "blocked").touch()
     (tmp_path / "text.png").write_text("hello")
@@ -222,7 +222,7 @@ def test_a_prompt_becomes_a_mesh(
 ) -> None:
     from elastic3d.pipelines.text_to_image import TextToImagePipeline
 
-    monkeypatch.setattr(TextToImagePipeline, "_picture", lambda *arguments: picture())
+    monkeypatch.setattr(TextToImagePipeline, "_image", lambda *arguments: image())
     small = save_tiny_small(tmp_path / "small")
     options = [f"image_model={small}", "prompt=a red ball", "num_samples=2"]
     assert command(*options, "output=x.glb", "seed=3") == 0
@@ -244,7 +244,7 @@ def test_a_prompt_becomes_a_mesh(
 def test_real_size_and_axis_in_every_format(
     command: Command, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     assert command("image=a.png", f"output=plain.{suffix}") == 0
     assert command("image=a.png", f"output=a.{suffix}", "size_mm=120", "up=z") == 0
     plain, mesh = (trimesh.load(tmp_path / f"{name}.{suffix}", force="mesh") for name in ("plain", "a"))
@@ -260,7 +260,7 @@ def test_real_size_and_axis_in_every_format(
 def test_the_images_colours_are_on_the_mesh(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_picture(tmp_path / "a.png", "maroon")
+    save_image(tmp_path / "a.png", "maroon")
     assert command("image=a.png", "output=a.ply", "texture=project", "max_faces=500") == 0
     colours = trimesh.load(tmp_path / "a.ply", process=False).visual.vertex_colors[:, :3]
     away = abs(colours.astype(int) - [128, 0, 0]).max(axis=1)

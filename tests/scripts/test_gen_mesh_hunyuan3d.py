@@ -16,7 +16,7 @@ import train
 import trimesh
 from _cli import execute, parse
 from hunyuan_tiny import DINOV2, write_checkpoint, write_checkpoint_21
-from tiny_pipeline import save_picture
+from tiny_pipeline import save_image
 
 from elastic3d.checkpoints.dinov2 import build_network
 from elastic3d.checkpoints.options import PRESETS, ImportConfig
@@ -55,7 +55,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.chdir(tmp_path)
     for name in ("chair", "left", "back"):
-        save_picture(tmp_path / f"{name}.png", x=10 * len(name) - 30)
+        save_image(tmp_path / f"{name}.png", x=10 * len(name) - 30)
 
     def call(*arguments: str) -> int:
         defaults = [f"weights={weights}", "image=chair.png", "output=chair.glb", "resolution=16"]
@@ -73,7 +73,7 @@ def extras(path: str = "chair.glb") -> dict[str, Any]:
     ("model", "moves"),
     [("hunyuan3d2", 2), ("hunyuan3d2_turbo", 3), ("hunyuan3d2_mv", 2), ("hunyuan3d2_1", 2)],
 )
-def test_a_picture_becomes_a_mesh(command: Command, model: str, moves: int) -> None:
+def test_an_image_becomes_a_mesh(command: Command, model: str, moves: int) -> None:
     assert command(f"model={model}") == 0
     mesh = trimesh.load_mesh("chair.glb")
     assert len(mesh.faces) > 0 and abs(mesh.bounds).max() <= 1.01 + 1e-6
@@ -194,9 +194,9 @@ def test_wrong_subfolder(command: Command, capsys: pytest.CaptureFixture[str]) -
     assert "has no folder hunyuan3d-dit-v3, it has hunyuan3d-dit-v2-0" in capsys.readouterr().err
 
 
-def test_a_folder_of_pictures(command: Command, tmp_path: Path) -> None:
+def test_a_folder_of_images(command: Command, tmp_path: Path) -> None:
     for name in "ab":
-        save_picture(tmp_path / f"in/{name}.png", x=20)
+        save_image(tmp_path / f"in/{name}.png", x=20)
     assert command("model=hunyuan3d2", "image=in", "output=out", "low_memory=true") == 0
     assert json.loads(Path("out/summary.json").read_text())["counts"]["ok"] == 2
 

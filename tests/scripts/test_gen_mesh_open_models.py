@@ -14,7 +14,7 @@ import trimesh
 from _cli import execute
 from hunyuan_tiny import write_checkpoint_21
 from open_models import write_folder
-from tiny_pipeline import save_picture
+from tiny_pipeline import save_image
 
 from elastic3d.checkpoints.options import TinyWeightsConfig
 from elastic3d.checkpoints.step1x3d import load_step1x3d
@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def command(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.chdir(tmp_path)
-    save_picture(tmp_path / "chair.png", x=20)
+    save_image(tmp_path / "chair.png", x=20)
 
     def call(model: str, *arguments: str) -> int:
         defaults = [

@@ -23,7 +23,7 @@ PAGES = ("README.md", "docs/*.md", "data/pretrained/README.md", "reports/elastic
 RECORDS = [
     path
     for path in sorted(ROOT.glob("data/pretrained/*/**/*.json"))
-    if path.name.startswith(("training", "updates"))
+    if path.name.startswith(("training", "few_step"))
 ]
 
 
@@ -126,7 +126,7 @@ def test_records_of_shipped_models_are_read(path: Path) -> None:
     assert isinstance(config, TrainConfig) and config.stage is StageName[stage]
     for name in ("steps", "learning_rate", "seed", "batch", "name"):
         assert getattr(config, name) == saved[name]
-    part = {"vae": "vae", "dit": "dit", "image": "image", "updates": "updates"}.get(stage, "routing")
+    part = {"vae": "vae", "dit": "dit", "image": "image", "few_step": "few_step"}.get(stage, "routing")
     for item in fields(getattr(config, part)):
         if item.name in saved[part] and not isinstance(saved[part][item.name], dict):
             assert to_dict(getattr(config, part))[item.name] == saved[part][item.name], item.name

@@ -15,7 +15,7 @@ from PIL import Image
 gradio = pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
 from tiny_dial import load, save_dialled  # noqa: E402
-from tiny_pipeline import picture, save_picture, tiny_pipeline  # noqa: E402
+from tiny_pipeline import image, save_image, tiny_pipeline  # noqa: E402
 
 from elastic3d.elastic import attach  # noqa: E402
 from elastic3d.elastic.config import ElasticConfig, RouterConfig  # noqa: E402
@@ -38,7 +38,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     attach(pipeline.dit, RouterConfig())
     pipeline.config.elastic = ElasticConfig(budget=0.5)
     with MeshQueue(pipeline) as queue:
-        page = build_app(queue, lambda prompt, seed: picture("navy"))
+        page = build_app(queue, lambda prompt, seed: image("navy"))
         _, url, _ = launch(page, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
         yield url
         page.close()
@@ -78,7 +78,7 @@ def test_a_dial_is_three_buttons_in_the_place_of_budget_and_steps(tmp_path: Path
         assert [value for _, value in shown["Quality"]["choices"]] == ["fast", "default", "best"]
         assert shown["Quality"]["choices"][0][0] == "fast (5.5x, 0.60)" and shown["Quality"]["visible"]
         assert not shown["Budget"]["visible"] and not shown["Steps"]["visible"]
-        visit = _Visit(queue).generate(picture(), "fast", 1.0, True, 0, 1, 25, 32, 1000, 20, 0.15)
+        visit = _Visit(queue).generate(image(), "fast", 1.0, True, 0, 1, 25, 32, 1000, 20, 0.15)
         _, rows, _, _, _, _ = next(visit)
         assert [row[3] for row in rows] == ["17%", "100%"], "of the dense default"
 
@@ -88,7 +88,7 @@ def test_from_an_image_to_a_download(address: str, browser, tmp_path: Path) -> N
     page = visit.page
     page.goto(address)
     page.get_by_role("button", name="Make mesh").wait_for()
-    page.locator("input[type=file]").first.set_input_files(save_picture(tmp_path / "a.png"))
+    page.locator("input[type=file]").first.set_input_files(save_image(tmp_path / "a.png"))
     page.locator("#mask img").wait_for()
     page.get_by_label("Dense beside it").check()
     page.get_by_text("More", exact=True).click()

@@ -13,7 +13,7 @@ import trimesh
 pytest.importorskip("fastapi")
 ray = pytest.importorskip("ray")
 httpx = pytest.importorskip("httpx")
-from tiny_pipeline import save_picture, tiny_pipeline  # noqa: E402
+from tiny_pipeline import save_image, tiny_pipeline  # noqa: E402
 
 from elastic3d.errors import UserError  # noqa: E402
 from elastic3d.evaluation.options import Runner  # noqa: E402
@@ -61,7 +61,7 @@ def over_ray(config: GenerateConfig, model: Path) -> list[generation.Outcome]:
 def test_a_folder_gives_the_meshes_of_one_process_and_resumes(model: Path, tmp_path: Path) -> None:
     images = tmp_path / "in"
     for index, name in enumerate("abcde"):
-        save_picture(images / f"{name}.png", x=10 * index)
+        save_image(images / f"{name}.png", x=10 * index)
     (images / "broken.png").write_text("no image")
     alone = _config(model, images, tmp_path / "one")
     spread = _config(model, images, tmp_path / "ray", runner=Runner.ray)
@@ -88,7 +88,7 @@ def test_two_replicas_answer_as_one_process_does(model: Path, tmp_path: Path) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    image = save_picture(tmp_path / "a.png").read_bytes()
+    image = save_image(tmp_path / "a.png").read_bytes()
     config = ServeConfig(
         model=str(model), port=port, runner=Runner.ray, replicas=2, device=DeviceChoice.cpu,
         dtype=DTypeChoice.float32, token="secret",

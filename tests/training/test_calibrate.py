@@ -9,7 +9,7 @@ from tiny_images import save_tiny_qwen
 
 from elastic3d.elastic import attach, load_routers, save_routers
 from elastic3d.elastic.attachment import load_router_config
-from elastic3d.elastic.config import ElasticConfig, Lookahead, RouterConfig, RouterVariant
+from elastic3d.elastic.config import ElasticConfig, RouterConfig, RouterVariant, Scope
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_loading import load_transformer
@@ -26,8 +26,8 @@ from tests.training.test_image_stages import folder, image_config  # noqa: F401 
 
 STEPS, TIMES, CURVE = 12, [0.2, 0.8], [0.3, -0.2]
 ROUTERS = RouterConfig(
-    lookahead=Lookahead.step, longest=3, widths=1, head_std=0.3,
-    asked=[0.3, 1.0], told=[0.9, 1.0], times=TIMES, urgency=CURVE,
+    scope=Scope.step, longest=3, widths=1, head_std=0.3,
+    requested_budgets=[0.3, 1.0], calibrated_budgets=[0.9, 1.0], times=TIMES, gate_bias=CURVE,
 )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def test_curves_are_chosen_by_the_anchors_of_anchored_latents(dense, monkeypatch
 
 def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypatch):  # noqa: F811
     before = {path.name: path.read_bytes() for path in routers.iterdir()}
-    config = shape_config(dense, {"trends": Curve.keep, "urgency": Curve.keep})
+    config = shape_config(dense, {"dampings": Curve.keep, "gate_bias": Curve.keep})
     dial = routers.parent / "dial.json"
     dial.write_text("{}")
     assert run_stage(config) == 0
@@ -98,9 +98,15 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
     after = {path.name: path.read_bytes() for path in routers.iterdir()}
     assert {name for name in before if before[name] != after[name]} == {"config.json"}
     found = load_router_config(routers, "ShapeDiT")
-    assert found == replace(ROUTERS, asked=found.asked, told=found.told) and len(found.asked) == 24
+    assert (
+        found
+        == replace(
+            ROUTERS, requested_budgets=found.requested_budgets, calibrated_budgets=found.calibrated_budgets
+        )
+        and len(found.requested_budgets) == 24
+    )
     note = load_json(routers / "calibration.json")
-    assert (note["steps"], note["guidance"], note["urgency"]) == (STEPS, 2.5, "keep")
+    assert (note["steps"], note["guidance"], note["gate_bias"]) == (STEPS, 2.5, "keep")
     assert note["data"]["val_shapes"] == 5 and "train_shapes" not in note["data"]
 
     routing = {"val_shapes": 5, "val_steps": STEPS}
@@ -109,7 +115,7 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
     check_executed(RouterStage(trained), routers)
 
     monkeypatch.setattr(calibration, "EARLY", (0.0,))
-    monkeypatch.setattr(calibration, "TREND_STEPS", ((-0.5,),))
+    monkeypatch.setattr(calibration, "DAMPING_STEPS", ((-0.5,),))
     config = shape_config(dense, export={"output": dense / "other"})
     assert run_stage(config) == 0
     assert {path.name: path.read_bytes() for path in routers.iterdir()} == after
@@ -117,10 +123,10 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
     for name in ("model.safetensors", "training.json"):
         assert (other / name).read_bytes() == before[name]
     chosen = load_router_config(other, "ShapeDiT")  # anew
-    assert len(chosen.urgency) == STEPS - 1 and chosen.forecast_times == list(calibration.TREND_TIMES)
+    assert len(chosen.gate_bias) == STEPS - 1 and chosen.damping_times == list(calibration.DAMPING_TIMES)
 
 
-def test_pictures(folder, prepared):  # noqa: F811
+def test_images(folder, prepared):  # noqa: F811
     weights = save_tiny_qwen(prepared / "published")
     given = replace(ROUTERS, head_std=3.0)  # else their share jumps with the budget
     routers = save_tiny_routers(load_transformer(weights, torch.float32), weights / "routers", given)
@@ -128,14 +134,20 @@ def test_pictures(folder, prepared):  # noqa: F811
     image = dict(
         backbone=BackboneName.qwen_image, weights=weights, images=folder, size=16, text_length=48, val_every=2
     )
-    kept = {"trends": Curve.keep, "urgency": Curve.keep}
+    kept = {"dampings": Curve.keep, "gate_bias": Curve.keep}
     config = image_config(prepared, StageName.calibrate, {**kept, "val_shapes": 3}, **image)
     assert run_stage(config) == 0
     assert (routers / "model.safetensors").read_bytes() == before
     found = load_router_config(routers, "QwenImageTransformer2DModel")
-    assert found == replace(given, asked=found.asked, told=found.told) and found.told != given.told
+    assert (
+        found
+        == replace(
+            given, requested_budgets=found.requested_budgets, calibrated_budgets=found.calibrated_budgets
+        )
+        and found.calibrated_budgets != given.calibrated_budgets
+    )
     note = load_json(routers / "calibration.json")
-    assert (note["steps"], note["data"]["val_pictures"]) == (50, 3)
+    assert (note["steps"], note["data"]["val_images"]) == (50, 3)
     routing = {"val_shapes": 3, "val_steps": note["steps"], "guidance": note["guidance"]}
     trained = image_config(prepared, StageName.image_router, routing, **image)
     trained.router = found

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from elastic3d.elastic.config import ElasticConfig, Lookahead, RouterConfig
+from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
 from elastic3d.training import calibration
-from elastic3d.training.calibration import CurvesConfig, choose_trends, choose_urgency, relative_error
+from elastic3d.training.calibration import CurvesConfig, choose_dampings, choose_gate_bias, relative_error
 from elastic3d.training.elastic import RouterStage
 from elastic3d.training.elastic_objective import GateLoss
 from tests.training.test_elastic import dense, router_config  # noqa: F401  # a fixture
@@ -20,9 +20,9 @@ STEPS = 6
 @pytest.fixture
 def stage(dense, monkeypatch):  # noqa: F811
     monkeypatch.setattr(calibration, "_TOLD", (0.3, 0.9))
-    monkeypatch.setattr(calibration, "_TREND_TOLD", (0.3, 0.9))
-    router = RouterConfig(longest=3, lookahead=Lookahead.step, widths=1, head_std=0.1)
-    routing = {"gate": GateLoss.damage, "val_shapes": 1, "val_steps": STEPS}
+    monkeypatch.setattr(calibration, "_DAMPING_BUDGETS", (0.3, 0.9))
+    router = RouterConfig(longest=3, scope=Scope.step, widths=1, head_std=0.1)
+    routing = {"gate": GateLoss.predicted_error, "val_shapes": 1, "val_steps": STEPS}
     return RouterStage(router_config(dense, routing=routing, router=router))
 
 
@@ -49,32 +49,32 @@ def test_the_curve_with_the_smallest_error_at_equal_cost_is_taken(stage):
         for late in calibration.LATE:
             curve = early * np.exp(-place / 0.2) - late * (place > 0.9)
             found[tuple(curve)] = error_by_hand(
-                stage, true, times=times[1:-1].tolist(), urgency=curve.tolist()
+                stage, true, times=times[1:-1].tolist(), gate_bias=curve.tolist()
             )
     assert len(set(found.values())) > 1
     session.router_config = fresh
-    choose_urgency(session, stage._generate, times)
+    choose_gate_bias(session, stage._generate, times)
     assert session.router_config.times == times[1:-1].tolist()
-    assert found[tuple(session.router_config.urgency)] == min(found.values())
+    assert found[tuple(session.router_config.gate_bias)] == min(found.values())
 
 
 def test_trends_over_time_take_one_value_after_the_other(stage, monkeypatch):
-    monkeypatch.setattr(calibration, "TREND_TIMES", (0.0, 1.0))
-    monkeypatch.setattr(calibration, "TREND_STEPS", ((-0.9, 0.3),))
+    monkeypatch.setattr(calibration, "DAMPING_TIMES", (0.0, 1.0))
+    monkeypatch.setattr(calibration, "DAMPING_STEPS", ((-0.9, 0.3),))
     session = stage.flow.session
     torch.nn.init.constant_(session.blocks[0].router.heads.bias[:1], -1.0)
     true, _ = stage._generate(ElasticConfig(elastic=False))
 
     def errors(tried):
-        return {v: error_by_hand(stage, true, forecast_times=[0.0, 1.0], trends=list(v)) for v in tried}
+        return {v: error_by_hand(stage, true, damping_times=[0.0, 1.0], dampings=list(v)) for v in tried}
 
     first = errors([(1.0, 1.0), (0.1, 1.0), (1.3, 1.0)])
     early = min(first, key=first.get)[0]
     second = errors([(early, 1.0), (early, 0.1), (early, 1.3)])
     assert len({*first.values(), *second.values()}) == 5
-    choose_trends(session, stage._generate)
-    assert session.router_config.forecast_times == [0.0, 1.0]
-    assert tuple(session.router_config.trends) == min(second, key=second.get)
+    choose_dampings(session, stage._generate)
+    assert session.router_config.damping_times == [0.0, 1.0]
+    assert tuple(session.router_config.dampings) == min(second, key=second.get)
 
 
 def test_calibration_starts_from_nothing(stage):
@@ -82,6 +82,6 @@ def test_calibration_starts_from_nothing(stage):
     stage.calibrate(CurvesConfig(), points=6)
     first = session.router_config
     assert len(first.times) == STEPS - 1 and len(first.asked) == 6
-    assert len(first.trends) == len(calibration.TREND_TIMES)
+    assert len(first.dampings) == len(calibration.DAMPING_TIMES)
     stage.calibrate(CurvesConfig(), points=6)
     assert session.router_config == first

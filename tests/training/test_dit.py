@@ -20,7 +20,7 @@ from elastic3d.training.datasets import PreparedShapes, item_generator
 from elastic3d.training.dit import DiTStage, DiTStageConfig, FlowObjective, LatentItems, Timesteps
 from elastic3d.training.export import ExportConfig, export_run
 from elastic3d.training.journal import read_metrics
-from elastic3d.training.latents import LatentInfo, LatentsConfig, build_cache, named_pictures, stored_views
+from elastic3d.training.latents import LatentInfo, LatentsConfig, build_cache, named_images, stored_views
 from elastic3d.training.options import DataConfig, StageName
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.structured import load_json, save_json
@@ -28,7 +28,7 @@ from tests.training.tiny import tiny_vae, vae_config
 
 
 def views(count: int) -> dict[str, torch.Tensor]:
-    """Pictures of a disc, as prepared shards keep them."""
+    """Images of a disc, as prepared shards keep them."""
     files = []
     for i in range(count):
         row, column = np.mgrid[:64, :64] - 32
@@ -62,7 +62,7 @@ def config_for(root, **changes):
 
 
 def add_views(root) -> None:
-    """Give every prepared shape three pictures."""
+    """Give every prepared shape three images."""
     for shard in (root / "prepared" / "balls").glob("*.safetensors"):
         tensors = load_file(shard)
         for id in {key.partition("/")[0] for key in tensors}:
@@ -114,7 +114,7 @@ def test_the_cache_goes_on_where_it_stopped_and_refuses_other_settings(cached):
         build_cache(config_for(cached, stage=StageName.cache))
 
 
-def test_own_pictures_replace_rendered_views(cached, capfd):
+def test_own_images_replace_rendered_views(cached, capfd):
     own = cached / "own"
     own.mkdir()
     Image.new("RGBA", (40, 40)).save(own / "ball9.png")
@@ -122,14 +122,14 @@ def test_own_pictures_replace_rendered_views(cached, capfd):
     config.latents.output, config.latents.images = cached / "other", own
     with pytest.raises(UserError, match=r"names such as absent.png, but the first there is ball9.png"):
         build_cache(config)
-    picture = Image.open(io.BytesIO(views(1)["views"].numpy().tobytes()))
-    picture.rotate(30).save(own / "ball1.webp", lossless=True)
-    picture.crop((0, 0, 32, 64)).save(own / "ball5.png")
-    (own / "ball5.jpg").write_bytes(b"no picture")
-    assert not (cached / "other").exists()  # it would refuse the next run, with other pictures
+    image = Image.open(io.BytesIO(views(1)["views"].numpy().tobytes()))
+    image.rotate(30).save(own / "ball1.webp", lossless=True)
+    image.crop((0, 0, 32, 64)).save(own / "ball5.png")
+    (own / "ball5.jpg").write_bytes(b"no image")
+    assert not (cached / "other").exists()  # it would refuse the next run, with other images
     build_cache(config)
     said = "".join(capfd.readouterr())
-    assert "2 of 7 shapes have pictures of their own" in said and "ball5.jpg is no image" in said
+    assert "2 of 7 shapes have images of their own" in said and "ball5.jpg is no image" in said
     before, after = (
         PreparedShapes(cached / name, [f"balls/ball{i}" for i in range(5)]) for name in ("latents", "other")
     )
@@ -137,18 +137,18 @@ def test_own_pictures_replace_rendered_views(cached, capfd):
         tokens = after.read(id, "tokens")
         assert tokens.shape == (2, 49, 768)
         assert torch.equal(tokens, before.read(id, "tokens")) == (id != "balls/ball1")
-    assert torch.equal(*after.read("balls/ball1", "tokens"))  # the one picture, as often as there are views
+    assert torch.equal(*after.read("balls/ball1", "tokens"))  # the one image, as often as there are views
     config.latents.images = None
     with pytest.raises(UserError, match="made with another images"):
         build_cache(config)
 
 
-@pytest.mark.parametrize(("make", "message"), [(False, "is no folder"), (True, "holds no picture")])
-def test_folders_without_pictures(tmp_path, make, message):
+@pytest.mark.parametrize(("make", "message"), [(False, "is no folder"), (True, "holds no image")])
+def test_folders_without_images(tmp_path, make, message):
     if make:
         (tmp_path / "own").mkdir()
     with pytest.raises(UserError, match=message):
-        named_pictures(tmp_path / "own")
+        named_images(tmp_path / "own")
 
 
 def test_an_unfinished_cache_is_no_cache(tmp_path):
@@ -181,7 +181,7 @@ def test_items(cached):
 
 
 def test_a_mirrored_cache_pairs_a_shape_with_views_of_the_same_hand(prepared):
-    """Points move to x > 0 and pictures are lit on the right, so that the hand can be read off both."""
+    """Points move to x > 0 and images are lit on the right, so that the hand can be read off both."""
     add_views(prepared)
     for shard in (prepared / "prepared" / "balls").glob("*.safetensors"):
         tensors = load_file(shard)

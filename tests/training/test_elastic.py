@@ -12,7 +12,7 @@ from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import router_state
 from elastic3d.elastic.block import ElasticBlock
-from elastic3d.elastic.config import Branches, ElasticConfig, Lookahead, RouterConfig, RouterVariant
+from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig, RouterVariant, Scope
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import build_image_encoder
 from elastic3d.models.options import DiTConfig
@@ -128,10 +128,10 @@ def test_the_dense_model_has_no_distance_to_itself(dense):
 
 
 def test_closed_blocks_add_what_they_remember(dense):
-    """Where nothing has changed since, closed blocks that remember stand in for the dense ones exactly."""
-    closed = RouterConfig(initial_keep=0.01, head_std=0.0, longest=3, trend=0.0)
+    """Where nothing has changed since, skipped blocks that remember stand in for the dense ones exactly."""
+    skipped = RouterConfig(initial_keep=0.01, head_std=0.0, longest=3, damping=0.0)
     routing = {"recalled": 1}
-    stage = RouterStage(router_config(dense, routing=routing, router=closed))
+    stage = RouterStage(router_config(dense, routing=routing, router=skipped))
     batch = batch_of(stage, 4)
     assert batch["ages"].shape == (4, 1) and batch["picks"].shape == (4, 2, 3)
     batch["ages"] = torch.ones_like(batch["ages"])
@@ -159,11 +159,11 @@ def test_a_router_learns_from_the_age_of_what_it_would_reuse(dense):
         assert moved[0] == 0 and moved[1:].gt(0).sum() >= 2
 
 
-TOGETHER = dict(longest=3, lookahead=Lookahead.step, widths=1)
+TOGETHER = dict(longest=3, scope=Scope.step, widths=1)
 
 
 def test_damage_is_what_closing_one_branch_does_to_the_guided_velocity(dense):
-    routing = {"gate": GateLoss.damage, "max_steps": 20, "min_steps": 10, "late_weight": 0.5}
+    routing = {"gate": GateLoss.predicted_error, "max_steps": 20, "min_steps": 10, "late_weight": 0.5}
     stage = RouterStage(router_config(dense, routing=routing, router=RouterConfig(**TOGETHER)))
     flow, batch = stage.flow, batch_of(stage, 3)
     batch["t"], batch["dt"], batch["steps"] = (
@@ -174,12 +174,12 @@ def test_damage_is_what_closing_one_branch_does_to_the_guided_velocity(dense):
     batch["earlier"] = torch.tensor([[0.4, 0.3, 0.1]] * 3)
     batch["ages"], batch["picks"] = torch.tensor([[1, 2, 4]] * 3), torch.zeros_like(batch["picks"])
     x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
-    flow._announce(batch, closed=True)
+    flow._announce(batch, skipped=True)
     with torch.no_grad():
-        closed, open_ = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
-    change = (closed - open_).flatten(1)
+        skipped, open_ = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
+    change = (skipped - open_).flatten(1)
     assert change.abs().amax(1).min() > 1e-4
-    found = flow._damage(closed, open_, batch)
+    found = flow._skip_error(skipped, open_, batch)
     share = torch.tensor(
         [1.0] * 3 + [1 / flow.config.guidance - 1] * 3
     )  # of each branch in the guided velocity
@@ -188,19 +188,19 @@ def test_damage_is_what_closing_one_branch_does_to_the_guided_velocity(dense):
 
 
 def test_damage_of_branches_that_go_together_is_that_of_closing_both(dense):
-    routing = {"gate": GateLoss.damage}
-    router = RouterConfig(**TOGETHER, branches=Branches.together)
+    routing = {"gate": GateLoss.predicted_error}
+    router = RouterConfig(**TOGETHER, branches=Branches.shared)
     stage = RouterStage(router_config(dense, routing=routing, router=router))
     flow, batch = stage.flow, batch_of(stage, 8)
     assert torch.equal(batch["picks"][:, 0], batch["picks"][:, 1])
     count = torch.full((8,), float(flow.config.max_steps))
     batch["t"], batch["dt"], batch["steps"] = torch.zeros(8), 1 / count, count
     x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
-    flow._announce(batch, closed=True)
+    flow._announce(batch, skipped=True)
     with torch.no_grad():
-        closed, open_ = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
-    expected = (flow.guided(closed) - flow.guided(open_)).square().flatten(1).mean(1)
-    torch.testing.assert_close(flow._damage(closed, open_, batch), expected)
+        skipped, open_ = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
+    expected = (flow.guided(skipped) - flow.guided(open_)).square().flatten(1).mean(1)
+    torch.testing.assert_close(flow._skip_error(skipped, open_, batch), expected)
     logits = flow._gate_logits()
     known = batch["picks"][:, 0, 0] >= 0
     assert known.any() and torch.equal(logits[:8], logits[8:])
@@ -209,7 +209,7 @@ def test_damage_of_branches_that_go_together_is_that_of_closing_both(dense):
 
 def test_gates_learn_to_predict_damage_and_follow_its_price(dense):
     router = RouterConfig(**TOGETHER)
-    routing = {"gate": GateLoss.damage, "flow": 0.0}
+    routing = {"gate": GateLoss.predicted_error, "flow": 0.0}
     stage = RouterStage(router_config(dense, MeshLossConfig(weight=0.0), routing, router=router))
     flow, batch = stage.flow, batch_of(stage, 32)
     optimizer = torch.optim.Adam([p for p in flow.parameters() if p.requires_grad], 0.02)
@@ -230,7 +230,7 @@ def test_gates_learn_to_predict_damage_and_follow_its_price(dense):
 
 
 def test_the_mesh_term_reaches_gates_that_predict(dense):
-    only = {"flow": 0.0, "gate": GateLoss.damage}
+    only = {"flow": 0.0, "gate": GateLoss.predicted_error}
     mesh = MeshLossConfig(near_queries=32, volume_queries=16, surface_points=16, weight=1.0, share=1.0)
     gradients = []
     for config in (mesh, MeshLossConfig(weight=0.0)):
@@ -243,11 +243,11 @@ def test_the_mesh_term_reaches_gates_that_predict(dense):
 
 
 @pytest.mark.parametrize("router, routing, message", [
-    (RouterConfig(longest=3), {}, "needs router.lookahead=step and router.longest"),
+    (RouterConfig(longest=3), {}, "needs router.scope=step and router.longest"),
     (RouterConfig(**TOGETHER), {"parts": TrainedParts.lora}, "routing.parts is lora, not routers"),
 ])  # fmt: skip
 def test_what_predicting_damage_needs(dense, router, routing, message):
-    routing = routing | {"gate": GateLoss.damage}
+    routing = routing | {"gate": GateLoss.predicted_error}
     with pytest.raises(UserError, match=message):
         RouterStage(router_config(dense, routing=routing, router=router))
 
@@ -333,7 +333,7 @@ def test_calibration_makes_the_executed_cost_what_was_asked_for(dense):
     told = session.current.budget
     torch.testing.assert_close(told, torch.tensor([0.5**0.5, 1.0]), atol=0.01, rtol=0)
     with pytest.raises(ValueError, match="ascending"):
-        RouterConfig(asked=[0.5, 0.4], told=[0.5, 0.4])
+        RouterConfig(requested_budgets=[0.5, 0.4], calibrated_budgets=[0.5, 0.4])
 
 
 def test_the_papers_own_variant_trains(dense):

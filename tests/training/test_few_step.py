@@ -7,7 +7,7 @@ import pytest
 import torch
 from _cli import parse
 
-from elastic3d.elastic.config import ElasticConfig, Lookahead, RouterConfig
+from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.cost import trace_share
 from elastic3d.elastic.few_step import LowRankUpdate
 from elastic3d.elastic.trace import NOT_RUN
@@ -15,7 +15,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.datasets import stack
-from elastic3d.training.few_step import FewStepTrainConfig, UpdatesStage, UpdatesStageConfig, relative_errors
+from elastic3d.training.few_step import FewStepStage, FewStepStageConfig, FewStepTrainConfig, relative_errors
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
@@ -26,14 +26,14 @@ from tests.training.test_dit import config_for
 from tests.training.test_elastic import dense  # noqa: F401  # a fixture
 from tests.training.tiny import export_of
 
-ROUTERS = RouterConfig(lookahead=Lookahead.step, longest=3, widths=1, head_std=0.3)
+ROUTERS = RouterConfig(scope=Scope.step, longest=3, widths=1, head_std=0.3)
 
 
-def updates_config(root, updates=None, **changes) -> FewStepTrainConfig:
-    options = dict(model=root / "dense", rank=4, min_calls=2, max_calls=3, min_steps=2, max_steps=4,
+def few_step_config(root, few_step=None, **changes) -> FewStepTrainConfig:
+    options = dict(model=root / "dense", rank=4, min_nfe=2, max_nfe=3, min_steps=2, max_steps=4,
                    reference_steps=8, pairs=6, val_shapes=1)  # fmt: skip
     settings = dict(
-        stage=StageName.updates, name="updates", updates=UpdatesStageConfig(**options | (updates or {}))
+        stage=StageName.few_step, name="few_step", few_step=FewStepStageConfig(**options | (few_step or {}))
     )
     return config_for(root, **(settings | changes))
 
@@ -47,19 +47,19 @@ def routed(dense):  # noqa: F811
 
 
 def test_the_shipped_configuration_suits_the_stage():
-    config = parse(FewStepTrainConfig, "train", ["stage=updates"])
-    assert config.stage is StageName.updates
-    assert (config.updates.rank, config.updates.max_calls, config.weight_decay) == (32, 8.0, 0.0)
+    config = parse(FewStepTrainConfig, "train", ["stage=few_step"])
+    assert config.stage is StageName.few_step
+    assert (config.few_step.rank, config.few_step.max_nfe, config.weight_decay) == (32, 8.0, 0.0)
 
 
 def test_a_batch_has_one_number_of_steps_and_calls_and_pairs_repeat(routed):
-    stage = UpdatesStage(updates_config(routed, batch=3))
+    stage = FewStepStage(few_step_config(routed, batch=3))
     items = [stage.items().item(position, 5) for position in range(30)]
     for start in range(0, 30, 3):
         batch = stack(items[start : start + 3])
-        steps, calls = batch["steps"][0].item(), batch["calls"][0].item()
-        assert (batch["steps"] == steps).all() and (batch["calls"] == calls).all()
-        assert 2 <= steps <= 4 and 2 <= calls <= min(3, steps)
+        steps, nfe = batch["steps"][0].item(), batch["nfe"][0].item()
+        assert (batch["steps"] == steps).all() and (batch["nfe"] == nfe).all()
+        assert 2 <= steps <= 4 and 2 <= nfe <= min(3, steps)
     assert len({item["steps"].item() for item in items}) > 1
     known = {}
     for item in items:
@@ -70,15 +70,15 @@ def test_a_batch_has_one_number_of_steps_and_calls_and_pairs_repeat(routed):
 
 
 def test_a_share_of_the_batches_runs_every_block(routed):
-    stage = UpdatesStage(
-        updates_config(routed, {"whole": 0.5, "min_steps": 4, "max_steps": 9, "reference_steps": 9}, batch=3)
+    stage = FewStepStage(
+        few_step_config(routed, {"whole": 0.5, "min_steps": 4, "max_steps": 9, "reference_steps": 9}, batch=3)
     )
     items = [stage.items().item(position, 5) for position in range(0, 120, 3)]
-    whole = [int(item["steps"]) for item in items if item["calls"] == item["steps"]]
-    assert set(whole) == {2, 3}  # from min_calls to max_calls
+    whole = [int(item["steps"]) for item in items if item["nfe"] == item["steps"]]
+    assert set(whole) == {2, 3}  # from min_nfe to max_nfe
     assert 10 < len(whole) < 30
     assert any(item["steps"] > 3 for item in items)  # the others have routes
-    stage = UpdatesStage(updates_config(routed, {"whole": 1.0}))
+    stage = FewStepStage(few_step_config(routed, {"whole": 1.0}))
     flow, batch = stage.flow, stack([stage.items().item(0, 5)])
     flow(batch)
     assert len(flow.session.trace.actions) == int(batch["steps"][0])
@@ -86,7 +86,7 @@ def test_a_share_of_the_batches_runs_every_block(routed):
 
 
 def test_only_the_updates_learn_and_the_error_falls(routed):
-    stage = UpdatesStage(updates_config(routed, batch=4))
+    stage = FewStepStage(few_step_config(routed, batch=4))
     flow = stage.flow
     batch = stack([stage.items().item(position, 0) for position in range(4)])
     trainable = {name for name, p in flow.named_parameters() if p.requires_grad}
@@ -107,7 +107,7 @@ def test_only_the_updates_learn_and_the_error_falls(routed):
 
 
 def test_dense_results_are_computed_once(routed, monkeypatch):
-    stage = UpdatesStage(updates_config(routed, batch=3))
+    stage = FewStepStage(few_step_config(routed, batch=3))
     flow, asked = stage.flow, []
     generate = flow.generate
     monkeypatch.setattr(flow, "generate", lambda b, s, c: asked.append(len(b["noise"])) or generate(b, s, c))
@@ -121,7 +121,7 @@ def test_dense_results_are_computed_once(routed, monkeypatch):
 
 
 def test_errors_of_anchors_can_count_more(routed):
-    flow = UpdatesStage(updates_config(routed, {"anchor_weight": 5.0})).flow
+    flow = FewStepStage(few_step_config(routed, {"anchor_weight": 5.0})).flow
     assert flow.weights.tolist() == [5.0] * 3 + [1.0] * 4  # xyz before the features
     true = torch.ones(1, 8, 7)
     anchors, features = true.clone(), true.clone()
@@ -133,62 +133,64 @@ def test_errors_of_anchors_can_count_more(routed):
 
 def test_train_export_and_generate(routed):
     before = read_weights(routed / "dense" / "routers" / "model.safetensors")
-    assert run_stage(updates_config(routed, steps=3, validate_every=3)) == 0
-    rows = read_metrics(routed / "runs" / "updates" / "metrics.jsonl")
+    assert run_stage(few_step_config(routed, steps=3, validate_every=3)) == 0
+    rows = read_metrics(routed / "runs" / "few_step" / "metrics.jsonl")
     assert any(name.startswith("val/updated_") for row in rows for name in row)
     output = routed / "dense"
-    export = export_of(updates_config(routed), output)
+    export = export_of(few_step_config(routed), output)
     for _ in range(2):  # a second export finds updates there already
         assert run_stage(export) == 0
     after = read_weights(output / "routers" / "model.safetensors")
     assert all(torch.equal(after[key], value) for key, value in before.items())
     ups = [value for key, value in after.items() if key.endswith(".up")]
     assert ups and any(value.any() for value in ups) and all(v.dtype == torch.bfloat16 for v in ups)
-    assert load_json(output / "routers" / "updates.json")["steps"] == 3
+    assert load_json(output / "routers" / "few_step.json")["steps"] == 3
     assert load_json(output / "routers" / "training.json") == {"steps": 7}  # of the routers, as before
-    assert (output / "routers" / "updates.csv").is_file()
+    assert (output / "routers" / "few_step.csv").is_file()
     pipeline = ImageTo3DPipeline.from_pretrained(output, "cpu", "float32")
-    assert pipeline.session.router_config == replace(ROUTERS, updates=4, updates_calls=3, updates_steps=4)
+    assert pipeline.session.router_config == replace(
+        ROUTERS, few_step=4, few_step_nfe=3, few_step_max_steps=4
+    )
 
 
 def test_guidance_is_learned_from_the_updates_that_are_there(routed):
-    assert run_stage(updates_config(routed, steps=2)) == 0
+    assert run_stage(few_step_config(routed, steps=2)) == 0
     output = routed / "dense"
-    assert run_stage(export_of(updates_config(routed), output)) == 0
+    assert run_stage(export_of(few_step_config(routed), output)) == 0
     first = read_weights(output / "routers" / "model.safetensors")
 
-    options = {"continued": True, "guidance": True, "max_calls": 4}
-    flow = UpdatesStage(updates_config(routed, options)).flow
-    parts = {name: part for block in flow.session.blocks for name, part in block.updates.named_modules()}
+    options = {"continued": True, "guidance": True, "max_nfe": 4}
+    flow = FewStepStage(few_step_config(routed, options)).flow
+    parts = {name: part for block in flow.session.blocks for name, part in block.few_step.named_modules()}
     assert all(not isinstance(part, LowRankUpdate) or part.up.any() for part in parts.values())
-    batch = stack([UpdatesStage(updates_config(routed)).items().item(0, 0)])
+    batch = stack([FewStepStage(few_step_config(routed)).items().item(0, 0)])
     flow.generate(batch, 4, ElasticConfig())
     assert (flow.session.trace.actions[:, 1] == NOT_RUN).all()
 
-    assert run_stage(updates_config(routed, options, steps=2, name="guided")) == 0
-    assert run_stage(export_of(updates_config(routed, options, name="guided"), output)) == 0
+    assert run_stage(few_step_config(routed, options, steps=2, name="guided")) == 0
+    assert run_stage(export_of(few_step_config(routed, options, name="guided"), output)) == 0
     pipeline = ImageTo3DPipeline.from_pretrained(output, "cpu", "float32")
     assert pipeline.session.router_config == replace(
-        ROUTERS, updates=4, updates_calls=4, updates_steps=4, updates_guidance=2.5
+        ROUTERS, few_step=4, few_step_nfe=4, few_step_max_steps=4, few_step_guidance=2.5
     )
     after = read_weights(output / "routers" / "model.safetensors")
     assert any(not torch.equal(after[key], value) for key, value in first.items() if key.endswith(".up"))
 
     with pytest.raises(
-        UserError, match=r"updates.rank is 3, expected at least that of .*routers to go on, which is 4"
+        UserError, match=r"few_step.rank is 3, expected at least that of .*routers to go on, which is 4"
     ):
-        UpdatesStage(updates_config(routed, options | {"rank": 3}))
+        FewStepStage(few_step_config(routed, options | {"rank": 3}))
 
 
 def test_a_larger_rank_goes_on_from_the_same_generations(routed):
     options = {"continued": True}
-    with pytest.raises(UserError, match="updates.continued is true, but .*routers has no updates"):
-        UpdatesStage(updates_config(routed, options))
-    assert run_stage(updates_config(routed, steps=2, learning_rate=0.03)) == 0
-    assert run_stage(export_of(updates_config(routed), routed / "dense")) == 0
-    same, larger = (UpdatesStage(updates_config(routed, options | {"rank": rank})) for rank in (4, 6))
+    with pytest.raises(UserError, match="few_step.continued is true, but .*routers has no few-step LoRA"):
+        FewStepStage(few_step_config(routed, options))
+    assert run_stage(few_step_config(routed, steps=2, learning_rate=0.03)) == 0
+    assert run_stage(export_of(few_step_config(routed), routed / "dense")) == 0
+    same, larger = (FewStepStage(few_step_config(routed, options | {"rank": rank})) for rank in (4, 6))
     batch = stack([same.items().item(0, 0)])
-    fresh = UpdatesStage(updates_config(routed)).flow.generate(batch, 3, ElasticConfig())
+    fresh = FewStepStage(few_step_config(routed)).flow.generate(batch, 3, ElasticConfig())
     first, second = (stage.flow.generate(batch, 3, ElasticConfig()) for stage in (same, larger))
     torch.testing.assert_close(first, second)
     assert not torch.allclose(first, fresh, atol=1e-3)
@@ -201,14 +203,14 @@ def test_a_larger_rank_goes_on_from_the_same_generations(routed):
 def test_what_does_not_fit_is_said(routed):
     shutil.rmtree(routed / "dense" / "routers")
     with pytest.raises(UserError, match="has no routers, expected a folder routers in it"):
-        UpdatesStage(updates_config(routed))
-    with pytest.raises(ValueError, match="max_calls is 1"):
-        UpdatesStageConfig(min_calls=2, max_calls=1)
+        FewStepStage(few_step_config(routed))
+    with pytest.raises(ValueError, match="max_nfe is 1"):
+        FewStepStageConfig(min_nfe=2, max_nfe=1)
     with pytest.raises(ValueError, match="guided_times is .*, expected none: guidance is false"):
-        UpdatesStageConfig(guided_times=[0.1, 0.3])
+        FewStepStageConfig(guided_times=[0.1, 0.3])
     with pytest.raises(ValueError, match=r"whole is 0.2, expected 0: no number of .* between 4.2 and 4.8"):
-        UpdatesStageConfig(whole=0.2, min_calls=4.2, max_calls=4.8)
+        FewStepStageConfig(whole=0.2, min_nfe=4.2, max_nfe=4.8)
     with pytest.raises(ValueError, match="max_steps is 40, expected at most 26"):
-        UpdatesStageConfig(max_steps=40)
+        FewStepStageConfig(max_steps=40)
     with pytest.raises(ValueError, match="reference_steps is 10"):
-        UpdatesStageConfig(reference_steps=10)
+        FewStepStageConfig(reference_steps=10)

@@ -27,7 +27,7 @@ from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo, LatentsConfig, build_cache
 from elastic3d.training.options import Precision, StageName
 from elastic3d.training.stages import run_stage
-from tests.tiny_pipeline import picture
+from tests.tiny_pipeline import image
 from tests.training.test_dit import add_views
 from tests.training.tiny import export_of, vae_config
 
@@ -52,7 +52,10 @@ def publish(root: Path, model: str) -> None:
 
 def config_for(root: Path, parts: TrainedParts = TrainedParts.routers, **changes) -> RouterTrainConfig:
     encoder = ImageEncoderConfig(
-        kind=EncoderKind.dinov2, image_size=28, picture_size=40, path=str(root / "model/image_encoder/dinov2")
+        kind=EncoderKind.dinov2,
+        image_size=28,
+        prepared_size=40,
+        path=str(root / "model/image_encoder/dinov2"),
     )
     options = dict(
         stage=StageName.router,
@@ -105,9 +108,9 @@ def test_routers_are_trained_and_generate(
     assert run_stage(export_of(config, prepared / "elastic")) == 0
     pipeline = ImageTo3DPipeline.from_pretrained(prepared / "elastic", "cpu", "float32")
     assert pipeline.session is not None and pipeline.config.model == model
-    result = pipeline([picture()], steps=2, resolution=16, budget=0.5)[0]
+    result = pipeline([image()], steps=2, resolution=16, budget=0.5)[0]
     assert result.latents is not None and result.latents.isfinite().all()
-    assert 0 <= result.receipt["flops_executed"] <= result.receipt["flops_dense"]
+    assert 0 <= result.metadata["flops_executed"] <= result.metadata["flops_dense"]
 
 
 def test_a_vae_without_an_encoder_says_so(prepared: Path) -> None:

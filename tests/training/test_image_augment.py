@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from elastic3d.models.foreground import prepare_picture
+from elastic3d.models.foreground import prepare_image
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.training import image_augment as augment
 
@@ -42,7 +42,7 @@ def test_a_shadow_lies_at_the_foot_and_leaves_the_object_in_its_box(view: Image.
     assert rows.min() > 85 and rows.max() > 120
     assert (_array(shaded)[before == 255] == _array(view)[before == 255]).all()
     found, clean = (
-        _array(prepare_picture(image, ForegroundConfig(), 128)).min(axis=2) < 100 for image in (shaded, view)
+        _array(prepare_image(image, ForegroundConfig(), 128)).min(axis=2) < 100 for image in (shaded, view)
     )
     assert (found & clean).sum() / (found | clean).sum() > 0.97
 

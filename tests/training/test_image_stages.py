@@ -1,4 +1,4 @@
-"""Training on pictures: the small model on views of shapes, routers for a published pipeline from a folder."""
+"""Training on images: the small model on views of shapes, routers for a published pipeline from a folder."""
 
 import json
 from pathlib import Path
@@ -16,20 +16,18 @@ from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.pixel_flux import PixelModelConfig, PixelSamplingConfig
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from elastic3d.training.elastic_image import (
+    ImageLossConfig,
     ImageRouterStage,
     ImageRouterTrainConfig,
-    PictureLossConfig,
-    picture_loss,
+    image_loss,
 )
 from elastic3d.training.elastic_objective import TrainedParts
 from elastic3d.training.export import export_run
 from elastic3d.training.image import ImageStage
-from elastic3d.training.journal import read_metrics
-from elastic3d.training.options import StageName
-from elastic3d.training.picture_cache import PictureCache
-from elastic3d.training.pictures import (
-    PictureConfig,
-    PictureFolder,
+from elastic3d.training.image_cache import ImageCache
+from elastic3d.training.image_data import (
+    ImageDataConfig,
+    ImageFolder,
     ShapeViews,
     colour_name,
     noun_of,
@@ -37,6 +35,8 @@ from elastic3d.training.pictures import (
     view_words,
     with_article,
 )
+from elastic3d.training.journal import read_metrics
+from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.options import from_dict
 from tests.training.test_dit import add_views
@@ -57,9 +57,7 @@ ROUTING = dict(val_budgets=[0.5], val_shapes=1, val_steps=2, explore=0.5)
 
 
 def image_config(root: Path, stage=StageName.image, routing=None, **image):
-    options = dict(
-        cache=root / "cache", model=MODEL, val_pictures=2, sample_pictures=2, sample_steps=2, shard=4
-    )
+    options = dict(cache=root / "cache", model=MODEL, val_images=2, sample_images=2, sample_steps=2, shard=4)
     return vae_config(
         root, stage, name=stage.name, steps=2, image=options | image, routing=ROUTING | (routing or {})
     )
@@ -83,14 +81,14 @@ def views(prepared):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six pictures with captions beside them, one without, one broken."""
+    """Six images with captions beside them, one without, one broken."""
     images = tmp_path / "images"
     images.mkdir()
     for i in range(6):
         Image.new("RGB", (40, 30 + i), (40 * i, 10, 200)).save(images / f"{i}.png")
-        (images / f"{i}.txt").write_text(f"a picture of {i}\n")
+        (images / f"{i}.txt").write_text(f"an image of {i}\n")
     Image.new("RGB", (8, 8)).save(images / "silent.png")
-    (images / "torn.png").write_bytes(b"no picture")
+    (images / "torn.png").write_bytes(b"no image")
     (images / "torn.txt").write_text("torn")
     return images
 
@@ -109,30 +107,30 @@ def test_captions_say_what_is_seen():
 
 
 def test_views_of_shapes_and_their_captions(views):
-    config = PictureConfig(views=2, recolour=1.0, background=1.0)
+    config = ImageDataConfig(views=2, recolour=1.0, background=1.0)
     source = ShapeViews(views / "prepared", [f"balls/ball{i}" for i in range(5)], config, 0, 0)
-    pictures = [picture for i in range(5) for picture in source.load(i, 16)]
-    assert len(pictures) == 10 and all(p.image.size == (16, 16) and p.image.mode == "RGB" for p in pictures)
-    assert all("orange ball seen" in p.captions[0] and "background" in p.captions[0] for p in pictures)
-    assert pictures[0].captions[2].startswith("an orange ball, on a ")
+    images = [image for i in range(5) for image in source.load(i, 16)]
+    assert len(images) == 10 and all(p.image.size == (16, 16) and p.image.mode == "RGB" for p in images)
+    assert all("orange ball seen" in p.captions[0] and "background" in p.captions[0] for p in images)
+    assert images[0].captions[2].startswith("an orange ball, on a ")
     again = ShapeViews(views / "prepared", [f"balls/ball{i}" for i in range(5)], config, 0, 0).load(0, 16)
-    assert [p.captions for p in again] == [p.captions for p in pictures[:2]]
+    assert [p.captions for p in again] == [p.captions for p in images[:2]]
 
 
-def test_a_folder_of_pictures(folder, tmp_path):
-    config = PictureConfig(images=folder, val_every=3)
-    train, val = (PictureFolder(folder, config, validation) for validation in (False, True))
+def test_a_folder_of_images(folder, tmp_path):
+    config = ImageDataConfig(images=folder, val_every=3)
+    train, val = (ImageFolder(folder, config, validation) for validation in (False, True))
     assert (len(train), len(val)) == (4, 3)
-    assert train.load(0, 16)[0].captions == ["a picture of 1"] and train.load(0, 16)[0].image.size == (16, 16)
+    assert train.load(0, 16)[0].captions == ["an image of 1"] and train.load(0, 16)[0].image.size == (16, 16)
     (folder / "captions.jsonl").write_text(
         '{"file": "0.png", "caption": "x"}\n\n{"file": "1.png", "caption": "y"}\n'
     )
-    assert [c for _, c in PictureFolder(folder, config, False).pairs] == ["y"]
+    assert [c for _, c in ImageFolder(folder, config, False).pairs] == ["y"]
     (folder / "captions.jsonl").write_text("[]\n")
     with pytest.raises(UserError, match="captions.jsonl, line 1"):
-        PictureFolder(folder, config, False)
+        ImageFolder(folder, config, False)
     with pytest.raises(UserError, match="which is no folder"):
-        PictureFolder(tmp_path / "gone", config, False)
+        ImageFolder(tmp_path / "gone", config, False)
 
 
 def test_the_small_model_trains_exports_and_draws(views):
@@ -143,8 +141,8 @@ def test_the_small_model_trains_exports_and_draws(views):
     assert {"val/flow", "val/flow_without_caption"} <= set(lines[-1])
     with Image.open(config.folder / "samples" / "generated-00000004.png") as sheet:
         assert sheet.size == (32, 32)
-    pictures = PictureCache(config.image.cache, "train")
-    item = pictures.read(3, 1)
+    images = ImageCache(config.image.cache, "train")
+    item = images.read(3, 1)
     assert item["latents"].shape == (4, 192) and item["latents"].abs().max() <= 1
     assert item["text/prompt_embeds"].shape == (12, 384) and item["text/prompt_embeds"][-1].abs().max() == 0
     stage = ImageStage(config)  # finds the cache
@@ -153,7 +151,7 @@ def test_the_small_model_trains_exports_and_draws(views):
     export_run(export_of(config, views / "small", image={"model": PixelSamplingConfig(steps=3, name="tiny")}))
     pipeline = TextToImagePipeline.from_pretrained(BackboneName.small, views / "small", device="cpu")
     result = pipeline(["a red ball"], [0])[0]
-    assert result.image.size == (16, 16) and result.receipt["steps"] == 3
+    assert result.image.size == (16, 16) and result.metadata["steps"] == 3
     with pytest.raises(UserError, match="tokens, expected at most 12"):
         pipeline(["a very long prompt " * 5], [0])
     other = image_config(views, recolour=0.0)
@@ -182,7 +180,7 @@ def test_routers_for_a_published_pipeline(folder, prepared, save, name, parts):
     config.steps = 4
     assert run_stage(config) == 0  # goes on from its own checkpoint, with its own cache
     lines = read_metrics(config.folder / "metrics.jsonl")
-    assert {"distillation", "flow", "cost", "share", "picture"} <= set(lines[0])
+    assert {"distillation", "flow", "cost", "share", "image"} <= set(lines[0])
     assert 0 <= next(line["val/share_at_0.5"] for line in lines if "val/share_at_0.5" in line) <= 1
     assert (config.folder / "samples" / "generated-00000002.png").is_file()
     export_run(export_of(config, prepared / "elastic"))
@@ -191,17 +189,17 @@ def test_routers_for_a_published_pipeline(folder, prepared, save, name, parts):
         name, weights, prepared / "elastic" / "routers", device="cpu"
     )
     result = pipeline(["a chair"], [0], steps=2, size=(16, 16), budget=0.5)[0]
-    assert result.receipt["routes"]["actions"]
-    assert session_of(pipeline.backbone.transformer).router_config.asked
+    assert result.metadata["routes"]["actions"]
+    assert session_of(pipeline.backbone.transformer).router_config.requested_budgets
 
 
-def test_the_picture_term_alone_moves_the_gates(folder, prepared):
+def test_the_image_term_alone_moves_the_gates(folder, prepared):
     weights = save_tiny_flux(prepared / "published")
     image = dict(
         backbone=BackboneName.flux, weights=weights, images=folder, size=16, text_length=16, val_every=3
     )
     routing = {"distillation": 0.0, "flow": 0.0, "cost_weight": 0.0, "explore": 1.0}
-    routing["picture"] = PictureLossConfig(weight=1.0, share=1.0, time_power=0.0)
+    routing["image"] = ImageLossConfig(weight=1.0, share=1.0, time_power=0.0)
     stage = ImageRouterStage(image_config(prepared, StageName.image_router, routing, **image))
     batch = {name: torch.stack([value] * 2) for name, value in stage.items().item(0, 0).items()}
     loss, values = stage.flow(batch)
@@ -217,7 +215,7 @@ def test_the_picture_term_alone_moves_the_gates(folder, prepared):
         from_dict(ImageRouterTrainConfig, {"image": {"backbone": "flux"}})
 
 
-def test_the_picture_loss():
+def test_the_image_loss():
     x = torch.rand(2, 3, 8, 8)
-    assert picture_loss(x, x, 3).abs().max() == 0
-    torch.testing.assert_close(picture_loss(x + 0.1, x, 3), torch.full((2,), 0.1))
+    assert image_loss(x, x, 3).abs().max() == 0
+    torch.testing.assert_close(image_loss(x + 0.1, x, 3), torch.full((2,), 0.1))

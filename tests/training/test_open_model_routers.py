@@ -20,7 +20,7 @@ from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentsConfig, build_cache
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
-from tests.tiny_pipeline import picture
+from tests.tiny_pipeline import image
 from tests.training.test_dit import add_views
 from tests.training.tiny import export_of, vae_config
 
@@ -30,7 +30,7 @@ def config_for(root: Path, model: str, parts: TrainedParts, stage: StageName) ->
         kind=EncoderKind.dinov2, image_size=28, path=str(root / "model/image_encoder/dinov2")
     )
     if model == "triposg":
-        encoder = replace(encoder, picture_size=32, centre_crop=True, border=1 / 6)
+        encoder = replace(encoder, prepared_size=32, centre_crop=True, border=1 / 6)
     config = vae_config(
         root,
         stage=stage,
@@ -71,8 +71,8 @@ def test_routers_are_trained_and_generate(prepared: Path, model: str, parts: Tra
     assert run_stage(export_of(config, prepared / "elastic")) == 0
     pipeline = ImageTo3DPipeline.from_pretrained(prepared / "elastic", "cpu", "float32")
     assert pipeline.session is not None and pipeline.config.model == model
-    result = pipeline([picture()], steps=3, resolution=16, budget=0.5)[0]
+    result = pipeline([image()], steps=3, resolution=16, budget=0.5)[0]
     assert result.latents is not None and result.latents.isfinite().all()
     moves = 3 if model == "triposg" else 2
-    assert result.receipt["flops_dense"] % (2 * moves) == 0
-    assert 0 <= result.receipt["flops_executed"] <= result.receipt["flops_dense"]
+    assert result.metadata["flops_dense"] % (2 * moves) == 0
+    assert 0 <= result.metadata["flops_executed"] <= result.metadata["flops_dense"]

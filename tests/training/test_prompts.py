@@ -11,7 +11,7 @@ from elastic3d.benchmark.config import DEFAULT_PROMPTS
 from elastic3d.benchmark.images import read_prompts
 from elastic3d.errors import UserError
 from elastic3d.models.text_encoder import MiniLM
-from elastic3d.training.pictures import COLOURS, Captioned, noun_in, with_article
+from elastic3d.training.image_data import COLOURS, Captioned, noun_in, with_article
 from elastic3d.training.prompts import held_out_prompts, write_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,8 +38,8 @@ class Views:
         return self.count
 
     def load(self, index: int, size: int) -> list[Captioned]:
-        picture, plain = Image.new("RGB", (size, size)), f"a thing {index}"
-        return [Captioned(picture, [f"a red thing {index} seen from view {v}", plain]) for v in range(3)]
+        image, plain = Image.new("RGB", (size, size)), f"a thing {index}"
+        return [Captioned(image, [f"a red thing {index} seen from view {v}", plain]) for v in range(3)]
 
 
 def test_prompts_come_from_all_groups_in_a_fixed_order():

@@ -113,7 +113,10 @@ def test_a_shipped_decoder_learns_to_move_its_anchors(rolled):
     config.vae.model.move_anchors = True
     assert run_stage(config) == 0
     assert run_stage(export_of(config, rolled / "moving")) == 0
-    moving, before = ShapeVAE.from_pretrained(rolled / "moving"), ShapeVAE.from_pretrained(rolled / "model" / "vae")
+    moving, before = (
+        ShapeVAE.from_pretrained(rolled / "moving"),
+        ShapeVAE.from_pretrained(rolled / "model" / "vae"),
+    )
     assert moving.config.move_anchors and moving.config.latent_std == before.config.latent_std
     latents = torch.randn(1, 8, 7)
     with torch.no_grad():

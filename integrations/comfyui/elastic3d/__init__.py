@@ -90,7 +90,7 @@ class Elastic3DImageToMesh:
         options = {"resolution": resolution, "max_faces": max_faces}
         options |= {name: value for name, value in (("budget", budget), ("steps", steps)) if value}
         results = model(to_images(image, mask), seed=seed, **options)
-        return [result.mesh for result in results], [json.dumps(result.receipt) for result in results]
+        return [result.mesh for result in results], [json.dumps(result.metadata) for result in results]
 
 
 class Elastic3DSaveMesh:
@@ -158,13 +158,13 @@ def to_images(image: torch.Tensor, mask: torch.Tensor | None) -> list[Image.Imag
     found = []
     for index, pixels in enumerate(image):
         array = (pixels.clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8)
-        picture = Image.fromarray(array)
+        image = Image.fromarray(array)
         if mask is not None:
             alpha = Image.fromarray(
                 (mask[index % len(mask)].clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8)
             )
-            picture.putalpha(alpha.resize(picture.size))
-        found.append(picture)
+            image.putalpha(alpha.resize(image.size))
+        found.append(image)
     return found
 
 

@@ -10,18 +10,21 @@ def passes(*values: float):
     return [{0: (torch.full((2, 3, 4), value),)} for value in values]
 
 
-@pytest.mark.parametrize("trend", [0.0, 0.8, 1.0])
-def test_training_recalls_what_a_cache_would_hold(trend):
+@pytest.mark.parametrize("damping", [0.0, 0.8, 1.0])
+def test_training_recalls_what_a_cache_would_hold(damping):
     """Row 0 was computed 1, 3 and 4 steps ago, row 1 two and five; every pick against a real cache."""
     ages = torch.tensor([[1, 3, 4], [2, 5, 0]])
     known = passes(1.0, 5.0, 11.0)
     for pick in (0, 1, 2):
-        recall = SimulatedCache(known, ages, torch.full((2, 1), pick), trend)
-        found = recall.residuals(0)[0]
+        simulated = SimulatedCache(known, ages, torch.full((2, 1), pick), damping)
+        found = simulated.residuals(0)[0]
         for row in range(2):
             if ages[row, pick] == 0:
                 continue
-            cache, now = ResidualCache(BlockCacheConfig(closed_reuse=True, longest=9, trend=trend), 20), 10
+            cache, now = (
+                ResidualCache(BlockCacheConfig(skipped_reuse=True, longest=9, damping=damping), 20),
+                10,
+            )
             for index in range(2, pick - 1, -1):
                 if ages[row, index] > 0:
                     x = torch.zeros(1, 3, 4)
@@ -30,19 +33,19 @@ def test_training_recalls_what_a_cache_would_hold(trend):
             when = Moments([0], 1, [now], [0.0])
             [expected] = cache.apply((0, 0), when, (torch.zeros(1, 3, 4),))
             torch.testing.assert_close(found[row : row + 1], expected)
-            assert recall.age(0)[row] == ages[row, pick] == cache.ages((0, 0), when)[0]
+            assert simulated.age(0)[row] == ages[row, pick] == cache.ages((0, 0), when)[0]
 
 
 def test_a_row_that_remembers_nothing_adds_nothing():
-    recall = SimulatedCache(passes(1.0, 5.0), torch.tensor([[1, 2], [1, 2]]), torch.tensor([[-1], [0]]), 1)
-    assert recall.age(0).tolist() == [0, 1]
-    assert recall.residuals(0)[0][0].eq(0).all() and not recall.residuals(0)[0][1].eq(0).any()
+    simulated = SimulatedCache(passes(1.0, 5.0), torch.tensor([[1, 2], [1, 2]]), torch.tensor([[-1], [0]]), 1)
+    assert simulated.age(0).tolist() == [0, 1]
+    assert simulated.residuals(0)[0][0].eq(0).all() and not simulated.residuals(0)[0][1].eq(0).any()
 
 
 def test_routers_state_the_cache_that_they_were_trained_with():
     assert RouterConfig().cache() == BlockCacheConfig()
-    assert RouterConfig(longest=3, trend=0.0).cache() == BlockCacheConfig(
-        closed_reuse=True, longest=3, trend=0.0
+    assert RouterConfig(longest=3, damping=0.0).cache() == BlockCacheConfig(
+        skipped_reuse=True, longest=3, damping=0.0
     )
     with pytest.raises(ValueError, match="longest is 3, expected 0: the paper's router is told no ages"):
         RouterConfig(variant=RouterVariant.paper, longest=3)

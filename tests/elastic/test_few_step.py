@@ -11,15 +11,15 @@ from torch import nn
 from elastic3d.diffusion.sampler import integrate, sample
 from elastic3d.elastic import attach, detach, load_routers, save_routers
 from elastic3d.elastic.attachment import load_router_state, router_modules, router_state
-from elastic3d.elastic.config import ElasticConfig, Lookahead, RouterConfig
+from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.cost import trace_share
-from elastic3d.elastic.few_step import BlockUpdates, LowRankUpdate, coarseness
+from elastic3d.elastic.few_step import FewStepLoRA, LowRankUpdate, coarseness
 from elastic3d.elastic.policies import TableRoutes
 from elastic3d.elastic.trace import NOT_RUN
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 
-ROUTERS = RouterConfig(updates=3, updates_calls=4, head_std=0.3, widths=2)
+ROUTERS = RouterConfig(few_step_rank=3, few_step_nfe=4, head_std=0.3, widths=2)
 
 
 def tiny() -> ShapeDiT:
@@ -32,10 +32,10 @@ def tiny() -> ShapeDiT:
 
 
 def learned(model: ShapeDiT, config: RouterConfig = ROUTERS):
-    """Routers with updates that are not zero."""
+    """Routers with few-step LoRA that are not zero."""
     session = attach(model, config)
     for block in session.blocks:
-        for parameter in block.updates.parameters():
+        for parameter in block.few_step.parameters():
             nn.init.normal_(parameter, std=0.1)
     return session
 
@@ -66,18 +66,18 @@ def opened(steps: int) -> TableRoutes:
 
 
 def by_hand(model: ShapeDiT, session, coarse: float) -> ShapeDiT:
-    """The dense model with the updates added to its weights."""
-    plain, updates = copy.deepcopy(model), {}
+    """The dense model with the few-step LoRA added to its weights."""
+    plain, few_step = copy.deepcopy(model), {}
     for block in session.blocks:
-        for name, part in block.updates.parts.items():
+        for name, part in block.few_step.parts.items():
             gain = torch.diag(1 + coarse * part.slope)
-            updates[f"{block.name}.{name.replace('/', '.')}.weight"] = part.up @ gain @ part.down
+            few_step[f"{block.name}.{name.replace('/', '.')}.weight"] = part.up @ gain @ part.down
     detach(plain)
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
-            if name in updates:
-                parameter += updates.pop(name)
-    assert not updates
+            if name in few_step:
+                parameter += few_step.pop(name)
+    assert not few_step
     return plain
 
 
@@ -89,14 +89,18 @@ def test_they_are_used_where_few_calls_are_left(steps, budget, expected):
     assert coarseness(ROUTERS, steps, budget, None) == expected
     assert coarseness(RouterConfig(), steps, budget, 2.0) is None
     assert all(coarseness(ROUTERS, n, 4 / n, None) == 0 for n in range(4, 60))  # n * (4 / n) is not always 4
-    few = replace(ROUTERS, updates_steps=5)
+    few = replace(ROUTERS, few_step_max_steps=5)
     assert coarseness(few, steps, budget, None) == (expected if steps <= 5 else None)
 
 
 def test_a_budget_is_spent_on_the_branches_that_run():
     """Where guidance is learned, up to half of the dense calls are left out anyway, which a budget counts."""
     config = replace(
-        ROUTERS, updates_guidance=2.0, guided_times=[0.2, 0.6], asked=[0.3, 1.0], told=[0.3, 0.9]
+        ROUTERS,
+        few_step_guidance=2.0,
+        guided_times=[0.2, 0.6],
+        requested_budgets=[0.3, 1.0],
+        calibrated_budgets=[0.3, 0.9],
     )
     times = [0.0, 0.25, 0.5, 0.75]
     assert config.guided_share(times) == 0.75 and config.guided_share([]) == 1.0
@@ -116,7 +120,7 @@ def test_a_budget_is_spent_on_the_branches_that_run():
     for guidance, told in ((2.0, 0.8), (3.0, 0.6)):  # with another guidance both branches run
         session.begin(1, 4, 0.6, guidance, times)
         assert session._budget.item() == pytest.approx(config.calibrated(told))
-    session.settings = ElasticConfig(updates=False)
+    session.settings = ElasticConfig(few_step=False)
     session.begin(1, 4, 0.6, 2.0, times)
     assert session._budget.item() == pytest.approx(config.calibrated(0.6))
 
@@ -135,7 +139,7 @@ def test_many_calls_dense_runs_and_updates_that_are_off_know_nothing_of_them():
     dense, model = tiny(), tiny()
     session = learned(model)
     session.source = opened(6)
-    for steps, settings in ((6, {}), (3, {"elastic": False}), (3, {"updates": False})):
+    for steps, settings in ((6, {}), (3, {"elastic": False}), (3, {"few_step": False})):
         assert torch.equal(generate(model, session, steps, **settings), generate(dense, None, steps))
     assert not torch.allclose(generate(model, session, 3), generate(dense, None, 3), atol=1e-2)
     detach(model)
@@ -146,7 +150,7 @@ def test_many_calls_dense_runs_and_updates_that_are_off_know_nothing_of_them():
 @pytest.mark.parametrize("sequential", [False, True])
 def test_updates_that_have_learned_the_guidance_run_one_branch(sequential):
     model = tiny()
-    session = learned(model, replace(ROUTERS, updates_guidance=2.0))
+    session = learned(model, replace(ROUTERS, few_step_guidance=2.0))
     session.source = opened(3)
     found = generate(model, session, 3, options={"sequential": sequential})
     assert session.guided and trace_share(session.trace).tolist() == [0.5, 0.5]
@@ -159,8 +163,8 @@ def test_updates_that_have_learned_the_guidance_run_one_branch(sequential):
 def test_both_branches_run_at_some_times_and_batches_change_nothing(sequential):
     """The generation of a model that is told when to leave the second branch out; samples meet its start and end at
     different turns."""
-    config = replace(ROUTERS, lookahead=Lookahead.step, longest=4, widths=1, updates_calls=7)
-    config = replace(config, updates_guidance=2.0, guided_times=[0.15, 0.55])
+    config = replace(ROUTERS, scope=Scope.step, longest=4, widths=1, few_step_nfe=7)
+    config = replace(config, few_step_guidance=2.0, guided_times=[0.15, 0.55])
     model = tiny()
     session = learned(model, config)
     keep = torch.ones(10, 2, 2, 3)
@@ -180,7 +184,7 @@ def test_both_branches_run_at_some_times_and_batches_change_nothing(sequential):
 
 def test_the_second_branch_is_that_of_the_updated_model_where_it_runs():
     model = tiny()
-    session = learned(model, replace(ROUTERS, updates_guidance=2.0, guided_times=[0.3, 0.6]))
+    session = learned(model, replace(ROUTERS, few_step_guidance=2.0, guided_times=[0.3, 0.6]))
     session.source = opened(4)
     found = generate(model, session, 4)
     plain, last = by_hand(model, session, coarseness(ROUTERS, 4, 1.0, None)), {}
@@ -198,11 +202,11 @@ def test_the_second_branch_is_that_of_the_updated_model_where_it_runs():
 
 @pytest.mark.parametrize(
     ("steps", "guidance", "settings"),
-    [(3, 3.0, {}), (3, 1.0, {}), (6, 2.0, {}), (3, 2.0, {"updates": False}), (3, 2.0, {"elastic": False})],
+    [(3, 3.0, {}), (3, 1.0, {}), (6, 2.0, {}), (3, 2.0, {"few_step": False}), (3, 2.0, {"elastic": False})],
 )
 def test_another_guidance_runs_without_them_and_dense_runs_keep_both_branches(steps, guidance, settings):
     dense, model = tiny(), tiny()
-    session = learned(model, replace(ROUTERS, updates_guidance=2.0))
+    session = learned(model, replace(ROUTERS, few_step_guidance=2.0))
     session.source = opened(steps)
     found = generate(model, session, steps, guidance=guidance, **settings)
     assert torch.equal(found, generate(dense, None, steps, guidance=guidance))
@@ -223,13 +227,13 @@ def test_narrow_blocks_are_slices_of_the_updated_ones():
 
 
 def test_stale_twins_are_made_anew():
-    """After a change of the updates, of the base weights, and of where they are."""
+    """After a change of the few-step LoRA, of the base weights, and of where they are."""
     model = tiny()
     session = learned(model)
     first = generate(model, session, 3)
     assert torch.equal(first, generate(model, session, 3))
     with torch.no_grad():
-        session.blocks[0].updates.parts["img_mlp/0"].up.mul_(2)
+        session.blocks[0].few_step.parts["img_mlp/0"].up.mul_(2)
     second = generate(model, session, 3)
     assert not torch.equal(first, second)
     with torch.no_grad():
@@ -249,8 +253,8 @@ def test_they_are_saved_with_the_routers(tmp_path):
     assert again.router_config == ROUTERS
     assert torch.equal(generate(model, session, 3, 0.9), generate(other, again, 3, 0.9))
     keys = set(router_state(model))
-    assert "double_blocks.0.updates.parts.img_attn.qkv.up" in keys
-    state = {key: value for key, value in router_state(model).items() if ".updates." not in key}
+    assert "double_blocks.0.few_step.parts.img_attn.qkv.up" in keys
+    state = {key: value for key, value in router_state(model).items() if ".few_step." not in key}
     with pytest.raises(ValueError, match="missing"):
         load_router_state(other, state)
     load_routers(other, tmp_path)
@@ -259,8 +263,8 @@ def test_they_are_saved_with_the_routers(tmp_path):
 def test_gradients_go_back_through_a_whole_generation():
     """The derivative along a direction equals that of finite differences, blocks that wait for each other included."""
     config = RouterConfig(
-        updates=2, updates_calls=4, lookahead=Lookahead.step, longest=4, widths=1, head_std=0.0,
-        forecast_times=[0.0, 1.0], trends=[0.5, 1.0],
+        few_step_rank=2, few_step_nfe=4, scope=Scope.step, longest=4, widths=1, head_std=0.0,
+        damping_times=[0.0, 1.0], dampings=[0.5, 1.0],
     )  # fmt: skip
     model = tiny().double()
     model.requires_grad_(False)
@@ -271,7 +275,7 @@ def test_gradients_go_back_through_a_whole_generation():
     session.source = TableRoutes(keep, 1)
     noise = torch.randn(2, 10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     condition = torch.randn(2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    parameters = [p for block in session.blocks for p in block.updates.parameters()]
+    parameters = [p for block in session.blocks for p in block.few_step.parameters()]
 
     def loss() -> torch.Tensor:
         session.settings = ElasticConfig(budget=0.6)
@@ -293,15 +297,15 @@ def test_gradients_go_back_through_a_whole_generation():
 
 
 def test_calls_can_be_counted_from_another_number():
-    """The weights at each number of calls stay what they are; only where updates are used changes."""
+    """The weights at each NFE stay what they are; only where few-step LoRA is used changes."""
     model = tiny()
     session = learned(model)
     block = session.blocks[0]
     linear = block.inner.img_mlp[0]
-    part = block.updates.parts["img_mlp/0"]
+    part = block.few_step.parts["img_mlp/0"]
     before = [part(linear.weight, coarseness(ROUTERS, 2, budget, None)) for budget in (0.9, 0.5)]
-    block.updates.rebase(0.75)
-    fewer = replace(ROUTERS, updates_calls=3)
+    block.few_step.rebase(0.75)
+    fewer = replace(ROUTERS, few_step_nfe=3)
     for budget, expected in zip((0.9, 0.5), before, strict=True):
         found = part(linear.weight, coarseness(fewer, 2, budget, None))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -316,13 +320,13 @@ def test_times_that_are_no_interval_are_refused():
 
 def test_fresh_updates_change_nothing_and_replaced_layers_are_named():
     block = tiny().double_blocks[0]
-    updates = BlockUpdates(block, 2)
-    twin = updates.updated(block, 0.7)
+    few_step = FewStepLoRA(block, 2)
+    twin = few_step.updated(block, 0.7)
     for name, part in block.named_parameters():
         assert torch.equal(twin.get_parameter(name) if "norm" in name else _tensor(twin, name), part)
     block.img_mlp[0] = nn.Identity()
     with pytest.raises(ValueError, match=r"img_mlp.0 is a Identity, expected nn.Linear"):
-        updates.updated(block, 0.0)
+        few_step.updated(block, 0.0)
     assert LowRankUpdate(5, 4, 2)(torch.ones(5, 4), 1.0).shape == (5, 4)
 
 
@@ -339,4 +343,4 @@ def test_compiled_blocks_run_with_updates():
     for block in session.blocks:
         block.compile(backend="eager", fullgraph=True)
     torch.testing.assert_close(generate(model, session, 3), eager)
-    assert {name.split("/")[-1] for name in router_modules(model)} == {"router", "updates", "conditioner"}
+    assert {name.split("/")[-1] for name in router_modules(model)} == {"router", "few_step", "conditioner"}

@@ -1,4 +1,4 @@
-"""Pictures with captions: a folder of them, or the stored views of prepared shapes with captions made from what is
+"""Images with captions: a folder of them, or the stored views of prepared shapes with captions made from what is
 known of them."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from elastic3d.errors import UserError
-from elastic3d.models.pictures import PICTURE_SUFFIXES, load_picture
+from elastic3d.models.images import IMAGE_SUFFIXES, load_image
 from elastic3d.training.datasets import PreparedShapes
 from elastic3d.training.latents import stored_views
 from elastic3d.utils.files import visible_files
@@ -33,14 +33,14 @@ GROUNDS = {"grey": (0, 0, 0.75), "blue": (215, 0.35, 0.9), "green": (120, 0.3, 0
 
 
 @dataclass(kw_only=True)
-class PictureConfig(Options):
-    """Pictures with captions, and the cache of what a backbone makes of them."""
+class ImageDataConfig(Options):
+    """Images with captions, and the cache of what a backbone makes of them."""
 
     images: Path | None = option(
         None,
-        "folder of pictures with captions (a.png with a.txt, or captions.jsonl); null: the prepared shapes' views",
+        "folder of images with captions (a.png with a.txt, or captions.jsonl); null: the prepared shapes' views",
     )
-    cache: Path = option(Path("data/prepared/images"), "folder of the cached pictures and texts")
+    cache: Path = option(Path("data/prepared/images"), "folder of the cached images and texts")
     size: int | None = option(None, "pixels a side; null: the model's", ge=16, le=4096)
     text_length: int = option(
         256, "tokens of a cached prompt; the small model has its own", ge=3, le=1024, advanced=True
@@ -53,48 +53,48 @@ class PictureConfig(Options):
         0.15, "prepared shapes: share on a coloured ground, which the caption names", ge=0, le=1
     )
     val_every: int = option(
-        50, "folder of pictures: every N-th is for validation", ge=1, le=1 << 20, advanced=True
+        50, "folder of images: every N-th is for validation", ge=1, le=1 << 20, advanced=True
     )
-    shard: int = option(512, "pictures in a file of the cache", ge=1, le=1 << 20, advanced=True)
-    encode_batch: int = option(8, "pictures or prompts encoded at once", ge=1, le=1 << 16, advanced=True)
+    shard: int = option(512, "images in a file of the cache", ge=1, le=1 << 20, advanced=True)
+    encode_batch: int = option(8, "images or prompts encoded at once", ge=1, le=1 << 16, advanced=True)
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """A square RGB picture and captions, any of which describes it."""
+    """A square RGB image and captions, any of which describes it."""
 
     image: Image.Image
     captions: list[str]
 
 
-class PictureSource(Protocol):
-    """Groups of pictures by number."""
+class ImageSource(Protocol):
+    """Groups of images by number."""
 
     missing: int
 
     def __len__(self) -> int: ...
 
     def load(self, index: int, size: int) -> list[Captioned]:
-        """The pictures of a group, `size` pixels a side; UserError if they can't be used."""
+        """The images of a group, `size` pixels a side; UserError if they can't be used."""
         ...
 
 
-class PictureFolder:
+class ImageFolder:
     """`a.png` with `a.txt` beside it, or `captions.jsonl` with lines {"file": "a.png", "caption": "..."}.
 
-    A picture is cut to its central square. Every `val_every`-th is for validation alone.
+    An image is cut to its central square. Every `val_every`-th is for validation alone.
     """
 
     missing = 0
 
-    def __init__(self, folder: Path, config: PictureConfig, validation: bool) -> None:
+    def __init__(self, folder: Path, config: ImageDataConfig, validation: bool) -> None:
         if not folder.is_dir():
             raise UserError(f"images is {folder}, which is no folder")
         pairs = _from_lines(folder) if (folder / "captions.jsonl").is_file() else _from_texts(folder)
         self.pairs = [p for i, p in enumerate(pairs) if (i % config.val_every == 0) == validation]
         if not self.pairs:
             raise UserError(
-                f"{folder} has {len(pairs)} pictures with captions, expected a.png with a.txt or captions.jsonl"
+                f"{folder} has {len(pairs)} images with captions, expected a.png with a.txt or captions.jsonl"
                 f" for at least 2 (every {config.val_every}th is for validation)"
             )
 
@@ -102,11 +102,11 @@ class PictureFolder:
         return len(self.pairs)
 
     def load(self, index: int, size: int) -> list[Captioned]:
-        """One picture on white."""
+        """One image on white."""
         path, caption = self.pairs[index]
-        picture = load_picture(path)
-        ground = Image.new("RGBA", picture.size, "white")
-        ground.alpha_composite(picture)
+        image = load_image(path)
+        ground = Image.new("RGBA", image.size, "white")
+        ground.alpha_composite(image)
         return [
             Captioned(ImageOps.fit(ground.convert("RGB"), (size, size), Image.Resampling.LANCZOS), [caption])
         ]
@@ -116,7 +116,7 @@ class ShapeViews:
     """Views of prepared shapes on a plain ground; captions say what it is, its colour, and from where it is seen."""
 
     def __init__(
-        self, prepared: Path, split: Sequence[str], config: PictureConfig, limit: int, seed: int
+        self, prepared: Path, split: Sequence[str], config: ImageDataConfig, limit: int, seed: int
     ) -> None:
         self.shapes = PreparedShapes(prepared, split, (), limit)
         self.missing, self.config, self.seed = self.shapes.missing, config, seed
@@ -158,19 +158,19 @@ class ShapeViews:
         if rng.random() < config.background:
             name = str(rng.choice(list(GROUNDS)))
             behind, ground = f", on a {name} background", _shade(GROUNDS[name], rng)
-        picture = Image.new("RGBA", (size, size), (*ground, 255))
-        picture.alpha_composite(Image.fromarray(pixels))
+        image = Image.new("RGBA", (size, size), (*ground, 255))
+        image.alpha_composite(Image.fromarray(pixels))
         coloured = with_article(f"{colour} {noun}" if colour else noun)
         captions = [f"{coloured}{place}{behind}", f"{coloured}{behind}", f"{with_article(noun)}{behind}"]
-        return Captioned(picture.convert("RGB"), captions)
+        return Captioned(image.convert("RGB"), captions)
 
 
-def open_pictures(
-    config: PictureConfig, prepared: Path, split: Sequence[str], limit: int, seed: int, validation: bool
-) -> PictureSource:
-    """The folder of pictures that `config` names, else views of the shapes of `split`."""
+def open_images(
+    config: ImageDataConfig, prepared: Path, split: Sequence[str], limit: int, seed: int, validation: bool
+) -> ImageSource:
+    """The folder of images that `config` names, else views of the shapes of `split`."""
     if config.images is not None:
-        return PictureFolder(config.images, config, validation)
+        return ImageFolder(config.images, config, validation)
     return ShapeViews(prepared, split, config, limit, seed)
 
 
@@ -240,8 +240,8 @@ def _shade(hsv: tuple[float, float, float], rng: np.random.Generator) -> tuple[i
 
 def _from_texts(folder: Path) -> list[tuple[Path, str]]:
     files = visible_files(folder, recursive=False)
-    pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
-    texts = [(path, path.with_suffix(".txt")) for path in pictures]
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    texts = [(path, path.with_suffix(".txt")) for path in images]
     return [(path, text) for path, file in texts if file.is_file() and (text := file.read_text().strip())]
 
 

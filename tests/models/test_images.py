@@ -1,4 +1,4 @@
-"""Every kind of picture file becomes RGBA or one clear sentence."""
+"""Every kind of image file becomes RGBA or one clear sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, features
 
 from elastic3d.errors import UserError
-from elastic3d.models.pictures import PICTURE_SUFFIXES, load_picture
+from elastic3d.models.images import IMAGE_SUFFIXES, load_image
 
 
 def _gradient(side: int = 64) -> Image.Image:
@@ -30,7 +30,7 @@ def _gradient(side: int = 64) -> Image.Image:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])
 def test_every_mode_becomes_rgba(mode: str) -> None:
     image = _gradient().convert("L").convert(mode) if mode in ("1", "PA") else _gradient().convert(mode)
-    result = load_picture(image)
+    result = load_image(image)
     assert result.mode == "RGBA" and result.size == (64, 64)
     if mode in ("RGB", "CMYK", "YCbCr", "HSV"):
         difference = np.asarray(result.convert("RGB")).astype(int) - np.asarray(_gradient())
@@ -42,11 +42,11 @@ def test_every_mode_becomes_rgba(mode: str) -> None:
     ["png", "jpg", "jfif", "jpe", "webp", "bmp", "gif", "tif", "ppm", "pgm", "jp2", "jpx", "avif"],
 )
 def test_every_format(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"a picture (1), x=y.{suffix}"
+    path = tmp_path / f"an image (1), x=y.{suffix}"
     if suffix == "avif" and not features.check("avif"):
         pytest.skip("this build of Pillow has no AVIF")
     _gradient().save(path, {"jfif": "JPEG", "jpe": "JPEG"}.get(suffix))
-    assert suffix in {name[1:] for name in PICTURE_SUFFIXES} and load_picture(path).size == (64, 64)
+    assert suffix in {name[1:] for name in IMAGE_SUFFIXES} and load_image(path).size == (64, 64)
 
 
 def test_sixteen_bits_and_floats_keep_their_range(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_sixteen_bits_and_floats_keep_their_range(tmp_path: Path) -> None:
     Image.fromarray((ramp * 65535).astype(np.uint16)).save(tmp_path / "sixteen.png")
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tif")
     for name in ("sixteen.png", "float.tif"):
-        grey = np.asarray(load_picture(tmp_path / name))[..., 0].astype(int)
+        grey = np.asarray(load_image(tmp_path / name))[..., 0].astype(int)
         assert np.abs(grey - ramp * 255).max() <= 1, name
 
 
@@ -63,7 +63,7 @@ def test_palette_transparency_is_kept(tmp_path: Path) -> None:
     image.putpalette([255, 0, 0, 0, 255, 0])
     image.putpixel((0, 0), 1)
     image.save(tmp_path / "p.png", transparency=0)
-    alpha = np.asarray(load_picture(tmp_path / "p.png"))[..., 3]
+    alpha = np.asarray(load_image(tmp_path / "p.png"))[..., 3]
     assert alpha[0, 0] == 255 and alpha[1, 1] == 0
 
 
@@ -71,13 +71,13 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert load_picture(tmp_path / "turned.jpg").size == (20, 40)
+    assert load_image(tmp_path / "turned.jpg").size == (20, 40)
 
 
 def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert load_picture(tmp_path / "a.gif").getpixel((4, 4)) == (255, 0, 0, 255)
+    assert load_image(tmp_path / "a.gif").getpixel((4, 4)) == (255, 0, 0, 255)
 
 
 def _png_bomb(side: int) -> bytes:
@@ -122,7 +122,7 @@ def test_broken_files_are_one_sentence(tmp_path: Path, name: str) -> None:
     path = tmp_path / ("x" * 300 if name == "name too long" else "broken.png")
     make(path)
     with pytest.raises(UserError, match=message) as caught:
-        load_picture(path)
+        load_image(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -145,7 +145,7 @@ def test_sixteen_bits_keep_their_transparent_value(tmp_path: Path, colour: int) 
     (tmp_path / "a.png").write_bytes(
         _png16(colour, pixels, struct.pack(">H", 1000) * (1 if colour == 0 else 3))
     )
-    alpha = np.asarray(load_picture(tmp_path / "a.png"))[..., 3]
+    alpha = np.asarray(load_image(tmp_path / "a.png"))[..., 3]
     assert (alpha == 255).sum() == 8 and (alpha[2:4, 1:5] == 255).all() and alpha[0, 0] == 0
 
 
@@ -156,11 +156,11 @@ def test_heic_names_the_package_it_needs(
     (tmp_path / "a.jpg").write_bytes(struct.pack(">I", 24) + b"ftyp" + brand + bytes(64))
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(UserError, match=r"a.jpg is a HEIC image.*pip install pillow-heif"):
-        load_picture(tmp_path / "a.jpg")
+        load_image(tmp_path / "a.jpg")
 
 
 def test_a_pipe_or_device_is_no_image(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     for path in (tmp_path / "a.png", Path("/dev/zero")):
         with pytest.raises(UserError, match="is a pipe or a device, expected an image file"):
-            load_picture(path)
+            load_image(path)

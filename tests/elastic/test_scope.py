@@ -12,10 +12,10 @@ from elastic3d.elastic.config import (
     BlockCacheConfig,
     Branches,
     ElasticConfig,
-    Lookahead,
     RouterConfig,
+    Scope,
 )
-from elastic3d.elastic.context import Hold
+from elastic3d.elastic.context import Defer
 from elastic3d.elastic.policies import TableRoutes
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.models.options import DiTConfig
@@ -55,7 +55,7 @@ def generated(dit: ShapeDiT, session: ElasticSession, sequential: bool = False):
 
 
 def of_one_decision(**options) -> RouterConfig:
-    return RouterConfig(**(dict(lookahead=Lookahead.step, longest=3, widths=1, initial_keep=0.5) | options))
+    return RouterConfig(**(dict(scope=Scope.step, longest=3, widths=1, initial_keep=0.5) | options))
 
 
 def test_one_router_decides_for_all_blocks():
@@ -71,7 +71,7 @@ def test_one_router_decides_for_all_blocks():
 
 @pytest.mark.parametrize("sequential", [False, True])
 def test_branches_go_together_or_apart(sequential):
-    dit, session = attached(of_one_decision(branches=Branches.together))
+    dit, session = attached(of_one_decision(branches=Branches.shared))
     _, actions = generated(dit, session, sequential)
     assert torch.equal(actions[:, 0], actions[:, 1])
     assert (actions == -1).any() and (actions[1:] == 1).any()
@@ -82,22 +82,22 @@ def test_branches_go_together_or_apart(sequential):
 
 
 def test_branches_one_after_the_other_take_the_same_routes():
-    dit, session = attached(of_one_decision(branches=Branches.together))
+    dit, session = attached(of_one_decision(branches=Branches.shared))
     (latents, actions), (other, others) = generated(dit, session), generated(dit, session, True)
     assert torch.equal(actions, others)
     torch.testing.assert_close(latents, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("trend", [0.0, 0.8, 1.0])
-def test_what_a_list_of_blocks_adds_is_kept_as_one_and_gives_the_same(trend):
+@pytest.mark.parametrize("damping", [0.0, 0.8, 1.0])
+def test_what_a_list_of_blocks_adds_is_kept_as_one_and_gives_the_same(damping):
     """A table decides alike for all blocks, or, where it is said not to, block by block."""
     routes = torch.randint(0, 2, (STEPS, 2, 3, 1), generator=torch.Generator().manual_seed(1)).expand(
         -1, -1, -1, 5
     )
     found = []
     for alike in (True, False):
-        dit, session = attached(of_one_decision(trend=trend))
-        cache = BlockCacheConfig(closed_reuse=True, longest=3, trend=trend)
+        dit, session = attached(of_one_decision(damping=damping))
+        cache = BlockCacheConfig(skipped_reuse=True, longest=3, damping=damping)
         session.settings, session.source = ElasticConfig(cache=cache), TableRoutes(routes, 1)
         session.source.alike = alike
         latents, actions = generated(dit, session)
@@ -137,9 +137,9 @@ def one_by_one(dit: ShapeDiT, session: ElasticSession):
 
 
 @pytest.mark.parametrize("branches", list(Branches))
-@pytest.mark.parametrize("trend", [0.0, 0.8])
-def test_samples_wait_for_each_other_and_take_the_routes_that_they_take_alone(branches, trend):
-    dit, session = attached(of_one_decision(branches=branches, trend=trend))
+@pytest.mark.parametrize("damping", [0.0, 0.8])
+def test_samples_wait_for_each_other_and_take_the_routes_that_they_take_alone(branches, damping):
+    dit, session = attached(of_one_decision(branches=branches, damping=damping))
     batches = []
     count_rows(session.blocks[1], batches)
     latents, actions = generated(dit, session)
@@ -177,18 +177,18 @@ def test_only_samples_that_decide_once_a_step_and_apart_can_wait():
         _, session = attached(config)
         session.settings = settings
         session.begin(2, STEPS)
-        assert not session.holds
+        assert not session.defers
         with pytest.raises(ValueError, match="hold is always, expected never"):
-            session.step(0, 0.1, hold=Hold.always)
+            session.step(0, 0.1, defer=Defer.always)
 
 
 def test_only_who_looks_ahead_decides_for_both_branches():
-    with pytest.raises(ValueError, match="branches is together, expected apart: only with lookahead=step"):
-        RouterConfig(branches=Branches.together)
+    with pytest.raises(ValueError, match="branches is shared, expected separate: only with scope=step"):
+        RouterConfig(branches=Branches.shared)
 
 
 @pytest.mark.parametrize("config", [
-    of_one_decision(), of_one_decision(branches=Branches.together), RouterConfig(initial_keep=0.5),
+    of_one_decision(), of_one_decision(branches=Branches.shared), RouterConfig(initial_keep=0.5),
 ])  # fmt: skip
 @pytest.mark.parametrize("sequential", [False, True])
 def test_samples_share_their_routes_only_where_that_is_asked_for(config, sequential):
@@ -207,7 +207,7 @@ def test_urgency_moves_gates_at_its_times_alone():
     dit, session = attached(of_one_decision())
     _, before = generated(dit, session)
     config = session.router_config
-    session.router_config = replace(config, times=[0.4, 0.5, 0.6], urgency=[0.0, 1e3, 0.0])
+    session.router_config = replace(config, times=[0.4, 0.5, 0.6], gate_bias=[0.0, 1e3, 0.0])
     _, after = generated(dit, session)
     steps = torch.arange(STEPS) / STEPS
     assert (after[steps == 0.5] == 1).all() and (before[steps == 0.5] == -1).any()

@@ -1,4 +1,4 @@
-"""Pictures and prompts as a backbone's latents and embeddings, computed once and kept in shards.
+"""Images and prompts as a backbone's latents and embeddings, computed once and kept in shards.
 
 `<cache>/<train|val>/shard-00012.safetensors`: `latents` (n,N,C), uint8 where a backbone's latents are pixels, else
 f16; `caption` (n,c) rows of `text/<name>` (k, ...), the arguments of the pipeline. `<cache>/cache.json` holds what it
@@ -21,8 +21,8 @@ from tqdm import tqdm
 from elastic3d.errors import UserError
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.training.datasets import Batch, read_split
+from elastic3d.training.image_data import Captioned, ImageDataConfig, ImageSource, open_images
 from elastic3d.training.options import DataConfig
-from elastic3d.training.pictures import Captioned, PictureConfig, PictureSource, open_pictures
 from elastic3d.utils.structured import Number, load_json, save_json
 from elastic3d.utils.tensors import open_tensors, read_weights, save_weights
 
@@ -30,10 +30,10 @@ INFO_NAME, NEGATIVE_NAME = "cache.json", "negative.safetensors"
 _INFO = {"settings": dict, "counts": {str: Number(0, whole=True)}}
 
 
-def build_picture_cache(image: PictureConfig, data: DataConfig, backbone: Backbone, seed: int) -> None:
-    """Encode training and validation pictures; what an earlier call finished stays as it is.
+def build_image_cache(image: ImageDataConfig, data: DataConfig, backbone: Backbone, seed: int) -> None:
+    """Encode training and validation images; what an earlier call finished stays as it is.
 
-    A picture that can't be read is reported and left out. UserError where the folder holds a cache of other pictures,
+    An image that can't be read is reported and left out. UserError where the folder holds a cache of other images,
     or made otherwise.
     """
     size = image.size or backbone.default_size
@@ -56,12 +56,12 @@ def build_picture_cache(image: PictureConfig, data: DataConfig, backbone: Backbo
     for split, paths in (("train", data.train), ("val", data.val)):
         ids = [] if image.images is not None else read_split(paths)
         limit = data.limit if split == "train" else 0
-        source = open_pictures(image, data.prepared, ids, limit, seed, split == "val")
+        source = open_images(image, data.prepared, ids, limit, seed, split == "val")
         counts[split] = _write_split(source, output / split, image, backbone, size)
     save_json({"settings": settings, "counts": counts}, path)
 
 
-def cache_settings(image: PictureConfig, backbone: Backbone, size: int) -> dict[str, Any]:
+def cache_settings(image: ImageDataConfig, backbone: Backbone, size: int) -> dict[str, Any]:
     """All that decides what is in a cache."""
     names = ("views", "recolour", "background") if image.images is None else ("val_every",)
     return {
@@ -74,33 +74,33 @@ def cache_settings(image: PictureConfig, backbone: Backbone, size: int) -> dict[
     }
 
 
-def text_length(image: PictureConfig, backbone: Backbone) -> int:
+def text_length(image: ImageDataConfig, backbone: Backbone) -> int:
     """Tokens of a cached prompt."""
     return min(image.text_length, backbone.longest)
 
 
 def _write_split(
-    source: PictureSource, folder: Path, image: PictureConfig, backbone: Backbone, size: int
+    source: ImageSource, folder: Path, image: ImageDataConfig, backbone: Backbone, size: int
 ) -> int:
-    """Shards of one split -> how many pictures they hold."""
+    """Shards of one split -> how many images they hold."""
     total = 0
     known: dict[str, Text] = {}
     with tqdm(total=len(source), desc=f"cache {folder.name}", dynamic_ncols=True) as bar:
         stream = _stream(source, size, bar)
         for number in range(1 << 30):
-            pictures = list(islice(stream, image.shard))
-            if not pictures:
+            images = list(islice(stream, image.shard))
+            if not images:
                 break
             target = folder / f"shard-{number:05d}.safetensors"
             if not target.is_file():
-                save_weights(_encode(pictures, image, backbone, known), target)
-            total += len(pictures)
+                save_weights(_encode(images, image, backbone, known), target)
+            total += len(images)
     if not total:
-        raise UserError(f"no picture for {folder.name} could be used")
+        raise UserError(f"no image for {folder.name} could be used")
     return total
 
 
-def _stream(source: PictureSource, size: int, bar: tqdm[Any]) -> Iterator[Captioned]:
+def _stream(source: ImageSource, size: int, bar: tqdm[Any]) -> Iterator[Captioned]:
     for index in range(len(source)):
         bar.update()
         try:
@@ -110,22 +110,22 @@ def _stream(source: PictureSource, size: int, bar: tqdm[Any]) -> Iterator[Captio
 
 
 def _encode(
-    pictures: list[Captioned], image: PictureConfig, backbone: Backbone, known: dict[str, Text]
+    images: list[Captioned], image: ImageDataConfig, backbone: Backbone, known: dict[str, Text]
 ) -> dict[str, Tensor]:
     """One shard; `known` remembers encoded prompts while they are small."""
     latents = []
-    for batch in _batches(pictures, image.encode_batch):
-        pixels = np.stack([np.asarray(picture.image) for picture in batch])
+    for batch in _batches(images, image.encode_batch):
+        pixels = np.stack([np.asarray(image.image) for image in batch])
         tensor = torch.from_numpy(pixels).to(backbone.device).permute(0, 3, 1, 2).float() / 255
-        latents.append(_stored(backbone.encode_pictures(tensor), backbone.stores_bytes))
-    prompts = list(dict.fromkeys(c for picture in pictures for c in picture.captions))
+        latents.append(_stored(backbone.encode_images(tensor), backbone.stores_bytes))
+    prompts = list(dict.fromkeys(c for image in images for c in image.captions))
     for batch in _batches([p for p in prompts if p not in known], image.encode_batch):
         text = backbone.encode_prompts(batch, length=text_length(image, backbone))
         for row, prompt in enumerate(batch):
             known[prompt] = {name: _halved(value[row]) for name, value in text.items()}
     rows = {prompt: row for row, prompt in enumerate(prompts)}
-    most = max(len(picture.captions) for picture in pictures)
-    captions = [[rows[c] for c in picture.captions] for picture in pictures]
+    most = max(len(image.captions) for image in images)
+    captions = [[rows[c] for c in image.captions] for image in images]
     shard = {
         "latents": torch.cat(latents),
         "caption": torch.tensor([(row * most)[:most] for row in captions], dtype=torch.int32),
@@ -152,11 +152,11 @@ def _stored(latents: Tensor, as_bytes: bool) -> Tensor:
 
 
 @dataclass
-class PictureCache:
+class ImageCache:
     """One split of a finished cache, mapped, not read.
 
     Attributes:
-        count: pictures; at most `limit`, spread over all, where it is set.
+        count: images; at most `limit`, spread over all, where it is set.
     """
 
     folder: Path

@@ -14,7 +14,7 @@ from elastic3d.errors import UserError
 from elastic3d.utils.files import atomic_path, check_file, printable
 from elastic3d.utils.structured import parse_json
 
-PICTURE_SUFFIXES = (
+IMAGE_SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpf", ".jpx", ".avif", ".heic", ".heif"),
 )
@@ -22,10 +22,10 @@ PICTURE_SUFFIXES = (
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
-_RECEIPT = "elastic3d"
+_METADATA = "elastic3d"
 
 
-def load_picture(source: str | Path | Image.Image) -> Image.Image:
+def load_image(source: str | Path | Image.Image) -> Image.Image:
     """A file or a PIL image -> RGBA, 8 bits a channel, upright, the first frame of an animation.
 
     HEIC needs the package pillow-heif.
@@ -57,26 +57,26 @@ def load_picture(source: str | Path | Image.Image) -> Image.Image:
         raise UserError(f"{name} is broken: {' '.join(str(error).split())}") from error
 
 
-def save_picture(image: Image.Image, path: str | Path, receipt: dict[str, Any]) -> None:
-    """Write a PNG with `receipt` as the JSON text of its `elastic3d` entry, whole or not at all.
+def save_image(image: Image.Image, path: str | Path, metadata: dict[str, Any]) -> None:
+    """Write a PNG with `metadata` as the JSON text of its `elastic3d` entry, whole or not at all.
 
     Raises:
         UserError: the file can't be written.
     """
     entries = PngImagePlugin.PngInfo()
-    entries.add_itxt(_RECEIPT, json.dumps(receipt, allow_nan=False, ensure_ascii=False))
+    entries.add_itxt(_METADATA, json.dumps(metadata, allow_nan=False, ensure_ascii=False))
     with atomic_path(path) as temporary:
         image.save(temporary, "PNG", pnginfo=entries)
 
 
-def read_receipt(path: str | Path) -> dict[str, Any]:
-    """What `save_picture` noted; empty for any other image. UserError if the file is no image."""
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What `save_image` noted; empty for any other image. UserError if the file is no image."""
     path = Path(path)
-    load_picture(path)
+    load_image(path)
     with _open(path) as image:
         image.load()  # the entries may stand behind the pixels
         return dict(
-            parse_json(str(image.info.get(_RECEIPT, "{}")), dict, f"{printable(path)}: its entry elastic3d")
+            parse_json(str(image.info.get(_METADATA, "{}")), dict, f"{printable(path)}: its entry elastic3d")
         )
 
 
