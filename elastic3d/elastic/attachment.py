@@ -100,7 +100,7 @@ def router_modules(model: nn.Module) -> nn.ModuleDict:
 
 
 def router_state(model: nn.Module) -> dict[str, Tensor]:
-    """The routers' weights, `<block>.router.*`, `<block>.updates.*` and `conditioner.*`."""
+    """The routers' weights, `<block>.router.*`, `<block>.few_step.*` and `conditioner.*`."""
     return {key.replace("/", "."): value for key, value in router_modules(model).state_dict().items()}
 
 
@@ -110,6 +110,9 @@ def load_router_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises ValueError naming the first keys that are missing, unknown or mis-shaped; nothing is copied then.
     """
     own = router_state(model)
+    state = {
+        key.replace(".updates.", ".few_step."): tensor for key, tensor in state.items()
+    }  # of older versions
     missing = [key for key in own if key not in state]
     unknown = [key for key in state if key not in own]
     shapes = [

@@ -12,6 +12,22 @@ from elastic3d.utils.options import Options, check_range, option
 
 MIN_BUDGET = 0.3
 
+_OLD_NAMES = {
+    "lookahead": "scope",
+    "trend": "damping",
+    "trends": "dampings",
+    "forecast_times": "damping_times",
+    "asked": "requested_budgets",
+    "told": "calibrated_budgets",
+    "urgency": "gate_bias",
+    "updates": "few_step_rank",
+    "updates_calls": "few_step_nfe",
+    "updates_steps": "few_step_max_steps",
+    "updates_guidance": "few_step_guidance",
+    "closed_reuse": "skipped_reuse",
+}
+_OLD_BRANCHES = {"apart": "separate", "together": "shared"}
+
 
 class RouterVariant(Enum):
     """`light` pools the tokens first and shares its conditioning between blocks; `paper` is E-DiT's own
@@ -153,6 +169,14 @@ class RouterConfig(Options):
         internal=True,
     )
 
+    @staticmethod
+    def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+        """What an older version saved, under today's names."""
+        values = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
+        if values.get("branches") in _OLD_BRANCHES:
+            values["branches"] = _OLD_BRANCHES[values["branches"]]
+        return values
+
     def check(self) -> None:
         """Lists that belong together; what each variant can do."""
         if self.branches is Branches.shared and self.scope is not Scope.step:
@@ -162,9 +186,9 @@ class RouterConfig(Options):
         if len(self.guided_times) not in (0, 2):
             raise ValueError(f"guided_times is {self.guided_times}, expected none or two, ascending")
         for names, at, found in (
-            ("asked and told", self.requested_budgets, self.calibrated_budgets),
-            ("times and gate bias", self.times, self.gate_bias),
-            ("damping_times and damping", self.damping_times, self.dampings),
+            ("requested_budgets and calibrated_budgets", self.requested_budgets, self.calibrated_budgets),
+            ("times and gate_bias", self.times, self.gate_bias),
+            ("damping_times and dampings", self.damping_times, self.dampings),
         ):
             if len(at) != len(found):
                 raise ValueError(f"{names} are no ascending list and one of the same length")
@@ -191,8 +215,8 @@ class RouterConfig(Options):
 
     def guided_share(self, times: Sequence[float]) -> float:
         """Share of the dense model's calls in a generation with steps at these times whose few-step LoRA has
-        learned the
-        guidance: one branch counts half. 1 where they have not."""
+        learned the guidance:
+        one branch counts half. 1 where they have not."""
         if self.few_step_guidance is None or not times:
             return 1.0
         return sum(1.0 if self.guided_at(t) else 0.5 for t in times) / len(times)
@@ -251,12 +275,16 @@ class BlockCacheConfig(Options):
     def check(self) -> None:
         """Each time has its damping."""
         if len(self.times) != len(self.dampings):
-            raise ValueError("times and damping are no ascending list and one of the same length")
+            raise ValueError("times and dampings are no ascending list and one of the same length")
 
     @staticmethod
     def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-        """What an older version saved, without the options of the drift rule, which is gone."""
-        return {name: value for name, value in values.items() if name not in ("drift", "probe_stride")}
+        """What an older version saved, under today's names and without the options of the drift rule, which is gone."""
+        return {
+            _OLD_NAMES.get(name, name): value
+            for name, value in values.items()
+            if name not in ("drift", "probe_stride")
+        }
 
     @property
     def active(self) -> bool:
@@ -286,6 +314,11 @@ class ElasticConfig(Options):
         None, "reuse of block residuals between steps; null: as the routers were trained"
     )
 
+    @staticmethod
+    def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+        """What an older version saved, under today's names."""
+        return {"few_step" if name == "updates" else name: value for name, value in values.items()}
+
 
 @dataclass(kw_only=True)
 class ElasticOptions:
@@ -293,7 +326,7 @@ class ElasticOptions:
 
     elastic: let the routers decide, or run the dense model; budget: share of the dense blocks' FLOPs to execute, 0.3 to
     1; width: let the routers narrow the MLPs; cache: reuse of blocks between steps; shared: samples share their routes,
-    and depend on each other; updates: use the routers' few-step LoRA of the blocks where few model evaluations are
+    and depend on each other; few_step: use the routers' few-step LoRA of the blocks where few model evaluations are
     left.
     """
 

@@ -1,8 +1,8 @@
-"""Low-rank updates of a block, for generations that leave the model few model evaluations.
+"""The few-step LoRA: low-rank updates of the blocks for generations with few model evaluations (NFE).
 
-A dense model follows its path with many small steps. Where routers leave it a handful of calls, each has to stand for a
-long piece of the path, which the dense weights were not trained for; the few-step LoRA is. They belong to the
-routers: they are saved with them, and the model without routers, or with `elastic=false`, knows nothing of them.
+A dense model follows its path with many small steps. With an NFE of a handful each step
+stands for a long piece of the path, which the dense weights were not trained for; the LoRA is. It belongs to the
+routers: it is saved with them, and the model without routers, or with `elastic=false`, runs without it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ Key = tuple[object, ...]
 def coarseness(
     config: RouterConfig, steps: int, budget: float, guidance: float | None, share: float = 1.0
 ) -> float | None:
-    """How few model evaluations a generation leaves: 0 at the most for which there are updates, 1 at half of them;
-    None where they are not used, as with another `guidance` than they have learned, or in more steps. `share` of
-    the dense calls is all that a generation makes which has learned its guidance: its budget is spent on those."""
+    """How coarse a generation is: log2 of the largest NFE that the LoRA covers over this generation's NFE.
+
+    0 at the largest NFE, 1 at half of it; None where the LoRA is not used: a larger NFE, more steps, another
+    `guidance` than it has learned. `share` of the dense evaluations is all that a generation with learned guidance
+    makes; its budget is spent on those."""
     if config.few_step_guidance not in (None, guidance):
         return None
     if config.few_step_max_steps is not None and steps > config.few_step_max_steps:
@@ -51,7 +53,7 @@ class LowRankUpdate(nn.Module):
 
 
 class FewStepLoRA(nn.Module):
-    """Updates of every linear layer of one block."""
+    """A low-rank update of every linear layer of one block."""
 
     def __init__(self, block: nn.Module, rank: int) -> None:
         super().__init__()
@@ -64,7 +66,7 @@ class FewStepLoRA(nn.Module):
         )
 
     def updated(self, block: nn.Module, coarse: float) -> nn.Module:
-        """A twin of the block with updated weights; gradients reach the few-step LoRA while they are enabled."""
+        """A twin of the block with updated weights; gradients reach the LoRA while they are enabled."""
         return with_modules(
             block,
             {
@@ -80,7 +82,7 @@ class FewStepLoRA(nn.Module):
 
     @torch.no_grad()
     def rebase(self, factor: float) -> None:
-        """Count calls from another `few_step_nfe`, which is `factor` times the old one: the same weights as before at
+        """Count the NFE from another `few_step_nfe`, which is `factor` times the old one: the same weights as before at
         each NFE."""
         shift = math.log2(factor)  # c + shift is the new coarseness
         for part in self.parts.values():

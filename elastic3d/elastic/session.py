@@ -56,7 +56,7 @@ class ElasticSession:
     Public attributes: `settings`, changed between generations; `source`, None where the routers decide; `driver`,
     which calls `begin` and `step` for a pass that nobody announced; `turn`, held by who generates; `trace` of the
     newest generation; `current`, the newest forward pass, whose `decisions` the losses read; `recorded`, what the spans
-    of a dense pass add, while somebody asks for it; `coarseness` of a generation that uses the blocks' updates, or
+    of a dense pass add, while somebody asks for it; `coarseness` of a generation that uses the few-step LoRA, or
     None.
     """
 
@@ -114,7 +114,7 @@ class ElasticSession:
         self._forget()
 
     def coarsen(self, steps: int, budget: float, guidance: Scale, times: Times = ()) -> None:
-        """Say how few model evaluations a generation to come leaves: blocks are updated for that."""
+        """Say how coarse a generation to come is: the few-step LoRA is scaled for that."""
         config, wanted = self.router_config, self.settings.few_step and self.settings.elastic
         nfe = (steps, budget, guidance, config.guided_share(times))
         self.coarseness = coarseness(config, *nfe) if wanted else None

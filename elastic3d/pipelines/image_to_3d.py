@@ -202,17 +202,17 @@ class ImageTo3DPipeline:
                 In a list that is the `error` of its result, and the others go on.
         """
         many = not is_image(images)
-        images: Sequence[ImageInput] = images if many else [images]  # type: ignore[assignment, list-item]
-        seeds = seeds_of(seed, len(images))
-        asked = ElasticOptions(**elastic)
-        row = choose(self.dial, asked, steps, quality, guidance)
-        run = asked if row is None else row.over(asked)
+        inputs: Sequence[ImageInput] = images if many else [images]  # type: ignore[assignment, list-item]
+        seeds = seeds_of(seed, len(inputs))
+        requested = ElasticOptions(**elastic)
+        row = choose(self.dial, requested, steps, quality, guidance)
+        run = requested if row is None else row.over(requested)
         steps = steps if row is None else row.steps
         settings = self._settings(steps, guidance, resolution, max_faces, cleanup, foreground)
         settings.elastic = run.over(self.config.elastic, self.session is not None)
-        settings.dial = None if row is None else row.metadata(asked.budget, quality)
+        settings.dial = None if row is None else row.metadata(requested.budget, quality)
         with self._turn, self.session.turn if self.session is not None else nullcontext():
-            results = self._generate(images, seeds, settings, Listeners(on_step, on_progress, on_result))
+            results = self._generate(inputs, seeds, settings, Listeners(on_step, on_progress, on_result))
         if many:
             return results
         if results[0].error is not None:

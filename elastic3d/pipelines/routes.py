@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.elastic.cost import trace_dense_flops, trace_flops, trace_router_flops
@@ -18,8 +18,9 @@ from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.utils.files import atomic_path
 from elastic3d.utils.options import to_dict
 
-CELL, MARGIN, GAP = 10, 34, 12
-SKIPPED, REUSED, EMPTY = (235, 235, 235), (245, 160, 60), (255, 255, 255)
+CELL, MARGIN, GAP, LEFT, LINE = 14, 34, 12, 128, 20
+SKIPPED, REUSED, EMPTY, INK = (235, 235, 235), (245, 160, 60), (255, 255, 255), (30, 30, 30)
+FONT = ImageFont.load_default(12)
 
 
 def dense_metadata(
@@ -67,14 +68,12 @@ def route_title(name: str, metadata: dict[str, Any]) -> str:
 
 
 def draw_routes(panels: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
-    """A heat map, blocks down and steps across, one panel for each (title, `routes` of metadata).
-
-    Grey was skipped, orange reused an earlier residual, and the darker the blue the wider the block ran. The
-    unconditional branch stands below the conditional one.
-    """
+    """A heat map, blocks down and sampling steps across, one panel for each (title, `routes` of metadata), and a
+    legend. The unconditional branch of guidance stands below the conditional one."""
     if not panels:
         raise UserError(f"there are no routes to draw in {path}")
     images = [_panel(title, routes) for title, routes in panels]
+    images.append(_legend(max((routes["widths"] for _, routes in panels), key=len)))
     sheet = Image.new("RGB", (max(p.width for p in images), sum(p.height for p in images)), EMPTY)
     top = 0
     for image in images:
@@ -87,21 +86,53 @@ def draw_routes(panels: Sequence[tuple[str, dict[str, Any]]], path: Path) -> Non
 def _panel(title: str, routes: dict[str, Any]) -> Image.Image:
     steps, blocks, widths = routes["actions"], len(routes["blocks"]), len(routes["widths"])
     branches = max(len(step) for step in steps)
-    height = MARGIN + branches * (blocks * CELL + GAP)
-    width = max(2 * GAP + len(steps) * CELL, 2 * GAP + 7 * len(title))
-    image = Image.new("RGB", (width, height), EMPTY)
+    tall = blocks * CELL + GAP
+    bottom = MARGIN + branches * tall
+    width = max(LEFT + len(steps) * CELL + GAP, int(FONT.getlength(title)) + 2 * GAP)
+    image = Image.new("RGB", (width, bottom + 3 * GAP), EMPTY)
     draw = ImageDraw.Draw(image)
-    draw.text((GAP, GAP), title, fill=(0, 0, 0))
+    draw.text((GAP, GAP), title, INK, FONT)
+    for branch in range(branches):
+        top = MARGIN + branch * tall
+        name = f"{('conditional', 'unconditional')[branch]}:\nblock" if branches > 1 else "block"
+        draw.multiline_text((GAP, top + blocks * CELL / 2), name, INK, FONT, anchor="lm")
+        for row in _ticks(blocks):
+            draw.text((LEFT - 4, top + (row + 0.5) * CELL), str(row), INK, FONT, anchor="rm")
+    for column in _ticks(len(steps)):
+        draw.text((LEFT + (column + 0.5) * CELL, bottom - GAP + 4), str(column + 1), INK, FONT, anchor="mt")
+    draw.text((LEFT, bottom + GAP), "sampling step", INK, FONT)
     for column, step in enumerate(steps):
         for branch, actions in enumerate(step):
             for row, symbol in enumerate(actions):
-                left = GAP + column * CELL
-                top = MARGIN + branch * (blocks * CELL + GAP) + row * CELL
+                left, top = LEFT + column * CELL, MARGIN + branch * tall + row * CELL
                 draw.rectangle((left, top, left + CELL - 2, top + CELL - 2), fill=_colour(symbol, widths))
     return image
 
 
+def _legend(widths: Sequence[float]) -> Image.Image:
+    """What each colour says, one a line."""
+    names = {"c": "reused: the residual of an earlier step", ".": "skipped: the block's input goes on"}
+    for number in range(len(widths), 0, -1):
+        share = "" if len(widths) == 1 else f", {widths[number - 1]:.0%} of the MLP"
+        names = {f"{number % 16:X}": f"executed{share}"} | names
+    names = dict(sorted(names.items(), key=lambda item: item[0] in "c."))
+    length = int(max(map(FONT.getlength, names.values())))
+    image = Image.new("RGB", (length + 3 * GAP + CELL, len(names) * LINE + GAP), EMPTY)
+    draw = ImageDraw.Draw(image)
+    for row, (symbol, name) in enumerate(names.items()):
+        top = row * LINE
+        draw.rectangle((GAP, top, GAP + CELL, top + CELL), _colour(symbol, len(widths)), outline=INK)
+        draw.text((2 * GAP + CELL, top + CELL / 2), name, INK, FONT, anchor="lm")
+    return image
+
+
+def _ticks(count: int) -> range:
+    """Numbers that are written along an axis: all of a few, else every fourth."""
+    return range(0, count, 1 if count <= 8 else 4)
+
+
 def _colour(symbol: str, widths: int) -> tuple[int, int, int]:
+    """Grey was skipped, orange reused, and the darker the blue the wider the block ran."""
     if symbol in ".c":
         return SKIPPED if symbol == "." else REUSED
     share = (int(symbol, 16) or 16) / widths

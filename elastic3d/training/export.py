@@ -81,10 +81,10 @@ class RouterExportConfig(CurvesConfig):
 
 @dataclass(kw_only=True)
 class FewStepExportConfig(Options):
-    """When exported few-step LoRA is used."""
+    """When an exported few-step LoRA is used."""
 
     used_nfe: float | None = option(
-        None, "calls up to which the few-step LoRA will be used; null: few_step.max_nfe of the training",
+        None, "largest NFE at which the few-step LoRA will be used; null: few_step.max_nfe of the training",
         ge=0.1, le=1000,
     )  # fmt: skip
 
@@ -97,7 +97,7 @@ class ExportStageConfig(RunConfig):
     export: ExportConfig = option(ExportConfig, "what is written")
     image: ImageExportConfig = option(ImageExportConfig, "of a text-to-image model")
     routing: RouterExportConfig = option(RouterExportConfig, "of routers")
-    few_step: FewStepExportConfig = option(FewStepExportConfig, "of few-step LoRA")
+    few_step: FewStepExportConfig = option(FewStepExportConfig, "of a few-step LoRA")
 
 
 @dataclass
@@ -130,8 +130,8 @@ def export_run(config: ExportStageConfig) -> Path:
     latents it learned and their statistics, and the image encoder's configuration. Routers become such a folder too,
     that of their dense model with `routers/` inside and `export.pipeline.elastic` as its default; those of a
     text-to-image pipeline are written alone. The small text-to-image model's sampling defaults are those of `config`,
-    and so is how routers are calibrated (`routing`). Updates become `routers/` with the routers that they belong to,
-    used up to `few_step.used_nfe`.
+    and so is how routers are calibrated (`routing`). A few-step LoRA becomes `routers/` with the routers that it
+    belongs to, used up to `few_step.used_nfe`.
 
     Raises:
         UserError: the run has no whole checkpoint.
@@ -199,7 +199,7 @@ def _export_few_step(run: _Run) -> None:
     dit = load_dit(trained.model / "dit")
     attach_few_step(dit, trained, pipeline_config(trained.model).guidance)
     own = {key: tensor for key, tensor in router_state(dit).items() if ".few_step." not in key}
-    few_step = {key.removeprefix("updates.").replace("/", "."): t for key, t in run.weights.items()}
+    few_step = {key.removeprefix("few_step.").replace("/", "."): t for key, t in run.weights.items()}
     try:
         load_router_state(dit, own | few_step)
     except ValueError as error:

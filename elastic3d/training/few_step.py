@@ -52,13 +52,13 @@ TOKENS = ("tokens",)
 
 @dataclass(kw_only=True)
 class FewStepStageConfig(Options):
-    """Updates of a model's blocks for generations with few model evaluations, learned through whole generations."""
+    """A few-step LoRA, learned through whole generations."""
 
     model: Path = option(Path("data/pretrained/shape-small"), "folder of a pipeline with trained routers")
     rank: int = option(32, "rank of the few-step LoRA", ge=1, le=4096)
     continued: bool = option(
         False,
-        "start from the few-step LoRA that the model has, instead of fresh ones; a larger rank adds directions",
+        "start from the few-step LoRA that the model has, instead of a fresh one; a larger rank adds directions",
     )
     guidance: bool = option(
         False,
@@ -243,7 +243,7 @@ class FewStepObjective(nn.Module):
         return loss, {"error": errors.detach().log().mean().exp(), "nfe": batch["nfe"][0]}
 
     def generate(self, batch: Batch, steps: int, settings: ElasticConfig) -> Tensor:
-        """Latents (B,N,C) in `steps` steps, with gradients to the few-step LoRA where they are used."""
+        """Latents (B,N,C) in `steps` steps, with gradients to the few-step LoRA where it is used."""
         noise, before = batch["noise"], self.session.settings
         self.session.settings = settings
         try:

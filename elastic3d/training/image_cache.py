@@ -115,17 +115,17 @@ def _encode(
     """One shard; `known` remembers encoded prompts while they are small."""
     latents = []
     for batch in _batches(images, image.encode_batch):
-        pixels = np.stack([np.asarray(image.image) for image in batch])
+        pixels = np.stack([np.asarray(each.image) for each in batch])
         tensor = torch.from_numpy(pixels).to(backbone.device).permute(0, 3, 1, 2).float() / 255
         latents.append(_stored(backbone.encode_images(tensor), backbone.stores_bytes))
-    prompts = list(dict.fromkeys(c for image in images for c in image.captions))
+    prompts = list(dict.fromkeys(c for each in images for c in each.captions))
     for batch in _batches([p for p in prompts if p not in known], image.encode_batch):
         text = backbone.encode_prompts(batch, length=text_length(image, backbone))
         for row, prompt in enumerate(batch):
             known[prompt] = {name: _halved(value[row]) for name, value in text.items()}
     rows = {prompt: row for row, prompt in enumerate(prompts)}
-    most = max(len(image.captions) for image in images)
-    captions = [[rows[c] for c in image.captions] for image in images]
+    most = max(len(each.captions) for each in images)
+    captions = [[rows[c] for c in each.captions] for each in images]
     shard = {
         "latents": torch.cat(latents),
         "caption": torch.tensor([(row * most)[:most] for row in captions], dtype=torch.int32),

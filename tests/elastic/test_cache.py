@@ -140,7 +140,7 @@ def test_by_age_open_blocks_reuse_what_lives():
     (lambda: BlockCacheConfig(band=-0.1), "band is -0.1, expected a value from 0 to 1"),
     (lambda: BlockCacheConfig(longest=0), "longest is 0"),
     (lambda: BlockCacheConfig(times=[0.5], dampings=[1.0, 0.5]),
-     "times and damping are no ascending list and one of the same length"),
+     "times and dampings are no ascending list and one of the same length"),
     (lambda: RouterConfig(damping_times=[0.5, 0.2], dampings=[1.0, 0.5]),
      "damping_times is .* expected values in ascending order"),
     (lambda: BlockCacheConfig(damping=2), "damping is 2, expected a value from 0 to 1"),

@@ -1,4 +1,4 @@
-"""Low-rank updates: what they add, when they are used, and that nothing else changes."""
+"""The few-step LoRA: what they add, when they are used, and that nothing else changes."""
 
 import copy
 import math

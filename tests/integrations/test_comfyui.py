@@ -39,10 +39,10 @@ def test_every_node_declares_what_its_function_takes(nodes) -> None:
 
 def test_from_an_image_batch_to_files(nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rgba = np.asarray(image().convert("RGBA")).astype(np.float32) / 255
-    image = torch.from_numpy(np.stack([rgba[..., :3]] * 2))
+    batch = torch.from_numpy(np.stack([rgba[..., :3]] * 2))
     mask = torch.from_numpy(rgba[None, ..., 3])
     pipeline = tiny_pipeline()
-    meshes, metadata = nodes.Elastic3DImageToMesh().generate(pipeline, image, 5, 0.0, 2, 16, 500, mask)
+    meshes, metadata = nodes.Elastic3DImageToMesh().generate(pipeline, batch, 5, 0.0, 2, 16, 500, mask)
     assert len(meshes) == 2 and json.loads(metadata[0])["seed"] == 5
     alone = pipeline(image(), seed=5, steps=2, resolution=16, max_faces=500).mesh
     np.testing.assert_allclose(meshes[0].bounds, alone.bounds, atol=0.05)

@@ -84,8 +84,8 @@ def test_seed_image_and_guidance_matter(pipeline: ImageTo3DPipeline) -> None:
 def test_a_sample_does_not_depend_on_its_batch(pipeline: ImageTo3DPipeline) -> None:
     images = [image("maroon"), image("navy", 5), image("green", 60)]
     batch = pipeline(images, seed=[7, 8, 9])
-    for image, seed, together in zip(images, (7, 8, 9), batch, strict=True):
-        alone = pipeline(image, seed=seed)
+    for one, seed, together in zip(images, (7, 8, 9), batch, strict=True):
+        alone = pipeline(one, seed=seed)
         torch.testing.assert_close(alone.latents, together.latents, rtol=1e-4, atol=1e-5)
         assert abs(len(alone.mesh.faces) - len(together.mesh.faces)) <= 8
     assert [result.metadata["seed"] for result in batch] == [7, 8, 9]
@@ -226,22 +226,22 @@ def test_broken_models_are_one_sentence(saved: Path, tmp_path: Path, name: str) 
 
 
 def test_arrays_are_images_and_integers_of_numpy_are_seeds(pipeline):
-    image = image()
-    right = pipeline(image, seed=3, resolution=12)
-    for array in (np.asarray(image), np.asarray(image) / 255):
+    drawn = image()
+    right = pipeline(drawn, seed=3, resolution=12)
+    for array in (np.asarray(drawn), np.asarray(drawn) / 255):
         found = pipeline(array, seed=np.int64(3), resolution=12)
         assert torch.equal(found.latents, right.latents)
         assert json.loads(json.dumps(found.metadata))["seed"] == 3
-    both = pipeline(np.stack([np.asarray(image)] * 2), np.array([3, 3]), resolution=12)
+    both = pipeline(np.stack([np.asarray(drawn)] * 2), np.array([3, 3]), resolution=12)
     assert [r.error for r in both] == [None, None]
     torch.testing.assert_close(both[1].latents, right.latents, rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="an array of floats, expected values from 0 to 1"):
-        pipeline(np.asarray(image) * 1.0)
+        pipeline(np.asarray(drawn) * 1.0)
     with pytest.raises(UserError, match=r"an array of \(2, 3, 5\), expected"):
         pipeline(np.zeros((2, 3, 5), np.uint8))
     for seed, message in ((1.5, "expected an integer"), (2**64, "of 64 bits"), ([1, 2], "has 2 values")):
         with pytest.raises(UserError, match=f"seed .*{message}"):
-            pipeline(image, seed=seed)
+            pipeline(drawn, seed=seed)
 
 
 def test_in_a_list_whatever_is_wrong_with_one_is_its_own_error(pipeline):

@@ -1,4 +1,4 @@
-"""Updates of the blocks, trained through whole generations on a tiny dense model, by the commands."""
+"""The few-step LoRA, trained through whole generations on a tiny dense model, by the commands."""
 
 import shutil
 from dataclasses import replace
@@ -90,7 +90,7 @@ def test_only_the_updates_learn_and_the_error_falls(routed):
     flow = stage.flow
     batch = stack([stage.items().item(position, 0) for position in range(4)])
     trainable = {name for name, p in flow.named_parameters() if p.requires_grad}
-    assert trainable == set(flow.state_dict()) and all(name.startswith("updates.") for name in trainable)
+    assert trainable == set(flow.state_dict()) and all(name.startswith("few_step.") for name in trainable)
     assert not any(
         p.requires_grad for p in flow.dit.parameters() if id(p) not in set(map(id, flow.parameters()))
     )
@@ -138,7 +138,7 @@ def test_train_export_and_generate(routed):
     assert any(name.startswith("val/updated_") for row in rows for name in row)
     output = routed / "dense"
     export = export_of(few_step_config(routed), output)
-    for _ in range(2):  # a second export finds updates there already
+    for _ in range(2):  # a second export finds a few-step LoRA there already
         assert run_stage(export) == 0
     after = read_weights(output / "routers" / "model.safetensors")
     assert all(torch.equal(after[key], value) for key, value in before.items())
