@@ -106,7 +106,7 @@ def dial_values(
             "date": about["date"],
             "processor": about["machine"]["processor"],
             "cores": about["machine"]["cores"],
-            "images": about.get("images", about.get("images")),
+            "images": about.get("images", about.get("pictures")),
             "seeds": len(about["config"]["seeds"]),
             "weights_sha256": about["models"]["model"],
         },
