@@ -129,15 +129,15 @@ class ResidualCache:
         assert self.forecast is not None
         weights = []
         for row, step in zip(when.rows, when.steps, strict=True):
-            older = bank.before[row] if bank.before[row] > NEVER else None
-            weights.append(self.forecast.weights(span, number, step, bank.steps[row], older))
-        newest, older = zip(*weights, strict=True)
-        (latest,) = _take(bank.newest[number : number + 1], when)
-        found = latest * _factor(newest, latest)
-        if bank.older is None or not any(older):
+            before = bank.before[row] if bank.before[row] > NEVER else None
+            weights.append(self.forecast.weights(span, number, step, bank.steps[row], before))
+        of_newest, of_older = zip(*weights, strict=True)
+        (newest,) = _take(bank.newest[number : number + 1], when)
+        found = newest * _factor(of_newest, newest)
+        if bank.older is None or not any(of_older):
             return found
-        (before,) = _take(bank.older[number : number + 1], when)
-        return found + before * _factor(older, before)
+        (older,) = _take(bank.older[number : number + 1], when)
+        return found + older * _factor(of_older, older)
 
     def _slope(self, bank: Bank, row: int, step: int, time: float) -> float:
         """How many times the change between a row's two residuals is added to the newest."""
