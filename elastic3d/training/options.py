@@ -22,7 +22,6 @@ class StageName(Enum):
     vae = "vae"
     cache = "cache"
     dit = "dit"
-    rollouts = "rollouts"
     image = "image"
     router = "router"
     image_router = "image_router"

@@ -23,6 +23,7 @@ from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo, LatentsConfig, build_cache, named_images, stored_views
 from elastic3d.training.options import DataConfig, StageName
 from elastic3d.training.stages import run_stage
+from elastic3d.training.vae import TrainedPart
 from elastic3d.utils.structured import load_json, save_json
 from tests.training.tiny import tiny_vae, vae_config
 
@@ -202,10 +203,10 @@ def test_a_mirrored_cache_pairs_a_shape_with_views_of_the_same_hand(prepared):
     assert (x[5] > 0.1).all()  # validation shapes stay as they are
     items = LatentItems(shapes, info, config_for(prepared).dit)
     rng = np.random.default_rng(0)
-    chosen = {items.choose(rng) for _ in range(200)}
+    chosen = {items._choose(rng) for _ in range(200)}
     assert chosen == {(v, w) for v in range(4) for w in range(4) if (v < 2) == (w < 2)}
     items.mirror = False
-    assert {items.choose(rng) for _ in range(100)} == {(v, w) for v in range(2) for w in range(2)}
+    assert {items._choose(rng) for _ in range(100)} == {(v, w) for v in range(2) for w in range(2)}
     with pytest.raises(ValueError, match="even numbers"):
         LatentsConfig(variants=3, views=4, mirror=True)
 
@@ -300,3 +301,20 @@ def test_the_vae_of_a_model_is_fine_tuned(cached):
     started = load_checkpoint(config.folder / "checkpoints" / "step-00000001").part("model")
     saved = ShapeVAE.from_pretrained(cached / "vae").state_dict()
     assert all(torch.equal(tensor, started[f"vae.{name}"]) for name, tensor in saved.items())
+
+
+def test_the_decoder_of_a_model_learns_alone(cached):
+    """What the DiT knows stays to the bit: the encoder and the scale of the latents."""
+    stale = ShapeVAE.from_pretrained(cached / "vae")
+    stale.set_latent_statistics([0.5] * 7, [2.0] * 7)
+    stale.save_pretrained(cached / "model")
+    config = vae_config(cached, name="decoder", steps=3, init_from=cached / "model")
+    config.vae.trained = TrainedPart.decoder
+    assert run_stage(config) == 0
+    export_run(config_for(cached, stage=StageName.export, name="decoder"))
+    tuned = ShapeVAE.from_pretrained(config.folder / "export")
+    assert (tuned.config.latent_mean, tuned.config.latent_std) == ([0.5] * 7, [2.0] * 7)
+    before, after = load_file(cached / "model/model.safetensors"), tuned.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value.bfloat16().float(), after[name])}
+    assert not any(name.startswith(("encoder.", "pre_kl.")) for name in changed)
+    assert {name.partition(".")[0] for name in changed} == {"post_kl", "anchor_proj", "transformer", "geo_decoder"}
