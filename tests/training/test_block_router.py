@@ -346,7 +346,7 @@ def test_the_bundled_lora_is_where_per_block_routers_start():
     attach_block_routers(
         dit, options, ROUTER, folder, lambda n: torch.linspace(0, 1, n + 1), 2.0, [0.05, 0.3]
     )
-    first = ShapeDiT.from_pretrained("data/pretrained/shape-small/dit")
+    first = ShapeDiT.from_pretrained(model / "dit")
     own, theirs = router_state(dit), router_state_of(first, folder)
     ups = [key for key in theirs if key.endswith(".few_step.parts.linear1.up")]
     assert len(ups) == 14 and all(torch.equal(own[key][:, :48], theirs[key]) for key in ups)
