@@ -157,7 +157,7 @@ def _entry(
         and coarseness(routers, first["steps"], budget, model.guidance) is not None
     )
     if first["method"] in LORA and not lora:
-        return None  # a call in so many steps runs without it
+        return None  # a generation of more steps runs without it
     return {
         "cost": round(first[_COST], 2),
         "steps": first["steps"],

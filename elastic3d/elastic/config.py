@@ -115,7 +115,7 @@ class RouterConfig(Options):
         8.0, "they are used where steps times budget is at most this", ge=0.1, le=1000, internal=True
     )
     few_step_max_steps: int | None = option(
-        None, "and in at most so many sampling steps; null: in any number", ge=1, le=1000, internal=True
+        None, "and in at most N sampling steps; null: in any number", ge=1, le=1000, internal=True
     )
     few_step_guidance: float | None = option(
         None,

@@ -210,7 +210,7 @@ def test_samples_share_their_routes_only_where_that_is_asked_for(config, sequent
     assert torch.equal(generated(dit, session, sequential)[1], apart)
 
 
-def test_urgency_moves_gates_at_its_times_alone():
+def test_gate_bias_moves_gates_at_its_times_alone():
     dit, session = attached(of_one_decision())
     _, before = generated(dit, session)
     config = session.router_config

@@ -34,7 +34,7 @@ def test_a_dense_run_of_an_elastic_model_is_the_dense_model(elastic, pipeline):
     assert not torch.equal(elastic(image(), seed=1).latents, plain.latents)
 
 
-def test_the_receipt_tells_every_block_of_every_step(elastic):
+def test_the_metadata_tells_every_block_of_every_step(elastic):
     one, two = elastic([image(), image("white", x=5)], [0, 1], budget=0.5, cache=CACHE, resolution=12)
     for result in (one, two):
         metadata = json.loads(json.dumps(result.metadata))

@@ -42,7 +42,7 @@ def mixed_routers(name: BackboneName, folder: Path, output: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", FAMILIES, ids=lambda name: name.name)
-def test_a_prompt_becomes_images_with_receipts(name, folders, tmp_path):
+def test_a_prompt_becomes_images_with_metadata(name, folders, tmp_path):
     routers = mixed_routers(name, folders[name], tmp_path / "routers")
     pipeline = load(name, folders[name], routers)
     options = dict(steps=2, guidance=3.0, size=SIZES[name])
