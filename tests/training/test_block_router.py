@@ -299,7 +299,10 @@ def test_measure_train_export_and_generate(routed):  # noqa: F811
         image(), 0, steps=5, resolution=16, elastic=False
     )  # dense runs in any number of steps
     assert "routes" not in dense_run.metadata
+    goes_on_with_routers_and_lora(routed, output)
 
+
+def goes_on_with_routers_and_lora(routed, output):  # noqa: F811
     again = block_config(routed, {"model": output}, batch=4, name="again")
     stage = ShapeBlockRouterStage(again)  # goes on with routers and LoRA
     batch = stage.val_batch(1)
@@ -338,10 +341,8 @@ def test_learned_guidance_runs_one_branch_at_that_scale_alone(routed):  # noqa: 
 
 def test_the_bundled_lora_is_where_per_block_routers_start():
     """Its file has the names of an older version."""
-    dit, folder = (
-        ShapeDiT.from_pretrained("data/pretrained/shape-small/dit"),
-        Path("data/pretrained/shape-small/routers"),
-    )
+    model = Path("data/pretrained/shape-small")
+    dit, folder = ShapeDiT.from_pretrained(model / "dit"), model / "routers"
     options = BlockRouterConfig(rank=50, max_steps=8, min_steps=4, val_steps=[4])
     attach_block_routers(
         dit, options, ROUTER, folder, lambda n: torch.linspace(0, 1, n + 1), 2.0, [0.05, 0.3]
