@@ -54,7 +54,7 @@ class ElasticBlock:
         self.router = router  # None where another block's decides
         self.name, self.index, self.stage = place.name, place.index, place.stage
         self.adapter, self.session = adapter, session
-        self.sites = adapter.mlp_sites(inner)
+        self.sites = adapter.mlp_sites(inner) if session.router_config.widths > 1 else ()
         self._before = inner.__dict__.get("forward")  # of somebody who replaced it earlier
         self.narrow = NarrowBlocks(inner, inner.forward, self.sites, session.router_config.ratios)
         self.few_step = None  # of the block's weights, for generations with few model evaluations

@@ -31,10 +31,11 @@ _OLD_BRANCHES = {"apart": "separate", "together": "shared"}
 
 class RouterVariant(Enum):
     """`light` pools the tokens first and shares its conditioning between blocks; `paper` is E-DiT's own
-    router."""
+    router; `none` leaves the decisions to a policy (see `training_free`)."""
 
     light = "light"
     paper = "paper"
+    none = "none"
 
 
 class Scope(Enum):
@@ -65,7 +66,9 @@ class CacheRule(Enum):
 class RouterConfig(Options):
     """Architecture and initialisation of the routers. Saved with their weights."""
 
-    variant: RouterVariant = option(RouterVariant.light, "the light router, or the paper's own")
+    variant: RouterVariant = option(
+        RouterVariant.light, "the light router, the paper's own, or none: a policy decides"
+    )
     scope: Scope = option(Scope.block, "decide before each block, or once a step for all of them")
     branches: Branches = option(
         Branches.separate, "scope step: each guidance branch for itself, or both as the conditional one"
@@ -203,6 +206,8 @@ class RouterConfig(Options):
         ):
             if len(at) != len(found):
                 raise ValueError(f"{names} are no ascending list and one of the same length")
+        if self.variant is RouterVariant.none and self.scope is not Scope.step:
+            raise ValueError("scope is block, expected step: without routers all blocks do the same")
         if self.variant is RouterVariant.paper and self.scope is not Scope.block:
             raise ValueError("scope is step, expected block: the paper's router decides before each block")
         if self.variant is RouterVariant.paper and self.longest:
@@ -374,20 +379,25 @@ class ElasticOptions:
         return {item.name: getattr(config, item.name) for item in fields(ElasticOptions)}
 
     def over(self, default: ElasticConfig, has_routers: bool) -> ElasticConfig:
-        """The model's default with what is asked for.
+        """The model's default with what is asked for. A model without routers takes a budget alone, which its
+        policy keeps.
 
         Raises:
-            UserError: a budget out of range; anything elastic of a model without routers, or that is to run dense.
+            UserError: a budget out of range; anything else of a model without routers, or that is to run dense.
         """
         given = {name: value for name, value in vars(self).items() if value is not None}
-        wanted = given.pop("elastic", default.elastic)
-        if not has_routers or not wanted:
-            if self.elastic and not has_routers:
-                raise UserError("elastic is true, but this model has no routers")
-            needless = {name for name in given if name != "budget" or self.budget != 1}
-            if needless:
-                why = "elastic is false" if has_routers else "this model has no routers"
-                raise UserError(f"{', '.join(sorted(needless))} can't be set: {why}")
+        wanted = given.pop("elastic", default.elastic if has_routers else self.budget is not None)
+        dense, needless = not wanted, set(given) - {"budget"}
+        if dense and self.budget not in (None, 1):
+            needless.add("budget")
+        if needless and (dense or not has_routers):
+            why = "elastic is false" if self.elastic is False or has_routers else "this model has no routers"
+            raise UserError(f"{', '.join(sorted(needless))} can't be set: {why}")
+        if not has_routers:
+            if wanted and self.budget is None:
+                raise UserError("elastic is true, but this model has no routers: set budget= too")
+            default, dense = ElasticConfig(), dense or self.budget == 1
+        if dense:
             return ElasticConfig(elastic=False)
         try:
             return replace(default, elastic=True, **given)

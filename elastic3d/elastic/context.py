@@ -115,7 +115,8 @@ class StepContext:
 class Announced:
     """All of a `StepContext` but the times, which the model is given; see `ElasticSession.step` and `train`.
 
-    Of a generation: `samples` of all `total` take part, and the cache keeps what `room` branches add.
+    Of a generation: `samples` of all `total` take part, and the cache keeps what `room` branches add; `times` are
+    theirs, where they are known without reading them from the device.
     """
 
     dt: Tensor | Sequence[float]
@@ -128,6 +129,7 @@ class Announced:
     room: int = 1
     training: Training | None = None
     conditional_rows: int = 0
+    times: Sequence[float] = ()
 
     def at(self, t: Tensor, timed: bool = False) -> StepContext:
         """The pass at times t (B,), which the cache gets to know where it is `timed`.
@@ -140,7 +142,9 @@ class Announced:
             copies = len(branch)
             rows = [(int(each), sample) for each in branch for sample in self.samples]
             places = [(each - rows[0][0]) * self.total + sample for each, sample in rows]
-            times = t.tolist() if timed else [0.0] * len(rows)
+            times = [0.0] * len(rows)
+            if timed:
+                times = list(self.times) * copies or t.tolist()
             when = Moments(places, max(copies, self.room) * self.total, list(self.steps) * copies, times)
             branch = torch.tensor([float(each) for each, _ in rows])
         values = {"dt": torch.as_tensor(self.dt).repeat(copies), "budget": self.budget.repeat(copies)}
@@ -162,10 +166,26 @@ class Announced:
         )
 
 
+class Forecast(Protocol):
+    """How residuals go on in one generation, where that is not along a damped line."""
+
+    def weights(
+        self, span: int, stream: int, step: int, newest: int, older: int | None
+    ) -> tuple[float, float]:
+        """At a step, of what a span of blocks added to a stream at the `newest` computed step and the `older` one."""
+        ...
+
+
 class RouteSource(Protocol):
-    """Something else than the routers that decides (see `policies`). `alike`: it decides the same for all blocks."""
+    """Something else than the routers that decides (see `policies`, `training_free`). `alike`: it decides the same for
+    all blocks."""
 
     alike: bool
+
+    def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> Forecast | None:
+        """A generation begins: its steps, their times in [0,1] where they are known, each sample's budget -> how
+        residuals go on; None: as the cache says."""
+        ...
 
     def decide(self, context: StepContext, block: int) -> RouteDecision:
         """The route of every row through one block."""

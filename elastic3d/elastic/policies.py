@@ -43,6 +43,9 @@ class TableRoutes:
         """The routes of a generation; reused residuals and passes that did not run count as skipped."""
         return TableRoutes(trace.actions.clamp_min(SKIPPED), len(trace.ratios))
 
+    def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> None:
+        """A table is the same in every generation."""
+
     def decide(self, context: StepContext, block: int) -> RouteDecision:
         """The route of every row of a pass through one block."""
         steps, branches, samples, _ = self.actions.shape

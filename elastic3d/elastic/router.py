@@ -248,7 +248,7 @@ def build_router(config: RouterConfig, width: int, streams: int) -> Router:
 
 def build_conditioner(config: RouterConfig, blocks: int) -> Conditioner | None:
     """The conditioner that `blocks` routers share; the paper's have none."""
-    return None if config.variant is RouterVariant.paper else Conditioner(config, blocks)
+    return Conditioner(config, blocks) if config.variant is RouterVariant.light else None
 
 
 def decides_per_step(config: RouterConfig) -> bool:

@@ -77,6 +77,7 @@ class ElasticSession:
         self.recorded: Residuals | None = None
         self.entered: dict[int, Streams] = {}  # while recording
         self.samples = self._steps = 0
+        self._times: list[float] = []
         self._budget: Tensor = torch.ones(0)
         self.coarseness: float | None = None
         self.rollout: Rollout | None = None
@@ -108,17 +109,19 @@ class ElasticSession:
         budgets = one_each(self.settings.budget if budget is None else budget, samples, "budgets")
         if self.settings.elastic and self.source is None:
             self.router_config.check_generation(steps, guidance, self.settings.few_step)
-        self.samples, self._steps = samples, steps
+        self.samples, self._steps, self._times = samples, steps, list(times)
         self.coarsen(steps, sum(budgets) / samples, guidance, times)
         share = self.router_config.guided_share(times) if self.guided else 1.0
         self._budget = torch.tensor([self.router_config.calibrated(each, share) for each in budgets])
         self.trace = Trace(
             [b.name for b in self.blocks], self.router_config.ratios, steps, samples, self.guided
         )
-        cache = self.reuse
-        if self.router_config.longest and self.source is None and not cache.skipped_reuse:
+        cache, forecast = self.reuse, None
+        if self.source is not None:
+            forecast = self.source.begin(steps, times, budgets)
+        elif self.router_config.longest and not cache.skipped_reuse:
             raise ValueError("cache.skipped_reuse is false, expected true: routers were trained to reuse")
-        self.cache = ResidualCache(cache, steps) if cache.active else None
+        self.cache = ResidualCache(cache, steps, forecast) if cache.active else None
         self._forget()
 
     def coarsen(self, steps: int, budget: float, guidance: Scale, times: Times = ()) -> None:
@@ -169,8 +172,18 @@ class ElasticSession:
             raise ValueError(f"hold is {defer.name}, expected never: blocks or samples do not decide so")
         dts, budgets = one_each(dt, len(samples), "step sizes"), self._budget[list(samples)]
         training = Training() if self.rollout is not None and self.rollout.straight else None
+        times = [self._times[step] for step in steps] if len(self._times) == self._steps else []
         self._announced = Announced(
-            dts, budgets, branches, samples, steps, self.samples, defer, room=room, training=training
+            dts,
+            budgets,
+            branches,
+            samples,
+            steps,
+            self.samples,
+            defer,
+            room=room,
+            training=training,
+            times=times,
         )
 
     def train(

@@ -137,8 +137,8 @@ def attach_block_routers(
 ) -> None:
     """Put per-block routers with a few-step LoRA on a model, with what the routers in the folder `start` have of them.
 
-    Of routers of another scope the LoRA alone is taken over. `times`: the sampler's, for a number of steps; `guidance`:
-    the scale that the LoRA is to learn.
+    Of routers of another scope the LoRA alone is taken over. `times`: the sampler's, for a number of steps;
+    `guidance`: the scale that the LoRA is to learn.
 
     Raises:
         UserError: per-block routers of another architecture, or a LoRA of a higher rank.

@@ -22,6 +22,7 @@ class StageName(Enum):
     vae = "vae"
     cache = "cache"
     dit = "dit"
+    rollouts = "rollouts"
     image = "image"
     router = "router"
     image_router = "image_router"

@@ -27,6 +27,7 @@ _STAGES = {
     StageName.vae: ("vae", "VAETrainConfig", "VAEStage"),
     StageName.cache: ("latents", "CacheConfig", "build_cache"),
     StageName.dit: ("dit", "DiTTrainConfig", "DiTStage"),
+    StageName.rollouts: ("rollouts", "RolloutsStageConfig", "build_rollouts"),
     StageName.image: ("image", "ImageTrainConfig", "ImageStage"),
     StageName.router: ("elastic", "RouterTrainConfig", "RouterStage"),
     StageName.image_router: ("elastic_image", "ImageRouterTrainConfig", "ImageRouterStage"),
@@ -98,7 +99,11 @@ def adopt_architecture(config: Any) -> None:
         return
     path = find_start(config.init_from)
     if config.stage is StageName.vae and (folder := model_part(path, "vae")):
+        moves = config.vae.model.move_anchors
         config.vae.model = load_config(folder, *CLASSES["vae"])
+        if moves and not config.vae.model.move_anchors:
+            config.vae.model.move_anchors = True
+            config.init_new = ["vae.anchor_move.weight", "vae.anchor_move.bias"]
     elif config.stage is StageName.dit and (folder := model_part(path, "dit")):
         config.dit.model = load_config(folder, *CLASSES["dit"])
         _check_latents(config.latents.output, path)
