@@ -1,4 +1,4 @@
-"""The quick phase: every run makes the first seed's items once, as one batch, timed; last latents against the dense ones.
+"""The quick phase: every run makes the first seed's items once, as one timed batch; its latents against the dense ones.
 
 Minutes where the other phases take hours: nothing is meshed, kept or repeated. One measurement a row, so that times are
 rough; CPU time (`cpu_time=true`) is the steadier one on a busy machine.

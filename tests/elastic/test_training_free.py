@@ -105,8 +105,8 @@ def test_what_differs_from_step_to_step_costs_its_error() -> None:
     """Steps that nothing predicts: their whole moment is lost, times the squared step size."""
     times = np.array([0.0, 0.2, 0.5, 0.6])
     calibration = Calibration(times, {(0, 0): np.eye(4), (0, 1): 2 * np.eye(4)}, np.ones(4))
-    assert calibration.error((0, 1), 2) == pytest.approx(3 * 0.1**2, rel=1e-5)
     errors = calibration.errors()
+    assert errors[0, 1, 2] == errors[0, 0, 2] == pytest.approx(3 * 0.1**2, rel=1e-5)
     assert errors[0, 1, 3] == pytest.approx(3 * 0.4**2, rel=1e-5) and errors[1, 0].max() == 0
 
 
@@ -231,7 +231,7 @@ def test_no_other_weights_have_a_smaller_error() -> None:
     found = calibrate(pipe.transformer, lambda number: flux(pipe, (number,), steps=6), 2)
     rng, known, step = np.random.default_rng(0), [1, 3], 4
     for series, moment in found.moments.items():
-        _, best = found.forecast(series, known, step)
+        best = found.forecasts(series, known)[1][step]
         others = [(0.0, 1.0), *((-d / 2, 1 + d / 2) for d in (0.3, 0.7, 1.0)), *rng.normal(size=(20, 2))]
         for weights in others:
             w = np.array(weights)
