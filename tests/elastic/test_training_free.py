@@ -22,6 +22,7 @@ from elastic3d.elastic.calibrating import (
     put_policy,
     recorded,
     save_calibration,
+    series_of,
 )
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.cost import trace_share
@@ -243,7 +244,8 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
     pipe = flux_pipeline()
     times = np.linspace(0, 0.9, 4)
     about = {"model": describe(pipe.transformer), "samples": 1}
-    good = replace(calibration_of(lines(times), times), about=about)
+    moments = dict.fromkeys(series_of(pipe.transformer), np.eye(4))
+    good = Calibration(times, moments, np.ones(4), about)
     path = tmp_path / CALIBRATION_NAME
     for changed, told in (
         ({"about": {**about, "model": {"family": "ShapeDiT"}}}, "is of another model: .*ShapeDiT"),
@@ -251,6 +253,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
         ({"moments": {}}, "is empty, expected at least two steps"),
         ({"times": times[::-1]}, "expected ascending ones"),
         ({"moments": {(0, 0): np.eye(3)}}, "moments are no 4 x 4 numbers"),
+        ({"moments": {(0, 0): np.eye(4)}}, r"has moments of \[\(0, 0\)\], expected \[\(0, 0\), \(0, 1\)"),
         ({"changes": np.ones(2)}, "changes has 2 values, expected 4"),
     ):
         save_calibration(replace(good, **changed), path)
