@@ -111,7 +111,7 @@ def report(outcomes: list, seconds: float) -> None:
         return
     counts = [f"{sum(o.status == s for o in outcomes)} {s}" for s in ("ok", "failed", "skipped")]
     print(f"{len(outcomes)} meshes: {', '.join(counts)}, {seconds:.1f} s")
-    if warned := sum(bool(outcome.warnings) for outcome in outcomes):
+    if warned := sum(bool(o.warnings or o.image_warnings) for o in outcomes):
         print(f"warning: {warned} have warnings: see summary.json", file=sys.stderr)
 
 

@@ -66,12 +66,12 @@ class ResidualCache:
             for age, step in zip(ages, when.steps, strict=True)
         ]
 
-    def reuse(self, age: int, keep_prob: float, threshold: float) -> bool:
-        """Whether a residual of this age stands in for a block with this gate: where the gate is closed, or, with
-        E-DiT's rule, in a band above its threshold."""
+    def reuse(self, age: int, keep: bool, keep_prob: float, threshold: float) -> bool:
+        """Whether a residual of this age stands in for a block: where it is skipped, or, with E-DiT's rule, where its
+        gate is in a band above the threshold."""
         if not age:
             return False
-        if keep_prob <= threshold:
+        if not keep:
             return self.config.skipped_reuse
         if self.config.rule is CacheRule.age:
             return True
@@ -129,15 +129,15 @@ class ResidualCache:
         assert self.forecast is not None
         weights = []
         for row, step in zip(when.rows, when.steps, strict=True):
-            older = bank.before[row] if bank.before[row] > NEVER else None
-            weights.append(self.forecast.weights(span, number, step, bank.steps[row], older))
-        newest, older = zip(*weights, strict=True)
-        (latest,) = _take(bank.newest[number : number + 1], when)
-        found = latest * _factor(newest, latest)
-        if bank.older is None or not any(older):
+            before = bank.before[row] if bank.before[row] > NEVER else None
+            weights.append(self.forecast.weights(span, number, step, bank.steps[row], before))
+        of_newest, of_older = zip(*weights, strict=True)
+        (newest,) = _take(bank.newest[number : number + 1], when)
+        found = newest * _factor(of_newest, newest)
+        if bank.older is None or not any(of_older):
             return found
-        (before,) = _take(bank.older[number : number + 1], when)
-        return found + before * _factor(older, before)
+        (older,) = _take(bank.older[number : number + 1], when)
+        return found + older * _factor(of_older, older)
 
     def _slope(self, bank: Bank, row: int, step: int, time: float) -> float:
         """How many times the change between a row's two residuals is added to the newest."""

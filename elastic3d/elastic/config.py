@@ -135,6 +135,13 @@ class RouterConfig(Options):
         ascending=True,
         internal=True,
     )
+    trained_steps: list[int] = option(
+        [],
+        "fewest and most steps of the generations that routers and few-step LoRA were trained through; empty: any",
+        ge=1,
+        le=1000,
+        internal=True,
+    )
     damping_times: list[float] = option(
         [],
         "calibration of that: times in [0,1], ascending; empty: none",
@@ -188,6 +195,10 @@ class RouterConfig(Options):
             )
         if len(self.guided_times) not in (0, 2):
             raise ValueError(f"guided_times is {self.guided_times}, expected none or two, ascending")
+        if self.trained_steps and (len(self.trained_steps) != 2 or self.scope is not Scope.block):
+            raise ValueError(
+                f"trained_steps is {self.trained_steps}, expected two numbers, of routers with scope=block"
+            )
         for names, at, found in (
             ("requested_budgets and calibrated_budgets", self.requested_budgets, self.calibrated_budgets),
             ("times and gate_bias", self.times, self.gate_bias),
@@ -217,6 +228,26 @@ class RouterConfig(Options):
                     self.calibrated_budgets[i] - self.calibrated_budgets[i - 1]
                 )
         return self.calibrated_budgets[-1]
+
+    def check_generation(self, steps: int, guidance: float | None, few_step: bool) -> None:
+        """UserError for a generation that routers and few-step LoRA, trained through whole generations, do not cover:
+        neither is any good without the other. `guidance`: that of a second branch, None without one."""
+        if not self.trained_steps:
+            return
+        low, high = self.trained_steps
+        if not low <= steps <= high:
+            raise UserError(
+                f"steps is {steps}, expected {low} to {high}, for which these per-block routers were trained"
+            )
+        if not few_step:
+            raise UserError(
+                "few_step is false, expected true: these routers were trained with their few-step LoRA"
+            )
+        if self.few_step_guidance not in (None, guidance):
+            raise UserError(
+                f"guidance is {1.0 if guidance is None else guidance:g}, expected {self.few_step_guidance:g}, which the"
+                " few-step LoRA of these routers has learned"
+            )
 
     def guided_share(self, times: Sequence[float]) -> float:
         """Share of the dense model's calls in a generation with steps at these times whose few-step LoRA has

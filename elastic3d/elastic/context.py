@@ -81,7 +81,8 @@ class StepContext:
     each (B,) fp32. Rows of a generation are (branch, sample), each at its step; a training pass has none. The first
     `conditional_rows` rows are those of one branch. `entered`: by its first block, what came into each span of blocks;
     `settled`: blocks within a span, and the rows of each action, as its first block has settled it for them;
-    `deferred`: samples that should have run and wait.
+    `deferred`: samples that should have run and wait. `decisions` are what is executed, `proposed` what the
+    routers of the blocks decided in a rollout.
     """
 
     t: Tensor
@@ -100,6 +101,7 @@ class StepContext:
     deferred: set[int] = field(default_factory=set)
     entered: dict[int, Streams] = field(default_factory=dict)
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
+    proposed: dict[int, RouteDecision] = field(default_factory=dict)
     flops: dict[int, BlockFlops] = field(default_factory=dict)
     ran_rows: dict[int, int] = field(default_factory=dict)
     visited: set[int] = field(default_factory=set)
@@ -113,7 +115,8 @@ class StepContext:
 class Announced:
     """All of a `StepContext` but the times, which the model is given; see `ElasticSession.step` and `train`.
 
-    Of a generation: `samples` of all `total` take part, and the cache keeps what `room` branches add.
+    Of a generation: `samples` of all `total` take part, and the cache keeps what `room` branches add; `times` are
+    theirs, where they are known without reading them from the device.
     """
 
     dt: Tensor | Sequence[float]
@@ -126,6 +129,7 @@ class Announced:
     room: int = 1
     training: Training | None = None
     conditional_rows: int = 0
+    times: Sequence[float] = ()
 
     def at(self, t: Tensor, timed: bool = False) -> StepContext:
         """The pass at times t (B,), which the cache gets to know where it is `timed`.
@@ -138,7 +142,9 @@ class Announced:
             copies = len(branch)
             rows = [(int(each), sample) for each in branch for sample in self.samples]
             places = [(each - rows[0][0]) * self.total + sample for each, sample in rows]
-            times = t.tolist() if timed else [0.0] * len(rows)
+            times = [0.0] * len(rows)
+            if timed:
+                times = list(self.times) * copies or t.tolist()
             when = Moments(places, max(copies, self.room) * self.total, list(self.steps) * copies, times)
             branch = torch.tensor([float(each) for each, _ in rows])
         values = {"dt": torch.as_tensor(self.dt).repeat(copies), "budget": self.budget.repeat(copies)}

@@ -80,6 +80,8 @@ class Outcome:
     watertight: bool | None = None
     print_summary: str = ""
     warnings: list[str] = field(default_factory=list)
+    image_warnings: list[str] = field(default_factory=list)
+    """Of the image, told before anything was made of it."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -237,6 +239,7 @@ def save_routes(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 def _save(job: Job, result: Result, config: GenerateConfig, image: ImageInput) -> Outcome:
     outcome = Outcome(job.subject, printable(job.output), job.seed, "ok", metadata=result.metadata)
+    outcome.image_warnings = result.warnings
     try:
         frontal = config.model in PRESETS
         mesh, check = finish(result, config.asset, job.output.suffix, image, config.foreground, frontal)
