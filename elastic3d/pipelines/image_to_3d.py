@@ -20,7 +20,7 @@ from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample
 from elastic3d.elastic import attach, is_attached, save_routers, session_of
-from elastic3d.elastic.calibrating import find_calibration, has_routers, put_policy
+from elastic3d.elastic.calibrating import CALIBRATION_NAME, find_calibration, has_routers, put_policy
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.elastic.context import Turn
 from elastic3d.elastic.session import ElasticSession
@@ -170,6 +170,7 @@ class ImageTo3DPipeline:
         if self.familiarity is not None:
             self.familiarity.save(folder)
         save_dial(self.dial, folder)
+        (folder / CALIBRATION_NAME).unlink(missing_ok=True)  # measured with what was there before
         save_json({**to_dict(self.config), "version": __version__}, folder / PIPELINE_NAME)
 
     @overload
