@@ -35,14 +35,18 @@ class FamiliarityConfig(Options):
 
     model: Path = option(Path(DEFAULT_MODEL), "folder of the model; the statistics are written into it")
     prepared: Path = option(Path("data/prepared"), "folder of prepared shapes, whose views are the images")
-    train: list[Path] = option([Path("data/splits/train.txt")], "lists of the shapes the model was trained on")
+    train: list[Path] = option(
+        [Path("data/splits/train.txt")], "lists of the shapes the model was trained on"
+    )
     val: list[Path] = option([Path("data/splits/val.txt")], "lists of shapes that the threshold is chosen on")
     sources: list[str] = option(
         ["infinigen", "sweethome3d"], "sources that the model was trained on", lengths=(1, 100)
     )
     views: int = option(4, "views of each shape, from the first", ge=1, le=1000)
     components: int = option(64, "principal components with a variance of their own", ge=1, le=1 << 16)
-    false_alarms: float = option(0.02, "share of the validation images that may be called unfamiliar", gt=0, lt=1)
+    false_alarms: float = option(
+        0.02, "share of the validation images that may be called unfamiliar", gt=0, lt=1
+    )
     batch: int = option(16, "images encoded at a time", ge=1, le=4096)
     probe: list[Path] = option([], "folders of other images: how many of each are called unfamiliar")
 
