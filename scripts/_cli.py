@@ -344,9 +344,11 @@ def _show(config: DictConfig, name: str) -> str:
     return str(value)
 
 
-def _one_line(message: Warning | str, category: type[Warning], *where: Any) -> str:
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """A warning of this project as its sentence alone; those of libraries with their place."""
-    place = "" if category is UserWarning and "elastic3d" in str(where[0]) else f"{where[0]}:{where[1]}: "
+    place = "" if category is UserWarning and "elastic3d" in filename else f"{filename}:{lineno}: "
     return f"warning: {place}{message}\n"
 
 

@@ -2,6 +2,7 @@
 
     python scripts/app.py
     python scripts/app.py model=hunyuan3d2 weights=FOLDER port=8080
+    python scripts/app.py models=[hunyuan3d2,models/mine]
     python scripts/app.py host=0.0.0.0 token=SECRET
 
 Opens on this machine alone unless host= says otherwise, which needs a token: visitors log in as `elastic3d` with it.
@@ -11,61 +12,95 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+import threading
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from _cli import run
 
 from elastic3d.errors import UserError
-from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, DEFAULT_MODEL, BackboneName, GenerateConfig
-from elastic3d.serve.config import ServeConfig
+from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, DEFAULT_MODEL, BackboneName
+from elastic3d.serve.config import AppConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from elastic3d.serve.models import Models
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def main(config: ServeConfig) -> int:
-    """Load the models, then serve the page until SIGTERM or Ctrl-C."""
+def main(config: AppConfig) -> int:
+    """Load the first model, then serve the page until SIGTERM or Ctrl-C; files of visits go with it."""
     config.token = config.token or os.environ.get("ELASTIC3D_TOKEN", "")
     config.require_token()
-    try:
-        from elastic3d.serve import app
-    except ImportError as error:
-        raise UserError(f"{error.name} is missing: pip install 'elastic3d[app]'") from error
-    from elastic3d.pipelines.published import load_pipeline
-    from elastic3d.pipelines.text_to_image import TextToImagePipeline
-    from elastic3d.serve.queue import MeshQueue
+    with tempfile.TemporaryDirectory(prefix="elastic3d-app-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            from elastic3d.serve import app
+        except ImportError as error:
+            raise UserError(f"{error.name} is missing: pip install 'elastic3d[app]'") from error
+        from elastic3d.pipelines.text_to_3d import known_nouns
+        from elastic3d.serve.queue import MeshQueue
 
-    wanted = GenerateConfig(
-        image="-",
-        output="-",
-        model=config.model,
-        weights=config.weights,
-        routers=config.routers,
-        device=config.device,
-        dtype=config.dtype,
-    )
-    pipeline = load_pipeline(wanted, REPOSITORY / DEFAULT_MODEL, 1)
-    images = None
-
-    def draw(prompt: str, seed: int):  # type: ignore[no-untyped-def]
-        nonlocal images
-        if images is None:  # loaded with the first prompt
-            folder = REPOSITORY / DEFAULT_IMAGE_MODEL
-            images = TextToImagePipeline.from_pretrained(BackboneName.small, folder, device=config.device)
-        return images([prompt], [seed])[0].image
-
-    with MeshQueue(pipeline, config.queue, config.batch_size, config.keep_s) as queue:
-        page = app.build_app(queue, draw)
-        print(f"{pipeline.config.model} on http://{config.host}:{config.port}", file=sys.stderr)
-        app.launch(
-            page,
-            server_name=config.host,
-            server_port=config.port,
-            auth=("elastic3d", config.token) if config.token else None,
-            max_file_size=int(config.max_megabytes * 1e6),
-            quiet=True,
-        )
+        models, nouns = find_models(config), known_nouns(REPOSITORY / DEFAULT_IMAGE_MODEL)
+        with MeshQueue(models, config.queue, config.batch_size, config.keep_s) as queue:
+            page = app.build_app(queue, Drawer(config, nouns), nouns, config)
+            app.launch(
+                page,
+                server_name=config.host,
+                server_port=config.port,
+                auth=("elastic3d", config.token) if config.token else None,
+                max_file_size=int(config.max_megabytes * 1e6),
+                quiet=True,
+                prevent_thread_lock=True,
+            )
+            print(f"{models.names[0]} on http://{config.host}:{config.port}", file=sys.stderr)
+            try:
+                threading.Event().wait()  # until SIGTERM or Ctrl-C
+            finally:
+                page.close()
     return 0
 
 
+def find_models(config: AppConfig) -> Models:
+    """The model that is named, loaded, and those that can be chosen instead."""
+    from elastic3d.pipelines.published import load_pipeline
+    from elastic3d.pipelines.runtime import find_model
+    from elastic3d.serve.models import Models
+
+    first, wanted = config.generate_config(), [config.generate_config() for _ in config.models]
+    for one, name in zip(wanted, config.models, strict=True):
+        one.model, one.weights, one.routers = str(find_model(name)), "", ""
+    loaders = {
+        Path(one.model or DEFAULT_MODEL).name: partial(load_pipeline, one, REPOSITORY / DEFAULT_MODEL, 1)
+        for one in [first, *wanted]
+    }
+    if len(loaders) < 1 + len(wanted):
+        raise UserError(f"models={config.models}: two models have one name, expected different ones")
+    return Models(loaders)
+
+
+class Drawer:
+    """Images of prompts, by a model that is loaded with the first one."""
+
+    def __init__(self, config: AppConfig, nouns: list[str]) -> None:
+        from elastic3d.pipelines.text_to_image import TextToImagePipeline
+
+        self._load = partial(TextToImagePipeline.from_pretrained, BackboneName.small, device=config.device)
+        self._pipeline: TextToImagePipeline | None = None
+        self._nouns = nouns
+
+    def __call__(self, prompt: str, seed: int) -> tuple[Image.Image, str | None]:
+        """The image, and what is wrong with the prompt."""
+        from elastic3d.pipelines.text_to_3d import prompt_warning
+
+        if self._pipeline is None:
+            self._pipeline = self._load(REPOSITORY / DEFAULT_IMAGE_MODEL)
+        return self._pipeline([prompt], [seed])[0].image, prompt_warning(prompt, self._nouns)
+
+
 if __name__ == "__main__":
-    run(main, ServeConfig, "app")
+    run(main, AppConfig, "app")

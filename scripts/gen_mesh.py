@@ -94,8 +94,10 @@ def maker(
         draw, config = prompt_drawer(config, pipeline, weights)
         if warning := prompt_warning(config.prompt, known_nouns(weights)):
             print(f"warning: {warning}", file=sys.stderr)
-    if config.trace and pipeline.session is None:
-        raise UserError(f"trace={config.trace} can't be drawn: this model has no routers")
+    if config.trace and pipeline.session is None and config.budget is None:
+        raise UserError(
+            f"trace={config.trace} can't be drawn: this model has no routers, and no budget= is set"
+        )
     return lambda tell, show: generate(pipeline, jobs, config, tell, show, draw)
 
 

@@ -1,7 +1,7 @@
 """Measure the server: requests a second alone and together, p95, errors, memory.
 
     python scripts/load_test.py
-    python scripts/load_test.py requests=100 clients=16 steps=25 resolution=128 output=load.json
+    python scripts/load_test.py requests=100 clients=16 quality=default resolution=128 output=load.json
 
 Starts scripts/serve.py on a free port of this machine, and stops it.
 """

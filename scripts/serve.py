@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 from _cli import run
@@ -36,9 +37,9 @@ def main(config: ServeConfig) -> int:
         raise UserError(f"{error.name} is missing: pip install 'elastic3d[serve]'") from error
     address = f"http://{config.host}:{config.port}"
     if config.runner is Runner.ray:
-        print(f"{config.replicas} replicas on {address}", file=sys.stderr)
-        serve_over_ray(config, REPOSITORY / DEFAULT_MODEL)
-        return 0
+        with serve_over_ray(config, REPOSITORY / DEFAULT_MODEL):
+            print(f"{config.replicas} replicas on {address}", file=sys.stderr)
+            threading.Event().wait()  # until SIGTERM or Ctrl-C
     app = build_app(config, REPOSITORY / DEFAULT_MODEL)
     print(f"{app.state.model} on {address}", file=sys.stderr)
     uvicorn.run(app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=60)

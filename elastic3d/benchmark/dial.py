@@ -157,12 +157,13 @@ def _entry(
         and coarseness(routers, first["steps"], budget, model.guidance) is not None
     )
     if first["method"] in LORA and not lora:
-        return None  # a call in so many steps runs without it
+        return None  # a generation of more steps runs without it
     return {
         "cost": round(first[_COST], 2),
         "steps": first["steps"],
         "router_budget": budget,
         "few_step_lora": lora,
+        **({"scope": routers.scope.name} if routers is not None and routers.trained_steps and lora else {}),
         "speedup": {str(row["batch"]): round(row[_SPEEDUP], 4) for row in rows},
         "iou": round(first[_IOU], 4),
         **{name: round(first[name], 4) for name in F_SCORES},

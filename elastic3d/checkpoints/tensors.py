@@ -34,7 +34,7 @@ class Row:
     swapped: bool = False
 
     def split(self, rows: int) -> list[int]:
-        """The rows of each published tensor, of so many in all."""
+        """The rows of each published tensor; `rows` in all."""
         shares = self.shares or (1,) * len(self.theirs)
         return [rows * share // sum(shares) for share in shares]
 

@@ -81,23 +81,28 @@ def heat_colours(distance: Floats) -> Floats:
 
 
 def pack_mesh(mesh: trimesh.Trimesh, other: trimesh.Trimesh) -> dict[str, Any]:
-    """A mesh of about `DISPLAY_FACES` faces at most as base64: uint16 positions in their box (four a
-    vertex, the last unused), uint8 heat a vertex, faces as uint32 where `wide` and as uint16
-    elsewhere."""
+    """A mesh of about `DISPLAY_FACES` faces at most as `pack_surface` does, with uint8 `heat` a vertex: how far from
+    the other it is."""
     mesh = display_mesh(mesh)
+    distance = surface_distance(np.asarray(mesh.vertices), other)
+    heat = np.round(np.clip(distance / HEAT_MAX, 0, 1) * 255).astype(np.uint8)
+    return pack_surface(mesh) | {"heat": encoded(heat)}
+
+
+def pack_surface(mesh: trimesh.Trimesh) -> dict[str, Any]:
+    """A mesh as the viewer takes it, base64: uint16 positions in their box (four a vertex, the last unused), faces as
+    uint32 where `wide` and as uint16 elsewhere."""
     vertices = np.asarray(mesh.vertices)
     low, size = vertices.min(axis=0), np.maximum(np.ptp(vertices, axis=0), 1e-9)
     wide = len(vertices) > 65535
     positions = np.zeros((len(vertices), 4), "<u2")
     positions[:, :3] = np.round((vertices - low) / size * 65535)
-    heat = np.round(np.clip(surface_distance(vertices, other) / HEAT_MAX, 0, 1) * 255).astype(np.uint8)
     return {
         "low": low.tolist(),
         "size": size.tolist(),
-        "positions": _base64(positions),
-        "heat": _base64(heat),
+        "positions": encoded(positions),
         "wide": wide,
-        "faces": _base64(np.asarray(mesh.faces, "<u4" if wide else "<u2")),
+        "faces": encoded(np.asarray(mesh.faces, "<u4" if wide else "<u2")),
     }
 
 
@@ -121,5 +126,6 @@ def png(image: NDArray[np.uint8]) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _base64(array: NDArray) -> str:
+def encoded(array: NDArray) -> str:
+    """The bytes of an array as base64."""
     return base64.b64encode(array.tobytes()).decode()

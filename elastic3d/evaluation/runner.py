@@ -22,6 +22,7 @@ from typing import Any
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Item, Row, score_item
 from elastic3d.evaluation.options import ProtocolConfig, Runner
+from elastic3d.utils.clusters import join_cluster
 from elastic3d.utils.files import atomic_path, read_text
 from elastic3d.utils.structured import parse_json
 
@@ -174,14 +175,7 @@ def _over_ray(
     """The same over a Ray cluster: the one `ray.init` finds (RAY_ADDRESS), or a local one of `workers`
     workers.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("runner=ray needs Ray: pip install 'elastic3d[ray]'") from error
-    started = not ray.is_initialized()
-    if started:
-        local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
-        ray.init(include_dashboard=False, log_to_driver=False, **local)
+    ray, started = join_cluster(workers)
     task = ray.remote(num_cpus=1, max_retries=1)(score)
 
     def alone(item: Item) -> Row:

@@ -23,7 +23,7 @@ _ROUNDS = 8
 """How often the tolerance of `simplify` grows: from 1e-6 to a quarter of the longest side."""
 
 _FEW = 2000
-"""Up to so many faces every collapse counts, and `simplify` ends with an exact order of them."""
+"""Up to this number of faces every collapse counts, and `simplify` ends with an exact order of them."""
 
 _DEGENERATE = 1e-12
 """A face counts as degenerate below this area, in squares of the mesh's longest side."""

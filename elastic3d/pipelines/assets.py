@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 import numpy as np
 import trimesh
+from numpy.typing import NDArray
 
 from elastic3d.checkpoints.hunyuan3d_config import VIEW_NAMES
 from elastic3d.errors import UserError
 from elastic3d.evaluation.print_check import PrintCheck, print_check
 from elastic3d.geometry.colour import ImageColours, with_texture, with_vertex_colours
 from elastic3d.geometry.export import scale_to, with_up
-from elastic3d.geometry.pose import CANONICAL, FRONT, find_pose
+from elastic3d.geometry.pose import CANONICAL, FRONT, Pose, find_pose
 from elastic3d.models.foreground import centred, cut_out
 from elastic3d.models.images import load_image
 from elastic3d.models.options import ForegroundConfig
@@ -74,13 +75,8 @@ def coloured(
     mesh: trimesh.Trimesh, image: ImageInput, foreground: ForegroundConfig, config: AssetConfig, frontal: bool
 ) -> tuple[trimesh.Trimesh, dict[str, object]]:
     """The mesh with the image's colours (as a texture if it has texture coordinates), and where the camera is."""
-    front = image[VIEW_NAMES[0]] if isinstance(image, Mapping) else image
-    cut = cut_out(load_image(as_file_or_image(front)), foreground)
-    left, top, right, bottom = cut.getchannel("A").getbbox() or (0, 0, *cut.size)
-    side = round(max(right - left, bottom - top) / (1 - BORDER))
-    pixels = np.asarray(centred(cut, int(np.clip(side, LEAST_SIDE, MOST_SIDE)), BORDER))
     try:
-        pose = find_pose(mesh, pixels, FRONT if frontal else CANONICAL)
+        pose, pixels = posed(mesh, image, foreground, frontal)
         colours = ImageColours(mesh, pose.camera, pixels)
     except ValueError as error:
         raise UserError(f"texture=project: {error}") from error
@@ -99,3 +95,16 @@ def coloured(
             f"the mesh covers the object in the image by {pose.overlap:.0%} only: colours may be misplaced"
         )
     return painted, found
+
+
+def posed(
+    mesh: trimesh.Trimesh, image: ImageInput, foreground: ForegroundConfig, frontal: bool = False
+) -> tuple[Pose, NDArray[np.uint8]]:
+    """The camera of an image of a mesh, and what it sees: the object alone, RGBA (S, S, 4). ValueError if there is
+    none."""
+    front = image[VIEW_NAMES[0]] if isinstance(image, Mapping) else image
+    cut = cut_out(load_image(as_file_or_image(front)), foreground)
+    left, top, right, bottom = cut.getchannel("A").getbbox() or (0, 0, *cut.size)
+    side = round(max(right - left, bottom - top) / (1 - BORDER))
+    pixels = np.asarray(centred(cut, int(np.clip(side, LEAST_SIDE, MOST_SIDE)), BORDER))
+    return find_pose(mesh, pixels, FRONT if frontal else CANONICAL), pixels

@@ -61,7 +61,7 @@ class Backbone(ABC):
         return self.pipe.default_sample_size * self.pipe.vae_scale_factor
 
     def grid(self, steps: int) -> Tensor:
-        """Times (S+1,) of so many steps, 0 = noise, to train at; a sampler's own shift may depend on the image."""
+        """Times (S+1,) of S = `steps` steps, 0 = noise, to train at; a sampler's own shift may depend on the image."""
         return timestep_grid(steps)
 
     def default_sampling(self) -> tuple[int, float]:

@@ -143,7 +143,7 @@ def _plan(config: GenerateConfig) -> Plan:
             raise UserError(f"output is {output}, expected a folder, as image is a folder or a glob")
         if output.exists() and not output.is_dir():
             raise UserError(f"output is {output}, a file, expected a folder")
-        images = _images(config.image) if many else [single]
+        images = find_images(config.image) if many else [single]
         targets = _targets(images, output, config.format)
         folder: Path | None = output
     else:
@@ -257,7 +257,7 @@ def _save(job: Job, result: Result, config: GenerateConfig, image: ImageInput) -
     return outcome
 
 
-def _images(pattern: str) -> list[Path]:
+def find_images(pattern: str) -> list[Path]:
     """Images in a folder, or files that match a glob; sorted."""
     folder = Path(pattern)
     if folder.is_dir():

@@ -20,9 +20,11 @@ from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample
 from elastic3d.elastic import attach, is_attached, save_routers, session_of
+from elastic3d.elastic.calibrating import find_calibration, has_routers, put_policy
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.elastic.context import Turn
 from elastic3d.elastic.session import ElasticSession
+from elastic3d.elastic.training_free import check_budget
 from elastic3d.errors import UserError
 from elastic3d.geometry.cells import reducible
 from elastic3d.geometry.cleanup import clean
@@ -63,7 +65,8 @@ class ImageTo3DPipeline:
 
     On disk: a folder with `pipeline.json`, `vae/`, `dit/` (each config.json and model.safetensors),
     `image_encoder/config.json`, `familiarity.safetensors` (which images the model knows) and, for an elastic model,
-    `routers/` and `dial.json`.
+    `routers/` and `dial.json`. Without routers a budget is kept by a training-free policy, by the calibration in
+    `training_free.json` where there is one.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class ImageTo3DPipeline:
         self.placement = Placement(next(dit.parameters()).device)
         self.max_points = usual_chunk(self.device)
         self.dial: Dial | None = None  # what a budget becomes; None: the budget is the routers' own
+        self.calibration: Path | None = None  # file or folder of what keeps a budget without routers
         self.familiarity: Familiarity | None = None  # with the images the model was trained on
         self._turn = Turn()  # threads that share a pipeline take turns
 
@@ -111,7 +115,7 @@ class ImageTo3DPipeline:
 
     @property
     def session(self) -> ElasticSession | None:
-        """Of the DiT's routers; None where it has none."""
+        """Of the DiT's routers, or of its policy once a budget was set; None where it has neither."""
         return session_of(self.dit) if is_attached(self.dit) else None
 
     @classmethod
@@ -121,6 +125,7 @@ class ImageTo3DPipeline:
         device: DeviceChoice | torch.device | str = "auto",
         dtype: DTypeChoice | torch.dtype | str = "auto",
         dial: bool = True,
+        routers: bool = True,
     ) -> ImageTo3DPipeline:
         """The pipeline saved in a folder, ready to run.
 
@@ -128,6 +133,7 @@ class ImageTo3DPipeline:
             path: a folder, or the name of a bundled model: "shape-small".
             dtype: of the DiT and the VAE; `auto` is bf16 where it is fast, else fp32.
             dial: False leaves out the model's dial, as for measurements: a budget is then the routers' own.
+            routers: False leaves out the model's routers, and its dial with them.
 
         Raises:
             UserError: a missing, broken or third-party file, a device that is not there.
@@ -142,14 +148,15 @@ class ImageTo3DPipeline:
         dit = load_dit(folder / "dit", number, target)
         files = [find_weights(folder / "vae"), find_weights(folder / "dit")]
         digest = dense = file_sha256(*files)
-        if (folder / ROUTERS_NAME).is_dir():
+        if routers and (folder / ROUTERS_NAME).is_dir():
             attach(dit, folder / ROUTERS_NAME)
             digest = file_sha256(*files, find_weights(folder / ROUTERS_NAME))
         pipeline = cls(vae, dit, load_image_encoder(folder / "image_encoder", target), config, digest, dense)
         pipeline.familiarity = load_familiarity(folder, pipeline.encoder.channels)
-        if dial:
-            session = pipeline.session
+        session = pipeline.session
+        if dial and routers:
             pipeline.dial = load_dial(folder, config, None if session is None else session.router_config)
+        pipeline.calibration = folder
         return pipeline
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -157,7 +164,7 @@ class ImageTo3DPipeline:
         folder = Path(path)
         self.vae.save_pretrained(folder / "vae", dtype)
         self.dit.save_pretrained(folder / "dit", dtype)
-        if is_attached(self.dit):
+        if has_routers(self.dit):
             save_routers(self.dit, folder / ROUTERS_NAME)
         save_image_encoder(self.encoder, folder / "image_encoder")
         if self.familiarity is not None:
@@ -221,10 +228,15 @@ class ImageTo3DPipeline:
         steps = steps if row is None else row.steps
         resolution = self.config.resolution_of(quality) if resolution is None else resolution
         settings = self._settings(steps, guidance, resolution, max_faces, decode, cleanup, foreground)
-        settings.elastic = run.over(self.config.elastic, self.session is not None)
+        settings.elastic = run.over(self.config.elastic, has_routers(self.dit))
+        if settings.elastic.elastic and not has_routers(self.dit):
+            check_budget(settings.elastic.budget, len(sampling_times(self.config, settings.steps)) - 1)
         settings.dial = None if row is None else row.metadata(requested.budget, quality)
-        with self._turn, self.session.turn if self.session is not None else nullcontext():
-            results = self._generate(inputs, seeds, settings, Listeners(on_step, on_progress, on_result))
+        with self._turn:
+            if settings.elastic.elastic and self.session is None:
+                put_policy(self.dit, find_calibration(self.calibration, self.dit))
+            with self.session.turn if self.session is not None else nullcontext():
+                results = self._generate(inputs, seeds, settings, Listeners(on_step, on_progress, on_result))
         if many:
             return results
         if results[0].error is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import trimesh
 from PIL import Image
+from trimesh.visual import ColorVisuals
 
 from elastic3d.geometry.render import Camera, Light, Scene, ring_cameras
 
@@ -15,11 +16,14 @@ def turntable(
     """Views from all around, the first from the front, in a row on white: RGB, `size` high, as wide for each view.
 
     `image`, as the model saw it, comes before them. The light turns with the camera, so that all sides are as bright.
+    Vertex colours are shown where there are any.
     """
     placed = mesh.copy()
     placed.apply_translation(-mesh.bounds.mean(axis=0))
     placed.apply_scale(1.18 / float(np.linalg.norm(placed.vertices, axis=1).max()))  # fits from every side
-    scene = Scene(placed)
+    visual = placed.visual
+    coloured = isinstance(visual, ColorVisuals) and visual.kind == "vertex"
+    scene = Scene(placed, visual.face_colors[:, :3] if coloured else None)
     tiles = (
         [image.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)] if image is not None else []
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.published import load_pipeline
 from elastic3d.pipelines.runtime import resolve_device
+from elastic3d.utils.clusters import join_cluster
 from elastic3d.utils.files import printable
 
 _DIED = "the process that made it died (out of memory, or a crash in a native library)"
@@ -45,10 +45,6 @@ def generate_over_ray(
     Raises:
         UserError: Ray is not installed; or as `load_pipeline`.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("runner=ray needs Ray: pip install 'elastic3d[ray]'") from error
     todo = []
     for job in jobs:
         if config.resume and job.output.exists():
@@ -58,10 +54,7 @@ def generate_over_ray(
     batches = [todo[start : start + config.rows] for start in range(0, len(todo), config.rows)]
     if not batches:
         return
-    started = not ray.is_initialized()
-    if started:
-        local: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": config.workers}
-        ray.init(include_dashboard=False, log_to_driver=False, **local)
+    ray, started = join_cluster(config.workers)
     gpus = int(resolve_device(config.device).type == "cuda")
     kind = ray.remote(num_cpus=1, num_gpus=gpus)(Worker)
     try:

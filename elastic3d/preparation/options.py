@@ -42,7 +42,7 @@ class PrepareConfig(Options):
     name: str = option("", "folder of this source under output; its own name if empty")
     splits: str = option("data/splits", "folder with train.txt, val.txt and test.txt")
     workers: int = option(0, "processes that prepare shards; 0 takes one per core", ge=0, le=1024)
-    limit: int = option(0, "prepare only the first so many shapes; 0 takes all", ge=0, le=10_000_000)
+    limit: int = option(0, "prepare only the first N shapes; 0 takes all", ge=0, le=10_000_000)
     shard_size: int = option(
         32, "shapes in a shard, which is the unit of work and of resuming", ge=1, le=10_000
     )

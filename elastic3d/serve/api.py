@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import io
 import json
 import time
-import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,7 +18,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
-from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -31,6 +28,7 @@ from elastic3d.serve.config import ServeConfig
 from elastic3d.serve.guard import Guard
 from elastic3d.serve.metrics import Metrics
 from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueFull
+from elastic3d.serve.uploads import decode_image
 
 MEDIA_TYPES = {
     "glb": "model/gltf-binary",
@@ -38,7 +36,6 @@ MEDIA_TYPES = {
     "obj": "model/obj",
     "stl": "model/stl",
 }
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 POLL_S = 0.01
 ASK_CLIENT_S = 0.25
 
@@ -131,7 +128,7 @@ def create_app(queue: MeshQueue, config: ServeConfig, metrics: Metrics) -> FastA
         _add_jobs(app, queue)
     _add_hunyuan(app, queue, config)
     _add_pages(app, queue, metrics)
-    app.state.model = queue.pipeline.config.model
+    app.state.model = queue.models.info().config.model
     return app
 
 
@@ -171,28 +168,6 @@ def _sentence(errors: Any) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- requests
-
-
-def decode_image(data: bytes, max_pixels: int) -> Image.Image:
-    """The image in a file's bytes. UserError if it is none, broken, or has too many pixels."""
-    if not data:
-        raise UserError("the image is empty, expected an image file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        if image.width * image.height > max_pixels:
-            raise UserError(
-                f"the image has {image.width} x {image.height} pixels, expected at most {max_pixels:,}"
-            )
-        image.load()
-    except UserError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UserError("the upload is no image, expected PNG, JPEG, WebP, BMP, GIF or TIFF") from error
-    except Exception as error:  # decoders of broken files raise anything
-        raise UserError(f"the image is broken: {' '.join(str(error).split())[:200]}") from error
-    return image
 
 
 def _from_base64(text: str) -> bytes:
@@ -257,7 +232,7 @@ async def _wait_for(job: Job, queue: MeshQueue, request: Request, timeout_s: flo
 
 def _file_of(job: Job) -> Path:
     if job.state is JobState.failed:
-        raise ApiError(400, job.error)
+        raise ApiError(500 if job.internal else 400, job.error)
     if job.state is JobState.cancelled:
         raise ApiError(503, "the job was cancelled: the server stops")
     if job.file is None:
@@ -361,21 +336,16 @@ def _add_hunyuan(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
 def _add_pages(app: FastAPI, queue: MeshQueue, metrics: Metrics) -> None:
     @app.get("/v1/models", summary="The model that is loaded")
     async def models() -> dict[str, Any]:
-        pipeline = queue.pipeline
-        defaults = {name: getattr(pipeline.config, name) for name in ("steps", "guidance", "resolution")} | {
-            "budget": pipeline.config.elastic.budget if pipeline.session is not None else 1.0
+        info = queue.models.info()
+        defaults = {name: getattr(info.config, name) for name in ("steps", "guidance", "resolution")}
+        described = {
+            "id": info.config.model,
+            "weights_sha256": info.weights_sha256,
+            "elastic": info.elastic,
+            "dial": None if info.dial is None else info.dial.values,
+            "defaults": defaults | {"budget": info.budget},
         }
-        return {
-            "models": [
-                {
-                    "id": pipeline.config.model,
-                    "weights_sha256": pipeline.weights_sha256,
-                    "elastic": pipeline.session is not None,
-                    "dial": None if pipeline.dial is None else pipeline.dial.values,
-                    "defaults": defaults,
-                }
-            ]
-        }
+        return {"models": [described]}
 
     @app.get("/healthz", summary="Whether the server works")
     async def health() -> dict[str, Any]:

@@ -2,313 +2,273 @@
 
 from __future__ import annotations
 
+import html
 import os
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import trimesh
 from PIL import Image
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no request leaves the machine
 import gradio as gr  # noqa: E402
 
-from elastic3d.diffusion.dial import Dial  # noqa: E402
 from elastic3d.diffusion.options import Quality  # noqa: E402
+from elastic3d.elastic.config import MIN_BUDGET  # noqa: E402
 from elastic3d.errors import UserError  # noqa: E402
-from elastic3d.geometry.export import scale_to  # noqa: E402
-from elastic3d.geometry.mesh_io import load_mesh, save_mesh  # noqa: E402
-from elastic3d.models.foreground import prepare_image  # noqa: E402
 from elastic3d.models.options import ForegroundConfig  # noqa: E402
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline  # noqa: E402
-from elastic3d.pipelines.preview import turntable  # noqa: E402
-from elastic3d.pipelines.routes import draw_routes, route_title  # noqa: E402
-from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueFull  # noqa: E402
+from elastic3d.serve.config import AppConfig  # noqa: E402
+from elastic3d.serve.models import ModelInfo  # noqa: E402
+from elastic3d.serve.queue import MeshQueue  # noqa: E402
+from elastic3d.serve.visit import (  # noqa: E402
+    OWN,
+    Choices,
+    Shown,
+    Visits,
+    download,
+    failed,
+    masked,
+    opened,
+    route_image,
+    table,
+    tiles,
+)
 
-MASK_SIDE = 256
-GAP = 0.4  # between two meshes that are shown in one scene, in units of a mesh's half side
-GREY, BLUE = (
-    [0.6, 0.6, 0.6, 1.0],
-    [0.35, 0.55, 0.85, 1.0],
-)  # of the dense and of the elastic mesh, side by side
-POLL_S = 0.1
-KEEP_S = 900
+KEEP_S = 900  # that files of a visit are kept at most
+VISITORS = 16  # whose jobs wait for each other's batches; more wait before that
 FONTS = ["system-ui", "sans-serif"]  # of the visitor's machine
-CSS = "footer {display: none !important} .gradio-container {max-width: 1200px !important}"
+CSS = """
+footer {display: none !important}
+.gradio-container {max-width: 1240px !important; margin: 0 auto !important}
+#table table {display: block; width: 0; min-width: 100%; overflow-x: auto}
+#table table {font-variant-numeric: tabular-nums}
+#table td, #table th {white-space: nowrap; padding: 4px 8px; text-align: left}
+#gallery .grid-wrap {min-height: 0}
+#routes img {padding-top: 28px; object-fit: contain}
+#said {text-align: center}
+"""
+SWITCHED = ("quality", "budget", "compare", "steps", "resolution")  # controls that depend on the model
 
-# In the order in which `_Visit.generate` takes them.
-OPTIONS = ["image", "quality", "budget", "compare", "seed", "samples", "steps", "resolution", "faces"]
-OPTIONS += ["tolerance", "border"]
-
-Draw = Callable[[str, int], Image.Image]
-"""(prompt, seed) -> an image of it."""
-
-
-@dataclass
-class Shown:
-    """What a visitor made last: files, and what is said of each sample."""
-
-    elastic: list[Path] = field(default_factory=list)
-    dense: list[Path] = field(default_factory=list)
-    rows: list[list[Any]] = field(default_factory=list)
-    routes: Path | None = None
+Draw = Callable[[str, int], tuple[Image.Image, str | None]]
+"""(prompt, seed) -> an image of it, and a warning where the prompt names nothing that is known."""
 
 
-def build_app(queue: MeshQueue, draw: Draw | None = None) -> gr.Blocks:
-    """The page around a queue. `draw` makes images of prompts; without it there is no field for a prompt."""
-    pipeline = queue.pipeline
-    title = f"elastic3d: {pipeline.config.model}"
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(60, KEEP_S)) as app:
-        gr.Markdown(f"# {title}\nDrop an image of one object on a plain or transparent background.")
+def build_app(
+    queue: MeshQueue, draw: Draw | None = None, nouns: Sequence[str] = (), config: AppConfig | None = None
+) -> gr.Blocks:
+    """The page around a queue. `draw` makes images of prompts, and knows `nouns`; without it there are no prompts."""
+    config, visits = config or AppConfig(), Visits(queue)
+    with gr.Blocks(title="elastic3d", analytics_enabled=False, delete_cache=(min(60, KEEP_S), KEEP_S)) as app:
+        gr.Markdown(
+            "# elastic3d\nAn image of one object, on a plain or transparent background, becomes a mesh."
+        )
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                asked = _asked(pipeline, draw is not None)
+                asked = _asked(queue, nouns if draw is not None else None)
             with gr.Column(scale=3, min_width=300):
-                answer = _answer(pipeline.session is not None)
-        shown, chosen = gr.State(Shown()), gr.State(0)
-        look = [asked.image, asked.tolerance, asked.border]
-        for changed in (asked.image.change, asked.tolerance.release, asked.border.release):
-            changed(_mask, look, asked.mask, show_progress="hidden")
-        if draw is not None:
-            prompt = [asked.prompt, asked.seed]
-            asked.prompt.submit(lambda text, number: _drawn(draw, text, number), prompt, asked.image)
-        options = [getattr(asked, name) for name in OPTIONS]
-        results = [answer.viewer, answer.table, answer.gallery, answer.routes, shown, chosen]
-        file = [shown, chosen, answer.kind, answer.size]
-        making = asked.run.click(_Visit(queue).generate, options, results)
-        making.then(_file, file, answer.download)
-        asked.stop.click(None, cancels=[making])
-        answer.gallery.select(_pick, shown, [answer.viewer, chosen]).then(_file, file, answer.download)
-        for changed in (answer.kind.change, answer.size.change):
-            changed(_file, file, answer.download, show_progress="hidden")
+                answer = _answer()
+        asked.image.preprocess = partial(opened, max_pixels=config.max_pixels)
+        shown = gr.State(Shown(), time_to_live=KEEP_S, delete_callback=Shown.forget)
+        chosen = gr.State(0)
+        _wire_asked(asked, queue, draw)
+        _wire_answer(asked, answer, visits, shown, chosen)
+
+        def leave(request: gr.Request) -> None:
+            visits.leave(str(request.session_hash))
+
+        app.unload(leave)
     return app
 
 
-def _asked(pipeline: ImageTo3DPipeline, prompts: bool) -> SimpleNamespace:
+def _wire_asked(asked: SimpleNamespace, queue: MeshQueue, draw: Draw | None) -> None:
+    """What happens within the left column."""
+    look = [asked.image, asked.tolerance, asked.border]
+    for changed in (asked.image.change, asked.tolerance.release, asked.border.release):
+        changed(masked, look, asked.mask, show_progress="hidden")
+    if draw is not None:
+        prompt = [asked.prompt, asked.seed]
+        asked.prompt.submit(partial(_drawn, draw), prompt, asked.image, show_progress_on=asked.image)
+
+    def switch(name: str) -> list[Any]:
+        try:
+            settings = _settings(queue.models.info(name))
+        except UserError as error:
+            raise failed(error) from error
+        return [gr.update(**settings[control]) for control in SWITCHED]
+
+    controls = [getattr(asked, name) for name in SWITCHED]
+    asked.model.change(switch, asked.model, controls, show_progress_on=asked.said)
+    asked.quality.change(
+        lambda q: gr.update(visible=q == OWN), asked.quality, asked.budget, show_progress="hidden"
+    )
+
+
+def _wire_answer(
+    asked: SimpleNamespace, answer: SimpleNamespace, visits: Visits, shown: gr.State, chosen: gr.State
+) -> None:
+    """From the button to the downloads."""
+
+    def generate(
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio asks for it)
+        *values: Any,
+    ) -> list[Any]:
+        made = visits.generate(Choices(*values), str(request.session_hash), progress)
+        everything = [*made.elastic, *made.dense]
+        gallery = gr.update(value=tiles(made), visible=len(made.elastic) > 1)
+        count = "1 mesh" if len(everything) == 1 else f"{len(everything)} meshes"
+        said = f"{count} in {sum(m.seconds for m in everything):.1f} s. {made.doubts()}"
+        return [said, table([m.row() for m in everything]), gallery, made, *look_at(made, 0)]
+
+    def look_at(made: Shown, index: int) -> list[Any]:
+        routes = route_image(made, index)
+        return [made.view(index), gr.update(value=routes, visible=routes is not None), index]
+
+    def pick(made: Shown, event: gr.SelectData) -> list[Any]:
+        return look_at(made, int(event.index))
+
+    def stop(request: gr.Request) -> None:
+        visits.stop(str(request.session_hash))
+
+    options = [getattr(asked, item.name) for item in fields(Choices)]
+    seen = [answer.viewer, answer.routes, chosen]
+    results = [asked.said, answer.table, answer.gallery, shown, *seen]
+    file = [shown, chosen, answer.kind, answer.up, answer.size]
+    making = asked.run.click(generate, options, results, show_progress_on=asked.said)
+    making.success(download, file, answer.download, show_progress="hidden")
+    asked.stop.click(stop)
+    picked = answer.gallery.select(pick, shown, seen, show_progress="hidden")
+    picked.success(download, file, answer.download, show_progress="hidden")
+    for changed in (answer.kind.change, answer.up.change, answer.size.change):
+        changed(download, file, answer.download, show_progress="hidden")
+
+
+def _settings(info: ModelInfo) -> dict[str, dict[str, Any]]:
+    """What the controls that depend on the model show, by name."""
+    dial, routed = info.dial, info.elastic
+    named = [(quality.name, dial.named(quality)) for quality in Quality] if dial is not None else []
+    choices = [(f"{name}: {row.speedup['1']:.1f}x, IoU {row.iou:.2f}", name) for name, row in named]
+    lowest = MIN_BUDGET if dial is None else dial.rows[0].cost
+    return {
+        "quality": {
+            "choices": [*choices, ("by budget", OWN)],
+            "value": Quality.default.name if dial is not None else OWN,
+            "visible": dial is not None,
+        },
+        "budget": {
+            "minimum": round(lowest, 2),
+            "value": max(info.budget, round(lowest, 2)),
+            "visible": routed and dial is None,
+        },
+        "compare": {"value": False, "visible": routed},
+        "steps": {"value": info.config.steps, "visible": dial is None},
+        "resolution": {"value": info.config.resolution, "minimum": min(32, info.config.resolution)},
+    }
+
+
+def _asked(queue: MeshQueue, nouns: Sequence[str] | None) -> SimpleNamespace:
     """The left column: what a visitor gives and chooses, by name."""
-    routed, dial = pipeline.session is not None, pipeline.dial
-    image = gr.Image(label="Image", type="pil", image_mode="RGBA", sources=["upload", "clipboard"])
-    prompt = gr.Textbox(label="or a prompt", visible=prompts, submit_btn="Draw")
-    mask = gr.Image(label="What the model will see", interactive=False, height=220, elem_id="mask")
-    with gr.Accordion("Mask", open=False):
-        tolerance = gr.Slider(0, 120, 20, step=1, label="Background tolerance")
-        border = gr.Slider(0, 0.5, 0.15, step=0.01, label="Free border")
-    quality = gr.Radio(
-        _qualities(dial), value=Quality.default.name, label="Quality", visible=dial is not None,
-        info="speed-up of the DiT, IoU to the mesh of 100 dense steps",
-    )  # fmt: skip
-    budget = gr.Slider(
-        0.3, 1, _default_budget(pipeline), step=0.05, label="Budget", visible=routed and dial is None,
-        info="share of the dense model's computation",
-    )  # fmt: skip
-    compare = gr.Checkbox(value=False, label="Dense beside it", visible=routed)
+    names, settings = queue.models.names, _settings(queue.models.info())
     with gr.Row():
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-        samples = gr.Slider(1, 8, 1, step=1, label="Samples")
+        image = gr.Image(
+            label="Image", type="pil", image_mode="RGBA", sources=["upload", "clipboard"], height=260, min_width=140,
+            elem_id="image", buttons=[],
+        )  # fmt: skip
+        mask = gr.Image(
+            label="What the model sees",
+            interactive=False,
+            height=260,
+            min_width=140,
+            elem_id="mask",
+            buttons=[],
+        )
+    prompt = gr.Textbox(
+        label="or a prompt", placeholder="a wooden bar chair", visible=nouns is not None, submit_btn="Draw",
+        lines=1, max_lines=1,
+    )  # fmt: skip
+    if nouns:
+        with gr.Accordion("What it can draw", open=False):
+            gr.Markdown(", ".join(nouns))
+    with gr.Accordion("Correct the mask", open=False):
+        tolerance = gr.Slider(
+            0, 120, ForegroundConfig.tolerance, step=1, label="Background tolerance",
+            info="more: what is nearly of the background's colour goes too",
+        )  # fmt: skip
+        border = gr.Slider(0, 0.5, 0.15, step=0.01, label="Free border", info="share of the square's side")
+    model = gr.Dropdown(list(names), value=names[0], label="Model", visible=len(names) > 1)
+    quality = gr.Radio(
+        label="Quality", info="speed-up of the DiT; IoU to the mesh of 100 dense steps", **settings["quality"]
+    )
+    budget = gr.Slider(
+        maximum=1, step=0.01, label="Budget", info="share of the dense model's FLOPs", **settings["budget"]
+    )
+    with gr.Row():
+        compare = gr.Checkbox(label="Dense beside it", **settings["compare"])
+        colours = gr.Checkbox(label="Image's colours")
+    with gr.Row():
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
+        samples = gr.Slider(1, 8, 1, step=1, label="Samples", min_width=140)
     with gr.Accordion("More", open=False):
-        steps = gr.Slider(1, 100, pipeline.config.steps, step=1, label="Steps", visible=dial is None)
-        cells = pipeline.config.resolution
-        resolution = gr.Slider(32, 512, cells, step=8, label="Resolution (grid cells a side)")
+        steps = gr.Slider(1, 100, step=1, label="Steps", **settings["steps"])
+        resolution = gr.Slider(
+            maximum=512, step=8, label="Resolution (grid cells a side)", **settings["resolution"]
+        )
         faces = gr.Number(40_000, label="Most faces", precision=0, minimum=100)
     with gr.Row():
-        run, stop = gr.Button("Make mesh", variant="primary"), gr.Button("Stop")
+        run, stop = gr.Button("Make mesh", variant="primary"), gr.Button("Stop", min_width=80, scale=0)
+    said = gr.HTML(min_height=60, elem_id="said")
     return SimpleNamespace(
-        image=image, prompt=prompt, mask=mask, tolerance=tolerance, border=border, quality=quality, budget=budget,
-        compare=compare, seed=seed, samples=samples, steps=steps, resolution=resolution, faces=faces, run=run,
-        stop=stop,
+        image=image, prompt=prompt, mask=mask, tolerance=tolerance, border=border, model=model, quality=quality,
+        budget=budget, compare=compare, colours=colours, seed=seed, samples=samples, steps=steps,
+        resolution=resolution, faces=faces, run=run, stop=stop, said=said,
     )  # fmt: skip
 
 
-def _answer(routed: bool) -> SimpleNamespace:
+def _answer() -> SimpleNamespace:
     """The right column: what was made, by name."""
-    viewer = gr.Model3D(
-        label="Mesh (left, grey: dense)" if routed else "Mesh", clear_color=(0.95, 0.95, 0.95, 1), height=420
+    viewer = gr.HTML(
+        "<p style='text-align: center; padding: 90px 0'>The mesh will be here.</p>", elem_id="viewer"
     )
-    table = gr.Dataframe(
-        headers=["sample", "seconds", "DiT ms", "executed", "faces", "closed"],
-        label="What it took", interactive=False, wrap=True,
+    gallery = gr.Gallery(
+        label="Samples: choose one", columns=4, height="auto", allow_preview=False, object_fit="contain",
+        visible=False, elem_id="gallery", buttons=[],
     )  # fmt: skip
-    gallery = gr.Gallery(label="Samples", columns=2, height=220, allow_preview=False, object_fit="contain")
+    with gr.Row(equal_height=True):
+        kind = gr.Radio(["glb", "stl", "obj", "ply"], value="glb", label="Format", min_width=220)
+        up = gr.Radio([("Y", "y"), ("Z", "z")], value="y", label="Up", min_width=110)
+        size = gr.Number(100, label="Longest side, mm", minimum=0.001, maximum=1e6, min_width=130)
+    button = gr.DownloadButton("Download", interactive=False, variant="primary")
+    table = gr.HTML(elem_id="table")
     routes = gr.Image(
-        label="Blocks over steps: blue executed, orange cached, grey skipped",
-        visible=routed,
-        interactive=False,
-    )
-    with gr.Row():
-        kind = gr.Radio(["glb", "stl", "obj", "ply"], value="glb", label="Format")
-        size = gr.Number(100, label="Longest side in mm", minimum=0.001)
-        download = gr.DownloadButton("Download", interactive=False)
+        label="Blocks (rows) over steps: blue executed, orange reused, grey skipped", visible=False,
+        interactive=False, height=420, elem_id="routes", buttons=["fullscreen"],
+    )  # fmt: skip
     return SimpleNamespace(
-        viewer=viewer, table=table, gallery=gallery, routes=routes, kind=kind, size=size, download=download
+        viewer=viewer,
+        gallery=gallery,
+        kind=kind,
+        up=up,
+        size=size,
+        download=button,
+        table=table,
+        routes=routes,
     )
 
 
 def launch(app: gr.Blocks, **options: Any) -> Any:
     """Serve the page with fonts of the visitor's machine; returns what Gradio's `launch` does."""
     theme = gr.themes.Default(font=FONTS, font_mono=["monospace"])
-    return app.queue(max_size=64).launch(theme=theme, css=CSS, share=False, **options)
-
-
-def _default_budget(pipeline: Any) -> float:
-    elastic = pipeline.config.elastic
-    return float(elastic.budget) if elastic.elastic else 1.0
-
-
-def _qualities(dial: Dial | None) -> list[tuple[str, str]]:
-    """What the radio shows, and its values."""
-    if dial is None:
-        return [(Quality.default.name, Quality.default.name)]
-    rows = [(quality.name, dial.named(quality)) for quality in Quality]
-    return [(f"{name} ({row.speedup['1']:.1f}x, {row.iou:.2f})", name) for name, row in rows]
-
-
-def _mask(image: Image.Image | None, tolerance: int, border: float) -> Image.Image | None:
-    if image is None:
-        return None
-    try:
-        return prepare_image(image, ForegroundConfig(tolerance=int(tolerance), border=border), MASK_SIDE)
-    except UserError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+    queue = app.queue(max_size=64, default_concurrency_limit=VISITORS)
+    return queue.launch(theme=theme, css=CSS, share=False, footer_links=[], **options)
 
 
 def _drawn(draw: Draw, prompt: str, seed: float) -> Image.Image:
     try:
-        return draw(prompt, int(seed))
+        image, warning = draw(prompt, int(seed))
     except UserError as error:
-        raise gr.Error(str(error), print_exception=False) from error
-
-
-class _Visit:
-    """What the button does."""
-
-    def __init__(self, queue: MeshQueue) -> None:
-        self._queue = queue
-
-    def generate(
-        self,
-        image: Image.Image | None,
-        quality: str,
-        budget: float,
-        compare: bool,
-        seed: float,
-        samples: float,
-        steps: float,
-        resolution: float,
-        faces: float,
-        tolerance: float,
-        border: float,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio asks for it)
-    ) -> Iterator[tuple[Any, ...]]:
-        """Jobs for all samples; the page is brought up to date when they are done."""
-        if image is None:
-            raise gr.Error("There is no image yet: drop one, or draw a prompt.", print_exception=False)
-        pipeline = self._queue.pipeline
-        routed, dialled = pipeline.session is not None, pipeline.dial is not None
-        base = MeshRequest(
-            steps=None if dialled else int(steps), resolution=int(resolution), max_faces=int(faces),
-            tolerance=int(tolerance), border=border,
-        )  # fmt: skip
-        seeds = [int(seed) + i for i in range(int(samples))]
-        chosen = replace(base, quality=quality) if dialled else base
-        if routed and not dialled:
-            chosen = replace(base, budget=round(budget, 4))
-        elastic = [replace(chosen, seed=s) for s in seeds]
-        dense = [replace(base, seed=s, elastic=False) for s in seeds] if routed and compare else []
-        jobs: list[Job] = []
-        try:
-            for request in [*elastic, *dense]:
-                jobs.append(self._queue.submit(image, request))
-            while not all(job.finished.is_set() for job in jobs):
-                done = float(np.mean([job.progress for job in jobs]))
-                stage = "waiting" if done == 0 else "sampling" if done < 0.5 else "decoding"
-                progress(done, desc=stage)
-                time.sleep(POLL_S)
-            shown = _shown(jobs, len(elastic))
-        except QueueFull as error:
-            raise gr.Error(f"{error}: try again in a moment.", print_exception=False) from error
-        finally:
-            for job in jobs:
-                self._queue.cancel(job)
-        images = [turntable(load_mesh(path), 2, 192) for path in shown.elastic]
-        yield _scene(shown, 0), shown.rows, images, shown.routes, shown, 0
-
-
-def _shown(jobs: list[Job], elastic: int) -> Shown:
-    """Copies of the finished meshes, and what is said of them. gr.Error with the first failure."""
-    for job in jobs:
-        if job.state is not JobState.done:
-            raise gr.Error(job.error or "The server stops.", print_exception=False)
-    folder = Path(tempfile.mkdtemp(prefix="elastic3d-", dir=_cache()))
-    shown, panels = Shown(), []
-    for index, job in enumerate(jobs):
-        assert job.file is not None
-        name = "elastic" if index < elastic else "dense"
-        path = folder / f"{name}-{job.request.seed}.glb"
-        path.write_bytes(job.file.read_bytes())
-        (shown.elastic if index < elastic else shown.dense).append(path)
-        mesh, metadata = load_mesh(path), job.metadata
-        share = metadata["flops_executed"] / max(metadata["flops_dense"], 1)
-        seconds = sum(metadata["ms"].values()) / 1000
-        closed = "yes" if mesh.is_watertight else "no"
-        label = f"{name}, seed {job.request.seed}"
-        shown.rows.append(
-            [label, round(seconds, 2), round(metadata["ms"]["dit"]), f"{share:.0%}", len(mesh.faces), closed]
-        )
-        if "routes" in metadata:
-            panels.append((route_title(label, metadata), metadata["routes"]))
-    if panels:
-        shown.routes = folder / "routes.png"
-        draw_routes(panels, shown.routes)
-    return shown
-
-
-def _cache() -> str | None:
-    folder = os.environ.get("GRADIO_TEMP_DIR")
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _scene(shown: Shown, index: int) -> str:
-    """The file to show: a mesh, or dense and elastic in one scene, which one camera turns."""
-    path = shown.elastic[index]
-    if not shown.dense:
-        return str(path)
-    both = path.with_name(f"both-{index}.glb")
-    scene = trimesh.Scene()
-    for side, name, file, colour in ((-1, "dense", shown.dense[index], GREY), (1, "elastic", path, BLUE)):
-        mesh = load_mesh(file)
-        width = float(mesh.extents[0])
-        offset = side * (width + GAP) / 2 - float(mesh.bounds[:, 0].mean())
-        mesh.apply_translation([offset, 0, 0])
-        material = trimesh.visual.material.PBRMaterial(
-            name=name, baseColorFactor=colour, metallicFactor=0.0, roughnessFactor=0.7
-        )
-        mesh.visual = trimesh.visual.TextureVisuals(material=material)
-        scene.add_geometry(mesh, node_name=name, geom_name=name)
-    both.write_bytes(bytes(trimesh.exchange.gltf.export_glb(scene, include_normals=True)))
-    return str(both)
-
-
-def _pick(shown: Shown, event: gr.SelectData) -> tuple[str, int]:
-    index = int(event.index)
-    return _scene(shown, index), index
-
-
-def _file(shown: Shown, index: int, kind: str, size: float) -> Any:
-    """The download of the shown sample, scaled so that its longest side has `size` millimetres.
-
-    glTF counts in metres, the other formats have no unit and are written in millimetres.
-    """
-    if not shown.elastic:
-        return gr.DownloadButton(interactive=False)
-    source = shown.elastic[index]
-    mesh = scale_to(load_mesh(source), float(size), f".{kind}")
-    target = source.with_name(f"{source.stem}-{size:g}mm.{kind}")
-    save_mesh(mesh, target, name="mesh")
-    return gr.DownloadButton(f"Download .{kind}, {size:g} mm", value=str(target), interactive=True)
+        raise failed(error) from error
+    if warning:
+        gr.Warning(html.escape(warning))
+    return image

@@ -1,4 +1,4 @@
-"""Options of `scripts/serve.py`."""
+"""Options of `scripts/serve.py` and `scripts/app.py`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import ipaddress
 from dataclasses import dataclass
 
 from elastic3d.evaluation.options import Runner
+from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.options import Options, option
 
 
 @dataclass(kw_only=True)
-class ServeConfig(Options):
-    """The HTTP API in front of one model."""
+class ServerConfig(Options):
+    """What the HTTP API and the web app have in common."""
 
     model: str = option("", "Folder of the model, or a published model's name; empty: the bundled model.")
     weights: str = option("", "Folder with a published model's weights.")
@@ -20,28 +21,55 @@ class ServeConfig(Options):
     host: str = option("127.0.0.1", "Address to listen on; any but a loopback address needs a token.")
     port: int = option(8000, "Port to listen on; 0 takes a free one.", ge=0, le=65535)
     token: str = option(
-        "", "What clients send as `Authorization: Bearer TOKEN`; empty: $ELASTIC3D_TOKEN, or none."
+        "",
+        "What callers have to send (`Authorization: Bearer TOKEN`) or log in with; empty: $ELASTIC3D_TOKEN, or none.",
     )
-    queue: int = option(64, "Jobs that may wait; a further one is answered with 429.", ge=1, le=100_000)
+    queue: int = option(64, "Jobs that may wait; a further one is refused (HTTP 429).", ge=1, le=100_000)
     batch_size: int = option(
         8, "Waiting jobs with equal options that are generated at a time.", ge=1, le=1024
     )
+    keep_s: float = option(
+        600.0, "Seconds for which the mesh of a finished job can be fetched.", ge=1, le=86_400
+    )
+    max_megabytes: float = option(20.0, "Largest body of a request, or uploaded file.", ge=0.01, le=10_000)
+    max_pixels: int = option(25_000_000, "Most pixels of an image.", ge=64, le=10**9)
+    device: DeviceChoice = option(DeviceChoice.auto, "Where the model runs.")
+    dtype: DTypeChoice = option(DTypeChoice.auto, "Number format of the model.")
+
+    def require_token(self) -> None:
+        """ValueError where anybody on the network could ask without a token."""
+        if not self.token and not is_loopback(self.host):
+            raise ValueError(
+                f"host is {self.host}, which others can reach, and there is no token: set token= or $ELASTIC3D_TOKEN,"
+                " or listen on 127.0.0.1"
+            )
+
+    def generate_config(self) -> GenerateConfig:
+        """What `pipelines.published.load_pipeline` takes."""
+        return GenerateConfig(
+            image="-",
+            output="-",
+            model=self.model,
+            weights=self.weights,
+            routers=self.routers,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+
+@dataclass(kw_only=True)
+class ServeConfig(ServerConfig):
+    """The HTTP API in front of one model."""
+
     timeout_s: float = option(
         300.0,
         "Seconds after which a request that waits for its mesh is answered with 504.",
         ge=0.1,
         le=86_400,
     )
-    keep_s: float = option(
-        600.0, "Seconds for which the mesh of a finished job can be fetched.", ge=1, le=86_400
-    )
     stop_s: float = option(
         60.0, "Seconds that a running batch is given when the server stops.", ge=0, le=3600
     )
-    max_megabytes: float = option(20.0, "Largest body of a request.", ge=0.01, le=10_000)
-    max_pixels: int = option(25_000_000, "Most pixels of an image.", ge=64, le=10**9)
-    device: DeviceChoice = option(DeviceChoice.auto, "Where the model runs.")
-    dtype: DTypeChoice = option(DTypeChoice.auto, "Number format of the model.")
     runner: Runner = option(Runner.local, "local: one process; ray: replicas on the cluster of RAY_ADDRESS.")
     replicas: int = option(
         1, "With runner=ray: processes with a model each; above 1 without jobs.", ge=1, le=4096
@@ -52,13 +80,16 @@ class ServeConfig(Options):
         if self.replicas > 1 and self.runner is not Runner.ray:
             raise ValueError(f"replicas is {self.replicas}, expected runner=ray with it")
 
-    def require_token(self) -> None:
-        """ValueError where anybody on the network could ask without a token."""
-        if not self.token and not is_loopback(self.host):
-            raise ValueError(
-                f"host is {self.host}, which others can reach, and there is no token: set token= or $ELASTIC3D_TOKEN,"
-                " or listen on 127.0.0.1"
-            )
+
+@dataclass(kw_only=True)
+class AppConfig(ServerConfig):
+    """The web app."""
+
+    models: list[str] = option(
+        [],
+        "Further models to choose from, one in memory at a time: folders, or published models whose weights are looked"
+        " for as gen_mesh.py does.",
+    )
 
 
 def is_loopback(host: str) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from elastic3d.diffusion.options import Quality
 from elastic3d.errors import UserError
 from elastic3d.utils.options import Options, option
 
@@ -32,10 +33,17 @@ class LoadTestConfig(Options):
     alone: int = option(50, "Requests one at a time, before.", ge=5, le=100_000)
     clients: int = option(8, "Clients that ask at once.", ge=1, le=256)
     batch_size: int = option(8, "Of the server.", ge=1, le=1024)
-    steps: int = option(5, "Sampling steps of each mesh.", ge=1, le=1000)
+    quality: Quality | None = option(Quality.fast, "Of each mesh; null: the model's default.")
+    steps: int | None = option(None, "Instead of quality=: sampling steps of each mesh.", ge=1, le=1000)
     resolution: int = option(64, "Grid cells a side of each mesh.", ge=8, le=512)
-    budget: float = option(1.0, "Share of the dense FLOPs of each mesh.", gt=0, le=1)
+    max_s: float = option(300.0, "Seconds after which clients together send no more.", ge=1, le=86_400)
     output: Path | None = option(None, "Also write the figures to this JSON file.")
+
+    def setting(self) -> dict[str, str]:
+        """The fields of a request that say how its mesh is made; `steps` takes the place of `quality`."""
+        if self.steps is not None:
+            return {"steps": str(self.steps)}
+        return {"quality": self.quality.name} if self.quality is not None else {}
 
 
 def load_test(config: LoadTestConfig, script: Path) -> dict[str, Any]:
@@ -50,14 +58,11 @@ def load_test(config: LoadTestConfig, script: Path) -> dict[str, Any]:
         raise UserError("httpx is missing: pip install httpx") from error
     import psutil
 
-    image = _image()
+    image, setting = _image(), config.setting()
     with _server(config, script) as (base, process), httpx.Client(base_url=base, timeout=600) as client:
 
         def ask(seed: int) -> tuple[float, int]:
-            form = {
-                "seed": str(seed), "steps": str(config.steps), "resolution": str(config.resolution),
-                "budget": str(config.budget),
-            }  # fmt: skip
+            form = {"seed": str(seed), "resolution": str(config.resolution), **setting}
             start = time.perf_counter()
             answer = client.post("/v1/meshes", files={"image": image}, data=form)
             return time.perf_counter() - start, answer.status_code
@@ -72,8 +77,14 @@ def load_test(config: LoadTestConfig, script: Path) -> dict[str, Any]:
         memory = []
         start = time.perf_counter()
         together: list[tuple[float, int]] = []
+
+        def ask_in_time(seed: int) -> tuple[float, int] | None:
+            return ask(seed) if time.perf_counter() - start < config.max_s else None
+
         with ThreadPoolExecutor(config.clients) as pool:
-            for answer in pool.map(ask, range(config.requests)):
+            for answer in pool.map(ask_in_time, range(config.requests)):
+                if answer is None:
+                    break
                 together.append(answer)
                 if len(together) % max(config.requests // 10, 1) == 0:
                     memory.append(round(server.memory_info().rss / 2**20))

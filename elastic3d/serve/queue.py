@@ -1,10 +1,11 @@
-"""One model, many callers: a bounded queue whose waiting jobs are generated in batches.
+"""One model at a time, many callers: a bounded queue whose waiting jobs are generated in batches.
 
 A sample does not depend on its batch mates, so a job's mesh is the one that it would have had alone.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
 import tempfile
@@ -26,9 +27,11 @@ from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.assets import check_asset, finish
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
 from elastic3d.pipelines.options import AssetConfig, Texture, Up
+from elastic3d.serve.models import Models
 
 LINGER_S = 0.01  # how long a batch waits for others that arrive together
 ID_BYTES = 16
+_log = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):
@@ -50,7 +53,10 @@ FINAL = (JobState.done, JobState.failed, JobState.cancelled)
 
 @dataclass(frozen=True)
 class MeshRequest:
-    """What a job asks for, by the names that `scripts/gen_mesh.py` has; None is the model's default."""
+    """What a job asks for, by the names that `scripts/gen_mesh.py` has; None is the model's default.
+
+    `model` is one of the queue's models, the default where it is empty.
+    """
 
     seed: int = 0
     quality: str | None = None
@@ -66,6 +72,7 @@ class MeshRequest:
     size_mm: float | None = None
     up: str = "y"
     texture: str = "none"
+    model: str = ""
 
     @property
     def asset(self) -> AssetConfig:
@@ -81,7 +88,7 @@ class MeshRequest:
     def options(self) -> dict[str, Any]:
         """The arguments of the pipeline that a batch has to share."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
-        for name in ("seed", "format", "size_mm", "up", "texture"):
+        for name in ("seed", "format", "size_mm", "up", "texture", "model"):
             given.pop(name, None)
         mask = {name: given.pop(name) for name in ("tolerance", "border") if name in given}
         return given | ({"foreground": self.foreground} if mask else {})
@@ -99,6 +106,7 @@ class Job:
     state: JobState = JobState.queued
     progress: float = 0.0
     error: str = ""
+    internal: bool = False  # the error is the server's, not that of the request
     file: Path | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     finished: threading.Event = field(default_factory=threading.Event)
@@ -129,7 +137,7 @@ class MeshQueue:
     """Generates the meshes of jobs in a thread of its own; a context manager.
 
     Args:
-        pipeline: shared by all jobs; nobody else may call it meanwhile.
+        models: shared by all jobs, or the one pipeline; nobody else may call it meanwhile.
         capacity: jobs that may wait; one more raises `QueueFull`.
         batch_size: jobs with equal options that are generated at a time.
         keep_s: seconds for which the file of a finished job is kept.
@@ -137,13 +145,14 @@ class MeshQueue:
 
     def __init__(
         self,
-        pipeline: ImageTo3DPipeline,
+        models: Models | ImageTo3DPipeline,
         capacity: int = 64,
         batch_size: int = 8,
         keep_s: float = 600.0,
         observer: Observer | None = None,
     ) -> None:
-        self.pipeline, self.capacity, self.batch_size, self.keep_s = pipeline, capacity, batch_size, keep_s
+        self.models = models if isinstance(models, Models) else Models.single(models)
+        self.capacity, self.batch_size, self.keep_s = capacity, batch_size, keep_s
         self._observer = observer or Observer()
         self._folder = Path(tempfile.mkdtemp(prefix="elastic3d-"))
         self._jobs: dict[str, Job] = {}
@@ -163,7 +172,9 @@ class MeshQueue:
     # ---------------------------------------------------------------------------------------------- for callers
 
     def submit(self, image: Image.Image, request: MeshRequest) -> Job:
-        """Queue an image. QueueFull if too many wait, or the queue is closed; UserError for colours in an STL."""
+        """Queue an image. QueueFull if too many wait, or the queue is closed; UserError for colours in an STL, or an
+        unknown model."""
+        self.models.check(request.model)
         check_asset(request.asset, f".{request.format}", uv=False)
         job = Job(secrets.token_urlsafe(ID_BYTES), request, image)
         with self._changed:
@@ -223,9 +234,10 @@ class MeshQueue:
             try:
                 self._generate(batch)
             except Exception as error:  # one batch must not take the others with it
+                _log.exception("a batch failed")
                 for job in batch:
-                    job.error = job.error or f"{type(error).__name__}: {error}"
-                    self._end_with(job, JobState.failed)
+                    if job.state not in FINAL:
+                        self._fail(job, f"the server failed: {type(error).__name__}", internal=True)
             finally:
                 with self._changed:
                     self._running = []
@@ -241,8 +253,8 @@ class MeshQueue:
         with self._changed:
             if not self._waiting:
                 return [] if self._closed else self._next_batch()
-            options = self._waiting[0].request.options()
-            batch = [job for job in self._waiting if job.request.options() == options][: self.batch_size]
+            first = _batched_by(self._waiting[0].request)
+            batch = [job for job in self._waiting if _batched_by(job.request) == first][: self.batch_size]
             for job in batch:
                 self._waiting.remove(job)
                 job.state = JobState.running
@@ -258,33 +270,42 @@ class MeshQueue:
         if not kept:
             return
         try:
-            results = self.pipeline(
-                [image for _, image in kept],
-                seed=[job.request.seed for job, _ in kept],
-                on_step=on_step,
-                **batch[0].request.options(),
-            )
+            with self.models.use(batch[0].request.model) as pipeline:
+                frontal = pipeline.config.model in PRESETS
+                results = pipeline(
+                    [image for _, image in kept],
+                    seed=[job.request.seed for job, _ in kept],
+                    on_step=on_step,
+                    **batch[0].request.options(),
+                )
         except UserError as error:  # an option that no image of the batch can be generated with
             for job in batch:
-                job.error = str(error)
-                self._end_with(job, JobState.failed)
+                self._fail(job, str(error))
             return
         for (job, image), result in zip(kept, results, strict=True):
-            self._keep(job, result, image)
+            self._keep(job, result, image, frontal)
 
-    def _keep(self, job: Job, result: Result, image: Image.Image) -> None:
+    def _keep(self, job: Job, result: Result, image: Image.Image, frontal: bool) -> None:
         wanted = job.request
+        path = self._folder / f"{job.id}.{wanted.format}"
         try:
-            path = self._folder / f"{job.id}.{wanted.format}"
-            frontal = self.pipeline.config.model in PRESETS
             mesh, _ = finish(result, wanted.asset, path.suffix, image, wanted.foreground, frontal)
+        except UserError as error:
+            self._fail(job, str(error))
+            return
+        try:
             save_mesh(mesh, path, extras=result.metadata, name="mesh")
         except UserError as error:
-            job.error = str(error)
-            self._end_with(job, JobState.failed)
+            _log.error("%s", error)
+            reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else None
+            self._fail(job, f"the server can't keep the mesh: {reason or 'its disk failed'}", internal=True)
             return
         job.file, job.metadata = path, result.metadata
         self._end_with(job, JobState.done)
+
+    def _fail(self, job: Job, error: str, internal: bool = False) -> None:
+        job.error, job.internal = error, internal
+        self._end_with(job, JobState.failed)
 
     def _end_with(self, job: Job, state: JobState) -> None:
         with self._changed:
@@ -307,3 +328,8 @@ class MeshQueue:
                 if job.file is not None:
                     job.file.unlink(missing_ok=True)
                 del self._jobs[id]
+
+
+def _batched_by(request: MeshRequest) -> tuple[str, dict[str, Any]]:
+    """What the jobs of a batch have in common."""
+    return request.model, request.options()

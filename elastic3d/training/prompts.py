@@ -32,7 +32,7 @@ def held_out_prompts(
     """So many different captions: of every group, in a random but fixed order, the longest that fits of one view.
 
     Raises:
-        UserError: the source has not so many.
+        UserError: the source has fewer.
     """
     found: dict[str, None] = {}
     generator = np.random.default_rng(0)

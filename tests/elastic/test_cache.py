@@ -42,7 +42,7 @@ def ages(cache: ResidualCache, count: int, step: int, key=KEY) -> list[int]:
 
 
 def reuse(cache: ResidualCache, step: int, p: float) -> bool:
-    return cache.reuse(ages(cache, 1, step, KEY)[0], p, 0.5)
+    return cache.reuse(ages(cache, 1, step, KEY)[0], p > 0.5, p, 0.5)
 
 
 def value(cache: ResidualCache, step: int, row: int = 0, count: int = 1) -> float:
@@ -105,7 +105,7 @@ def at(row: int, step: int, time: float, count: int = 1) -> Moments:
     return Moments([row], count, [step], [time])
 
 
-def test_a_calibrated_trend_changes_over_time():
+def test_a_calibrated_damping_changes_over_time():
     """0.5 at time 0.2 and 1.1 at 0.6, linear between, in the place of one for all times."""
     config = BlockCacheConfig(
         skipped_reuse=True, longest=9, damping=0.3, times=[0.2, 0.6], dampings=[0.5, 1.1]

@@ -15,7 +15,7 @@ def test_values_between_knots_are_those_of_numpy(count):
     np.testing.assert_allclose(found, np.interp(x, at, values), atol=1e-5)
 
 
-def test_urgency_is_added_to_the_gate_alone():
+def test_gate_bias_is_added_to_the_gate_alone():
     logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     plain, urgent = (RouteDecision.from_logits(logits, 0.5, extra) for extra in (None, torch.full((6,), 2.0)))
     torch.testing.assert_close(urgent.keep_prob.logit(), plain.keep_prob.logit() + 2)

@@ -135,7 +135,7 @@ def test_a_generation_is_that_of_the_dense_model_with_updated_weights(steps):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_many_calls_dense_runs_and_updates_that_are_off_know_nothing_of_them():
+def test_many_calls_dense_runs_and_a_lora_that_is_off_know_nothing_of_them():
     dense, model = tiny(), tiny()
     session = learned(model)
     session.source = opened(6)
@@ -148,7 +148,7 @@ def test_many_calls_dense_runs_and_updates_that_are_off_know_nothing_of_them():
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_updates_that_have_learned_the_guidance_run_one_branch(sequential):
+def test_a_lora_that_has_learned_the_guidance_run_one_branch(sequential):
     model = tiny()
     session = learned(model, replace(ROUTERS, few_step_guidance=2.0))
     session.source = opened(3)
@@ -318,7 +318,7 @@ def test_times_that_are_no_interval_are_refused():
             RouterConfig(guided_times=times)
 
 
-def test_fresh_updates_change_nothing_and_replaced_layers_are_named():
+def test_a_fresh_lora_change_nothing_and_replaced_layers_are_named():
     block = tiny().double_blocks[0]
     few_step = FewStepLoRA(block, 2)
     twin = few_step.updated(block, 0.7)
@@ -335,7 +335,7 @@ def _tensor(module: nn.Module, name: str) -> torch.Tensor:
     return getattr(module.get_submodule(parent), last)
 
 
-def test_compiled_blocks_run_with_updates():
+def test_compiled_blocks_run_with_the_lora():
     model = tiny()
     session = learned(model)
     session.source = opened(3)

@@ -11,14 +11,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
-from tiny_pipeline import save_image, tiny_pipeline  # noqa: E402
+from tiny_dial import load, save_dialled  # noqa: E402
+from tiny_pipeline import save_image  # noqa: E402
 
+from elastic3d.geometry.mesh_io import read_extras  # noqa: E402
 from elastic3d.serve.api import create_app  # noqa: E402
 from elastic3d.serve.config import ServeConfig  # noqa: E402
 from elastic3d.serve.metrics import Metrics  # noqa: E402
@@ -37,8 +40,14 @@ def client():
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with MeshQueue(tiny_pipeline()) as queue:
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with served(load(save_dialled(tmp_path_factory.mktemp("model") / "dialled"))) as where:
+        yield where
+
+
+@contextmanager
+def served(pipeline) -> Iterator[str]:
+    with MeshQueue(pipeline) as queue:
         app = create_app(queue, ServeConfig(), Metrics())
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
         thread = threading.Thread(target=server.run)
@@ -56,6 +65,16 @@ def test_the_client_gets_a_mesh_in_the_background(client, address: str, tmp_path
     job.start()
     job.join(60)
     assert job.error == "" and job.mesh[:4] == b"glTF" and job.progress == 1.0
+
+
+def test_the_client_asks_for_a_quality(client, address: str, tmp_path: Path) -> None:
+    image = save_image(tmp_path / "a.png")
+    job = client.Generation(address, "", image, {"resolution": 16, "quality": "fast"})
+    job.start()
+    job.join(60)
+    assert job.error == ""
+    (tmp_path / "a.glb").write_bytes(job.mesh)
+    assert read_extras(tmp_path / "a.glb")["dial"]["requested"] == "fast"
 
 
 def test_the_client_says_what_is_wrong(client, address: str, tmp_path: Path) -> None:
@@ -101,3 +120,4 @@ def test_in_blender_itself(address: str, tmp_path: Path) -> None:
     assert found["longest"] == pytest.approx(2.5, rel=1e-3)
     assert found["location"] == pytest.approx([1, 2, 3], abs=1e-5)
     assert found["material"].startswith("neutral") and "can't read" in found["error"]
+    assert found["fast"] == ["FINISHED"] and found["colours"] > 0

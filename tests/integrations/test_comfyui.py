@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from tiny_dial import save_dialled
 from tiny_pipeline import image, tiny_pipeline
 
 NODES = Path(__file__).parents[2] / "integrations" / "comfyui" / "elastic3d" / "__init__.py"
@@ -42,7 +43,9 @@ def test_from_an_image_batch_to_files(nodes, tmp_path: Path, monkeypatch: pytest
     batch = torch.from_numpy(np.stack([rgba[..., :3]] * 2))
     mask = torch.from_numpy(rgba[None, ..., 3])
     pipeline = tiny_pipeline()
-    meshes, metadata = nodes.Elastic3DImageToMesh().generate(pipeline, batch, 5, 0.0, 2, 16, 500, mask)
+    meshes, metadata = nodes.Elastic3DImageToMesh().generate(
+        pipeline, batch, 5, "default", 0.0, 2, 16, 500, mask
+    )
     assert len(meshes) == 2 and json.loads(metadata[0])["seed"] == 5
     alone = pipeline(image(), seed=5, steps=2, resolution=16, max_faces=500).mesh
     np.testing.assert_allclose(meshes[0].bounds, alone.bounds, atol=0.05)
@@ -62,6 +65,18 @@ def test_from_an_image_batch_to_files(nodes, tmp_path: Path, monkeypatch: pytest
     assert first["ui"]["3d"][0]["subfolder"] == "elastic3d"
     (views,) = nodes.Elastic3DPreviewMesh().preview(meshes[0])
     assert views.shape == (1, 256, 1024, 3) and 0 <= views.min() < views.max() <= 1
+
+
+def test_a_quality_is_a_point_of_the_dial(nodes, tmp_path: Path) -> None:
+    (dialled,) = nodes.Elastic3DLoadModel().load(str(save_dialled(tmp_path / "model")), "cpu")
+    batch = torch.from_numpy(np.asarray(image().convert("RGBA")).astype(np.float32)[None] / 255)
+    generate = nodes.Elastic3DImageToMesh().generate
+    made = [
+        generate(dialled, batch, 0, *chosen, 0, 16, 500)[1][0] for chosen in (("fast", 0.0), ("default", 0.7))
+    ]
+    assert [json.loads(metadata)["dial"]["requested"] for metadata in made] == ["fast", 0.7]
+    with pytest.raises(ValueError, match="expected one of them"):
+        generate(dialled, batch, 0, "fast", 0.7, 0, 16, 500)
 
 
 def test_a_mask_of_another_batch_is_named(nodes) -> None:

@@ -49,7 +49,7 @@ def test_the_bundled_routers_keep_to_a_budget_and_to_the_dense_shape() -> None:
     assert size < 10e6
 
 
-def test_the_bundled_updates_bring_few_calls_nearer_to_many() -> None:
+def test_the_bundled_lora_brings_few_calls_nearer_to_many() -> None:
     pipeline = ImageTo3DPipeline.from_pretrained(ROOT / DEFAULT_MODEL)
     images = [ROOT / f"data/samples/{name}.png" for name in ("table", "chair")]
 

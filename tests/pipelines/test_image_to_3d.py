@@ -38,7 +38,7 @@ def test_one_image(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.mesh.vertices, result.mesh.vertices)
 
 
-def test_receipt(pipeline: ImageTo3DPipeline) -> None:
+def test_metadata(pipeline: ImageTo3DPipeline) -> None:
     metadata = pipeline(image(), seed=5, steps=2, guidance=1.0, resolution=12).metadata
     assert list(metadata) == [
         "version", "model", "weights_sha256", "seed", "steps", "guidance", "resolution", "budget",

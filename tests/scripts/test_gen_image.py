@@ -45,7 +45,7 @@ def command(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comm
     return call
 
 
-def test_an_image_with_its_receipt(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_with_its_metadata(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = "a (red) chair, x=y ${HOME} ä"
     assert (
         command(f"prompt={prompt}", "output=new/a b.png", "budget=0.5", "cache=paper", "trace=routes.png")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
-import trimesh
 
 pytest.importorskip("fastapi")
 ray = pytest.importorskip("ray")
@@ -82,19 +86,20 @@ def test_a_folder_gives_the_meshes_of_one_process_and_resumes(model: Path, tmp_p
         over_ray(missing, model)
 
 
-def test_two_replicas_answer_as_one_process_does(model: Path, tmp_path: Path) -> None:
-    from ray import serve
-
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def test_two_replicas_answer_as_one_process_does(model: Path, tmp_path: Path) -> None:
+    port = free_port()
     image = save_image(tmp_path / "a.png").read_bytes()
     config = ServeConfig(
         model=str(model), port=port, runner=Runner.ray, replicas=2, device=DeviceChoice.cpu,
-        dtype=DTypeChoice.float32, token="secret",
+        dtype=DTypeChoice.float32, token="secret", batch_size=1,  # batches differ by rounding
     )  # fmt: skip
-    serve_over_ray(config, model, block=False)
-    try:
+    with serve_over_ray(config, model):
         base = f"http://127.0.0.1:{port}"
         client = httpx.Client(base_url=base, headers={"Authorization": "Bearer secret"}, timeout=120)
 
@@ -106,14 +111,44 @@ def test_two_replicas_answer_as_one_process_does(model: Path, tmp_path: Path) ->
 
         with ThreadPoolExecutor(4) as pool:
             meshes = list(pool.map(mesh, [0, 1] * 4))
-        assert len(set(meshes)) == 2 and meshes[::2] == [meshes[0]] * 4
+        assert meshes == meshes[:2] * 4 and meshes[0] != meshes[1]
+        answered = {_meshes_of_a_replica(client.get("/metrics").text) for _ in range(40)}
+        assert answered == {4} or (len(answered) == 2 and sum(answered) == 8), "each has answered some"
         expected = tmp_path / "one.stl"
-        tiny = tiny_pipeline()
-        save_mesh(tiny(tmp_path / "a.png", seed=0, steps=1).mesh, expected)
-        assert len(trimesh.load(expected).faces) == (len(meshes[0]) - 84) // 50
+        save_mesh(tiny_pipeline()(tmp_path / "a.png", seed=0, steps=1).mesh, expected)
+        assert expected.read_bytes()[84:] == meshes[0][84:]
         answer = client.post("/v1/meshes", files={"image": image}, data={"wait": "false"})
         assert answer.status_code == 501 and "2 replicas" in answer.json()["error"]
         assert client.get("/v1/jobs/any").status_code == 404
         assert httpx.get(f"{base}/v1/models").status_code == 401
+
+
+def _meshes_of_a_replica(metrics: str) -> int:
+    """How many meshes the replica has made whose counters these are."""
+    found = re.search(
+        r'^elastic3d_requests_total{path="/v1/meshes",status="200"} (\S+)', metrics, re.MULTILINE
+    )
+    return int(float(found[1])) if found else 0
+
+
+def test_the_command_starts_two_replicas_and_stops_with_all_its_processes(model: Path) -> None:
+    script, port = Path(__file__).parents[2] / "scripts/serve.py", free_port()
+    options = [f"model={model}", f"port={port}", "runner=ray", "replicas=2", "device=cpu"]
+    process = subprocess.Popen([sys.executable, str(script), *options])
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline
+            try:
+                assert httpx.get(f"http://127.0.0.1:{port}/healthz").json()["status"] == "ok"
+                break
+            except (httpx.HTTPError, ValueError, KeyError):
+                time.sleep(0.5)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) > 3
+        process.terminate()
+        assert process.wait(90) == 143
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert not alive
     finally:
-        serve.shutdown()
+        process.kill()

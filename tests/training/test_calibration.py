@@ -58,7 +58,7 @@ def test_the_curve_with_the_smallest_error_at_equal_cost_is_taken(stage):
     assert found[tuple(session.router_config.gate_bias)] == min(found.values())
 
 
-def test_trends_over_time_take_one_value_after_the_other(stage, monkeypatch):
+def test_dampings_over_time_take_one_value_after_the_other(stage, monkeypatch):
     monkeypatch.setattr(calibration, "DAMPING_TIMES", (0.0, 1.0))
     monkeypatch.setattr(calibration, "DAMPING_STEPS", ((-0.9, 0.3),))
     session = stage.flow.session

@@ -15,7 +15,8 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.datasets import stack
-from elastic3d.training.few_step import FewStepStage, FewStepStageConfig, FewStepTrainConfig, relative_errors
+from elastic3d.training.few_step import FewStepStage, FewStepStageConfig, FewStepTrainConfig
+from elastic3d.training.generations import relative_errors
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
@@ -85,7 +86,7 @@ def test_a_share_of_the_batches_runs_every_block(routed):
     assert trace_share(flow.session.trace).item() == 1.0
 
 
-def test_only_the_updates_learn_and_the_error_falls(routed):
+def test_only_the_lora_learns_and_the_error_falls(routed):
     stage = FewStepStage(few_step_config(routed, batch=4))
     flow = stage.flow
     batch = stack([stage.items().item(position, 0) for position in range(4)])
@@ -149,11 +150,11 @@ def test_train_export_and_generate(routed):
     assert (output / "routers" / "few_step.csv").is_file()
     pipeline = ImageTo3DPipeline.from_pretrained(output, "cpu", "float32")
     assert pipeline.session.router_config == replace(
-        ROUTERS, few_step=4, few_step_nfe=3, few_step_max_steps=4
+        ROUTERS, few_step_rank=4, few_step_nfe=3, few_step_max_steps=4
     )
 
 
-def test_guidance_is_learned_from_the_updates_that_are_there(routed):
+def test_guidance_is_learned_from_the_lora_that_is_there(routed):
     assert run_stage(few_step_config(routed, steps=2)) == 0
     output = routed / "dense"
     assert run_stage(export_of(few_step_config(routed), output)) == 0
@@ -171,7 +172,7 @@ def test_guidance_is_learned_from_the_updates_that_are_there(routed):
     assert run_stage(export_of(few_step_config(routed, options, name="guided"), output)) == 0
     pipeline = ImageTo3DPipeline.from_pretrained(output, "cpu", "float32")
     assert pipeline.session.router_config == replace(
-        ROUTERS, few_step=4, few_step_nfe=4, few_step_max_steps=4, few_step_guidance=2.5
+        ROUTERS, few_step_rank=4, few_step_nfe=4, few_step_max_steps=4, few_step_guidance=2.5
     )
     after = read_weights(output / "routers" / "model.safetensors")
     assert any(not torch.equal(after[key], value) for key, value in first.items() if key.endswith(".up"))

@@ -1,17 +1,17 @@
 "use strict";
-// Draws meshes with WebGL 2: flat shading from screen-space derivatives, one camera for both canvases.
+// Draws meshes with WebGL 2: flat shading from screen-space derivatives, one camera for all canvases of a page.
 
 const VERTEX = `#version 300 es
-in vec3 position; in float heat;
+in vec3 position, colour; in float heat;
 uniform mat4 view; uniform vec3 low, size;
-out vec3 at; out float value;
-void main() { vec3 p = low + size * position; at = (view * vec4(p, 1.)).xyz; value = heat;
+out vec3 at, own; out float value;
+void main() { vec3 p = low + size * position; at = (view * vec4(p, 1.)).xyz; value = heat; own = colour;
   float n = .1, f = 30., k = 2.747;  // perspective with a field of view of 40 degrees
   gl_Position = vec4(k * at.xy, -((f + n) * at.z + 2. * f * n) / (f - n), -at.z); }`;
 
 const FRAGMENT = `#version 300 es
 precision highp float;
-in vec3 at; in float value; uniform bool showHeat; out vec4 colour;
+in vec3 at, own; in float value; uniform bool showHeat; out vec4 colour;
 vec3 ramp(float t) {
   vec3 stops[5] = vec3[5](vec3(.851, .867, .886), vec3(.969, .82, .239), vec3(.949, .439, .227),
                           vec3(.722, .141, .369), vec3(.231, .059, .322));
@@ -19,7 +19,7 @@ vec3 ramp(float t) {
 void main() {
   vec3 normal = normalize(cross(dFdx(at), dFdy(at)));
   float light = .35 + .65 * abs(dot(normal, normalize(vec3(.3, .5, 1.))));
-  colour = vec4((showHeat ? ramp(value) : vec3(.78, .79, .81)) * light, 1.); }`;
+  colour = vec4((showHeat ? ramp(value) : own) * light, 1.); }`;
 
 function bytes(text) {
   return Uint8Array.from(atob(text), c => c.charCodeAt(0));
@@ -40,26 +40,24 @@ class MeshCanvas {
     }
     gl.bindAttribLocation(program, 0, "position");
     gl.bindAttribLocation(program, 1, "heat");
+    gl.bindAttribLocation(program, 2, "colour");
     gl.linkProgram(program);
     gl.useProgram(program);
     gl.enable(gl.DEPTH_TEST);
     gl.clearColor(1, 1, 1, 1);
     this.at = name => gl.getUniformLocation(program, name);
-    this.buffers = [gl.createBuffer(), gl.createBuffer(), gl.createBuffer()];
+    this.buffers = [gl.createBuffer(), gl.createBuffer(), gl.createBuffer(), gl.createBuffer()];
     this.count = 0;
   }
 
   load(mesh) {
+    // `heat` and `colours` are optional; without colours the mesh is `tint`, or grey.
     if (!this.gl) return;
-    const gl = this.gl, [positions, heat, faces] = this.buffers;
-    gl.bindBuffer(gl.ARRAY_BUFFER, positions);
-    gl.bufferData(gl.ARRAY_BUFFER, bytes(mesh.positions), gl.STATIC_DRAW);
-    gl.vertexAttribPointer(0, 3, gl.UNSIGNED_SHORT, true, 8, 0);
-    gl.enableVertexAttribArray(0);
-    gl.bindBuffer(gl.ARRAY_BUFFER, heat);
-    gl.bufferData(gl.ARRAY_BUFFER, bytes(mesh.heat), gl.STATIC_DRAW);
-    gl.vertexAttribPointer(1, 1, gl.UNSIGNED_BYTE, true, 0, 0);
-    gl.enableVertexAttribArray(1);
+    const gl = this.gl, [positions, heat, colours, faces] = this.buffers;
+    this.attribute(0, positions, mesh.positions, 3, gl.UNSIGNED_SHORT, 8);
+    this.attribute(1, heat, mesh.heat, 1, gl.UNSIGNED_BYTE, 0);
+    this.attribute(2, colours, mesh.colours, 3, gl.UNSIGNED_BYTE, 4);
+    gl.vertexAttrib3fv(2, mesh.tint || [.78, .79, .81]);
     gl.bindBuffer(gl.ELEMENT_ARRAY_BUFFER, faces);
     const indices = bytes(mesh.faces);
     gl.bufferData(gl.ELEMENT_ARRAY_BUFFER, indices, gl.STATIC_DRAW);
@@ -67,6 +65,15 @@ class MeshCanvas {
     this.count = indices.length / (mesh.wide ? 4 : 2);
     gl.uniform3fv(this.at("low"), mesh.low);
     gl.uniform3fv(this.at("size"), mesh.size);
+  }
+
+  attribute(place, buffer, text, width, kind, stride) {
+    const gl = this.gl;
+    if (!text) return gl.disableVertexAttribArray(place);
+    gl.bindBuffer(gl.ARRAY_BUFFER, buffer);
+    gl.bufferData(gl.ARRAY_BUFFER, bytes(text), gl.STATIC_DRAW);
+    gl.vertexAttribPointer(place, width, kind, true, stride, 0);
+    gl.enableVertexAttribArray(place);
   }
 
   draw(camera, showHeat) {
@@ -84,46 +91,31 @@ class MeshCanvas {
   }
 }
 
-class PairViewer {
-  // Both canvases of `section` show one item; dragging either turns both.
-  constructor(section, meshes) {
-    this.meshes = meshes;
-    this.canvases = [...section.querySelectorAll("canvas")].map(canvas => new MeshCanvas(canvas));
-    this.heat = section.querySelector("#viewer-heat");
-    this.turn = section.querySelector("#viewer-turn");
-    this.item = section.querySelector("#viewer-item");
+class LinkedViews {
+  // Canvases with one camera: dragging any of them turns all.
+  constructor(canvases, distance = 5.1) {
+    this.distance = distance;
+    this.canvases = [...canvases].map(canvas => new MeshCanvas(canvas));
     this.pointers = new Map();
-    for (const name of Object.keys(meshes)) this.item.add(new Option(name));
-    this.item.onchange = () => this.show(this.item.value);
-    this.heat.onchange = () => this.draw();
-    this.turn.onchange = () => this.spin();
-    section.querySelector("#viewer-reset").onclick = () => this.reset();
-    for (const {canvas} of this.canvases) this.listen(canvas);
-    addEventListener("resize", () => this.draw());
+    const resized = new ResizeObserver(() => this.draw());  // also once there is a size at all
+    for (const {canvas} of this.canvases) {
+      this.listen(canvas);
+      resized.observe(canvas);
+    }
     this.reset();
-    this.show(this.item.value);
+  }
+
+  get showHeat() {
+    return false;
   }
 
   reset() {
-    this.camera = {azimuth: 0.6, elevation: 0.35, distance: 5.1};
-    this.draw();
-  }
-
-  show(name) {
-    this.item.value = name;
-    for (const view of this.canvases) view.load(this.meshes[name][view.canvas.dataset.side]);
+    this.camera = {azimuth: 0.6, elevation: 0.35, distance: this.distance};
     this.draw();
   }
 
   draw() {
-    for (const view of this.canvases) view.draw(this.camera, this.heat.checked);
-  }
-
-  spin() {
-    if (!this.turn.checked) return;
-    this.camera.azimuth += 0.01;
-    this.draw();
-    requestAnimationFrame(() => this.spin());
+    for (const view of this.canvases) view.draw(this.camera, this.showHeat);
   }
 
   zoom(factor) {
@@ -156,5 +148,39 @@ class PairViewer {
       event.preventDefault();
       this.zoom(Math.exp(event.deltaY * 0.001));
     }, {passive: false});
+  }
+}
+
+class PairViewer extends LinkedViews {
+  // The canvases of `section` show both meshes of one item.
+  constructor(section, meshes) {
+    super(section.querySelectorAll("canvas"));
+    this.meshes = meshes;
+    this.heat = section.querySelector("#viewer-heat");
+    this.turn = section.querySelector("#viewer-turn");
+    this.item = section.querySelector("#viewer-item");
+    for (const name of Object.keys(meshes)) this.item.add(new Option(name));
+    this.item.onchange = () => this.show(this.item.value);
+    this.heat.onchange = () => this.draw();
+    this.turn.onchange = () => this.spin();
+    section.querySelector("#viewer-reset").onclick = () => this.reset();
+    this.show(this.item.value);
+  }
+
+  get showHeat() {
+    return Boolean(this.heat && this.heat.checked);
+  }
+
+  show(name) {
+    this.item.value = name;
+    for (const view of this.canvases) view.load(this.meshes[name][view.canvas.dataset.side]);
+    this.draw();
+  }
+
+  spin() {
+    if (!this.turn.checked) return;
+    this.camera.azimuth += 0.01;
+    this.draw();
+    requestAnimationFrame(() => this.spin());
   }
 }

@@ -20,12 +20,24 @@ class Elastic3DSettings(bpy.types.PropertyGroup):
     token: bpy.props.StringProperty(name="Token", subtype="PASSWORD")  # type: ignore[valid-type]
     image: bpy.props.StringProperty(name="Image", subtype="FILE_PATH")  # type: ignore[valid-type]
     seed: bpy.props.IntProperty(name="Seed", default=0, min=0)  # type: ignore[valid-type]
+    quality: bpy.props.EnumProperty(  # type: ignore[valid-type]
+        name="Quality",
+        items=[
+            ("default", "Default", "The model's default"),
+            ("fast", "Fast", "The model's fastest setting"),
+            ("best", "Best", "The model's most faithful setting"),
+            ("budget", "By budget", "What the budget pays for"),
+        ],
+    )
     budget: bpy.props.FloatProperty(  # type: ignore[valid-type]
         name="Budget",
-        description="Share of the dense model's computation; 0 is the model's default",
-        default=0.0,
-        min=0.0,
+        description="Share of the dense model's computation",
+        default=0.4,
+        min=0.01,
         max=1.0,
+    )
+    colours: bpy.props.BoolProperty(  # type: ignore[valid-type]
+        name="Image's colours", description="Project the colours of the image onto the mesh"
     )
     resolution: bpy.props.IntProperty(name="Resolution", default=256, min=8, max=512)  # type: ignore[valid-type]
     size: bpy.props.FloatProperty(  # type: ignore[valid-type]
@@ -83,8 +95,12 @@ class ELASTIC3D_OT_generate(bpy.types.Operator):  # noqa: N801 (Blender's form)
     def _start(self, context: Any) -> Generation:
         chosen = context.scene.elastic3d
         options = {"seed": chosen.seed, "resolution": chosen.resolution}
-        if chosen.budget > 0:
+        if chosen.quality == "budget":
             options["budget"] = round(chosen.budget, 4)
+        elif chosen.quality != "default":
+            options["quality"] = chosen.quality
+        if chosen.colours:
+            options["texture"] = "project"
         job = Generation(chosen.server, chosen.token, Path(bpy.path.abspath(chosen.image)), options)
         job.start()
         return job
@@ -129,8 +145,19 @@ class ELASTIC3D_PT_panel(bpy.types.Panel):  # noqa: N801
     def draw(self, context: Any) -> None:
         """The settings and one button."""
         chosen, layout = context.scene.elastic3d, self.layout
-        for name in ("image", "budget", "seed", "resolution", "size", "server", "token"):
-            layout.prop(chosen, name)
+        for name in (
+            "image",
+            "quality",
+            "budget",
+            "colours",
+            "seed",
+            "resolution",
+            "size",
+            "server",
+            "token",
+        ):
+            if name != "budget" or chosen.quality == "budget":
+                layout.prop(chosen, name)
         if chosen.progress >= 0:
             layout.progress(factor=chosen.progress, text="Esc cancels")
         layout.operator(ELASTIC3D_OT_generate.bl_idname)

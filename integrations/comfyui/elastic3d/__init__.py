@@ -54,6 +54,10 @@ class Elastic3DImageToMesh:
                 "model": ("ELASTIC3D",),
                 "image": ("IMAGE",),
                 "seed": ("INT", {"default": 0, "min": 0, "max": 2**63 - 1, "control_after_generate": True}),
+                "quality": (
+                    ["default", "fast", "best"],
+                    {"tooltip": "the model's own settings; needs budget 0"},
+                ),
                 "budget": (
                     "FLOAT",
                     {
@@ -61,7 +65,7 @@ class Elastic3DImageToMesh:
                         "min": 0.0,
                         "max": 1.0,
                         "step": 0.05,
-                        "tooltip": "share of the dense model's FLOPs; 0: the model's default",
+                        "tooltip": "instead of quality: share of the dense model's FLOPs",
                     },
                 ),
                 "steps": ("INT", {"default": 0, "min": 0, "max": 1000, "tooltip": "0: the model's default"}),
@@ -78,17 +82,20 @@ class Elastic3DImageToMesh:
         model: Any,
         image: torch.Tensor,
         seed: int,
+        quality: str,
         budget: float,
         steps: int,
         resolution: int,
         max_faces: int,
         mask: torch.Tensor | None = None,
     ) -> tuple[list[Any], list[str]]:
-        """Meshes and how each was made, as JSON. ValueError if an image shows no object."""
+        """Meshes and how each was made, as JSON. ValueError if an image shows no object, or for a quality and a
+        budget."""
         import json
 
         options = {"resolution": resolution, "max_faces": max_faces}
-        options |= {name: value for name, value in (("budget", budget), ("steps", steps)) if value}
+        named = None if quality == "default" else quality
+        options |= {k: v for k, v in (("quality", named), ("budget", budget), ("steps", steps)) if v}
         results = model(to_images(image, mask), seed=seed, **options)
         return [result.mesh for result in results], [json.dumps(result.metadata) for result in results]
 

@@ -1,0 +1,119 @@
+"""How well the colours that `texture=project` puts on generated meshes hold, on renders of held-out shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import trimesh
+from numpy.typing import NDArray
+from PIL import Image
+
+from elastic3d.diffusion.options import Quality
+from elastic3d.evaluation.views import psnr
+from elastic3d.geometry.colour import ImageColours, with_vertex_colours
+from elastic3d.geometry.normalize import normalize_mesh
+from elastic3d.geometry.render import Camera, Light, Scene, frame, orbit_camera
+from elastic3d.models.options import ForegroundConfig
+from elastic3d.pipelines.assets import posed
+from elastic3d.preparation.options import PrepareConfig
+from elastic3d.preparation.views import RawShape, random_lights, view_cameras
+from elastic3d.utils.options import Options, option
+
+SIZE = 224  # pixels a side of the views
+TURNS = (-120.0, -60.0, 60.0, 120.0, 180.0)  # degrees from the input view to the unseen ones
+SKY = [
+    Light(ambient=1.0, diffuse=0, specular=0, shadows=False)
+]  # what has colours of its own is shown as it is
+
+Floats = NDArray[np.floating]
+
+
+@dataclass(kw_only=True)
+class ColourConfig(Options):
+    """Options of `scripts/measure_colour.py`."""
+
+    data: PrepareConfig = option(PrepareConfig, "Where the shapes come from.")
+    model: str = option("", "Folder of the model; empty: the bundled model.")
+    quality: Quality = option(Quality.default, "Of the meshes.")
+    resolution: int = option(128, "Grid cells a side of the meshes.", ge=8, le=512)
+    limit: int = option(10, "Held-out shapes, the first of the source.", ge=1, le=10_000)
+    seed: int = option(0, "Of views, lights and noise.", ge=0, le=2**31)
+    output: Path | None = option(None, "Also write the figures to this JSON file.")
+
+
+def measure_shape(
+    raw: RawShape, make: Callable[[Image.Image], trimesh.Trimesh], seed: int
+) -> dict[str, float]:
+    """Figures of one shape: its image is rendered, `make` makes a mesh of that, and the mesh is coloured and seen
+    again.
+
+    `psnr`: of the input view in dB, where mesh and mask overlap, and how far they do (`overlap`, an IoU). `rmse` and
+    `rmse_mean`: of unseen views against the shape's own in the same light, colours from 0 to 1, by the mesh's colours
+    and by the mean colour of the image, where both are seen. Raises whatever `make` raises.
+    """
+    shape, colours = normalize_mesh(raw.mesh)[0], _own_colours(raw, seed)
+    truth, generator = Scene(shape, colours), np.random.default_rng(seed)
+    (camera,) = view_cameras(shape, 1, generator)
+    lights = random_lights(camera, generator)
+    image = np.asarray(truth.render(camera, SIZE, lights).colour)
+    mesh = make(Image.fromarray(image))
+    pose, pixels = posed(mesh, Image.fromarray(image), ForegroundConfig())
+    made = with_vertex_colours(mesh, ImageColours(mesh, pose.camera, pixels))
+    scene = Scene(made, np.asarray(made.visual.face_colors)[:, :3])
+    error = _differences(scene, pose.camera, pixels)
+    mean = pixels[pixels[..., 3] >= 250][:, :3].mean(axis=0)
+    ours, plain = [], []
+    for turn in TURNS:
+        unseen = _turned(camera, shape, turn)
+        target = np.asarray(truth.render(unseen, SIZE, lights).colour)
+        ours.append(_differences(scene, unseen, target).ravel())
+        plain.append(_differences(scene, unseen, target, mean).ravel())
+    return {
+        "psnr": psnr(float(np.mean(error**2))),
+        "overlap": pose.overlap,
+        "rmse": float(np.sqrt(np.mean(np.concatenate(ours) ** 2))),
+        "rmse_mean": float(np.sqrt(np.mean(np.concatenate(plain) ** 2))),
+    }
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over shapes, the lowest PSNR, and on how many the unseen views are nearer than the mean colour."""
+    figures = {
+        name: float(np.mean([row[name] for row in rows])) for name in ("psnr", "overlap", "rmse", "rmse_mean")
+    }
+    nearer = sum(row["rmse"] < row["rmse_mean"] for row in rows)
+    return {"shapes": len(rows), **figures, "psnr_lowest": min(row["psnr"] for row in rows), "nearer": nearer}
+
+
+def _own_colours(raw: RawShape, seed: int) -> NDArray[np.uint8]:
+    """Of the faces (F, 3): the source's, or a palette."""
+    if raw.colours is not None:
+        return raw.colours[raw.part]
+    from elastic3d.preparation.views import random_colour
+
+    generator = np.random.default_rng([seed, 1])
+    return np.stack([random_colour(generator) for _ in range(int(raw.part.max()) + 1)])[raw.part]
+
+
+def _turned(camera: Camera, shape: trimesh.Trimesh, degrees: float) -> Camera:
+    """The camera moved around the shape, which stays in view."""
+    x, y, z = np.asarray(camera.eye) - np.asarray(camera.target)
+    azimuth = np.degrees(np.arctan2(x, z)) + degrees
+    elevation = np.degrees(np.arctan2(y, np.hypot(x, z)))
+    return frame(
+        orbit_camera(float(azimuth), float(elevation), 4.0, camera.fov_deg), np.asarray(shape.vertices), 0.85
+    )
+
+
+def _differences(
+    scene: Scene, camera: Camera, target: NDArray[np.uint8], colour: Floats | None = None
+) -> Floats:
+    """Colours (P, 3) of a scene, or one colour for all, less those of an RGBA image, where both are seen; 0 to 1."""
+    view = scene.render(camera, len(target), SKY)
+    both = np.asarray(view.silhouette) & (target[..., 3] >= 250)
+    shown = np.asarray(view.colour)[both][:, :3].astype(float) if colour is None else colour
+    return (shown - target[both][:, :3]) / 255

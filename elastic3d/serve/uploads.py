@@ -1,0 +1,34 @@
+"""Bytes that somebody sent, as an image: any ordinary format, within a limit of pixels, or one sentence."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+from PIL import Image, UnidentifiedImageError
+
+from elastic3d.errors import UserError
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+def decode_image(data: bytes, max_pixels: int) -> Image.Image:
+    """The image in a file's bytes. UserError if it is none, broken, or has too many pixels."""
+    if not data:
+        raise UserError("the image is empty, expected an image file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if image.width * image.height > max_pixels:
+            raise UserError(
+                f"the image has {image.width} x {image.height} pixels, expected at most {max_pixels:,}"
+            )
+        image.load()
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UserError("the upload is no image, expected PNG, JPEG, WebP, BMP, GIF or TIFF") from error
+    except Exception as error:  # decoders of broken files raise anything
+        raise UserError(f"the image is broken: {' '.join(str(error).split())[:200]}") from error
+    return image

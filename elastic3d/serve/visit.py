@@ -1,0 +1,272 @@
+"""What the buttons of the web app do: jobs for a visitor's choices, and what is shown and downloaded of their
+meshes."""
+
+from __future__ import annotations
+
+import html
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import trimesh
+from PIL import Image
+
+from elastic3d.errors import UserError
+from elastic3d.geometry.export import scale_to, with_up
+from elastic3d.geometry.mesh_io import save_mesh
+from elastic3d.models.foreground import prepare_image
+from elastic3d.models.options import ForegroundConfig
+from elastic3d.pipelines.preview import turntable
+from elastic3d.pipelines.routes import draw_routes, route_title
+from elastic3d.serve.models import ModelInfo
+from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueFull
+from elastic3d.serve.uploads import decode_image
+from elastic3d.serve.viewer import frame
+
+MASK_SIDE, TILE_SIDE = 256, 224
+POLL_S = 0.1
+ERROR_S = 30.0  # that an error stays on the page
+HEADERS = ("mesh", "seconds", "DiT, s", "FLOPs", "faces", "for a print")
+OWN = "budget"  # the choice of the quality where the budget's slider counts
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the page's controls say, in the order in which the button sends them."""
+
+    image: Image.Image | None
+    model: str
+    quality: str
+    budget: float
+    compare: bool
+    colours: bool
+    seed: float
+    samples: float
+    steps: float
+    resolution: float
+    faces: float
+    tolerance: float
+    border: float
+
+    def requests(self, info: ModelInfo) -> tuple[list[MeshRequest], list[MeshRequest]]:
+        """One for each sample, and the same of the dense model where both are wanted."""
+        base = MeshRequest(
+            model=self.model, resolution=int(self.resolution), max_faces=int(self.faces),
+            tolerance=int(self.tolerance), border=self.border, format="ply",
+            texture="project" if self.colours else "none",
+        )  # fmt: skip
+        if info.dial is None:
+            base = replace(base, steps=int(self.steps))
+        chosen = base
+        if info.dial is not None and self.quality != OWN:
+            chosen = replace(base, quality=self.quality)
+        elif info.elastic:
+            chosen = replace(base, budget=round(self.budget, 4))
+        seeds = [int(self.seed) + i for i in range(int(self.samples))]
+        dense = [replace(base, seed=seed, elastic=False) for seed in seeds]
+        return [replace(chosen, seed=seed) for seed in seeds], dense if info.elastic and self.compare else []
+
+
+@dataclass
+class Made:
+    """One mesh: a .ply, its name on the page, how it was made."""
+
+    path: Path
+    name: str
+    faces: int
+    metadata: dict[str, Any]
+
+    @property
+    def mesh(self) -> trimesh.Trimesh:
+        """With its normals and colours."""
+        return trimesh.load_mesh(self.path, process=False)
+
+    @property
+    def share(self) -> str:
+        """Of the dense FLOPs."""
+        return f"{self.metadata['flops_executed'] / max(self.metadata['flops_dense'], 1):.0%}"
+
+    @property
+    def seconds(self) -> float:
+        """From the image to the mesh, without the wait for others."""
+        return sum(self.metadata["ms"].values()) / 1000
+
+    @property
+    def note(self) -> str:
+        """Below its name."""
+        return f"{self.share} of the FLOPs, DiT {self.metadata['ms']['dit'] / 1000:.1f} s"
+
+    def row(self) -> list[str]:
+        """Of the table."""
+        found = self.metadata["print"]
+        solid = "watertight" if found["watertight"] else "not watertight"
+        pieces = "1 piece" if found["pieces"] == 1 else f"{found['pieces']} pieces"
+        return [
+            self.name, f"{self.seconds:.1f}", f"{self.metadata['ms']['dit'] / 1000:.1f}", self.share,
+            f"{self.faces:,}", f"{solid}, {pieces}",
+        ]  # fmt: skip
+
+
+@dataclass
+class Shown:
+    """What a visitor made last: a folder of files, which goes with the visit."""
+
+    folder: Path | None = None
+    elastic: list[Made] = field(default_factory=list)
+    dense: list[Made] = field(default_factory=list)
+
+    def forget(self) -> None:
+        """Remove the files."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def doubts(self) -> str:
+        """What to say of the colours."""
+        poor = any("warning" in made.metadata.get("texture", {}) for made in self.elastic)
+        return "The shape differs from the image: colours may be misplaced." if poor else ""
+
+    def view(self, index: int) -> str:
+        """A sample in the viewer, the dense one at its left where there is one."""
+        side = self.dense[index : index + 1]
+        return frame([(made.mesh, made.name, made.note) for made in [*side, self.elastic[index]]])
+
+
+def failed(error: object) -> gr.Error:
+    """What goes wrong, as the page shows it: text, whatever an image or a prompt is called."""
+    return gr.Error(html.escape(str(error)), duration=ERROR_S, print_exception=False)
+
+
+def opened(payload: Any, max_pixels: int) -> Image.Image | None:
+    """The image of an upload, in the place of Gradio's own reader. gr.Error if it is none, or too large."""
+    if payload is None or payload.path is None:
+        return None
+    try:
+        return decode_image(Path(payload.path).read_bytes(), max_pixels)
+    except (UserError, OSError) as error:
+        raise failed(error) from error
+
+
+def masked(image: Image.Image | None, tolerance: float, border: float) -> Image.Image | None:
+    """The object as the model will see it. gr.Error if there is none."""
+    if image is None:
+        return None
+    try:
+        return prepare_image(image, ForegroundConfig(tolerance=int(tolerance), border=border), MASK_SIDE)
+    except UserError as error:
+        raise failed(error) from error
+
+
+class Visits:
+    """The jobs and the newest meshes of all visitors, by the session of their pages."""
+
+    def __init__(self, queue: MeshQueue) -> None:
+        self._queue = queue
+        self._jobs: dict[str, list[Job]] = {}
+        self._shown: dict[str, Shown] = {}
+
+    def generate(
+        self,
+        choices: Choices,
+        session: str,
+        progress: gr.Progress,
+    ) -> Shown:
+        """Jobs for all samples, and their meshes when all are done. gr.Error where one fails, or all are stopped."""
+        if choices.image is None:
+            raise failed("There is no image yet: drop one, or draw a prompt.")
+        jobs: list[Job] = []
+        try:
+            info = self._queue.models.info(choices.model)
+            elastic, dense = choices.requests(info)
+            self._jobs[session] = jobs
+            for request in [*elastic, *dense]:
+                jobs.append(self._queue.submit(choices.image, request))
+            while not all(job.finished.is_set() for job in jobs):
+                done = float(np.mean([job.progress for job in jobs]))
+                stage = "waiting" if done == 0 else "sampling" if done < 0.5 else "decoding"
+                progress(done, desc=stage)
+                time.sleep(POLL_S)
+            made = _shown(jobs, len(elastic))
+            self._shown.pop(session, Shown()).forget()
+            self._shown[session] = made
+            return made
+        except UserError as error:
+            raise failed(error) from error
+        except QueueFull as error:
+            raise failed(f"{error}: try again in a moment.") from error
+        finally:
+            for job in jobs:
+                self._queue.cancel(job)
+            self._jobs.pop(session, None)
+
+    def stop(self, session: str) -> None:
+        """Cancel what a visitor waits for."""
+        for job in self._jobs.get(session, []):
+            self._queue.cancel(job)
+
+    def leave(self, session: str) -> None:
+        """Nothing of a visitor stays."""
+        self.stop(session)
+        self._shown.pop(session, Shown()).forget()
+
+
+def _shown(jobs: list[Job], elastic: int) -> Shown:
+    """Copies of the finished meshes. gr.Error with the first failure."""
+    for job in jobs:
+        if job.state is not JobState.done:
+            raise failed(job.error or "Stopped.")
+    shown = Shown(Path(tempfile.mkdtemp(prefix="elastic3d-", dir=os.environ.get("GRADIO_TEMP_DIR"))))
+    assert shown.folder is not None
+    for index, job in enumerate(jobs):
+        assert job.file is not None
+        kind, seed = "elastic" if index < elastic else "dense", job.request.seed
+        path = shown.folder / f"{kind}-{seed}.ply"
+        shutil.copyfile(job.file, path)
+        name = f"{kind}, seed {seed}" if "routes" in job.metadata or kind == "dense" else f"seed {seed}"
+        faces = len(trimesh.load_mesh(path, process=False).faces)
+        (shown.elastic if kind == "elastic" else shown.dense).append(Made(path, name, faces, job.metadata))
+    return shown
+
+
+def table(rows: list[list[str]]) -> str:
+    """What it took, as HTML."""
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    head = "".join(f"<th>{name}</th>" for name in HEADERS)
+    return f"<div><table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table></div>"
+
+
+def tiles(shown: Shown) -> list[tuple[Image.Image, str]]:
+    """A small image of every sample, and its name."""
+    return [(turntable(made.mesh, 1, TILE_SIDE), f"seed {made.metadata['seed']}") for made in shown.elastic]
+
+
+def route_image(shown: Shown, index: int) -> str | None:
+    """The file of what every block of a sample did; None where no model with routers ran."""
+    made = shown.elastic[index]
+    if "routes" not in made.metadata:
+        return None
+    path = made.path.with_suffix(".png")
+    draw_routes([(route_title("elastic", made.metadata), made.metadata["routes"])], path)
+    return str(path)
+
+
+def download(shown: Shown, index: int, kind: str, up: str, size: float) -> Any:
+    """The button for a sample in its real size: glTF counts in metres, the other formats are written in mm.
+
+    gr.Error for a size that is none.
+    """
+    if not shown.elastic:
+        return gr.DownloadButton(interactive=False)
+    made = shown.elastic[index]
+    try:
+        mesh = scale_to(with_up(made.mesh, up), float(size or 0), f".{kind}")
+        target = made.path.with_name(f"{made.path.stem}-{up}-{size:g}mm.{kind}")
+        save_mesh(mesh, target, extras=made.metadata, name="mesh")
+    except UserError as error:
+        raise failed(error) from error
+    return gr.DownloadButton(f"Download .{kind}, {size:g} mm", value=str(target), interactive=True)

@@ -1,0 +1,64 @@
+"""Measure the colours of texture=project on held-out shapes: PSNR of the input view, unseen views against the mean
+colour.
+
+python scripts/measure_colour.py data.source=sweethome3d
+python scripts/measure_colour.py data.source=infinigen data.seeds=10 limit=10 output=colour.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from _cli import run
+
+from elastic3d.benchmark.colour import ColourConfig, measure_shape, summary
+from elastic3d.errors import UserError
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.options import DEFAULT_MODEL
+from elastic3d.preparation.prepare import open_source
+from elastic3d.preparation.splits import Split, read_splits
+from elastic3d.utils.paths import check_distinct
+from elastic3d.utils.structured import save_json
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def main(config: ColourConfig) -> int:
+    """One line a shape, then the summary."""
+    check_distinct({"model": Path(config.model) if config.model else None}, {"output": config.output})
+    pipeline = ImageTo3DPipeline.from_pretrained(config.model or REPOSITORY / DEFAULT_MODEL)
+    source, splits = open_source(config.data), read_splits(Path(config.data.splits))
+    quality = config.quality.name if pipeline.dial is not None else None
+    rows = []
+    for item in source.items():
+        name = f"{source.name}/{item.id}"
+        if splits.get(name) is not Split.test:
+            continue
+        try:
+            row = measure_shape(
+                source.load(item),
+                lambda image: (
+                    pipeline(image, seed=config.seed, quality=quality, resolution=config.resolution).mesh
+                ),
+                config.seed + len(rows),
+            )
+        except UserError as error:
+            print(f"{name}: left out: {error}", file=sys.stderr)
+            continue
+        rows.append({"name": name, **row})
+        print(" ".join([name, *(f"{key} {value:.3f}" for key, value in row.items())]))
+        if len(rows) == config.limit:
+            break
+    if not rows:
+        raise UserError(f"{source.name} has no shape of the test split in {config.data.splits}")
+    figures = summary(rows)
+    print(json.dumps(figures, indent=1))
+    if config.output is not None:
+        save_json({"summary": figures, "shapes": rows}, config.output)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, ColourConfig, "measure_colour")
