@@ -205,7 +205,8 @@ class ImageTo3DPipeline:
             images: file, PIL image, array, views of one object by direction (front, left, back, right), or a list.
             seed: of the noise; one for all, or one an image. A sample depends on its own image and seed
                 alone, not on its batch.
-            quality: `fast`, `default` or `best`, three points of the model's dial, in the place of a budget.
+            quality: `fast`, `default` or `best`, three points of the model's dial, in the place of a budget, each with
+                its resolution.
             steps, guidance, resolution: None is the model's default. With `steps`, a budget is a share of that many
                 dense steps; without, of the dense model's default ones, where the model has a dial.
             max_faces: decimate to this many faces; None is `cleanup`'s own (40,000).
@@ -226,6 +227,7 @@ class ImageTo3DPipeline:
         row = choose(self.dial, requested, steps, quality, guidance)
         run = requested if row is None else row.over(requested)
         steps = steps if row is None else row.steps
+        resolution = self.config.resolution_of(quality) if resolution is None else resolution
         settings = self._settings(steps, guidance, resolution, max_faces, decode, cleanup, foreground)
         settings.elastic = run.over(self.config.elastic, has_routers(self.dit))
         if settings.elastic.elastic and not has_routers(self.dit):
@@ -246,7 +248,7 @@ class ImageTo3DPipeline:
         self,
         steps: int | None,
         guidance: float | None,
-        resolution: int | None,
+        resolution: int,
         max_faces: int | None,
         decode: DecodeConfig | None,
         cleanup: CleanupConfig | None,
@@ -256,9 +258,11 @@ class ImageTo3DPipeline:
             check_sampling(steps, guidance, resolution)
             cleaning = cleanup or CleanupConfig()
             cleaning = cleaning if max_faces is None else replace(cleaning, max_faces=max_faces)
-            cells = self.config.resolution if resolution is None else resolution
             decoding = replace(
-                decode or DecodeConfig(), resolution=cells, max_points=self.max_points, box=self.config.box
+                decode or DecodeConfig(),
+                resolution=resolution,
+                max_points=self.max_points,
+                box=self.config.box,
             )
             return Settings(
                 steps=self.config.steps if steps is None else steps,
