@@ -13,12 +13,14 @@ import sys
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["ImageTo3DPipeline", "TextToImagePipeline", "evaluate_pair"]
+__all__ = ["ImageTo3DPipeline", "TextToImagePipeline", "disable", "enable", "evaluate_pair"]
 
 # Imported when they are first asked for, so that `import elastic3d` is fast.
 _MODULES = {
     "ImageTo3DPipeline": "elastic3d.pipelines.image_to_3d",
     "TextToImagePipeline": "elastic3d.pipelines.text_to_image",
+    "disable": "elastic3d.elastic.calibrating",
+    "enable": "elastic3d.elastic.calibrating",
     "evaluate_pair": "elastic3d.evaluation",
 }
 

@@ -20,6 +20,7 @@ import signal
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
@@ -72,6 +73,7 @@ def execute(
     if {"--help", "-h", "help"} & set(arguments):
         print(help_text(main, config_class, config_name, config_dir, arguments))
         return 0
+    warnings.formatwarning = _one_line
     debug = any(argument.lower() == "debug=true" for argument in arguments)
     try:
         return main(parse(config_class, config_name, arguments, config_dir, elsewhere)) or 0
@@ -340,6 +342,14 @@ def _show(config: DictConfig, name: str) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of this project as its sentence alone; those of libraries with their place."""
+    place = "" if category is UserWarning and "elastic3d" in filename else f"{filename}:{lineno}: "
+    return f"warning: {place}{message}\n"
 
 
 def _one_sentence(error: Exception) -> str:

@@ -1,9 +1,10 @@
-"""Decode the same latents at several resolutions and compare the meshes with one that is evaluated everywhere.
+"""Decode the same latents at several resolutions, and the plain way; compare the meshes, the times and the truth.
 
     python scripts/compare_decoding.py output=outputs/decoding
+    python scripts/compare_decoding.py images=outputs/held_out/images gt=outputs/held_out/gt seeds=[0]
 
-Latents come from the model's samples of a folder of images, and from made shapes with thin parts. Run it again and it
-goes on where it was.
+Latents come from the model's samples of a folder of images, and from shapes: made ones with thin parts, or those of a
+folder. Run it again and it goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def main(config: DecodingConfig) -> int:
     """Measure, write the files, print the table."""
     from elastic3d.benchmark.decoding import compare_decoding
 
-    check_distinct({"images": config.images, "model": Path(config.model)}, {"output": config.output})
+    reads = {"images": config.images, "gt": config.gt, "model": Path(config.model)}
+    check_distinct(reads, {"output": config.output})
     print(compare_decoding(config))
     return 0
 

@@ -36,7 +36,7 @@ def main(config: GenerateImageConfig) -> int:
     targets = (
         [output] if config.num_samples == 1 else [_numbered(output, n) for n in range(config.num_samples)]
     )
-    inputs = {name: getattr(config, name) for name in ("weights", "routers", "lora")}
+    inputs = {name: getattr(config, name) for name in ("weights", "routers", "lora", "calibration")}
     check_distinct(inputs, {"output": targets, "trace": config.trace})
     pipeline = TextToImagePipeline.from_pretrained(
         config.backbone,
@@ -46,9 +46,12 @@ def main(config: GenerateImageConfig) -> int:
         config.device,
         config.dtype,
         config.offload,
+        config.calibration or None,
     )
-    if config.trace and pipeline.session is None:
-        raise UserError(f"trace={config.trace} can't be drawn: this model has no routers")
+    if config.trace and pipeline.session is None and config.budget is None:
+        raise UserError(
+            f"trace={config.trace} can't be drawn: this model has no routers, and no budget= is set"
+        )
     panels = []
     bar = tqdm(total=config.num_samples, unit="image", leave=False, disable=None)
     for first in range(0, config.num_samples, config.batch_size):

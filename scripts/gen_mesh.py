@@ -94,8 +94,10 @@ def maker(
         draw, config = prompt_drawer(config, pipeline, weights)
         if warning := prompt_warning(config.prompt, known_nouns(weights)):
             print(f"warning: {warning}", file=sys.stderr)
-    if config.trace and pipeline.session is None:
-        raise UserError(f"trace={config.trace} can't be drawn: this model has no routers")
+    if config.trace and pipeline.session is None and config.budget is None:
+        raise UserError(
+            f"trace={config.trace} can't be drawn: this model has no routers, and no budget= is set"
+        )
     return lambda tell, show: generate(pipeline, jobs, config, tell, show, draw)
 
 
@@ -109,7 +111,7 @@ def report(outcomes: list, seconds: float) -> None:
         return
     counts = [f"{sum(o.status == s for o in outcomes)} {s}" for s in ("ok", "failed", "skipped")]
     print(f"{len(outcomes)} meshes: {', '.join(counts)}, {seconds:.1f} s")
-    if warned := sum(bool(outcome.warnings) for outcome in outcomes):
+    if warned := sum(bool(o.warnings or o.image_warnings) for o in outcomes):
         print(f"warning: {warned} have warnings: see summary.json", file=sys.stderr)
 
 

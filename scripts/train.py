@@ -42,7 +42,8 @@ def _path(config: StageConfig, name: str) -> Path | None:
 def with_own_stage(arguments: Sequence[str]) -> list[str]:
     """`stage=router backbone=...` means the routers of a text-to-image pipeline: `stage=image_router`."""
     images = any(argument.split("=")[0] in ("backbone", "image.backbone") for argument in arguments)
-    return ["stage=image_router" if a == "stage=router" and images else a for a in arguments]
+    routers = ("stage=router", "stage=block_router")
+    return [a.replace("=", "=image_") if a in routers and images else a for a in arguments]
 
 
 def chosen_stage(arguments: Sequence[str]) -> StageName:

@@ -51,3 +51,18 @@ def test_public_names():
     stub = (ROOT / "elastic3d" / "__init__.pyi").read_text()
     assert all(f"as {name}\n" in stub for name in elastic3d.__all__)
     assert (ROOT / "elastic3d" / "py.typed").is_file()
+
+
+def test_help_needs_no_numeric_library():
+    """`gen_mesh.py --help` answers within half a second, which torch, trimesh or scipy alone would take."""
+    code = (
+        "import runpy, sys; sys.path.insert(0, 'scripts'); sys.argv = ['gen_mesh.py', '--help']\n"
+        "try: runpy.run_path('scripts/gen_mesh.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "heavy = ('torch', 'numpy', 'trimesh', 'scipy', 'PIL', 'networkx')\n"
+        "sys.exit(', '.join(name for name in heavy if name in sys.modules) or None)"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: python scripts/gen_mesh.py" in done.stdout

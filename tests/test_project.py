@@ -34,6 +34,7 @@ REQUIRED = {
     "make_dial": ["results=a"],
     "benchmark_images": ["output=b"],
     "summarize": ["folders=a"],
+    "calibrate": ["image=a"],
     "gen_image": ["prompt=a chair", "output=b.png"],
 }
 CONDA_NAMES = {"torch": "pytorch", "open3d-cpu": "open3d"}

@@ -41,6 +41,17 @@ class Method(Enum):
     static = "static"
     timestep = "timestep"
     shuffled = "shuffled"
+    training_free = "training_free"
+
+
+class PolicyName(Enum):
+    """What keeps a budget without routers: `even` steps and a damped line, with no calibration; by a calibration
+    `fitted` forecasts at even steps, `planned` steps too, or `online` ones, each sample's own."""
+
+    even = "even"
+    fitted = "fitted"
+    planned = "planned"
+    online = "online"
 
 
 class CacheName(Enum):
@@ -157,6 +168,9 @@ class BenchmarkOptions(Options):
     batches: list[int] = option([1, 4], "timing: batch sizes", ge=1, le=4096, lengths=SOME, unique=True)
     repeats: int = option(5, "timing: rounds of the DiT alone, after a warm one", ge=1, le=MANY)
     end_to_end_repeats: int = option(2, "timing: rounds of everything, after a warm one", ge=0, le=MANY)
+    cpu_time: bool = option(
+        False, "timing: CPU time of all threads, where other programs run on this machine; not on a GPU"
+    )
     calibration: Path | None = option(
         None,
         "items that static and timestep routes are found on, given as the others; null: the first of those",
@@ -164,6 +178,12 @@ class BenchmarkOptions(Options):
     calibration_samples: int = option(8, "items that static and timestep routes are found on", ge=1, le=MANY)
     caches: list[CacheName] = option(ON_ANY_MODEL, "training-free rivals to put beside")
     cache_steps: list[int] = option([], "step counts of these; empty: baseline_steps", ge=1, le=1000)
+    policies: list[PolicyName] = option(
+        list(PolicyName), "training_free: one row each and budget; all but even need a calibration"
+    )
+    policy_calibration: Path | None = option(
+        None, "file or folder of scripts/calibrate.py; null: beside the weights, if there"
+    )
     forecasts: list[ForecastName] = option(list(ForecastName), "forecast: one row each and interval")
     forecast_intervals: list[int] = option(
         [2, 3], "forecast, hicache: the model runs at every N-th step", ge=2, le=1000

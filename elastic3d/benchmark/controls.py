@@ -55,7 +55,7 @@ class Controls:
 
     def source(self, run: Run, jobs: Sequence[Job]) -> RouteSource | None:
         """What decides for a batch of jobs; None: the routers, or nobody."""
-        if run.routes in (Routes.dense, Routes.routers) or self.session is None:
+        if run.routes in (Routes.dense, Routes.routers, Routes.policy) or self.session is None:
             return None
         widths = self.router.widths
         if run.routes is Routes.open:

@@ -1,6 +1,7 @@
-"""One set of latents decoded in several ways, compared with the mesh of a field that is evaluated everywhere.
+"""One set of latents decoded in several ways, compared with the decoding that evaluates every node at the surface.
 
-The latents are sampled from images, and encoded from made shapes with parts about as thin as a cell.
+The latents are sampled from images, and encoded from shapes: made ones with parts about as thin as a cell, and those of
+a folder of ground truth. Shapes whose surface is known are compared with it too.
 """
 
 from __future__ import annotations
@@ -18,44 +19,65 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.benchmark.stages_options import DecodingConfig
-from elastic3d.geometry.cleanup import drop_floaters
-from elastic3d.geometry.decode import decode_field
+from elastic3d.evaluation.metrics import correspond, f_score
+from elastic3d.geometry.cleanup import clean, drop_floaters
+from elastic3d.geometry.decode import FieldFunction, decode_field
+from elastic3d.geometry.mesh_io import load_mesh
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.geometry.surface import extract_surface
 from elastic3d.models.images import IMAGE_SUFFIXES
+from elastic3d.models.options import VAEConfig
+from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.utils.files import atomic_path
 from elastic3d.utils.structured import load_json, save_json
 
 SURFACE_POINTS = 8192
+THRESHOLD = 0.02  # of the F-score
+COARSE = 64  # cells a side that the plain way evaluates in the whole cube
 
 
 @dataclass(kw_only=True)
 class Decoded:
-    """One shape decoded one way. Distances in cells of the reference."""
+    """One shape decoded one way. Distances in cells of the reference, but those to the truth."""
 
     resolution: int
     queries: int
     cpu_ms: float
     """Processor time of decoding, without the surface."""
+    mesh_ms: float
+    """Processor time of surface and cleanup."""
     chamfer: float
     """Chamfer-L1: mean distance to the reference's surface plus mean distance from it."""
     far: float
     """99th percentile of the distances, the larger of both directions."""
     genus: int
     """Handles, after dropping floaters."""
+    truth_chamfer: float | None = None
+    """Chamfer-L1 of the cleaned mesh to the true surface, in the shape's units (longest side 1.9)."""
+    truth_f_score: float | None = None
+    truth_genus: int | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a field is decoded; `plain` by `ShapeVAE.query`, without anything prepared."""
+
+    config: DecodeConfig
+    plain: bool = False
 
 
 def compare_decoding(config: DecodingConfig) -> str:
     """Decode everything that is not done yet, write the files, return the table as Markdown."""
     pipeline = ImageTo3DPipeline.from_pretrained(config.model)
-    shapes = _latents(pipeline, config)
+    shapes, truths = _latents(pipeline, config), true_shapes(config)
     names = list(shapes)[: config.limit or None]
     path = config.output / "shapes.json"
     done: dict[str, Any] = load_json(path) if path.is_file() else {}
     for name in tqdm(names, desc="decoding", unit="shape", disable=None):
         if name not in done:
-            rows = decoded_ways(pipeline, shapes[name][None], config)
+            truth = truths.get(name.partition(", ")[0])
+            rows = decoded_ways(pipeline, shapes[name][None], config, truth)
             done[name] = {way: asdict(row) for way, row in rows.items()}
             save_json(done, path)
     text = summary({name: done[name] for name in names})
@@ -64,33 +86,89 @@ def compare_decoding(config: DecodingConfig) -> str:
     return text
 
 
-def decoded_ways(pipeline: ImageTo3DPipeline, latents: Tensor, config: DecodingConfig) -> dict[str, Decoded]:
-    """By name of the way: the reference, and every resolution by default ways, of latents (1,N,C)."""
+def ways(config: DecodingConfig, max_points: int) -> dict[str, Way]:
+    """By name, the reference first: the whole cube at 64 cells, then every node at the surface."""
+
+    def decoding(cells: int, **more: Any) -> DecodeConfig:
+        return DecodeConfig(resolution=cells, max_points=max_points, **more)
+
+    plain = decoding(config.reference, coarse_resolution=min(COARSE, config.reference), tolerance=0)
+    found = {"plain": Way(plain, plain=True)}
+    found |= {f"{cells} cells": Way(decoding(cells)) for cells in config.resolutions}
+    return found
+
+
+def decoded_ways(
+    pipeline: ImageTo3DPipeline, latents: Tensor, config: DecodingConfig, truth: trimesh.Trimesh | None
+) -> dict[str, Decoded]:
+    """By name of the way, of latents (1,N,C)."""
     with torch.no_grad():
-        field = pipeline.vae.field(pipeline.vae.decode(latents))
-    ways = {"reference": DecodeConfig(resolution=config.reference, tolerance=0)}
-    ways |= {f"{cells} cells": DecodeConfig(resolution=cells) for cells in config.resolutions}
+        tokens = pipeline.vae.decode(latents)
+    fields: dict[bool, FieldFunction] = {
+        True: lambda points, _: pipeline.vae.query(points, tokens),
+        False: pipeline.vae.field(tokens),
+    }
+    if config.hunyuan3d_tokens:
+        large = hunyuan3d_fields(config.hunyuan3d_tokens)
+        fields = {plain: costing(fields[plain], large[plain]) for plain in fields}
     rows: dict[str, Decoded] = {}
     reference: trimesh.Trimesh | None = None
-    for name, decoding in ways.items():
-        decoding.max_points = pipeline.max_points
+    for name, way in ways(config, pipeline.max_points).items():
         start = time.process_time()
-        values, stats = decode_field(field, 0, decoding, pipeline.device)
-        spent = 1000 * (time.process_time() - start)
-        mesh = drop_floaters(extract_surface(values), CleanupConfig().min_component)
+        values, stats = decode_field(fields[way.plain], 0, way.config, pipeline.device)
+        decoded = time.process_time()
+        extracted = extract_surface(values)
+        cleaned = clean(extracted, CleanupConfig())
+        end = time.process_time()
+        mesh = drop_floaters(extracted, CleanupConfig().min_component)
         reference = mesh if reference is None else reference
-        cell = 2 * decoding.box / config.reference
+        cell = 2 * way.config.box / config.reference
         there = distances(mesh, reference, config.points) / cell
         back = distances(reference, mesh, config.points) / cell
         rows[name] = Decoded(
-            resolution=decoding.resolution,
+            resolution=way.config.resolution,
             queries=stats.queries,
-            cpu_ms=round(spent, 1),
+            cpu_ms=round(1000 * (decoded - start), 1),
+            mesh_ms=round(1000 * (end - decoded), 1),
             chamfer=float(there.mean() + back.mean()),
             far=float(max(np.quantile(there, 0.99), np.quantile(back, 0.99))),
             genus=genus(mesh),
+            **({} if truth is None else to_truth(cleaned, truth, config.points)),
         )
     return rows
+
+
+def to_truth(mesh: trimesh.Trimesh, truth: trimesh.Trimesh, points: int) -> dict[str, Any]:
+    """How near a mesh is to the true surface, and the handles of that."""
+    there, back = distances(mesh, truth, points), distances(truth, mesh, points)
+    samples = [np.asarray(trimesh.sample.sample_surface(m, points, seed=0)[0]) for m in (mesh, truth)]
+    return {
+        "truth_chamfer": float(there.mean() + back.mean()),
+        "truth_f_score": f_score(correspond(*samples, workers=1), THRESHOLD),
+        "truth_genus": genus(truth) if truth.is_watertight else None,
+    }
+
+
+def hunyuan3d_fields(tokens: int) -> dict[bool, FieldFunction]:
+    """The field decoder of Hunyuan3D-2's layout (width 1024, 16 heads, MLP ratio 4) with random weights: plain and
+    prepared. Its values are of no shape; its time a query is that of the published weights."""
+    torch.manual_seed(0)
+    sizes = {"num_latents": tokens, "latent_channels": 64, "width": 1024, "heads": 16, "geo_mlp_ratio": 4}
+    vae = ShapeVAE(VAEConfig(**sizes, encoder_layers=0, decoder_layers=0)).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        data = vae.decode(torch.randn(1, tokens, 64))
+    return {True: lambda points, _: vae.query(points, data), False: vae.field(data)}
+
+
+def costing(field: FieldFunction, large: FieldFunction) -> FieldFunction:
+    """A field with the values of one decoder and the time of a larger one."""
+
+    def both(points: Tensor, sample: Tensor) -> Tensor:
+        with torch.no_grad():
+            large(points, sample)
+            return field(points, sample)
+
+    return both
 
 
 def distances(source: trimesh.Trimesh, target: trimesh.Trimesh, points: int) -> np.ndarray:
@@ -112,26 +190,38 @@ def genus(mesh: trimesh.Trimesh) -> int:
 
 
 def summary(shapes: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Means over the shapes as a Markdown table; the worst shape where a mean would hide it."""
-    lines = [
-        "| | queries | CPU s | Chamfer-L1, cells | worst shape | 99 % within, cells | another genus | genus off by |",
-        "| --- |" + " --- |" * 7,
-    ]
+    """Means over the shapes as a Markdown table, and the worst shape; a ratio is that of sums of times."""
+    columns = [
+        "queries", "decode, CPU s", "ratio", "surface and cleanup, CPU s", "Chamfer-L1, cells", "worst shape",
+        "99 % within, cells", "genus off by", "to the truth: Chamfer-L1", "F@0.02", "genus off by",
+    ]  # fmt: skip
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    plain = sum(shape["plain"]["cpu_ms"] for shape in shapes.values())
     for way in next(iter(shapes.values())):
         rows = [shape[way] for shape in shapes.values()]
-        off = [abs(shape[way]["genus"] - shape["reference"]["genus"]) for shape in shapes.values()]
-        chamfer = [row["chamfer"] for row in rows]
+        known = [row for row in rows if row["truth_chamfer"] is not None]
+        closed = [row for row in known if row["truth_genus"] is not None]
+        off = [abs(shape[way]["genus"] - shape["plain"]["genus"]) for shape in shapes.values()]
+        spent = sum(row["cpu_ms"] for row in rows)
         cells = [
             f"{np.mean([row['queries'] for row in rows]):,.0f}",
-            f"{np.mean([row['cpu_ms'] for row in rows]) / 1000:.2f}",
-            f"{np.mean(chamfer):.3f}",
-            f"{max(chamfer):.3f}",
+            f"{spent / len(rows) / 1000:.2f}",
+            f"{plain / spent:.2f}",
+            f"{np.mean([row['mesh_ms'] for row in rows]) / 1000:.2f}",
+            f"{np.mean([row['chamfer'] for row in rows]):.3f}",
+            f"{max(row['chamfer'] for row in rows):.3f}",
             f"{np.mean([row['far'] for row in rows]):.2f}",
-            f"{sum(o > 0 for o in off)} of {len(off)}",
-            f"{np.mean(off):.1f}",
+            f"{np.mean(off):.1f} ({sum(o > 0 for o in off)} of {len(off)})",
+            _mean([row["truth_chamfer"] for row in known], 4),
+            _mean([row["truth_f_score"] for row in known], 3),
+            _mean([abs(row["genus"] - row["truth_genus"]) for row in closed], 1),
         ]
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    return f"{np.mean(values):.{digits}f}" if values else ""
 
 
 def _latents(pipeline: ImageTo3DPipeline, config: DecodingConfig) -> dict[str, Tensor]:
@@ -144,7 +234,7 @@ def _latents(pipeline: ImageTo3DPipeline, config: DecodingConfig) -> dict[str, T
             for image, result in zip(images, pipeline(images, seed=seed, resolution=32), strict=True):
                 if result.latents is not None:
                     found[f"{image.stem}, seed {seed}"] = result.latents
-        for name, mesh in made_shapes().items():
+        for name, mesh in true_shapes(config).items():
             points, index = trimesh.sample.sample_surface(mesh, SURFACE_POINTS, seed=0)
             surface = torch.from_numpy(np.concatenate([points, mesh.face_normals[index]], axis=1)).float()
             with torch.no_grad():
@@ -154,6 +244,12 @@ def _latents(pipeline: ImageTo3DPipeline, config: DecodingConfig) -> dict[str, T
         with atomic_path(path) as temporary:
             save_file({name: value.contiguous() for name, value in found.items()}, temporary)
     return {name: value.to(pipeline.device) for name, value in load_file(path).items()}
+
+
+def true_shapes(config: DecodingConfig) -> dict[str, trimesh.Trimesh]:
+    """The made shapes, and those of `config.gt` by the stems of their files."""
+    files = [] if config.gt is None else sorted(config.gt.glob("*.glb"))
+    return {path.stem: load_mesh(path) for path in files} | made_shapes()
 
 
 def made_shapes() -> dict[str, trimesh.Trimesh]:

@@ -163,6 +163,7 @@ def _entry(
         "steps": first["steps"],
         "router_budget": budget,
         "few_step_lora": lora,
+        **({"scope": routers.scope.name} if routers is not None and routers.trained_steps and lora else {}),
         "speedup": {str(row["batch"]): round(row[_SPEEDUP], 4) for row in rows},
         "iou": round(first[_IOU], 4),
         **{name: round(first[name], 4) for name in F_SCORES},

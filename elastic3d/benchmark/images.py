@@ -31,7 +31,13 @@ from elastic3d.evaluation.statistics import bootstrap_mean
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.image_loading import weight_files
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL
-from elastic3d.pipelines.text_to_image import ROUTERS_NAME, ImageResult, TextToImagePipeline, check_prompt
+from elastic3d.pipelines.text_to_image import (
+    ROUTERS_NAME,
+    ImageResult,
+    TextToImagePipeline,
+    check_prompt,
+    read_prompts,
+)
 from elastic3d.utils.files import atomic_path, file_sha256
 from elastic3d.utils.structured import load_json, save_json
 
@@ -320,20 +326,3 @@ def load_models(config: ImageBenchmarkConfig, repository: Path) -> dict[str, Mod
     for name, path in config.variants.items():
         models[name] = model(load(Path(path)), Path(path))
     return models
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a file, without blank ones and # comments. UserError: no file, no text, no prompt, or one twice."""
-    if not path.is_file():
-        raise UserError(f"prompts is {path}, which is no file: expected a text file, one prompt a line")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompts is {path}, which is no text file (UTF-8)") from error
-    found = [line for line in lines if line and not line.startswith("#")]
-    if not found:
-        raise UserError(f"prompts is {path}, which holds no prompt")
-    for prompt in found:
-        if found.count(prompt) > 1:
-            raise UserError(f"{path} has the prompt {prompt!r} twice")
-    return found

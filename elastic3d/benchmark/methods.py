@@ -11,17 +11,19 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from elastic3d.benchmark.config import BenchmarkOptions, CacheName, Method
+from elastic3d.benchmark.config import BenchmarkOptions, CacheName, Method, PolicyName
 from elastic3d.elastic import is_attached, session_of
+from elastic3d.elastic.calibrating import calibration_file, find_calibration
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.session import ElasticSession
+from elastic3d.elastic.training_free import Calibration, Schedule, StepPolicy, least_budget
 from elastic3d.errors import UserError
 from elastic3d.utils.options import to_dict
 
@@ -49,7 +51,7 @@ class Model:
 
 
 class Routes(Enum):
-    """Who decides: nobody (the dense model), the routers, or a table."""
+    """Who decides: nobody (the dense model), the routers, a table, or a training-free policy."""
 
     dense = "dense"
     routers = "routers"
@@ -58,6 +60,7 @@ class Routes(Enum):
     static = "static"
     timestep = "timestep"
     shuffled = "shuffled"
+    policy = "policy"
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Run:
     """One way to make meshes or images. Methods that ask for the same way share what it made and its times.
 
     `name` tells it from every other, also from the same with other weights or options. `donor` is the run whose
-    routes a control is matched to; `unbiased` leaves out the routers' gate bias over time.
+    routes a control is matched to; `unbiased` leaves out the routers' gate bias over time; `policy` decides in their
+    place.
     """
 
     name: str = field(compare=True)
@@ -94,6 +98,7 @@ class Run:
     donor: Run | None = field(compare=False, default=None)
     rival: Rival | None = field(compare=False, default=None)
     unbiased: bool = field(compare=False, default=False)
+    policy: PolicyName | None = field(compare=False, default=None)
 
 
 @dataclass(frozen=True)
@@ -144,13 +149,14 @@ class Planner:
         donor: Run | None = None,
         rival: Rival | None = None,
         unbiased: bool = False,
+        policy: PolicyName | None = None,
     ) -> Run:
         """A run with its name; settings None: dense."""
         settings = settings or ElasticConfig(elastic=False)
         model, config = self.models[name], self.config
         calibration = (str(config.calibration), config.calibration_samples)
         facts = [
-            model.dense_sha256 if routes is Routes.dense else model.weights_sha256,
+            model.dense_sha256 if routes in (Routes.dense, Routes.policy) else model.weights_sha256,
             str(next(model.dit.parameters()).dtype),
             steps,
             self.guidance(name),
@@ -163,11 +169,36 @@ class Planner:
             to_dict(model.session.router_config) if model.session and settings.elastic else "",
             *([to_dict(rival)] if rival else []),
             *(["unbiased"] if unbiased else []),
+            *([policy.value, self.calibration_digest] if policy else []),
         ]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
         what = rival.title if rival else routes.value if name in (MAIN, DENSE) else name
         budget = f"-b{settings.budget:g}" if settings.elastic else ""
-        return Run(f"{what}-s{steps}{budget}-{digest}", name, steps, routes, settings, donor, rival, unbiased)
+        shown = f"{what}-s{steps}{budget}-{digest}"
+        return Run(shown, name, steps, routes, settings, donor, rival, unbiased, policy)
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """What policies go by; None where there is none. UserError for a file that is named and can't be used."""
+        model = self.models[DENSE]
+        named = self.config.policy_calibration
+        place = calibration_file(named) if named else model.pipeline.calibration
+        return find_calibration(place, model.dit)
+
+    @cached_property
+    def calibration_digest(self) -> str:
+        """Of its numbers."""
+        found = self.calibration
+        values = [] if found is None else [found.times, found.changes, *found.moments.values()]
+        return hashlib.sha256(b"".join(value.tobytes() for value in values)).hexdigest()[:8]
+
+    def policy(self, name: PolicyName) -> StepPolicy:
+        """A training-free policy by its name."""
+        if name is PolicyName.even:
+            return StepPolicy()
+        return StepPolicy(
+            self.calibration, Schedule.even if name is PolicyName.fitted else Schedule[name.name]
+        )
 
     def dense(self, steps: int) -> Run:
         """The dense model in N steps."""
@@ -264,6 +295,18 @@ def _control(planner: Planner, routes: Routes) -> Iterator[Case]:
             yield Case(routes.value, run, budget)
 
 
+def _training_free(planner: Planner) -> Iterator[Case]:
+    steps = planner.baseline_steps
+    for name in planner.config.policies:
+        if name is not PolicyName.even and planner.calibration is None:
+            continue
+        for budget in planner.control_budgets:
+            if least_budget(steps) <= budget < 1:
+                settings = ElasticConfig(budget=budget)
+                run = planner.run(DENSE, steps, Routes.policy, settings, policy=name)
+                yield Case(Method.training_free.value, run, budget, name.value)
+
+
 REGISTRY: dict[Method, Callable[[Planner], Iterator[Case]]] = {
     Method.dense: _dense,
     Method.fewer_steps: _fewer_steps,
@@ -279,9 +322,10 @@ REGISTRY: dict[Method, Callable[[Planner], Iterator[Case]]] = {
     Method.static: partial(_control, routes=Routes.static),
     Method.timestep: partial(_control, routes=Routes.timestep),
     Method.shuffled: partial(_control, routes=Routes.shuffled),
+    Method.training_free: _training_free,
 }
 ABLATIONS = (Method.elastic_no_lora, Method.elastic_no_bias, Method.elastic_no_damping)
-WITHOUT_ROUTERS = (Method.dense, Method.fewer_steps, Method.euler_steps)
+WITHOUT_ROUTERS = (Method.dense, Method.fewer_steps, Method.euler_steps, Method.training_free)
 FEWER = (Method.dense.value, Method.fewer_steps.value)
 FAMILY = (Method.elastic.value, Method.elastic_shared.value, Method.few_step_lora.value)
 CONTROLS = tuple(m.value for m in (Method.random, Method.static, Method.timestep, Method.shuffled))

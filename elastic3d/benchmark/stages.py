@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -103,18 +104,24 @@ def _process(folder: Path, config: StagesConfig) -> dict[str, list[float]]:
         "resolution": config.resolution,
         "elastic": config.elastic,
         "threads": config.threads,
+        "cpu": config.cpu,
+        "batch": config.batch,
+        "full_grid": config.full_grid and folder == ROOT,
     }
     worker = Path(__file__).with_name("stage_worker.py")
-    text, _ = _run([str(worker), json.dumps(options)], folder)
+    text, _ = _run([str(worker), json.dumps(options)], folder, config)
     found = json.loads(text.splitlines()[-1])
     rows = {"import": [found["import"]], "load": [found["load"]]}
     first, warm = found["meshes"][0], found["meshes"][1:]
     rows |= {f"first mesh, {stage}": [value] for stage, value in first.items()}
     rows |= {f"warm, {stage}": [mesh[stage] for mesh in warm] for stage in first}
+    for name in ("batch", "full_grid"):
+        what = {"batch": f"batch of {config.batch}, a mesh", "full_grid": "dense, whole cube"}[name]
+        rows |= {f"{what}, {stage}": [value] for stage, value in found.get(name, {}).items()}
     rows["peak memory, MB"] = [found["peak_mb"]]
     if config.commands:
         script = str(folder / "scripts" / "gen_mesh.py")
-        rows["gen_mesh.py --help"] = [_run([script, "--help"], folder)[1]]
+        rows["gen_mesh.py --help"] = [_run([script, "--help"], folder, config)[1]]
         with tempfile.TemporaryDirectory() as output:
             arguments = [
                 f"image={options['image']}",
@@ -122,20 +129,30 @@ def _process(folder: Path, config: StagesConfig) -> dict[str, list[float]]:
                 f"model={options['model']}",
             ]
             arguments += [f"resolution={config.resolution}", f"elastic={str(config.elastic).lower()}"]
-            rows["gen_mesh.py"] = [_run([script, *arguments], folder)[1]]
+            rows["gen_mesh.py"] = [_run([script, *arguments], folder, config)[1]]
     return rows
 
 
-def _run(arguments: Sequence[str], folder: Path) -> tuple[str, float]:
+def _run(arguments: Sequence[str], folder: Path, config: StagesConfig) -> tuple[str, float]:
     """Output of Python on these arguments with a checkout's package, and the milliseconds it took."""
     environment = os.environ | {"PYTHONPATH": str(folder)}
     environment |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}  # as the scripts set it
-    start = time.perf_counter()
+    if config.threads:
+        environment["OMP_NUM_THREADS"] = str(config.threads)
+    start = _clock(config.cpu)
     done = subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-    elapsed = 1000 * (time.perf_counter() - start)
+    elapsed = 1000 * (_clock(config.cpu) - start)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"{Path(arguments[0]).name} failed in {folder}: {last}")
     return done.stdout, elapsed
+
+
+def _clock(cpu: bool) -> float:
+    """Seconds of the clock, or those that finished child processes have spent on the processor."""
+    if not cpu:
+        return time.perf_counter()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

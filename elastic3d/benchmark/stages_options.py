@@ -25,6 +25,19 @@ class StagesConfig(Options):
     resolution: int = option(256, "grid cells a side of the decoding", ge=8, le=512)
     elastic: bool = option(True, "let the routers decide; false: the dense model")
     threads: int = option(0, "threads of PyTorch; 0: its own choice", ge=0, le=1024)
+    cpu: bool = option(
+        False,
+        "count time of the processor, not of the clock, on a machine that does other work; needs threads=1",
+    )
+    batch: int = option(0, "also a batch of that many meshes; 0: none", ge=0, le=4096)
+    full_grid: bool = option(
+        False, "also a dense mesh whose field is evaluated in the whole cube, of this checkout: minutes"
+    )
+
+    def check(self) -> None:
+        """Threads that wait for each other count as work."""
+        if self.cpu and self.threads != 1:
+            raise ValueError(f"cpu is true and threads is {self.threads}, expected threads=1 with it")
 
 
 @dataclass(kw_only=True)
@@ -33,15 +46,26 @@ class DecodingConfig(Options):
 
     model: str = option(DEFAULT_MODEL, "folder of the model")
     images: Path = option(Path("data/samples"), "folder of images to sample latents from")
+    gt: Path | None = option(
+        None,
+        "folder of true meshes (.glb), named as their images are; they are encoded too; null: none but made shapes",
+    )
     seeds: list[int] = option([0, 1, 2], "seeds of the latents of each image", ge=0, le=2**63 - 1)
     output: Path = option(
         Path("outputs/decoding"), "folder for latents.safetensors, shapes.json and table.md"
     )
     reference: int = option(
-        256, "cells a side of the reference, evaluated everywhere at the surface", ge=8, le=512
+        256, "cells a side of the references, evaluated everywhere at the surface", ge=8, le=512
     )
     resolutions: list[int] = option(
         [64, 96, 128, 192, 256], "cells a side to compare with it, by default ways", ge=8, le=512
     )
     points: int = option(20000, "points on each mesh that distances are measured from", ge=100, le=1 << 24)
     limit: int = option(0, "shapes, from the first; 0: all", ge=0, le=1 << 20)
+    hunyuan3d_tokens: int = option(
+        0,
+        "count the time of Hunyuan3D-2's field decoder (random weights) with that many latent tokens, 512 or 3072; 0:"
+        " of the model's own",
+        ge=0,
+        le=1 << 16,
+    )

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from elastic3d.benchmark.config import BenchmarkOptions
+from elastic3d.benchmark.config import BenchmarkOptions, PolicyName
 from elastic3d.benchmark.controls import Controls
 from elastic3d.benchmark.methods import Case, Job, Planner, Routes, Run
 from elastic3d.benchmark.rivals import by_batch, running
+from elastic3d.elastic import detach
+from elastic3d.elastic.calibrating import put_policy
 from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.flop_meter import metered
 from elastic3d.elastic.session import ElasticSession
@@ -144,11 +146,23 @@ class Task(ABC):
             session = self.session(run)
             if run.unbiased and session is not None:
                 stack.enter_context(_unbiased(session))
+            if run.policy is not None:
+                stack.enter_context(self._keeping_budget(run, run.policy))
             if run.rival is not None:
                 transformer, ratios = self.transformer(run), self.ratios(run)
                 stack.enter_context(running(transformer, run.rival, run.steps, ratios, self.pipe(run)))
             self.warm_up(run)
             yield
+
+    @contextmanager
+    def _keeping_budget(self, run: Run, name: PolicyName) -> Iterator[None]:
+        """While it lasts, a policy decides in the plain model."""
+        model, policy = self.pipe(run) or self.transformer(run), self.planner.policy(name)
+        put_policy(model, policy.calibration, policy.schedule)
+        try:
+            yield
+        finally:
+            detach(model)
 
     def produced(self, run: Run, jobs: Sequence[Job], on_step: OnStep = None) -> list[Any]:
         """Results of a batch; the metadata of a rival say what it really executed."""
@@ -241,8 +255,8 @@ def make_all(task: Task, runs: Sequence[Run]) -> None:
 
 @contextmanager
 def following(session: ElasticSession | None, source: RouteSource | None) -> Iterator[None]:
-    """While it lasts, `source` decides instead of the routers; None leaves them to it."""
-    if session is None:
+    """While it lasts, `source` decides instead of the routers; None leaves them, or a policy, to it."""
+    if session is None or source is None:
         yield
         return
     session.source = source
@@ -269,6 +283,8 @@ def elastic_options(session: ElasticSession | None, run: Run) -> dict[str, Any]:
         return {}
     if run.routes is Routes.dense:
         return {"elastic": False}
+    if run.routes is Routes.policy:
+        return {"budget": run.settings.budget}
     names = ("budget", "width", "cache", "shared", "few_step")
     return {"elastic": True} | {name: getattr(run.settings, name) for name in names}
 

@@ -65,6 +65,7 @@ def timing_key(task: Task, runs: Sequence[Run]) -> str:
     fixed = {
         name: about[name] for name in ("system", "processor", "cores", "accelerator", "threads", "torch")
     }
+    fixed["cpu_time"] = task.config.cpu_time
     facts = [sorted(run.name for run in runs), [job.name for job in task.timing_jobs], fixed]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -88,14 +89,15 @@ def _round(task: Task, runs: Sequence[Run], what: str, batch: int, number: int, 
 def _time(task: Task, run: Run, jobs: Sequence[Job], what: str, condition: Any) -> dict[str, float]:
     """Milliseconds a mesh, and the blocks' FLOPs of all passes, executed, dense and the routers' (0: none ran)."""
     source = task.controls.source(run, jobs)  # before the clock starts
+    clock = time.process_time if task.config.cpu_time else time.perf_counter
     with task.ready(run):
-        start = time.perf_counter()
+        start = clock()
         if condition is not None:
             task.sample(run, condition, jobs, source)
         else:
             task.produce(run, jobs, source)
-        found = {"ms": 1000 * (time.perf_counter() - start) / len(jobs)}
-    session = task.planner.models[run.model].session
+        found = {"ms": 1000 * (clock() - start) / len(jobs)}
+        session = task.planner.models[run.model].session  # before a policy goes
     if run.settings.elastic and session is not None and session.trace is not None:
         flops = {"executed": trace_flops, "dense": trace_dense_flops, "routers": trace_router_flops}
         found |= {name: float(of(session.trace).sum()) for name, of in flops.items()}

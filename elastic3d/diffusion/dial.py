@@ -51,7 +51,8 @@ class Row:
     cost: share of the dense default generation's FLOPs; router_budget: share of the FLOPs of `steps` dense steps that
     the routers may execute, None for the dense model; few_step_lora: whether the few-step LoRA is merged, with which
     the second guidance branch runs in some of the steps alone; speedup: of the DiT over the dense default, by batch
-    size; iou: to the reference; f_scores: to the ground truth, in the order of `F_SCORES`.
+    size; iou: to the reference; f_scores: to the ground truth, in the order of `F_SCORES`; scope: that of the routers
+    (`block` or `step`), None in files that do not name it.
     """
 
     cost: float
@@ -61,12 +62,14 @@ class Row:
     speedup: Mapping[str, float]
     iou: float
     f_scores: tuple[float, ...]
+    scope: str | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Row:
         """A row as the file holds it."""
         names = ("cost", "steps", "router_budget", "few_step_lora", "speedup", "iou")
-        return cls(*(values[name] for name in names), tuple(values[name] for name in F_SCORES))  # type: ignore[call-arg]
+        scores = tuple(values[name] for name in F_SCORES)
+        return cls(*(values[name] for name in names), scores, values.get("scope"))  # type: ignore[call-arg]
 
     def over(self, requested: ElasticOptions) -> ElasticOptions:
         """What a caller asks for, with the settings of this row in the place of its budget."""
@@ -273,6 +276,14 @@ def _check_model(dial: Dial, model: PipelineConfig, routers: RouterConfig | None
             raise ValueError(
                 f"rows[{number}]: router_budget is {row.router_budget:g}, but this model has no routers"
             )
+        if row.scope not in (None, routers.scope.name):
+            raise ValueError(
+                f"rows[{number}]: scope is {row.scope!r}, expected {routers.scope.name}, that of this model's routers"
+            )
+        try:
+            routers.check_generation(row.steps, model.guidance, True)
+        except ValueError as error:
+            raise ValueError(f"rows[{number}]: {error}") from error
         lora = coarseness(routers, row.steps, row.router_budget, model.guidance) is not None
         if lora is not row.few_step_lora:
             runs = "with" if lora else "without"

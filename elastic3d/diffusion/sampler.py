@@ -220,7 +220,10 @@ class _Path:
     def state(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Latents (k,N,C) and times (k,) of some samples."""
         x = self.x if len(rows) == len(self.x) else self.x[rows]
-        return x, self.times[[self.done[row] for row in rows]]
+        steps = [self.done[row] for row in rows]
+        if len(set(steps)) == 1:  # a view: a list of indices would be copied to a GPU, which waits for it
+            return x, self.times[steps[0]].expand(len(rows))
+        return x, self.times[steps]
 
     def advance(self, rows: list[int], v: Tensor, deferred: Collection[int]) -> None:
         """A step along velocities (k,N,C) for those of the samples that are not held."""
@@ -235,12 +238,21 @@ class _Path:
         if self.solver is Solver.ab2:
             steps = [self.done[row] for row in rows]
             bend = [d / (2 * self.sizes[i - 1]) if i else 0.0 for i, d in zip(steps, dt, strict=True)]
-            along = v + v.new_tensor(bend)[:, None, None] * (v - self._earlier[rows])
+            along = v + _each(bend, v) * (v - _some(self._earlier, rows))
             self._earlier = _put(self._earlier, rows, v)
-        moved = self.x[rows] + v.new_tensor(dt)[:, None, None] * along
-        self.x = _put(self.x, rows, moved)
+        self.x = _put(self.x, rows, _some(self.x, rows) + _each(dt, v) * along)
         for row in rows:
             self.done[row] += 1
+
+
+def _each(values: list[float], like: Tensor) -> Tensor | float:
+    """A factor for each sample (k,1,1); a number where all have the same, which needs no copy to a GPU."""
+    return values[0] if len(set(values)) == 1 else like.new_tensor(values)[:, None, None]
+
+
+def _some(whole: Tensor, rows: list[int]) -> Tensor:
+    """Some samples (k,...) of (B,...)."""
+    return whole if len(rows) == len(whole) else whole[rows]
 
 
 def _put(whole: Tensor, rows: list[int], part: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from elastic3d.elastic.block import ElasticBlock, Place
 from elastic3d.elastic.compiling import stays_eager
-from elastic3d.elastic.config import RouterConfig
+from elastic3d.elastic.config import RouterConfig, RouterVariant
 from elastic3d.elastic.diffusers_loop import drive
 from elastic3d.elastic.family import BlockAdapter, ModelAdapter
 from elastic3d.elastic.router import build_conditioner, build_router, decides_per_step
@@ -52,6 +52,8 @@ def attach_with(
     session = ElasticSession(config, adapter.family)
     device = next(model.parameters()).device
     deciding = 1 if decides_per_step(config) else len(found)
+    if config.variant is RouterVariant.none:
+        deciding = 0
     session.conditioner = build_conditioner(config, deciding)
     if session.conditioner is not None:
         session.conditioner.to(device)

@@ -7,12 +7,14 @@ the first of them, B(x) what comes out of the last.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from elastic3d.elastic.compiling import stays_eager
 from elastic3d.elastic.context import Groups, StepContext, Streams
@@ -52,7 +54,7 @@ class ElasticBlock:
         self.router = router  # None where another block's decides
         self.name, self.index, self.stage = place.name, place.index, place.stage
         self.adapter, self.session = adapter, session
-        self.sites = adapter.mlp_sites(inner)
+        self.sites = adapter.mlp_sites(inner) if session.router_config.widths > 1 else ()
         self._before = inner.__dict__.get("forward")  # of somebody who replaced it earlier
         self.narrow = NarrowBlocks(inner, inner.forward, self.sites, session.router_config.ratios)
         self.few_step = None  # of the block's weights, for generations with few model evaluations
@@ -127,13 +129,10 @@ class ElasticBlock:
             return call.streams
         output = call.streams
         if action != REUSED:
-            output = self.adapter.run(self.running().at(action - 1), call)
+            output = self._run(partial(self.adapter.run, self.running().at(action - 1), call))
         if cache is None or not ends:
             return output
-        key, entered, when = context.key(span.start), context.entered[span.start], context.when.some(rows)
-        if len(rows) < len(context.rows):
-            index = rows_index(rows, entered[0].device)
-            entered = tuple(stream[index] for stream in entered)
+        key, when, entered = context.key(span.start), context.when.some(rows), _entered(context, rows, span)
         if action == REUSED:
             return cache.apply(key, when, entered)
         cache.store(key, when, entered, output)
@@ -143,12 +142,7 @@ class ElasticBlock:
         """Training: y = x + g (B(x) - x), g straight through, B(x) with its MLPs masked, on the rows that take part."""
         training, ends = context.training, self.index == span[-1]
         assert training is not None
-        x = call.streams  # what comes out where the block is closed
-        if ends:
-            x = context.entered[span.start]
-            if training.simulated is not None:
-                added = training.simulated.residuals(span.start)
-                x = tuple(stream + r.to(stream.dtype) for stream, r in zip(x, added, strict=True))
+        x = self._skipped(context, call, span)
         if training.skipped:
             context.ran_rows[self.index] = 0
             return x
@@ -168,14 +162,48 @@ class ElasticBlock:
         if rows is not None:
             keep, keep_prob, width = keep[rows], keep_prob[rows], width[rows]
         context.ran_rows.setdefault(self.index, len(keep))
-        with masked(self.inner, self.sites, width, self.narrow.ratios):
-            y = self.adapter.run(self.narrow.full, part)
+        y = self._run(partial(self._at_width, self.running() if context.rows else self.narrow, part, width))
+        cache = self.session.cache
+        if ends and cache is not None and context.rows and (ran := keep.nonzero()[:, 0].tolist()):
+            entered, when = _entered(context, ran, span), context.when.some(ran)
+            cache.store(context.key(span.start), when, entered, tuple(stream[keep] for stream in y))
         if ends:
             base = x if rows is None else tuple(stream[rows] for stream in x)
             y = tuple(gated(*pair, keep, keep_prob, weight) for pair in zip(base, y, strict=True))
         if rows is None:
             return y
         return tuple(whole.index_copy(0, rows, y.to(whole.dtype)) for whole, y in zip(x, y, strict=True))
+
+    def _skipped(self, context: StepContext, call: BlockCall, span: range) -> Streams:
+        """Training: what comes out where the block is skipped, which is what came in, and what is remembered."""
+        training, cache = context.training, self.session.cache
+        assert training is not None
+        if self.index != span[-1]:
+            return call.streams
+        x = context.entered[span.start]
+        if training.simulated is not None:
+            added = training.simulated.residuals(span.start)
+            return tuple(stream + r.to(stream.dtype) for stream, r in zip(x, added, strict=True))
+        if not context.rows or cache is None:
+            return x
+        key = context.key(span.start)
+        known = [row for row, age in enumerate(cache.ages(key, context.when)) if age]
+        if not known:
+            return x
+        index = torch.tensor(known, device=x[0].device)
+        found = cache.apply(key, context.when.some(known), tuple(stream[index] for stream in x))
+        return tuple(whole.index_copy(0, index, part) for whole, part in zip(x, found, strict=True))
+
+    def _at_width(self, blocks: NarrowBlocks, call: BlockCall, width: Tensor) -> Streams:
+        """The whole block, its MLPs masked to one-hot widths (B,K)."""
+        with masked(blocks.block, self.sites, width, blocks.ratios):
+            return self.adapter.run(blocks.full, call)
+
+    def _run(self, block: Callable[[], Streams]) -> Streams:
+        """What a block puts out; its activations are kept for the backward pass, or computed again there."""
+        if self.session.recompute and torch.is_grad_enabled():
+            return checkpoint(block, use_reentrant=False, preserve_rng_state=False)
+        return block()
 
     def _recorded(self, call: BlockCall, span: range) -> Streams:
         """The dense block, and at the end of a span a note of what it added."""
@@ -227,6 +255,15 @@ class ElasticBlock:
         """Compile the block and, as they are made, its narrow copies; decisions stay eager."""
         self.narrow.compile(arguments)
         self._adapted = None
+
+
+def _entered(context: StepContext, rows: Sequence[int], span: range) -> Streams:
+    """What came into a span of blocks, of some rows of the batch."""
+    streams = context.entered[span.start]
+    if len(rows) == len(context.rows):
+        return streams
+    index = rows_index(rows, streams[0].device)
+    return tuple(stream[index] for stream in streams)
 
 
 def gated(x: Tensor, y: Tensor, keep: Tensor, keep_prob: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule
-from elastic3d.elastic.context import Moments, Streams
+from elastic3d.elastic.context import Forecast, Moments, Streams
 from elastic3d.elastic.family import Rows, rows_index
 
 Key = tuple[int, int]  # block, first branch of the batch
@@ -40,8 +40,9 @@ class Bank:
 class ResidualCache:
     """Banks, and the policy that says when a residual may stand in for a block. Rows are positions in the batch."""
 
-    def __init__(self, config: BlockCacheConfig, steps: int) -> None:
-        self.config = config
+    def __init__(self, config: BlockCacheConfig, steps: int, forecast: Forecast | None = None) -> None:
+        """`forecast`: how residuals go on, where that is not along the damped line of `config`."""
+        self.config, self.forecast = config, forecast
         self.first_step = math.ceil(config.start * steps)
         self._banks: dict[Key, Bank] = {}
 
@@ -65,12 +66,12 @@ class ResidualCache:
             for age, step in zip(ages, when.steps, strict=True)
         ]
 
-    def reuse(self, age: int, keep_prob: float, threshold: float) -> bool:
-        """Whether a residual of this age stands in for a block with this gate: where the gate is closed, or, with
-        E-DiT's rule, in a band above its threshold."""
+    def reuse(self, age: int, keep: bool, keep_prob: float, threshold: float) -> bool:
+        """Whether a residual of this age stands in for a block: where it is skipped, or, with E-DiT's rule, where its
+        gate is in a band above the threshold."""
         if not age:
             return False
-        if keep_prob <= threshold:
+        if not keep:
             return self.config.skipped_reuse
         if self.config.rule is CacheRule.age:
             return True
@@ -79,10 +80,14 @@ class ResidualCache:
     def apply(self, key: Key, when: Moments, streams: Streams) -> Streams:
         """Streams (k,L,D) of the rows with what stands in for their residuals added.
 
-        These are the newest ones and, with a damping, what is left of their change a step: of 1 a line, as TaylorSeer
-        forecasts features (2503.06923), less flattens with each step (damped trend, Gardner and McKenzie 1985).
+        These are what the forecast says; without one the newest ones and, with a damping, what is left of their
+        change a step: of 1 a line, as TaylorSeer forecasts features (2503.06923), less flattens with each step
+        (damped trend, Gardner and McKenzie 1985).
         """
         bank = self._banks[key]
+        if self.forecast is not None:
+            added = [self._forecast(bank, key[0], number, when) for number in range(len(streams))]
+            return tuple(x + r for x, r in zip(streams, added, strict=True))
         slopes = [
             self._slope(bank, *moment) for moment in zip(when.rows, when.steps, when.times, strict=True)
         ]
@@ -118,6 +123,21 @@ class ResidualCache:
             bank.older = tuple(_put(old, index, new[index]) for old, new in moved)
         exchanged = zip(bank.newest, found, strict=True)
         bank.newest = tuple(_put(whole, index, part) for whole, part in exchanged)
+
+    def _forecast(self, bank: Bank, span: int, number: int, when: Moments) -> Tensor:
+        """What stands in for the residuals (k,L,D) of one stream."""
+        assert self.forecast is not None
+        weights = []
+        for row, step in zip(when.rows, when.steps, strict=True):
+            before = bank.before[row] if bank.before[row] > NEVER else None
+            weights.append(self.forecast.weights(span, number, step, bank.steps[row], before))
+        of_newest, of_older = zip(*weights, strict=True)
+        (newest,) = _take(bank.newest[number : number + 1], when)
+        found = newest * _factor(of_newest, newest)
+        if bank.older is None or not any(of_older):
+            return found
+        (older,) = _take(bank.older[number : number + 1], when)
+        return found + older * _factor(of_older, older)
 
     def _slope(self, bank: Bank, row: int, step: int, time: float) -> float:
         """How many times the change between a row's two residuals is added to the newest."""

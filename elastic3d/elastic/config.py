@@ -31,10 +31,11 @@ _OLD_BRANCHES = {"apart": "separate", "together": "shared"}
 
 class RouterVariant(Enum):
     """`light` pools the tokens first and shares its conditioning between blocks; `paper` is E-DiT's own
-    router."""
+    router; `none` leaves the decisions to a policy (see `training_free`)."""
 
     light = "light"
     paper = "paper"
+    none = "none"
 
 
 class Scope(Enum):
@@ -65,7 +66,9 @@ class CacheRule(Enum):
 class RouterConfig(Options):
     """Architecture and initialisation of the routers. Saved with their weights."""
 
-    variant: RouterVariant = option(RouterVariant.light, "the light router, or the paper's own")
+    variant: RouterVariant = option(
+        RouterVariant.light, "the light router, the paper's own, or none: a policy decides"
+    )
     scope: Scope = option(Scope.block, "decide before each block, or once a step for all of them")
     branches: Branches = option(
         Branches.separate, "scope step: each guidance branch for itself, or both as the conditional one"
@@ -132,6 +135,13 @@ class RouterConfig(Options):
         ascending=True,
         internal=True,
     )
+    trained_steps: list[int] = option(
+        [],
+        "fewest and most steps of the generations that routers and few-step LoRA were trained through; empty: any",
+        ge=1,
+        le=1000,
+        internal=True,
+    )
     damping_times: list[float] = option(
         [],
         "calibration of that: times in [0,1], ascending; empty: none",
@@ -185,6 +195,10 @@ class RouterConfig(Options):
             )
         if len(self.guided_times) not in (0, 2):
             raise ValueError(f"guided_times is {self.guided_times}, expected none or two, ascending")
+        if self.trained_steps and (len(self.trained_steps) != 2 or self.scope is not Scope.block):
+            raise ValueError(
+                f"trained_steps is {self.trained_steps}, expected two numbers, of routers with scope=block"
+            )
         for names, at, found in (
             ("requested_budgets and calibrated_budgets", self.requested_budgets, self.calibrated_budgets),
             ("times and gate_bias", self.times, self.gate_bias),
@@ -192,6 +206,8 @@ class RouterConfig(Options):
         ):
             if len(at) != len(found):
                 raise ValueError(f"{names} are no ascending list and one of the same length")
+        if self.variant is RouterVariant.none and self.scope is not Scope.step:
+            raise ValueError("scope is block, expected step: without routers all blocks do the same")
         if self.variant is RouterVariant.paper and self.scope is not Scope.block:
             raise ValueError("scope is step, expected block: the paper's router decides before each block")
         if self.variant is RouterVariant.paper and self.longest:
@@ -212,6 +228,26 @@ class RouterConfig(Options):
                     self.calibrated_budgets[i] - self.calibrated_budgets[i - 1]
                 )
         return self.calibrated_budgets[-1]
+
+    def check_generation(self, steps: int, guidance: float | None, few_step: bool) -> None:
+        """UserError for a generation that routers and few-step LoRA, trained through whole generations, do not cover:
+        neither is any good without the other. `guidance`: that of a second branch, None without one."""
+        if not self.trained_steps:
+            return
+        low, high = self.trained_steps
+        if not low <= steps <= high:
+            raise UserError(
+                f"steps is {steps}, expected {low} to {high}, for which these per-block routers were trained"
+            )
+        if not few_step:
+            raise UserError(
+                "few_step is false, expected true: these routers were trained with their few-step LoRA"
+            )
+        if self.few_step_guidance not in (None, guidance):
+            raise UserError(
+                f"guidance is {1.0 if guidance is None else guidance:g}, expected {self.few_step_guidance:g}, which the"
+                " few-step LoRA of these routers has learned"
+            )
 
     def guided_share(self, times: Sequence[float]) -> float:
         """Share of the dense model's calls in a generation with steps at these times whose few-step LoRA has
@@ -343,20 +379,25 @@ class ElasticOptions:
         return {item.name: getattr(config, item.name) for item in fields(ElasticOptions)}
 
     def over(self, default: ElasticConfig, has_routers: bool) -> ElasticConfig:
-        """The model's default with what is asked for.
+        """The model's default with what is asked for. A model without routers takes a budget alone, which its
+        policy keeps.
 
         Raises:
-            UserError: a budget out of range; anything elastic of a model without routers, or that is to run dense.
+            UserError: a budget out of range; anything else of a model without routers, or that is to run dense.
         """
         given = {name: value for name, value in vars(self).items() if value is not None}
-        wanted = given.pop("elastic", default.elastic)
-        if not has_routers or not wanted:
-            if self.elastic and not has_routers:
-                raise UserError("elastic is true, but this model has no routers")
-            needless = {name for name in given if name != "budget" or self.budget != 1}
-            if needless:
-                why = "elastic is false" if has_routers else "this model has no routers"
-                raise UserError(f"{', '.join(sorted(needless))} can't be set: {why}")
+        wanted = given.pop("elastic", default.elastic if has_routers else self.budget is not None)
+        dense, needless = not wanted, set(given) - {"budget"}
+        if dense and self.budget not in (None, 1):
+            needless.add("budget")
+        if needless and (dense or not has_routers):
+            why = "elastic is false" if self.elastic is False or has_routers else "this model has no routers"
+            raise UserError(f"{', '.join(sorted(needless))} can't be set: {why}")
+        if not has_routers:
+            if wanted and self.budget is None:
+                raise UserError("elastic is true, but this model has no routers: set budget= too")
+            default, dense = ElasticConfig(), dense or self.budget == 1
+        if dense:
             return ElasticConfig(elastic=False)
         try:
             return replace(default, elastic=True, **given)

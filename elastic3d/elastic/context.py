@@ -81,7 +81,8 @@ class StepContext:
     each (B,) fp32. Rows of a generation are (branch, sample), each at its step; a training pass has none. The first
     `conditional_rows` rows are those of one branch. `entered`: by its first block, what came into each span of blocks;
     `settled`: blocks within a span, and the rows of each action, as its first block has settled it for them;
-    `deferred`: samples that should have run and wait.
+    `deferred`: samples that should have run and wait. `decisions` are what is executed, `proposed` what the
+    routers of the blocks decided in a rollout.
     """
 
     t: Tensor
@@ -100,6 +101,7 @@ class StepContext:
     deferred: set[int] = field(default_factory=set)
     entered: dict[int, Streams] = field(default_factory=dict)
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
+    proposed: dict[int, RouteDecision] = field(default_factory=dict)
     flops: dict[int, BlockFlops] = field(default_factory=dict)
     ran_rows: dict[int, int] = field(default_factory=dict)
     visited: set[int] = field(default_factory=set)
@@ -113,7 +115,8 @@ class StepContext:
 class Announced:
     """All of a `StepContext` but the times, which the model is given; see `ElasticSession.step` and `train`.
 
-    Of a generation: `samples` of all `total` take part, and the cache keeps what `room` branches add.
+    Of a generation: `samples` of all `total` take part, and the cache keeps what `room` branches add; `times` are
+    theirs, where they are known without reading them from the device.
     """
 
     dt: Tensor | Sequence[float]
@@ -126,6 +129,7 @@ class Announced:
     room: int = 1
     training: Training | None = None
     conditional_rows: int = 0
+    times: Sequence[float] = ()
 
     def at(self, t: Tensor, timed: bool = False) -> StepContext:
         """The pass at times t (B,), which the cache gets to know where it is `timed`.
@@ -138,7 +142,9 @@ class Announced:
             copies = len(branch)
             rows = [(int(each), sample) for each in branch for sample in self.samples]
             places = [(each - rows[0][0]) * self.total + sample for each, sample in rows]
-            times = t.tolist() if timed else [0.0] * len(rows)
+            times = [0.0] * len(rows)
+            if timed:
+                times = list(self.times) * copies or t.tolist()
             when = Moments(places, max(copies, self.room) * self.total, list(self.steps) * copies, times)
             branch = torch.tensor([float(each) for each, _ in rows])
         values = {"dt": torch.as_tensor(self.dt).repeat(copies), "budget": self.budget.repeat(copies)}
@@ -160,10 +166,26 @@ class Announced:
         )
 
 
+class Forecast(Protocol):
+    """How residuals go on in one generation, where that is not along a damped line."""
+
+    def weights(
+        self, span: int, stream: int, step: int, newest: int, older: int | None
+    ) -> tuple[float, float]:
+        """At a step, of what a span of blocks added to a stream at the `newest` computed step and the `older` one."""
+        ...
+
+
 class RouteSource(Protocol):
-    """Something else than the routers that decides (see `policies`). `alike`: it decides the same for all blocks."""
+    """Something else than the routers that decides (see `policies`, `training_free`). `alike`: it decides the same for
+    all blocks."""
 
     alike: bool
+
+    def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> Forecast | None:
+        """A generation begins: its steps, their times in [0,1] where they are known, each sample's budget -> how
+        residuals go on; None: as the cache says."""
+        ...
 
     def decide(self, context: StepContext, block: int) -> RouteDecision:
         """The route of every row through one block."""

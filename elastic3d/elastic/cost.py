@@ -28,18 +28,22 @@ def executed_share(
     return torch.stack(shares).sum(dim=0)
 
 
-def dense_flops(model: nn.Module, adapter: ModelAdapter, lengths: Sequence[int]) -> int:
-    """FLOPs of all blocks in one dense pass of one sample with `lengths` tokens in its streams.
+def block_flops(model: nn.Module, adapter: ModelAdapter, lengths: Sequence[int]) -> list[BlockFlops]:
+    """FLOPs of each block in one dense pass of one sample with `lengths` tokens in its streams.
 
     Reads shapes alone: the model may lie on the meta device. A block of one stream sees all tokens.
     """
-    total = 0
+    found = []
     for name, block_adapter in adapter.block_lists(model):
         streams = len(block_adapter.stream_names)
         own = lengths if streams == len(lengths) else [sum(lengths)]
-        blocks = model.get_submodule(name).children()
-        total += sum(block_adapter.flops(block, own).dense for block in blocks)
-    return total
+        found += [block_adapter.flops(block, own) for block in model.get_submodule(name).children()]
+    return found
+
+
+def dense_flops(model: nn.Module, adapter: ModelAdapter, lengths: Sequence[int]) -> int:
+    """FLOPs of all of them."""
+    return sum(block.dense for block in block_flops(model, adapter, lengths))
 
 
 def trace_flops(trace: Trace) -> Tensor:

@@ -37,7 +37,8 @@ class PipelineDriver:
             if len(set(self._times)) < len(self._times):
                 raise ValueError(f"{type(scheduler).__name__} visits a timestep twice: unsupported")
             self._step, self._branches = -1, 1
-            self.session.begin(len(t), len(self._times))
+            ends = [1 - time / scheduler.config.num_train_timesteps for time in self._times]
+            self.session.begin(len(t), len(ends), times=ends)
         self._passes = self._passes + 1 if step == self._step else 1
         self._branches, self._step = max(self._branches, self._passes), step
         dt = abs(float(scheduler.sigmas[step] - scheduler.sigmas[step + 1]))

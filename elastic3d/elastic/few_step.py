@@ -25,11 +25,13 @@ def coarseness(
 
     0 at the largest NFE, 1 at half of it; None where the LoRA is not used: a larger NFE, more steps, another
     `guidance` than it has learned. `share` of the dense evaluations is all that a generation with learned guidance
-    makes; its budget is spent on those."""
+    makes; its budget is spent on those. Per-block routers evaluate the model at every step, whatever their budget."""
     if config.few_step_guidance not in (None, guidance):
         return None
     if config.few_step_max_steps is not None and steps > config.few_step_max_steps:
         return None
+    if config.trained_steps:
+        budget = share = 1.0
     nfe = round(steps * budget, 6)  # a budget that is a rounded share of the steps must not miss the limit
     if not config.few_step_rank or nfe > config.few_step_nfe:
         return None

@@ -43,6 +43,9 @@ class TableRoutes:
         """The routes of a generation; reused residuals and passes that did not run count as skipped."""
         return TableRoutes(trace.actions.clamp_min(SKIPPED), len(trace.ratios))
 
+    def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> None:
+        """A table is the same in every generation."""
+
     def decide(self, context: StepContext, block: int) -> RouteDecision:
         """The route of every row of a pass through one block."""
         steps, branches, samples, _ = self.actions.shape
@@ -88,6 +91,34 @@ def random_routes(
     ran[:, :branches] = True
     order = torch.rand(ran.shape, generator=generator)
     return _fill(order, torch.full(ran.shape, len(ratios)), ran, blocks, ratios, share)
+
+
+def routes_around(
+    sensitivity: Tensor,
+    blocks: Sequence[BlockFlops],
+    ratios: Sequence[float],
+    share: float,
+    spread: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Actions (S,2,I) of one sample, the same in both branches: the cells that matter least are skipped or narrow,
+    until about `share` is executed.
+
+    sensitivity: (S,I), the logarithm of the error at the end of a generation that skipping each block alone causes.
+    Gumbel noise of `spread` times its standard deviation is added, so that routes differ: 0 gives the best table by
+    timestep. With it, what is saved is divided at random between blocks that are skipped and MLPs that are narrowed.
+    """
+    chance = torch.rand((), generator=generator).item() * min(1.0, 2 * (1 - share)) * (spread > 0)
+    narrow = torch.rand(sensitivity.shape, generator=generator) < chance
+    width = torch.randint(1, len(ratios) + 1, sensitivity.shape, generator=generator)
+    action = torch.where(narrow, width, len(ratios))
+    noise = -torch.rand(sensitivity.shape, generator=generator).clamp(1e-9, 1 - 1e-7).log().neg().log()
+    scale = sensitivity.std(unbiased=False).item() or 1.0
+    priority = (sensitivity + spread * scale * noise - sensitivity.min() + 1e3)[:, None].expand(-1, 2, -1)
+    ran = torch.zeros(priority.shape, dtype=torch.bool)
+    ran[:, 0] = True  # one branch stands for both
+    found = _fill(priority, action[:, None].expand_as(priority), ran, blocks, ratios, share)
+    return found[:, :1].expand(-1, 2, -1).contiguous()
 
 
 def timestep_routes(

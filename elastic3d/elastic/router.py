@@ -55,6 +55,27 @@ class RouteDecision:
         """A route that nobody computed: keep (B,) bool and width (B,) long, with certain probabilities."""
         return RouteDecision(keep, width, keep.float(), F.one_hot(width, widths).float())
 
+    @staticmethod
+    def stacked(decisions: Sequence[RouteDecision], dim: int) -> RouteDecision:
+        """Several as one, along a new axis that comes after that of the samples."""
+        parts = zip(*((d.keep, d.width, d.keep_prob, d.width_prob) for d in decisions), strict=True)
+        return RouteDecision(*(torch.stack(part, dim=dim) for part in parts))
+
+    def rows(self, index: slice) -> RouteDecision:
+        """Those of some samples."""
+        return RouteDecision(
+            self.keep[index], self.width[index], self.keep_prob[index], self.width_prob[index]
+        )
+
+    def of(self, block: int) -> RouteDecision:
+        """Of stacked ones, whose last axis is that of the blocks, those of one."""
+        return RouteDecision(
+            self.keep[..., block],
+            self.width[..., block],
+            self.keep_prob[..., block],
+            self.width_prob[..., block, :],
+        )
+
     def running(self, rows: Tensor) -> RouteDecision:
         """The same, but rows (B,) bool run at full width whatever the router says, which then learns nothing there."""
         full = self.width_prob.shape[-1] - 1
@@ -227,7 +248,7 @@ def build_router(config: RouterConfig, width: int, streams: int) -> Router:
 
 def build_conditioner(config: RouterConfig, blocks: int) -> Conditioner | None:
     """The conditioner that `blocks` routers share; the paper's have none."""
-    return None if config.variant is RouterVariant.paper else Conditioner(config, blocks)
+    return Conditioner(config, blocks) if config.variant is RouterVariant.light else None
 
 
 def decides_per_step(config: RouterConfig) -> bool:
@@ -236,12 +257,14 @@ def decides_per_step(config: RouterConfig) -> bool:
 
 
 def _age_embedding(config: RouterConfig) -> nn.Embedding:
-    """A modulation for each age. At the start it moves the gate alone: the older, the more open."""
+    """A modulation for each age. At the start it moves the gate alone, and only where one decision holds for all
+    blocks: the older, the more open."""
     longest = config.longest
     embedding = nn.Embedding(longest + 1, 2 * config.hidden + 1 + config.widths)
     nn.init.zeros_(embedding.weight)
-    with torch.no_grad():
-        embedding.weight[1:, 2 * config.hidden] = torch.arange(longest) - (longest - 1) / 2
+    if decides_per_step(config):
+        with torch.no_grad():
+            embedding.weight[1:, 2 * config.hidden] = torch.arange(longest) - (longest - 1) / 2
     return embedding
 
 

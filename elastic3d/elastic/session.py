@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from elastic3d.elastic.context import (
 )
 from elastic3d.elastic.family import BlockCall
 from elastic3d.elastic.few_step import coarseness
+from elastic3d.elastic.rollout import Rollout
 from elastic3d.elastic.router import (
     Conditioner,
     RouteDecision,
@@ -57,7 +58,8 @@ class ElasticSession:
     which calls `begin` and `step` for a pass that nobody announced; `turn`, held by who generates; `trace` of the
     newest generation; `current`, the newest forward pass, whose `decisions` the losses read; `recorded`, what the spans
     of a dense pass add, while somebody asks for it; `coarseness` of a generation that uses the few-step LoRA, or
-    None.
+    None; `rollout`, from which routers learn while it is generated; `recompute`: blocks keep no activations for the
+    backward pass of a generation, but run again there (activation checkpointing).
     """
 
     def __init__(self, router_config: RouterConfig, family: str) -> None:
@@ -75,8 +77,11 @@ class ElasticSession:
         self.recorded: Residuals | None = None
         self.entered: dict[int, Streams] = {}  # while recording
         self.samples = self._steps = 0
+        self._times: list[float] = []
         self._budget: Tensor = torch.ones(0)
         self.coarseness: float | None = None
+        self.rollout: Rollout | None = None
+        self.recompute = False
         self._led: tuple[list[int], RouteDecision] | None = None
         self._announced: Announced | None = None
 
@@ -99,18 +104,24 @@ class ElasticSession:
         """A new generation, of steps at `times`: caches and trace start empty. `guidance`: that of a second branch."""
         if samples < 1 or steps < 1:
             raise ValueError(f"a generation of {samples} samples in {steps} steps, expected at least 1 and 1")
+        if budget is None and self.rollout is not None:
+            budget = cast(list[float], self.rollout.budget.tolist())
         budgets = one_each(self.settings.budget if budget is None else budget, samples, "budgets")
-        self.samples, self._steps = samples, steps
+        if self.settings.elastic and self.source is None:
+            self.router_config.check_generation(steps, guidance, self.settings.few_step)
+        self.samples, self._steps, self._times = samples, steps, list(times)
         self.coarsen(steps, sum(budgets) / samples, guidance, times)
         share = self.router_config.guided_share(times) if self.guided else 1.0
         self._budget = torch.tensor([self.router_config.calibrated(each, share) for each in budgets])
         self.trace = Trace(
             [b.name for b in self.blocks], self.router_config.ratios, steps, samples, self.guided
         )
-        cache = self.reuse
-        if self.router_config.longest and self.source is None and not cache.skipped_reuse:
+        cache, forecast = self.reuse, None
+        if self.source is not None:
+            forecast = self.source.begin(steps, times, budgets)
+        elif self.router_config.longest and not cache.skipped_reuse:
             raise ValueError("cache.skipped_reuse is false, expected true: routers were trained to reuse")
-        self.cache = ResidualCache(cache, steps) if cache.active else None
+        self.cache = ResidualCache(cache, steps, forecast) if cache.active else None
         self._forget()
 
     def coarsen(self, steps: int, budget: float, guidance: Scale, times: Times = ()) -> None:
@@ -160,7 +171,20 @@ class ElasticSession:
         if defer is not Defer.never and not self.defers:
             raise ValueError(f"hold is {defer.name}, expected never: blocks or samples do not decide so")
         dts, budgets = one_each(dt, len(samples), "step sizes"), self._budget[list(samples)]
-        self._announced = Announced(dts, budgets, branches, samples, steps, self.samples, defer, room=room)
+        training = Training() if self.rollout is not None and self.rollout.straight else None
+        times = [self._times[step] for step in steps] if len(self._times) == self._steps else []
+        self._announced = Announced(
+            dts,
+            budgets,
+            branches,
+            samples,
+            steps,
+            self.samples,
+            defer,
+            room=room,
+            training=training,
+            times=times,
+        )
 
     def train(
         self,
@@ -207,6 +231,17 @@ class ElasticSession:
             self.settings.elastic = elastic
 
     @contextmanager
+    def learning(self, rollout: Rollout) -> Iterator[None]:
+        """While it lasts, a generation is a rollout: its budgets and routes are taken, its decisions noted there."""
+        if decides_per_step(self.router_config):
+            raise ValueError("scope is step, expected block: in a rollout each block decides for itself")
+        self.rollout = rollout
+        try:
+            yield
+        finally:
+            self.rollout = None
+
+    @contextmanager
     def recording(self) -> Iterator[Residuals]:
         """While it lasts, the model is the dense one, and what each block adds to its streams is noted."""
         self.recorded = {}
@@ -234,6 +269,8 @@ class ElasticSession:
         told, self._announced = self._announced, None
         self._follow(t.device)
         self.current = context = told.at(t, self.cache is not None and bool(self.cache.config.times))
+        if self.rollout is not None:
+            self.rollout.passes.append(context)
         if (
             context.training is not None and self.conditioner is not None
         ):  # not in a block that may be recomputed
@@ -253,7 +290,7 @@ class ElasticSession:
 
     def decide(self, block: ElasticBlock, call: BlockCall) -> RouteDecision:
         """The route of every row through `block`: from the source, from the one decision of this step, or from its
-        router. Rows with nothing to go on with run, where the routers choose between a block and its forecast."""
+        router. Where one decision holds for all blocks, rows with nothing to go on with run: to skip all is no step."""
         context = self.context_of(block)
         if block.index in context.visited and not torch.is_grad_enabled():  # with gradients: recomputation
             raise ValueError(f"block {block.name} was called twice in one forward pass")
@@ -262,13 +299,16 @@ class ElasticSession:
             decision = self.source.decide(context, block.index)
         elif not decides_per_step(self.router_config):
             decision = self._decision(context, self._logits(context, block, call, slice(None)))
+            if self.rollout is not None:
+                decision = self.rollout.settle(context, block.index, decision)
         else:
             if context.ahead is None or block.index == 0:  # at the first block, also when it is recomputed
                 context.ahead = self._decide_ahead(context, block, call)
             decision = context.ahead
-        age = self._age(block) if context.training is not None or self.cache is not None else None
-        if age is not None:
-            decision = decision.running(age == 0)
+        if decides_per_step(self.router_config) and (context.training is not None or self.cache is not None):
+            age = self._age(block)
+            if age is not None:
+                decision = decision.running(age == 0)
         decision = decision if self.settings.width else decision.at_full_width()
         if block.index not in context.flops:
             context.flops[block.index] = block.flops(call.lengths)
@@ -288,15 +328,15 @@ class ElasticSession:
         """Logits of a block's router for some rows."""
         assert block.router is not None
         streams = tuple(stream[rows] for stream in call.streams)
-        age, modulation = self._age(block), None
+        conditioning, age, modulation = block.adapter.conditioning(call)[rows], self._age(block), None
+        if self.rollout is not None:  # the model does not learn to please its routers
+            streams, conditioning = tuple(stream.detach() for stream in streams), conditioning.detach()
         if context.modulation is None and self.conditioner is not None:
             context.modulation = self.conditioner(context)
         if context.modulation is not None:
             modulation = context.modulation[rows, block.index]
         age = None if age is None else age[rows]
-        return block.router(
-            RouterInput(Tokens(streams), block.adapter.conditioning(call)[rows], modulation, age)
-        )
+        return block.router(RouterInput(Tokens(streams), conditioning, modulation, age))
 
     def _decide_ahead(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
         """The same decision for all blocks. Where branches go together, the conditional one's rows are asked, which are
@@ -374,7 +414,7 @@ class ElasticSession:
         are deferred, though a row of them should run, pass and are noted."""
         threshold, actions = self.router_config.threshold, []
         for age, p, width, keep in zip(ages, *decision.on_host(), strict=True):
-            if self.cache is not None and self.cache.reuse(age, p, threshold):
+            if self.cache is not None and self.cache.reuse(age, bool(keep), p, threshold):
                 actions.append(REUSED)
             else:
                 actions.append(1 + int(width) if keep else SKIPPED)

@@ -30,7 +30,7 @@ from elastic3d.geometry.options import DecodeConfig
 from elastic3d.geometry.surface import extract_surface
 
 FieldFunction = Callable[[Tensor, Tensor], Tensor]
-"""field(points (B,P,3) float32, sample index (B,) int64) -> values (B,P), positive inside."""
+"""field(points (B,P,3) float32, sample index (B,) int64 on the CPU) -> values (B,P), positive inside."""
 
 _CELLS = 1 << 15  # interpolated at a time
 _IN_CELL = tuple((x, y, z) for x in range(3) for y in range(3) for z in range(3))
@@ -133,7 +133,7 @@ class _Level:
         self.known.view(-1)[indices] = True
         self.queries += len(indices)
         indices = indices[block_order(indices, self.resolution)]
-        sample = torch.tensor([self.sample], device=indices.device)
+        sample = torch.tensor([self.sample])  # a GPU would be waited for to read it
         found = [indices.new_empty(0, dtype=torch.float32)]
         for chunk in indices.split(self.config.max_points):
             points = node_points(chunk, self.resolution, self.config.box)

@@ -99,6 +99,9 @@ class VAEConfig(Options):
         le=1,
         advanced=True,
     )
+    move_anchors: bool = option(
+        False, "anchored: the decoder moves the anchors that it is given before it reads the field from them"
+    )
     scale_factor: float = option(
         1.0,
         "latents are multiplied by this for the DiT (after standardisation)",

@@ -273,6 +273,8 @@ class ShapeVAE(PretrainedMixin, nn.Module):
         self.post_kl = nn.Linear(config.latent_channels, config.width)
         if config.anchored:
             self.anchor_proj = nn.Linear(3 + 6 * config.num_freqs, config.width)
+        if config.anchored and config.move_anchors:
+            self.anchor_move = nn.Linear(config.width, 3)
         self.transformer = Transformer(config, config.decoder_layers)
         self.geo_decoder = GeoDecoder(config)
         self.set_latent_statistics(config.latent_mean, config.latent_std)
@@ -284,6 +286,8 @@ class ShapeVAE(PretrainedMixin, nn.Module):
                 nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.config.anchored and self.config.move_anchors:
+            nn.init.zeros_(self.anchor_move.weight)
         if self.config.encoder_layers:
             # A unit-variance posterior drowns the latents in noise for hundreds of steps: start it at std 0.05.
             nn.init.constant_(self.pre_kl.bias[self.config.latent_channels :], -6.0)
@@ -322,7 +326,11 @@ class ShapeVAE(PretrainedMixin, nn.Module):
         return latents.float() / self.config.scale_factor * self.latent_std + self.latent_mean
 
     def decode(self, latents: Tensor) -> Tensor:
-        """DiT-space latents (B,N,C) -> decoder tokens (B,N,D); anchored: (B,N,3+D), the anchor in front, in fp32."""
+        """DiT-space latents (B,N,C) -> decoder tokens (B,N,D); anchored: (B,N,3+D), the anchor in front, in fp32.
+
+        With `move_anchors` it is the anchor where the decoder wants it: generated anchors lie beside the surface, and
+        only all latents together tell where that is.
+        """
         raw = self.from_latents(latents)
         dtype = self.post_kl.weight.dtype
         if not self.config.anchored:
@@ -330,7 +338,10 @@ class ShapeVAE(PretrainedMixin, nn.Module):
         anchors, features = raw[..., :3], raw[..., 3:]
         position = fourier_embedding(anchors, self.config.num_freqs, self.config.include_pi)
         tokens = self.post_kl(features.to(dtype)) + self.anchor_proj(position.to(dtype))
-        return torch.cat([anchors, self.transformer(tokens).float()], dim=-1)
+        tokens = self.transformer(tokens)
+        if self.config.move_anchors:
+            anchors = anchors + self.anchor_move(tokens).float()
+        return torch.cat([anchors, tokens.float()], dim=-1)
 
     def query(self, points: Tensor, tokens: Tensor) -> Tensor:
         """Field at points (B,P,3) from `decode`'s tokens -> (B,P) fp32, positive inside."""

@@ -80,6 +80,8 @@ class Outcome:
     watertight: bool | None = None
     print_summary: str = ""
     warnings: list[str] = field(default_factory=list)
+    image_warnings: list[str] = field(default_factory=list)
+    """Of the image, told before anything was made of it."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -141,7 +143,7 @@ def _plan(config: GenerateConfig) -> Plan:
             raise UserError(f"output is {output}, expected a folder, as image is a folder or a glob")
         if output.exists() and not output.is_dir():
             raise UserError(f"output is {output}, a file, expected a folder")
-        images = _images(config.image) if many else [single]
+        images = find_images(config.image) if many else [single]
         targets = _targets(images, output, config.format)
         folder: Path | None = output
     else:
@@ -237,6 +239,7 @@ def save_routes(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 def _save(job: Job, result: Result, config: GenerateConfig, image: ImageInput) -> Outcome:
     outcome = Outcome(job.subject, printable(job.output), job.seed, "ok", metadata=result.metadata)
+    outcome.image_warnings = result.warnings
     try:
         frontal = config.model in PRESETS
         mesh, check = finish(result, config.asset, job.output.suffix, image, config.foreground, frontal)
@@ -254,7 +257,7 @@ def _save(job: Job, result: Result, config: GenerateConfig, image: ImageInput) -
     return outcome
 
 
-def _images(pattern: str) -> list[Path]:
+def find_images(pattern: str) -> list[Path]:
     """Images in a folder, or files that match a glob; sorted."""
     folder = Path(pattern)
     if folder.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -19,14 +20,18 @@ from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample
 from elastic3d.elastic import attach, is_attached, save_routers, session_of
+from elastic3d.elastic.calibrating import find_calibration, has_routers, put_policy
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.elastic.context import Turn
 from elastic3d.elastic.session import ElasticSession
+from elastic3d.elastic.training_free import check_budget
 from elastic3d.errors import UserError
+from elastic3d.geometry.cells import reducible
 from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.geometry.surface import extract_surface
+from elastic3d.models.familiarity import Familiarity, load_familiarity
 from elastic3d.models.image_encoder import ImageEncoder, load_image_encoder, save_image_encoder
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
@@ -48,7 +53,7 @@ from elastic3d.pipelines.result import Result, Settings
 from elastic3d.pipelines.routes import dense_metadata, route_metadata
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, seeds_of, timed
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
-from elastic3d.utils.files import file_sha256
+from elastic3d.utils.files import file_sha256, printable
 from elastic3d.utils.options import from_dict, to_dict
 from elastic3d.utils.structured import load_json, save_json
 
@@ -59,7 +64,9 @@ class ImageTo3DPipeline:
     """An image of one object becomes a mesh.
 
     On disk: a folder with `pipeline.json`, `vae/`, `dit/` (each config.json and model.safetensors),
-    `image_encoder/config.json` and, for an elastic model, `routers/` and `dial.json`.
+    `image_encoder/config.json`, `familiarity.safetensors` (which images the model knows) and, for an elastic model,
+    `routers/` and `dial.json`. Without routers a budget is kept by a training-free policy, by the calibration in
+    `training_free.json` where there is one.
     """
 
     def __init__(
@@ -89,6 +96,8 @@ class ImageTo3DPipeline:
         self.placement = Placement(next(dit.parameters()).device)
         self.max_points = usual_chunk(self.device)
         self.dial: Dial | None = None  # what a budget becomes; None: the budget is the routers' own
+        self.calibration: Path | None = None  # file or folder of what keeps a budget without routers
+        self.familiarity: Familiarity | None = None  # with the images the model was trained on
         self._turn = Turn()  # threads that share a pipeline take turns
 
     @property
@@ -106,7 +115,7 @@ class ImageTo3DPipeline:
 
     @property
     def session(self) -> ElasticSession | None:
-        """Of the DiT's routers; None where it has none."""
+        """Of the DiT's routers, or of its policy once a budget was set; None where it has neither."""
         return session_of(self.dit) if is_attached(self.dit) else None
 
     @classmethod
@@ -116,6 +125,7 @@ class ImageTo3DPipeline:
         device: DeviceChoice | torch.device | str = "auto",
         dtype: DTypeChoice | torch.dtype | str = "auto",
         dial: bool = True,
+        routers: bool = True,
     ) -> ImageTo3DPipeline:
         """The pipeline saved in a folder, ready to run.
 
@@ -123,6 +133,7 @@ class ImageTo3DPipeline:
             path: a folder, or the name of a bundled model: "shape-small".
             dtype: of the DiT and the VAE; `auto` is bf16 where it is fast, else fp32.
             dial: False leaves out the model's dial, as for measurements: a budget is then the routers' own.
+            routers: False leaves out the model's routers, and its dial with them.
 
         Raises:
             UserError: a missing, broken or third-party file, a device that is not there.
@@ -137,13 +148,15 @@ class ImageTo3DPipeline:
         dit = load_dit(folder / "dit", number, target)
         files = [find_weights(folder / "vae"), find_weights(folder / "dit")]
         digest = dense = file_sha256(*files)
-        if (folder / ROUTERS_NAME).is_dir():
+        if routers and (folder / ROUTERS_NAME).is_dir():
             attach(dit, folder / ROUTERS_NAME)
             digest = file_sha256(*files, find_weights(folder / ROUTERS_NAME))
         pipeline = cls(vae, dit, load_image_encoder(folder / "image_encoder", target), config, digest, dense)
-        if dial:
-            session = pipeline.session
+        pipeline.familiarity = load_familiarity(folder, pipeline.encoder.channels)
+        session = pipeline.session
+        if dial and routers:
             pipeline.dial = load_dial(folder, config, None if session is None else session.router_config)
+        pipeline.calibration = folder
         return pipeline
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -151,9 +164,11 @@ class ImageTo3DPipeline:
         folder = Path(path)
         self.vae.save_pretrained(folder / "vae", dtype)
         self.dit.save_pretrained(folder / "dit", dtype)
-        if is_attached(self.dit):
+        if has_routers(self.dit):
             save_routers(self.dit, folder / ROUTERS_NAME)
         save_image_encoder(self.encoder, folder / "image_encoder")
+        if self.familiarity is not None:
+            self.familiarity.save(folder)
         save_dial(self.dial, folder)
         save_json({**to_dict(self.config), "version": __version__}, folder / PIPELINE_NAME)
 
@@ -175,6 +190,7 @@ class ImageTo3DPipeline:
         guidance: float | None = None,
         resolution: int | None = None,
         max_faces: int | None = None,
+        decode: DecodeConfig | None = None,
         cleanup: CleanupConfig | None = None,
         foreground: ForegroundConfig | None = None,
         on_step: OnStep | None = None,
@@ -192,6 +208,7 @@ class ImageTo3DPipeline:
             steps, guidance, resolution: None is the model's default. With `steps`, a budget is a share of that many
                 dense steps; without, of the dense model's default ones, where the model has a dial.
             max_faces: decimate to this many faces; None is `cleanup`'s own (40,000).
+            decode: how the field becomes a mesh; its resolution, box and size of a call are those of this call.
             on_step: called with (steps done, steps) during sampling.
             on_progress: called with (stage, done, total) in every stage: condition, dit, decode, cleanup.
             on_result: called with (number in the list, result) as soon as a result is known, failures included.
@@ -208,11 +225,16 @@ class ImageTo3DPipeline:
         row = choose(self.dial, requested, steps, quality, guidance)
         run = requested if row is None else row.over(requested)
         steps = steps if row is None else row.steps
-        settings = self._settings(steps, guidance, resolution, max_faces, cleanup, foreground)
-        settings.elastic = run.over(self.config.elastic, self.session is not None)
+        settings = self._settings(steps, guidance, resolution, max_faces, decode, cleanup, foreground)
+        settings.elastic = run.over(self.config.elastic, has_routers(self.dit))
+        if settings.elastic.elastic and not has_routers(self.dit):
+            check_budget(settings.elastic.budget, len(sampling_times(self.config, settings.steps)) - 1)
         settings.dial = None if row is None else row.metadata(requested.budget, quality)
-        with self._turn, self.session.turn if self.session is not None else nullcontext():
-            results = self._generate(inputs, seeds, settings, Listeners(on_step, on_progress, on_result))
+        with self._turn:
+            if settings.elastic.elastic and self.session is None:
+                put_policy(self.dit, find_calibration(self.calibration, self.dit))
+            with self.session.turn if self.session is not None else nullcontext():
+                results = self._generate(inputs, seeds, settings, Listeners(on_step, on_progress, on_result))
         if many:
             return results
         if results[0].error is not None:
@@ -225,6 +247,7 @@ class ImageTo3DPipeline:
         guidance: float | None,
         resolution: int | None,
         max_faces: int | None,
+        decode: DecodeConfig | None,
         cleanup: CleanupConfig | None,
         foreground: ForegroundConfig | None,
     ) -> Settings:
@@ -233,11 +256,13 @@ class ImageTo3DPipeline:
             cleaning = cleanup or CleanupConfig()
             cleaning = cleaning if max_faces is None else replace(cleaning, max_faces=max_faces)
             cells = self.config.resolution if resolution is None else resolution
-            chunk, box = self.max_points, self.config.box
+            decoding = replace(
+                decode or DecodeConfig(), resolution=cells, max_points=self.max_points, box=self.config.box
+            )
             return Settings(
                 steps=self.config.steps if steps is None else steps,
                 guidance=self.config.guidance if guidance is None else guidance,
-                decode=DecodeConfig(resolution=cells, max_points=chunk, box=box),
+                decode=decoding,
                 cleanup=cleaning,
                 foreground=foreground or ForegroundConfig(),
                 elastic=self.config.elastic,
@@ -270,6 +295,7 @@ class ImageTo3DPipeline:
                 return results
             with self.placement.use(self.encoder):
                 condition = encode(list(prepared.values()), self.encoder, self.device)
+            self._compare(condition, {i: (images[i], results[i]) for i in prepared})
         with timed(batch_ms, "dit"), self.placement.use(self.dit):
             latents = self.sample_latents(
                 condition, [seeds[i] for i in prepared], settings, partial(listeners.at, "dit")
@@ -285,6 +311,19 @@ class ImageTo3DPipeline:
             result.metadata |= dense | route | by_default
         self._decode(latents, dict(zip(prepared, done, strict=True)), settings, batch_ms, listeners)
         return results
+
+    def _compare(self, condition: Tensor, rows: dict[int, tuple[ImageInput, Result]]) -> None:
+        """Note how far the images of some samples are from the training images, and warn of those far away."""
+        if self.familiarity is None:
+            return
+        for (image, result), distance in zip(
+            rows.values(), self.familiarity.distance(condition).tolist(), strict=True
+        ):
+            result.metadata["image_distance"] = round(distance, 3)
+            if text := self.familiarity.warning(distance):
+                result.warnings.append(text)
+                name = f"{printable(image)}: " if isinstance(image, (str, Path)) else ""
+                warnings.warn(f"{name}{text}", stacklevel=2)
 
     def _decode(
         self,
@@ -351,6 +390,7 @@ class ImageTo3DPipeline:
         with timed(ms, "decode"):
             values, _ = decode_field(self.vae.field(tokens), 0, settings.decode, self.device, on_level)
         with timed(ms, "surface"):
+            values = reducible(values, settings.cleanup.max_faces)
             mesh = extract_surface(values, settings.decode.box, settings.decode.surface)
         with timed(ms, "cleanup"):
             return clean(mesh, settings.cleanup)

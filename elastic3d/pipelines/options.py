@@ -16,6 +16,7 @@ from elastic3d.utils.options import Options, check_range, option
 
 DEFAULT_MODEL = "data/pretrained/shape-small"
 DEFAULT_IMAGE_MODEL = "data/pretrained/image-small"
+NO_ROUTERS_NAME = "none"  # leaves out the routers that a model has
 MAX_PIXELS = 4096  # a side
 MAX_PROMPT = 4000  # characters; every text encoder here takes fewer tokens
 
@@ -94,7 +95,10 @@ class GenerateConfig(Options):
         "", "Take the VAE from this folder in weights, such as hunyuan3d-vae-v2-0-turbo."
     )
     dinov2: str = option("", "Folder of a DINOv2, for a checkpoint without its image encoder.")
-    routers: str = option("", "Folder of trained routers for this model.")
+    routers: str = option("", "Folder of trained routers for this model; none: leave out its own.")
+    calibration: str = option(
+        "", "For a budget without routers: file or folder of elastic3d calibrate; empty: beside the weights."
+    )
     image_left: str = option("", "Multi-view models: the object seen from its left.")
     image_back: str = option("", "Multi-view models: seen from behind.")
     image_right: str = option("", "Multi-view models: seen from its right.")
@@ -200,7 +204,13 @@ class GenerateImageConfig(Options):
     weights: str = option(
         "", f"Folder of the pipeline as published; empty: {DEFAULT_IMAGE_MODEL} of this repository."
     )
-    routers: str = option("", "Folder of routers; empty: `routers` in the folder of the weights, if there.")
+    routers: str = option(
+        "",
+        "Folder of routers; empty: `routers` in the folder of the weights, if there; none: leave these out.",
+    )
+    calibration: str = option(
+        "", "For a budget without routers: file or folder of elastic3d calibrate; empty: beside the weights."
+    )
     lora: str = option("", "LoRA (.safetensors) to merge into the weights; needs peft.")
     steps: int | None = option(None, "Sampling steps; null: the pipeline's default.", ge=1, le=1000)
     guidance: float | None = option(
@@ -244,6 +254,44 @@ class GenerateImageConfig(Options):
                 raise ValueError(f"{name} is {value}, expected a .png file")
         if not self.weights and self.backbone is not BackboneName.small:
             raise ValueError(f"weights= is missing: the folder of the {self.backbone.name} pipeline")
+        parse_size(self.size)
+
+
+@dataclass(kw_only=True)
+class CalibratePolicyConfig(Options):
+    """Options of `scripts/calibrate.py`."""
+
+    image: str = option("", "For meshes: images like those to come, a folder or a glob.")
+    prompts: str = option("", "For images: a text file, one prompt a line.")
+    samples: int = option(6, "How many of them are generated, spread evenly.", ge=1, le=1000)
+    output: str = option("", "Folder or .json file to write; empty: beside the weights.")
+    model: str = option("", "For meshes: as for gen_mesh.py, a folder or a published model.")
+    backbone: BackboneName = option(BackboneName.small, "For images: family of the pipeline.")
+    weights: str = option("", "Folder of a published model's weights; empty: the bundled model.")
+    subfolder: str = option("", "Folder of the checkpoint in weights; empty: the published one.")
+    vae_subfolder: str = option("", "Take the VAE from this folder in weights.")
+    dinov2: str = option("", "Folder of a DINOv2, for a checkpoint without its image encoder.")
+    steps: int | None = option(
+        None, "Sampling steps; null: the model's default. Others are interpolated.", ge=3, le=1000
+    )
+    guidance: float | None = option(None, "Guidance scale; null: the model's default.", ge=0, le=100)
+    size: str = option("", "For images: pixels, 512 or 768x512; empty: the pipeline's default.")
+    seed: int = option(0, "Seed of the first noise, the others follow.", ge=0, le=2**63 - 1)
+    device: DeviceChoice = option(DeviceChoice.auto, "Where the model runs.")
+    dtype: DTypeChoice = option(DTypeChoice.auto, "Number format of the model.")
+    low_memory: bool = option(False, "For meshes: one part of the model on the device at a time.")
+    offload: bool = option(False, "For images: keep parts in main memory while they do not run (a GPU).")
+
+    def check(self) -> None:
+        """Either images or prompts, for one kind of model."""
+        if bool(self.image) == bool(self.prompts):
+            raise ValueError("one of image= (for meshes) and prompts= (for images) is expected")
+        if self.prompts and self.model:
+            raise ValueError("model= is for meshes, but prompts= is given: expected backbone= and weights=")
+        if self.image and self.backbone is not BackboneName.small:
+            raise ValueError(
+                f"backbone= is for images, but image= is given, and backbone is {self.backbone.name}"
+            )
         parse_size(self.size)
 
 

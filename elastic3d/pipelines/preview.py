@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import trimesh
 from PIL import Image
+from trimesh.visual import ColorVisuals
 
 from elastic3d.geometry.render import Camera, Light, Scene, ring_cameras
 
@@ -20,8 +21,9 @@ def turntable(
     placed = mesh.copy()
     placed.apply_translation(-mesh.bounds.mean(axis=0))
     placed.apply_scale(1.18 / float(np.linalg.norm(placed.vertices, axis=1).max()))  # fits from every side
-    coloured = placed.visual.kind == "vertex"
-    scene = Scene(placed, placed.visual.face_colors[:, :3] if coloured else None)
+    visual = placed.visual
+    coloured = isinstance(visual, ColorVisuals) and visual.kind == "vertex"
+    scene = Scene(placed, visual.face_colors[:, :3] if coloured else None)
     tiles = (
         [image.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)] if image is not None else []
     )

@@ -15,6 +15,7 @@ from elastic3d.checkpoints.options import PRESETS, ImportConfig
 from elastic3d.checkpoints.step1x3d import inspect_step1x3d, load_step1x3d
 from elastic3d.checkpoints.triposg import inspect_triposg, load_triposg
 from elastic3d.elastic import attach
+from elastic3d.elastic.calibrating import calibration_file
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
@@ -27,7 +28,7 @@ from elastic3d.pipelines.memory import (
     points_within,
     require,
 )
-from elastic3d.pipelines.options import GenerateConfig
+from elastic3d.pipelines.options import NO_ROUTERS_NAME, GenerateConfig
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype
 from elastic3d.utils.files import file_sha256
 
@@ -42,7 +43,10 @@ def load_pipeline(config: GenerateConfig, default: Path, meshes: int) -> ImageTo
     Raises:
         UserError: a missing or broken file, too little memory, options that the model can't honour.
     """
-    routers = find_weights(Path(config.routers)) if config.routers else None
+    plain = config.routers == NO_ROUTERS_NAME
+    routers = find_weights(Path(config.routers)) if config.routers and not plain else None
+    if config.calibration:
+        calibration_file(config.calibration)
     if config.model in PRESETS:
         pipeline = published_pipeline(config, min(meshes, config.rows))
     else:
@@ -52,7 +56,7 @@ def load_pipeline(config: GenerateConfig, default: Path, meshes: int) -> ImageTo
         folder = Path(config.model or default)
         if not (folder / PIPELINE_NAME).is_file() and (found := identify(folder)):
             raise UserError(f"{folder}: {found} weights={folder}")
-        pipeline = ImageTo3DPipeline.from_pretrained(folder, config.device, config.dtype)
+        pipeline = ImageTo3DPipeline.from_pretrained(folder, config.device, config.dtype, routers=not plain)
         if config.memory_budget is not None:
             raise UserError(f"memory_budget= is for model={', '.join(PRESETS)}")
     if routers is not None:
@@ -60,9 +64,24 @@ def load_pipeline(config: GenerateConfig, default: Path, meshes: int) -> ImageTo
             raise UserError(f"routers={config.routers}: this model has routers of its own")
         attach(pipeline.dit, config.routers)
         pipeline.weights_sha256 = f"{pipeline.weights_sha256}+{file_sha256(routers)}"
+    if config.calibration and pipeline.session is not None:
+        raise UserError(f"calibration={config.calibration}: this model has routers, expected routers=none")
+    pipeline.calibration = calibration_home(config, default)
     if config.low_memory:
         pipeline.use_less_memory()
     return pipeline
+
+
+def calibration_home(config: GenerateConfig, default: Path) -> Path:
+    """Where the calibration of a model without routers is: as named, or beside its weights."""
+    if config.calibration:
+        return Path(config.calibration)
+    if config.model not in PRESETS:
+        return Path(config.model or default)
+    preset = PRESETS[config.model]
+    weights = Path(config.weights or preset.repository)
+    within = weights / (config.subfolder or preset.subfolder)
+    return within if within.is_dir() else weights
 
 
 def published_pipeline(config: GenerateConfig, batch: int) -> ImageTo3DPipeline:

@@ -40,6 +40,8 @@ class Result:
     error: UserError | None = None
     image: Image.Image | None = None
     """The (front) image as the model saw it: the object cut out, centred, on white; None if it could not be used."""
+    warnings: list[str] = field(default_factory=list)
+    """What may be wrong with the image, one sentence each."""
     _mesh: trimesh.Trimesh | None = field(default=None, repr=False)
 
     @property

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.elastic.cost import trace_dense_flops, trace_flops, trace_router_flops
 from elastic3d.elastic.session import ElasticSession
+from elastic3d.elastic.training_free import StepPolicy
 from elastic3d.errors import UserError
 from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.models.options import DiTConfig, SkipDiTConfig
@@ -48,11 +49,13 @@ def route_metadata(
             ("flops_routers", trace_router_flops),
         )
     }
+    policy = {"policy": session.source.about} if isinstance(session.source, StepPolicy) else {}
     elastic = to_dict(replace(settings, cache=settings.cache or session.router_config.cache()))
     return [
         {
             **{name: flops[row] for name, flops in totals.items()},
             "elastic": elastic,
+            **policy,
             "updated": session.coarseness is not None,
             "one_branch": session.guided,
             "routes": {"blocks": trace.blocks, "widths": list(trace.ratios), "actions": trace.sample(row)},

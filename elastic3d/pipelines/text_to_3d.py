@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from elastic3d.elastic.config import MIN_BUDGET
-from elastic3d.errors import UserError
 from elastic3d.pipelines.generation import Draw, Drawn, Job
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import BackboneName, GenerateConfig
@@ -25,25 +24,22 @@ def prompt_drawer(
 ) -> tuple[Draw, GenerateConfig]:
     """What draws the prompt of a job, and the options that are left for the mesh's own model.
 
-    Both models follow the elastic options; one without routers runs dense beside one that has them. The image's routers
-    take no budget below 0.3, and `quality=` is the mesh's alone.
+    Both models follow the elastic options; beside one that has routers, one without keeps the budget alone. The image's
+    model takes no budget below 0.3, and `quality=` is the mesh's alone.
 
     Raises:
-        UserError: `weights` is no small text-to-image model, the prompt is none, or neither model has routers although
-            something elastic is asked for.
+        UserError: `weights` is no small text-to-image model, or the prompt is none.
     """
     images = TextToImagePipeline.from_pretrained(BackboneName.small, weights, device=config.device)
     check_prompt(config.prompt, images.backbone)
     wanted: dict[str, Any] = {name: getattr(config, name) for name in ELASTIC}
     if config.budget is not None:  # the mesh's model may have a dial, which goes lower than routers do
         wanted["budget"] = max(config.budget, MIN_BUDGET)
-    if images.session is None and pipeline.session is None and config.budget not in (None, 1.0):
-        raise UserError("budget can't be set: neither model has routers")
+    options = wanted
     if images.session is not None and pipeline.session is None:
-        config = replace(
-            config, elastic=None, budget=None, width=None, cache=None, shared=None, few_step=None
-        )
-    options = wanted if images.session is not None else {}
+        config = replace(config, elastic=None, width=None, cache=None, shared=None, few_step=None)
+    elif images.session is None and pipeline.session is not None:
+        options = {"budget": wanted["budget"]}
 
     def draw(jobs: Sequence[Job]) -> list[Drawn]:
         results = images([job.prompt for job in jobs], [job.seed for job in jobs], **options)

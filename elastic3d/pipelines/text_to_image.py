@@ -16,15 +16,17 @@ from torch import Tensor
 
 from elastic3d import __version__
 from elastic3d.elastic import adapter_for, attach, is_attached, session_of
+from elastic3d.elastic.calibrating import calibration_file, find_calibration, has_routers, put_policy
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.context import Turn
 from elastic3d.elastic.cost import dense_flops
 from elastic3d.elastic.session import ElasticSession
+from elastic3d.elastic.training_free import check_budget
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.pipelines.image_loading import load_backbone, merge_lora, weight_files
-from elastic3d.pipelines.options import MAX_PROMPT, BackboneName, check_sampling
+from elastic3d.pipelines.options import MAX_PROMPT, NO_ROUTERS_NAME, BackboneName, check_sampling
 from elastic3d.pipelines.routes import route_metadata
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, seeds_of, timed
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
@@ -58,11 +60,12 @@ class TextToImagePipeline:
         """`model` is its name, for metadata."""
         self.backbone, self.model = backbone, model
         self._digest = weights_sha256
+        self.calibration: Path | None = None  # file or folder of what keeps a budget without routers
         self._turn = Turn()  # threads that share a pipeline take turns
 
     @property
     def session(self) -> ElasticSession | None:
-        """Of the transformer's routers; None where it has none."""
+        """Of the transformer's routers, or of its policy once a budget was set; None where it has neither."""
         transformer = self.backbone.transformer
         return session_of(transformer) if is_attached(transformer) else None
 
@@ -76,6 +79,7 @@ class TextToImagePipeline:
         device: DeviceChoice | torch.device | str = "auto",
         dtype: DTypeChoice | torch.dtype | str = "auto",
         offload: bool = False,
+        calibration: str | Path | None = None,
     ) -> TextToImagePipeline:
         """The pipeline in a folder, with routers on it if there are any.
 
@@ -83,9 +87,11 @@ class TextToImagePipeline:
             backbone: family of the pipeline; without `weights` the folder of a small one, or the name of the bundled
                 one: "image-small".
             weights: folder in the layout in which the pipeline is published.
-            routers: folder of routers; None takes `routers` in the folder of the weights, where there is one.
+            routers: folder of routers; None takes `routers` in the folder of the weights, where there is one; "none"
+                leaves them out.
             lora: a safetensors file that is merged into the weights.
             offload: parts of the pipeline wait in main memory for their turn on the GPU.
+            calibration: file or folder of the calibration for a budget without routers; None: that of the weights.
 
         Raises:
             UserError: a folder that is broken or something else, routers of another model, a block that can't be
@@ -101,11 +107,10 @@ class TextToImagePipeline:
         folder, target = Path(weights), resolve_device(device)
         if offload and target.type == "cpu":
             raise UserError("offload is true, but the pipeline runs on the CPU: expected a GPU (device=cuda)")
+        routers = chosen_routers(folder, routers, calibration)
         home = torch.device("cpu") if offload else target
         found = load_backbone(backbone, folder, home, resolve_dtype(dtype, target))
         files = weight_files(folder)
-        if routers is None and (folder / ROUTERS_NAME).is_dir():
-            routers = folder / ROUTERS_NAME
         if routers is not None:
             try:
                 attach(found.pipe, routers)
@@ -121,7 +126,9 @@ class TextToImagePipeline:
         pool = ThreadPoolExecutor(1)  # 24 GB take a while: hash them while the images are made
         digest = pool.submit(file_sha256, *files)
         pool.shutdown(wait=False)
-        return cls(found, folder.resolve().name, digest)
+        pipeline = cls(found, folder.resolve().name, digest)
+        pipeline.calibration = Path(calibration or folder)
+        return pipeline
 
     def __call__(
         self,
@@ -156,7 +163,12 @@ class TextToImagePipeline:
             check_prompt(prompt, self.backbone)
         settings = self.settings_of(steps, guidance, size)
         options, default = ElasticOptions(**elastic), self.backbone.default_elastic()
-        settings.elastic = options.over(default, self.session is not None)
+        settings.elastic = options.over(default, has_routers(self.backbone.transformer))
+        if settings.elastic.elastic and not has_routers(self.backbone.transformer):
+            check_budget(settings.elastic.budget, settings.steps)
+            if self.session is None:
+                transformer = self.backbone.transformer
+                put_policy(self.backbone.pipe, find_calibration(self.calibration, transformer))
         with self._turn, self.session.turn if self.session is not None else nullcontext():
             return self._generate(prompts, seeds, settings, on_step)
 
@@ -295,6 +307,22 @@ class TextToImagePipeline:
         return metadata_list
 
 
+def chosen_routers(
+    folder: Path, routers: str | Path | None, calibration: str | Path | None
+) -> str | Path | None:
+    """The folder of routers that a pipeline gets, None for none. UserError for a calibration that is missing, or beside
+    routers."""
+    if routers is None and (folder / ROUTERS_NAME).is_dir():
+        routers = folder / ROUTERS_NAME
+    if routers == NO_ROUTERS_NAME:
+        routers = None
+    if calibration is not None:
+        path = calibration_file(calibration)
+        if routers is not None:
+            raise UserError(f"calibration is {path}, but the pipeline has routers: expected routers=none")
+    return routers
+
+
 def backbone_named(name: str) -> BackboneName:
     """The family of that name; UserError where there is none."""
     if name not in BackboneName.__members__:
@@ -318,3 +346,20 @@ def check_prompt(prompt: object, backbone: Backbone) -> None:
     count = backbone.count_tokens(prompt)
     if count > backbone.longest:
         raise UserError(f"the prompt has {count} tokens, expected at most {backbone.longest}")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file, without blank ones and # comments. UserError: no file, no text, no prompt, or one twice."""
+    if not path.is_file():
+        raise UserError(f"prompts is {path}, which is no file: expected a text file, one prompt a line")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts is {path}, which is no text file (UTF-8)") from error
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise UserError(f"prompts is {path}, which holds no prompt")
+    for prompt in found:
+        if found.count(prompt) > 1:
+            raise UserError(f"{path} has the prompt {prompt!r} twice")
+    return found

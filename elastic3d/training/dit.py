@@ -166,7 +166,7 @@ class LatentItems:
         """Item `position` of the shuffled stream."""
         rng = item_generator(seed, position)
         id = self.shapes.ids[self._shuffle(position, seed)]
-        item = self.draw(id, *self._choose(rng), rng)
+        item = self.draw(id, *self.choose(rng), rng)
         if rng.random() < self.config.drop_condition:
             item["condition"] = torch.zeros_like(item["condition"])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
@@ -180,7 +180,11 @@ class LatentItems:
         item["t"] = sample_timesteps(1, generator, logit_normal, self.config.time_shift)[0]
         return item
 
-    def _choose(self, rng: np.random.Generator) -> tuple[int, int]:
+    def is_mirrored(self, variant: int) -> bool:
+        """Whether this encoding of a training shape is of its mirror image."""
+        return bool(self.info.settings.get("mirror")) and 2 * variant >= self.info.settings["variants"]
+
+    def choose(self, rng: np.random.Generator) -> tuple[int, int]:
         """An encoding and a view: any two of the shape, or any two of its mirror image (`LatentsConfig.mirror`)."""
         settings = self.info.settings
         counts = (settings["variants"], settings["views"])

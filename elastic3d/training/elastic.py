@@ -28,60 +28,25 @@ from elastic3d.training.datasets import (
     PreparedShapes,
     item_generator,
     open_split,
-    pick,
     read_split,
     record_of_shapes,
 )
 from elastic3d.training.dit import STORED, DiTStageConfig, LatentFlowConfig, LatentItems
 from elastic3d.training.elastic_objective import Grid, RouterObjective, RoutingConfig, add_route
 from elastic3d.training.latents import LatentCacheConfig, LatentInfo
-from elastic3d.training.mesh_loss import silhouette_loss, surface_loss
 from elastic3d.training.options import StageName, TrainConfig
-from elastic3d.training.record import read_record
+from elastic3d.training.reconstruction import MeshReconstruction, MeshTermsConfig, load_vae, mesh_item
 from elastic3d.training.samples import contact_sheet, field_meshes, mesh_image
-from elastic3d.training.vae import FieldLossConfig, VAETrainConfig, field_loss, inside_logits
-from elastic3d.training.view_rays import VIEWS_STORED, view_rays
-from elastic3d.utils.options import Options, from_dict, option
+from elastic3d.training.vae import FieldLossConfig
+from elastic3d.utils.options import from_dict, option
 from elastic3d.utils.structured import load_json
-
-MESH_STORED = ("surface", "near", "volume")
-MESH_TERMS = ("field", "chamfer", "normals", "silhouette")
 
 
 @dataclass(kw_only=True)
-class MeshLossConfig(Options):
-    """Mesh reconstruction loss: the shape that the elastic velocity implies, against the true surface."""
+class MeshLossConfig(MeshTermsConfig):
+    """The mesh reconstruction loss of the shape that the elastic velocity implies."""
 
-    weight: float = option(0.1, "of the whole mesh loss; 0 leaves it out", ge=0, le=1e6)
     share: float = option(0.25, "share of a batch's samples that are decoded", ge=0, le=1)
-    field: float = option(
-        1.0, "weight of the field at points with a known signed distance", ge=0, le=1e6, advanced=True
-    )
-    chamfer: float = option(
-        10.0, "weight of the squared Chamfer distance of surface points", ge=0, le=1e6, advanced=True
-    )
-    normals: float = option(0.1, "weight of the disagreement of their normals", ge=0, le=1e6, advanced=True)
-    silhouette: float = option(
-        0.0, "weight of the shape's silhouette in one of its rendered views; 0 leaves it out", ge=0, le=1e6
-    )
-    near_queries: int = option(
-        256, "points near the surface with a known distance", ge=1, le=1 << 16, advanced=True
-    )
-    volume_queries: int = option(128, "such points anywhere in the box", ge=1, le=1 << 16, advanced=True)
-    surface_points: int = option(
-        128, "surface points in Chamfer distance and normals", ge=1, le=1 << 16, advanced=True
-    )
-    jitter: float = option(
-        0.02,
-        "standard deviation of the offset at which their search starts",
-        ge=0,
-        le=0.1,
-        advanced=True,
-    )
-    rays: int = option(64, "rays of the silhouette", ge=1, le=1 << 16, advanced=True)
-    ray_points: int = option(
-        64, "points of a ray, of which the one deepest inside counts", ge=1, le=1 << 16, advanced=True
-    )
     time_power: float = option(
         2.0,
         "a sample counts t to this power: noisy latents imply no sharp shape",
@@ -112,8 +77,7 @@ class RouterTrainConfig(TrainConfig):
 
     def sample_bytes(self) -> int:
         """The points of the mesh loss."""
-        mesh = self.routing.mesh
-        return 16 * (mesh.near_queries + mesh.volume_queries + 2 * mesh.surface_points)
+        return self.routing.mesh.sample_bytes()
 
 
 class ShapeRouterObjective(RouterObjective):
@@ -126,13 +90,7 @@ class ShapeRouterObjective(RouterObjective):
         paired = config.routing.guidance != 1.0 and not embedded
         super().__init__(dit, config.routing, config.router, paired)
         self.embedded = embedded
-        self._vae = (vae.eval().requires_grad_(False),)  # no part of the state dict, nor trained
-        self.field_config = config.vae
-
-    @property
-    def vae(self) -> ShapeVAE:
-        """The frozen VAE, where the DiT is."""
-        return self._vae[0].to(next(self.dit.parameters()).device)
+        self.meshes = MeshReconstruction(vae, config.routing.mesh, config.vae)
 
     def velocities(self, dit: nn.Module, x_t: Tensor, batch: Batch) -> Tensor:
         """Velocity (B,N,C) or (2B,N,C)."""
@@ -153,40 +111,12 @@ class ShapeRouterObjective(RouterObjective):
 
     def mesh_loss(self, latents: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the shapes that predicted clean latents (B,N,C) decode to, on a share of the batch."""
-        config, vae = self.config.mesh, self.vae
+        config = self.config.mesh
         count = math.ceil(config.share * len(latents))
-        tokens = vae.decode(latents[:count])
         trust = batch["t"][:count] ** config.time_power
-        field = vae.query(batch["points"][:count], tokens)
-        by_sample = zip(field, batch["distance"][:count], strict=True)
-        losses = {
-            "mesh_field": torch.stack([field_loss(f[None], d[None], self.field_config) for f, d in by_sample])
-        }
-        pairs = [self._surface_loss(tokens[i : i + 1], batch, i) for i in range(count)]
-        losses["mesh_chamfer"], losses["mesh_normals"] = (
-            torch.stack(list(x)) for x in zip(*pairs, strict=True)
-        )
-        if config.silhouette:
-            outlines = [self._silhouette_loss(tokens[i : i + 1], batch, i) for i in range(count)]
-            losses["mesh_silhouette"] = torch.stack(outlines)
+        losses = self.meshes.losses(latents[:count], batch)
         means = {name: (value * trust).mean() for name, value in losses.items()}
-        weights = {f"mesh_{name}": getattr(config, name) for name in MESH_TERMS}
-        return sum((weights[name] * mean for name, mean in means.items()), latents.new_zeros(())), means
-
-    def _surface_loss(self, tokens: Tensor, batch: Batch, row: int) -> tuple[Tensor, Tensor]:
-        """Chamfer distance and normal disagreement of one decoded sample (1,N,D)."""
-        surface, jitter = (batch[name][row : row + 1] for name in ("surface", "jitter"))
-        return surface_loss(lambda points: self.vae.query(points, tokens), surface, jitter)
-
-    def _silhouette_loss(self, tokens: Tensor, batch: Batch, row: int) -> Tensor:
-        """Cross-entropy of one decoded sample's (1,N,D) silhouette."""
-        names = ("ray_starts", "ray_ends", "covered", "ray_offsets")
-        starts, ends, covered, offsets = (batch[name][row : row + 1] for name in names)
-
-        def logits(points: Tensor) -> Tensor:
-            return inside_logits(self.vae.query(points, tokens), self.field_config)
-
-        return silhouette_loss(logits, starts, ends, covered, offsets, self.config.mesh.ray_points)
+        return config.total(means), means
 
 
 class RouterItems(LatentItems):
@@ -219,27 +149,9 @@ class RouterItems(LatentItems):
         add_route(item, routing, self.router, self.blocks, self.paired, self.grid, rng)
         item["branch"] = torch.tensor(float(not item["condition"].any()))
         if self.meshes is not None:
-            item |= self.surface(self.shapes.ids[self._shuffle(position, seed)], rng)
+            id = self.shapes.ids[self._shuffle(position, seed)]
+            item |= mesh_item(self.meshes, id, routing.mesh, rng)
         return item
-
-    def surface(self, id: str, rng: np.random.Generator) -> Batch:
-        """`points` (Q,3) with their `distance` (Q,); `surface` (S,6) and `jitter` (S,3); the rays of a silhouette."""
-        assert self.meshes is not None
-        config, meshes = self.routing.mesh, self.meshes
-        near = pick(meshes.read(id, "near"), config.near_queries, rng)
-        volume = pick(meshes.read(id, "volume"), config.volume_queries, rng)
-        queries = torch.cat([near, volume])
-        offsets = rng.standard_normal((config.surface_points, 3), dtype=np.float32)
-        rays: Batch = {}
-        if config.silhouette:
-            rays = view_rays(meshes, id, config.rays, rng)
-            rays["ray_offsets"] = torch.from_numpy(rng.random(config.rays, dtype=np.float32))
-        return rays | {
-            "points": queries[:, :3].contiguous(),
-            "distance": queries[:, 3].contiguous(),
-            "surface": pick(meshes.read(id, "surface"), config.surface_points, rng),
-            "jitter": config.jitter * torch.from_numpy(offsets),
-        }
 
 
 class RouterStage:
@@ -248,7 +160,7 @@ class RouterStage:
     def __init__(self, config: RouterTrainConfig) -> None:
         self.config = config
         self.info = info = LatentInfo.load(config.latents.output)
-        self.vae = load_vae(config)
+        self.vae = load_vae(config.latents.output, config.vae if config.routing.mesh.weight else None)
         dit = load_dit(config.routing.model / "dit")
         for name, wanted, found in (
             ("latent channels", info.latents[1], dit.config.in_channels),
@@ -264,8 +176,7 @@ class RouterStage:
         self._val = PreparedShapes(config.latents.output, val, (), config.routing.val_shapes)
         mesh, meshes = config.routing.mesh, None
         if mesh.weight:
-            stored = (*MESH_STORED, *(VIEWS_STORED if mesh.silhouette else ()))
-            meshes = open_split(config.data, config.data.train, stored)
+            meshes = open_split(config.data, config.data.train, mesh.stored)
         scale = self.vae.config.scale_factor
         settings = config.routing.model / PIPELINE_NAME
         self.pipeline = from_dict(PipelineConfig, load_json(settings), str(settings))
@@ -347,19 +258,3 @@ class RouterStage:
             return latents, trace_share(trace) if settings.elastic else torch.ones(count)
         finally:
             flow.session.settings = before
-
-
-def load_vae(config: RouterTrainConfig) -> ShapeVAE:
-    """The VAE of the cached latents; UserError where a mesh loss is wanted, but `config.vae` is not the field loss it
-    was trained with."""
-    info = LatentInfo.load(config.latents.output)
-    vae = ShapeVAE.from_pretrained(info.vae)
-    vae.set_latent_statistics(info.mean, info.std)
-    record = info.vae / "training.json"
-    if record.is_file() and config.routing.mesh.weight:
-        trained = read_record(load_json(record).get("config"), VAETrainConfig, record).vae
-        for name in ("loss", "softness", "truncation"):
-            wanted, found = getattr(trained, name), getattr(config.vae, name)
-            if wanted != found:
-                raise UserError(f"vae.{name} is {found}, but the VAE in {info.vae} was trained with {wanted}")
-    return vae

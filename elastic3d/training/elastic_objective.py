@@ -228,8 +228,7 @@ class RouterObjective(nn.Module, ABC):
         """Distance of the gates' logits (R,) from the logarithm of the damage that closing does, over its price.
 
         A step then runs where the damage is above the price. Damage is the squared distance of the guided velocity
-        from the dense one where the rows of one decision are `skipped` and the others dense (both (R,N,C)). The price
-        of a budget is a quantile of a normal distribution with the mean and spread that logarithms of damage have had.
+        from the dense one where the rows of one decision are `skipped` and the others dense (both (R,N,C)).
         """
         parts = self._decided
         logits = logits[: parts * len(batch["t"])]
@@ -237,12 +236,9 @@ class RouterObjective(nn.Module, ABC):
         # others have nothing to go on with: they run
         known = batch["picks"][:, :parts].transpose(0, 1).flatten(0, 1)[:, 0] >= 0
         if self.training:
-            self._follow(skip_error[known])
-        mean, spread = self.damage_moments
-        floor, ceiling = MIN_BUDGET, 1.0
-        scarcity = (ceiling - batch["budget"].repeat(parts)) / (ceiling - floor)
-        threshold = mean + spread * (THRESHOLD_RANGE * (2 * scarcity - 1))
-        errors = torch.nn.functional.smooth_l1_loss(logits, skip_error - threshold, reduction="none")
+            followed(self.damage_moments, skip_error[known])
+        target = skip_error - threshold(self.damage_moments, batch["budget"].repeat(parts))
+        errors = torch.nn.functional.smooth_l1_loss(logits, target, reduction="none")
         return (errors * known).sum() / known.sum().clamp_min(1)
 
     @torch.no_grad()
@@ -260,14 +256,6 @@ class RouterObjective(nn.Module, ABC):
             mixed[rows] = skipped[rows]
             found.append((self.guided(mixed) - target).square().flatten(1).mean(1) * weight)
         return torch.cat(found)
-
-    @torch.no_grad()
-    def _follow(self, skip_error: Tensor, rate: float = 0.05) -> None:
-        """Keep running moments of logarithms of damage."""
-        if len(skip_error) > 1:
-            found = torch.stack([skip_error.mean(), skip_error.std()])
-            known = self.damage_moments.abs().sum() > 0
-            self.damage_moments.copy_(torch.lerp(self.damage_moments, found, rate) if known else found)
 
     def _spending(self, share: Tensor, batch: Batch) -> dict[str, Tensor]:
         """What to report of the executed share (R,)."""
@@ -317,6 +305,23 @@ class RouterObjective(nn.Module, ABC):
         return paper_loss(
             decisions, self.session.router_config.ratios, self.config.rho_gate, self.config.rho_width
         )
+
+
+def threshold(moments: Tensor, budget: Tensor) -> Tensor:
+    """What the logarithm of a damage has to be above at a budget (B,): a quantile of a normal distribution with the
+    mean and spread (2,) that they have had."""
+    mean, spread = moments
+    scarcity = (1.0 - budget) / (1.0 - MIN_BUDGET)
+    return mean + spread * (THRESHOLD_RANGE * (2 * scarcity - 1))
+
+
+@torch.no_grad()
+def followed(moments: Tensor, skip_error: Tensor, rate: float = 0.05) -> None:
+    """Keep running moments (2,), in place, of logarithms of damage (B,)."""
+    if len(skip_error) > 1:
+        found = torch.stack([skip_error.mean(), skip_error.std()])
+        known = moments.abs().sum() > 0
+        moments.copy_(torch.lerp(moments, found, rate) if known else found)
 
 
 def add_route(

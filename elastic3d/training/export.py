@@ -25,13 +25,16 @@ from elastic3d.models.skip_dit import load_dit
 from elastic3d.models.weights import load_strict
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.pixel_flux import PixelSamplingConfig
+from elastic3d.training.block_router_shape import BlockRouterTrainConfig, ShapeBlockRouterStage
+from elastic3d.training.block_router_stage import BlockRouterStage
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from elastic3d.training.dit import DiTTrainConfig
 from elastic3d.training.elastic import RouterStage, RouterTrainConfig
 from elastic3d.training.elastic_image import ImageRouterTrainConfig
 from elastic3d.training.elastic_objective import TrainedParts
-from elastic3d.training.few_step import FewStepTrainConfig, attach_few_step, pipeline_config
+from elastic3d.training.few_step import FewStepTrainConfig, attach_few_step
+from elastic3d.training.generations import pipeline_config
 from elastic3d.training.image import ImageTrainConfig
 from elastic3d.training.journal import METRICS_NAME, read_metrics
 from elastic3d.training.latents import LatentInfo
@@ -254,6 +257,40 @@ def _export_image_routers(run: _Run) -> None:
     run.write_record(run.output / "routers")
 
 
+def _export_block_routers(run: _Run) -> None:
+    """The pipeline with calibrated per-block `routers/` and their few-step LoRA inside; its DiT stays as it is."""
+    trained = run.trained(BlockRouterTrainConfig)
+    trained.blocks.mesh.weight = 0.0  # needs no data of true surfaces then
+    stage = _calibrated(ShapeBlockRouterStage, trained, run)
+    pipeline = ImageTo3DPipeline.from_pretrained(trained.blocks.model, "cpu", "float32", dial=False)
+    pipeline.config.elastic = run.config.export.pipeline.elastic
+    pipeline.save_pretrained(run.output, torch.bfloat16)
+    save_routers(stage.flow.dit, run.output / "routers")
+    run.write_record(run.output / "routers")
+
+
+def _export_image_block_routers(run: _Run) -> None:
+    """Calibrated per-block `routers/` with their few-step LoRA."""
+    from elastic3d.training.block_router_image import ImageBlockRouterStage, ImageBlockRouterTrainConfig
+
+    stage = _calibrated(ImageBlockRouterStage, run.trained(ImageBlockRouterTrainConfig), run)
+    save_routers(stage.flow.dit, run.output / "routers")
+    run.write_record(run.output / "routers")
+
+
+def _calibrated(stage_class: Callable[[Any], BlockRouterStage], trained: Any, run: _Run) -> BlockRouterStage:
+    """The stage of a run, its budgets calibrated, its LoRA in bf16."""
+    trained.blocks.val_shapes = run.config.routing.val_shapes
+    stage = stage_class(trained)
+    load_strict(stage.flow, run.weights, run.source)
+    stage.flow.eval()
+    stage.calibrate()
+    for block in stage.flow.session.blocks:
+        assert block.few_step is not None
+        block.few_step.to(torch.bfloat16)
+    return stage
+
+
 _EXPORTS: dict[Any, Callable[[_Run], None]] = {
     "vae": _export_vae,
     "dit": _export_pipeline,
@@ -261,6 +298,8 @@ _EXPORTS: dict[Any, Callable[[_Run], None]] = {
     "router": _export_routers,
     "image_router": _export_image_routers,
     "few_step": _export_few_step,
+    "block_router": _export_block_routers,
+    "image_block_router": _export_image_block_routers,
 }
 
 

@@ -7,14 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig
-from elastic3d.diffusion.sampler import integrate
 from elastic3d.elastic import adapter_for
 from elastic3d.elastic.attachment import (
     attach_with,
@@ -30,20 +29,21 @@ from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import find_weights, load_config
-from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ROUTERS_NAME
-from elastic3d.training.datasets import (
-    Batch,
-    PreparedShapes,
-    Shuffle,
-    item_generator,
-    read_split,
-    record_of_shapes,
-    stack,
+from elastic3d.pipelines.image_to_3d import ROUTERS_NAME
+from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, read_split, record_of_shapes, stack
+from elastic3d.training.generations import (
+    GenerationObjective,
+    ShapeGenerationConfig,
+    channel_weights,
+    draw_pair,
+    integrate_shapes,
+    pipeline_config,
+    relative_errors,
+    with_lora,
 )
 from elastic3d.training.latents import LatentCacheConfig, LatentInfo
 from elastic3d.training.options import Precision, StageName, TrainConfig
-from elastic3d.utils.options import Options, from_dict, option
-from elastic3d.utils.structured import load_json
+from elastic3d.utils.options import option
 from elastic3d.utils.tensors import read_weights
 
 VALIDATED = ((4, 1.0), (6, 1.0), (8, 0.5), (12, 0.35), (12, 0.5), (25, 0.3))  # steps, budget
@@ -51,25 +51,13 @@ TOKENS = ("tokens",)
 
 
 @dataclass(kw_only=True)
-class FewStepStageConfig(Options):
+class FewStepStageConfig(ShapeGenerationConfig):
     """A few-step LoRA, learned through whole generations."""
 
     model: Path = option(Path("data/pretrained/shape-small"), "folder of a pipeline with trained routers")
-    rank: int = option(32, "rank of the few-step LoRA", ge=1, le=4096)
     continued: bool = option(
         False,
         "start from the few-step LoRA that the model has, instead of a fresh one; a larger rank adds directions",
-    )
-    guidance: bool = option(
-        False,
-        "learn the pipeline's guidance too: generations with few-step LoRA run the conditional branch alone",
-    )
-    guided_times: list[float] = option(
-        [],
-        "with it: first and last time between which both branches run all the same; empty: nowhere",
-        ge=0,
-        le=1,
-        ascending=True,
     )
     min_nfe: float = option(
         3.0,
@@ -78,47 +66,18 @@ class FewStepStageConfig(Options):
         le=1000,
     )
     max_nfe: float = option(8.0, "most of them", ge=1, le=1000)
-    min_steps: int = option(4, "fewest sampling steps", ge=1, le=1000)
-    max_steps: int = option(25, "most of them", ge=1, le=1000)
     whole: float = option(
         0.0,
         "share of the batches that run every block in each step: in as many steps as calls, a budget of 1",
         ge=0,
         le=1,
     )
-    reference_steps: int = option(
-        60, "sampling steps of the dense results that are to be reached", ge=1, le=10_000
-    )
-    pairs: int = option(
-        8192, "pairs of an image and noise, whose dense results are kept in memory", ge=1, le=1 << 24
-    )
-    floor: float = option(
-        1e-3,
-        "relative squared error below which little is to be gained; the loss is the logarithm of what is above",
-        ge=1e-9,
-        le=1,
-    )
-    anchor_weight: float = option(
-        1.0,
-        "weight of the anchors' channels over the others': errors there cost a mesh the most",
-        ge=0,
-        le=1e6,
-    )
-    val_shapes: int = option(28, "validation shapes that are generated", ge=1, le=1 << 16)
 
     def check(self) -> None:
         """Ranges of steps and calls that hold at least one generation."""
-        if len(self.guided_times) not in (0, 2):
-            raise ValueError(f"guided_times is {self.guided_times}, expected none or two")
-        if self.guided_times and not self.guidance:
-            raise ValueError(f"guided_times is {self.guided_times}, expected none: guidance is false")
-        for name, low, high in (
-            ("max_nfe", self.min_nfe, 1000),
-            ("max_steps", self.min_steps, 1000),
-            ("reference_steps", self.max_steps, 10_000),
-        ):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a value from {low} to {high}")
+        if self.max_nfe < self.min_nfe:
+            raise ValueError(f"max_nfe is {self.max_nfe}, expected a value from {self.min_nfe} to 1000")
+        super().check()
         if self.whole and not self.whole_steps:
             raise ValueError(
                 f"whole is {self.whole:g}, expected 0: no number of steps is between {self.min_nfe:g} and"
@@ -145,19 +104,17 @@ class FewStepTrainConfig(TrainConfig):
     few_step: FewStepStageConfig = option(FewStepStageConfig, "training of the routers' few-step LoRA")
 
 
-def pipeline_config(model: Path) -> PipelineConfig:
-    """The sampling defaults in a pipeline's folder."""
-    path = model / PIPELINE_NAME
-    found: PipelineConfig = from_dict(PipelineConfig, load_json(path), str(path))
-    return found
-
-
 def attach_few_step(dit: nn.Module, config: FewStepStageConfig, guidance: float) -> ElasticSession:
     """Put the routers of `config.model` on a model, with fresh few-step LoRA in the place of what they may have,
     or with these where they are to be `continued`, and fresh directions up to the rank; `guidance` is the
     pipeline's."""
     adapter, folder = adapter_for(dit), config.model / ROUTERS_NAME
     old: RouterConfig = load_router_config(folder, adapter.family)
+    if old.trained_steps:
+        raise UserError(
+            f"{folder} has per-block routers, which were trained with their few-step LoRA: stage=block_router goes on"
+            " with both"
+        )
     if config.continued and not 0 < old.few_step_rank <= config.rank:
         raise UserError(
             f"few_step.rank is {config.rank}, expected at least that of {folder} to go on, which is {old.few_step_rank}"
@@ -174,14 +131,8 @@ def attach_few_step(dit: nn.Module, config: FewStepStageConfig, guidance: float)
     )
     session = attach_with(dit, adapter, router)
     path = find_weights(folder)
-    trained, fresh = read_weights(path), router_state(dit)
-    few_step = {key for key in trained if ".few_step." in key}
-    if config.continued:
-        trained |= {key: widened(trained[key], fresh[key]) for key in few_step & fresh.keys()}
-    else:
-        trained = {key: value for key, value in trained.items() if key not in few_step}
     try:
-        load_router_state(dit, fresh | trained)
+        load_router_state(dit, with_lora(router_state(dit), read_weights(path), config.continued))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     if config.continued:
@@ -191,45 +142,24 @@ def attach_few_step(dit: nn.Module, config: FewStepStageConfig, guidance: float)
     return session
 
 
-def widened(trained: Tensor, fresh: Tensor) -> Tensor:
-    """A fresh tensor of the same or a larger rank, with what was trained at its start: with fresh `up`s of zero both
-    change a layer alike. As it is where it is no part of the fresh one."""
-    if trained.ndim != fresh.ndim or any(a > b for a, b in zip(trained.shape, fresh.shape, strict=True)):
-        return trained
-    result = fresh.clone()
-    result[tuple(map(slice, trained.shape))] = trained.to(fresh)
-    return result
-
-
-class FewStepObjective(nn.Module):
-    """Whole generations. Only the few-step LoRA is parameters: the model and its routers stay as they are."""
-
-    weights: Tensor
+class FewStepObjective(GenerationObjective):
+    """Only the few-step LoRA is parameters: the model and its routers stay as they are."""
 
     def __init__(
         self, dit: ShapeDiT | SkipDiT, pipeline: PipelineConfig, config: FewStepStageConfig, anchors: int
     ) -> None:
         """`anchors`: how many channels of a latent, the first ones, are where it is."""
-        super().__init__()
+        attach_few_step(dit, config, pipeline.guidance)
+        weights = channel_weights(dit.config.in_channels, anchors, config.anchor_weight)
+        super().__init__(dit, config.reference_steps, weights)
         self.config, self.pipeline = config, pipeline
-        weights = torch.ones(dit.config.in_channels)
-        weights[:anchors] = config.anchor_weight
-        self.register_buffer("weights", weights, persistent=False)
-        dit.requires_grad_(False)
-        self.session = attach_few_step(dit, config, pipeline.guidance)
         modules = router_modules(dit).items()
         self.few_step = nn.ModuleDict({name: part for name, part in modules if name.endswith("few_step")})
-        for part in router_modules(dit).values():
-            part.requires_grad_(False)
         self.few_step.requires_grad_(True)
-        self._dit = (dit.eval(),)  # in a tuple: no part of the state dict, nor trained
-        self._dense: dict[int, Tensor] = {}
 
-    @property
-    def dit(self) -> ShapeDiT | SkipDiT:
-        """The model with its routers, where the few-step LoRA is."""
-        dit, device = self._dit[0], next(self.few_step.parameters()).device
-        return dit if next(dit.parameters()).device == device else dit.to(device)
+    def integrate(self, batch: Batch, steps: int) -> Tensor:
+        """As the pipeline samples."""
+        return integrate_shapes(cast(ShapeDiT, self.dit), self.pipeline, batch, steps)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`noise` (B,N,C), `condition` (B,M,Cc), `pair` (B,), and for all the first one's `steps` and `nfe` -> loss:
@@ -241,41 +171,6 @@ class FewStepObjective(nn.Module):
         errors = relative_errors(found, target, self.weights)
         loss = (errors + self.config.floor).log().mean()
         return loss, {"error": errors.detach().log().mean().exp(), "nfe": batch["nfe"][0]}
-
-    def generate(self, batch: Batch, steps: int, settings: ElasticConfig) -> Tensor:
-        """Latents (B,N,C) in `steps` steps, with gradients to the few-step LoRA where it is used."""
-        noise, before = batch["noise"], self.session.settings
-        self.session.settings = settings
-        try:
-            return integrate(
-                self.dit,
-                batch["condition"].float(),
-                noise,
-                steps,
-                self.pipeline.guidance,
-                times=sampling_times(self.pipeline, steps),
-                solver=self.pipeline.solver,
-                guidance_embed=self.dit.config.guidance_embed,
-                session=self.session,
-            )
-        finally:
-            self.session.settings = before
-
-    @torch.no_grad()
-    def dense_results(self, batch: Batch) -> Tensor:
-        """Latents (B,N,C) of the dense model in many steps; computed when they are first needed, and kept."""
-        pairs = batch["pair"].tolist()
-        missing = [row for row, pair in enumerate(pairs) if pair not in self._dense]
-        if missing:
-            part = {name: batch[name][missing] for name in ("noise", "condition")}
-            found = self.generate(part, self.config.reference_steps, ElasticConfig(elastic=False)).cpu()
-            self._dense |= {pairs[row]: latents for row, latents in zip(missing, found, strict=True)}
-        return torch.stack([self._dense[pair] for pair in pairs]).to(batch["noise"].device)
-
-
-def relative_errors(found: Tensor, true: Tensor, weights: Tensor | float = 1.0) -> Tensor:
-    """(B,N,C) each, weights of channels (C,) -> squared distance over the squared norm (B,)."""
-    return (weights * (found - true).square()).mean((1, 2)) / (weights * true.square()).mean((1, 2))
 
 
 @dataclass
@@ -310,11 +205,7 @@ class PairItems:
 
     def draw(self, pair: int, seed: int) -> Batch:
         """The noise and the view of one pair."""
-        rng = item_generator(seed, pair)
-        view = int(rng.integers(self.info.settings["views"]))
-        noise = rng.standard_normal(tuple(self.info.latents), dtype=np.float32)
-        id = self.shapes.ids[pair % len(self.shapes)]
-        return {"noise": torch.from_numpy(noise), "condition": self.shapes.read(id, "tokens", view)}
+        return draw_pair(self.shapes, self.info, pair, seed)
 
 
 class FewStepStage:

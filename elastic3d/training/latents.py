@@ -292,7 +292,7 @@ class _Builder:
         for variant in range(self.config.variants):
             drawn = []
             for id in ids:
-                rng = item_generator(variant, _number(id))
+                rng = item_generator(variant, shape_number(id))
                 item = {**items.draw(id, rng), **items.offsets(rng)}
                 if self.config.mirror and id in train and 2 * variant >= self.config.variants:
                     item = {name: mirrored(tensor) for name, tensor in item.items()}
@@ -317,7 +317,7 @@ class _Builder:
         for index, (place, flip) in used:
             view: Image.Image | Path = found[place]
             if changed:
-                view = augment_view(load_image(view), np.random.default_rng([_number(id), index, 6]))
+                view = augment_view(load_image(view), np.random.default_rng([shape_number(id), index, 6]))
             if flip:
                 view = load_image(view).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             images.append(prepare_image(view, self.foreground, self.encoder.image_size))
@@ -385,6 +385,6 @@ def stored_views(shapes: PreparedShapes, id: str) -> list[Image.Image]:
     return seen
 
 
-def _number(id: str) -> int:
+def shape_number(id: str) -> int:
     """A number of its own for every id, the same in every process."""
     return int.from_bytes(id.encode(), "big") % (1 << 63)

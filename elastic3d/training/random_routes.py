@@ -8,6 +8,7 @@ elastic batch is also cheaper than a full one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,6 +127,9 @@ class RandomRoutes:
     def leave(self) -> None:
         """From now on the model is the dense one."""
         self.session.settings = ElasticConfig(elastic=False)
+
+    def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> None:
+        """Nothing is forecast."""
 
     def decide(self, context: StepContext, block: int) -> RouteDecision:
         """The route of every row through one block."""

@@ -27,10 +27,18 @@ _STAGES = {
     StageName.vae: ("vae", "VAETrainConfig", "VAEStage"),
     StageName.cache: ("latents", "CacheConfig", "build_cache"),
     StageName.dit: ("dit", "DiTTrainConfig", "DiTStage"),
+    StageName.rollouts: ("rollouts", "RolloutsStageConfig", "build_rollouts"),
     StageName.image: ("image", "ImageTrainConfig", "ImageStage"),
     StageName.router: ("elastic", "RouterTrainConfig", "RouterStage"),
     StageName.image_router: ("elastic_image", "ImageRouterTrainConfig", "ImageRouterStage"),
     StageName.few_step: ("few_step", "FewStepTrainConfig", "FewStepStage"),
+    StageName.block_router: ("block_router_shape", "BlockRouterTrainConfig", "ShapeBlockRouterStage"),
+    StageName.image_block_router: (
+        "block_router_image",
+        "ImageBlockRouterTrainConfig",
+        "ImageBlockRouterStage",
+    ),
+    StageName.sensitivity: ("measure_sensitivity", "SensitivityStageConfig", "measure_sensitivity"),
     StageName.export: ("export", "ExportStageConfig", "export_run"),
     StageName.calibrate: ("calibrate", "CalibrateConfig", "calibrate_exported"),
 }
@@ -91,7 +99,11 @@ def adopt_architecture(config: Any) -> None:
         return
     path = find_start(config.init_from)
     if config.stage is StageName.vae and (folder := model_part(path, "vae")):
+        moves = config.vae.model.move_anchors
         config.vae.model = load_config(folder, *CLASSES["vae"])
+        if moves and not config.vae.model.move_anchors:
+            config.vae.model.move_anchors = True
+            config.init_new = ["vae.anchor_move.weight", "vae.anchor_move.bias"]
     elif config.stage is StageName.dit and (folder := model_part(path, "dit")):
         config.dit.model = load_config(folder, *CLASSES["dit"])
         _check_latents(config.latents.output, path)

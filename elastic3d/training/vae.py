@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.training.datasets import (
     Batch,
+    Items,
     PreparedShapes,
     Shuffle,
     item_generator,
@@ -27,6 +30,7 @@ from elastic3d.training.samples import contact_sheet, field_meshes, mesh_image
 from elastic3d.utils.options import Options, option
 
 STORED = ("surface", "sharp", "near", "volume")
+ROLLOUTS = ("found", "true", "mirrored")  # what is stored of a DiT's rollouts (`training/rollouts.py`)
 HALF_EXTENT = 0.95  # of the longest side of a prepared shape
 MAX_POINTS = 1 << 20  # of one kind, a shape
 
@@ -63,6 +67,25 @@ class FieldLossConfig(Options):
     )
 
 
+class TrainedPart(Enum):
+    """What of a VAE learns. With a frozen encoder, latents that were cached and a DiT that knows them stay valid."""
+
+    all = "all"
+    decoder = "decoder"
+
+
+@dataclass(kw_only=True)
+class LatentNoiseConfig(Options):
+    """Errors of latents that the decoder learns to bear; a sample's size is uniform up to what is given."""
+
+    anchors: float = option(
+        0.0, "largest standard deviation of an anchor's error, of a shape whose longest side is 2", ge=0, le=1
+    )
+    features: float = option(
+        0.0, "largest standard deviation of a feature's error, over that of its channel", ge=0, le=10
+    )
+
+
 @dataclass(kw_only=True)
 class SurfaceConfig(Options):
     """What the encoder reads of a shape."""
@@ -88,13 +111,23 @@ class VAEStageConfig(SurfaceConfig, FieldLossConfig):
     near_queries: int = option(768, "field queries near the surface", ge=0, le=MAX_POINTS)
     volume_queries: int = option(256, "field queries anywhere in the box", ge=0, le=MAX_POINTS)
     kl_weight: float = option(1e-5, "weight of the KL term", ge=0, le=1e6)
+    trained: TrainedPart = option(TrainedPart.all, "what learns: all, or the decoder alone")
+    latent_noise: LatentNoiseConfig = option(LatentNoiseConfig, "errors that the decoder learns to bear")
+    rollouts: Path | None = option(
+        None, "with trained=decoder: latents that a DiT made (stage=rollouts), in the place of the encoder's"
+    )
+    anchor_weight: float = option(
+        0.0, "with rollouts and move_anchors: weight of the moved anchors' squared error", ge=0, le=1e6
+    )
     val_shapes: int = option(64, "shapes to validate on", ge=1, le=1 << 20)
     val_queries: int = option(4096, "field queries of each kind for a validation shape", ge=1, le=MAX_POINTS)
     sample_resolution: int = option(64, "grid cells a side of the sample images", ge=8, le=512)
 
     def check(self) -> None:
-        """There is a query."""
+        """There is a query; an encoder that learns is not left out."""
         super().check()
+        if self.rollouts is not None and self.trained is not TrainedPart.decoder:
+            raise ValueError(f"rollouts is {self.rollouts}, expected trained=decoder with it")
         if self.near_queries + self.volume_queries < 1:
             raise ValueError("near_queries and volume_queries are both 0, expected at least one query")
 
@@ -154,7 +187,10 @@ def augment(item: Batch, config: AugmentConfig, rng: np.random.Generator) -> Bat
 
 @dataclass
 class VAEItems:
-    """Items: `surface` (P,6), `points` (Q,3), `distance` (Q,), `noise` (N,C), also `sharp` (S,6), `offsets` (N,3)."""
+    """Items: `surface` (P,6), `points` (Q,3), `distance` (Q,), `noise` (N,C), also `sharp` (S,6), `offsets` (N,3).
+
+    Where the decoder learns to bear errors also `errors` (N,C), with standard deviations of what they are errors of.
+    """
 
     shapes: PreparedShapes
     config: VAEStageConfig
@@ -172,7 +208,17 @@ class VAEItems:
         item = augment(item, self.config.augment, rng)
         model = self.config.model
         noise = rng.standard_normal((model.num_latents, model.channels), dtype=np.float32)
-        return {**item, **self.offsets(rng), "noise": torch.from_numpy(noise)}
+        return {**item, **self.offsets(rng), "noise": torch.from_numpy(noise), **self.errors(rng)}
+
+    def errors(self, rng: np.random.Generator) -> Batch:
+        """`errors` (N,C) to add to latents: of anchors in the shape's units, of features over their channel's."""
+        noise, model = self.config.latent_noise, self.config.model
+        if not (noise.anchors or noise.features):
+            return {}
+        largest = np.full(model.channels, noise.features, np.float32)
+        largest[: model.channels - model.latent_channels] = noise.anchors
+        drawn = rng.standard_normal((model.num_latents, model.channels), dtype=np.float32)
+        return {"errors": torch.from_numpy(drawn * largest * np.float32(rng.random()))}
 
     def offsets(self, rng: np.random.Generator) -> Batch:
         """`offsets` (N,3) of the anchors from the surface, where there are any."""
@@ -181,12 +227,14 @@ class VAEItems:
             return {}
         return {"offsets": torch.from_numpy(spread * rng.standard_normal((count, 3), dtype=np.float32))}
 
+    def queries(self, id: str, rng: np.random.Generator) -> Tensor:
+        """Points near the surface, then in the volume, with their distances (Q,4)."""
+        near = pick(self.shapes.read(id, "near"), self.config.near_queries, rng)
+        return torch.cat([near, pick(self.shapes.read(id, "volume"), self.config.volume_queries, rng)])
+
     def draw(self, id: str, rng: np.random.Generator) -> Batch:
         """A random subset of a shape's stored points."""
-        config = self.config
-        near = pick(self.shapes.read(id, "near"), config.near_queries, rng)
-        volume = pick(self.shapes.read(id, "volume"), config.volume_queries, rng)
-        queries = torch.cat([near, volume])
+        config, queries = self.config, self.queries(id, rng)
         surface = self.shapes.read(id, "surface")
         item = {
             "surface": pick(surface, config.surface_points, rng),
@@ -199,6 +247,37 @@ class VAEItems:
         return item
 
 
+@dataclass
+class RolloutItems:
+    """Items: `latents`, `true` (N,C), `points` (Q,3), `distance` (Q,): what a DiT made of a shape, and its own
+    field."""
+
+    shapes: PreparedShapes
+    rollouts: PreparedShapes
+    config: VAEStageConfig
+
+    def __post_init__(self) -> None:
+        self._shuffle = Shuffle(len(self.rollouts))
+        self._queries = VAEItems(self.shapes, self.config)
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    def item(self, position: int, seed: int) -> Batch:
+        """Item `position` of the shuffled stream: any rollout of the shape."""
+        rng, id = item_generator(seed, position), self.rollouts.ids[self._shuffle(position, seed)]
+        row = int(rng.integers(len(self.rollouts.read(id, "mirrored"))))
+        return self.draw(id, row, self._queries.queries(id, rng))
+
+    def draw(self, id: str, row: int, queries: Tensor) -> Batch:
+        """A rollout with the queries (Q,4) of its shape, in the mirror where that is what was made."""
+        points = queries[:, :3].clone()
+        if self.rollouts.read(id, "mirrored", row):
+            points[:, 0] *= -1
+        found, true = (self.rollouts.read(id, name, row).float() for name in ("found", "true"))
+        return {"latents": found, "true": true, "points": points, "distance": queries[:, 3].contiguous()}
+
+
 # --------------------------------------------------------------------------------------- objective and stage
 
 
@@ -208,18 +287,41 @@ class VAEObjective(nn.Module):
     def __init__(self, vae: ShapeVAE, config: VAEStageConfig) -> None:
         super().__init__()
         self.vae, self.config = vae, config
+        if config.trained is TrainedPart.decoder:
+            for part in (vae.encoder, vae.pre_kl):
+                part.requires_grad_(False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Batch of `VAEItems` -> loss and what it is made of. `noise` (B,N,C) draws the latents."""
+        """Batch of `VAEItems` or `RolloutItems` -> loss and what it is made of."""
+        latents, kl = self._latents(batch)
+        tokens = self.vae.decode(latents)
+        field = self.vae.query(batch["points"], tokens)
+        loss = field_loss(field, batch["distance"], self.config)
+        accuracy = ((field > 0) == (batch["distance"] > 0)).float().mean()
+        values = {"field": loss.detach(), "accuracy": accuracy}
+        if kl is not None:
+            loss = loss + self.config.kl_weight * kl
+            values["kl"] = kl.detach()
+        if self.config.anchor_weight and "true" in batch:
+            true = self.vae.from_latents(batch["true"])[..., :3]
+            moved = (tokens[..., :3] - true).square().sum(-1).mean()
+            loss = loss + self.config.anchor_weight * moved
+            values["anchors"] = moved.detach()
+        return loss, values
+
+    def _latents(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What is decoded (B,N,C): a DiT's, or a draw from the posterior (by `noise`) and its mean KL; with
+        `errors`."""
+        if "latents" in batch:
+            return batch["latents"], None
         posterior = self.vae.encode(batch["surface"], batch.get("sharp"), batch.get("offsets"))
         raw = posterior.mean + batch["noise"] * (0.5 * posterior.logvar).exp()
-        field = self.vae.query(batch["points"], self.vae.decode(self.vae.to_latents(raw)))
-        loss = field_loss(field, batch["distance"], self.config)
-        kl = posterior.kl().mean()
-        inside = batch["distance"] > 0
-        accuracy = ((field > 0) == inside).float().mean()
-        values = {"field": loss.detach(), "kl": kl.detach(), "accuracy": accuracy}
-        return loss + self.config.kl_weight * kl, values
+        latents = self.vae.to_latents(raw)
+        if "errors" in batch:
+            units, anchors = torch.ones_like(self.vae.latent_std), posterior.anchor_channels
+            units[:anchors] /= self.vae.latent_std[:anchors]
+            latents = latents + batch["errors"] * units * self.vae.config.scale_factor
+        return latents, posterior.kl().mean()
 
 
 def field_loss(field: Tensor, distance: Tensor, config: FieldLossConfig) -> Tensor:
@@ -250,10 +352,15 @@ class VAEStage:
         self.objective: nn.Module = VAEObjective(self.vae, config.vae)
         self._train = open_split(config.data, config.data.train, STORED, config.data.limit)
         self._val = open_split(config.data, config.data.val, STORED, config.vae.val_shapes)
-        self._items = VAEItems(self._train, config.vae)
+        self._items: Items = VAEItems(self._train, config.vae)
+        self._val_rollouts: RolloutItems | None = None
+        if config.vae.rollouts is not None:
+            made = [PreparedShapes(config.vae.rollouts, shapes.ids) for shapes in (self._train, self._val)]
+            self._items = RolloutItems(self._train, made[0], config.vae)
+            self._val_rollouts = RolloutItems(self._val, made[1], config.vae)
 
-    def items(self) -> VAEItems:
-        """Training shapes, shuffled and augmented."""
+    def items(self) -> Items:
+        """Training shapes, shuffled, and augmented where they are encoded."""
         return self._items
 
     def rate_factor(self, name: str) -> float:
@@ -265,15 +372,31 @@ class VAEStage:
         return record_of_shapes(self._train, self._val)
 
     def validate(self, batch: int = 8) -> dict[str, float]:
-        """Volume IoU and near-surface accuracy of validation shapes at fixed points, from mean latents."""
+        """Volume IoU and near-surface accuracy of validation shapes at fixed points, from mean latents.
+
+        With rollouts also from these, the first of each shape, which starts from the earliest time, to the last.
+        """
+        values = self._scores([self._fixed(i) for i in range(len(self._val))], batch)
+        if self._val_rollouts is not None:
+            made = self._val_rollouts
+            count = len(made.rollouts.read(made.rollouts.ids[0], "mirrored"))
+            items = [
+                made.draw(
+                    id, i % count, self._queries(number := self._val.ids.index(id), item_generator(0, number))
+                )
+                for i, id in enumerate(made.rollouts.ids)
+            ]
+            values |= {f"{name}_of_rollouts": value for name, value in self._scores(items, batch).items()}
+        return values
+
+    def _scores(self, items: Sequence[Batch], batch: int) -> dict[str, float]:
         device = next(self.vae.parameters()).device
         rows: list[list[float]] = []
-        for first in range(0, len(self._val), batch):
-            items = [self._fixed(i) for i in range(first, min(first + batch, len(self._val)))]
-            on_device = {name: tensor.to(device) for name, tensor in stack(items).items()}
-            field = self._field(on_device)
-            loss = field_loss(field, on_device["distance"], self.config)
-            said, true = field > 0, on_device["distance"] > 0
+        for first in range(0, len(items), batch):
+            part = {n: tensor.to(device) for n, tensor in stack(items[first : first + batch]).items()}
+            field = self._field(part)
+            loss = field_loss(field, part["distance"], self.config)
+            said, true = field > 0, part["distance"] > 0
             near, volume = slice(None, self.config.val_queries), slice(self.config.val_queries, None)
             both = (said & true)[:, volume].sum(1).float()
             either = (said | true)[:, volume].sum(1).clamp(min=1)
@@ -294,18 +417,22 @@ class VAEStage:
         return {"reconstruction": contact_sheet([[mesh_image(mesh) for mesh in meshes]])}
 
     def _field(self, batch: Batch) -> Tensor:
-        posterior = self.vae.encode(batch["surface"], batch.get("sharp"))
-        tokens = self.vae.decode(self.vae.to_latents(posterior.mean))
-        return self.vae.query(batch["points"], tokens)
+        latents = batch.get("latents")
+        if latents is None:
+            latents = self.vae.to_latents(self.vae.encode(batch["surface"], batch.get("sharp")).mean)
+        return self.vae.query(batch["points"], self.vae.decode(latents))
+
+    def _queries(self, index: int, rng: np.random.Generator) -> Tensor:
+        """Queries (Q,4) of a validation shape: near, then volume queries."""
+        shapes = self._val
+        id, count = shapes.ids[index], self.config.val_queries
+        return torch.cat([pick(shapes.read(id, kind), count, rng) for kind in ("near", "volume")])
 
     def _fixed(self, index: int) -> Batch:
-        """A validation shape with the same points every time: near queries, then volume queries."""
-        shapes, config = self._val, self.config
-        id, rng = shapes.ids[index], item_generator(0, index)
-        queries = torch.cat(
-            [pick(shapes.read(id, kind), config.val_queries, rng) for kind in ("near", "volume")]
-        )
-        item = VAEItems(shapes, config).draw(id, rng)
+        """A validation shape with the same points every time."""
+        rng = item_generator(0, index)
+        queries = self._queries(index, rng)
+        item = VAEItems(self._val, self.config).draw(self._val.ids[index], rng)
         return {**item, "points": queries[:, :3], "distance": queries[:, 3]}
 
 

@@ -15,7 +15,7 @@ from tiny_pipeline import image
 
 from elastic3d.diffusion.dial import F_SCORES, choose, load_dial, parse_dial, save_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
-from elastic3d.elastic.config import ElasticOptions
+from elastic3d.elastic.config import ElasticOptions, RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
 
@@ -153,6 +153,10 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         _set("rows", 2, "few_step_lora", True),
         r"rows\[2\]: few_step_lora is true, but 3 steps run without",
     ),
+    "other scope": (
+        _set("rows", 2, "scope", "step"),
+        r"rows\[2\]: scope is 'step', expected block, that of this model's routers",
+    ),
     "LoRA unsaid": (
         _set("rows", 0, "few_step_lora", False),
         r"rows\[0\]: few_step_lora is false, but 1 steps run with",
@@ -182,6 +186,25 @@ def test_a_faulty_file_is_named_in_one_sentence(
     with pytest.raises(UserError, match=message) as error:
         load_dial(tmp_path, pipeline.config, pipeline.session.router_config)
     assert str(error.value).startswith(str(tmp_path / "dial.json")) and "\n" not in str(error.value)
+
+
+def test_a_dial_may_name_per_block_routers_within_the_steps_of_their_lora(tmp_path: Path) -> None:
+    routers = RouterConfig(few_step_rank=2, few_step_nfe=4.0, few_step_max_steps=4, trained_steps=[2, 4])
+    found = values()
+    found["rows"][0] |= {"steps": 2, "router_budget": 0.5, "scope": "block"}
+    found["rows"][2] |= {"few_step_lora": True, "scope": "block"}
+    model, path = PipelineConfig(steps=3, guidance=2.0), tmp_path / "dial.json"
+    path.write_text(json.dumps(found))
+    dial = load_dial(tmp_path, model, routers)
+    assert dial is not None and dial.rows[0].scope == "block" and dial.rows[1].scope is None
+    found["rows"][0]["steps"] = 1
+    path.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"rows\[0\]: steps is 1, expected 2 to 4, for which these per-block"):
+        load_dial(tmp_path, model, routers)
+    found["rows"][0] |= {"steps": 2, "scope": "step"}
+    path.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"rows\[0\]: scope is 'step', expected block, that of this model's"):
+        load_dial(tmp_path, model, routers)
 
 
 def test_a_dial_of_routers_needs_routers(tmp_path: Path) -> None:

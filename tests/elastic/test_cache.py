@@ -42,7 +42,7 @@ def ages(cache: ResidualCache, count: int, step: int, key=KEY) -> list[int]:
 
 
 def reuse(cache: ResidualCache, step: int, p: float) -> bool:
-    return cache.reuse(ages(cache, 1, step, KEY)[0], p, 0.5)
+    return cache.reuse(ages(cache, 1, step, KEY)[0], p > 0.5, p, 0.5)
 
 
 def value(cache: ResidualCache, step: int, row: int = 0, count: int = 1) -> float:

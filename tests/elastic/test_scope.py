@@ -18,6 +18,7 @@ from elastic3d.elastic.config import (
 from elastic3d.elastic.context import Defer
 from elastic3d.elastic.policies import TableRoutes
 from elastic3d.elastic.session import ElasticSession
+from elastic3d.elastic.trace import SKIPPED
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 
@@ -107,10 +108,16 @@ def test_what_a_list_of_blocks_adds_is_kept_as_one_and_gives_the_same(damping):
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=1e-4)
 
 
-def test_a_block_with_nothing_to_reuse_runs_and_none_is_reused_for_longer_than_it_may():
-    dit, session = attached(RouterConfig(longest=2, initial_keep=0.01, head_std=0.0), std=0.0)
+@pytest.mark.parametrize("scope", Scope)
+def test_with_nothing_to_reuse_a_step_runs_and_a_single_block_passes(scope):
+    config = RouterConfig(longest=2, initial_keep=0.01, head_std=0.0, scope=scope)
+    dit, session = attached(config, std=0.0)
     _, actions = generated(dit, session)
-    assert (actions[:, 0, 0, 0] > 0).tolist() == [True, False, False, True, False, False, True, False]
+    ran = (actions[:, 0, 0, 0] > 0).tolist()
+    if scope is Scope.step:  # and nothing is reused for longer than it may
+        assert ran == [True, False, False, True, False, False, True, False]
+    else:
+        assert not any(ran) and (actions[:, 0] == SKIPPED).all()
 
 
 def count_rows(block: ElasticBlock, batches: list[int]) -> None:

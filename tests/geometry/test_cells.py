@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from elastic3d.geometry.cells import corner_indices, crossed_cells, halved
+from elastic3d.geometry import cells as cells_module
+from elastic3d.geometry.cells import corner_indices, crossed_cells, halved, reducible
+from elastic3d.geometry.surface import extract_surface
 
 
 def cubic(points: torch.Tensor) -> torch.Tensor:
@@ -58,3 +60,16 @@ def test_doubt_is_where_linear_interpolation_moves_a_crossing():
 def test_the_border_is_in_doubt(cell):
     field = (torch.arange(6.0) - 2.4)[:, None, None].expand(6, 6, 6)
     assert halved(field, torch.tensor([cell]), 1.0)[1].all()
+
+
+def test_a_surface_of_too_many_faces_is_taken_from_fewer_nodes(monkeypatch):
+    noise = torch.randn(65, 65, 65, generator=torch.Generator().manual_seed(0))
+    whole = len(extract_surface(noise).faces)
+    assert whole > 100_000
+    monkeypatch.setattr(cells_module, "MANY_FACES", whole // 2)
+    assert torch.equal(reducible(noise, 1000), noise[::2, ::2, ::2])
+    assert len(extract_surface(reducible(noise, 1000)).faces) < whole // 2
+    for max_faces in (0, whole // 4):  # never reduced, or by too little
+        assert reducible(noise, max_faces) is noise
+    ball = 0.5 - grid(65).norm(dim=-1)
+    assert reducible(ball, 1000) is ball

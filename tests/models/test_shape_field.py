@@ -16,7 +16,8 @@ def vae_of(**changes):
 @pytest.mark.parametrize(
     "changes",
     [{}, {"num_freqs": 6}, {"include_pi": True}, {"neighbours_out": 0}, {"neighbours_out": 1},
-     {"anchored": False}, {"anchored": False, "geo_downsample": 2}, {"geo_downsample": 2}, {"qk_norm": False}],
+     {"anchored": False}, {"anchored": False, "geo_downsample": 2}, {"geo_downsample": 2}, {"qk_norm": False},
+     {"move_anchors": True}],
 )  # fmt: skip
 def test_the_field_equals_query(changes, monkeypatch):
     monkeypatch.setattr(shape_field, "_ROWS", 64)

@@ -57,6 +57,18 @@ def test_offsets_move_the_anchors_before_they_are_read():
     assert (moved.mean[..., 3:] - plain.mean[..., 3:]).abs().amax(dim=-1).min() > 1e-4
 
 
+def test_a_decoder_that_moves_anchors_begins_where_they_are():
+    torch.manual_seed(0)
+    plain, moving = tiny(anchored=True), tiny(anchored=True, move_anchors=True)
+    moving.load_state_dict(plain.state_dict(), strict=False)
+    latents = torch.randn(2, 8, 7)
+    torch.testing.assert_close(moving.decode(latents), plain.decode(latents))
+    torch.nn.init.constant_(moving.anchor_move.bias, 0.1)
+    torch.testing.assert_close(moving.decode(latents)[..., :3], plain.decode(latents)[..., :3] + 0.1)
+    moving.query(cloud()[..., :3], moving.decode(latents)).square().mean().backward()
+    assert moving.anchor_move.weight.grad.abs().sum() > 0
+
+
 def test_sharp_stream_supplies_its_share_of_the_anchors():
     vae = tiny(anchored=True, sharp_latents=3)
     sharp = cloud(points=16)

@@ -60,7 +60,9 @@ def test_routers_travel_with_the_pipeline(elastic, tmp_path):
 
 def test_options_that_fit_no_model_are_refused(pipeline, elastic):
     for options, message in (
-        ({"budget": 0.5}, "budget can't be set: this model has no routers"),
+        ({"budget": 0.1}, "budget is 0.1, expected a value from 0.3 to 1"),
+        ({"budget": 0.3}, "budget is 0.3, expected at least 0.50 in 3 steps"),
+        ({"budget": 0.5, "width": False}, "width can't be set: this model has no routers"),
         ({"elastic": True}, "elastic is true, but this model has no routers"),
         ({"cache": CACHE, "width": False}, "cache, width can't be set: this model has no routers"),
     ):

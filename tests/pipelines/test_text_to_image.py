@@ -85,8 +85,8 @@ def test_dense_images_are_those_of_the_stock_pipeline(name, folders):
         **guidance,
     ).images[0]  # fmt: skip
     assert image.tobytes() == found.image.tobytes()
-    with pytest.raises(UserError, match="budget can't be set: this model has no routers"):
-        pipeline(["a chair"], [1], budget=0.5)
+    with pytest.raises(UserError, match="budget is 0.5, expected at least 0.75 in 2 steps"):
+        pipeline(["a chair"], [1], steps=2, budget=0.5)
 
 
 @pytest.mark.parametrize("name", FAMILIES, ids=lambda name: name.name)

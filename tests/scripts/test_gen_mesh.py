@@ -234,7 +234,7 @@ def test_a_prompt_becomes_a_mesh(
     assert command(*options, "output=y.glb", "image=a.png") == 2
     assert "image= and prompt= are both there" in capsys.readouterr().err
     assert command(*options, "output=y.glb", "budget=0.5") == 2
-    assert "neither model has routers" in capsys.readouterr().err
+    assert "budget is 0.5, expected at least 0.75 in 2 steps" in capsys.readouterr().err
     assert command(f"image_model={small}", "prompt=" + "ball " * 40, "output=y.glb") == 2
     assert "tokens, expected at most 12" in capsys.readouterr().err
     assert not (tmp_path / "y.glb").exists()

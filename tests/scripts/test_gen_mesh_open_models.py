@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import calibrate
 import gen_mesh
 import make_tiny_weights
 import pytest
@@ -20,10 +21,11 @@ from elastic3d.checkpoints.options import TinyWeightsConfig
 from elastic3d.checkpoints.step1x3d import load_step1x3d
 from elastic3d.checkpoints.triposg import load_triposg
 from elastic3d.elastic import attach, save_routers
+from elastic3d.elastic.calibrating import CALIBRATION_NAME
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.geometry.mesh_io import read_extras
 from elastic3d.models.flops import dit_blocks_flops
-from elastic3d.pipelines.options import GenerateConfig
+from elastic3d.pipelines.options import CalibratePolicyConfig, GenerateConfig
 
 Command = Callable[..., int]
 BOXES = {"triposg": 1.005, "step1x3d": 1.05}
@@ -83,6 +85,37 @@ def test_routers_and_a_budget(command: Command, folders: dict[str, Path], tmp_pa
         assert 0 < found["flops_executed"] < found["flops_dense"] and found["budget"] == 0.5
         assert command(model, f"routers={model}", "budget=0.5", "low_memory=true") == 0
         assert extras()["routes"] == found["routes"]
+
+
+@pytest.mark.parametrize(("model", "steps"), [("triposg", 10), ("step1x3d", 11)])
+def test_a_budget_without_routers(
+    command: Command,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    steps: int,
+) -> None:
+    """Even steps; then, once the model is calibrated, the plan that lies beside the weights."""
+    assert command(model, f"steps={steps}", "budget=0.5") == 0
+    assert extras()["policy"] == {"schedule": "even", "samples": 0}
+    assert extras()["flops_executed"] / extras()["flops_dense"] == pytest.approx(0.5, abs=0.03)
+    asked = [f"model={model}", f"weights={folders[model]}", "image=*.png", "steps=5", "dtype=float32"]
+    assert execute(calibrate.main, CalibratePolicyConfig, "calibrate", [*asked, "device=cpu"]) == 0
+    assert f"{CALIBRATION_NAME}: 1 generations of" in capsys.readouterr().out
+    assert command(model, f"steps={steps}", "budget=0.5", "low_memory=true") == 0
+    (folders[model] / CALIBRATION_NAME).rename(tmp_path / CALIBRATION_NAME)
+    assert extras()["policy"] == {"schedule": "planned", "samples": 1}
+    assert extras()["flops_executed"] / extras()["flops_dense"] == pytest.approx(0.5, abs=0.03)
+    other = "step1x3d" if model == "triposg" else "triposg"
+    for wanted, arguments, told in (
+        (model, ["budget=0.2", "steps=20"], "budget is 0.2, expected a value from 0.3 to 1"),
+        (model, ["budget=0.3", "steps=4"], "budget is 0.3, expected at least"),
+        (model, ["budget=0.5", "calibration=gone"], "there is no calibration gone"),
+        (other, ["budget=0.6", "calibration=."], "is of another model"),
+    ):
+        assert command(wanted, *arguments) == 2
+        assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", BOXES)

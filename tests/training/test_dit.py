@@ -202,10 +202,10 @@ def test_a_mirrored_cache_pairs_a_shape_with_views_of_the_same_hand(prepared):
     assert (x[5] > 0.1).all()  # validation shapes stay as they are
     items = LatentItems(shapes, info, config_for(prepared).dit)
     rng = np.random.default_rng(0)
-    chosen = {items._choose(rng) for _ in range(200)}
+    chosen = {items.choose(rng) for _ in range(200)}
     assert chosen == {(v, w) for v in range(4) for w in range(4) if (v < 2) == (w < 2)}
     items.mirror = False
-    assert {items._choose(rng) for _ in range(100)} == {(v, w) for v in range(2) for w in range(2)}
+    assert {items.choose(rng) for _ in range(100)} == {(v, w) for v in range(2) for w in range(2)}
     with pytest.raises(ValueError, match="even numbers"):
         LatentsConfig(variants=3, views=4, mirror=True)
 

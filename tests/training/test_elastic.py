@@ -22,7 +22,6 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.datasets import stack
 from elastic3d.training.elastic import (
-    MESH_TERMS,
     MeshLossConfig,
     RouterStage,
     RouterStageConfig,
@@ -33,6 +32,7 @@ from elastic3d.training.export import export_run
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo, build_cache
 from elastic3d.training.options import StageName
+from elastic3d.training.reconstruction import MESH_TERMS
 from elastic3d.training.stages import run_stage
 from tests.training.test_dit import add_views, config_for
 from tests.training.tiny import export_of, tiny_vae
@@ -142,9 +142,9 @@ def test_closed_blocks_add_what_they_remember(dense):
     assert values["share"] == 0 and values["distillation"] < 1e-9
     batch["earlier"] = earlier
     assert stage.flow(batch)[1]["distillation"] > 1e-9
-    batch["picks"] = torch.full_like(batch["picks"], -1)  # nothing to add: they run
+    batch["picks"] = torch.full_like(batch["picks"], -1)  # nothing to add: they pass
     _, values = stage.flow(batch)
-    assert values["share"] == pytest.approx(1) and values["distillation"] == 0
+    assert values["share"] == 0 and values["distillation"] > 1e-3
 
 
 def test_a_router_learns_from_the_age_of_what_it_would_reuse(dense):

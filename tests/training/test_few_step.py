@@ -15,7 +15,8 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.datasets import stack
-from elastic3d.training.few_step import FewStepStage, FewStepStageConfig, FewStepTrainConfig, relative_errors
+from elastic3d.training.few_step import FewStepStage, FewStepStageConfig, FewStepTrainConfig
+from elastic3d.training.generations import relative_errors
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage

@@ -1,0 +1,135 @@
+"""A rollout: a whole generation that routers learn from.
+
+Its routes are hard, as in every generation. What the routers would have decided and what was executed are recorded
+with gradients, so that a loss at the end of the generation reaches every decision of every step.
+
+Axis letters: B samples, S steps, 2 branches of guidance, I blocks, K widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from elastic3d.elastic.context import StepContext
+from elastic3d.elastic.cost import decision_flops
+from elastic3d.elastic.router import RouteDecision
+from elastic3d.elastic.trace import SKIPPED
+
+FREE = -1  # in place of an action: the router decides
+
+
+@dataclass
+class Rollout:
+    """One generation of B samples.
+
+    budget (B,): requested share of the dense FLOPs. routes (B,S,2,I) long: the action of each block, 0 skips, k in 1..K
+    runs at width number k - 1, FREE leaves it to the router. dice (B,S,2,I,2): uniform numbers in [0,1) by which gate
+    and width are drawn from the router's probabilities; None: gates and widths are the most probable ones.
+    `straight`: gradients pass straight through hard decisions (1308.3432), for which every block has to run for every
+    sample; otherwise only what is executed is computed, and a loss at the end reaches no router by itself.
+    `passes`: the forward passes, once they ran.
+    """
+
+    budget: Tensor
+    routes: Tensor
+    dice: Tensor | None = None
+    straight: bool = False
+    passes: list[StepContext] = field(default_factory=list)
+
+    def settle(self, context: StepContext, block: int, proposed: RouteDecision) -> RouteDecision:
+        """The route of every row through a block: forced, drawn, or what its router decides."""
+        branch, sample = torch.tensor(context.rows, device=self.routes.device).T
+        step = torch.tensor(context.when.steps, device=self.routes.device)
+        context.proposed.setdefault(block, proposed)
+        keep, width = proposed.keep, proposed.width
+        if self.dice is not None:
+            gate, choice = self.dice[sample, step, branch, block].to(keep.device).unbind(-1)
+            keep = gate < proposed.keep_prob
+            width = (choice[:, None] >= proposed.width_prob.cumsum(-1)[:, :-1]).sum(-1)
+        action = self.routes[sample, step, branch, block].to(keep.device)
+        forced = RouteDecision.fixed(
+            action > SKIPPED, (action - 1).clamp_min(0), proposed.width_prob.shape[-1]
+        )
+        free = action == FREE
+        return RouteDecision(
+            torch.where(free, keep, forced.keep),
+            torch.where(free, width, forced.width),
+            torch.where(free, proposed.keep_prob, forced.keep_prob),
+            torch.where(free[:, None], proposed.width_prob, forced.width_prob),
+        )
+
+    # --------------------------------------------------------------------------------- after the generation
+
+    def ran(self) -> Tensor:
+        """(S,2) bool: the branches that ran at each step."""
+        found = torch.zeros(self.routes.shape[1:3], dtype=torch.bool)
+        for context in self.passes:
+            for step, (branch, _) in zip(context.when.steps, context.rows, strict=True):
+                found[step, branch] = True
+        return found.to(self.budget.device)
+
+    def executed(self) -> RouteDecision:
+        """What was executed, by (B,S,2,I); where a branch did not run, its blocks count as skipped."""
+        return self._table([context.decisions for context in self.passes])
+
+    def proposed(self) -> RouteDecision:
+        """What the routers decided, also where another route was forced or drawn, by (B,S,2,I)."""
+        return self._table([context.proposed for context in self.passes])
+
+    def actions(self) -> Tensor:
+        """(B,S,2,I) long: what was executed, FREE where a branch did not run."""
+        done = self.executed()
+        return torch.where(self.ran()[:, :, None], done.keep * (1 + done.width), FREE)
+
+    def share(self, ratios: Sequence[float], one_branch: bool) -> Tensor:
+        """Executed share (B,) of the dense blocks' FLOPs, with straight-through gradients to the routers.
+
+        `one_branch`: the dense model runs both branches at every step (see `Trace`)."""
+        flops, done, ran = self.passes[0].flops, self.executed(), self.ran()
+        costs = [decision_flops(done.of(index), flops[index], tuple(ratios)) for index in sorted(flops)]
+        passes = 2 * len(ran) if one_branch else int(ran.sum())
+        return torch.stack(costs).sum((0, 2, 3)) / (passes * sum(block.dense for block in flops.values()))
+
+    def log_likelihood(self, actions: Tensor) -> Tensor:
+        """Mean over the cells that ran of the log-probability (B,) that the routers give to actions (B,S,2,I)."""
+        proposed, ran = self.proposed(), self.ran()[:, :, None]
+        gate = proposed.keep_prob.clamp(1e-6, 1 - 1e-6)
+        width = (actions - 1).clamp_min(0)[..., None]
+        chosen = proposed.width_prob.clamp_min(1e-6).gather(-1, width)[..., 0]
+        each = torch.where(actions > SKIPPED, gate.log() + chosen.log(), (1 - gate).log())
+        return (each * ran).sum((1, 2, 3)) / (ran.sum() * actions.shape[-1])
+
+    def _table(self, by_pass: Sequence[dict[int, RouteDecision]]) -> RouteDecision:
+        """Decisions of all passes by (B,S,2,I)."""
+        B, S, _, I = self.routes.shape  # noqa: E741
+        first = next(iter(by_pass[0].values()))
+        nothing = RouteDecision.fixed(
+            torch.zeros_like(first.keep[:1]).expand(B, I),
+            torch.zeros_like(first.width[:1]).expand(B, I),
+            first.width_prob.shape[-1],
+        )
+        cells = [[nothing, nothing] for _ in range(S)]
+        for context, decisions in zip(self.passes, by_pass, strict=True):
+            whole = RouteDecision.stacked([decisions[index] for index in range(I)], dim=1)  # (rows, I)
+            for start in range(0, len(context.rows), B):
+                branch, step = context.rows[start][0], context.when.steps[start]
+                cells[step][branch] = whole.rows(slice(start, start + B))
+        return RouteDecision.stacked([RouteDecision.stacked(pair, dim=1) for pair in cells], dim=1)
+
+
+def flipped(actions: Tensor, cell: Tensor, widths: int) -> Tensor:
+    """Actions (B,S,2,I) with one cell of each sample, its number `cell` (B,) in S x 2 x I, turned over: skipped where
+    it ran, run at full width where it was skipped."""
+    found = actions.flatten(1).clone()
+    at = torch.arange(len(found), device=found.device), cell
+    found[at] = torch.where(found[at] > SKIPPED, SKIPPED, widths)
+    return found.view_as(actions)
+
+
+def gate_logits(decision: RouteDecision) -> Tensor:
+    """Of decisions of any shape."""
+    return decision.keep_prob.clamp(1e-6, 1 - 1e-6).logit()

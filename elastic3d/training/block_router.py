@@ -1,0 +1,361 @@
+"""Per-block routers and few-step LoRA of a frozen model, trained together through whole generations.
+
+A batch goes from noise through all steps along hard routes to its last latents, which are held to the dense model's of
+the same noise, and decoded to what they stand for. Of every four groups of samples one takes the full route, one has
+the smallest budget, two have budgets between (the sandwich rule of slimmable networks, 1903.05134). At first routes
+are random, around the error that leaving out each block was measured to cause; routers imitate them, and the
+LoRA learns to do without neighbours. Then routers decide, and learn by one of three signals (`Signal`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from elastic3d.elastic import adapter_for
+from elastic3d.elastic.attachment import (
+    attach_with,
+    load_router_config,
+    load_router_state,
+    router_modules,
+    router_state,
+)
+from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig, RouterVariant, Scope
+from elastic3d.elastic.family import BlockFlops
+from elastic3d.elastic.losses import budget_loss
+from elastic3d.elastic.policies import routes_around
+from elastic3d.elastic.rollout import FREE, Rollout, flipped, gate_logits
+from elastic3d.elastic.trace import SKIPPED
+from elastic3d.errors import UserError
+from elastic3d.models.weights import find_weights
+from elastic3d.training.datasets import Batch
+from elastic3d.training.elastic_objective import Grid, followed, threshold
+from elastic3d.training.generations import GenerationConfig, GenerationObjective, relative_errors, with_lora
+from elastic3d.training.random_routes import KINDS
+from elastic3d.training.sensitivity import Sensitivity
+from elastic3d.utils.options import option
+from elastic3d.utils.tensors import read_weights
+
+FULL, SMALLEST = range(2)  # kinds of groups; those beyond are between
+KIND_NAMES = ("full", "smallest", "between")
+LEAST_ERROR = 1e-4
+ARCHITECTURE = ("variant", "hidden", "conditioning", "widths", "longest")
+
+
+class Signal(Enum):
+    """How routers learn from the end of a generation: by gradients straight through their hard decisions; by predicting
+    the error that is measured there when one cell is turned over; or by policy gradient, from several routes of the
+    same noise."""
+
+    straight_through = "straight_through"
+    predicted_error = "predicted_error"
+    policy = "policy"
+
+
+@dataclass(kw_only=True)
+class BlockRouterConfig(GenerationConfig):
+    """Routes and their signal, whatever is generated."""
+
+    min_steps: int = option(2, "fewest sampling steps", ge=1, le=1000)
+    max_steps: int = option(10, "most of them", ge=1, le=1000)
+    min_budget: float = option(
+        MIN_BUDGET, "smallest budget, that of a quarter of the samples", ge=MIN_BUDGET, le=1
+    )
+    signal: Signal = option(Signal.straight_through, "how routers learn from the end of a generation")
+    group: int = option(
+        1, "consecutive samples with the same noise and budget; above 1 for signal=policy", ge=1, le=256
+    )
+    random_steps: int = option(
+        300, "first optimizer steps, in which routes are random and routers imitate them", ge=0, le=1 << 40
+    )
+    sensitivity: Path | None = option(
+        None, "table of stage=sensitivity that random routes are drawn around; null: all blocks are alike"
+    )
+    spread: float = option(
+        1.0, "noise of random routes, in standard deviations of the table", ge=0, le=100, advanced=True
+    )
+    cost_weight: float = option(20.0, "weight of the squared distance to the budget", ge=0, le=1e6)
+    slack: float = option(
+        0.1, "a sample's cost may differ from its budget by this, as long as the mean does not", ge=0, le=1,
+        advanced=True,
+    )  # fmt: skip
+    routing_weight: float = option(
+        1.0,
+        "weight of what only routers learn from: imitation, predicted error, policy",
+        ge=0,
+        le=1e6,
+        advanced=True,
+    )
+    router_rate: float = option(10.0, "learning rate of the routers over that of the LoRA", ge=0, le=1e4)
+    val_steps: list[int] = option([4, 6], "sampling steps to validate in", ge=1, le=1000, lengths=(1, 100))
+    val_budgets: list[float] = option(
+        [1.0, 0.7, 0.5], "budgets to validate at", ge=MIN_BUDGET, le=1, lengths=(1, 100)
+    )
+
+    def check(self) -> None:
+        """What a signal needs; validation within what is trained."""
+        super().check()
+        if (self.group > 1) != (self.signal is Signal.policy):
+            wanted = "at least 2" if self.signal is Signal.policy else "1"
+            raise ValueError(f"group is {self.group}, expected {wanted} for signal={self.signal.name}")
+        for steps in self.val_steps:
+            if not self.min_steps <= steps <= self.max_steps:
+                raise ValueError(
+                    f"val_steps has {steps}, expected {self.min_steps} to {self.max_steps}, as is trained"
+                )
+
+    def check_run(self, router: RouterConfig, batch: int, accumulate: int) -> None:
+        """ValueError for routers of another kind, or micro-batches without a sandwich."""
+        if router.scope is not Scope.block or router.variant is not RouterVariant.light:
+            raise ValueError(
+                f"router.variant is {router.variant.name} and router.scope {router.scope.name},"
+                " expected light and block: each block decides for itself, at a budget"
+            )
+        if batch // accumulate % (KINDS * self.group):
+            raise ValueError(
+                f"batch is {batch} in {accumulate} micro-batches, expected a multiple of {KINDS * self.group}"
+                " in each: a full route, the smallest one and two between, of as many samples as a group has"
+            )
+
+
+def attach_block_routers(
+    dit: nn.Module,
+    config: BlockRouterConfig,
+    router: RouterConfig,
+    start: Path,
+    times: Grid,
+    guidance: float | None = None,
+    guided_times: Sequence[float] = (),
+) -> None:
+    """Put per-block routers with a few-step LoRA on a model, with what the routers in the folder `start` have of them.
+
+    Of routers of another scope the LoRA alone is taken over. `times`: the sampler's, for a number of steps;
+    `guidance`: the scale that the LoRA is to learn.
+
+    Raises:
+        UserError: per-block routers of another architecture, or a LoRA of a higher rank.
+    """
+    adapter = adapter_for(dit)
+    low, high = (len(times(steps)) - 1 for steps in (config.min_steps, config.max_steps))
+    wanted = replace(
+        router,
+        few_step_rank=config.rank,
+        few_step_nfe=float(high),
+        few_step_max_steps=high,
+        few_step_guidance=guidance,
+        guided_times=list(guided_times),
+        trained_steps=[low, high],
+    )
+    old: RouterConfig | None = load_router_config(start, adapter.family) if start.is_dir() else None
+    if old is not None and old.few_step_rank > config.rank:
+        raise UserError(
+            f"rank is {config.rank}, expected at least {old.few_step_rank}, that of the LoRA in {start}"
+        )
+    for name in ARCHITECTURE if old is not None and old.trained_steps else ():
+        if getattr(old, name) != getattr(wanted, name):
+            raise UserError(
+                f"router.{name} is {getattr(wanted, name)}, but the per-block routers in {start} have"
+                f" {getattr(old, name)}"
+            )
+    session = attach_with(dit, adapter, wanted)
+    if old is None:
+        return
+    trained = read_weights(find_weights(start))
+    if not old.trained_steps:
+        trained = {key: value for key, value in trained.items() if ".few_step." in key}
+    try:
+        load_router_state(dit, with_lora(router_state(dit), trained, keep=True))
+    except ValueError as error:
+        raise UserError(f"{start}: {error}") from error
+    for block in session.blocks:
+        if old.few_step_rank and block.few_step is not None:
+            block.few_step.rebase(high / old.few_step_nfe)
+
+
+@dataclass
+class RouteDraw:
+    """What a training item is told about its generation.
+
+    times: the sampler's grid (S+1,) of a number of steps; blocks: FLOPs of each; batch: samples of an optimizer step.
+    """
+
+    config: BlockRouterConfig
+    router: RouterConfig
+    blocks: Sequence[BlockFlops]
+    times: Grid
+    batch: int
+    sensitivity: Sensitivity | None = None
+
+    def __call__(self, position: int, seed: int) -> tuple[int, Batch]:
+        """Where in the stream of pairs the item of a position takes its noise, and its `steps`, `kind`, `budget` (),
+        `routes` (S,2,I), `free` (), `cell` (), and with signal=policy `dice` (S,2,I,2)."""
+        config, step = self.config, position // self.batch
+        steps = int(np.random.default_rng([seed, step, 4]).integers(config.min_steps, config.max_steps + 1))
+        group = position // config.group
+        kind = group % KINDS
+        budget = {FULL: 1.0, SMALLEST: config.min_budget}.get(kind)
+        if budget is None:
+            budget = float(np.random.default_rng([seed, group, 5]).uniform(config.min_budget, 1.0))
+        rng = np.random.default_rng([seed, position, 6])
+        times = self.times(steps)
+        cells = (len(times) - 1, 2, len(self.blocks))
+        free = kind != FULL and step >= config.random_steps
+        if free:
+            routes = torch.full(cells, FREE)
+        elif kind == FULL:
+            routes = torch.full(cells, self.router.widths)
+        else:
+            routes = self.around(times, budget, config.spread, int(rng.integers(1 << 62)))
+        values: Batch = {
+            "steps": torch.tensor(steps),
+            "kind": torch.tensor(min(kind, len(KIND_NAMES) - 1)),
+            "budget": torch.tensor(budget).float(),
+            "free": torch.tensor(free),
+            "routes": routes,
+            "cell": torch.tensor(rng.random()).float(),
+        }
+        if config.signal is Signal.policy:
+            values["dice"] = torch.from_numpy(rng.random((*cells, 2), dtype=np.float32))
+        # one noise for all that are compared; a full route is nobody's rival
+        return (position if kind == FULL else group * config.group), values
+
+    def around(self, times: Tensor, budget: float, spread: float, seed: int) -> Tensor:
+        """Random routes (S,2,I) that execute a budget, around the measured table."""
+        starts = times[:-1].tolist()
+        table = torch.zeros(len(starts), len(self.blocks))
+        if self.sensitivity is not None:
+            table = self.sensitivity.at(starts)
+        share = min(budget / self.router.guided_share(starts), 1.0)
+        generator = torch.Generator().manual_seed(seed)
+        return routes_around(table, self.blocks, self.router.ratios, share, spread, generator)
+
+
+class BlockRouterObjective(GenerationObjective):
+    """Parameters are the routers with their few-step LoRA. Subclasses generate, and decode."""
+
+    error_moments: Tensor
+
+    def __init__(
+        self, dit: nn.Module, config: BlockRouterConfig, weights: Tensor, times: Callable[[int], Tensor]
+    ) -> None:
+        super().__init__(dit, config.reference_steps, weights)
+        self.config, self.times = config, times
+        self.routers = router_modules(dit)
+        self.routers.requires_grad_(True)
+        self.register_buffer("error_moments", torch.zeros(2))
+
+    @abstractmethod
+    def reconstruction(
+        self, found: Tensor, dense: Tensor, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Weighted loss (B,) of what last latents (B,N,C) decode to, and its parts (B,); None without one."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """`noise` (B,N,C), a condition, `pair` and what `RouteDraw` says -> loss, and what it is made of."""
+        config = self.config
+        if len(batch["kind"]) % (
+            KINDS * config.group
+        ):  # some parameters would get no gradient in this process
+            raise UserError(
+                f"a process has {len(batch['kind'])} samples in a micro-batch, expected a multiple of"
+                f" {KINDS * config.group}, with every kind of route"
+            )
+        dense = self.dense_results(batch)
+        straight = config.signal is Signal.straight_through and bool(batch["free"].any())
+        rollout = Rollout(batch["budget"], batch["routes"], batch.get("dice"), straight)
+        found = self.along(rollout, batch)
+        losses, values = self.end_losses(found, dense, batch)
+        share = rollout.share(self.session.router_config.ratios, self.session.guided)
+        budget = batch["budget"].clamp_max(self.largest_share(batch))
+        free = batch["free"]
+        loss = losses.mean()
+        forced = ~free
+        if forced.any():
+            imitation = -rollout.log_likelihood(rollout.actions())[forced].mean()
+            loss = loss + config.routing_weight * imitation
+            values["imitation"] = imitation
+        if free.any():
+            routing = {
+                Signal.straight_through: self._straight_through,
+                Signal.predicted_error: self._predicted_error,
+                Signal.policy: self._policy,
+            }[config.signal](rollout, batch, losses, share - budget, dense)
+            loss = loss + routing
+            values |= {"routing": routing, "off_budget": (share - budget)[free].abs().mean()}
+        values["share"] = share.mean()
+        return loss, {name: value.detach() for name, value in values.items()}
+
+    def along(self, rollout: Rollout, batch: Batch) -> Tensor:
+        """Last latents (B,N,C) of a rollout."""
+        with self.session.learning(rollout):
+            return self.generate(batch, int(batch["steps"][0]), ElasticConfig())
+
+    def largest_share(self, batch: Batch) -> float:
+        """Share of the dense FLOPs that the full route executes, where the LoRA has learned the guidance."""
+        times = self.times(int(batch["steps"][0]))[:-1].tolist()
+        return self.session.router_config.guided_share(times) if self.session.guided else 1.0
+
+    def end_losses(self, found: Tensor, dense: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is lost at the end (B,): the logarithm of the latents' relative squared error to the dense ones, so that
+        every number of steps counts the same, and what they decode to."""
+        errors = relative_errors(found, dense, self.weights)
+        losses = (errors + self.config.floor).log()
+        values = {
+            f"error_{name}": errors[batch["kind"] == kind].log().mean().exp()
+            for kind, name in enumerate(KIND_NAMES)
+        }
+        rebuilt = self.reconstruction(found, dense, batch)
+        if rebuilt is not None:
+            losses = losses + rebuilt[0]
+            values |= {name: part.mean() for name, part in rebuilt[1].items()}
+        return losses, values
+
+    # -------------------------------------------------------------------------------------------- the signals
+
+    def _straight_through(
+        self, rollout: Rollout, batch: Batch, losses: Tensor, excess: Tensor, dense: Tensor
+    ) -> Tensor:
+        """The losses have gone through the gates by themselves: only the budget is added."""
+        free, budget = batch["free"], batch["budget"]
+        cost = budget_loss((excess + budget)[free], budget[free], self.config.slack)
+        return self.config.cost_weight * cost
+
+    def _policy(
+        self, rollout: Rollout, batch: Batch, losses: Tensor, excess: Tensor, dense: Tensor
+    ) -> Tensor:
+        """REINFORCE, of which a group's mean is the baseline and its deviation the scale (GRPO, 2402.03300)."""
+        reward = -(losses + self.config.cost_weight * excess.square()).detach().view(-1, self.config.group)
+        advantage = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-3)
+        each = advantage.flatten() * rollout.log_likelihood(rollout.actions().clamp_min(SKIPPED))
+        return -self.config.routing_weight * each[batch["free"]].mean()
+
+    def _predicted_error(
+        self, rollout: Rollout, batch: Batch, losses: Tensor, excess: Tensor, dense: Tensor
+    ) -> Tensor:
+        """One cell of each sample is turned over, and the generation made again: the gate's logit is to be the
+        logarithm of the error for each FLOP, over a threshold that falls as the budget rises."""
+        blocks = len(self.session.blocks)
+        ran = rollout.ran()[:, :, None].expand(-1, -1, blocks).flatten().nonzero()[:, 0]
+        cell = ran[(batch["cell"] * len(ran)).long().clamp_max(len(ran) - 1)]
+        actions, widths = rollout.actions(), self.session.router_config.widths
+        with torch.no_grad():
+            other = Rollout(batch["budget"], flipped(actions, cell, widths))
+            turned, _ = self.end_losses(self.along(other, batch), dense, batch)
+            rows = torch.arange(len(cell), device=cell.device)
+            ran_before = actions.flatten(1)[rows, cell] > SKIPPED
+            lost = torch.where(ran_before, turned - losses, losses - turned)
+            flops = rollout.passes[0].flops
+            dense_flops = losses.new_tensor([float(flops[index].dense) for index in range(blocks)])
+            lost = (lost * (dense_flops.mean() / dense_flops)[cell % blocks]).clamp_min(LEAST_ERROR).log()
+            if self.training:
+                followed(self.error_moments, lost)
+        logits = gate_logits(rollout.proposed()).flatten(1)[rows, cell]
+        target = lost - threshold(self.error_moments, batch["budget"])
+        return self.config.routing_weight * nn.functional.smooth_l1_loss(logits, target)

@@ -1,0 +1,132 @@
+"""Statistics of a model's training images, and the distance from which an image is unfamiliar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from elastic3d.errors import UserError
+from elastic3d.models.familiarity import Familiarity, image_feature
+from elastic3d.models.foreground import prepare_image, to_tensor
+from elastic3d.models.image_encoder import ImageEncoder, load_image_encoder
+from elastic3d.models.images import IMAGE_SUFFIXES, load_image
+from elastic3d.models.options import ForegroundConfig
+from elastic3d.pipelines.options import DEFAULT_MODEL
+from elastic3d.training.datasets import PreparedShapes, read_split
+from elastic3d.training.image_augment import augment_view
+from elastic3d.training.latents import stored_views
+from elastic3d.utils.files import visible_files
+from elastic3d.utils.options import Options, option
+from elastic3d.utils.structured import save_json
+
+RECORD_NAME = "familiarity.json"
+
+
+@dataclass(kw_only=True)
+class FamiliarityConfig(Options):
+    """Which images a model was trained on, and how seldom one like them may be called unfamiliar."""
+
+    model: Path = option(Path(DEFAULT_MODEL), "folder of the model; the statistics are written into it")
+    prepared: Path = option(Path("data/prepared"), "folder of prepared shapes, whose views are the images")
+    train: list[Path] = option(
+        [Path("data/splits/train.txt")], "lists of the shapes the model was trained on"
+    )
+    val: list[Path] = option([Path("data/splits/val.txt")], "lists of shapes that the threshold is chosen on")
+    sources: list[str] = option(
+        ["infinigen", "sweethome3d"], "sources that the model was trained on", lengths=(1, 100)
+    )
+    views: int = option(4, "views of each shape, from the first", ge=1, le=1000)
+    components: int = option(64, "principal components with a variance of their own", ge=1, le=1 << 16)
+    false_alarms: float = option(
+        0.02, "share of the validation images that may be called unfamiliar", gt=0, lt=1
+    )
+    batch: int = option(16, "images encoded at a time", ge=1, le=4096)
+    probe: list[Path] = option([], "folders of other images: how many of each are called unfamiliar")
+
+
+def measure_familiarity(config: FamiliarityConfig) -> dict[str, Any]:
+    """Write statistics and a record of how they were measured into the model's folder; return the record.
+
+    Raises:
+        UserError: no shape of a split is prepared, or too few for the components.
+    """
+    encoder = load_image_encoder(config.model / "image_encoder")
+    features = {}
+    for split in ("train", "val"):
+        listed = read_split(getattr(config, split))
+        ids = [id for id in listed if id.partition("/")[0] in config.sources]
+        shapes = PreparedShapes(config.prepared, ids)
+        features[split] = torch.cat(list(_features(shapes, encoder, config, split)))
+    try:
+        found = Familiarity.fit(features["train"], config.components)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    distances = found.distance(features["val"][:, None]).double().numpy()
+    limit = float(np.quantile(distances, 1 - config.false_alarms, method="higher"))
+    threshold = float(np.nextafter(np.float32(limit), np.float32(np.inf)))  # images at the limit are familiar
+    found = Familiarity(found.mean, found.components, found.scale, torch.tensor([threshold]))
+    record = {
+        "sources": config.sources,
+        "train_images": len(features["train"]),
+        "val_images": len(distances),
+        "val_distance": _spread(distances),
+        "val_false_alarms": float((distances >= threshold).mean()),
+        "threshold": threshold,
+        "probes": {folder.name: _probe(folder, encoder, found) for folder in config.probe},
+    }
+    found.save(config.model)
+    save_json(record, config.model / RECORD_NAME)
+    return record
+
+
+@torch.no_grad()
+def _features(
+    shapes: PreparedShapes, encoder: ImageEncoder, config: FamiliarityConfig, split: str
+) -> Iterator[Tensor]:
+    """Features (V,Cc) of each shape's views, every second one as people give them."""
+    for place, id in enumerate(tqdm(shapes.ids, desc=split, unit="shape", disable=None)):
+        rng = np.random.default_rng([place, split == "val"])
+        views = stored_views(shapes, id)[: config.views]
+        views = [augment_view(view, rng) if i % 2 else view for i, view in enumerate(views)]
+        images = [prepare_image(view, ForegroundConfig(), encoder.image_size) for view in views]
+        yield image_feature(encoder(to_tensor(images)))
+
+
+@torch.no_grad()
+def _probe(folder: Path, encoder: ImageEncoder, found: Familiarity) -> dict[str, Any]:
+    """Distances of the images of a folder, those without an object left out."""
+    distances, unused = [], 0
+    for path in visible_files(folder, recursive=False):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        try:
+            image = prepare_image(load_image(path), ForegroundConfig(), encoder.image_size)
+        except UserError:
+            unused += 1
+            continue
+        distances.append(float(found.distance(encoder(to_tensor([image])))))
+    if not distances:
+        raise UserError(f"probe: {folder} has no image that shows an object")
+    unfamiliar = float(np.mean(np.array(distances) >= float(found.threshold)))
+    return {
+        "images": len(distances),
+        "without_object": unused,
+        "unfamiliar": unfamiliar,
+        "distance": _spread(np.array(distances)),
+    }
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    return {
+        "least": float(values.min()),
+        "median": float(np.median(values)),
+        "q98": float(np.quantile(values, 0.98)),
+        "most": float(values.max()),
+    }

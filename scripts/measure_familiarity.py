@@ -1,0 +1,30 @@
+"""Measure what images a model knows, so that it warns of others.
+
+    python scripts/measure_familiarity.py prepared=data/prepared
+    python scripts/measure_familiarity.py probe=[photos,drawings]
+
+Writes `familiarity.safetensors`, which the pipeline reads, and `familiarity.json`, how it was measured, into the
+model's folder.
+"""
+
+from __future__ import annotations
+
+from _cli import run
+
+from elastic3d.training.familiarity import FamiliarityConfig
+
+
+def main(config: FamiliarityConfig) -> int:
+    """Measure, write, and say how many images are called unfamiliar."""
+    from elastic3d.training.familiarity import measure_familiarity
+
+    record = measure_familiarity(config)
+    print(f"threshold {record['threshold']:.3f} of {record['train_images']} training images")
+    print(f"unfamiliar: {record['val_false_alarms']:.1%} of {record['val_images']} validation images")
+    for name, probe in record["probes"].items():
+        print(f"unfamiliar: {probe['unfamiliar']:.1%} of {probe['images']} images in {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, FamiliarityConfig, "measure_familiarity")

@@ -1,0 +1,28 @@
+"""Time published DiTs at full size with random weights: dense, and at budgets that need no training.
+
+    python scripts/time_full_size.py output=outputs/full_size.json
+    python scripts/time_full_size.py width=256 latents=256 models=[triposg] device=cpu
+
+The first needs a GPU of 24 GB. On a CPU take the width and the number of latents that it can bear: times are CPU time
+then. Speed-ups are those of the DiT alone, and are put beside those of its FLOPs.
+"""
+
+from __future__ import annotations
+
+from _cli import run
+
+from elastic3d.benchmark.full_size import FullSizeConfig
+from elastic3d.utils.paths import check_distinct
+
+
+def main(config: FullSizeConfig) -> int:
+    """Measure, write the JSON, print the table."""
+    from elastic3d.benchmark.full_size import measure_full_size, printed
+
+    check_distinct({}, {"output": config.output})
+    print(printed(measure_full_size(config)))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, FullSizeConfig, "time_full_size")

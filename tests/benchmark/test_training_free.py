@@ -1,0 +1,69 @@
+"""Training-free policies as rows, from a calibration of the same model; full-size timing at a width that fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from elastic3d.benchmark.config import Method, PolicyName
+from elastic3d.benchmark.full_size import FullSizeConfig, measure_full_size, printed, sized
+from elastic3d.benchmark.images import load_models
+from elastic3d.benchmark.meshes import MeshTask
+from elastic3d.benchmark.methods import DENSE, Planner
+from elastic3d.benchmark.run import benchmark
+from elastic3d.elastic import is_attached
+from elastic3d.errors import UserError
+from elastic3d.pipelines.calibration import calibrate_policy
+from elastic3d.pipelines.estimates import published
+from elastic3d.pipelines.options import CalibratePolicyConfig
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
+from tests.benchmark.conftest import config_of, image_config_of
+
+CPU = {"device": DeviceChoice.cpu, "dtype": DTypeChoice.float32}
+ROWS = [Method.dense, Method.training_free]
+
+
+def test_meshes_with_a_calibration(world: Path, tmp_path: Path) -> None:
+    options = CalibratePolicyConfig(
+        image=str(world / "images"), model=str(world / "model"), output=str(tmp_path), samples=2, steps=8, **CPU
+    )
+    path, _ = calibrate_policy(options, world)
+    config = config_of(
+        world, tmp_path / "out", methods=ROWS, caches=[], seeds=[0], baseline_steps=8, reference_steps=8, limit=1,
+        policy_calibration=path, cpu_time=True,
+    )  # fmt: skip
+    rows = {row["note"]: row for row in benchmark(config, world)["rows"] if row["method"] == "training_free"}
+    assert set(rows) == {name.value for name in PolicyName}
+    for name, row in rows.items():
+        slack = 0.3 if name == "online" else 0.03
+        assert row["executed_flops_ratio"] == pytest.approx(0.5, abs=slack) and row["budget"] == 0.5
+        assert row["dit_speedup"] > 0 and row["iou_paired"] is not None
+    task = MeshTask(config, world)
+    assert not is_attached(task.planner.models[DENSE].dit)
+
+
+def test_images_without_one_have_even_steps_alone(gallery: Path, tmp_path: Path) -> None:
+    config = image_config_of(gallery, tmp_path, methods=ROWS, caches=[], seeds=[0], reference_steps=4)
+    rows = [row for row in benchmark(config, gallery)["rows"] if row["method"] == "training_free"]
+    assert [(row["note"], row["executed_flops_ratio"]) for row in rows] == [("even", 0.5)]
+    assert rows[0]["psnr_dense"] is not None
+    config.policy_calibration = tmp_path / "gone"
+    with pytest.raises(UserError, match="there is no calibration"):
+        _ = Planner(config, load_models(config, gallery)).calibration
+
+
+def test_full_size_models_narrowed(tmp_path: Path) -> None:
+    config = FullSizeConfig(
+        output=tmp_path / "times.json", width=128, latents=16, steps=10, rounds=1, batches=[1], budgets=[0.5],
+        models=["hunyuan3d2", "triposg", "step1x3d"], device=DeviceChoice.cpu, dtype=DTypeChoice.float32,
+    )  # fmt: skip
+    found = measure_full_size(config)
+    assert [(row["model"], row["executed"]) for row in found["rows"]] == [
+        (name, share) for name in config.models for share in (1.0, 0.5)
+    ]
+    assert all(row["speedup"] > 0 and row["peak_mb"] > 0 for row in found["rows"])
+    assert printed(found).count("\n") == 1 + len(found["rows"]) and config.output.is_file()
+    full = published("step1x3d").dit
+    assert sized(full, FullSizeConfig()) == full
+    assert sized(full, config).heads == 2 and sized(full, config).condition_tokens == round(16 / 2048 * 1370)

@@ -1,0 +1,365 @@
+"""Per-block routers and few-step LoRA, trained through whole generations: on tiny shapes whose surface is known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from _cli import parse
+
+from elastic3d.elastic import attach
+from elastic3d.elastic.attachment import load_router_config
+from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
+from elastic3d.elastic.cost import trace_share
+from elastic3d.elastic.policies import action_flops, executed_share
+from elastic3d.elastic.rollout import FREE, Rollout
+from elastic3d.errors import UserError
+from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.training.block_router import BlockRouterConfig, Signal
+from elastic3d.training.block_router_image import ImageBlockRouterTrainConfig
+from elastic3d.training.block_router_shape import (
+    BlockRouterTrainConfig,
+    EndMeshLossConfig,
+    ShapeBlockRouterStage,
+)
+from elastic3d.training.datasets import stack
+from elastic3d.training.few_step import FewStepStage
+from elastic3d.training.journal import read_metrics
+from elastic3d.training.measure_sensitivity import SensitivityConfig
+from elastic3d.training.options import StageName
+from elastic3d.training.sensitivity import load_sensitivity
+from elastic3d.training.stages import run_stage
+from elastic3d.utils.structured import load_json, save_json
+from tests.tiny_pipeline import image
+from tests.training.test_dit import config_for
+from tests.training.test_elastic import dense  # noqa: F401  # a fixture
+from tests.training.test_few_step import few_step_config, routed  # noqa: F401  # a fixture
+from tests.training.tiny import config_of, export_of
+
+ROUTER = RouterConfig(scope=Scope.block, longest=1, damping=0.0, hidden=8, conditioning=8)
+MESH = dict(near_queries=16, volume_queries=8, surface_points=8)
+
+
+def block_config(root, blocks=None, **changes) -> BlockRouterTrainConfig:
+    options = dict(model=root / "dense", rank=4, min_steps=2, max_steps=4, reference_steps=8, pairs=6, val_shapes=1,
+                   val_steps=[3], val_budgets=[1.0, 0.5], random_steps=2, mesh=EndMeshLossConfig(**MESH))  # fmt: skip
+    settings = dict(
+        stage=StageName.block_router, name="blocks", router=ROUTER, blocks=options | (blocks or {})
+    )
+    return config_for(root, **(settings | changes))
+
+
+def batch_of(stage: ShapeBlockRouterStage, step: int = 0, seed: int = 0):
+    size = stage.config.batch
+    return stack([stage.items().item(step * size + i, seed) for i in range(size)])
+
+
+def half_open(stage: ShapeBlockRouterStage) -> None:
+    """Routers whose gates differ between blocks and samples."""
+    torch.manual_seed(3)
+    for block in stage.flow.session.blocks:
+        torch.nn.init.normal_(block.router.heads.weight, std=2.0)
+
+
+# ------------------------------------------------------------------------------------------------------- routes
+
+
+@pytest.mark.parametrize("stage", ["block_router", "hunyuan3d_block_router"])
+def test_the_shipped_configurations_suit_the_stage(stage):
+    config = parse(BlockRouterTrainConfig, "train", [f"stage={stage}"])
+    assert config.router.scope is Scope.block and config.router.longest == 3
+    assert config.blocks.signal is Signal.straight_through and config.blocks.guidance
+    parse(ImageBlockRouterTrainConfig, "train", ["stage=image_block_router", "weights=a"])
+
+
+def test_every_batch_has_the_full_route_the_smallest_and_routes_between(routed):  # noqa: F811
+    stage = ShapeBlockRouterStage(block_config(routed, batch=8))
+    for step in range(4):
+        batch = batch_of(stage, step)
+        steps, blocks = int(batch["steps"][0]), len(stage.flow.session.blocks)
+        assert (batch["steps"] == steps).all() and 2 <= steps <= 4
+        assert batch["routes"].shape == (8, steps, 2, blocks)
+        assert batch["kind"].tolist() == [0, 1, 2, 2] * 2
+        full, smallest, between = (batch["kind"] == kind for kind in range(3))
+        assert (batch["routes"][full] == 4).all() and (batch["budget"][full] == 1).all()
+        assert (batch["budget"][smallest] == torch.tensor(0.3)).all()
+        assert ((batch["budget"][between] > 0.3) & (batch["budget"][between] < 1)).all()
+        random = step < 2
+        assert batch["free"].tolist() == [False, not random, not random, not random] * 2
+        assert (batch["routes"][~full] == FREE).all() == (not random)
+        again = stage.items().item(step * 8 + 3, 0)
+        assert all(torch.equal(again[name], batch[name][3]) for name in again)
+
+
+def test_routes_of_one_noise_differ_and_only_they_are_compared(routed):  # noqa: F811
+    options = {"signal": Signal.policy, "group": 2, "random_steps": 0}
+    stage = ShapeBlockRouterStage(block_config(routed, options, batch=8))
+    batch = batch_of(stage)
+    assert batch["kind"].tolist() == [0, 0, 1, 1, 2, 2, 2, 2]
+    for name in ("noise", "points", "budget", "pair"):
+        same = (batch[name][::2] == batch[name][1::2]).flatten(1 if batch[name].ndim > 1 else 0)
+        assert same[1:].all()
+    assert not torch.equal(batch["noise"][0], batch["noise"][1])  # full routes are all alike
+    assert not torch.equal(batch["dice"][2], batch["dice"][3])
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.8, 1.0])
+def test_random_routes_execute_their_budget_and_leave_out_what_matters_least(routed, budget):  # noqa: F811
+    stage = ShapeBlockRouterStage(block_config(routed))
+    times, blocks = stage.flow.times(4), [b.name for b in stage.flow.session.blocks]
+    errors = [[0.5, 0.01, 0.02]] * 3 + [[0.5, 0.3, 0.4]]
+    path = routed / "table.json"
+    save_json(
+        {"blocks": blocks, "times": times[:-1].tolist(), "full": 0.005, "errors": errors, "measured": {}},
+        path,
+    )
+    stage.draw.sensitivity = load_sensitivity(path, blocks)
+    flops = stage.draw.blocks
+    coarse = max(float(action_flops(flops, ROUTER.ratios)[:, -1].max()), 1) / sum(b.dense for b in flops) / 4
+    best = stage.draw.around(times, budget, 0.0, 0)
+    assert torch.equal(best, stage.draw.around(times, budget, 0.0, 1))  # nothing random in it
+    assert executed_share(best, flops, ROUTER.ratios) == pytest.approx(budget, abs=coarse)
+    if budget == 0.3:
+        kept = (best[:, 0] > 0).nonzero().tolist()
+        assert [0, 0] in kept and [0, 1] not in kept and [1, 1] not in kept
+    drawn = torch.stack([stage.draw.around(times, budget, 1.0, seed) for seed in range(60)])
+    shares = [executed_share(routes, flops, ROUTER.ratios) for routes in drawn]
+    assert np.mean(shares) == pytest.approx(budget, abs=coarse / 2)
+    if budget < 1:
+        kept = (drawn[:, :, 0] > 0).float().mean(0)
+        assert kept[0, 0] > kept[0, 1] and kept[3, 1] > kept[0, 1]
+        assert ((drawn > 0) & (drawn < 4)).any()  # some are narrow
+
+
+# ----------------------------------------------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize("signal", Signal)
+@pytest.mark.parametrize("guidance", [False, True])
+def test_routers_and_lora_learn_from_the_end_of_a_generation(routed, signal, guidance):  # noqa: F811
+    group = 2 if signal is Signal.policy else 1
+    options = {
+        "signal": signal,
+        "group": group,
+        "guidance": guidance,
+        "guided_times": [0.2, 0.6] if guidance else [],
+    }
+    stage = ShapeBlockRouterStage(block_config(routed, options, batch=8))
+    half_open(stage)
+    for step in (0, 2):  # random routes, then the routers' own
+        stage.flow.zero_grad()
+        loss, values = stage.flow(batch_of(stage, step))
+        loss.backward()
+        assert loss.isfinite() and ("routing" in values) == (step == 2)
+        assert {"error_full", "error_smallest", "error_between", "mesh_field", "mesh_dense"} <= set(values)
+        for block in stage.flow.session.blocks:
+            gate = block.router.heads.weight.grad[0]
+            assert gate.isfinite().all() and gate.abs().max() > 0
+        ups = [p.grad for n, p in stage.flow.named_parameters() if n.endswith(".up")]
+        assert all(g.isfinite().all() for g in ups) and sum(bool(g.any()) for g in ups) > len(ups) / 2
+        assert all(p.grad is None for p in stage.flow.dit.parameters())
+    assert stage.flow.error_moments.any() == (signal is Signal.predicted_error)
+
+
+def test_the_mesh_alone_reaches_every_gate(routed, monkeypatch):  # noqa: F811
+    for only in ("field", "chamfer", "normals", "dense"):
+        weights = {name: float(name == only) for name in ("field", "chamfer", "normals", "dense")}
+        options = {"random_steps": 0, "cost_weight": 0.0, "routing_weight": 0.0}
+        options["mesh"] = EndMeshLossConfig(weight=1.0, **weights, **MESH)
+        stage = ShapeBlockRouterStage(block_config(routed, options, batch=4))
+        monkeypatch.setattr(
+            "elastic3d.training.block_router.relative_errors",
+            lambda found, true, weights: torch.ones(len(found)),
+        )
+        half_open(stage)
+        stage.flow(batch_of(stage))[0].backward()
+        for block in stage.flow.session.blocks:
+            gate = block.router.heads.weight.grad[0]
+            assert gate.isfinite().all() and gate.abs().max() > 0, only
+
+
+def test_the_dense_generation_has_no_distance_to_itself(routed):  # noqa: F811
+    stage = ShapeBlockRouterStage(
+        block_config(routed, {"reference_steps": 4, "min_steps": 4, "val_steps": [4]}, batch=4)
+    )
+    batch = batch_of(stage)
+    batch["routes"] = torch.full_like(batch["routes"], 4)
+    _, values = stage.flow(batch)  # the LoRA is fresh
+    assert values["error_full"] < 1e-10 and values["mesh_dense"] < 1e-6
+    assert values["share"] == pytest.approx(1)
+
+
+def test_the_signal_of_policy_follows_the_reward(routed):  # noqa: F811
+    """Of two routes of one noise the better one becomes more likely."""
+    options = {"signal": Signal.policy, "group": 2, "random_steps": 0, "cost_weight": 0.0}
+    stage = ShapeBlockRouterStage(block_config(routed, options, batch=8))
+    flow, batch = stage.flow, batch_of(stage)
+    rollout = Rollout(batch["budget"], batch["routes"], batch["dice"])
+    found = flow.along(rollout, batch)
+    losses, _ = flow.end_losses(found, flow.dense_results(batch), batch)
+    zero = torch.zeros(8)
+    before = rollout.log_likelihood(rollout.actions()).detach()
+    flow.zero_grad()
+    flow._policy(rollout, batch, losses, zero, found).backward()
+    with torch.no_grad():
+        for name, p in flow.named_parameters():
+            if p.grad is not None and "few_step" not in name:
+                p -= 0.05 * p.grad
+    again = Rollout(batch["budget"], rollout.actions().clamp_min(0))
+    flow.along(again, batch)
+    gain = (again.log_likelihood(rollout.actions()) - before).detach().view(4, 2)
+    better = losses.detach().view(4, 2)[1:].argmin(1)
+    relative = (gain[1:, 0] - gain[1:, 1]) * (1 - 2 * better)
+    assert relative.mean() > 0
+
+
+def test_predicted_errors_are_those_of_single_cells_turned_over(routed, monkeypatch):  # noqa: F811
+    options = {"signal": Signal.predicted_error, "random_steps": 0}
+    stage = ShapeBlockRouterStage(block_config(routed, options, batch=4))
+    half_open(stage)
+    flow, batch, runs = stage.flow, batch_of(stage), []
+    along = flow.along
+    monkeypatch.setattr(flow, "along", lambda r, b: runs.append(r) or along(r, b))
+    _, values = flow(batch)
+    first, second = (run.actions() for run in runs)
+    changed = (first > 0) != (second > 0)
+    assert (
+        changed.flatten(1).sum(1).tolist() == [1] * 4
+        and (first != second).flatten(1).sum(1).tolist() == [1] * 4
+    )
+    assert values["routing"] > 0
+
+
+def test_checkpointing_changes_nothing(routed):  # noqa: F811
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        stage = ShapeBlockRouterStage(block_config(routed, {"random_steps": 0}, batch=4))
+        half_open(stage)
+        torch.manual_seed(1)
+        stage.flow.gradient_checkpointing = recompute
+        for name, p in stage.flow.named_parameters():
+            if name.endswith((".up", ".down")):
+                torch.nn.init.normal_(p, std=0.05)
+        stage.flow(batch_of(stage))[0].backward()
+        gradients.append([p.grad for p in stage.flow.parameters() if p.grad is not None])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-3, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------- from end to end
+
+
+def test_measure_train_export_and_generate(routed):  # noqa: F811
+    """Of a model whose routers decide by step: its LoRA is where the new one starts."""
+    assert run_stage(few_step_config(routed, steps=2)) == 0
+    model = routed / "dense"
+    assert run_stage(export_of(few_step_config(routed), model)) == 0
+    table = routed / "table.json"
+    shared = {name: value for name, value in vars(block_config(routed)).items() if name != "blocks"}
+    measure = config_of(**(shared | {"stage": StageName.sensitivity}))
+    measure.blocks = SensitivityConfig(
+        model=model, rank=4, steps=3, reference_steps=4, val_shapes=1, output=table
+    )
+    run_stage(measure)
+    found = load_json(table)
+    assert np.shape(found["errors"]) == (3, 3) and found["full"] < np.max(found["errors"])
+
+    config = block_config(routed, {"sensitivity": table}, steps=4, batch=4, validate_every=4)
+    assert run_stage(config) == 0
+    rows = read_metrics(config.folder / "metrics.jsonl")
+    assert {"val/error_3_at_0.5", "val/share_3_at_0.5", "val/table_3_at_0.5"} <= set(rows[-1])
+    output = routed / "elastic"
+    assert run_stage(export_of(config, output)) == 0
+    pipeline = ImageTo3DPipeline.from_pretrained(output, "cpu", "float32")
+    own = pipeline.session.router_config
+    assert own.scope is Scope.block and own.trained_steps == [2, 4] and own.requested_budgets
+    both = [image(), image()]
+    results = pipeline(both, [1, 2], steps=3, resolution=16, budget=0.5)
+    for result, seed in zip(results, (1, 2), strict=True):
+        assert len(result.metadata["routes"]["actions"]) == 3
+        alone = pipeline(image(), seed, steps=3, resolution=16, budget=0.5)
+        assert alone.metadata["routes"] == result.metadata["routes"]
+        torch.testing.assert_close(alone.latents, result.latents, rtol=1e-3, atol=1e-4)
+    for options, message in (
+        ({"steps": 5}, "steps is 5, expected 2 to 4, for which these per-block routers were trained"),
+        (
+            {"steps": 3, "few_step": False},
+            "few_step is false, expected true: these routers were trained with",
+        ),
+        ({"steps": 3, "budget": 0.2}, "budget is 0.2, expected a value from 0.3 to 1"),
+        ({"steps": 3, "cache": "off"}, None),
+    ):
+        if message is not None:
+            with pytest.raises(UserError, match=message):
+                pipeline(image(), 0, resolution=16, **options)
+    dense_run = pipeline(
+        image(), 0, steps=5, resolution=16, elastic=False
+    )  # dense runs in any number of steps
+    assert "routes" not in dense_run.metadata
+
+    again = block_config(routed, {"model": output}, batch=4, name="again")
+    stage = ShapeBlockRouterStage(again)  # goes on with routers and LoRA
+    batch = stage.val_batch(1)
+    first = stage.flow.generate(batch, 3, ElasticConfig(budget=0.5))
+    assert trace_share(stage.flow.session.trace) <= 1 and first.isfinite().all()
+    weights = (
+        attach(ShapeDiT.from_pretrained(output / "dit"), output / "routers").blocks[0].router.heads.weight
+    )
+    assert torch.equal(stage.flow.session.blocks[0].router.heads.weight, weights)
+    for change, message in (
+        ({"router": replace(ROUTER, widths=2)}, "router.widths is 2, but the per-block routers in .* have 4"),
+        ({"blocks": {"model": output, "rank": 2}}, "rank is 2, expected at least 4, that of the LoRA in"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ShapeBlockRouterStage(block_config(routed, **({"blocks": {"model": output}} | change)))
+    with pytest.raises(UserError, match="has per-block routers, .*: stage=block_router goes on with both"):
+        FewStepStage(few_step_config(routed, {"model": output}))
+    assert load_router_config(output / "routers", "ShapeDiT").few_step_rank == 4
+
+
+def test_learned_guidance_runs_one_branch_at_that_scale_alone(routed):  # noqa: F811
+    config = block_config(routed, {"guidance": True}, steps=2, batch=4)
+    assert run_stage(config) == 0
+    output = routed / "elastic"
+    assert run_stage(export_of(config, output)) == 0
+    pipeline = ImageTo3DPipeline.from_pretrained(output, "cpu", "float32")
+    result = pipeline(image(), 0, steps=2, resolution=16)
+    assert result.metadata["one_branch"] and all(
+        len(step) == 1 for step in result.metadata["routes"]["actions"]
+    )
+    with pytest.raises(
+        UserError, match="guidance is 4, expected 2.5, which the few-step LoRA .* has learned"
+    ):
+        pipeline(image(), 0, steps=2, resolution=16, guidance=4.0)
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+def test_what_does_not_fit_is_said(routed):  # noqa: F811
+    for options, message in (
+        ({"signal": Signal.policy}, "group is 1, expected at least 2 for signal=policy"),
+        ({"group": 2}, "group is 2, expected 1 for signal=straight_through"),
+        ({"val_steps": [11]}, "val_steps has 11, expected 2 to 10, as is trained"),
+        ({"max_steps": 1}, "max_steps is 1, expected a value from 2 to 1000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BlockRouterConfig(**options)
+    with pytest.raises(ValueError, match="batch is 6 in 1 micro-batches, expected a multiple of 4"):
+        block_config(routed, batch=6)
+    with pytest.raises(ValueError, match="router.scope step, expected light and block: each block decides"):
+        block_config(routed, router=RouterConfig(scope=Scope.step))
+    with pytest.raises(
+        ValueError, match=r"trained_steps is \[2, 4\], expected two numbers, of routers with scope"
+    ):
+        RouterConfig(scope=Scope.step, trained_steps=[2, 4])
+    path = routed / "table.json"
+    values = {"blocks": ["a"], "times": [0.0], "full": 0.1, "errors": [[0.2]], "measured": {}}
+    save_json(values, path)
+    with pytest.raises(UserError, match="is of a model with 1 blocks, a, ..., expected the 3 of this one"):
+        ShapeBlockRouterStage(block_config(routed, {"sensitivity": path}))
+    save_json({**values, "times": [0.5, 0.2]}, path)
+    with pytest.raises(UserError, match="errors and times do not belong together"):
+        load_sensitivity(path, ["a"])
