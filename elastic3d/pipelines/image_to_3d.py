@@ -233,16 +233,22 @@ class ImageTo3DPipeline:
         if settings.elastic.elastic and not has_routers(self.dit):
             check_budget(settings.elastic.budget, len(sampling_times(self.config, settings.steps)) - 1)
         settings.dial = None if row is None else row.metadata(requested.budget, quality)
-        with self._turn:
-            if settings.elastic.elastic and self.session is None:
-                put_policy(self.dit, find_calibration(self.calibration, self.dit))
-            with self.session.turn if self.session is not None else nullcontext():
-                results = self._generate(inputs, seeds, settings, Listeners(on_step, on_progress, on_result))
+        results = self._in_turn(inputs, seeds, settings, Listeners(on_step, on_progress, on_result))
         if many:
             return results
         if results[0].error is not None:
             raise results[0].error
         return results[0]
+
+    def _in_turn(
+        self, inputs: Sequence[ImageInput], seeds: Sequence[int], settings: Settings, listeners: Listeners
+    ) -> list[Result]:
+        """One call at a time; the first with a budget brings the policy of a model without routers."""
+        with self._turn:
+            if settings.elastic.elastic and self.session is None:
+                put_policy(self.dit, find_calibration(self.calibration, self.dit))
+            with self.session.turn if self.session is not None else nullcontext():
+                return self._generate(inputs, seeds, settings, listeners)
 
     def _settings(
         self,
