@@ -315,6 +315,13 @@ def test_the_decoder_of_a_model_learns_alone(cached):
     tuned = ShapeVAE.from_pretrained(config.folder / "export")
     assert (tuned.config.latent_mean, tuned.config.latent_std) == ([0.5] * 7, [2.0] * 7)
     before, after = load_file(cached / "model/model.safetensors"), tuned.state_dict()
-    changed = {name for name, value in before.items() if not torch.equal(value.bfloat16().float(), after[name])}
+    changed = {
+        name for name, value in before.items() if not torch.equal(value.bfloat16().float(), after[name])
+    }
     assert not any(name.startswith(("encoder.", "pre_kl.")) for name in changed)
-    assert {name.partition(".")[0] for name in changed} == {"post_kl", "anchor_proj", "transformer", "geo_decoder"}
+    assert {name.partition(".")[0] for name in changed} == {
+        "post_kl",
+        "anchor_proj",
+        "transformer",
+        "geo_decoder",
+    }
