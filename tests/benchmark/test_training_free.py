@@ -26,7 +26,12 @@ ROWS = [Method.dense, Method.training_free]
 
 def test_meshes_with_a_calibration(world: Path, tmp_path: Path) -> None:
     options = CalibratePolicyConfig(
-        image=str(world / "images"), model=str(world / "model"), output=str(tmp_path), samples=2, steps=8, **CPU
+        image=str(world / "images"),
+        model=str(world / "model"),
+        output=str(tmp_path),
+        samples=2,
+        steps=8,
+        **CPU,
     )
     path, _ = calibrate_policy(options, world)
     config = config_of(
