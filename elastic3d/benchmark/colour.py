@@ -20,7 +20,7 @@ from elastic3d.geometry.render import Camera, Light, Scene, frame, orbit_camera
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.assets import posed
 from elastic3d.preparation.options import PrepareConfig
-from elastic3d.preparation.views import RawShape, random_lights, view_cameras
+from elastic3d.preparation.views import RawShape, random_colour, random_lights, view_cameras
 from elastic3d.utils.options import Options, option
 
 SIZE = 224  # pixels a side of the views
@@ -52,13 +52,15 @@ def measure_shape(
     again.
 
     `psnr`: of the input view in dB, where mesh and mask overlap, and how far they do (`overlap`, an IoU). `rmse` and
-    `rmse_mean`: of unseen views against the shape's own in the same light, colours from 0 to 1, by the mesh's colours
-    and by the mean colour of the image, where both are seen. Raises whatever `make` raises.
+    `rmse_mean`: of unseen views against the shape's own, colours from 0 to 1, by the mesh's colours and by the mean
+    colour of the image, where both are seen; the light comes along with the camera, as in the training data. `fixed`
+    and `fixed_mean`: the same where it stays, so that what was lit is seen from its dark side. Raises whatever `make`
+    raises.
     """
     shape, colours = normalize_mesh(raw.mesh)[0], _own_colours(raw, seed)
     truth, generator = Scene(shape, colours), np.random.default_rng(seed)
     (camera,) = view_cameras(shape, 1, generator)
-    lights = random_lights(camera, generator)
+    lights = random_lights(camera, np.random.default_rng([seed, 2]))
     image = np.asarray(truth.render(camera, SIZE, lights).colour)
     mesh = make(Image.fromarray(image))
     pose, pixels = posed(mesh, Image.fromarray(image), ForegroundConfig())
@@ -66,35 +68,37 @@ def measure_shape(
     scene = Scene(made, np.asarray(made.visual.face_colors)[:, :3])
     error = _differences(scene, pose.camera, pixels)
     mean = pixels[pixels[..., 3] >= 250][:, :3].mean(axis=0)
-    ours, plain = [], []
+    errors: dict[str, list[Floats]] = {"rmse": [], "rmse_mean": [], "fixed": [], "fixed_mean": []}
     for turn in TURNS:
         unseen = _turned(camera, shape, turn)
-        target = np.asarray(truth.render(unseen, SIZE, lights).colour)
-        ours.append(_differences(scene, unseen, target).ravel())
-        plain.append(_differences(scene, unseen, target, mean).ravel())
-    return {
-        "psnr": psnr(float(np.mean(error**2))),
-        "overlap": pose.overlap,
-        "rmse": float(np.sqrt(np.mean(np.concatenate(ours) ** 2))),
-        "rmse_mean": float(np.sqrt(np.mean(np.concatenate(plain) ** 2))),
-    }
+        moved = random_lights(unseen, np.random.default_rng([seed, 2]))
+        for name, light in (("rmse", moved), ("fixed", lights)):
+            target = np.asarray(truth.render(unseen, SIZE, light).colour)
+            errors[name].append(_differences(scene, unseen, target).ravel())
+            errors[f"{name}_mean"].append(_differences(scene, unseen, target, mean).ravel())
+    found = {name: float(np.sqrt(np.mean(np.concatenate(parts) ** 2))) for name, parts in errors.items()}
+    return {"psnr": psnr(float(np.mean(error**2))), "overlap": pose.overlap, **found}
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over shapes, the lowest PSNR, and on how many the unseen views are nearer than the mean colour."""
-    figures = {
-        name: float(np.mean([row[name] for row in rows])) for name in ("psnr", "overlap", "rmse", "rmse_mean")
+    """Means over shapes, the lowest PSNR, and on how many shapes unseen views are nearer than the mean colour."""
+    names = [name for name, value in rows[0].items() if isinstance(value, float)]
+    figures = {name: round(float(np.mean([row[name] for row in rows])), 4) for name in names}
+    nearer = {
+        f"nearer_{name}": sum(row[name] < row[f"{name}_mean"] for row in rows) for name in ("rmse", "fixed")
     }
-    nearer = sum(row["rmse"] < row["rmse_mean"] for row in rows)
-    return {"shapes": len(rows), **figures, "psnr_lowest": min(row["psnr"] for row in rows), "nearer": nearer}
+    return {
+        "shapes": len(rows),
+        **figures,
+        "psnr_lowest": round(min(row["psnr"] for row in rows), 2),
+        **nearer,
+    }
 
 
 def _own_colours(raw: RawShape, seed: int) -> NDArray[np.uint8]:
     """Of the faces (F, 3): the source's, or a palette."""
     if raw.colours is not None:
         return raw.colours[raw.part]
-    from elastic3d.preparation.views import random_colour
-
     generator = np.random.default_rng([seed, 1])
     return np.stack([random_colour(generator) for _ in range(int(raw.part.max()) + 1)])[raw.part]
 

@@ -20,7 +20,7 @@ from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample
 from elastic3d.elastic import attach, is_attached, save_routers, session_of
-from elastic3d.elastic.calibrating import find_calibration, has_routers, put_policy
+from elastic3d.elastic.calibrating import CALIBRATION_NAME, find_calibration, has_routers, put_policy
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.elastic.context import Turn
 from elastic3d.elastic.session import ElasticSession
@@ -170,6 +170,7 @@ class ImageTo3DPipeline:
         if self.familiarity is not None:
             self.familiarity.save(folder)
         save_dial(self.dial, folder)
+        (folder / CALIBRATION_NAME).unlink(missing_ok=True)  # measured with what was there before
         save_json({**to_dict(self.config), "version": __version__}, folder / PIPELINE_NAME)
 
     @overload
@@ -230,16 +231,22 @@ class ImageTo3DPipeline:
         if settings.elastic.elastic and not has_routers(self.dit):
             check_budget(settings.elastic.budget, len(sampling_times(self.config, settings.steps)) - 1)
         settings.dial = None if row is None else row.metadata(requested.budget, quality)
-        with self._turn:
-            if settings.elastic.elastic and self.session is None:
-                put_policy(self.dit, find_calibration(self.calibration, self.dit))
-            with self.session.turn if self.session is not None else nullcontext():
-                results = self._generate(inputs, seeds, settings, Listeners(on_step, on_progress, on_result))
+        results = self._in_turn(inputs, seeds, settings, Listeners(on_step, on_progress, on_result))
         if many:
             return results
         if results[0].error is not None:
             raise results[0].error
         return results[0]
+
+    def _in_turn(
+        self, inputs: Sequence[ImageInput], seeds: Sequence[int], settings: Settings, listeners: Listeners
+    ) -> list[Result]:
+        """One call at a time; the first with a budget brings the policy of a model without routers."""
+        with self._turn:
+            if settings.elastic.elastic and self.session is None:
+                put_policy(self.dit, find_calibration(self.calibration, self.dit))
+            with self.session.turn if self.session is not None else nullcontext():
+                return self._generate(inputs, seeds, settings, listeners)
 
     def _settings(
         self,

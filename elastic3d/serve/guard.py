@@ -17,7 +17,10 @@ OPEN_PATHS = ("/healthz",)
 
 
 class Guard:
-    """ASGI middleware: 401 without the token, 413 for a larger body than allowed, and a count of all answers."""
+    """ASGI middleware: 401 without the token, 413 for a larger body than allowed, and a count of all answers.
+
+    No browser may take an answer for another kind of content than it says.
+    """
 
     def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics) -> None:
         self._app, self._config, self._metrics = app, config, metrics
@@ -34,6 +37,7 @@ class Guard:
             nonlocal status, answered
             if message["type"] == "http.response.start":
                 status, answered = message["status"], True
+                message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
             await send(message)
 
         headers = {

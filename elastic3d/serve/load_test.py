@@ -71,11 +71,10 @@ def load_test(config: LoadTestConfig, script: Path) -> dict[str, Any]:
         for seed in range(3):  # what is loaded at first use
             ask(seed)
         server = psutil.Process(process.pid)
-        start = time.perf_counter()
-        alone = [ask(seed) for seed in range(config.alone)]
-        alone_s = time.perf_counter() - start
+        start, cpu = time.perf_counter(), _cpu_s(server)
+        alone = _figures([ask(seed) for seed in range(config.alone)], start, server, cpu)
         memory = []
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), _cpu_s(server)
         together: list[tuple[float, int]] = []
 
         def ask_in_time(seed: int) -> tuple[float, int] | None:
@@ -88,15 +87,19 @@ def load_test(config: LoadTestConfig, script: Path) -> dict[str, Any]:
                 together.append(answer)
                 if len(together) % max(config.requests // 10, 1) == 0:
                     memory.append(round(server.memory_info().rss / 2**20))
-        together_s = time.perf_counter() - start
-    return {
-        "alone": _figures(alone, alone_s),
-        "together": _figures(together, together_s) | {"clients": config.clients},
-        "memory_mib": memory,
-    }
+        at_once = _figures(together, start, server, cpu) | {"clients": config.clients}
+    return {"alone": alone, "together": at_once, "memory_mib": memory}
 
 
-def _figures(answers: list[tuple[float, int]], seconds: float) -> dict[str, Any]:
+def _cpu_s(server: Any) -> float:
+    """Processor time of the server so far, which other programs on the machine hardly change."""
+    times = server.cpu_times()
+    return float(times.user + times.system)
+
+
+def _figures(answers: list[tuple[float, int]], start: float, server: Any, cpu_s: float) -> dict[str, Any]:
+    """Of answers since `start`, when the server had taken `cpu_s` of processor time."""
+    seconds, spent = time.perf_counter() - start, _cpu_s(server) - cpu_s
     times = np.array([time for time, _ in answers])
     return {
         "requests": len(answers),
@@ -104,6 +107,7 @@ def _figures(answers: list[tuple[float, int]], seconds: float) -> dict[str, Any]
         "requests_per_s": round(len(answers) / seconds, 2),
         "p50_s": round(float(np.quantile(times, 0.5)), 3),
         "p95_s": round(float(np.quantile(times, 0.95)), 3),
+        "cpu_s_per_request": round(spent / len(answers), 3),
     }
 
 

@@ -27,6 +27,8 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
         image.load()
     except UserError:
         raise
+    except Image.DecompressionBombError as error:
+        raise UserError(f"the image has far too many pixels, expected at most {max_pixels:,}") from error
     except UnidentifiedImageError as error:
         raise UserError("the upload is no image, expected PNG, JPEG, WebP, BMP, GIF or TIFF") from error
     except Exception as error:  # decoders of broken files raise anything

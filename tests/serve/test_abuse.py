@@ -1,0 +1,211 @@
+"""What the server does with hostile or unlucky requests: each is answered, nothing is left behind."""
+
+from __future__ import annotations
+
+import base64
+import io
+import resource
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+pytest.importorskip("fastapi")
+uvicorn = pytest.importorskip("uvicorn")
+httpx = pytest.importorskip("httpx")
+from tiny_pipeline import image, tiny_pipeline  # noqa: E402
+
+from elastic3d.serve.api import create_app  # noqa: E402
+from elastic3d.serve.config import ServeConfig  # noqa: E402
+from elastic3d.serve.metrics import Metrics  # noqa: E402
+from elastic3d.serve.queue import MeshQueue  # noqa: E402
+
+SMALL = {"steps": "1", "resolution": "16"}
+HOSTILE = "<script>alert(1)</script>\r\nSet-Cookie: a=b"
+
+
+class Running:
+    """A server on a port of this machine."""
+
+    def __init__(self, pipeline, **options) -> None:
+        self.queue = MeshQueue(pipeline)
+        app = create_app(self.queue, ServeConfig(**options), Metrics())
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
+
+    def post(self, data: bytes | None = None, name: str = "a.png", **fields: str) -> httpx.Response:
+        upload = {"image": (name, png() if data is None else data)}
+        return self.client.post("/v1/meshes", files=upload, data={**SMALL, **fields})
+
+    @property
+    def files(self) -> list[str]:
+        return [path.name for path in self.queue._folder.iterdir()]
+
+    def close(self) -> None:
+        self.client.close()
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@contextmanager
+def running(**options) -> Iterator[Running]:
+    server = Running(tiny_pipeline(), **options)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running() as started:
+        yield started
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    image().save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def bomb(side: int) -> bytes:
+    """A valid PNG of a few kilobytes that unpacks to `side` x `side` pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(1 + side // 8)) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [10_000, 40_000])
+def test_bombs_and_huge_images_are_refused_unopened(server: Running, side: int) -> None:
+    data = bomb(side)
+    assert len(data) < 300_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer = server.post(data)
+    assert answer.status_code == 400
+    size = f"{side} x {side}" if side < 14_000 else "far too many"  # where PIL says no by itself
+    assert answer.json()["error"] == f"the image has {size} pixels, expected at most 25,000,000"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kilobytes of memory"
+
+
+def test_an_image_of_many_frames_is_its_first(server: Running) -> None:
+    buffer = io.BytesIO()
+    frames = [image(colour).convert("P") for colour in ("maroon", "navy")] * 200
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], transparency=0)
+    assert server.post(buffer.getvalue()).status_code in (200, 400)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a\x00b.png", "C:\\a.png", HOSTILE])
+def test_a_files_name_means_nothing(server: Running, name: str) -> None:
+    answer = server.post(name=name)
+    assert answer.status_code == 200 and answer.content[:4] == b"glTF"
+    assert answer.headers["content-disposition"] == 'attachment; filename="mesh.glb"'
+    assert "set-cookie" not in answer.headers and server.files == []
+
+
+def test_paths_lead_to_no_files(server: Running) -> None:
+    for path in (
+        "/v1/jobs/..%2f..%2f..%2fetc%2fpasswd",
+        "/v1/jobs/%2e%2e/mesh",
+        "/docs/assets/..%2f..%2f..%2f..%2fetc%2fpasswd",
+        "/docs/assets/%2e%2e/%2e%2e/METADATA",
+        "/status/..%2f..%2fetc%2fpasswd",
+    ):
+        answer = server.client.get(path)
+        assert b"root:" not in answer.content
+        assert answer.status_code == 404 or answer.json() == {
+            "status": "error",
+            "message": "there is no such job",
+        }
+
+
+def test_what_is_said_of_a_value_is_no_page(server: Running) -> None:
+    """The value comes back in JSON, cut short, never as HTML or a header."""
+    for answer in (
+        server.post(format=HOSTILE),
+        server.post(seed=HOSTILE),
+        server.client.get("/v1/jobs/" + "%3Cscript%3Ealert(1)%3C%2Fscript%3E"),
+        server.client.post("/v1/meshes", content=HOSTILE, headers={"content-type": "text/html"}),
+    ):
+        assert answer.status_code in (400, 404, 415)
+        assert answer.headers["content-type"] == "application/json"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "set-cookie" not in answer.headers and len(answer.json()["error"]) < 400
+    assert "script" not in server.client.get("/metrics").text
+
+
+def test_many_clients_at_once_each_get_their_own(server: Running) -> None:
+    """The same name from all of them; every answer is the mesh of its seed."""
+    seeds = [0, 1, 2, 3] * 4
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda seed: server.post(seed=str(seed), format="stl"), seeds))
+    sizes = {
+        seed: {len(a.content) for a, s in zip(answers, seeds, strict=True) if s == seed} for seed in seeds
+    }
+    assert all(answer.status_code == 200 for answer in answers)
+    assert all(len(found) == 1 for found in sizes.values()) and len({s.pop() for s in sizes.values()}) == 4
+    assert server.files == []
+
+
+def test_a_client_that_goes_away_costs_nothing(server: Running) -> None:
+    """Killed while it waits, and killed in the middle of its upload."""
+    with server.queue.models.use(""):  # nothing is generated meanwhile
+        body = b'{"image": "' + base64.b64encode(png()) + b'", "steps": 1, "resolution": 16}'
+        head = "POST /v1/meshes HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
+        for sent in (body, body[:100]):
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(head.encode() + sent)
+                if sent is body:
+                    _until(lambda: server.queue._jobs)
+        _until(lambda: not server.queue._jobs)
+    assert server.post().status_code == 200 and server.files == []
+
+
+def _until(true) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_full_disk_is_the_servers_fault_and_says_so(server: Running) -> None:
+    """No file may become larger than 16 kB while the mesh is written."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, limits[1]))
+    try:
+        answer = server.post(resolution="48", format="stl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert answer.status_code == 500
+    assert answer.json() == {"error": "the server can't keep the mesh: File too large"}
+    assert server.files == [] and server.post().status_code == 200
+
+
+def test_no_upload_and_no_mesh_outlives_its_job() -> None:
+    with running(max_megabytes=5) as server:
+        where = server.post(wait="false").headers["location"]
+        job = server.queue.find(where.rpartition("/")[2])
+        assert job is not None and job.finished.wait(60)
+        assert job.image is None and len(server.files) == 1
+        assert server.client.delete(where).status_code == 204 and server.files == []
+        folder = server.queue._folder
+        server.post(wait="false")
+    assert not folder.exists(), "stopped"
