@@ -157,7 +157,8 @@ def hunyuan3d_fields(tokens: int) -> dict[bool, FieldFunction]:
     prepared. Its values are of no shape; its time a query is that of the published weights."""
     torch.manual_seed(0)
     sizes = {"num_latents": tokens, "latent_channels": 64, "width": 1024, "heads": 16, "geo_mlp_ratio": 4}
-    vae = ShapeVAE(VAEConfig(**sizes, encoder_layers=0, decoder_layers=0)).eval()  # type: ignore[arg-type]
+    sizes |= dict.fromkeys(("encoder_layers", "decoder_layers", "neighbours_in", "neighbours_out"), 0)
+    vae = ShapeVAE(VAEConfig(**sizes)).eval()  # type: ignore[arg-type]
     with torch.no_grad():
         data = vae.decode(torch.randn(1, tokens, 64))
     return {True: lambda points, _: vae.query(points, data), False: vae.field(data)}

@@ -40,7 +40,7 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
     def make(seeds: list[int], **more: Any) -> dict[str, float]:
         """Stages of each mesh of one batch, on average."""
         begin, images = time.perf_counter(), [options["image"]] * len(seeds)
-        settings = {"resolution": options["resolution"], "elastic": options["elastic"]} | more
+        settings = options["settings"] | more
         results = pipeline(images, seeds, **settings)
         made = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
     if options["full_grid"]:
         from elastic3d.geometry.options import DecodeConfig
 
-        cells = options["resolution"]
+        cells = options["settings"]["resolution"]
         found["full_grid"] = make([1], elastic=False, decode=DecodeConfig(coarse_resolution=cells))
     return found
 

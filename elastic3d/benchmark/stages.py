@@ -101,8 +101,7 @@ def _process(folder: Path, config: StagesConfig) -> dict[str, list[float]]:
         "image": str(config.image.resolve()),
         "model": str(config.model.resolve()),
         "repeats": config.repeats,
-        "resolution": config.resolution,
-        "elastic": config.elastic,
+        "settings": _settings(config),
         "threads": config.threads,
         "cpu": config.cpu,
         "batch": config.batch,
@@ -128,9 +127,20 @@ def _process(folder: Path, config: StagesConfig) -> dict[str, list[float]]:
                 f"output={output}/mesh.glb",
                 f"model={options['model']}",
             ]
-            arguments += [f"resolution={config.resolution}", f"elastic={str(config.elastic).lower()}"]
+            arguments += [f"{name}={str(value).lower()}" for name, value in _settings(config).items()]
             rows["gen_mesh.py"] = [_run([script, *arguments], folder, config)[1]]
     return rows
+
+
+def _settings(config: StagesConfig) -> dict[str, Any]:
+    """Of a call of the pipeline, those that differ from its defaults: an older checkout may not know them."""
+    quality = None if config.quality is None else config.quality.name
+    found = {
+        "resolution": config.resolution,
+        "quality": quality,
+        "elastic": None if config.elastic else False,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _run(arguments: Sequence[str], folder: Path, config: StagesConfig) -> tuple[str, float]:

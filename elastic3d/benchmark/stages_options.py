@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from elastic3d.diffusion.options import Quality
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.utils.options import Options, option
 
@@ -22,7 +23,10 @@ class StagesConfig(Options):
     rounds: int = option(3, "fresh processes of each checkout", ge=1, le=1000)
     repeats: int = option(3, "meshes that such a process makes after its first", ge=1, le=1000)
     commands: bool = option(True, "also time the whole commands gen_mesh.py and gen_mesh.py --help")
-    resolution: int = option(256, "grid cells a side of the decoding", ge=8, le=512)
+    resolution: int | None = option(
+        256, "grid cells a side of the decoding; null: that of quality=", ge=8, le=512
+    )
+    quality: Quality | None = option(None, "point of the model's dial; null: the default")
     elastic: bool = option(True, "let the routers decide; false: the dense model")
     threads: int = option(0, "threads of PyTorch; 0: its own choice", ge=0, le=1024)
     cpu: bool = option(
@@ -38,6 +42,8 @@ class StagesConfig(Options):
         """Threads that wait for each other count as work."""
         if self.cpu and self.threads != 1:
             raise ValueError(f"cpu is true and threads is {self.threads}, expected threads=1 with it")
+        if self.full_grid and self.resolution is None:
+            raise ValueError("full_grid is true and resolution is null, expected a resolution with it")
 
 
 @dataclass(kw_only=True)

@@ -203,14 +203,12 @@ class ImageTo3DPipeline:
 
         Args:
             images: file, PIL image, array, views of one object by direction (front, left, back, right), or a list.
-            seed: of the noise; one for all, or one an image. A sample depends on its own image and seed
-                alone, not on its batch.
-            quality: `fast`, `default` or `best`, three points of the model's dial, in the place of a budget, each with
-                its resolution.
+            seed: of the noise; one for all, or one an image. A sample depends on its own alone, not on its batch.
+            quality: `fast`, `default` or `best`, points of the model's dial in the place of a budget, and a resolution.
             steps, guidance, resolution: None is the model's default. With `steps`, a budget is a share of that many
                 dense steps; without, of the dense model's default ones, where the model has a dial.
             max_faces: decimate to this many faces; None is `cleanup`'s own (40,000).
-            decode: how the field becomes a mesh; its resolution, box and size of a call are those of this call.
+            decode: how the field becomes a mesh; resolution, box and chunks are those of this call.
             on_step: called with (steps done, steps) during sampling.
             on_progress: called with (stage, done, total) in every stage: condition, dit, decode, cleanup.
             on_result: called with (number in the list, result) as soon as a result is known, failures included.
@@ -227,8 +225,8 @@ class ImageTo3DPipeline:
         row = choose(self.dial, requested, steps, quality, guidance)
         run = requested if row is None else row.over(requested)
         steps = steps if row is None else row.steps
-        resolution = self.config.resolution_of(quality) if resolution is None else resolution
-        settings = self._settings(steps, guidance, resolution, max_faces, decode, cleanup, foreground)
+        cells = self.config.resolution_of(quality) if resolution is None else resolution
+        settings = self._settings(steps, guidance, cells, max_faces, decode, cleanup, foreground)
         settings.elastic = run.over(self.config.elastic, has_routers(self.dit))
         if settings.elastic.elastic and not has_routers(self.dit):
             check_budget(settings.elastic.budget, len(sampling_times(self.config, settings.steps)) - 1)

@@ -1,0 +1,57 @@
+"""Decodings of the same latents compared: with the plain way, with each other, and with the truth."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_pipeline import save_image, tiny_pipeline
+
+from elastic3d.benchmark import decoding
+from elastic3d.benchmark.decoding import compare_decoding, hunyuan3d_fields, to_truth
+from elastic3d.benchmark.stages_options import DecodingConfig
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DecodingConfig:
+    """Of a tiny model, one image and one made shape; the made shapes' names are those of `made_shapes`."""
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    save_image(tmp_path / "images" / "ellipse.png")
+    whole = decoding.made_shapes()
+    monkeypatch.setattr(decoding, "made_shapes", lambda: {"sphere": whole["sphere"]})
+    return DecodingConfig(
+        model=str(tmp_path / "model"), images=tmp_path / "images", output=tmp_path / "out", seeds=[0],
+        reference=16, resolutions=[8, 16], points=200,
+    )  # fmt: skip
+
+
+def test_every_way_is_compared_and_kept(config: DecodingConfig) -> None:
+    text = compare_decoding(config)
+    shapes = json.loads((config.output / "shapes.json").read_text())
+    assert list(shapes) == ["ellipse, seed 0", "sphere"]
+    for name, ways in shapes.items():
+        assert list(ways) == ["plain", "8 cells", "16 cells"]
+        assert ways["plain"]["chamfer"] < 1e-6 < ways["8 cells"]["chamfer"]
+        assert ways["16 cells"]["chamfer"] < 0.2 and ways["plain"]["queries"] == 17**3
+        assert (ways["plain"]["truth_chamfer"] is None) == (name != "sphere")
+    assert text == (config.output / "table.md").read_text().strip() and text.count("\n") == 4
+    (config.output / "table.md").unlink()
+    assert compare_decoding(config) == text, "what is done is kept"
+    config.plain, config.output = False, config.output / "more"
+    compare_decoding(config)
+    ways = json.loads((config.output / "shapes.json").read_text())["sphere"]
+    assert list(ways) == ["every node", "8 cells", "16 cells"]
+
+
+def test_a_shape_is_as_near_to_itself_as_its_samples() -> None:
+    sphere = decoding.made_shapes()["sphere"]
+    found = to_truth(sphere, sphere, 2000)
+    assert found["truth_chamfer"] < 1e-6 and found["truth_f_score"] > 0.1 and found["truth_genus"] == 0
+    assert decoding.genus(decoding.made_shapes()["torus"]) == 1
+
+
+def test_both_fields_of_the_layout_are_the_same() -> None:
+    fields = hunyuan3d_fields(4)
+    points = torch.rand(1, 9, 3)
+    plain, prepared = (fields[way](points, torch.tensor([0])) for way in (True, False))
+    torch.testing.assert_close(plain, prepared, rtol=1e-4, atol=1e-4)
