@@ -144,10 +144,10 @@ def decoded_ways(
 def to_truth(mesh: trimesh.Trimesh, truth: trimesh.Trimesh, points: int) -> dict[str, Any]:
     """How near a mesh is to the true surface, and the handles of that."""
     there, back = distances(mesh, truth, points), distances(truth, mesh, points)
-    samples = [np.asarray(trimesh.sample.sample_surface(m, points, seed=0)[0]) for m in (mesh, truth)]
+    pred, gt = (np.asarray(trimesh.sample.sample_surface(m, points, seed=0)[0]) for m in (mesh, truth))
     return {
         "truth_chamfer": float(there.mean() + back.mean()),
-        "truth_f_score": f_score(correspond(*samples, workers=1), THRESHOLD),
+        "truth_f_score": f_score(correspond(pred, gt, workers=1), THRESHOLD),
         "truth_genus": genus(truth) if truth.is_watertight else None,
     }
 
