@@ -18,12 +18,13 @@ from pathlib import Path
 
 from _cli import run
 
-from elastic3d.benchmark.config import ImageBenchmarkConfig, MeshBenchmarkConfig
+from elastic3d.benchmark.config import ImageBenchmarkConfig, MeshBenchmarkConfig, Phase
 from elastic3d.utils.paths import check_distinct
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 INPUTS = (
-    "images", "gt", "model", "dense", "calibration", "weights", "routers", "prompts", "prepared", "splits", "references"
+    "images", "gt", "model", "dense", "calibration", "policy_calibration", "weights",
+    "routers", "prompts", "prepared", "splits", "references"
 )  # fmt: skip
 
 
@@ -35,11 +36,12 @@ def main(config: MeshBenchmarkConfig | ImageBenchmarkConfig) -> int:
     check_distinct({**inputs, "variants": config.variants.values()}, {"output": config.output})
 
     results = benchmark(config, REPOSITORY, shlex.join(["python", *sys.argv]))
-    print((config.output / "table.md").read_text(), end="")
+    quick = Phase.quick in config.phases
+    print((config.output / ("quick.md" if quick else "table.md")).read_text(), end="")
     for name, reason in results["about"]["left_out"].items():
         print(f"no rows of {name}: {reason}")
     print(f"written to {config.output}")
-    return int(any(row["failed"] for row in results["rows"]))
+    return int(any(row.get("failed") for row in results["rows"]))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from elastic3d.benchmark.methods import Case
+from elastic3d.benchmark.rivals import missing
 from elastic3d.benchmark.task import Task
 from elastic3d.elastic.cost import trace_share
 from elastic3d.evaluation.machine import machine
@@ -53,7 +54,10 @@ def quick_comparison(task: Task, cases: Sequence[Case], command: str) -> dict[st
             "seconds": seconds, "speedup": rows[0]["seconds"] / seconds if rows else 1.0,
             **task.latent_scores(run, latents, dense),
         })  # fmt: skip
-        about = {"command": command, "machine": machine(), "items": len(jobs), "config": to_dict(config)}
+        about = {
+            "command": command, "machine": machine(), "items": len(jobs), "config": to_dict(config),
+            "left_out": missing(config),
+        }  # fmt: skip
         found = {"about": about, "rows": rows}
         save_json(found, config.output / QUICK)
     with atomic_path(config.output / "quick.md") as path:

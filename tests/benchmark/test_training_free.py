@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import benchmark as script
 import pytest
 
 from elastic3d.benchmark.config import CacheName, Method, Phase, PolicyName
@@ -19,6 +20,7 @@ from elastic3d.pipelines.calibration import calibrate_policy
 from elastic3d.pipelines.estimates import published
 from elastic3d.pipelines.options import CalibratePolicyConfig
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
+from elastic3d.utils.structured import load_json
 from tests.benchmark.conftest import config_of, image_config_of
 
 CPU = {"device": DeviceChoice.cpu, "dtype": DTypeChoice.float32}
@@ -76,7 +78,14 @@ def test_full_size_models_narrowed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["meshes", "images"])
-def test_a_quick_comparison(world: Path, gallery: Path, tmp_path: Path, task: str) -> None:
+def test_a_quick_comparison(
+    world: Path,
+    gallery: Path,
+    tmp_path: Path,
+    task: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     changes = {
         "methods": ROWS,
         "seeds": [0],
@@ -88,7 +97,9 @@ def test_a_quick_comparison(world: Path, gallery: Path, tmp_path: Path, task: st
     if task == "images":
         config = image_config_of(gallery, tmp_path, **changes, limit=2, caches=[CacheName.forecast])
     score = {"meshes": "iou_dense", "images": "psnr_dense"}[task]
-    rows = benchmark(config, world if task == "meshes" else gallery)["rows"]
+    monkeypatch.setattr(script, "REPOSITORY", world if task == "meshes" else gallery)
+    assert script.main(config) == 0 and "| training_free, even |" in capsys.readouterr().out
+    rows = load_json(tmp_path / "quick.json")["rows"]
     assert [row["method"] for row in rows] == ["dense", "training_free", "forecast"]
     assert rows[0][score] == {"meshes": 1.0, "images": 100.0}[task] > rows[1][score]
     assert rows[1]["executed"] == 0.5 and all(row["seconds"] > 0 for row in rows)
