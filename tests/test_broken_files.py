@@ -24,6 +24,7 @@ from torch import nn
 
 from elastic3d.diffusion.dial import load_dial
 from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.elastic.calibrating import describe, load_calibration, series_of
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation.gate import load_gate
@@ -33,7 +34,8 @@ from elastic3d.evaluation.runner import read_journal
 from elastic3d.evaluation.summary import load_report
 from elastic3d.geometry.mesh_io import save_mesh
 from elastic3d.models.images import read_metadata, save_image
-from elastic3d.models.options import ForegroundConfig, ImageEncoderConfig
+from elastic3d.models.options import DiTConfig, ForegroundConfig, ImageEncoderConfig
+from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import PretrainedMixin, load_config
 from elastic3d.preparation.shards import Shard, read_sidecar, write_shard
 from elastic3d.training.checkpoint import (
@@ -104,6 +106,8 @@ def _manifest(path: Path) -> object:
     return load_checkpoint(path.parent)
 
 
+SHAPE_DIT = ShapeDiT(DiTConfig(width=16, heads=2, double_blocks=1, single_blocks=1))
+
 # name of the file -> its content, what reads it
 DOCUMENTS: dict[str, tuple[Any, Callable[[Path], object]]] = {
     "config.json": (
@@ -113,6 +117,17 @@ DOCUMENTS: dict[str, tuple[Any, Callable[[Path], object]]] = {
     "pipeline.json": (
         to_dict(PipelineConfig()),
         lambda path: from_dict(PipelineConfig, load_json(path), str(path)),
+    ),
+    "training_free.json": (
+        {
+            "about": {"model": describe(SHAPE_DIT), "samples": 2},
+            **{"times": [0.0, 0.5], "changes": [0.0, 0.1]},
+            "moments": [
+                {"span": span, "stream": stream, "values": [[2.0, 1.0], [1.0, 2.0]]}
+                for span, stream in sorted(series_of(SHAPE_DIT))
+            ],
+        },
+        lambda path: load_calibration(path, SHAPE_DIT).at([0.1, 0.3]).errors(),
     ),
     "dial.json": (
         dial_values(),

@@ -91,10 +91,12 @@ class Calibrator(Enum):
 
 
 class Phase(Enum):
-    """`quality` makes and scores results, `timing` takes times. Both keep what they did."""
+    """`quality` makes and scores results, `timing` takes times. Both keep what they did. `quick`, alone,
+    compares the last latents of one batch."""
 
     quality = "quality"
     timing = "timing"
+    quick = "quick"
 
 
 @dataclass(kw_only=True)
@@ -200,7 +202,9 @@ class BenchmarkOptions(Options):
     threads: int = option(0, "CPU threads of PyTorch; 0: its default", ge=0, le=MANY)
 
     def check(self) -> None:
-        """Rows have names of their own."""
+        """Rows have names of their own; the quick phase is by itself."""
+        if Phase.quick in self.phases and len(self.phases) > 1:
+            raise ValueError("phases has quick and others, expected it alone")
         for name in self.variants:
             known = {*Method.__members__, *CacheName.__members__, "model"}
             if name in known or not name.isidentifier():

@@ -185,6 +185,14 @@ class ImageTask(Task):
         with following(pipeline.session, source):
             return finish(pipeline.sample(*condition, [job.seed for job in jobs], settings))
 
+    def latent_scores(self, run: Run, found: Tensor, dense: Tensor) -> dict[str, float]:
+        """Mean PSNR of the images, in dB; 100 where they are equal."""
+        pipeline = self.pipeline(run)
+        size = pipeline.settings_of(None, None, self.size).size
+        images = [pipeline.backbone.decode(latents, size).float().clamp(0, 1) for latents in (found, dense)]
+        error = (images[0] - images[1]).square().flatten(1).mean(1).clamp_min(1e-10)
+        return {"psnr_dense": float(-10 * error.log10().mean())}
+
     def pipe(self, run: Run) -> Any:
         """The pipeline of diffusers."""
         return self.pipeline(run).backbone.pipe

@@ -28,6 +28,7 @@ from elastic3d.evaluation.items import Item, Row, find_meshes
 from elastic3d.evaluation.options import Align, UpAxis
 from elastic3d.evaluation.runner import score_all
 from elastic3d.evaluation.statistics import bootstrap_mean
+from elastic3d.geometry.grid import node_points
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.models.images import IMAGE_SUFFIXES
@@ -43,6 +44,7 @@ from elastic3d.utils.files import file_sha256, visible_files
 from elastic3d.utils.structured import Maybe, load_json, save_json
 
 TRUTH, REFERENCE, SAME_STEPS = "truth", "reference", "same_steps"
+QUICK_CELLS = 32
 F_DROP = 0.01  # of an F-score, that the speed target allows
 SHEET_SIDE = 160
 _RECORD = {"status": str, "error": Maybe(str), "image_sha256": str, "metadata": dict}
@@ -76,6 +78,7 @@ class MeshTask(Task):
         models = load_models(config, repository)
         for image in images:  # raises where one can't be used
             prepare(image, ForegroundConfig(), models[MAIN].pipeline.encoder)
+        self._dense_inside: tuple[Tensor, Tensor] | None = None  # of the quick phase
         super().__init__(config, Planner(config, models), images, config.timing_images)
 
     @property
@@ -157,6 +160,21 @@ class MeshTask(Task):
         settings = Settings(run.steps, self.planner.guidance(run.model), *rest)
         with following(pipeline.session, source):
             return finish(pipeline.sample_latents(condition, seeds, settings))
+
+    def latent_scores(self, run: Run, found: Tensor, dense: Tensor) -> dict[str, float]:
+        """Mean IoU of the shapes on a grid of 32 cells a side."""
+        if self._dense_inside is None or self._dense_inside[0] is not dense:
+            self._dense_inside = dense, self._inside(run, dense)
+        a, b = self._inside(run, found), self._dense_inside[1]
+        return {"iou_dense": float(((a & b).sum(1) / (a | b).sum(1).clamp_min(1)).mean())}
+
+    @torch.no_grad()
+    def _inside(self, run: Run, latents: Tensor) -> Tensor:
+        """Which nodes of the grid are inside (B,P)."""
+        pipeline = self.pipeline(run)
+        points = node_points(torch.arange((QUICK_CELLS + 1) ** 3), QUICK_CELLS, pipeline.config.box)
+        points, vae = points[None].to(latents.device), pipeline.vae
+        return torch.stack([vae.query(points, vae.decode(each[None]))[0] > 0 for each in latents])
 
     def warm_up(self, run: Run) -> None:
         """The few-step LoRA is merged before a clock starts: a model with the same settings does it once."""

@@ -9,6 +9,7 @@ import torch
 
 from elastic3d.benchmark.config import ImageBenchmarkConfig, MeshBenchmarkConfig, Phase
 from elastic3d.benchmark.methods import needed_runs, plan
+from elastic3d.benchmark.quick import quick_comparison
 from elastic3d.benchmark.report import write_report
 from elastic3d.benchmark.rivals import rival_cases
 from elastic3d.benchmark.task import Task, make_all
@@ -32,6 +33,8 @@ def benchmark(
     if not cases:
         raise UserError("there is nothing to run: choose other methods, budgets, caches or variants")
     config.output.mkdir(parents=True, exist_ok=True)
+    if Phase.quick in config.phases:
+        return quick_comparison(task, cases, command)
     runs = needed_runs(planner, cases)
     if Phase.quality in config.phases:
         make_all(task, runs)

@@ -95,6 +95,10 @@ class Task(ABC):
         """The DiT alone: latents (B,N,C); returns when a GPU is done. The run must be `ready`."""
 
     @abstractmethod
+    def latent_scores(self, run: Run, found: Tensor, dense: Tensor) -> dict[str, float]:
+        """Scores of last latents (B,N,C) against the dense ones, without making results of them."""
+
+    @abstractmethod
     def find_items(self, path: Path) -> list[Any]:
         """Items in a folder or a file."""
 

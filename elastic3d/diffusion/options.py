@@ -43,6 +43,8 @@ class PipelineConfig(Options):
     steps: int = option(25, "sampling steps", ge=1, le=1000)
     guidance: float = option(3.0, "classifier-free guidance scale; 1 is none", ge=0, le=100)
     resolution: int = option(256, "grid cells a side of the decoding", ge=8, le=512)
+    fast_resolution: int = option(0, "that of quality=fast; 0: the same as without", ge=0, le=512)
+    best_resolution: int = option(0, "that of quality=best; 0: the same as without", ge=0, le=512)
     box: float = option(1.01, "half side of the cube that is decoded", ge=1e-3, le=1e3)
     shift: float = option(
         1.0, "timestep shift of the sampler; above 1 spends more steps on noise", ge=1e-3, le=1e3
@@ -51,3 +53,15 @@ class PipelineConfig(Options):
     solver: Solver = option(Solver.euler, "how the sampler steps: euler, ab2 (Adams-Bashforth, second order)")
     segments: int = option(100, "grid consistency: segments of the distillation", ge=1, le=1000)
     elastic: ElasticConfig = option(ElasticConfig, "how a model with routers runs")
+
+    def resolution_of(self, quality: Quality | str | None) -> int:
+        """Grid cells a side of the decoding, for a quality or for none."""
+        name = quality.name if isinstance(quality, Quality) else quality
+        named = {"fast": self.fast_resolution, "best": self.best_resolution}
+        return named.get(name or "", 0) or self.resolution
+
+    def check(self) -> None:
+        """As `resolution`, where it is given."""
+        for name in ("fast_resolution", "best_resolution"):
+            if 0 < getattr(self, name) < 8:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or 8 to 512")

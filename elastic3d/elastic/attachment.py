@@ -106,15 +106,17 @@ def router_state(model: nn.Module) -> dict[str, Tensor]:
     return {key.replace("/", "."): value for key, value in router_modules(model).state_dict().items()}
 
 
+def todays_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Routers' weights as an older version saved them, too, by today's names."""
+    return {key.replace(".updates.", ".few_step."): tensor for key, tensor in state.items()}
+
+
 def load_router_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy routers' weights into a model with routers of the same architecture.
 
     Raises ValueError naming the first keys that are missing, unknown or mis-shaped; nothing is copied then.
     """
-    own = router_state(model)
-    state = {
-        key.replace(".updates.", ".few_step."): tensor for key, tensor in state.items()
-    }  # of older versions
+    own, state = router_state(model), todays_keys(state)
     missing = [key for key in own if key not in state]
     unknown = [key for key in state if key not in own]
     shapes = [

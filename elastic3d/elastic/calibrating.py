@@ -123,6 +123,16 @@ def calibration_file(place: str | Path) -> Path:
     return path
 
 
+def series_of(model: nn.Module) -> set[Series]:
+    """What a calibration has moments of: every stream of every list of blocks, by the number of its first block."""
+    found: set[Series] = set()
+    start = 0
+    for name, kind in adapter_for(model).block_lists(model):
+        found |= {(start, number) for number in range(len(kind.stream_names))}
+        start += len(list(model.get_submodule(name).children()))
+    return found
+
+
 def find_calibration(place: str | Path | None, model: nn.Module) -> Calibration | None:
     """The calibration in a file, or in a folder; None where there is none. UserError as `load_calibration`."""
     if not place:
@@ -148,6 +158,8 @@ def load_calibration(path: Path, model: nn.Module) -> Calibration:
         if [len(row) for row in each["values"]] != [steps] * steps:
             raise UserError(f"{source}: moments are no {steps} x {steps} numbers, one row a step")
         moments[each["span"], each["stream"]] = np.array(each["values"])
+    if set(moments) != series_of(model):
+        raise UserError(f"{source} has moments of {sorted(moments)}, expected {sorted(series_of(model))}")
     if len(values["changes"]) != steps:
         raise UserError(
             f"{source}: changes has {len(values['changes'])} values, expected {steps}, one a step"

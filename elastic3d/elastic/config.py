@@ -183,8 +183,8 @@ class RouterConfig(Options):
     def upgraded(values: dict[str, Any]) -> dict[str, Any]:
         """What an older version saved, under today's names."""
         values = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
-        if values.get("branches") in _OLD_BRANCHES:
-            values["branches"] = _OLD_BRANCHES[values["branches"]]
+        if isinstance(branches := values.get("branches"), str):
+            values["branches"] = _OLD_BRANCHES.get(branches, branches)
         return values
 
     def check(self) -> None:

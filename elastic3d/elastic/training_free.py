@@ -73,28 +73,24 @@ class Calibration:
         changes = np.interp(new, self.times, self.changes) * (len(self.times) / len(new)) ** 2
         return Calibration(new, moments, changes, self.about)
 
-    def forecast(self, series: Series, known: Sequence[int], step: int) -> tuple[Array, float]:
-        """Weights of a series' values at `known` steps for that at `step`, and the mean squared error."""
+    def forecasts(self, series: Series, known: Sequence[int]) -> tuple[Array, Array]:
+        """Weights (n,S) of a series' values at n `known` steps for that at every step, and mean squared errors (S,)."""
         moment = self.moments[series]
-        inner, cross = moment[np.ix_(known, known)], moment[known, step]
+        inner, cross = moment[np.ix_(known, known)], moment[list(known)]
         ridge = RIDGE * max(np.trace(inner), 1e-30) / len(known)
         weights = np.linalg.solve(inner + ridge * np.eye(len(known)), cross)
-        return weights, max(float(moment[step, step] - weights @ cross), 0.0)
-
-    def error(self, known: Sequence[int], step: int) -> float:
-        """Predicted squared error that the result gets where `step` is forecast from `known` ones."""
-        sizes = np.diff([*self.times, 1.0])
-        lost = sum(self.forecast(series, known, step)[1] for series in self.moments)
-        return float(sizes[step] ** 2 * lost)
+        return weights, np.maximum(moment.diagonal() - (weights * cross).sum(axis=0), 0.0)
 
     def errors(self) -> Array:
-        """`error` (S,S,S) of the third step, from the first two; from the first alone where they are the same."""
+        """Predicted squared error (S,S,S) of the result where the third step is forecast from the first two; from
+        one alone where they are the same. 0 for steps that do not come after these."""
         steps = len(self.times)
-        found = np.zeros((steps, steps, steps))
+        sizes, found = np.diff([*self.times, 1.0]), np.zeros((steps, steps, steps))
         for b in range(steps):
             for a in range(b + 1):
-                for s in range(b + 1, steps):
-                    found[a, b, s] = self.error((b,) if a == b else (a, b), s)
+                known = (b,) if a == b else (a, b)
+                lost = sum(self.forecasts(series, known)[1] for series in self.moments)
+                found[a, b, b + 1 :] = (sizes**2 * lost)[b + 1 :]
         return found
 
 
@@ -201,7 +197,7 @@ class Forecast:
         key = (span, stream, step, newest, older)
         if key not in self._known:
             known = [newest] if older is None else [older, newest]
-            found, _ = self.calibration.forecast((span, stream), known, step)
+            found = self.calibration.forecasts((span, stream), known)[0][:, step]
             self._known[key] = float(found[-1]), float(found[0]) if len(known) > 1 else 0.0
         return self._known[key]
 

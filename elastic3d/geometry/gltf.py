@@ -44,7 +44,6 @@ class _Scene:
     def __init__(self, file: GltfFile) -> None:
         self._file = file
         self._size = 0
-        self._drawn = 0
 
     def surface(self) -> tuple[Floats, Ints]:
         """All meshes of the scene in its frame."""
@@ -79,6 +78,8 @@ class _Scene:
             roots = self._file.indices(scene, "nodes", "nodes")
         else:
             roots = [node for node in range(count) if node not in parent]
+        nodes = list(dict.fromkeys(self._below(roots, children)))
+        self._check_drawn(nodes)
         every, world = (
             self._below([n for n in range(count) if n not in parent], children),
             dict[int, Floats](),
@@ -89,7 +90,21 @@ class _Scene:
             local = self._local(node)
             above = world[parent[node]] if node in parent else None
             world[node] = local if above is None else above if local is _IDENTITY else above @ local
-        return world, list(dict.fromkeys(self._below(roots, children)))
+        return world, nodes
+
+    def _check_drawn(self, nodes: list[int]) -> None:
+        """FormatError for more primitives than `MOST_DRAWN`, before any of them or a transform is read."""
+        sizes = [
+            len(as_list(self._file.item("meshes", mesh).get("primitives"), "primitives"))
+            for mesh in range(len(self._file.array("meshes")))
+        ]
+        drawn = 0
+        for node in nodes:
+            mesh = self._file.item("nodes", node).get("mesh")
+            if isinstance(mesh, int) and 0 <= mesh < len(sizes):  # else it is told when it is read
+                drawn += sizes[mesh]
+                if drawn > MOST_DRAWN:
+                    raise FormatError(f"its scene draws more than {MOST_DRAWN:,} primitives")
 
     def _below(self, roots: list[int], children: list[list[int]]) -> list[int]:
         """The roots and all nodes below them, parents first."""
@@ -141,9 +156,6 @@ class _Scene:
                 continue
             if "POSITION" not in attributes:
                 continue
-            self._drawn += 1
-            if self._drawn > MOST_DRAWN:
-                raise FormatError(f"its scene draws more than {MOST_DRAWN:,} primitives")
             points = self._positions(primitive, attributes["POSITION"], weights)
             faces = self._faces(primitive, mode, len(points))
             if "skin" in node:

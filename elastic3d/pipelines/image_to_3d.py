@@ -20,7 +20,7 @@ from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample
 from elastic3d.elastic import attach, is_attached, save_routers, session_of
-from elastic3d.elastic.calibrating import find_calibration, has_routers, put_policy
+from elastic3d.elastic.calibrating import CALIBRATION_NAME, find_calibration, has_routers, put_policy
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.elastic.context import Turn
 from elastic3d.elastic.session import ElasticSession
@@ -170,6 +170,7 @@ class ImageTo3DPipeline:
         if self.familiarity is not None:
             self.familiarity.save(folder)
         save_dial(self.dial, folder)
+        (folder / CALIBRATION_NAME).unlink(missing_ok=True)  # measured with what was there before
         save_json({**to_dict(self.config), "version": __version__}, folder / PIPELINE_NAME)
 
     @overload
@@ -204,7 +205,8 @@ class ImageTo3DPipeline:
             images: file, PIL image, array, views of one object by direction (front, left, back, right), or a list.
             seed: of the noise; one for all, or one an image. A sample depends on its own image and seed
                 alone, not on its batch.
-            quality: `fast`, `default` or `best`, three points of the model's dial, in the place of a budget.
+            quality: `fast`, `default` or `best`, three points of the model's dial, in the place of a budget, each with
+                its resolution.
             steps, guidance, resolution: None is the model's default. With `steps`, a budget is a share of that many
                 dense steps; without, of the dense model's default ones, where the model has a dial.
             max_faces: decimate to this many faces; None is `cleanup`'s own (40,000).
@@ -225,27 +227,34 @@ class ImageTo3DPipeline:
         row = choose(self.dial, requested, steps, quality, guidance)
         run = requested if row is None else row.over(requested)
         steps = steps if row is None else row.steps
+        resolution = self.config.resolution_of(quality) if resolution is None else resolution
         settings = self._settings(steps, guidance, resolution, max_faces, decode, cleanup, foreground)
         settings.elastic = run.over(self.config.elastic, has_routers(self.dit))
         if settings.elastic.elastic and not has_routers(self.dit):
             check_budget(settings.elastic.budget, len(sampling_times(self.config, settings.steps)) - 1)
         settings.dial = None if row is None else row.metadata(requested.budget, quality)
-        with self._turn:
-            if settings.elastic.elastic and self.session is None:
-                put_policy(self.dit, find_calibration(self.calibration, self.dit))
-            with self.session.turn if self.session is not None else nullcontext():
-                results = self._generate(inputs, seeds, settings, Listeners(on_step, on_progress, on_result))
+        results = self._in_turn(inputs, seeds, settings, Listeners(on_step, on_progress, on_result))
         if many:
             return results
         if results[0].error is not None:
             raise results[0].error
         return results[0]
 
+    def _in_turn(
+        self, inputs: Sequence[ImageInput], seeds: Sequence[int], settings: Settings, listeners: Listeners
+    ) -> list[Result]:
+        """One call at a time; the first with a budget brings the policy of a model without routers."""
+        with self._turn:
+            if settings.elastic.elastic and self.session is None:
+                put_policy(self.dit, find_calibration(self.calibration, self.dit))
+            with self.session.turn if self.session is not None else nullcontext():
+                return self._generate(inputs, seeds, settings, listeners)
+
     def _settings(
         self,
         steps: int | None,
         guidance: float | None,
-        resolution: int | None,
+        resolution: int,
         max_faces: int | None,
         decode: DecodeConfig | None,
         cleanup: CleanupConfig | None,
@@ -255,9 +264,11 @@ class ImageTo3DPipeline:
             check_sampling(steps, guidance, resolution)
             cleaning = cleanup or CleanupConfig()
             cleaning = cleaning if max_faces is None else replace(cleaning, max_faces=max_faces)
-            cells = self.config.resolution if resolution is None else resolution
             decoding = replace(
-                decode or DecodeConfig(), resolution=cells, max_points=self.max_points, box=self.config.box
+                decode or DecodeConfig(),
+                resolution=resolution,
+                max_points=self.max_points,
+                box=self.config.box,
             )
             return Settings(
                 steps=self.config.steps if steps is None else steps,

@@ -108,7 +108,9 @@ class GenerateConfig(Options):
     guidance: float | None = option(
         None, "How strictly the image is followed; null: the model's.", ge=0, le=100
     )
-    resolution: int | None = option(None, "Grid cells a side; null: the model's default.", ge=8, le=512)
+    resolution: int | None = option(
+        None, "Grid cells a side; null: that of quality=, or the model's default.", ge=8, le=512
+    )
     elastic: bool | None = option(
         None, "Let the routers decide; false: the dense model; null: if it has any."
     )

@@ -22,8 +22,10 @@ def turntable(
     placed.apply_translation(-mesh.bounds.mean(axis=0))
     placed.apply_scale(1.18 / float(np.linalg.norm(placed.vertices, axis=1).max()))  # fits from every side
     visual = placed.visual
-    coloured = isinstance(visual, ColorVisuals) and visual.kind == "vertex"
-    scene = Scene(placed, visual.face_colors[:, :3] if coloured else None)
+    colours = None
+    if isinstance(visual, ColorVisuals) and visual.kind == "vertex":
+        colours = visual.face_colors[:, :3]
+    scene = Scene(placed, colours)
     tiles = (
         [image.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)] if image is not None else []
     )

@@ -26,6 +26,7 @@ from elastic3d.elastic.attachment import (
     load_router_state,
     router_modules,
     router_state,
+    todays_keys,
 )
 from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig, RouterVariant, Scope
 from elastic3d.elastic.family import BlockFlops
@@ -167,7 +168,7 @@ def attach_block_routers(
     session = attach_with(dit, adapter, wanted)
     if old is None:
         return
-    trained = read_weights(find_weights(start))
+    trained = todays_keys(read_weights(find_weights(start)))
     if not old.trained_steps:
         trained = {key: value for key, value in trained.items() if ".few_step." in key}
     try:

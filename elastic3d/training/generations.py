@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.diffusion.sampler import integrate
-from elastic3d.elastic.attachment import router_modules, session_of
+from elastic3d.elastic.attachment import router_modules, session_of, todays_keys
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT
@@ -182,6 +182,7 @@ def pipeline_config(model: Path) -> PipelineConfig:
 
 def with_lora(fresh: Mapping[str, Tensor], trained: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """A state of routers with a few-step LoRA: fresh, with what was trained; its LoRA only where it is to be kept."""
+    trained = todays_keys(trained)
     lora = {key for key in trained if ".few_step." in key}
     found = {key: value for key, value in trained.items() if key not in lora}
     if keep:

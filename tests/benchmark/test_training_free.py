@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from elastic3d.benchmark.config import Method, PolicyName
+from elastic3d.benchmark.config import CacheName, Method, Phase, PolicyName
 from elastic3d.benchmark.full_size import FullSizeConfig, measure_full_size, printed, sized
 from elastic3d.benchmark.images import load_models
 from elastic3d.benchmark.meshes import MeshTask
@@ -26,7 +27,12 @@ ROWS = [Method.dense, Method.training_free]
 
 def test_meshes_with_a_calibration(world: Path, tmp_path: Path) -> None:
     options = CalibratePolicyConfig(
-        image=str(world / "images"), model=str(world / "model"), output=str(tmp_path), samples=2, steps=8, **CPU
+        image=str(world / "images"),
+        model=str(world / "model"),
+        output=str(tmp_path),
+        samples=2,
+        steps=8,
+        **CPU,
     )
     path, _ = calibrate_policy(options, world)
     config = config_of(
@@ -67,3 +73,25 @@ def test_full_size_models_narrowed(tmp_path: Path) -> None:
     full = published("step1x3d").dit
     assert sized(full, FullSizeConfig()) == full
     assert sized(full, config).heads == 2 and sized(full, config).condition_tokens == round(16 / 2048 * 1370)
+
+
+@pytest.mark.parametrize("task", ["meshes", "images"])
+def test_a_quick_comparison(world: Path, gallery: Path, tmp_path: Path, task: str) -> None:
+    changes = {
+        "methods": ROWS,
+        "seeds": [0],
+        "phases": [Phase.quick],
+        "baseline_steps": 6,
+        "reference_steps": 6,
+    }
+    config: Any = config_of(world, tmp_path, **changes)
+    if task == "images":
+        config = image_config_of(gallery, tmp_path, **changes, limit=2, caches=[CacheName.forecast])
+    score = {"meshes": "iou_dense", "images": "psnr_dense"}[task]
+    rows = benchmark(config, world if task == "meshes" else gallery)["rows"]
+    assert [row["method"] for row in rows] == ["dense", "training_free", "forecast"]
+    assert rows[0][score] == {"meshes": 1.0, "images": 100.0}[task] > rows[1][score]
+    assert rows[1]["executed"] == 0.5 and all(row["seconds"] > 0 for row in rows)
+    assert (tmp_path / "quick.md").read_text().count("\n") == 5
+    with pytest.raises(ValueError, match="phases has quick and others"):
+        config_of(world, tmp_path, phases=[Phase.quick, Phase.timing])

@@ -282,3 +282,19 @@ def test_a_dial_is_saved_with_its_model_and_goes_with_it(pipeline: ImageTo3DPipe
     load(tmp_path / "copy", dial=False).save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy/dial.json").exists(), "it may have been measured with other weights"
     save_dial(None, tmp_path / "nowhere")
+
+
+def test_a_quality_brings_its_resolution(tmp_path: Path) -> None:
+    save_dialled(tmp_path)
+    pipeline = load(tmp_path)
+    pipeline.config.fast_resolution, pipeline.config.best_resolution = 8, 24
+    found = {
+        quality: pipeline(image(), quality=quality).metadata["resolution"] for quality in (None, *Quality)
+    }
+    usual = pipeline.config.resolution
+    assert found == {None: usual, Quality.fast: 8, Quality.default: usual, Quality.best: 24}
+    assert pipeline(image(), quality="best", resolution=12).metadata["resolution"] == 12
+    pipeline.config.best_resolution = 0
+    assert pipeline.config.resolution_of("best") == usual
+    with pytest.raises(ValueError, match="fast_resolution is 4, expected 0 or 8 to 512"):
+        PipelineConfig(fast_resolution=4)

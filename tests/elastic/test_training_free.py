@@ -22,6 +22,7 @@ from elastic3d.elastic.calibrating import (
     put_policy,
     recorded,
     save_calibration,
+    series_of,
 )
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.cost import trace_share
@@ -105,8 +106,8 @@ def test_what_differs_from_step_to_step_costs_its_error() -> None:
     """Steps that nothing predicts: their whole moment is lost, times the squared step size."""
     times = np.array([0.0, 0.2, 0.5, 0.6])
     calibration = Calibration(times, {(0, 0): np.eye(4), (0, 1): 2 * np.eye(4)}, np.ones(4))
-    assert calibration.error((0, 1), 2) == pytest.approx(3 * 0.1**2, rel=1e-5)
     errors = calibration.errors()
+    assert errors[0, 1, 2] == errors[0, 0, 2] == pytest.approx(3 * 0.1**2, rel=1e-5)
     assert errors[0, 1, 3] == pytest.approx(3 * 0.4**2, rel=1e-5) and errors[1, 0].max() == 0
 
 
@@ -231,7 +232,7 @@ def test_no_other_weights_have_a_smaller_error() -> None:
     found = calibrate(pipe.transformer, lambda number: flux(pipe, (number,), steps=6), 2)
     rng, known, step = np.random.default_rng(0), [1, 3], 4
     for series, moment in found.moments.items():
-        _, best = found.forecast(series, known, step)
+        best = found.forecasts(series, known)[1][step]
         others = [(0.0, 1.0), *((-d / 2, 1 + d / 2) for d in (0.3, 0.7, 1.0)), *rng.normal(size=(20, 2))]
         for weights in others:
             w = np.array(weights)
@@ -243,7 +244,8 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
     pipe = flux_pipeline()
     times = np.linspace(0, 0.9, 4)
     about = {"model": describe(pipe.transformer), "samples": 1}
-    good = replace(calibration_of(lines(times), times), about=about)
+    moments = dict.fromkeys(series_of(pipe.transformer), np.eye(4))
+    good = Calibration(times, moments, np.ones(4), about)
     path = tmp_path / CALIBRATION_NAME
     for changed, told in (
         ({"about": {**about, "model": {"family": "ShapeDiT"}}}, "is of another model: .*ShapeDiT"),
@@ -251,6 +253,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
         ({"moments": {}}, "is empty, expected at least two steps"),
         ({"times": times[::-1]}, "expected ascending ones"),
         ({"moments": {(0, 0): np.eye(3)}}, "moments are no 4 x 4 numbers"),
+        ({"moments": {(0, 0): np.eye(4)}}, r"has moments of \[\(0, 0\)\], expected \[\(0, 0\), \(0, 1\)"),
         ({"changes": np.ones(2)}, "changes has 2 values, expected 4"),
     ):
         save_calibration(replace(good, **changed), path)

@@ -11,6 +11,7 @@ import trimesh
 from geometry.gltf_samples import Gltf, Tree, solid
 
 from elastic3d.errors import UserError
+from elastic3d.geometry import gltf
 from elastic3d.geometry.mesh_io import load_mesh
 
 
@@ -241,3 +242,18 @@ def test_hostile_sizes_answer_at_once(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=name):
             load_mesh(Gltf().write(tmp_path / f"{name}.glb", change))
     assert time.process_time() - start < 30
+
+
+@pytest.mark.parametrize(("nodes", "primitives"), [(100_001, 1), (2, 60_000), (20_000, 6)])
+def test_a_scene_of_too_many_primitives_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: int, primitives: int
+) -> None:
+    def crowd(tree: dict[str, Any]) -> None:
+        tree["meshes"][0]["primitives"] *= primitives
+        tree.update(nodes=[{"mesh": 0, "scale": [1, 1, 2]}] * nodes, scenes=[{"nodes": list(range(nodes))}])
+
+    path = Gltf().write(tmp_path / "crowd.glb", crowd)
+    monkeypatch.setattr(gltf._Scene, "_local", None)  # no transform is computed
+    monkeypatch.setattr(gltf._Scene, "_parts", None)
+    with pytest.raises(UserError, match="its scene draws more than 100,000 primitives"):
+        load_mesh(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.families.shape_dit import ShapeDiTAdapter
 from elastic3d.errors import NoSurfaceError, UserError
 from elastic3d.geometry.options import CleanupConfig
+from elastic3d.models.familiarity import Familiarity, image_feature
 from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.pipelines import image_to_3d
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
@@ -307,3 +309,30 @@ def test_progress_covers_every_stage_and_results_are_told_at_once(
     assert [at for at in seen if at[0] == "dit"] == [("dit", n, 3) for n in (1, 2, 3)]
     assert [at for at in seen if at[0] == "decode"] == [("decode", n, 4) for n in (1, 2, 3, 4)]
     assert [at for at in seen if at[0] == "cleanup"] == [("cleanup", 1, 2), ("cleanup", 2, 2)]
+
+
+def test_an_unfamiliar_image_is_told_before_anything_is_made_of_it(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline()
+    with torch.no_grad():
+        views = torch.rand(40, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        known = Familiarity.fit(image_feature(pipeline.encoder(views)), 8)
+    pipeline.familiarity = Familiarity(known.mean, known.components, known.scale, torch.tensor([1e-3]))
+    pipeline.save_pretrained(tmp_path / "model")
+    pipeline = ImageTo3DPipeline.from_pretrained(tmp_path / "model")
+    seen: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: seen.append(str(message))  # type: ignore[assignment]
+        results = pipeline(
+            [save_image(tmp_path / "a.png"), save_image(tmp_path / "b.png", "navy")],
+            resolution=8, on_step=lambda *_: seen.append("step"),
+        )  # fmt: skip
+    assert [("unlike" in text, text == "step") for text in seen[:3]] == [
+        (True, False),
+        (True, False),
+        (False, True),
+    ]
+    assert "a.png: the image is unlike" in seen[0]
+    assert all(result.metadata["image_distance"] > 1e-3 and len(result.warnings) == 1 for result in results)
+    pipeline.familiarity = Familiarity(known.mean, known.components, known.scale, torch.tensor([1e6]))
+    assert pipeline(image(), resolution=8).warnings == []

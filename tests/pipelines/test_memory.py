@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tiny_pipeline import image, tiny_pipeline
 from torch import nn
 
 from elastic3d.checkpoints.options import OPEN_MODELS, PRESETS
+from elastic3d.elastic import attach
+from elastic3d.elastic.config import RouterConfig, Scope
 from elastic3d.errors import UserError
+from elastic3d.geometry.mesh_io import save_mesh
 from elastic3d.models.options import VAEConfig
 from elastic3d.pipelines.estimates import estimate, published, table
 from elastic3d.pipelines.memory import (
@@ -100,3 +105,22 @@ def test_smaller_calls_of_the_field_give_the_same_mesh():
     other = pipeline(image(), steps=2, resolution=32)
     assert one.mesh.vertices.shape == other.mesh.vertices.shape
     assert abs(one.mesh.vertices - other.mesh.vertices).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_200_meshes(tmp_path: Path) -> None:
+    """One process that goes on making meshes, elastic ones in batches of changing size, holds no more than at first."""
+    pipeline = tiny_pipeline()
+    torch.manual_seed(0)
+    attach(pipeline.dit, RouterConfig(scope=Scope.step))
+    process, made, resident = psutil.Process(), 0, []
+    while made < 200:
+        batch = [image(x=10 + made % 50)] * (1 + made % 3)
+        for number, result in enumerate(pipeline(batch, seed=made, resolution=32 + 16 * (made % 2))):
+            save_mesh(result.mesh, tmp_path / f"{number}.glb", extras=result.metadata)
+        made += len(batch)
+        gc.collect()
+        resident.append(process.memory_info().rss)
+    third = len(resident) // 3
+    first, last = max(resident[third : 2 * third]), max(resident[2 * third :])
+    assert last < first + 8e6, f"from {first / 1e6:.0f} to {last / 1e6:.0f} MB"

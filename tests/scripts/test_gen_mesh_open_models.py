@@ -112,7 +112,7 @@ def test_a_budget_without_routers(
         (model, ["budget=0.2", "steps=20"], "budget is 0.2, expected a value from 0.3 to 1"),
         (model, ["budget=0.3", "steps=4"], "budget is 0.3, expected at least"),
         (model, ["budget=0.5", "calibration=gone"], "there is no calibration gone"),
-        (other, ["budget=0.6", "calibration=."], "is of another model"),
+        (other, ["budget=0.5", "steps=10", "calibration=."], "is of another model"),
     ):
         assert command(wanted, *arguments) == 2
         assert told in capsys.readouterr().err

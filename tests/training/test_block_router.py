@@ -1,6 +1,7 @@
 """Per-block routers and few-step LoRA, trained through whole generations: on tiny shapes whose surface is known."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from _cli import parse
 
 from elastic3d.elastic import attach
-from elastic3d.elastic.attachment import load_router_config
+from elastic3d.elastic.attachment import load_router_config, router_state
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.cost import trace_share
 from elastic3d.elastic.policies import action_flops, executed_share
@@ -16,7 +17,7 @@ from elastic3d.elastic.rollout import FREE, Rollout
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
-from elastic3d.training.block_router import BlockRouterConfig, Signal
+from elastic3d.training.block_router import BlockRouterConfig, Signal, attach_block_routers
 from elastic3d.training.block_router_image import ImageBlockRouterTrainConfig
 from elastic3d.training.block_router_shape import (
     BlockRouterTrainConfig,
@@ -298,7 +299,10 @@ def test_measure_train_export_and_generate(routed):  # noqa: F811
         image(), 0, steps=5, resolution=16, elastic=False
     )  # dense runs in any number of steps
     assert "routes" not in dense_run.metadata
+    goes_on_with_routers_and_lora(routed, output)
 
+
+def goes_on_with_routers_and_lora(routed, output):  # noqa: F811
     again = block_config(routed, {"model": output}, batch=4, name="again")
     stage = ShapeBlockRouterStage(again)  # goes on with routers and LoRA
     batch = stage.val_batch(1)
@@ -333,6 +337,26 @@ def test_learned_guidance_runs_one_branch_at_that_scale_alone(routed):  # noqa: 
         UserError, match="guidance is 4, expected 2.5, which the few-step LoRA .* has learned"
     ):
         pipeline(image(), 0, steps=2, resolution=16, guidance=4.0)
+
+
+def test_the_bundled_lora_is_where_per_block_routers_start():
+    """Its file has the names of an older version."""
+    model = Path("data/pretrained/shape-small")
+    dit, folder = ShapeDiT.from_pretrained(model / "dit"), model / "routers"
+    options = BlockRouterConfig(rank=50, max_steps=8, min_steps=4, val_steps=[4])
+    attach_block_routers(
+        dit, options, ROUTER, folder, lambda n: torch.linspace(0, 1, n + 1), 2.0, [0.05, 0.3]
+    )
+    first = ShapeDiT.from_pretrained(model / "dit")
+    own, theirs = router_state(dit), router_state_of(first, folder)
+    ups = [key for key in theirs if key.endswith(".few_step.parts.linear1.up")]
+    assert len(ups) == 14 and all(torch.equal(own[key][:, :48], theirs[key]) for key in ups)
+    assert all(not own[key][:, 48:].any() for key in ups)
+
+
+def router_state_of(dit, folder):
+    attach(dit, folder)
+    return router_state(dit)
 
 
 # --------------------------------------------------------------------------------------------------- bad input

@@ -84,9 +84,10 @@ def test_a_rollout_is_what_the_pipeline_of_images_generates(views):  # noqa: F81
     batch = stage.val_batch(1)
     found = stage.flow.generate(batch, 3, stage.flow.session.settings)
     actions = stage.flow.session.trace.actions
-    backbone, text = stage.flow.backbone, text_of(batch)
+    backbone, text = stage.flow.backbone, {name: value.float() for name, value in text_of(batch).items()}
     drive(backbone.pipe, stage.flow.session)
-    options = backbone.guidance_arguments(2.0, 1, stage._train.negative())
+    negative = {name: value.float() for name, value in stage._train.negative().items()}
+    options = backbone.guidance_arguments(2.0, 1, negative)
     expected = backbone.pipe(
         **text, **options, latents=batch["noise"], width=16, height=16, num_inference_steps=3,
         output_type="latent", return_dict=False,
