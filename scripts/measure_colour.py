@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from _cli import run
 
@@ -31,7 +32,7 @@ def main(config: ColourConfig) -> int:
     pipeline = ImageTo3DPipeline.from_pretrained(config.model or REPOSITORY / DEFAULT_MODEL)
     source, splits = open_source(config.data), read_splits(Path(config.data.splits))
     quality = config.quality.name if pipeline.dial is not None else None
-    rows = []
+    rows: list[dict[str, Any]] = []
     for item in source.items():
         name = f"{source.name}/{item.id}"
         if splits.get(name) is not Split.test:

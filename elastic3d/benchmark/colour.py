@@ -65,6 +65,7 @@ def measure_shape(
     mesh = make(Image.fromarray(image))
     pose, pixels = posed(mesh, Image.fromarray(image), ForegroundConfig())
     made = with_vertex_colours(mesh, ImageColours(mesh, pose.camera, pixels))
+    assert isinstance(made.visual, trimesh.visual.ColorVisuals)
     scene = Scene(made, np.asarray(made.visual.face_colors)[:, :3])
     error = _differences(scene, pose.camera, pixels)
     mean = pixels[pixels[..., 3] >= 250][:, :3].mean(axis=0)

@@ -41,8 +41,9 @@ def frame(meshes: Sequence[tuple[trimesh.Trimesh, str, str]]) -> str:
 def _packed(mesh: trimesh.Trimesh) -> dict[str, Any]:
     shown = simplify(mesh, MOST_FACES) if len(mesh.faces) > MOST_FACES else mesh
     packed = pack_surface(shown)
-    if mesh.visual.kind == "vertex":
-        colours = np.asarray(mesh.visual.vertex_colors, np.uint8)
+    visual = mesh.visual
+    if isinstance(visual, trimesh.visual.ColorVisuals) and visual.kind == "vertex":
+        colours = np.asarray(visual.vertex_colors, np.uint8)
         if shown is not mesh:
             colours = colours[cKDTree(mesh.vertices).query(shown.vertices)[1]]
         packed["colours"] = encoded(np.ascontiguousarray(colours))

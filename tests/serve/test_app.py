@@ -45,7 +45,7 @@ pytestmark = [
 ARGUMENTS = [
     "--no-sandbox", "--enable-unsafe-swiftshader", "--disable-background-networking", "--disable-component-update",
 ]  # fmt: skip
-WAIT_MS = 25_000
+WAIT_MS = 90_000
 HOSTILE = "<img src=x onerror=window.hit=1>"
 CHOICES = Choices(image(), "", "default", 1.0, False, False, 0, 1, 2, 16, 500, 20, 0.15)
 
