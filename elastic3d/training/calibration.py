@@ -131,7 +131,7 @@ def choose_dampings(session: ElasticSession, generate: Generate) -> None:
 def choose_gate_bias(session: ElasticSession, generate: Generate, times: Tensor) -> None:
     """Choose what is added to gates over time: the curve with the smallest error of the result at equal cost.
 
-    Routers predict the damage that a skipped step does there and then. But the gaps of the first steps grow until the
+    Routers predict the error of the skipped step itself. But the gaps of the first steps grow until the
     end, and those of the last ones hardly have the time to. A curve has a share of each: `EARLY` decays over the
     first fifth of the steps, `LATE` holds in the last tenth of them.
     """

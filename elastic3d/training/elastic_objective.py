@@ -26,7 +26,7 @@ from elastic3d.training.datasets import Batch
 from elastic3d.training.low_rank import add_low_rank
 from elastic3d.utils.options import Options, option
 
-THRESHOLD_RANGE = 2.5  # standard deviations on both sides that prices cover
+THRESHOLD_RANGE = 2.5  # standard deviations on both sides that thresholds cover
 Grid = Callable[[int], Tensor]  # number of steps -> sampling times (S+1,)
 
 
@@ -39,7 +39,7 @@ class TrainedParts(Enum):
 
 
 class GateLoss(Enum):
-    """How gates learn: straight through their hard decision (E-DiT), or by predicting the damage that is done where
+    """How gates learn: straight through their hard decision (E-DiT), or by predicting the error that is made where
     the blocks of a step do not run but go on with what they remember."""
 
     straight_through = "straight_through"
@@ -78,10 +78,10 @@ class RoutingConfig(Options):
         advanced=True,
     )
     gate: GateLoss = option(
-        GateLoss.straight_through, "how gates learn; damage needs routers that decide together and reuse"
+        GateLoss.straight_through, "how gates learn; predicted_error needs routers that decide once a step and reuse"
     )
     late_weight: float = option(
-        1.0, "gate damage: weight of an error at t = 1, with 1 at t = 0, linear between", ge=0, le=1
+        1.0, "gate predicted_error: weight of an error at t = 1, with 1 at t = 0, linear between", ge=0, le=1
     )
     recalled: int = option(
         3,
@@ -135,7 +135,7 @@ class RouterObjective(nn.Module, ABC):
     Subclasses say how the base model is called and what else its output is held to.
     """
 
-    damage_moments: Tensor
+    skip_error_moments: Tensor
 
     def __init__(self, dit: nn.Module, config: RoutingConfig, router: RouterConfig, paired: bool) -> None:
         """`paired`: both branches of guidance run as one batch and are distilled together."""
@@ -150,7 +150,7 @@ class RouterObjective(nn.Module, ABC):
                     f"routing.gate is predicted_error: routing.parts is {config.parts.name}, not routers"
                 )
         self.config, self.paired = config, paired
-        self.register_buffer("damage_moments", torch.zeros(2))
+        self.register_buffer("skip_error_moments", torch.zeros(2))
         teacher = None
         if config.parts is not TrainedParts.routers:
             teacher = copy.deepcopy(dit).eval().requires_grad_(False)
@@ -225,10 +225,10 @@ class RouterObjective(nn.Module, ABC):
         return 1 + (self.paired and self.session.router_config.branches is Branches.separate)
 
     def _prediction_loss(self, logits: Tensor, skipped: Tensor, dense: Tensor, batch: Batch) -> Tensor:
-        """Distance of the gates' logits (R,) from the logarithm of the damage that closing does, over its price.
+        """Distance of the gates' logits (R,) from the logarithm of the error that skipping makes, over its threshold.
 
-        A step then runs where the damage is above the price. Damage is the squared distance of the guided velocity
-        from the dense one where the rows of one decision are `skipped` and the others dense (both (R,N,C)).
+        A step then runs where the error is above the threshold. The error is the squared distance of the guided
+        velocity from the dense one where the rows of one decision are `skipped` and the others dense (both (R,N,C)).
         """
         parts = self._decided
         logits = logits[: parts * len(batch["t"])]
@@ -236,8 +236,8 @@ class RouterObjective(nn.Module, ABC):
         # others have nothing to go on with: they run
         known = batch["picks"][:, :parts].transpose(0, 1).flatten(0, 1)[:, 0] >= 0
         if self.training:
-            followed(self.damage_moments, skip_error[known])
-        target = skip_error - threshold(self.damage_moments, batch["budget"].repeat(parts))
+            followed(self.skip_error_moments, skip_error[known])
+        target = skip_error - threshold(self.skip_error_moments, batch["budget"].repeat(parts))
         errors = torch.nn.functional.smooth_l1_loss(logits, target, reduction="none")
         return (errors * known).sum() / known.sum().clamp_min(1)
 
@@ -245,7 +245,7 @@ class RouterObjective(nn.Module, ABC):
     def _skip_error(self, skipped: Tensor, dense: Tensor, batch: Batch) -> Tensor:
         """Damage of closing each row (R,) alone, or a sample's rows (B,) where its branches go together. An error
         counts as much as it moves the latents of a sampler, times the square of the number of steps, with which the
-        errors of forecasts fall: so a price is about the same share of the steps of any sampler."""
+        errors of forecasts fall: so a threshold is about the same share of the steps of any sampler."""
         weight = 1 + (self.config.late_weight - 1) * batch["t"]
         weight = weight * (batch["dt"] * batch["steps"].square() / self.config.max_steps).square()
         target, found = self.guided(dense), []
@@ -308,7 +308,7 @@ class RouterObjective(nn.Module, ABC):
 
 
 def threshold(moments: Tensor, budget: Tensor) -> Tensor:
-    """What the logarithm of a damage has to be above at a budget (B,): a quantile of a normal distribution with the
+    """What the logarithm of a skip error has to be above at a budget (B,): a quantile of a normal distribution with the
     mean and spread (2,) that they have had."""
     mean, spread = moments
     scarcity = (1.0 - budget) / (1.0 - MIN_BUDGET)
@@ -317,7 +317,7 @@ def threshold(moments: Tensor, budget: Tensor) -> Tensor:
 
 @torch.no_grad()
 def followed(moments: Tensor, skip_error: Tensor, rate: float = 0.05) -> None:
-    """Keep running moments (2,), in place, of logarithms of damage (B,)."""
+    """Keep running moments (2,), in place, of logarithms of skip errors (B,)."""
     if len(skip_error) > 1:
         found = torch.stack([skip_error.mean(), skip_error.std()])
         known = moments.abs().sum() > 0

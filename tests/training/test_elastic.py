@@ -226,7 +226,7 @@ def test_gates_learn_to_predict_damage_and_follow_its_price(dense):
         batch["budget"] = torch.full_like(batch["budget"], budget)
         shares.append(flow(batch)[1]["share"].item())
     assert shares[0] < shares[1] < shares[2]
-    assert flow.state_dict()["damage_moments"].abs().sum() > 0  # a resumed run goes on with them
+    assert flow.state_dict()["skip_error_moments"].abs().sum() > 0  # a resumed run goes on with them
 
 
 def test_the_mesh_term_reaches_gates_that_predict(dense):
