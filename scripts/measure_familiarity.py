@@ -12,12 +12,15 @@ from __future__ import annotations
 from _cli import run
 
 from elastic3d.training.familiarity import FamiliarityConfig
+from elastic3d.utils.paths import check_distinct
 
 
 def main(config: FamiliarityConfig) -> int:
     """Measure, write, and say how many images are called unfamiliar."""
     from elastic3d.training.familiarity import measure_familiarity
 
+    written = [config.model / name for name in ("familiarity.safetensors", "familiarity.json")]
+    check_distinct({"probe": config.probe}, {"model": written})
     record = measure_familiarity(config)
     print(f"threshold {record['threshold']:.3f} of {record['train_images']} training images")
     print(f"unfamiliar: {record['val_false_alarms']:.1%} of {record['val_images']} validation images")

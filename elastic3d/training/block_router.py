@@ -82,7 +82,9 @@ class BlockRouterConfig(GenerationConfig):
     spread: float = option(
         1.0, "noise of random routes, in standard deviations of the table", ge=0, le=100, advanced=True
     )
-    cost_weight: float = option(20.0, "weight of the squared distance to the budget", ge=0, le=1e6)
+    cost_weight: float = option(
+        20.0, "weight of the squared distance to the budget", ge=0, le=1e6, advanced=True
+    )
     slack: float = option(
         0.1, "a sample's cost may differ from its budget by this, as long as the mean does not", ge=0, le=1,
         advanced=True,
@@ -94,10 +96,14 @@ class BlockRouterConfig(GenerationConfig):
         le=1e6,
         advanced=True,
     )
-    router_rate: float = option(10.0, "learning rate of the routers over that of the LoRA", ge=0, le=1e4)
-    val_steps: list[int] = option([4, 6], "sampling steps to validate in", ge=1, le=1000, lengths=(1, 100))
+    router_rate: float = option(
+        10.0, "learning rate of the routers over that of the LoRA", ge=0, le=1e4, advanced=True
+    )
+    val_steps: list[int] = option(
+        [4, 6], "sampling steps to validate in", ge=1, le=1000, lengths=(1, 100), advanced=True
+    )
     val_budgets: list[float] = option(
-        [1.0, 0.7, 0.5], "budgets to validate at", ge=MIN_BUDGET, le=1, lengths=(1, 100)
+        [1.0, 0.7, 0.5], "budgets to validate at", ge=MIN_BUDGET, le=1, lengths=(1, 100), advanced=True
     )
 
     def check(self) -> None:

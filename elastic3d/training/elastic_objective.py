@@ -78,7 +78,8 @@ class RoutingConfig(Options):
         advanced=True,
     )
     gate: GateLoss = option(
-        GateLoss.straight_through, "how gates learn; predicted_error needs routers that decide once a step and reuse"
+        GateLoss.straight_through,
+        "how gates learn; predicted_error needs routers that decide once a step and reuse",
     )
     late_weight: float = option(
         1.0, "gate predicted_error: weight of an error at t = 1, with 1 at t = 0, linear between", ge=0, le=1

@@ -44,8 +44,11 @@ class GenerationConfig(Options):
         "relative squared error below which little is to be gained; the loss is the logarithm of what is above",
         ge=1e-9,
         le=1,
+        advanced=True,
     )
-    val_shapes: int = option(28, "validation shapes or images that are generated", ge=1, le=1 << 16)
+    val_shapes: int = option(
+        28, "validation shapes or images that are generated", ge=1, le=1 << 16, advanced=True
+    )
 
     def check(self) -> None:
         """The range of steps is not empty, and the dense results are in no fewer."""

@@ -99,8 +99,10 @@ class VAEStageConfig(SurfaceConfig, FieldLossConfig):
         TrainedPart.all, "what learns: all, or the decoder alone, so that a DiT of these latents stays valid"
     )
     val_shapes: int = option(64, "shapes to validate on", ge=1, le=1 << 20)
-    val_queries: int = option(4096, "field queries of each kind for a validation shape", ge=1, le=MAX_POINTS)
-    sample_resolution: int = option(64, "grid cells a side of the sample images", ge=8, le=512)
+    val_queries: int = option(
+        4096, "field queries of each kind for a validation shape", ge=1, le=MAX_POINTS, advanced=True
+    )
+    sample_resolution: int = option(64, "grid cells a side of the sample images", ge=8, le=512, advanced=True)
 
     def check(self) -> None:
         """There is a query."""

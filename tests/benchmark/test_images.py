@@ -105,7 +105,13 @@ def test_the_summary_puts_every_family_beside_the_elastic_one(done):
     _, results = done
     families = results["summary"]["frontiers"]["1"]
     assert list(families)[0] == "fewer_steps"
-    assert set(families) == {"fewer_steps", "dense_cache", "same", *(c.name for c in INSTALLED)}
+    assert set(families) == {
+        "fewer_steps",
+        "dense_cache",
+        "same",
+        "training_free",
+        *(c.name for c in INSTALLED),
+    }
     front = families["first_block_cache"]["feature_dense"]
     assert front["front"] and front["other"]
     targets = results["summary"]["targets"]

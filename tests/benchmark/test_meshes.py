@@ -293,7 +293,12 @@ def test_without_routers_only_the_dense_model_is_measured(world, tmp_path):
         caches=[],
     )
     results = benchmark(config, world)
-    assert {row["method"] for row in results["rows"]} == {"dense", "fewer_steps", "euler_steps"}
+    assert {row["method"] for row in results["rows"]} == {
+        "dense",
+        "fewer_steps",
+        "euler_steps",
+        "training_free",
+    }
     assert all(row["f_score@0.02"] is None for row in results["rows"])
     config.methods = [Method.elastic]
     with pytest.raises(UserError, match="methods has elastic, which can't be run: .* has no routers"):

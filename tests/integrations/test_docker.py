@@ -60,7 +60,7 @@ def test_the_dockerfile_keeps_the_rules_of_a_linter() -> None:
         assert "sudo" not in command and "cd " not in command, "DL3004, DL3003"
         for install in re.findall(r"pip install [^&]+", command):
             assert "--no-cache-dir" in install, "DL3042"
-            assert "==" in install or "-e ." in install, (
+            assert "==" in install or '-e ".[' in install, (
                 "DL3013: versions are pinned, or those of pyproject.toml"
             )
     assert len(of["CMD"]) == len(of["HEALTHCHECK"]) == 1, "DL4003, DL3012"

@@ -73,7 +73,10 @@ def test_a_stage_shows_its_own_options_at_most_sixty(stage: StageName) -> None:
     [
         (["stage=dit", "dit.model.widht=3"], "did you mean dit.model.width"),
         (["stage=dit", "kl_weight=3"], "unknown option 'kl_weight': it is an option of stage=vae; "),
-        (["stage=vae", "image.cache=x"], "stage=image, stage=image_router, stage=calibrate;"),
+        (
+            ["stage=vae", "image.cache=x"],
+            "stage=image, stage=image_router, stage=image_block_router, stage=sensitivity, stage=calibrate;",
+        ),
         (["stage=vae", "vae.model.include_pi=true"], "unknown option 'vae.model.include_pi'"),
         (["stage=dit", "dit.model.width=0"], "^dit.model.width is 0, expected a value from 1 to 65536"),
         (["stage=dit", "dit.model.mlp_ratio=0"], "^dit.model.mlp_ratio is 0"),
@@ -120,9 +123,10 @@ def test_what_no_machine_holds_is_refused_before_anything_is_allocated(
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: str(path.relative_to(ROOT / "data/pretrained")))
 def test_records_of_shipped_models_are_read(path: Path) -> None:
     """They were written when one configuration had the options of all stages."""
-    saved = json.loads(path.read_text())["config"]
-    stage = upgraded(saved, path)["stage"]
-    config = read_record(saved, stage_config(StageName[stage]), path)
+    written = json.loads(path.read_text())["config"]
+    saved = upgraded(written, path)
+    stage = saved["stage"]
+    config = read_record(written, stage_config(StageName[stage]), path)
     assert isinstance(config, TrainConfig) and config.stage is StageName[stage]
     for name in ("steps", "learning_rate", "seed", "batch", "name"):
         assert getattr(config, name) == saved[name]

@@ -81,7 +81,7 @@ def test_calibration_starts_from_nothing(stage):
     session = stage.flow.session
     stage.calibrate(CurvesConfig(), points=6)
     first = session.router_config
-    assert len(first.times) == STEPS - 1 and len(first.asked) == 6
+    assert len(first.times) == STEPS - 1 and len(first.requested_budgets) == 6
     assert len(first.dampings) == len(calibration.DAMPING_TIMES)
     stage.calibrate(CurvesConfig(), points=6)
     assert session.router_config == first

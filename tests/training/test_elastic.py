@@ -156,7 +156,7 @@ def test_a_router_learns_from_the_age_of_what_it_would_reuse(dense):
     stage.flow(batch)[0].backward()
     for block in stage.flow.session.blocks:
         moved = block.router.age.weight.grad.abs().sum(1)
-        assert moved[0] == 0 and moved[1:].gt(0).sum() >= 2
+        assert moved.gt(0).sum() >= 3, "with nothing cached (age 0) a skipped block passes its input on"
 
 
 TOGETHER = dict(longest=3, scope=Scope.step, widths=1)
