@@ -11,6 +11,8 @@ from elastic3d.evaluation.health import thinnest_wall
 from elastic3d.geometry.cleanup import mesh_health
 from elastic3d.geometry.mesh_io import merge_equal_vertices
 
+MANY_HANDLES = 20  # chairs with many bars have fewer; a vase with holes in its wall has more
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrintCheck:
@@ -55,6 +57,10 @@ class PrintCheck:
             )
         if self.pieces > 1:
             found.append(f"{self.pieces} pieces that do not touch: they print as separate objects")
+        if self.genus is not None and self.genus > MANY_HANDLES:
+            found.append(
+                f"genus {self.genus}: walls have see-through holes, more than an object has by design"
+            )
         thin = self.thinnest_mm
         if thin is not None and self.smallest_mm is not None and thin < self.min_wall_mm:
             found.append(

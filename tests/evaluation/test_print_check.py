@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import trimesh
@@ -32,6 +33,8 @@ def test_a_plate_of_a_known_thickness() -> None:
 
 def test_a_torus_has_a_hole_and_two_balls_are_two_pieces() -> None:
     assert print_check(trimesh.creation.torus(1, 0.3)).genus == 1
+    perforated = replace(print_check(trimesh.creation.torus(1, 0.3)), genus=52)
+    assert [w for w in perforated.warnings() if w.startswith("genus 52: walls have see-through holes")]
     balls = [trimesh.creation.icosphere(3), trimesh.creation.icosphere(3).apply_translation([3, 0, 0])]
     check = print_check(trimesh.util.concatenate(balls))
     assert check.pieces == 2 and "2 pieces" in check.summary() and "2 pieces" in check.warnings()[0]
