@@ -10,20 +10,19 @@ from torch import Tensor
 from elastic3d.errors import UserError
 from elastic3d.models.options import DiTConfig, VAEConfig
 from elastic3d.models.weights import CONFIG_NAME, find_weights, load_config
+from elastic3d.pipelines.runtime import find_model
 from elastic3d.training.checkpoint import load_checkpoint, newest_checkpoint
 from elastic3d.utils.structured import load_json
 from elastic3d.utils.tensors import read_weights
 
-BUNDLED = Path("data/pretrained")
 CLASSES = {"vae": (VAEConfig, "ShapeVAE"), "dit": (DiTConfig, "ShapeDiT")}
 
 
 def find_start(path: Path) -> Path:
     """A path as it is, or that of the bundled model of this name. UserError if there is neither."""
-    if path.exists():
-        return path
-    if (BUNDLED / path).is_dir():
-        return BUNDLED / path
+    found = find_model(path)
+    if found.exists():
+        return found
     raise UserError(
         f"init_from={path} does not exist, expected a checkpoint (runs/NAME/checkpoints/step-...), the folder of a"
         " run, a model folder that stage=export wrote, or shape-small"
