@@ -222,9 +222,7 @@ class Notes:
                 f"a generation has {len(self.times)} steps, expected at least 3 to calibrate a policy on"
             )
         found: dict[Series, Array] = defaultdict(lambda: np.zeros((len(self.times),) * 2))
-        branches = list(
-            zip(*self.added, strict=False)
-        )  # the passes of each, whose texts may differ in length
+        branches = list(zip(*self.added, strict=True))  # the passes of each, whose texts may differ in length
         for passes in branches:
             for series in passes[0]:
                 values = torch.stack([each[series] for each in passes]).double()  # (S,B,d)

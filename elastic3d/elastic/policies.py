@@ -169,13 +169,13 @@ def greedy_static(
 
     From each to the next, one block is skipped or narrowed by one width: the change that adds the least to `error` for
     each FLOP it saves. `error` takes routes (I,); `on_change` is called with each new share. Lazy greedy (Minoux 1978):
-    prices are measured again from the lowest on until one stays the lowest, since giving up more makes them rise.
+    costs are measured again from the lowest on until one stays the lowest, since skipping more makes them rise.
     """
     table = action_flops(blocks, ratios)
     routes = torch.full((len(blocks),), len(ratios))
     now, share = error(routes), 1.0
     path = [(share, routes)]
-    # (price, error after the change, number of changes made when they were measured, block, action)
+    # (error added for each FLOP saved, error after the change, changes made when it was measured, block, action)
     heap = [
         (-math.inf, now, -1, i, action) for i in range(len(blocks)) for action in (SKIPPED, len(ratios) - 1)
     ]

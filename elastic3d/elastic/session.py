@@ -169,7 +169,7 @@ class ElasticSession:
             if not 0 <= step < self._steps:
                 raise ValueError(f"step {step} of a generation of {self._steps} steps")
         if defer is not Defer.never and not self.defers:
-            raise ValueError(f"hold is {defer.name}, expected never: blocks or samples do not decide so")
+            raise ValueError(f"defer is {defer.name}, expected never: blocks or samples do not decide so")
         dts, budgets = one_each(dt, len(samples), "step sizes"), self._budget[list(samples)]
         training = Training() if self.rollout is not None and self.rollout.straight else None
         times = [self._times[step] for step in steps] if len(self._times) == self._steps else []

@@ -185,7 +185,7 @@ def test_only_samples_that_decide_once_a_step_and_apart_can_wait():
         session.settings = settings
         session.begin(2, STEPS)
         assert not session.defers
-        with pytest.raises(ValueError, match="hold is always, expected never"):
+        with pytest.raises(ValueError, match="defer is always, expected never"):
             session.step(0, 0.1, defer=Defer.always)
 
 
