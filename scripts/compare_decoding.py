@@ -13,7 +13,7 @@ from pathlib import Path
 
 from _cli import run
 
-from elastic3d.benchmark.stages_options import DecodingConfig
+from elastic3d.benchmark.config import DecodingConfig
 from elastic3d.utils.paths import check_distinct
 
 

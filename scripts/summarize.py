@@ -17,8 +17,7 @@ from elastic3d.utils.paths import check_distinct
 def main(config: SummarizeConfig) -> int:
     """Print the tables and write them to the output folder, if there is one."""
     from elastic3d.evaluation.report import write_csv
-    from elastic3d.evaluation.summary import find_reports, summarize
-    from elastic3d.evaluation.summary_table import csv_rows, markdown
+    from elastic3d.evaluation.summary import csv_rows, find_reports, markdown, summarize
     from elastic3d.utils.files import atomic_path
 
     if config.output:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from _cli import run
 
-from elastic3d.benchmark.full_size import FullSizeConfig
+from elastic3d.benchmark.config import FullSizeConfig
 from elastic3d.utils.paths import check_distinct
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from _cli import run
 
-from elastic3d.benchmark.stages_options import StagesConfig
+from elastic3d.benchmark.config import StagesConfig
 from elastic3d.utils.paths import check_distinct
 
 

@@ -27,9 +27,8 @@ from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.elastic.calibrating import describe, load_calibration, series_of
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
-from elastic3d.evaluation.gate import load_gate
 from elastic3d.evaluation.html import load_frontier
-from elastic3d.evaluation.report import write_json
+from elastic3d.evaluation.report import load_gate, write_json
 from elastic3d.evaluation.runner import read_journal
 from elastic3d.evaluation.summary import load_report
 from elastic3d.geometry.mesh_io import save_mesh

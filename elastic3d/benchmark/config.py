@@ -1,20 +1,29 @@
-"""Options of `scripts/benchmark.py`: what both tasks share, and those of each."""
+"""Options of `scripts/benchmark.py`, those that both tasks share and of each, and of the scripts that time and compare
+the parts of a generation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
+from elastic3d.diffusion.options import Quality
 from elastic3d.elastic.config import MIN_BUDGET, BlockCacheConfig
 from elastic3d.evaluation.options import ProtocolConfig
-from elastic3d.pipelines.options import BackboneName
+from elastic3d.models.options import MAX_TOKENS, MAX_WIDTH
+from elastic3d.pipelines.options import DEFAULT_MODEL, BackboneName
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.options import Options, option
 
 DEFAULT_PROMPTS = "data/prompts/image-small.txt"
 MANY = 1 << 20
-SOME = (1, 1000)  # values in a list that has to have one
+COUNT: dict[str, Any] = {"ge": 1, "le": MANY}
+STEPS: dict[str, Any] = {"ge": 1, "le": 1000}
+INTERVAL: dict[str, Any] = {"ge": 2, "le": 1000}
+THRESHOLD: dict[str, Any] = {"ge": 0, "le": 100}
+BUDGET: dict[str, Any] = {"ge": MIN_BUDGET, "le": 1, "unique": True}
+SOME: dict[str, Any] = {"lengths": (1, 1000), "unique": True}  # a list that has to have a value
 
 
 class TaskName(Enum):
@@ -113,41 +122,24 @@ class BenchmarkOptions(Options):
     methods: list[Method] = option(
         [], "rows of the table; empty: all that the model and the items allow, without the ablations"
     )
-    budgets: list[float] = option(
-        [1.0, 0.8, 0.65, 0.5, 0.4, 0.3],
-        "budgets of elastic rows",
-        ge=MIN_BUDGET,
-        le=1,
-        lengths=SOME,
-        unique=True,
-    )
+    budgets: list[float] = option([1.0, 0.8, 0.65, 0.5, 0.4, 0.3], "budgets of elastic rows", **BUDGET | SOME)
     control_budgets: list[float] = option(
-        [], "budgets of controls and variants; empty: those of elastic rows", ge=MIN_BUDGET, le=1, unique=True
+        [], "budgets of controls and variants; empty: those of elastic rows", **BUDGET
     )
-    steps: list[int] = option(
-        [8, 12, 16, 25, 50, 100], "step counts of fewer_steps", ge=1, le=1000, lengths=SOME, unique=True
-    )
-    elastic_steps: list[int] = option([], "step counts of elastic rows; empty: baseline_steps", ge=1, le=1000)
+    steps: list[int] = option([8, 12, 16, 25, 50, 100], "step counts of fewer_steps", **STEPS, **SOME)
+    elastic_steps: list[int] = option([], "step counts of elastic rows; empty: baseline_steps", **STEPS)
     baseline_steps: int | None = option(
-        None, "steps of dense, controls and variants; null: the model's default", ge=1, le=1000
+        None, "steps of dense, controls and variants; null: the model's default", **STEPS
     )
-    reference_steps: int = option(
-        100, "steps of the dense results that all others are paired with", ge=1, le=1000
-    )
+    reference_steps: int = option(100, "steps of the dense results that all others are paired with", **STEPS)
     seeds: list[int] = option(
-        [0, 1, 2],
-        "seeds of the noise; the first two or more give the seed floor",
-        ge=0,
-        le=2**63 - 1,
-        lengths=SOME,
-        unique=True,
+        [0, 1, 2], "seeds of the noise; the first two or more give the seed floor", ge=0, le=2**63 - 1, **SOME
     )
     cache: BlockCacheConfig | None = option(None, "cache of elastic rows; null: the model's default")
     intervals: list[int] = option(
         [2, 3],
         "dense_cache: all blocks run at every N-th step and are forecast between, one row each",
-        ge=2,
-        le=1000,
+        **INTERVAL,
     )
     dampings: list[float] = option(
         [1.0],
@@ -157,18 +149,15 @@ class BenchmarkOptions(Options):
     )
     limit: int = option(0, "items, spread evenly over all; 0 takes all", ge=0, le=MANY)
     phases: list[Phase] = option(
-        [Phase.quality, Phase.timing],
-        "what to do; the report is written in any case",
-        lengths=SOME,
-        unique=True,
+        [Phase.quality, Phase.timing], "what to do; the report is written in any case", **SOME
     )
-    guidance: float | None = option(None, "guidance scale; null: the model's default", ge=0, le=100)
+    guidance: float | None = option(None, "guidance scale; null: the model's default", **THRESHOLD)
     resolution: int | None = option(
         None, "meshes: grid cells a side; images: pixels a side; null: the model's default", ge=8, le=512
     )
-    batch_size: int = option(8, "quality: items generated at a time", ge=1, le=MANY)
-    batches: list[int] = option([1, 4], "timing: batch sizes", ge=1, le=4096, lengths=SOME, unique=True)
-    repeats: int = option(5, "timing: rounds of the DiT alone, after a warm one", ge=1, le=MANY)
+    batch_size: int = option(8, "quality: items generated at a time", **COUNT)
+    batches: list[int] = option([1, 4], "timing: batch sizes", ge=1, le=4096, **SOME)
+    repeats: int = option(5, "timing: rounds of the DiT alone, after a warm one", **COUNT)
     end_to_end_repeats: int = option(2, "timing: rounds of everything, after a warm one", ge=0, le=MANY)
     cpu_time: bool = option(
         False, "timing: CPU time of all threads, where other programs run on this machine; not on a GPU"
@@ -177,9 +166,9 @@ class BenchmarkOptions(Options):
         None,
         "items that static and timestep routes are found on, given as the others; null: the first of those",
     )
-    calibration_samples: int = option(8, "items that static and timestep routes are found on", ge=1, le=MANY)
+    calibration_samples: int = option(8, "items that static and timestep routes are found on", **COUNT)
     caches: list[CacheName] = option(ON_ANY_MODEL, "training-free rivals to put beside")
-    cache_steps: list[int] = option([], "step counts of these; empty: baseline_steps", ge=1, le=1000)
+    cache_steps: list[int] = option([], "step counts of these; empty: baseline_steps", **STEPS)
     policies: list[PolicyName] = option(
         list(PolicyName), "training_free: one row each and budget; all but even need a calibration"
     )
@@ -188,11 +177,9 @@ class BenchmarkOptions(Options):
     )
     forecasts: list[ForecastName] = option(list(ForecastName), "forecast: one row each and interval")
     forecast_intervals: list[int] = option(
-        [2, 3], "forecast, hicache: the model runs at every N-th step", ge=2, le=1000
+        [2, 3], "forecast, hicache: the model runs at every N-th step", **INTERVAL
     )
-    forecast_warmup: int = option(
-        3, "forecast, hicache, dense_cache: steps that are computed first", ge=1, le=1000
-    )
+    forecast_warmup: int = option(3, "forecast, hicache, dense_cache: steps that are computed first", **STEPS)
     batched_decisions: bool = option(
         False, "run rivals that decide for a whole batch in batches: faster, but samples depend on others"
     )
@@ -219,7 +206,7 @@ class MeshBenchmarkConfig(BenchmarkOptions):
     gt: Path | None = option(None, "folder of ground truth meshes named as the images; null: no F-scores")
     model: str = option("default", "folder of the elastic model; default is the bundled one")
     dense: str = option("", "folder of the dense model; empty: `model` without its routers")
-    timing_images: int = option(4, "timing: images, spread evenly", ge=1, le=MANY)
+    timing_images: int = option(4, "timing: images, spread evenly", **COUNT)
     protocol: ProtocolConfig = option(ProtocolConfig, "how a mesh is scored: a file of configs/protocol")
     workers: int = option(0, "processes that score; 0 takes one a core", ge=0, le=MANY)
     sheet_images: int = option(8, "images in the contact sheet", ge=0, le=MANY)
@@ -244,27 +231,23 @@ class ImageBenchmarkConfig(BenchmarkOptions):
     weights: str = option("", "folder of the pipeline as published; empty: the bundled one")
     routers: str = option("", "folder of routers; empty: `routers` in the folder of the weights, if there")
     prompts: Path | None = option(None, f"text file, one prompt a line; null: {DEFAULT_PROMPTS}")
-    steps: list[int] = option(
-        [4, 6, 8, 10, 12, 16, 20, 25], "step counts of fewer_steps", ge=1, le=1000, lengths=SOME, unique=True
-    )
-    batch_size: int = option(16, "quality: images generated at a time", ge=1, le=MANY)
-    timing_prompts: int = option(4, "timing: prompts, spread evenly", ge=1, le=MANY)
+    steps: list[int] = option([4, 6, 8, 10, 12, 16, 20, 25], "step counts of fewer_steps", **STEPS, **SOME)
+    batch_size: int = option(16, "quality: images generated at a time", **COUNT)
+    timing_prompts: int = option(4, "timing: prompts, spread evenly", **COUNT)
     sheet_prompts: int = option(8, "prompts in the contact sheet", ge=0, le=MANY)
     caches: list[CacheName] = option(list(CacheName), "training-free rivals to put beside")
     first_block_thresholds: list[float] = option(
-        [0.05, 0.1, 0.2, 0.4], "first_block_cache: one row each", ge=0, le=100
+        [0.05, 0.1, 0.2, 0.4], "first_block_cache: one row each", **THRESHOLD
     )
-    taylor_intervals: list[int] = option(
-        [2, 3, 5], "taylor_seer, taylor_seer_lite: one row each", ge=2, le=1000
-    )
+    taylor_intervals: list[int] = option([2, 3, 5], "taylor_seer, taylor_seer_lite: one row each", **INTERVAL)
     taylor_warmup: int = option(
         3, "taylor_seer, taylor_seer_lite: steps that are computed first", ge=0, le=MANY
     )
-    mag_thresholds: list[float] = option([0.06, 0.12, 0.24, 0.5], "mag_cache: one row each", ge=0, le=100)
+    mag_thresholds: list[float] = option([0.06, 0.12, 0.24, 0.5], "mag_cache: one row each", **THRESHOLD)
     db_thresholds: list[float] = option(
-        [0.05, 0.1, 0.2, 0.4], "db_cache: one row for each, blocks, calibrator", ge=0, le=100
+        [0.05, 0.1, 0.2, 0.4], "db_cache: one row for each, blocks, calibrator", **THRESHOLD
     )
-    db_blocks: list[int] = option([1], "db_cache: first blocks that are always computed", ge=1, le=1000)
+    db_blocks: list[int] = option([1], "db_cache: first blocks that are always computed", **STEPS)
     db_calibrators: list[Calibrator] = option(list(Calibrator), "db_cache: how residuals are continued")
     prepared: Path = option(
         Path("data/prepared"), "prepared shapes, whose held-out views are the real images"
@@ -273,7 +256,7 @@ class ImageBenchmarkConfig(BenchmarkOptions):
     references: Path | None = option(
         None, "folder of real images with captions (a.png with a.txt) instead; then without a classifier"
     )
-    reference_views: int = option(2, "views of each held-out shape that are real images", ge=1, le=MANY)
+    reference_views: int = option(2, "views of each held-out shape that are real images", **COUNT)
     probe_shapes: int = option(1500, "training shapes whose views the classifier learns from", ge=0, le=MANY)
     feature_size: int = option(
         128, "pixels a side at which EfficientNet sees an image", ge=32, le=1024, multiple_of=32
@@ -284,3 +267,99 @@ class ImageBenchmarkConfig(BenchmarkOptions):
         super().check()
         if not self.weights and self.backbone is not BackboneName.small:
             raise ValueError(f"weights= is missing: the folder of the {self.backbone.name} pipeline")
+
+
+@dataclass(kw_only=True)
+class StagesConfig(Options):
+    """How long each stage from an image to a written mesh takes, also against another checkout."""
+
+    image: Path = option(Path("data/samples/chair.png"), "image of one object")
+    model: Path = option(Path(DEFAULT_MODEL), "folder of the model; both checkouts load this one")
+    against: Path | None = option(
+        None, "root of another checkout, measured in turn with this one; null: none"
+    )
+    output: Path = option(Path("outputs/stages.json"), "JSON file with every measurement")
+    rounds: int = option(3, "fresh processes of each checkout", ge=1, le=1000)
+    repeats: int = option(3, "meshes that such a process makes after its first", ge=1, le=1000)
+    commands: bool = option(True, "also time the whole commands gen_mesh.py and gen_mesh.py --help")
+    resolution: int | None = option(
+        256, "grid cells a side of the decoding; null: that of quality=", ge=8, le=512
+    )
+    quality: Quality | None = option(None, "point of the model's dial; null: the default")
+    elastic: bool = option(True, "let the routers decide; false: the dense model")
+    threads: int = option(0, "threads of PyTorch; 0: its own choice", ge=0, le=1024)
+    cpu: bool = option(
+        False,
+        "count time of the processor, not of the clock, on a machine that does other work; needs threads=1",
+    )
+    batch: int = option(0, "also a batch of that many meshes; 0: none", ge=0, le=4096)
+    full_grid: bool = option(
+        False, "also a dense mesh whose field is evaluated in the whole cube, of this checkout: minutes"
+    )
+
+    def check(self) -> None:
+        """Threads that wait for each other count as work."""
+        if self.cpu and self.threads != 1:
+            raise ValueError(f"cpu is true and threads is {self.threads}, expected threads=1 with it")
+        if self.full_grid and self.resolution is None:
+            raise ValueError("full_grid is true and resolution is null, expected a resolution with it")
+
+
+@dataclass(kw_only=True)
+class DecodingConfig(Options):
+    """What resolution and tolerance of the decoding cost, and what they leave of the mesh."""
+
+    model: str = option(DEFAULT_MODEL, "folder of the model")
+    images: Path = option(Path("data/samples"), "folder of images to sample latents from")
+    gt: Path | None = option(
+        None,
+        "folder of true meshes (.glb), named as their images are; they are encoded too; null: none but made shapes",
+    )
+    seeds: list[int] = option([0, 1, 2], "seeds of the latents of each image", ge=0, le=2**63 - 1)
+    output: Path = option(
+        Path("outputs/decoding"), "folder for latents.safetensors, shapes.json and table.md"
+    )
+    reference: int = option(
+        256, "cells a side of the references, evaluated everywhere at the surface", ge=8, le=512
+    )
+    plain: bool = option(
+        True,
+        "the reference evaluates the whole cube at 64 cells, by the network's own modules; false: prepared, coarse to"
+        " fine as the others, in a quarter of the time",
+    )
+    resolutions: list[int] = option(
+        [64, 96, 128, 192, 256], "cells a side to compare with it, by default ways", ge=8, le=512
+    )
+    points: int = option(20000, "points on each mesh that distances are measured from", ge=100, le=1 << 24)
+    limit: int = option(0, "shapes, from the first; 0: all", ge=0, le=1 << 20)
+    hunyuan3d_tokens: int = option(
+        0,
+        "count the time of Hunyuan3D-2's field decoder (random weights) with that many latent tokens, 512 or 3072; 0:"
+        " of the model's own",
+        ge=0,
+        le=1 << 16,
+    )
+
+
+@dataclass(kw_only=True)
+class FullSizeConfig(Options):
+    """Times of published DiTs with random weights, dense and at budgets that a training-free policy keeps."""
+
+    output: Path = option(Path("outputs/full_size.json"), "JSON file with every measurement")
+    models: list[str] = option(
+        ["hunyuan3d2", "triposg", "step1x3d"], "published models", lengths=(1, 100), unique=True
+    )
+    budgets: list[float] = option(
+        [0.65, 0.5, 0.35], "shares of the blocks' FLOPs", ge=MIN_BUDGET, le=1, lengths=(1, 100), unique=True
+    )
+    batches: list[int] = option([1, 4], "batch sizes", ge=1, le=4096, lengths=(1, 100), unique=True)
+    steps: int = option(20, "sampling steps", ge=5, le=1000)
+    rounds: int = option(3, "rounds after a warm one", ge=1, le=1000)
+    width: int = option(
+        0, "width of the DiTs; 0: as published. For machines that hold no more", ge=0, le=MAX_WIDTH
+    )
+    latents: int = option(
+        0, "latent tokens, condition tokens in proportion; 0: as published", ge=0, le=MAX_TOKENS
+    )
+    device: DeviceChoice = option(DeviceChoice.auto, "where the models run")
+    dtype: DTypeChoice = option(DTypeChoice.auto, "number format of the models")

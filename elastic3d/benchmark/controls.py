@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.benchmark.methods import MAIN, NO_CACHE, Job, Planner, Routes, Run
+from elastic3d.benchmark.methods import MAIN, NO_CACHE, Job, Routes, Run
 from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig
 from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.family import BlockFlops
@@ -28,24 +27,14 @@ from elastic3d.elastic.router import decides_per_step
 from elastic3d.elastic.trace import parse_actions
 from elastic3d.utils.structured import load_json, save_json
 
-
-class Maker(Protocol):
-    """What controls ask of a task."""
-
-    planner: Planner
-
-    def calibration_jobs(self) -> list[Job]: ...
-    def neighbour(self, job: Job) -> Job: ...
-    def routes_of(self, run: Run, job: Job) -> dict[str, Any]: ...
-    def ready(self, run: Run) -> AbstractContextManager[None]: ...
-    def condition_of(self, run: Run, jobs: Sequence[Job]) -> Any: ...
-    def sample(self, run: Run, condition: Any, jobs: Sequence[Job], source: RouteSource | None) -> Tensor: ...
+if TYPE_CHECKING:
+    from elastic3d.benchmark.task import Task
 
 
 class Controls:
     """Route tables for the runs that have one. What is computed is kept in `<output>/tables`."""
 
-    def __init__(self, task: Maker) -> None:
+    def __init__(self, task: Task) -> None:
         self.task, self.planner, self.config = task, task.planner, task.planner.config
         self.session = self.planner.models[MAIN].session
         self.router = self.session.router_config if self.session is not None else RouterConfig()

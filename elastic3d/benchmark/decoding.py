@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.benchmark.stages_options import DecodingConfig
-from elastic3d.evaluation.metrics import correspond, f_score
+from elastic3d.benchmark.config import DecodingConfig
+from elastic3d.evaluation.metrics import correspond, f_score, surface_distance
+from elastic3d.evaluation.report import markdown_table
 from elastic3d.geometry.cleanup import clean, drop_floaters
 from elastic3d.geometry.decode import FieldFunction, decode_field
 from elastic3d.geometry.mesh_io import load_mesh
@@ -37,36 +39,6 @@ THRESHOLD = 0.02  # of the F-score
 COARSE = 64  # cells a side that the plain way evaluates in the whole cube
 
 
-@dataclass(kw_only=True)
-class Decoded:
-    """One shape decoded one way. Distances in cells of the reference, but those to the truth."""
-
-    resolution: int
-    queries: int
-    cpu_ms: float
-    """Processor time of decoding, without the surface."""
-    mesh_ms: float
-    """Processor time of surface and cleanup."""
-    chamfer: float
-    """Chamfer-L1: mean distance to the reference's surface plus mean distance from it."""
-    far: float
-    """99th percentile of the distances, the larger of both directions."""
-    genus: int
-    """Handles, after dropping floaters."""
-    truth_chamfer: float | None = None
-    """Chamfer-L1 of the cleaned mesh to the true surface, in the shape's units (longest side 1.9)."""
-    truth_f_score: float | None = None
-    truth_genus: int | None = None
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a field is decoded; `plain` by `ShapeVAE.query`, without anything prepared."""
-
-    config: DecodeConfig
-    plain: bool = False
-
-
 def compare_decoding(config: DecodingConfig) -> str:
     """Decode everything that is not done yet, write the files, return the table as Markdown."""
     pipeline = ImageTo3DPipeline.from_pretrained(config.model)
@@ -77,8 +49,7 @@ def compare_decoding(config: DecodingConfig) -> str:
     for name in tqdm(names, desc="decoding", unit="shape", disable=None):
         if name not in done:
             truth = truths.get(name.partition(", ")[0])
-            rows = decoded_ways(pipeline, shapes[name][None], config, truth)
-            done[name] = {way: asdict(row) for way, row in rows.items()}
+            done[name] = decoded_ways(pipeline, shapes[name][None], config, truth)
             save_json(done, path)
     text = summary({name: done[name] for name in names})
     with atomic_path(config.output / "table.md") as temporary:
@@ -86,25 +57,27 @@ def compare_decoding(config: DecodingConfig) -> str:
     return text
 
 
-def ways(config: DecodingConfig, max_points: int) -> dict[str, Way]:
-    """By name, the reference first: every node at the surface; `plain` also the whole cube at 64 cells."""
-
-    def decoding(cells: int, **more: Any) -> DecodeConfig:
-        return DecodeConfig(resolution=cells, max_points=max_points, **more)
-
-    found = {"every node": Way(decoding(config.reference, tolerance=0))}
+def ways(config: DecodingConfig, max_points: int) -> dict[str, DecodeConfig]:
+    """How the field is decoded by name, the reference first: every node at the surface; `plain` in the whole cube at 64
+    cells, by `ShapeVAE.query` without anything prepared."""
+    found = {"every node": DecodeConfig(resolution=config.reference, tolerance=0)}
     if config.plain:
         coarse = min(COARSE, config.reference)
-        plain = decoding(config.reference, coarse_resolution=coarse, tolerance=0)
-        found = {"plain": Way(plain, plain=True)}
-    found |= {f"{cells} cells": Way(decoding(cells)) for cells in config.resolutions}
-    return found
+        found = {"plain": replace(found["every node"], coarse_resolution=coarse)}
+    found |= {f"{cells} cells": DecodeConfig(resolution=cells) for cells in config.resolutions}
+    return {name: replace(each, max_points=max_points) for name, each in found.items()}
 
 
 def decoded_ways(
     pipeline: ImageTo3DPipeline, latents: Tensor, config: DecodingConfig, truth: trimesh.Trimesh | None
-) -> dict[str, Decoded]:
-    """By name of the way, of latents (1,N,C)."""
+) -> dict[str, dict[str, Any]]:
+    """Latents (1,N,C) decoded each way.
+
+    `cpu_ms`, `mesh_ms`: processor time of the decoding, and of surface and cleanup. In cells of the reference, to its
+    surface and back: `chamfer`, the sum of both mean distances, and `far`, the larger 99th percentile. `genus`:
+    handles after dropping floaters. `truth_...`: of the cleaned mesh, in the shape's units (longest side 1.9), None
+    where no true surface is known.
+    """
     with torch.no_grad():
         tokens = pipeline.vae.decode(latents)
     fields: dict[bool, FieldFunction] = {
@@ -114,40 +87,41 @@ def decoded_ways(
     if config.hunyuan3d_tokens:
         large = hunyuan3d_fields(config.hunyuan3d_tokens)
         fields = {plain: costing(fields[plain], large[plain]) for plain in fields}
-    rows: dict[str, Decoded] = {}
+    rows: dict[str, dict[str, Any]] = {}
     reference: trimesh.Trimesh | None = None
     for name, way in ways(config, pipeline.max_points).items():
         start = time.process_time()
-        values, stats = decode_field(fields[way.plain], 0, way.config, pipeline.device)
+        values, stats = decode_field(fields[name == "plain"], 0, way, pipeline.device)
         decoded = time.process_time()
         extracted = extract_surface(values)
         cleaned = clean(extracted, CleanupConfig())
         end = time.process_time()
         mesh = drop_floaters(extracted, CleanupConfig().min_component)
         reference = mesh if reference is None else reference
-        cell = 2 * way.config.box / config.reference
-        there = distances(mesh, reference, config.points) / cell
-        back = distances(reference, mesh, config.points) / cell
-        rows[name] = Decoded(
-            resolution=way.config.resolution,
-            queries=stats.queries,
-            cpu_ms=round(1000 * (decoded - start), 1),
-            mesh_ms=round(1000 * (end - decoded), 1),
-            chamfer=float(there.mean() + back.mean()),
-            far=float(max(np.quantile(there, 0.99), np.quantile(back, 0.99))),
-            genus=genus(mesh),
-            **({} if truth is None else to_truth(cleaned, truth, config.points)),
-        )
+        cell = 2 * way.box / config.reference
+        there, back = (each / cell for each in both_distances(mesh, reference, config.points))
+        rows[name] = {
+            "resolution": way.resolution,
+            "queries": stats.queries,
+            "cpu_ms": round(1000 * (decoded - start), 1),
+            "mesh_ms": round(1000 * (end - decoded), 1),
+            "chamfer": float(there.mean() + back.mean()),
+            "far": float(max(np.quantile(there, 0.99), np.quantile(back, 0.99))),
+            "genus": genus(mesh),
+            **to_truth(cleaned, truth, config.points),
+        }
     return rows
 
 
-def to_truth(mesh: trimesh.Trimesh, truth: trimesh.Trimesh, points: int) -> dict[str, Any]:
+def to_truth(mesh: trimesh.Trimesh, truth: trimesh.Trimesh | None, points: int) -> dict[str, Any]:
     """How near a mesh is to the true surface, and the handles of that."""
-    there, back = distances(mesh, truth, points), distances(truth, mesh, points)
-    pred, gt = (np.asarray(trimesh.sample.sample_surface(m, points, seed=0)[0]) for m in (mesh, truth))
+    if truth is None:
+        return dict.fromkeys(("truth_chamfer", "truth_f_score", "truth_genus"))
+    there, back = both_distances(mesh, truth, points)
+    pairs = correspond(_sampled(mesh, points), _sampled(truth, points), workers=1)
     return {
         "truth_chamfer": float(there.mean() + back.mean()),
-        "truth_f_score": f_score(correspond(pred, gt, workers=1), THRESHOLD),
+        "truth_f_score": f_score(pairs, THRESHOLD),
         "truth_genus": genus(truth) if truth.is_watertight else None,
     }
 
@@ -175,16 +149,17 @@ def costing(field: FieldFunction, large: FieldFunction) -> FieldFunction:
     return both
 
 
-def distances(source: trimesh.Trimesh, target: trimesh.Trimesh, points: int) -> np.ndarray:
-    """Exact distances (P,) of points of one surface, even by area, to another surface."""
-    import igl
-
-    sampled = np.asarray(trimesh.sample.sample_surface(source, points, seed=0)[0], np.float64)
-    faces = np.ascontiguousarray(target.faces, np.int64)
-    squared = igl.point_mesh_squared_distance(
-        sampled, np.ascontiguousarray(target.vertices, np.float64), faces
+def both_distances(
+    first: trimesh.Trimesh, second: trimesh.Trimesh, points: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Exact distances (P,) of points of each surface, even by area, to the other surface."""
+    return surface_distance(_sampled(first, points), second), surface_distance(
+        _sampled(second, points), first
     )
-    return np.sqrt(squared[0])
+
+
+def _sampled(mesh: trimesh.Trimesh, points: int) -> np.ndarray:
+    return np.asarray(trimesh.sample.sample_surface(mesh, points, seed=0)[0])
 
 
 def genus(mesh: trimesh.Trimesh) -> int:
@@ -196,37 +171,31 @@ def genus(mesh: trimesh.Trimesh) -> int:
 def summary(shapes: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Means over the shapes as a Markdown table, and the worst shape; a ratio is that of sums of times."""
     columns = [
-        "queries", "decode, CPU s", "ratio", "surface and cleanup, CPU s", "Chamfer-L1, cells", "worst shape",
+        "", "queries", "decode, CPU s", "ratio", "surface and cleanup, CPU s", "Chamfer-L1, cells", "worst shape",
         "99 % within, cells", "genus off by", "to the truth: Chamfer-L1", "F@0.02", "genus off by",
     ]  # fmt: skip
-    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    names = list(next(iter(shapes.values())))
-    reference = sum(shape[names[0]]["cpu_ms"] for shape in shapes.values())
-    for way in names:
-        rows = [shape[way] for shape in shapes.values()]
-        known = [row for row in rows if row["truth_chamfer"] is not None]
-        closed = [row for row in known if row["truth_genus"] is not None]
-        off = [abs(shape[way]["genus"] - shape[names[0]]["genus"]) for shape in shapes.values()]
-        spent = sum(row["cpu_ms"] for row in rows)
-        cells = [
-            f"{np.mean([row['queries'] for row in rows]):,.0f}",
-            f"{spent / len(rows) / 1000:.2f}",
-            f"{reference / spent:.2f}",
-            f"{np.mean([row['mesh_ms'] for row in rows]) / 1000:.2f}",
-            f"{np.mean([row['chamfer'] for row in rows]):.3f}",
-            f"{max(row['chamfer'] for row in rows):.3f}",
-            f"{np.mean([row['far'] for row in rows]):.2f}",
-            f"{np.mean(off):.1f} ({sum(o > 0 for o in off)} of {len(off)})",
-            _mean([row["truth_chamfer"] for row in known], 4),
-            _mean([row["truth_f_score"] for row in known], 3),
-            _mean([abs(row["genus"] - row["truth_genus"]) for row in closed], 1),
+    lines, first = [], next(iter(next(iter(shapes.values()))))
+    for way in next(iter(shapes.values())):
+        rows, references = ([shape[name] for shape in shapes.values()] for name in (way, first))
+        mean = partial(_mean, rows)
+        off = [
+            abs(row["genus"] - reference["genus"]) for row, reference in zip(rows, references, strict=True)
         ]
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        off_truth = [abs(row["genus"] - row["truth_genus"]) for row in rows if row["truth_genus"] is not None]
+        spent, least = (sum(row["cpu_ms"] for row in each) for each in (rows, references))
+        lines.append([
+            way, mean("queries", ",.0f"), mean("cpu_ms", ".2f", 1000), f"{least / spent:.2f}",
+            mean("mesh_ms", ".2f", 1000), mean("chamfer", ".3f"), f"{max(row['chamfer'] for row in rows):.3f}",
+            mean("far", ".2f"), f"{np.mean(off):.1f} ({sum(o > 0 for o in off)} of {len(off)})",
+            mean("truth_chamfer", ".4f"), mean("truth_f_score", ".3f"),
+            f"{np.mean(off_truth):.1f}" if off_truth else None,
+        ])  # fmt: skip
+    return markdown_table(columns, lines)
 
 
-def _mean(values: Sequence[float], digits: int) -> str:
-    return f"{np.mean(values):.{digits}f}" if values else ""
+def _mean(rows: Sequence[dict[str, Any]], name: str, form: str, over: float = 1) -> str | None:
+    known = [row[name] / over for row in rows if row[name] is not None]
+    return format(np.mean(known), form) if known else None
 
 
 def _latents(pipeline: ImageTo3DPipeline, config: DecodingConfig) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,7 @@ from elastic3d.utils.files import printable
 from elastic3d.utils.options import Options, option
 from elastic3d.utils.structured import Maybe, Number, load_json
 
-DENSE = ("dense", "fewer_steps")
-LORA = ("few_step_lora",)
-ROUTERS = "elastic"
+FEWER, LORA, ROUTERS = ("dense", "fewer_steps"), "few_step_lora", "elastic"  # methods of a call
 _COST, _SPEEDUP, _IOU = "flops_ratio_to_baseline", "dit_speedup", "iou_paired"
 _MEASURED = {name: Maybe(Number(low=-1e9, high=1e9)) for name in (_COST, _SPEEDUP, _IOU, *F_SCORES)}
 SHAPE = {
@@ -91,8 +89,7 @@ def dial_values(
             f"{source} has a dense model in {about['baseline_steps']} steps at guidance {guidance}, expected the"
             f" model's default: {model.steps} steps at guidance {model.guidance:g}"
         )
-    found = [_entry(rows, model, routers) for rows in _settings(report["rows"])]
-    entries = [entry for entry in found if entry is not None]
+    entries = _entries(report["rows"], model, routers)
     dense = [e for e in entries if e["router_budget"] is None and e["steps"] == model.steps]
     if not dense:
         raise UserError(f"{source} has no dense row in {model.steps} steps with IoU, F-scores and times")
@@ -133,38 +130,30 @@ def frontier(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept[::-1]
 
 
-def _settings(rows: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Rows of one setting each, of those that a call can ask for by steps, budget and `elastic=`."""
+def _entries(
+    rows: Iterable[dict[str, Any]], model: PipelineConfig, routers: RouterConfig | None
+) -> list[dict[str, Any]]:
+    """The settings, as rows of a dial, that a call can ask for by steps, budget and `elastic=`, where all was
+    measured."""
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         routed = row["method"] == ROUTERS and row["as_trained"] and row["budget"] is not None
-        if not row["note"] and (routed or row["method"] in (*DENSE, *LORA)):
+        if not row["note"] and (routed or row["method"] in (*FEWER, LORA)):
             groups.setdefault((row["method"], row["budget"], row["steps"]), []).append(row)
-    return list(groups.values())
-
-
-def _entry(
-    rows: Sequence[dict[str, Any]], model: PipelineConfig, routers: RouterConfig | None
-) -> dict[str, Any] | None:
-    """One setting as a row of the dial; None where something was not measured."""
-    first = rows[0]
-    if any(row[name] is None for row in rows for name in _MEASURED):
-        return None
-    budget = None if first["method"] in DENSE else 1.0 if first["method"] in LORA else float(first["budget"])
-    lora = (
-        budget is not None
-        and routers is not None
-        and coarseness(routers, first["steps"], budget, model.guidance) is not None
-    )
-    if first["method"] in LORA and not lora:
-        return None  # a generation of more steps runs without it
-    return {
-        "cost": round(first[_COST], 2),
-        "steps": first["steps"],
-        "router_budget": budget,
-        "few_step_lora": lora,
-        **({"scope": routers.scope.name} if routers is not None and routers.trained_steps and lora else {}),
-        "speedup": {str(row["batch"]): round(row[_SPEEDUP], 4) for row in rows},
-        "iou": round(first[_IOU], 4),
-        **{name: round(first[name], 4) for name in F_SCORES},
-    }
+    found = []
+    for (method, requested, steps), group in groups.items():
+        budget = None if method in FEWER else 1.0 if method == LORA else float(requested)
+        lora = False
+        if budget is not None and routers is not None:
+            lora = coarseness(routers, steps, budget, model.guidance) is not None
+        beyond = method == LORA and not lora  # a generation of more steps runs without it
+        if beyond or any(row[name] is None for row in group for name in _MEASURED):
+            continue
+        first = group[0]
+        found.append({
+            "cost": round(first[_COST], 2), "steps": steps, "router_budget": budget, "few_step_lora": lora,
+            **({"scope": routers.scope.name} if routers is not None and routers.trained_steps and lora else {}),
+            "speedup": {str(row["batch"]): round(row[_SPEEDUP], 4) for row in group},
+            "iou": round(first[_IOU], 4), **{name: round(first[name], 4) for name in F_SCORES},
+        })  # fmt: skip
+    return found

@@ -1,12 +1,15 @@
-"""Scores of images against the dense ones of the same prompt and seed, and features of all; computed once a run."""
+"""Scores of images: against the dense ones of the same prompt and seed, and by their features beside real images, which
+are held-out renders, and for a classifier that learned from others. Computed once a run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,22 +17,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from elastic3d.benchmark.config import ImageBenchmarkConfig
 from elastic3d.benchmark.methods import Run
 from elastic3d.benchmark.task import Scores
+from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Row
-from elastic3d.evaluation.perceptual import feature_distance
-from elastic3d.evaluation.views import psnr, ssim
+from elastic3d.evaluation.sets import Probe, fit_probe, frechet_distance, kernel_distance
+from elastic3d.evaluation.views import feature_distance, psnr, ssim
 from elastic3d.models.image_encoder import EfficientNetLite
 from elastic3d.models.options import ImageEncoderConfig
+from elastic3d.training.datasets import read_split
+from elastic3d.training.image import ImageStageConfig
+from elastic3d.training.image_data import ImageFolder, ImageSource, ShapeViews, noun_in
 from elastic3d.utils.files import atomic_path
+
+if TYPE_CHECKING:
+    from elastic3d.benchmark.images import ImageTask
 
 SAME_STEPS, REFERENCE = "dense", "reference"  # the dense images in the default and in many steps
 METRICS = ("psnr", "ssim", "feature")
 SSIM_SIDE = 11  # pixels of its window
 BATCH = 32
+LEAST = 20  # training images of a category that the classifier knows
 Pixels = NDArray[np.uint8]
 Maps = list[Tensor]
 Arrays = dict[str, NDArray[Any]]
+Features = NDArray[np.float32]
 
 
 class ImageFeatures:
@@ -40,30 +53,27 @@ class ImageFeatures:
         self.network = EfficientNetLite(ImageEncoderConfig(image_size=size)).to(device)
 
     @torch.no_grad()
-    def maps(self, images: Pixels) -> tuple[Maps, NDArray[np.float32]]:
+    def maps(self, images: Pixels) -> tuple[Maps, Features]:
         """Images (P,H,W,3) uint8 -> a map (P,C,h,w) f16 for each resolution, and pooled features (P,1280)."""
-        parts: list[Maps] = []
-        pooled = []
-        for batch in self._batches(images):
-            maps, flat = self.network.pyramid(batch)
+        parts, pooled = list[Maps](), list[Features]()
+        for maps, flat in map(self.network.pyramid, self._batches(images)):
             parts.append([each.half().cpu() for each in maps])
             pooled.append(flat.cpu().numpy())
         return [torch.cat(scale) for scale in zip(*parts, strict=True)], np.concatenate(pooled)
 
     @torch.no_grad()
-    def pooled(self, images: Pixels) -> NDArray[np.float32]:
+    def pooled(self, images: Pixels) -> Features:
         """Images (P,H,W,3) uint8 -> (P,1280)."""
         return np.concatenate([self.network.pooled(batch).cpu().numpy() for batch in self._batches(images)])
 
-    def _batches(self, images: Pixels) -> list[Tensor]:
-        found, size = [], (self.size, self.size)
+    def _batches(self, images: Pixels) -> Iterator[Tensor]:
+        size = (self.size, self.size)
         for start in range(0, len(images), BATCH):
             part = np.ascontiguousarray(images[start : start + BATCH])
             x = torch.from_numpy(part).permute(0, 3, 1, 2).float().to(self.network.mean.device) / 255
             if x.shape[-2:] != size:
                 x = torch.nn.functional.interpolate(x, size, mode="bilinear", antialias=True)
-            found.append(x)
-        return found
+            yield x
 
 
 def compare_images(first: Pixels, second: Pixels, maps: tuple[Maps, Maps]) -> dict[str, NDArray[np.float64]]:
@@ -93,28 +103,18 @@ def kept(path: Path, key: str, make: Callable[[], Arrays]) -> Arrays:
 
 
 class Judge:
-    """Scores runs beside their `anchors`; `images(run, seed, prompts)` are those that were made. What was scored before
-    is read from `folder`."""
+    """Scores the runs of a task beside its `anchors`. What was scored before is read from `<output>/scores`."""
 
-    def __init__(
-        self,
-        folder: Path,
-        features: ImageFeatures,
-        prompts: Sequence[str],
-        anchors: dict[str, Run],
-        images: Callable[[Run, int, Sequence[str]], Pixels],
-    ) -> None:
-        self.folder, self.features, self.prompts = folder, features, prompts
-        self.anchors, self.images = anchors, images
+    def __init__(self, task: ImageTask, anchors: dict[str, Run]) -> None:
+        self.task, self.anchors = task, anchors
         self._seen: dict[str, tuple[Pixels, Maps]] = {}  # of one seed
-        facts = json.dumps([{a: run.name for a, run in anchors.items()}, list(prompts), features.size])
-        self._key = hashlib.sha256(facts.encode()).hexdigest()
+        facts = [{name: run.name for name, run in anchors.items()}, task.items, task.config.feature_size]
+        self._key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def score(
-        self, runs: Sequence[Run], seeds: Sequence[int], after: Callable[[int], int]
-    ) -> tuple[Scores, dict[str, NDArray[np.float32]]]:
-        """Rows and floors (`after`: the seed that another is compared with), and pooled features by run."""
-        scores, pooled = Scores(), {run.name: list[NDArray[np.float32]]() for run in runs}
+    def score(self, runs: Sequence[Run]) -> tuple[Scores, dict[str, Features]]:
+        """Rows and floors, and pooled features by run."""
+        seeds = self.task.config.seeds
+        scores, pooled = Scores(), {run.name: list[Features]() for run in runs}
         with tqdm(total=len(seeds) * len(runs), desc="scores", unit="run", dynamic_ncols=True) as bar:
             for seed in seeds:
                 self._seen.clear()
@@ -125,7 +125,7 @@ class Judge:
                         scores.rows.setdefault((run.name, anchor), []).extend(_rows(found, anchor, seed))
                     bar.update()
                 for anchor, run in self.anchors.items() if len(seeds) > 1 else ():
-                    other = after(seed)
+                    other = self.task.next_seed(seed)
                     found = self._of(run, other, [anchor], f"floor-{anchor}-{seed}-{other}", seed)
                     scores.floors.setdefault(anchor, []).extend(_rows(found, anchor, seed))
         return scores, {name: np.concatenate(parts) for name, parts in pooled.items()}
@@ -135,8 +135,8 @@ class Judge:
         anchors of `seed`."""
 
         def scored() -> Arrays:
-            images = self.images(run, made, self.prompts)
-            maps, pooled = self.features.maps(images)
+            images = self.task.images(run, made, self.task.items)
+            maps, pooled = self.task.features.maps(images)
             found: Arrays = {"pooled": pooled.astype(np.float16)}
             for anchor in anchors:
                 true, seen = self._anchor(anchor, seed)
@@ -144,12 +144,12 @@ class Judge:
                 found |= {f"{anchor}/{metric}": values for metric, values in scores.items()}
             return found
 
-        return kept(self.folder / run.name / f"{name}.npz", self._key, scored)
+        return kept(self.task.config.output / "scores" / run.name / f"{name}.npz", self._key, scored)
 
     def _anchor(self, name: str, seed: int) -> tuple[Pixels, Maps]:
         if name not in self._seen:
-            images = self.images(self.anchors[name], seed, self.prompts)
-            self._seen[name] = images, self.features.maps(images)[0]
+            images = self.task.images(self.anchors[name], seed, self.task.items)
+            self._seen[name] = images, self.task.features.maps(images)[0]
         return self._seen[name]
 
 
@@ -160,3 +160,101 @@ def _rows(found: Arrays, anchor: str, seed: int) -> list[Row]:
         | {name: None if np.isnan(v) else v for name, v in zip(METRICS, values, strict=True)}
         for number, values in enumerate(zip(*columns, strict=True))
     ]
+
+
+# -------------------------------------------------------------------------------------------------- real images
+
+
+@dataclass(frozen=True)
+class References:
+    """Pooled features (R,D) of held-out renders; a classifier, and its accuracy on them."""
+
+    features: Features
+    probe: Probe | None = None
+    trained_on: int = 0
+    accuracy: float | None = None
+
+    def scores(self, features: Features, prompts: Sequence[str]) -> dict[str, float | None]:
+        """Distances of generated images to these, and whether the classifier finds what the prompts name; None where it
+        knows none of that."""
+        nouns = [noun_in(prompt) for prompt in prompts]
+        found = {"category_accuracy": self.probe.accuracy(features, nouns) if self.probe else None}
+        if len(features) > 1:
+            found["frechet"] = frechet_distance(features, self.features)
+            found["kernel"] = kernel_distance(features, self.features)
+        return found
+
+    def about(self) -> dict[str, Any]:
+        """For the report."""
+        probe = {"classes": len(self.probe.classes) if self.probe else 0, "images": self.trained_on}
+        return {"real_images": len(self.features), "classifier": probe | {"held_out_accuracy": self.accuracy}}
+
+
+def load_references(config: ImageBenchmarkConfig, features: ImageFeatures, size: int) -> References | None:
+    """Features of the real images, computed once and kept in the output; None where there are no real images.
+
+    Args:
+        size: pixels a side of the generated images, to which the real ones are brought first.
+
+    Raises:
+        UserError: `references` is no folder of images with captions.
+    """
+    if config.references is None and not config.prepared.is_dir():
+        return None
+    names = ("references", "prepared", "splits", "reference_views", "probe_shapes", "feature_size")
+    facts = json.dumps([size, *(str(getattr(config, name)) for name in names)])
+
+    def encoded() -> Arrays:
+        found: Arrays = {}
+        for part, source in _sources(config).items():
+            found[part], nouns = _encoded(source, features, size, part)
+            found[f"{part}_nouns"] = np.array(nouns)
+        return found
+
+    found = kept(config.output / "references.npz", hashlib.sha256(facts.encode()).hexdigest(), encoded)
+    if "train" not in found:
+        return References(found["real"])
+    counts = Counter(found["train_nouns"].tolist())
+    nouns = [noun for noun, count in counts.items() if count >= LEAST]
+    if len(nouns) < 2:
+        return References(found["real"])
+    known = np.isin(found["train_nouns"], nouns)
+    probe = fit_probe(found["train"][known], found["train_nouns"][known].tolist())
+    accuracy = probe.accuracy(found["real"], found["real_nouns"].tolist())
+    return References(found["real"], probe, int(known.sum()), accuracy)
+
+
+def _sources(config: ImageBenchmarkConfig) -> dict[str, ImageSource]:
+    options = ImageStageConfig(views=config.reference_views)
+    if config.references is not None:
+        options.val_every = 1  # all of them
+        return {"real": ImageFolder(config.references, options, validation=True)}
+    splits = {name: config.splits / f"{name}.txt" for name in ("train", "val", "test")}
+    held_out = read_split([splits["val"], splits["test"]])
+    sources: dict[str, ImageSource] = {"real": ShapeViews(config.prepared, held_out, options, 0, 1)}
+    if config.probe_shapes:
+        train = read_split([splits["train"]])
+        sources["train"] = ShapeViews(config.prepared, train, options, config.probe_shapes, 0)
+    return sources
+
+
+def _encoded(
+    source: ImageSource, features: ImageFeatures, size: int, name: str
+) -> tuple[Features, list[str]]:
+    """Features (R,D) and the nouns of all images of a source; those that can't be read are left out."""
+    parts, nouns, images = list[Features](), list[str](), list[Pixels]()
+    for index in tqdm(range(len(source)), desc=f"real images, {name}", dynamic_ncols=True):
+        try:
+            loaded = source.load(index, size)
+        except UserError:
+            continue
+        images += [np.asarray(each.image) for each in loaded]
+        nouns += [noun_in(each.captions[-1]) for each in loaded]
+        if len(images) >= 256:
+            parts.append(features.pooled(np.stack(images)))
+            images = []
+    if images:
+        parts.append(features.pooled(np.stack(images)))
+    if sum(map(len, parts)) < 2:
+        raise UserError(f"{len(nouns)} real images could be read, expected at least 2")
+    return np.concatenate(parts), nouns

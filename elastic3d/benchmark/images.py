@@ -7,33 +7,36 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from elastic3d.benchmark.config import DEFAULT_PROMPTS, CacheName, ImageBenchmarkConfig
-from elastic3d.benchmark.image_scores import METRICS, REFERENCE, SAME_STEPS, ImageFeatures, Judge
+from elastic3d.benchmark.image_scores import (
+    METRICS,
+    REFERENCE,
+    SAME_STEPS,
+    ImageFeatures,
+    Judge,
+    Pixels,
+    References,
+    load_references,
+)
 from elastic3d.benchmark.methods import DENSE, MAIN, Case, Job, Model, Planner, Run
-from elastic3d.benchmark.references import References, category_accuracy, load_references
 from elastic3d.benchmark.rivals import by_batch, magnitude_ratios
-from elastic3d.benchmark.rows import mean, sample_means
-from elastic3d.benchmark.task import OnStep, Scores, Task, elastic_options, finish, following, spread
+from elastic3d.benchmark.rows import average, bounds
+from elastic3d.benchmark.task import Scores, Task, spread
 from elastic3d.diffusion.options import Solver
 from elastic3d.elastic import detach
-from elastic3d.elastic.context import RouteSource
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Row
-from elastic3d.evaluation.sets import frechet_distance, kernel_distance
-from elastic3d.evaluation.statistics import bootstrap_mean
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.image_loading import weight_files
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL
 from elastic3d.pipelines.text_to_image import (
     ROUTERS_NAME,
-    ImageResult,
     TextToImagePipeline,
     check_prompt,
     read_prompts,
@@ -42,7 +45,7 @@ from elastic3d.utils.files import atomic_path, file_sha256
 from elastic3d.utils.structured import load_json, save_json
 
 Condition = tuple[dict[str, Tensor], dict[str, Any]]  # of the prompts, of the guidance
-Pixels = NDArray[np.uint8]
+Entries = dict[str, tuple[Pixels, dict[str, Any]]]  # by prompt: the image, and what was noted of it
 SHEET_SIDE = 128
 OPEN = 6  # files kept in memory
 
@@ -66,35 +69,22 @@ class ImageTask(Task):
     }
     compared = tuple((anchor, metric) for anchor in (SAME_STEPS, REFERENCE) for metric in METRICS)
 
+    config: ImageBenchmarkConfig
+
     def __init__(self, config: ImageBenchmarkConfig, repository: Path) -> None:
         """UserError for an option, a prompt or a model that can't be used."""
-        self._config = config
         prompts = spread(self.find_items(config.prompts or repository / DEFAULT_PROMPTS), config.limit)
-        models = load_models(config, repository)
+        planner = Planner(config, load_models(config, repository))
         for prompt in prompts:
-            check_prompt(prompt, models[DENSE].pipeline.backbone)
-        self._open: OrderedDict[Path, dict[str, tuple[Pixels, dict[str, Any]]]] = OrderedDict()
+            check_prompt(prompt, planner.models[DENSE].pipeline.backbone)
+        self._open: OrderedDict[Path, Entries] = OrderedDict()
         self._references: References | None = None
-        super().__init__(config, Planner(config, models), prompts, config.timing_prompts)
-
-    @property
-    def config(self) -> ImageBenchmarkConfig:
-        """The options."""
-        return self._config
-
-    def pipeline(self, run: Run) -> TextToImagePipeline:
-        """The pipeline of a run."""
-        return cast(TextToImagePipeline, self.planner.models[run.model].pipeline)
+        size = (config.resolution, config.resolution) if config.resolution else None
+        super().__init__(planner, prompts, config.timing_prompts, {"size": size})
 
     def find_items(self, path: Path) -> list[Any]:
         """Prompts of a file."""
         return read_prompts(path)
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """Requested width and height."""
-        side = self.config.resolution
-        return (side, side) if side else None
 
     # ---------------------------------------------------------------------------------------------- making
 
@@ -108,7 +98,7 @@ class ImageTask(Task):
         entries = self._read(run, seed)
         return np.stack([entries[prompt][0] for prompt in prompts])
 
-    def make(self, run: Run, jobs: Sequence[Job], on_step: OnStep = None) -> None:
+    def make(self, run: Run, jobs: Sequence[Job]) -> None:
         """Make and keep the images of jobs of one seed; one that can't be made is grey."""
         alone = run.rival is not None and by_batch(run.rival) and not self.config.batched_decisions
         entries = self._read(run, jobs[0].seed)
@@ -123,30 +113,30 @@ class ImageTask(Task):
             pixels = np.stack([image for image, _ in entries.values()])
             np.savez_compressed(file, images=pixels, records=np.frombuffer(records.encode(), np.uint8))
 
-    def _made(self, run: Run, jobs: Sequence[Job]) -> dict[str, tuple[Pixels, dict[str, Any]]]:
+    def _made(self, run: Run, jobs: Sequence[Job]) -> Entries:
         return {
             job.name: (np.asarray(result.image), {"status": "ok", "error": None, "metadata": result.metadata})
             for job, result in zip(jobs, self.produced(run, jobs), strict=True)
         }
 
-    def _made_or_failed(self, run: Run, job: Job) -> dict[str, tuple[Pixels, dict[str, Any]]]:
+    def _made_or_failed(self, run: Run, job: Job) -> Entries:
         try:
             return self._made(run, [job])
         except UserError as error:
-            width, height = self.size or (self.pipeline(run).backbone.default_size,) * 2
-            grey = np.full((height, width, 3), 128, np.uint8)
+            side = self.config.resolution or self.model(run).resolution
+            grey = np.full((side, side, 3), 128, np.uint8)
             return {job.name: (grey, {"status": "failed", "error": str(error), "metadata": {}})}
 
     def _path(self, run: Run, seed: int) -> Path:
         return self.config.output / "runs" / run.name / f"seed-{seed}.npz"
 
-    def _read(self, run: Run, seed: int) -> dict[str, tuple[Pixels, dict[str, Any]]]:
-        """What a file holds, by prompt."""
+    def _read(self, run: Run, seed: int) -> Entries:
+        """What a file holds."""
         path = self._path(run, seed)
         if path in self._open:
             self._open.move_to_end(path)
             return self._open[path]
-        entries: dict[str, tuple[Pixels, dict[str, Any]]] = {}
+        entries: Entries = {}
         if path.is_file():
             with np.load(path) as file:
                 records, pixels = json.loads(file["records"].tobytes()), file["images"]
@@ -156,46 +146,31 @@ class ImageTask(Task):
             self._open.popitem(last=False)
         return entries
 
-    def produce(
-        self, run: Run, jobs: Sequence[Job], source: RouteSource | None, on_step: OnStep = None
-    ) -> list[ImageResult]:
-        """From prompt to image."""
-        pipeline, config = self.pipeline(run), self.config
-        prompts, seeds = [job.name for job in jobs], [job.seed for job in jobs]
-        with following(pipeline.session, source):
-            return pipeline(
-                prompts, seeds, steps=run.steps, guidance=config.guidance, size=self.size, on_step=on_step,
-                **elastic_options(pipeline.session, run),
-            )  # fmt: skip
-
     def condition_of(self, run: Run, jobs: Sequence[Job]) -> Condition:
         """Embedded prompts, and what guidance needs."""
-        pipeline = self.pipeline(run)
+        pipeline = self.model(run).pipeline
         text = pipeline.encode([job.name for job in jobs])
         return text, pipeline.backbone.guidance_arguments(self.planner.guidance(run.model), len(jobs))
 
-    def sample(
-        self, run: Run, condition: Condition, jobs: Sequence[Job], source: RouteSource | None
-    ) -> Tensor:
-        """The transformer alone: latents (B,N,C)."""
-        pipeline = self.pipeline(run)
-        settings = pipeline.settings_of(run.steps, self.config.guidance, self.size)
+    def latents(self, run: Run, condition: Condition, seeds: list[int]) -> Tensor:
+        """Latents (B,N,C) of the transformer."""
+        pipeline = self.model(run).pipeline
         if pipeline.session is not None:
             pipeline.session.settings = run.settings
-        with following(pipeline.session, source):
-            return finish(pipeline.sample(*condition, [job.seed for job in jobs], settings))
+        settings = pipeline.settings_of(run.steps, self.config.guidance, self.size["size"])
+        return pipeline.sample(*condition, seeds, settings)
 
     def latent_scores(self, run: Run, found: Tensor, dense: Tensor) -> dict[str, float]:
         """Mean PSNR of the images, in dB; 100 where they are equal."""
-        pipeline = self.pipeline(run)
-        size = pipeline.settings_of(None, None, self.size).size
+        pipeline = self.model(run).pipeline
+        size = pipeline.settings_of(None, None, self.size["size"]).size
         images = [pipeline.backbone.decode(latents, size).float().clamp(0, 1) for latents in (found, dense)]
         error = (images[0] - images[1]).square().flatten(1).mean(1).clamp_min(1e-10)
         return {"psnr_dense": float(-10 * error.log10().mean())}
 
     def pipe(self, run: Run) -> Any:
         """The pipeline of diffusers."""
-        return self.pipeline(run).backbone.pipe
+        return self.model(run).pipeline.backbone.pipe
 
     def ratios(self, run: Run) -> Sequence[float]:
         """MagCache's calibration for as many steps, kept in `tables`."""
@@ -206,9 +181,8 @@ class ImageTask(Task):
         key = [[job.name, job.seed] for job in jobs]
         stored = load_json(path, {"jobs": list, "ratios": [float]}) if path.is_file() else {}
         if stored.get("jobs") != key:
-            ratios = magnitude_ratios(
-                self.transformer(dense), lambda: self.produce(dense, jobs, None), run.steps
-            )
+            dit = self.model(dense).dit
+            ratios = magnitude_ratios(dit, lambda: self.produce(dense, jobs, None), run.steps)
             stored = {"jobs": key, "ratios": ratios}
             save_json(stored, path)
         return stored["ratios"]
@@ -218,24 +192,19 @@ class ImageTask(Task):
     @cached_property
     def features(self) -> ImageFeatures:
         """The network that scores images."""
-        return ImageFeatures(
-            self.config.feature_size, self.pipeline(self.planner.reference()).backbone.device
-        )
+        return ImageFeatures(self.config.feature_size, self.planner.models[DENSE].pipeline.backbone.device)
 
     def score(self, runs: Sequence[Run]) -> Scores:
         """All runs whose images are all made; the floor of an anchor is its images against those of the next seed."""
-        planner, prompts = self.planner, self.items
-        done = [run for run in runs if not self.missing(run)]
+        planner, done = self.planner, [run for run in runs if not self.missing(run)]
         anchors = {SAME_STEPS: planner.dense(planner.baseline_steps), REFERENCE: planner.reference()}
-        anchors = {name: run for name, run in anchors.items() if run in done}
-        judge = Judge(self.config.output / "scores", self.features, prompts, anchors, self.images)
-        scores, pooled = judge.score(done, self.config.seeds, self.next_seed)
+        scores, pooled = Judge(self, {n: run for n, run in anchors.items() if run in done}).score(done)
         if pooled:
             side = self.config.resolution or planner.models[DENSE].resolution
             self._references = load_references(self.config, self.features, side)
-        every = prompts * len(self.config.seeds)
-        for name, features in pooled.items():
-            scores.further[name] = _realism(features, self._references, every)
+        if self._references is not None:
+            every = self.items * len(self.config.seeds)
+            scores.further = {name: self._references.scores(found, every) for name, found in pooled.items()}
         return scores
 
     def columns(self, run: Run, scores: Scores) -> dict[str, Any]:
@@ -243,25 +212,22 @@ class ImageTask(Task):
         the distances to real images."""
         found: dict[str, Any] = {}
         for anchor in (SAME_STEPS, REFERENCE):
-            rows, floor = scores.rows.get((run.name, anchor), []), scores.floors.get(anchor, [])
+            rows = scores.rows.get((run.name, anchor), [])
             for metric in METRICS:
-                found[f"{metric}_{anchor}"] = mean(sample_means(rows, metric))
-                found[f"{metric}_{anchor}_floor"] = mean(sample_means(floor, metric))
-            values = sample_means(rows, "feature")
-            interval = bootstrap_mean(values, self.config.bootstrap) if values else None
-            found[f"feature_{anchor}_low"] = interval.low if interval else None
-            found[f"feature_{anchor}_high"] = interval.high if interval else None
+                found[f"{metric}_{anchor}"] = average(rows, metric)
+                found[f"{metric}_{anchor}_floor"] = average(scores.floors.get(anchor, []), metric)
+            found |= bounds(rows, "feature", f"feature_{anchor}", self.config.bootstrap)
         unknown = dict.fromkeys(("frechet", "kernel", "category_accuracy"))
         return found | unknown | scores.further.get(run.name, {})
 
     def holds(self, row: Row) -> bool | None:
         """Nearer to the dense images than those of another seed are, by all three scores."""
-        names = [(f"{m}_{SAME_STEPS}", m == "feature") for m in METRICS]
-        pairs = [(row[name], row[f"{name}_floor"], lower) for name, lower in names]
-        pairs = [pair for pair in pairs if pair[0] is not None and pair[1] is not None]
-        if not pairs:
-            return None
-        return all(value < floor if lower else value > floor for value, floor, lower in pairs)
+        nearer = []
+        for metric in METRICS:
+            value, floor = row[f"{metric}_{SAME_STEPS}"], row[f"{metric}_{SAME_STEPS}_floor"]
+            if value is not None and floor is not None:
+                nearer.append(value < floor if metric == "feature" else value > floor)
+        return all(nearer) if nearer else None
 
     # ---------------------------------------------------------------------------------------------- report
 
@@ -286,19 +252,6 @@ class ImageTask(Task):
 
 def _enlarged(image: Pixels) -> Pixels:
     return np.asarray(Image.fromarray(image).resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS))
-
-
-def _realism(
-    features: NDArray[np.float32], real: References | None, prompts: Sequence[str]
-) -> dict[str, float | None]:
-    """Distances to real images, and whether a classifier finds what the prompt names."""
-    if real is None:
-        return {}
-    found = {"category_accuracy": category_accuracy(real.probe, features, prompts)}
-    if len(features) > 1:
-        found["frechet"] = frechet_distance(features, real.features)
-        found["kernel"] = kernel_distance(features, real.features)
-    return found
 
 
 def load_models(config: ImageBenchmarkConfig, repository: Path) -> dict[str, Model]:

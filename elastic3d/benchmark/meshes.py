@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,17 +18,15 @@ from tqdm import tqdm
 
 from elastic3d.benchmark.config import MeshBenchmarkConfig
 from elastic3d.benchmark.methods import DENSE, EULER, MAIN, Case, Job, Model, Planner, Run
-from elastic3d.benchmark.rows import mean, sample_means
-from elastic3d.benchmark.task import OnStep, Scores, Task, elastic_options, finish, following, spread
+from elastic3d.benchmark.rows import average, bounds
+from elastic3d.benchmark.task import Scores, Task, spread
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import SamplingGrid, Solver
 from elastic3d.elastic import attach, detach
-from elastic3d.elastic.context import RouteSource
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Item, Row, find_meshes
 from elastic3d.evaluation.options import Align, UpAxis
 from elastic3d.evaluation.runner import score_all
-from elastic3d.evaluation.statistics import bootstrap_mean
 from elastic3d.geometry.grid import node_points
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
@@ -38,12 +37,12 @@ from elastic3d.models.weights import CONFIG_NAME, find_weights
 from elastic3d.pipelines.conditions import encode, prepare
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
-from elastic3d.pipelines.result import Result, Settings
+from elastic3d.pipelines.result import Settings
 from elastic3d.training.samples import mesh_image, on_white
 from elastic3d.utils.files import file_sha256, visible_files
 from elastic3d.utils.structured import Maybe, load_json, save_json
 
-TRUTH, REFERENCE, SAME_STEPS = "truth", "reference", "same_steps"
+TRUTH, REFERENCE, SAME_STEPS, FLOOR = "truth", "reference", "same_steps", "floor"
 QUICK_CELLS = 32
 F_DROP = 0.01  # of an F-score, that the speed target allows
 SHEET_SIDE = 160
@@ -70,25 +69,17 @@ class MeshTask(Task):
     }  # fmt: skip
     compared = ((REFERENCE, "chamfer_l1"), (TRUTH, "f_score@0.02"))
 
+    config: MeshBenchmarkConfig
+
     def __init__(self, config: MeshBenchmarkConfig, repository: Path) -> None:
         """UserError for an option, a folder, an image or a model that can't be used."""
-        self._config = config
         images = spread(self.find_items(config.images), config.limit)
         self.truth = pair_truth(config.gt, images)
-        models = load_models(config, repository)
+        planner = Planner(config, load_models(config, repository))
         for image in images:  # raises where one can't be used
-            prepare(image, ForegroundConfig(), models[MAIN].pipeline.encoder)
+            prepare(image, ForegroundConfig(), planner.models[MAIN].pipeline.encoder)
         self._dense_inside: tuple[Tensor, Tensor] | None = None  # of the quick phase
-        super().__init__(config, Planner(config, models), images, config.timing_images)
-
-    @property
-    def config(self) -> MeshBenchmarkConfig:
-        """The options."""
-        return self._config
-
-    def pipeline(self, run: Run) -> ImageTo3DPipeline:
-        """The pipeline of a run."""
-        return cast(ImageTo3DPipeline, self.planner.models[run.model].pipeline)
+        super().__init__(planner, images, config.timing_images, {"resolution": config.resolution})
 
     def find_items(self, path: Path) -> list[Any]:
         """Images of a folder by name. UserError: no folder, no image, or two that differ in their suffix alone."""
@@ -98,10 +89,9 @@ class MeshTask(Task):
         found = [each for each in files if each.suffix.lower() in IMAGE_SUFFIXES]
         if not found:
             raise UserError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-        stems = [each.stem for each in found]
-        for stem in stems:
-            if stems.count(stem) > 1:
-                raise UserError(f"{path} has several images named {stem}, expected different names")
+        stem, count = Counter(each.stem for each in found).most_common(1)[0]
+        if count > 1:
+            raise UserError(f"{path} has several images named {stem}, expected different names")
         return found
 
     # ---------------------------------------------------------------------------------------------- making
@@ -117,49 +107,35 @@ class MeshTask(Task):
             return None
         record: dict[str, Any] = load_json(path.with_suffix(".json"), _RECORD)
         is_whole = record["status"] == "failed" or path.is_file()
-        return record if is_whole and record["image_sha256"] == _sha256(cast(Path, job.item)) else None
+        return record if is_whole and record["image_sha256"] == _sha256(job.item) else None
 
-    def make(self, run: Run, jobs: Sequence[Job], on_step: OnStep = None) -> None:
+    def make(self, run: Run, jobs: Sequence[Job]) -> None:
         """Make and keep meshes, or the reasons why there are none; a record is written last."""
-        for job, result in zip(jobs, self.produced(run, jobs, on_step), strict=True):
-            path = self.mesh(run, job)
+        for job, result in zip(jobs, self.produced(run, jobs), strict=True):
+            path, failed = self.mesh(run, job), result.error is not None
+            if failed:
+                path.unlink(missing_ok=True)
+            else:
+                save_mesh(result.mesh, path, extras=result.metadata, name=job.name)
             record = {
-                "status": "ok" if result.error is None else "failed",
-                "error": None if result.error is None else str(result.error),
-                "image_sha256": _sha256(cast(Path, job.item)),
+                "status": "failed" if failed else "ok",
+                "error": str(result.error) if failed else None,
+                "image_sha256": _sha256(job.item),
                 "metadata": result.metadata,
             }
-            if result.error is None:
-                save_mesh(result.mesh, path, extras=result.metadata, name=job.name)
-            else:
-                path.unlink(missing_ok=True)
             save_json(record, path.with_suffix(".json"))
-
-    def produce(
-        self, run: Run, jobs: Sequence[Job], source: RouteSource | None, on_step: OnStep = None
-    ) -> list[Result]:
-        """Meshes as one batch, from image to clean surface."""
-        pipeline, config = self.pipeline(run), self.config
-        images, seeds = [cast(Path, job.item) for job in jobs], [job.seed for job in jobs]
-        with following(pipeline.session, source):
-            return pipeline(
-                images, seeds, steps=run.steps, guidance=config.guidance, resolution=config.resolution, on_step=on_step,
-                **elastic_options(pipeline.session, run),
-            )  # fmt: skip
 
     def condition_of(self, run: Run, jobs: Sequence[Job]) -> Tensor:
         """Condition tokens (B,M,Cc)."""
-        pipeline = self.pipeline(run)
-        images = [prepare(cast(Path, job.item), ForegroundConfig(), pipeline.encoder) for job in jobs]
+        pipeline = self.model(run).pipeline
+        images = [prepare(job.item, ForegroundConfig(), pipeline.encoder) for job in jobs]
         return encode(images, pipeline.encoder, pipeline.device)
 
-    def sample(self, run: Run, condition: Tensor, jobs: Sequence[Job], source: RouteSource | None) -> Tensor:
-        """The DiT alone: latents (B,N,C)."""
-        pipeline, seeds = self.pipeline(run), [job.seed for job in jobs]
+    def latents(self, run: Run, condition: Tensor, seeds: list[int]) -> Tensor:
+        """Latents (B,N,C) of the DiT."""
         rest = (DecodeConfig(), CleanupConfig(), ForegroundConfig(), run.settings)
         settings = Settings(run.steps, self.planner.guidance(run.model), *rest)
-        with following(pipeline.session, source):
-            return finish(pipeline.sample_latents(condition, seeds, settings))
+        return self.model(run).pipeline.sample_latents(condition, seeds, settings)
 
     def latent_scores(self, run: Run, found: Tensor, dense: Tensor) -> dict[str, float]:
         """Mean IoU of the shapes on a grid of 32 cells a side."""
@@ -171,20 +147,21 @@ class MeshTask(Task):
     @torch.no_grad()
     def _inside(self, run: Run, latents: Tensor) -> Tensor:
         """Which nodes of the grid are inside (B,P)."""
-        pipeline = self.pipeline(run)
+        pipeline = self.model(run).pipeline
         points = node_points(torch.arange((QUICK_CELLS + 1) ** 3), QUICK_CELLS, pipeline.config.box)
         points, vae = points[None].to(latents.device), pipeline.vae
         return torch.stack([vae.query(points, vae.decode(each[None]))[0] > 0 for each in latents])
 
     def warm_up(self, run: Run) -> None:
         """The few-step LoRA is merged before a clock starts: a model with the same settings does it once."""
-        pipeline = self.pipeline(run)
-        session, times = pipeline.session, sampling_times(pipeline.config, run.steps)[:-1].tolist()
-        if session is not None and run.settings.elastic:
-            session.settings = run.settings
-            session.coarsen(len(times), run.settings.budget, self.planner.guidance(run.model), times)
+        model = self.model(run)
+        times = sampling_times(model.pipeline.config, run.steps)[:-1].tolist()
+        if model.session is not None and run.settings.elastic:
+            model.session.settings = run.settings
+            guidance = self.planner.guidance(run.model)
+            model.session.coarsen(len(times), run.settings.budget, guidance, times)
             with torch.no_grad():
-                for block in session.blocks:
+                for block in model.session.blocks:
                     block.running()
 
     # ---------------------------------------------------------------------------------------------- scores
@@ -192,32 +169,30 @@ class MeshTask(Task):
     def score(self, runs: Sequence[Run]) -> Scores:
         """Each run whose meshes are all made, against ground truth, the reference and the dense model in as many steps;
         also the seed floor. A failed mesh has the scores of an empty one."""
-        planner, done = self.planner, {run for run in runs if not self.missing(run)}
+        planner, done = self.planner, [run for run in runs if not self.missing(run)]
         reference, groups = planner.reference(), dict[tuple[str, str], list[Item]]()
-        for run in (run for run in runs if run in done):
+        for run in done:
             if self.truth:
                 groups[run.name, TRUTH] = self._items(run, TRUTH, [self.truth[job.name] for job in self.jobs])
             for kind, other in ((REFERENCE, reference), (SAME_STEPS, planner.dense(run.steps))):
                 if other in done:
-                    against = [self.mesh(other, job) for job in self.jobs]
-                    groups[run.name, kind] = self._items(run, kind, against)
-        floor = "floor"
+                    groups[run.name, kind] = self._items(
+                        run, kind, [self.mesh(other, job) for job in self.jobs]
+                    )
         if reference in done and len(self.config.seeds) > 1:
             others = [self.mesh(reference, Job(job.item, self.next_seed(job.seed))) for job in self.jobs]
-            pairs = self._items(reference, floor, others)
-            groups[reference.name, floor] = [Item(pair.name, pair.gt, pair.pred) for pair in pairs]
+            pairs = self._items(reference, FLOOR, others)
+            groups[reference.name, FLOOR] = [Item(pair.name, pair.gt, pair.pred) for pair in pairs]
         rows = self._scored(groups)
-        return Scores(rows, {REFERENCE: rows.pop((reference.name, floor), [])})
+        return Scores(rows, {REFERENCE: rows.pop((reference.name, FLOOR), [])})
 
     def _items(self, run: Run, kind: str, others: Sequence[Path]) -> list[Item]:
         """Items named `<run>/<kind>/seed-<s>/<image>`; a file that is not there is an absent side."""
-
-        def there(path: Path) -> tuple[Path, ...]:
-            return (path,) if path.is_file() else ()
-
-        names = [f"{run.name}/{kind}/seed-{job.seed}/{job.name}" for job in self.jobs]
-        preds = [self.mesh(run, job) for job in self.jobs]
-        return [Item(n, there(p), there(other)) for n, p, other in zip(names, preds, others, strict=True)]
+        found = []
+        for job, other in zip(self.jobs, others, strict=True):
+            pred, gt = ((path,) if path.is_file() else () for path in (self.mesh(run, job), other))
+            found.append(Item(f"{run.name}/{kind}/seed-{job.seed}/{job.name}", pred, gt))
+        return found
 
     def _scored(self, groups: dict[tuple[str, str], list[Item]]) -> dict[tuple[str, str], list[Row]]:
         """Score all items, those with the ground truth and those between meshes each by their protocol; a mesh is its
@@ -227,22 +202,13 @@ class MeshTask(Task):
             protocol, views=0, surface_health=False, near_points=0, align=Align.none, pred_up=UpAxis.y
         )
         for name, rules in ((TRUTH, protocol), ("paired", between)):
-            items = [
-                item
-                for (_, kind), group in groups.items()
-                if (kind == TRUTH) == (name == TRUTH)
-                for item in group
-                if not (item.pred and item.pred == item.gt)
-            ]
+            of_kind = [group for (_, kind), group in groups.items() if (kind == TRUTH) == (name == TRUTH)]
+            items = [item for group in of_kind for item in group if not item.pred or item.pred != item.gt]
             journal = self.config.output / f"scores-{name}.jsonl"
             with tqdm(total=len(items), desc=f"scores, {name}", unit="pair", dynamic_ncols=True) as bar:
                 found = score_all(
-                    items,
-                    rules,
-                    workers=self.config.workers,
-                    journal=journal,
-                    on_row=lambda row: bar.update(),
-                )
+                    items, rules, workers=self.config.workers, journal=journal, on_row=lambda row: bar.update()
+                )  # fmt: skip
             rows |= {row["name"]: row for row in found}
         same = {"status": "ok", "error": None, "chamfer_l1": 0.0, "volume_iou": 1.0}
         return {
@@ -253,28 +219,19 @@ class MeshTask(Task):
     def columns(self, run: Run, scores: Scores) -> dict[str, Any]:
         """Scores against the reference, the dense model in as many steps, and ground truth; the seed floor, of which
         a mesh that failed is no measure."""
-        bootstrap, found = self.config.bootstrap, dict[str, Any]()
-        for kind, suffix in ((REFERENCE, "paired"), (SAME_STEPS, "same_steps")):
-            rows = scores.rows.get((run.name, kind), [])
-            distance = sample_means(rows, "chamfer_l1")
-            found[f"chamfer_l1_{suffix}"] = mean(distance)
-            found[f"iou_{suffix}"] = mean(sample_means(rows, "volume_iou"))
-            if kind == REFERENCE:
-                interval = bootstrap_mean(distance, bootstrap) if distance else None
-                found["chamfer_l1_paired_low"] = interval.low if interval else None
-                found["chamfer_l1_paired_high"] = interval.high if interval else None
-        truth = scores.rows.get((run.name, TRUTH), [])
+        paired, same, truth = (
+            scores.rows.get((run.name, kind), []) for kind in (REFERENCE, SAME_STEPS, TRUTH)
+        )
+        found = _pair(paired, "paired")
+        found |= bounds(paired, "chamfer_l1", "chamfer_l1_paired", self.config.bootstrap)
+        found |= _pair(same, "same_steps")
         dense = scores.rows.get((self.planner.dense(self.planner.baseline_steps).name, TRUTH), [])
         for threshold in self.config.protocol.thresholds:
             name = f"f_score@{threshold:g}"
-            found[name], full = mean(sample_means(truth, name)), mean(sample_means(dense, name))
-            found[f"{name}_drop"] = None if found[name] is None or not full else 1 - found[name] / full
-        found["chamfer_l1_truth"] = mean(sample_means(truth, "chamfer_l1"))
-        found["iou_truth"] = mean(sample_means(truth, "volume_iou"))
+            own, full = average(truth, name), average(dense, name)
+            found |= {name: own, f"{name}_drop": None if own is None or not full else 1 - own / full}
         floor = [row for row in scores.floors[REFERENCE] if row["status"] == "ok"]
-        found["chamfer_l1_seed_floor"] = mean(sample_means(floor, "chamfer_l1"))
-        found["iou_seed_floor"] = mean(sample_means(floor, "volume_iou"))
-        return found
+        return found | _pair(truth, "truth") | _pair(floor, "seed_floor")
 
     def holds(self, row: Row) -> bool | None:
         """In the baseline's steps: nearer to dense than another seed is, and F-scores down by at most 1 %."""
@@ -307,6 +264,10 @@ class MeshTask(Task):
         return ["input", *runs, *(["ground truth"] if self.truth else [])], rows
 
 
+def _pair(rows: Sequence[Row], suffix: str) -> dict[str, float | None]:
+    return {f"chamfer_l1_{suffix}": average(rows, "chamfer_l1"), f"iou_{suffix}": average(rows, "volume_iou")}
+
+
 @cache
 def _sha256(path: Path) -> str:
     return file_sha256(path)
@@ -329,42 +290,40 @@ def load_models(config: MeshBenchmarkConfig, repository: Path) -> dict[str, Mode
     """Every pipeline by name: `model`, `dense` without routers, `euler` (dense, in equal Euler steps, where that
     differs), variants. `repository` is where the bundled model is. UserError for a folder that holds no model or
     routers, or such as do not fit `model`."""
+
+    def load(path: Path) -> ImageTo3DPipeline:
+        return ImageTo3DPipeline.from_pretrained(path, config.device, config.dtype, dial=False)
+
+    def variant(path: Path) -> ImageTo3DPipeline:
+        """The model in a folder of its own; or `main` with another DiT; or with its own and other routers."""
+        if (path / PIPELINE_NAME).is_file():
+            return load(path)
+        if not (path / CONFIG_NAME).is_file():
+            raise UserError(
+                f"{path} has neither {PIPELINE_NAME} nor {CONFIG_NAME}: it holds no model and no routers"
+            )
+        is_routers = str(load_json(path / CONFIG_NAME).get("_class_name", "")).endswith("Routers")
+        base = folder / "dit" if is_routers else path
+        dit = ShapeDiT.from_pretrained(base, next(main.dit.parameters()).dtype, main.device)
+        if is_routers:
+            attach(dit, path)
+        digest = file_sha256(find_weights(folder / "vae"), find_weights(base), find_weights(path))
+        return ImageTo3DPipeline(main.vae, dit, main.encoder, main.config, digest)
+
     folder = repository / DEFAULT_MODEL if config.model in ("", "default") else Path(config.model)
-    main = ImageTo3DPipeline.from_pretrained(folder, config.device, config.dtype, dial=False)
-    dense = main
+    main = dense = load(folder)
     if config.dense or main.session is not None:
-        dense = ImageTo3DPipeline.from_pretrained(
-            config.dense or folder, config.device, config.dtype, dial=False
-        )
+        dense = load(Path(config.dense or folder))
         if dense.session is not None:
             detach(dense.dit)
     found = {MAIN: main, DENSE: dense}
     plain = replace(main.config, solver=Solver.euler, shift=1.0, grid=SamplingGrid.uniform)
     if plain != main.config:
         found[EULER] = ImageTo3DPipeline(dense.vae, dense.dit, dense.encoder, plain, dense.dense_sha256)
-    found |= {name: _variant(Path(path), main, folder, config) for name, path in config.variants.items()}
+    found |= {name: variant(Path(path)) for name, path in config.variants.items()}
     models = {}
     for name, each in found.items():
         c, digests = each.config, (each.weights_sha256, each.dense_sha256)
         sampler = c.shift, c.solver.value
         models[name] = Model(each, each.dit, c.steps, c.guidance, c.resolution, sampler, *digests, c.elastic)
     return models
-
-
-def _variant(
-    path: Path, main: ImageTo3DPipeline, folder: Path, config: MeshBenchmarkConfig
-) -> ImageTo3DPipeline:
-    """The model in a folder of its own; or `main` with another DiT; or with its own and other routers."""
-    if (path / PIPELINE_NAME).is_file():
-        return ImageTo3DPipeline.from_pretrained(path, config.device, config.dtype, dial=False)
-    if not (path / CONFIG_NAME).is_file():
-        raise UserError(
-            f"{path} has neither {PIPELINE_NAME} nor {CONFIG_NAME}: it holds no model and no routers"
-        )
-    is_routers = str(load_json(path / CONFIG_NAME).get("_class_name", "")).endswith("Routers")
-    base = folder / "dit" if is_routers else path
-    dit = ShapeDiT.from_pretrained(base, next(main.dit.parameters()).dtype, main.device)
-    if is_routers:
-        attach(dit, path)
-    digest = file_sha256(find_weights(folder / "vae"), find_weights(base), find_weights(path))
-    return ImageTo3DPipeline(main.vae, dit, main.encoder, main.config, digest)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,9 @@ class Routes(Enum):
     policy = "policy"
 
 
+CALIBRATED = (Routes.static, Routes.timestep)  # found on the calibration items
+
+
 @dataclass(frozen=True)
 class Rival:
     """A training-free cache and its options (`elastic3d.benchmark.rivals` runs it)."""
@@ -85,9 +88,8 @@ class Rival:
 class Run:
     """One way to make meshes or images. Methods that ask for the same way share what it made and its times.
 
-    `name` tells it from every other, also from the same with other weights or options. `donor` is the run whose
-    routes a control is matched to; `unbiased` leaves out the routers' gate bias over time; `policy` decides in their
-    place.
+    `name` tells it from every other, also from the same with other weights or options. `donor` is the run whose routes
+    a control is matched to; `unbiased` leaves out the routers' gate bias over time; `policy` decides in their place.
     """
 
     name: str = field(compare=True)
@@ -141,20 +143,11 @@ class Planner:
         self.default = replace(main.elastic, cache=default)
 
     def run(
-        self,
-        name: str,
-        steps: int,
-        routes: Routes,
-        settings: ElasticConfig | None = None,
-        donor: Run | None = None,
-        rival: Rival | None = None,
-        unbiased: bool = False,
-        policy: PolicyName | None = None,
+        self, name: str, steps: int, routes: Routes, settings: ElasticConfig | None = None, **more: Any
     ) -> Run:
-        """A run with its name; settings None: dense."""
-        settings = settings or ElasticConfig(elastic=False)
-        model, config = self.models[name], self.config
-        calibration = (str(config.calibration), config.calibration_samples)
+        """A run with its name; settings None: dense; `more`: its other fields."""
+        run = Run("", name, steps, routes, settings or ElasticConfig(elastic=False), **more)
+        model, config, elastic = self.models[name], self.config, run.settings.elastic
         facts = [
             model.dense_sha256 if routes in (Routes.dense, Routes.policy) else model.weights_sha256,
             str(next(model.dit.parameters()).dtype),
@@ -163,19 +156,18 @@ class Planner:
             config.resolution or model.resolution,
             *model.sampler,
             routes.value,
-            to_dict(settings),
-            donor.name if donor else "",
-            calibration if routes in (Routes.static, Routes.timestep) else "",
-            to_dict(model.session.router_config) if model.session and settings.elastic else "",
-            *([to_dict(rival)] if rival else []),
-            *(["unbiased"] if unbiased else []),
-            *([policy.value, self.calibration_digest] if policy else []),
+            to_dict(run.settings),
+            run.donor.name if run.donor else "",
+            (str(config.calibration), config.calibration_samples) if routes in CALIBRATED else "",
+            to_dict(model.session.router_config) if model.session and elastic else "",
+            *([to_dict(run.rival)] if run.rival else []),
+            *(["unbiased"] if run.unbiased else []),
+            *([run.policy.value, self.calibration_digest] if run.policy else []),
         ]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
-        what = rival.title if rival else routes.value if name in (MAIN, DENSE) else name
-        budget = f"-b{settings.budget:g}" if settings.elastic else ""
-        shown = f"{what}-s{steps}{budget}-{digest}"
-        return Run(shown, name, steps, routes, settings, donor, rival, unbiased, policy)
+        what = run.rival.title if run.rival else routes.value if name in (MAIN, DENSE) else name
+        budget = f"-b{run.settings.budget:g}" if elastic else ""
+        return replace(run, name=f"{what}-s{steps}{budget}-{digest}")
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -218,9 +210,8 @@ class Planner:
     def has_lora(self, steps: int, budget: float) -> bool:
         """Whether a generation uses the few-step LoRA of the routers."""
         session = self.models[MAIN].session
-        if session is None:
-            return False
-        return coarseness(session.router_config, steps, budget, self.guidance(MAIN)) is not None
+        coarse = session and coarseness(session.router_config, steps, budget, self.guidance(MAIN))
+        return coarse is not None
 
     def guidance(self, model: str) -> float:
         """The guidance scale of a model's runs."""
@@ -232,98 +223,6 @@ class Planner:
         return self.dense(self.config.reference_steps)
 
 
-def _dense(planner: Planner) -> Iterator[Case]:
-    yield Case("dense", planner.dense(planner.baseline_steps), 1.0)
-
-
-def _fewer_steps(planner: Planner) -> Iterator[Case]:
-    for steps in planner.config.steps:
-        if steps != planner.baseline_steps:
-            yield Case("fewer_steps", planner.dense(steps), 1.0)
-
-
-def _euler_steps(planner: Planner) -> Iterator[Case]:
-    for steps in planner.config.steps:
-        yield Case("euler_steps", planner.run(EULER, steps, Routes.dense), 1.0)
-
-
-def _elastic(planner: Planner, method: Method, **changes: Any) -> Iterator[Case]:
-    for steps in planner.elastic_steps:
-        for budget in planner.config.budgets:
-            yield Case(method.value, planner.elastic(budget, steps, **changes), budget)
-
-
-def _no_damping(planner: Planner) -> Iterator[Case]:
-    cache = replace(planner.default.cache or NO_CACHE, damping=1.0, times=[], dampings=[])
-    yield from _elastic(planner, Method.elastic_no_damping, cache=cache)
-
-
-def _no_lora(planner: Planner) -> Iterator[Case]:
-    for steps in planner.elastic_steps:
-        for budget in filter(partial(planner.has_lora, steps), planner.config.budgets):
-            run = planner.elastic(budget, steps, few_step=False)
-            yield Case(Method.elastic_no_lora.value, run, budget)
-
-
-def _few_step_lora(planner: Planner) -> Iterator[Case]:
-    for steps in planner.config.steps:
-        if planner.has_lora(steps, 1.0):
-            yield Case(Method.few_step_lora.value, planner.opened(steps, NO_CACHE, lora=True), 1.0)
-
-
-def _dense_cache(planner: Planner) -> Iterator[Case]:
-    """A forecast at fixed intervals, without routers: with given dampings, and with the one calibrated for them."""
-    line, own = BlockCacheConfig(rule=CacheRule.age), planner.trained_cache
-    dampings = {f"damping {each:g}": replace(line, damping=each) for each in planner.config.dampings}
-    if own.dampings or own.damping not in (0.0, *planner.config.dampings):
-        dampings["calibrated damping"] = replace(
-            line, damping=own.damping, times=own.times, dampings=own.dampings
-        )
-    for steps in planner.elastic_steps:
-        start = min(1.0, (planner.config.forecast_warmup - 0.5) / steps)  # rounded up to whole steps
-        for interval in planner.config.intervals:
-            for note, damped in dampings.items():
-                run = planner.opened(steps, replace(damped, longest=interval - 1, start=start), lora=False)
-                yield Case("dense_cache", run, None, f"every {interval} steps, {note}")
-
-
-def _control(planner: Planner, routes: Routes) -> Iterator[Case]:
-    for budget in planner.control_budgets:
-        if budget < 1:  # at 1 there is hardly anything left out to choose
-            donor = planner.elastic(budget, planner.baseline_steps, cache=planner.trained_cache)
-            run = planner.run(MAIN, planner.baseline_steps, routes, donor.settings, donor)
-            yield Case(routes.value, run, budget)
-
-
-def _training_free(planner: Planner) -> Iterator[Case]:
-    steps = planner.baseline_steps
-    for name in planner.config.policies:
-        if name is not PolicyName.even and planner.calibration is None:
-            continue
-        for budget in planner.control_budgets:
-            if least_budget(steps) <= budget < 1:
-                settings = ElasticConfig(budget=budget)
-                run = planner.run(DENSE, steps, Routes.policy, settings, policy=name)
-                yield Case(Method.training_free.value, run, budget, name.value)
-
-
-REGISTRY: dict[Method, Callable[[Planner], Iterator[Case]]] = {
-    Method.dense: _dense,
-    Method.fewer_steps: _fewer_steps,
-    Method.euler_steps: _euler_steps,
-    Method.elastic: partial(_elastic, method=Method.elastic),
-    Method.elastic_shared: partial(_elastic, method=Method.elastic_shared, shared=True),
-    Method.elastic_no_lora: _no_lora,
-    Method.elastic_no_bias: partial(_elastic, method=Method.elastic_no_bias, unbiased=True),
-    Method.elastic_no_damping: _no_damping,
-    Method.few_step_lora: _few_step_lora,
-    Method.dense_cache: _dense_cache,
-    Method.random: partial(_control, routes=Routes.random),
-    Method.static: partial(_control, routes=Routes.static),
-    Method.timestep: partial(_control, routes=Routes.timestep),
-    Method.shuffled: partial(_control, routes=Routes.shuffled),
-    Method.training_free: _training_free,
-}
 ABLATIONS = (Method.elastic_no_lora, Method.elastic_no_bias, Method.elastic_no_damping)
 WITHOUT_ROUTERS = (Method.dense, Method.fewer_steps, Method.euler_steps, Method.training_free)
 FEWER = (Method.dense.value, Method.fewer_steps.value)
@@ -334,15 +233,13 @@ CONTROLS = tuple(m.value for m in (Method.random, Method.static, Method.timestep
 def plan(planner: Planner, items: int) -> list[Case]:
     """The cases of a benchmark of N items, images or prompts. UserError for a method that they do not allow."""
     cases: list[Case] = []
-    for method, build in REGISTRY.items():
-        if planner.config.methods and method not in planner.config.methods:
-            continue
-        why = "it is asked for by name" if method in ABLATIONS else ""
-        why = _impossible(planner, method, items) or (why if not planner.config.methods else "")
-        if not why:
-            cases += build(planner)
-        elif planner.config.methods:
+    chosen = planner.config.methods
+    for method in Method:
+        why = _impossible(planner, method, items)
+        if method in chosen and why:
             raise UserError(f"methods has {method.value}, which can't be run: {why}")
+        if method in chosen or not (chosen or why or method in ABLATIONS):
+            cases += _cases(planner, method)
     for name in planner.config.variants:
         cases += _variant_cases(planner, name)
     return cases
@@ -367,6 +264,62 @@ def _impossible(planner: Planner, method: Method, items: int) -> str:
     if method is Method.shuffled and items < 2:
         return "it exchanges routes between items, and there is only one"
     return ""
+
+
+def _cases(planner: Planner, method: Method) -> Iterator[Case]:
+    """The rows of a method."""
+    config, base, name = planner.config, planner.baseline_steps, method.value
+    if method is Method.dense:
+        yield Case(name, planner.dense(base), 1.0)
+    elif method is Method.fewer_steps:
+        yield from (Case(name, planner.dense(steps), 1.0) for steps in config.steps if steps != base)
+    elif method is Method.euler_steps:
+        yield from (Case(name, planner.run(EULER, steps, Routes.dense), 1.0) for steps in config.steps)
+    elif method is Method.few_step_lora:
+        few = [steps for steps in config.steps if planner.has_lora(steps, 1.0)]
+        yield from (Case(name, planner.opened(steps, NO_CACHE, lora=True), 1.0) for steps in few)
+    elif method is Method.dense_cache:
+        yield from _dense_cache(planner)
+    elif method is Method.training_free:
+        known = [each for each in config.policies if each is PolicyName.even or planner.calibration]
+        for policy in known:
+            for budget in planner.control_budgets:
+                if least_budget(base) <= budget < 1:
+                    settings = ElasticConfig(budget=budget)
+                    run = planner.run(DENSE, base, Routes.policy, settings, policy=policy)
+                    yield Case(name, run, budget, policy.value)
+    elif name in CONTROLS:
+        for budget in planner.control_budgets:
+            if budget < 1:  # at 1 there is hardly anything left out to choose
+                donor = planner.elastic(budget, base, cache=planner.trained_cache)
+                yield Case(name, planner.run(MAIN, base, Routes(name), donor.settings, donor=donor), budget)
+    else:  # the routers, or an ablation of them
+        undamped = replace(planner.default.cache or NO_CACHE, damping=1.0, times=[], dampings=[])
+        changes: dict[Method, dict[str, Any]] = {
+            Method.elastic_shared: {"shared": True},
+            Method.elastic_no_lora: {"few_step": False},
+            Method.elastic_no_bias: {"unbiased": True},
+            Method.elastic_no_damping: {"cache": undamped},
+        }
+        for steps in planner.elastic_steps:
+            for budget in config.budgets:
+                if method is not Method.elastic_no_lora or planner.has_lora(steps, budget):
+                    yield Case(name, planner.elastic(budget, steps, **changes.get(method, {})), budget)
+
+
+def _dense_cache(planner: Planner) -> Iterator[Case]:
+    """A forecast at fixed intervals, without routers: with given dampings, and with the one calibrated for them."""
+    config, line, own = planner.config, BlockCacheConfig(rule=CacheRule.age), planner.trained_cache
+    dampings = {f"damping {each:g}": replace(line, damping=each) for each in config.dampings}
+    if own.dampings or own.damping not in (0.0, *config.dampings):
+        calibrated = replace(line, damping=own.damping, times=own.times, dampings=own.dampings)
+        dampings["calibrated damping"] = calibrated
+    for steps in planner.elastic_steps:
+        start = min(1.0, (config.forecast_warmup - 0.5) / steps)  # rounded up to whole steps
+        for interval in config.intervals:
+            for note, damped in dampings.items():
+                run = planner.opened(steps, replace(damped, longest=interval - 1, start=start), lora=False)
+                yield Case("dense_cache", run, None, f"every {interval} steps, {note}")
 
 
 def _variant_cases(planner: Planner, name: str) -> Iterator[Case]:

@@ -14,7 +14,7 @@ import ast
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from importlib.util import find_spec
 from typing import Any
 
@@ -84,10 +84,9 @@ def missing(config: BenchmarkOptions) -> dict[str, str]:
     return found
 
 
-@contextmanager
 def running(
     transformer: nn.Module, rival: Rival, steps: int, ratios: Sequence[float] = (), pipe: Any = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """While it lasts, a plain transformer has the cache, in its initial state.
 
     Args:
@@ -95,42 +94,34 @@ def running(
         ratios: what `magnitude_ratios` found for as many steps; for MagCache alone.
         pipe: the diffusers pipeline of the transformer; for DBCache alone.
     """
+    options = rival.options
     if rival.kind is CacheName.forecast:
-        options = rival.options
-        context: Any = forecasting(transformer, options["by"], options["interval"], options["warmup"])
-    elif rival.kind is CacheName.hicache:
-        context = _hicache(transformer, rival, steps)
-    elif rival.kind is CacheName.db_cache:
-        context = _db_cache(pipe, rival, steps)
-    else:
-        context = _of_diffusers(transformer, rival, steps, ratios)
-    with context:
-        yield
+        return forecasting(transformer, options["by"], options["interval"], options["warmup"])
+    if rival.kind is CacheName.hicache:
+        return _hicache(transformer, options, steps)
+    if rival.kind is CacheName.db_cache:
+        return _db_cache(pipe, options, steps)
+    return _of_diffusers(transformer, rival, steps, ratios)
 
 
 # ---------------------------------------------------------------------------------------- on every model
 
 
 @contextmanager
-def _hicache(transformer: nn.Module, rival: Rival, steps: int) -> Iterator[None]:
+def _hicache(transformer: nn.Module, options: dict[str, Any], steps: int) -> Iterator[None]:
     """HiCache++ as published: the model's output is forecast, a state for each branch that runs by itself."""
     import hicache_pp
 
     clock = Clock(transformer)
     states: dict[int, dict[str, Any]] = {}
-    options = rival.options
     forecast = {"hermite": hicache_pp.hicache_forecast, "dmd": hicache_pp.dmd_forecast_state}[options["by"]]
 
     def around(forward: Forward) -> Forward:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if clock.branch not in states:
                 states[clock.branch] = hicache_pp.hicache_init(
-                    steps,
-                    options["interval"],
-                    first_enhance=options["warmup"],
-                    backend=options["by"],
-                    history=HISTORY,
-                )
+                    steps, options["interval"], first_enhance=options["warmup"], backend=options["by"], history=HISTORY
+                )  # fmt: skip
             state = states[clock.branch]
             state["step"] = clock.step
             if hicache_pp.hicache_decide(state) == "forecast":
@@ -198,18 +189,18 @@ def magnitude_ratios(transformer: Any, generate: Callable[[], Any], steps: int) 
 
 
 @contextmanager
-def _db_cache(pipe: Any, rival: Rival, steps: int) -> Iterator[None]:
+def _db_cache(pipe: Any, options: dict[str, Any], steps: int) -> Iterator[None]:
     """DBCache with cache-dit's own description of FLUX; warm-up in proportion to its default of 8 in 28 steps."""
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # it reads this when it is imported
     import cache_dit
     from cache_dit.caching.block_adapters.adapters import flux_adapter
 
     config = cache_dit.DBCacheConfig(
-        Fn_compute_blocks=rival.options["blocks"], Bn_compute_blocks=0, max_warmup_steps=max(1, steps * 8 // 28),
-        residual_diff_threshold=rival.options["threshold"], num_inference_steps=steps, enable_separate_cfg=True,
+        Fn_compute_blocks=options["blocks"], Bn_compute_blocks=0, max_warmup_steps=max(1, steps * 8 // 28),
+        residual_diff_threshold=options["threshold"], num_inference_steps=steps, enable_separate_cfg=True,
     )  # fmt: skip
     calibrators = {"taylorseer": cache_dit.TaylorSeerCalibratorConfig, "dmd": cache_dit.DMDCalibratorConfig}
-    calibrator = rival.options.get("calibrator")
+    calibrator = options.get("calibrator")
     own, modules = pipe.transformer.__dict__, dict(pipe.transformer._modules)
     before = {name: own[name] for name in _LEFT_BEHIND if name in own}
     adapter = flux_adapter(pipe, has_separate_cfg=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,18 @@ import numpy as np
 from elastic3d.benchmark.config import Method
 from elastic3d.benchmark.methods import CONTROLS, FAMILY, FEWER, Case, Run
 from elastic3d.benchmark.task import Scores, Task
-from elastic3d.benchmark.timing import DIT, END_TO_END, Round, summarise
 from elastic3d.elastic.trace import NOT_RUN, parse_actions
-from elastic3d.evaluation.fidelity import Rival as Opponent
-from elastic3d.evaluation.fidelity import compare_metric
 from elastic3d.evaluation.frontier import compare_fronts
 from elastic3d.evaluation.items import Row
+from elastic3d.evaluation.statistics import Rival as Opponent
+from elastic3d.evaluation.statistics import bootstrap_mean, compare_metric
 
 SPEED, EFFICIENCY, OFF_BUDGET, SOONER = 2.0, 0.85, 0.03, 1.5
 TOLERANCE = 0.01  # of a frontier that is on the other
 EQUAL_TIME = 1.02  # a rival is compared with the elastic row that takes at most this share of its time
 LOWER_IS_BETTER = ("chamfer", "feature", "frechet")
+DIT, END_TO_END = "dit", "end_to_end"
+Round = dict[str, Any]  # what, batch, round, and by run: milliseconds a result, FLOPs
 
 
 def sample_means(rows: Sequence[Row], metric: str) -> list[float]:
@@ -33,53 +35,58 @@ def sample_means(rows: Sequence[Row], metric: str) -> list[float]:
     return [float(np.mean(values)) for values in by_sample.values()]
 
 
-def mean(values: Sequence[float]) -> float | None:
-    """None of nothing."""
+def average(rows: Sequence[Row], metric: str) -> float | None:
+    """Mean over items; None where no item has the metric."""
+    values = sample_means(rows, metric)
     return float(np.mean(values)) if values else None
+
+
+def bounds(rows: Sequence[Row], metric: str, column: str, resamples: int) -> dict[str, float | None]:
+    """`<column>_low` and `<column>_high`, the 95 % bootstrap interval of `average`."""
+    values = sample_means(rows, metric)
+    found = bootstrap_mean(values, resamples) if values else None
+    return {f"{column}_low": found.low if found else None, f"{column}_high": found.high if found else None}
 
 
 # -------------------------------------------------------------------------------------------------------- rows
 
 
 def build_rows(task: Task, cases: Sequence[Case], scores: Scores, rounds: Sequence[Round]) -> list[Row]:
-    """A row for each case and batch size. What was not measured is None."""
-    rows, known = [], dict[str, dict[str, Any]]()
+    """A row for each case and batch size. What was not measured is None.
+
+    `as_trained`: the model's routers, each sample for itself, with the cache they were trained with: for that, budgets
+    are calibrated.
+    """
+    rows, known, planner = [], dict[str, dict[str, Any]](), task.planner
     for case in cases:
-        run = case.run
+        run, settings = case.run, case.run.settings
         if run.name not in known:
             known[run.name] = task.columns(run, scores)
         compute = _compute(task, run)
+        own = settings.width == planner.default.width and settings.cache == planner.trained_cache
         # alone, a sample has nobody to share its routes with
-        for batch in [b for b in task.config.batches if b > 1 or not run.settings.shared]:
+        for batch in [b for b in task.config.batches if b > 1 or not settings.shared]:
             head = {
                 "method": case.method, "note": case.note, "budget": case.budget, "steps": run.steps, "batch": batch,
-                "as_trained": _as_trained(task, case),
+                "as_trained": case.method == Method.elastic.value and own,
             }  # fmt: skip
             times = _times(task, run, rounds, batch, compute["executed_flops_ratio"])
             rows.append(head | compute | times | known[run.name] | {"run": run.name})
     return rows
 
 
-def _as_trained(task: Task, case: Case) -> bool:
-    """Whether these are the model's routers, each sample for itself, with the cache they were trained with: for that,
-    budgets are calibrated."""
-    settings, planner = case.run.settings, task.planner
-    own = settings.width == planner.default.width and settings.cache == planner.trained_cache
-    return case.method == Method.elastic.value and own
-
-
 def _compute(task: Task, run: Run) -> dict[str, Any]:
     """Executed FLOPs of the results of a run, over the dense model's in as many steps; mean and spread over results."""
     records = [task.record(run, job) for job in task.jobs]
-    metadata_list = [r["metadata"] for r in records if r is not None and "flops_executed" in r["metadata"]]
-    shares = np.array([r["flops_executed"] / r["flops_dense"] for r in metadata_list])
-    routers = np.array([r.get("flops_routers", 0) / r["flops_dense"] for r in metadata_list])
-    statistics: dict[str, tuple[Callable[..., Any], np.ndarray]] = {
-        "executed_flops_ratio": (np.mean, shares), "share_std": (np.std, shares), "share_min": (np.min, shares),
-        "share_max": (np.max, shares), "router_flops_ratio": (np.mean, routers),
-    }  # fmt: skip
-    found = {name: float(of(values)) if metadata_list else None for name, (of, values) in statistics.items()}
-    return found | {
+    counted = [r["metadata"] for r in records if r is not None and "flops_executed" in r["metadata"]]
+    shares = np.array([each["flops_executed"] / each["flops_dense"] for each in counted])
+    routers = np.array([each.get("flops_routers", 0) / each["flops_dense"] for each in counted])
+    return {
+        "executed_flops_ratio": float(shares.mean()) if counted else None,
+        "share_std": float(shares.std()) if counted else None,
+        "share_min": float(shares.min()) if counted else None,
+        "share_max": float(shares.max()) if counted else None,
+        "router_flops_ratio": float(routers.mean()) if counted else None,
         task.plural: sum(record is not None for record in records),
         "failed": sum(record is not None and record["status"] == "failed" for record in records),
     }
@@ -92,25 +99,36 @@ def _times(task: Task, run: Run, rounds: Sequence[Round], batch: int, made: floa
     dit = summarise(rounds, run, baseline, DIT, batch)
     within = summarise(rounds, run, same, DIT, batch)
     whole = summarise(rounds, run, baseline, END_TO_END, batch)
-    timed = dit["share"] if dit and run.rival is None else None  # a rival leaves no trace in the timed rounds
+    timed = None if run.rival else dit["share"]  # a rival leaves no trace in the timed rounds
     share = timed if made is None else made
     total = None if share is None else share * run.steps / planner.baseline_steps
-    executed = made if run.rival else timed
-    quartiles = {"_q25": 0, "_median": 1, "_q75": 2}
+    executed, sooner = made if run.rival else timed, within["speedup"]
     return {
         "executed_flops_ratio": share,
         "flops_ratio_to_baseline": total,
         "flop_speedup": 1 / total if total else None,
-        **{f"dit_ms{name}": dit["ms"][i] if dit else None for name, i in quartiles.items()},
-        "dit_speedup": dit["speedup"][1] if dit else None,
-        "dit_speedup_q25": dit["speedup"][0] if dit else None,
-        "dit_speedup_q75": dit["speedup"][2] if dit else None,
-        "dit_speedup_same_steps": within["speedup"][1] if within else None,
-        "efficiency": within["speedup"][1] * executed if within and executed is not None else None,
-        "end_to_end_ms_median": whole["ms"][1] if whole else None,
-        "end_to_end_speedup": whole["speedup"][1] if whole else None,
-        "rounds": dit["rounds"] if dit else 0,
+        **{f"dit_ms_{name}": dit[f"ms_{name}"] for name in ("q25", "median", "q75")},
+        "dit_speedup": dit["speedup"],
+        "dit_speedup_q25": dit["speedup_q25"],
+        "dit_speedup_q75": dit["speedup_q75"],
+        "dit_speedup_same_steps": sooner,
+        "efficiency": None if sooner is None or executed is None else sooner * executed,
+        "end_to_end_ms_median": whole["ms_median"],
+        "end_to_end_speedup": whole["speedup"],
+        "rounds": dit["rounds"],
     }
+
+
+def summarise(rounds: Sequence[Round], run: Run, baseline: Run, what: str, batch: int) -> dict[str, Any]:
+    """Quartiles of a run's milliseconds and of its speed-up over another, its executed share; None without rounds."""
+    names = ("ms_q25", "ms_median", "ms_q75", "speedup_q25", "speedup", "speedup_q75")
+    chosen = [r["runs"] for r in rounds if r["what"] == what and r["batch"] == batch]
+    if not chosen or run.name not in chosen[0]:
+        return {**dict.fromkeys((*names, "share")), "rounds": 0}
+    ms, other = (np.array([each[r.name]["ms"] for each in chosen]) for r in (run, baseline))
+    executed, dense = (sum(each[run.name].get(n, 1.0) for each in chosen) for n in ("executed", "dense"))
+    quartiles = np.quantile([ms, other / ms], [0.25, 0.5, 0.75], axis=1).T.ravel().tolist()
+    return {**dict(zip(names, quartiles, strict=True)), "share": executed / dense, "rounds": len(chosen)}
 
 
 def route_shares(task: Task, cases: Sequence[Case]) -> dict[str, Any]:
@@ -158,7 +176,7 @@ def compare_rivals(
                     found.append({
                         "routers": case.method, "rival_method": rival.method, "rival_run": rival.run.name,
                         "rival_note": rival.note, "against": against, "budget": case.budget, "steps": case.run.steps,
-                        "matched": matched, **compared.as_dict(),
+                        "matched": matched, **asdict(compared),
                     })  # fmt: skip
     return found
 
@@ -209,8 +227,8 @@ def summarise_rows(task: Task, rows: Sequence[Row]) -> dict[str, Any]:
         for batch in batches
     }
     best = best_point(task, rows)
-    summary = {"frontiers": frontiers, "best_operating_point": best}
-    return summary | {"targets": targets(task, rows, frontiers, best)}
+    found = targets(task, rows, frontiers, best)
+    return {"frontiers": frontiers, "best_operating_point": best, "targets": found}
 
 
 def rivals_in(rows: Sequence[Row]) -> list[str]:
@@ -224,20 +242,17 @@ def frontier(task: Task, rows: Sequence[Row], rival: str, loss: str, batch: int)
 
     What a loss is paired with is no point of its frontier: it has no distance to itself.
     """
-    planner = task.planner
-    itself = {"reference": task.config.reference_steps, "dense": planner.baseline_steps}.get(
-        task.losses[loss]
-    )
-    points: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    for row in rows:
-        is_elastic, is_fewer = row["method"] in FAMILY, row["method"] in FEWER
-        is_rival = is_fewer if rival == "fewer_steps" else row["method"] == rival
-        value, time = row.get(loss), row["dit_ms_median"]
-        if row["batch"] != batch or value is None or time is None or not (is_elastic or is_rival):
-            continue
-        if not (is_fewer and row["steps"] == itself):
-            points[is_elastic].append((time, as_loss(loss, value)))
-    return compare_fronts(points[True], points[False], TOLERANCE).as_dict()
+    steps = {"reference": task.config.reference_steps, "dense": task.planner.baseline_steps}
+    itself = steps.get(task.losses[loss])
+
+    def points(methods: Sequence[str]) -> list[tuple[float, float]]:
+        own = [row for row in rows if row["method"] in methods and row["batch"] == batch]
+        timed = [row for row in own if row.get(loss) is not None and row["dit_ms_median"] is not None]
+        found = [row for row in timed if row["method"] not in FEWER or row["steps"] != itself]
+        return [(row["dit_ms_median"], as_loss(loss, row[loss])) for row in found]
+
+    others = FEWER if rival == "fewer_steps" else (rival,)
+    return compare_fronts(points(FAMILY), points(others), TOLERANCE)
 
 
 def as_loss(name: str, value: float) -> float:

@@ -16,9 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from elastic3d.benchmark.stages_options import StagesConfig
+from elastic3d.benchmark.config import StagesConfig
 from elastic3d.errors import UserError
-from elastic3d.evaluation.machine import machine
+from elastic3d.evaluation.report import machine, markdown_table
 from elastic3d.utils.structured import save_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -60,19 +60,11 @@ def table(rounds: Sequence[Round]) -> list[dict[str, Any]]:
         for checkout in rounds[0]:
             values = [value for one in rounds for value in one[checkout].get(name, [])]
             if values:
-                row[checkout] = {
-                    "median": round(statistics.median(values), 1),
-                    "least": round(min(values), 1),
-                    "most": round(max(values), 1),
-                }
+                found = {"median": statistics.median(values), "least": min(values), "most": max(values)}
+                row[checkout] = {what: round(value, 1) for what, value in found.items()}
         if OTHER in row:
-            row["ratio"] = round(
-                statistics.median(
-                    statistics.median(one[OTHER][name]) / max(statistics.median(one[HERE][name]), 1e-3)
-                    for one in rounds
-                ),
-                2,
-            )
+            medians = [[statistics.median(one[each][name]) for each in (OTHER, HERE)] for one in rounds]
+            row["ratio"] = round(statistics.median(other / max(here, 1e-3) for other, here in medians), 2)
         rows.append(row)
     return rows
 
@@ -81,14 +73,9 @@ def printed(rows: Sequence[dict[str, Any]]) -> str:
     """The table as Markdown; times in milliseconds, memory in megabytes."""
     both = any(OTHER in row for row in rows)
     names = [OTHER, HERE] if both else [HERE]
-    lines = ["| | " + " | ".join([*names, *(["ratio"] if both else [])]) + " |"]
-    lines.append("| --- |" + " --- |" * (len(names) + both))
-    for row in rows:
-        cells = [_cell(row.get(name)) for name in names]
-        lines.append(
-            "| " + " | ".join([row["row"], *cells, *([str(row.get("ratio", ""))] if both else [])]) + " |"
-        )
-    return "\n".join(lines)
+    ends = ["ratio"] if both else []
+    lines = [[row["row"], *(_cell(row.get(n)) for n in names), *(row.get(n) for n in ends)] for row in rows]
+    return markdown_table(["", *names, *ends], lines)
 
 
 def _cell(found: dict[str, float] | None) -> str:
@@ -97,50 +84,32 @@ def _cell(found: dict[str, float] | None) -> str:
 
 def _process(folder: Path, config: StagesConfig) -> dict[str, list[float]]:
     """Every row of one fresh process of a checkout, and of its commands."""
-    options = {
-        "image": str(config.image.resolve()),
-        "model": str(config.model.resolve()),
-        "repeats": config.repeats,
-        "settings": _settings(config),
-        "threads": config.threads,
-        "cpu": config.cpu,
-        "batch": config.batch,
-        "full_grid": config.full_grid and folder == ROOT,
-    }
+    settings = {
+        "resolution": config.resolution,
+        "quality": config.quality and config.quality.name,
+        "elastic": None if config.elastic else False,
+    }  # those that differ from the pipeline's defaults: an older checkout may not know them
+    settings = {name: value for name, value in settings.items() if value is not None}
+    inputs = {name: str(getattr(config, name).resolve()) for name in ("image", "model")}
+    options = {name: getattr(config, name) for name in ("repeats", "threads", "cpu", "batch")} | inputs
+    options |= {"settings": settings, "full_grid": config.full_grid and folder == ROOT}
     worker = Path(__file__).with_name("stage_worker.py")
-    text, _ = _run([str(worker), json.dumps(options)], folder, config)
-    found = json.loads(text.splitlines()[-1])
+    found = json.loads(_run([str(worker), json.dumps(options)], folder, config)[0].splitlines()[-1])
     rows = {"import": [found["import"]], "load": [found["load"]]}
     first, warm = found["meshes"][0], found["meshes"][1:]
     rows |= {f"first mesh, {stage}": [value] for stage, value in first.items()}
     rows |= {f"warm, {stage}": [mesh[stage] for mesh in warm] for stage in first}
-    for name in ("batch", "full_grid"):
-        what = {"batch": f"batch of {config.batch}, a mesh", "full_grid": "dense, whole cube"}[name]
+    for name, what in {"batch": f"batch of {config.batch}, a mesh", "full_grid": "dense, whole cube"}.items():
         rows |= {f"{what}, {stage}": [value] for stage, value in found.get(name, {}).items()}
     rows["peak memory, MB"] = [found["peak_mb"]]
     if config.commands:
         script = str(folder / "scripts" / "gen_mesh.py")
         rows["gen_mesh.py --help"] = [_run([script, "--help"], folder, config)[1]]
         with tempfile.TemporaryDirectory() as output:
-            arguments = [
-                f"image={options['image']}",
-                f"output={output}/mesh.glb",
-                f"model={options['model']}",
-            ]
-            arguments += [f"{name}={str(value).lower()}" for name, value in _settings(config).items()]
+            arguments = [f"{name}={value}" for name, value in inputs.items()] + [f"output={output}/mesh.glb"]
+            arguments += [f"{name}={str(value).lower()}" for name, value in settings.items()]
             rows["gen_mesh.py"] = [_run([script, *arguments], folder, config)[1]]
     return rows
-
-
-def _settings(config: StagesConfig) -> dict[str, Any]:
-    """Of a call of the pipeline, those that differ from its defaults: an older checkout may not know them."""
-    quality = None if config.quality is None else config.quality.name
-    found = {
-        "resolution": config.resolution,
-        "quality": quality,
-        "elastic": None if config.elastic else False,
-    }
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _run(arguments: Sequence[str], folder: Path, config: StagesConfig) -> tuple[str, float]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from elastic3d.benchmark.config import BenchmarkOptions, PolicyName
+from elastic3d.benchmark.config import BenchmarkOptions
 from elastic3d.benchmark.controls import Controls
-from elastic3d.benchmark.methods import Case, Job, Planner, Routes, Run
+from elastic3d.benchmark.methods import Case, Job, Model, Planner, Routes, Run
 from elastic3d.benchmark.rivals import by_batch, running
 from elastic3d.elastic import detach
 from elastic3d.elastic.calibrating import put_policy
@@ -25,8 +24,6 @@ from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.flop_meter import metered
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.evaluation.items import Row
-
-OnStep = Callable[[int, int], None] | None
 
 
 @dataclass
@@ -54,53 +51,43 @@ class Task(ABC):
     losses: Mapping[str, str]
     compared: Sequence[tuple[str, str]]
 
-    def __init__(self, config: BenchmarkOptions, planner: Planner, items: Sequence[Any], timed: int) -> None:
-        """Times are taken with `timed` of the items, spread evenly."""
-        self.planner, self.items = planner, list(items)
-        self.timing_jobs = [Job(item, config.seeds[0]) for item in spread(self.items, timed)]
-        self.jobs = [Job(item, seed) for seed in config.seeds for item in self.items]
+    def __init__(self, planner: Planner, items: Sequence[Any], timed: int, size: dict[str, Any]) -> None:
+        """Times are taken with `timed` of the items, spread evenly; `size` is how a pipeline is asked for one."""
+        self.planner, self.items, self.size = planner, list(items), size
+        self.config: BenchmarkOptions = planner.config
+        self.timing_jobs = [Job(item, self.config.seeds[0]) for item in spread(self.items, timed)]
+        self.jobs = [Job(item, seed) for seed in self.config.seeds for item in self.items]
         self.controls = Controls(self)
         self._shares: dict[str, float] = {}
-        self._dense: dict[
+        self._outside: dict[
             int, tuple[float, float]
-        ] = {}  # by steps: FLOPs of a generation outside its blocks, and of them
+        ] = {}  # by steps: dense FLOPs outside the blocks, and of them
 
     # ------------------------------------------------------------------------------------- of each task
 
-    @property
     @abstractmethod
-    def config(self) -> BenchmarkOptions:
-        """The options."""
+    def find_items(self, path: Path) -> list[Any]:
+        """Items in a folder or a file."""
 
     @abstractmethod
     def record(self, run: Run, job: Job) -> dict[str, Any] | None:
         """`status`, `error` and `metadata` of a result; None where it is still to be made."""
 
     @abstractmethod
-    def make(self, run: Run, jobs: Sequence[Job], on_step: OnStep = None) -> None:
+    def make(self, run: Run, jobs: Sequence[Job]) -> None:
         """Make and keep the results of jobs of one seed."""
-
-    @abstractmethod
-    def produce(
-        self, run: Run, jobs: Sequence[Job], source: RouteSource | None, on_step: OnStep = None
-    ) -> list[Any]:
-        """All that a user waits for, as one batch; each result has a `metadata`. The run must be `ready`."""
 
     @abstractmethod
     def condition_of(self, run: Run, jobs: Sequence[Job]) -> Any:
         """What the DiT is told of the jobs' items."""
 
     @abstractmethod
-    def sample(self, run: Run, condition: Any, jobs: Sequence[Job], source: RouteSource | None) -> Tensor:
-        """The DiT alone: latents (B,N,C); returns when a GPU is done. The run must be `ready`."""
+    def latents(self, run: Run, condition: Any, seeds: list[int]) -> Tensor:
+        """Latents (B,N,C) of the DiT."""
 
     @abstractmethod
     def latent_scores(self, run: Run, found: Tensor, dense: Tensor) -> dict[str, float]:
         """Scores of last latents (B,N,C) against the dense ones, without making results of them."""
-
-    @abstractmethod
-    def find_items(self, path: Path) -> list[Any]:
-        """Items in a folder or a file."""
 
     @abstractmethod
     def score(self, runs: Sequence[Run]) -> Scores:
@@ -135,52 +122,53 @@ class Task(ABC):
 
     # ------------------------------------------------------------------------------------- of all
 
-    def transformer(self, run: Run) -> nn.Module:
-        """The DiT of a run."""
-        return self.planner.models[run.model].dit
-
-    def session(self, run: Run) -> ElasticSession | None:
-        """The routing session of a run's model."""
-        return self.planner.models[run.model].session
+    def model(self, run: Run) -> Model:
+        """The pipeline of a run, its DiT and routing session."""
+        return self.planner.models[run.model]
 
     @contextmanager
     def ready(self, run: Run) -> Iterator[None]:
         """While it lasts, the model is set up for one generation of a run."""
         with ExitStack() as stack:
-            session = self.session(run)
-            if run.unbiased and session is not None:
-                stack.enter_context(_unbiased(session))
-            if run.policy is not None:
-                stack.enter_context(self._keeping_budget(run, run.policy))
+            model, pipe = self.model(run), self.pipe(run)
+            if run.unbiased and model.session is not None:  # the gates have no bias over time
+                stack.callback(setattr, model.session, "router_config", model.session.router_config)
+                model.session.router_config = replace(model.session.router_config, times=[], gate_bias=[])
+            if run.policy is not None:  # it decides in the plain model
+                plain, policy = pipe or model.dit, self.planner.policy(run.policy)
+                put_policy(plain, policy.calibration, policy.schedule)
+                stack.callback(detach, plain)
             if run.rival is not None:
-                transformer, ratios = self.transformer(run), self.ratios(run)
-                stack.enter_context(running(transformer, run.rival, run.steps, ratios, self.pipe(run)))
+                stack.enter_context(running(model.dit, run.rival, run.steps, self.ratios(run), pipe))
             self.warm_up(run)
             yield
 
-    @contextmanager
-    def _keeping_budget(self, run: Run, name: PolicyName) -> Iterator[None]:
-        """While it lasts, a policy decides in the plain model."""
-        model, policy = self.pipe(run) or self.transformer(run), self.planner.policy(name)
-        put_policy(model, policy.calibration, policy.schedule)
-        try:
-            yield
-        finally:
-            detach(model)
+    def produce(self, run: Run, jobs: Sequence[Job], source: RouteSource | None) -> list[Any]:
+        """All that a user waits for, as one batch; each result has a `metadata`. The run must be `ready`."""
+        pipeline = self.model(run).pipeline
+        items, seeds = [job.item for job in jobs], [job.seed for job in jobs]
+        with following(pipeline.session, source):
+            return pipeline(
+                items, seeds, steps=run.steps, guidance=self.config.guidance, **self.size,
+                **elastic_options(pipeline.session, run),
+            )  # fmt: skip
 
-    def produced(self, run: Run, jobs: Sequence[Job], on_step: OnStep = None) -> list[Any]:
+    def sample(self, run: Run, condition: Any, jobs: Sequence[Job], source: RouteSource | None) -> Tensor:
+        """The DiT alone: latents (B,N,C); returns when a GPU is done. The run must be `ready`."""
+        with following(self.model(run).session, source):
+            found = self.latents(run, condition, [job.seed for job in jobs])
+        if found.device.type == "cuda":
+            torch.cuda.synchronize()
+        return found
+
+    def produced(self, run: Run, jobs: Sequence[Job]) -> list[Any]:
         """Results of a batch; the metadata of a rival say what it really executed."""
-        source, share = self.controls.source(run, jobs), 1.0
-        if run.rival is None or not by_batch(run.rival):
-            if run.rival is not None:
-                share = self._scheduled_share(run)
-            with self.ready(run):
-                results = self.produce(run, jobs, source, on_step)
-        else:
-            with self.ready(run), metered(self.transformer(run)) as meter:
-                results = self.produce(run, jobs, source, on_step)
-            share = self._share(run, meter.total / len(jobs))
+        source, dit = self.controls.source(run, jobs), self.model(run).dit
+        counted = run.rival is not None and by_batch(run.rival)
+        with self.ready(run), metered(dit) if counted else nullcontext() as meter:
+            results = self.produce(run, jobs, source)
         if run.rival is not None:
+            share = self._share(run, meter.total / len(jobs)) if meter else self._scheduled_share(run)
             for result in results:
                 if "flops_dense" in result.metadata:
                     result.metadata["flops_executed"] = round(share * result.metadata["flops_dense"])
@@ -191,24 +179,24 @@ class Task(ABC):
         if run.name not in self._shares:
             jobs = self.jobs[:1]
             condition = self.condition_of(run, jobs)
-            with self.ready(run), metered(self.transformer(run)) as meter:
+            with self.ready(run), metered(self.model(run).dit) as meter:
                 self.sample(run, condition, jobs, None)
             self._shares[run.name] = self._share(run, meter.total)
         return self._shares[run.name]
 
     def _share(self, run: Run, total: float) -> float:
         """Of the dense blocks' FLOPs; what a dense generation spends outside the blocks is taken off."""
-        dense, jobs = self.planner.dense(run.steps), self.jobs[:1]
-        if run.steps not in self._dense:
-            with self.ready(dense), metered(self.transformer(dense)) as meter:
-                blocks = self.produce(dense, jobs, None)[0].metadata["flops_dense"]
-            self._dense[run.steps] = meter.total - blocks, blocks
-        outside, blocks = self._dense[run.steps]
+        if run.steps not in self._outside:
+            dense = self.planner.dense(run.steps)
+            with self.ready(dense), metered(self.model(dense).dit) as meter:
+                blocks = self.produce(dense, self.jobs[:1], None)[0].metadata["flops_dense"]
+            self._outside[run.steps] = meter.total - blocks, blocks
+        outside, blocks = self._outside[run.steps]
         return (total - outside) / blocks
 
     def missing(self, run: Run, seed: int | None = None) -> list[Job]:
         """Jobs, of one seed or of all, of which a run has no record."""
-        jobs = [job for job in self.jobs if seed is None or job.seed == seed]
+        jobs = [job for job in self.jobs if seed in (None, job.seed)]
         return [job for job in jobs if self.record(run, job) is None]
 
     def routes_of(self, run: Run, job: Job) -> dict[str, Any]:
@@ -227,12 +215,11 @@ class Task(ABC):
 
     def neighbour(self, job: Job) -> Job:
         """The job of the next item, with the same seed."""
-        return Job(self.items[(self.items.index(job.item) + 1) % len(self.items)], job.seed)
+        return Job(_after(self.items, job.item), job.seed)
 
     def next_seed(self, seed: int) -> int:
         """The seed that another is compared with for the seed floor."""
-        seeds = self.config.seeds
-        return seeds[(seeds.index(seed) + 1) % len(seeds)]
+        return _after(self.config.seeds, seed)
 
     def shown(self, cases: Sequence[Case]) -> dict[str, Run]:
         """What a contact sheet shows beside the rest: the dense model, and the routers at each budget."""
@@ -242,19 +229,6 @@ class Task(ABC):
             if case.method == "elastic" and case.run.steps == steps and case.budget is not None:
                 runs[f"elastic {case.budget:g}"] = case.run
         return runs
-
-
-def make_all(task: Task, runs: Sequence[Run]) -> None:
-    """Every result that is still missing, with a progress bar over all of them."""
-    seeds, size = task.config.seeds, task.config.batch_size
-    todo = {(run, seed): task.missing(run, seed) for run in runs for seed in seeds}
-    total, left = len(runs) * len(task.jobs), sum(map(len, todo.values()))
-    with tqdm(total=total, initial=total - left, desc=task.plural, unit=task.noun, dynamic_ncols=True) as bar:
-        for (run, seed), jobs in todo.items():
-            bar.set_postfix_str(f"{run.name}, seed {seed}")
-            for start in range(0, len(jobs), size):
-                task.make(run, jobs[start : start + size])
-                bar.update(len(jobs[start : start + size]))
 
 
 @contextmanager
@@ -268,17 +242,6 @@ def following(session: ElasticSession | None, source: RouteSource | None) -> Ite
         yield
     finally:
         session.source = None
-
-
-@contextmanager
-def _unbiased(session: ElasticSession) -> Iterator[None]:
-    """While it lasts, the gates have no bias over time."""
-    before = session.router_config
-    session.router_config = replace(before, times=[], gate_bias=[])
-    try:
-        yield
-    finally:
-        session.router_config = before
 
 
 def elastic_options(session: ElasticSession | None, run: Run) -> dict[str, Any]:
@@ -299,8 +262,6 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def finish(latents: Tensor) -> Tensor:
-    """The latents when a GPU is done with them."""
-    if latents.device.type == "cuda":
-        torch.cuda.synchronize()
-    return latents
+def _after(values: Sequence[Any], value: Any) -> Any:
+    """The next of the values; the first one is after the last."""
+    return values[(values.index(value) + 1) % len(values)]

@@ -14,17 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from elastic3d.benchmark.methods import Job, Run
+from elastic3d.benchmark.rows import DIT, END_TO_END, Round
 from elastic3d.benchmark.task import Task
 from elastic3d.elastic.cost import trace_dense_flops, trace_flops, trace_router_flops
-from elastic3d.evaluation.machine import machine
+from elastic3d.evaluation.report import machine
 from elastic3d.utils.structured import load_json, save_json
-
-DIT, END_TO_END = "dit", "end_to_end"
-Round = dict[str, Any]  # what, batch, round, and by run: milliseconds a mesh, FLOPs
 
 
 def measure(task: Task, runs: Sequence[Run]) -> list[Round]:
@@ -71,8 +68,8 @@ def timing_key(task: Task, runs: Sequence[Run]) -> str:
 
 
 def _round(task: Task, runs: Sequence[Run], what: str, batch: int, number: int, bar: tqdm | None) -> Round:
-    timed = task.timing_jobs
-    jobs = [timed[(number * batch + i) % len(timed)] for i in range(batch)]
+    every = task.timing_jobs
+    jobs = [every[(number * batch + i) % len(every)] for i in range(batch)]
     conditions: dict[str, Any] = {}
     measured: dict[str, dict[str, float]] = {}
     order = list(runs)
@@ -80,43 +77,27 @@ def _round(task: Task, runs: Sequence[Run], what: str, batch: int, number: int, 
     for run in order:
         if run.model not in conditions and what == DIT:
             conditions[run.model] = task.condition_of(run, jobs)
-        measured[run.name] = _time(task, run, jobs, what, conditions.get(run.model))
+        measured[run.name] = timed(task, run, jobs, conditions.get(run.model))[1]
         if bar is not None:
             bar.update()
     return {"what": what, "batch": batch, "round": number, "runs": measured}
 
 
-def _time(task: Task, run: Run, jobs: Sequence[Job], what: str, condition: Any) -> dict[str, float]:
-    """Milliseconds a mesh, and the blocks' FLOPs of all passes, executed, dense and the routers' (0: none ran)."""
+def timed(task: Task, run: Run, jobs: Sequence[Job], condition: Any) -> tuple[Any, dict[str, float]]:
+    """Last latents of the DiT, given its condition, or everything without one; and what that took: `ms` a result, and
+    the blocks' FLOPs of all passes, executed, dense and the routers', where routers or a policy decided."""
     source = task.controls.source(run, jobs)  # before the clock starts
     clock = time.process_time if task.config.cpu_time else time.perf_counter
     with task.ready(run):
         start = clock()
-        if condition is not None:
-            task.sample(run, condition, jobs, source)
-        else:
+        made = (
             task.produce(run, jobs, source)
+            if condition is None
+            else task.sample(run, condition, jobs, source)
+        )
         found = {"ms": 1000 * (clock() - start) / len(jobs)}
-        session = task.planner.models[run.model].session  # before a policy goes
+        session = task.model(run).session  # before a policy goes
     if run.settings.elastic and session is not None and session.trace is not None:
         flops = {"executed": trace_flops, "dense": trace_dense_flops, "routers": trace_router_flops}
         found |= {name: float(of(session.trace).sum()) for name, of in flops.items()}
-    return found
-
-
-def summarise(
-    rounds: Sequence[Round], run: Run, baseline: Run, what: str, batch: int
-) -> dict[str, Any] | None:
-    """Median and quartiles of a run's milliseconds and of its speed-up over another; None without rounds."""
-    chosen = [r["runs"] for r in rounds if r["what"] == what and r["batch"] == batch]
-    if not chosen or run.name not in chosen[0]:
-        return None
-    ms = np.array([measured[run.name]["ms"] for measured in chosen])
-    ratio = np.array([measured[baseline.name]["ms"] for measured in chosen]) / ms
-    executed, dense = (sum(m[run.name].get(name, 1.0) for m in chosen) for name in ("executed", "dense"))
-    return {
-        "ms": np.quantile(ms, [0.25, 0.5, 0.75]).tolist(),
-        "speedup": np.quantile(ratio, [0.25, 0.5, 0.75]).tolist(),
-        "share": executed / dense,
-        "rounds": len(chosen),
-    }
+    return made, found

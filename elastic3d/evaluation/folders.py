@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,12 @@ import numpy as np
 
 from elastic3d.errors import UserError
 from elastic3d.evaluation import sets
-from elastic3d.evaluation.fidelity import Rival, compare
-from elastic3d.evaluation.gate import Gate, load_gate, violations
 from elastic3d.evaluation.items import Item, Row, find_items
 from elastic3d.evaluation.options import EvaluateConfig, ProtocolConfig
-from elastic3d.evaluation.report import build_report
+from elastic3d.evaluation.report import Gate, build_report, load_gate, violations
 from elastic3d.evaluation.runner import score_all
 from elastic3d.evaluation.sets import Features
+from elastic3d.evaluation.statistics import Rival, compare
 from elastic3d.geometry.mesh_io import load_mesh
 
 Progress = Callable[[int, int], None]  # rows done, rows in all
@@ -51,17 +51,12 @@ def evaluate_folders(
         kind: [shared_items(f, config.gt, items) for f in folders] for kind, folders in rivals.items()
     }
     total = len(items) + sum(len(run) for runs in rival_items.values() for run in runs)
-    done = 0
-
-    def count(_: Row) -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
-    journal = prepare_journal(config)
+    journal, done = prepare_journal(config), count(1)
 
     def score(run: Sequence[Item]) -> list[Row]:
-        return score_all(run, protocol, config.runner, config.workers, journal, count)
+        return score_all(
+            run, protocol, config.runner, config.workers, journal, lambda row: progress(next(done), total)
+        )
 
     rows = score(items)
     report = build_report(rows, protocol, config.bootstrap, command)
@@ -69,7 +64,7 @@ def evaluate_folders(
         if runs:
             rival_rows = [counted(score(run), kind) for run in runs]
             compared = compare(rows, rival_rows, kind, config.bootstrap)
-            report[kind.name] = [comparison.as_dict() for comparison in compared]
+            report[kind.name] = [dataclasses.asdict(comparison) for comparison in compared]
     if config.sets:
         report["sets"] = set_report(items, rows, protocol, features)
     if gate:

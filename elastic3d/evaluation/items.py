@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import struct
 import time
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,12 @@ from typing import Any
 from elastic3d.errors import UserError
 from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.evaluation.protocol import evaluate_pair, failed_scores
-from elastic3d.evaluation.uv import has_uv
+from elastic3d.evaluation.statistics import Row
 from elastic3d.geometry.mesh_io import READ_SUFFIXES, load_mesh
 from elastic3d.utils.files import printable, visible_files
 
-Row = dict[str, Any]
+_GLB_HEADER = 20  # file header and the first chunk's header
+_PLY_NAMES = {"s", "t", "u", "v", "texture_u", "texture_v", "texcoord"}
 
 
 @dataclass(frozen=True)
@@ -58,23 +61,19 @@ def score_item(item: Item, protocol: ProtocolConfig, workers: int = -1) -> Row:
     A failed row whose ground truth is sound carries the scores of an empty prediction (`failed_scores`), so
     that the means count it against the method. A package that is missing is no mesh's fault: UserError.
     """
-    try:
-        return _row(item, protocol, workers)
-    except ImportError as error:
-        raise UserError(f"scoring needs {error.name}, which can't be imported: {error}") from error
-
-
-def _row(item: Item, protocol: ProtocolConfig, workers: int) -> Row:
     start = time.perf_counter()
     row: Row = {"name": item.name, "status": "ok", "error": None}
     try:
-        row |= _scores(item, protocol, workers)
-    except ImportError:
-        raise
-    except Exception as error:  # a broken mesh may break anything below; the reason is kept in the row
-        known = isinstance(error, UserError)
-        row |= {"status": "failed", "error": str(error) if known else f"{type(error).__name__}: {error}"}
-        row |= _failure_scores(item, protocol)
+        try:
+            row |= _scores(item, protocol, workers)
+        except ImportError:
+            raise
+        except Exception as error:  # a broken mesh may break anything below; the reason is kept in the row
+            known = isinstance(error, UserError)
+            row |= {"status": "failed", "error": str(error) if known else f"{type(error).__name__}: {error}"}
+            row |= _failure_scores(item, protocol)
+    except ImportError as error:
+        raise UserError(f"scoring needs {error.name}, which can't be imported: {error}") from error
     return row | {"seconds": round(time.perf_counter() - start, 3)}
 
 
@@ -95,10 +94,42 @@ def _failure_scores(item: Item, protocol: ProtocolConfig) -> Row:
         return {}
 
 
-def _only(role: str, files: Iterable[Path], name: str) -> Path:
-    found = list(files)
-    if not found:
+def _only(role: str, files: Sequence[Path], name: str) -> Path:
+    if not files:
         raise UserError(f"there is no {role} named {name}")
-    if len(found) > 1:
-        raise UserError(f"{len(found)} {role} files are named {name}: {', '.join(f.name for f in found)}")
-    return found[0]
+    if len(files) > 1:
+        raise UserError(f"{len(files)} {role} files are named {name}: {', '.join(f.name for f in files)}")
+    return files[0]
+
+
+def has_uv(path: Path) -> bool:
+    """Whether any part of a mesh file has texture coordinates, which loading for evaluation drops. STL and OFF files
+    (as read here) never do. ValueError for a glb or gltf file that is broken."""
+    suffix = path.suffix.lower()
+    if suffix == ".glb":
+        with path.open("rb") as file:
+            header = file.read(_GLB_HEADER)
+            length = struct.unpack("<I", header[12:16])[0] if len(header) == _GLB_HEADER else 0
+            return _gltf_has_uv(json.loads(file.read(length)))
+    if suffix == ".gltf":
+        return _gltf_has_uv(json.loads(path.read_text()))
+    if suffix == ".obj":
+        with path.open("rb") as file:
+            return any(line.startswith(b"vt ") for line in file)
+    return suffix == ".ply" and _ply_has_uv(path)
+
+
+def _gltf_has_uv(tree: dict[str, Any]) -> bool:
+    primitives = (part for mesh in tree.get("meshes", []) for part in mesh.get("primitives", []))
+    return any("TEXCOORD_0" in part.get("attributes", {}) for part in primitives)
+
+
+def _ply_has_uv(path: Path) -> bool:
+    with path.open("rb") as file:
+        for line in file:
+            words = line.split()
+            if words[:1] == [b"end_header"]:
+                return False
+            if words[:1] == [b"property"] and words[-1].decode("latin-1") in _PLY_NAMES:
+                return True
+    return False

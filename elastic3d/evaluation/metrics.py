@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import trimesh
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
@@ -56,8 +57,7 @@ def nearest(queries: Floats, tree: cKDTree, order: NDArray[np.intp], workers: in
 def correspond(pred: Floats, gt: Floats, workers: int = -1) -> Correspondence:
     """Exact nearest neighbours between `pred` (P, 3) and `gt` (Q, 3) in both directions.
 
-    `workers` is the number of threads, -1 for all cores. Raises ValueError on empty, badly shaped or
-    non-finite input.
+    `workers` is the number of threads, -1 for all cores. Raises ValueError on empty, badly shaped or non-finite input.
     """
     check_points("pred", pred)
     check_points("gt", gt)
@@ -96,8 +96,7 @@ def f_score(pairs: Correspondence, threshold: float) -> float:
 def normal_consistency(pairs: Correspondence, pred_normals: Floats, gt_normals: Floats) -> float:
     """Mean |cos| between the unit normals of nearest neighbours, both directions averaged. In [0, 1].
 
-    `pred_normals` is (P, 3) and `gt_normals` (Q, 3). The sign is ignored, so inverted winding is not punished
-    here.
+    `pred_normals` is (P, 3) and `gt_normals` (Q, 3). The sign is ignored, so inverted winding is not punished here.
     """
     for name, normals, count in (
         ("pred_normals", pred_normals, len(pairs.to_gt)),
@@ -115,10 +114,31 @@ def hausdorff(pairs: Correspondence) -> float:
     return float(max(pairs.to_gt.max(), pairs.to_pred.max()))
 
 
+def surface_distance(points: Floats, mesh: trimesh.Trimesh) -> Floats:
+    """Exact distance (P,) of points (P, 3) to the surface."""
+    import igl
+
+    if len(points) == 0:
+        return np.zeros(0)
+    return np.sqrt(
+        igl.point_mesh_squared_distance(np.ascontiguousarray(points, np.float64), *arrays(mesh))[0]
+    )
+
+
+def inside(mesh: trimesh.Trimesh, points: Floats) -> NDArray[np.bool_]:
+    """Which of `points` (P, 3) the closed surface winds around (P,), by the sign-free winding number |w| > 1/2."""
+    import igl
+
+    return np.abs(igl.fast_winding_number(*arrays(mesh), np.ascontiguousarray(points, np.float64))) > 0.5
+
+
+def arrays(mesh: trimesh.Trimesh) -> tuple[Floats, NDArray[np.int64]]:
+    """Vertices (V, 3) and faces (F, 3) as libigl takes them."""
+    return np.ascontiguousarray(mesh.vertices, np.float64), np.ascontiguousarray(mesh.faces, np.int64)
+
+
 def intersection_over_union(pred_inside: NDArray[np.bool_], gt_inside: NDArray[np.bool_]) -> float | None:
-    """|A and B| / |A or B| over the query points; None where neither has a point inside (nothing was
-    measured).
-    """
+    """|A and B| / |A or B| over the query points; None where neither has a point inside (nothing was measured)."""
     if pred_inside.shape != gt_inside.shape:
         raise ValueError(
             f"pred_inside has shape {pred_inside.shape}, expected {gt_inside.shape} like gt_inside"

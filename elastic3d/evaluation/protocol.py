@@ -25,9 +25,8 @@ from elastic3d.errors import UserError
 from elastic3d.evaluation import metrics
 from elastic3d.evaluation.align import align, turn_up
 from elastic3d.evaluation.health import SurfaceHealth, surface_health
-from elastic3d.evaluation.lpips import load_lpips
 from elastic3d.evaluation.options import ProtocolConfig
-from elastic3d.evaluation.views import ViewScores, compare_views
+from elastic3d.evaluation.views import ViewScores, compare_views, load_lpips
 from elastic3d.geometry.cleanup import MeshHealth, mesh_health
 from elastic3d.geometry.mesh_io import merge_equal_vertices
 from elastic3d.geometry.normalize import normalize_to
@@ -64,9 +63,7 @@ class PairScores:
 
 
 def check_mesh(name: str, mesh: trimesh.Trimesh, max_faces: int) -> None:
-    """Raise UserError unless `mesh` has faces, few enough of them, finite vertices and a surface area above
-    0.
-    """
+    """Raise UserError unless `mesh` has faces, few enough of them, finite vertices and a surface area above 0."""
     if len(mesh.faces) == 0:
         raise UserError(f"{name} has no faces, expected a triangle mesh")
     if len(mesh.faces) > max_faces:
@@ -109,8 +106,7 @@ def evaluate_pair(
 def prepare(
     pred: trimesh.Trimesh, gt: trimesh.Trimesh, protocol: ProtocolConfig
 ) -> tuple[trimesh.Trimesh, trimesh.Trimesh]:
-    """Check both meshes, align the prediction as the protocol says, and move both by the ground truth's
-    placement.
+    """Check both meshes, align the prediction as the protocol says, and move both by the ground truth's placement.
 
     Raises UserError as `evaluate_pair`.
     """
@@ -132,11 +128,10 @@ def view_scores(
 
 
 def failed_scores(gt: trimesh.Trimesh, protocol: ProtocolConfig) -> dict[str, Any]:
-    """What a failed generation scores: an empty prediction, taken as one point at the centre of the ground
-    truth.
+    """What a failed generation scores: an empty prediction, taken as one point at the centre of the ground truth.
 
-    So a failure counts against the method, by the worst value where a score has one (0 for F-score,
-    consistency and IoU), and by a point's distances where it has none (Chamfer, Hausdorff).
+    So a failure counts against the method, by the worst value where a score has one (0 for F-score, consistency and
+    IoU), and by a point's distances where it has none (Chamfer, Hausdorff).
     """
     check_mesh("the ground truth", gt, protocol.max_faces)
     (gt,) = normalize_to(merge_equal_vertices(gt))
@@ -157,9 +152,7 @@ def failed_scores(gt: trimesh.Trimesh, protocol: ProtocolConfig) -> dict[str, An
 
 
 def volume_queries(pred: trimesh.Trimesh, gt: trimesh.Trimesh, protocol: ProtocolConfig) -> Floats:
-    """Uniform points (P, 3) in the box around both meshes: what lies outside the ground truth's box counts
-    too.
-    """
+    """Uniform points (P, 3) in the box around both meshes: what lies outside the ground truth's box counts too."""
     low = np.minimum(pred.bounds[0], gt.bounds[0])
     high = np.maximum(pred.bounds[1], gt.bounds[1])
     return low + (high - low) * np.random.default_rng(protocol.seed).random((protocol.volume_points, 3))
@@ -175,21 +168,7 @@ def near_queries(gt: trimesh.Trimesh, protocol: ProtocolConfig) -> Floats:
 
 
 def iou(pred: trimesh.Trimesh, gt: trimesh.Trimesh, queries: Floats) -> float | None:
-    """Intersection over union of the two solids on `queries` (P, 3); None without queries or without any
-    inside.
-    """
+    """Intersection over union of the two solids on `queries` (P, 3); None without queries or without any inside."""
     if len(queries) == 0:
         return None
-    return metrics.intersection_over_union(inside(pred, queries), inside(gt, queries))
-
-
-def inside(mesh: trimesh.Trimesh, points: Floats) -> NDArray[np.bool_]:
-    """Which of `points` (P, 3) the closed surface winds around (P,), by the sign-free winding number |w| >
-    1/2.
-    """
-    import igl
-
-    vertices = np.ascontiguousarray(mesh.vertices, np.float64)
-    faces = np.ascontiguousarray(mesh.faces, np.int64)
-    winding = igl.fast_winding_number(vertices, faces, np.ascontiguousarray(points, np.float64))
-    return np.abs(winding) > 0.5
+    return metrics.intersection_over_union(*(metrics.inside(mesh, queries) for mesh in (pred, gt)))

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -45,8 +46,7 @@ def score_all(
 
     Args:
         workers: processes; 0 takes one a core. With one, everything runs in this process.
-        journal: rows are appended to this file as they come, and those found there are not scored again,
-        unless
+        journal: rows are appended to this file as they come, and those found there are not scored again, unless
             their files or the protocol have changed.
         on_row: called once for every row, resumed ones included, for a progress bar.
         score: what makes the row of an item.
@@ -57,17 +57,13 @@ def score_all(
     for row in rows.values():
         on_row(row)
     todo = [item for item in items if item.name not in rows]
-    file = journal.open("a") if journal else None
-    try:
+    with journal.open("a") if journal else nullcontext() as file:
         for item, row in _stream(todo, protocol, runner, workers or usable_cores(), score):
             rows[item.name] = row
             if file:
                 file.write(json.dumps({"key": keys[item], "row": row}, allow_nan=False) + "\n")
                 file.flush()
             on_row(row)
-    finally:
-        if file:
-            file.close()
     return [rows[item.name] for item in items]
 
 
@@ -84,12 +80,8 @@ def item_key(item: Item, protocol: ProtocolConfig) -> str:
 
 
 def read_journal(path: Path) -> dict[str, Row]:
-    """Rows by key. A last line cut short by a kill is dropped from the file; UserError for anything else
-    broken.
-    """
-    if not path.exists():
-        return {}
-    if not path.stat().st_size:
+    """Rows by key. A last line cut short by a kill is dropped from the file; UserError for anything else broken."""
+    if not path.exists() or not path.stat().st_size:
         return {}
     try:
         whole, _, rest = read_text(path, "a journal").rpartition("\n")
@@ -118,9 +110,7 @@ def _stream(
 def _over_processes(
     items: Sequence[Item], protocol: ProtocolConfig, workers: int, score: Score
 ) -> Iterator[tuple[Item, Row]]:
-    """Rows as they are ready. When a worker dies, what was in flight runs again, each item in a process of
-    its own.
-    """
+    """Rows as they are ready. When a worker dies, what was in flight runs again, each item in a process of its own."""
     waiting = iter(items)
     suspects: list[Item] = []
     while True:
@@ -157,9 +147,7 @@ def _alone(item: Item, protocol: ProtocolConfig, score: Score) -> Row:
 
 
 def _died(item: Item, score: Callable[[Item], Row]) -> Row:
-    """The row of an item that killed its process: the scores of an empty prediction, if the rest can be
-    scored.
-    """
+    """The row of an item that killed its process: the scores of an empty prediction, if the rest can be scored."""
     row = score(replace(item, pred=())) if item.pred else {"name": item.name, "status": "failed"}
     return row | {"error": _DIED}
 
@@ -172,9 +160,7 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 def _over_ray(
     items: Sequence[Item], protocol: ProtocolConfig, workers: int, score: Score
 ) -> Iterator[tuple[Item, Row]]:
-    """The same over a Ray cluster: the one `ray.init` finds (RAY_ADDRESS), or a local one of `workers`
-    workers.
-    """
+    """The same over a Ray cluster: the one `ray.init` finds (RAY_ADDRESS), or a local one of `workers` workers."""
     ray, started = join_cluster(workers)
     task = ray.remote(num_cpus=1, max_retries=1)(score)
 

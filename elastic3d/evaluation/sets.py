@@ -1,4 +1,4 @@
-"""Metrics of a set of generated shapes against a set of reference shapes.
+"""Metrics of a set of generated shapes, or the features of images, against a set of references.
 
 G generated shapes, R reference shapes, P points a shape, D features of an image.
 
@@ -13,19 +13,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import trimesh
-from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from elastic3d.evaluation.metrics import TREE
+from elastic3d.evaluation.metrics import TREE, Floats
 from elastic3d.evaluation.views import fixed_cameras, on_white
 from elastic3d.geometry.normalize import normalize_mesh
 from elastic3d.geometry.render import Scene
 from elastic3d.geometry.sampling import sample_surface
 
-Floats = NDArray[np.floating]
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Features = Callable[[Floats], Floats]  # images (V, H, W, 3) in [0, 1] to features (V, D)
 
 
@@ -69,9 +71,8 @@ def chamfer_matrix(first: Sequence[Floats], second: Sequence[Floats], workers: i
 def scores_from_distances(distances: Floats, generated: int) -> SetScores:
     """MMD, COV and 1-NNA from the distances (G+R, G+R) between all shapes, the G generated ones first.
 
-    MMD: mean over references of the distance to the nearest generated shape. COV: share of references that
-    are the nearest one of some generated shape. 1-NNA: accuracy of telling the two sets apart by the nearest
-    other shape.
+    MMD: mean over references of the distance to the nearest generated shape. COV: share of references that are the
+    nearest one of some generated shape. 1-NNA: accuracy of telling the two sets apart by the nearest other shape.
     """
     across = distances[:generated, generated:]  # (G, R)
     others = distances + np.diag(np.full(len(distances), np.inf))
@@ -97,8 +98,7 @@ def view_features(mesh: trimesh.Trimesh, features: Features, views: int = 8, siz
 
 
 def frechet_distance(first: Floats, second: Floats) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of the features (N1, D) and (N2, D), with unbiased
-    covariances.
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of the features (N1, D) and (N2, D), with unbiased covariances.
 
     ValueError unless each set has two rows or more and both have D columns.
     """
@@ -117,9 +117,7 @@ def frechet_distance(first: Floats, second: Floats) -> float:
 
 
 def kernel_distance(first: Floats, second: Floats) -> float:
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 between features (N1, D) and (N2, D); may be below
-    0.
-    """
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 between features (N1, D) and (N2, D); may be below 0."""
     _check_features(first, second)
     a, b = first.astype(np.float64), second.astype(np.float64)
 
@@ -139,3 +137,58 @@ def _check_features(first: Floats, second: Floats) -> None:
             raise ValueError(
                 f"{name} has shape {features.shape}, expected (N, D) with N at least 2 and one D for both"
             )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A linear classifier on frozen features: standardised, times `weight` (D,K), plus `bias` (K,), for K classes."""
+
+    classes: list[str]
+    mean: Tensor
+    scale: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def predict(self, features: Floats) -> list[str]:
+        """Features (N,D) -> the likeliest class of each."""
+        import torch
+
+        x = (torch.from_numpy(np.asarray(features, dtype=np.float32)) - self.mean) / self.scale
+        return [self.classes[i] for i in (x @ self.weight + self.bias).argmax(dim=1).tolist()]
+
+    def accuracy(self, features: Floats, labels: Sequence[str | None]) -> float | None:
+        """Share of the rows with a label that is a class of which it is found; None where there is no such row."""
+        known = [i for i, label in enumerate(labels) if label in self.classes]
+        if not known:
+            return None
+        found = self.predict(features[known])
+        return float(np.mean([labels[i] == guess for i, guess in zip(known, found, strict=True)]))
+
+
+def fit_probe(features: Floats, labels: Sequence[str], decay: float = 1e-3, steps: int = 200) -> Probe:
+    """Logistic regression of N labels on features (N,D) by L-BFGS; `decay` times half the squared weights is added to
+    the mean loss. Deterministic: it is convex, and starts at zero. ValueError with fewer than two classes, or where
+    the numbers differ."""
+    import torch
+
+    classes = sorted(set(labels))
+    if len(classes) < 2 or len(labels) != len(features):
+        raise ValueError(
+            f"{len(features)} rows, {len(labels)} labels of {len(classes)} classes: expected 2 or more"
+        )
+    x = torch.from_numpy(np.asarray(features, dtype=np.float32))
+    mean, scale = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
+    x = (x - mean) / scale
+    y = torch.tensor([classes.index(label) for label in labels])
+    weight = torch.zeros(x.shape[1], len(classes), requires_grad=True)
+    bias = torch.zeros(len(classes), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(x @ weight + bias, y) + decay / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return Probe(classes, mean, scale, weight.detach(), bias.detach())

@@ -1,4 +1,4 @@
-"""Several methods on the same shapes, side by side: reports in, one table out.
+"""Several methods on the same shapes, side by side: reports in, one table out, as Markdown and as rows of a CSV file.
 
 A method may have several reports, one a seed: each shape's values are averaged over them first, so that the
 intervals (bootstrap over shapes) say how sure a mean is on other shapes, and a shape counts once. Differences to
@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 
 from elastic3d.errors import UserError
-from elastic3d.evaluation.fidelity import direction
-from elastic3d.evaluation.items import Row
-from elastic3d.evaluation.statistics import Interval, bootstrap_mean
+from elastic3d.evaluation.report import markdown_table
+from elastic3d.evaluation.statistics import Interval, Row, bootstrap_mean, direction
 from elastic3d.utils.structured import load_json
 
 Report = dict[str, Any]
+Rows = Sequence[Sequence[Row]]  # of each seed
 
 _REPORT = {"protocol": dict, "items": [{"name": str}]}
+_NO_VALUE = "–"
 _SEED = re.compile(r"(?:(.+)-)?seed-(\d+)")
 _GENERATED = "generated"  # the method of reports that are named by their seed alone
 # Settings of the protocol that no number of the table depends on.
@@ -43,22 +44,19 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Method minus baseline, paired by shape, and the share of shapes on which the method is strictly better."""
-
-    interval: Interval
-    better: float
-
-
-@dataclass(frozen=True)
 class Line:
-    """One method's mean of one column. `seed` is the report's name where the line is of one seed of several."""
+    """One method's mean of one column. `seed` is the report's name where the line is of one seed of several.
+
+    `difference` is that to the baseline, paired by shape, and `better` the share of shapes on which the method is
+    strictly better; None where it is not compared.
+    """
 
     method: str
     seed: str | None
     column: Column
     mean: Interval
-    difference: Difference | None
+    difference: Interval | None
+    better: float | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,11 @@ class Summary:
     methods: dict[str, int]
     baseline: str | None
     lines: list[Line]
+
+    def label(self, line: Line) -> str:
+        """The method of a line, and its seed where there are several."""
+        seeds = self.methods[line.method]
+        return line.method if seeds == 1 else f"{line.method}, {line.seed or f'mean of {seeds} seeds'}"
 
 
 def _score(key: str, title: str) -> Column:
@@ -157,7 +160,7 @@ def summarize(
     rows = {method: [loaded[path]["items"] for path in files[method]] for method in methods}
     lines = []
     for method in methods:
-        runs: list[tuple[str | None, list[list[Row]]]] = [(None, rows[method])]
+        runs: list[tuple[str | None, Rows]] = [(None, rows[method])]
         if len(files[method]) > 1:
             stems = {path.stem for path in files[method]}
             alike = len(stems) < len(files[method])  # such as a/report.json and b/report.json
@@ -172,28 +175,22 @@ def summarize(
 
 
 def _line(
-    method: str,
-    seed: str | None,
-    column: Column,
-    run: Sequence[Sequence[Row]],
-    rival: Sequence[Sequence[Row]] | None,
-    resamples: int,
+    method: str, seed: str | None, column: Column, run: Rows, rival: Rows | None, resamples: int
 ) -> Line | None:
     """The line of one column; None where no shape has a value."""
     mine = by_shape(run, column)
     if not mine:
         return None
     theirs, sign = by_shape(rival or [], column), direction(column.key)
-    both = sorted(mine.keys() & theirs.keys())
-    difference = None
+    both, difference, better = sorted(mine.keys() & theirs.keys()), None, None
     if both and sign is not None:
         change = np.array([mine[name] - theirs[name] for name in both])
-        difference = Difference(bootstrap_mean(change, resamples), float((sign * change < 0).mean()))
+        difference, better = bootstrap_mean(change, resamples), float((sign * change < 0).mean())
     mean = bootstrap_mean([mine[name] for name in sorted(mine)], resamples)
-    return Line(method, seed, column, mean, difference)
+    return Line(method, seed, column, mean, difference, better)
 
 
-def by_shape(runs: Sequence[Sequence[Row]], column: Column) -> dict[str, float]:
+def by_shape(runs: Rows, column: Column) -> dict[str, float]:
     """Each shape's value, averaged over the seeds that have one."""
     values: dict[str, list[float]] = defaultdict(list)
     for rows in runs:
@@ -222,3 +219,75 @@ def _check_alike(reports: Mapping[Path, Report]) -> None:
                 f"{first_path} and {path} have different items, expected the same: {len(odd)} are in one only, "
                 f"such as {odd[0]}"
             )
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def markdown(summaries: Sequence[Summary]) -> str:
+    """Every table with its comparison; ends in a line break."""
+    return "\n\n".join(_section(summary) for summary in summaries) + "\n"
+
+
+def csv_rows(summary: Summary) -> list[Row]:
+    """One row a method (and seed) and metric, rounded to six digits; without a baseline, the last cells are empty."""
+    rows = []
+    for line in summary.lines:
+        row: Row = {"set": summary.title, "method": summary.label(line), "metric": line.column.key}
+        for prefix, found in (("", line.mean), ("difference_", line.difference)):
+            if found is not None:
+                row |= {f"{prefix}{end}": round(getattr(found, end), 6) for end in ("mean", "low", "high")}
+                row[f"{prefix}shapes"] = found.count
+        rows.append(row if line.better is None else row | {"better": round(line.better, 6)})
+    return rows
+
+
+def _section(summary: Summary) -> str:
+    protocol = summary.protocol
+    parts = [
+        f"**{summary.title}, {summary.shapes} shapes**",
+        _table(summary, summary.lines, _mean),
+        f"Protocol: {protocol['points']:,} points, seed {protocol['seed']}, align {protocol['align']}; means with 95 % "
+        "bootstrap intervals over shapes, several seeds averaged by shape first." + _gaps(summary),
+    ]
+    compared = [line for line in summary.lines if line.difference is not None]
+    if compared:
+        parts += [
+            f"Minus {summary.baseline}, paired by shape (95 % bootstrap interval; share of shapes that are better):",
+            _table(summary, compared, _difference),
+        ]
+    return "\n\n".join(parts)
+
+
+def _table(summary: Summary, lines: Sequence[Line], cell: Callable[[Line], str]) -> str:
+    columns = {line.column.key: line.column.title for line in lines}
+    found: dict[str, dict[str, str]] = {}
+    for line in lines:
+        found.setdefault(summary.label(line), {})[line.column.key] = cell(line)
+    rows = [[label, *(cells.get(key, _NO_VALUE) for key in columns)] for label, cells in found.items()]
+    return markdown_table(["method", *columns.values()], rows)
+
+
+def _mean(line: Line) -> str:
+    """Of a single seed without its interval, as the method's own is what counts."""
+    found = line.mean
+    if line.column.share:
+        return f"{100 * found.mean:.1f} %"
+    if line.seed is not None:
+        return f"{found.mean:.3f}"
+    return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
+
+
+def _difference(line: Line) -> str:
+    found, better = line.difference, line.better
+    assert found is not None and better is not None
+    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f}), better on {100 * better:.0f} %"
+
+
+def _gaps(summary: Summary) -> str:
+    """Which methods' means rest on fewer shapes than there are."""
+    gaps: dict[str, list[str]] = {}
+    for line in summary.lines:
+        if line.seed is None and line.mean.count < summary.shapes:
+            gaps.setdefault(line.column.title, []).append(f"{line.mean.count} of {line.method}")
+    return "".join(f" Shapes with a {title}: {', '.join(counts)}." for title, counts in gaps.items())

@@ -1,4 +1,4 @@
-"""Metrics of rendered views: how alike two meshes look from a fixed set of cameras.
+"""Metrics of images, and of rendered views: how alike two meshes look from a fixed set of cameras.
 
 Images are (H, W), H = W = size pixels. Normals are those of the faces, not smoothed ones, so a
 score depends on the surface and not on how a file shades it. In every formula the background is the zero
@@ -12,15 +12,22 @@ in Zhang et al. 2018.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import trimesh
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from elastic3d.errors import UserError
 from elastic3d.geometry.render import Camera, Scene, Views, ring_cameras
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Floats = NDArray[np.floating]
 Perceptual = Callable[[Floats, Floats], float]  # two images (H, W, 3) in [0, 1] to a distance
@@ -37,13 +44,12 @@ DISTANCE = 5.1  # the sphere around the cube [-1, 1]^3 just fits into the image
 EDGE_ANGLE_DEG = 30.0
 EDGE_DILATION = 3  # pixels
 PSNR_CAP = 100.0  # dB, for images that are equal
+BACKBONE_FILE = "alexnet-owt-7be5be79.pth"
 
 
 @dataclass(frozen=True)
 class ViewScores:
-    """Scores averaged over the views. `sharp_normal_error` is None where the ground truth shows no sharp
-    edge.
-    """
+    """Scores averaged over the views. `sharp_normal_error` is None where the ground truth shows no sharp edge."""
 
     silhouette_iou: float
     normal_psnr: float
@@ -160,17 +166,11 @@ def ssim(a: Floats, b: Floats) -> float:
 
 
 def sharp_edges(view: Views) -> NDArray[np.bool_]:
-    """Mask (H, W): pixels within `EDGE_DILATION` of two surface neighbours whose normals differ by a sharp
-    angle.
-    """
+    """Mask (H, W): pixels within `EDGE_DILATION` of two surface neighbours whose normals differ by a sharp angle."""
     mask = np.zeros_like(view.silhouette)
     for normal, surface, marked in (
         (view.normal, view.silhouette, mask),
-        (
-            view.normal.swapaxes(0, 1),
-            view.silhouette.T,
-            mask.T,
-        ),  # the same between columns; the mask is a view
+        (view.normal.swapaxes(0, 1), view.silhouette.T, mask.T),  # between columns; the mask is a view
     ):
         cosine = np.einsum("hwk,hwk->hw", normal[1:], normal[:-1])
         sharp = (cosine < np.cos(np.radians(EDGE_ANGLE_DEG))) & surface[1:] & surface[:-1]
@@ -178,3 +178,56 @@ def sharp_edges(view: Views) -> NDArray[np.bool_]:
         marked[:-1] |= sharp
     side = 2 * EDGE_DILATION + 1
     return ndimage.binary_dilation(mask, np.ones((side, side), bool))
+
+
+def feature_distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """How differently a network sees images, distances (P,) by its feature maps (P,C,h,w), a map for each scale: LPIPS
+    without weights that were fitted to people's judgements.
+
+    At every position the features become a vector of length one; the squared distance of the two vectors is averaged
+    over positions, then over scales (Zhang et al. 2018, equation 1, all weights 1). 0 for equal images.
+
+    Raises:
+        ValueError: not the same maps on both sides, or none.
+    """
+    import torch
+
+    shapes = [[tuple(each.shape) for each in maps] for maps in (first, second)]
+    if shapes[0] != shapes[1] or not first:
+        raise ValueError(f"maps have shapes {shapes[0]} and {shapes[1]}, expected the same, and at least one")
+    scales = []
+    for a, b in zip(first, second, strict=True):
+        a, b = (torch.nn.functional.normalize(each.float(), dim=1) for each in (a, b))
+        scales.append((a - b).square().sum(dim=1).mean(dim=(1, 2)))
+    return torch.stack(scales).mean(dim=0)
+
+
+@cache
+def load_lpips() -> Perceptual:
+    """The AlexNet variant of LPIPS, version 0.1, as a distance of two images (H, W, 3) in [0, 1].
+
+    The `lpips` package would download the weights of its backbone on first use; this never lets it, so that a run
+    without network either has the metric or says what is missing.
+
+    Raises:
+        UserError: the `lpips` package or the backbone's weights are not installed.
+    """
+    import torch
+
+    try:
+        import lpips
+    except ImportError as error:
+        raise UserError("lpips=true needs the lpips package: pip install lpips torchvision") from error
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE_FILE
+    if not weights.is_file():
+        raise UserError(f"lpips=true needs torchvision's AlexNet weights at {weights}, which is no file")
+    network = lpips.LPIPS(net="alex", verbose=False).eval()
+
+    def distance(first: Floats, second: Floats) -> float:
+        images = [
+            torch.from_numpy(np.moveaxis(i, -1, 0).copy()).float()[None] * 2 - 1 for i in (first, second)
+        ]
+        with torch.inference_mode():
+            return float(network(*images))
+
+    return distance

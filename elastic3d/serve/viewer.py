@@ -12,7 +12,7 @@ import numpy as np
 import trimesh
 from scipy.spatial import cKDTree
 
-from elastic3d.evaluation.exhibits import encoded, pack_surface
+from elastic3d.evaluation.html import encoded, pack_surface
 from elastic3d.geometry.cleanup import simplify
 
 MOST_FACES = 60_000  # that are sent to the browser

@@ -20,7 +20,6 @@ from elastic3d.benchmark.methods import (
     ABLATIONS,
     MAIN,
     NO_CACHE,
-    REGISTRY,
     Job,
     Planner,
     Routes,
@@ -37,10 +36,6 @@ from elastic3d.utils.devices import DeviceChoice
 from tests.benchmark.conftest import config_of
 
 CLI = ["images=photos", "output=out"]
-
-
-def test_every_method_is_registered():
-    assert list(REGISTRY) == list(Method)
 
 
 def plan(config, models, items):
@@ -126,13 +121,13 @@ def test_ablations_leave_out_one_thing_and_have_to_be_asked_for(world, tmp_path)
         runs["elastic_no_damping"].settings.cache.damping == 1
         and not runs["elastic_no_damping"].settings.cache.dampings
     )
-    config_before, found = task.session(runs["elastic"]).router_config, {}
+    config_before, found = task.model(runs["elastic"]).session.router_config, {}
     for name, run in runs.items():
         with task.ready(run):
-            assert bool(task.session(run).router_config.gate_bias) is (name != "elastic_no_bias")
+            assert bool(task.model(run).session.router_config.gate_bias) is (name != "elastic_no_bias")
             condition = task.condition_of(run, task.jobs[:1])
             found[name] = task.sample(run, condition, task.jobs[:1], None)
-    assert task.session(runs["elastic"]).router_config is config_before
+    assert task.model(runs["elastic"]).session.router_config is config_before
     assert not torch.equal(found["elastic"], found["elastic_no_bias"])
     with pytest.raises(UserError, match="elastic_no_bias, which can't be run: its routers have no gate bias"):
         plain = config_of(world, tmp_path, methods=[Method.elastic_no_bias])
@@ -209,7 +204,7 @@ def test_a_lora_with_guidance_costs_half_and_fits_its_guidance_alone(world, tmp_
     [result] = task.produced(case.run, task.jobs)
     assert result.metadata["updated"] and result.metadata["one_branch"]
     assert 2 * result.metadata["flops_executed"] == result.metadata["flops_dense"]
-    session = task.session(case.run)
+    session = task.model(case.run).session
     session.router_config = replace(session.router_config, guided_times=[0.2, 0.9])
     task.make(case.run, task.jobs)
     mean = route_shares(task, [case])[case.run.name]["mean"]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from elastic3d.benchmark.plots import heat_map, pareto_plot
-from elastic3d.evaluation.chart import INK, PAPER
+from elastic3d.benchmark.report import heat_map, pareto_plot
+from elastic3d.evaluation.frontier import INK, PAPER
 
 LABELS = {"iou_paired": "IoU (higher is better)"}
 

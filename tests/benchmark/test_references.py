@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from elastic3d.benchmark import references
-from elastic3d.benchmark.image_scores import ImageFeatures
-from elastic3d.benchmark.references import category_accuracy, load_references
+from elastic3d.benchmark import image_scores
+from elastic3d.benchmark.image_scores import ImageFeatures, References, load_references
 from elastic3d.errors import UserError
 from elastic3d.training.image_data import Captioned
 from tests.benchmark.conftest import image_config_of
@@ -45,14 +44,15 @@ def test_the_classifier_learns_and_is_kept(gallery, tmp_path, monkeypatch):
     features = ImageFeatures(32, torch.device("cpu"))
     config = image_config_of(gallery, tmp_path, references=None, prepared=tmp_path)
     monkeypatch.setattr(
-        references, "_sources", lambda config: {"real": Coloured(20, 0), "train": Coloured(60, 1)}
+        image_scores, "_sources", lambda config: {"real": Coloured(20, 0), "train": Coloured(60, 1)}
     )
     found = load_references(config, features, 16)
     assert found is not None and found.features.shape == (16, 1280) and found.trained_on == 48
     assert found.accuracy is not None and found.accuracy > 0.9
     assert found.about()["classifier"]["classes"] == 2
-    right = category_accuracy(found.probe, found.features, ["a grey bed", "a cup"] * 8)
-    assert right is not None and category_accuracy(None, found.features, ["a bed"] * 16) is None
+    scores = found.scores(found.features, ["a grey bed", "a cup"] * 8)
+    assert scores["category_accuracy"] is not None and scores["frechet"] == pytest.approx(0, abs=1e-3)
+    assert References(found.features).scores(found.features, ["a bed"] * 16)["category_accuracy"] is None
 
     def never(*arguments: Any) -> None:
         raise AssertionError("this was computed already")

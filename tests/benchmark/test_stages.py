@@ -7,8 +7,8 @@ import pytest
 from tiny_pipeline import image, tiny_pipeline
 
 from elastic3d.benchmark import stage_worker
+from elastic3d.benchmark.config import StagesConfig
 from elastic3d.benchmark.stages import HERE, OTHER, measure_stages, printed, table
-from elastic3d.benchmark.stages_options import StagesConfig
 from elastic3d.errors import UserError
 
 
@@ -23,7 +23,7 @@ def test_ratios_are_taken_within_a_round():
     assert row[HERE] == {"median": 20.0, "least": 1.0, "most": 100.0}
     assert printed([row]).splitlines()[2] == "| decode | 100 (9 to 500) | 20 (1 to 100) | 3.0 |"
     alone = table([{HERE: {"decode": [1.0]}}])
-    assert "ratio" not in alone[0] and printed(alone).splitlines()[0] == "| | this |"
+    assert "ratio" not in alone[0] and printed(alone).splitlines()[0] == "|  | this |"
 
 
 def test_a_fresh_process_times_every_stage(tmp_path: Path):

@@ -8,8 +8,8 @@ from typing import Any
 import benchmark as script
 import pytest
 
-from elastic3d.benchmark.config import CacheName, Method, Phase, PolicyName
-from elastic3d.benchmark.full_size import FullSizeConfig, measure_full_size, printed, sized
+from elastic3d.benchmark.config import CacheName, FullSizeConfig, Method, Phase, PolicyName
+from elastic3d.benchmark.full_size import measure_full_size, printed, sized
 from elastic3d.benchmark.images import load_models
 from elastic3d.benchmark.meshes import MeshTask
 from elastic3d.benchmark.methods import DENSE, Planner

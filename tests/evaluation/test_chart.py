@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from elastic3d.evaluation.chart import COLOURS, Series, _log_ticks, _ticks, chart
+from elastic3d.evaluation.frontier import COLOURS, Series, _log_ticks, _ticks, chart
 
 
 def test_ticks_are_round_and_within_the_range():

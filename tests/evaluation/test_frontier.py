@@ -33,20 +33,20 @@ def test_the_knee_is_where_more_time_stops_to_help():
 
 def test_a_model_twice_as_fast_is_twice_as_fast_at_every_fidelity():
     found = compare_fronts([(time / 2, loss) for time, loss in STEPS], STEPS)
-    assert found.never_worse and found.knee_ratio == pytest.approx(2)
-    assert [ratio for _, ratio in found.ratios] == pytest.approx(
-        [2] * 4
-    ) and found.best_ratio == pytest.approx(2)
-    json.dumps(found.as_dict())
+    assert found["never_worse"] and found["knee_ratio"] == pytest.approx(2)
+    assert [ratio for _, ratio in found["ratios"]] == pytest.approx([2] * 4) and found[
+        "best_ratio"
+    ] == pytest.approx(2)
+    json.dumps(found)
 
 
 def test_where_the_challenger_loses():
     found = compare_fronts([(12.0, 0.25), (60.0, 0.24)], STEPS)
-    assert found.never_worse is False and found.worst_time == pytest.approx(60)
-    assert found.worst_losses == pytest.approx((0.24, loss_at(pareto_front(STEPS), 60)))
-    assert found.knee_ratio == pytest.approx(20 / 12)
-    assert compare_fronts([(12.0, 0.25), (60.0, 0.24)], STEPS, tolerance=1.0).never_worse
+    assert found["never_worse"] is False and found["worst_time"] == pytest.approx(60)
+    assert found["worst_losses"] == pytest.approx((0.24, loss_at(pareto_front(STEPS), 60)))
+    assert found["knee_ratio"] == pytest.approx(20 / 12)
+    assert compare_fronts([(12.0, 0.25), (60.0, 0.24)], STEPS, tolerance=1.0)["never_worse"]
     nothing = compare_fronts([], STEPS)
-    assert nothing.never_worse is None and nothing.best_ratio is None and nothing.knee_ratio is None
+    assert nothing["never_worse"] is None and nothing["best_ratio"] is None and nothing["knee_ratio"] is None
     apart = compare_fronts([(1.0, 5.0)], STEPS)
-    assert apart.never_worse is None and apart.ratios == [] and apart.knee_ratio is None
+    assert apart["never_worse"] is None and apart["ratios"] == [] and apart["knee_ratio"] is None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from elastic3d.errors import UserError
-from elastic3d.evaluation.gate import load_gate, violations
+from elastic3d.evaluation.report import load_gate, violations
 
 MEANS = {"f_score@0.02": 0.9, "chamfer_l1": 0.03}
 

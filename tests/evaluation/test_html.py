@@ -15,7 +15,7 @@ import trimesh
 from PIL import Image
 
 from elastic3d.errors import UserError
-from elastic3d.evaluation import exhibits
+from elastic3d.evaluation import html
 from elastic3d.evaluation.folders import evaluate_folders
 from elastic3d.evaluation.html import load_frontier, rank, write_html
 from elastic3d.evaluation.options import EvaluateConfig, ProtocolConfig
@@ -112,7 +112,7 @@ def test_rank_takes_scored_items_once() -> None:
 def test_packed_positions_and_heat_are_those_of_the_mesh() -> None:
     box = trimesh.creation.box((2, 1, 1))
     lifted = box.copy().apply_translation([0, 0.05, 0])
-    packed = exhibits.pack_mesh(lifted, box)
+    packed = html.pack_mesh(lifted, box)
     positions = np.frombuffer(base64.b64decode(packed["positions"]), "<u2").reshape(-1, 4)[:, :3]
     restored = np.array(packed["low"]) + positions / 65535 * np.array(packed["size"])
     assert restored.min(axis=0) == pytest.approx(lifted.bounds[0], abs=1e-4)
@@ -125,14 +125,14 @@ def test_packed_positions_and_heat_are_those_of_the_mesh() -> None:
 
 @pytest.mark.parametrize("mesh", [trimesh.creation.icosphere(6), trimesh.creation.box((2, 2, 2))])
 def test_display_meshes_have_a_bounded_number_of_faces(mesh: trimesh.Trimesh) -> None:
-    shown = exhibits.display_mesh(mesh)
-    assert 1000 < len(shown.faces) <= exhibits.DISPLAY_FACES
+    shown = html.display_mesh(mesh)
+    assert 1000 < len(shown.faces) <= html.DISPLAY_FACES
     assert shown.area == pytest.approx(mesh.area, rel=0.01)
 
 
 def test_heat_colours_follow_the_ramp() -> None:
-    colours = exhibits.heat_colours(np.array([0.0, exhibits.HEAT_MAX / 2, 9.0]))
-    assert (colours == exhibits.RAMP[[0, 2, 4]]).all()
+    colours = html.heat_colours(np.array([0.0, html.HEAT_MAX / 2, 9.0]))
+    assert (colours == html.RAMP[[0, 2, 4]]).all()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": 3}', '{"rows": [1]}'])

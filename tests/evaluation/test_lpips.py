@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from elastic3d.errors import UserError
-from elastic3d.evaluation import lpips as module
+from elastic3d.evaluation import views as module
 
 
 class FakeNetwork(torch.nn.Module):

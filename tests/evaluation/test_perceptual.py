@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elastic3d.evaluation.perceptual import feature_distance
+from elastic3d.evaluation.views import feature_distance
 
 
 def test_the_length_of_features_does_not_matter_their_direction_does():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from elastic3d.evaluation.probe import fit_probe
+from elastic3d.evaluation.sets import fit_probe
 
 
 def blobs(count: int, seed: int) -> tuple[np.ndarray, list[str]]:

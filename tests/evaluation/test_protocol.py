@@ -11,8 +11,9 @@ import trimesh
 
 from elastic3d.errors import UserError
 from elastic3d.evaluation import evaluate_pair
+from elastic3d.evaluation.metrics import inside
 from elastic3d.evaluation.options import Align, ProtocolConfig
-from elastic3d.evaluation.protocol import failed_scores, inside
+from elastic3d.evaluation.protocol import failed_scores
 
 QUICK = ProtocolConfig(points=10_000, volume_points=10_000, near_points=2000, views=0, surface_health=False)
 

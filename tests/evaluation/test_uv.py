@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from elastic3d.evaluation.uv import has_uv
+from elastic3d.evaluation.items import has_uv
 
 
 def ball(with_uv: bool) -> trimesh.Trimesh:
