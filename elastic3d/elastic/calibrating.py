@@ -44,6 +44,7 @@ _SHAPE = {
     "about": {"model": dict, "samples": int},
     "times": [Number(0, 1)],
     "moments": [{"span": int, "stream": int, "values": [[_ANY]]}],
+    "result": [[_ANY]],
     "changes": [Number(0, 1e300)],
 }
 
@@ -154,9 +155,13 @@ def load_calibration(path: Path, model: nn.Module) -> Calibration:
     if not (np.diff(times) > 0).all():
         raise UserError(f"{source}: times are {values['times']}, expected ascending ones")
     moments: dict[Series, Array] = {}
+    for name, table in [
+        *(("moments", each["values"]) for each in values["moments"]),
+        ("result", values["result"]),
+    ]:
+        if [len(row) for row in table] != [steps] * steps:
+            raise UserError(f"{source}: {name} has no {steps} x {steps} numbers, one row a step")
     for each in values["moments"]:
-        if [len(row) for row in each["values"]] != [steps] * steps:
-            raise UserError(f"{source}: moments are no {steps} x {steps} numbers, one row a step")
         moments[each["span"], each["stream"]] = np.array(each["values"])
     if set(moments) != series_of(model):
         raise UserError(f"{source} has moments of {sorted(moments)}, expected {sorted(series_of(model))}")
@@ -164,7 +169,9 @@ def load_calibration(path: Path, model: nn.Module) -> Calibration:
         raise UserError(
             f"{source}: changes has {len(values['changes'])} values, expected {steps}, one a step"
         )
-    return Calibration(times, moments, np.array(values["changes"]), values["about"])
+    return Calibration(
+        times, moments, np.array(values["result"]), np.array(values["changes"]), values["about"]
+    )
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
@@ -174,37 +181,47 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
         {"span": span, "stream": stream, "values": rounded(moment).tolist()}
         for (span, stream), moment in calibration.moments.items()
     ]
-    parts = {name: rounded(getattr(calibration, name)).tolist() for name in ("times", "changes")}
+    parts = {name: rounded(getattr(calibration, name)).tolist() for name in ("times", "result", "changes")}
     save_json({"about": dict(calibration.about), **parts, "moments": moments}, path)
 
 
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def calibrate(model: nn.Module, generate: Callable[[int], Any], samples: int, **about: Any) -> Calibration:
-    """The calibration of a model with a session, from `samples` dense generations: `generate` makes the one of a
-    number.
+def calibrate(
+    model: nn.Module,
+    generate: Callable[[int], Any],
+    samples: int,
+    guidance: float = 1.0,
+    on_sample: Callable[[int, int], None] = lambda *_: None,
+) -> Calibration:
+    """The calibration of a model with a session, from `samples` dense generations.
 
-    UserError: generations of fewer than three steps, or values that are not finite.
+    `generate` makes the one sample of a number; `guidance` is the scale that the branches are put together with, where
+    there are two; `on_sample(done, samples)` is called after each. UserError: generations of fewer than three steps, or
+    values that are not finite.
     """
-    times, totals, changes = np.zeros(0), dict[Series, Array](), np.zeros(0)
+    times, totals, result, changes = np.zeros(0), dict[Series, Array](), np.zeros(0), np.zeros(0)
     for number in range(samples):
         with recorded(model) as notes:
             generate(number)
+        on_sample(number + 1, samples)
         times = np.array(notes.times)
         moments = notes.moments()
         totals = {series: totals.get(series, 0.0) + moment / samples for series, moment in moments.items()}
+        result = (result if number else 0.0) + notes.result(guidance) / samples
         changes = (changes if number else 0.0) + notes.changes() / samples
-    about = {"model": describe(model), "samples": samples, "steps": len(times), **about}
-    return Calibration(times, totals, changes, about)
+    about = {"model": describe(model), "samples": samples, "steps": len(times), "guidance": guidance}
+    return Calibration(times, totals, result, changes, about)
 
 
 @dataclass
 class Notes:
-    """What a dense generation did: for each step its time, and for each pass of it what each list added."""
+    """What a dense generation of one sample did: for each step its time, and for each pass of it what each list added
+    to its rows. The conditional branch's row comes first."""
 
     times: list[float] = field(default_factory=list)
-    added: list[list[dict[Series, Tensor]]] = field(default_factory=list)
+    added: list[list[dict[Series, Tensor]]] = field(default_factory=list)  # (rows,d) each
     inputs: list[Tensor] = field(default_factory=list)  # of the first pass of each step (B,L,D)
 
     def note(self, time: float, added: dict[Series, Tensor], tokens: Tensor) -> None:
@@ -225,12 +242,21 @@ class Notes:
         branches = list(zip(*self.added, strict=True))  # the passes of each, whose texts may differ in length
         for passes in branches:
             for series in passes[0]:
-                values = torch.stack([each[series] for each in passes]).double()  # (S,B,d)
-                moment = torch.einsum("sbd,tbd->st", values, values).numpy()
-                found[series] += moment / values.shape[1] / len(branches)
+                values = torch.stack([each[series] for each in passes])
+                found[series] += second_moments(values) / len(branches)
         if not all(np.isfinite(moment).all() for moment in found.values()):
             raise UserError("a generation has values that are not finite: try dtype=float32")
         return dict(found)
+
+    def result(self, guidance: float) -> Array:
+        """Second moments (S,S) of what each list adds to its first stream, with the branches put together as guidance
+        does; their sum."""
+        found = np.zeros((len(self.times),) * 2)
+        for series in [each for each in self.added[0][0] if each[1] == 0]:
+            rows = torch.stack([torch.cat([each[series] for each in passes]) for passes in self.added])
+            guided = rows[:, -1:] + guidance * (rows[:, :1] - rows[:, -1:])
+            found += second_moments(guided if rows.shape[1] > 1 else rows)
+        return found
 
     def changes(self) -> Array:
         """Relative changes (S,) of the input."""
@@ -258,6 +284,12 @@ def recorded(model: nn.Module) -> Iterator[Notes]:
             yield notes
         finally:
             handle.remove()
+
+
+def second_moments(values: Tensor) -> Array:
+    """Values (S,B,d) -> (S,S), of a sample."""
+    found: Array = torch.einsum("sbd,tbd->st", values.double(), values.double()).numpy() / values.shape[1]
+    return found
 
 
 def some(stream: Tensor, count: int = TOKENS) -> Tensor:

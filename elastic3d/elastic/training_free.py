@@ -5,9 +5,10 @@ generations.
 
 - Forecast: the linear one of least mean squared error from the last two computed steps a < b,
   w = M[ab,ab]^-1 M[ab,s], a map for each step as in L2P; its error is M[s,s] - w M[ab,s].
-- Steps: of all sets of n the one with the least sum of errors times squared step sizes, found by dynamic programming;
-  or `online`, for each sample by itself: errors, scaled by how fast its own input changes, add up until they pass a
-  threshold, as in TeaCache (2411.19108) and EasyCache (2507.02860).
+- Steps: of all sets of n the one with the least sum of errors times squared step sizes, found by dynamic programming.
+  Errors are those of what is added to the stream that becomes the result, under guidance. Or `online`, for each sample
+  by itself: errors, scaled by how fast its own input changes, add up until they pass a threshold, as in TeaCache
+  (2411.19108) and EasyCache (2507.02860).
 
 Without a calibration the computed steps lie evenly, and residuals go on along a damped line.
 """
@@ -54,12 +55,14 @@ class Schedule(Enum):
 class Calibration:
     """What a few dense generations of S steps say about a model.
 
-    times: (S,) ascending in [0,1]; moments: (S,S) of each series; changes: (S,) squared change of the model's input
-    since the step before, relative to its square; about: which model, on what.
+    times: (S,) ascending in [0,1]; moments: (S,S) of each series; result: (S,S), the sum over lists of what they add to
+    their first stream, the one that becomes the result, with the branches put together as guidance does; changes: (S,)
+    squared change of the model's input since the step before, relative to its square; about: which model, on what.
     """
 
     times: Array
     moments: Mapping[Series, Array]
+    result: Array
     changes: Array
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -71,11 +74,12 @@ class Calibration:
         blend = np.stack([np.interp(new, self.times, row) for row in np.eye(len(self.times))], axis=1)
         moments = {series: blend @ moment @ blend.T for series, moment in self.moments.items()}
         changes = np.interp(new, self.times, self.changes) * (len(self.times) / len(new)) ** 2
-        return Calibration(new, moments, changes, self.about)
+        return Calibration(new, moments, blend @ self.result @ blend.T, changes, self.about)
 
-    def forecasts(self, series: Series, known: Sequence[int]) -> tuple[Array, Array]:
-        """Weights (n,S) of a series' values at n `known` steps for that at every step, and mean squared errors (S,)."""
-        moment = self.moments[series]
+    @staticmethod
+    def forecasts(moment: Array, known: Sequence[int]) -> tuple[Array, Array]:
+        """Weights (n,S) of values at n `known` steps for those at every step, and mean squared errors (S,), by the
+        moments (S,S) of the values."""
         inner, cross = moment[np.ix_(known, known)], moment[list(known)]
         ridge = RIDGE * max(np.trace(inner), 1e-30) / len(known)
         weights = np.linalg.solve(inner + ridge * np.eye(len(known)), cross)
@@ -85,12 +89,12 @@ class Calibration:
         """Predicted squared error (S,S,S) of the result where the third step is forecast from the first two; from
         one alone where they are the same. 0 for steps that do not come after these."""
         steps = len(self.times)
-        sizes, found = np.diff([*self.times, 1.0]), np.zeros((steps, steps, steps))
+        sizes = np.diff([*self.times, 1.0])
+        found = np.zeros((steps, steps, steps))
         for b in range(steps):
             for a in range(b + 1):
                 known = (b,) if a == b else (a, b)
-                lost = sum(self.forecasts(series, known)[1] for series in self.moments)
-                found[a, b, b + 1 :] = (sizes**2 * lost)[b + 1 :]
+                found[a, b, b + 1 :] = (sizes**2 * self.forecasts(self.result, known)[1])[b + 1 :]
         return found
 
 
@@ -197,7 +201,7 @@ class Forecast:
         key = (span, stream, step, newest, older)
         if key not in self._known:
             known = [newest] if older is None else [older, newest]
-            found = self.calibration.forecasts((span, stream), known)[0][:, step]
+            found = self.calibration.forecasts(self.calibration.moments[span, stream], known)[0][:, step]
             self._known[key] = float(found[-1]), float(found[0]) if len(known) > 1 else 0.0
         return self._known[key]
 

@@ -69,12 +69,10 @@ def _of_meshes(
     put_policy(pipeline.dit)
 
     def generate(number: int) -> Tensor:
-        latents = pipeline.sample_latents(condition[number : number + 1], [config.seed + number], settings)
-        on_sample(number + 1, len(images))
-        return latents
+        return pipeline.sample_latents(condition[number : number + 1], [config.seed + number], settings)
 
     with pipeline.placement.use(pipeline.dit):
-        found = calibrate(pipeline.dit, generate, len(images), guidance=guidance)
+        found = calibrate(pipeline.dit, generate, len(images), guidance, on_sample)
     path = target_file(config, repository)
     save_calibration(found, path)
     return path, found
@@ -97,11 +95,9 @@ def _of_images(
     def generate(number: int) -> Tensor:
         text = pipeline.encode(prompts[number : number + 1])
         rest = pipeline.backbone.guidance_arguments(settings.guidance, 1)
-        latents = pipeline.sample(text, rest, [config.seed + number], settings)
-        on_sample(number + 1, len(prompts))
-        return latents
+        return pipeline.sample(text, rest, [config.seed + number], settings)
 
-    found = calibrate(pipeline.backbone.transformer, generate, len(prompts), guidance=settings.guidance)
+    found = calibrate(pipeline.backbone.transformer, generate, len(prompts), settings.guidance, on_sample)
     path = target_file(config, repository)
     save_calibration(found, path)
     return path, found

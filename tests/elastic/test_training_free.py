@@ -16,6 +16,7 @@ from elastic3d import disable, enable
 from elastic3d.elastic import attach, session_of
 from elastic3d.elastic.calibrating import (
     CALIBRATION_NAME,
+    Notes,
     calibrate,
     describe,
     load_calibration,
@@ -48,7 +49,8 @@ def lines(times: np.ndarray, count: int = 40) -> np.ndarray:
 
 
 def calibration_of(values: np.ndarray, times: np.ndarray) -> Calibration:
-    return Calibration(times, {(0, 0): values @ values.T}, np.ones(len(times)))
+    moment = values @ values.T
+    return Calibration(times, {(0, 0): moment}, moment, np.ones(len(times)))
 
 
 def qwen(
@@ -105,7 +107,7 @@ def test_other_steps_are_interpolated_and_lines_stay_lines() -> None:
 def test_what_differs_from_step_to_step_costs_its_error() -> None:
     """Steps that nothing predicts: their whole moment is lost, times the squared step size."""
     times = np.array([0.0, 0.2, 0.5, 0.6])
-    calibration = Calibration(times, {(0, 0): np.eye(4), (0, 1): 2 * np.eye(4)}, np.ones(4))
+    calibration = Calibration(times, {(0, 0): np.eye(4)}, 3 * np.eye(4), np.ones(4))
     errors = calibration.errors()
     assert errors[0, 1, 2] == errors[0, 0, 2] == pytest.approx(3 * 0.1**2, rel=1e-5)
     assert errors[0, 1, 3] == pytest.approx(3 * 0.4**2, rel=1e-5) and errors[1, 0].max() == 0
@@ -225,14 +227,33 @@ def test_moments_are_those_of_what_the_blocks_add() -> None:
     np.testing.assert_allclose(notes.moments()[0, 0], expected.numpy(), rtol=1e-4)
 
 
+def test_the_result_is_what_guidance_makes_of_both_branches() -> None:
+    """Streams that do not become the result count nothing; branches in one pass or in two are the same."""
+    generator = torch.Generator().manual_seed(0)
+    lists = {series: torch.randn(STEPS, 2, 6, generator=generator) for series in [(0, 0), (0, 1), (2, 0)]}
+    together, apart = Notes(), Notes()
+    for step in range(STEPS):
+        rows = {series: values[step] for series, values in lists.items()}
+        together.note(step / STEPS, rows, torch.zeros(1))
+        for branch in range(2):
+            one = {series: values[branch : branch + 1] for series, values in rows.items()}
+            apart.note(step / STEPS, one, torch.zeros(1))
+    guided = [
+        3 * lists[series][:, 0].numpy() - 2 * lists[series][:, 1].numpy() for series in [(0, 0), (2, 0)]
+    ]
+    expected = sum(values @ values.T for values in guided)
+    for notes in (together, apart):
+        np.testing.assert_allclose(notes.result(3.0), expected, rtol=1e-5)
+
+
 def test_no_other_weights_have_a_smaller_error() -> None:
     """Along the generations of the calibration: of a constant, lines with any damping, and random weights."""
     pipe = flux_pipeline()
     put_policy(pipe)
     found = calibrate(pipe.transformer, lambda number: flux(pipe, (number,), steps=6), 2)
     rng, known, step = np.random.default_rng(0), [1, 3], 4
-    for series, moment in found.moments.items():
-        best = found.forecasts(series, known)[1][step]
+    for moment in found.moments.values():
+        best = found.forecasts(moment, known)[1][step]
         others = [(0.0, 1.0), *((-d / 2, 1 + d / 2) for d in (0.3, 0.7, 1.0)), *rng.normal(size=(20, 2))]
         for weights in others:
             w = np.array(weights)
@@ -245,15 +266,16 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path) -> None:
     times = np.linspace(0, 0.9, 4)
     about = {"model": describe(pipe.transformer), "samples": 1}
     moments = dict.fromkeys(series_of(pipe.transformer), np.eye(4))
-    good = Calibration(times, moments, np.ones(4), about)
+    good = Calibration(times, moments, np.eye(4), np.ones(4), about)
     path = tmp_path / CALIBRATION_NAME
     for changed, told in (
         ({"about": {**about, "model": {"family": "ShapeDiT"}}}, "is of another model: .*ShapeDiT"),
         ({"times": times[:0]}, "is empty, expected at least two steps"),
         ({"moments": {}}, "is empty, expected at least two steps"),
         ({"times": times[::-1]}, "expected ascending ones"),
-        ({"moments": {(0, 0): np.eye(3)}}, "moments are no 4 x 4 numbers"),
+        ({"moments": {(0, 0): np.eye(3)}}, "moments has no 4 x 4 numbers"),
         ({"moments": {(0, 0): np.eye(4)}}, r"has moments of \[\(0, 0\)\], expected \[\(0, 0\), \(0, 1\)"),
+        ({"result": np.eye(3)}, "result has no 4 x 4 numbers"),
         ({"changes": np.ones(2)}, "changes has 2 values, expected 4"),
     ):
         save_calibration(replace(good, **changed), path)
