@@ -137,9 +137,7 @@ def choose(
     if dial is None or steps is not None or requested.elastic is False:
         return None
     lora = guidance in (None, dial.guidance) and requested.few_step is not False
-    routed = any(
-        getattr(requested, name) is not None for name in ("elastic", "width", "cache", "shared", "few_step")
-    )
+    routed = any(value is not None for name, value in vars(requested).items() if name != "budget")
     rows = [
         row
         for row in dial.rows
@@ -196,11 +194,14 @@ def load_dial(folder: Path, model: PipelineConfig, routers: RouterConfig | None)
     path = folder / DIAL_NAME
     if not path.exists():
         return None
-    dial = parse_dial(load_json(path, _SHAPE), printable(path))
-    try:
-        _check_model(dial, model, routers)
-    except ValueError as error:
-        raise UserError(f"{printable(path)}: {error}") from error
+    source = printable(path)
+    dial = parse_dial(load_json(path, _SHAPE), source)
+    for name, found in (("steps", dial.steps), ("guidance", dial.guidance)):
+        if found != (wanted := getattr(model, name)):
+            raise UserError(f"{source}: dense: {name} is {found:g}, expected {wanted:g}, the model's default")
+    for number, row in enumerate(dial.rows):
+        if row.router_budget is not None and (fault := _misfit(row, row.router_budget, model, routers)):
+            raise UserError(f"{source}: rows[{number}]: {fault}")
     return dial
 
 
@@ -214,80 +215,57 @@ def save_dial(dial: Dial | None, folder: Path) -> None:
 
 def parse_dial(values: Mapping[str, Any], source: str) -> Dial:
     """The dial of a JSON object of the right shape; UserError naming `source` for rows that are no dial."""
-    rows = tuple(Row.of(each) for each in values["rows"])
-    dense = values["dense"]
-    f_scores = tuple(dense[name] for name in F_SCORES)
-    dial = Dial(rows, dense["steps"], dense["guidance"], f_scores, values)
-    try:
-        _check_rows(rows)
-        for quality in Quality:
+    rows, dense = tuple(Row.of(each) for each in values["rows"]), values["dense"]
+    scores = tuple(dense[name] for name in F_SCORES)
+    dial = Dial(rows, dense["steps"], dense["guidance"], scores, values)
+    if not rows:
+        raise UserError(f"{source}: rows is empty, expected at least one")
+    for number, row in enumerate(rows):
+        if fault := _disorder(row, rows[max(number - 1, 0)], set(rows[0].speedup)):
+            raise UserError(f"{source}: rows[{number}]: {fault}")
+    for quality in Quality:
+        try:
             cost, found = dial.named(quality).cost, values["names"][quality.name]
-            if found != cost:
-                raise ValueError(
-                    f"names: {quality.name} is {found:g}, expected {cost:g}, the cost of its row"
-                )
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
+        except ValueError as error:
+            raise UserError(f"{source}: {error}") from error
+        if found != cost:
+            raise UserError(
+                f"{source}: names: {quality.name} is {found:g}, expected {cost:g}, the cost of its row"
+            )
     return dial
 
 
-def _check_rows(rows: Sequence[Row]) -> None:
-    if not rows:
-        raise ValueError("rows is empty, expected at least one")
-    sizes = set(rows[0].speedup)
-    for number, row in enumerate(rows):
-        if "1" not in row.speedup or set(row.speedup) != sizes:
-            found = ", ".join(row.speedup)
-            raise ValueError(
-                f"rows[{number}]: speedup has batches of {found}, expected 1 and those of all rows"
-            )
-        if row.few_step_lora and row.router_budget is None:
-            raise ValueError(f"rows[{number}]: few_step_lora is true, expected false for the dense model")
-    for number, (cheaper, row) in enumerate(zip(rows, rows[1:], strict=False), 1):
-        where = f"rows[{number}]"
-        if row.cost <= cheaper.cost:
-            raise ValueError(
-                f"{where}: cost is {row.cost:g}, expected above {cheaper.cost:g}, that of the row before"
-            )
-        if row.iou <= cheaper.iou:
-            raise ValueError(
-                f"{where}: iou is {row.iou:g}, expected above {cheaper.iou:g}, that of a cheaper row"
-            )
-        for batch in sorted(sizes):
-            if row.speedup[batch] > cheaper.speedup[batch]:
-                raise ValueError(
-                    f"{where}: speedup in batches of {batch} is {row.speedup[batch]:g}, expected at most"
-                    f" {cheaper.speedup[batch]:g}, that of a cheaper row"
-                )
+def _disorder(row: Row, cheaper: Row, batches: set[str]) -> str | None:
+    """What is wrong with a row after the `cheaper` one before it, which is itself for the first; None: nothing."""
+    if "1" not in row.speedup or set(row.speedup) != batches:
+        return f"speedup has batches of {', '.join(row.speedup)}, expected 1 and those of all rows"
+    if row.few_step_lora and row.router_budget is None:
+        return "few_step_lora is true, expected false for the dense model"
+    if row is cheaper:
+        return None
+    if row.cost <= cheaper.cost:
+        return f"cost is {row.cost:g}, expected above {cheaper.cost:g}, that of the row before"
+    if row.iou <= cheaper.iou:
+        return f"iou is {row.iou:g}, expected above {cheaper.iou:g}, that of a cheaper row"
+    for batch, most in sorted(cheaper.speedup.items()):
+        if row.speedup[batch] > most:
+            found = f"speedup in batches of {batch} is {row.speedup[batch]:g}"
+            return f"{found}, expected at most {most:g}, that of a cheaper row"
+    return None
 
 
-def _check_model(dial: Dial, model: PipelineConfig, routers: RouterConfig | None) -> None:
-    """ValueError for a table of a model with other defaults, or other routers."""
-    for name, found, wanted in (
-        ("steps", dial.steps, model.steps),
-        ("guidance", dial.guidance, model.guidance),
-    ):
-        if found != wanted:
-            raise ValueError(f"dense: {name} is {found:g}, expected {wanted:g}, the model's default")
-    for number, row in enumerate(dial.rows):
-        if row.router_budget is None:
-            continue
-        if routers is None:
-            raise ValueError(
-                f"rows[{number}]: router_budget is {row.router_budget:g}, but this model has no routers"
-            )
-        if row.scope not in (None, routers.scope.name):
-            raise ValueError(
-                f"rows[{number}]: scope is {row.scope!r}, expected {routers.scope.name}, that of this model's routers"
-            )
-        try:
-            routers.check_generation(row.steps, model.guidance, True)
-        except ValueError as error:
-            raise ValueError(f"rows[{number}]: {error}") from error
-        lora = coarseness(routers, row.steps, row.router_budget, model.guidance) is not None
-        if lora is not row.few_step_lora:
-            runs = "with" if lora else "without"
-            raise ValueError(
-                f"rows[{number}]: few_step_lora is {str(row.few_step_lora).lower()}, but {row.steps} steps run {runs}"
-                " the few-step LoRA of these routers"
-            )
+def _misfit(row: Row, budget: float, model: PipelineConfig, routers: RouterConfig | None) -> str | None:
+    """Why a row of a router budget is none of a model's; None where it is."""
+    if routers is None:
+        return f"router_budget is {budget:g}, but this model has no routers"
+    if row.scope not in (None, routers.scope.name):
+        return f"scope is {row.scope!r}, expected {routers.scope.name}, that of this model's routers"
+    try:
+        routers.check_generation(row.steps, model.guidance, True)
+    except UserError as error:
+        return str(error)
+    lora = coarseness(routers, row.steps, budget, model.guidance) is not None
+    if lora is row.few_step_lora:
+        return None
+    runs = f"{row.steps} steps run {'with' if lora else 'without'} the few-step LoRA of these routers"
+    return f"few_step_lora is {str(row.few_step_lora).lower()}, but {runs}"
