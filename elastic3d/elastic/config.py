@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
@@ -11,22 +12,48 @@ from elastic3d.errors import UserError
 from elastic3d.utils.options import Options, check_range, option
 
 MIN_BUDGET = 0.3
+# Lists of the routers that belong together: positions, and values there.
+_CURVES = {"requested_budgets": "calibrated_budgets", "times": "gate_bias", "damping_times": "dampings"}
 
-_OLD_NAMES = {
-    "lookahead": "scope",
-    "trend": "damping",
-    "trends": "dampings",
-    "forecast_times": "damping_times",
-    "asked": "requested_budgets",
-    "told": "calibrated_budgets",
-    "urgency": "gate_bias",
-    "updates": "few_step_rank",
-    "updates_calls": "few_step_nfe",
-    "updates_steps": "few_step_max_steps",
-    "updates_guidance": "few_step_guidance",
-    "closed_reuse": "skipped_reuse",
+# Options of older versions by class, and what they are called today (None: gone with what they were for).
+_RENAMED: dict[str, dict[str, str | None]] = {
+    "RouterConfig": {
+        "lookahead": "scope",
+        "trend": "damping",
+        "trends": "dampings",
+        "forecast_times": "damping_times",
+        "asked": "requested_budgets",
+        "told": "calibrated_budgets",
+        "urgency": "gate_bias",
+        "updates": "few_step_rank",
+        "updates_calls": "few_step_nfe",
+        "updates_steps": "few_step_max_steps",
+        "updates_guidance": "few_step_guidance",
+    },
+    "BlockCacheConfig": {
+        "trend": "damping",
+        "trends": "dampings",
+        "closed_reuse": "skipped_reuse",
+        "drift": None,
+        "probe_stride": None,
+    },
+    "ElasticConfig": {"updates": "few_step"},
 }
-_OLD_BRANCHES = {"apart": "separate", "together": "shared"}
+_RENAMED_VALUES = {"branches": {"apart": "separate", "together": "shared"}}
+
+
+class _Saved(Options):
+    """Options that older versions saved under other names."""
+
+    @classmethod
+    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """What an older version saved, under today's names."""
+        names = {name: _RENAMED.get(cls.__name__, {}).get(name, name) for name in values}
+        found = {new: values[name] for name, new in names.items() if new is not None}
+        for name, renamed in _RENAMED_VALUES.items():
+            if isinstance(value := found.get(name), str):
+                found[name] = renamed.get(value, value)
+        return found
 
 
 class RouterVariant(Enum):
@@ -63,7 +90,7 @@ class CacheRule(Enum):
 
 
 @dataclass(kw_only=True)
-class RouterConfig(Options):
+class RouterConfig(_Saved):
     """Architecture and initialisation of the routers. Saved with their weights."""
 
     variant: RouterVariant = option(
@@ -179,33 +206,21 @@ class RouterConfig(Options):
         internal=True,
     )
 
-    @staticmethod
-    def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-        """What an older version saved, under today's names."""
-        values = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
-        if isinstance(branches := values.get("branches"), str):
-            values["branches"] = _OLD_BRANCHES.get(branches, branches)
-        return values
-
     def check(self) -> None:
         """Lists that belong together; what each variant can do."""
         if self.branches is Branches.shared and self.scope is not Scope.step:
             raise ValueError(
                 "branches is shared, expected separate: only with scope=step does one branch decide for both"
             )
+        for at, found in _CURVES.items():
+            if len(getattr(self, at)) != len(getattr(self, found)):
+                raise ValueError(f"{at} and {found} are no ascending list and one of the same length")
         if len(self.guided_times) not in (0, 2):
             raise ValueError(f"guided_times is {self.guided_times}, expected none or two, ascending")
         if self.trained_steps and (len(self.trained_steps) != 2 or self.scope is not Scope.block):
             raise ValueError(
                 f"trained_steps is {self.trained_steps}, expected two numbers, of routers with scope=block"
             )
-        for names, at, found in (
-            ("requested_budgets and calibrated_budgets", self.requested_budgets, self.calibrated_budgets),
-            ("times and gate_bias", self.times, self.gate_bias),
-            ("damping_times and dampings", self.damping_times, self.dampings),
-        ):
-            if len(at) != len(found):
-                raise ValueError(f"{names} are no ascending list and one of the same length")
         if self.variant is RouterVariant.none and self.scope is not Scope.step:
             raise ValueError("scope is block, expected step: without routers all blocks do the same")
         if self.variant is RouterVariant.paper and self.scope is not Scope.block:
@@ -217,17 +232,12 @@ class RouterConfig(Options):
         """What the routers are told for a budget: linear between the calibrated ones. `whole` is the share of the dense
         calls of a generation that leaves out no block. ValueError out of range."""
         check_budget(budget)
-        budget = min(budget / whole, 1.0)
-        if not self.requested_budgets or budget <= self.requested_budgets[0]:
-            return self.calibrated_budgets[0] if self.requested_budgets else budget
-        for i in range(1, len(self.requested_budgets)):
-            low, high = self.requested_budgets[i - 1], self.requested_budgets[i]
-            if budget <= high:
-                share = (budget - low) / max(high - low, 1e-9)
-                return self.calibrated_budgets[i - 1] + share * (
-                    self.calibrated_budgets[i] - self.calibrated_budgets[i - 1]
-                )
-        return self.calibrated_budgets[-1]
+        budget, at, found = min(budget / whole, 1.0), self.requested_budgets, self.calibrated_budgets
+        if not at:
+            return budget
+        i = min(max(bisect_left(at, budget), 1), len(at) - 1)
+        share = (budget - at[i - 1]) / max(at[i] - at[i - 1], 1e-9)
+        return found[i - 1] + min(max(share, 0.0), 1.0) * (found[i] - found[i - 1])
 
     def check_generation(self, steps: int, guidance: float | None, few_step: bool) -> None:
         """UserError for a generation that routers and few-step LoRA, trained through whole generations, do not cover:
@@ -250,9 +260,8 @@ class RouterConfig(Options):
             )
 
     def guided_share(self, times: Sequence[float]) -> float:
-        """Share of the dense model's calls in a generation with steps at these times whose few-step LoRA has
-        learned the guidance:
-        one branch counts half. 1 where they have not."""
+        """Share of the dense model's calls in a generation with steps at these times whose few-step LoRA has learned
+        the guidance: one branch counts half. 1 where it has not."""
         if self.few_step_guidance is None or not times:
             return 1.0
         return sum(1.0 if self.guided_at(t) else 0.5 for t in times) / len(times)
@@ -280,7 +289,7 @@ class RouterConfig(Options):
 
 
 @dataclass(kw_only=True)
-class BlockCacheConfig(Options):
+class BlockCacheConfig(_Saved):
     """Reuse of block residuals between sampling steps. Training-free."""
 
     rule: CacheRule = option(CacheRule.off, "which executed blocks reuse an earlier residual")
@@ -313,15 +322,6 @@ class BlockCacheConfig(Options):
         if len(self.times) != len(self.dampings):
             raise ValueError("times and dampings are no ascending list and one of the same length")
 
-    @staticmethod
-    def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-        """What an older version saved, under today's names and without the options of the drift rule, which is gone."""
-        return {
-            _OLD_NAMES.get(name, name): value
-            for name, value in values.items()
-            if name not in ("drift", "probe_stride")
-        }
-
     @property
     def active(self) -> bool:
         """Whether anything is ever stored."""
@@ -334,7 +334,7 @@ class BlockCacheConfig(Options):
 
 
 @dataclass(kw_only=True)
-class ElasticConfig(Options):
+class ElasticConfig(_Saved):
     """How a model with routers runs. `elastic=false` is the dense model, bit for bit."""
 
     elastic: bool = option(True, "let the routers decide; false runs the dense model")
@@ -349,11 +349,6 @@ class ElasticConfig(Options):
     cache: BlockCacheConfig | None = option(
         None, "reuse of block residuals between steps; null: as the routers were trained"
     )
-
-    @staticmethod
-    def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-        """What an older version saved, under today's names."""
-        return {"few_step" if name == "updates" else name: value for name, value in values.items()}
 
 
 @dataclass(kw_only=True)
