@@ -82,7 +82,7 @@ ON_ANY_MODEL = [CacheName.forecast, CacheName.hicache]
 
 
 class ForecastName(Enum):
-    """How `forecast` continues what the blocks added; `elastic3d.elastic.forecasts` has the formulas."""
+    """How `forecast` continues what the blocks added; `elastic3d.benchmark.forecasts` has the formulas."""
 
     linear = "linear"
     taylor = "taylor"

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.benchmark.methods import MAIN, NO_CACHE, Job, Routes, Run
-from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig
+from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.family import BlockFlops
 from elastic3d.elastic.policies import (
@@ -23,7 +23,6 @@ from elastic3d.elastic.policies import (
     random_routes,
     timestep_routes,
 )
-from elastic3d.elastic.router import decides_per_step
 from elastic3d.elastic.trace import parse_actions
 from elastic3d.utils.structured import load_json, save_json
 
@@ -89,7 +88,7 @@ class Controls:
 
     def _decided(self, blocks: list[BlockFlops]) -> list[BlockFlops]:
         """What controls choose among: blocks, or all of them as one where the routers decide for all."""
-        return [as_one(blocks)] if decides_per_step(self.router) else blocks
+        return [as_one(blocks)] if self.router.scope is Scope.step else blocks
 
     def _calibrated(self, run: Run) -> tuple[Tensor, list[BlockFlops], float]:
         """Actions (S,2,C,I), the blocks' FLOPs and the executed share of a control's donor on the calibration items."""

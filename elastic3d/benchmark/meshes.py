@@ -155,14 +155,14 @@ class MeshTask(Task):
     def warm_up(self, run: Run) -> None:
         """The few-step LoRA is merged before a clock starts: a model with the same settings does it once."""
         model = self.model(run)
-        times = sampling_times(model.pipeline.config, run.steps)[:-1].tolist()
-        if model.session is not None and run.settings.elastic:
-            model.session.settings = run.settings
-            guidance = self.planner.guidance(run.model)
-            model.session.coarsen(len(times), run.settings.budget, guidance, times)
+        session, times = model.session, sampling_times(model.pipeline.config, run.steps)[:-1].tolist()
+        if session is not None and run.settings.elastic:
+            session.settings = run.settings
             with torch.no_grad():
-                for block in model.session.blocks:
+                session.begin(1, len(times), guidance=self.planner.guidance(run.model), times=times)
+                for block in session.blocks:
                     block.running()
+            session.end()
 
     # ---------------------------------------------------------------------------------------------- scores
 

@@ -1,7 +1,7 @@
 """Training-free caches around a dense transformer: forecasts of what its blocks add, and caches of other packages.
 
-`forecast` (the formulas of `elastic3d.elastic.forecasts`) and `hicache` (of `hicache-pp`) run on every model of a known
-family; the caches of diffusers and DBCache of `cache-dit` on those of diffusers. Every generation gets its cache anew.
+`forecast` (the formulas of `forecasts`) and `hicache` (of `hicache-pp`) run on every model of a known family; the
+caches of diffusers and DBCache of `cache-dit` on those of diffusers. Every generation gets its cache anew.
 
 True guidance of diffusers runs two passes a step: its caches keep a state for each `cache_context` of the pipeline,
 DBCache is told that the passes alternate. Pyramid Attention Broadcast and FasterCache keep one state for both, and
@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from elastic3d.benchmark.config import BenchmarkOptions, CacheName, ImageBenchmarkConfig
+from elastic3d.benchmark.forecasting import HISTORY, Clock, Forward, forecasting, replaced
 from elastic3d.benchmark.methods import DENSE, Case, Planner, Rival, Routes
-from elastic3d.elastic.forecasting import HISTORY, Clock, Forward, forecasting, replaced
 from elastic3d.pipelines.options import BackboneName
 
 PACKAGES = {CacheName.db_cache: ("cache_dit", "cache-dit"), CacheName.hicache: ("hicache_pp", "hicache-pp")}

@@ -87,26 +87,76 @@ def integrate(
     times = timestep_grid(steps, shift) if times is None else times
     path = _Path(noise, times, solver)
     guided = _Guided(dit, condition, guidance, guidance_embed, sequential, session)
+    waits = False
     if session is not None:
         scale = guidance if len(guided.branches) > 1 else None
-        session.begin(len(noise), path.steps, guidance=scale, times=path.moments[:-1])
-    waits = session is not None and session.defers and len(noise) > 1 and not sequential
+        session.begin(len(noise), len(path.sizes), guidance=scale, times=path.moments[:-1])
+        waits = session.defers and len(noise) > 1 and not sequential
     try:
-        while path.unfinished:
-            before, (turn, defer) = path.reached, path.turn(waits)
+        while (reached := min(path.done)) < len(path.sizes):
+            turn, defer = path.turn(waits)
             groups = guided.by_branches(path, turn)
             if len(groups) > 1 and defer is Defer.unless_all:
                 defer = Defer.always  # those that need the blocks wait for the other group too
             for branches, rows in groups.items():
                 v = guided.velocity(path, branches, rows, defer)
-                path.advance(rows, v, session.deferred if session is not None else frozenset())
-            for step in range(before, path.reached):
+                path.advance(rows, v, session.deferred if session is not None else ())
+            for step in range(reached, min(path.done)):
                 if on_step is not None:
-                    on_step(step + 1, path.steps)
+                    on_step(step + 1, len(path.sizes))
     finally:
         if session is not None:
             session.end()
     return path.x
+
+
+class _Path:
+    """Samples on their way from noise to data, each at a step of its own."""
+
+    def __init__(self, x: Tensor, times: Tensor, solver: Solver) -> None:
+        self.x, self.solver = x, solver
+        self.times, self.moments, self.sizes = times.to(x.device), times.tolist(), times.diff().tolist()
+        self.done = [0] * len(x)
+        self.waiting: set[int] = set()
+        self._earlier = torch.zeros_like(x)  # velocities of the step before
+
+    def turn(self, waits: bool) -> tuple[list[int], Defer]:
+        """The samples that go next, and whether those that need the blocks have to wait."""
+        left = [row for row, done in enumerate(self.done) if done < len(self.sizes)]
+        asking = [row for row in left if row not in self.waiting]
+        if not waits or not asking:
+            self.waiting.clear()
+            return left, Defer.never
+        return asking, Defer.always if self.waiting else Defer.unless_all
+
+    def here(self, values: Sequence[float], rows: Sequence[int]) -> list[float]:
+        """Of values by step those of some samples' next steps."""
+        return [values[self.done[row]] for row in rows]
+
+    def state(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Latents (k,N,C) and times (k,) of some samples."""
+        steps = [self.done[row] for row in rows]
+        if len(set(steps)) == 1:  # a view: a list of indices would be copied to a GPU, which waits for it
+            return _some(self.x, rows), self.times[steps[0]].expand(len(rows))
+        return _some(self.x, rows), self.times[steps]
+
+    def advance(self, rows: list[int], v: Tensor, deferred: Collection[int]) -> None:
+        """A step along velocities (k,N,C) for those of the samples that are not deferred."""
+        if deferred:
+            v = v[[place for place, row in enumerate(rows) if row not in deferred]]
+            rows = [row for row in rows if row not in deferred]
+            self.waiting.update(deferred)
+        if not rows:
+            return
+        dt, along = self.here(self.sizes, rows), v
+        if self.solver is Solver.ab2:
+            steps = [self.done[row] for row in rows]
+            bend = [d / (2 * self.sizes[i - 1]) if i else 0.0 for i, d in zip(steps, dt, strict=True)]
+            along = v + _each(bend, v) * (v - _some(self._earlier, rows))
+            self._earlier = _put(self._earlier, rows, v)
+        self.x = _put(self.x, rows, _some(self.x, rows) + _each(dt, v) * along)
+        for row in rows:
+            self.done[row] += 1
 
 
 class _Guided:
@@ -125,9 +175,8 @@ class _Guided:
         session: ElasticSession | None,
     ) -> None:
         self.dit, self.guidance, self.session, self.sequential = dit, guidance, session, sequential
-        two = guidance != 1.0 and not embedded
-        self.branches: SomeBranches = BOTH_BRANCHES if two else BOTH_BRANCHES[:1]
-        self.tokens = torch.cat([condition, torch.zeros_like(condition)]) if two else condition
+        self.branches: SomeBranches = BOTH_BRANCHES[: 1 if guidance == 1.0 or embedded else 2]
+        self.tokens = torch.stack([condition, torch.zeros_like(condition)][: len(self.branches)])
         self.scale = torch.full((len(condition),), guidance, device=condition.device) if embedded else None
         self._added: Tensor | None = None  # by guidance (B,N,C)
         self._since = [0.0] * len(condition)  # at these times
@@ -135,114 +184,48 @@ class _Guided:
     def by_branches(self, path: _Path, rows: list[int]) -> dict[SomeBranches, list[int]]:
         """The samples by the branches that run at the times where they are."""
         found: dict[SomeBranches, list[int]] = {}
-        for row in rows:
-            alone = self.session is not None and self.session.one_branch(path.moments[path.done[row]])
+        for row, t in zip(rows, path.here(path.moments, rows), strict=True):
+            alone = self.session is not None and self.session.one_branch(t)
             found.setdefault(self.branches[:1] if alone else self.branches, []).append(row)
         return found
 
     def velocity(self, path: _Path, branches: SomeBranches, rows: list[int], defer: Defer) -> Tensor:
         """Velocities (k,N,C) of some samples, with the branches in one call or in turn."""
         x, t = path.state(rows)
-        scale = None if self.scale is None else self.scale[rows]
-        tokens = self.tokens.unflatten(0, (len(self.branches), -1))
-        if len(rows) < tokens.shape[1]:
-            tokens = tokens[:, rows]
-        room = 1 if self.sequential else len(self.branches)
+        scale = None if self.scale is None else _some(self.scale, rows)
         found: list[Tensor] = []
         for part in [(branch,) for branch in branches] if self.sequential else [branches]:
             if self.session is not None:
-                done = [path.done[row] for row in rows]
-                self.session.step(done, path.step_sizes(rows), part, rows, defer, room)
-            some, copies = tokens[part[0] : part[-1] + 1].flatten(0, 1), len(part)
-            v = self.dit(x.repeat(copies, 1, 1), t.repeat(copies), some, scale).float()
-            found += v.chunk(copies)
+                steps, sizes = [path.done[row] for row in rows], path.here(path.sizes, rows)
+                self.session.step(steps, sizes, part, rows, defer)
+            tokens, copies = self.tokens[part[0] : part[-1] + 1], len(part)
+            tokens = tokens if len(rows) == tokens.shape[1] else tokens[:, rows]
+            v = self.dit(x.repeat(copies, 1, 1), t.repeat(copies), tokens.flatten(0, 1), scale)
+            found += v.float().chunk(copies)
+        moments = path.here(path.moments, rows)
         if len(found) == 1:
-            return self._go_on(path, rows, found[0])
-        self._keep(path, rows, (self.guidance - 1) * (found[0] - found[1]))
-        return found[1] + self.guidance * (found[0] - found[1])
+            return self._go_on(found[0], rows, moments)
+        added = found[0] - found[1]
+        if self.session is not None and self.session.guided:
+            self._keep((self.guidance - 1) * added, rows, moments)
+        return found[1] + self.guidance * added
 
-    def _go_on(self, path: _Path, rows: list[int], v: Tensor) -> Tensor:
+    def _keep(self, added: Tensor, rows: list[int], moments: list[float]) -> None:
+        """Note what guidance adds to samples; those that are deferred come once more at the same time."""
+        if self._added is None:
+            self._added = added.new_zeros(len(self._since), *added.shape[1:])
+        self._added = _put(self._added, rows, added)
+        for row, t in zip(rows, moments, strict=True):
+            self._since[row] = t
+
+    def _go_on(self, v: Tensor, rows: list[int], moments: list[float]) -> Tensor:
         """Velocities of one branch with what is left of guidance."""
-        left = [self._since[row] / path.moments[path.done[row]] if self._since[row] else 0.0 for row in rows]
+        left = [
+            self._since[row] / t if self._since[row] else 0.0 for row, t in zip(rows, moments, strict=True)
+        ]
         if self._added is None or not any(left):
             return v
         return v + v.new_tensor(left)[:, None, None] * self._added[rows]
-
-    def _keep(self, path: _Path, rows: list[int], added: Tensor) -> None:
-        """Note what guidance adds to samples that are not held."""
-        if self.session is None or not self.session.guided:
-            return
-        kept = [place for place, row in enumerate(rows) if row not in self.session.deferred]
-        rows = [rows[place] for place in kept]
-        if rows:
-            whole = (
-                added.new_zeros(len(self._since), *added.shape[1:]) if self._added is None else self._added
-            )
-            self._added = _put(whole, rows, added[kept])
-        for row in rows:
-            self._since[row] = path.moments[path.done[row]]
-
-
-class _Path:
-    """Samples on their way from noise to data, each at a step of its own."""
-
-    def __init__(self, x: Tensor, times: Tensor, solver: Solver) -> None:
-        self.x, self.solver = x, solver
-        self.times, self.moments, self.sizes = times.to(x.device), times.tolist(), times.diff().tolist()
-        self.steps = len(self.sizes)
-        self.done = [0] * len(x)
-        self.waiting: set[int] = set()
-        self._earlier = torch.zeros_like(x)  # velocities of the step before
-
-    @property
-    def reached(self) -> int:
-        """Steps that all samples have done."""
-        return min(self.done)
-
-    @property
-    def unfinished(self) -> list[int]:
-        """Samples with steps to go."""
-        return [row for row, done in enumerate(self.done) if done < self.steps]
-
-    def turn(self, waits: bool) -> tuple[list[int], Defer]:
-        """The samples that go next, and whether those that need the blocks have to wait."""
-        left = self.unfinished
-        asking = [row for row in left if row not in self.waiting]
-        if not waits or not asking:
-            self.waiting.clear()
-            return left, Defer.never
-        return asking, Defer.always if self.waiting else Defer.unless_all
-
-    def step_sizes(self, rows: Sequence[int]) -> list[float]:
-        """dt of each of some samples' next step."""
-        return [self.sizes[self.done[row]] for row in rows]
-
-    def state(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Latents (k,N,C) and times (k,) of some samples."""
-        x = self.x if len(rows) == len(self.x) else self.x[rows]
-        steps = [self.done[row] for row in rows]
-        if len(set(steps)) == 1:  # a view: a list of indices would be copied to a GPU, which waits for it
-            return x, self.times[steps[0]].expand(len(rows))
-        return x, self.times[steps]
-
-    def advance(self, rows: list[int], v: Tensor, deferred: Collection[int]) -> None:
-        """A step along velocities (k,N,C) for those of the samples that are not held."""
-        if deferred:
-            v = v[[place for place, row in enumerate(rows) if row not in deferred]]
-            rows = [row for row in rows if row not in deferred]
-        self.waiting.update(deferred)
-        if not rows:
-            return
-        dt = self.step_sizes(rows)
-        along = v
-        if self.solver is Solver.ab2:
-            steps = [self.done[row] for row in rows]
-            bend = [d / (2 * self.sizes[i - 1]) if i else 0.0 for i, d in zip(steps, dt, strict=True)]
-            along = v + _each(bend, v) * (v - _some(self._earlier, rows))
-            self._earlier = _put(self._earlier, rows, v)
-        self.x = _put(self.x, rows, _some(self.x, rows) + _each(dt, v) * along)
-        for row in rows:
-            self.done[row] += 1
 
 
 def _each(values: list[float], like: Tensor) -> Tensor | float:

@@ -13,8 +13,7 @@ pass is told; `router`, tokens to a decision; `block`, what a decision does; `wi
 earlier result; `few_step`, weights for few evaluations of the model; `rollout`, a generation that routers learn from;
 `session`, the state of a generation; `losses` and `cost`; `policies`, routes from a table; `families`, how each kind of
 block is called. Beside the method, for models without routers: `training_free`, a budget kept by a plan and a fitted
-forecast, and `calibrating`, what these are measured with; `forecasting` with the formulas of `forecasts`, a cache
-around a model; `flop_meter`.
+forecast, and `calibrating`, what these are measured with.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ the first of them, B(x) what comes out of the last.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,13 +25,17 @@ from elastic3d.elastic.trace import REUSED, SKIPPED
 from elastic3d.elastic.width import NarrowBlocks, masked
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a block is in its model: its dotted name, its number, and the numbers of all blocks of its list."""
+def gated(x: Tensor, y: Tensor, keep: Tensor, keep_prob: Tensor, weight: Tensor | None = None) -> Tensor:
+    """gate * y + (1 - gate) * x = x + gate * (y - x) with a straight-through gate: x, y = B(x) (B,L,D), keep (B,) bool,
+    keep_prob (B,) -> (B,L,D).
 
-    name: str
-    index: int
-    stage: range
+    Forward it is y or x bit for bit. Backward the gate gets <gradient, y - x>, times `weight` (B,) where given.
+    """
+    taken = torch.where(keep[:, None, None], y, x)
+    slope = keep_prob - keep_prob.detach()
+    if weight is not None:
+        slope = slope * weight
+    return taken + slope.to(x.dtype)[:, None, None] * (y - x).detach()
 
 
 class ElasticBlock:
@@ -44,26 +47,32 @@ class ElasticBlock:
 
     def __init__(
         self,
+        session: ElasticSession,
         inner: nn.Module,
-        place: Place,
         adapter: BlockAdapter,
         router: Router | None,
-        session: ElasticSession,
+        name: str,
+        index: int,
+        stage: range,
     ) -> None:
-        self.inner = inner
-        self.router = router  # None where another block's decides
-        self.name, self.index, self.stage = place.name, place.index, place.stage
-        self.adapter, self.session = adapter, session
+        """`router`: None where another block's decides; `index`: in the order of execution; `stage`: the indices of all
+        blocks of its list."""
+        self.session, self.inner, self.adapter, self.router = session, inner, adapter, router
+        self.name, self.index, self.stage = name, index, stage
         self.sites = adapter.mlp_sites(inner) if session.router_config.widths > 1 else ()
         self._before = inner.__dict__.get("forward")  # of somebody who replaced it earlier
         self.narrow = NarrowBlocks(inner, inner.forward, self.sites, session.router_config.ratios)
-        self.few_step = None  # of the block's weights, for generations with few model evaluations
+        self.few_step: FewStepLoRA | None = None  # of its weights, for generations with few model evaluations
         if rank := session.router_config.few_step_rank:
             self.few_step = FewStepLoRA(inner, rank).to(next(inner.parameters()).device)
         self._adapted: tuple[Key, NarrowBlocks] | None = None
         self._flops: dict[tuple[int, ...], BlockFlops] = {}
+        self._attached = False
+
+    def attach(self) -> None:
+        """From now on the block's forward is this."""
         self._attached = True
-        inner.__dict__.update({"forward": self, "compile": self.compile})
+        self.inner.__dict__.update({"forward": self, "compile": self.compile})
 
     def detach(self) -> None:
         """The block is what it was."""
@@ -82,35 +91,26 @@ class ElasticBlock:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own signature and return value."""
         session = self.session
-        if not self._attached or (not session.settings.elastic and session.recorded is None):
+        if not (self._attached and session.settings.elastic):
             return self.narrow.full(*args, **kwargs)
-        settled = session.settled(self)
-        if settled is not None and len(settled) == 1 and min(settled) > SKIPPED:
-            return self.running().at(min(settled) - 1)(*args, **kwargs)
-        call = self.adapter.bind(self.inner, args, kwargs)
+        call, context = self.adapter.bind(self.inner, args, kwargs), session.visit(self)
         span = session.span(self)
-        if session.recorded is not None:
-            return self.adapter.pack(self._recorded(call, span))
-        context = session.context_of(self)
         if self.index == span.start:
             context.entered[span.start] = call.streams
-        if settled is not None:
-            return self.adapter.pack(self._grouped(context, call, settled, span))
-        decision = session.decide(self, call)
         if context.training is not None:
-            return self.adapter.pack(self._masked(context, call, decision, span))
-        return self.adapter.pack(self._grouped(context, call, session.plan(self, call, decision), span))
+            output = self._masked(context, call, session.decide(context, self, call), span)
+        else:
+            output = self._grouped(context, call, session.route(context, self, call), span)
+        return self.adapter.pack(output)
 
     def _grouped(self, context: StepContext, call: BlockCall, groups: Groups, span: range) -> Streams:
-        """Each group of rows its action; one that is everybody is not gathered. What is reused is added at a span's
-        end."""
+        """A generation: each group of rows its action; one that is everybody is not gathered."""
         if len(groups) == 1:
             ((action, rows),) = groups.items()
             return self._act(context, call, action, rows, span)
-        ends = self.index == span[-1]
         output = tuple(stream.clone() for stream in call.streams)
         for action, rows in groups.items():
-            if action > SKIPPED or (action == REUSED and ends):
+            if action > SKIPPED or (action == REUSED and self.index == span[-1]):
                 index = rows_index(rows, output[0].device)
                 found = self._act(context, self.adapter.take(call, index), action, rows, span)
                 for whole, part in zip(output, found, strict=True):
@@ -120,22 +120,17 @@ class ElasticBlock:
     def _act(
         self, context: StepContext, call: BlockCall, action: int, rows: Sequence[int], span: range
     ) -> Streams:
-        """One action for all rows of `call`, which are `rows` of the batch.
-
-        Rows that reuse pass a span unchanged, and get all that it adds at its end.
-        """
-        cache, ends = self.session.cache, self.index == span[-1]
-        if action == SKIPPED or (action == REUSED and not ends):
-            return call.streams
-        output = call.streams
-        if action != REUSED:
+        """One action for all rows of `call`, which are `rows` of the batch: run at a width, pass, or reuse. Rows that
+        reuse pass a span unchanged, and get all that it adds at its end."""
+        cache, output = self.session.cache, call.streams
+        if action > SKIPPED:
             output = self._run(partial(self.adapter.run, self.running().at(action - 1), call))
-        if cache is None or not ends:
+        if cache is None or action == SKIPPED or self.index != span[-1]:
             return output
-        key, when, entered = context.key(span.start), context.when.some(rows), _entered(context, rows, span)
+        key, moments, entered = context.key(span.start), context.moments(rows), _entered(context, rows, span)
         if action == REUSED:
-            return cache.apply(key, when, entered)
-        cache.store(key, when, entered, output)
+            return cache.apply(key, *moments, entered)
+        cache.store(key, *moments, entered, output)
         return output
 
     def _masked(self, context: StepContext, call: BlockCall, decision: RouteDecision, span: range) -> Streams:
@@ -156,7 +151,7 @@ class ElasticBlock:
             if len(rows) == 0:
                 if not training.lockstep:
                     return x
-                rows, weight = rows.new_zeros(1), weight.new_zeros(1)  # closed, and its gate learns nothing
+                rows, weight = rows.new_zeros(1), weight.new_zeros(1)  # skipped, and its gate learns nothing
         part = call if rows is None else self.adapter.take(call, rows)
         keep, keep_prob, width = decision.keep, decision.keep_prob, decision.hard_width()
         if rows is not None:
@@ -165,8 +160,8 @@ class ElasticBlock:
         y = self._run(partial(self._at_width, self.running() if context.rows else self.narrow, part, width))
         cache = self.session.cache
         if ends and cache is not None and context.rows and (ran := keep.nonzero()[:, 0].tolist()):
-            entered, when = _entered(context, ran, span), context.when.some(ran)
-            cache.store(context.key(span.start), when, entered, tuple(stream[keep] for stream in y))
+            entered, kept = _entered(context, ran, span), tuple(stream[keep] for stream in y)
+            cache.store(context.key(span.start), *context.moments(ran), entered, kept)
         if ends:
             base = x if rows is None else tuple(stream[rows] for stream in x)
             y = tuple(gated(*pair, keep, keep_prob, weight) for pair in zip(base, y, strict=True))
@@ -187,11 +182,11 @@ class ElasticBlock:
         if not context.rows or cache is None:
             return x
         key = context.key(span.start)
-        known = [row for row, age in enumerate(cache.ages(key, context.when)) if age]
+        known = [row for row, age in enumerate(cache.ages(key, context.slots, context.steps)) if age]
         if not known:
             return x
         index = torch.tensor(known, device=x[0].device)
-        found = cache.apply(key, context.when.some(known), tuple(stream[index] for stream in x))
+        found = cache.apply(key, *context.moments(known), tuple(stream[index] for stream in x))
         return tuple(whole.index_copy(0, index, part) for whole, part in zip(x, found, strict=True))
 
     def _at_width(self, blocks: NarrowBlocks, call: BlockCall, width: Tensor) -> Streams:
@@ -204,18 +199,6 @@ class ElasticBlock:
         if self.session.recompute and torch.is_grad_enabled():
             return checkpoint(block, use_reentrant=False, preserve_rng_state=False)
         return block()
-
-    def _recorded(self, call: BlockCall, span: range) -> Streams:
-        """The dense block, and at the end of a span a note of what it added."""
-        recorded, entered = self.session.recorded, self.session.entered
-        assert recorded is not None
-        if self.index == span.start:
-            entered[span.start] = call.streams
-        output = self.adapter.run(self.narrow.full, call)
-        if self.index == span[-1]:
-            added = zip(entered[span.start], output, strict=True)
-            recorded[span.start] = tuple((y - x).detach() for x, y in added)
-        return output
 
     # ------------------------------------------------------------------------------------- what it is made of
 
@@ -264,16 +247,3 @@ def _entered(context: StepContext, rows: Sequence[int], span: range) -> Streams:
         return streams
     index = rows_index(rows, streams[0].device)
     return tuple(stream[index] for stream in streams)
-
-
-def gated(x: Tensor, y: Tensor, keep: Tensor, keep_prob: Tensor, weight: Tensor | None = None) -> Tensor:
-    """x + g (y - x) with a straight-through gate g: x, y (B,L,D), keep (B,) bool, keep_prob (B,) -> (B,L,D).
-
-    Forward it is y or x bit for bit. Backward the gate gets <gradient, y - x>, times `weight` (B,) where
-    given.
-    """
-    taken = torch.where(keep[:, None, None], y, x)
-    slope = keep_prob - keep_prob.detach()
-    if weight is not None:
-        slope = slope * weight
-    return taken + slope.to(x.dtype)[:, None, None] * (y - x).detach()

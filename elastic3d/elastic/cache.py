@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule
-from elastic3d.elastic.context import Forecast, Moments, Streams
+from elastic3d.elastic.context import Forecast, Streams
 from elastic3d.elastic.family import Rows, rows_index
 
 Key = tuple[int, int]  # block, first branch of the batch
@@ -27,23 +27,40 @@ NEVER = -(1 << 30)  # a step so long ago that nothing of it lives
 class Bank:
     """What one block remembers of each row of its batch.
 
-    steps: when `newest` was computed, NEVER for a row without; `older` are the residuals before (None: none are kept),
-    computed at `before`.
+    steps: when `newest` was computed, NEVER for a row without; `older` are the residuals before, computed at `before`
+    (None: none are kept).
     """
 
     steps: list[int]
     before: list[int]
     newest: Streams
-    older: Streams | None = None
+    older: Streams | None
+
+    def enlarge(self, size: int) -> None:
+        """Make room for more rows."""
+        more = size - len(self.steps)
+        if more > 0:
+            self.steps, self.before = self.steps + [NEVER] * more, self.before + [NEVER] * more
+            self.newest = tuple(_padded(r, more) for r in self.newest)
+            self.older = None if self.older is None else tuple(_padded(r, more) for r in self.older)
 
 
 class ResidualCache:
-    """Banks, and the policy that says when a residual may stand in for a block. Rows are positions in the batch."""
+    """Banks, and the policy that says when a residual may stand in for a block.
 
-    def __init__(self, config: BlockCacheConfig, steps: int, forecast: Forecast | None = None) -> None:
-        """`forecast`: how residuals go on, where that is not along the damped line of `config`."""
+    Calls name the bank by its key, some of its rows in ascending order, and the sampling step of each.
+    """
+
+    def __init__(
+        self, config: BlockCacheConfig, times: Sequence[float], forecast: Forecast | None = None
+    ) -> None:
+        """`times` of the steps; `forecast`: how residuals go on, where that is not along the damped line of
+        `config`."""
         self.config, self.forecast = config, forecast
-        self.first_step = math.ceil(config.start * steps)
+        self.first_step = math.ceil(config.start * len(times))
+        self.dampings = [config.damping] * len(times)  # by the step that is forecast
+        if config.dampings:
+            self.dampings = np.interp(times, config.times, config.dampings).tolist()
         self._banks: dict[Key, Bank] = {}
 
     def __len__(self) -> int:
@@ -55,16 +72,13 @@ class ResidualCache:
         tensors = [t for bank in self._banks.values() for t in (*bank.newest, *(bank.older or ()))]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def ages(self, key: Key, when: Moments) -> list[int]:
+    def ages(self, key: Key, rows: Sequence[int], steps: Sequence[int]) -> list[int]:
         """Of each row: steps since the living residual was computed, 0 without one."""
-        bank = self._banks.get(key)
-        if bank is None:
-            return [0] * len(when.rows)
-        ages = (step - bank.steps[row] for row, step in zip(when.rows, when.steps, strict=True))
-        return [
-            age if age <= self.config.longest and step >= self.first_step else 0
-            for age, step in zip(ages, when.steps, strict=True)
-        ]
+        bank, ages = self._banks.get(key), []
+        for row, step in zip(rows, steps, strict=True):
+            age = step - bank.steps[row] if bank is not None and row < len(bank.steps) else 0
+            ages.append(age if age <= self.config.longest and step >= self.first_step else 0)
+        return ages
 
     def reuse(self, age: int, keep: bool, keep_prob: float, threshold: float) -> bool:
         """Whether a residual of this age stands in for a block: where it is skipped, or, with E-DiT's rule, where its
@@ -77,7 +91,7 @@ class ResidualCache:
             return True
         return self.config.rule is CacheRule.band and keep_prob <= threshold + self.config.band
 
-    def apply(self, key: Key, when: Moments, streams: Streams) -> Streams:
+    def apply(self, key: Key, rows: Sequence[int], steps: Sequence[int], streams: Streams) -> Streams:
         """Streams (k,L,D) of the rows with what stands in for their residuals added.
 
         These are what the forecast says; without one the newest ones and, with a damping, what is left of their
@@ -86,66 +100,61 @@ class ResidualCache:
         """
         bank = self._banks[key]
         if self.forecast is not None:
-            added = [self._forecast(bank, key[0], number, when) for number in range(len(streams))]
-            return tuple(x + r for x, r in zip(streams, added, strict=True))
-        slopes = [
-            self._slope(bank, *moment) for moment in zip(when.rows, when.steps, when.times, strict=True)
-        ]
-        newest = _take(bank.newest, when)
-        if bank.older is None or not any(slopes):
-            forecast = newest
-        else:
-            older, weight = _take(bank.older, when), _factor([1 + slope for slope in slopes], newest[0])
-            forecast = tuple(torch.lerp(old, new, weight) for old, new in zip(older, newest, strict=True))
-        return tuple(x + r for x, r in zip(streams, forecast, strict=True))
+            return self._forecast(bank, key[0], rows, steps, streams)
+        newest = _take(bank.newest, bank, rows)
+        slopes = [self._slope(bank, row, step) for row, step in zip(rows, steps, strict=True)]
+        if bank.older is not None and any(slopes):
+            older, weight = _take(bank.older, bank, rows), _factor([1 + slope for slope in slopes], newest[0])
+            newest = tuple(torch.lerp(old, new, weight) for old, new in zip(older, newest, strict=True))
+        return tuple(x + r for x, r in zip(streams, newest, strict=True))
 
-    def store(self, key: Key, when: Moments, inputs: Streams, outputs: Streams) -> None:
+    def store(
+        self, key: Key, rows: Sequence[int], steps: Sequence[int], inputs: Streams, outputs: Streams
+    ) -> None:
         """Keep outputs - inputs (each (k,L,D) a stream) of the rows, with their gradients."""
         found = tuple(y - x for x, y in zip(inputs, outputs, strict=True))
-        bank, whole = self._banks.get(key), len(when.rows) == when.count
+        bank = self._banks.get(key)
         if bank is None:
-            bank = self._banks[key] = _bank_of(found, len(when.rows), when.count)
-        elif whole:
-            bank.older, bank.newest = bank.newest, found
-        if not self.config.extrapolates:
-            bank.older = None
-        if not whole:
-            self._store_some(bank, when.rows, found)
-        for row, step in zip(when.rows, when.steps, strict=True):
+            nothing = tuple(r[:0] for r in found)
+            bank = self._banks[key] = Bank([], [], nothing, nothing if self.config.extrapolates else None)
+        bank.enlarge(rows[-1] + 1)
+        older = bank.newest
+        if len(rows) < len(bank.steps):  # tensors are made anew: gradients may need the old ones
+            index = rows_index(rows, found[0].device)
+            if bank.older is not None:
+                moved = zip(bank.older, bank.newest, strict=True)
+                older = tuple(_put(old, index, new[index]) for old, new in moved)
+            exchanged = zip(bank.newest, found, strict=True)
+            found = tuple(_put(whole, index, part) for whole, part in exchanged)
+        bank.newest, bank.older = found, older if self.config.extrapolates else None
+        for row, step in zip(rows, steps, strict=True):
             bank.before[row], bank.steps[row] = bank.steps[row], step
 
-    def _store_some(self, bank: Bank, rows: Sequence[int], found: Streams) -> None:
-        """Exchange some rows. Tensors are made anew: gradients may need the old ones."""
-        index = rows_index(rows, found[0].device)
-        if self.config.extrapolates:
-            older = bank.older or tuple(torch.zeros_like(r) for r in bank.newest)
-            moved = zip(older, bank.newest, strict=True)
-            bank.older = tuple(_put(old, index, new[index]) for old, new in moved)
-        exchanged = zip(bank.newest, found, strict=True)
-        bank.newest = tuple(_put(whole, index, part) for whole, part in exchanged)
-
-    def _forecast(self, bank: Bank, span: int, number: int, when: Moments) -> Tensor:
-        """What stands in for the residuals (k,L,D) of one stream."""
+    def _forecast(
+        self, bank: Bank, span: int, rows: Sequence[int], steps: Sequence[int], streams: Streams
+    ) -> Streams:
+        """Streams (k,L,D) with what the forecast puts in the place of their residuals."""
         assert self.forecast is not None
-        weights = []
-        for row, step in zip(when.rows, when.steps, strict=True):
-            before = bank.before[row] if bank.before[row] > NEVER else None
-            weights.append(self.forecast.weights(span, number, step, bank.steps[row], before))
-        of_newest, of_older = zip(*weights, strict=True)
-        (newest,) = _take(bank.newest[number : number + 1], when)
-        found = newest * _factor(of_newest, newest)
-        if bank.older is None or not any(of_older):
-            return found
-        (older,) = _take(bank.older[number : number + 1], when)
-        return found + older * _factor(of_older, older)
+        output, newest = [], _take(bank.newest, bank, rows)
+        for stream, (x, r) in enumerate(zip(streams, newest, strict=True)):
+            weights = []
+            for row, step in zip(rows, steps, strict=True):
+                before = bank.before[row] if bank.before[row] > NEVER else None
+                weights.append(self.forecast.weights(span, stream, step, bank.steps[row], before))
+            of_newest, of_older = zip(*weights, strict=True)
+            added = r * _factor(of_newest, r)
+            if bank.older is not None and any(of_older):
+                (old,) = _take(bank.older[stream : stream + 1], bank, rows)
+                added = added + old * _factor(of_older, old)
+            output.append(x + added)
+        return tuple(output)
 
-    def _slope(self, bank: Bank, row: int, step: int, time: float) -> float:
+    def _slope(self, bank: Bank, row: int, step: int) -> float:
         """How many times the change between a row's two residuals is added to the newest."""
-        gap, config = bank.steps[row] - bank.before[row], self.config
-        if not config.extrapolates or gap > config.longest + 1:
+        gap = bank.steps[row] - bank.before[row]
+        if not self.config.extrapolates or gap > self.config.longest + 1:
             return 0.0
-        damping = float(np.interp(time, config.times, config.dampings)) if config.dampings else config.damping
-        return damped_steps(step - bank.steps[row], damping) / gap
+        return damped_steps(step - bank.steps[row], self.dampings[step]) / gap
 
 
 def damped_steps(age: int, damping: float) -> float:
@@ -153,11 +162,9 @@ def damped_steps(age: int, damping: float) -> float:
     return float(age) if damping == 1 else damping * (1 - damping**age) / (1 - damping)
 
 
-def _bank_of(found: Streams, rows: int, count: int) -> Bank:
-    """A bank for `count` rows: of these residuals if they are of all, else of zeros."""
-    if rows < count:
-        found = tuple(r.new_zeros((count, *r.shape[1:])) for r in found)
-    return Bank([NEVER] * count, [NEVER] * count, found)
+def _padded(residuals: Tensor, more: int) -> Tensor:
+    """Residuals (B,L,D) and as many rows of zeros behind."""
+    return torch.cat([residuals, residuals.new_zeros((more, *residuals.shape[1:]))])
 
 
 def _put(whole: Tensor, index: Rows, part: Tensor) -> Tensor:
@@ -167,11 +174,11 @@ def _put(whole: Tensor, index: Rows, part: Tensor) -> Tensor:
     return whole
 
 
-def _take(streams: Streams, when: Moments) -> Streams:
+def _take(streams: Streams, bank: Bank, rows: Sequence[int]) -> Streams:
     """Some rows of a bank; all of them are not gathered."""
-    if len(when.rows) == when.count:
+    if len(rows) == len(bank.steps):
         return streams
-    index = rows_index(when.rows, streams[0].device)
+    index = rows_index(rows, streams[0].device)
     return tuple(stream[index] for stream in streams)
 
 

@@ -107,7 +107,7 @@ def has_routers(model: nn.Module) -> bool:
 def describe(model: nn.Module) -> dict[str, Any]:
     """What a calibration has to fit: the family, the number of blocks of each list, their width."""
     adapter = adapter_for(model)
-    lists = [(model.get_submodule(name), kind) for name, kind in adapter.block_lists(model)]
+    lists = [(model.get_submodule(name), kind) for name, kind in adapter.lists]
     width = lists[0][1].width(next(lists[0][0].children()))
     return {
         "family": adapter.family,
@@ -128,7 +128,7 @@ def series_of(model: nn.Module) -> set[Series]:
     """What a calibration has moments of: every stream of every list of blocks, by the number of its first block."""
     found: set[Series] = set()
     start = 0
-    for name, kind in adapter_for(model).block_lists(model):
+    for name, kind in adapter_for(model).lists:
         found |= {(start, number) for number in range(len(kind.stream_names))}
         start += len(list(model.get_submodule(name).children()))
     return found
@@ -271,7 +271,7 @@ def recorded(model: nn.Module) -> Iterator[Notes]:
     with session.recording() as residuals:
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            time = float(adapter.timestep(module, args, kwargs)[0])
+            time = float(adapter.timestep(args, kwargs)[0])
             added = {
                 (span, number): some(stream).flatten(1).float().cpu()
                 for span, streams in residuals.items()

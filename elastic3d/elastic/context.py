@@ -44,26 +44,6 @@ class Defer(Enum):
 
 
 @dataclass(frozen=True)
-class Moments:
-    """When rows are computed or wanted, and where the cache keeps them.
-
-    rows: their places in a bank of `count`; steps: the sampling step of each, times: its time in [0,1].
-    """
-
-    rows: list[int]
-    count: int
-    steps: list[int]
-    times: list[float]
-
-    def some(self, places: Sequence[int]) -> Moments:
-        """Those at some places of this list."""
-        if len(places) == len(self.rows):
-            return self
-        rows, steps = ([values[i] for i in places] for values in (self.rows, self.steps))
-        return Moments(rows, self.count, steps, [self.times[i] for i in places])
-
-
-@dataclass(frozen=True)
 class Training:
     """What a training pass is told besides; see `ElasticSession.train`."""
 
@@ -77,93 +57,59 @@ class Training:
 class StepContext:
     """One forward pass of the model: what it is told, then what its blocks decide and do.
 
-    t: time (B,) in [0,1]; dt: size of the sampling step; budget: in [0.3,1]; branch: 0 conditional, 1 unconditional;
-    each (B,) fp32. Rows of a generation are (branch, sample), each at its step; a training pass has none. The first
-    `conditional_rows` rows are those of one branch. `entered`: by its first block, what came into each span of blocks;
-    `settled`: blocks within a span, and the rows of each action, as its first block has settled it for them;
-    `deferred`: samples that should have run and wait. `decisions` are what is executed, `proposed` what the
-    routers of the blocks decided in a rollout.
+    dt: size of the sampling step; budget: in [0.3,1]; branch: 0 conditional, 1 unconditional; t: time in [0,1], which
+    the model itself is called with; each (B,) fp32. Of a generation, each row has its (branch, sample) in `rows`, its
+    step, and its slot in the cache; the rows of a training pass have none. The first `conditional_rows` rows are those
+    of one branch.
+
+    `ahead` is the decision of a step for all blocks, `groups` what follows from it or from that of a block;
+    `entered`: by its first block, what came into each span of blocks; `deferred`: samples that should have run and
+    wait; `decisions` are what is executed, `proposed` what the routers of the blocks decided in a rollout.
     """
 
-    t: Tensor
     dt: Tensor
     budget: Tensor
     branch: Tensor
-    rows: list[tuple[int, int]]
-    when: Moments
     conditional_rows: int
+    rows: list[tuple[int, int]] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
     defer: Defer = Defer.never
     training: Training | None = None
+    t: Tensor = field(default_factory=lambda: torch.empty(0))
+    waiting: bool = True  # for the call of the model
     modulation: Tensor | None = None
     ahead: RouteDecision | None = None
-    actions: list[int] | None = None
-    settled: tuple[range, Groups] | None = None
+    groups: Groups | None = None
+    visited: set[int] = field(default_factory=set)
     deferred: set[int] = field(default_factory=set)
     entered: dict[int, Streams] = field(default_factory=dict)
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
     proposed: dict[int, RouteDecision] = field(default_factory=dict)
     flops: dict[int, BlockFlops] = field(default_factory=dict)
     ran_rows: dict[int, int] = field(default_factory=dict)
-    visited: set[int] = field(default_factory=set)
+
+    def follow(self, before: StepContext | None) -> None:
+        """Take the decision of the pass before, where that is the other branch of the same steps."""
+        if before is not None and before.steps == self.steps:
+            self.ahead = before.ahead
+
+    def called(self, t: Tensor) -> None:
+        """The model is called at times t (B,). ValueError where its batch is another than what was announced."""
+        self.t, self.waiting = t.float(), False
+        for name in ("dt", "budget", "branch"):
+            value = getattr(self, name).float().to(t.device)
+            if value.shape != t.shape:
+                raise ValueError(f"a batch of {len(t)}, but {len(value)} values of {name}")
+            setattr(self, name, value)
 
     def key(self, span: int) -> tuple[int, int]:
         """Where the cache keeps what a span of blocks, by its first one, remembers of these rows."""
         return span, self.rows[0][0]
 
-
-@dataclass(frozen=True)
-class Announced:
-    """All of a `StepContext` but the times, which the model is given; see `ElasticSession.step` and `train`.
-
-    Of a generation: `samples` of all `total` take part, and the cache keeps what `room` branches add; `times` are
-    theirs, where they are known without reading them from the device.
-    """
-
-    dt: Tensor | Sequence[float]
-    budget: Tensor
-    branches: Sequence[int] | Tensor
-    samples: Sequence[int] = ()
-    steps: Sequence[int] = ()
-    total: int = 0
-    defer: Defer = Defer.never
-    room: int = 1
-    training: Training | None = None
-    conditional_rows: int = 0
-    times: Sequence[float] = ()
-
-    def at(self, t: Tensor, timed: bool = False) -> StepContext:
-        """The pass at times t (B,), which the cache gets to know where it is `timed`.
-
-        Raises ValueError where its batch is another than what was announced.
-        """
-        rows: list[tuple[int, int]] = []
-        copies, when, branch = 1, Moments([], 0, [], []), self.branches
-        if not isinstance(branch, Tensor):
-            copies = len(branch)
-            rows = [(int(each), sample) for each in branch for sample in self.samples]
-            places = [(each - rows[0][0]) * self.total + sample for each, sample in rows]
-            times = [0.0] * len(rows)
-            if timed:
-                times = list(self.times) * copies or t.tolist()
-            when = Moments(places, max(copies, self.room) * self.total, list(self.steps) * copies, times)
-            branch = torch.tensor([float(each) for each, _ in rows])
-        values = {"dt": torch.as_tensor(self.dt).repeat(copies), "budget": self.budget.repeat(copies)}
-        values = {name: value.float().to(t.device) for name, value in (values | {"branch": branch}).items()}
-        B = t.shape[0]
-        for name, value in values.items():
-            if value.shape != (B,):
-                raise ValueError(f"a batch of {B}, but {value.shape[0]} values of {name}")
-        conditional_rows = self.conditional_rows or len(self.samples) or B
-        told = (values["dt"], values["budget"], values["branch"])
-        return StepContext(
-            t.float(),
-            *told,
-            rows=rows,
-            when=when,
-            conditional_rows=conditional_rows,
-            defer=self.defer,
-            training=self.training,
-        )
+    def moments(self, rows: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Of some rows, their slots in the cache and their steps."""
+        return [self.slots[row] for row in rows], [self.steps[row] for row in rows]
 
 
 class Forecast(Protocol):
@@ -217,14 +163,6 @@ class Turn:
 
     def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
         return Turn, ()
-
-
-def grouped(actions: Sequence[int]) -> Groups:
-    """The rows of each action, in the order in which actions appear."""
-    groups: Groups = {}
-    for row, action in enumerate(actions):
-        groups.setdefault(action, []).append(row)
-    return groups
 
 
 def one_each(value: Sequence[T] | T, count: int, what: str) -> list[T]:

@@ -34,7 +34,7 @@ def block_flops(model: nn.Module, adapter: ModelAdapter, lengths: Sequence[int])
     Reads shapes alone: the model may lie on the meta device. A block of one stream sees all tokens.
     """
     found = []
-    for name, block_adapter in adapter.block_lists(model):
+    for name, block_adapter in adapter.lists:
         streams = len(block_adapter.stream_names)
         own = lengths if streams == len(lengths) else [sum(lengths)]
         found += [block_adapter.flops(block, own) for block in model.get_submodule(name).children()]

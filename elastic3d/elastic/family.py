@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,22 +65,6 @@ class BlockCall:
         return tuple(stream.shape[1] for stream in self.streams)
 
 
-class ModelAdapter(Protocol):
-    """One family of models: which modules are its blocks, and how its forward pass is told the time."""
-
-    family: str
-
-    def block_lists(self, model: nn.Module) -> tuple[tuple[str, BlockAdapter], ...]:
-        """Dotted names of the model's `nn.ModuleList`s of blocks in order of execution, each with its
-        adapter."""
-        ...
-
-    def timestep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The time (B,) in [0, 1], one value per batch row, from the arguments of the model's forward
-        pass."""
-        ...
-
-
 class BlockAdapter(ABC):
     """One kind of block. Most of it follows from the names in the signature of the block's `forward`.
 
@@ -123,7 +107,10 @@ class BlockAdapter(ABC):
 
     def run(self, forward: Callable[..., Any], call: BlockCall) -> tuple[Tensor, ...]:
         """Run the block; its output streams in the order of `stream_names`."""
-        output = forward(**call.arguments)
+        return self.unpack(forward(**call.arguments))
+
+    def unpack(self, output: Any) -> tuple[Tensor, ...]:
+        """What the block returns as streams."""
         if self.returns is None:
             return (output,)
         by_name = dict(zip(self.returns, output, strict=True))
@@ -147,6 +134,27 @@ class BlockAdapter(ABC):
     @abstractmethod
     def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
         """FLOPs of one sample with `lengths` tokens in each stream."""
+
+
+@dataclass(frozen=True)
+class ModelAdapter:
+    """One family of models: which modules are its blocks, and how its forward pass is told the time.
+
+    `lists`: dotted names of the model's `nn.ModuleList`s of blocks in order of execution, each with its adapter;
+    `time`: the argument with the time (B,) in [0,1], at a `position` among all; `noise_at_one`: it runs as in
+    diffusers, from 1 to 0.
+    """
+
+    family: str
+    lists: tuple[tuple[str, BlockAdapter], ...]
+    time: str
+    position: int
+    noise_at_one: bool = False
+
+    def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The time (B,), 0 = noise, one value per batch row, from the arguments of the model's forward pass."""
+        t = kwargs[self.time] if self.time in kwargs else args[self.position]
+        return 1 - t.float() if self.noise_at_one else t
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Losses of router training: the executed budget, E-DiT's own variant, distillation."""
+"""Losses of router training: the executed budget, and E-DiT's own variant."""
 
 from __future__ import annotations
 
@@ -55,9 +55,3 @@ def paper_loss(
     open_ratio = (expected * keep).sum() / keep.sum().clamp_min(1)
     width = (open_ratio - rho_width).square() * (keep.sum() > 0)
     return (gates.mean() - rho_gate).square() + width
-
-
-def distillation_loss(elastic: Tensor, dense: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared difference of two velocities (B,N,C), each sample times `weight` (B,) where given."""
-    each = (elastic - dense.detach()).square().flatten(1).mean(dim=1)
-    return each.mean() if weight is None else (each * weight).mean()

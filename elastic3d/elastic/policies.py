@@ -16,7 +16,7 @@ from torch import Tensor
 from elastic3d.elastic.context import StepContext
 from elastic3d.elastic.family import BlockFlops
 from elastic3d.elastic.router import RouteDecision
-from elastic3d.elastic.trace import NOT_RUN, SKIPPED, Trace
+from elastic3d.elastic.trace import NOT_RUN, SKIPPED
 
 
 class TableRoutes:
@@ -38,11 +38,6 @@ class TableRoutes:
         self.actions, self.widths = actions.long(), widths
         self.alike = bool((actions == actions[..., :1]).all())
 
-    @staticmethod
-    def from_trace(trace: Trace) -> TableRoutes:
-        """The routes of a generation; reused residuals and passes that did not run count as skipped."""
-        return TableRoutes(trace.actions.clamp_min(SKIPPED), len(trace.ratios))
-
     def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> None:
         """A table is the same in every generation."""
 
@@ -53,7 +48,7 @@ class TableRoutes:
             self.actions[
                 step if steps > 1 else 0, branch if branches > 1 else 0, sample if samples > 1 else 0, block
             ]
-            for step, (branch, sample) in zip(context.when.steps, context.rows, strict=True)
+            for step, (branch, sample) in zip(context.steps, context.rows, strict=True)
         ]
         actions = torch.stack(picked).to(context.t.device)
         return RouteDecision.fixed(actions > 0, (actions - 1).clamp_min(0), self.widths)

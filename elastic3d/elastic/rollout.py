@@ -43,7 +43,7 @@ class Rollout:
     def settle(self, context: StepContext, block: int, proposed: RouteDecision) -> RouteDecision:
         """The route of every row through a block: forced, drawn, or what its router decides."""
         branch, sample = torch.tensor(context.rows, device=self.routes.device).T
-        step = torch.tensor(context.when.steps, device=self.routes.device)
+        step = torch.tensor(context.steps, device=self.routes.device)
         context.proposed.setdefault(block, proposed)
         keep, width = proposed.keep, proposed.width
         if self.dice is not None:
@@ -68,7 +68,7 @@ class Rollout:
         """(S,2) bool: the branches that ran at each step."""
         found = torch.zeros(self.routes.shape[1:3], dtype=torch.bool)
         for context in self.passes:
-            for step, (branch, _) in zip(context.when.steps, context.rows, strict=True):
+            for step, (branch, _) in zip(context.steps, context.rows, strict=True):
                 found[step, branch] = True
         return found.to(self.budget.device)
 
@@ -116,7 +116,7 @@ class Rollout:
         for context, decisions in zip(self.passes, by_pass, strict=True):
             whole = RouteDecision.stacked([decisions[index] for index in range(I)], dim=1)  # (rows, I)
             for start in range(0, len(context.rows), B):
-                branch, step = context.rows[start][0], context.when.steps[start]
+                branch, step = context.rows[start][0], context.steps[start]
                 cells[step][branch] = whole.rows(slice(start, start + B))
         return RouteDecision.stacked([RouteDecision.stacked(pair, dim=1) for pair in cells], dim=1)
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from elastic3d.elastic.config import RouterConfig, RouterVariant, Scope
-from elastic3d.elastic.context import StepContext
+from elastic3d.elastic.context import StepContext, Streams
 
 _TIME_OCTAVES, _BUDGET_OCTAVES = 4, 3
 _FEATURES = (1 + 2 * _TIME_OCTAVES) + 3 + (1 + 2 * _BUDGET_OCTAVES) + 1
@@ -132,33 +131,11 @@ def _octaves(x: Tensor, count: int) -> Tensor:
     return torch.cat([x[:, None], angles.sin(), angles.cos()], dim=-1)
 
 
-class Tokens:
-    """Token streams, each (B,L,D); `pooled` is computed once, for however many routers."""
-
-    def __init__(self, streams: tuple[Tensor, ...]) -> None:
-        self.streams = streams
-
-    @cached_property
-    def pooled(self) -> Tensor:
-        """(B, streams * D) fp32: LayerNorm of each stream's mean token. (A norm of every token costs eight times as
-        much.)"""
-        means = [stream.mean(dim=1).float() for stream in self.streams]
-        return torch.cat([F.layer_norm(mean, mean.shape[-1:]) for mean in means], dim=-1)
-
-
-@dataclass(frozen=True)
-class RouterInput:
-    """What a router may look at.
-
-    The block's input tokens, its modulation vector (B,D), the conditioner's output for this block (B, 2 H_r + 1 + K),
-    None in the paper's variant, and the age (B,) long in steps of what the block would add if it were closed (0:
-    nothing), None where routers are not told.
-    """
-
-    tokens: Tokens
-    conditioning: Tensor
-    modulation: Tensor | None = None
-    age: Tensor | None = None
+def pooled(streams: Streams) -> Tensor:
+    """Token streams (B,L,D) -> (B, streams * D) fp32: LayerNorm of each stream's mean token. (A norm of every token
+    costs eight times as much.)"""
+    means = [stream.mean(dim=1).float() for stream in streams]
+    return torch.cat([F.layer_norm(mean, mean.shape[-1:]) for mean in means], dim=-1)
 
 
 class Conditioner(nn.Module):
@@ -187,18 +164,16 @@ class LightRouter(nn.Module):
         self.trunk = nn.Linear(streams * width, config.hidden)
         self.heads = nn.Linear(config.hidden, 1 + config.widths)
         _initialise_heads(self.heads, config)
-        self.age = None
-        if config.longest:
-            self.age = _age_embedding(config)
+        self.age = _age_embedding(config) if config.longest else None
 
-    def forward(self, given: RouterInput) -> Tensor:
-        """-> logits (B, 1 + K)."""
-        modulation = given.modulation
-        assert modulation is not None
+    def forward(
+        self, streams: Streams, conditioning: Tensor, modulation: Tensor, age: Tensor | None
+    ) -> Tensor:
+        """A block's input tokens, the conditioner's output for it (B, 2 H_r + 1 + K), and the age (B,) long in steps of
+        what the block would add if it were skipped (0: nothing) -> logits (B, 1 + K)."""
         if self.age is not None:
-            assert given.age is not None
-            modulation = modulation + self.age(given.age)
-        hidden = self.trunk(given.tokens.pooled.to(self.trunk.weight.dtype))
+            modulation = modulation + self.age(age)
+        hidden = self.trunk(pooled(streams).to(self.trunk.weight.dtype))
         H, K1 = self.trunk.out_features, self.heads.out_features
         scale, shift, offset = modulation.split([H, H, K1], dim=-1)
         return self.heads(F.silu(torch.addcmul(shift, hidden, 1 + scale))) + offset
@@ -221,11 +196,11 @@ class PaperRouter(nn.Module):
         nn.init.zeros_(self.modulation.bias)
         _initialise_heads(self.heads, config)
 
-    def forward(self, given: RouterInput) -> Tensor:
-        """-> logits (B, 1 + K), each head's mean over the tokens."""
+    def forward(self, streams: Streams, conditioning: Tensor, modulation: None, age: None) -> Tensor:
+        """A block's input tokens and modulation vector (B,D) -> logits (B, 1 + K), each head's mean over the tokens."""
         dtype = self.trunk.weight.dtype
-        x = torch.cat(given.tokens.streams, dim=1).to(dtype)
-        shift, scale = self.modulation(F.silu(given.conditioning.to(dtype)))[:, None].chunk(2, dim=-1)
+        x = torch.cat(streams, dim=1).to(dtype)
+        shift, scale = self.modulation(F.silu(conditioning.to(dtype)))[:, None].chunk(2, dim=-1)
         x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
         return self.heads(F.relu(self.trunk(x)).mean(dim=1))  # the head is linear: it commutes with the mean
 
@@ -251,18 +226,13 @@ def build_conditioner(config: RouterConfig, blocks: int) -> Conditioner | None:
     return Conditioner(config, blocks) if config.variant is RouterVariant.light else None
 
 
-def decides_per_step(config: RouterConfig) -> bool:
-    """Whether all decisions of a step are taken at the first block."""
-    return config.scope is Scope.step
-
-
 def _age_embedding(config: RouterConfig) -> nn.Embedding:
     """A modulation for each age. At the start it moves the gate alone, and only where one decision holds for all
     blocks: the older, the more open."""
     longest = config.longest
     embedding = nn.Embedding(longest + 1, 2 * config.hidden + 1 + config.widths)
     nn.init.zeros_(embedding.weight)
-    if decides_per_step(config):
+    if config.scope is Scope.step:
         with torch.no_grad():
             embedding.weight[1:, 2 * config.hidden] = torch.arange(longest) - (longest - 1) / 2
     return embedding

@@ -1,23 +1,25 @@
 """The session: the state of a generation, and who decides in it. Owns the caches and the trace; there is no global.
 
 A sampler says `begin(samples, steps)` once, `step(i, dt)` before each forward pass, and `end()` however it ends; a
-training loop says `train(...)` before each forward pass. A pass that nobody announced is an error.
+training loop says `train(...)` before each forward pass. A pass that nobody announced is an error. In a pass each block
+asks `decide`, and in a generation `route`, what to do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from elastic3d.elastic.cache import ResidualCache, Residuals, SimulatedCache
-from elastic3d.elastic.config import BlockCacheConfig, Branches, CacheRule, ElasticConfig, RouterConfig
+from elastic3d.elastic.compiling import stays_eager
+from elastic3d.elastic.config import Branches, CacheRule, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import (
     BOTH_BRANCHES,
-    Announced,
     Branch,
     Defer,
     Driver,
@@ -27,20 +29,12 @@ from elastic3d.elastic.context import (
     Streams,
     Training,
     Turn,
-    grouped,
     one_each,
 )
-from elastic3d.elastic.family import BlockCall
+from elastic3d.elastic.family import BlockCall, ModelAdapter
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.rollout import Rollout
-from elastic3d.elastic.router import (
-    Conditioner,
-    RouteDecision,
-    RouterInput,
-    Tokens,
-    decides_per_step,
-    interpolated,
-)
+from elastic3d.elastic.router import Conditioner, RouteDecision, interpolated
 from elastic3d.elastic.trace import REUSED, SKIPPED, Trace
 
 if TYPE_CHECKING:
@@ -56,15 +50,14 @@ class ElasticSession:
 
     Public attributes: `settings`, changed between generations; `source`, None where the routers decide; `driver`,
     which calls `begin` and `step` for a pass that nobody announced; `turn`, held by who generates; `trace` of the
-    newest generation; `current`, the newest forward pass, whose `decisions` the losses read; `recorded`, what the spans
-    of a dense pass add, while somebody asks for it; `coarseness` of a generation that uses the few-step LoRA, or
-    None; `rollout`, from which routers learn while it is generated; `recompute`: blocks keep no activations for the
-    backward pass of a generation, but run again there (activation checkpointing).
+    newest generation; `current`, the newest forward pass, whose `decisions` the losses read; `coarseness` of a
+    generation that uses the few-step LoRA, or None; `rollout`, from which routers learn while it is generated;
+    `recompute`: blocks keep no activations for the backward pass of a generation, but run again there (activation
+    checkpointing).
     """
 
-    def __init__(self, router_config: RouterConfig, family: str) -> None:
-        self.router_config = router_config
-        self.family = family
+    def __init__(self, router_config: RouterConfig, adapter: ModelAdapter) -> None:
+        self.router_config, self.adapter = router_config, adapter
         self.settings = ElasticConfig()
         self.source: RouteSource | None = None
         self.driver: Driver | None = None
@@ -74,27 +67,20 @@ class ElasticSession:
         self.trace: Trace | None = None
         self.cache: ResidualCache | None = None
         self.current: StepContext | None = None
-        self.recorded: Residuals | None = None
-        self.entered: dict[int, Streams] = {}  # while recording
         self.samples = self._steps = 0
-        self._times: list[float] = []
-        self._budget: Tensor = torch.ones(0)
+        self._budget = torch.ones(0)
         self.coarseness: float | None = None
         self.rollout: Rollout | None = None
         self.recompute = False
-        self._led: tuple[list[int], RouteDecision] | None = None
-        self._announced: Announced | None = None
+        self.entered: dict[int, Streams] = {}  # while recording
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """Every router, update and what they share, by name."""
-        found: dict[str, nn.Module] = {}
-        for what in ("router", "few_step"):
-            for block in self.blocks:
-                part = getattr(block, what)
-                if part is not None:
-                    found[f"{block.name}.{what}"] = part
-        return found | ({"conditioner": self.conditioner} if self.conditioner is not None else {})
+        """Every router, few-step LoRA and what they share, by name."""
+        found: dict[str, nn.Module | None] = {f"{block.name}.router": block.router for block in self.blocks}
+        found |= {f"{block.name}.few_step": block.few_step for block in self.blocks}
+        found["conditioner"] = self.conditioner
+        return {name: part for name, part in found.items() if part is not None}
 
     # ------------------------------------------------------------------------------------- told from outside
 
@@ -104,33 +90,28 @@ class ElasticSession:
         """A new generation, of steps at `times`: caches and trace start empty. `guidance`: that of a second branch."""
         if samples < 1 or steps < 1:
             raise ValueError(f"a generation of {samples} samples in {steps} steps, expected at least 1 and 1")
-        if budget is None and self.rollout is not None:
-            budget = cast(list[float], self.rollout.budget.tolist())
-        budgets = one_each(self.settings.budget if budget is None else budget, samples, "budgets")
+        if budget is None:
+            budget = self.settings.budget if self.rollout is None else list(self.rollout.budget.tolist())
+        budgets, config = one_each(budget, samples, "budgets"), self.router_config
         if self.settings.elastic and self.source is None:
-            self.router_config.check_generation(steps, guidance, self.settings.few_step)
-        self.samples, self._steps, self._times = samples, steps, list(times)
-        self.coarsen(steps, sum(budgets) / samples, guidance, times)
-        share = self.router_config.guided_share(times) if self.guided else 1.0
-        self._budget = torch.tensor([self.router_config.calibrated(each, share) for each in budgets])
-        self.trace = Trace(
-            [b.name for b in self.blocks], self.router_config.ratios, steps, samples, self.guided
-        )
-        cache, forecast = self.reuse, None
-        if self.source is not None:
-            forecast = self.source.begin(steps, times, budgets)
-        elif self.router_config.longest and not cache.skipped_reuse:
-            raise ValueError("cache.skipped_reuse is false, expected true: routers were trained to reuse")
-        self.cache = ResidualCache(cache, steps, forecast) if cache.active else None
-        self._forget()
-
-    def coarsen(self, steps: int, budget: float, guidance: Scale, times: Times = ()) -> None:
-        """Say how coarse a generation to come is: the few-step LoRA is scaled for that."""
-        config, wanted = self.router_config, self.settings.few_step and self.settings.elastic
-        nfe = (steps, budget, guidance, config.guided_share(times))
-        self.coarseness = coarseness(config, *nfe) if wanted else None
+            config.check_generation(steps, guidance, self.settings.few_step)
+        self.samples, self._steps, share = samples, steps, config.guided_share(times)
+        self.coarseness = None
+        if self.settings.elastic and self.settings.few_step:
+            self.coarseness = coarseness(config, steps, sum(budgets) / samples, guidance, share)
         for block in self.blocks:
             block.refresh(self.coarseness)
+        whole = share if self.guided else 1.0
+        self._budget = torch.tensor([config.calibrated(each, whole) for each in budgets])
+        self.trace = Trace([b.name for b in self.blocks], config.ratios, steps, samples, self.guided)
+        forecast, reuse = None, self.settings.cache or config.cache()
+        if self.source is not None:
+            forecast = self.source.begin(steps, times, budgets)
+        elif config.longest and not reuse.skipped_reuse:
+            raise ValueError("cache.skipped_reuse is false, expected true: routers were trained to reuse")
+        self.end()
+        if reuse.active:
+            self.cache = ResidualCache(reuse, times or [i / steps for i in range(steps)], forecast)
 
     @property
     def guided(self) -> bool:
@@ -141,11 +122,6 @@ class ElasticSession:
         """Whether the conditional branch is enough at a time in [0,1]."""
         return self.guided and not self.router_config.guided_at(t)
 
-    @property
-    def reuse(self) -> BlockCacheConfig:
-        """The cache of a generation: that of the settings, or the one that the routers were trained with."""
-        return self.settings.cache or self.router_config.cache()
-
     def step(
         self,
         index: int | Sequence[int],
@@ -153,38 +129,36 @@ class ElasticSession:
         branches: Sequence[int] = BOTH_BRANCHES,
         samples: Sequence[int] | None = None,
         defer: Defer = Defer.never,
-        room: int = 1,
     ) -> None:
         """The next forward pass is sampling step `index` of size `dt`, for each branch the samples in order.
 
         Branches that run one after the other announce themselves one after the other. `samples`: those that take part,
         ascending, None for all; each may be at a step of its own then. Those that are deferred pass the blocks.
-        `room`: of how many branches the cache keeps what these add; more than now where others join at some steps.
         """
         if not self.samples:
             raise ValueError("a step without a generation: call session.begin(samples, steps) first")
         samples = range(self.samples) if samples is None else samples
-        steps = one_each(index, len(samples), "steps")
+        steps, copies = one_each(index, len(samples), "steps"), len(branches)
         for step in steps:
             if not 0 <= step < self._steps:
                 raise ValueError(f"step {step} of a generation of {self._steps} steps")
         if defer is not Defer.never and not self.defers:
             raise ValueError(f"defer is {defer.name}, expected never: blocks or samples do not decide so")
-        dts, budgets = one_each(dt, len(samples), "step sizes"), self._budget[list(samples)]
-        training = Training() if self.rollout is not None and self.rollout.straight else None
-        times = [self._times[step] for step in steps] if len(self._times) == self._steps else []
-        self._announced = Announced(
-            dts,
-            budgets,
-            branches,
-            samples,
-            steps,
-            self.samples,
-            defer,
-            room=room,
-            training=training,
-            times=times,
+        rows = [(int(branch), sample) for branch in branches for sample in samples]
+        context = StepContext(
+            dt=torch.tensor(one_each(dt, len(samples), "step sizes") * copies),
+            budget=self._budget[list(samples)].repeat(copies),
+            branch=torch.tensor([float(branch) for branch, _ in rows]),
+            conditional_rows=len(samples),
+            rows=rows,
+            steps=steps * copies,
+            slots=[(branch - rows[0][0]) * self.samples + sample for branch, sample in rows],
+            defer=defer,
+            training=Training() if self.rollout is not None and self.rollout.straight else None,
         )
+        if self.router_config.branches is Branches.shared and rows[0][0] != Branch.conditional:
+            context.follow(self.current)
+        self.current = context
 
     def train(
         self,
@@ -202,7 +176,7 @@ class ElasticSession:
         dt, budget, branch: (B,). By default every block runs for every row, so that skipped gates get a gradient too.
         `explored` (B,I) bool says for which rows a skipped block runs; for the others it is really skipped. The
         gradients of explored skipped gates are weighted up by the share that is explored. With `lockstep` a block that
-        no row needs runs all the same, to no effect: other processes may wait for its weights or gradients. Closed
+        no row needs runs all the same, to no effect: other processes may wait for its weights or gradients. Skipped
         blocks add what they `simulated`, which stands for a cache. With `skipped` no block runs, whatever the routers
         decide; their decisions are recorded all the same. `conditional_rows`: so many rows of the conditional
         branch come first, and the same samples' other branch after them, in the same order; 0: every row is for itself.
@@ -211,15 +185,11 @@ class ElasticSession:
         if explored is not None and explored.shape != expected:
             raise ValueError(f"explored is {tuple(explored.shape)}, expected {expected}")
         training = Training(explored, lockstep, simulated, skipped)
-        self._announced = Announced(dt, budget, branch, training=training, conditional_rows=conditional_rows)
+        self.current = StepContext(dt, budget, branch, conditional_rows or len(budget), training=training)
 
     def end(self) -> None:
         """Free the caches; the trace stays."""
-        self.cache = None
-        self._forget()
-
-    def _forget(self) -> None:
-        self.current = self._announced = self._led = None
+        self.cache = self.current = None
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -233,7 +203,7 @@ class ElasticSession:
     @contextmanager
     def learning(self, rollout: Rollout) -> Iterator[None]:
         """While it lasts, a generation is a rollout: its budgets and routes are taken, its decisions noted there."""
-        if decides_per_step(self.router_config):
+        if self.router_config.scope is Scope.step:
             raise ValueError("scope is step, expected block: in a rollout each block decides for itself")
         self.rollout = rollout
         try:
@@ -243,13 +213,27 @@ class ElasticSession:
 
     @contextmanager
     def recording(self) -> Iterator[Residuals]:
-        """While it lasts, the model is the dense one, and what each block adds to its streams is noted."""
-        self.recorded = {}
-        try:
-            with self.dense():
-                yield self.recorded
-        finally:
-            self.recorded, self.entered = None, {}
+        """While it lasts, the model is the dense one, and what each span of blocks adds to its streams is noted."""
+        residuals: Residuals = {}
+
+        def first(block: ElasticBlock, inner: nn.Module, args: Any, kwargs: Any) -> None:
+            self.entered[block.index] = block.adapter.bind(inner, args, kwargs).streams
+
+        def last(block: ElasticBlock, inner: nn.Module, args: Any, output: Any) -> None:
+            start, streams = self.span(block).start, block.adapter.unpack(output)
+            added = zip(self.entered[start], streams, strict=True)
+            residuals[start] = tuple((y - x).detach() for x, y in added)
+
+        with self.dense(), ExitStack() as hooks:
+            hooks.callback(self.entered.clear)
+            for block in self.blocks:
+                span = self.span(block)
+                if block.index == span.start:
+                    hook = block.inner.register_forward_pre_hook(partial(first, block), with_kwargs=True)
+                    hooks.callback(hook.remove)
+                if block.index == span[-1]:
+                    hooks.callback(block.inner.register_forward_hook(partial(last, block)).remove)
+            yield residuals
 
     def forget(self) -> None:
         """Drop copies of the blocks: the model moves to another device."""
@@ -258,114 +242,125 @@ class ElasticSession:
 
     # ------------------------------------------------------------------------------------ called by the model
 
+    @stays_eager
+    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the model."""
+        if self.settings.elastic:
+            self.enter(self.adapter.timestep(args, kwargs))
+
     def enter(self, t: Tensor) -> None:
         """A forward pass of the model starts, at times t (B,)."""
-        if not self.settings.elastic:
-            return
-        if self._announced is None and self.driver is not None:
+        if self.driver is not None and (self.current is None or not self.current.waiting):
             self.driver.announce(t)
-        if self._announced is None:
+        context = self.current
+        if context is None or not context.waiting:
             raise ValueError("a forward pass that nobody announced: call session.step or session.train first")
-        told, self._announced = self._announced, None
-        self._follow(t.device)
-        self.current = context = told.at(t, self.cache is not None and bool(self.cache.config.times))
+        for part in self.parts.values():  # no part of the model: they go where it is
+            if next(part.parameters()).device != t.device:
+                part.to(t.device)
+        context.called(t)
         if self.rollout is not None:
             self.rollout.passes.append(context)
-        if (
-            context.training is not None and self.conditioner is not None
-        ):  # not in a block that may be recomputed
+        if self.conditioner is not None and self.source is None and context.ahead is None:
             context.modulation = self.conditioner(context)
 
-    def _follow(self, device: torch.device) -> None:
-        """Routers are no part of the model: they go where it is."""
-        for part in self.parts.values():
-            if next(part.parameters()).device != device:
-                part.to(device)
-
-    def context_of(self, block: ElasticBlock) -> StepContext:
-        """The pass that a block is called in."""
-        if self.current is None:
+    def visit(self, block: ElasticBlock) -> StepContext:
+        """The pass that a block is called in: once, unless it is called again for the backward pass."""
+        context = self.current
+        if context is None or context.waiting:
             raise ValueError(f"block {block.name} was called outside a forward pass of its model")
-        return self.current
-
-    def decide(self, block: ElasticBlock, call: BlockCall) -> RouteDecision:
-        """The route of every row through `block`: from the source, from the one decision of this step, or from its
-        router. Where one decision holds for all blocks, rows with nothing to go on with run: to skip all is no step."""
-        context = self.context_of(block)
-        if block.index in context.visited and not torch.is_grad_enabled():  # with gradients: recomputation
+        if block.index in context.visited and not torch.is_grad_enabled():
             raise ValueError(f"block {block.name} was called twice in one forward pass")
         context.visited.add(block.index)
+        return context
+
+    def route(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> Groups:
+        """The rows of each action of a block in a generation. The first block of a span settles it for all of them, and
+        where it is the first of the model too, for all spans: then a pass waits for the device only here."""
+        trace, span = self.trace, self.span(block)
+        assert trace is not None
+        if block.index == span.start:
+            if context.groups is None or not self.alike:
+                context.groups = self._groups(context, self.decide(context, block, call), span)
+            for action, rows in context.groups.items():
+                trace.record([(context.steps[row], *context.rows[row]) for row in rows], span, action)
+            if block.index not in trace.flops:
+                for each in self.blocks[span.start : span.stop]:
+                    trace.flops[each.index] = each.flops(call.lengths)
+                    trace.router_flops[each.index] = each.router.flops(call.lengths) if each.router else 0
+        assert context.groups is not None
+        return context.groups
+
+    def decide(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
+        """The route of every row through a block: from the source, from the one decision of this step, or from its
+        router. Where one decision holds for all blocks, rows with nothing to go on with run: to skip all is no step."""
+        once = self.router_config.scope is Scope.step
         if self.source is not None:
             decision = self.source.decide(context, block.index)
-        elif not decides_per_step(self.router_config):
-            decision = self._decision(context, self._logits(context, block, call, slice(None)))
+        elif context.ahead is not None and (block.index > 0 or context.rows):
+            decision = context.ahead
+        else:  # the first block decides again where its activations are recomputed
+            decision = self._ask(context, block, call)
             if self.rollout is not None:
                 decision = self.rollout.settle(context, block.index, decision)
-        else:
-            if context.ahead is None or block.index == 0:  # at the first block, also when it is recomputed
-                context.ahead = self._decide_ahead(context, block, call)
-            decision = context.ahead
-        if decides_per_step(self.router_config) and (context.training is not None or self.cache is not None):
-            age = self._age(block)
-            if age is not None:
-                decision = decision.running(age == 0)
-        decision = decision if self.settings.width else decision.at_full_width()
-        if block.index not in context.flops:
-            context.flops[block.index] = block.flops(call.lengths)
+            context.ahead = decision if once else None
+        if once and self.router_config.longest and (context.training is not None or self.cache is not None):
+            decision = decision.running(self._age(context, block) == 0)
+        if not self.settings.width:
+            decision = decision.at_full_width()
+        context.flops.setdefault(block.index, block.flops(call.lengths))
         context.decisions.setdefault(block.index, decision)
         return decision
 
-    def _decision(self, context: StepContext, logits: Tensor) -> RouteDecision:
-        """What logits (B, 1 + K) of all rows say; where routes are shared, their mean over the samples of a branch."""
+    def _ask(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
+        """What the router of a block says of every row. Where branches share their routes, rows of the conditional one
+        are asked, which come first in their pass; where samples do, their mean holds."""
+        config, router, rows = self.router_config, block.router, slice(None)
+        assert router is not None
+        if config.branches is Branches.shared:
+            rows = slice(context.conditional_rows)
+        streams, conditioning = tuple(x[rows] for x in call.streams), block.adapter.conditioning(call)[rows]
+        if self.rollout is not None:  # the model does not learn to please its routers
+            streams, conditioning = tuple(x.detach() for x in streams), conditioning.detach()
+        modulation = None if context.modulation is None else context.modulation[rows, block.index]
+        age = self._age(context, block)[rows] if config.longest else None
+        logits = router(streams, conditioning, modulation, age)
+        logits = logits.repeat(len(context.t) // len(logits), 1)
         if self.settings.shared and context.rows:
             by_branch = logits.unflatten(0, (-1, context.conditional_rows))
             logits = by_branch.mean(1, keepdim=True).expand_as(by_branch).flatten(0, 1)
-        config = self.router_config
         bias = interpolated(context.t, config.times, config.gate_bias) if config.times else None
         return RouteDecision.from_logits(logits, config.threshold, bias)
 
-    def _logits(self, context: StepContext, block: ElasticBlock, call: BlockCall, rows: slice) -> Tensor:
-        """Logits of a block's router for some rows."""
-        assert block.router is not None
-        streams = tuple(stream[rows] for stream in call.streams)
-        conditioning, age, modulation = block.adapter.conditioning(call)[rows], self._age(block), None
-        if self.rollout is not None:  # the model does not learn to please its routers
-            streams, conditioning = tuple(stream.detach() for stream in streams), conditioning.detach()
-        if context.modulation is None and self.conditioner is not None:
-            context.modulation = self.conditioner(context)
-        if context.modulation is not None:
-            modulation = context.modulation[rows, block.index]
-        age = None if age is None else age[rows]
-        return block.router(RouterInput(Tokens(streams), conditioning, modulation, age))
-
-    def _decide_ahead(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
-        """The same decision for all blocks. Where branches go together, the conditional one's rows are asked, which are
-        the first of their pass, and in a later pass of that step nobody is."""
-        if self.router_config.branches is Branches.separate:
-            return self._decision(context, self._logits(context, block, call, slice(None)))
-        if context.rows and context.rows[0][0] != Branch.conditional and self._led is not None:
-            steps, decision = self._led
-            if steps == context.when.steps:
-                return decision
-        logits = self._logits(context, block, call, slice(context.conditional_rows))
-        decision = self._decision(context, logits.repeat(len(context.t) // context.conditional_rows, 1))
-        self._led = (context.when.steps, decision)
-        return decision
+    def _groups(self, context: StepContext, decision: RouteDecision, span: range) -> Groups:
+        """What a decision means for each row: run at a width, go on with a residual, or pass. Samples that are
+        deferred, though a row of them should run, pass and are noted."""
+        threshold, actions = self.router_config.threshold, []
+        for age, p, width, keep in zip(self._ages(context, span), *decision.on_host(), strict=True):
+            if self.cache is not None and self.cache.reuse(age, bool(keep), p, threshold):
+                actions.append(REUSED)
+            else:
+                actions.append(1 + int(width) if keep else SKIPPED)
+        samples, groups = [sample for _, sample in context.rows], Groups()
+        if context.defer is Defer.always or (context.defer is Defer.unless_all and min(actions) <= SKIPPED):
+            context.deferred = {s for s, action in zip(samples, actions, strict=True) if action > SKIPPED}
+        for row, (sample, action) in enumerate(zip(samples, actions, strict=True)):
+            groups.setdefault(SKIPPED if sample in context.deferred else action, []).append(row)
+        return groups
 
     @property
-    def _alike(self) -> bool:
+    def alike(self) -> bool:
         """Whether all blocks of a list do the same in a pass."""
-        own = decides_per_step(self.router_config)
+        own, cache = self.router_config.scope is Scope.step, self.settings.cache
         training = self.current is not None and self.current.training is not None
         if self.settings.elastic and self.source is not None and not training:
             own = self.source.alike
-        rule = CacheRule.off if self.settings.cache is None else self.settings.cache.rule  # routers' own: off
-        return own and rule in (CacheRule.off, CacheRule.age)
+        return own and (cache is None or cache.rule is not CacheRule.band)
 
     @property
     def defers(self) -> bool:
         """Whether samples can wait for each other: they decide once a step, each for itself."""
-        return self._alike and not self.settings.shared and self.settings.elastic
+        return self.alike and not self.settings.shared and self.settings.elastic
 
     @property
     def deferred(self) -> Collection[int]:
@@ -374,68 +369,17 @@ class ElasticSession:
 
     def span(self, block: ElasticBlock) -> range:
         """The blocks around this one whose residual is kept as one: all of its list, where all do the same."""
-        return block.stage if self._alike else range(block.index, block.index + 1)
+        return block.stage if self.alike else range(block.index, block.index + 1)
 
-    def _age(self, block: ElasticBlock) -> Tensor | None:
-        """Age (B,) in steps of what a skipped block would add, 0 for nothing; None where routers are not told."""
-        context, longest = self.context_of(block), self.router_config.longest
-        if not longest:
-            return None
+    def _ages(self, context: StepContext, span: range) -> list[int]:
+        """Of each row, how many steps ago what a span would add was computed, 0 for nothing."""
+        if self.cache is None:
+            return [0] * len(context.t)
+        return self.cache.ages(context.key(span.start), context.slots, context.steps)
+
+    def _age(self, context: StepContext, block: ElasticBlock) -> Tensor:
+        """The same (B,) long, as routers are told it."""
+        span, longest = self.span(block), self.router_config.longest
         if context.training is not None and context.training.simulated is not None:
-            return context.training.simulated.age(self.span(block).start).clamp_max(longest)
-        if self.cache is None:  # training, at the first step of a path
-            return torch.zeros(len(context.t), dtype=torch.long, device=context.t.device)
-        return torch.tensor(self._ages(block), device=context.t.device).clamp_max(longest)
-
-    def _ages(self, block: ElasticBlock) -> list[int]:
-        """The same for the rows of a generation."""
-        context = self.context_of(block)
-        key = context.key(self.span(block).start)
-        return [0] * len(context.rows) if self.cache is None else self.cache.ages(key, context.when)
-
-    def plan(self, block: ElasticBlock, call: BlockCall, decision: RouteDecision) -> Groups:
-        """The rows of each action, on the host (the one synchronisation of a block, or of a step that looks ahead),
-        recorded in the trace."""
-        context, trace = self.context_of(block), self.trace
-        assert trace is not None
-        if context.actions is None or not self._alike:
-            context.actions = self._actions(context, decision, self._ages(block))
-        trace.record(context.when.steps, context.rows, block.index, context.actions)
-        if block.index not in trace.flops:
-            trace.flops[block.index] = context.flops[block.index]
-            trace.router_flops[block.index] = block.router.flops(call.lengths) if block.router else 0
-        span, groups = self.span(block), grouped(context.actions)
-        if block.index == span.start:
-            context.settled = span[1:-1], groups
-        return groups
-
-    def _actions(self, context: StepContext, decision: RouteDecision, ages: Sequence[int]) -> list[int]:
-        """What a decision means for each row: run at a width, go on with a residual of an age, or pass. Samples that
-        are deferred, though a row of them should run, pass and are noted."""
-        threshold, actions = self.router_config.threshold, []
-        for age, p, width, keep in zip(ages, *decision.on_host(), strict=True):
-            if self.cache is not None and self.cache.reuse(age, bool(keep), p, threshold):
-                actions.append(REUSED)
-            else:
-                actions.append(1 + int(width) if keep else SKIPPED)
-        if context.defer is Defer.never or (context.defer is Defer.unless_all and min(actions) > SKIPPED):
-            return actions
-        samples = [sample for _, sample in context.rows]
-        context.deferred = {s for s, action in zip(samples, actions, strict=True) if action > SKIPPED}
-        return [
-            SKIPPED if s in context.deferred else action for s, action in zip(samples, actions, strict=True)
-        ]
-
-    def settled(self, block: ElasticBlock) -> Groups | None:
-        """The rows of each action, recorded in the trace, where the first block of this one's span has settled it; None
-        where the block has to ask."""
-        context, trace = self.current, self.trace
-        if context is None or context.settled is None or trace is None or self.recorded is not None:
-            return None
-        blocks, groups = context.settled
-        if block.index not in blocks or block.index in context.visited or block.index not in trace.flops:
-            return None
-        assert context.actions is not None
-        context.visited.add(block.index)
-        trace.record(context.when.steps, context.rows, block.index, context.actions)
-        return groups
+            return context.training.simulated.age(span.start).clamp_max(longest)
+        return torch.tensor(self._ages(context, span), device=context.t.device).clamp_max(longest)

@@ -36,12 +36,10 @@ class Trace:
             for _ in range(self.steps)
         ]
 
-    def record(
-        self, steps: Sequence[int], rows: Sequence[tuple[int, int]], block: int, actions: Sequence[int]
-    ) -> None:
-        """Note the actions of one block for the rows (branch, sample) of one call, each at its step."""
-        for step, (branch, sample), action in zip(steps, rows, actions, strict=True):
-            self._actions[step][branch][sample][block] = action
+    def record(self, rows: Sequence[tuple[int, int, int]], blocks: range, action: int) -> None:
+        """Note one action of some blocks for rows (step, branch, sample)."""
+        for step, branch, sample in rows:
+            self._actions[step][branch][sample][blocks.start : blocks.stop] = [action] * len(blocks)
 
     @property
     def actions(self) -> Tensor:

@@ -165,7 +165,7 @@ class StepPolicy:
 
     def decide(self, context: StepContext, block: int) -> RouteDecision:
         """Whether the blocks run, for every row of a pass."""
-        moments = list(zip(context.when.steps, context.rows, strict=True))
+        moments = list(zip(context.steps, context.rows, strict=True))
         if self._online:
             inputs = context.entered[0][0]  # of the model's first block
             keep = [self._online[s].runs(step, inputs[row]) for row, (step, (_, s)) in enumerate(moments)]

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.elastic import adapter_for
+from elastic3d.elastic import adapter_for, attach
 from elastic3d.elastic.attachment import (
-    attach_with,
     load_router_config,
     load_router_state,
     router_modules,
@@ -171,16 +170,13 @@ def attach_block_routers(
                 f"router.{name} is {getattr(wanted, name)}, but the per-block routers in {start} have"
                 f" {getattr(old, name)}"
             )
-    session = attach_with(dit, adapter, wanted)
+    session = attach(dit, wanted)
     if old is None:
         return
     trained = todays_keys(read_weights(find_weights(start)))
     if not old.trained_steps:
         trained = {key: value for key, value in trained.items() if ".few_step." in key}
-    try:
-        load_router_state(dit, with_lora(router_state(dit), trained, keep=True))
-    except ValueError as error:
-        raise UserError(f"{start}: {error}") from error
+    load_router_state(dit, with_lora(router_state(dit), trained, keep=True), str(start))
     for block in session.blocks:
         if old.few_step_rank and block.few_step is not None:
             block.few_step.rebase(high / old.few_step_nfe)

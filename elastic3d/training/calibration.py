@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig
-from elastic3d.elastic.router import decides_per_step
+from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, Scope
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.training.options import Precision
 from elastic3d.utils.options import Options, option
@@ -83,7 +82,7 @@ def calibrate(
         return
     dampings, gate_bias = curves.dampings, curves.gate_bias
     session.router_config = replace(session.router_config, requested_budgets=[], calibrated_budgets=[])
-    reuse = decides_per_step(session.router_config) and session.router_config.longest > 0
+    reuse = session.router_config.scope is Scope.step and session.router_config.longest > 0
     if dampings is Curve.choose:
         session.router_config = replace(session.router_config, damping_times=[], dampings=[])
     if gate_bias is Curve.choose:

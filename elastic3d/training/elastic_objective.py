@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from elastic3d.diffusion.flow import interpolate, predict_data, velocity
-from elastic3d.elastic import adapter_for
-from elastic3d.elastic.attachment import attach_with, router_modules
+from elastic3d.elastic import adapter_for, attach
+from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.cache import SimulatedCache
-from elastic3d.elastic.config import MIN_BUDGET, Branches, RouterConfig
+from elastic3d.elastic.config import MIN_BUDGET, Branches, RouterConfig, Scope
 from elastic3d.elastic.losses import budget_loss, paper_loss, session_share
-from elastic3d.elastic.router import decides_per_step
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 from elastic3d.training.datasets import Batch
@@ -142,7 +141,7 @@ class RouterObjective(nn.Module, ABC):
         """`paired`: both branches of guidance run as one batch and are distilled together."""
         super().__init__()
         if config.gate is GateLoss.predicted_error:
-            if not (decides_per_step(router) and router.longest):
+            if router.scope is not Scope.step or not router.longest:
                 raise UserError(
                     "routing.gate is predicted_error: that needs router.scope=step and router.longest above 0"
                 )
@@ -157,10 +156,9 @@ class RouterObjective(nn.Module, ABC):
             teacher = copy.deepcopy(dit).eval().requires_grad_(False)
         self._teacher = (teacher,)  # in a tuple: no part of the state dict, nor trained
         dit.requires_grad_(config.parts is TrainedParts.full)
-        adapter = adapter_for(dit)
         if config.parts is TrainedParts.lora:
-            add_low_rank([dit.get_submodule(name) for name, _ in adapter.block_lists(dit)], config.lora_rank)
-        self.session: ElasticSession = attach_with(dit, adapter, router)
+            add_low_rank([dit.get_submodule(name) for name, _ in adapter_for(dit).lists], config.lora_rank)
+        self.session: ElasticSession = attach(dit, router)
         self.routers = router_modules(dit)
         self.dit = dit
 
@@ -354,7 +352,7 @@ def add_route(
         usable = int(np.sum((ages <= step) & (ages <= router.longest)))
         # blocks that decide together remember the same step
         together = router.branches is Branches.shared
-        shape = (1 if together else 1 + paired, 1 if decides_per_step(router) else blocks)
+        shape = (1 if together else 1 + paired, 1 if router.scope is Scope.step else blocks)
         picks = rng.integers(usable, size=shape) if usable else np.full(shape, -1)
         item["ages"] = torch.from_numpy(np.where(ages <= step, ages, 0))
         item["earlier"] = times[torch.from_numpy(np.maximum(step - ages, 0))]

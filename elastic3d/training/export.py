@@ -203,10 +203,7 @@ def _export_few_step(run: _Run) -> None:
     attach_few_step(dit, trained, pipeline_config(trained.model).guidance)
     own = {key: tensor for key, tensor in router_state(dit).items() if ".few_step." not in key}
     few_step = {key.removeprefix("few_step.").replace("/", "."): t for key, t in run.weights.items()}
-    try:
-        load_router_state(dit, own | few_step)
-    except ValueError as error:
-        raise UserError(f"{run.source}: {error}") from error
+    load_router_state(dit, own | few_step, run.source)
     session = session_of(dit)
     used = run.config.few_step.used_nfe or trained.max_nfe
     session.router_config = replace(session.router_config, few_step_nfe=used)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from elastic3d.diffusion.options import PipelineConfig
-from elastic3d.elastic import adapter_for
+from elastic3d.elastic import adapter_for, attach
 from elastic3d.elastic.attachment import (
-    attach_with,
     load_router_config,
     load_router_state,
     router_modules,
@@ -129,12 +128,9 @@ def attach_few_step(dit: nn.Module, config: FewStepStageConfig, guidance: float)
         few_step_guidance=guidance if config.guidance else None,
         guided_times=config.guided_times,
     )
-    session = attach_with(dit, adapter, router)
+    session = attach(dit, router)
     path = find_weights(folder)
-    try:
-        load_router_state(dit, with_lora(router_state(dit), read_weights(path), config.continued))
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    load_router_state(dit, with_lora(router_state(dit), read_weights(path), config.continued), str(path))
     if config.continued:
         for block in session.blocks:
             assert block.few_step is not None

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from elastic3d.benchmark.config import CacheName
+from elastic3d.benchmark.flop_meter import metered
+from elastic3d.benchmark.forecasts import WEIGHTS
 from elastic3d.benchmark.images import load_models
 from elastic3d.benchmark.methods import DENSE, Model, Rival
 from elastic3d.benchmark.rivals import by_batch, grid, magnitude_ratios, missing, running
 from elastic3d.elastic import adapter_for
 from elastic3d.elastic.cost import dense_flops
-from elastic3d.elastic.flop_meter import metered
-from elastic3d.elastic.forecasts import WEIGHTS
 from tests.benchmark.conftest import image_config_of
 
 STEPS = 6
@@ -116,7 +116,7 @@ def test_caches_that_decide_run_the_first_block_in_every_pass(model, cache):
     with around(model, cache), metered(model.dit) as meter:
         generator(model)()
     adapter = adapter_for(model.dit)
-    (_, double), (_, single) = adapter.block_lists(model.dit)
+    (_, double), (_, single) = adapter.lists
     first = double.flops(model.dit.transformer_blocks[0], [4, 12]).dense
     second = single.flops(model.dit.single_transformer_blocks[0], [16]).dense
     assert by_batch(cache) and meter.total < whole.total

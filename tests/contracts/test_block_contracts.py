@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -123,7 +121,7 @@ def test_random_routes_sliced_masked_and_alone_agree(family, seed):
     begin(session)
     sliced = forward(model, session, inputs)
     session.step(0, 0.1, CONDITIONAL)
-    session._announced = replace(session._announced, training=Training())
+    session.current.training = Training()
     with torch.no_grad():
         torch.testing.assert_close(run(model, inputs), sliced, **CLOSE)
     for b in range(B):  # a sample's result does not depend on its batch mates

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from elastic3d.elastic.cache import Moments, ResidualCache
+from elastic3d.elastic.cache import ResidualCache
 from elastic3d.elastic.config import (
     BlockCacheConfig,
     CacheRule,
@@ -16,37 +16,39 @@ from elastic3d.elastic.config import (
 KEY = (2, 0)
 
 
-def together(rows, count: int, step: int) -> Moments:
+def together(rows, step: int) -> tuple[list[int], list[int]]:
     """Rows that are all at the same step."""
-    return Moments(list(rows), count, [step] * len(rows), [0.0] * len(rows))
+    return list(rows), [step] * len(rows)
 
 
-def put(
-    cache: ResidualCache, step: int, values: list[float], rows: list[int] | None = None, count: int = 0
-) -> None:
+def times(steps: int) -> list[float]:
+    return [i / steps for i in range(steps)]
+
+
+def put(cache: ResidualCache, step: int, values: list[float], rows: list[int] | None = None) -> None:
     """Rows of (4,2) ones come out as one plus their value."""
     rows = list(range(len(values))) if rows is None else rows
     x = torch.ones(len(rows), 4, 2)
     y = x + torch.tensor(values)[:, None, None]
-    cache.store(KEY, together(rows, count or len(rows), step), (x,), (y,))
+    cache.store(KEY, *together(rows, step), (x,), (y,))
 
 
 def stored(step: int = 0, steps: int = 10, **changes) -> ResidualCache:
-    cache = ResidualCache(BlockCacheConfig(**({"rule": CacheRule.band} | changes)), steps)
+    cache = ResidualCache(BlockCacheConfig(**({"rule": CacheRule.band} | changes)), times(steps))
     put(cache, step, [2.0])
     return cache
 
 
 def ages(cache: ResidualCache, count: int, step: int, key=KEY) -> list[int]:
-    return cache.ages(key, together(range(count), count, step))
+    return cache.ages(key, *together(range(count), step))
 
 
 def reuse(cache: ResidualCache, step: int, p: float) -> bool:
     return cache.reuse(ages(cache, 1, step, KEY)[0], p > 0.5, p, 0.5)
 
 
-def value(cache: ResidualCache, step: int, row: int = 0, count: int = 1) -> float:
-    [found] = cache.apply(KEY, together([row], count, step), (torch.zeros(1, 4, 2),))
+def value(cache: ResidualCache, step: int, row: int = 0) -> float:
+    [found] = cache.apply(KEY, *together([row], step), (torch.zeros(1, 4, 2),))
     assert found.shape == (1, 4, 2) and found.min() == found.max()
     return found.max().item()
 
@@ -80,29 +82,25 @@ def test_a_residual_goes_on_as_it_changed_while_both_lived():
 def test_rows_that_are_computed_at_different_steps_are_kept_apart(damping):
     """Three rows in one batch against a cache of its own for each."""
     config = BlockCacheConfig(skipped_reuse=True, longest=4, damping=damping)
-    cache, alone = ResidualCache(config, 20), [ResidualCache(config, 20) for _ in range(3)]
+    cache, *alone = (ResidualCache(config, times(20)) for _ in range(4))
     generator = torch.Generator().manual_seed(0)
     for step, rows in enumerate([[0, 2], [0, 1, 2], [1], [0, 2], [2], [0, 1, 2], [0], [], [1, 2]]):
         for row in range(3):
             age = ages(alone[row], 1, step)[0]
             assert ages(cache, 3, step)[row] == age
             if age:
-                assert value(cache, step, row, 3) == pytest.approx(value(alone[row], step), abs=1e-5)
+                assert value(cache, step, row) == pytest.approx(value(alone[row], step), abs=1e-5)
         living = [row for row, age in enumerate(ages(cache, 3, step)) if age]
         if living:
-            [batched] = cache.apply(KEY, together(living, 3, step), (torch.zeros(len(living), 4, 2),))
+            [batched] = cache.apply(KEY, *together(living, step), (torch.zeros(len(living), 4, 2),))
             for place, row in enumerate(living):
                 assert batched[place, 0, 0].item() == pytest.approx(value(alone[row], step), abs=1e-5)
         values = torch.randn(3, generator=generator).tolist()
         if rows:
-            put(cache, step, [values[row] for row in rows], rows, 3)
+            put(cache, step, [values[row] for row in rows], rows)
         for row in rows:
             put(alone[row], step, [values[row]])
     assert len(cache) == 3 and cache.bytes == (1 + (damping > 0)) * 3 * 4 * 2 * 4
-
-
-def at(row: int, step: int, time: float, count: int = 1) -> Moments:
-    return Moments([row], count, [step], [time])
 
 
 def test_a_calibrated_damping_changes_over_time():
@@ -110,23 +108,24 @@ def test_a_calibrated_damping_changes_over_time():
     config = BlockCacheConfig(
         skipped_reuse=True, longest=9, damping=0.3, times=[0.2, 0.6], dampings=[0.5, 1.1]
     )
-    cache, x = ResidualCache(config, 10), torch.zeros(1, 4, 2)
-    for step in (1, 3):
-        cache.store(KEY, at(0, step, 0.1 * step), (x,), (x + step,))
+    x = torch.zeros(1, 4, 2)
     for time, damping in ((0.1, 0.5), (0.2, 0.5), (0.4, 0.8), (0.7, 1.1)):
+        cache = ResidualCache(config, [0.0, 0.02, 0.04, 0.06, 0.08, time])
+        for step in (1, 3):
+            cache.store(KEY, [0], [step], (x,), (x + step,))
         expected = 3 + damping + damping**2  # two steps, where the change was one a step
-        assert cache.apply(KEY, at(0, 5, time), (x,))[0].max().item() == pytest.approx(expected)
+        assert cache.apply(KEY, [0], [5], (x,))[0].max().item() == pytest.approx(expected)
 
 
 def test_rows_of_a_batch_are_forecast_each_for_its_time():
     config = BlockCacheConfig(skipped_reuse=True, longest=9, times=[0.0, 1.0], dampings=[0.2, 1.1])
-    cache, x = ResidualCache(config, 10), torch.zeros(2, 4, 2)
-    for step, time in ((0, 0.0), (2, 0.1)):
-        cache.store(KEY, Moments([0, 1], 2, [step, step + 1], [time, time + 0.3]), (x,), (x + step + 1,))
-    when = Moments([0, 1], 2, [4, 7], [0.5, 0.9])
-    [found] = cache.apply(KEY, when, (x,))
-    for row in (0, 1):
-        [alone] = cache.apply(KEY, when.some([row]), (x[:1],))
+    cache, x = ResidualCache(config, times(10)), torch.zeros(2, 4, 2)
+    for step in (0, 2):
+        cache.store(KEY, [0, 1], [step, step + 1], (x,), (x + step + 1,))
+    [found] = cache.apply(KEY, [0, 1], [4, 7], (x,))
+    assert not torch.equal(found[0], found[1])
+    for row, step in ((0, 4), (1, 7)):
+        [alone] = cache.apply(KEY, [row], [step], (x[:1],))
         torch.testing.assert_close(found[row : row + 1], alone)
 
 

@@ -1,5 +1,6 @@
 """Stock pipelines of diffusers with routers: driven by their own loops, saved and loaded as ever."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -166,9 +167,13 @@ def test_what_can_not_be_narrowed_or_cut_raises():
 
     pipe = flux_pipeline()
     gated = FeedForward(32, 32, activation_fn="geglu")
-    pipe.transformer.transformer_blocks[0].ff = gated
+    blocks = pipe.transformer.transformer_blocks
+    blocks.append(copy.deepcopy(blocks[0]))
+    blocks[-1].ff = gated
+    dense = flux(pipe)
     with pytest.raises(ValueError, match="ff has a GEGLU activation, expected GELU"):
         attach(pipe)
+    assert torch.equal(flux(pipe), dense)  # the blocks before it were left alone too
     other = flux_pipeline()
     session = attach(other, MIXED)
     with pytest.raises(ValueError, match="joint_attention_kwargs has things, which can't be cut"):

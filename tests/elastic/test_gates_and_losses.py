@@ -6,7 +6,7 @@ import torch
 from elastic3d.elastic.block import gated
 from elastic3d.elastic.cost import decision_flops, executed_share
 from elastic3d.elastic.family import BlockFlops
-from elastic3d.elastic.losses import budget_loss, distillation_loss, paper_loss
+from elastic3d.elastic.losses import budget_loss, paper_loss
 from elastic3d.elastic.router import RouteDecision, straight_through
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)
@@ -70,8 +70,3 @@ def test_paper_loss_holds_the_mean_probability_not_the_executed_cost():
     assert paper_loss([with_gate(0.3)], RATIOS, 0.6, 0.5) == pytest.approx(
         0.3**2
     )  # no executed block, no width
-
-
-def test_distillation_weighs_samples():
-    a, b = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
-    assert distillation_loss(a, b) == 1 and distillation_loss(a, b, torch.tensor([1.0, 3.0])) == 2

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from elastic3d.elastic.cache import Moments, ResidualCache, SimulatedCache
+from elastic3d.elastic.cache import ResidualCache, SimulatedCache
 from elastic3d.elastic.config import BlockCacheConfig, RouterConfig, RouterVariant
 
 
@@ -22,18 +22,17 @@ def test_training_recalls_what_a_cache_would_hold(damping):
             if ages[row, pick] == 0:
                 continue
             cache, now = (
-                ResidualCache(BlockCacheConfig(skipped_reuse=True, longest=9, damping=damping), 20),
+                ResidualCache(BlockCacheConfig(skipped_reuse=True, longest=9, damping=damping), [0.0] * 20),
                 10,
             )
             for index in range(2, pick - 1, -1):
                 if ages[row, index] > 0:
                     x = torch.zeros(1, 3, 4)
                     step = now - int(ages[row, index])
-                    cache.store((0, 0), Moments([0], 1, [step], [0.0]), (x,), (known[index][0][0][:1],))
-            when = Moments([0], 1, [now], [0.0])
-            [expected] = cache.apply((0, 0), when, (torch.zeros(1, 3, 4),))
+                    cache.store((0, 0), [0], [step], (x,), (known[index][0][0][:1],))
+            [expected] = cache.apply((0, 0), [0], [now], (torch.zeros(1, 3, 4),))
             torch.testing.assert_close(found[row : row + 1], expected)
-            assert simulated.age(0)[row] == ages[row, pick] == cache.ages((0, 0), when)[0]
+            assert simulated.age(0)[row] == ages[row, pick] == cache.ages((0, 0), [0], [now])[0]
 
 
 def test_a_row_that_remembers_nothing_adds_nothing():

@@ -20,7 +20,7 @@ from tiny_pipeline import CHANNELS, LATENTS, image, save_image, tiny_pipeline
 from elastic3d import __version__
 from elastic3d.elastic import attach
 from elastic3d.elastic.config import RouterConfig
-from elastic3d.elastic.families.shape_dit import ShapeDiTAdapter
+from elastic3d.elastic.families.shape_dit import ADAPTER
 from elastic3d.errors import NoSurfaceError, UserError
 from elastic3d.geometry.options import CleanupConfig
 from elastic3d.models.familiarity import Familiarity, image_feature
@@ -64,7 +64,7 @@ def test_metadata(pipeline: ImageTo3DPipeline) -> None:
 
 def test_flops_agree_with_the_adapter(pipeline: ImageTo3DPipeline) -> None:
     total = 0
-    for name, adapter in ShapeDiTAdapter().block_lists(pipeline.dit):
+    for name, adapter in ADAPTER.lists:
         for block in getattr(pipeline.dit, name):
             lengths = [LATENTS, 4] if name == "double_blocks" else [LATENTS + 4]
             total += adapter.flops(block, lengths).dense

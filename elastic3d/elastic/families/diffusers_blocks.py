@@ -41,11 +41,6 @@ def feed_forward_site(block: nn.Module, name: str) -> MLPSite:
     return MLPSite(f"{name}.net.0.proj", f"{name}.net.2", proj.out_features)
 
 
-def time_from_noise(timestep: Tensor) -> Tensor:
-    """diffusers' flow time, 1 = noise -> this project's, 0 = noise."""
-    return 1 - timestep.float()
-
-
 def _take(name: str, value: Any, rows: Rows, batch: int) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from elastic3d.elastic.families.diffusers_blocks import JointBlockAdapter, feed_forward_site, time_from_noise
-from elastic3d.elastic.family import BlockAdapter, BlockFlops, MLPSite
+from elastic3d.elastic.families.diffusers_blocks import JointBlockAdapter, feed_forward_site
+from elastic3d.elastic.family import BlockFlops, MLPSite, ModelAdapter
 from elastic3d.models.flops import double_block_flops, single_block_flops
-
-_TIMESTEP = 3  # position in the model's forward
 
 
 class FluxDoubleAdapter(JointBlockAdapter):
@@ -49,18 +47,10 @@ class FluxSingleAdapter(JointBlockAdapter):
         )
 
 
-class FluxAdapter:
-    """All blocks of a `FluxTransformer2DModel`."""
-
-    family = "FluxTransformer2DModel"
-
-    def block_lists(self, model: nn.Module) -> tuple[tuple[str, BlockAdapter], ...]:
-        """Double blocks, then single blocks."""
-        return (
-            ("transformer_blocks", FluxDoubleAdapter()),
-            ("single_transformer_blocks", FluxSingleAdapter()),
-        )
-
-    def timestep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """t (B,), 0 = noise."""
-        return time_from_noise(kwargs["timestep"] if "timestep" in kwargs else args[_TIMESTEP])
+ADAPTER = ModelAdapter(
+    "FluxTransformer2DModel",
+    (("transformer_blocks", FluxDoubleAdapter()), ("single_transformer_blocks", FluxSingleAdapter())),
+    time="timestep",
+    position=3,
+    noise_at_one=True,
+)

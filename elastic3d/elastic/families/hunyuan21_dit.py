@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from elastic3d.elastic.family import BlockAdapter, BlockCall, BlockFlops, MLPSite
+from elastic3d.elastic.family import BlockAdapter, BlockCall, BlockFlops, MLPSite, ModelAdapter
 from elastic3d.models.flops import skip_block_flops
 from elastic3d.models.skip_dit import SkipBlock
 
@@ -56,15 +56,4 @@ class SkipBlockAdapter(BlockAdapter):
         )
 
 
-class SkipDiTAdapter:
-    """All blocks of a `SkipDiT`; t is its second argument."""
-
-    family = "SkipDiT"
-
-    def block_lists(self, model: nn.Module) -> tuple[tuple[str, BlockAdapter], ...]:
-        """One list of blocks."""
-        return (("blocks", SkipBlockAdapter()),)
-
-    def timestep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """t (B,)."""
-        return kwargs["t"] if "t" in kwargs else args[1]
+ADAPTER = ModelAdapter("SkipDiT", (("blocks", SkipBlockAdapter()),), time="t", position=1)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from elastic3d.elastic.families.diffusers_blocks import JointBlockAdapter, feed_forward_site, time_from_noise
-from elastic3d.elastic.family import BlockAdapter, BlockCall, BlockFlops, MLPSite, Rows
+from elastic3d.elastic.families.diffusers_blocks import JointBlockAdapter, feed_forward_site
+from elastic3d.elastic.family import BlockCall, BlockFlops, MLPSite, ModelAdapter, Rows
 from elastic3d.models.flops import double_block_flops
-
-_TIMESTEP = 3  # position in the model's forward
 
 
 class QwenImageBlockAdapter(JointBlockAdapter):
@@ -55,15 +53,10 @@ class QwenImageBlockAdapter(JointBlockAdapter):
         return BlockFlops(fixed, mlp)
 
 
-class QwenImageAdapter:
-    """All blocks of a `QwenImageTransformer2DModel`."""
-
-    family = "QwenImageTransformer2DModel"
-
-    def block_lists(self, model: nn.Module) -> tuple[tuple[str, BlockAdapter], ...]:
-        """One list of joint blocks."""
-        return (("transformer_blocks", QwenImageBlockAdapter()),)
-
-    def timestep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """t (B,), 0 = noise."""
-        return time_from_noise(kwargs["timestep"] if "timestep" in kwargs else args[_TIMESTEP])
+ADAPTER = ModelAdapter(
+    "QwenImageTransformer2DModel",
+    (("transformer_blocks", QwenImageBlockAdapter()),),
+    time="timestep",
+    position=3,
+    noise_at_one=True,
+)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from elastic3d.elastic.family import BlockAdapter, BlockFlops, MLPSite
+from elastic3d.elastic.family import BlockAdapter, BlockFlops, MLPSite, ModelAdapter
 from elastic3d.models.flops import double_block_flops, single_block_flops
 from elastic3d.models.shape_dit import DoubleStreamBlock, SingleStreamBlock
 
@@ -52,15 +52,6 @@ class SingleAdapter(BlockAdapter):
         return BlockFlops(*single_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, *lengths))
 
 
-class ShapeDiTAdapter:
-    """All blocks of a `ShapeDiT`; t is its second argument."""
-
-    family = "ShapeDiT"
-
-    def block_lists(self, model: nn.Module) -> tuple[tuple[str, BlockAdapter], ...]:
-        """Double blocks, then single blocks."""
-        return ("double_blocks", DoubleAdapter()), ("single_blocks", SingleAdapter())
-
-    def timestep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """t (B,)."""
-        return kwargs["t"] if "t" in kwargs else args[1]
+ADAPTER = ModelAdapter(
+    "ShapeDiT", (("double_blocks", DoubleAdapter()), ("single_blocks", SingleAdapter())), time="t", position=1
+)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from elastic3d.elastic.forecasting import Forward, replaced
+from elastic3d.benchmark.forecasting import Forward, replaced
 
 # not in PyTorch's registry: attention as a CPU runs it
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from elastic3d.elastic.flop_meter import metered
+from elastic3d.benchmark.flop_meter import metered
 
 
 class Attention(nn.Module):

@@ -4,7 +4,7 @@
         result = pipeline("chair.png")  # one generation
 
 The blocks of each list of a model are one, as for routers that decide once a step: what they add together is forecast
-(`elastic3d.elastic.forecasts`), each sample and each branch of guidance for itself.
+(`elastic3d.benchmark.forecasts`), each sample and each branch of guidance for itself.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from elastic3d.benchmark.forecasts import WEIGHTS, combine
 from elastic3d.elastic.attachment import adapter_for, is_attached
 from elastic3d.elastic.family import BlockAdapter
-from elastic3d.elastic.forecasts import WEIGHTS, combine
 
 HISTORY = 6  # values that a forecast knows, as in HiCache++ and cache-dit
 Forward = Callable[..., Any]
@@ -45,7 +45,7 @@ def forecasting(model: nn.Module, by: str, interval: int, warmup: int = 1) -> It
     clock = Clock(model)
     with ExitStack() as stack:
         stack.enter_context(replaced(model, clock.around))
-        for name, kind in clock.adapter.block_lists(model):
+        for name, kind in clock.adapter.lists:
             blocks = list(model.get_submodule(name).children())
             own = _ListForecast(clock, kind, by, interval, warmup)
             for block in blocks:
@@ -73,7 +73,7 @@ class Clock:
     """Which step and which branch of guidance a pass of a model is: a step is over when the time changes."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.adapter, self.model = adapter_for(model), model
+        self.adapter = adapter_for(model)
         self.time: float | None = None
         self.step, self.branch = -1, 0
 
@@ -81,7 +81,7 @@ class Clock:
         """The model's forward, that looks at the clock."""
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            time = float(self.adapter.timestep(self.model, args, kwargs)[0])
+            time = float(self.adapter.timestep(args, kwargs)[0])
             self.branch = self.branch + 1 if time == self.time else 0
             self.step += time != self.time
             self.time = time

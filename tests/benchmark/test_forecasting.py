@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from elastic3d.benchmark.forecasting import forecasting
+from elastic3d.benchmark.forecasts import WEIGHTS
 from elastic3d.elastic import attach, detach
-from elastic3d.elastic.forecasting import forecasting
-from elastic3d.elastic.forecasts import WEIGHTS
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 

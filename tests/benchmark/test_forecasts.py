@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from elastic3d.elastic.forecasts import (
+from elastic3d.benchmark.forecasts import (
     WEIGHTS,
     chebyshev_weights,
     combine,
