@@ -87,6 +87,7 @@ def _process(folder: Path, config: StagesConfig) -> dict[str, list[float]]:
     settings = {
         "resolution": config.resolution,
         "quality": config.quality and config.quality.name,
+        "budget": config.budget,
         "elastic": None if config.elastic else False,
     }  # those that differ from the pipeline's defaults: an older checkout may not know them
     settings = {name: value for name, value in settings.items() if value is not None}
