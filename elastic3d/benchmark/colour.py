@@ -25,9 +25,7 @@ from elastic3d.utils.options import Options, option
 
 SIZE = 224  # pixels a side of the views
 TURNS = (-120.0, -60.0, 60.0, 120.0, 180.0)  # degrees from the input view to the unseen ones
-SKY = [
-    Light(ambient=1.0, diffuse=0, specular=0, shadows=False)
-]  # what has colours of its own is shown as it is
+SKY = [Light(ambient=1.0, diffuse=0, specular=0, shadows=False)]  # own colours are shown as they are
 
 Floats = NDArray[np.floating]
 
@@ -85,15 +83,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over shapes, the lowest PSNR, and on how many shapes unseen views are nearer than the mean colour."""
     names = [name for name, value in rows[0].items() if isinstance(value, float)]
     figures = {name: round(float(np.mean([row[name] for row in rows])), 4) for name in names}
-    nearer = {
-        f"nearer_{name}": sum(row[name] < row[f"{name}_mean"] for row in rows) for name in ("rmse", "fixed")
-    }
-    return {
-        "shapes": len(rows),
-        **figures,
-        "psnr_lowest": round(min(row["psnr"] for row in rows), 2),
-        **nearer,
-    }
+    figures["psnr_lowest"] = round(min(row["psnr"] for row in rows), 2)
+    for name in ("rmse", "fixed"):
+        figures[f"nearer_{name}"] = sum(row[name] < row[f"{name}_mean"] for row in rows)
+    return {"shapes": len(rows), **figures}
 
 
 def _own_colours(raw: RawShape, seed: int) -> NDArray[np.uint8]:

@@ -21,8 +21,8 @@ from elastic3d.benchmark.config import ImageBenchmarkConfig
 from elastic3d.benchmark.methods import Run
 from elastic3d.benchmark.task import Scores
 from elastic3d.errors import UserError
-from elastic3d.evaluation.items import Row
 from elastic3d.evaluation.sets import Probe, fit_probe, frechet_distance, kernel_distance
+from elastic3d.evaluation.statistics import Row
 from elastic3d.evaluation.views import feature_distance, psnr, ssim
 from elastic3d.models.image_encoder import EfficientNetLite
 from elastic3d.models.options import ImageEncoderConfig

@@ -31,7 +31,7 @@ from elastic3d.benchmark.task import Scores, Task, spread
 from elastic3d.diffusion.options import Solver
 from elastic3d.elastic import detach
 from elastic3d.errors import UserError
-from elastic3d.evaluation.items import Row
+from elastic3d.evaluation.statistics import Row
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.image_loading import weight_files
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL

@@ -24,9 +24,10 @@ from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import SamplingGrid, Solver
 from elastic3d.elastic import attach, detach
 from elastic3d.errors import UserError
-from elastic3d.evaluation.items import Item, Row, find_meshes
+from elastic3d.evaluation.items import Item, find_meshes
 from elastic3d.evaluation.options import Align, UpAxis
 from elastic3d.evaluation.runner import score_all
+from elastic3d.evaluation.statistics import Row
 from elastic3d.geometry.grid import node_points
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig

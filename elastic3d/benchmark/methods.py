@@ -92,7 +92,7 @@ class Run:
     a control is matched to; `unbiased` leaves out the routers' gate bias over time; `policy` decides in their place.
     """
 
-    name: str = field(compare=True)
+    name: str
     model: str = field(compare=False)
     steps: int = field(compare=False)
     routes: Routes = field(compare=False)

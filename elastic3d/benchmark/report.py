@@ -15,8 +15,8 @@ from elastic3d.benchmark.rivals import missing
 from elastic3d.benchmark.rows import Round, beaten, build_rows, compare_rivals, route_shares, summarise_rows
 from elastic3d.benchmark.task import Scores, Task
 from elastic3d.evaluation.frontier import GRID, INK, PAPER, Series, chart, legend
-from elastic3d.evaluation.items import Row
 from elastic3d.evaluation.report import machine, markdown_table, write_csv
+from elastic3d.evaluation.statistics import Row
 from elastic3d.utils.files import atomic_path
 from elastic3d.utils.options import to_dict
 from elastic3d.utils.structured import save_json

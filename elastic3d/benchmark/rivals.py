@@ -147,7 +147,8 @@ def _hicache(transformer: nn.Module, options: dict[str, Any], steps: int) -> Ite
 def _of_diffusers(transformer: Any, rival: Rival, steps: int, ratios: Sequence[float]) -> Iterator[None]:
     from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
-    options, config = rival.options, None  # type: Any, Any
+    options: dict[str, Any] = rival.options
+    config: Any
     if rival.kind is CacheName.first_block_cache:
         config = FirstBlockCacheConfig(threshold=options["threshold"])
     elif rival.kind is CacheName.mag_cache:

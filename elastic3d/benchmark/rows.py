@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,9 +13,8 @@ from elastic3d.benchmark.methods import CONTROLS, FAMILY, FEWER, Case, Run
 from elastic3d.benchmark.task import Scores, Task
 from elastic3d.elastic.trace import NOT_RUN, parse_actions
 from elastic3d.evaluation.frontier import compare_fronts
-from elastic3d.evaluation.items import Row
 from elastic3d.evaluation.statistics import Rival as Opponent
-from elastic3d.evaluation.statistics import bootstrap_mean, compare_metric
+from elastic3d.evaluation.statistics import Row, averages, bootstrap_mean, compare_metric, sample_of
 
 SPEED, EFFICIENCY, OFF_BUDGET, SOONER = 2.0, 0.85, 0.03, 1.5
 TOLERANCE = 0.01  # of a frontier that is on the other
@@ -26,24 +24,15 @@ DIT, END_TO_END = "dit", "end_to_end"
 Round = dict[str, Any]  # what, batch, round, and by run: milliseconds a result, FLOPs
 
 
-def sample_means(rows: Sequence[Row], metric: str) -> list[float]:
-    """The metric averaged over the seeds of each item; items without it are left out."""
-    by_sample: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        if row.get(metric) is not None:
-            by_sample[row["name"].rpartition("/")[2]].append(row[metric])
-    return [float(np.mean(values)) for values in by_sample.values()]
-
-
 def average(rows: Sequence[Row], metric: str) -> float | None:
-    """Mean over items; None where no item has the metric."""
-    values = sample_means(rows, metric)
+    """Mean over items of the mean over seeds; None where no item has the metric."""
+    values = list(averages(rows, metric, sample_of).values())
     return float(np.mean(values)) if values else None
 
 
 def bounds(rows: Sequence[Row], metric: str, column: str, resamples: int) -> dict[str, float | None]:
     """`<column>_low` and `<column>_high`, the 95 % bootstrap interval of `average`."""
-    values = sample_means(rows, metric)
+    values = list(averages(rows, metric, sample_of).values())
     found = bootstrap_mean(values, resamples) if values else None
     return {f"{column}_low": found.low if found else None, f"{column}_high": found.high if found else None}
 

@@ -1,10 +1,16 @@
 """A whole benchmark, as `scripts/benchmark.py` runs it: results are made and scored, timed, and written up.
 
-The quick phase stands for all of that: minutes where the others take hours.
+A round of the timing phase takes every run once, in an order of its own, on the same items; so what else the machine
+does falls on all of them alike, and speed-ups are ratios within a round. The first round does not count. The quick
+phase stands for all phases: minutes where they take hours.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +19,17 @@ import torch
 from tqdm import tqdm
 
 from elastic3d.benchmark.config import ImageBenchmarkConfig, MeshBenchmarkConfig, Phase
-from elastic3d.benchmark.methods import Case, Run, needed_runs, plan
+from elastic3d.benchmark.methods import Case, Job, Run, needed_runs, plan
 from elastic3d.benchmark.report import write_report
 from elastic3d.benchmark.rivals import missing, rival_cases
+from elastic3d.benchmark.rows import DIT, END_TO_END, Round
 from elastic3d.benchmark.task import Task
-from elastic3d.benchmark.timing import load_rounds, measure, timed, timing_key
+from elastic3d.elastic.cost import trace_dense_flops, trace_flops, trace_router_flops
 from elastic3d.errors import UserError
 from elastic3d.evaluation.report import machine, markdown_table
 from elastic3d.utils.files import atomic_path
 from elastic3d.utils.options import to_dict
-from elastic3d.utils.structured import save_json
+from elastic3d.utils.structured import load_json, save_json
 
 HEAD = ("method", "note", "budget", "steps", "executed", "seconds", "speedup")  # of a row of the quick phase
 
@@ -50,10 +57,7 @@ def benchmark(
         make_all(task, runs)
     scores = task.score(runs)
     to_time = [run for run in runs if run != planner.reference() or run in [case.run for case in cases]]
-    if Phase.timing in config.phases:
-        rounds = measure(task, to_time)
-    else:
-        rounds = load_rounds(config.output / "timing.json", timing_key(task, to_time))
+    rounds = timed_rounds(task, to_time, measure=Phase.timing in config.phases)
     return write_report(task, cases, scores, rounds, command)
 
 
@@ -78,6 +82,71 @@ def make_all(task: Task, runs: Sequence[Run]) -> None:
             for start in range(0, len(jobs), size):
                 task.make(run, jobs[start : start + size])
                 bar.update(len(jobs[start : start + size]))
+
+
+def timed_rounds(task: Task, runs: Sequence[Run], measure: bool) -> list[Round]:
+    """The rounds in timing.json, if they are of these runs on this machine; where they are to be measured, those that
+    are missing too. They are kept after each."""
+    config, about, path = task.config, machine(), task.config.output / "timing.json"
+    names = ("system", "processor", "cores", "accelerator", "threads", "torch")
+    fixed = {name: about[name] for name in names} | {"cpu_time": config.cpu_time}
+    facts = [sorted(run.name for run in runs), [job.name for job in task.timing_jobs], fixed]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    rounds: list[Round] = []
+    if path.is_file():
+        stored = load_json(path, {"key": str, "rounds": [{"what": str, "batch": int, "round": int}]})
+        rounds = stored["rounds"] if stored["key"] == key else []
+    if not measure:
+        return rounds
+    counts = {DIT: config.repeats, END_TO_END: config.end_to_end_repeats}
+    every = [(what, b, i) for b in config.batches for what, count in counts.items() for i in range(count)]
+    known = {(done["what"], done["batch"], done["round"]) for done in rounds}
+    todo = [entry for entry in every if entry not in known]
+    with tqdm(total=len(todo) * len(runs), desc="timing", unit="run", dynamic_ncols=True) as bar:
+        warm: set[tuple[str, int]] = set()
+        for what, batch, number in todo:
+            if (what, batch) not in warm:
+                warm.add((what, batch))
+                bar.set_postfix_str(f"{what}, batch {batch}, warm round")
+                _round(task, runs, what, batch, number, None)
+            bar.set_postfix_str(f"{what}, batch {batch}, round {number + 1}")
+            rounds.append(_round(task, runs, what, batch, number, bar))
+            save_json({"key": key, "rounds": rounds}, path)
+    return rounds
+
+
+def _round(task: Task, runs: Sequence[Run], what: str, batch: int, number: int, bar: tqdm | None) -> Round:
+    every, order = task.timing_jobs, list(runs)
+    jobs = [every[(number * batch + i) % len(every)] for i in range(batch)]
+    conditions, measured = dict[str, Any](), dict[str, dict[str, float]]()
+    random.Random(f"{what}/{batch}/{number}").shuffle(order)
+    for run in order:
+        if run.model not in conditions and what == DIT:
+            conditions[run.model] = task.condition_of(run, jobs)
+        measured[run.name] = timed(task, run, jobs, conditions.get(run.model))[1]
+        if bar is not None:
+            bar.update()
+    return {"what": what, "batch": batch, "round": number, "runs": measured}
+
+
+def timed(task: Task, run: Run, jobs: Sequence[Job], condition: Any) -> tuple[Any, dict[str, float]]:
+    """Last latents of the DiT, given its condition, or everything without one; and what that took: `ms` a result, and
+    the blocks' FLOPs of all passes, executed, dense and the routers', where routers or a policy decided."""
+    source = task.controls.source(run, jobs)  # before the clock starts
+    clock = time.process_time if task.config.cpu_time else time.perf_counter
+    with task.ready(run):
+        start = clock()
+        made = (
+            task.produce(run, jobs, source)
+            if condition is None
+            else task.sample(run, condition, jobs, source)
+        )
+        found = {"ms": 1000 * (clock() - start) / len(jobs)}
+        session = task.model(run).session  # before a policy goes
+    if run.settings.elastic and session is not None and session.trace is not None:
+        flops = {"executed": trace_flops, "dense": trace_dense_flops, "routers": trace_router_flops}
+        found |= {name: float(of(session.trace).sum()) for name, of in flops.items()}
+    return made, found
 
 
 def quick_comparison(task: Task, cases: Sequence[Case], command: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from elastic3d.elastic.calibrating import put_policy
 from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.flop_meter import metered
 from elastic3d.elastic.session import ElasticSession
-from elastic3d.evaluation.items import Row
+from elastic3d.evaluation.statistics import Row
 
 
 @dataclass

@@ -12,12 +12,12 @@ import numpy as np
 
 from elastic3d.errors import UserError
 from elastic3d.evaluation import sets
-from elastic3d.evaluation.items import Item, Row, find_items
+from elastic3d.evaluation.items import Item, find_items
 from elastic3d.evaluation.options import EvaluateConfig, ProtocolConfig
 from elastic3d.evaluation.report import Gate, build_report, load_gate, violations
 from elastic3d.evaluation.runner import score_all
 from elastic3d.evaluation.sets import Features
-from elastic3d.evaluation.statistics import Rival, compare
+from elastic3d.evaluation.statistics import Rival, Row, compare
 from elastic3d.geometry.mesh_io import load_mesh
 
 Progress = Callable[[int, int], None]  # rows done, rows in all

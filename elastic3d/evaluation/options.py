@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from elastic3d.utils.options import Options, option
 
@@ -73,10 +72,6 @@ class ProtocolConfig(Options):
         1_500_000, "A mesh with more faces is a failed item; bounds time and memory.", ge=1, le=100_000_000
     )
     seed: int = option(0, "Seed of every random point.", ge=0, le=2**31 - 1)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The protocol as plain JSON data."""
-        return {key: value.value if isinstance(value, Enum) else value for key, value in asdict(self).items()}
 
 
 @dataclass(kw_only=True)

@@ -21,6 +21,7 @@ from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.evaluation.runner import usable_cores
 from elastic3d.evaluation.statistics import Interval, Rival, Row, bootstrap_mean, comparison_table
 from elastic3d.utils.files import atomic_path
+from elastic3d.utils.options import to_dict
 from elastic3d.utils.structured import load_yaml
 
 Gate = dict[str, dict[str, float]]
@@ -62,7 +63,7 @@ def build_report(
         "elastic3d": __version__,
         "command": command,
         "environment": environment(),
-        "protocol": protocol.as_dict() | DEFINITIONS,
+        "protocol": to_dict(protocol) | DEFINITIONS,
         "count": {"items": len(rows), "ok": ok, "failed": len(rows) - ok},
         "mean": {key: interval.mean for key, interval in summary.items()},
         "interval": {key: [interval.low, interval.high] for key, interval in summary.items()},

@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from elastic3d.errors import UserError
-from elastic3d.evaluation.items import Item, Row, score_item
+from elastic3d.evaluation.items import Item, score_item
 from elastic3d.evaluation.options import ProtocolConfig, Runner
+from elastic3d.evaluation.statistics import Row
 from elastic3d.utils.clusters import join_cluster
 from elastic3d.utils.files import atomic_path, read_text
+from elastic3d.utils.options import to_dict
 from elastic3d.utils.structured import parse_json
 
 Score = Callable[[Item, ProtocolConfig, int], Row]  # item, protocol, threads; must be a module's function
@@ -75,7 +77,7 @@ def usable_cores() -> int:
 def item_key(item: Item, protocol: ProtocolConfig) -> str:
     """Changes when the protocol, a file's name, its size or its time of change do."""
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (*item.pred, *item.gt)]
-    text = json.dumps([protocol.as_dict(), item.name, len(item.pred), files])
+    text = json.dumps([to_dict(protocol), item.name, len(item.pred), files])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

@@ -14,9 +14,10 @@ and Tibshirani 1993), with a two-sided sign test beside it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,20 @@ class Comparison:
     verdict: str
 
 
+def averages(rows: Iterable[Row], metric: str, of: Callable[[str], str] = str) -> dict[str, float]:
+    """The metric of rows that have it, averaged by their names, or by what is a part `of` those."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if row.get(metric) is not None:
+            found[of(row["name"])].append(float(row[metric]))
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def sample_of(name: str) -> str:
+    """The sample in names such as `seed1/chair` and `seed2/chair`."""
+    return name.rpartition("/")[2]
+
+
 def direction(metric: str) -> int | None:
     """1 where a higher value is worse, -1 where a lower one is, None for what is no score."""
     if metric in LOWER_IS_BETTER:
@@ -128,14 +143,12 @@ def compare_metric(
     metric: str, pred: Sequence[Row], rivals: Sequence[Sequence[Row]], kind: Rival, resamples: int
 ) -> Comparison | None:
     """The paired comparison of one metric; None where no item has it on both sides."""
-    sign, theirs = direction(metric), defaultdict[str, list[float]](list)
+    sign = direction(metric)
     assert sign is not None
-    for row in (row for rows in rivals for row in rows if row.get(metric) is not None):
-        theirs[row["name"]].append(float(row[metric]))
-    mine = {row["name"]: float(row[metric]) for row in pred if row.get(metric) is not None}
+    mine, theirs = averages(pred, metric), averages(chain.from_iterable(rivals), metric)
     samples: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for name in sorted(mine.keys() & theirs.keys()):
-        samples[name.rpartition("/")[2]].append((mine[name], float(np.mean(theirs[name]))))
+        samples[sample_of(name)].append((mine[name], theirs[name]))
     if not samples:
         return None
     means = np.array([np.mean(pairs, axis=0) for pairs in samples.values()])  # (samples, 2)

@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 
 from elastic3d.errors import UserError
 from elastic3d.evaluation.report import markdown_table
-from elastic3d.evaluation.statistics import Interval, Row, bootstrap_mean, direction
+from elastic3d.evaluation.statistics import Interval, Row, averages, bootstrap_mean, direction
 from elastic3d.utils.structured import load_json
 
 Report = dict[str, Any]
@@ -33,14 +34,13 @@ _GENERATED = "generated"  # the method of reports that are named by their seed a
 _ELSEWHERE = {"name", "views", "view_size", "lpips", "surface_health", "near_points", "near_sigma"}
 
 
-@dataclass(frozen=True)
-class Column:
-    """A number of every row: its name, its heading, how it is read, and whether its mean is a share."""
-
-    key: str
-    title: str
-    read: Callable[[Row], float | None]
-    share: bool = False
+# A number of every row, and its heading.
+COLUMNS = {
+    "chamfer_l1": "Chamfer-L1", "f_score@0.02": "F@0.02", "f_score@0.05": "F@0.05", "volume_iou": "volume IoU",
+    "watertight": "watertight", "largest_component>0.5": "largest component > 50 %",
+    "largest_component>0.9": "largest component > 90 %",
+}  # fmt: skip
+_SHARES = ("watertight", "largest_component>0.5", "largest_component>0.9")  # whose means are shares of shapes
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Line:
 
     method: str
     seed: str | None
-    column: Column
+    metric: str
     mean: Interval
     difference: Interval | None
     better: float | None
@@ -74,30 +74,6 @@ class Summary:
         """The method of a line, and its seed where there are several."""
         seeds = self.methods[line.method]
         return line.method if seeds == 1 else f"{line.method}, {line.seed or f'mean of {seeds} seeds'}"
-
-
-def _score(key: str, title: str) -> Column:
-    return Column(key, title, lambda row: row.get(key))
-
-
-def _largest(above: float) -> Column:
-    """Whether the largest component holds more than a share of the area; a failed prediction has none."""
-
-    def read(row: Row) -> float | None:
-        return float(row.get("dominant_component_share", 0) > above) if "watertight" in row else None
-
-    return Column(f"largest_component>{above:g}", f"largest component > {100 * above:g} %", read, share=True)
-
-
-COLUMNS = (
-    _score("chamfer_l1", "Chamfer-L1"),
-    _score("f_score@0.02", "F@0.02"),
-    _score("f_score@0.05", "F@0.05"),
-    _score("volume_iou", "volume IoU"),
-    Column("watertight", "watertight", lambda row: row.get("watertight"), share=True),
-    _largest(0.5),
-    _largest(0.9),
-)
 
 
 def find_reports(folder: Path) -> dict[str, list[Path]]:
@@ -121,7 +97,8 @@ def find_reports(folder: Path) -> dict[str, list[Path]]:
 
 
 def load_report(path: Path) -> Report:
-    """A report as `scripts/evaluate.py` wrote it. UserError if there is none."""
+    """A report as `scripts/evaluate.py` wrote it, its rows with `largest_component>...`: whether the largest component
+    holds more than a share of the area; a failed prediction has none. UserError if there is none."""
     if not path.exists():
         raise UserError(f"there is no report {path}")
     try:
@@ -129,9 +106,11 @@ def load_report(path: Path) -> Report:
     except UserError as error:
         raise UserError(f"{path} is no report of scripts/evaluate.py ({error})") from error
     for row in report["items"]:
-        for name in (*(column.key for column in COLUMNS), "dominant_component_share"):
+        for name in (*COLUMNS, "dominant_component_share"):
             if not isinstance(row.get(name), (int, float, NoneType)):
                 raise UserError(f"{path}: {name} of {row['name']} is {row[name]!r}, expected a number")
+        for above in (0.5, 0.9) if "watertight" in row else ():
+            row[f"largest_component>{above}"] = float(row.get("dominant_component_share", 0) > above)
     return report
 
 
@@ -167,7 +146,7 @@ def summarize(
             runs += [(str(p) if alike else p.stem, [loaded[p]["items"]]) for p in files[method]]
         rival = rows[baseline] if baseline not in (None, method) else None
         for seed, run in runs:
-            found = (_line(method, seed, column, run, rival, resamples) for column in COLUMNS)
+            found = (_line(method, seed, metric, run, rival, resamples) for metric in COLUMNS)
             lines += [line for line in found if line is not None]
     first = next(iter(loaded.values()))
     seeds = {method: len(files[method]) for method in methods}
@@ -175,30 +154,19 @@ def summarize(
 
 
 def _line(
-    method: str, seed: str | None, column: Column, run: Rows, rival: Rows | None, resamples: int
+    method: str, seed: str | None, metric: str, run: Rows, rival: Rows | None, resamples: int
 ) -> Line | None:
     """The line of one column; None where no shape has a value."""
-    mine = by_shape(run, column)
+    mine, theirs = (averages(chain.from_iterable(rows), metric) for rows in (run, rival or []))
     if not mine:
         return None
-    theirs, sign = by_shape(rival or [], column), direction(column.key)
+    sign = direction(metric)
     both, difference, better = sorted(mine.keys() & theirs.keys()), None, None
     if both and sign is not None:
         change = np.array([mine[name] - theirs[name] for name in both])
         difference, better = bootstrap_mean(change, resamples), float((sign * change < 0).mean())
     mean = bootstrap_mean([mine[name] for name in sorted(mine)], resamples)
-    return Line(method, seed, column, mean, difference, better)
-
-
-def by_shape(runs: Rows, column: Column) -> dict[str, float]:
-    """Each shape's value, averaged over the seeds that have one."""
-    values: dict[str, list[float]] = defaultdict(list)
-    for rows in runs:
-        for row in rows:
-            value = column.read(row)
-            if value is not None:
-                values[row["name"]].append(float(value))
-    return {name: float(np.mean(found)) for name, found in values.items()}
+    return Line(method, seed, metric, mean, difference, better)
 
 
 def _check_alike(reports: Mapping[Path, Report]) -> None:
@@ -233,7 +201,7 @@ def csv_rows(summary: Summary) -> list[Row]:
     """One row a method (and seed) and metric, rounded to six digits; without a baseline, the last cells are empty."""
     rows = []
     for line in summary.lines:
-        row: Row = {"set": summary.title, "method": summary.label(line), "metric": line.column.key}
+        row: Row = {"set": summary.title, "method": summary.label(line), "metric": line.metric}
         for prefix, found in (("", line.mean), ("difference_", line.difference)):
             if found is not None:
                 row |= {f"{prefix}{end}": round(getattr(found, end), 6) for end in ("mean", "low", "high")}
@@ -260,10 +228,10 @@ def _section(summary: Summary) -> str:
 
 
 def _table(summary: Summary, lines: Sequence[Line], cell: Callable[[Line], str]) -> str:
-    columns = {line.column.key: line.column.title for line in lines}
+    columns = {line.metric: COLUMNS[line.metric] for line in lines}
     found: dict[str, dict[str, str]] = {}
     for line in lines:
-        found.setdefault(summary.label(line), {})[line.column.key] = cell(line)
+        found.setdefault(summary.label(line), {})[line.metric] = cell(line)
     rows = [[label, *(cells.get(key, _NO_VALUE) for key in columns)] for label, cells in found.items()]
     return markdown_table(["method", *columns.values()], rows)
 
@@ -271,7 +239,7 @@ def _table(summary: Summary, lines: Sequence[Line], cell: Callable[[Line], str])
 def _mean(line: Line) -> str:
     """Of a single seed without its interval, as the method's own is what counts."""
     found = line.mean
-    if line.column.share:
+    if line.metric in _SHARES:
         return f"{100 * found.mean:.1f} %"
     if line.seed is not None:
         return f"{found.mean:.3f}"
@@ -289,5 +257,5 @@ def _gaps(summary: Summary) -> str:
     gaps: dict[str, list[str]] = {}
     for line in summary.lines:
         if line.seed is None and line.mean.count < summary.shapes:
-            gaps.setdefault(line.column.title, []).append(f"{line.mean.count} of {line.method}")
+            gaps.setdefault(COLUMNS[line.metric], []).append(f"{line.mean.count} of {line.method}")
     return "".join(f" Shapes with a {title}: {', '.join(counts)}." for title, counts in gaps.items())

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from elastic3d.benchmark import meshes, timing
+from elastic3d.benchmark import meshes
+from elastic3d.benchmark import run as running
 from elastic3d.benchmark.config import Method, Phase
 from elastic3d.benchmark.dial import SHAPE
 from elastic3d.benchmark.meshes import MeshTask
@@ -203,7 +204,7 @@ def test_an_interrupted_run_goes_on(world, tmp_path, monkeypatch):
         MeshTask, "produced", lambda t, r, jobs, *rest: made.append(len(jobs)) or real(t, r, jobs, *rest)
     )
     rounds: list[Any] = []
-    real_round = timing._round
+    real_round = running._round
 
     def interrupted(place: Any, runs: Any, what: str, batch: int, number: int, bar: Any) -> Any:
         if bar is not None:
@@ -212,13 +213,13 @@ def test_an_interrupted_run_goes_on(world, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real_round(place, runs, what, batch, number, bar)
 
-    monkeypatch.setattr(timing, "_round", interrupted)
+    monkeypatch.setattr(running, "_round", interrupted)
     with pytest.raises(KeyboardInterrupt):
         benchmark(config, world)
     assert sum(made) == 3 * 2  # three runs of two images, each once
     rounds.clear()
     monkeypatch.setattr(
-        timing, "_round", lambda *a: (rounds.append(a[2:5]) if a[5] is not None else None) or real_round(*a)
+        running, "_round", lambda *a: (rounds.append(a[2:5]) if a[5] is not None else None) or real_round(*a)
     )
     results = benchmark(config, world)
     assert rounds == [("end_to_end", 1, 0), ("dit", 2, 0), ("dit", 2, 1), ("end_to_end", 2, 0)]

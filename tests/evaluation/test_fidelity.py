@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from elastic3d.errors import UserError
-from elastic3d.evaluation.items import Row
-from elastic3d.evaluation.statistics import Interval, Rival, compare, direction, verdict
+from elastic3d.evaluation.statistics import Interval, Rival, Row, compare, direction, verdict
 
 
 def rows(chamfer: np.ndarray, prefix: str = "") -> list[Row]:

@@ -10,9 +10,10 @@ import pytest
 import trimesh
 
 from elastic3d.errors import UserError
-from elastic3d.evaluation.items import Item, Row, find_items, score_item
+from elastic3d.evaluation.items import Item, find_items, score_item
 from elastic3d.evaluation.options import ProtocolConfig, Runner
 from elastic3d.evaluation.runner import read_journal, score_all
+from elastic3d.evaluation.statistics import Row
 
 QUICK = ProtocolConfig(points=300, volume_points=300, near_points=50, views=0, surface_health=False)
 

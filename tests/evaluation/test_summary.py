@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def line(summary: Summary, method: str, key: str, seed: str | None = None) -> Line:
-    (found,) = [x for x in summary.lines if (x.method, x.column.key, x.seed) == (method, key, seed)]
+    (found,) = [x for x in summary.lines if (x.method, x.metric, x.seed) == (method, key, seed)]
     return found
 
 
