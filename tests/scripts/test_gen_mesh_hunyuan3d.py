@@ -113,6 +113,18 @@ def test_routers_and_a_budget(command: Command, weights: Path, tmp_path: Path) -
     assert command("model=hunyuan3d2", "budget=0.5") == 2
 
 
+@pytest.mark.parametrize(
+    ("model", "steps"),
+    [("hunyuan3d2", 13), ("hunyuan3d2_turbo", 12), ("hunyuan3d2_mv", 13), ("hunyuan3d2_1", 13)],
+)
+def test_a_budget_without_routers(command: Command, model: str, steps: int) -> None:
+    """In 12 moves; the first number counts the grid's last point, at which nothing is computed."""
+    assert command(f"model={model}", f"steps={steps}", "budget=0.5") == 0
+    found = extras()
+    assert 0.47 <= found["flops_executed"] / found["flops_dense"] <= 0.53
+    assert found["policy"] == {"schedule": "even", "samples": 0}
+
+
 def test_low_memory_gives_the_same_mesh(command: Command) -> None:
     assert command("model=hunyuan3d2", "output=a.ply") == 0
     assert command("model=hunyuan3d2", "output=b.ply", "low_memory=true") == 0
