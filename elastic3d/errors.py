@@ -1,5 +1,9 @@
-"""The errors a user of the package can meet, under the name by which callers import them."""
+"""The errors a user of the package can meet."""
 
-from elastic3d.utils.errors import NoSurfaceError, UserError
 
-__all__ = ["NoSurfaceError", "UserError"]
+class UserError(ValueError):
+    """Something the user gave can't be used; the message is one sentence that names the value and the expectation."""
+
+
+class NoSurfaceError(UserError):
+    """A field has no crossing of its iso level, so there is no surface to extract."""

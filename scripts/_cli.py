@@ -1,11 +1,11 @@
 """Command lines of the form `key=value`, from a dataclass and a YAML file of `configs/`.
 
-A script says `run(main, GenerateConfig, "gen_mesh")`. The dataclass gives the options, their defaults, their
-types and (through `elastic3d.utils.options.option`) their help texts and ranges; `configs/gen_mesh.yaml` may change
-defaults and choose configuration groups (`configs/cache/paper.yaml` is chosen by `cache=paper`). Hydra
-composes the files; what the user types never passes through a grammar: a path or a prompt arrives as typed, but for
-a leading `~/` of a path, which is the home folder. Defaults that name what the repository ships, such as
-`data/splits`, hold from any folder.
+A script says `run(main, GenerateConfig, "gen_mesh")`. The dataclass gives the options, their defaults, their types and
+(through `elastic3d.utils.options.option`) their help texts and ranges; `configs/gen_mesh.yaml` may change defaults and
+choose configuration groups (`configs/cache/paper.yaml` is chosen by `cache=paper`). Hydra composes the files, and what
+the user types is put over them. It never passes through a grammar: a path or a prompt arrives as typed, but for a
+leading `~/` of a path, which is the home folder. Defaults that name what the repository ships, such as `data/splits`,
+hold from any folder.
 Where it is unique, a nested option's last name is enough: `max_faces=` for `cleanup.max_faces=`.
 
 Exit codes: 0 success, 1 what `main` returns when some items failed, 2 a mistake in what the user gave,
@@ -22,25 +22,26 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_origin
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
-from _values import expected, literal, optional_type, parse_value, shortened
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import OmegaConf
 
 from elastic3d.errors import UserError
-from elastic3d.utils.options import Bounds, bounds_of, from_dict, hints
+from elastic3d.utils.options import Leaf, alternatives, as_typed, check_type, expected, from_dict, walk
+from elastic3d.utils.structured import parse_yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "configs"
 Config = TypeVar("Config")
 _SHIPPED = ("data/splits", "data/pretrained", "data/samples", "data/prompts")
 _TEXTS = ("prompt",)  # options that are no paths, whatever they begin with
+_BOOLEANS = dict.fromkeys(("true", "yes", "y", "on", "1"), True)
+_BOOLEANS |= dict.fromkeys(("false", "no", "n", "off", "0"), False)
 # What other choices of the command take: `stage=dit` -> its options. Asked for where an option is unknown.
 Elsewhere = Callable[[], Mapping[str, Collection[str]]]
 _DEBUG_HELP = "Show the full traceback of an error."
@@ -119,10 +120,9 @@ def parse(
     Raises:
         UserError: unknown option or group, a value of the wrong type or out of range, a required option left out.
     """
-    options = {option.name: option for option in walk_options(config_class)}
-    choices = group_choices(config_class, config_name, config_dir)
+    options, choices = options_of(config_class), group_choices(config_class, config_name, config_dir)
     groups: dict[str, str] = {}
-    values: dict[str, str] = {}
+    given: dict[str, Any] = {}
     for argument in arguments:
         key, separator, text = argument.partition("=")
         if not separator:
@@ -133,94 +133,74 @@ def parse(
                 raise UserError(f"{argument}: expected one of {', '.join(choices[key])}")
             groups[key] = text
         elif key in options:
-            values[key] = text
+            given[key] = typed_value(text, options[key])
         elif key == "debug":
             if text.lower() not in ("true", "false"):
                 raise UserError(f"{argument}: expected true or false")
         else:
             raise UserError(_unknown(key, [*options, *choices, "debug"], elsewhere()))
-    try:
-        config = composed(config_class, config_name, config_dir, groups)
-        _anchor(config, options)
-        for key, text in values.items():
-            _set(config, options, key, text)
-        plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        key = error.full_key or str(error).rpartition(": ")[2]
-        raise UserError(f"{key}= is required: {options[key].help if key in options else ''}") from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"configuration {config_name}: {str(error).splitlines()[0]}") from error
-    return from_dict(config_class, plain)
+    values = composed(options, config_name, config_dir, groups) | given
+    for option in options.values():
+        if option.name not in values and option.default is MISSING:
+            raise UserError(f"{option.name}= is required: {option.help}")
+    return from_dict(config_class, _nested(values))
 
 
 def composed(
-    config_class: type[Any], config_name: str, config_dir: Path, groups: dict[str, str] | None = None
-) -> DictConfig:
-    """The dataclass' defaults, overlaid by `<config_name>.yaml` with the chosen groups."""
+    options: Mapping[str, Leaf], config_name: str, config_dir: Path, groups: Mapping[str, str]
+) -> dict[str, Any]:
+    """What `<config_name>.yaml` and the groups set, by dotted names; with defaults of shipped files, made absolute."""
     chosen = _default_groups(config_name, config_dir)
-    for key, name in (groups or {}).items():
+    for key, name in groups.items():
         chosen |= _default_groups(f"{key}/{name}", config_dir)
-    overrides = [f"{'' if key in chosen else '+'}{key}={name}" for key, name in (groups or {}).items()]
+    overrides = [f"{'' if key in chosen else '+'}{key}={name}" for key, name in groups.items()]
     with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
-        files = compose(config_name, overrides=overrides)
-    return OmegaConf.merge(_with_defaults(config_class), files)  # type: ignore[return-value]
+        files = OmegaConf.to_container(compose(config_name, overrides=overrides), resolve=True)
+    values = dict(_flat(files, options))
+    for option in options.values():
+        value = values.get(option.name, option.default)
+        if (anchored := _anchored(value)) != value:
+            values[option.name] = anchored
+    return values
 
 
-def _with_defaults(config_class: type[Any]) -> DictConfig:
-    """The dataclass' defaults; a nested one that has to be given is there too, with its own."""
-    config: DictConfig = OmegaConf.structured(config_class)
-    for name, kind in hints(config_class).items():
-        if is_dataclass(kind) and OmegaConf.is_missing(config, name):
-            config[name] = _with_defaults(kind)  # type: ignore[arg-type]
-    return config
+def _flat(values: Any, options: Mapping[str, Leaf], inside: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values by dotted names; a mapping that is the value of an option stays one."""
+    for name, value in values.items():
+        if isinstance(value, dict) and inside + name not in options:
+            yield from _flat(value, options, f"{inside}{name}.")
+        else:
+            yield inside + name, value
 
 
-def _anchor(config: DictConfig, options: dict[str, Option]) -> None:
-    """Make defaults that name shipped files absolute where the current folder has no such file."""
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        place = found
+        for parent in parents:
+            place[parent] = place.get(parent) or {}
+            place = place[parent]
+        place[last] = value
+    return found
 
-    def anchored(value: Any) -> Any:
-        text = Path(value).as_posix() if isinstance(value, (str, Path)) else ""
-        if not text.startswith(_SHIPPED) or Path(text).exists():
-            return value
-        return type(value)(REPOSITORY / text)
 
-    for name in options:
-        value = OmegaConf.select(config, name)
-        if isinstance(value, (str, Path)) and (new := anchored(value)) != value:
-            OmegaConf.update(config, name, new)
-        elif isinstance(value, ListConfig) and (news := [anchored(item) for item in value]) != list(value):
-            OmegaConf.update(config, name, news)
+def _anchored(value: Any) -> Any:
+    """A path of a shipped file, or those in a list, as absolute ones where the current folder has no such file."""
+    if isinstance(value, list):
+        return [_anchored(item) for item in value]
+    text = Path(value).as_posix() if isinstance(value, (str, Path)) else ""
+    if not text.startswith(_SHIPPED) or Path(text).exists():
+        return value
+    return type(value)(REPOSITORY / text)
 
 
 # ------------------------------------------------------------------------------------------------ options
 
 
-@dataclass(frozen=True)
-class Option:
-    """One leaf of the configuration: dotted name, type, meaning, and the nested dataclasses it lies in."""
-
-    name: str
-    type: Any
-    help: str
-    parents: tuple[Any, ...]
-    bounds: Bounds
-    advanced: bool
-
-
-def walk_options(
-    config_class: type[Any], prefix: str = "", parents: tuple[Any, ...] = ()
-) -> Iterator[Option]:
-    """Every option of a dataclass, nested dataclasses by dotted names."""
-    for item in fields(config_class):
-        if item.metadata.get("internal"):
-            continue
-        name, (kind, optional) = prefix + item.name, optional_type(hints(config_class)[item.name])
-        if is_dataclass(kind):
-            yield from walk_options(kind, name + ".", (*parents, kind))  # type: ignore[arg-type]
-        else:
-            meaning, advanced = item.metadata.get("help", ""), item.metadata.get("advanced", False)
-            given = kind | None if optional else kind
-            yield Option(name, given, meaning, parents, bounds_of(item), advanced)
+def options_of(config_class: type[Any]) -> dict[str, Leaf]:
+    """Every option of a dataclass by its name, nested ones by dotted names."""
+    return {leaf.name: leaf for leaf in walk(config_class) if not leaf.internal}
 
 
 def group_choices(config_class: type[Any], config_name: str, config_dir: Path) -> dict[str, list[str]]:
@@ -238,7 +218,7 @@ def _default_groups(config_name: str, config_dir: Path) -> set[str]:
     return {name.strip().removeprefix("/") for name in names}
 
 
-def _full_name(key: str, options: dict[str, Option], choices: dict[str, list[str]]) -> str:
+def _full_name(key: str, options: Collection[str], choices: Collection[str]) -> str:
     """`max_faces` for `cleanup.max_faces`, where no other option has that last name; else `key` itself."""
     if key in options or key in choices or "." in key:
         return key
@@ -259,18 +239,61 @@ def _unknown(key: str, known: Sequence[str], elsewhere: Mapping[str, Collection[
 # ------------------------------------------------------------------------------------------------- values
 
 
-def _set(config: DictConfig, options: dict[str, Option], key: str, text: str) -> None:
+def typed_value(text: str, option: Leaf) -> Any:
+    """`text` as typed by the user, as a value of an option; texts and paths stay literal. UserError if it does not fit.
+
+    Lists: `[a, b]`, or one bare element, or `1,2,3` where the elements are not strings. `null` gives None where the
+    option allows it.
+    """
+    if option.name.rpartition(".")[2] in _TEXTS:
+        return text
     try:
-        is_text = key.rpartition(".")[2] in _TEXTS
-        value = literal(text) if is_text else parse_value(text, options[key].type)
-        parent = config
-        for name, nested in zip(key.split(".")[:-1], options[key].parents, strict=True):
-            if OmegaConf.is_missing(parent, name) or parent[name] is None:
-                parent[name] = OmegaConf.structured(nested)
-            parent = parent[name]
-        parent[key.rpartition(".")[2]] = value
-    except (ValueError, TypeError, OmegaConfBaseException) as error:
-        raise UserError(f"{key}={shortened(text)}: expected {expected(options[key].type)}") from error
+        value = as_typed(_parsed(text, option.kind), option.kind)
+        check_type(option.name, value, option.kind)
+    except (ValueError, KeyError) as error:
+        short = text if len(text) <= 200 else f"{text[:200]}..."
+        raise UserError(f"{option.name}={short}: expected {expected(option.kind)}") from error
+    return value
+
+
+def _parsed(text: str, kind: Any) -> Any:
+    kinds = alternatives(kind)
+    if type(None) in kinds and text == "null":
+        return None
+    kind = next(each for each in kinds if each is not type(None))
+    if kind in (str, Path):
+        return os.path.expanduser(text)  # noqa: PTH111 (Path would drop a trailing slash)
+    if kind is bool:
+        return _BOOLEANS[text.lower()]
+    if kind in (int, float):
+        return kind(text)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return ({str(member.value): member for member in kind} | dict(kind.__members__))[text]
+    if get_origin(kind) in (list, tuple):
+        element = get_args(kind)[0]
+        return [_parsed(item, element) for item in _split(text, element)]
+    return _expanded(parse_yaml(text))
+
+
+def _split(text: str, element: Any) -> list[str]:
+    if text.startswith("[") and text.endswith("]"):
+        try:
+            items = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar stays text  # noqa: S506
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError(text) from error
+        if isinstance(items, list) and all(isinstance(item, str) for item in items):
+            return items
+        raise ValueError(text)
+    return [text] if element in (str, Path) else text.split(",")
+
+
+def _expanded(value: Any) -> Any:
+    """A mapping or list that came from YAML, with the home folder in the place of `~/`."""
+    if isinstance(value, dict):
+        return {key: _expanded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111
 
 
 # --------------------------------------------------------------------------------------------------- help
@@ -293,24 +316,26 @@ def help_text(
     choices = group_choices(config_class, config_name, config_dir)
     given = (argument.partition("=") for argument in arguments)
     chosen = {key: text for key, _, text in given if text in choices.get(key, [])}
-    config, advanced = composed(config_class, config_name, config_dir, chosen), "all" in arguments
+    options = options_of(config_class)
+    values, advanced = composed(options, config_name, config_dir, chosen), "all" in arguments
     lines = [f"usage: python scripts/{script} key=value ...", "", about, "", "options:"]
     for name, names in choices.items():
         lines += _entry(name, "", f"Choose a set of options from configs/{name}/: {', '.join(names)}.")
-    options = [option for option in walk_options(config_class) if option.name not in choices]
-    for option in options:
+    listed = [option for option in options.values() if option.name not in choices]
+    for option in listed:
         if advanced or not option.advanced:
-            lines += _entry(option.name, _show(config, option.name), _meaning(option))
+            default = _shown(values.get(option.name, option.default))
+            lines += _entry(option.name, default, _meaning(option))
     lines += _entry("debug", "false", _DEBUG_HELP)
-    hidden = sum(option.advanced for option in options)
+    hidden = sum(option.advanced for option in listed)
     if hidden and not advanced:
         lines += ["", f"{hidden} more options are seldom changed: --help all lists them too."]
     return "\n".join(lines)
 
 
-def _meaning(option: Option) -> str:
+def _meaning(option: Leaf) -> str:
     """What an option is, as a sentence, and what it may be."""
-    kind = optional_type(option.type)[0]
+    kind = next(each for each in alternatives(option.kind) if each is not type(None))
     meaning = option.help[:1].upper() + option.help[1:]
     meaning += "" if meaning.endswith(".") or not meaning else "."
     if isinstance(kind, type) and issubclass(kind, Enum):
@@ -329,16 +354,14 @@ def _entry(name: str, default: str, help: str) -> list[str]:
     return [head, *body]
 
 
-def _show(config: DictConfig, name: str) -> str:
-    """The default of an option as the user would type it; empty where the option is required."""
-    try:
-        value = OmegaConf.select(config, name, throw_on_missing=True)
-    except MissingMandatoryValue:
+def _shown(value: Any) -> str:
+    """A default as the user would type it; empty where the option is required."""
+    if value is MISSING:
         return "(required)"
     if isinstance(value, Enum):
         return value.name
-    if isinstance(value, ListConfig):
-        return f"[{', '.join(item.name if isinstance(item, Enum) else str(item) for item in value)}]"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)

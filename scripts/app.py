@@ -21,15 +21,13 @@ from typing import TYPE_CHECKING
 from _cli import run
 
 from elastic3d.errors import UserError
-from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, DEFAULT_MODEL, BackboneName
+from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, DEFAULT_MODEL
 from elastic3d.serve.config import AppConfig
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from elastic3d.serve.models import Models
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def main(config: AppConfig) -> int:
@@ -45,7 +43,7 @@ def main(config: AppConfig) -> int:
         from elastic3d.pipelines.text_to_3d import known_nouns
         from elastic3d.serve.queue import MeshQueue
 
-        models, nouns = find_models(config), known_nouns(REPOSITORY / DEFAULT_IMAGE_MODEL)
+        models, nouns = find_models(config), known_nouns()
         with MeshQueue(models, config.queue, config.batch_size, config.keep_s) as queue:
             page = app.build_app(queue, Drawer(config, nouns), nouns, config)
             app.launch(
@@ -74,10 +72,7 @@ def find_models(config: AppConfig) -> Models:
     first, wanted = config.generate_config(), [config.generate_config() for _ in config.models]
     for one, name in zip(wanted, config.models, strict=True):
         one.model, one.weights, one.routers = str(find_model(name)), "", ""
-    loaders = {
-        Path(one.model or DEFAULT_MODEL).name: partial(load_pipeline, one, REPOSITORY / DEFAULT_MODEL, 1)
-        for one in [first, *wanted]
-    }
+    loaders = {Path(one.model or DEFAULT_MODEL).name: partial(load_pipeline, one) for one in [first, *wanted]}
     if len(loaders) < 1 + len(wanted):
         raise UserError(f"models={config.models}: two models have one name, expected different ones")
     return Models(loaders)
@@ -89,7 +84,7 @@ class Drawer:
     def __init__(self, config: AppConfig, nouns: list[str]) -> None:
         from elastic3d.pipelines.text_to_image import TextToImagePipeline
 
-        self._load = partial(TextToImagePipeline.from_pretrained, BackboneName.small, device=config.device)
+        self._load = partial(TextToImagePipeline.from_pretrained, device=config.device)
         self._pipeline: TextToImagePipeline | None = None
         self._nouns = nouns
 
@@ -98,7 +93,7 @@ class Drawer:
         from elastic3d.pipelines.text_to_3d import prompt_warning
 
         if self._pipeline is None:
-            self._pipeline = self._load(REPOSITORY / DEFAULT_IMAGE_MODEL)
+            self._pipeline = self._load(DEFAULT_IMAGE_MODEL)
         return self._pipeline([prompt], [seed])[0].image, prompt_warning(prompt, self._nouns)
 
 

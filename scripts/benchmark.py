@@ -19,7 +19,7 @@ from pathlib import Path
 from _cli import run
 
 from elastic3d.benchmark.config import ImageBenchmarkConfig, MeshBenchmarkConfig, Phase
-from elastic3d.utils.paths import check_distinct
+from elastic3d.utils.files import check_distinct
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 INPUTS = (

@@ -11,14 +11,11 @@ gen_mesh.py and gen_image.py find it.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from _cli import check_writable, run
 
 from elastic3d.pipelines.options import CalibratePolicyConfig
-from elastic3d.utils.paths import check_distinct
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from elastic3d.utils.files import check_distinct
 
 
 def main(config: CalibratePolicyConfig) -> None:
@@ -27,11 +24,11 @@ def main(config: CalibratePolicyConfig) -> None:
 
     from elastic3d.pipelines.calibration import calibrate_policy, target_file
 
-    target, start = target_file(config, REPOSITORY), time.perf_counter()
+    target, start = target_file(config), time.perf_counter()
     check_distinct({"prompts": config.prompts or None}, {"output": target})
     check_writable(target.parent)
     with tqdm(total=config.samples, unit="sample", leave=False, disable=None) as bar:
-        path, found = calibrate_policy(config, REPOSITORY, lambda done, total: bar.update())
+        path, found = calibrate_policy(config, lambda done, total: bar.update())
     about, seconds = found.about, time.perf_counter() - start
     print(f"{path}: {about['samples']} generations of {about['steps']} steps, {seconds:.1f} s")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from _cli import run
 
 from elastic3d.benchmark.config import DecodingConfig
-from elastic3d.utils.paths import check_distinct
+from elastic3d.utils.files import check_distinct
 
 
 def main(config: DecodingConfig) -> int:

@@ -18,9 +18,7 @@ from _cli import check_writable, run
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.errors import UserError
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, GenerateImageConfig, parse_size
-from elastic3d.utils.paths import check_distinct
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from elastic3d.utils.files import check_distinct
 
 
 def main(config: GenerateImageConfig) -> int:
@@ -28,19 +26,19 @@ def main(config: GenerateImageConfig) -> int:
     from tqdm import tqdm
 
     from elastic3d.models.images import save_image
-    from elastic3d.pipelines.routes import draw_routes, route_title
+    from elastic3d.pipelines.preview import draw_routes, route_title
     from elastic3d.pipelines.text_to_image import TextToImagePipeline
 
     start, output = time.perf_counter(), Path(config.output)
     check_writable(output.parent)
-    targets = (
-        [output] if config.num_samples == 1 else [_numbered(output, n) for n in range(config.num_samples)]
-    )
+    targets = [output]
+    if config.num_samples > 1:
+        targets = [output.with_stem(f"{output.stem}_{n}") for n in range(config.num_samples)]
     inputs = {name: getattr(config, name) for name in ("weights", "routers", "lora", "calibration")}
     check_distinct(inputs, {"output": targets, "trace": config.trace})
     pipeline = TextToImagePipeline.from_pretrained(
         config.backbone,
-        config.weights or REPOSITORY / DEFAULT_IMAGE_MODEL,
+        config.weights or DEFAULT_IMAGE_MODEL,
         config.routers or None,
         config.lora or None,
         config.device,
@@ -77,10 +75,6 @@ def main(config: GenerateImageConfig) -> int:
     if config.trace:
         draw_routes(panels, Path(config.trace))
     return 0
-
-
-def _numbered(path: Path, number: int) -> Path:
-    return path.with_stem(f"{path.stem}_{number}")
 
 
 if __name__ == "__main__":

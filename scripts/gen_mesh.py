@@ -26,13 +26,12 @@ from _cli import check_writable, run
 
 from elastic3d.errors import UserError
 from elastic3d.evaluation.options import Runner
-from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, DEFAULT_MODEL, GenerateConfig
+from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, GenerateConfig
 
 if TYPE_CHECKING:
     from elastic3d.pipelines.generation import Job, Outcome
     from elastic3d.pipelines.image_to_3d import OnProgress
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 STAGES = {"condition": "image", "dit": "step", "decode": "decoding", "cleanup": "mesh"}
 
 
@@ -84,15 +83,14 @@ def maker(
     if config.runner is Runner.ray:
         from elastic3d.pipelines.ray_generation import generate_over_ray
 
-        return lambda tell, _: generate_over_ray(jobs, config, tell, REPOSITORY / DEFAULT_MODEL)
-    pipeline = load_pipeline(config, REPOSITORY / DEFAULT_MODEL, len(jobs))
+        return lambda tell, _: generate_over_ray(jobs, config, tell)
+    pipeline = load_pipeline(config, len(jobs))
     draw = None
     if config.prompt:
         from elastic3d.pipelines.text_to_3d import known_nouns, prompt_drawer, prompt_warning
 
-        weights = config.image_model or REPOSITORY / DEFAULT_IMAGE_MODEL
-        draw, config = prompt_drawer(config, pipeline, weights)
-        if warning := prompt_warning(config.prompt, known_nouns(weights)):
+        draw, config = prompt_drawer(config, pipeline)
+        if warning := prompt_warning(config.prompt, known_nouns(config.image_model or DEFAULT_IMAGE_MODEL)):
             print(f"warning: {warning}", file=sys.stderr)
     if config.trace and pipeline.session is None and config.budget is None:
         raise UserError(

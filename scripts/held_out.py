@@ -13,7 +13,7 @@ from typing import Any
 from _cli import run
 
 from elastic3d.training.held_out import HeldOutConfig
-from elastic3d.utils.paths import check_distinct
+from elastic3d.utils.files import check_distinct
 
 
 def main(config: HeldOutConfig) -> int:

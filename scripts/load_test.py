@@ -14,7 +14,7 @@ from pathlib import Path
 from _cli import run
 
 from elastic3d.serve.load_test import LoadTestConfig, load_test
-from elastic3d.utils.paths import check_distinct
+from elastic3d.utils.files import check_distinct
 from elastic3d.utils.structured import save_json
 
 

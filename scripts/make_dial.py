@@ -11,7 +11,7 @@ from _cli import run
 
 from elastic3d.benchmark.dial import DialConfig, make_dial
 from elastic3d.diffusion.dial import DIAL_NAME
-from elastic3d.utils.paths import check_distinct
+from elastic3d.utils.files import check_distinct
 
 
 def main(config: DialConfig) -> int:

@@ -18,7 +18,7 @@ from elastic3d.preparation.prepare import cache_folder
 from elastic3d.preparation.primitives.catalogue import PER_ROUND, shapes
 from elastic3d.preparation.splits import Split, infinigen_split, primitives_split, split_groups, write_splits
 from elastic3d.preparation.sweethome3d import SweetHome3DSource, find_package
-from elastic3d.utils.paths import check_distinct
+from elastic3d.utils.files import check_distinct
 
 
 def main(config: SplitsConfig) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from _cli import run
 
 from elastic3d.checkpoints.options import TinyWeightsConfig
-from elastic3d.utils.paths import check_distinct
+from elastic3d.utils.files import check_distinct
 
 
 def main(config: TinyWeightsConfig) -> None:

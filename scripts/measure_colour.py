@@ -20,7 +20,7 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.preparation.prepare import open_source
 from elastic3d.preparation.splits import Split, read_splits
-from elastic3d.utils.paths import check_distinct
+from elastic3d.utils.files import check_distinct
 from elastic3d.utils.structured import save_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ from _cli import run
 
 from elastic3d.preparation.options import PrepareConfig, SourceName
 from elastic3d.preparation.prepare import next_commands, prepare_data
-from elastic3d.utils.paths import check_distinct
+from elastic3d.utils.files import check_distinct
 
 
 def main(config: PrepareConfig) -> int:

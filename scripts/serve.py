@@ -13,16 +13,12 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from pathlib import Path
 
 from _cli import run
 
 from elastic3d.errors import UserError
 from elastic3d.evaluation.options import Runner
-from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.serve.config import ServeConfig
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def main(config: ServeConfig) -> int:
@@ -37,10 +33,10 @@ def main(config: ServeConfig) -> int:
         raise UserError(f"{error.name} is missing: pip install 'elastic3d[serve]'") from error
     address = f"http://{config.host}:{config.port}"
     if config.runner is Runner.ray:
-        with serve_over_ray(config, REPOSITORY / DEFAULT_MODEL):
+        with serve_over_ray(config):
             print(f"{config.replicas} replicas on {address}", file=sys.stderr)
             threading.Event().wait()  # until SIGTERM or Ctrl-C
-    app = build_app(config, REPOSITORY / DEFAULT_MODEL)
+    app = build_app(config)
     print(f"{app.state.model} on {address}", file=sys.stderr)
     uvicorn.run(app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=60)
     return 0

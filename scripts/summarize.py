@@ -11,7 +11,7 @@ from __future__ import annotations
 from _cli import check_writable, run
 
 from elastic3d.evaluation.options import SummarizeConfig
-from elastic3d.utils.paths import check_distinct
+from elastic3d.utils.files import check_distinct
 
 
 def main(config: SummarizeConfig) -> int:

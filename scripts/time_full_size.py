@@ -12,7 +12,7 @@ from __future__ import annotations
 from _cli import run
 
 from elastic3d.benchmark.config import FullSizeConfig
-from elastic3d.utils.paths import check_distinct
+from elastic3d.utils.files import check_distinct
 
 
 def main(config: FullSizeConfig) -> int:

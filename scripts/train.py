@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from _cli import CONFIG_DIR, run, walk_options
+from _cli import CONFIG_DIR, options_of, run
 
 from elastic3d.training.options import StageConfig, StageName
-from elastic3d.utils.paths import check_distinct
+from elastic3d.utils.files import check_distinct
 
 
 def main(config: StageConfig) -> int:
@@ -60,7 +60,7 @@ def options_of_stages() -> Mapping[str, set[str]]:
 
     found = {}
     for stage in StageName:
-        names = {option.name for option in walk_options(stage_config(stage))}
+        names = set(options_of(stage_config(stage)))
         found[f"stage={stage.name}"] = names | {name.rpartition(".")[2] for name in names}
     return found
 

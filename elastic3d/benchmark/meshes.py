@@ -30,15 +30,12 @@ from elastic3d.evaluation.runner import score_all
 from elastic3d.evaluation.statistics import Row
 from elastic3d.geometry.grid import node_points
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh
-from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.models.images import IMAGE_SUFFIXES
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import CONFIG_NAME, find_weights
-from elastic3d.pipelines.conditions import encode, prepare
-from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
+from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline, prepare
 from elastic3d.pipelines.options import DEFAULT_MODEL
-from elastic3d.pipelines.result import Settings
 from elastic3d.training.samples import mesh_image, on_white
 from elastic3d.utils.files import file_sha256, visible_files
 from elastic3d.utils.structured import Maybe, load_json, save_json
@@ -130,13 +127,12 @@ class MeshTask(Task):
         """Condition tokens (B,M,Cc)."""
         pipeline = self.model(run).pipeline
         images = [prepare(job.item, ForegroundConfig(), pipeline.encoder) for job in jobs]
-        return encode(images, pipeline.encoder, pipeline.device)
+        return pipeline.encode(images)
 
     def latents(self, run: Run, condition: Tensor, seeds: list[int]) -> Tensor:
         """Latents (B,N,C) of the DiT."""
-        rest = (DecodeConfig(), CleanupConfig(), ForegroundConfig(), run.settings)
-        settings = Settings(run.steps, self.planner.guidance(run.model), *rest)
-        return self.model(run).pipeline.sample_latents(condition, seeds, settings)
+        pipeline, guidance = self.model(run).pipeline, self.planner.guidance(run.model)
+        return pipeline.sample_latents(condition, seeds, run.steps, guidance, run.settings)
 
     def latent_scores(self, run: Run, found: Tensor, dense: Tensor) -> dict[str, float]:
         """Mean IoU of the shapes on a grid of 32 cells a side."""

@@ -1,4 +1,4 @@
-"""From a generated mesh to what its file holds: checked for a print, coloured, turned up, in its real size."""
+"""The colours of a mesh, projected from the image that it was made from."""
 
 from __future__ import annotations
 
@@ -10,22 +10,16 @@ from numpy.typing import NDArray
 
 from elastic3d.checkpoints.hunyuan3d_config import VIEW_NAMES
 from elastic3d.errors import UserError
-from elastic3d.evaluation.print_check import PrintCheck, print_check
 from elastic3d.geometry.colour import ImageColours, with_texture, with_vertex_colours
-from elastic3d.geometry.export import scale_to, with_up
 from elastic3d.geometry.pose import CANONICAL, FRONT, Pose, find_pose
 from elastic3d.models.foreground import centred, cut_out
 from elastic3d.models.images import load_image
 from elastic3d.models.options import ForegroundConfig
-from elastic3d.pipelines.conditions import ImageInput, as_file_or_image
-from elastic3d.pipelines.image_to_3d import Result
+from elastic3d.pipelines.inputs import ImageInput, array_image
 from elastic3d.pipelines.options import AssetConfig, Texture
 
 COLOURED_SUFFIXES = (".glb", ".ply", ".obj")
-LEAST_SIDE, MOST_SIDE = (
-    96,
-    768,
-)  # pixels of the image whose colours are taken; its own where that lies between
+LEAST_SIDE, MOST_SIDE = 96, 768  # of the image whose colours are taken; its own where that lies between
 BORDER = 0.1  # share of its side that stays free
 _POOR_FIT = 0.75  # below this overlap of mask and mesh the colours are partly guessed
 
@@ -40,35 +34,6 @@ def check_asset(config: AssetConfig, suffix: str, uv: bool) -> None:
         )
     if uv and suffix.lower() != ".glb":
         raise UserError(f"texture=project uv=true: {suffix} holds no texture, expected .glb (or uv=false)")
-
-
-def finish(
-    result: Result,
-    config: AssetConfig,
-    suffix: str,
-    image: ImageInput,
-    foreground: ForegroundConfig | None = None,
-    frontal: bool = False,
-) -> tuple[trimesh.Trimesh, PrintCheck]:
-    """The mesh as a file that ends in `suffix` holds it; its metadata gets the object `print`, and `texture`.
-
-    Args:
-        image: what the mesh was made from, for its colours.
-        frontal: the model's meshes face the camera of their image, rather than +Z whatever the view.
-
-    Raises whatever kept the result from becoming a mesh, and UserError where the image's colours can't be taken.
-    """
-    mesh = result.mesh
-    check = print_check(mesh, config.size_mm, config.min_wall_mm)
-    result.metadata["print"] = check.as_dict()
-    if config.texture is Texture.project:
-        mesh, result.metadata["texture"] = coloured(
-            mesh, image, foreground or ForegroundConfig(), config, frontal
-        )
-    mesh = with_up(mesh, config.up.value)
-    if config.size_mm is not None:
-        mesh = scale_to(mesh, config.size_mm, suffix)
-    return mesh, check
 
 
 def coloured(
@@ -103,7 +68,8 @@ def posed(
     """The camera of an image of a mesh, and what it sees: the object alone, RGBA (S, S, 4). ValueError if there is
     none."""
     front = image[VIEW_NAMES[0]] if isinstance(image, Mapping) else image
-    cut = cut_out(load_image(as_file_or_image(front)), foreground)
+    front = array_image(front) if isinstance(front, np.ndarray) else front
+    cut = cut_out(load_image(front), foreground)
     left, top, right, bottom = cut.getchannel("A").getbbox() or (0, 0, *cut.size)
     side = round(max(right - left, bottom - top) / (1 - BORDER))
     pixels = np.asarray(centred(cut, int(np.clip(side, LEAST_SIDE, MOST_SIDE)), BORDER))

@@ -6,29 +6,49 @@ import glob
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+import trimesh
 
+from elastic3d.checkpoints.hunyuan3d_config import VIEW_NAMES
 from elastic3d.checkpoints.options import PRESETS
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.errors import UserError
+from elastic3d.evaluation.print_check import PrintCheck, print_check
+from elastic3d.geometry.export import scale_to, with_up
 from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, check_suffix, save_mesh
 from elastic3d.models.images import IMAGE_SUFFIXES
-from elastic3d.pipelines.assets import check_asset, finish
-from elastic3d.pipelines.image_to_3d import ImageInput, ImageTo3DPipeline, Result
-from elastic3d.pipelines.options import GenerateConfig, MeshFormat
-from elastic3d.pipelines.preview import turntable
-from elastic3d.pipelines.progress import OnProgress
-from elastic3d.pipelines.published import views_of
-from elastic3d.pipelines.routes import draw_routes, route_title
-from elastic3d.utils.files import atomic_path, matching_files, name_key, printable, visible_files
+from elastic3d.models.options import ForegroundConfig
+from elastic3d.pipelines.assets import check_asset, coloured
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, OnProgress, Result
+from elastic3d.pipelines.inputs import ImageInput
+from elastic3d.pipelines.options import AssetConfig, GenerateConfig, Texture, Up
+from elastic3d.pipelines.preview import draw_routes, route_title, turntable
+from elastic3d.utils.files import (
+    atomic_path,
+    check_distinct,
+    matching_files,
+    name_key,
+    printable,
+    visible_files,
+)
 from elastic3d.utils.options import to_dict
-from elastic3d.utils.paths import check_distinct
 from elastic3d.utils.structured import save_json
 
+if TYPE_CHECKING:
+    from elastic3d.pipelines.text_to_image import ImageResult
+
 SUMMARY_NAME = "summary.json"
+OPTIONS = (
+    "quality",
+    "steps",
+    "guidance",
+    "resolution",
+    "cleanup",
+    "foreground",
+)  # of the command, for the pipeline
 
 
 @dataclass(frozen=True)
@@ -50,21 +70,9 @@ class Job:
         """Where the image of the prompt is kept."""
         return self.output.with_name(f"{self.output.stem}_image.png")
 
-    @property
-    def name(self) -> str:
-        """Of the mesh in its file."""
-        return self.prompt or printable(self.image.stem)
 
-
-@dataclass(frozen=True)
-class Drawn:
-    """The image of a job's prompt, with its metadata."""
-
-    image: Image.Image
-    metadata: dict[str, Any]
-
-
-Draw = Callable[[Sequence[Job]], Sequence[Drawn]]
+Draw = Callable[[Sequence[Job]], "Sequence[ImageResult]"]
+"""Makes the images of jobs that have a prompt, and keeps them."""
 
 
 @dataclass
@@ -84,6 +92,11 @@ class Outcome:
     """Of the image, told before anything was made of it."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, job: Job, status: str, error: str | None = None) -> Outcome:
+        """Of a job."""
+        return cls(job.subject, printable(job.output), job.seed, status, error)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -100,61 +113,40 @@ def plan(config: GenerateConfig) -> Plan:
         UserError: no image is there, `output` is of the wrong kind, or something would be written over an input or
             another output.
     """
-    found = _plan(config)
-    for suffix in {job.output.suffix for job in found.jobs}:
-        check_asset(config.asset, suffix, config.cleanup.uv)
-    meshes = [job.output for job in found.jobs]
-    check_distinct(
-        {"image": [job.image for job in found.jobs if not job.prompt], **_named_views(config)},
-        {
-            "output": meshes,
-            "image of the prompt": [job.drawing for job in found.jobs if job.prompt],
-            "preview": [path.with_suffix(".png") for path in meshes] if config.preview else None,
-            "trace": config.trace,
-            "summary": found.folder / SUMMARY_NAME if found.folder else None,
-        },
-    )
-    return found
-
-
-def _named_views(config: GenerateConfig) -> dict[str, str]:
-    return {f"image_{name}": path for name, path in config.views.items()}
-
-
-def _plan(config: GenerateConfig) -> Plan:
-    """As `plan`, whatever the files are."""
-    output = Path(config.output)
-    if config.prompt:
-        check_suffix(output, WRITE_SUFFIXES)
-        numbers = range(config.num_samples)
-        targets = [_numbered(output, n, config.num_samples) for n in numbers]
-        return Plan([Job(Path(), config.seed + n, targets[n], config.prompt) for n in numbers], None)
-    single = Path(config.image)
-    many = single.is_dir() or (glob.has_magic(config.image) and not single.exists())
-    if not many and not single.exists():
-        raise UserError(f"there is no file {printable(single)}")
-    if many and config.views:
-        name = next(iter(config.views))
-        raise UserError(
-            f"image_{name} is given, but image is {config.image}, several objects: give one image"
-        )
-    if many or output.is_dir() or config.output.endswith("/"):
-        if output.suffix.lower() in WRITE_SUFFIXES and not output.is_dir():
-            raise UserError(f"output is {output}, expected a folder, as image is a folder or a glob")
-        if output.exists() and not output.is_dir():
-            raise UserError(f"output is {output}, a file, expected a folder")
-        images = find_images(config.image) if many else [single]
-        targets = _targets(images, output, config.format)
-        folder: Path | None = output
+    image, output = Path(config.image), Path(config.output)
+    many = image.is_dir() or (glob.has_magic(config.image) and not image.exists())
+    folder = None
+    if not config.prompt and not many and not image.exists():
+        raise UserError(f"there is no file {printable(image)}")
+    if not config.prompt and (many or output.is_dir() or config.output.endswith("/")):
+        pairs, folder = _into_folder(config, many), output
     else:
         check_suffix(output, WRITE_SUFFIXES)
-        images, targets, folder = [single], [output], None
+        pairs = [(image, output)]
     jobs = [
-        Job(image, config.seed + n, _numbered(target, n, config.num_samples))
-        for image, target in zip(images, targets, strict=True)
+        Job(image, config.seed + n, target if config.num_samples == 1 else numbered(target, n), config.prompt)
+        for image, target in pairs
         for n in range(config.num_samples)
     ]
+    for suffix in {target.suffix for _, target in pairs} if config.asset.texture is Texture.project else ():
+        check_asset(config.asset, suffix, config.cleanup.uv)
+    _check_files(jobs, folder, config)
     return Plan(jobs, folder)
+
+
+def _check_files(jobs: Sequence[Job], folder: Path | None, config: GenerateConfig) -> None:
+    meshes = [job.output for job in jobs]
+    views = {f"image_{name}": path for name, path in config.views.items()}
+    check_distinct(
+        {"image": [job.image for job in jobs if not job.prompt], **views},
+        {
+            "output": meshes,
+            "image of the prompt": [job.drawing for job in jobs if job.prompt],
+            "preview": [path.with_suffix(".png") for path in meshes] if config.preview else None,
+            "trace": config.trace,
+            "summary": folder / SUMMARY_NAME if folder else None,
+        },
+    )
 
 
 def generate(
@@ -165,49 +157,91 @@ def generate(
     on_progress: OnProgress | None = None,
     draw: Draw | None = None,
 ) -> None:
-    """Do the jobs in batches; each mesh is saved, and its outcome told, as soon as it is there or has failed.
+    """Do the jobs in batches; each mesh is saved, and its outcome told, as soon as it is there or has failed."""
+    views = config.views
+    options = {name: getattr(config, name) for name in OPTIONS} | ElasticOptions.of(config)
+    for batch in batches(jobs, config, on_outcome):
+        drawn = [] if draw is None else draw(batch)
+        images: list[ImageInput] = [each.image for each in drawn]
+        if draw is None:
+            images = [{VIEW_NAMES[0]: job.image, **views} if views else job.image for job in batch]
+        keep = partial(_keep, batch, images, drawn, config, on_outcome)
+        pipeline(images, [job.seed for job in batch], on_progress=on_progress, on_result=keep, **options)
 
-    `draw` makes the images of jobs that have a prompt.
-    """
+
+def batches(
+    jobs: Sequence[Job], config: GenerateConfig, on_outcome: Callable[[Outcome], None]
+) -> list[list[Job]]:
+    """What is to do, in batches; with `resume`, jobs whose file is there are told as skipped."""
     todo = []
     for job in jobs:
         if config.resume and job.output.exists():
-            on_outcome(Outcome(job.subject, printable(job.output), job.seed, "skipped"))
+            on_outcome(Outcome.of(job, "skipped"))
         else:
             todo.append(job)
-    for start in range(0, len(todo), config.rows):
-        batch = todo[start : start + config.rows]
-        drawn = draw(batch) if draw is not None else []
-        images: list[ImageInput] = [image.image for image in drawn]
-        images = images or [views_of(job.image, config) for job in batch]
+    return [todo[start : start + config.rows] for start in range(0, len(todo), config.rows)]
 
-        def keep(
-            number: int,
-            result: Result,
-            batch: Sequence[Job] = batch,
-            drawn: Sequence[Drawn] = drawn,
-            images: Sequence[ImageInput] = images,
-        ) -> None:
-            if drawn:
-                result.metadata["image"] = drawn[number].metadata
-            on_outcome(_save(batch[number], result, config, images[number]))
 
-        for job, image in zip(batch, drawn, strict=False):  # none where there is no prompt
-            with atomic_path(job.drawing) as temporary:
-                image.image.save(temporary)
-        pipeline(
-            images,
-            [job.seed for job in batch],
-            quality=config.quality,
-            steps=config.steps,
-            guidance=config.guidance,
-            resolution=config.resolution,
-            cleanup=config.cleanup,
-            foreground=config.foreground,
-            on_progress=on_progress,
-            on_result=keep,
-            **ElasticOptions.of(config),
+def _keep(
+    batch: Sequence[Job],
+    images: Sequence[ImageInput],
+    drawn: Sequence[ImageResult],
+    config: GenerateConfig,
+    on_outcome: Callable[[Outcome], None],
+    number: int,
+    result: Result,
+) -> None:
+    """Save one result of a batch, and tell what became of it."""
+    job, outcome = batch[number], Outcome.of(batch[number], "ok")
+    outcome.metadata, outcome.image_warnings = result.metadata, result.warnings
+    if drawn:
+        result.metadata["image"] = drawn[number].metadata
+    try:
+        frontal = config.model in PRESETS
+        mesh, check = finish(
+            result, config.asset, job.output.suffix, images[number], config.foreground, frontal
         )
+        save_mesh(mesh, job.output, extras=result.metadata, name=job.prompt or printable(job.image.stem))
+        if config.preview:
+            with atomic_path(job.output.with_suffix(".png")) as temporary:
+                turntable(result.mesh, image=result.image).save(temporary)
+    except UserError as error:
+        outcome.status, outcome.error = "failed", str(error)
+    else:
+        outcome.faces, outcome.watertight = check.faces, check.watertight
+        outcome.print_summary, outcome.warnings = check.summary(), check.warnings()
+        if texture_warning := result.metadata.get("texture", {}).get("warning"):
+            outcome.warnings.append(f"texture=project: {texture_warning}")
+    on_outcome(outcome)
+
+
+def finish(
+    result: Result,
+    config: AssetConfig,
+    suffix: str,
+    image: ImageInput,
+    foreground: ForegroundConfig | None = None,
+    frontal: bool = False,
+) -> tuple[trimesh.Trimesh, PrintCheck]:
+    """The mesh as a file that ends in `suffix` holds it; its metadata gets the object `print`, and `texture`.
+
+    Args:
+        image: what the mesh was made from, for its colours.
+        frontal: the model's meshes face the camera of their image, rather than +Z whatever the view.
+
+    Raises whatever kept the result from becoming a mesh, and UserError where the image's colours can't be taken.
+    """
+    mesh = result.mesh
+    check = print_check(mesh, config.size_mm, config.min_wall_mm)
+    result.metadata["print"] = check.as_dict()
+    if config.texture is Texture.project:
+        foreground = foreground or ForegroundConfig()
+        mesh, result.metadata["texture"] = coloured(mesh, image, foreground, config, frontal)
+    if config.up is not Up.y:
+        mesh = with_up(mesh, config.up.value)
+    if config.size_mm is not None:
+        mesh = scale_to(mesh, config.size_mm, suffix)
+    return mesh, check
 
 
 def save_summary(path: Path, config: GenerateConfig, outcomes: Sequence[Outcome], planned: int) -> None:
@@ -237,26 +271,6 @@ def save_routes(path: Path, outcomes: Sequence[Outcome]) -> None:
     draw_routes(panels, path)
 
 
-def _save(job: Job, result: Result, config: GenerateConfig, image: ImageInput) -> Outcome:
-    outcome = Outcome(job.subject, printable(job.output), job.seed, "ok", metadata=result.metadata)
-    outcome.image_warnings = result.warnings
-    try:
-        frontal = config.model in PRESETS
-        mesh, check = finish(result, config.asset, job.output.suffix, image, config.foreground, frontal)
-        save_mesh(mesh, job.output, extras=result.metadata, name=job.name)
-        if config.preview:
-            with atomic_path(job.output.with_suffix(".png")) as temporary:
-                turntable(result.mesh, image=result.image).save(temporary)
-    except UserError as error:
-        outcome.status, outcome.error = "failed", str(error)
-        return outcome
-    outcome.faces, outcome.watertight = check.faces, check.watertight
-    outcome.print_summary, outcome.warnings = check.summary(), check.warnings()
-    if texture_warning := result.metadata.get("texture", {}).get("warning"):
-        outcome.warnings.append(f"texture=project: {texture_warning}")
-    return outcome
-
-
 def find_images(pattern: str) -> list[Path]:
     """Images in a folder, or files that match a glob; sorted."""
     folder = Path(pattern)
@@ -271,8 +285,22 @@ def find_images(pattern: str) -> list[Path]:
     return found
 
 
-def _targets(images: Sequence[Path], folder: Path, kind: MeshFormat) -> list[Path]:
-    """`folder/<stem>.<kind>`; the suffix stays in the name where two images differ in nothing else."""
+def _into_folder(config: GenerateConfig, many: bool) -> list[tuple[Path, Path]]:
+    """Each image with its file in the folder `output`.
+
+    The file is `<stem>.<format>`; the image's suffix stays in the name where two images differ in nothing else.
+    """
+    output = Path(config.output)
+    if many and config.views:
+        name = next(iter(config.views))
+        raise UserError(
+            f"image_{name} is given, but image is {config.image}, several objects: give one image"
+        )
+    if output.suffix.lower() in WRITE_SUFFIXES and not output.is_dir():
+        raise UserError(f"output is {output}, expected a folder, as image is a folder or a glob")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output is {output}, a file, expected a folder")
+    images = find_images(config.image) if many else [Path(config.image)]
     stems = Counter(name_key(image.stem) for image in images)
     names = [
         image.stem if stems[name_key(image.stem)] == 1 else image.name.replace(".", "_") for image in images
@@ -283,8 +311,11 @@ def _targets(images: Sequence[Path], folder: Path, kind: MeshFormat) -> list[Pat
             f"image matches several images named {printable(repeated[0])}, expected names that differ in more than"
             " upper and lower case"
         )
-    return [folder / f"{name}.{kind.value}" for name in names]
+    return [
+        (image, output / f"{name}.{config.format.value}") for image, name in zip(images, names, strict=True)
+    ]
 
 
-def _numbered(target: Path, number: int, total: int) -> Path:
-    return target if total == 1 else target.with_name(f"{target.stem}_{number}{target.suffix}")
+def numbered(target: Path, number: int) -> Path:
+    """`chair.glb` -> `chair_0.glb`, for one of several samples."""
+    return target.with_name(f"{target.stem}_{number}{target.suffix}")

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 import trimesh
+from PIL import Image
 from torch import Tensor, nn
 
 from elastic3d import __version__
+from elastic3d.checkpoints.hunyuan3d_config import VIEW_NAMES
 from elastic3d.diffusion.dial import Dial, choose, load_dial, save_dial
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample
 from elastic3d.elastic import attach, is_attached, save_routers, session_of
 from elastic3d.elastic.calibrating import CALIBRATION_NAME, find_calibration, has_routers, put_policy
-from elastic3d.elastic.config import ElasticOptions
+from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.context import Turn
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.training_free import check_budget
@@ -32,32 +35,93 @@ from elastic3d.geometry.decode import decode_field
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.geometry.surface import extract_surface
 from elastic3d.models.familiarity import Familiarity, load_familiarity
-from elastic3d.models.image_encoder import ImageEncoder, load_image_encoder, save_image_encoder
+from elastic3d.models.foreground import prepare_image, to_tensor
+from elastic3d.models.image_encoder import DinoV2, ImageEncoder, load_image_encoder, save_image_encoder
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import find_weights
-from elastic3d.pipelines.conditions import (
-    ImageInput,
-    Prepared,
-    check_directions,
-    encode,
-    is_image,
-    prepare,
+from elastic3d.pipelines.inputs import ImageInput, array_image
+from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK
+from elastic3d.pipelines.runtime import (
+    dense_flops,
+    find_model,
+    resolve_device,
+    resolve_dtype,
+    routes_of,
+    seeds_of,
+    timed,
 )
-from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, Placement, usual_chunk
-from elastic3d.pipelines.options import check_sampling
-from elastic3d.pipelines.progress import Listeners, OnProgress, OnResult, OnStep
-from elastic3d.pipelines.result import Result, Settings
-from elastic3d.pipelines.routes import dense_metadata, route_metadata
-from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, seeds_of, timed
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256, printable
 from elastic3d.utils.options import from_dict, to_dict
 from elastic3d.utils.structured import load_json, save_json
 
 PIPELINE_NAME, ROUTERS_NAME = "pipeline.json", "routers"
+# Points in one call of the field on a CPU. Blocks of over 32 MB are mapped anew by glibc each time, and every page of
+# them faults in again: with more points decoding takes 1.6 times as long.
+CPU_CHUNK = 1 << 14
+
+Prepared = dict[int, Image.Image]
+"""Images as the encoder wants them, by the number of their direction; 0 is the front."""
+OnStep = Callable[[int, int], None]
+OnProgress = Callable[[str, int, int], None]
+"""on_progress(stage, done, total); the stages are those of the metadata's `ms`: condition (images), dit (sampling
+steps), decode (levels of the grid, over all meshes), cleanup (meshes)."""
+OnResult = Callable[[int, "Result"], None]
+"""on_result(number in the batch, result), as soon as it is known, failures included."""
+
+
+@dataclass
+class Result:
+    """One sample: its mesh, or the reason why there is none."""
+
+    metadata: dict[str, Any]
+    """What was done, as stored in a glb: version, model, seed, steps, FLOPs, milliseconds, ..."""
+    latents: Tensor | None = None
+    """Sampled latents (N,C) fp32 on the CPU; None if the image could not be used."""
+    error: UserError | None = None
+    image: Image.Image | None = None
+    """The (front) image as the model saw it: the object cut out, centred, on white; None if it could not be used."""
+    warnings: list[str] = field(default_factory=list)
+    """What may be wrong with the image, one sentence each."""
+    _mesh: trimesh.Trimesh | None = field(default=None, repr=False)
+
+    @property
+    def mesh(self) -> trimesh.Trimesh:
+        """The mesh, Y up, in the cube of the model's `box`; raises `error` if there is none."""
+        if self.error is not None:
+            raise self.error
+        assert self._mesh is not None
+        return self._mesh
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the pipeline: a batch, what is asked for with defaults filled in, and who is told.
+
+    `config` holds the call's own steps, guidance, resolution and elastic options. `dial` is metadata: what was
+    requested of the dial, and the cost of the row that runs; None where it is not asked.
+    """
+
+    images: Sequence[ImageInput]
+    seeds: Sequence[int]
+    config: PipelineConfig
+    decode: DecodeConfig
+    cleanup: CleanupConfig
+    foreground: ForegroundConfig
+    dial: dict[str, Any] | None
+    on_step: OnStep | None
+    on_progress: OnProgress | None
+    on_result: OnResult
+
+    def at(self, stage: str, done: int, total: int) -> None:
+        """Tell that `done` of `total` of a stage are done."""
+        if stage == "dit" and self.on_step is not None:
+            self.on_step(done, total)
+        if self.on_progress is not None:
+            self.on_progress(stage, done, total)
 
 
 class ImageTo3DPipeline:
@@ -93,25 +157,34 @@ class ImageTo3DPipeline:
         self.vae, self.dit, self.encoder = vae.eval(), dit.eval(), encoder
         self.config = config or PipelineConfig()
         self.weights_sha256, self.dense_sha256 = weights_sha256, dense_sha256 or weights_sha256
-        self.placement = Placement(next(dit.parameters()).device)
-        self.max_points = usual_chunk(self.device)
+        self.device, self.offload = next(dit.parameters()).device, False  # offload: see `use_less_memory`
+        self.max_points = CPU_CHUNK if self.device.type == "cpu" else DecodeConfig.max_points
         self.dial: Dial | None = None  # what a budget becomes; None: the budget is the routers' own
         self.calibration: Path | None = None  # file or folder of what keeps a budget without routers
         self.familiarity: Familiarity | None = None  # with the images the model was trained on
         self._turn = Turn()  # threads that share a pipeline take turns
 
-    @property
-    def device(self) -> torch.device:
-        """Where the models work."""
-        return self.placement.device
-
     def use_less_memory(self) -> None:
         """From now on, only the part that works is on the device, and guidance runs its branches in turn: slower."""
-        self.placement.offload = True
+        self.offload = True
         self.max_points = min(self.max_points, LOW_MEMORY_CHUNK)
         for part in (self.vae, self.dit, self.encoder):
             if isinstance(part, nn.Module):
                 part.to("cpu")
+
+    @contextmanager
+    def _on_device(self, part: Any) -> Iterator[None]:
+        """While it lasts, `part` is on the device, where parts wait in main memory for their turn."""
+        moves = self.offload and isinstance(part, nn.Module)
+        if moves:
+            part.to(self.device)
+        try:
+            yield
+        finally:
+            if moves:
+                part.to("cpu")
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
 
     @property
     def session(self) -> ElasticSession | None:
@@ -138,8 +211,7 @@ class ImageTo3DPipeline:
         Raises:
             UserError: a missing, broken or third-party file, a device that is not there.
         """
-        folder = find_model(path)
-        target = resolve_device(device)
+        folder, target = find_model(path), resolve_device(device)
         number = resolve_dtype(dtype, target)
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}, expected one with {PIPELINE_NAME}")
@@ -153,9 +225,9 @@ class ImageTo3DPipeline:
             digest = file_sha256(*files, find_weights(folder / ROUTERS_NAME))
         pipeline = cls(vae, dit, load_image_encoder(folder / "image_encoder", target), config, digest, dense)
         pipeline.familiarity = load_familiarity(folder, pipeline.encoder.channels)
-        session = pipeline.session
         if dial and routers:
-            pipeline.dial = load_dial(folder, config, None if session is None else session.router_config)
+            session = pipeline.session
+            pipeline.dial = load_dial(folder, config, session.router_config if session else None)
         pipeline.calibration = folder
         return pipeline
 
@@ -218,209 +290,211 @@ class ImageTo3DPipeline:
             UserError: a value out of range; for a single image also whatever kept it from becoming a mesh.
                 In a list that is the `error` of its result, and the others go on.
         """
-        many = not is_image(images)
+        stacked = isinstance(images, np.ndarray) and images.ndim == 4
+        many = stacked or not isinstance(images, (str, Path, Image.Image, Mapping, np.ndarray))
         inputs: Sequence[ImageInput] = images if many else [images]  # type: ignore[assignment, list-item]
         seeds = seeds_of(seed, len(inputs))
-        requested = ElasticOptions(**elastic)
-        row = choose(self.dial, requested, steps, quality, guidance)
-        run = requested if row is None else row.over(requested)
-        steps = steps if row is None else row.steps
-        cells = self.config.resolution_of(quality) if resolution is None else resolution
-        settings = self._settings(steps, guidance, cells, max_faces, decode, cleanup, foreground)
-        settings.elastic = run.over(self.config.elastic, has_routers(self.dit))
-        if settings.elastic.elastic and not has_routers(self.dit):
-            check_budget(settings.elastic.budget, len(sampling_times(self.config, settings.steps)) - 1)
-        settings.dial = None if row is None else row.metadata(requested.budget, quality)
-        results = self._in_turn(inputs, seeds, settings, Listeners(on_step, on_progress, on_result))
-        if many:
-            return results
-        if results[0].error is not None:
+        given = {"steps": steps, "guidance": guidance, "resolution": resolution}
+        config, dial = self._config(given, quality, ElasticOptions(**elastic))
+        if max_faces is not None:
+            cleanup = _checked(cleanup or CleanupConfig(), max_faces=max_faces)
+        parts = decode or DecodeConfig(), cleanup or CleanupConfig(), foreground or ForegroundConfig()
+        told = on_step, on_progress, on_result or (lambda *_: None)
+        results = self._in_turn(Call(inputs, seeds, config, *parts, dial, *told))
+        if not many and results[0].error is not None:
             raise results[0].error
-        return results[0]
+        return results if many else results[0]
 
-    def _in_turn(
-        self, inputs: Sequence[ImageInput], seeds: Sequence[int], settings: Settings, listeners: Listeners
-    ) -> list[Result]:
+    def _config(
+        self, given: dict[str, Any], quality: Quality | str | None, requested: ElasticOptions
+    ) -> tuple[PipelineConfig, dict[str, Any] | None]:
+        """The model's sampling with what a call asks for, and metadata of the dial. UserError out of range."""
+        dial, routed = None, has_routers(self.dit)
+        row = choose(self.dial, requested, given["steps"], quality, given["guidance"])
+        if row is not None:
+            dial = row.metadata(requested.budget, quality)
+            given, requested = given | {"steps": row.steps}, row.over(requested)
+        given = {name: value for name, value in given.items() if value is not None}
+        config = _checked(self.config, **{"resolution": self.config.resolution_of(quality), **given})
+        config.elastic = requested.over(self.config.elastic, routed)
+        if config.elastic.elastic and not routed:
+            check_budget(config.elastic.budget, len(sampling_times(config, config.steps)) - 1)
+        return config, dial
+
+    def _in_turn(self, call: Call) -> list[Result]:
         """One call at a time; the first with a budget brings the policy of a model without routers."""
         with self._turn:
-            if settings.elastic.elastic and self.session is None:
+            if call.config.elastic.elastic and self.session is None:
                 put_policy(self.dit, find_calibration(self.calibration, self.dit))
             with self.session.turn if self.session is not None else nullcontext():
-                return self._generate(inputs, seeds, settings, listeners)
+                return self._generate(call)
 
-    def _settings(
-        self,
-        steps: int | None,
-        guidance: float | None,
-        resolution: int,
-        max_faces: int | None,
-        decode: DecodeConfig | None,
-        cleanup: CleanupConfig | None,
-        foreground: ForegroundConfig | None,
-    ) -> Settings:
-        try:
-            check_sampling(steps, guidance, resolution)
-            cleaning = cleanup or CleanupConfig()
-            cleaning = cleaning if max_faces is None else replace(cleaning, max_faces=max_faces)
-            decoding = replace(
-                decode or DecodeConfig(),
-                resolution=resolution,
-                max_points=self.max_points,
-                box=self.config.box,
-            )
-            return Settings(
-                steps=self.config.steps if steps is None else steps,
-                guidance=self.config.guidance if guidance is None else guidance,
-                decode=decoding,
-                cleanup=cleaning,
-                foreground=foreground or ForegroundConfig(),
-                elastic=self.config.elastic,
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from error
-
-    def _generate(
-        self,
-        images: Sequence[ImageInput],
-        seeds: Sequence[int],
-        settings: Settings,
-        listeners: Listeners,
-    ) -> list[Result]:
-        results = [Result(self._metadata(seed, settings)) for seed in seeds]
-        prepared: dict[int, Prepared] = {}
-        batch_ms: dict[str, float] = {}
-        with timed(batch_ms, "condition"):
-            for i, image in enumerate(images):
-                try:
-                    prepared[i] = prepare(image, settings.foreground, self.encoder)
-                    check_directions(prepared[i], next(iter(prepared.values())))
-                    results[i].image = next(iter(prepared[i].values()))
-                except UserError as error:
-                    prepared.pop(i, None)
-                    results[i].error = error
-                    listeners.ready(i, results[i])
-                listeners.at("condition", i + 1, len(images))
+    def _generate(self, call: Call) -> list[Result]:
+        config, ms = call.config, dict[str, float]()
+        results = [Result(self._metadata(call, seed)) for seed in call.seeds]
+        with timed(ms, "condition"):
+            prepared = self._prepare(call, results)
             if not prepared:
                 return results
-            with self.placement.use(self.encoder):
-                condition = encode(list(prepared.values()), self.encoder, self.device)
-            self._compare(condition, {i: (images[i], results[i]) for i in prepared})
-        with timed(batch_ms, "dit"), self.placement.use(self.dit):
-            latents = self.sample_latents(
-                condition, [seeds[i] for i in prepared], settings, partial(listeners.at, "dit")
-            )
-        if self.placement.offload and self.session is not None:
-            self.session.forget()  # copies of blocks would stay on the device
-        done, moves = [results[i] for i in prepared], len(sampling_times(self.config, settings.steps)) - 1
-        dense = dense_metadata(self.dit.config, moves, settings.guidance, condition.shape[1])
-        routes = route_metadata(self.session, settings.elastic, len(done))
-        by_default = self._dense_default(condition.shape[1])
-        for result, row, route in zip(done, latents, routes, strict=True):
+            condition = self.encode(list(prepared.values()))
+            self._compare(condition, {i: call.images[i] for i in prepared}, results)
+        seeds, asked = [call.seeds[i] for i in prepared], (config.steps, config.guidance, config.elastic)
+        with timed(ms, "dit"):
+            latents = self.sample_latents(condition, seeds, *asked, partial(call.at, "dit"))
+        made, tokens = {i: results[i] for i in prepared}, condition.shape[1]
+        dense = dense_flops(self.dit.config, config, tokens)
+        routes = routes_of(self.session, config.elastic, len(made))
+        for result, row, route in zip(made.values(), latents, routes, strict=True):
             result.latents = row.cpu()
-            result.metadata |= dense | route | by_default
-        self._decode(latents, dict(zip(prepared, done, strict=True)), settings, batch_ms, listeners)
+            result.metadata |= {"flops_executed": dense, "flops_dense": dense, **route}
+            if self.dial is not None:  # its costs are shares of the default generation
+                result.metadata["flops_dense"] = dense_flops(self.dit.config, self.config, tokens)
+        self._decode(call, latents, made, ms)
         return results
 
-    def _compare(self, condition: Tensor, rows: dict[int, tuple[ImageInput, Result]]) -> None:
-        """Note how far the images of some samples are from the training images, and warn of those far away."""
-        if self.familiarity is None:
+    def _prepare(self, call: Call, results: list[Result]) -> dict[int, Prepared]:
+        """The usable images, by their number in the call; what is wrong with another one is the error of its result."""
+        found: dict[int, Prepared] = {}
+        for i, image in enumerate(call.images):
+            try:
+                views = prepare(image, call.foreground, self.encoder)
+                if any(views.keys() != others.keys() for others in found.values()):
+                    several = (
+                        "the objects of one batch are seen from different directions: give one at a time"
+                    )
+                    raise UserError(several)
+                found[i], results[i].image = views, next(iter(views.values()))
+            except UserError as error:
+                results[i].error = error
+                call.on_result(i, results[i])
+            call.at("condition", i + 1, len(call.images))
+        return found
+
+    def encode(self, prepared: Sequence[Prepared]) -> Tensor:
+        """Condition tokens (B,M,Cc) of prepared images, all from the same directions."""
+        images = torch.stack([to_tensor(list(each.values())) for each in prepared]).to(self.device)
+        with self._on_device(self.encoder):
+            if isinstance(self.encoder, DinoV2) and self.encoder.config.views > 1:
+                return self.encoder.encode_views(images, list(prepared[0]))
+            return self.encoder(images[:, 0])
+
+    def _compare(self, condition: Tensor, images: dict[int, ImageInput], results: list[Result]) -> None:
+        """Note how far images are from the training images, and warn of those far away."""
+        if (known := self.familiarity) is None:
             return
-        for (image, result), distance in zip(
-            rows.values(), self.familiarity.distance(condition).tolist(), strict=True
-        ):
-            result.metadata["image_distance"] = round(distance, 3)
-            if text := self.familiarity.warning(distance):
-                result.warnings.append(text)
+        for (i, image), distance in zip(images.items(), known.distance(condition).tolist(), strict=True):
+            results[i].metadata["image_distance"] = round(distance, 3)
+            if text := known.warning(distance):
+                results[i].warnings.append(text)
                 name = f"{printable(image)}: " if isinstance(image, (str, Path)) else ""
                 warnings.warn(f"{name}{text}", stacklevel=2)
-
-    def _decode(
-        self,
-        latents: Tensor,
-        results: dict[int, Result],
-        settings: Settings,
-        batch_ms: dict[str, float],
-        listeners: Listeners,
-    ) -> None:
-        """Latents (B,N,C) -> the meshes of `results`, or why there is none; with it all their times are known.
-
-        `results` are by their number in the call.
-        """
-        count = len(results)
-
-        def decoding(row: int, level: int, levels: int) -> None:
-            listeners.at("decode", row * levels + level, count * levels)
-
-        with ExitStack() as stack:
-            with timed(batch_ms, "decode"), torch.no_grad():
-                stack.enter_context(self.placement.use(self.vae))  # until the last mesh is there
-                tokens = self.vae.decode(latents)
-            for row, (number, result) in enumerate(results.items()):
-                ms = {name: value / count for name, value in batch_ms.items()}
-                try:
-                    on_level = partial(decoding, row)
-                    result._mesh = self._mesh_of(tokens[row : row + 1], settings, ms, on_level)
-                except ValueError as error:
-                    result.error = error if isinstance(error, UserError) else UserError(str(error))
-                result.metadata["ms"] = {name: round(value, 1) for name, value in ms.items()}
-                listeners.at("cleanup", row + 1, count)
-                listeners.ready(number, result)
 
     def sample_latents(
         self,
         condition: Tensor,
         seeds: Sequence[int],
-        settings: Settings,
-        on_step: Callable[[int, int], None] | None = None,
+        steps: int,
+        guidance: float,
+        elastic: ElasticConfig,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Condition tokens (B,M,Cc) -> latents (B,N,C) in fp32, sample b from its own generator."""
-        cfg = self.dit.config
-        if self.session is not None:
-            self.session.settings = settings.elastic
-        return sample(
-            self.dit,
-            condition,
-            (cfg.num_latents, cfg.in_channels),
-            settings.steps,
-            settings.guidance,
-            [torch.Generator().manual_seed(seed) for seed in seeds],
-            times=sampling_times(self.config, settings.steps),
-            solver=self.config.solver,
-            sequential=self.placement.offload,
-            guidance_embed=cfg.guidance_embed,
-            session=self.session,
-            on_step=on_step,
-        )
+        cfg, session = self.dit.config, self.session
+        if session is not None:
+            session.settings = elastic
+        with self._on_device(self.dit):
+            latents = sample(
+                self.dit,
+                condition,
+                (cfg.num_latents, cfg.in_channels),
+                steps,
+                guidance,
+                [torch.Generator().manual_seed(seed) for seed in seeds],
+                times=sampling_times(self.config, steps),
+                solver=self.config.solver,
+                sequential=self.offload,
+                guidance_embed=cfg.guidance_embed,
+                session=session,
+                on_step=on_step,
+            )
+        if self.offload and session is not None:
+            session.forget()  # copies of blocks would stay on the device
+        return latents
 
-    def _mesh_of(
-        self, tokens: Tensor, settings: Settings, ms: dict[str, float], on_level: OnStep
-    ) -> trimesh.Trimesh:
-        """Decoded tokens (1,N,D) of one sample -> clean mesh; adds its times to `ms`."""
-        with timed(ms, "decode"):
-            values, _ = decode_field(self.vae.field(tokens), 0, settings.decode, self.device, on_level)
-        with timed(ms, "surface"):
-            values = reducible(values, settings.cleanup.max_faces)
-            mesh = extract_surface(values, settings.decode.box, settings.decode.surface)
-        with timed(ms, "cleanup"):
-            return clean(mesh, settings.cleanup)
+    def _decode(self, call: Call, latents: Tensor, made: dict[int, Result], ms: dict[str, float]) -> None:
+        """Latents (B,N,C) -> the meshes of `made`, by their number in the call, or why there is none.
 
-    def _dense_default(self, condition_tokens: int) -> dict[str, int]:
-        """FLOPs that a dial's costs are shares of; nothing without a dial."""
-        if self.dial is None:
-            return {}
-        moves = len(sampling_times(self.config, self.config.steps)) - 1
-        dense = dense_metadata(self.dit.config, moves, self.config.guidance, condition_tokens)
-        return {"flops_dense": dense["flops_dense"]}
+        `ms` is what the batch has taken so far; now all times of its results are known.
+        """
+        count = len(made)
+        box, resolution = self.config.box, call.config.resolution
+        decode = replace(call.decode, resolution=resolution, box=box, max_points=self.max_points)
+        with ExitStack() as stack:
+            with timed(ms, "decode"), torch.no_grad():
+                stack.enter_context(self._on_device(self.vae))  # until the last mesh is there
+                tokens = self.vae.decode(latents)
+            for row, (number, result) in enumerate(made.items()):
 
-    def _metadata(self, seed: int, settings: Settings) -> dict[str, Any]:
+                def on_level(level: int, levels: int, before: int = row) -> None:
+                    call.at("decode", before * levels + level, count * levels)
+
+                took = {name: value / count for name, value in ms.items()}
+                try:
+                    with timed(took, "decode"):
+                        field = self.vae.field(tokens[row : row + 1])
+                        values, _ = decode_field(field, 0, decode, self.device, on_level)
+                    with timed(took, "surface"):
+                        values = reducible(values, call.cleanup.max_faces)
+                        mesh = extract_surface(values, decode.box, decode.surface)
+                    with timed(took, "cleanup"):
+                        result._mesh = clean(mesh, call.cleanup)
+                except ValueError as error:
+                    result.error = error if isinstance(error, UserError) else UserError(str(error))
+                result.metadata["ms"] = {name: round(value, 1) for name, value in took.items()}
+                call.at("cleanup", row + 1, count)
+                call.on_result(number, result)
+
+    def _metadata(self, call: Call, seed: int) -> dict[str, Any]:
+        config = call.config
         return {
             "version": __version__,
-            "model": self.config.model,
+            "model": config.model,
             "weights_sha256": self.weights_sha256,
             "seed": seed,
-            "steps": settings.steps,
-            "guidance": settings.guidance,
-            "resolution": settings.decode.resolution,
-            "budget": settings.elastic.budget if settings.elastic.elastic else 1.0,
-            **({} if settings.dial is None else {"dial": settings.dial}),
+            "steps": config.steps,
+            "guidance": config.guidance,
+            "resolution": config.resolution,
+            "budget": config.elastic.budget if config.elastic.elastic else 1.0,
+            **({} if call.dial is None else {"dial": call.dial}),
         }
+
+
+def prepare(image: ImageInput, foreground: ForegroundConfig, encoder: ImageEncoder) -> Prepared:
+    """The object of each image cut out, centred, on white.
+
+    Raises:
+        UserError: no usable image, an unknown direction, or several directions for an encoder of one.
+    """
+    views = image if isinstance(image, Mapping) else {VIEW_NAMES[0]: image}
+    foreground = foreground.for_encoder(encoder.config)
+    known = VIEW_NAMES[: encoder.config.views]
+    for name in views:
+        if name not in known:
+            raise UserError(f"an image from the {name}, but this model takes {', '.join(known)} only")
+    if not views:
+        raise UserError("there are no images, expected at least the front")
+    found = {}
+    for number, name in enumerate(known):
+        if name in views:
+            view = views[name]
+            source = view if isinstance(view, (str, Path, Image.Image)) else array_image(view)
+            found[number] = prepare_image(source, foreground, encoder.image_size)
+    return found
+
+
+def _checked(config: Any, **values: Any) -> Any:
+    """A configuration with other values. UserError for one out of range."""
+    try:
+        return replace(config, **values)
+    except ValueError as error:
+        raise UserError(str(error)) from error

@@ -1,18 +1,13 @@
-"""Memory a generation will need, before it starts; and parts that are on the device only while they work."""
+"""Memory a generation will need, told before it starts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from elastic3d.errors import UserError
-from elastic3d.geometry.options import DecodeConfig
 from elastic3d.models.options import DiTConfig, SkipDiTConfig, VAEConfig
 
 GB = 1e9
@@ -21,27 +16,6 @@ _TRANSFORMER_COPIES = 20
 _QUERY_COPIES = 16
 _NODE_BYTES = 20  # of the decoding grid: values, masks, the interpolation's copies, the extraction's
 _SMALLEST_CHUNK, LOW_MEMORY_CHUNK = 256, 8192
-
-
-class Placement:
-    """Where a pipeline computes; with `offload` a part is there only while it works, and in main memory before."""
-
-    def __init__(self, device: torch.device, offload: bool = False) -> None:
-        self.device, self.offload = device, offload
-
-    @contextmanager
-    def use(self, part: Any) -> Iterator[None]:
-        """While it lasts, `part` (a module) is on the device."""
-        if not self.offload or not isinstance(part, nn.Module):
-            yield
-            return
-        part.to(self.device)
-        try:
-            yield
-        finally:
-            part.to("cpu")
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -96,16 +70,6 @@ def memory_need(
             "decode": max(latents, grid + max_points * field_width * _QUERY_COPIES * size),
         },
     )
-
-
-def usual_chunk(device: torch.device) -> int:
-    """Points in one call of the field where memory does not matter.
-
-    Fewer on a CPU: blocks of over 32 MB are mapped anew by glibc each time, and every page of them faults in again;
-    decoding takes 1.6 times as long.
-    """
-    usual = DecodeConfig().max_points
-    return min(usual, 1 << 14) if device.type == "cpu" else usual
 
 
 def points_within(budget: int, vae: VAEConfig, dtype: torch.dtype, resolution: int, limit: int) -> int:

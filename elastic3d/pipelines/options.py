@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from elastic3d.diffusion.options import Quality
 from elastic3d.elastic.config import MIN_BUDGET, BlockCacheConfig
@@ -182,10 +183,10 @@ class GenerateConfig(Options):
         return 1 if self.low_memory else self.batch_size
 
     @property
-    def views(self) -> dict[str, str]:
+    def views(self) -> dict[str, Path]:
         """Further images of the object by the direction they are taken from."""
-        named = {name: getattr(self, f"image_{name}") for name in ("left", "back", "right")}
-        return {name: path for name, path in named.items() if path}
+        named = {"left": self.image_left, "back": self.image_back, "right": self.image_right}
+        return {name: Path(path) for name, path in named.items() if path}
 
 
 class BackboneName(Enum):
@@ -308,13 +309,3 @@ def parse_size(text: str) -> tuple[int, int] | None:
     for side in (width, height):
         check_range("size", side, 16, MAX_PIXELS)
     return width, height
-
-
-def check_sampling(steps: int | None, guidance: float | None, resolution: int | None) -> None:
-    """Raise ValueError for a value that is out of range; None is a default to be filled in."""
-    if steps is not None:
-        check_range("steps", steps, 1, 1000)
-    if guidance is not None:
-        check_range("guidance", guidance, 0.0, 100.0)
-    if resolution is not None:
-        check_range("resolution", resolution, 8, 512)

@@ -9,7 +9,6 @@ import torch
 
 from elastic3d.checkpoints.bundle import Bundle, Inspection
 from elastic3d.checkpoints.hunyuan3d import inspect_hunyuan3d, load_hunyuan3d
-from elastic3d.checkpoints.hunyuan3d_config import VIEW_NAMES
 from elastic3d.checkpoints.identify import identify
 from elastic3d.checkpoints.options import PRESETS, ImportConfig
 from elastic3d.checkpoints.step1x3d import inspect_step1x3d, load_step1x3d
@@ -28,16 +27,15 @@ from elastic3d.pipelines.memory import (
     points_within,
     require,
 )
-from elastic3d.pipelines.options import NO_ROUTERS_NAME, GenerateConfig
-from elastic3d.pipelines.runtime import resolve_device, resolve_dtype
+from elastic3d.pipelines.options import DEFAULT_MODEL, NO_ROUTERS_NAME, GenerateConfig
+from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype
 from elastic3d.utils.files import file_sha256
 
 
-def load_pipeline(config: GenerateConfig, default: Path, meshes: int) -> ImageTo3DPipeline:
+def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
     """The model that the options ask for, with the options that concern its memory and its routers applied.
 
     Args:
-        default: folder of the model where none is named.
         meshes: how many will be generated.
 
     Raises:
@@ -47,37 +45,39 @@ def load_pipeline(config: GenerateConfig, default: Path, meshes: int) -> ImageTo
     routers = find_weights(Path(config.routers)) if config.routers and not plain else None
     if config.calibration:
         calibration_file(config.calibration)
-    if config.model in PRESETS:
-        pipeline = published_pipeline(config, min(meshes, config.rows))
-    else:
-        for name in ("weights", "subfolder", "vae_subfolder", "dinov2"):
-            if getattr(config, name):
-                raise UserError(f"{name}= is for model={', '.join(PRESETS)}, but model is {config.model!r}")
-        folder = Path(config.model or default)
-        if not (folder / PIPELINE_NAME).is_file() and (found := identify(folder)):
-            raise UserError(f"{folder}: {found} weights={folder}")
-        pipeline = ImageTo3DPipeline.from_pretrained(folder, config.device, config.dtype, routers=not plain)
-        if config.memory_budget is not None:
-            raise UserError(f"memory_budget= is for model={', '.join(PRESETS)}")
+    known = config.model in PRESETS
+    pipeline = published_pipeline(config, min(meshes, config.rows)) if known else _from_folder(config)
     if routers is not None:
         if pipeline.session is not None:
             raise UserError(f"routers={config.routers}: this model has routers of its own")
         attach(pipeline.dit, config.routers)
         pipeline.weights_sha256 = f"{pipeline.weights_sha256}+{file_sha256(routers)}"
-    if config.calibration and pipeline.session is not None:
-        raise UserError(f"calibration={config.calibration}: this model has routers, expected routers=none")
-    pipeline.calibration = calibration_home(config, default)
+    if config.calibration:
+        if pipeline.session is not None:
+            raise UserError(
+                f"calibration={config.calibration}: this model has routers, expected routers=none"
+            )
+        pipeline.calibration = Path(config.calibration)
     if config.low_memory:
         pipeline.use_less_memory()
     return pipeline
 
 
-def calibration_home(config: GenerateConfig, default: Path) -> Path:
-    """Where the calibration of a model without routers is: as named, or beside its weights."""
-    if config.calibration:
-        return Path(config.calibration)
+def _from_folder(config: GenerateConfig) -> ImageTo3DPipeline:
+    for name in ("weights", "subfolder", "vae_subfolder", "dinov2", "memory_budget"):
+        if getattr(config, name):
+            raise UserError(f"{name}= is for model={', '.join(PRESETS)}, but model is {config.model!r}")
+    folder = find_model(config.model or DEFAULT_MODEL)
+    if not (folder / PIPELINE_NAME).is_file() and (found := identify(folder)):
+        raise UserError(f"{folder}: {found} weights={folder}")
+    routers = config.routers != NO_ROUTERS_NAME
+    return ImageTo3DPipeline.from_pretrained(folder, config.device, config.dtype, routers=routers)
+
+
+def calibration_home(config: GenerateConfig) -> Path:
+    """The folder beside whose weights a model without routers has its calibration."""
     if config.model not in PRESETS:
-        return Path(config.model or default)
+        return find_model(config.model or DEFAULT_MODEL)
     preset = PRESETS[config.model]
     weights = Path(config.weights or preset.repository)
     within = weights / (config.subfolder or preset.subfolder)
@@ -107,7 +107,7 @@ def published_pipeline(config: GenerateConfig, batch: int) -> ImageTo3DPipeline:
         budget = min(budget, int(config.memory_budget * GB))
     require(need, budget, config.low_memory, device)
     pipeline = _load(config, dtype, torch.device("cpu") if config.low_memory else device)
-    pipeline.placement.device = device
+    pipeline.device, pipeline.calibration = device, calibration_home(config)
     resident = need.weights["decode"] if config.low_memory else sum(need.weights.values())
     resolution = parts.pipeline.resolution if config.resolution is None else config.resolution
     pipeline.max_points = points_within(budget - resident, pipeline.vae.config, dtype, resolution, limit)
@@ -158,13 +158,6 @@ def _load(
     bundle.config.pipeline.model = config.model
     sha256 = file_sha256(*bundle.weights)
     return ImageTo3DPipeline(bundle.vae, bundle.dit, bundle.conditioner, bundle.config.pipeline, sha256)
-
-
-def views_of(image: Path, config: GenerateConfig) -> Path | dict[str, Path]:
-    """What the pipeline is given for an image: with the further views, if any were named."""
-    if not config.views:
-        return image
-    return {VIEW_NAMES[0]: image, **{name: Path(path) for name, path in config.views.items()}}
 
 
 def _need(

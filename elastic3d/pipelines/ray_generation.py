@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from elastic3d.errors import UserError
-from elastic3d.pipelines.generation import Job, Outcome, generate
+from elastic3d.pipelines.generation import Job, Outcome, batches, generate
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.published import load_pipeline
 from elastic3d.pipelines.runtime import resolve_device
 from elastic3d.utils.clusters import join_cluster
-from elastic3d.utils.files import printable
 
 _DIED = "the process that made it died (out of memory, or a crash in a native library)"
 
@@ -21,21 +19,21 @@ _DIED = "the process that made it died (out of memory, or a crash in a native li
 class Worker:
     """A model in a process of its own, loaded for the first batch: its errors are then those of a batch."""
 
-    def __init__(self, config: GenerateConfig, default: Path) -> None:
-        self._config, self._default = config, default
+    def __init__(self, config: GenerateConfig) -> None:
+        self._config = config
         self._pipeline: ImageTo3DPipeline | None = None
 
     def make(self, jobs: Sequence[Job]) -> list[Outcome]:
         """The outcomes of jobs, their files written. UserError as `load_pipeline`."""
         if self._pipeline is None:
-            self._pipeline = load_pipeline(self._config, self._default, self._config.rows)
+            self._pipeline = load_pipeline(self._config, self._config.rows)
         outcomes: list[Outcome] = []
         generate(self._pipeline, jobs, self._config, outcomes.append)
         return outcomes
 
 
 def generate_over_ray(
-    jobs: Sequence[Job], config: GenerateConfig, on_outcome: Callable[[Outcome], None], default: Path
+    jobs: Sequence[Job], config: GenerateConfig, on_outcome: Callable[[Outcome], None]
 ) -> None:
     """As `generate`, over the cluster of RAY_ADDRESS, or a local one of `config.workers` workers.
 
@@ -45,34 +43,26 @@ def generate_over_ray(
     Raises:
         UserError: Ray is not installed; or as `load_pipeline`.
     """
-    todo = []
-    for job in jobs:
-        if config.resume and job.output.exists():
-            on_outcome(Outcome(job.subject, printable(job.output), job.seed, "skipped"))
-        else:
-            todo.append(job)
-    batches = [todo[start : start + config.rows] for start in range(0, len(todo), config.rows)]
-    if not batches:
+    todo = batches(jobs, config, on_outcome)
+    if not todo:
         return
     ray, started = join_cluster(config.workers)
     gpus = int(resolve_device(config.device).type == "cuda")
     kind = ray.remote(num_cpus=1, num_gpus=gpus)(Worker)
     try:
-        for outcome in _spread(ray, kind, batches, config, default.resolve()):
+        for outcome in _spread(ray, kind, todo, config):
             on_outcome(outcome)
     finally:
         if started:
             ray.shutdown()
 
 
-def _spread(
-    ray: Any, kind: Any, batches: list[list[Job]], config: GenerateConfig, default: Path
-) -> Iterator[Outcome]:
+def _spread(ray: Any, kind: Any, todo: list[list[Job]], config: GenerateConfig) -> Iterator[Outcome]:
     """Each worker has one batch at a time; another takes the place of one that died."""
-    waiting = iter(batches)
+    waiting = iter(todo)
     running: dict[Any, tuple[Any, list[Job]]] = {}
     for batch in [batch for _, batch in zip(range(config.workers), waiting, strict=False)]:
-        worker = kind.remote(config, default)
+        worker = kind.remote(config)
         running[worker.make.remote(batch)] = (worker, batch)
     while running:
         finished, _ = ray.wait(list(running), num_returns=1)
@@ -84,8 +74,8 @@ def _spread(
                 raise error.cause from error
             raise
         except ray.exceptions.RayActorError:
-            outcomes = [Outcome(j.subject, printable(j.output), j.seed, "failed", _DIED) for j in batch]
-            worker = kind.remote(config, default)
+            outcomes = [Outcome.of(job, "failed", _DIED) for job in batch]
+            worker = kind.remote(config)
         yield from outcomes
         for batch in waiting:
             running[worker.make.remote(batch)] = (worker, batch)

@@ -1,4 +1,4 @@
-"""Where a bundled model is, which device and number format it runs in, how long it takes; seeds."""
+"""What both pipelines share: where a bundled model is, device and number format, seeds, times, metadata of routes."""
 
 from __future__ import annotations
 
@@ -6,27 +6,37 @@ import operator
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from elastic3d.diffusion.flow import sampling_times
+from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.elastic.config import ElasticConfig
+from elastic3d.elastic.cost import trace_dense_flops, trace_flops, trace_router_flops
+from elastic3d.elastic.session import ElasticSession
+from elastic3d.elastic.training_free import StepPolicy
 from elastic3d.errors import UserError
+from elastic3d.models.flops import dit_blocks_flops
+from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
+from elastic3d.utils.options import to_dict
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-BUNDLED = (
-    _PACKAGE / "data" / "pretrained",
-    _PACKAGE.parent / "data" / "pretrained",
-)  # of a wheel, of a checkout
+BUNDLED = Path("data/pretrained")  # in a wheel, in a checkout
 
 
 def find_model(name: str | Path) -> Path:
-    """A model's folder, or the one of a bundled model by its name, wherever the current folder is."""
+    """A model's folder, or the one of a bundled model, `shape-small` or `data/pretrained/shape-small`, wherever the
+    current folder is."""
     folder = Path(name)
-    if folder.exists() or len(folder.parts) != 1:
+    if folder.exists() or folder.parent not in (Path(), BUNDLED):
         return folder
-    return next((home / name for home in BUNDLED if (home / name).is_dir()), folder)
+    homes = (_PACKAGE / BUNDLED / folder.name, _PACKAGE.parent / BUNDLED / folder.name)
+    return next((home for home in homes if home.is_dir()), folder)
 
 
 def seeds_of(seed: Any, count: int) -> list[int]:
@@ -36,14 +46,8 @@ def seeds_of(seed: Any, count: int) -> list[int]:
         UserError: another number of them, or one that is no integer of 64 bits.
     """
     try:
-        one = operator.index(seed)
-    except TypeError:
-        pass
-    else:
-        seed = [one] * count
-    try:
-        seeds = [operator.index(each) for each in seed]
-    except TypeError as error:
+        seeds = [operator.index(each) for each in (seed if np.ndim(seed) else [seed] * count)]
+    except (TypeError, ValueError) as error:
         raise UserError(f"seed is {seed!r}, expected an integer, or a list of them") from error
     if len(seeds) != count:
         raise UserError(f"seed has {len(seeds)} values, expected one or {count}")
@@ -60,8 +64,13 @@ def resolve_device(choice: DeviceChoice | torch.device | str = DeviceChoice.auto
         UserError: there is no such device here.
     """
     name = choice.value if isinstance(choice, DeviceChoice) else str(choice)
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+    if name != "auto":
+        return _device_named(name)
+    mps = torch.backends.mps.is_available()
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+
+
+def _device_named(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -69,7 +78,7 @@ def resolve_device(choice: DeviceChoice | torch.device | str = DeviceChoice.auto
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise UserError(f"device is {name}, but PyTorch sees {found} CUDA devices: expected auto or cpu")
-    if device.type == "mps" and not _has_mps():
+    if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device is mps, but PyTorch has no Metal here: expected auto or cpu")
     return device
 
@@ -80,18 +89,14 @@ def resolve_dtype(choice: DTypeChoice | torch.dtype | str, device: torch.device)
     Raises:
         UserError: unknown, or fp16 on a CPU, which has no such matrix product: a hundred times slower.
     """
-    if isinstance(choice, torch.dtype):
-        dtype = choice
-    else:
-        name = choice.value if isinstance(choice, DTypeChoice) else choice
-        if name not in DTypeChoice.__members__:
-            raise UserError(f"dtype is {name!r}, expected one of {', '.join(DTypeChoice.__members__)}")
-        if name == "auto":
-            return torch.bfloat16 if fast_bfloat16(device) else torch.float32
-        dtype = getattr(torch, name)
-    if dtype is torch.float16 and device.type == "cpu":
+    name = choice.value if isinstance(choice, DTypeChoice) else str(choice).removeprefix("torch.")
+    if name == "auto":
+        return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+    if not isinstance(choice, torch.dtype) and name not in DTypeChoice.__members__:
+        raise UserError(f"dtype is {name!r}, expected one of {', '.join(DTypeChoice.__members__)}")
+    if name == "float16" and device.type == "cpu":
         raise UserError("dtype is float16, which a CPU can't multiply: expected auto, float32 or bfloat16")
-    return dtype
+    return getattr(torch, name)
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -104,10 +109,6 @@ def fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def _has_mps() -> bool:
-    return torch.backends.mps.is_available()
-
-
 @contextmanager
 def timed(ms: dict[str, float], name: str) -> Iterator[None]:
     """Add the milliseconds of the block to `ms[name]`, waiting for what it started on a GPU."""
@@ -116,3 +117,39 @@ def timed(ms: dict[str, float], name: str) -> Iterator[None]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     ms[name] = ms.get(name, 0.0) + 1000 * (time.perf_counter() - start)
+
+
+def dense_flops(dit: DiTConfig | SkipDiTConfig, config: PipelineConfig, condition_tokens: int) -> int:
+    """FLOPs of a DiT's blocks in a dense generation of one sample, over all moves and branches."""
+    moves = len(sampling_times(config, config.steps)) - 1
+    branches = 2 if config.guidance != 1.0 and not dit.guidance_embed else 1
+    return moves * branches * dit_blocks_flops(dit, dit.num_latents, condition_tokens)
+
+
+def routes_of(session: ElasticSession | None, settings: ElasticConfig, samples: int) -> list[dict[str, Any]]:
+    """Metadata of each sample of the newest generation: what the blocks did, and its cost; none where it was dense."""
+    if session is None or not settings.elastic:
+        return [{} for _ in range(samples)]
+    trace = session.trace
+    assert trace is not None
+    totals = {
+        name: flops(trace).sum((0, 1, 3)).long().tolist()
+        for name, flops in (
+            ("flops_executed", trace_flops),
+            ("flops_dense", trace_dense_flops),
+            ("flops_routers", trace_router_flops),
+        )
+    }
+    policy = {"policy": session.source.about} if isinstance(session.source, StepPolicy) else {}
+    elastic = to_dict(replace(settings, cache=settings.cache or session.router_config.cache()))
+    return [
+        {
+            **{name: flops[row] for name, flops in totals.items()},
+            "elastic": elastic,
+            **policy,
+            "updated": session.coarseness is not None,
+            "one_branch": session.guided,
+            "routes": {"blocks": trace.blocks, "widths": list(trace.ratios), "actions": trace.sample(row)},
+        }
+        for row in range(samples)
+    ]

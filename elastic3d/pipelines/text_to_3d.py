@@ -6,33 +6,31 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from elastic3d.elastic.config import MIN_BUDGET
-from elastic3d.pipelines.generation import Draw, Drawn, Job
+from elastic3d.elastic.config import MIN_BUDGET, ElasticOptions
+from elastic3d.pipelines.generation import Draw, Job
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
-from elastic3d.pipelines.options import BackboneName, GenerateConfig
-from elastic3d.pipelines.text_to_image import TextToImagePipeline, check_prompt
-from elastic3d.utils.files import read_text
+from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, GenerateConfig
+from elastic3d.pipelines.runtime import find_model
+from elastic3d.pipelines.text_to_image import ImageResult, TextToImagePipeline, check_prompt
+from elastic3d.utils.files import atomic_path, read_text
 
 NOUNS_NAME = "nouns.txt"
-ELASTIC = ("elastic", "budget", "width", "cache", "shared", "few_step")
 
 
-def prompt_drawer(
-    config: GenerateConfig, pipeline: ImageTo3DPipeline, weights: str | Path
-) -> tuple[Draw, GenerateConfig]:
+def prompt_drawer(config: GenerateConfig, pipeline: ImageTo3DPipeline) -> tuple[Draw, GenerateConfig]:
     """What draws the prompt of a job, and the options that are left for the mesh's own model.
 
     Both models follow the elastic options; beside one that has routers, one without keeps the budget alone. The image's
     model takes no budget below 0.3, and `quality=` is the mesh's alone.
 
     Raises:
-        UserError: `weights` is no small text-to-image model, or the prompt is none.
+        UserError: `image_model` is no small text-to-image model, or the prompt is none.
     """
-    images = TextToImagePipeline.from_pretrained(BackboneName.small, weights, device=config.device)
+    weights = config.image_model or DEFAULT_IMAGE_MODEL
+    images = TextToImagePipeline.from_pretrained(weights, device=config.device)
     check_prompt(config.prompt, images.backbone)
-    wanted: dict[str, Any] = {name: getattr(config, name) for name in ELASTIC}
+    wanted = ElasticOptions.of(config)
     if config.budget is not None:  # the mesh's model may have a dial, which goes lower than routers do
         wanted["budget"] = max(config.budget, MIN_BUDGET)
     options = wanted
@@ -41,21 +39,22 @@ def prompt_drawer(
     elif images.session is None and pipeline.session is not None:
         options = {"budget": wanted["budget"]}
 
-    def draw(jobs: Sequence[Job]) -> list[Drawn]:
+    def draw(jobs: Sequence[Job]) -> list[ImageResult]:
         results = images([job.prompt for job in jobs], [job.seed for job in jobs], **options)
-        return [Drawn(result.image, result.metadata) for result in results]
+        for job, result in zip(jobs, results, strict=True):
+            with atomic_path(job.drawing) as temporary:
+                result.image.save(temporary)
+        return results
 
     return draw, config
 
 
-def known_nouns(weights: str | Path) -> list[str]:
+def known_nouns(weights: str | Path = DEFAULT_IMAGE_MODEL) -> list[str]:
     """What a model's training captions name, one a line in `nouns.txt` beside it; empty where there is no such file."""
-    path = Path(weights) / NOUNS_NAME
-    return (
-        [line.strip() for line in read_text(path, "a list of nouns").splitlines() if line.strip()]
-        if path.is_file()
-        else []
-    )
+    path = find_model(weights) / NOUNS_NAME
+    if not path.is_file():
+        return []
+    return [line.strip() for line in read_text(path, "a list of nouns").splitlines() if line.strip()]
 
 
 def prompt_warning(prompt: str, nouns: Sequence[str]) -> str | None:

@@ -26,11 +26,11 @@ from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.pipelines.image_loading import load_backbone, merge_lora, weight_files
-from elastic3d.pipelines.options import MAX_PROMPT, NO_ROUTERS_NAME, BackboneName, check_sampling
-from elastic3d.pipelines.routes import route_metadata
-from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, seeds_of, timed
+from elastic3d.pipelines.options import MAX_PROMPT, NO_ROUTERS_NAME, BackboneName
+from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, routes_of, seeds_of, timed
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256
+from elastic3d.utils.options import check_range
 
 ROUTERS_NAME = "routers"
 
@@ -100,11 +100,10 @@ class TextToImagePipeline:
         if weights is None:
             if isinstance(backbone, BackboneName):
                 raise UserError(f"weights are missing: the folder of a {backbone.name} pipeline")
-            folder: str | Path = backbone
-            backbone, weights = BackboneName.small, find_model(folder)
+            weights, backbone = backbone, BackboneName.small
         elif not isinstance(backbone, BackboneName):
             backbone = backbone_named(str(backbone))
-        folder, target = Path(weights), resolve_device(device)
+        folder, target = find_model(weights), resolve_device(device)
         if offload and target.type == "cpu":
             raise UserError("offload is true, but the pipeline runs on the CPU: expected a GPU (device=cuda)")
         routers = chosen_routers(folder, routers, calibration)
@@ -197,21 +196,18 @@ class TextToImagePipeline:
         self, steps: int | None, guidance: float | None, size: tuple[int, int] | None
     ) -> Settings:
         """What a call asks for, defaults filled in; UserError for a value out of range."""
-        backbone = self.backbone
-        default_steps, default_guidance = backbone.default_sampling()
+        backbone, (usual_steps, usual_guidance) = self.backbone, self.backbone.default_sampling()
+        steps = usual_steps if steps is None else steps
+        guidance = usual_guidance if guidance is None else guidance
         try:
-            check_sampling(steps, guidance, None)
+            check_range("steps", steps, 1, 1000)
+            check_range("guidance", guidance, 0.0, 100.0)
         except ValueError as error:
             raise UserError(str(error)) from error
         size = size or (backbone.default_size,) * 2
         if any(side % backbone.multiple for side in size):
             raise UserError(f"size is {size[0]}x{size[1]}, expected multiples of {backbone.multiple}")
-        return Settings(
-            default_steps if steps is None else steps,
-            default_guidance if guidance is None else guidance,
-            size,
-            ElasticConfig(),
-        )
+        return Settings(steps, guidance, size, ElasticConfig())
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Arguments of the stock pipeline (B, ...); each different prompt is encoded once."""
@@ -239,25 +235,20 @@ class TextToImagePipeline:
             return values
 
         try:
-            return self._sampled(text, rest, seeds, settings, after_step)
+            return self.backbone.pipe(
+                **text,
+                **rest,
+                width=settings.size[0],
+                height=settings.size[1],
+                num_inference_steps=settings.steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                callback_on_step_end=after_step,
+                output_type="latent",
+                return_dict=False,
+            )[0]
         finally:
             if self.session is not None:
                 self.session.end()
-
-    def _sampled(
-        self, text: Text, rest: dict[str, Any], seeds: Sequence[int], settings: Settings, after_step: Any
-    ) -> Tensor:
-        return self.backbone.pipe(
-            **text,
-            **rest,
-            width=settings.size[0],
-            height=settings.size[1],
-            num_inference_steps=settings.steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            callback_on_step_end=after_step,
-            output_type="latent",
-            return_dict=False,
-        )[0]
 
     def _image(self, latents: Tensor, size: tuple[int, int]) -> Image.Image:
         """Latents (1,N,C) -> RGB."""
@@ -285,7 +276,7 @@ class TextToImagePipeline:
         passes = [dense_flops(transformer, adapter_for(transformer), [tokens, n]) for n in lengths]
         dense = settings.steps * sum(passes)
         metadata_list = []
-        routes = route_metadata(self.session, elastic, len(prompts))
+        routes = routes_of(self.session, elastic, len(prompts))
         for prompt, seed, route in zip(prompts, seeds, routes, strict=True):
             metadata: dict[str, Any] = {
                 "version": __version__,

@@ -40,36 +40,7 @@ POLL_S = 0.01
 ASK_CLIENT_S = 0.25
 
 
-class MeshFields(BaseModel):
-    """Options of a mesh, as `scripts/gen_mesh.py` has them; what is left out is the model's default."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the noise")
-    quality: Literal["fast", "default", "best"] | None = Field(
-        None, description="a point of the model's dial, in the place of a budget"
-    )
-    steps: int | None = Field(None, ge=1, le=1000, description="sampling steps")
-    guidance: float | None = Field(None, ge=0, le=100, description="classifier-free guidance scale")
-    resolution: int | None = Field(None, ge=8, le=512, description="grid cells a side of the decoding")
-    max_faces: int | None = Field(None, ge=4, le=10_000_000, description="decimate to this many faces")
-    elastic: bool | None = Field(None, description="let the routers decide; false: the dense model")
-    budget: float | None = Field(
-        None, gt=0, le=1, description="share of the dense FLOPs to execute; with steps, of that many steps"
-    )
-    tolerance: int | None = Field(
-        None, ge=0, le=255, description="largest difference within a plain background"
-    )
-    border: float | None = Field(None, ge=0, le=0.9, description="free share of the square around the object")
-    format: Literal["glb", "ply", "obj", "stl"] = Field("glb", description="file format of the mesh")
-    size_mm: float | None = Field(None, ge=1e-3, le=1e6, description="longest side in millimetres")
-    up: Literal["y", "z"] = Field("y", description="axis that points up in the file")
-    texture: Literal["none", "project"] = Field(
-        "none", description="project: the image's colours on the mesh"
-    )
-
-
-class MeshBody(MeshFields):
+class MeshBody(MeshRequest):
     """The JSON form of a request."""
 
     image: str = Field(description="the image file, base64")
@@ -177,13 +148,13 @@ def _from_base64(text: str) -> bytes:
         raise ApiError(400, "image is not base64, expected the bytes of an image file in base64") from error
 
 
-async def _read_mesh_body(request: Request) -> tuple[bytes, MeshFields, bool]:
+async def _read_mesh_body(request: Request) -> tuple[bytes, MeshRequest, bool]:
     """Image bytes, options and whether to wait, from JSON or a multipart form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == "application/json":
             body = MeshBody.model_validate(json.loads(await request.body()))
-            fields = MeshFields.model_validate(body.model_dump(exclude={"image", "wait"}))
+            fields = MeshRequest.model_validate(body.model_dump(exclude={"image", "wait"}))
             return _from_base64(body.image), fields, body.wait
         if kind != "multipart/form-data":
             raise ApiError(
@@ -195,7 +166,7 @@ async def _read_mesh_body(request: Request) -> tuple[bytes, MeshFields, bool]:
                 raise ApiError(400, "image is missing, expected a file in the form's field image")
             values = {name: value for name, value in form.items() if name != "image"}
             wait = str(values.pop("wait", "true")).lower() not in ("false", "0")
-            return await upload.read(), MeshFields.model_validate(values), wait
+            return await upload.read(), MeshRequest.model_validate(values), wait
     except ValidationError as error:
         raise ApiError(400, _sentence(error.errors())) from error
     except (ValueError, RecursionError) as error:
@@ -269,7 +240,7 @@ def _add_meshes(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
         data, fields, wait = await _read_mesh_body(request)
         if not wait:
             _check_jobs(config)
-        job = await _submit(queue, config, data, MeshRequest(**fields.model_dump()))
+        job = await _submit(queue, config, data, fields)
         if not wait:
             headers = {"Location": f"/v1/jobs/{job.id}"}
             return JSONResponse(job.describe(), 202, headers=headers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -21,16 +20,16 @@ from elastic3d.utils.clusters import join_cluster
 PROXY_START_S = "60"  # Ray gives its proxy 5 s to start, which a busy machine exceeds
 
 
-def build_app(config: ServeConfig, default: Path) -> FastAPI:
-    """Load the model (`default` where none is named) and put the API in front of it; the app closes the queue."""
-    pipeline = load_pipeline(config.generate_config(), default, 1)
+def build_app(config: ServeConfig) -> FastAPI:
+    """Load the model and put the API in front of it; the app closes the queue."""
+    pipeline = load_pipeline(config.generate_config())
     metrics = Metrics()
     queue = MeshQueue(pipeline, config.queue, config.batch_size, config.keep_s, metrics.observer())
     return create_app(queue, config, metrics)
 
 
 @contextmanager
-def serve_over_ray(config: ServeConfig, default: Path) -> Iterator[None]:
+def serve_over_ray(config: ServeConfig) -> Iterator[None]:
     """The same app as `config.replicas` replicas, each with a model of its own, while the context lasts.
 
     Requests are spread over the replicas. Ray joins the cluster of RAY_ADDRESS, else it starts one on this machine; a
@@ -46,8 +45,7 @@ def serve_over_ray(config: ServeConfig, default: Path) -> Iterator[None]:
 
     try:
         serve.start(http_options={"host": config.host, "port": config.port})
-        folder = default.resolve()
-        made: Any = serve.deployment(serve.ingress(lambda: build_app(config, folder))())
+        made: Any = serve.deployment(serve.ingress(lambda: build_app(config))())
         replica = made.options(
             name="meshes",
             num_replicas=config.replicas,

@@ -13,18 +13,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
 
 from elastic3d.checkpoints.options import PRESETS
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import save_mesh
 from elastic3d.models.options import ForegroundConfig
-from elastic3d.pipelines.assets import check_asset, finish
+from elastic3d.pipelines.assets import check_asset
+from elastic3d.pipelines.generation import finish
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
 from elastic3d.pipelines.options import AssetConfig, Texture, Up
 from elastic3d.serve.models import Models
@@ -51,28 +53,43 @@ class JobState(str, Enum):
 FINAL = (JobState.done, JobState.failed, JobState.cancelled)
 
 
-@dataclass(frozen=True)
-class MeshRequest:
-    """What a job asks for, by the names that `scripts/gen_mesh.py` has; None is the model's default.
+class MeshRequest(BaseModel):
+    """What a job asks for, by the names that `scripts/gen_mesh.py` has; what is left out is the model's default."""
 
-    `model` is one of the queue's models, the default where it is empty.
-    """
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    seed: int = 0
-    quality: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    resolution: int | None = None
-    max_faces: int | None = None
-    elastic: bool | None = None
-    budget: float | None = None
-    tolerance: int | None = None
-    border: float | None = None
-    format: str = "glb"
-    size_mm: float | None = None
-    up: str = "y"
-    texture: str = "none"
-    model: str = ""
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the noise")
+    quality: Literal["fast", "default", "best"] | None = Field(
+        default=None, description="a point of the model's dial, in the place of a budget"
+    )
+    steps: int | None = Field(default=None, ge=1, le=1000, description="sampling steps")
+    guidance: float | None = Field(default=None, ge=0, le=100, description="classifier-free guidance scale")
+    resolution: int | None = Field(
+        default=None, ge=8, le=512, description="grid cells a side of the decoding"
+    )
+    max_faces: int | None = Field(
+        default=None, ge=4, le=10_000_000, description="decimate to this many faces"
+    )
+    elastic: bool | None = Field(default=None, description="let the routers decide; false: the dense model")
+    budget: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="share of the dense FLOPs to execute; with steps, of that many steps",
+    )
+    tolerance: int | None = Field(
+        default=None, ge=0, le=255, description="largest difference within a plain background"
+    )
+    border: float | None = Field(
+        default=None, ge=0, le=0.9, description="free share of the square around the object"
+    )
+    format: Literal["glb", "ply", "obj", "stl"] = Field(default="glb", description="file format of the mesh")
+    size_mm: float | None = Field(default=None, ge=1e-3, le=1e6, description="longest side in millimetres")
+    up: Literal["y", "z"] = Field(default="y", description="axis that points up in the file")
+    texture: Literal["none", "project"] = Field(
+        default="none", description="project: the image's colours on the mesh"
+    )
+    model: str = Field(default="", description="one of the server's models; empty: the default")
 
     @property
     def asset(self) -> AssetConfig:
@@ -82,16 +99,12 @@ class MeshRequest:
     @property
     def foreground(self) -> ForegroundConfig:
         """How the object is cut out."""
-        mask = {name: getattr(self, name) for name in ("tolerance", "border")}
-        return ForegroundConfig(**{name: value for name, value in mask.items() if value is not None})
+        return ForegroundConfig(**self.model_dump(include={"tolerance", "border"}, exclude_none=True))
 
     def options(self) -> dict[str, Any]:
         """The arguments of the pipeline that a batch has to share."""
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        for name in ("seed", "format", "size_mm", "up", "texture", "model"):
-            given.pop(name, None)
-        mask = {name: given.pop(name) for name in ("tolerance", "border") if name in given}
-        return given | ({"foreground": self.foreground} if mask else {})
+        own = {"seed", "format", "size_mm", "up", "texture", "model", "tolerance", "border"}
+        return self.model_dump(exclude=own, exclude_none=True) | {"foreground": self.foreground}
 
 
 @dataclass

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from elastic3d.geometry.export import scale_to, with_up
 from elastic3d.geometry.mesh_io import save_mesh
 from elastic3d.models.foreground import prepare_image
 from elastic3d.models.options import ForegroundConfig
-from elastic3d.pipelines.preview import turntable
-from elastic3d.pipelines.routes import draw_routes, route_title
+from elastic3d.pipelines.preview import draw_routes, route_title, turntable
 from elastic3d.serve.models import ModelInfo
 from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueFull
 from elastic3d.serve.uploads import decode_image
@@ -56,21 +55,22 @@ class Choices:
 
     def requests(self, info: ModelInfo) -> tuple[list[MeshRequest], list[MeshRequest]]:
         """One for each sample, and the same of the dense model where both are wanted."""
-        base = MeshRequest(
+        base = MeshRequest.model_construct(
             model=self.model, resolution=int(self.resolution), max_faces=int(self.faces),
             tolerance=int(self.tolerance), border=self.border, format="ply",
             texture="project" if self.colours else "none",
         )  # fmt: skip
         if info.dial is None:
-            base = replace(base, steps=int(self.steps))
+            base = base.model_copy(update={"steps": int(self.steps)})
         chosen = base
         if info.dial is not None and self.quality != OWN:
-            chosen = replace(base, quality=self.quality)
+            chosen = base.model_copy(update={"quality": self.quality})
         elif info.elastic:
-            chosen = replace(base, budget=round(self.budget, 4))
+            chosen = base.model_copy(update={"budget": round(self.budget, 4)})
         seeds = [int(self.seed) + i for i in range(int(self.samples))]
-        dense = [replace(base, seed=seed, elastic=False) for seed in seeds]
-        return [replace(chosen, seed=seed) for seed in seeds], dense if info.elastic and self.compare else []
+        dense = [base.model_copy(update={"seed": seed, "elastic": False}) for seed in seeds]
+        made = [chosen.model_copy(update={"seed": seed}) for seed in seeds]
+        return made, dense if info.elastic and self.compare else []
 
 
 @dataclass

@@ -7,7 +7,7 @@ import signal
 import threading
 from typing import Any
 
-from elastic3d.utils.errors import UserError
+from elastic3d.errors import UserError
 
 _OBJECT_STORE = 128 * 2**20  # bytes; what travels are paths, options and rows of numbers
 

@@ -15,13 +15,13 @@ import difflib
 import math
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from elastic3d.utils.errors import UserError
+from elastic3d.errors import UserError
 
 Config = TypeVar("Config")
 MAX_TEXT = 4096  # characters of a text or path, which is also the longest path of Linux
@@ -30,7 +30,11 @@ _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number may be; of a list: each of its numbers, and how many there are."""
+    """What a value may be.
+
+    ge, gt, le, lt, multiple_of, choices: of a number, or of every number in a list; lengths: fewest and most elements
+    of a list, or characters of a text; unique, ascending: of a list.
+    """
 
     ge: float | None = None
     gt: float | None = None
@@ -73,34 +77,16 @@ class Bounds:
         return text
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    multiple_of: int | None = None,
-    choices: tuple[object, ...] = (),
-    lengths: tuple[int, int] | None = None,
-    unique: bool = False,
-    ascending: bool = False,
-    advanced: bool = False,
-    internal: bool = False,
-) -> Any:
+def option(default: Any, help: str, *, advanced: bool = False, internal: bool = False, **bounds: Any) -> Any:
     """A dataclass field with its one-line meaning and what it may be. Lists, dicts and dataclasses are copied.
 
     Args:
         default: a value, or a dataclass to make one of; `...` for an option that has to be given.
-        ge, gt, le, lt, multiple_of, choices: of a number, or of every number in a list.
-        lengths: fewest and most elements of a list or characters of a text.
-        unique, ascending: of a list.
         advanced: seldom changed; shown by `--help all` alone.
         internal: saved and loaded, but no option of a command line.
+        bounds: those of `Bounds`.
     """
-    bounds = Bounds(ge, gt, le, lt, multiple_of, choices, lengths, unique, ascending)
-    metadata = {"help": help, "bounds": bounds, "advanced": advanced, "internal": internal}
+    metadata = {"help": help, "bounds": Bounds(**bounds), "advanced": advanced, "internal": internal}
     if default is ...:
         return field(metadata=metadata)
     if isinstance(default, type) and is_dataclass(default):
@@ -125,26 +111,29 @@ class Options:
 
 def check_value(name: str, value: Any, kind: Any, bounds: Bounds = Bounds()) -> None:  # noqa: B008 (frozen)
     """Raise ValueError unless `value` is of the type `kind` and within bounds."""
-    kinds = _alternatives(kind)
-    if value is None and type(None) in kinds:
-        return
-    if not any(_is(value, each) for each in kinds):
-        raise ValueError(f"{name} is {shown(value)}, expected {expected(kind)}")
+    check_type(name, value, kind)
     if isinstance(value, (list, tuple)):
-        _check_list(name, value, kinds, bounds)
+        _check_list(name, value, bounds)
     elif isinstance(value, (str, Path)) and not bounds.choices:
         low, high = bounds.lengths or (0, MAX_TEXT)
         if not low <= len(str(value)) <= high:
             raise ValueError(f"{name} has {len(str(value))} characters, expected {low} to {high}")
-    elif not bounds.allows(value):
+    elif value is not None and not bounds.allows(value):
         raise ValueError(f"{name} is {shown(value)}, expected {_wanted(bounds)}")
 
 
-def _check_list(name: str, value: Any, kinds: tuple[Any, ...], bounds: Bounds) -> None:
-    element = next((get_args(each)[0] for each in kinds if get_args(each)), Any)
+def check_type(name: str, value: Any, kind: Any) -> None:
+    """Raise ValueError unless `value` is of the type `kind`, and what it holds of the types that `kind` names."""
+    fitting = next((each for each in alternatives(kind) if _is(value, each)), None)
+    if fitting is None:
+        raise ValueError(f"{name} is {shown(value)}, expected {expected(kind)}")
+    if arguments := get_args(fitting):
+        for item in value.values() if isinstance(value, dict) else value:
+            check_type(name, item, arguments[-1])
+
+
+def _check_list(name: str, value: Any, bounds: Bounds) -> None:
     for item in value:
-        if not any(_is(item, each) for each in _alternatives(element)):
-            raise ValueError(f"{name} is {shown(item)}, expected {expected(element)}")
         if not bounds.allows(item):
             raise ValueError(f"{name} has {shown(item)}, expected {_wanted(bounds)}")
     low, high = bounds.lengths or (0, 100_000)
@@ -177,7 +166,7 @@ def _wanted(bounds: Bounds) -> str:
 
 def expected(kind: Any) -> str:
     """A type in words: `an integer`, `one of adamw, muon`, `a list such as [a, b], each element a number`."""
-    kinds = _alternatives(kind)
+    kinds = alternatives(kind)
     parts = [_expected(each) for each in kinds if each is not type(None)]
     return " or ".join([*parts, *(["null"] if type(None) in kinds else [])])
 
@@ -205,7 +194,7 @@ def _number(value: float | None) -> str:
     return str(value) if isinstance(value, int) and abs(value) < 1 << 31 else f"{value:g}"
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:
+def alternatives(kind: Any) -> tuple[Any, ...]:
     """The parts of a union; anything else alone."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
@@ -246,25 +235,25 @@ def from_dict(
     Raises:
         UserError: an unknown field, a value of the wrong type or out of range.
     """
-    kinds, prefix = hints(config_class), f"{source}: " if source else ""
+    kinds, where = hints(config_class), f"{source}: " if source else ""
     values = getattr(config_class, "upgraded", dict)(values)  # of files that older versions wrote
     for name in values:
         if name not in kinds:
             close = difflib.get_close_matches(str(name), kinds, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
-            raise UserError(f"{prefix}unknown field {inside + str(name)!r} of {config_class.__name__}{hint}")
-    typed = {n: _typed(value, kinds[n], source, inside + n) for n, value in values.items()}
+            raise UserError(f"{where}unknown field {inside + str(name)!r} of {config_class.__name__}{hint}")
+    typed = {name: as_typed(value, kinds[name], source, inside + name) for name, value in values.items()}
     for item in fields(config_class):  # type: ignore[arg-type]
         if item.name not in typed and item.default is MISSING and item.default_factory is MISSING:
-            raise UserError(f"{prefix}{inside}{item.name} is missing: {item.metadata.get('help', '')}")
+            raise UserError(f"{where}{inside}{item.name} is missing: {item.metadata.get('help', '')}")
     try:
         return config_class(**typed)
     except UserError:
         raise
     except OSError as error:  # a path that a rule looks at
-        raise UserError(f"{prefix}{inside}{error.filename}: {error.strerror}") from error
+        raise UserError(f"{where}{inside}{error.filename}: {error.strerror}") from error
     except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{prefix}{inside}{error}") from error
+        raise UserError(f"{where}{inside}{error}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -279,45 +268,56 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _typed(value: Any, kind: Any, source: str, name: str) -> Any:
-    """A plain value as one of type `kind`; what fits no type is left for `check_value` to name."""
-    kinds = _alternatives(kind)
-    if value is None and type(None) in kinds:
-        return None
-    kind = next((each for each in kinds if each is not type(None)), kind)
+def as_typed(value: Any, kind: Any, source: str = "", name: str = "") -> Any:
+    """A plain value as one of type `kind`; what fits no type stays, for `check_value` to name."""
+    kind = next((each for each in alternatives(kind) if each is not type(None)), kind)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
-        return [_typed(item, arguments[0], source, name) for item in value]
+        return [as_typed(item, arguments[0]) for item in value]
     if origin is dict and isinstance(value, dict):
-        return {key: _typed(item, arguments[1], source, name) for key, item in value.items()}
-    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
-        return from_dict(kind, value, source, f"{name}.")
-    if (
-        isinstance(kind, type)
-        and issubclass(kind, Enum)
-        and isinstance(value, str)
-        and value in kind.__members__
-    ):
-        return kind[value]
+        return {key: as_typed(item, arguments[1]) for key, item in value.items()}
+    if is_dataclass(kind) and isinstance(value, dict):
+        return from_dict(kind, value, source, f"{name}.")  # type: ignore[arg-type]
+    if isinstance(value, str) and isinstance(kind, type) and issubclass(kind, Enum):
+        return kind.__members__.get(value, value)
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value) if abs(value) < 1 << 1000 else math.inf
-    if not any(_is(value, each) for each in kinds):
-        prefix = f"{source}: " if source else ""
-        raise UserError(f"{prefix}{name} is {shown(value)}, expected {expected(kind)}")
     return value
 
 
-def walk(config_class: type[Any], inside: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, field, type) of every leaf of a configuration, nested ones included."""
+@dataclass(frozen=True)
+class Leaf:
+    """One value of a configuration, nested ones by dotted names.
+
+    default: MISSING where it has to be given, None in a nested configuration that is null.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    help: str
+    bounds: Bounds
+    advanced: bool
+    internal: bool
+
+
+def walk(config_class: type[Any], inside: str = "", null: bool = False) -> Iterator[Leaf]:
+    """Every leaf of a configuration; `null`: it lies in a nested one that is null."""
     for item in fields(config_class):
-        kind = hints(config_class)[item.name]
-        nested = next((each for each in _alternatives(kind) if is_dataclass(each)), None)
+        kind, about = hints(config_class)[item.name], item.metadata
+        nested = next((each for each in alternatives(kind) if is_dataclass(each)), None)
+        internal = about.get("internal", False)
         if nested is not None:
-            yield from walk(nested, f"{inside}{item.name}.")  # type: ignore[arg-type]
-        else:
-            yield f"{inside}{item.name}", item, kind
+            for leaf in walk(nested, f"{inside}{item.name}.", null or item.default is None):  # type: ignore[arg-type]
+                yield replace(leaf, internal=leaf.internal or internal)
+            continue
+        default = None if null else item.default
+        if item.default_factory is not MISSING and not null:
+            default = item.default_factory()
+        help, advanced = about.get("help", ""), about.get("advanced", False)
+        yield Leaf(f"{inside}{item.name}", kind, default, help, bounds_of(item), advanced, internal)
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from elastic3d.utils.errors import UserError
+from elastic3d.errors import UserError
 from elastic3d.utils.files import atomic_path, printable, read_text
 
 MAX_JSON_BYTES = 1 << 28

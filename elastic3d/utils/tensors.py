@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elastic3d.utils.errors import UserError
+from elastic3d.errors import UserError
 from elastic3d.utils.files import atomic_path, check_file, printable
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

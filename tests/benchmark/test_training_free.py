@@ -36,7 +36,7 @@ def test_meshes_with_a_calibration(world: Path, tmp_path: Path) -> None:
         steps=8,
         **CPU,
     )
-    path, _ = calibrate_policy(options, world)
+    path, _ = calibrate_policy(options)
     config = config_of(
         world, tmp_path / "out", methods=ROWS, caches=[], seeds=[0], baseline_steps=8, reference_steps=8, limit=1,
         policy_calibration=path, cpu_time=True,

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from tiny_pipeline import image, tiny_pipeline
-from torch import nn
 
 from elastic3d.checkpoints.options import OPEN_MODELS, PRESETS
 from elastic3d.elastic import attach
 from elastic3d.elastic.config import RouterConfig, Scope
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import save_mesh
+from elastic3d.geometry.options import DecodeConfig
 from elastic3d.models.options import VAEConfig
 from elastic3d.pipelines.estimates import estimate, published, table
-from elastic3d.pipelines.memory import (
-    MemoryNeed,
-    Placement,
-    free_memory,
-    points_within,
-    require,
-    usual_chunk,
-)
+from elastic3d.pipelines.image_to_3d import CPU_CHUNK
+from elastic3d.pipelines.memory import MemoryNeed, free_memory, points_within, require
 
 DOCS = Path(__file__).parents[2] / "docs"
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -61,22 +56,16 @@ def test_chunks_shrink_with_the_budget() -> None:
         points_within(10**9, vae, torch.float32, 512, 65536)
 
 
-def test_parts_come_and_go() -> None:
-    part = nn.Linear(1, 1)
-    placement = Placement(torch.device("meta"), offload=True)
-    moves: list[str] = []
-    part.to = lambda device: moves.append(str(device))  # type: ignore[assignment, method-assign]
-    with placement.use(part):
-        assert moves == ["meta"]
-    assert moves == ["meta", "cpu"]
-
-
-def test_the_vae_comes_once_for_all_meshes() -> None:
+def test_each_part_comes_once_for_all_meshes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline, moves = tiny_pipeline(), []
     pipeline.use_less_memory()
-    pipeline.vae.to = lambda device: moves.append(device)  # type: ignore[assignment, method-assign]
+    pipeline.device = torch.device("cpu:0")
+    for name in ("encoder", "dit", "vae"):
+        move = partial(lambda name, device: moves.append((name, str(device))), name)
+        monkeypatch.setattr(getattr(pipeline, name), "to", move)
     results = pipeline([image(), image()], seed=[1, 2], steps=2, resolution=12)
-    assert all(result.mesh.faces.size for result in results) and len(moves) == 2
+    assert all(result.mesh.faces.size for result in results)
+    assert moves == [(name, at) for name in ("encoder", "dit", "vae") for at in ("cpu:0", "cpu")]
 
 
 def test_free_memory_is_plausible() -> None:
@@ -99,7 +88,7 @@ def test_the_table_of_the_documentation_is_this_one() -> None:
 
 def test_smaller_calls_of_the_field_give_the_same_mesh():
     pipeline = tiny_pipeline()
-    assert pipeline.max_points == usual_chunk(torch.device("cpu")) < usual_chunk(torch.device("cuda"))
+    assert pipeline.max_points == CPU_CHUNK < DecodeConfig().max_points
     one = pipeline(image(), steps=2, resolution=32)
     pipeline.max_points = 1000
     other = pipeline(image(), steps=2, resolution=32)

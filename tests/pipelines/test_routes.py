@@ -14,7 +14,7 @@ from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import read_extras
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import GenerateConfig, GenerateImageConfig
-from elastic3d.pipelines.routes import draw_routes
+from elastic3d.pipelines.preview import draw_routes
 
 CACHE = BlockCacheConfig(rule=CacheRule.age, longest=1, skipped_reuse=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import train
-from _cli import CONFIG_DIR, help_text, parse, walk_options
+from _cli import CONFIG_DIR, help_text, options_of, parse
 
 from elastic3d.errors import UserError
 from elastic3d.training.export import ExportStageConfig
@@ -60,7 +60,7 @@ def test_a_stage_shows_its_own_options_at_most_sixty(stage: StageName) -> None:
     options = [line for line in shown.splitlines() if line.startswith("  ") and line[2:3].isalpha()]
     assert len(options) <= 60
     everything = help_text(train.main, config_class, "train", CONFIG_DIR, [chosen, "all"])
-    for option in walk_options(config_class):
+    for option in options_of(config_class).values():
         assert f"  {option.name}=" in everything
         assert (f"  {option.name}=" in shown) != option.advanced
     if stage is StageName.dit:

@@ -56,9 +56,9 @@ def _config(model: Path, images: Path, output: Path, **options) -> GenerateConfi
     )  # fmt: skip
 
 
-def over_ray(config: GenerateConfig, model: Path) -> list[generation.Outcome]:
+def over_ray(config: GenerateConfig) -> list[generation.Outcome]:
     outcomes: list[generation.Outcome] = []
-    generate_over_ray(generation.plan(config).jobs, config, outcomes.append, model)
+    generate_over_ray(generation.plan(config).jobs, config, outcomes.append)
     return outcomes
 
 
@@ -69,8 +69,8 @@ def test_a_folder_gives_the_meshes_of_one_process_and_resumes(model: Path, tmp_p
     (images / "broken.png").write_text("no image")
     alone = _config(model, images, tmp_path / "one")
     spread = _config(model, images, tmp_path / "ray", runner=Runner.ray)
-    generation.generate(load_pipeline(alone, model, 6), generation.plan(alone).jobs, alone, lambda _: None)
-    outcomes = over_ray(spread, model)
+    generation.generate(load_pipeline(alone, 6), generation.plan(alone).jobs, alone, lambda _: None)
+    outcomes = over_ray(spread)
     assert sorted(o.status for o in outcomes) == ["failed"] + ["ok"] * 5
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "ray").iterdir()) and len(files) == 5
@@ -79,11 +79,11 @@ def test_a_folder_gives_the_meshes_of_one_process_and_resumes(model: Path, tmp_p
     (images / "broken.png").unlink()
     (tmp_path / "ray" / files[2]).unlink()
     spread.resume = True
-    again = over_ray(spread, model)
+    again = over_ray(spread)
     assert sorted(o.status for o in again) == ["ok"] + ["skipped"] * 4
     missing = _config(tmp_path / "nowhere", images, tmp_path / "none", runner=Runner.ray)
     with pytest.raises(UserError, match="nowhere"):
-        over_ray(missing, model)
+        over_ray(missing)
 
 
 def free_port() -> int:
@@ -99,7 +99,7 @@ def test_two_replicas_answer_as_one_process_does(model: Path, tmp_path: Path) ->
         model=str(model), port=port, runner=Runner.ray, replicas=2, device=DeviceChoice.cpu,
         dtype=DTypeChoice.float32, token="secret", batch_size=1,  # batches differ by rounding
     )  # fmt: skip
-    with serve_over_ray(config, model):
+    with serve_over_ray(config):
         base = f"http://127.0.0.1:{port}"
         client = httpx.Client(base_url=base, headers={"Authorization": "Bearer secret"}, timeout=120)
 

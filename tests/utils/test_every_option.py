@@ -20,7 +20,7 @@ from elastic3d.models.options import DiTConfig, SkipDiTConfig, VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT
-from elastic3d.utils.options import Options, bounds_of, from_dict, hints, to_dict, walk
+from elastic3d.utils.options import Options, from_dict, hints, to_dict, walk
 
 HOSTILE = (
     *(0, -1, -(10**30), 1e30, 10**400, math.nan, math.inf, -math.inf, "", "x" * 10_000, True, None, b"x"),
@@ -101,11 +101,11 @@ def test_hostile_values_are_refused_in_a_sentence(config_class: type[Options]) -
 
 @pytest.mark.parametrize("config_class", CONFIGS, ids=lambda each: each.__name__)
 def test_every_number_has_a_range_and_every_field_a_meaning(config_class: type[Options]) -> None:
-    for name, item, kind in walk(config_class):
-        assert item.metadata.get("help"), name
+    for leaf in walk(config_class):
+        name, kind, bounds = leaf.name, leaf.kind, leaf.bounds
+        assert leaf.help, name
         parts = {kind, *get_args(kind)} | {x for part in get_args(kind) for x in get_args(part)}
         if {int, float} & parts and Any not in parts:
-            bounds = bounds_of(item)
             low, high = (
                 bounds.ge is not None or bounds.gt is not None,
                 bounds.le is not None or bounds.lt is not None,

@@ -13,7 +13,7 @@ import pytest
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule, RouterConfig
 from elastic3d.errors import UserError
-from elastic3d.utils.options import check_range, from_dict, to_dict
+from elastic3d.utils.options import Options, check_range, from_dict, to_dict
 
 PRETRAINED = Path(__file__).resolve().parents[2] / "data" / "pretrained"
 
@@ -24,12 +24,12 @@ class Kind(Enum):
 
 
 @dataclass(kw_only=True)
-class Inner:
+class Inner(Options):
     x: int = 1
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(Options):
     width: int = 8
     rate: float = 0.5
     kind: Kind = Kind.small
@@ -38,7 +38,7 @@ class Config:
     means: list[float] = field(default_factory=list)
     inner: Inner = field(default_factory=Inner)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         check_range("width", self.width, 1, 100)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from elastic3d.errors import UserError
-from elastic3d.utils.paths import check_distinct
+from elastic3d.utils.files import check_distinct
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
