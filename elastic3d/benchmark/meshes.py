@@ -28,7 +28,7 @@ from elastic3d.evaluation.items import Item, find_meshes
 from elastic3d.evaluation.options import Align, UpAxis
 from elastic3d.evaluation.runner import score_all
 from elastic3d.evaluation.statistics import Row
-from elastic3d.geometry.grid import node_points
+from elastic3d.geometry.decode import node_points
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.models.images import IMAGE_SUFFIXES

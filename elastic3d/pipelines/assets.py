@@ -8,14 +8,13 @@ import numpy as np
 import trimesh
 from numpy.typing import NDArray
 
-from elastic3d.checkpoints.hunyuan3d_config import VIEW_NAMES
+from elastic3d.checkpoints.hunyuan3d import VIEW_NAMES
 from elastic3d.errors import UserError
 from elastic3d.evaluation.print_check import PrintCheck, print_check
 from elastic3d.geometry.colour import ImageColours, with_texture, with_vertex_colours
-from elastic3d.geometry.export import scale_to, with_up
+from elastic3d.geometry.normalize import scale_to, with_up
 from elastic3d.geometry.pose import CANONICAL, FRONT, Pose, find_pose
-from elastic3d.models.foreground import centred, cut_out
-from elastic3d.models.images import load_image
+from elastic3d.models.images import centred, cut_out, load_image
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.conditions import ImageInput, as_file_or_image
 from elastic3d.pipelines.image_to_3d import Result

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from elastic3d.checkpoints.hunyuan3d_config import VIEW_NAMES
+from elastic3d.checkpoints.hunyuan3d import VIEW_NAMES
 from elastic3d.errors import UserError
-from elastic3d.models.foreground import prepare_image, to_tensor
 from elastic3d.models.image_encoder import DinoV2, ImageEncoder
+from elastic3d.models.images import prepare_image, to_tensor
 from elastic3d.models.options import ForegroundConfig
 
 SingleImage = str | Path | Image.Image | np.ndarray

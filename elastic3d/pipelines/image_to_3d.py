@@ -26,13 +26,17 @@ from elastic3d.elastic.context import Turn
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.training_free import check_budget
 from elastic3d.errors import UserError
-from elastic3d.geometry.cells import reducible
 from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
-from elastic3d.geometry.surface import extract_surface
-from elastic3d.models.familiarity import Familiarity, load_familiarity
-from elastic3d.models.image_encoder import ImageEncoder, load_image_encoder, save_image_encoder
+from elastic3d.geometry.surface import extract_surface, reducible
+from elastic3d.models.image_encoder import (
+    Familiarity,
+    ImageEncoder,
+    load_familiarity,
+    load_image_encoder,
+    save_image_encoder,
+)
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
