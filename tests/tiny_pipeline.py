@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from elastic3d.diffusion.options import PipelineConfig
-from elastic3d.geometry.grid import node_points
+from elastic3d.geometry.decode import node_points
 from elastic3d.models.image_encoder import build_image_encoder
 from elastic3d.models.options import DiTConfig, ImageEncoderConfig, VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT

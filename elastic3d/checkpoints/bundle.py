@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic3d.checkpoints.options import CheckpointConfig
 from elastic3d.diffusion.flow import sampling_times
@@ -18,7 +18,7 @@ from elastic3d.models.options import DiTConfig, SkipDiTConfig, VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT
-from elastic3d.models.weights import check_fit, load_strict
+from elastic3d.models.weights import empty_model, fill
 
 
 @dataclass
@@ -93,29 +93,12 @@ class Loader:
 
     def build(self, config: Any, state: Mapping[str, Tensor], source: str) -> Any:
         """A model that takes over `state`: no memory is spent on initial weights."""
-        return self.fill(on_meta(model_class(config), config), state, source)
-
-    def fill(self, model: nn.Module, state: Mapping[str, Tensor], source: str) -> Any:
-        """Give a model on the meta device its weights; what doesn't fit is told before any is converted."""
-        check_fit(model, state, source)
-        placed = {
-            name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
-            for name, tensor in state.items()
-        }
-        load_strict(model, placed, source, assign=True)
-        return model.eval()
-
-    def vae(self, config: VAEConfig, state: Mapping[str, Tensor], source: str) -> ShapeVAE:
-        """A VAE; its statistics are no weights and still have to be put on the device."""
-        vae: ShapeVAE = self.build(config, state, source)
-        vae.set_latent_statistics(config.latent_mean, config.latent_std)
-        return vae.to(self.device)
+        return fill(on_meta(config), state, source, self.dtype, self.device)
 
 
-def on_meta(kind: Any, config: Any) -> Any:
-    """A model without memory."""
-    with torch.device("meta"):
-        return kind(config)
+def on_meta(config: DiTConfig | SkipDiTConfig | VAEConfig) -> Any:
+    """The model of a configuration, without memory."""
+    return empty_model(model_class(config), config)
 
 
 def model_class(config: DiTConfig | SkipDiTConfig | VAEConfig) -> Any:
@@ -126,4 +109,4 @@ def model_class(config: DiTConfig | SkipDiTConfig | VAEConfig) -> Any:
 
 def parameter_count(config: DiTConfig | SkipDiTConfig | VAEConfig) -> int:
     """Parameters of the model that a configuration describes; none is allocated."""
-    return sum(parameter.numel() for parameter in on_meta(model_class(config), config).parameters())
+    return sum(parameter.numel() for parameter in on_meta(config).parameters())

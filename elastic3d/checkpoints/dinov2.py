@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from elastic3d.checkpoints.bundle import Loader, on_meta
+from elastic3d.checkpoints.bundle import Loader
 from elastic3d.checkpoints.options import CheckpointConfig
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import DinoV2, load_dinov2
+from elastic3d.models.weights import fill
 
 _HEAD_WIDTH = 64  # of every published DINOv2
 # Names of DINOv2's tensors in files of transformers 4 -> those of its version 5.
@@ -108,8 +110,9 @@ def load_network(
     config: CheckpointConfig, state: Mapping[str, Tensor], source: str, loader: Loader
 ) -> DinoV2:
     """The encoder of a checkpoint from its own tensors, of either naming."""
-    network = on_meta(lambda fields: build_network(fields, source), config.dinov2)
-    loader.fill(network, modern_names(state), source)
+    with torch.device("meta"):
+        network = build_network(config.dinov2, source)
+    fill(network, modern_names(state), source, loader.dtype, loader.device)
     return DinoV2(config.encoder, network).to(loader.device)
 
 

@@ -1,26 +1,36 @@
-"""Checkpoints in the layout of diffusers: `model_index.json` and a folder for each part, on disk or on the Hub."""
+"""Checkpoints on disk or on the Hub: which model a folder holds, and those in the layout of diffusers.
+
+That is `model_index.json` and a folder for each part; a family says in its `Layout` what its files mean.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from elastic3d.checkpoints.bundle import model_class, on_meta
-from elastic3d.checkpoints.identify import INDEX_NAME, PIPELINE_CLASSES, identify
-from elastic3d.checkpoints.options import PRESETS
-from elastic3d.checkpoints.tensors import Row, count_parameters, read_checkpoint, to_ours
+from elastic3d.checkpoints.bundle import Bundle, Inspection, Loader, on_meta
+from elastic3d.checkpoints.dinov2 import load_network, other_network
+from elastic3d.checkpoints.options import PRESETS, CheckpointConfig
+from elastic3d.checkpoints.tensors import Row, count_parameters, has_encoder, read_checkpoint, to_ours
 from elastic3d.errors import UserError
+from elastic3d.models.image_encoder import DinoV2, dinov2_files
+from elastic3d.models.options import VAEConfig
 from elastic3d.utils.structured import load_json
 
+INDEX_NAME = "model_index.json"
+PIPELINE_CLASSES = {"TripoSGPipeline": "triposg", "Step1X3DGeometryPipeline": "step1x3d"}
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _VARIANTS = ("", ".fp16", ".bf16")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -83,22 +93,91 @@ class Folder:
         return state
 
     def count(self, part: str) -> int:
-        """Parameters of a part, from the heads of its files; UserError where one is truncated.
-
-        A `.bin` has no such head: it is taken for half precision.
-        """
-        return sum(
-            count_parameters(path) if path.suffix == ".safetensors" else path.stat().st_size // 2
-            for path in self.files(part)
-        )
+        """Parameters of a part, as `count_parameters`."""
+        return sum(map(count_parameters, self.files(part)))
 
     def renamed(
         self, part: str, config: Any, rows: Sequence[Row], state: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], str]:
         """A part's published tensors under the names of this project's model of a configuration, and their files."""
         source = ", ".join(map(str, self.files(part)))
-        shapes = on_meta(model_class(config), config).state_dict()
+        shapes = on_meta(config).state_dict()
         return to_ours(state, rows, shapes, source), source
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a family's folder means: its configuration, and the names of its tensors.
+
+    Attributes:
+        model: the preset's name.
+        encoder: the folder of the image encoder.
+        parse: (folder, tensors of the encoder, whether the weights hold the VAE's encoder) -> the configuration.
+        dit_rows, vae_rows: our names of a model's tensors, and the published ones.
+        encoder_state: (folder) -> tensors of the encoder, where no file describes its network.
+    """
+
+    model: str
+    encoder: str
+    parse: Callable[[Folder, Mapping[str, Tensor], bool], CheckpointConfig]
+    dit_rows: Callable[[Any], list[Row]]
+    vae_rows: Callable[[VAEConfig], list[Row]]
+    encoder_state: Callable[[Folder], dict[str, Tensor]] | None = None
+
+    def load(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        dinov2: str | Path | None,
+        subfolder: str,
+    ) -> Bundle:
+        """The checkpoint in a folder, as the family's loader says."""
+        source, loader = open_folder(folder, self.model, subfolder), Loader.of(dtype, device)
+        own = dinov2 is None and source.has(self.encoder)
+        state = self.encoder_state(source) if own and self.encoder_state else {}
+        vae_state = source.state("vae")
+        config = self.parse(source, state, has_encoder(vae_state))
+        vae = loader.build(
+            config.vae, *source.renamed("vae", config.vae, self.vae_rows(config.vae), vae_state)
+        )
+        dit_state, rows = source.state("transformer"), self.dit_rows(config.dit)
+        dit = loader.build(config.dit, *source.renamed("transformer", config.dit, rows, dit_state))
+        conditioner: DinoV2 | None = None
+        files, note = [*source.files("transformer"), *source.files("vae")], ""
+        if dinov2 is not None:
+            conditioner = other_network(config, Path(dinov2), loader)
+        elif own:
+            home = source.root / self.encoder
+            conditioner = (
+                load_network(config, state, str(home), loader)
+                if state
+                else other_network(config, home, loader)
+            )
+            files += self._encoder_files(source)
+        else:
+            note = self._no_encoder(source)
+            warnings.warn(note, stacklevel=3)
+        return Bundle(dit, vae, conditioner, config, tuple(files), note)
+
+    def inspect(self, folder: str | Path, subfolder: str, dinov2: str) -> Inspection:
+        """What a checkpoint is made of, without its weights."""
+        source = open_folder(folder, self.model, subfolder)
+        config = self.parse(source, {}, True)
+        sizes = {"condition": 0, "dit": source.count("transformer"), "decode": source.count("vae")}
+        if not dinov2 and not source.has(self.encoder):
+            return Inspection(config, sizes, self._no_encoder(source))
+        files = dinov2_files(Path(dinov2)) if dinov2 else self._encoder_files(source)
+        sizes["condition"] = sum(map(count_parameters, files))
+        return Inspection(config, sizes)
+
+    def _encoder_files(self, source: Folder) -> list[Path]:
+        return source.files(self.encoder) if self.encoder_state else dinov2_files(source.root / self.encoder)
+
+    def _no_encoder(self, source: Folder) -> str:
+        return (
+            f"{source.root} holds no image encoder ({self.encoder}): give the folder of a DINOv2 as dinov2="
+        )
 
 
 def open_folder(folder: str | Path, model: str, subfolder: str = "") -> Folder:
@@ -115,8 +194,16 @@ def open_folder(folder: str | Path, model: str, subfolder: str = "") -> Folder:
     preset = PRESETS[model]
     subfolder = subfolder or preset.subfolder
     root = Path(folder).expanduser()
-    if not root.exists() and _REPOSITORY.fullmatch(str(folder)):
-        root = _download(str(folder), subfolder)
+    if not root.exists() and REPOSITORY.fullmatch(str(folder)):
+        ignored = ["*.png", "*.jpg", "*.gif", "*.mp4", "*.glb", "*.onnx"]
+        root = download(
+            str(folder),
+            str(folder),
+            "give its folder as weights=",
+            [f"{subfolder}/*" if subfolder else "*"],
+            ignore_patterns=ignored,
+            cache_dir=hub_cache(),
+        )
     if root.is_file():
         raise UserError(f"{root} is a file, expected the folder that holds {INDEX_NAME}")
     if not root.is_dir():
@@ -135,27 +222,64 @@ def open_folder(folder: str | Path, model: str, subfolder: str = "") -> Folder:
     )
 
 
+def identify(folder: Path) -> str:
+    """`this is Hunyuan3D-2.1, say model=hunyuan3d2_1`, or nothing where the folder is of no known model."""
+    if (folder / "pipeline.json").is_file():
+        return f"this is a model folder of elastic3d, say model={folder}"
+    for name, preset in PRESETS.items():
+        if preset.subfolder and (folder / preset.subfolder).is_dir():
+            return _say(name)
+        if preset.subfolder and folder.name == preset.subfolder:
+            return _say(name)
+    if (folder / INDEX_NAME).is_file():
+        return _say_pipeline(_class_name(folder / INDEX_NAME))
+    config = folder / "config.yaml"
+    if config.is_file():
+        text = config.read_text(errors="replace")
+        if "HunYuanDiTPlain" in text:
+            return _say("hunyuan3d2_1")
+        if "Hunyuan3DDiT" in text:
+            return _say("hunyuan3d2")
+    return ""
+
+
+def _say(name: str) -> str:
+    return f"this is {PRESETS[name].title}, say model={name}"
+
+
+def _say_pipeline(found: str) -> str:
+    if found in PIPELINE_CLASSES:
+        return _say(PIPELINE_CLASSES[found])
+    return f"this is {found.removesuffix('Pipeline')}, which elastic3d can't load" if found else ""
+
+
+def _class_name(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text()).get("_class_name", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
 def hub_cache() -> Path:
     """Where the Hub's client keeps what it downloaded."""
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
     return Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
 
 
-def _download(repository: str, subfolder: str) -> Path:
-    """The repository's snapshot in the Hub's cache."""
+def download(repository: str, looked: str, hint: str, patterns: list[str], **options: Any) -> Path:
+    """The repository's snapshot in the Hub's cache.
+
+    Args:
+        looked: the folders where it was not, for the error.
+        hint: what to do where it can't be downloaded, likewise.
+        patterns: of the files that are needed.
+    """
     from huggingface_hub import snapshot_download
 
-    patterns = [f"{subfolder}/*" if subfolder else "*"]
-    ignored = ["*.png", "*.jpg", "*.gif", "*.mp4", "*.glb", "*.onnx"]
     try:
-        return Path(
-            snapshot_download(
-                repository, allow_patterns=patterns, ignore_patterns=ignored, cache_dir=hub_cache()
-            )
-        )
+        return Path(snapshot_download(repository, allow_patterns=patterns, **options))
     except Exception as error:  # offline, unknown, gated: each an exception of another library
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"there is no folder {repository}, and the repository can't be downloaded ({reason}): give its folder as"
-            " weights="
+            f"there is no folder {looked}, and {repository} can't be downloaded ({reason}): {hint}"
         ) from error

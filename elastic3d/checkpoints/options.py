@@ -96,7 +96,12 @@ REQUIRED = object()
 
 Table = dict[str, tuple[Any, Any]]
 """Their parameter -> (our field, their default). Where our field is a tuple, the parameter has no effect here: the
-values that we accept (an empty tuple accepts every value)."""
+values that we accept (an empty tuple accepts every value, see `ignored`)."""
+
+
+def ignored(names: str) -> Table:
+    """Rows of parameters without an effect here, whatever their values; names apart by spaces."""
+    return dict.fromkeys(names.split(), ((), None))
 
 
 def mapped(params: Mapping[str, Any], table: Table, source: str) -> dict[str, Any]:

@@ -7,16 +7,16 @@ The original's time runs from 1000 at noise to 0 at data, and its velocity is no
 from __future__ import annotations
 
 import re
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elastic3d.checkpoints.bundle import Bundle, Inspection, Loader, on_meta
-from elastic3d.checkpoints.dinov2 import load_network, modern_names, network_fields, other_network
-from elastic3d.checkpoints.folders import Folder, open_folder
+from elastic3d.checkpoints.bundle import Bundle, Inspection, on_meta
+from elastic3d.checkpoints.dinov2 import modern_names, network_fields
+from elastic3d.checkpoints.folders import Folder, Layout
 from elastic3d.checkpoints.options import (
     INSIDE,
     PRESETS,
@@ -24,15 +24,13 @@ from elastic3d.checkpoints.options import (
     CheckpointConfig,
     Table,
     check_partners,
+    ignored,
     mapped,
 )
-from elastic3d.checkpoints.tensors import Row, count_parameters, rename_linear
+from elastic3d.checkpoints.tensors import Row, rename_linear
 from elastic3d.diffusion.options import PipelineConfig, SamplingGrid
 from elastic3d.errors import UserError
-from elastic3d.models.image_encoder import DinoV2, dinov2_files
 from elastic3d.models.options import DiTConfig, EncoderKind, ImageEncoderConfig, VAEConfig
-from elastic3d.models.shape_dit import ShapeDiT
-from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.utils.options import from_dict
 
 ENCODER = "visual_encoder"
@@ -51,12 +49,9 @@ _DIT: Table = {
     "visual_condition_dim": ("visual_channels", 1024),
     "n_views": ((1,), 1),
     "use_caption_condition": ((False,), False),
-    "caption_condition_dim": ((), 1024),
     "use_label_condition": ((False,), False),
-    "label_condition_dim": ((), 1024),
-    "identity_init": ((), False),
-    "pretrained_model_name_or_path": ((), None),
-    "subfolder": ((), None),
+    **ignored("caption_condition_dim label_condition_dim identity_init pretrained_model_name_or_path"),
+    **ignored("subfolder"),
 }
 _VAE: Table = {
     "num_latents": ("num_latents", REQUIRED),
@@ -77,18 +72,9 @@ _VAE: Table = {
     "embed_point_feats": ((False,), False),
     "out_dim": ((1,), 1),
     "embed_type": (("fourier",), "fourier"),
-    "init_scale": ((), None),
-    "use_flash": ((), None),
-    "use_checkpoint": ((), None),
-    "volume_decoder_type": ((), None),
-    "surface_extractor_type": ((), None),
-    "n_samples": ((), None),
-    "downsample_ratio": ((), None),
-    "use_multi_reso": ((), None),  # training drew several numbers of latents
-    "resolutions": ((), None),
-    "sampling_prob": ((), None),
-    "subfolder": ((), None),
-    "pretrained_model_name_or_path": ((), None),
+    **ignored("init_scale use_flash use_checkpoint volume_decoder_type surface_extractor_type n_samples"),
+    **ignored("downsample_ratio use_multi_reso resolutions sampling_prob subfolder"),
+    **ignored("pretrained_model_name_or_path"),
 }
 _ENCODER: Table = {
     "dino_type": ("dino_type", REQUIRED),
@@ -97,14 +83,9 @@ _ENCODER: Table = {
     "encode_camera": ((False,), False),
     "normalize_embeds": ((False,), False),
     "n_views": ((1,), 1),
-    "camera_embeds_type": ((), None),
-    "camera_embeds_dim": ((), None),
-    "empty_embeds_ratio": ((), None),
-    "freeze_modulation_dino": ((), None),
-    "enable_gradient_checkpointing": ((), None),
-    "kwargs": ((), None),
-    "pretrained_model_name_or_path": ((), None),
-    "pretrained_dino_name_or_path": ((), None),
+    **ignored("camera_embeds_type camera_embeds_dim empty_embeds_ratio freeze_modulation_dino"),
+    **ignored("enable_gradient_checkpointing kwargs pretrained_model_name_or_path"),
+    **ignored("pretrained_dino_name_or_path"),
 }
 _SCHEDULER: Table = {
     "num_train_timesteps": ((1000,), 1000),
@@ -116,11 +97,7 @@ _SCHEDULER: Table = {
     "use_karras_sigmas": ((False, None), False),
     "use_exponential_sigmas": ((False, None), False),
     "use_beta_sigmas": ((False, None), False),
-    "base_shift": ((), None),
-    "max_shift": ((), None),
-    "base_image_seq_len": ((), None),
-    "max_image_seq_len": ((), None),
-    "time_shift_type": ((), None),
+    **ignored("base_shift max_shift base_image_seq_len max_image_seq_len time_shift_type"),
 }
 
 
@@ -146,45 +123,12 @@ def load_step1x3d(
         weights that
             do not fit: names the file and the value or tensor.
     """
-    source, loader = open_folder(folder, "step1x3d", subfolder), Loader.of(dtype, device)
-    encoder_state = _encoder_state(source) if source.has(ENCODER) and dinov2 is None else {}
-    vae_state = source.state("vae")
-    has_encoder = any(name.startswith("encoder.") for name in vae_state)
-    config = parse_step1x3d(source, encoder_state, has_encoder)
-    assert isinstance(config.dit, DiTConfig)
-    vae = loader.vae(config.vae, *source.renamed("vae", config.vae, vae_rows(config.vae), vae_state))
-    dit_state = source.state("transformer")
-    renamed = source.renamed("transformer", config.dit, dit_rows(config.dit), dit_state)
-    dit: ShapeDiT = loader.build(config.dit, *renamed)
-    conditioner: DinoV2 | None = None
-    files, note = [*source.files("transformer"), *source.files("vae")], ""
-    if dinov2 is not None:
-        conditioner = other_network(config, Path(dinov2), loader)
-    elif encoder_state:
-        conditioner = load_network(config, encoder_state, str(source.root / ENCODER), loader)
-        files += source.files(ENCODER)
-    else:
-        note = _no_encoder(source)
-        warnings.warn(note, stacklevel=2)
-    return Bundle(dit, vae, conditioner, config, tuple(files), note)
+    return _LAYOUT.load(folder, dtype, device, dinov2, subfolder)
 
 
 def inspect_step1x3d(folder: str | Path, subfolder: str = "", dinov2: str = "") -> Inspection:
     """What a checkpoint is made of, without its weights; arguments and errors as in `load_step1x3d`."""
-    source = open_folder(folder, "step1x3d", subfolder)
-    config = parse_step1x3d(source)
-    sizes = {"condition": 0, "dit": source.count("transformer"), "decode": source.count("vae")}
-    if dinov2:
-        sizes["condition"] = sum(count_parameters(path) for path in dinov2_files(Path(dinov2)))
-    elif source.has(ENCODER):
-        sizes["condition"] = source.count(ENCODER)
-    else:
-        return Inspection(config, sizes, _no_encoder(source))
-    return Inspection(config, sizes)
-
-
-def _no_encoder(source: Folder) -> str:
-    return f"{source.root} holds no image encoder ({ENCODER}): give the folder of a DINOv2 as dinov2="
+    return _LAYOUT.inspect(folder, subfolder, dinov2)
 
 
 def _encoder_state(source: Folder) -> dict[str, Tensor]:
@@ -199,7 +143,7 @@ def _encoder_state(source: Folder) -> dict[str, Tensor]:
 
 
 def parse_step1x3d(
-    source: Folder, encoder_state: dict[str, Tensor] | None = None, vae_encoder: bool = True
+    source: Folder, encoder_state: Mapping[str, Tensor] | None = None, vae_encoder: bool = True
 ) -> CheckpointConfig:
     """The folder's configuration files in this project's dataclasses.
 
@@ -333,5 +277,8 @@ def _head_norms(ours: str, query: str, key: str) -> list[Row]:
 
 def vae_rows(config: VAEConfig) -> list[Row]:
     """Our names of the VAE's tensors, and the published ones: the field decoder's alone differ."""
-    names = on_meta(ShapeVAE, config).state_dict()
+    names = on_meta(config).state_dict()
     return [Row(name, (re.sub("^geo_decoder", "decoder", name),)) for name in names]
+
+
+_LAYOUT = Layout("step1x3d", ENCODER, parse_step1x3d, dit_rows, vae_rows, _encoder_state)

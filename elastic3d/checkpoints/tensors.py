@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from elastic3d.errors import UserError
-from elastic3d.utils.tensors import read_weights, tensor_heads
+from elastic3d.models.weights import check_fit
+from elastic3d.utils.tensors import Stored, read_weights, tensor_heads
 
 
 @dataclass(frozen=True)
@@ -61,24 +62,12 @@ def to_ours(
     Raises:
         UserError: published tensors that are missing, unknown or mis-shaped; names the first ones and their number.
     """
-    wanted: dict[str, tuple[int, ...]] = {}
+    wanted: dict[str, Stored] = {}
     for row in rows:
         first, *rest = shapes[row.ours].shape
-        wanted |= {name: (part, *rest) for name, part in zip(row.theirs, row.split(first), strict=True)}
-    missing = [name for name in wanted if name not in state]
-    unknown = [name for name in state if name not in wanted]
-    wrong = [
-        f"{name} {tuple(state[name].shape)} instead of {shape}"
-        for name, shape in wanted.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
-        for what, names in (("missing", missing), ("unknown", unknown), ("mis-shaped", wrong))
-        if names
-    ]
-    if problems:
-        raise UserError(f"{source} does not fit its config.json: tensors {'; '.join(problems)}")
+        sizes = zip(row.theirs, row.split(first), strict=True)
+        wanted |= {name: Stored((size, *rest), "") for name, size in sizes}
+    check_fit(wanted, state, f"{source} does not fit its config.json")
     found = {}
     for row in rows:
         parts = [state[name] for name in row.theirs]
@@ -104,8 +93,18 @@ def _turned(value: Tensor, row: Row) -> Tensor:
 
 
 def count_parameters(path: Path) -> int:
-    """Elements of all tensors of a safetensors file, from its head alone; UserError if it is broken."""
+    """Elements of all tensors of a file, from its head alone; UserError if it is broken.
+
+    A `.bin` has no such head: it is taken for half precision.
+    """
+    if path.suffix != ".safetensors":
+        return path.stat().st_size // 2
     return sum(head.numel for head in tensor_heads(path).values())
+
+
+def has_encoder(state: Mapping[str, Any]) -> bool:
+    """Whether a VAE's tensors, by their published names, are also those of its encoder."""
+    return any(name.startswith("encoder.") for name in state)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

@@ -15,8 +15,7 @@ from torch import Tensor
 from elastic3d.checkpoints import step1x3d, triposg
 from elastic3d.checkpoints.bundle import model_class
 from elastic3d.checkpoints.dinov2 import build_network
-from elastic3d.checkpoints.folders import Folder, open_folder
-from elastic3d.checkpoints.identify import INDEX_NAME
+from elastic3d.checkpoints.folders import INDEX_NAME, Folder, open_folder
 from elastic3d.checkpoints.options import CheckpointConfig
 from elastic3d.checkpoints.tensors import Row, to_published
 from elastic3d.models.options import DiTConfig, SkipDiTConfig

@@ -6,24 +6,29 @@ The original's time runs from 1000 at noise to 0 at data, and its field is negat
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from elastic3d.checkpoints.bundle import Bundle, Inspection, Loader
-from elastic3d.checkpoints.dinov2 import other_network
-from elastic3d.checkpoints.folders import Folder, open_folder
-from elastic3d.checkpoints.options import INSIDE, PRESETS, CheckpointConfig, Table, check_partners, mapped
-from elastic3d.checkpoints.tensors import Row, count_parameters, rename_linear
+from elastic3d.checkpoints.folders import Folder, Layout
+from elastic3d.checkpoints.options import (
+    INSIDE,
+    PRESETS,
+    CheckpointConfig,
+    Table,
+    check_partners,
+    ignored,
+    mapped,
+)
+from elastic3d.checkpoints.tensors import Row, has_encoder, rename_linear
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.errors import UserError
-from elastic3d.models.image_encoder import DinoV2, dinov2_files, load_dinov2
 from elastic3d.models.options import EncoderKind, ImageEncoderConfig, SkipDiTConfig, VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.models.skip_dit import SkipDiT
 from elastic3d.utils.options import from_dict
 
 ENCODER, EXTRACTOR = "image_encoder_dinov2", "feature_extractor_dinov2"
@@ -63,14 +68,11 @@ _EXTRACTOR: Table = {
     "do_center_crop": ((True,), True),
     "do_rescale": ((True,), True),
     "do_normalize": ((True,), True),
-    "do_convert_rgb": ((), True),
     "resample": ((3,), 3),
     "rescale_factor": ((1 / 255, 0.00392156862745098), 1 / 255),
     "image_mean": (([0.485, 0.456, 0.406],), [0.485, 0.456, 0.406]),
     "image_std": (([0.229, 0.224, 0.225],), [0.229, 0.224, 0.225]),
-    "image_processor_type": ((), None),
-    "feature_extractor_type": ((), None),
-    "processor_class": ((), None),
+    **ignored("do_convert_rgb image_processor_type feature_extractor_type processor_class"),
 }
 
 
@@ -95,27 +97,7 @@ def load_triposg(
         not fit:
             names the file and the value or tensor.
     """
-    source, loader = open_folder(folder, "triposg", subfolder), Loader.of(dtype, device)
-    vae_state = source.state("vae")
-    has_encoder = any(name.startswith("encoder.") for name in vae_state)
-    config = parse_triposg(source, has_encoder)
-    assert isinstance(config.dit, SkipDiTConfig)
-    vae = loader.vae(config.vae, *source.renamed("vae", config.vae, vae_rows(config.vae), vae_state))
-    dit_state = source.state("transformer")
-    renamed = source.renamed("transformer", config.dit, dit_rows(config.dit), dit_state)
-    dit: SkipDiT = loader.build(config.dit, *renamed)
-    conditioner: DinoV2 | None = None
-    files, note = [*source.files("transformer"), *source.files("vae")], ""
-    if dinov2 is not None:
-        conditioner = other_network(config, Path(dinov2), loader)
-    elif source.has(ENCODER):
-        network = load_dinov2(source.root / ENCODER).to(loader.device, loader.dtype)
-        conditioner = DinoV2(config.encoder, network).to(loader.device)
-        files += dinov2_files(source.root / ENCODER)
-    else:
-        note = _no_encoder(source)
-        warnings.warn(note, stacklevel=2)
-    return Bundle(dit, vae, conditioner, config, tuple(files), note)
+    return _LAYOUT.load(folder, dtype, device, dinov2, subfolder)
 
 
 def load_triposg_vae(
@@ -128,32 +110,20 @@ def load_triposg_vae(
     root = Path(folder)
     source, loader = Folder(root, {"vae": ["", ""]}), Loader.of(dtype, device)
     state = source.state("vae")
-    config = _vae(*source.config("vae"), any(name.startswith("encoder.") for name in state))
+    config = _vae(*source.config("vae"), has_encoder(state))
     source.check_class("vae", "TripoSGVAEModel", "Tripo2VAEModel")
-    return loader.vae(config, *source.renamed("vae", config, vae_rows(config), state))
+    return loader.build(config, *source.renamed("vae", config, vae_rows(config), state))
 
 
 def inspect_triposg(folder: str | Path, subfolder: str = "", dinov2: str = "") -> Inspection:
     """What a checkpoint is made of, without its weights; arguments and errors as in `load_triposg`."""
-    source = open_folder(folder, "triposg", subfolder)
-    config = parse_triposg(source)
-    sizes = {"condition": 0, "dit": source.count("transformer"), "decode": source.count("vae")}
-    encoder = Path(dinov2) if dinov2 else source.root / ENCODER
-    if not dinov2 and not source.has(ENCODER):
-        return Inspection(config, sizes, _no_encoder(source))
-    sizes["condition"] = sum(count_parameters(path) for path in dinov2_files(encoder))
-    return Inspection(config, sizes)
+    return _LAYOUT.inspect(folder, subfolder, dinov2)
 
 
-def _no_encoder(source: Folder) -> str:
-    return f"{source.root} holds no image encoder ({ENCODER}): give the folder of a DINOv2 as dinov2="
-
-
-def parse_triposg(source: Folder, vae_encoder: bool = True) -> CheckpointConfig:
-    """The folder's configuration files in this project's dataclasses.
-
-    Args:
-        vae_encoder: whether the weights hold the VAE's encoder.
+def parse_triposg(
+    source: Folder, encoder_state: Mapping[str, Tensor] | None = None, vae_encoder: bool = True
+) -> CheckpointConfig:
+    """The folder's configuration files in this project's dataclasses; `vae_encoder`: the weights hold one.
 
     Raises:
         UserError: an unknown parameter, or a value that this project can't honour: names the file and it.
@@ -299,3 +269,6 @@ def _mlp(ours: str, theirs: str) -> list[Row]:
         *rename_linear(f"{ours}.mlp.c_fc", f"{theirs}.ff.net.0.proj"),
         *rename_linear(f"{ours}.mlp.c_proj", f"{theirs}.ff.net.2"),
     ]
+
+
+_LAYOUT = Layout("triposg", ENCODER, parse_triposg, dit_rows, vae_rows)

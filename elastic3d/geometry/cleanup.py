@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import trimesh
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import far_centre, merge_equal_vertices, unit_normals
@@ -53,12 +51,12 @@ def mesh_health(mesh: trimesh.Trimesh) -> MeshHealth:
     faces = len(mesh.faces)
     if faces == 0:
         raise ValueError("the mesh has no faces, expected at least one")
-    edges, shared = _edges(mesh)
+    shared = _faces_at_edges(mesh)
     labels = _component_of_faces(mesh)
     area = np.bincount(labels, weights=mesh.area_faces)
     watertight = bool((shared == 2).all())
     vertices = len(np.unique(mesh.faces))
-    euler = vertices - len(edges) + faces
+    euler = vertices - len(shared) + faces
     return MeshHealth(
         faces=faces,
         vertices=vertices,
@@ -88,7 +86,7 @@ def clean(mesh: trimesh.Trimesh, config: CleanupConfig) -> trimesh.Trimesh:
     max_faces = min(config.max_faces or len(mesh.faces), len(mesh.faces))
     if max_faces < len(mesh.faces) or (config.remove_degenerate and _degenerate(mesh).any()):
         mesh = simplify(mesh, max_faces)
-    if config.require_closed and (open_edges := int((_edges(mesh)[1] != 2).sum())):
+    if config.require_closed and (open_edges := int((_faces_at_edges(mesh) != 2).sum())):
         raise UserError(f"the mesh is not closed: {open_edges} edges have no two faces")
     if config.smooth_normals:
         mesh = with_smooth_normals(mesh)
@@ -104,14 +102,13 @@ def drop_floaters(mesh: trimesh.Trimesh, share: float) -> trimesh.Trimesh:
     labels = _component_of_faces(mesh)
     if not labels.any():
         return mesh
-    area = np.bincount(labels, weights=_areas(mesh))
+    area = np.bincount(labels, weights=mesh.area_faces)
     keep = area >= share * area.max()
     if keep.all():
         return mesh
-    faces = np.asarray(mesh.faces)[keep[labels]]
-    used = np.zeros(len(mesh.vertices), bool)
-    used[faces.ravel()] = True
-    return trimesh.Trimesh(np.asarray(mesh.vertices)[used], (np.cumsum(used) - 1)[faces], process=False)
+    kept = trimesh.Trimesh(mesh.vertices, mesh.faces[keep[labels]], process=False)
+    kept.remove_unreferenced_vertices()
+    return kept
 
 
 def simplify(mesh: trimesh.Trimesh, max_faces: int) -> trimesh.Trimesh:
@@ -195,7 +192,7 @@ def _reduce_solid(mesh: trimesh.Trimesh, max_faces: int) -> trimesh.Trimesh:
 
 def is_closed(mesh: trimesh.Trimesh) -> bool:
     """Whether every edge has two faces, also after vertices at equal positions are merged."""
-    return bool((_edges(merge_equal_vertices(mesh))[1] == 2).all())
+    return merge_equal_vertices(mesh).is_watertight
 
 
 def _from_solid(solid: Any) -> trimesh.Trimesh:
@@ -210,11 +207,8 @@ def _quadric(mesh: trimesh.Trimesh, max_faces: int) -> trimesh.Trimesh:
 
     # Its thresholds are absolute: the larger the mesh, the nearer collapses come to the order of their errors, and
     # the sooner it stalls. The first of many collapses need no exact order.
-    vertices, faces, extent = (
-        np.asarray(mesh.vertices),
-        mesh.faces.astype(np.int32),
-        float(np.ptp(mesh.vertices, 0).max()),
-    )
+    vertices, faces = np.asarray(mesh.vertices), mesh.faces.astype(np.int32)
+    extent = float(np.ptp(vertices, axis=0).max())
     for size, count in ((8.0, 3 * max_faces), (20.0, max_faces), (2.0, max_faces), (0.2, max_faces)):
         if len(faces) <= max_faces or not extent > 0:
             break
@@ -251,12 +245,10 @@ def with_smooth_normals(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     Either weight alone favours many small faces, or long thin ones, at a vertex.
     """
     weight = mesh.face_angles * mesh.area_faces[:, None]
-    corner = (weight[:, :, None] * mesh.face_normals[:, None]).reshape(-1, 3)
-    index = mesh.faces.reshape(-1)
-    normals = [np.bincount(index, weights=corner[:, axis], minlength=len(mesh.vertices)) for axis in range(3)]
-    total = np.linalg.norm(np.stack(normals, axis=1), axis=1, keepdims=True)
-    unit = np.stack(normals, axis=1) / np.where(total > 0, total, 1)
-    return trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=unit, process=False)
+    normals = trimesh.geometry.weighted_vertex_normals(
+        len(mesh.vertices), mesh.faces, mesh.face_normals, weight
+    )
+    return trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=normals, process=False)
 
 
 def unwrap(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
@@ -276,34 +268,19 @@ def unwrap(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     return result
 
 
-def _edges(mesh: trimesh.Trimesh) -> tuple[np.ndarray, np.ndarray]:
-    """Undirected edges (E, 2) and the number of faces at each (E,)."""
-    ends = np.sort(mesh.edges, axis=1).astype(np.int64)
-    key, shared = np.unique(ends[:, 0] * len(mesh.vertices) + ends[:, 1], return_counts=True)
-    return np.stack(np.divmod(key, len(mesh.vertices)), axis=1), shared
+def _faces_at_edges(mesh: trimesh.Trimesh) -> np.ndarray:
+    """The number of faces (E,) at each undirected edge."""
+    return np.bincount(mesh.edges_unique_inverse)
 
 
 def _component_of_faces(mesh: trimesh.Trimesh) -> np.ndarray:
     """Component number (F,) of each face; faces that share a vertex are connected."""
-    faces, count = mesh.faces.astype(np.int32), len(mesh.vertices)
-    ends = np.repeat(faces[:, 0], 2), faces[:, 1:].ravel()
-    _, label = connected_components(
-        coo_array((np.ones(len(ends[0]), np.int8), ends), (count, count)), directed=False
-    )
-    of_face = label[faces[:, 0]]
-    used = np.bincount(of_face, minlength=1) > 0  # vertices without a face are components of their own
-    return (np.cumsum(used) - 1)[of_face]
+    edges = mesh.faces[:, [0, 1, 1, 2]].reshape(-1, 2)
+    of_vertex = trimesh.graph.connected_component_labels(edges, node_count=len(mesh.vertices))
+    # Vertices without a face are components of their own.
+    return np.unique(of_vertex[mesh.faces[:, 0]], return_inverse=True)[1]
 
 
 def _degenerate(mesh: trimesh.Trimesh) -> np.ndarray:
     """Which faces (F,) have no area."""
-    return _areas(mesh) <= _DEGENERATE * float(mesh.extents.max()) ** 2
-
-
-def _areas(mesh: trimesh.Trimesh) -> np.ndarray:
-    """Areas (F,) of the faces, as `mesh.area_faces`, which also keeps all corners and checks what it keeps by hashes:
-    several times slower on a large mesh."""
-    faces, vertices = np.asarray(mesh.faces), np.asarray(mesh.vertices)
-    a, b, c = (np.ascontiguousarray(axis)[faces] for axis in vertices.T)
-    (ax, ay), (bx, by), (cx, cy) = ((x[:, 1] - x[:, 0], x[:, 2] - x[:, 0]) for x in (a, b, c))
-    return 0.5 * np.sqrt((bx * cy - cx * by) ** 2 + (cx * ay - ax * cy) ** 2 + (ax * by - bx * ay) ** 2)
+    return mesh.area_faces <= _DEGENERATE * float(mesh.extents.max()) ** 2

@@ -100,20 +100,21 @@ class ImageColours:
         rows, columns = np.divmod(np.arange(_PROBE**2), _PROBE)
         directions = self._camera.rays(np.stack([rows, columns], axis=1) + 0.5, _PROBE)
         origins = np.broadcast_to(np.array(self._camera.eye, np.float32), directions.shape)
-        return cast(self._rays, mesh, origins, directions)[1:]
+        _, face, share = cast(self._rays, origins, directions)
+        return interpolated(mesh, face, share)
 
 
 def cast(
-    rays: rtcore_scene.EmbreeScene, mesh: trimesh.Trimesh, origins: Floats, directions: Floats
-) -> tuple[NDArray[np.int64], Floats, Floats]:
-    """The rays (H,) that hit the mesh; where, and its interpolated normals there, (H, 3) each."""
+    rays: rtcore_scene.EmbreeScene, origins: Floats, directions: Floats
+) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
+    """The rays (H,) that hit a mesh, the faces (H,), and where in them: barycentric coordinates (H, 3)."""
     found = rays.run(
         np.ascontiguousarray(origins, np.float32), np.ascontiguousarray(directions, np.float32), output=True
     )
     face = np.asarray(found["primID"]).astype(np.int64)
     hit = np.flatnonzero(face >= 0)
     u, v = (np.asarray(found[name], np.float64)[hit] for name in "uv")
-    return hit, *interpolated(mesh, face[hit], np.stack([1 - u - v, u, v], axis=1))
+    return hit, face[hit], np.stack([1 - u - v, u, v], axis=1)
 
 
 def interpolated(mesh: trimesh.Trimesh, face: NDArray[np.int64], share: Floats) -> tuple[Floats, Floats]:
@@ -162,18 +163,10 @@ def with_texture(mesh: trimesh.Trimesh, colours: ImageColours, size: int) -> tri
     TriangleMesh(scene, np.ascontiguousarray(flat.triangles, np.float32))
     rows, columns = np.divmod(np.arange(size * size), size)
     origins = np.stack([(columns + 0.5) / size, 1 - (rows + 0.5) / size, np.ones(size * size)], axis=1)
-    found = scene.run(
-        origins.astype(np.float32),
-        np.ascontiguousarray(np.broadcast_to(np.array([0, 0, -1], np.float32), origins.shape)),
-        output=True,
-    )
-    face = np.asarray(found["primID"]).astype(np.int64)
-    texel = np.flatnonzero(face >= 0)
-    u, v = (np.asarray(found[name], np.float64)[texel] for name in "uv")
-    share = np.stack([1 - u - v, u, v], axis=1)
-    points, normals = interpolated(mesh, face[texel], share)
+    texel, face, share = cast(scene, origins, np.broadcast_to([0.0, 0.0, -1.0], origins.shape))
+    points, normals = interpolated(mesh, face, share)
     carried = colours.carried(np.asarray(mesh.vertices), unit_normals(mesh))
-    rest = np.einsum("pk,pkc->pc", share, carried[np.asarray(mesh.faces)[face[texel]]])
+    rest = np.einsum("pk,pkc->pc", share, carried[np.asarray(mesh.faces)[face]])
     pixels, covered = np.zeros((size * size, 3)), np.zeros(size * size, bool)
     pixels[texel], covered[texel] = colours.mixed(points, normals, rest), True
     near = distance_transform_edt(~covered.reshape(size, size), return_distances=False, return_indices=True)

@@ -16,24 +16,25 @@ would move by more than the tolerance if it were interpolated linearly, around t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import trimesh
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic3d.errors import NoSurfaceError
-from elastic3d.geometry.cells import corner_indices, crossed_cells, halved
-from elastic3d.geometry.grid import block_order, node_points
-from elastic3d.geometry.options import DecodeConfig
+from elastic3d.geometry.options import BOX, DecodeConfig
 from elastic3d.geometry.surface import extract_surface
 
 FieldFunction = Callable[[Tensor, Tensor], Tensor]
 """field(points (B,P,3) float32, sample index (B,) int64 on the CPU) -> values (B,P), positive inside."""
 
 _CELLS = 1 << 15  # interpolated at a time
-_IN_CELL = tuple((x, y, z) for x in range(3) for y in range(3) for z in range(3))
+_BLOCK = (
+    8  # nodes a side of the blocks in which the field is evaluated: points that lie close together are faster
+)
 
 
 @dataclass
@@ -48,37 +49,26 @@ class DecodeStats:
         """Field evaluations in all."""
         return sum(self.queries_per_level)
 
-    @property
-    def full_queries(self) -> int:
-        """Field evaluations of the full grid, (R+1)^3."""
-        return (self.resolutions[-1] + 1) ** 3
-
 
 def decode_meshes(
     field: FieldFunction, batch: int, config: DecodeConfig, device: torch.device | str = "cpu"
 ) -> list[trimesh.Trimesh | NoSurfaceError]:
     """Mesh of each of `batch` fields; a sample without a surface gives its error in place of a mesh.
 
+    Samples are decoded in turn, in calls of at most `max_points` points: one dense grid exists at a time, and
+    a mesh can't depend on its batch mates, not even by the rounding of a larger matrix product.
+
     Raises:
         ValueError: the field is not finite somewhere, or has the wrong shape.
     """
-    return [mesh for mesh, _ in iterate_meshes(field, batch, config, device)]
-
-
-def iterate_meshes(
-    field: FieldFunction, batch: int, config: DecodeConfig, device: torch.device | str = "cpu"
-) -> Iterator[tuple[trimesh.Trimesh | NoSurfaceError, DecodeStats]]:
-    """Like `decode_meshes`, one after the other with what each cost.
-
-    Samples are decoded in turn, in calls of at most `max_points` points: one dense grid exists at a time, and
-    a mesh can't depend on its batch mates, not even by the rounding of a larger matrix product.
-    """
+    meshes: list[trimesh.Trimesh | NoSurfaceError] = []
     for sample in range(batch):
-        values, stats = decode_field(field, sample, config, device)
+        values, _ = decode_field(field, sample, config, device)
         try:
-            yield extract_surface(values, config.box, config.surface), stats
+            meshes.append(extract_surface(values, config.box, config.surface))
         except NoSurfaceError as error:
-            yield error, stats
+            meshes.append(error)
+    return meshes
 
 
 def decode_field(
@@ -96,27 +86,19 @@ def decode_field(
     Raises:
         ValueError: the field is not finite somewhere, or has the wrong shape.
     """
-    levels = level_resolutions(config.resolution, config.coarse_resolution)
-    grid = _Level(field, sample, config, torch.empty((levels[0] + 1,) * 3, device=device))
-    grid.evaluate(torch.arange(grid.values.numel(), device=device))
-    grids = [grid]
-    for resolution in levels[1:]:
+    resolutions = [config.resolution]  # halved while it is even, to no less than the coarse one
+    while resolutions[0] % 2 == 0 and resolutions[0] // 2 >= config.coarse_resolution:
+        resolutions.insert(0, resolutions[0] // 2)
+    levels = [_Level(field, sample, config, torch.empty((resolutions[0] + 1,) * 3, device=device))]
+    levels[0].evaluate(torch.arange(levels[0].values.numel(), device=device))
+    for resolution in resolutions[1:]:
         if on_level is not None:
-            on_level(len(grids), len(levels))
-        last = resolution == levels[-1] and config.tolerance > 0
-        grid = grid.finished() if last else grid.refined()
-        grids.append(grid)
+            on_level(len(levels), len(resolutions))
+        last = resolution == config.resolution and config.tolerance > 0
+        levels.append(levels[-1].finished() if last else levels[-1].refined())
     if on_level is not None:
         on_level(len(levels), len(levels))
-    return grid.values, DecodeStats(levels, [grid.queries for grid in grids])
-
-
-def level_resolutions(resolution: int, coarse: int) -> list[int]:
-    """Grids from coarse to fine: `resolution` halved while it is even and the half is `coarse` or more."""
-    levels = [resolution]
-    while levels[0] % 2 == 0 and levels[0] // 2 >= coarse:
-        levels.insert(0, levels[0] // 2)
-    return levels
+    return levels[-1].values, DecodeStats(resolutions, [level.queries for level in levels])
 
 
 class _Level:
@@ -132,26 +114,24 @@ class _Level:
         """Put the field's exact values at flat node indices (P,); a call has points that lie close together."""
         self.known.view(-1)[indices] = True
         self.queries += len(indices)
-        indices = indices[block_order(indices, self.resolution)]
+        x, y, z = (at // _BLOCK for at in _unravel(indices, self.resolution + 1))
+        blocks = (self.resolution + 1) // _BLOCK + 1
+        indices = indices[((x * blocks + y) * blocks + z).argsort(stable=True)]
         sample = torch.tensor([self.sample])  # a GPU would be waited for to read it
-        found = [indices.new_empty(0, dtype=torch.float32)]
         for chunk in indices.split(self.config.max_points):
             points = node_points(chunk, self.resolution, self.config.box)
             with torch.no_grad():
                 values = self.field(points[None], sample)
             if values.shape != (1, len(chunk)):
                 raise ValueError(f"the field gave shape {tuple(values.shape)}, expected (1, {len(chunk)})")
-            found.append(values[0].float())
-        exact = torch.cat(found)
-        if bad := int((~torch.isfinite(exact)).sum()):
-            where = f"{bad} of {len(exact)} points of sample {self.sample}"
+            self.values.view(-1)[chunk] = values[0].float()
+        if bad := int((~torch.isfinite(self.values.view(-1)[indices])).sum()):
+            where = f"{bad} of {len(indices)} points of sample {self.sample}"
             raise ValueError(f"the field is not finite at {where}")
-        self.values.view(-1)[indices] = exact
 
     def refined(self) -> _Level:
         """The grid of twice the resolution, exact at the surface."""
-        fine = _Level(self.field, self.sample, self.config, _interpolated(self.values))
-        fine.known[::2, ::2, ::2] = self.known
+        fine = self._finer(linear=True)
         fine._follow(self._thin_parts(fine, _crossed_ends(fine.values > 0)))
         return fine
 
@@ -161,30 +141,49 @@ class _Level:
         while len(unknown := self._unknown_corners(cells)):
             self.evaluate(unknown)
             cells = crossed_cells(self.values > 0)
-        fine = _Level(self.field, self.sample, self.config, _doubled(self.values))
+        fine = self._finer(linear=False)
         settled = torch.zeros_like(fine.known)
         wanted = torch.zeros_like(fine.known)
+        inside = [*itertools.product(range(3), repeat=3)]  # the nodes of a cell
         for some in cells.split(_CELLS):
             values, doubt = halved(self.values, some, self.config.tolerance)
-            for i, j, k in _IN_CELL:
+            for i, j, k in inside:
                 x, y, z = (2 * some + some.new_tensor([i, j, k])).unbind(dim=1)
                 fine.values[x, y, z] = values[:, i, j, k]
                 settled[x, y, z] = True
                 at = doubt[:, i, j, k]
                 wanted[x[at], y[at], z[at]] = True
-        fine.known[::2, ::2, ::2] = self.known
         fine._follow(self._thin_parts(fine, wanted), settled)
+        return fine
+
+    def _finer(self, linear: bool) -> _Level:
+        """The grid of twice the resolution, where old nodes keep their values.
+
+        New ones have the value of the old one below them, or with `linear` those of trilinear interpolation.
+        """
+        size, mode = [2 * self.resolution + 1] * 3, "trilinear" if linear else "nearest"
+        values = nn.functional.interpolate(
+            self.values[None, None], size, mode=mode, align_corners=True if linear else None
+        )
+        fine = _Level(self.field, self.sample, self.config, values[0, 0])
+        fine.known[::2, ::2, ::2] = self.known
         return fine
 
     def _unknown_corners(self, cells: Tensor) -> Tensor:
         """Flat indices (Q,) of the nodes without an exact value among the corners of cells (A, 3)."""
-        corners = corner_indices(cells, self.resolution + 1)
+        n = self.resolution + 1
+        first = (cells[:, 0] * n + cells[:, 1]) * n + cells[:, 2]
+        offsets = [(x * n + y) * n + z for x, y, z in itertools.product((0, 1), repeat=3)]
+        corners = torch.cat([first + offset for offset in offsets]).unique()
         return corners[~self.known.view(-1)[corners]]
 
     def _thin_parts(self, fine: _Level, wanted: Tensor) -> Tensor:
-        """`wanted` nodes of the finer grid, and those where a thin part may hide from this one."""
+        """`wanted` nodes of the finer grid, and those around edges where a thin part may hide from this one."""
+        around = torch.cartesian_prod(*[torch.arange(-1, 2, device=wanted.device)] * 3)
         for axis in range(3):
-            x, y, z = fine._around(2 * _turning_edges(self.values, axis, self.config.thin_slack), axis)
+            middles = 2 * _turning_edges(self.values, axis, self.config.thin_slack)
+            middles[:, axis] += 1
+            x, y, z = (middles[:, None] + around).clamp(0, fine.resolution).unbind(dim=-1)
             wanted[x, y, z] = True
         return wanted
 
@@ -197,45 +196,18 @@ class _Level:
             self.evaluate(indices)
             indices = self._unknown_across(indices)
 
-    def _around(self, edges: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Nodes x, y, z (27 E,) around the middles of edges two cells long, from their lower ends (E, 3)."""
-        offset = torch.cartesian_prod(*[torch.arange(-1, 2, device=edges.device)] * 3)
-        offset[:, axis] += 1
-        nodes = (edges[:, None] + offset).clamp(0, self.resolution).reshape(-1, 3)
-        return nodes[:, 0], nodes[:, 1], nodes[:, 2]
-
     def _unknown_across(self, indices: Tensor) -> Tensor:
         """Nodes (Q,) without an exact value that have another sign than a neighbour among `indices` (P,)."""
         nodes = self.resolution + 1
         values, known = self.values.view(-1), self.known.view(-1)
         inside = values[indices] > 0
         found = []
-        for stride in (nodes * nodes, nodes, 1):
-            place = indices // stride % nodes
+        for stride, place in zip((nodes**2, nodes, 1), _unravel(indices, nodes), strict=True):
             for step in (-1, 1):
                 within = (place + step >= 0) & (place + step < nodes)
                 neighbour = indices[within] + step * stride
                 found.append(neighbour[~known[neighbour] & ((values[neighbour] > 0) != inside[within])])
         return torch.cat(found).unique()
-
-
-def _interpolated(values: Tensor) -> Tensor:
-    """Trilinear interpolation (2r+1, 2r+1, 2r+1) of values (r+1, r+1, r+1); old nodes keep their values."""
-    for axis in (2, 1, 0):
-        cells = values.shape[axis] - 1
-        finer = values.new_empty([2 * cells + 1 if a == axis else n for a, n in enumerate(values.shape)])
-        lines, old = finer.movedim(axis, 0), values.movedim(axis, 0)
-        lines[::2] = old
-        torch.add(old[:-1], old[1:], out=lines[1::2]).mul_(0.5)
-        values = finer
-    return values
-
-
-def _doubled(values: Tensor) -> Tensor:
-    """(2r+1, 2r+1, 2r+1) from values (r+1, r+1, r+1): a new node has the value of the old one below it."""
-    for axis in (2, 1, 0):
-        values = values.repeat_interleave(2, dim=axis).narrow(axis, 0, 2 * values.shape[axis] - 1)
-    return values.contiguous()
 
 
 def _crossed_ends(inside: Tensor) -> Tensor:
@@ -265,3 +237,60 @@ def _turning_edges(values: Tensor, axis: int, slack: float) -> Tensor:
     edges = hidden.movedim(0, axis).nonzero()
     edges[:, axis] += 1
     return edges
+
+
+def crossed_cells(inside: Tensor) -> Tensor:
+    """Lowest corners (A, 3) of the cells whose eight corners are not all on one side, from `inside` (n, n, n)."""
+    some = every = inside
+    for axis in range(3):
+        length = some.shape[axis] - 1
+        some = some.narrow(axis, 0, length) | some.narrow(axis, 1, length)
+        every = every.narrow(axis, 0, length) & every.narrow(axis, 1, length)
+    return (some & ~every).nonzero()
+
+
+def halved(values: Tensor, cells: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """The nodes of a grid of half the spacing in cells (A, 3) of values (n, n, n), by cubic interpolation.
+
+    Returns values and doubts, both (A, 3, 3, 3), the cell's own corners included. A node is in doubt if an edge from
+    it is crossed at another place, by more than `tolerance` of its length, than linear interpolation has it: there
+    the field bends too much for the four nodes in a row to say how. So is every new node of a cell at the grid's
+    border, where there are no four.
+    """
+    last = len(values) - 1
+    steps = torch.arange(-1, 3, device=cells.device)
+    x, y, z = (cells[:, axis, None] + steps for axis in range(3))
+    x, y, z = (axis.clamp(0, last) for axis in (x, y, z))
+    near = values[x[:, :, None, None], y[:, None, :, None], z[:, None, None, :]].flatten(1)
+    cubic = (near @ _matrix([-1 / 16, 9 / 16, 9 / 16, -1 / 16], near)).view(-1, 3, 3, 3)
+    linear = (near @ _matrix([0.0, 0.5, 0.5, 0.0], near)).view(-1, 3, 3, 3)
+    difference = (cubic - linear).abs_()
+    doubt = ((cells == 0) | (cells == last - 1)).any(dim=1)[:, None, None, None].expand(cubic.shape).clone()
+    for axis in (1, 2, 3):
+        ends = [cubic.narrow(axis, start, 2) for start in (0, 1)]
+        off = torch.maximum(difference.narrow(axis, 0, 2), difference.narrow(axis, 1, 2))
+        crossed = (ends[0] > 0) != (ends[1] > 0)
+        edge = crossed & (off > tolerance * (ends[0] - ends[1]).abs())
+        for start in (0, 1):
+            doubt.narrow(axis, start, 2).logical_or_(edge)
+    return cubic, doubt
+
+
+def _matrix(middle: list[float], like: Tensor) -> Tensor:
+    """(64, 27): four nodes in a row on each axis -> the middle two and, by weights `middle`, the one between them."""
+    line = like.new_tensor([[0.0, 1.0, 0.0, 0.0], middle, [0.0, 0.0, 1.0, 0.0]])
+    return torch.kron(torch.kron(line, line), line).T.contiguous()
+
+
+def node_points(indices: Tensor, resolution: int, box: float = BOX) -> Tensor:
+    """Positions (P, 3) float32 of nodes with flat indices (P,) into a grid of R cells a side from -box to +box.
+
+    Node i of an axis is at -box + 2 box i / R, of R + 1 nodes; indices are in C order of xyz.
+    """
+    axis = (-box + 2 * box * torch.arange(resolution + 1, dtype=torch.float64) / resolution).float()
+    return axis.to(indices.device)[torch.stack(_unravel(indices, resolution + 1), dim=-1)]
+
+
+def _unravel(indices: Tensor, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, y, z (P,) of flat indices (P,) into (nodes, nodes, nodes)."""
+    return indices // nodes**2, indices // nodes % nodes, indices % nodes

@@ -18,7 +18,7 @@ from elastic3d.geometry.gltf import read_gltf
 from elastic3d.geometry.mesh_formats import read_polygons
 from elastic3d.geometry.mesh_parsing import FormatError
 from elastic3d.geometry.polygons import triangulate
-from elastic3d.utils.files import atomic_path
+from elastic3d.utils.files import atomic_path, check_file
 
 READ_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 WRITE_SUFFIXES = (".glb", ".ply", ".obj", ".stl")
@@ -37,8 +37,7 @@ def load_mesh(path: str | os.PathLike[str]) -> trimesh.Trimesh:
         UserError: the file is missing, empty, broken, cut off, of an unknown kind, needs a feature that is not
             supported, has no face, or a vertex that is not finite.
     """
-    path = Path(path)
-    _check_readable(path)
+    path = check_file(path, "a mesh file")
     check_suffix(path, READ_SUFFIXES)
     try:
         vertices, faces = _read(path)
@@ -134,8 +133,7 @@ def read_extras(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, empty or no glb.
     """
-    path = Path(path)
-    _check_readable(path)
+    path = check_file(path, "a glb file")
     with path.open("rb") as file:
         header = file.read(20)
         magic, _, _, length, kind = struct.unpack("<5I", header) if len(header) == 20 else (0,) * 5
@@ -154,22 +152,6 @@ def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
     if path.suffix.lower() not in suffixes:
         ending = path.suffix or "no suffix"
         raise UserError(f"{path} has {ending}, expected one of {', '.join(suffixes)}")
-
-
-def _check_readable(path: Path) -> None:
-    if not path.exists():
-        raise UserError(f"there is no file {path}")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, expected a mesh file")
-    if not path.is_file():  # reading a pipe or a device may never end
-        raise UserError(f"{path} is no regular file, expected a mesh file")
-    try:
-        with path.open("rb") as file:
-            empty = not file.read(1)
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror or error}") from error
-    if empty:
-        raise UserError(f"{path} is empty, expected a mesh")
 
 
 def _glb_bytes(mesh: trimesh.Trimesh, extras: dict[str, Any] | None, name: str) -> bytes:

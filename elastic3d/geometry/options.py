@@ -7,6 +7,9 @@ from enum import Enum
 
 from elastic3d.utils.options import Options, option
 
+BOX = 1.01
+"""Half side of the decoding cube; normalised shapes end at 0.95, so their surface never touches it."""
+
 
 class SurfaceMethod(Enum):
     """Library that extracts the iso-surface; all place it the same, `open3d` is faster and optional."""
@@ -35,7 +38,7 @@ class DecodeConfig(Options):
     )
     max_points: int = option(65536, "points in one call of the field", ge=1, le=1 << 30)
     surface: SurfaceMethod = option(SurfaceMethod.skimage, "library that extracts the surface")
-    box: float = option(1.01, "half side of the cube that is decoded", ge=1e-3, le=1e3)
+    box: float = option(BOX, "half side of the cube that is decoded", ge=1e-3, le=1e3)
 
 
 @dataclass(kw_only=True)

@@ -48,7 +48,7 @@ class Pose:
 def find_pose(mesh: trimesh.Trimesh, image: NDArray[np.uint8], allowed: PoseRange = CANONICAL) -> Pose:
     """The camera from which a mesh looks like a square RGBA image (S, S, 4).
 
-    The object's box has to be centred in the image, as `elastic3d.models.foreground.centred` leaves it: that fixes the
+    The object's box has to be centred in the image, as `elastic3d.models.images.centred` leaves it: that fixes the
     camera's distance and target, and leaves azimuth, elevation and angle of view. A grid of them is compared with the
     image, and the best ones are refined (Nelder-Mead). The score is the overlap of the silhouettes, and how much of the
     brightness inside is explained by an affine function of the normals, which any distant light on one colour is.

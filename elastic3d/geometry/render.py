@@ -277,19 +277,6 @@ class Scene:
         colour[pixel, 3] = alpha
 
 
-def render(
-    mesh: trimesh.Trimesh,
-    camera: Camera,
-    size: int,
-    face_colours: NDArray[np.uint8] | None = None,
-    light: Light | Sequence[Light] | None = None,
-    antialias: bool = True,
-    shaded: bool = True,
-) -> Views:
-    """One view of a mesh; for many views of the same mesh build a `Scene` once."""
-    return Scene(mesh, face_colours).render(camera, size, light, antialias=antialias, shaded=shaded)
-
-
 def _unit(vectors: NDArray[np.floating]) -> Floats:
     lengths = np.sqrt(np.einsum("...i,...i->...", vectors, vectors))[..., None]
     return (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)

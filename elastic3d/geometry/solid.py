@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from elastic3d.geometry.grid import BOX
+from elastic3d.geometry.options import BOX
 from elastic3d.geometry.sampling import sample_faces
 from elastic3d.geometry.surface import extract_surface
 

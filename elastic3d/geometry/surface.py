@@ -10,8 +10,9 @@ import torch
 import trimesh
 
 from elastic3d.errors import NoSurfaceError, UserError
-from elastic3d.geometry.grid import BOX
-from elastic3d.geometry.options import SurfaceMethod
+from elastic3d.geometry.options import BOX, SurfaceMethod
+
+MANY_FACES = 1_000_000  # take about three seconds to reduce
 
 
 def extract_surface(
@@ -34,25 +35,22 @@ def extract_surface(
         ValueError: the field is not a cube of at least 2 nodes a side, or holds values that are not finite.
     """
     method = SurfaceMethod(method)
-    if isinstance(field, torch.Tensor):
-        field = field.detach().float().cpu().numpy()
-    volume = np.ascontiguousarray(field, dtype=np.float32)
+    volume = np.ascontiguousarray(torch.as_tensor(field).detach().float().cpu().numpy())
     if volume.ndim != 3 or len(set(volume.shape)) != 1 or volume.shape[0] < 2:
         raise ValueError(f"field has shape {volume.shape}, expected a cube (R+1, R+1, R+1) with R >= 1")
-    finite = int(np.isfinite(volume).sum())
-    if finite != volume.size:
-        raise ValueError(f"field holds {volume.size - finite} of {volume.size} values that are not finite")
-    if not volume.min() < 0 < volume.max():
+    low, high = volume.min(), volume.max()
+    if not np.isfinite([low, high]).all():
+        bad = volume.size - int(np.isfinite(volume).sum())
+        raise ValueError(f"field holds {bad} of {volume.size} values that are not finite")
+    if not low < 0 < high:
         raise NoSurfaceError(
-            f"the field has no surface: its values run from {volume.min():.3g} to {volume.max():.3g},"
-            " expected both signs"
+            f"the field has no surface: its values run from {low:.3g} to {high:.3g}, expected both signs"
         )
     if closed:
         volume = _closed(volume)
     if not volume.max() > 0:  # what was inside lay in the outermost nodes only
         raise NoSurfaceError("the field has no surface inside the cube, only on its faces")
-    extract = {SurfaceMethod.skimage: _skimage, SurfaceMethod.open3d: _open3d}[method]
-    vertices, faces = extract(volume)
+    vertices, faces = (_open3d if method is SurfaceMethod.open3d else _skimage)(volume)
     if len(faces) == 0:
         raise NoSurfaceError("the field has no surface: the extractor found no face")
     # Extractors return index coordinates, where node i is at i, whatever the resolution.
@@ -91,3 +89,19 @@ def _open3d(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if "indices" not in mesh.triangle:
         return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int64)
     return mesh.vertex.positions.numpy(), mesh.triangle.indices.numpy()
+
+
+def reducible(values: torch.Tensor, max_faces: int) -> torch.Tensor:
+    """Values (n, n, n), or every second node of them, or every fourth: a surface of at most `MANY_FACES` faces.
+
+    Only where it is reduced to an eighth of that or less afterwards, as a surface of noise: the time of that does not
+    grow without a bound then. A level of `decode` is exact at the surface, so this is the mesh of a coarser one.
+    """
+    while 0 < 8 * max_faces <= MANY_FACES and len(values) % 2 == 1 and len(values) > 64:
+        inside = (values > 0).cpu().numpy()  # whose counting is ten times faster than PyTorch's
+        axes = (inside.swapaxes(0, axis) for axis in range(3))
+        crossings = sum(int(np.count_nonzero(line[:-1] != line[1:])) for line in axes)
+        if 2 * crossings <= MANY_FACES:  # a vertex on each, two faces a vertex
+            break
+        values = values[::2, ::2, ::2]
+    return values

@@ -8,11 +8,7 @@ from elastic3d.models.options import DiTConfig, SkipDiTConfig
 def double_block_flops(width: int, hidden: int, latents: int, condition: int) -> tuple[int, int]:
     """FLOPs of one sample in a double block: all but the latents' MLP, and the latents' MLP.
 
-    Args:
-        width: channels of a token (D).
-        hidden: hidden units of the MLP.
-        latents: latent tokens (N).
-        condition: condition tokens (M).
+    Of width D, hidden units of the MLPs, latent tokens (N) and condition tokens (M).
     """
     modulation = 2 * (2 * width * 6 * width)  # of both streams, once a sample
     mlp = 4 * width * hidden  # a token
@@ -51,13 +47,9 @@ def _attention(width: int, tokens: int) -> int:
 
 
 def dit_blocks_flops(config: DiTConfig | SkipDiTConfig, latents: int, condition: int) -> int:
-    """FLOPs of all blocks in one forward pass of one sample.
+    """FLOPs of all blocks in one forward pass of one sample, of latent tokens (N) and condition tokens (M).
 
     Embeddings and the final layer are left out: they are always executed, and less than a block's worth.
-
-    Args:
-        latents: latent tokens (N).
-        condition: condition tokens (M).
     """
     if isinstance(config, SkipDiTConfig):
         sizes = (config.width, config.condition_channels, latents + 1, condition)

@@ -1,8 +1,12 @@
-"""Frozen image encoders: an image on white becomes condition tokens and one global feature."""
+"""Frozen image encoders: an image on white becomes condition tokens and one global feature.
+
+Beside the weights of a model, `familiarity.safetensors` tells which images its encoder was shown in training.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,11 +18,15 @@ from torch import Tensor, nn
 
 from elastic3d.errors import UserError
 from elastic3d.models.options import EncoderFeatures, EncoderKind, ImageEncoderConfig
-from elastic3d.models.weights import CONFIG_NAME, load_config, load_strict
+from elastic3d.models.weights import CONFIG_NAME, all_finite, load_config, load_strict
+from elastic3d.utils.files import printable
 from elastic3d.utils.options import to_dict
 from elastic3d.utils.structured import load_json, save_json
+from elastic3d.utils.tensors import read_weights, save_weights
 
 _CLASS_NAME = "ImageEncoder"
+FAMILIARITY_NAME = "familiarity.safetensors"
+_PARTS = ("mean", "components", "scale", "threshold")
 
 
 class ImageEncoder(Protocol):
@@ -118,7 +126,8 @@ class EfficientNetLite(_FrozenEncoder):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """images (B,3,S,S) in [0,1] on white -> tokens (B,M,Cc) in fp32, row by row from the top left."""
-        stride16, stride32 = self._maps(images)
+        maps = self._blocks(images)
+        stride16, stride32 = maps[1 + self.STRIDE16_BLOCK], maps[-1]
         if self.config.features is EncoderFeatures.head:
             return rearrange(self._head(stride32), "B C h w -> B (h w) C")
         fine = rearrange(stride16 / self.STRIDE16_SCALE, "B C (h p) (w q) -> B (h w) (p q C)", p=2, q=2)
@@ -128,7 +137,7 @@ class EfficientNetLite(_FrozenEncoder):
     @torch.no_grad()
     def pooled(self, images: Tensor) -> Tensor:
         """images (B,3,S,S) -> average of the classifier's last feature map (B,1280)."""
-        return self._head(self._maps(images)[1]).mean(dim=(2, 3))
+        return self._head(self._blocks(images)[-1]).mean(dim=(2, 3))
 
     @torch.no_grad()
     def pyramid(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -136,10 +145,6 @@ class EfficientNetLite(_FrozenEncoder):
         maps = self._blocks(images)
         last = [a for a, b in zip(maps, maps[1:], strict=False) if a.shape[-1] != b.shape[-1]]
         return [*last, maps[-1]], self._head(maps[-1]).mean(dim=(2, 3))
-
-    def _maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        maps = self._blocks(images)
-        return maps[1 + self.STRIDE16_BLOCK], maps[-1]
 
     def _blocks(self, images: Tensor) -> list[Tensor]:
         """The outputs of the stem and of all blocks."""
@@ -257,3 +262,95 @@ def load_dinov2(folder: Path) -> Any:
     if problems:
         raise UserError(f"the weights in {folder} do not fit {type(model).__name__}: {problems}")
     return model
+
+
+@dataclass(frozen=True)
+class Familiarity:
+    """How far an image is from those that a model was trained on, told before anything is computed for it.
+
+    The mean of an image's condition tokens (Cc channels) is compared with a Gaussian of those of the training images:
+    the first principal components each by its own variance, all that is left by one (probabilistic PCA, Tipping and
+    Bishop 1999). The result is the Mahalanobis distance a channel, about 1 for a training image.
+
+    mean (Cc,), components (K,Cc) orthonormal, scale (K+1,): standard deviations along the components, then of the rest;
+    threshold (1,): the distance from which an image is called unfamiliar.
+    """
+
+    mean: Tensor
+    components: Tensor
+    scale: Tensor
+    threshold: Tensor
+
+    @classmethod
+    def fit(cls, features: Tensor, components: int) -> Familiarity:
+        """Of features (T,Cc) of training images; no image is unfamiliar yet.
+
+        Raises:
+            ValueError: fewer images than components need, or as many components as channels.
+        """
+        count, channels = features.shape
+        if not 0 < components < min(count - 1, channels):
+            raise ValueError(
+                f"components is {components}, expected 1 to {min(count - 1, channels) - 1} of {count} images of"
+                f" {channels} channels"
+            )
+        features = features.double()
+        mean = features.mean(dim=0)
+        _, sizes, directions = torch.linalg.svd(features - mean, full_matrices=False)
+        variances = sizes.square() / (count - 1)
+        rest = variances[components:].sum() / (channels - components)
+        scale = torch.cat([variances[:components], rest[None]]).sqrt()
+        if not scale.min() > 0:
+            raise ValueError(f"the features of {count} images lie in fewer than {components} dimensions")
+        parts = (mean, directions[:components], scale, torch.tensor([torch.inf]))
+        return cls(*(part.float() for part in parts))
+
+    def distance(self, tokens: Tensor) -> Tensor:
+        """Condition tokens (B,M,Cc) -> distances (B,)."""
+        offset = image_feature(tokens).to(self.mean) - self.mean
+        along = offset @ self.components.T
+        rest = (offset.square().sum(dim=1) - along.square().sum(dim=1)).clamp_min(0)
+        squared = (along / self.scale[:-1]).square().sum(dim=1) + rest / self.scale[-1] ** 2
+        return (squared / len(self.mean)).sqrt()
+
+    def warning(self, distance: float) -> str | None:
+        """One sentence for an image at or beyond the threshold; None for a familiar one."""
+        if distance < float(self.threshold):
+            return None
+        return (
+            f"the image is unlike those that the model was trained on (distance {distance:.2f}, usually below"
+            f" {float(self.threshold):.2f}): its mesh may be of something else"
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the file that `load_familiarity` reads."""
+        save_weights({name: getattr(self, name) for name in _PARTS}, folder / FAMILIARITY_NAME)
+
+
+def image_feature(tokens: Tensor) -> Tensor:
+    """Condition tokens (B,M,Cc) -> what images are compared by (B,Cc)."""
+    return tokens.float().mean(dim=1)
+
+
+def load_familiarity(folder: Path, channels: int) -> Familiarity | None:
+    """The statistics in a model's folder; None where there are none.
+
+    Raises:
+        UserError: naming the file: it is broken, or of an encoder with other than `channels`.
+    """
+    path = folder / FAMILIARITY_NAME
+    if not path.exists():
+        return None
+    parts = read_weights(path, _PARTS)
+    found = Familiarity(*(parts[name].float() for name in _PARTS))
+    count = len(found.components)
+    shapes = (channels,), (count, channels), (count + 1,), (1,)
+    for name, wanted in zip(_PARTS, shapes, strict=True):
+        values = getattr(found, name)
+        if tuple(values.shape) != wanted:
+            raise UserError(f"{printable(path)}: {name} has shape {tuple(values.shape)}, expected {wanted}")
+        if name != "threshold" and not all_finite(values):
+            raise UserError(f"{printable(path)}: {name} has values that are not finite")
+    if not found.scale.min() > 0 or not float(found.threshold) > 0:
+        raise UserError(f"{printable(path)}: scale and threshold have values of 0 or less, expected above 0")
+    return found

@@ -1,16 +1,24 @@
-"""Image files to PIL images: every ordinary format in, one sentence for everything that is none."""
+"""From any image file to what the encoder was trained on: the object alone, centred on a white square.
+
+Every ordinary format is read; whatever is no image is told in one sentence.
+"""
 
 from __future__ import annotations
 
 import json
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
+from scipy import ndimage
+from torch import Tensor
 
 from elastic3d.errors import UserError
+from elastic3d.models.options import ForegroundConfig, ForegroundMethod, ImageEncoderConfig
 from elastic3d.utils.files import atomic_path, check_file, printable
 from elastic3d.utils.structured import parse_json
 
@@ -23,6 +31,23 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 _METADATA = "elastic3d"
+
+_WORKING_SIDE = 1024  # longer sides are reduced first: the encoder sees a few hundred pixels
+_SMALLEST_OBJECT = 8  # pixels; less carries no shape
+_PLAIN_SHARE = 0.75  # of the border's pixels; the object may touch the rest
+_SPECK = 0.002  # parts smaller than this share of the largest one are noise
+_SPECK_PIXELS, _TINY = 9, 0.02  # and so are parts of fewer pixels that are smaller than this share
+_SHADOW_DEPTH = 0.3  # of the background's brightness is left in the darkest shadow
+_SHADOW_TINT = 0.06  # largest difference between the channels of that share
+_SHADOW_SLOPES = (
+    14.0,
+    7.0,
+)  # levels a pixel, of a side of 256: less steep than most outlines, than nearly all
+_SHADOW_WARNED = 0.15  # of the mask looks like a shadow with an outline
+_SHADOW_HEIGHT = 0.45  # of the object's height, from above, has no part of its shadow on the floor,
+_SHADOW_STRAY = 0.03  # up to this share
+_SHADOWED_REST = 0.2  # of the mask at least is the object
+_SHADOW_BLACK = 40  # largest channel value of a shadow that is drawn as transparent black
 
 
 def load_image(source: str | Path | Image.Image) -> Image.Image:
@@ -99,10 +124,8 @@ def _open(path: Path) -> Image.Image:
     Image.init()
     image = Image.open(path, formats=[name for name in _FORMATS if name in Image.ID])
     key = image.info.get("transparency")
-    if (
-        image.tile and image.tile[0][3] == "RGB;16B" and isinstance(key, tuple)
-    ):  # Pillow keeps the higher bytes alone
-        image.info["transparency"] = tuple(value >> 8 for value in key)
+    if image.tile and image.tile[0][3] == "RGB;16B" and isinstance(key, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in key)  # Pillow keeps the higher bytes alone
     return image
 
 
@@ -128,3 +151,193 @@ def _eight_bits(grey: np.ndarray) -> np.ndarray:
     top = float(grey.max())
     limit = next((limit for limit in (1.0, 255.0, 65535.0) if top <= limit), top)
     return (grey / limit * 255.0).round().astype(np.uint8)
+
+
+def prepare_image(source: str | Path | Image.Image, config: ForegroundConfig, size: int) -> Image.Image:
+    """A file or PIL image -> RGB image of `size` x `size`: the object cut out, centred, on white.
+
+    Raises:
+        UserError: no usable image, or no object found in it; names the file.
+    """
+    try:
+        border = ImageEncoderConfig.border if config.border is None else config.border
+        return centred(cut_out(load_image(source), config), size, border, "white").convert("RGB")
+    except UserError as error:
+        name = "" if isinstance(source, Image.Image) else str(source)
+        if not name or name in str(error):
+            raise
+        raise UserError(f"{name}: {error}") from error
+
+
+def to_tensor(images: list[Image.Image]) -> Tensor:
+    """RGB images of one size S x S -> (B,3,S,S) in [0,1]."""
+    arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
+
+
+def cut_out(image: Image.Image, config: ForegroundConfig) -> Image.Image:
+    """An RGBA image whose alpha is the object's mask, by the configured method.
+
+    Raises:
+        UserError: the method finds no object, or (auto) no method fits.
+    """
+    if max(image.size) > _WORKING_SIDE:
+        image = image.copy()
+        image.thumbnail((_WORKING_SIDE, _WORKING_SIDE), Image.Resampling.LANCZOS)
+    method, clear = config.method, _has_transparency(image)
+    either = ForegroundMethod.auto
+    if method is ForegroundMethod.alpha and not clear:
+        raise UserError("the image has no transparent pixels, expected an alpha channel around the object")
+    if clear and method in (either, ForegroundMethod.alpha):
+        return _without_black_haze(image)
+    colour = _plain_background(image, config.tolerance)
+    if method is ForegroundMethod.plain and colour is None:
+        raise UserError("the image's background is not plain, expected one colour along its border")
+    if colour is not None and method in (either, ForegroundMethod.plain):
+        return _with_alpha(image, _mask_against(image, colour, config.tolerance))
+    if method is either and find_spec("rembg") is None:
+        raise UserError(
+            "the image has neither transparency nor a plain background: give one with an alpha channel or a plain"
+            " background, or install rembg (pip install 'elastic3d[rembg]')"
+        )
+    return _cut_out_by_rembg(image)
+
+
+def centred(image: Image.Image, size: int, border: float, ground: Any = (0, 0, 0, 0)) -> Image.Image:
+    """RGBA with alpha as mask -> RGBA of `size` x `size` on a ground, the object `(1 - border) * size` long.
+
+    Specks beside the object are not part of it: they neither move nor shrink it.
+
+    Raises:
+        UserError: the image is fully transparent, or the object is only a few pixels large.
+    """
+    alpha = np.asarray(image.getchannel("A"))
+    if not alpha.any():
+        raise UserError("the image is fully transparent, expected an object")
+    rows, columns = np.nonzero(_without_specks(alpha >= max(1, int(alpha.max()) // 2)))
+    box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+    width, height = box[2] - box[0], box[3] - box[1]
+    longest = max(width, height)
+    if longest < _SMALLEST_OBJECT:
+        raise UserError(f"the object is {width} x {height} pixels, expected at least {_SMALLEST_OBJECT}")
+    scale = size * (1 - border) / longest
+    new_size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    resized = image.crop(box).resize(new_size, Image.Resampling.LANCZOS)  # premultiplies by alpha itself
+    canvas = Image.new("RGBA", (size, size), ground)
+    canvas.alpha_composite(resized, ((size - new_size[0]) // 2, (size - new_size[1]) // 2))
+    return canvas
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    """Some pixels are clearly transparent; a few stray ones do not count."""
+    return bool((np.asarray(image.getchannel("A")) < 128).mean() > 0.001)
+
+
+def _plain_background(image: Image.Image, tolerance: int) -> np.ndarray | None:
+    """The background's colour (3,) if most of the border has about one colour, else None."""
+    rgb = np.asarray(image.convert("RGB")).astype(np.int16)
+    border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
+    colour = np.median(border, axis=0)
+    close = np.abs(border - colour).max(axis=1) <= tolerance
+    return colour if close.mean() >= _PLAIN_SHARE else None
+
+
+def _mask_against(image: Image.Image, colour: np.ndarray, tolerance: int) -> np.ndarray:
+    """Object mask (H, W): what the background's colour, flooding in from the border, does not reach."""
+    rgb = np.asarray(image.convert("RGB")).astype(np.int16)
+    similar = np.abs(rgb - colour).max(axis=2) <= tolerance
+    background = _reached_from_border(similar)
+    shadow = next(
+        (found for slope in _SHADOW_SLOPES if (found := _floor_shadow(rgb, colour, background, slope)).any()),
+        np.zeros_like(background),
+    )
+    if not shadow.any():
+        hard = _floor_shadow(rgb, colour, background, np.inf)
+        if hard.sum() > _SHADOW_WARNED * (~background).sum():
+            warnings.warn(
+                "what may be the object's shadow on the floor is taken for a part of it: cut it out if it is one",
+                stacklevel=3,
+            )
+    mask = ~(background | shadow)
+    if not mask.any():
+        raise UserError("nothing in the image stands out from its background, expected an object")
+    return _without_specks(mask, 1)
+
+
+def _reached_from_border(region: np.ndarray) -> np.ndarray:
+    """The parts (H, W) of a region that touch the image's border."""
+    labels, _ = ndimage.label(region)
+    edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    return np.isin(labels, np.unique(edge[edge > 0]))
+
+
+def _floor_shadow(rgb: np.ndarray, colour: np.ndarray, background: np.ndarray, steepest: float) -> np.ndarray:
+    """What a soft shadow darkens (H, W) of a plain background; nothing where that is not below an object.
+
+    A shadow is the background's colour at a share of its brightness and fades out: no outline parts it from the
+    background. Object surfaces of that colour lie behind an outline, which is steeper. A gap of a few pixels in an
+    outline lets nothing through. A hard shadow can't be told from an object.
+
+    Args:
+        steepest: slope in levels a pixel, of a side of 256 pixels, at which an outline begins.
+    """
+    if min(background.shape) < _SMALLEST_OBJECT:
+        return np.zeros_like(background)
+    share = rgb / np.maximum(colour, 1.0)
+    brightness = share.mean(axis=2)
+    tinted = np.ptp(share, axis=2) > _SHADOW_TINT
+    grey = ndimage.gaussian_filter(rgb.mean(axis=2), 1.0)
+    slope = np.hypot(*np.gradient(grey)) * max(grey.shape) / 256
+    like = background | (~tinted & (brightness > _SHADOW_DEPTH) & (brightness < 1) & (slope < steepest))
+    gap = max(1, round(max(grey.shape) / 128))
+    reached = _reached_from_border(ndimage.binary_erosion(like, iterations=gap, border_value=1))
+    shadow = ndimage.binary_dilation(reached, iterations=gap + 1, mask=like | background) & ~background
+    return shadow if _lies_low(shadow, ~background) else np.zeros_like(shadow)
+
+
+def _lies_low(part: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether a part (H, W) of the mask is as a floor's shadow: low beside an object that is higher and no sliver."""
+    rest = _without_specks(mask & ~part)
+    if not part.any() or rest.sum() < _SHADOWED_REST * mask.sum():
+        return False
+    rows = np.flatnonzero(rest.any(axis=1))
+    middle = rows[0] + _SHADOW_HEIGHT * (rows[-1] - rows[0])
+    return bool(part[: int(middle)].sum() < _SHADOW_STRAY * part.sum())
+
+
+def _without_black_haze(image: Image.Image) -> Image.Image:
+    """Without a shadow drawn as transparent black, away from the object's own soft outline."""
+    pixels = np.asarray(image)
+    alpha = pixels[..., 3]
+    haze = (alpha > 0) & (alpha < 230) & (pixels[..., :3].max(axis=2) <= _SHADOW_BLACK)
+    haze &= ~ndimage.binary_dilation(alpha >= 230, iterations=2)
+    if not haze.any() or not (alpha >= 230).any():
+        return image
+    result = image.copy()
+    result.putalpha(Image.fromarray(np.where(haze, 0, alpha).astype(np.uint8)))
+    return result
+
+
+def _without_specks(mask: np.ndarray, least: int = _SPECK_PIXELS) -> np.ndarray:
+    """A mask (H, W) without the parts that are too small, compared with its largest one, to belong to an object."""
+    parts, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    if count < 2:
+        return mask
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    smallest = max(_SPECK * sizes.max(), min(least, _TINY * sizes.max()), 1)
+    return np.isin(parts, np.flatnonzero(sizes >= smallest))
+
+
+def _with_alpha(image: Image.Image, mask: np.ndarray) -> Image.Image:
+    result = image.convert("RGB").convert("RGBA")
+    result.putalpha(Image.fromarray(mask.astype(np.uint8) * 255))
+    return result
+
+
+def _cut_out_by_rembg(image: Image.Image) -> Image.Image:
+    if find_spec("rembg") is None:
+        raise UserError("background removal by rembg needs it installed: pip install 'elastic3d[rembg]'")
+    import rembg
+
+    return rembg.remove(image.convert("RGB")).convert("RGBA")

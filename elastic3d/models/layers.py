@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def fourier_embedding(points: Tensor, num_freqs: int, include_pi: bool = False) -> Tensor:
     """Points (..., 3) -> (..., 3 + 6 num_freqs): the point, then sines, then cosines of its octaves.
 
-    Channel order of 3DShape2VecSet and Hunyuan3D-2: axis-major, frequency-minor. Always computed in fp32: at the
-    eighth octave bf16 has no digits left.
+    Channel order of 3DShape2VecSet and Hunyuan3D-2: axis-major, frequency-minor. In fp32 at least: at the eighth octave
+    bf16 has no digits left.
     """
-    points = points.float()
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
     octaves = 2.0 ** torch.arange(num_freqs, dtype=torch.float32, device=points.device)
     if include_pi:
         octaves = octaves * math.pi
@@ -128,12 +130,12 @@ class MLP(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """LayerNorm of queries and keys over a head's channels."""
+    """LayerNorm of queries and keys over a head's channels; with `norm` false they stay as they are."""
 
-    def __init__(self, head_width: int) -> None:
+    def __init__(self, head_width: int, norm: bool) -> None:
         super().__init__()
-        self.q_norm = nn.LayerNorm(head_width, eps=1e-6)
-        self.k_norm = nn.LayerNorm(head_width, eps=1e-6)
+        self.q_norm = nn.LayerNorm(head_width, eps=1e-6) if norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_width, eps=1e-6) if norm else nn.Identity()
 
 
 EXPLICIT_LIMIT = 1 << 26  # logits a row; above it the fused kernel's smaller memory wins
@@ -155,3 +157,123 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tenso
         padded = nn.functional.pad(v, (0, q.shape[-1] - v.shape[-1]))  # the fused kernels want equal widths
         out = nn.functional.scaled_dot_product_attention(q, k, padded, scale=scale)[..., : v.shape[-1]]
     return rearrange(out, "B H P e -> B P (H e)")
+
+
+def run_block(block: nn.Module, recompute: bool, *streams: Tensor | None) -> Any:
+    """What a block makes of its streams; with `recompute` its activations are computed again for the gradient."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *streams, use_reentrant=False)
+    return block(*streams)
+
+
+OFFSET_SCALE = 4.0  # the spacing of 128 anchors on a shape, about 0.2, becomes about 1
+OFFSET_FREQS = 5
+
+
+def nearest_neighbours(x_q: Tensor, x_k: Tensor, count: int) -> Tensor:
+    """Indices (B,P,count) of the points x_k (B,N,3) nearest to each of x_q (B,P,3)."""
+    x_q, x_k = x_q.detach().float(), x_k.detach().float()
+    # |x_q|^2 is the same for every key; a product and a sum is several times faster than cdist here.
+    squared = torch.baddbmm(x_k.square().sum(-1)[:, None], x_q, x_k.transpose(1, 2), alpha=-2.0)
+    return squared.topk(count, dim=-1, largest=False).indices
+
+
+class LocalFeatures(nn.Module):
+    """Features of neighbours, modulated by the embedded offset to them, pooled over the neighbours.
+
+    The product of a neighbour's features with the embedded offset is what makes a small model learn fast: the signed
+    distance to a neighbour's tangent plane is such a product (normal times offset), which neither attention over
+    absolute positions nor an MLP of a sum has at hand.
+
+    `pool="max"` is for the encoder (PointNet); `pool="fade"` averages with weights that grow towards the nearest and
+    reach zero at the farthest of the neighbours, so that the result is continuous as neighbours change.
+    """
+
+    def __init__(
+        self, features: int, width: int, hidden: int, neighbours: int, pool: Literal["max", "fade"]
+    ) -> None:
+        super().__init__()
+        self.neighbours, self.pool = neighbours, pool
+        offset = 3 + 6 * OFFSET_FREQS
+        self.feature_proj = nn.Linear(features, 2 * hidden)
+        self.offset_proj = nn.Linear(offset, 2 * hidden)
+        self.hidden_proj = nn.Linear(hidden, hidden)
+        self.out_proj = nn.Linear(hidden, width)
+
+    def forward(self, x_q: Tensor, x_k: Tensor, features: Tensor) -> Tensor:
+        """x_q (B,P,3), x_k (B,N,3), features (B,N,F) -> (B,P,width); N >= neighbours is required."""
+        B, N, _ = x_k.shape
+        index = nearest_neighbours(x_q, x_k, self.neighbours)
+        flat = (index + N * torch.arange(B, device=index.device)[:, None, None]).flatten()
+        offset = x_q.float()[:, :, None] - _gather(x_k.float(), flat, index.shape)
+        embedded = _embedded(offset).to(features.dtype)
+        plus, times = self.offset_proj(embedded).chunk(2, dim=-1)
+        shift, gain = _gather(self.feature_proj(features), flat, index.shape).chunk(2, dim=-1)
+        x = self.hidden_proj(nn.functional.gelu(torch.addcmul(shift + plus, gain, times)))
+        if self.pool == "max":
+            return self.out_proj(x.amax(dim=2))
+        weights = fade_weights(offset.square().sum(-1)).to(x.dtype)
+        return self.out_proj(torch.einsum("BPk,BPkh->BPh", weights, nn.functional.gelu(x)))
+
+
+def _gather(x: Tensor, flat: Tensor, shape: torch.Size) -> Tensor:
+    """Rows of x (B,N,F) by flattened index -> (*shape, F)."""
+    return rearrange(x, "B N F -> (B N) F").index_select(0, flat).view(*shape, -1)
+
+
+def fade_weights(squared: Tensor) -> Tensor:
+    """Squared distances (B,P,k) -> weights (B,P,k) that sum to one; the farthest gets none."""
+    share = squared / squared.amax(dim=-1, keepdim=True).clamp(min=1e-8)
+    weights = (1 - share).square() / (share + 0.02)
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-8)
+
+
+class AnchorFeatures:
+    """`LocalFeatures` from one set of anchors, for very many points: fp32, without gradients.
+
+    The Fourier embedding of the offset to an anchor is, by the addition theorems, a linear function of the embedding of
+    the point itself. So the first layer becomes one matrix an anchor, and all pairs of a point and a neighbour are done
+    by one product an anchor, without gathering features or embedding offsets. The farthest of the neighbours has no
+    weight and is left out. On one core the field of a small model is evaluated 1.5 times as fast.
+    """
+
+    def __init__(self, local: LocalFeatures, features: Tensor, anchors: Tensor) -> None:
+        """features (N,F), anchors (N,3)."""
+        self.local, self.anchors, self.squares = local, anchors, anchors.square().sum(dim=-1)
+        shift, gain = local.feature_proj(features).double().chunk(2, dim=-1)
+        plus, times = local.offset_proj.weight.double().chunk(2)
+        plus_bias, times_bias = local.offset_proj.bias.double().chunk(2)
+        whole = plus + gain[:, :, None] * times  # (N,h,E) of the embedded offset
+        sizes = [3, 3 * OFFSET_FREQS, 3 * OFFSET_FREQS]
+        linear, sine, cosine = whole.split(sizes, dim=-1)
+        origin, sin, cos = _embedded(anchors.double())[:, None].split(sizes, dim=-1)
+        # sin(x - a) = sin x cos a - cos x sin a, and likewise the cosine
+        matrices = torch.cat([linear, sine * cos + cosine * sin, cosine * cos - sine * sin], dim=-1)
+        biases = shift + plus_bias + gain * times_bias - (linear @ origin.transpose(1, 2))[..., 0]
+        self.matrices, self.biases = matrices.to(features).transpose(1, 2).contiguous(), biases.to(features)
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """points (1,P,3) -> (1,P,width)."""
+        points, k = points[0], self.local.neighbours - 1
+        squared = torch.addmm(self.squares, points, self.anchors.T, alpha=-2.0)
+        near, index = squared.topk(k + 1, dim=-1, largest=False)
+        weights = fade_weights(near + points.square().sum(dim=-1, keepdim=True))[:, :k]
+        anchor = index[:, :k].flatten()
+        order = anchor.argsort()
+        rows = _embedded(points).index_select(0, order // k)
+        counts = torch.bincount(anchor, minlength=len(self.biases)).tolist()
+        hidden = rows.new_empty(len(rows), self.biases.shape[1])
+        parts = zip(hidden.split(counts), self.biases, rows.split(counts), self.matrices, strict=True)
+        for out, *part in parts:
+            torch.addmm(*part, out=out)
+        hidden = nn.functional.gelu(self.local.hidden_proj(nn.functional.gelu(hidden)))
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        pooled = nn.functional.embedding_bag(
+            place.view(-1, k), hidden, per_sample_weights=weights.contiguous(), mode="sum"
+        )
+        return self.local.out_proj(pooled)[None]
+
+
+def _embedded(offset: Tensor) -> Tensor:
+    """Offsets (...,3) -> their embedding (..., 3 + 6 OFFSET_FREQS)."""
+    return fourier_embedding(OFFSET_SCALE * offset, OFFSET_FREQS)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from elastic3d.models.layers import TimeEmbedder, attend, fourier_embedding, timestep_embedding
+from elastic3d.models.layers import TimeEmbedder, attend, fourier_embedding, run_block, timestep_embedding
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.weights import PretrainedMixin
 
@@ -20,16 +19,18 @@ TIMESTEP_CHANNELS = 256  # of the sinusoidal embedding, before its MLP; the same
 
 
 class VectorEmbedder(nn.Module):
-    """Linear, SiLU, Linear: an embedded scalar (B, 256) -> modulation vector (B, D)."""
+    """A scalar (B,) -> (B,D): its sinusoidal embedding behind Linear, SiLU, Linear."""
 
-    def __init__(self, in_channels: int, width: int) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.in_layer = nn.Linear(in_channels, width)
-        self.out_layer = nn.Linear(width, width)
+        self.max_period, self.factor = config.max_period, config.time_factor
+        self.in_layer = nn.Linear(TIMESTEP_CHANNELS, config.width)
+        self.out_layer = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels) -> (B, D)."""
-        return self.out_layer(nn.functional.silu(self.in_layer(x)))
+        """(B,) -> (B,D)."""
+        embedded = timestep_embedding(x, TIMESTEP_CHANNELS, self.max_period, self.factor)
+        return self.out_layer(nn.functional.silu(self.in_layer(embedded.to(self.in_layer.weight.dtype))))
 
 
 class RMSNorm(nn.Module):
@@ -189,16 +190,13 @@ class ShapeDiT(PretrainedMixin, nn.Module):
         self.latent_in = nn.Linear(config.in_channels, config.width)
         if config.point_freqs:
             self.point_in = nn.Linear(3 + 6 * config.point_freqs, config.width, bias=False)
-        self.time_in: VectorEmbedder | TimeEmbedder
-        if config.wide_time:
-            self.time_in = TimeEmbedder(config.width, config.time_factor)
-        else:
-            self.time_in = VectorEmbedder(TIMESTEP_CHANNELS, config.width)
+        wide = config.wide_time
+        self.time_in = TimeEmbedder(config.width, config.time_factor) if wide else VectorEmbedder(config)
         self.cond_in = nn.Linear(config.condition_channels, config.width)
         if config.pooled_condition:
             self.pooled_in = nn.Linear(config.condition_channels, config.width, bias=False)
         if config.guidance_embed:
-            self.guidance_in = VectorEmbedder(TIMESTEP_CHANNELS, config.width)
+            self.guidance_in = VectorEmbedder(config)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.single_blocks))
         self.final_layer = FinalLayer(config.width, config.in_channels)
@@ -206,23 +204,23 @@ class ShapeDiT(PretrainedMixin, nn.Module):
 
     def _initialise(self) -> None:
         """Xavier for projections; adaLN and the output start at zero, so that every block starts as identity (DiT)."""
-        for module in self.modules():
+        zeros, normal, every = nn.init.zeros_, nn.init.normal_, [*self.modules()]
+        for module in every:
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for module in self.modules():
+                    zeros(module.bias)
+        for module in every:
             if isinstance(module, Modulation):
-                nn.init.zeros_(module.lin.weight)
-            if isinstance(module, FinalLayer):
-                nn.init.zeros_(module.linear.weight)
-                nn.init.zeros_(module.get_parameter("adaLN_modulation.1.weight"))
+                zeros(module.lin.weight)
+            elif isinstance(module, FinalLayer):
+                zeros(module.linear.weight)
+                zeros(module.get_parameter("adaLN_modulation.1.weight"))
+            elif isinstance(module, VectorEmbedder):
+                normal(module.in_layer.weight, std=0.02)
+                normal(module.out_layer.weight, std=0.02)
         if self.config.pooled_condition:
-            nn.init.zeros_(self.pooled_in.weight)
-        for embedder in (self.time_in, getattr(self, "guidance_in", None)):
-            if isinstance(embedder, VectorEmbedder):
-                nn.init.normal_(embedder.in_layer.weight, std=0.02)
-                nn.init.normal_(embedder.out_layer.weight, std=0.02)
+            zeros(self.pooled_in.weight)
 
     def forward(
         self, latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None
@@ -235,7 +233,8 @@ class ShapeDiT(PretrainedMixin, nn.Module):
             expected = "needs a" if self.config.guidance_embed else "takes no"
             raise ValueError(f"this model {expected} guidance scale per sample")
         dtype = self.latent_in.weight.dtype
-        vec = self._modulation_vector(t, guidance).to(dtype)
+        vec = self.time_in(1 - t if self.config.time_reversed else t)
+        vec = (vec if guidance is None else vec + self.guidance_in(guidance)).to(dtype)
         if self.config.pooled_condition:
             vec = vec + self.pooled_in(condition.to(dtype).mean(dim=1))
         img, txt = self.latent_in(latents.to(dtype)), self.cond_in(condition.to(dtype))
@@ -244,23 +243,8 @@ class ShapeDiT(PretrainedMixin, nn.Module):
             points = fourier_embedding(latents[..., :3], self.config.point_freqs)
             img = img + self.point_in(points.to(dtype))
         for block in self.double_blocks:
-            img, txt = self._run(block, img, txt, vec)
+            img, txt = run_block(block, self.gradient_checkpointing, img, txt, vec)
         x = torch.cat([txt, img], dim=1)
         for block in self.single_blocks:
-            x = self._run(block, x, vec)
+            x = run_block(block, self.gradient_checkpointing, x, vec)
         return self.final_layer(x[:, txt.shape[1] :], vec)
-
-    def _modulation_vector(self, t: Tensor, guidance: Tensor | None) -> Tensor:
-        dtype, cfg = self.latent_in.weight.dtype, self.config
-
-        def embed(scalar: Tensor) -> Tensor:
-            return timestep_embedding(scalar, TIMESTEP_CHANNELS, cfg.max_period, cfg.time_factor).to(dtype)
-
-        t = 1 - t if cfg.time_reversed else t
-        vec = self.time_in(t if isinstance(self.time_in, TimeEmbedder) else embed(t))
-        return vec if guidance is None else vec + self.guidance_in(embed(guidance))
-
-    def _run(self, block: nn.Module, *args: Tensor):  # type: ignore[no-untyped-def]  # a block's own return type
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)

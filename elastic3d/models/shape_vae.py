@@ -7,17 +7,29 @@ was read from, attention between points and latents knows their distance, and lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from elastic3d.models.layers import MLP, DistanceBias, QKNorm, attend, farthest_points, fourier_embedding
-from elastic3d.models.local import LocalFeatures
+from elastic3d.models.layers import (
+    MLP,
+    AnchorFeatures,
+    DistanceBias,
+    LocalFeatures,
+    QKNorm,
+    attend,
+    farthest_points,
+    fourier_embedding,
+)
 from elastic3d.models.options import VAEConfig
-from elastic3d.models.shape_field import ShapeField
 from elastic3d.models.weights import PretrainedMixin
+
+_ROWS = 4096  # field queries at a time on a CPU: their activations stay in its cache
 
 
 class SelfAttention(nn.Module):
@@ -28,14 +40,12 @@ class SelfAttention(nn.Module):
         self.heads = config.heads
         self.c_qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
         self.c_proj = nn.Linear(config.width, config.width)
-        self.attention = QKNorm(config.width // config.heads) if config.qk_norm else None
+        self.attention = QKNorm(config.width // config.heads, config.qk_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         q, k, v = rearrange(self.c_qkv(x), "B N (H K d) -> K B H N d", H=self.heads, K=3)
-        if self.attention is not None:
-            q, k = self.attention.q_norm(q), self.attention.k_norm(k)
-        return self.c_proj(attend(q, k, v))
+        return self.c_proj(attend(self.attention.q_norm(q), self.attention.k_norm(k), v))
 
 
 class SelfAttentionBlock(nn.Module):
@@ -59,17 +69,15 @@ class Transformer(nn.Module):
 
     def __init__(self, config: VAEConfig, layers: int) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(SelfAttentionBlock(config) for _ in range(layers))
+        self.resblocks = nn.Sequential(*(SelfAttentionBlock(config) for _ in range(layers)))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        for block in self.resblocks:
-            x = block(x)
-        return x
+        return self.resblocks(x)
 
 
 class CrossAttention(nn.Module):
-    """Queries (B,P,D) read from data (B,N,D); with a distance bias where both carry positions."""
+    """Queries (B,P,D) read from keys and values (B,H,N,d); with a distance bias where both carry positions."""
 
     def __init__(self, config: VAEConfig, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -77,36 +85,26 @@ class CrossAttention(nn.Module):
         self.c_q = nn.Linear(width, width, bias=config.qkv_bias)
         self.c_kv = nn.Linear(width, 2 * width, bias=config.qkv_bias)
         self.c_proj = nn.Linear(width, width)
-        self.attention = QKNorm(width // heads) if qk_norm else None
-        self.distance = DistanceBias(heads) if config.anchored else None
+        self.attention = QKNorm(width // heads, qk_norm)
+        if config.anchored:
+            self.distance = DistanceBias(heads)
 
-    def forward(self, x: Tensor, data: Tensor, x_points: Tensor | None, data_points: Tensor | None) -> Tensor:
-        """x (B,P,D), data (B,N,D), x_points (B,P,3), data_points (B,N,3) -> (B,P,D)."""
-        return self.read(x, x_points, *self.keys_values(data, data_points))
-
-    def keys_values(self, data: Tensor, data_points: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What `read` needs of data (B,N,D) and its points (B,N,3): keys and values (B,H,N,d)."""
+    def keys_values(self, data: Tensor, points: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of data (B,N,D) at points (B,N,3)."""
         k, v = rearrange(self.c_kv(data), "B N (H K d) -> K B H N d", H=self.heads, K=2)
-        if self.attention is not None:
-            k = self.attention.k_norm(k)
-        if self.distance is not None:
-            assert data_points is not None
-            k = self.distance.extend_keys(k, data_points)
-        return k, v
+        k = self.attention.k_norm(k)
+        return (k if points is None else self.distance.extend_keys(k, points)), v
 
-    def read(self, x: Tensor, x_points: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
-        """Queries x (B,P,D) at x_points (B,P,3) from the keys and values of some data -> (B,P,D)."""
-        q = rearrange(self.c_q(x), "B P (H d) -> B H P d", H=self.heads)
-        if self.attention is not None:
-            q = self.attention.q_norm(q)
-        if self.distance is None:
+    def forward(self, x: Tensor, points: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
+        """x (B,P,D) at points (B,P,3) -> (B,P,D)."""
+        q = self.attention.q_norm(rearrange(self.c_q(x), "B P (H d) -> B H P d", H=self.heads))
+        if points is None:
             return self.c_proj(attend(q, k, v))
-        assert x_points is not None
-        return self.c_proj(attend(self.distance.extend_queries(q, x_points), k, v, scale=1.0))
+        return self.c_proj(attend(self.distance.extend_queries(q, points), k, v, scale=1.0))
 
 
 class CrossAttentionBlock(nn.Module):
-    """Pre-norm cross-attention block."""
+    """Pre-norm cross-attention block. Points are given where the VAE is anchored, else None."""
 
     def __init__(self, config: VAEConfig, width: int, heads: int, mlp_ratio: int, qk_norm: bool) -> None:
         super().__init__()
@@ -116,9 +114,13 @@ class CrossAttentionBlock(nn.Module):
         self.ln_3 = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = MLP(width, mlp_ratio)
 
-    def forward(self, x: Tensor, data: Tensor, x_points: Tensor | None, data_points: Tensor | None) -> Tensor:
-        """x (B,P,D), data (B,N,D) -> (B,P,D)."""
-        x = x + self.attn(self.ln_1(x), self.ln_2(data), x_points, data_points)
+    def keys_values(self, data: Tensor, points: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What queries read of data (B,N,D) at points (B,N,3): keys and values (B,H,N,d)."""
+        return self.attn.keys_values(self.ln_2(data), points)
+
+    def forward(self, x: Tensor, points: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
+        """Queries x (B,P,D) at points (B,P,3) -> (B,P,D)."""
+        x = x + self.attn(self.ln_1(x), points, k, v)
         return x + self.mlp(self.ln_3(x))
 
 
@@ -151,18 +153,14 @@ class Encoder(nn.Module):
         self.config = config
         channels = 3 + 6 * config.num_freqs + config.point_features
         self.input_proj = nn.Linear(channels, config.width)
-        self.cross_attn = CrossAttentionBlock(
-            config, config.width, config.heads, config.mlp_ratio, config.qk_norm
-        )
+        block = config.width, config.heads, config.mlp_ratio, config.qk_norm
+        self.cross_attn = CrossAttentionBlock(config, *block)
         if config.sharp_attention:
             self.input_proj_sharp = nn.Linear(channels, config.width)
-            self.cross_attn_sharp = CrossAttentionBlock(
-                config, config.width, config.heads, config.mlp_ratio, config.qk_norm
-            )
+            self.cross_attn_sharp = CrossAttentionBlock(config, *block)
         if config.anchored and config.neighbours_in:
-            self.local = LocalFeatures(
-                config.point_features, config.width, config.local_width, config.neighbours_in, "max"
-            )
+            sizes = config.point_features, config.width, config.local_width, config.neighbours_in
+            self.local = LocalFeatures(*sizes, "max")
         self.self_attn = Transformer(config, config.encoder_layers)
         self.ln_post = nn.LayerNorm(config.width, eps=config.norm_eps)
 
@@ -185,7 +183,8 @@ class Encoder(nn.Module):
         if cfg.anchored and cfg.neighbours_in:
             features = points[..., 3 : 3 + cfg.point_features].to(x.dtype)
             x = x + self.local(queries[..., :3], points[..., :3], features)
-        x = self.cross_attn(x, self._embed(points), queries[..., :3], points[..., :3])
+        at, data_at = (queries[..., :3], points[..., :3]) if cfg.anchored else (None, None)
+        x = self.cross_attn(x, at, *self.cross_attn.keys_values(self._embed(points), data_at))
         return self.ln_post(self.self_attn(x)), queries[..., :3]
 
     def _read_apart(self, surface: Tensor, sharp: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -200,8 +199,9 @@ class Encoder(nn.Module):
         flat = _pick(points[:, : cfg.query_pool or None], cfg.num_latents - cfg.sharp_latents)
         edge = _pick(edges[:, : cfg.query_pool or None], cfg.sharp_latents)
         queries = torch.cat([self._embed(flat), self._embed(edge, self.input_proj_sharp)], dim=1)
-        x = self.cross_attn(queries, self._embed(points), None, None)
-        x = x + self.cross_attn_sharp(queries, self._embed(edges, self.input_proj_sharp), None, None)
+        x = self.cross_attn(queries, None, *self.cross_attn.keys_values(self._embed(points), None))
+        edge_tokens = self._embed(edges, self.input_proj_sharp)
+        x = x + self.cross_attn_sharp(queries, None, *self.cross_attn_sharp.keys_values(edge_tokens, None))
         return self.ln_post(self.self_attn(x)), torch.cat([flat, edge], dim=1)[..., :3]
 
     def _embed(self, points: Tensor, projection: nn.Linear | None = None) -> Tensor:
@@ -234,35 +234,49 @@ class GeoDecoder(nn.Module):
             self.latents_proj = nn.Linear(config.width, width)
         if config.anchored and config.neighbours_out:
             self.local = LocalFeatures(width, width, config.local_width, config.neighbours_out, "fade")
-        self.cross_attn_decoder = CrossAttentionBlock(
-            config, width, heads, config.geo_mlp_ratio, config.qk_norm and config.geo_qk_norm
-        )
+        qk_norm = config.qk_norm and config.geo_qk_norm
+        self.cross_attn_decoder = CrossAttentionBlock(config, width, heads, config.geo_mlp_ratio, qk_norm)
         self.ln_post = nn.LayerNorm(width, eps=1e-5) if config.geo_ln_post else nn.Identity()
         self.output_proj = nn.Linear(width, 1)
 
     def forward(self, points: Tensor, tokens: Tensor, anchors: Tensor | None) -> Tensor:
         """points (B,P,3), tokens (B,N,D), anchors (B,N,3) or None -> field (B,P) fp32."""
+        return self.read(points, *self.prepare(tokens, anchors))
+
+    def prepare(
+        self, tokens: Tensor, anchors: Tensor | None, often: bool = False
+    ) -> tuple[Any, Tensor, Tensor]:
+        """What `read` needs of tokens (B,N,D) and anchors: features of neighbours, keys and values.
+
+        Args:
+            often: of one sample, which will be read at many points.
+        """
         if self.config.geo_downsample > 1:
             tokens = self.latents_proj(tokens)
-        x = self.cross_attn_decoder(self.embed(points, tokens, anchors), tokens, points, anchors)
-        return self.output_proj(self.ln_post(x)).squeeze(-1).float()
-
-    def embed(self, points: Tensor, tokens: Tensor, anchors: Tensor | None) -> Tensor:
-        """What points (B,P,3) ask the tokens (B,N,D), of the decoder's own width, with -> (B,P,D)."""
-        position = fourier_embedding(points, self.config.num_freqs, self.config.include_pi)
-        x = self.query_proj(position.to(tokens.dtype))
+        local: Any = None
         if anchors is not None and self.config.neighbours_out:
-            x = x + self.local(points, anchors, tokens)
-        return x
+            local = partial(self.local, x_k=anchors, features=tokens)
+            # A product an anchor is many small kernels for a GPU; and half precision loses the small difference between
+            # a point and its anchor if both are embedded apart.
+            fast = tokens.device.type == "cpu" and tokens.dtype == torch.float32
+            if often and fast and self.config.neighbours_out > 1:
+                local = AnchorFeatures(self.local, tokens[0], anchors[0])
+        return local, *self.cross_attn_decoder.keys_values(tokens, anchors)
+
+    def read(self, points: Tensor, local: Any, k: Tensor, v: Tensor) -> Tensor:
+        """The field (B,P) at points (B,P,3), from what `prepare` found."""
+        position = fourier_embedding(points, self.config.num_freqs, self.config.include_pi)
+        x = self.query_proj(position.to(self.query_proj.weight.dtype))
+        if local is not None:
+            x = x + local(points)
+        x = self.cross_attn_decoder(x, points if self.config.anchored else None, k, v)
+        return self.output_proj(self.ln_post(x)).squeeze(-1).float()
 
 
 class ShapeVAE(PretrainedMixin, nn.Module):
     """Point cloud <-> latents -> field, positive inside."""
 
     config_class = VAEConfig
-
-    latent_mean: Tensor
-    latent_std: Tensor
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -275,7 +289,6 @@ class ShapeVAE(PretrainedMixin, nn.Module):
             self.anchor_proj = nn.Linear(3 + 6 * config.num_freqs, config.width)
         self.transformer = Transformer(config, config.decoder_layers)
         self.geo_decoder = GeoDecoder(config)
-        self.set_latent_statistics(config.latent_mean, config.latent_std)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -290,10 +303,7 @@ class ShapeVAE(PretrainedMixin, nn.Module):
 
     def set_latent_statistics(self, mean: list[float], std: list[float]) -> None:
         """Standardise latents for the DiT by these channel statistics (C values each, or none)."""
-        channels = self.config.channels
         self.config.latent_mean, self.config.latent_std = list(mean), list(std)
-        self.register_buffer("latent_mean", torch.tensor(mean or [0.0] * channels), persistent=False)
-        self.register_buffer("latent_std", torch.tensor(std or [1.0] * channels), persistent=False)
 
     def encode(
         self, surface: Tensor, sharp: Tensor | None = None, offsets: Tensor | None = None
@@ -315,11 +325,18 @@ class ShapeVAE(PretrainedMixin, nn.Module):
 
     def to_latents(self, raw: Tensor) -> Tensor:
         """Raw latents (B,N,C) -> what the DiT sees: standardised and scaled."""
-        return (raw - self.latent_mean) / self.latent_std * self.config.scale_factor
+        mean, std = self._statistics(raw.device)
+        return (raw - mean) / std * self.config.scale_factor
 
     def from_latents(self, latents: Tensor) -> Tensor:
         """Inverse of `to_latents`."""
-        return latents.float() / self.config.scale_factor * self.latent_std + self.latent_mean
+        mean, std = self._statistics(latents.device)
+        return latents.float() / self.config.scale_factor * std + mean
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of raw latents, (C,) or (1,) each."""
+        mean, std = self.config.latent_mean or [0.0], self.config.latent_std or [1.0]
+        return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
     def decode(self, latents: Tensor) -> Tensor:
         """DiT-space latents (B,N,C) -> decoder tokens (B,N,D); anchored: (B,N,3+D), the anchor in front, in fp32."""
@@ -334,14 +351,32 @@ class ShapeVAE(PretrainedMixin, nn.Module):
 
     def query(self, points: Tensor, tokens: Tensor) -> Tensor:
         """Field at points (B,P,3) from `decode`'s tokens -> (B,P) fp32, positive inside."""
-        anchors = None
-        if self.config.anchored:
-            anchors, tokens = tokens[..., :3], tokens[..., 3:]
-        return self.geo_decoder(points, tokens.to(self.post_kl.weight.dtype), anchors)
+        return self.geo_decoder(points, *self._parts(tokens))
 
-    def field(self, tokens: Tensor) -> ShapeField:
-        """The field of `decode`'s tokens, for decoding meshes: `query`, prepared for many points, without gradients."""
-        return ShapeField(self, tokens)
+    def field(self, tokens: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """field(points (1,P,3), sample (1,)) -> (1,P): `query` without gradients, for decoding meshes.
+
+        What depends on the tokens alone is computed once a sample, so that it is equal to `query` within rounding.
+        """
+        geo, rows = self.geo_decoder, _ROWS if tokens.device.type == "cpu" else 1 << 30
+
+        @lru_cache(1)
+        def prepared(sample: int) -> tuple[Any, Tensor, Tensor]:
+            return geo.prepare(*self._parts(tokens[sample : sample + 1]), often=True)
+
+        @torch.no_grad()
+        def field(points: Tensor, sample: Tensor) -> Tensor:
+            found = prepared(int(sample))
+            return torch.cat([geo.read(some, *found) for some in points.split(rows, dim=1)], dim=1)
+
+        return field
+
+    def _parts(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`decode`'s tokens -> those (B,N,D) of the decoder, and the anchors (B,N,3) or None."""
+        dtype = self.post_kl.weight.dtype
+        if not self.config.anchored:
+            return tokens.to(dtype), None
+        return tokens[..., 3:].to(dtype), tokens[..., :3]
 
     def forward(self, surface: Tensor, sharp: Tensor | None, points: Tensor) -> tuple[Tensor, Posterior]:
         """One training pass: encode, draw, decode, query -> field (B,P), posterior."""

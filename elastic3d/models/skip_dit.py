@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from elastic3d.models.layers import TimeEmbedder, attend
+from elastic3d.models.layers import TimeEmbedder, attend, run_block
 from elastic3d.models.options import SkipDiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import CONFIG_NAME, PretrainedMixin
@@ -211,15 +210,11 @@ class SkipDiT(PretrainedMixin, nn.Module):
         skips: list[Tensor] = []
         half = len(self.blocks) // 2
         for i, block in enumerate(self.blocks):
-            x = self._run(block, x, condition, skips.pop() if i > half else None)
+            skip = skips.pop() if i > half else None
+            x = run_block(block, self.gradient_checkpointing, x, condition, skip)
             if i < half:
                 skips.append(x)
         return self.final_layer(x)
-
-    def _run(self, block: nn.Module, x: Tensor, condition: Tensor, skip: Tensor | None) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, condition, skip, use_reentrant=False)
-        return block(x, condition, skip)
 
 
 def load_dit(

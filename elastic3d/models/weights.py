@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from elastic3d.errors import UserError
 from elastic3d.utils.options import from_dict, to_dict
 from elastic3d.utils.structured import load_json, save_json
-from elastic3d.utils.tensors import PICKLE_SUFFIXES, Stored, read_weights, save_weights, tensor_heads
+from elastic3d.utils.tensors import PICKLE_SUFFIXES, read_weights, save_weights, tensor_heads
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -27,7 +25,10 @@ Model = TypeVar("Model", bound="PretrainedMixin")
 
 
 class PretrainedMixin:
-    """`from_pretrained` and `save_pretrained` for an `nn.Module` that is built from its `config` alone."""
+    """`from_pretrained` and `save_pretrained` for an `nn.Module` that is built from its `config` alone.
+
+    Whatever tensors it has are in its `state_dict`.
+    """
 
     config_class: ClassVar[type[Any]]
     config: Any
@@ -42,7 +43,7 @@ class PretrainedMixin:
         """The model saved in `folder`, in evaluation mode.
 
         Args:
-            dtype: of the parameters; None is fp32, whatever the file holds. Buffers keep the model's own.
+            dtype: of the floating-point weights; None is fp32, whatever the file holds.
             device: None is the CPU.
 
         Raises:
@@ -52,13 +53,9 @@ class PretrainedMixin:
         folder = Path(folder)
         config = load_config(folder, cls.config_class, cls.__name__)
         path = find_weights(folder)
-        check_size(cls, config, folder)
-        model = cls(config)  # type: ignore[call-arg]
-        assert isinstance(model, nn.Module)
-        load_strict(model, read_weights(path), str(path))
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype or torch.float32)
-        return model.to(device or "cpu").eval()
+        values = sum(head.numel for head in tensor_heads(path).values())
+        model = empty_model(cls, config, str(folder / CONFIG_NAME), values)
+        return fill(model, read_weights(path), str(path), dtype, device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write `config.json` and `model.safetensors` to `folder`, each whole or not at all.
@@ -74,10 +71,7 @@ class PretrainedMixin:
 
 def load_config(folder: Path, config_class: type[Any], class_name: str) -> Any:
     """The configuration in `folder/config.json`, which must be of a `class_name`."""
-    if not folder.exists():
-        raise UserError(f"there is no folder {folder}, expected one with {CONFIG_NAME} and {WEIGHTS_NAME}")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file, expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
+    _check_folder(folder)
     path = folder / CONFIG_NAME
     values = load_json(path)
     found = values.pop(_CLASS_KEY, class_name)
@@ -88,94 +82,102 @@ def load_config(folder: Path, config_class: type[Any], class_name: str) -> Any:
 
 def find_weights(folder: Path) -> Path:
     """`folder/model.safetensors`; UserError if it is missing, also where only a pickle is there."""
+    _check_folder(folder)
     path = folder / WEIGHTS_NAME
     if path.is_file():
         return path
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}, expected one with {CONFIG_NAME} and {WEIGHTS_NAME}")
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise UserError(f"{folder} has {pickles[0]}, a pickle that could run code; expected {WEIGHTS_NAME}")
     raise UserError(f"there is no file {path}")
 
 
-def check_size(kind: type[Any], config: Any, folder: Path) -> None:
-    """Whether `folder/model.safetensors` holds the weights of `kind(config)`, before anything is allocated for them.
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        found, wanted = f"there is no folder {folder}", "one"
+        if folder.exists():
+            found, wanted = f"{folder} is a file", "a folder"
+        raise UserError(f"{found}, expected {wanted} with {CONFIG_NAME} and {WEIGHTS_NAME}")
 
-    A hostile `config.json` may describe a model of any size: it is built on the meta device, and only as long as it
-    has no more weights than the file.
+
+def empty_model(kind: Any, config: Any, source: str = "", most: float = math.inf) -> Any:
+    """`kind(config)` on the meta device: its names and shapes, and no memory.
+
+    Args:
+        source: the config.json, for error messages.
+        most: values in the file of its weights. A hostile config.json may describe a model of any size: building ends
+            where the file is too small for it.
 
     Raises:
-        UserError: the configuration describes no model, or another than that of the file.
+        UserError: the configuration describes no model, or a larger one than the file's.
     """
-    path = folder / WEIGHTS_NAME
-    heads = tensor_heads(path)
     try:
-        with _no_more_weights_than(heads, f"{folder / CONFIG_NAME}"), torch.device("meta"), _NoFills():
-            model = kind(config)
+        with torch.device("meta"), _Blueprint(source, most):
+            return kind(config)
     except UserError:
         raise
     except Exception as error:  # whatever sizes that make no sense run into
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder / CONFIG_NAME} describes no {kind.__name__}: {reason}") from error
-    check_fit(model, heads, str(path))
+        raise UserError(f"{source} describes no {kind.__name__}: {' '.join(str(error).split())}") from error
 
 
-class _NoFills(TorchFunctionMode):
+class _Blueprint(TorchFunctionMode):
     """Initialisation does nothing: on the meta device there is nothing to fill, and trying loads torch's compiler."""
+
+    def __init__(self, source: str, most: float) -> None:
+        super().__init__()
+        self.source, self.most = source, most
+        self.left = 4 * most + (1 << 16)  # some tensors are made twice, or are no weights
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self.left -= result.numel() if isinstance(result, Tensor) else 0
+        if self.left < 0:
+            than = f"that of {WEIGHTS_NAME}, which has {self.most:,} values"
+            raise UserError(f"{self.source} describes a larger model than {than}")
+        return result
 
 
-@contextmanager
-def _no_more_weights_than(heads: Mapping[str, Stored], source: str) -> Iterator[None]:
-    """UserError as soon as this thread builds modules with twice the weights (some are set twice) of a file."""
-    thread, most = threading.get_ident(), 2 * sum(head.numel for head in heads.values())
-    left = [2 * len(heads) + 16, most + (1 << 16)]
+def fill(
+    model: Any,
+    state: Mapping[str, Tensor],
+    source: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Any:
+    """An empty model with weights of its own, in evaluation mode; arguments and errors as `from_pretrained`.
 
-    def count(_: nn.Module, __: str, parameter: nn.Parameter | None) -> None:
-        if parameter is None or threading.get_ident() != thread:
-            return
-        left[0] -= 1
-        left[1] -= parameter.numel()
-        if min(left) < 0:
-            raise UserError(
-                f"{source} describes a larger model than that of {WEIGHTS_NAME}, which has {len(heads)} tensors of"
-                f" {most // 2:,} values"
-            )
-
-    handle = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
+    What does not fit is told before anything is converted. Tensors are copied: those of a mapped file lie where they
+    happen to be in it, and are read again whenever memory is short.
+    """
+    check_fit(model.state_dict(), state, f"{source} does not fit {type(model).__name__}")
+    floats = dtype or torch.float32
+    placed = {
+        name: value.to(device or "cpu", floats if value.is_floating_point() else None, copy=True)
+        for name, value in state.items()
+    }
+    _check_finite(placed, source)
+    model.load_state_dict(placed, assign=True)
+    return model.eval()
 
 
-def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
+def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Copy `state` into `model`; every key and shape must agree and every value be finite.
-
-    Args:
-        assign: let the model take the tensors themselves, with their dtype and device; for one that was built on
-            the meta device.
 
     Raises:
         UserError: as `check_fit`; also naming the first tensor that is not finite.
     """
-    check_fit(model, state, source)
-    floats = {name: value for name, value in state.items() if value.is_floating_point()}
-    small = [name for name, value in floats.items() if value.itemsize < 2]
-    if small:
-        raise UserError(
-            f"{source} has tensors of type {state[small[0]].dtype}, first {small[0]}; expected 16 bits or more"
-        )
-    bad = [name for name, value in floats.items() if not all_finite(value)]
+    check_fit(model.state_dict(), state, f"{source} does not fit {type(model).__name__}")
+    _check_finite(state, source)
+    model.load_state_dict(dict(state))
+
+
+def _check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    bad = [name for name, value in state.items() if not all_finite(value)]
     if bad:
         raise UserError(f"{source} has NaN or infinite values in {len(bad)} tensors, first in {bad[0]}")
-    model.load_state_dict(dict(state), strict=True, assign=assign)
 
 
 def all_finite(values: Tensor) -> bool:
@@ -185,27 +187,28 @@ def all_finite(values: Tensor) -> bool:
     return bool(torch.stack(values.aminmax()).isfinite().all())
 
 
-def check_fit(model: nn.Module, state: Mapping[str, Tensor] | Mapping[str, Stored], source: str) -> None:
-    """Whether every key and shape of `state` agrees with `model`'s; no value is read.
+def check_fit(own: Mapping[str, Any], state: Mapping[str, Any], what: str) -> None:
+    """Whether the names and shapes of `state` are those of `own`; no value is read.
 
     Raises:
-        UserError: naming the first keys that are missing, unknown or mis-shaped, and how many there are.
+        UserError: `what`, and the first tensors that are missing, unknown or mis-shaped, and how many there are.
     """
-    own = model.state_dict()
-    missing = [name for name in own if name not in state]
-    unknown = [name for name in state if name not in own]
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
+    found = {
+        "missing": [name for name in own if name not in state],
+        "unknown": [name for name in state if name not in own],
+        "mis-shaped": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in state and tuple(state[name].shape) != tuple(tensor.shape)
+        ],
+    }
     problems = [
-        f"{len(names)} {what} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
-        for what, names in (("missing", missing), ("unknown", unknown), ("mis-shaped", shapes))
+        f"{len(names)} {problem} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+        for problem, names in found.items()
         if names
     ]
     if problems:
-        raise UserError(f"{source} does not fit {type(model).__name__}: tensors {'; '.join(problems)}")
+        raise UserError(f"{what}: tensors {'; '.join(problems)}")
 
 
 def __getattr__(name: str) -> Any:

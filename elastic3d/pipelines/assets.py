@@ -8,12 +8,11 @@ import numpy as np
 import trimesh
 from numpy.typing import NDArray
 
-from elastic3d.checkpoints.hunyuan3d_config import VIEW_NAMES
+from elastic3d.checkpoints.hunyuan3d import VIEW_NAMES
 from elastic3d.errors import UserError
 from elastic3d.geometry.colour import ImageColours, with_texture, with_vertex_colours
 from elastic3d.geometry.pose import CANONICAL, FRONT, Pose, find_pose
-from elastic3d.models.foreground import centred, cut_out
-from elastic3d.models.images import load_image
+from elastic3d.models.images import centred, cut_out, load_image
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.inputs import ImageInput, array_image
 from elastic3d.pipelines.options import AssetConfig, Texture

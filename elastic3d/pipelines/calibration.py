@@ -13,7 +13,7 @@ from elastic3d.elastic.config import ElasticConfig
 from elastic3d.elastic.training_free import Calibration
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.generation import find_images
-from elastic3d.pipelines.image_to_3d import prepare
+from elastic3d.pipelines.inputs import prepare
 from elastic3d.pipelines.options import (
     DEFAULT_IMAGE_MODEL,
     NO_ROUTERS_NAME,

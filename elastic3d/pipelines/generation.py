@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import trimesh
 
-from elastic3d.checkpoints.hunyuan3d_config import VIEW_NAMES
+from elastic3d.checkpoints.hunyuan3d import VIEW_NAMES
 from elastic3d.checkpoints.options import PRESETS
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.errors import UserError
 from elastic3d.evaluation.print_check import PrintCheck, print_check
-from elastic3d.geometry.export import scale_to, with_up
 from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, check_suffix, save_mesh
+from elastic3d.geometry.normalize import scale_to, with_up
 from elastic3d.models.images import IMAGE_SUFFIXES
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.assets import check_asset, coloured

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from elastic3d import __version__
-from elastic3d.checkpoints.hunyuan3d_config import VIEW_NAMES
 from elastic3d.diffusion.dial import Dial, choose, load_dial, save_dial
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig, Quality
@@ -29,20 +28,25 @@ from elastic3d.elastic.context import Turn
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.training_free import check_budget
 from elastic3d.errors import UserError
-from elastic3d.geometry.cells import reducible
 from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
-from elastic3d.geometry.surface import extract_surface
-from elastic3d.models.familiarity import Familiarity, load_familiarity
-from elastic3d.models.foreground import prepare_image, to_tensor
-from elastic3d.models.image_encoder import DinoV2, ImageEncoder, load_image_encoder, save_image_encoder
+from elastic3d.geometry.surface import extract_surface, reducible
+from elastic3d.models.image_encoder import (
+    DinoV2,
+    Familiarity,
+    ImageEncoder,
+    load_familiarity,
+    load_image_encoder,
+    save_image_encoder,
+)
+from elastic3d.models.images import to_tensor
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import find_weights
-from elastic3d.pipelines.inputs import ImageInput, array_image
+from elastic3d.pipelines.inputs import ImageInput, Prepared, prepare
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK
 from elastic3d.pipelines.runtime import (
     dense_flops,
@@ -63,8 +67,6 @@ PIPELINE_NAME, ROUTERS_NAME = "pipeline.json", "routers"
 # them faults in again: with more points decoding takes 1.6 times as long.
 CPU_CHUNK = 1 << 14
 
-Prepared = dict[int, Image.Image]
-"""Images as the encoder wants them, by the number of their direction; 0 is the front."""
 OnStep = Callable[[int, int], None]
 OnProgress = Callable[[str, int, int], None]
 """on_progress(stage, done, total); the stages are those of the metadata's `ms`: condition (images), dit (sampling
@@ -467,29 +469,6 @@ class ImageTo3DPipeline:
             "budget": config.elastic.budget if config.elastic.elastic else 1.0,
             **({} if call.dial is None else {"dial": call.dial}),
         }
-
-
-def prepare(image: ImageInput, foreground: ForegroundConfig, encoder: ImageEncoder) -> Prepared:
-    """The object of each image cut out, centred, on white.
-
-    Raises:
-        UserError: no usable image, an unknown direction, or several directions for an encoder of one.
-    """
-    views = image if isinstance(image, Mapping) else {VIEW_NAMES[0]: image}
-    foreground = foreground.for_encoder(encoder.config)
-    known = VIEW_NAMES[: encoder.config.views]
-    for name in views:
-        if name not in known:
-            raise UserError(f"an image from the {name}, but this model takes {', '.join(known)} only")
-    if not views:
-        raise UserError("there are no images, expected at least the front")
-    found = {}
-    for number, name in enumerate(known):
-        if name in views:
-            view = views[name]
-            source = view if isinstance(view, (str, Path, Image.Image)) else array_image(view)
-            found[number] = prepare_image(source, foreground, encoder.image_size)
-    return found
 
 
 def _checked(config: Any, **values: Any) -> Any:

@@ -1,4 +1,5 @@
-"""What may be given as an image: a file, a PIL image, an array; or several of one object, by direction."""
+"""What may be given as an image: a file, a PIL image, an array; or several of one object, by direction. And how it
+becomes what the encoder reads."""
 
 from __future__ import annotations
 
@@ -9,12 +10,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from elastic3d.checkpoints.hunyuan3d import VIEW_NAMES
 from elastic3d.errors import UserError
+from elastic3d.models.image_encoder import ImageEncoder
+from elastic3d.models.images import prepare_image
+from elastic3d.models.options import ForegroundConfig
 
 SingleImage = str | Path | Image.Image | np.ndarray
 ImageInput = SingleImage | Mapping[str, SingleImage]
 """An image, or images of one object by direction: front, left, back, right. Arrays are (H,W), or (H,W,C) with 1, 3 or 4
 channels: uint8, or floats from 0 to 1."""
+Prepared = dict[int, Image.Image]
+"""Images as the encoder wants them, by the number of their direction; 0 is the front."""
 
 
 def array_image(value: Any) -> Image.Image:
@@ -39,3 +46,26 @@ def array_image(value: Any) -> Image.Image:
     elif array.dtype.kind == "b":
         array = 255 * array.astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
+
+
+def prepare(image: ImageInput, foreground: ForegroundConfig, encoder: ImageEncoder) -> Prepared:
+    """The object of each image cut out, centred, on white.
+
+    Raises:
+        UserError: no usable image, an unknown direction, or several directions for an encoder of one.
+    """
+    views = image if isinstance(image, Mapping) else {VIEW_NAMES[0]: image}
+    foreground = foreground.for_encoder(encoder.config)
+    known = VIEW_NAMES[: encoder.config.views]
+    for name in views:
+        if name not in known:
+            raise UserError(f"an image from the {name}, but this model takes {', '.join(known)} only")
+    if not views:
+        raise UserError("there are no images, expected at least the front")
+    found = {}
+    for number, name in enumerate(known):
+        if name in views:
+            view = views[name]
+            source = view if isinstance(view, (str, Path, Image.Image)) else array_image(view)
+            found[number] = prepare_image(source, foreground, encoder.image_size)
+    return found

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from elastic3d.checkpoints.bundle import Bundle, Inspection
+from elastic3d.checkpoints.folders import identify
 from elastic3d.checkpoints.hunyuan3d import inspect_hunyuan3d, load_hunyuan3d
-from elastic3d.checkpoints.identify import identify
 from elastic3d.checkpoints.options import PRESETS, ImportConfig
 from elastic3d.checkpoints.step1x3d import inspect_step1x3d, load_step1x3d
 from elastic3d.checkpoints.triposg import inspect_triposg, load_triposg

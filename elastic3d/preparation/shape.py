@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from elastic3d.geometry.grid import BOX
 from elastic3d.geometry.normalize import normalize_mesh
+from elastic3d.geometry.options import BOX
 from elastic3d.geometry.sampling import sample_sharp_edges, sample_surface
 from elastic3d.geometry.solid import Solid, solidify
 from elastic3d.preparation.options import ShapeConfig

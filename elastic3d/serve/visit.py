@@ -18,9 +18,9 @@ import trimesh
 from PIL import Image
 
 from elastic3d.errors import UserError
-from elastic3d.geometry.export import scale_to, with_up
 from elastic3d.geometry.mesh_io import save_mesh
-from elastic3d.models.foreground import prepare_image
+from elastic3d.geometry.normalize import scale_to, with_up
+from elastic3d.models.images import prepare_image
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.preview import draw_routes, route_title, turntable
 from elastic3d.serve.models import ModelInfo

@@ -13,10 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.errors import UserError
-from elastic3d.models.familiarity import Familiarity, image_feature
-from elastic3d.models.foreground import prepare_image, to_tensor
-from elastic3d.models.image_encoder import ImageEncoder, load_image_encoder
-from elastic3d.models.images import IMAGE_SUFFIXES, load_image
+from elastic3d.models.image_encoder import Familiarity, ImageEncoder, image_feature, load_image_encoder
+from elastic3d.models.images import IMAGE_SUFFIXES, load_image, prepare_image, to_tensor
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.training.datasets import PreparedShapes, read_split

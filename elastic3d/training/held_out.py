@@ -24,7 +24,7 @@ from elastic3d.geometry.mesh_io import load_mesh, save_mesh
 from elastic3d.geometry.normalize import normalize_mesh
 from elastic3d.geometry.options import CleanupConfig
 from elastic3d.geometry.solid import solidify
-from elastic3d.models.foreground import prepare_image, to_tensor
+from elastic3d.models.images import prepare_image, to_tensor
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL

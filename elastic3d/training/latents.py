@@ -22,9 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.errors import UserError
-from elastic3d.models.foreground import prepare_image, to_tensor
 from elastic3d.models.image_encoder import ImageEncoder, build_image_encoder
-from elastic3d.models.images import IMAGE_SUFFIXES, load_image
+from elastic3d.models.images import IMAGE_SUFFIXES, load_image, prepare_image, to_tensor
 from elastic3d.models.options import ForegroundConfig, ImageEncoderConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.sizes import require_memory

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from elastic3d.errors import UserError
-from elastic3d.geometry.grid import BOX
+from elastic3d.geometry.options import BOX
 from elastic3d.geometry.render import Camera
 from elastic3d.training.datasets import Batch, PreparedShapes
 

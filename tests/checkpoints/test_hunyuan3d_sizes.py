@@ -11,7 +11,7 @@ from hunyuan_tiny import config_21, dit_shapes_21, tiny_config
 
 from elastic3d.checkpoints.bundle import parameter_count
 from elastic3d.checkpoints.dinov2 import build_network
-from elastic3d.checkpoints.hunyuan3d_config import dinov2_config, parse_config, parse_vae
+from elastic3d.checkpoints.hunyuan3d import dinov2_config, parse_config, parse_vae
 from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.models.options import DiTConfig, SkipDiTConfig
 

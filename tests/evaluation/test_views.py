@@ -22,7 +22,7 @@ from elastic3d.evaluation.views import (
     silhouette_iou,
     ssim,
 )
-from elastic3d.geometry.render import Camera, Views, render
+from elastic3d.geometry.render import Camera, Scene, Views
 
 FRONT = Camera(eye=(0.0, 0.0, DISTANCE), fov_deg=FOV_DEG)
 
@@ -57,7 +57,7 @@ def test_other_numbers_of_views_raise() -> None:
 
 
 def test_the_sphere_around_the_cube_fits_into_the_image() -> None:
-    silhouette = render(sphere(np.sqrt(3)), FRONT, 128).silhouette
+    silhouette = Scene(sphere(np.sqrt(3))).render(FRONT, 128).silhouette
     assert silhouette[:, [0, -1]].sum() + silhouette[[0, -1]].sum() < 10
     assert silhouette.mean() > 0.75
 
@@ -103,12 +103,12 @@ def test_scores_get_worse_with_noise() -> None:
 
 
 def test_sharp_edges_are_those_of_a_box_and_a_sphere_has_none() -> None:
-    box = render(trimesh.creation.box((2, 2, 2)), Camera(eye=(3, 3, 3), fov_deg=60), 128)
+    box = Scene(trimesh.creation.box((2, 2, 2))).render(Camera(eye=(3, 3, 3), fov_deg=60), 128)
     mask = sharp_edges(box)
     centre = mask[64, 64]
     assert centre  # the corner nearest to the camera
     assert 0.05 < mask.mean() < 0.5
-    assert not sharp_edges(render(sphere(), FRONT, 128)).any()
+    assert not sharp_edges(Scene(sphere()).render(FRONT, 128)).any()
     assert compare_views(trimesh.creation.box(), sphere(), 4, 64).sharp_normal_error is None
 
 

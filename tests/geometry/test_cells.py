@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from elastic3d.geometry import cells as cells_module
-from elastic3d.geometry.cells import corner_indices, crossed_cells, halved, reducible
-from elastic3d.geometry.surface import extract_surface
+from elastic3d.geometry.decode import crossed_cells, halved
+from elastic3d.geometry.surface import extract_surface, reducible
 
 
 def cubic(points: torch.Tensor) -> torch.Tensor:
@@ -25,12 +24,6 @@ def test_crossed_cells_are_those_with_corners_on_both_sides():
             for z in range(5):
                 cell = inside[x : x + 2, y : y + 2, z : z + 2]
                 assert ((x, y, z) in found) == bool(cell.any() and not cell.all())
-
-
-def test_corners_of_cells():
-    assert corner_indices(torch.tensor([[0, 0, 0], [0, 0, 1]]), 3).tolist() == sorted(
-        x * 9 + y * 3 + z for x in (0, 1) for y in (0, 1) for z in (0, 1, 2)
-    )
 
 
 def test_a_cubic_field_is_halved_exactly():
@@ -66,7 +59,7 @@ def test_a_surface_of_too_many_faces_is_taken_from_fewer_nodes(monkeypatch):
     noise = torch.randn(65, 65, 65, generator=torch.Generator().manual_seed(0))
     whole = len(extract_surface(noise).faces)
     assert whole > 100_000
-    monkeypatch.setattr(cells_module, "MANY_FACES", whole // 2)
+    monkeypatch.setattr("elastic3d.geometry.surface.MANY_FACES", whole // 2)
     assert torch.equal(reducible(noise, 1000), noise[::2, ::2, ::2])
     assert len(extract_surface(reducible(noise, 1000)).faces) < whole // 2
     for max_faces in (0, whole // 4):  # never reduced, or by too little

@@ -3,7 +3,7 @@ import pytest
 import trimesh
 
 from elastic3d.errors import UserError
-from elastic3d.geometry.export import scale_to, with_up
+from elastic3d.geometry.normalize import scale_to, with_up
 
 
 def figure() -> trimesh.Trimesh:

@@ -218,8 +218,8 @@ def test_pipes_and_devices_do_not_hang(tmp_path: Path) -> None:
     file.tree["buffers"] = [{"byteLength": len(file.binary), "uri": "pipe.glb"}]
     (tmp_path / "a.gltf").write_text(json.dumps(file.tree))
     for name, message in (
-        ("pipe.glb", "no regular"),
-        ("zero.stl", "no regular"),
+        ("pipe.glb", "a pipe or a device"),
+        ("zero.stl", "a pipe or a device"),
         ("a.gltf", "pipe.glb' is missing"),
     ):
         with pytest.raises(UserError, match=message):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from elastic3d.geometry.grid import BOX
+from elastic3d.geometry.options import BOX
 from elastic3d.geometry.solid import THICKNESS, solidify
 
 RESOLUTION = 64

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from elastic3d.errors import NoSurfaceError, UserError
-from elastic3d.geometry.grid import BOX, grid_points, node_coordinates, node_points
-from elastic3d.geometry.options import SurfaceMethod
+from elastic3d.geometry.decode import node_points
+from elastic3d.geometry.options import BOX, SurfaceMethod
 from elastic3d.geometry.surface import extract_surface
 
 
@@ -23,7 +23,7 @@ METHODS = [
 
 
 def sphere_field(resolution: int, centre: np.ndarray, radius: float) -> np.ndarray:
-    axis = node_coordinates(resolution)
+    axis = np.linspace(-BOX, BOX, resolution + 1)
     x, y, z = np.meshgrid(*(axis - c for c in centre), indexing="ij", sparse=True)
     return (radius - np.sqrt(x**2 + y**2 + z**2)).astype(np.float32)
 
@@ -43,7 +43,7 @@ def test_sphere_is_placed_within_a_tenth_of_a_voxel(method: SurfaceMethod, resol
 
 @pytest.mark.parametrize("method", METHODS)
 def test_axes_keep_their_order_and_sides(method: SurfaceMethod) -> None:
-    points = grid_points(48)
+    points = node_points(torch.arange(49**3), 48)
     half, centre = torch.tensor([0.2, 0.4, 0.6]), torch.tensor([0.3, -0.2, 0.1])
     field = -(torch.abs(points - centre) - half).amax(dim=-1).reshape(49, 49, 49)
     mesh = extract_surface(field, method=method)
@@ -82,10 +82,8 @@ def test_bad_fields() -> None:
 
 
 def test_grid_order_and_ends() -> None:
-    points = grid_points(4).reshape(5, 5, 5, 3)
+    points = node_points(torch.arange(5**3), 4).reshape(5, 5, 5, 3)
     assert torch.equal(points[0, 0, 0], torch.full((3,), -BOX))
     assert torch.equal(points[4, 4, 4], torch.full((3,), BOX))
     assert points[3, 1, 2].tolist() == pytest.approx([BOX / 2, -BOX / 2, 0])
     assert torch.equal(node_points(torch.tensor([3 * 25 + 1 * 5 + 2]), 4)[0], points[3, 1, 2])
-    with pytest.raises(ValueError, match="resolution is 0"):
-        node_coordinates(0)

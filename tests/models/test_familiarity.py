@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from elastic3d.errors import UserError
-from elastic3d.models.familiarity import FAMILIARITY_NAME, Familiarity, load_familiarity
+from elastic3d.models.image_encoder import FAMILIARITY_NAME, Familiarity, load_familiarity
 
 C, K = 12, 3
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from elastic3d.errors import UserError
-from elastic3d.models.foreground import cut_out, prepare_image, recentre, to_tensor
+from elastic3d.models.images import centred, cut_out, prepare_image, to_tensor
 from elastic3d.models.options import ForegroundConfig, ForegroundMethod
 
 CONFIG = ForegroundConfig()
@@ -109,13 +109,13 @@ def test_an_explicit_method_does_not_fall_back() -> None:
 
 def test_rembg_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ForegroundConfig(method=ForegroundMethod.rembg)
-    monkeypatch.setattr("elastic3d.models.foreground.find_spec", lambda name: None)
+    monkeypatch.setattr("elastic3d.models.images.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs it installed"):
         cut_out(_noisy().convert("RGBA"), config)
     fake = types.ModuleType("rembg")
     fake.remove = lambda image: _box_image()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "rembg", fake)
-    monkeypatch.setattr("elastic3d.models.foreground.find_spec", lambda name: object())
+    monkeypatch.setattr("elastic3d.models.images.find_spec", lambda name: object())
     for chosen in (config, CONFIG):
         assert cut_out(_noisy().convert("RGBA"), chosen).getpixel((0, 0)) == (0, 0, 0, 0)
 
@@ -123,7 +123,7 @@ def test_rembg_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_extreme_shapes_keep_at_least_a_pixel() -> None:
     image = Image.new("RGBA", (10, 1000), (0, 0, 0, 0))
     image.paste((1, 2, 3, 255), (5, 0, 6, 1000))
-    assert recentre(image, 64, 0.15).size == (64, 64)
+    assert centred(image, 64, 0.15).size == (64, 64)
 
 
 def test_to_tensor() -> None:

@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from elastic3d.errors import UserError
-from elastic3d.models.foreground import to_tensor
 from elastic3d.models.image_encoder import (
     EfficientNetLite,
     ImageEncoder,
@@ -19,6 +18,7 @@ from elastic3d.models.image_encoder import (
     load_image_encoder,
     save_image_encoder,
 )
+from elastic3d.models.images import to_tensor
 from elastic3d.models.options import EncoderFeatures, EncoderKind, ImageEncoderConfig
 
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from elastic3d.models.layers import fourier_embedding
-from elastic3d.models.local import (
+from elastic3d.models.layers import (
     OFFSET_FREQS,
     OFFSET_SCALE,
     LocalFeatures,
     fade_weights,
+    fourier_embedding,
     nearest_neighbours,
 )
 
@@ -60,8 +60,3 @@ def test_faded_features_are_continuous_where_neighbours_change():
 def test_fade_weights_sum_to_one_and_drop_the_farthest():
     weights = fade_weights(torch.tensor([[[0.0, 0.1, 0.4]]]))
     assert weights.sum() == 1 and weights[0, 0, -1] == 0 and weights[0, 0, 0] > weights[0, 0, 1] > 0
-
-
-def test_unknown_pooling_is_refused():
-    with pytest.raises(ValueError, match="pool is 'mean'"):
-        LocalFeatures(4, 6, 8, 3, "mean")

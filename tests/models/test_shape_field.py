@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from elastic3d.models import shape_field
+from elastic3d.models import shape_vae
 from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
 
@@ -19,7 +19,7 @@ def vae_of(**changes):
      {"anchored": False}, {"anchored": False, "geo_downsample": 2}, {"geo_downsample": 2}, {"qk_norm": False}],
 )  # fmt: skip
 def test_the_field_equals_query(changes, monkeypatch):
-    monkeypatch.setattr(shape_field, "_ROWS", 64)
+    monkeypatch.setattr(shape_vae, "_ROWS", 64)
     vae = vae_of(**changes)
     points = torch.rand(1, 300, 3) * 2 - 1
     with torch.no_grad():

@@ -31,7 +31,7 @@ class Tiny(PretrainedMixin, nn.Module):
         super().__init__()
         self.config = config
         self.linear = nn.Linear(config.width, config.width)
-        self.register_buffer("scale", torch.full((2,), 1 / 3), persistent=False)
+        self.register_buffer("order", torch.tensor([2, 1]))
         self.register_buffer("count", torch.tensor(3))
 
 
@@ -62,7 +62,7 @@ def test_dtypes(tmp_path: Path) -> None:
     assert Tiny.from_pretrained(tmp_path).linear.weight.dtype == torch.float32
     half = Tiny.from_pretrained(tmp_path, dtype=torch.bfloat16, device="cpu")
     assert half.linear.weight.dtype == torch.bfloat16
-    assert half.scale.dtype == torch.float32, "buffers keep their precision"
+    assert half.order.dtype == torch.int64 and half.order.tolist() == [2, 1]
 
 
 def _edit_config(folder: Path, **values: object) -> None:

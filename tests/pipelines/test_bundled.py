@@ -10,8 +10,7 @@ import trimesh
 from scipy.spatial import cKDTree
 
 from elastic3d.geometry.decode import decode_field
-from elastic3d.geometry.grid import BOX
-from elastic3d.geometry.options import DecodeConfig
+from elastic3d.geometry.options import BOX, DecodeConfig
 from elastic3d.geometry.sampling import sample_surface
 from elastic3d.geometry.surface import extract_surface
 from elastic3d.models.shape_vae import ShapeVAE

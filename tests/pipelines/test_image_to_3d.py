@@ -23,8 +23,8 @@ from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.families.shape_dit import ADAPTER
 from elastic3d.errors import NoSurfaceError, UserError
 from elastic3d.geometry.options import CleanupConfig
-from elastic3d.models.familiarity import Familiarity, image_feature
 from elastic3d.models.flops import dit_blocks_flops
+from elastic3d.models.image_encoder import Familiarity, image_feature
 from elastic3d.pipelines import image_to_3d
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.runtime import find_model

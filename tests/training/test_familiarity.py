@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_pipeline import save_image, tiny_pipeline
 
 from elastic3d.errors import UserError
-from elastic3d.models.familiarity import load_familiarity
+from elastic3d.models.image_encoder import load_familiarity
 from elastic3d.preparation.options import PrepareConfig, ShapeConfig, SourceName
 from elastic3d.preparation.prepare import prepare_data
 from elastic3d.training.familiarity import RECORD_NAME, FamiliarityConfig, measure_familiarity

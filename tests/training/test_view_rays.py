@@ -7,7 +7,7 @@ import trimesh
 from safetensors.torch import save_file
 
 from elastic3d.errors import UserError
-from elastic3d.geometry.grid import BOX
+from elastic3d.geometry.options import BOX
 from elastic3d.preparation.views import RawShape, render_views
 from elastic3d.training.datasets import PreparedShapes
 from elastic3d.training.view_rays import through_box, view_rays
