@@ -155,11 +155,10 @@ class MeshTask(Task):
         session, times = model.session, sampling_times(model.pipeline.config, run.steps)[:-1].tolist()
         if session is not None and run.settings.elastic:
             session.settings = run.settings
+            session.coarsen(len(times), run.settings.budget, self.planner.guidance(run.model), times)
             with torch.no_grad():
-                session.begin(1, len(times), guidance=self.planner.guidance(run.model), times=times)
                 for block in session.blocks:
                     block.running()
-            session.end()
 
     # ---------------------------------------------------------------------------------------------- scores
 

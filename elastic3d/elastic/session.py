@@ -95,13 +95,9 @@ class ElasticSession:
         budgets, config = one_each(budget, samples, "budgets"), self.router_config
         if self.settings.elastic and self.source is None:
             config.check_generation(steps, guidance, self.settings.few_step)
-        self.samples, self._steps, share = samples, steps, config.guided_share(times)
-        self.coarseness = None
-        if self.settings.elastic and self.settings.few_step:
-            self.coarseness = coarseness(config, steps, sum(budgets) / samples, guidance, share)
-        for block in self.blocks:
-            block.refresh(self.coarseness)
-        whole = share if self.guided else 1.0
+        self.samples, self._steps = samples, steps
+        self.coarsen(steps, sum(budgets) / samples, guidance, times)
+        whole = config.guided_share(times) if self.guided else 1.0
         self._budget = torch.tensor([config.calibrated(each, whole) for each in budgets])
         self.trace = Trace([b.name for b in self.blocks], config.ratios, steps, samples, self.guided)
         forecast, reuse = None, self.settings.cache or config.cache()
@@ -112,6 +108,14 @@ class ElasticSession:
         self.end()
         if reuse.active:
             self.cache = ResidualCache(reuse, times or [i / steps for i in range(steps)], forecast)
+
+    def coarsen(self, steps: int, budget: float, guidance: Scale, times: Times = ()) -> None:
+        """Say how coarse a generation to come is: the few-step LoRA is scaled for that."""
+        config, self.coarseness = self.router_config, None
+        if self.settings.few_step and self.settings.elastic:
+            self.coarseness = coarseness(config, steps, budget, guidance, config.guided_share(times))
+        for block in self.blocks:
+            block.refresh(self.coarseness)
 
     @property
     def guided(self) -> bool:
