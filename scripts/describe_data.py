@@ -12,9 +12,9 @@ import numpy as np
 from _cli import run
 from tqdm import tqdm
 
-from elastic3d.preparation.ceiling import measure_ceiling
 from elastic3d.preparation.options import PrepareConfig
 from elastic3d.preparation.prepare import open_source
+from elastic3d.preparation.shape import measure_ceiling
 from elastic3d.preparation.shards import finished_sidecars
 from elastic3d.preparation.splits import Split, read_splits
 

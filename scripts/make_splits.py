@@ -11,12 +11,19 @@ from _cli import run
 from tqdm import tqdm
 
 from elastic3d.errors import UserError
-from elastic3d.preparation.duplicates import near_duplicate_groups, shape_points
-from elastic3d.preparation.infinigen_source import assets
+from elastic3d.preparation.infinigen import assets
 from elastic3d.preparation.options import SplitsConfig
 from elastic3d.preparation.prepare import cache_folder
 from elastic3d.preparation.primitives.catalogue import PER_ROUND, shapes
-from elastic3d.preparation.splits import Split, infinigen_split, primitives_split, split_groups, write_splits
+from elastic3d.preparation.splits import (
+    Split,
+    infinigen_split,
+    near_duplicate_groups,
+    primitives_split,
+    shape_points,
+    split_groups,
+    write_splits,
+)
 from elastic3d.preparation.sweethome3d import SweetHome3DSource, find_package
 from elastic3d.utils.files import check_distinct
 

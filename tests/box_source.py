@@ -12,9 +12,9 @@ import trimesh
 
 from elastic3d.errors import UserError
 from elastic3d.preparation.options import ShapeConfig
+from elastic3d.preparation.shape import RawShape
 from elastic3d.preparation.shards import Recipe, Shard, plan_shards
 from elastic3d.preparation.sources import AlwaysReady, Item
-from elastic3d.preparation.views import RawShape
 
 TINY = ShapeConfig(
     resolution=32, surface_points=64, sharp_points=32, near_points=64, volume_points=64, views=1, view_size=16

@@ -12,7 +12,7 @@ from embreex.mesh_construction import TriangleMesh
 from elastic3d.geometry.normalize import normalize_mesh
 from elastic3d.geometry.render import Camera, Light, Scene, frame, orbit_camera
 from elastic3d.geometry.solid import solidify
-from elastic3d.preparation.views import random_lights
+from elastic3d.preparation.shape import random_lights
 
 SIZE = 224
 

@@ -46,7 +46,7 @@ from elastic3d.training.checkpoint import (
     set_random_state,
 )
 from elastic3d.training.datasets import ShardFolder
-from elastic3d.training.image_cache import ImageCache
+from elastic3d.training.image_data import ImageCache
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo
 from elastic3d.utils.options import from_dict, to_dict

@@ -20,7 +20,7 @@ from elastic3d.geometry.render import Camera, Light, Scene, frame, orbit_camera
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.assets import posed
 from elastic3d.preparation.options import PrepareConfig
-from elastic3d.preparation.views import RawShape, random_colour, random_lights, view_cameras
+from elastic3d.preparation.shape import RawShape, random_colour, random_lights, view_cameras
 from elastic3d.utils.options import Options, option
 
 SIZE = 224  # pixels a side of the views

@@ -37,7 +37,7 @@ from elastic3d.models.weights import CONFIG_NAME, find_weights
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
 from elastic3d.pipelines.inputs import prepare
 from elastic3d.pipelines.options import DEFAULT_MODEL
-from elastic3d.training.samples import mesh_image, on_white
+from elastic3d.training.journal import mesh_image, on_white
 from elastic3d.utils.files import file_sha256, visible_files
 from elastic3d.utils.structured import Maybe, load_json, save_json
 

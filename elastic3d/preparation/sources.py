@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import READ_SUFFIXES, load_mesh
-from elastic3d.preparation.views import RawShape
+from elastic3d.preparation.shape import RawShape
 from elastic3d.utils.files import visible_files
 
 
@@ -39,14 +39,6 @@ def with_article(name: str) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
-class Producer(Protocol):
-    """What makes items ready."""
-
-    def check(self) -> bool:
-        """Whether it still works. UserError if it broke down."""
-        ...
-
-
 class Source(Protocol):
     """A fixed, ordered list of items and a way to load each. Pickled into worker processes."""
 
@@ -64,8 +56,11 @@ class Source(Protocol):
         """The raw mesh, Y up and front +Z. UserError if there is none."""
         ...
 
-    def producing(self) -> AbstractContextManager[Producer]:
-        """Items become ready while this context is open."""
+    def producing(self) -> AbstractContextManager[Callable[[], bool]]:
+        """Items become ready while this context is open; call what it gives to ask whether more will come.
+
+        The call raises UserError if what makes them broke down.
+        """
         ...
 
 
@@ -77,13 +72,9 @@ class AlwaysReady:
         return True
 
     @contextmanager
-    def producing(self) -> Iterator[AlwaysReady]:
-        """Nothing to wait for."""
-        yield self
-
-    def check(self) -> bool:
+    def producing(self) -> Iterator[Callable[[], bool]]:
         """Nothing more will come."""
-        return False
+        yield lambda: False
 
 
 class FolderSource(AlwaysReady):

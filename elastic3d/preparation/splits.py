@@ -1,4 +1,5 @@
-"""The fixed split of every known item: `train.txt`, `val.txt` and `test.txt`, one `source/id` a line.
+"""The fixed split of every known item: `train.txt`, `val.txt` and `test.txt`, one `source/id` a line; and groups of
+nearly equal shapes, which have to stay on one side of it.
 
 Infinigen is split by seed (of 200 seeds of a category, 20 are for testing and 5 for validation), so the
 lists name shapes whether they were generated or not.
@@ -12,9 +13,20 @@ from enum import Enum
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 
 from elastic3d.errors import UserError
+from elastic3d.geometry.normalize import normalize_mesh
+from elastic3d.geometry.sampling import sample_surface
+from elastic3d.preparation.shape import RawShape
 from elastic3d.utils.files import atomic_path
+
+# meshes of a user's folder; fewer all train, and validation shows how well they are fitted
+FEWEST_TO_SPLIT = 10
+COMPARED_POINTS = 2048  # of a shape
 
 
 class Split(Enum):
@@ -83,11 +95,6 @@ def write_splits(folder: Path, splits: dict[str, Split]) -> None:
         (folder / f"{split.value}.txt").write_text("".join(f"{name}\n" for name in names))
 
 
-FEWEST_TO_SPLIT = (
-    10  # meshes of a user's folder; fewer all train, and validation shows how well they are fitted
-)
-
-
 def folder_split(names: list[str], share: float, seed: int = 0) -> tuple[list[str], list[str]]:
     """(train, val) of a user's meshes: each name's hash decides, so a mesh that is added moves few others.
 
@@ -107,3 +114,44 @@ def write_folder_split(folder: Path, names: list[str], held_out: set[str]) -> No
     for name, listed in (("train", train), ("val", val)):
         with atomic_path(folder / f"{name}.txt") as draft:
             draft.write_text("".join(f"{line}\n" for line in listed))
+
+
+def shape_points(shape: RawShape) -> NDArray[np.float32]:
+    """Points (P, 3) on the normalised shape (longest side 2) that `near_duplicate_groups` compares."""
+    mesh, _ = normalize_mesh(shape.mesh, half_extent=1.0)
+    return sample_surface(mesh, COMPARED_POINTS, seed=0)[0]
+
+
+def near_duplicate_groups(clouds: list[NDArray[np.float32]], threshold: float = 0.05) -> NDArray[np.int32]:
+    """Group number of every point cloud (P, 3); two are in one group if a chain of close pairs joins them.
+
+    Close: the mean distance to the nearest point, averaged over both directions, is below `threshold`.
+    Sampling alone accounts for about 0.02 of it at 2048 points.
+    """
+    trees = [cKDTree(cloud) for cloud in clouds]
+    extents = np.stack([np.ptp(cloud, axis=0) for cloud in clouds])
+    # A box that differs by 4 thresholds can't hold nearly the same surface, save for a few stray points.
+    alike = np.abs(extents[:, None] - extents[None]).max(axis=-1) < 4 * threshold
+    pairs = np.argwhere(np.triu(alike, k=1))
+    close = [
+        (first, second)
+        for first, second in pairs
+        if _distance(clouds[first], trees[second], clouds[second], trees[first], threshold) < threshold
+    ]
+    rows, columns = np.array(close, np.int64).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(clouds), len(clouds)))
+    return connected_components(graph, directed=False)[1]
+
+
+def _distance(
+    first: NDArray[np.float32],
+    second_tree: cKDTree,
+    second: NDArray[np.float32],
+    first_tree: cKDTree,
+    threshold: float,
+) -> float:
+    rough = second_tree.query(first[::16])[0].mean()
+    if rough > 3 * threshold:
+        return float("inf")
+    there, back = second_tree.query(first)[0], first_tree.query(second)[0]
+    return float(there.mean() + back.mean()) / 2

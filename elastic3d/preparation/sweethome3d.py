@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import merge_equal_vertices
+from elastic3d.preparation.shape import RawShape
 from elastic3d.preparation.sources import AlwaysReady, Item, with_article
-from elastic3d.preparation.views import RawShape
 
 PACKAGE = "sweethome3d-furniture"
 LICENCES = {

@@ -10,24 +10,21 @@ LoRA learns to do without neighbours. Then routers decide, and learn by one of t
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from elastic3d.elastic import adapter_for, attach
-from elastic3d.elastic.attachment import (
-    load_router_config,
-    load_router_state,
-    router_modules,
-    router_state,
-    todays_keys,
-)
+from elastic3d.elastic.attachment import load_router_config, router_modules, todays_keys
 from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig, RouterVariant, Scope
+from elastic3d.elastic.cost import block_flops, trace_share
 from elastic3d.elastic.family import BlockFlops
 from elastic3d.elastic.losses import budget_loss
 from elastic3d.elastic.policies import routes_around
@@ -35,11 +32,12 @@ from elastic3d.elastic.rollout import FREE, Rollout, flipped, gate_logits
 from elastic3d.elastic.trace import SKIPPED
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
+from elastic3d.training.calibration import Curve, CurvesConfig, as_trained, calibrate
 from elastic3d.training.datasets import Batch
 from elastic3d.training.elastic_objective import Grid, followed, threshold
-from elastic3d.training.generations import GenerationConfig, GenerationObjective, relative_errors, with_lora
-from elastic3d.training.random_routes import KINDS
-from elastic3d.training.sensitivity import Sensitivity
+from elastic3d.training.few_step import GenerationConfig, GenerationObjective, attach_lora, relative_errors
+from elastic3d.training.loop import Stage
+from elastic3d.training.routes import KINDS, Sensitivity, load_sensitivity
 from elastic3d.utils.options import option
 from elastic3d.utils.tensors import read_weights
 
@@ -159,27 +157,24 @@ def attach_block_routers(
         guided_times=list(guided_times),
         trained_steps=[low, high],
     )
-    old: RouterConfig | None = load_router_config(start, adapter.family) if start.is_dir() else None
-    if old is not None and old.few_step_rank > config.rank:
+    if not start.is_dir():
+        attach(dit, wanted)
+        return
+    old: RouterConfig = load_router_config(start, adapter.family)
+    if old.few_step_rank > config.rank:
         raise UserError(
             f"rank is {config.rank}, expected at least {old.few_step_rank}, that of the LoRA in {start}"
         )
-    for name in ARCHITECTURE if old is not None and old.trained_steps else ():
+    for name in ARCHITECTURE if old.trained_steps else ():
         if getattr(old, name) != getattr(wanted, name):
             raise UserError(
                 f"router.{name} is {getattr(wanted, name)}, but the per-block routers in {start} have"
                 f" {getattr(old, name)}"
             )
-    session = attach(dit, wanted)
-    if old is None:
-        return
     trained = todays_keys(read_weights(find_weights(start)))
     if not old.trained_steps:
         trained = {key: value for key, value in trained.items() if ".few_step." in key}
-    load_router_state(dit, with_lora(router_state(dit), trained, keep=True), str(start))
-    for block in session.blocks:
-        if old.few_step_rank and block.few_step is not None:
-            block.few_step.rebase(high / old.few_step_nfe)
+    attach_lora(dit, wanted, start, old, trained, keep=True)
 
 
 @dataclass
@@ -246,26 +241,23 @@ class BlockRouterObjective(GenerationObjective):
     error_moments: Tensor
 
     def __init__(
-        self, dit: nn.Module, config: BlockRouterConfig, weights: Tensor, times: Callable[[int], Tensor]
+        self, dit: nn.Module, config: BlockRouterConfig, term: Any, weights: Tensor, times: Grid
     ) -> None:
+        """`term`: options with the `weight` of the reconstruction term, and the `total` of its parts."""
         super().__init__(dit, config.reference_steps, weights)
-        self.config, self.times = config, times
+        self.config, self.term, self.times = config, term, times
         self.routers = router_modules(dit)
         self.routers.requires_grad_(True)
         self.register_buffer("error_moments", torch.zeros(2))
 
     @abstractmethod
-    def reconstruction(
-        self, found: Tensor, dense: Tensor, batch: Batch
-    ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """Weighted loss (B,) of what last latents (B,N,C) decode to, and its parts (B,); None without one."""
+    def decoded(self, found: Tensor, dense: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Losses (B,) of what last latents (B,N,C) decode to, against the truth or the dense model's."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`noise` (B,N,C), a condition, `pair` and what `RouteDraw` says -> loss, and what it is made of."""
         config = self.config
-        if len(batch["kind"]) % (
-            KINDS * config.group
-        ):  # some parameters would get no gradient in this process
+        if len(batch["kind"]) % (KINDS * config.group):  # some weights would get no gradient in this process
             raise UserError(
                 f"a process has {len(batch['kind'])} samples in a micro-batch, expected a multiple of"
                 f" {KINDS * config.group}, with every kind of route"
@@ -314,10 +306,10 @@ class BlockRouterObjective(GenerationObjective):
             f"error_{name}": errors[batch["kind"] == kind].log().mean().exp()
             for kind, name in enumerate(KIND_NAMES)
         }
-        rebuilt = self.reconstruction(found, dense, batch)
-        if rebuilt is not None:
-            losses = losses + rebuilt[0]
-            values |= {name: part.mean() for name, part in rebuilt[1].items()}
+        if self.term.weight:
+            parts = self.decoded(found, dense, batch)
+            losses = losses + self.term.weight * self.term.total(parts)
+            values |= {name: part.mean() for name, part in parts.items()}
         return losses, values
 
     # -------------------------------------------------------------------------------------------- the signals
@@ -362,3 +354,105 @@ class BlockRouterObjective(GenerationObjective):
         logits = gate_logits(rollout.proposed()).flatten(1)[rows, cell]
         target = lost - threshold(self.error_moments, batch["budget"])
         return self.config.routing_weight * nn.functional.smooth_l1_loss(logits, target)
+
+
+# ---------------------------------------------------------------------------------------------- validation, calibration
+
+
+class BlockRouterStage(Stage):
+    """What the loop needs of per-block routers, whatever they generate; subclasses bring the data."""
+
+    def __init__(self, config: Any, flow: BlockRouterObjective, lengths: tuple[int, ...]) -> None:
+        """`lengths`: tokens of each stream of the model."""
+        self.config, self.flow, options = config, flow, config.blocks
+        self.objective = flow
+        flops = block_flops(flow.dit, adapter_for(flow.dit), lengths)
+        table = load_sensitivity(options.sensitivity, [block.name for block in flow.session.blocks])
+        self.draw = RouteDraw(options, flow.session.router_config, flops, flow.times, config.batch, table)
+        self._references: tuple[Batch, Tensor] | None = None
+
+    @abstractmethod
+    def val_batch(self, count: int) -> Batch:
+        """Noise and conditions of at most `count` validation samples, the same every time."""
+
+    def rate_factor(self, name: str) -> float:
+        """Routers learn faster than the LoRA."""
+        return 1.0 if "/few_step." in name else self.config.blocks.router_rate
+
+    def validate(self) -> dict[str, float]:
+        """For each number of steps and budget the error to the dense results and the executed share; at that share the
+        error of the best table by timestep (with the LoRA, without routers), where one was measured."""
+        values = {}
+        for steps in self.config.blocks.val_steps:
+            for budget in self.config.blocks.val_budgets:
+                found, share = self.generate(steps, budget)
+                values[f"val/error_{steps}_at_{budget:g}"] = self.error(found)
+                values[f"val/share_{steps}_at_{budget:g}"] = share.mean().item()
+                values[f"val/share_spread_{steps}_at_{budget:g}"] = share.std(unbiased=False).item()
+                if self.draw.sensitivity is not None:
+                    routes = self.draw.around(self.flow.times(steps), share.mean().item(), 0.0, 0)
+                    values[f"val/table_{steps}_at_{budget:g}"] = self.error(self.along(steps, routes))
+        return values
+
+    def generate(self, steps: int, budget: float) -> tuple[Tensor, Tensor]:
+        """Validation latents (B,N,C) along the routers' own routes, and their executed share (B,)."""
+        batch, _ = self._reference()
+        with as_trained(self.config.precision, batch["noise"].device), torch.no_grad():
+            found = self.flow.generate(batch, steps, ElasticConfig(budget=budget))
+        trace = self.flow.session.trace
+        assert trace is not None
+        return found, trace_share(trace).float()
+
+    def along(self, steps: int, routes: Tensor) -> Tensor:
+        """Validation latents (B,N,C) of generations with the LoRA along routes (S,2,I)."""
+        batch, _ = self._reference()
+        count = len(batch["noise"])
+        forced = routes.to(batch["noise"].device).expand(count, -1, -1, -1)
+        rollout = Rollout(torch.ones(count), forced)
+        with as_trained(self.config.precision, batch["noise"].device), torch.no_grad():
+            return self.flow.along(rollout, {**batch, "steps": torch.full((count,), steps)})
+
+    def error(self, found: Tensor) -> float:
+        """Geometric mean of the relative squared errors to the dense results."""
+        errors = relative_errors(found, self._reference()[1], self.flow.weights)
+        return errors.log().mean().exp().item()
+
+    def calibrate(self, curves: CurvesConfig | None = None, points: int = 24) -> None:
+        """Make the requested share the executed one, in the mean over the validated numbers of steps; per-block
+        routers have no `curves` over time."""
+
+        def generate(settings: ElasticConfig, count: int) -> tuple[Tensor, Tensor]:
+            shares = []
+            for steps in self.config.blocks.val_steps:
+                whole = self.flow.session.router_config.guided_share(self.flow.times(steps)[:-1].tolist())
+                latents, share = self.generate(steps, max(settings.budget * whole, MIN_BUDGET))
+                shares.append(share / whole)
+            return latents, torch.stack(shares).mean(0)
+
+        none = CurvesConfig(dampings=Curve.keep, gate_bias=Curve.keep)  # of forecasts and gates over time
+        calibrate(self.flow.session, generate, self.flow.times(self.config.blocks.val_steps[0]), none, points)
+
+    def sensitivity(self, steps: int) -> Sensitivity:
+        """What leaving out each block at each step does to the last latents, with the LoRA as it is."""
+        times, blocks = self.flow.times(steps)[:-1].tolist(), self.flow.session.blocks
+        full = torch.full((len(times), 2, len(blocks)), self.draw.router.widths)
+        whole, errors = self.error(self.along(steps, full)), np.zeros((len(times), len(blocks)))
+        for cell in tqdm(range(errors.size), desc="sensitivity", dynamic_ncols=True):
+            step, block = divmod(cell, len(blocks))
+            routes = full.clone()
+            routes[step, :, block] = SKIPPED
+            errors[step, block] = self.error(self.along(steps, routes))
+        measured = {"steps": steps, "samples": len(self._reference()[1]), **self.record}
+        return Sensitivity([b.name for b in blocks], times, whole, errors.tolist(), measured)
+
+    def _reference(self) -> tuple[Batch, Tensor]:
+        """Validation samples, and what the dense model makes of them."""
+        if self._references is None:
+            device = next(self.flow.routers.parameters()).device
+            drawn = self.val_batch(self.config.blocks.val_shapes)
+            batch = {name: value.to(device) for name, value in drawn.items()}
+            dense = ElasticConfig(elastic=False)
+            with as_trained(self.config.precision, device), torch.no_grad():
+                found = self.flow.generate(batch, self.config.blocks.reference_steps, dense)
+            self._references = batch, found
+        return self._references

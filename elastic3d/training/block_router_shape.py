@@ -13,41 +13,29 @@ from torch import Tensor
 
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig
-from elastic3d.elastic import adapter_for
 from elastic3d.elastic.config import RouterConfig
-from elastic3d.elastic.cost import block_flops
-from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.models.skip_dit import SkipDiT, load_dit
+from elastic3d.models.skip_dit import SkipDiT
 from elastic3d.pipelines.image_to_3d import ROUTERS_NAME
 from elastic3d.training.block_router import (
     BlockRouterConfig,
     BlockRouterObjective,
+    BlockRouterStage,
     RouteDraw,
     attach_block_routers,
 )
-from elastic3d.training.block_router_stage import BlockRouterStage
-from elastic3d.training.datasets import (
-    Batch,
-    PreparedShapes,
-    Shuffle,
-    open_split,
-    read_split,
-    record_of_shapes,
-    stack,
-)
-from elastic3d.training.generations import (
+from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, open_split, stack
+from elastic3d.training.few_step import (
+    TOKENS,
     ShapeGenerationConfig,
     channel_weights,
     draw_pair,
     integrate_shapes,
-    pipeline_config,
 )
-from elastic3d.training.latents import LatentCacheConfig, LatentInfo
-from elastic3d.training.options import Precision, StageName, TrainConfig
-from elastic3d.training.reconstruction import MeshReconstruction, MeshTermsConfig, load_vae, mesh_item
-from elastic3d.training.sensitivity import load_sensitivity
+from elastic3d.training.latents import LatentCache, LatentCacheConfig, LatentInfo
+from elastic3d.training.mesh_loss import MESH_STORED, MeshReconstruction, MeshTermsConfig, mesh_item
+from elastic3d.training.options import StageName, TrainConfig
 from elastic3d.training.vae import FieldLossConfig
 from elastic3d.utils.options import option
 
@@ -95,43 +83,28 @@ class ShapeBlockRouters(BlockRouterObjective):
     config: ShapeBlockRouterConfig
 
     def __init__(
-        self,
-        dit: ShapeDiT | SkipDiT,
-        vae: ShapeVAE,
-        pipeline: PipelineConfig,
-        config: BlockRouterTrainConfig,
+        self, dit: ShapeDiT | SkipDiT, vae: ShapeVAE, pipeline: PipelineConfig, config: BlockRouterTrainConfig
     ) -> None:
-        options = config.blocks
-        attach_block_routers(
-            dit,
-            options,
-            config.router,
-            options.model / ROUTERS_NAME,
-            partial(sampling_times, pipeline),
-            pipeline.guidance if options.guidance else None,
-            options.guided_times,
-        )
+        options, times = config.blocks, partial(sampling_times, pipeline)
+        guidance = pipeline.guidance if options.guidance else None
+        start = options.model / ROUTERS_NAME
+        attach_block_routers(dit, options, config.router, start, times, guidance, options.guided_times)
         anchors = vae.config.channels - vae.config.latent_channels
         weights = channel_weights(dit.config.in_channels, anchors, options.anchor_weight)
-        super().__init__(dit, options, weights, partial(sampling_times, pipeline))
+        super().__init__(dit, options, options.mesh, weights, times)
         self.pipeline = pipeline
-        self.meshes = MeshReconstruction(vae, options.mesh, config.vae)
+        self.meshes = MeshReconstruction(vae, config.vae)
 
     def integrate(self, batch: Batch, steps: int) -> Tensor:
         """As the pipeline samples."""
         return integrate_shapes(cast(ShapeDiT, self.dit), self.pipeline, batch, steps)
 
-    def reconstruction(
-        self, found: Tensor, dense: Tensor, batch: Batch
-    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+    def decoded(self, found: Tensor, dense: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The mesh loss, against the true mesh and the dense model's field."""
-        config = self.config.mesh
-        if not config.weight or "points" not in batch:
-            return None
         losses = self.meshes.losses(found, batch)
-        if config.dense:
+        if self.term.dense:
             losses["mesh_dense"] = self.meshes.distance(found, dense, batch["points"])
-        return config.weight * config.total(losses), losses
+        return losses
 
 
 @dataclass
@@ -146,9 +119,6 @@ class ShapeRolloutItems:
 
     def __post_init__(self) -> None:
         self._shuffle = Shuffle(self.config.pairs)
-
-    def __len__(self) -> int:
-        return self.config.pairs
 
     def item(self, position: int, seed: int) -> Batch:
         """Item `position` of the stream."""
@@ -165,47 +135,18 @@ class ShapeBlockRouterStage(BlockRouterStage):
     """What the loop needs to train per-block routers of a shape DiT."""
 
     def __init__(self, config: BlockRouterTrainConfig) -> None:
-        options = config.blocks
-        self.info = info = LatentInfo.load(config.latents.output)
-        pipeline = pipeline_config(options.model)
-        dtype = torch.bfloat16 if config.precision is Precision.bf16_master else torch.float32
-        dit = load_dit(options.model / "dit", dtype)
-        for name, wanted, found in (
-            ("latent channels", info.latents[1], dit.config.in_channels),
-            ("condition channels", info.tokens[1], dit.config.condition_channels),
-        ):
-            if wanted != found:
-                raise UserError(f"{options.model} has {found} {name}, but the cache has {wanted}")
-        vae = load_vae(config.latents.output, config.vae if options.mesh.weight else None)
+        options, mesh = config.blocks, config.blocks.mesh
+        self.cache = cache = LatentCache(config.latents.output, config.data, options.val_shapes, TOKENS)
+        dit, pipeline = cache.load_dense(options.model, config.precision)
+        vae = cache.info.load_vae(config.vae if mesh.weight else None)
         flow = ShapeBlockRouters(dit, vae, pipeline, config)
-        train, val = read_split(config.data.train), read_split(config.data.val)
-        preload = ("tokens",) if config.data.preload else ()
-        self._train = PreparedShapes(config.latents.output, train, preload, config.data.limit)
-        self._val = PreparedShapes(config.latents.output, val, (), options.val_shapes)
-        stored = options.mesh.stored
-        self._meshes = open_split(config.data, config.data.train, stored) if options.mesh.weight else None
-        flops = block_flops(dit, adapter_for(dit), (info.latents[0], info.tokens[0]))
-        draw = RouteDraw(
-            options,
-            flow.session.router_config,
-            flops,
-            flow.times,
-            config.batch,
-            load_sensitivity(options.sensitivity, [block.name for block in flow.session.blocks]),
-        )
-        super().__init__(config, flow, draw)
-
-    def items(self) -> ShapeRolloutItems:
-        """Pairs of cached training views and noise."""
-        return ShapeRolloutItems(self._train, self.info, self.config.blocks, self.draw, self._meshes)
-
-    def record(self) -> dict[str, str | int]:
-        """What the run trains on."""
-        return record_of_shapes(self._train, self._val) | {"encoder": self.info.settings["encoder"]["kind"]}
+        meshes = open_split(config.data, config.data.train, MESH_STORED) if mesh.weight else None
+        super().__init__(config, flow, cache.info.token_counts)
+        self.items = ShapeRolloutItems(cache.train, cache.info, options, self.draw, meshes)
+        self.record = cache.record
 
     def val_batch(self, count: int) -> Batch:
         """Pairs of the first `count` validation shapes."""
-        items = [draw_pair(self._val, self.info, pair, 0) for pair in range(min(count, len(self._val)))]
-        return stack(
-            [{**item, "condition": item["condition"].float()} for item in items]
-        )  # no fp16 in autocast
+        val, info = self.cache.val, self.cache.info
+        batch = stack([draw_pair(val, info, pair, 0) for pair in range(min(count, len(val)))])
+        return batch | {"condition": batch["condition"].float()}  # no fp16 in autocast

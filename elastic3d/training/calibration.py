@@ -67,11 +67,7 @@ def relative_error(found: Tensor, true: Tensor) -> float:
 
 
 def calibrate(
-    session: ElasticSession,
-    generate: Generate,
-    times: Tensor,
-    curves: CurvesConfig,
-    points: int = 24,
+    session: ElasticSession, generate: Generate, times: Tensor, curves: CurvesConfig, points: int = 24
 ) -> None:
     """Note in the routers' configuration how residuals go on over time, how urgent each time is, and what the routers
     have to be told so that a budget that is asked for is what is executed, at `points` budgets.

@@ -1,4 +1,5 @@
-"""Checkpoints: folders that are whole or not there, verified before a byte of them is used."""
+"""Checkpoints: folders that are whole or not there, verified before a byte of them is used; the configuration that they
+keep; and what a new run starts from (`init_from`), one of them or a model folder such as `shape-small`."""
 
 from __future__ import annotations
 
@@ -8,20 +9,29 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from elastic3d.errors import UserError
+from elastic3d.models.options import DiTConfig, VAEConfig
+from elastic3d.models.weights import CONFIG_NAME, find_weights, load_config
+from elastic3d.pipelines.runtime import find_model
 from elastic3d.utils.files import file_sha256
+from elastic3d.utils.options import from_dict, hints
 from elastic3d.utils.structured import Number, load_json
 from elastic3d.utils.tensors import read_weights, save_weights
 
+Config = TypeVar("Config")
 MANIFEST = "manifest.json"
+CLASSES = {"vae": (VAEConfig, "ShapeVAE"), "dit": (DiTConfig, "ShapeDiT")}
+_OLD_GROUPS = {"updates": "few_step"}
+_OLD_NAMES = {"min_calls": "min_nfe", "max_calls": "max_nfe"}
+_OLD_VALUES = {("stage", "updates"): "few_step", ("gate", "damage"): "predicted_error"}
 _PREFIX = "step-"
 _MT_WORDS = 624  # of the Mersenne Twister's state
 _RANDOM = {
@@ -75,12 +85,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     final, unfinished = checkpoint_path(folder, checkpoint.step), _unfinished(folder, checkpoint.step)
     try:
         _write(unfinished, checkpoint)
-    except OSError as error:  # such as a full disk
+    except (OSError, UserError) as error:  # such as a full disk
         shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"can't write {final}: {error.strerror or error}") from error
-    except UserError:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     if final.exists():  # the same step again, after a resume from an older checkpoint
         shutil.rmtree(final)
     unfinished.rename(final)
@@ -208,3 +217,115 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# -------------------------------------------------------------------------------------- the configuration in it
+
+
+def read_record(values: Any, config_class: type[Config], source: Path | str) -> Config:
+    """A saved configuration; UserError where it is none, or has a value that is not allowed.
+
+    Records of earlier versions hold the options of all stages, and some that are gone since: both are left out.
+    """
+    return from_dict(config_class, _known(config_class, upgraded(values, source)), str(source))
+
+
+def upgraded(values: Any, source: Path | str) -> dict[str, Any]:
+    """A saved configuration with the keys that its stage has today."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{source} has no configuration of a training")
+    found = _renamed(values)
+    image, routing = (found.get(name) for name in ("image", "routing"))
+    if found.get("stage") == "router" and isinstance(image, Mapping) and image.get("backbone"):
+        found["stage"] = "image_router"  # was told from the routers of shapes by its backbone alone
+    parts = routing.get("parts", "routers") if isinstance(routing, Mapping) else "routers"
+    if found.get("stage") in ("router", "image_router") and parts != "routers":
+        raise UserError(
+            f"{source} is of routers with routing.parts={parts}, expected routers alone: the base model no longer"
+            " learns with them"
+        )
+    return found
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found[_OLD_GROUPS.get(name, name)] = _renamed(value)
+        else:
+            found[_OLD_NAMES.get(name, name)] = _OLD_VALUES.get((name, str(value)), value)
+    return found
+
+
+def _known(config_class: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = hints(config_class)
+    values = getattr(config_class, "upgraded", dict)(values)
+    return {
+        name: _known(kinds[name], value) if _is_nested(kinds[name], value) else value
+        for name, value in values.items()
+        if name in kinds
+    }
+
+
+def _is_nested(kind: Any, value: Any) -> bool:
+    return isinstance(kind, type) and is_dataclass(kind) and isinstance(value, Mapping)
+
+
+# ---------------------------------------------------------------------------------------- what a run starts from
+
+
+def find_start(path: Path) -> Path:
+    """A path as it is, or that of the bundled model of this name. UserError if there is neither."""
+    found = find_model(path)
+    if found.exists():
+        return found
+    raise UserError(
+        f"init_from={path} does not exist, expected a checkpoint (runs/NAME/checkpoints/step-...), the folder of a"
+        " run, a model folder that stage=export wrote, or shape-small"
+    )
+
+
+def model_part(path: Path, part: str) -> Path | None:
+    """The folder of a model's `vae` or `dit`: inside a pipeline's folder, or the given one itself."""
+    for folder in (path / part, path):
+        config = folder / CONFIG_NAME
+        if config.is_file() and load_json(config).get("_class_name") == CLASSES[part][1]:
+            return folder
+    return None
+
+
+def starting_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors, by their names in the objective, that a run starts from: averages of a checkpoint, a model's weights.
+
+    Args:
+        own: the objective's state, whose names begin with the part's (`vae.`, `dit.`).
+
+    Raises:
+        UserError: nothing to start from there, or a broken file.
+    """
+    path = find_start(path)
+    part = next(iter(own)).partition(".")[0]
+    folder = model_part(path, part) if part in CLASSES else None
+    if folder is not None:
+        weights = read_weights(find_weights(folder))
+        return {f"{part}.{name}": value.float() for name, value in weights.items()}
+    if (path / "checkpoints").is_dir():
+        newest, _ = newest_checkpoint(path / "checkpoints")
+        path = newest or path
+    elif not list(path.glob("*.json")):
+        raise UserError(
+            f"init_from={path} is neither a checkpoint nor a model with a {part},"
+            " expected the folder of one (runs/NAME/checkpoints/step-..., shape-small)"
+        )
+    return load_checkpoint(path).part("average")
+
+
+def statistics_of(path: Path) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the latent channels that a model's DiT was trained on."""
+    folder = model_part(find_start(path), "vae")
+    vae: VAEConfig | None = load_config(folder, *CLASSES["vae"]) if folder else None
+    if vae is None or not vae.latent_mean:
+        raise UserError(
+            f"{path} has no vae/{CONFIG_NAME} with statistics of its latents, expected an exported DiT"
+        )
+    return vae.latent_mean, vae.latent_std

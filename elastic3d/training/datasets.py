@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +21,6 @@ Batch = dict[str, Tensor]
 
 class Items(Protocol):
     """Random access to training items; every random choice in item `position` comes from (seed, position)."""
-
-    def __len__(self) -> int: ...
 
     def item(self, position: int, seed: int) -> Batch:
         """Sample number `position` of an endless shuffled stream."""
@@ -207,48 +205,28 @@ class _ByPosition(Dataset):
         return self.items.item(position, self.seed)
 
 
-@dataclass
-class _Positions:
-    """Positions of each micro-batch of one process; the global batch is the same for any process count."""
+def micro_batches(
+    items: Items, config: LoopConfig, start: int, process: int = 0, processes: int = 1
+) -> Iterator[list[Batch]]:
+    """For each step from `start` on: this process' micro-batches, which depend on step and seed alone.
 
-    config: LoopConfig
-    start: int
-    process: int
-    processes: int
-
-    def __iter__(self) -> Iterator[range]:
-        config = self.config
-        size = config.batch // (self.processes * config.accumulate)
-        for step in range(self.start, config.steps):
-            for micro in range(config.accumulate):
-                first = step * config.batch + (micro * self.processes + self.process) * size
-                yield range(first, first + size)
-
-    def __len__(self) -> int:
-        return (self.config.steps - self.start) * self.config.accumulate
-
-
-class PositionLoader:
-    """For each step from `start` on: this process' micro-batches, which depend on step and seed alone."""
-
-    def __init__(
-        self, items: Items, config: LoopConfig, start: int, process: int = 0, processes: int = 1
-    ) -> None:
-        self._accumulate = config.accumulate
-        self._loader = DataLoader(
-            _ByPosition(items, config.seed),
-            batch_sampler=_Positions(config, start, process, processes),  # type: ignore[arg-type]
-            num_workers=config.workers,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def __iter__(self) -> Iterator[list[Batch]]:
-        batches = iter(self._loader)
-        while True:
-            group = [batch for _, batch in zip(range(self._accumulate), batches, strict=False)]
-            if not group:
-                return
-            yield group
+    The global batch is the same for any number of processes.
+    """
+    size = config.batch // (processes * config.accumulate)
+    firsts = (
+        step * config.batch + (micro * processes + process) * size
+        for step in range(start, config.steps)
+        for micro in range(config.accumulate)
+    )
+    loader = DataLoader(
+        _ByPosition(items, config.seed),
+        batch_sampler=(list(range(first, first + size)) for first in firsts),
+        num_workers=config.workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    batches = iter(loader)
+    while group := list(islice(batches, config.accumulate)):
+        yield group
 
 
 def stack(items: Sequence[Mapping[str, Tensor]]) -> Batch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
 import numpy as np
 import torch
@@ -15,31 +14,14 @@ from elastic3d.diffusion.sampler import sample
 from elastic3d.models.images import prepare_image
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
-from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.training.datasets import (
-    Batch,
-    PreparedShapes,
-    Shuffle,
-    item_generator,
-    open_split,
-    read_split,
-    record_of_shapes,
-    stack,
-)
-from elastic3d.training.latents import INFO_NAME, LatentCacheConfig, LatentInfo, stored_views
+from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_generator, open_split, stack
+from elastic3d.training.journal import contact_sheet, field_meshes, mesh_image
+from elastic3d.training.latents import INFO_NAME, LatentCache, LatentCacheConfig, LatentInfo
+from elastic3d.training.loop import Stage
 from elastic3d.training.options import StageName, TrainConfig
-from elastic3d.training.random_routes import WIDTHS, RandomRoutes, RandomRoutesConfig, draw
-from elastic3d.training.samples import contact_sheet, field_meshes, mesh_image
+from elastic3d.training.routes import WIDTHS, RandomRoutes, RandomRoutesConfig, draw
+from elastic3d.training.views import stored_views
 from elastic3d.utils.options import Options, option
-
-STORED = ("mean", "logvar", "tokens")
-
-
-class Timesteps(Enum):
-    """Distribution of training timesteps."""
-
-    logit_normal = "logit_normal"
-    uniform = "uniform"
 
 
 @dataclass(kw_only=True)
@@ -61,7 +43,6 @@ class DiTStageConfig(LatentFlowConfig):
     """The shape DiT's training."""
 
     model: DiTConfig = option(DiTConfig, "architecture; channel and token counts come from the cache")
-    timesteps: Timesteps = option(Timesteps.logit_normal, "distribution of training timesteps")
     time_shift: float = option(1.0, "above 1 trains more on noisy timesteps", ge=1e-3, le=1e3)
     drop_condition: float = option(
         0.1, "share of samples that see no image (classifier-free guidance)", ge=0, le=1
@@ -159,9 +140,6 @@ class LatentItems:
         self._shuffle = Shuffle(len(self.shapes))
         self._mean, self._std = torch.tensor(self.info.mean), torch.tensor(self.info.std)
 
-    def __len__(self) -> int:
-        return len(self.shapes)
-
     def item(self, position: int, seed: int) -> Batch:
         """Item `position` of the shuffled stream."""
         rng = item_generator(seed, position)
@@ -170,14 +148,13 @@ class LatentItems:
         if rng.random() < self.config.drop_condition:
             item["condition"] = torch.zeros_like(item["condition"])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
-        logit_normal = self.config.timesteps is Timesteps.logit_normal
         if self.config.routes.active:
             model = self.config.model
             drawn = draw(self.config.routes, model.double_blocks + model.single_blocks, position, seed, rng)
-            item["t"] = timesteps_at(torch.tensor([drawn.u]), logit_normal, self.config.time_shift)[0]
+            item["t"] = timesteps_at(torch.tensor([drawn.u]), shift=self.config.time_shift)[0]
             item["route"] = torch.from_numpy(drawn.route)
             return item
-        item["t"] = sample_timesteps(1, generator, logit_normal, self.config.time_shift)[0]
+        item["t"] = sample_timesteps(1, generator, shift=self.config.time_shift)[0]
         return item
 
     def _choose(self, rng: np.random.Generator) -> tuple[int, int]:
@@ -198,54 +175,40 @@ class LatentItems:
         noise = self._normal(rng)
         if self.config.match_channels:
             noise = match_noise(noise, latents, self.config.match_channels)
-        return {
-            "latents": latents,
-            "noise": noise,
-            "condition": self.shapes.read(id, "tokens", view),
-        }
+        return {"latents": latents, "noise": noise, "condition": self.shapes.read(id, "tokens", view)}
+
+    def fixed(self, index: int) -> Batch:
+        """Shape number `index` with the same noise every time, and one of its views."""
+        view = index % self.info.settings["views"]
+        return self.draw(self.shapes.ids[index], 0, view, item_generator(0, index))
 
     def _normal(self, rng: np.random.Generator) -> Tensor:
         count, channels = self.info.latents
         return torch.from_numpy(rng.standard_normal((count, channels), dtype=np.float32))
 
 
-class DiTStage:
+class DiTStage(Stage):
     """What the loop needs to train a `ShapeDiT` on a cache of latents."""
 
     def __init__(self, config: DiTTrainConfig) -> None:
         self.config = config.dit
-        self.info = info = LatentInfo.load(config.latents.output)
+        cache = LatentCache(config.latents.output, config.data, config.dit.val_shapes)
+        self.info = info = cache.info
+        self.record = cache.record
         model = config.dit.model
         model.num_latents, model.in_channels = info.latents
         model.condition_tokens, model.condition_channels = info.tokens
-        self.vae = ShapeVAE.from_pretrained(info.vae)
-        self.vae.set_latent_statistics(info.mean, info.std)
+        self.vae = info.load_vae()
         self.dit = ShapeDiT(model)
         anchor_channels = self.vae.config.channels - self.vae.config.latent_channels
         routes = RandomRoutes(self.dit) if config.dit.routes.active else None
         self.flow = FlowObjective(self.dit, anchor_channels, config.dit.anchor_weight, routes)
-        self.objective: nn.Module = self.flow
-        cache = config.latents.output
-        preload = STORED if config.data.preload else ()
-        train, val = read_split(config.data.train), read_split(config.data.val)
-        self._train = PreparedShapes(cache, train, preload, config.data.limit)
-        self._val = PreparedShapes(cache, val, (), config.dit.val_shapes)
+        self.objective = self.flow
+        self._val = cache.val
         self._images = open_split(config.data, config.data.val, ())
         scale = self.vae.config.scale_factor
-        self._items = LatentItems(self._train, info, config.dit, scale)
+        self.items = LatentItems(cache.train, info, config.dit, scale)
         self._val_items = LatentItems(self._val, info, config.dit, scale)
-
-    def items(self) -> LatentItems:
-        """Cached training shapes, shuffled."""
-        return self._items
-
-    def rate_factor(self, name: str) -> float:
-        """Every parameter learns at the run's rate."""
-        return 1.0
-
-    def record(self) -> dict[str, str | int]:
-        """What the run trains on."""
-        return record_of_shapes(self._train, self._val) | {"vae_sha256": self.info.settings["vae_sha256"]}
 
     def validate(self, batch: int = 16) -> dict[str, float]:
         """Velocity error on validation shapes at fixed noise and even times, with and without image."""
@@ -254,7 +217,7 @@ class DiTStage:
         errors = []
         for first in range(0, count, batch):
             indices = range(first, min(first + batch, count))
-            items = stack([self._fixed(i) for i in indices])
+            items = stack([self._val_items.fixed(i) for i in indices])
             items["t"] = torch.tensor([(7 * i % count + 0.5) / count for i in indices])
             items = {name: tensor.to(device) for name, tensor in items.items()}
             blind = {**items, "condition": torch.zeros_like(items["condition"])}
@@ -271,27 +234,18 @@ class DiTStage:
         """Rows of validation shapes: the view, what is generated from it, the VAE's reconstruction."""
         device = next(self.dit.parameters()).device
         indices = range(min(self.config.sample_shapes, len(self._val)))
-        items = stack([self._fixed(i) for i in indices])
+        items = stack([self._val_items.fixed(i) for i in indices])
         generators = [torch.Generator().manual_seed(i) for i in indices]
         count, channels = self.info.latents
-        latents = sample(
-            self.dit,
-            items["condition"].to(device).float(),
-            (count, channels),
-            self.config.sample_steps,
-            self.config.sample_guidance,
-            generators,
-        )
+        condition = items["condition"].to(device).float()
+        steps, guidance = self.config.sample_steps, self.config.sample_guidance
+        latents = sample(self.dit, condition, (count, channels), steps, guidance, generators)
         self.vae.to(device)
         rows = [[self._view(i) for i in indices]]
         for found in (latents, items["latents"].to(device)):
             meshes = field_meshes(self.vae, found, self.config.sample_resolution)
             rows.append([mesh_image(mesh) for mesh in meshes])
         return {"generated": contact_sheet(rows)}
-
-    def _fixed(self, index: int) -> Batch:
-        views = self.info.settings["views"]
-        return self._val_items.draw(self._val.ids[index], 0, index % views, item_generator(0, index))
 
     def _view(self, index: int, size: int = 160) -> np.ndarray:
         views, id = self.info.settings["views"], self._val.ids[index]

@@ -1,40 +1,35 @@
-"""Training of routers, whatever they route: distillation, flow matching, a compute budget, a reconstruction term."""
+"""Training of routers, whatever they route: distillation, flow matching, a compute budget, a reconstruction term;
+validation and calibration on what a sampler makes."""
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from elastic3d.diffusion.flow import interpolate, predict_data, velocity
-from elastic3d.elastic import adapter_for, attach
+from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.cache import SimulatedCache
-from elastic3d.elastic.config import MIN_BUDGET, Branches, RouterConfig, Scope
+from elastic3d.elastic.config import MIN_BUDGET, Branches, ElasticConfig, RouterConfig, Scope
+from elastic3d.elastic.cost import trace_share
 from elastic3d.elastic.losses import budget_loss, paper_loss, session_share
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
+from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate, compare_budgets
 from elastic3d.training.datasets import Batch
-from elastic3d.training.low_rank import add_low_rank
+from elastic3d.training.loop import Stage
 from elastic3d.utils.options import Options, option
 
 THRESHOLD_RANGE = 2.5  # standard deviations on both sides that thresholds cover
 Grid = Callable[[int], Tensor]  # number of steps -> sampling times (S+1,)
-
-
-class TrainedParts(Enum):
-    """What learns: the routers alone, also low-rank updates of the blocks, or everything (E-DiT)."""
-
-    routers = "routers"
-    lora = "lora"
-    full = "full"
 
 
 class GateLoss(Enum):
@@ -56,11 +51,6 @@ class CostLoss(Enum):
 class RoutingConfig(Options):
     """The routers' training, whatever they route."""
 
-    parts: TrainedParts = option(TrainedParts.routers, "what learns")
-    lora_rank: int = option(16, "rank of the low-rank updates", ge=1, le=4096, advanced=True)
-    base_rate: float = option(
-        0.1, "learning rate of the base model's weights over the routers'", ge=0, le=10, advanced=True
-    )
     guidance: float = option(
         3.0, "guidance at which both branches are distilled together; 1 trains them apart", ge=0, le=100
     )
@@ -68,13 +58,6 @@ class RoutingConfig(Options):
     max_steps: int = option(50, "most of them", ge=1, le=1000)
     min_budget: float = option(
         MIN_BUDGET, "smallest budget to train for; the largest is 1", ge=MIN_BUDGET, le=1, advanced=True
-    )
-    explore: float = option(
-        1.0,
-        "share of the skipped blocks that run all the same; the others are really skipped",
-        ge=0,
-        le=1,
-        advanced=True,
     )
     gate: GateLoss = option(
         GateLoss.straight_through,
@@ -91,11 +74,7 @@ class RoutingConfig(Options):
         advanced=True,
     )
     renewal: float = option(
-        0.5,
-        "of these: chance that a block was computed again at a step",
-        ge=0.05,
-        le=1,
-        advanced=True,
+        0.5, "of these: chance that a block was computed again at a step", ge=0.05, le=1, advanced=True
     )
     cost: CostLoss = option(CostLoss.executed, "what holds the cost", advanced=True)
     cost_weight: float = option(20.0, "weight of the cost loss (lambda)", ge=0, le=1e6, advanced=True)
@@ -129,35 +108,40 @@ class RoutingConfig(Options):
             raise ValueError(f"max_steps is {self.max_steps}, expected a value from {self.min_steps} to 1000")
 
 
+@dataclass(kw_only=True)
+class DecodedTermConfig(Options):
+    """Which of the clean latents that the elastic velocity implies are decoded, and what they count."""
+
+    share: float = option(0.25, "share of a batch's samples that are decoded", ge=0, le=1)
+    time_power: float = option(
+        2.0, "a sample counts t to this power: noisy latents imply nothing sharp", ge=0, le=20, advanced=True
+    )
+
+
 class RouterObjective(nn.Module, ABC):
     """Routers first, so that they are parameters (and keys of the state dict) of their own, then the base model.
 
-    Subclasses say how the base model is called and what else its output is held to.
+    Subclasses say how the base model is called and what its clean latents decode to.
     """
 
     skip_error_moments: Tensor
 
-    def __init__(self, dit: nn.Module, config: RoutingConfig, router: RouterConfig, paired: bool) -> None:
-        """`paired`: both branches of guidance run as one batch and are distilled together."""
+    def __init__(
+        self, dit: nn.Module, config: RoutingConfig, router: RouterConfig, term: Any, paired: bool
+    ) -> None:
+        """
+        Args:
+            term: a `DecodedTermConfig` with the `weight` of the reconstruction term, and the `total` of its parts.
+            paired: both branches of guidance run as one batch and are distilled together.
+        """
         super().__init__()
-        if config.gate is GateLoss.predicted_error:
-            if router.scope is not Scope.step or not router.longest:
-                raise UserError(
-                    "routing.gate is predicted_error: that needs router.scope=step and router.longest above 0"
-                )
-            if config.parts is not TrainedParts.routers:
-                raise UserError(
-                    f"routing.gate is predicted_error: routing.parts is {config.parts.name}, not routers"
-                )
-        self.config, self.paired = config, paired
+        if config.gate is GateLoss.predicted_error and not (router.scope is Scope.step and router.longest):
+            raise UserError(
+                "routing.gate is predicted_error: that needs router.scope=step and router.longest above 0"
+            )
+        self.config, self.term, self.paired = config, term, paired
         self.register_buffer("skip_error_moments", torch.zeros(2))
-        teacher = None
-        if config.parts is not TrainedParts.routers:
-            teacher = copy.deepcopy(dit).eval().requires_grad_(False)
-        self._teacher = (teacher,)  # in a tuple: no part of the state dict, nor trained
-        dit.requires_grad_(config.parts is TrainedParts.full)
-        if config.parts is TrainedParts.lora:
-            add_low_rank([dit.get_submodule(name) for name, _ in adapter_for(dit).lists], config.lora_rank)
+        dit.requires_grad_(False)
         self.session: ElasticSession = attach(dit, router)
         self.routers = router_modules(dit)
         self.dit = dit
@@ -167,11 +151,11 @@ class RouterObjective(nn.Module, ABC):
         """Velocity (B,N,C), or (2B,N,C) of both branches where they are paired."""
 
     @abstractmethod
-    def reconstruction(self, data: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """Weighted loss of what predicted clean latents (B,N,C) decode to, and its parts; None without one."""
+    def decoded(self, data: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Losses (B,) of what predicted clean latents (B,N,C) decode to: those of a batch's first B samples."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """`latents`, `noise`, `t` and what `add_route` draws -> loss and what it is made of."""
+        """`latents`, `noise`, `t` and what `SamplerDraw` adds -> loss and what it is made of."""
         config = self.config
         x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
         with torch.no_grad():
@@ -193,24 +177,33 @@ class RouterObjective(nn.Module, ABC):
         conditional = found[: len(x_t)]
         values["flow"] = (conditional - velocity(batch["noise"], batch["latents"])).square().mean()
         loss = loss + config.flow * values["flow"]
-        rebuilt = self.reconstruction(predict_data(x_t, conditional, batch["t"]), batch)
-        if rebuilt is not None:
-            loss, values = loss + rebuilt[0], values | rebuilt[1]
+        term = self.term
+        if term.weight and term.share:
+            count = math.ceil(term.share * len(x_t))
+            data = predict_data(x_t, conditional, batch["t"])[:count]
+            trust = batch["t"][:count] ** term.time_power
+            parts = {name: (value * trust).mean() for name, value in self.decoded(data, batch).items()}
+            loss, values = loss + term.weight * term.total(parts), values | parts
         values |= self._spending(share, batch)
         return loss, {name: value.detach() for name, value in values.items()}
 
+    def sampler(self, times: Grid) -> SamplerDraw:
+        """What items of these routers get, for a sampler with these times."""
+        router = self.session.router_config
+        return SamplerDraw(self.config, router, len(self.session.blocks), self.paired, times)
+
     def _announce(self, batch: Batch, skipped: bool) -> None:
         """Tell the session of the training pass to come."""
-        dt, budget, branch = (
-            batch[name].repeat(2) if self.paired else batch[name] for name in ("dt", "budget", "branch")
-        )
+        dt, budget, branch = (batch[name] for name in ("dt", "budget", "branch"))
+        count = len(dt) if self.paired else 0
         if self.paired:
-            branch = torch.arange(2, device=branch.device).float().repeat_interleave(len(batch["t"]))
-        explored = batch["explored"].transpose(0, 1).flatten(0, 1) if "explored" in batch else None
+            dt, budget = dt.repeat(2), budget.repeat(2)
+            branch = torch.arange(2, device=dt.device).float().repeat_interleave(count)
         several = torch.distributed.is_initialized()  # they share weights or gradients
         simulated = self._simulated(batch) if "ages" in batch else None
-        conditional_rows = len(batch["t"]) if self.paired else 0
-        self.session.train(dt, budget, branch, explored, several, simulated, skipped, conditional_rows)
+        self.session.train(
+            dt, budget, branch, lockstep=several, simulated=simulated, skipped=skipped, conditional_rows=count
+        )
 
     def _gate_logits(self) -> Tensor:
         """Gate logit (R,) of every row."""
@@ -242,9 +235,11 @@ class RouterObjective(nn.Module, ABC):
 
     @torch.no_grad()
     def _skip_error(self, skipped: Tensor, dense: Tensor, batch: Batch) -> Tensor:
-        """Damage of closing each row (R,) alone, or a sample's rows (B,) where its branches go together. An error
-        counts as much as it moves the latents of a sampler, times the square of the number of steps, with which the
-        errors of forecasts fall: so a threshold is about the same share of the steps of any sampler."""
+        """Error that skipping each row (R,) alone makes, or a sample's rows (B,) where its branches share a decision.
+
+        It counts as much as it moves the latents of a sampler, times the square of the number of steps, with which the
+        errors of forecasts fall: so a threshold is about the same share of the steps of any sampler.
+        """
         weight = 1 + (self.config.late_weight - 1) * batch["t"]
         weight = weight * (batch["dt"] * batch["steps"].square() / self.config.max_steps).square()
         target, found = self.guided(dense), []
@@ -276,9 +271,6 @@ class RouterObjective(nn.Module, ABC):
         return unconditional / self.config.guidance + (conditional - unconditional)
 
     def _dense(self, x_t: Tensor, batch: Batch) -> Tensor:
-        teacher = self._teacher[0]
-        if teacher is not None:
-            return self.velocities(teacher.to(x_t.device), x_t, batch).float()
         with self.session.dense():
             return self.velocities(self.dit, x_t, batch).float()
 
@@ -323,37 +315,93 @@ def followed(moments: Tensor, skip_error: Tensor, rate: float = 0.05) -> None:
         moments.copy_(torch.lerp(moments, found, rate) if known else found)
 
 
-def add_route(
-    item: Batch,
-    routing: RoutingConfig,
-    router: RouterConfig,
-    blocks: int,
-    paired: bool,
-    grid: Grid,
-    rng: np.random.Generator,
-) -> None:
-    """Give an item a time of a random sampler, with its step size and number of steps, a budget, and the blocks to
-    explore; for routers that reuse residuals also earlier steps, and which of them each block remembers."""
-    low, high = math.log(routing.min_steps), math.log(routing.max_steps + 1)
-    steps = min(int(math.exp(rng.uniform(low, high))), routing.max_steps)
-    times = grid(steps)
-    steps = len(times) - 1
-    step = int(rng.integers(steps))
-    item["t"], item["dt"], item["steps"] = (
-        times[step],
-        times[step + 1] - times[step],
-        torch.tensor(float(steps)),
-    )
-    item["budget"] = torch.tensor(rng.uniform(routing.min_budget, 1.0)).float()
-    if routing.explore < 1:
-        item["explored"] = torch.from_numpy(rng.random((1 + paired, blocks)) < routing.explore)
-    if router.longest:
-        ages = np.cumsum(rng.geometric(routing.renewal, routing.recalled))
-        usable = int(np.sum((ages <= step) & (ages <= router.longest)))
-        # blocks that decide together remember the same step
-        together = router.branches is Branches.shared
-        shape = (1 if together else 1 + paired, 1 if router.scope is Scope.step else blocks)
-        picks = rng.integers(usable, size=shape) if usable else np.full(shape, -1)
-        item["ages"] = torch.from_numpy(np.where(ages <= step, ages, 0))
-        item["earlier"] = times[torch.from_numpy(np.maximum(step - ages, 0))]
-        item["picks"] = torch.from_numpy(np.broadcast_to(picks, (1 + paired, blocks)).copy())
+@dataclass(frozen=True)
+class SamplerDraw:
+    """What an item of the flow's training gets besides: where a random sampler stands, and with which budget."""
+
+    routing: RoutingConfig
+    router: RouterConfig
+    blocks: int
+    paired: bool
+    times: Grid
+
+    def __call__(self, item: Batch, position: int, seed: int) -> np.random.Generator:
+        """Give an item a time of a random sampler, with its step size and number of steps, and a budget; for routers
+        that reuse residuals also earlier steps, and which of them each block remembers. -> a generator to go on with.
+        """
+        routing, router, rng = self.routing, self.router, np.random.default_rng([seed, position, 3])
+        low, high = math.log(routing.min_steps), math.log(routing.max_steps + 1)
+        times = self.times(min(int(math.exp(rng.uniform(low, high))), routing.max_steps))
+        steps = len(times) - 1
+        step = int(rng.integers(steps))
+        item["t"], item["dt"] = times[step], times[step + 1] - times[step]
+        item["steps"] = torch.tensor(float(steps))
+        item["budget"] = torch.tensor(rng.uniform(routing.min_budget, 1.0)).float()
+        if router.longest:
+            ages = np.cumsum(rng.geometric(routing.renewal, routing.recalled))
+            usable = int(np.sum((ages <= step) & (ages <= router.longest)))
+            # blocks that decide together remember the same step
+            together = router.branches is Branches.shared
+            shape = (1 if together else 1 + self.paired, 1 if router.scope is Scope.step else self.blocks)
+            picks = rng.integers(usable, size=shape) if usable else np.full(shape, -1)
+            item["ages"] = torch.from_numpy(np.where(ages <= step, ages, 0))
+            item["earlier"] = times[torch.from_numpy(np.maximum(step - ages, 0))]
+            item["picks"] = torch.from_numpy(np.broadcast_to(picks, (1 + self.paired, self.blocks)).copy())
+        return rng
+
+
+class RoutedStage(Stage):
+    """What the loop needs to train routers; subclasses bring data, a sampler and pictures of what it makes."""
+
+    config: Any
+    flow: RouterObjective
+
+    @abstractmethod
+    def sampler_times(self) -> Tensor:
+        """Times (S+1,) of the sampler in `val_steps` steps."""
+
+    @abstractmethod
+    def sampled(self, count: int) -> Tensor:
+        """Latents (B,N,C) of the first `count` (0: all) validation samples, as the session's settings say."""
+
+    @abstractmethod
+    def sheet(self, rows: list[Tensor]) -> np.ndarray:
+        """Rows of latents (B,N,C) as one image."""
+
+    def compared(self, latents: Tensor) -> Tensor:
+        """What of latents (B,N,C) a calibration looks at."""
+        return latents
+
+    def validate(self) -> dict[str, float]:
+        """Executed share and distance to the dense latents of the same seed, sampling at each budget."""
+        return compare_budgets(self._generate, self.config.routing.val_budgets)
+
+    def samples(self) -> dict[str, np.ndarray]:
+        """Rows: what the dense model makes, then what routers do at each validation budget, same seeds."""
+        budgets = self.config.routing.val_budgets
+        settings = [ElasticConfig(elastic=False), *(ElasticConfig(budget=b) for b in budgets)]
+        return {"generated": self.sheet([self._generate(each)[0] for each in settings])}
+
+    def calibrate(self, curves: CurvesConfig, points: int = 24) -> None:
+        """Measure on validation samples how residuals go on and how urgent times are, and make the requested cost the
+        executed one."""
+
+        def generate(settings: ElasticConfig, count: int) -> tuple[Tensor, Tensor]:
+            latents, share = self._generate(settings, count)
+            return self.compared(latents), share
+
+        calibrate(self.flow.session, generate, self.sampler_times(), curves, points)
+
+    def _generate(self, settings: ElasticConfig, count: int = 0) -> tuple[Tensor, Tensor]:
+        """Latents (B,N,C) of the first `count` (0: all) validation samples, and the executed share (B,)."""
+        session = self.flow.session
+        before, session.settings = session.settings, settings
+        try:
+            with as_trained(self.config.precision, next(self.flow.dit.parameters()).device):
+                latents = self.sampled(count)
+            if not settings.elastic:
+                return latents, torch.ones(len(latents))
+            assert session.trace is not None
+            return latents, trace_share(session.trace)
+        finally:
+            session.settings = before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from elastic3d import __version__
 from elastic3d.diffusion.dial import save_dial
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.elastic import save_routers
-from elastic3d.elastic.attachment import load_router_state, router_state, session_of
+from elastic3d.elastic.attachment import load_router_state, router_state
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import build_image_encoder
 from elastic3d.models.shape_dit import ShapeDiT
@@ -24,31 +24,29 @@ from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import load_dit
 from elastic3d.models.weights import load_strict
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
-from elastic3d.pipelines.pixel_flux import PixelSamplingConfig
-from elastic3d.training.block_router_shape import BlockRouterTrainConfig, ShapeBlockRouterStage
-from elastic3d.training.block_router_stage import BlockRouterStage
+from elastic3d.pipelines.pixel_flux import PixelSamplingConfig, build_transformer, save_pixel_flux
 from elastic3d.training.calibration import CurvesConfig
-from elastic3d.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
+from elastic3d.training.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    read_record,
+    upgraded,
+)
 from elastic3d.training.dit import DiTTrainConfig
-from elastic3d.training.elastic import RouterStage, RouterTrainConfig
-from elastic3d.training.elastic_image import ImageRouterTrainConfig
-from elastic3d.training.elastic_objective import TrainedParts
 from elastic3d.training.few_step import FewStepTrainConfig, attach_few_step
-from elastic3d.training.generations import pipeline_config
 from elastic3d.training.image import ImageTrainConfig
 from elastic3d.training.journal import METRICS_NAME, read_metrics
-from elastic3d.training.latents import LatentInfo
-from elastic3d.training.low_rank import merge_low_rank
+from elastic3d.training.latents import LatentInfo, pipeline_config
 from elastic3d.training.options import RunConfig, StageName
-from elastic3d.training.record import read_record, upgraded
+from elastic3d.training.stages import build_stage, stage_config
 from elastic3d.training.vae import VAETrainConfig
 from elastic3d.utils.files import atomic_path
 from elastic3d.utils.options import Options, option
 from elastic3d.utils.structured import save_json
 
 Config = TypeVar("Config")
-RECORD_NAME = "training.json"
-CURVES_NAME = "training.csv"
+RECORD_NAME, CURVES_NAME = "training.json", "training.csv"
 
 
 @dataclass(kw_only=True)
@@ -117,13 +115,26 @@ class _Run:
         """The averaged weights of the whole objective."""
         return self.checkpoint.part("average")
 
+    def part(self, name: str) -> dict[str, Tensor]:
+        """Those of one part of the objective, under the part's own names."""
+        start = f"{name}."
+        return {key.removeprefix(start): t for key, t in self.weights.items() if key.startswith(start)}
+
     def trained(self, config_class: type[Config]) -> Config:
         """The configuration it was trained with."""
         return read_record(self.checkpoint.values.get("config"), config_class, self.source)
 
     def write_record(self, folder: Path, name: str = "training") -> None:
-        """`training.json` and `training.csv` beside what was trained."""
-        _write_record(folder, self.config.folder, self.checkpoint.step, self.checkpoint.values, name)
+        """`training.json`: versions, configuration, data; `training.csv`: every recorded scalar by step."""
+        versions = {"elastic3d": __version__, "torch": torch.__version__}
+        record = {"steps": self.checkpoint.step, "versions": versions, **self.checkpoint.values}
+        save_json(record, folder / f"{name}.json")
+        lines = read_metrics(self.config.folder / METRICS_NAME)
+        names = sorted({key for line in lines for key in line} - {"step", "time"})
+        with atomic_path(folder / f"{name}.csv") as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["step", "time", *names])
+            writer.writeheader()
+            writer.writerows(lines)
 
 
 def export_run(config: ExportStageConfig) -> Path:
@@ -153,9 +164,17 @@ def export_run(config: ExportStageConfig) -> Path:
     return output
 
 
+def copy_files(names: Sequence[str], source: Path, output: Path) -> None:
+    """Copy those files of a folder that are there into another one, each whole or not at all."""
+    for name in names:
+        if source.resolve() != output.resolve() and (source / name).is_file():
+            with atomic_path(output / name) as temporary:
+                shutil.copyfile(source / name, temporary)
+
+
 def _export_vae(run: _Run) -> None:
     vae = ShapeVAE(run.trained(VAETrainConfig).vae.model)
-    load_strict(vae, _inside("vae.", run.weights), run.source)
+    load_strict(vae, run.part("vae"), run.source)
     vae.save_pretrained(run.output, torch.bfloat16)
     run.write_record(run.output)
 
@@ -164,34 +183,47 @@ def _export_pipeline(run: _Run) -> None:
     trained = run.trained(DiTTrainConfig)
     info = LatentInfo.load(trained.latents.output)
     dit = ShapeDiT(trained.dit.model)
-    load_strict(dit, _inside("dit.", run.weights), run.source)
-    vae = ShapeVAE.from_pretrained(info.vae)
-    vae.set_latent_statistics(info.mean, info.std)
+    load_strict(dit, run.part("dit"), run.source)
     encoder = build_image_encoder(info.encoder)
-    pipeline = ImageTo3DPipeline(vae, dit, encoder, run.config.export.pipeline)
+    pipeline = ImageTo3DPipeline(info.load_vae(), dit, encoder, run.config.export.pipeline)
     pipeline.save_pretrained(run.output, torch.bfloat16)
-    for name in (RECORD_NAME, CURVES_NAME):
-        if (info.vae / name).is_file():
-            shutil.copyfile(info.vae / name, run.output / "vae" / name)
+    copy_files((RECORD_NAME, CURVES_NAME), info.vae, run.output / "vae")
     run.write_record(run.output / "dit")
 
 
+def _export_image_model(run: _Run) -> None:
+    sampling = run.config.image.model
+    model = replace(
+        run.trained(ImageTrainConfig).image.model,
+        **{item.name: getattr(sampling, item.name) for item in fields(PixelSamplingConfig)},
+    )
+    transformer = build_transformer(model)
+    load_strict(transformer, run.part("dit"), run.source)
+    save_pixel_flux(model, transformer, run.output, torch.bfloat16)
+    run.write_record(run.output)
+
+
 def _export_routers(run: _Run) -> None:
-    """The dense pipeline with calibrated `routers/` inside; a base model that learned too is written as it is now."""
-    trained = run.trained(RouterTrainConfig)
-    trained.routing.val_shapes = run.config.routing.val_shapes
-    stage = RouterStage(trained)
-    objective = stage.flow
-    load_strict(objective, run.weights, run.source)
-    objective.eval()
+    """Calibrated `routers/`, with their few-step LoRA in bf16; those of shapes inside their dense pipeline."""
+    stage_name = upgraded(run.checkpoint.values.get("config"), run.source)["stage"]
+    trained: Any = run.trained(stage_config(StageName[stage_name]))
+    options = trained.blocks if hasattr(trained, "blocks") else trained.routing
+    options.val_shapes = run.config.routing.val_shapes
+    of_shapes = hasattr(options, "mesh")
+    if of_shapes:
+        options.mesh.weight = 0.0  # needs no data of true surfaces then
+    stage: Any = build_stage(trained)
+    load_strict(stage.flow, run.weights, run.source)
+    stage.flow.eval()
     stage.calibrate(run.config.routing)
-    pipeline = ImageTo3DPipeline.from_pretrained(trained.routing.model, "cpu", "float32", dial=False)
-    if trained.routing.parts is not TrainedParts.routers:
-        merge_low_rank(objective.dit.modules())
-        pipeline.dit.load_state_dict(objective.dit.state_dict())
-    pipeline.config.elastic = run.config.export.pipeline.elastic
-    pipeline.save_pretrained(run.output, torch.bfloat16)
-    save_routers(objective.dit, run.output / "routers")
+    for block in stage.flow.session.blocks:
+        if block.few_step is not None:
+            block.few_step.to(torch.bfloat16)
+    if of_shapes:
+        pipeline = ImageTo3DPipeline.from_pretrained(options.model, "cpu", "float32", dial=False)
+        pipeline.config.elastic = run.config.export.pipeline.elastic
+        pipeline.save_pretrained(run.output, torch.bfloat16)
+    save_routers(stage.flow.dit, run.output / "routers")
     run.write_record(run.output / "routers")
 
 
@@ -200,92 +232,20 @@ def _export_few_step(run: _Run) -> None:
     trained = run.trained(FewStepTrainConfig).few_step
     output, routers = run.output / "routers", trained.model / "routers"
     dit = load_dit(trained.model / "dit")
-    attach_few_step(dit, trained, pipeline_config(trained.model).guidance)
+    session = attach_few_step(dit, trained, pipeline_config(trained.model).guidance)
     own = {key: tensor for key, tensor in router_state(dit).items() if ".few_step." not in key}
-    few_step = {key.removeprefix("few_step.").replace("/", "."): t for key, t in run.weights.items()}
+    few_step = {key.replace("/", "."): tensor for key, tensor in run.part("few_step").items()}
     load_router_state(dit, own | few_step, run.source)
-    session = session_of(dit)
     used = run.config.few_step.used_nfe or trained.max_nfe
     session.router_config = replace(session.router_config, few_step_nfe=used)
     for block in session.blocks:
         assert block.few_step is not None
         block.few_step.rebase(used / trained.max_nfe)
         block.few_step.to(torch.bfloat16)
-    for name in (RECORD_NAME, CURVES_NAME, "calibration.json"):
-        if routers.resolve() != output.resolve() and (routers / name).is_file():
-            with atomic_path(output / name) as temporary:
-                shutil.copyfile(routers / name, temporary)
+    copy_files((RECORD_NAME, CURVES_NAME, "calibration.json"), routers, output)
     save_dial(None, run.output)
     save_routers(dit, output)
     run.write_record(output, "few_step")
-
-
-def _export_image_model(run: _Run) -> None:
-    from elastic3d.pipelines.pixel_flux import build_transformer, save_pixel_flux
-
-    sampling = run.config.image.model
-    model = replace(
-        run.trained(ImageTrainConfig).image.model,
-        **{item.name: getattr(sampling, item.name) for item in fields(PixelSamplingConfig)},
-    )
-    transformer = build_transformer(model)
-    load_strict(transformer, _inside("dit.", run.weights), run.source)
-    save_pixel_flux(model, transformer, run.output, torch.bfloat16)
-    run.write_record(run.output)
-
-
-def _export_image_routers(run: _Run) -> None:
-    """Calibrated `routers/`; where the DiT learned too, it as it is now in `transformer/`."""
-    from elastic3d.elastic import detach
-    from elastic3d.training.elastic_image import ImageRouterStage
-
-    trained = run.trained(ImageRouterTrainConfig)
-    trained.routing.val_shapes = run.config.routing.val_shapes
-    stage = ImageRouterStage(trained)
-    load_strict(stage.flow, run.weights, run.source)
-    stage.flow.eval()
-    stage.calibrate(run.config.routing)
-    save_routers(stage.flow.dit, run.output / "routers")
-    if trained.routing.parts is not TrainedParts.routers:
-        dit: Any = stage.flow.dit
-        merge_low_rank(dit.modules())
-        detach(stage.flow.backbone.pipe)
-        dit.to(torch.bfloat16).save_pretrained(run.output / "transformer")
-    run.write_record(run.output / "routers")
-
-
-def _export_block_routers(run: _Run) -> None:
-    """The pipeline with calibrated per-block `routers/` and their few-step LoRA inside; its DiT stays as it is."""
-    trained = run.trained(BlockRouterTrainConfig)
-    trained.blocks.mesh.weight = 0.0  # needs no data of true surfaces then
-    stage = _calibrated(ShapeBlockRouterStage, trained, run)
-    pipeline = ImageTo3DPipeline.from_pretrained(trained.blocks.model, "cpu", "float32", dial=False)
-    pipeline.config.elastic = run.config.export.pipeline.elastic
-    pipeline.save_pretrained(run.output, torch.bfloat16)
-    save_routers(stage.flow.dit, run.output / "routers")
-    run.write_record(run.output / "routers")
-
-
-def _export_image_block_routers(run: _Run) -> None:
-    """Calibrated per-block `routers/` with their few-step LoRA."""
-    from elastic3d.training.block_router_image import ImageBlockRouterStage, ImageBlockRouterTrainConfig
-
-    stage = _calibrated(ImageBlockRouterStage, run.trained(ImageBlockRouterTrainConfig), run)
-    save_routers(stage.flow.dit, run.output / "routers")
-    run.write_record(run.output / "routers")
-
-
-def _calibrated(stage_class: Callable[[Any], BlockRouterStage], trained: Any, run: _Run) -> BlockRouterStage:
-    """The stage of a run, its budgets calibrated, its LoRA in bf16."""
-    trained.blocks.val_shapes = run.config.routing.val_shapes
-    stage = stage_class(trained)
-    load_strict(stage.flow, run.weights, run.source)
-    stage.flow.eval()
-    stage.calibrate()
-    for block in stage.flow.session.blocks:
-        assert block.few_step is not None
-        block.few_step.to(torch.bfloat16)
-    return stage
 
 
 _EXPORTS: dict[Any, Callable[[_Run], None]] = {
@@ -293,25 +253,8 @@ _EXPORTS: dict[Any, Callable[[_Run], None]] = {
     "dit": _export_pipeline,
     "image": _export_image_model,
     "router": _export_routers,
-    "image_router": _export_image_routers,
+    "image_router": _export_routers,
     "few_step": _export_few_step,
-    "block_router": _export_block_routers,
-    "image_block_router": _export_image_block_routers,
+    "block_router": _export_routers,
+    "image_block_router": _export_routers,
 }
-
-
-def _inside(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one part of the objective, under the part's own names."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _write_record(folder: Path, run: Path, step: int, values: dict[str, Any], name: str = "training") -> None:
-    """`training.json`: versions, configuration, data; `training.csv`: every recorded scalar by step."""
-    versions = {"elastic3d": __version__, "torch": torch.__version__}
-    save_json({"steps": step, "versions": versions, **values}, folder / f"{name}.json")
-    lines = read_metrics(run / METRICS_NAME)
-    names = sorted({key for line in lines for key in line} - {"step", "time"})
-    with atomic_path(folder / f"{name}.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["step", "time", *names])
-        writer.writeheader()
-        writer.writerows(lines)

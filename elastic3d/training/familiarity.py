@@ -18,8 +18,7 @@ from elastic3d.models.images import IMAGE_SUFFIXES, load_image, prepare_image, t
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.training.datasets import PreparedShapes, read_split
-from elastic3d.training.image_augment import augment_view
-from elastic3d.training.latents import stored_views
+from elastic3d.training.views import augment_view, stored_views
 from elastic3d.utils.files import visible_files
 from elastic3d.utils.options import Options, option
 from elastic3d.utils.structured import save_json

@@ -1,10 +1,11 @@
-"""The routers' few-step LoRA (low-rank updates of the blocks): learned through whole elastic generations with few
-model evaluations, held to what the dense model makes of the same noise in many steps."""
+"""The few-step LoRA (low-rank updates of the blocks), and training through whole generations: from noise through all
+steps to the last latents, held to what the dense model makes of the same noise in many steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -13,40 +14,221 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.diffusion.sampler import integrate
 from elastic3d.elastic import adapter_for, attach
 from elastic3d.elastic.attachment import (
     load_router_config,
     load_router_state,
     router_modules,
     router_state,
+    session_of,
+    todays_keys,
 )
 from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT
-from elastic3d.models.skip_dit import SkipDiT, load_dit
+from elastic3d.models.skip_dit import SkipDiT
 from elastic3d.models.weights import find_weights, load_config
 from elastic3d.pipelines.image_to_3d import ROUTERS_NAME
-from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, read_split, record_of_shapes, stack
-from elastic3d.training.generations import (
-    GenerationObjective,
-    ShapeGenerationConfig,
-    channel_weights,
-    draw_pair,
-    integrate_shapes,
-    pipeline_config,
-    relative_errors,
-    with_lora,
-)
-from elastic3d.training.latents import LatentCacheConfig, LatentInfo
-from elastic3d.training.options import Precision, StageName, TrainConfig
-from elastic3d.utils.options import option
+from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_generator, stack
+from elastic3d.training.latents import LatentCache, LatentCacheConfig, LatentInfo
+from elastic3d.training.loop import Stage
+from elastic3d.training.options import StageName, TrainConfig
+from elastic3d.utils.options import Options, option
 from elastic3d.utils.tensors import read_weights
 
 VALIDATED = ((4, 1.0), (6, 1.0), (8, 0.5), (12, 0.35), (12, 0.5), (25, 0.3))  # steps, budget
 TOKENS = ("tokens",)
+
+
+@dataclass(kw_only=True)
+class GenerationConfig(Options):
+    """Training through whole generations."""
+
+    rank: int = option(32, "rank of the few-step LoRA", ge=1, le=4096)
+    min_steps: int = option(4, "fewest sampling steps", ge=1, le=1000)
+    max_steps: int = option(25, "most of them", ge=1, le=1000)
+    reference_steps: int = option(
+        60, "sampling steps of the dense results that are to be reached", ge=1, le=10_000
+    )
+    pairs: int = option(
+        8192, "pairs of a condition and noise, whose dense results are kept in memory", ge=1, le=1 << 24
+    )
+    floor: float = option(
+        1e-3,
+        "relative squared error below which little is to be gained; the loss is the logarithm of what is above",
+        ge=1e-9,
+        le=1,
+        advanced=True,
+    )
+    val_shapes: int = option(
+        28, "validation shapes or images that are generated", ge=1, le=1 << 16, advanced=True
+    )
+
+    def check(self) -> None:
+        """The range of steps is not empty, and the dense results are in no fewer."""
+        super().check()
+        for name, low, high in (
+            ("max_steps", self.min_steps, 1000),
+            ("reference_steps", self.max_steps, 10_000),
+        ):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a value from {low} to {high}")
+
+
+@dataclass(kw_only=True)
+class ShapeGenerationConfig(GenerationConfig):
+    """Of shapes: guidance, and what counts."""
+
+    guidance: bool = option(
+        False, "learn the pipeline's guidance too: generations with the LoRA run the conditional branch alone"
+    )
+    guided_times: list[float] = option(
+        [],
+        "with it: first and last time between which both branches run all the same; empty: nowhere",
+        ge=0,
+        le=1,
+        ascending=True,
+    )
+    anchor_weight: float = option(
+        1.0,
+        "weight of the anchors' channels over the others': errors there cost a mesh the most",
+        ge=0,
+        le=1e6,
+    )
+
+    def check(self) -> None:
+        """Times of guidance come with guidance."""
+        super().check()
+        if len(self.guided_times) not in (0, 2):
+            raise ValueError(f"guided_times is {self.guided_times}, expected none or two")
+        if self.guided_times and not self.guidance:
+            raise ValueError(f"guided_times is {self.guided_times}, expected none: guidance is false")
+
+
+class GenerationObjective(nn.Module, ABC):
+    """A frozen model with routers, generating. Subclasses say how, and train the routers or their few-step LoRA."""
+
+    gradient_checkpointing = False  # set by the loop
+    weights: Tensor
+
+    def __init__(self, dit: nn.Module, reference_steps: int, weights: Tensor) -> None:
+        """`weights` (C,): how much an error of each channel counts."""
+        super().__init__()
+        self.reference_steps = reference_steps
+        self.register_buffer("weights", weights, persistent=False)
+        self.session = session_of(dit)
+        dit.requires_grad_(False)
+        for part in router_modules(dit).values():
+            part.requires_grad_(False)
+        self._dit = (dit.eval(),)  # in a tuple: no part of the state dict, nor trained
+        self._dense: dict[int, Tensor] = {}
+
+    @property
+    def dit(self) -> nn.Module:
+        """The model with its routers, where these are."""
+        dit, device = self._dit[0], next(self.parameters()).device
+        return dit if next(dit.parameters()).device == device else dit.to(device)
+
+    @abstractmethod
+    def integrate(self, batch: Batch, steps: int) -> Tensor:
+        """`noise` (B,N,C) and a condition -> latents (B,N,C) in `steps` steps, as the session's settings say."""
+
+    def generate(self, batch: Batch, steps: int, settings: ElasticConfig) -> Tensor:
+        """Latents (B,N,C) in `steps` steps, with gradients to what learns."""
+        session, before = self.session, self.session.settings
+        session.settings, session.recompute = settings, self.gradient_checkpointing
+        try:
+            return self.integrate(batch, steps)
+        finally:
+            session.settings, session.recompute = before, False
+
+    @torch.no_grad()
+    def dense_results(self, batch: Batch) -> Tensor:
+        """Latents (B,N,C) of the dense model in many steps; computed when they are first needed, and kept."""
+        pairs = batch["pair"].tolist()
+        missing = list({pair: row for row, pair in enumerate(pairs) if pair not in self._dense}.values())
+        if missing:
+            part = {name: value[missing] for name, value in batch.items()}
+            found = self.generate(part, self.reference_steps, ElasticConfig(elastic=False)).cpu()
+            self._dense |= {pairs[row]: latents for row, latents in zip(missing, found, strict=True)}
+        return torch.stack([self._dense[pair] for pair in pairs]).to(batch["noise"].device)
+
+
+def integrate_shapes(dit: ShapeDiT | SkipDiT, pipeline: PipelineConfig, batch: Batch, steps: int) -> Tensor:
+    """`noise` (B,N,C), `condition` (B,M,Cc) -> latents (B,N,C), as a pipeline samples shapes, with gradients."""
+    return integrate(
+        dit,
+        batch["condition"].float(),
+        batch["noise"],
+        steps,
+        pipeline.guidance,
+        times=sampling_times(pipeline, steps),
+        solver=pipeline.solver,
+        guidance_embed=dit.config.guidance_embed,
+        session=session_of(dit),
+    )
+
+
+def draw_pair(shapes: PreparedShapes, info: LatentInfo, pair: int, seed: int) -> Batch:
+    """`noise` (N,C) and `condition` (M,Cc), one view of a shape: the same for the same number of a pair."""
+    rng = item_generator(seed, pair)
+    view = int(rng.integers(info.settings["views"]))
+    noise = rng.standard_normal(tuple(info.latents), dtype=np.float32)
+    id = shapes.ids[pair % len(shapes)]
+    return {"noise": torch.from_numpy(noise), "condition": shapes.read(id, "tokens", view)}
+
+
+def relative_errors(found: Tensor, true: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+    """(B,N,C) each, weights of channels (C,) -> squared distance over the squared norm (B,)."""
+    return (weights * (found - true).square()).mean((1, 2)) / (weights * true.square()).mean((1, 2))
+
+
+def channel_weights(channels: int, anchors: int, weight: float) -> Tensor:
+    """(C,): `weight` for the anchors' channels, which come first, 1 for the others."""
+    weights = torch.ones(channels)
+    weights[:anchors] = weight
+    return weights
+
+
+def attach_lora(
+    dit: nn.Module,
+    router: RouterConfig,
+    folder: Path,
+    old: RouterConfig,
+    trained: Mapping[str, Tensor],
+    keep: bool,
+) -> ElasticSession:
+    """Put routers with a few-step LoRA on a model, with the weights `trained` of the `old` ones in `folder`.
+
+    A LoRA is taken over where it is to be kept: with fresh directions up to the new rank, at the new NFE.
+    """
+    session = attach(dit, router)
+    fresh, trained = router_state(dit), todays_keys(trained)
+    lora = {key for key in trained if ".few_step." in key}
+    found = {key: value for key, value in trained.items() if key not in lora}
+    if keep:
+        found |= {key: widened(trained[key], fresh[key]) for key in lora & fresh.keys()}
+        found |= {key: trained[key] for key in lora - fresh.keys()}
+    load_router_state(dit, {**fresh, **found}, str(folder))
+    for block in session.blocks:
+        if keep and old.few_step_rank and block.few_step is not None:
+            block.few_step.rebase(router.few_step_nfe / old.few_step_nfe)
+    return session
+
+
+def widened(trained: Tensor, fresh: Tensor) -> Tensor:
+    """A fresh tensor of the same or a larger rank, with what was trained at its start: with fresh `up`s of zero both
+    change a layer alike. As it is where it is no part of the fresh one."""
+    if trained.ndim != fresh.ndim or any(a > b for a, b in zip(trained.shape, fresh.shape, strict=True)):
+        return trained
+    result = fresh.clone()
+    result[tuple(map(slice, trained.shape))] = trained.to(fresh)
+    return result
 
 
 @dataclass(kw_only=True)
@@ -107,8 +289,8 @@ def attach_few_step(dit: nn.Module, config: FewStepStageConfig, guidance: float)
     """Put the routers of `config.model` on a model, with fresh few-step LoRA in the place of what they may have,
     or with these where they are to be `continued`, and fresh directions up to the rank; `guidance` is the
     pipeline's."""
-    adapter, folder = adapter_for(dit), config.model / ROUTERS_NAME
-    old: RouterConfig = load_router_config(folder, adapter.family)
+    folder = config.model / ROUTERS_NAME
+    old: RouterConfig = load_router_config(folder, adapter_for(dit).family)
     if old.trained_steps:
         raise UserError(
             f"{folder} has per-block routers, which were trained with their few-step LoRA: stage=block_router goes on"
@@ -128,14 +310,7 @@ def attach_few_step(dit: nn.Module, config: FewStepStageConfig, guidance: float)
         few_step_guidance=guidance if config.guidance else None,
         guided_times=config.guided_times,
     )
-    session = attach(dit, router)
-    path = find_weights(folder)
-    load_router_state(dit, with_lora(router_state(dit), read_weights(path), config.continued), str(path))
-    if config.continued:
-        for block in session.blocks:
-            assert block.few_step is not None
-            block.few_step.rebase(config.max_nfe / old.few_step_nfe)
-    return session
+    return attach_lora(dit, router, folder, old, read_weights(find_weights(folder)), config.continued)
 
 
 class FewStepObjective(GenerationObjective):
@@ -183,9 +358,6 @@ class PairItems:
     def __post_init__(self) -> None:
         self._shuffle = Shuffle(self.config.pairs)
 
-    def __len__(self) -> int:
-        return self.config.pairs
-
     def item(self, position: int, seed: int) -> Batch:
         """Item `position` of the stream."""
         config, rng = self.config, np.random.default_rng([seed, position // self.batch, 4])
@@ -197,57 +369,32 @@ class PairItems:
         pair = self._shuffle(position, seed)
         # no fewer calls than the smallest budget leaves
         values = {"pair": pair, "steps": steps, "nfe": max(nfe, MIN_BUDGET * steps)}
-        return self.draw(pair, seed) | {name: torch.tensor(value) for name, value in values.items()}
-
-    def draw(self, pair: int, seed: int) -> Batch:
-        """The noise and the view of one pair."""
-        return draw_pair(self.shapes, self.info, pair, seed)
+        item = draw_pair(self.shapes, self.info, pair, seed)
+        return item | {name: torch.tensor(value) for name, value in values.items()}
 
 
-class FewStepStage:
+class FewStepStage(Stage):
     """What the loop needs to train few-step LoRA."""
 
     def __init__(self, config: FewStepTrainConfig) -> None:
         self.config, options = config, config.few_step
-        self.info = LatentInfo.load(config.latents.output)
-        pipeline = pipeline_config(options.model)
+        self.cache = cache = LatentCache(config.latents.output, config.data, options.val_shapes, TOKENS)
         if not (options.model / ROUTERS_NAME).is_dir():
             raise UserError(f"{options.model} has no routers, expected a folder {ROUTERS_NAME} in it")
-        dtype = torch.bfloat16 if config.precision is Precision.bf16_master else torch.float32
-        dit = load_dit(options.model / "dit", dtype)
-        if self.info.tokens[1] != dit.config.condition_channels:
-            expected, found = dit.config.condition_channels, self.info.tokens[1]
-            raise UserError(f"{options.model} has {expected} condition channels, but the cache has {found}")
+        dit, pipeline = cache.load_dense(options.model, config.precision)
         vae: VAEConfig = load_config(options.model / "vae", VAEConfig, "ShapeVAE")
         self.flow = FewStepObjective(dit, pipeline, options, vae.channels - vae.latent_channels)
-        self.objective: nn.Module = self.flow
-        train, val = read_split(config.data.train), read_split(config.data.val)
-        preload = TOKENS if config.data.preload else ()
-        self._train = PreparedShapes(config.latents.output, train, preload, config.data.limit)
-        self._val = PreparedShapes(config.latents.output, val, (), options.val_shapes)
-        self._items = PairItems(self._train, self.info, options, config.batch)
+        self.objective, self.record = self.flow, cache.record
+        self.items = PairItems(cache.train, cache.info, options, config.batch)
         self._references: Tensor | None = None
-
-    def items(self) -> PairItems:
-        """Pairs of cached training views and noise."""
-        return self._items
-
-    def rate_factor(self, name: str) -> float:
-        """Every parameter learns at the run's rate."""
-        return 1.0
-
-    def record(self) -> dict[str, str | int]:
-        """What the run trains on."""
-        return record_of_shapes(self._train, self._val) | {"encoder": self.info.settings["encoder"]["kind"]}
 
     def validate(self) -> dict[str, float]:
         """Geometric mean of the relative squared error to the dense results, with and without the few-step LoRA."""
-        items = PairItems(self._val, self.info, replace(self.config.few_step, pairs=len(self._val)), 1)
-        batch = stack([items.draw(pair, 0) for pair in range(len(self._val))])
-        device = next(self.flow.few_step.parameters()).device
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        dense = ElasticConfig(elastic=False)
+        val, device = self.cache.val, next(self.flow.few_step.parameters()).device
+        pairs = stack([draw_pair(val, self.cache.info, pair, 0) for pair in range(len(val))])
+        batch = {name: tensor.to(device) for name, tensor in pairs.items()}
         if self._references is None:
+            dense = ElasticConfig(elastic=False)
             self._references = self.flow.generate(batch, self.config.few_step.reference_steps, dense)
         values = {}
         for steps, budget in self._points():
@@ -262,7 +409,3 @@ class FewStepStage:
         options = self.config.few_step
         found = [(s, b) for s, b in VALIDATED if s * b <= options.max_nfe and s <= options.max_steps]
         return found or [(options.max_steps, max(options.max_nfe / options.max_steps, MIN_BUDGET))]
-
-    def samples(self) -> dict[str, np.ndarray]:
-        """None: latents alone are looked at."""
-        return {}

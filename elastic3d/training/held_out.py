@@ -31,9 +31,9 @@ from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.preparation.options import PrepareConfig
 from elastic3d.preparation.prepare import open_source
 from elastic3d.training.datasets import PreparedShapes, item_generator, read_split
-from elastic3d.training.latents import stored_views
-from elastic3d.training.samples import contact_sheet, field_meshes, mesh_image, on_white
+from elastic3d.training.journal import contact_sheet, field_meshes, mesh_image, on_white
 from elastic3d.training.vae import VAEItems, VAEStageConfig
+from elastic3d.training.views import stored_views
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import atomic_path
 from elastic3d.utils.options import Options, option
@@ -88,10 +88,12 @@ def build_held_out(config: HeldOutConfig) -> list[str]:
 
 def open_held_out(config: HeldOutConfig) -> PreparedShapes:
     """The held-out shapes of the source that are prepared, `limit` of them spread evenly over the list."""
-    root, prefix = Path(config.data.output), f"{config.data.source.value}/"
-    found = PreparedShapes(root, [id for id in read_split([config.split]) if id.startswith(prefix)]).ids
-    count = min(config.limit or len(found), len(found))
-    return PreparedShapes(root, [found[i * len(found) // count] for i in range(count)])
+    return PreparedShapes(Path(config.data.output), _listed(config.split, config), limit=config.limit)
+
+
+def _listed(split: Path, config: HeldOutConfig) -> list[str]:
+    """The shapes of the source that a list names."""
+    return [id for id in read_split([split]) if id.startswith(f"{config.data.source.value}/")]
 
 
 def stem(id: str) -> str:
@@ -185,9 +187,7 @@ def _bank(
     features: Callable[[Sequence[Image.Image]], Tensor], config: HeldOutConfig
 ) -> tuple[list[str], Tensor]:
     """Ids of the training shapes and their features (S, V, 1280); computed once and kept beside the meshes."""
-    prefix = f"{config.data.source.value}/"
-    train = [id for id in read_split([config.train]) if id.startswith(prefix)]
-    shapes = PreparedShapes(Path(config.data.output), train)
+    shapes = PreparedShapes(Path(config.data.output), _listed(config.train, config))
     path = config.output / "bank.safetensors"
     bank = read_weights(path) if path.is_file() else {}
     todo = [id for id in shapes.ids if id not in bank]
@@ -224,7 +224,8 @@ def _solids(config: HeldOutConfig) -> Callable[[str], trimesh.Trimesh]:
 
 def write_sheet(ids: Sequence[str], config: HeldOutConfig) -> None:
     """`sheet.png`: input view, generated (first seed), ground truth, nearest training shape; four shapes a row."""
-    chosen = [ids[i * len(ids) // min(SHEET_SHAPES, len(ids))] for i in range(min(SHEET_SHAPES, len(ids)))]
+    count = min(SHEET_SHAPES, len(ids))
+    chosen = [ids[i * len(ids) // count] for i in range(count)]
     folders = ([f"seed-{config.seeds[0]}"] if config.seeds else ["reconstruction"]) + ["gt", "nearest"]
     cells = []
     for id in chosen:

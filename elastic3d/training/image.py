@@ -20,27 +20,20 @@ from elastic3d.pipelines.pixel_flux import (
     build_transformer,
 )
 from elastic3d.training.datasets import Batch, Shuffle, item_generator, stack
-from elastic3d.training.image_cache import ImageCache, build_image_cache, text_of
-from elastic3d.training.image_data import ImageDataConfig
+from elastic3d.training.distributed import first_process_first
+from elastic3d.training.image_data import ImageCache, ImageDataConfig, build_image_cache, text_of
+from elastic3d.training.journal import contact_sheet
+from elastic3d.training.loop import Stage
 from elastic3d.training.options import StageName, TrainConfig
-from elastic3d.training.runtime import first_process_first
-from elastic3d.training.samples import contact_sheet
-from elastic3d.utils.options import Options, option
+from elastic3d.utils.options import option
 
 
 @dataclass(kw_only=True)
-class ImageFlowConfig(Options):
-    """How timesteps are drawn."""
-
-    logit_normal: bool = option(True, "timesteps from a logit-normal distribution; false: uniform")
-    shift: float = option(1.0, "timestep shift; above 1 trains more on noise", ge=1e-3, le=1e3)
-
-
-@dataclass(kw_only=True)
-class ImageStageConfig(ImageDataConfig, ImageFlowConfig):
+class ImageStageConfig(ImageDataConfig):
     """Images with captions, and the model that learns from them."""
 
     model: PixelModelConfig = option(PixelModelConfig, "architecture")
+    shift: float = option(1.0, "timestep shift; above 1 trains more on noise", ge=1e-3, le=1e3)
     drop_caption: float = option(
         0.1, "share of samples without caption (classifier-free guidance)", ge=0, le=1
     )
@@ -94,8 +87,8 @@ class ImageItems:
     """Items: `latents`, `noise` (N,C), `t` (), `text/<name>`, that of the unconditional branch where it is dropped."""
 
     images: ImageCache
-    config: ImageFlowConfig
-    drop_caption: float
+    shift: float = 1.0  # of timesteps
+    drop_caption: float = 0.0
 
     def __post_init__(self) -> None:
         self._shuffle = Shuffle(len(self.images))
@@ -111,7 +104,7 @@ class ImageItems:
         if rng.random() < self.drop_caption:
             item |= self._negative
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
-        item["t"] = sample_timesteps(1, generator, self.config.logit_normal, self.config.shift)[0]
+        item["t"] = sample_timesteps(1, generator, shift=self.shift)[0]
         return item
 
     def draw(self, index: int, caption: int, rng: np.random.Generator) -> Batch:
@@ -125,7 +118,7 @@ class ImageItems:
         return stack([self.draw(i, 0, item_generator(0, i)) for i in range(min(count, len(self)))])
 
 
-class ImageStage:
+class ImageStage(Stage):
     """What the loop needs to train the small text-to-image model."""
 
     def __init__(self, config: ImageTrainConfig) -> None:
@@ -138,27 +131,12 @@ class ImageStage:
         self.dit = build_transformer(image.model)
         self.backbone = SmallBackbone(PixelFluxPipeline.build(image.model, self.dit, None))
         self.flow = ImageFlow(self.backbone, image.model.size, image.model.guidance)
-        self.objective: nn.Module = self.flow
-        self._train = ImageCache(image.cache, "train")
+        self.objective = self.flow
+        train = ImageCache(image.cache, "train")
         self._val = ImageCache(image.cache, "val", image.val_images)
-        self._items = ImageItems(self._train, image, image.drop_caption)
-        self._val_items = ImageItems(self._val, image, 0.0)
-
-    def items(self) -> ImageItems:
-        """Cached training images, shuffled."""
-        return self._items
-
-    def rate_factor(self, name: str) -> float:
-        """Every parameter learns at the run's rate."""
-        return 1.0
-
-    def record(self) -> dict[str, Any]:
-        """What the run trains on."""
-        return {
-            "train_images": len(self._train),
-            "val_images": len(self._val),
-            "images": self._train.settings,
-        }
+        self.items = ImageItems(train, image.shift, image.drop_caption)
+        self.record = record_of_images(train, self._val)
+        self._val_items = ImageItems(self._val)
 
     def validate(self, batch: int = 32) -> dict[str, float]:
         """Velocity error on validation images at fixed noise and even times, with and without caption."""
@@ -177,17 +155,16 @@ class ImageStage:
 
     def samples(self) -> dict[str, np.ndarray]:
         """Rows of validation images: the image, what is generated from its caption."""
-        image = self.config
+        image, backbone, size = self.config, self.backbone, self.flow.size
         items = self._val_items.fixed(image.sample_images)
-        latents = generate_latents(
-            self.backbone,
-            text_of(items),
-            self._val.negative(),
-            self.flow.size,
-            image.sample_steps,
-            image.sample_guidance,
-        )
-        return {"generated": image_sheet(self.backbone, [items["latents"], latents], self.flow.size)}
+        text, negative = text_of(items), self._val.negative()
+        latents = generate_latents(backbone, text, negative, size, image.sample_steps, image.sample_guidance)
+        return {"generated": image_sheet(backbone, [items["latents"], latents], size)}
+
+
+def record_of_images(train: ImageCache, val: ImageCache) -> dict[str, Any]:
+    """What a run trains on and is validated on."""
+    return {"train_images": len(train), "val_images": len(val), "images": train.settings}
 
 
 def generate_latents(

@@ -8,9 +8,8 @@ of the latents.
 
 from __future__ import annotations
 
-import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,25 +20,37 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import ImageEncoder, build_image_encoder
-from elastic3d.models.images import IMAGE_SUFFIXES, load_image, prepare_image, to_tensor
+from elastic3d.models.images import load_image, prepare_image, to_tensor
 from elastic3d.models.options import ForegroundConfig, ImageEncoderConfig
+from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.sizes import require_memory
+from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import WEIGHTS_NAME
+from elastic3d.pipelines.image_to_3d import PIPELINE_NAME
 from elastic3d.pipelines.runtime import resolve_device
-from elastic3d.training.datasets import PreparedShapes, item_generator, nothing_prepared, read_split, stack
-from elastic3d.training.image_augment import augment_view
-from elastic3d.training.init_from import statistics_of
-from elastic3d.training.options import DataConfig, StageConfig, StageName
-from elastic3d.training.vae import SurfaceConfig, VAEItems, VAEStageConfig
-from elastic3d.utils.files import file_sha256, visible_files
+from elastic3d.training.checkpoint import read_record, statistics_of
+from elastic3d.training.datasets import (
+    PreparedShapes,
+    item_generator,
+    nothing_prepared,
+    read_split,
+    record_of_shapes,
+    stack,
+)
+from elastic3d.training.options import DataConfig, Precision, StageConfig, StageName
+from elastic3d.training.vae import FieldLossConfig, SurfaceConfig, VAEItems, VAEStageConfig, VAETrainConfig
+from elastic3d.training.views import augment_view, named_images, stored_views
+from elastic3d.utils.files import file_sha256
 from elastic3d.utils.options import Options, from_dict, option, to_dict
 from elastic3d.utils.structured import Number, load_json, save_json
 from elastic3d.utils.tensors import save_weights, tensor_heads
 
 INFO_NAME = "latents.json"
+STORED = ("mean", "logvar", "tokens")
 _COUNT = Number(0, 1 << 40, whole=True)
 _INFO = {
     "settings": {"vae": str, "vae_sha256": str, "encoder": dict, "foreground": dict},
@@ -142,6 +153,56 @@ class LatentInfo:
         """What was done to the views before."""
         return from_dict(ForegroundConfig, self.settings["foreground"], INFO_NAME)
 
+    def load_vae(self, trained: FieldLossConfig | None = None) -> ShapeVAE:
+        """The autoencoder, with the latents' statistics; UserError unless `trained` is the loss it learned with."""
+        vae = ShapeVAE.from_pretrained(self.vae)
+        vae.set_latent_statistics(self.mean, self.std)
+        record = self.vae / "training.json"
+        if record.is_file() and trained is not None:
+            own = read_record(load_json(record).get("config"), VAETrainConfig, record).vae
+            for name in ("loss", "softness", "truncation"):
+                wanted, found = getattr(own, name), getattr(trained, name)
+                if wanted != found:
+                    raise UserError(
+                        f"vae.{name} is {found}, but the VAE in {self.vae} was trained with {wanted}"
+                    )
+        return vae
+
+
+def pipeline_config(model: Path) -> PipelineConfig:
+    """The sampling defaults in a pipeline's folder."""
+    path = model / PIPELINE_NAME
+    found: PipelineConfig = from_dict(PipelineConfig, load_json(path), str(path))
+    return found
+
+
+class LatentCache:
+    """A finished cache as a training sees it: its description, the shapes of both splits, and a record of them."""
+
+    def __init__(
+        self, folder: Path, data: DataConfig, val_shapes: int, stored: Sequence[str] = STORED
+    ) -> None:
+        """`stored`: tensors that are read at once where `data.preload` is set."""
+        self.info = LatentInfo.load(folder)
+        preload = stored if data.preload else ()
+        self.train = PreparedShapes(folder, read_split(data.train), preload, data.limit)
+        self.val = PreparedShapes(folder, read_split(data.val), (), val_shapes)
+        vae, encoder = self.info.settings["vae_sha256"], self.info.settings["encoder"]["kind"]
+        self.record = record_of_shapes(self.train, self.val) | {"vae_sha256": vae, "encoder": encoder}
+
+    def load_dense(
+        self, model: Path, precision: Precision = Precision.fp32
+    ) -> tuple[ShapeDiT | SkipDiT, PipelineConfig]:
+        """The DiT in a pipeline's folder and its sampling defaults; UserError unless the cache has such latents."""
+        dit = load_dit(model / "dit", torch.bfloat16 if precision is Precision.bf16_master else None)
+        for name, wanted, found in (
+            ("latent channels", self.info.latents[1], dit.config.in_channels),
+            ("condition channels", self.info.tokens[1], dit.config.condition_channels),
+        ):
+            if wanted != found:
+                raise UserError(f"{model} has {found} {name}, but the cache has {wanted}")
+        return dit, pipeline_config(model)
+
 
 def build_cache(config: CacheConfig) -> LatentInfo:
     """Encode the training and validation shapes; what an earlier call finished stays as it is.
@@ -197,15 +258,8 @@ class _Builder:
             )
         self.encoder: ImageEncoder = build_image_encoder(self.config.encoder, self.device)
         self.foreground = self.config.foreground.for_encoder(self.config.encoder)
-        points = VAEStageConfig(
-            model=self.vae.config,
-            surface_points=config.vae.surface_points,
-            sharp_points=config.vae.sharp_points,
-            anchor_spread=config.vae.anchor_spread,
-            near_queries=1,
-            volume_queries=0,
-        )
-        self.points = points
+        surface = {item.name: getattr(config.vae, item.name) for item in fields(SurfaceConfig)}
+        self.points = VAEStageConfig(model=self.vae.config, **surface, near_queries=1, volume_queries=0)
         self.settings = {
             "vae": str(self.config.vae),
             "vae_sha256": file_sha256(self.config.vae / WEIGHTS_NAME),
@@ -213,9 +267,7 @@ class _Builder:
             "foreground": to_dict(self.foreground),
             "variants": self.config.variants,
             "views": self.config.views,
-            "surface_points": points.surface_points,
-            "sharp_points": points.sharp_points,
-            "anchor_spread": points.anchor_spread,
+            **surface,
         }
         if not self.config.standardise:  # absent otherwise: older caches have no such entry
             self.settings["standardise"] = False
@@ -352,36 +404,6 @@ def mirrored(points: Tensor) -> Tensor:
     if points.shape[-1] in (3, 6):
         flipped[..., ::3] *= -1
     return flipped
-
-
-def named_images(folder: Path) -> dict[str, list[Path]]:
-    """Every image below a folder, by the id that a mesh of that name has (see `FolderSource`)."""
-    if not folder.is_dir():
-        raise UserError(f"latents.images={folder} is no folder, expected one with images")
-    found: dict[str, list[Path]] = {}
-    for path in visible_files(folder):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            found.setdefault("--".join(path.relative_to(folder).with_suffix("").parts), []).append(path)
-    if not found:
-        raise UserError(f"latents.images={folder} holds no image, expected {', '.join(IMAGE_SUFFIXES)}")
-    return found
-
-
-MIN_OPAQUE_PIXELS = 16  # of a view; with fewer there is no object to recognise
-
-
-def stored_views(shapes: PreparedShapes, id: str) -> list[Image.Image]:
-    """The condition views that were rendered of a shape, RGBA; UserError if there are none.
-
-    A sheet seen from its edge can leave a view empty: such a view is no condition and is left out.
-    """
-    data, offsets = shapes.read(id, "views").numpy().tobytes(), shapes.read(id, "view_offsets").tolist()
-    parts = [data[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
-    views = [Image.open(io.BytesIO(part), formats=("PNG",)).convert("RGBA") for part in parts]
-    seen = [view for view in views if (np.asarray(view)[..., 3] > 127).sum() >= MIN_OPAQUE_PIXELS]
-    if not seen:
-        raise UserError(f"{id} has no condition view that shows it")
-    return seen
 
 
 def _number(id: str) -> int:

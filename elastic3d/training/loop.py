@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,27 +26,27 @@ from elastic3d.training.checkpoint import (
     newest_checkpoint,
     random_state,
     save_checkpoint,
+    starting_weights,
     write_part,
 )
-from elastic3d.training.datasets import Batch, Items, PositionLoader
-from elastic3d.training.init_from import starting_weights
+from elastic3d.training.datasets import Batch, Items, micro_batches
+from elastic3d.training.distributed import (
+    gathered,
+    make_accelerator,
+    require_memory,
+    shard,
+    state_bytes,
+    wants_sharding,
+    whole_model,
+)
 from elastic3d.training.journal import Journal
 from elastic3d.training.optim import Average, MasterOptimizer, learning_rate
 from elastic3d.training.options import LoopConfig, Precision
-from elastic3d.training.runtime import (
-    compile_blocks,
-    enable_gradient_checkpointing,
-    make_accelerator,
-    require_memory,
-    state_bytes,
-    stop_signals,
-)
-from elastic3d.training.sharding import gathered, shard, wants_sharding, whole_model
 
 MAX_BAD_STEPS = 20  # in a row without a finite gradient: the run is lost
 
 
-class Stage(Protocol):
+class Stage(ABC):
     """What one kind of training brings to the loop.
 
     `objective` holds the model; its `forward(batch)` gives the mean loss over the batch, a scalar, and
@@ -53,26 +56,20 @@ class Stage(Protocol):
     """
 
     objective: nn.Module
+    items: Items  # the training data
+    record: dict[str, Any]  # plain values to keep with the run, such as the version and size of its data
 
-    def items(self) -> Items:
-        """The training data."""
-        ...
-
-    def record(self) -> dict[str, Any]:
-        """Plain values to keep with the run, such as the version and size of its data."""
-        ...
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Scalars on held-out data."""
 
     def rate_factor(self, name: str) -> float:
         """Learning rate of a parameter over the run's."""
-        ...
-
-    def validate(self) -> dict[str, float]:
-        """Scalars on held-out data."""
-        ...
+        return 1.0
 
     def samples(self) -> dict[str, np.ndarray]:
         """Images (H,W,3) uint8 by name."""
-        ...
+        return {}
 
 
 @dataclass
@@ -96,11 +93,31 @@ def train(stage: Stage, config: LoopConfig, folder: Path, record: Mapping[str, A
         fit.
     """
     with stop_signals() as signals:
-        run = _Run(stage, config, folder, {**(record or {}), "data": stage.record()})
+        run = _Run(stage, config, folder, {**(record or {}), "data": stage.record})
         try:
             return run.go(signals)
         finally:
             run.journal.close()
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """Names of the SIGTERM and SIGINT that arrived inside the block; a second one acts as it did before."""
+    arrived: list[str] = []
+    before: dict[signal.Signals, Any] = {}
+
+    def note(number: int, frame: object) -> None:
+        caught = signal.Signals(number)
+        arrived.append(caught.name)
+        signal.signal(caught, before[caught])
+
+    for caught in (signal.SIGTERM, signal.SIGINT):
+        before[caught] = signal.signal(caught, note)
+    try:
+        yield arrived
+    finally:
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
 
 
 class _Run:
@@ -117,7 +134,7 @@ class _Run:
         self.average = Average(self.optimizer.masters, config.ema)
         self.notes = [
             f"{sum(p.numel() for p in trainable.values()) / 1e6:.2f} M parameters",
-            *(f"{name} {value}" for name, value in stage.record().items()),
+            *(f"{name} {value}" for name, value in stage.record.items()),
             *self.notes,
         ]
         if self.optimizer.sharded:
@@ -154,15 +171,13 @@ class _Run:
 
     def go(self, signals: list[str]) -> Outcome:
         config, accelerator = self.config, self.accelerator
-        loader = PositionLoader(
-            self.stage.items(), config, self.step, accelerator.process_index, accelerator.num_processes
-        )
+        own, processes = accelerator.process_index, accelerator.num_processes
         window: list[dict[str, Tensor]] = []
         bad_steps, reason = 0, "finished"
         clock, clock_step = time.monotonic(), self.step
-        for micro_batches in loader:
+        for batches in micro_batches(self.stage.items, config, self.step, own, processes):
             rate = learning_rate(self.step, config)
-            window += self._backward(micro_batches)
+            window += self._backward(batches)
             norm = self.optimizer.step(rate, config.clip)
             self.average.update(self.optimizer.masters, self.step)
             self.step += 1
@@ -195,13 +210,13 @@ class _Run:
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
 
-    def _backward(self, micro_batches: list[Batch]) -> list[dict[str, Tensor]]:
+    def _backward(self, batches: list[Batch]) -> list[dict[str, Tensor]]:
         metrics = []
-        for batch in micro_batches:
+        for batch in batches:
             batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
             with self._autocast():
                 loss, values = self.model(batch)
-            self.accelerator.backward(loss / len(micro_batches))
+            self.accelerator.backward(loss / len(batches))
             self.optimizer.collect()
             metrics.append({"loss": loss.detach(), **values})
         return metrics
@@ -326,3 +341,21 @@ class _Run:
         except ValueError as error:
             raise UserError(f"{checkpoint.source} does not fit: {error}") from error
         return checkpoint.step
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Compile every block, a child of a `ModuleList`, for itself: all of a kind share one short compilation."""
+    blocks = [block for part in module.modules() if isinstance(part, nn.ModuleList) for block in part]
+    if not blocks:
+        raise UserError(f"compile: {type(module).__name__} has no list of blocks")
+    for block in blocks:
+        block.compile()
+
+
+def enable_gradient_checkpointing(module: nn.Module) -> None:
+    """Turn on `gradient_checkpointing` in every part that has the switch; UserError if none has."""
+    parts = [part for part in module.modules() if hasattr(part, "gradient_checkpointing")]
+    if not parts:
+        raise UserError(f"gradient_checkpointing: {type(module).__name__} can't recompute its blocks")
+    for part in parts:
+        part.gradient_checkpointing = True  # type: ignore[assignment]

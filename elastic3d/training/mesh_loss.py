@@ -1,4 +1,5 @@
-"""Mesh reconstruction loss: how far the shape that latents decode to is from the ground truth's surface.
+"""Mesh reconstruction loss: what latents decode to, by the frozen autoencoder, against the ground truth's surface, and
+against what the dense model makes.
 
 Gradients flow through the frozen decoder into the latents. Everything is a query of the field: the surface points
 move with the field by implicit differentiation (as in IDR, 2003.09852), and derivatives in space are central
@@ -8,13 +9,22 @@ differences, so that no second derivative of the decoder is needed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.training.datasets import Batch, PreparedShapes, pick
+from elastic3d.training.vae import FieldLoss, FieldLossConfig, field_loss
+from elastic3d.utils.options import Options, option
+
 Field = Callable[[Tensor], Tensor]  # points (B,P,3) -> (B,P), positive inside
 
+MESH_STORED = ("surface", "near", "volume")  # tensors of a prepared shape that the loss needs
+MESH_TERMS = ("field", "chamfer", "normals")
 SPACING = 0.01  # of the central differences; the finest grid cell of a 256 grid is 0.008
 LARGEST_MOVE = 0.1  # a point that finds no surface nearby stays about where it was
 
@@ -89,22 +99,89 @@ def surface_loss(field: Field, surface: Tensor, jitter: Tensor) -> tuple[Tensor,
     return chamfer_distance(points, true, found, normals)
 
 
-def silhouette_loss(
-    field: Field, starts: Tensor, ends: Tensor, covered: Tensor, offsets: Tensor, count: int
-) -> Tensor:
-    """Whether rays meet the field's shape, against whether they meet the true one: binary cross-entropy of the field's
-    largest value on each (the mask loss of IDR, 2003.09852). Only the field at the point that has it is
-    differentiated.
+@dataclass(kw_only=True)
+class MeshTermsConfig(Options):
+    """Mesh reconstruction loss: the shape that latents decode to, against the true surface."""
 
-    Args:
-        field: its values are logits of being inside.
-        starts, ends: of the rays' segments (B,R,3).
-        covered: (B,R), 1 where the true silhouette is.
-        offsets: (B,R) from 0 to 1, where in its interval each of a ray's `count` points lies.
-    """
-    places = (torch.arange(count, device=starts.device) + offsets[..., None]) / count
-    points = torch.lerp(starts[:, :, None], ends[:, :, None], places[..., None])
-    with torch.no_grad():
-        largest = field(points.flatten(1, 2)).unflatten(1, (-1, count)).argmax(-1)
-    found = points.gather(2, largest[..., None, None].expand(-1, -1, 1, 3)).squeeze(2)
-    return F.binary_cross_entropy_with_logits(field(found), covered)
+    weight: float = option(0.1, "of the whole mesh loss; 0 leaves it out", ge=0, le=1e6)
+    field: float = option(
+        1.0, "weight of the field at points with a known signed distance", ge=0, le=1e6, advanced=True
+    )
+    chamfer: float = option(
+        10.0, "weight of the squared Chamfer distance of surface points", ge=0, le=1e6, advanced=True
+    )
+    normals: float = option(0.1, "weight of the disagreement of their normals", ge=0, le=1e6, advanced=True)
+    near_queries: int = option(
+        256, "points near the surface with a known distance", ge=1, le=1 << 16, advanced=True
+    )
+    volume_queries: int = option(128, "such points anywhere in the box", ge=1, le=1 << 16, advanced=True)
+    surface_points: int = option(
+        128, "surface points in Chamfer distance and normals", ge=1, le=1 << 16, advanced=True
+    )
+    jitter: float = option(
+        0.02, "standard deviation of the offset at which their search starts", ge=0, le=0.1, advanced=True
+    )
+
+    def sample_bytes(self) -> int:
+        """Of a sample's points."""
+        return 16 * (self.near_queries + self.volume_queries + 2 * self.surface_points)
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of terms of any shape, by their names `mesh_...`."""
+        weighted = [getattr(self, name.removeprefix("mesh_")) * value for name, value in losses.items()]
+        return torch.stack(weighted).sum(0)
+
+
+def mesh_item(meshes: PreparedShapes, id: str, config: MeshTermsConfig, rng: np.random.Generator) -> Batch:
+    """`points` (Q,3) with their `distance` (Q,); `surface` (S,6) and `jitter` (S,3)."""
+    near = pick(meshes.read(id, "near"), config.near_queries, rng)
+    volume = pick(meshes.read(id, "volume"), config.volume_queries, rng)
+    queries = torch.cat([near, volume])
+    offsets = rng.standard_normal((config.surface_points, 3), dtype=np.float32)
+    return {
+        "points": queries[:, :3].contiguous(),
+        "distance": queries[:, 3].contiguous(),
+        "surface": pick(meshes.read(id, "surface"), config.surface_points, rng),
+        "jitter": config.jitter * torch.from_numpy(offsets),
+    }
+
+
+class MeshReconstruction:
+    """Losses of decoded latents, sample by sample. Gradients reach the latents; the autoencoder is frozen."""
+
+    def __init__(self, vae: ShapeVAE, trained: FieldLossConfig) -> None:
+        """`trained`: the loss that the autoencoder was trained with."""
+        self._vae = vae.eval().requires_grad_(False)
+        self.trained = trained
+
+    def losses(self, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Terms (B,) of latents (B,N,C), of items as `mesh_item` makes them; those of rows beyond B are not used."""
+        vae = self._vae.to(latents.device)
+        tokens = vae.decode(latents)
+        field = vae.query(batch["points"][: len(latents)], tokens)
+        rows = [slice(row, row + 1) for row in range(len(latents))]
+        terms = torch.stack([self._terms(field[row], tokens[row], batch, row) for row in rows], dim=1)
+        return {f"mesh_{name}": values for name, values in zip(MESH_TERMS, terms, strict=True)}
+
+    def _terms(self, field: Tensor, tokens: Tensor, batch: Batch, row: slice) -> Tensor:
+        """The terms (3,) of one decoded sample, by its field (1,Q) and its tokens (1,N,D)."""
+        near = field_loss(field, batch["distance"][row], self.trained)
+        surface, jitter = batch["surface"][row], batch["jitter"][row]
+        return torch.stack([near, *surface_loss(lambda x: self._vae.query(x, tokens), surface, jitter)])
+
+    def distance(self, latents: Tensor, other: Tensor, points: Tensor) -> Tensor:
+        """Distance (B,) of the fields of two sets of latents (B,N,C) at points (B,Q,3); the other's has no gradient."""
+        vae = self._vae.to(latents.device)
+        with torch.no_grad():
+            wanted = vae.query(points, vae.decode(other))
+        return field_distance(vae.query(points, vae.decode(latents)), wanted, self.trained)
+
+
+def field_distance(found: Tensor, wanted: Tensor, trained: FieldLossConfig) -> Tensor:
+    """Distance (B,) of two fields (B,Q), of what the autoencoder was trained for: of occupancies the Kullback-Leibler
+    divergence, of truncated distances L1."""
+    if trained.loss is FieldLoss.tsdf:
+        return (found.clamp(-1, 1) - wanted.clamp(-1, 1)).abs().mean(1)
+    target = wanted.sigmoid()
+    divergence = F.binary_cross_entropy_with_logits(found, target, reduction="none")
+    return (divergence - F.binary_cross_entropy_with_logits(wanted, target, reduction="none")).mean(1)

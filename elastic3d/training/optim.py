@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from elastic3d.errors import UserError
+from elastic3d.training.distributed import gathered, is_sharded, local, scattered, total_norm
 from elastic3d.training.options import LoopConfig, OptimizerName, Schedule
-from elastic3d.training.sharding import gathered, is_sharded, local, scattered, total_norm
 
 Lists = list[Tensor]
 MUON_MOMENTUM = 0.95

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,14 @@ from elastic3d.errors import UserError
 from elastic3d.models.options import ImageEncoderConfig
 from elastic3d.models.sizes import require_memory
 from elastic3d.models.weights import load_config
+from elastic3d.training.checkpoint import CLASSES, find_start, model_part, statistics_of
 from elastic3d.training.datasets import use_own_lists
-from elastic3d.training.init_from import CLASSES, find_start, model_part, statistics_of
+from elastic3d.training.distributed import state_bytes
 from elastic3d.training.loop import Stage, train
 from elastic3d.training.options import StageConfig, StageName, TrainConfig
-from elastic3d.training.runtime import keep_memory_mapped, state_bytes
 from elastic3d.utils.options import to_dict
 
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # mallopt(3)
 SHAPE_STAGES = (StageName.vae, StageName.cache, StageName.dit)
 
 # Stage -> its file, its configuration, and the class that trains or the function that does it.
@@ -37,16 +40,15 @@ _STAGES = {
         "ImageBlockRouterTrainConfig",
         "ImageBlockRouterStage",
     ),
-    StageName.sensitivity: ("measure_sensitivity", "SensitivityStageConfig", "measure_sensitivity"),
+    StageName.sensitivity: ("measure", "SensitivityStageConfig", "measure_sensitivity"),
     StageName.export: ("export", "ExportStageConfig", "export_run"),
-    StageName.calibrate: ("calibrate", "CalibrateConfig", "calibrate_exported"),
+    StageName.calibrate: ("measure", "CalibrateConfig", "calibrate_exported"),
 }
 
 
 def stage_config(stage: StageName) -> type[StageConfig]:
     """The dataclass of a stage's options."""
-    file, config, _ = _STAGES[stage]
-    found: type[StageConfig] = getattr(import_module(f"elastic3d.training.{file}"), config)
+    found: type[StageConfig] = _part(stage, 0)
     return found
 
 
@@ -65,7 +67,7 @@ def require_sizes(config: TrainConfig) -> None:
 
 def build_stage(config: TrainConfig) -> Stage:
     """What `config` trains, ready for the loop."""
-    stage: Stage = _implementation(config.stage)(config)
+    stage: Stage = _part(config.stage, 1)(config)
     return stage
 
 
@@ -77,16 +79,17 @@ def run_stage(config: StageConfig) -> int:
         use_own_lists(config.data)  # type: ignore[attr-defined]
         adopt_architecture(config)
     if not isinstance(config, TrainConfig):
-        _implementation(config.stage)(config)
+        _part(config.stage, 1)(config)
         return 0
     require_sizes(config)
     outcome = train(build_stage(config), config, config.folder, {"config": to_dict(config)})
     return 130 if outcome.reason == "SIGINT" else 0
 
 
-def _implementation(stage: StageName) -> Any:
-    file, _, name = _STAGES[stage]
-    return getattr(import_module(f"elastic3d.training.{file}"), name)
+def _part(stage: StageName, index: int) -> Any:
+    """A stage's configuration (0), or the class or function that does it (1)."""
+    file, *names = _STAGES[stage]
+    return getattr(import_module(f"elastic3d.training.{file}"), names[index])
 
 
 def adopt_architecture(config: Any) -> None:
@@ -122,3 +125,17 @@ def _check_latents(cache: Path, path: Path) -> None:
             f"{cache} holds latents of another scale than {path} was trained on: make them with"
             f" stage=cache init_from={path} latents.output=another folder, and give stage=dit that folder"
         )
+
+
+def keep_memory_mapped() -> None:
+    """Let glibc keep freed memory instead of giving it back to the kernel after every tensor.
+
+    By default each large tensor is mapped and unmapped anew, and every page of it faults in again. Does
+    nothing where there is no glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(_M_TOP_PAD, 256 << 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -22,8 +23,9 @@ from elastic3d.training.datasets import (
     record_of_shapes,
     stack,
 )
+from elastic3d.training.journal import contact_sheet, field_meshes, mesh_image
+from elastic3d.training.loop import Stage
 from elastic3d.training.options import StageName, TrainConfig
-from elastic3d.training.samples import contact_sheet, field_meshes, mesh_image
 from elastic3d.utils.options import Options, option
 
 STORED = ("surface", "sharp", "near", "volume")
@@ -174,9 +176,6 @@ class VAEItems:
     def __post_init__(self) -> None:
         self._shuffle = Shuffle(len(self.shapes))
 
-    def __len__(self) -> int:
-        return len(self.shapes)
-
     def item(self, position: int, seed: int) -> Batch:
         """Item `position` of the shuffled, augmented stream."""
         rng = item_generator(seed, position)
@@ -251,44 +250,25 @@ def field_loss(field: Tensor, distance: Tensor, config: FieldLossConfig) -> Tens
     return nn.functional.binary_cross_entropy_with_logits(field, target) - entropy
 
 
-def inside_logits(field: Tensor, config: FieldLossConfig) -> Tensor:
-    """The field as logits of being inside, as soft as occupancy: it is so already, or the distance is."""
-    return field if config.loss is FieldLoss.occupancy else field * (config.truncation / config.softness)
-
-
-class VAEStage:
+class VAEStage(Stage):
     """What the loop needs to train a `ShapeVAE` on prepared shapes."""
 
     def __init__(self, config: VAETrainConfig) -> None:
         self.config = config.vae
         self.vae = ShapeVAE(config.vae.model)
-        self.objective: nn.Module = VAEObjective(self.vae, config.vae)
-        self._train = open_split(config.data, config.data.train, STORED, config.data.limit)
+        self.objective = VAEObjective(self.vae, config.vae)
+        train = open_split(config.data, config.data.train, STORED, config.data.limit)
         self._val = open_split(config.data, config.data.val, STORED, config.vae.val_shapes)
-        self._items = VAEItems(self._train, config.vae)
-
-    def items(self) -> VAEItems:
-        """Training shapes, shuffled and augmented."""
-        return self._items
-
-    def rate_factor(self, name: str) -> float:
-        """Every parameter learns at the run's rate."""
-        return 1.0
-
-    def record(self) -> dict[str, int]:
-        """What the run trains on."""
-        return record_of_shapes(self._train, self._val)
+        self.items, self.record = VAEItems(train, config.vae), record_of_shapes(train, self._val)
 
     def validate(self, batch: int = 8) -> dict[str, float]:
         """Volume IoU and near-surface accuracy of validation shapes at fixed points, from mean latents."""
-        device = next(self.vae.parameters()).device
         rows: list[list[float]] = []
         for first in range(0, len(self._val), batch):
-            items = [self._fixed(i) for i in range(first, min(first + batch, len(self._val)))]
-            on_device = {name: tensor.to(device) for name, tensor in stack(items).items()}
-            field = self._field(on_device)
-            loss = field_loss(field, on_device["distance"], self.config)
-            said, true = field > 0, on_device["distance"] > 0
+            items = self._fixed(range(first, min(first + batch, len(self._val))))
+            field = self.vae.query(items["points"], self.vae.decode(self._latents(items)))
+            loss = field_loss(field, items["distance"], self.config)
+            said, true = field > 0, items["distance"] > 0
             near, volume = slice(None, self.config.val_queries), slice(self.config.val_queries, None)
             both = (said & true)[:, volume].sum(1).float()
             either = (said | true)[:, volume].sum(1).clamp(min=1)
@@ -301,28 +281,22 @@ class VAEStage:
 
     def samples(self, count: int = 6) -> dict[str, np.ndarray]:
         """Views of reconstructed validation shapes."""
-        device = next(self.vae.parameters()).device
-        items = stack([self._fixed(i) for i in range(min(count, len(self._val)))])
-        posterior = self.vae.encode(items["surface"].to(device), _to(items.get("sharp"), device))
-        latents = self.vae.to_latents(posterior.mean)
+        latents = self._latents(self._fixed(range(min(count, len(self._val)))))
         meshes = field_meshes(self.vae, latents, self.config.sample_resolution)
         return {"reconstruction": contact_sheet([[mesh_image(mesh) for mesh in meshes]])}
 
-    def _field(self, batch: Batch) -> Tensor:
-        posterior = self.vae.encode(batch["surface"], batch.get("sharp"))
-        tokens = self.vae.decode(self.vae.to_latents(posterior.mean))
-        return self.vae.query(batch["points"], tokens)
+    def _latents(self, items: Batch) -> Tensor:
+        """Mean latents (B,N,C) of shapes."""
+        return self.vae.to_latents(self.vae.encode(items["surface"], items.get("sharp")).mean)
 
-    def _fixed(self, index: int) -> Batch:
-        """A validation shape with the same points every time: near queries, then volume queries."""
-        shapes, config = self._val, self.config
-        id, rng = shapes.ids[index], item_generator(0, index)
-        queries = torch.cat(
-            [pick(shapes.read(id, kind), config.val_queries, rng) for kind in ("near", "volume")]
-        )
-        item = VAEItems(shapes, config).draw(id, rng)
-        return {**item, "points": queries[:, :3], "distance": queries[:, 3]}
-
-
-def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
+    def _fixed(self, indices: Sequence[int]) -> Batch:
+        """Validation shapes with the same points every time: near queries, then volume queries."""
+        shapes, config, items = self._val, self.config, []
+        for index in indices:
+            id, rng = shapes.ids[index], item_generator(0, index)
+            near, volume = (pick(shapes.read(id, k), config.val_queries, rng) for k in ("near", "volume"))
+            queries = torch.cat([near, volume])
+            item = VAEItems(shapes, config).draw(id, rng)
+            items.append({**item, "points": queries[:, :3], "distance": queries[:, 3]})
+        device = next(self.vae.parameters()).device
+        return {name: tensor.to(device) for name, tensor in stack(items).items()}

@@ -7,8 +7,8 @@ import pytest
 
 from elastic3d.elastic.config import BlockCacheConfig, Branches, ElasticConfig, RouterConfig, Scope
 from elastic3d.models.options import ImageEncoderConfig
+from elastic3d.training.checkpoint import read_record
 from elastic3d.training.few_step import FewStepTrainConfig
-from elastic3d.training.record import read_record
 from elastic3d.utils.options import from_dict
 
 SHIPPED = Path(__file__).parents[2] / "data" / "pretrained"

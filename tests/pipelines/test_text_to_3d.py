@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from elastic3d.pipelines.text_to_3d import known_nouns, prompt_warning
-from elastic3d.preparation.infinigen_source import FACTORIES
+from elastic3d.preparation.infinigen import FACTORIES
 
 BUNDLED = Path(__file__).resolve().parents[2] / "data/pretrained/image-small"
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from elastic3d.preparation.ceiling import measure_ceiling
-from elastic3d.preparation.views import RawShape
+from elastic3d.preparation.shape import RawShape, measure_ceiling
 
 
 def test_closed_sphere_grows_by_the_wall() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from elastic3d.errors import UserError
-from elastic3d.preparation.infinigen_environment import find_environment
+from elastic3d.preparation.infinigen import find_environment
 
 
 def test_no_python_311(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from elastic3d.errors import UserError
-from elastic3d.preparation import infinigen_source
-from elastic3d.preparation.infinigen_source import (
+from elastic3d.preparation import infinigen
+from elastic3d.preparation.infinigen import (
     FACTORIES,
     InfinigenSource,
     assets,
@@ -42,7 +42,7 @@ with os.fdopen(int(sys.argv[1]), "w") as answers:
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "worker.py"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(infinigen_source, "WORKER", script)
+    monkeypatch.setattr(infinigen, "WORKER", script)
 
 
 def test_at_least_16_categories_and_balanced_prefixes() -> None:
@@ -82,7 +82,7 @@ def test_crashes_hangs_and_errors_are_listed_and_not_tried_again(tmp_path: Path)
 def test_environment_without_infinigen_says_so(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text("import no_such_module")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(infinigen_source, "WORKER", tmp_path / "worker.py")
+        patch.setattr(infinigen, "WORKER", tmp_path / "worker.py")
         with pytest.raises(UserError, match="Infinigen does not start in"):
             list(generate(assets(["cup"], 1), tmp_path / "raw", Path(sys.executable)))
     assert read_failures(tmp_path / "raw") == {}

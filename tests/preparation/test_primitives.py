@@ -12,8 +12,13 @@ from manifold3d import Manifold, OpType
 from elastic3d.errors import UserError
 from elastic3d.geometry.normalize import normalize_mesh
 from elastic3d.geometry.solid import solidify
-from elastic3d.preparation.primitives.catalogue import CATEGORIES, PER_ROUND, Composed, shapes
-from elastic3d.preparation.primitives.compositions import count_of
+from elastic3d.preparation.primitives.catalogue import (
+    CATEGORIES,
+    PER_ROUND,
+    Composed,
+    PrimitivesSource,
+    shapes,
+)
 from elastic3d.preparation.primitives.solids import (
     Dice,
     bend,
@@ -28,8 +33,7 @@ from elastic3d.preparation.primitives.solids import (
     twist,
     vessel,
 )
-from elastic3d.preparation.primitives.source import PrimitivesSource
-from elastic3d.preparation.primitives.symbols import GLYPHS, glyph_of
+from elastic3d.preparation.primitives.symbols import GLYPHS, count_of, glyph_of
 
 pytest.importorskip("matplotlib")  # the letters' fonts
 

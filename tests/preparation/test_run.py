@@ -14,7 +14,7 @@ from box_source import RECIPE, TINY, Boxes, plan
 from safetensors.numpy import load_file
 
 from elastic3d.errors import UserError
-from elastic3d.preparation.run import prepare
+from elastic3d.preparation.prepare import prepare
 from elastic3d.preparation.shards import Recipe, drop_outdated, plan_shards, write_manifest
 from elastic3d.preparation.sources import Item
 
@@ -60,7 +60,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from box_source import RECIPE, plan
-from elastic3d.preparation.run import prepare
+from elastic3d.preparation.prepare import prepare
 if __name__ == "__main__":
     shards, source = plan([f"b{i}" for i in range(6)], Path(sys.argv[1]))
     print("ready", flush=True)
@@ -95,7 +95,7 @@ from pathlib import Path
 import _cli
 from box_source import RECIPE, plan
 from elastic3d.preparation.options import PrepareConfig
-from elastic3d.preparation.run import prepare
+from elastic3d.preparation.prepare import prepare
 
 def main(config):
     shards, source = plan([f"b{i}" for i in range(400)], Path(config.output), size=200)

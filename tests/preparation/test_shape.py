@@ -8,8 +8,7 @@ import trimesh
 from PIL import Image
 
 from elastic3d.preparation.options import ShapeConfig
-from elastic3d.preparation.shape import item_seed, prepare_shape
-from elastic3d.preparation.views import RawShape
+from elastic3d.preparation.shape import RawShape, item_seed, prepare_shape
 
 SMALL = ShapeConfig(
     resolution=48,

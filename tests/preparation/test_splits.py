@@ -10,20 +10,21 @@ import pytest
 import trimesh
 
 from elastic3d.errors import UserError
-from elastic3d.preparation.duplicates import near_duplicate_groups, shape_points
-from elastic3d.preparation.infinigen_source import FACTORIES, assets
+from elastic3d.preparation.infinigen import FACTORIES, assets
 from elastic3d.preparation.primitives.catalogue import CATEGORIES, PER_ROUND, shapes
+from elastic3d.preparation.shape import RawShape
 from elastic3d.preparation.splits import (
     Split,
     folder_split,
     infinigen_split,
+    near_duplicate_groups,
     primitives_split,
     read_splits,
+    shape_points,
     split_groups,
     write_folder_split,
     write_splits,
 )
-from elastic3d.preparation.views import RawShape
 
 COMMITTED = Path(__file__).parents[2] / "data" / "splits"
 

@@ -12,9 +12,9 @@ import train
 from _cli import CONFIG_DIR, help_text, options_of, parse
 
 from elastic3d.errors import UserError
+from elastic3d.training.checkpoint import read_record, upgraded
 from elastic3d.training.export import ExportStageConfig
 from elastic3d.training.options import StageName, TrainConfig
-from elastic3d.training.record import read_record, upgraded
 from elastic3d.training.stages import require_sizes, stage_config
 from elastic3d.utils.options import from_dict, to_dict
 

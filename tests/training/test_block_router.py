@@ -27,9 +27,9 @@ from elastic3d.training.block_router_shape import (
 from elastic3d.training.datasets import stack
 from elastic3d.training.few_step import FewStepStage
 from elastic3d.training.journal import read_metrics
-from elastic3d.training.measure_sensitivity import SensitivityConfig
+from elastic3d.training.measure import SensitivityConfig
 from elastic3d.training.options import StageName
-from elastic3d.training.sensitivity import load_sensitivity
+from elastic3d.training.routes import load_sensitivity
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.structured import load_json, save_json
 from tests.tiny_pipeline import image
@@ -53,7 +53,7 @@ def block_config(root, blocks=None, **changes) -> BlockRouterTrainConfig:
 
 def batch_of(stage: ShapeBlockRouterStage, step: int = 0, seed: int = 0):
     size = stage.config.batch
-    return stack([stage.items().item(step * size + i, seed) for i in range(size)])
+    return stack([stage.items.item(step * size + i, seed) for i in range(size)])
 
 
 def half_open(stage: ShapeBlockRouterStage) -> None:
@@ -89,7 +89,7 @@ def test_every_batch_has_the_full_route_the_smallest_and_routes_between(routed):
         random = step < 2
         assert batch["free"].tolist() == [False, not random, not random, not random] * 2
         assert (batch["routes"][~full] == FREE).all() == (not random)
-        again = stage.items().item(step * 8 + 3, 0)
+        again = stage.items.item(step * 8 + 3, 0)
         assert all(torch.equal(again[name], batch[name][3]) for name in again)
 
 

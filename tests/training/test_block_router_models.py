@@ -13,16 +13,16 @@ from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from elastic3d.training.block_router import Signal
-from elastic3d.training.block_router_image import ImageBlockRouterStage, ImageTermConfig
+from elastic3d.training.block_router_image import EndImageLossConfig, ImageBlockRouterStage
 from elastic3d.training.block_router_shape import BlockRouterTrainConfig, EndMeshLossConfig
 from elastic3d.training.datasets import stack
 from elastic3d.training.export import export_run
-from elastic3d.training.image_cache import text_of
+from elastic3d.training.image_data import text_of
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import build_cache
-from elastic3d.training.measure_sensitivity import SensitivityConfig
+from elastic3d.training.measure import SensitivityConfig
 from elastic3d.training.options import Precision, StageName
-from elastic3d.training.sensitivity import load_sensitivity
+from elastic3d.training.routes import load_sensitivity
 from elastic3d.training.stages import run_stage
 from tests.tiny_pipeline import image
 from tests.training import test_hunyuan3d_routers as hunyuan
@@ -84,9 +84,9 @@ def test_a_rollout_is_what_the_pipeline_of_images_generates(views):  # noqa: F81
     batch = stage.val_batch(1)
     found = stage.flow.generate(batch, 3, stage.flow.session.settings)
     actions = stage.flow.session.trace.actions
-    backbone, text = stage.flow.backbone, {name: value.float() for name, value in text_of(batch).items()}
+    backbone, text = stage.pipeline.backbone, {name: value.float() for name, value in text_of(batch).items()}
     drive(backbone.pipe, stage.flow.session)
-    negative = {name: value.float() for name, value in stage._train.negative().items()}
+    negative = {name: value.float() for name, value in stage.pipeline.negative.items()}
     options = backbone.guidance_arguments(2.0, 1, negative)
     expected = backbone.pipe(
         **text, **options, latents=batch["noise"], width=16, height=16, num_inference_steps=3,
@@ -106,7 +106,7 @@ def test_the_image_term_alone_reaches_every_gate(folder, prepared, monkeypatch):
         "random_steps": 0,
         "cost_weight": 0.0,
         "routing_weight": 0.0,
-        "image": ImageTermConfig(weight=1.0),
+        "image": EndImageLossConfig(weight=1.0),
     }
     stage = ImageBlockRouterStage(
         block_config(prepared, StageName.image_block_router, options, image=pictures)
@@ -117,7 +117,7 @@ def test_the_image_term_alone_reaches_every_gate(folder, prepared, monkeypatch):
     torch.manual_seed(3)
     for block in stage.flow.session.blocks:
         torch.nn.init.normal_(block.router.heads.weight, std=2.0)
-    loss, values = stage.flow(stack([stage.items().item(i, 0) for i in range(4)]))
+    loss, values = stage.flow(stack([stage.items.item(i, 0) for i in range(4)]))
     loss.backward()
     assert values["image"] > 0
     for block in stage.flow.session.blocks:

@@ -14,7 +14,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_loading import load_transformer
 from elastic3d.pipelines.options import BackboneName
-from elastic3d.training import calibration, elastic
+from elastic3d.training import calibration, elastic_objective
 from elastic3d.training.calibration import Curve, CurvesConfig
 from elastic3d.training.elastic import RouterStage
 from elastic3d.training.elastic_image import ImageRouterStage
@@ -81,7 +81,9 @@ def test_curves_are_chosen_by_the_anchors_of_anchored_latents(dense, monkeypatch
         monkeypatch.setattr(stage.vae.config, "latent_channels", 7)
     seen = []
     monkeypatch.setattr(
-        elastic, "calibrate", lambda session, generate, *rest: seen.append(generate(ElasticConfig(), 0))
+        elastic_objective,
+        "calibrate",
+        lambda session, generate, *rest: seen.append(generate(ElasticConfig(), 0)),
     )
     stage.calibrate(CurvesConfig())
     [(found, shares)] = seen

@@ -6,9 +6,9 @@ import torch
 
 from elastic3d.errors import UserError
 from elastic3d.training.datasets import (
-    PositionLoader,
     PreparedShapes,
     Shuffle,
+    micro_batches,
     open_split,
     pick,
     read_split,
@@ -80,7 +80,7 @@ def test_the_global_batch_is_the_same_however_it_is_shared(prepared, processes, 
 
     def batches(loop: LoopConfig, processes: int) -> list[torch.Tensor]:
         items = VAEItems(shapes, config.vae)
-        loaders = [list(PositionLoader(items, loop, 1, p, processes)) for p in range(processes)]
+        loaders = [list(micro_batches(items, loop, 1, p, processes)) for p in range(processes)]
         return [
             torch.cat(
                 [loader[step][micro]["noise"] for micro in range(loop.accumulate) for loader in loaders]

@@ -15,8 +15,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.datasets import stack
-from elastic3d.training.few_step import FewStepStage, FewStepStageConfig, FewStepTrainConfig
-from elastic3d.training.generations import relative_errors
+from elastic3d.training.few_step import FewStepStage, FewStepStageConfig, FewStepTrainConfig, relative_errors
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
@@ -55,7 +54,7 @@ def test_the_shipped_configuration_suits_the_stage():
 
 def test_a_batch_has_one_number_of_steps_and_calls_and_pairs_repeat(routed):
     stage = FewStepStage(few_step_config(routed, batch=3))
-    items = [stage.items().item(position, 5) for position in range(30)]
+    items = [stage.items.item(position, 5) for position in range(30)]
     for start in range(0, 30, 3):
         batch = stack(items[start : start + 3])
         steps, nfe = batch["steps"][0].item(), batch["nfe"][0].item()
@@ -74,13 +73,13 @@ def test_a_share_of_the_batches_runs_every_block(routed):
     stage = FewStepStage(
         few_step_config(routed, {"whole": 0.5, "min_steps": 4, "max_steps": 9, "reference_steps": 9}, batch=3)
     )
-    items = [stage.items().item(position, 5) for position in range(0, 120, 3)]
+    items = [stage.items.item(position, 5) for position in range(0, 120, 3)]
     whole = [int(item["steps"]) for item in items if item["nfe"] == item["steps"]]
     assert set(whole) == {2, 3}  # from min_nfe to max_nfe
     assert 10 < len(whole) < 30
     assert any(item["steps"] > 3 for item in items)  # the others have routes
     stage = FewStepStage(few_step_config(routed, {"whole": 1.0}))
-    flow, batch = stage.flow, stack([stage.items().item(0, 5)])
+    flow, batch = stage.flow, stack([stage.items.item(0, 5)])
     flow(batch)
     assert len(flow.session.trace.actions) == int(batch["steps"][0])
     assert trace_share(flow.session.trace).item() == 1.0
@@ -89,7 +88,7 @@ def test_a_share_of_the_batches_runs_every_block(routed):
 def test_only_the_lora_learns_and_the_error_falls(routed):
     stage = FewStepStage(few_step_config(routed, batch=4))
     flow = stage.flow
-    batch = stack([stage.items().item(position, 0) for position in range(4)])
+    batch = stack([stage.items.item(position, 0) for position in range(4)])
     trainable = {name for name, p in flow.named_parameters() if p.requires_grad}
     assert trainable == set(flow.state_dict()) and all(name.startswith("few_step.") for name in trainable)
     assert not any(
@@ -112,7 +111,7 @@ def test_dense_results_are_computed_once(routed, monkeypatch):
     flow, asked = stage.flow, []
     generate = flow.generate
     monkeypatch.setattr(flow, "generate", lambda b, s, c: asked.append(len(b["noise"])) or generate(b, s, c))
-    items = [stage.items().item(position, 0) for position in range(4)]
+    items = [stage.items.item(position, 0) for position in range(4)]
     first = flow.dense_results(stack(items[:3]))
     both = flow.dense_results(stack(items))
     assert asked == [3, 1] and torch.equal(first, both[:3])
@@ -164,7 +163,7 @@ def test_guidance_is_learned_from_the_lora_that_is_there(routed):
     flow = FewStepStage(few_step_config(routed, options)).flow
     parts = {name: part for block in flow.session.blocks for name, part in block.few_step.named_modules()}
     assert all(not isinstance(part, LowRankUpdate) or part.up.any() for part in parts.values())
-    batch = stack([FewStepStage(few_step_config(routed)).items().item(0, 0)])
+    batch = stack([FewStepStage(few_step_config(routed)).items.item(0, 0)])
     flow.generate(batch, 4, ElasticConfig())
     assert (flow.session.trace.actions[:, 1] == NOT_RUN).all()
 
@@ -190,7 +189,7 @@ def test_a_larger_rank_goes_on_from_the_same_generations(routed):
     assert run_stage(few_step_config(routed, steps=2, learning_rate=0.03)) == 0
     assert run_stage(export_of(few_step_config(routed), routed / "dense")) == 0
     same, larger = (FewStepStage(few_step_config(routed, options | {"rank": rank})) for rank in (4, 6))
-    batch = stack([same.items().item(0, 0)])
+    batch = stack([same.items.item(0, 0)])
     fresh = FewStepStage(few_step_config(routed)).flow.generate(batch, 3, ElasticConfig())
     first, second = (stage.flow.generate(batch, 3, ElasticConfig()) for stage in (same, larger))
     torch.testing.assert_close(first, second)

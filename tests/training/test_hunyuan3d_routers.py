@@ -22,7 +22,6 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.training.dit import LatentFlowConfig
 from elastic3d.training.elastic import MeshLossConfig, RouterStageConfig, RouterTrainConfig
-from elastic3d.training.elastic_objective import TrainedParts
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo, LatentsConfig, build_cache
 from elastic3d.training.options import Precision, StageName
@@ -50,7 +49,7 @@ def publish(root: Path, model: str) -> None:
     save_file({n: random_tensor(n, shape) for n, shape in shapes.items()}, folder / "model.fp16.safetensors")
 
 
-def config_for(root: Path, parts: TrainedParts = TrainedParts.routers, **changes) -> RouterTrainConfig:
+def config_for(root: Path, **changes) -> RouterTrainConfig:
     encoder = ImageEncoderConfig(
         kind=EncoderKind.dinov2,
         image_size=28,
@@ -68,7 +67,7 @@ def config_for(root: Path, parts: TrainedParts = TrainedParts.routers, **changes
         ),
         dit=LatentFlowConfig(match_channels=0, sample_guidance=5.0),
         routing=RouterStageConfig(
-            model=root / "model", parts=parts, lora_rank=2, guidance=5.0, explore=0.5, val_budgets=[0.5],
+            model=root / "model", guidance=5.0, val_budgets=[0.5],
             val_shapes=1, val_steps=2,
             mesh=MeshLossConfig(near_queries=16, volume_queries=8, surface_points=8, share=0.5),
         ),
@@ -77,18 +76,14 @@ def config_for(root: Path, parts: TrainedParts = TrainedParts.routers, **changes
 
 
 @pytest.mark.parametrize(
-    ("model", "parts", "precision"),
+    ("model", "precision"),
     [
-        ("hunyuan3d2", TrainedParts.routers, Precision.bf16_master),
-        ("hunyuan3d2", TrainedParts.lora, Precision.fp32),
-        ("hunyuan3d2_turbo", TrainedParts.full, Precision.fp32),
-        ("hunyuan3d2_1", TrainedParts.routers, Precision.fp32),
-        ("hunyuan3d2_1", TrainedParts.lora, Precision.bf16_autocast),
+        ("hunyuan3d2", Precision.bf16_master),
+        ("hunyuan3d2_turbo", Precision.fp32),
+        ("hunyuan3d2_1", Precision.bf16_autocast),
     ],
 )
-def test_routers_are_trained_and_generate(
-    prepared: Path, model: str, parts: TrainedParts, precision: Precision
-) -> None:
+def test_routers_are_trained_and_generate(prepared: Path, model: str, precision: Precision) -> None:
     add_views(prepared)
     publish(prepared / "weights", model)
     vae = "" if model == "hunyuan3d2_1" else WITH_ENCODER
@@ -98,7 +93,7 @@ def test_routers_are_trained_and_generate(
         )
     )
     assert told.endswith("whose VAE has an encoder")
-    config = config_for(prepared, parts, precision=precision, validate_every=2)
+    config = config_for(prepared, precision=precision, validate_every=2)
     info = build_cache(config_for(prepared, stage=StageName.cache))
     assert info == LatentInfo.load(config.latents.output)
     assert info.mean == [0.0] * 8 and info.std == [1.0] * 8 and info.tokens == [5, 24]

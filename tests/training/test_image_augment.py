@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from elastic3d.models.images import prepare_image
 from elastic3d.models.options import ForegroundConfig
-from elastic3d.training import image_augment as augment
+from elastic3d.training import views as augment
 
 
 @pytest.fixture

@@ -15,17 +15,17 @@ from elastic3d.errors import UserError
 from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.pixel_flux import PixelModelConfig, PixelSamplingConfig
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
+from elastic3d.preparation.sources import with_article
 from elastic3d.training.elastic_image import (
     ImageLossConfig,
     ImageRouterStage,
     ImageRouterTrainConfig,
     image_loss,
 )
-from elastic3d.training.elastic_objective import TrainedParts
 from elastic3d.training.export import export_run
 from elastic3d.training.image import ImageStage
-from elastic3d.training.image_cache import ImageCache
 from elastic3d.training.image_data import (
+    ImageCache,
     ImageDataConfig,
     ImageFolder,
     ShapeViews,
@@ -33,7 +33,6 @@ from elastic3d.training.image_data import (
     noun_of,
     recoloured,
     view_words,
-    with_article,
 )
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import StageName
@@ -53,7 +52,7 @@ MODEL = PixelModelConfig(
     steps=2,
     name="tiny",
 )
-ROUTING = dict(val_budgets=[0.5], val_shapes=1, val_steps=2, explore=0.5)
+ROUTING = dict(val_budgets=[0.5], val_shapes=1, val_steps=2)
 
 
 def image_config(root: Path, stage=StageName.image, routing=None, **image):
@@ -165,16 +164,12 @@ def test_the_small_model_trains_exports_and_draws(views):
 
 
 @pytest.mark.parametrize(
-    "save, name, parts",
-    [
-        (save_tiny_flux, BackboneName.flux, TrainedParts.routers),
-        (save_tiny_qwen, BackboneName.qwen_image, TrainedParts.lora),
-    ],
+    "save, name", [(save_tiny_flux, BackboneName.flux), (save_tiny_qwen, BackboneName.qwen_image)]
 )
-def test_routers_for_a_published_pipeline(folder, prepared, save, name, parts):
+def test_routers_for_a_published_pipeline(folder, prepared, save, name):
     weights = save(prepared / "published")
     image = dict(backbone=name, weights=weights, images=folder, size=16, text_length=48, val_every=3)
-    config = image_config(prepared, StageName.image_router, {"parts": parts}, **image)
+    config = image_config(prepared, StageName.image_router, **image)
     config.validate_every = config.sample_every = 2
     assert run_stage(config) == 0
     config.steps = 4
@@ -184,7 +179,7 @@ def test_routers_for_a_published_pipeline(folder, prepared, save, name, parts):
     assert 0 <= next(line["val/share_at_0.5"] for line in lines if "val/share_at_0.5" in line) <= 1
     assert (config.folder / "samples" / "generated-00000002.png").is_file()
     export_run(export_of(config, prepared / "elastic"))
-    assert (prepared / "elastic" / "transformer").is_dir() == (parts is TrainedParts.lora)
+    assert [path.name for path in (prepared / "elastic").iterdir()] == ["routers"]
     pipeline = TextToImagePipeline.from_pretrained(
         name, weights, prepared / "elastic" / "routers", device="cpu"
     )
@@ -198,10 +193,10 @@ def test_the_image_term_alone_moves_the_gates(folder, prepared):
     image = dict(
         backbone=BackboneName.flux, weights=weights, images=folder, size=16, text_length=16, val_every=3
     )
-    routing = {"distillation": 0.0, "flow": 0.0, "cost_weight": 0.0, "explore": 1.0}
+    routing = {"distillation": 0.0, "flow": 0.0, "cost_weight": 0.0}
     routing["image"] = ImageLossConfig(weight=1.0, share=1.0, time_power=0.0)
     stage = ImageRouterStage(image_config(prepared, StageName.image_router, routing, **image))
-    batch = {name: torch.stack([value] * 2) for name, value in stage.items().item(0, 0).items()}
+    batch = {name: torch.stack([value] * 2) for name, value in stage.items.item(0, 0).items()}
     loss, values = stage.flow(batch)
     loss.backward()
     assert values["distillation"] == 0  # open at the start

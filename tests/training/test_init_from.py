@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from elastic3d.errors import UserError
-from elastic3d.training.init_from import find_start, model_part
+from elastic3d.training.checkpoint import find_start, model_part
 
 
 def test_the_bundled_model_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,15 +17,10 @@ import torch
 
 from elastic3d.errors import UserError
 from elastic3d.training.checkpoint import load_checkpoint
+from elastic3d.training.distributed import state_bytes
 from elastic3d.training.journal import read_metrics
-from elastic3d.training.loop import train
+from elastic3d.training.loop import compile_blocks, enable_gradient_checkpointing, stop_signals, train
 from elastic3d.training.options import Precision, Schedule, TrainConfig
-from elastic3d.training.runtime import (
-    compile_blocks,
-    enable_gradient_checkpointing,
-    state_bytes,
-    stop_signals,
-)
 from elastic3d.training.stages import build_stage, run_stage
 from tests.training.tiny import vae_config
 
@@ -251,8 +246,8 @@ def test_too_little_memory_is_said_before_the_first_step(prepared, monkeypatch):
     stage.objective.requires_grad_(False)
     assert state_bytes(stage.objective, config) == count * 2
     stage.objective.requires_grad_(True)
-    monkeypatch.setattr("elastic3d.training.runtime.free_memory", lambda device: 0)
-    with pytest.raises(UserError, match=r"need 0.\d GB of cpu memory .*routing.parts=lora.*fsdp.yaml"):
+    monkeypatch.setattr("elastic3d.training.distributed.free_memory", lambda device: 0)
+    with pytest.raises(UserError, match=r"need 0.\d GB of cpu memory .*precision=bf16_master.*fsdp.yaml"):
         train(stage, config, config.folder)
     assert not config.folder.exists()
 

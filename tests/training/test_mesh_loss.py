@@ -5,7 +5,6 @@ from elastic3d.training.mesh_loss import (
     _chamfer_distance,
     chamfer_distance,
     field_gradient,
-    silhouette_loss,
     surface_loss,
     surface_points,
 )
@@ -81,24 +80,3 @@ def test_the_surface_loss_vanishes_on_the_truth_and_leads_to_it():
         distance, _ = surface_loss(sphere(radius), surface, jitter)
         distance.backward()
         assert radius.grad.item() * sign > 0
-
-
-def parallel_rays(count: int = 400):
-    """Rays (1,R,3) along z at random places of a square, and their distance from the axis."""
-    places = 2 * torch.rand(1, count, 2, generator=torch.Generator().manual_seed(6)) - 1
-    ends = [torch.cat([places, torch.full((1, count, 1), z)], dim=-1) for z in (-1.0, 1.0)]
-    return *ends, places.norm(dim=-1), torch.rand(1, count, generator=torch.Generator().manual_seed(7))
-
-
-def test_the_silhouette_loss_is_that_of_the_nearest_points_and_leads_to_the_truth():
-    starts, ends, distance, offsets = parallel_rays()
-    covered = (distance < 0.6).float()
-    true = silhouette_loss(sphere(0.6), starts, ends, covered, offsets, 400)
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(20 * (0.6 - distance), covered)
-    torch.testing.assert_close(true, expected, rtol=1e-2, atol=1e-3)
-    for wrong, sign in ((0.7, 1), (0.5, -1)):
-        radius = torch.tensor(wrong, requires_grad=True)
-        loss = silhouette_loss(sphere(radius), starts, ends, covered, offsets, 32)
-        assert loss > true
-        loss.backward()
-        assert radius.grad * sign > 0

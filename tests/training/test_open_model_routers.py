@@ -15,7 +15,6 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.training.dit import LatentFlowConfig
 from elastic3d.training.elastic import MeshLossConfig, RouterStageConfig, RouterTrainConfig
-from elastic3d.training.elastic_objective import TrainedParts
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentsConfig, build_cache
 from elastic3d.training.options import StageName
@@ -25,7 +24,7 @@ from tests.training.test_dit import add_views
 from tests.training.tiny import export_of, vae_config
 
 
-def config_for(root: Path, model: str, parts: TrainedParts, stage: StageName) -> RouterTrainConfig:
+def config_for(root: Path, model: str, stage: StageName) -> RouterTrainConfig:
     encoder = ImageEncoderConfig(
         kind=EncoderKind.dinov2, image_size=28, path=str(root / "model/image_encoder/dinov2")
     )
@@ -44,7 +43,7 @@ def config_for(root: Path, model: str, parts: TrainedParts, stage: StageName) ->
         ),
         dit=LatentFlowConfig(match_channels=0, sample_guidance=7.0),
         routing=RouterStageConfig(
-            model=root / "model", parts=parts, lora_rank=2, guidance=7.0, explore=0.5, val_budgets=[0.5],
+            model=root / "model", guidance=7.0, val_budgets=[0.5],
             val_shapes=1, val_steps=3,
             mesh=MeshLossConfig(near_queries=16, volume_queries=8, surface_points=8, share=0.5),
         ),
@@ -53,8 +52,7 @@ def config_for(root: Path, model: str, parts: TrainedParts, stage: StageName) ->
 
 
 @pytest.mark.parametrize("model", ["triposg", "step1x3d"])
-@pytest.mark.parametrize("parts", [TrainedParts.routers, TrainedParts.lora])
-def test_routers_are_trained_and_generate(prepared: Path, model: str, parts: TrainedParts) -> None:
+def test_routers_are_trained_and_generate(prepared: Path, model: str) -> None:
     add_views(prepared)
     weights = write_folder(prepared / "weights", model)
     told = import_checkpoint(ImportConfig(model=model, weights=str(weights), output=str(prepared / "model")))
@@ -62,8 +60,8 @@ def test_routers_are_trained_and_generate(prepared: Path, model: str, parts: Tra
     for part in ("vae", "dit"):  # the shapes here have 512 points, TripoSG's latents are 2048
         path = prepared / "model" / part / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"num_latents": 6}))
-    config = config_for(prepared, model, parts, StageName.router)
-    info = build_cache(config_for(prepared, model, parts, StageName.cache))
+    config = config_for(prepared, model, StageName.router)
+    info = build_cache(config_for(prepared, model, StageName.cache))
     assert info.latents == [6, 8] and info.tokens == [5, CONTEXT]
     assert run_stage(config) == 0
     last = read_metrics(config.folder / "metrics.jsonl")[-1]

@@ -12,7 +12,7 @@ from elastic3d.elastic import is_attached
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.training.dit import FlowObjective
-from elastic3d.training.random_routes import WIDTHS, RandomRoutes, RandomRoutesConfig, draw, draw_route
+from elastic3d.training.routes import WIDTHS, RandomRoutes, RandomRoutesConfig, draw, draw_route
 
 BLOCKS = 4
 

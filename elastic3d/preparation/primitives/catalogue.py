@@ -1,4 +1,5 @@
-"""All categories of composed shapes, and the shape of a category and a seed."""
+"""The `primitives` source: all categories of composed shapes, and the shape of a category and a seed, built where it is
+needed in a tenth of a second."""
 
 from __future__ import annotations
 
@@ -15,10 +16,7 @@ from elastic3d.errors import UserError
 from elastic3d.preparation.primitives import (
     animals,
     buildings,
-    chess,
-    compositions,
     figures,
-    food,
     machines,
     plants,
     symbols,
@@ -27,33 +25,33 @@ from elastic3d.preparation.primitives import (
     vessels,
 )
 from elastic3d.preparation.primitives.solids import Dice, Parts, to_arrays
-from elastic3d.preparation.sources import with_article
-from elastic3d.preparation.views import RawShape, random_colour
+from elastic3d.preparation.shape import RawShape, random_colour
+from elastic3d.preparation.sources import AlwaysReady, Item, with_article
 
 CATEGORIES: dict[str, Callable[..., Parts]] = {
     "mug": vessels.mug,
     "dog": animals.dog,
-    "composition": compositions.composition,
+    "composition": symbols.composition,
     "car": vehicles.car,
     "key": things.key,
     "letter": symbols.letter,
     "goblet": vessels.goblet,
     "tree": plants.tree,
     "plane": vehicles.plane,
-    "carving": compositions.carving,
+    "carving": symbols.carving,
     "hammer": things.hammer,
     "gear": machines.gear,
-    "chess_pawn": chess.chess_piece("pawn"),
-    "chess_knight": chess.chess_piece("knight"),
+    "chess_pawn": figures.chess_piece("pawn"),
+    "chess_knight": figures.chess_piece("knight"),
     "duck": animals.duck,
     "boat": vehicles.boat,
-    "warped": compositions.warped,
+    "warped": symbols.warped,
     "ring": things.ring,
-    "donut": food.donut,
+    "donut": plants.donut,
     "vase_with_handles": vessels.vase,
     "cat": animals.cat,
     "house": buildings.house,
-    "lathe": compositions.lathe,
+    "lathe": symbols.lathe,
     "glasses": things.glasses,
     "star": symbols.star,
     "teapot": vessels.teapot,
@@ -61,23 +59,23 @@ CATEGORIES: dict[str, Callable[..., Parts]] = {
     "truck": vehicles.truck,
     "phone": things.phone,
     "heart": symbols.heart,
-    "chess_rook": chess.chess_piece("rook"),
-    "chess_bishop": chess.chess_piece("bishop"),
+    "chess_rook": figures.chess_piece("rook"),
+    "chess_bishop": figures.chess_piece("bishop"),
     "snowman": figures.snowman,
     "rocket": vehicles.rocket,
     "book": things.book,
-    "ice_cream": food.ice_cream,
+    "ice_cream": plants.ice_cream,
     "bottle": vessels.bottle,
     "mushroom": plants.mushroom,
     "helicopter": vehicles.helicopter,
     "die": things.die,
     "arrow": symbols.arrow,
-    "chess_queen": chess.chess_piece("queen"),
-    "chess_king": chess.chess_piece("king"),
+    "chess_queen": figures.chess_piece("queen"),
+    "chess_king": figures.chess_piece("king"),
     "penguin": animals.penguin,
     "castle": buildings.castle,
     "dumbbell": things.dumbbell,
-    "cupcake": food.cupcake,
+    "cupcake": plants.cupcake,
     "jug": vessels.jug,
     "elephant": animals.elephant,
     "bus": vehicles.bus,
@@ -87,7 +85,7 @@ CATEGORIES: dict[str, Callable[..., Parts]] = {
     "rabbit": animals.rabbit,
     "train": vehicles.train,
     "camera": things.camera,
-    "cake": food.cake,
+    "cake": plants.cake,
     "plant_pot": vessels.plant_pot,
     "turtle": animals.turtle,
     "submarine": vehicles.submarine,
@@ -102,7 +100,7 @@ CATEGORIES: dict[str, Callable[..., Parts]] = {
     "person": figures.person,
     "tractor": vehicles.tractor,
     "padlock": things.padlock,
-    "burger": food.burger,
+    "burger": plants.burger,
     "candle": vessels.candle,
     "teddy": figures.teddy,
     "windmill": buildings.windmill,
@@ -139,7 +137,7 @@ CATEGORIES: dict[str, Callable[..., Parts]] = {
     "pear": plants.pear,
     "bowl": vessels.bowl,
     "ghost": figures.ghost,
-    "lollipop": food.lollipop,
+    "lollipop": plants.lollipop,
     "starfish": animals.star_fish,
     "coins": vessels.coin_stack,
     "cloud": plants.cloud,
@@ -186,7 +184,7 @@ class Composed:
             glyph = symbols.glyph_of(self.seed)
             return f"the {'digit' if glyph.isdigit() else 'letter'} {glyph}"
         if self.category in COUNTED:
-            count = compositions.count_of(self.seed)
+            count = symbols.count_of(self.seed)
             return f"a {self.category} of {count} primitive{'s' if count > 1 else ''}".replace(
                 "a warped of", "a warped solid of"
             )
@@ -206,7 +204,7 @@ class Composed:
         if self.category == "letter":
             return build(dice, symbols.glyph_of(self.seed))
         if self.category in COUNTED:
-            return build(dice, compositions.count_of(self.seed))
+            return build(dice, symbols.count_of(self.seed))
         return build(dice)
 
 
@@ -224,7 +222,7 @@ CAPTIONS = {
     "stairs": "flight of stairs",
     "glasses": "pair of glasses",
     "headphones": "pair of headphones",
-} | {f"chess_{kind}": f"chess {kind}" for kind in chess.CHESS_HEIGHTS}
+} | {f"chess_{kind}": f"chess {kind}" for kind in figures.CHESS_HEIGHTS}
 
 
 def _colours(names: list[str], dice: Dice) -> NDArray[np.uint8]:
@@ -251,3 +249,31 @@ def shapes(categories: list[str], count: int) -> list[Composed]:
         for extra in range(seeds)
     )
     return list(islice(every, count))
+
+
+class PrimitivesSource(AlwaysReady):
+    """The first `count` shapes of the catalogue; any prefix is balanced over the categories."""
+
+    name = "primitives"
+
+    def __init__(self, categories: list[str], count: int) -> None:
+        self._shapes = {shape.name: shape for shape in shapes(categories, count)}
+
+    def items(self) -> list[Item]:
+        """Categories interleaved."""
+        return [
+            Item(
+                id=shape.name,
+                source=self.name,
+                category=shape.category,
+                caption=shape.caption,
+                licence="Apache-2.0",
+                creator="the elastic3d maintainers",
+                source_id=f"{shape.category}({shape.seed})",
+            )
+            for shape in self._shapes.values()
+        ]
+
+    def load(self, item: Item) -> RawShape:
+        """Build the shape."""
+        return self._shapes[item.id].build()

@@ -1,4 +1,4 @@
-"""Plants and fruit, and the weather above them."""
+"""Plants, fruit and food, and the weather above them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from elastic3d.preparation.primitives.solids import (
     ellipsoid,
     join,
     lathe,
+    plate,
+    polygon,
     rod,
+    torus,
     tube,
 )
 
@@ -137,3 +140,101 @@ def cloud(d: Dice) -> Parts:
         ball(d(0.16, 0.28), (x, d(0.02, 0.2), d(-0.08, 0.08))) for x in np.linspace(-0.4, 0.4, d.whole(4, 6))
     ]
     return {"white": join(*lobes) - box(3, 1, 3, (0, -0.5, 0))}
+
+
+def donut(d: Dice) -> Parts:
+    """A ring of dough with icing and sprinkles."""
+    ring, tube_radius = d(0.33, 0.38), d(0.13, 0.2)
+    dough = torus(ring, tube_radius).scale((1, d(0.8, 1.0), 1))
+    icing = torus(ring, tube_radius * 1.08) - box(3, 1, 3, (0, -0.5 + tube_radius * 0.15, 0))
+    parts: Parts = {"dough": dough, "icing": icing}
+    if d.chance(0.5):
+        grains = []
+        for _ in range(d.whole(8, 16)):
+            turn, out = d(0, 2 * np.pi), ring + tube_radius * d(-0.5, 0.5)
+            at = np.array(
+                [
+                    out * np.cos(turn),
+                    np.sqrt(max(0.0, (tube_radius * 1.08) ** 2 - (out - ring) ** 2)),
+                    out * np.sin(turn),
+                ]
+            )
+            way = d.direction() * [0.05, 0.01, 0.05]
+            grains.append(capsule(at - way, at + way, 0.028))
+        parts["sprinkles"] = join(*grains)
+    return parts
+
+
+def ice_cream(d: Dice) -> Parts:
+    """Scoops in a cone."""
+    scoops, size, length = d.whole(1, 3), d(0.2, 0.26), d(0.5, 0.65)
+    cone = rod((0, 0, 0), (0, length, 0), 0.03, size * 0.95)
+    parts: Parts = {"waffle": cone}
+    for index in range(scoops):
+        parts[f"scoop {index}"] = ball(
+            size * (1 - 0.1 * index), (0, length + size * (0.35 + 1.15 * index), 0)
+        )
+    if d.chance(0.4):
+        parts["red"] = ball(0.07, (0, length + size * (1.35 + 1.15 * (scoops - 1)), 0))
+    return parts
+
+
+def cupcake(d: Dice) -> Parts:
+    """A cupcake with a swirl."""
+    radius, height = d(0.26, 0.32), d(0.3, 0.38)
+    cup = lathe([(radius * 0.72, 0), (radius, height)], smooth=False)
+    folds = join(cup, around(rod((radius * 0.72, 0, 0), (radius, height, 0), 0.035), 16))
+    tiers = [
+        torus((radius * 1.05 - 0.12) * s, 0.11 * s**0.5, (0, height + y, 0))
+        for s, y in ((1.0, 0.05), (0.7, 0.18), (0.4, 0.3))
+    ]
+    cream = join(*tiers, rod((0, height, 0), (0, height + 0.42, 0), radius * 0.8, 0.03))
+    return {"cup": folds, "icing": cream, "red": ball(0.08, (0, height + 0.45, 0))}
+
+
+def cake(d: Dice) -> Parts:
+    """A round cake of one to three tiers with candles, or a slice."""
+    if d.chance(0.35):
+        outline = [(0, 0), (0.8, -0.26), (0.86, 0), (0.8, 0.26)]
+        slice_ = [
+            plate(outline, h).rotate((-90, 0, 0)).translate((-0.4, y, 0))
+            for h, y in ((0.2, 0.1), (0.08, 0.24), (0.16, 0.36), (0.07, 0.46))
+        ]
+        return {
+            "dough": join(slice_[0], slice_[2]),
+            "icing": join(slice_[1], slice_[3]),
+            "red": ball(0.09, (0.2, 0.55, 0)),
+        }
+    tiers, radius, height = d.whole(1, 3), d(0.4, 0.5), d(0.2, 0.28)
+    levels = [
+        rod((0, height * i, 0), (0, height * (i + 1), 0), radius * (1 - 0.27 * i)) for i in range(tiers)
+    ]
+    beads = [around(ball(0.05, (radius * (1 - 0.27 * i), height * (i + 1), 0)), 12) for i in range(tiers)]
+    candle = rod(
+        (radius * 0.4 * (1 - 0.2 * tiers), height * tiers - 0.01, 0),
+        (radius * 0.4 * (1 - 0.2 * tiers), height * tiers + 0.2, 0),
+        0.032,
+    )
+    return {"dough": join(*levels), "icing": join(*beads), "wax": around(candle, d.whole(3, 5))}
+
+
+def burger(d: Dice) -> Parts:
+    """A burger in its bun."""
+    radius, thick = d(0.42, 0.5), d(0.1, 0.15)
+    bottom = lathe([(radius * 0.9, 0), (radius, 0.08), (radius, 0.13)])
+    meat = rod((0, 0.13, 0), (0, 0.13 + thick, 0), radius * 1.03)
+    leaf = around(ellipsoid(0.12, 0.03, 0.14, (radius, 0.16 + thick, 0)), 10)
+    cheese = box(radius * 1.5, 0.045, radius * 1.5, (0, 0.14 + thick, 0)).rotate((0, d(0, 90), 0))
+    top = ellipsoid(radius, d(0.26, 0.36), radius, (0, 0.17 + thick, 0)) - box(3, 1, 3, (0, -0.33 + thick, 0))
+    return {"dough": join(bottom, top), "meat": meat, "leaves": leaf, "yellow": cheese}
+
+
+def lollipop(d: Dice) -> Parts:
+    """A lollipop or a popsicle."""
+    stick = rod((0, 0, 0), (0, 0.6, 0), 0.04)
+    if d.chance(0.5):
+        return {"sugar": rod((0, 0.85, -0.07), (0, 0.85, 0.07), d(0.28, 0.36)), "ivory": stick}
+    bar = polygon(
+        [(-0.2, 0.45), (0.2, 0.45), (0.2, 1.0), (0.14, 1.12), (0, 1.17), (-0.14, 1.12), (-0.2, 1.0)]
+    )
+    return {"sugar": plate(bar, d(0.16, 0.22), bevel=0.04), "ivory": stick}

@@ -1,9 +1,10 @@
-"""FSDP: each process keeps its part of every weight, and of its master, average and moments.
+"""Processes that share a run: devices, memory, and FSDP.
 
-Started by `accelerate launch --config_file configs/accelerate/fsdp.yaml`. The model is cut into units that are
-gathered when they run and freed afterwards (fully sharded data parallelism, `torch.distributed.fsdp.fully_shard`).
-Everything that is stepped is the process' own part, an ordinary tensor; only a checkpoint is gathered whole, so that
-it does not tell how many processes wrote it. Where nothing is sharded each function returns what it is given.
+With FSDP (`accelerate launch --config_file configs/accelerate/fsdp.yaml`) each process keeps its part of every weight,
+and of its master, average and moments. The model is cut into units that are gathered when they run and freed afterwards
+(`torch.distributed.fsdp.fully_shard`). Everything that is stepped is the process' own part, an ordinary tensor; only a
+checkpoint is gathered whole, so that it does not tell how many processes wrote it. Where nothing is sharded each
+function returns what it is given.
 """
 
 from __future__ import annotations
@@ -20,10 +21,61 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from elastic3d.errors import UserError
+from elastic3d.pipelines.memory import GB, free_memory
+from elastic3d.training.options import LoopConfig, Precision
+from elastic3d.utils.devices import DeviceChoice
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.utils import FullyShardedDataParallelPlugin
+
+
+def make_accelerator(config: LoopConfig) -> Accelerator:
+    """Process group and device as `config` says; starts the run's random numbers."""
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    accelerator = Accelerator(cpu=config.device is DeviceChoice.cpu)
+    set_seed(config.seed, device_specific=True)
+    return accelerator
+
+
+@contextmanager
+def first_process_first(config: LoopConfig) -> Iterator[None]:
+    """The main process runs the block before the others do, which then find what it wrote."""
+    from accelerate import PartialState
+
+    with PartialState(cpu=config.device is DeviceChoice.cpu).main_process_first():
+        yield
+
+
+def state_bytes(module: nn.Module, config: LoopConfig, shards: int = 1) -> int:
+    """Bytes in each process of weights, gradients, masters, averages and moments; activations come on top.
+
+    Args:
+        shards: processes that the state is divided between; the weights are whole in each before that.
+    """
+    half = config.precision is Precision.bf16_master
+    size = 2 if half else 4
+    state = size + 4 + 8 + (8 if half else 0)  # gradient; average; AdamW's moments; master and its gradient
+    weights = size * sum(p.numel() for p in module.parameters())
+    trained = state * sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return max(weights, (weights + trained) // shards)
+
+
+def require_memory(need: int, module: nn.Module, device: torch.device) -> None:
+    """UserError if `need` bytes don't fit on the device, with what is there already of the module."""
+    there = sum(p.nbytes for p in module.parameters() if p.device.type == device.type)
+    free = free_memory(device) + there
+    if need > free:
+        raise UserError(
+            f"weights, gradients and optimizer state need {need / GB:.1f} GB of {device.type} memory in each process,"
+            f" activations come on top, but {free / GB:.1f} GB are there: take precision=bf16_master, or shard over"
+            " several GPUs (configs/accelerate/fsdp.yaml)"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- FSDP
 
 
 def wants_sharding(accelerator: Accelerator) -> bool:

@@ -1,10 +1,12 @@
-"""Budgets of routers that are exported already, calibrated anew: the checkpoint of their training is not needed."""
+"""What is measured of a model that is trained already: the budgets of its routers, calibrated anew without the
+checkpoint of their training (`stage=calibrate`), and what leaving out each block costs at each step
+(`stage=sensitivity`)."""
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,11 +15,21 @@ from elastic3d.diffusion.dial import save_dial
 from elastic3d.elastic.attachment import load_routers, save_router_config
 from elastic3d.elastic.config import RouterConfig, RouterVariant
 from elastic3d.errors import UserError
-from elastic3d.geometry.mesh_io import atomic_path
-from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME, load_json, save_json
+from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME
 from elastic3d.pipelines.image_to_3d import ROUTERS_NAME
 from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.runtime import resolve_device
+from elastic3d.training.block_router_image import (
+    ImageBlockRouterConfig,
+    ImageBlockRouterStage,
+    ImageBlockRouterTrainConfig,
+)
+from elastic3d.training.block_router_shape import (
+    BlockRouterTrainConfig,
+    EndMeshLossConfig,
+    ShapeBlockRouterConfig,
+    ShapeBlockRouterStage,
+)
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.elastic import MeshLossConfig, RouterStage, RouterStageConfig, RouterTrainConfig
 from elastic3d.training.elastic_image import (
@@ -26,11 +38,12 @@ from elastic3d.training.elastic_image import (
     ImageRouterTrainConfig,
     ImageRoutingConfig,
 )
-from elastic3d.training.export import CURVES_NAME, RECORD_NAME
+from elastic3d.training.export import CURVES_NAME, RECORD_NAME, copy_files
 from elastic3d.training.image_data import ImageDataConfig
 from elastic3d.training.latents import LatentCacheConfig
 from elastic3d.training.options import DataConfig, Precision, StageConfig, StageName
 from elastic3d.utils.options import Options, from_dict, option
+from elastic3d.utils.structured import load_json, save_json
 
 NOTE_NAME = "calibration.json"
 
@@ -58,6 +71,10 @@ class CalibrationImagesConfig(ImageDataConfig):
         if self.backbone is not None and self.weights is None:
             raise ValueError(f"weights= is missing: the folder of the {self.backbone.name} pipeline")
 
+    def pipeline(self) -> BackboneConfig:
+        """The one that is named."""
+        return BackboneConfig(**vars(self))
+
 
 @dataclass(kw_only=True)
 class CalibrationOutputConfig(Options):
@@ -83,8 +100,8 @@ def calibrate_exported(config: CalibrateConfig) -> Path:
     """Calibrate `routers/` of the model that `config` names as an export does, at the model's own steps and guidance.
 
     Their `config.json` is written anew, with `calibration.json` beside it: what it was measured on. A `dial.json` there
-    goes: it was measured with what they were. Weights and the
-    record of the training stay as they are; another `export.output` gets copies of them.
+    goes: it was measured with what they were. Weights and the record of the training stay as they are; another
+    `export.output` gets copies of them.
 
     Raises:
         UserError: there are no routers, they are those of another model, or they take no budget.
@@ -92,16 +109,12 @@ def calibrate_exported(config: CalibrateConfig) -> Path:
     model = config.routing.model if config.image.backbone is None else config.image.weights
     assert model is not None
     source, output = (folder / ROUTERS_NAME for folder in (model, config.export.output or model))
-    stage = _stage_for(config, _router_config(source))
+    stage = _router_stage(config, _router_config(source))
     load_routers(stage.flow.dit, source)
     _sample_as_the_model_does(stage)
     stage.flow.to(resolve_device(config.device)).eval()
     stage.calibrate(config.routing)
-    if output.resolve() != source.resolve():
-        for name in (WEIGHTS_NAME, RECORD_NAME, CURVES_NAME):
-            if (source / name).is_file():
-                with atomic_path(output / name) as temporary:
-                    shutil.copyfile(source / name, temporary)
+    copy_files((WEIGHTS_NAME, RECORD_NAME, CURVES_NAME), source, output)
     save_dial(None, output.parent)
     save_router_config(stage.flow.dit, output)
     save_json(_note(stage, config), output / NOTE_NAME)
@@ -122,7 +135,7 @@ def _router_config(folder: Path) -> RouterConfig:
     return router
 
 
-def _stage_for(config: CalibrateConfig, router: RouterConfig) -> RouterStage | ImageRouterStage:
+def _router_stage(config: CalibrateConfig, router: RouterConfig) -> RouterStage | ImageRouterStage:
     """A stage with such routers, which learns nothing."""
     shared = {name: getattr(config, name) for name in ("seed", "device", "precision", "data")}
     image, count = config.image, config.routing.val_shapes
@@ -132,11 +145,9 @@ def _stage_for(config: CalibrateConfig, router: RouterConfig) -> RouterStage | I
         return RouterStage(
             RouterTrainConfig(**shared, latents=config.latents, router=router, routing=routing)
         )
-    images = BackboneConfig(**{item.name: getattr(image, item.name) for item in fields(BackboneConfig)})
+    images = ImageRoutingConfig(val_shapes=count)
     return ImageRouterStage(
-        ImageRouterTrainConfig(
-            **shared, image=images, router=router, routing=ImageRoutingConfig(val_shapes=count)
-        )
+        ImageRouterTrainConfig(**shared, image=image.pipeline(), router=router, routing=images)
     )
 
 
@@ -147,7 +158,7 @@ def _sample_as_the_model_does(stage: RouterStage | ImageRouterStage) -> None:
         routing.val_steps, routing.guidance = stage.pipeline.steps, stage.pipeline.guidance
         stage.config.dit.sample_guidance = routing.guidance
     else:
-        routing.val_steps, routing.guidance = stage.flow.backbone.default_sampling()
+        routing.val_steps, routing.guidance = stage.pipeline.backbone.default_sampling()
 
 
 def _note(stage: RouterStage | ImageRouterStage, config: CalibrateConfig) -> dict[str, object]:
@@ -159,6 +170,81 @@ def _note(stage: RouterStage | ImageRouterStage, config: CalibrateConfig) -> dic
         "dampings": config.routing.dampings.name,
         "gate_bias": config.routing.gate_bias.name,
         "precision": config.precision.name,
-        "data": {name: value for name, value in stage.record().items() if not name.startswith("train_")},
+        "data": {name: value for name, value in stage.record.items() if not name.startswith("train_")},
         "versions": {"elastic3d": __version__, "torch": torch.__version__},
     }
+
+
+# ------------------------------------------------------------------------------------------------------ sensitivity
+
+
+@dataclass(kw_only=True)
+class SensitivityConfig(Options):
+    """What is measured, and how."""
+
+    model: Path = option(Path("data/pretrained/shape-small"), "folder of a shape pipeline")
+    rank: int = option(48, "rank of the few-step LoRA, at least the model's", ge=1, le=4096)
+    learned_guidance: bool = option(
+        False, "the few-step LoRA has learned the guidance: the conditional branch runs alone"
+    )
+    guided_times: list[float] = option(
+        [], "with it: first and last time between which both branches run", ge=0, le=1, ascending=True
+    )
+    guidance: float = option(3.0, "guidance scale of a text-to-image pipeline", ge=0, le=100)
+    steps: int = option(6, "sampling steps: rows of the table", ge=1, le=1000)
+    reference_steps: int = option(60, "sampling steps of the dense results", ge=1, le=10_000)
+    val_shapes: int = option(12, "validation shapes or images", ge=1, le=1 << 16)
+    output: Path = option(Path("runs/sensitivity.json"), "file to write")
+
+
+@dataclass(kw_only=True)
+class SensitivityStageConfig(StageConfig):
+    """Everything `scripts/train.py stage=sensitivity` takes."""
+
+    stage: StageName = option(StageName.sensitivity, "what to do")
+    precision: Precision = option(Precision.bf16_master, "number format")
+    data: DataConfig = option(DataConfig, "prepared shapes")
+    latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
+    image: CalibrationImagesConfig = option(
+        CalibrationImagesConfig, "of a text-to-image pipeline: images with captions"
+    )
+    router: RouterConfig = option(RouterConfig, "architecture of the routers: a file of configs/router")
+    blocks: SensitivityConfig = option(SensitivityConfig, "what is measured")
+
+
+def measure_sensitivity(config: SensitivityStageConfig) -> Path:
+    """Write the table that `blocks.output` names: the relative squared error of the last latents to the dense ones,
+    with each block left out at each step alone.
+
+    Raises:
+        UserError: what `stage=block_router` raises of such a model.
+    """
+    stage = _block_router_stage(config)
+    stage.flow.to(resolve_device(config.device)).eval()
+    stage.sensitivity(config.blocks.steps).save(config.blocks.output)
+    return config.blocks.output
+
+
+def _block_router_stage(config: SensitivityStageConfig) -> ShapeBlockRouterStage | ImageBlockRouterStage:
+    """A stage that starts from the model as a training does."""
+    options, image = config.blocks, config.image
+    shared = {name: getattr(config, name) for name in ("seed", "device", "precision", "data", "router")}
+    common: dict[str, Any] = {
+        "rank": options.rank,
+        "min_steps": 1,
+        "max_steps": max(options.steps, 10),
+        "reference_steps": max(options.reference_steps, options.steps, 10),
+        "val_shapes": options.val_shapes,
+        "val_steps": [options.steps],
+    }
+    if image.backbone is None:
+        shape = ShapeBlockRouterConfig(
+            model=options.model,
+            guidance=options.learned_guidance,
+            guided_times=options.guided_times,
+            mesh=EndMeshLossConfig(weight=0.0),  # needs no data of true surfaces then
+            **common,
+        )
+        return ShapeBlockRouterStage(BlockRouterTrainConfig(**shared, latents=config.latents, blocks=shape))
+    blocks = ImageBlockRouterConfig(guidance=options.guidance, **common)
+    return ImageBlockRouterStage(ImageBlockRouterTrainConfig(**shared, image=image.pipeline(), blocks=blocks))

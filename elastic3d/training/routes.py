@@ -1,4 +1,4 @@
-"""A base model that learns to do without some of itself: random routes while it trains.
+"""Routes that are drawn: for a base model that learns to do without some of itself, and around a measured table.
 
 Routers pay only on a base whose blocks have met missing neighbours and narrow MLPs (E-DiT, 2602.13993, trains the base
 along). The sandwich rule of slimmable networks (1903.05134) keeps the full model whole: of every four groups of samples
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,10 @@ from elastic3d.elastic import attach
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import Branch, StepContext
 from elastic3d.elastic.router import RouteDecision
+from elastic3d.errors import UserError
+from elastic3d.utils.files import printable
 from elastic3d.utils.options import Options, option
+from elastic3d.utils.structured import Number, load_json, save_json
 
 WIDTHS = 4
 KINDS = 4  # of groups: full, smallest, two between
@@ -28,6 +33,14 @@ BANDS = 4  # of times: a group's samples lie in one, so that its route can suit 
 FIRST_BLOCKS = (0.15, 0.4)  # how readily the first blocks are left out, against 1 in the middle
 LAST_BLOCK = (0.6, 0.1)  # the last block at the earliest and at the latest times
 LATE_BLOCKS = 0.8  # how much more readily late blocks are left out than early ones, at early times
+_TABLE = {
+    "blocks": [str],
+    "times": [Number(0, 1)],
+    "full": Number(0, 1e9),
+    "errors": [[Number(0, 1e9)]],
+    "measured": dict,
+}
+LEAST_EXCESS = 0.02  # of the full route's error: what is smaller is noise
 
 
 @dataclass(kw_only=True)
@@ -135,3 +148,46 @@ class RandomRoutes:
         """The route of every row through one block."""
         actions = self._routes[:, block].to(context.t.device)
         return RouteDecision.fixed(actions > 0, (actions - 1).clamp_min(0), WIDTHS)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """blocks: I names; times: S, where steps begin; full: relative squared error of the last latents with every block;
+    errors (S,I): with one block left out at one step; measured: on what."""
+
+    blocks: Sequence[str]
+    times: Sequence[float]
+    full: float
+    errors: Sequence[Sequence[float]]
+    measured: dict[str, Any]
+
+    def at(self, times: Sequence[float]) -> Tensor:
+        """(S,I) for steps at other times: logarithms of what leaving out adds to the error, linear between times."""
+        excess = np.maximum(np.asarray(self.errors) - self.full, LEAST_EXCESS * self.full)
+        table = np.log(np.maximum(excess, 1e-12))
+        columns = [np.interp(times, self.times, column) for column in table.T]
+        return torch.from_numpy(np.stack(columns, axis=1)).float()
+
+    def save(self, path: Path) -> None:
+        """Write the table, whole or not at all."""
+        save_json({name: getattr(self, name) for name in _TABLE}, path)
+
+
+def load_sensitivity(path: Path | None, blocks: Sequence[str]) -> Sensitivity | None:
+    """The table in a file, None for none; UserError unless it is of a model with these blocks."""
+    if path is None:
+        return None
+    values = load_json(path, _TABLE)
+    found = Sensitivity(**{name: values[name] for name in _TABLE})
+    if list(found.blocks) != list(blocks):
+        raise UserError(
+            f"{printable(path)} is of a model with {len(found.blocks)} blocks, {', '.join(found.blocks[:2])}, ...,"
+            f" expected the {len(blocks)} of this one, {', '.join(blocks[:2])}, ..."
+        )
+    shape = (len(found.errors), {len(row) for row in found.errors})
+    if list(found.times) != sorted(set(found.times)) or shape != (len(found.times), {len(found.blocks)}):
+        raise UserError(
+            f"{printable(path)}: errors and times do not belong together, expected ascending times, a row of errors for"
+            f" each, and {len(found.blocks)} errors in a row"
+        )
+    return found

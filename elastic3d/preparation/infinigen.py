@@ -12,11 +12,12 @@ import json
 import multiprocessing
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -29,11 +30,11 @@ import trimesh
 from numpy.typing import NDArray
 
 from elastic3d.errors import UserError
-from elastic3d.preparation.infinigen_environment import find_environment
+from elastic3d.preparation.shape import RawShape
 from elastic3d.preparation.sources import Item, with_article
-from elastic3d.preparation.views import RawShape
 from elastic3d.utils.structured import parse_json
 
+MAX_SPIKE = 5.0  # how far single vertices may reach, over the rest
 WORKER = Path(__file__).with_name("infinigen_worker.py")
 # category: (module under infinigen.assets.objects, factory). Looked at: clean, recognisable, under 2 s.
 FACTORIES = {
@@ -223,7 +224,7 @@ class InfinigenSource:
             return RawShape(trimesh.Trimesh(vertices, raw["faces"], process=False), raw["material"])
 
     @contextmanager
-    def producing(self) -> Iterator[Generation]:
+    def producing(self) -> Iterator[Callable[[], bool]]:
         """Generate what is missing, in processes of their own."""
         missing = [item for item in self.items() if not self.ready(item)]
         wanted = [self._assets[item.id] for item in missing]
@@ -237,14 +238,11 @@ class InfinigenSource:
         for process in processes:
             process.start()
         try:
-            yield Generation(processes)
+            yield lambda: _still_run(processes)
         finally:
             for process in processes:
                 process.terminate()
                 process.join()
-
-
-MAX_SPIKE = 5.0
 
 
 def check_spikes(vertices: NDArray[np.floating]) -> None:
@@ -257,18 +255,12 @@ def check_spikes(vertices: NDArray[np.floating]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Generation:
-    """The processes that make raw meshes."""
-
-    processes: Sequence[BaseProcess]
-
-    def check(self) -> bool:
-        """Whether any of them still runs. UserError if one ended badly."""
-        for process in self.processes:
-            if process.exitcode:
-                raise UserError(f"generating Infinigen meshes ended with code {process.exitcode}, see above")
-        return any(process.is_alive() for process in self.processes)
+def _still_run(processes: Sequence[BaseProcess]) -> bool:
+    """Whether any process that makes raw meshes still runs. UserError if one ended badly."""
+    for process in processes:
+        if process.exitcode:
+            raise UserError(f"generating Infinigen meshes ended with code {process.exitcode}, see above")
+    return any(process.is_alive() for process in processes)
 
 
 def _generate_all(wanted: list[Asset], folder: Path, python: Path) -> None:
@@ -294,3 +286,74 @@ def read_failures(folder: Path) -> dict[str, str]:
             row = parse_json(line, {"id": str, "reason": str}, str(path))
             found[row["id"]] = row["reason"]
     return found
+
+
+# -------------------------------------------------------------------------------------------- its environment
+
+PYTHON_VERSION = (3, 11)
+NO_DEPENDENCIES = ("infinigen==1.15.5", "bpy==4.2.0")
+REQUIREMENTS = (
+    "numpy==1.26.4",
+    "gin_config==0.5.0",
+    "imageio==2.31.6",
+    "matplotlib==3.11.2",
+    "networkx==3.6.1",
+    "opencv-python-headless==4.8.1.78",
+    "pandas==3.0.6",
+    "psutil==7.2.2",
+    "scikit-image==0.22.0",
+    "scikit-learn==1.9.1",
+    "scipy==1.17.1",
+    "shapely==2.0.5",
+    "tqdm==4.70.1",
+    "trimesh==5.2.0",
+    "geomdl==5.4.0",
+    "rtree==1.4.1",
+    "python-fcl==0.7.0.11",
+    "coacd==1.0.14",
+    "submitit==1.5.4",
+    "OpenEXR==3.5.3",
+)
+
+
+def find_environment(folder: Path) -> Path:
+    """The Python interpreter of an Infinigen environment in `folder`, which is created there when it is
+    missing.
+
+    About 2.2 GB, a few minutes. UserError if no Python 3.11 is found or pip fails.
+    """
+    python = folder / "bin" / "python"
+    if not (folder / ".complete").exists() and not _has_infinigen(python):
+        shutil.rmtree(folder, ignore_errors=True)
+        _run([_python_311(), "-m", "venv", str(folder)])
+        _run([str(python), "-m", "pip", "install", "--no-deps", *NO_DEPENDENCIES])
+        _run([str(python), "-m", "pip", "install", *REQUIREMENTS])
+        (folder / ".complete").touch()
+    return python
+
+
+def _has_infinigen(python: Path) -> bool:
+    code = (
+        "import importlib.util as u; raise SystemExit(not (u.find_spec('bpy') and u.find_spec('infinigen')))"
+    )
+    return python.exists() and subprocess.run([str(python), "-c", code], check=False).returncode == 0
+
+
+def _python_311() -> str:
+    if sys.version_info[:2] == PYTHON_VERSION:
+        return sys.executable
+    found = shutil.which("python3.11")
+    if found is None:
+        raise UserError(
+            "Infinigen runs on Python 3.11 only and no python3.11 is on the PATH: install it, "
+            "or name an existing environment with infinigen_env="
+        )
+    return found
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            f"setting up Infinigen failed at `{' '.join(command[:6])} ...`: {done.stderr.strip()[-300:]}"
+        )

@@ -1,4 +1,5 @@
-"""What happens to a rendered view before the image encoder sees it: views closer to what people give.
+"""The images that shapes are seen by: rendered views as they are stored, a user's own, and views closer to what people
+give.
 
 A clean render of the object alone is the exception in practice. Users bring images with a soft shadow on the floor,
 small or compressed ones, pale objects on white, other exposures. Each of these is drawn for a share of the views.
@@ -7,13 +8,47 @@ small or compressed ones, pale objects on white, other exposures. Each of these 
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
+from elastic3d.errors import UserError
+from elastic3d.models.images import IMAGE_SUFFIXES
+from elastic3d.training.datasets import PreparedShapes
+from elastic3d.utils.files import visible_files
+
+MIN_OPAQUE_PIXELS = 16  # of a view; with fewer there is no object to recognise
 SHADOW, SMALL, COMPRESSED, PALE, EXPOSED, GREY = 0.25, 0.25, 0.3, 0.08, 0.4, 0.05  # shares of the views
+
+
+def stored_views(shapes: PreparedShapes, id: str) -> list[Image.Image]:
+    """The condition views that were rendered of a shape, RGBA; UserError if there are none.
+
+    A sheet seen from its edge can leave a view empty: such a view is no condition and is left out.
+    """
+    data, offsets = shapes.read(id, "views").numpy().tobytes(), shapes.read(id, "view_offsets").tolist()
+    parts = [data[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    views = [Image.open(io.BytesIO(part), formats=("PNG",)).convert("RGBA") for part in parts]
+    seen = [view for view in views if (np.asarray(view)[..., 3] > 127).sum() >= MIN_OPAQUE_PIXELS]
+    if not seen:
+        raise UserError(f"{id} has no condition view that shows it")
+    return seen
+
+
+def named_images(folder: Path) -> dict[str, list[Path]]:
+    """Every image below a folder, by the id that a mesh of that name has (see `FolderSource`)."""
+    if not folder.is_dir():
+        raise UserError(f"latents.images={folder} is no folder, expected one with images")
+    found: dict[str, list[Path]] = {}
+    for path in visible_files(folder):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            found.setdefault("--".join(path.relative_to(folder).with_suffix("").parts), []).append(path)
+    if not found:
+        raise UserError(f"latents.images={folder} holds no image, expected {', '.join(IMAGE_SUFFIXES)}")
+    return found
 
 
 def augment_view(view: Image.Image, rng: np.random.Generator) -> Image.Image:
