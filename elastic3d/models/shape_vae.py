@@ -69,11 +69,13 @@ class Transformer(nn.Module):
 
     def __init__(self, config: VAEConfig, layers: int) -> None:
         super().__init__()
-        self.resblocks = nn.Sequential(*(SelfAttentionBlock(config) for _ in range(layers)))
+        self.resblocks = nn.ModuleList(SelfAttentionBlock(config) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        return self.resblocks(x)
+        for block in self.resblocks:
+            x = block(x)
+        return x
 
 
 class CrossAttention(nn.Module):

@@ -148,5 +148,6 @@ class ShapeBlockRouterStage(BlockRouterStage):
     def val_batch(self, count: int) -> Batch:
         """Pairs of the first `count` validation shapes."""
         val, info = self.cache.val, self.cache.info
-        batch = stack([draw_pair(val, info, pair, 0) for pair in range(min(count, len(val)))])
-        return batch | {"condition": batch["condition"].float()}  # no fp16 in autocast
+        items = [draw_pair(val, info, pair, 0) for pair in range(min(count, len(val)))]
+        # autocast stacks no fp16
+        return stack([item | {"condition": item["condition"].float()} for item in items])

@@ -84,8 +84,9 @@ def test_actions_survive_being_written():
     trace = Trace(["a", "b", "c"], RATIOS, 2, 1)
     for step in range(2):
         for block, action in enumerate((REUSED, 0, 3 + step)):
-            trace.record([step], [(0, 0)], block, [action])
+            trace.record([(step, 0, 0)], range(block, block + 1), action)
     assert torch.equal(parse_actions(trace.sample(0), 3), trace.actions[:, :, 0].long())
     both = Trace(["a"], tuple((i + 1) / 16 for i in range(16)), 1, 1)
-    both.record([0, 0], [(0, 0), (1, 0)], 0, [16, 10])
+    for branch, action in enumerate((16, 10)):
+        both.record([(0, branch, 0)], range(1), action)
     assert parse_actions(both.sample(0), 1).flatten().tolist() == [16, 10]

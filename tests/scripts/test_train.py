@@ -23,7 +23,7 @@ PAGES = ("README.md", "docs/*.md", "data/pretrained/README.md", "reports/elastic
 RECORDS = [
     path
     for path in sorted(ROOT.glob("data/pretrained/*/**/*.json"))
-    if path.name.startswith(("training", "few_step"))
+    if path.name.startswith(("training", "few_step")) and path.name != "training_free.json"
 ]
 
 

@@ -167,7 +167,7 @@ def test_what_cannot_be_calibrated(dense):  # noqa: F811
         run_stage(config)
     other = ShapeDiT(replace(dit.config, single_blocks=4, width=64))
     save_tiny_routers(other, routers)
-    with pytest.raises(UserError, match="model.safetensors: "):
+    with pytest.raises(UserError, match="model.safetensors does not fit Routers: "):
         run_stage(config)
     foreign = {**load_json(routers / "config.json"), "_class_name": "FluxTransformer2DModelRouters"}
     save_json(foreign, routers / "config.json")
