@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from elastic3d.errors import UserError
 from elastic3d.models.options import ImageEncoderConfig
 from elastic3d.models.sizes import require_memory
 from elastic3d.models.weights import load_config
+from elastic3d.pipelines.runtime import fast_bfloat16, resolve_device
 from elastic3d.training.checkpoint import CLASSES, find_start, model_part, statistics_of
 from elastic3d.training.datasets import use_own_lists
 from elastic3d.training.distributed import state_bytes
 from elastic3d.training.loop import Stage, train
-from elastic3d.training.options import StageConfig, StageName, TrainConfig
+from elastic3d.training.options import Precision, StageConfig, StageName, TrainConfig
 from elastic3d.utils.options import to_dict
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # mallopt(3)
@@ -74,6 +76,7 @@ def build_stage(config: TrainConfig) -> Stage:
 def run_stage(config: StageConfig) -> int:
     """Do what `config.stage` says -> the process' exit code; UserError for whatever the user can mend."""
     keep_memory_mapped()
+    warn_of_slow_precision(config)
     torch.manual_seed(config.seed)
     if config.stage in SHAPE_STAGES:
         use_own_lists(config.data)  # type: ignore[attr-defined]
@@ -84,6 +87,17 @@ def run_stage(config: StageConfig) -> int:
     require_sizes(config)
     outcome = train(build_stage(config), config, config.folder, {"config": to_dict(config)})
     return 130 if outcome.reason == "SIGINT" else 0
+
+
+def warn_of_slow_precision(config: StageConfig) -> None:
+    """Where the device has no bf16 matrix products in hardware, they are emulated."""
+    precision, device = getattr(config, "precision", Precision.fp32), resolve_device(config.device)
+    if precision is not Precision.fp32 and not fast_bfloat16(device):
+        warnings.warn(
+            f"precision is {precision.name}, but this {device.type} has no bf16 matrix products in hardware:"
+            " precision=fp32 is several times faster",
+            stacklevel=2,
+        )
 
 
 def _part(stage: StageName, index: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from _cli import CONFIG_DIR, help_text, options_of, parse
 from elastic3d.errors import UserError
 from elastic3d.training.checkpoint import read_record, upgraded
 from elastic3d.training.export import ExportStageConfig
-from elastic3d.training.options import StageName, TrainConfig
-from elastic3d.training.stages import require_sizes, stage_config
+from elastic3d.training.options import Precision, StageName, TrainConfig
+from elastic3d.training.stages import require_sizes, stage_config, warn_of_slow_precision
 from elastic3d.utils.options import from_dict, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +135,21 @@ def test_records_of_shipped_models_are_read(path: Path) -> None:
     for item in fields(getattr(config, part)):
         if item.name in saved[part] and not isinstance(saved[part][item.name], dict):
             assert to_dict(getattr(config, part))[item.name] == saved[part][item.name], item.name
+
+
+def test_emulated_bf16_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = stage_config(StageName.dit)()
+    monkeypatch.setattr("elastic3d.training.stages.fast_bfloat16", lambda device: False)
+    with pytest.warns(UserWarning, match="precision is bf16_master, but this .* precision=fp32"):
+        warn_of_slow_precision(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_slow_precision(stage_config(StageName.export)())
+        config.precision = Precision.fp32
+        warn_of_slow_precision(config)
+        config.precision = Precision.bf16_master
+        monkeypatch.setattr("elastic3d.training.stages.fast_bfloat16", lambda device: True)
+        warn_of_slow_precision(config)
 
 
 def test_a_broken_record_is_named() -> None:
