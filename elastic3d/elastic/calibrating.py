@@ -154,15 +154,11 @@ def load_calibration(path: Path, model: nn.Module) -> Calibration:
         raise UserError(f"{source} is empty, expected at least two steps: run elastic3d calibrate again")
     if not (np.diff(times) > 0).all():
         raise UserError(f"{source}: times are {values['times']}, expected ascending ones")
-    moments: dict[Series, Array] = {}
-    for name, table in [
-        *(("moments", each["values"]) for each in values["moments"]),
-        ("result", values["result"]),
-    ]:
+    tables = [("moments", each["values"]) for each in values["moments"]] + [("result", values["result"])]
+    for name, table in tables:
         if [len(row) for row in table] != [steps] * steps:
             raise UserError(f"{source}: {name} has no {steps} x {steps} numbers, one row a step")
-    for each in values["moments"]:
-        moments[each["span"], each["stream"]] = np.array(each["values"])
+    moments = {(each["span"], each["stream"]): np.array(each["values"]) for each in values["moments"]}
     if set(moments) != series_of(model):
         raise UserError(f"{source} has moments of {sorted(moments)}, expected {sorted(series_of(model))}")
     if len(values["changes"]) != steps:
@@ -254,8 +250,8 @@ class Notes:
         found = np.zeros((len(self.times),) * 2)
         for series in [each for each in self.added[0][0] if each[1] == 0]:
             rows = torch.stack([torch.cat([each[series] for each in passes]) for passes in self.added])
-            guided = rows[:, -1:] + guidance * (rows[:, :1] - rows[:, -1:])
-            found += second_moments(guided if rows.shape[1] > 1 else rows)
+            # of one branch alone this is the branch itself
+            found += second_moments(rows[:, -1:] + guidance * (rows[:, :1] - rows[:, -1:]))
         return found
 
     def changes(self) -> Array:
