@@ -229,12 +229,13 @@ def fade_weights(squared: Tensor) -> Tensor:
 
 
 class AnchorFeatures:
-    """`LocalFeatures` from one set of anchors, for very many points: fp32, without gradients.
+    """`LocalFeatures` from one set of anchors, for very many points, without gradients.
 
     The Fourier embedding of the offset to an anchor is, by the addition theorems, a linear function of the embedding of
     the point itself. So the first layer becomes one matrix an anchor, and all pairs of a point and a neighbour are done
-    by one product an anchor, without gathering features or embedding offsets. The farthest of the neighbours has no
-    weight and is left out. On one core the field of a small model is evaluated 1.5 times as fast.
+    by one product an anchor, without gathering features or embedding offsets. That layer is in fp32: half precision
+    loses the small difference between a point and its anchor if both are embedded apart. The farthest of the neighbours
+    has no weight and is left out. On one core the field of a small model is evaluated 1.5 times as fast, in bf16 1.3.
     """
 
     def __init__(self, local: LocalFeatures, features: Tensor, anchors: Tensor) -> None:
@@ -250,7 +251,7 @@ class AnchorFeatures:
         # sin(x - a) = sin x cos a - cos x sin a, and likewise the cosine
         matrices = torch.cat([linear, sine * cos + cosine * sin, cosine * cos - sine * sin], dim=-1)
         biases = shift + plus_bias + gain * times_bias - (linear @ origin.transpose(1, 2))[..., 0]
-        self.matrices, self.biases = matrices.to(features).transpose(1, 2).contiguous(), biases.to(features)
+        self.matrices, self.biases = matrices.float().transpose(1, 2).contiguous(), biases.float()
 
     def __call__(self, points: Tensor) -> Tensor:
         """points (1,P,3) -> (1,P,width)."""
@@ -266,10 +267,11 @@ class AnchorFeatures:
         parts = zip(hidden.split(counts), self.biases, rows.split(counts), self.matrices, strict=True)
         for out, *part in parts:
             torch.addmm(*part, out=out)
-        hidden = nn.functional.gelu(self.local.hidden_proj(nn.functional.gelu(hidden)))
+        hidden = nn.functional.gelu(hidden.to(self.local.hidden_proj.weight.dtype))
+        hidden = nn.functional.gelu(self.local.hidden_proj(hidden))
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
         pooled = nn.functional.embedding_bag(
-            place.view(-1, k), hidden, per_sample_weights=weights.contiguous(), mode="sum"
+            place.view(-1, k), hidden, per_sample_weights=weights.to(hidden.dtype).contiguous(), mode="sum"
         )
         return self.local.out_proj(pooled)[None]
 

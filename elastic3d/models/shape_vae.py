@@ -258,10 +258,8 @@ class GeoDecoder(nn.Module):
         local: Any = None
         if anchors is not None and self.config.neighbours_out:
             local = partial(self.local, x_k=anchors, features=tokens)
-            # A product an anchor is many small kernels for a GPU; and half precision loses the small difference between
-            # a point and its anchor if both are embedded apart.
-            fast = tokens.device.type == "cpu" and tokens.dtype == torch.float32
-            if often and fast and self.config.neighbours_out > 1:
+            # a product an anchor is many small kernels for a GPU
+            if often and tokens.device.type == "cpu" and self.config.neighbours_out > 1:
                 local = AnchorFeatures(self.local, tokens[0], anchors[0])
         return local, *self.cross_attn_decoder.keys_values(tokens, anchors)
 

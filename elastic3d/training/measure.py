@@ -190,6 +190,9 @@ class SensitivityConfig(Options):
     guided_times: list[float] = option(
         [], "with it: first and last time between which both branches run", ge=0, le=1, ascending=True
     )
+    anchor_weight: float = option(
+        1.0, "weight of the anchors' channels over the others', as in stage=block_router", ge=0, le=1e6
+    )
     guidance: float = option(3.0, "guidance scale of a text-to-image pipeline", ge=0, le=100)
     steps: int = option(6, "sampling steps: rows of the table", ge=1, le=1000)
     reference_steps: int = option(60, "sampling steps of the dense results", ge=1, le=10_000)
@@ -242,6 +245,7 @@ def _block_router_stage(config: SensitivityStageConfig) -> ShapeBlockRouterStage
             model=options.model,
             guidance=options.learned_guidance,
             guided_times=options.guided_times,
+            anchor_weight=options.anchor_weight,
             mesh=EndMeshLossConfig(weight=0.0),  # needs no data of true surfaces then
             **common,
         )
