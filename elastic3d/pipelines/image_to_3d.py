@@ -40,13 +40,12 @@ from elastic3d.models.image_encoder import (
     load_image_encoder,
     save_image_encoder,
 )
-from elastic3d.models.images import to_tensor
+from elastic3d.models.images import ImageInput, Prepared, prepare, to_tensor
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import find_weights
-from elastic3d.pipelines.inputs import ImageInput, Prepared, prepare
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK
 from elastic3d.pipelines.runtime import (
     dense_flops,
