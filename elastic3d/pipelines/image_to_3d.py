@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,8 @@ from elastic3d.diffusion.dial import Dial, choose, load_dial, save_dial
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample
-from elastic3d.elastic import attach, is_attached, save_routers, session_of
-from elastic3d.elastic.calibrating import CALIBRATION_NAME, find_calibration, has_routers, put_policy
+from elastic3d.elastic import attach, has_routers, is_attached, save_routers, session_of
+from elastic3d.elastic.calibrating import CALIBRATION_NAME, find_calibration, put_policy
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.context import Turn
 from elastic3d.elastic.session import ElasticSession
@@ -163,7 +163,6 @@ class ImageTo3DPipeline:
         self.dial: Dial | None = None  # what a budget becomes; None: the budget is the routers' own
         self.calibration: Path | None = None  # file or folder of what keeps a budget without routers
         self.familiarity: Familiarity | None = None  # with the images the model was trained on
-        self._turn = Turn()  # threads that share a pipeline take turns
 
     def use_less_memory(self) -> None:
         """From now on, only the part that works is on the device, and guidance runs its branches in turn: slower."""
@@ -298,10 +297,11 @@ class ImageTo3DPipeline:
         given = {"steps": steps, "guidance": guidance, "resolution": resolution}
         config, dial = self._config(given, quality, ElasticOptions(**elastic))
         if max_faces is not None:
-            cleanup = _checked(cleanup or CleanupConfig(), max_faces=max_faces)
+            cleanup = replace(cleanup or CleanupConfig(), max_faces=max_faces)
         parts = decode or DecodeConfig(), cleanup or CleanupConfig(), foreground or ForegroundConfig()
         told = on_step, on_progress, on_result or (lambda *_: None)
-        results = self._in_turn(Call(inputs, seeds, config, *parts, dial, *told))
+        with Turn.of(self.dit):  # threads that share a model take turns
+            results = self._generate(Call(inputs, seeds, config, *parts, dial, *told))
         if not many and results[0].error is not None:
             raise results[0].error
         return results if many else results[0]
@@ -316,22 +316,16 @@ class ImageTo3DPipeline:
             dial = row.metadata(requested.budget, quality)
             given, requested = given | {"steps": row.steps}, row.over(requested)
         given = {name: value for name, value in given.items() if value is not None}
-        config = _checked(self.config, **{"resolution": self.config.resolution_of(quality), **given})
+        config = replace(self.config, **{"resolution": self.config.resolution_of(quality), **given})
         config.elastic = requested.over(self.config.elastic, routed)
         if config.elastic.elastic and not routed:
             check_budget(config.elastic.budget, len(sampling_times(config, config.steps)) - 1)
         return config, dial
 
-    def _in_turn(self, call: Call) -> list[Result]:
-        """One call at a time; the first with a budget brings the policy of a model without routers."""
-        with self._turn:
-            if call.config.elastic.elastic and self.session is None:
-                put_policy(self.dit, find_calibration(self.calibration, self.dit))
-            with self.session.turn if self.session is not None else nullcontext():
-                return self._generate(call)
-
     def _generate(self, call: Call) -> list[Result]:
         config, ms = call.config, dict[str, float]()
+        if config.elastic.elastic and self.session is None:  # the first call with a budget brings the policy
+            put_policy(self.dit, find_calibration(self.calibration, self.dit))
         results = [Result(self._metadata(call, seed)) for seed in call.seeds]
         with timed(ms, "condition"):
             prepared = self._prepare(call, results)
@@ -468,11 +462,3 @@ class ImageTo3DPipeline:
             "budget": config.elastic.budget if config.elastic.elastic else 1.0,
             **({} if call.dial is None else {"dial": call.dial}),
         }
-
-
-def _checked(config: Any, **values: Any) -> Any:
-    """A configuration with other values. UserError for one out of range."""
-    try:
-        return replace(config, **values)
-    except ValueError as error:
-        raise UserError(str(error)) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from elastic3d import __version__
-from elastic3d.elastic import adapter_for, attach, is_attached, session_of
-from elastic3d.elastic.calibrating import calibration_file, find_calibration, has_routers, put_policy
+from elastic3d.elastic import adapter_for, attach, has_routers, is_attached, session_of
+from elastic3d.elastic.calibrating import calibration_file, find_calibration, put_policy
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.context import Turn
 from elastic3d.elastic.cost import dense_flops
@@ -61,7 +60,6 @@ class TextToImagePipeline:
         self.backbone, self.model = backbone, model
         self._digest = weights_sha256
         self.calibration: Path | None = None  # file or folder of what keeps a budget without routers
-        self._turn = Turn()  # threads that share a pipeline take turns
 
     @property
     def session(self) -> ElasticSession | None:
@@ -165,10 +163,7 @@ class TextToImagePipeline:
         settings.elastic = options.over(default, has_routers(self.backbone.transformer))
         if settings.elastic.elastic and not has_routers(self.backbone.transformer):
             check_budget(settings.elastic.budget, settings.steps)
-            if self.session is None:
-                transformer = self.backbone.transformer
-                put_policy(self.backbone.pipe, find_calibration(self.calibration, transformer))
-        with self._turn, self.session.turn if self.session is not None else nullcontext():
+        with Turn.of(self.backbone.transformer):  # threads that share a model take turns
             return self._generate(prompts, seeds, settings, on_step)
 
     def _generate(
@@ -178,6 +173,10 @@ class TextToImagePipeline:
         settings: Settings,
         on_step: Callable[[int, int], None] | None,
     ) -> list[ImageResult]:
+        if (
+            settings.elastic.elastic and self.session is None
+        ):  # the first call with a budget brings the policy
+            put_policy(self.backbone.pipe, find_calibration(self.calibration, self.backbone.transformer))
         if self.session is not None:
             self.session.settings = settings.elastic
         ms: dict[str, float] = {}
@@ -199,11 +198,8 @@ class TextToImagePipeline:
         backbone, (usual_steps, usual_guidance) = self.backbone, self.backbone.default_sampling()
         steps = usual_steps if steps is None else steps
         guidance = usual_guidance if guidance is None else guidance
-        try:
-            check_range("steps", steps, 1, 1000)
-            check_range("guidance", guidance, 0.0, 100.0)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        check_range("steps", steps, 1, 1000)
+        check_range("guidance", guidance, 0.0, 100.0)
         size = size or (backbone.default_size,) * 2
         if any(side % backbone.multiple for side in size):
             raise UserError(f"size is {size[0]}x{size[1]}, expected multiples of {backbone.multiple}")
