@@ -18,7 +18,7 @@ from elastic3d.elastic import attach
 from elastic3d.elastic.calibrating import calibration_file
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.errors import UserError
-from elastic3d.evaluation.print_check import PrintCheck, print_check
+from elastic3d.evaluation.health import PrintCheck, print_check
 from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, check_suffix, save_mesh
 from elastic3d.geometry.normalize import scale_to, with_up
 from elastic3d.models.images import IMAGE_SUFFIXES, VIEW_NAMES, ImageInput
@@ -141,11 +141,6 @@ def plan(config: GenerateConfig) -> Plan:
     ]
     for suffix in {target.suffix for _, target in pairs} if config.asset.texture is Texture.project else ():
         check_asset(config.asset, suffix, config.cleanup.uv)
-    _check_files(jobs, folder, config)
-    return Plan(jobs, folder)
-
-
-def _check_files(jobs: Sequence[Job], folder: Path | None, config: GenerateConfig) -> None:
     meshes = [job.output for job in jobs]
     views = {f"image_{name}": path for name, path in config.views.items()}
     check_distinct(
@@ -158,6 +153,7 @@ def _check_files(jobs: Sequence[Job], folder: Path | None, config: GenerateConfi
             "summary": folder / SUMMARY_NAME if folder else None,
         },
     )
+    return Plan(jobs, folder)
 
 
 def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
@@ -178,7 +174,16 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
 
         pipeline = published_pipeline(config, min(meshes, config.rows))
     else:
-        pipeline = _from_folder(config)
+        for name in ("weights", "subfolder", "vae_subfolder", "dinov2", "memory_budget"):
+            if getattr(config, name):
+                presets = ", ".join(PRESETS)
+                raise UserError(f"{name}= is for model={presets}, but model is {config.model!r}")
+        folder = find_model(config.model or DEFAULT_MODEL)
+        if not (folder / PIPELINE_NAME).is_file() and (found := identify(folder)):
+            raise UserError(f"{folder}: {found} weights={folder}")
+        pipeline = ImageTo3DPipeline.from_pretrained(
+            folder, config.device, config.dtype, routers=config.routers != NO_ROUTERS_NAME
+        )
     if routers is not None:
         if pipeline.session is not None:
             raise UserError(f"routers={config.routers}: this model has routers of its own")
@@ -193,17 +198,6 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
     if config.low_memory:
         pipeline.use_less_memory()
     return pipeline
-
-
-def _from_folder(config: GenerateConfig) -> ImageTo3DPipeline:
-    for name in ("weights", "subfolder", "vae_subfolder", "dinov2", "memory_budget"):
-        if getattr(config, name):
-            raise UserError(f"{name}= is for model={', '.join(PRESETS)}, but model is {config.model!r}")
-    folder = find_model(config.model or DEFAULT_MODEL)
-    if not (folder / PIPELINE_NAME).is_file() and (found := identify(folder)):
-        raise UserError(f"{folder}: {found} weights={folder}")
-    routers = config.routers != NO_ROUTERS_NAME
-    return ImageTo3DPipeline.from_pretrained(folder, config.device, config.dtype, routers=routers)
 
 
 def generate(
