@@ -23,13 +23,22 @@ from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.training_free import check_budget
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
-from elastic3d.pipelines.backbones import Backbone, Text
-from elastic3d.pipelines.image_loading import load_backbone, merge_lora, weight_files
+from elastic3d.pipelines.backbones import BACKBONES, Backbone, Text
+from elastic3d.pipelines.image_loading import (
+    INDEX_NAME,
+    check_index,
+    first_line,
+    load_transformer,
+    merge_lora,
+    quiet,
+    weight_files,
+)
 from elastic3d.pipelines.options import MAX_PROMPT, NO_ROUTERS_NAME, BackboneName
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, routes_of, seeds_of, timed
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256
 from elastic3d.utils.options import check_range
+from elastic3d.utils.structured import load_json
 
 ROUTERS_NAME = "routers"
 
@@ -292,6 +301,44 @@ class TextToImagePipeline:
             metadata["ms"] = {name: round(value / len(prompts), 1) for name, value in ms.items()}
             metadata_list.append(metadata)
         return metadata_list
+
+
+def load_backbone(
+    name: BackboneName, weights: str | Path, device: torch.device, dtype: torch.dtype, encoders: bool = True
+) -> Backbone:
+    """The pipeline in a folder, on `device`, its progress bars off; without text encoders where they aren't needed.
+
+    Raises:
+        UserError: the folder is no pipeline, or one of another family; a file is missing, broken, a pickle, or does
+            not fit. Nothing is downloaded.
+    """
+    folder = Path(weights)
+    if name is BackboneName.small:
+        with quiet():
+            from elastic3d.pipelines.pixel_flux import SmallBackbone, load_pixel_flux
+
+        return SmallBackbone(load_pixel_flux(folder, device, dtype, encoders))
+    family = BACKBONES[name]
+    check_index(folder, family.pipeline_class)
+    try:
+        with quiet():
+            import diffusers
+
+            parts: dict[str, Any] = {"transformer": load_transformer(folder, dtype)}
+            if not encoders:
+                names = load_json(folder / INDEX_NAME)
+                parts |= {name: None for name in names if name.startswith(("text_", "tokenizer"))}
+            pipe = getattr(diffusers, family.pipeline_class).from_pretrained(
+                folder, **parts, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+    except UserError:
+        raise
+    except Exception as error:  # loaders of broken folders raise anything
+        raise UserError(
+            f"{folder} can't be loaded as a {family.pipeline_class}: {first_line(error)}"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return family(pipe.to(device))
 
 
 def chosen_routers(
