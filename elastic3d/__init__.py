@@ -31,27 +31,20 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 
-def _let_idle_threads_sleep() -> None:
-    """Idle OpenMP threads wait awake for a few microseconds only, then sleep.
-
-    Spinning on, they take the cores from each other where anything else runs: 5 steps of shape-small on two busy cores
-    then take 18 s instead of 0.6 to 1.0. Asleep at once they help a small model little: 0.38 s instead of 0.25 on two
-    idle cores. OpenMP reads this once, when PyTorch is imported.
-    """
-    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
-        return
-    torch = sys.modules.get("torch")
-    if torch is None:
+# Idle OpenMP threads wait awake for a few microseconds only, then sleep. Spinning on, they take the cores from each
+# other where anything else runs: 5 steps of shape-small on two busy cores then take 18 s instead of 0.6 to 1.0. Asleep
+# at once they help a small model little: 0.38 s instead of 0.25 on two idle cores. OpenMP reads this once, when PyTorch
+# is imported.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+    _torch = sys.modules.get("torch")
+    if _torch is None:
         os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
-    elif torch.get_num_threads() > 1 and not torch.cuda.is_available():
+    elif _torch.get_num_threads() > 1 and not _torch.cuda.is_available():
         import warnings
 
         warnings.warn(
             "torch was imported before elastic3d: its idle threads spin, which is slow where other programs run on this"
             " machine. Import elastic3d first, or set OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=1000.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
-
-
-_let_idle_threads_sleep()

@@ -248,12 +248,10 @@ def typed_value(text: str, option: Leaf) -> Any:
     if option.name.rpartition(".")[2] in _TEXTS:
         return text
     try:
-        value = as_typed(_parsed(text, option.kind), option.kind)
-        check_type(option.name, value, option.kind)
+        return _parsed(text, option.kind)
     except (ValueError, KeyError) as error:
         short = text if len(text) <= 200 else f"{text[:200]}..."
         raise UserError(f"{option.name}={short}: expected {expected(option.kind)}") from error
-    return value
 
 
 def _parsed(text: str, kind: Any) -> Any:
@@ -262,7 +260,7 @@ def _parsed(text: str, kind: Any) -> Any:
         return None
     kind = next(each for each in kinds if each is not type(None))
     if kind in (str, Path):
-        return os.path.expanduser(text)  # noqa: PTH111 (Path would drop a trailing slash)
+        return kind(os.path.expanduser(text))  # noqa: PTH111 (Path would drop a trailing slash)
     if kind is bool:
         return _BOOLEANS[text.lower()]
     if kind in (int, float):
@@ -272,7 +270,9 @@ def _parsed(text: str, kind: Any) -> Any:
     if get_origin(kind) in (list, tuple):
         element = get_args(kind)[0]
         return [_parsed(item, element) for item in _split(text, element)]
-    return _expanded(parse_yaml(text))
+    value = as_typed(_expanded(parse_yaml(text)), kind)
+    check_type("", value, kind)
+    return value
 
 
 def _split(text: str, element: Any) -> list[str]:

@@ -65,7 +65,7 @@ def main(config: AppConfig) -> int:
 
 def find_models(config: AppConfig) -> Models:
     """The model that is named, loaded, and those that can be chosen instead."""
-    from elastic3d.pipelines.published import load_pipeline
+    from elastic3d.pipelines.generation import load_pipeline
     from elastic3d.pipelines.runtime import find_model
     from elastic3d.serve.models import Models
 

@@ -77,8 +77,7 @@ def maker(
     jobs: Sequence[Job], config: GenerateConfig
 ) -> Callable[[Callable[[Outcome], None], OnProgress], None]:
     """What makes the meshes, its model loaded: in this process, or over a Ray cluster."""
-    from elastic3d.pipelines.generation import generate
-    from elastic3d.pipelines.published import load_pipeline
+    from elastic3d.pipelines.generation import generate, load_pipeline
 
     if config.runner is Runner.ray:
         from elastic3d.pipelines.ray_generation import generate_over_ray

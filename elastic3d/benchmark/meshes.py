@@ -30,12 +30,11 @@ from elastic3d.evaluation.runner import score_all
 from elastic3d.evaluation.statistics import Row
 from elastic3d.geometry.decode import node_points
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh
-from elastic3d.models.images import IMAGE_SUFFIXES
+from elastic3d.models.images import IMAGE_SUFFIXES, prepare
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import CONFIG_NAME, find_weights
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
-from elastic3d.pipelines.inputs import prepare
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.training.journal import mesh_image, on_white
 from elastic3d.utils.files import file_sha256, visible_files

@@ -32,7 +32,6 @@ DEFAULT_SUBFOLDER = "hunyuan3d-dit-v2-0"
 _PARTS = ("model", "vae", "conditioner")
 _STAGES = {"conditioner": "condition", "model": "dit", "vae": "decode"}
 _NETWORK_PREFIX = "main_image_encoder.model."
-VIEW_NAMES = ("front", "left", "back", "right")
 _DIT: Table = {
     "in_channels": ("in_channels", 64),
     "context_in_dim": ("condition_channels", 1536),

@@ -150,10 +150,7 @@ def choose(
             return named_row(rows, quality or Quality.default, dial.f_scores)
         except ValueError:  # of those that are left
             return rows[-1]
-    try:
-        check_value("budget", requested.budget, float, Bounds(gt=0, le=1))
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    check_value("budget", requested.budget, float, Bounds(gt=0, le=1))
     affordable = [row for row in rows if row.cost <= requested.budget]
     if not affordable:
         why = "" if len(rows) == len(dial.rows) else ", as these options rule out cheaper settings"

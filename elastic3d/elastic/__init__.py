@@ -25,6 +25,7 @@ _MODULES = {
     "adapter_for": "attachment",
     "attach": "attachment",
     "detach": "attachment",
+    "has_routers": "attachment",
     "is_attached": "attachment",
     "load_routers": "attachment",
     "save_routers": "attachment",

@@ -130,8 +130,13 @@ def detach(model: Any) -> None:
 
 
 def is_attached(model: nn.Module) -> bool:
-    """Whether `model` has routers."""
+    """Whether `model` has routers, or a policy."""
     return _HANDLE in model.__dict__
+
+
+def has_routers(model: nn.Module) -> bool:
+    """Whether a model has routers, rather than nothing or a policy."""
+    return is_attached(model) and session_of(model).router_config.variant is not RouterVariant.none
 
 
 def session_of(model: nn.Module) -> ElasticSession:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.elastic.attachment import adapter_for, attach, detach, is_attached, session_of
-from elastic3d.elastic.config import ElasticConfig, RouterVariant
+from elastic3d.elastic.attachment import adapter_for, attach, detach, has_routers, is_attached, session_of
+from elastic3d.elastic.config import ElasticConfig
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.training_free import (
     NO_ROUTERS,
@@ -94,11 +94,6 @@ def enable(pipe: Any, budget: float = 0.5, calibration: str | Path | None = None
 def disable(pipe: Any) -> None:
     """Take off what `enable` put on: the pipeline is what it was before. ValueError where there is nothing."""
     detach(pipe)
-
-
-def has_routers(model: nn.Module) -> bool:
-    """Whether a model has routers, rather than nothing or a policy."""
-    return is_attached(model) and session_of(model).router_config.variant is not RouterVariant.none
 
 
 # -------------------------------------------------------------------------------------------------- files

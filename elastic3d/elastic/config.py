@@ -394,12 +394,9 @@ class ElasticOptions:
             default, dense = ElasticConfig(), dense or self.budget == 1
         if dense:
             return ElasticConfig(elastic=False)
-        try:
-            return replace(default, elastic=True, **given)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        return replace(default, elastic=True, **given)
 
 
 def check_budget(budget: float) -> None:
-    """Raise ValueError unless a budget is one that routers are trained for."""
+    """Raise UserError unless a budget is one that routers are trained for."""
     check_range("budget", budget, MIN_BUDGET, 1.0)

@@ -9,7 +9,7 @@ from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from elastic3d.elastic.cache import SimulatedCache
@@ -150,10 +150,16 @@ class Driver(Protocol):
 
 
 class Turn:
-    """A lock that one thread may take several times; a copy is a lock of its own."""
+    """A lock that one thread may take several times: whoever generates with a model holds the model's. A copy of the
+    model has a lock of its own."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Turn:
+        """The lock of a model."""
+        return model.__dict__.setdefault("_turn", cls())
 
     def __enter__(self) -> None:
         self._lock.acquire()

@@ -28,7 +28,6 @@ from elastic3d.elastic.context import (
     StepContext,
     Streams,
     Training,
-    Turn,
     one_each,
 )
 from elastic3d.elastic.family import BlockCall, ModelAdapter
@@ -49,11 +48,10 @@ class ElasticSession:
     """What the blocks of one model share, and the generation that runs.
 
     Public attributes: `settings`, changed between generations; `source`, None where the routers decide; `driver`,
-    which calls `begin` and `step` for a pass that nobody announced; `turn`, held by who generates; `trace` of the
-    newest generation; `current`, the newest forward pass, whose `decisions` the losses read; `coarseness` of a
-    generation that uses the few-step LoRA, or None; `rollout`, from which routers learn while it is generated;
-    `recompute`: blocks keep no activations for the backward pass of a generation, but run again there (activation
-    checkpointing).
+    which calls `begin` and `step` for a pass that nobody announced; `trace` of the newest generation; `current`, the
+    newest forward pass, whose `decisions` the losses read; `coarseness` of a generation that uses the few-step LoRA, or
+    None; `rollout`, from which routers learn while it is generated; `recompute`: blocks keep no activations for the
+    backward pass of a generation, but run again there (activation checkpointing).
     """
 
     def __init__(self, router_config: RouterConfig, adapter: ModelAdapter) -> None:
@@ -61,7 +59,6 @@ class ElasticSession:
         self.settings = ElasticConfig()
         self.source: RouteSource | None = None
         self.driver: Driver | None = None
-        self.turn = Turn()
         self.blocks: list[ElasticBlock] = []
         self.conditioner: Conditioner | None = None
         self.trace: Trace | None = None

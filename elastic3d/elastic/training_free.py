@@ -270,10 +270,7 @@ def least_budget(steps: int) -> float:
 def check_budget(budget: float, steps: int) -> int:
     """How many of N steps a budget computes. UserError for fewer than two, or a budget out of range."""
     least = least_budget(steps)
-    try:
-        check_range("budget", budget, MIN_BUDGET, 1.0)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    check_range("budget", budget, MIN_BUDGET, 1.0)
     if budget < least:
         raise UserError(
             f"budget is {budget:g}, expected at least {least:.2f} in {steps} steps: a forecast needs two computed ones"

@@ -1,4 +1,5 @@
-"""What is wrong with a surface beyond its topology: crossings, thin shells, winding, floaters.
+"""What is wrong with a surface beyond its topology: crossings, thin shells, winding, floaters; and what a 3D print asks
+of a mesh: a closed surface in one piece, and walls that a nozzle can lay.
 
 `elastic3d.geometry.cleanup.mesh_health` counts what faces and edges say by themselves (watertight,
 components, boundary edges, genus, degenerate faces); the shares here need rays. All are shares in [0, 1] of
@@ -20,6 +21,8 @@ from embreex import rtcore_scene
 from embreex.mesh_construction import TriangleMesh
 from numpy.typing import NDArray
 
+from elastic3d.geometry.cleanup import mesh_health
+from elastic3d.geometry.mesh_io import merge_equal_vertices
 from elastic3d.geometry.normalize import normalize_mesh
 from elastic3d.geometry.sampling import sample_faces
 
@@ -31,6 +34,7 @@ FLOATER = 0.01  # a floater has less than this share of the surface area
 _STEP = 1e-4  # how far a ray starts from its surface
 _MARGIN = 1e-7  # an edge's ends are at least this far from the face it crosses
 _LAYERS = 8  # faces that one edge is followed through
+MANY_HANDLES = 20  # chairs with many bars have fewer; a vase with holes in its wall has more
 
 
 @dataclass(frozen=True)
@@ -131,16 +135,24 @@ def _crosses(vertices: Floats, edges: NDArray, faces: NDArray) -> NDArray[np.boo
 
 
 def thin_shell_share(mesh: trimesh.Trimesh, rays: Rays, seed: int = 0, thickness: float = THIN) -> float:
-    """Share of the area from which a ray inwards meets the opposite wall before `thickness`.
+    """Share of the area from which a ray inwards meets the opposite wall before `thickness`."""
+    _, met = opposite_walls(mesh, rays, seed, thickness - _STEP)
+    return float(met.mean())
 
-    The opposite wall faces away from the ray's start, within 60 degrees, so that corners are not thin.
+
+def opposite_walls(
+    mesh: trimesh.Trimesh, rays: Rays, seed: int = 0, reach: float = np.inf
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Distances (P,) from uniform surface points straight inwards, and whether it is the opposite wall that is met.
+
+    That wall faces away from the ray's start, within 60 degrees, so that corners are not walls.
     """
     points, face, normals = sample_faces(mesh.triangles, SAMPLES, seed)
-    other, _ = rays.hit(points - _STEP * normals, -normals, np.full(len(points), thickness - _STEP))
+    other, distance = rays.hit(points - _STEP * normals, -normals, np.full(len(points), reach))
     corners = np.asarray(mesh.triangles)[other]
     wall = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     opposite = np.einsum("pk,pk->p", normals, wall) < -0.5 * np.linalg.norm(wall, axis=1)
-    return float(((other >= 0) & (other != face) & opposite).mean())
+    return distance, (other >= 0) & (other != face) & opposite
 
 
 def inverted_share(mesh: trimesh.Trimesh, rays: Rays, seed: int = 0, directions: int = 16) -> float:
@@ -195,24 +207,129 @@ def count_floaters(mesh: trimesh.Trimesh) -> int:
     return int((areas < FLOATER * areas.sum()).sum())
 
 
-def thinnest_wall(
-    mesh: trimesh.Trimesh, samples: int = SAMPLES, seed: int = 0, share: float = 0.01
-) -> float | None:
-    """How thin the thinnest `share` of a closed mesh's walls is, in units of the mesh; None if no wall is met.
+def thinnest_wall(mesh: trimesh.Trimesh) -> float | None:
+    """How thin the thinnest hundredth of a closed mesh's walls is, in units of the mesh; None if no wall is met.
 
-    From uniform surface points a ray goes straight inwards to the opposite wall, which faces away from it within
-    60 degrees, so that corners are not walls; the result is that quantile of the distances. The minimum itself
-    would be the tip of the sharpest ridge. For a print: nothing but the thinnest hundredth is thinner than this.
+    That quantile of the distances to the opposite wall: the minimum itself would be the tip of the sharpest ridge. For
+    a print: nothing but the thinnest hundredth is thinner than this.
 
     Raises ValueError for a mesh without faces, of no extent or with vertices that are not finite.
     """
     mesh, placement = normalize_mesh(mesh, half_extent=1.0)
-    points, face, normals = sample_faces(mesh.triangles, samples, seed)
-    other, distance = Rays(mesh).hit(points - _STEP * normals, -normals)
-    corners = np.asarray(mesh.triangles)[other]
-    wall = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    opposite = np.einsum("pk,pk->p", normals, wall) < -0.5 * np.linalg.norm(wall, axis=1)
-    met = (other >= 0) & (other != face) & opposite
+    distance, met = opposite_walls(mesh, Rays(mesh))
     if not met.any():
         return None
-    return float(np.quantile(distance[met] + _STEP, share)) / placement.scale
+    return float(np.quantile(distance[met] + _STEP, 0.01)) / placement.scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrintCheck:
+    """What was found.
+
+    Attributes:
+        pieces: parts that do not touch each other.
+        genus: handles of all pieces together, which a solid object shows as see-through holes; None if not watertight.
+        thinnest_wall: its share of the longest side (see `thinnest_wall`); None if not watertight, or
+            if no wall was met.
+        size_mm: the longest side, where it is known.
+        min_wall_mm: the thinnest wall that prints.
+    """
+
+    faces: int
+    watertight: bool
+    open_edges: int
+    pieces: int
+    genus: int | None
+    thinnest_wall: float | None
+    size_mm: float | None
+    min_wall_mm: float
+
+    @property
+    def thinnest_mm(self) -> float | None:
+        """The thinnest wall in millimetres, where the size is known."""
+        if self.thinnest_wall is None or self.size_mm is None:
+            return None
+        return self.thinnest_wall * self.size_mm
+
+    @property
+    def smallest_mm(self) -> float | None:
+        """The longest side at which the thinnest wall is as thick as it has to be."""
+        return self.min_wall_mm / self.thinnest_wall if self.thinnest_wall else None
+
+    def warnings(self) -> list[str]:
+        """What stands in the way of a print, a sentence each."""
+        found = []
+        if not self.watertight:
+            found.append(
+                f"not watertight: {self.open_edges:,} edges have no two faces, a slicer has to guess what is solid"
+            )
+        if self.pieces > 1:
+            found.append(f"{self.pieces} pieces that do not touch: they print as separate objects")
+        if self.genus is not None and self.genus > MANY_HANDLES:
+            found.append(
+                f"genus {self.genus}: walls have see-through holes, more than an object has by design"
+            )
+        thin = self.thinnest_mm
+        if thin is not None and self.smallest_mm is not None and thin < self.min_wall_mm:
+            found.append(
+                f"walls of {thin:.2g} mm, thinner than min_wall_mm={self.min_wall_mm:g}: they print from"
+                f" size_mm={self.smallest_mm:.0f} on"
+            )
+        return found
+
+    def summary(self) -> str:
+        """`watertight, 1 piece, genus 2, thinnest wall 1.3 % of the longest side`; in mm where the size is known."""
+        parts = [
+            "watertight" if self.watertight else "not watertight",
+            "1 piece" if self.pieces == 1 else f"{self.pieces} pieces",
+        ]
+        if self.genus is not None:
+            parts.append(f"genus {self.genus}")
+        if self.thinnest_mm is not None:
+            parts.append(f"thinnest wall {self.thinnest_mm:.2g} mm")
+        elif self.thinnest_wall is not None:
+            parts.append(f"thinnest wall {100 * self.thinnest_wall:.2g} % of the longest side")
+        return ", ".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The `print` object of a mesh's metadata: lengths as shares of the longest side, and in mm if it is known."""
+
+        def rounded(value: float | None) -> float | None:
+            return None if value is None else float(f"{value:.4g}")
+
+        return {
+            "watertight": self.watertight,
+            "pieces": self.pieces,
+            "genus": self.genus,
+            "thinnest_wall": rounded(self.thinnest_wall),
+            "thinnest_wall_mm": rounded(self.thinnest_mm),
+            "size_mm": self.size_mm,
+            "printable_from_mm": rounded(self.smallest_mm),
+            "warnings": self.warnings(),
+        }
+
+
+def print_check(mesh: trimesh.Trimesh, size_mm: float | None = None, min_wall_mm: float = 0.8) -> PrintCheck:
+    """Examine a mesh, however its vertices are split for normals or texture coordinates.
+
+    Args:
+        size_mm: length that its longest side will have.
+        min_wall_mm: two lines of a usual 0.4 mm nozzle.
+
+    Raises ValueError for a mesh without faces.
+    """
+    health = mesh_health(mesh)
+    wall = None
+    if health.watertight:
+        thin = thinnest_wall(merge_equal_vertices(mesh))
+        wall = None if thin is None else thin / float(mesh.extents.max())
+    return PrintCheck(
+        faces=health.faces,
+        watertight=health.watertight,
+        open_edges=health.boundary_edges + health.non_manifold_edges,
+        pieces=health.components,
+        genus=health.genus,
+        thinnest_wall=wall,
+        size_mm=size_mm,
+        min_wall_mm=min_wall_mm,
+    )

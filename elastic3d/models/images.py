@@ -1,4 +1,4 @@
-"""From any image file to what the encoder was trained on: the object alone, centred on a white square.
+"""From anything given as an image to what the encoder was trained on: the object alone, centred on a white square.
 
 Every ordinary format is read; whatever is no image is told in one sentence.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +22,17 @@ from elastic3d.errors import UserError
 from elastic3d.models.options import ForegroundConfig, ForegroundMethod, ImageEncoderConfig
 from elastic3d.utils.files import atomic_path, check_file, printable
 from elastic3d.utils.structured import parse_json
+
+if TYPE_CHECKING:
+    from elastic3d.models.image_encoder import ImageEncoder
+
+SingleImage = str | Path | Image.Image | np.ndarray
+ImageInput = SingleImage | Mapping[str, SingleImage]
+"""An image, or images of one object by direction: front, left, back, right. Arrays are (H,W), or (H,W,C) with 1, 3 or 4
+channels: uint8, or floats from 0 to 1."""
+Prepared = dict[int, Image.Image]
+"""Images as the encoder wants them, by the number of their direction; 0 is the front."""
+VIEW_NAMES = ("front", "left", "back", "right")
 
 IMAGE_SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
@@ -50,17 +62,17 @@ _SHADOWED_REST = 0.2  # of the mask at least is the object
 _SHADOW_BLACK = 40  # largest channel value of a shadow that is drawn as transparent black
 
 
-def load_image(source: str | Path | Image.Image) -> Image.Image:
-    """A file or a PIL image -> RGBA, 8 bits a channel, upright, the first frame of an animation.
+def load_image(source: SingleImage) -> Image.Image:
+    """A file, a PIL image or an array -> RGBA, 8 bits a channel, upright, the first frame of an animation.
 
     HEIC needs the package pillow-heif.
 
     Raises:
         UserError: the file is missing, empty, truncated, no image, or would unpack to more pixels than
-            PIL's limit against decompression bombs.
+            PIL's limit against decompression bombs; an array that is no image, or anything else.
     """
-    if isinstance(source, Image.Image):
-        return _as_rgba(source, "the image")
+    if not isinstance(source, (str, Path)):
+        return _as_rgba(source if isinstance(source, Image.Image) else _of_array(source), "the image")
     path = check_file(source, "an image file")
     name = printable(path)
     try:
@@ -145,6 +157,30 @@ def _as_rgba(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGBA")
 
 
+def _of_array(value: Any) -> Image.Image:
+    """An array as a PIL image. UserError for one that is none, and for anything else."""
+    if not isinstance(value, np.ndarray):
+        raise UserError(
+            f"an image is a {type(value).__name__}, expected a file, a PIL image or a numpy array"
+        )
+    array = value[..., 0] if value.ndim == 3 and value.shape[-1] == 1 else value
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
+        raise UserError(
+            f"an image is an array of {value.shape}, expected (H,W) or (H,W,C) with 1, 3 or 4 channels"
+        )
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all() or array.min(initial=0) < 0 or array.max(initial=0) > 1:
+            raise UserError(
+                "an image is an array of floats, expected values from 0 to 1 (or integers to 255)"
+            )
+        array = (255 * array).round()
+    elif array.dtype.kind not in "bui" or array.min(initial=0) < 0 or array.max(initial=0) > 255:
+        raise UserError(f"an image is an array of {array.dtype}, expected uint8, or floats from 0 to 1")
+    elif array.dtype.kind == "b":
+        array = 255 * array.astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
+
+
 def _eight_bits(grey: np.ndarray) -> np.ndarray:
     """Grey values (H, W) of an unknown range -> uint8: floats to 1, else 8, 16 or 32 bits, whichever fits."""
     grey = np.nan_to_num(grey, nan=0.0, posinf=0.0, neginf=0.0).clip(min=0.0)
@@ -153,8 +189,29 @@ def _eight_bits(grey: np.ndarray) -> np.ndarray:
     return (grey / limit * 255.0).round().astype(np.uint8)
 
 
-def prepare_image(source: str | Path | Image.Image, config: ForegroundConfig, size: int) -> Image.Image:
-    """A file or PIL image -> RGB image of `size` x `size`: the object cut out, centred, on white.
+def prepare(image: ImageInput, foreground: ForegroundConfig, encoder: ImageEncoder) -> Prepared:
+    """The object of each image cut out, centred, on white.
+
+    Raises:
+        UserError: no usable image, an unknown direction, or several directions for an encoder of one.
+    """
+    views = image if isinstance(image, Mapping) else {VIEW_NAMES[0]: image}
+    foreground = foreground.for_encoder(encoder.config)
+    known = VIEW_NAMES[: encoder.config.views]
+    for name in views:
+        if name not in known:
+            raise UserError(f"an image from the {name}, but this model takes {', '.join(known)} only")
+    if not views:
+        raise UserError("there are no images, expected at least the front")
+    found = {}
+    for number, name in enumerate(known):
+        if name in views:
+            found[number] = prepare_image(views[name], foreground, encoder.image_size)
+    return found
+
+
+def prepare_image(source: SingleImage, config: ForegroundConfig, size: int) -> Image.Image:
+    """A file, PIL image or array -> RGB image of `size` x `size`: the object cut out, centred, on white.
 
     Raises:
         UserError: no usable image, or no object found in it; names the file.
@@ -163,10 +220,9 @@ def prepare_image(source: str | Path | Image.Image, config: ForegroundConfig, si
         border = ImageEncoderConfig.border if config.border is None else config.border
         return centred(cut_out(load_image(source), config), size, border, "white").convert("RGB")
     except UserError as error:
-        name = "" if isinstance(source, Image.Image) else str(source)
-        if not name or name in str(error):
+        if not isinstance(source, (str, Path)) or str(source) in str(error):
             raise
-        raise UserError(f"{name}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from elastic3d.errors import UserError
 from elastic3d.utils.options import from_dict, to_dict
 from elastic3d.utils.structured import load_json, save_json
-from elastic3d.utils.tensors import PICKLE_SUFFIXES, read_weights, save_weights, tensor_heads
+from elastic3d.utils.tensors import PICKLE_SUFFIXES, read_weights, save_weights
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -53,9 +52,10 @@ class PretrainedMixin:
         folder = Path(folder)
         config = load_config(folder, cls.config_class, cls.__name__)
         path = find_weights(folder)
-        values = sum(head.numel for head in tensor_heads(path).values())
+        state = read_weights(path)
+        values = sum(tensor.numel() for tensor in state.values())
         model = empty_model(cls, config, str(folder / CONFIG_NAME), values)
-        return fill(model, read_weights(path), str(path), dtype, device)
+        return fill(model, state, str(path), dtype, device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write `config.json` and `model.safetensors` to `folder`, each whole or not at all.
@@ -209,10 +209,3 @@ def check_fit(own: Mapping[str, Any], state: Mapping[str, Any], what: str) -> No
     ]
     if problems:
         raise UserError(f"{what}: tensors {'; '.join(problems)}")
-
-
-def __getattr__(name: str) -> Any:
-    """`load_hunyuan3d` is found here too; its module needs the models, which need this one."""
-    if name in ("load_hunyuan3d", "load_hunyuan3d_vae"):
-        return getattr(importlib.import_module("elastic3d.checkpoints.hunyuan3d"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,13 +8,11 @@ import numpy as np
 import trimesh
 from numpy.typing import NDArray
 
-from elastic3d.checkpoints.hunyuan3d import VIEW_NAMES
 from elastic3d.errors import UserError
 from elastic3d.geometry.colour import ImageColours, with_texture, with_vertex_colours
 from elastic3d.geometry.pose import CANONICAL, FRONT, Pose, find_pose
-from elastic3d.models.images import centred, cut_out, load_image
+from elastic3d.models.images import VIEW_NAMES, ImageInput, centred, cut_out, load_image
 from elastic3d.models.options import ForegroundConfig
-from elastic3d.pipelines.inputs import ImageInput, array_image
 from elastic3d.pipelines.options import AssetConfig, Texture
 
 COLOURED_SUFFIXES = (".glb", ".ply", ".obj")
@@ -67,7 +65,6 @@ def posed(
     """The camera of an image of a mesh, and what it sees: the object alone, RGBA (S, S, 4). ValueError if there is
     none."""
     front = image[VIEW_NAMES[0]] if isinstance(image, Mapping) else image
-    front = array_image(front) if isinstance(front, np.ndarray) else front
     cut = cut_out(load_image(front), foreground)
     left, top, right, bottom = cut.getchannel("A").getbbox() or (0, 0, *cut.size)
     side = round(max(right - left, bottom - top) / (1 - BORDER))

@@ -11,9 +11,9 @@ from torch import Tensor
 from elastic3d.elastic.calibrating import CALIBRATION_NAME, calibrate, put_policy, save_calibration
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.elastic.training_free import Calibration
+from elastic3d.models.images import prepare
 from elastic3d.models.options import ForegroundConfig
-from elastic3d.pipelines.generation import find_images
-from elastic3d.pipelines.inputs import prepare
+from elastic3d.pipelines.generation import find_images, load_pipeline
 from elastic3d.pipelines.options import (
     DEFAULT_IMAGE_MODEL,
     NO_ROUTERS_NAME,
@@ -21,7 +21,7 @@ from elastic3d.pipelines.options import (
     GenerateConfig,
     parse_size,
 )
-from elastic3d.pipelines.published import calibration_home, load_pipeline
+from elastic3d.pipelines.published import calibration_home
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.pipelines.text_to_image import TextToImagePipeline, check_prompt, read_prompts
 

@@ -12,23 +12,34 @@ from typing import TYPE_CHECKING, Any
 
 import trimesh
 
-from elastic3d.checkpoints.hunyuan3d import VIEW_NAMES
+from elastic3d.checkpoints.folders import identify
 from elastic3d.checkpoints.options import PRESETS
+from elastic3d.elastic import attach
+from elastic3d.elastic.calibrating import calibration_file
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.errors import UserError
-from elastic3d.evaluation.print_check import PrintCheck, print_check
+from elastic3d.evaluation.health import PrintCheck, print_check
 from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, check_suffix, save_mesh
 from elastic3d.geometry.normalize import scale_to, with_up
-from elastic3d.models.images import IMAGE_SUFFIXES
+from elastic3d.models.images import IMAGE_SUFFIXES, VIEW_NAMES, ImageInput
 from elastic3d.models.options import ForegroundConfig
+from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.assets import check_asset, coloured
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, OnProgress, Result
-from elastic3d.pipelines.inputs import ImageInput
-from elastic3d.pipelines.options import AssetConfig, GenerateConfig, Texture, Up
+from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline, OnProgress, Result
+from elastic3d.pipelines.options import (
+    DEFAULT_MODEL,
+    NO_ROUTERS_NAME,
+    AssetConfig,
+    GenerateConfig,
+    Texture,
+    Up,
+)
 from elastic3d.pipelines.preview import draw_routes, route_title, turntable
+from elastic3d.pipelines.runtime import find_model
 from elastic3d.utils.files import (
     atomic_path,
     check_distinct,
+    file_sha256,
     matching_files,
     name_key,
     printable,
@@ -130,11 +141,6 @@ def plan(config: GenerateConfig) -> Plan:
     ]
     for suffix in {target.suffix for _, target in pairs} if config.asset.texture is Texture.project else ():
         check_asset(config.asset, suffix, config.cleanup.uv)
-    _check_files(jobs, folder, config)
-    return Plan(jobs, folder)
-
-
-def _check_files(jobs: Sequence[Job], folder: Path | None, config: GenerateConfig) -> None:
     meshes = [job.output for job in jobs]
     views = {f"image_{name}": path for name, path in config.views.items()}
     check_distinct(
@@ -147,6 +153,51 @@ def _check_files(jobs: Sequence[Job], folder: Path | None, config: GenerateConfi
             "summary": folder / SUMMARY_NAME if folder else None,
         },
     )
+    return Plan(jobs, folder)
+
+
+def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
+    """The model that the options ask for, with the options that concern its memory and its routers applied.
+
+    Args:
+        meshes: how many will be generated.
+
+    Raises:
+        UserError: a missing or broken file, too little memory, options that the model can't honour.
+    """
+    own = config.routers in ("", NO_ROUTERS_NAME)  # the model's, or none
+    routers = None if own else find_weights(Path(config.routers))
+    if config.calibration:
+        calibration_file(config.calibration)
+    if config.model in PRESETS:
+        from elastic3d.pipelines.published import published_pipeline
+
+        pipeline = published_pipeline(config, min(meshes, config.rows))
+    else:
+        for name in ("weights", "subfolder", "vae_subfolder", "dinov2", "memory_budget"):
+            if getattr(config, name):
+                presets = ", ".join(PRESETS)
+                raise UserError(f"{name}= is for model={presets}, but model is {config.model!r}")
+        folder = find_model(config.model or DEFAULT_MODEL)
+        if not (folder / PIPELINE_NAME).is_file() and (found := identify(folder)):
+            raise UserError(f"{folder}: {found} weights={folder}")
+        pipeline = ImageTo3DPipeline.from_pretrained(
+            folder, config.device, config.dtype, routers=config.routers != NO_ROUTERS_NAME
+        )
+    if routers is not None:
+        if pipeline.session is not None:
+            raise UserError(f"routers={config.routers}: this model has routers of its own")
+        attach(pipeline.dit, config.routers)
+        pipeline.weights_sha256 = f"{pipeline.weights_sha256}+{file_sha256(routers)}"
+    if config.calibration:
+        if pipeline.session is not None:
+            raise UserError(
+                f"calibration={config.calibration}: this model has routers, expected routers=none"
+            )
+        pipeline.calibration = Path(config.calibration)
+    if config.low_memory:
+        pipeline.use_less_memory()
+    return pipeline
 
 
 def generate(

@@ -1,4 +1,4 @@
-"""Text-to-image pipelines from folders in the layout in which they are published, strictly and offline."""
+"""Parts of text-to-image pipelines from folders in the layout in which they are published, strictly and offline."""
 
 from __future__ import annotations
 
@@ -12,41 +12,9 @@ from typing import Any
 import torch
 
 from elastic3d.errors import UserError
-from elastic3d.pipelines.backbones import BACKBONES, Backbone
-from elastic3d.pipelines.options import BackboneName
 from elastic3d.utils.structured import load_json
 
 INDEX_NAME = "model_index.json"
-
-
-def load_backbone(
-    name: BackboneName, weights: str | Path, device: torch.device, dtype: torch.dtype, encoders: bool = True
-) -> Backbone:
-    """The pipeline in a folder, on `device`, its progress bars off; without text encoders where they aren't needed.
-
-    Raises:
-        UserError: the folder is no pipeline, or one of another family; a file is missing, broken, a pickle, or does
-            not fit. Nothing is downloaded.
-    """
-    folder = Path(weights)
-    if name is BackboneName.small:
-        with quiet():
-            from elastic3d.pipelines.pixel_flux import SmallBackbone, load_pixel_flux
-
-        return SmallBackbone(load_pixel_flux(folder, device, dtype, encoders))
-    family = BACKBONES[name]
-    check_index(folder, family.pipeline_class)
-    try:
-        with quiet():
-            pipe = _load(folder, family.pipeline_class, dtype, encoders)
-    except UserError:
-        raise
-    except Exception as error:  # loaders of broken folders raise anything
-        raise UserError(
-            f"{folder} can't be loaded as a {family.pipeline_class}: {_first_line(error)}"
-        ) from error
-    pipe.set_progress_bar_config(disable=True)
-    return family(pipe.to(device))
 
 
 def check_index(folder: Path, pipeline_class: str) -> None:
@@ -109,7 +77,7 @@ def merge_lora(pipe: Any, path: Path) -> Path:
             pipe.fuse_lora()
             pipe.unload_lora_weights()
     except Exception as error:  # loaders of third-party files raise anything
-        raise UserError(f"{path} can't be loaded as a LoRA of this pipeline: {_first_line(error)}") from error
+        raise UserError(f"{path} can't be loaded as a LoRA of this pipeline: {first_line(error)}") from error
     return path
 
 
@@ -133,19 +101,7 @@ def quiet() -> Iterator[None]:
             module.enable_progress_bar()
 
 
-def _load(folder: Path, pipeline_class: str, dtype: torch.dtype, encoders: bool) -> Any:
-    import diffusers
-
-    parts: dict[str, Any] = {"transformer": load_transformer(folder, dtype)}
-    if not encoders:
-        parts |= {
-            name: None for name in load_json(folder / INDEX_NAME) if name.startswith(("text_", "tokenizer"))
-        }
-    return getattr(diffusers, pipeline_class).from_pretrained(
-        folder, **parts, torch_dtype=dtype, local_files_only=True, use_safetensors=True
-    )
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, cut where it is long."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."

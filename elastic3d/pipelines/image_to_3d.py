@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,8 @@ from elastic3d.diffusion.dial import Dial, choose, load_dial, save_dial
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample
-from elastic3d.elastic import attach, is_attached, save_routers, session_of
-from elastic3d.elastic.calibrating import CALIBRATION_NAME, find_calibration, has_routers, put_policy
+from elastic3d.elastic import attach, has_routers, is_attached, save_routers, session_of
+from elastic3d.elastic.calibrating import CALIBRATION_NAME, find_calibration, put_policy
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.context import Turn
 from elastic3d.elastic.session import ElasticSession
@@ -40,13 +40,12 @@ from elastic3d.models.image_encoder import (
     load_image_encoder,
     save_image_encoder,
 )
-from elastic3d.models.images import to_tensor
+from elastic3d.models.images import ImageInput, Prepared, prepare, to_tensor
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import find_weights
-from elastic3d.pipelines.inputs import ImageInput, Prepared, prepare
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK
 from elastic3d.pipelines.runtime import (
     dense_flops,
@@ -103,8 +102,8 @@ class Result:
 class Call:
     """One call of the pipeline: a batch, what is asked for with defaults filled in, and who is told.
 
-    `config` holds the call's own steps, guidance, resolution and elastic options. `dial` is metadata: what was
-    requested of the dial, and the cost of the row that runs; None where it is not asked.
+    `config` holds the call's own steps, guidance, resolution and elastic options. `dial` is metadata of that name: what
+    was requested of the dial, and the cost of the row that runs; empty where it is not asked.
     """
 
     images: Sequence[ImageInput]
@@ -113,7 +112,7 @@ class Call:
     decode: DecodeConfig
     cleanup: CleanupConfig
     foreground: ForegroundConfig
-    dial: dict[str, Any] | None
+    dial: dict[str, Any]
     on_step: OnStep | None
     on_progress: OnProgress | None
     on_result: OnResult
@@ -164,7 +163,6 @@ class ImageTo3DPipeline:
         self.dial: Dial | None = None  # what a budget becomes; None: the budget is the routers' own
         self.calibration: Path | None = None  # file or folder of what keeps a budget without routers
         self.familiarity: Familiarity | None = None  # with the images the model was trained on
-        self._turn = Turn()  # threads that share a pipeline take turns
 
     def use_less_memory(self) -> None:
         """From now on, only the part that works is on the device, and guidance runs its branches in turn: slower."""
@@ -299,58 +297,66 @@ class ImageTo3DPipeline:
         given = {"steps": steps, "guidance": guidance, "resolution": resolution}
         config, dial = self._config(given, quality, ElasticOptions(**elastic))
         if max_faces is not None:
-            cleanup = _checked(cleanup or CleanupConfig(), max_faces=max_faces)
+            cleanup = replace(cleanup or CleanupConfig(), max_faces=max_faces)
         parts = decode or DecodeConfig(), cleanup or CleanupConfig(), foreground or ForegroundConfig()
         told = on_step, on_progress, on_result or (lambda *_: None)
-        results = self._in_turn(Call(inputs, seeds, config, *parts, dial, *told))
+        with Turn.of(self.dit):  # threads that share a model take turns
+            results = self._generate(Call(inputs, seeds, config, *parts, dial, *told))
         if not many and results[0].error is not None:
             raise results[0].error
         return results if many else results[0]
 
     def _config(
         self, given: dict[str, Any], quality: Quality | str | None, requested: ElasticOptions
-    ) -> tuple[PipelineConfig, dict[str, Any] | None]:
+    ) -> tuple[PipelineConfig, dict[str, Any]]:
         """The model's sampling with what a call asks for, and metadata of the dial. UserError out of range."""
-        dial, routed = None, has_routers(self.dit)
+        dial, routed = {}, has_routers(self.dit)
         row = choose(self.dial, requested, given["steps"], quality, given["guidance"])
         if row is not None:
-            dial = row.metadata(requested.budget, quality)
+            dial = {"dial": row.metadata(requested.budget, quality)}
             given, requested = given | {"steps": row.steps}, row.over(requested)
         given = {name: value for name, value in given.items() if value is not None}
-        config = _checked(self.config, **{"resolution": self.config.resolution_of(quality), **given})
+        config = replace(self.config, **{"resolution": self.config.resolution_of(quality), **given})
         config.elastic = requested.over(self.config.elastic, routed)
         if config.elastic.elastic and not routed:
             check_budget(config.elastic.budget, len(sampling_times(config, config.steps)) - 1)
         return config, dial
 
-    def _in_turn(self, call: Call) -> list[Result]:
-        """One call at a time; the first with a budget brings the policy of a model without routers."""
-        with self._turn:
-            if call.config.elastic.elastic and self.session is None:
-                put_policy(self.dit, find_calibration(self.calibration, self.dit))
-            with self.session.turn if self.session is not None else nullcontext():
-                return self._generate(call)
-
     def _generate(self, call: Call) -> list[Result]:
         config, ms = call.config, dict[str, float]()
-        results = [Result(self._metadata(call, seed)) for seed in call.seeds]
+        if config.elastic.elastic and self.session is None:  # the first call with a budget brings the policy
+            put_policy(self.dit, find_calibration(self.calibration, self.dit))
+        metadata = {
+            "version": __version__,
+            "model": config.model,
+            "weights_sha256": self.weights_sha256,
+            "seed": 0,
+            "steps": config.steps,
+            "guidance": config.guidance,
+            "resolution": config.resolution,
+            "budget": config.elastic.budget if config.elastic.elastic else 1.0,
+            **call.dial,
+        }
+        results = [Result({**metadata, "seed": seed}) for seed in call.seeds]
         with timed(ms, "condition"):
             prepared = self._prepare(call, results)
             if not prepared:
                 return results
             condition = self.encode(list(prepared.values()))
-            self._compare(condition, {i: call.images[i] for i in prepared}, results)
-        seeds, asked = [call.seeds[i] for i in prepared], (config.steps, config.guidance, config.elastic)
+            made = {i: results[i] for i in prepared}
+            self._compare(condition, made, call.images)
+        seeds = [call.seeds[i] for i in made]
         with timed(ms, "dit"):
-            latents = self.sample_latents(condition, seeds, *asked, partial(call.at, "dit"))
-        made, tokens = {i: results[i] for i in prepared}, condition.shape[1]
-        dense = dense_flops(self.dit.config, config, tokens)
+            latents = self.sample_latents(
+                condition, seeds, config.steps, config.guidance, config.elastic, partial(call.at, "dit")
+            )
+        dense, default = (dense_flops(self.dit.config, c, condition.shape[1]) for c in (config, self.config))
         routes = routes_of(self.session, config.elastic, len(made))
         for result, row, route in zip(made.values(), latents, routes, strict=True):
             result.latents = row.cpu()
             result.metadata |= {"flops_executed": dense, "flops_dense": dense, **route}
             if self.dial is not None:  # its costs are shares of the default generation
-                result.metadata["flops_dense"] = dense_flops(self.dit.config, self.config, tokens)
+                result.metadata["flops_dense"] = default
         self._decode(call, latents, made, ms)
         return results
 
@@ -380,15 +386,15 @@ class ImageTo3DPipeline:
                 return self.encoder.encode_views(images, list(prepared[0]))
             return self.encoder(images[:, 0])
 
-    def _compare(self, condition: Tensor, images: dict[int, ImageInput], results: list[Result]) -> None:
+    def _compare(self, condition: Tensor, made: dict[int, Result], images: Sequence[ImageInput]) -> None:
         """Note how far images are from the training images, and warn of those far away."""
         if (known := self.familiarity) is None:
             return
-        for (i, image), distance in zip(images.items(), known.distance(condition).tolist(), strict=True):
-            results[i].metadata["image_distance"] = round(distance, 3)
+        for (i, result), distance in zip(made.items(), known.distance(condition).tolist(), strict=True):
+            result.metadata["image_distance"] = round(distance, 3)
             if text := known.warning(distance):
-                results[i].warnings.append(text)
-                name = f"{printable(image)}: " if isinstance(image, (str, Path)) else ""
+                result.warnings.append(text)
+                name = f"{printable(image)}: " if isinstance(image := images[i], (str, Path)) else ""
                 warnings.warn(f"{name}{text}", stacklevel=2)
 
     def sample_latents(
@@ -455,25 +461,3 @@ class ImageTo3DPipeline:
                 result.metadata["ms"] = {name: round(value, 1) for name, value in took.items()}
                 call.at("cleanup", row + 1, count)
                 call.on_result(number, result)
-
-    def _metadata(self, call: Call, seed: int) -> dict[str, Any]:
-        config = call.config
-        return {
-            "version": __version__,
-            "model": config.model,
-            "weights_sha256": self.weights_sha256,
-            "seed": seed,
-            "steps": config.steps,
-            "guidance": config.guidance,
-            "resolution": config.resolution,
-            "budget": config.elastic.budget if config.elastic.elastic else 1.0,
-            **({} if call.dial is None else {"dial": call.dial}),
-        }
-
-
-def _checked(config: Any, **values: Any) -> Any:
-    """A configuration with other values. UserError for one out of range."""
-    try:
-        return replace(config, **values)
-    except ValueError as error:
-        raise UserError(str(error)) from error

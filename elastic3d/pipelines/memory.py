@@ -1,4 +1,4 @@
-"""Memory a generation will need, told before it starts."""
+"""Memory that a generation or a training will need, told before it starts."""
 
 from __future__ import annotations
 
@@ -110,3 +110,26 @@ def require(need: MemoryNeed, budget: int, offload: bool, device: torch.device) 
             f"this needs about {peak / GB:.1f} GB of {device.type} memory ({need}), but {budget / GB:.1f} GB are"
             " there: try low_memory=true, batch_size=1, dtype=bfloat16 or a smaller resolution"
         )
+
+
+def machine_memory() -> int:
+    """Bytes of main memory, or of the largest GPU where it has more."""
+    import psutil
+
+    found = [psutil.virtual_memory().total]
+    if torch.cuda.is_available():
+        found += [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    return max(found)
+
+
+def require_memory(need: float, what: str) -> None:
+    """UserError if `need` bytes are more than this machine has at all; `what` needs them."""
+    there = machine_memory()
+    if need > there:
+        raise UserError(
+            f"{what} at least {_amount(need)} of memory, expected at most {_amount(there)}, which this machine has"
+        )
+
+
+def _amount(size: float) -> str:
+    return f"{size / GB:,.3g} GB" if size < 1e15 else f"{size / 1e12:.3g} TB"

@@ -1,4 +1,4 @@
-"""Generation with checkpoints as published, and the choice of a model by the command line."""
+"""Generation with checkpoints as published: found, examined, and loaded where the memory suffices."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from pathlib import Path
 import torch
 
 from elastic3d.checkpoints.bundle import Bundle, Inspection
-from elastic3d.checkpoints.folders import identify
 from elastic3d.checkpoints.hunyuan3d import inspect_hunyuan3d, load_hunyuan3d
 from elastic3d.checkpoints.options import PRESETS, ImportConfig
 from elastic3d.checkpoints.step1x3d import inspect_step1x3d, load_step1x3d
 from elastic3d.checkpoints.triposg import inspect_triposg, load_triposg
-from elastic3d.elastic import attach
-from elastic3d.elastic.calibrating import calibration_file
 from elastic3d.errors import UserError
-from elastic3d.models.weights import find_weights
-from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.memory import (
     GB,
     LOW_MEMORY_CHUNK,
@@ -27,51 +23,9 @@ from elastic3d.pipelines.memory import (
     points_within,
     require,
 )
-from elastic3d.pipelines.options import DEFAULT_MODEL, NO_ROUTERS_NAME, GenerateConfig
+from elastic3d.pipelines.options import DEFAULT_MODEL, GenerateConfig
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype
 from elastic3d.utils.files import file_sha256
-
-
-def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
-    """The model that the options ask for, with the options that concern its memory and its routers applied.
-
-    Args:
-        meshes: how many will be generated.
-
-    Raises:
-        UserError: a missing or broken file, too little memory, options that the model can't honour.
-    """
-    plain = config.routers == NO_ROUTERS_NAME
-    routers = find_weights(Path(config.routers)) if config.routers and not plain else None
-    if config.calibration:
-        calibration_file(config.calibration)
-    known = config.model in PRESETS
-    pipeline = published_pipeline(config, min(meshes, config.rows)) if known else _from_folder(config)
-    if routers is not None:
-        if pipeline.session is not None:
-            raise UserError(f"routers={config.routers}: this model has routers of its own")
-        attach(pipeline.dit, config.routers)
-        pipeline.weights_sha256 = f"{pipeline.weights_sha256}+{file_sha256(routers)}"
-    if config.calibration:
-        if pipeline.session is not None:
-            raise UserError(
-                f"calibration={config.calibration}: this model has routers, expected routers=none"
-            )
-        pipeline.calibration = Path(config.calibration)
-    if config.low_memory:
-        pipeline.use_less_memory()
-    return pipeline
-
-
-def _from_folder(config: GenerateConfig) -> ImageTo3DPipeline:
-    for name in ("weights", "subfolder", "vae_subfolder", "dinov2", "memory_budget"):
-        if getattr(config, name):
-            raise UserError(f"{name}= is for model={', '.join(PRESETS)}, but model is {config.model!r}")
-    folder = find_model(config.model or DEFAULT_MODEL)
-    if not (folder / PIPELINE_NAME).is_file() and (found := identify(folder)):
-        raise UserError(f"{folder}: {found} weights={folder}")
-    routers = config.routers != NO_ROUTERS_NAME
-    return ImageTo3DPipeline.from_pretrained(folder, config.device, config.dtype, routers=routers)
 
 
 def calibration_home(config: GenerateConfig) -> Path:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from elastic3d.errors import UserError
-from elastic3d.pipelines.generation import Job, Outcome, batches, generate
+from elastic3d.pipelines.generation import Job, Outcome, batches, generate, load_pipeline
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import GenerateConfig
-from elastic3d.pipelines.published import load_pipeline
 from elastic3d.pipelines.runtime import resolve_device
 from elastic3d.utils.clusters import join_cluster
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from elastic3d import __version__
-from elastic3d.elastic import adapter_for, attach, is_attached, session_of
-from elastic3d.elastic.calibrating import calibration_file, find_calibration, has_routers, put_policy
+from elastic3d.elastic import adapter_for, attach, has_routers, is_attached, session_of
+from elastic3d.elastic.calibrating import calibration_file, find_calibration, put_policy
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.context import Turn
 from elastic3d.elastic.cost import dense_flops
@@ -24,13 +23,22 @@ from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.training_free import check_budget
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
-from elastic3d.pipelines.backbones import Backbone, Text
-from elastic3d.pipelines.image_loading import load_backbone, merge_lora, weight_files
+from elastic3d.pipelines.backbones import BACKBONES, Backbone, Text
+from elastic3d.pipelines.image_loading import (
+    INDEX_NAME,
+    check_index,
+    first_line,
+    load_transformer,
+    merge_lora,
+    quiet,
+    weight_files,
+)
 from elastic3d.pipelines.options import MAX_PROMPT, NO_ROUTERS_NAME, BackboneName
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, routes_of, seeds_of, timed
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256
 from elastic3d.utils.options import check_range
+from elastic3d.utils.structured import load_json
 
 ROUTERS_NAME = "routers"
 
@@ -61,7 +69,6 @@ class TextToImagePipeline:
         self.backbone, self.model = backbone, model
         self._digest = weights_sha256
         self.calibration: Path | None = None  # file or folder of what keeps a budget without routers
-        self._turn = Turn()  # threads that share a pipeline take turns
 
     @property
     def session(self) -> ElasticSession | None:
@@ -165,10 +172,7 @@ class TextToImagePipeline:
         settings.elastic = options.over(default, has_routers(self.backbone.transformer))
         if settings.elastic.elastic and not has_routers(self.backbone.transformer):
             check_budget(settings.elastic.budget, settings.steps)
-            if self.session is None:
-                transformer = self.backbone.transformer
-                put_policy(self.backbone.pipe, find_calibration(self.calibration, transformer))
-        with self._turn, self.session.turn if self.session is not None else nullcontext():
+        with Turn.of(self.backbone.transformer):  # threads that share a model take turns
             return self._generate(prompts, seeds, settings, on_step)
 
     def _generate(
@@ -178,6 +182,10 @@ class TextToImagePipeline:
         settings: Settings,
         on_step: Callable[[int, int], None] | None,
     ) -> list[ImageResult]:
+        if (
+            settings.elastic.elastic and self.session is None
+        ):  # the first call with a budget brings the policy
+            put_policy(self.backbone.pipe, find_calibration(self.calibration, self.backbone.transformer))
         if self.session is not None:
             self.session.settings = settings.elastic
         ms: dict[str, float] = {}
@@ -199,11 +207,8 @@ class TextToImagePipeline:
         backbone, (usual_steps, usual_guidance) = self.backbone, self.backbone.default_sampling()
         steps = usual_steps if steps is None else steps
         guidance = usual_guidance if guidance is None else guidance
-        try:
-            check_range("steps", steps, 1, 1000)
-            check_range("guidance", guidance, 0.0, 100.0)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        check_range("steps", steps, 1, 1000)
+        check_range("guidance", guidance, 0.0, 100.0)
         size = size or (backbone.default_size,) * 2
         if any(side % backbone.multiple for side in size):
             raise UserError(f"size is {size[0]}x{size[1]}, expected multiples of {backbone.multiple}")
@@ -296,6 +301,44 @@ class TextToImagePipeline:
             metadata["ms"] = {name: round(value / len(prompts), 1) for name, value in ms.items()}
             metadata_list.append(metadata)
         return metadata_list
+
+
+def load_backbone(
+    name: BackboneName, weights: str | Path, device: torch.device, dtype: torch.dtype, encoders: bool = True
+) -> Backbone:
+    """The pipeline in a folder, on `device`, its progress bars off; without text encoders where they aren't needed.
+
+    Raises:
+        UserError: the folder is no pipeline, or one of another family; a file is missing, broken, a pickle, or does
+            not fit. Nothing is downloaded.
+    """
+    folder = Path(weights)
+    if name is BackboneName.small:
+        with quiet():
+            from elastic3d.pipelines.pixel_flux import SmallBackbone, load_pixel_flux
+
+        return SmallBackbone(load_pixel_flux(folder, device, dtype, encoders))
+    family = BACKBONES[name]
+    check_index(folder, family.pipeline_class)
+    try:
+        with quiet():
+            import diffusers
+
+            parts: dict[str, Any] = {"transformer": load_transformer(folder, dtype)}
+            if not encoders:
+                names = load_json(folder / INDEX_NAME)
+                parts |= {name: None for name in names if name.startswith(("text_", "tokenizer"))}
+            pipe = getattr(diffusers, family.pipeline_class).from_pretrained(
+                folder, **parts, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+    except UserError:
+        raise
+    except Exception as error:  # loaders of broken folders raise anything
+        raise UserError(
+            f"{folder} can't be loaded as a {family.pipeline_class}: {first_line(error)}"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return family(pipe.to(device))
 
 
 def chosen_routers(

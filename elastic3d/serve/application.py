@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from elastic3d.pipelines.published import load_pipeline
+from elastic3d.pipelines.generation import load_pipeline
 from elastic3d.pipelines.runtime import resolve_device
 from elastic3d.serve.api import create_app
 from elastic3d.serve.config import ServeConfig

@@ -45,7 +45,7 @@ class ServerConfig(Options):
             )
 
     def generate_config(self) -> GenerateConfig:
-        """What `pipelines.published.load_pipeline` takes."""
+        """What `pipelines.generation.load_pipeline` takes."""
         return GenerateConfig(
             image="-",
             output="-",

@@ -13,9 +13,10 @@ from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.diffusers_loop import drive
 from elastic3d.errors import UserError
 from elastic3d.pipelines.backbones import Backbone
-from elastic3d.pipelines.image_loading import load_backbone, weight_files
+from elastic3d.pipelines.image_loading import weight_files
 from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.runtime import resolve_device
+from elastic3d.pipelines.text_to_image import load_backbone
 from elastic3d.training.datasets import Batch
 from elastic3d.training.distributed import first_process_first
 from elastic3d.training.elastic_objective import (

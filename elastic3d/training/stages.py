@@ -14,8 +14,8 @@ import torch
 
 from elastic3d.errors import UserError
 from elastic3d.models.options import ImageEncoderConfig
-from elastic3d.models.sizes import require_memory
 from elastic3d.models.weights import load_config
+from elastic3d.pipelines.memory import require_memory
 from elastic3d.pipelines.runtime import fast_bfloat16, resolve_device
 from elastic3d.training.checkpoint import CLASSES, find_start, model_part, statistics_of
 from elastic3d.training.datasets import use_own_lists

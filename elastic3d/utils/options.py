@@ -12,9 +12,10 @@ then `check`, the rules between fields. The command line, a YAML file and a save
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from numbers import Integral, Real
@@ -97,36 +98,39 @@ def option(default: Any, help: str, *, advanced: bool = False, internal: bool = 
 
 
 class Options:
-    """Base of configuration dataclasses: an object that exists has values that are allowed."""
+    """Base of configuration dataclasses: an object that exists has values that are allowed, or there is a UserError."""
 
     def __post_init__(self) -> None:
-        kinds = hints(type(self))
         for item in fields(self):  # type: ignore[arg-type]
-            check_value(item.name, getattr(self, item.name), kinds[item.name], bounds_of(item))
-        self.check()
+            kind, bounds = hints(type(self))[item.name], item.metadata.get("bounds", Bounds())
+            check_value(item.name, getattr(self, item.name), kind, bounds)
+        try:
+            self.check()
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def check(self) -> None:
         """Raise ValueError for values that are allowed each, but not together."""
 
 
 def check_value(name: str, value: Any, kind: Any, bounds: Bounds = Bounds()) -> None:  # noqa: B008 (frozen)
-    """Raise ValueError unless `value` is of the type `kind` and within bounds."""
+    """Raise UserError unless `value` is of the type `kind` and within bounds."""
     check_type(name, value, kind)
     if isinstance(value, (list, tuple)):
         _check_list(name, value, bounds)
     elif isinstance(value, (str, Path)) and not bounds.choices:
         low, high = bounds.lengths or (0, MAX_TEXT)
         if not low <= len(str(value)) <= high:
-            raise ValueError(f"{name} has {len(str(value))} characters, expected {low} to {high}")
+            raise UserError(f"{name} has {len(str(value))} characters, expected {low} to {high}")
     elif value is not None and not bounds.allows(value):
-        raise ValueError(f"{name} is {shown(value)}, expected {_wanted(bounds)}")
+        raise UserError(f"{name} is {shown(value)}, expected {_wanted(bounds)}")
 
 
 def check_type(name: str, value: Any, kind: Any) -> None:
-    """Raise ValueError unless `value` is of the type `kind`, and what it holds of the types that `kind` names."""
+    """Raise UserError unless `value` is of the type `kind`, and what it holds of the types that `kind` names."""
     fitting = next((each for each in alternatives(kind) if _is(value, each)), None)
     if fitting is None:
-        raise ValueError(f"{name} is {shown(value)}, expected {expected(kind)}")
+        raise UserError(f"{name} is {shown(value)}, expected {expected(kind)}")
     if arguments := get_args(fitting):
         for item in value.values() if isinstance(value, dict) else value:
             check_type(name, item, arguments[-1])
@@ -135,14 +139,14 @@ def check_type(name: str, value: Any, kind: Any) -> None:
 def _check_list(name: str, value: Any, bounds: Bounds) -> None:
     for item in value:
         if not bounds.allows(item):
-            raise ValueError(f"{name} has {shown(item)}, expected {_wanted(bounds)}")
+            raise UserError(f"{name} has {shown(item)}, expected {_wanted(bounds)}")
     low, high = bounds.lengths or (0, 100_000)
     if not low <= len(value) <= high:
-        raise ValueError(f"{name} has {len(value)} values, expected {low} to {high}")
+        raise UserError(f"{name} has {len(value)} values, expected {low} to {high}")
     if bounds.unique and len(set(value)) != len(value):
-        raise ValueError(f"{name} is {shown(value)}, expected no value twice")
+        raise UserError(f"{name} is {shown(value)}, expected no value twice")
     if bounds.ascending and sorted(value) != list(value):
-        raise ValueError(f"{name} is {shown(value)}, expected values in ascending order")
+        raise UserError(f"{name} is {shown(value)}, expected values in ascending order")
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -199,20 +203,8 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
-_HINTS: dict[Any, dict[str, Any]] = {}
-
-
-def hints(config_class: type[Any]) -> dict[str, Any]:
-    """Types of the fields, by name; worked out once a class."""
-    if config_class not in _HINTS:
-        _HINTS[config_class] = get_type_hints(config_class)
-    return _HINTS[config_class]
-
-
-def bounds_of(item: Any) -> Bounds:
-    """What a field may be; everything of its type where nothing is said."""
-    found: Bounds = item.metadata.get("bounds", Bounds())
-    return found
+hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
+"""Types of a dataclass's fields, by name; worked out once a class."""
 
 
 # --------------------------------------------------------------------------------------- to and from plain values
@@ -248,8 +240,6 @@ def from_dict(
             raise UserError(f"{where}{inside}{item.name} is missing: {item.metadata.get('help', '')}")
     try:
         return config_class(**typed)
-    except UserError:
-        raise
     except OSError as error:  # a path that a rule looks at
         raise UserError(f"{where}{inside}{error.filename}: {error.strerror}") from error
     except (ValueError, TypeError, OverflowError) as error:
@@ -317,9 +307,10 @@ def walk(config_class: type[Any], inside: str = "", null: bool = False) -> Itera
         if item.default_factory is not MISSING and not null:
             default = item.default_factory()
         help, advanced = about.get("help", ""), about.get("advanced", False)
-        yield Leaf(f"{inside}{item.name}", kind, default, help, bounds_of(item), advanced, internal)
+        bounds = about.get("bounds", Bounds())
+        yield Leaf(f"{inside}{item.name}", kind, default, help, bounds, advanced, internal)
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError unless `low <= value <= high` (NaN fails too); for values that are no fields."""
+    """Raise UserError unless `low <= value <= high` (NaN fails too); for values that are no fields."""
     check_value(name, value, float, Bounds(ge=low, le=high))

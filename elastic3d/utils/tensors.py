@@ -40,7 +40,16 @@ class Stored:
 
 
 def open_tensors(path: Path, names: Collection[str] = ()) -> Any:
-    """A safetensors file, mapped, not read: a `safetensors.safe_open` for PyTorch.
+    """A safetensors file, mapped, not read: a `safetensors.safe_open` for PyTorch; errors as `tensor_heads`."""
+    tensor_heads(path, names)
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(_why_unreadable(path, error)) from error
+
+
+def tensor_heads(path: Path, names: Collection[str] = ()) -> dict[str, Stored]:
+    """Shape and number format of every tensor of a safetensors file, from its head alone.
 
     Args:
         names: of tensors that must be there.
@@ -49,21 +58,9 @@ def open_tensors(path: Path, names: Collection[str] = ()) -> Any:
         UserError: naming the file: it is missing, truncated, something else, of a number format such as float8, or
             lacks a tensor.
     """
-    stored = tensor_heads(path)
-    lacking = [name for name in names if name not in stored]
-    if lacking:
-        raise UserError(
-            f"{printable(path)} has no tensor {lacking[0]!r}, expected {', '.join(sorted(names))}"
-        )
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(_why_unreadable(path, error)) from error
-
-
-def tensor_heads(path: Path) -> dict[str, Stored]:
-    """Shape and number format of every tensor of a safetensors file, from its head alone; errors as `open_tensors`."""
-    _check(path)
+    if path.suffix in PICKLE_SUFFIXES and path.is_file():
+        raise UserError(f"{printable(path)} is a pickle, expected a safetensors file")
+    check_file(path, "a safetensors file")
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
@@ -76,12 +73,17 @@ def tensor_heads(path: Path) -> dict[str, Stored]:
             f"{printable(path)} has tensors of type {found[odd[0]].dtype}, first {odd[0]}; expected one of"
             f" {', '.join(_DTYPES)}"
         )
+    lacking = [name for name in names if name not in found]
+    if lacking:
+        raise UserError(
+            f"{printable(path)} has no tensor {lacking[0]!r}, expected {', '.join(sorted(names))}"
+        )
     return found
 
 
 def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU; arguments and errors as `open_tensors`."""
-    open_tensors(path, names)
+    """Every tensor of a safetensors file, on the CPU; arguments and errors as `tensor_heads`."""
+    tensor_heads(path, names)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -101,12 +103,6 @@ def save_weights(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | N
         except SafetensorError as error:  # what it makes of an error of the operating system
             raise OSError(str(error)) from error
         temporary.chmod(mode)  # save_file would leave it readable by its owner alone
-
-
-def _check(path: Path) -> None:
-    if path.suffix in PICKLE_SUFFIXES and path.is_file():
-        raise UserError(f"{printable(path)} is a pickle, expected a safetensors file")
-    check_file(path, "a safetensors file")
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:

@@ -22,9 +22,8 @@ from hunyuan_tiny import (
 from safetensors.torch import load_file, save_file
 
 from elastic3d.checkpoints.dinov2 import build_network
-from elastic3d.checkpoints.hunyuan3d import load_hunyuan3d_vae
+from elastic3d.checkpoints.hunyuan3d import load_hunyuan3d, load_hunyuan3d_vae
 from elastic3d.errors import UserError
-from elastic3d.models.weights import load_hunyuan3d
 
 SUBFOLDER = "hunyuan3d-dit-v2-0"
 WEIGHTS = "model.fp16.safetensors"

@@ -11,9 +11,9 @@ from hunyuan_tiny import CASES, CHANNELS, LATENTS, write_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 
+from elastic3d.checkpoints.hunyuan3d import load_hunyuan3d
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.sampler import sample
-from elastic3d.models.weights import load_hunyuan3d
 
 TOLERANCE = 1e-4
 

@@ -9,9 +9,8 @@ from tiny_images import save_tiny_flux
 from elastic3d.elastic import attach, detach, save_routers
 from elastic3d.elastic.config import ElasticConfig, RouterConfig
 from elastic3d.errors import UserError
-from elastic3d.pipelines.image_loading import load_backbone
 from elastic3d.pipelines.options import BackboneName
-from elastic3d.pipelines.text_to_image import TextToImagePipeline
+from elastic3d.pipelines.text_to_image import TextToImagePipeline, load_backbone
 
 diffusers = pytest.importorskip("diffusers")
 MIXED = RouterConfig(initial_keep=0.7, initial_width_bias=0, head_std=3.0)

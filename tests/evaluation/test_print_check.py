@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import trimesh
 
-from elastic3d.evaluation.print_check import print_check
+from elastic3d.evaluation.health import print_check
 
 
 def hollow(wall: float) -> trimesh.Trimesh:

@@ -15,8 +15,8 @@ from tiny_images import save_tiny_flux, save_tiny_qwen
 from elastic3d.elastic import attach, save_routers
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.models.images import read_metadata
-from elastic3d.pipelines.image_loading import load_backbone
 from elastic3d.pipelines.options import BackboneName, GenerateImageConfig
+from elastic3d.pipelines.text_to_image import load_backbone
 from elastic3d.utils.devices import DeviceChoice
 
 Command = Callable[..., int]

@@ -19,13 +19,13 @@ from hunyuan_tiny import DINOV2, write_checkpoint, write_checkpoint_21
 from tiny_pipeline import save_image
 
 from elastic3d.checkpoints.dinov2 import build_network
+from elastic3d.checkpoints.hunyuan3d import load_hunyuan3d
 from elastic3d.checkpoints.options import PRESETS, ImportConfig
 from elastic3d.elastic import attach, detach, save_routers
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation.options import EvaluateConfig
 from elastic3d.geometry.mesh_io import read_extras
-from elastic3d.models.weights import load_hunyuan3d
 from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.preparation.options import PrepareConfig
 from elastic3d.training.options import TrainConfig

@@ -24,7 +24,6 @@ from elastic3d.evaluation.options import Runner  # noqa: E402
 from elastic3d.geometry.mesh_io import save_mesh  # noqa: E402
 from elastic3d.pipelines import generation  # noqa: E402
 from elastic3d.pipelines.options import GenerateConfig, MeshFormat  # noqa: E402
-from elastic3d.pipelines.published import load_pipeline  # noqa: E402
 from elastic3d.pipelines.ray_generation import generate_over_ray  # noqa: E402
 from elastic3d.serve.application import PROXY_START_S, serve_over_ray  # noqa: E402
 from elastic3d.serve.config import ServeConfig  # noqa: E402
@@ -69,7 +68,9 @@ def test_a_folder_gives_the_meshes_of_one_process_and_resumes(model: Path, tmp_p
     (images / "broken.png").write_text("no image")
     alone = _config(model, images, tmp_path / "one")
     spread = _config(model, images, tmp_path / "ray", runner=Runner.ray)
-    generation.generate(load_pipeline(alone, 6), generation.plan(alone).jobs, alone, lambda _: None)
+    generation.generate(
+        generation.load_pipeline(alone, 6), generation.plan(alone).jobs, alone, lambda _: None
+    )
     outcomes = over_ray(spread)
     assert sorted(o.status for o in outcomes) == ["failed"] + ["ok"] * 5
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
