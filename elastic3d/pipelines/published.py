@@ -14,7 +14,7 @@ from elastic3d.checkpoints.options import PRESETS, ImportConfig
 from elastic3d.checkpoints.step1x3d import inspect_step1x3d, load_step1x3d
 from elastic3d.checkpoints.triposg import inspect_triposg, load_triposg
 from elastic3d.elastic import attach
-from elastic3d.elastic.calibrating import calibration_file
+from elastic3d.elastic.training_free import calibration_file
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
