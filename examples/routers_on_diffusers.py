@@ -10,7 +10,7 @@ import sys
 from diffusers import DiffusionPipeline
 
 from elastic3d.elastic import attach, detach
-from elastic3d.elastic.cost import trace_dense_flops, trace_flops
+from elastic3d.elastic.trace import trace_dense_flops, trace_flops
 
 
 def main(

@@ -24,8 +24,8 @@ from torch import nn
 
 from elastic3d.diffusion.dial import load_dial
 from elastic3d.diffusion.options import PipelineConfig
-from elastic3d.elastic.calibrating import describe, load_calibration, series_of
 from elastic3d.elastic.config import RouterConfig
+from elastic3d.elastic.training_free import describe, load_calibration, series_of
 from elastic3d.errors import UserError
 from elastic3d.evaluation.html import load_frontier
 from elastic3d.evaluation.report import load_gate, write_json

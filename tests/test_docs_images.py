@@ -8,7 +8,7 @@ import torch
 
 from elastic3d.elastic import adapter_for, attach
 from elastic3d.elastic.attachment import router_modules
-from elastic3d.elastic.cost import dense_flops
+from elastic3d.elastic.families import dense_flops
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "images.md").read_text()
 # The published configurations differ from the classes' defaults in this alone.

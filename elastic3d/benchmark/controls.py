@@ -1,7 +1,12 @@
-"""Where the routes of controls come from: calibration items, other items, chance."""
+"""Controls, which know less than routers do at the same FLOPs: routes of calibration items, of other items, of chance.
+
+Axis letters: S steps, 2 guidance branches, B samples, I blocks.
+"""
 
 from __future__ import annotations
 
+import heapq
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,17 +18,9 @@ from tqdm import tqdm
 from elastic3d.benchmark.methods import MAIN, NO_CACHE, Job, Routes, Run
 from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import RouteSource
-from elastic3d.elastic.family import BlockFlops
-from elastic3d.elastic.policies import (
-    TableRoutes,
-    as_one,
-    executed_share,
-    greedy_static,
-    nearest_share,
-    random_routes,
-    timestep_routes,
-)
-from elastic3d.elastic.trace import parse_actions
+from elastic3d.elastic.families import BlockFlops
+from elastic3d.elastic.policies import TableRoutes, action_flops, executed_share, fill
+from elastic3d.elastic.trace import NOT_RUN, SKIPPED, parse_actions
 from elastic3d.utils.structured import load_json, save_json
 
 if TYPE_CHECKING:
@@ -150,3 +147,88 @@ class Controls:
             return float((found - true).square().mean() / true.square().mean())
 
         return error
+
+
+def as_one(blocks: Sequence[BlockFlops]) -> BlockFlops:
+    """Blocks that are decided together."""
+    return BlockFlops(sum(block.fixed for block in blocks), sum(block.mlp for block in blocks))
+
+
+def random_routes(
+    blocks: Sequence[BlockFlops],
+    ratios: Sequence[float],
+    steps: int,
+    branches: int,
+    share: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Actions (S,2,I) of one sample: blocks at full width, drawn without replacement until `share` is executed."""
+    ran = torch.zeros(steps, 2, len(blocks), dtype=torch.bool)
+    ran[:, :branches] = True
+    order = torch.rand(ran.shape, generator=generator)
+    return fill(order, torch.full(ran.shape, len(ratios)), ran, blocks, ratios, share)
+
+
+def timestep_routes(
+    actions: Tensor, blocks: Sequence[BlockFlops], ratios: Sequence[float], share: float
+) -> Tensor:
+    """Routes (S,2,I) that depend on the timestep, branch and block alone, from recorded ones (S,2,B,I).
+
+    The cells that most samples kept are kept, at the mean width of those that did, until `share` is executed.
+    """
+    actions = actions.long()
+    ran = (actions != NOT_RUN).all(dim=2)
+    kept = actions > SKIPPED
+    count = kept.sum(dim=2)
+    mean = (actions * kept).sum(dim=2) / count.clamp_min(1)
+    width = torch.where(count > 0, mean.round().long(), len(ratios))
+    # of cells that as many samples kept, the widest come first
+    return fill(count + mean / (2 * len(ratios)), width, ran, blocks, ratios, share)
+
+
+def greedy_static(
+    error: Callable[[Tensor], float],
+    blocks: Sequence[BlockFlops],
+    ratios: Sequence[float],
+    lowest: float,
+    on_change: Callable[[float], None] = lambda share: None,
+) -> list[tuple[float, Tensor]]:
+    """A path of fixed routes (I,) from the dense model down to a `lowest` executed share: [(share, routes), ...].
+
+    From each to the next, one block is skipped or narrowed by one width: the change that adds the least to `error` for
+    each FLOP it saves. `error` takes routes (I,); `on_change` is called with each new share. Lazy greedy (Minoux 1978):
+    costs are measured again from the lowest on until one stays the lowest, since skipping more makes them rise.
+    """
+    table = action_flops(blocks, ratios)
+    routes = torch.full((len(blocks),), len(ratios))
+    now, share = error(routes), 1.0
+    path = [(share, routes)]
+    # (error added for each FLOP saved, error after the change, changes made when it was measured, block, action)
+    heap = [
+        (-math.inf, now, -1, i, action) for i in range(len(blocks)) for action in (SKIPPED, len(ratios) - 1)
+    ]
+    heap = list(dict.fromkeys(heap))
+    heapq.heapify(heap)
+    while share > lowest and heap:
+        _, after, measured, block, action = heapq.heappop(heap)
+        if action >= routes[block]:
+            continue  # of a block that is narrower by now
+        changed = routes.clone()
+        changed[block] = action
+        if measured < len(path):
+            after = error(changed)
+            threshold = (after - now) / float(table[block, routes[block]] - table[block, action])
+            heapq.heappush(heap, (threshold, after, len(path), block, action))
+            continue
+        now, routes = after, changed
+        share = float(table[torch.arange(len(blocks)), routes].sum() / table[:, -1].sum())
+        path.append((share, routes))
+        on_change(share)
+        if action > SKIPPED + 1:
+            heapq.heappush(heap, (-math.inf, now, -1, block, action - 1))
+    return path
+
+
+def nearest_share(path: Sequence[tuple[float, Tensor]], share: float) -> Tensor:
+    """Of a path of routes, those whose executed share is nearest to `share`."""
+    return min(path, key=lambda entry: abs(entry[0] - share))[1]

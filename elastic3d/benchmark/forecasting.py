@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from elastic3d.benchmark.forecasts import WEIGHTS, combine
 from elastic3d.elastic.attachment import adapter_for, is_attached
-from elastic3d.elastic.family import BlockAdapter
+from elastic3d.elastic.families import BlockAdapter
 
 HISTORY = 6  # values that a forecast knows, as in HiCache++ and cache-dit
 Forward = Callable[..., Any]

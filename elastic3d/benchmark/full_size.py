@@ -20,9 +20,9 @@ from tqdm import tqdm
 from elastic3d.benchmark.config import FullSizeConfig
 from elastic3d.checkpoints.bundle import model_class
 from elastic3d.diffusion.sampler import integrate
-from elastic3d.elastic.calibrating import put_policy
 from elastic3d.elastic.config import ElasticConfig
-from elastic3d.elastic.cost import trace_share
+from elastic3d.elastic.trace import trace_share
+from elastic3d.elastic.training_free import put_policy
 from elastic3d.evaluation.report import machine, markdown_table
 from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.pipelines.estimates import published

@@ -19,11 +19,17 @@ from torch import nn
 
 from elastic3d.benchmark.config import BenchmarkOptions, CacheName, Method, PolicyName
 from elastic3d.elastic import is_attached, session_of
-from elastic3d.elastic.calibrating import calibration_file, find_calibration
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.session import ElasticSession
-from elastic3d.elastic.training_free import Calibration, Schedule, StepPolicy, least_budget
+from elastic3d.elastic.training_free import (
+    Calibration,
+    Schedule,
+    StepPolicy,
+    calibration_file,
+    find_calibration,
+    least_budget,
+)
 from elastic3d.errors import UserError
 from elastic3d.utils.options import to_dict
 

@@ -24,7 +24,7 @@ from elastic3d.benchmark.report import write_report
 from elastic3d.benchmark.rivals import missing, rival_cases
 from elastic3d.benchmark.rows import DIT, END_TO_END, Round
 from elastic3d.benchmark.task import Task
-from elastic3d.elastic.cost import trace_dense_flops, trace_flops, trace_router_flops
+from elastic3d.elastic.trace import trace_dense_flops, trace_flops, trace_router_flops
 from elastic3d.errors import UserError
 from elastic3d.evaluation.report import machine, markdown_table
 from elastic3d.utils.files import atomic_path

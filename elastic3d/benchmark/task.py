@@ -20,9 +20,9 @@ from elastic3d.benchmark.flop_meter import metered
 from elastic3d.benchmark.methods import Case, Job, Model, Planner, Routes, Run
 from elastic3d.benchmark.rivals import by_batch, running
 from elastic3d.elastic import detach
-from elastic3d.elastic.calibrating import put_policy
 from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.session import ElasticSession
+from elastic3d.elastic.training_free import put_policy
 from elastic3d.evaluation.statistics import Row
 
 

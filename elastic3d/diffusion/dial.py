@@ -9,7 +9,7 @@ worse than another of the same or lower cost.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,8 @@ class Row:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Row:
         """A row as the file holds it."""
-        names = ("cost", "steps", "router_budget", "few_step_lora", "speedup", "iou")
-        scores = tuple(values[name] for name in F_SCORES)
-        return cls(*(values[name] for name in names), scores, values.get("scope"))  # type: ignore[call-arg]
+        known = {item.name: values.get(item.name) for item in fields(cls)}
+        return cls(**known | {"f_scores": tuple(values[name] for name in F_SCORES)})
 
     def over(self, requested: ElasticOptions) -> ElasticOptions:
         """What a caller asks for, with the settings of this row in the place of its budget."""
@@ -79,8 +78,7 @@ class Row:
 
     def metadata(self, budget: float | None, quality: Quality | str | None) -> dict[str, Any]:
         """What was requested, and what it costs."""
-        name = Quality.default if quality is None else quality
-        name = name.name if isinstance(name, Quality) else name
+        name = getattr(quality or Quality.default, "name", quality)
         return {"requested": name if budget is None else float(budget), "cost": self.cost}
 
 
@@ -138,11 +136,8 @@ def choose(
         return None
     lora = guidance in (None, dial.guidance) and requested.few_step is not False
     routed = any(value is not None for name, value in vars(requested).items() if name != "budget")
-    rows = [
-        row
-        for row in dial.rows
-        if (lora or not row.few_step_lora) and not (routed and row.router_budget is None)
-    ]
+    rows = [row for row in dial.rows if lora or not row.few_step_lora]
+    rows = [row for row in rows if row.router_budget is not None or not routed]
     if not rows:
         raise UserError(f"no row of {DIAL_NAME} can run with these options, expected steps= with them")
     if requested.budget is None:

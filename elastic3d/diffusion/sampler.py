@@ -7,7 +7,8 @@ whole, and a sample's route is what it is alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -29,15 +30,6 @@ class Velocity(Protocol):
     ) -> Tensor: ...
 
 
-def initial_noise(
-    shape: tuple[int, int], generators: Sequence[torch.Generator], device: torch.device
-) -> Tensor:
-    """Standard normal (B, *shape), sample b from generator b alone, so that it does not depend on its
-    batch mates."""
-    noise = [torch.randn(shape, generator=g, device=g.device) for g in generators]
-    return torch.stack(noise).to(device)
-
-
 @torch.no_grad()
 def sample(
     dit: Velocity,
@@ -50,13 +42,13 @@ def sample(
 ) -> Tensor:
     """Integrate from noise to data: condition (B,M,Cc) -> latents (B,N,C) in fp32, with `shape` = (N, C).
 
-    Each sample's noise comes from its own generator. `options` are those of `integrate`. Raises ValueError for fewer
-    than one step or a generator count other than B.
+    Each sample's noise comes from its own generator, so that it does not depend on its batch mates. `options` are those
+    of `integrate`. ValueError for fewer than one step or a generator count other than B.
     """
     if len(generators) != condition.shape[0]:
         raise ValueError(f"{len(generators)} generators for a batch of {condition.shape[0]}")
-    noise = initial_noise(shape, generators, condition.device)
-    return integrate(dit, condition, noise, steps, guidance, **options)
+    noise = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
+    return integrate(dit, condition, noise.to(condition.device), steps, guidance, **options)
 
 
 def integrate(
@@ -66,10 +58,9 @@ def integrate(
     steps: int,
     guidance: float,
     *,
-    shift: float = 1.0,
-    guidance_embed: bool = False,
     times: Tensor | None = None,
     solver: Solver = Solver.euler,
+    guidance_embed: bool = False,
     sequential: bool = False,
     session: ElasticSession | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -78,29 +69,27 @@ def integrate(
 
     Guidance g: v = v_uncond + g (v_cond - v_uncond) (2207.12598), the unconditional branch sees zeros; g = 1
     runs the conditional branch alone. A guidance-embedded model takes g as an input and runs one branch.
-    `times` (S+1,) replaces the grid that `steps` and `shift` give. `solver` ab2: from the second step on the line
+    `times` (S+1,) replaces the even grid of `steps`. `solver` ab2: from the second step on the line
     through the last two velocities is followed (Adams-Bashforth for uneven steps); it calls the model no more often.
     `sequential` runs the branches one after the other: half the memory. `session` is that of a model with routers: it
     is told of the generation, of each step and of the branches, and says where one of them is enough.
     `on_step(i, steps)` is called when all samples have done step i.
     """
-    times = timestep_grid(steps, shift) if times is None else times
-    path = _Path(noise, times, solver)
-    guided = _Guided(dit, condition, guidance, guidance_embed, sequential, session)
+    times = (timestep_grid(steps) if times is None else times).to(noise.device)
+    path = _Path(dit, condition, noise, times, guidance, solver, guidance_embed, sequential, session)
     waits = False
     if session is not None:
-        scale = guidance if len(guided.branches) > 1 else None
+        scale = guidance if len(path.branches) > 1 else None
         session.begin(len(noise), len(path.sizes), guidance=scale, times=path.moments[:-1])
         waits = session.defers and len(noise) > 1 and not sequential
     try:
         while (reached := min(path.done)) < len(path.sizes):
             turn, defer = path.turn(waits)
-            groups = guided.by_branches(path, turn)
+            groups = path.by_branches(turn)
             if len(groups) > 1 and defer is Defer.unless_all:
                 defer = Defer.always  # those that need the blocks wait for the other group too
             for branches, rows in groups.items():
-                v = guided.velocity(path, branches, rows, defer)
-                path.advance(rows, v, session.deferred if session is not None else ())
+                path.advance(rows, path.velocity(branches, rows, defer))
             for step in range(reached, min(path.done)):
                 if on_step is not None:
                     on_step(step + 1, len(path.sizes))
@@ -110,15 +99,32 @@ def integrate(
     return path.x
 
 
+@dataclass(eq=False)
 class _Path:
-    """Samples on their way from noise to data, each at a step of its own."""
+    """Samples on their way from noise to data under guidance, each at a step of its own.
 
-    def __init__(self, x: Tensor, times: Tensor, solver: Solver) -> None:
-        self.x, self.solver = x, solver
-        self.times, self.moments, self.sizes = times.to(x.device), times.tolist(), times.diff().tolist()
-        self.done = [0] * len(x)
-        self.waiting: set[int] = set()
-        self._earlier = torch.zeros_like(x)  # velocities of the step before
+    Where one branch is enough, what guidance added when both last ran goes on, faded with 1/t.
+    """
+
+    dit: Velocity
+    condition: Tensor
+    x: Tensor  # (B,N,C)
+    times: Tensor  # (S+1,)
+    guidance: float
+    solver: Solver
+    embedded: bool
+    sequential: bool
+    session: ElasticSession | None
+
+    def __post_init__(self) -> None:
+        self.moments, self.sizes = self.times.tolist(), self.times.diff().tolist()
+        self.done, self.waiting = [0] * len(self.x), set[int]()
+        self.branches = BOTH_BRANCHES[: 1 if self.guidance == 1.0 or self.embedded else 2]
+        self.tokens = torch.stack([self.condition, torch.zeros_like(self.condition)][: len(self.branches)])
+        self.earlier = self.added = torch.zeros_like(
+            self.x
+        )  # velocities of the step before; what guidance added
+        self.since = [0.0] * len(self.x)  # at these times
 
     def turn(self, waits: bool) -> tuple[list[int], Defer]:
         """The samples that go next, and whether those that need the blocks have to wait."""
@@ -129,20 +135,54 @@ class _Path:
             return left, Defer.never
         return asking, Defer.always if self.waiting else Defer.unless_all
 
-    def here(self, values: Sequence[float], rows: Sequence[int]) -> list[float]:
+    def here(self, values: Sequence[float], rows: list[int]) -> list[float]:
         """Of values by step those of some samples' next steps."""
         return [values[self.done[row]] for row in rows]
 
-    def state(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Latents (k,N,C) and times (k,) of some samples."""
-        steps = [self.done[row] for row in rows]
-        if len(set(steps)) == 1:  # a view: a list of indices would be copied to a GPU, which waits for it
-            return _some(self.x, rows), self.times[steps[0]].expand(len(rows))
-        return _some(self.x, rows), self.times[steps]
+    def by_branches(self, rows: list[int]) -> dict[SomeBranches, list[int]]:
+        """The samples by the branches that run at the times where they are."""
+        found: dict[SomeBranches, list[int]] = {}
+        for row, t in zip(rows, self.here(self.moments, rows), strict=True):
+            alone = self.session is not None and self.session.one_branch(t)
+            found.setdefault(self.branches[:1] if alone else self.branches, []).append(row)
+        return found
 
-    def advance(self, rows: list[int], v: Tensor, deferred: Collection[int]) -> None:
+    def velocity(self, branches: SomeBranches, rows: list[int], defer: Defer) -> Tensor:
+        """Velocities (k,N,C) of some samples, with the branches in one call or in turn."""
+        steps, x, found = [self.done[row] for row in rows], _some(self.x, rows), list[Tensor]()
+        # a view where all are at one step: a list of indices would be copied to a GPU, which waits for it
+        t = self.times[steps] if len(set(steps)) > 1 else self.times[steps[0]].expand(len(rows))
+        scale = torch.full((len(rows),), self.guidance, device=t.device) if self.embedded else None
+        for part in [(branch,) for branch in branches] if self.sequential else [branches]:
+            if self.session is not None:
+                self.session.step(steps, self.here(self.sizes, rows), part, rows, defer)
+            tokens, copies = self.tokens[part[0] : part[-1] + 1], len(part)
+            tokens = tokens if len(rows) == tokens.shape[1] else tokens[:, rows]
+            v = self.dit(x.repeat(copies, 1, 1), t.repeat(copies), tokens.flatten(0, 1), scale)
+            found += v.float().chunk(copies)
+        return self._guided(found, rows)
+
+    def _guided(self, found: list[Tensor], rows: list[int]) -> Tensor:
+        """Velocities of both branches put together; of one, with what is left of guidance."""
+        moments = self.here(self.moments, rows)
+        if len(found) == 1:
+            since = [self.since[row] for row in rows]
+            if not any(since):
+                return found[0]
+            left = [at / t if at else 0.0 for at, t in zip(since, moments, strict=True)]
+            return found[0] + found[0].new_tensor(left)[:, None, None] * self.added[rows]
+        added = found[0] - found[1]
+        if (
+            self.session is not None and self.session.guided
+        ):  # those that are deferred come again at the same time
+            self.added = _put(self.added, rows, (self.guidance - 1) * added)
+            for row, t in zip(rows, moments, strict=True):
+                self.since[row] = t
+        return found[1] + self.guidance * added
+
+    def advance(self, rows: list[int], v: Tensor) -> None:
         """A step along velocities (k,N,C) for those of the samples that are not deferred."""
-        if deferred:
+        if self.session is not None and (deferred := self.session.deferred):
             v = v[[place for place, row in enumerate(rows) if row not in deferred]]
             rows = [row for row in rows if row not in deferred]
             self.waiting.update(deferred)
@@ -152,80 +192,11 @@ class _Path:
         if self.solver is Solver.ab2:
             steps = [self.done[row] for row in rows]
             bend = [d / (2 * self.sizes[i - 1]) if i else 0.0 for i, d in zip(steps, dt, strict=True)]
-            along = v + _each(bend, v) * (v - _some(self._earlier, rows))
-            self._earlier = _put(self._earlier, rows, v)
+            along = v + _each(bend, v) * (v - _some(self.earlier, rows))
+            self.earlier = _put(self.earlier, rows, v)
         self.x = _put(self.x, rows, _some(self.x, rows) + _each(dt, v) * along)
         for row in rows:
             self.done[row] += 1
-
-
-class _Guided:
-    """A DiT under guidance, called for samples that are each at a step of its own.
-
-    Where one branch is enough, what guidance added when both last ran goes on, faded with 1/t.
-    """
-
-    def __init__(
-        self,
-        dit: Velocity,
-        condition: Tensor,
-        guidance: float,
-        embedded: bool,
-        sequential: bool,
-        session: ElasticSession | None,
-    ) -> None:
-        self.dit, self.guidance, self.session, self.sequential = dit, guidance, session, sequential
-        self.branches: SomeBranches = BOTH_BRANCHES[: 1 if guidance == 1.0 or embedded else 2]
-        self.tokens = torch.stack([condition, torch.zeros_like(condition)][: len(self.branches)])
-        self.scale = torch.full((len(condition),), guidance, device=condition.device) if embedded else None
-        self._added: Tensor | None = None  # by guidance (B,N,C)
-        self._since = [0.0] * len(condition)  # at these times
-
-    def by_branches(self, path: _Path, rows: list[int]) -> dict[SomeBranches, list[int]]:
-        """The samples by the branches that run at the times where they are."""
-        found: dict[SomeBranches, list[int]] = {}
-        for row, t in zip(rows, path.here(path.moments, rows), strict=True):
-            alone = self.session is not None and self.session.one_branch(t)
-            found.setdefault(self.branches[:1] if alone else self.branches, []).append(row)
-        return found
-
-    def velocity(self, path: _Path, branches: SomeBranches, rows: list[int], defer: Defer) -> Tensor:
-        """Velocities (k,N,C) of some samples, with the branches in one call or in turn."""
-        x, t = path.state(rows)
-        scale = None if self.scale is None else _some(self.scale, rows)
-        found: list[Tensor] = []
-        for part in [(branch,) for branch in branches] if self.sequential else [branches]:
-            if self.session is not None:
-                steps, sizes = [path.done[row] for row in rows], path.here(path.sizes, rows)
-                self.session.step(steps, sizes, part, rows, defer)
-            tokens, copies = self.tokens[part[0] : part[-1] + 1], len(part)
-            tokens = tokens if len(rows) == tokens.shape[1] else tokens[:, rows]
-            v = self.dit(x.repeat(copies, 1, 1), t.repeat(copies), tokens.flatten(0, 1), scale)
-            found += v.float().chunk(copies)
-        moments = path.here(path.moments, rows)
-        if len(found) == 1:
-            return self._go_on(found[0], rows, moments)
-        added = found[0] - found[1]
-        if self.session is not None and self.session.guided:
-            self._keep((self.guidance - 1) * added, rows, moments)
-        return found[1] + self.guidance * added
-
-    def _keep(self, added: Tensor, rows: list[int], moments: list[float]) -> None:
-        """Note what guidance adds to samples; those that are deferred come once more at the same time."""
-        if self._added is None:
-            self._added = added.new_zeros(len(self._since), *added.shape[1:])
-        self._added = _put(self._added, rows, added)
-        for row, t in zip(rows, moments, strict=True):
-            self._since[row] = t
-
-    def _go_on(self, v: Tensor, rows: list[int], moments: list[float]) -> Tensor:
-        """Velocities of one branch with what is left of guidance."""
-        left = [
-            self._since[row] / t if self._since[row] else 0.0 for row, t in zip(rows, moments, strict=True)
-        ]
-        if self._added is None or not any(left):
-            return v
-        return v + v.new_tensor(left)[:, None, None] * self._added[rows]
 
 
 def _each(values: list[float], like: Tensor) -> Tensor | float:

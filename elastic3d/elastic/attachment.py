@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from elastic3d.elastic.block import ElasticBlock
 from elastic3d.elastic.config import RouterConfig, RouterVariant, Scope
 from elastic3d.elastic.diffusers_loop import drive
-from elastic3d.elastic.family import ModelAdapter
-from elastic3d.elastic.router import build_conditioner, build_router
+from elastic3d.elastic.families import ModelAdapter
+from elastic3d.elastic.router import Conditioner, build_router
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME, find_weights, load_config, load_strict
@@ -25,11 +25,11 @@ from elastic3d.utils.structured import save_json
 from elastic3d.utils.tensors import read_weights, save_weights
 
 _HANDLE = "_elastic"
-_FAMILIES = {  # class of the model -> module with its adapter
-    "ShapeDiT": "shape_dit",
-    "SkipDiT": "hunyuan21_dit",
-    "FluxTransformer2DModel": "flux",
-    "QwenImageTransformer2DModel": "qwen_image",
+_FAMILIES = {  # class of the model -> its adapter
+    "ShapeDiT": "shape_dit.ADAPTER",
+    "SkipDiT": "hunyuan21_dit.ADAPTER",
+    "FluxTransformer2DModel": "diffusers_blocks.FLUX",
+    "QwenImageTransformer2DModel": "diffusers_blocks.QWEN_IMAGE",
 }
 
 
@@ -64,7 +64,8 @@ def attach(model: Any, routers: RouterConfig | str | Path | None = None) -> Elas
         return _attach_fresh(model, adapter, routers or RouterConfig())
     session = _attach_fresh(model, adapter, load_router_config(routers, adapter.family))
     try:
-        _load_state_from(model, Path(routers))
+        path = find_weights(Path(routers))
+        load_router_state(model, read_weights(path), str(path))
     except BaseException:
         detach(model)
         raise
@@ -79,9 +80,8 @@ def _attach_fresh(model: nn.Module, adapter: ModelAdapter, config: RouterConfig)
     if config.variant is RouterVariant.none:
         deciding = 0
     device = next(model.parameters()).device
-    session.conditioner = build_conditioner(config, deciding)
-    if session.conditioner is not None:
-        session.conditioner.to(device)
+    if config.variant is RouterVariant.light:
+        session.conditioner = Conditioner(config, deciding).to(device)
     for name, kind, blocks in lists:
         stage = range(len(session.blocks), len(session.blocks) + len(blocks))
         for number, (index, block) in enumerate(zip(stage, blocks, strict=True)):
@@ -120,8 +120,8 @@ def _attach_pipeline(pipe: Any, routers: RouterConfig | str | Path | None) -> El
 def detach(model: Any) -> None:
     """Take the routers off a model or a pipeline: it is what it was before. ValueError where it has none."""
     model = model.transformer if _is_pipeline(model) else model
-    session, handle = _attached(model)
-    handle.remove()
+    session = session_of(model)
+    model.__dict__[_HANDLE][1].remove()
     if session.driver is not None:
         session.driver.hook.remove()
     for block in session.blocks:
@@ -141,21 +141,18 @@ def has_routers(model: nn.Module) -> bool:
 
 def session_of(model: nn.Module) -> ElasticSession:
     """The session of a model with routers; ValueError where it has none."""
-    return _attached(model)[0]
+    if not is_attached(model):
+        raise ValueError(f"this {type(model).__name__} has no routers: attach them first")
+    return model.__dict__[_HANDLE][0]
 
 
 def adapter_for(model: nn.Module) -> ModelAdapter:
     """The adapter of a model's family; ValueError where there is none."""
     for base in type(model).__mro__:
         if base.__name__ in _FAMILIES:
-            return importlib.import_module(f"elastic3d.elastic.families.{_FAMILIES[base.__name__]}").ADAPTER
+            module, name = _FAMILIES[base.__name__].split(".")
+            return getattr(importlib.import_module(f"elastic3d.elastic.families.{module}"), name)
     raise ValueError(f"no routing for {type(model).__name__}, expected one of {', '.join(_FAMILIES)}")
-
-
-def _attached(model: nn.Module) -> tuple[ElasticSession, Any]:
-    if not is_attached(model):
-        raise ValueError(f"this {type(model).__name__} has no routers: attach them first")
-    return model.__dict__[_HANDLE]
 
 
 def _is_pipeline(model: Any) -> bool:
@@ -200,13 +197,13 @@ def save_routers(model: nn.Module, folder: str | Path) -> None:
 def save_router_config(model: nn.Module, folder: str | Path) -> None:
     """Write the configuration of a model's routers alone: what a calibration changes."""
     session = session_of(model)
-    kind = {"_class_name": class_name(session.adapter.family)}
+    kind = {"_class_name": f"{session.adapter.family}Routers"}
     save_json(kind | to_dict(session.router_config), Path(folder) / CONFIG_NAME)
 
 
 def load_router_config(folder: str | Path, family: str) -> RouterConfig:
     """The architecture of the routers in `folder`; UserError unless they are of `family`."""
-    return load_config(Path(folder), RouterConfig, class_name(family))
+    return load_config(Path(folder), RouterConfig, f"{family}Routers")
 
 
 def load_routers(model: nn.Module, folder: str | Path) -> None:
@@ -218,14 +215,5 @@ def load_routers(model: nn.Module, folder: str | Path) -> None:
     config = load_router_config(folder, session.adapter.family)
     if config != session.router_config:
         raise UserError(f"{folder} has routers of another architecture ({to_dict(config)})")
-    _load_state_from(model, Path(folder))
-
-
-def _load_state_from(model: nn.Module, folder: Path) -> None:
-    path = find_weights(folder)
+    path = find_weights(Path(folder))
     load_router_state(model, read_weights(path), str(path))
-
-
-def class_name(family: str) -> str:
-    """What `config.json` calls routers of a family."""
-    return f"{family}Routers"

@@ -8,6 +8,7 @@ the first of them, B(x) what comes out of the last.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,29 +16,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elastic3d.elastic.compiling import stays_eager
 from elastic3d.elastic.context import Groups, StepContext, Streams
-from elastic3d.elastic.family import BlockAdapter, BlockCall, BlockFlops, rows_index
+from elastic3d.elastic.families import BlockAdapter, BlockCall, BlockFlops, rows_index, take_rows
 from elastic3d.elastic.few_step import FewStepLoRA, Key
 from elastic3d.elastic.router import RouteDecision, Router
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import REUSED, SKIPPED
 from elastic3d.elastic.width import NarrowBlocks, masked
+from elastic3d.utils.calls import stays_eager
 
 
-def gated(x: Tensor, y: Tensor, keep: Tensor, keep_prob: Tensor, weight: Tensor | None = None) -> Tensor:
+def gated(x: Tensor, y: Tensor, keep: Tensor, keep_prob: Tensor) -> Tensor:
     """gate * y + (1 - gate) * x = x + gate * (y - x) with a straight-through gate: x, y = B(x) (B,L,D), keep (B,) bool,
     keep_prob (B,) -> (B,L,D).
 
-    Forward it is y or x bit for bit. Backward the gate gets <gradient, y - x>, times `weight` (B,) where given.
+    Forward it is y or x bit for bit. Backward the gate gets <gradient, y - x>.
     """
-    taken = torch.where(keep[:, None, None], y, x)
-    slope = keep_prob - keep_prob.detach()
-    if weight is not None:
-        slope = slope * weight
+    taken, slope = torch.where(keep[:, None, None], y, x), keep_prob - keep_prob.detach()
     return taken + slope.to(x.dtype)[:, None, None] * (y - x).detach()
 
 
+@dataclass(eq=False, repr=False)
 class ElasticBlock:
     """Stands where a block of a base model has its `forward`, and calls that, or not.
 
@@ -45,26 +44,23 @@ class ElasticBlock:
     it, so that base checkpoints are saved and loaded as if it was not there.
     """
 
-    def __init__(
-        self,
-        session: ElasticSession,
-        inner: nn.Module,
-        adapter: BlockAdapter,
-        router: Router | None,
-        name: str,
-        index: int,
-        stage: range,
-    ) -> None:
-        """`router`: None where another block's decides; `index`: in the order of execution; `stage`: the indices of all
-        blocks of its list."""
-        self.session, self.inner, self.adapter, self.router = session, inner, adapter, router
-        self.name, self.index, self.stage = name, index, stage
-        self.sites = adapter.mlp_sites(inner) if session.router_config.widths > 1 else ()
-        self._before = inner.__dict__.get("forward")  # of somebody who replaced it earlier
-        self.narrow = NarrowBlocks(inner, inner.forward, self.sites, session.router_config.ratios)
-        self.few_step: FewStepLoRA | None = None  # of its weights, for generations with few model evaluations
-        if rank := session.router_config.few_step_rank:
-            self.few_step = FewStepLoRA(inner, rank).to(next(inner.parameters()).device)
+    session: ElasticSession
+    inner: nn.Module
+    adapter: BlockAdapter
+    router: Router | None  # None where another block's decides
+    name: str
+    index: int  # in the order of execution
+    stage: range  # the indices of all blocks of its list
+    few_step: FewStepLoRA | None = None  # of its weights, for generations with few model evaluations
+
+    def __post_init__(self) -> None:
+        config = self.session.router_config
+        self.sites = self.adapter.mlp_sites(self.inner) if config.widths > 1 else ()
+        self._before = self.inner.__dict__.get("forward")  # of somebody who replaced it earlier
+        self.narrow = NarrowBlocks(self.inner, self.inner.forward, self.sites, config.ratios)
+        if config.few_step_rank:
+            device = next(self.inner.parameters()).device
+            self.few_step = FewStepLoRA(self.inner, config.few_step_rank).to(device)
         self._adapted: tuple[Key, NarrowBlocks] | None = None
         self._flops: dict[tuple[int, ...], BlockFlops] = {}
         self._attached = False
@@ -80,9 +76,8 @@ class ElasticBlock:
         own = self.inner.__dict__
         own.pop("compile", None)
         if own.get("forward") is self:
-            if self._before is None:
-                del own["forward"]
-            else:
+            del own["forward"]
+            if self._before is not None:
                 own["forward"] = self._before
 
     # -------------------------------------------------------------------------------------------------- running
@@ -92,12 +87,15 @@ class ElasticBlock:
         """The block's own signature and return value."""
         session = self.session
         if not (self._attached and session.settings.elastic):
-            return self.narrow.full(*args, **kwargs)
+            output = self.narrow.full(*args, **kwargs)
+            if session.residuals is not None:
+                session.note(self, self.adapter.bind(self.inner, args, kwargs), output)
+            return output
         call, context = self.adapter.bind(self.inner, args, kwargs), session.visit(self)
         span = session.span(self)
         if self.index == span.start:
             context.entered[span.start] = call.streams
-        if context.training is not None:
+        if context.training:
             output = self._masked(context, call, session.decide(context, self, call), span)
         else:
             output = self._grouped(context, call, session.route(context, self, call), span)
@@ -127,66 +125,44 @@ class ElasticBlock:
             output = self._run(partial(self.adapter.run, self.running().at(action - 1), call))
         if cache is None or action == SKIPPED or self.index != span[-1]:
             return output
-        key, moments, entered = context.key(span.start), context.moments(rows), _entered(context, rows, span)
+        where, entered = context.entries(span.start, rows), take_rows(context.entered[span.start], rows)
         if action == REUSED:
-            return cache.apply(key, *moments, entered)
-        cache.store(key, *moments, entered, output)
+            return cache.apply(*where, entered)
+        cache.store(*where, entered, output)
         return output
 
     def _masked(self, context: StepContext, call: BlockCall, decision: RouteDecision, span: range) -> Streams:
-        """Training: y = x + g (B(x) - x), g straight through, B(x) with its MLPs masked, on the rows that take part."""
-        training, ends = context.training, self.index == span[-1]
-        assert training is not None
+        """Training: y = x + g (B(x) - x), g straight through, B(x) with its MLPs masked."""
         x = self._skipped(context, call, span)
-        if training.skipped:
-            context.ran_rows[self.index] = 0
+        if context.skipped:
             return x
-        weight: Tensor | None = None
-        rows: Tensor | None = None
-        if training.explored is not None:
-            rows = (decision.keep | training.explored[:, span.start]).nonzero()[:, 0]
-            context.ran_rows[self.index] = len(rows)
-            share = training.explored.float().mean().clamp_min(1e-3)
-            weight = torch.where(decision.keep, 1.0, 1 / share)[rows]
-            if len(rows) == 0:
-                if not training.lockstep:
-                    return x
-                rows, weight = rows.new_zeros(1), weight.new_zeros(1)  # skipped, and its gate learns nothing
-        part = call if rows is None else self.adapter.take(call, rows)
-        keep, keep_prob, width = decision.keep, decision.keep_prob, decision.hard_width()
-        if rows is not None:
-            keep, keep_prob, width = keep[rows], keep_prob[rows], width[rows]
-        context.ran_rows.setdefault(self.index, len(keep))
-        y = self._run(partial(self._at_width, self.running() if context.rows else self.narrow, part, width))
-        cache = self.session.cache
-        if ends and cache is not None and context.rows and (ran := keep.nonzero()[:, 0].tolist()):
-            entered, kept = _entered(context, ran, span), tuple(stream[keep] for stream in y)
-            cache.store(context.key(span.start), *context.moments(ran), entered, kept)
-        if ends:
-            base = x if rows is None else tuple(stream[rows] for stream in x)
-            y = tuple(gated(*pair, keep, keep_prob, weight) for pair in zip(base, y, strict=True))
-        if rows is None:
+        blocks, keep = self.running() if context.rows else self.narrow, decision.keep
+        y = self._run(partial(self._at_width, blocks, call, decision.hard_width()))
+        if self.index != span[-1]:
             return y
-        return tuple(whole.index_copy(0, rows, y.to(whole.dtype)) for whole, y in zip(x, y, strict=True))
+        cache = self.session.cache
+        if cache is not None and context.rows and (ran := keep.nonzero()[:, 0].tolist()):
+            kept = tuple(stream[keep] for stream in y)
+            cache.store(*context.entries(span.start, ran), take_rows(context.entered[span.start], ran), kept)
+        return tuple(gated(*pair, keep, decision.keep_prob) for pair in zip(x, y, strict=True))
 
     def _skipped(self, context: StepContext, call: BlockCall, span: range) -> Streams:
         """Training: what comes out where the block is skipped, which is what came in, and what is remembered."""
-        training, cache = context.training, self.session.cache
-        assert training is not None
+        cache = self.session.cache
         if self.index != span[-1]:
             return call.streams
         x = context.entered[span.start]
-        if training.simulated is not None:
-            added = training.simulated.residuals(span.start)
+        if context.simulated is not None:
+            added = context.simulated.residuals(span.start)
             return tuple(stream + r.to(stream.dtype) for stream, r in zip(x, added, strict=True))
         if not context.rows or cache is None:
             return x
-        key = context.key(span.start)
-        known = [row for row, age in enumerate(cache.ages(key, context.slots, context.steps)) if age]
+        ages = cache.ages(*context.entries(span.start, range(len(context.rows))))
+        known = [row for row, age in enumerate(ages) if age]
         if not known:
             return x
         index = torch.tensor(known, device=x[0].device)
-        found = cache.apply(key, *context.moments(known), tuple(stream[index] for stream in x))
+        found = cache.apply(*context.entries(span.start, known), take_rows(x, known))
         return tuple(whole.index_copy(0, index, part) for whole, part in zip(x, found, strict=True))
 
     def _at_width(self, blocks: NarrowBlocks, call: BlockCall, width: Tensor) -> Streams:
@@ -238,12 +214,3 @@ class ElasticBlock:
         """Compile the block and, as they are made, its narrow copies; decisions stay eager."""
         self.narrow.compile(arguments)
         self._adapted = None
-
-
-def _entered(context: StepContext, rows: Sequence[int], span: range) -> Streams:
-    """What came into a span of blocks, of some rows of the batch."""
-    streams = context.entered[span.start]
-    if len(rows) == len(context.rows):
-        return streams
-    index = rows_index(rows, streams[0].device)
-    return tuple(stream[index] for stream in streams)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule
 from elastic3d.elastic.context import Forecast, Streams
-from elastic3d.elastic.family import Rows, rows_index
+from elastic3d.elastic.families import Rows, rows_index, take_rows
 
 Key = tuple[int, int]  # block, first branch of the batch
 Residuals = dict[int, Streams]  # by block: outputs - inputs, each (B,L,D)
@@ -41,8 +42,9 @@ class Bank:
         more = size - len(self.steps)
         if more > 0:
             self.steps, self.before = self.steps + [NEVER] * more, self.before + [NEVER] * more
-            self.newest = tuple(_padded(r, more) for r in self.newest)
-            self.older = None if self.older is None else tuple(_padded(r, more) for r in self.older)
+            behind = (0, 0, 0, 0, 0, more)  # rows of zeros
+            self.newest = tuple(F.pad(r, behind) for r in self.newest)
+            self.older = None if self.older is None else tuple(F.pad(r, behind) for r in self.older)
 
 
 class ResidualCache:
@@ -66,12 +68,6 @@ class ResidualCache:
     def __len__(self) -> int:
         return sum(step > NEVER for bank in self._banks.values() for step in bank.steps)
 
-    @property
-    def bytes(self) -> int:
-        """Memory of all banks."""
-        tensors = [t for bank in self._banks.values() for t in (*bank.newest, *(bank.older or ()))]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
     def ages(self, key: Key, rows: Sequence[int], steps: Sequence[int]) -> list[int]:
         """Of each row: steps since the living residual was computed, 0 without one."""
         bank, ages = self._banks.get(key), []
@@ -83,13 +79,10 @@ class ResidualCache:
     def reuse(self, age: int, keep: bool, keep_prob: float, threshold: float) -> bool:
         """Whether a residual of this age stands in for a block: where it is skipped, or, with E-DiT's rule, where its
         gate is in a band above the threshold."""
-        if not age:
-            return False
-        if not keep:
-            return self.config.skipped_reuse
-        if self.config.rule is CacheRule.age:
-            return True
-        return self.config.rule is CacheRule.band and keep_prob <= threshold + self.config.band
+        rule = self.config.rule
+        if not (age and keep):
+            return bool(age) and self.config.skipped_reuse
+        return rule is CacheRule.age or (rule is CacheRule.band and keep_prob <= threshold + self.config.band)
 
     def apply(self, key: Key, rows: Sequence[int], steps: Sequence[int], streams: Streams) -> Streams:
         """Streams (k,L,D) of the rows with what stands in for their residuals added.
@@ -101,10 +94,10 @@ class ResidualCache:
         bank = self._banks[key]
         if self.forecast is not None:
             return self._forecast(bank, key[0], rows, steps, streams)
-        newest = _take(bank.newest, bank, rows)
+        newest = take_rows(bank.newest, rows)
         slopes = [self._slope(bank, row, step) for row, step in zip(rows, steps, strict=True)]
         if bank.older is not None and any(slopes):
-            older, weight = _take(bank.older, bank, rows), _factor([1 + slope for slope in slopes], newest[0])
+            older, weight = take_rows(bank.older, rows), _factor([1 + slope for slope in slopes], newest[0])
             newest = tuple(torch.lerp(old, new, weight) for old, new in zip(older, newest, strict=True))
         return tuple(x + r for x, r in zip(streams, newest, strict=True))
 
@@ -135,16 +128,16 @@ class ResidualCache:
     ) -> Streams:
         """Streams (k,L,D) with what the forecast puts in the place of their residuals."""
         assert self.forecast is not None
-        output, newest = [], _take(bank.newest, bank, rows)
+        output, newest = [], take_rows(bank.newest, rows)
         for stream, (x, r) in enumerate(zip(streams, newest, strict=True)):
             weights = []
             for row, step in zip(rows, steps, strict=True):
                 before = bank.before[row] if bank.before[row] > NEVER else None
-                weights.append(self.forecast.weights(span, stream, step, bank.steps[row], before))
+                weights.append(self.forecast(span, stream, step, bank.steps[row], before))
             of_newest, of_older = zip(*weights, strict=True)
             added = r * _factor(of_newest, r)
             if bank.older is not None and any(of_older):
-                (old,) = _take(bank.older[stream : stream + 1], bank, rows)
+                (old,) = take_rows(bank.older[stream : stream + 1], rows)
                 added = added + old * _factor(of_older, old)
             output.append(x + added)
         return tuple(output)
@@ -162,24 +155,11 @@ def damped_steps(age: int, damping: float) -> float:
     return float(age) if damping == 1 else damping * (1 - damping**age) / (1 - damping)
 
 
-def _padded(residuals: Tensor, more: int) -> Tensor:
-    """Residuals (B,L,D) and as many rows of zeros behind."""
-    return torch.cat([residuals, residuals.new_zeros((more, *residuals.shape[1:]))])
-
-
 def _put(whole: Tensor, index: Rows, part: Tensor) -> Tensor:
     """A copy with some rows exchanged."""
     whole = whole.clone()
     whole[index] = part
     return whole
-
-
-def _take(streams: Streams, bank: Bank, rows: Sequence[int]) -> Streams:
-    """Some rows of a bank; all of them are not gathered."""
-    if len(rows) == len(bank.steps):
-        return streams
-    index = rows_index(rows, streams[0].device)
-    return tuple(stream[index] for stream in streams)
 
 
 def _factor(values: Sequence[float], like: Tensor) -> float | Tensor:
@@ -219,7 +199,7 @@ class SimulatedCache:
         """Share (P,B) of each pass in the forecast: 1 + n / gap of the picked one, - n / gap of the one before, where n
         are the damped steps of its age."""
         passes = self.ages.shape[1]
-        newest = torch.nn.functional.one_hot(picked.clamp_min(0), passes).float() * (picked >= 0)[:, None]
+        newest = F.one_hot(picked.clamp_min(0), passes).float() * (picked >= 0)[:, None]
         if not self.damping or passes == 1:
             return newest.T
         older = torch.cat([self.ages[:, 1:], torch.zeros_like(self.ages[:, :1])], dim=1)

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from elastic3d.errors import UserError
@@ -39,7 +40,6 @@ _RENAMED: dict[str, dict[str, str | None]] = {
     },
     "ElasticConfig": {"updates": "few_step"},
 }
-_RENAMED_VALUES = {"branches": {"apart": "separate", "together": "shared"}}
 
 
 class _Saved(Options):
@@ -48,11 +48,10 @@ class _Saved(Options):
     @classmethod
     def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
         """What an older version saved, under today's names."""
-        names = {name: _RENAMED.get(cls.__name__, {}).get(name, name) for name in values}
-        found = {new: values[name] for name, new in names.items() if new is not None}
-        for name, renamed in _RENAMED_VALUES.items():
-            if isinstance(value := found.get(name), str):
-                found[name] = renamed.get(value, value)
+        renamed = _RENAMED.get(cls.__name__, {})
+        found = {new: values[name] for name in values if (new := renamed.get(name, name)) is not None}
+        if isinstance(value := found.get("branches"), str):
+            found["branches"] = {"apart": "separate", "together": "shared"}.get(value, value)
         return found
 
 
@@ -89,6 +88,10 @@ class CacheRule(Enum):
     age = "age"
 
 
+_advanced, _internal = partial(option, advanced=True), partial(option, internal=True)
+_times = partial(_internal, [], ge=0, le=1, ascending=True)
+
+
 @dataclass(kw_only=True)
 class RouterConfig(_Saved):
     """Architecture and initialisation of the routers. Saved with their weights."""
@@ -100,110 +103,50 @@ class RouterConfig(_Saved):
     branches: Branches = option(
         Branches.separate, "scope step: each guidance branch for itself, or both as the conditional one"
     )
-    hidden: int = option(
-        32, "hidden channels of a router (H_r); the paper's code has 128", ge=1, le=4096, advanced=True
-    )
-    conditioning: int = option(
-        32,
-        "channels of the shared embedding of timestep, step size, budget and branch",
-        ge=1,
-        le=4096,
-        advanced=True,
+    hidden: int = _advanced(32, "hidden channels of a router (H_r); the paper's code has 128", ge=1, le=4096)
+    conditioning: int = _advanced(
+        32, "channels of the shared embedding of timestep, step size, budget and branch", ge=1, le=4096
     )
     widths: int = option(4, "nested widths of an MLP: 1/widths, 2/widths, .. 1", ge=1, le=16)
-    threshold: float = option(
-        0.5, "a block is kept where its gate is above this (tau)", ge=0.01, le=0.99, advanced=True
+    threshold: float = _advanced(0.5, "a block is kept where its gate is above this (tau)", ge=0.01, le=0.99)
+    initial_keep: float = _advanced(0.7, "gate of every block before training", ge=0.01, le=0.99)
+    initial_width_bias: float = _advanced(
+        2.0, "logit of the full width before training; the others have 0", ge=0, le=20
     )
-    initial_keep: float = option(0.7, "gate of every block before training", ge=0.01, le=0.99, advanced=True)
-    initial_width_bias: float = option(
-        2.0, "logit of the full width before training; the others have 0", ge=0, le=20, advanced=True
-    )
-    head_std: float = option(
-        1e-3, "standard deviation of the heads' initial weights", ge=0, le=100, advanced=True
-    )
+    head_std: float = _advanced(1e-3, "standard deviation of the heads' initial weights", ge=0, le=100)
     longest: int = option(
         0,
         "age in steps up to which a skipped block adds its earlier residual, which the router is told; 0: never",
         ge=0,
         le=1000,
     )
-    damping: float = option(
+    damping: float = _advanced(
         1.0,
         "of that residual: share of its change between the last two computed that goes on, a step later",
         ge=0,
         le=1,
-        advanced=True,
     )
-    few_step_rank: int = option(
-        0,
-        "rank of the few-step LoRA of the blocks, for generations with few model evaluations; 0: none",
-        ge=0,
-        le=4096,
-        internal=True,
+    # What follows is measured or trained, and no option of a command line.
+    few_step_rank: int = _internal(0, "rank of the few-step LoRA of the blocks; 0: none", ge=0, le=4096)
+    few_step_nfe: float = _internal(8.0, "used where steps times budget is at most this", ge=0.1, le=1000)
+    few_step_max_steps: int | None = _internal(None, "and in at most N steps; null: any", ge=1, le=1000)
+    few_step_guidance: float | None = _internal(
+        None, "guidance scale that it has learned, for which it runs one branch; null: none", ge=0, le=1000
     )
-    few_step_nfe: float = option(
-        8.0, "they are used where steps times budget is at most this", ge=0.1, le=1000, internal=True
-    )
-    few_step_max_steps: int | None = option(
-        None, "and in at most N sampling steps; null: in any number", ge=1, le=1000, internal=True
-    )
-    few_step_guidance: float | None = option(
-        None,
-        "guidance scale that the few-step LoRA has learned, for which they run one branch; null: none",
-        ge=0,
-        le=1000,
-        internal=True,
-    )
-    guided_times: list[float] = option(
+    guided_times: list[float] = _times("between which both branches run all the same; empty: never")
+    trained_steps: list[int] = _internal(
         [],
-        "with it: first and last time between which both branches run all the same; empty: nowhere",
-        ge=0,
-        le=1,
-        ascending=True,
-        internal=True,
-    )
-    trained_steps: list[int] = option(
-        [],
-        "fewest and most steps of the generations that routers and few-step LoRA were trained through; empty: any",
+        "fewest and most steps of the generations of training; empty: any",
         ge=1,
         le=1000,
-        internal=True,
     )
-    damping_times: list[float] = option(
-        [],
-        "calibration of that: times in [0,1], ascending; empty: none",
-        ge=0,
-        le=1,
-        ascending=True,
-        internal=True,
-    )
-    dampings: list[float] = option(
-        [], "calibration: shares at these times, in the place of damping", ge=-10, le=10, internal=True
-    )
-    requested_budgets: list[float] = option(
-        [],
-        "calibration: budgets that are asked for, ascending; empty: none",
-        ge=0,
-        le=1,
-        ascending=True,
-        internal=True,
-    )
-    calibrated_budgets: list[float] = option(
-        [],
-        "calibration: what the routers are told instead, measured after training",
-        ge=0,
-        le=1,
-        internal=True,
-    )
-    times: list[float] = option(
-        [], "calibration: times in [0,1], ascending; empty: none", ge=0, le=1, ascending=True, internal=True
-    )
-    gate_bias: list[float] = option(
-        [],
-        "calibration: what is added to gates at these times, as a gap there grows until the end",
-        ge=-1e3,
-        le=1e3,
-        internal=True,
+    damping_times: list[float] = _times("times of the dampings; empty: none")
+    dampings: list[float] = _internal([], "at these times, in the place of damping", ge=-10, le=10)
+    requested_budgets: list[float] = _times("budgets that are asked for; empty: none")
+    calibrated_budgets: list[float] = _internal([], "what the routers are told instead", ge=0, le=1)
+    times: list[float] = _times("times of the gate bias; empty: none")
+    gate_bias: list[float] = _internal(
+        [], "what is added to gates at these times, linear between", ge=-1e3, le=1e3
     )
 
     def check(self) -> None:
@@ -231,7 +174,7 @@ class RouterConfig(_Saved):
     def calibrated(self, budget: float, whole: float = 1.0) -> float:
         """What the routers are told for a budget: linear between the calibrated ones. `whole` is the share of the dense
         calls of a generation that leaves out no block. ValueError out of range."""
-        check_budget(budget)
+        check_range("budget", budget, MIN_BUDGET, 1.0)
         budget, at, found = min(budget / whole, 1.0), self.requested_budgets, self.calibrated_budgets
         if not at:
             return budget
@@ -274,13 +217,12 @@ class RouterConfig(_Saved):
         """The cache that these routers were trained with."""
         if not self.longest:
             return BlockCacheConfig()
-        return BlockCacheConfig(
-            skipped_reuse=True,
-            longest=self.longest,
-            damping=self.damping,
-            times=self.damping_times,
-            dampings=self.dampings,
-        )
+        line: dict[str, Any] = {
+            "damping": self.damping,
+            "times": self.damping_times,
+            "dampings": self.dampings,
+        }
+        return BlockCacheConfig(skipped_reuse=True, longest=self.longest, **line)
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -307,15 +249,8 @@ class BlockCacheConfig(_Saved):
         ge=0,
         le=1,
     )
-    times: list[float] = option(
-        [],
-        "times in [0,1], ascending; empty: damping holds at all of them",
-        ge=0,
-        le=1,
-        ascending=True,
-        internal=True,
-    )
-    dampings: list[float] = option([], "damping at these times, linear between", ge=-10, le=10, internal=True)
+    times: list[float] = _times("times of the dampings; empty: damping holds at all of them")
+    dampings: list[float] = _internal([], "damping at these times, linear between", ge=-10, le=10)
 
     def check(self) -> None:
         """Each time has its damping."""
@@ -353,13 +288,7 @@ class ElasticConfig(_Saved):
 
 @dataclass(kw_only=True)
 class ElasticOptions:
-    """What a caller asks for, from the command line or Python; None is the model's default.
-
-    elastic: let the routers decide, or run the dense model; budget: share of the dense blocks' FLOPs to execute, 0.3 to
-    1; width: let the routers narrow the MLPs; cache: reuse of blocks between steps; shared: samples share their routes,
-    and depend on each other; few_step: use the routers' few-step LoRA of the blocks where few model evaluations are
-    left.
-    """
+    """What a caller asks for, from the command line or Python; None is the model's default. See `ElasticConfig`."""
 
     elastic: bool | None = None
     budget: float | None = None

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from elastic3d.elastic.cache import SimulatedCache
-    from elastic3d.elastic.family import BlockFlops
+    from elastic3d.elastic.families import BlockFlops
     from elastic3d.elastic.router import RouteDecision
 
 T = TypeVar("T", int, float)
 Streams = tuple[Tensor, ...]  # (B,L,D) each
 Groups = dict[int, list[int]]  # the rows of each action
+Forecast = Callable[[int, int, int, int, int | None], tuple[float, float]]
+"""How residuals go on in one generation, where that is not along a damped line: (span, stream, step, newest, older) ->
+shares of what the span of blocks that begins with `span` added to a stream at its last two computed steps."""
 
 
 class Branch(IntEnum):
@@ -43,16 +45,6 @@ class Defer(Enum):
     always = "always"
 
 
-@dataclass(frozen=True)
-class Training:
-    """What a training pass is told besides; see `ElasticSession.train`."""
-
-    explored: Tensor | None = None
-    lockstep: bool = False
-    simulated: SimulatedCache | None = None
-    skipped: bool = False
-
-
 @dataclass
 class StepContext:
     """One forward pass of the model: what it is told, then what its blocks decide and do.
@@ -60,7 +52,8 @@ class StepContext:
     dt: size of the sampling step; budget: in [0.3,1]; branch: 0 conditional, 1 unconditional; t: time in [0,1], which
     the model itself is called with; each (B,) fp32. Of a generation, each row has its (branch, sample) in `rows`, its
     step, and its slot in the cache; the rows of a training pass have none. The first `conditional_rows` rows are those
-    of one branch.
+    of one branch. `training`: blocks are masked and gates get gradients, with `simulated` in the place of a cache;
+    `skipped`: no block runs.
 
     `ahead` is the decision of a step for all blocks, `groups` what follows from it or from that of a block;
     `entered`: by its first block, what came into each span of blocks; `deferred`: samples that should have run and
@@ -75,7 +68,9 @@ class StepContext:
     steps: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     defer: Defer = Defer.never
-    training: Training | None = None
+    training: bool = False
+    simulated: SimulatedCache | None = None
+    skipped: bool = False
     t: Tensor = field(default_factory=lambda: torch.empty(0))
     waiting: bool = True  # for the call of the model
     modulation: Tensor | None = None
@@ -87,39 +82,12 @@ class StepContext:
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
     proposed: dict[int, RouteDecision] = field(default_factory=dict)
     flops: dict[int, BlockFlops] = field(default_factory=dict)
-    ran_rows: dict[int, int] = field(default_factory=dict)
 
-    def follow(self, before: StepContext | None) -> None:
-        """Take the decision of the pass before, where that is the other branch of the same steps."""
-        if before is not None and before.steps == self.steps:
-            self.ahead = before.ahead
-
-    def called(self, t: Tensor) -> None:
-        """The model is called at times t (B,). ValueError where its batch is another than what was announced."""
-        self.t, self.waiting = t.float(), False
-        for name in ("dt", "budget", "branch"):
-            value = getattr(self, name).float().to(t.device)
-            if value.shape != t.shape:
-                raise ValueError(f"a batch of {len(t)}, but {len(value)} values of {name}")
-            setattr(self, name, value)
-
-    def key(self, span: int) -> tuple[int, int]:
-        """Where the cache keeps what a span of blocks, by its first one, remembers of these rows."""
-        return span, self.rows[0][0]
-
-    def moments(self, rows: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Of some rows, their slots in the cache and their steps."""
-        return [self.slots[row] for row in rows], [self.steps[row] for row in rows]
-
-
-class Forecast(Protocol):
-    """How residuals go on in one generation, where that is not along a damped line."""
-
-    def weights(
-        self, span: int, stream: int, step: int, newest: int, older: int | None
-    ) -> tuple[float, float]:
-        """At a step, of what a span of blocks added to a stream at the `newest` computed step and the `older` one."""
-        ...
+    def entries(self, span: int, rows: Sequence[int]) -> tuple[tuple[int, int], list[int], list[int]]:
+        """Where the cache keeps what a span of blocks, by its first one, remembers of some rows: the key of its bank,
+        their slots in it, and the steps that they are at."""
+        key = span, self.rows[0][0]
+        return key, [self.slots[row] for row in rows], [self.steps[row] for row in rows]
 
 
 class RouteSource(Protocol):
@@ -136,39 +104,6 @@ class RouteSource(Protocol):
     def decide(self, context: StepContext, block: int) -> RouteDecision:
         """The route of every row through one block."""
         ...
-
-
-class Driver(Protocol):
-    """A loop of others that generates: it is asked to announce a pass that nobody announced. `hook`: on its model."""
-
-    hook: Any
-    pipelines: list[Any]
-
-    def announce(self, t: Tensor) -> None:
-        """Call `begin` and `step` for a pass at times t (B,)."""
-        ...
-
-
-class Turn:
-    """A lock that one thread may take several times: whoever generates with a model holds the model's. A copy of the
-    model has a lock of its own."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Turn:
-        """The lock of a model."""
-        return model.__dict__.setdefault("_turn", cls())
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
-        return Turn, ()
 
 
 def one_each(value: Sequence[T] | T, count: int, what: str) -> list[T]:

@@ -59,23 +59,18 @@ class FewStepLoRA(nn.Module):
 
     def __init__(self, block: nn.Module, rank: int) -> None:
         super().__init__()
-        linears = {name: part for name, part in block.named_modules() if type(part) is nn.Linear}
-        self.parts = nn.ModuleDict(
-            {
-                name.replace(".", "/"): LowRankUpdate(part.out_features, part.in_features, rank)
-                for name, part in linears.items()
-            }
-        )
+        self.parts = nn.ModuleDict()
+        for name, part in block.named_modules():
+            if type(part) is nn.Linear:
+                update = LowRankUpdate(part.out_features, part.in_features, rank)
+                self.parts[name.replace(".", "/")] = update
 
     def updated(self, block: nn.Module, coarse: float) -> nn.Module:
         """A twin of the block with updated weights; gradients reach the LoRA while they are enabled."""
-        return with_modules(
-            block,
-            {
-                name: linear_around(part(linear.weight.detach(), coarse), linear.bias)
-                for name, part, linear in self._pairs(block)
-            },
-        )
+        parts = {}
+        for name, part, linear in self._pairs(block):
+            parts[name] = linear_around(part(linear.weight.detach(), coarse), linear.bias)
+        return with_modules(block, parts)
 
     def state(self, block: nn.Module, coarse: float) -> Key:
         """What an updated twin was made of: it is another as soon as the twin is stale."""
@@ -98,7 +93,6 @@ class FewStepLoRA(nn.Module):
         found = [(name, part, block.get_submodule(name)) for name, part in names]
         for name, _, linear in found:
             if type(linear) is not nn.Linear or "forward" in linear.__dict__:
-                raise ValueError(
-                    f"{name} is a {type(linear).__name__}, expected nn.Linear: run with few_step=false"
-                )
+                kind = type(linear).__name__
+                raise ValueError(f"{name} is a {kind}, expected nn.Linear: run with few_step=false")
         return found  # type: ignore[return-value]

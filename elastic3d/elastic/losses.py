@@ -1,15 +1,33 @@
-"""Losses of router training: the executed budget, and E-DiT's own variant."""
+"""FLOPs that decisions execute, with gradients, and the losses on them: the executed budget, and E-DiT's variant."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from elastic3d.elastic.cost import executed_share
+from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision
-from elastic3d.elastic.session import ElasticSession
+
+if TYPE_CHECKING:
+    from elastic3d.elastic.session import ElasticSession
+
+
+def decision_flops(decision: RouteDecision, block: BlockFlops, ratios: tuple[float, ...]) -> Tensor:
+    """Executed FLOPs (B,) of one block: hard values, straight-through gradients to gates and widths."""
+    ratio = decision.hard_width() @ decision.width_prob.new_tensor(ratios)
+    return decision.hard_keep() * (block.fixed + block.mlp * ratio)
+
+
+def executed_share(
+    decisions: Sequence[RouteDecision], blocks: Sequence[BlockFlops], ratios: tuple[float, ...]
+) -> Tensor:
+    """Executed share (B,) of the dense blocks' FLOPs in one pass, with straight-through gradients."""
+    dense = sum(block.dense for block in blocks)
+    shares = [decision_flops(d, block, ratios) / dense for d, block in zip(decisions, blocks, strict=True)]
+    return torch.stack(shares).sum(dim=0)
 
 
 def session_share(session: ElasticSession) -> Tensor:
@@ -30,8 +48,7 @@ def budget_loss(share: Tensor, budget: Tensor, slack: float = 0.0, groups: int =
     The squared mean difference within each of `groups` bands of the budget, so that timesteps, samples and
     branches may trade compute with each other, plus the squared difference of every sample beyond `slack`.
     """
-    low, high = 0.0, 1.0 + 1e-6
-    band = ((budget - low) / (high - low) * groups).long()
+    band = (budget / (1 + 1e-6) * groups).long()
     count = torch.zeros(groups, device=share.device).index_add(0, band, torch.ones_like(share))
     total = torch.zeros(groups, device=share.device).index_add(0, band, share - budget)
     mean = (total / count.clamp_min(1)).square() * (count / count.sum())

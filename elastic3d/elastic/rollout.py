@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from elastic3d.elastic.context import StepContext
-from elastic3d.elastic.cost import decision_flops
+from elastic3d.elastic.losses import decision_flops
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.trace import SKIPPED
 
@@ -51,10 +51,8 @@ class Rollout:
             keep = gate < proposed.keep_prob
             width = (choice[:, None] >= proposed.width_prob.cumsum(-1)[:, :-1]).sum(-1)
         action = self.routes[sample, step, branch, block].to(keep.device)
-        forced = RouteDecision.fixed(
-            action > SKIPPED, (action - 1).clamp_min(0), proposed.width_prob.shape[-1]
-        )
-        free = action == FREE
+        widths, free = proposed.width_prob.shape[-1], action == FREE
+        forced = RouteDecision.fixed(action > SKIPPED, (action - 1).clamp_min(0), widths)
         return RouteDecision(
             torch.where(free, keep, forced.keep),
             torch.where(free, width, forced.width),
@@ -90,7 +88,10 @@ class Rollout:
 
         `one_branch`: the dense model runs both branches at every step (see `Trace`)."""
         flops, done, ran = self.passes[0].flops, self.executed(), self.ran()
-        costs = [decision_flops(done.of(index), flops[index], tuple(ratios)) for index in sorted(flops)]
+        blocks = [RouteDecision(*(part.select(3, i) for part in done)) for i in sorted(flops)]
+        costs = [
+            decision_flops(one, flops[i], tuple(ratios)) for one, i in zip(blocks, sorted(flops), strict=True)
+        ]
         passes = 2 * len(ran) if one_branch else int(ran.sum())
         return torch.stack(costs).sum((0, 2, 3)) / (passes * sum(block.dense for block in flops.values()))
 
@@ -107,11 +108,8 @@ class Rollout:
         """Decisions of all passes by (B,S,2,I)."""
         B, S, _, I = self.routes.shape  # noqa: E741
         first = next(iter(by_pass[0].values()))
-        nothing = RouteDecision.fixed(
-            torch.zeros_like(first.keep[:1]).expand(B, I),
-            torch.zeros_like(first.width[:1]).expand(B, I),
-            first.width_prob.shape[-1],
-        )
+        none = first.width.new_zeros(B, I)
+        nothing = RouteDecision.fixed(none.bool(), none, first.width_prob.shape[-1])
         cells = [[nothing, nothing] for _ in range(S)]
         for context, decisions in zip(self.passes, by_pass, strict=True):
             whole = RouteDecision.stacked([decisions[index] for index in range(I)], dim=1)  # (rows, I)
@@ -128,8 +126,3 @@ def flipped(actions: Tensor, cell: Tensor, widths: int) -> Tensor:
     at = torch.arange(len(found), device=found.device), cell
     found[at] = torch.where(found[at] > SKIPPED, SKIPPED, widths)
     return found.view_as(actions)
-
-
-def gate_logits(decision: RouteDecision) -> Tensor:
-    """Of decisions of any shape."""
-    return decision.keep_prob.clamp(1e-6, 1 - 1e-6).logit()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,7 @@ _FEATURES = (1 + 2 * _TIME_OCTAVES) + 3 + (1 + 2 * _BUDGET_OCTAVES) + 1
 _SMALLEST_STEP = 1e-3
 
 
-@dataclass(frozen=True)
-class RouteDecision:
+class RouteDecision(NamedTuple):
     """One route per sample through one block, or through all blocks of a step.
 
     keep (B,) bool: run the block; width (B,) long in [0, K): index of the MLP's nested width. keep_prob (B,)
@@ -35,10 +34,6 @@ class RouteDecision:
     width: Tensor
     keep_prob: Tensor
     width_prob: Tensor
-
-    def on_host(self) -> list[list[float]]:
-        """keep_prob, width and keep as lists; waits for the device, once."""
-        return torch.stack([self.keep_prob, self.width.float(), self.keep.float()]).tolist()
 
     @staticmethod
     def from_logits(logits: Tensor, threshold: float, bias: Tensor | None = None) -> RouteDecision:
@@ -57,23 +52,11 @@ class RouteDecision:
     @staticmethod
     def stacked(decisions: Sequence[RouteDecision], dim: int) -> RouteDecision:
         """Several as one, along a new axis that comes after that of the samples."""
-        parts = zip(*((d.keep, d.width, d.keep_prob, d.width_prob) for d in decisions), strict=True)
-        return RouteDecision(*(torch.stack(part, dim=dim) for part in parts))
+        return RouteDecision(*(torch.stack(part, dim=dim) for part in zip(*decisions, strict=True)))
 
     def rows(self, index: slice) -> RouteDecision:
         """Those of some samples."""
-        return RouteDecision(
-            self.keep[index], self.width[index], self.keep_prob[index], self.width_prob[index]
-        )
-
-    def of(self, block: int) -> RouteDecision:
-        """Of stacked ones, whose last axis is that of the blocks, those of one."""
-        return RouteDecision(
-            self.keep[..., block],
-            self.width[..., block],
-            self.keep_prob[..., block],
-            self.width_prob[..., block, :],
-        )
+        return RouteDecision(*(part[index] for part in self))
 
     def running(self, rows: Tensor) -> RouteDecision:
         """The same, but rows (B,) bool run at full width whatever the router says, which then learns nothing there."""
@@ -219,11 +202,6 @@ def build_router(config: RouterConfig, width: int, streams: int) -> Router:
     if config.variant is RouterVariant.paper:
         return PaperRouter(config, width)
     return LightRouter(config, width, streams)
-
-
-def build_conditioner(config: RouterConfig, blocks: int) -> Conditioner | None:
-    """The conditioner that `blocks` routers share; the paper's have none."""
-    return Conditioner(config, blocks) if config.variant is RouterVariant.light else None
 
 
 def _age_embedding(config: RouterConfig) -> nn.Embedding:

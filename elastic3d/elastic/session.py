@@ -8,75 +8,70 @@ asks `decide`, and in a generation `route`, what to do.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from elastic3d.elastic.cache import ResidualCache, Residuals, SimulatedCache
-from elastic3d.elastic.compiling import stays_eager
 from elastic3d.elastic.config import Branches, CacheRule, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import (
     BOTH_BRANCHES,
     Branch,
     Defer,
-    Driver,
     Groups,
     RouteSource,
     StepContext,
     Streams,
-    Training,
     one_each,
 )
-from elastic3d.elastic.family import BlockCall, ModelAdapter
+from elastic3d.elastic.families import BlockCall, ModelAdapter
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.rollout import Rollout
 from elastic3d.elastic.router import Conditioner, RouteDecision, interpolated
 from elastic3d.elastic.trace import REUSED, SKIPPED, Trace
+from elastic3d.utils.calls import stays_eager
 
 if TYPE_CHECKING:
     from elastic3d.elastic.block import ElasticBlock
+    from elastic3d.elastic.diffusers_loop import PipelineDriver
 
 Scale = float | None
 Times = Sequence[float]
 Budget = Sequence[float] | float | None  # one for all samples, one for each, or that of the settings
 
 
+@dataclass(eq=False, repr=False)
 class ElasticSession:
-    """What the blocks of one model share, and the generation that runs.
+    """What the blocks of one model share, and the generation that runs."""
 
-    Public attributes: `settings`, changed between generations; `source`, None where the routers decide; `driver`,
-    which calls `begin` and `step` for a pass that nobody announced; `trace` of the newest generation; `current`, the
-    newest forward pass, whose `decisions` the losses read; `coarseness` of a generation that uses the few-step LoRA, or
-    None; `rollout`, from which routers learn while it is generated; `recompute`: blocks keep no activations for the
-    backward pass of a generation, but run again there (activation checkpointing).
-    """
-
-    def __init__(self, router_config: RouterConfig, adapter: ModelAdapter) -> None:
-        self.router_config, self.adapter = router_config, adapter
-        self.settings = ElasticConfig()
-        self.source: RouteSource | None = None
-        self.driver: Driver | None = None
-        self.blocks: list[ElasticBlock] = []
-        self.conditioner: Conditioner | None = None
-        self.trace: Trace | None = None
-        self.cache: ResidualCache | None = None
-        self.current: StepContext | None = None
-        self.samples = self._steps = 0
-        self._budget = torch.ones(0)
-        self.coarseness: float | None = None
-        self.rollout: Rollout | None = None
-        self.recompute = False
-        self.entered: dict[int, Streams] = {}  # while recording
+    router_config: RouterConfig
+    adapter: ModelAdapter
+    settings: ElasticConfig = field(default_factory=ElasticConfig)  # changed between generations
+    source: RouteSource | None = None  # None where the routers decide
+    driver: PipelineDriver | None = None  # calls `begin` and `step` for a pass that nobody announced
+    rollout: Rollout | None = None  # from which routers learn while it is generated
+    recompute: bool = False  # activation checkpointing: blocks run again for the backward pass
+    blocks: list[ElasticBlock] = field(default_factory=list)
+    conditioner: Conditioner | None = None
+    trace: Trace | None = None  # of the newest generation
+    cache: ResidualCache | None = None
+    current: StepContext | None = None  # the newest forward pass, whose `decisions` the losses read
+    coarseness: float | None = None  # of a generation that uses the few-step LoRA
+    samples: int = 0
+    residuals: Residuals | None = None  # while recording, of each span of blocks by its first one
+    entered: dict[int, Streams] = field(default_factory=dict)  # and what came into it
+    _steps: int = 0
+    _budget: Tensor = field(default_factory=lambda: torch.ones(0))
 
     @property
     def parts(self) -> dict[str, nn.Module]:
         """Every router, few-step LoRA and what they share, by name."""
         found: dict[str, nn.Module | None] = {f"{block.name}.router": block.router for block in self.blocks}
         found |= {f"{block.name}.few_step": block.few_step for block in self.blocks}
-        found["conditioner"] = self.conditioner
+        found |= {"conditioner": self.conditioner}
         return {name: part for name, part in found.items() if part is not None}
 
     # ------------------------------------------------------------------------------------- told from outside
@@ -145,8 +140,8 @@ class ElasticSession:
                 raise ValueError(f"step {step} of a generation of {self._steps} steps")
         if defer is not Defer.never and not self.defers:
             raise ValueError(f"defer is {defer.name}, expected never: blocks or samples do not decide so")
-        rows = [(int(branch), sample) for branch in branches for sample in samples]
-        context = StepContext(
+        rows, before = [(int(branch), sample) for branch in branches for sample in samples], self.current
+        context = self.current = StepContext(
             dt=torch.tensor(one_each(dt, len(samples), "step sizes") * copies),
             budget=self._budget[list(samples)].repeat(copies),
             branch=torch.tensor([float(branch) for branch, _ in rows]),
@@ -155,38 +150,32 @@ class ElasticSession:
             steps=steps * copies,
             slots=[(branch - rows[0][0]) * self.samples + sample for branch, sample in rows],
             defer=defer,
-            training=Training() if self.rollout is not None and self.rollout.straight else None,
+            training=self.rollout is not None and self.rollout.straight,
         )
-        if self.router_config.branches is Branches.shared and rows[0][0] != Branch.conditional:
-            context.follow(self.current)
-        self.current = context
+        follows = self.router_config.branches is Branches.shared and rows[0][0] != Branch.conditional
+        if follows and before is not None and before.steps == context.steps:  # of the other branch
+            context.ahead = before.ahead
 
     def train(
         self,
         dt: Tensor,
         budget: Tensor,
         branch: Tensor,
-        explored: Tensor | None = None,
-        lockstep: bool = False,
         simulated: SimulatedCache | None = None,
         skipped: bool = False,
         conditional_rows: int = 0,
     ) -> None:
         """The next forward pass is a training pass: masked blocks, gradients to the gates, no caches.
 
-        dt, budget, branch: (B,). By default every block runs for every row, so that skipped gates get a gradient too.
-        `explored` (B,I) bool says for which rows a skipped block runs; for the others it is really skipped. The
-        gradients of explored skipped gates are weighted up by the share that is explored. With `lockstep` a block that
-        no row needs runs all the same, to no effect: other processes may wait for its weights or gradients. Skipped
+        dt, budget, branch: (B,). Every block runs for every row, so that skipped gates get a gradient too; skipped
         blocks add what they `simulated`, which stands for a cache. With `skipped` no block runs, whatever the routers
         decide; their decisions are recorded all the same. `conditional_rows`: so many rows of the conditional
         branch come first, and the same samples' other branch after them, in the same order; 0: every row is for itself.
         """
-        expected = (len(budget), len(self.blocks))
-        if explored is not None and explored.shape != expected:
-            raise ValueError(f"explored is {tuple(explored.shape)}, expected {expected}")
-        training = Training(explored, lockstep, simulated, skipped)
-        self.current = StepContext(dt, budget, branch, conditional_rows or len(budget), training=training)
+        rows = conditional_rows or len(budget)
+        self.current = StepContext(
+            dt, budget, branch, rows, training=True, simulated=simulated, skipped=skipped
+        )
 
     def end(self) -> None:
         """Free the caches; the trace stays."""
@@ -215,26 +204,23 @@ class ElasticSession:
     @contextmanager
     def recording(self) -> Iterator[Residuals]:
         """While it lasts, the model is the dense one, and what each span of blocks adds to its streams is noted."""
-        residuals: Residuals = {}
+        self.residuals = residuals = Residuals()
+        try:
+            with self.dense():
+                yield residuals
+        finally:
+            self.residuals = None
+            self.entered.clear()
 
-        def first(block: ElasticBlock, inner: nn.Module, args: Any, kwargs: Any) -> None:
-            self.entered[block.index] = block.adapter.bind(inner, args, kwargs).streams
-
-        def last(block: ElasticBlock, inner: nn.Module, args: Any, output: Any) -> None:
-            start, streams = self.span(block).start, block.adapter.unpack(output)
-            added = zip(self.entered[start], streams, strict=True)
-            residuals[start] = tuple((y - x).detach() for x, y in added)
-
-        with self.dense(), ExitStack() as hooks:
-            hooks.callback(self.entered.clear)
-            for block in self.blocks:
-                span = self.span(block)
-                if block.index == span.start:
-                    hook = block.inner.register_forward_pre_hook(partial(first, block), with_kwargs=True)
-                    hooks.callback(hook.remove)
-                if block.index == span[-1]:
-                    hooks.callback(block.inner.register_forward_hook(partial(last, block)).remove)
-            yield residuals
+    def note(self, block: ElasticBlock, call: BlockCall, output: Any) -> None:
+        """A block of the dense model was called while residuals are recorded."""
+        assert self.residuals is not None
+        span = self.span(block)
+        if block.index == span.start:
+            self.entered[block.index] = call.streams
+        if block.index == span[-1]:
+            added = zip(self.entered[span.start], block.adapter.unpack(output), strict=True)
+            self.residuals[span.start] = tuple((y - x).detach() for x, y in added)
 
     def forget(self) -> None:
         """Drop copies of the blocks: the model moves to another device."""
@@ -245,12 +231,10 @@ class ElasticSession:
 
     @stays_eager
     def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the model."""
-        if self.settings.elastic:
-            self.enter(self.adapter.timestep(args, kwargs))
-
-    def enter(self, t: Tensor) -> None:
-        """A forward pass of the model starts, at times t (B,)."""
+        """A forward pre-hook of the model: a pass starts. ValueError where it is another than was announced."""
+        if not self.settings.elastic:
+            return
+        t = self.adapter.timestep(args, kwargs)
         if self.driver is not None and (self.current is None or not self.current.waiting):
             self.driver.announce(t)
         context = self.current
@@ -259,7 +243,12 @@ class ElasticSession:
         for part in self.parts.values():  # no part of the model: they go where it is
             if next(part.parameters()).device != t.device:
                 part.to(t.device)
-        context.called(t)
+        context.t, context.waiting = t.float(), False
+        for name in ("dt", "budget", "branch"):
+            value = getattr(context, name).float().to(t.device)
+            if value.shape != t.shape:
+                raise ValueError(f"a batch of {len(t)}, but {len(value)} values of {name}")
+            setattr(context, name, value)
         if self.rollout is not None:
             self.rollout.passes.append(context)
         if self.conditioner is not None and self.source is None and context.ahead is None:
@@ -296,36 +285,37 @@ class ElasticSession:
         """The route of every row through a block: from the source, from the one decision of this step, or from its
         router. Where one decision holds for all blocks, rows with nothing to go on with run: to skip all is no step."""
         once = self.router_config.scope is Scope.step
+        age = self._age(context, block) if self.router_config.longest else None
         if self.source is not None:
             decision = self.source.decide(context, block.index)
         elif context.ahead is not None and (block.index > 0 or context.rows):
             decision = context.ahead
         else:  # the first block decides again where its activations are recomputed
-            decision = self._ask(context, block, call)
+            decision = self._ask(context, block, call, age)
             if self.rollout is not None:
                 decision = self.rollout.settle(context, block.index, decision)
             context.ahead = decision if once else None
-        if once and self.router_config.longest and (context.training is not None or self.cache is not None):
-            decision = decision.running(self._age(context, block) == 0)
+        if once and age is not None and (context.training or self.cache is not None):
+            decision = decision.running(age == 0)
         if not self.settings.width:
             decision = decision.at_full_width()
         context.flops.setdefault(block.index, block.flops(call.lengths))
         context.decisions.setdefault(block.index, decision)
         return decision
 
-    def _ask(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
+    def _ask(
+        self, context: StepContext, block: ElasticBlock, call: BlockCall, age: Tensor | None
+    ) -> RouteDecision:
         """What the router of a block says of every row. Where branches share their routes, rows of the conditional one
         are asked, which come first in their pass; where samples do, their mean holds."""
-        config, router, rows = self.router_config, block.router, slice(None)
+        config, router = self.router_config, block.router
         assert router is not None
-        if config.branches is Branches.shared:
-            rows = slice(context.conditional_rows)
+        rows = slice(context.conditional_rows if config.branches is Branches.shared else None)
         streams, conditioning = tuple(x[rows] for x in call.streams), block.adapter.conditioning(call)[rows]
         if self.rollout is not None:  # the model does not learn to please its routers
             streams, conditioning = tuple(x.detach() for x in streams), conditioning.detach()
         modulation = None if context.modulation is None else context.modulation[rows, block.index]
-        age = self._age(context, block)[rows] if config.longest else None
-        logits = router(streams, conditioning, modulation, age)
+        logits = router(streams, conditioning, modulation, None if age is None else age[rows])
         logits = logits.repeat(len(context.t) // len(logits), 1)
         if self.settings.shared and context.rows:
             by_branch = logits.unflatten(0, (-1, context.conditional_rows))
@@ -337,7 +327,8 @@ class ElasticSession:
         """What a decision means for each row: run at a width, go on with a residual, or pass. Samples that are
         deferred, though a row of them should run, pass and are noted."""
         threshold, actions = self.router_config.threshold, []
-        for age, p, width, keep in zip(self._ages(context, span), *decision.on_host(), strict=True):
+        told = torch.stack([decision.keep_prob, decision.width.float(), decision.keep.float()])
+        for age, p, width, keep in zip(self._ages(context, span), *told.tolist(), strict=True):  # waits, once
             if self.cache is not None and self.cache.reuse(age, bool(keep), p, threshold):
                 actions.append(REUSED)
             else:
@@ -353,7 +344,7 @@ class ElasticSession:
     def alike(self) -> bool:
         """Whether all blocks of a list do the same in a pass."""
         own, cache = self.router_config.scope is Scope.step, self.settings.cache
-        training = self.current is not None and self.current.training is not None
+        training = self.current is not None and self.current.training
         if self.settings.elastic and self.source is not None and not training:
             own = self.source.alike
         return own and (cache is None or cache.rule is not CacheRule.band)
@@ -376,11 +367,12 @@ class ElasticSession:
         """Of each row, how many steps ago what a span would add was computed, 0 for nothing."""
         if self.cache is None:
             return [0] * len(context.t)
-        return self.cache.ages(context.key(span.start), context.slots, context.steps)
+        return self.cache.ages(*context.entries(span.start, range(len(context.rows))))
 
     def _age(self, context: StepContext, block: ElasticBlock) -> Tensor:
         """The same (B,) long, as routers are told it."""
-        span, longest = self.span(block), self.router_config.longest
-        if context.training is not None and context.training.simulated is not None:
-            return context.training.simulated.age(span.start).clamp_max(longest)
-        return torch.tensor(self._ages(context, span), device=context.t.device).clamp_max(longest)
+        span = self.span(block)
+        if context.simulated is not None:
+            return context.simulated.age(span.start).clamp_max(self.router_config.longest)
+        ages = torch.tensor(self._ages(context, span), device=context.t.device)
+        return ages.clamp_max(self.router_config.longest)

@@ -1,4 +1,5 @@
-"""The record of a generation: what every block did, for every sample, branch and step."""
+"""The record of a generation: what every block did, for every sample, branch and step, and its FLOPs (two a
+multiply-add, matrix products only)."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from elastic3d.elastic.family import BlockFlops
+from elastic3d.elastic.families import BlockFlops
 
 NOT_RUN, REUSED, SKIPPED = -2, -1, 0  # actions; k in 1..K: ran at width number k - 1
+_SYMBOLS = "c.123456789ABCDEF0"  # of actions from REUSED on
 
 
 @dataclass
@@ -18,8 +20,8 @@ class Trace:
     """Actions of S steps, 2 branches, B samples and I blocks, and what they cost.
 
     `blocks` are names, `ratios` the K widths; `flops` and `router_flops` hold one entry a block once it was
-    called. `one_branch`: at some steps the conditional one runs alone, where the
-    dense model runs both.
+    called. `one_branch`: at some steps the conditional one runs alone, where the dense model runs both. `actions`
+    (S,2,B,I) int8 are NOT_RUN, REUSED, SKIPPED, or 1 + the width's number.
     """
 
     blocks: list[str]
@@ -29,22 +31,16 @@ class Trace:
     one_branch: bool = False
     flops: dict[int, BlockFlops] = field(default_factory=dict)
     router_flops: dict[int, int] = field(default_factory=dict)
+    actions: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self._actions = [
-            [[[NOT_RUN] * len(self.blocks) for _ in range(self.samples)] for _ in range(2)]
-            for _ in range(self.steps)
-        ]
+        shape = self.steps, 2, self.samples, len(self.blocks)
+        self.actions = torch.full(shape, NOT_RUN, dtype=torch.int8, device="cpu")
 
     def record(self, rows: Sequence[tuple[int, int, int]], blocks: range, action: int) -> None:
         """Note one action of some blocks for rows (step, branch, sample)."""
-        for step, branch, sample in rows:
-            self._actions[step][branch][sample][blocks.start : blocks.stop] = [action] * len(blocks)
-
-    @property
-    def actions(self) -> Tensor:
-        """(S,2,B,I) int8: NOT_RUN, REUSED, SKIPPED, or 1 + the width's number."""
-        return torch.tensor(self._actions, dtype=torch.int8)
+        steps, branches, samples = map(list, zip(*rows, strict=True))
+        self.actions[steps, branches, samples, blocks.start : blocks.stop] = action
 
     def sample(self, index: int) -> list[list[str]]:
         """One sample's actions by step and branch that ran, a character a block.
@@ -52,13 +48,9 @@ class Trace:
         `.` skipped, `c` an earlier residual, else the number of the width, 1..K (K at most 16: hexadecimal, 0 is 16).
         """
         return [
-            ["".join(map(_symbol, branch[index])) for branch in branches if branch[index][0] != NOT_RUN]
-            for branches in self._actions
+            ["".join(_SYMBOLS[a - REUSED] for a in branch) for branch in step if branch[0] != NOT_RUN]
+            for step in self.actions[:, :, index].tolist()
         ]
-
-
-def _symbol(action: int) -> str:
-    return "c" if action == REUSED else "." if action == SKIPPED else f"{action % 16:X}"
 
 
 def parse_actions(steps: Sequence[Sequence[str]], blocks: int) -> Tensor:
@@ -66,9 +58,33 @@ def parse_actions(steps: Sequence[Sequence[str]], blocks: int) -> Tensor:
     actions = torch.full((len(steps), 2, blocks), NOT_RUN)
     for step, branches in enumerate(steps):
         for branch, symbols in enumerate(branches):
-            actions[step, branch] = torch.tensor(list(map(_action, symbols)))
+            actions[step, branch] = torch.tensor([_SYMBOLS.index(each) + REUSED for each in symbols])
     return actions
 
 
-def _action(symbol: str) -> int:
-    return REUSED if symbol == "c" else SKIPPED if symbol == "." else int(symbol, 16) or 16
+def trace_flops(trace: Trace) -> Tensor:
+    """Executed FLOPs (S,2,B,I) fp64 of the blocks; a reused residual costs none. Routers are not in it."""
+    actions = trace.actions.long()
+    table = torch.zeros(len(trace.blocks), 3 + len(trace.ratios), dtype=torch.float64)
+    for index, block in trace.flops.items():
+        table[index, 3:] = torch.tensor([block.at(ratio) for ratio in trace.ratios], dtype=torch.float64)
+    return table[torch.arange(len(trace.blocks)), actions + 2]
+
+
+def trace_dense_flops(trace: Trace) -> Tensor:
+    """FLOPs (S,2,B,I) fp64 that the dense blocks would have spent on the same passes, and on the branch that the dense
+    model runs beside them."""
+    dense = torch.tensor([trace.flops[i].dense if i in trace.flops else 0 for i in range(len(trace.blocks))])
+    ran = trace.actions != NOT_RUN
+    return (ran[:, :1].expand_as(ran) if trace.one_branch else ran).double() * dense.double()
+
+
+def trace_router_flops(trace: Trace) -> Tensor:
+    """FLOPs (S,2,B,I) fp64 of the routers themselves."""
+    routers = torch.tensor([trace.router_flops.get(i, 0) for i in range(len(trace.blocks))])
+    return (trace.actions != NOT_RUN).double() * routers.double()
+
+
+def trace_share(trace: Trace) -> Tensor:
+    """Executed share (B,) of the dense blocks' FLOPs of each sample, over all steps and branches."""
+    return trace_flops(trace).sum((0, 1, 3)) / trace_dense_flops(trace).sum((0, 1, 3))

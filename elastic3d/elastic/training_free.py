@@ -11,6 +11,12 @@ generations.
   (2411.19108) and EasyCache (2507.02860).
 
 Without a calibration the computed steps lie evenly, and residuals go on along a damped line.
+
+    from elastic3d import disable, enable
+
+    enable(pipe, budget=0.5)  # a pipeline of diffusers; its calibration is taken where its folder has one
+    images = pipe("a red fox")
+    disable(pipe)  # the pipeline is what it was
 """
 
 from __future__ import annotations
@@ -18,23 +24,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from elastic3d.elastic.config import MIN_BUDGET, Branches, RouterConfig, RouterVariant, Scope
-from elastic3d.elastic.context import StepContext
+from elastic3d.elastic.attachment import adapter_for, attach, detach, has_routers, is_attached
+from elastic3d.elastic.config import MIN_BUDGET, Branches, ElasticConfig, RouterConfig, RouterVariant, Scope
+from elastic3d.elastic.context import Forecast, StepContext
 from elastic3d.elastic.router import RouteDecision
+from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
+from elastic3d.utils.files import printable
 from elastic3d.utils.options import check_range
+from elastic3d.utils.structured import Number, load_json, save_json
 
 Array = NDArray[np.float64]
 Series = tuple[int, int]  # what a list adds to a stream: the number of its first block, that of the stream
 RIDGE = 1e-6  # of the mean of the moments' diagonal
 DAMPING = 0.7  # without a calibration
+CALIBRATION_NAME = "training_free.json"
+_ANY = Number(-1e300, 1e300)
+_SHAPE = {
+    "about": {"model": dict, "samples": int},
+    "times": [Number(0, 1)],
+    "moments": [{"span": int, "stream": int, "values": [[_ANY]]}],
+    "result": [[_ANY]],
+    "changes": [Number(0, 1e300)],
+}
 
 # Blocks that are decided together and have no router.
 NO_ROUTERS = RouterConfig(
@@ -84,6 +105,14 @@ class Calibration:
         ridge = RIDGE * max(np.trace(inner), 1e-30) / len(known)
         weights = np.linalg.solve(inner + ridge * np.eye(len(known)), cross)
         return weights, np.maximum(moment.diagonal() - (weights * cross).sum(axis=0), 0.0)
+
+    def weights(
+        self, span: int, stream: int, step: int, newest: int, older: int | None
+    ) -> tuple[float, float]:
+        """A `Forecast`: of the residuals computed at the steps `newest` and `older`, for the one at `step`."""
+        known = [newest] if older is None else [older, newest]
+        found = self.forecasts(self.moments[span, stream], known)[0][:, step]
+        return float(found[-1]), float(found[0]) if len(known) > 1 else 0.0
 
     def errors(self) -> Array:
         """Predicted squared error (S,S,S) of the result where the third step is forecast from the first two; from
@@ -160,15 +189,16 @@ class StepPolicy:
             self._steps = [frozenset(planned[count]) for count in counts]
             if self.schedule is Schedule.online:
                 levels = {count: _threshold(errors, count) for count in planned}
-                self._online = [_Online(errors, levels[count], self._here) for count in counts]
-        return None if self._here is None else Forecast(self._here)
+                self._online = [_Online(errors, levels[count]) for count in counts]
+        return None if self._here is None else cache(self._here.weights)
 
     def decide(self, context: StepContext, block: int) -> RouteDecision:
         """Whether the blocks run, for every row of a pass."""
         moments = list(zip(context.steps, context.rows, strict=True))
         if self._online:
-            inputs = context.entered[0][0]  # of the model's first block
-            keep = [self._online[s].runs(step, inputs[row]) for row, (step, (_, s)) in enumerate(moments)]
+            assert self._here is not None
+            inputs, usual = context.entered[0][0], self._here.changes  # of the model's first block
+            keep = [self._online[s].runs(step, inputs[i], usual) for i, (step, (_, s)) in enumerate(moments)]
         else:
             keep = [step in self._steps[sample] for step, (_, sample) in moments]
         kept = torch.tensor(keep, device=context.t.device)
@@ -187,47 +217,29 @@ class StepPolicy:
         return self._errors[1]
 
 
-class Forecast:
-    """How residuals go on in one generation; see `elastic3d.elastic.cache`."""
-
-    def __init__(self, calibration: Calibration) -> None:
-        self.calibration = calibration
-        self._known: dict[tuple[Any, ...], tuple[float, float]] = {}
-
-    def weights(
-        self, span: int, stream: int, step: int, newest: int, older: int | None
-    ) -> tuple[float, float]:
-        """Of the residual computed at step `newest`, and of the one at `older`, for the one at `step`."""
-        key = (span, stream, step, newest, older)
-        if key not in self._known:
-            known = [newest] if older is None else [older, newest]
-            found = self.calibration.forecasts(self.calibration.moments[span, stream], known)[0][:, step]
-            self._known[key] = float(found[-1]), float(found[0]) if len(known) > 1 else 0.0
-        return self._known[key]
-
-
 class _Online:
     """The decisions of one sample, each taken once: by its first row, for those of all branches and blocks."""
 
-    def __init__(self, errors: Array, threshold: float, calibration: Calibration | None) -> None:
-        assert calibration is not None
-        self.errors, self.threshold, self.changes = errors, threshold, calibration.changes
+    def __init__(self, errors: Array, threshold: float) -> None:
+        self.errors, self.threshold = errors, threshold
         self.computed, self.spent = [0], 0.0
         self.decided: dict[int, bool] = {}
         self._input: Tensor | None = None
 
-    def runs(self, step: int, tokens: Tensor) -> bool:
-        """Whether the blocks run at a step, whose first one is given `tokens` (L,D)."""
+    def runs(self, step: int, tokens: Tensor, usual: Array) -> bool:
+        """Whether the blocks run at a step, whose first one is given `tokens` (L,D); `usual` are changes (S,) of it."""
         if step not in self.decided:
-            self.decided[step] = self._decide(step, relative_change(self._input, tokens))
+            change = relative_change(self._input, tokens)
+            self.decided[step] = self.take(step, change, max(float(usual[step]), 1e-12))
             self._input = tokens
         return self.decided[step]
 
-    def _decide(self, step: int, change: float) -> bool:
+    def take(self, step: int, change: float = 1.0, usual: float = 1.0) -> bool:
+        """Whether the blocks run at the next step, whose input changes by so much, where so much is usual."""
         if step == 0:
             return True
         a, b = self.computed[-2:] if len(self.computed) > 1 else self.computed * 2
-        self.spent += float(self.errors[a, b, step]) * change / max(float(self.changes[step]), 1e-12)
+        self.spent += float(self.errors[a, b, step]) * change / usual
         if self.spent <= self.threshold:
             return False
         self.computed.append(step)
@@ -247,19 +259,10 @@ def _threshold(errors: Array, count: int) -> float:
     low, high = 0.0, float(errors.max(axis=(0, 1)).sum()) + 1e-30
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _computed(errors, middle) > count else (low, middle)
+        usual = _Online(errors, middle)
+        computed = sum(usual.take(step) for step in range(len(errors)))
+        low, high = (middle, high) if computed > count else (low, middle)
     return high
-
-
-def _computed(errors: Array, threshold: float) -> int:
-    computed, spent = [0], 0.0
-    for step in range(1, len(errors)):
-        a, b = computed[-2:] if len(computed) > 1 else computed * 2
-        spent += float(errors[a, b, step])
-        if spent > threshold:
-            computed.append(step)
-            spent = 0.0
-    return len(computed)
 
 
 def least_budget(steps: int) -> float:
@@ -269,10 +272,128 @@ def least_budget(steps: int) -> float:
 
 def check_budget(budget: float, steps: int) -> int:
     """How many of N steps a budget computes. UserError for fewer than two, or a budget out of range."""
-    least = least_budget(steps)
     check_range("budget", budget, MIN_BUDGET, 1.0)
-    if budget < least:
-        raise UserError(
-            f"budget is {budget:g}, expected at least {least:.2f} in {steps} steps: a forecast needs two computed ones"
-        )
+    if budget < (least := least_budget(steps)):
+        why = f"in {steps} steps: a forecast needs two computed ones"
+        raise UserError(f"budget is {budget:g}, expected at least {least:.2f} {why}")
     return max(1, round(budget * steps))
+
+
+# ------------------------------------------------------------------------------------------------ on and off
+
+
+def put_policy(
+    model: Any, calibration: Calibration | None = None, schedule: Schedule | None = None
+) -> ElasticSession:
+    """Attach a training-free policy to a model, or a pipeline of diffusers, without routers: from now on the budget of
+    `session.settings` holds. ValueError where it has routers, or for a schedule that needs a calibration."""
+    policy = StepPolicy(calibration, schedule)
+    session = attach(model, NO_ROUTERS)
+    session.source = policy
+    return session
+
+
+def enable(pipe: Any, budget: float = 0.5, calibration: str | Path | None = None) -> ElasticSession:
+    """Let a stock pipeline of diffusers run its blocks at a share `budget` of their FLOPs, from 0.3 to 1.
+
+    Without training: some of the steps run the blocks, what these add is forecast at the others. Called again, it
+    changes the budget.
+
+    Args:
+        calibration: file or folder of `elastic3d calibrate`; None: the pipeline's own folder, where it has one.
+
+    Raises:
+        ValueError: a pipeline of another family, or with routers; a budget out of range.
+        UserError: a calibration that is missing, broken, empty, or of another model.
+    """
+    transformer = pipe.transformer
+    settings = ElasticConfig(budget=budget)
+    if calibration is not None:
+        calibration = calibration_file(calibration)
+    found = find_calibration(calibration or getattr(pipe.config, "_name_or_path", None), transformer)
+    if is_attached(transformer):
+        if has_routers(transformer):
+            raise ValueError(
+                "the pipeline has routers, which take a budget: set session.settings.budget, or detach them"
+            )
+        detach(pipe)
+    session = put_policy(pipe, found)
+    session.settings = settings
+    return session
+
+
+def disable(pipe: Any) -> None:
+    """Take off what `enable` put on: the pipeline is what it was before. ValueError where there is nothing."""
+    detach(pipe)
+
+
+# -------------------------------------------------------------------------------------------------- files
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What a calibration has to fit: the family, the number of blocks of each list, their width."""
+    adapter = adapter_for(model)
+    blocks = [list(model.get_submodule(name).children()) for name, _ in adapter.lists]
+    width = adapter.lists[0][1].width(blocks[0][0])
+    return {"family": adapter.family, "blocks": [len(each) for each in blocks], "width": width}
+
+
+def calibration_file(place: str | Path) -> Path:
+    """The file of a calibration, named by itself or by its folder; UserError where there is none."""
+    path = Path(place) / CALIBRATION_NAME if Path(place).is_dir() else Path(place)
+    if not path.is_file():
+        raise UserError(f"there is no calibration {printable(path)}: write one with elastic3d calibrate")
+    return path
+
+
+def series_of(model: nn.Module) -> set[Series]:
+    """What a calibration has moments of: every stream of every list of blocks, by the number of its first block."""
+    found, start = set[Series](), 0
+    for name, kind in adapter_for(model).lists:
+        found |= {(start, number) for number in range(len(kind.stream_names))}
+        start += len(list(model.get_submodule(name).children()))
+    return found
+
+
+def find_calibration(place: str | Path | None, model: nn.Module) -> Calibration | None:
+    """The calibration in a file, or in a folder; None where there is none. UserError as `load_calibration`."""
+    if not place:
+        return None
+    path = Path(place) / CALIBRATION_NAME if Path(place).is_dir() else Path(place)
+    return load_calibration(path, model) if path.is_file() else None
+
+
+def load_calibration(path: Path, model: nn.Module) -> Calibration:
+    """A calibration of this model. UserError naming the file: it is broken, empty, or of another model."""
+    values, source = load_json(path, _SHAPE), printable(path)
+    expected = describe(model)
+    if values["about"]["model"] != expected:
+        raise UserError(f"{source} is of another model: {values['about']['model']}, expected {expected}")
+    times = np.array(values["times"])
+    steps = len(times)
+    if steps < 2 or not values["moments"]:
+        raise UserError(f"{source} is empty, expected at least two steps: run elastic3d calibrate again")
+    if not (np.diff(times) > 0).all():
+        raise UserError(f"{source}: times are {values['times']}, expected ascending ones")
+    tables = [("moments", each["values"]) for each in values["moments"]] + [("result", values["result"])]
+    for name, table in tables:
+        if [len(row) for row in table] != [steps] * steps:
+            raise UserError(f"{source}: {name} has no {steps} x {steps} numbers, one row a step")
+    moments = {(each["span"], each["stream"]): np.array(each["values"]) for each in values["moments"]}
+    if set(moments) != series_of(model):
+        raise UserError(f"{source} has moments of {sorted(moments)}, expected {sorted(series_of(model))}")
+    result, changes = np.array(values["result"]), np.array(values["changes"])
+    if len(changes) != steps:
+        raise UserError(f"{source}: changes has {len(changes)} values, expected {steps}, one a step")
+    return Calibration(times, moments, result, changes, values["about"])
+
+
+def save_calibration(calibration: Calibration, path: Path) -> None:
+    """Write the file that `load_calibration` reads, whole or not at all."""
+    rounded = np.vectorize(lambda value: float(f"{value:.8g}"), otypes=[float])
+    moments = [
+        {"span": span, "stream": stream, "values": rounded(moment).tolist()}
+        for (span, stream), moment in calibration.moments.items()
+    ]
+    parts = {name: rounded(getattr(calibration, name)).tolist() for name in ("times", "result", "changes")}
+    save_json({"about": dict(calibration.about), **parts, "moments": moments}, path)

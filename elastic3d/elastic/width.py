@@ -1,17 +1,18 @@
-"""Nested-prefix MLPs: masked in training, sliced at inference, with the same numbers (E-DiT; slimmable
-networks)."""
+"""Nested-prefix MLPs: masked in training, sliced at inference, with the same numbers (E-DiT; slimmable networks)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from elastic3d.elastic.family import MLPSite
+from elastic3d.elastic.families import MLPSite
 
 Forward = Callable[..., Any]
 
@@ -27,11 +28,8 @@ def prefix_mask(width: Tensor, hidden: int, ratios: Sequence[float]) -> Tensor:
     A unit in the segment between widths k - 1 and k is on where width k or a larger one is taken.
     """
     at_least = width.flip(-1).cumsum(-1).flip(-1)
-    ends = [prefix_length(hidden, ratio) for ratio in ratios]
-    segments = torch.tensor(
-        [end - start for start, end in zip([0, *ends], ends, strict=False)], device=width.device
-    )
-    return at_least.repeat_interleave(segments, dim=-1, output_size=hidden)
+    ends = torch.tensor([0, *(prefix_length(hidden, ratio) for ratio in ratios)], device=width.device)
+    return at_least.repeat_interleave(ends.diff(), dim=-1, output_size=hidden)
 
 
 @contextmanager
@@ -45,7 +43,8 @@ def masked(
         mask = prefix_mask(width, site.hidden, ratios)
         if site.fc2_offset:
             mask = torch.cat([mask.new_ones(len(mask), site.fc2_offset), mask], dim=-1)
-        handles.append(block.get_submodule(site.fc2).register_forward_pre_hook(_multiply(mask[:, None])))
+        hook = functools.partial(_multiply, mask[:, None])
+        handles.append(block.get_submodule(site.fc2).register_forward_pre_hook(hook))
     try:
         yield
     finally:
@@ -53,26 +52,25 @@ def masked(
             handle.remove()
 
 
-def _multiply(mask: Tensor):  # type: ignore[no-untyped-def]  # a forward pre-hook
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
-        return args[0] * mask.to(args[0].dtype)
-
-    return hook
+def _multiply(mask: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+    return args[0] * mask.to(args[0].dtype)
 
 
+@dataclass(eq=False, repr=False)
 class NarrowBlocks:
     """A block at each of its widths. Copies own no memory: every weight is the block's own, or a view of it.
 
     A view of columns has a stride, which matrix products take as they take a contiguous weight.
     """
 
-    def __init__(
-        self, block: nn.Module, forward: Forward, sites: Sequence[MLPSite], ratios: Sequence[float]
-    ) -> None:
-        """`forward`: what runs the block at full width."""
-        self.block, self.full, self.sites, self.ratios = block, forward, tuple(sites), tuple(ratios)
-        self.compile_arguments: dict[str, Any] | None = None
-        self._forward = forward
+    block: nn.Module
+    full: Forward  # what runs the block at full width
+    sites: Sequence[MLPSite]
+    ratios: Sequence[float]
+    compile_arguments: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self._forward = self.full
         self._copies: dict[int, tuple[tuple[int, ...], Forward]] = {}
 
     def compile(self, arguments: dict[str, Any] | None) -> None:
@@ -112,19 +110,17 @@ class NarrowBlocks:
         return cast(nn.Linear, linear)
 
     def _copy(self, ratio: float) -> Forward:
-        parts, attributes = {}, {}
-        for site in self.sites:
-            units = prefix_length(site.hidden, ratio)
+        parts, units = {}, {site: prefix_length(site.hidden, ratio) for site in self.sites}
+        for site, count in units.items():
             fc1, fc2 = self._linear(site.fc1), self._linear(site.fc2)
-            rows, columns = site.fc1_offset + units, site.fc2_offset + units
+            rows, columns = site.fc1_offset + count, site.fc2_offset + count
             bias = None if fc1.bias is None else fc1.bias[:rows]
             parts[site.fc1] = linear_around(fc1.weight[:rows], bias)
             parts[site.fc2] = linear_around(fc2.weight[:, :columns], fc2.bias)
-            if site.attribute is not None:
-                attributes[site.attribute] = units
         narrow = with_modules(self.block, parts)
-        for name, value in attributes.items():
-            setattr(narrow, name, value)
+        for site, count in units.items():
+            if site.attribute is not None:
+                setattr(narrow, site.attribute, count)
         if self.compile_arguments is not None:
             return torch.compile(narrow.forward, **self.compile_arguments)
         return narrow.forward

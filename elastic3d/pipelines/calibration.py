@@ -1,16 +1,32 @@
-"""Calibrates the training-free policy of a model on a handful of images, or of prompts."""
+"""Calibrates the training-free policy of a model: dense generations of a handful of images, or of prompts, and what
+their blocks add."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
 
-from elastic3d.elastic.calibrating import CALIBRATION_NAME, calibrate, put_policy, save_calibration
+from elastic3d.elastic import adapter_for, session_of
 from elastic3d.elastic.config import ElasticConfig
-from elastic3d.elastic.training_free import Calibration
+from elastic3d.elastic.training_free import (
+    CALIBRATION_NAME,
+    Array,
+    Calibration,
+    Series,
+    describe,
+    put_policy,
+    relative_change,
+    save_calibration,
+)
+from elastic3d.errors import UserError
 from elastic3d.models.images import prepare
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.generation import find_images, load_pipeline
@@ -26,6 +42,7 @@ from elastic3d.pipelines.runtime import find_model
 from elastic3d.pipelines.text_to_image import TextToImagePipeline, check_prompt, read_prompts
 
 DENSE = ElasticConfig(elastic=False)
+TOKENS = 64  # of each stream, spread evenly, that moments are taken of
 
 
 def calibrate_policy(
@@ -111,3 +128,117 @@ def _spread(items: list[Any], count: int) -> list[Any]:
     """At most `count` of the items, at even distances."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+def calibrate(
+    model: nn.Module,
+    generate: Callable[[int], Any],
+    samples: int,
+    guidance: float = 1.0,
+    on_sample: Callable[[int, int], None] = lambda *_: None,
+) -> Calibration:
+    """The calibration of a model with a session, from `samples` dense generations.
+
+    `generate` makes the one sample of a number; `guidance` is the scale that the branches are put together with, where
+    there are two; `on_sample(done, samples)` is called after each. UserError: generations of fewer than three steps, or
+    values that are not finite.
+    """
+    times, totals, result, changes = np.zeros(0), dict[Series, Array](), np.zeros(0), np.zeros(0)
+    for number in range(samples):
+        with recorded(model) as notes:
+            generate(number)
+        on_sample(number + 1, samples)
+        times = np.array(notes.times)
+        moments = notes.moments()
+        totals = {series: totals.get(series, 0.0) + moment / samples for series, moment in moments.items()}
+        result = (result if number else 0.0) + notes.result(guidance) / samples
+        changes = (changes if number else 0.0) + notes.changes() / samples
+    about = {"model": describe(model), "samples": samples, "steps": len(times), "guidance": guidance}
+    return Calibration(times, totals, result, changes, about)
+
+
+@dataclass
+class Notes:
+    """What a dense generation of one sample did: for each step its time, and for each pass of it what each list added
+    to its rows. The conditional branch's row comes first."""
+
+    times: list[float] = field(default_factory=list)
+    added: list[list[dict[Series, Tensor]]] = field(default_factory=list)  # (rows,d) each
+    inputs: list[Tensor] = field(default_factory=list)  # of the first pass of each step (B,L,D)
+
+    def note(self, time: float, added: dict[Series, Tensor], tokens: Tensor) -> None:
+        """A pass is over."""
+        if not self.times or time != self.times[-1]:
+            self.times.append(time)
+            self.added.append([])
+            self.inputs.append(tokens)
+        self.added[-1].append(added)
+
+    def moments(self) -> dict[Series, Array]:
+        """Second moments (S,S) of each series, of a sample and branch."""
+        if len(self.times) < 3:
+            raise UserError(
+                f"a generation has {len(self.times)} steps, expected at least 3 to calibrate a policy on"
+            )
+        found: dict[Series, Array] = defaultdict(lambda: np.zeros((len(self.times),) * 2))
+        branches = list(zip(*self.added, strict=True))  # the passes of each, whose texts may differ in length
+        for passes in branches:
+            for series in passes[0]:
+                values = torch.stack([each[series] for each in passes])
+                found[series] += second_moments(values) / len(branches)
+        if not all(np.isfinite(moment).all() for moment in found.values()):
+            raise UserError("a generation has values that are not finite: try dtype=float32")
+        return dict(found)
+
+    def result(self, guidance: float) -> Array:
+        """Second moments (S,S) of what each list adds to its first stream, with the branches put together as guidance
+        does; their sum."""
+        found = np.zeros((len(self.times),) * 2)
+        for series in [each for each in self.added[0][0] if each[1] == 0]:
+            rows = torch.stack([torch.cat([each[series] for each in passes]) for passes in self.added])
+            # of one branch alone this is the branch itself
+            found += second_moments(rows[:, -1:] + guidance * (rows[:, :1] - rows[:, -1:]))
+        return found
+
+    def changes(self) -> Array:
+        """Relative changes (S,) of the input."""
+        before: list[Tensor | None] = [None, *self.inputs[:-1]]
+        return np.array([relative_change(*pair) for pair in zip(before, self.inputs, strict=True)])
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[Notes]:
+    """While it lasts, a model with a session is the dense one, and what its lists of blocks add is noted."""
+    session, adapter, notes = session_of(model), adapter_for(model), Notes()
+    with session.recording() as residuals:
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            time = float(adapter.timestep(args, kwargs)[0])
+            added = {
+                (span, number): some(stream).flatten(1).float().cpu()
+                for span, streams in residuals.items()
+                for number, stream in enumerate(streams)
+            }
+            notes.note(time, added, some(session.entered[0][0]).float().cpu())
+
+        handle = model.register_forward_hook(after, with_kwargs=True)
+        try:
+            yield notes
+        finally:
+            handle.remove()
+
+
+def second_moments(values: Tensor) -> Array:
+    """Values (S,B,d) -> (S,S), of a sample."""
+    found: Array = torch.einsum("sbd,tbd->st", values.double(), values.double()).numpy() / values.shape[1]
+    return found
+
+
+def some(stream: Tensor, count: int = TOKENS) -> Tensor:
+    """`count` tokens of a stream (B,L,D), spread evenly; all where there are fewer."""
+    length = stream.shape[1]
+    picked: Sequence[int] = [i * length // count for i in range(count)] if length > count else range(length)
+    return stream[:, list(picked)]

@@ -15,8 +15,8 @@ import trimesh
 from elastic3d.checkpoints.folders import identify
 from elastic3d.checkpoints.options import PRESETS
 from elastic3d.elastic import attach
-from elastic3d.elastic.calibrating import calibration_file
 from elastic3d.elastic.config import ElasticOptions
+from elastic3d.elastic.training_free import calibration_file
 from elastic3d.errors import UserError
 from elastic3d.evaluation.health import PrintCheck, print_check
 from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, check_suffix, save_mesh

@@ -22,11 +22,14 @@ from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample
 from elastic3d.elastic import attach, has_routers, is_attached, save_routers, session_of
-from elastic3d.elastic.calibrating import CALIBRATION_NAME, find_calibration, put_policy
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
-from elastic3d.elastic.context import Turn
 from elastic3d.elastic.session import ElasticSession
-from elastic3d.elastic.training_free import check_budget
+from elastic3d.elastic.training_free import (
+    CALIBRATION_NAME,
+    check_budget,
+    find_calibration,
+    put_policy,
+)
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field
@@ -56,6 +59,7 @@ from elastic3d.pipelines.runtime import (
     seeds_of,
     timed,
 )
+from elastic3d.utils.calls import Turn
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256, printable
 from elastic3d.utils.options import from_dict, to_dict

@@ -16,8 +16,8 @@ import torch
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.elastic.config import ElasticConfig
-from elastic3d.elastic.cost import trace_dense_flops, trace_flops, trace_router_flops
 from elastic3d.elastic.session import ElasticSession
+from elastic3d.elastic.trace import trace_dense_flops, trace_flops, trace_router_flops
 from elastic3d.elastic.training_free import StepPolicy
 from elastic3d.errors import UserError
 from elastic3d.models.flops import dit_blocks_flops

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from elastic3d import __version__
 from elastic3d.elastic import adapter_for, attach, has_routers, is_attached, session_of
-from elastic3d.elastic.calibrating import calibration_file, find_calibration, put_policy
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
-from elastic3d.elastic.context import Turn
-from elastic3d.elastic.cost import dense_flops
+from elastic3d.elastic.families import dense_flops
 from elastic3d.elastic.session import ElasticSession
-from elastic3d.elastic.training_free import check_budget
+from elastic3d.elastic.training_free import (
+    calibration_file,
+    check_budget,
+    find_calibration,
+    put_policy,
+)
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.backbones import BACKBONES, Backbone, Text
@@ -35,6 +38,7 @@ from elastic3d.pipelines.image_loading import (
 )
 from elastic3d.pipelines.options import MAX_PROMPT, NO_ROUTERS_NAME, BackboneName
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, routes_of, seeds_of, timed
+from elastic3d.utils.calls import Turn
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256
 from elastic3d.utils.options import check_range

@@ -24,12 +24,10 @@ from tqdm import tqdm
 from elastic3d.elastic import adapter_for, attach
 from elastic3d.elastic.attachment import load_router_config, router_modules, todays_keys
 from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig, RouterVariant, Scope
-from elastic3d.elastic.cost import block_flops, trace_share
-from elastic3d.elastic.family import BlockFlops
+from elastic3d.elastic.families import BlockFlops, block_flops
 from elastic3d.elastic.losses import budget_loss
-from elastic3d.elastic.policies import routes_around
-from elastic3d.elastic.rollout import FREE, Rollout, flipped, gate_logits
-from elastic3d.elastic.trace import SKIPPED
+from elastic3d.elastic.rollout import FREE, Rollout, flipped
+from elastic3d.elastic.trace import SKIPPED, trace_share
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
 from elastic3d.training.calibration import Curve, CurvesConfig, as_trained, calibrate
@@ -37,7 +35,7 @@ from elastic3d.training.datasets import Batch
 from elastic3d.training.elastic_objective import Grid, followed, threshold
 from elastic3d.training.few_step import GenerationConfig, GenerationObjective, attach_lora, relative_errors
 from elastic3d.training.loop import Stage
-from elastic3d.training.routes import KINDS, Sensitivity, load_sensitivity
+from elastic3d.training.routes import KINDS, Sensitivity, load_sensitivity, routes_around
 from elastic3d.utils.options import option
 from elastic3d.utils.tensors import read_weights
 
@@ -351,7 +349,7 @@ class BlockRouterObjective(GenerationObjective):
             lost = (lost * (dense_flops.mean() / dense_flops)[cell % blocks]).clamp_min(LEAST_ERROR).log()
             if self.training:
                 followed(self.error_moments, lost)
-        logits = gate_logits(rollout.proposed()).flatten(1)[rows, cell]
+        logits = rollout.proposed().keep_prob.clamp(1e-6, 1 - 1e-6).logit().flatten(1)[rows, cell]
         target = lost - threshold(self.error_moments, batch["budget"])
         return self.config.routing_weight * nn.functional.smooth_l1_loss(logits, target)
 

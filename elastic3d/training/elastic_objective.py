@@ -19,9 +19,9 @@ from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.cache import SimulatedCache
 from elastic3d.elastic.config import MIN_BUDGET, Branches, ElasticConfig, RouterConfig, Scope
-from elastic3d.elastic.cost import trace_share
 from elastic3d.elastic.losses import budget_loss, paper_loss, session_share
 from elastic3d.elastic.session import ElasticSession
+from elastic3d.elastic.trace import trace_share
 from elastic3d.errors import UserError
 from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate, compare_budgets
 from elastic3d.training.datasets import Batch
@@ -199,11 +199,8 @@ class RouterObjective(nn.Module, ABC):
         if self.paired:
             dt, budget = dt.repeat(2), budget.repeat(2)
             branch = torch.arange(2, device=dt.device).float().repeat_interleave(count)
-        several = torch.distributed.is_initialized()  # they share weights or gradients
         simulated = self._simulated(batch) if "ages" in batch else None
-        self.session.train(
-            dt, budget, branch, lockstep=several, simulated=simulated, skipped=skipped, conditional_rows=count
-        )
+        self.session.train(dt, budget, branch, simulated, skipped, conditional_rows=count)
 
     def _gate_logits(self) -> Tensor:
         """Gate logit (R,) of every row."""
@@ -255,12 +252,11 @@ class RouterObjective(nn.Module, ABC):
         """What to report of the executed share (R,)."""
         current = self.session.current
         assert current is not None
-        rows = len(share) * len(current.ran_rows)
         by_sample = share.view(-1, len(batch["budget"])).mean(0)
         return {
             "share": share.mean(),
             "off_budget": (by_sample - batch["budget"]).abs().mean(),
-            "blocks_run": share.new_tensor(sum(current.ran_rows.values()) / rows),
+            "blocks_run": share.new_tensor(float(not current.skipped)),
         }
 
     def guided(self, v: Tensor) -> Tensor:

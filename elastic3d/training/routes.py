@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from elastic3d.elastic import attach
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import Branch, StepContext
+from elastic3d.elastic.families import BlockFlops
+from elastic3d.elastic.policies import fill
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.errors import UserError
 from elastic3d.utils.files import printable
@@ -171,6 +173,34 @@ class Sensitivity:
     def save(self, path: Path) -> None:
         """Write the table, whole or not at all."""
         save_json({name: getattr(self, name) for name in _TABLE}, path)
+
+
+def routes_around(
+    sensitivity: Tensor,
+    blocks: Sequence[BlockFlops],
+    ratios: Sequence[float],
+    share: float,
+    spread: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Actions (S,2,I) of one sample, the same in both branches: the cells that matter least are skipped or narrow,
+    until about `share` is executed.
+
+    sensitivity: (S,I), the logarithm of the error at the end of a generation that skipping each block alone causes.
+    Gumbel noise of `spread` times its standard deviation is added, so that routes differ: 0 gives the best table by
+    timestep. With it, what is saved is divided at random between blocks that are skipped and MLPs that are narrowed.
+    """
+    chance = torch.rand((), generator=generator).item() * min(1.0, 2 * (1 - share)) * (spread > 0)
+    narrow = torch.rand(sensitivity.shape, generator=generator) < chance
+    width = torch.randint(1, len(ratios) + 1, sensitivity.shape, generator=generator)
+    action = torch.where(narrow, width, len(ratios))
+    noise = -torch.rand(sensitivity.shape, generator=generator).clamp(1e-9, 1 - 1e-7).log().neg().log()
+    scale = sensitivity.std(unbiased=False).item() or 1.0
+    priority = (sensitivity + spread * scale * noise - sensitivity.min() + 1e3)[:, None].expand(-1, 2, -1)
+    ran = torch.zeros(priority.shape, dtype=torch.bool)
+    ran[:, 0] = True  # one branch stands for both
+    found = fill(priority, action[:, None].expand_as(priority), ran, blocks, ratios, share)
+    return found[:, :1].expand(-1, 2, -1).contiguous()
 
 
 def load_sensitivity(path: Path | None, blocks: Sequence[str]) -> Sensitivity | None:

@@ -17,7 +17,7 @@ from elastic3d.benchmark.images import load_models
 from elastic3d.benchmark.methods import DENSE, Model, Rival
 from elastic3d.benchmark.rivals import by_batch, grid, magnitude_ratios, missing, running
 from elastic3d.elastic import adapter_for
-from elastic3d.elastic.cost import dense_flops
+from elastic3d.elastic.families import dense_flops
 from tests.benchmark.conftest import image_config_of
 
 STEPS = 6

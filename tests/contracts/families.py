@@ -153,17 +153,9 @@ def forward(
         return run(model, inputs)
 
 
-def train_forward(
-    model: nn.Module,
-    session: ElasticSession,
-    inputs: dict[str, Any],
-    skip: bool = False,
-    lockstep: bool = False,
-) -> Tensor:
+def train_forward(model: nn.Module, session: ElasticSession, inputs: dict[str, Any]) -> Tensor:
     n = len(next(v for v in inputs.values() if isinstance(v, Tensor)))
-    explored = torch.zeros(n, len(session.blocks), dtype=torch.bool) if skip else None
-    dt, budget, branch = torch.full((n,), 0.1), torch.linspace(0.3, 1, n), torch.arange(n) % 2.0
-    session.train(dt, budget, branch, explored, lockstep)
+    session.train(torch.full((n,), 0.1), torch.linspace(0.3, 1, n), torch.arange(n) % 2.0)
     return run(model, inputs)
 
 

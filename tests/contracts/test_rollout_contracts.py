@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.config import RouterConfig
-from elastic3d.elastic.cost import trace_share
 from elastic3d.elastic.few_step import LowRankUpdate
 from elastic3d.elastic.rollout import FREE, Rollout, flipped
 from elastic3d.elastic.session import ElasticSession
-from elastic3d.elastic.trace import REUSED, SKIPPED
+from elastic3d.elastic.trace import REUSED, SKIPPED, trace_share
 from tests.contracts.families import CLOSE, B, Family, K, rows, run
 
 S, SAMPLES = 3, B // 2

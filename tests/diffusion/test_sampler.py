@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from elastic3d.diffusion.flow import timestep_grid
 from elastic3d.diffusion.options import Solver
 from elastic3d.diffusion.sampler import sample
 
@@ -42,9 +43,8 @@ def test_error_falls_with_the_order_of_the_solver(solver, order, shift):
     def error(steps):
         start = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
         exact = (start + 5 / 9) * torch.exp(torch.tensor(-3.0)) + 5 / 3 - 5 / 9
-        found = sample(
-            flow, torch.zeros(1, 2, 3), (7, 3), steps, 1.0, generators(0), shift=shift, solver=solver
-        )
+        times, condition = timestep_grid(steps, shift), torch.zeros(1, 2, 3)
+        found = sample(flow, condition, (7, 3), steps, 1.0, generators(0), times=times, solver=solver)
         return (found - exact).norm().item()
 
     assert error(40) / error(80) == pytest.approx(2**order, rel=0.15)

@@ -16,7 +16,7 @@ from elastic3d.elastic.config import (
     RouterConfig,
     Scope,
 )
-from elastic3d.elastic.cost import trace_share
+from elastic3d.elastic.trace import trace_share
 
 diffusers = pytest.importorskip("diffusers")
 

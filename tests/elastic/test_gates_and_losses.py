@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from elastic3d.elastic.block import gated
-from elastic3d.elastic.cost import decision_flops, executed_share
-from elastic3d.elastic.family import BlockFlops
-from elastic3d.elastic.losses import budget_loss, paper_loss
+from elastic3d.elastic.families import BlockFlops
+from elastic3d.elastic.losses import budget_loss, decision_flops, executed_share, paper_loss
 from elastic3d.elastic.router import RouteDecision, straight_through
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)

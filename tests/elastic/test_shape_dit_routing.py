@@ -11,8 +11,8 @@ from elastic3d.diffusion.sampler import sample
 from elastic3d.elastic import attach, detach, load_routers, save_routers
 from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig, RouterConfig
-from elastic3d.elastic.cost import trace_dense_flops, trace_router_flops, trace_share
 from elastic3d.elastic.policies import TableRoutes
+from elastic3d.elastic.trace import trace_dense_flops, trace_router_flops, trace_share
 from elastic3d.errors import UserError
 from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.models.options import DiTConfig
@@ -114,7 +114,7 @@ def test_the_budget_reaches_the_routers_for_each_sample():
     session = attach(model)
     session.begin(2, 4, [0.5, 1.0])
     session.step(0, 0.25)
-    session.enter(torch.zeros(4))
+    session.before_forward(model, (), {"t": torch.zeros(4)})
     assert session.current.budget.tolist() == [0.5, 1.0, 0.5, 1.0]
     assert session.current.branch.tolist() == [0, 0, 1, 1]
 

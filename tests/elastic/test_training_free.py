@@ -14,29 +14,24 @@ import torch
 
 from elastic3d import disable, enable
 from elastic3d.elastic import attach, session_of
-from elastic3d.elastic.calibrating import (
-    CALIBRATION_NAME,
-    Notes,
-    calibrate,
-    describe,
-    load_calibration,
-    put_policy,
-    recorded,
-    save_calibration,
-    series_of,
-)
 from elastic3d.elastic.config import RouterConfig
-from elastic3d.elastic.cost import trace_share
+from elastic3d.elastic.trace import trace_share
 from elastic3d.elastic.training_free import (
+    CALIBRATION_NAME,
     Calibration,
-    Forecast,
     Schedule,
     StepPolicy,
     check_budget,
+    describe,
     even_steps,
+    load_calibration,
     planned_steps,
+    put_policy,
+    save_calibration,
+    series_of,
 )
 from elastic3d.errors import UserError
+from elastic3d.pipelines.calibration import Notes, calibrate, recorded
 from tests.elastic.test_diffusers_routing import flux, flux_pipeline, qwen_pipeline
 
 STEPS = 8
@@ -89,7 +84,7 @@ PIPELINES = pytest.mark.parametrize(
 def test_a_linear_series_is_continued_exactly(older: int, newest: int, step: int) -> None:
     times = np.linspace(0, 0.9, 10)
     values = lines(times)
-    found = Forecast(calibration_of(values, times)).weights(0, 0, step, newest, older)
+    found = calibration_of(values, times).weights(0, 0, step, newest, older)
     np.testing.assert_allclose(found[0] * values[newest] + found[1] * values[older], values[step], atol=1e-3)
 
 
@@ -100,7 +95,7 @@ def test_other_steps_are_interpolated_and_lines_stay_lines() -> None:
     finer = np.linspace(0, 0.9, 16)
     here, values = calibration.at(finer.tolist()), lines(finer)
     np.testing.assert_allclose(here.moments[0, 0], values @ values.T, rtol=1e-6, atol=1e-6)
-    newest, older = Forecast(here).weights(0, 0, 12, 7, 4)
+    newest, older = here.weights(0, 0, 12, 7, 4)
     np.testing.assert_allclose(newest * values[7] + older * values[4], values[12], atol=1e-3)
 
 

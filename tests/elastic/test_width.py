@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from elastic3d.elastic.family import MLPSite
+from elastic3d.elastic.families import MLPSite
 from elastic3d.elastic.width import NarrowBlocks, masked, prefix_mask
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)

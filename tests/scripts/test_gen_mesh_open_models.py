@@ -21,8 +21,8 @@ from elastic3d.checkpoints.options import TinyWeightsConfig
 from elastic3d.checkpoints.step1x3d import load_step1x3d
 from elastic3d.checkpoints.triposg import load_triposg
 from elastic3d.elastic import attach, save_routers
-from elastic3d.elastic.calibrating import CALIBRATION_NAME
 from elastic3d.elastic.config import RouterConfig
+from elastic3d.elastic.training_free import CALIBRATION_NAME
 from elastic3d.geometry.mesh_io import read_extras
 from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.pipelines.options import CalibratePolicyConfig, GenerateConfig

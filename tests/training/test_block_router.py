@@ -11,9 +11,9 @@ from _cli import parse
 from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import load_router_config, router_state
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
-from elastic3d.elastic.cost import trace_share
 from elastic3d.elastic.policies import action_flops, executed_share
 from elastic3d.elastic.rollout import FREE, Rollout
+from elastic3d.elastic.trace import trace_share
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline

@@ -329,7 +329,7 @@ def test_calibration_makes_the_executed_cost_what_was_asked_for(dense):
         assert stage._generate(ElasticConfig(budget=budget))[1].item() == pytest.approx(budget, abs=0.01)
     session.begin(2, 1, [0.5, 1.0])
     session.step(0, 1.0, (0,))
-    session.enter(torch.zeros(2))
+    session.before_forward(stage.flow.dit, (), {"t": torch.zeros(2)})
     told = session.current.budget
     torch.testing.assert_close(told, torch.tensor([0.5**0.5, 1.0]), atol=0.01, rtol=0)
     with pytest.raises(ValueError, match="ascending"):

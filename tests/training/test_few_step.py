@@ -8,9 +8,8 @@ import torch
 from _cli import parse
 
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
-from elastic3d.elastic.cost import trace_share
 from elastic3d.elastic.few_step import LowRankUpdate
-from elastic3d.elastic.trace import NOT_RUN
+from elastic3d.elastic.trace import NOT_RUN, trace_share
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline

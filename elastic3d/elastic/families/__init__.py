@@ -1,1 +1,189 @@
 """Block families: how each kind of block is called, cut to a sub-batch, narrowed and counted."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+Rows = slice | Tensor  # a sub-batch: consecutive rows, or their indices (k,) long
+
+
+@dataclass(frozen=True)
+class MLPSite:
+    """An MLP inside a block whose hidden units can be cut to a prefix.
+
+    `fc1` and `fc2` are dotted names of `nn.Linear`s. Where they are fused with other projections, the hidden
+    units are the rows of fc1 from `fc1_offset` on and the columns of fc2 from `fc2_offset` on. `attribute` is
+    the block's own integer attribute that states the hidden width, if its forward reads one.
+    """
+
+    fc1: str
+    fc2: str
+    hidden: int
+    fc1_offset: int = 0
+    fc2_offset: int = 0
+    attribute: str | None = None
+
+
+@dataclass(frozen=True)
+class BlockFlops:
+    """FLOPs of one sample's pass through a block (2 a multiply-add, matrix products only).
+
+    `mlp` is the part that shrinks with the MLP's width, `fixed` the rest.
+    """
+
+    fixed: int
+    mlp: int
+
+    @property
+    def dense(self) -> int:
+        """The whole block at full width."""
+        return self.fixed + self.mlp
+
+    def at(self, ratio: float) -> float:
+        """The block with its MLP at a share of the full width."""
+        return self.fixed + ratio * self.mlp
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of a block: every argument by name, and which of them are token streams (B,L,D)."""
+
+    arguments: Mapping[str, Any]
+    streams: tuple[Tensor, ...]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each stream."""
+        return tuple(stream.shape[1] for stream in self.streams)
+
+
+@dataclass(frozen=True)
+class BlockAdapter(ABC):
+    """One kind of block. Most of it follows from the names in the signature of the block's `forward`.
+
+    stream_names: of the token streams (B,L,D), in the order in which routing sees them; conditioning_name: of the
+    modulation vector (B,D); output: dotted name of a linear layer that puts out a token's channels (D); returns: the
+    streams' order in the block's return value, a tuple, None for a block that returns one tensor; per_sample: further
+    arguments whose first axis is the batch, None values are allowed.
+    """
+
+    stream_names: tuple[str, ...]
+    conditioning_name: str
+    output: str
+    returns: tuple[str, ...] | None = None
+    per_sample: tuple[str, ...] = ()
+
+    def bind(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
+        """The call with its arguments by name, however they were passed."""
+        return self._call({**dict(zip(_parameters(type(block).forward), args, strict=False)), **kwargs})
+
+    def _call(self, arguments: Mapping[str, Any]) -> BlockCall:
+        return BlockCall(arguments, tuple(arguments[name] for name in self.stream_names))
+
+    def conditioning(self, call: BlockCall) -> Tensor:
+        """The vector (B,D) that modulates the block."""
+        return call.arguments[self.conditioning_name]
+
+    def take(self, call: BlockCall, rows: Rows) -> BlockCall:
+        """The call for a sub-batch."""
+        arguments = dict(call.arguments)
+        for name in (*self.stream_names, self.conditioning_name, *self.per_sample):
+            if arguments.get(name) is not None:
+                arguments[name] = arguments[name][rows]
+        return self._call(arguments)
+
+    def run(self, forward: Callable[..., Any], call: BlockCall) -> tuple[Tensor, ...]:
+        """Run the block; its output streams in the order of `stream_names`."""
+        return self.unpack(forward(**call.arguments))
+
+    def unpack(self, output: Any) -> tuple[Tensor, ...]:
+        """What the block returns as streams."""
+        if self.returns is None:
+            return (output,)
+        by_name = dict(zip(self.returns, output, strict=True))
+        return tuple(by_name[name] for name in self.stream_names)
+
+    def pack(self, streams: tuple[Tensor, ...]) -> Any:
+        """Streams as the block itself would return them."""
+        if self.returns is None:
+            return streams[0]
+        by_name = dict(zip(self.stream_names, streams, strict=True))
+        return tuple(by_name[name] for name in self.returns)
+
+    def width(self, block: nn.Module) -> int:
+        """Channels of a token (D)."""
+        return cast(nn.Linear, block.get_submodule(self.output)).out_features
+
+    @abstractmethod
+    def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
+        """The MLPs that a router may narrow; ValueError where an MLP has no plain prefix."""
+
+    @abstractmethod
+    def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
+        """FLOPs of one sample with `lengths` tokens in each stream."""
+
+
+@dataclass(frozen=True)
+class ModelAdapter:
+    """One family of models: which modules are its blocks, and how its forward pass is told the time.
+
+    `lists`: dotted names of the model's `nn.ModuleList`s of blocks in order of execution, each with its adapter;
+    `time`: the argument with the time (B,) in [0,1], at a `position` among all; `noise_at_one`: it runs as in
+    diffusers, from 1 to 0.
+    """
+
+    family: str
+    lists: tuple[tuple[str, BlockAdapter], ...]
+    time: str
+    position: int
+    noise_at_one: bool = False
+
+    def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The time (B,), 0 = noise, one value per batch row, from the arguments of the model's forward pass."""
+        t = kwargs[self.time] if self.time in kwargs else args[self.position]
+        return 1 - t.float() if self.noise_at_one else t
+
+
+@lru_cache(maxsize=64)
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def rows_index(rows: Sequence[int], device: torch.device) -> Rows:
+    """Row numbers as an index: a slice (a view, nothing is copied) where they are consecutive."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=device)
+
+
+def take_rows(streams: tuple[Tensor, ...], rows: Sequence[int]) -> tuple[Tensor, ...]:
+    """Some rows of streams (B,L,D); all of them are not gathered."""
+    if len(rows) == len(streams[0]):
+        return streams
+    index = rows_index(rows, streams[0].device)
+    return tuple(stream[index] for stream in streams)
+
+
+def block_flops(model: nn.Module, adapter: ModelAdapter, lengths: Sequence[int]) -> list[BlockFlops]:
+    """FLOPs of each block in one dense pass of one sample with `lengths` tokens in its streams.
+
+    Reads shapes alone: the model may lie on the meta device. A block of one stream sees all tokens.
+    """
+    found = []
+    for name, kind in adapter.lists:
+        own = lengths if len(kind.stream_names) == len(lengths) else [sum(lengths)]
+        found += [kind.flops(block, own) for block in model.get_submodule(name).children()]
+    return found
+
+
+def dense_flops(model: nn.Module, adapter: ModelAdapter, lengths: Sequence[int]) -> int:
+    """FLOPs of all of them."""
+    return sum(block.dense for block in block_flops(model, adapter, lengths))

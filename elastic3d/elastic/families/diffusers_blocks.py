@@ -1,12 +1,15 @@
-"""What the block families of diffusers have in common."""
+"""FLUX and Qwen-Image as diffusers has them: joint blocks of image and text tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from elastic3d.elastic.family import BlockAdapter, BlockCall, MLPSite, Rows
+from elastic3d.elastic.families import BlockAdapter, BlockCall, BlockFlops, MLPSite, ModelAdapter, Rows
+from elastic3d.models.flops import double_block_flops, single_block_flops
 
 STREAMS = ("hidden_states", "encoder_hidden_states")  # image tokens, text tokens
 
@@ -14,18 +17,13 @@ STREAMS = ("hidden_states", "encoder_hidden_states")  # image tokens, text token
 class JointBlockAdapter(BlockAdapter):
     """A block that takes image and text tokens and returns (text, image)."""
 
-    def __init__(self, per_sample: tuple[str, ...] = ()) -> None:
-        super().__init__(STREAMS, "temb", returns=STREAMS[::-1], per_sample=per_sample)
-
     def take(self, call: BlockCall, rows: Rows) -> BlockCall:
         """The call for a sub-batch; tensors among the attention's keyword arguments are cut too."""
-        part = super().take(call, rows)
-        extra = call.arguments.get("joint_attention_kwargs")
-        if extra:
-            batch = len(call.streams[0])
-            taken = {name: _take(name, value, rows, batch) for name, value in extra.items()}
-            return BlockCall({**part.arguments, "joint_attention_kwargs": taken}, part.streams)
-        return part
+        part, extra = super().take(call, rows), call.arguments.get("joint_attention_kwargs")
+        if not extra:
+            return part
+        taken = {name: _take(name, value, rows, len(call.streams[0])) for name, value in extra.items()}
+        return BlockCall({**part.arguments, "joint_attention_kwargs": taken}, part.streams)
 
 
 def feed_forward_site(block: nn.Module, name: str) -> MLPSite:
@@ -49,3 +47,77 @@ def _take(name: str, value: Any, rows: Rows, batch: int) -> Any:
     raise ValueError(
         f"joint_attention_kwargs has {name}, which can't be cut to a sub-batch: run with elastic=false"
     )
+
+
+class FluxDoubleAdapter(JointBlockAdapter):
+    """`FluxTransformerBlock`; the image stream's MLP is narrowed."""
+
+    def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
+        """The image stream's MLP."""
+        return (feed_forward_site(block, "ff"),)
+
+    def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
+        """FLOPs of one sample: image tokens, text tokens."""
+        return BlockFlops(*double_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, *lengths))
+
+
+class FluxSingleAdapter(JointBlockAdapter):
+    """`FluxSingleTransformerBlock`; the MLP shares its output projection with the attention."""
+
+    def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
+        """`proj_mlp`, and the columns of `proj_out` behind the attention's output."""
+        up = cast(nn.Linear, block.get_submodule("proj_mlp"))
+        return (MLPSite("proj_mlp", "proj_out", up.out_features, fc2_offset=self.width(block)),)
+
+    def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
+        """FLOPs of one sample."""
+        return BlockFlops(
+            *single_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, sum(lengths))
+        )
+
+
+class QwenImageBlockAdapter(JointBlockAdapter):
+    """`QwenImageTransformerBlock`; the image stream's MLP is narrowed.
+
+    Models that know clean image tokens (`zero_cond_t`) carry 2B modulation vectors, those of time 0 behind, and
+    `modulate_index` (B,N) says which of the two a token takes.
+    """
+
+    def conditioning(self, call: BlockCall) -> Tensor:
+        """temb (B,D) of the noisy tokens."""
+        return call.arguments["temb"][: len(call.streams[0])]
+
+    def take(self, call: BlockCall, rows: Rows) -> BlockCall:
+        """The call for a sub-batch."""
+        part, temb = super().take(call, rows), call.arguments["temb"]
+        batch = len(call.streams[0])
+        if len(temb) == batch:
+            return part
+        both = torch.cat([temb[:batch][rows], temb[batch:][rows]])
+        return BlockCall({**part.arguments, "temb": both}, part.streams)
+
+    def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
+        """The image stream's MLP."""
+        return (feed_forward_site(block, "img_mlp"),)
+
+    def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
+        """FLOPs of one sample: image tokens, text tokens."""
+        D = self.width(block)
+        fixed, mlp = double_block_flops(D, self.mlp_sites(block)[0].hidden, *lengths)
+        if getattr(block, "zero_cond_t", False):
+            fixed += 2 * D * 6 * D  # the image stream is modulated twice
+        return BlockFlops(fixed, mlp)
+
+
+_RETURNS = STREAMS[::-1]
+_FLUX_LISTS = (
+    ("transformer_blocks", FluxDoubleAdapter(STREAMS, "temb", "attn.to_out.0", _RETURNS)),
+    ("single_transformer_blocks", FluxSingleAdapter(STREAMS, "temb", "proj_out", _RETURNS)),
+)
+FLUX = ModelAdapter("FluxTransformer2DModel", _FLUX_LISTS, "timestep", position=3, noise_at_one=True)
+_QWEN = QwenImageBlockAdapter(
+    STREAMS, "temb", "attn.to_out.0", _RETURNS, ("encoder_hidden_states_mask", "modulate_index")
+)
+QWEN_IMAGE = ModelAdapter(
+    "QwenImageTransformer2DModel", (("transformer_blocks", _QWEN),), "timestep", position=3, noise_at_one=True
+)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from elastic3d.elastic.family import BlockAdapter, BlockCall, BlockFlops, MLPSite, ModelAdapter
+from elastic3d.elastic.families import BlockAdapter, BlockCall, BlockFlops, MLPSite, ModelAdapter
 from elastic3d.models.flops import skip_block_flops
 from elastic3d.models.skip_dit import SkipBlock
 
@@ -20,24 +20,16 @@ class SkipBlockAdapter(BlockAdapter):
     its tokens go different ways, so that there is no prefix that all of them share.
     """
 
-    def __init__(self) -> None:
-        super().__init__(streams=("x",), conditioning="condition")  # which is only cut by that name
-
     def bind(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
         """The call with its arguments by name and the long skip joined."""
         arguments = dict(super().bind(block, args, kwargs).arguments)
-        skip = arguments.pop("skip", None)
-        if skip is not None:
+        if (skip := arguments.pop("skip", None)) is not None:
             arguments["x"] = cast(SkipBlock, block).join(arguments["x"], skip)
-        return BlockCall(arguments, (arguments["x"],))
+        return self._call(arguments)
 
     def conditioning(self, call: BlockCall) -> Tensor:
         """The time token (B,D)."""
         return call.streams[0][:, 0]
-
-    def width(self, block: nn.Module) -> int:
-        """Channels of a token (D)."""
-        return cast(SkipBlock, block).attn1.out_proj.out_features
 
     def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
         """The MLP; nothing in a block with experts."""
@@ -56,4 +48,5 @@ class SkipBlockAdapter(BlockAdapter):
         )
 
 
-ADAPTER = ModelAdapter("SkipDiT", (("blocks", SkipBlockAdapter()),), time="t", position=1)
+_BLOCK = SkipBlockAdapter(("x",), "condition", "attn1.out_proj")  # which is only cut by that name
+ADAPTER = ModelAdapter("SkipDiT", (("blocks", _BLOCK),), time="t", position=1)

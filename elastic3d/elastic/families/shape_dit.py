@@ -7,20 +7,13 @@ from typing import cast
 
 from torch import nn
 
-from elastic3d.elastic.family import BlockAdapter, BlockFlops, MLPSite, ModelAdapter
+from elastic3d.elastic.families import BlockAdapter, BlockFlops, MLPSite, ModelAdapter
 from elastic3d.models.flops import double_block_flops, single_block_flops
 from elastic3d.models.shape_dit import DoubleStreamBlock, SingleStreamBlock
 
 
 class DoubleAdapter(BlockAdapter):
     """Latents and condition with weights of their own; the latents' MLP is narrowed (as in E-DiT's code)."""
-
-    def __init__(self) -> None:
-        super().__init__(streams=("img", "txt"), conditioning="vec", returns=("img", "txt"))
-
-    def width(self, block: nn.Module) -> int:
-        """Channels of a token (D)."""
-        return cast(DoubleStreamBlock, block).img_attn.proj.out_features
 
     def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
         """The latents' MLP."""
@@ -35,13 +28,6 @@ class DoubleAdapter(BlockAdapter):
 class SingleAdapter(BlockAdapter):
     """Condition and latents as one sequence; the MLP is fused with the attention's projections."""
 
-    def __init__(self) -> None:
-        super().__init__(streams=("x",), conditioning="vec")
-
-    def width(self, block: nn.Module) -> int:
-        """Channels of a token (D)."""
-        return cast(SingleStreamBlock, block).linear2.out_features
-
     def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
         """The MLP behind QKV in linear1, and behind the attention's output in linear2."""
         D, hidden = self.width(block), cast(SingleStreamBlock, block).mlp_width
@@ -52,6 +38,8 @@ class SingleAdapter(BlockAdapter):
         return BlockFlops(*single_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, *lengths))
 
 
+_DOUBLE = DoubleAdapter(("img", "txt"), "vec", "img_attn.proj", returns=("img", "txt"))
+_SINGLE = SingleAdapter(("x",), "vec", "linear2")
 ADAPTER = ModelAdapter(
-    "ShapeDiT", (("double_blocks", DoubleAdapter()), ("single_blocks", SingleAdapter())), time="t", position=1
+    "ShapeDiT", (("double_blocks", _DOUBLE), ("single_blocks", _SINGLE)), time="t", position=1
 )
