@@ -21,7 +21,7 @@ from elastic3d.training.elastic_image import ImageRouterStage
 from elastic3d.training.options import DataConfig, StageName
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.structured import load_json, save_json
-from tests.training.test_elastic import dense, router_config  # noqa: F401  # a fixture
+from tests.training.test_elastic import router_config
 from tests.training.test_image_stages import folder, image_config  # noqa: F401  # a fixture
 
 STEPS, TIMES, CURVE = 12, [0.2, 0.8], [0.3, -0.2]
@@ -50,7 +50,7 @@ def save_tiny_routers(dit: torch.nn.Module, folder: Path, config: RouterConfig =
 
 
 @pytest.fixture
-def routers(dense):  # noqa: F811
+def routers(dense):
     """The folder of the dense shape model's routers; it samples in `STEPS` steps."""
     path = dense / "dense" / "pipeline.json"
     save_json({**load_json(path), "steps": STEPS, "guidance": 2.5}, path)
@@ -73,7 +73,7 @@ def check_executed(stage, folder: Path) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("anchored", [True, False])
-def test_curves_are_chosen_by_the_anchors_of_anchored_latents(dense, monkeypatch, anchored):  # noqa: F811
+def test_curves_are_chosen_by_the_anchors_of_anchored_latents(dense, monkeypatch, anchored):
     stage = RouterStage(router_config(dense))
     latents, share = stage._generate(ElasticConfig())
     if not anchored:
@@ -90,7 +90,7 @@ def test_curves_are_chosen_by_the_anchors_of_anchored_latents(dense, monkeypatch
     assert torch.equal(found, latents[..., :3] if anchored else latents) and torch.equal(shares, share)
 
 
-def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypatch):  # noqa: F811
+def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypatch):
     before = {path.name: path.read_bytes() for path in routers.iterdir()}
     config = shape_config(dense, {"dampings": Curve.keep, "gate_bias": Curve.keep})
     dial = routers.parent / "dial.json"
@@ -156,7 +156,7 @@ def test_images(folder, prepared):  # noqa: F811
     check_executed(ImageRouterStage(trained), routers)
 
 
-def test_what_cannot_be_calibrated(dense):  # noqa: F811
+def test_what_cannot_be_calibrated(dense):
     config = shape_config(dense)
     with pytest.raises(UserError, match="dense has no routers to calibrate: there is no folder"):
         run_stage(config)
