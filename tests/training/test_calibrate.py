@@ -12,6 +12,7 @@ from elastic3d.elastic.attachment import load_router_config
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, RouterVariant, Scope
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.pipelines.backbones import QwenImageBackbone
 from elastic3d.pipelines.image_loading import load_transformer
 from elastic3d.pipelines.options import BackboneName
 from elastic3d.training import calibration, elastic_objective
@@ -128,7 +129,8 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
     assert len(chosen.gate_bias) == STEPS - 1 and chosen.damping_times == list(calibration.DAMPING_TIMES)
 
 
-def test_images(folder, prepared):  # noqa: F811
+def test_images(folder, prepared, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(QwenImageBackbone, "default_sampling", lambda backbone: (STEPS, 4.0))  # of 50 steps
     weights = save_tiny_qwen(prepared / "published")
     given = replace(ROUTERS, head_std=3.0)  # else their share jumps with the budget
     routers = save_tiny_routers(load_transformer(weights, torch.float32), weights / "routers", given)
@@ -149,7 +151,7 @@ def test_images(folder, prepared):  # noqa: F811
         and found.calibrated_budgets != given.calibrated_budgets
     )
     note = load_json(routers / "calibration.json")
-    assert (note["steps"], note["data"]["val_images"]) == (50, 3)
+    assert (note["steps"], note["guidance"], note["data"]["val_images"]) == (STEPS, 4.0, 3)
     routing = {"val_shapes": 3, "val_steps": note["steps"], "guidance": note["guidance"]}
     trained = image_config(prepared, StageName.image_router, routing, **image)
     trained.router = found
