@@ -79,6 +79,7 @@ def test_a_quick_comparison(
     if task == "images":
         config = image_config_of(gallery, tmp_path, **changes, limit=2, caches=[CacheName.forecast])
     score = {"meshes": "iou_dense", "images": "psnr_dense"}[task]
+    monkeypatch.setattr("elastic3d.benchmark.meshes.QUICK_CELLS", 12)
     monkeypatch.setattr(script, "REPOSITORY", world if task == "meshes" else gallery)
     assert script.main(config) == 0 and "| training_free, even |" in capsys.readouterr().out
     rows = load_json(tmp_path / "quick.json")["rows"]
