@@ -13,13 +13,13 @@ from pathlib import Path
 
 from _cli import run
 
-from elastic3d.benchmark.config import DecodingConfig
+from elastic3d.studies.config import DecodingConfig
 from elastic3d.utils.files import check_distinct
 
 
 def main(config: DecodingConfig) -> int:
     """Measure, write the files, print the table."""
-    from elastic3d.benchmark.decoding import compare_decoding
+    from elastic3d.studies.decoding import compare_decoding
 
     reads = {"images": config.images, "gt": config.gt, "model": Path(config.model)}
     check_distinct(reads, {"output": config.output})

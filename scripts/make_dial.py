@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from _cli import run
 
-from elastic3d.benchmark.dial import DialConfig, make_dial
 from elastic3d.diffusion.dial import DIAL_NAME
+from elastic3d.studies.config import DialConfig
+from elastic3d.studies.dial import make_dial
 from elastic3d.utils.files import check_distinct
 
 

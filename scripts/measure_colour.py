@@ -14,12 +14,13 @@ from typing import Any
 
 from _cli import run
 
-from elastic3d.benchmark.colour import ColourConfig, measure_shape, summary
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.preparation.prepare import open_source
 from elastic3d.preparation.splits import Split, read_splits
+from elastic3d.studies.colour import measure_shape, summary
+from elastic3d.studies.config import ColourConfig
 from elastic3d.utils.files import check_distinct
 from elastic3d.utils.structured import save_json
 

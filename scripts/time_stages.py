@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from _cli import run
 
-from elastic3d.benchmark.config import StagesConfig
+from elastic3d.studies.config import StagesConfig
 from elastic3d.utils.files import check_distinct
 
 
 def main(config: StagesConfig) -> int:
     """Measure, write the JSON, print the table."""
-    from elastic3d.benchmark.stages import measure_stages, printed
+    from elastic3d.studies.stages import measure_stages, printed
 
     reads = {"image": config.image, "model": config.model, "against": config.against}
     check_distinct(reads, {"output": config.output})

@@ -1,5 +1,4 @@
-"""Options of `scripts/benchmark.py`, those that both tasks share and of each, and of the scripts that time and compare
-the parts of a generation."""
+"""Options of `scripts/benchmark.py`, those that both tasks share and of each."""
 
 from __future__ import annotations
 
@@ -8,11 +7,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from elastic3d.diffusion.options import Quality
 from elastic3d.elastic.config import MIN_BUDGET, BlockCacheConfig
 from elastic3d.evaluation.options import ProtocolConfig
-from elastic3d.models.options import MAX_TOKENS, MAX_WIDTH
-from elastic3d.pipelines.options import DEFAULT_MODEL, BackboneName
+from elastic3d.pipelines.options import BackboneName
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.options import Options, option
 
@@ -267,100 +264,3 @@ class ImageBenchmarkConfig(BenchmarkOptions):
         super().check()
         if not self.weights and self.backbone is not BackboneName.small:
             raise ValueError(f"weights= is missing: the folder of the {self.backbone.name} pipeline")
-
-
-@dataclass(kw_only=True)
-class StagesConfig(Options):
-    """How long each stage from an image to a written mesh takes, also against another checkout."""
-
-    image: Path = option(Path("data/samples/chair.png"), "image of one object")
-    model: Path = option(Path(DEFAULT_MODEL), "folder of the model; both checkouts load this one")
-    against: Path | None = option(
-        None, "root of another checkout, measured in turn with this one; null: none"
-    )
-    output: Path = option(Path("outputs/stages.json"), "JSON file with every measurement")
-    rounds: int = option(3, "fresh processes of each checkout", ge=1, le=1000)
-    repeats: int = option(3, "meshes that such a process makes after its first", ge=1, le=1000)
-    commands: bool = option(True, "also time the whole commands gen_mesh.py and gen_mesh.py --help")
-    resolution: int | None = option(
-        256, "grid cells a side of the decoding; null: that of quality=", ge=8, le=512
-    )
-    quality: Quality | None = option(None, "point of the model's dial; null: the default")
-    budget: float | None = option(None, "share of the dense FLOPs; null: that of quality=", ge=0.01, le=1)
-    elastic: bool = option(True, "let the routers decide; false: the dense model")
-    threads: int = option(0, "threads of PyTorch; 0: its own choice", ge=0, le=1024)
-    cpu: bool = option(
-        False,
-        "count time of the processor, not of the clock, on a machine that does other work; needs threads=1",
-    )
-    batch: int = option(0, "also a batch of that many meshes; 0: none", ge=0, le=4096)
-    full_grid: bool = option(
-        False, "also a dense mesh whose field is evaluated in the whole cube, of this checkout: minutes"
-    )
-
-    def check(self) -> None:
-        """Threads that wait for each other count as work."""
-        if self.cpu and self.threads != 1:
-            raise ValueError(f"cpu is true and threads is {self.threads}, expected threads=1 with it")
-        if self.full_grid and self.resolution is None:
-            raise ValueError("full_grid is true and resolution is null, expected a resolution with it")
-
-
-@dataclass(kw_only=True)
-class DecodingConfig(Options):
-    """What resolution and tolerance of the decoding cost, and what they leave of the mesh."""
-
-    model: str = option(DEFAULT_MODEL, "folder of the model")
-    images: Path = option(Path("data/samples"), "folder of images to sample latents from")
-    gt: Path | None = option(
-        None,
-        "folder of true meshes (.glb), named as their images are; they are encoded too; null: none but made shapes",
-    )
-    seeds: list[int] = option([0, 1, 2], "seeds of the latents of each image", ge=0, le=2**63 - 1)
-    output: Path = option(
-        Path("outputs/decoding"), "folder for latents.safetensors, shapes.json and table.md"
-    )
-    reference: int = option(
-        256, "cells a side of the references, evaluated everywhere at the surface", ge=8, le=512
-    )
-    plain: bool = option(
-        True,
-        "the reference evaluates the whole cube at 64 cells, by the network's own modules; false: prepared, coarse to"
-        " fine as the others, in a quarter of the time",
-    )
-    resolutions: list[int] = option(
-        [64, 96, 128, 192, 256], "cells a side to compare with it, by default ways", ge=8, le=512
-    )
-    points: int = option(20000, "points on each mesh that distances are measured from", ge=100, le=1 << 24)
-    limit: int = option(0, "shapes, from the first; 0: all", ge=0, le=1 << 20)
-    hunyuan3d_tokens: int = option(
-        0,
-        "count the time of Hunyuan3D-2's field decoder (random weights) with that many latent tokens, 512 or 3072; 0:"
-        " of the model's own",
-        ge=0,
-        le=1 << 16,
-    )
-
-
-@dataclass(kw_only=True)
-class FullSizeConfig(Options):
-    """Times of published DiTs with random weights, dense and at budgets that a training-free policy keeps."""
-
-    output: Path = option(Path("outputs/full_size.json"), "JSON file with every measurement")
-    models: list[str] = option(
-        ["hunyuan3d2", "triposg", "step1x3d"], "published models", lengths=(1, 100), unique=True
-    )
-    budgets: list[float] = option(
-        [0.65, 0.5, 0.35], "shares of the blocks' FLOPs", ge=MIN_BUDGET, le=1, lengths=(1, 100), unique=True
-    )
-    batches: list[int] = option([1, 4], "batch sizes", ge=1, le=4096, lengths=(1, 100), unique=True)
-    steps: int = option(20, "sampling steps", ge=5, le=1000)
-    rounds: int = option(3, "rounds after a warm one", ge=1, le=1000)
-    width: int = option(
-        0, "width of the DiTs; 0: as published. For machines that hold no more", ge=0, le=MAX_WIDTH
-    )
-    latents: int = option(
-        0, "latent tokens, condition tokens in proportion; 0: as published", ge=0, le=MAX_TOKENS
-    )
-    device: DeviceChoice = option(DeviceChoice.auto, "where the models run")
-    dtype: DTypeChoice = option(DTypeChoice.auto, "number format of the models")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.benchmark.methods import MAIN, NO_CACHE, Job, Routes, Run
+from elastic3d.benchmark.methods import MAIN, NO_CACHE, Job, Routes, Run, after
 from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.families import BlockFlops
@@ -34,7 +34,9 @@ class Controls:
         self.task, self.planner, self.config = task, task.planner, task.planner.config
         self.session = self.planner.models[MAIN].session
         self.router = self.session.router_config if self.session is not None else RouterConfig()
-        self.calibration = task.calibration_jobs()
+        path, seeds = self.config.calibration, self.config.seeds
+        chosen = (task.find_items(path) if path else task.items)[: self.config.calibration_samples]
+        self.calibration = [Job(item, seeds[i % len(seeds)]) for i, item in enumerate(chosen)]
         self.folder = self.config.output / "tables"
         self._tables: dict[str, Tensor] = {}
 
@@ -49,8 +51,7 @@ class Controls:
             own = self._random if run.routes is Routes.random else self._of_another
             return TableRoutes(torch.stack([own(run, job) for job in jobs], dim=2), widths)
         if run.name not in self._tables:
-            found = self._static(run) if run.routes is Routes.static else self._timestep(run)
-            self._tables[run.name] = found
+            self._tables[run.name] = self._table(run)
         return TableRoutes(self._tables[run.name], widths)
 
     def _random(self, run: Run, job: Job) -> Tensor:
@@ -67,21 +68,25 @@ class Controls:
         return routes.expand(-1, -1, len(blocks))
 
     def _of_another(self, run: Run, job: Job) -> Tensor:
-        """What the routers did for the next item, at the same seed."""
-        assert run.donor is not None
-        routes = self.task.routes_of(run.donor, self.task.neighbour(job))
+        """What the routers did for the next item, at the same seed; that is made where need be."""
+        task, donor, other = self.task, run.donor, Job(after(self.task.items, job.item), job.seed)
+        assert donor is not None
+        if task.record(donor, other) is None:
+            task.make(donor, [other])
+        record = task.record(donor, other)
+        assert record is not None
+        routes = record["metadata"]["routes"]
         return parse_actions(routes["actions"], len(routes["blocks"])).clamp_min(0)
 
-    def _timestep(self, run: Run) -> Tensor:
+    def _table(self, run: Run) -> Tensor:
+        """Routes (S,2,1,I) by timestep, or fixed ones (1,1,1,I)."""
         actions, blocks, share = self._calibrated(run)
+        if run.routes is Routes.static:
+            path = [(found, torch.tensor(routes)) for found, routes in self._static_path(blocks, share)]
+            return nearest_share(path, share)[None, None, None]
         decided = self._decided(blocks)
         routes = timestep_routes(actions[..., : len(decided)], decided, self.router.ratios, share)
         return routes.expand(-1, -1, len(blocks))[:, :, None]
-
-    def _static(self, run: Run) -> Tensor:
-        _, blocks, share = self._calibrated(run)
-        path = [(found, torch.tensor(routes)) for found, routes in self._static_path(blocks, share)]
-        return nearest_share(path, share)[None, None, None]
 
     def _decided(self, blocks: list[BlockFlops]) -> list[BlockFlops]:
         """What controls choose among: blocks, or all of them as one where the routers decide for all."""
@@ -97,7 +102,7 @@ class Controls:
             for start in range(0, len(self.calibration), self.config.batch_size):
                 jobs = self.calibration[start : start + self.config.batch_size]
                 with self.task.ready(donor):
-                    self.task.sample(donor, self.task.condition_of(donor, jobs), jobs, None)
+                    self.task.sample(donor, self.task.condition_of(donor, jobs), jobs)
                 trace = self.session.trace
                 assert trace is not None
                 samples += [trace.sample(row) for row in range(len(jobs))]
@@ -139,11 +144,11 @@ class Controls:
         plain = ElasticConfig(cache=NO_CACHE, few_step=False)
         fixed = planner.run(MAIN, planner.baseline_steps, Routes.open, plain)
         condition = task.condition_of(dense, jobs)
-        true = task.sample(dense, condition, jobs, None)
+        true = task.sample(dense, condition, jobs)
 
         def error(routes: Tensor) -> float:
-            source = TableRoutes(routes[None, None, None], self.router.widths)
-            found = task.sample(fixed, condition, jobs, source)
+            with task.ready(fixed, TableRoutes(routes[None, None, None], self.router.widths)):
+                found = task.sample(fixed, condition, jobs)
             return float((found - true).square().mean() / true.square().mean())
 
         return error

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.benchmark.config import ImageBenchmarkConfig
-from elastic3d.benchmark.methods import Run
+from elastic3d.benchmark.methods import Run, after
 from elastic3d.benchmark.task import Scores
 from elastic3d.errors import UserError
 from elastic3d.evaluation.sets import Probe, fit_probe, frechet_distance, kernel_distance
@@ -125,7 +125,7 @@ class Judge:
                         scores.rows.setdefault((run.name, anchor), []).extend(_rows(found, anchor, seed))
                     bar.update()
                 for anchor, run in self.anchors.items() if len(seeds) > 1 else ():
-                    other = self.task.next_seed(seed)
+                    other = after(seeds, seed)
                     found = self._of(run, other, [anchor], f"floor-{anchor}-{seed}-{other}", seed)
                     scores.floors.setdefault(anchor, []).extend(_rows(found, anchor, seed))
         return scores, {name: np.concatenate(parts) for name, parts in pooled.items()}

@@ -103,29 +103,25 @@ class ImageTask(Task):
         alone = run.rival is not None and by_batch(run.rival) and not self.config.batched_decisions
         entries = self._read(run, jobs[0].seed)
         for batch in [[job] for job in jobs] if alone else [list(jobs)]:
-            try:
-                entries |= self._made(run, batch)
-            except UserError:  # of which one?
-                for job in batch:
-                    entries |= self._made_or_failed(run, job)
+            entries |= self._made(run, batch)
         records = json.dumps({prompt: record for prompt, (_, record) in entries.items()})
         with atomic_path(self._path(run, jobs[0].seed)) as temporary, temporary.open("wb") as file:
             pixels = np.stack([image for image, _ in entries.values()])
             np.savez_compressed(file, images=pixels, records=np.frombuffer(records.encode(), np.uint8))
 
     def _made(self, run: Run, jobs: Sequence[Job]) -> Entries:
-        return {
-            job.name: (np.asarray(result.image), {"status": "ok", "error": None, "metadata": result.metadata})
-            for job, result in zip(jobs, self.produced(run, jobs), strict=True)
-        }
-
-    def _made_or_failed(self, run: Run, job: Job) -> Entries:
         try:
-            return self._made(run, [job])
+            results = self.produced(run, jobs)
         except UserError as error:
+            if len(jobs) > 1:  # of which one?
+                return {name: entry for job in jobs for name, entry in self._made(run, [job]).items()}
             side = self.config.resolution or self.model(run).resolution
             grey = np.full((side, side, 3), 128, np.uint8)
-            return {job.name: (grey, {"status": "failed", "error": str(error), "metadata": {}})}
+            return {jobs[0].name: (grey, {"status": "failed", "error": str(error), "metadata": {}})}
+        return {
+            job.name: (np.asarray(result.image), {"status": "ok", "error": None, "metadata": result.metadata})
+            for job, result in zip(jobs, results, strict=True)
+        }
 
     def _path(self, run: Run, seed: int) -> Path:
         return self.config.output / "runs" / run.name / f"seed-{seed}.npz"
@@ -176,13 +172,13 @@ class ImageTask(Task):
         """MagCache's calibration for as many steps, kept in `tables`."""
         if run.rival is None or run.rival.kind is not CacheName.mag_cache:
             return ()
-        dense, jobs = self.planner.dense(run.steps), self.calibration_jobs()
+        dense, jobs = self.planner.dense(run.steps), self.controls.calibration
         path = self.controls.folder / f"magnitudes-{dense.name}.json"
         key = [[job.name, job.seed] for job in jobs]
         stored = load_json(path, {"jobs": list, "ratios": [float]}) if path.is_file() else {}
         if stored.get("jobs") != key:
             dit = self.model(dense).dit
-            ratios = magnitude_ratios(dit, lambda: self.produce(dense, jobs, None), run.steps)
+            ratios = magnitude_ratios(dit, lambda: self.produce(dense, jobs), run.steps)
             stored = {"jobs": key, "ratios": ratios}
             save_json(stored, path)
         return stored["ratios"]
@@ -246,12 +242,14 @@ class ImageTask(Task):
         runs = {name: run for name, run in runs.items() if self._read(run, seed).keys() >= set(prompts)}
         if not runs or not self.config.sheet_prompts:
             return None
-        columns = [[_enlarged(each) for each in self.images(run, seed, prompts)] for run in runs.values()]
+
+        def enlarged(image: Pixels) -> Pixels:
+            return np.asarray(
+                Image.fromarray(image).resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS)
+            )
+
+        columns = [map(enlarged, self.images(run, seed, prompts)) for run in runs.values()]
         return list(runs), [list(row) for row in zip(*columns, strict=True)]
-
-
-def _enlarged(image: Pixels) -> Pixels:
-    return np.asarray(Image.fromarray(image).resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS))
 
 
 def load_models(config: ImageBenchmarkConfig, repository: Path) -> dict[str, Model]:

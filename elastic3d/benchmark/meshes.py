@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.benchmark.config import MeshBenchmarkConfig
-from elastic3d.benchmark.methods import DENSE, EULER, MAIN, Case, Job, Model, Planner, Run
+from elastic3d.benchmark.methods import DENSE, EULER, MAIN, Case, Job, Model, Planner, Run, after
 from elastic3d.benchmark.rows import average, bounds
 from elastic3d.benchmark.task import Scores, Task, spread
 from elastic3d.diffusion.flow import sampling_times
@@ -44,6 +44,7 @@ TRUTH, REFERENCE, SAME_STEPS, FLOOR = "truth", "reference", "same_steps", "floor
 QUICK_CELLS = 32
 F_DROP = 0.01  # of an F-score, that the speed target allows
 SHEET_SIDE = 160
+_sha256 = cache(file_sha256)
 _RECORD = {"status": str, "error": Maybe(str), "image_sha256": str, "metadata": dict}
 
 
@@ -176,7 +177,9 @@ class MeshTask(Task):
                         run, kind, [self.mesh(other, job) for job in self.jobs]
                     )
         if reference in done and len(self.config.seeds) > 1:
-            others = [self.mesh(reference, Job(job.item, self.next_seed(job.seed))) for job in self.jobs]
+            others = [
+                self.mesh(reference, Job(job.item, after(self.config.seeds, job.seed))) for job in self.jobs
+            ]
             pairs = self._items(reference, FLOOR, others)
             groups[reference.name, FLOOR] = [Item(pair.name, pair.gt, pair.pred) for pair in pairs]
         rows = self._scored(groups)
@@ -262,11 +265,6 @@ class MeshTask(Task):
 
 def _pair(rows: Sequence[Row], suffix: str) -> dict[str, float | None]:
     return {f"chamfer_l1_{suffix}": average(rows, "chamfer_l1"), f"iou_{suffix}": average(rows, "volume_iou")}
-
-
-@cache
-def _sha256(path: Path) -> str:
-    return file_sha256(path)
 
 
 def pair_truth(folder: Path | None, images: Sequence[Path]) -> dict[str, Path]:

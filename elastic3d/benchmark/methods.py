@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
@@ -133,6 +133,11 @@ class Case:
 
 
 NO_CACHE = BlockCacheConfig()
+
+
+def after(values: Sequence[Any], value: Any) -> Any:
+    """The next of the values; the first one is after the last."""
+    return values[(values.index(value) + 1) % len(values)]
 
 
 class Planner:

@@ -44,7 +44,15 @@ def benchmark(
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    task = _task(config, repository)
+    task: Task
+    if isinstance(config, ImageBenchmarkConfig):
+        from elastic3d.benchmark.images import ImageTask  # diffusers
+
+        task = ImageTask(config, repository)
+    else:
+        from elastic3d.benchmark.meshes import MeshTask
+
+        task = MeshTask(config, repository)
     planner = task.planner
     cases = [*plan(planner, len(task.items)), *rival_cases(planner)]
     if not cases:
@@ -59,16 +67,6 @@ def benchmark(
     to_time = [run for run in runs if run != planner.reference() or run in [case.run for case in cases]]
     rounds = timed_rounds(task, to_time, measure=Phase.timing in config.phases)
     return write_report(task, cases, scores, rounds, command)
-
-
-def _task(config: MeshBenchmarkConfig | ImageBenchmarkConfig, repository: Path) -> Task:
-    if isinstance(config, ImageBenchmarkConfig):
-        from elastic3d.benchmark.images import ImageTask  # diffusers
-
-        return ImageTask(config, repository)
-    from elastic3d.benchmark.meshes import MeshTask
-
-    return MeshTask(config, repository)
 
 
 def make_all(task: Task, runs: Sequence[Run]) -> None:
@@ -134,13 +132,9 @@ def timed(task: Task, run: Run, jobs: Sequence[Job], condition: Any) -> tuple[An
     the blocks' FLOPs of all passes, executed, dense and the routers', where routers or a policy decided."""
     source = task.controls.source(run, jobs)  # before the clock starts
     clock = time.process_time if task.config.cpu_time else time.perf_counter
-    with task.ready(run):
+    with task.ready(run, source):
         start = clock()
-        made = (
-            task.produce(run, jobs, source)
-            if condition is None
-            else task.sample(run, condition, jobs, source)
-        )
+        made = task.produce(run, jobs) if condition is None else task.sample(run, condition, jobs)
         found = {"ms": 1000 * (clock() - start) / len(jobs)}
         session = task.model(run).session  # before a policy goes
     if run.settings.elastic and session is not None and session.trace is not None:

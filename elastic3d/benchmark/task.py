@@ -21,7 +21,6 @@ from elastic3d.benchmark.methods import Case, Job, Model, Planner, Routes, Run
 from elastic3d.benchmark.rivals import by_batch, running
 from elastic3d.elastic import detach
 from elastic3d.elastic.context import RouteSource
-from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.training_free import put_policy
 from elastic3d.evaluation.statistics import Row
 
@@ -61,7 +60,7 @@ class Task(ABC):
         self._shares: dict[str, float] = {}
         self._outside: dict[
             int, tuple[float, float]
-        ] = {}  # by steps: dense FLOPs outside the blocks, and of them
+        ] = {}  # by steps: dense FLOPs outside the blocks, in them
 
     # ------------------------------------------------------------------------------------- of each task
 
@@ -127,8 +126,9 @@ class Task(ABC):
         return self.planner.models[run.model]
 
     @contextmanager
-    def ready(self, run: Run) -> Iterator[None]:
-        """While it lasts, the model is set up for one generation of a run."""
+    def ready(self, run: Run, source: RouteSource | None = None) -> Iterator[None]:
+        """While it lasts, the model is set up for one generation of a run, in which `source` decides instead of the
+        routers; None leaves them, or a policy, to it."""
         with ExitStack() as stack:
             model, pipe = self.model(run), self.pipe(run)
             if run.unbiased and model.session is not None:  # the gates have no bias over time
@@ -141,22 +141,26 @@ class Task(ABC):
             if run.rival is not None:
                 stack.enter_context(running(model.dit, run.rival, run.steps, self.ratios(run), pipe))
             self.warm_up(run)
+            if source is not None and model.session is not None:
+                model.session.source = source
+                stack.callback(setattr, model.session, "source", None)
             yield
 
-    def produce(self, run: Run, jobs: Sequence[Job], source: RouteSource | None) -> list[Any]:
+    def produce(self, run: Run, jobs: Sequence[Job]) -> list[Any]:
         """All that a user waits for, as one batch; each result has a `metadata`. The run must be `ready`."""
-        pipeline = self.model(run).pipeline
+        pipeline, settings = self.model(run).pipeline, run.settings
+        options: dict[str, Any] = {}
+        if run.routes is Routes.policy:
+            options = {"budget": settings.budget}
+        elif pipeline.session is not None:
+            names = ("budget", "width", "cache", "shared", "few_step") if settings.elastic else ()
+            options = {"elastic": settings.elastic} | {name: getattr(settings, name) for name in names}
         items, seeds = [job.item for job in jobs], [job.seed for job in jobs]
-        with following(pipeline.session, source):
-            return pipeline(
-                items, seeds, steps=run.steps, guidance=self.config.guidance, **self.size,
-                **elastic_options(pipeline.session, run),
-            )  # fmt: skip
+        return pipeline(items, seeds, steps=run.steps, guidance=self.config.guidance, **self.size, **options)
 
-    def sample(self, run: Run, condition: Any, jobs: Sequence[Job], source: RouteSource | None) -> Tensor:
+    def sample(self, run: Run, condition: Any, jobs: Sequence[Job]) -> Tensor:
         """The DiT alone: latents (B,N,C); returns when a GPU is done. The run must be `ready`."""
-        with following(self.model(run).session, source):
-            found = self.latents(run, condition, [job.seed for job in jobs])
+        found = self.latents(run, condition, [job.seed for job in jobs])
         if found.device.type == "cuda":
             torch.cuda.synchronize()
         return found
@@ -165,8 +169,8 @@ class Task(ABC):
         """Results of a batch; the metadata of a rival say what it really executed."""
         source, dit = self.controls.source(run, jobs), self.model(run).dit
         counted = run.rival is not None and by_batch(run.rival)
-        with self.ready(run), metered(dit) if counted else nullcontext() as meter:
-            results = self.produce(run, jobs, source)
+        with self.ready(run, source), metered(dit) if counted else nullcontext() as meter:
+            results = self.produce(run, jobs)
         if run.rival is not None:
             share = self._share(run, meter.total / len(jobs)) if meter else self._scheduled_share(run)
             for result in results:
@@ -180,7 +184,7 @@ class Task(ABC):
             jobs = self.jobs[:1]
             condition = self.condition_of(run, jobs)
             with self.ready(run), metered(self.model(run).dit) as meter:
-                self.sample(run, condition, jobs, None)
+                self.sample(run, condition, jobs)
             self._shares[run.name] = self._share(run, meter.total)
         return self._shares[run.name]
 
@@ -189,7 +193,7 @@ class Task(ABC):
         if run.steps not in self._outside:
             dense = self.planner.dense(run.steps)
             with self.ready(dense), metered(self.model(dense).dit) as meter:
-                blocks = self.produce(dense, self.jobs[:1], None)[0].metadata["flops_dense"]
+                blocks = self.produce(dense, self.jobs[:1])[0].metadata["flops_dense"]
             self._outside[run.steps] = meter.total - blocks, blocks
         outside, blocks = self._outside[run.steps]
         return (total - outside) / blocks
@@ -198,28 +202,6 @@ class Task(ABC):
         """Jobs, of one seed or of all, of which a run has no record."""
         jobs = [job for job in self.jobs if seed in (None, job.seed)]
         return [job for job in jobs if self.record(run, job) is None]
-
-    def routes_of(self, run: Run, job: Job) -> dict[str, Any]:
-        """The routes that a run took for a job, which is done where need be."""
-        if self.record(run, job) is None:
-            self.make(run, [job])
-        record = self.record(run, job)
-        assert record is not None
-        return record["metadata"]["routes"]
-
-    def calibration_jobs(self) -> list[Job]:
-        """The jobs that static and timestep routes are found on: the first items, with the seeds in turn."""
-        path, seeds = self.config.calibration, self.config.seeds
-        chosen = (self.find_items(path) if path else self.items)[: self.config.calibration_samples]
-        return [Job(item, seeds[i % len(seeds)]) for i, item in enumerate(chosen)]
-
-    def neighbour(self, job: Job) -> Job:
-        """The job of the next item, with the same seed."""
-        return Job(_after(self.items, job.item), job.seed)
-
-    def next_seed(self, seed: int) -> int:
-        """The seed that another is compared with for the seed floor."""
-        return _after(self.config.seeds, seed)
 
     def shown(self, cases: Sequence[Case]) -> dict[str, Run]:
         """What a contact sheet shows beside the rest: the dense model, and the routers at each budget."""
@@ -231,37 +213,7 @@ class Task(ABC):
         return runs
 
 
-@contextmanager
-def following(session: ElasticSession | None, source: RouteSource | None) -> Iterator[None]:
-    """While it lasts, `source` decides instead of the routers; None leaves them, or a policy, to it."""
-    if session is None or source is None:
-        yield
-        return
-    session.source = source
-    try:
-        yield
-    finally:
-        session.source = None
-
-
-def elastic_options(session: ElasticSession | None, run: Run) -> dict[str, Any]:
-    """The run's settings as arguments of a pipeline."""
-    if session is None:
-        return {}
-    if run.routes is Routes.dense:
-        return {"elastic": False}
-    if run.routes is Routes.policy:
-        return {"budget": run.settings.budget}
-    names = ("budget", "width", "cache", "shared", "few_step")
-    return {"elastic": True} | {name: getattr(run.settings, name) for name in names}
-
-
 def spread(items: Sequence[Any], count: int) -> list[Any]:
     """`count` of the items, at even distances (0, or more than there are: all)."""
     count = min(count or len(items), len(items))
     return [items[i * len(items) // count] for i in range(count)]
-
-
-def _after(values: Sequence[Any], value: Any) -> Any:
-    """The next of the values; the first one is after the last."""
-    return values[(values.index(value) + 1) % len(values)]

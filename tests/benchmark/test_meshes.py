@@ -13,7 +13,6 @@ from PIL import Image
 from elastic3d.benchmark import meshes
 from elastic3d.benchmark import run as running
 from elastic3d.benchmark.config import Method, Phase
-from elastic3d.benchmark.dial import SHAPE
 from elastic3d.benchmark.meshes import MeshTask
 from elastic3d.benchmark.methods import ABLATIONS
 from elastic3d.benchmark.run import benchmark
@@ -22,6 +21,7 @@ from elastic3d.elastic.config import BlockCacheConfig, CacheRule
 from elastic3d.errors import UserError
 from elastic3d.evaluation.html import load_frontier
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.studies.dial import SHAPE
 from elastic3d.utils.structured import load_json
 from tests.benchmark.conftest import config_of
 

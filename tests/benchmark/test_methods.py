@@ -126,7 +126,7 @@ def test_ablations_leave_out_one_thing_and_have_to_be_asked_for(world, tmp_path)
         with task.ready(run):
             assert bool(task.model(run).session.router_config.gate_bias) is (name != "elastic_no_bias")
             condition = task.condition_of(run, task.jobs[:1])
-            found[name] = task.sample(run, condition, task.jobs[:1], None)
+            found[name] = task.sample(run, condition, task.jobs[:1])
     assert task.model(runs["elastic"]).session.router_config is config_before
     assert not torch.equal(found["elastic"], found["elastic_no_bias"])
     with pytest.raises(UserError, match="elastic_no_bias, which can't be run: its routers have no gate bias"):
@@ -145,10 +145,10 @@ def test_a_linear_forecast_of_the_dense_model_is_dense_cache(world, tmp_path):
     jobs, found = task.jobs[:2], []
     for run in (cached, rival):
         condition = task.condition_of(run, jobs)
-        with task.ready(run):
-            found.append(task.sample(run, condition, jobs, task.controls.source(run, jobs)))
+        with task.ready(run, task.controls.source(run, jobs)):
+            found.append(task.sample(run, condition, jobs))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(found[0], task.sample(task.planner.dense(8), condition, jobs, None))
+    assert not torch.allclose(found[0], task.sample(task.planner.dense(8), condition, jobs))
 
 
 def test_the_few_step_lora_has_rows_where_few_evaluations_are_left(world, tmp_path):
@@ -170,10 +170,11 @@ def test_the_few_step_lora_has_rows_where_few_evaluations_are_left(world, tmp_pa
     without = (*by_method[Method.elastic_no_lora], *by_method[Method.dense_cache])
     assert not any(run.settings.few_step for run in without)
     job = [Job(world / "images/a.png", 0)]
-    [dense] = task.produce(by_method[Method.fewer_steps][0], job, None)
+    [dense] = task.produce(by_method[Method.fewer_steps][0], job)
     for run, same in ((by_method[Method.few_step_lora][0], False), (by_method[Method.dense_cache][0], True)):
         run = replace(run, steps=dense.metadata["steps"], settings=replace(run.settings, cache=NO_CACHE))
-        [result] = task.produce(run, job, task.controls.source(run, job))
+        with task.ready(run, task.controls.source(run, job)):
+            [result] = task.produce(run, job)
         assert torch.equal(result.latents, dense.latents) is same
     own = task.planner.models[MAIN].session
     task.warm_up(by_method[Method.few_step_lora][0])

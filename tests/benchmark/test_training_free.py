@@ -1,4 +1,4 @@
-"""Training-free policies as rows, from a calibration of the same model; full-size timing at a width that fits."""
+"""Training-free policies as rows, from a calibration of the same model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import benchmark as script
 import pytest
 
-from elastic3d.benchmark.config import CacheName, FullSizeConfig, Method, Phase, PolicyName
-from elastic3d.benchmark.full_size import measure_full_size, printed, sized
+from elastic3d.benchmark.config import CacheName, Method, Phase, PolicyName
 from elastic3d.benchmark.images import load_models
 from elastic3d.benchmark.meshes import MeshTask
 from elastic3d.benchmark.methods import DENSE, Planner
@@ -17,7 +16,6 @@ from elastic3d.benchmark.run import benchmark
 from elastic3d.elastic import is_attached
 from elastic3d.errors import UserError
 from elastic3d.pipelines.calibration import calibrate_policy
-from elastic3d.pipelines.estimates import published
 from elastic3d.pipelines.options import CalibratePolicyConfig
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.structured import load_json
@@ -61,22 +59,6 @@ def test_images_without_one_have_even_steps_alone(gallery: Path, tmp_path: Path)
         _ = Planner(config, load_models(config, gallery)).calibration
 
 
-def test_full_size_models_narrowed(tmp_path: Path) -> None:
-    config = FullSizeConfig(
-        output=tmp_path / "times.json", width=128, latents=16, steps=10, rounds=1, batches=[1], budgets=[0.5],
-        models=["hunyuan3d2", "triposg", "step1x3d"], device=DeviceChoice.cpu, dtype=DTypeChoice.float32,
-    )  # fmt: skip
-    found = measure_full_size(config)
-    assert [(row["model"], row["executed"]) for row in found["rows"]] == [
-        (name, share) for name in config.models for share in (1.0, 0.5)
-    ]
-    assert all(row["speedup"] > 0 and row["peak_mb"] > 0 for row in found["rows"])
-    assert printed(found).count("\n") == 1 + len(found["rows"]) and config.output.is_file()
-    full = published("step1x3d").dit
-    assert sized(full, FullSizeConfig()) == full
-    assert sized(full, config).heads == 2 and sized(full, config).condition_tokens == round(16 / 2048 * 1370)
-
-
 @pytest.mark.parametrize("task", ["meshes", "images"])
 def test_a_quick_comparison(
     world: Path,
@@ -97,6 +79,7 @@ def test_a_quick_comparison(
     if task == "images":
         config = image_config_of(gallery, tmp_path, **changes, limit=2, caches=[CacheName.forecast])
     score = {"meshes": "iou_dense", "images": "psnr_dense"}[task]
+    monkeypatch.setattr("elastic3d.benchmark.meshes.QUICK_CELLS", 12)
     monkeypatch.setattr(script, "REPOSITORY", world if task == "meshes" else gallery)
     assert script.main(config) == 0 and "| training_free, even |" in capsys.readouterr().out
     rows = load_json(tmp_path / "quick.json")["rows"]

@@ -165,10 +165,9 @@ def table(session: ElasticSession, action: int | Tensor, samples: int = B) -> Ta
 
 
 def random_table(session: ElasticSession, seed: int, steps: int = 1, samples: int = B) -> TableRoutes:
-    generator = torch.Generator().manual_seed(seed)
-    return TableRoutes(
-        torch.randint(0, K + 1, (steps, 2, samples, len(session.blocks)), generator=generator), K
-    )
+    generator, widths = torch.Generator().manual_seed(seed), session.router_config.widths
+    shape = (steps, 2, samples, len(session.blocks))
+    return TableRoutes(torch.randint(0, widths + 1, shape, generator=generator), widths)
 
 
 # -------------------------------------------------------------------------------------------- the dense model

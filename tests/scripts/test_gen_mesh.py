@@ -204,17 +204,20 @@ def test_bad_input_is_one_sentence_and_no_file(
     assert _names(".") == before
 
 
-def test_as_a_process(model: Path, tmp_path: Path) -> None:
-    """The real entry point, once: exit codes and --help."""
+def test_as_a_process(
+    model: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real entry point, once, and its --help."""
     script = Path(gen_mesh.__file__)
     result = subprocess.run(
         [sys.executable, script, f"model={model}", "image=gone.png", "output=x.glb"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 2 and result.stderr.startswith("error: there is no file gone.png")
-    result = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
+    assert command("--help") == 0
+    shown = capsys.readouterr().out
     for item in ("image=", "num_samples=1", "cleanup.max_faces=40000", "same seed", "foreground.method=auto"):
-        assert item.lower() in result.stdout.lower(), item
+        assert item.lower() in shown.lower(), item
 
 
 def test_a_prompt_becomes_a_mesh(

@@ -1,11 +1,26 @@
-"""Tiny prepared shards of spheres and boxes, whose distances are known in closed form."""
+"""Tiny prepared shards of spheres, whose distances are known in closed form; a cache of their latents, and a model.
 
+What takes long is made once; each test gets a copy.
+"""
+
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.models.image_encoder import build_image_encoder
+from elastic3d.models.options import DiTConfig
+from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.training.latents import LatentInfo, build_cache
+from elastic3d.training.options import StageName
+from elastic3d.utils.structured import load_json, save_json
+from tests.training.tiny import add_views, dit_config, tiny_vae
 
 COUNT = 512
 
@@ -29,17 +44,73 @@ def sphere(radius: float, rng: np.random.Generator) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array).half() for name, array in arrays.items()}
 
 
-@pytest.fixture
-def prepared(tmp_path: Path) -> Path:
-    """A data folder: `prepared/balls` in two shards, and splits of which one shape is missing."""
+def prepare(root: Path) -> None:
+    """`prepared/balls` in two shards, and splits of which one shape is missing."""
     rng = np.random.default_rng(0)
-    folder = tmp_path / "prepared" / "balls"
+    folder = root / "prepared" / "balls"
     folder.mkdir(parents=True)
     for shard, ids in enumerate((range(3), range(3, 6))):
         tensors = {
             f"ball{i}/{name}": tensor for i in ids for name, tensor in sphere(0.4 + 0.1 * i, rng).items()
         }
         save_file(tensors, folder / f"shard-{shard:05d}.safetensors")
-    (tmp_path / "train.txt").write_text("".join(f"balls/ball{i}\n" for i in range(5)) + "balls/absent\n")
-    (tmp_path / "val.txt").write_text("balls/ball5\n")
+    (root / "train.txt").write_text("".join(f"balls/ball{i}\n" for i in range(5)) + "balls/absent\n")
+    (root / "val.txt").write_text("balls/ball5\n")
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    """A data folder."""
+    prepare(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def cached_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with views, an untrained VAE and the cache made with it."""
+    root = tmp_path_factory.mktemp("cached")
+    prepare(root)
+    add_views(root)
+    torch.manual_seed(0)
+    ShapeVAE(tiny_vae()).save_pretrained(root / "vae")
+    build_cache(dit_config(root, stage=StageName.cache))
+    return root
+
+
+@pytest.fixture
+def cached(cached_once: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, whose cache is of the VAE beside it."""
+    shutil.copytree(cached_once, tmp_path, dirs_exist_ok=True)
+    settings = tmp_path / "latents" / "settings.json"
+    save_json({**load_json(settings), "vae": str(tmp_path / "vae")}, settings)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def dense_once(cached_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That folder with a random dense pipeline."""
+    root = shutil.copytree(cached_once, tmp_path_factory.mktemp("dense"), dirs_exist_ok=True)
+    info = LatentInfo.load(root / "latents")
+    torch.manual_seed(0)
+    dit = ShapeDiT(
+        DiTConfig(
+            in_channels=7, condition_channels=768, width=32, heads=2, double_blocks=1, single_blocks=2,
+            num_latents=8, condition_tokens=49,
+        )
+    )  # fmt: skip
+    for name, parameter in dit.named_parameters():
+        if "mod" in name or "adaLN" in name or "final" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    vae = ShapeVAE.from_pretrained(root / "vae")
+    vae.set_latent_statistics(info.mean, info.std)
+    encoder = build_image_encoder(info.encoder)
+    pipeline = ImageTo3DPipeline(vae, dit, encoder, PipelineConfig(model="tiny", steps=3))
+    pipeline.save_pretrained(root / "dense", torch.bfloat16)
+    return root
+
+
+@pytest.fixture
+def dense(dense_once: Path, tmp_path: Path) -> Path:
+    """A copy of that folder."""
+    torch.manual_seed(0)
+    return shutil.copytree(dense_once, tmp_path, dirs_exist_ok=True)

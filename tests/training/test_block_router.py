@@ -33,10 +33,9 @@ from elastic3d.training.routes import load_sensitivity
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.structured import load_json, save_json
 from tests.tiny_pipeline import image
-from tests.training.test_dit import config_for
-from tests.training.test_elastic import dense  # noqa: F401  # a fixture
 from tests.training.test_few_step import few_step_config, routed  # noqa: F401  # a fixture
 from tests.training.tiny import config_of, export_of
+from tests.training.tiny import dit_config as config_for
 
 ROUTER = RouterConfig(scope=Scope.block, longest=1, damping=0.0, hidden=8, conditioning=8)
 MESH = dict(near_queries=16, volume_queries=8, surface_points=8)

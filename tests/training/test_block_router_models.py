@@ -26,9 +26,8 @@ from elastic3d.training.routes import load_sensitivity
 from elastic3d.training.stages import run_stage
 from tests.tiny_pipeline import image
 from tests.training import test_hunyuan3d_routers as hunyuan
-from tests.training.test_dit import add_views
 from tests.training.test_image_stages import folder, image_config, views  # noqa: F401  # fixtures
-from tests.training.tiny import config_of, export_of, vae_config
+from tests.training.tiny import add_views, config_of, export_of, vae_config
 
 ROUTER = RouterConfig(scope=Scope.block, longest=1, damping=0.0, hidden=8, conditioning=8)
 OPTIONS = dict(rank=2, min_steps=2, max_steps=3, reference_steps=4, pairs=4, val_shapes=1, val_steps=[2],

@@ -12,6 +12,7 @@ from elastic3d.elastic.attachment import load_router_config
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, RouterVariant, Scope
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.pipelines.backbones import QwenImageBackbone
 from elastic3d.pipelines.image_loading import load_transformer
 from elastic3d.pipelines.options import BackboneName
 from elastic3d.training import calibration, elastic_objective
@@ -21,7 +22,7 @@ from elastic3d.training.elastic_image import ImageRouterStage
 from elastic3d.training.options import DataConfig, StageName
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.structured import load_json, save_json
-from tests.training.test_elastic import dense, router_config  # noqa: F401  # a fixture
+from tests.training.test_elastic import router_config
 from tests.training.test_image_stages import folder, image_config  # noqa: F401  # a fixture
 
 STEPS, TIMES, CURVE = 12, [0.2, 0.8], [0.3, -0.2]
@@ -50,7 +51,7 @@ def save_tiny_routers(dit: torch.nn.Module, folder: Path, config: RouterConfig =
 
 
 @pytest.fixture
-def routers(dense):  # noqa: F811
+def routers(dense):
     """The folder of the dense shape model's routers; it samples in `STEPS` steps."""
     path = dense / "dense" / "pipeline.json"
     save_json({**load_json(path), "steps": STEPS, "guidance": 2.5}, path)
@@ -73,7 +74,7 @@ def check_executed(stage, folder: Path) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("anchored", [True, False])
-def test_curves_are_chosen_by_the_anchors_of_anchored_latents(dense, monkeypatch, anchored):  # noqa: F811
+def test_curves_are_chosen_by_the_anchors_of_anchored_latents(dense, monkeypatch, anchored):
     stage = RouterStage(router_config(dense))
     latents, share = stage._generate(ElasticConfig())
     if not anchored:
@@ -90,7 +91,7 @@ def test_curves_are_chosen_by_the_anchors_of_anchored_latents(dense, monkeypatch
     assert torch.equal(found, latents[..., :3] if anchored else latents) and torch.equal(shares, share)
 
 
-def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypatch):  # noqa: F811
+def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypatch):
     before = {path.name: path.read_bytes() for path in routers.iterdir()}
     config = shape_config(dense, {"dampings": Curve.keep, "gate_bias": Curve.keep})
     dial = routers.parent / "dial.json"
@@ -128,7 +129,8 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
     assert len(chosen.gate_bias) == STEPS - 1 and chosen.damping_times == list(calibration.DAMPING_TIMES)
 
 
-def test_images(folder, prepared):  # noqa: F811
+def test_images(folder, prepared, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(QwenImageBackbone, "default_sampling", lambda backbone: (STEPS, 4.0))  # of 50 steps
     weights = save_tiny_qwen(prepared / "published")
     given = replace(ROUTERS, head_std=3.0)  # else their share jumps with the budget
     routers = save_tiny_routers(load_transformer(weights, torch.float32), weights / "routers", given)
@@ -149,14 +151,14 @@ def test_images(folder, prepared):  # noqa: F811
         and found.calibrated_budgets != given.calibrated_budgets
     )
     note = load_json(routers / "calibration.json")
-    assert (note["steps"], note["data"]["val_images"]) == (50, 3)
+    assert (note["steps"], note["guidance"], note["data"]["val_images"]) == (STEPS, 4.0, 3)
     routing = {"val_shapes": 3, "val_steps": note["steps"], "guidance": note["guidance"]}
     trained = image_config(prepared, StageName.image_router, routing, **image)
     trained.router = found
     check_executed(ImageRouterStage(trained), routers)
 
 
-def test_what_cannot_be_calibrated(dense):  # noqa: F811
+def test_what_cannot_be_calibrated(dense):
     config = shape_config(dense)
     with pytest.raises(UserError, match="dense has no routers to calibrate: there is no folder"):
         run_stage(config)

@@ -12,13 +12,13 @@ from elastic3d.training import calibration
 from elastic3d.training.calibration import CurvesConfig, choose_dampings, choose_gate_bias, relative_error
 from elastic3d.training.elastic import RouterStage
 from elastic3d.training.elastic_objective import GateLoss
-from tests.training.test_elastic import dense, router_config  # noqa: F401  # a fixture
+from tests.training.test_elastic import router_config
 
 STEPS = 6
 
 
 @pytest.fixture
-def stage(dense, monkeypatch):  # noqa: F811
+def stage(dense, monkeypatch):
     monkeypatch.setattr(calibration, "_TOLD", (0.3, 0.9))
     monkeypatch.setattr(calibration, "_DAMPING_BUDGETS", (0.3, 0.9))
     router = RouterConfig(longest=3, scope=Scope.step, widths=1, head_std=0.1)

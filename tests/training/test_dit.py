@@ -26,60 +26,8 @@ from elastic3d.training.stages import run_stage
 from elastic3d.training.vae import TrainedPart
 from elastic3d.training.views import named_images, stored_views
 from elastic3d.utils.structured import load_json, save_json
-from tests.training.tiny import tiny_vae, vae_config
-
-
-def views(count: int) -> dict[str, torch.Tensor]:
-    """Images of a disc, as prepared shards keep them."""
-    files = []
-    for i in range(count):
-        row, column = np.mgrid[:64, :64] - 32
-        disc = (row**2 + column**2 < (12 + i) ** 2).astype(np.uint8) * 255
-        stream = io.BytesIO()
-        Image.fromarray(np.stack([disc // 2, disc // 3, disc, disc], axis=-1)).save(stream, "png")
-        files.append(stream.getvalue())
-    offsets = np.cumsum([0, *map(len, files)])
-    data = torch.from_numpy(np.frombuffer(b"".join(files), np.uint8).copy())
-    camera = [0.0, 0.0, 4.0, 0.0, 0.0, 0.0, 40.0, 0.0]  # eye, target, angle of view, elevation
-    return {
-        "views": data,
-        "view_offsets": torch.from_numpy(offsets),
-        "cameras": torch.tensor([camera] * count),
-    }
-
-
-def config_for(root, **changes):
-    options = dict(
-        stage=StageName.dit,
-        name="dit",
-        latents=LatentsConfig(output=root / "latents", vae=root / "vae", variants=2, views=2, batch=2),
-        dit=DiTStageConfig(
-            model=DiTConfig(width=32, heads=2, double_blocks=1, single_blocks=1),
-            sample_shapes=1,
-            sample_steps=2,
-            sample_resolution=16,
-        ),
-    )
-    return vae_config(root, **{**options, **changes})
-
-
-def add_views(root) -> None:
-    """Give every prepared shape three images."""
-    for shard in (root / "prepared" / "balls").glob("*.safetensors"):
-        tensors = load_file(shard)
-        for id in {key.partition("/")[0] for key in tensors}:
-            tensors |= {f"{id}/{name}": tensor for name, tensor in views(3).items()}
-        save_file(tensors, shard)
-
-
-@pytest.fixture
-def cached(prepared):
-    """A data folder with views, an untrained VAE and the cache made with it."""
-    add_views(prepared)
-    torch.manual_seed(0)
-    ShapeVAE(tiny_vae()).save_pretrained(prepared / "vae")
-    build_cache(config_for(prepared, stage=StageName.cache))
-    return prepared
+from tests.training.tiny import add_views, tiny_vae, vae_config, views
+from tests.training.tiny import dit_config as config_for
 
 
 def test_the_cache_holds_standardised_statistics(cached):

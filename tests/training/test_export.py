@@ -13,8 +13,8 @@ from elastic3d.training.latents import LatentInfo
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.structured import load_json
-from tests.training.test_dit import add_views, config_for
-from tests.training.tiny import export_of, vae_config
+from tests.training.tiny import add_views, export_of, vae_config
+from tests.training.tiny import dit_config as config_for
 
 
 def test_from_prepared_shapes_to_a_pipeline(prepared):

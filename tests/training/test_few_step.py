@@ -21,8 +21,7 @@ from elastic3d.training.stages import run_stage
 from elastic3d.utils.structured import load_json, save_json
 from elastic3d.utils.tensors import read_weights
 from tests.training.test_calibrate import save_tiny_routers
-from tests.training.test_dit import config_for
-from tests.training.test_elastic import dense  # noqa: F401  # a fixture
+from tests.training.tiny import dit_config as config_for
 from tests.training.tiny import export_of
 
 ROUTERS = RouterConfig(scope=Scope.step, longest=3, widths=1, head_std=0.3)
@@ -38,7 +37,7 @@ def few_step_config(root, few_step=None, **changes) -> FewStepTrainConfig:
 
 
 @pytest.fixture
-def routed(dense):  # noqa: F811
+def routed(dense):
     path = dense / "dense" / "pipeline.json"
     save_json({**load_json(path), "steps": 4, "guidance": 2.5, "solver": "ab2", "shift": 2.0}, path)
     save_tiny_routers(ShapeDiT.from_pretrained(dense / "dense" / "dit"), dense / "dense" / "routers", ROUTERS)

@@ -27,8 +27,7 @@ from elastic3d.training.latents import LatentInfo, LatentsConfig, build_cache
 from elastic3d.training.options import Precision, StageName
 from elastic3d.training.stages import run_stage
 from tests.tiny_pipeline import image
-from tests.training.test_dit import add_views
-from tests.training.tiny import export_of, vae_config
+from tests.training.tiny import add_views, export_of, vae_config
 
 WITH_ENCODER = "hunyuan3d-vae-v2-0-withencoder"
 

@@ -38,8 +38,7 @@ from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.options import from_dict
-from tests.training.test_dit import add_views
-from tests.training.tiny import export_of, vae_config
+from tests.training.tiny import add_views, export_of, vae_config
 
 MODEL = PixelModelConfig(
     size=16,

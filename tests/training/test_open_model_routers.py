@@ -20,8 +20,7 @@ from elastic3d.training.latents import LatentsConfig, build_cache
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
 from tests.tiny_pipeline import image
-from tests.training.test_dit import add_views
-from tests.training.tiny import export_of, vae_config
+from tests.training.tiny import add_views, export_of, vae_config
 
 
 def config_for(root: Path, model: str, stage: StageName) -> RouterTrainConfig:

@@ -24,11 +24,9 @@ from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import build_cache
 from elastic3d.training.optim import MasterOptimizer
 from elastic3d.training.options import LoopConfig, OptimizerName, Precision, Schedule, StageName, TrainConfig
-from tests.training.test_dit import add_views
-from tests.training.test_dit import config_for as dit_config
 from tests.training.test_hunyuan3d_routers import WITH_ENCODER, config_for, publish
 from tests.training.test_loop import ROOT, run, start
-from tests.training.tiny import tiny_vae
+from tests.training.tiny import add_views, dit_config, tiny_vae
 
 
 def launcher_environment(config: str) -> dict[str, str]:

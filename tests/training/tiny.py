@@ -1,11 +1,19 @@
 """Configurations small enough to train in a test."""
 
+import io
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from elastic3d.models.options import VAEConfig
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from elastic3d.models.options import DiTConfig, VAEConfig
+from elastic3d.training.dit import DiTStageConfig
 from elastic3d.training.export import ExportConfig, ExportStageConfig
+from elastic3d.training.latents import LatentsConfig
 from elastic3d.training.options import DataConfig, Precision, StageName, TrainConfig
 from elastic3d.training.stages import stage_config
 from elastic3d.training.vae import AugmentConfig, VAEStageConfig
@@ -57,3 +65,47 @@ def vae_config(root: Path, stage: StageName = StageName.vae, **changes: Any) -> 
         ),
     )  # fmt: skip
     return config_of(stage, **{**options, **changes})
+
+
+def views(count: int) -> dict[str, torch.Tensor]:
+    """Images of a disc, as prepared shards keep them."""
+    files = []
+    for i in range(count):
+        row, column = np.mgrid[:64, :64] - 32
+        disc = (row**2 + column**2 < (12 + i) ** 2).astype(np.uint8) * 255
+        stream = io.BytesIO()
+        Image.fromarray(np.stack([disc // 2, disc // 3, disc, disc], axis=-1)).save(stream, "png")
+        files.append(stream.getvalue())
+    offsets = np.cumsum([0, *map(len, files)])
+    data = torch.from_numpy(np.frombuffer(b"".join(files), np.uint8).copy())
+    camera = [0.0, 0.0, 4.0, 0.0, 0.0, 0.0, 40.0, 0.0]  # eye, target, angle of view, elevation
+    return {
+        "views": data,
+        "view_offsets": torch.from_numpy(offsets),
+        "cameras": torch.tensor([camera] * count),
+    }
+
+
+def dit_config(root: Path, **changes: Any) -> Any:
+    """A run of the DiT stage, or another, on those shapes."""
+    options = dict(
+        stage=StageName.dit,
+        name="dit",
+        latents=LatentsConfig(output=root / "latents", vae=root / "vae", variants=2, views=2, batch=2),
+        dit=DiTStageConfig(
+            model=DiTConfig(width=32, heads=2, double_blocks=1, single_blocks=1),
+            sample_shapes=1,
+            sample_steps=2,
+            sample_resolution=16,
+        ),
+    )
+    return vae_config(root, **{**options, **changes})
+
+
+def add_views(root: Path) -> None:
+    """Give every prepared shape three images."""
+    for shard in (root / "prepared" / "balls").glob("*.safetensors"):
+        tensors = load_file(shard)
+        for id in {key.partition("/")[0] for key in tensors}:
+            tensors |= {f"{id}/{name}": tensor for name, tensor in views(3).items()}
+        save_file(tensors, shard)

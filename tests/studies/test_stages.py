@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from tiny_pipeline import image, tiny_pipeline
 
-from elastic3d.benchmark import stage_worker
-from elastic3d.benchmark.config import StagesConfig
-from elastic3d.benchmark.stages import HERE, OTHER, measure_stages, printed, table
 from elastic3d.errors import UserError
+from elastic3d.studies import stage_worker
+from elastic3d.studies.config import StagesConfig
+from elastic3d.studies.stages import HERE, OTHER, measure_stages, printed, table
 
 
 def test_ratios_are_taken_within_a_round():

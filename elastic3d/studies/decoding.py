@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.benchmark.config import DecodingConfig
 from elastic3d.evaluation.metrics import correspond, f_score, surface_distance
 from elastic3d.evaluation.report import markdown_table
 from elastic3d.geometry.cleanup import clean, drop_floaters
@@ -31,6 +30,7 @@ from elastic3d.models.images import IMAGE_SUFFIXES
 from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.studies.config import DecodingConfig
 from elastic3d.utils.files import atomic_path
 from elastic3d.utils.structured import load_json, save_json
 

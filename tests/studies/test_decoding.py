@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_pipeline import save_image, tiny_pipeline
 
-from elastic3d.benchmark import decoding
-from elastic3d.benchmark.config import DecodingConfig
-from elastic3d.benchmark.decoding import compare_decoding, hunyuan3d_fields, to_truth
+from elastic3d.studies import decoding
+from elastic3d.studies.config import DecodingConfig
+from elastic3d.studies.decoding import compare_decoding, hunyuan3d_fields, to_truth
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from painted import painted
 
-from elastic3d.benchmark.colour import measure_shape, summary
 from elastic3d.preparation.shape import RawShape
+from elastic3d.studies.colour import measure_shape, summary
 
 
 def test_a_mesh_of_the_shape_itself_keeps_its_colours() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from elastic3d.diffusion.dial import F_SCORES, Row, load_dial, named_row, parse_dial, save_dial
@@ -13,8 +11,8 @@ from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.studies.config import DialConfig
 from elastic3d.utils.files import printable
-from elastic3d.utils.options import Options, option
 from elastic3d.utils.structured import Maybe, Number, load_json
 
 FEWER, LORA, ROUTERS = ("dense", "fewer_steps"), "few_step_lora", "elastic"  # methods of a call
@@ -40,14 +38,6 @@ SHAPE = {
         }
     ],
 }
-
-
-@dataclass(kw_only=True)
-class DialConfig(Options):
-    """The dial of a model from the results of scripts/benchmark.py."""
-
-    model: Path = option(Path("data/pretrained/shape-small"), "Folder of the model, which gets dial.json.")
-    results: Path = option(..., "results.json of a benchmark of this model, with ground truth and times.")
 
 
 def make_dial(config: DialConfig) -> list[tuple[str, Row]]:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from elastic3d.benchmark.config import FullSizeConfig
 from elastic3d.checkpoints.bundle import model_class
 from elastic3d.diffusion.sampler import integrate
 from elastic3d.elastic.config import ElasticConfig
@@ -27,6 +26,7 @@ from elastic3d.evaluation.report import machine, markdown_table
 from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.pipelines.estimates import published
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype
+from elastic3d.studies.config import FullSizeConfig
 from elastic3d.utils.structured import save_json
 
 GUIDANCE = 5.0  # two branches

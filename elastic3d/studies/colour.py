@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,35 +10,19 @@ import trimesh
 from numpy.typing import NDArray
 from PIL import Image
 
-from elastic3d.diffusion.options import Quality
 from elastic3d.evaluation.views import psnr
 from elastic3d.geometry.colour import ImageColours, with_vertex_colours
 from elastic3d.geometry.normalize import normalize_mesh
 from elastic3d.geometry.render import Camera, Light, Scene, frame, orbit_camera
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.assets import posed
-from elastic3d.preparation.options import PrepareConfig
 from elastic3d.preparation.shape import RawShape, random_colour, random_lights, view_cameras
-from elastic3d.utils.options import Options, option
 
 SIZE = 224  # pixels a side of the views
 TURNS = (-120.0, -60.0, 60.0, 120.0, 180.0)  # degrees from the input view to the unseen ones
 SKY = [Light(ambient=1.0, diffuse=0, specular=0, shadows=False)]  # own colours are shown as they are
 
 Floats = NDArray[np.floating]
-
-
-@dataclass(kw_only=True)
-class ColourConfig(Options):
-    """Options of `scripts/measure_colour.py`."""
-
-    data: PrepareConfig = option(PrepareConfig, "Where the shapes come from.")
-    model: str = option("", "Folder of the model; empty: the bundled model.")
-    quality: Quality = option(Quality.default, "Of the meshes.")
-    resolution: int = option(128, "Grid cells a side of the meshes.", ge=8, le=512)
-    limit: int = option(10, "Held-out shapes, the first of the source.", ge=1, le=10_000)
-    seed: int = option(0, "Of views, lights and noise.", ge=0, le=2**31)
-    output: Path | None = option(None, "Also write the figures to this JSON file.")
 
 
 def measure_shape(

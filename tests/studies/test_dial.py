@@ -10,13 +10,14 @@ import pytest
 from tiny_dial import save_dialled
 
 from elastic3d.benchmark.config import MeshBenchmarkConfig
-from elastic3d.benchmark.dial import DialConfig, dial_values, frontier, make_dial
 from elastic3d.benchmark.meshes import load_models
 from elastic3d.diffusion.dial import parse_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
+from elastic3d.studies.config import DialConfig
+from elastic3d.studies.dial import dial_values, frontier, make_dial
 from elastic3d.utils.files import file_sha256
 from elastic3d.utils.options import from_dict
 from elastic3d.utils.structured import load_json

@@ -1,0 +1,24 @@
+"""Full-size timing, at a width that fits a test."""
+
+from pathlib import Path
+
+from elastic3d.pipelines.estimates import published
+from elastic3d.studies.config import FullSizeConfig
+from elastic3d.studies.full_size import measure_full_size, printed, sized
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
+
+
+def test_full_size_models_narrowed(tmp_path: Path) -> None:
+    config = FullSizeConfig(
+        output=tmp_path / "times.json", width=128, latents=16, steps=10, rounds=1, batches=[1], budgets=[0.5],
+        models=["hunyuan3d2", "triposg", "step1x3d"], device=DeviceChoice.cpu, dtype=DTypeChoice.float32,
+    )  # fmt: skip
+    found = measure_full_size(config)
+    assert [(row["model"], row["executed"]) for row in found["rows"]] == [
+        (name, share) for name in config.models for share in (1.0, 0.5)
+    ]
+    assert all(row["speedup"] > 0 and row["peak_mb"] > 0 for row in found["rows"])
+    assert printed(found).count("\n") == 1 + len(found["rows"]) and config.output.is_file()
+    full = published("step1x3d").dit
+    assert sized(full, FullSizeConfig()) == full
+    assert sized(full, config).heads == 2 and sized(full, config).condition_tokens == round(16 / 2048 * 1370)
