@@ -1,4 +1,5 @@
-"""The dial of a model: a budget becomes steps and a budget of the routers, by a table that was measured with the model.
+"""The dial of a model: a budget becomes steps, and a budget of its routers or of its plan without training, by a table
+that was measured with the model.
 
 `dial.json` lies beside `pipeline.json`. A row is one way to run the model: its cost, which is the share of the dense
 default generation's FLOPs that it executes, its settings, and what was measured with them. Costs ascend. A row has a
@@ -16,6 +17,7 @@ from typing import Any
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.elastic.config import MIN_BUDGET, ElasticOptions, RouterConfig
 from elastic3d.elastic.few_step import coarseness
+from elastic3d.elastic.training_free import CALIBRATION_NAME, least_budget
 from elastic3d.errors import UserError
 from elastic3d.utils.files import printable
 from elastic3d.utils.options import Bounds, check_value
@@ -49,7 +51,8 @@ class Row:
     """One way to run a model, and what was measured with it.
 
     cost: share of the dense default generation's FLOPs; router_budget: share of the FLOPs of `steps` dense steps that
-    the routers may execute, None for the dense model; few_step_lora: whether the few-step LoRA is merged, with which
+    the routers may execute, None for the dense model; planned: the calibrated plan without training keeps that budget,
+    in the place of the routers; few_step_lora: whether the few-step LoRA is merged, with which
     the second guidance branch runs in some of the steps alone; speedup: of the DiT over the dense default, by batch
     size; iou: to the reference; f_scores: to the ground truth, in the order of `F_SCORES`; scope: that of the routers
     (`block` or `step`), None in files that do not name it.
@@ -63,11 +66,12 @@ class Row:
     iou: float
     f_scores: tuple[float, ...]
     scope: str | None = None
+    planned: bool = False
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Row:
         """A row as the file holds it."""
-        known = {item.name: values.get(item.name) for item in fields(cls)}
+        known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
         return cls(**known | {"f_scores": tuple(values[name] for name in F_SCORES)})
 
     def over(self, requested: ElasticOptions) -> ElasticOptions:
@@ -137,7 +141,7 @@ def choose(
     lora = guidance in (None, dial.guidance) and requested.few_step is not False
     routed = any(value is not None for name, value in vars(requested).items() if name != "budget")
     rows = [row for row in dial.rows if lora or not row.few_step_lora]
-    rows = [row for row in rows if row.router_budget is not None or not routed]
+    rows = [row for row in rows if not routed or (row.router_budget is not None and not row.planned)]
     if not rows:
         raise UserError(f"no row of {DIAL_NAME} can run with these options, expected steps= with them")
     if requested.budget is None:
@@ -192,6 +196,10 @@ def load_dial(folder: Path, model: PipelineConfig, routers: RouterConfig | None)
         if found != (wanted := getattr(model, name)):
             raise UserError(f"{source}: dense: {name} is {found:g}, expected {wanted:g}, the model's default")
     for number, row in enumerate(dial.rows):
+        if row.planned and not (folder / CALIBRATION_NAME).is_file():
+            raise UserError(
+                f"{source}: rows[{number}]: planned is true, but there is no {CALIBRATION_NAME} here"
+            )
         if row.router_budget is not None and (fault := _misfit(row, row.router_budget, model, routers)):
             raise UserError(f"{source}: rows[{number}]: {fault}")
     return dial
@@ -231,8 +239,10 @@ def _disorder(row: Row, cheaper: Row, batches: set[str]) -> str | None:
     """What is wrong with a row after the `cheaper` one before it, which is itself for the first; None: nothing."""
     if "1" not in row.speedup or set(row.speedup) != batches:
         return f"speedup has batches of {', '.join(row.speedup)}, expected 1 and those of all rows"
-    if row.few_step_lora and row.router_budget is None:
-        return "few_step_lora is true, expected false for the dense model"
+    if row.few_step_lora and (row.router_budget is None or row.planned):
+        return "few_step_lora is true, expected false for the dense model and its plan"
+    if row.planned and row.router_budget is None:
+        return "planned is true, but router_budget is null"
     if row is cheaper:
         return None
     if row.cost <= cheaper.cost:
@@ -247,7 +257,10 @@ def _disorder(row: Row, cheaper: Row, batches: set[str]) -> str | None:
 
 
 def _misfit(row: Row, budget: float, model: PipelineConfig, routers: RouterConfig | None) -> str | None:
-    """Why a row of a router budget is none of a model's; None where it is."""
+    """Why a row of a budget is none of a model's; None where it is."""
+    if row.planned:
+        least = least_budget(row.steps)
+        return None if budget >= least else f"router_budget is {budget:g}, expected at least {least:.2f}"
     if routers is None:
         return f"router_budget is {budget:g}, but this model has no routers"
     if row.scope not in (None, routers.scope.name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from elastic3d import __version__
-from elastic3d.diffusion.dial import Dial, choose, load_dial, save_dial
+from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, save_dial
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample
@@ -29,6 +30,7 @@ from elastic3d.elastic.training_free import (
     check_budget,
     find_calibration,
     put_policy,
+    save_calibration,
 )
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
@@ -48,7 +50,7 @@ from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
-from elastic3d.models.weights import find_weights
+from elastic3d.models.weights import empty_model, find_weights
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK
 from elastic3d.pipelines.runtime import (
     dense_flops,
@@ -167,6 +169,7 @@ class ImageTo3DPipeline:
         self.dial: Dial | None = None  # what a budget becomes; None: the budget is the routers' own
         self.calibration: Path | None = None  # file or folder of what keeps a budget without routers
         self.familiarity: Familiarity | None = None  # with the images the model was trained on
+        self._plain: ShapeDiT | SkipDiT | None = None  # see `_without_routers`
 
     def use_less_memory(self) -> None:
         """From now on, only the part that works is on the device, and guidance runs its branches in turn: slower."""
@@ -246,7 +249,10 @@ class ImageTo3DPipeline:
         if self.familiarity is not None:
             self.familiarity.save(folder)
         save_dial(self.dial, folder)
-        (folder / CALIBRATION_NAME).unlink(missing_ok=True)  # measured with what was there before
+        if (calibration := find_calibration(self.calibration, self.dit)) is None:
+            (folder / CALIBRATION_NAME).unlink(missing_ok=True)  # measured with what was there before
+        else:
+            save_calibration(calibration, folder / CALIBRATION_NAME)
         save_json({**to_dict(self.config), "version": __version__}, folder / PIPELINE_NAME)
 
     @overload
@@ -299,23 +305,26 @@ class ImageTo3DPipeline:
         inputs: Sequence[ImageInput] = images if many else [images]  # type: ignore[assignment, list-item]
         seeds = seeds_of(seed, len(inputs))
         given = {"steps": steps, "guidance": guidance, "resolution": resolution}
-        config, dial = self._config(given, quality, ElasticOptions(**elastic))
+        requested = ElasticOptions(**elastic)
+        row = choose(self.dial, requested, steps, quality, guidance)
+        model = self._without_routers() if row is not None and row.planned else self
+        config, dial = model._config(given, quality, requested, row)
         if max_faces is not None:
             cleanup = replace(cleanup or CleanupConfig(), max_faces=max_faces)
         parts = decode or DecodeConfig(), cleanup or CleanupConfig(), foreground or ForegroundConfig()
         told = on_step, on_progress, on_result or (lambda *_: None)
         with Turn.of(self.dit):  # threads that share a model take turns
-            results = self._generate(Call(inputs, seeds, config, *parts, dial, *told))
+            results = model._generate(Call(inputs, seeds, config, *parts, dial, *told))
         if not many and results[0].error is not None:
             raise results[0].error
         return results if many else results[0]
 
     def _config(
-        self, given: dict[str, Any], quality: Quality | str | None, requested: ElasticOptions
+        self, given: dict[str, Any], quality: Quality | str | None, requested: ElasticOptions, row: Row | None
     ) -> tuple[PipelineConfig, dict[str, Any]]:
-        """The model's sampling with what a call asks for, and metadata of the dial. UserError out of range."""
+        """The model's sampling with what a call asks for, by a row of the dial if there is one, and its metadata.
+        UserError out of range."""
         dial, routed = {}, has_routers(self.dit)
-        row = choose(self.dial, requested, given["steps"], quality, given["guidance"])
         if row is not None:
             dial = {"dial": row.metadata(requested.budget, quality)}
             given, requested = given | {"steps": row.steps}, row.over(requested)
@@ -325,6 +334,16 @@ class ImageTo3DPipeline:
         if config.elastic.elastic and not routed:
             check_budget(config.elastic.budget, len(sampling_times(config, config.steps)) - 1)
         return config, dial
+
+    def _without_routers(self) -> ImageTo3DPipeline:
+        """This pipeline with a twin of the DiT that shares its weights: a plan keeps its budgets."""
+        if self._plain is None:
+            self._plain = empty_model(type(self.dit), self.dit.config)
+            self._plain.load_state_dict(self.dit.state_dict(keep_vars=True), assign=True)
+            self._plain.eval()
+        twin = copy(self)
+        twin.dit = self._plain
+        return twin
 
     def _generate(self, call: Call) -> list[Result]:
         config, ms = call.config, dict[str, float]()

@@ -16,6 +16,7 @@ from elastic3d.utils.files import printable
 from elastic3d.utils.structured import Maybe, Number, load_json
 
 FEWER, LORA, ROUTERS = ("dense", "fewer_steps"), "few_step_lora", "elastic"  # methods of a call
+PLAN = "training_free", "planned"  # method and note of what keeps a budget without routers
 _COST, _SPEEDUP, _IOU = "flops_ratio_to_baseline", "dit_speedup", "iou_paired"
 _MEASURED = {name: Maybe(Number(low=-1e9, high=1e9)) for name in (_COST, _SPEEDUP, _IOU, *F_SCORES)}
 SHAPE = {
@@ -128,13 +129,14 @@ def _entries(
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         routed = row["method"] == ROUTERS and row["as_trained"] and row["budget"] is not None
-        if not row["note"] and (routed or row["method"] in (*FEWER, LORA)):
+        plan = (row["method"], row["note"]) == PLAN
+        if plan or (not row["note"] and (routed or row["method"] in (*FEWER, LORA))):
             groups.setdefault((row["method"], row["budget"], row["steps"]), []).append(row)
     found = []
     for (method, requested, steps), group in groups.items():
         budget = None if method in FEWER else 1.0 if method == LORA else float(requested)
-        lora = False
-        if budget is not None and routers is not None:
+        lora, planned = False, method == PLAN[0]
+        if budget is not None and routers is not None and not planned:
             lora = coarseness(routers, steps, budget, model.guidance) is not None
         beyond = method == LORA and not lora  # a generation of more steps runs without it
         if beyond or any(row[name] is None for row in group for name in _MEASURED):
@@ -143,6 +145,7 @@ def _entries(
         found.append({
             "cost": round(first[_COST], 2), "steps": steps, "router_budget": budget, "few_step_lora": lora,
             **({"scope": routers.scope.name} if routers is not None and routers.trained_steps and lora else {}),
+            **({"planned": True} if planned else {}),
             "speedup": {str(row["batch"]): round(row[_SPEEDUP], 4) for row in group},
             "iou": round(first[_IOU], 4), **{name: round(first[name], 4) for name in F_SCORES},
         })  # fmt: skip

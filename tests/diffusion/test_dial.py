@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_dial import load, row, save_dialled, values
@@ -16,8 +17,10 @@ from tiny_pipeline import image
 from elastic3d.diffusion.dial import F_SCORES, choose, load_dial, parse_dial, save_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.elastic.config import ElasticOptions, RouterConfig
+from elastic3d.elastic.training_free import Calibration, describe, save_calibration, series_of
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
+from elastic3d.utils.structured import save_json
 
 DIAL = parse_dial(values(), "dial.json")
 
@@ -153,6 +156,18 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         _set("rows", 2, "few_step_lora", True),
         r"rows\[2\]: few_step_lora is true, but 3 steps run without",
     ),
+    "planned without a calibration": (
+        _set("rows", 1, row(2 / 3, 3, 2 / 3, False, 1.4, 0.8, 0.496) | {"planned": True}),
+        r"rows\[1\]: planned is true, but there is no training_free.json here",
+    ),
+    "planned with LoRA": (
+        _set("rows", 0, "planned", True),
+        r"rows\[0\]: few_step_lora is true, expected false",
+    ),
+    "planned dense": (
+        _set("rows", 1, "planned", True),
+        r"rows\[1\]: planned is true, but router_budget is null",
+    ),
     "other scope": (
         _set("rows", 2, "scope", "step"),
         r"rows\[2\]: scope is 'step', expected block, that of this model's routers",
@@ -282,6 +297,40 @@ def test_a_dial_is_saved_with_its_model_and_goes_with_it(pipeline: ImageTo3DPipe
     load(tmp_path / "copy", dial=False).save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy/dial.json").exists(), "it may have been measured with other weights"
     save_dial(None, tmp_path / "nowhere")
+
+
+def test_a_planned_row_runs_as_a_model_without_routers_does(tmp_path: Path) -> None:
+    folder, found = save_dialled(tmp_path / "model"), values()
+    found["rows"][1] = row(2 / 3, 3, 2 / 3, False, 1.4, 0.8, 0.496) | {"planned": True}
+    save_json(found, folder / "dial.json")
+    dit = load(folder, routers=False).dit
+    moment = np.eye(3) + 1
+    about = {"model": describe(dit), "samples": 1}
+    calibration = Calibration(
+        np.arange(3) / 3, dict.fromkeys(series_of(dit), moment), moment, np.ones(3), about
+    )
+    save_calibration(calibration, folder / "training_free.json")
+
+    pipeline, plain = load(folder), load(folder, routers=False)
+    keys = set(pipeline.dit.state_dict())
+    mixed = [made(pipeline, quality=name) for name in ("fast", "default", "best", "default", "fast")]
+    alone = made(plain, steps=3, budget=2 / 3)
+    for result in (mixed[1], mixed[3]):
+        assert torch.equal(result.latents, alone.latents), "no trace of what ran before"
+        for name in ("flops_executed", "flops_dense", "routes", "policy", "budget"):
+            assert result.metadata[name] == alone.metadata[name]
+        assert result.metadata["weights_sha256"] == pipeline.weights_sha256
+        assert result.metadata["dial"] == {"requested": "default", "cost": 2 / 3}
+    assert torch.equal(mixed[0].latents, mixed[4].latents) and "policy" not in mixed[2].metadata
+    assert not torch.equal(mixed[0].latents, mixed[1].latents)
+    assert set(pipeline.dit.state_dict()) == keys
+    twin = pipeline._without_routers().dit
+    assert all(a is b for a, b in zip(twin.parameters(), pipeline.dit.parameters(), strict=True))
+
+    assert pipeline.dial is not None
+    assert choose(pipeline.dial, ElasticOptions(width=False), None, None, None) is pipeline.dial.rows[2]
+    pipeline.save_pretrained(tmp_path / "copy")
+    assert torch.equal(made(load(tmp_path / "copy")).latents, alone.latents)
 
 
 def test_a_quality_brings_its_resolution(tmp_path: Path) -> None:
