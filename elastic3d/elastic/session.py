@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -184,11 +184,11 @@ class ElasticSession:
     @contextmanager
     def dense(self) -> Iterator[None]:
         """While it lasts, the model is the dense one."""
-        elastic, self.settings.elastic = self.settings.elastic, False
+        before, self.settings = self.settings, replace(self.settings, elastic=False)
         try:
             yield
         finally:
-            self.settings.elastic = elastic
+            self.settings = before
 
     @contextmanager
     def learning(self, rollout: Rollout) -> Iterator[None]:

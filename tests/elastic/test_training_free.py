@@ -14,7 +14,7 @@ import torch
 
 from elastic3d import disable, enable
 from elastic3d.elastic import attach, session_of
-from elastic3d.elastic.config import RouterConfig
+from elastic3d.elastic.config import ElasticConfig, RouterConfig
 from elastic3d.elastic.trace import trace_share
 from elastic3d.elastic.training_free import (
     CALIBRATION_NAME,
@@ -220,6 +220,16 @@ def test_moments_are_those_of_what_the_blocks_add() -> None:
     values = torch.stack(seen).double()
     expected = torch.einsum("sbd,tbd->st", values, values) / 2
     np.testing.assert_allclose(notes.moments()[0, 0], expected.numpy(), rtol=1e-4)
+
+
+def test_what_is_recorded_leaves_settings_as_they_were() -> None:
+    """Those of before come back; those that a generation brings along are not written to."""
+    pipe, brought = flux_pipeline(), ElasticConfig(elastic=False)
+    session = put_policy(pipe)
+    session.settings = before = ElasticConfig(budget=0.5)
+    with recorded(pipe.transformer):
+        session.settings = brought
+    assert session.settings is before and before.elastic and not brought.elastic
 
 
 def test_the_result_is_what_guidance_makes_of_both_branches() -> None:
