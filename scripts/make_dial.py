@@ -19,7 +19,8 @@ def main(config: DialConfig) -> int:
     """Write the file and print its rows."""
     check_distinct({"results": config.results}, {"dial": config.model / DIAL_NAME})
     for name, row in make_dial(config):
-        settings = "dense" if row.router_budget is None else f"routers {row.router_budget:g}"
+        who = "plan" if row.planned else "routers"
+        settings = "dense" if row.router_budget is None else f"{who} {row.router_budget:g}"
         lora = ", few-step LoRA" if row.few_step_lora else ""
         scores = ", ".join(f"{score:.4f}" for score in row.f_scores)
         print(
