@@ -239,6 +239,8 @@ def _disorder(row: Row, cheaper: Row, batches: set[str]) -> str | None:
     """What is wrong with a row after the `cheaper` one before it, which is itself for the first; None: nothing."""
     if "1" not in row.speedup or set(row.speedup) != batches:
         return f"speedup has batches of {', '.join(row.speedup)}, expected 1 and those of all rows"
+    if not isinstance(row.planned, bool):  # files need not have it, so that their shape does not say so
+        return f"planned is {row.planned!r}, expected true or false"
     if row.few_step_lora and (row.router_budget is None or row.planned):
         return "few_step_lora is true, expected false for the dense model and its plan"
     if row.planned and row.router_budget is None:

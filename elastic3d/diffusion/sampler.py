@@ -121,10 +121,9 @@ class _Path:
         self.done, self.waiting = [0] * len(self.x), set[int]()
         self.branches = BOTH_BRANCHES[: 1 if self.guidance == 1.0 or self.embedded else 2]
         self.tokens = torch.stack([self.condition, torch.zeros_like(self.condition)][: len(self.branches)])
-        self.earlier = self.added = torch.zeros_like(
-            self.x
-        )  # velocities of the step before; what guidance added
-        self.since = [0.0] * len(self.x)  # at these times
+        # velocities of the step before; what guidance added, at the times `since`
+        self.earlier = self.added = torch.zeros_like(self.x)
+        self.since = [0.0] * len(self.x)
 
     def turn(self, waits: bool) -> tuple[list[int], Defer]:
         """The samples that go next, and whether those that need the blocks have to wait."""
@@ -172,9 +171,8 @@ class _Path:
             left = [at / t if at else 0.0 for at, t in zip(since, moments, strict=True)]
             return found[0] + found[0].new_tensor(left)[:, None, None] * self.added[rows]
         added = found[0] - found[1]
-        if (
-            self.session is not None and self.session.guided
-        ):  # those that are deferred come again at the same time
+        if self.session is not None and self.session.guided:
+            # samples that are deferred come again at the same time
             self.added = _put(self.added, rows, (self.guidance - 1) * added)
             for row, t in zip(rows, moments, strict=True):
                 self.since[row] = t

@@ -160,6 +160,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         _set("rows", 1, row(2 / 3, 3, 2 / 3, False, 1.4, 0.8, 0.496) | {"planned": True}),
         r"rows\[1\]: planned is true, but there is no training_free.json here",
     ),
+    "planned is no bool": (_set("rows", 0, "planned", 1), r"rows\[0\]: planned is 1, expected true or false"),
     "planned with LoRA": (
         _set("rows", 0, "planned", True),
         r"rows\[0\]: few_step_lora is true, expected false",
