@@ -131,6 +131,15 @@ def test_documented_commands_are_understood(command):
     assert isinstance(parse(config_class, name, arguments), config_class)
 
 
+def test_samples_that_commands_name_exist():
+    named = {
+        path for command in documented_commands() for path in re.findall(r"\bdata/samples[\w./-]*", command)
+    }
+    assert {"data/samples", "data/samples/ground_truth"} <= named
+    for path in named:
+        assert (ROOT / path).exists(), path
+
+
 def test_make_targets_of_the_readme_exist():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     named = re.findall(r"make ([a-z]+)", " ".join(readme_commands()))
