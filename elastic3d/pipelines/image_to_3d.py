@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -61,7 +63,7 @@ from elastic3d.pipelines.runtime import (
     seeds_of,
     timed,
 )
-from elastic3d.utils.calls import Turn
+from elastic3d.utils.calls import Turn, one_behind
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256, printable
 from elastic3d.utils.options import from_dict, to_dict
@@ -455,32 +457,60 @@ class ImageTo3DPipeline:
     def _decode(self, call: Call, latents: Tensor, made: dict[int, Result], ms: dict[str, float]) -> None:
         """Latents (B,N,C) -> the meshes of `made`, by their number in the call, or why there is none.
 
-        `ms` is what the batch has taken so far; now all times of its results are known.
+        `ms` is what the batch has taken so far; now all times of its results are known. A thread cleans a mesh, which
+        keeps one processor busy, while the next one is decoded.
         """
-        count = len(made)
-        box, resolution = self.config.box, call.config.resolution
-        decode = replace(call.decode, resolution=resolution, box=box, max_points=self.max_points)
-        with ExitStack() as stack:
+        with ThreadPoolExecutor(1) as thread, self._on_device(self.vae):
             with timed(ms, "decode"), torch.no_grad():
-                stack.enter_context(self._on_device(self.vae))  # until the last mesh is there
                 tokens = self.vae.decode(latents)
-            for row, (number, result) in enumerate(made.items()):
+            one_behind(self._finishing(call, tokens, made, ms, thread))
 
-                def on_level(level: int, levels: int, before: int = row) -> None:
-                    call.at("decode", before * levels + level, count * levels)
+    def _finishing(
+        self, call: Call, tokens: Tensor, made: dict[int, Result], ms: dict[str, float], thread: Executor
+    ) -> Iterator[Callable[[], None]]:
+        """Decode the meshes one after the other: each time what waits until that one is clean, and tells its result."""
+        count, box, cleanup = len(made), self.config.box, call.cleanup
+        decode = replace(call.decode, resolution=call.config.resolution, box=box, max_points=self.max_points)
+        for row, (number, result) in enumerate(made.items()):
 
-                took = {name: value / count for name, value in ms.items()}
-                try:
-                    with timed(took, "decode"):
-                        field = self.vae.field(tokens[row : row + 1])
-                        values, _ = decode_field(field, 0, decode, self.device, on_level)
-                    with timed(took, "surface"):
-                        values = reducible(values, call.cleanup.max_faces)
-                        mesh = extract_surface(values, decode.box, decode.surface)
-                    with timed(took, "cleanup"):
-                        result._mesh = clean(mesh, call.cleanup)
-                except ValueError as error:
-                    result.error = error if isinstance(error, UserError) else UserError(str(error))
-                result.metadata["ms"] = {name: round(value, 1) for name, value in took.items()}
-                call.at("cleanup", row + 1, count)
-                call.on_result(number, result)
+            def on_level(level: int, levels: int, before: int = row) -> None:
+                call.at("decode", before * levels + level, count * levels)
+
+            took, cleaned = {name: value / count for name, value in ms.items()}, Future[trimesh.Trimesh]()
+            try:
+                with timed(took, "decode"):
+                    field = self.vae.field(tokens[row : row + 1])
+                    values, _ = decode_field(field, 0, decode, self.device, on_level)
+                with timed(took, "surface"):
+                    surface = extract_surface(reducible(values, cleanup.max_faces), box, decode.surface)
+                cleaned = thread.submit(_clean, surface, cleanup, took)
+            except ValueError as error:
+                cleaned.set_exception(error)
+            yield partial(_finish, call, number, took, cleaned, result, row + 1, count)
+
+
+def _clean(surface: trimesh.Trimesh, config: CleanupConfig, took: dict[str, float]) -> trimesh.Trimesh:
+    """`clean`, and how long it took; nothing of it is on a GPU, whose work is another mesh's."""
+    start = time.perf_counter()
+    mesh = clean(surface, config)
+    took["cleanup"] = 1000 * (time.perf_counter() - start)
+    return mesh
+
+
+def _finish(
+    call: Call,
+    number: int,
+    took: dict[str, float],
+    cleaned: Future[trimesh.Trimesh],
+    result: Result,
+    done: int,
+    count: int,
+) -> None:
+    """Wait for a mesh, and tell the result."""
+    try:
+        result._mesh = cleaned.result()
+    except ValueError as error:
+        result.error = error if isinstance(error, UserError) else UserError(str(error))
+    result.metadata["ms"] = {name: round(value, 1) for name, value in took.items()}
+    call.at("cleanup", done, count)
+    call.on_result(number, result)
