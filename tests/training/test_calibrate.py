@@ -19,6 +19,7 @@ from elastic3d.training import calibration, elastic_objective
 from elastic3d.training.calibration import Curve, CurvesConfig
 from elastic3d.training.elastic import RouterStage
 from elastic3d.training.elastic_image import ImageRouterStage
+from elastic3d.training.measure import _router_stage
 from elastic3d.training.options import DataConfig, StageName
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.structured import load_json, save_json
@@ -163,6 +164,7 @@ def test_what_cannot_be_calibrated(dense):
     with pytest.raises(UserError, match="dense has no routers to calibrate: there is no folder"):
         run_stage(config)
     dit = ShapeDiT.from_pretrained(dense / "dense" / "dit")
+    _router_stage(config, RouterConfig())  # those of each block can, though stage=router does not train them
     paper = RouterConfig(variant=RouterVariant.paper, hidden=16)
     routers = save_tiny_routers(dit, dense / "dense" / "routers", paper)
     with pytest.raises(UserError, match="take no budget: there is nothing to calibrate"):
