@@ -119,7 +119,10 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
     check_executed(RouterStage(trained), routers)
 
     monkeypatch.setattr(calibration, "EARLY", (0.0,))
+    monkeypatch.setattr(calibration, "DAMPING_TIMES", (0.0, 1.0))
     monkeypatch.setattr(calibration, "DAMPING_STEPS", ((-0.5,),))
+    monkeypatch.setattr(calibration, "_TOLD", (0.4, 0.8))
+    monkeypatch.setattr(calibration, "_DAMPING_BUDGETS", (0.5, 0.7))
     config = shape_config(dense, export={"output": dense / "other"})
     assert run_stage(config) == 0
     assert {path.name: path.read_bytes() for path in routers.iterdir()} == after

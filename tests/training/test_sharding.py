@@ -50,8 +50,8 @@ def launch(*configs: TrainConfig) -> list[str]:
         start(*configs, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true", **group)
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=280)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    said = [process.wait(280) for process in processes]
+    assert [process.process.exitcode for process in processes] == [0, 0], "\n".join(said)
     return said
 
 
@@ -64,7 +64,7 @@ def case_config(root: Path, case: str, name: str, **changes: object) -> TrainCon
     of_case = config_for if case == "routers" else dit_config
     options = dict(name=f"{case}-{name}", schedule=Schedule.constant, steps=4, save_every=2, validate_every=4)
     config = of_case(root / case, **(dict(precision=CASES[case][0]) | options | changes))
-    if isinstance(config, RouterTrainConfig):  # of one step: moments of predicted errors are each process' own
+    if isinstance(config, RouterTrainConfig):  # moments of predicted errors are each process' own
         config.routing.min_steps = config.routing.max_steps = 1
     return config
 
