@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -156,11 +157,14 @@ def test_files_the_readme_names_exist():
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_every_script_has_help(script):
-    found = subprocess.run(
-        [sys.executable, script, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert found.stdout.startswith(f"usage: python scripts/{script.name} key=value")
+def test_every_script_has_help(script, monkeypatch, capsys):
+    """In this process; `tests/test_library.py` and `tests/test_command.py` start some of them in their own."""
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.setattr("_cli.signal.signal", lambda *arguments: None)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python scripts/{script.name} key=value")
 
 
 def requirements() -> dict[str, str]:

@@ -126,10 +126,7 @@ class Controls:
         )
         if not path or path[-1][0] > share:
             lowest = min(share, 0.9 * min(self.planner.control_budgets))
-            with tqdm(desc=f"static routes down to {lowest:.2f}", unit="change", dynamic_ncols=True) as bar:
-                found = greedy_static(
-                    self._error(), blocks, self.router.ratios, lowest, lambda share: bar.update()
-                )
+            found = greedy_static(self._error(), blocks, self.router.ratios, lowest)
             path = [(executed, routes.tolist()) for executed, routes in found]
             save_json({"path": path}, file)
         return path
@@ -196,13 +193,12 @@ def greedy_static(
     blocks: Sequence[BlockFlops],
     ratios: Sequence[float],
     lowest: float,
-    on_change: Callable[[float], None] = lambda share: None,
 ) -> list[tuple[float, Tensor]]:
     """A path of fixed routes (I,) from the dense model down to a `lowest` executed share: [(share, routes), ...].
 
     From each to the next, one block is skipped or narrowed by one width: the change that adds the least to `error` for
-    each FLOP it saves. `error` takes routes (I,); `on_change` is called with each new share. Lazy greedy (Minoux 1978):
-    costs are measured again from the lowest on until one stays the lowest, since skipping more makes them rise.
+    each FLOP it saves. `error` takes routes (I,). Lazy greedy (Minoux 1978): costs are measured
+    again from the lowest on until one stays the lowest, since skipping more makes them rise.
     """
     table = action_flops(blocks, ratios)
     routes = torch.full((len(blocks),), len(ratios))
@@ -214,6 +210,7 @@ def greedy_static(
     ]
     heap = list(dict.fromkeys(heap))
     heapq.heapify(heap)
+    bar = tqdm(desc=f"static routes down to {lowest:.2f}", unit="change", dynamic_ncols=True)
     while share > lowest and heap:
         _, after, measured, block, action = heapq.heappop(heap)
         if action >= routes[block]:
@@ -228,9 +225,10 @@ def greedy_static(
         now, routes = after, changed
         share = float(table[torch.arange(len(blocks)), routes].sum() / table[:, -1].sum())
         path.append((share, routes))
-        on_change(share)
+        bar.update()
         if action > SKIPPED + 1:
             heapq.heappush(heap, (-math.inf, now, -1, block, action - 1))
+    bar.close()
     return path
 
 

@@ -37,18 +37,9 @@ def combine(history: History, weights: Tensor) -> Tensor:
     return total.to(newest.dtype)
 
 
-def damped_weights(history: History, steps: Steps, at: float, damping: float = 1.0) -> Tensor:
-    """The last value and its last change, of which a share `damping` is left after each step: 0 reuses the value, 1
-    is a line, as TaylorSeer's first order (2503.06923); between, a damped trend (Gardner and McKenzie 1985)."""
-    age = at - steps[-1]
-    weights = torch.zeros(len(steps), dtype=torch.float64)
-    weights[-1] = 1.0
-    if len(steps) > 1:
-        left = age if damping == 1 else damping * (1 - damping**age) / (1 - damping)
-        slope = left / (steps[-1] - steps[-2])
-        weights[-1] += slope
-        weights[-2] -= slope
-    return weights
+def line_weights(history: History, steps: Steps, at: float) -> Tensor:
+    """The last value and its last change: the first order of TaylorSeer (2503.06923)."""
+    return taylor_weights(history, steps, at, order=1)
 
 
 def taylor_weights(history: History, steps: Steps, at: float, order: int = ORDER) -> Tensor:
@@ -89,7 +80,7 @@ def chebyshev_weights(
     Unlike Spectrum's, T_0 and T_1 are not penalised: a penalty on them damps constants and lines.
     """
     if len(steps) < 3:
-        return damped_weights(history, steps, at)
+        return line_weights(history, steps, at)
     positions = torch.tensor([*steps, at], dtype=torch.float64)
     x = 2 * (positions - positions[0]) / (at - steps[0]) - 1
     columns = [torch.ones_like(x), x]
@@ -114,7 +105,7 @@ def dmd_weights(history: History, steps: Steps, at: float) -> Tensor:
         first -= 1
     count, batch = len(steps) - first, history[-1].shape[0]
     if count < 3:
-        return damped_weights(history, steps, at)[:, None].expand(-1, batch)
+        return line_weights(history, steps, at)[:, None].expand(-1, batch)
     tail = torch.stack([value.flatten(1) for value in history[first:]], dim=1).double()  # (B,n,d)
     changes = tail.diff(dim=1)
     gram = changes @ changes.mT  # (B,n-1,n-1)
@@ -155,7 +146,7 @@ def _dmd_of(gram: Tensor, horizon: float) -> Tensor:
 
 
 WEIGHTS: dict[str, Weights] = {
-    "linear": damped_weights,
+    "linear": line_weights,
     "taylor": taylor_weights,
     "hermite": hermite_weights,
     "chebyshev": chebyshev_weights,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,11 @@ from elastic3d.benchmark.image_scores import (
 from elastic3d.benchmark.methods import DENSE, MAIN, Case, Job, Model, Planner, Run
 from elastic3d.benchmark.rivals import by_batch, magnitude_ratios
 from elastic3d.benchmark.rows import average, bounds
-from elastic3d.benchmark.task import Scores, Task, spread
+from elastic3d.benchmark.task import Scores, Task
 from elastic3d.diffusion.options import Solver
 from elastic3d.elastic import detach
 from elastic3d.errors import UserError
+from elastic3d.evaluation.items import spread
 from elastic3d.evaluation.statistics import Row
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.image_loading import weight_files
@@ -77,7 +77,7 @@ class ImageTask(Task):
         planner = Planner(config, load_models(config, repository))
         for prompt in prompts:
             check_prompt(prompt, planner.models[DENSE].pipeline.backbone)
-        self._open: OrderedDict[Path, Entries] = OrderedDict()
+        self._open = lru_cache(OPEN)(_entries)
         self._references: References | None = None
         size = (config.resolution, config.resolution) if config.resolution else None
         super().__init__(planner, prompts, config.timing_prompts, {"size": size})
@@ -128,19 +128,7 @@ class ImageTask(Task):
 
     def _read(self, run: Run, seed: int) -> Entries:
         """What a file holds."""
-        path = self._path(run, seed)
-        if path in self._open:
-            self._open.move_to_end(path)
-            return self._open[path]
-        entries: Entries = {}
-        if path.is_file():
-            with np.load(path) as file:
-                records, pixels = json.loads(file["records"].tobytes()), file["images"]
-            entries = {p: (image, record) for (p, record), image in zip(records.items(), pixels, strict=True)}
-        self._open[path] = entries
-        if len(self._open) > OPEN:
-            self._open.popitem(last=False)
-        return entries
+        return self._open(self._path(run, seed))
 
     def condition_of(self, run: Run, jobs: Sequence[Job]) -> Condition:
         """Embedded prompts, and what guidance needs."""
@@ -250,6 +238,15 @@ class ImageTask(Task):
 
         columns = [map(enlarged, self.images(run, seed, prompts)) for run in runs.values()]
         return list(runs), [list(row) for row in zip(*columns, strict=True)]
+
+
+def _entries(path: Path) -> Entries:
+    """What a file holds; empty where there is none yet."""
+    if not path.is_file():
+        return {}
+    with np.load(path) as file:
+        records, pixels = json.loads(file["records"].tobytes()), file["images"]
+    return {p: (image, record) for (p, record), image in zip(records.items(), pixels, strict=True)}
 
 
 def load_models(config: ImageBenchmarkConfig, repository: Path) -> dict[str, Model]:

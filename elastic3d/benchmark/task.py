@@ -22,6 +22,7 @@ from elastic3d.benchmark.rivals import by_batch, running
 from elastic3d.elastic import detach
 from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.training_free import put_policy
+from elastic3d.evaluation.items import spread
 from elastic3d.evaluation.statistics import Row
 
 
@@ -211,9 +212,3 @@ class Task(ABC):
             if case.method == "elastic" and case.run.steps == steps and case.budget is not None:
                 runs[f"elastic {case.budget:g}"] = case.run
         return runs
-
-
-def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """`count` of the items, at even distances (0, or more than there are: all)."""
-    count = min(count or len(items), len(items))
-    return [items[i * len(items) // count] for i in range(count)]

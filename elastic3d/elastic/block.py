@@ -134,7 +134,7 @@ class ElasticBlock:
     def _masked(self, context: StepContext, call: BlockCall, decision: RouteDecision, span: range) -> Streams:
         """Training: y = x + g (B(x) - x), g straight through, B(x) with its MLPs masked."""
         x = self._skipped(context, call, span)
-        if context.skipped:
+        if context.simulated is not None:
             return x
         blocks, keep = self.running() if context.rows else self.narrow, decision.keep
         y = self._run(partial(self._at_width, blocks, call, decision.hard_width()))

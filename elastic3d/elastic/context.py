@@ -52,8 +52,8 @@ class StepContext:
     dt: size of the sampling step; budget: in [0.3,1]; branch: 0 conditional, 1 unconditional; t: time in [0,1], which
     the model itself is called with; each (B,) fp32. Of a generation, each row has its (branch, sample) in `rows`, its
     step, and its slot in the cache; the rows of a training pass have none. The first `conditional_rows` rows are those
-    of one branch. `training`: blocks are masked and gates get gradients, with `simulated` in the place of a cache;
-    `skipped`: no block runs.
+    of one branch. `training`: blocks are masked and gates get gradients; with `simulated` in the place of a cache no
+    block runs.
 
     `ahead` is the decision of a step for all blocks, `groups` what follows from it or from that of a block;
     `entered`: by its first block, what came into each span of blocks; `deferred`: samples that should have run and
@@ -70,7 +70,6 @@ class StepContext:
     defer: Defer = Defer.never
     training: bool = False
     simulated: SimulatedCache | None = None
-    skipped: bool = False
     t: Tensor = field(default_factory=lambda: torch.empty(0))
     waiting: bool = True  # for the call of the model
     modulation: Tensor | None = None

@@ -1,4 +1,4 @@
-"""FLOPs that decisions execute, with gradients, and the losses on them: the executed budget, and E-DiT's variant."""
+"""FLOPs that decisions execute, with gradients, and the loss that holds them to a budget."""
 
 from __future__ import annotations
 
@@ -54,21 +54,3 @@ def budget_loss(share: Tensor, budget: Tensor, slack: float = 0.0, groups: int =
     mean = (total / count.clamp_min(1)).square() * (count / count.sum())
     each = ((share - budget).abs() - slack).clamp_min(0).square().mean()
     return mean.sum() + each
-
-
-def paper_loss(
-    decisions: Sequence[RouteDecision],
-    ratios: tuple[float, ...],
-    rho_gate: float = 0.6,
-    rho_width: float = 0.5,
-) -> Tensor:
-    """E-DiT (2602.13993): (mean gate - rho_g)^2 + (mean expected ratio of the executed blocks - rho_w)^2.
-
-    rho_g is 0.6 (base) or 0.5 (turbo); rho_w is not published, 0.5 is the default of the released code.
-    """
-    gates = torch.stack([decision.keep_prob for decision in decisions])
-    expected = torch.stack([d.width_prob @ d.width_prob.new_tensor(ratios) for d in decisions])
-    keep = torch.stack([decision.keep for decision in decisions]).float()
-    open_ratio = (expected * keep).sum() / keep.sum().clamp_min(1)
-    width = (open_ratio - rho_width).square() * (keep.sum() > 0)
-    return (gates.mean() - rho_gate).square() + width

@@ -162,20 +162,17 @@ class ElasticSession:
         budget: Tensor,
         branch: Tensor,
         simulated: SimulatedCache | None = None,
-        skipped: bool = False,
         conditional_rows: int = 0,
     ) -> None:
-        """The next forward pass is a training pass: masked blocks, gradients to the gates, no caches.
+        """The next forward pass is a training pass: gradients to the gates, no caches.
 
-        dt, budget, branch: (B,). Every block runs for every row, so that skipped gates get a gradient too; skipped
-        blocks add what they `simulated`, which stands for a cache. With `skipped` no block runs, whatever the routers
-        decide; their decisions are recorded all the same. `conditional_rows`: so many rows of the conditional
-        branch come first, and the same samples' other branch after them, in the same order; 0: every row is for itself.
+        dt, budget, branch: (B,). Every block runs for every row, masked, so that skipped gates get a gradient too. With
+        `simulated`, which stands for a cache, no block runs, whatever the routers decide: blocks add what it holds, and
+        the decisions are recorded all the same. `conditional_rows`: so many rows of the conditional branch come first,
+        and the same samples' other branch after them, in the same order; 0: every row is for itself.
         """
         rows = conditional_rows or len(budget)
-        self.current = StepContext(
-            dt, budget, branch, rows, training=True, simulated=simulated, skipped=skipped
-        )
+        self.current = StepContext(dt, budget, branch, rows, training=True, simulated=simulated)
 
     def end(self) -> None:
         """Free the caches; the trace stays."""

@@ -133,3 +133,9 @@ def _ply_has_uv(path: Path) -> bool:
             if words[:1] == [b"property"] and words[-1].decode("latin-1") in _PLY_NAMES:
                 return True
     return False
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """`count` of the items, at even distances (0, or more than there are: all)."""
+    count = min(count or len(items), len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -27,6 +27,7 @@ from elastic3d.elastic.training_free import (
     save_calibration,
 )
 from elastic3d.errors import UserError
+from elastic3d.evaluation.items import spread
 from elastic3d.models.images import prepare
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.generation import find_images, load_pipeline
@@ -73,7 +74,7 @@ def target_file(config: CalibratePolicyConfig) -> Path:
 
 
 def _of_meshes(config: CalibratePolicyConfig, on_sample: Callable[[int, int], None]) -> Calibration:
-    images = _spread(find_images(config.image), config.samples)
+    images = spread(find_images(config.image), config.samples)
     pipeline = load_pipeline(_mesh_options(config))
     steps = pipeline.config.steps if config.steps is None else config.steps
     guidance = pipeline.config.guidance if config.guidance is None else config.guidance
@@ -88,7 +89,7 @@ def _of_meshes(config: CalibratePolicyConfig, on_sample: Callable[[int, int], No
 
 
 def _of_images(config: CalibratePolicyConfig, on_sample: Callable[[int, int], None]) -> Calibration:
-    prompts = _spread(read_prompts(Path(config.prompts)), config.samples)
+    prompts = spread(read_prompts(Path(config.prompts)), config.samples)
     pipeline = TextToImagePipeline.from_pretrained(
         config.backbone, config.weights or DEFAULT_IMAGE_MODEL, NO_ROUTERS_NAME,
         device=config.device, dtype=config.dtype, offload=config.offload,
@@ -122,12 +123,6 @@ def _mesh_options(config: CalibratePolicyConfig) -> GenerateConfig:
     ]
     given = {name: getattr(config, name) for name in names}
     return GenerateConfig(**given, output="-", routers=NO_ROUTERS_NAME)
-
-
-def _spread(items: list[Any], count: int) -> list[Any]:
-    """At most `count` of the items, at even distances."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 # ---------------------------------------------------------------------------------------------- measuring

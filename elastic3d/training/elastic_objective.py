@@ -1,4 +1,4 @@
-"""Training of routers, whatever they route: distillation, flow matching, a compute budget, a reconstruction term;
+"""Training of routers, whatever they route: the predicted error of a forecast, flow matching, a reconstruction term;
 validation and calibration on what a sampler makes."""
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.cache import SimulatedCache
 from elastic3d.elastic.config import MIN_BUDGET, Branches, ElasticConfig, RouterConfig, Scope
-from elastic3d.elastic.losses import budget_loss, paper_loss, session_share
+from elastic3d.elastic.losses import session_share
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import trace_share
 from elastic3d.errors import UserError
@@ -30,21 +29,6 @@ from elastic3d.utils.options import Options, option
 
 THRESHOLD_RANGE = 2.5  # standard deviations on both sides that thresholds cover
 Grid = Callable[[int], Tensor]  # number of steps -> sampling times (S+1,)
-
-
-class GateLoss(Enum):
-    """How gates learn: straight through their hard decision (E-DiT), or by predicting the error that is made where
-    the blocks of a step do not run but go on with what they remember."""
-
-    straight_through = "straight_through"
-    predicted_error = "predicted_error"
-
-
-class CostLoss(Enum):
-    """What holds the cost: the executed FLOPs to the budget, or E-DiT's mean gate and width to constants."""
-
-    executed = "executed"
-    paper = "paper"
 
 
 @dataclass(kw_only=True)
@@ -59,38 +43,14 @@ class RoutingConfig(Options):
     min_budget: float = option(
         MIN_BUDGET, "smallest budget to train for; the largest is 1", ge=MIN_BUDGET, le=1, advanced=True
     )
-    gate: GateLoss = option(
-        GateLoss.straight_through,
-        "how gates learn; predicted_error needs routers that decide once a step and reuse",
-    )
     late_weight: float = option(
-        1.0, "gate predicted_error: weight of an error at t = 1, with 1 at t = 0, linear between", ge=0, le=1
+        1.0, "weight of an error at t = 1, with 1 at t = 0, linear between", ge=0, le=1
     )
     recalled: int = option(
-        3,
-        "router.longest above 0: earlier steps whose residuals are computed for a batch",
-        ge=1,
-        le=16,
-        advanced=True,
+        3, "earlier steps whose residuals are computed for a batch", ge=1, le=16, advanced=True
     )
     renewal: float = option(
         0.5, "of these: chance that a block was computed again at a step", ge=0.05, le=1, advanced=True
-    )
-    cost: CostLoss = option(CostLoss.executed, "what holds the cost", advanced=True)
-    cost_weight: float = option(20.0, "weight of the cost loss (lambda)", ge=0, le=1e6, advanced=True)
-    slack: float = option(
-        0.1,
-        "a sample's cost may differ from its budget by this, as long as the mean does not",
-        ge=0,
-        le=1,
-        advanced=True,
-    )
-    rho_gate: float = option(0.6, "cost paper: target of the mean gate", ge=0, le=1, advanced=True)
-    rho_width: float = option(
-        0.5, "cost paper: target of the mean width of executed blocks", ge=0, le=1, advanced=True
-    )
-    distillation: float = option(
-        1.0, "weight of the distance to the dense velocity", ge=0, le=1e6, advanced=True
     )
     flow: float = option(0.1, "weight of flow matching", ge=0, le=1e6)
     val_budgets: list[float] = option(
@@ -135,10 +95,6 @@ class RouterObjective(nn.Module, ABC):
             paired: both branches of guidance run as one batch and are distilled together.
         """
         super().__init__()
-        if config.gate is GateLoss.predicted_error and not (router.scope is Scope.step and router.longest):
-            raise UserError(
-                "routing.gate is predicted_error: that needs router.scope=step and router.longest above 0"
-            )
         self.config, self.term, self.paired = config, term, paired
         self.register_buffer("skip_error_moments", torch.zeros(2))
         dit.requires_grad_(False)
@@ -155,25 +111,25 @@ class RouterObjective(nn.Module, ABC):
         """Losses (B,) of what predicted clean latents (B,N,C) decode to: those of a batch's first B samples."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """`latents`, `noise`, `t` and what `SamplerDraw` adds -> loss and what it is made of."""
-        config = self.config
+        """`latents`, `noise`, `t` and what `SamplerDraw` adds -> loss and what it is made of.
+
+        UserError for routers that do not forecast whole steps: they can be calibrated, but this is not how they learn.
+        """
+        config, router = self.config, self.session.router_config
+        if router.scope is not Scope.step or not router.longest:
+            raise UserError(
+                f"router.scope is {router.scope.name} and router.longest {router.longest}, expected step and at"
+                " least 1: stage=block_router trains routers of each block"
+            )
         x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
         with torch.no_grad():
             dense = self._dense(x_t, batch)
-        skipped = config.gate is GateLoss.predicted_error
-        self._announce(batch, skipped)
-        found = self.velocities(self.dit, x_t, batch).float()
-        share = session_share(self.session)
-        values: dict[str, Tensor] = {}
-        if skipped:
-            logits = self._gate_logits()
-            values["prediction"] = self._prediction_loss(logits, found, dense, batch)
-            loss = values["prediction"]
-            found = torch.lerp(found, dense, logits.sigmoid()[:, None, None])
-        else:
-            values["distillation"] = (self.guided(found) - self.guided(dense)).square().mean()
-            values["cost"] = self._cost(share.view(-1, len(x_t)).mean(0), batch["budget"])
-            loss = config.distillation * values["distillation"] + config.cost_weight * values["cost"]
+        self._announce(batch)
+        skipped = self.velocities(self.dit, x_t, batch).float()
+        share, logits = session_share(self.session), self._gate_logits()
+        loss = self._prediction_loss(logits, skipped, dense, batch)
+        values = {"prediction": loss}
+        found = torch.lerp(skipped, dense, logits.sigmoid()[:, None, None])
         conditional = found[: len(x_t)]
         values["flow"] = (conditional - velocity(batch["noise"], batch["latents"])).square().mean()
         loss = loss + config.flow * values["flow"]
@@ -184,7 +140,8 @@ class RouterObjective(nn.Module, ABC):
             trust = batch["t"][:count] ** term.time_power
             parts = {name: (value * trust).mean() for name, value in self.decoded(data, batch).items()}
             loss, values = loss + term.weight * term.total(parts), values | parts
-        values |= self._spending(share, batch)
+        by_sample = share.view(-1, len(x_t)).mean(0)
+        values |= {"share": share.mean(), "off_budget": (by_sample - batch["budget"]).abs().mean()}
         return loss, {name: value.detach() for name, value in values.items()}
 
     def sampler(self, times: Grid) -> SamplerDraw:
@@ -192,15 +149,14 @@ class RouterObjective(nn.Module, ABC):
         router = self.session.router_config
         return SamplerDraw(self.config, router, len(self.session.blocks), self.paired, times)
 
-    def _announce(self, batch: Batch, skipped: bool) -> None:
+    def _announce(self, batch: Batch) -> None:
         """Tell the session of the training pass to come."""
         dt, budget, branch = (batch[name] for name in ("dt", "budget", "branch"))
         count = len(dt) if self.paired else 0
         if self.paired:
             dt, budget = dt.repeat(2), budget.repeat(2)
             branch = torch.arange(2, device=dt.device).float().repeat_interleave(count)
-        simulated = self._simulated(batch) if "ages" in batch else None
-        self.session.train(dt, budget, branch, simulated, skipped, conditional_rows=count)
+        self.session.train(dt, budget, branch, self._simulated(batch), conditional_rows=count)
 
     def _gate_logits(self) -> Tensor:
         """Gate logit (R,) of every row."""
@@ -248,17 +204,6 @@ class RouterObjective(nn.Module, ABC):
             found.append((self.guided(mixed) - target).square().flatten(1).mean(1) * weight)
         return torch.cat(found)
 
-    def _spending(self, share: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """What to report of the executed share (R,)."""
-        current = self.session.current
-        assert current is not None
-        by_sample = share.view(-1, len(batch["budget"])).mean(0)
-        return {
-            "share": share.mean(),
-            "off_budget": (by_sample - batch["budget"]).abs().mean(),
-            "blocks_run": share.new_tensor(float(not current.skipped)),
-        }
-
     def guided(self, v: Tensor) -> Tensor:
         """The velocity that sampling follows, from those of the branches; over g, so that its scale stays."""
         if not self.paired:
@@ -282,16 +227,6 @@ class RouterObjective(nn.Module, ABC):
         picks = batch["picks"].transpose(0, 1).flatten(0, 1)
         ages = ages.repeat(1 + self.paired, 1)
         return SimulatedCache(passes, ages, picks, self.session.router_config.damping)
-
-    def _cost(self, share: Tensor, budget: Tensor) -> Tensor:
-        if self.config.cost is CostLoss.executed:
-            return budget_loss(share, budget, self.config.slack)
-        current = self.session.current
-        assert current is not None
-        decisions = list(current.decisions.values())
-        return paper_loss(
-            decisions, self.session.router_config.ratios, self.config.rho_gate, self.config.rho_width
-        )
 
 
 def threshold(moments: Tensor, budget: Tensor) -> Tensor:
@@ -322,9 +257,8 @@ class SamplerDraw:
     times: Grid
 
     def __call__(self, item: Batch, position: int, seed: int) -> np.random.Generator:
-        """Give an item a time of a random sampler, with its step size and number of steps, and a budget; for routers
-        that reuse residuals also earlier steps, and which of them each block remembers. -> a generator to go on with.
-        """
+        """Give an item a time of a random sampler, with its step size and number of steps, a budget, earlier steps, and
+        which of them each block remembers. -> a generator to go on with."""
         routing, router, rng = self.routing, self.router, np.random.default_rng([seed, position, 3])
         low, high = math.log(routing.min_steps), math.log(routing.max_steps + 1)
         times = self.times(min(int(math.exp(rng.uniform(low, high))), routing.max_steps))
@@ -333,16 +267,14 @@ class SamplerDraw:
         item["t"], item["dt"] = times[step], times[step + 1] - times[step]
         item["steps"] = torch.tensor(float(steps))
         item["budget"] = torch.tensor(rng.uniform(routing.min_budget, 1.0)).float()
-        if router.longest:
-            ages = np.cumsum(rng.geometric(routing.renewal, routing.recalled))
-            usable = int(np.sum((ages <= step) & (ages <= router.longest)))
-            # blocks that decide together remember the same step
-            together = router.branches is Branches.shared
-            shape = (1 if together else 1 + self.paired, 1 if router.scope is Scope.step else self.blocks)
-            picks = rng.integers(usable, size=shape) if usable else np.full(shape, -1)
-            item["ages"] = torch.from_numpy(np.where(ages <= step, ages, 0))
-            item["earlier"] = times[torch.from_numpy(np.maximum(step - ages, 0))]
-            item["picks"] = torch.from_numpy(np.broadcast_to(picks, (1 + self.paired, self.blocks)).copy())
+        ages = np.cumsum(rng.geometric(routing.renewal, routing.recalled))
+        usable = int(np.sum((ages <= step) & (ages <= router.longest)))
+        # blocks that decide together remember the same step
+        shape = (1 if router.branches is Branches.shared else 1 + self.paired, 1)
+        picks = rng.integers(usable, size=shape) if usable else np.full(shape, -1)
+        item["ages"] = torch.from_numpy(np.where(ages <= step, ages, 0))
+        item["earlier"] = times[torch.from_numpy(np.maximum(step - ages, 0))]
+        item["picks"] = torch.from_numpy(np.broadcast_to(picks, (1 + self.paired, self.blocks)).copy())
         return rng
 
 

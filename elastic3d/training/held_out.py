@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.errors import UserError
+from elastic3d.evaluation.items import spread
 from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh
 from elastic3d.geometry.normalize import normalize_mesh
@@ -224,8 +225,7 @@ def _solids(config: HeldOutConfig) -> Callable[[str], trimesh.Trimesh]:
 
 def write_sheet(ids: Sequence[str], config: HeldOutConfig) -> None:
     """`sheet.png`: input view, generated (first seed), ground truth, nearest training shape; four shapes a row."""
-    count = min(SHEET_SHAPES, len(ids))
-    chosen = [ids[i * len(ids) // count] for i in range(count)]
+    chosen = spread(ids, SHEET_SHAPES)
     folders = ([f"seed-{config.seeds[0]}"] if config.seeds else ["reconstruction"]) + ["gt", "nearest"]
     cells = []
     for id in chosen:

@@ -12,9 +12,9 @@ from elastic3d.benchmark.forecasts import (
     WEIGHTS,
     chebyshev_weights,
     combine,
-    damped_weights,
     dmd_weights,
     hermite_weights,
+    line_weights,
     taylor_weights,
 )
 
@@ -81,13 +81,11 @@ def test_taylor_and_hermite_equal_their_series():
         torch.testing.assert_close(combine(f, hermite_weights(f, EVEN, 14, sigma=sigma)), hermite)
 
 
-def test_taylor_of_order_one_is_the_line_and_damping_sums_its_powers():
+def test_the_line_goes_on_with_the_last_change():
     history = [torch.randn(1, 3, dtype=torch.float64) for _ in EVEN]
-    line = damped_weights(history, EVEN, 14)
-    torch.testing.assert_close(line, taylor_weights(history, EVEN, 14, order=1))
-    damped = combine(history, damped_weights(history, EVEN, 14, damping=0.8))
-    torch.testing.assert_close(damped, history[-1] + (0.8 + 0.64) * (history[-1] - history[-2]) / 3)
-    assert torch.equal(combine(history, damped_weights(history, EVEN, 14, damping=0.0)), history[-1])
+    line = combine(history, line_weights(history, EVEN, 14))
+    torch.testing.assert_close(line, history[-1] + 2 * (history[-1] - history[-2]) / 3)
+    assert torch.equal(combine(history[:1], line_weights(history[:1], EVEN[:1], 14)), history[0])
 
 
 def test_chebyshev_is_the_ridge_regression_of_numpy():
@@ -128,5 +126,5 @@ def test_dmd_takes_the_last_even_distances():
     found = combine(history, dmd_weights(history, steps, 12))
     torch.testing.assert_close(found, value(12), rtol=1e-6, atol=1e-6)
     assert torch.equal(dmd_weights(history, steps, 12)[0], torch.zeros(2, dtype=torch.float64))
-    line = damped_weights(history, UNEVEN[:5], 9)
+    line = line_weights(history, UNEVEN[:5], 9)
     assert torch.equal(dmd_weights(history, UNEVEN[:5], 9)[:, 0], line)

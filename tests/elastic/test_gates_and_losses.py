@@ -1,11 +1,8 @@
-import math
-
-import pytest
 import torch
 
 from elastic3d.elastic.block import gated
 from elastic3d.elastic.families import BlockFlops
-from elastic3d.elastic.losses import budget_loss, decision_flops, executed_share, paper_loss
+from elastic3d.elastic.losses import budget_loss, decision_flops, executed_share
 from elastic3d.elastic.router import RouteDecision, straight_through
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)
@@ -58,14 +55,3 @@ def test_budget_loss_is_zero_on_budget_and_pushes_towards_it():
     assert (share.grad > 0).all()
     swapped = torch.tensor([0.45, 0.55])  # within the slack samples of one band may trade
     assert budget_loss(swapped, torch.tensor([0.5, 0.5]), slack=0.1) < 1e-12
-
-
-def test_paper_loss_holds_the_mean_probability_not_the_executed_cost():
-    def with_gate(p: float) -> RouteDecision:
-        return decision([[math.log(p / (1 - p)), 0, 0, 0, 50.0]])
-
-    assert paper_loss([with_gate(0.9), with_gate(0.3)], RATIOS, 0.6, 1.0) == pytest.approx(0, abs=1e-9)
-    assert paper_loss([with_gate(0.9)], RATIOS, 0.6, 0.5) == pytest.approx(0.3**2 + 0.5**2)
-    assert paper_loss([with_gate(0.3)], RATIOS, 0.6, 0.5) == pytest.approx(
-        0.3**2
-    )  # no executed block, no width

@@ -137,6 +137,16 @@ def test_records_of_shipped_models_are_read(path: Path) -> None:
             assert to_dict(getattr(config, part))[item.name] == saved[part][item.name], item.name
 
 
+def test_a_router_run_with_options_that_are_gone_is_read() -> None:
+    gone = {"gate": "straight_through", "cost": "paper", "cost_weight": 20.0, "slack": 0.1, "rho_gate": 0.6}
+    gone |= {"rho_width": 0.5, "distillation": 1.0}
+    written = {"stage": "router", "steps": 7, "routing": {**gone, "flow": 0.3, "late_weight": 0.5}}
+    config = read_record(written, stage_config(StageName.router), "a.json")
+    assert config.steps == 7  # type: ignore[attr-defined]
+    assert (config.routing.flow, config.routing.late_weight) == (0.3, 0.5)  # type: ignore[attr-defined]
+    assert not gone.keys() & to_dict(config.routing).keys()  # type: ignore[attr-defined]
+
+
 def test_emulated_bf16_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     config = stage_config(StageName.dit)()
     monkeypatch.setattr("elastic3d.training.stages.fast_bfloat16", lambda device: False)

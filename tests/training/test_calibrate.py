@@ -19,6 +19,7 @@ from elastic3d.training import calibration, elastic_objective
 from elastic3d.training.calibration import Curve, CurvesConfig
 from elastic3d.training.elastic import RouterStage
 from elastic3d.training.elastic_image import ImageRouterStage
+from elastic3d.training.measure import _router_stage
 from elastic3d.training.options import DataConfig, StageName
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.structured import load_json, save_json
@@ -118,7 +119,10 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
     check_executed(RouterStage(trained), routers)
 
     monkeypatch.setattr(calibration, "EARLY", (0.0,))
+    monkeypatch.setattr(calibration, "DAMPING_TIMES", (0.0, 1.0))
     monkeypatch.setattr(calibration, "DAMPING_STEPS", ((-0.5,),))
+    monkeypatch.setattr(calibration, "_TOLD", (0.4, 0.8))
+    monkeypatch.setattr(calibration, "_DAMPING_BUDGETS", (0.5, 0.7))
     config = shape_config(dense, export={"output": dense / "other"})
     assert run_stage(config) == 0
     assert {path.name: path.read_bytes() for path in routers.iterdir()} == after
@@ -163,6 +167,7 @@ def test_what_cannot_be_calibrated(dense):
     with pytest.raises(UserError, match="dense has no routers to calibrate: there is no folder"):
         run_stage(config)
     dit = ShapeDiT.from_pretrained(dense / "dense" / "dit")
+    _router_stage(config, RouterConfig())  # those of each block can, though stage=router does not train them
     paper = RouterConfig(variant=RouterVariant.paper, hidden=16)
     routers = save_tiny_routers(dit, dense / "dense" / "routers", paper)
     with pytest.raises(UserError, match="take no budget: there is nothing to calibrate"):

@@ -11,7 +11,6 @@ from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
 from elastic3d.training import calibration
 from elastic3d.training.calibration import CurvesConfig, choose_dampings, choose_gate_bias, relative_error
 from elastic3d.training.elastic import RouterStage
-from elastic3d.training.elastic_objective import GateLoss
 from tests.training.test_elastic import router_config
 
 STEPS = 6
@@ -22,7 +21,7 @@ def stage(dense, monkeypatch):
     monkeypatch.setattr(calibration, "_TOLD", (0.3, 0.9))
     monkeypatch.setattr(calibration, "_DAMPING_BUDGETS", (0.3, 0.9))
     router = RouterConfig(longest=3, scope=Scope.step, widths=1, head_std=0.1)
-    routing = {"gate": GateLoss.predicted_error, "val_shapes": 1, "val_steps": STEPS}
+    routing = {"val_shapes": 1, "val_steps": STEPS}
     return RouterStage(router_config(dense, routing=routing, router=router))
 
 
@@ -77,7 +76,9 @@ def test_dampings_over_time_take_one_value_after_the_other(stage, monkeypatch):
     assert tuple(session.router_config.dampings) == min(second, key=second.get)
 
 
-def test_calibration_starts_from_nothing(stage):
+def test_calibration_starts_from_nothing(stage, monkeypatch):
+    monkeypatch.setattr(calibration, "DAMPING_TIMES", (0.0, 0.3, 1.0))
+    monkeypatch.setattr(calibration, "DAMPING_STEPS", ((-0.6, 0.3), (0.15,)))
     session = stage.flow.session
     stage.calibrate(CurvesConfig(), points=6)
     first = session.router_config

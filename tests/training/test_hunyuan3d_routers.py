@@ -16,6 +16,7 @@ from hunyuan_tiny import (
 from safetensors.torch import save_file
 
 from elastic3d.checkpoints.options import PRESETS, ImportConfig
+from elastic3d.elastic.config import RouterConfig, Scope
 from elastic3d.errors import UserError
 from elastic3d.models.options import EncoderKind, ImageEncoderConfig
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
@@ -65,6 +66,7 @@ def config_for(root: Path, **changes) -> RouterTrainConfig:
             standardise=False,
         ),
         dit=LatentFlowConfig(match_channels=0, sample_guidance=5.0),
+        router=RouterConfig(scope=Scope.step, longest=3, widths=1),
         routing=RouterStageConfig(
             model=root / "model", guidance=5.0, val_budgets=[0.5],
             val_shapes=1, val_steps=2,

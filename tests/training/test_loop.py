@@ -1,15 +1,13 @@
 """The loop on a tiny VAE: the same losses however a run is cut, shared or interrupted."""
 
 import json
+import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,16 +21,13 @@ from elastic3d.training.journal import read_metrics
 from elastic3d.training.loop import compile_blocks, enable_gradient_checkpointing, stop_signals, train
 from elastic3d.training.options import Precision, Schedule, TrainConfig
 from elastic3d.training.stages import build_stage, run_stage
+from tests.training import worker
 from tests.training.tiny import vae_config
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKER = """
-import pickle, sys
-from pathlib import Path
-from elastic3d.training.stages import run_stage
-for config in pickle.loads(Path(sys.argv[1]).read_bytes()):
-    assert run_stage(config) == 0
-"""
+# forked from a process that has imported what takes seconds, and has run nothing
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.training.worker"])
 
 
 def losses(config: TrainConfig) -> dict[int, float]:
@@ -48,21 +43,35 @@ def run(config: TrainConfig) -> dict[int, float]:
     return losses(config)
 
 
-def start(*configs: TrainConfig, **environment: str) -> subprocess.Popen[str]:
+@dataclass
+class Started:
+    """Runs in a process of their own, and the file that gets what it says."""
+
+    process: multiprocessing.Process
+    said: Path
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self, seconds: float = 60) -> str:
+        """Until it ends; what it said."""
+        self.process.join(seconds)
+        return self.said.read_text()
+
+
+def start(*configs: TrainConfig, **environment: str) -> Started:
     """The runs, one after the other in a process of their own."""
     configs[0].runs.mkdir(exist_ok=True)
-    path = configs[0].runs / f"{configs[0].name}.pickle"
-    path.write_bytes(pickle.dumps(configs))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(path)], env=env, stderr=subprocess.PIPE, text=True
-    )
+    said = configs[0].runs / f"{configs[0].name}-{environment.get('RANK', '0')}.log"
+    process = CONTEXT.Process(target=worker.work, args=(configs, environment, said))
+    process.start()
+    return Started(process, said)
 
 
-def wait_for(condition, process: subprocess.Popen[str], seconds: float = 60) -> None:
+def wait_for(condition, started: Started, seconds: float = 60) -> None:
     limit = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.stderr.read()
+        assert started.process.is_alive(), started.said.read_text()
         assert time.monotonic() < limit
         time.sleep(0.02)
 
@@ -90,7 +99,7 @@ def test_a_killed_run_resumes_bitwise(prepared):
     process = start(cut)
     wait_for(lambda: (cut.folder / "checkpoints" / "step-00000003").exists(), process)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     assert run(cut) == expected
     a, b = (load_checkpoint(c.folder / "checkpoints" / "step-00000009") for c in (whole, cut))
     for part, tensors in a.tensors.items():
@@ -111,8 +120,8 @@ def test_two_processes_equal_one_with_the_whole_batch(prepared):
     ]
     expected = [run(config) for config in alone]
     for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+        said = process.wait(120)
+        assert process.process.exitcode == 0, said
     for config, wanted, tolerance in zip(both, expected, precisions.values(), strict=True):
         assert losses(config) == pytest.approx(wanted, rel=tolerance)
         assert len(list((config.folder / "checkpoints" / "step-00000006").glob("random-*.json"))) == 2
@@ -144,9 +153,9 @@ def test_sigterm_ends_with_a_checkpoint(prepared):
     process = start(config)
     wait_for(lambda: losses(config), process)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert "SIGTERM" in errors
+    said = process.wait()
+    assert process.process.exitcode == 0, said
+    assert "SIGTERM" in said
     [checkpoint] = (config.folder / "checkpoints").iterdir()
     assert load_checkpoint(checkpoint).step == max(losses(config))
 

@@ -10,6 +10,7 @@ import pytest
 from open_models import CONTEXT, write_folder
 
 from elastic3d.checkpoints.options import ImportConfig
+from elastic3d.elastic.config import RouterConfig, Scope
 from elastic3d.models.options import EncoderKind, ImageEncoderConfig
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.published import import_checkpoint
@@ -41,6 +42,7 @@ def config_for(root: Path, model: str, stage: StageName) -> RouterTrainConfig:
             standardise=False,
         ),
         dit=LatentFlowConfig(match_channels=0, sample_guidance=7.0),
+        router=RouterConfig(scope=Scope.step, longest=3, widths=1),
         routing=RouterStageConfig(
             model=root / "model", guidance=7.0, val_budgets=[0.5],
             val_shapes=1, val_steps=3,
