@@ -339,9 +339,8 @@ def _variant_cases(planner: Planner, name: str) -> Iterator[Case]:
         yield Case(name, planner.run(name, steps, Routes.dense), None)
         return
     cache = planner.config.cache or session.router_config.cache()
-    many = session.conditioner is not None  # the paper's routers know one budget only, that of their training
-    for budget in planner.control_budgets if many else [1.0]:
-        yield Case(name, planner.elastic(budget, steps, name, cache=cache), budget if many else None)
+    for budget in planner.control_budgets:
+        yield Case(name, planner.elastic(budget, steps, name, cache=cache), budget)
 
 
 def needed_runs(planner: Planner, cases: list[Case]) -> list[Run]:

@@ -16,7 +16,7 @@ from elastic3d.elastic.block import ElasticBlock
 from elastic3d.elastic.config import RouterConfig, RouterVariant, Scope
 from elastic3d.elastic.diffusers_loop import drive
 from elastic3d.elastic.families import ModelAdapter
-from elastic3d.elastic.router import Conditioner, build_router
+from elastic3d.elastic.router import Conditioner, Router
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME, find_weights, load_config, load_strict
@@ -87,7 +87,7 @@ def _attach_fresh(model: nn.Module, adapter: ModelAdapter, config: RouterConfig)
         for number, (index, block) in enumerate(zip(stage, blocks, strict=True)):
             router = None
             if index < deciding:
-                router = build_router(config, kind.width(block), len(kind.stream_names)).to(device)
+                router = Router(config, kind.width(block), len(kind.stream_names)).to(device)
             session.blocks.append(
                 ElasticBlock(session, block, kind, router, f"{name}.{number}", index, stage)
             )

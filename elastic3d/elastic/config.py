@@ -56,11 +56,10 @@ class _Saved(Options):
 
 
 class RouterVariant(Enum):
-    """`light` pools the tokens first and shares its conditioning between blocks; `paper` is E-DiT's own
-    router; `none` leaves the decisions to a policy (see `training_free`)."""
+    """`light` pools the tokens first and shares its conditioning between blocks; `none` leaves the decisions to a
+    policy (see `training_free`)."""
 
     light = "light"
-    paper = "paper"
     none = "none"
 
 
@@ -96,9 +95,7 @@ _times = partial(_internal, [], ge=0, le=1, ascending=True)
 class RouterConfig(_Saved):
     """Architecture and initialisation of the routers. Saved with their weights."""
 
-    variant: RouterVariant = option(
-        RouterVariant.light, "the light router, the paper's own, or none: a policy decides"
-    )
+    variant: RouterVariant = option(RouterVariant.light, "the light router, or none: a policy decides")
     scope: Scope = option(Scope.block, "decide before each block, or once a step for all of them")
     branches: Branches = option(
         Branches.separate, "scope step: each guidance branch for itself, or both as the conditional one"
@@ -166,10 +163,6 @@ class RouterConfig(_Saved):
             )
         if self.variant is RouterVariant.none and self.scope is not Scope.step:
             raise ValueError("scope is block, expected step: without routers all blocks do the same")
-        if self.variant is RouterVariant.paper and self.scope is not Scope.block:
-            raise ValueError("scope is step, expected block: the paper's router decides before each block")
-        if self.variant is RouterVariant.paper and self.longest:
-            raise ValueError(f"longest is {self.longest}, expected 0: the paper's router is told no ages")
 
     def calibrated(self, budget: float, whole: float = 1.0) -> float:
         """What the routers are told for a budget: linear between the calibrated ones. `whole` is the share of the dense

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elastic3d.elastic.config import RouterConfig, RouterVariant, Scope
+from elastic3d.elastic.config import RouterConfig, Scope
 from elastic3d.elastic.context import StepContext, Streams
 
 _TIME_OCTAVES, _BUDGET_OCTAVES = 4, 3
@@ -139,7 +139,7 @@ class Conditioner(nn.Module):
         return self.modulation(self.embed(features)).unflatten(-1, (self.blocks, self.channels))
 
 
-class LightRouter(nn.Module):
+class Router(nn.Module):
     """Pooled tokens -> Linear -> modulated SiLU -> logits, plus the conditioner's offsets."""
 
     def __init__(self, config: RouterConfig, width: int, streams: int) -> None:
@@ -149,9 +149,7 @@ class LightRouter(nn.Module):
         _initialise_heads(self.heads, config)
         self.age = _age_embedding(config) if config.longest else None
 
-    def forward(
-        self, streams: Streams, conditioning: Tensor, modulation: Tensor, age: Tensor | None
-    ) -> Tensor:
+    def forward(self, streams: Streams, modulation: Tensor, age: Tensor | None) -> Tensor:
         """A block's input tokens, the conditioner's output for it (B, 2 H_r + 1 + K), and the age (B,) long in steps of
         what the block would add if it were skipped (0: nothing) -> logits (B, 1 + K)."""
         if self.age is not None:
@@ -165,43 +163,6 @@ class LightRouter(nn.Module):
         """FLOPs a sample. Pooling is counted as a product with a row of ones."""
         D = self.trunk.in_features // len(lengths)
         return 2 * sum(lengths) * D + 2 * self.trunk.weight.numel() + 2 * self.heads.weight.numel()
-
-
-class PaperRouter(nn.Module):
-    """E-DiT's router, on all streams concatenated."""
-
-    def __init__(self, config: RouterConfig, width: int) -> None:
-        super().__init__()
-        self.modulation = nn.Linear(width, 2 * width)
-        self.trunk = nn.Linear(width, config.hidden)
-        self.heads = nn.Linear(config.hidden, 1 + config.widths)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-        _initialise_heads(self.heads, config)
-
-    def forward(self, streams: Streams, conditioning: Tensor, modulation: None, age: None) -> Tensor:
-        """A block's input tokens and modulation vector (B,D) -> logits (B, 1 + K), each head's mean over the tokens."""
-        dtype = self.trunk.weight.dtype
-        x = torch.cat(streams, dim=1).to(dtype)
-        shift, scale = self.modulation(F.silu(conditioning.to(dtype)))[:, None].chunk(2, dim=-1)
-        x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
-        return self.heads(F.relu(self.trunk(x)).mean(dim=1))  # the head is linear: it commutes with the mean
-
-    def flops(self, lengths: tuple[int, ...]) -> int:
-        """FLOPs a sample."""
-        return 2 * (self.modulation.weight.numel() + sum(lengths) * self.trunk.weight.numel()) + (
-            2 * self.heads.weight.numel()
-        )
-
-
-Router = LightRouter | PaperRouter
-
-
-def build_router(config: RouterConfig, width: int, streams: int) -> Router:
-    """A router for blocks with `streams` token streams of `width` channels."""
-    if config.variant is RouterVariant.paper:
-        return PaperRouter(config, width)
-    return LightRouter(config, width, streams)
 
 
 def _age_embedding(config: RouterConfig) -> nn.Embedding:

@@ -308,11 +308,11 @@ class ElasticSession:
         config, router = self.router_config, block.router
         assert router is not None
         rows = slice(context.conditional_rows if config.branches is Branches.shared else None)
-        streams, conditioning = tuple(x[rows] for x in call.streams), block.adapter.conditioning(call)[rows]
+        streams, modulation = tuple(x[rows] for x in call.streams), context.modulation
+        assert modulation is not None
         if self.rollout is not None:  # the model does not learn to please its routers
-            streams, conditioning = tuple(x.detach() for x in streams), conditioning.detach()
-        modulation = None if context.modulation is None else context.modulation[rows, block.index]
-        logits = router(streams, conditioning, modulation, None if age is None else age[rows])
+            streams = tuple(x.detach() for x in streams)
+        logits = router(streams, modulation[rows, block.index], None if age is None else age[rows])
         logits = logits.repeat(len(context.t) // len(logits), 1)
         if self.settings.shared and context.rows:
             by_branch = logits.unflatten(0, (-1, context.conditional_rows))

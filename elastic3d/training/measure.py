@@ -13,7 +13,7 @@ import torch
 from elastic3d import __version__
 from elastic3d.diffusion.dial import save_dial
 from elastic3d.elastic.attachment import load_routers, save_router_config
-from elastic3d.elastic.config import RouterConfig, RouterVariant
+from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME
 from elastic3d.pipelines.image_to_3d import ROUTERS_NAME
@@ -122,17 +122,12 @@ def calibrate_exported(config: CalibrateConfig) -> Path:
 
 
 def _router_config(folder: Path) -> RouterConfig:
-    """Of routers that take a budget."""
+    """Of the routers in a folder."""
     if not folder.is_dir():
         raise UserError(f"{folder.parent} has no routers to calibrate: there is no folder {folder}")
     values = load_json(folder / CONFIG_NAME)
     values.pop("_class_name", None)  # `load_routers` looks at it
-    router: RouterConfig = from_dict(RouterConfig, values, str(folder / CONFIG_NAME))
-    if router.variant is RouterVariant.paper:
-        raise UserError(
-            f"{folder} has the paper's routers, which take no budget: there is nothing to calibrate"
-        )
-    return router
+    return from_dict(RouterConfig, values, str(folder / CONFIG_NAME))
 
 
 def _router_stage(config: CalibrateConfig, router: RouterConfig) -> RouterStage | ImageRouterStage:

@@ -12,7 +12,6 @@ from elastic3d.elastic.attachment import router_state
 from elastic3d.elastic.config import (
     ElasticConfig,
     RouterConfig,
-    RouterVariant,
     Scope,
 )
 from elastic3d.elastic.policies import TableRoutes
@@ -31,8 +30,7 @@ from tests.contracts.families import (
 )
 
 
-@pytest.mark.parametrize("config", [RouterConfig(), RouterConfig(variant=RouterVariant.paper, hidden=16),
-                                    RouterConfig(scope=Scope.step)])  # fmt: skip
+@pytest.mark.parametrize("config", [RouterConfig(), RouterConfig(scope=Scope.step)])
 def test_everything_kept_at_full_width_is_the_base_model_exactly(family, config):
     model, inputs = family.model(), family.inputs(B)
     with torch.no_grad():

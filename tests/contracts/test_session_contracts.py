@@ -18,7 +18,6 @@ from elastic3d.elastic.config import (
     CacheRule,
     ElasticConfig,
     RouterConfig,
-    RouterVariant,
     Scope,
 )
 from elastic3d.elastic.losses import session_share
@@ -119,7 +118,7 @@ def router_gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"initial_width_bias": 0.1}, {"scope": Scope.step}, {"variant": RouterVariant.paper}],
+    [{"initial_width_bias": 0.1}, {"scope": Scope.step}],
 )
 def test_every_router_gets_finite_gradients_also_under_checkpointing(family, changes):
     gradients = []

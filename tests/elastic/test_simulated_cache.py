@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from elastic3d.elastic.cache import ResidualCache, SimulatedCache
-from elastic3d.elastic.config import BlockCacheConfig, RouterConfig, RouterVariant
+from elastic3d.elastic.config import BlockCacheConfig, RouterConfig
 
 
 def passes(*values: float):
@@ -46,5 +46,3 @@ def test_routers_state_the_cache_that_they_were_trained_with():
     assert RouterConfig(longest=3, damping=0.0).cache() == BlockCacheConfig(
         skipped_reuse=True, longest=3, damping=0.0
     )
-    with pytest.raises(ValueError, match="longest is 3, expected 0: the paper's router is told no ages"):
-        RouterConfig(variant=RouterVariant.paper, longest=3)

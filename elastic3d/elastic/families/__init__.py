@@ -69,14 +69,13 @@ class BlockCall:
 class BlockAdapter(ABC):
     """One kind of block. Most of it follows from the names in the signature of the block's `forward`.
 
-    stream_names: of the token streams (B,L,D), in the order in which routing sees them; conditioning_name: of the
-    modulation vector (B,D); output: dotted name of a linear layer that puts out a token's channels (D); returns: the
-    streams' order in the block's return value, a tuple, None for a block that returns one tensor; per_sample: further
-    arguments whose first axis is the batch, None values are allowed.
+    stream_names: of the token streams (B,L,D), in the order in which routing sees them; output: dotted name of a
+    linear layer that puts out a token's channels (D); returns: the streams' order in the block's return value, a tuple,
+    None for a block that returns one tensor; per_sample: further arguments whose first axis is the batch, such as the
+    modulation vector (B,D); None values are allowed.
     """
 
     stream_names: tuple[str, ...]
-    conditioning_name: str
     output: str
     returns: tuple[str, ...] | None = None
     per_sample: tuple[str, ...] = ()
@@ -88,14 +87,10 @@ class BlockAdapter(ABC):
     def _call(self, arguments: Mapping[str, Any]) -> BlockCall:
         return BlockCall(arguments, tuple(arguments[name] for name in self.stream_names))
 
-    def conditioning(self, call: BlockCall) -> Tensor:
-        """The vector (B,D) that modulates the block."""
-        return call.arguments[self.conditioning_name]
-
     def take(self, call: BlockCall, rows: Rows) -> BlockCall:
         """The call for a sub-batch."""
         arguments = dict(call.arguments)
-        for name in (*self.stream_names, self.conditioning_name, *self.per_sample):
+        for name in (*self.stream_names, *self.per_sample):
             if arguments.get(name) is not None:
                 arguments[name] = arguments[name][rows]
         return self._call(arguments)

@@ -83,10 +83,6 @@ class QwenImageBlockAdapter(JointBlockAdapter):
     `modulate_index` (B,N) says which of the two a token takes.
     """
 
-    def conditioning(self, call: BlockCall) -> Tensor:
-        """temb (B,D) of the noisy tokens."""
-        return call.arguments["temb"][: len(call.streams[0])]
-
     def take(self, call: BlockCall, rows: Rows) -> BlockCall:
         """The call for a sub-batch."""
         part, temb = super().take(call, rows), call.arguments["temb"]
@@ -111,12 +107,12 @@ class QwenImageBlockAdapter(JointBlockAdapter):
 
 _RETURNS = STREAMS[::-1]
 _FLUX_LISTS = (
-    ("transformer_blocks", FluxDoubleAdapter(STREAMS, "temb", "attn.to_out.0", _RETURNS)),
-    ("single_transformer_blocks", FluxSingleAdapter(STREAMS, "temb", "proj_out", _RETURNS)),
+    ("transformer_blocks", FluxDoubleAdapter(STREAMS, "attn.to_out.0", _RETURNS, ("temb",))),
+    ("single_transformer_blocks", FluxSingleAdapter(STREAMS, "proj_out", _RETURNS, ("temb",))),
 )
 FLUX = ModelAdapter("FluxTransformer2DModel", _FLUX_LISTS, "timestep", position=3, noise_at_one=True)
 _QWEN = QwenImageBlockAdapter(
-    STREAMS, "temb", "attn.to_out.0", _RETURNS, ("encoder_hidden_states_mask", "modulate_index")
+    STREAMS, "attn.to_out.0", _RETURNS, ("temb", "encoder_hidden_states_mask", "modulate_index")
 )
 QWEN_IMAGE = ModelAdapter(
     "QwenImageTransformer2DModel", (("transformer_blocks", _QWEN),), "timestep", position=3, noise_at_one=True

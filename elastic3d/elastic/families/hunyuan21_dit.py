@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from elastic3d.elastic.families import BlockAdapter, BlockCall, BlockFlops, MLPSite, ModelAdapter
 from elastic3d.models.flops import skip_block_flops
@@ -27,10 +27,6 @@ class SkipBlockAdapter(BlockAdapter):
             arguments["x"] = cast(SkipBlock, block).join(arguments["x"], skip)
         return self._call(arguments)
 
-    def conditioning(self, call: BlockCall) -> Tensor:
-        """The time token (B,D)."""
-        return call.streams[0][:, 0]
-
     def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
         """The MLP; nothing in a block with experts."""
         if hasattr(block, "moe"):
@@ -48,5 +44,5 @@ class SkipBlockAdapter(BlockAdapter):
         )
 
 
-_BLOCK = SkipBlockAdapter(("x",), "condition", "attn1.out_proj")  # which is only cut by that name
+_BLOCK = SkipBlockAdapter(("x",), "attn1.out_proj", per_sample=("condition",))
 ADAPTER = ModelAdapter("SkipDiT", (("blocks", _BLOCK),), time="t", position=1)

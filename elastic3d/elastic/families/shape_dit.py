@@ -38,8 +38,8 @@ class SingleAdapter(BlockAdapter):
         return BlockFlops(*single_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, *lengths))
 
 
-_DOUBLE = DoubleAdapter(("img", "txt"), "vec", "img_attn.proj", returns=("img", "txt"))
-_SINGLE = SingleAdapter(("x",), "vec", "linear2")
+_DOUBLE = DoubleAdapter(("img", "txt"), "img_attn.proj", ("img", "txt"), ("vec",))
+_SINGLE = SingleAdapter(("x",), "linear2", per_sample=("vec",))
 ADAPTER = ModelAdapter(
     "ShapeDiT", (("double_blocks", _DOUBLE), ("single_blocks", _SINGLE)), time="t", position=1
 )
