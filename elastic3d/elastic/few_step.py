@@ -8,6 +8,7 @@ routers: it is saved with them, and the model without routers, or with `elastic=
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ class FewStepLoRA(nn.Module):
         """Give the linear layers of a twin the updated weights of the block, None: the block's own. The twin may share
         them at first; later they change in place, as what was compiled around them needs it."""
         for name, part, linear in self._pairs(block):
-            own = twin.get_submodule(name)
+            own = cast(nn.Linear, twin.get_submodule(name))
             update = part.to(linear.weight.device)
             weight = linear.weight if coarse is None else update(linear.weight, coarse)
             if own.weight is linear.weight:

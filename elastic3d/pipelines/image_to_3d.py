@@ -184,8 +184,8 @@ class ImageTo3DPipeline:
     def compile(self, **arguments: Any) -> None:
         """From now on, where every block of the DiT runs, a pass is one graph, on a GPU a CUDA graph (see `compiled`).
 
-        The first passes of each batch size compile it, tens of seconds. `arguments` are of `torch.compile`, over the
-        defaults. UserError where that does not work, and after `use_less_memory`, which moves the weights.
+        The first passes of each batch size compile it: minutes. `arguments` are of `torch.compile`, over the defaults.
+        UserError where that does not work, and after `use_less_memory`, which moves the weights.
         """
         if self.offload:
             raise UserError("low_memory moves the weights, expected compile=false with it")
