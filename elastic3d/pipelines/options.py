@@ -157,8 +157,8 @@ class GenerateConfig(Options):
     )
     compile: bool = option(
         False,
-        "Compile the DiT where all its blocks run (default, quality=fast, elastic=false), on a GPU as CUDA graphs: takes"
-        " minutes at first, for many meshes. Needs a C++ compiler, on a GPU Triton.",
+        "Compile the DiT where all its blocks run (default, quality=fast, elastic=false), on a GPU as CUDA graphs:"
+        " takes minutes at first, for many meshes. Needs a C++ compiler, on a GPU Triton.",
     )
     memory_budget: float | None = option(
         None,
