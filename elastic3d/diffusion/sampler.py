@@ -169,7 +169,7 @@ class _Path:
             if not any(since):
                 return found[0]
             left = [at / t if at else 0.0 for at, t in zip(since, moments, strict=True)]
-            return found[0] + found[0].new_tensor(left)[:, None, None] * self.added[rows]
+            return found[0] + _each(left, found[0]) * _some(self.added, rows)
         added = found[0] - found[1]
         if self.session is not None and self.session.guided:
             # samples that are deferred come again at the same time

@@ -8,6 +8,7 @@ routers: it is saved with them, and the model without routers, or with `elastic=
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,20 @@ class FewStepLoRA(nn.Module):
             parts[name] = linear_around(part(linear.weight.detach(), coarse), linear.bias)
         return with_modules(block, parts)
 
-    def state(self, block: nn.Module, coarse: float) -> Key:
+    @torch.no_grad()
+    def merge(self, block: nn.Module, twin: nn.Module, coarse: float | None) -> None:
+        """Give the linear layers of a twin the updated weights of the block, None: the block's own. The twin may share
+        them at first; later they change in place, as what was compiled around them needs it."""
+        for name, part, linear in self._pairs(block):
+            own = cast(nn.Linear, twin.get_submodule(name))
+            update = part.to(linear.weight.device)
+            weight = linear.weight if coarse is None else update(linear.weight, coarse)
+            if own.weight is linear.weight:
+                own.weight = nn.Parameter(weight.clone(), linear.weight.requires_grad)
+            else:
+                own.weight.copy_(weight)
+
+    def state(self, block: nn.Module, coarse: float | None) -> Key:
         """What an updated twin was made of: it is another as soon as the twin is stale."""
         tensors = [linear.weight for _, _, linear in self._pairs(block)] + list(self.parameters())
         return coarse, *((tensor.data_ptr(), tensor._version) for tensor in tensors)

@@ -27,7 +27,7 @@ from elastic3d.elastic.context import (
     Streams,
     one_each,
 )
-from elastic3d.elastic.families import BlockCall, ModelAdapter
+from elastic3d.elastic.families import BlockCall, BlockFlops, ModelAdapter
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.rollout import Rollout
 from elastic3d.elastic.router import Conditioner, RouteDecision, interpolated
@@ -117,6 +117,16 @@ class ElasticSession:
     def one_branch(self, t: float) -> bool:
         """Whether the conditional branch is enough at a time in [0,1]."""
         return self.guided and not self.router_config.guided_at(t)
+
+    @property
+    def static(self) -> bool:
+        """Whether the routes of this generation follow from its settings: every block runs, at full width. That is the
+        dense model, and a budget of 1 with the few-step LoRA, unless something else decides or listens."""
+        settings, config = self.settings, self.router_config
+        if not settings.elastic:
+            return self.residuals is None
+        decides = self.source is not None or self.rollout is not None or bool(config.trained_steps)
+        return self.coarseness is not None and settings.budget == 1 and settings.cache is None and not decides
 
     def step(
         self,
@@ -250,6 +260,16 @@ class ElasticSession:
             self.rollout.passes.append(context)
         if self.conditioner is not None and self.source is None and context.ahead is None:
             context.modulation = self.conditioner(context)
+
+    def passed(self, flops: Sequence[BlockFlops]) -> None:
+        """Record the pass that was announced where a twin of the model takes it, which runs every block in full."""
+        context, trace = self.current, self.trace
+        if context is None or trace is None or not context.waiting:
+            raise ValueError("a forward pass that nobody announced: call session.step first")
+        context.waiting = False
+        rows = [(step, *row) for step, row in zip(context.steps, context.rows, strict=True)]
+        trace.record(rows, range(len(self.blocks)), len(trace.ratios))
+        trace.flops.update(enumerate(flops))
 
     def visit(self, block: ElasticBlock) -> StepContext:
         """The pass that a block is called in: once, unless it is called again for the backward pass."""

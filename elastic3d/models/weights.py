@@ -120,6 +120,13 @@ def empty_model(kind: Any, config: Any, source: str = "", most: float = math.inf
         raise UserError(f"{source} describes no {kind.__name__}: {' '.join(str(error).split())}") from error
 
 
+def plain_twin(model: Any) -> Any:
+    """A model around the same parameters, without what is attached to the first one."""
+    twin = empty_model(type(model), model.config)
+    twin.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    return twin.eval()
+
+
 class _Blueprint(TorchFunctionMode):
     """Initialisation does nothing: on the meta device there is nothing to fill, and trying loads torch's compiler."""
 

@@ -197,6 +197,8 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
         pipeline.calibration = Path(config.calibration)
     if config.low_memory:
         pipeline.use_less_memory()
+    if config.compile:
+        pipeline.compile()
     return pipeline
 
 

@@ -52,7 +52,8 @@ from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
-from elastic3d.models.weights import empty_model, find_weights
+from elastic3d.models.weights import find_weights, plain_twin
+from elastic3d.pipelines.compiled import CompiledDiT
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK
 from elastic3d.pipelines.runtime import (
     dense_flops,
@@ -171,15 +172,26 @@ class ImageTo3DPipeline:
         self.dial: Dial | None = None  # what a budget becomes; None: the budget is the routers' own
         self.calibration: Path | None = None  # file or folder of what keeps a budget without routers
         self.familiarity: Familiarity | None = None  # with the images the model was trained on
+        self.compiled: CompiledDiT | None = None  # see `compile`
         self._plain: ShapeDiT | SkipDiT | None = None  # see `_without_routers`
 
     def use_less_memory(self) -> None:
         """From now on, only the part that works is on the device, and guidance runs its branches in turn: slower."""
-        self.offload = True
+        self.offload, self.compiled = True, None  # a compiled DiT needs its weights to stay
         self.max_points = min(self.max_points, LOW_MEMORY_CHUNK)
         for part in (self.vae, self.dit, self.encoder):
             if isinstance(part, nn.Module):
                 part.to("cpu")
+
+    def compile(self, **arguments: Any) -> None:
+        """From now on, where every block of the DiT runs, a pass is one graph, on a GPU a CUDA graph (see `compiled`).
+
+        The first passes of each batch size compile it: minutes. `arguments` are of `torch.compile`, over the defaults.
+        UserError where that does not work, and after `use_less_memory`, which moves the weights.
+        """
+        if self.offload:
+            raise UserError("low_memory moves the weights, expected compile=false with it")
+        self.compiled = CompiledDiT(self.dit, arguments)
 
     @contextmanager
     def _on_device(self, part: Any) -> Iterator[None]:
@@ -340,11 +352,9 @@ class ImageTo3DPipeline:
     def _without_routers(self) -> ImageTo3DPipeline:
         """This pipeline with a twin of the DiT that shares its weights: a plan keeps its budgets."""
         if self._plain is None:
-            self._plain = empty_model(type(self.dit), self.dit.config)
-            self._plain.load_state_dict(self.dit.state_dict(keep_vars=True), assign=True)
-            self._plain.eval()
+            self._plain = plain_twin(self.dit)
         twin = copy(self)
-        twin.dit = self._plain
+        twin.dit, twin.compiled = self._plain, None
         return twin
 
     def _generate(self, call: Call) -> list[Result]:
@@ -437,7 +447,7 @@ class ImageTo3DPipeline:
             session.settings = elastic
         with self._on_device(self.dit):
             latents = sample(
-                self.dit,
+                self.compiled or self.dit,
                 condition,
                 (cfg.num_latents, cfg.in_channels),
                 steps,

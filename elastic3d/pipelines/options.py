@@ -155,6 +155,11 @@ class GenerateConfig(Options):
         False,
         "One part of the model on the device at a time, one mesh and one branch of the guidance at a time.",
     )
+    compile: bool = option(
+        False,
+        "Compile the DiT where all its blocks run (default, quality=fast, elastic=false), on a GPU as CUDA graphs:"
+        " takes minutes at first, for many meshes. Needs a C++ compiler, on a GPU Triton.",
+    )
     memory_budget: float | None = option(
         None,
         "Published models: use at most this many GB; null: what is free. Less means smaller chunks.",
@@ -176,6 +181,8 @@ class GenerateConfig(Options):
             raise ValueError(f"trace is {self.trace}, expected a .png file")
         if self.runner is Runner.ray and self.prompt:
             raise ValueError("runner=ray is for images, but prompt= is given")
+        if self.compile and self.low_memory:
+            raise ValueError("compile is true, expected false with low_memory=true, which moves the weights")
 
     @property
     def rows(self) -> int:

@@ -54,6 +54,7 @@ class StagesConfig(Options):
     quality: Quality | None = option(None, "point of the model's dial; null: the default")
     budget: float | None = option(None, "share of the dense FLOPs; null: that of quality=", ge=0.01, le=1)
     elastic: bool = option(True, "let the routers decide; false: the dense model")
+    compile: bool = option(False, "as of gen_mesh.py; the first mesh then waits for the compiler")
     threads: int = option(0, "threads of PyTorch; 0: its own choice", ge=0, le=1024)
     cpu: bool = option(
         False,

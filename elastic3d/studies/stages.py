@@ -92,7 +92,9 @@ def _process(folder: Path, config: StagesConfig) -> dict[str, list[float]]:
     }  # those that differ from the pipeline's defaults: an older checkout may not know them
     settings = {name: value for name, value in settings.items() if value is not None}
     inputs = {name: str(getattr(config, name).resolve()) for name in ("image", "model")}
-    options = {name: getattr(config, name) for name in ("repeats", "threads", "cpu", "batch")} | inputs
+    options = {
+        name: getattr(config, name) for name in ("repeats", "threads", "cpu", "batch", "compile")
+    } | inputs
     options |= {"settings": settings, "full_grid": config.full_grid and folder == ROOT}
     worker = Path(__file__).with_name("stage_worker.py")
     found = json.loads(_run([str(worker), json.dumps(options)], folder, config)[0].splitlines()[-1])
@@ -109,6 +111,7 @@ def _process(folder: Path, config: StagesConfig) -> dict[str, list[float]]:
         with tempfile.TemporaryDirectory() as output:
             arguments = [f"{name}={value}" for name, value in inputs.items()] + [f"output={output}/mesh.glb"]
             arguments += [f"{name}={str(value).lower()}" for name, value in settings.items()]
+            arguments += ["compile=true"] if config.compile else []
             rows["gen_mesh.py"] = [_run([script, *arguments], folder, config)[1]]
     return rows
 

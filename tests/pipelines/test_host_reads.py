@@ -40,6 +40,8 @@ class HostReads(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in READS | COPIES:
             self.found[name] += 1
+        if name == "__getitem__" and isinstance(args[1], list):  # copied to where the tensor is
+            self.found["list"] += 1
         return func(*args, **(kwargs or {}))
 
     @property
@@ -74,6 +76,20 @@ def test_a_step_that_decides_for_all_blocks_reads_once(samples: int) -> None:
 def test_a_dense_step_reads_nothing() -> None:
     assert set(reads_of_steps(elastic_pipeline(Scope.step), 2, elastic=False)) == {0}
     assert set(reads_of_steps(tiny_pipeline(), 2)) == {0}
+
+
+def test_a_step_of_a_compiled_few_step_plan_reads_and_copies_nothing() -> None:
+    """But what a session is told of a pass, which stays on the host: step sizes, branches, some of its budgets."""
+    pipeline = tiny_pipeline()
+    config = RouterConfig(few_step_rank=2, few_step_guidance=2.0, guided_times=[0.1, 0.5])
+    attach(pipeline.dit, config)
+    pipeline.compile(backend="eager", disable=True)
+    with HostReads() as mode:
+        at: list[Counter[str]] = []
+        told = [image()] * 2, 0
+        pipeline(*told, resolution=8, steps=6, budget=1, on_step=lambda *_: at.append(mode.found.copy()))
+    assert pipeline.session is not None and pipeline.session.guided
+    assert at[-1] - at[0] == Counter(tensor=2 * 5, list=5), "of five steps, some with one branch after two"
 
 
 def test_routers_of_every_block_read_once_each() -> None:

@@ -1,0 +1,104 @@
+"""Generations in which every block runs, compiled: a pass of the DiT is one graph, on a GPU a CUDA graph.
+
+Where nobody decides, a pass depends on nothing but its inputs and the weights. So it is in the dense model, and at a
+budget of 1 with the few-step LoRA, whose weights are the same through a whole generation (`ElasticSession.static`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic3d.elastic import is_attached, session_of
+from elastic3d.elastic.families import block_flops
+from elastic3d.elastic.few_step import Key
+from elastic3d.elastic.session import ElasticSession
+from elastic3d.elastic.trace import Trace
+from elastic3d.errors import UserError
+from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.models.skip_dit import SkipDiT
+from elastic3d.models.weights import plain_twin
+
+MOST_SHAPES = 16  # of the inputs, with a graph each; others run as they are
+
+
+class CompiledDiT:
+    """Stands where the sampler calls a DiT: calls a compiled twin of it where every block runs, else the DiT.
+
+    The twin shares the parameters of the DiT. Linear layers with a few-step LoRA get weights of their own with the
+    first generation that uses it; another coarseness is merged into these in place, so that the graphs stay as they
+    are. There is one for each number of rows: for both guidance branches, and for the conditional one alone.
+    """
+
+    def __init__(self, dit: ShapeDiT | SkipDiT, arguments: dict[str, Any]) -> None:
+        """`arguments` of `torch.compile` over the defaults. UserError where it does not work, which is tried, or for a
+        model whose experts take the tokens that they choose."""
+        if isinstance(dit, SkipDiT) and dit.config.expert_blocks:
+            raise UserError("compile is true, but the experts of this model decide which tokens they take")
+        self.dit, self.arguments = dit, arguments
+        device = next(dit.parameters()).device
+        if "backend" not in arguments:
+            check_compiler(device)
+        if is_attached(dit):
+            session_of(dit).forget()  # weights that earlier generations made for themselves
+        self._place: tuple[ElasticSession | None, torch.device, torch.dtype] | None = None
+        self._trace: Trace | None = None  # of the generation whose weights the twin has
+        self._merged: list[Key] = []
+
+    def __call__(
+        self, latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None
+    ) -> Tensor:
+        """As the DiT: latents (B,N,C), t (B,), condition (B,M,Cc), guidance (B,) or None -> velocity (B,N,C)."""
+        session = session_of(self.dit) if is_attached(self.dit) else None
+        if session is not None and not session.static:
+            return self.dit(latents, t, condition, guidance)
+        self._refresh(session)
+        if session is not None and session.settings.elastic:
+            N, M = latents.shape[1], condition.shape[1]
+            lengths = [N + 1] if isinstance(self.dit, SkipDiT) else [N, M]
+            session.passed(block_flops(self.dit, session.adapter, lengths))
+        shapes = latents.shape, condition.shape
+        if shapes not in self._shapes and len(self._shapes) == MOST_SHAPES:
+            return self.twin(latents, t, condition, guidance)
+        self._shapes.add(shapes)
+        if latents.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        return self._run(latents, t, condition, guidance).clone()  # the next pass may overwrite it
+
+    def _refresh(self, session: ElasticSession | None) -> None:
+        """A twin for this session, where the DiT is; the weights of this generation."""
+        parameter = next(self.dit.parameters())
+        if (place := (session, parameter.device, parameter.dtype)) != self._place:
+            self.twin: nn.Module = plain_twin(self.dit)
+            self._run = torch.compile(self.twin, **compile_arguments(parameter.device) | self.arguments)
+            self._shapes = set[tuple[torch.Size, torch.Size]]()
+            self._place, self._trace, self._merged = place, None, []
+        if session is None or session.trace is self._trace:
+            return
+        self._trace, coarse = session.trace, session.coarseness
+        blocks = [(block, lora) for block in session.blocks if (lora := block.few_step) is not None]
+        state = [lora.state(block.inner, coarse) for block, lora in blocks]
+        if state != self._merged and (self._merged or coarse is not None):
+            for block, lora in blocks:
+                lora.merge(block.inner, self.twin.get_submodule(block.name), coarse)
+            self._merged = state
+
+
+def compile_arguments(device: torch.device) -> dict[str, Any]:
+    """Of `torch.compile` by default: one graph for each shape; CUDA graphs are its mode `reduce-overhead`."""
+    mode = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+    whole = {"fullgraph": True, "dynamic": False}
+    return whole | mode | {"isolate_recompiles": True, "recompile_limit": 2 * MOST_SHAPES}
+
+
+def check_compiler(device: torch.device) -> None:
+    """UserError unless `torch.compile` works on a device. It is tried: compilers, headers and Triton may be missing."""
+    try:
+        torch.compile(torch.sin, fullgraph=True)(torch.ones(8, device=device))
+    except Exception as error:  # of whichever part
+        why = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"compile is true, but torch.compile does not work on this {device.type}: {why}"
+        ) from error
