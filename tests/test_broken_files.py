@@ -35,7 +35,7 @@ from elastic3d.geometry.mesh_io import save_mesh
 from elastic3d.models.images import read_metadata, save_image
 from elastic3d.models.options import DiTConfig, ForegroundConfig, ImageEncoderConfig
 from elastic3d.models.shape_dit import ShapeDiT
-from elastic3d.models.weights import PretrainedMixin, load_config
+from elastic3d.models.weights import PretrainedMixin, load_config, open_tensors, read_weights, tensor_heads
 from elastic3d.preparation.shards import Shard, read_sidecar, write_shard
 from elastic3d.training.checkpoint import (
     Checkpoint,
@@ -51,7 +51,6 @@ from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo
 from elastic3d.utils.options import from_dict, to_dict
 from elastic3d.utils.structured import load_json
-from elastic3d.utils.tensors import open_tensors, read_weights, tensor_heads
 
 
 @dataclass(kw_only=True)
@@ -324,7 +323,7 @@ def _full_writes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Path, "write_bytes", full)
     monkeypatch.setattr(Path, "write_text", full)
-    monkeypatch.setattr("elastic3d.utils.tensors.save_file", full_tensors)
+    monkeypatch.setattr("elastic3d.models.weights.save_file", full_tensors)
 
 
 def _full_replace(monkeypatch: pytest.MonkeyPatch) -> None:

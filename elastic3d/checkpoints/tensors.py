@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from elastic3d.errors import UserError
-from elastic3d.models.weights import check_fit
-from elastic3d.utils.tensors import Stored, read_weights, tensor_heads
+from elastic3d.models.weights import Stored, check_fit, read_weights, tensor_heads
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,17 @@ from elastic3d.elastic.families import ModelAdapter
 from elastic3d.elastic.router import Conditioner, Router
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
-from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME, find_weights, load_config, load_strict
+from elastic3d.models.weights import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    find_weights,
+    load_config,
+    load_strict,
+    read_weights,
+    save_weights,
+)
 from elastic3d.utils.options import to_dict
 from elastic3d.utils.structured import save_json
-from elastic3d.utils.tensors import read_weights, save_weights
 
 _HANDLE = "_elastic"
 _FAMILIES = {  # class of the model -> its adapter

@@ -18,11 +18,17 @@ from torch import Tensor, nn
 
 from elastic3d.errors import UserError
 from elastic3d.models.options import EncoderFeatures, EncoderKind, ImageEncoderConfig
-from elastic3d.models.weights import CONFIG_NAME, all_finite, load_config, load_strict
+from elastic3d.models.weights import (
+    CONFIG_NAME,
+    all_finite,
+    load_config,
+    load_strict,
+    read_weights,
+    save_weights,
+)
 from elastic3d.utils.files import printable
 from elastic3d.utils.options import to_dict
 from elastic3d.utils.structured import load_json, save_json
-from elastic3d.utils.tensors import read_weights, save_weights
 
 _CLASS_NAME = "ImageEncoder"
 FAMILIARITY_NAME = "familiarity.safetensors"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -53,8 +53,8 @@ from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
 from elastic3d.models.weights import find_weights, plain_twin
-from elastic3d.pipelines.compiled import CompiledDiT
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK
+from elastic3d.pipelines.results import Call, OnProgress, OnResult, OnStep, Result
 from elastic3d.pipelines.runtime import (
     dense_flops,
     find_model,
@@ -64,7 +64,8 @@ from elastic3d.pipelines.runtime import (
     seeds_of,
     timed,
 )
-from elastic3d.utils.calls import Turn, one_behind
+from elastic3d.pipelines.static import StaticDiT
+from elastic3d.utils.calls import Turn
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256, printable
 from elastic3d.utils.options import from_dict, to_dict
@@ -74,64 +75,6 @@ PIPELINE_NAME, ROUTERS_NAME = "pipeline.json", "routers"
 # Points in one call of the field on a CPU. Blocks of over 32 MB are mapped anew by glibc each time, and every page of
 # them faults in again: with more points decoding takes 1.6 times as long.
 CPU_CHUNK = 1 << 14
-
-OnStep = Callable[[int, int], None]
-OnProgress = Callable[[str, int, int], None]
-"""on_progress(stage, done, total); the stages are those of the metadata's `ms`: condition (images), dit (sampling
-steps), decode (levels of the grid, over all meshes), cleanup (meshes)."""
-OnResult = Callable[[int, "Result"], None]
-"""on_result(number in the batch, result), as soon as it is known, failures included."""
-
-
-@dataclass
-class Result:
-    """One sample: its mesh, or the reason why there is none."""
-
-    metadata: dict[str, Any]
-    """What was done, as stored in a glb: version, model, seed, steps, FLOPs, milliseconds, ..."""
-    latents: Tensor | None = None
-    """Sampled latents (N,C) fp32 on the CPU; None if the image could not be used."""
-    error: UserError | None = None
-    image: Image.Image | None = None
-    """The (front) image as the model saw it: the object cut out, centred, on white; None if it could not be used."""
-    warnings: list[str] = field(default_factory=list)
-    """What may be wrong with the image, one sentence each."""
-    _mesh: trimesh.Trimesh | None = field(default=None, repr=False)
-
-    @property
-    def mesh(self) -> trimesh.Trimesh:
-        """The mesh, Y up, in the cube of the model's `box`; raises `error` if there is none."""
-        if self.error is not None:
-            raise self.error
-        assert self._mesh is not None
-        return self._mesh
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the pipeline: a batch, what is asked for with defaults filled in, and who is told.
-
-    `config` holds the call's own steps, guidance, resolution and elastic options. `dial` is metadata of that name: what
-    was requested of the dial, and the cost of the row that runs; empty where it is not asked.
-    """
-
-    images: Sequence[ImageInput]
-    seeds: Sequence[int]
-    config: PipelineConfig
-    decode: DecodeConfig
-    cleanup: CleanupConfig
-    foreground: ForegroundConfig
-    dial: dict[str, Any]
-    on_step: OnStep | None
-    on_progress: OnProgress | None
-    on_result: OnResult
-
-    def at(self, stage: str, done: int, total: int) -> None:
-        """Tell that `done` of `total` of a stage are done."""
-        if stage == "dit" and self.on_step is not None:
-            self.on_step(done, total)
-        if self.on_progress is not None:
-            self.on_progress(stage, done, total)
 
 
 class ImageTo3DPipeline:
@@ -172,26 +115,26 @@ class ImageTo3DPipeline:
         self.dial: Dial | None = None  # what a budget becomes; None: the budget is the routers' own
         self.calibration: Path | None = None  # file or folder of what keeps a budget without routers
         self.familiarity: Familiarity | None = None  # with the images the model was trained on
-        self.compiled: CompiledDiT | None = None  # see `compile`
+        self.static: StaticDiT | None = StaticDiT(dit)  # runs where every block does
         self._plain: ShapeDiT | SkipDiT | None = None  # see `_without_routers`
 
     def use_less_memory(self) -> None:
         """From now on, only the part that works is on the device, and guidance runs its branches in turn: slower."""
-        self.offload, self.compiled = True, None  # a compiled DiT needs its weights to stay
+        self.offload, self.static = True, None  # its weights would have to stay on the device
         self.max_points = min(self.max_points, LOW_MEMORY_CHUNK)
         for part in (self.vae, self.dit, self.encoder):
             if isinstance(part, nn.Module):
                 part.to("cpu")
 
     def compile(self, **arguments: Any) -> None:
-        """From now on, where every block of the DiT runs, a pass is one graph, on a GPU a CUDA graph (see `compiled`).
+        """From now on, where every block of the DiT runs, a pass is one graph, on a GPU a CUDA graph (see `static`).
 
         The first passes of each batch size compile it: minutes. `arguments` are of `torch.compile`, over the defaults.
         UserError where that does not work, and after `use_less_memory`, which moves the weights.
         """
         if self.offload:
             raise UserError("low_memory moves the weights, expected compile=false with it")
-        self.compiled = CompiledDiT(self.dit, arguments)
+        self.static = StaticDiT(self.dit, arguments)
 
     @contextmanager
     def _on_device(self, part: Any) -> Iterator[None]:
@@ -354,7 +297,7 @@ class ImageTo3DPipeline:
         if self._plain is None:
             self._plain = plain_twin(self.dit)
         twin = copy(self)
-        twin.dit, twin.compiled = self._plain, None
+        twin.dit, twin.static = self._plain, None
         return twin
 
     def _generate(self, call: Call) -> list[Result]:
@@ -447,7 +390,7 @@ class ImageTo3DPipeline:
             session.settings = elastic
         with self._on_device(self.dit):
             latents = sample(
-                self.compiled or self.dit,
+                self.static or self.dit,
                 condition,
                 (cfg.num_latents, cfg.in_channels),
                 steps,
@@ -470,33 +413,28 @@ class ImageTo3DPipeline:
         `ms` is what the batch has taken so far; now all times of its results are known. A thread cleans a mesh, which
         keeps one processor busy, while the next one is decoded.
         """
-        with ThreadPoolExecutor(1) as thread, self._on_device(self.vae):
-            with timed(ms, "decode"), torch.no_grad():
-                tokens = self.vae.decode(latents)
-            one_behind(self._finishing(call, tokens, made, ms, thread))
-
-    def _finishing(
-        self, call: Call, tokens: Tensor, made: dict[int, Result], ms: dict[str, float], thread: Executor
-    ) -> Iterator[Callable[[], None]]:
-        """Decode the meshes one after the other: each time what waits until that one is clean, and tells its result."""
         count, box, cleanup = len(made), self.config.box, call.cleanup
         decode = replace(call.decode, resolution=call.config.resolution, box=box, max_points=self.max_points)
-        for row, (number, result) in enumerate(made.items()):
+        with ThreadPoolExecutor(1) as thread, self._on_device(self.vae), ExitStack() as before:
+            with timed(ms, "decode"), torch.no_grad():
+                tokens = self.vae.decode(latents)
+            for row, (number, result) in enumerate(made.items()):
 
-            def on_level(level: int, levels: int, before: int = row) -> None:
-                call.at("decode", before * levels + level, count * levels)
+                def on_level(level: int, levels: int, done: int = row) -> None:
+                    call.at("decode", done * levels + level, count * levels)
 
-            took, cleaned = {name: value / count for name, value in ms.items()}, Future[trimesh.Trimesh]()
-            try:
-                with timed(took, "decode"):
-                    field = self.vae.field(tokens[row : row + 1])
-                    values, _ = decode_field(field, 0, decode, self.device, on_level)
-                with timed(took, "surface"):
-                    surface = extract_surface(reducible(values, cleanup.max_faces), box, decode.surface)
-                cleaned = thread.submit(_clean, surface, cleanup, took)
-            except ValueError as error:
-                cleaned.set_exception(error)
-            yield partial(_finish, call, number, took, cleaned, result, row + 1, count)
+                took, cleaned = {name: value / count for name, value in ms.items()}, Future[trimesh.Trimesh]()
+                try:
+                    with timed(took, "decode"):
+                        field = self.vae.field(tokens[row : row + 1])
+                        values, _ = decode_field(field, 0, decode, self.device, on_level)
+                    with timed(took, "surface"):
+                        surface = extract_surface(reducible(values, cleanup.max_faces), box, decode.surface)
+                    cleaned = thread.submit(_clean, surface, cleanup, took)
+                except ValueError as error:
+                    cleaned.set_exception(error)
+                before.close()  # the mesh before; where this one is interrupted, the stack does it
+                before.callback(call.finish, number, result, took, cleaned, (row + 1, count))
 
 
 def _clean(surface: trimesh.Trimesh, config: CleanupConfig, took: dict[str, float]) -> trimesh.Trimesh:
@@ -505,22 +443,3 @@ def _clean(surface: trimesh.Trimesh, config: CleanupConfig, took: dict[str, floa
     mesh = clean(surface, config)
     took["cleanup"] = 1000 * (time.perf_counter() - start)
     return mesh
-
-
-def _finish(
-    call: Call,
-    number: int,
-    took: dict[str, float],
-    cleaned: Future[trimesh.Trimesh],
-    result: Result,
-    done: int,
-    count: int,
-) -> None:
-    """Wait for a mesh, and tell the result."""
-    try:
-        result._mesh = cleaned.result()
-    except ValueError as error:
-        result.error = error if isinstance(error, UserError) else UserError(str(error))
-    result.metadata["ms"] = {name: round(value, 1) for name, value in took.items()}
-    call.at("cleanup", done, count)
-    call.on_result(number, result)

@@ -29,7 +29,7 @@ from elastic3d.elastic.losses import budget_loss
 from elastic3d.elastic.rollout import FREE, Rollout, flipped
 from elastic3d.elastic.trace import SKIPPED, trace_share
 from elastic3d.errors import UserError
-from elastic3d.models.weights import find_weights
+from elastic3d.models.weights import find_weights, read_weights
 from elastic3d.training.calibration import Curve, CurvesConfig, as_trained, calibrate
 from elastic3d.training.datasets import Batch
 from elastic3d.training.elastic_objective import Grid, followed, threshold
@@ -37,7 +37,6 @@ from elastic3d.training.few_step import GenerationConfig, GenerationObjective, a
 from elastic3d.training.loop import Stage
 from elastic3d.training.routes import KINDS, Sensitivity, load_sensitivity, routes_around
 from elastic3d.utils.options import option
-from elastic3d.utils.tensors import read_weights
 
 FULL, SMALLEST = range(2)  # kinds of groups; those beyond are between
 KIND_NAMES = ("full", "smallest", "between")

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from elastic3d.errors import UserError
+from elastic3d.models.weights import open_tensors, tensor_heads
 from elastic3d.training.options import DataConfig, LoopConfig
-from elastic3d.utils.tensors import open_tensors, tensor_heads
 
 Batch = dict[str, Tensor]
 

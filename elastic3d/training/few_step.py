@@ -32,14 +32,13 @@ from elastic3d.errors import UserError
 from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT
-from elastic3d.models.weights import find_weights, load_config
+from elastic3d.models.weights import find_weights, load_config, read_weights
 from elastic3d.pipelines.image_to_3d import ROUTERS_NAME
 from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_generator, stack
 from elastic3d.training.latents import LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.loop import Stage
 from elastic3d.training.options import StageName, TrainConfig
 from elastic3d.utils.options import Options, option
-from elastic3d.utils.tensors import read_weights
 
 VALIDATED = ((4, 1.0), (6, 1.0), (8, 0.5), (12, 0.35), (12, 0.5), (25, 0.3))  # steps, budget
 TOKENS = ("tokens",)

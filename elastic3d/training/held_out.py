@@ -27,6 +27,7 @@ from elastic3d.geometry.options import CleanupConfig
 from elastic3d.geometry.solid import solidify
 from elastic3d.models.images import prepare_image, to_tensor
 from elastic3d.models.options import ForegroundConfig
+from elastic3d.models.weights import read_weights, save_weights
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.preparation.options import PrepareConfig
@@ -38,7 +39,6 @@ from elastic3d.training.views import stored_views
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import atomic_path
 from elastic3d.utils.options import Options, option
-from elastic3d.utils.tensors import read_weights, save_weights
 
 SHEET_SHAPES = 64
 IMAGE_SIZE = 128

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from elastic3d.errors import UserError
 from elastic3d.models.images import IMAGE_SUFFIXES, load_image
+from elastic3d.models.weights import open_tensors, read_weights, save_weights
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.preparation.sources import with_article
 from elastic3d.training.datasets import Batch, PreparedShapes, read_split
@@ -33,7 +34,6 @@ from elastic3d.training.views import stored_views
 from elastic3d.utils.files import visible_files
 from elastic3d.utils.options import Options, option
 from elastic3d.utils.structured import Number, load_json, load_json_lines, save_json
-from elastic3d.utils.tensors import open_tensors, read_weights, save_weights
 
 INFO_NAME, NEGATIVE_NAME = "cache.json", "negative.safetensors"
 _INFO = {"settings": dict, "counts": {str: Number(0, whole=True)}}

@@ -28,7 +28,7 @@ from elastic3d.models.options import ForegroundConfig, ImageEncoderConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT, load_dit
-from elastic3d.models.weights import WEIGHTS_NAME
+from elastic3d.models.weights import WEIGHTS_NAME, save_weights, tensor_heads
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME
 from elastic3d.pipelines.memory import require_memory
 from elastic3d.pipelines.runtime import resolve_device
@@ -47,7 +47,6 @@ from elastic3d.training.views import augment_view, named_images, stored_views
 from elastic3d.utils.files import file_sha256
 from elastic3d.utils.options import Options, from_dict, option, to_dict
 from elastic3d.utils.structured import Number, load_json, save_json
-from elastic3d.utils.tensors import save_weights, tensor_heads
 
 INFO_NAME = "latents.json"
 STORED = ("mean", "logvar", "tokens")

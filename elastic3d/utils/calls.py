@@ -1,11 +1,11 @@
-"""How calls run: one thread after the other, one item behind, or left as they are by torch.compile."""
+"""How calls run: one thread after the other, or left as they are by torch.compile."""
 
 from __future__ import annotations
 
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -34,19 +34,6 @@ class Turn:
 
     def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
         return Turn, ()
-
-
-def one_behind(calls: Iterable[Callable[[], None]]) -> None:
-    """Make each call once the next one was made ready; the last one at the end, also where that is an error."""
-    last: Callable[[], None] | None = None
-    try:
-        for call in calls:
-            before, last = last, call
-            if before is not None:
-                before()
-    finally:
-        if last is not None:
-            last()
 
 
 def stays_eager(function: Function) -> Function:

@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from elastic3d.errors import UserError
-from elastic3d.models.weights import PretrainedMixin
+from elastic3d.models.weights import PretrainedMixin, read_weights
 from elastic3d.utils.files import file_sha256
-from elastic3d.utils.tensors import read_weights
 
 
 @dataclass(kw_only=True)
@@ -152,7 +151,7 @@ def test_a_failed_save_leaves_the_old_files(folder: Path, monkeypatch: pytest.Mo
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("elastic3d.utils.tensors.save_file", full)
+    monkeypatch.setattr("elastic3d.models.weights.save_file", full)
     with pytest.raises(UserError, match="can't write .*no space left|No space left"):
         Tiny(TinyConfig(width=3)).save_pretrained(folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

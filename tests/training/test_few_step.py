@@ -12,6 +12,7 @@ from elastic3d.elastic.few_step import LowRankUpdate
 from elastic3d.elastic.trace import NOT_RUN, trace_share
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.models.weights import read_weights
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.datasets import stack
 from elastic3d.training.few_step import FewStepStage, FewStepStageConfig, FewStepTrainConfig, relative_errors
@@ -19,7 +20,6 @@ from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.structured import load_json, save_json
-from elastic3d.utils.tensors import read_weights
 from tests.training.test_calibrate import save_tiny_routers
 from tests.training.tiny import dit_config as config_for
 from tests.training.tiny import export_of

@@ -1,4 +1,4 @@
-"""The compiled DiT gives what the DiT gives, with few graphs, and never with the weights of another generation."""
+"""The static DiT gives what the DiT gives, compiled with few graphs, never with the weights of another generation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 from elastic3d.models.options import SkipDiTConfig
 from elastic3d.models.skip_dit import SkipDiT
-from elastic3d.pipelines import compiled as module
-from elastic3d.pipelines.compiled import CompiledDiT, compile_arguments
+from elastic3d.pipelines import static as module
 from elastic3d.pipelines.generation import load_pipeline
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import GenerateConfig
+from elastic3d.pipelines.static import StaticDiT, compile_arguments
 
 ROUTERS = RouterConfig(
     scope=Scope.step, branches=Branches.shared, widths=1, longest=4, initial_keep=0.95, few_step_rank=2,
@@ -56,8 +56,10 @@ def learn(session: ElasticSession, seed: int = 0) -> None:
 
 
 def routed() -> ImageTo3DPipeline:
+    """Without a static DiT at first: blocks, routers and LoRA as they are."""
     pipeline = tiny_pipeline()
     learn(attach(pipeline.dit, ROUTERS))
+    pipeline.static = None
     return pipeline
 
 
@@ -77,6 +79,26 @@ def same(found: Kept, expected: Kept) -> bool:
         different = {name for name in new if new[name] != old[name]}
         assert different <= {"flops_routers"} and not (different and new["flops_routers"])
     return torch.allclose(found[0], expected[0], **CLOSE)
+
+
+def test_it_needs_no_compiler() -> None:
+    pipeline = routed()
+    rows = [DENSE, FEW, FEWER, {"steps": 5, "budget": 0.5}]
+    expected = [made(pipeline, **row) for row in rows]
+    pipeline.static = StaticDiT(pipeline.dit)
+    for row, wanted in zip(rows, expected, strict=True):
+        assert same(made(pipeline, **row), wanted)
+    assert tiny_pipeline().static is not None, "it is the default"
+
+
+def test_weights_that_are_exchanged_are_seen() -> None:
+    pipeline = routed()
+    pipeline.static = StaticDiT(pipeline.dit)
+    before = made(pipeline, **FEW)
+    larger = {name: 1.1 * value for name, value in pipeline.dit.state_dict().items()}
+    pipeline.dit.load_state_dict(larger, assign=True)
+    found, pipeline.static = made(pipeline, **FEW), None
+    assert same(found, made(pipeline, **FEW)) and not same(found, before)
 
 
 def test_two_graphs_serve_every_number_of_steps_and_the_dense_model() -> None:
@@ -108,6 +130,7 @@ def test_by_other_backends(backend: str) -> None:
 
 def test_rows_of_a_dial(tmp_path: Path) -> None:
     pipeline = load(save_dialled(tmp_path / "model"))
+    pipeline.static = None
     expected = {quality: made(pipeline, quality=quality) for quality in Quality}
     pipeline.compile(**UNCOMPILED)
     for quality, wanted in expected.items():
@@ -134,7 +157,7 @@ def test_who_decides_is_asked_as_before() -> None:
     assert counter.frame_count == 0
     plain.compile(**UNCOMPILED)
     assert same(made(plain), made(tiny_pipeline())), "the dense model of a session without a LoRA"
-    assert plain._without_routers().compiled is None, "its DiT is another one"
+    assert plain._without_routers().static is None, "its DiT is another one"
 
 
 def test_what_else_listens_or_decides_is_not_static() -> None:
@@ -175,7 +198,7 @@ def test_outputs_are_kept_though_the_next_pass_overwrites_them() -> None:
     expected = made(pipeline, **FEW)
     pipeline.compile(backend=overwriting)
     assert same(made(pipeline, **FEW), expected)
-    dit, session = pipeline.compiled, pipeline.session
+    dit, session = pipeline.static, pipeline.session
     assert dit is not None and session is not None
     inputs = torch.randn(4, 8, 7), torch.rand(4), torch.randn(4, 4, pipeline.dit.config.condition_channels)
     with pytest.raises(ValueError, match="that nobody announced"):
@@ -191,8 +214,8 @@ def test_weights_are_shared_but_those_that_the_lora_changes() -> None:
     pipeline = routed()
     pipeline.compile(**UNCOMPILED)
     made(pipeline, **DENSE)
-    assert pipeline.compiled is not None and pipeline.session is not None
-    twin, own = pipeline.compiled.twin, dict(pipeline.dit.named_parameters())
+    assert pipeline.static is not None and pipeline.session is not None
+    twin, own = pipeline.static.twin, dict(pipeline.dit.named_parameters())
     assert all(parameter is own[name] for name, parameter in twin.named_parameters())
     made(pipeline, **FEW)
     updated = {
@@ -206,7 +229,7 @@ def test_weights_are_shared_but_those_that_the_lora_changes() -> None:
     places = {name: twin.get_parameter(name).data_ptr() for name in updated}
     made(pipeline, **FEWER)
     made(pipeline, **DENSE)
-    assert pipeline.compiled.twin is twin
+    assert pipeline.static.twin is twin
     assert places == {name: twin.get_parameter(name).data_ptr() for name in updated}, "graphs know them"
     assert all(torch.equal(twin.get_parameter(name), own[name]) for name in own)
     assert all(block._adapted is None for block in pipeline.session.blocks), "no second copy"
@@ -218,10 +241,10 @@ def test_what_changes_between_generations_is_seen() -> None:
     made(pipeline, **FEW)
 
     def check(*rows: dict[str, Any]) -> Tensor:
-        """The same as without a compiled DiT."""
-        compiled, pipeline.compiled = pipeline.compiled, None
+        """The same as without a static DiT."""
+        static, pipeline.static = pipeline.static, None
         expected = [made(pipeline, **row) for row in rows]
-        pipeline.compiled = compiled
+        pipeline.static = static
         for row, wanted in zip(rows, expected, strict=True):
             assert same(made(pipeline, **row), wanted)
         return expected[-1][0]
@@ -261,7 +284,7 @@ def test_blocks_with_long_skips_and_no_static_plan_of_experts() -> None:
             nn.init.zeros_(block.few_step.parts["skip_linear"].get_parameter("up"))  # it is never trained
     session.settings = ElasticConfig(budget=1)
     inputs = torch.randn(2, 10, 4), torch.full((2,), 0.5), torch.randn(2, 5, 6)
-    compiled, found = CompiledDiT(dit, UNCOMPILED), []
+    compiled, found = StaticDiT(dit, UNCOMPILED), []
     for call in (dit, compiled):
         session.begin(2, 3, guidance=2.0)
         session.step(1, 1 / 3, (0,))
@@ -271,14 +294,14 @@ def test_blocks_with_long_skips_and_no_static_plan_of_experts() -> None:
     assert torch.equal(found[0][1].actions, found[1][1].actions) and found[0][1].flops == found[1][1].flops
     experts = SkipDiT(SkipDiTConfig(**sizes, expert_blocks=1, experts=3, condition_tokens=5))
     with pytest.raises(UserError, match="the experts of this model decide"):
-        CompiledDiT(experts, UNCOMPILED)
+        StaticDiT(experts, UNCOMPILED)
 
 
-def test_a_model_that_moves_is_not_compiled() -> None:
+def test_a_model_that_moves_is_not_static() -> None:
     pipeline = tiny_pipeline()
     pipeline.compile(**UNCOMPILED)
     pipeline.use_less_memory()
-    assert pipeline.compiled is None
+    assert pipeline.static is None
     with pytest.raises(UserError, match="low_memory moves the weights"):
         pipeline.compile(**UNCOMPILED)
     with pytest.raises(UserError, match=r"compile is true, expected false with low_memory=true"):

@@ -1,4 +1,4 @@
-"""Generations in which every block runs, compiled: a pass of the DiT is one graph, on a GPU a CUDA graph.
+"""Generations in which every block runs: a plain DiT with the few-step LoRA in its weights, compiled on request.
 
 Where nobody decides, a pass depends on nothing but its inputs and the weights. So it is in the dense model, and at a
 budget of 1 with the few-step LoRA, whose weights are the same through a whole generation (`ElasticSession.static`).
@@ -21,29 +21,30 @@ from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT
 from elastic3d.models.weights import plain_twin
 
-MOST_SHAPES = 16  # of the inputs, with a graph each; others run as they are
+MOST_SHAPES = 16  # of the inputs, with a compiled graph each; others run as they are
+Arguments = dict[str, Any]
 
 
-class CompiledDiT:
-    """Stands where the sampler calls a DiT: calls a compiled twin of it where every block runs, else the DiT.
+class StaticDiT:
+    """Stands where the sampler calls a DiT: calls a plain twin of it where every block runs, else the DiT.
 
     The twin shares the parameters of the DiT. Linear layers with a few-step LoRA get weights of their own with the
-    first generation that uses it; another coarseness is merged into these in place, so that the graphs stay as they
-    are. There is one for each number of rows: for both guidance branches, and for the conditional one alone.
+    first generation that uses it; another coarseness is merged into these in place, so that compiled graphs stay as
+    they are. There is one for each number of rows: for both guidance branches, and for the conditional one alone.
     """
 
-    def __init__(self, dit: ShapeDiT | SkipDiT, arguments: dict[str, Any]) -> None:
-        """`arguments` of `torch.compile` over the defaults. UserError where it does not work, which is tried, or for a
-        model whose experts take the tokens that they choose."""
-        if isinstance(dit, SkipDiT) and dit.config.expert_blocks:
-            raise UserError("compile is true, but the experts of this model decide which tokens they take")
-        self.dit, self.arguments = dit, arguments
-        device = next(dit.parameters()).device
-        if "backend" not in arguments:
-            check_compiler(device)
-        if is_attached(dit):
-            session_of(dit).forget()  # weights that earlier generations made for themselves
-        self._place: tuple[ElasticSession | None, torch.device, torch.dtype] | None = None
+    def __init__(self, dit: ShapeDiT | SkipDiT, compiled: Arguments | None = None) -> None:
+        """`compiled`: the twin is, with these arguments of `torch.compile` over the defaults. UserError where that does
+        not work, which is tried, or for a model whose experts take the tokens that they choose."""
+        self.dit, self.compiled = dit, compiled
+        if compiled is not None:
+            if isinstance(dit, SkipDiT) and dit.config.expert_blocks:
+                raise UserError(
+                    "compile is true, but the experts of this model decide which tokens they take"
+                )
+            if "backend" not in compiled:
+                check_compiler(next(dit.parameters()).device)
+        self._of: tuple[object, ...] | None = None  # what the twin was made of
         self._trace: Trace | None = None  # of the generation whose weights the twin has
         self._merged: list[Key] = []
 
@@ -52,30 +53,38 @@ class CompiledDiT:
     ) -> Tensor:
         """As the DiT: latents (B,N,C), t (B,), condition (B,M,Cc), guidance (B,) or None -> velocity (B,N,C)."""
         session = session_of(self.dit) if is_attached(self.dit) else None
-        if session is not None and not session.static:
+        if (session is None and self.compiled is None) or (session is not None and not session.static):
             return self.dit(latents, t, condition, guidance)
         self._refresh(session)
         if session is not None and session.settings.elastic:
             N, M = latents.shape[1], condition.shape[1]
             lengths = [N + 1] if isinstance(self.dit, SkipDiT) else [N, M]
             session.passed(block_flops(self.dit, session.adapter, lengths))
+        if self.compiled is None:
+            return self.twin(latents, t, condition, guidance)
         shapes = latents.shape, condition.shape
         if shapes not in self._shapes and len(self._shapes) == MOST_SHAPES:
             return self.twin(latents, t, condition, guidance)
         self._shapes.add(shapes)
         if latents.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
-        return self._run(latents, t, condition, guidance).clone()  # the next pass may overwrite it
+        return self._graph(latents, t, condition, guidance).clone()  # the next pass may overwrite it
 
     def _refresh(self, session: ElasticSession | None) -> None:
-        """A twin for this session, where the DiT is; the weights of this generation."""
-        parameter = next(self.dit.parameters())
-        if (place := (session, parameter.device, parameter.dtype)) != self._place:
+        """The weights of this generation; a twin where there is none yet of these parameters."""
+        if self._of is not None and session is not None and session.trace is self._trace:
+            return
+        first = next(self.dit.parameters())
+        made_of = session, first.device, first.dtype, *map(id, self.dit.parameters())
+        if made_of != self._of:
             self.twin: nn.Module = plain_twin(self.dit)
-            self._run = torch.compile(self.twin, **compile_arguments(parameter.device) | self.arguments)
-            self._shapes = set[tuple[torch.Size, torch.Size]]()
-            self._place, self._trace, self._merged = place, None, []
-        if session is None or session.trace is self._trace:
+            self._of, self._merged = made_of, []
+            if self.compiled is not None:
+                self._graph = torch.compile(self.twin, **compile_arguments(first.device) | self.compiled)
+                self._shapes = set[tuple[torch.Size, torch.Size]]()
+            if session is not None:
+                session.forget()  # weights that earlier generations made for themselves
+        if session is None:
             return
         self._trace, coarse = session.trace, session.coarseness
         blocks = [(block, lora) for block in session.blocks if (lora := block.few_step) is not None]
