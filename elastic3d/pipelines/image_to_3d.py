@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -15,7 +13,6 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-import trimesh
 from PIL import Image
 from torch import Tensor, nn
 
@@ -410,36 +407,31 @@ class ImageTo3DPipeline:
     def _decode(self, call: Call, latents: Tensor, made: dict[int, Result], ms: dict[str, float]) -> None:
         """Latents (B,N,C) -> the meshes of `made`, by their number in the call, or why there is none.
 
-        `ms` is what the batch has taken so far; now all times of its results are known. A thread cleans a mesh, which
-        keeps one processor busy, while the next one is decoded.
+        `ms` is what the batch has taken so far; now all times of its results are known.
         """
-        count, box, cleanup = len(made), self.config.box, call.cleanup
-        decode = replace(call.decode, resolution=call.config.resolution, box=box, max_points=self.max_points)
-        with ThreadPoolExecutor(1) as thread, self._on_device(self.vae), ExitStack() as before:
+        count = len(made)
+        box, resolution = self.config.box, call.config.resolution
+        decode = replace(call.decode, resolution=resolution, box=box, max_points=self.max_points)
+        with self._on_device(self.vae):
             with timed(ms, "decode"), torch.no_grad():
                 tokens = self.vae.decode(latents)
             for row, (number, result) in enumerate(made.items()):
 
-                def on_level(level: int, levels: int, done: int = row) -> None:
-                    call.at("decode", done * levels + level, count * levels)
+                def on_level(level: int, levels: int, before: int = row) -> None:
+                    call.at("decode", before * levels + level, count * levels)
 
-                took, cleaned = {name: value / count for name, value in ms.items()}, Future[trimesh.Trimesh]()
+                took = {name: value / count for name, value in ms.items()}
                 try:
                     with timed(took, "decode"):
                         field = self.vae.field(tokens[row : row + 1])
                         values, _ = decode_field(field, 0, decode, self.device, on_level)
                     with timed(took, "surface"):
-                        surface = extract_surface(reducible(values, cleanup.max_faces), box, decode.surface)
-                    cleaned = thread.submit(_clean, surface, cleanup, took)
+                        values = reducible(values, call.cleanup.max_faces)
+                        mesh = extract_surface(values, decode.box, decode.surface)
+                    with timed(took, "cleanup"):
+                        result._mesh = clean(mesh, call.cleanup)
                 except ValueError as error:
-                    cleaned.set_exception(error)
-                before.close()  # the mesh before; where this one is interrupted, the stack does it
-                before.callback(call.finish, number, result, took, cleaned, (row + 1, count))
-
-
-def _clean(surface: trimesh.Trimesh, config: CleanupConfig, took: dict[str, float]) -> trimesh.Trimesh:
-    """`clean`, and how long it took; nothing of it is on a GPU, whose work is another mesh's."""
-    start = time.perf_counter()
-    mesh = clean(surface, config)
-    took["cleanup"] = 1000 * (time.perf_counter() - start)
-    return mesh
+                    result.error = error if isinstance(error, UserError) else UserError(str(error))
+                result.metadata["ms"] = {name: round(value, 1) for name, value in took.items()}
+                call.at("cleanup", row + 1, count)
+                call.on_result(number, result)

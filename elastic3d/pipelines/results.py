@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,15 +73,3 @@ class Call:
             self.on_step(done, total)
         if self.on_progress is not None:
             self.on_progress(stage, done, total)
-
-    def finish(
-        self, number: int, result: Result, took: dict[str, float], cleaned: Future[Any], done: tuple[int, int]
-    ) -> None:
-        """Wait until the mesh of image `number` is clean, and tell its result; `done`: how many of how many are."""
-        try:
-            result._mesh = cleaned.result()
-        except ValueError as error:
-            result.error = error if isinstance(error, UserError) else UserError(str(error))
-        result.metadata["ms"] = {name: round(value, 1) for name, value in took.items()}
-        self.at("cleanup", *done)
-        self.on_result(number, result)

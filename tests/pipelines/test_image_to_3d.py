@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,6 @@ from elastic3d.elastic import attach
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.families.shape_dit import ADAPTER
 from elastic3d.errors import NoSurfaceError, UserError
-from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.options import CleanupConfig
 from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.models.image_encoder import Familiarity, image_feature
@@ -338,44 +336,3 @@ def test_an_unfamiliar_image_is_told_before_anything_is_made_of_it(tmp_path: Pat
     assert all(result.metadata["image_distance"] > 1e-3 and len(result.warnings) == 1 for result in results)
     pipeline.familiarity = Familiarity(known.mean, known.components, known.scale, torch.tensor([1e6]))
     assert pipeline(image(), resolution=8).warnings == []
-
-
-def test_a_mesh_is_cleaned_while_the_next_one_is_decoded(
-    pipeline: ImageTo3DPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoding, seen = threading.Event(), list[bool]()
-    images = [image(), image()]
-    expected = [result.mesh.vertices for result in pipeline(images, resolution=48)]
-
-    def clean_later(mesh: Any, config: CleanupConfig) -> Any:
-        seen.append(seen != [] or decoding.wait(timeout=60))
-        return clean(mesh, config)
-
-    def hear(stage: str, done: int, total: int) -> None:
-        if stage == "decode" and done > total // 2:
-            decoding.set()
-
-    monkeypatch.setattr(image_to_3d, "clean", clean_later)
-    results = pipeline(images, resolution=48, on_progress=hear)
-    assert seen == [True, True], "the second mesh's levels were decoded before the first one was clean"
-    for result, vertices in zip(results, expected, strict=True):
-        assert np.array_equal(result.mesh.vertices, vertices)
-
-
-def test_a_mesh_that_is_there_is_told_although_the_next_one_is_interrupted(
-    pipeline: ImageTo3DPipeline,
-) -> None:
-    told: list[int] = []
-
-    def interrupt(stage: str, done: int, total: int) -> None:
-        if stage == "decode" and done > total // 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pipeline(
-            [image(), image(x=50)],
-            resolution=48,
-            on_progress=interrupt,
-            on_result=lambda n, result: told.append(n if result.mesh else -1),
-        )
-    assert told == [0]
