@@ -85,7 +85,7 @@ def decoded_ways(
         False: pipeline.vae.field(tokens),
     }
     if config.hunyuan3d_tokens:
-        large = hunyuan3d_fields(config.hunyuan3d_tokens)
+        large = hunyuan3d_fields(config.hunyuan3d_tokens, tokens.dtype)
         fields = {plain: costing(fields[plain], large[plain]) for plain in fields}
     rows: dict[str, dict[str, Any]] = {}
     reference: trimesh.Trimesh | None = None
@@ -126,15 +126,15 @@ def to_truth(mesh: trimesh.Trimesh, truth: trimesh.Trimesh | None, points: int) 
     }
 
 
-def hunyuan3d_fields(tokens: int) -> dict[bool, FieldFunction]:
+def hunyuan3d_fields(tokens: int, dtype: torch.dtype) -> dict[bool, FieldFunction]:
     """The field decoder of Hunyuan3D-2's layout (width 1024, 16 heads, MLP ratio 4) with random weights: plain and
     prepared. Its values are of no shape; its time a query is that of the published weights."""
     torch.manual_seed(0)
     sizes = {"num_latents": tokens, "latent_channels": 64, "width": 1024, "heads": 16, "geo_mlp_ratio": 4}
     sizes |= dict.fromkeys(("encoder_layers", "decoder_layers", "neighbours_in", "neighbours_out"), 0)
-    vae = ShapeVAE(VAEConfig(**sizes)).eval()  # type: ignore[arg-type]
+    vae = ShapeVAE(VAEConfig(**sizes)).to(dtype).eval()  # type: ignore[arg-type]
     with torch.no_grad():
-        data = vae.decode(torch.randn(1, tokens, 64))
+        data = vae.decode(torch.randn(1, tokens, 64, dtype=dtype))
     return {True: lambda points, _: vae.query(points, data), False: vae.field(data)}
 
 
