@@ -179,6 +179,10 @@ class GenerateConfig(Options):
                 raise ValueError(f"{name}= is missing, for example {name}={example}")
         if self.trace and not self.trace.lower().endswith(".png"):
             raise ValueError(f"trace is {self.trace}, expected a .png file")
+        if self.trace and self.elastic is False:
+            raise ValueError(
+                f"trace is {self.trace}, but elastic is false: the dense model has no routes to draw"
+            )
         if self.runner is Runner.ray and self.prompt:
             raise ValueError("runner=ray is for images, but prompt= is given")
         if self.compile and self.low_memory:
@@ -262,6 +266,10 @@ class GenerateImageConfig(Options):
             value = getattr(self, name)
             if value and not value.lower().endswith(".png"):
                 raise ValueError(f"{name} is {value}, expected a .png file")
+        if self.trace and self.elastic is False:
+            raise ValueError(
+                f"trace is {self.trace}, but elastic is false: the dense model has no routes to draw"
+            )
         if not self.weights and self.backbone is not BackboneName.small:
             raise ValueError(f"weights= is missing: the folder of the {self.backbone.name} pipeline")
         parse_size(self.size)

@@ -91,13 +91,13 @@ def test_routes_are_drawn(tmp_path):
     assert {(20, 60, 140), (235, 235, 235), (245, 160, 60)} < colours
     with pytest.raises(UserError, match="no routes to draw"):
         draw_routes([], tmp_path / "none.png")
+    with pytest.raises(UserError, match="elastic is false: the dense model has no routes to draw"):
+        GenerateConfig(image="a.png", output="a.glb", elastic=False, trace="t.png")
 
 
 def test_the_command_line(elastic, tmp_path, capsys):
     import gen_mesh
     from _cli import execute
-
-    from elastic3d.pipelines.options import GenerateConfig
 
     elastic.save_pretrained(tmp_path / "model")
     image = save_image(tmp_path / "a.png")

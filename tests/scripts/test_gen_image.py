@@ -92,6 +92,7 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "odd size": (["prompt=a", "output=x.png", "size=18"], "expected multiples of 8"),
     "budget": (["prompt=a", "output=x.png", "budget=0.1"], "budget is 0.1"),
     "output": (["prompt=a", "output=x.jpg"], "expected a .png file"),
+    "trace": (["prompt=a", "output=x.png", "elastic=false", "trace=t.png"], "has no routes to draw"),
     "unwritable": (["prompt=a", "output=blocked/x.png"], "can't write to blocked"),
     "offload": (
         ["prompt=a", "output=x.png", "offload=true"],
