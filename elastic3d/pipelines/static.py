@@ -28,6 +28,9 @@ Arguments = dict[str, Any]
 class StaticDiT:
     """Stands where the sampler calls a DiT: calls a plain twin of it where every block runs, else the DiT.
 
+    Without a compiler the twin takes generations with the few-step LoRA alone, and only where the DiT is as it was
+    built: hooks and exchanged modules would be passed over.
+
     The twin shares the parameters of the DiT. Linear layers with a few-step LoRA get weights of their own with the
     first generation that uses it; another coarseness is merged into these in place, so that compiled graphs stay as
     they are. There is one for each number of rows: for both guidance branches, and for the conditional one alone.
@@ -53,7 +56,7 @@ class StaticDiT:
     ) -> Tensor:
         """As the DiT: latents (B,N,C), t (B,), condition (B,M,Cc), guidance (B,) or None -> velocity (B,N,C)."""
         session = session_of(self.dit) if is_attached(self.dit) else None
-        if (session is None and self.compiled is None) or (session is not None and not session.static):
+        if not self._applies(session):
             return self.dit(latents, t, condition, guidance)
         self._refresh(session)
         if session is not None and session.settings.elastic:
@@ -69,6 +72,25 @@ class StaticDiT:
         if latents.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
         return self._graph(latents, t, condition, guidance).clone()  # the next pass may overwrite it
+
+    def _applies(self, session: ElasticSession | None) -> bool:
+        """Whether the twin takes the next pass."""
+        if self.compiled is not None:
+            return session is None or session.static
+        return (
+            session is not None and session.settings.elastic and session.static and self._untouched(session)
+        )
+
+    def _untouched(self, session: ElasticSession) -> bool:
+        """Whether nobody listens to the modules of the DiT, and each is of PyTorch or this package."""
+        routed = {id(block.inner) for block in session.blocks}  # whose forward is the session's
+        return len(self.dit._forward_pre_hooks) == 1 and not any(
+            module._forward_hooks
+            or (module._forward_pre_hooks and module is not self.dit)
+            or ("forward" in module.__dict__ and id(module) not in routed)
+            or not type(module).__module__.startswith(("torch.nn.", "elastic3d.models."))
+            for module in self.dit.modules()
+        )
 
     def _refresh(self, session: ElasticSession | None) -> None:
         """The weights of this generation; a twin where there is none yet of these parameters."""

@@ -91,6 +91,33 @@ def test_it_needs_no_compiler() -> None:
     assert tiny_pipeline().static is not None, "it is the default"
 
 
+class OtherLinear(nn.Linear):
+    """As of somebody else's library."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1.1 * super().forward(x)
+
+
+def test_hooks_and_exchanged_modules_are_not_passed_over() -> None:
+    pipeline, heard = routed(), list[str]()
+    pipeline.static = StaticDiT(pipeline.dit)
+    plain = made(pipeline, **FEW)
+    assert plain[1][0]["flops_routers"] == 0, "the twin ran"
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        for part in (pipeline.dit, pipeline.dit.single_blocks[0]):
+            handle = getattr(part, register)(lambda *_, name=register: heard.append(name))
+            found = made(pipeline, **FEW)
+            handle.remove()
+            assert heard and same(plain, found) and found[1][0]["flops_routers"] > 0
+            heard.clear()
+    old = pipeline.dit.latent_in
+    other = OtherLinear(old.in_features, old.out_features)
+    other.load_state_dict(old.state_dict())
+    pipeline.dit.latent_in = other
+    found, pipeline.static = made(pipeline, **FEW), None
+    assert same(found, made(pipeline, **FEW)) and not torch.allclose(found[0], plain[0], **CLOSE)
+
+
 def test_weights_that_are_exchanged_are_seen() -> None:
     pipeline = routed()
     pipeline.static = StaticDiT(pipeline.dit)
