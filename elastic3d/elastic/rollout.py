@@ -27,35 +27,27 @@ class Rollout:
     """One generation of B samples.
 
     budget (B,): requested share of the dense FLOPs. routes (B,S,2,I) long: the action of each block, 0 skips, k in 1..K
-    runs at width number k - 1, FREE leaves it to the router. dice (B,S,2,I,2): uniform numbers in [0,1) by which gate
-    and width are drawn from the router's probabilities; None: gates and widths are the most probable ones.
-    `straight`: gradients pass straight through hard decisions (1308.3432), for which every block has to run for every
-    sample; otherwise only what is executed is computed, and a loss at the end reaches no router by itself.
-    `passes`: the forward passes, once they ran.
+    runs at width number k - 1, FREE leaves it to the router. `straight`: gradients pass straight through hard
+    decisions (1308.3432), for which every block has to run for every sample; otherwise only what is executed is
+    computed, and a loss at the end reaches no router. `passes`: the forward passes, once they ran.
     """
 
     budget: Tensor
     routes: Tensor
-    dice: Tensor | None = None
     straight: bool = False
     passes: list[StepContext] = field(default_factory=list)
 
     def settle(self, context: StepContext, block: int, proposed: RouteDecision) -> RouteDecision:
-        """The route of every row through a block: forced, drawn, or what its router decides."""
+        """The route of every row through a block: forced, or what its router decides."""
         branch, sample = torch.tensor(context.rows, device=self.routes.device).T
         step = torch.tensor(context.steps, device=self.routes.device)
         context.proposed.setdefault(block, proposed)
-        keep, width = proposed.keep, proposed.width
-        if self.dice is not None:
-            gate, choice = self.dice[sample, step, branch, block].to(keep.device).unbind(-1)
-            keep = gate < proposed.keep_prob
-            width = (choice[:, None] >= proposed.width_prob.cumsum(-1)[:, :-1]).sum(-1)
-        action = self.routes[sample, step, branch, block].to(keep.device)
+        action = self.routes[sample, step, branch, block].to(proposed.keep.device)
         widths, free = proposed.width_prob.shape[-1], action == FREE
         forced = RouteDecision.fixed(action > SKIPPED, (action - 1).clamp_min(0), widths)
         return RouteDecision(
-            torch.where(free, keep, forced.keep),
-            torch.where(free, width, forced.width),
+            torch.where(free, proposed.keep, forced.keep),
+            torch.where(free, proposed.width, forced.width),
             torch.where(free, proposed.keep_prob, forced.keep_prob),
             torch.where(free[:, None], proposed.width_prob, forced.width_prob),
         )
@@ -75,7 +67,7 @@ class Rollout:
         return self._table([context.decisions for context in self.passes])
 
     def proposed(self) -> RouteDecision:
-        """What the routers decided, also where another route was forced or drawn, by (B,S,2,I)."""
+        """What the routers decided, also where another route was forced, by (B,S,2,I)."""
         return self._table([context.proposed for context in self.passes])
 
     def actions(self) -> Tensor:
@@ -95,9 +87,9 @@ class Rollout:
         passes = 2 * len(ran) if one_branch else int(ran.sum())
         return torch.stack(costs).sum((0, 2, 3)) / (passes * sum(block.dense for block in flops.values()))
 
-    def log_likelihood(self, actions: Tensor) -> Tensor:
-        """Mean over the cells that ran of the log-probability (B,) that the routers give to actions (B,S,2,I)."""
-        proposed, ran = self.proposed(), self.ran()[:, :, None]
+    def log_likelihood(self) -> Tensor:
+        """Mean over the cells that ran of the log-probability (B,) that the routers give to what was executed."""
+        proposed, actions, ran = self.proposed(), self.actions(), self.ran()[:, :, None]
         gate = proposed.keep_prob.clamp(1e-6, 1 - 1e-6)
         width = (actions - 1).clamp_min(0)[..., None]
         chosen = proposed.width_prob.clamp_min(1e-6).gather(-1, width)[..., 0]
@@ -117,12 +109,3 @@ class Rollout:
                 branch, step = context.rows[start][0], context.steps[start]
                 cells[step][branch] = whole.rows(slice(start, start + B))
         return RouteDecision.stacked([RouteDecision.stacked(pair, dim=1) for pair in cells], dim=1)
-
-
-def flipped(actions: Tensor, cell: Tensor, widths: int) -> Tensor:
-    """Actions (B,S,2,I) with one cell of each sample, its number `cell` (B,) in S x 2 x I, turned over: skipped where
-    it ran, run at full width where it was skipped."""
-    found = actions.flatten(1).clone()
-    at = torch.arange(len(found), device=found.device), cell
-    found[at] = torch.where(found[at] > SKIPPED, SKIPPED, widths)
-    return found.view_as(actions)

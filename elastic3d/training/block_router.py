@@ -1,10 +1,11 @@
 """Per-block routers and few-step LoRA of a frozen model, trained together through whole generations.
 
 A batch goes from noise through all steps along hard routes to its last latents, which are held to the dense model's of
-the same noise, and decoded to what they stand for. Of every four groups of samples one takes the full route, one has
-the smallest budget, two have budgets between (the sandwich rule of slimmable networks, 1903.05134). At first routes
+the same noise, and decoded to what they stand for. Of every four samples one takes the full route, one has the
+smallest budget, two have budgets between (the sandwich rule of slimmable networks, 1903.05134). At first routes
 are random, around the error that leaving out each block was measured to cause; routers imitate them, and the
-LoRA learns to do without neighbours. Then routers decide, and learn by one of three signals (`Signal`).
+LoRA learns to do without neighbours. Then routers decide: gradients pass straight through their hard decisions
+(1308.3432), and the squared distance to the budget is added.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -26,46 +26,31 @@ from elastic3d.elastic.attachment import load_router_config, router_modules, tod
 from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig, RouterVariant, Scope
 from elastic3d.elastic.families import BlockFlops, block_flops
 from elastic3d.elastic.losses import budget_loss
-from elastic3d.elastic.rollout import FREE, Rollout, flipped
+from elastic3d.elastic.rollout import FREE, Rollout
 from elastic3d.elastic.trace import SKIPPED, trace_share
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights, read_weights
 from elastic3d.training.calibration import Curve, CurvesConfig, as_trained, calibrate
 from elastic3d.training.datasets import Batch
-from elastic3d.training.elastic_objective import Grid, followed, threshold
+from elastic3d.training.elastic_objective import Grid
 from elastic3d.training.few_step import GenerationConfig, GenerationObjective, attach_lora, relative_errors
 from elastic3d.training.loop import Stage
 from elastic3d.training.routes import KINDS, Sensitivity, load_sensitivity, routes_around
 from elastic3d.utils.options import option
 
-FULL, SMALLEST = range(2)  # kinds of groups; those beyond are between
+FULL, SMALLEST = range(2)  # kinds of samples; those beyond are between
 KIND_NAMES = ("full", "smallest", "between")
-LEAST_ERROR = 1e-4
 ARCHITECTURE = ("variant", "hidden", "conditioning", "widths", "longest")
-
-
-class Signal(Enum):
-    """How routers learn from the end of a generation: by gradients straight through their hard decisions; by predicting
-    the error that is measured there when one cell is turned over; or by policy gradient, from several routes of the
-    same noise."""
-
-    straight_through = "straight_through"
-    predicted_error = "predicted_error"
-    policy = "policy"
 
 
 @dataclass(kw_only=True)
 class BlockRouterConfig(GenerationConfig):
-    """Routes and their signal, whatever is generated."""
+    """Routes and what routers learn from, whatever is generated."""
 
     min_steps: int = option(2, "fewest sampling steps", ge=1, le=1000)
     max_steps: int = option(10, "most of them", ge=1, le=1000)
     min_budget: float = option(
         MIN_BUDGET, "smallest budget, that of a quarter of the samples", ge=MIN_BUDGET, le=1
-    )
-    signal: Signal = option(Signal.straight_through, "how routers learn from the end of a generation")
-    group: int = option(
-        1, "consecutive samples with the same noise and budget; above 1 for signal=policy", ge=1, le=256
     )
     random_steps: int = option(
         300, "first optimizer steps, in which routes are random and routers imitate them", ge=0, le=1 << 40
@@ -83,12 +68,8 @@ class BlockRouterConfig(GenerationConfig):
         0.1, "a sample's cost may differ from its budget by this, as long as the mean does not", ge=0, le=1,
         advanced=True,
     )  # fmt: skip
-    routing_weight: float = option(
-        1.0,
-        "weight of what only routers learn from: imitation, predicted error, policy",
-        ge=0,
-        le=1e6,
-        advanced=True,
+    imitation_weight: float = option(
+        1.0, "weight of imitating random routes, from which routers alone learn", ge=0, le=1e6, advanced=True
     )
     router_rate: float = option(
         10.0, "learning rate of the routers over that of the LoRA", ge=0, le=1e4, advanced=True
@@ -101,11 +82,8 @@ class BlockRouterConfig(GenerationConfig):
     )
 
     def check(self) -> None:
-        """What a signal needs; validation within what is trained."""
+        """Validation within what is trained."""
         super().check()
-        if (self.group > 1) != (self.signal is Signal.policy):
-            wanted = "at least 2" if self.signal is Signal.policy else "1"
-            raise ValueError(f"group is {self.group}, expected {wanted} for signal={self.signal.name}")
         for steps in self.val_steps:
             if not self.min_steps <= steps <= self.max_steps:
                 raise ValueError(
@@ -119,10 +97,10 @@ class BlockRouterConfig(GenerationConfig):
                 f"router.variant is {router.variant.name} and router.scope {router.scope.name},"
                 " expected light and block: each block decides for itself, at a budget"
             )
-        if batch // accumulate % (KINDS * self.group):
+        if batch // accumulate % KINDS:
             raise ValueError(
-                f"batch is {batch} in {accumulate} micro-batches, expected a multiple of {KINDS * self.group}"
-                " in each: a full route, the smallest one and two between, of as many samples as a group has"
+                f"batch is {batch} in {accumulate} micro-batches, expected a multiple of {KINDS} in each:"
+                " a full route, the smallest one and two between"
             )
 
 
@@ -188,17 +166,14 @@ class RouteDraw:
     batch: int
     sensitivity: Sensitivity | None = None
 
-    def __call__(self, position: int, seed: int) -> tuple[int, Batch]:
-        """Where in the stream of pairs the item of a position takes its noise, and its `steps`, `kind`, `budget` (),
-        `routes` (S,2,I), `free` (), `cell` (), and with signal=policy `dice` (S,2,I,2)."""
-        config, step = self.config, position // self.batch
+    def __call__(self, position: int, seed: int) -> Batch:
+        """`steps`, `kind`, `budget` (), `routes` (S,2,I) and `free` () of the item of a position."""
+        config, step, kind = self.config, position // self.batch, position % KINDS
         steps = int(np.random.default_rng([seed, step, 4]).integers(config.min_steps, config.max_steps + 1))
-        group = position // config.group
-        kind = group % KINDS
+        rng = np.random.default_rng([seed, position, 6])
         budget = {FULL: 1.0, SMALLEST: config.min_budget}.get(kind)
         if budget is None:
-            budget = float(np.random.default_rng([seed, group, 5]).uniform(config.min_budget, 1.0))
-        rng = np.random.default_rng([seed, position, 6])
+            budget = float(rng.uniform(config.min_budget, 1.0))
         times = self.times(steps)
         cells = (len(times) - 1, 2, len(self.blocks))
         free = kind != FULL and step >= config.random_steps
@@ -208,18 +183,13 @@ class RouteDraw:
             routes = torch.full(cells, self.router.widths)
         else:
             routes = self.around(times, budget, config.spread, int(rng.integers(1 << 62)))
-        values: Batch = {
+        return {
             "steps": torch.tensor(steps),
             "kind": torch.tensor(min(kind, len(KIND_NAMES) - 1)),
             "budget": torch.tensor(budget).float(),
             "free": torch.tensor(free),
             "routes": routes,
-            "cell": torch.tensor(rng.random()).float(),
         }
-        if config.signal is Signal.policy:
-            values["dice"] = torch.from_numpy(rng.random((*cells, 2), dtype=np.float32))
-        # one noise for all that are compared; a full route is nobody's rival
-        return (position if kind == FULL else group * config.group), values
 
     def around(self, times: Tensor, budget: float, spread: float, seed: int) -> Tensor:
         """Random routes (S,2,I) that execute a budget, around the measured table."""
@@ -235,8 +205,6 @@ class RouteDraw:
 class BlockRouterObjective(GenerationObjective):
     """Parameters are the routers with their few-step LoRA. Subclasses generate, and decode."""
 
-    error_moments: Tensor
-
     def __init__(
         self, dit: nn.Module, config: BlockRouterConfig, term: Any, weights: Tensor, times: Grid
     ) -> None:
@@ -245,7 +213,6 @@ class BlockRouterObjective(GenerationObjective):
         self.config, self.term, self.times = config, term, times
         self.routers = router_modules(dit)
         self.routers.requires_grad_(True)
-        self.register_buffer("error_moments", torch.zeros(2))
 
     @abstractmethod
     def decoded(self, found: Tensor, dense: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -254,33 +221,26 @@ class BlockRouterObjective(GenerationObjective):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`noise` (B,N,C), a condition, `pair` and what `RouteDraw` says -> loss, and what it is made of."""
         config = self.config
-        if len(batch["kind"]) % (KINDS * config.group):  # some weights would get no gradient in this process
+        if len(batch["kind"]) % KINDS:  # some weights would get no gradient in this process
             raise UserError(
-                f"a process has {len(batch['kind'])} samples in a micro-batch, expected a multiple of"
-                f" {KINDS * config.group}, with every kind of route"
+                f"a process has {len(batch['kind'])} samples in a micro-batch, expected a multiple of {KINDS},"
+                " with every kind of route"
             )
-        dense = self.dense_results(batch)
-        straight = config.signal is Signal.straight_through and bool(batch["free"].any())
-        rollout = Rollout(batch["budget"], batch["routes"], batch.get("dice"), straight)
+        dense, free = self.dense_results(batch), batch["free"]
+        rollout = Rollout(batch["budget"], batch["routes"], straight=bool(free.any()))
         found = self.along(rollout, batch)
         losses, values = self.end_losses(found, dense, batch)
+        loss = losses.mean()
         share = rollout.share(self.session.router_config.ratios, self.session.guided)
         budget = batch["budget"].clamp_max(self.largest_share(batch))
-        free = batch["free"]
-        loss = losses.mean()
-        forced = ~free
-        if forced.any():
-            imitation = -rollout.log_likelihood(rollout.actions())[forced].mean()
-            loss = loss + config.routing_weight * imitation
+        if not free.all():
+            imitation = -rollout.log_likelihood()[~free].mean()
+            loss = loss + config.imitation_weight * imitation
             values["imitation"] = imitation
         if free.any():
-            routing = {
-                Signal.straight_through: self._straight_through,
-                Signal.predicted_error: self._predicted_error,
-                Signal.policy: self._policy,
-            }[config.signal](rollout, batch, losses, share - budget, dense)
-            loss = loss + routing
-            values |= {"routing": routing, "off_budget": (share - budget)[free].abs().mean()}
+            cost = budget_loss(share[free], budget[free], config.slack)
+            loss = loss + config.cost_weight * cost
+            values |= {"cost": cost, "off_budget": (share - budget)[free].abs().mean()}
         values["share"] = share.mean()
         return loss, {name: value.detach() for name, value in values.items()}
 
@@ -308,49 +268,6 @@ class BlockRouterObjective(GenerationObjective):
             losses = losses + self.term.weight * self.term.total(parts)
             values |= {name: part.mean() for name, part in parts.items()}
         return losses, values
-
-    # -------------------------------------------------------------------------------------------- the signals
-
-    def _straight_through(
-        self, rollout: Rollout, batch: Batch, losses: Tensor, excess: Tensor, dense: Tensor
-    ) -> Tensor:
-        """The losses have gone through the gates by themselves: only the budget is added."""
-        free, budget = batch["free"], batch["budget"]
-        cost = budget_loss((excess + budget)[free], budget[free], self.config.slack)
-        return self.config.cost_weight * cost
-
-    def _policy(
-        self, rollout: Rollout, batch: Batch, losses: Tensor, excess: Tensor, dense: Tensor
-    ) -> Tensor:
-        """REINFORCE, of which a group's mean is the baseline and its deviation the scale (GRPO, 2402.03300)."""
-        reward = -(losses + self.config.cost_weight * excess.square()).detach().view(-1, self.config.group)
-        advantage = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-3)
-        each = advantage.flatten() * rollout.log_likelihood(rollout.actions().clamp_min(SKIPPED))
-        return -self.config.routing_weight * each[batch["free"]].mean()
-
-    def _predicted_error(
-        self, rollout: Rollout, batch: Batch, losses: Tensor, excess: Tensor, dense: Tensor
-    ) -> Tensor:
-        """One cell of each sample is turned over, and the generation made again: the gate's logit is to be the
-        logarithm of the error for each FLOP, over a threshold that falls as the budget rises."""
-        blocks = len(self.session.blocks)
-        ran = rollout.ran()[:, :, None].expand(-1, -1, blocks).flatten().nonzero()[:, 0]
-        cell = ran[(batch["cell"] * len(ran)).long().clamp_max(len(ran) - 1)]
-        actions, widths = rollout.actions(), self.session.router_config.widths
-        with torch.no_grad():
-            other = Rollout(batch["budget"], flipped(actions, cell, widths))
-            turned, _ = self.end_losses(self.along(other, batch), dense, batch)
-            rows = torch.arange(len(cell), device=cell.device)
-            ran_before = actions.flatten(1)[rows, cell] > SKIPPED
-            lost = torch.where(ran_before, turned - losses, losses - turned)
-            flops = rollout.passes[0].flops
-            dense_flops = losses.new_tensor([float(flops[index].dense) for index in range(blocks)])
-            lost = (lost * (dense_flops.mean() / dense_flops)[cell % blocks]).clamp_min(LEAST_ERROR).log()
-            if self.training:
-                followed(self.error_moments, lost)
-        logits = rollout.proposed().keep_prob.clamp(1e-6, 1 - 1e-6).logit().flatten(1)[rows, cell]
-        target = lost - threshold(self.error_moments, batch["budget"])
-        return self.config.routing_weight * nn.functional.smooth_l1_loss(logits, target)
 
 
 # ---------------------------------------------------------------------------------------------- validation, calibration

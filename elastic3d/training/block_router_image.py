@@ -125,8 +125,7 @@ class ImageRolloutItems:
 
     def item(self, position: int, seed: int) -> Batch:
         """Item `position` of the stream."""
-        place, item = self.draw(position, seed)
-        pair = self._shuffle(place, seed)
+        item, pair = self.draw(position, seed), self._shuffle(position, seed)
         rng = item_generator(seed, pair)
         drawn = self._items.draw(pair % len(self.images), int(rng.integers(1 << 16)), rng)
         return item | drawn | {"pair": torch.tensor(pair)}

@@ -122,11 +122,10 @@ class ShapeRolloutItems:
 
     def item(self, position: int, seed: int) -> Batch:
         """Item `position` of the stream."""
-        place, item = self.draw(position, seed)
-        pair = self._shuffle(place, seed)
+        item, pair = self.draw(position, seed), self._shuffle(position, seed)
         item |= draw_pair(self.shapes, self.info, pair, seed) | {"pair": torch.tensor(pair)}
         if self.meshes is not None:
-            id, rng = self.shapes.ids[pair % len(self.shapes)], np.random.default_rng([seed, place, 7])
+            id, rng = self.shapes.ids[pair % len(self.shapes)], np.random.default_rng([seed, position, 7])
             item |= mesh_item(self.meshes, id, self.config.mesh, rng)
         return item
 

@@ -12,12 +12,12 @@ from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import load_router_config, router_state
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.policies import action_flops, executed_share
-from elastic3d.elastic.rollout import FREE, Rollout
+from elastic3d.elastic.rollout import FREE
 from elastic3d.elastic.trace import trace_share
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
-from elastic3d.training.block_router import BlockRouterConfig, Signal, attach_block_routers
+from elastic3d.training.block_router import BlockRouterConfig, attach_block_routers
 from elastic3d.training.block_router_image import ImageBlockRouterTrainConfig
 from elastic3d.training.block_router_shape import (
     BlockRouterTrainConfig,
@@ -69,7 +69,7 @@ def half_open(stage: ShapeBlockRouterStage) -> None:
 def test_the_shipped_configurations_suit_the_stage(stage):
     config = parse(BlockRouterTrainConfig, "train", [f"stage={stage}"])
     assert config.router.scope is Scope.block and config.router.longest == 3
-    assert config.blocks.signal is Signal.straight_through and config.blocks.guidance
+    assert config.blocks.guidance
     parse(ImageBlockRouterTrainConfig, "train", ["stage=image_block_router", "weights=a"])
 
 
@@ -90,18 +90,6 @@ def test_every_batch_has_the_full_route_the_smallest_and_routes_between(routed):
         assert (batch["routes"][~full] == FREE).all() == (not random)
         again = stage.items.item(step * 8 + 3, 0)
         assert all(torch.equal(again[name], batch[name][3]) for name in again)
-
-
-def test_routes_of_one_noise_differ_and_only_they_are_compared(routed):  # noqa: F811
-    options = {"signal": Signal.policy, "group": 2, "random_steps": 0}
-    stage = ShapeBlockRouterStage(block_config(routed, options, batch=8))
-    batch = batch_of(stage)
-    assert batch["kind"].tolist() == [0, 0, 1, 1, 2, 2, 2, 2]
-    for name in ("noise", "points", "budget", "pair"):
-        same = (batch[name][::2] == batch[name][1::2]).flatten(1 if batch[name].ndim > 1 else 0)
-        assert same[1:].all()
-    assert not torch.equal(batch["noise"][0], batch["noise"][1])  # full routes are all alike
-    assert not torch.equal(batch["dice"][2], batch["dice"][3])
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.8, 1.0])
@@ -135,23 +123,16 @@ def test_random_routes_execute_their_budget_and_leave_out_what_matters_least(rou
 # ----------------------------------------------------------------------------------------------------- learning
 
 
-@pytest.mark.parametrize("signal", Signal)
 @pytest.mark.parametrize("guidance", [False, True])
-def test_routers_and_lora_learn_from_the_end_of_a_generation(routed, signal, guidance):  # noqa: F811
-    group = 2 if signal is Signal.policy else 1
-    options = {
-        "signal": signal,
-        "group": group,
-        "guidance": guidance,
-        "guided_times": [0.2, 0.6] if guidance else [],
-    }
+def test_routers_and_lora_learn_from_the_end_of_a_generation(routed, guidance):  # noqa: F811
+    options = {"guidance": guidance, "guided_times": [0.2, 0.6] if guidance else []}
     stage = ShapeBlockRouterStage(block_config(routed, options, batch=8))
     half_open(stage)
     for step in (0, 2):  # random routes, then the routers' own
         stage.flow.zero_grad()
         loss, values = stage.flow(batch_of(stage, step))
         loss.backward()
-        assert loss.isfinite() and ("routing" in values) == (step == 2)
+        assert loss.isfinite() and ("cost" in values) == (step == 2)
         assert {"error_full", "error_smallest", "error_between", "mesh_field", "mesh_dense"} <= set(values)
         for block in stage.flow.session.blocks:
             gate = block.router.heads.weight.grad[0]
@@ -159,13 +140,12 @@ def test_routers_and_lora_learn_from_the_end_of_a_generation(routed, signal, gui
         ups = [p.grad for n, p in stage.flow.named_parameters() if n.endswith(".up")]
         assert all(g.isfinite().all() for g in ups) and sum(bool(g.any()) for g in ups) > len(ups) / 2
         assert all(p.grad is None for p in stage.flow.dit.parameters())
-    assert stage.flow.error_moments.any() == (signal is Signal.predicted_error)
 
 
 def test_the_mesh_alone_reaches_every_gate(routed, monkeypatch):  # noqa: F811
     for only in ("field", "chamfer", "normals", "dense"):
         weights = {name: float(name == only) for name in ("field", "chamfer", "normals", "dense")}
-        options = {"random_steps": 0, "cost_weight": 0.0, "routing_weight": 0.0}
+        options = {"random_steps": 0, "cost_weight": 0.0, "imitation_weight": 0.0}
         options["mesh"] = EndMeshLossConfig(weight=1.0, **weights, **MESH)
         stage = ShapeBlockRouterStage(block_config(routed, options, batch=4))
         monkeypatch.setattr(
@@ -188,47 +168,6 @@ def test_the_dense_generation_has_no_distance_to_itself(routed):  # noqa: F811
     _, values = stage.flow(batch)  # the LoRA is fresh
     assert values["error_full"] < 1e-10 and values["mesh_dense"] < 1e-6
     assert values["share"] == pytest.approx(1)
-
-
-def test_the_signal_of_policy_follows_the_reward(routed):  # noqa: F811
-    """Of two routes of one noise the better one becomes more likely."""
-    options = {"signal": Signal.policy, "group": 2, "random_steps": 0, "cost_weight": 0.0}
-    stage = ShapeBlockRouterStage(block_config(routed, options, batch=8))
-    flow, batch = stage.flow, batch_of(stage)
-    rollout = Rollout(batch["budget"], batch["routes"], batch["dice"])
-    found = flow.along(rollout, batch)
-    losses, _ = flow.end_losses(found, flow.dense_results(batch), batch)
-    zero = torch.zeros(8)
-    before = rollout.log_likelihood(rollout.actions()).detach()
-    flow.zero_grad()
-    flow._policy(rollout, batch, losses, zero, found).backward()
-    with torch.no_grad():
-        for name, p in flow.named_parameters():
-            if p.grad is not None and "few_step" not in name:
-                p -= 0.05 * p.grad
-    again = Rollout(batch["budget"], rollout.actions().clamp_min(0))
-    flow.along(again, batch)
-    gain = (again.log_likelihood(rollout.actions()) - before).detach().view(4, 2)
-    better = losses.detach().view(4, 2)[1:].argmin(1)
-    relative = (gain[1:, 0] - gain[1:, 1]) * (1 - 2 * better)
-    assert relative.mean() > 0
-
-
-def test_predicted_errors_are_those_of_single_cells_turned_over(routed, monkeypatch):  # noqa: F811
-    options = {"signal": Signal.predicted_error, "random_steps": 0}
-    stage = ShapeBlockRouterStage(block_config(routed, options, batch=4))
-    half_open(stage)
-    flow, batch, runs = stage.flow, batch_of(stage), []
-    along = flow.along
-    monkeypatch.setattr(flow, "along", lambda r, b: runs.append(r) or along(r, b))
-    _, values = flow(batch)
-    first, second = (run.actions() for run in runs)
-    changed = (first > 0) != (second > 0)
-    assert (
-        changed.flatten(1).sum(1).tolist() == [1] * 4
-        and (first != second).flatten(1).sum(1).tolist() == [1] * 4
-    )
-    assert values["routing"] > 0
 
 
 def test_checkpointing_changes_nothing(routed):  # noqa: F811
@@ -363,8 +302,6 @@ def router_state_of(dit, folder):
 
 def test_what_does_not_fit_is_said(routed):  # noqa: F811
     for options, message in (
-        ({"signal": Signal.policy}, "group is 1, expected at least 2 for signal=policy"),
-        ({"group": 2}, "group is 2, expected 1 for signal=straight_through"),
         ({"val_steps": [11]}, "val_steps has 11, expected 2 to 10, as is trained"),
         ({"max_steps": 1}, "max_steps is 1, expected a value from 2 to 1000"),
     ):

@@ -12,7 +12,6 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
-from elastic3d.training.block_router import Signal
 from elastic3d.training.block_router_image import EndImageLossConfig, ImageBlockRouterStage
 from elastic3d.training.block_router_shape import BlockRouterTrainConfig, EndMeshLossConfig
 from elastic3d.training.datasets import stack
@@ -57,7 +56,7 @@ def test_published_image_pipelines(folder, prepared, save, name, guidance):  # n
     config.validate_every = 2
     assert run_stage(config) == 0
     rows = read_metrics(config.folder / "metrics.jsonl")
-    assert {"error_full", "error_smallest", "image", "imitation"} <= set(rows[0]) and "routing" in rows[1]
+    assert {"error_full", "error_smallest", "image", "imitation"} <= set(rows[0]) and "cost" in rows[1]
     assert 0 <= rows[-1]["val/share_2_at_0.5"] <= 1
     export_run(export_of(config, prepared / "elastic"))
     pipeline = TextToImagePipeline.from_pretrained(
@@ -125,26 +124,23 @@ def test_the_image_term_alone_reaches_every_gate(folder, prepared, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("model", "signal", "precision"),
+    ("model", "precision"),
     [
-        ("hunyuan3d2", Signal.straight_through, Precision.bf16_master),
-        ("hunyuan3d2_1", Signal.policy, Precision.fp32),
-        ("hunyuan3d2_turbo", Signal.predicted_error, Precision.bf16_autocast),
+        ("hunyuan3d2", Precision.bf16_master),
+        ("hunyuan3d2_1", Precision.fp32),
+        ("hunyuan3d2_turbo", Precision.bf16_autocast),
     ],
 )
-def test_hunyuan3d(prepared, model, signal, precision):
+def test_hunyuan3d(prepared, model, precision):
     add_views(prepared)
     hunyuan.publish(prepared / "weights", model)
     vae = "" if model == "hunyuan3d2_1" else hunyuan.WITH_ENCODER
     source, output = str(prepared / "weights"), str(prepared / "model")
     import_checkpoint(ImportConfig(model=model, weights=source, output=output, vae_subfolder=vae))
     build_cache(hunyuan.config_for(prepared, stage=StageName.cache))
-    group = 2 if signal is Signal.policy else 1
     mesh = EndMeshLossConfig(near_queries=16, volume_queries=8, surface_points=8)
     blocks = {
         "model": prepared / "model",
-        "signal": signal,
-        "group": group,
         "mesh": mesh,
         "guidance": model == "hunyuan3d2",
     }
@@ -159,12 +155,12 @@ def test_hunyuan3d(prepared, model, signal, precision):
         run_stage(measure)
         blocks["sensitivity"] = table
     config: BlockRouterTrainConfig = block_config(
-        prepared, StageName.block_router, blocks, batch=4 * group, latents=latents, precision=precision,
+        prepared, StageName.block_router, blocks, batch=4, latents=latents, precision=precision,
         gradient_checkpointing=True, validate_every=2,
     )  # fmt: skip
     assert run_stage(config) == 0
     rows = read_metrics(config.folder / "metrics.jsonl")
-    assert "mesh_chamfer" in rows[0] and "routing" in rows[1] and 0 <= rows[-1]["val/share_2_at_0.5"] <= 1
+    assert "mesh_chamfer" in rows[0] and "cost" in rows[1] and 0 <= rows[-1]["val/share_2_at_0.5"] <= 1
     assert run_stage(export_of(config, prepared / "elastic")) == 0
     pipeline = ImageTo3DPipeline.from_pretrained(prepared / "elastic", "cpu", "float32")
     result = pipeline([image()], steps=3, resolution=16, budget=0.5)[0]
