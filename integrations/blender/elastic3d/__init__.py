@@ -39,7 +39,9 @@ class Elastic3DSettings(bpy.types.PropertyGroup):
     colours: bpy.props.BoolProperty(  # type: ignore[valid-type]
         name="Image's colours", description="Project the colours of the image onto the mesh"
     )
-    resolution: bpy.props.IntProperty(name="Resolution", default=256, min=8, max=512)  # type: ignore[valid-type]
+    resolution: bpy.props.IntProperty(  # type: ignore[valid-type]
+        name="Resolution", description="0: that of the quality", default=0, min=0, max=512
+    )
     size: bpy.props.FloatProperty(  # type: ignore[valid-type]
         name="Longest side", default=1.0, min=1e-4, unit="LENGTH", description="Of the mesh in the scene"
     )
@@ -94,7 +96,9 @@ class ELASTIC3D_OT_generate(bpy.types.Operator):  # noqa: N801 (Blender's form)
 
     def _start(self, context: Any) -> Generation:
         chosen = context.scene.elastic3d
-        options = {"seed": chosen.seed, "resolution": chosen.resolution}
+        options: dict[str, Any] = {"seed": chosen.seed}
+        if chosen.resolution:
+            options["resolution"] = chosen.resolution
         if chosen.quality == "budget":
             options["budget"] = round(chosen.budget, 4)
         elif chosen.quality != "default":

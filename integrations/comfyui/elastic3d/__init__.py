@@ -69,7 +69,10 @@ class Elastic3DImageToMesh:
                     },
                 ),
                 "steps": ("INT", {"default": 0, "min": 0, "max": 1000, "tooltip": "0: the model's default"}),
-                "resolution": ("INT", {"default": 256, "min": 8, "max": 512, "step": 8}),
+                "resolution": (
+                    "INT",
+                    {"default": 0, "min": 0, "max": 512, "step": 8, "tooltip": "0: that of the quality"},
+                ),
                 "max_faces": ("INT", {"default": 40_000, "min": 100, "max": 1_000_000}),
             },
             "optional": {
@@ -93,9 +96,9 @@ class Elastic3DImageToMesh:
         budget."""
         import json
 
-        options = {"resolution": resolution, "max_faces": max_faces}
         named = None if quality == "default" else quality
-        options |= {k: v for k, v in (("quality", named), ("budget", budget), ("steps", steps)) if v}
+        chosen = {"quality": named, "budget": budget, "steps": steps, "resolution": resolution}
+        options = {"max_faces": max_faces} | {name: value for name, value in chosen.items() if value}
         results = model(to_images(image, mask), seed=seed, **options)
         return [result.mesh for result in results], [json.dumps(result.metadata) for result in results]
 
