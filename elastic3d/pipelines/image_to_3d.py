@@ -424,7 +424,7 @@ class ImageTo3DPipeline:
                 try:
                     with timed(took, "decode"):
                         field = self.vae.field(tokens[row : row + 1])
-                        values, _ = decode_field(field, 0, decode, self.device, on_level)
+                        values, _ = decode_field(field, decode, self.device, on_level)
                     with timed(took, "surface"):
                         values = reducible(values, call.cleanup.max_faces)
                         mesh = extract_surface(values, decode.box, decode.surface)
