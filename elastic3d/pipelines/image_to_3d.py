@@ -62,7 +62,7 @@ from elastic3d.pipelines.runtime import (
     timed,
 )
 from elastic3d.pipelines.static import StaticDiT
-from elastic3d.utils.calls import Turn
+from elastic3d.utils.calls import turn
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256, printable
 from elastic3d.utils.options import from_dict, to_dict
@@ -267,7 +267,7 @@ class ImageTo3DPipeline:
             cleanup = replace(cleanup or CleanupConfig(), max_faces=max_faces)
         parts = decode or DecodeConfig(), cleanup or CleanupConfig(), foreground or ForegroundConfig()
         told = on_step, on_progress, on_result or (lambda *_: None)
-        with Turn.of(self.dit):  # threads that share a model take turns
+        with turn(self.dit):  # threads that share a model take turns
             results = model._generate(Call(inputs, seeds, config, *parts, dial, *told))
         if not many and results[0].error is not None:
             raise results[0].error
