@@ -21,7 +21,7 @@ from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, save_dial
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample
-from elastic3d.elastic import attach, has_routers, is_attached, save_routers, session_of
+from elastic3d.elastic.attachment import attach, has_routers, is_attached, save_routers, session_of
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.training_free import (

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from elastic3d import __version__
-from elastic3d.elastic import adapter_for, attach, has_routers, is_attached, session_of
+from elastic3d.elastic.attachment import adapter_for, attach, has_routers, is_attached, session_of
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.families import dense_flops
 from elastic3d.elastic.session import ElasticSession
