@@ -48,8 +48,8 @@ from elastic3d.models.images import ImageInput, Prepared, prepare, to_tensor
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.models.skip_dit import SkipDiT, load_dit
-from elastic3d.models.weights import find_weights, plain_twin
+from elastic3d.models.skip_dit import SkipDiT
+from elastic3d.models.weights import CONFIG_NAME, find_weights, plain_twin
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK
 from elastic3d.pipelines.results import Call, OnProgress, OnResult, OnStep, Result
 from elastic3d.pipelines.runtime import (
@@ -435,3 +435,12 @@ class ImageTo3DPipeline:
                 result.metadata["ms"] = {name: round(value, 1) for name, value in took.items()}
                 call.at("cleanup", row + 1, count)
                 call.on_result(number, result)
+
+
+def load_dit(
+    folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> ShapeDiT | SkipDiT:
+    """The DiT saved in a folder, of either kind; errors as `from_pretrained`."""
+    path = folder / CONFIG_NAME
+    kind = load_json(path).get("_class_name") if path.is_file() else None
+    return (SkipDiT if kind == SkipDiT.__name__ else ShapeDiT).from_pretrained(folder, dtype, device)
