@@ -20,10 +20,10 @@ from elastic3d.elastic.config import (
     RouterConfig,
     Scope,
 )
-from elastic3d.elastic.losses import session_share
 from elastic3d.elastic.policies import TableRoutes
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
+from elastic3d.training.elastic_objective import session_share
 from tests.contracts.families import (
     CLOSE,
     FAMILIES,
