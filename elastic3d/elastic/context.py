@@ -88,7 +88,7 @@ class StepContext:
 
 
 class RouteSource(Protocol):
-    """Something else than the routers that decides (see `policies`, `training_free`). `alike`: it decides the same for
+    """Something else than the routers that decides (see `training_free`). `alike`: it decides the same for
     all blocks."""
 
     alike: bool
