@@ -213,9 +213,7 @@ def group_choices(config_class: type[Any], config_name: str, config_dir: Path) -
 def _default_groups(config_name: str, config_dir: Path) -> set[str]:
     """Groups named in the defaults list of `<config_name>.yaml`."""
     entries = (yaml.safe_load((config_dir / f"{config_name}.yaml").read_text()) or {}).get("defaults", [])
-    keys = [key for entry in entries if isinstance(entry, dict) for key in entry]
-    names = (key.split("@")[0].removeprefix("override ").removeprefix("optional ") for key in keys)
-    return {name.strip().removeprefix("/") for name in names}
+    return {key.removeprefix("/") for entry in entries if isinstance(entry, dict) for key in entry}
 
 
 def _full_name(key: str, options: Collection[str], choices: Collection[str]) -> str:

@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from elastic3d.benchmark.methods import MAIN, NO_CACHE, Job, Routes, Run, after
 from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig, Scope
-from elastic3d.elastic.context import RouteSource
+from elastic3d.elastic.context import RouteSource, StepContext
 from elastic3d.elastic.families import BlockFlops
-from elastic3d.elastic.policies import TableRoutes, action_flops, executed_share, fill
+from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.trace import NOT_RUN, SKIPPED, parse_actions
+from elastic3d.training.routes import action_flops, fill
 from elastic3d.utils.structured import load_json, save_json
 
 if TYPE_CHECKING:
@@ -235,3 +236,47 @@ def greedy_static(
 def nearest_share(path: Sequence[tuple[float, Tensor]], share: float) -> Tensor:
     """Of a path of routes, those whose executed share is nearest to `share`."""
     return min(path, key=lambda entry: abs(entry[0] - share))[1]
+
+
+class TableRoutes:
+    """Plays back actions (S,2,B,I): steps, branches, samples, blocks; an axis of length 1 holds for all.
+
+    0 skips, k in 1..K runs at width number k - 1. A route shuffled between samples, a static mask and a
+    timestep-only schedule are all tables.
+    """
+
+    def __init__(self, actions: Tensor, widths: int) -> None:
+        if actions.ndim != 4:
+            raise ValueError(
+                f"actions have {actions.ndim} axes, expected 4: steps, branches, samples, blocks"
+            )
+        if actions.min() < 0 or actions.max() > widths:
+            raise ValueError(
+                f"actions from {int(actions.min())} to {int(actions.max())}, expected 0 to {widths}"
+            )
+        self.actions, self.widths = actions.long(), widths
+        self.alike = bool((actions == actions[..., :1]).all())
+
+    def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> None:
+        """A table is the same in every generation."""
+
+    def decide(self, context: StepContext, block: int) -> RouteDecision:
+        """The route of every row of a pass through one block."""
+        steps, branches, samples, _ = self.actions.shape
+        picked = [
+            self.actions[
+                step if steps > 1 else 0, branch if branches > 1 else 0, sample if samples > 1 else 0, block
+            ]
+            for step, (branch, sample) in zip(context.steps, context.rows, strict=True)
+        ]
+        actions = torch.stack(picked).to(context.t.device)
+        return RouteDecision.fixed(actions > 0, (actions - 1).clamp_min(0), self.widths)
+
+
+def executed_share(actions: Tensor, blocks: Sequence[BlockFlops], ratios: Sequence[float]) -> float:
+    """Share of the dense blocks' FLOPs that actions (..., I) execute; passes that did not run count nowhere."""
+    actions = actions.long()
+    table, index = action_flops(blocks, ratios), torch.arange(len(blocks))
+    executed = table[index, actions.clamp_min(SKIPPED)].sum()
+    dense = ((actions != NOT_RUN).double() * table[:, -1]).sum()
+    return float(executed / dense)

@@ -19,7 +19,7 @@ from torch import nn
 
 from elastic3d.benchmark.config import BenchmarkOptions, CacheName, Method, PolicyName
 from elastic3d.elastic import is_attached, session_of
-from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig
+from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig, least_budget
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.training_free import (
@@ -28,7 +28,6 @@ from elastic3d.elastic.training_free import (
     StepPolicy,
     calibration_file,
     find_calibration,
-    least_budget,
 )
 from elastic3d.errors import UserError
 from elastic3d.utils.options import to_dict

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from elastic3d.diffusion.options import PipelineConfig, Quality
-from elastic3d.elastic.config import MIN_BUDGET, ElasticOptions, RouterConfig
+from elastic3d.elastic.config import MIN_BUDGET, ElasticOptions, RouterConfig, least_budget
 from elastic3d.elastic.few_step import coarseness
-from elastic3d.elastic.training_free import CALIBRATION_NAME, least_budget
+from elastic3d.elastic.training_free import CALIBRATION_NAME
 from elastic3d.errors import UserError
 from elastic3d.utils.files import printable
 from elastic3d.utils.options import Bounds, check_value

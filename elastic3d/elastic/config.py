@@ -319,6 +319,6 @@ class ElasticOptions:
         return replace(default, elastic=True, **given)
 
 
-def check_budget(budget: float) -> None:
-    """Raise UserError unless a budget is one that routers are trained for."""
-    check_range("budget", budget, MIN_BUDGET, 1.0)
+def least_budget(steps: int) -> float:
+    """The smallest budget that a policy without training covers in N steps: two of them are computed."""
+    return min(max(MIN_BUDGET, 1.5 / steps), 1.0)

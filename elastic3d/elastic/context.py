@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from elastic3d.elastic.families import BlockFlops
     from elastic3d.elastic.router import RouteDecision
 
-T = TypeVar("T", int, float)
 Streams = tuple[Tensor, ...]  # (B,L,D) each
 Groups = dict[int, list[int]]  # the rows of each action
 Forecast = Callable[[int, int, int, int, int | None], tuple[float, float]]
@@ -70,7 +68,7 @@ class StepContext:
     defer: Defer = Defer.never
     training: bool = False
     simulated: SimulatedCache | None = None
-    t: Tensor = field(default_factory=lambda: torch.empty(0))
+    t: Tensor = field(init=False)  # once the model is called
     waiting: bool = True  # for the call of the model
     modulation: Tensor | None = None
     ahead: RouteDecision | None = None
@@ -90,7 +88,7 @@ class StepContext:
 
 
 class RouteSource(Protocol):
-    """Something else than the routers that decides (see `policies`, `training_free`). `alike`: it decides the same for
+    """Something else than the routers that decides (see `training_free`). `alike`: it decides the same for
     all blocks."""
 
     alike: bool
@@ -103,11 +101,3 @@ class RouteSource(Protocol):
     def decide(self, context: StepContext, block: int) -> RouteDecision:
         """The route of every row through one block."""
         ...
-
-
-def one_each(value: Sequence[T] | T, count: int, what: str) -> list[T]:
-    """A value for each of `count` samples, of one for all or of a list; ValueError for one of another length."""
-    values = list(value) if isinstance(value, Sequence) else [value] * count
-    if len(values) != count:
-        raise ValueError(f"{len(values)} {what} for {count} samples")
-    return values

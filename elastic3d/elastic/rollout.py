@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from elastic3d.elastic.context import StepContext
-from elastic3d.elastic.losses import decision_flops
+from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.trace import SKIPPED
 
@@ -109,3 +109,9 @@ class Rollout:
                 branch, step = context.rows[start][0], context.steps[start]
                 cells[step][branch] = whole.rows(slice(start, start + B))
         return RouteDecision.stacked([RouteDecision.stacked(pair, dim=1) for pair in cells], dim=1)
+
+
+def decision_flops(decision: RouteDecision, block: BlockFlops, ratios: tuple[float, ...]) -> Tensor:
+    """Executed FLOPs (B,) of one block: hard values, straight-through gradients to gates and widths."""
+    ratio = decision.hard_width() @ decision.width_prob.new_tensor(ratios)
+    return decision.hard_keep() * (block.fixed + block.mlp * ratio)

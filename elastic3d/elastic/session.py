@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from elastic3d.elastic.context import (
     RouteSource,
     StepContext,
     Streams,
-    one_each,
 )
 from elastic3d.elastic.families import BlockCall, BlockFlops, ModelAdapter
 from elastic3d.elastic.few_step import coarseness
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from elastic3d.elastic.block import ElasticBlock
     from elastic3d.elastic.diffusers_loop import PipelineDriver
 
+T = TypeVar("T", int, float)
 Scale = float | None
 Times = Sequence[float]
 Budget = Sequence[float] | float | None  # one for all samples, one for each, or that of the settings
@@ -84,7 +84,7 @@ class ElasticSession:
             raise ValueError(f"a generation of {samples} samples in {steps} steps, expected at least 1 and 1")
         if budget is None:
             budget = self.settings.budget if self.rollout is None else list(self.rollout.budget.tolist())
-        budgets, config = one_each(budget, samples, "budgets"), self.router_config
+        budgets, config = _one_each(budget, samples, "budgets"), self.router_config
         if self.settings.elastic and self.source is None:
             config.check_generation(steps, guidance, self.settings.few_step)
         self.samples, self._steps = samples, steps
@@ -144,7 +144,7 @@ class ElasticSession:
         if not self.samples:
             raise ValueError("a step without a generation: call session.begin(samples, steps) first")
         samples = range(self.samples) if samples is None else samples
-        steps, copies = one_each(index, len(samples), "steps"), len(branches)
+        steps, copies = _one_each(index, len(samples), "steps"), len(branches)
         for step in steps:
             if not 0 <= step < self._steps:
                 raise ValueError(f"step {step} of a generation of {self._steps} steps")
@@ -152,7 +152,7 @@ class ElasticSession:
             raise ValueError(f"defer is {defer.name}, expected never: blocks or samples do not decide so")
         rows, before = [(int(branch), sample) for branch in branches for sample in samples], self.current
         context = self.current = StepContext(
-            dt=torch.tensor(one_each(dt, len(samples), "step sizes") * copies),
+            dt=torch.tensor(_one_each(dt, len(samples), "step sizes") * copies),
             budget=self._budget[list(samples)].repeat(copies),
             branch=torch.tensor([float(branch) for branch, _ in rows]),
             conditional_rows=len(samples),
@@ -393,3 +393,11 @@ class ElasticSession:
             return context.simulated.age(span.start).clamp_max(self.router_config.longest)
         ages = torch.tensor(self._ages(context, span), device=context.t.device)
         return ages.clamp_max(self.router_config.longest)
+
+
+def _one_each(value: Sequence[T] | T, count: int, what: str) -> list[T]:
+    """A value for each of `count` samples, of one for all or of a list; ValueError for one of another length."""
+    values = list(value) if isinstance(value, Sequence) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"{len(values)} {what} for {count} samples")
+    return values

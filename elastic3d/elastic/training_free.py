@@ -34,7 +34,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from elastic3d.elastic.attachment import adapter_for, attach, detach, has_routers, is_attached
-from elastic3d.elastic.config import MIN_BUDGET, Branches, ElasticConfig, RouterConfig, RouterVariant, Scope
+from elastic3d.elastic.config import (
+    MIN_BUDGET,
+    Branches,
+    ElasticConfig,
+    RouterConfig,
+    RouterVariant,
+    Scope,
+    least_budget,
+)
 from elastic3d.elastic.context import Forecast, StepContext
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
@@ -263,11 +271,6 @@ def _threshold(errors: Array, count: int) -> float:
         computed = sum(usual.take(step) for step in range(len(errors)))
         low, high = (middle, high) if computed > count else (low, middle)
     return high
-
-
-def least_budget(steps: int) -> float:
-    """The smallest budget that N steps cover: two of them are computed."""
-    return min(max(MIN_BUDGET, 1.5 / steps), 1.0)
 
 
 def check_budget(budget: float, steps: int) -> int:

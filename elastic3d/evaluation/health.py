@@ -21,8 +21,7 @@ from embreex import rtcore_scene
 from embreex.mesh_construction import TriangleMesh
 from numpy.typing import NDArray
 
-from elastic3d.geometry.cleanup import mesh_health
-from elastic3d.geometry.mesh_io import merge_equal_vertices
+from elastic3d.geometry.cleanup import MeshHealth, mesh_health
 from elastic3d.geometry.normalize import normalize_mesh
 from elastic3d.geometry.sampling import sample_faces
 
@@ -222,24 +221,17 @@ def thinnest_wall(mesh: trimesh.Trimesh) -> float | None:
     return float(np.quantile(distance[met] + _STEP, 0.01)) / placement.scale
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrintCheck:
+@dataclass(kw_only=True)
+class PrintCheck(MeshHealth):
     """What was found.
 
     Attributes:
-        pieces: parts that do not touch each other.
-        genus: handles of all pieces together, which a solid object shows as see-through holes; None if not watertight.
         thinnest_wall: its share of the longest side (see `thinnest_wall`); None if not watertight, or
             if no wall was met.
         size_mm: the longest side, where it is known.
         min_wall_mm: the thinnest wall that prints.
     """
 
-    faces: int
-    watertight: bool
-    open_edges: int
-    pieces: int
-    genus: int | None
     thinnest_wall: float | None
     size_mm: float | None
     min_wall_mm: float
@@ -260,11 +252,12 @@ class PrintCheck:
         """What stands in the way of a print, a sentence each."""
         found = []
         if not self.watertight:
+            open_edges = self.boundary_edges + self.non_manifold_edges
             found.append(
-                f"not watertight: {self.open_edges:,} edges have no two faces, a slicer has to guess what is solid"
+                f"not watertight: {open_edges:,} edges have no two faces, a slicer has to guess what is solid"
             )
-        if self.pieces > 1:
-            found.append(f"{self.pieces} pieces that do not touch: they print as separate objects")
+        if self.components > 1:
+            found.append(f"{self.components} pieces that do not touch: they print as separate objects")
         if self.genus is not None and self.genus > MANY_HANDLES:
             found.append(
                 f"genus {self.genus}: walls have see-through holes, more than an object has by design"
@@ -281,7 +274,7 @@ class PrintCheck:
         """`watertight, 1 piece, genus 2, thinnest wall 1.3 % of the longest side`; in mm where the size is known."""
         parts = [
             "watertight" if self.watertight else "not watertight",
-            "1 piece" if self.pieces == 1 else f"{self.pieces} pieces",
+            "1 piece" if self.components == 1 else f"{self.components} pieces",
         ]
         if self.genus is not None:
             parts.append(f"genus {self.genus}")
@@ -299,7 +292,7 @@ class PrintCheck:
 
         return {
             "watertight": self.watertight,
-            "pieces": self.pieces,
+            "pieces": self.components,
             "genus": self.genus,
             "thinnest_wall": rounded(self.thinnest_wall),
             "thinnest_wall_mm": rounded(self.thinnest_mm),
@@ -319,17 +312,6 @@ def print_check(mesh: trimesh.Trimesh, size_mm: float | None = None, min_wall_mm
     Raises ValueError for a mesh without faces.
     """
     health = mesh_health(mesh)
-    wall = None
-    if health.watertight:
-        thin = thinnest_wall(merge_equal_vertices(mesh))
-        wall = None if thin is None else thin / float(mesh.extents.max())
-    return PrintCheck(
-        faces=health.faces,
-        watertight=health.watertight,
-        open_edges=health.boundary_edges + health.non_manifold_edges,
-        pieces=health.components,
-        genus=health.genus,
-        thinnest_wall=wall,
-        size_mm=size_mm,
-        min_wall_mm=min_wall_mm,
-    )
+    thin = thinnest_wall(mesh) if health.watertight else None
+    wall = None if thin is None else thin / float(mesh.extents.max())
+    return PrintCheck(**vars(health), thinnest_wall=wall, size_mm=size_mm, min_wall_mm=min_wall_mm)

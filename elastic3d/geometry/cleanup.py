@@ -41,7 +41,7 @@ class MeshHealth:
     boundary_edges: int
     non_manifold_edges: int
     genus: int | None
-    """Handles of all components together; None if the mesh is not watertight."""
+    """Handles of all components together, a solid's see-through holes; None if the mesh is not watertight."""
     degenerate_share: float
 
 

@@ -21,15 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import trimesh
 from torch import Tensor, nn
 
-from elastic3d.errors import NoSurfaceError
 from elastic3d.geometry.options import BOX, DecodeConfig
-from elastic3d.geometry.surface import extract_surface
 
-FieldFunction = Callable[[Tensor, Tensor], Tensor]
-"""field(points (B,P,3) float32, sample index (B,) int64 on the CPU) -> values (B,P), positive inside."""
+FieldFunction = Callable[[Tensor], Tensor]
+"""field(points (P,3) float32) -> values (P,), positive inside."""
 
 _CELLS = 1 << 15  # interpolated at a time
 _BLOCK = (
@@ -50,30 +47,8 @@ class DecodeStats:
         return sum(self.queries_per_level)
 
 
-def decode_meshes(
-    field: FieldFunction, batch: int, config: DecodeConfig, device: torch.device | str = "cpu"
-) -> list[trimesh.Trimesh | NoSurfaceError]:
-    """Mesh of each of `batch` fields; a sample without a surface gives its error in place of a mesh.
-
-    Samples are decoded in turn, in calls of at most `max_points` points: one dense grid exists at a time, and
-    a mesh can't depend on its batch mates, not even by the rounding of a larger matrix product.
-
-    Raises:
-        ValueError: the field is not finite somewhere, or has the wrong shape.
-    """
-    meshes: list[trimesh.Trimesh | NoSurfaceError] = []
-    for sample in range(batch):
-        values, _ = decode_field(field, sample, config, device)
-        try:
-            meshes.append(extract_surface(values, config.box, config.surface))
-        except NoSurfaceError as error:
-            meshes.append(error)
-    return meshes
-
-
 def decode_field(
     field: FieldFunction,
-    sample: int,
     config: DecodeConfig,
     device: torch.device | str = "cpu",
     on_level: Callable[[int, int], None] | None = None,
@@ -89,7 +64,7 @@ def decode_field(
     resolutions = [config.resolution]  # halved while it is even, to no less than the coarse one
     while resolutions[0] % 2 == 0 and resolutions[0] // 2 >= config.coarse_resolution:
         resolutions.insert(0, resolutions[0] // 2)
-    levels = [_Level(field, sample, config, torch.empty((resolutions[0] + 1,) * 3, device=device))]
+    levels = [_Level(field, config, torch.empty((resolutions[0] + 1,) * 3, device=device))]
     levels[0].evaluate(torch.arange(levels[0].values.numel(), device=device))
     for resolution in resolutions[1:]:
         if on_level is not None:
@@ -104,8 +79,8 @@ def decode_field(
 class _Level:
     """The grid of one resolution: values (r+1, r+1, r+1), and at which nodes they are exact (`known`)."""
 
-    def __init__(self, field: FieldFunction, sample: int, config: DecodeConfig, values: Tensor) -> None:
-        self.field, self.sample, self.config, self.values = field, sample, config, values
+    def __init__(self, field: FieldFunction, config: DecodeConfig, values: Tensor) -> None:
+        self.field, self.config, self.values = field, config, values
         self.resolution = len(values) - 1
         self.known = torch.zeros_like(values, dtype=torch.bool)
         self.queries = 0
@@ -117,17 +92,15 @@ class _Level:
         x, y, z = (at // _BLOCK for at in _unravel(indices, self.resolution + 1))
         blocks = (self.resolution + 1) // _BLOCK + 1
         indices = indices[((x * blocks + y) * blocks + z).argsort(stable=True)]
-        sample = torch.tensor([self.sample])  # a GPU would be waited for to read it
         for chunk in indices.split(self.config.max_points):
             points = node_points(chunk, self.resolution, self.config.box)
             with torch.no_grad():
-                values = self.field(points[None], sample)
-            if values.shape != (1, len(chunk)):
-                raise ValueError(f"the field gave shape {tuple(values.shape)}, expected (1, {len(chunk)})")
-            self.values.view(-1)[chunk] = values[0].float()
+                values = self.field(points)
+            if values.shape != (len(chunk),):
+                raise ValueError(f"the field gave shape {tuple(values.shape)}, expected ({len(chunk)},)")
+            self.values.view(-1)[chunk] = values.float()
         if bad := int((~torch.isfinite(self.values.view(-1)[indices])).sum()):
-            where = f"{bad} of {len(indices)} points of sample {self.sample}"
-            raise ValueError(f"the field is not finite at {where}")
+            raise ValueError(f"the field is not finite at {bad} of {len(indices)} points")
 
     def refined(self) -> _Level:
         """The grid of twice the resolution, exact at the surface."""
@@ -165,7 +138,7 @@ class _Level:
         values = nn.functional.interpolate(
             self.values[None, None], size, mode=mode, align_corners=True if linear else None
         )
-        fine = _Level(self.field, self.sample, self.config, values[0, 0])
+        fine = _Level(self.field, self.config, values[0, 0])
         fine.known[::2, ::2, ::2] = self.known
         return fine
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -353,21 +353,18 @@ class ShapeVAE(PretrainedMixin, nn.Module):
         """Field at points (B,P,3) from `decode`'s tokens -> (B,P) fp32, positive inside."""
         return self.geo_decoder(points, *self._parts(tokens))
 
-    def field(self, tokens: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """field(points (1,P,3), sample (1,)) -> (1,P): `query` without gradients, for decoding meshes.
+    def field(self, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+        """field(points (P,3)) -> (P,), of one sample's tokens (1,N,D): `query` without gradients, for decoding a mesh.
 
-        What depends on the tokens alone is computed once a sample, so that it is equal to `query` within rounding.
+        What depends on the tokens alone is computed once, so that it is equal to `query` within rounding.
         """
         geo, rows = self.geo_decoder, _ROWS if tokens.device.type == "cpu" else 1 << 30
-
-        @lru_cache(1)
-        def prepared(sample: int) -> tuple[Any, Tensor, Tensor]:
-            return geo.prepare(*self._parts(tokens[sample : sample + 1]), often=True)
+        with torch.no_grad():
+            prepared = geo.prepare(*self._parts(tokens), often=True)
 
         @torch.no_grad()
-        def field(points: Tensor, sample: Tensor) -> Tensor:
-            found = prepared(int(sample))
-            return torch.cat([geo.read(some, *found) for some in points.split(rows, dim=1)], dim=1)
+        def field(points: Tensor) -> Tensor:
+            return torch.cat([geo.read(some[None], *prepared)[0] for some in points.split(rows)])
 
         return field
 

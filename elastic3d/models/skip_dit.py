@@ -9,7 +9,6 @@ and the last blocks choose experts for each token (mixture of experts, DiT-MoE 2
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -17,9 +16,7 @@ from torch import Tensor, nn
 
 from elastic3d.models.layers import TimeEmbedder, attend, run_block
 from elastic3d.models.options import SkipDiTConfig
-from elastic3d.models.shape_dit import ShapeDiT
-from elastic3d.models.weights import CONFIG_NAME, PretrainedMixin
-from elastic3d.utils.structured import load_json
+from elastic3d.models.weights import PretrainedMixin
 
 _MLP_RATIO = 4
 _RMS_EPS = 1e-6
@@ -215,12 +212,3 @@ class SkipDiT(PretrainedMixin, nn.Module):
             if i < half:
                 skips.append(x)
         return self.final_layer(x)
-
-
-def load_dit(
-    folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None
-) -> ShapeDiT | SkipDiT:
-    """The DiT saved in a folder, of either kind; errors as `from_pretrained`."""
-    path = folder / CONFIG_NAME
-    kind = load_json(path).get("_class_name") if path.is_file() else None
-    return (SkipDiT if kind == SkipDiT.__name__ else ShapeDiT).from_pretrained(folder, dtype, device)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -246,16 +246,7 @@ class Stored:
 
 
 def open_tensors(path: Path, names: Collection[str] = ()) -> Any:
-    """A safetensors file, mapped, not read: a `safetensors.safe_open` for PyTorch; errors as `tensor_heads`."""
-    tensor_heads(path, names)
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(_why_unreadable(path, error)) from error
-
-
-def tensor_heads(path: Path, names: Collection[str] = ()) -> dict[str, Stored]:
-    """Shape and number format of every tensor of a safetensors file, from its head alone.
+    """A safetensors file, mapped, not read: a `safetensors.safe_open` for PyTorch.
 
     Args:
         names: of tensors that must be there.
@@ -268,32 +259,35 @@ def tensor_heads(path: Path, names: Collection[str] = ()) -> dict[str, Stored]:
         raise UserError(f"{printable(path)} is a pickle, expected a safetensors file")
     check_file(path, "a safetensors file")
     try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            found = {name: Stored(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        file = safe_open(path, "pt")
+        dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(_why_unreadable(path, error)) from error
-    odd = [name for name, tensor in found.items() if tensor.dtype not in _DTYPES]
+    odd = [name for name, dtype in dtypes.items() if dtype not in _DTYPES]
     if odd:
         raise UserError(
-            f"{printable(path)} has tensors of type {found[odd[0]].dtype}, first {odd[0]}; expected one of"
+            f"{printable(path)} has tensors of type {dtypes[odd[0]]}, first {odd[0]}; expected one of"
             f" {', '.join(_DTYPES)}"
         )
-    lacking = [name for name in names if name not in found]
+    lacking = [name for name in names if name not in dtypes]
     if lacking:
         raise UserError(
             f"{printable(path)} has no tensor {lacking[0]!r}, expected {', '.join(sorted(names))}"
         )
-    return found
+    return file
+
+
+def tensor_heads(path: Path) -> dict[str, Stored]:
+    """Shape and number format of every tensor of a safetensors file, from its head alone; errors as `open_tensors`."""
+    with open_tensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: Stored(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
 
 
 def read_weights(path: Path, names: Collection[str] = ()) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU; arguments and errors as `tensor_heads`."""
-    tensor_heads(path, names)
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(_why_unreadable(path, error)) from error
+    """Every tensor of a safetensors file, on the CPU; arguments and errors as `open_tensors`."""
+    with open_tensors(path, names) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:

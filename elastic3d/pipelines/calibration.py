@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.elastic import adapter_for, session_of
+from elastic3d.elastic.attachment import adapter_for, session_of
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.elastic.training_free import (
     CALIBRATION_NAME,

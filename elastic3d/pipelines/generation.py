@@ -14,7 +14,7 @@ import trimesh
 
 from elastic3d.checkpoints.folders import identify
 from elastic3d.checkpoints.options import PRESETS
-from elastic3d.elastic import attach
+from elastic3d.elastic.attachment import attach
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.elastic.training_free import calibration_file
 from elastic3d.errors import UserError

@@ -21,7 +21,7 @@ from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, save_dial
 from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample
-from elastic3d.elastic import attach, has_routers, is_attached, save_routers, session_of
+from elastic3d.elastic.attachment import attach, has_routers, is_attached, save_routers, session_of
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.training_free import (
@@ -48,8 +48,8 @@ from elastic3d.models.images import ImageInput, Prepared, prepare, to_tensor
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.models.skip_dit import SkipDiT, load_dit
-from elastic3d.models.weights import find_weights, plain_twin
+from elastic3d.models.skip_dit import SkipDiT
+from elastic3d.models.weights import CONFIG_NAME, find_weights, plain_twin
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK
 from elastic3d.pipelines.results import Call, OnProgress, OnResult, OnStep, Result
 from elastic3d.pipelines.runtime import (
@@ -62,7 +62,7 @@ from elastic3d.pipelines.runtime import (
     timed,
 )
 from elastic3d.pipelines.static import StaticDiT
-from elastic3d.utils.calls import Turn
+from elastic3d.utils.calls import turn
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256, printable
 from elastic3d.utils.options import from_dict, to_dict
@@ -267,7 +267,7 @@ class ImageTo3DPipeline:
             cleanup = replace(cleanup or CleanupConfig(), max_faces=max_faces)
         parts = decode or DecodeConfig(), cleanup or CleanupConfig(), foreground or ForegroundConfig()
         told = on_step, on_progress, on_result or (lambda *_: None)
-        with Turn.of(self.dit):  # threads that share a model take turns
+        with turn(self.dit):  # threads that share a model take turns
             results = model._generate(Call(inputs, seeds, config, *parts, dial, *told))
         if not many and results[0].error is not None:
             raise results[0].error
@@ -424,7 +424,7 @@ class ImageTo3DPipeline:
                 try:
                     with timed(took, "decode"):
                         field = self.vae.field(tokens[row : row + 1])
-                        values, _ = decode_field(field, 0, decode, self.device, on_level)
+                        values, _ = decode_field(field, decode, self.device, on_level)
                     with timed(took, "surface"):
                         values = reducible(values, call.cleanup.max_faces)
                         mesh = extract_surface(values, decode.box, decode.surface)
@@ -435,3 +435,12 @@ class ImageTo3DPipeline:
                 result.metadata["ms"] = {name: round(value, 1) for name, value in took.items()}
                 call.at("cleanup", row + 1, count)
                 call.on_result(number, result)
+
+
+def load_dit(
+    folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> ShapeDiT | SkipDiT:
+    """The DiT saved in a folder, of either kind; errors as `from_pretrained`."""
+    path = folder / CONFIG_NAME
+    kind = load_json(path).get("_class_name") if path.is_file() else None
+    return (SkipDiT if kind == SkipDiT.__name__ else ShapeDiT).from_pretrained(folder, dtype, device)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic3d.elastic import is_attached, session_of
+from elastic3d.elastic.attachment import is_attached, session_of
 from elastic3d.elastic.families import block_flops
 from elastic3d.elastic.few_step import Key
 from elastic3d.elastic.session import ElasticSession

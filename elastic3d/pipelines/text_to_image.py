@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from elastic3d import __version__
-from elastic3d.elastic import adapter_for, attach, has_routers, is_attached, session_of
+from elastic3d.elastic.attachment import adapter_for, attach, has_routers, is_attached, session_of
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.families import dense_flops
 from elastic3d.elastic.session import ElasticSession
@@ -38,7 +38,7 @@ from elastic3d.pipelines.image_loading import (
 )
 from elastic3d.pipelines.options import MAX_PROMPT, NO_ROUTERS_NAME, BackboneName
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, routes_of, seeds_of, timed
-from elastic3d.utils.calls import Turn
+from elastic3d.utils.calls import turn
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256
 from elastic3d.utils.options import check_range
@@ -176,7 +176,7 @@ class TextToImagePipeline:
         settings.elastic = options.over(default, has_routers(self.backbone.transformer))
         if settings.elastic.elastic and not has_routers(self.backbone.transformer):
             check_budget(settings.elastic.budget, settings.steps)
-        with Turn.of(self.backbone.transformer):  # threads that share a model take turns
+        with turn(self.backbone.transformer):  # threads that share a model take turns
             return self._generate(prompts, seeds, settings, on_step)
 
     def _generate(

@@ -81,7 +81,7 @@ def decoded_ways(
     with torch.no_grad():
         tokens = pipeline.vae.decode(latents)
     fields: dict[bool, FieldFunction] = {
-        True: lambda points, _: pipeline.vae.query(points, tokens),
+        True: lambda points: pipeline.vae.query(points[None], tokens)[0],
         False: pipeline.vae.field(tokens),
     }
     if config.hunyuan3d_tokens:
@@ -91,7 +91,7 @@ def decoded_ways(
     reference: trimesh.Trimesh | None = None
     for name, way in ways(config, pipeline.max_points).items():
         start = time.process_time()
-        values, stats = decode_field(fields[name == "plain"], 0, way, pipeline.device)
+        values, stats = decode_field(fields[name == "plain"], way, pipeline.device)
         decoded = time.process_time()
         extracted = extract_surface(values)
         cleaned = clean(extracted, CleanupConfig())
@@ -135,16 +135,16 @@ def hunyuan3d_fields(tokens: int, dtype: torch.dtype) -> dict[bool, FieldFunctio
     vae = ShapeVAE(VAEConfig(**sizes)).to(dtype).eval()  # type: ignore[arg-type]
     with torch.no_grad():
         data = vae.decode(torch.randn(1, tokens, 64, dtype=dtype))
-    return {True: lambda points, _: vae.query(points, data), False: vae.field(data)}
+    return {True: lambda points: vae.query(points[None], data)[0], False: vae.field(data)}
 
 
 def costing(field: FieldFunction, large: FieldFunction) -> FieldFunction:
     """A field with the values of one decoder and the time of a larger one."""
 
-    def both(points: Tensor, sample: Tensor) -> Tensor:
+    def both(points: Tensor) -> Tensor:
         with torch.no_grad():
-            large(points, sample)
-            return field(points, sample)
+            large(points)
+            return field(points)
 
     return both
 

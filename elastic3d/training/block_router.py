@@ -25,7 +25,6 @@ from elastic3d.elastic import adapter_for, attach
 from elastic3d.elastic.attachment import load_router_config, router_modules, todays_keys
 from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig, RouterVariant, Scope
 from elastic3d.elastic.families import BlockFlops, block_flops
-from elastic3d.elastic.losses import budget_loss
 from elastic3d.elastic.rollout import FREE, Rollout
 from elastic3d.elastic.trace import SKIPPED, trace_share
 from elastic3d.errors import UserError
@@ -370,3 +369,17 @@ class BlockRouterStage(Stage):
                 found = self.flow.generate(batch, self.config.blocks.reference_steps, dense)
             self._references = batch, found
         return self._references
+
+
+def budget_loss(share: Tensor, budget: Tensor, slack: float = 0.0, groups: int = 4) -> Tensor:
+    """How far the executed cost is from its budget: share, budget (B,) -> scalar.
+
+    The squared mean difference within each of `groups` bands of the budget, so that timesteps, samples and
+    branches may trade compute with each other, plus the squared difference of every sample beyond `slack`.
+    """
+    band = (budget / (1 + 1e-6) * groups).long()
+    count = torch.zeros(groups, device=share.device).index_add(0, band, torch.ones_like(share))
+    total = torch.zeros(groups, device=share.device).index_add(0, band, share - budget)
+    mean = (total / count.clamp_min(1)).square() * (count / count.sum())
+    each = ((share - budget).abs() - slack).clamp_min(0).square().mean()
+    return mean.sum() + each

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.cache import SimulatedCache
 from elastic3d.elastic.config import MIN_BUDGET, Branches, ElasticConfig, RouterConfig, Scope
-from elastic3d.elastic.losses import session_share
+from elastic3d.elastic.families import BlockFlops
+from elastic3d.elastic.rollout import decision_flops
+from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import trace_share
 from elastic3d.errors import UserError
@@ -333,3 +335,24 @@ class RoutedStage(Stage):
             return latents, trace_share(session.trace)
         finally:
             session.settings = before
+
+
+def session_share(session: ElasticSession) -> Tensor:
+    """Executed share (B,) of the dense block FLOPs in the newest training pass, with gradients to the
+    routers."""
+    current = session.current
+    if current is None or len(current.decisions) != len(session.blocks):
+        raise ValueError("no complete elastic forward pass to count: run the model after session.train")
+    order = sorted(current.decisions)
+    decisions = [current.decisions[index] for index in order]
+    flops = [current.flops[index] for index in order]
+    return executed_share(decisions, flops, session.router_config.ratios)
+
+
+def executed_share(
+    decisions: Sequence[RouteDecision], blocks: Sequence[BlockFlops], ratios: tuple[float, ...]
+) -> Tensor:
+    """Executed share (B,) of the dense blocks' FLOPs in one pass, with straight-through gradients."""
+    dense = sum(block.dense for block in blocks)
+    shares = [decision_flops(d, block, ratios) / dense for d, block in zip(decisions, blocks, strict=True)]
+    return torch.stack(shares).sum(dim=0)

@@ -14,9 +14,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.geometry.decode import decode_meshes
+from elastic3d.errors import NoSurfaceError
+from elastic3d.geometry.decode import decode_field
 from elastic3d.geometry.options import DecodeConfig
 from elastic3d.geometry.render import Scene, orbit_camera
+from elastic3d.geometry.surface import extract_surface
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.utils.files import atomic_path
 from elastic3d.utils.structured import Number, check_shape, load_json_lines
@@ -104,10 +106,14 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 def field_meshes(vae: ShapeVAE, latents: Tensor, resolution: int) -> list[trimesh.Trimesh | None]:
     """Meshes of DiT-space latents (B,N,C); None where a field has no surface."""
-    tokens = vae.decode(latents)
-    config = DecodeConfig(resolution=resolution)
-    meshes = decode_meshes(vae.field(tokens), len(latents), config, latents.device)
-    return [mesh if isinstance(mesh, trimesh.Trimesh) else None for mesh in meshes]
+    config, meshes = DecodeConfig(resolution=resolution), list[trimesh.Trimesh | None]()
+    for tokens in vae.decode(latents).split(1):
+        values, _ = decode_field(vae.field(tokens), config, latents.device)
+        try:
+            meshes.append(extract_surface(values))
+        except NoSurfaceError:
+            meshes.append(None)
+    return meshes
 
 
 def mesh_image(mesh: trimesh.Trimesh | None, size: int = 160) -> np.ndarray:

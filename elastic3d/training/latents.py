@@ -27,9 +27,9 @@ from elastic3d.models.images import load_image, prepare_image, to_tensor
 from elastic3d.models.options import ForegroundConfig, ImageEncoderConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.models.skip_dit import SkipDiT, load_dit
+from elastic3d.models.skip_dit import SkipDiT
 from elastic3d.models.weights import WEIGHTS_NAME, save_weights, tensor_heads
-from elastic3d.pipelines.image_to_3d import PIPELINE_NAME
+from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, load_dit
 from elastic3d.pipelines.memory import require_memory
 from elastic3d.pipelines.runtime import resolve_device
 from elastic3d.training.checkpoint import read_record, statistics_of

@@ -22,7 +22,6 @@ from elastic3d.elastic import attach
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import Branch, StepContext
 from elastic3d.elastic.families import BlockFlops
-from elastic3d.elastic.policies import fill
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.errors import UserError
 from elastic3d.utils.files import printable
@@ -221,3 +220,28 @@ def load_sensitivity(path: Path | None, blocks: Sequence[str]) -> Sensitivity | 
             f" each, and {len(found.blocks)} errors in a row"
         )
     return found
+
+
+def fill(
+    priority: Tensor,
+    action: Tensor,
+    ran: Tensor,
+    blocks: Sequence[BlockFlops],
+    ratios: Sequence[float],
+    share: float,
+) -> Tensor:
+    """Give cells (S,2,I) their `action`, highest priority first, while this brings the executed share nearer."""
+    table = action_flops(blocks, ratios)
+    cost = (table[torch.arange(len(blocks)), action] * ran).flatten()
+    target = share * float((ran.double() * table[:, -1]).sum())
+    order = priority.masked_fill(~ran, -1).flatten().argsort(descending=True, stable=True)
+    # a cell is taken where more than half of it still fits
+    taken = (cost[order].cumsum(0) - cost[order] / 2 < target) & ran.flatten()[order]
+    routes = torch.zeros(action.numel(), dtype=torch.long)
+    routes[order[taken]] = action.flatten()[order[taken]]
+    return routes.view(action.shape)
+
+
+def action_flops(blocks: Sequence[BlockFlops], ratios: Sequence[float]) -> Tensor:
+    """FLOPs (I, 1 + K) fp64 of each action of each block, skipping first."""
+    return torch.tensor([[0.0, *(b.at(ratio) for ratio in ratios)] for b in blocks], dtype=torch.float64)

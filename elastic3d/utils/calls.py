@@ -6,7 +6,9 @@ import functools
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -14,26 +16,12 @@ from torch import nn
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class Turn:
-    """A lock that one thread may take several times: whoever generates with a model holds the model's. A copy of the
-    model has a lock of its own."""
+_LOCKS: WeakKeyDictionary[nn.Module, AbstractContextManager[Any]] = WeakKeyDictionary()
 
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
 
-    @classmethod
-    def of(cls, model: nn.Module) -> Turn:
-        """The lock of a model."""
-        return model.__dict__.setdefault("_turn", cls())
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[Turn], tuple[()]]:
-        return Turn, ()
+def turn(model: nn.Module) -> AbstractContextManager[Any]:
+    """The lock of a model, which one thread may take several times: whoever generates with the model holds it."""
+    return _LOCKS.setdefault(model, threading.RLock())
 
 
 def stays_eager(function: Function) -> Function:

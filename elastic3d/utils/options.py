@@ -16,7 +16,7 @@ import functools
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from enum import Enum
 from numbers import Integral, Real
 from pathlib import Path
@@ -293,22 +293,23 @@ class Leaf:
     internal: bool
 
 
-def walk(config_class: type[Any], inside: str = "", null: bool = False) -> Iterator[Leaf]:
-    """Every leaf of a configuration; `null`: it lies in a nested one that is null."""
+def walk(
+    config_class: type[Any], inside: str = "", null: bool = False, internal: bool = False
+) -> Iterator[Leaf]:
+    """Every leaf of a configuration; `null`, `internal`: it lies in a nested one that is."""
     for item in fields(config_class):
         kind, about = hints(config_class)[item.name], item.metadata
         nested = next((each for each in alternatives(kind) if is_dataclass(each)), None)
-        internal = about.get("internal", False)
+        hidden = internal or about.get("internal", False)
         if nested is not None:
-            for leaf in walk(nested, f"{inside}{item.name}.", null or item.default is None):  # type: ignore[arg-type]
-                yield replace(leaf, internal=leaf.internal or internal)
+            yield from walk(nested, f"{inside}{item.name}.", null or item.default is None, hidden)  # type: ignore[arg-type]
             continue
         default = None if null else item.default
         if item.default_factory is not MISSING and not null:
             default = item.default_factory()
         help, advanced = about.get("help", ""), about.get("advanced", False)
         bounds = about.get("bounds", Bounds())
-        yield Leaf(f"{inside}{item.name}", kind, default, help, bounds, advanced, internal)
+        yield Leaf(f"{inside}{item.name}", kind, default, help, bounds, advanced, hidden)
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from elastic3d.benchmark.controls import as_one, greedy_static, nearest_share, random_routes, timestep_routes
+from elastic3d.benchmark.controls import (
+    as_one,
+    executed_share,
+    greedy_static,
+    nearest_share,
+    random_routes,
+    timestep_routes,
+)
 from elastic3d.elastic.families import BlockFlops
-from elastic3d.elastic.policies import executed_share
 from elastic3d.elastic.trace import NOT_RUN, REUSED, Trace, parse_actions
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic3d.benchmark.controls import TableRoutes
 from elastic3d.elastic.context import Branch
-from elastic3d.elastic.policies import TableRoutes
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.models.shape_dit import ShapeDiT

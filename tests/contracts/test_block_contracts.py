@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from elastic3d.benchmark.controls import TableRoutes
 from elastic3d.elastic import attach, detach
 from elastic3d.elastic.attachment import router_state
 from elastic3d.elastic.config import (
@@ -14,7 +15,6 @@ from elastic3d.elastic.config import (
     RouterConfig,
     Scope,
 )
-from elastic3d.elastic.policies import TableRoutes
 from tests.contracts.families import (
     CLOSE,
     CONDITIONAL,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from elastic3d.benchmark.controls import TableRoutes
 from elastic3d.elastic import adapter_for, attach, detach, load_routers, save_routers
 from elastic3d.elastic.attachment import load_router_state, router_modules, router_state
 from elastic3d.elastic.config import (
@@ -20,10 +21,9 @@ from elastic3d.elastic.config import (
     RouterConfig,
     Scope,
 )
-from elastic3d.elastic.losses import session_share
-from elastic3d.elastic.policies import TableRoutes
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
+from elastic3d.training.elastic_objective import session_share
 from tests.contracts.families import (
     CLOSE,
     FAMILIES,

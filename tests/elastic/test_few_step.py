@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from elastic3d.benchmark.controls import TableRoutes
 from elastic3d.diffusion.sampler import integrate, sample
 from elastic3d.elastic import attach, detach, load_routers, save_routers
 from elastic3d.elastic.attachment import load_router_state, router_modules, router_state
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.few_step import FewStepLoRA, LowRankUpdate, coarseness
-from elastic3d.elastic.policies import TableRoutes
 from elastic3d.elastic.trace import NOT_RUN, trace_share
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT

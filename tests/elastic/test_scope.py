@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from elastic3d.benchmark.controls import TableRoutes
 from elastic3d.diffusion.sampler import sample
 from elastic3d.elastic import attach
 from elastic3d.elastic.block import ElasticBlock
@@ -16,7 +17,6 @@ from elastic3d.elastic.config import (
     Scope,
 )
 from elastic3d.elastic.context import Defer
-from elastic3d.elastic.policies import TableRoutes
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import SKIPPED
 from elastic3d.models.options import DiTConfig

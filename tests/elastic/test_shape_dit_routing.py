@@ -7,11 +7,11 @@ import torch
 import yaml
 from torch import nn
 
+from elastic3d.benchmark.controls import TableRoutes
 from elastic3d.diffusion.sampler import sample
 from elastic3d.elastic import attach, detach, load_routers, save_routers
 from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig, RouterConfig
-from elastic3d.elastic.policies import TableRoutes
 from elastic3d.elastic.trace import trace_dense_flops, trace_router_flops, trace_share
 from elastic3d.errors import UserError
 from elastic3d.models.flops import dit_blocks_flops

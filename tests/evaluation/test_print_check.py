@@ -21,7 +21,7 @@ def hollow(wall: float) -> trimesh.Trimesh:
 def test_a_plate_of_a_known_thickness() -> None:
     plate = trimesh.creation.box((2, 0.02, 1))
     check = print_check(plate, size_mm=100)
-    assert (check.watertight, check.pieces, check.genus, check.faces) == (True, 1, 0, 12)
+    assert (check.watertight, check.components, check.genus, check.faces) == (True, 1, 0, 12)
     assert check.thinnest_wall == pytest.approx(0.01, rel=0.02) and check.thinnest_mm == pytest.approx(
         1, rel=0.02
     )
@@ -37,7 +37,7 @@ def test_a_torus_has_a_hole_and_two_balls_are_two_pieces() -> None:
     assert [w for w in perforated.warnings() if w.startswith("genus 52: walls have see-through holes")]
     balls = [trimesh.creation.icosphere(3), trimesh.creation.icosphere(3).apply_translation([3, 0, 0])]
     check = print_check(trimesh.util.concatenate(balls))
-    assert check.pieces == 2 and "2 pieces" in check.summary() and "2 pieces" in check.warnings()[0]
+    assert check.components == 2 and "2 pieces" in check.summary() and "2 pieces" in check.warnings()[0]
 
 
 def test_the_wall_of_a_hollow_box() -> None:

@@ -1,6 +1,5 @@
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 import trimesh
@@ -10,7 +9,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from elastic3d.errors import NoSurfaceError
-from elastic3d.geometry.decode import decode_field, decode_meshes, node_points
+from elastic3d.geometry.decode import decode_field, node_points
 from elastic3d.geometry.options import BOX, DecodeConfig
 from elastic3d.geometry.surface import extract_surface
 
@@ -103,10 +102,6 @@ SHAPES: dict[str, Field] = {
 }
 
 
-def single(field: Field) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda points, index: field(points[0])[None]
-
-
 def full_grid(field: Field, resolution: int) -> Tensor:
     points = node_points(torch.arange((resolution + 1) ** 3), resolution)
     values = [field(chunk) for chunk in points.split(1 << 19)]
@@ -126,7 +121,7 @@ def test_mesh_is_that_of_the_full_grid(name: str, kind: str) -> None:
     if kind == "truncated":
         field = truncated(field, 1.0 if "network" in name else 0.11)
     config = DecodeConfig(resolution=RESOLUTION, coarse_resolution=COARSE, tolerance=0)
-    values, stats = decode_field(single(field), 0, config)
+    values, stats = decode_field(field, config)
     exact = full_grid(field, RESOLUTION)
     assert torch.equal(values > 0, exact > 0), "every node has the right side"
     assert chamfer(extract_surface(values), extract_surface(exact)) < 0.01 * VOXEL
@@ -135,13 +130,13 @@ def test_mesh_is_that_of_the_full_grid(name: str, kind: str) -> None:
 
 def test_default_at_256_is_exact_and_fifteen_times_cheaper() -> None:
     field = truncated(union(torus(0.7, 0.015), spheres(1, 0.012, seed=0)), 0.05)
-    values, stats = decode_field(single(field), 0, DecodeConfig(tolerance=0))
+    values, stats = decode_field(field, DecodeConfig(tolerance=0))
     exact = full_grid(field, 256)
     assert torch.equal(values > 0, exact > 0)
     assert chamfer(extract_surface(values), extract_surface(exact)) < 0.1 * 2 * BOX / 256
     assert stats.resolutions == [32, 64, 128, 256]
     for shape in (TABLE, SHAPES["thin shell"]):
-        _, stats = decode_field(single(truncated(shape, 0.05)), 0, DecodeConfig())
+        _, stats = decode_field(truncated(shape, 0.05), DecodeConfig())
         assert stats.queries * 15 < exact.numel()
 
 
@@ -155,30 +150,25 @@ def test_no_rod_or_floater_is_lost(ends: list[float], radius: float, width: floa
     """Radius in voxels of a grid of 64, seen from 16 cells a side; the field flattens after two of those."""
     shape = rod(ends[:3], [end + 1e-3 for end in ends[3:]], radius * 2 * BOX / 64)
     field = truncated(shape, max(width, 2 * 2 * BOX / 16))
-    values, _ = decode_field(single(field), 0, DecodeConfig(resolution=64, coarse_resolution=16, tolerance=0))
+    values, _ = decode_field(field, DecodeConfig(resolution=64, coarse_resolution=16, tolerance=0))
     assert torch.equal(values > 0, full_grid(field, 64) > 0)
 
 
-def test_batch_mates_do_not_matter_and_calls_are_bounded() -> None:
-    fields = [network(0), lambda p: -torch.ones(len(p)), network(2)]
+def test_calls_are_bounded_and_nothing_is_refined_where_there_is_nothing() -> None:
     sizes = []
 
-    def batched(points: Tensor, index: Tensor) -> Tensor:
-        sizes.append(points.shape[1])
-        assert points.dtype == torch.float32 and points.shape[::2] == (len(index), 3)
-        return torch.stack([fields[i](p) for i, p in zip(index.tolist(), points, strict=True)])
+    def counted(points: Tensor) -> Tensor:
+        sizes.append(len(points))
+        assert points.dtype == torch.float32 and points.shape[1:] == (3,)
+        return network(0)(points)
 
     config = DecodeConfig(resolution=64, coarse_resolution=16, max_points=3000)
-    first, error, last = decode_meshes(batched, 3, config)
-    assert max(sizes) <= 3000
-    assert isinstance(error, NoSurfaceError)
-    for mesh, field in ((first, fields[0]), (last, fields[2])):
-        alone = decode_meshes(single(field), 1, config)[0]
-        assert isinstance(mesh, trimesh.Trimesh) and isinstance(alone, trimesh.Trimesh)
-        np.testing.assert_array_equal(mesh.vertices, alone.vertices)
-        np.testing.assert_array_equal(mesh.faces, alone.faces)
-    counts = [decode_field(batched, sample, config)[1].queries for sample in range(2)]
-    assert counts[1] == 17**3 < counts[0], "nothing is refined where there is nothing"
+    _, stats = decode_field(counted, config)
+    assert max(sizes) <= 3000 and sum(sizes) == stats.queries
+    values, nothing = decode_field(lambda points: -torch.ones(len(points)), config)
+    assert nothing.queries == 17**3 < stats.queries
+    with pytest.raises(NoSurfaceError):
+        extract_surface(values)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +177,7 @@ def test_batch_mates_do_not_matter_and_calls_are_bounded() -> None:
 )
 def test_levels(resolution: int, coarse: int, levels: list[int]) -> None:
     values, stats = decode_field(
-        single(box([0.5, 0.5, 0.5], [0, 0, 0])),
-        0,
+        box([0.5, 0.5, 0.5], [0, 0, 0]),
         DecodeConfig(resolution=resolution, coarse_resolution=coarse),
     )
     assert values.shape == (resolution + 1,) * 3 and stats.resolutions == levels
@@ -207,8 +196,8 @@ INTERPOLATED = [
 @pytest.mark.parametrize(("name", "width"), INTERPOLATED)
 def test_an_interpolated_last_level_is_less_than_a_tenth_of_a_cell_off(name: str, width: float) -> None:
     field = truncated(SHAPES[name], width)
-    values, stats = decode_field(single(field), 0, DecodeConfig(resolution=128))
-    exact, whole = decode_field(single(field), 0, DecodeConfig(resolution=128, tolerance=0))
+    values, stats = decode_field(field, DecodeConfig(resolution=128))
+    exact, whole = decode_field(field, DecodeConfig(resolution=128, tolerance=0))
     assert chamfer(extract_surface(values), extract_surface(exact)) < 0.1 * 2 * BOX / 128
     assert stats.queries < 1.02 * whole.queries, "where nothing is sure, only corners of cells are added"
 
@@ -216,28 +205,28 @@ def test_an_interpolated_last_level_is_less_than_a_tenth_of_a_cell_off(name: str
 def test_a_smooth_field_needs_few_queries_on_the_last_level() -> None:
     field = truncated(torus(0.6, 0.25), 0.2)
     config = DecodeConfig(resolution=128)
-    _, stats = decode_field(single(field), 0, config)
-    _, exact = decode_field(single(field), 0, DecodeConfig(resolution=128, tolerance=0))
+    _, stats = decode_field(field, config)
+    _, exact = decode_field(field, DecodeConfig(resolution=128, tolerance=0))
     assert stats.queries_per_level[-1] < 0.15 * exact.queries_per_level[-1]
 
 
 def test_progress_tells_every_level() -> None:
     told: list[tuple[int, int]] = []
     config = DecodeConfig(resolution=64, coarse_resolution=16)
-    decode_field(single(torus(0.6, 0.2)), 0, config, on_level=lambda *level: told.append(level))
+    decode_field(torus(0.6, 0.2), config, on_level=lambda *level: told.append(level))
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_bad_fields_and_options() -> None:
     config = DecodeConfig(resolution=16, coarse_resolution=8)
 
-    def broken(points: Tensor, index: Tensor) -> Tensor:
-        return torch.where((points.amin(dim=-1) > 0.7) & (index > 0), torch.nan, 0.5 - points.norm(dim=-1))
+    def broken(points: Tensor) -> Tensor:
+        return torch.where(points.amin(dim=-1) > 0.7, torch.nan, 0.5 - points.norm(dim=-1))
 
-    with pytest.raises(ValueError, match="not finite at 8 of 729 points of sample 1"):
-        decode_meshes(broken, 2, config)
-    with pytest.raises(ValueError, match=r"shape \(1, 729, 1\), expected \(1, 729\)"):
-        decode_meshes(lambda p, i: p[..., :1], 1, config)
+    with pytest.raises(ValueError, match="not finite at 8 of 729 points"):
+        decode_field(broken, config)
+    with pytest.raises(ValueError, match=r"shape \(729, 1\), expected \(729,\)"):
+        decode_field(lambda points: points[:, :1], config)
     options = [("resolution", 1024), ("resolution", 4), ("max_points", 0), ("thin_slack", -1)]
     for option, value in options:
         with pytest.raises(ValueError, match=f"{option} is {value}"):

@@ -10,9 +10,9 @@ import torch
 from hunyuan_tiny import CHANNELS, CONTEXT, LATENTS, config_21, dit_shapes_21, tiny_state, write_checkpoint_21
 from torch import Tensor
 
+from elastic3d.benchmark.controls import TableRoutes
 from elastic3d.checkpoints.hunyuan3d import load_hunyuan3d
 from elastic3d.elastic import attach
-from elastic3d.elastic.policies import TableRoutes
 from elastic3d.models.skip_dit import SkipDiT
 
 PARAMS = config_21()["model"]["params"]

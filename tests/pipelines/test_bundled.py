@@ -89,7 +89,7 @@ def test_the_trained_field_is_decoded_as_on_the_full_grid(shape: trimesh.Trimesh
     meshes, queries = [], []
     for coarse in (resolution // 2, resolution):  # with one level, the coarse grid is the full one
         config = DecodeConfig(resolution=resolution, coarse_resolution=coarse, max_points=8192)
-        values, stats = decode_field(lambda points, i: vae.query(points, tokens[i]), 0, config)
+        values, stats = decode_field(lambda points: vae.query(points[None], tokens)[0], config)
         meshes.append(extract_surface(values))
         queries.append(stats.queries)
     fine, full = (cKDTree(mesh.vertices) for mesh in meshes)
