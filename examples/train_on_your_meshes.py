@@ -21,7 +21,15 @@ def main(meshes: str, more: Mapping[str, Sequence[str]] | None = None) -> None:
     steps = {
         "prepare": ["prepare-data", "source=folder", f"path={meshes}", "name=mine"],
         "cache": ["train", "stage=cache", "init_from=shape-small", *LISTS],
-        "dit": ["train", "stage=dit", "name=mine", "steps=2000", "learning_rate=5e-4", "init_from=shape-small", *LISTS],
+        "dit": [
+            "train",
+            "stage=dit",
+            "name=mine",
+            "steps=2000",
+            "learning_rate=5e-4",
+            "init_from=shape-small",
+            *LISTS,
+        ],
         "export": ["train", "stage=export", "name=mine"],
     }
     for name, arguments in steps.items():
