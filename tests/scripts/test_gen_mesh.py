@@ -195,7 +195,7 @@ def test_bad_input_is_one_sentence_and_no_file(
     if name == "no surface":
         from elastic3d.models.shape_vae import ShapeVAE
 
-        monkeypatch.setattr(ShapeVAE, "field", lambda self, tokens: lambda points, _: points[..., 0] * 0 - 1)
+        monkeypatch.setattr(ShapeVAE, "field", lambda self, tokens: lambda points: points[..., 0] * 0 - 1)
     before = _names(".")
     assert command(*arguments) == 2
     error = capsys.readouterr().err
