@@ -62,7 +62,7 @@ def test_the_bundled_lora_brings_few_calls_nearer_to_many() -> None:
     plain, updated = made(False, steps=4, budget=1.0, few_step=False), made(True, steps=4, budget=1.0)
     assert torch.equal(made(None, steps=4, elastic=False), plain)
     errors = [(found - many).square().mean() / many.square().mean() for found in (plain, updated)]
-    assert errors[1] < 0.9 * errors[0]  # with the second branch of guidance in one step of four
+    assert errors[1] < 0.9 * errors[0]  # 0.82; it was below 0.6 before the DiT was trained on
     made(False, budget=0.5)  # 12.5 calls: none are needed
 
 
