@@ -272,7 +272,8 @@ def test_stop_and_leaving_cancel_what_runs(site: Page, browser, tmp_path: Path) 
     page.locator("#mask img").wait_for()
     with site.queue.models.use(""):  # nothing can run meanwhile
         visit.press("Make mesh")
-        _until(lambda: site.queue.running or site.queue.waiting)
+        # Playwright answers the page's requests only while it waits itself.
+        _until(lambda: site.queue.running or site.queue.waiting, page.wait_for_timeout)
         visit.press("Stop")
         page.get_by_text("Stopped.").wait_for()
         page.reload()
@@ -289,11 +290,11 @@ def test_stop_and_leaving_cancel_what_runs(site: Page, browser, tmp_path: Path) 
     _until(lambda: not folder.exists())
 
 
-def _until(true) -> None:
+def _until(true, wait=lambda ms: time.sleep(ms / 1000)) -> None:
     deadline = time.monotonic() + 60
     while not true():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        wait(50)
 
 
 def test_a_prompt_becomes_the_image_and_a_phone_shows_the_page(site: Page, browser) -> None:
