@@ -20,7 +20,7 @@ from elastic3d.training.stages import require_sizes, stage_config, warn_of_slow_
 from elastic3d.utils.options import from_dict, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/*.md", "data/pretrained/README.md", "reports/elastic-3d/README.md")
+PAGES = ("README.md", "docs/*.md", "data/pretrained/README.md", "reports/*/README.md")
 RECORDS = [
     path
     for path in sorted(ROOT.glob("data/pretrained/*/**/*.json"))

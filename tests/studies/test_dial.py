@@ -11,9 +11,9 @@ from tiny_dial import save_dialled
 
 from elastic3d.benchmark.config import MeshBenchmarkConfig
 from elastic3d.benchmark.meshes import load_models
-from elastic3d.diffusion.dial import parse_dial
+from elastic3d.diffusion.dial import Row, choose, parse_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
-from elastic3d.elastic.config import RouterConfig
+from elastic3d.elastic.config import ElasticOptions, RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
 from elastic3d.studies.config import DialConfig
@@ -72,6 +72,37 @@ def test_the_default_of_the_bundled_dial_by_the_report_itself() -> None:
         if all(measured[name] >= 0.99 * dense[name] for name in scores):
             close.append((measured["dit_speedup"], row))
     assert dial.named(Quality.default) is max(close, key=lambda pair: pair[0])[1]
+
+
+def _table(page: str, first: str, columns: tuple[int, ...]) -> dict[str, list[str]]:
+    """Some cells of each row of the table whose first heading is `first`, by the row's first cell."""
+    table = (ROOT / page).read_text().partition(f"| {first} |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return {row[0]: [row[i] for i in columns] for row in rows}
+
+
+def _says(cells: list[str], row: Row) -> bool:
+    """Whether cells are a row's speed-ups of 1 and 4 images, IoU and F-scores, rounded."""
+    values = (row.speedup["1"], row.speedup["4"], row.iou, *row.f_scores)
+    pairs = zip(cells, values, strict=True)
+    return all(abs(float(c) - value) <= 0.51 * 10 ** -len(c.partition(".")[2]) for c, value in pairs)
+
+
+def test_the_tables_of_the_pages_are_the_bundled_dial() -> None:
+    dial = parse_dial(load_json(MODEL / "dial.json"), "dial.json")
+    report = _table("reports/elastic-3d/README.md", "cost", (4, 5, 7, 8, 9))
+    assert list(report) == [f"{row.cost:.2f}" for row in dial.rows]
+    assert all(_says(*pair) for pair in zip(report.values(), dial.rows, strict=True))
+    readme = _table("README.md", "setting", (1, 2, 3, 4, 5))
+    assert len(readme) == 5
+    for setting, cells in readme.items():
+        option, value = setting.partition(":")[0].strip("`").split("=")
+        row: Row | None = dial.rows[-1]  # elastic=false
+        if option == "quality":
+            row = dial.named(Quality[value])
+        elif option == "budget":
+            row = choose(dial, ElasticOptions(budget=float(value)), None, None, None)
+        assert row is not None and _says(cells, row), setting
 
 
 def test_other_results_are_refused(tmp_path: Path) -> None:
