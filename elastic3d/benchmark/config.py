@@ -135,9 +135,10 @@ class BenchmarkOptions(Options):
     cache: BlockCacheConfig | None = option(None, "cache of elastic rows; null: the model's default")
     intervals: list[int] = option(
         [2, 3],
-        "dense_cache: all blocks run at every N-th step and are forecast between, one row each",
+        "dense_cache, forecast, hicache, taylor_seer, taylor_seer_lite: computed at every N-th step, one row each",
         **INTERVAL,
     )
+    warmup: int = option(3, "of the same: steps that are computed first", **STEPS)
     dampings: list[float] = option(
         [1.0],
         "dense_cache: damping of the forecast, one row each (1: a line); the calibrated one of the routers is added",
@@ -154,6 +155,7 @@ class BenchmarkOptions(Options):
     )
     batch_size: int = option(8, "quality: items generated at a time", **COUNT)
     batches: list[int] = option([1, 4], "timing: batch sizes", ge=1, le=4096, **SOME)
+    timing_items: int = option(4, "timing: images or prompts, spread evenly", **COUNT)
     repeats: int = option(5, "timing: rounds of the DiT alone, after a warm one", **COUNT)
     end_to_end_repeats: int = option(2, "timing: rounds of everything, after a warm one", ge=0, le=MANY)
     cpu_time: bool = option(
@@ -173,14 +175,9 @@ class BenchmarkOptions(Options):
         None, "file or folder of scripts/calibrate.py; null: beside the weights, if there"
     )
     forecasts: list[ForecastName] = option(list(ForecastName), "forecast: one row each and interval")
-    forecast_intervals: list[int] = option(
-        [2, 3], "forecast, hicache: the model runs at every N-th step", **INTERVAL
-    )
-    forecast_warmup: int = option(3, "forecast, hicache, dense_cache: steps that are computed first", **STEPS)
     batched_decisions: bool = option(
         False, "run rivals that decide for a whole batch in batches: faster, but samples depend on others"
     )
-    bootstrap: int = option(2000, "resamples behind the confidence intervals", ge=1, le=1_000_000)
     device: DeviceChoice = option(DeviceChoice.auto, "where the model runs")
     dtype: DTypeChoice = option(DTypeChoice.auto, "number format of the model")
     threads: int = option(0, "CPU threads of PyTorch; 0: its default", ge=0, le=MANY)
@@ -203,10 +200,8 @@ class MeshBenchmarkConfig(BenchmarkOptions):
     gt: Path | None = option(None, "folder of ground truth meshes named as the images; null: no F-scores")
     model: str = option("default", "folder of the elastic model; default is the bundled one")
     dense: str = option("", "folder of the dense model; empty: `model` without its routers")
-    timing_images: int = option(4, "timing: images, spread evenly", **COUNT)
     protocol: ProtocolConfig = option(ProtocolConfig, "how a mesh is scored: a file of configs/protocol")
     workers: int = option(0, "processes that score; 0 takes one a core", ge=0, le=MANY)
-    sheet_images: int = option(8, "images in the contact sheet", ge=0, le=MANY)
 
     def check(self) -> None:
         """Caches of diffusers run on its models alone."""
@@ -230,15 +225,9 @@ class ImageBenchmarkConfig(BenchmarkOptions):
     prompts: Path | None = option(None, f"text file, one prompt a line; null: {DEFAULT_PROMPTS}")
     steps: list[int] = option([4, 6, 8, 10, 12, 16, 20, 25], "step counts of fewer_steps", **STEPS, **SOME)
     batch_size: int = option(16, "quality: images generated at a time", **COUNT)
-    timing_prompts: int = option(4, "timing: prompts, spread evenly", **COUNT)
-    sheet_prompts: int = option(8, "prompts in the contact sheet", ge=0, le=MANY)
     caches: list[CacheName] = option(list(CacheName), "training-free rivals to put beside")
     first_block_thresholds: list[float] = option(
         [0.05, 0.1, 0.2, 0.4], "first_block_cache: one row each", **THRESHOLD
-    )
-    taylor_intervals: list[int] = option([2, 3, 5], "taylor_seer, taylor_seer_lite: one row each", **INTERVAL)
-    taylor_warmup: int = option(
-        3, "taylor_seer, taylor_seer_lite: steps that are computed first", ge=0, le=MANY
     )
     mag_thresholds: list[float] = option([0.06, 0.12, 0.24, 0.5], "mag_cache: one row each", **THRESHOLD)
     db_thresholds: list[float] = option(
@@ -253,8 +242,6 @@ class ImageBenchmarkConfig(BenchmarkOptions):
     references: Path | None = option(
         None, "folder of real images with captions (a.png with a.txt) instead; then without a classifier"
     )
-    reference_views: int = option(2, "views of each held-out shape that are real images", **COUNT)
-    probe_shapes: int = option(1500, "training shapes whose views the classifier learns from", ge=0, le=MANY)
     feature_size: int = option(
         128, "pixels a side at which EfficientNet sees an image", ge=32, le=1024, multiple_of=32
     )

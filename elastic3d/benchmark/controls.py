@@ -9,6 +9,7 @@ import heapq
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,11 +40,11 @@ class Controls:
         chosen = (task.find_items(path) if path else task.items)[: self.config.calibration_samples]
         self.calibration = [Job(item, seeds[i % len(seeds)]) for i, item in enumerate(chosen)]
         self.folder = self.config.output / "tables"
-        self._tables: dict[str, Tensor] = {}
+        self._table = cache(self._table_of)
 
     def source(self, run: Run, jobs: Sequence[Job]) -> RouteSource | None:
         """What decides for a batch of jobs; None: the routers, or nobody."""
-        if run.routes in (Routes.dense, Routes.routers, Routes.policy) or self.session is None:
+        if run.routes in (Routes.dense, Routes.routers) or self.session is None:
             return None
         widths = self.router.widths
         if run.routes is Routes.open:
@@ -51,9 +52,7 @@ class Controls:
         if run.routes in (Routes.random, Routes.shuffled):
             own = self._random if run.routes is Routes.random else self._of_another
             return TableRoutes(torch.stack([own(run, job) for job in jobs], dim=2), widths)
-        if run.name not in self._tables:
-            self._tables[run.name] = self._table(run)
-        return TableRoutes(self._tables[run.name], widths)
+        return TableRoutes(self._table(run), widths)
 
     def _random(self, run: Run, job: Job) -> Tensor:
         actions, blocks, share = self._calibrated(run)
@@ -79,7 +78,7 @@ class Controls:
         routes = record["metadata"]["routes"]
         return parse_actions(routes["actions"], len(routes["blocks"])).clamp_min(0)
 
-    def _table(self, run: Run) -> Tensor:
+    def _table_of(self, run: Run) -> Tensor:
         """Routes (S,2,1,I) by timestep, or fixed ones (1,1,1,I)."""
         actions, blocks, share = self._calibrated(run)
         if run.routes is Routes.static:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,11 +55,8 @@ def hermite_weights(
 
     A line goes on with 2 `sigma`^2 of its slope, all of it at the default.
     """
-    x = sigma * (at - steps[-1])
-    basis = [1.0, 2 * x]
-    for n in range(1, order):
-        basis.append(2 * x * basis[n] - 2 * n * basis[n - 1])
-    return _expansion(steps, order, [sigma**n * value for n, value in enumerate(basis)])
+    [basis] = np.polynomial.hermite.hermvander(sigma * (at - steps[-1]), order)
+    return _expansion(steps, order, [sigma**n * float(value) for n, value in enumerate(basis)])
 
 
 def _expansion(steps: Steps, order: int, basis: Sequence[float]) -> Tensor:
@@ -81,12 +79,8 @@ def chebyshev_weights(
     """
     if len(steps) < 3:
         return line_weights(history, steps, at)
-    positions = torch.tensor([*steps, at], dtype=torch.float64)
-    x = 2 * (positions - positions[0]) / (at - steps[0]) - 1
-    columns = [torch.ones_like(x), x]
-    for _ in range(2, degree + 1):
-        columns.append(2 * x * columns[-1] - columns[-2])
-    basis = torch.stack(columns[: degree + 1], dim=1)
+    x = 2 * (np.array([*steps, at], dtype=np.float64) - steps[0]) / (at - steps[0]) - 1
+    basis = torch.from_numpy(np.polynomial.chebyshev.chebvander(x, degree))
     fitted, wanted = basis[:-1], basis[-1]
     penalty = torch.full((degree + 1,), ridge, dtype=torch.float64)
     penalty[:2] = 0

@@ -1,15 +1,14 @@
 """Scores of images: against the dense ones of the same prompt and seed, and by their features beside real images, which
-are held-out renders, and for a classifier that learned from others. Computed once a run."""
+are held-out renders, and for a classifier that learned from others. What is computed is kept in files."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.benchmark.config import ImageBenchmarkConfig
-from elastic3d.benchmark.methods import Run, after
-from elastic3d.benchmark.task import Scores
+from elastic3d.benchmark.task import Pixels
 from elastic3d.errors import UserError
 from elastic3d.evaluation.sets import Probe, fit_probe, frechet_distance, kernel_distance
-from elastic3d.evaluation.statistics import Row
 from elastic3d.evaluation.views import feature_distance, psnr, ssim
 from elastic3d.models.image_encoder import EfficientNetLite
 from elastic3d.models.options import ImageEncoderConfig
@@ -31,15 +28,12 @@ from elastic3d.training.image import ImageStageConfig
 from elastic3d.training.image_data import ImageFolder, ImageSource, ShapeViews, noun_in
 from elastic3d.utils.files import atomic_path
 
-if TYPE_CHECKING:
-    from elastic3d.benchmark.images import ImageTask
-
-SAME_STEPS, REFERENCE = "dense", "reference"  # the dense images in the default and in many steps
 METRICS = ("psnr", "ssim", "feature")
 SSIM_SIDE = 11  # pixels of its window
 BATCH = 32
 LEAST = 20  # training images of a category that the classifier knows
-Pixels = NDArray[np.uint8]
+VIEWS = 2  # of a shape
+PROBE_SHAPES = 1500  # whose views the classifier learns from
 Maps = list[Tensor]
 Arrays = dict[str, NDArray[Any]]
 Features = NDArray[np.float32]
@@ -60,11 +54,6 @@ class ImageFeatures:
             parts.append([each.half().cpu() for each in maps])
             pooled.append(flat.cpu().numpy())
         return [torch.cat(scale) for scale in zip(*parts, strict=True)], np.concatenate(pooled)
-
-    @torch.no_grad()
-    def pooled(self, images: Pixels) -> Features:
-        """Images (P,H,W,3) uint8 -> (P,1280)."""
-        return np.concatenate([self.network.pooled(batch).cpu().numpy() for batch in self._batches(images)])
 
     def _batches(self, images: Pixels) -> Iterator[Tensor]:
         size = (self.size, self.size)
@@ -90,8 +79,9 @@ def compare_images(first: Pixels, second: Pixels, maps: tuple[Maps, Maps]) -> di
     }
 
 
-def kept(path: Path, key: str, make: Callable[[], Arrays]) -> Arrays:
-    """What a file holds; made and written first where there is none, or one of another `key`."""
+def kept(path: Path, facts: object, make: Callable[[], Arrays]) -> Arrays:
+    """What a file holds; made and written first where there is none, or one that goes back to other `facts`."""
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()
     if path.is_file():
         with np.load(path) as file:
             if str(file["key"]) == key:
@@ -100,66 +90,6 @@ def kept(path: Path, key: str, make: Callable[[], Arrays]) -> Arrays:
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, key=np.array(key), **found)  # type: ignore[arg-type]
     return found
-
-
-class Judge:
-    """Scores the runs of a task beside its `anchors`. What was scored before is read from `<output>/scores`."""
-
-    def __init__(self, task: ImageTask, anchors: dict[str, Run]) -> None:
-        self.task, self.anchors = task, anchors
-        self._seen: dict[str, tuple[Pixels, Maps]] = {}  # of one seed
-        facts = [{name: run.name for name, run in anchors.items()}, task.items, task.config.feature_size]
-        self._key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-    def score(self, runs: Sequence[Run]) -> tuple[Scores, dict[str, Features]]:
-        """Rows and floors, and pooled features by run."""
-        seeds = self.task.config.seeds
-        scores, pooled = Scores(), {run.name: list[Features]() for run in runs}
-        with tqdm(total=len(seeds) * len(runs), desc="scores", unit="run", dynamic_ncols=True) as bar:
-            for seed in seeds:
-                self._seen.clear()
-                for run in runs:
-                    found = self._of(run, seed, list(self.anchors), f"seed-{seed}", seed)
-                    pooled[run.name].append(found.pop("pooled").astype(np.float32))
-                    for anchor in self.anchors:
-                        scores.rows.setdefault((run.name, anchor), []).extend(_rows(found, anchor, seed))
-                    bar.update()
-                for anchor, run in self.anchors.items() if len(seeds) > 1 else ():
-                    other = after(seeds, seed)
-                    found = self._of(run, other, [anchor], f"floor-{anchor}-{seed}-{other}", seed)
-                    scores.floors.setdefault(anchor, []).extend(_rows(found, anchor, seed))
-        return scores, {name: np.concatenate(parts) for name, parts in pooled.items()}
-
-    def _of(self, run: Run, made: int, anchors: Sequence[str], name: str, seed: int) -> Arrays:
-        """`<anchor>/<metric>` (P,) and `pooled` (P,1280) of a run's images of the seed `made` beside those of the
-        anchors of `seed`."""
-
-        def scored() -> Arrays:
-            images = self.task.images(run, made, self.task.items)
-            maps, pooled = self.task.features.maps(images)
-            found: Arrays = {"pooled": pooled.astype(np.float16)}
-            for anchor in anchors:
-                true, seen = self._anchor(anchor, seed)
-                scores = compare_images(images, true, (maps, seen))
-                found |= {f"{anchor}/{metric}": values for metric, values in scores.items()}
-            return found
-
-        return kept(self.task.config.output / "scores" / run.name / f"{name}.npz", self._key, scored)
-
-    def _anchor(self, name: str, seed: int) -> tuple[Pixels, Maps]:
-        if name not in self._seen:
-            images = self.task.images(self.anchors[name], seed, self.task.items)
-            self._seen[name] = images, self.task.features.maps(images)[0]
-        return self._seen[name]
-
-
-def _rows(found: Arrays, anchor: str, seed: int) -> list[Row]:
-    columns = [found[f"{anchor}/{metric}"].tolist() for metric in METRICS]
-    return [
-        {"name": f"seed-{seed}/{number:05d}"}
-        | {name: None if np.isnan(v) else v for name, v in zip(METRICS, values, strict=True)}
-        for number, values in enumerate(zip(*columns, strict=True))
-    ]
 
 
 # -------------------------------------------------------------------------------------------------- real images
@@ -201,8 +131,7 @@ def load_references(config: ImageBenchmarkConfig, features: ImageFeatures, size:
     """
     if config.references is None and not config.prepared.is_dir():
         return None
-    names = ("references", "prepared", "splits", "reference_views", "probe_shapes", "feature_size")
-    facts = json.dumps([size, *(str(getattr(config, name)) for name in names)])
+    facts = (size, config.references, config.prepared, config.splits, config.feature_size)
 
     def encoded() -> Arrays:
         found: Arrays = {}
@@ -211,10 +140,8 @@ def load_references(config: ImageBenchmarkConfig, features: ImageFeatures, size:
             found[f"{part}_nouns"] = np.array(nouns)
         return found
 
-    found = kept(config.output / "references.npz", hashlib.sha256(facts.encode()).hexdigest(), encoded)
-    if "train" not in found:
-        return References(found["real"])
-    counts = Counter(found["train_nouns"].tolist())
+    found = kept(config.output / "references.npz", facts, encoded)
+    counts = Counter(found["train_nouns"].tolist() if "train" in found else ())
     nouns = [noun for noun, count in counts.items() if count >= LEAST]
     if len(nouns) < 2:
         return References(found["real"])
@@ -225,17 +152,15 @@ def load_references(config: ImageBenchmarkConfig, features: ImageFeatures, size:
 
 
 def _sources(config: ImageBenchmarkConfig) -> dict[str, ImageSource]:
-    options = ImageStageConfig(views=config.reference_views)
+    options = ImageStageConfig(views=VIEWS)
     if config.references is not None:
         options.val_every = 1  # all of them
         return {"real": ImageFolder(config.references, options, validation=True)}
-    splits = {name: config.splits / f"{name}.txt" for name in ("train", "val", "test")}
-    held_out = read_split([splits["val"], splits["test"]])
-    sources: dict[str, ImageSource] = {"real": ShapeViews(config.prepared, held_out, options, 0, 1)}
-    if config.probe_shapes:
-        train = read_split([splits["train"]])
-        sources["train"] = ShapeViews(config.prepared, train, options, config.probe_shapes, 0)
-    return sources
+    train, val, test = ([config.splits / f"{name}.txt"] for name in ("train", "val", "test"))
+    return {
+        "real": ShapeViews(config.prepared, read_split(val + test), options, 0, 1),
+        "train": ShapeViews(config.prepared, read_split(train), options, PROBE_SHAPES, 0),
+    }
 
 
 def _encoded(
@@ -251,10 +176,10 @@ def _encoded(
         images += [np.asarray(each.image) for each in loaded]
         nouns += [noun_in(each.captions[-1]) for each in loaded]
         if len(images) >= 256:
-            parts.append(features.pooled(np.stack(images)))
+            parts.append(features.maps(np.stack(images))[1])
             images = []
     if images:
-        parts.append(features.pooled(np.stack(images)))
+        parts.append(features.maps(np.stack(images))[1])
     if sum(map(len, parts)) < 2:
         raise UserError(f"{len(nouns)} real images could be read, expected at least 2")
     return np.concatenate(parts), nouns

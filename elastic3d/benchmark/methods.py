@@ -7,37 +7,30 @@ with, or none. It runs with that cache itself, so that the rows to compare are t
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from elastic3d.benchmark.config import BenchmarkOptions, CacheName, Method, PolicyName
-from elastic3d.elastic import is_attached, session_of
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig, least_budget
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.session import ElasticSession
-from elastic3d.elastic.training_free import (
-    Calibration,
-    Schedule,
-    StepPolicy,
-    calibration_file,
-    find_calibration,
-)
+from elastic3d.elastic.training_free import Calibration, Schedule, calibration_file, find_calibration
 from elastic3d.errors import UserError
-from elastic3d.utils.options import to_dict
+from elastic3d.utils.files import file_sha256
 
 MAIN, DENSE, EULER = "model", "dense", "euler"
 
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline, its DiT, and what it does where nothing is asked for. `sampler` is its timestep shift and solver."""
+    """A pipeline, its DiT, and what it does where nothing is asked for. `sampler` is its timestep shift and solver,
+    `pipe` the pipeline of diffusers, where it is one."""
 
     pipeline: Any
     dit: nn.Module
@@ -48,15 +41,16 @@ class Model:
     weights_sha256: str | None
     dense_sha256: str | None
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    pipe: Any = None
 
     @property
     def session(self) -> ElasticSession | None:
         """Of its routers."""
-        return session_of(self.dit) if is_attached(self.dit) else None
+        return self.pipeline.session
 
 
 class Routes(Enum):
-    """Who decides: nobody (the dense model), the routers, a table, or a training-free policy."""
+    """Who decides: nobody (the dense model, where no policy does), the routers, or a table."""
 
     dense = "dense"
     routers = "routers"
@@ -65,7 +59,6 @@ class Routes(Enum):
     static = "static"
     timestep = "timestep"
     shuffled = "shuffled"
-    policy = "policy"
 
 
 CALIBRATED = (Routes.static, Routes.timestep)  # found on the calibration items
@@ -75,13 +68,8 @@ CALIBRATED = (Routes.static, Routes.timestep)  # found on the calibration items
 class Rival:
     """A training-free cache and its options (`elastic3d.benchmark.rivals` runs it)."""
 
-    title: str
+    kind: CacheName
     options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def kind(self) -> CacheName:
-        """Which."""
-        return CacheName(self.title)
 
     @property
     def note(self) -> str:
@@ -119,6 +107,21 @@ class Job:
     def name(self) -> str:
         """The prompt, or the name of the image without its suffix."""
         return self.item.stem if isinstance(self.item, Path) else self.item
+
+    @property
+    def sha256(self) -> str:
+        """Of the prompt, or of the image's file."""
+        return _item_sha256(self.item)
+
+    @property
+    def stem(self) -> str:
+        """Name of its result's file."""
+        return self.item.stem if isinstance(self.item, Path) else self.sha256[:16]
+
+
+@cache
+def _item_sha256(item: Path | str) -> str:
+    return file_sha256(item) if isinstance(item, Path) else hashlib.sha256(item.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -158,24 +161,20 @@ class Planner:
         """A run with its name; settings None: dense; `more`: its other fields."""
         run = Run("", name, steps, routes, settings or ElasticConfig(elastic=False), **more)
         model, config, elastic = self.models[name], self.config, run.settings.elastic
-        facts = [
-            model.dense_sha256 if routes in (Routes.dense, Routes.policy) else model.weights_sha256,
-            str(next(model.dit.parameters()).dtype),
-            steps,
+        facts = (
+            run,
+            model.dense_sha256 if routes is Routes.dense else model.weights_sha256,
+            next(model.dit.parameters()).dtype,
             self.guidance(name),
             config.resolution or model.resolution,
-            *model.sampler,
-            routes.value,
-            to_dict(run.settings),
-            run.donor.name if run.donor else "",
-            (str(config.calibration), config.calibration_samples) if routes in CALIBRATED else "",
-            to_dict(model.session.router_config) if model.session and elastic else "",
-            *([to_dict(run.rival)] if run.rival else []),
-            *(["unbiased"] if run.unbiased else []),
-            *([run.policy.value, self.calibration_digest] if run.policy else []),
-        ]
-        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
-        what = run.rival.title if run.rival else routes.value if name in (MAIN, DENSE) else name
+            model.sampler,
+            (config.calibration, config.calibration_samples) if routes in CALIBRATED else None,
+            model.session.router_config if model.session and elastic else None,
+            self.calibration_digest if run.policy else None,
+        )
+        digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
+        decides = run.rival.kind if run.rival else run.policy or routes
+        what = decides.value if name in (MAIN, DENSE) else name
         budget = f"-b{run.settings.budget:g}" if elastic else ""
         return replace(run, name=f"{what}-s{steps}{budget}-{digest}")
 
@@ -194,13 +193,10 @@ class Planner:
         values = [] if found is None else [found.times, found.changes, *found.moments.values()]
         return hashlib.sha256(b"".join(value.tobytes() for value in values)).hexdigest()[:8]
 
-    def policy(self, name: PolicyName) -> StepPolicy:
-        """A training-free policy by its name."""
-        if name is PolicyName.even:
-            return StepPolicy()
-        return StepPolicy(
-            self.calibration, Schedule.even if name is PolicyName.fitted else Schedule[name.name]
-        )
+    def policy(self, name: PolicyName) -> tuple[Calibration | None, Schedule]:
+        """What a training-free policy goes by."""
+        schedule = Schedule.even if name is PolicyName.fitted else Schedule[name.name]
+        return None if name is PolicyName.even else self.calibration, schedule
 
     def dense(self, steps: int) -> Run:
         """The dense model in N steps."""
@@ -296,7 +292,7 @@ def _cases(planner: Planner, method: Method) -> Iterator[Case]:
             for budget in planner.control_budgets:
                 if least_budget(base) <= budget < 1:
                     settings = ElasticConfig(budget=budget)
-                    run = planner.run(DENSE, base, Routes.policy, settings, policy=policy)
+                    run = planner.run(DENSE, base, Routes.dense, settings, policy=policy)
                     yield Case(name, run, budget, policy.value)
     elif name in CONTROLS:
         for budget in planner.control_budgets:
@@ -325,7 +321,7 @@ def _dense_cache(planner: Planner) -> Iterator[Case]:
         calibrated = replace(line, damping=own.damping, times=own.times, dampings=own.dampings)
         dampings["calibrated damping"] = calibrated
     for steps in planner.elastic_steps:
-        start = min(1.0, (config.forecast_warmup - 0.5) / steps)  # rounded up to whole steps
+        start = min(1.0, (config.warmup - 0.5) / steps)  # rounded up to whole steps
         for interval in config.intervals:
             for note, damped in dampings.items():
                 run = planner.opened(steps, replace(damped, longest=interval - 1, start=start), lora=False)

@@ -1,5 +1,5 @@
-"""Everything that a benchmark writes in the end: results.json, results.csv, table.md, the Pareto plots, the heat map of
-blocks over steps, and the contact sheet."""
+"""Everything that a benchmark writes in the end: results.json, results.csv, table.md, the Pareto plots, the routes of
+one item, and the contact sheet."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from elastic3d.benchmark.methods import FEWER, Case
+from elastic3d.benchmark.methods import FAMILY, FEWER, Case
 from elastic3d.benchmark.rivals import missing
-from elastic3d.benchmark.rows import Round, beaten, build_rows, compare_rivals, route_shares, summarise_rows
-from elastic3d.benchmark.task import Scores, Task
-from elastic3d.evaluation.frontier import GRID, INK, PAPER, Series, chart, legend
+from elastic3d.benchmark.rows import Round, build_rows, compare_rivals, summarise_rows
+from elastic3d.benchmark.task import SHEET_SIDE, Pixels, Scores, Task
+from elastic3d.evaluation.frontier import INK, PAPER, Series, chart, legend
 from elastic3d.evaluation.report import machine, markdown_table, write_csv
 from elastic3d.evaluation.statistics import Row
+from elastic3d.pipelines.preview import draw_routes, route_title
+from elastic3d.training.journal import contact_sheet
 from elastic3d.utils.files import atomic_path
 from elastic3d.utils.options import to_dict
 from elastic3d.utils.structured import save_json
@@ -28,9 +29,7 @@ def write_report(
     task: Task, cases: Sequence[Case], scores: Scores, rounds: Sequence[Round], command: str
 ) -> dict[str, Any]:
     """Write all files; what results.json holds."""
-    output, shares = task.config.output, route_shares(task, cases)
-    rows = build_rows(task, cases, scores, rounds)
-    comparisons = compare_rivals(task, cases, scores, rows)
+    output, rows = task.config.output, build_rows(task, cases, scores, rounds)
     results = {
         "about": {
             "command": command,
@@ -43,23 +42,24 @@ def write_report(
             "config": to_dict(task.config),
         },
         "rows": rows,
-        "summary": {
-            **summarise_rows(task, rows),
-            "routers_beside_rivals": beaten(comparisons),
-            "blocks": {run: block_means(entry) for run, entry in shares.items()},
-        },
-        "comparisons": comparisons,
+        "summary": summarise_rows(task, rows),
+        "comparisons": compare_rivals(task, cases, scores, rows),
     }
     save_json(results, output / "results.json")
     write_csv(rows, output / "results.csv")
     with atomic_path(output / "table.md") as path:
         path.write_text(page(results, task.table))
-    first, *others = task.config.batches
-    images = {"pareto.png": pareto_plot(rows, first, task.plot, task.noun), "blocks.png": heat_map(shares)}
-    for batch in others:
-        images[f"pareto-batch-{batch}.png"] = pareto_plot(rows, batch, task.plot, task.noun)
-    if (sheet := task.sheet(cases)) is not None:
-        images["sheet.png"] = titled_sheet(*sheet)
+    if panels := route_panels(task, cases):
+        draw_routes(panels, output / "blocks.png")
+    first = task.config.batches[0]
+    images = {
+        "pareto.png" if batch == first else f"pareto-batch-{batch}.png": pareto_plot(
+            rows, batch, task.plot, task.noun
+        )
+        for batch in task.config.batches
+    }
+    if columns := task.sheet(cases):
+        images["sheet.png"] = titled_sheet(columns)
     for name, image in images.items():
         if image is not None:
             with atomic_path(output / name) as path:
@@ -67,15 +67,15 @@ def write_report(
     return results
 
 
-def block_means(entry: dict[str, Any]) -> dict[str, Any]:
-    """How wide each block ran on average over steps and results, by branch, and how much results differ."""
-    found: dict[str, Any] = {name: entry[name] for name in ("method", "budget", "steps", "blocks")}
-    for branch, name in enumerate(("conditional", "unconditional")):
-        mean = entry["mean"][:, branch].mean(axis=0)
-        if np.isfinite(mean).all():
-            found[name] = mean.round(4).tolist()
-            found[f"{name}_std"] = entry["std"][:, branch].mean(axis=0).round(4).tolist()
-    return found
+def route_panels(task: Task, cases: Sequence[Case]) -> list[tuple[str, dict[str, Any]]]:
+    """Title and `routes` of what each run of the elastic family did for the first item."""
+    panels = dict[str, tuple[str, dict[str, Any]]]()
+    for case in cases:
+        record = task.record(case.run, task.jobs[0]) if case.method in FAMILY else None
+        if record and "routes" in record["metadata"]:
+            title = route_title(f"{case.method}, {case.run.steps} steps", record["metadata"])
+            panels[case.run.name] = title, record["metadata"]["routes"]
+    return list(panels.values())
 
 
 def page(results: Mapping[str, Any], scores: Mapping[str, str]) -> str:
@@ -140,72 +140,25 @@ def pareto_plot(
             panels.append(chart(list(series.values()), time_label, label, lower))
     if not panels:
         return None
-    below = legend(names, sum(panel.width for panel in panels))
-    return _stacked([_stacked(panels, across=True), below])
-
-
-# ---------------------------------------------------------------------------------------------------- heat map
-
-
-def heat_map(shares: dict[str, Any], cell: int = 12) -> Image.Image | None:
-    """How wide each block (down) ran at each step (across), averaged over meshes: white skipped, dark blue full width.
-
-    A panel for each of the runs of `route_shares`: conditional branch, unconditional branch, and in orange the standard
-    deviation over meshes of the conditional one (white: the same for every sample).
-    """
-    return _stacked([_heat_panel(entry, cell) for entry in shares.values()]) if shares else None
-
-
-def _heat_panel(entry: dict[str, Any], cell: int) -> Image.Image:
-    mean, std = entry["mean"], entry["std"]
-    maps = [("conditional", mean[:, 0], (20, 60, 140)), ("unconditional", mean[:, 1], (20, 60, 140)),
-            ("spread over samples", 2 * std[:, 0], (200, 90, 0))]  # fmt: skip
-    maps = [each for each in maps if np.isfinite(each[1]).all()]
-    steps, blocks = mean.shape[0], mean.shape[2]
-    font = ImageFont.load_default(12)
-    margin = max(150, *(int(font.getlength(name)) + 20 for name in entry["blocks"]))
-    column = max(steps * cell + 24, 150)
-    image = Image.new("RGB", (margin + column * len(maps), blocks * cell + 56), PAPER)
-    draw = ImageDraw.Draw(image)
-    budget = "" if entry["budget"] is None else f", budget {entry['budget']:g}"
-    title = f"{entry['method']}, {entry['steps']} steps{budget}"
-    draw.text((10, 6), title, fill=INK, font=ImageFont.load_default(14))
-    for row, name in enumerate(entry["blocks"]):
-        draw.text((margin - 10, 44 + row * cell + cell / 2), name, fill=INK, font=font, anchor="rm")
-    for number, (name, values, full) in enumerate(maps):
-        left = margin + number * column
-        draw.text((left, 26), name, fill=INK, font=font)
-        shade = np.clip(values.T, 0, 1)[..., None] * (np.array(full) - 255) + 255
-        pixels = Image.fromarray(np.round(shade).astype(np.uint8)).resize(
-            (steps * cell, blocks * cell), Image.Resampling.NEAREST
-        )
-        image.paste(pixels, (left, 44))
-        draw.rectangle((left - 1, 43, left + steps * cell, 44 + blocks * cell), outline=GRID)
-    return image
+    width, height = panels[0].size
+    below = legend(names, width * len(panels))
+    sheet = Image.new("RGB", (below.width, height + below.height), PAPER)
+    for number, panel in enumerate(panels):
+        sheet.paste(panel, (number * width, 0))
+    sheet.paste(below, (0, height))
+    return sheet
 
 
 # ----------------------------------------------------------------------------------------------- contact sheet
 
 
-def titled_sheet(titles: Sequence[str], rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
-    """Images of one size (H,W,3) uint8 in rows, a title over each column."""
-    size = rows[0][0].shape[1]
-    body = Image.fromarray(np.concatenate([np.concatenate(list(row), axis=1) for row in rows]))
+def titled_sheet(columns: Mapping[str, Sequence[Pixels]]) -> Image.Image:
+    """Images of one size, a column for each title, which stands over it."""
+    body = Image.fromarray(contact_sheet(list(zip(*columns.values(), strict=True))))
     sheet = Image.new("RGB", (body.width, body.height + 24), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        at = (column * size + size / 2, 12)
+    for number, title in enumerate(columns):
+        at = ((number + 0.5) * SHEET_SIDE, 12)
         draw.text(at, title, fill=INK, font=ImageFont.load_default(13), anchor="mm")
     sheet.paste(body, (0, 24))
-    return sheet
-
-
-def _stacked(panels: Sequence[Image.Image], across: bool = False) -> Image.Image:
-    """Panels below each other, or side by side."""
-    widths, heights = ([getattr(panel, side) for panel in panels] for side in ("width", "height"))
-    size = (sum(widths), max(heights)) if across else (max(widths), sum(heights))
-    sheet, offset = Image.new("RGB", size, PAPER), 0
-    for panel, width, height in zip(panels, widths, heights, strict=True):
-        sheet.paste(panel, (offset, 0) if across else (0, offset))
-        offset += width if across else height
     return sheet

@@ -40,7 +40,7 @@ def rival_cases(planner: Planner) -> list[Case]:
     """A row for each rival of a configuration that is installed, and each point of its grid."""
     config = planner.config
     return [
-        Case(rival.title, planner.run(DENSE, steps, Routes.dense, rival=rival), None, rival.note)
+        Case(rival.kind.value, planner.run(DENSE, steps, Routes.dense, rival=rival), None, rival.note)
         for steps in config.cache_steps or [planner.baseline_steps]
         for rival in grid(config)
     ]
@@ -48,17 +48,16 @@ def rival_cases(planner: Planner) -> list[Case]:
 
 def grid(config: BenchmarkOptions) -> list[Rival]:
     """All that a configuration asks for and that is installed (`missing` names what is not)."""
-    fixed = [{"interval": i, "warmup": config.forecast_warmup} for i in config.forecast_intervals]
+    fixed = [{"interval": interval, "warmup": config.warmup} for interval in config.intervals]
     options: dict[CacheName, list[dict[str, Any]]] = {
         CacheName.forecast: [{"by": name.value} | each for name in config.forecasts for each in fixed],
         CacheName.hicache: [{"by": name} | each for name in ("hermite", "dmd") for each in fixed],
     }
     if isinstance(config, ImageBenchmarkConfig):
-        taylor = [{"interval": i, "warmup": config.taylor_warmup} for i in config.taylor_intervals]
         options |= {
             CacheName.first_block_cache: [{"threshold": t} for t in config.first_block_thresholds],
-            CacheName.taylor_seer: taylor,
-            CacheName.taylor_seer_lite: taylor,
+            CacheName.taylor_seer: fixed,
+            CacheName.taylor_seer_lite: fixed,
             CacheName.mag_cache: [{"threshold": t} for t in config.mag_thresholds],
             CacheName.db_cache: [
                 {"threshold": threshold, "blocks": blocks}
@@ -69,7 +68,7 @@ def grid(config: BenchmarkOptions) -> list[Rival]:
             ],
         }
     absent = missing(config)
-    return [Rival(n.value, each) for n in config.caches if n.value not in absent for each in options[n]]
+    return [Rival(n, each) for n in config.caches if n.value not in absent for each in options[n]]
 
 
 def missing(config: BenchmarkOptions) -> dict[str, str]:

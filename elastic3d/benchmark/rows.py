@@ -11,7 +11,6 @@ import numpy as np
 from elastic3d.benchmark.config import Method
 from elastic3d.benchmark.methods import CONTROLS, FAMILY, FEWER, Case, Run
 from elastic3d.benchmark.task import Scores, Task
-from elastic3d.elastic.trace import NOT_RUN, parse_actions
 from elastic3d.evaluation.frontier import compare_fronts
 from elastic3d.evaluation.statistics import Rival as Opponent
 from elastic3d.evaluation.statistics import Row, averages, bootstrap_mean, compare_metric, sample_of
@@ -21,6 +20,7 @@ TOLERANCE = 0.01  # of a frontier that is on the other
 EQUAL_TIME = 1.02  # a rival is compared with the elastic row that takes at most this share of its time
 LOWER_IS_BETTER = ("chamfer", "feature", "frechet")
 DIT, END_TO_END = "dit", "end_to_end"
+QUARTILES = ("ms_q25", "ms_median", "ms_q75", "speedup_q25", "speedup", "speedup_q75")
 Round = dict[str, Any]  # what, batch, round, and by run: milliseconds a result, FLOPs
 
 
@@ -30,10 +30,10 @@ def average(rows: Sequence[Row], metric: str) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def bounds(rows: Sequence[Row], metric: str, column: str, resamples: int) -> dict[str, float | None]:
+def bounds(rows: Sequence[Row], metric: str, column: str) -> dict[str, float | None]:
     """`<column>_low` and `<column>_high`, the 95 % bootstrap interval of `average`."""
     values = list(averages(rows, metric, sample_of).values())
-    found = bootstrap_mean(values, resamples) if values else None
+    found = bootstrap_mean(values) if values else None
     return {f"{column}_low": found.low if found else None, f"{column}_high": found.high if found else None}
 
 
@@ -46,11 +46,10 @@ def build_rows(task: Task, cases: Sequence[Case], scores: Scores, rounds: Sequen
     `as_trained`: the model's routers, each sample for itself, with the cache they were trained with: for that, budgets
     are calibrated.
     """
-    rows, known, planner = [], dict[str, dict[str, Any]](), task.planner
+    rows, planner = [], task.planner
+    columns = {case.run.name: task.columns(case.run, scores) for case in cases}
     for case in cases:
         run, settings = case.run, case.run.settings
-        if run.name not in known:
-            known[run.name] = task.columns(run, scores)
         compute = _compute(task, run)
         own = settings.width == planner.default.width and settings.cache == planner.trained_cache
         # alone, a sample has nobody to share its routes with
@@ -60,7 +59,7 @@ def build_rows(task: Task, cases: Sequence[Case], scores: Scores, rounds: Sequen
                 "as_trained": case.method == Method.elastic.value and own,
             }  # fmt: skip
             times = _times(task, run, rounds, batch, compute["executed_flops_ratio"])
-            rows.append(head | compute | times | known[run.name] | {"run": run.name})
+            rows.append(head | compute | times | columns[run.name] | {"run": run.name})
     return rows
 
 
@@ -96,10 +95,7 @@ def _times(task: Task, run: Run, rounds: Sequence[Round], batch: int, made: floa
         "executed_flops_ratio": share,
         "flops_ratio_to_baseline": total,
         "flop_speedup": 1 / total if total else None,
-        **{f"dit_ms_{name}": dit[f"ms_{name}"] for name in ("q25", "median", "q75")},
-        "dit_speedup": dit["speedup"],
-        "dit_speedup_q25": dit["speedup_q25"],
-        "dit_speedup_q75": dit["speedup_q75"],
+        **{f"dit_{name}": dit[name] for name in QUARTILES},
         "dit_speedup_same_steps": sooner,
         "efficiency": None if sooner is None or executed is None else sooner * executed,
         "end_to_end_ms_median": whole["ms_median"],
@@ -110,38 +106,13 @@ def _times(task: Task, run: Run, rounds: Sequence[Round], batch: int, made: floa
 
 def summarise(rounds: Sequence[Round], run: Run, baseline: Run, what: str, batch: int) -> dict[str, Any]:
     """Quartiles of a run's milliseconds and of its speed-up over another, its executed share; None without rounds."""
-    names = ("ms_q25", "ms_median", "ms_q75", "speedup_q25", "speedup", "speedup_q75")
     chosen = [r["runs"] for r in rounds if r["what"] == what and r["batch"] == batch]
     if not chosen or run.name not in chosen[0]:
-        return {**dict.fromkeys((*names, "share")), "rounds": 0}
+        return {**dict.fromkeys((*QUARTILES, "share")), "rounds": 0}
     ms, other = (np.array([each[r.name]["ms"] for each in chosen]) for r in (run, baseline))
     executed, dense = (sum(each[run.name].get(n, 1.0) for each in chosen) for n in ("executed", "dense"))
     quartiles = np.quantile([ms, other / ms], [0.25, 0.5, 0.75], axis=1).T.ravel().tolist()
-    return {**dict(zip(names, quartiles, strict=True)), "share": executed / dense, "rounds": len(chosen)}
-
-
-def route_shares(task: Task, cases: Sequence[Case]) -> dict[str, Any]:
-    """By run of the elastic family: executed width (S,2,I), mean and deviation over results, 0 where skipped or reused
-    or where the other branch alone ran; NaN for a branch that never runs."""
-    found: dict[str, Any] = {}
-    for case in cases:
-        if case.method not in FAMILY or case.run.name in found:
-            continue
-        shares, blocks = [], []
-        for job in task.jobs:
-            record = task.record(case.run, job)
-            routes = record["metadata"].get("routes") if record else None
-            if routes:
-                blocks = routes["blocks"]
-                widths = np.array([np.nan, 0, 0, *routes["widths"]])  # not run, reused, skipped, each width
-                shares.append(widths[parse_actions(routes["actions"], len(blocks)).numpy() - NOT_RUN])
-        if shares:
-            executed = np.array(shares)  # (J,S,2,I)
-            runs = np.isfinite(executed).any((0, 1, 3))
-            executed[:, :, runs] = np.nan_to_num(executed[:, :, runs])
-            head = {"method": case.method, "budget": case.budget, "steps": case.run.steps, "blocks": blocks}
-            found[case.run.name] = head | {"mean": executed.mean(axis=0), "std": executed.std(axis=0)}
-    return found
+    return {**dict(zip(QUARTILES, quartiles, strict=True)), "share": executed / dense, "rounds": len(chosen)}
 
 
 # ------------------------------------------------------------------------------------------------- comparisons
@@ -158,9 +129,7 @@ def compare_rivals(
         for case in opponents:
             for against, metric in task.compared:
                 sides = [scores.rows.get((run.name, against), []) for run in (case.run, rival.run)]
-                compared = compare_metric(
-                    metric, sides[0], [sides[1]], Opponent.baseline, task.config.bootstrap
-                )
+                compared = compare_metric(metric, sides[0], [sides[1]], Opponent.baseline)
                 if compared is not None:
                     found.append({
                         "routers": case.method, "rival_method": rival.method, "rival_run": rival.run.name,
@@ -175,8 +144,7 @@ def _opponents(
 ) -> tuple[str, Sequence[Case]]:
     donor = rival.run.donor
     if donor is not None:
-        own = [case for case in cases if case.run == donor][:1]
-        return "equal FLOPs", own or [Case(Method.elastic.value, donor, rival.budget)]
+        return "equal FLOPs", [Case(Method.elastic.value, donor, rival.budget)]
     if rival.method in (*FAMILY, Method.dense.value):
         return "", []
     if rival.method.startswith("elastic") or (rival.method in task.config.variants and rival.budget):
@@ -189,17 +157,6 @@ def _opponents(
     timed = [case for case in cases if case.method in FAMILY and times.get(case.run.name) is not None]
     fast = [case for case in timed if limit is not None and times[case.run.name] <= EQUAL_TIME * limit]
     return "equal time", [max(fast, key=lambda case: times[case.run.name])] if fast else []
-
-
-def beaten(comparisons: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[Any]]]:
-    """By rival and score, at which budgets our routers are better, worse, or not told apart (95 % intervals)."""
-    found: dict[str, dict[str, list[Any]]] = {}
-    for c in comparisons:
-        entry = found.setdefault(f"{c['rival_method']}, {c['metric']}, {c['against']}", {})
-        worse = c["worse_by"]
-        verdict = "better" if worse["high"] < 0 else "worse" if worse["low"] > 0 else "not told apart"
-        entry.setdefault(verdict, []).append({"budget": c["budget"], "steps": c["steps"]})
-    return found
 
 
 # ----------------------------------------------------------------------------------------------------- summary

@@ -71,12 +71,11 @@ def benchmark(
 
 def make_all(task: Task, runs: Sequence[Run]) -> None:
     """Every result that is still missing, with a progress bar over all of them."""
-    seeds, size = task.config.seeds, task.config.batch_size
-    todo = {(run, seed): task.missing(run, seed) for run in runs for seed in seeds}
+    size, todo = task.config.batch_size, {run: task.missing(run) for run in runs}
     total, left = len(runs) * len(task.jobs), sum(map(len, todo.values()))
     with tqdm(total=total, initial=total - left, desc=task.plural, unit=task.noun, dynamic_ncols=True) as bar:
-        for (run, seed), jobs in todo.items():
-            bar.set_postfix_str(f"{run.name}, seed {seed}")
+        for run, jobs in todo.items():
+            bar.set_postfix_str(run.name)
             for start in range(0, len(jobs), size):
                 task.make(run, jobs[start : start + size])
                 bar.update(len(jobs[start : start + size]))
@@ -116,26 +115,30 @@ def timed_rounds(task: Task, runs: Sequence[Run], measure: bool) -> list[Round]:
 def _round(task: Task, runs: Sequence[Run], what: str, batch: int, number: int, bar: tqdm | None) -> Round:
     every, order = task.timing_jobs, list(runs)
     jobs = [every[(number * batch + i) % len(every)] for i in range(batch)]
-    conditions, measured = dict[str, Any](), dict[str, dict[str, float]]()
+    measured = dict[str, dict[str, float]]()
     random.Random(f"{what}/{batch}/{number}").shuffle(order)
     for run in order:
-        if run.model not in conditions and what == DIT:
-            conditions[run.model] = task.condition_of(run, jobs)
-        measured[run.name] = timed(task, run, jobs, conditions.get(run.model))[1]
+        measured[run.name] = timed(task, run, jobs, alone=what == DIT)[1]
         if bar is not None:
             bar.update()
     return {"what": what, "batch": batch, "round": number, "runs": measured}
 
 
-def timed(task: Task, run: Run, jobs: Sequence[Job], condition: Any) -> tuple[Any, dict[str, float]]:
-    """Last latents of the DiT, given its condition, or everything without one; and what that took: `ms` a result, and
-    the blocks' FLOPs of all passes, executed, dense and the routers', where routers or a policy decided."""
+def timed(task: Task, run: Run, jobs: Sequence[Job], alone: bool) -> tuple[Any, dict[str, float]]:
+    """Last latents of the DiT `alone`, or whole results; and what that took: `ms` a result, and the blocks' FLOPs of
+    all passes, executed, dense and the routers', where routers or a policy decided."""
     source = task.controls.source(run, jobs)  # before the clock starts
-    clock = time.process_time if task.config.cpu_time else time.perf_counter
+    condition = task.condition_of(run, jobs) if alone else None
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.process_time() if task.config.cpu_time else time.perf_counter()
+
     with task.ready(run, source):
-        start = clock()
-        made = task.produce(run, jobs) if condition is None else task.sample(run, condition, jobs)
-        found = {"ms": 1000 * (clock() - start) / len(jobs)}
+        start = now()
+        made = task.sample(run, condition, jobs) if alone else task.produce(run, jobs)
+        found = {"ms": 1000 * (now() - start) / len(jobs)}
         session = task.model(run).session  # before a policy goes
     if run.settings.elastic and session is not None and session.trace is not None:
         flops = {"executed": trace_flops, "dense": trace_dense_flops, "routers": trace_router_flops}
@@ -149,7 +152,7 @@ def quick_comparison(task: Task, cases: Sequence[Case], command: str) -> dict[st
     planner, config = task.planner, task.config
     jobs = [job for job in task.jobs if job.seed == config.seeds[0]]
     baseline = planner.dense(planner.baseline_steps)
-    conditions, rows, dense = dict[str, Any](), list[dict[str, Any]](), torch.zeros(0)
+    rows, dense = list[dict[str, Any]](), torch.zeros(0)
     about = {
         "command": command, "machine": machine(), "items": len(jobs), "config": to_dict(config),
         "left_out": missing(config),
@@ -158,9 +161,7 @@ def quick_comparison(task: Task, cases: Sequence[Case], command: str) -> dict[st
     others = [case for case in cases if case.run != baseline]
     for case in tqdm([Case("dense", baseline, 1.0), *others], desc="quick", unit="row", dynamic_ncols=True):
         run = case.run
-        if run.model not in conditions:
-            conditions[run.model] = task.condition_of(run, jobs)
-        latents, measured = timed(task, run, jobs, conditions[run.model])
+        latents, measured = timed(task, run, jobs, alone=True)
         dense = latents if run == baseline else dense
         seconds = measured["ms"] / 1000
         share = measured["executed"] / measured["dense"] if "executed" in measured else None
@@ -175,12 +176,5 @@ def quick_comparison(task: Task, cases: Sequence[Case], command: str) -> dict[st
 
 def quick_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    scores = [name for name in rows[0] if name not in HEAD]
-    lines = []
-    for row in rows:
-        shown = [", ".join(filter(None, [row["method"], row["note"]]))]
-        shown.append(f"{row['budget']:g}" if row["budget"] else "")
-        shown.append("" if row["executed"] is None else f"{row['executed']:.2f}")
-        shown += [f"{row[name]:.2f}" for name in ("seconds", "speedup")]
-        lines.append(shown + [f"{row[name]:.4g}" for name in scores])
-    return markdown_table(["method", "budget", "executed", "s an item", "speed-up", *scores], lines) + "\n"
+    cells = [[f"{v:.4g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
+    return markdown_table(list(rows[0]), cells) + "\n"

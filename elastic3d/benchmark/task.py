@@ -10,58 +10,62 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from elastic3d.benchmark.config import BenchmarkOptions
+from elastic3d.benchmark.config import BenchmarkOptions, CacheName
 from elastic3d.benchmark.controls import Controls
 from elastic3d.benchmark.flop_meter import metered
-from elastic3d.benchmark.methods import Case, Job, Model, Planner, Routes, Run
-from elastic3d.benchmark.rivals import by_batch, running
+from elastic3d.benchmark.methods import Case, Job, Model, Planner, Run
+from elastic3d.benchmark.rivals import by_batch, magnitude_ratios, running
 from elastic3d.elastic import detach
 from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.training_free import put_policy
 from elastic3d.evaluation.items import spread
 from elastic3d.evaluation.statistics import Row
+from elastic3d.utils.structured import Maybe, load_json, save_json
+
+SHEET_ITEMS, SHEET_SIDE = 8, 160
+Pixels = NDArray[np.uint8]
+_RECORD = {"status": str, "error": Maybe(str), "item_sha256": str, "metadata": dict}
 
 
 @dataclass
 class Scores:
-    """Rows by (run, what it is compared with), named `seed-<s>/<item>`; the seed floors by what is compared; further
-    columns by run."""
+    """Rows by (run, what it is compared with), named `seed-<s>/<item>`; further columns by run."""
 
     rows: dict[tuple[str, str], list[Row]] = field(default_factory=dict)
-    floors: dict[str, list[Row]] = field(default_factory=dict)
     further: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Task(ABC):
-    """Makes results, and knows what has to be made and how it is scored.
+    """Makes results, and knows what has to be made and how it is scored. They are kept as
+    `<output>/runs/<run>/seed-<s>/<item><suffix>`, each beside its record.
 
-    Class attributes: `noun`, `plural` of a result; `table`: columns and titles of table.md; `plot`: scores and axis
-    labels of the plots; `losses`: scores that have frontiers, with what they are paired with,
-    "" for none; `compared`: (what with, metric) of the paired comparisons.
+    Class attributes: `noun`, `plural`, `suffix` of a result; `table`: columns and titles of table.md; `plot`: scores
+    and axis labels of the plots; `losses`: scores that have frontiers, with what they are paired with, "" for none;
+    `compared`: (what with, metric) of the paired comparisons.
     """
 
     noun: str
     plural: str
+    suffix: str
     table: Mapping[str, str]
     plot: Mapping[str, str]
     losses: Mapping[str, str]
     compared: Sequence[tuple[str, str]]
 
-    def __init__(self, planner: Planner, items: Sequence[Any], timed: int, size: dict[str, Any]) -> None:
-        """Times are taken with `timed` of the items, spread evenly; `size` is how a pipeline is asked for one."""
+    def __init__(self, planner: Planner, items: Sequence[Any], size: dict[str, Any]) -> None:
+        """`size` is how a pipeline is asked for one."""
         self.planner, self.items, self.size = planner, list(items), size
         self.config: BenchmarkOptions = planner.config
-        self.timing_jobs = [Job(item, self.config.seeds[0]) for item in spread(self.items, timed)]
+        first, *_ = self.config.seeds
+        self.timing_jobs = [Job(item, first) for item in spread(self.items, self.config.timing_items)]
         self.jobs = [Job(item, seed) for seed in self.config.seeds for item in self.items]
         self.controls = Controls(self)
-        self._shares: dict[str, float] = {}
-        self._outside: dict[
-            int, tuple[float, float]
-        ] = {}  # by steps: dense FLOPs outside the blocks, in them
+        # by steps: MagCache's calibration; dense FLOPs outside the blocks, and in them
+        self._ratios: dict[int, list[float]] = {}
+        self._outside: dict[int, tuple[float, float]] = {}
 
     # ------------------------------------------------------------------------------------- of each task
 
@@ -70,20 +74,16 @@ class Task(ABC):
         """Items in a folder or a file."""
 
     @abstractmethod
-    def record(self, run: Run, job: Job) -> dict[str, Any] | None:
-        """`status`, `error` and `metadata` of a result; None where it is still to be made."""
-
-    @abstractmethod
-    def make(self, run: Run, jobs: Sequence[Job]) -> None:
-        """Make and keep the results of jobs of one seed."""
+    def save(self, result: Any, path: Path) -> None:
+        """Write a result; what there is to keep of one that failed."""
 
     @abstractmethod
     def condition_of(self, run: Run, jobs: Sequence[Job]) -> Any:
         """What the DiT is told of the jobs' items."""
 
     @abstractmethod
-    def latents(self, run: Run, condition: Any, seeds: list[int]) -> Tensor:
-        """Latents (B,N,C) of the DiT."""
+    def sample(self, run: Run, condition: Any, jobs: Sequence[Job]) -> Tensor:
+        """Latents (B,N,C) of the DiT alone. The run must be `ready`."""
 
     @abstractmethod
     def latent_scores(self, run: Run, found: Tensor, dense: Tensor) -> dict[str, float]:
@@ -106,21 +106,17 @@ class Task(ABC):
         """Facts for the report."""
 
     @abstractmethod
-    def sheet(self, cases: Sequence[Case]) -> tuple[list[str], list[list[NDArray[np.uint8]]]] | None:
-        """Titles of the columns and rows of images (H,W,3) of the contact sheet; None where nothing is made."""
+    def picture(self, path: Path) -> Pixels:
+        """A kept result (H,W,3), `SHEET_SIDE` pixels a side, for the contact sheet."""
+
+    def given(self, jobs: Sequence[Job]) -> dict[str, list[Pixels]]:
+        """Columns of the contact sheet beside those of results, by title."""
+        return {}
 
     def warm_up(self, run: Run) -> None:  # noqa: B027  # most need none
         """What is done once for a model that goes on with the same settings, before a clock starts."""
 
-    def ratios(self, run: Run) -> Sequence[float]:
-        """MagCache's calibration; of models of diffusers alone."""
-        return ()
-
-    def pipe(self, run: Run) -> Any:
-        """The diffusers pipeline of a run, where it has one."""
-        return None
-
-    # ------------------------------------------------------------------------------------- of all
+    # ------------------------------------------------------------------------------------------ making
 
     def model(self, run: Run) -> Model:
         """The pipeline of a run, its DiT and routing session."""
@@ -131,27 +127,39 @@ class Task(ABC):
         """While it lasts, the model is set up for one generation of a run, in which `source` decides instead of the
         routers; None leaves them, or a policy, to it."""
         with ExitStack() as stack:
-            model, pipe = self.model(run), self.pipe(run)
+            model = self.model(run)
             if run.unbiased and model.session is not None:  # the gates have no bias over time
                 stack.callback(setattr, model.session, "router_config", model.session.router_config)
                 model.session.router_config = replace(model.session.router_config, times=[], gate_bias=[])
             if run.policy is not None:  # it decides in the plain model
-                plain, policy = pipe or model.dit, self.planner.policy(run.policy)
-                put_policy(plain, policy.calibration, policy.schedule)
+                plain = model.pipe or model.dit
+                put_policy(plain, *self.planner.policy(run.policy))
                 stack.callback(detach, plain)
             if run.rival is not None:
-                stack.enter_context(running(model.dit, run.rival, run.steps, self.ratios(run), pipe))
+                ratios = self._magnitude_ratios(run)
+                stack.enter_context(running(model.dit, run.rival, run.steps, ratios, model.pipe))
             self.warm_up(run)
             if source is not None and model.session is not None:
                 model.session.source = source
                 stack.callback(setattr, model.session, "source", None)
             yield
 
+    def _magnitude_ratios(self, run: Run) -> list[float]:
+        """MagCache's calibration for as many steps, on the calibration items; empty for other rivals."""
+        if run.rival is None or run.rival.kind is not CacheName.mag_cache:
+            return []
+        if run.steps not in self._ratios:
+            dense, jobs = self.planner.dense(run.steps), self.controls.calibration
+            self._ratios[run.steps] = magnitude_ratios(
+                self.model(dense).dit, lambda: self.produce(dense, jobs), run.steps
+            )
+        return self._ratios[run.steps]
+
     def produce(self, run: Run, jobs: Sequence[Job]) -> list[Any]:
         """All that a user waits for, as one batch; each result has a `metadata`. The run must be `ready`."""
         pipeline, settings = self.model(run).pipeline, run.settings
         options: dict[str, Any] = {}
-        if run.routes is Routes.policy:
+        if run.policy is not None:
             options = {"budget": settings.budget}
         elif pipeline.session is not None:
             names = ("budget", "width", "cache", "shared", "few_step") if settings.elastic else ()
@@ -159,35 +167,17 @@ class Task(ABC):
         items, seeds = [job.item for job in jobs], [job.seed for job in jobs]
         return pipeline(items, seeds, steps=run.steps, guidance=self.config.guidance, **self.size, **options)
 
-    def sample(self, run: Run, condition: Any, jobs: Sequence[Job]) -> Tensor:
-        """The DiT alone: latents (B,N,C); returns when a GPU is done. The run must be `ready`."""
-        found = self.latents(run, condition, [job.seed for job in jobs])
-        if found.device.type == "cuda":
-            torch.cuda.synchronize()
-        return found
-
     def produced(self, run: Run, jobs: Sequence[Job]) -> list[Any]:
         """Results of a batch; the metadata of a rival say what it really executed."""
         source, dit = self.controls.source(run, jobs), self.model(run).dit
-        counted = run.rival is not None and by_batch(run.rival)
-        with self.ready(run, source), metered(dit) if counted else nullcontext() as meter:
+        with self.ready(run, source), metered(dit) if run.rival else nullcontext() as meter:
             results = self.produce(run, jobs)
-        if run.rival is not None:
-            share = self._share(run, meter.total / len(jobs)) if meter else self._scheduled_share(run)
+        if meter is not None:
+            share = self._share(run, meter.total / len(jobs))
             for result in results:
                 if "flops_dense" in result.metadata:
                     result.metadata["flops_executed"] = round(share * result.metadata["flops_dense"])
         return results
-
-    def _scheduled_share(self, run: Run) -> float:
-        """Executed share of the blocks' FLOPs of a rival that does the same for all samples, measured once."""
-        if run.name not in self._shares:
-            jobs = self.jobs[:1]
-            condition = self.condition_of(run, jobs)
-            with self.ready(run), metered(self.model(run).dit) as meter:
-                self.sample(run, condition, jobs)
-            self._shares[run.name] = self._share(run, meter.total)
-        return self._shares[run.name]
 
     def _share(self, run: Run, total: float) -> float:
         """Of the dense blocks' FLOPs; what a dense generation spends outside the blocks is taken off."""
@@ -199,16 +189,53 @@ class Task(ABC):
         outside, blocks = self._outside[run.steps]
         return (total - outside) / blocks
 
-    def missing(self, run: Run, seed: int | None = None) -> list[Job]:
-        """Jobs, of one seed or of all, of which a run has no record."""
-        jobs = [job for job in self.jobs if seed in (None, job.seed)]
-        return [job for job in jobs if self.record(run, job) is None]
+    # ------------------------------------------------------------------------------------------ keeping
 
-    def shown(self, cases: Sequence[Case]) -> dict[str, Run]:
-        """What a contact sheet shows beside the rest: the dense model, and the routers at each budget."""
-        steps = self.planner.baseline_steps
-        runs = {f"dense, {steps} steps": self.planner.dense(steps)}
+    def path(self, run: Run, job: Job) -> Path:
+        """Where a result is, or would be."""
+        return self.config.output / "runs" / run.name / f"seed-{job.seed}" / f"{job.stem}{self.suffix}"
+
+    def make(self, run: Run, jobs: Sequence[Job]) -> None:
+        """Make and keep results, or the reasons why there are none; a record is written last. Rivals whose results
+        depend on their batch make each by itself."""
+        alone = run.rival is not None and by_batch(run.rival) and not self.config.batched_decisions
+        for batch in [[job] for job in jobs] if alone else [list(jobs)]:
+            for job, result in zip(batch, self.produced(run, batch), strict=True):
+                path, error = self.path(run, job), getattr(result, "error", None)
+                self.save(result, path)
+                record = {
+                    "status": "failed" if error else "ok",
+                    "error": str(error) if error else None,
+                    "item_sha256": job.sha256,
+                    "metadata": result.metadata,
+                }
+                save_json(record, path.with_suffix(".json"))
+
+    def record(self, run: Run, job: Job) -> dict[str, Any] | None:
+        """What was noted of a result; None where it is still to be made, from this very item."""
+        path = self.path(run, job)
+        if not path.with_suffix(".json").is_file():
+            return None
+        record: dict[str, Any] = load_json(path.with_suffix(".json"), _RECORD)
+        is_whole = record["status"] == "failed" or path.is_file()
+        return record if is_whole and record["item_sha256"] == job.sha256 else None
+
+    def missing(self, run: Run) -> list[Job]:
+        """Jobs of which a run has no record."""
+        return [job for job in self.jobs if self.record(run, job) is None]
+
+    def sheet(self, cases: Sequence[Case]) -> dict[str, list[Pixels]]:
+        """Columns of the contact sheet by title: the reference, dense, the routers at each budget, and some of the
+        fewer steps, where they are made; empty where none is."""
+        planner, steps = self.planner, self.planner.baseline_steps
+        runs = {f"{self.config.reference_steps} steps": planner.reference()}
+        runs[f"dense, {steps} steps"] = planner.dense(steps)
         for case in cases:
-            if case.method == "elastic" and case.run.steps == steps and case.budget is not None:
+            if case.method == "elastic" and case.run.steps == steps:
                 runs[f"elastic {case.budget:g}"] = case.run
-        return runs
+        fewer = [case.run for case in cases if case.method == "fewer_steps" and case.run.steps < steps]
+        runs |= {f"{run.steps} steps": run for run in spread(fewer, 4)}
+        jobs = [Job(item, self.config.seeds[0]) for item in spread(self.items, SHEET_ITEMS)]
+        made = {title: run for title, run in runs.items() if all(self.record(run, job) for job in jobs)}
+        columns = {title: [self.picture(self.path(run, job)) for job in jobs] for title, run in made.items()}
+        return self.given(jobs) | columns if made else {}

@@ -140,7 +140,7 @@ def compare(
 
 
 def compare_metric(
-    metric: str, pred: Sequence[Row], rivals: Sequence[Sequence[Row]], kind: Rival, resamples: int
+    metric: str, pred: Sequence[Row], rivals: Sequence[Sequence[Row]], kind: Rival, resamples: int = 2000
 ) -> Comparison | None:
     """The paired comparison of one metric; None where no item has it on both sides."""
     sign = direction(metric)

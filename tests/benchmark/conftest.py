@@ -54,9 +54,9 @@ def options(world: Path, output: Path, **changes: Any) -> dict[str, Any]:
     fields: dict[str, Any] = dict(
         model=str(world / "model"), images=world / "images", gt=world / "gt", output=output, limit=2, seeds=[0, 1],
         budgets=[0.5], steps=[2, 3, 4], reference_steps=4, resolution=8, batch_size=2, batches=[1],
-        timing_images=1, repeats=1, end_to_end_repeats=0, calibration_samples=2, workers=1,
-        bootstrap=20, sheet_images=2, caches=[CacheName.forecast], forecasts=[ForecastName.dmd], forecast_intervals=[2],
-        forecast_warmup=1, device=DeviceChoice.cpu, dtype=DTypeChoice.float32,
+        timing_items=1, repeats=1, end_to_end_repeats=0, calibration_samples=2, workers=1,
+        caches=[CacheName.forecast], forecasts=[ForecastName.dmd], intervals=[2], warmup=1,
+        device=DeviceChoice.cpu, dtype=DTypeChoice.float32,
         protocol=ProtocolConfig(points=800, volume_points=50, near_points=0, views=0, surface_health=False),
     )  # fmt: skip
     return fields | changes
@@ -90,10 +90,9 @@ def image_config_of(gallery: Path, output: Path, **changes: Any) -> ImageBenchma
     fields: dict[str, Any] = dict(
         weights=str(gallery / "model"), prompts=gallery / "prompts.txt", output=output, seeds=[0, 1], budgets=[0.5],
         steps=[2, 3], baseline_steps=4, reference_steps=6, batch_size=2, batches=[1], repeats=1,
-        end_to_end_repeats=0, timing_prompts=1, calibration_samples=2, bootstrap=20,
-        sheet_prompts=2, references=gallery / "real", feature_size=32, first_block_thresholds=[0.9],
-        taylor_intervals=[2], taylor_warmup=1, mag_thresholds=[0.5], db_thresholds=[0.9], caches=INSTALLED,
-        forecasts=[ForecastName.chebyshev], forecast_intervals=[2], forecast_warmup=2,
-        device=DeviceChoice.cpu,
+        end_to_end_repeats=0, timing_items=1, calibration_samples=2,
+        references=gallery / "real", feature_size=32, first_block_thresholds=[0.9],
+        intervals=[2], warmup=1, mag_thresholds=[0.5], db_thresholds=[0.9], caches=INSTALLED,
+        forecasts=[ForecastName.chebyshev], device=DeviceChoice.cpu,
     )  # fmt: skip
     return ImageBenchmarkConfig(**fields | changes)

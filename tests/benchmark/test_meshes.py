@@ -136,12 +136,9 @@ def test_the_summary_answers_every_question(done):
     assert front["front"] and front["other"] and all(loss > 0 for _, loss in front["other"])
     answers = {name.split(":")[0]: target["met"] for name, target in summary["targets"].items()}
     assert answers["speed"] is not None and {"efficiency", "budgets"} < set(answers)
-    rivals = {name.split(",")[0] for name in summary["routers_beside_rivals"]}
+    rivals = {c["rival_method"] for c in results["comparisons"]}
     assert rivals >= {"random", "static", "timestep", "shuffled", "no_mesh"}
     assert {c["matched"] for c in results["comparisons"]} >= {"equal FLOPs", "equal budget"}
-    blocks = next(iter(summary["blocks"].values()))
-    assert len(blocks["conditional"]) == len(blocks["blocks"]) == 4
-    assert all(0 <= share <= 1 for share in blocks["conditional"] + blocks["unconditional"])
 
 
 def test_a_second_run_makes_nothing_again(done, world, monkeypatch):

@@ -26,8 +26,8 @@ from elastic3d.benchmark.methods import (
     needed_runs,
 )
 from elastic3d.benchmark.methods import plan as plan_of
+from elastic3d.benchmark.report import route_panels
 from elastic3d.benchmark.rivals import grid, rival_cases
-from elastic3d.benchmark.rows import route_shares
 from elastic3d.elastic import attach, detach, save_routers
 from elastic3d.elastic.config import CacheRule, RouterConfig
 from elastic3d.errors import UserError
@@ -138,7 +138,7 @@ def test_a_linear_forecast_of_the_dense_model_is_dense_cache(world, tmp_path):
     """The wrapper around the plain model and the cache of the routing session give the same latents."""
     model = str(calibrated(world, tmp_path / "model"))
     config = config_of(world, tmp_path, model=model, steps=[8], baseline_steps=8, elastic_steps=[8], intervals=[3],
-                       forecasts=[ForecastName.linear], forecast_intervals=[3])  # fmt: skip
+                       forecasts=[ForecastName.linear])  # fmt: skip
     task = MeshTask(config, world)
     [cached, _] = [c.run for c in plan_of(task.planner, 2) if c.method == "dense_cache"]
     [rival] = [c.run for c in rival_cases(task.planner)]
@@ -208,8 +208,10 @@ def test_a_lora_with_guidance_costs_half_and_fits_its_guidance_alone(world, tmp_
     session = task.model(case.run).session
     session.router_config = replace(session.router_config, guided_times=[0.2, 0.9])
     task.make(case.run, task.jobs)
-    mean = route_shares(task, [case])[case.run.name]["mean"]
-    assert mean[:, 0].all() and not mean[0, 1].any() and mean[1, 1].all()
+    routes = task.record(case.run, task.jobs[0])["metadata"]["routes"]
+    assert [len(branches) for branches in routes["actions"]] == [1, 2]
+    [(title, drawn)] = route_panels(task, [case])
+    assert drawn == routes and title.startswith("few_step_lora, 2 steps, seed 0:")
     other = config_of(world, tmp_path, guidance=2.0, **fields)
     assert plan(other, load_models(other, world), items=1)[1] == []
 
@@ -279,5 +281,5 @@ def test_every_shipped_configuration_is_read_and_has_rows(world, gallery, tmp_pa
     task = MeshTask(meshes, world)
     assert {case.method for case in plan_of(task.planner, 3)} >= {"dense", "fewer_steps", "elastic", "static"}
     assert len(rival_cases(task.planner)) == 10
-    assert [rival.title for rival in grid(images)].count("taylor_seer") == 3
+    assert [rival.kind.value for rival in grid(images)].count("taylor_seer") == 2
     assert images.task.name == "images" and meshes.task.name == "meshes"

@@ -57,7 +57,7 @@ def test_the_classifier_learns_and_is_kept(gallery, tmp_path, monkeypatch):
     def never(*arguments: Any) -> None:
         raise AssertionError("this was computed already")
 
-    monkeypatch.setattr(ImageFeatures, "pooled", never)
+    monkeypatch.setattr(ImageFeatures, "maps", never)
     again = load_references(config, features, 16)
     assert again is not None and again.accuracy == found.accuracy
 

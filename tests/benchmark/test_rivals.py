@@ -29,27 +29,29 @@ def needs(module: str) -> Any:
 
 
 NOTHING = [
-    Rival("first_block_cache", {"threshold": 0.0}),
-    Rival("taylor_seer", {"interval": 2, "warmup": STEPS}),
-    Rival("taylor_seer_lite", {"interval": 2, "warmup": STEPS}),
-    Rival("mag_cache", {"threshold": -1.0}),
-    pytest.param(Rival("db_cache", {"threshold": 0.0, "blocks": 1}), marks=needs("cache_dit")),
-    *(Rival("forecast", {"by": name, "interval": 2, "warmup": STEPS}) for name in WEIGHTS),
-    pytest.param(Rival("hicache", {"by": "dmd", "interval": 2, "warmup": STEPS}), marks=needs("hicache_pp")),
+    Rival(CacheName.first_block_cache, {"threshold": 0.0}),
+    Rival(CacheName.taylor_seer, {"interval": 2, "warmup": STEPS}),
+    Rival(CacheName.taylor_seer_lite, {"interval": 2, "warmup": STEPS}),
+    Rival(CacheName.mag_cache, {"threshold": -1.0}),
+    pytest.param(Rival(CacheName.db_cache, {"threshold": 0.0, "blocks": 1}), marks=needs("cache_dit")),
+    *(Rival(CacheName.forecast, {"by": name, "interval": 2, "warmup": STEPS}) for name in WEIGHTS),
+    pytest.param(
+        Rival(CacheName.hicache, {"by": "dmd", "interval": 2, "warmup": STEPS}), marks=needs("hicache_pp")
+    ),
 ]
 FIXED = {"interval": 3, "warmup": 2}  # runs at steps 0, 1 and 4 of six
 SKIPPING = [
-    *(Rival("forecast", {"by": name} | FIXED) for name in WEIGHTS),
+    *(Rival(CacheName.forecast, {"by": name} | FIXED) for name in WEIGHTS),
     *(
-        pytest.param(Rival("hicache", {"by": name} | FIXED), marks=needs("hicache_pp"))
+        pytest.param(Rival(CacheName.hicache, {"by": name} | FIXED), marks=needs("hicache_pp"))
         for name in ("hermite", "dmd")
     ),
 ]
 DB_CACHE = {"threshold": 100.0, "blocks": 1}
 MUCH = [
-    Rival("first_block_cache", {"threshold": 100.0}),
+    Rival(CacheName.first_block_cache, {"threshold": 100.0}),
     *(
-        pytest.param(Rival("db_cache", DB_CACHE | calibrator), marks=needs("cache_dit"))
+        pytest.param(Rival(CacheName.db_cache, DB_CACHE | calibrator), marks=needs("cache_dit"))
         for calibrator in ({}, {"calibrator": "taylorseer"}, {"calibrator": "dmd"})
     ),
 ]
@@ -149,10 +151,10 @@ def test_fixed_intervals_run_half_of_the_steps_and_leave_the_model_as_it_was(mod
 
 def test_scheduled_caches_do_not_depend_on_the_batch(model):
     for cache in (
-        Rival("taylor_seer", {"interval": 3, "warmup": 2}),
-        Rival("taylor_seer_lite", {"interval": 3, "warmup": 2}),
-        Rival("mag_cache", {"threshold": 1.0}),
-        Rival("forecast", {"by": "linear"} | FIXED),
+        Rival(CacheName.taylor_seer, {"interval": 3, "warmup": 2}),
+        Rival(CacheName.taylor_seer_lite, {"interval": 3, "warmup": 2}),
+        Rival(CacheName.mag_cache, {"threshold": 1.0}),
+        Rival(CacheName.forecast, {"by": "linear"} | FIXED),
     ):
         assert not by_batch(cache)
         totals, images = [], []
@@ -174,7 +176,7 @@ def test_the_grid_names_what_is_not_installed(gallery, tmp_path, monkeypatch):
     monkeypatch.setattr("elastic3d.benchmark.rivals.find_spec", lambda name: None)
     assert "cache-dit is not installed" in missing(config)["db_cache"]
     assert "hicache-pp is not installed" in missing(config)["hicache"]
-    notes = [(cache.title, cache.note) for cache in grid(config)]
+    notes = [(cache.kind.value, cache.note) for cache in grid(config)]
     assert ("mag_cache", "threshold 0.2") in notes and "db_cache" not in dict(notes)
     monkeypatch.setattr("elastic3d.benchmark.rivals.find_spec", lambda name: True)
     assert not missing(config) and grid(config)[-1].note == "threshold 0.9, blocks 1, calibrator dmd"

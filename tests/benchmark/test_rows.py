@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from elastic3d.benchmark.meshes import MeshTask
-from elastic3d.benchmark.rows import as_loss, beaten, best_point, rivals_in, summarise_rows
+from elastic3d.benchmark.rows import as_loss, best_point, rivals_in, summarise_rows
 
 # what a summary asks of a task, of 100 steps of reference and 50 of baseline
 TASK: Any = SimpleNamespace(
@@ -94,23 +94,3 @@ def test_what_holds_fidelity():
     assert TASK.holds(elastic(0.5, 45, 0.1, **{"f_score@0.05_drop": None})) is True
     assert TASK.holds(elastic(0.5, 45, 0.1, chamfer_l1_seed_floor=None)) is None
     assert best_point(TASK, [elastic(0.3, 10, 0.3), elastic(0.5, 45, 0.1)])["budget"] == 0.5
-
-
-def test_who_beats_whom():
-    def compared(rival: str, low: float, high: float) -> dict[str, Any]:
-        head = {
-            "rival_method": rival,
-            "metric": "chamfer_l1",
-            "against": "reference",
-            "budget": 0.5,
-            "steps": 50,
-        }
-        return head | {"worse_by": {"low": low, "high": high}}
-
-    found = beaten([compared("random", -2, -1), compared("static", -1, 1), compared("x", 1, 2)])
-    at = [{"budget": 0.5, "steps": 50}]
-    assert found == {
-        "random, chamfer_l1, reference": {"better": at},
-        "static, chamfer_l1, reference": {"not told apart": at},
-        "x, chamfer_l1, reference": {"worse": at},
-    }

@@ -81,7 +81,7 @@ def test_a_quick_comparison(
     score = {"meshes": "iou_dense", "images": "psnr_dense"}[task]
     monkeypatch.setattr("elastic3d.benchmark.meshes.QUICK_CELLS", 12)
     monkeypatch.setattr(script, "REPOSITORY", world if task == "meshes" else gallery)
-    assert script.main(config) == 0 and "| training_free, even |" in capsys.readouterr().out
+    assert script.main(config) == 0 and "| training_free | even |" in capsys.readouterr().out
     rows = load_json(tmp_path / "quick.json")["rows"]
     assert [row["method"] for row in rows] == ["dense", "training_free", "forecast"]
     assert rows[0][score] == {"meshes": 1.0, "images": 100.0}[task] > rows[1][score]
