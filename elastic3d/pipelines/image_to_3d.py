@@ -325,7 +325,7 @@ class ImageTo3DPipeline:
             latents = self.sample_latents(
                 condition, seeds, config.steps, config.guidance, config.elastic, partial(call.at, "dit")
             )
-        dense, default = (dense_flops(self.dit.config, c, condition.shape[1]) for c in (config, self.config))
+        dense, default = (dense_flops(self.dit, c, condition.shape[1]) for c in (config, self.config))
         routes = routes_of(self.session, config.elastic, len(made))
         for result, row, route in zip(made.values(), latents, routes, strict=True):
             result.latents = row.cpu()

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from elastic3d.elastic.attachment import is_attached, session_of
-from elastic3d.elastic.families import block_flops
 from elastic3d.elastic.few_step import Key
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import Trace
@@ -20,6 +19,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT
 from elastic3d.models.weights import plain_twin
+from elastic3d.pipelines.runtime import pass_flops
 
 MOST_SHAPES = 16  # of the inputs, with a compiled graph each; others run as they are
 Arguments = dict[str, Any]
@@ -60,9 +60,7 @@ class StaticDiT:
             return self.dit(latents, t, condition, guidance)
         self._refresh(session)
         if session is not None and session.settings.elastic:
-            N, M = latents.shape[1], condition.shape[1]
-            lengths = [N + 1] if isinstance(self.dit, SkipDiT) else [N, M]
-            session.passed(block_flops(self.dit, session.adapter, lengths))
+            session.passed(pass_flops(self.dit, latents.shape[1], condition.shape[1]))
         if self.compiled is None:
             return self.twin(latents, t, condition, guidance)
         shapes = latents.shape, condition.shape
