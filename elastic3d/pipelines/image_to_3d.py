@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from elastic3d import __version__
 from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, save_dial
-from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig, Quality
-from elastic3d.diffusion.sampler import sample
+from elastic3d.diffusion.sampler import sample, sampling_times
 from elastic3d.elastic.attachment import attach, has_routers, is_attached, save_routers, session_of
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.session import ElasticSession
@@ -60,9 +59,9 @@ from elastic3d.pipelines.runtime import (
     routes_of,
     seeds_of,
     timed,
+    turn,
 )
 from elastic3d.pipelines.static import StaticDiT
-from elastic3d.utils.calls import turn
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256, printable
 from elastic3d.utils.options import from_dict, to_dict

@@ -1,20 +1,24 @@
-"""What both pipelines share: where a bundled model is, device and number format, seeds, times, metadata of routes."""
+"""What both pipelines share: where a bundled model is, device and number format, seeds, turns, times, FLOPs,
+metadata of routes."""
 
 from __future__ import annotations
 
 import operator
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import nn
 
-from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.diffusion.sampler import sampling_times
 from elastic3d.elastic.attachment import adapter_for
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.elastic.families import BlockFlops, block_flops
@@ -29,6 +33,7 @@ from elastic3d.utils.options import to_dict
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 BUNDLED = Path("data/pretrained")  # in a wheel, in a checkout
+_LOCKS: WeakKeyDictionary[nn.Module, AbstractContextManager[Any]] = WeakKeyDictionary()
 
 
 def find_model(name: str | Path) -> Path:
@@ -109,6 +114,11 @@ def fast_bfloat16(device: torch.device) -> bool:
         has = torch.cpu.get_capabilities()
         return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
     return False
+
+
+def turn(model: nn.Module) -> AbstractContextManager[Any]:
+    """The lock of a model, which one thread may take several times: whoever generates with the model holds it."""
+    return _LOCKS.setdefault(model, threading.RLock())
 
 
 @contextmanager
