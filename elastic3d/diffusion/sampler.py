@@ -62,6 +62,7 @@ def integrate(
     guidance_embed: bool = False,
     sequential: bool = False,
     session: ElasticSession | None = None,
+    one_branch: Callable[[float], bool] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Integrate from given noise (B,N,C): condition (B,M,Cc) -> latents (B,N,C). Gradients go back through all steps.
@@ -70,17 +71,21 @@ def integrate(
     runs the conditional branch alone. A guidance-embedded model takes g as an input and runs one branch.
     `times` (S+1,) replaces the even grid of `steps`. `solver` ab2: from the second step on the line
     through the last two velocities is followed (Adams-Bashforth for uneven steps); it calls the model no more often.
-    `sequential` runs the branches one after the other: half the memory. `session` is that of a model with routers: it
-    is told of the generation, of each step and of the branches, and says where one of them is enough.
+    `sequential` runs the branches one after the other: half the memory. `one_branch(t)` says whether the conditional
+    branch is enough at a time in [0,1]; None: nowhere. `session` is that of a model with routers: it is told of the
+    generation, of each step and of the branches, and says itself where one of them is enough.
     `on_step(i, steps)` is called when all samples have done step i.
     """
     times = (timestep_grid(steps) if times is None else times).to(noise.device)
-    path = _Path(dit, condition, noise, times, guidance, solver, guidance_embed, sequential, session)
+    path = _Path(
+        dit, condition, noise, times, guidance, solver, guidance_embed, sequential, session, one_branch
+    )
     waits = False
     if session is not None:
         scale = guidance if len(path.branches) > 1 else None
         session.begin(len(noise), len(path.sizes), guidance=scale, times=path.moments[:-1])
         waits = session.defers and len(noise) > 1 and not sequential
+        path.one_branch = session.one_branch if session.guided else None
     try:
         while (reached := min(path.done)) < len(path.sizes):
             turn, defer = path.turn(waits)
@@ -114,6 +119,7 @@ class _Path:
     embedded: bool
     sequential: bool
     session: ElasticSession | None
+    one_branch: Callable[[float], bool] | None
 
     def __post_init__(self) -> None:
         self.moments, self.sizes = self.times.tolist(), self.times.diff().tolist()
@@ -141,7 +147,7 @@ class _Path:
         """The samples by the branches that run at the times where they are."""
         found: dict[SomeBranches, list[int]] = {}
         for row, t in zip(rows, self.here(self.moments, rows), strict=True):
-            alone = self.session is not None and self.session.one_branch(t)
+            alone = self.one_branch is not None and self.one_branch(t)
             found.setdefault(self.branches[:1] if alone else self.branches, []).append(row)
         return found
 
@@ -170,7 +176,7 @@ class _Path:
             left = [at / t if at else 0.0 for at, t in zip(since, moments, strict=True)]
             return found[0] + _each(left, found[0]) * _some(self.added, rows)
         added = found[0] - found[1]
-        if self.session is not None and self.session.guided:
+        if self.one_branch is not None:
             # samples that are deferred come again at the same time
             self.added = _put(self.added, rows, (self.guidance - 1) * added)
             for row, t in zip(rows, moments, strict=True):

@@ -28,7 +28,7 @@ from elastic3d.elastic.context import (
     StepContext,
     Streams,
 )
-from elastic3d.elastic.families import BlockCall, BlockFlops, ModelAdapter
+from elastic3d.elastic.families import BlockCall, ModelAdapter
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.rollout import Rollout
 from elastic3d.elastic.router import Conditioner, RouteDecision, interpolated
@@ -277,16 +277,6 @@ class ElasticSession:
             self.rollout.passes.append(context)
         if self.conditioner is not None and self.source is None and context.ahead is None:
             context.modulation = self.conditioner(context)
-
-    def passed(self, flops: Sequence[BlockFlops]) -> None:
-        """Record the pass that was announced where a twin of the model takes it, which runs every block in full."""
-        context, trace = self.current, self.trace
-        if context is None or trace is None or not context.waiting:
-            raise ValueError("a forward pass that nobody announced: call session.step first")
-        context.waiting = False
-        rows = [(step, *row) for step, row in zip(context.steps, context.rows, strict=True)]
-        trace.record(rows, range(len(self.blocks)), len(trace.ratios))
-        trace.flops.update(enumerate(flops))
 
     def visit(self, block: ElasticBlock) -> StepContext:
         """The pass that a block is called in: once, unless it is called again for the backward pass."""

@@ -384,19 +384,22 @@ class ImageTo3DPipeline:
         cfg, session = self.dit.config, self.session
         if session is not None:
             session.settings = elastic
+        times = sampling_times(self.config, steps)
+        static = self.static and self.static.begin(len(seeds), times, guidance)
         with self._on_device(self.dit):
             latents = sample(
-                self.static or self.dit,
+                static or self.dit,
                 condition,
                 (cfg.num_latents, cfg.in_channels),
                 steps,
                 guidance,
                 [torch.Generator().manual_seed(seed) for seed in seeds],
-                times=sampling_times(self.config, steps),
+                times=times,
                 solver=self.config.solver,
                 sequential=self.offload,
                 guidance_embed=cfg.guidance_embed,
-                session=session,
+                session=None if static else session,
+                one_branch=static.one_branch if static else None,
                 on_step=on_step,
             )
         if self.offload and session is not None:

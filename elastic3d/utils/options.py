@@ -33,8 +33,8 @@ _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 class Bounds:
     """What a value may be.
 
-    ge, gt, le, lt, multiple_of, choices: of a number, or of every number in a list; zero: or it is 0; lengths: fewest and most elements
-    of a list, or characters of a text; unique, ascending: of a list.
+    ge, gt, le, lt, multiple_of, choices: of a number, or of every number in a list; zero: 0 is fine besides;
+    lengths: fewest and most elements of a list, or characters of a text; unique, ascending: of a list.
     """
 
     ge: float | None = None
