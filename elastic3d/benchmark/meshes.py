@@ -18,8 +18,8 @@ from elastic3d.benchmark.config import MeshBenchmarkConfig
 from elastic3d.benchmark.methods import DENSE, EULER, MAIN, Job, Model, Planner, Run
 from elastic3d.benchmark.rows import average, bounds
 from elastic3d.benchmark.task import SHEET_SIDE, Pixels, Scores, Task
-from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import SamplingGrid, Solver
+from elastic3d.diffusion.sampler import sampling_times
 from elastic3d.elastic import attach
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Item, find_meshes, spread

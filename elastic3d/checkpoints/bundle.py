@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from elastic3d.checkpoints.options import CheckpointConfig
-from elastic3d.diffusion.flow import sampling_times
-from elastic3d.diffusion.sampler import integrate
+from elastic3d.diffusion.sampler import integrate, sampling_times
 from elastic3d.models.image_encoder import DinoV2
 from elastic3d.models.options import DiTConfig, SkipDiTConfig, VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT

@@ -43,8 +43,8 @@ class PipelineConfig(Options):
     steps: int = option(25, "sampling steps", ge=1, le=1000)
     guidance: float = option(3.0, "classifier-free guidance scale; 1 is none", ge=0, le=100)
     resolution: int = option(256, "grid cells a side of the decoding", ge=8, le=512)
-    fast_resolution: int = option(0, "that of quality=fast; 0: the same as without", ge=0, le=512)
-    best_resolution: int = option(0, "that of quality=best; 0: the same as without", ge=0, le=512)
+    fast_resolution: int = option(0, "that of quality=fast; 0: the same as without", ge=8, le=512, zero=True)
+    best_resolution: int = option(0, "that of quality=best; 0: the same as without", ge=8, le=512, zero=True)
     box: float = option(1.01, "half side of the cube that is decoded", ge=1e-3, le=1e3)
     shift: float = option(
         1.0, "timestep shift of the sampler; above 1 spends more steps on noise", ge=1e-3, le=1e3
@@ -59,9 +59,3 @@ class PipelineConfig(Options):
         name = quality.name if isinstance(quality, Quality) else quality
         named = {"fast": self.fast_resolution, "best": self.best_resolution}
         return named.get(name or "", 0) or self.resolution
-
-    def check(self) -> None:
-        """As `resolution`, where it is given."""
-        for name in ("fast_resolution", "best_resolution"):
-            if 0 < getattr(self, name) < 8:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or 8 to 512")

@@ -1,4 +1,4 @@
-"""Sampling with classifier-free guidance: Euler steps, or Adams-Bashforth ones of second order.
+"""Sampling with classifier-free guidance: Euler steps, or Adams-Bashforth ones of second order; and their times.
 
 Elastic samples leave out the blocks at different steps. In a batch each goes on by itself while it can do without
 them, and waits where it needs them; when all wait, the blocks run once for all, at the times of each. So batches stay
@@ -14,8 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from elastic3d.diffusion.flow import timestep_grid
-from elastic3d.diffusion.options import Solver
+from elastic3d.diffusion.options import PipelineConfig, SamplingGrid, Solver
 from elastic3d.elastic.context import BOTH_BRANCHES, Branch, Defer
 from elastic3d.elastic.session import ElasticSession
 
@@ -63,6 +62,7 @@ def integrate(
     guidance_embed: bool = False,
     sequential: bool = False,
     session: ElasticSession | None = None,
+    one_branch: Callable[[float], bool] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Integrate from given noise (B,N,C): condition (B,M,Cc) -> latents (B,N,C). Gradients go back through all steps.
@@ -71,17 +71,21 @@ def integrate(
     runs the conditional branch alone. A guidance-embedded model takes g as an input and runs one branch.
     `times` (S+1,) replaces the even grid of `steps`. `solver` ab2: from the second step on the line
     through the last two velocities is followed (Adams-Bashforth for uneven steps); it calls the model no more often.
-    `sequential` runs the branches one after the other: half the memory. `session` is that of a model with routers: it
-    is told of the generation, of each step and of the branches, and says where one of them is enough.
+    `sequential` runs the branches one after the other: half the memory. `one_branch(t)` says whether the conditional
+    branch is enough at a time in [0,1]; None: nowhere. `session` is that of a model with routers: it is told of the
+    generation, of each step and of the branches, and says itself where one of them is enough.
     `on_step(i, steps)` is called when all samples have done step i.
     """
     times = (timestep_grid(steps) if times is None else times).to(noise.device)
-    path = _Path(dit, condition, noise, times, guidance, solver, guidance_embed, sequential, session)
+    path = _Path(
+        dit, condition, noise, times, guidance, solver, guidance_embed, sequential, session, one_branch
+    )
     waits = False
     if session is not None:
         scale = guidance if len(path.branches) > 1 else None
         session.begin(len(noise), len(path.sizes), guidance=scale, times=path.moments[:-1])
         waits = session.defers and len(noise) > 1 and not sequential
+        path.one_branch = session.one_branch if session.guided else None
     try:
         while (reached := min(path.done)) < len(path.sizes):
             turn, defer = path.turn(waits)
@@ -115,6 +119,7 @@ class _Path:
     embedded: bool
     sequential: bool
     session: ElasticSession | None
+    one_branch: Callable[[float], bool] | None
 
     def __post_init__(self) -> None:
         self.moments, self.sizes = self.times.tolist(), self.times.diff().tolist()
@@ -142,7 +147,7 @@ class _Path:
         """The samples by the branches that run at the times where they are."""
         found: dict[SomeBranches, list[int]] = {}
         for row, t in zip(rows, self.here(self.moments, rows), strict=True):
-            alone = self.session is not None and self.session.one_branch(t)
+            alone = self.one_branch is not None and self.one_branch(t)
             found.setdefault(self.branches[:1] if alone else self.branches, []).append(row)
         return found
 
@@ -171,7 +176,7 @@ class _Path:
             left = [at / t if at else 0.0 for at, t in zip(since, moments, strict=True)]
             return found[0] + _each(left, found[0]) * _some(self.added, rows)
         added = found[0] - found[1]
-        if self.session is not None and self.session.guided:
+        if self.one_branch is not None:
             # samples that are deferred come again at the same time
             self.added = _put(self.added, rows, (self.guidance - 1) * added)
             for row, t in zip(rows, moments, strict=True):
@@ -212,3 +217,56 @@ def _put(whole: Tensor, rows: list[int], part: Tensor) -> Tensor:
     if len(rows) == len(whole):
         return part
     return whole.index_copy(0, torch.tensor(rows, device=whole.device), part)
+
+
+# ------------------------------------------------------------------------------------------------- times of the steps
+
+
+def timestep_grid(steps: int, shift: float = 1.0) -> Tensor:
+    """Sampling times (steps + 1,) from 0 to 1, uniform before the shift."""
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
+    t = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
+    return (t / (t + shift * (1 - t))).float()
+
+
+def endpoint_grid(steps: int, shift: float = 1.0) -> Tensor:
+    """Sampling times as Hunyuan3D-2 counts them: `steps` times from 0 to 1, both included, so steps - 1 moves.
+
+    Its scheduler calls the model once more at t = 1 and moves by nothing; that pass is left out here.
+    """
+    return timestep_grid(max(steps - 1, 1), shift)
+
+
+def consistency_grid(steps: int, segments: int = 100, train_steps: int = 1000) -> Tensor:
+    """Sampling times (steps + 1,) of phased consistency models (2405.18407) as Hunyuan3D-2 turbo takes them.
+
+    The training times i / (train_steps - 1) are cut into `segments`; every N-th segment starts a step.
+    """
+    if not 1 <= steps <= segments:
+        raise ValueError(f"steps is {steps}, expected 1 to {segments} for this consistency model")
+    starts = torch.arange(segments, dtype=torch.float64) * (train_steps // segments) - 1
+    chosen = (torch.arange(steps, dtype=torch.float64) * segments / steps).floor().long()
+    times = starts.clamp_min(0)[chosen] / (train_steps - 1)
+    return torch.cat([times, torch.ones(1, dtype=torch.float64)]).float()
+
+
+def late_start_grid(steps: int, shift: float = 1.0, smallest: float = 0.001) -> Tensor:
+    """Sampling times (steps,) as Step1X-3D counts them: `steps` noise levels from 1 to 0.001, then 0.
+
+    Its first step moves nothing, so that the second starts from pure noise at its own time: that pass is left out here.
+    """
+    sigma = torch.linspace(1.0, smallest, steps, dtype=torch.float64)[min(1, steps - 1) :]
+    t = 1 - torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
+    return (t / (t + shift * (1 - t))).float()
+
+
+def sampling_times(config: PipelineConfig, steps: int) -> Tensor:
+    """The times (moves + 1,) of `steps` steps in a model's own grid."""
+    if config.grid is SamplingGrid.endpoint:
+        return endpoint_grid(steps, config.shift)
+    if config.grid is SamplingGrid.consistency:
+        return consistency_grid(steps, config.segments)
+    if config.grid is SamplingGrid.late_start:
+        return late_start_grid(steps, config.shift)
+    return timestep_grid(steps, config.shift)

@@ -7,7 +7,9 @@ asks `decide`, and in a generation `route`, what to do.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import functools
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,21 +28,36 @@ from elastic3d.elastic.context import (
     StepContext,
     Streams,
 )
-from elastic3d.elastic.families import BlockCall, BlockFlops, ModelAdapter
+from elastic3d.elastic.families import BlockCall, ModelAdapter
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.rollout import Rollout
 from elastic3d.elastic.router import Conditioner, RouteDecision, interpolated
 from elastic3d.elastic.trace import REUSED, SKIPPED, Trace
-from elastic3d.utils.calls import stays_eager
 
 if TYPE_CHECKING:
     from elastic3d.elastic.block import ElasticBlock
     from elastic3d.elastic.diffusers_loop import PipelineDriver
 
 T = TypeVar("T", int, float)
+Function = TypeVar("Function", bound=Callable[..., Any])
 Scale = float | None
 Times = Sequence[float]
 Budget = Sequence[float] | float | None  # one for all samples, one for each, or that of the settings
+
+
+def stays_eager(function: Function) -> Function:
+    """As `torch.compiler.disable(recursive=False)`, which imports the compiler (half a second) at decoration."""
+    kept: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:  # so nobody compiles
+            return function(*args, **kwargs)
+        if not kept:
+            kept.append(torch.compiler.disable(function, recursive=False))
+        return kept[0](*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 @dataclass(eq=False, repr=False)
@@ -260,16 +277,6 @@ class ElasticSession:
             self.rollout.passes.append(context)
         if self.conditioner is not None and self.source is None and context.ahead is None:
             context.modulation = self.conditioner(context)
-
-    def passed(self, flops: Sequence[BlockFlops]) -> None:
-        """Record the pass that was announced where a twin of the model takes it, which runs every block in full."""
-        context, trace = self.current, self.trace
-        if context is None or trace is None or not context.waiting:
-            raise ValueError("a forward pass that nobody announced: call session.step first")
-        context.waiting = False
-        rows = [(step, *row) for step, row in zip(context.steps, context.rows, strict=True)]
-        trace.record(rows, range(len(self.blocks)), len(trace.ratios))
-        trace.flops.update(enumerate(flops))
 
     def visit(self, block: ElasticBlock) -> StepContext:
         """The pass that a block is called in: once, unless it is called again for the backward pass."""

@@ -50,13 +50,8 @@ class CleanupConfig(Options):
     )
     remove_degenerate: bool = option(True, "collapse faces without area")
     max_faces: int = option(
-        40000, "decimate to at most this many faces, 4 or more; 0: never", ge=0, le=1 << 31
+        40000, "decimate to at most this many faces; 0: never", ge=4, le=(1 << 31) - 1, zero=True
     )
     require_closed: bool = option(False, "fail if the mesh has holes")
     smooth_normals: bool = option(True, "one smooth normal a vertex; false: flat faces")
     uv: bool = option(False, "unwrap texture coordinates (needs xatlas)")
-
-    def check(self) -> None:
-        """A mesh has at least four faces."""
-        if 0 < self.max_faces < 4:
-            raise ValueError(f"max_faces is {self.max_faces}, expected 0 or a value from 4 to {1 << 31}")

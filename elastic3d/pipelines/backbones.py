@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from elastic3d.diffusion.flow import timestep_grid
+from elastic3d.diffusion.sampler import timestep_grid
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.pipelines.options import BackboneName
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from elastic3d.checkpoints.bundle import parameter_count
+from elastic3d.checkpoints.bundle import on_meta, parameter_count
 from elastic3d.checkpoints.options import OPEN_MODELS, PRESETS
-from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.models.options import DiTConfig, SkipDiTConfig, VAEConfig
 from elastic3d.pipelines.memory import GB, LOW_MEMORY_CHUNK, memory_need
+from elastic3d.pipelines.runtime import pass_flops
 
 BUDGETS = (1.0, 0.7, 0.5, 0.3)
 SUSTAINED = 150e12
@@ -84,7 +84,7 @@ def estimate(name: str, budget: float) -> Estimate:
     """What one mesh of a preset costs at a budget, in half precision. Routers, embeddings and decoding are left out."""
     model = published(name)
     dit = model.dit
-    one_pass = dit_blocks_flops(dit, dit.num_latents, dit.condition_tokens)
+    one_pass = sum(block.dense for block in pass_flops(on_meta(dit), dit.num_latents, dit.condition_tokens))
     parameters = {
         "condition": _DINOV2[dit.condition_channels],
         "dit": parameter_count(dit),

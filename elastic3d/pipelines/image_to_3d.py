@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from elastic3d import __version__
 from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, save_dial
-from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig, Quality
-from elastic3d.diffusion.sampler import sample
+from elastic3d.diffusion.sampler import sample, sampling_times
 from elastic3d.elastic.attachment import attach, has_routers, is_attached, save_routers, session_of
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.session import ElasticSession
@@ -60,9 +59,9 @@ from elastic3d.pipelines.runtime import (
     routes_of,
     seeds_of,
     timed,
+    turn,
 )
 from elastic3d.pipelines.static import StaticDiT
-from elastic3d.utils.calls import turn
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256, printable
 from elastic3d.utils.options import from_dict, to_dict
@@ -325,7 +324,7 @@ class ImageTo3DPipeline:
             latents = self.sample_latents(
                 condition, seeds, config.steps, config.guidance, config.elastic, partial(call.at, "dit")
             )
-        dense, default = (dense_flops(self.dit.config, c, condition.shape[1]) for c in (config, self.config))
+        dense, default = (dense_flops(self.dit, c, condition.shape[1]) for c in (config, self.config))
         routes = routes_of(self.session, config.elastic, len(made))
         for result, row, route in zip(made.values(), latents, routes, strict=True):
             result.latents = row.cpu()
@@ -385,19 +384,22 @@ class ImageTo3DPipeline:
         cfg, session = self.dit.config, self.session
         if session is not None:
             session.settings = elastic
+        times = sampling_times(self.config, steps)
+        static = self.static and self.static.begin(len(seeds), times, guidance)
         with self._on_device(self.dit):
             latents = sample(
-                self.static or self.dit,
+                static or self.dit,
                 condition,
                 (cfg.num_latents, cfg.in_channels),
                 steps,
                 guidance,
                 [torch.Generator().manual_seed(seed) for seed in seeds],
-                times=sampling_times(self.config, steps),
+                times=times,
                 solver=self.config.solver,
                 sequential=self.offload,
                 guidance_embed=cfg.guidance_embed,
-                session=session,
+                session=None if static else session,
+                one_branch=static.one_branch if static else None,
                 on_step=on_step,
             )
         if self.offload and session is not None:

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from elastic3d import __version__
-from elastic3d.diffusion.flow import timestep_grid
+from elastic3d.diffusion.sampler import timestep_grid
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.errors import UserError
 from elastic3d.models.options import MAX_WIDTH

@@ -1,32 +1,39 @@
-"""What both pipelines share: where a bundled model is, device and number format, seeds, times, metadata of routes."""
+"""What both pipelines share: where a bundled model is, device and number format, seeds, turns, times, FLOPs,
+metadata of routes."""
 
 from __future__ import annotations
 
 import operator
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import nn
 
-from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.diffusion.sampler import sampling_times
+from elastic3d.elastic.attachment import adapter_for
 from elastic3d.elastic.config import ElasticConfig
+from elastic3d.elastic.families import BlockFlops, block_flops
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import trace_dense_flops, trace_flops, trace_router_flops
 from elastic3d.elastic.training_free import StepPolicy
 from elastic3d.errors import UserError
-from elastic3d.models.flops import dit_blocks_flops
-from elastic3d.models.options import DiTConfig, SkipDiTConfig
+from elastic3d.models.shape_dit import ShapeDiT
+from elastic3d.models.skip_dit import SkipDiT
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.options import to_dict
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 BUNDLED = Path("data/pretrained")  # in a wheel, in a checkout
+_LOCKS: WeakKeyDictionary[nn.Module, AbstractContextManager[Any]] = WeakKeyDictionary()
 
 
 def find_model(name: str | Path) -> Path:
@@ -109,6 +116,11 @@ def fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def turn(model: nn.Module) -> AbstractContextManager[Any]:
+    """The lock of a model, which one thread may take several times: whoever generates with the model holds it."""
+    return _LOCKS.setdefault(model, threading.RLock())
+
+
 @contextmanager
 def timed(ms: dict[str, float], name: str) -> Iterator[None]:
     """Add the milliseconds of the block to `ms[name]`, waiting for what it started on a GPU."""
@@ -119,11 +131,17 @@ def timed(ms: dict[str, float], name: str) -> Iterator[None]:
     ms[name] = ms.get(name, 0.0) + 1000 * (time.perf_counter() - start)
 
 
-def dense_flops(dit: DiTConfig | SkipDiTConfig, config: PipelineConfig, condition_tokens: int) -> int:
+def pass_flops(dit: ShapeDiT | SkipDiT, latents: int, condition: int) -> list[BlockFlops]:
+    """FLOPs of each block of a DiT in one pass of one sample, of latent tokens (N) and condition tokens (M)."""
+    lengths = [latents + 1] if isinstance(dit, SkipDiT) else [latents, condition]  # 1: the time token
+    return block_flops(dit, adapter_for(dit), lengths)
+
+
+def dense_flops(dit: ShapeDiT | SkipDiT, config: PipelineConfig, condition: int) -> int:
     """FLOPs of a DiT's blocks in a dense generation of one sample, over all moves and branches."""
     moves = len(sampling_times(config, config.steps)) - 1
-    branches = 2 if config.guidance != 1.0 and not dit.guidance_embed else 1
-    return moves * branches * dit_blocks_flops(dit, dit.num_latents, condition_tokens)
+    branches = 2 if config.guidance != 1.0 and not dit.config.guidance_embed else 1
+    return moves * branches * sum(block.dense for block in pass_flops(dit, dit.config.num_latents, condition))
 
 
 def routes_of(session: ElasticSession | None, settings: ElasticConfig, samples: int) -> list[dict[str, Any]]:

@@ -6,13 +6,13 @@ budget of 1 with the few-step LoRA, whose weights are the same through a whole g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from elastic3d.elastic.attachment import is_attached, session_of
-from elastic3d.elastic.families import block_flops
 from elastic3d.elastic.few_step import Key
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import Trace
@@ -20,13 +20,14 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT
 from elastic3d.models.weights import plain_twin
+from elastic3d.pipelines.runtime import pass_flops
 
 MOST_SHAPES = 16  # of the inputs, with a compiled graph each; others run as they are
 Arguments = dict[str, Any]
 
 
 class StaticDiT:
-    """Stands where the sampler calls a DiT: calls a plain twin of it where every block runs, else the DiT.
+    """A plain twin of a DiT, which the sampler calls in generations in which every block runs (see `begin`).
 
     Without a compiler the twin takes generations with the few-step LoRA alone, and only where the DiT is as it was
     built: hooks and exchanged modules would be passed over.
@@ -48,21 +49,45 @@ class StaticDiT:
             if "backend" not in compiled:
                 check_compiler(next(dit.parameters()).device)
         self._of: tuple[object, ...] | None = None  # what the twin was made of
-        self._trace: Trace | None = None  # of the generation whose weights the twin has
         self._merged: list[Key] = []
+        self.one_branch: Callable[[float], bool] | None = None  # of the sampler, for the generation that runs
+        self._trace: Trace | None = None  # of it, where the DiT has routers
+        self._done = 0  # steps of it
+
+    @torch.no_grad()
+    def begin(self, samples: int, times: Tensor, guidance: float) -> StaticDiT | None:
+        """This object, ready for a generation at `times` (S+1,) in which every block runs; None for any other.
+
+        The settings are those of the DiT's session, which gets the trace. Each step is one call, for all samples.
+        """
+        session = session_of(self.dit) if is_attached(self.dit) else None
+        moments = times.tolist()[:-1]
+        if session is not None:
+            scale = None if guidance == 1.0 or self.dit.config.guidance_embed else guidance
+            session.coarsen(len(moments), session.settings.budget, scale, moments)
+            if not session.static:
+                return None
+        elastic = session is not None and session.settings.elastic
+        if self.compiled is None and not (elastic and self._untouched()):
+            return None
+        self._refresh(session)
+        self.one_branch = self._trace = None
+        if session is not None and elastic:
+            names, ratios = [block.name for block in session.blocks], session.router_config.ratios
+            self._trace = session.trace = Trace(names, ratios, len(moments), samples, session.guided)
+            self._done = 0
+            self.one_branch = session.one_branch if session.guided else None
+        return self
 
     def __call__(
         self, latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None
     ) -> Tensor:
         """As the DiT: latents (B,N,C), t (B,), condition (B,M,Cc), guidance (B,) or None -> velocity (B,N,C)."""
-        session = session_of(self.dit) if is_attached(self.dit) else None
-        if not self._applies(session):
-            return self.dit(latents, t, condition, guidance)
-        self._refresh(session)
-        if session is not None and session.settings.elastic:
-            N, M = latents.shape[1], condition.shape[1]
-            lengths = [N + 1] if isinstance(self.dit, SkipDiT) else [N, M]
-            session.passed(block_flops(self.dit, session.adapter, lengths))
+        if (trace := self._trace) is not None:
+            flops = pass_flops(self.dit, latents.shape[1], condition.shape[1])
+            trace.flops.update(enumerate(flops))
+            trace.actions[self._done, : len(latents) // trace.samples] = len(trace.ratios)
+            self._done += 1
         if self.compiled is None:
             return self.twin(latents, t, condition, guidance)
         shapes = latents.shape, condition.shape
@@ -73,17 +98,9 @@ class StaticDiT:
             torch.compiler.cudagraph_mark_step_begin()
         return self._graph(latents, t, condition, guidance).clone()  # the next pass may overwrite it
 
-    def _applies(self, session: ElasticSession | None) -> bool:
-        """Whether the twin takes the next pass."""
-        if self.compiled is not None:
-            return session is None or session.static
-        return (
-            session is not None and session.settings.elastic and session.static and self._untouched(session)
-        )
-
-    def _untouched(self, session: ElasticSession) -> bool:
+    def _untouched(self) -> bool:
         """Whether nobody listens to the modules of the DiT, and each is of PyTorch or this package."""
-        routed = {id(block.inner) for block in session.blocks}  # whose forward is the session's
+        routed = {id(block.inner) for block in session_of(self.dit).blocks}  # whose forward is the session's
         return len(self.dit._forward_pre_hooks) == 1 and not any(
             module._forward_hooks
             or (module._forward_pre_hooks and module is not self.dit)
@@ -94,8 +111,6 @@ class StaticDiT:
 
     def _refresh(self, session: ElasticSession | None) -> None:
         """The weights of this generation; a twin where there is none yet of these parameters."""
-        if self._of is not None and session is not None and session.trace is self._trace:
-            return
         first = next(self.dit.parameters())
         made_of = session, first.device, first.dtype, *map(id, self.dit.parameters())
         if made_of != self._of:
@@ -108,7 +123,7 @@ class StaticDiT:
                 session.forget()  # weights that earlier generations made for themselves
         if session is None:
             return
-        self._trace, coarse = session.trace, session.coarseness
+        coarse = session.coarseness
         blocks = [(block, lora) for block in session.blocks if (lora := block.few_step) is not None]
         state = [lora.state(block.inner, coarse) for block, lora in blocks]
         if state != self._merged and (self._merged or coarse is not None):

@@ -37,8 +37,15 @@ from elastic3d.pipelines.image_loading import (
     weight_files,
 )
 from elastic3d.pipelines.options import MAX_PROMPT, NO_ROUTERS_NAME, BackboneName
-from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype, routes_of, seeds_of, timed
-from elastic3d.utils.calls import turn
+from elastic3d.pipelines.runtime import (
+    find_model,
+    resolve_device,
+    resolve_dtype,
+    routes_of,
+    seeds_of,
+    timed,
+    turn,
+)
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256
 from elastic3d.utils.options import check_range

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.diffusion.sampler import sampling_times
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE

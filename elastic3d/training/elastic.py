@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.diffusion.flow import sampling_times
-from elastic3d.diffusion.sampler import sample
+from elastic3d.diffusion.sampler import sample, sampling_times
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.diffusion.flow import sampling_times
 from elastic3d.diffusion.options import PipelineConfig
-from elastic3d.diffusion.sampler import integrate
+from elastic3d.diffusion.sampler import integrate, sampling_times
 from elastic3d.elastic import adapter_for, attach
 from elastic3d.elastic.attachment import (
     load_router_config,

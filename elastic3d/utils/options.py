@@ -33,8 +33,8 @@ _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 class Bounds:
     """What a value may be.
 
-    ge, gt, le, lt, multiple_of, choices: of a number, or of every number in a list; lengths: fewest and most elements
-    of a list, or characters of a text; unique, ascending: of a list.
+    ge, gt, le, lt, multiple_of, choices: of a number, or of every number in a list; zero: 0 is fine besides;
+    lengths: fewest and most elements of a list, or characters of a text; unique, ascending: of a list.
     """
 
     ge: float | None = None
@@ -43,6 +43,7 @@ class Bounds:
     lt: float | None = None
     multiple_of: int | None = None
     choices: tuple[object, ...] = ()
+    zero: bool = False
     lengths: tuple[int, int] | None = None
     unique: bool = False
     ascending: bool = False
@@ -51,7 +52,7 @@ class Bounds:
         """Whether a number is finite and in range; anything else, whether it is one of the choices."""
         if self.choices:
             return value in self.choices
-        if not _is(value, float):
+        if not _is(value, float) or (self.zero and value == 0):
             return True
         return (
             math.isfinite(value)
@@ -75,7 +76,7 @@ class Bounds:
             text = f"{_number(self.ge)} to {_number(self.le)}"
         if self.multiple_of is not None:
             text += f"{', ' if text else ''}a multiple of {self.multiple_of}"
-        return text
+        return f"0 or {text}" if self.zero else text
 
 
 def option(default: Any, help: str, *, advanced: bool = False, internal: bool = False, **bounds: Any) -> Any:
@@ -162,7 +163,7 @@ def _wanted(bounds: Bounds) -> str:
     text = str(bounds)
     if not text:
         return "a finite number"
-    if bounds.choices or text.startswith("a multiple"):
+    if bounds.choices or bounds.zero or text.startswith("a multiple"):
         return text
     between = bounds.ge is not None and bounds.le is not None
     return f"a value {'from ' if between else ''}{text}"

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from elastic3d.checkpoints.hunyuan3d import load_hunyuan3d
-from elastic3d.diffusion.flow import sampling_times
-from elastic3d.diffusion.sampler import sample
+from elastic3d.diffusion.sampler import sample, sampling_times
 
 TOLERANCE = 1e-4
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hunyuan_tiny import config_21, dit_shapes_21, tiny_config
 
-from elastic3d.checkpoints.bundle import parameter_count
+from elastic3d.checkpoints.bundle import on_meta, parameter_count
 from elastic3d.checkpoints.dinov2 import build_network
 from elastic3d.checkpoints.hunyuan3d import dinov2_config, parse_config, parse_vae
-from elastic3d.models.flops import dit_blocks_flops
+from elastic3d.elastic.families import dense_flops
+from elastic3d.elastic.families.shape_dit import ADAPTER
 from elastic3d.models.options import DiTConfig, SkipDiTConfig
 
 
@@ -29,7 +30,7 @@ def test_published_sizes() -> None:
     mini = full_size(double_blocks=8, single_blocks=16, num_latents=512)
     for config, parameters, flops in ((full_size(), 1.113e9, 9.25e12), (mini, 0.559e9, 1.48e12)):
         assert parameter_count(config) == pytest.approx(parameters, rel=0.005)
-        found = dit_blocks_flops(config, config.num_latents, config.condition_tokens)
+        found = dense_flops(on_meta(config), ADAPTER, [config.num_latents, config.condition_tokens])
         assert found == pytest.approx(flops, rel=0.05)
 
 

@@ -1,16 +1,8 @@
 from itertools import permutations
 
-import pytest
 import torch
 
-from elastic3d.diffusion.flow import (
-    interpolate,
-    match_noise,
-    predict_data,
-    sample_timesteps,
-    timestep_grid,
-    velocity,
-)
+from elastic3d.diffusion.flow import interpolate, match_noise, predict_data, sample_timesteps, velocity
 
 
 def test_time_runs_from_noise_to_data():
@@ -30,15 +22,6 @@ def test_the_true_velocity_predicts_the_data():
     noise, data, t = torch.randn(4, 5, 3), torch.randn(4, 5, 3), torch.rand(4)
     x_t = interpolate(noise, data, t)
     torch.testing.assert_close(predict_data(x_t, velocity(noise, data), t), data, rtol=1e-4, atol=1e-5)
-
-
-def test_grid_ends_at_both_ends_and_shift_spends_steps_near_noise():
-    plain, shifted = timestep_grid(10), timestep_grid(10, shift=3.0)
-    for grid in (plain, shifted):
-        assert grid[0] == 0 and grid[-1] == 1 and (grid.diff() > 0).all() and len(grid) == 11
-    assert (shifted[1:-1] < plain[1:-1]).all()
-    with pytest.raises(ValueError, match="steps is 0"):
-        timestep_grid(0)
 
 
 def test_timesteps_reproduce_and_follow_their_law():

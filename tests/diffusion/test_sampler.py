@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from elastic3d.diffusion.flow import timestep_grid
 from elastic3d.diffusion.options import Solver
-from elastic3d.diffusion.sampler import sample
+from elastic3d.diffusion.sampler import sample, timestep_grid
 
 
 def generators(*seeds):
@@ -93,3 +92,12 @@ def test_progress_is_reported_and_generators_are_counted():
     assert seen == [(1, 3), (2, 3), (3, 3)]
     with pytest.raises(ValueError, match="1 generators for a batch of 2"):
         sample(PointFlow(), torch.randn(2, 5, 3), (7, 3), 3, 1.0, generators(0))
+
+
+def test_grid_ends_at_both_ends_and_shift_spends_steps_near_noise():
+    plain, shifted = timestep_grid(10), timestep_grid(10, shift=3.0)
+    for grid in (plain, shifted):
+        assert grid[0] == 0 and grid[-1] == 1 and (grid.diff() > 0).all() and len(grid) == 11
+    assert (shifted[1:-1] < plain[1:-1]).all()
+    with pytest.raises(ValueError, match="steps is 0"):
+        timestep_grid(0)

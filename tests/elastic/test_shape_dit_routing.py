@@ -12,9 +12,9 @@ from elastic3d.diffusion.sampler import sample
 from elastic3d.elastic import attach, detach, load_routers, save_routers
 from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig, RouterConfig
+from elastic3d.elastic.families import dense_flops
 from elastic3d.elastic.trace import trace_dense_flops, trace_router_flops, trace_share
 from elastic3d.errors import UserError
-from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.utils.options import from_dict
@@ -52,7 +52,7 @@ def test_routers_are_light_at_the_default_size():
     with torch.no_grad():
         model(torch.randn(2, 128, 19), torch.zeros(2), torch.randn(2, 49, 768))
     dense = trace_dense_flops(session.trace).sum().item()
-    assert dense == 2 * dit_blocks_flops(config, 128, 49)
+    assert dense == 2 * dense_flops(model, session.adapter, [128, 49])
     assert trace_router_flops(session.trace).sum() < 0.02 * dense
     assert trace_share(session.trace).tolist() == [1.0]
 

@@ -148,8 +148,7 @@ def test_against_the_oracle(dit: SkipDiT, weights: Weights) -> None:
 
 def test_the_whole_sampling(root: Path, weights: Weights) -> None:
     """Five steps with guidance, the loop written out with the oracle."""
-    from elastic3d.diffusion.flow import sampling_times
-    from elastic3d.diffusion.sampler import sample
+    from elastic3d.diffusion.sampler import sample, sampling_times
 
     bundle = load_hunyuan3d(root, "hunyuan3d-dit-v2-1")
     condition = inputs(1)[2]

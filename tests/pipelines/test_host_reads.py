@@ -79,7 +79,6 @@ def test_a_dense_step_reads_nothing() -> None:
 
 
 def test_a_step_of_a_compiled_few_step_plan_reads_and_copies_nothing() -> None:
-    """But what a session is told of a pass, which stays on the host: step sizes, branches, some of its budgets."""
     pipeline = tiny_pipeline()
     config = RouterConfig(few_step_rank=2, few_step_guidance=2.0, guided_times=[0.1, 0.5])
     attach(pipeline.dit, config)
@@ -89,7 +88,7 @@ def test_a_step_of_a_compiled_few_step_plan_reads_and_copies_nothing() -> None:
         told = [image()] * 2, 0
         pipeline(*told, resolution=8, steps=6, budget=1, on_step=lambda *_: at.append(mode.found.copy()))
     assert pipeline.session is not None and pipeline.session.guided
-    assert at[-1] - at[0] == Counter(tensor=2 * 5, list=5), "of five steps, some with one branch after two"
+    assert at[-1] == at[0], "five steps, some with one branch after two"
 
 
 def test_routers_of_every_block_read_once_each() -> None:

@@ -20,10 +20,10 @@ from tiny_pipeline import CHANNELS, LATENTS, image, save_image, tiny_pipeline
 from elastic3d import __version__
 from elastic3d.elastic import attach
 from elastic3d.elastic.config import RouterConfig
+from elastic3d.elastic.families import dense_flops
 from elastic3d.elastic.families.shape_dit import ADAPTER
 from elastic3d.errors import NoSurfaceError, UserError
 from elastic3d.geometry.options import CleanupConfig
-from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.models.image_encoder import Familiarity, image_feature
 from elastic3d.pipelines import image_to_3d
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
@@ -46,7 +46,7 @@ def test_metadata(pipeline: ImageTo3DPipeline) -> None:
     ]  # fmt: skip
     assert list(metadata["ms"]) == ["condition", "dit", "decode", "surface", "cleanup"]
     assert all(value >= 0 for value in metadata["ms"].values())
-    flops = 2 * dit_blocks_flops(pipeline.dit.config, LATENTS, 4)
+    flops = 2 * dense_flops(pipeline.dit, ADAPTER, [LATENTS, 4])
     expected = {
         "version": __version__,
         "model": "tiny",
@@ -60,15 +60,6 @@ def test_metadata(pipeline: ImageTo3DPipeline) -> None:
     guided = pipeline(image(), steps=2, guidance=3.0).metadata
     assert guided["flops_dense"] == 2 * flops
     json.dumps(metadata)
-
-
-def test_flops_agree_with_the_adapter(pipeline: ImageTo3DPipeline) -> None:
-    total = 0
-    for name, adapter in ADAPTER.lists:
-        for block in getattr(pipeline.dit, name):
-            lengths = [LATENTS, 4] if name == "double_blocks" else [LATENTS + 4]
-            total += adapter.flops(block, lengths).dense
-    assert dit_blocks_flops(pipeline.dit.config, LATENTS, 4) == total
 
 
 def test_seed_image_and_guidance_matter(pipeline: ImageTo3DPipeline) -> None:

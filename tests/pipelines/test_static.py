@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import fresh_cache
 
 from elastic3d.diffusion.options import Quality
+from elastic3d.diffusion.sampler import timestep_grid
 from elastic3d.elastic import attach, detach
 from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.session import ElasticSession
@@ -228,9 +229,8 @@ def test_outputs_are_kept_though_the_next_pass_overwrites_them() -> None:
     dit, session = pipeline.static, pipeline.session
     assert dit is not None and session is not None
     inputs = torch.randn(4, 8, 7), torch.rand(4), torch.randn(4, 4, pipeline.dit.config.condition_channels)
-    with pytest.raises(ValueError, match="that nobody announced"):
-        dit(*inputs)
     with torch.no_grad(), session.dense():
+        assert dit.begin(2, timestep_grid(2), 1.0) is dit
         before = dit(*inputs)
         kept = before.clone()
         dit(2 * inputs[0], *inputs[1:])
@@ -311,10 +311,13 @@ def test_blocks_with_long_skips_and_no_static_plan_of_experts() -> None:
             nn.init.zeros_(block.few_step.parts["skip_linear"].get_parameter("up"))  # it is never trained
     session.settings = ElasticConfig(budget=1)
     inputs = torch.randn(2, 10, 4), torch.full((2,), 0.5), torch.randn(2, 5, 6)
-    compiled, found = StaticDiT(dit, UNCOMPILED), []
+    times, compiled, found = timestep_grid(3), StaticDiT(dit, UNCOMPILED), []
     for call in (dit, compiled):
-        session.begin(2, 3, guidance=2.0)
-        session.step(1, 1 / 3, (0,))
+        if call is dit:
+            session.begin(2, 3, guidance=2.0, times=times.tolist()[:-1])
+            session.step(0, 1 / 3, (0,))
+        else:
+            assert compiled.begin(2, times, 2.0) is compiled
         with torch.no_grad():
             found.append((call(*inputs), session.trace))
     torch.testing.assert_close(found[0][0], found[1][0], **CLOSE)

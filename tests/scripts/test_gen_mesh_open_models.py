@@ -24,8 +24,8 @@ from elastic3d.elastic import attach, save_routers
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.training_free import CALIBRATION_NAME
 from elastic3d.geometry.mesh_io import read_extras
-from elastic3d.models.flops import dit_blocks_flops
 from elastic3d.pipelines.options import CalibratePolicyConfig, GenerateConfig
+from elastic3d.pipelines.runtime import pass_flops
 
 Command = Callable[..., int]
 BOXES = {"triposg": 1.005, "step1x3d": 1.05}
@@ -69,8 +69,9 @@ def test_an_image_becomes_a_mesh(
     mesh, found = trimesh.load_mesh("chair.glb"), extras()
     assert mesh.is_watertight and 0.5 < abs(mesh.bounds).max() <= BOXES[model]
     assert found["model"] == model and found["guidance"] == guidance
-    dit = (load_triposg if model == "triposg" else load_step1x3d)(folders[model]).dit.config
-    one_pass = dit_blocks_flops(dit, dit.num_latents, dit.condition_tokens)
+    dit = (load_triposg if model == "triposg" else load_step1x3d)(folders[model]).dit
+    flops = pass_flops(dit, dit.config.num_latents, dit.config.condition_tokens)
+    one_pass = sum(block.dense for block in flops)
     assert found["flops_dense"] == found["flops_executed"] == 2 * moves * one_pass
 
 

@@ -167,10 +167,31 @@ def take_rows(streams: tuple[Tensor, ...], rows: Sequence[int]) -> tuple[Tensor,
     return tuple(stream[index] for stream in streams)
 
 
+def double_block_flops(width: int, hidden: int, image: int, text: int) -> BlockFlops:
+    """One sample in a block that keeps two streams apart, of which the MLP of the image stream is narrowed.
+
+    Of width D, hidden units of the MLPs, and tokens of both streams (N latents and M condition tokens for shapes).
+    """
+    modulation = 2 * (2 * width * 6 * width)  # of both streams, once a sample
+    mlp = 4 * width * hidden  # a token
+    return BlockFlops(modulation + attention_flops(width, image + text) + text * mlp, image * mlp)
+
+
+def single_block_flops(width: int, hidden: int, tokens: int) -> BlockFlops:
+    """One sample in a block that has all tokens as one stream."""
+    return BlockFlops(2 * width * 3 * width + attention_flops(width, tokens), tokens * 4 * width * hidden)
+
+
+def attention_flops(width: int, tokens: int) -> int:
+    """Projections to queries, keys, values and output; scores, and their product with the values."""
+    return 2 * tokens * 4 * width**2 + 4 * tokens**2 * width
+
+
 def block_flops(model: nn.Module, adapter: ModelAdapter, lengths: Sequence[int]) -> list[BlockFlops]:
     """FLOPs of each block in one dense pass of one sample with `lengths` tokens in its streams.
 
-    Reads shapes alone: the model may lie on the meta device. A block of one stream sees all tokens.
+    Embeddings and the final layer are left out: they are always executed, and less than a block's worth. Reads shapes
+    alone: the model may lie on the meta device. A block of one stream sees all tokens.
     """
     found = []
     for name, kind in adapter.lists:

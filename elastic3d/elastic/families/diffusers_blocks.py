@@ -8,8 +8,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from elastic3d.elastic.families import BlockAdapter, BlockCall, BlockFlops, MLPSite, ModelAdapter, Rows
-from elastic3d.models.flops import double_block_flops, single_block_flops
+from elastic3d.elastic.families import (
+    BlockAdapter,
+    BlockCall,
+    BlockFlops,
+    MLPSite,
+    ModelAdapter,
+    Rows,
+    double_block_flops,
+    single_block_flops,
+)
 
 STREAMS = ("hidden_states", "encoder_hidden_states")  # image tokens, text tokens
 
@@ -58,7 +66,7 @@ class FluxDoubleAdapter(JointBlockAdapter):
 
     def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
         """FLOPs of one sample: image tokens, text tokens."""
-        return BlockFlops(*double_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, *lengths))
+        return double_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, *lengths)
 
 
 class FluxSingleAdapter(JointBlockAdapter):
@@ -71,9 +79,7 @@ class FluxSingleAdapter(JointBlockAdapter):
 
     def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
         """FLOPs of one sample."""
-        return BlockFlops(
-            *single_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, sum(lengths))
-        )
+        return single_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, sum(lengths))
 
 
 class QwenImageBlockAdapter(JointBlockAdapter):
@@ -99,10 +105,11 @@ class QwenImageBlockAdapter(JointBlockAdapter):
     def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
         """FLOPs of one sample: image tokens, text tokens."""
         D = self.width(block)
-        fixed, mlp = double_block_flops(D, self.mlp_sites(block)[0].hidden, *lengths)
-        if getattr(block, "zero_cond_t", False):
-            fixed += 2 * D * 6 * D  # the image stream is modulated twice
-        return BlockFlops(fixed, mlp)
+        found = double_block_flops(D, self.mlp_sites(block)[0].hidden, *lengths)
+        again = (
+            2 * D * 6 * D if getattr(block, "zero_cond_t", False) else 0
+        )  # the image stream is modulated twice
+        return BlockFlops(found.fixed + again, found.mlp)
 
 
 _RETURNS = STREAMS[::-1]

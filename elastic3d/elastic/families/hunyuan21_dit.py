@@ -7,8 +7,14 @@ from typing import Any, cast
 
 from torch import nn
 
-from elastic3d.elastic.families import BlockAdapter, BlockCall, BlockFlops, MLPSite, ModelAdapter
-from elastic3d.models.flops import skip_block_flops
+from elastic3d.elastic.families import (
+    BlockAdapter,
+    BlockCall,
+    BlockFlops,
+    MLPSite,
+    ModelAdapter,
+    attention_flops,
+)
 from elastic3d.models.skip_dit import SkipBlock
 
 
@@ -34,14 +40,19 @@ class SkipBlockAdapter(BlockAdapter):
         return (MLPSite("mlp.fc1", "mlp.fc2", cast(SkipBlock, block).mlp.fc1.out_features),)
 
     def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
-        """FLOPs of one sample with the condition tokens of the model's own encoder; the joint is always executed."""
-        whole = cast(SkipBlock, block)
-        gate = whole.moe.gate if hasattr(block, "moe") else None
-        experts = (gate.chosen, len(gate.weight)) if gate is not None else (0, 0)
-        read = whole.attn2.to_k.in_features
-        return BlockFlops(
-            *skip_block_flops(self.width(block), read, lengths[0], whole.condition_tokens, *experts)
-        )
+        """FLOPs of one sample: latents and the time token, with the condition tokens of the model's own encoder.
+
+        The joint of a long skip is always executed and left out. Experts count as fixed: a token passes the shared
+        one and those that it chooses.
+        """
+        whole, D, (tokens,) = cast(SkipBlock, block), self.width(block), lengths
+        read, M = whole.attn2.to_k.in_features, whole.condition_tokens
+        cross = 2 * tokens * 2 * D**2 + 2 * M * 2 * read * D + 4 * tokens * M * D
+        fixed, mlp = attention_flops(D, tokens) + cross, tokens * 4 * D * 4 * D
+        if not hasattr(block, "moe"):
+            return BlockFlops(fixed, mlp)
+        gate = whole.moe.gate
+        return BlockFlops(fixed + 2 * tokens * D * len(gate.weight) + (1 + gate.chosen) * mlp, 0)
 
 
 _BLOCK = SkipBlockAdapter(("x",), "attn1.out_proj", per_sample=("condition",))

@@ -7,8 +7,14 @@ from typing import cast
 
 from torch import nn
 
-from elastic3d.elastic.families import BlockAdapter, BlockFlops, MLPSite, ModelAdapter
-from elastic3d.models.flops import double_block_flops, single_block_flops
+from elastic3d.elastic.families import (
+    BlockAdapter,
+    BlockFlops,
+    MLPSite,
+    ModelAdapter,
+    double_block_flops,
+    single_block_flops,
+)
 from elastic3d.models.shape_dit import DoubleStreamBlock, SingleStreamBlock
 
 
@@ -22,7 +28,7 @@ class DoubleAdapter(BlockAdapter):
 
     def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
         """FLOPs of one sample: latents, condition."""
-        return BlockFlops(*double_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, *lengths))
+        return double_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, *lengths)
 
 
 class SingleAdapter(BlockAdapter):
@@ -35,7 +41,7 @@ class SingleAdapter(BlockAdapter):
 
     def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
         """FLOPs of one sample."""
-        return BlockFlops(*single_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, *lengths))
+        return single_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, *lengths)
 
 
 _DOUBLE = DoubleAdapter(("img", "txt"), "img_attn.proj", ("img", "txt"), ("vec",))

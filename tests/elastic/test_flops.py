@@ -6,7 +6,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic3d.models.flops import dit_blocks_flops
+from elastic3d.elastic import adapter_for
+from elastic3d.elastic.families import dense_flops
 from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT
@@ -28,7 +29,9 @@ def test_against_the_flop_counter_of_pytorch() -> None:
     counts = counter.get_flop_counts()
     blocks = [name for name in counts if name.split(".")[-2:-1] in (["double_blocks"], ["single_blocks"])]
     assert len(blocks) == 5
-    assert dit_blocks_flops(config, 11, 6) == sum(sum(counts[name].values()) for name in blocks)
+    assert dense_flops(model, adapter_for(model), [11, 6]) == sum(
+        sum(counts[name].values()) for name in blocks
+    )
 
 
 def test_skip_dit_against_the_flop_counter_of_pytorch() -> None:
@@ -42,4 +45,4 @@ def test_skip_dit_against_the_flop_counter_of_pytorch() -> None:
     counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
     found = sum(count for name, count in counts.items() if name.split(".")[-2:-1] == ["blocks"])
     extra = sum(count for name, count in counts.items() if name.endswith(".skip_linear"))
-    assert extra > 0 and dit_blocks_flops(config, 11, 6) == found - extra
+    assert extra > 0 and dense_flops(model, adapter_for(model), [12]) == found - extra
