@@ -35,6 +35,7 @@ from elastic3d.preparation.sources import Item, with_article
 from elastic3d.utils.structured import parse_json
 
 MAX_SPIKE = 5.0  # how far single vertices may reach, over the rest
+_FAILURES = "failures.jsonl"
 WORKER = Path(__file__).with_name("infinigen_worker.py")
 # category: (module under infinigen.assets.objects, factory). Looked at: clean, recognisable, under 2 s.
 FACTORIES = {
@@ -111,7 +112,7 @@ class Worker:
         self._stop()
 
     def make(self, asset: Asset, output: Path) -> dict[str, Any]:
-        """Write the raw mesh of an asset; the answer holds `faces` and `seconds`, or `error`."""
+        """Write the raw mesh of an asset; the answer holds `faces` and `seconds`, or `error` (and `fatal`)."""
         if self._process is None or self._served >= self._lifetime:
             self._stop()
             self._start()
@@ -165,16 +166,20 @@ def generate(
 ) -> Iterator[tuple[Asset, str]]:
     """Make the raw meshes that are missing, in order; yields (asset, error or "").
 
-    Failures are appended to `folder/failures.jsonl`; an asset listed there isn't tried again.
+    Failures are appended to `folder/failures.jsonl`; an asset listed there isn't tried again. UserError if the
+    machine and not the asset is at fault.
     """
-    failures = folder / "failures.jsonl"
+    failures = folder / _FAILURES
     failed = read_failures(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with Worker(python, timeout_s, folder / "blender.log") as worker:
         for asset in wanted:
             if asset.name in failed or asset.path(folder).exists():
                 continue
-            error = worker.make(asset, asset.path(folder)).get("error", "")
+            answer = worker.make(asset, asset.path(folder))
+            error = answer.get("error", "")
+            if answer.get("fatal"):
+                raise UserError(f"Infinigen can't make {asset.name}: {error}; mend that and run this again")
             if error:
                 with failures.open("a") as stream:
                     stream.write(
@@ -275,9 +280,20 @@ def _generate_all(wanted: list[Asset], folder: Path, python: Path) -> None:
         sys.exit(f"error: {error}")
 
 
+def forget_failures(folder: Path) -> None:
+    """Let every asset that could not be made be tried again."""
+    (folder / _FAILURES).unlink(missing_ok=True)
+
+
+def _end(*_: object) -> None:
+    """Leave by an exception, so that Blender is stopped too; a second signal must not interrupt that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(0)
+
+
 def read_failures(folder: Path) -> dict[str, str]:
     """Reason by asset name, of assets that could not be made."""
-    path = folder / "failures.jsonl"
+    path = folder / _FAILURES
     if not path.exists():
         return {}
     found = {}

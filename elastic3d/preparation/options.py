@@ -48,6 +48,9 @@ class PrepareConfig(Options):
     )
     seed: int = option(0, "seed of every sample and view", ge=0, le=2**31)
     timeout: float = option(300.0, "seconds after which a single shape is given up", ge=1, le=1e6)
+    retry: bool = option(
+        False, "try skipped shapes again: after more memory, another timeout=, a package that was missing"
+    )
     cache_dir: str = option(
         "", "folder for downloads, raw meshes and Infinigen; the user's cache folder if empty"
     )

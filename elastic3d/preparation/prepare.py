@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from elastic3d.errors import UserError
-from elastic3d.preparation.infinigen import InfinigenSource
+from elastic3d.preparation.infinigen import InfinigenSource, forget_failures
 from elastic3d.preparation.options import PrepareConfig, SourceName
 from elastic3d.preparation.primitives.catalogue import PrimitivesSource
 from elastic3d.preparation.shards import (
@@ -178,7 +178,7 @@ def _attend(
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run has left on disk."""
+    """What has become of the shapes that a run was asked for."""
 
     folder: Path
     prepared: int
@@ -198,6 +198,8 @@ def open_source(config: PrepareConfig) -> Source:
     if config.source is SourceName.infinigen:
         environment = Path(config.infinigen_env) if config.infinigen_env else cache / "infinigen-env"
         raw = cache / "raw" / "infinigen"
+        if config.retry:
+            forget_failures(raw)
         return InfinigenSource(raw, environment, config.categories, config.seeds, config.generators)
     if config.source is SourceName.sweethome3d:
         downloads = cache / "sweethome3d"
@@ -220,16 +222,15 @@ def prepare_data(config: PrepareConfig) -> Summary:
         held_out |= set(
             folder_split([f"{item.source}/{item.id}" for item in items], config.val_share, config.seed)[1]
         )
-    shards = plan_shards(items, folder, config.shard_size)
     recipe = Recipe(config.shape, config.seed, frozenset(held_out))
-    drop_outdated(shards, recipe)
-    _prepare_with_bar(shards, source, recipe, config)
-    count, failures = write_manifest(folder)
-    if config.source is SourceName.folder and count:
-        write_folder_split(
-            folder, [f"{item.source}/{item.id}" for item in items if item.id not in failures], held_out
-        )
-    return Summary(folder, count, failures)
+    drop_outdated(items, folder, recipe, config.retry)
+    _prepare_with_bar(plan_shards(items, folder, config.shard_size), source, recipe, config)
+    _, every_failure = write_manifest(folder)
+    failures = {item.id: every_failure[item.id] for item in items if item.id in every_failure}
+    prepared = [f"{item.source}/{item.id}" for item in items if item.id not in failures]
+    if config.source is SourceName.folder and prepared:
+        write_folder_split(folder, prepared, held_out)
+    return Summary(folder, len(prepared), failures)
 
 
 def next_commands(config: PrepareConfig) -> list[str]:

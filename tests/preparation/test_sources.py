@@ -64,6 +64,52 @@ def test_folder_end_to_end(meshes: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert arrays["toys--red_ball/cameras"].shape == (2, 8)
 
 
+def test_a_mended_mesh_and_a_new_one_are_prepared(
+    meshes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("source=folder", f"path={meshes}", f"output={tmp_path / 'out'}", "shard_size=3")
+    folder = tmp_path / "out" / "folder"
+
+    def lists() -> list[str]:
+        return (folder / "train.txt").read_text().split()
+
+    assert prepare(*given) == 0 and "folder/bad" not in lists()
+    first = (folder / "shard-00000.safetensors").stat().st_mtime_ns
+    assert prepare(*given) == 0, "nothing has changed: nothing is tried again"
+    assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == first
+    capsys.readouterr()
+    trimesh.creation.box((1, 1, 2)).export(meshes / "bad.obj")
+    assert prepare(*given) == 0
+    assert "5 shapes in" in capsys.readouterr().out and lists()[0] == "folder/bad"
+    kept = [(file, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+    trimesh.creation.box((1, 1, 3)).export(meshes / "another.obj")
+    (meshes / "cone.off").unlink()
+    assert prepare(*given) == 0
+    assert lists() == [f"folder/{id}" for id in ("another", "bad", "box-glb", "box-stl", "toys--red_ball")]
+    assert [(file, file.stat().st_mtime_ns) for file, _ in kept] == kept
+    assert set(load_file(folder / "shard-00002.safetensors")) >= {"another/surface"}
+
+
+def test_a_mesh_takes_the_place_of_a_bad_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meshes = tmp_path / "meshes"
+    meshes.mkdir()
+    (meshes / "bad.obj").write_text("no mesh")
+    assert prepare(f"path={meshes}", f"output={tmp_path / 'out'}") == 1
+    assert "mend or replace the meshes named above and run this again" in capsys.readouterr().out
+    (meshes / "bad.obj").unlink()
+    trimesh.creation.box((1, 1, 2)).export(meshes / "good.obj")
+    assert prepare(f"path={meshes}", f"output={tmp_path / 'out'}") == 0
+    assert "1 shapes in" in (shown := capsys.readouterr().out) and "0 skipped" in shown
+
+
+def test_a_mesh_that_may_be_read_now_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.obj").write_text("v 0 0 0")
+    (readable,) = FolderSource(tmp_path).items()
+    monkeypatch.setattr("os.access", lambda *_: False)
+    (unreadable,) = FolderSource(tmp_path).items()
+    assert unreadable.version == "" != readable.version and "version" not in readable.row()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
