@@ -64,7 +64,7 @@ class PrepareConfig(Options):
         le=0.9,
     )
     categories: list[str] = option([], "categories of Infinigen or of primitives; all if empty")
-    seeds: int = option(200, "Infinigen seeds for every category", ge=1, le=1_000_000)
+    seeds: int = option(300, "Infinigen seeds for every category", ge=1, le=1_000_000)
     shapes: int = option(4000, "shapes of primitives, over all categories", ge=1, le=10_000_000)
     generators: int = option(1, "Blender processes that make Infinigen meshes", ge=1, le=256)
     shape: ShapeConfig = option(ShapeConfig, "what is stored of every shape")

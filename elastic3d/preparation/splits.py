@@ -1,8 +1,8 @@
 """The fixed split of every known item: `train.txt`, `val.txt` and `test.txt`, one `source/id` a line; and groups of
 nearly equal shapes, which have to stay on one side of it.
 
-Infinigen is split by seed (of 200 seeds of a category, 20 are for testing and 5 for validation), so the
-lists name shapes whether they were generated or not.
+Infinigen is split by seed (of the first 200 seeds of a category 20 are for testing and 5 for validation, later ones
+for training), so the lists name shapes whether they were generated or not.
 """
 
 from __future__ import annotations
