@@ -144,6 +144,7 @@ class Worker:
                 stderr=log,
                 pass_fds=[writer],
                 text=True,
+                start_new_session=True,  # a signal to all of us must not look like a crash of Blender's
             )
         os.close(writer)
         self._answers = os.fdopen(reader)
@@ -270,7 +271,7 @@ def _still_run(processes: Sequence[BaseProcess]) -> bool:
 
 def _generate_all(wanted: list[Asset], folder: Path, python: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that Blender is stopped too
+    signal.signal(signal.SIGTERM, _end)
     parent = multiprocessing.parent_process()
     try:
         for _ in generate(wanted, folder, python):
