@@ -17,6 +17,7 @@ from elastic3d.models.weights import open_tensors, tensor_heads
 from elastic3d.training.options import DataConfig, LoopConfig
 
 Batch = dict[str, Tensor]
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class Items(Protocol):
@@ -52,13 +53,25 @@ def use_own_lists(config: DataConfig) -> None:
 
     UserError if a list that was named is missing.
     """
-    if (config.train, config.val) != (DataConfig().train, DataConfig().val):
+    default = DataConfig()
+    if not (_are_shipped(config.train, default.train) and _are_shipped(config.val, default.val)):
         return
     sources = {id.partition("/")[0] for id in read_split([*config.train, *config.val])}
     if any(any((config.prepared / source).glob("shard-*.safetensors")) for source in sources):
         return
     if own := own_lists(config.prepared):
         config.train, config.val = own, [path.with_name("val.txt") for path in own]
+
+
+def _are_shipped(lists: Sequence[Path], shipped: Sequence[Path]) -> bool:
+    """Whether these are lists of the repository, which scripts name by absolute paths from other folders."""
+    homes = (Path(), _PACKAGE, _PACKAGE.parent)  # a checkout; an installed package; a checkout from elsewhere
+    return any(list(lists) == [home / path for path in shipped] for home in homes)
+
+
+def list_options(folder: Path) -> str:
+    """The options that name the lists in a folder, as a shell takes them."""
+    return shlex.join(f"data.{name}={folder / f'{name}.txt'}" for name in ("train", "val"))
 
 
 def nothing_prepared(count: int, root: Path) -> str:

@@ -3,6 +3,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from _cli import parse
 
 from elastic3d.errors import UserError
 from elastic3d.training.datasets import (
@@ -14,6 +15,7 @@ from elastic3d.training.datasets import (
     read_split,
     use_own_lists,
 )
+from elastic3d.training.latents import CacheConfig
 from elastic3d.training.options import DataConfig, LoopConfig
 from elastic3d.training.vae import AugmentConfig, VAEItems, augment
 from tests.training.tiny import vae_config
@@ -151,6 +153,22 @@ def test_a_stretch_keeps_signs_and_normals_and_bounds_distances():
     stretch = (surface / before["surface"][:, :3]).nanmedian(dim=0).values
     ellipsoid = torch.nn.functional.normalize(before["surface"][:, 3:] / stretch, dim=-1)
     torch.testing.assert_close(item["surface"][:, 3:], ellipsoid, atol=1e-4, rtol=0)
+
+
+def test_a_users_own_meshes_are_found_in_any_folder(prepared, tmp_path_factory, monkeypatch):
+    """Also where the default lists are those that an installed package brings."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    own = prepared / "prepared" / "balls" / "train.txt"
+    for name in ("train", "val"):
+        own.with_name(f"{name}.txt").write_text("balls/ball1\n")
+    given = ["stage=cache", f"data.prepared={prepared / 'prepared'}"]
+    config = parse(CacheConfig, "train", given)
+    assert config.data.train[0].is_absolute()
+    use_own_lists(config.data)
+    assert (config.data.train, config.data.val) == ([own], [own.with_name("val.txt")])
+    named = parse(CacheConfig, "train", [*given, f"data.train={own.with_name('val.txt')}"])
+    use_own_lists(named.data)
+    assert named.data.train == [own.with_name("val.txt")]
 
 
 def test_a_users_own_meshes_are_found(prepared, monkeypatch):
