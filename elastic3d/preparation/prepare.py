@@ -266,6 +266,6 @@ def _make_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"can't write to {folder}: {error.strerror}") from error
+        raise UserError(f"can't write to {folder}: {error.strerror}; choose another output=") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"can't write to {folder}: permission denied")
+        raise UserError(f"can't write to {folder}: permission denied; choose another output=")

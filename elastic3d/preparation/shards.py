@@ -166,7 +166,9 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     try:
         described: dict[str, Any] = load_json(path, _SIDECAR)
     except UserError as error:
-        raise UserError(f"{path} describes no shard ({error})") from error
+        raise UserError(
+            f"{path} describes no shard ({error}): delete {path.stem}.* there and prepare again"
+        ) from error
     return described
 
 

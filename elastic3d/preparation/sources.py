@@ -90,7 +90,10 @@ class FolderSource(AlwaysReady):
         self.name, self._path = name, path
         files = [file for file in visible_files(path) if file.suffix.lower() in READ_SUFFIXES]
         if not files:
-            raise UserError(f"{path} holds no mesh, expected files ending in {', '.join(READ_SUFFIXES)}")
+            raise UserError(
+                f"{path} holds no mesh, expected files ending in {', '.join(READ_SUFFIXES)}: name the folder that"
+                " has them with path=, or convert yours"
+            )
         relative = [file.relative_to(path) for file in files]
         stems = ["--".join(file.with_suffix("").parts) for file in relative]
         shared = {stem for stem, count in Counter(stems).items() if count > 1}

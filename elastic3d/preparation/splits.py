@@ -79,7 +79,10 @@ def read_splits(folder: Path) -> dict[str, Split]:
     for split in Split:
         path = folder / f"{split.value}.txt"
         if not path.is_file():
-            raise UserError(f"{path} is missing, expected the list of shapes for {split.value}")
+            raise UserError(
+                f"{path} is missing, expected the list of shapes for {split.value}: name a folder with all three"
+                " lists with splits=, or leave it out for those of the repository"
+            )
         found += [(line, split) for line in path.read_text().split("\n") if line]
     twice = [name for name, count in Counter(name for name, _ in found).items() if count > 1]
     if twice:

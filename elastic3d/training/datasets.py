@@ -33,12 +33,18 @@ def read_split(paths: Sequence[Path]) -> list[str]:
     ids: dict[str, None] = {}
     for path in paths:
         if not path.is_file():
-            raise UserError(f"there is no split file {path}")
+            raise UserError(
+                f"there is no split file {path}: name lists that are there with data.train= and data.val=, or let"
+                " scripts/prepare_data.py source=folder write them"
+            )
         lines = (line.strip() for line in path.read_text().splitlines())
         ids.update(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     if not ids:
         names = ", ".join(map(str, paths)) or "the list of split files"
-        raise UserError(f"{names} names no shape, expected lines such as folder/chair (source/id)")
+        raise UserError(
+            f"{names} names no shape, expected lines such as folder/chair (source/id): scripts/prepare_data.py"
+            " source=folder writes them"
+        )
     return list(ids)
 
 

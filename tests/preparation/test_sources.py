@@ -116,11 +116,13 @@ def test_a_mesh_that_may_be_read_now_is_tried_again(tmp_path: Path, monkeypatch:
         (["source=folder"], "source=folder needs path="),
         (["path=nowhere"], "path=nowhere is no directory"),
         (["path=."], "holds no mesh, expected files ending in .glb"),
+        (["path=."], "name the folder that has them with path=, or convert yours"),
         (["source=attic"], "source"),
         (["shape.resolution=7"], "shape.resolution is 7"),
         (["paht=x"], "path"),
         (["source=infinigen", "categories=[car]"], "no Infinigen category 'car'"),
         (["path=.", "splits=nowhere"], "nowhere/train.txt is missing"),
+        (["path=.", "splits=nowhere"], "name a folder with all three lists with splits=, or leave it out"),
     ],
 )
 def test_mistakes_end_in_one_sentence(

@@ -25,7 +25,12 @@ def test_split_files(tmp_path):
     (tmp_path / "a.txt").write_text("# comment\ns/1\n\ns/2\n")
     (tmp_path / "b.txt").write_text("s/2\nt/3\n")
     assert read_split([tmp_path / "a.txt", tmp_path / "b.txt"]) == ["s/1", "s/2", "t/3"]
-    with pytest.raises(UserError, match="no split file"):
+    with pytest.raises(
+        UserError, match=r"no split file .*c\.txt: name lists that are there with data\.train="
+    ):
+        read_split([tmp_path / "c.txt"])
+    (tmp_path / "c.txt").write_text("# nothing\n")
+    with pytest.raises(UserError, match=r"names no shape, .*prepare_data\.py source=folder writes them"):
         read_split([tmp_path / "c.txt"])
 
 
