@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import time
@@ -234,17 +235,18 @@ def prepare_data(config: PrepareConfig) -> Summary:
 
 
 def next_commands(config: PrepareConfig) -> list[str]:
-    """The commands that fine-tune the bundled model on a user's prepared meshes, in their order."""
+    """The commands that fine-tune the bundled model on a user's prepared meshes, in their order, for a shell."""
     name, output = config.name or "folder", Path(config.output)
-    given = f"init_from=shape-small latents.output={output / f'latents-{name}'}"
+    given = ["init_from=shape-small", f"latents.output={output / f'latents-{name}'}"]
     if config.output != PrepareConfig().output:
-        given += f" data.prepared={output}"
-    given += f" data.train=[{output / name / 'train.txt'}] data.val=[{output / name / 'val.txt'}]"
-    return [
-        f"python scripts/train.py stage=cache {given}",
-        f"python scripts/train.py stage=dit name={name} steps=2000 learning_rate=5e-4 {given}",
-        f"python scripts/train.py stage=export name={name}",
+        given.append(f"data.prepared={output}")
+    given += [f"data.{split}={output / name / f'{split}.txt'}" for split in ("train", "val")]
+    stages = [
+        ["stage=cache", "latents.mirror=true", "latents.augment=true", *given],
+        ["stage=dit", f"name={name}", "steps=2000", "learning_rate=5e-4", *given],
+        ["stage=export", f"name={name}"],
     ]
+    return [shlex.join(["python", "scripts/train.py", *options]) for options in stages]
 
 
 def _prepare_with_bar(shards: list[Shard], source: Source, recipe: Recipe, config: PrepareConfig) -> None:

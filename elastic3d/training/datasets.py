@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -83,7 +84,7 @@ def list_options(folder: Path) -> str:
 def nothing_prepared(count: int, root: Path) -> str:
     """Why there is nothing to train on under a folder, and what to do about it."""
     if own := own_lists(root):
-        lists = f"data.train=[{own[0]}] data.val=[{own[0].with_name('val.txt')}]"
+        lists = list_options(own[0].parent)
         advice = f"your own meshes are used with {lists}"
     elif (root / "latents.json").is_file():
         advice = "stage=cache with the same data.train= and data.val= puts them there"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import trimesh
-from _cli import execute
+from _cli import execute, parse
 from prepare_data import main
 from safetensors.numpy import load_file
 
 from elastic3d.errors import UserError
 from elastic3d.preparation.options import PrepareConfig
+from elastic3d.preparation.prepare import next_commands
 from elastic3d.preparation.sources import FolderSource
+from elastic3d.training.dit import DiTTrainConfig
+from elastic3d.training.latents import CacheConfig
 
 TINY = [f"shape.{name}=50" for name in ("surface_points", "sharp_points", "near_points", "volume_points")]
 TINY += ["shape.resolution=32", "shape.views=2", "shape.view_size=16", "workers=1"]
@@ -58,7 +62,7 @@ def test_folder_end_to_end(meshes: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert (
         output / "folder" / "train.txt"
     ).read_text().split() == listed  # too few to keep any from training
-    assert f"stage=cache init_from=shape-small latents.output={output}" in shown
+    assert f"latents.augment=true init_from=shape-small latents.output={output}" in shown
     arrays = load_file(output / "folder" / "shard-00001.safetensors")
     assert arrays["cone/surface"].shape == (50, 6)
     assert arrays["toys--red_ball/cameras"].shape == (2, 8)
@@ -146,6 +150,21 @@ def test_unwritable_output(meshes: Path, tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "file").write_text("")
     assert prepare(f"path={meshes}", f"output={tmp_path / 'file'}") == 2
     assert "can't write to" in capsys.readouterr().err
+
+
+def test_the_next_commands_pass_through_a_shell() -> None:
+    """A folder and a name that a shell, or a list of options, would divide."""
+    name, output = "my chairs, $5 'new'", "out [2]/a b"
+    config = PrepareConfig(name=name, output=output)
+    options = [shlex.split(command)[2:] for command in next_commands(config)]
+    cache = parse(CacheConfig, "train", options[0])
+    dit = parse(DiTTrainConfig, "train", options[1])
+    for data in (cache.data, dit.data):
+        assert data.prepared == Path(output)
+        assert [data.train, data.val] == [[Path(output, name, f"{which}.txt")] for which in ("train", "val")]
+    assert cache.latents.output == dit.latents.output == Path(output, f"latents-{name}")
+    assert dit.name == name and options[2] == ["stage=export", f"name={name}"]
+    assert cache.latents.mirror and cache.latents.augment
 
 
 def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,6 @@
 import pickle
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from elastic3d.errors import UserError
 from elastic3d.training.datasets import (
     PreparedShapes,
     Shuffle,
+    list_options,
     micro_batches,
     open_split,
     pick,
@@ -176,6 +179,11 @@ def test_a_users_own_meshes_are_found_in_any_folder(prepared, tmp_path_factory, 
     assert named.data.train == [own.with_name("val.txt")]
 
 
+def test_the_lists_of_a_folder_pass_through_a_shell():
+    found = shlex.split(list_options(Path("my chairs/$1")))
+    assert found == ["data.train=my chairs/$1/train.txt", "data.val=my chairs/$1/val.txt"]
+
+
 def test_a_users_own_meshes_are_found(prepared, monkeypatch):
     """Without options where they are all there is; else the options are in the message."""
     monkeypatch.chdir(prepared)
@@ -192,7 +200,9 @@ def test_a_users_own_meshes_are_found(prepared, monkeypatch):
     listed = DataConfig(prepared=prepared / "prepared")
     use_own_lists(listed)
     assert listed == DataConfig(prepared=prepared / "prepared")
-    with pytest.raises(UserError, match=r"none of the 1 shapes .* data.train=\[.*balls/train.txt\]"):
+    with pytest.raises(
+        UserError, match=r"none of the 1 shapes .* data.train=\S+/balls/train.txt data.val=\S+/balls/val.txt"
+    ):
         PreparedShapes(prepared / "prepared", ["sofas/1"])
     with pytest.raises(UserError, match="prepare_data.py makes them"):
         PreparedShapes(prepared / "data", ["sofas/1"])
