@@ -215,6 +215,10 @@ class InfinigenSource:
             for asset in self._assets.values()
         ]
 
+    def forget_failures(self) -> None:
+        """Let every asset that could not be made be tried again."""
+        (self._folder / _FAILURES).unlink(missing_ok=True)
+
     def ready(self, item: Item) -> bool:
         """Whether the raw mesh is there, or listed as impossible."""
         return self._assets[item.id].path(self._folder).exists() or item.id in read_failures(self._folder)
@@ -279,11 +283,6 @@ def _generate_all(wanted: list[Asset], folder: Path, python: Path) -> None:
                 break
     except UserError as error:
         sys.exit(f"error: {error}")
-
-
-def forget_failures(folder: Path) -> None:
-    """Let every asset that could not be made be tried again."""
-    (folder / _FAILURES).unlink(missing_ok=True)
 
 
 def _end(*_: object) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from elastic3d.errors import UserError
-from elastic3d.preparation.infinigen import InfinigenSource, forget_failures
+from elastic3d.preparation.infinigen import InfinigenSource
 from elastic3d.preparation.options import PrepareConfig, SourceName
 from elastic3d.preparation.primitives.catalogue import PrimitivesSource
 from elastic3d.preparation.shards import (
@@ -199,8 +199,6 @@ def open_source(config: PrepareConfig) -> Source:
     if config.source is SourceName.infinigen:
         environment = Path(config.infinigen_env) if config.infinigen_env else cache / "infinigen-env"
         raw = cache / "raw" / "infinigen"
-        if config.retry:
-            forget_failures(raw)
         return InfinigenSource(raw, environment, config.categories, config.seeds, config.generators)
     if config.source is SourceName.sweethome3d:
         downloads = cache / "sweethome3d"
@@ -216,6 +214,8 @@ def prepare_data(config: PrepareConfig) -> Summary:
     """Prepare every shard that is missing and rebuild the manifest; run it again to go on where it was."""
     held_out = {name for name, split in read_splits(Path(config.splits)).items() if split is not Split.train}
     source = open_source(config)
+    if config.retry and isinstance(source, InfinigenSource):
+        source.forget_failures()
     items = source.items()[: config.limit or None]
     folder = Path(config.output) / (config.name or source.name)
     _make_writable(folder)

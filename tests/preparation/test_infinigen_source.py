@@ -19,7 +19,6 @@ from elastic3d.preparation.infinigen import (
     InfinigenSource,
     assets,
     check_spikes,
-    forget_failures,
     generate,
     read_failures,
 )
@@ -89,9 +88,11 @@ def test_failures_are_forgotten_on_request(tmp_path: Path) -> None:
     wanted = assets(["cup"], 4)[3:]
     assert dict(generate(wanted, tmp_path, Path(sys.executable))) == {wanted[0]: "ValueError: no faces"}
     assert list(generate(wanted, tmp_path, Path(sys.executable))) == []
-    forget_failures(tmp_path)
+    source = InfinigenSource(tmp_path, tmp_path, ["cup"], 4)
+    source.forget_failures()
+    assert not source.ready(source.items()[3])
     assert read_failures(tmp_path) == {} and len(list(generate(wanted, tmp_path, Path(sys.executable)))) == 1
-    forget_failures(tmp_path / "nowhere")
+    InfinigenSource(tmp_path / "nowhere", tmp_path, [], 1).forget_failures()
 
 
 def test_what_the_machine_lacks_is_no_failure_of_an_asset(
