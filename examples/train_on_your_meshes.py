@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 LISTS = (
     "latents.output=data/prepared/latents-mine",
-    "data.train=[data/prepared/mine/train.txt]",
-    "data.val=[data/prepared/mine/val.txt]",
+    "data.train=data/prepared/mine/train.txt",
+    "data.val=data/prepared/mine/val.txt",
 )
 
 
@@ -20,7 +20,14 @@ def main(meshes: str, more: Mapping[str, Sequence[str]] | None = None) -> None:
     """The model is `runs/mine/export`. `more` are further options by step: prepare, cache, dit, export."""
     steps = {
         "prepare": ["prepare-data", "source=folder", f"path={meshes}", "name=mine"],
-        "cache": ["train", "stage=cache", "init_from=shape-small", *LISTS],
+        "cache": [
+            "train",
+            "stage=cache",
+            "latents.mirror=true",  # twice the shapes, where left and right mean the same
+            "latents.augment=true",  # views as people give them
+            "init_from=shape-small",
+            *LISTS,
+        ],
         "dit": [
             "train",
             "stage=dit",

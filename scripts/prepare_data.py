@@ -29,7 +29,10 @@ def main(config: PrepareConfig) -> int:
     for name, reason in list(summary.failures.items())[:20]:
         print(f"  {name}: {reason}")
     if not summary.prepared:
-        print("nothing can be trained on yet: mend or replace the meshes named above and run this again")
+        remedy = "mend or replace the meshes named above and run this again"
+        if config.source is not SourceName.folder:
+            remedy = "run this again with retry=true once the reasons above are gone"
+        print(f"nothing can be trained on yet: {remedy}")
         return 1
     if config.source is SourceName.folder:
         print("next, to fine-tune the bundled model on them:", *next_commands(config), sep="\n  ")

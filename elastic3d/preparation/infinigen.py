@@ -35,6 +35,7 @@ from elastic3d.preparation.sources import Item, with_article
 from elastic3d.utils.structured import parse_json
 
 MAX_SPIKE = 5.0  # how far single vertices may reach, over the rest
+_FAILURES = "failures.jsonl"
 WORKER = Path(__file__).with_name("infinigen_worker.py")
 # category: (module under infinigen.assets.objects, factory). Looked at: clean, recognisable, under 2 s.
 FACTORIES = {
@@ -111,7 +112,7 @@ class Worker:
         self._stop()
 
     def make(self, asset: Asset, output: Path) -> dict[str, Any]:
-        """Write the raw mesh of an asset; the answer holds `faces` and `seconds`, or `error`."""
+        """Write the raw mesh of an asset; the answer holds `faces` and `seconds`, or `error` (and `fatal`)."""
         if self._process is None or self._served >= self._lifetime:
             self._stop()
             self._start()
@@ -143,6 +144,7 @@ class Worker:
                 stderr=log,
                 pass_fds=[writer],
                 text=True,
+                start_new_session=True,  # a signal to all of us must not look like a crash of Blender's
             )
         os.close(writer)
         self._answers = os.fdopen(reader)
@@ -165,16 +167,20 @@ def generate(
 ) -> Iterator[tuple[Asset, str]]:
     """Make the raw meshes that are missing, in order; yields (asset, error or "").
 
-    Failures are appended to `folder/failures.jsonl`; an asset listed there isn't tried again.
+    Failures are appended to `folder/failures.jsonl`; an asset listed there isn't tried again. UserError if the
+    machine and not the asset is at fault.
     """
-    failures = folder / "failures.jsonl"
+    failures = folder / _FAILURES
     failed = read_failures(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with Worker(python, timeout_s, folder / "blender.log") as worker:
         for asset in wanted:
             if asset.name in failed or asset.path(folder).exists():
                 continue
-            error = worker.make(asset, asset.path(folder)).get("error", "")
+            answer = worker.make(asset, asset.path(folder))
+            error = answer.get("error", "")
+            if answer.get("fatal"):
+                raise UserError(f"Infinigen can't make {asset.name}: {error}; mend that and run this again")
             if error:
                 with failures.open("a") as stream:
                     stream.write(
@@ -208,6 +214,10 @@ class InfinigenSource:
             )
             for asset in self._assets.values()
         ]
+
+    def forget_failures(self) -> None:
+        """Let every asset that could not be made be tried again."""
+        (self._folder / _FAILURES).unlink(missing_ok=True)
 
     def ready(self, item: Item) -> bool:
         """Whether the raw mesh is there, or listed as impossible."""
@@ -265,7 +275,7 @@ def _still_run(processes: Sequence[BaseProcess]) -> bool:
 
 def _generate_all(wanted: list[Asset], folder: Path, python: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that Blender is stopped too
+    signal.signal(signal.SIGTERM, _end)
     parent = multiprocessing.parent_process()
     try:
         for _ in generate(wanted, folder, python):
@@ -275,9 +285,15 @@ def _generate_all(wanted: list[Asset], folder: Path, python: Path) -> None:
         sys.exit(f"error: {error}")
 
 
+def _end(*_: object) -> None:
+    """Leave by an exception, so that Blender is stopped too; a second signal must not interrupt that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(0)
+
+
 def read_failures(folder: Path) -> dict[str, str]:
     """Reason by asset name, of assets that could not be made."""
-    path = folder / "failures.jsonl"
+    path = folder / _FAILURES
     if not path.exists():
         return {}
     found = {}

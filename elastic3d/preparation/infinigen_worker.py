@@ -2,7 +2,7 @@
 environment.
 
 A request is a JSON line `{"module", "factory", "seed", "output"}`. The answer, a JSON line on the
-descriptor given as the only argument, is `{"faces", "seconds"}` or `{"error"}`. The mesh goes to `output`
+descriptor given as the only argument, is `{"faces", "seconds"}` or `{"error", "fatal"}`. The mesh goes to `output`
 (npz) by a rename, so that a file with the final name is always whole:
 
     vertices (V,3) f32   Blender's coordinates: Z up
@@ -14,6 +14,7 @@ This file is a data tool that talks to Blender (GPL) and imports nothing of elas
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -93,6 +94,12 @@ def write(arrays: dict[str, np.ndarray], path: Path) -> None:
     draft.replace(path)
 
 
+def _of_machine(error: Exception) -> bool:
+    """Whether a package or disk space is missing, so that the asset is not to blame."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno in full)
+
+
 def serve(answers: Any) -> None:
     """Say that Infinigen can be imported, then answer requests until standard input ends."""
     importlib.import_module("infinigen.core.placement.factory")
@@ -107,7 +114,7 @@ def serve(answers: Any) -> None:
             seconds = round(time.perf_counter() - started, 3)
             answer: dict[str, Any] = {"faces": len(arrays["faces"]), "seconds": seconds}
         except Exception as error:  # an asset that fails is listed by the parent, whatever the reason
-            answer = {"error": f"{type(error).__name__}: {error}"[:300]}
+            answer = {"error": f"{type(error).__name__}: {error}"[:300], "fatal": _of_machine(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

@@ -48,6 +48,9 @@ class PrepareConfig(Options):
     )
     seed: int = option(0, "seed of every sample and view", ge=0, le=2**31)
     timeout: float = option(300.0, "seconds after which a single shape is given up", ge=1, le=1e6)
+    retry: bool = option(
+        False, "try skipped shapes again: after more memory, another timeout=, a package that was missing"
+    )
     cache_dir: str = option(
         "", "folder for downloads, raw meshes and Infinigen; the user's cache folder if empty"
     )
@@ -61,7 +64,7 @@ class PrepareConfig(Options):
         le=0.9,
     )
     categories: list[str] = option([], "categories of Infinigen or of primitives; all if empty")
-    seeds: int = option(200, "Infinigen seeds for every category", ge=1, le=1_000_000)
+    seeds: int = option(300, "Infinigen seeds for every category", ge=1, le=1_000_000)
     shapes: int = option(4000, "shapes of primitives, over all categories", ge=1, le=10_000_000)
     generators: int = option(1, "Blender processes that make Infinigen meshes", ge=1, le=256)
     shape: ShapeConfig = option(ShapeConfig, "what is stored of every shape")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import time
@@ -178,7 +179,7 @@ def _attend(
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run has left on disk."""
+    """What has become of the shapes that a run was asked for."""
 
     folder: Path
     prepared: int
@@ -213,6 +214,8 @@ def prepare_data(config: PrepareConfig) -> Summary:
     """Prepare every shard that is missing and rebuild the manifest; run it again to go on where it was."""
     held_out = {name for name, split in read_splits(Path(config.splits)).items() if split is not Split.train}
     source = open_source(config)
+    if config.retry and isinstance(source, InfinigenSource):
+        source.forget_failures()
     items = source.items()[: config.limit or None]
     folder = Path(config.output) / (config.name or source.name)
     _make_writable(folder)
@@ -220,30 +223,30 @@ def prepare_data(config: PrepareConfig) -> Summary:
         held_out |= set(
             folder_split([f"{item.source}/{item.id}" for item in items], config.val_share, config.seed)[1]
         )
-    shards = plan_shards(items, folder, config.shard_size)
     recipe = Recipe(config.shape, config.seed, frozenset(held_out))
-    drop_outdated(shards, recipe)
-    _prepare_with_bar(shards, source, recipe, config)
-    count, failures = write_manifest(folder)
-    if config.source is SourceName.folder and count:
-        write_folder_split(
-            folder, [f"{item.source}/{item.id}" for item in items if item.id not in failures], held_out
-        )
-    return Summary(folder, count, failures)
+    drop_outdated(items, folder, recipe, config.retry)
+    _prepare_with_bar(plan_shards(items, folder, config.shard_size), source, recipe, config)
+    _, every_failure = write_manifest(folder)
+    failures = {item.id: every_failure[item.id] for item in items if item.id in every_failure}
+    prepared = [f"{item.source}/{item.id}" for item in items if item.id not in failures]
+    if config.source is SourceName.folder and prepared:
+        write_folder_split(folder, prepared, held_out)
+    return Summary(folder, len(prepared), failures)
 
 
 def next_commands(config: PrepareConfig) -> list[str]:
-    """The commands that fine-tune the bundled model on a user's prepared meshes, in their order."""
+    """The commands that fine-tune the bundled model on a user's prepared meshes, in their order, for a shell."""
     name, output = config.name or "folder", Path(config.output)
-    given = f"init_from=shape-small latents.output={output / f'latents-{name}'}"
+    given = ["init_from=shape-small", f"latents.output={output / f'latents-{name}'}"]
     if config.output != PrepareConfig().output:
-        given += f" data.prepared={output}"
-    given += f" data.train=[{output / name / 'train.txt'}] data.val=[{output / name / 'val.txt'}]"
-    return [
-        f"python scripts/train.py stage=cache {given}",
-        f"python scripts/train.py stage=dit name={name} steps=2000 learning_rate=5e-4 {given}",
-        f"python scripts/train.py stage=export name={name}",
+        given.append(f"data.prepared={output}")
+    given += [f"data.{split}={output / name / f'{split}.txt'}" for split in ("train", "val")]
+    stages = [
+        ["stage=cache", "latents.mirror=true", "latents.augment=true", *given],
+        ["stage=dit", f"name={name}", "steps=2000", "learning_rate=5e-4", *given],
+        ["stage=export", f"name={name}"],
     ]
+    return [shlex.join(["python", "scripts/train.py", *options]) for options in stages]
 
 
 def _prepare_with_bar(shards: list[Shard], source: Source, recipe: Recipe, config: PrepareConfig) -> None:
@@ -265,6 +268,6 @@ def _make_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"can't write to {folder}: {error.strerror}") from error
+        raise UserError(f"can't write to {folder}: {error.strerror}; choose another output=") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"can't write to {folder}: permission denied")
+        raise UserError(f"can't write to {folder}: permission denied; choose another output=")

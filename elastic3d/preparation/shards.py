@@ -6,9 +6,11 @@ safetensors file exists is whole.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from elastic3d.preparation.sources import Item, Source
 from elastic3d.utils.files import atomic_path
 from elastic3d.utils.structured import load_json
 
+_LACKING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 Report = Callable[[str, str, str], None]
 _SIDECAR = {
     "settings": dict,
@@ -63,37 +66,40 @@ class Recipe:
 
 
 def plan_shards(items: list[Item], folder: Path, size: int) -> list[Shard]:
-    """Consecutive items, `size` to a shard."""
-    return [
-        Shard(folder / f"shard-{start // size:05d}.safetensors", items[start : start + size])
-        for start in range(0, len(items), size)
-    ]
+    """The finished shards with the items that they hold or failed on, then new ones: `size` of the others in each."""
+    place: dict[str, Path] = {}
+    for name, described in finished_sidecars(folder):
+        place |= dict.fromkeys(
+            (row["id"] for row in described["items"] + described["failures"]), folder / name
+        )
+    held: dict[Path, list[Item]] = {path: [] for path in place.values()}
+    for item in items:
+        if item.id in place:
+            held[place[item.id]].append(item)
+    others = [item for item in items if item.id not in place]
+    unused = (path for n in count() if not (path := folder / f"shard-{n:05d}.safetensors").exists())
+    new = [Shard(next(unused), others[start : start + size]) for start in range(0, len(others), size)]
+    return [Shard(path, found) for path, found in held.items() if found] + new
 
 
-def drop_outdated(shards: list[Shard], recipe: Recipe) -> None:
-    """Delete finished shards that lack items which belong in them now (after a smaller `limit`).
+def drop_outdated(items: list[Item], folder: Path, recipe: Recipe, retry: bool = False) -> None:
+    """Delete finished shards in which an item failed whose file has changed since; with `retry`, any item.
 
-    UserError if a shard was made of other items or with other settings than are asked for.
+    UserError if a shard was made with other settings than are asked for.
     """
-    for shard in filter(lambda shard: shard.done, shards):
-        described = read_sidecar(shard.sidecar)
+    version = {item.id: item.version for item in items}
+    for name, described in finished_sidecars(folder):
         differing = [
             key for key, value in recipe.settings().items() if described["settings"].get(key) != value
         ]
         if differing:
             raise UserError(
-                f"{shard.path} was prepared with another {', '.join(differing)}, expected the same settings:"
+                f"{folder / name} was prepared with another {', '.join(differing)}, expected the same settings:"
                 " choose another output or delete that folder"
             )
-        found = {row["id"] for row in described["items"] + described["failures"]}
-        wanted = {item.id for item in shard.items}
-        if found < wanted:
-            shard.path.unlink()
-        elif not found >= wanted:
-            raise UserError(
-                f"{shard.path} holds other shapes than belong there: the source or shard_size changed;"
-                " choose another output or delete that folder"
-            )
+        failed = [row for row in described["failures"] if row["id"] in version]
+        if any(retry or row.get("version", "") != version[row["id"]] for row in failed):
+            (folder / name).unlink()
 
 
 def prepare_shard(
@@ -102,7 +108,7 @@ def prepare_shard(
     """Prepare the items one after another and write the shard.
 
     `report(event, id, reason)` is called with "start" and then "done" or "failed" for every item. An item in
-    `known_failures` isn't tried.
+    `known_failures` isn't tried. UserError, and no shard, for a fault of the machine and not of a shape.
     """
     arrays: dict[str, NDArray[Any]] = {}
     rows: list[dict[str, Any]] = []
@@ -114,14 +120,27 @@ def prepare_shard(
             try:
                 row, found = _prepare_item(item, source, recipe)
             except Exception as error:  # a bad mesh may raise anything; it is listed and the others go on
+                if fault := _fault_of_machine(error):
+                    raise UserError(f"{item.id} can't be prepared here: {fault}") from error
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             else:
                 rows.append(row)
                 arrays |= found
         if reason:
-            failures.append({"id": item.id, "reason": reason})
+            failures.append({"id": item.id, "reason": reason, "version": item.version})
         report("failed" if reason else "done", item.id, reason)
     write_shard(shard, arrays, {"settings": recipe.settings(), "items": rows, "failures": failures})
+
+
+def _fault_of_machine(error: BaseException | None) -> str:
+    """What the machine lacks, where that is the cause of an error: a package, disk space, file handles."""
+    while error is not None:
+        if isinstance(error, ImportError):
+            return f"{error}; install it and run this again"
+        if isinstance(error, OSError) and error.errno in _LACKING:
+            return f"{error.strerror}; make room and run this again"
+        error = error.__cause__
+    return ""
 
 
 def _prepare_item(
@@ -147,7 +166,9 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     try:
         described: dict[str, Any] = load_json(path, _SIDECAR)
     except UserError as error:
-        raise UserError(f"{path} describes no shard ({error})") from error
+        raise UserError(
+            f"{path} describes no shard ({error}): delete {path.stem}.* there and prepare again"
+        ) from error
     return described
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -28,10 +29,13 @@ class Item:
     licence: str
     creator: str
     source_id: str  # what the source itself calls it: a seed, a catalogue id, a relative path
+    version: str = ""  # another one where its file has changed; empty where none can
 
     def row(self) -> dict[str, Any]:
         """As the manifest shows it."""
-        return asdict(self)
+        row = asdict(self)
+        del row["version"]
+        return row
 
 
 def with_article(name: str) -> str:
@@ -86,7 +90,10 @@ class FolderSource(AlwaysReady):
         self.name, self._path = name, path
         files = [file for file in visible_files(path) if file.suffix.lower() in READ_SUFFIXES]
         if not files:
-            raise UserError(f"{path} holds no mesh, expected files ending in {', '.join(READ_SUFFIXES)}")
+            raise UserError(
+                f"{path} holds no mesh, expected files ending in {', '.join(READ_SUFFIXES)}: name the folder that"
+                " has them with path=, or convert yours"
+            )
         relative = [file.relative_to(path) for file in files]
         stems = ["--".join(file.with_suffix("").parts) for file in relative]
         shared = {stem for stem, count in Counter(stems).items() if count > 1}
@@ -107,6 +114,7 @@ class FolderSource(AlwaysReady):
                 licence="unknown",
                 creator="unknown",
                 source_id=file.as_posix(),
+                version=_version(self._path / file),
             )
             for name, file in self._files.items()
         ]
@@ -115,3 +123,11 @@ class FolderSource(AlwaysReady):
         """The file's geometry, as one part."""
         mesh = load_mesh(self._path / self._files[item.id])
         return RawShape(mesh, np.zeros(len(mesh.faces), np.int64))
+
+
+def _version(file: Path) -> str:
+    """Its size and the time of its last change; empty if it can't be read."""
+    if not os.access(file, os.R_OK):
+        return ""
+    state = file.stat()
+    return f"{state.st_size} bytes, {state.st_mtime_ns} ns"

@@ -1,8 +1,8 @@
 """The fixed split of every known item: `train.txt`, `val.txt` and `test.txt`, one `source/id` a line; and groups of
 nearly equal shapes, which have to stay on one side of it.
 
-Infinigen is split by seed (of 200 seeds of a category, 20 are for testing and 5 for validation), so the
-lists name shapes whether they were generated or not.
+Infinigen is split by seed (of the first 200 seeds of a category 20 are for testing and 5 for validation, later ones
+for training), so the lists name shapes whether they were generated or not.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ def read_splits(folder: Path) -> dict[str, Split]:
     for split in Split:
         path = folder / f"{split.value}.txt"
         if not path.is_file():
-            raise UserError(f"{path} is missing, expected the list of shapes for {split.value}")
+            raise UserError(
+                f"{path} is missing, expected the list of shapes for {split.value}: name a folder with all three"
+                " lists with splits=, or leave it out for those of the repository"
+            )
         found += [(line, split) for line in path.read_text().split("\n") if line]
     twice = [name for name, count in Counter(name for name, _ in found).items() if count > 1]
     if twice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from elastic3d.models.weights import open_tensors, tensor_heads
 from elastic3d.training.options import DataConfig, LoopConfig
 
 Batch = dict[str, Tensor]
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class Items(Protocol):
@@ -32,12 +34,18 @@ def read_split(paths: Sequence[Path]) -> list[str]:
     ids: dict[str, None] = {}
     for path in paths:
         if not path.is_file():
-            raise UserError(f"there is no split file {path}")
+            raise UserError(
+                f"there is no split file {path}: name lists that are there with data.train= and data.val=, or let"
+                " scripts/prepare_data.py source=folder write them"
+            )
         lines = (line.strip() for line in path.read_text().splitlines())
         ids.update(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     if not ids:
         names = ", ".join(map(str, paths)) or "the list of split files"
-        raise UserError(f"{names} names no shape, expected lines such as folder/chair (source/id)")
+        raise UserError(
+            f"{names} names no shape, expected lines such as folder/chair (source/id): scripts/prepare_data.py"
+            " source=folder writes them"
+        )
     return list(ids)
 
 
@@ -52,7 +60,8 @@ def use_own_lists(config: DataConfig) -> None:
 
     UserError if a list that was named is missing.
     """
-    if (config.train, config.val) != (DataConfig().train, DataConfig().val):
+    default = DataConfig()
+    if not (_are_shipped(config.train, default.train) and _are_shipped(config.val, default.val)):
         return
     sources = {id.partition("/")[0] for id in read_split([*config.train, *config.val])}
     if any(any((config.prepared / source).glob("shard-*.safetensors")) for source in sources):
@@ -61,10 +70,21 @@ def use_own_lists(config: DataConfig) -> None:
         config.train, config.val = own, [path.with_name("val.txt") for path in own]
 
 
+def _are_shipped(lists: Sequence[Path], shipped: Sequence[Path]) -> bool:
+    """Whether these are lists of the repository, which scripts name by absolute paths from other folders."""
+    homes = (Path(), _PACKAGE, _PACKAGE.parent)  # a checkout; an installed package; a checkout from elsewhere
+    return any(list(lists) == [home / path for path in shipped] for home in homes)
+
+
+def list_options(folder: Path) -> str:
+    """The options that name the lists in a folder, as a shell takes them."""
+    return shlex.join(f"data.{name}={folder / f'{name}.txt'}" for name in ("train", "val"))
+
+
 def nothing_prepared(count: int, root: Path) -> str:
     """Why there is nothing to train on under a folder, and what to do about it."""
     if own := own_lists(root):
-        lists = f"data.train=[{own[0]}] data.val=[{own[0].with_name('val.txt')}]"
+        lists = list_options(own[0].parent)
         advice = f"your own meshes are used with {lists}"
     elif (root / "latents.json").is_file():
         advice = "stage=cache with the same data.train= and data.val= puts them there"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,8 @@ from tiny_pipeline import save_image, tiny_pipeline
 
 from elastic3d.elastic import attach
 from elastic3d.geometry.mesh_io import read_extras, save_mesh
+from elastic3d.preparation.options import PrepareConfig
+from elastic3d.preparation.prepare import next_commands
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -69,6 +72,17 @@ def test_routers_on_diffusers(tmp_path: Path) -> None:
         str(weights), None, "a red fox", str(output), num_inference_steps=2, height=16, width=16
     )
     assert 0 < executed <= 1 and Image.open(output).size == (16, 16)
+
+
+def test_the_page_and_the_example_have_the_commands_that_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = next_commands(PrepareConfig(name="mine"))
+    page = (ROOT / "docs/train.md").read_text().splitlines()
+    assert all(command in page for command in printed)
+    assert all("latents.mirror=true latents.augment=true" in c for c in printed if "stage=cache" in c)
+    ran: list[list[str]] = []
+    monkeypatch.setattr("subprocess.run", lambda command, check: ran.append(command[3:]))
+    example("train_on_your_meshes").main("MESHES")
+    assert ran[1:] == [["train", *shlex.split(command)[2:]] for command in printed]
 
 
 @pytest.mark.slow

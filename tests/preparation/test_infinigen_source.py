@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +81,101 @@ def test_crashes_hangs_and_errors_are_listed_and_not_tried_again(tmp_path: Path)
     assert sorted(path.name for path in (raw / "cup").iterdir()) == ["0.npz", "4.npz"]
     assert set(read_failures(raw)) == {"cup-00001", "cup-00002", "cup-00003"}
     assert list(generate(wanted, raw, Path(sys.executable))) == []
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_failures_are_forgotten_on_request(tmp_path: Path) -> None:
+    wanted = assets(["cup"], 4)[3:]
+    assert dict(generate(wanted, tmp_path, Path(sys.executable))) == {wanted[0]: "ValueError: no faces"}
+    assert list(generate(wanted, tmp_path, Path(sys.executable))) == []
+    source = InfinigenSource(tmp_path, tmp_path, ["cup"], 4)
+    source.forget_failures()
+    assert not source.ready(source.items()[3])
+    assert read_failures(tmp_path) == {} and len(list(generate(wanted, tmp_path, Path(sys.executable)))) == 1
+    InfinigenSource(tmp_path / "nowhere", tmp_path, [], 1).forget_failures()
+
+
+def test_what_the_machine_lacks_is_no_failure_of_an_asset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "worker.py"
+    answer = '{"error": "ModuleNotFoundError: shapely", "fatal": True}'
+    script.write_text(
+        STAND_IN.replace("answers.write(json.dumps(answer)", f"answers.write(json.dumps({answer})")
+    )
+    monkeypatch.setattr(infinigen, "WORKER", script)
+    with pytest.raises(UserError, match="can't make cup-00000: ModuleNotFoundError: shapely; mend that"):
+        list(generate(assets(["cup"], 1), tmp_path / "raw", Path(sys.executable)))
+    assert read_failures(tmp_path / "raw") == {}
+
+
+SLOW = """
+import os, sys, time
+with os.fdopen(int(sys.argv[1]), "w") as answers:
+    answers.write("ready\\n"); answers.flush()
+    sys.stdin.readline()
+    with open({started!r} + ".draft", "w") as file:
+        file.write(f"{{os.getpid()}} {{os.getsid(0)}}")
+    os.rename({started!r} + ".draft", {started!r})
+    time.sleep(600)
+"""
+COMMAND = """
+import sys
+from pathlib import Path
+import _cli
+from box_source import RECIPE
+from elastic3d.preparation import infinigen
+from elastic3d.preparation.options import PrepareConfig
+from elastic3d.preparation.prepare import prepare
+from elastic3d.preparation.shards import plan_shards
+
+infinigen.WORKER = Path({worker!r})  # for the processes that this one starts too
+
+def main(config):
+    source = infinigen.InfinigenSource(Path(config.cache_dir), Path(config.infinigen_env), ["cup"], 2)
+    prepare(plan_shards(source.items(), Path(config.output), 2), source, RECIPE)
+
+if __name__ == "__main__":
+    _cli.run(main, PrepareConfig, "prepare_data")
+"""
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_a_signal_ends_generators_quietly_and_blames_no_asset(tmp_path: Path, group: bool) -> None:
+    tests, started = Path(__file__).parents[1], tmp_path / "started"
+    (tmp_path / "worker.py").write_text(SLOW.format(started=str(started)))
+    (tmp_path / "go.py").write_text(COMMAND.format(worker=str(tmp_path / "worker.py")))
+    python = tmp_path / "environment" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    (tmp_path / "environment" / ".complete").touch()
+    given = [
+        f"cache_dir={tmp_path / 'raw'}",
+        f"infinigen_env={python.parents[1]}",
+        f"output={tmp_path / 'out'}",
+    ]
+    paths = os.pathsep.join(map(str, (tests, tests.parent / "scripts", tests.parent)))
+    with (tmp_path / "err").open("w") as err:
+        running = subprocess.Popen(
+            [sys.executable, str(tmp_path / "go.py"), *given],
+            env={**os.environ, "PYTHONPATH": paths},
+            stderr=err,
+            start_new_session=True,
+        )
+        while not started.exists():
+            assert running.poll() is None, (tmp_path / "err").read_text()
+            time.sleep(0.05)
+        if group:
+            os.killpg(running.pid, signal.SIGTERM)
+        else:
+            running.send_signal(signal.SIGTERM)
+        assert running.wait() == 143
+    assert (tmp_path / "err").read_text() == "terminated\n"
+    assert not (tmp_path / "raw" / "failures.jsonl").exists()
+    blender, session = map(int, started.read_text().split())
+    assert blender == session, "a signal to our group does not reach it and look like a crash"
+    with pytest.raises(ProcessLookupError):
+        os.kill(blender, 0)
 
 
 def test_environment_without_infinigen_says_so(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from manifold3d import Manifold, OpType
 from elastic3d.errors import UserError
 from elastic3d.geometry.normalize import normalize_mesh
 from elastic3d.geometry.solid import solidify
+from elastic3d.preparation.options import PrepareConfig, SourceName
+from elastic3d.preparation.prepare import prepare_data
 from elastic3d.preparation.primitives.catalogue import (
     CATEGORIES,
     PER_ROUND,
@@ -33,7 +37,7 @@ from elastic3d.preparation.primitives.solids import (
     twist,
     vessel,
 )
-from elastic3d.preparation.primitives.symbols import GLYPHS, count_of, glyph_of
+from elastic3d.preparation.primitives.symbols import FONTS, GLYPHS, count_of, glyph_of
 
 pytest.importorskip("matplotlib")  # the letters' fonts
 
@@ -114,3 +118,20 @@ def test_faces_know_their_part() -> None:
     assert names == ["low", "high"]
     assert np.array_equal(part, (vertices[faces].mean(axis=1)[:, 1] > 1).astype(int))
     assert len(vertices) == 2 * 24  # a box has no smooth edge: four vertices of their own for each side
+
+
+def test_letters_without_their_fonts_end_before_any_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PrepareConfig(
+        source=SourceName.primitives, categories=["mug", "letter"], shapes=7, output=str(tmp_path / "out")
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.get_data_path", lambda: str(tmp_path))
+        with pytest.raises(UserError, match=f"letters need {FONTS[0]} in .* reinstall matplotlib"):
+            prepare_data(config)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"letters need matplotlib's fonts: pip install 'elastic3d\[data\]'"):
+        prepare_data(config)
+    assert not (tmp_path / "out").exists()
+    assert len(PrimitivesSource(["mug"], 7).items()) == 7

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from safetensors.numpy import load_file
 
 from elastic3d.errors import UserError
 from elastic3d.preparation.prepare import prepare
-from elastic3d.preparation.shards import Recipe, drop_outdated, plan_shards, write_manifest
+from elastic3d.preparation.shape import RawShape
+from elastic3d.preparation.shards import Recipe, drop_outdated, plan_shards, prepare_shard, write_manifest
 from elastic3d.preparation.sources import Item
 
 
@@ -144,25 +147,80 @@ def test_nothing_to_do_does_nothing(tmp_path: Path) -> None:
     assert shards[0].path.stat().st_mtime_ns == before
 
 
-def test_growing_limit_remakes_the_last_shard_only(tmp_path: Path) -> None:
-    few, source = plan(["b0", "b1", "b2"], tmp_path)
-    prepare(few, source, RECIPE)
-    more, source = plan(["b0", "b1", "b2", "b3"], tmp_path)
-    drop_outdated(more, RECIPE)
-    assert [shard.done for shard in more] == [True, False]
-    prepare(more, source, RECIPE)
-    drop_outdated(few, RECIPE)  # and a smaller limit again is content with what there is
-    assert [shard.done for shard in few] == [True, True]
+def test_another_list_keeps_what_is_prepared(tmp_path: Path) -> None:
+    """A longer one, one in another order, another size of shards, fewer shapes."""
+
+    def planned(names: list[str], size: int = 2) -> list[tuple[str, list[str], bool]]:
+        shards, source = plan(names, tmp_path, size)
+        drop_outdated(source.items(), tmp_path, RECIPE)
+        return [(shard.path.stem[-1], [item.id for item in shard.items], shard.done) for shard in shards]
+
+    shards, source = plan(["b1", "b3", "b5"], tmp_path)
+    prepare(shards, source, RECIPE)
+    kept = [("0", ["b1", "b3"], True), ("1", ["b5"], True)]
+    assert planned(["b0", "b1", "b2", "b3", "b4", "b5"]) == [
+        *kept,
+        ("2", ["b0", "b2"], False),
+        ("3", ["b4"], False),
+    ]
+    assert planned(["b5", "b3", "b1"], size=1) == [("0", ["b3", "b1"], True), ("1", ["b5"], True)]
+    assert planned(["b1"]) == [("0", ["b1"], True)]
+    assert planned(["b7"]) == [("2", ["b7"], False)]
+    shards[0].path.unlink()  # as after a kill: the number is free
+    assert planned(["b1", "b3", "b5"]) == [("1", ["b5"], True), ("0", ["b1", "b3"], False)]
 
 
-def test_other_settings_or_items_are_refused(tmp_path: Path) -> None:
+def test_a_failed_shape_is_tried_again_if_told_so_or_changed(tmp_path: Path) -> None:
+    shards, source = plan(["b0", "broken", "b1"], tmp_path)
+    prepare(shards, source, RECIPE)
+    items = source.items()
+    drop_outdated(items, tmp_path, RECIPE)
+    assert [shard.done for shard in shards] == [True, True]
+    drop_outdated([items[0], items[2]], tmp_path, RECIPE, retry=True)  # what failed is not wanted any more
+    assert [shard.done for shard in shards] == [True, True]
+    drop_outdated([replace(item, version="2") for item in items], tmp_path, RECIPE)
+    assert [shard.done for shard in shards] == [False, True]
+    prepare(shards, source, RECIPE)
+    drop_outdated(items, tmp_path, RECIPE, retry=True)
+    assert [shard.done for shard in shards] == [False, True]
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
     shards, source = plan(["b0", "b1"], tmp_path)
     prepare(shards, source, RECIPE)
     with pytest.raises(UserError, match="another seed, expected the same settings"):
-        drop_outdated(shards, Recipe(TINY, 1, frozenset()))
-    others, _ = plan(["b5", "b6"], tmp_path)
-    with pytest.raises(UserError, match="holds other shapes"):
-        drop_outdated(others, RECIPE)
+        drop_outdated(source.items(), tmp_path, Recipe(TINY, 1, frozenset()))
+
+
+class Bare(Boxes):
+    """On a machine that lacks something; as the reader of meshes tells it."""
+
+    def __init__(self, lacking: Exception) -> None:
+        super().__init__(["b0"])
+        self.lacking = lacking
+
+    def load(self, item: Item) -> RawShape:
+        raise UserError("can't read b0") from self.lacking
+
+
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [
+        (
+            ModuleNotFoundError("No module named 'lib'"),
+            "b0 can't be prepared here: No module named 'lib'; inst",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; make room"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_failure_of_a_shape(
+    tmp_path: Path, lacking: Exception, message: str
+) -> None:
+    source = Bare(lacking)
+    shards = plan_shards(source.items(), tmp_path, 1)
+    with pytest.raises(UserError, match=message):
+        prepare_shard(shards[0], source, RECIPE, {}, lambda *_: None)
+    assert not shards[0].done
 
 
 class Stuck(Boxes):

@@ -7,8 +7,9 @@ import pytest
 import trimesh
 from PIL import Image
 
+from elastic3d.geometry.render import Camera, orbit_camera
 from elastic3d.preparation.options import ShapeConfig
-from elastic3d.preparation.shape import RawShape, item_seed, prepare_shape
+from elastic3d.preparation.shape import RawShape, item_seed, prepare_shape, random_lights, view_cameras
 
 SMALL = ShapeConfig(
     resolution=48,
@@ -63,12 +64,60 @@ def test_views_are_images_of_the_object_alone() -> None:
         alpha = np.asarray(image)[:, :, 3]
         rows, columns = np.nonzero(alpha > 127)
         assert 0.7 * 32 <= max(np.ptp(rows), np.ptp(columns)) + 1 <= 32
-    eye, target, fov, elevation = np.split(arrays["cameras"], [3, 6, 7], axis=1)
-    assert (fov >= 25).all() and (fov <= 50).all()
-    assert (elevation >= -5.1).all() and (elevation <= 45.1).all()
+    eye, target, _, elevation = np.split(arrays["cameras"], [3, 6, 7], axis=1)
     direction = (eye - target) / np.linalg.norm(eye - target, axis=1, keepdims=True)
     np.testing.assert_allclose(np.degrees(np.arcsin(direction[:, 1])), elevation[:, 0], atol=1e-3)
     assert direction[0, 2] > 0.5, "the first view sees the front"
+
+
+def test_cameras_reach_their_limits_and_stay_within() -> None:
+    generator, box = np.random.default_rng(0), trimesh.creation.box((1, 1, 1))
+    drawn = [view_cameras(box, 12, generator) for _ in range(100)]
+
+    def elevation(camera: Camera) -> float:
+        x, y, z = np.subtract(camera.eye, camera.target)
+        return float(np.degrees(np.arctan2(y, np.hypot(x, z))))
+
+    def azimuth(camera: Camera) -> float:
+        x, _, z = np.subtract(camera.eye, camera.target)
+        return abs(float(np.degrees(np.arctan2(x, z))))
+
+    others = [camera for cameras in drawn for camera in cameras[1:]]
+    fov = np.array([camera.fov_deg for cameras in drawn for camera in cameras])
+    assert_spans(fov, 15, 65)
+    assert 0.8 < ((fov >= 25) & (fov <= 50)).mean() < 0.95
+    assert_spans(np.array(list(map(elevation, others))), -10, 60)
+    assert_spans(np.array([elevation(cameras[0]) for cameras in drawn]), 10, 30)
+    assert_spans(np.array([azimuth(cameras[0]) for cameras in drawn]), 20, 50)
+    for cameras in drawn:
+        assert sum(azimuth(camera) < 90 for camera in cameras) == 8
+
+
+def test_one_to_three_lights_that_share_their_strength() -> None:
+    generator, camera = np.random.default_rng(0), orbit_camera(30.0, 20.0, 4.0, 40.0)
+    drawn = [random_lights(camera, generator) for _ in range(2000)]
+    counts = np.bincount([len(lights) for lights in drawn], minlength=4) / len(drawn)
+    np.testing.assert_allclose(counts, [0, 0.5, 0.3, 0.2], atol=0.04)
+    ambient = np.array([lights[0].ambient for lights in drawn])
+    assert_spans(ambient, 0.3, 0.65)
+    strength = np.array([sum(light.diffuse for light in lights) for lights in drawn])
+    assert_spans(ambient + strength, 0.9, 1.25)
+    for lights in drawn:
+        diffuse = [light.diffuse for light in lights]
+        assert diffuse == sorted(diffuse, reverse=True) and diffuse[-1] > 0
+        assert all(light.ambient == 0 for light in lights[1:])
+        for light, lowest in zip(lights, (0.35, -0.1, -0.1), strict=False):
+            assert lowest <= light.direction[1] <= 0.95
+            np.testing.assert_allclose(np.linalg.norm(light.direction), 1)
+    specular = np.array([sum(light.specular for light in lights) for lights in drawn])
+    assert specular.min() >= 0 and specular.max() <= 0.3**1.5
+    assert 0.65 < np.mean([light.shadows for lights in drawn for light in lights]) < 0.75
+
+
+def assert_spans(values: np.ndarray, low: float, high: float) -> None:
+    """All within the limits, and both nearly reached."""
+    near = 0.05 * (high - low)
+    assert low - 1e-4 <= values.min() < low + near and high - near < values.max() <= high + 1e-4
 
 
 def test_seed_decides_every_byte() -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import trimesh
-from _cli import execute
+from _cli import execute, parse
 from prepare_data import main
 from safetensors.numpy import load_file
 
 from elastic3d.errors import UserError
 from elastic3d.preparation.options import PrepareConfig
+from elastic3d.preparation.prepare import next_commands
 from elastic3d.preparation.sources import FolderSource
+from elastic3d.training.dit import DiTTrainConfig
+from elastic3d.training.latents import CacheConfig
 
 TINY = [f"shape.{name}=50" for name in ("surface_points", "sharp_points", "near_points", "volume_points")]
 TINY += ["shape.resolution=32", "shape.views=2", "shape.view_size=16", "workers=1"]
@@ -58,10 +62,56 @@ def test_folder_end_to_end(meshes: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert (
         output / "folder" / "train.txt"
     ).read_text().split() == listed  # too few to keep any from training
-    assert f"stage=cache init_from=shape-small latents.output={output}" in shown
+    assert f"latents.augment=true init_from=shape-small latents.output={output}" in shown
     arrays = load_file(output / "folder" / "shard-00001.safetensors")
     assert arrays["cone/surface"].shape == (50, 6)
     assert arrays["toys--red_ball/cameras"].shape == (2, 8)
+
+
+def test_a_mended_mesh_and_a_new_one_are_prepared(
+    meshes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("source=folder", f"path={meshes}", f"output={tmp_path / 'out'}", "shard_size=3")
+    folder = tmp_path / "out" / "folder"
+
+    def lists() -> list[str]:
+        return (folder / "train.txt").read_text().split()
+
+    assert prepare(*given) == 0 and "folder/bad" not in lists()
+    first = (folder / "shard-00000.safetensors").stat().st_mtime_ns
+    assert prepare(*given) == 0, "nothing has changed: nothing is tried again"
+    assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == first
+    capsys.readouterr()
+    trimesh.creation.box((1, 1, 2)).export(meshes / "bad.obj")
+    assert prepare(*given) == 0
+    assert "5 shapes in" in capsys.readouterr().out and lists()[0] == "folder/bad"
+    kept = [(file, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+    trimesh.creation.box((1, 1, 3)).export(meshes / "another.obj")
+    (meshes / "cone.off").unlink()
+    assert prepare(*given) == 0
+    assert lists() == [f"folder/{id}" for id in ("another", "bad", "box-glb", "box-stl", "toys--red_ball")]
+    assert [(file, file.stat().st_mtime_ns) for file, _ in kept] == kept
+    assert set(load_file(folder / "shard-00002.safetensors")) >= {"another/surface"}
+
+
+def test_a_mesh_takes_the_place_of_a_bad_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meshes = tmp_path / "meshes"
+    meshes.mkdir()
+    (meshes / "bad.obj").write_text("no mesh")
+    assert prepare(f"path={meshes}", f"output={tmp_path / 'out'}") == 1
+    assert "mend or replace the meshes named above and run this again" in capsys.readouterr().out
+    (meshes / "bad.obj").unlink()
+    trimesh.creation.box((1, 1, 2)).export(meshes / "good.obj")
+    assert prepare(f"path={meshes}", f"output={tmp_path / 'out'}") == 0
+    assert "1 shapes in" in (shown := capsys.readouterr().out) and "0 skipped" in shown
+
+
+def test_a_mesh_that_may_be_read_now_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.obj").write_text("v 0 0 0")
+    (readable,) = FolderSource(tmp_path).items()
+    monkeypatch.setattr("os.access", lambda *_: False)
+    (unreadable,) = FolderSource(tmp_path).items()
+    assert unreadable.version == "" != readable.version and "version" not in readable.row()
 
 
 @pytest.mark.parametrize(
@@ -70,11 +120,13 @@ def test_folder_end_to_end(meshes: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["source=folder"], "source=folder needs path="),
         (["path=nowhere"], "path=nowhere is no directory"),
         (["path=."], "holds no mesh, expected files ending in .glb"),
+        (["path=."], "name the folder that has them with path=, or convert yours"),
         (["source=attic"], "source"),
         (["shape.resolution=7"], "shape.resolution is 7"),
         (["paht=x"], "path"),
         (["source=infinigen", "categories=[car]"], "no Infinigen category 'car'"),
         (["path=.", "splits=nowhere"], "nowhere/train.txt is missing"),
+        (["path=.", "splits=nowhere"], "name a folder with all three lists with splits=, or leave it out"),
     ],
 )
 def test_mistakes_end_in_one_sentence(
@@ -98,6 +150,21 @@ def test_unwritable_output(meshes: Path, tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "file").write_text("")
     assert prepare(f"path={meshes}", f"output={tmp_path / 'file'}") == 2
     assert "can't write to" in capsys.readouterr().err
+
+
+def test_the_next_commands_pass_through_a_shell() -> None:
+    """A folder and a name that a shell, or a list of options, would divide."""
+    name, output = "my chairs, $5 'new'", "out [2]/a b"
+    config = PrepareConfig(name=name, output=output)
+    options = [shlex.split(command)[2:] for command in next_commands(config)]
+    cache = parse(CacheConfig, "train", options[0])
+    dit = parse(DiTTrainConfig, "train", options[1])
+    for data in (cache.data, dit.data):
+        assert data.prepared == Path(output)
+        assert [data.train, data.val] == [[Path(output, name, f"{which}.txt")] for which in ("train", "val")]
+    assert cache.latents.output == dit.latents.output == Path(output, f"latents-{name}")
+    assert dit.name == name and options[2] == ["stage=export", f"name={name}"]
+    assert cache.latents.mirror and cache.latents.augment
 
 
 def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:

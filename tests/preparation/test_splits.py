@@ -11,6 +11,7 @@ import trimesh
 
 from elastic3d.errors import UserError
 from elastic3d.preparation.infinigen import FACTORIES, assets
+from elastic3d.preparation.options import PrepareConfig, SplitsConfig
 from elastic3d.preparation.primitives.catalogue import CATEGORIES, PER_ROUND, shapes
 from elastic3d.preparation.shape import RawShape
 from elastic3d.preparation.splits import (
@@ -33,6 +34,13 @@ def test_committed_lists_are_disjoint_and_follow_the_rule() -> None:
     splits = read_splits(COMMITTED)  # raises if a name is in two lists
     for asset in assets([], 200):
         assert splits[f"infinigen/{asset.name}"] is infinigen_split(asset.seed)
+
+
+def test_the_default_prepares_every_listed_asset() -> None:
+    config = PrepareConfig()
+    assert config.seeds == SplitsConfig().seeds
+    listed = {name for name in read_splits(COMMITTED) if name.startswith("infinigen/")}
+    assert listed == {f"infinigen/{asset.name}" for asset in assets(config.categories, config.seeds)}
 
 
 def test_held_out_shapes_of_every_category() -> None:

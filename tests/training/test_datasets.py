@@ -1,19 +1,24 @@
 import pickle
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from _cli import parse
 
 from elastic3d.errors import UserError
 from elastic3d.training.datasets import (
     PreparedShapes,
     Shuffle,
+    list_options,
     micro_batches,
     open_split,
     pick,
     read_split,
     use_own_lists,
 )
+from elastic3d.training.latents import CacheConfig
 from elastic3d.training.options import DataConfig, LoopConfig
 from elastic3d.training.vae import AugmentConfig, VAEItems, augment
 from tests.training.tiny import vae_config
@@ -23,7 +28,12 @@ def test_split_files(tmp_path):
     (tmp_path / "a.txt").write_text("# comment\ns/1\n\ns/2\n")
     (tmp_path / "b.txt").write_text("s/2\nt/3\n")
     assert read_split([tmp_path / "a.txt", tmp_path / "b.txt"]) == ["s/1", "s/2", "t/3"]
-    with pytest.raises(UserError, match="no split file"):
+    with pytest.raises(
+        UserError, match=r"no split file .*c\.txt: name lists that are there with data\.train="
+    ):
+        read_split([tmp_path / "c.txt"])
+    (tmp_path / "c.txt").write_text("# nothing\n")
+    with pytest.raises(UserError, match=r"names no shape, .*prepare_data\.py source=folder writes them"):
         read_split([tmp_path / "c.txt"])
 
 
@@ -153,6 +163,27 @@ def test_a_stretch_keeps_signs_and_normals_and_bounds_distances():
     torch.testing.assert_close(item["surface"][:, 3:], ellipsoid, atol=1e-4, rtol=0)
 
 
+def test_a_users_own_meshes_are_found_in_any_folder(prepared, tmp_path_factory, monkeypatch):
+    """Also where the default lists are those that an installed package brings."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    own = prepared / "prepared" / "balls" / "train.txt"
+    for name in ("train", "val"):
+        own.with_name(f"{name}.txt").write_text("balls/ball1\n")
+    given = ["stage=cache", f"data.prepared={prepared / 'prepared'}"]
+    config = parse(CacheConfig, "train", given)
+    assert config.data.train[0].is_absolute()
+    use_own_lists(config.data)
+    assert (config.data.train, config.data.val) == ([own], [own.with_name("val.txt")])
+    named = parse(CacheConfig, "train", [*given, f"data.train={own.with_name('val.txt')}"])
+    use_own_lists(named.data)
+    assert named.data.train == [own.with_name("val.txt")]
+
+
+def test_the_lists_of_a_folder_pass_through_a_shell():
+    found = shlex.split(list_options(Path("my chairs/$1")))
+    assert found == ["data.train=my chairs/$1/train.txt", "data.val=my chairs/$1/val.txt"]
+
+
 def test_a_users_own_meshes_are_found(prepared, monkeypatch):
     """Without options where they are all there is; else the options are in the message."""
     monkeypatch.chdir(prepared)
@@ -169,7 +200,9 @@ def test_a_users_own_meshes_are_found(prepared, monkeypatch):
     listed = DataConfig(prepared=prepared / "prepared")
     use_own_lists(listed)
     assert listed == DataConfig(prepared=prepared / "prepared")
-    with pytest.raises(UserError, match=r"none of the 1 shapes .* data.train=\[.*balls/train.txt\]"):
+    with pytest.raises(
+        UserError, match=r"none of the 1 shapes .* data.train=\S+/balls/train.txt data.val=\S+/balls/val.txt"
+    ):
         PreparedShapes(prepared / "prepared", ["sofas/1"])
     with pytest.raises(UserError, match="prepare_data.py makes them"):
         PreparedShapes(prepared / "data", ["sofas/1"])

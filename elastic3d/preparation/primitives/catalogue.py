@@ -252,12 +252,17 @@ def shapes(categories: list[str], count: int) -> list[Composed]:
 
 
 class PrimitivesSource(AlwaysReady):
-    """The first `count` shapes of the catalogue; any prefix is balanced over the categories."""
+    """The first `count` shapes of the catalogue; any prefix is balanced over the categories.
+
+    UserError if letters are among them and their fonts are missing.
+    """
 
     name = "primitives"
 
     def __init__(self, categories: list[str], count: int) -> None:
         self._shapes = {shape.name: shape for shape in shapes(categories, count)}
+        if any(shape.category == "letter" for shape in self._shapes.values()):
+            symbols.fonts_folder()
 
     def items(self) -> list[Item]:
         """Categories interleaved."""

@@ -44,15 +44,24 @@ def glyph_of(seed: int) -> str:
     return GLYPHS[seed * 7 % len(GLYPHS)]
 
 
-def letter(d: Dice, glyph: str) -> Parts:
-    """A letter or digit of a DejaVu font, extruded. UserError if matplotlib, which brings the font, is missing."""
+def fonts_folder() -> Path:
+    """Where the fonts of the letters are. UserError if matplotlib, which brings them, or one of them is missing."""
     try:
         import matplotlib
-        from matplotlib.font_manager import FontProperties
-        from matplotlib.textpath import TextPath
     except ImportError as error:
-        raise UserError("letters need matplotlib's fonts: pip install elastic3d[data]") from error
-    font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / d.pick(*FONTS[:3], *FONTS)
+        raise UserError("letters need matplotlib's fonts: pip install 'elastic3d[data]'") from error
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    if missing := [name for name in FONTS if not (folder / name).is_file()]:
+        raise UserError(f"letters need {missing[0]} in {folder}: reinstall matplotlib with pip")
+    return folder
+
+
+def letter(d: Dice, glyph: str) -> Parts:
+    """A letter or digit of a DejaVu font, extruded. UserError if the font is missing."""
+    font = fonts_folder() / d.pick(*FONTS[:3], *FONTS)
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
     rings = TextPath((0, 0), glyph, size=1, prop=FontProperties(fname=font)).to_polygons(closed_only=True)
     outline = polygon(*(np.asarray(ring, np.float64)[:-1] for ring in rings))
     return {"body": plate(outline, d(0.12, 0.4), bevel=d.pick(0.0, 0.0, 0.02))}
