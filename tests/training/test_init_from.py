@@ -6,7 +6,6 @@ import pytest
 
 from elastic3d.errors import UserError
 from elastic3d.training.checkpoint import find_start, model_part
-from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
 from tests.training.tiny import dit_config, vae_config
 
