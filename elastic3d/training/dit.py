@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from elastic3d.diffusion.flow import interpolate, match_noise, sample_timesteps, timesteps_at, velocity
 from elastic3d.diffusion.sampler import sample
+from elastic3d.errors import UserError
 from elastic3d.models.images import prepare_image
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
@@ -19,7 +20,7 @@ from elastic3d.training.journal import contact_sheet, field_meshes, mesh_image
 from elastic3d.training.latents import INFO_NAME, LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.loop import Stage
 from elastic3d.training.options import StageName, TrainConfig
-from elastic3d.training.routes import WIDTHS, RandomRoutes, RandomRoutesConfig, draw
+from elastic3d.training.routes import KINDS, WIDTHS, RandomRoutes, RandomRoutesConfig, draw
 from elastic3d.training.views import stored_views
 from elastic3d.utils.options import Options, option
 
@@ -134,6 +135,7 @@ class LatentItems:
     info: LatentInfo
     config: DiTStageConfig
     scale: float = 1.0
+    batch: int = KINDS  # samples of an optimizer step, for random routes
     mirror: bool = True  # take mirrored shapes too, where the cache has them
 
     def __post_init__(self) -> None:
@@ -149,8 +151,8 @@ class LatentItems:
             item["condition"] = torch.zeros_like(item["condition"])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
         if self.config.routes.active:
-            model = self.config.model
-            drawn = draw(self.config.routes, model.double_blocks + model.single_blocks, position, seed, rng)
+            blocks = self.config.model.double_blocks + self.config.model.single_blocks
+            drawn = draw(self.config.routes, blocks, self.batch, position, seed, rng)
             item["t"] = timesteps_at(torch.tensor([drawn.u]), shift=self.config.time_shift)[0]
             item["route"] = torch.from_numpy(drawn.route)
             return item
@@ -191,7 +193,13 @@ class DiTStage(Stage):
     """What the loop needs to train a `ShapeDiT` on a cache of latents."""
 
     def __init__(self, config: DiTTrainConfig) -> None:
+        """UserError: no finished cache, or a batch too small for random routes."""
         self.config = config.dit
+        if config.dit.routes.active and config.batch < KINDS:
+            raise UserError(
+                f"batch is {config.batch}, expected {KINDS} or more with dit.routes.smallest: a full route, a smallest"
+                " one and two between"
+            )
         cache = LatentCache(config.latents.output, config.data, config.dit.val_shapes)
         self.info = info = cache.info
         self.record = cache.record
@@ -207,7 +215,7 @@ class DiTStage(Stage):
         self._val = cache.val
         self._images = open_split(config.data, config.data.val, ())
         scale = self.vae.config.scale_factor
-        self.items = LatentItems(cache.train, info, config.dit, scale)
+        self.items = LatentItems(cache.train, info, config.dit, scale, config.batch)
         self._val_items = LatentItems(self._val, info, config.dit, scale)
 
     def validate(self, batch: int = 16) -> dict[str, float]:

@@ -189,6 +189,11 @@ def test_trains_on_the_cache_and_draws(cached):
         assert sheet.size == (160, 480)
 
 
+def test_random_routes_need_a_batch_of_four(cached):
+    with pytest.raises(UserError, match="batch is 2, expected 4 or more with dit.routes.smallest"):
+        DiTStage(config_for(cached, batch=2, dit=dict(routes=dict(smallest=0.5))))
+
+
 def test_gradient_checkpointing_changes_nothing(cached):
     found = []
     for name, recompute in (("plain", False), ("recomputed", True)):
