@@ -43,6 +43,7 @@ from elastic3d.training.journal import Journal
 from elastic3d.training.optim import Average, MasterOptimizer, learning_rate
 from elastic3d.training.options import LoopConfig, Precision
 
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 MAX_BAD_STEPS = 20  # in a row without a finite gradient: the run is lost
 
 
@@ -111,7 +112,7 @@ def stop_signals() -> Iterator[list[str]]:
         arrived.append(caught.name)
         signal.signal(caught, before[caught])
 
-    for caught in (signal.SIGTERM, signal.SIGINT):
+    for caught in STOPPING:
         before[caught] = signal.signal(caught, note)
     try:
         yield arrived
@@ -263,11 +264,10 @@ class _Run:
             return "finished"
         minutes = (time.monotonic() - self.started) / 60
         timeout = bool(self.config.max_minutes) and minutes >= self.config.max_minutes
-        own = torch.tensor([bool(signals), timeout], dtype=torch.float32, device=self.accelerator.device)
-        stopped, late = self.accelerator.reduce(own, "sum").tolist()
-        if stopped:
-            return signals[0] if signals else "signal"
-        return "time" if late else ""
+        own = {each.name: each.name in signals for each in STOPPING} | {"time": timeout}
+        found = torch.tensor(list(own.values()), dtype=torch.float32, device=self.accelerator.device)
+        counts = self.accelerator.reduce(found, "sum").tolist()
+        return next((reason for reason, count in zip(own, counts, strict=True) if count), "")
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
