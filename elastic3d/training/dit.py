@@ -19,7 +19,7 @@ from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_gen
 from elastic3d.training.journal import contact_sheet, field_meshes, mesh_image
 from elastic3d.training.latents import INFO_NAME, LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.loop import Stage
-from elastic3d.training.options import StageName, TrainConfig
+from elastic3d.training.options import DataConfig, StageName, TrainConfig
 from elastic3d.training.routes import KINDS, WIDTHS, RandomRoutes, RandomRoutesConfig, draw
 from elastic3d.training.views import stored_views
 from elastic3d.utils.options import Options, option
@@ -189,11 +189,19 @@ class LatentItems:
         return torch.from_numpy(rng.standard_normal((count, channels), dtype=np.float32))
 
 
+def _open_images(data: DataConfig) -> PreparedShapes:
+    """The prepared validation shapes, whose views the sample images show: the cache has their tokens alone."""
+    try:
+        return open_split(data, data.val, ())
+    except UserError as error:
+        raise UserError(f"{error}, and sample_every=0 trains without sample images") from error
+
+
 class DiTStage(Stage):
     """What the loop needs to train a `ShapeDiT` on a cache of latents."""
 
     def __init__(self, config: DiTTrainConfig) -> None:
-        """UserError: no finished cache, or a batch too small for random routes."""
+        """UserError: no finished cache, no images to draw samples beside, or a batch too small for random routes."""
         self.config = config.dit
         if config.dit.routes.active and config.batch < KINDS:
             raise UserError(
@@ -213,7 +221,7 @@ class DiTStage(Stage):
         self.flow = FlowObjective(self.dit, anchor_channels, config.dit.anchor_weight, routes)
         self.objective = self.flow
         self._val = cache.val
-        self._images = open_split(config.data, config.data.val, ())
+        self._images = _open_images(config.data) if config.sample_every else None
         scale = self.vae.config.scale_factor
         self.items = LatentItems(cache.train, info, config.dit, scale, config.batch)
         self._val_items = LatentItems(self._val, info, config.dit, scale)
@@ -256,6 +264,7 @@ class DiTStage(Stage):
         return {"generated": contact_sheet(rows)}
 
     def _view(self, index: int, size: int = 160) -> np.ndarray:
+        assert self._images is not None
         views, id = self.info.settings["views"], self._val.ids[index]
         found = stored_views(self._images, id)
         view: Image.Image = found[(index % views) * len(found) // views]
