@@ -61,6 +61,12 @@ class Checkpoint:
             raise UserError(f"{self.source} has no {name}.safetensors")
         return self.tensors[name]
 
+    @property
+    def stage(self) -> str | None:
+        """The stage that its configuration names, None where it has none."""
+        config = self.values.get("config")
+        return _renamed(config).get("stage") if isinstance(config, Mapping) else None
+
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint after `step` steps lies."""
@@ -293,8 +299,9 @@ def model_part(path: Path, part: str) -> Path | None:
     return None
 
 
-def starting_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors, by their names in the objective, that a run starts from: averages of a checkpoint, a model's weights.
+def starting_point(path: Path, own: Mapping[str, Tensor]) -> Checkpoint:
+    """What a run starts from, as a checkpoint whose `average` has the tensors by their names in the objective: a
+    checkpoint itself, the newest one of a run, or a model's weights.
 
     Args:
         own: the objective's state, whose names begin with the part's (`vae.`, `dit.`).
@@ -307,16 +314,24 @@ def starting_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]
     folder = model_part(path, part) if part in CLASSES else None
     if folder is not None:
         weights = read_weights(find_weights(folder))
-        return {f"{part}.{name}": value.float() for name, value in weights.items()}
+        average = {f"{part}.{name}": value.float() for name, value in weights.items()}
+        return Checkpoint(0, {"average": average}, source=str(path))
     if (path / "checkpoints").is_dir():
-        newest, _ = newest_checkpoint(path / "checkpoints")
-        path = newest or path
-    elif not list(path.glob("*.json")):
+        newest, passed_over = newest_checkpoint(path / "checkpoints")
+        if newest is None:
+            reasons = "".join(f" ({reason})" for reason in passed_over)
+            raise UserError(
+                f"init_from={path} is a run without a whole checkpoint{reasons}: train it first, or give another"
+                " init_from="
+            )
+        path = newest
+    elif not (path / MANIFEST).is_file():
+        model = f", or a model with a {part}, such as shape-small" if part in CLASSES else ""
         raise UserError(
-            f"init_from={path} is neither a checkpoint nor a model with a {part},"
-            " expected the folder of one (runs/NAME/checkpoints/step-..., shape-small)"
+            f"init_from={path} is neither a checkpoint nor a model to start a {part} from, expected a checkpoint"
+            f" (runs/NAME/checkpoints/step-...), the folder of a run that has one{model}"
         )
-    return load_checkpoint(path).part("average")
+    return load_checkpoint(path)
 
 
 def statistics_of(path: Path) -> tuple[list[float], list[float]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from elastic3d.diffusion.flow import interpolate, match_noise, sample_timesteps, timesteps_at, velocity
 from elastic3d.diffusion.sampler import sample
+from elastic3d.errors import UserError
 from elastic3d.models.images import prepare_image
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
@@ -18,8 +19,8 @@ from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_gen
 from elastic3d.training.journal import contact_sheet, field_meshes, mesh_image
 from elastic3d.training.latents import INFO_NAME, LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.loop import Stage
-from elastic3d.training.options import StageName, TrainConfig
-from elastic3d.training.routes import WIDTHS, RandomRoutes, RandomRoutesConfig, draw
+from elastic3d.training.options import DataConfig, StageName, TrainConfig
+from elastic3d.training.routes import KINDS, WIDTHS, RandomRoutes, RandomRoutesConfig, draw
 from elastic3d.training.views import stored_views
 from elastic3d.utils.options import Options, option
 
@@ -134,6 +135,7 @@ class LatentItems:
     info: LatentInfo
     config: DiTStageConfig
     scale: float = 1.0
+    batch: int = KINDS  # samples of an optimizer step, for random routes
     mirror: bool = True  # take mirrored shapes too, where the cache has them
 
     def __post_init__(self) -> None:
@@ -149,8 +151,8 @@ class LatentItems:
             item["condition"] = torch.zeros_like(item["condition"])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
         if self.config.routes.active:
-            model = self.config.model
-            drawn = draw(self.config.routes, model.double_blocks + model.single_blocks, position, seed, rng)
+            blocks = self.config.model.double_blocks + self.config.model.single_blocks
+            drawn = draw(self.config.routes, blocks, self.batch, position, seed, rng)
             item["t"] = timesteps_at(torch.tensor([drawn.u]), shift=self.config.time_shift)[0]
             item["route"] = torch.from_numpy(drawn.route)
             return item
@@ -187,11 +189,25 @@ class LatentItems:
         return torch.from_numpy(rng.standard_normal((count, channels), dtype=np.float32))
 
 
+def _open_images(data: DataConfig) -> PreparedShapes:
+    """The prepared validation shapes, whose views the sample images show: the cache has their tokens alone."""
+    try:
+        return open_split(data, data.val, ())
+    except UserError as error:
+        raise UserError(f"{error}, and sample_every=0 trains without sample images") from error
+
+
 class DiTStage(Stage):
     """What the loop needs to train a `ShapeDiT` on a cache of latents."""
 
     def __init__(self, config: DiTTrainConfig) -> None:
+        """UserError: no finished cache, no images to draw samples beside, or a batch too small for random routes."""
         self.config = config.dit
+        if config.dit.routes.active and config.batch < KINDS:
+            raise UserError(
+                f"batch is {config.batch}, expected {KINDS} or more with dit.routes.smallest: a full route, a smallest"
+                " one and two between"
+            )
         cache = LatentCache(config.latents.output, config.data, config.dit.val_shapes)
         self.info = info = cache.info
         self.record = cache.record
@@ -205,9 +221,9 @@ class DiTStage(Stage):
         self.flow = FlowObjective(self.dit, anchor_channels, config.dit.anchor_weight, routes)
         self.objective = self.flow
         self._val = cache.val
-        self._images = open_split(config.data, config.data.val, ())
+        self._images = _open_images(config.data) if config.sample_every else None
         scale = self.vae.config.scale_factor
-        self.items = LatentItems(cache.train, info, config.dit, scale)
+        self.items = LatentItems(cache.train, info, config.dit, scale, config.batch)
         self._val_items = LatentItems(self._val, info, config.dit, scale)
 
     def validate(self, batch: int = 16) -> dict[str, float]:
@@ -248,6 +264,7 @@ class DiTStage(Stage):
         return {"generated": contact_sheet(rows)}
 
     def _view(self, index: int, size: int = 160) -> np.ndarray:
+        assert self._images is not None
         views, id = self.info.settings["views"], self._val.ids[index]
         found = stored_views(self._images, id)
         view: Image.Image = found[(index % views) * len(found) // views]

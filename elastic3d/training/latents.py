@@ -31,7 +31,7 @@ from elastic3d.models.skip_dit import SkipDiT
 from elastic3d.models.weights import WEIGHTS_NAME, save_weights, tensor_heads
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, load_dit
 from elastic3d.pipelines.memory import require_memory
-from elastic3d.pipelines.runtime import resolve_device
+from elastic3d.pipelines.runtime import BUNDLED, find_model, resolve_device
 from elastic3d.training.checkpoint import read_record, statistics_of
 from elastic3d.training.datasets import (
     PreparedShapes,
@@ -139,8 +139,12 @@ class LatentInfo:
 
     @property
     def vae(self) -> Path:
-        """Folder of the VAE that encoded the shapes."""
-        return Path(self.settings["vae"])
+        """Folder of the VAE that encoded the shapes; that of the same bundled model where the cache was moved."""
+        found = Path(self.settings["vae"])
+        bundled = find_model(BUNDLED / found.parent.name) / found.name / WEIGHTS_NAME
+        if found.exists() or not bundled.is_file() or file_sha256(bundled) != self.settings["vae_sha256"]:
+            return found
+        return bundled.parent
 
     @property
     def encoder(self) -> ImageEncoderConfig:

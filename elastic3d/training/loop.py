@@ -26,7 +26,7 @@ from elastic3d.training.checkpoint import (
     newest_checkpoint,
     random_state,
     save_checkpoint,
-    starting_weights,
+    starting_point,
     write_part,
 )
 from elastic3d.training.datasets import Batch, Items, micro_batches
@@ -43,6 +43,7 @@ from elastic3d.training.journal import Journal
 from elastic3d.training.optim import Average, MasterOptimizer, learning_rate
 from elastic3d.training.options import LoopConfig, Precision
 
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 MAX_BAD_STEPS = 20  # in a row without a finite gradient: the run is lost
 
 
@@ -111,7 +112,7 @@ def stop_signals() -> Iterator[list[str]]:
         arrived.append(caught.name)
         signal.signal(caught, before[caught])
 
-    for caught in (signal.SIGTERM, signal.SIGINT):
+    for caught in STOPPING:
         before[caught] = signal.signal(caught, note)
     try:
         yield arrived
@@ -263,11 +264,10 @@ class _Run:
             return "finished"
         minutes = (time.monotonic() - self.started) / 60
         timeout = bool(self.config.max_minutes) and minutes >= self.config.max_minutes
-        own = torch.tensor([bool(signals), timeout], dtype=torch.float32, device=self.accelerator.device)
-        stopped, late = self.accelerator.reduce(own, "sum").tolist()
-        if stopped:
-            return signals[0] if signals else "signal"
-        return "time" if late else ""
+        own = {each.name: each.name in signals for each in STOPPING} | {"time": timeout}
+        found = torch.tensor(list(own.values()), dtype=torch.float32, device=self.accelerator.device)
+        counts = self.accelerator.reduce(found, "sum").tolist()
+        return next((reason for reason, count in zip(own, counts, strict=True) if count), "")
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -303,20 +303,27 @@ class _Run:
             if self.config.init_from is None:
                 return None
             path = self.config.init_from
-            own = self.stage.objective.state_dict()
-            average = {name: own[name] for name in self.config.init_new if name in own}
-            average |= starting_weights(path, own)
-            parts = {"model": average, "average": average, "optimizer": dict[str, Tensor]()}
-            checkpoint = Checkpoint(0, parts, source=str(path))
+            checkpoint, advice = self._begun(path)
         else:
             checkpoint = self._resumed(path)
+            advice = "give the options that it was trained with, or another name= for a new run"
         try:
             load_strict(self.stage.objective, checkpoint.part("model"), str(path))
         except UserError as error:
-            raise UserError(
-                f"{error}: give the options that it was trained with, or another name= for a new run"
-            ) from error
+            raise UserError(f"{error}: {advice}") from error
         return checkpoint
+
+    def _begun(self, path: Path) -> tuple[Checkpoint, str]:
+        """The first checkpoint of a run that starts from `init_from`, and what to do where that does not fit."""
+        own = self.stage.objective.state_dict()
+        start = starting_point(path, own)
+        average = {name: own[name] for name in self.config.init_new if name in own} | start.part("average")
+        parts = {"model": average, "average": average, "optimizer": dict[str, Tensor]()}
+        if start.stage in (None, self.config.stage.name):
+            advice = "it is of another architecture: give the options that it was trained with, another init_from=,"
+        else:
+            advice = f"it is of stage={start.stage}, expected stage={self.config.stage.name}: give another init_from=,"
+        return Checkpoint(0, parts, source=str(path)), f"{advice} or leave it out"
 
     def _resumed(self, path: Path) -> Checkpoint:
         if not self.config.resume:

@@ -1,9 +1,9 @@
 """Routes that are drawn: for a base model that learns to do without some of itself, and around a measured table.
 
 Routers pay only on a base whose blocks have met missing neighbours and narrow MLPs (E-DiT, 2602.13993, trains the base
-along). The sandwich rule of slimmable networks (1903.05134) keeps the full model whole: of every four groups of samples
-one takes the full route, one the smallest, two something between. Blocks that are left out are not computed, so an
-elastic batch is also cheaper than a full one.
+along). The sandwich rule of slimmable networks (1903.05134) keeps the full model whole: in every batch, of every four
+groups of samples one takes the full route, one the smallest, two something between. Blocks that are left out are not
+computed, so an elastic batch is also cheaper than a full one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from elastic3d.utils.structured import Number, load_json, save_json
 
 WIDTHS = 4
 KINDS = 4  # of groups: full, smallest, two between
-BANDS = 4  # of times: a group's samples lie in one, so that its route can suit them
+BANDS = 4  # of times: a group's samples lie in one, so that the blocks it leaves out can suit them
 FIRST_BLOCKS = (0.15, 0.4)  # how readily the first blocks are left out, against 1 in the middle
 LAST_BLOCK = (0.6, 0.1)  # the last block at the earliest and at the latest times
 LATE_BLOCKS = 0.8  # how much more readily late blocks are left out than early ones, at early times
@@ -56,7 +56,8 @@ class RandomRoutesConfig(Options):
     )
     group: int = option(
         8,
-        "consecutive samples that share a route and a quarter of the times; 1: each has its own",
+        "consecutive samples, at most a quarter of the batch, that share a route and a quarter of the times, which"
+        " shifts what blocks are left out and not how many; 1: each has its own",
         ge=1,
         le=1 << 16,
     )
@@ -78,10 +79,16 @@ class Draw:
     route: NDArray[np.int64]
 
 
-def draw(config: RandomRoutesConfig, blocks: int, position: int, seed: int, rng: np.random.Generator) -> Draw:
-    """The draw of sample `position` of a stream; `rng` is the sample's own, the group's follows from the seed."""
-    group = position // config.group
-    shared = np.random.default_rng([seed, group, 7])
+def draw(
+    config: RandomRoutesConfig, blocks: int, batch: int, position: int, seed: int, rng: np.random.Generator
+) -> Draw:
+    """The draw of sample `position` of a stream; `rng` is the sample's own, the group's follows from the seed.
+
+    batch: samples of an optimizer step, `KINDS` at least. Each begins with a group of the full route.
+    """
+    size = min(config.group, batch // KINDS)
+    group, place = divmod(position % batch, size)
+    shared = np.random.default_rng([seed, position - place, 7])
     band = int(shared.integers(BANDS))
     route = draw_route(group % KINDS, (band + 0.5) / BANDS, blocks, config.smallest, shared)
     return Draw((band + rng.random()) / BANDS, route)
@@ -92,6 +99,7 @@ def draw_route(
 ) -> NDArray[np.int64]:
     """A route (I,) of a kind: 0 full, 1 smallest, else between; about its share of the blocks' FLOPs.
 
+    time: in [0,1], which shifts what blocks are left out, and not how many.
     What is saved is divided at random between blocks that are skipped and MLPs that are narrowed. The first two blocks,
     and the last one at late times, are dear (measured on the bundled model, as E-DiT reports) and mostly stay.
     """

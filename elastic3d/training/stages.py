@@ -86,7 +86,7 @@ def run_stage(config: StageConfig) -> int:
         return 0
     require_sizes(config)
     outcome = train(build_stage(config), config, config.folder, {"config": to_dict(config)})
-    return 130 if outcome.reason == "SIGINT" else 0
+    return {"SIGINT": 130, "SIGTERM": 143}.get(outcome.reason, 0)
 
 
 def warn_of_slow_precision(config: StageConfig) -> None:

@@ -1,7 +1,9 @@
 """From prepared shapes through a VAE and a cache of latents to a trained DiT."""
 
 import io
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
+from elastic3d.pipelines.runtime import find_model
 from elastic3d.training.checkpoint import load_checkpoint
 from elastic3d.training.datasets import PreparedShapes, item_generator
 from elastic3d.training.dit import DiTStage, DiTStageConfig, FlowObjective, LatentItems
@@ -22,9 +25,11 @@ from elastic3d.training.export import ExportConfig, export_run
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo, LatentsConfig, build_cache
 from elastic3d.training.options import DataConfig, StageName
+from elastic3d.training.routes import WIDTHS
 from elastic3d.training.stages import run_stage
 from elastic3d.training.vae import TrainedPart
 from elastic3d.training.views import named_images, stored_views
+from elastic3d.utils.files import file_sha256
 from elastic3d.utils.structured import load_json, save_json
 from tests.training.tiny import add_views, tiny_vae, vae_config, views
 from tests.training.tiny import dit_config as config_for
@@ -187,6 +192,36 @@ def test_trains_on_the_cache_and_draws(cached):
     assert {"val/flow", "val/flow_without_image", "val/flow_noisy"} <= set(lines[-1])
     with Image.open(config.folder / "samples" / "generated-00000030.png") as sheet:
         assert sheet.size == (160, 480)
+
+
+def test_the_cache_alone_is_enough(cached):
+    """As on another machine: no prepared shapes; sample images, which show their views, need them."""
+    shutil.rmtree(cached / "prepared")
+    assert run_stage(config_for(cached, steps=2, validate_every=1)) == 0
+    with pytest.raises(UserError, match=r"prepare_data.py makes them, and sample_every=0 trains without"):
+        run_stage(config_for(cached, name="drawn", steps=2, sample_every=1))
+
+
+def test_a_moved_cache_finds_the_bundled_vae(cached):
+    """The same weights only; a VAE of one's own is looked for where it was."""
+    info, bundled = LatentInfo.load(cached / "latents"), find_model("shape-small") / "vae"
+    info.settings |= {"vae": "/elsewhere/data/pretrained/shape-small/vae"}
+    assert info.vae == Path(info.settings["vae"])
+    info.settings["vae_sha256"] = file_sha256(bundled / "model.safetensors")
+    assert info.vae.samefile(bundled)
+    info.settings["vae"] = "runs/vae/export"
+    assert info.vae == Path("runs/vae/export")
+
+
+def test_every_batch_along_random_routes_has_the_full_one(cached):
+    model = dict(width=32, heads=2, double_blocks=1, single_blocks=3)
+    options = dict(dit=dict(model=model, routes=dict(smallest=0.3)))
+    items = DiTStage(config_for(cached, batch=6, **options)).items
+    for first in range(0, 30, 6):
+        routes = torch.stack([items.item(first + i, seed=0)["route"] for i in range(6)])
+        assert (routes[0] == WIDTHS).all() and (routes[1:] < WIDTHS).any()
+    with pytest.raises(UserError, match="batch is 2, expected 4 or more with dit.routes.smallest"):
+        DiTStage(config_for(cached, batch=2, **options))
 
 
 def test_gradient_checkpointing_changes_nothing(cached):

@@ -154,7 +154,7 @@ def test_sigterm_ends_with_a_checkpoint(prepared):
     wait_for(lambda: losses(config), process)
     process.send_signal(signal.SIGTERM)
     said = process.wait()
-    assert process.process.exitcode == 0, said
+    assert process.process.exitcode == 143, said
     assert "SIGTERM" in said
     [checkpoint] = (config.folder / "checkpoints").iterdir()
     assert load_checkpoint(checkpoint).step == max(losses(config))

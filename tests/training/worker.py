@@ -1,6 +1,7 @@
 """What a process of a test's own does: runs of `scripts/train.py`, with nothing imported that they do not need."""
 
 import os
+import sys
 from pathlib import Path
 
 import accelerate  # noqa: F401
@@ -19,4 +20,5 @@ def work(configs: list[TrainConfig], environment: dict[str, str], said: Path) ->
     os.environ.update(environment)
     torch.set_num_threads(1)
     for config in configs:
-        assert run_stage(config) == 0
+        if code := run_stage(config):
+            sys.exit(code)
