@@ -303,6 +303,11 @@ def router_state_of(dit, folder):
 # --------------------------------------------------------------------------------------------------- bad input
 
 
+def test_an_option_that_is_gone_is_no_option_of_a_test(tmp_path):
+    with pytest.raises(TypeError, match="routing_weight"):
+        block_config(tmp_path, {"routing_weight": 0.0})
+
+
 def test_what_does_not_fit_is_said(routed):  # noqa: F811
     for options, message in (
         ({"val_steps": [11]}, "val_steps has 11, expected 2 to 10, as is trained"),
