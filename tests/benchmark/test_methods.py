@@ -278,8 +278,9 @@ def test_controls_of_per_block_routers_run_in_the_steps_of_these(world, tmp_path
     session.coarseness = None
     task.controls._error()(torch.full((len(session.blocks),), 4))
     assert session.coarseness == 1  # log2 of 4 over 2
+    ablation = config_of(world, tmp_path, **fields | {"methods": [Method.elastic_no_lora]})
     with pytest.raises(UserError, match="elastic_no_lora, which can't be run: its routers were trained with"):
-        plan(config_of(world, tmp_path, **fields | {"methods": [Method.elastic_no_lora]}), task.planner.models, 2)
+        plan(ablation, task.planner.models, 2)
 
 
 def test_routers_that_are_calibrated_anew_make_other_runs(world, tmp_path):
