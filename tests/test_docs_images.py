@@ -1,4 +1,4 @@
-"""The estimates of docs/images.md are what the cost model says of the published architectures."""
+"""The estimates of docs/images.md and docs/train.md are what the cost model says of the published architectures."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,10 @@ import torch
 from elastic3d.elastic import adapter_for, attach
 from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.families import dense_flops
+from elastic3d.pipelines.estimates import SUSTAINED
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "images.md").read_text()
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE, TRAINING = (DOCS / "images.md").read_text(), (DOCS / "train.md").read_text()
 # The published configurations differ from the classes' defaults in this alone.
 MODELS = {
     "FLUX.1-dev": ("FluxTransformer2DModel", {"guidance_embeds": True}, 4096, 512, 28),
@@ -41,3 +43,7 @@ def test_estimates(name):
         passes * flops / 1e15, passes * flops / 0.4e15, passes * flops / 2 / 0.4e15,
     ]  # fmt: skip
     assert row(name) == pytest.approx(expected, rel=0.01)
+    samples, each, seconds = re.search(rf"\| {name}.* (\d+) x (\d+) \|.*\| (\d+) s \|", TRAINING).groups()
+    gpus, times = 8, 4  # forward, recomputed, and twice backward
+    update = int(samples) * int(each) * times * flops / (gpus * SUSTAINED)
+    assert int(seconds) == pytest.approx(update, rel=0.01)

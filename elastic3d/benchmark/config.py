@@ -125,9 +125,8 @@ class BenchmarkOptions(Options):
     )
     steps: list[int] = option([8, 12, 16, 25, 50, 100], "step counts of fewer_steps", **STEPS, **SOME)
     elastic_steps: list[int] = option([], "step counts of elastic rows; empty: baseline_steps", **STEPS)
-    baseline_steps: int | None = option(
-        None, "steps of dense, controls and variants; null: the model's default", **STEPS
-    )
+    control_steps: int = option(0, "steps of controls and variants; 0: baseline_steps", ge=0, le=1000)
+    baseline_steps: int | None = option(None, "steps of dense; null: the model's default", **STEPS)
     reference_steps: int = option(100, "steps of the dense results that all others are paired with", **STEPS)
     seeds: list[int] = option(
         [0, 1, 2], "seeds of the noise; the first two or more give the seed floor", ge=0, le=2**63 - 1, **SOME

@@ -116,11 +116,18 @@ class Controls:
     def _key(self) -> int:
         """Of the model, guidance, resolution, steps and items."""
         items = [(job.name, job.seed) for job in self.calibration]
-        return zlib.crc32(repr((self.planner.reference().name, self.planner.baseline_steps, items)).encode())
+        return zlib.crc32(repr((self.planner.reference().name, self.planner.control_steps, items)).encode())
+
+    def _searched(self) -> Run:
+        """How static routes are searched: with the few-step LoRA where the controls run with it at every budget."""
+        planner, steps = self.planner, self.planner.control_steps
+        budget = max(each for each in planner.control_budgets if each < 1)
+        settings = ElasticConfig(cache=NO_CACHE, budget=budget, few_step=planner.has_lora(steps, budget))
+        return planner.run(MAIN, steps, Routes.open, settings)
 
     def _static_path(self, blocks: list[BlockFlops], share: float) -> list[tuple[float, list[int]]]:
         """The greedy path of fixed routes, down to `share` at least; one for every budget."""
-        file = self.folder / f"static-{self._key():08x}.json"
+        file = self.folder / f"static-{self._searched().name}-{self._key():08x}.json"
         path: list[tuple[float, list[int]]] = (
             load_json(file, {"path": [list]})["path"] if file.is_file() else []
         )
@@ -134,12 +141,12 @@ class Controls:
     def _error(self) -> Callable[[Tensor], float]:
         """Fixed routes (I,) -> relative squared error of the last latents of the calibration items.
 
+        The truth is the dense model's in as many steps; with the few-step LoRA, which learned from many, the reference.
         Blocks that are left out add nothing: with the cache of routers that reuse, a first step would run all of them.
         """
-        task, planner, jobs = self.task, self.planner, self.calibration
-        dense = planner.run(MAIN, planner.baseline_steps, Routes.dense)
-        plain = ElasticConfig(cache=NO_CACHE, few_step=False)
-        fixed = planner.run(MAIN, planner.baseline_steps, Routes.open, plain)
+        task, fixed, jobs = self.task, self._searched(), self.calibration
+        steps = self.config.reference_steps if fixed.settings.few_step else fixed.steps
+        dense = self.planner.run(MAIN, steps, Routes.dense)
         condition = task.condition_of(dense, jobs)
         true = task.sample(dense, condition, jobs)
 

@@ -150,6 +150,7 @@ class Planner:
         main = models[MAIN]
         self.baseline_steps = config.baseline_steps or main.steps
         self.elastic_steps = config.elastic_steps or [self.baseline_steps]
+        self.control_steps = config.control_steps or self.baseline_steps
         self.control_budgets = config.control_budgets or config.budgets
         self.trained_cache = main.session.router_config.cache() if main.session else NO_CACHE
         default = config.cache or main.elastic.cache or self.trained_cache
@@ -262,6 +263,8 @@ def _impossible(planner: Planner, method: Method, items: int) -> str:
         return "the model has no routers"
     if method in (Method.elastic_no_lora, Method.few_step_lora) and not session.router_config.few_step_rank:
         return "its routers have no few-step LoRA"
+    if method is Method.elastic_no_lora and session.router_config.trained_steps:
+        return "its routers were trained with their few-step LoRA"
     if method is Method.elastic_no_bias and not session.router_config.gate_bias:
         return "its routers have no gate bias over time"
     cache = planner.trained_cache
@@ -297,8 +300,9 @@ def _cases(planner: Planner, method: Method) -> Iterator[Case]:
     elif name in CONTROLS:
         for budget in planner.control_budgets:
             if budget < 1:  # at 1 there is hardly anything left out to choose
-                donor = planner.elastic(budget, base, cache=planner.trained_cache)
-                yield Case(name, planner.run(MAIN, base, Routes(name), donor.settings, donor=donor), budget)
+                steps = planner.control_steps
+                donor = planner.elastic(budget, steps, cache=planner.trained_cache)
+                yield Case(name, planner.run(MAIN, steps, Routes(name), donor.settings, donor=donor), budget)
     else:  # the routers, or an ablation of them
         undamped = replace(planner.default.cache or NO_CACHE, damping=1.0, times=[], dampings=[])
         changes: dict[Method, dict[str, Any]] = {
@@ -329,7 +333,7 @@ def _dense_cache(planner: Planner) -> Iterator[Case]:
 
 
 def _variant_cases(planner: Planner, name: str) -> Iterator[Case]:
-    session, steps = planner.models[name].session, planner.baseline_steps
+    session, steps = planner.models[name].session, planner.control_steps
     if session is None:
         yield Case(name, planner.run(name, steps, Routes.dense), None)
         return

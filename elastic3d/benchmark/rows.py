@@ -224,10 +224,11 @@ def targets(task: Task, rows: Sequence[Row], frontiers: dict[str, Any], best: Ro
         str(row["batch"]): row["efficiency"] for row in family if best and row["run"] == best["run"]
     }
     reached = [value >= EFFICIENCY for value in efficiency.values() if value is not None]
+    kept = [row for row in rows if row["as_trained"] or row["method"] == Method.training_free.value]
     off = [
         abs(row["executed_flops_ratio"] - row["budget"])
-        for row in rows
-        if row["as_trained"] and row["executed_flops_ratio"] is not None
+        for row in kept
+        if row["executed_flops_ratio"] is not None
     ]
     fast = best is not None and best["dit_speedup"] >= SPEED
     found = {

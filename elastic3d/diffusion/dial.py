@@ -55,7 +55,7 @@ class Row:
     in the place of the routers; few_step_lora: whether the few-step LoRA is merged, with which
     the second guidance branch runs in some of the steps alone; speedup: of the DiT over the dense default, by batch
     size; iou: to the reference; f_scores: to the ground truth, in the order of `F_SCORES`; scope: that of the routers
-    (`block` or `step`), None in files that do not name it.
+    (`block` or `step`), None in files that do not name it, which are none of per-block routers for few steps.
     """
 
     cost: float
@@ -265,7 +265,7 @@ def _misfit(row: Row, budget: float, model: PipelineConfig, routers: RouterConfi
         return None if budget >= least else f"router_budget is {budget:g}, expected at least {least:.2f}"
     if routers is None:
         return f"router_budget is {budget:g}, but this model has no routers"
-    if row.scope not in (None, routers.scope.name):
+    if row.scope != routers.scope.name and (row.scope is not None or routers.trained_steps):
         return f"scope is {row.scope!r}, expected {routers.scope.name}, that of this model's routers"
     try:
         routers.check_generation(row.steps, model.guidance, True)

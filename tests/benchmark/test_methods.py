@@ -245,7 +245,7 @@ def test_the_command_line():
 
 
 def test_controls_and_variants_have_their_own_budgets(world, tmp_path):
-    """And the steps of the baseline, whatever steps elastic rows have."""
+    """And steps of their own, by default those of the baseline, whatever steps elastic rows have."""
     pipeline = ImageTo3DPipeline.from_pretrained(world / "model", "cpu", "float32")
     save_routers(pipeline.dit, tmp_path / "routers")
     config = config_of(world, tmp_path, budgets=[1.0, 0.5], elastic_steps=[2, 3], control_budgets=[0.4, 0.3],
@@ -254,6 +254,33 @@ def test_controls_and_variants_have_their_own_budgets(world, tmp_path):
     for method in ("random", "static", "timestep", "shuffled", "other"):
         assert [(c.run.steps, c.budget) for c in cases if c.method == method] == [(3, 0.4), (3, 0.3)]
     assert {c.budget for c in cases if c.method == "elastic"} == {1.0, 0.5}
+
+
+def test_controls_of_per_block_routers_run_in_the_steps_of_these(world, tmp_path):
+    """The baseline's are refused. Static routes are searched with the few-step LoRA that the routers run with."""
+    lora = dict(few_step_rank=2, few_step_nfe=4.0, few_step_max_steps=4, trained_steps=[2, 4])
+    model = calibrated(world, tmp_path / "model", **lora)
+    chosen = [Method.random, Method.static, Method.timestep, Method.shuffled]
+    fields = dict(model=str(model), methods=chosen, baseline_steps=5, seeds=[0], calibration_samples=1)
+    task = MeshTask(config_of(world, tmp_path / "refused", **fields), world)
+    with pytest.raises(UserError, match="steps is 5, expected 2 to 4, for which these per-block routers"):
+        task.controls.source(plan_of(task.planner, 2)[0].run, task.jobs[:1])
+    routers = {"other": str(model / "routers")}
+    task = MeshTask(config_of(world, tmp_path / "out", control_steps=2, variants=routers, **fields), world)
+    cases, session = plan_of(task.planner, 2), task.planner.models[MAIN].session
+    assert [(c.method, c.run.steps) for c in cases] == [
+        (name, 2) for name in ("random", "static", "timestep", "shuffled", "other")
+    ]
+    for case in cases[:-1]:
+        with task.ready(case.run, task.controls.source(case.run, task.jobs[:1])):
+            condition = task.condition_of(case.run, task.jobs[:1])
+            assert task.sample(case.run, condition, task.jobs[:1]).isfinite().all()
+    session.coarseness = None
+    task.controls._error()(torch.full((len(session.blocks),), 4))
+    assert session.coarseness == 1  # log2 of 4 over 2
+    ablation = config_of(world, tmp_path, **fields | {"methods": [Method.elastic_no_lora]})
+    with pytest.raises(UserError, match="elastic_no_lora, which can't be run: its routers were trained with"):
+        plan(ablation, task.planner.models, 2)
 
 
 def test_routers_that_are_calibrated_anew_make_other_runs(world, tmp_path):

@@ -78,6 +78,13 @@ def test_targets_that_are_missed_or_not_measured():
     assert untimed["speed"]["met"] is None
 
 
+def test_plans_without_training_keep_their_budgets_too():
+    plan = row("training_free", 50, 50, 0.1, budget=0.5, executed_flops_ratio=0.48)
+    assert answers(summarise_rows(TASK, [plan]))["budgets"] == {"found": pytest.approx(0.02), "met": True}
+    both = [plan | {"executed_flops_ratio": 0.45}, elastic(0.5, 45, 0.03)]
+    assert answers(summarise_rows(TASK, both))["budgets"] == {"found": pytest.approx(0.05), "met": False}
+
+
 def test_every_family_of_rivals_has_a_frontier_and_controls_have_none():
     rows = [*FEWER, elastic(0.5, 45, 0.03), row("forecast", 50, 30, 0.2), row("random", 50, 45, 0.3)]
     assert rivals_in(rows) == ["fewer_steps", "forecast"]

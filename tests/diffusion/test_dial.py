@@ -218,10 +218,12 @@ def test_a_dial_may_name_per_block_routers_within_the_steps_of_their_lora(tmp_pa
     path.write_text(json.dumps(found))
     with pytest.raises(UserError, match=r"rows\[0\]: steps is 1, expected 2 to 4, for which these per-block"):
         load_dial(tmp_path, model, routers)
-    found["rows"][0] |= {"steps": 2, "scope": "step"}
-    path.write_text(json.dumps(found))
-    with pytest.raises(UserError, match=r"rows\[0\]: scope is 'step', expected block, that of this model's"):
-        load_dial(tmp_path, model, routers)
+    for scope in ("step", None):  # None: of bundled models' dials, which name none
+        found["rows"][0] |= {"steps": 2, "scope": scope}
+        path.write_text(json.dumps(found))
+        message = rf"rows\[0\]: scope is {scope!r}, expected block, that of this model's"
+        with pytest.raises(UserError, match=message):
+            load_dial(tmp_path, model, routers)
 
 
 def test_a_dial_of_routers_needs_routers(tmp_path: Path) -> None:

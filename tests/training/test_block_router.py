@@ -33,7 +33,8 @@ from elastic3d.training.routes import action_flops, load_sensitivity
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.structured import load_json, save_json
 from tests.tiny_pipeline import image
-from tests.training.test_few_step import few_step_config, routed  # noqa: F401  # a fixture
+from tests.training.test_calibrate import save_tiny_routers
+from tests.training.test_few_step import ROUTERS, few_step_config, routed  # noqa: F401  # a fixture
 from tests.training.tiny import config_of, export_of
 from tests.training.tiny import dit_config as config_for
 
@@ -254,8 +255,10 @@ def goes_on_with_routers_and_lora(routed, output):  # noqa: F811
         ({"router": replace(ROUTER, widths=2)}, "router.widths is 2, but the per-block routers in .* have 4"),
         ({"blocks": {"model": output, "rank": 2}}, "rank is 2, expected at least 4, that of the LoRA in"),
     ):
+        wrong = block_config(routed, name="wrong", **({"blocks": {"model": output}} | change))
         with pytest.raises(UserError, match=message):
-            ShapeBlockRouterStage(block_config(routed, **({"blocks": {"model": output}} | change)))
+            run_stage(wrong)
+        assert not wrong.folder.exists()
     with pytest.raises(UserError, match="has per-block routers, .*: stage=block_router goes on with both"):
         FewStepStage(few_step_config(routed, {"model": output}))
     assert load_router_config(output / "routers", "ShapeDiT").few_step_rank == 4
@@ -300,6 +303,11 @@ def router_state_of(dit, folder):
 # --------------------------------------------------------------------------------------------------- bad input
 
 
+def test_an_option_that_is_gone_is_no_option_of_a_test(tmp_path):
+    with pytest.raises(TypeError, match="routing_weight"):
+        block_config(tmp_path, {"routing_weight": 0.0})
+
+
 def test_what_does_not_fit_is_said(routed):  # noqa: F811
     for options, message in (
         ({"val_steps": [11]}, "val_steps has 11, expected 2 to 10, as is trained"),
@@ -318,8 +326,23 @@ def test_what_does_not_fit_is_said(routed):  # noqa: F811
     path = routed / "table.json"
     values = {"blocks": ["a"], "times": [0.0], "full": 0.1, "errors": [[0.2]], "measured": {}}
     save_json(values, path)
+    config = block_config(routed, {"sensitivity": path})
     with pytest.raises(UserError, match="is of a model with 1 blocks, a, ..., expected the 3 of this one"):
-        ShapeBlockRouterStage(block_config(routed, {"sensitivity": path}))
+        run_stage(config)
+    assert not config.folder.exists()
     save_json({**values, "times": [0.5, 0.2]}, path)
     with pytest.raises(UserError, match="errors and times do not belong together"):
         load_sensitivity(path, ["a"])
+
+
+def test_a_lora_of_a_higher_rank_is_refused_before_anything_is_written(routed):  # noqa: F811
+    dit, routers = ShapeDiT.from_pretrained(routed / "dense" / "dit"), routed / "dense" / "routers"
+    save_tiny_routers(dit, routers, replace(ROUTERS, few_step_rank=6))
+    output, config = routed / "tables" / "table.json", block_config(routed)
+    shared = {name: value for name, value in vars(config).items() if name != "blocks"}
+    measure = config_of(**(shared | {"stage": StageName.sensitivity}))
+    measure.blocks = SensitivityConfig(model=routed / "dense", rank=4, steps=2, val_shapes=1, output=output)
+    for wrong, written in ((config, config.folder), (measure, output.parent)):
+        with pytest.raises(UserError, match="rank is 4, expected at least 6, that of the LoRA in"):
+            run_stage(wrong)
+        assert not written.exists()

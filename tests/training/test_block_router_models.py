@@ -103,7 +103,7 @@ def test_the_image_term_alone_reaches_every_gate(folder, prepared, monkeypatch):
     options = {
         "random_steps": 0,
         "cost_weight": 0.0,
-        "routing_weight": 0.0,
+        "imitation_weight": 0.0,
         "image": EndImageLossConfig(weight=1.0),
     }
     stage = ImageBlockRouterStage(

@@ -29,20 +29,19 @@ from elastic3d.training.journal import read_metrics
 from elastic3d.training.mesh_loss import MESH_TERMS
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
+from tests.training.tiny import defaults, export_of
 from tests.training.tiny import dit_config as config_for
-from tests.training.tiny import export_of
 
 TOGETHER = dict(longest=3, scope=Scope.step, widths=1)
 
 
-def router_config(root, mesh: MeshLossConfig | None = None, routing=None, **changes) -> Any:
+def router_config(
+    root, mesh: MeshLossConfig | None = None, routing=None, stage=StageName.router, **changes
+) -> Any:
     small = mesh or MeshLossConfig(near_queries=32, volume_queries=16, surface_points=16, share=0.5)
-    options = dict(model=root / "dense", mesh=small, val_budgets=[0.5], val_shapes=1, val_steps=2) | (
-        routing or {}
-    )
-    settings = dict(
-        stage=StageName.router, name="router", routing=options, router=RouterConfig(**TOGETHER)
-    )  # fmt: skip
+    options = dict(model=root / "dense", mesh=small, val_budgets=[0.5], val_shapes=1, val_steps=2)
+    routing = defaults(stage, "routing", **options) | (routing or {})
+    settings = dict(stage=stage, name="router", routing=routing, router=RouterConfig(**TOGETHER))
     return config_for(root, **(settings | changes))
 
 

@@ -40,7 +40,7 @@ from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.options import from_dict
-from tests.training.tiny import add_views, export_of, vae_config
+from tests.training.tiny import add_views, defaults, export_of, vae_config
 
 MODEL = PixelModelConfig(
     size=16,
@@ -57,11 +57,11 @@ ROUTING = dict(val_budgets=[0.5], val_shapes=1, val_steps=2)
 
 
 def image_config(root: Path, stage=StageName.image, routing=None, **image):
-    options = dict(cache=root / "cache", model=MODEL, val_images=2, sample_images=2, sample_steps=2, shard=4)
-    router, routing = RouterConfig(scope=Scope.step, longest=3, widths=1), ROUTING | (routing or {})
-    return vae_config(
-        root, stage, name=stage.name, steps=2, image=options | image, router=router, routing=routing
-    )
+    small = dict(cache=root / "cache", model=MODEL, val_images=2, sample_images=2, sample_steps=2, shard=4)
+    image = defaults(stage, "image", **small) | image
+    router = RouterConfig(scope=Scope.step, longest=3, widths=1)
+    routing = defaults(stage, "routing", **ROUTING) | (routing or {})
+    return vae_config(root, stage, name=stage.name, steps=2, image=image, router=router, routing=routing)
 
 
 @pytest.fixture

@@ -22,13 +22,23 @@ from elastic3d.utils.options import hints
 
 
 def config_of(stage: StageName, **options: Any) -> Any:
-    """The configuration of a stage, from the options of any; nested ones as objects or as dicts."""
-    return _fitting(stage_config(stage), {**options, "stage": stage})
+    """The configuration of a stage, from the options of any; nested ones as objects or as dicts.
+
+    Options of other stages are left out. TypeError for a nested one that this stage's has not.
+    """
+    kind, options = stage_config(stage), {**options, "stage": stage}
+    return _built(kind, {item.name: options[item.name] for item in fields(kind) if item.name in options})
 
 
-def _fitting(kind: Any, options: dict[str, Any]) -> Any:
-    known = {item.name: options[item.name] for item in fields(kind) if item.name in options}
-    return kind(**{n: _fitting(hints(kind)[n], v) if isinstance(v, dict) else v for n, v in known.items()})
+def _built(kind: Any, options: dict[str, Any]) -> Any:
+    return kind(**{n: _built(hints(kind)[n], v) if isinstance(v, dict) else v for n, v in options.items()})
+
+
+def defaults(stage: StageName, name: str, **options: Any) -> dict[str, Any]:
+    """Of what a helper sets for several stages in the nested options `name`, that which this stage has."""
+    kind = hints(stage_config(stage)).get(name)
+    known = {item.name for item in fields(kind)} if kind is not None else set()
+    return {option: value for option, value in options.items() if option in known}
 
 
 def export_of(config: TrainConfig, output: Path | None = None, **changes: Any) -> ExportStageConfig:
