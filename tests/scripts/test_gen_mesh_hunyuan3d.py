@@ -26,7 +26,7 @@ from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation.options import EvaluateConfig
 from elastic3d.geometry.mesh_io import read_extras
-from elastic3d.pipelines.options import GenerateConfig
+from elastic3d.pipelines.options import CalibratePolicyConfig, GenerateConfig
 from elastic3d.preparation.options import PrepareConfig
 from elastic3d.training.options import TrainConfig
 from elastic3d.training.stages import stage_config
@@ -38,6 +38,7 @@ CONFIGS: dict[str, tuple[str, Any]] = {
     "prepare_data": ("prepare_data", PrepareConfig),
     "train": ("train", TrainConfig),
     "import_weights": ("import_weights", ImportConfig),
+    "calibrate": ("calibrate", CalibratePolicyConfig),
 }
 
 
