@@ -1,8 +1,8 @@
 """Routers: from a block's input tokens to a gate logit and K width logits for each sample, and to a decision.
 
-`LightRouter` pools the tokens before its trunk and takes its modulation from one `Conditioner` for all
-blocks, so that a router costs thousands of parameters and FLOPs. `PaperRouter` is E-DiT's (2602.13993):
-modulated LayerNorm of every token -> Linear -> ReLU -> heads -> mean over tokens.
+E-DiT's router (2602.13993): modulated LayerNorm of every token -> Linear -> ReLU -> heads -> mean over tokens.
+`Router` pools the tokens before its trunk and takes its modulation from one `Conditioner` for all blocks, so that it
+costs thousands of parameters and FLOPs.
 """
 
 from __future__ import annotations

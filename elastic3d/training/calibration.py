@@ -69,10 +69,10 @@ def relative_error(found: Tensor, true: Tensor) -> float:
 def calibrate(
     session: ElasticSession, generate: Generate, times: Tensor, curves: CurvesConfig, points: int = 24
 ) -> None:
-    """Note in the routers' configuration how residuals go on over time, how urgent each time is, and what the routers
-    have to be told so that a budget that is asked for is what is executed, at `points` budgets.
+    """Note in the routers' configuration dampings and gate bias over time, and the calibrated budget for each of
+    `points` requested ones, so that a requested budget is what is executed.
 
-    `times` (S+1,) are those that `generate` samples at. The paper's routers have neither input.
+    `times` (S+1,) are those that `generate` samples at. Without routers there is nothing to calibrate.
     """
     if session.conditioner is None:
         return

@@ -28,8 +28,13 @@ from elastic3d.utils.structured import Number, load_json
 Config = TypeVar("Config")
 MANIFEST = "manifest.json"
 CLASSES = {"vae": (VAEConfig, "ShapeVAE"), "dit": (DiTConfig, "ShapeDiT")}
-_OLD_GROUPS = {"updates": "few_step"}
-_OLD_NAMES = {"min_calls": "min_nfe", "max_calls": "max_nfe"}
+_OLD_GROUPS = {"updates": "few_step", "picture": "image"}
+_OLD_NAMES = {
+    "min_calls": "min_nfe",
+    "max_calls": "max_nfe",
+    "sample_pictures": "sample_images",
+    "val_pictures": "val_images",
+}
 _OLD_VALUES = {("stage", "updates"): "few_step", ("gate", "damage"): "predicted_error"}
 _PREFIX = "step-"
 _MT_WORDS = 624  # of the Mersenne Twister's state

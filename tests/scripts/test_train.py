@@ -137,6 +137,19 @@ def test_records_of_shipped_models_are_read(path: Path) -> None:
             assert to_dict(getattr(config, part))[item.name] == saved[part][item.name], item.name
 
 
+def test_old_names_of_image_counts_are_read() -> None:
+    written = {"stage": "image", "image": {"val_pictures": 5, "sample_pictures": 3}}
+    config = read_record(written, stage_config(StageName.image), "a.json")
+    assert (config.image.val_images, config.image.sample_images) == (5, 3)  # type: ignore[attr-defined]
+    written = {
+        "stage": "image_router",
+        "image": {"backbone": "small", "weights": "w"},
+        "routing": {"picture": {"weight": 0.25}},
+    }
+    config = read_record(written, stage_config(StageName.image_router), "a.json")
+    assert config.routing.image.weight == 0.25  # type: ignore[attr-defined]
+
+
 def test_a_router_run_with_options_that_are_gone_is_read() -> None:
     gone = {"gate": "straight_through", "cost": "paper", "cost_weight": 20.0, "slack": 0.1, "rho_gate": 0.6}
     gone |= {"rho_width": 0.5, "distillation": 1.0}
