@@ -1,4 +1,4 @@
-# make demo: a mesh from the bundled picture.  make test: the tests.  make lint: style, types, layers, sizes.
+# make demo: a mesh from the bundled image.  make test: the tests.  make lint: style, types, layers, sizes.
 # The environment is made when it is missing and kept until pyproject.toml changes.
 
 VENV := .venv
@@ -11,7 +11,7 @@ DEMO := outputs/chair.glb
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/gen_mesh.py image=data/samples/chair.png output=$(DEMO) preview=true
-	@echo "The mesh is in $(DEMO), a picture of it in $(DEMO:.glb=.png)."
+	@echo "The mesh is in $(DEMO), an image of it in $(DEMO:.glb=.png)."
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
