@@ -126,6 +126,11 @@ class MeshTermsConfig(Options):
         """Of a sample's points."""
         return 16 * (self.near_queries + self.volume_queries + 2 * self.surface_points)
 
+    @property
+    def true_mesh(self) -> bool:
+        """Whether the true surface counts at all."""
+        return any(getattr(self, name) for name in MESH_TERMS)
+
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum of terms of any shape, by their names `mesh_...`."""
         weighted = [getattr(self, name.removeprefix("mesh_")) * value for name, value in losses.items()]

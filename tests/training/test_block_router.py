@@ -154,10 +154,14 @@ def test_the_mesh_alone_reaches_every_gate(routed, monkeypatch):  # noqa: F811
             lambda found, true, weights: torch.ones(len(found)),
         )
         half_open(stage)
-        stage.flow(batch_of(stage))[0].backward()
+        loss, values = stage.flow(batch_of(stage))
+        loss.backward()
+        assert ("mesh_field" in values) == (only != "dense")
         for block in stage.flow.session.blocks:
             gate = block.router.heads.weight.grad[0]
             assert gate.isfinite().all() and gate.abs().max() > 0, only
+    with pytest.raises(ValueError, match="weight is 1, expected 0"):
+        EndMeshLossConfig(weight=1.0, **dict.fromkeys(weights, 0.0)).check()
 
 
 def test_the_dense_generation_has_no_distance_to_itself(routed):  # noqa: F811
