@@ -170,10 +170,11 @@ class RouteDraw:
         config, step, kind = self.config, position // self.batch, position % KINDS
         steps = int(np.random.default_rng([seed, step, 4]).integers(config.min_steps, config.max_steps + 1))
         rng = np.random.default_rng([seed, position, 6])
+        times = self.times(steps)
+        whole = self.router.guided_share(times[:-1].tolist())  # a larger budget leaves nothing out
         budget = {FULL: 1.0, SMALLEST: config.min_budget}.get(kind)
         if budget is None:
-            budget = float(rng.uniform(config.min_budget, 1.0))
-        times = self.times(steps)
+            budget = float(rng.uniform(config.min_budget, max(whole, config.min_budget)))
         cells = (len(times) - 1, 2, len(self.blocks))
         free = kind != FULL and step >= config.random_steps
         if free:

@@ -75,7 +75,8 @@ def test_the_shipped_configurations_suit_the_stage(stage):
 
 
 def test_every_batch_has_the_full_route_the_smallest_and_routes_between(routed):  # noqa: F811
-    stage = ShapeBlockRouterStage(block_config(routed, batch=8))
+    guided = {"guidance": True, "guided_times": [0.2, 0.6]}
+    stage = ShapeBlockRouterStage(block_config(routed, guided, batch=8))
     for step in range(4):
         batch = batch_of(stage, step)
         steps, blocks = int(batch["steps"][0]), len(stage.flow.session.blocks)
@@ -86,6 +87,8 @@ def test_every_batch_has_the_full_route_the_smallest_and_routes_between(routed):
         assert (batch["routes"][full] == 4).all() and (batch["budget"][full] == 1).all()
         assert (batch["budget"][smallest] == torch.tensor(0.3)).all()
         assert ((batch["budget"][between] > 0.3) & (batch["budget"][between] < 1)).all()
+        whole = stage.draw.router.guided_share(stage.flow.times(steps)[:-1].tolist())
+        assert (batch["budget"][between] <= whole).all()  # a larger one would be a second full route
         random = step < 2
         assert batch["free"].tolist() == [False, not random, not random, not random] * 2
         assert (batch["routes"][~full] == FREE).all() == (not random)
