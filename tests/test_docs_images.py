@@ -1,4 +1,4 @@
-"""The estimates of docs/images.md and docs/per-block-routers.md are what the cost model says of published architectures."""
+"""The estimates of docs/images.md and docs/per-block-routers.md are what the cost model says of published models."""
 
 import re
 from pathlib import Path
