@@ -167,7 +167,7 @@ class _Path:
         return self._guided(found, rows)
 
     def _guided(self, found: list[Tensor], rows: list[int]) -> Tensor:
-        """Velocities of both branches put together; of one, with what is left of guidance."""
+        """Velocities of both branches combined; of one, with what is left of guidance."""
         moments = self.here(self.moments, rows)
         if len(found) == 1:
             since = [self.since[row] for row in rows]

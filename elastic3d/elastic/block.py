@@ -183,7 +183,7 @@ class ElasticBlock:
         if self.few_step is None or coarse is None:
             return self.narrow
         if self._adapted is None:
-            twin, state = self.few_step.updated(self.inner, coarse), self.few_step.state(self.inner, coarse)
+            twin, state = self.few_step.adapted(self.inner, coarse), self.few_step.state(self.inner, coarse)
             narrow = NarrowBlocks(twin, twin.forward, self.sites, self.narrow.ratios)
             narrow.compile(self.narrow.compile_arguments)
             self._adapted = (state, narrow)

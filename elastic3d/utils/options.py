@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from elastic3d.errors import UserError
+from elastic3d.utils.old_names import todays_options
 
 Config = TypeVar("Config")
 MAX_TEXT = 4096  # characters of a text or path, which is also the longest path of Linux
@@ -229,7 +230,7 @@ def from_dict(
         UserError: an unknown field, a value of the wrong type or out of range.
     """
     kinds, where = hints(config_class), f"{source}: " if source else ""
-    values = getattr(config_class, "upgraded", dict)(values)  # of files that older versions wrote
+    values = todays_options(config_class, values)
     for name in values:
         if name not in kinds:
             close = difflib.get_close_matches(str(name), kinds, n=1)

@@ -168,7 +168,7 @@ def take_rows(streams: tuple[Tensor, ...], rows: Sequence[int]) -> tuple[Tensor,
 
 
 def double_block_flops(width: int, hidden: int, image: int, text: int) -> BlockFlops:
-    """One sample in a block that keeps two streams apart, of which the MLP of the image stream is narrowed.
+    """One sample in a block that keeps two streams separate, of which the MLP of the image stream is narrowed.
 
     Of width D, hidden units of the MLPs, and tokens of both streams (N latents and M condition tokens for shapes).
     """
