@@ -184,8 +184,8 @@ class Planner:
         """What policies go by; None where there is none. UserError for a file that is named and can't be used."""
         model = self.models[DENSE]
         named = self.config.policy_calibration
-        place = calibration_file(named) if named else model.pipeline.calibration
-        return find_calibration(place, model.dit)
+        path = calibration_file(named) if named else model.pipeline.calibration
+        return find_calibration(path, model.dit)
 
     @cached_property
     def calibration_digest(self) -> str:

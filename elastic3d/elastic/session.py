@@ -91,7 +91,7 @@ class ElasticSession:
         found |= {"conditioner": self.conditioner}
         return {name: part for name, part in found.items() if part is not None}
 
-    # ------------------------------------------------------------------------------------- told from outside
+    # ------------------------------------------------------------------------------------ given from outside
 
     def begin(
         self, samples: int, steps: int, budget: Budget = None, guidance: Scale = None, times: Times = ()

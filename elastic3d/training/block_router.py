@@ -154,7 +154,7 @@ def attach_block_routers(
 
 @dataclass
 class RouteDraw:
-    """What a training item is told about its generation.
+    """What a training item knows of its generation.
 
     times: the sampler's grid (S+1,) of a number of steps; blocks: FLOPs of each; batch: samples of an optimizer step.
     """

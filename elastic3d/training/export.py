@@ -65,7 +65,7 @@ class ExportConfig(Options):
 
 @dataclass(kw_only=True)
 class ImageExportConfig(Options):
-    """What an exported text-to-image model is told besides its weights."""
+    """What an exported text-to-image model gets besides its weights."""
 
     model: PixelSamplingConfig = option(PixelSamplingConfig, "its sampling defaults")
 

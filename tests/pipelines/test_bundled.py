@@ -49,7 +49,7 @@ def test_the_bundled_routers_and_plan_keep_to_a_budget_and_to_the_dense_shape() 
     assert size < 10e6
 
 
-def test_the_bundled_lora_brings_few_calls_nearer_to_many() -> None:
+def test_the_bundled_lora_brings_a_small_nfe_nearer_to_a_large_one() -> None:
     pipeline = ImageTo3DPipeline.from_pretrained(ROOT / DEFAULT_MODEL)
     images = [ROOT / f"data/samples/{name}.png" for name in ("table", "chair")]
 

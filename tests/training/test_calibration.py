@@ -38,7 +38,7 @@ def error_by_hand(stage, true, **curves) -> float:
 
 
 def test_the_curve_with_the_smallest_error_at_equal_cost_is_taken(stage):
-    """Against every curve tried by hand: share and error at what routers are told, linear between."""
+    """Against every curve tried by hand: share and error at calibrated budgets, linear between."""
     session, times = stage.flow.session, torch.linspace(0, 1, STEPS + 1)
     torch.nn.init.constant_(session.blocks[0].router.heads.bias[:1], 0.0)  # within reach of every curve
     fresh = session.router_config

@@ -128,7 +128,7 @@ class BlockAdapter(ABC):
 
 @dataclass(frozen=True)
 class ModelAdapter:
-    """One family of models: which modules are its blocks, and how its forward pass is told the time.
+    """One family of models: which modules are its blocks, and how its forward pass is given the time.
 
     `lists`: dotted names of the model's `nn.ModuleList`s of blocks in order of execution, each with its adapter;
     `time`: the argument with the time (B,) in [0,1], at a `position` among all; `noise_at_one`: it runs as in
