@@ -178,7 +178,7 @@ class ElasticBlock:
     # ------------------------------------------------------------------------------------- what it is made of
 
     def running(self) -> NarrowBlocks:
-        """The block at its widths, with its few-step LoRA in a generation that uses them."""
+        """The block at its widths, with its few-step LoRA in a generation that uses it."""
         coarse = self.session.coarseness
         if self.few_step is None or coarse is None:
             return self.narrow
