@@ -28,7 +28,7 @@ from elastic3d.models.weights import (
     read_weights,
     save_weights,
 )
-from elastic3d.utils.old_names import todays_weights
+from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import to_dict
 from elastic3d.utils.structured import save_json
 
@@ -188,7 +188,8 @@ def load_router_state(model: nn.Module, state: Mapping[str, Tensor], source: str
     """
     routers = router_modules(model)
     own = {key.replace("/", "."): key for key in routers.state_dict()}
-    load_strict(routers, {own.get(key, key): value for key, value in todays_weights(state).items()}, source)
+    todays = {key.replace(*WEIGHTS): value for key, value in state.items()}
+    load_strict(routers, {own.get(key, key): value for key, value in todays.items()}, source)
 
 
 def save_routers(model: nn.Module, folder: str | Path) -> None:

@@ -35,7 +35,7 @@ from elastic3d.training.elastic_objective import Grid
 from elastic3d.training.few_step import GenerationConfig, GenerationObjective, attach_lora, relative_errors
 from elastic3d.training.loop import Stage
 from elastic3d.training.routes import KINDS, Sensitivity, load_sensitivity, routes_around
-from elastic3d.utils.old_names import todays_weights
+from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import option
 
 FULL, SMALLEST = range(2)  # kinds of samples; those beyond are between
@@ -146,7 +146,7 @@ def attach_block_routers(
                 f"router.{name} is {getattr(wanted, name)}, but the per-block routers in {start} have"
                 f" {getattr(old, name)}"
             )
-    trained = todays_weights(read_weights(find_weights(start)))
+    trained = {key.replace(*WEIGHTS): value for key, value in read_weights(find_weights(start)).items()}
     if not old.trained_steps:
         trained = {key: value for key, value in trained.items() if ".few_step." in key}
     attach_lora(dit, wanted, start, old, trained, keep=True)

@@ -22,8 +22,8 @@ from elastic3d.models.options import DiTConfig, VAEConfig
 from elastic3d.models.weights import CONFIG_NAME, find_weights, load_config, read_weights, save_weights
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.utils.files import file_sha256
-from elastic3d.utils.old_names import todays_options, todays_stage
-from elastic3d.utils.options import from_dict, hints
+from elastic3d.utils.old_names import todays_stage
+from elastic3d.utils.options import from_dict, hints, renamed
 from elastic3d.utils.structured import Number, load_json
 
 Config = TypeVar("Config")
@@ -253,7 +253,7 @@ def _known(config_class: type[Any], values: Mapping[str, Any]) -> dict[str, Any]
     kinds = hints(config_class)
     return {
         name: _known(kinds[name], value) if _is_nested(kinds[name], value) else value
-        for name, value in todays_options(config_class, values).items()
+        for name, value in renamed(config_class, values).items()
         if name in kinds
     }
 

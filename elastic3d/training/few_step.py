@@ -36,7 +36,7 @@ from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_gen
 from elastic3d.training.latents import LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.loop import Stage
 from elastic3d.training.options import StageName, TrainConfig
-from elastic3d.utils.old_names import todays_weights
+from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import Options, option
 
 VALIDATED = ((4, 1.0), (6, 1.0), (8, 0.5), (12, 0.35), (12, 0.5), (25, 0.3))  # steps, budget
@@ -206,7 +206,7 @@ def attach_lora(
     A LoRA is taken over where it is to be kept: with fresh directions up to the new rank, at the new NFE.
     """
     session = attach(dit, router)
-    fresh, trained = router_state(dit), todays_weights(trained)
+    fresh, trained = router_state(dit), {key.replace(*WEIGHTS): value for key, value in trained.items()}
     lora = {key for key in trained if ".few_step." in key}
     found = {key: value for key, value in trained.items() if key not in lora}
     if keep:

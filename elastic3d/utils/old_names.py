@@ -1,16 +1,14 @@
 """Names of older versions and what they are today: of options, of values, of weights, of a benchmark's results.
 
-Nothing else knows the old names. What an older version saved is read under today's, and a command line that has an old
-one is told the new one.
+Nothing else knows the old names. `options.from_dict` reads what an older version saved, and the command line names the new
+option in the place of an old one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import product
-from typing import Any, TypeVar
-
-Value = TypeVar("Value")
+from typing import Any
 
 # By the class that has the option, which its subclasses share; None: gone with what it was for.
 OPTIONS: dict[str, dict[str, str | None]] = {
@@ -44,27 +42,12 @@ OPTIONS: dict[str, dict[str, str | None]] = {
     "ImageBlockRouterConfig": {"picture": "image"},
 }
 VALUES = {
-    "branches": {"apart": "separate", "together": "shared"},
-    "stage": {"updates": "few_step"},
+    ("branches", "apart"): "separate",
+    ("branches", "together"): "shared",
+    ("stage", "updates"): "few_step",
 }
+WEIGHTS = (".updates.", ".few_step.")  # in the names of routers' tensors
 RESULTS: dict[str, str | None] = {"pictures": "images"}
-
-
-def todays_options(config_class: type[Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a configuration by the names that its options have today."""
-    names: dict[str, str | None] = {}
-    for each in config_class.__mro__:
-        names |= OPTIONS.get(each.__name__, {})
-    return {
-        new: todays_value(new, value)
-        for old, value in saved.items()
-        if (new := names.get(old, old)) is not None
-    }
-
-
-def todays_value(option: str, value: Any) -> Any:
-    """The value of an option as it is written today."""
-    return VALUES.get(option, {}).get(value, value) if isinstance(value, str) else value
 
 
 def todays_names(option: str) -> set[str]:
@@ -76,14 +59,10 @@ def todays_names(option: str) -> set[str]:
 
 def todays_stage(record: Mapping[str, Any]) -> Any:
     """The stage of a saved training; once the routers of images were told from those of shapes by a backbone alone."""
-    stage, image = todays_value("stage", record.get("stage")), record.get("image")
+    stage, image = record.get("stage"), record.get("image")
+    stage = VALUES.get(("stage", str(stage)), stage)
     routes_images = stage == "router" and isinstance(image, Mapping) and image.get("backbone")
     return "image_router" if routes_images else stage
-
-
-def todays_weights(state: Mapping[str, Value]) -> dict[str, Value]:
-    """Weights of routers by the names that they have today."""
-    return {name.replace(".updates.", ".few_step."): value for name, value in state.items()}
 
 
 def todays_results(about: Mapping[str, Any]) -> dict[str, Any]:

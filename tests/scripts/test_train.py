@@ -16,8 +16,7 @@ from elastic3d.training.checkpoint import read_record, stage_of
 from elastic3d.training.export import ExportStageConfig
 from elastic3d.training.options import Precision, StageName, TrainConfig
 from elastic3d.training.stages import require_sizes, stage_config, warn_of_slow_precision
-from elastic3d.utils.old_names import todays_options
-from elastic3d.utils.options import from_dict, to_dict
+from elastic3d.utils.options import from_dict, renamed, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/*.md", "data/pretrained/README.md", "reports/*/README.md")
@@ -127,13 +126,13 @@ def test_records_of_shipped_models_are_read(path: Path) -> None:
     written = json.loads(path.read_text())["config"]
     stage = stage_of(written, path)
     config = read_record(written, stage_config(StageName[stage]), path)
-    saved = todays_options(type(config), written)
+    saved = renamed(type(config), written)
     assert isinstance(config, TrainConfig) and config.stage is StageName[stage]
     for name in ("steps", "learning_rate", "seed", "batch", "name"):
         assert getattr(config, name) == saved[name]
     part = {"vae": "vae", "dit": "dit", "image": "image", "few_step": "few_step"}.get(stage, "routing")
     found = getattr(config, part)
-    for name, value in todays_options(type(found), saved[part]).items():
+    for name, value in renamed(type(found), saved[part]).items():
         if name in to_dict(found) and not isinstance(value, dict):
             assert to_dict(found)[name] == value, name
 
