@@ -1,6 +1,6 @@
 """Names of older versions and what they are today: of options, of values, of weights, of a benchmark's results.
 
-Nothing else knows the old names. `options.from_dict` reads what an older version saved, and the command line names the new
+Nothing else knows the old names. `options.from_dict` reads what an older version saved; the command line names the new
 option in the place of an old one.
 """
 

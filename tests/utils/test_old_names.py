@@ -72,7 +72,7 @@ def test_records_of_trainings_that_ship() -> None:
 
 def test_weights_and_results() -> None:
     with safe_open(SHIPPED / "shape-small" / "routers" / "model.safetensors", "pt") as file:
-        names = [name.replace(*WEIGHTS) for name in file.keys()]
+        names = [name.replace(*WEIGHTS) for name in list(file.keys())]
     assert any(".few_step." in name for name in names) and not any(".updates." in name for name in names)
     assert todays_results({"pictures": 3, "date": "d"}) == {"images": 3, "date": "d"}
 
