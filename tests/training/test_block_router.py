@@ -56,7 +56,7 @@ def batch_of(stage: ShapeBlockRouterStage, step: int = 0, seed: int = 0):
     return stack([stage.items.item(step * size + i, seed) for i in range(size)])
 
 
-def half_open(stage: ShapeBlockRouterStage) -> None:
+def varied_gates(stage: ShapeBlockRouterStage) -> None:
     """Routers whose gates differ between blocks and samples."""
     torch.manual_seed(3)
     for block in stage.flow.session.blocks:
@@ -131,7 +131,7 @@ def test_random_routes_execute_their_budget_and_leave_out_what_matters_least(rou
 def test_routers_and_lora_learn_from_the_end_of_a_generation(routed, guidance):  # noqa: F811
     options = {"guidance": guidance, "guided_times": [0.2, 0.6] if guidance else []}
     stage = ShapeBlockRouterStage(block_config(routed, options, batch=8))
-    half_open(stage)
+    varied_gates(stage)
     for step in (0, 2):  # random routes, then the routers' own
         stage.flow.zero_grad()
         loss, values = stage.flow(batch_of(stage, step))
@@ -156,7 +156,7 @@ def test_the_mesh_alone_reaches_every_gate(routed, monkeypatch):  # noqa: F811
             "elastic3d.training.block_router.relative_errors",
             lambda found, true, weights: torch.ones(len(found)),
         )
-        half_open(stage)
+        varied_gates(stage)
         loss, values = stage.flow(batch_of(stage))
         loss.backward()
         assert ("mesh_field" in values) == (only != "dense")
@@ -183,7 +183,7 @@ def test_checkpointing_changes_nothing(routed):  # noqa: F811
     for recompute in (False, True):
         torch.manual_seed(0)
         stage = ShapeBlockRouterStage(block_config(routed, {"random_steps": 0}, batch=4))
-        half_open(stage)
+        varied_gates(stage)
         torch.manual_seed(1)
         stage.flow.gradient_checkpointing = recompute
         for name, p in stage.flow.named_parameters():
