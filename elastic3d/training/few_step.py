@@ -35,12 +35,15 @@ from elastic3d.pipelines.image_to_3d import ROUTERS_NAME
 from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_generator, stack
 from elastic3d.training.latents import LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.loop import Stage
+from elastic3d.training.mesh_loss import MeshReconstruction
 from elastic3d.training.options import StageName, TrainConfig
+from elastic3d.training.vae import FieldLossConfig
 from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import Options, option
 
 VALIDATED = ((4, 1.0), (6, 1.0), (8, 0.5), (12, 0.35), (12, 0.5), (25, 0.3))  # steps, budget
 TOKENS = ("tokens",)
+VOLUME_POINTS = 128  # of a sample, anywhere in the box, at which decoded fields are compared
 
 
 @dataclass(kw_only=True)
@@ -251,6 +254,12 @@ class FewStepStageConfig(ShapeGenerationConfig):
         ge=0,
         le=1,
     )
+    field_weight: float = option(
+        1.0,
+        "weight of the distance between the fields that the last latents and the dense ones decode to; 0: none",
+        ge=0,
+        le=1e6,
+    )
 
     def check(self) -> None:
         """Ranges of steps and NFE that hold at least one generation."""
@@ -280,6 +289,7 @@ class FewStepTrainConfig(TrainConfig):
 
     stage: StageName = option(StageName.few_step, "what to do")
     latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
+    vae: FieldLossConfig = option(FieldLossConfig, "the loss that the VAE was trained with")
     few_step: FewStepStageConfig = option(FewStepStageConfig, "training of the routers' few-step LoRA")
 
 
@@ -315,13 +325,19 @@ class FewStepObjective(GenerationObjective):
     """Only the few-step LoRA is parameters: the model and its routers stay as they are."""
 
     def __init__(
-        self, dit: ShapeDiT | SkipDiT, pipeline: PipelineConfig, config: FewStepStageConfig, anchors: int
+        self,
+        dit: ShapeDiT | SkipDiT,
+        pipeline: PipelineConfig,
+        config: FewStepStageConfig,
+        anchors: int,
+        meshes: MeshReconstruction | None = None,
     ) -> None:
-        """`anchors`: how many channels of a latent, the first ones, are where it is."""
+        """`anchors`: how many channels of a latent, the first ones, are where it is; `meshes`: compares fields, which
+        items bring offsets and points for."""
         attach_few_step(dit, config, pipeline.guidance)
         weights = channel_weights(dit.config.in_channels, anchors, config.anchor_weight)
         super().__init__(dit, config.reference_steps, weights)
-        self.config, self.pipeline = config, pipeline
+        self.config, self.pipeline, self.meshes = config, pipeline, meshes
         modules = router_modules(dit).items()
         self.few_step = nn.ModuleDict({name: part for name, part in modules if name.endswith("few_step")})
         self.few_step.requires_grad_(True)
@@ -332,21 +348,29 @@ class FewStepObjective(GenerationObjective):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`noise` (B,N,C), `condition` (B,M,Cc), `pair` (B,), and for all the first one's `steps` and `nfe` -> loss:
-        the mean logarithm of the relative squared errors, so that each NFE counts the same."""
+        the mean logarithm of the relative squared errors, so that each NFE counts the same, and the distance between
+        the decoded fields."""
         steps, nfe = int(batch["steps"][0]), float(batch["nfe"][0])
         target = self.dense_results(batch)
         budget = min(max(nfe / steps, MIN_BUDGET), 1.0)
         found = self.generate(batch, steps, ElasticConfig(budget=budget))
         errors = relative_errors(found, target, self.weights)
         loss = (errors + self.config.floor).log().mean()
-        return loss, {"error": errors.detach().log().mean().exp(), "nfe": batch["nfe"][0]}
+        values = {"error": errors.detach().log().mean().exp(), "nfe": batch["nfe"][0]}
+        if self.meshes is not None:
+            points = self.meshes.points_around(target, batch["offsets"], batch["points"])
+            field = self.meshes.distance(found, target, points).mean()
+            loss = loss + self.config.field_weight * field
+            values["field"] = field.detach()
+        return loss, values
 
 
 @dataclass
 class PairItems:
     """`pairs` pairs of a shape's view and noise, in a new order each round; a batch has one number of steps and NFE.
 
-    Items: `noise` (N,C), `condition` (M,Cc), `pair`, `steps`, `nfe` ()."""
+    Items: `noise` (N,C), `condition` (M,Cc), `pair`, `steps`, `nfe` (), and where fields are compared `offsets` (N,3)
+    of points from the anchors and `points` (P,3) in the whole box."""
 
     shapes: PreparedShapes
     info: LatentInfo
@@ -368,6 +392,11 @@ class PairItems:
         # no smaller NFE than that of the smallest budget
         values = {"pair": pair, "steps": steps, "nfe": max(nfe, MIN_BUDGET * steps)}
         item = draw_pair(self.shapes, self.info, pair, seed)
+        if config.field_weight:
+            own = np.random.default_rng([seed, position, 5])
+            offsets = own.standard_normal((len(item["noise"]), 3), dtype=np.float32)
+            points = own.uniform(-1, 1, (VOLUME_POINTS, 3)).astype(np.float32)
+            item |= {"offsets": torch.from_numpy(offsets), "points": torch.from_numpy(points)}
         return item | {name: torch.tensor(value) for name, value in values.items()}
 
 
@@ -381,7 +410,11 @@ class FewStepStage(Stage):
             raise UserError(f"{options.model} has no routers, expected a folder {ROUTERS_NAME} in it")
         dit, pipeline = cache.load_dense(options.model, config.precision)
         vae: VAEConfig = load_config(options.model / "vae", VAEConfig, "ShapeVAE")
-        self.flow = FewStepObjective(dit, pipeline, options, vae.channels - vae.latent_channels)
+        meshes = None
+        if options.field_weight:
+            meshes = MeshReconstruction(cache.info.load_vae(config.vae), config.vae)
+        anchors = vae.channels - vae.latent_channels
+        self.flow = FewStepObjective(dit, pipeline, options, anchors, meshes)
         self.objective, self.record = self.flow, cache.record
         self.items = PairItems(cache.train, cache.info, options, config.batch)
         self._references: Tensor | None = None
