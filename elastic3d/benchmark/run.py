@@ -12,7 +12,6 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,9 +33,7 @@ from elastic3d.utils.structured import load_json, save_json
 HEAD = ("method", "note", "budget", "steps", "executed", "seconds", "speedup")  # of a row of the quick phase
 
 
-def benchmark(
-    config: MeshBenchmarkConfig | ImageBenchmarkConfig, repository: Path, command: str = ""
-) -> dict[str, Any]:
+def benchmark(config: MeshBenchmarkConfig | ImageBenchmarkConfig, command: str = "") -> dict[str, Any]:
     """Do the phases, or what is left of them, and write the report. -> what results.json holds.
 
     Raises:
@@ -48,11 +45,11 @@ def benchmark(
     if isinstance(config, ImageBenchmarkConfig):
         from elastic3d.benchmark.images import ImageTask  # diffusers
 
-        task = ImageTask(config, repository)
+        task = ImageTask(config)
     else:
         from elastic3d.benchmark.meshes import MeshTask
 
-        task = MeshTask(config, repository)
+        task = MeshTask(config)
     planner = task.planner
     cases = [*plan(planner, len(task.items)), *rival_cases(planner)]
     if not cases:
