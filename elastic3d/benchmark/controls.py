@@ -60,7 +60,7 @@ class Controls:
         seed = zlib.crc32(f"{run.name}/{job.seed}/{job.name}".encode())
         decided, one = self._decided(blocks), self.router.branches is Branches.shared
         if run.routes is Routes.random_blocks:  # whatever the routers decide together
-            decided, one, share = blocks, False, share * run.settings.budget
+            decided, one, share = blocks, False, run.settings.budget
         routes = random_routes(
             decided, self.router.ratios, run.steps, 1 if one else branches, share,
             torch.Generator().manual_seed(seed),
