@@ -61,11 +61,16 @@ class StagesConfig(Options):
         "count time of the processor, not of the clock, on a machine that does other work; needs threads=1",
     )
     batch: int = option(0, "also a batch of that many meshes; 0: none", ge=0, le=4096)
+    full_grid: bool = option(
+        False, "also a dense mesh whose field is evaluated in the whole cube, of this checkout: minutes"
+    )
 
     def check(self) -> None:
         """Threads that wait for each other count as work."""
         if self.cpu and self.threads != 1:
             raise ValueError(f"cpu is true and threads is {self.threads}, expected threads=1 with it")
+        if self.full_grid and self.resolution is None:
+            raise ValueError("full_grid is true and resolution is null, expected a resolution with it")
 
 
 @dataclass(kw_only=True)
@@ -83,12 +88,11 @@ class DecodingConfig(Options):
         Path("outputs/decoding"), "folder for latents.safetensors, shapes.json and table.md"
     )
     reference: int = option(
-        256, "cells a side of the references, evaluated everywhere at the surface", ge=8, le=512
-    )
-    plain: bool = option(
-        True,
-        "the reference evaluates the whole cube at 64 cells, by the network's own modules; false: prepared, coarse to"
-        " fine as the others, in a quarter of the time",
+        256,
+        "cells a side of the references: the whole cube at 64 cells, by the network's own modules, then everywhere at"
+        " the surface",
+        ge=8,
+        le=512,
     )
     resolutions: list[int] = option(
         [64, 96, 128, 192, 256], "cells a side to compare with it, by default ways", ge=8, le=512
