@@ -285,7 +285,7 @@ def test_controls_of_per_block_routers_run_in_the_steps_of_these(world, tmp_path
 
 
 def test_per_block_routes_are_timed_on_a_model_whose_routers_decide_once_a_step(world, tmp_path):
-    """Beside all blocks with the few-step LoRA; nothing is asked of its routers."""
+    """Beside all blocks with the few-step LoRA; its routers decide nothing."""
     step = dict(scope=Scope.step, branches=Branches.shared, widths=1, few_step_rank=2, few_step_nfe=4.0)
     model = calibrated(world, tmp_path / "model", **step)
     chosen = [Method.dense, Method.few_step_lora, Method.random_blocks]
@@ -313,11 +313,11 @@ def test_routers_that_are_calibrated_anew_make_other_runs(world, tmp_path):
     """Their weights are the same, what they execute is not; dense runs stay."""
     config = config_of(world, tmp_path, methods=[Method.dense, Method.elastic, Method.random])
     names = []
-    for told in (0.5, 0.6):
+    for calibrated in (0.5, 0.6):
         models = load_models(config)
         session = models["model"].session
         session.router_config = replace(
-            session.router_config, requested_budgets=[0.3, 1.0], calibrated_budgets=[told, 1.0]
+            session.router_config, requested_budgets=[0.3, 1.0], calibrated_budgets=[calibrated, 1.0]
         )
         names.append({case.method: case.run.name for case in plan(config, models, 2)[1]})
     assert names[0]["dense"] == names[1]["dense"]
