@@ -8,6 +8,7 @@ import pytest
 from elastic3d.elastic.config import BlockCacheConfig, Branches, ElasticConfig, RouterConfig, Scope
 from elastic3d.models.options import ImageEncoderConfig
 from elastic3d.training.checkpoint import read_record
+from elastic3d.training.dit import DiTTrainConfig
 from elastic3d.training.few_step import FewStepTrainConfig
 from elastic3d.utils.options import from_dict
 
@@ -49,3 +50,10 @@ def test_an_earlier_record_of_the_bundled_few_step_lora_is_a_configuration_of_to
     config = read_record(saved, FewStepTrainConfig, "record")
     old = saved["updates"]
     assert (config.few_step.rank, config.few_step.max_nfe) == (old["rank"], old["max_calls"]) == (48, 8)
+
+
+def test_a_record_with_an_option_that_is_gone_is_read_without_it() -> None:
+    saved = json.loads((SHIPPED / "shape-small" / "dit" / "training.json").read_text())["config"]
+    assert "routes" in saved["dit"]
+    config = read_record(saved, DiTTrainConfig, "record")
+    assert config.dit.anchor_weight == saved["dit"]["anchor_weight"] and not hasattr(config.dit, "routes")
