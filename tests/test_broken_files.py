@@ -28,7 +28,7 @@ from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.training_free import describe, load_calibration, series_of
 from elastic3d.errors import UserError
 from elastic3d.evaluation.html import load_frontier
-from elastic3d.evaluation.report import load_gate, write_json
+from elastic3d.evaluation.report import load_gate
 from elastic3d.evaluation.runner import read_journal
 from elastic3d.evaluation.summary import load_report
 from elastic3d.geometry.mesh_io import save_mesh
@@ -50,7 +50,7 @@ from elastic3d.training.image_data import ImageCache
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo
 from elastic3d.utils.options import from_dict, to_dict
-from elastic3d.utils.structured import load_json
+from elastic3d.utils.structured import load_json, save_json
 
 
 @dataclass(kw_only=True)
@@ -352,7 +352,7 @@ WRITERS: dict[str, Callable[[Path, float], object]] = {
         folder, Checkpoint(1, {"model": {"w": torch.full((9,), size)}}), keep=2
     ),
     "shard": _write_shard,
-    "report": lambda folder, size: write_json({"items": [], "size": size}, folder / "a.json"),
+    "report": lambda folder, size: save_json({"items": [], "size": size}, folder / "a.json"),
     "model": lambda folder, size: Tiny(TinyConfig()).save_pretrained(folder),
 }
 
