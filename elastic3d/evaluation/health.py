@@ -133,9 +133,9 @@ def _crosses(vertices: Floats, edges: NDArray, faces: NDArray) -> NDArray[np.boo
     return separate & apart & np.logical_and.reduce(inside)
 
 
-def thin_shell_share(mesh: trimesh.Trimesh, rays: Rays, seed: int = 0, thickness: float = THIN) -> float:
-    """Share of the area from which a ray inwards meets the opposite wall before `thickness`."""
-    _, met = opposite_walls(mesh, rays, seed, thickness - _STEP)
+def thin_shell_share(mesh: trimesh.Trimesh, rays: Rays, seed: int = 0) -> float:
+    """Share of the area from which a ray inwards meets the opposite wall before `THIN`."""
+    _, met = opposite_walls(mesh, rays, seed, THIN - _STEP)
     return float(met.mean())
 
 

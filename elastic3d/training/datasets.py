@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from elastic3d.errors import UserError
+from elastic3d.evaluation.items import spread
 from elastic3d.models.weights import open_tensors, tensor_heads
 from elastic3d.training.options import DataConfig, LoopConfig
 
@@ -152,7 +153,7 @@ class PreparedShapes:
         found = [id for id in split if self._has(id)]
         self.missing = len(split) - len(found)
         # A split lists category after category: a part of it is taken from everywhere.
-        self.ids = [found[i * len(found) // limit] for i in range(limit)] if 0 < limit < len(found) else found
+        self.ids = spread(found, limit)
         if not self.ids:
             raise UserError(nothing_prepared(len(split), root))
         self._loaded: dict[tuple[str, str], Tensor] = {}
@@ -215,6 +216,14 @@ def pick(points: Tensor, count: int, rng: np.random.Generator) -> Tensor:
     else:
         index = rng.integers(0, len(points), count)
     return points[torch.from_numpy(index)].float()
+
+
+def field_queries(shapes: PreparedShapes, id: str, near: int, volume: int, rng: np.random.Generator) -> Batch:
+    """`points` (Q,3) with their signed `distance` (Q,): those near the surface of a shape, then those anywhere in its
+    box."""
+    counts = {"near": near, "volume": volume}
+    rows = torch.cat([pick(shapes.read(id, name), count, rng) for name, count in counts.items()])
+    return {"points": rows[:, :3].contiguous(), "distance": rows[:, 3].contiguous()}
 
 
 class _ByPosition(Dataset):

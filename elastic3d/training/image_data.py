@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.errors import UserError
+from elastic3d.evaluation.items import spread
 from elastic3d.models.images import IMAGE_SUFFIXES, load_image
 from elastic3d.models.weights import open_tensors, read_weights, save_weights
 from elastic3d.pipelines.backbones import Backbone, Text
@@ -87,8 +88,6 @@ class Captioned:
 class ImageSource(Protocol):
     """Groups of images by number."""
 
-    missing: int
-
     def __len__(self) -> int: ...
 
     def load(self, index: int, size: int) -> list[Captioned]:
@@ -101,8 +100,6 @@ class ImageFolder:
 
     An image is cut to its central square. Every `val_every`-th is for validation alone.
     """
-
-    missing = 0
 
     def __init__(self, folder: Path, config: ImageDataConfig, validation: bool) -> None:
         if not folder.is_dir():
@@ -136,7 +133,7 @@ class ShapeViews:
         self, prepared: Path, split: Sequence[str], config: ImageDataConfig, limit: int, seed: int
     ) -> None:
         self.shapes = PreparedShapes(prepared, split, (), limit)
-        self.missing, self.config, self.seed = self.shapes.missing, config, seed
+        self.config, self.seed = config, seed
         self._nouns = {
             f"{sidecar.parent.name}/{item['id']}": noun_of(item["caption"])
             for source in sorted({id.partition("/")[0] for id in self.shapes.ids})
@@ -396,9 +393,7 @@ class ImageCache:
         self._open: dict[int, Any] = {}
         sizes = [self._file(i).get_slice("caption").get_shape()[0] for i in range(len(self._paths))]
         self._places = [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
-        if 0 < self.limit < len(self._places):
-            whole = len(self._places)
-            self._places = [self._places[i * whole // self.limit] for i in range(self.limit)]
+        self._places = spread(self._places, self.limit)
 
     def __len__(self) -> int:
         return len(self._places)

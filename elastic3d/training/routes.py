@@ -70,11 +70,11 @@ def routes_around(
     action = torch.where(narrow, width, len(ratios))
     noise = -torch.rand(sensitivity.shape, generator=generator).clamp(1e-9, 1 - 1e-7).log().neg().log()
     scale = sensitivity.std(unbiased=False).item() or 1.0
-    priority = (sensitivity + spread * scale * noise - sensitivity.min() + 1e3)[:, None].expand(-1, 2, -1)
-    ran = torch.zeros(priority.shape, dtype=torch.bool)
-    ran[:, 0] = True  # one branch stands for both
-    found = fill(priority, action[:, None].expand_as(priority), ran, blocks, ratios, share)
-    return found[:, :1].expand(-1, 2, -1).contiguous()
+    priority = (sensitivity + spread * scale * noise - sensitivity.min() + 1e3)[:, None]
+    found = fill(
+        priority, action[:, None], torch.ones_like(priority, dtype=torch.bool), blocks, ratios, share
+    )
+    return found.expand(-1, 2, -1).contiguous()
 
 
 def load_sensitivity(path: Path | None, blocks: Sequence[str]) -> Sensitivity | None:
