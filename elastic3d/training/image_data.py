@@ -24,7 +24,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.errors import UserError
-from elastic3d.evaluation.items import spread
 from elastic3d.models.images import IMAGE_SUFFIXES, load_image
 from elastic3d.models.weights import open_tensors, read_weights, save_weights
 from elastic3d.pipelines.backbones import Backbone, Text
@@ -393,7 +392,9 @@ class ImageCache:
         self._open: dict[int, Any] = {}
         sizes = [self._file(i).get_slice("caption").get_shape()[0] for i in range(len(self._paths))]
         self._places = [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
-        self._places = spread(self._places, self.limit)
+        if 0 < self.limit < len(self._places):
+            whole = len(self._places)
+            self._places = [self._places[i * whole // self.limit] for i in range(self.limit)]
 
     def __len__(self) -> int:
         return len(self._places)
