@@ -32,6 +32,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from elastic3d.errors import UserError
+from elastic3d.utils.old_names import todays_names
 from elastic3d.utils.options import Leaf, alternatives, as_typed, check_type, expected, from_dict, walk
 from elastic3d.utils.structured import parse_yaml
 
@@ -226,10 +227,12 @@ def _full_name(key: str, options: Collection[str], choices: Collection[str]) -> 
 
 def _unknown(key: str, known: Sequence[str], elsewhere: Mapping[str, Collection[str]]) -> str:
     name = key.lstrip("-")
+    today = todays_names(name)
+    renamed = [each for each in known if today & {each, each.rpartition(".")[2]}]
     by_leaf = [each for each in known if each.rpartition(".")[2] == name.rpartition(".")[2]]
-    close = by_leaf or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close = renamed or by_leaf or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    having = [choice for choice, names in elsewhere.items() if name in names]
+    having = [choice for choice, names in elsewhere.items() if today.intersection(names)]
     hint += f"it is an option of {', '.join(having)}; " if having else ""
     return f"unknown option {key!r}: {hint}(--help lists every option)"
 

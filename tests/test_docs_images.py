@@ -1,4 +1,4 @@
-"""The estimates of docs/images.md and docs/train.md are what the cost model says of the published architectures."""
+"""The estimates of docs/images.md and docs/per-block-routers.md are what the cost model says of published models."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from elastic3d.elastic.families import dense_flops
 from elastic3d.pipelines.estimates import SUSTAINED
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE, TRAINING = (DOCS / "images.md").read_text(), (DOCS / "train.md").read_text()
+PAGE, TRAINING = (DOCS / "images.md").read_text(), (DOCS / "per-block-routers.md").read_text()
 # The published configurations differ from the classes' defaults in this alone.
 MODELS = {
     "FLUX.1-dev": ("FluxTransformer2DModel", {"guidance_embeds": True}, 4096, 512, 28),

@@ -147,13 +147,34 @@ def test_make_targets_of_the_readme_exist():
     assert {"demo", "test"} <= set(named) <= set(targets)
 
 
-def test_files_the_readme_names_exist():
-    committed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"src=\"(?!http)([^\"]+)\"", README)
-    for name in links:
-        assert name in committed.splitlines(), name
+def anchors(page: str) -> set[str]:
+    """What a link can name in a page after `#`: its headings outside of code, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path, committed: set[str]) -> list[str]:
+    """Relative links of a page, wrapped over lines or not, to a file that is not committed or to no heading."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    found = []
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        inside = str(target.relative_to(ROOT))
+        known = inside in committed or any(path.startswith(f"{inside}/") for path in committed)
+        if not known or (anchor and anchor not in anchors(target.read_text())):
+            found.append(f"{page.relative_to(ROOT)}: {link}")
+    return found
+
+
+def test_links_of_the_pages_resolve():
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    committed = set(
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    )
+    pages = [ROOT / name for name in committed if name.endswith(".md") and (ROOT / name).is_file()]
+    assert len(pages) > 15
+    assert [link for page in pages for link in broken_links(page, committed)] == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -159,7 +159,7 @@ class Controls:
 
 
 def as_one(blocks: Sequence[BlockFlops]) -> BlockFlops:
-    """Blocks that are decided together."""
+    """Blocks that share a decision."""
     return BlockFlops(sum(block.fixed for block in blocks), sum(block.mlp for block in blocks))
 
 

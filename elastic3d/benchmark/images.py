@@ -209,7 +209,7 @@ class ImageTask(Task):
         real = self._references.about() if self._references else {"real_images": 0}
         return {"prompts": len(self.items), **real}
 
-    def picture(self, path: Path) -> Pixels:
+    def image(self, path: Path) -> Pixels:
         """The image, enlarged."""
         with Image.open(path) as image:
             return np.asarray(image.resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS))

@@ -211,7 +211,7 @@ class MeshTask(Task):
         """How many images."""
         return {"images": len(self.items)}
 
-    def picture(self, path: Path) -> Pixels:
+    def image(self, path: Path) -> Pixels:
         """A view of the mesh; white where it failed."""
         return mesh_image(load_mesh(path) if path.is_file() else None, SHEET_SIDE)
 
@@ -223,7 +223,7 @@ class MeshTask(Task):
                 fitted = opened.convert("RGBA").resize((SHEET_SIDE, SHEET_SIDE))
             columns["input"].append(on_white(np.asarray(fitted)))
         if self.truth:
-            columns["ground truth"] = [self.picture(self.truth[job.name]) for job in jobs]
+            columns["ground truth"] = [self.image(self.truth[job.name]) for job in jobs]
         return columns
 
 

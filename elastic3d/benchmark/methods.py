@@ -184,8 +184,8 @@ class Planner:
         """What policies go by; None where there is none. UserError for a file that is named and can't be used."""
         model = self.models[DENSE]
         named = self.config.policy_calibration
-        place = calibration_file(named) if named else model.pipeline.calibration
-        return find_calibration(place, model.dit)
+        path = calibration_file(named) if named else model.pipeline.calibration
+        return find_calibration(path, model.dit)
 
     @cached_property
     def calibration_digest(self) -> str:
@@ -210,7 +210,7 @@ class Planner:
         settings = replace(self.default, elastic=True, budget=budget, **changes)
         return self.run(model, steps, Routes.routers, settings, unbiased=unbiased)
 
-    def opened(self, steps: int, cache: BlockCacheConfig, lora: bool) -> Run:
+    def every_block(self, steps: int, cache: BlockCacheConfig, lora: bool) -> Run:
         """Every block of the model with routers at full width: only a cache and, if wanted, the few-step LoRA act."""
         return self.run(MAIN, steps, Routes.open, ElasticConfig(cache=cache, few_step=lora))
 
@@ -286,7 +286,7 @@ def _cases(planner: Planner, method: Method) -> Iterator[Case]:
         yield from (Case(name, planner.run(EULER, steps, Routes.dense), 1.0) for steps in config.steps)
     elif method is Method.few_step_lora:
         few = [steps for steps in config.steps if planner.has_lora(steps, 1.0)]
-        yield from (Case(name, planner.opened(steps, NO_CACHE, lora=True), 1.0) for steps in few)
+        yield from (Case(name, planner.every_block(steps, NO_CACHE, lora=True), 1.0) for steps in few)
     elif method is Method.dense_cache:
         yield from _dense_cache(planner)
     elif method is Method.training_free:
@@ -328,7 +328,9 @@ def _dense_cache(planner: Planner) -> Iterator[Case]:
         start = min(1.0, (config.warmup - 0.5) / steps)  # rounded up to whole steps
         for interval in config.intervals:
             for note, damped in dampings.items():
-                run = planner.opened(steps, replace(damped, longest=interval - 1, start=start), lora=False)
+                run = planner.every_block(
+                    steps, replace(damped, longest=interval - 1, start=start), lora=False
+                )
                 yield Case("dense_cache", run, None, f"every {interval} steps, {note}")
 
 

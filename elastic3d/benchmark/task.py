@@ -106,7 +106,7 @@ class Task(ABC):
         """Facts for the report."""
 
     @abstractmethod
-    def picture(self, path: Path) -> Pixels:
+    def image(self, path: Path) -> Pixels:
         """A kept result (H,W,3), `SHEET_SIDE` pixels a side, for the contact sheet."""
 
     def given(self, jobs: Sequence[Job]) -> dict[str, list[Pixels]]:
@@ -237,5 +237,5 @@ class Task(ABC):
         runs |= {f"{run.steps} steps": run for run in spread(fewer, 4)}
         jobs = [Job(item, self.config.seeds[0]) for item in spread(self.items, SHEET_ITEMS)]
         made = {title: run for title, run in runs.items() if all(self.record(run, job) for job in jobs)}
-        columns = {title: [self.picture(self.path(run, job)) for job in jobs] for title, run in made.items()}
+        columns = {title: [self.image(self.path(run, job)) for job in jobs] for title, run in made.items()}
         return self.given(jobs) | columns if made else {}

@@ -125,7 +125,7 @@ def choose(
     quality: Quality | str | None,
     guidance: float | None,
 ) -> Row | None:
-    """The row that a call runs; None where the dial is not asked: by `steps`, by a dense call, by a model without one.
+    """The row that a call runs; None where the dial is not used: by `steps`, by a dense call, by a model without one.
 
     Args:
         guidance: of the call, None for the model's. With another than was measured, or `few_step=False`, rows of the

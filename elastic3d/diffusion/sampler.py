@@ -72,8 +72,8 @@ def integrate(
     `times` (S+1,) replaces the even grid of `steps`. `solver` ab2: from the second step on the line
     through the last two velocities is followed (Adams-Bashforth for uneven steps); it calls the model no more often.
     `sequential` runs the branches one after the other: half the memory. `one_branch(t)` says whether the conditional
-    branch is enough at a time in [0,1]; None: nowhere. `session` is that of a model with routers: it is told of the
-    generation, of each step and of the branches, and says itself where one of them is enough.
+    branch is enough at a time in [0,1]; None: nowhere. `session` is that of a model with routers: it is given the
+    generation, each step and the branches, and says itself where one of them is enough.
     `on_step(i, steps)` is called when all samples have done step i.
     """
     times = (timestep_grid(steps) if times is None else times).to(noise.device)
@@ -167,7 +167,7 @@ class _Path:
         return self._guided(found, rows)
 
     def _guided(self, found: list[Tensor], rows: list[int]) -> Tensor:
-        """Velocities of both branches put together; of one, with what is left of guidance."""
+        """Velocities of both branches combined; of one, with what is left of guidance."""
         moments = self.here(self.moments, rows)
         if len(found) == 1:
             since = [self.since[row] for row in rows]

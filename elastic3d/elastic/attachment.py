@@ -28,6 +28,7 @@ from elastic3d.models.weights import (
     read_weights,
     save_weights,
 )
+from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import to_dict
 from elastic3d.utils.structured import save_json
 
@@ -179,11 +180,6 @@ def router_state(model: nn.Module) -> dict[str, Tensor]:
     return {key.replace("/", "."): value for key, value in router_modules(model).state_dict().items()}
 
 
-def todays_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Routers' weights as an older version saved them, too, by today's names."""
-    return {key.replace(".updates.", ".few_step."): tensor for key, tensor in state.items()}
-
-
 def load_router_state(model: nn.Module, state: Mapping[str, Tensor], source: str = "this state") -> None:
     """Copy routers' weights into a model with routers of the same architecture.
 
@@ -192,7 +188,8 @@ def load_router_state(model: nn.Module, state: Mapping[str, Tensor], source: str
     """
     routers = router_modules(model)
     own = {key.replace("/", "."): key for key in routers.state_dict()}
-    load_strict(routers, {own.get(key, key): value for key, value in todays_keys(state).items()}, source)
+    todays = {key.replace(*WEIGHTS): value for key, value in state.items()}
+    load_strict(routers, {own.get(key, key): value for key, value in todays.items()}, source)
 
 
 def save_routers(model: nn.Module, folder: str | Path) -> None:

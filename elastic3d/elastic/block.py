@@ -178,12 +178,12 @@ class ElasticBlock:
     # ------------------------------------------------------------------------------------- what it is made of
 
     def running(self) -> NarrowBlocks:
-        """The block at its widths, with its few-step LoRA in a generation that uses them."""
+        """The block at its widths, with its few-step LoRA in a generation that uses it."""
         coarse = self.session.coarseness
         if self.few_step is None or coarse is None:
             return self.narrow
         if self._adapted is None:
-            twin, state = self.few_step.updated(self.inner, coarse), self.few_step.state(self.inner, coarse)
+            twin, state = self.few_step.adapted(self.inner, coarse), self.few_step.state(self.inner, coarse)
             narrow = NarrowBlocks(twin, twin.forward, self.sites, self.narrow.ratios)
             narrow.compile(self.narrow.compile_arguments)
             self._adapted = (state, narrow)

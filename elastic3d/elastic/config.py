@@ -13,46 +13,8 @@ from elastic3d.errors import UserError
 from elastic3d.utils.options import Options, check_range, option
 
 MIN_BUDGET = 0.3
-# Lists of the routers that belong together: positions, and values there.
+# Lists of the routers that form pairs: positions, and values there.
 _CURVES = {"requested_budgets": "calibrated_budgets", "times": "gate_bias", "damping_times": "dampings"}
-
-# Options of older versions by class, and what they are called today (None: gone with what they were for).
-_RENAMED: dict[str, dict[str, str | None]] = {
-    "RouterConfig": {
-        "lookahead": "scope",
-        "trend": "damping",
-        "trends": "dampings",
-        "forecast_times": "damping_times",
-        "asked": "requested_budgets",
-        "told": "calibrated_budgets",
-        "urgency": "gate_bias",
-        "updates": "few_step_rank",
-        "updates_calls": "few_step_nfe",
-        "updates_steps": "few_step_max_steps",
-        "updates_guidance": "few_step_guidance",
-    },
-    "BlockCacheConfig": {
-        "trend": "damping",
-        "trends": "dampings",
-        "closed_reuse": "skipped_reuse",
-        "drift": None,
-        "probe_stride": None,
-    },
-    "ElasticConfig": {"updates": "few_step"},
-}
-
-
-class _Saved(Options):
-    """Options that older versions saved under other names."""
-
-    @classmethod
-    def upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """What an older version saved, under today's names."""
-        renamed = _RENAMED.get(cls.__name__, {})
-        found = {new: values[name] for name in values if (new := renamed.get(name, name)) is not None}
-        if isinstance(value := found.get("branches"), str):
-            found["branches"] = {"apart": "separate", "together": "shared"}.get(value, value)
-        return found
 
 
 class RouterVariant(Enum):
@@ -92,7 +54,7 @@ _times = partial(_internal, [], ge=0, le=1, ascending=True)
 
 
 @dataclass(kw_only=True)
-class RouterConfig(_Saved):
+class RouterConfig(Options):
     """Architecture and initialisation of the routers. Saved with their weights."""
 
     variant: RouterVariant = option(RouterVariant.light, "the light router, or none: a policy decides")
@@ -113,7 +75,7 @@ class RouterConfig(_Saved):
     head_std: float = _advanced(1e-3, "standard deviation of the heads' initial weights", ge=0, le=100)
     longest: int = option(
         0,
-        "age in steps up to which a skipped block adds its earlier residual, which the router is told; 0: never",
+        "age in steps up to which a skipped block adds its earlier residual, an input of the router; 0: never",
         ge=0,
         le=1000,
     )
@@ -125,8 +87,10 @@ class RouterConfig(_Saved):
     )
     # What follows is measured or trained, and no option of a command line.
     few_step_rank: int = _internal(0, "rank of the few-step LoRA of the blocks; 0: none", ge=0, le=4096)
-    few_step_nfe: float = _internal(8.0, "used where steps times budget is at most this", ge=0.1, le=1000)
-    few_step_max_steps: int | None = _internal(None, "and in at most N steps; null: any", ge=1, le=1000)
+    few_step_nfe: float = _internal(8.0, "used up to this NFE: steps times budget", ge=0.1, le=1000)
+    few_step_max_steps: int | None = _internal(
+        None, "and in at most N sampling steps; null: any", ge=1, le=1000
+    )
     few_step_guidance: float | None = _internal(
         None, "guidance scale that it has learned, for which it runs one branch; null: none", ge=0, le=1000
     )
@@ -139,15 +103,17 @@ class RouterConfig(_Saved):
     )
     damping_times: list[float] = _times("times of the dampings; empty: none")
     dampings: list[float] = _internal([], "at these times, in the place of damping", ge=-10, le=10)
-    requested_budgets: list[float] = _times("budgets that are asked for; empty: none")
-    calibrated_budgets: list[float] = _internal([], "what the routers are told instead", ge=0, le=1)
+    requested_budgets: list[float] = _times("requested budgets; empty: none")
+    calibrated_budgets: list[float] = _internal(
+        [], "the calibrated budget for each of them, which the routers are given", ge=0, le=1
+    )
     times: list[float] = _times("times of the gate bias; empty: none")
     gate_bias: list[float] = _internal(
         [], "what is added to gates at these times, linear between", ge=-1e3, le=1e3
     )
 
     def check(self) -> None:
-        """Lists that belong together; what each variant can do."""
+        """Lists that form pairs; what each variant can do."""
         if self.branches is Branches.shared and self.scope is not Scope.step:
             raise ValueError(
                 "branches is shared, expected separate: only with scope=step does one branch decide for both"
@@ -165,8 +131,8 @@ class RouterConfig(_Saved):
             raise ValueError("scope is block, expected step: without routers all blocks do the same")
 
     def calibrated(self, budget: float, whole: float = 1.0) -> float:
-        """What the routers are told for a budget: linear between the calibrated ones. `whole` is the share of the dense
-        calls of a generation that leaves out no block. ValueError out of range."""
+        """The calibrated budget of a requested one, linear between those that were measured. `whole` is the share of
+        the dense model's NFE in a generation that leaves out no block. ValueError out of range."""
         check_range("budget", budget, MIN_BUDGET, 1.0)
         budget, at, found = min(budget / whole, 1.0), self.requested_budgets, self.calibrated_budgets
         if not at:
@@ -196,8 +162,8 @@ class RouterConfig(_Saved):
             )
 
     def guided_share(self, times: Sequence[float]) -> float:
-        """Share of the dense model's calls in a generation with steps at these times whose few-step LoRA has learned
-        the guidance: one branch counts half. 1 where it has not."""
+        """Share of the dense model's NFE in a generation with steps at these times whose few-step LoRA has learned the
+        guidance: one branch counts half. 1 where it has not."""
         if self.few_step_guidance is None or not times:
             return 1.0
         return sum(1.0 if self.guided_at(t) else 0.5 for t in times) / len(times)
@@ -224,7 +190,7 @@ class RouterConfig(_Saved):
 
 
 @dataclass(kw_only=True)
-class BlockCacheConfig(_Saved):
+class BlockCacheConfig(Options):
     """Reuse of block residuals between sampling steps. Training-free."""
 
     rule: CacheRule = option(CacheRule.off, "which executed blocks reuse an earlier residual")
@@ -262,7 +228,7 @@ class BlockCacheConfig(_Saved):
 
 
 @dataclass(kw_only=True)
-class ElasticConfig(_Saved):
+class ElasticConfig(Options):
     """How a model with routers runs. `elastic=false` is the dense model, bit for bit."""
 
     elastic: bool = option(True, "let the routers decide; false runs the dense model")
@@ -296,7 +262,7 @@ class ElasticOptions:
         return {item.name: getattr(config, item.name) for item in fields(ElasticOptions)}
 
     def over(self, default: ElasticConfig, has_routers: bool) -> ElasticConfig:
-        """The model's default with what is asked for. A model without routers takes a budget alone, which its
+        """The model's default with what is requested. A model without routers takes a budget alone, which its
         policy keeps.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What a forward pass is told, from the sampler to every block: the `StepContext`."""
+"""What a forward pass is given, from the sampler to every block: the `StepContext`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Defer(Enum):
 
 @dataclass
 class StepContext:
-    """One forward pass of the model: what it is told, then what its blocks decide and do.
+    """One forward pass of the model: what it is given, then what its blocks decide and do.
 
     dt: size of the sampling step; budget: in [0.3,1]; branch: 0 conditional, 1 unconditional; t: time in [0,1], which
     the model itself is called with; each (B,) fp32. Of a generation, each row has its (branch, sample) in `rows`, its

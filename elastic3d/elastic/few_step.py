@@ -1,4 +1,4 @@
-"""The few-step LoRA: low-rank updates of the blocks for generations with few model evaluations (NFE).
+"""The few-step LoRA: a low-rank adaptation of the blocks for generations with few model evaluations (NFE).
 
 A dense model follows its path with many small steps. With an NFE of a handful each step
 stands for a long piece of the path, which the dense weights were not trained for; the LoRA is. It belongs to the
@@ -63,11 +63,11 @@ class FewStepLoRA(nn.Module):
         self.parts = nn.ModuleDict()
         for name, part in block.named_modules():
             if type(part) is nn.Linear:
-                update = LowRankUpdate(part.out_features, part.in_features, rank)
-                self.parts[name.replace(".", "/")] = update
+                lora = LowRankUpdate(part.out_features, part.in_features, rank)
+                self.parts[name.replace(".", "/")] = lora
 
-    def updated(self, block: nn.Module, coarse: float) -> nn.Module:
-        """A twin of the block with updated weights; gradients reach the LoRA while they are enabled."""
+    def adapted(self, block: nn.Module, coarse: float) -> nn.Module:
+        """The LoRA-adapted block, a twin of it; gradients reach the LoRA while they are enabled."""
         parts = {}
         for name, part, linear in self._pairs(block):
             parts[name] = linear_around(part(linear.weight.detach(), coarse), linear.bias)
@@ -75,19 +75,19 @@ class FewStepLoRA(nn.Module):
 
     @torch.no_grad()
     def merge(self, block: nn.Module, twin: nn.Module, coarse: float | None) -> None:
-        """Give the linear layers of a twin the updated weights of the block, None: the block's own. The twin may share
+        """Give the linear layers of a twin the adapted weights of the block, None: the block's own. The twin may share
         them at first; later they change in place, as what was compiled around them needs it."""
         for name, part, linear in self._pairs(block):
             own = cast(nn.Linear, twin.get_submodule(name))
-            update = part.to(linear.weight.device)
-            weight = linear.weight if coarse is None else update(linear.weight, coarse)
+            lora = part.to(linear.weight.device)
+            weight = linear.weight if coarse is None else lora(linear.weight, coarse)
             if own.weight is linear.weight:
                 own.weight = nn.Parameter(weight.clone(), linear.weight.requires_grad)
             else:
                 own.weight.copy_(weight)
 
     def state(self, block: nn.Module, coarse: float | None) -> Key:
-        """What an updated twin was made of: it is another as soon as the twin is stale."""
+        """What an adapted twin was made of: it is another as soon as the twin is stale."""
         tensors = [linear.weight for _, _, linear in self._pairs(block)] + list(self.parameters())
         return coarse, *((tensor.data_ptr(), tensor._version) for tensor in tensors)
 

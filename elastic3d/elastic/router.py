@@ -167,7 +167,7 @@ class Router(nn.Module):
 
 def _age_embedding(config: RouterConfig) -> nn.Embedding:
     """A modulation for each age. At the start it moves the gate alone, and only where one decision holds for all
-    blocks: the older, the more open."""
+    blocks: the older, the higher the gate."""
     longest = config.longest
     embedding = nn.Embedding(longest + 1, 2 * config.hidden + 1 + config.widths)
     nn.init.zeros_(embedding.weight)

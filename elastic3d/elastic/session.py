@@ -91,7 +91,7 @@ class ElasticSession:
         found |= {"conditioner": self.conditioner}
         return {name: part for name, part in found.items() if part is not None}
 
-    # ------------------------------------------------------------------------------------- told from outside
+    # ------------------------------------------------------------------------------------ given from outside
 
     def begin(
         self, samples: int, steps: int, budget: Budget = None, guidance: Scale = None, times: Times = ()
@@ -195,8 +195,8 @@ class ElasticSession:
 
         dt, budget, branch: (B,). Every block runs for every row, masked, so that skipped gates get a gradient too. With
         `simulated`, which stands for a cache, no block runs, whatever the routers decide: blocks add what it holds, and
-        the decisions are recorded all the same. `conditional_rows`: so many rows of the conditional branch come first,
-        and the same samples' other branch after them, in the same order; 0: every row is for itself.
+        the decisions are recorded all the same. `conditional_rows`: the first N rows are of the conditional branch, the
+        next N of the same samples' other branch, in the same order; 0: every row is for itself.
         """
         rows = conditional_rows or len(budget)
         self.current = StepContext(dt, budget, branch, rows, training=True, simulated=simulated)
@@ -315,7 +315,7 @@ class ElasticSession:
         elif context.ahead is not None and (block.index > 0 or context.rows):
             decision = context.ahead
         else:  # the first block decides again where its activations are recomputed
-            decision = self._ask(context, block, call, age)
+            decision = self._routed(context, block, call, age)
             if self.rollout is not None:
                 decision = self.rollout.settle(context, block.index, decision)
             context.ahead = decision if once else None
@@ -327,11 +327,11 @@ class ElasticSession:
         context.decisions.setdefault(block.index, decision)
         return decision
 
-    def _ask(
+    def _routed(
         self, context: StepContext, block: ElasticBlock, call: BlockCall, age: Tensor | None
     ) -> RouteDecision:
         """What the router of a block says of every row. Where branches share their routes, rows of the conditional one
-        are asked, which come first in their pass; where samples do, their mean holds."""
+        decide, which come first in their pass; where samples do, their mean holds."""
         config, router = self.router_config, block.router
         assert router is not None
         rows = slice(context.conditional_rows if config.branches is Branches.shared else None)
@@ -351,8 +351,10 @@ class ElasticSession:
         """What a decision means for each row: run at a width, go on with a residual, or pass. Samples that are
         deferred, though a row of them should run, pass and are noted."""
         threshold, actions = self.router_config.threshold, []
-        told = torch.stack([decision.keep_prob, decision.width.float(), decision.keep.float()])
-        for age, p, width, keep in zip(self._ages(context, span), *told.tolist(), strict=True):  # waits, once
+        found = torch.stack([decision.keep_prob, decision.width.float(), decision.keep.float()])
+        for age, p, width, keep in zip(
+            self._ages(context, span), *found.tolist(), strict=True
+        ):  # waits, once
             if self.cache is not None and self.cache.reuse(age, bool(keep), p, threshold):
                 actions.append(REUSED)
             else:
@@ -394,7 +396,7 @@ class ElasticSession:
         return self.cache.ages(*context.entries(span.start, range(len(context.rows))))
 
     def _age(self, context: StepContext, block: ElasticBlock) -> Tensor:
-        """The same (B,) long, as routers are told it."""
+        """The same (B,) long, as an input of routers."""
         span = self.span(block)
         if context.simulated is not None:
             return context.simulated.age(span.start).clamp_max(self.router_config.longest)

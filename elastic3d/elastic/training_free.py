@@ -65,7 +65,7 @@ _SHAPE = {
     "changes": [Number(0, 1e300)],
 }
 
-# Blocks that are decided together and have no router.
+# Blocks that share a decision and have no router.
 NO_ROUTERS = RouterConfig(
     variant=RouterVariant.none, scope=Scope.step, branches=Branches.shared, widths=1, longest=1000,
     damping=DAMPING,
@@ -85,7 +85,7 @@ class Calibration:
     """What a few dense generations of S steps say about a model.
 
     times: (S,) ascending in [0,1]; moments: (S,S) of each series; result: (S,S), the sum over lists of what they add to
-    their first stream, the one that becomes the result, with the branches put together as guidance does; changes: (S,)
+    their first stream, the one that becomes the result, with the branches combined as guidance does; changes: (S,)
     squared change of the model's input since the step before, relative to its square; about: which model, on what.
     """
 

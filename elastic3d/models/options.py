@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
 
 from elastic3d.utils.options import Options, option
 
@@ -310,11 +309,6 @@ class ImageEncoderConfig(Options):
         1, "DINOv2 only: images of one object, told apart by an embedding of their direction", ge=1, le=16
     )
     path: str = option("", "folder of the DINOv2 model (config.json and safetensors); unused by EfficientNet")
-
-    @staticmethod
-    def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-        """What an older version saved, under today's names."""
-        return {"prepared_size" if name == "picture_size" else name: value for name, value in values.items()}
 
     def check(self) -> None:
         """The input is cut into whole patches."""

@@ -137,7 +137,7 @@ def calibrate(
 ) -> Calibration:
     """The calibration of a model with a session, from `samples` dense generations.
 
-    `generate` makes the one sample of a number; `guidance` is the scale that the branches are put together with, where
+    `generate` makes the one sample of a number; `guidance` is the scale that the branches are combined with, where
     there are two; `on_sample(done, samples)` is called after each. UserError: generations of fewer than three steps, or
     values that are not finite.
     """
@@ -189,7 +189,7 @@ class Notes:
         return dict(found)
 
     def result(self, guidance: float) -> Array:
-        """Second moments (S,S) of what each list adds to its first stream, with the branches put together as guidance
+        """Second moments (S,S) of what each list adds to its first stream, with the branches combined as guidance
         does; their sum."""
         found = np.zeros((len(self.times),) * 2)
         for series in [each for each in self.added[0][0] if each[1] == 0]:

@@ -13,6 +13,7 @@ from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.studies.config import DialConfig
 from elastic3d.utils.files import printable
+from elastic3d.utils.old_names import todays_results
 from elastic3d.utils.structured import Maybe, Number, load_json
 
 FEWER, LORA, ROUTERS = ("dense", "fewer_steps"), "few_step_lora", "elastic"  # methods of a call
@@ -94,7 +95,7 @@ def dial_values(
             "date": about["date"],
             "processor": about["machine"]["processor"],
             "cores": about["machine"]["cores"],
-            "images": about.get("images", about.get("pictures")),
+            "images": todays_results(about).get("images"),
             "seeds": len(about["config"]["seeds"]),
             "weights_sha256": about["models"]["model"],
         },

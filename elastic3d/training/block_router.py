@@ -1,8 +1,8 @@
 """Per-block routers and few-step LoRA of a frozen model, trained together through whole generations.
 
-A batch goes from noise through all steps along hard routes to its last latents, which are held to the dense model's of
-the same noise, and decoded to what they stand for. Of every four samples one takes the full route, one has the
-smallest budget, two have budgets between (the sandwich rule of slimmable networks, 1903.05134). At first routes
+A batch goes from noise through all steps along hard routes to its last latents, which are compared with the dense
+model's of the same noise, and decoded to what they stand for. Of every four samples one takes the full route, one has
+the smallest budget, two have budgets between (the sandwich rule of slimmable networks, 1903.05134). At first routes
 are random, around the error that leaving out each block was measured to cause; routers imitate them, and the
 LoRA learns to do without neighbours. Then routers decide: gradients pass straight through their hard decisions
 (1308.3432), and the squared distance to the budget is added.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from elastic3d.elastic import adapter_for, attach
-from elastic3d.elastic.attachment import load_router_config, router_modules, todays_keys
+from elastic3d.elastic.attachment import load_router_config, router_modules
 from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig, RouterVariant, Scope
 from elastic3d.elastic.families import BlockFlops, block_flops
 from elastic3d.elastic.rollout import FREE, Rollout
@@ -35,6 +35,7 @@ from elastic3d.training.elastic_objective import Grid
 from elastic3d.training.few_step import GenerationConfig, GenerationObjective, attach_lora, relative_errors
 from elastic3d.training.loop import Stage
 from elastic3d.training.routes import Sensitivity, load_sensitivity, routes_around
+from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import option
 
 KINDS = 4  # of samples: full, smallest, two between
@@ -146,7 +147,7 @@ def attach_block_routers(
                 f"router.{name} is {getattr(wanted, name)}, but the per-block routers in {start} have"
                 f" {getattr(old, name)}"
             )
-    trained = todays_keys(read_weights(find_weights(start)))
+    trained = {key.replace(*WEIGHTS): value for key, value in read_weights(find_weights(start)).items()}
     if not old.trained_steps:
         trained = {key: value for key, value in trained.items() if ".few_step." in key}
     attach_lora(dit, wanted, start, old, trained, keep=True)
@@ -154,7 +155,7 @@ def attach_block_routers(
 
 @dataclass
 class RouteDraw:
-    """What a training item is told about its generation.
+    """What a training item knows of its generation.
 
     times: the sampler's grid (S+1,) of a number of steps; blocks: FLOPs of each; batch: samples of an optimizer step.
     """
@@ -171,10 +172,11 @@ class RouteDraw:
         config, step, kind = self.config, position // self.batch, position % KINDS
         steps = int(np.random.default_rng([seed, step, 4]).integers(config.min_steps, config.max_steps + 1))
         rng = np.random.default_rng([seed, position, 6])
+        times = self.times(steps)
+        whole = self.router.guided_share(times[:-1].tolist())  # a larger budget leaves nothing out
         budget = {FULL: 1.0, SMALLEST: config.min_budget}.get(kind)
         if budget is None:
-            budget = float(rng.uniform(config.min_budget, 1.0))
-        times = self.times(steps)
+            budget = float(rng.uniform(config.min_budget, max(whole, config.min_budget)))
         cells = (len(times) - 1, 2, len(self.blocks))
         free = kind != FULL and step >= config.random_steps
         if free:

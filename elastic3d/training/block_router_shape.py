@@ -49,6 +49,14 @@ class EndMeshLossConfig(MeshTermsConfig):
         1.0, "weight of the distance to the field that the dense model's latents decode to", ge=0, le=1e6
     )
 
+    def check(self) -> None:
+        """A loss with a weight has terms."""
+        super().check()
+        if self.weight and not (self.dense or self.true_mesh):
+            raise ValueError(
+                f"weight is {self.weight:g}, expected 0: field, chamfer, normals and dense have no weight"
+            )
+
 
 @dataclass(kw_only=True)
 class ShapeBlockRouterConfig(BlockRouterConfig, ShapeGenerationConfig):
@@ -102,7 +110,7 @@ class ShapeBlockRouters(BlockRouterObjective):
 
     def decoded(self, found: Tensor, dense: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The mesh loss, against the true mesh and the dense model's field."""
-        losses = self.meshes.losses(found, batch)
+        losses = self.meshes.losses(found, batch) if self.term.true_mesh else {}
         if self.term.dense:
             losses["mesh_dense"] = self.meshes.distance(found, dense, batch["points"])
         return losses

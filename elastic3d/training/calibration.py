@@ -25,7 +25,7 @@ DAMPING_TIMES = (0.0, 0.05, 0.12, 0.3, 0.6, 1.0)
 DAMPING_STEPS = ((-0.6, -0.3, 0.3), (-0.15, 0.15))  # of a value, round by round
 MAX_DAMPING = 1.5
 _PROBES, _DAMPING_PROBES = 16, 8  # samples on which these are compared
-_TOLD, _DAMPING_BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8), (0.5, 0.6, 0.7)
+_BIAS_BUDGETS, _DAMPING_BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8), (0.5, 0.6, 0.7)
 _SHARES = (0.3, 0.35, 0.4, 0.5)
 
 
@@ -88,13 +88,13 @@ def calibrate(
         choose_dampings(session, generate)
     if gate_bias and router.longest:
         choose_gate_bias(session, generate, times)
-    told = np.linspace(MIN_BUDGET, 1.0, points)
-    bar = tqdm(told, desc="calibrate", dynamic_ncols=True)
+    requested = np.linspace(MIN_BUDGET, 1.0, points)
+    bar = tqdm(requested, desc="calibrate", dynamic_ncols=True)
     shares = [generate(ElasticConfig(budget=float(budget)), 0)[1].mean().item() for budget in bar]
     found = np.maximum.accumulate(shares) + 1e-6 * np.arange(points)  # ascending, as an inverse needs
-    inverse = np.interp(told, found, told)
+    calibrated = np.interp(requested, found, requested)
     session.router_config = replace(
-        session.router_config, requested_budgets=told.tolist(), calibrated_budgets=inverse.tolist()
+        session.router_config, requested_budgets=requested.tolist(), calibrated_budgets=calibrated.tolist()
     )
 
 
@@ -144,7 +144,7 @@ def choose_gate_bias(session: ElasticSession, generate: Generate, times: Tensor)
         session.router_config = replace(
             session.router_config, times=times[1:-1].tolist(), gate_bias=gate_bias(*curve)
         )
-        return _error_at_equal_cost(generate, dense, _TOLD)
+        return _error_at_equal_cost(generate, dense, _BIAS_BUDGETS)
 
     best = min(product(EARLY, LATE), key=error)
     session.router_config = replace(session.router_config, gate_bias=gate_bias(*best))
@@ -153,8 +153,8 @@ def choose_gate_bias(session: ElasticSession, generate: Generate, times: Tensor)
 def _error_at_equal_cost(generate: Generate, dense: Tensor, budgets: Sequence[float]) -> float:
     """Mean logarithm of the result's error at the shares that are compared, from what routers make of some budgets."""
     points = []
-    for told in budgets:
-        latents, share = generate(ElasticConfig(budget=told), len(dense))
+    for budget in budgets:
+        latents, share = generate(ElasticConfig(budget=budget), len(dense))
         points.append((share.mean().item(), math.log(max(relative_error(latents, dense), 1e-12))))
     shares, errors = zip(*sorted(points), strict=True)
     return float(np.interp(_SHARES, shares, errors).mean())

@@ -18,20 +18,13 @@ from elastic3d.models.options import DiTConfig, VAEConfig
 from elastic3d.models.weights import CONFIG_NAME, find_weights, load_config, read_weights, save_weights
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.utils.files import file_sha256
-from elastic3d.utils.options import from_dict, hints
+from elastic3d.utils.old_names import todays_stage
+from elastic3d.utils.options import from_dict, hints, renamed
 from elastic3d.utils.structured import Number, load_json
 
 Config = TypeVar("Config")
 MANIFEST = "manifest.json"
 CLASSES = {"vae": (VAEConfig, "ShapeVAE"), "dit": (DiTConfig, "ShapeDiT")}
-_OLD_GROUPS = {"updates": "few_step", "picture": "image"}
-_OLD_NAMES = {
-    "min_calls": "min_nfe",
-    "max_calls": "max_nfe",
-    "sample_pictures": "sample_images",
-    "val_pictures": "val_images",
-}
-_OLD_VALUES = {("stage", "updates"): "few_step", ("gate", "damage"): "predicted_error"}
 _PREFIX = "step-"
 
 
@@ -54,7 +47,7 @@ class Checkpoint:
     def stage(self) -> str | None:
         """The stage that its configuration names, None where it has none."""
         config = self.values.get("config")
-        return _renamed(config).get("stage") if isinstance(config, Mapping) else None
+        return todays_stage(config) if isinstance(config, Mapping) else None
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -167,42 +160,30 @@ def read_record(values: Any, config_class: type[Config], source: Path | str) -> 
 
     Records of earlier versions hold the options of all stages, and some that are gone since: both are left out.
     """
-    return from_dict(config_class, _known(config_class, upgraded(values, source)), str(source))
+    stage = stage_of(values, source)
+    found = {**values, "stage": stage} if stage else values
+    return from_dict(config_class, _known(config_class, found), str(source))
 
 
-def upgraded(values: Any, source: Path | str) -> dict[str, Any]:
-    """A saved configuration with the keys that its stage has today."""
+def stage_of(values: Any, source: Path | str) -> Any:
+    """The stage of a saved configuration. UserError where it is none, or of a training that there is no more."""
     if not isinstance(values, Mapping):
         raise UserError(f"{source} has no configuration of a training")
-    found = _renamed(values)
-    image, routing = (found.get(name) for name in ("image", "routing"))
-    if found.get("stage") == "router" and isinstance(image, Mapping) and image.get("backbone"):
-        found["stage"] = "image_router"  # was told from the routers of shapes by its backbone alone
+    stage, routing = todays_stage(values), values.get("routing")
     parts = routing.get("parts", "routers") if isinstance(routing, Mapping) else "routers"
-    if found.get("stage") in ("router", "image_router") and parts != "routers":
+    if stage in ("router", "image_router") and parts != "routers":
         raise UserError(
             f"{source} is of routers with routing.parts={parts}, expected routers alone: the base model no longer"
             " learns with them"
         )
-    return found
-
-
-def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found[_OLD_GROUPS.get(name, name)] = _renamed(value)
-        else:
-            found[_OLD_NAMES.get(name, name)] = _OLD_VALUES.get((name, str(value)), value)
-    return found
+    return stage
 
 
 def _known(config_class: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     kinds = hints(config_class)
-    values = getattr(config_class, "upgraded", dict)(values)
     return {
         name: _known(kinds[name], value) if _is_nested(kinds[name], value) else value
-        for name, value in values.items()
+        for name, value in renamed(config_class, values).items()
         if name in kinds
     }
 

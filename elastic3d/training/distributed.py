@@ -113,8 +113,8 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
 
 
 def _units(model: nn.Module) -> list[list[nn.Module]]:
-    """What is gathered together, inner parts first: each element of a list of modules. Routers, which may be asked
-    while another block runs, are gathered with the model."""
+    """What is gathered together, inner parts first: each element of a list of modules. Routers, which may run
+    beside another block, are gathered with the model."""
     units = [
         [element]
         for part in model.modules()

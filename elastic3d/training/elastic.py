@@ -63,7 +63,7 @@ class RouterTrainConfig(TrainConfig):
 
 
 class ShapeRouterObjective(RouterObjective):
-    """Routers of a shape DiT; what its latents decode to is held to the true surface."""
+    """Routers of a shape DiT; what its latents decode to is compared with the true surface."""
 
     config: RouterStageConfig
 

@@ -38,7 +38,10 @@ class RoutingConfig(Options):
     """The routers' training, whatever they route."""
 
     guidance: float = option(
-        3.0, "guidance at which both branches are distilled together; 1 trains them apart", ge=0, le=100
+        3.0,
+        "guidance at which both branches are distilled as one batch; 1 trains each by itself",
+        ge=0,
+        le=100,
     )
     min_steps: int = option(8, "fewest sampling steps whose step sizes and times are trained", ge=1, le=1000)
     max_steps: int = option(50, "most of them", ge=1, le=1000)
@@ -48,8 +51,8 @@ class RoutingConfig(Options):
     late_weight: float = option(
         1.0, "weight of an error at t = 1, with 1 at t = 0, linear between", ge=0, le=1
     )
-    recalled: int = option(
-        3, "earlier steps whose residuals are computed for a batch", ge=1, le=16, advanced=True
+    simulated_steps: int = option(
+        3, "earlier steps whose residuals the simulated cache of a batch may hold", ge=1, le=16, advanced=True
     )
     renewal: float = option(
         0.5, "of these: chance that a block was computed again at a step", ge=0.05, le=1, advanced=True
@@ -94,7 +97,7 @@ class RouterObjective(nn.Module, ABC):
         """
         Args:
             term: a `DecodedTermConfig` with the `weight` of the reconstruction term, and the `total` of its parts.
-            paired: both branches of guidance run as one batch and are distilled together.
+            paired: both branches of guidance run as one batch and are distilled in it.
         """
         super().__init__()
         self.config, self.term, self.paired = config, term, paired
@@ -269,9 +272,9 @@ class SamplerDraw:
         item["t"], item["dt"] = times[step], times[step + 1] - times[step]
         item["steps"] = torch.tensor(float(steps))
         item["budget"] = torch.tensor(rng.uniform(routing.min_budget, 1.0)).float()
-        ages = np.cumsum(rng.geometric(routing.renewal, routing.recalled))
+        ages = np.cumsum(rng.geometric(routing.renewal, routing.simulated_steps))
         usable = int(np.sum((ages <= step) & (ages <= router.longest)))
-        # blocks that decide together remember the same step
+        # blocks that share their decision remember the same step
         shape = (1 if router.branches is Branches.shared else 1 + self.paired, 1)
         picks = rng.integers(usable, size=shape) if usable else np.full(shape, -1)
         item["ages"] = torch.from_numpy(np.where(ages <= step, ages, 0))
@@ -281,7 +284,7 @@ class SamplerDraw:
 
 
 class RoutedStage(Stage):
-    """What the loop needs to train routers; subclasses bring data, a sampler and pictures of what it makes."""
+    """What the loop needs to train routers; subclasses bring data, a sampler and images of what it makes."""
 
     config: Any
     flow: RouterObjective
@@ -313,8 +316,8 @@ class RoutedStage(Stage):
         return {"generated": self.sheet([self._generate(each)[0] for each in settings])}
 
     def calibrate(self, curves: CurvesConfig, points: int = 24) -> None:
-        """Measure on validation samples how residuals go on and how urgent times are, and make the requested cost the
-        executed one."""
+        """Measure on validation samples how residuals go on and the gates' bias over time, and make the requested cost
+        the executed one."""
 
         def generate(settings: ElasticConfig, count: int) -> tuple[Tensor, Tensor]:
             latents, share = self._generate(settings, count)

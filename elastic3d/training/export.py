@@ -30,7 +30,7 @@ from elastic3d.training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     read_record,
-    upgraded,
+    stage_of,
 )
 from elastic3d.training.dit import DiTTrainConfig
 from elastic3d.training.few_step import FewStepTrainConfig, attach_few_step
@@ -65,7 +65,7 @@ class ExportConfig(Options):
 
 @dataclass(kw_only=True)
 class ImageExportConfig(Options):
-    """What an exported text-to-image model is told besides its weights."""
+    """What an exported text-to-image model gets besides its weights."""
 
     model: PixelSamplingConfig = option(PixelSamplingConfig, "its sampling defaults")
 
@@ -155,7 +155,7 @@ def export_run(config: ExportStageConfig) -> Path:
             f"{config.folder} has no whole checkpoint to export: train it first, or name another run with name="
         )
     checkpoint = load_checkpoint(path)
-    stage = upgraded(checkpoint.values.get("config"), path).get("stage")
+    stage = stage_of(checkpoint.values.get("config"), path)
     if stage not in _EXPORTS:
         raise UserError(f"{path} was trained by stage={stage}, expected one of {', '.join(_EXPORTS)}")
     output = config.export.output or config.folder / "export"
@@ -204,7 +204,7 @@ def _export_image_model(run: _Run) -> None:
 
 def _export_routers(run: _Run) -> None:
     """Calibrated `routers/`, with their few-step LoRA in bf16; those of shapes inside their dense pipeline."""
-    stage_name = upgraded(run.checkpoint.values.get("config"), run.source)["stage"]
+    stage_name = stage_of(run.checkpoint.values.get("config"), run.source)
     trained: Any = run.trained(stage_config(StageName[stage_name]))
     options = trained.blocks if hasattr(trained, "blocks") else trained.routing
     options.val_shapes = run.config.routing.val_shapes

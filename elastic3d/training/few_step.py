@@ -1,5 +1,5 @@
-"""The few-step LoRA (low-rank updates of the blocks), and training through whole generations: from noise through all
-steps to the last latents, held to what the dense model makes of the same noise in many steps."""
+"""The few-step LoRA of the blocks, and training through whole generations: from noise through all
+steps to the last latents, which are compared with what the dense model makes of the same noise in many steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from elastic3d.elastic.attachment import (
     router_modules,
     router_state,
     session_of,
-    todays_keys,
 )
 from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig
 from elastic3d.elastic.session import ElasticSession
@@ -37,6 +36,7 @@ from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_gen
 from elastic3d.training.latents import LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.loop import Stage
 from elastic3d.training.options import StageName, TrainConfig
+from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import Options, option
 
 VALIDATED = ((4, 1.0), (6, 1.0), (8, 0.5), (12, 0.35), (12, 0.5), (25, 0.3))  # steps, budget
@@ -213,7 +213,7 @@ def attach_lora(
     A LoRA is taken over where it is to be kept: with fresh directions up to the new rank, at the new NFE.
     """
     session = attach(dit, router)
-    fresh, trained = router_state(dit), todays_keys(trained)
+    fresh, trained = router_state(dit), {key.replace(*WEIGHTS): value for key, value in trained.items()}
     lora = {key for key in trained if ".few_step." in key}
     found = {key: value for key, value in trained.items() if key not in lora}
     if keep:
@@ -247,20 +247,20 @@ class FewStepStageConfig(ShapeGenerationConfig):
     )
     min_nfe: float = option(
         3.0,
-        "fewest evaluations of the model (NFE) in a generation: its steps times its budget",
+        "smallest number of model evaluations (NFE) of a generation: its steps times its budget",
         ge=1,
         le=1000,
     )
-    max_nfe: float = option(8.0, "most of them", ge=1, le=1000)
+    max_nfe: float = option(8.0, "largest of them", ge=1, le=1000)
     whole: float = option(
         0.0,
-        "share of the batches that run every block in each step: in as many steps as calls, a budget of 1",
+        "share of the batches that run every block in each step: NFE equal to the steps, a budget of 1",
         ge=0,
         le=1,
     )
 
     def check(self) -> None:
-        """Ranges of steps and calls that hold at least one generation."""
+        """Ranges of steps and NFE that hold at least one generation."""
         if self.max_nfe < self.min_nfe:
             raise ValueError(f"max_nfe is {self.max_nfe}, expected a value from {self.min_nfe} to 1000")
         super().check()
@@ -272,7 +272,7 @@ class FewStepStageConfig(ShapeGenerationConfig):
         if self.max_steps * MIN_BUDGET > self.max_nfe:
             raise ValueError(
                 f"max_steps is {self.max_steps}, expected at most {int(self.max_nfe / MIN_BUDGET)}:"
-                f" the smallest budget, {MIN_BUDGET:g}, leaves more than {self.max_nfe:g} calls"
+                f" the smallest budget, {MIN_BUDGET:g}, has an NFE of more than {self.max_nfe:g}"
             )
 
     @property
@@ -351,7 +351,7 @@ class FewStepObjective(GenerationObjective):
 
 @dataclass
 class PairItems:
-    """`pairs` pairs of a shape's view and noise, in a new order each round; a batch has one number of steps and calls.
+    """`pairs` pairs of a shape's view and noise, in a new order each round; a batch has one number of steps and NFE.
 
     Items: `noise` (N,C), `condition` (M,Cc), `pair`, `steps`, `nfe` ()."""
 
@@ -372,7 +372,7 @@ class PairItems:
         if rng.random() < config.whole:
             nfe = steps = int(rng.choice(config.whole_steps))
         pair = self._shuffle(position, seed)
-        # no fewer calls than the smallest budget leaves
+        # no smaller NFE than that of the smallest budget
         values = {"pair": pair, "steps": steps, "nfe": max(nfe, MIN_BUDGET * steps)}
         item = draw_pair(self.shapes, self.info, pair, seed)
         return item | {name: torch.tensor(value) for name, value in values.items()}
@@ -402,14 +402,14 @@ class FewStepStage(Stage):
             self._references = self.flow.generate(batch, self.config.few_step.reference_steps, dense)
         values = {}
         for steps, budget in self._points():
-            for name, few_step in (("updated", True), ("plain", False)):
+            for name, few_step in (("adapted", True), ("plain", False)):
                 found = self.flow.generate(batch, steps, ElasticConfig(budget=budget, few_step=few_step))
                 errors = relative_errors(found, self._references, self.flow.weights)
                 values[f"val/{name}_{steps}_at_{budget:g}"] = errors.log().mean().exp().item()
         return values
 
     def _points(self) -> Sequence[tuple[int, float]]:
-        """Steps and budgets that are validated: those of which few enough calls are left."""
+        """Steps and budgets that are validated: those of a small enough NFE."""
         options = self.config.few_step
         found = [(s, b) for s, b in VALIDATED if s * b <= options.max_nfe and s <= options.max_steps]
         return found or [(options.max_steps, max(options.max_nfe / options.max_steps, MIN_BUDGET))]

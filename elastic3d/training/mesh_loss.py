@@ -41,7 +41,7 @@ def surface_points(field: Field, start: Tensor, iterations: int = 2) -> Tensor:
     """Points (B,P,3) on the surface nearest to `start` along the field's gradient, differentiable in the field.
 
     Newton steps x - f grad f / |grad f|^2 find them without a gradient; one more step, in which only f is
-    differentiated, is the implicit derivative of a point that is held on the surface.
+    differentiated, is the implicit derivative of a point that stays on the surface.
     """
     with torch.no_grad():
         points = start
@@ -125,6 +125,11 @@ class MeshTermsConfig(Options):
     def sample_bytes(self) -> int:
         """Of a sample's points."""
         return 16 * (self.near_queries + self.volume_queries + 2 * self.surface_points)
+
+    @property
+    def true_mesh(self) -> bool:
+        """Whether the true surface counts at all."""
+        return any(getattr(self, name) for name in MESH_TERMS)
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum of terms of any shape, by their names `mesh_...`."""

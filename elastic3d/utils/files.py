@@ -120,7 +120,7 @@ def name_key(name: str) -> str:
 def visible_files(folder: Path, recursive: bool = True) -> list[Path]:
     """The files of a folder, sorted by path, those below links to folders included.
 
-    Hidden files and folders are left out, `._chair.png` among them, which macOS writes beside `chair.png` on foreign
+    Hidden files and folders are left out, `._chair.png` among them, which macOS writes beside `chair.png` on other
     disks. A link back to a folder it lies in is not followed. UserError if the folder can't be read.
     """
 

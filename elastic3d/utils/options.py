@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from elastic3d.errors import UserError
+from elastic3d.utils.old_names import OPTIONS, VALUES
 
 Config = TypeVar("Config")
 MAX_TEXT = 4096  # characters of a text or path, which is also the longest path of Linux
@@ -229,7 +230,7 @@ def from_dict(
         UserError: an unknown field, a value of the wrong type or out of range.
     """
     kinds, where = hints(config_class), f"{source}: " if source else ""
-    values = getattr(config_class, "upgraded", dict)(values)  # of files that older versions wrote
+    values = renamed(config_class, values)
     for name in values:
         if name not in kinds:
             close = difflib.get_close_matches(str(name), kinds, n=1)
@@ -245,6 +246,13 @@ def from_dict(
         raise UserError(f"{where}{inside}{error.filename}: {error.strerror}") from error
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{where}{inside}{error}") from error
+
+
+def renamed(config_class: type[Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the names that the options of a class have today, whatever version saved them (see `old_names`)."""
+    names = {old: new for each in config_class.__mro__ for old, new in OPTIONS.get(each.__name__, {}).items()}
+    found = {new: value for old, value in saved.items() if (new := names.get(old, old)) is not None}
+    return {name: VALUES.get((name, v), v) if isinstance(v, str) else v for name, v in found.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -203,12 +203,12 @@ def test_an_interrupted_run_goes_on(world, tmp_path, monkeypatch):
     rounds: list[Any] = []
     real_round = running._round
 
-    def interrupted(place: Any, runs: Any, what: str, batch: int, number: int, bar: Any) -> Any:
+    def interrupted(task: Any, runs: Any, what: str, batch: int, number: int, bar: Any) -> Any:
         if bar is not None:
             rounds.append((what, batch, number))
         if len(rounds) == 3:
             raise KeyboardInterrupt
-        return real_round(place, runs, what, batch, number, bar)
+        return real_round(task, runs, what, batch, number, bar)
 
     monkeypatch.setattr(running, "_round", interrupted)
     with pytest.raises(KeyboardInterrupt):

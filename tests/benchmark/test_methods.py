@@ -287,11 +287,11 @@ def test_routers_that_are_calibrated_anew_make_other_runs(world, tmp_path):
     """Their weights are the same, what they execute is not; dense runs stay."""
     config = config_of(world, tmp_path, methods=[Method.dense, Method.elastic, Method.random])
     names = []
-    for told in (0.5, 0.6):
+    for calibrated in (0.5, 0.6):
         models = load_models(config, world)
         session = models["model"].session
         session.router_config = replace(
-            session.router_config, requested_budgets=[0.3, 1.0], calibrated_budgets=[told, 1.0]
+            session.router_config, requested_budgets=[0.3, 1.0], calibrated_budgets=[calibrated, 1.0]
         )
         names.append({case.method: case.run.name for case in plan(config, models, 2)[1]})
     assert names[0]["dense"] == names[1]["dense"]

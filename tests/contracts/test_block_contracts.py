@@ -35,7 +35,7 @@ def test_everything_kept_at_full_width_is_the_base_model_exactly(family, config)
     model, inputs = family.model(), family.inputs(B)
     with torch.no_grad():
         base = run(model, inputs)
-    session = attach(model, config)  # open at the start
+    session = attach(model, config)  # every block runs at the start
     begin(session)
     assert torch.equal(forward(model, session, inputs), base)
     assert torch.equal(train_forward(model, session, inputs), base)

@@ -132,16 +132,16 @@ def test_a_skipped_block_adds_what_it_remembers_or_nothing_and_its_router_knows(
     inputs = family.inputs(B)
     routes = torch.zeros(SAMPLES, S, 2, len(session.blocks), dtype=torch.long)
     routes[:, 0] = K
-    told: list[list[int]] = []
+    ages: list[list[int]] = []
     for block in session.blocks:
         forward = block.router.forward
         monkeypatch.setattr(
-            block.router, "forward", lambda *given, f=forward: told.append(given[-1].tolist()) or f(*given)
+            block.router, "forward", lambda *given, f=forward: ages.append(given[-1].tolist()) or f(*given)
         )
     with torch.no_grad():
         learned(model, session, inputs, rollout(routes, session))
     blocks = len(session.blocks)
-    assert told == [[0] * B] * blocks + [[1] * B] * blocks + [[0] * B] * blocks
+    assert ages == [[0] * B] * blocks + [[1] * B] * blocks + [[0] * B] * blocks
     actions = session.trace.actions
     assert (actions[0] == K).all() and (actions[1] == REUSED).all() and (actions[2] == SKIPPED).all()
     with torch.no_grad():

@@ -58,7 +58,7 @@ def value(cache: ResidualCache, step: int, row: int = 0) -> float:
     return found.max().item()
 
 
-def test_the_band_is_closed_above_the_threshold_and_residuals_die():
+def test_the_band_ends_at_the_threshold_and_residuals_die():
     cache = stored(step=2, band=0.1, longest=3)
     for p, expected in ((0.5, False), (0.51, True), (0.6, True), (0.61, False)):
         assert reuse(cache, 3, p) is expected
@@ -84,7 +84,7 @@ def test_a_residual_goes_on_as_it_changed_while_both_lived():
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.8, 1.0])
-def test_rows_that_are_computed_at_different_steps_are_kept_apart(damping):
+def test_rows_that_are_computed_at_different_steps_stay_separate(damping):
     """Three rows in one batch against a cache of its own for each."""
     config = BlockCacheConfig(skipped_reuse=True, longest=4, damping=damping)
     cache, *alone = (ResidualCache(config, times(20)) for _ in range(4))
@@ -134,7 +134,7 @@ def test_rows_of_a_batch_are_forecast_each_for_its_time():
         torch.testing.assert_close(found[row : row + 1], alone)
 
 
-def test_by_age_open_blocks_reuse_what_lives():
+def test_by_age_executed_blocks_reuse_what_lives():
     cache = stored(step=2, rule=CacheRule.age, longest=1)
     assert [reuse(cache, step, 0.9) for step in (3, 4)] == [True, False]
     assert [ages(cache, 1, step, KEY) for step in (3, 4)] == [[1], [0]]

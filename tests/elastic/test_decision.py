@@ -17,9 +17,9 @@ def test_values_between_knots_are_those_of_numpy(count):
 
 def test_gate_bias_is_added_to_the_gate_alone():
     logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
-    plain, urgent = (RouteDecision.from_logits(logits, 0.5, extra) for extra in (None, torch.full((6,), 2.0)))
-    torch.testing.assert_close(urgent.keep_prob.logit(), plain.keep_prob.logit() + 2)
-    assert torch.equal(urgent.width_prob, plain.width_prob)
+    plain, biased = (RouteDecision.from_logits(logits, 0.5, extra) for extra in (None, torch.full((6,), 2.0)))
+    torch.testing.assert_close(biased.keep_prob.logit(), plain.keep_prob.logit() + 2)
+    assert torch.equal(biased.width_prob, plain.width_prob)
 
 
 def test_times_that_do_not_ascend_are_refused():

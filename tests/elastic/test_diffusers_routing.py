@@ -85,7 +85,7 @@ def test_a_stock_pipeline_runs_unchanged(build, run, branches):
     pipe = build()
     dense = run(pipe)
     keys = list(pipe.transformer.state_dict())
-    session = attach(pipe)  # open at the start
+    session = attach(pipe)  # every block runs at the start
     assert torch.equal(run(pipe), dense)
     assert (session.trace.actions != -2).flatten(2).any(-1).sum() == 4 * branches
     assert trace_share(session.trace).tolist() == pytest.approx([1.0] * len(dense))
@@ -96,7 +96,7 @@ def test_a_stock_pipeline_runs_unchanged(build, run, branches):
     assert torch.equal(run(pipe), dense) and not pipe.transformer._forward_hooks
 
 
-def test_branches_samples_and_generations_are_kept_apart():
+def test_branches_samples_and_generations_stay_separate():
     pipe = flux_pipeline()
     session = attach(pipe, MIXED)
     session.settings = ElasticConfig(cache=BlockCacheConfig(rule=CacheRule.band, band=0.5))

@@ -59,7 +59,7 @@ def generate(
     return sample(model, condition, (10, 4), steps, guidance, generators, session=session, **options)
 
 
-def opened(steps: int) -> TableRoutes:
+def every_block(steps: int) -> TableRoutes:
     """Every block at full width."""
     return TableRoutes(torch.full((steps, 2, 2, 3), ROUTERS.widths), ROUTERS.widths)
 
@@ -84,7 +84,7 @@ def by_hand(model: ShapeDiT, session, coarse: float) -> ShapeDiT:
     ("steps", "budget", "expected"),
     [(4, 1.0, 0.0), (2, 1.0, 1.0), (8, 0.5, 0.0), (5, 0.4, 1.0), (5, 1, None)],
 )
-def test_they_are_used_where_few_calls_are_left(steps, budget, expected):
+def test_they_are_used_up_to_their_nfe(steps, budget, expected):
     assert coarseness(ROUTERS, steps, budget, None) == expected
     assert coarseness(RouterConfig(), steps, budget, 2.0) is None
     assert all(coarseness(ROUTERS, n, 4 / n, None) == 0 for n in range(4, 60))  # n * (4 / n) is not always 4
@@ -93,7 +93,7 @@ def test_they_are_used_where_few_calls_are_left(steps, budget, expected):
 
 
 def test_a_budget_is_spent_on_the_branches_that_run():
-    """Where guidance is learned, up to half of the dense calls are left out anyway, which a budget counts."""
+    """Where guidance is learned, up to half of the dense NFE is left out anyway, which a budget counts."""
     config = replace(
         ROUTERS,
         few_step_guidance=2.0,
@@ -116,28 +116,28 @@ def test_a_budget_is_spent_on_the_branches_that_run():
 
     model = tiny()
     session = learned(model, config)
-    for guidance, told in ((2.0, 0.8), (3.0, 0.6)):  # with another guidance both branches run
+    for guidance, requested in ((2.0, 0.8), (3.0, 0.6)):  # with another guidance both branches run
         session.begin(1, 4, 0.6, guidance, times)
-        assert session._budget.item() == pytest.approx(config.calibrated(told))
+        assert session._budget.item() == pytest.approx(config.calibrated(requested))
     session.settings = ElasticConfig(few_step=False)
     session.begin(1, 4, 0.6, 2.0, times)
     assert session._budget.item() == pytest.approx(config.calibrated(0.6))
 
 
 @pytest.mark.parametrize("steps", [4, 3, 2])
-def test_a_generation_is_that_of_the_dense_model_with_updated_weights(steps):
+def test_a_generation_is_that_of_the_dense_model_with_adapted_weights(steps):
     model = tiny()
     session = learned(model)
-    session.source = opened(steps)
+    session.source = every_block(steps)
     found = generate(model, session, steps)
     expected = generate(by_hand(model, session, coarseness(ROUTERS, steps, 1.0, None)), None, steps)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_many_calls_dense_runs_and_a_lora_that_is_off_know_nothing_of_them():
+def test_a_large_nfe_dense_runs_and_a_lora_that_is_off_know_nothing_of_them():
     dense, model = tiny(), tiny()
     session = learned(model)
-    session.source = opened(6)
+    session.source = every_block(6)
     for steps, settings in ((6, {}), (3, {"elastic": False}), (3, {"few_step": False})):
         assert torch.equal(generate(model, session, steps, **settings), generate(dense, None, steps))
     assert not torch.allclose(generate(model, session, 3), generate(dense, None, 3), atol=1e-2)
@@ -150,7 +150,7 @@ def test_many_calls_dense_runs_and_a_lora_that_is_off_know_nothing_of_them():
 def test_a_lora_that_has_learned_the_guidance_run_one_branch(sequential):
     model = tiny()
     session = learned(model, replace(ROUTERS, few_step_guidance=2.0))
-    session.source = opened(3)
+    session.source = every_block(3)
     found = generate(model, session, 3, options={"sequential": sequential})
     assert session.guided and trace_share(session.trace).tolist() == [0.5, 0.5]
     assert (session.trace.actions[:, 1] == NOT_RUN).all()
@@ -181,10 +181,10 @@ def test_both_branches_run_at_some_times_and_batches_change_nothing(sequential):
         assert trace_share(session.trace).tolist() == shares[seed : seed + 1]
 
 
-def test_the_second_branch_is_that_of_the_updated_model_where_it_runs():
+def test_the_second_branch_is_that_of_the_adapted_model_where_it_runs():
     model = tiny()
     session = learned(model, replace(ROUTERS, few_step_guidance=2.0, guided_times=[0.3, 0.6]))
-    session.source = opened(4)
+    session.source = every_block(4)
     found = generate(model, session, 4)
     plain, last = by_hand(model, session, coarseness(ROUTERS, 4, 1.0, None)), {}
 
@@ -206,7 +206,7 @@ def test_the_second_branch_is_that_of_the_updated_model_where_it_runs():
 def test_another_guidance_runs_without_them_and_dense_runs_keep_both_branches(steps, guidance, settings):
     dense, model = tiny(), tiny()
     session = learned(model, replace(ROUTERS, few_step_guidance=2.0))
-    session.source = opened(steps)
+    session.source = every_block(steps)
     found = generate(model, session, steps, guidance=guidance, **settings)
     assert torch.equal(found, generate(dense, None, steps, guidance=guidance))
     assert not session.guided
@@ -214,7 +214,7 @@ def test_another_guidance_runs_without_them_and_dense_runs_keep_both_branches(st
         assert trace_share(session.trace).tolist() == [1.0, 1.0]
 
 
-def test_narrow_blocks_are_slices_of_the_updated_ones():
+def test_narrow_blocks_are_slices_of_the_adapted_ones():
     model = tiny()
     session = learned(model)
     widths = torch.randint(1, 3, (3, 2, 2, 3), generator=torch.Generator().manual_seed(0))
@@ -295,7 +295,7 @@ def test_gradients_go_back_through_a_whole_generation():
     assert slope == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=2e-2)
 
 
-def test_calls_can_be_counted_from_another_number():
+def test_the_nfe_can_be_counted_from_another_number():
     """The weights at each NFE stay what they are; only where few-step LoRA is used changes."""
     model = tiny()
     session = learned(model)
@@ -320,12 +320,12 @@ def test_times_that_are_no_interval_are_refused():
 def test_a_fresh_lora_change_nothing_and_replaced_layers_are_named():
     block = tiny().double_blocks[0]
     few_step = FewStepLoRA(block, 2)
-    twin = few_step.updated(block, 0.7)
+    twin = few_step.adapted(block, 0.7)
     for name, part in block.named_parameters():
         assert torch.equal(twin.get_parameter(name) if "norm" in name else _tensor(twin, name), part)
     block.img_mlp[0] = nn.Identity()
     with pytest.raises(ValueError, match=r"img_mlp.0 is a Identity, expected nn.Linear"):
-        few_step.updated(block, 0.0)
+        few_step.adapted(block, 0.0)
     assert LowRankUpdate(5, 4, 2)(torch.ones(5, 4), 1.0).shape == (5, 4)
 
 
@@ -337,7 +337,7 @@ def _tensor(module: nn.Module, name: str) -> torch.Tensor:
 def test_compiled_blocks_run_with_the_lora():
     model = tiny()
     session = learned(model)
-    session.source = opened(3)
+    session.source = every_block(3)
     eager = generate(model, session, 3)
     for block in session.blocks:
         block.compile(backend="eager", fullgraph=True)

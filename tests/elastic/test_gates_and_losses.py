@@ -23,7 +23,7 @@ def test_straight_through_is_hard_forward_and_soft_backward():
 
 
 def test_gated_is_the_paper_formula_and_exact():
-    """x + g (y - x), g straight-through: the gate's gradient is <dL, y - x>, whether open or closed."""
+    """x + g (y - x), g straight-through: the gate's gradient is <dL, y - x>, whether executed or skipped."""
     x, y = torch.randn(2, 3, 4), torch.randn(2, 3, 4, requires_grad=True)
     p = torch.tensor([0.4, 0.6], requires_grad=True)
     out = gated(x, y, p > 0.5, p)
@@ -43,9 +43,9 @@ def test_a_decision_takes_threshold_and_argmax():
 
 def test_executed_share_weighs_flops():
     blocks = [BlockFlops(10, 30), BlockFlops(20, 40)]  # dense: 100
-    open_half, shut = [5.0, 0, 9, 0, 0], [-5.0, 0, 0, 0, 9]
-    assert decision_flops(decision([open_half]), blocks[0], RATIOS).tolist() == [25]
-    share = executed_share([decision([open_half, shut]), decision([shut, open_half])], blocks, RATIOS)
+    half_width, skipped = [5.0, 0, 9, 0, 0], [-5.0, 0, 0, 0, 9]
+    assert decision_flops(decision([half_width]), blocks[0], RATIOS).tolist() == [25]
+    share = executed_share([decision([half_width, skipped]), decision([skipped, half_width])], blocks, RATIOS)
     torch.testing.assert_close(share, torch.tensor([0.25, 0.4]))
 
 

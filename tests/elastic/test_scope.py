@@ -71,7 +71,7 @@ def test_one_router_decides_for_all_blocks():
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_branches_go_together_or_apart(sequential):
+def test_branches_share_decisions_or_have_their_own(sequential):
     dit, session = attached(of_one_decision(branches=Branches.shared))
     _, actions = generated(dit, session, sequential)
     assert torch.equal(actions[:, 0], actions[:, 1])
@@ -175,7 +175,7 @@ def test_blocks_run_as_often_as_the_sample_that_needs_them_most():
     assert torch.equal(session.trace.actions[:, 0, :, 0] > 0, routes[:, 0, :, 0] > 0)
 
 
-def test_only_samples_that_decide_once_a_step_and_apart_can_wait():
+def test_only_samples_that_decide_once_a_step_and_separately_are_deferred():
     for config, settings in (
         (RouterConfig(), ElasticConfig(budget=0.5)),
         (of_one_decision(), ElasticConfig(budget=0.5, shared=True)),
@@ -200,14 +200,14 @@ def test_only_who_looks_ahead_decides_for_both_branches():
 @pytest.mark.parametrize("sequential", [False, True])
 def test_samples_share_their_routes_only_where_that_is_asked_for(config, sequential):
     dit, session = attached(config)
-    _, apart = generated(dit, session, sequential)
-    assert (apart != apart[:, :, :1]).any()
+    _, separate = generated(dit, session, sequential)
+    assert (separate != separate[:, :, :1]).any()
     session.settings = ElasticConfig(budget=0.5, shared=True)
     _, shared = generated(dit, session, sequential)
     assert (shared == shared[:, :, :1]).all()
     assert (shared <= 0).any() and (shared > 0).any()
     session.settings = ElasticConfig(budget=0.5)
-    assert torch.equal(generated(dit, session, sequential)[1], apart)
+    assert torch.equal(generated(dit, session, sequential)[1], separate)
 
 
 def test_gate_bias_moves_gates_at_its_times_alone():

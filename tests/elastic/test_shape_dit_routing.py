@@ -57,7 +57,7 @@ def test_routers_are_light_at_the_default_size():
     assert trace_share(session.trace).tolist() == [1.0]
 
 
-def test_sampling_open_or_not_elastic_is_the_dense_generation_bit_for_bit():
+def test_sampling_with_every_block_or_not_elastic_is_the_dense_generation_bit_for_bit():
     model = tiny()
     dense = generate(model)
     session = attach(model)

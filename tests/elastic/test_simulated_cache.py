@@ -11,7 +11,7 @@ def passes(*values: float):
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.8, 1.0])
-def test_training_recalls_what_a_cache_would_hold(damping):
+def test_training_simulates_what_a_cache_would_hold(damping):
     """Row 0 was computed 1, 3 and 4 steps ago, row 1 two and five; every pick against a real cache."""
     ages = torch.tensor([[1, 3, 4], [2, 5, 0]])
     known = passes(1.0, 5.0, 11.0)

@@ -101,7 +101,7 @@ def test_what_changed_is_scored_again(items: list[Item], tmp_path: Path) -> None
     assert len(scored) == 11
 
 
-def test_a_foreign_journal_is_refused(tmp_path: Path) -> None:
+def test_another_programs_journal_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("chapter one\n")
     with pytest.raises(UserError, match=r"rows\.jsonl is no journal"):
         read_journal(tmp_path / "rows.jsonl")

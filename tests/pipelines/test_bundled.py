@@ -49,7 +49,7 @@ def test_the_bundled_routers_and_plan_keep_to_a_budget_and_to_the_dense_shape() 
     assert size < 10e6
 
 
-def test_the_bundled_lora_brings_few_calls_nearer_to_many() -> None:
+def test_the_bundled_lora_brings_a_small_nfe_nearer_to_a_large_one() -> None:
     pipeline = ImageTo3DPipeline.from_pretrained(ROOT / DEFAULT_MODEL)
     images = [ROOT / f"data/samples/{name}.png" for name in ("table", "chair")]
 
@@ -59,11 +59,11 @@ def test_the_bundled_lora_brings_few_calls_nearer_to_many() -> None:
         return torch.stack([result.latents for result in results])
 
     many = made(None, steps=40, elastic=False)
-    plain, updated = made(False, steps=4, budget=1.0, few_step=False), made(True, steps=4, budget=1.0)
+    plain, adapted = made(False, steps=4, budget=1.0, few_step=False), made(True, steps=4, budget=1.0)
     assert torch.equal(made(None, steps=4, elastic=False), plain)
-    errors = [(found - many).square().mean() / many.square().mean() for found in (plain, updated)]
+    errors = [(found - many).square().mean() / many.square().mean() for found in (plain, adapted)]
     assert errors[1] < 0.9 * errors[0]  # 0.82; it was below 0.6 before the DiT was trained on
-    made(False, budget=0.5)  # 12.5 calls: none are needed
+    made(False, budget=0.5)  # NFE 12.5: without the LoRA
 
 
 def table() -> trimesh.Trimesh:

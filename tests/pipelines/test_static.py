@@ -74,7 +74,7 @@ def made(pipeline: ImageTo3DPipeline, samples: int = 2, **options: Any) -> Kept:
 
 
 def same(found: Kept, expected: Kept) -> bool:
-    """Whether latents are close; metadata must be the same, but for routers that were not asked."""
+    """Whether latents are close; metadata must be the same, but for routers that did not run."""
     for new, old in zip(found[1], expected[1], strict=True):
         assert new.keys() == old.keys()
         different = {name for name in new if new[name] != old[name]}
@@ -245,19 +245,19 @@ def test_weights_are_shared_but_those_that_the_lora_changes() -> None:
     twin, own = pipeline.static.twin, dict(pipeline.dit.named_parameters())
     assert all(parameter is own[name] for name, parameter in twin.named_parameters())
     made(pipeline, **FEW)
-    updated = {
+    adapted = {
         f"{block.name}.{name.replace('/', '.')}.weight"
         for block in pipeline.session.blocks
         if block.few_step is not None
         for name in block.few_step.parts
     }
-    apart = {name for name, parameter in twin.named_parameters() if parameter is not own[name]}
-    assert apart == updated
-    places = {name: twin.get_parameter(name).data_ptr() for name in updated}
+    separate = {name for name, parameter in twin.named_parameters() if parameter is not own[name]}
+    assert separate == adapted
+    places = {name: twin.get_parameter(name).data_ptr() for name in adapted}
     made(pipeline, **FEWER)
     made(pipeline, **DENSE)
     assert pipeline.static.twin is twin
-    assert places == {name: twin.get_parameter(name).data_ptr() for name in updated}, "graphs know them"
+    assert places == {name: twin.get_parameter(name).data_ptr() for name in adapted}, "graphs know them"
     assert all(torch.equal(twin.get_parameter(name), own[name]) for name in own)
     assert all(block._adapted is None for block in pipeline.session.blocks), "no second copy"
 

@@ -175,7 +175,7 @@ def test_parts_from_elsewhere_count_for_the_memory(
     assert f"weights: condition {size / 1e9:.1f}," in capsys.readouterr().err
 
 
-def test_missing_routers_are_told_before_the_weights_are_read(
+def test_missing_routers_are_named_before_the_weights_are_read(
     command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("elastic3d.pipelines.published.load_hunyuan3d", None)

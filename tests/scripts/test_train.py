@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import warnings
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,11 @@ import train
 from _cli import CONFIG_DIR, help_text, options_of, parse
 
 from elastic3d.errors import UserError
-from elastic3d.training.checkpoint import read_record, upgraded
+from elastic3d.training.checkpoint import read_record, stage_of
 from elastic3d.training.export import ExportStageConfig
 from elastic3d.training.options import Precision, StageName, TrainConfig
 from elastic3d.training.stages import require_sizes, stage_config, warn_of_slow_precision
-from elastic3d.utils.options import from_dict, to_dict
+from elastic3d.utils.options import from_dict, renamed, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/*.md", "data/pretrained/README.md", "reports/*/README.md")
@@ -125,29 +124,17 @@ def test_what_no_machine_holds_is_refused_before_anything_is_allocated(
 def test_records_of_shipped_models_are_read(path: Path) -> None:
     """They were written when one configuration had the options of all stages."""
     written = json.loads(path.read_text())["config"]
-    saved = upgraded(written, path)
-    stage = saved["stage"]
+    stage = stage_of(written, path)
     config = read_record(written, stage_config(StageName[stage]), path)
+    saved = renamed(type(config), written)
     assert isinstance(config, TrainConfig) and config.stage is StageName[stage]
     for name in ("steps", "learning_rate", "seed", "batch", "name"):
         assert getattr(config, name) == saved[name]
     part = {"vae": "vae", "dit": "dit", "image": "image", "few_step": "few_step"}.get(stage, "routing")
-    for item in fields(getattr(config, part)):
-        if item.name in saved[part] and not isinstance(saved[part][item.name], dict):
-            assert to_dict(getattr(config, part))[item.name] == saved[part][item.name], item.name
-
-
-def test_old_names_of_image_counts_are_read() -> None:
-    written = {"stage": "image", "image": {"val_pictures": 5, "sample_pictures": 3}}
-    config = read_record(written, stage_config(StageName.image), "a.json")
-    assert (config.image.val_images, config.image.sample_images) == (5, 3)  # type: ignore[attr-defined]
-    written = {
-        "stage": "image_router",
-        "image": {"backbone": "small", "weights": "w"},
-        "routing": {"picture": {"weight": 0.25}},
-    }
-    config = read_record(written, stage_config(StageName.image_router), "a.json")
-    assert config.routing.image.weight == 0.25  # type: ignore[attr-defined]
+    found = getattr(config, part)
+    for name, value in renamed(type(found), saved[part]).items():
+        if name in to_dict(found) and not isinstance(value, dict):
+            assert to_dict(found)[name] == value, name
 
 
 def test_a_router_run_with_options_that_are_gone_is_read() -> None:

@@ -56,7 +56,7 @@ def batch_of(stage: ShapeBlockRouterStage, step: int = 0, seed: int = 0):
     return stack([stage.items.item(step * size + i, seed) for i in range(size)])
 
 
-def half_open(stage: ShapeBlockRouterStage) -> None:
+def varied_gates(stage: ShapeBlockRouterStage) -> None:
     """Routers whose gates differ between blocks and samples."""
     torch.manual_seed(3)
     for block in stage.flow.session.blocks:
@@ -75,7 +75,8 @@ def test_the_shipped_configurations_suit_the_stage(stage):
 
 
 def test_every_batch_has_the_full_route_the_smallest_and_routes_between(routed):  # noqa: F811
-    stage = ShapeBlockRouterStage(block_config(routed, batch=8))
+    guided = {"guidance": True, "guided_times": [0.2, 0.6]}
+    stage = ShapeBlockRouterStage(block_config(routed, guided, batch=8))
     for step in range(4):
         batch = batch_of(stage, step)
         steps, blocks = int(batch["steps"][0]), len(stage.flow.session.blocks)
@@ -86,6 +87,8 @@ def test_every_batch_has_the_full_route_the_smallest_and_routes_between(routed):
         assert (batch["routes"][full] == 4).all() and (batch["budget"][full] == 1).all()
         assert (batch["budget"][smallest] == torch.tensor(0.3)).all()
         assert ((batch["budget"][between] > 0.3) & (batch["budget"][between] < 1)).all()
+        whole = stage.draw.router.guided_share(stage.flow.times(steps)[:-1].tolist())
+        assert (batch["budget"][between] <= whole).all()  # a larger one would be a second full route
         random = step < 2
         assert batch["free"].tolist() == [False, not random, not random, not random] * 2
         assert (batch["routes"][~full] == FREE).all() == (not random)
@@ -128,7 +131,7 @@ def test_random_routes_execute_their_budget_and_leave_out_what_matters_least(rou
 def test_routers_and_lora_learn_from_the_end_of_a_generation(routed, guidance):  # noqa: F811
     options = {"guidance": guidance, "guided_times": [0.2, 0.6] if guidance else []}
     stage = ShapeBlockRouterStage(block_config(routed, options, batch=8))
-    half_open(stage)
+    varied_gates(stage)
     for step in (0, 2):  # random routes, then the routers' own
         stage.flow.zero_grad()
         loss, values = stage.flow(batch_of(stage, step))
@@ -153,11 +156,15 @@ def test_the_mesh_alone_reaches_every_gate(routed, monkeypatch):  # noqa: F811
             "elastic3d.training.block_router.relative_errors",
             lambda found, true, weights: torch.ones(len(found)),
         )
-        half_open(stage)
-        stage.flow(batch_of(stage))[0].backward()
+        varied_gates(stage)
+        loss, values = stage.flow(batch_of(stage))
+        loss.backward()
+        assert ("mesh_field" in values) == (only != "dense")
         for block in stage.flow.session.blocks:
             gate = block.router.heads.weight.grad[0]
             assert gate.isfinite().all() and gate.abs().max() > 0, only
+    with pytest.raises(ValueError, match="weight is 1, expected 0"):
+        EndMeshLossConfig(weight=1.0, **dict.fromkeys(weights, 0.0)).check()
 
 
 def test_the_dense_generation_has_no_distance_to_itself(routed):  # noqa: F811
@@ -176,7 +183,7 @@ def test_checkpointing_changes_nothing(routed):  # noqa: F811
     for recompute in (False, True):
         torch.manual_seed(0)
         stage = ShapeBlockRouterStage(block_config(routed, {"random_steps": 0}, batch=4))
-        half_open(stage)
+        varied_gates(stage)
         torch.manual_seed(1)
         stage.flow.gradient_checkpointing = recompute
         for name, p in stage.flow.named_parameters():

@@ -44,13 +44,13 @@ def block_config(root, stage, blocks, **options):
 )
 def test_published_image_pipelines(folder, prepared, save, name, guidance):  # noqa: F811
     weights = save(prepared / "published")
-    pictures = dict(backbone=name, weights=weights, images=folder, size=16, text_length=48, val_every=3,
+    images = dict(backbone=name, weights=weights, images=folder, size=16, text_length=48, val_every=3,
                     cache=prepared / "cache", shard=4)  # fmt: skip
     config = block_config(
         prepared,
         StageName.image_block_router,
         {"guidance": guidance},
-        image=pictures,
+        image=images,
         gradient_checkpointing=True,
     )
     config.validate_every = 2
@@ -76,8 +76,8 @@ def test_a_rollout_is_what_the_pipeline_of_images_generates(views):  # noqa: F81
     small = views / "small"
     run_stage(image_config(views))
     export_run(export_of(image_config(views), small))
-    pictures = dict(backbone=BackboneName.small, weights=small, size=16, cache=views / "routed", shard=4)
-    config = block_config(views, StageName.image_block_router, {"guidance": 2.0}, image=pictures)
+    images = dict(backbone=BackboneName.small, weights=small, size=16, cache=views / "routed", shard=4)
+    config = block_config(views, StageName.image_block_router, {"guidance": 2.0}, image=images)
     stage = ImageBlockRouterStage(config)
     batch = stage.val_batch()
     found = stage.flow.generate(batch, 3, stage.flow.session.settings)
@@ -98,7 +98,7 @@ def test_a_rollout_is_what_the_pipeline_of_images_generates(views):  # noqa: F81
 
 def test_the_image_term_alone_reaches_every_gate(folder, prepared, monkeypatch):  # noqa: F811
     weights = save_tiny_flux(prepared / "published")
-    pictures = dict(backbone=BackboneName.flux, weights=weights, images=folder, size=16, text_length=16, val_every=3,
+    images = dict(backbone=BackboneName.flux, weights=weights, images=folder, size=16, text_length=16, val_every=3,
                     cache=prepared / "cache", shard=4)  # fmt: skip
     options = {
         "random_steps": 0,
@@ -106,9 +106,7 @@ def test_the_image_term_alone_reaches_every_gate(folder, prepared, monkeypatch):
         "imitation_weight": 0.0,
         "image": EndImageLossConfig(weight=1.0),
     }
-    stage = ImageBlockRouterStage(
-        block_config(prepared, StageName.image_block_router, options, image=pictures)
-    )
+    stage = ImageBlockRouterStage(block_config(prepared, StageName.image_block_router, options, image=images))
     monkeypatch.setattr(
         "elastic3d.training.block_router.relative_errors", lambda found, true, weights: torch.ones(len(found))
     )

@@ -121,7 +121,7 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
     monkeypatch.setattr(calibration, "EARLY", (0.0,))
     monkeypatch.setattr(calibration, "DAMPING_TIMES", (0.0, 1.0))
     monkeypatch.setattr(calibration, "DAMPING_STEPS", ((-0.5,),))
-    monkeypatch.setattr(calibration, "_TOLD", (0.4, 0.8))
+    monkeypatch.setattr(calibration, "_BIAS_BUDGETS", (0.4, 0.8))
     monkeypatch.setattr(calibration, "_DAMPING_BUDGETS", (0.5, 0.7))
     config = shape_config(dense, export={"output": dense / "other"})
     assert run_stage(config) == 0
@@ -173,7 +173,7 @@ def test_what_cannot_be_calibrated(dense):
     save_tiny_routers(other, routers)
     with pytest.raises(UserError, match="model.safetensors does not fit Routers: "):
         run_stage(config)
-    foreign = {**load_json(routers / "config.json"), "_class_name": "FluxTransformer2DModelRouters"}
-    save_json(foreign, routers / "config.json")
+    third_party = {**load_json(routers / "config.json"), "_class_name": "FluxTransformer2DModelRouters"}
+    save_json(third_party, routers / "config.json")
     with pytest.raises(UserError, match="a FluxTransformer2DModelRouters, expected a ShapeDiTRouters"):
         run_stage(config)

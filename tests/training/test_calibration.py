@@ -1,4 +1,4 @@
-"""Choosing which times are urgent, with a real dense model and fresh routers."""
+"""Choosing the gates' bias over time, with a real dense model and fresh routers."""
 
 import math
 from dataclasses import replace
@@ -18,7 +18,7 @@ STEPS = 6
 
 @pytest.fixture
 def stage(dense, monkeypatch):
-    monkeypatch.setattr(calibration, "_TOLD", (0.3, 0.9))
+    monkeypatch.setattr(calibration, "_BIAS_BUDGETS", (0.3, 0.9))
     monkeypatch.setattr(calibration, "_DAMPING_BUDGETS", (0.3, 0.9))
     router = RouterConfig(longest=3, scope=Scope.step, widths=1, head_std=0.1)
     routing = {"val_shapes": 1, "val_steps": STEPS}
@@ -30,15 +30,15 @@ def error_by_hand(stage, true, **curves) -> float:
     session = stage.flow.session
     session.router_config = replace(session.router_config, **curves)
     points = []
-    for told in calibration._TOLD:
-        latents, share = stage._generate(ElasticConfig(budget=told))
+    for budget in calibration._BIAS_BUDGETS:
+        latents, share = stage._generate(ElasticConfig(budget=budget))
         points.append((share.item(), math.log(max(relative_error(latents, true), 1e-12))))
     shares, errors = zip(*sorted(points), strict=True)
     return float(np.interp(calibration._SHARES, shares, errors).mean())
 
 
 def test_the_curve_with_the_smallest_error_at_equal_cost_is_taken(stage):
-    """Against every curve tried by hand: share and error at what routers are told, linear between."""
+    """Against every curve tried by hand: share and error at calibrated budgets, linear between."""
     session, times = stage.flow.session, torch.linspace(0, 1, STEPS + 1)
     torch.nn.init.constant_(session.blocks[0].router.heads.bias[:1], 0.0)  # within reach of every curve
     fresh = session.router_config

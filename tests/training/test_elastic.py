@@ -32,7 +32,7 @@ from elastic3d.training.stages import run_stage
 from tests.training.tiny import defaults, export_of
 from tests.training.tiny import dit_config as config_for
 
-TOGETHER = dict(longest=3, scope=Scope.step, widths=1)
+ONCE_A_STEP = dict(longest=3, scope=Scope.step, widths=1)
 
 
 def router_config(
@@ -41,7 +41,7 @@ def router_config(
     small = mesh or MeshLossConfig(near_queries=32, volume_queries=16, surface_points=16, share=0.5)
     options = dict(model=root / "dense", mesh=small, val_budgets=[0.5], val_shapes=1, val_steps=2)
     routing = defaults(stage, "routing", **options) | (routing or {})
-    settings = dict(stage=stage, name="router", routing=routing, router=RouterConfig(**TOGETHER))
+    settings = dict(stage=stage, name="router", routing=routing, router=RouterConfig(**ONCE_A_STEP))
     return config_for(root, **(settings | changes))
 
 
@@ -69,10 +69,10 @@ def test_items_show_the_router_what_samplers_do(dense):
     assert all(torch.equal(again[name], batch[name][3]) for name in again)
 
 
-def test_closed_blocks_add_what_they_remember(dense):
+def test_skipped_blocks_add_what_they_remember(dense):
     """Where nothing has changed since, skipped blocks that remember stand in for the dense ones exactly."""
     stage = RouterStage(
-        router_config(dense, routing={"recalled": 1}, router=RouterConfig(**TOGETHER, damping=0.0))
+        router_config(dense, routing={"simulated_steps": 1}, router=RouterConfig(**ONCE_A_STEP, damping=0.0))
     )
     flow, batch = stage.flow, batch_of(stage, 4)
     assert batch["ages"].shape == (4, 1) and batch["picks"].shape == (4, 2, 3)
@@ -81,8 +81,8 @@ def test_closed_blocks_add_what_they_remember(dense):
     def error(**changes) -> float:
         flow._announce(batch | changes)
         with torch.no_grad():
-            skipped, open_ = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
-        return (skipped - open_).square().mean().item()
+            skipped, executed = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
+        return (skipped - executed).square().mean().item()
 
     known = {"ages": torch.ones_like(batch["ages"]), "picks": torch.zeros_like(batch["picks"])}
     assert error(**known, earlier=batch["t"][:, None]) < 1e-9  # the step before was at the same time
@@ -92,7 +92,7 @@ def test_closed_blocks_add_what_they_remember(dense):
 
 
 def test_a_router_learns_from_the_age_of_what_it_would_reuse(dense):
-    stage = RouterStage(router_config(dense, router=RouterConfig(**TOGETHER)))
+    stage = RouterStage(router_config(dense, router=RouterConfig(**ONCE_A_STEP)))
     batch = batch_of(stage, 16)
     usable = (batch["ages"] > 0) & (batch["ages"] <= 3)
     for row, picks in enumerate(batch["picks"].flatten(1)):
@@ -102,7 +102,7 @@ def test_a_router_learns_from_the_age_of_what_it_would_reuse(dense):
     assert moved[1:].gt(0).all() and moved[0] == 0  # of nothing, no error is predicted
 
 
-def test_damage_is_what_closing_one_branch_does_to_the_guided_velocity(dense):
+def test_the_skip_error_is_what_skipping_in_one_branch_does_to_the_guided_velocity(dense):
     routing = {"max_steps": 20, "min_steps": 10, "late_weight": 0.5}
     stage = RouterStage(router_config(dense, routing=routing))
     flow, batch = stage.flow, batch_of(stage, 3)
@@ -116,10 +116,10 @@ def test_damage_is_what_closing_one_branch_does_to_the_guided_velocity(dense):
     x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
     flow._announce(batch)
     with torch.no_grad():
-        skipped, open_ = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
-    change = (skipped - open_).flatten(1)
+        skipped, executed = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
+    change = (skipped - executed).flatten(1)
     assert change.abs().amax(1).min() > 1e-4
-    found = flow._skip_error(skipped, open_, batch)
+    found = flow._skip_error(skipped, executed, batch)
     share = torch.tensor(
         [1.0] * 3 + [1 / flow.config.guidance - 1] * 3
     )  # of each branch in the guided velocity
@@ -127,8 +127,8 @@ def test_damage_is_what_closing_one_branch_does_to_the_guided_velocity(dense):
     torch.testing.assert_close(found, expected)
 
 
-def test_damage_of_branches_that_go_together_is_that_of_closing_both(dense):
-    router = RouterConfig(**TOGETHER, branches=Branches.shared)
+def test_the_skip_error_of_a_shared_decision_is_that_of_skipping_in_both_branches(dense):
+    router = RouterConfig(**ONCE_A_STEP, branches=Branches.shared)
     stage = RouterStage(router_config(dense, router=router))
     flow, batch = stage.flow, batch_of(stage, 8)
     assert torch.equal(batch["picks"][:, 0], batch["picks"][:, 1])
@@ -137,16 +137,16 @@ def test_damage_of_branches_that_go_together_is_that_of_closing_both(dense):
     x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
     flow._announce(batch)
     with torch.no_grad():
-        skipped, open_ = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
-    expected = (flow.guided(skipped) - flow.guided(open_)).square().flatten(1).mean(1)
-    torch.testing.assert_close(flow._skip_error(skipped, open_, batch), expected)
+        skipped, executed = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
+    expected = (flow.guided(skipped) - flow.guided(executed)).square().flatten(1).mean(1)
+    torch.testing.assert_close(flow._skip_error(skipped, executed, batch), expected)
     logits = flow._gate_logits()
     known = batch["picks"][:, 0, 0] >= 0
     assert known.any() and torch.equal(logits[:8], logits[8:])
     assert logits[:8][known].unique().numel() == known.sum()  # each sample its own
 
 
-def test_gates_learn_to_predict_damage_and_follow_its_price(dense):
+def test_gates_learn_to_predict_the_skip_error_and_follow_the_threshold(dense):
     stage = RouterStage(router_config(dense, MeshLossConfig(weight=0.0), {"flow": 0.0}))
     flow, batch = stage.flow, batch_of(stage, 16)
     optimizer = torch.optim.Adam([p for p in flow.parameters() if p.requires_grad], 0.02)
@@ -260,8 +260,8 @@ def test_calibration_makes_the_executed_cost_what_was_asked_for(dense):
     session.begin(2, 1, [0.5, 1.0])
     session.step(0, 1.0, (0,))
     session.before_forward(stage.flow.dit, (), {"t": torch.zeros(2)})
-    told = session.current.budget
-    torch.testing.assert_close(told, torch.tensor([0.5**0.5, 1.0]), atol=0.01, rtol=0)
+    calibrated = session.current.budget
+    torch.testing.assert_close(calibrated, torch.tensor([0.5**0.5, 1.0]), atol=0.01, rtol=0)
     with pytest.raises(ValueError, match="ascending"):
         RouterConfig(requested_budgets=[0.5, 0.4], calibrated_budgets=[0.5, 0.4])
 

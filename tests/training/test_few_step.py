@@ -50,7 +50,7 @@ def test_the_shipped_configuration_suits_the_stage():
     assert (config.few_step.rank, config.few_step.max_nfe, config.weight_decay) == (32, 8.0, 0.0)
 
 
-def test_a_batch_has_one_number_of_steps_and_calls_and_pairs_repeat(routed):
+def test_a_batch_has_one_number_of_steps_and_one_nfe_and_pairs_repeat(routed):
     stage = FewStepStage(few_step_config(routed, batch=3))
     items = [stage.items.item(position, 5) for position in range(30)]
     for start in range(0, 30, 3):
@@ -133,7 +133,7 @@ def test_train_export_and_generate(routed):
     before = read_weights(routed / "dense" / "routers" / "model.safetensors")
     assert run_stage(few_step_config(routed, steps=3, validate_every=3)) == 0
     rows = read_metrics(routed / "runs" / "few_step" / "metrics.jsonl")
-    assert any(name.startswith("val/updated_") for row in rows for name in row)
+    assert any(name.startswith("val/adapted_") for row in rows for name in row)
     output = routed / "dense"
     export = export_of(few_step_config(routed), output)
     for _ in range(2):  # a second export finds a few-step LoRA there already

@@ -128,7 +128,7 @@ class BlockAdapter(ABC):
 
 @dataclass(frozen=True)
 class ModelAdapter:
-    """One family of models: which modules are its blocks, and how its forward pass is told the time.
+    """One family of models: which modules are its blocks, and how its forward pass is given the time.
 
     `lists`: dotted names of the model's `nn.ModuleList`s of blocks in order of execution, each with its adapter;
     `time`: the argument with the time (B,) in [0,1], at a `position` among all; `noise_at_one`: it runs as in
@@ -168,7 +168,7 @@ def take_rows(streams: tuple[Tensor, ...], rows: Sequence[int]) -> tuple[Tensor,
 
 
 def double_block_flops(width: int, hidden: int, image: int, text: int) -> BlockFlops:
-    """One sample in a block that keeps two streams apart, of which the MLP of the image stream is narrowed.
+    """One sample in a block that keeps two streams separate, of which the MLP of the image stream is narrowed.
 
     Of width D, hidden units of the MLPs, and tokens of both streams (N latents and M condition tokens for shapes).
     """

@@ -1,0 +1,70 @@
+"""Names of older versions and what they are today: of options, of values, of weights, of a benchmark's results.
+
+Nothing else knows the old names. `options.from_dict` reads what an older version saved; the command line names the new
+option in the place of an old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from typing import Any
+
+# By the class that has the option, which its subclasses share; None: gone with what it was for.
+OPTIONS: dict[str, dict[str, str | None]] = {
+    "RouterConfig": {
+        "lookahead": "scope",
+        "trend": "damping",
+        "trends": "dampings",
+        "forecast_times": "damping_times",
+        "asked": "requested_budgets",
+        "told": "calibrated_budgets",
+        "urgency": "gate_bias",
+        "updates": "few_step_rank",
+        "updates_calls": "few_step_nfe",
+        "updates_steps": "few_step_max_steps",
+        "updates_guidance": "few_step_guidance",
+    },
+    "BlockCacheConfig": {
+        "trend": "damping",
+        "trends": "dampings",
+        "closed_reuse": "skipped_reuse",
+        "drift": None,
+        "probe_stride": None,
+    },
+    "ElasticConfig": {"updates": "few_step"},
+    "ImageEncoderConfig": {"picture_size": "prepared_size"},
+    "StageConfig": {"updates": "few_step"},
+    "FewStepStageConfig": {"min_calls": "min_nfe", "max_calls": "max_nfe"},
+    "ImageStageConfig": {"sample_pictures": "sample_images", "val_pictures": "val_images"},
+    "RoutingConfig": {"recalled": "simulated_steps"},
+    "ImageRoutingConfig": {"picture": "image"},
+    "ImageBlockRouterConfig": {"picture": "image"},
+}
+VALUES = {
+    ("branches", "apart"): "separate",
+    ("branches", "together"): "shared",
+    ("stage", "updates"): "few_step",
+}
+WEIGHTS = (".updates.", ".few_step.")  # in the names of routers' tensors
+RESULTS: dict[str, str | None] = {"pictures": "images"}
+
+
+def todays_names(option: str) -> set[str]:
+    """What a dotted name of an option may be today; the name itself where no part of it is an old one."""
+    tables = (*OPTIONS.values(), RESULTS)
+    parts = [{new for names in tables if (new := names.get(part))} or {part} for part in option.split(".")]
+    return {".".join(each) for each in product(*parts)}
+
+
+def todays_stage(record: Mapping[str, Any]) -> Any:
+    """The stage of a saved training; once the routers of images were told from those of shapes by a backbone alone."""
+    stage, image = record.get("stage"), record.get("image")
+    stage = VALUES.get(("stage", str(stage)), stage)
+    routes_images = stage == "router" and isinstance(image, Mapping) and image.get("backbone")
+    return "image_router" if routes_images else stage
+
+
+def todays_results(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a benchmark wrote about its run, by today's names."""
+    return {RESULTS.get(name) or name: value for name, value in about.items()}

@@ -1,0 +1,119 @@
+"""What older versions saved is read under today's names, and a command line is told them; the bundled models are such
+files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _cli import parse
+from safetensors import safe_open
+
+from elastic3d.elastic.config import BlockCacheConfig, Branches, ElasticConfig, RouterConfig, Scope
+from elastic3d.errors import UserError
+from elastic3d.models.options import ImageEncoderConfig
+from elastic3d.training.checkpoint import read_record, stage_of
+from elastic3d.training.options import StageName
+from elastic3d.training.stages import stage_config
+from elastic3d.utils.old_names import OPTIONS, WEIGHTS, todays_names, todays_results
+from elastic3d.utils.options import from_dict, hints
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "data" / "pretrained"
+
+
+def saved(name: str) -> dict[str, Any]:
+    """A shipped configuration without its class."""
+    values: dict[str, Any] = json.loads((SHIPPED / name).read_text())
+    values.pop("_class_name", None)
+    return values.get("config", values)
+
+
+def record(values: dict[str, Any]) -> Any:
+    """A configuration of the stage that a record names."""
+    return read_record(values, stage_config(StageName[stage_of(values, "a.json")]), "a.json")
+
+
+@pytest.mark.parametrize("model", ["shape-small", "image-small"])
+def test_every_value_of_the_bundled_routers_is_kept(model: str) -> None:
+    written = saved(f"{model}/routers/config.json")
+    config = from_dict(RouterConfig, written, "routers")
+    assert config.scope is Scope.step and config.branches is Branches.shared
+    renamed = OPTIONS["RouterConfig"]
+    for old in ("asked", "told", "urgency", "trend", "trends", "forecast_times"):
+        new = renamed[old]
+        assert new and getattr(config, new) == written.get(old, written.get(new))
+    rank = written.get("updates", written.get("few_step_rank", 0))
+    assert config.few_step_rank == rank and (rank == 48) is (model == "shape-small")
+    assert config.few_step_nfe == written.get("updates_calls", written.get("few_step_nfe", 8.0))
+
+
+def test_saved_caches_encoders_and_defaults() -> None:
+    cache = from_dict(BlockCacheConfig, {"closed_reuse": True, "trend": 0.5, "drift": 0.1}, "cache")
+    assert cache == BlockCacheConfig(skipped_reuse=True, damping=0.5)
+    assert from_dict(ElasticConfig, {"updates": False}, "elastic") == ElasticConfig(few_step=False)
+    assert from_dict(RouterConfig, {"scope": "step", "branches": "apart"}).branches is Branches.separate
+    encoder = saved("shape-small/image_encoder/config.json")
+    assert from_dict(ImageEncoderConfig, encoder, "encoder").prepared_size == 0
+
+
+def test_records_of_trainings_that_ship() -> None:
+    written = saved("shape-small/routers/few_step-fifth.json")
+    assert written["stage"] == "updates"
+    few_step, old = record(written).few_step, written["updates"]
+    assert (few_step.rank, few_step.max_nfe, few_step.min_nfe) == (48, old["max_calls"], old["min_calls"])
+    assert record(saved("image-small/training.json")).image.val_images == 128
+    written = saved("image-small/routers/training.json")
+    assert written["stage"] == "router"
+    written["routing"] |= {"recalled": 5, "picture": {"weight": 0.25}}
+    routing = record(written).routing
+    assert (routing.simulated_steps, routing.image.weight) == (5, 0.25)
+
+
+def test_an_option_that_is_gone_is_left_out() -> None:
+    written = saved("shape-small/dit/training.json")
+    assert "routes" in written["dit"]
+    dit = record(written).dit
+    assert dit.anchor_weight == written["dit"]["anchor_weight"] and not hasattr(dit, "routes")
+
+
+def test_weights_and_results() -> None:
+    with safe_open(SHIPPED / "shape-small" / "routers" / "model.safetensors", "pt") as file:
+        names = [name.replace(*WEIGHTS) for name in list(file.keys())]
+    assert any(".few_step." in name for name in names) and not any(".updates." in name for name in names)
+    assert todays_results({"pictures": 3, "date": "d"}) == {"images": 3, "date": "d"}
+
+
+def test_every_new_name_is_an_option_of_its_class() -> None:
+    classes = [RouterConfig, BlockCacheConfig, ElasticConfig, ImageEncoderConfig]
+    waiting: list[type[Any]] = [stage_config(stage) for stage in StageName]
+    while waiting:
+        classes.append(each := waiting.pop())
+        waiting += [kind for kind in hints(each).values() if hasattr(kind, "__dataclass_fields__")]
+    for name, renamed in OPTIONS.items():
+        found = {
+            field for each in classes if name in (c.__name__ for c in each.__mro__) for field in hints(each)
+        }
+        assert found >= {new for new in renamed.values() if new}, name
+        assert not found & renamed.keys(), name
+
+
+@pytest.mark.parametrize(
+    ("stage", "old", "new"),
+    [
+        (StageName.router, "routing.recalled", "routing.simulated_steps"),
+        (StageName.router, "recalled", "routing.simulated_steps"),
+        (StageName.few_step, "updates.max_calls", "few_step.max_nfe"),
+        (StageName.image_router, "routing.picture.weight", "routing.image.weight"),
+    ],
+)
+def test_an_old_name_on_a_command_line_is_refused_with_the_new_one(
+    stage: StageName, old: str, new: str
+) -> None:
+    with pytest.raises(UserError, match=f"unknown option '{old}': did you mean {new}\\?"):
+        parse(stage_config(stage), "train", [f"stage={stage.name}", f"{old}=2"])
+
+
+def test_names_of_today_stay() -> None:
+    assert todays_names("routing.val_steps") == {"routing.val_steps"}
+    assert todays_names("cache.trend") == {"cache.damping"}
