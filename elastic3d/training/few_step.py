@@ -184,6 +184,13 @@ def draw_pair(shapes: PreparedShapes, info: LatentInfo, pair: int, seed: int) ->
     return {"noise": torch.from_numpy(noise), "condition": shapes.read(id, "tokens", view)}
 
 
+def val_pairs(cache: LatentCache) -> Batch:
+    """Pairs of the validation shapes, the same every time."""
+    items = [draw_pair(cache.val, cache.info, pair, 0) for pair in range(len(cache.val))]
+    # autocast stacks no fp16
+    return stack([item | {"condition": item["condition"].float()} for item in items])
+
+
 def relative_errors(found: Tensor, true: Tensor, weights: Tensor | float = 1.0) -> Tensor:
     """(B,N,C) each, weights of channels (C,) -> squared distance over the squared norm (B,)."""
     return (weights * (found - true).square()).mean((1, 2)) / (weights * true.square()).mean((1, 2))
@@ -421,9 +428,8 @@ class FewStepStage(Stage):
 
     def validate(self) -> dict[str, float]:
         """Geometric mean of the relative squared error to the dense results, with and without the few-step LoRA."""
-        val, device = self.cache.val, next(self.flow.few_step.parameters()).device
-        pairs = stack([draw_pair(val, self.cache.info, pair, 0) for pair in range(len(val))])
-        batch = {name: tensor.to(device) for name, tensor in pairs.items()}
+        device = next(self.flow.few_step.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in val_pairs(self.cache).items()}
         if self._references is None:
             dense = ElasticConfig(elastic=False)
             self._references = self.flow.generate(batch, self.config.few_step.reference_steps, dense)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.training.datasets import Batch, PreparedShapes, pick
+from elastic3d.training.datasets import Batch, PreparedShapes, field_queries, pick
 from elastic3d.training.vae import FieldLoss, FieldLossConfig, field_loss
 from elastic3d.utils.options import Options, option
 
@@ -140,13 +140,10 @@ class MeshTermsConfig(Options):
 
 def mesh_item(meshes: PreparedShapes, id: str, config: MeshTermsConfig, rng: np.random.Generator) -> Batch:
     """`points` (Q,3) with their `distance` (Q,); `surface` (S,6) and `jitter` (S,3)."""
-    near = pick(meshes.read(id, "near"), config.near_queries, rng)
-    volume = pick(meshes.read(id, "volume"), config.volume_queries, rng)
-    queries = torch.cat([near, volume])
+    queries = field_queries(meshes, id, config.near_queries, config.volume_queries, rng)
     offsets = rng.standard_normal((config.surface_points, 3), dtype=np.float32)
     return {
-        "points": queries[:, :3].contiguous(),
-        "distance": queries[:, 3].contiguous(),
+        **queries,
         "surface": pick(meshes.read(id, "surface"), config.surface_points, rng),
         "jitter": config.jitter * torch.from_numpy(offsets),
     }
