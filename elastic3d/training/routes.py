@@ -118,8 +118,8 @@ def draw_route(
     route = full.copy()
     route[order[:count]] = 0
     # an MLP has about half of a block's FLOPs; what is left to save is saved by narrowing as many as it takes
-    left, open_blocks = (1 - share) * blocks - count, order[count:]
-    for index in rng.permutation(open_blocks):
+    left, kept = (1 - share) * blocks - count, order[count:]
+    for index in rng.permutation(kept):
         if left <= 0:
             break
         width = int(rng.integers(1, WIDTHS))
