@@ -49,7 +49,7 @@ class CacheRule(Enum):
     age = "age"
 
 
-_advanced, _internal = partial(option, advanced=True), partial(option, internal=True)
+_internal = partial(option, internal=True)
 _times = partial(_internal, [], ge=0, le=1, ascending=True)
 
 
@@ -57,29 +57,30 @@ _times = partial(_internal, [], ge=0, le=1, ascending=True)
 class RouterConfig(Options):
     """Architecture and initialisation of the routers. Saved with their weights."""
 
-    variant: RouterVariant = option(RouterVariant.light, "the light router, or none: a policy decides")
-    scope: Scope = option(Scope.block, "decide before each block, or once a step for all of them")
-    branches: Branches = option(
+    # What kind of router a stage trains is in its file of configs/router; the sizes and initial values suit every model.
+    variant: RouterVariant = _internal(RouterVariant.light, "the light router, or none: a policy decides")
+    scope: Scope = _internal(Scope.block, "decide before each block, or once a step for all of them")
+    branches: Branches = _internal(
         Branches.separate, "scope step: each guidance branch for itself, or both as the conditional one"
     )
-    hidden: int = _advanced(32, "hidden channels of a router (H_r); the paper's code has 128", ge=1, le=4096)
-    conditioning: int = _advanced(
+    hidden: int = _internal(32, "hidden channels of a router (H_r); the paper's code has 128", ge=1, le=4096)
+    conditioning: int = _internal(
         32, "channels of the shared embedding of timestep, step size, budget and branch", ge=1, le=4096
     )
     widths: int = option(4, "nested widths of an MLP: 1/widths, 2/widths, .. 1", ge=1, le=16)
-    threshold: float = _advanced(0.5, "a block is kept where its gate is above this (tau)", ge=0.01, le=0.99)
-    initial_keep: float = _advanced(0.7, "gate of every block before training", ge=0.01, le=0.99)
-    initial_width_bias: float = _advanced(
+    threshold: float = _internal(0.5, "a block is kept where its gate is above this (tau)", ge=0.01, le=0.99)
+    initial_keep: float = _internal(0.7, "gate of every block before training", ge=0.01, le=0.99)
+    initial_width_bias: float = _internal(
         2.0, "logit of the full width before training; the others have 0", ge=0, le=20
     )
-    head_std: float = _advanced(1e-3, "standard deviation of the heads' initial weights", ge=0, le=100)
+    head_std: float = _internal(1e-3, "standard deviation of the heads' initial weights", ge=0, le=100)
     longest: int = option(
         0,
         "age in steps up to which a skipped block adds its earlier residual, an input of the router; 0: never",
         ge=0,
         le=1000,
     )
-    damping: float = _advanced(
+    damping: float = option(
         1.0,
         "of that residual: share of its change between the last two computed that goes on, a step later",
         ge=0,

@@ -35,7 +35,7 @@ from elastic3d.pipelines.image_to_3d import ROUTERS_NAME
 from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_generator, stack
 from elastic3d.training.latents import LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.loop import Stage
-from elastic3d.training.options import StageName, TrainConfig
+from elastic3d.training.options import DataConfig, GenerationTrainConfig, StageName
 from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import Options, option
 
@@ -275,10 +275,11 @@ class FewStepStageConfig(ShapeGenerationConfig):
 
 
 @dataclass(kw_only=True)
-class FewStepTrainConfig(TrainConfig):
+class FewStepTrainConfig(GenerationTrainConfig):
     """Everything `scripts/train.py stage=few_step` takes."""
 
     stage: StageName = option(StageName.few_step, "what to do")
+    data: DataConfig = option(DataConfig, "prepared shapes")
     latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
     few_step: FewStepStageConfig = option(FewStepStageConfig, "training of the routers' few-step LoRA")
 

@@ -39,9 +39,9 @@ from elastic3d.training.elastic_image import (
     ImageRoutingConfig,
 )
 from elastic3d.training.export import CURVES_NAME, RECORD_NAME, copy_files
-from elastic3d.training.image_data import ImageDataConfig
+from elastic3d.training.image_data import PipelineImagesConfig
 from elastic3d.training.latents import LatentCacheConfig
-from elastic3d.training.options import DataConfig, Precision, StageConfig, StageName
+from elastic3d.training.options import DataConfig, LimitedSplitsConfig, Precision, SeededConfig, StageName
 from elastic3d.utils.options import Options, from_dict, option
 from elastic3d.utils.structured import load_json, save_json
 
@@ -59,7 +59,7 @@ class CalibratedRoutersConfig(CurvesConfig):
 
 
 @dataclass(kw_only=True)
-class CalibrationImagesConfig(ImageDataConfig):
+class CalibrationImagesConfig(PipelineImagesConfig):
     """For routers of a text-to-image pipeline: which, and the images with captions."""
 
     backbone: BackboneName | None = option(None, "family of the pipeline; null: a shape pipeline")
@@ -84,12 +84,12 @@ class CalibrationOutputConfig(Options):
 
 
 @dataclass(kw_only=True)
-class CalibrateConfig(StageConfig):
+class CalibrateConfig(SeededConfig):
     """Everything `scripts/train.py stage=calibrate` takes."""
 
     stage: StageName = option(StageName.calibrate, "what to do")
     precision: Precision = option(Precision.bf16_master, "number format that routers were trained in")
-    data: DataConfig = option(DataConfig, "prepared shapes")
+    data: LimitedSplitsConfig = option(LimitedSplitsConfig, "prepared shapes")
     latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
     image: CalibrationImagesConfig = option(CalibrationImagesConfig, "images with captions")
     routing: CalibratedRoutersConfig = option(CalibratedRoutersConfig, "the routers")
@@ -137,6 +137,7 @@ def _router_stage(config: CalibrateConfig, router: RouterConfig) -> RouterStage 
     if image.backbone is None:
         no_loss = MeshLossConfig(weight=0.0)  # needs no data of true surfaces then
         routing = RouterStageConfig(model=config.routing.model, val_shapes=count, mesh=no_loss)
+        shared["data"] = DataConfig(**vars(config.data))
         return RouterStage(
             RouterTrainConfig(**shared, latents=config.latents, router=router, routing=routing)
         )
@@ -196,12 +197,12 @@ class SensitivityConfig(Options):
 
 
 @dataclass(kw_only=True)
-class SensitivityStageConfig(StageConfig):
+class SensitivityStageConfig(SeededConfig):
     """Everything `scripts/train.py stage=sensitivity` takes."""
 
     stage: StageName = option(StageName.sensitivity, "what to do")
     precision: Precision = option(Precision.bf16_master, "number format")
-    data: DataConfig = option(DataConfig, "prepared shapes")
+    data: LimitedSplitsConfig = option(LimitedSplitsConfig, "prepared shapes")
     latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
     image: CalibrationImagesConfig = option(
         CalibrationImagesConfig, "of a text-to-image pipeline: images with captions"
@@ -244,6 +245,7 @@ def _block_router_stage(config: SensitivityStageConfig) -> ShapeBlockRouterStage
             mesh=EndMeshLossConfig(weight=0.0),  # needs no data of true surfaces then
             **common,
         )
+        shared["data"] = DataConfig(**vars(config.data))
         return ShapeBlockRouterStage(BlockRouterTrainConfig(**shared, latents=config.latents, blocks=shape))
     blocks = ImageBlockRouterConfig(guidance=options.guidance, **common)
     return ImageBlockRouterStage(ImageBlockRouterTrainConfig(**shared, image=image.pipeline(), blocks=blocks))
