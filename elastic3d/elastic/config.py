@@ -57,7 +57,7 @@ _times = partial(_internal, [], ge=0, le=1, ascending=True)
 class RouterConfig(Options):
     """Architecture and initialisation of the routers. Saved with their weights."""
 
-    # What kind of router a stage trains is in its file of configs/router; the sizes and initial values suit every model.
+    # What kind of router a stage trains is in its file of configs/router; sizes and initial values suit every model.
     variant: RouterVariant = _internal(RouterVariant.light, "the light router, or none: a policy decides")
     scope: Scope = _internal(Scope.block, "decide before each block, or once a step for all of them")
     branches: Branches = _internal(
