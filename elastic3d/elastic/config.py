@@ -247,15 +247,29 @@ class ElasticConfig(Options):
 
 
 @dataclass(kw_only=True)
-class ElasticOptions:
+class ElasticOptions(Options):
     """What a caller asks for, from the command line or Python; None is the model's default. See `ElasticConfig`."""
 
-    elastic: bool | None = None
-    budget: float | None = None
-    width: bool | None = None
-    cache: BlockCacheConfig | None = None
-    shared: bool | None = None
-    few_step: bool | None = None
+    elastic: bool | None = option(
+        None, "Let the routers decide; false: the dense model; null: if it has any."
+    )
+    budget: float | None = option(
+        None,
+        "Share of the FLOPs of the dense model in its default steps; with steps=, of the dense model in that many;"
+        " null: the model's default.",
+        gt=0,
+        le=1,
+    )
+    width: bool | None = option(None, "Let the routers narrow the MLPs; null: the model's default.")
+    cache: BlockCacheConfig | None = option(None, "Reuse of blocks between steps; null: the model's default.")
+    shared: bool | None = option(
+        None,
+        "Routes are shared in a batch: faster, but a result then depends on its batch; null: the model's default.",
+    )
+    few_step: bool | None = option(
+        None,
+        "Use the routers' few-step LoRA of the blocks where few model evaluations are left; null: the model's default.",
+    )
 
     @staticmethod
     def of(config: object) -> dict[str, Any]:
