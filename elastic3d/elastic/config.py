@@ -54,8 +54,30 @@ _times = partial(_internal, [], ge=0, le=1, ascending=True)
 
 
 @dataclass(kw_only=True)
+class RouterCurves(Options):
+    """What a calibration measured of trained routers. `curves.json` beside their weights."""
+
+    damping_times: list[float] = _times("times of the dampings; empty: none")
+    dampings: list[float] = _internal([], "at these times, in the place of damping", ge=-10, le=10)
+    requested_budgets: list[float] = _times("requested budgets; empty: none")
+    calibrated_budgets: list[float] = _internal(
+        [], "the calibrated budget for each of them, which the routers are given", ge=0, le=1
+    )
+    times: list[float] = _times("times of the gate bias; empty: none")
+    gate_bias: list[float] = _internal(
+        [], "what is added to gates at these times, linear between", ge=-1e3, le=1e3
+    )
+
+    def check(self) -> None:
+        """Each position has its value."""
+        for at, found in _CURVES.items():
+            if len(getattr(self, at)) != len(getattr(self, found)):
+                raise ValueError(f"{at} and {found} are no ascending list and one of the same length")
+
+
+@dataclass(kw_only=True)
 class RouterConfig(Options):
-    """Architecture and initialisation of the routers. Saved with their weights."""
+    """Architecture and initialisation of the routers. `config.json` beside their weights."""
 
     # What kind of router a stage trains is in its file of configs/router; sizes and initial values suit every model.
     variant: RouterVariant = _internal(RouterVariant.light, "the light router, or none: a policy decides")
@@ -86,7 +108,7 @@ class RouterConfig(Options):
         ge=0,
         le=1,
     )
-    # What follows is measured or trained, and no option of a command line.
+    # What follows comes with the weights, and is no option of a command line.
     few_step_rank: int = _internal(0, "rank of the few-step LoRA of the blocks; 0: none", ge=0, le=4096)
     few_step_nfe: float = _internal(8.0, "used up to this NFE: steps times budget", ge=0.1, le=1000)
     few_step_max_steps: int | None = _internal(
@@ -102,26 +124,14 @@ class RouterConfig(Options):
         ge=1,
         le=1000,
     )
-    damping_times: list[float] = _times("times of the dampings; empty: none")
-    dampings: list[float] = _internal([], "at these times, in the place of damping", ge=-10, le=10)
-    requested_budgets: list[float] = _times("requested budgets; empty: none")
-    calibrated_budgets: list[float] = _internal(
-        [], "the calibrated budget for each of them, which the routers are given", ge=0, le=1
-    )
-    times: list[float] = _times("times of the gate bias; empty: none")
-    gate_bias: list[float] = _internal(
-        [], "what is added to gates at these times, linear between", ge=-1e3, le=1e3
-    )
+    curves: RouterCurves = _internal(RouterCurves, "what was measured of them once they were trained")
 
     def check(self) -> None:
-        """Lists that form pairs; what each variant can do."""
+        """What each variant can do."""
         if self.branches is Branches.shared and self.scope is not Scope.step:
             raise ValueError(
                 "branches is shared, expected separate: only with scope=step does one branch decide for both"
             )
-        for at, found in _CURVES.items():
-            if len(getattr(self, at)) != len(getattr(self, found)):
-                raise ValueError(f"{at} and {found} are no ascending list and one of the same length")
         if len(self.guided_times) not in (0, 2):
             raise ValueError(f"guided_times is {self.guided_times}, expected none or two, ascending")
         if self.trained_steps and (len(self.trained_steps) != 2 or self.scope is not Scope.block):
@@ -135,7 +145,8 @@ class RouterConfig(Options):
         """The calibrated budget of a requested one, linear between those that were measured. `whole` is the share of
         the dense model's NFE in a generation that leaves out no block. ValueError out of range."""
         check_range("budget", budget, MIN_BUDGET, 1.0)
-        budget, at, found = min(budget / whole, 1.0), self.requested_budgets, self.calibrated_budgets
+        curves, budget = self.curves, min(budget / whole, 1.0)
+        at, found = curves.requested_budgets, curves.calibrated_budgets
         if not at:
             return budget
         i = min(max(bisect_left(at, budget), 1), len(at) - 1)
@@ -179,8 +190,8 @@ class RouterConfig(Options):
             return BlockCacheConfig()
         line: dict[str, Any] = {
             "damping": self.damping,
-            "times": self.damping_times,
-            "dampings": self.dampings,
+            "times": self.curves.damping_times,
+            "dampings": self.curves.dampings,
         }
         return BlockCacheConfig(skipped_reuse=True, longest=self.longest, **line)
 

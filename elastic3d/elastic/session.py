@@ -366,7 +366,8 @@ class ElasticSession:
         if self.settings.shared and context.rows:
             by_branch = logits.unflatten(0, (-1, context.conditional_rows))
             logits = by_branch.mean(1, keepdim=True).expand_as(by_branch).flatten(0, 1)
-        bias = interpolated(context.t, config.times, config.gate_bias) if config.times else None
+        at, found = config.curves.times, config.curves.gate_bias
+        bias = interpolated(context.t, at, found) if at else None
         return RouteDecision.from_logits(logits, config.threshold, bias)
 
     def _groups(self, context: StepContext, decision: RouteDecision, span: range) -> Groups:

@@ -77,12 +77,12 @@ def calibrate(
     if session.conditioner is None:
         return
     dampings, gate_bias = curves.dampings, curves.gate_bias
-    session.router_config = replace(session.router_config, requested_budgets=[], calibrated_budgets=[])
+    _draw(session, requested_budgets=[], calibrated_budgets=[])
     reuse = session.router_config.scope is Scope.step and session.router_config.longest > 0
     if dampings is Curve.choose:
-        session.router_config = replace(session.router_config, damping_times=[], dampings=[])
+        _draw(session, damping_times=[], dampings=[])
     if gate_bias is Curve.choose:
-        session.router_config = replace(session.router_config, times=[], gate_bias=[])
+        _draw(session, times=[], gate_bias=[])
     if reuse and dampings is Curve.choose and session.router_config.damping:
         choose_dampings(session, generate)
     if reuse and gate_bias is Curve.choose:
@@ -92,9 +92,13 @@ def calibrate(
     shares = [generate(ElasticConfig(budget=float(budget)), 0)[1].mean().item() for budget in bar]
     found = np.maximum.accumulate(shares) + 1e-6 * np.arange(points)  # ascending, as an inverse needs
     calibrated = np.interp(requested, found, requested)
-    session.router_config = replace(
-        session.router_config, requested_budgets=requested.tolist(), calibrated_budgets=calibrated.tolist()
-    )
+    _draw(session, requested_budgets=requested.tolist(), calibrated_budgets=calibrated.tolist())
+
+
+def _draw(session: ElasticSession, **curves: list[float]) -> None:
+    """Replace curves of the session's routers."""
+    config = session.router_config
+    session.router_config = replace(config, curves=replace(config.curves, **curves))
 
 
 def choose_dampings(session: ElasticSession, generate: Generate) -> None:
@@ -107,9 +111,7 @@ def choose_dampings(session: ElasticSession, generate: Generate) -> None:
     dampings = [session.router_config.damping] * len(DAMPING_TIMES)
 
     def error(values: list[float]) -> float:
-        session.router_config = replace(
-            session.router_config, damping_times=list(DAMPING_TIMES), dampings=values
-        )
+        _draw(session, damping_times=list(DAMPING_TIMES), dampings=values)
         return _error_at_equal_cost(generate, dense, _DAMPING_BUDGETS)
 
     best = error(dampings)
@@ -120,7 +122,7 @@ def choose_dampings(session: ElasticSession, generate: Generate) -> None:
             tried = [*dampings[:place], value, *dampings[place + 1 :]]
             if (found := error(tried)) < best:
                 best, dampings = found, tried
-    session.router_config = replace(session.router_config, dampings=dampings)
+    _draw(session, dampings=dampings)
 
 
 def choose_gate_bias(session: ElasticSession, generate: Generate, times: Tensor) -> None:
@@ -140,13 +142,11 @@ def choose_gate_bias(session: ElasticSession, generate: Generate, times: Tensor)
         return (early * np.exp(-place / 0.2) - late * (place > 0.9)).tolist()
 
     def error(curve: tuple[float, float]) -> float:
-        session.router_config = replace(
-            session.router_config, times=times[1:-1].tolist(), gate_bias=gate_bias(*curve)
-        )
+        _draw(session, times=times[1:-1].tolist(), gate_bias=gate_bias(*curve))
         return _error_at_equal_cost(generate, dense, _BIAS_BUDGETS)
 
     best = min(product(EARLY, LATE), key=error)
-    session.router_config = replace(session.router_config, gate_bias=gate_bias(*best))
+    _draw(session, gate_bias=gate_bias(*best))
 
 
 def _error_at_equal_cost(generate: Generate, dense: Tensor, budgets: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ import torch
 
 from elastic3d import __version__
 from elastic3d.diffusion.dial import save_dial
-from elastic3d.elastic.attachment import load_routers, save_router_config
+from elastic3d.elastic.attachment import load_router_config, load_routers, save_router_config
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME
@@ -42,7 +42,7 @@ from elastic3d.training.export import CURVES_NAME, RECORD_NAME, copy_files
 from elastic3d.training.image_data import PipelineImagesConfig
 from elastic3d.training.latents import LatentCacheConfig
 from elastic3d.training.options import DataConfig, LimitedSplitsConfig, Precision, SeededConfig, StageName
-from elastic3d.utils.options import Options, from_dict, option
+from elastic3d.utils.options import Options, option
 from elastic3d.utils.structured import load_json, save_json
 
 NOTE_NAME = "calibration.json"
@@ -99,7 +99,7 @@ class CalibrateConfig(SeededConfig):
 def calibrate_exported(config: CalibrateConfig) -> Path:
     """Calibrate `routers/` of the model that `config` names as an export does, at the model's own steps and guidance.
 
-    Their `config.json` is written anew, with `calibration.json` beside it: what it was measured on. A `dial.json` there
+    Their `curves.json` is written anew, with `calibration.json` beside it: what it was measured on. A `dial.json` there
     goes: it was measured with what they were. Weights and the record of the training stay as they are; another
     `export.output` gets copies of them.
 
@@ -125,9 +125,8 @@ def _router_config(folder: Path) -> RouterConfig:
     """Of the routers in a folder."""
     if not folder.is_dir():
         raise UserError(f"{folder.parent} has no routers to calibrate: there is no folder {folder}")
-    values = load_json(folder / CONFIG_NAME)
-    values.pop("_class_name", None)  # `load_routers` looks at it
-    return from_dict(RouterConfig, values, str(folder / CONFIG_NAME))
+    family = str(load_json(folder / CONFIG_NAME).get("_class_name", "")).removesuffix("Routers")
+    return load_router_config(folder, family)  # `load_routers` looks at the family
 
 
 def _router_stage(config: CalibrateConfig, router: RouterConfig) -> RouterStage | ImageRouterStage:
