@@ -33,7 +33,7 @@ from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import from_dict, to_dict
 from elastic3d.utils.structured import load_json, save_json
 
-CURVES_NAME = "curves.json"
+ROUTER_CURVES_NAME = "curves.json"
 _HANDLE = "_elastic"
 _FAMILIES = {  # class of the model -> its adapter
     "ShapeDiT": "shape_dit.ADAPTER",
@@ -205,7 +205,7 @@ def save_router_config(model: nn.Module, folder: str | Path) -> None:
     their own."""
     session = session_of(model)
     values = {"_class_name": f"{session.adapter.family}Routers"} | to_dict(session.router_config)
-    save_json(values.pop("curves"), Path(folder) / CURVES_NAME)
+    save_json(values.pop("curves"), Path(folder) / ROUTER_CURVES_NAME)
     save_json(values, Path(folder) / CONFIG_NAME)
 
 
@@ -213,7 +213,7 @@ def load_router_config(folder: str | Path, family: str) -> RouterConfig:
     """The architecture of the routers in `folder`, and their curves, which older versions kept in the same file;
     UserError unless they are of `family`."""
     config: RouterConfig = load_config(Path(folder), RouterConfig, f"{family}Routers")
-    path = Path(folder) / CURVES_NAME
+    path = Path(folder) / ROUTER_CURVES_NAME
     return (
         replace(config, curves=from_dict(RouterCurves, load_json(path), str(path)))
         if path.is_file()
