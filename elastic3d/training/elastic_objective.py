@@ -49,7 +49,7 @@ class RoutingConfig(Options):
         1.0, "weight of an error at t = 1, with 1 at t = 0, linear between", ge=0, le=1
     )
     simulated_steps: int = option(
-        3, "earlier steps whose residuals the simulated cache of a batch may hold", ge=1, le=16, internal=True
+        3, "earlier steps whose residuals the simulated cache of a batch may hold", ge=1, le=16, advanced=True
     )
     renewal: float = option(
         0.5, "of these: chance that a block was computed again at a step", ge=0.05, le=1, advanced=True
