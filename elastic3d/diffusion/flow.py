@@ -30,13 +30,23 @@ def predict_data(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     return x_t + (1 - _per_sample(t, x_t)) * v
 
 
-def sample_timesteps(count: int, generator: torch.Generator | None = None, shift: float = 1.0) -> Tensor:
-    """Training timesteps (count,) in [0, 1], logit-normal (SD3, 2403.03206).
+def sample_timesteps(
+    count: int, generator: torch.Generator | None = None, logit_normal: bool = True, shift: float = 1.0
+) -> Tensor:
+    """Training timesteps (count,): logit-normal (SD3, 2403.03206) or uniform, in [0, 1].
 
     `shift` > 1 moves mass towards noise: t -> t / (t + shift (1 - t)), the SD3 shift written for this time direction.
     """
-    t = torch.randn(count, generator=generator).sigmoid()
+    draw = torch.randn(count, generator=generator) if logit_normal else torch.rand(count, generator=generator)
+    t = draw.sigmoid() if logit_normal else draw
     return t / (t + shift * (1 - t))
+
+
+def timesteps_at(u: Tensor, logit_normal: bool = True, shift: float = 1.0) -> Tensor:
+    """The timesteps (count,) at quantiles u (count,) in [0, 1] of the distribution of `sample_timesteps`."""
+    u = u.double().clamp(1e-6, 1 - 1e-6)
+    t = torch.special.ndtri(u).sigmoid() if logit_normal else u
+    return (t / (t + shift * (1 - t))).float()
 
 
 def match_noise(noise: Tensor, data: Tensor, channels: int) -> Tensor:

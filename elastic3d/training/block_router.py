@@ -34,12 +34,11 @@ from elastic3d.training.datasets import Batch
 from elastic3d.training.elastic_objective import Grid
 from elastic3d.training.few_step import GenerationConfig, GenerationObjective, attach_lora, relative_errors
 from elastic3d.training.loop import Stage
-from elastic3d.training.routes import Sensitivity, load_sensitivity, routes_around
+from elastic3d.training.routes import KINDS, Sensitivity, load_sensitivity, routes_around
 from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import option
 
-KINDS = 4  # of samples: full, smallest, two between
-FULL, SMALLEST = range(2)
+FULL, SMALLEST = range(2)  # kinds of samples; those beyond are between
 KIND_NAMES = ("full", "smallest", "between")
 ARCHITECTURE = ("variant", "hidden", "conditioning", "widths", "longest")
 

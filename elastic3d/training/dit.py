@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from elastic3d.diffusion.flow import interpolate, match_noise, sample_timesteps, velocity
+from elastic3d.diffusion.flow import interpolate, match_noise, sample_timesteps, timesteps_at, velocity
 from elastic3d.diffusion.sampler import sample
 from elastic3d.errors import UserError
 from elastic3d.models.images import prepare_image
@@ -20,6 +20,7 @@ from elastic3d.training.journal import contact_sheet, mesh_row
 from elastic3d.training.latents import INFO_NAME, LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.loop import Stage
 from elastic3d.training.options import DataConfig, StageName, TrainConfig
+from elastic3d.training.routes import KINDS, WIDTHS, RandomRoutes, RandomRoutesConfig, draw
 from elastic3d.training.views import stored_views
 from elastic3d.utils.options import Options, option
 
@@ -50,6 +51,7 @@ class DiTStageConfig(LatentFlowConfig):
     anchor_weight: float = option(
         1.0, "weight of an anchor channel's loss over that of a feature channel", ge=0, le=1e3
     )
+    routes: RandomRoutesConfig = option(RandomRoutesConfig, "random routes: an elastic base from the start")
     val_shapes: int = option(128, "shapes to validate on", ge=1, le=1 << 16)
     sample_shapes: int = option(8, "shapes of the sample images", ge=1, le=1 << 16)
     sample_steps: int = option(25, "sampling steps of the sample images", ge=1, le=1000)
@@ -79,9 +81,12 @@ class FlowObjective(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, dit: ShapeDiT, anchor_channels: int, anchor_weight: float) -> None:
+    def __init__(
+        self, dit: ShapeDiT, anchor_channels: int, anchor_weight: float, routes: RandomRoutes | None = None
+    ) -> None:
+        """`routes`: on `dit`, for batches with a `route` (B,I)."""
         super().__init__()
-        self.dit, self.anchors = dit, anchor_channels
+        self.dit, self.anchors, self.routes = dit, anchor_channels, routes
         weight = torch.ones(dit.config.in_channels)
         weight[:anchor_channels] = anchor_weight
         self.register_buffer("weight", weight / weight.mean(), persistent=False)
@@ -91,6 +96,8 @@ class FlowObjective(nn.Module):
         error = self.squared_error(batch)
         loss = (error * self.weight).mean()
         values = {"features": error[..., self.anchors :].detach().mean()}
+        if "route" in batch:
+            values |= _by_route(error.detach().mean((1, 2)), batch["route"])
         if self.anchors:
             values["anchors"] = error[..., : self.anchors].detach().mean()
         return loss, values
@@ -98,18 +105,37 @@ class FlowObjective(nn.Module):
     def squared_error(self, batch: Batch) -> Tensor:
         """Of the predicted velocity, (B,N,C) fp32."""
         x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
+        if self.routes is not None:
+            if self.training and "route" in batch:
+                self.routes.announce(batch["route"])
+            else:
+                self.routes.leave()
         found = self.dit(x_t, batch["t"], batch["condition"]).float()
         return (found - velocity(batch["noise"], batch["latents"])).square()
 
 
+def _by_route(error: Tensor, route: Tensor) -> dict[str, Tensor]:
+    """Errors (B,) of samples with the full route and with a shorter one, and the share of the blocks that ran."""
+    full = (route == WIDTHS).all(1)
+    values = {"executed": (route > 0).float().mean()}
+    for name, rows in (("full", full), ("elastic", ~full)):
+        if rows.any():
+            values[name] = error[rows].mean()
+    return values
+
+
 @dataclass
 class LatentItems:
-    """Items of the DiT: `latents`, `noise` (N,C), `t` (), `condition` (M,Cc), zero where it is dropped."""
+    """Items of the DiT: `latents`, `noise` (N,C), `t` (), `condition` (M,Cc), zero where it is dropped, `route` (I,).
+
+    The last one only where routes are drawn (`RandomRoutesConfig`).
+    """
 
     shapes: PreparedShapes
     info: LatentInfo
     config: DiTStageConfig
     scale: float = 1.0
+    batch: int = KINDS  # samples of an optimizer step, for random routes
     mirror: bool = True  # take mirrored shapes too, where the cache has them
 
     def __post_init__(self) -> None:
@@ -124,6 +150,12 @@ class LatentItems:
         if rng.random() < self.config.drop_condition:
             item["condition"] = torch.zeros_like(item["condition"])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
+        if self.config.routes.active:
+            blocks = self.config.model.double_blocks + self.config.model.single_blocks
+            drawn = draw(self.config.routes, blocks, self.batch, position, seed, rng)
+            item["t"] = timesteps_at(torch.tensor([drawn.u]), shift=self.config.time_shift)[0]
+            item["route"] = torch.from_numpy(drawn.route)
+            return item
         item["t"] = sample_timesteps(1, generator, shift=self.config.time_shift)[0]
         return item
 
@@ -169,8 +201,13 @@ class DiTStage(Stage):
     """What the loop needs to train a `ShapeDiT` on a cache of latents."""
 
     def __init__(self, config: DiTTrainConfig) -> None:
-        """UserError: no finished cache, or no images to draw samples beside."""
+        """UserError: no finished cache, no images to draw samples beside, or a batch too small for random routes."""
         self.config = config.dit
+        if config.dit.routes.active and config.batch < KINDS:
+            raise UserError(
+                f"batch is {config.batch}, expected {KINDS} or more with dit.routes.smallest: a full route, a smallest"
+                " one and two between"
+            )
         cache = LatentCache(config.latents.output, config.data, config.dit.val_shapes)
         self.info = info = cache.info
         self.record = cache.record
@@ -180,12 +217,13 @@ class DiTStage(Stage):
         self.vae = info.load_vae()
         self.dit = ShapeDiT(model)
         anchor_channels = self.vae.config.channels - self.vae.config.latent_channels
-        self.flow = FlowObjective(self.dit, anchor_channels, config.dit.anchor_weight)
+        routes = RandomRoutes(self.dit) if config.dit.routes.active else None
+        self.flow = FlowObjective(self.dit, anchor_channels, config.dit.anchor_weight, routes)
         self.objective = self.flow
         self._val = cache.val
         self._images = _open_images(config.data) if config.sample_every else None
         scale = self.vae.config.scale_factor
-        self.items = LatentItems(cache.train, info, config.dit, scale)
+        self.items = LatentItems(cache.train, info, config.dit, scale, config.batch)
         self._val_items = LatentItems(self._val, info, config.dit, scale)
 
     def validate(self, batch: int = 16) -> dict[str, float]:

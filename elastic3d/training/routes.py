@@ -1,4 +1,10 @@
-"""Routes that are drawn: around a table of what leaving out each block at each step was measured to cause."""
+"""Routes that are drawn: for a base model that learns to do without some of itself, and around a measured table.
+
+Routers pay only on a base whose blocks have met missing neighbours and narrow MLPs (E-DiT, 2602.13993, trains the base
+along). The sandwich rule of slimmable networks (1903.05134) keeps the full model whole: in every batch, of every four
+groups of samples one takes the full route, one the smallest, two something between. Blocks that are left out are not
+computed, so an elastic batch is also cheaper than a full one.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +15,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from elastic3d.elastic import attach
+from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
+from elastic3d.elastic.context import Branch, StepContext
 from elastic3d.elastic.families import BlockFlops
+from elastic3d.elastic.router import RouteDecision
 from elastic3d.errors import UserError
 from elastic3d.utils.files import printable
+from elastic3d.utils.options import Options, option
 from elastic3d.utils.structured import Number, load_json, save_json
 
+WIDTHS = 4
+KINDS = 4  # of groups: full, smallest, two between
+BANDS = 4  # of times: a group's samples lie in one, so that the blocks it leaves out can suit them
+FIRST_BLOCKS = (0.15, 0.4)  # how readily the first blocks are left out, against 1 in the middle
+LAST_BLOCK = (0.6, 0.1)  # the last block at the earliest and at the latest times
+LATE_BLOCKS = 0.8  # how much more readily late blocks are left out than early ones, at early times
 _TABLE = {
     "blocks": [str],
     "times": [Number(0, 1)],
@@ -24,6 +42,121 @@ _TABLE = {
     "measured": dict,
 }
 LEAST_EXCESS = 0.02  # of the full route's error: what is smaller is noise
+
+
+@dataclass(kw_only=True)
+class RandomRoutesConfig(Options):
+    """Routes that are drawn while the base model trains."""
+
+    smallest: float = option(
+        1.0,
+        "share of the blocks' width and number that the smallest route keeps; 1: all samples run all",
+        gt=0,
+        le=1,
+    )
+    group: int = option(
+        8,
+        "consecutive samples, at most a quarter of the batch, that share a route and a quarter of the times, which"
+        " shifts what blocks are left out and not how many; 1: each has its own",
+        ge=1,
+        le=1 << 16,
+    )
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is left out."""
+        return self.smallest < 1
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one sample is trained at: `u` in [0,1), the quantile of its time, and its `route` (I,).
+
+    A route has 0 where a block is skipped, else 1 + the number of its MLP's width.
+    """
+
+    u: float
+    route: NDArray[np.int64]
+
+
+def draw(
+    config: RandomRoutesConfig, blocks: int, batch: int, position: int, seed: int, rng: np.random.Generator
+) -> Draw:
+    """The draw of sample `position` of a stream; `rng` is the sample's own, the group's follows from the seed.
+
+    batch: samples of an optimizer step, `KINDS` at least. Each begins with a group of the full route.
+    """
+    size = min(config.group, batch // KINDS)
+    group, place = divmod(position % batch, size)
+    shared = np.random.default_rng([seed, position - place, 7])
+    band = int(shared.integers(BANDS))
+    route = draw_route(group % KINDS, (band + 0.5) / BANDS, blocks, config.smallest, shared)
+    return Draw((band + rng.random()) / BANDS, route)
+
+
+def draw_route(
+    kind: int, time: float, blocks: int, smallest: float, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """A route (I,) of a kind: 0 full, 1 smallest, else between; about its share of the blocks' FLOPs.
+
+    time: in [0,1], which shifts what blocks are left out, and not how many.
+    What is saved is divided at random between blocks that are skipped and MLPs that are narrowed. The first two blocks,
+    and the last one at late times, are dear (measured on the bundled model, as E-DiT reports) and mostly stay.
+    """
+    full = np.full(blocks, WIDTHS)
+    if kind == 0:
+        return full
+    share = smallest if kind == 1 else float(rng.uniform(smallest, 1.0))
+    # narrow MLPs save a quarter of a block on average, so that much has to be saved by skipping at least
+    least = max(0.3 * (1 - share), (0.75 - share) / 0.75)
+    skipped = float(rng.uniform(least, 1 - share))
+    weight = 1 + LATE_BLOCKS * (1 - time) * np.linspace(-0.5, 0.5, blocks)
+    weight[: len(FIRST_BLOCKS)] *= FIRST_BLOCKS[:blocks]
+    weight[-1] *= LAST_BLOCK[0] + time * (LAST_BLOCK[1] - LAST_BLOCK[0])
+    count = round(skipped * blocks)
+    order = np.argsort(-np.log(rng.random(blocks)) / weight)  # drawn without replacement, by weight
+    route = full.copy()
+    route[order[:count]] = 0
+    # an MLP has about half of a block's FLOPs; what is left to save is saved by narrowing as many as it takes
+    left, open_blocks = (1 - share) * blocks - count, order[count:]
+    for index in rng.permutation(open_blocks):
+        if left <= 0:
+            break
+        width = int(rng.integers(1, WIDTHS))
+        route[index] = width
+        left -= 0.5 * (1 - width / WIDTHS)
+    return route
+
+
+class RandomRoutes:
+    """Runs a model along given routes, with gradients to all of it; at all other times it is the dense model."""
+
+    alike = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.session = attach(model, RouterConfig(scope=Scope.block, widths=WIDTHS, longest=0))
+        self.session.source = self
+        self.session.settings = ElasticConfig(elastic=False)
+        self._routes = torch.zeros(0, 0)
+
+    def announce(self, routes: Tensor) -> None:
+        """The next forward pass takes routes (B,I)."""
+        self._routes = routes
+        self.session.settings = ElasticConfig()
+        self.session.begin(len(routes), 1)
+        self.session.step(0, 1.0, (Branch.conditional,))
+
+    def leave(self) -> None:
+        """From now on the model is the dense one."""
+        self.session.settings = ElasticConfig(elastic=False)
+
+    def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> None:
+        """Nothing is forecast."""
+
+    def decide(self, context: StepContext, block: int) -> RouteDecision:
+        """The route of every row through one block."""
+        actions = self._routes[:, block].to(context.t.device)
+        return RouteDecision.fixed(actions > 0, (actions - 1).clamp_min(0), WIDTHS)
 
 
 @dataclass(frozen=True)

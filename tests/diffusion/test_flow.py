@@ -28,6 +28,8 @@ def test_timesteps_reproduce_and_follow_their_law():
     draw = [sample_timesteps(20000, torch.Generator().manual_seed(0)) for _ in range(2)]
     assert torch.equal(*draw)
     assert abs(draw[0].mean() - 0.5) < 0.01 and abs(draw[0].logit().std() - 1) < 0.02
+    uniform = sample_timesteps(20000, torch.Generator().manual_seed(0), logit_normal=False)
+    assert abs(uniform.var() - 1 / 12) < 0.002
 
 
 def test_matched_noise_is_the_permutation_of_least_cost():

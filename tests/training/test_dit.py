@@ -25,6 +25,7 @@ from elastic3d.training.export import ExportConfig, export_run
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo, LatentsConfig, build_cache
 from elastic3d.training.options import DataConfig, StageName
+from elastic3d.training.routes import WIDTHS
 from elastic3d.training.stages import run_stage
 from elastic3d.training.vae import TrainedPart
 from elastic3d.training.views import named_images, stored_views
@@ -210,6 +211,17 @@ def test_a_moved_cache_finds_the_bundled_vae(cached):
     assert info.vae.samefile(bundled)
     info.settings["vae"] = "runs/vae/export"
     assert info.vae == Path("runs/vae/export")
+
+
+def test_every_batch_along_random_routes_has_the_full_one(cached):
+    model = dict(width=32, heads=2, double_blocks=1, single_blocks=3)
+    options = dict(dit=dict(model=model, routes=dict(smallest=0.3)))
+    items = DiTStage(config_for(cached, batch=6, **options)).items
+    for first in range(0, 30, 6):
+        routes = torch.stack([items.item(first + i, seed=0)["route"] for i in range(6)])
+        assert (routes[0] == WIDTHS).all() and (routes[1:] < WIDTHS).any()
+    with pytest.raises(UserError, match="batch is 2, expected 4 or more with dit.routes.smallest"):
+        DiTStage(config_for(cached, batch=2, **options))
 
 
 def test_gradient_checkpointing_changes_nothing(cached):
