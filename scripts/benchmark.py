@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from pathlib import Path
 
 from _cli import run
 
 from elastic3d.benchmark.config import ImageBenchmarkConfig, MeshBenchmarkConfig, Phase
 from elastic3d.utils.files import check_distinct
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 INPUTS = (
     "images", "gt", "model", "dense", "calibration", "policy_calibration", "weights",
     "routers", "prompts", "prepared", "splits", "references"
@@ -35,7 +33,7 @@ def main(config: MeshBenchmarkConfig | ImageBenchmarkConfig) -> int:
     inputs = {name: getattr(config, name, None) for name in INPUTS}
     check_distinct({**inputs, "variants": config.variants.values()}, {"output": config.output})
 
-    results = benchmark(config, REPOSITORY, shlex.join(["python", *sys.argv]))
+    results = benchmark(config, shlex.join(["python", *sys.argv]))
     quick = Phase.quick in config.phases
     print((config.output / ("quick.md" if quick else "table.md")).read_text(), end="")
     for name, reason in results["about"]["left_out"].items():

@@ -19,8 +19,9 @@ from tqdm import tqdm
 from elastic3d.evaluation.folders import evaluate_folders
 from elastic3d.evaluation.html import load_frontier, write_html
 from elastic3d.evaluation.options import EvaluateConfig
-from elastic3d.evaluation.report import text_report, write_csv, write_json
+from elastic3d.evaluation.report import text_report, write_csv
 from elastic3d.utils.files import check_distinct
+from elastic3d.utils.structured import save_json
 
 
 def main(config: EvaluateConfig) -> int:
@@ -37,7 +38,7 @@ def main(config: EvaluateConfig) -> int:
 
         report = evaluate_folders(config, image_features() if config.sets else None, command, progress)
     write_csv(report["items"], config.output.with_suffix(".csv"))
-    write_json(report, config.output)
+    save_json(report, config.output)
     if config.html:
         write_html(report, config, frontier)
     print(text_report(report))

@@ -11,6 +11,7 @@ from _cli import run
 from tqdm import tqdm
 
 from elastic3d.errors import UserError
+from elastic3d.evaluation.sets import shape_points
 from elastic3d.preparation.infinigen import assets
 from elastic3d.preparation.options import SplitsConfig
 from elastic3d.preparation.prepare import cache_folder
@@ -20,7 +21,6 @@ from elastic3d.preparation.splits import (
     infinigen_split,
     near_duplicate_groups,
     primitives_split,
-    shape_points,
     split_groups,
     write_splits,
 )
@@ -50,7 +50,7 @@ def sweethome3d_groups(config: SplitsConfig) -> dict[str, int]:
     clouds = {}
     for item in tqdm(source.items(), unit="model"):
         try:
-            clouds[f"{item.source}/{item.id}"] = shape_points(source.load(item))
+            clouds[f"{item.source}/{item.id}"] = shape_points(source.load(item).mesh)
         except UserError as error:
             print(f"left out {item.id}: {error}")
     groups = near_duplicate_groups(list(clouds.values()), config.threshold)

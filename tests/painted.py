@@ -101,7 +101,7 @@ def painted(name: str) -> Painted:
         [np.tile(np.uint8(c), (len(p.faces), 1)) for c, p in zip(palette, parts, strict=True)]
     )
     mesh, _ = normalize_mesh(trimesh.util.concatenate(parts))
-    return Painted(mesh, colours, solidify(mesh, 96).mesh)
+    return Painted(mesh, colours, solidify(mesh, 96))
 
 
 def look(mesh: trimesh.Trimesh, camera: Camera, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.training_free import describe, load_calibration, series_of
 from elastic3d.errors import UserError
 from elastic3d.evaluation.html import load_frontier
-from elastic3d.evaluation.report import load_gate, write_json
+from elastic3d.evaluation.report import load_gate
 from elastic3d.evaluation.runner import read_journal
 from elastic3d.evaluation.summary import load_report
 from elastic3d.geometry.mesh_io import save_mesh
@@ -40,17 +40,14 @@ from elastic3d.preparation.shards import Shard, read_sidecar, write_shard
 from elastic3d.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
-    load_random_state,
-    random_state,
     save_checkpoint,
-    set_random_state,
 )
 from elastic3d.training.datasets import ShardFolder
 from elastic3d.training.image_data import ImageCache
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo
 from elastic3d.utils.options import from_dict, to_dict
-from elastic3d.utils.structured import load_json
+from elastic3d.utils.structured import load_json, save_json
 
 
 @dataclass(kw_only=True)
@@ -136,7 +133,6 @@ DOCUMENTS: dict[str, tuple[Any, Callable[[Path], object]]] = {
     "cache.json": ({"settings": {"size": 64}, "counts": {"train": 3}}, _images),
     "state.json": ({"step": 3, "config": {}}, _state),
     "manifest.json": ({"state.json": hashlib.sha256(b'{"step": 1}').hexdigest()}, _manifest),
-    "random-00000.json": (json.loads(json.dumps(random_state())), load_random_state),
     "report.json": ({"protocol": {"points": 9}, "items": [ROW]}, load_report),
     "results.json": ({"rows": [{"name": "dense"}]}, load_frontier),
     "gate.yaml": ({"chamfer_l1": {"max": 0.03}, "f_score@0.02": {"min": 0.9, "max": 1.0}}, load_gate),
@@ -195,16 +191,12 @@ def test_json_and_yaml(tmp_path: Path, name: str) -> None:
     value, read = (DOCUMENTS | LINES)[name]
     end = "\n" if name in LINES else ""
     whole = json.dumps(value).encode() + end.encode()
-    kept = random_state()
-    try:
-        refused = [_read(tmp_path / name, whole[:length], read) for length in range(0, len(whole) - 1, 97)]
-        assert name in LINES or all(refused), "a file that was cut off was taken for a whole one"
-        variants = list(_changed(value))
-        chosen = random.Random(0).sample(variants, min(len(variants), 500))
-        refused = [_read(tmp_path / name, (json.dumps(v) + end).encode(), read) for v in chosen]
-        assert sum(refused) > len(SWAPS)
-    finally:
-        set_random_state(kept)
+    refused = [_read(tmp_path / name, whole[:length], read) for length in range(0, len(whole) - 1, 97)]
+    assert name in LINES or all(refused), "a file that was cut off was taken for a whole one"
+    variants = list(_changed(value))
+    chosen = random.Random(0).sample(variants, min(len(variants), 500))
+    refused = [_read(tmp_path / name, (json.dumps(v) + end).encode(), read) for v in chosen]
+    assert sum(refused) > len(SWAPS)
 
 
 @pytest.mark.slow
@@ -212,18 +204,15 @@ def test_json_and_yaml(tmp_path: Path, name: str) -> None:
 def test_a_thousand_inputs(tmp_path: Path, name: str) -> None:
     """Bytes that are changed, inserted and dropped at random, in files that are cut off anywhere."""
     value, read = (DOCUMENTS | LINES)[name]
-    rng, kept = random.Random(name), random_state()
-    try:
-        for _ in range(1000):
-            data = bytearray(json.dumps(value).encode() + b"\n")
-            for _ in range(rng.randint(1, 4)):
-                place = rng.randrange(len(data))
-                data[place : place + rng.randint(0, 3)] = rng.choice(
-                    (b"", b"\x00", b"\xff", b"[", b"}", b'"', b"-", b"9" * 40)
-                )
-            _read(tmp_path / name, bytes(data[: rng.choice((len(data), rng.randrange(len(data) + 1)))]), read)
-    finally:
-        set_random_state(kept)
+    rng = random.Random(name)
+    for _ in range(1000):
+        data = bytearray(json.dumps(value).encode() + b"\n")
+        for _ in range(rng.randint(1, 4)):
+            place = rng.randrange(len(data))
+            data[place : place + rng.randint(0, 3)] = rng.choice(
+                (b"", b"\x00", b"\xff", b"[", b"}", b'"', b"-", b"9" * 40)
+            )
+        _read(tmp_path / name, bytes(data[: rng.choice((len(data), rng.randrange(len(data) + 1)))]), read)
 
 
 def _shard(path: Path) -> object:
@@ -352,7 +341,7 @@ WRITERS: dict[str, Callable[[Path, float], object]] = {
         folder, Checkpoint(1, {"model": {"w": torch.full((9,), size)}}), keep=2
     ),
     "shard": _write_shard,
-    "report": lambda folder, size: write_json({"items": [], "size": size}, folder / "a.json"),
+    "report": lambda folder, size: save_json({"items": [], "size": size}, folder / "a.json"),
     "model": lambda folder, size: Tiny(TinyConfig()).save_pretrained(folder),
 }
 

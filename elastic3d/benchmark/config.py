@@ -13,7 +13,6 @@ from elastic3d.pipelines.options import BackboneName
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.options import Options, option
 
-DEFAULT_PROMPTS = "data/prompts/image-small.txt"
 MANY = 1 << 20
 COUNT: dict[str, Any] = {"ge": 1, "le": MANY}
 STEPS: dict[str, Any] = {"ge": 1, "le": 1000}
@@ -44,6 +43,7 @@ class Method(Enum):
     few_step_lora = "few_step_lora"
     dense_cache = "dense_cache"
     random = "random"
+    random_blocks = "random_blocks"
     static = "static"
     timestep = "timestep"
     shuffled = "shuffled"
@@ -79,7 +79,7 @@ ON_ANY_MODEL = [CacheName.forecast, CacheName.hicache]
 
 
 class ForecastName(Enum):
-    """How `forecast` continues what the blocks added; `elastic3d.benchmark.forecasts` has the formulas."""
+    """How `forecast` continues what the blocks added; `elastic3d.benchmark.forecasting` has the formulas."""
 
     linear = "linear"
     taylor = "taylor"
@@ -117,7 +117,8 @@ class BenchmarkOptions(Options):
         {}, "further rows, {name: folder}: of routers for the model, of a DiT, or of a whole model (meshes)"
     )
     methods: list[Method] = option(
-        [], "rows of the table; empty: all that the model and the items allow, without the ablations"
+        [],
+        "rows of the table; empty: all that the model and the items allow, but ablations and random_blocks",
     )
     budgets: list[float] = option([1.0, 0.8, 0.65, 0.5, 0.4, 0.3], "budgets of elastic rows", **BUDGET | SOME)
     control_budgets: list[float] = option(
@@ -221,7 +222,7 @@ class ImageBenchmarkConfig(BenchmarkOptions):
     backbone: BackboneName = option(BackboneName.small, "family of the pipeline")
     weights: str = option("", "folder of the pipeline as published; empty: the bundled one")
     routers: str = option("", "folder of routers; empty: `routers` in the folder of the weights, if there")
-    prompts: Path | None = option(None, f"text file, one prompt a line; null: {DEFAULT_PROMPTS}")
+    prompts: Path = option(Path("data/prompts/image-small.txt"), "text file, one prompt a line")
     steps: list[int] = option([4, 6, 8, 10, 12, 16, 20, 25], "step counts of fewer_steps", **STEPS, **SOME)
     batch_size: int = option(16, "quality: images generated at a time", **COUNT)
     caches: list[CacheName] = option(list(CacheName), "training-free rivals to put beside")

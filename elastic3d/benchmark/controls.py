@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.benchmark.methods import MAIN, NO_CACHE, Job, Planner, Routes, Run, after
+from elastic3d.benchmark.methods import MAIN, NO_CACHE, Job, Planner, Routes, Run
 from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import RouteSource, StepContext
 from elastic3d.elastic.families import BlockFlops
@@ -62,8 +62,8 @@ class Controls:
         widths = self.router.widths
         if run.routes is Routes.open:
             return TableRoutes(torch.full((1, 1, 1, len(self.session.blocks)), widths), widths)
-        if run.routes in (Routes.random, Routes.shuffled):
-            own = self._random if run.routes is Routes.random else self._of_another
+        if run.routes in (Routes.random, Routes.random_blocks, Routes.shuffled):
+            own = self._of_another if run.routes is Routes.shuffled else self._random
             return TableRoutes(torch.stack([own(run, job) for job in jobs], dim=2), widths)
         return TableRoutes(self._table(run), widths)
 
@@ -71,9 +71,11 @@ class Controls:
         actions, blocks, share = self._calibrated(run)
         branches = int((actions[:, :, 0, 0] >= -1).any(dim=0).sum())
         seed = zlib.crc32(f"{run.name}/{job.seed}/{job.name}".encode())
-        one = self.router.branches is Branches.shared
+        decided, one = self._decided(blocks), self.router.branches is Branches.shared
+        if run.routes is Routes.random_blocks:  # whatever the routers decide together
+            decided, one, share = blocks, False, run.settings.budget
         routes = random_routes(
-            self._decided(blocks), self.router.ratios, run.steps, 1 if one else branches, share,
+            decided, self.router.ratios, run.steps, 1 if one else branches, share,
             torch.Generator().manual_seed(seed),
         )  # fmt: skip
         if one:
@@ -82,7 +84,8 @@ class Controls:
 
     def _of_another(self, run: Run, job: Job) -> Tensor:
         """What the routers did for the next item, at the same seed; that is made where need be."""
-        task, donor, other = self.task, run.donor, Job(after(self.task.items, job.item), job.seed)
+        task, donor, items = self.task, run.donor, self.task.items
+        other = Job(items[(items.index(job.item) + 1) % len(items)], job.seed)
         assert donor is not None
         if task.record(donor, other) is None:
             task.make(donor, [other])
@@ -114,7 +117,7 @@ class Controls:
             samples, flops = list[Any](), list[list[int]]()
             for start in range(0, len(self.calibration), self.config.batch_size):
                 jobs = self.calibration[start : start + self.config.batch_size]
-                with self.task.ready(donor):
+                with self.task.ready(donor, self.source(donor, jobs)):
                     self.task.sample(donor, self.task.condition_of(donor, jobs), jobs)
                 trace = self.session.trace
                 assert trace is not None
@@ -265,10 +268,6 @@ class TableRoutes:
     """
 
     def __init__(self, actions: Tensor, widths: int) -> None:
-        if actions.ndim != 4:
-            raise ValueError(
-                f"actions have {actions.ndim} axes, expected 4: steps, branches, samples, blocks"
-            )
         if actions.min() < 0 or actions.max() > widths:
             raise ValueError(
                 f"actions from {int(actions.min())} to {int(actions.max())}, expected 0 to {widths}"
@@ -281,14 +280,11 @@ class TableRoutes:
 
     def decide(self, context: StepContext, block: int) -> RouteDecision:
         """The route of every row of a pass through one block."""
-        steps, branches, samples, _ = self.actions.shape
-        picked = [
-            self.actions[
-                step if steps > 1 else 0, branch if branches > 1 else 0, sample if samples > 1 else 0, block
-            ]
-            for step, (branch, sample) in zip(context.steps, context.rows, strict=True)
-        ]
-        actions = torch.stack(picked).to(context.t.device)
+        rows = [(step, *row) for step, row in zip(context.steps, context.rows, strict=True)]
+        index = (
+            torch.tensor(rows) * (torch.tensor(self.actions.shape[:3]) > 1)
+        ).T  # 0 on an axis of length 1
+        actions = self.actions[(*index, block)].to(context.t.device)
         return RouteDecision.fixed(actions > 0, (actions - 1).clamp_min(0), self.widths)
 
 

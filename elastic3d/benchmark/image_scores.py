@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,20 +49,15 @@ class ImageFeatures:
     @torch.no_grad()
     def maps(self, images: Pixels) -> tuple[Maps, Features]:
         """Images (P,H,W,3) uint8 -> a map (P,C,h,w) f16 for each resolution, and pooled features (P,1280)."""
-        parts, pooled = list[Maps](), list[Features]()
-        for maps, flat in map(self.network.pyramid, self._batches(images)):
+        size, parts, pooled = (self.size, self.size), list[Maps](), list[Features]()
+        for batch in torch.from_numpy(images).permute(0, 3, 1, 2).split(BATCH):
+            x = batch.float().to(self.network.mean.device) / 255
+            if x.shape[-2:] != size:
+                x = torch.nn.functional.interpolate(x, size, mode="bilinear", antialias=True)
+            maps, flat = self.network.pyramid(x)
             parts.append([each.half().cpu() for each in maps])
             pooled.append(flat.cpu().numpy())
         return [torch.cat(scale) for scale in zip(*parts, strict=True)], np.concatenate(pooled)
-
-    def _batches(self, images: Pixels) -> Iterator[Tensor]:
-        size = (self.size, self.size)
-        for start in range(0, len(images), BATCH):
-            part = np.ascontiguousarray(images[start : start + BATCH])
-            x = torch.from_numpy(part).permute(0, 3, 1, 2).float().to(self.network.mean.device) / 255
-            if x.shape[-2:] != size:
-                x = torch.nn.functional.interpolate(x, size, mode="bilinear", antialias=True)
-            yield x
 
 
 def compare_images(first: Pixels, second: Pixels, maps: tuple[Maps, Maps]) -> dict[str, NDArray[np.float64]]:

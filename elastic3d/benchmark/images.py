@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.benchmark.config import DEFAULT_PROMPTS, ImageBenchmarkConfig
+from elastic3d.benchmark.config import ImageBenchmarkConfig
 from elastic3d.benchmark.image_scores import (
     METRICS,
     Arrays,
@@ -37,6 +37,7 @@ from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.image_loading import weight_files
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, NO_ROUTERS_NAME
 from elastic3d.pipelines.results import Result
+from elastic3d.pipelines.runtime import find_model
 from elastic3d.pipelines.text_to_image import (
     ROUTERS_NAME,
     TextToImagePipeline,
@@ -69,10 +70,10 @@ class ImageTask(Task):
 
     config: ImageBenchmarkConfig
 
-    def __init__(self, config: ImageBenchmarkConfig, repository: Path) -> None:
+    def __init__(self, config: ImageBenchmarkConfig) -> None:
         """UserError for an option, a prompt or a model that can't be used."""
-        prompts = spread(self.find_items(config.prompts or repository / DEFAULT_PROMPTS), config.limit)
-        planner = Planner(config, load_models(config, repository))
+        prompts = spread(self.find_items(config.prompts), config.limit)
+        planner = Planner(config, load_models(config))
         for prompt in prompts:
             check_prompt(prompt, planner.models[DENSE].pipeline.backbone)
         self.side = config.resolution or planner.models[DENSE].resolution
@@ -224,13 +225,10 @@ def _rows(found: Arrays, anchor: str, seed: int) -> list[Row]:
     ]
 
 
-def load_models(config: ImageBenchmarkConfig, repository: Path) -> dict[str, Model]:
+def load_models(config: ImageBenchmarkConfig) -> dict[str, Model]:
     """`model` with its routers, `dense` without (the stock class, nothing attached), and a variant for each folder.
-
-    `repository` is where the bundled model is. UserError for a folder that holds no pipeline or routers, or such as do
-    not fit.
-    """
-    folder = Path(config.weights) if config.weights else repository / DEFAULT_IMAGE_MODEL
+    UserError for a folder that holds no pipeline or routers, or such as do not fit."""
+    folder = find_model(config.weights or DEFAULT_IMAGE_MODEL)
 
     def model(routers: Path | None, dense: str | None = None) -> Model:
         pipeline = TextToImagePipeline.from_pretrained(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from elastic3d.models.weights import CONFIG_NAME, find_weights
 from elastic3d.pipelines.generation import find_images
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
+from elastic3d.pipelines.runtime import find_model
 from elastic3d.training.journal import mesh_image, on_white
 from elastic3d.utils.files import file_sha256
 from elastic3d.utils.structured import load_json
@@ -66,14 +68,14 @@ class MeshTask(Task):
 
     config: MeshBenchmarkConfig
 
-    def __init__(self, config: MeshBenchmarkConfig, repository: Path) -> None:
+    def __init__(self, config: MeshBenchmarkConfig) -> None:
         """UserError for an option, a folder, an image or a model that can't be used."""
         images = spread(self.find_items(config.images), config.limit)
         self.truth = pair_truth(config.gt, images)
-        planner = Planner(config, load_models(config, repository))
+        planner = Planner(config, load_models(config))
         for image in images:  # raises where one can't be used
             prepare(image, ForegroundConfig(), planner.models[MAIN].pipeline.encoder)
-        self._dense_inside: tuple[Tensor, Tensor] | None = None  # of the quick phase
+        self._inside = lru_cache(2)(self._nodes_inside)  # those of the dense model are asked for again
         super().__init__(planner, images, {"resolution": config.resolution})
 
     def find_items(self, path: Path) -> list[Any]:
@@ -109,15 +111,13 @@ class MeshTask(Task):
 
     def latent_scores(self, run: Run, found: Tensor, dense: Tensor) -> dict[str, float]:
         """Mean IoU of the shapes on a grid of 32 cells a side."""
-        if self._dense_inside is None or self._dense_inside[0] is not dense:
-            self._dense_inside = dense, self._inside(run, dense)
-        a, b = self._inside(run, found), self._dense_inside[1]
+        pipeline = self.model(run).pipeline
+        b, a = self._inside(pipeline, dense), self._inside(pipeline, found)
         return {"iou_dense": float(((a & b).sum(1) / (a | b).sum(1).clamp_min(1)).mean())}
 
     @torch.no_grad()
-    def _inside(self, run: Run, latents: Tensor) -> Tensor:
+    def _nodes_inside(self, pipeline: ImageTo3DPipeline, latents: Tensor) -> Tensor:
         """Which nodes of the grid are inside (B,P)."""
-        pipeline = self.model(run).pipeline
         points = node_points(torch.arange((QUICK_CELLS + 1) ** 3), QUICK_CELLS, pipeline.config.box)
         points, vae = points[None].to(latents.device), pipeline.vae
         return torch.stack([vae.query(points, vae.decode(each[None]))[0] > 0 for each in latents])
@@ -244,10 +244,9 @@ def pair_truth(folder: Path | None, images: Sequence[Path]) -> dict[str, Path]:
     return {image.stem: meshes[image.stem][0] for image in images}
 
 
-def load_models(config: MeshBenchmarkConfig, repository: Path) -> dict[str, Model]:
+def load_models(config: MeshBenchmarkConfig) -> dict[str, Model]:
     """Every pipeline by name: `model`, `dense` without routers, `euler` (dense, in equal Euler steps, where that
-    differs), variants. `repository` is where the bundled model is. UserError for a folder that holds no model or
-    routers, or such as do not fit `model`."""
+    differs), variants. UserError for a folder that holds no model or routers, or such as do not fit `model`."""
 
     def load(path: Path, routers: bool = True) -> ImageTo3DPipeline:
         return ImageTo3DPipeline.from_pretrained(
@@ -270,7 +269,7 @@ def load_models(config: MeshBenchmarkConfig, repository: Path) -> dict[str, Mode
         digest = file_sha256(find_weights(folder / "vae"), find_weights(base), find_weights(path))
         return ImageTo3DPipeline(main.vae, dit, main.encoder, main.config, digest)
 
-    folder = repository / DEFAULT_MODEL if config.model in ("", "default") else Path(config.model)
+    folder = find_model(DEFAULT_MODEL if config.model in ("", "default") else config.model)
     main = dense = load(folder)
     if config.dense or main.session is not None:
         dense = load(Path(config.dense or folder), routers=False)

@@ -1,13 +1,14 @@
 """The registry of methods: from a configuration to the rows of the table, and the runs behind them.
 
 Every control is made to execute what its donor does: the routers at the same budget, with the cache they were trained
-with, or none. It runs with that cache itself, so that the rows to compare are those two.
+with, or none. It runs with that cache itself, so that the rows to compare are those two. `random_blocks` has
+no use for routers: it executes its budget of what all blocks do, with the few-step LoRA where that is used.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cache, cached_property
@@ -56,6 +57,7 @@ class Routes(Enum):
     routers = "routers"
     open = "open"  # every block, at full width: only the cache acts
     random = "random"
+    random_blocks = "random_blocks"
     static = "static"
     timestep = "timestep"
     shuffled = "shuffled"
@@ -135,11 +137,6 @@ class Case:
 
 
 NO_CACHE = BlockCacheConfig()
-
-
-def after(values: Sequence[Any], value: Any) -> Any:
-    """The next of the values; the first one is after the last."""
-    return values[(values.index(value) + 1) % len(values)]
 
 
 class Planner:
@@ -230,11 +227,11 @@ class Planner:
         return self.dense(self.config.reference_steps)
 
 
-ABLATIONS = (Method.elastic_no_lora, Method.elastic_no_bias, Method.elastic_no_damping)
+ON_REQUEST = (Method.elastic_no_lora, Method.elastic_no_bias, Method.elastic_no_damping, Method.random_blocks)
 WITHOUT_ROUTERS = (Method.dense, Method.fewer_steps, Method.euler_steps, Method.training_free)
 FEWER = (Method.dense.value, Method.fewer_steps.value)
 FAMILY = (Method.elastic.value, Method.elastic_shared.value, Method.few_step_lora.value)
-CONTROLS = tuple(m.value for m in (Method.random, Method.static, Method.timestep, Method.shuffled))
+CONTROLS = ("random", "random_blocks", "static", "timestep", "shuffled")
 
 
 def plan(planner: Planner, items: int) -> list[Case]:
@@ -245,7 +242,7 @@ def plan(planner: Planner, items: int) -> list[Case]:
         why = _impossible(planner, method, items)
         if method in chosen and why:
             raise UserError(f"methods has {method.value}, which can't be run: {why}")
-        if method in chosen or not (chosen or why or method in ABLATIONS):
+        if method in chosen or not (chosen or why or method in ON_REQUEST):
             cases += _cases(planner, method)
     for name in planner.config.variants:
         cases += _variant_cases(planner, name)
@@ -302,7 +299,10 @@ def _cases(planner: Planner, method: Method) -> Iterator[Case]:
             if budget < 1:  # at 1 there is hardly anything left out to choose
                 steps = planner.control_steps
                 donor = planner.elastic(budget, steps, cache=planner.trained_cache)
-                yield Case(name, planner.run(MAIN, steps, Routes(name), donor.settings, donor=donor), budget)
+                if method is Method.random_blocks:  # at a share of what all blocks execute
+                    donor = planner.opened(steps, NO_CACHE, lora=True)
+                settings = replace(donor.settings, budget=budget)
+                yield Case(name, planner.run(MAIN, steps, Routes(name), settings, donor=donor), budget)
     else:  # the routers, or an ablation of them
         undamped = replace(planner.default.cache or NO_CACHE, damping=1.0, times=[], dampings=[])
         changes: dict[Method, dict[str, Any]] = {

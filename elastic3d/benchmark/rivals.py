@@ -1,6 +1,6 @@
 """Training-free caches around a dense transformer: forecasts of what its blocks add, and caches of other packages.
 
-`forecast` (the formulas of `forecasts`) and `hicache` (of `hicache-pp`) run on every model of a known family; the
+`forecast` (of `forecasting`) and `hicache` (of `hicache-pp`) run on every model of a known family; the
 caches of diffusers and DBCache of `cache-dit` on those of diffusers. Every generation gets its cache anew.
 
 True guidance of diffusers runs two passes a step: its caches keep a state for each `cache_context` of the pipeline,
@@ -15,11 +15,13 @@ import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from elastic3d.benchmark.config import BenchmarkOptions, CacheName, ImageBenchmarkConfig
 from elastic3d.benchmark.forecasting import HISTORY, Clock, Forward, forecasting, replaced
@@ -28,6 +30,12 @@ from elastic3d.pipelines.options import BackboneName
 
 PACKAGES = {CacheName.db_cache: ("cache_dit", "cache-dit"), CacheName.hicache: ("hicache_pp", "hicache-pp")}
 MAG_RETENTION = 0.2  # share of the first steps that MagCache computes; its authors' value
+# attention as a CPU runs it, which PyTorch's registry lacks: shapes of queries, keys and values come first
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(
+        *shapes[:3]
+    )
+}
 _LEFT_BEHIND = ("forward", "_is_patched")  # what cache-dit does not take off a FLUX transformer
 
 
@@ -103,6 +111,34 @@ def running(
     return _of_diffusers(transformer, rival, steps, ratios)
 
 
+# ---------------------------------------------------------------------------------------- what they execute
+
+
+@dataclass
+class FlopMeter:
+    """What was counted so far, in `total`."""
+
+    total: int = 0
+
+
+@contextmanager
+def metered(transformer: nn.Module) -> Iterator[FlopMeter]:
+    """While it lasts, every forward pass of `transformer` is counted; nothing else is."""
+    meter = FlopMeter()
+
+    def inside(forward: Forward) -> Forward:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+                out = forward(*args, **kwargs)
+            meter.total += counter.get_total_flops()
+            return out
+
+        return wrapped
+
+    with replaced(transformer, inside):
+        yield meter
+
+
 # ---------------------------------------------------------------------------------------- on every model
 
 
@@ -135,7 +171,7 @@ def _hicache(transformer: nn.Module, options: dict[str, Any], steps: int) -> Ite
 
         return wrapped
 
-    with replaced(transformer, around), replaced(transformer, clock.around):
+    with clock.ticking(), replaced(transformer, around):
         yield
 
 

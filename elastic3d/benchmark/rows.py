@@ -142,11 +142,10 @@ def compare_rivals(
 def _opponents(
     task: Task, rival: Case, cases: Sequence[Case], rows: Sequence[Row]
 ) -> tuple[str, Sequence[Case]]:
-    donor = rival.run.donor
-    if donor is not None:
-        return "equal FLOPs", [Case(Method.elastic.value, donor, rival.budget)]
-    if rival.method in (*FAMILY, Method.dense.value):
+    if rival.method in (*FAMILY, Method.dense.value, Method.random_blocks.value):
         return "", []
+    if rival.run.donor is not None:
+        return "equal FLOPs", [Case(Method.elastic.value, rival.run.donor, rival.budget)]
     if rival.method.startswith("elastic") or (rival.method in task.config.variants and rival.budget):
         elastic = [case for case in cases if case.method == Method.elastic.value]
         same = [c for c in elastic if c.run.steps == rival.run.steps and c.budget == rival.budget]

@@ -12,7 +12,6 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,12 +30,8 @@ from elastic3d.utils.files import atomic_path
 from elastic3d.utils.options import to_dict
 from elastic3d.utils.structured import load_json, save_json
 
-HEAD = ("method", "note", "budget", "steps", "executed", "seconds", "speedup")  # of a row of the quick phase
 
-
-def benchmark(
-    config: MeshBenchmarkConfig | ImageBenchmarkConfig, repository: Path, command: str = ""
-) -> dict[str, Any]:
+def benchmark(config: MeshBenchmarkConfig | ImageBenchmarkConfig, command: str = "") -> dict[str, Any]:
     """Do the phases, or what is left of them, and write the report. -> what results.json holds.
 
     Raises:
@@ -48,11 +43,11 @@ def benchmark(
     if isinstance(config, ImageBenchmarkConfig):
         from elastic3d.benchmark.images import ImageTask  # diffusers
 
-        task = ImageTask(config, repository)
+        task = ImageTask(config)
     else:
         from elastic3d.benchmark.meshes import MeshTask
 
-        task = MeshTask(config, repository)
+        task = MeshTask(config)
     planner = task.planner
     cases = [*plan(planner, len(task.items)), *rival_cases(planner)]
     if not cases:
@@ -164,17 +159,14 @@ def quick_comparison(task: Task, cases: Sequence[Case], command: str) -> dict[st
         latents, measured = timed(task, run, jobs, alone=True)
         dense = latents if run == baseline else dense
         seconds = measured["ms"] / 1000
-        share = measured["executed"] / measured["dense"] if "executed" in measured else None
-        faster = rows[0]["seconds"] / seconds if rows else 1.0
-        values = (case.method, case.note, case.budget, run.steps, share, seconds, faster)
-        rows.append(dict(zip(HEAD, values, strict=True)) | task.latent_scores(run, latents, dense))
+        row = {
+            "method": case.method, "note": case.note, "budget": case.budget, "steps": run.steps,
+            "executed": measured["executed"] / measured["dense"] if "executed" in measured else None,
+            "seconds": seconds, "speedup": rows[0]["seconds"] / seconds if rows else 1.0,
+        }  # fmt: skip
+        rows.append(row | task.latent_scores(run, latents, dense))
         save_json(found, config.output / "quick.json")
-    with atomic_path(config.output / "quick.md") as path:
-        path.write_text(quick_table(rows))
-    return found
-
-
-def quick_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
     cells = [[f"{v:.4g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
-    return markdown_table(list(rows[0]), cells) + "\n"
+    with atomic_path(config.output / "quick.md") as path:
+        path.write_text(markdown_table(list(rows[0]), cells) + "\n")
+    return found

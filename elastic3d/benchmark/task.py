@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ from torch import Tensor
 
 from elastic3d.benchmark.config import BenchmarkOptions, CacheName
 from elastic3d.benchmark.controls import Controls
-from elastic3d.benchmark.flop_meter import metered
 from elastic3d.benchmark.methods import Case, Job, Model, Planner, Run
-from elastic3d.benchmark.rivals import by_batch, magnitude_ratios, running
+from elastic3d.benchmark.rivals import by_batch, magnitude_ratios, metered, running
 from elastic3d.elastic import detach
 from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.training_free import put_policy
@@ -63,9 +63,8 @@ class Task(ABC):
         self.timing_jobs = [Job(item, first) for item in spread(self.items, self.config.timing_items)]
         self.jobs = [Job(item, seed) for seed in self.config.seeds for item in self.items]
         self.controls = Controls(self)
-        # by steps: MagCache's calibration; dense FLOPs outside the blocks, and in them
-        self._ratios: dict[int, list[float]] = {}
-        self._outside: dict[int, tuple[float, float]] = {}
+        self._magnitude_ratios = cache(self._mag_cache_calibration)
+        self._dense_flops = cache(self._metered_dense_flops)
 
     # ------------------------------------------------------------------------------------- of each task
 
@@ -138,7 +137,8 @@ class Task(ABC):
                 put_policy(plain, *self.planner.policy(run.policy))
                 stack.callback(detach, plain)
             if run.rival is not None:
-                ratios = self._magnitude_ratios(run)
+                calibrated = run.rival.kind is CacheName.mag_cache
+                ratios = self._magnitude_ratios(run.steps) if calibrated else []
                 stack.enter_context(running(model.dit, run.rival, run.steps, ratios, model.pipe))
             self.warm_up(run)
             if source is not None and model.session is not None:
@@ -146,16 +146,10 @@ class Task(ABC):
                 stack.callback(setattr, model.session, "source", None)
             yield
 
-    def _magnitude_ratios(self, run: Run) -> list[float]:
-        """MagCache's calibration for as many steps, on the calibration items; empty for other rivals."""
-        if run.rival is None or run.rival.kind is not CacheName.mag_cache:
-            return []
-        if run.steps not in self._ratios:
-            dense, jobs = self.planner.dense(run.steps), self.controls.calibration
-            self._ratios[run.steps] = magnitude_ratios(
-                self.model(dense).dit, lambda: self.produce(dense, jobs), run.steps
-            )
-        return self._ratios[run.steps]
+    def _mag_cache_calibration(self, steps: int) -> list[float]:
+        """What MagCache goes by in as many steps, found on the calibration items."""
+        dense, jobs = self.planner.dense(steps), self.controls.calibration
+        return magnitude_ratios(self.model(dense).dit, lambda: self.produce(dense, jobs), steps)
 
     def produce(self, run: Run, jobs: Sequence[Job]) -> list[Any]:
         """All that a user waits for, as one batch; each result has a `metadata`. The run must be `ready`."""
@@ -175,21 +169,19 @@ class Task(ABC):
         with self.ready(run, source), metered(dit) if run.rival else nullcontext() as meter:
             results = self.produce(run, jobs)
         if meter is not None:
-            share = self._share(run, meter.total / len(jobs))
+            outside, blocks = self._dense_flops(run.steps)
+            share = (meter.total / len(jobs) - outside) / blocks
             for result in results:
                 if "flops_dense" in result.metadata:
                     result.metadata["flops_executed"] = round(share * result.metadata["flops_dense"])
         return results
 
-    def _share(self, run: Run, total: float) -> float:
-        """Of the dense blocks' FLOPs; what a dense generation spends outside the blocks is taken off."""
-        if run.steps not in self._outside:
-            dense = self.planner.dense(run.steps)
-            with self.ready(dense), metered(self.model(dense).dit) as meter:
-                blocks = self.produce(dense, self.jobs[:1])[0].metadata["flops_dense"]
-            self._outside[run.steps] = meter.total - blocks, blocks
-        outside, blocks = self._outside[run.steps]
-        return (total - outside) / blocks
+    def _metered_dense_flops(self, steps: int) -> tuple[float, float]:
+        """What a dense generation spends outside the blocks, and in them."""
+        dense = self.planner.dense(steps)
+        with self.ready(dense), metered(self.model(dense).dit) as meter:
+            blocks = self.produce(dense, self.jobs[:1])[0].metadata["flops_dense"]
+        return meter.total - blocks, blocks
 
     # ------------------------------------------------------------------------------------------ keeping
 

@@ -144,17 +144,6 @@ def load_hunyuan3d(
     return Bundle(dit, vae, conditioner, config, tuple(files), note)
 
 
-def load_hunyuan3d_vae(
-    folder: str | Path,
-    subfolder: str = "hunyuan3d-vae-v2-0",
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> ShapeVAE:
-    """A checkpoint that is a VAE alone; arguments and errors as in `load_hunyuan3d`."""
-    place = Loader.of(dtype, device)
-    return _other_vae(folder, subfolder, place, None)[0]
-
-
 def split_state(state: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:
     """Tensors of each part under their names in it; UserError for a tensor of no part."""
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
@@ -174,7 +163,7 @@ def split_state(state: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, 
 
 
 def _other_vae(
-    folder: str | Path, subfolder: str, place: Loader, instead_of: VAEConfig | None
+    folder: str | Path, subfolder: str, place: Loader, instead_of: VAEConfig
 ) -> tuple[ShapeVAE, Path]:
     config_path, weights_path = find_checkpoint(folder, subfolder)
     values = load_yaml(config_path)
@@ -182,7 +171,7 @@ def _other_vae(
     if all(name.startswith("vae.") for name in state):
         state = {name.removeprefix("vae."): tensor for name, tensor in state.items()}
     config = parse_vae(values.get("vae", values), str(config_path), has_encoder(state))
-    if instead_of is not None and config.channels != instead_of.channels:
+    if config.channels != instead_of.channels:
         raise UserError(f"{config_path}: embed_dim is {config.channels}, expected {instead_of.channels}")
     return place.build(config, state, str(weights_path)), weights_path
 

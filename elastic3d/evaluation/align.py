@@ -13,6 +13,7 @@ import numpy as np
 import trimesh
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
+from skimage.transform import estimate_transform
 
 from elastic3d.evaluation.metrics import TREE
 from elastic3d.evaluation.options import Align, UpAxis
@@ -61,13 +62,7 @@ def icp_transform(pred: trimesh.Trimesh, gt: trimesh.Trimesh, seed: int = 0) -> 
 
 def similarity(source: Matrix, target: Matrix) -> Matrix:
     """The least-squares similarity (4, 4) from points (P, 3) to their partners (P, 3), never a reflection."""
-    mean_s, mean_t = source.mean(axis=0), target.mean(axis=0)
-    centred_s, centred_t = source - mean_s, target - mean_t
-    u, singular, vt = np.linalg.svd(centred_t.T @ centred_s / len(source))
-    sign = np.array([1.0, 1.0, np.sign(np.linalg.det(u @ vt))])
-    rotation = (u * sign) @ vt
-    scale = (singular * sign).sum() / np.square(centred_s).sum(axis=1).mean()
-    return _matrix(scale * rotation, mean_t - scale * rotation @ mean_s)
+    return estimate_transform("similarity", source, target).params
 
 
 def cube_rotations() -> list[Matrix]:

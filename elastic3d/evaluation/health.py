@@ -69,7 +69,7 @@ def surface_health(mesh: trimesh.Trimesh, seed: int = 0) -> SurfaceHealth:
         self_intersection_share=float(self_intersections(mesh, scene).mean()),
         thin_shell_share=thin_shell_share(mesh, scene, seed),
         inverted_share=inverted_share(mesh, scene, seed),
-        inconsistent_edges=inconsistent_edges(np.asarray(mesh.faces)),
+        inconsistent_edges=inconsistent_edges(mesh),
         floaters=count_floaters(mesh),
     )
 
@@ -98,7 +98,7 @@ def self_intersections(mesh: trimesh.Trimesh, rays: Rays | None = None) -> NDArr
     """
     rays = rays or Rays(mesh)
     faces, vertices = np.asarray(mesh.faces), np.asarray(mesh.vertices, np.float64)
-    edges, edge_of_side, _ = unique_edges(faces)
+    edges = mesh.edges_unique
     start, along = vertices[edges[:, 0]], vertices[edges[:, 1]] - vertices[edges[:, 0]]
     crossed, guilty = np.zeros(len(faces), bool), np.zeros(len(edges), bool)
     open_edges, passed = np.arange(len(edges)), np.zeros(len(edges))
@@ -113,7 +113,7 @@ def self_intersections(mesh: trimesh.Trimesh, rays: Rays | None = None) -> NDArr
         guilty[open_edges[real]] = True
         passed[open_edges] += step + 1e-4
         open_edges = open_edges[passed[open_edges] < 1]
-    return crossed | guilty[edge_of_side.reshape(-1, 3)].any(axis=1)
+    return crossed | guilty[mesh.faces_unique_edges].any(axis=1)
 
 
 def _crosses(vertices: Floats, edges: NDArray, faces: NDArray) -> NDArray[np.bool_]:
@@ -133,9 +133,9 @@ def _crosses(vertices: Floats, edges: NDArray, faces: NDArray) -> NDArray[np.boo
     return separate & apart & np.logical_and.reduce(inside)
 
 
-def thin_shell_share(mesh: trimesh.Trimesh, rays: Rays, seed: int = 0, thickness: float = THIN) -> float:
-    """Share of the area from which a ray inwards meets the opposite wall before `thickness`."""
-    _, met = opposite_walls(mesh, rays, seed, thickness - _STEP)
+def thin_shell_share(mesh: trimesh.Trimesh, rays: Rays, seed: int = 0) -> float:
+    """Share of the area from which a ray inwards meets the opposite wall before `THIN`."""
+    _, met = opposite_walls(mesh, rays, seed, THIN - _STEP)
     return float(met.mean())
 
 
@@ -172,29 +172,19 @@ def inverted_share(mesh: trimesh.Trimesh, rays: Rays, seed: int = 0, directions:
     return float((free[1] > free[0])[seen].mean()) if seen.any() else 0.0
 
 
-def unique_edges(faces: NDArray[np.integer]) -> tuple[NDArray, NDArray, NDArray]:
-    """Edges (E, 2), smaller vertex first; the edge of each side (3F,); the number of sides (E,)."""
-    sides = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2).astype(np.int64), axis=1)
-    width = int(faces.max()) + 1
-    keys, index, count = np.unique(sides[:, 0] * width + sides[:, 1], return_inverse=True, return_counts=True)
-    return np.stack(np.divmod(keys, width), axis=1), index, count
-
-
 def is_manifold(faces: NDArray[np.integer]) -> bool:
     """Whether each edge has one or two faces and the faces around each vertex form one fan. Holes are allowed."""
     import igl
 
-    if (unique_edges(faces)[2] > 2).any():
-        return False
     used = np.unique(faces, return_inverse=True)[1].reshape(-1, 3).astype(np.int64)
-    return bool(igl.is_vertex_manifold(used).all())
+    return bool(igl.is_edge_manifold(used)[0] and igl.is_vertex_manifold(used).all())
 
 
-def inconsistent_edges(faces: NDArray[np.integer]) -> int:
+def inconsistent_edges(mesh: trimesh.Trimesh) -> int:
     """Edges whose two faces run around in opposite senses."""
-    sides = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)
-    _, index, count = unique_edges(faces)
-    sense = np.bincount(index, weights=np.where(sides[:, 0] < sides[:, 1], 1, -1))
+    count = np.bincount(mesh.edges_unique_inverse)
+    forward = mesh.edges[:, 0] < mesh.edges[:, 1]
+    sense = np.bincount(mesh.edges_unique_inverse, weights=np.where(forward, 1, -1))
     return int(((count == 2) & (sense != 0)).sum())
 
 

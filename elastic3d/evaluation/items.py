@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 import time
 import unicodedata
 from collections.abc import Sequence
@@ -15,10 +13,10 @@ from elastic3d.errors import UserError
 from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.evaluation.protocol import evaluate_pair, failed_scores
 from elastic3d.evaluation.statistics import Row
+from elastic3d.geometry.gltf_data import GltfFile
 from elastic3d.geometry.mesh_io import READ_SUFFIXES, load_mesh
 from elastic3d.utils.files import printable, visible_files
 
-_GLB_HEADER = 20  # file header and the first chunk's header
 _PLY_NAMES = {"s", "t", "u", "v", "texture_u", "texture_v", "texcoord"}
 
 
@@ -106,13 +104,8 @@ def has_uv(path: Path) -> bool:
     """Whether any part of a mesh file has texture coordinates, which loading for evaluation drops. STL and OFF files
     (as read here) never do. ValueError for a glb or gltf file that is broken."""
     suffix = path.suffix.lower()
-    if suffix == ".glb":
-        with path.open("rb") as file:
-            header = file.read(_GLB_HEADER)
-            length = struct.unpack("<I", header[12:16])[0] if len(header) == _GLB_HEADER else 0
-            return _gltf_has_uv(json.loads(file.read(length)))
-    if suffix == ".gltf":
-        return _gltf_has_uv(json.loads(path.read_text()))
+    if suffix in (".glb", ".gltf"):
+        return _gltf_has_uv(GltfFile(path.read_bytes(), path.parent).tree)
     if suffix == ".obj":
         with path.open("rb") as file:
             return any(line.startswith(b"vt ") for line in file)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import json
 import math
 import os
 import platform
@@ -76,12 +75,6 @@ def environment() -> dict[str, str]:
     """Versions of Python and of the libraries that do the arithmetic, and the machine."""
     versions = {name: version(name) for name in _LIBRARIES}
     return {"python": platform.python_version(), "machine": platform.platform(), **versions}
-
-
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write the report whole or not at all; NaN is an error, as JSON has none."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:

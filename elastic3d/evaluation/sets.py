@@ -41,17 +41,17 @@ class SetScores:
     one_nna: float
 
 
-def set_scores(generated: Sequence[Floats], reference: Sequence[Floats], workers: int = -1) -> SetScores:
+def set_scores(generated: Sequence[Floats], reference: Sequence[Floats]) -> SetScores:
     """Score point sets, each (P, 3), normalised as the caller wishes. ValueError if either set is empty."""
     if not generated or not reference:
         raise ValueError(
             f"{len(generated)} generated and {len(reference)} reference shapes, expected one or more"
         )
     shapes = [*generated, *reference]
-    return scores_from_distances(chamfer_matrix(shapes, shapes, workers), len(generated))
+    return scores_from_distances(chamfer_matrix(shapes, shapes), len(generated))
 
 
-def chamfer_matrix(first: Sequence[Floats], second: Sequence[Floats], workers: int = -1) -> Floats:
+def chamfer_matrix(first: Sequence[Floats], second: Sequence[Floats]) -> Floats:
     """`chamfer_l2` between every shape of `first` and every one of `second`, (len(first), len(second))."""
     first_trees, second_trees = ([cKDTree(points, **TREE) for points in shapes] for shapes in (first, second))
     same = first is second
@@ -63,7 +63,7 @@ def chamfer_matrix(first: Sequence[Floats], second: Sequence[Floats], workers: i
             back, _ = first_trees[row].query(second_trees[column].data)
             result[row, column] = np.square(forth).mean() + np.square(back).mean()
 
-    with ThreadPoolExecutor(None if workers < 0 else workers) as pool:
+    with ThreadPoolExecutor() as pool:
         list(pool.map(fill, range(len(first))))
     return result + result.T if same else result
 

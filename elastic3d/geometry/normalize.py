@@ -61,11 +61,9 @@ def normalize_mesh(
     return placement.apply(mesh), placement
 
 
-def normalize_to(
-    reference: trimesh.Trimesh, *meshes: trimesh.Trimesh, half_extent: float = 1.0
-) -> list[trimesh.Trimesh]:
-    """`reference` and `meshes`, all moved by the placement that normalises `reference` alone."""
-    placement = placement_of(reference, half_extent)
+def normalize_to(reference: trimesh.Trimesh, *meshes: trimesh.Trimesh) -> list[trimesh.Trimesh]:
+    """`reference` and `meshes`, all moved by the placement that makes the longest side of `reference` 2."""
+    placement = placement_of(reference, 1.0)
     return [placement.apply(mesh) for mesh in (reference, *meshes)]
 
 

@@ -165,10 +165,9 @@ class Scene:
         camera: Camera,
         size: int,
         light: Light | Sequence[Light] | None = None,
-        antialias: bool = True,
         shaded: bool = True,
     ) -> Views:
-        """Cast one ray a pixel, and 9 more where colour changes abruptly (when `antialias` and `shaded`).
+        """Cast one ray a pixel, and 9 more where colour changes abruptly (when `shaded`).
 
         What several lights add is summed.
         """
@@ -184,8 +183,7 @@ class Scene:
         colour = np.zeros((size * size, 4), np.float32)
         if shaded:
             colour = self._shade(hits, directions, camera, lights)
-            if antialias:
-                self._antialias(colour, hits, centres, camera, lights, size)
+            self._antialias(colour, centres, camera, lights, size)
         return Views(
             silhouette=silhouette.reshape(size, size),
             depth=depth.astype(np.float32).reshape(size, size),
@@ -251,7 +249,6 @@ class Scene:
     def _antialias(
         self,
         colour: Floats,
-        hits: _Hits,
         centres: NDArray[np.float64],
         camera: Camera,
         lights: Sequence[Light],

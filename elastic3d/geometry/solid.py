@@ -1,18 +1,16 @@
 """The solid that any mesh, open or not, stands for: all that can't be reached from outside.
 
 1. The unsigned distance to the triangles is measured at grid nodes near the surface.
-2. Nodes closer than `thickness` voxels are wall. Nodes that a walk from the outside through free neighbours
+2. Nodes closer than `THICKNESS` voxels are wall. Nodes that a walk from the outside through free neighbours
    doesn't reach are solid too: closed parts are filled, hidden interiors vanish.
-3. The outer surface of that solid is the level `distance = thickness`, placed between nodes by interpolation.
-   It lies `thickness` voxels outside the given triangles; a sheet becomes a plate of twice that thickness.
+3. The outer surface of that solid is the level `distance = THICKNESS`, placed between nodes by interpolation.
+   It lies `THICKNESS` voxels outside the given triangles; a sheet becomes a plate of twice that thickness.
 
 With 0.75 voxels no sheet is pierced (a step of one voxel across it comes within 0.5 of it) and no wire is
 broken (some node is within 0.71 of it).
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import igl
 import numpy as np
@@ -29,46 +27,38 @@ THICKNESS = 0.75
 SAMPLES_PER_VOXEL_AREA = 8.0
 
 
-@dataclass(frozen=True)
-class Solid:
-    """A watertight solid: `mesh` is its outer surface, wound outwards."""
-
-    mesh: trimesh.Trimesh
-
-    def signed_distance(self, points: NDArray[np.floating]) -> NDArray[np.float32]:
-        """Exact distance of points (P, 3) to the surface, positive inside (P,).
-
-        The sign is that of the angle-weighted pseudonormal of the closest feature (Baerentzen and Aanaes
-        2005).
-        """
-        distance, *_ = igl.signed_distance(
-            np.ascontiguousarray(points, np.float64),
-            np.ascontiguousarray(self.mesh.vertices, np.float64),
-            np.ascontiguousarray(self.mesh.faces, np.int64),
-            sign_type=igl.SIGNED_DISTANCE_TYPE_PSEUDONORMAL,
-        )
-        return (-distance).astype(np.float32)
-
-
-def solidify(mesh: trimesh.Trimesh, resolution: int = 128, thickness: float = THICKNESS) -> Solid:
-    """The solid of a mesh that lies within the decoding box, measured on `resolution` cells a side.
+def solidify(mesh: trimesh.Trimesh, resolution: int = 128) -> trimesh.Trimesh:
+    """The outer surface, watertight and wound outwards, of the solid of a mesh that lies within the decoding box,
+    measured on `resolution` cells a side.
 
     ValueError if the mesh has no area or leaves the box.
     """
     voxel = 2 * BOX / resolution
-    reach, limit = np.abs(mesh.bounds).max(), BOX - thickness * voxel
+    wall = THICKNESS * voxel
+    reach, limit = np.abs(mesh.bounds).max(), BOX - wall
     if not reach < limit:
         raise ValueError(
             f"the mesh reaches {reach:.3f}, expected less than {limit:.3f} at {resolution} cells"
         )
-    distance = _distance_near_surface(
-        np.asarray(mesh.triangles, np.float32), resolution, voxel, thickness * voxel
-    )
-    field = thickness * voxel - distance
+    field = wall - _distance_near_surface(np.asarray(mesh.triangles, np.float32), resolution, voxel, wall)
     labels, _ = ndimage.label(field < 0)
     hidden = (labels != labels[0, 0, 0]) & (field < 0)
     field[hidden] = -field[hidden]
-    return Solid(mesh=extract_surface(field, BOX))
+    return extract_surface(field, BOX)
+
+
+def signed_distance(mesh: trimesh.Trimesh, points: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Exact distance (P,) of points (P, 3) to the surface of a solid, positive inside.
+
+    The sign is that of the angle-weighted pseudonormal of the closest feature (Baerentzen and Aanaes 2005).
+    """
+    distance, *_ = igl.signed_distance(
+        np.ascontiguousarray(points, np.float64),
+        np.ascontiguousarray(mesh.vertices, np.float64),
+        np.ascontiguousarray(mesh.faces, np.int64),
+        sign_type=igl.SIGNED_DISTANCE_TYPE_PSEUDONORMAL,
+    )
+    return (-distance).astype(np.float32)
 
 
 def _distance_near_surface(

@@ -87,13 +87,13 @@ class Asset:
         return folder / self.category / f"{self.seed}.npz"
 
 
-def assets(categories: list[str], seeds: int, first_seed: int = 0) -> list[Asset]:
+def assets(categories: list[str], seeds: int) -> list[Asset]:
     """Every asset asked for, categories interleaved. UserError for an unknown category."""
     unknown = [name for name in categories if name not in FACTORIES]
     if unknown:
         raise UserError(f"no Infinigen category {unknown[0]!r}, expected one of {', '.join(FACTORIES)}")
     chosen = categories or list(FACTORIES)
-    return [Asset(category, seed) for seed in range(first_seed, first_seed + seeds) for category in chosen]
+    return [Asset(category, seed) for seed in range(seeds) for category in chosen]
 
 
 class Worker:

@@ -18,7 +18,7 @@ from elastic3d.geometry.normalize import normalize_mesh, normalize_to
 from elastic3d.geometry.options import BOX
 from elastic3d.geometry.render import Camera, Light, Scene, frame, orbit_camera
 from elastic3d.geometry.sampling import sample_sharp_edges, sample_surface
-from elastic3d.geometry.solid import Solid, solidify
+from elastic3d.geometry.solid import signed_distance, solidify
 from elastic3d.preparation.options import ShapeConfig
 
 CEILING_POINTS = 100_000
@@ -161,14 +161,14 @@ def prepare_shape(
     mesh, _ = normalize_mesh(raw.mesh)
     solid = solidify(mesh, config.resolution)
     generator = np.random.default_rng(seed)
-    points, normals = sample_surface(solid.mesh, config.surface_points, seed)
+    points, normals = sample_surface(solid, config.surface_points, seed)
     near = _near(solid, config.near_points, seed, generator)
     volume = generator.uniform(-BOX, BOX, (config.volume_points, 3))
     stored = np.concatenate([near, volume]).astype(np.float16)
-    measured = _half(stored, solid.signed_distance(stored)[:, None])
+    measured = _half(stored, signed_distance(solid, stored)[:, None])
     arrays: dict[str, NDArray[np.generic]] = {
         "surface": _half(points, normals),
-        "sharp": _half(*sample_sharp_edges(solid.mesh, config.sharp_points, seed)),
+        "sharp": _half(*sample_sharp_edges(solid, config.sharp_points, seed)),
         "near": measured[: config.near_points],
         "volume": measured[config.near_points :],
     }
@@ -179,13 +179,15 @@ def prepare_shape(
     arrays["view_offsets"] = np.cumsum([0, *map(len, images)]).astype(np.int64)
     arrays["cameras"] = cameras
     if keep_solid:
-        arrays["solid_vertices"] = np.asarray(solid.mesh.vertices, np.float32)
-        arrays["solid_faces"] = np.asarray(solid.mesh.faces, np.int32)
+        arrays["solid_vertices"] = np.asarray(solid.vertices, np.float32)
+        arrays["solid_faces"] = np.asarray(solid.faces, np.int32)
     return arrays
 
 
-def _near(solid: Solid, count: int, seed: int, generator: np.random.Generator) -> NDArray[np.floating]:
-    points, _ = sample_surface(solid.mesh, count, seed + 1)
+def _near(
+    solid: trimesh.Trimesh, count: int, seed: int, generator: np.random.Generator
+) -> NDArray[np.floating]:
+    points, _ = sample_surface(solid, count, seed + 1)
     sigma = np.where(np.arange(count) % 2 == 0, *NEAR_SIGMAS)[:, None]
     return np.clip(points + sigma * generator.standard_normal((count, 3)), -BOX, BOX)
 
@@ -208,7 +210,7 @@ def measure_ceiling(raw: RawShape, resolution: int = 128) -> Ceiling:
     """The best scores against the raw mesh that a method which reproduces the solid can reach."""
     mesh, _ = normalize_mesh(raw.mesh)
     solid = solidify(mesh, resolution)
-    truth, outer = normalize_to(mesh, solid.mesh)
+    truth, outer = normalize_to(mesh, solid)
     pairs = correspond(
         sample_surface(outer, CEILING_POINTS, 0)[0], sample_surface(truth, CEILING_POINTS, 1)[0]
     )
@@ -216,5 +218,5 @@ def measure_ceiling(raw: RawShape, resolution: int = 128) -> Ceiling:
         chamfer_l1=chamfer_l1(pairs),
         f_score_02=f_score(pairs, 0.02),
         f_score_05=f_score(pairs, 0.05),
-        volume_ratio=float(solid.mesh.volume / mesh.volume) if mesh.is_volume else None,
+        volume_ratio=float(solid.volume / mesh.volume) if mesh.is_volume else None,
     )

@@ -19,14 +19,10 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 from elastic3d.errors import UserError
-from elastic3d.geometry.normalize import normalize_mesh
-from elastic3d.geometry.sampling import sample_surface
-from elastic3d.preparation.shape import RawShape
 from elastic3d.utils.files import atomic_path
 
 # meshes of a user's folder; fewer all train, and validation shows how well they are fitted
 FEWEST_TO_SPLIT = 10
-COMPARED_POINTS = 2048  # of a shape
 
 
 class Split(Enum):
@@ -117,12 +113,6 @@ def write_folder_split(folder: Path, names: list[str], held_out: set[str]) -> No
     for name, listed in (("train", train), ("val", val)):
         with atomic_path(folder / f"{name}.txt") as draft:
             draft.write_text("".join(f"{line}\n" for line in listed))
-
-
-def shape_points(shape: RawShape) -> NDArray[np.float32]:
-    """Points (P, 3) on the normalised shape (longest side 2) that `near_duplicate_groups` compares."""
-    mesh, _ = normalize_mesh(shape.mesh, half_extent=1.0)
-    return sample_surface(mesh, COMPARED_POINTS, seed=0)[0]
 
 
 def near_duplicate_groups(clouds: list[NDArray[np.float32]], threshold: float = 0.05) -> NDArray[np.int32]:

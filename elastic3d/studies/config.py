@@ -88,12 +88,11 @@ class DecodingConfig(Options):
         Path("outputs/decoding"), "folder for latents.safetensors, shapes.json and table.md"
     )
     reference: int = option(
-        256, "cells a side of the references, evaluated everywhere at the surface", ge=8, le=512
-    )
-    plain: bool = option(
-        True,
-        "the reference evaluates the whole cube at 64 cells, by the network's own modules; false: prepared, coarse to"
-        " fine as the others, in a quarter of the time",
+        256,
+        "cells a side of the references: the whole cube at 64 cells, by the network's own modules, then everywhere at"
+        " the surface",
+        ge=8,
+        le=512,
     )
     resolutions: list[int] = option(
         [64, 96, 128, 192, 256], "cells a side to compare with it, by default ways", ge=8, le=512

@@ -58,12 +58,10 @@ def compare_decoding(config: DecodingConfig) -> str:
 
 
 def ways(config: DecodingConfig, max_points: int) -> dict[str, DecodeConfig]:
-    """How the field is decoded by name, the reference first: every node at the surface; `plain` in the whole cube at 64
-    cells, by `ShapeVAE.query` without anything prepared."""
-    found = {"every node": DecodeConfig(resolution=config.reference, tolerance=0)}
-    if config.plain:
-        coarse = min(COARSE, config.reference)
-        found = {"plain": replace(found["every node"], coarse_resolution=coarse)}
+    """How the field is decoded by name, the reference first: `plain` in the whole cube at 64 cells, then every node at
+    the surface, by `ShapeVAE.query` without anything prepared."""
+    coarse = min(COARSE, config.reference)
+    found = {"plain": DecodeConfig(resolution=config.reference, tolerance=0, coarse_resolution=coarse)}
     found |= {f"{cells} cells": DecodeConfig(resolution=cells) for cells in config.resolutions}
     return {name: replace(each, max_points=max_points) for name, each in found.items()}
 

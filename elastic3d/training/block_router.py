@@ -29,7 +29,7 @@ from elastic3d.elastic.rollout import FREE, Rollout
 from elastic3d.elastic.trace import SKIPPED, trace_share
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights, read_weights
-from elastic3d.training.calibration import Curve, CurvesConfig, as_trained, calibrate
+from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate
 from elastic3d.training.datasets import Batch
 from elastic3d.training.elastic_objective import Grid
 from elastic3d.training.few_step import GenerationConfig, GenerationObjective, attach_lora, relative_errors
@@ -282,8 +282,8 @@ class BlockRouterStage(Stage):
         self._references: tuple[Batch, Tensor] | None = None
 
     @abstractmethod
-    def val_batch(self, count: int) -> Batch:
-        """Noise and conditions of at most `count` validation samples, the same every time."""
+    def val_batch(self) -> Batch:
+        """Noise and conditions of the validation samples, the same every time."""
 
     def rate_factor(self, name: str) -> float:
         """Routers learn faster than the LoRA."""
@@ -327,11 +327,10 @@ class BlockRouterStage(Stage):
         errors = relative_errors(found, self._reference()[1], self.flow.weights)
         return errors.log().mean().exp().item()
 
-    def calibrate(self, curves: CurvesConfig | None = None, points: int = 24) -> None:
-        """Make the requested share the executed one, in the mean over the validated numbers of steps; per-block
-        routers have no `curves` over time."""
+    def calibrate(self, curves: CurvesConfig, points: int = 24) -> None:
+        """Make the requested share the executed one, in the mean over the validated numbers of steps."""
 
-        def generate(settings: ElasticConfig, count: int) -> tuple[Tensor, Tensor]:
+        def generate(settings: ElasticConfig, _: int) -> tuple[Tensor, Tensor]:
             shares = []
             for steps in self.config.blocks.val_steps:
                 whole = self.flow.session.router_config.guided_share(self.flow.times(steps)[:-1].tolist())
@@ -339,8 +338,8 @@ class BlockRouterStage(Stage):
                 shares.append(share / whole)
             return latents, torch.stack(shares).mean(0)
 
-        none = CurvesConfig(dampings=Curve.keep, gate_bias=Curve.keep)  # of forecasts and gates over time
-        calibrate(self.flow.session, generate, self.flow.times(self.config.blocks.val_steps[0]), none, points)
+        times = self.flow.times(self.config.blocks.val_steps[0])
+        calibrate(self.flow.session, generate, times, curves, points)
 
     def sensitivity(self, steps: int) -> Sensitivity:
         """What leaving out each block at each step does to the last latents, with the LoRA as it is."""
@@ -359,8 +358,7 @@ class BlockRouterStage(Stage):
         """Validation samples, and what the dense model makes of them."""
         if self._references is None:
             device = next(self.flow.routers.parameters()).device
-            drawn = self.val_batch(self.config.blocks.val_shapes)
-            batch = {name: value.to(device) for name, value in drawn.items()}
+            batch = {name: value.to(device) for name, value in self.val_batch().items()}
             dense = ElasticConfig(elastic=False)
             with as_trained(self.config.precision, device), torch.no_grad():
                 found = self.flow.generate(batch, self.config.blocks.reference_steps, dense)

@@ -20,7 +20,7 @@ from elastic3d.training.block_router import (
     attach_block_routers,
 )
 from elastic3d.training.datasets import Batch, Shuffle, item_generator
-from elastic3d.training.elastic_image import BackboneConfig, ImageTermConfig, PublishedPipeline, image_loss
+from elastic3d.training.elastic_image import BackboneConfig, ImageTermConfig, PublishedPipeline
 from elastic3d.training.image import ImageItems
 from elastic3d.training.image_data import ImageCache, text_of
 from elastic3d.training.options import GenerationTrainConfig, StageName
@@ -97,10 +97,7 @@ class ImageBlockRouters(BlockRouterObjective):
 
     def decoded(self, found: Tensor, dense: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Mean absolute difference of decoded images at several scales."""
-        backbone, size = self.pipeline.backbone, self.pipeline.size
-        with torch.no_grad():
-            wanted = backbone.decode(dense, size).float()
-        return {"image": image_loss(backbone.decode(found, size).float(), wanted)}
+        return self.pipeline.decoded_loss(found, dense)
 
 
 def _with_negative(text: Text, negative: Text) -> Text:
@@ -147,6 +144,6 @@ class ImageBlockRouterStage(BlockRouterStage):
         self.items = ImageRolloutItems(pipeline.train, config.blocks.pairs, self.draw)
         self.record = pipeline.record
 
-    def val_batch(self, count: int) -> Batch:
-        """Of the first validation captions."""
-        return ImageItems(self.pipeline.val).fixed(count)
+    def val_batch(self) -> Batch:
+        """Noise and captions of the validation images."""
+        return ImageItems(self.pipeline.val).fixed(len(self.pipeline.val))

@@ -25,13 +25,14 @@ from elastic3d.training.block_router import (
     RouteDraw,
     attach_block_routers,
 )
-from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, open_split, stack
+from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, open_split
 from elastic3d.training.few_step import (
     TOKENS,
     ShapeGenerationConfig,
     channel_weights,
     draw_pair,
     integrate_shapes,
+    val_pairs,
 )
 from elastic3d.training.latents import LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.mesh_loss import MESH_STORED, MeshReconstruction, MeshTermsConfig, mesh_item
@@ -153,9 +154,6 @@ class ShapeBlockRouterStage(BlockRouterStage):
         self.items = ShapeRolloutItems(cache.train, cache.info, options, self.draw, meshes)
         self.record = cache.record
 
-    def val_batch(self, count: int) -> Batch:
-        """Pairs of the first `count` validation shapes."""
-        val, info = self.cache.val, self.cache.info
-        items = [draw_pair(val, info, pair, 0) for pair in range(min(count, len(val)))]
-        # autocast stacks no fp16
-        return stack([item | {"condition": item["condition"].float()} for item in items])
+    def val_batch(self) -> Batch:
+        """Pairs of the validation shapes."""
+        return val_pairs(self.cache)

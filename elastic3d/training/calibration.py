@@ -76,16 +76,17 @@ def calibrate(
     """
     if session.conditioner is None:
         return
-    dampings, gate_bias = curves.dampings, curves.gate_bias
     _draw(session, requested_budgets=[], calibrated_budgets=[])
-    reuse = session.router_config.scope is Scope.step and session.router_config.longest > 0
-    if dampings is Curve.choose:
+    router = session.router_config
+    by_step = router.scope is Scope.step  # routers of each block have no curves over time
+    dampings, gate_bias = (by_step and curve is Curve.choose for curve in (curves.dampings, curves.gate_bias))
+    if dampings:
         _draw(session, damping_times=[], dampings=[])
-    if gate_bias is Curve.choose:
+    if gate_bias:
         _draw(session, times=[], gate_bias=[])
-    if reuse and dampings is Curve.choose and session.router_config.damping:
+    if dampings and router.longest and router.damping:
         choose_dampings(session, generate)
-    if reuse and gate_bias is Curve.choose:
+    if gate_bias and router.longest:
         choose_gate_bias(session, generate, times)
     requested = np.linspace(MIN_BUDGET, 1.0, points)
     bar = tqdm(requested, desc="calibrate", dynamic_ncols=True)

@@ -3,18 +3,14 @@ keep; and what a new run starts from (`init_from`), one of them or a model folde
 
 from __future__ import annotations
 
-import base64
 import json
 import os
-import random
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from elastic3d.errors import UserError
@@ -30,18 +26,6 @@ Config = TypeVar("Config")
 MANIFEST = "manifest.json"
 CLASSES = {"vae": (VAEConfig, "ShapeVAE"), "dit": (DiTConfig, "ShapeDiT")}
 _PREFIX = "step-"
-_MT_WORDS = 624  # of the Mersenne Twister's state
-_RANDOM = {
-    "python": list,
-    "numpy": {
-        "bit_generator": str,
-        "state": {"key": [Number(0, 2**32 - 1, whole=True)], "pos": Number(0, _MT_WORDS, whole=True)},
-        "has_gauss": Number(0, 1, whole=True),
-        "gauss": Number(),
-    },
-    "torch": str,
-    "cuda": [str],
-}
 
 
 @dataclass
@@ -71,21 +55,14 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"{_PREFIX}{step:08d}"
 
 
-def write_part(folder: Path, step: int, name: str, value: Mapping[str, Any]) -> None:
-    """Put one JSON file into the checkpoint that is being written; each process adds its own this way."""
-    unfinished = _unfinished(folder, step)
-    unfinished.mkdir(parents=True, exist_ok=True)
-    (unfinished / name).write_text(json.dumps(value))
-
-
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint into `folder`, parts of other processes included, and drop all but the newest
-    `keep`.
+    """Write a checkpoint into `folder`, and drop all but the newest `keep`.
 
     The files are written beside, listed with their hashes in a manifest, flushed to disk, and the folder
     renamed: whatever moment the process dies at, no folder of the final name is incomplete.
     """
-    final, unfinished = checkpoint_path(folder, checkpoint.step), _unfinished(folder, checkpoint.step)
+    final = checkpoint_path(folder, checkpoint.step)
+    unfinished = folder / f".{final.name}.unfinished"
     try:
         _write(unfinished, checkpoint)
     except (OSError, UserError) as error:  # such as a full disk
@@ -161,53 +138,6 @@ def clear_unfinished(folder: Path) -> None:
     """Drop what a killed process left of a checkpoint."""
     for path in folder.glob(f".{_PREFIX}*.unfinished"):
         shutil.rmtree(path)
-
-
-def random_state() -> dict[str, Any]:
-    """The state of Python's, NumPy's and torch's global generators in this process, as JSON values."""
-    numpy_state: dict[str, Any] = np.random.get_state(legacy=False)
-    inner = numpy_state["state"]
-    cuda = [_encode(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
-    return {
-        "python": random.getstate(),
-        "numpy": {**numpy_state, "state": {"key": inner["key"].tolist(), "pos": inner["pos"]}},
-        "torch": _encode(torch.get_rng_state()),
-        "cuda": cuda,
-    }
-
-
-def load_random_state(path: Path) -> None:
-    """`set_random_state` from a part of a checkpoint; UserError unless `random_state` wrote it."""
-    state = load_json(path, _RANDOM)
-    try:
-        set_random_state(state)
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise UserError(f"{path} holds no state of the random generators: {error}") from error
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Inverse of `random_state`, in the same or another process."""
-    if len(state["numpy"]["state"]["key"]) != _MT_WORDS:  # NumPy would read beyond them
-        raise ValueError(f"NumPy's key has {len(state['numpy']['state']['key'])} words, expected {_MT_WORDS}")
-    version, inner, gauss = state["python"]
-    random.setstate((version, tuple(inner), gauss))
-    key = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)
-    np.random.set_state({**state["numpy"], "state": {"key": key, "pos": state["numpy"]["state"]["pos"]}})
-    torch.set_rng_state(_decode(state["torch"]))
-    for device, encoded in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(_decode(encoded), device)
-
-
-def _encode(tensor: Tensor) -> str:
-    return base64.b64encode(tensor.numpy().tobytes()).decode()
-
-
-def _decode(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
-
-
-def _unfinished(folder: Path, step: int) -> Path:
-    return folder / f".{checkpoint_path(folder, step).name}.unfinished"
 
 
 def _by_step(folder: Path) -> list[Path]:

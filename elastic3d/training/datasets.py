@@ -217,6 +217,14 @@ def pick(points: Tensor, count: int, rng: np.random.Generator) -> Tensor:
     return points[torch.from_numpy(index)].float()
 
 
+def field_queries(shapes: PreparedShapes, id: str, near: int, volume: int, rng: np.random.Generator) -> Batch:
+    """`points` (Q,3) with their signed `distance` (Q,): those near the surface of a shape, then those anywhere in its
+    box."""
+    counts = {"near": near, "volume": volume}
+    rows = torch.cat([pick(shapes.read(id, name), count, rng) for name, count in counts.items()])
+    return {"points": rows[:, :3].contiguous(), "distance": rows[:, 3].contiguous()}
+
+
 class _ByPosition(Dataset):
     def __init__(self, items: Items, seed: int) -> None:
         self.items, self.seed = items, seed

@@ -16,7 +16,7 @@ from elastic3d.models.images import prepare_image
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_generator, open_split, stack
-from elastic3d.training.journal import contact_sheet, field_meshes, mesh_image
+from elastic3d.training.journal import contact_sheet, mesh_row
 from elastic3d.training.latents import INFO_NAME, LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.loop import Stage
 from elastic3d.training.options import DataConfig, StageName, TrainConfig
@@ -259,8 +259,7 @@ class DiTStage(Stage):
         self.vae.to(device)
         rows = [[self._view(i) for i in indices]]
         for found in (latents, items["latents"].to(device)):
-            meshes = field_meshes(self.vae, found, self.config.sample_resolution)
-            rows.append([mesh_image(mesh) for mesh in meshes])
+            rows.append(mesh_row(self.vae, found, self.config.sample_resolution))
         return {"generated": contact_sheet(rows)}
 
     def _view(self, index: int, size: int = 160) -> np.ndarray:

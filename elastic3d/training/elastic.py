@@ -25,7 +25,7 @@ from elastic3d.training.elastic_objective import (
     RoutingConfig,
     SamplerDraw,
 )
-from elastic3d.training.journal import contact_sheet, field_meshes, mesh_image
+from elastic3d.training.journal import contact_sheet, mesh_row
 from elastic3d.training.latents import LatentCache, LatentCacheConfig
 from elastic3d.training.mesh_loss import MESH_STORED, MeshReconstruction, MeshTermsConfig, mesh_item
 from elastic3d.training.options import DataConfig, StageName, TrainConfig
@@ -151,8 +151,7 @@ class RouterStage(RoutedStage):
     def sheet(self, rows: list[Tensor]) -> np.ndarray:
         """The meshes of each row."""
         self.vae.to(rows[0].device)
-        meshes = [field_meshes(self.vae, row, self.config.dit.sample_resolution) for row in rows]
-        return contact_sheet([[mesh_image(mesh) for mesh in row] for row in meshes])
+        return contact_sheet([mesh_row(self.vae, row, self.config.dit.sample_resolution) for row in rows])
 
     def sampled(self, count: int) -> Tensor:
         """As the pipeline samples, of validation views."""

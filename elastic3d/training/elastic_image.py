@@ -102,6 +102,13 @@ class PublishedPipeline:
         self._backbone.pipe.vae.requires_grad_(False).eval().to(device)
         return self._backbone
 
+    def decoded_loss(self, found: Tensor, true: Tensor) -> dict[str, Tensor]:
+        """`image_loss` (B,) of what latents (B,N,C) decode to; the true ones have no gradient."""
+        backbone = self.backbone
+        with torch.no_grad():
+            wanted = backbone.decode(true, self.size).float()
+        return {"image": image_loss(backbone.decode(found, self.size).float(), wanted)}
+
 
 class ImageRouterObjective(RouterObjective):
     """Routers of a text-to-image DiT. The pipeline's own guidance is what is distilled: both branches, or its input."""
@@ -126,10 +133,7 @@ class ImageRouterObjective(RouterObjective):
 
     def decoded(self, data: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Mean absolute difference of decoded images at several scales."""
-        backbone, size = self.pipeline.backbone, self.pipeline.size
-        with torch.no_grad():
-            true = backbone.decode(batch["latents"][: len(data)], size).float()
-        return {"image": image_loss(backbone.decode(data, size).float(), true)}
+        return self.pipeline.decoded_loss(data, batch["latents"][: len(data)])
 
 
 def image_loss(found: Tensor, true: Tensor, scales: int = 3) -> Tensor:

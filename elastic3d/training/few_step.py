@@ -35,12 +35,15 @@ from elastic3d.pipelines.image_to_3d import ROUTERS_NAME
 from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_generator, stack
 from elastic3d.training.latents import LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.loop import Stage
+from elastic3d.training.mesh_loss import MeshReconstruction
 from elastic3d.training.options import DataConfig, GenerationTrainConfig, StageName
+from elastic3d.training.vae import FieldLossConfig
 from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import Options, option
 
 VALIDATED = ((4, 1.0), (6, 1.0), (8, 0.5), (12, 0.35), (12, 0.5), (25, 0.3))  # steps, budget
 TOKENS = ("tokens",)
+VOLUME_POINTS = 128  # of a sample, anywhere in the box, at which decoded fields are compared
 
 
 @dataclass(kw_only=True)
@@ -181,6 +184,13 @@ def draw_pair(shapes: PreparedShapes, info: LatentInfo, pair: int, seed: int) ->
     return {"noise": torch.from_numpy(noise), "condition": shapes.read(id, "tokens", view)}
 
 
+def val_pairs(cache: LatentCache) -> Batch:
+    """Pairs of the validation shapes, the same every time."""
+    items = [draw_pair(cache.val, cache.info, pair, 0) for pair in range(len(cache.val))]
+    # autocast stacks no fp16
+    return stack([item | {"condition": item["condition"].float()} for item in items])
+
+
 def relative_errors(found: Tensor, true: Tensor, weights: Tensor | float = 1.0) -> Tensor:
     """(B,N,C) each, weights of channels (C,) -> squared distance over the squared norm (B,)."""
     return (weights * (found - true).square()).mean((1, 2)) / (weights * true.square()).mean((1, 2))
@@ -251,6 +261,12 @@ class FewStepStageConfig(ShapeGenerationConfig):
         ge=0,
         le=1,
     )
+    field_weight: float = option(
+        1.0,
+        "weight of the distance between the fields that the last latents and the dense ones decode to; 0: none",
+        ge=0,
+        le=1e6,
+    )
 
     def check(self) -> None:
         """Ranges of steps and NFE that hold at least one generation."""
@@ -281,6 +297,7 @@ class FewStepTrainConfig(GenerationTrainConfig):
     stage: StageName = option(StageName.few_step, "what to do")
     data: DataConfig = option(DataConfig, "prepared shapes")
     latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
+    vae: FieldLossConfig = option(FieldLossConfig, "the loss that the VAE was trained with")
     few_step: FewStepStageConfig = option(FewStepStageConfig, "training of the routers' few-step LoRA")
 
 
@@ -316,13 +333,19 @@ class FewStepObjective(GenerationObjective):
     """Only the few-step LoRA is parameters: the model and its routers stay as they are."""
 
     def __init__(
-        self, dit: ShapeDiT | SkipDiT, pipeline: PipelineConfig, config: FewStepStageConfig, anchors: int
+        self,
+        dit: ShapeDiT | SkipDiT,
+        pipeline: PipelineConfig,
+        config: FewStepStageConfig,
+        anchors: int,
+        meshes: MeshReconstruction | None = None,
     ) -> None:
-        """`anchors`: how many channels of a latent, the first ones, are where it is."""
+        """`anchors`: how many channels of a latent, the first ones, are where it is; `meshes`: compares fields, which
+        items bring offsets and points for."""
         attach_few_step(dit, config, pipeline.guidance)
         weights = channel_weights(dit.config.in_channels, anchors, config.anchor_weight)
         super().__init__(dit, config.reference_steps, weights)
-        self.config, self.pipeline = config, pipeline
+        self.config, self.pipeline, self.meshes = config, pipeline, meshes
         modules = router_modules(dit).items()
         self.few_step = nn.ModuleDict({name: part for name, part in modules if name.endswith("few_step")})
         self.few_step.requires_grad_(True)
@@ -333,21 +356,29 @@ class FewStepObjective(GenerationObjective):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`noise` (B,N,C), `condition` (B,M,Cc), `pair` (B,), and for all the first one's `steps` and `nfe` -> loss:
-        the mean logarithm of the relative squared errors, so that each NFE counts the same."""
+        the mean logarithm of the relative squared errors, so that each NFE counts the same, and the distance between
+        the decoded fields."""
         steps, nfe = int(batch["steps"][0]), float(batch["nfe"][0])
         target = self.dense_results(batch)
         budget = min(max(nfe / steps, MIN_BUDGET), 1.0)
         found = self.generate(batch, steps, ElasticConfig(budget=budget))
         errors = relative_errors(found, target, self.weights)
         loss = (errors + self.config.floor).log().mean()
-        return loss, {"error": errors.detach().log().mean().exp(), "nfe": batch["nfe"][0]}
+        values = {"error": errors.detach().log().mean().exp(), "nfe": batch["nfe"][0]}
+        if self.meshes is not None:
+            points = self.meshes.points_around(target, batch["offsets"], batch["points"])
+            field = self.meshes.distance(found, target, points).mean()
+            loss = loss + self.config.field_weight * field
+            values["field"] = field.detach()
+        return loss, values
 
 
 @dataclass
 class PairItems:
     """`pairs` pairs of a shape's view and noise, in a new order each round; a batch has one number of steps and NFE.
 
-    Items: `noise` (N,C), `condition` (M,Cc), `pair`, `steps`, `nfe` ()."""
+    Items: `noise` (N,C), `condition` (M,Cc), `pair`, `steps`, `nfe` (), and where fields are compared `offsets` (N,3)
+    of points from the anchors and `points` (P,3) in the whole box."""
 
     shapes: PreparedShapes
     info: LatentInfo
@@ -369,6 +400,11 @@ class PairItems:
         # no smaller NFE than that of the smallest budget
         values = {"pair": pair, "steps": steps, "nfe": max(nfe, MIN_BUDGET * steps)}
         item = draw_pair(self.shapes, self.info, pair, seed)
+        if config.field_weight:
+            own = np.random.default_rng([seed, position, 5])
+            offsets = own.standard_normal((len(item["noise"]), 3), dtype=np.float32)
+            points = own.uniform(-1, 1, (VOLUME_POINTS, 3)).astype(np.float32)
+            item |= {"offsets": torch.from_numpy(offsets), "points": torch.from_numpy(points)}
         return item | {name: torch.tensor(value) for name, value in values.items()}
 
 
@@ -382,16 +418,19 @@ class FewStepStage(Stage):
             raise UserError(f"{options.model} has no routers, expected a folder {ROUTERS_NAME} in it")
         dit, pipeline = cache.load_dense(options.model, config.precision)
         vae: VAEConfig = load_config(options.model / "vae", VAEConfig, "ShapeVAE")
-        self.flow = FewStepObjective(dit, pipeline, options, vae.channels - vae.latent_channels)
+        meshes = None
+        if options.field_weight:
+            meshes = MeshReconstruction(cache.info.load_vae(config.vae), config.vae)
+        anchors = vae.channels - vae.latent_channels
+        self.flow = FewStepObjective(dit, pipeline, options, anchors, meshes)
         self.objective, self.record = self.flow, cache.record
         self.items = PairItems(cache.train, cache.info, options, config.batch)
         self._references: Tensor | None = None
 
     def validate(self) -> dict[str, float]:
         """Geometric mean of the relative squared error to the dense results, with and without the few-step LoRA."""
-        val, device = self.cache.val, next(self.flow.few_step.parameters()).device
-        pairs = stack([draw_pair(val, self.cache.info, pair, 0) for pair in range(len(val))])
-        batch = {name: tensor.to(device) for name, tensor in pairs.items()}
+        device = next(self.flow.few_step.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in val_pairs(self.cache).items()}
         if self._references is None:
             dense = ElasticConfig(elastic=False)
             self._references = self.flow.generate(batch, self.config.few_step.reference_steps, dense)

@@ -218,7 +218,7 @@ def _solids(config: HeldOutConfig) -> Callable[[str], trimesh.Trimesh]:
                 f"{id} is not in the source {config.data.source.value}, expected it as when it was prepared"
             )
         mesh, _ = normalize_mesh(source.load(items[id]).mesh)
-        return solidify(mesh, config.data.shape.resolution).mesh
+        return solidify(mesh, config.data.shape.resolution)
 
     return solid
 

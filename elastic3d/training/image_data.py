@@ -91,8 +91,6 @@ class Captioned:
 class ImageSource(Protocol):
     """Groups of images by number."""
 
-    missing: int
-
     def __len__(self) -> int: ...
 
     def load(self, index: int, size: int) -> list[Captioned]:
@@ -105,8 +103,6 @@ class ImageFolder:
 
     An image is cut to its central square. Every `val_every`-th is for validation alone.
     """
-
-    missing = 0
 
     def __init__(self, folder: Path, config: ImageDataConfig, validation: bool) -> None:
         if not folder.is_dir():
@@ -140,7 +136,7 @@ class ShapeViews:
         self, prepared: Path, split: Sequence[str], config: ImageDataConfig, limit: int, seed: int
     ) -> None:
         self.shapes = PreparedShapes(prepared, split, (), limit)
-        self.missing, self.config, self.seed = self.shapes.missing, config, seed
+        self.config, self.seed = config, seed
         self._nouns = {
             f"{sidecar.parent.name}/{item['id']}": noun_of(item["caption"])
             for source in sorted({id.partition("/")[0] for id in self.shapes.ids})

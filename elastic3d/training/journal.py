@@ -124,6 +124,11 @@ def mesh_image(mesh: trimesh.Trimesh | None, size: int = 160) -> np.ndarray:
     return on_white(view.colour)
 
 
+def mesh_row(vae: ShapeVAE, latents: Tensor, resolution: int) -> list[np.ndarray]:
+    """A view of the mesh of each of DiT-space latents (B,N,C)."""
+    return [mesh_image(mesh) for mesh in field_meshes(vae, latents, resolution)]
+
+
 def on_white(rgba: np.ndarray) -> np.ndarray:
     """Straight-alpha RGBA (H,W,4) uint8 over white -> (H,W,3) uint8."""
     alpha = rgba[..., 3:].astype(np.float32) / 255

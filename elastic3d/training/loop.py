@@ -22,12 +22,9 @@ from elastic3d.training.checkpoint import (
     Checkpoint,
     clear_unfinished,
     load_checkpoint,
-    load_random_state,
     newest_checkpoint,
-    random_state,
     save_checkpoint,
     starting_point,
-    write_part,
 )
 from elastic3d.training.datasets import Batch, Items, micro_batches
 from elastic3d.training.distributed import (
@@ -272,13 +269,9 @@ class _Run:
     # ------------------------------------------------------------------------------------------ checkpoints
 
     def _save(self) -> None:
-        folder = self.folder / "checkpoints"
-        write_part(folder, self.step, f"random-{self.accelerator.process_index:05d}.json", random_state())
-        tensors = self._tensors()
-        self.accelerator.wait_for_everyone()
+        checkpoint = Checkpoint(self.step, self._tensors(), self.record)
         if self.accelerator.is_main_process:
-            checkpoint = Checkpoint(self.step, tensors, self.record)
-            self.saved = save_checkpoint(folder, checkpoint, self.config.keep)
+            self.saved = save_checkpoint(self.folder / "checkpoints", checkpoint, self.config.keep)
         self.accelerator.wait_for_everyone()
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -331,9 +324,6 @@ class _Run:
         checkpoint = load_checkpoint(path)
         if checkpoint.step > self.config.steps:
             raise UserError(f"{path} is beyond steps={self.config.steps}")
-        own = path / f"random-{self.accelerator.process_index:05d}.json"
-        if own.is_file():  # absent for the processes that a larger run adds
-            load_random_state(own)
         self.notes.append(f"going on from {path}")
         return checkpoint
 

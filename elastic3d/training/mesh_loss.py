@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.training.datasets import Batch, PreparedShapes, pick
+from elastic3d.training.datasets import Batch, PreparedShapes, field_queries, pick
 from elastic3d.training.vae import FieldLoss, FieldLossConfig, field_loss
 from elastic3d.utils.options import Options, option
 
@@ -27,6 +27,7 @@ MESH_STORED = ("surface", "near", "volume")  # tensors of a prepared shape that 
 MESH_TERMS = ("field", "chamfer", "normals")
 SPACING = 0.01  # of the central differences; the finest grid cell of a 256 grid is 0.008
 JITTER = 0.02  # standard deviation of the offset at which the search for a surface point starts
+AROUND = 0.05  # standard deviation of points that are drawn around anchors; the box reaches from -1 to 1
 LARGEST_MOVE = 0.1  # a point that finds no surface nearby stays about where it was
 
 
@@ -138,13 +139,10 @@ class MeshTermsConfig(Options):
 
 def mesh_item(meshes: PreparedShapes, id: str, config: MeshTermsConfig, rng: np.random.Generator) -> Batch:
     """`points` (Q,3) with their `distance` (Q,); `surface` (S,6) and `jitter` (S,3)."""
-    near = pick(meshes.read(id, "near"), config.near_queries, rng)
-    volume = pick(meshes.read(id, "volume"), config.volume_queries, rng)
-    queries = torch.cat([near, volume])
+    queries = field_queries(meshes, id, config.near_queries, config.volume_queries, rng)
     offsets = rng.standard_normal((config.surface_points, 3), dtype=np.float32)
     return {
-        "points": queries[:, :3].contiguous(),
-        "distance": queries[:, 3].contiguous(),
+        **queries,
         "surface": pick(meshes.read(id, "surface"), config.surface_points, rng),
         "jitter": JITTER * torch.from_numpy(offsets),
     }
@@ -172,6 +170,14 @@ class MeshReconstruction:
         near = field_loss(field, batch["distance"][row], self.trained)
         surface, jitter = batch["surface"][row], batch["jitter"][row]
         return torch.stack([near, *surface_loss(lambda x: self._vae.query(x, tokens), surface, jitter)])
+
+    def points_around(self, latents: Tensor, offsets: Tensor, points: Tensor) -> Tensor:
+        """Points (B,N+P,3) that tell fields apart: the anchors of latents (B,N,C), which lie near the surface, moved by
+        `offsets` (B,N,3) times `AROUND`, and the given ones (B,P,3). These alone where latents have no anchors."""
+        if not self._vae.config.anchored:
+            return points
+        anchors = self._vae.from_latents(latents)[..., :3]
+        return torch.cat([anchors + AROUND * offsets, points], dim=1)
 
     def distance(self, latents: Tensor, other: Tensor, points: Tensor) -> Tensor:
         """Distance (B,) of the fields of two sets of latents (B,N,C) at points (B,Q,3); the other's has no gradient."""

@@ -118,8 +118,8 @@ def draw_route(
     route = full.copy()
     route[order[:count]] = 0
     # an MLP has about half of a block's FLOPs; what is left to save is saved by narrowing as many as it takes
-    left, executed = (1 - share) * blocks - count, order[count:]
-    for index in rng.permutation(executed):
+    left, open_blocks = (1 - share) * blocks - count, order[count:]
+    for index in rng.permutation(open_blocks):
         if left <= 0:
             break
         width = int(rng.integers(1, WIDTHS))
@@ -203,11 +203,11 @@ def routes_around(
     action = torch.where(narrow, width, len(ratios))
     noise = -torch.rand(sensitivity.shape, generator=generator).clamp(1e-9, 1 - 1e-7).log().neg().log()
     scale = sensitivity.std(unbiased=False).item() or 1.0
-    priority = (sensitivity + spread * scale * noise - sensitivity.min() + 1e3)[:, None].expand(-1, 2, -1)
-    ran = torch.zeros(priority.shape, dtype=torch.bool)
-    ran[:, 0] = True  # one branch stands for both
-    found = fill(priority, action[:, None].expand_as(priority), ran, blocks, ratios, share)
-    return found[:, :1].expand(-1, 2, -1).contiguous()
+    priority = (sensitivity + spread * scale * noise - sensitivity.min() + 1e3)[:, None]
+    found = fill(
+        priority, action[:, None], torch.ones_like(priority, dtype=torch.bool), blocks, ratios, share
+    )
+    return found.expand(-1, 2, -1).contiguous()
 
 
 def load_sensitivity(path: Path | None, blocks: Sequence[str]) -> Sensitivity | None:

@@ -17,13 +17,14 @@ from elastic3d.training.datasets import (
     Batch,
     PreparedShapes,
     Shuffle,
+    field_queries,
     item_generator,
     open_split,
     pick,
     record_of_shapes,
     stack,
 )
-from elastic3d.training.journal import contact_sheet, field_meshes, mesh_image
+from elastic3d.training.journal import contact_sheet, mesh_row
 from elastic3d.training.loop import Stage
 from elastic3d.training.options import DataConfig, StageName, TrainConfig
 from elastic3d.utils.options import Options, option
@@ -193,15 +194,9 @@ class VAEItems:
     def draw(self, id: str, rng: np.random.Generator) -> Batch:
         """A random subset of a shape's stored points."""
         config = self.config
-        near = pick(self.shapes.read(id, "near"), config.near_queries, rng)
-        volume = pick(self.shapes.read(id, "volume"), config.volume_queries, rng)
-        queries = torch.cat([near, volume])
+        item = field_queries(self.shapes, id, config.near_queries, config.volume_queries, rng)
         surface = self.shapes.read(id, "surface")
-        item = {
-            "surface": pick(surface, config.surface_points, rng),
-            "points": queries[:, :3].contiguous(),
-            "distance": queries[:, 3].contiguous(),
-        }
+        item["surface"] = pick(surface, config.surface_points, rng)
         if config.sharp_points:
             sharp = self.shapes.read(id, "sharp")
             item["sharp"] = pick(sharp if len(sharp) else surface, config.sharp_points, rng)
@@ -280,8 +275,7 @@ class VAEStage(Stage):
     def samples(self, count: int = 6) -> dict[str, np.ndarray]:
         """Views of reconstructed validation shapes."""
         latents = self._latents(self._fixed(range(min(count, len(self._val)))))
-        meshes = field_meshes(self.vae, latents, self.config.sample_resolution)
-        return {"reconstruction": contact_sheet([[mesh_image(mesh) for mesh in meshes]])}
+        return {"reconstruction": contact_sheet([mesh_row(self.vae, latents, self.config.sample_resolution)])}
 
     def _latents(self, items: Batch) -> Tensor:
         """Mean latents (B,N,C) of shapes."""
@@ -292,9 +286,7 @@ class VAEStage(Stage):
         shapes, config, items = self._val, self.config, []
         for index in indices:
             id, rng = shapes.ids[index], item_generator(0, index)
-            near, volume = (pick(shapes.read(id, k), config.val_queries, rng) for k in ("near", "volume"))
-            queries = torch.cat([near, volume])
-            item = VAEItems(shapes, config).draw(id, rng)
-            items.append({**item, "points": queries[:, :3], "distance": queries[:, 3]})
+            fixed = field_queries(shapes, id, config.val_queries, config.val_queries, rng)
+            items.append(VAEItems(shapes, config).draw(id, rng) | fixed)
         device = next(self.vae.parameters()).device
         return {name: tensor.to(device) for name, tensor in stack(items).items()}

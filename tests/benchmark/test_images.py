@@ -13,7 +13,7 @@ from PIL import Image
 
 from elastic3d.benchmark.config import CacheName, ImageBenchmarkConfig, Method, Phase
 from elastic3d.benchmark.images import ImageTask
-from elastic3d.benchmark.methods import ABLATIONS
+from elastic3d.benchmark.methods import ON_REQUEST
 from elastic3d.benchmark.run import benchmark
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule
 from elastic3d.errors import UserError
@@ -40,7 +40,7 @@ def done(gallery: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     variants = {"same": str(gallery / "model" / "routers")}
     cache = BlockCacheConfig(rule=CacheRule.band, band=0.2)
     config = image_config_of(gallery, output, variants=variants, cache=cache)
-    return output, benchmark(config, gallery, "python scripts/benchmark.py")
+    return output, benchmark(config, "python scripts/benchmark.py")
 
 
 def row_of(results: dict[str, Any], method: str, **fields: Any) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def test_every_method_is_a_row_with_every_number(done):
     assert json.loads((output / "results.json").read_text()) == json.loads(json.dumps(results))
     rows = results["rows"]
     # its sampler takes no other steps, its routers have no LoRA, and alone there is nobody to share routes with
-    absent = {Method.euler_steps, Method.elastic_shared, Method.few_step_lora, *ABLATIONS}
+    absent = {Method.euler_steps, Method.elastic_shared, Method.few_step_lora, *ON_REQUEST}
     methods = {*Method.__members__} - {method.name for method in absent}
     assert {row["method"] for row in rows} == {*methods, *(c.name for c in INSTALLED), "same"}
     for row in rows:
@@ -136,7 +136,7 @@ def test_a_second_run_makes_nothing_again(done, gallery, monkeypatch):
     config = image_config_of(
         gallery, output, cache=cache, phases=[Phase.quality], methods=[Method.elastic], caches=[]
     )
-    again = benchmark(config, gallery)
+    again = benchmark(config)
     before, after = row_of(results, "elastic"), row_of(again, "elastic")
     assert after["feature_dense"] == before["feature_dense"] and after["frechet"] == before["frechet"]
     assert after["dit_ms_median"] is None
@@ -156,7 +156,7 @@ def test_an_interrupted_run_keeps_what_it_has(gallery, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ImageTask, "produced", counted)
     with pytest.raises(KeyboardInterrupt):
-        benchmark(config, gallery)
+        benchmark(config)
     kept = list(tmp_path.rglob("seed-0/*.png"))
     assert len(kept) == 2 and {read_metadata(path)["prompt"] for path in kept} == set(made)
     made.clear()
@@ -165,7 +165,7 @@ def test_an_interrupted_run_keeps_what_it_has(gallery, tmp_path, monkeypatch):
         "produced",
         lambda s, r, jobs: made.extend(j.name for j in jobs) or real(s, r, jobs),
     )
-    results = benchmark(config, gallery)
+    results = benchmark(config)
     assert made == [PROMPTS[2], *PROMPTS] and row_of(results, "dense")["images"] == 3
     assert row_of(results, "dense")["psnr_dense_floor"] is None  # one seed only
 
@@ -181,7 +181,7 @@ def test_an_image_that_cannot_be_made_counts_against_the_method(gallery, tmp_pat
     monkeypatch.setattr(TextToImagePipeline, "__call__", broken)
     config = image_config_of(gallery, tmp_path, methods=[Method.dense, Method.fewer_steps], caches=[], seeds=[0],
                        steps=[2], phases=[Phase.quality])  # fmt: skip
-    row = row_of(benchmark(config, gallery), "fewer_steps")
+    row = row_of(benchmark(config), "fewer_steps")
     assert row["failed"] == 1 and row["images"] == 3
     [folder] = (tmp_path / "runs").glob("dense-s2-*/seed-0")
     [failed] = [path for path in folder.glob("*.json") if json.loads(path.read_text())["status"] == "failed"]
@@ -226,7 +226,7 @@ def test_the_command_writes_its_results(gallery, tmp_path, monkeypatch, capsys):
 def test_what_is_refused(gallery, tmp_path, changes, message):
     base = {"methods": [Method.dense], "caches": [], "phases": [Phase.quality], "seeds": [0]}
     with pytest.raises(UserError, match=message):
-        benchmark(image_config_of(gallery, tmp_path, **base | changes), gallery)
+        benchmark(image_config_of(gallery, tmp_path, **base | changes))
 
 
 def test_options_are_checked():
@@ -248,6 +248,6 @@ def test_dense_images_may_be_the_reference_too(gallery, tmp_path):
     config = image_config_of(
         gallery, tmp_path, methods=[Method.dense], caches=[], phases=[Phase.quality], reference_steps=4
     )
-    row = row_of(benchmark(config, gallery, ""), "dense")
+    row = row_of(benchmark(config, ""), "dense")
     assert row["psnr_reference"] == row["psnr_dense"] == 100
     assert row["psnr_reference_floor"] == row["psnr_dense_floor"] < 100

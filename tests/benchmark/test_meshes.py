@@ -14,7 +14,7 @@ from elastic3d.benchmark import meshes
 from elastic3d.benchmark import run as running
 from elastic3d.benchmark.config import Method, Phase
 from elastic3d.benchmark.meshes import MeshTask
-from elastic3d.benchmark.methods import ABLATIONS
+from elastic3d.benchmark.methods import ON_REQUEST
 from elastic3d.benchmark.run import benchmark
 from elastic3d.elastic import save_routers, session_of
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule
@@ -46,7 +46,7 @@ def done(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     }
     cache = BlockCacheConfig(rule=CacheRule.band, band=0.2)
     config = config_of(world, output, variants=variants, cache=cache, calibration=world / "images")
-    return output, benchmark(config, world, "python scripts/benchmark.py")
+    return output, benchmark(config, "python scripts/benchmark.py")
 
 
 def row_of(results: dict[str, Any], method: str, **fields: Any) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def test_every_method_is_a_row_with_every_number(done):
     assert json.loads((output / "results.json").read_text()) == json.loads(json.dumps(results))
     rows = results["rows"]
     # alone, there is nobody to share with; these routers have no few-step LoRA; ablations are asked for by name
-    absent = (Method.elastic_shared, Method.few_step_lora, *ABLATIONS)
+    absent = (Method.elastic_shared, Method.few_step_lora, *ON_REQUEST)
     methods = {*Method.__members__} - {method.name for method in absent}
     assert {row["method"] for row in rows} == {*methods, "no_mesh", "finetuned", "whole", "forecast"}
     euler, own = (row_of(results, method, steps=2) for method in ("euler_steps", "fewer_steps"))
@@ -160,7 +160,7 @@ def test_a_second_run_makes_nothing_again(done, world, monkeypatch):
         methods=[Method.elastic, Method.static],
         caches=[],
     )
-    again = benchmark(config, world)
+    again = benchmark(config)
     row, before = row_of(again, "static"), row_of(results, "static")
     assert (
         row["chamfer_l1_paired"] == before["chamfer_l1_paired"]
@@ -195,7 +195,7 @@ def test_an_interrupted_run_goes_on(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(MeshTask, "produced", counted)
     with pytest.raises(KeyboardInterrupt):
-        benchmark(config, world)
+        benchmark(config)
     assert len(list(tmp_path.rglob("seed-0/*.glb"))) == 4 and not list(tmp_path.rglob("*.tmp*"))
     monkeypatch.setattr(
         MeshTask, "produced", lambda t, r, jobs, *rest: made.append(len(jobs)) or real(t, r, jobs, *rest)
@@ -212,13 +212,13 @@ def test_an_interrupted_run_goes_on(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(running, "_round", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        benchmark(config, world)
+        benchmark(config)
     assert sum(made) == 3 * 2  # three runs of two images, each once
     rounds.clear()
     monkeypatch.setattr(
         running, "_round", lambda *a: (rounds.append(a[2:5]) if a[5] is not None else None) or real_round(*a)
     )
-    results = benchmark(config, world)
+    results = benchmark(config)
     assert rounds == [("end_to_end", 1, 0), ("dit", 2, 0), ("dit", 2, 1), ("end_to_end", 2, 0)]
     assert all(row["rounds"] == 2 and row["end_to_end_speedup"] > 0 for row in results["rows"])
     assert row_of(results, "dense")["end_to_end_speedup"] == 1 and (tmp_path / "pareto-batch-2.png").is_file()
@@ -245,7 +245,7 @@ def test_failed_meshes_count_against_the_method(world, tmp_path, monkeypatch):
         phases=[Phase.quality],
         caches=[],
     )
-    results = benchmark(config, world)
+    results = benchmark(config)
     row = row_of(results, "fewer_steps", steps=2)
     assert row["failed"] == 1 and row["meshes"] == 2
     assert row["chamfer_l1_paired"] > 0.3 and row["f_score@0.05"] < row_of(results, "dense")["f_score@0.05"]
@@ -262,7 +262,7 @@ def test_failed_meshes_count_against_the_method(world, tmp_path, monkeypatch):
 )
 def test_what_is_refused(world, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        benchmark(config_of(world, tmp_path, **changes), world)
+        benchmark(config_of(world, tmp_path, **changes))
 
 
 def test_images_need_their_ground_truth(world, tmp_path):
@@ -270,7 +270,7 @@ def test_images_need_their_ground_truth(world, tmp_path):
     (world / "gt" / "a.ply").rename(tmp_path / "gt" / "a.ply")
     try:
         with pytest.raises(UserError, match="has 0 meshes named b, expected one"):
-            benchmark(config_of(world, tmp_path, gt=tmp_path / "gt"), world)
+            benchmark(config_of(world, tmp_path, gt=tmp_path / "gt"))
     finally:
         (tmp_path / "gt" / "a.ply").rename(world / "gt" / "a.ply")
 
@@ -290,7 +290,7 @@ def test_without_routers_only_the_dense_model_is_measured(world, tmp_path):
         phases=[Phase.quality],
         caches=[],
     )
-    results = benchmark(config, world)
+    results = benchmark(config)
     assert {row["method"] for row in results["rows"]} == {
         "dense",
         "fewer_steps",
@@ -300,13 +300,13 @@ def test_without_routers_only_the_dense_model_is_measured(world, tmp_path):
     assert all(row["f_score@0.02"] is None for row in results["rows"])
     config.methods = [Method.elastic]
     with pytest.raises(UserError, match="methods has elastic, which can't be run: .* has no routers"):
-        benchmark(config, world)
+        benchmark(config)
 
 
 def test_shared_routes_are_a_row_of_batches_alone_and_count_for_no_budget(world, tmp_path):
     config = config_of(world, tmp_path, methods=[Method.dense, Method.elastic, Method.elastic_shared], seeds=[0],
                        batches=[1, 2], end_to_end_repeats=0, caches=[])  # fmt: skip
-    rows = benchmark(config, world)["rows"]
+    rows = benchmark(config)["rows"]
     shared = [row for row in rows if row["method"] == "elastic_shared"]
     assert {row["batch"] for row in shared} == {2} and not any(row["as_trained"] for row in shared)
     assert {row["batch"] for row in rows if row["method"] == "elastic"} == {1, 2}

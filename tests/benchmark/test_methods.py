@@ -17,9 +17,9 @@ from elastic3d.benchmark.config import (
 )
 from elastic3d.benchmark.meshes import MeshTask, load_models
 from elastic3d.benchmark.methods import (
-    ABLATIONS,
     MAIN,
     NO_CACHE,
+    ON_REQUEST,
     Job,
     Planner,
     Routes,
@@ -28,8 +28,9 @@ from elastic3d.benchmark.methods import (
 from elastic3d.benchmark.methods import plan as plan_of
 from elastic3d.benchmark.report import route_panels
 from elastic3d.benchmark.rivals import grid, rival_cases
+from elastic3d.benchmark.run import benchmark
 from elastic3d.elastic import attach, detach, save_routers
-from elastic3d.elastic.config import CacheRule, RouterConfig, RouterCurves
+from elastic3d.elastic.config import Branches, CacheRule, RouterConfig, RouterCurves, Scope
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.utils.devices import DeviceChoice
@@ -59,7 +60,7 @@ def calibrated(world, folder, **changes):
 
 def test_methods_that_ask_for_the_same_share_a_run(world, tmp_path):
     config = config_of(world, tmp_path, budgets=[1.0, 0.5], elastic_steps=[2, 3])
-    models = load_models(config, world)
+    models = load_models(config)
     planner, cases = plan(config, models, items=2)
     by_method = {m: [c for c in cases if c.method == m.value] for m in Method}
     assert [(c.run.steps, c.budget) for c in by_method[Method.elastic]] == [
@@ -85,7 +86,7 @@ def test_methods_that_ask_for_the_same_share_a_run(world, tmp_path):
 
 def test_controls_have_the_cache_of_the_routers_and_fixed_intervals_their_damping(world, tmp_path):
     config = config_of(world, tmp_path, model=str(calibrated(world, tmp_path / "model")), dampings=[0.0, 1.0])
-    models = load_models(config, world)
+    models = load_models(config)
     _, cases = plan(config, models, items=2)
     own = models[MAIN].session.router_config.cache()
     assert {c.method for c in cases} >= {"elastic", "random", "static", "timestep", "shuffled", "dense_cache"}
@@ -106,16 +107,16 @@ def test_controls_have_the_cache_of_the_routers_and_fixed_intervals_their_dampin
         own.dampings,
     )
     plain = config_of(world, tmp_path)  # whose routers forecast nothing
-    assert all("calibrated" not in c.note for c in plan(plain, load_models(plain, world), 2)[1])
+    assert all("calibrated" not in c.note for c in plan(plain, load_models(plain), 2)[1])
 
 
 def test_ablations_leave_out_one_thing_and_have_to_be_asked_for(world, tmp_path):
     model = str(calibrated(world, tmp_path / "model"))
     config = config_of(world, tmp_path, model=model)
-    models = load_models(config, world)
-    assert not {c.method for c in plan(config, models, 2)[1]} & {m.value for m in ABLATIONS}
+    models = load_models(config)
+    assert not {c.method for c in plan(config, models, 2)[1]} & {m.value for m in ON_REQUEST}
     chosen = [Method.elastic, Method.elastic_no_bias, Method.elastic_no_damping]
-    task = MeshTask(config_of(world, tmp_path / "out", model=model, methods=chosen, seeds=[0]), world)
+    task = MeshTask(config_of(world, tmp_path / "out", model=model, methods=chosen, seeds=[0]))
     cases = plan_of(task.planner, 2)
     runs = {case.method: case.run for case in cases}
     assert len({run.name for run in runs.values()}) == 3
@@ -133,7 +134,7 @@ def test_ablations_leave_out_one_thing_and_have_to_be_asked_for(world, tmp_path)
     assert not torch.equal(found["elastic"], found["elastic_no_bias"])
     with pytest.raises(UserError, match="elastic_no_bias, which can't be run: its routers have no gate bias"):
         plain = config_of(world, tmp_path, methods=[Method.elastic_no_bias])
-        plan(plain, load_models(plain, world), 2)
+        plan(plain, load_models(plain), 2)
 
 
 def test_a_linear_forecast_of_the_dense_model_is_dense_cache(world, tmp_path):
@@ -141,7 +142,7 @@ def test_a_linear_forecast_of_the_dense_model_is_dense_cache(world, tmp_path):
     model = str(calibrated(world, tmp_path / "model"))
     config = config_of(world, tmp_path, model=model, steps=[8], baseline_steps=8, elastic_steps=[8], intervals=[3],
                        forecasts=[ForecastName.linear])  # fmt: skip
-    task = MeshTask(config, world)
+    task = MeshTask(config)
     [cached, _] = [c.run for c in plan_of(task.planner, 2) if c.method == "dense_cache"]
     [rival] = [c.run for c in rival_cases(task.planner)]
     jobs, found = task.jobs[:2], []
@@ -163,7 +164,7 @@ def test_the_few_step_lora_has_rows_where_few_evaluations_are_left(world, tmp_pa
     pipeline.save_pretrained(tmp_path / "lora")
     fields = dict(model=str(tmp_path / "lora"), budgets=[1.0, 0.5], elastic_steps=[2, 4, 8], steps=[2, 3, 4])
     named = [Method.few_step_lora, Method.elastic_no_lora, Method.dense_cache, Method.fewer_steps]
-    task = MeshTask(config_of(world, tmp_path, methods=named, **fields), world)
+    task = MeshTask(config_of(world, tmp_path, methods=named, **fields))
     cases = plan_of(task.planner, 2)
     by_method = {m: [c.run for c in cases if c.method == m.value] for m in Method}
     assert [run.steps for run in by_method[Method.few_step_lora]] == [2]
@@ -191,7 +192,7 @@ def test_the_few_step_lora_has_rows_where_few_evaluations_are_left(world, tmp_pa
         UserError, match="few_step_lora, which can't be run: its routers have no few-step LoRA"
     ):
         plain_config = config_of(world, tmp_path, methods=[Method.few_step_lora])
-        plan(plain_config, load_models(plain_config, world), 2)
+        plan(plain_config, load_models(plain_config), 2)
 
 
 def test_a_lora_with_guidance_costs_half_and_fits_its_guidance_alone(world, tmp_path):
@@ -202,7 +203,7 @@ def test_a_lora_with_guidance_costs_half_and_fits_its_guidance_alone(world, tmp_
     fields = dict(
         model=str(tmp_path / "guided"), steps=[2], methods=[Method.few_step_lora], limit=1, seeds=[0]
     )
-    task = MeshTask(config_of(world, tmp_path / "meshes", guidance=3.0, **fields), world)
+    task = MeshTask(config_of(world, tmp_path / "meshes", guidance=3.0, **fields))
     [case] = plan_of(task.planner, 1)
     [result] = task.produced(case.run, task.jobs)
     assert result.metadata["updated"] and result.metadata["one_branch"]
@@ -215,7 +216,7 @@ def test_a_lora_with_guidance_costs_half_and_fits_its_guidance_alone(world, tmp_
     [(title, drawn)] = route_panels(task, [case])
     assert drawn == routes and title.startswith("few_step_lora, 2 steps, seed 0:")
     other = config_of(world, tmp_path, guidance=2.0, **fields)
-    assert plan(other, load_models(other, world), items=1)[1] == []
+    assert plan(other, load_models(other), items=1)[1] == []
 
 
 def test_the_command_line():
@@ -252,7 +253,7 @@ def test_controls_and_variants_have_their_own_budgets(world, tmp_path):
     save_routers(pipeline.dit, tmp_path / "routers")
     config = config_of(world, tmp_path, budgets=[1.0, 0.5], elastic_steps=[2, 3], control_budgets=[0.4, 0.3],
                        variants={"other": str(tmp_path / "routers")})  # fmt: skip
-    _, cases = plan(config, load_models(config, world), items=2)
+    _, cases = plan(config, load_models(config), items=2)
     for method in ("random", "static", "timestep", "shuffled", "other"):
         assert [(c.run.steps, c.budget) for c in cases if c.method == method] == [(3, 0.4), (3, 0.3)]
     assert {c.budget for c in cases if c.method == "elastic"} == {1.0, 0.5}
@@ -264,11 +265,11 @@ def test_controls_of_per_block_routers_run_in_the_steps_of_these(world, tmp_path
     model = calibrated(world, tmp_path / "model", **lora)
     chosen = [Method.random, Method.static, Method.timestep, Method.shuffled]
     fields = dict(model=str(model), methods=chosen, baseline_steps=5, seeds=[0], calibration_samples=1)
-    task = MeshTask(config_of(world, tmp_path / "refused", **fields), world)
+    task = MeshTask(config_of(world, tmp_path / "refused", **fields))
     with pytest.raises(UserError, match="steps is 5, expected 2 to 4, for which these per-block routers"):
         task.controls.source(plan_of(task.planner, 2)[0].run, task.jobs[:1])
     routers = {"other": str(model / "routers")}
-    task = MeshTask(config_of(world, tmp_path / "out", control_steps=2, variants=routers, **fields), world)
+    task = MeshTask(config_of(world, tmp_path / "out", control_steps=2, variants=routers, **fields))
     cases, session = plan_of(task.planner, 2), task.planner.models[MAIN].session
     assert [(c.method, c.run.steps) for c in cases] == [
         (name, 2) for name in ("random", "static", "timestep", "shuffled", "other")
@@ -285,12 +286,37 @@ def test_controls_of_per_block_routers_run_in_the_steps_of_these(world, tmp_path
         plan(ablation, task.planner.models, 2)
 
 
+def test_per_block_routes_are_timed_on_a_model_whose_routers_decide_once_a_step(world, tmp_path):
+    """Beside all blocks with the few-step LoRA; its routers decide nothing."""
+    step = dict(scope=Scope.step, branches=Branches.shared, widths=1, few_step_rank=2, few_step_nfe=4.0)
+    model = calibrated(world, tmp_path / "model", **step)
+    chosen = [Method.dense, Method.few_step_lora, Method.random_blocks]
+    config = config_of(world, tmp_path / "out", model=str(model), methods=chosen, control_budgets=[0.5], steps=[3],
+                       batches=[1, 4], timing_items=4, seeds=[0], caches=[], phases=[Phase.timing])  # fmt: skip
+    results = benchmark(config)
+    rows = {row["batch"]: row for row in results["rows"] if row["method"] == "random_blocks"}
+    whole = {row["batch"]: row for row in results["rows"] if row["method"] == "few_step_lora"}
+    assert set(rows) == set(whole) == {1, 4} and results["comparisons"] == []
+    for batch, row in rows.items():
+        assert row["executed_flops_ratio"] == pytest.approx(0.5, abs=0.1)
+        assert row["efficiency"] == pytest.approx(row["dit_speedup"] * row["executed_flops_ratio"])
+        assert whole[batch]["executed_flops_ratio"] == 1 and whole[batch]["dit_speedup"] > 0
+    task = MeshTask(config)
+    [run] = [case.run for case in plan_of(task.planner, 2) if case.method == "random_blocks"]
+    source = task.controls.source(run, task.timing_jobs)
+    assert not source.alike and not torch.equal(source.actions[:, :, 0], source.actions[:, :, 1])
+    with task.ready(run, source):
+        task.sample(run, task.condition_of(run, task.timing_jobs), task.timing_jobs)
+    session = task.model(run).session
+    assert session.coarseness is not None and torch.equal(session.trace.actions.long(), source.actions)
+
+
 def test_routers_that_are_calibrated_anew_make_other_runs(world, tmp_path):
     """Their weights are the same, what they execute is not; dense runs stay."""
     config = config_of(world, tmp_path, methods=[Method.dense, Method.elastic, Method.random])
     names = []
     for calibrated in (0.5, 0.6):
-        models = load_models(config, world)
+        models = load_models(config)
         session = models["model"].session
         session.router_config = replace(
             session.router_config,
@@ -308,7 +334,7 @@ def test_every_shipped_configuration_is_read_and_has_rows(world, gallery, tmp_pa
     meshes = parse(MeshBenchmarkConfig, "benchmark", [*both, *required])
     required = [f"weights={gallery / 'model'}", "caches=[forecast,taylor_seer]"]
     images = parse(ImageBenchmarkConfig, "benchmark_images", [*both, *required])
-    task = MeshTask(meshes, world)
+    task = MeshTask(meshes)
     assert {case.method for case in plan_of(task.planner, 3)} >= {"dense", "fewer_steps", "elastic", "static"}
     assert len(rival_cases(task.planner)) == 10
     assert [rival.kind.value for rival in grid(images)].count("taylor_seer") == 2

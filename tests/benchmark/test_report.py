@@ -1,6 +1,6 @@
-"""The page of results on rows made by hand."""
+"""The page of results and the Pareto plot on rows made by hand."""
 
-from elastic3d.benchmark.report import page
+from elastic3d.benchmark.report import page, pareto_plot
 
 
 def test_a_line_for_every_run_and_every_target():
@@ -17,3 +17,11 @@ def test_a_line_for_every_run_and_every_target():
     assert lines[2] == "| dense | 1.0 | 25 | 1.00 | 1.00 | 1.00 |  |  | 31.26 |"
     assert lines[3] == "| cache, every 2 |  | 25 | 1.00 |  |  |  |  |  |"
     assert lines[4:] == ["", "- speed: much: 1 0.5 / 2, **not met**"]
+
+
+def test_without_times_there_is_no_plot():
+    labels = {"iou_paired": "IoU (higher is better)"}
+    row = {"method": "dense", "batch": 1, "dit_ms_median": None, "iou_paired": 0.5}
+    assert pareto_plot([row], 1, labels) is None
+    assert pareto_plot([row | {"dit_ms_median": 5.0}], 2, labels) is None
+    assert pareto_plot([row | {"dit_ms_median": 5.0}], 1, labels) is not None

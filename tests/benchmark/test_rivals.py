@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from elastic3d.benchmark.config import CacheName
-from elastic3d.benchmark.flop_meter import metered
-from elastic3d.benchmark.forecasts import WEIGHTS
+from elastic3d.benchmark.forecasting import WEIGHTS
 from elastic3d.benchmark.images import load_models
 from elastic3d.benchmark.methods import DENSE, Model, Rival
-from elastic3d.benchmark.rivals import by_batch, grid, magnitude_ratios, missing, running
+from elastic3d.benchmark.rivals import by_batch, grid, magnitude_ratios, metered, missing, running
 from elastic3d.elastic import adapter_for
 from elastic3d.elastic.families import dense_flops
 from tests.benchmark.conftest import image_config_of
@@ -60,7 +61,7 @@ MUCH = [
 @pytest.fixture(scope="module")
 def model(gallery: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
     config = image_config_of(gallery, tmp_path_factory.mktemp("out"))
-    return load_models(config, gallery)[DENSE]
+    return load_models(config)[DENSE]
 
 
 def around(model: Model, rival: Rival) -> Any:
@@ -180,3 +181,26 @@ def test_the_grid_names_what_is_not_installed(gallery, tmp_path, monkeypatch):
     assert ("mag_cache", "threshold 0.2") in notes and "db_cache" not in dict(notes)
     monkeypatch.setattr("elastic3d.benchmark.rivals.find_spec", lambda name: True)
     assert not missing(config) and grid(config)[-1].note == "threshold 0.9, blocks 1, calibrator dmd"
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+@torch.no_grad()
+def test_products_of_the_models_passes_are_counted():
+    model, x = Attention().eval(), torch.randn(3, 1, 5, 8)  # B, heads, L, D
+    with metered(model) as meter:
+        model(x)
+        nn.Linear(8, 8)(x)  # outside of the model
+        model(x[:1])
+    one = 2 * 5 * 8 * 24 + 2 * 2 * 5 * 5 * 8
+    assert meter.total == 4 * one
+    model(x)
+    assert meter.total == 4 * one and "forward" not in model.__dict__

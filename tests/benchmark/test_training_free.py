@@ -39,24 +39,24 @@ def test_meshes_with_a_calibration(world: Path, tmp_path: Path) -> None:
         world, tmp_path / "out", methods=ROWS, caches=[], seeds=[0], baseline_steps=8, reference_steps=8, limit=1,
         policy_calibration=path, cpu_time=True,
     )  # fmt: skip
-    rows = {row["note"]: row for row in benchmark(config, world)["rows"] if row["method"] == "training_free"}
+    rows = {row["note"]: row for row in benchmark(config)["rows"] if row["method"] == "training_free"}
     assert set(rows) == {name.value for name in PolicyName}
     for name, row in rows.items():
         slack = 0.3 if name == "online" else 0.03
         assert row["executed_flops_ratio"] == pytest.approx(0.5, abs=slack) and row["budget"] == 0.5
         assert row["dit_speedup"] > 0 and row["iou_paired"] is not None
-    task = MeshTask(config, world)
+    task = MeshTask(config)
     assert not is_attached(task.planner.models[DENSE].dit)
 
 
 def test_images_without_one_have_even_steps_alone(gallery: Path, tmp_path: Path) -> None:
     config = image_config_of(gallery, tmp_path, methods=ROWS, caches=[], seeds=[0], reference_steps=4)
-    rows = [row for row in benchmark(config, gallery)["rows"] if row["method"] == "training_free"]
+    rows = [row for row in benchmark(config)["rows"] if row["method"] == "training_free"]
     assert [(row["note"], row["executed_flops_ratio"]) for row in rows] == [("even", 0.5)]
     assert rows[0]["psnr_dense"] is not None
     config.policy_calibration = tmp_path / "gone"
     with pytest.raises(UserError, match="there is no calibration"):
-        _ = Planner(config, load_models(config, gallery)).calibration
+        _ = Planner(config, load_models(config)).calibration
 
 
 @pytest.mark.parametrize("task", ["meshes", "images"])
@@ -80,7 +80,6 @@ def test_a_quick_comparison(
         config = image_config_of(gallery, tmp_path, **changes, limit=2, caches=[CacheName.forecast])
     score = {"meshes": "iou_dense", "images": "psnr_dense"}[task]
     monkeypatch.setattr("elastic3d.benchmark.meshes.QUICK_CELLS", 12)
-    monkeypatch.setattr(script, "REPOSITORY", world if task == "meshes" else gallery)
     assert script.main(config) == 0 and "| training_free | even |" in capsys.readouterr().out
     rows = load_json(tmp_path / "quick.json")["rows"]
     assert [row["method"] for row in rows] == ["dense", "training_free", "forecast"]

@@ -22,7 +22,7 @@ from hunyuan_tiny import (
 from safetensors.torch import load_file, save_file
 
 from elastic3d.checkpoints.dinov2 import build_network
-from elastic3d.checkpoints.hunyuan3d import load_hunyuan3d, load_hunyuan3d_vae
+from elastic3d.checkpoints.hunyuan3d import load_hunyuan3d
 from elastic3d.errors import UserError
 
 SUBFOLDER = "hunyuan3d-dit-v2-0"
@@ -137,10 +137,7 @@ def test_another_vae(root: Path) -> None:
     save_file({name: random_tensor(name, shape) for name, shape in shapes.items()}, folder / WEIGHTS)
     vae = load_hunyuan3d(root, vae_subfolder=folder.name).vae
     surface = torch.nn.functional.normalize(torch.randn(1, 40, 3), dim=-1).repeat(1, 1, 2)
-    posterior = vae.encode(surface)
-    assert posterior.mean.shape == (1, 6, 8)
-    alone = load_hunyuan3d_vae(root, folder.name)
-    assert torch.equal(alone.encode(surface).mean, posterior.mean)
+    assert vae.encode(surface).mean.shape == (1, 6, 8)
 
 
 # --------------------------------------------------------------------------------------------------- on paper

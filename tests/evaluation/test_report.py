@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from elastic3d.evaluation.options import Align, ProtocolConfig
-from elastic3d.evaluation.report import build_report, summarise, text_table, write_csv, write_json
+from elastic3d.evaluation.report import build_report, summarise, text_table, write_csv
+from elastic3d.utils.structured import save_json
 
 ROWS = [
     {
@@ -61,13 +62,13 @@ def test_the_protocol_is_in_the_report() -> None:
 def test_a_report_without_any_value_can_be_written(tmp_path: Path) -> None:
     report = build_report([ROWS[3]], ProtocolConfig())
     assert report["mean"] == {}
-    write_json(report, tmp_path / "new folder" / "r.json")
+    save_json(report, tmp_path / "new folder" / "r.json")
     assert json.loads((tmp_path / "new folder" / "r.json").read_text()) == report
 
 
 def test_json_refuses_nan_and_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        write_json({"mean": float("nan")}, tmp_path / "r.json")
+        save_json({"mean": float("nan")}, tmp_path / "r.json")
     assert list(tmp_path.iterdir()) == []
 
 

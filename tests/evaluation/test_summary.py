@@ -11,9 +11,10 @@ import pytest
 
 from elastic3d.errors import UserError
 from elastic3d.evaluation.options import ProtocolConfig
-from elastic3d.evaluation.report import build_report, write_json
+from elastic3d.evaluation.report import build_report
 from elastic3d.evaluation.statistics import bootstrap_mean
 from elastic3d.evaluation.summary import Line, Summary, csv_rows, find_reports, markdown, summarize
+from elastic3d.utils.structured import save_json
 
 SHAPES = ["chair", "lamp", "sofa", "table"]
 SCORES = {
@@ -31,7 +32,7 @@ def row(name: str, chamfer: float, share: float, **more: Any) -> dict[str, Any]:
 
 
 def write(path: Path, rows: list[dict[str, Any]], protocol: ProtocolConfig | None = None) -> Path:
-    write_json(build_report(rows, protocol or ProtocolConfig(), 10), path)
+    save_json(build_report(rows, protocol or ProtocolConfig(), 10), path)
     return path
 
 

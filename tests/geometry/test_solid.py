@@ -5,7 +5,7 @@ import pytest
 import trimesh
 
 from elastic3d.geometry.options import BOX
-from elastic3d.geometry.solid import THICKNESS, solidify
+from elastic3d.geometry.solid import THICKNESS, signed_distance, solidify
 
 RESOLUTION = 64
 VOXEL = 2 * BOX / RESOLUTION
@@ -20,19 +20,19 @@ def test_sphere_has_the_right_signed_distance() -> None:
     solid = solidify(trimesh.creation.icosphere(subdivisions=4, radius=0.6), RESOLUTION)
     points = uniform(2000)
     expected = 0.6 + WALL - np.linalg.norm(points, axis=1)
-    np.testing.assert_allclose(solid.signed_distance(points), expected, atol=0.1 * VOXEL)
-    assert solid.mesh.is_watertight
-    assert solid.mesh.volume == pytest.approx(4 / 3 * np.pi * (0.6 + WALL) ** 3, rel=0.01)
+    np.testing.assert_allclose(signed_distance(solid, points), expected, atol=0.1 * VOXEL)
+    assert solid.is_watertight
+    assert solid.volume == pytest.approx(4 / 3 * np.pi * (0.6 + WALL) ** 3, rel=0.01)
 
 
 def test_distance_is_that_of_the_nearest_triangle() -> None:
     solid = solidify(trimesh.creation.torus(0.5, 0.2), RESOLUTION)
     points = uniform(60)
-    closest, _, _ = trimesh.proximity.closest_point_naive(solid.mesh, points)
+    closest, _, _ = trimesh.proximity.closest_point_naive(solid, points)
     slow = np.linalg.norm(points - closest, axis=1)
-    np.testing.assert_allclose(np.abs(solid.signed_distance(points)), slow, atol=1e-6)
-    inside = solid.mesh.contains(points)
-    np.testing.assert_array_equal(solid.signed_distance(points) > 0, inside)
+    np.testing.assert_allclose(np.abs(signed_distance(solid, points)), slow, atol=1e-6)
+    inside = solid.contains(points)
+    np.testing.assert_array_equal(signed_distance(solid, points) > 0, inside)
 
 
 def test_sheet_becomes_a_plate_without_holes() -> None:
@@ -40,28 +40,28 @@ def test_sheet_becomes_a_plate_without_holes() -> None:
         [[-0.8, 0.01, -0.8], [0.8, 0.3, -0.8], [0.8, 0.3, 0.8], [-0.8, 0.01, 0.8]], [[0, 1, 2], [0, 2, 3]]
     )
     solid = solidify(sheet, RESOLUTION)
-    assert solid.mesh.is_watertight
-    assert solid.mesh.body_count == 1
-    assert solid.mesh.euler_number == 2, "no hole"
+    assert solid.is_watertight
+    assert solid.body_count == 1
+    assert solid.euler_number == 2, "no hole"
     inner, _ = trimesh.sample.sample_surface(sheet, 500, seed=0)
     np.testing.assert_allclose(
-        solid.signed_distance(0.9 * inner + 0.1 * sheet.centroid), WALL, atol=0.15 * VOXEL
+        signed_distance(solid, 0.9 * inner + 0.1 * sheet.centroid), WALL, atol=0.15 * VOXEL
     )
 
 
 def test_wire_is_not_broken() -> None:
     wire = trimesh.creation.cylinder(0.002, segment=[[-0.7, -0.51, 0.3], [0.8, 0.62, -0.4]], sections=8)
-    assert solidify(wire, RESOLUTION).mesh.body_count == 1
+    assert solidify(wire, RESOLUTION).body_count == 1
 
 
 def test_open_box_is_hollow_and_closed_box_is_not() -> None:
     box = trimesh.creation.box((1.2, 1.2, 1.2)).subdivide()
     closed, centre = solidify(box, RESOLUTION), np.zeros((1, 3))
-    assert closed.signed_distance(centre)[0] > 0.5
+    assert signed_distance(closed, centre)[0] > 0.5
     top = box.face_normals[:, 1] > 0.9
     opened = solidify(trimesh.Trimesh(box.vertices, box.faces[~top]), RESOLUTION)
-    assert opened.signed_distance(centre)[0] < 0
-    assert opened.mesh.is_watertight
+    assert signed_distance(opened, centre)[0] < 0
+    assert opened.is_watertight
 
 
 def test_hidden_interior_vanishes_and_winding_does_not_matter() -> None:
@@ -69,9 +69,9 @@ def test_hidden_interior_vanishes_and_winding_does_not_matter() -> None:
     inner.invert()
     both = solidify(trimesh.util.concatenate([outer, inner]), RESOLUTION)
     alone = solidify(outer, RESOLUTION)
-    assert both.mesh.volume == pytest.approx(alone.mesh.volume, rel=1e-3)
+    assert both.volume == pytest.approx(alone.volume, rel=1e-3)
     outer.invert()
-    assert solidify(outer, RESOLUTION).mesh.volume == pytest.approx(alone.mesh.volume, rel=1e-6)
+    assert solidify(outer, RESOLUTION).volume == pytest.approx(alone.volume, rel=1e-6)
 
 
 def test_mesh_must_fit_the_box() -> None:

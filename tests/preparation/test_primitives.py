@@ -91,7 +91,7 @@ def test_items_say_what_they_show_without_building_it() -> None:
 @pytest.mark.parametrize("category", ["glasses", "umbrella", "key", "spring"])
 def test_the_thinnest_survive_the_grid(category: str) -> None:
     mesh, _ = normalize_mesh(Composed(category, 0).build().mesh)
-    assert len(solidify(mesh, 96).mesh.split(only_watertight=False)) == 1
+    assert len(solidify(mesh, 96).split(only_watertight=False)) == 1
 
 
 def test_solids_have_the_volumes_that_geometry_gives() -> None:

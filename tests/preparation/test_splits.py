@@ -10,10 +10,10 @@ import pytest
 import trimesh
 
 from elastic3d.errors import UserError
+from elastic3d.evaluation.sets import shape_points
 from elastic3d.preparation.infinigen import FACTORIES, assets
 from elastic3d.preparation.options import PrepareConfig, SplitsConfig
 from elastic3d.preparation.primitives.catalogue import CATEGORIES, PER_ROUND, shapes
-from elastic3d.preparation.shape import RawShape
 from elastic3d.preparation.splits import (
     Split,
     folder_split,
@@ -21,7 +21,6 @@ from elastic3d.preparation.splits import (
     near_duplicate_groups,
     primitives_split,
     read_splits,
-    shape_points,
     split_groups,
     write_folder_split,
     write_splits,
@@ -82,7 +81,7 @@ def test_a_name_in_two_lists(tmp_path: Path) -> None:
 
 def test_near_duplicates_are_found() -> None:
     def cloud(mesh: trimesh.Trimesh) -> np.ndarray:
-        return shape_points(RawShape(mesh, np.zeros(len(mesh.faces), int)))
+        return shape_points(mesh)
 
     ball, box = trimesh.creation.icosphere(3), trimesh.creation.box((1, 1, 1))
     bigger, squashed = ball.copy(), ball.copy()

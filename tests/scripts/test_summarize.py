@@ -10,14 +10,15 @@ import summarize
 from _cli import execute
 
 from elastic3d.evaluation.options import ProtocolConfig, SummarizeConfig
-from elastic3d.evaluation.report import build_report, write_json
+from elastic3d.evaluation.report import build_report
+from elastic3d.utils.structured import save_json
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for method, chamfer in (("seed-0", 0.1), ("seed-1", 0.2), ("nearest", 0.3)):
         rows = [{"name": "a", "status": "ok", "error": None, "chamfer_l1": chamfer, "watertight": True}]
-        write_json(build_report(rows, ProtocolConfig(), 10), tmp_path / "held (out)" / f"{method}.json")
+        save_json(build_report(rows, ProtocolConfig(), 10), tmp_path / "held (out)" / f"{method}.json")
     return tmp_path / "held (out)"
 
 

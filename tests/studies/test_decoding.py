@@ -37,10 +37,6 @@ def test_every_way_is_compared_and_kept(config: DecodingConfig) -> None:
     assert text == (config.output / "table.md").read_text().strip() and text.count("\n") == 4
     (config.output / "table.md").unlink()
     assert compare_decoding(config) == text, "what is done is kept"
-    config.plain, config.output = False, config.output / "more"
-    compare_decoding(config)
-    ways = json.loads((config.output / "shapes.json").read_text())["sphere"]
-    assert list(ways) == ["every node", "8 cells", "16 cells"]
 
 
 def test_a_shape_is_as_near_to_itself_as_its_samples() -> None:

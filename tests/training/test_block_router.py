@@ -251,7 +251,7 @@ def test_measure_train_export_and_generate(routed):  # noqa: F811
 def goes_on_with_routers_and_lora(routed, output):  # noqa: F811
     again = block_config(routed, {"model": output}, batch=4, name="again")
     stage = ShapeBlockRouterStage(again)  # goes on with routers and LoRA
-    batch = stage.val_batch(1)
+    batch = stage.val_batch()
     first = stage.flow.generate(batch, 3, ElasticConfig(budget=0.5))
     assert trace_share(stage.flow.session.trace) <= 1 and first.isfinite().all()
     weights = (

@@ -79,13 +79,13 @@ def test_a_rollout_is_what_the_pipeline_of_images_generates(views):  # noqa: F81
     images = dict(backbone=BackboneName.small, weights=small, size=16, cache=views / "routed", shard=4)
     config = block_config(views, StageName.image_block_router, {"guidance": 2.0}, image=images)
     stage = ImageBlockRouterStage(config)
-    batch = stage.val_batch(1)
+    batch = stage.val_batch()
     found = stage.flow.generate(batch, 3, stage.flow.session.settings)
     actions = stage.flow.session.trace.actions
     backbone, text = stage.pipeline.backbone, {name: value.float() for name, value in text_of(batch).items()}
     drive(backbone.pipe, stage.flow.session)
     negative = {name: value.float() for name, value in stage.pipeline.negative.items()}
-    options = backbone.guidance_arguments(2.0, 1, negative)
+    options = backbone.guidance_arguments(2.0, len(batch["noise"]), negative)
     expected = backbone.pipe(
         **text, **options, latents=batch["noise"], width=16, height=16, num_inference_steps=3,
         output_type="latent", return_dict=False,

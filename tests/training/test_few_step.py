@@ -129,6 +129,28 @@ def test_errors_of_anchors_can_count_more(routed):
     assert found == pytest.approx([5 / 19, 1 / 19])
 
 
+def test_decoded_fields_are_compared_around_the_dense_anchors(routed, monkeypatch):
+    stage = FewStepStage(few_step_config(routed, batch=4))
+    flow, batch = stage.flow, stack([stage.items.item(position, 0) for position in range(4)])
+    dense = flow.dense_results(batch)
+    points = flow.meshes.points_around(dense, batch["offsets"], batch["points"])
+    count = dense.shape[1]
+    away = points[:, :count] - stage.cache.info.load_vae().from_latents(dense)[..., :3]
+    assert 0.04 < away.std() < 0.06 and torch.equal(points[:, count:], batch["points"])
+    assert flow.meshes.distance(dense, dense, points).abs().max() < 1e-6
+    assert (flow.meshes.distance(dense + 0.3, dense, points) > 1e-4).all()
+    monkeypatch.setattr(
+        "elastic3d.training.few_step.relative_errors", lambda found, true, weights: torch.ones(len(found))
+    )
+    loss, values = flow(batch)  # the latents do not count
+    loss.backward()
+    assert values["field"] > 0
+    ups = [p.grad for name, p in flow.named_parameters() if name.endswith(".up")]
+    assert all(g.isfinite().all() for g in ups) and sum(bool(g.any()) for g in ups) > len(ups) / 2
+    without = FewStepStage(few_step_config(routed, {"field_weight": 0.0}))
+    assert without.flow.meshes is None and "points" not in without.items.item(0, 0)
+
+
 def test_train_export_and_generate(routed):
     before = read_weights(routed / "dense" / "routers" / "model.safetensors")
     assert run_stage(few_step_config(routed, steps=3, validate_every=3)) == 0

@@ -74,6 +74,13 @@ def test_records_of_trainings_that_ship() -> None:
     assert (routing.simulated_steps, routing.image.weight) == (5, 0.25)
 
 
+def test_an_option_that_is_gone_is_left_out() -> None:
+    written = saved("shape-small/dit/training.json")
+    assert "routes" in written["dit"]
+    dit = record(written).dit
+    assert dit.anchor_weight == written["dit"]["anchor_weight"] and not hasattr(dit, "routes")
+
+
 def test_weights_and_results() -> None:
     with safe_open(SHIPPED / "shape-small" / "routers" / "model.safetensors", "pt") as file:
         names = [name.replace(*WEIGHTS) for name in list(file.keys())]

@@ -80,10 +80,7 @@ def ellipsoid(x: float, y: float, z: float, at: Point = ORIGIN) -> Manifold:
 
 def rod(start: Point, end: Point, radius: float, end_radius: float | None = None) -> Manifold:
     """A cylinder, cone or frustum between two points. `end_radius` of 0 is a cone."""
-    axis = np.subtract(end, start).astype(np.float64)
-    length = float(np.linalg.norm(axis))
-    top = radius if end_radius is None else end_radius
-    return _aim(Manifold.cylinder(length, radius, top, SEGMENTS), axis / length, start)
+    return prism(start, end, radius, SEGMENTS, end_radius)
 
 
 def prism(start: Point, end: Point, radius: float, sides: int, end_radius: float | None = None) -> Manifold:
