@@ -9,14 +9,16 @@ import heapq
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.benchmark.methods import MAIN, NO_CACHE, Job, Routes, Run
+from elastic3d.benchmark.methods import MAIN, NO_CACHE, Job, Planner, Routes, Run
 from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import RouteSource, StepContext
 from elastic3d.elastic.families import BlockFlops
@@ -25,14 +27,25 @@ from elastic3d.elastic.trace import NOT_RUN, SKIPPED, parse_actions
 from elastic3d.training.routes import action_flops, fill
 from elastic3d.utils.structured import load_json, save_json
 
-if TYPE_CHECKING:
-    from elastic3d.benchmark.task import Task
+
+class Trials(Protocol):
+    """What controls need of a task (see `task`): items, and what runs make of them."""
+
+    planner: Planner
+    items: list[Any]
+
+    def find_items(self, path: Path) -> list[Any]: ...
+    def condition_of(self, run: Run, jobs: Sequence[Job]) -> Any: ...
+    def ready(self, run: Run, source: RouteSource | None = None) -> AbstractContextManager[None]: ...
+    def sample(self, run: Run, condition: Any, jobs: Sequence[Job]) -> Tensor: ...
+    def make(self, run: Run, jobs: Sequence[Job]) -> None: ...
+    def record(self, run: Run, job: Job) -> dict[str, Any] | None: ...
 
 
 class Controls:
     """Route tables for the runs that have one. What is computed is kept in `<output>/tables`."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Trials) -> None:
         self.task, self.planner, self.config = task, task.planner, task.planner.config
         self.session = self.planner.models[MAIN].session
         self.router = self.session.router_config if self.session is not None else RouterConfig()

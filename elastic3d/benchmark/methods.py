@@ -262,7 +262,7 @@ def _impossible(planner: Planner, method: Method, items: int) -> str:
         return "its routers have no few-step LoRA"
     if method is Method.elastic_no_lora and session.router_config.trained_steps:
         return "its routers were trained with their few-step LoRA"
-    if method is Method.elastic_no_bias and not session.router_config.gate_bias:
+    if method is Method.elastic_no_bias and not session.router_config.curves.gate_bias:
         return "its routers have no gate bias over time"
     cache = planner.trained_cache
     if method is Method.elastic_no_damping and not cache.dampings and cache.damping in (0, 1):

@@ -129,7 +129,9 @@ class Task(ABC):
             model = self.model(run)
             if run.unbiased and model.session is not None:  # the gates have no bias over time
                 stack.callback(setattr, model.session, "router_config", model.session.router_config)
-                model.session.router_config = replace(model.session.router_config, times=[], gate_bias=[])
+                config = model.session.router_config
+                curves = replace(config.curves, times=[], gate_bias=[])
+                model.session.router_config = replace(config, curves=curves)
             if run.policy is not None:  # it decides in the plain model
                 plain = model.pipe or model.dit
                 put_policy(plain, *self.planner.policy(run.policy))

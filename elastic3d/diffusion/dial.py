@@ -20,7 +20,6 @@ from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.training_free import CALIBRATION_NAME
 from elastic3d.errors import UserError
 from elastic3d.utils.files import printable
-from elastic3d.utils.options import Bounds, check_value
 from elastic3d.utils.structured import Maybe, Number, load_json, save_json
 
 DIAL_NAME = "dial.json"
@@ -149,7 +148,6 @@ def choose(
             return named_row(rows, quality or Quality.default, dial.f_scores)
         except ValueError:  # of those that are left
             return rows[-1]
-    check_value("budget", requested.budget, float, Bounds(gt=0, le=1))
     affordable = [row for row in rows if row.cost <= requested.budget]
     if not affordable:
         why = "" if len(rows) == len(dial.rows) else ", as these options rule out cheaper settings"

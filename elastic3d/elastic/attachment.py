@@ -1,19 +1,20 @@
 """Put routers on a model and take them off again; their weights as a state dict and a folder of their own.
 
-The folder has `config.json` and `model.safetensors`; the base model's is not touched.
+The folder has `config.json`, `curves.json` and `model.safetensors`; the base model's is not touched.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from elastic3d.elastic.block import ElasticBlock
-from elastic3d.elastic.config import RouterConfig, RouterVariant, Scope
+from elastic3d.elastic.config import RouterConfig, RouterCurves, RouterVariant, Scope
 from elastic3d.elastic.diffusers_loop import drive
 from elastic3d.elastic.families import ModelAdapter
 from elastic3d.elastic.router import Conditioner, Router
@@ -29,9 +30,10 @@ from elastic3d.models.weights import (
     save_weights,
 )
 from elastic3d.utils.old_names import WEIGHTS
-from elastic3d.utils.options import to_dict
-from elastic3d.utils.structured import save_json
+from elastic3d.utils.options import from_dict, to_dict
+from elastic3d.utils.structured import load_json, save_json
 
+ROUTER_CURVES_NAME = "curves.json"
 _HANDLE = "_elastic"
 _FAMILIES = {  # class of the model -> its adapter
     "ShapeDiT": "shape_dit.ADAPTER",
@@ -199,15 +201,24 @@ def save_routers(model: nn.Module, folder: str | Path) -> None:
 
 
 def save_router_config(model: nn.Module, folder: str | Path) -> None:
-    """Write the configuration of a model's routers alone: what a calibration changes."""
+    """Write the configuration of a model's routers alone, with the curves, which a calibration changes, in a file of
+    their own."""
     session = session_of(model)
-    kind = {"_class_name": f"{session.adapter.family}Routers"}
-    save_json(kind | to_dict(session.router_config), Path(folder) / CONFIG_NAME)
+    values = {"_class_name": f"{session.adapter.family}Routers"} | to_dict(session.router_config)
+    save_json(values.pop("curves"), Path(folder) / ROUTER_CURVES_NAME)
+    save_json(values, Path(folder) / CONFIG_NAME)
 
 
 def load_router_config(folder: str | Path, family: str) -> RouterConfig:
-    """The architecture of the routers in `folder`; UserError unless they are of `family`."""
-    return load_config(Path(folder), RouterConfig, f"{family}Routers")
+    """The architecture of the routers in `folder`, and their curves, which older versions kept in the same file;
+    UserError unless they are of `family`."""
+    config: RouterConfig = load_config(Path(folder), RouterConfig, f"{family}Routers")
+    path = Path(folder) / ROUTER_CURVES_NAME
+    return (
+        replace(config, curves=from_dict(RouterCurves, load_json(path), str(path)))
+        if path.is_file()
+        else config
+    )
 
 
 def load_routers(model: nn.Module, folder: str | Path) -> None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elastic3d.elastic.context import Groups, StepContext, Streams
+from elastic3d.elastic.cache import Streams
+from elastic3d.elastic.context import Groups, StepContext
 from elastic3d.elastic.families import BlockAdapter, BlockCall, BlockFlops, rows_index, take_rows
 from elastic3d.elastic.few_step import FewStepLoRA, Key
 from elastic3d.elastic.router import RouteDecision, Router

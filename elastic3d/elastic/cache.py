@@ -7,7 +7,7 @@ residuals for each of its rows, so that memory is bounded by those of two dense 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule
-from elastic3d.elastic.context import Forecast, Streams
 from elastic3d.elastic.families import Rows, rows_index, take_rows
 
+Streams = tuple[Tensor, ...]  # (B,L,D) each
+Forecast = Callable[[int, int, int, int, int | None], tuple[float, float]]
+"""How residuals go on in one generation, where that is not along a damped line: (span, stream, step, newest, older) ->
+shares of what the span of blocks that begins with `span` added to a stream at its last two computed steps."""
 Key = tuple[int, int]  # block, first branch of the batch
 Residuals = dict[int, Streams]  # by block: outputs - inputs, each (B,L,D)
 NEVER = -(1 << 30)  # a step so long ago that nothing of it lives

@@ -49,43 +49,66 @@ class CacheRule(Enum):
     age = "age"
 
 
-_advanced, _internal = partial(option, advanced=True), partial(option, internal=True)
+_internal = partial(option, internal=True)
 _times = partial(_internal, [], ge=0, le=1, ascending=True)
 
 
 @dataclass(kw_only=True)
-class RouterConfig(Options):
-    """Architecture and initialisation of the routers. Saved with their weights."""
+class RouterCurves(Options):
+    """What a calibration measured of trained routers. `curves.json` beside their weights."""
 
-    variant: RouterVariant = option(RouterVariant.light, "the light router, or none: a policy decides")
-    scope: Scope = option(Scope.block, "decide before each block, or once a step for all of them")
-    branches: Branches = option(
+    damping_times: list[float] = _times("times of the dampings; empty: none")
+    dampings: list[float] = _internal([], "at these times, in the place of damping", ge=-10, le=10)
+    requested_budgets: list[float] = _times("requested budgets; empty: none")
+    calibrated_budgets: list[float] = _internal(
+        [], "the calibrated budget for each of them, which the routers are given", ge=0, le=1
+    )
+    times: list[float] = _times("times of the gate bias; empty: none")
+    gate_bias: list[float] = _internal(
+        [], "what is added to gates at these times, linear between", ge=-1e3, le=1e3
+    )
+
+    def check(self) -> None:
+        """Each position has its value."""
+        for at, found in _CURVES.items():
+            if len(getattr(self, at)) != len(getattr(self, found)):
+                raise ValueError(f"{at} and {found} are no ascending list and one of the same length")
+
+
+@dataclass(kw_only=True)
+class RouterConfig(Options):
+    """Architecture and initialisation of the routers. `config.json` beside their weights."""
+
+    # What kind of router a stage trains is in its file of configs/router; sizes and initial values suit every model.
+    variant: RouterVariant = _internal(RouterVariant.light, "the light router, or none: a policy decides")
+    scope: Scope = _internal(Scope.block, "decide before each block, or once a step for all of them")
+    branches: Branches = _internal(
         Branches.separate, "scope step: each guidance branch for itself, or both as the conditional one"
     )
-    hidden: int = _advanced(32, "hidden channels of a router (H_r); the paper's code has 128", ge=1, le=4096)
-    conditioning: int = _advanced(
+    hidden: int = _internal(32, "hidden channels of a router (H_r); the paper's code has 128", ge=1, le=4096)
+    conditioning: int = _internal(
         32, "channels of the shared embedding of timestep, step size, budget and branch", ge=1, le=4096
     )
     widths: int = option(4, "nested widths of an MLP: 1/widths, 2/widths, .. 1", ge=1, le=16)
-    threshold: float = _advanced(0.5, "a block is kept where its gate is above this (tau)", ge=0.01, le=0.99)
-    initial_keep: float = _advanced(0.7, "gate of every block before training", ge=0.01, le=0.99)
-    initial_width_bias: float = _advanced(
+    threshold: float = _internal(0.5, "a block is kept where its gate is above this (tau)", ge=0.01, le=0.99)
+    initial_keep: float = _internal(0.7, "gate of every block before training", ge=0.01, le=0.99)
+    initial_width_bias: float = _internal(
         2.0, "logit of the full width before training; the others have 0", ge=0, le=20
     )
-    head_std: float = _advanced(1e-3, "standard deviation of the heads' initial weights", ge=0, le=100)
+    head_std: float = _internal(1e-3, "standard deviation of the heads' initial weights", ge=0, le=100)
     longest: int = option(
         0,
         "age in steps up to which a skipped block adds its earlier residual, an input of the router; 0: never",
         ge=0,
         le=1000,
     )
-    damping: float = _advanced(
+    damping: float = option(
         1.0,
         "of that residual: share of its change between the last two computed that goes on, a step later",
         ge=0,
         le=1,
     )
-    # What follows is measured or trained, and no option of a command line.
+    # What follows comes with the weights, and is no option of a command line.
     few_step_rank: int = _internal(0, "rank of the few-step LoRA of the blocks; 0: none", ge=0, le=4096)
     few_step_nfe: float = _internal(8.0, "used up to this NFE: steps times budget", ge=0.1, le=1000)
     few_step_max_steps: int | None = _internal(
@@ -101,26 +124,14 @@ class RouterConfig(Options):
         ge=1,
         le=1000,
     )
-    damping_times: list[float] = _times("times of the dampings; empty: none")
-    dampings: list[float] = _internal([], "at these times, in the place of damping", ge=-10, le=10)
-    requested_budgets: list[float] = _times("requested budgets; empty: none")
-    calibrated_budgets: list[float] = _internal(
-        [], "the calibrated budget for each of them, which the routers are given", ge=0, le=1
-    )
-    times: list[float] = _times("times of the gate bias; empty: none")
-    gate_bias: list[float] = _internal(
-        [], "what is added to gates at these times, linear between", ge=-1e3, le=1e3
-    )
+    curves: RouterCurves = _internal(RouterCurves, "what was measured of them once they were trained")
 
     def check(self) -> None:
-        """Lists that form pairs; what each variant can do."""
+        """What each variant can do."""
         if self.branches is Branches.shared and self.scope is not Scope.step:
             raise ValueError(
                 "branches is shared, expected separate: only with scope=step does one branch decide for both"
             )
-        for at, found in _CURVES.items():
-            if len(getattr(self, at)) != len(getattr(self, found)):
-                raise ValueError(f"{at} and {found} are no ascending list and one of the same length")
         if len(self.guided_times) not in (0, 2):
             raise ValueError(f"guided_times is {self.guided_times}, expected none or two, ascending")
         if self.trained_steps and (len(self.trained_steps) != 2 or self.scope is not Scope.block):
@@ -134,7 +145,8 @@ class RouterConfig(Options):
         """The calibrated budget of a requested one, linear between those that were measured. `whole` is the share of
         the dense model's NFE in a generation that leaves out no block. ValueError out of range."""
         check_range("budget", budget, MIN_BUDGET, 1.0)
-        budget, at, found = min(budget / whole, 1.0), self.requested_budgets, self.calibrated_budgets
+        curves, budget = self.curves, min(budget / whole, 1.0)
+        at, found = curves.requested_budgets, curves.calibrated_budgets
         if not at:
             return budget
         i = min(max(bisect_left(at, budget), 1), len(at) - 1)
@@ -178,8 +190,8 @@ class RouterConfig(Options):
             return BlockCacheConfig()
         line: dict[str, Any] = {
             "damping": self.damping,
-            "times": self.damping_times,
-            "dampings": self.dampings,
+            "times": self.curves.damping_times,
+            "dampings": self.curves.dampings,
         }
         return BlockCacheConfig(skipped_reuse=True, longest=self.longest, **line)
 
@@ -246,15 +258,29 @@ class ElasticConfig(Options):
 
 
 @dataclass(kw_only=True)
-class ElasticOptions:
+class ElasticOptions(Options):
     """What a caller asks for, from the command line or Python; None is the model's default. See `ElasticConfig`."""
 
-    elastic: bool | None = None
-    budget: float | None = None
-    width: bool | None = None
-    cache: BlockCacheConfig | None = None
-    shared: bool | None = None
-    few_step: bool | None = None
+    elastic: bool | None = option(
+        None, "Let the routers decide; false: the dense model; null: if it has any."
+    )
+    budget: float | None = option(
+        None,
+        "Share of the FLOPs of the dense model in its default steps; with steps=, of the dense model in that many;"
+        " null: the model's default.",
+        gt=0,
+        le=1,
+    )
+    width: bool | None = option(None, "Let the routers narrow the MLPs; null: the model's default.")
+    cache: BlockCacheConfig | None = option(None, "Reuse of blocks between steps; null: the model's default.")
+    shared: bool | None = option(
+        None,
+        "Routes are shared in a batch: faster, but a result then depends on its batch; null: the model's default.",
+    )
+    few_step: bool | None = option(
+        None,
+        "Use the routers' few-step LoRA of the blocks where few model evaluations are left; null: the model's default.",
+    )
 
     @staticmethod
     def of(config: object) -> dict[str, Any]:

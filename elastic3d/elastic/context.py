@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from elastic3d.elastic.cache import SimulatedCache
-    from elastic3d.elastic.families import BlockFlops
-    from elastic3d.elastic.router import RouteDecision
+from elastic3d.elastic.cache import Forecast, SimulatedCache, Streams
+from elastic3d.elastic.families import BlockFlops
+from elastic3d.elastic.router import RouteDecision
 
-Streams = tuple[Tensor, ...]  # (B,L,D) each
 Groups = dict[int, list[int]]  # the rows of each action
-Forecast = Callable[[int, int, int, int, int | None], tuple[float, float]]
-"""How residuals go on in one generation, where that is not along a damped line: (span, stream, step, newest, older) ->
-shares of what the span of blocks that begins with `span` added to a stream at its last two computed steps."""
 
 
 class Branch(IntEnum):

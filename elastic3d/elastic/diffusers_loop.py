@@ -92,9 +92,8 @@ def drive(pipeline: Any, session: ElasticSession) -> None:
         if not hasattr(scheduler, name):
             kind = type(scheduler).__name__
             raise ValueError(f"{type(pipeline).__name__} can't have routers: its {kind} has no {name}")
-    driver = session.driver
-    if driver is None:
+    if session.driver is None:
         session.driver = driver = PipelineDriver(session)
         driver.hook = pipeline.transformer.register_forward_hook(driver.after, always_call=True)
-    if not any(known is pipeline for known in driver.pipelines):
-        driver.pipelines.append(pipeline)
+    if not any(known is pipeline for known in session.driver.pipelines):
+        session.driver.pipelines.append(pipeline)

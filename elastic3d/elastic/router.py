@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from elastic3d.elastic.cache import Streams
 from elastic3d.elastic.config import RouterConfig, Scope
-from elastic3d.elastic.context import StepContext, Streams
 
 _TIME_OCTAVES, _BUDGET_OCTAVES = 4, 3
 _FEATURES = (1 + 2 * _TIME_OCTAVES) + 3 + (1 + 2 * _BUDGET_OCTAVES) + 1
@@ -100,11 +100,11 @@ def interpolated(x: Tensor, at: Sequence[float], values: Sequence[float]) -> Ten
     return torch.lerp(found[right - 1], found[right], share)
 
 
-def _features(context: StepContext) -> Tensor:
-    """(B, 20): octaves of t and of the budget, the step size on a log scale, the branch."""
-    step = context.dt.clamp(_SMALLEST_STEP, 1.0).log() / -math.log(_SMALLEST_STEP)
-    parts = [_octaves(context.t, _TIME_OCTAVES), step[:, None], step.square()[:, None], context.dt[:, None]]
-    parts += [_octaves(context.budget, _BUDGET_OCTAVES), context.branch[:, None]]
+def _features(t: Tensor, dt: Tensor, budget: Tensor, branch: Tensor) -> Tensor:
+    """(B,) each -> (B, 20): octaves of t and of the budget, the step size on a log scale, the branch."""
+    step = dt.clamp(_SMALLEST_STEP, 1.0).log() / -math.log(_SMALLEST_STEP)
+    parts = [_octaves(t, _TIME_OCTAVES), step[:, None], step.square()[:, None], dt[:, None]]
+    parts += [_octaves(budget, _BUDGET_OCTAVES), branch[:, None]]
     return torch.cat(parts, dim=-1)
 
 
@@ -133,9 +133,9 @@ class Conditioner(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, context: StepContext) -> Tensor:
+    def forward(self, t: Tensor, dt: Tensor, budget: Tensor, branch: Tensor) -> Tensor:
         """(B,) each -> (B, blocks, 2 H_r + 1 + K): scale and shift of a trunk, offsets of its logits."""
-        features = _features(context).to(self.modulation.weight.dtype)
+        features = _features(t, dt, budget, branch).to(self.modulation.weight.dtype)
         return self.modulation(self.embed(features)).unflatten(-1, (self.blocks, self.channels))
 
 

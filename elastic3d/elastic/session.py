@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from elastic3d.elastic.cache import ResidualCache, Residuals, SimulatedCache
+from elastic3d.elastic.cache import ResidualCache, Residuals, SimulatedCache, Streams
 from elastic3d.elastic.config import Branches, CacheRule, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import (
     BOTH_BRANCHES,
@@ -26,17 +26,13 @@ from elastic3d.elastic.context import (
     Groups,
     RouteSource,
     StepContext,
-    Streams,
 )
-from elastic3d.elastic.families import BlockCall, ModelAdapter
-from elastic3d.elastic.few_step import coarseness
+from elastic3d.elastic.families import BlockAdapter, BlockCall, BlockFlops, ModelAdapter
+from elastic3d.elastic.few_step import FewStepLoRA, coarseness
 from elastic3d.elastic.rollout import Rollout
-from elastic3d.elastic.router import Conditioner, RouteDecision, interpolated
+from elastic3d.elastic.router import Conditioner, RouteDecision, Router, interpolated
 from elastic3d.elastic.trace import REUSED, SKIPPED, Trace
-
-if TYPE_CHECKING:
-    from elastic3d.elastic.block import ElasticBlock
-    from elastic3d.elastic.diffusers_loop import PipelineDriver
+from elastic3d.elastic.width import NarrowBlocks
 
 T = TypeVar("T", int, float)
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -60,6 +56,34 @@ def stays_eager(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
+class RoutedBlock(Protocol):
+    """What a session knows of its blocks (see `block`)."""
+
+    inner: nn.Module
+    adapter: BlockAdapter
+    router: Router | None
+    name: str
+    index: int
+    stage: range
+    few_step: FewStepLoRA | None
+
+    def attach(self) -> None: ...
+    def detach(self) -> None: ...
+    def running(self) -> NarrowBlocks: ...
+    def refresh(self, coarse: float | None) -> None: ...
+    def forget(self) -> None: ...
+    def flops(self, lengths: tuple[int, ...]) -> BlockFlops: ...
+
+
+class Driver(Protocol):
+    """Announces passes that nobody else does (see `diffusers_loop`)."""
+
+    pipelines: list[Any]
+    hook: Any
+
+    def announce(self, t: Tensor) -> None: ...
+
+
 @dataclass(eq=False, repr=False)
 class ElasticSession:
     """What the blocks of one model share, and the generation that runs."""
@@ -68,10 +92,10 @@ class ElasticSession:
     adapter: ModelAdapter
     settings: ElasticConfig = field(default_factory=ElasticConfig)  # changed between generations
     source: RouteSource | None = None  # None where the routers decide
-    driver: PipelineDriver | None = None  # calls `begin` and `step` for a pass that nobody announced
+    driver: Driver | None = None  # calls `begin` and `step` for a pass that nobody announced
     rollout: Rollout | None = None  # from which routers learn while it is generated
     recompute: bool = False  # activation checkpointing: blocks run again for the backward pass
-    blocks: list[ElasticBlock] = field(default_factory=list)
+    blocks: list[RoutedBlock] = field(default_factory=list)
     conditioner: Conditioner | None = None
     trace: Trace | None = None  # of the newest generation
     cache: ResidualCache | None = None
@@ -236,7 +260,7 @@ class ElasticSession:
             self.residuals = None
             self.entered.clear()
 
-    def note(self, block: ElasticBlock, call: BlockCall, output: Any) -> None:
+    def note(self, block: RoutedBlock, call: BlockCall, output: Any) -> None:
         """A block of the dense model was called while residuals are recorded."""
         assert self.residuals is not None
         span = self.span(block)
@@ -276,9 +300,9 @@ class ElasticSession:
         if self.rollout is not None:
             self.rollout.passes.append(context)
         if self.conditioner is not None and self.source is None and context.ahead is None:
-            context.modulation = self.conditioner(context)
+            context.modulation = self.conditioner(context.t, context.dt, context.budget, context.branch)
 
-    def visit(self, block: ElasticBlock) -> StepContext:
+    def visit(self, block: RoutedBlock) -> StepContext:
         """The pass that a block is called in: once, unless it is called again for the backward pass."""
         context = self.current
         if context is None or context.waiting:
@@ -288,7 +312,7 @@ class ElasticSession:
         context.visited.add(block.index)
         return context
 
-    def route(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> Groups:
+    def route(self, context: StepContext, block: RoutedBlock, call: BlockCall) -> Groups:
         """The rows of each action of a block in a generation. The first block of a span settles it for all of them, and
         where it is the first of the model too, for all spans: then a pass waits for the device only here."""
         trace, span = self.trace, self.span(block)
@@ -305,7 +329,7 @@ class ElasticSession:
         assert context.groups is not None
         return context.groups
 
-    def decide(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
+    def decide(self, context: StepContext, block: RoutedBlock, call: BlockCall) -> RouteDecision:
         """The route of every row through a block: from the source, from the one decision of this step, or from its
         router. Where one decision holds for all blocks, rows with nothing to go on with run: to skip all is no step."""
         once = self.router_config.scope is Scope.step
@@ -328,7 +352,7 @@ class ElasticSession:
         return decision
 
     def _routed(
-        self, context: StepContext, block: ElasticBlock, call: BlockCall, age: Tensor | None
+        self, context: StepContext, block: RoutedBlock, call: BlockCall, age: Tensor | None
     ) -> RouteDecision:
         """What the router of a block says of every row. Where branches share their routes, rows of the conditional one
         decide, which come first in their pass; where samples do, their mean holds."""
@@ -344,7 +368,8 @@ class ElasticSession:
         if self.settings.shared and context.rows:
             by_branch = logits.unflatten(0, (-1, context.conditional_rows))
             logits = by_branch.mean(1, keepdim=True).expand_as(by_branch).flatten(0, 1)
-        bias = interpolated(context.t, config.times, config.gate_bias) if config.times else None
+        at, found = config.curves.times, config.curves.gate_bias
+        bias = interpolated(context.t, at, found) if at else None
         return RouteDecision.from_logits(logits, config.threshold, bias)
 
     def _groups(self, context: StepContext, decision: RouteDecision, span: range) -> Groups:
@@ -385,7 +410,7 @@ class ElasticSession:
         """Samples of the newest pass that should have run, and are deferred."""
         return () if self.current is None else self.current.deferred
 
-    def span(self, block: ElasticBlock) -> range:
+    def span(self, block: RoutedBlock) -> range:
         """The blocks around this one whose residual is kept as one: all of its list, where all do the same."""
         return block.stage if self.alike else range(block.index, block.index + 1)
 
@@ -395,7 +420,7 @@ class ElasticSession:
             return [0] * len(context.t)
         return self.cache.ages(*context.entries(span.start, range(len(context.rows))))
 
-    def _age(self, context: StepContext, block: ElasticBlock) -> Tensor:
+    def _age(self, context: StepContext, block: RoutedBlock) -> Tensor:
         """The same (B,) long, as an input of routers."""
         span = self.span(block)
         if context.simulated is not None:

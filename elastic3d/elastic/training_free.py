@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from elastic3d.elastic.attachment import adapter_for, attach, detach, has_routers, is_attached
+from elastic3d.elastic.cache import Forecast
 from elastic3d.elastic.config import (
     MIN_BUDGET,
     Branches,
@@ -43,7 +44,7 @@ from elastic3d.elastic.config import (
     Scope,
     least_budget,
 )
-from elastic3d.elastic.context import Forecast, StepContext
+from elastic3d.elastic.context import StepContext
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError

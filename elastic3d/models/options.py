@@ -34,7 +34,7 @@ class VAEConfig(Options):
         2, "self-attention layers of the encoder; 0 builds no encoder", ge=0, le=MAX_LAYERS
     )
     decoder_layers: int = option(6, "self-attention layers of the decoder", ge=0, le=MAX_LAYERS)
-    num_freqs: int = option(8, "octaves of the Fourier embedding of a point", ge=1, le=32, advanced=True)
+    num_freqs: int = option(8, "octaves of the Fourier embedding of a point", ge=1, le=32, internal=True)
     include_pi: bool = option(False, "multiply the embedding's frequencies by pi", internal=True)
     qkv_bias: bool = option(False, "bias in the query, key and value projections", internal=True)
     qk_norm: bool = option(True, "LayerNorm on queries and keys", internal=True)
@@ -63,26 +63,28 @@ class VAEConfig(Options):
         "how many of the latents read their query point from the sharp-edge stream",
         ge=0,
         le=MAX_TOKENS,
-        advanced=True,
+        internal=True,
     )
-    norm_eps: float = option(1e-6, "epsilon of the LayerNorms (1e-5 in TripoSG and Step1X-3D)", gt=0, le=1)
+    norm_eps: float = option(
+        1e-6, "epsilon of the LayerNorms (1e-5 in TripoSG and Step1X-3D)", gt=0, le=1, internal=True
+    )
     encoder_width: int = option(
-        0, "width of the encoder; 0: the decoder's", ge=0, le=MAX_WIDTH, advanced=True
+        0, "width of the encoder; 0: the decoder's", ge=0, le=MAX_WIDTH, internal=True
     )
     sharp_attention: bool = option(
         False,
         "sharp-edge points have a projection and a cross-attention of their own, added to the surface's (Step1X-3D)",
-        advanced=True,
+        internal=True,
     )
     query_pool: int = option(
         0,
         "latents' query points are chosen among the first N points; 0: all",
         ge=0,
         le=1 << 24,
-        advanced=True,
+        internal=True,
     )
-    logvar_min: float = option(-20.0, "lower bound of a latent's log variance", ge=-100, le=0, advanced=True)
-    logvar_max: float = option(4.0, "upper bound of a latent's log variance", ge=0, le=100, advanced=True)
+    logvar_min: float = option(-20.0, "lower bound of a latent's log variance", ge=-100, le=0, internal=True)
+    logvar_max: float = option(4.0, "upper bound of a latent's log variance", ge=0, le=100, internal=True)
     anchored: bool = option(False, "a latent carries its anchor point and attention knows distances to it")
     neighbours_in: int = option(
         16, "anchored: surface points whose local shape a latent reads; 0 for none", ge=0, le=4096
@@ -96,7 +98,7 @@ class VAEConfig(Options):
         "standard deviation of a drawn anchor about the point that was read",
         ge=0,
         le=1,
-        advanced=True,
+        internal=True,
     )
     scale_factor: float = option(
         1.0,
@@ -174,10 +176,10 @@ class DiTConfig(Options):
     wide_time: bool = option(
         False,
         "embed t in as many channels as the model has, sines first, with periods up to 10000 (Step1X-3D)",
-        advanced=True,
+        internal=True,
     )
     time_reversed: bool = option(
-        False, "the network's own time is 1 - t: 1 is noise (Step1X-3D)", advanced=True
+        False, "the network's own time is 1 - t: 1 is noise (Step1X-3D)", internal=True
     )
     pooled_condition: bool = option(
         False,

@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 
 from elastic3d.diffusion.options import Quality
-from elastic3d.elastic.config import MIN_BUDGET, BlockCacheConfig
+from elastic3d.elastic.config import MIN_BUDGET, ElasticOptions
 from elastic3d.evaluation.options import Runner
 from elastic3d.geometry.options import CleanupConfig
 from elastic3d.models.options import ForegroundConfig
@@ -67,8 +67,8 @@ class AssetConfig(Options):
 
 
 @dataclass(kw_only=True)
-class GenerateConfig(Options):
-    """Options of `scripts/gen_mesh.py`."""
+class MeshRequestConfig(Options):
+    """What a mesh is made of, by which model, and how finely."""
 
     image: str = option("", "Image of one object: a file, a folder, or a glob such as 'photos/*.png'.")
     prompt: str = option(
@@ -112,29 +112,15 @@ class GenerateConfig(Options):
     resolution: int | None = option(
         None, "Grid cells a side; null: that of quality=, or the model's default.", ge=8, le=512
     )
-    elastic: bool | None = option(
-        None, "Let the routers decide; false: the dense model; null: if it has any."
-    )
     quality: Quality | None = option(
         None, "Instead of budget=: the model's fastest setting, its default, or its most faithful one."
     )
-    budget: float | None = option(
-        None,
-        "Share of the FLOPs of the dense model in its default steps; with steps=, of the dense model in that many;"
-        " null: the model's default.",
-        gt=0,
-        le=1,
-    )
-    width: bool | None = option(None, "Let the routers narrow the MLPs; null: the model's default.")
-    cache: BlockCacheConfig | None = option(None, "Reuse of blocks between steps; null: the model's default.")
-    shared: bool | None = option(
-        None,
-        "Routes are shared in a batch: faster, but a result then depends on its batch; null: the default.",
-    )
-    few_step: bool | None = option(
-        None,
-        "Use the routers' few-step LoRA of the blocks where few model evaluations are left; null: the model's default.",
-    )
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(ElasticOptions, MeshRequestConfig):
+    """Options of `scripts/gen_mesh.py`."""
+
     trace: str = option("", "Also draw what every block did at every step, one panel a mesh, to this PNG.")
     seed: int = option(
         0, "Seed of the noise; the same seed on the same machine gives the same mesh.", ge=0, le=2**63 - 1
@@ -209,8 +195,8 @@ class BackboneName(Enum):
 
 
 @dataclass(kw_only=True)
-class GenerateImageConfig(Options):
-    """Options of `scripts/gen_image.py`."""
+class ImageRequestConfig(Options):
+    """What an image shows, by which pipeline, and how large."""
 
     prompt: str = option("", "What the image shows.")
     output: str = option("", "Image file (.png); it holds the metadata of how it was made.")
@@ -231,21 +217,14 @@ class GenerateImageConfig(Options):
         None, "How strictly the prompt is followed; null: the default.", ge=0, le=100
     )
     size: str = option("", "Pixels: 512, or 768x512 (width x height); empty: the pipeline's default.")
-    elastic: bool | None = option(
-        None, "Let the routers decide; false: the dense model; null: if it has any."
-    )
+
+
+@dataclass(kw_only=True)
+class GenerateImageConfig(ElasticOptions, ImageRequestConfig):
+    """Options of `scripts/gen_image.py`."""
+
     budget: float | None = option(
         None, "Share of the dense blocks' FLOPs to execute; null: the default.", ge=MIN_BUDGET, le=1
-    )
-    width: bool | None = option(None, "Let the routers narrow the MLPs; null: the default.")
-    cache: BlockCacheConfig | None = option(None, "Reuse of blocks between steps; null: the default.")
-    shared: bool | None = option(
-        None,
-        "Routes are shared in a batch: faster, but a result then depends on its batch; null: the default.",
-    )
-    few_step: bool | None = option(
-        None,
-        "Use the routers' few-step LoRA of the blocks where few model evaluations are left; null: the model's default.",
     )
     trace: str = option("", "Also draw what every block did at every step, one panel an image, to this PNG.")
     seed: int = option(

@@ -65,6 +65,10 @@ class PixelModelConfig(PixelSamplingConfig):
     double_blocks: int = option(2, "blocks with weights of their own for text and image", ge=0, le=1000)
     single_blocks: int = option(14, "blocks with the same weights for both", ge=0, le=1000)
     predicts: Prediction = option(Prediction.clean, "what the DiT's output is")
+    # Chosen when the model is exported; training knows none of it.
+    steps: int = option(30, "sampling steps by default", ge=1, le=1000, internal=True)
+    guidance: float = option(3.0, "guidance by default", ge=0, le=100, internal=True)
+    shift: float = option(1.0, "timestep shift of the sampler", ge=1e-3, le=1e3, internal=True)
     elastic: ElasticConfig = option(ElasticConfig, "how it runs once it has routers", internal=True)
     name: str = option("image-small", "name of the model", lengths=(1, 200), internal=True)
 

@@ -40,6 +40,8 @@ from elastic3d.utils.options import option
 
 FULL, SMALLEST = range(2)  # kinds of samples; those beyond are between
 KIND_NAMES = ("full", "smallest", "between")
+SPREAD = 1.0  # noise of random routes, in standard deviations of the table: about as much luck as measurement
+SLACK = 0.1  # a sample's cost may differ from its budget by this, as long as the mean does not: shapes differ
 ARCHITECTURE = ("variant", "hidden", "conditioning", "widths", "longest")
 
 
@@ -58,18 +60,11 @@ class BlockRouterConfig(GenerationConfig):
     sensitivity: Path | None = option(
         None, "table of stage=sensitivity that random routes are drawn around; null: all blocks are alike"
     )
-    spread: float = option(
-        1.0, "noise of random routes, in standard deviations of the table", ge=0, le=100, advanced=True
-    )
     cost_weight: float = option(
-        20.0, "weight of the squared distance to the budget", ge=0, le=1e6, advanced=True
+        20.0, "weight of the squared distance to the budget", ge=0, le=1e6, internal=True
     )
-    slack: float = option(
-        0.1, "a sample's cost may differ from its budget by this, as long as the mean does not", ge=0, le=1,
-        advanced=True,
-    )  # fmt: skip
     imitation_weight: float = option(
-        1.0, "weight of imitating random routes, from which routers alone learn", ge=0, le=1e6, advanced=True
+        1.0, "weight of imitating random routes, from which routers alone learn", ge=0, le=1e6, internal=True
     )
     router_rate: float = option(
         10.0, "learning rate of the routers over that of the LoRA", ge=0, le=1e4, advanced=True
@@ -183,7 +178,7 @@ class RouteDraw:
         elif kind == FULL:
             routes = torch.full(cells, self.router.widths)
         else:
-            routes = self.around(times, budget, config.spread, int(rng.integers(1 << 62)))
+            routes = self.around(times, budget, SPREAD, int(rng.integers(1 << 62)))
         return {
             "steps": torch.tensor(steps),
             "kind": torch.tensor(min(kind, len(KIND_NAMES) - 1)),
@@ -239,7 +234,7 @@ class BlockRouterObjective(GenerationObjective):
             loss = loss + config.imitation_weight * imitation
             values["imitation"] = imitation
         if free.any():
-            cost = budget_loss(share[free], budget[free], config.slack)
+            cost = budget_loss(share[free], budget[free], SLACK)
             loss = loss + config.cost_weight * cost
             values |= {"cost": cost, "off_budget": (share - budget)[free].abs().mean()}
         values["share"] = share.mean()

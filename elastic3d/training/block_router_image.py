@@ -23,7 +23,7 @@ from elastic3d.training.datasets import Batch, Shuffle, item_generator
 from elastic3d.training.elastic_image import BackboneConfig, ImageTermConfig, PublishedPipeline
 from elastic3d.training.image import ImageItems
 from elastic3d.training.image_data import ImageCache, text_of
-from elastic3d.training.options import StageName, TrainConfig
+from elastic3d.training.options import GenerationTrainConfig, StageName
 from elastic3d.utils.options import option
 
 
@@ -44,7 +44,7 @@ class ImageBlockRouterConfig(BlockRouterConfig):
 
 
 @dataclass(kw_only=True)
-class ImageBlockRouterTrainConfig(TrainConfig):
+class ImageBlockRouterTrainConfig(GenerationTrainConfig):
     """Everything `scripts/train.py stage=image_block_router` takes."""
 
     stage: StageName = option(StageName.image_block_router, "what to do")
@@ -97,7 +97,7 @@ class ImageBlockRouters(BlockRouterObjective):
 
     def decoded(self, found: Tensor, dense: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Mean absolute difference of decoded images at several scales."""
-        return self.pipeline.decoded_loss(found, dense, self.term.scales)
+        return self.pipeline.decoded_loss(found, dense)
 
 
 def _with_negative(text: Text, negative: Text) -> Text:

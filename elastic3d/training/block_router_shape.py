@@ -36,7 +36,7 @@ from elastic3d.training.few_step import (
 )
 from elastic3d.training.latents import LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.mesh_loss import MESH_STORED, MeshReconstruction, MeshTermsConfig, mesh_item
-from elastic3d.training.options import StageName, TrainConfig
+from elastic3d.training.options import DataConfig, GenerationTrainConfig, StageName
 from elastic3d.training.vae import FieldLossConfig
 from elastic3d.utils.options import option
 
@@ -67,10 +67,11 @@ class ShapeBlockRouterConfig(BlockRouterConfig, ShapeGenerationConfig):
 
 
 @dataclass(kw_only=True)
-class BlockRouterTrainConfig(TrainConfig):
+class BlockRouterTrainConfig(GenerationTrainConfig):
     """Everything `scripts/train.py stage=block_router` takes."""
 
     stage: StageName = option(StageName.block_router, "what to do")
+    data: DataConfig = option(DataConfig, "prepared shapes")
     latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
     vae: FieldLossConfig = option(FieldLossConfig, "the loss that the VAE was trained with")
     router: RouterConfig = option(RouterConfig, "architecture of the routers: a file of configs/router")

@@ -76,14 +76,14 @@ def calibrate(
     """
     if session.conditioner is None:
         return
-    router = replace(session.router_config, requested_budgets=[], calibrated_budgets=[])
+    _draw(session, requested_budgets=[], calibrated_budgets=[])
+    router = session.router_config
     by_step = router.scope is Scope.step  # routers of each block have no curves over time
     dampings, gate_bias = (by_step and curve is Curve.choose for curve in (curves.dampings, curves.gate_bias))
     if dampings:
-        router = replace(router, damping_times=[], dampings=[])
+        _draw(session, damping_times=[], dampings=[])
     if gate_bias:
-        router = replace(router, times=[], gate_bias=[])
-    session.router_config = router
+        _draw(session, times=[], gate_bias=[])
     if dampings and router.longest and router.damping:
         choose_dampings(session, generate)
     if gate_bias and router.longest:
@@ -93,9 +93,13 @@ def calibrate(
     shares = [generate(ElasticConfig(budget=float(budget)), 0)[1].mean().item() for budget in bar]
     found = np.maximum.accumulate(shares) + 1e-6 * np.arange(points)  # ascending, as an inverse needs
     calibrated = np.interp(requested, found, requested)
-    session.router_config = replace(
-        session.router_config, requested_budgets=requested.tolist(), calibrated_budgets=calibrated.tolist()
-    )
+    _draw(session, requested_budgets=requested.tolist(), calibrated_budgets=calibrated.tolist())
+
+
+def _draw(session: ElasticSession, **curves: list[float]) -> None:
+    """Replace curves of the session's routers."""
+    config = session.router_config
+    session.router_config = replace(config, curves=replace(config.curves, **curves))
 
 
 def choose_dampings(session: ElasticSession, generate: Generate) -> None:
@@ -108,9 +112,7 @@ def choose_dampings(session: ElasticSession, generate: Generate) -> None:
     dampings = [session.router_config.damping] * len(DAMPING_TIMES)
 
     def error(values: list[float]) -> float:
-        session.router_config = replace(
-            session.router_config, damping_times=list(DAMPING_TIMES), dampings=values
-        )
+        _draw(session, damping_times=list(DAMPING_TIMES), dampings=values)
         return _error_at_equal_cost(generate, dense, _DAMPING_BUDGETS)
 
     best = error(dampings)
@@ -121,7 +123,7 @@ def choose_dampings(session: ElasticSession, generate: Generate) -> None:
             tried = [*dampings[:place], value, *dampings[place + 1 :]]
             if (found := error(tried)) < best:
                 best, dampings = found, tried
-    session.router_config = replace(session.router_config, dampings=dampings)
+    _draw(session, dampings=dampings)
 
 
 def choose_gate_bias(session: ElasticSession, generate: Generate, times: Tensor) -> None:
@@ -141,13 +143,11 @@ def choose_gate_bias(session: ElasticSession, generate: Generate, times: Tensor)
         return (early * np.exp(-place / 0.2) - late * (place > 0.9)).tolist()
 
     def error(curve: tuple[float, float]) -> float:
-        session.router_config = replace(
-            session.router_config, times=times[1:-1].tolist(), gate_bias=gate_bias(*curve)
-        )
+        _draw(session, times=times[1:-1].tolist(), gate_bias=gate_bias(*curve))
         return _error_at_equal_cost(generate, dense, _BIAS_BUDGETS)
 
     best = min(product(EARLY, LATE), key=error)
-    session.router_config = replace(session.router_config, gate_bias=gate_bias(*best))
+    _draw(session, gate_bias=gate_bias(*best))
 
 
 def _error_at_equal_cost(generate: Generate, dense: Tensor, budgets: Sequence[float]) -> float:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from elastic3d.errors import UserError
 from elastic3d.models.weights import open_tensors, tensor_heads
-from elastic3d.training.options import DataConfig, LoopConfig
+from elastic3d.training.options import DataConfig, LoopConfig, SplitsConfig
 
 Batch = dict[str, Tensor]
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -55,12 +55,12 @@ def own_lists(prepared: Path) -> list[Path]:
     return [path for path in found if any(path.parent.glob("shard-*.safetensors"))]
 
 
-def use_own_lists(config: DataConfig) -> None:
+def use_own_lists(config: SplitsConfig) -> None:
     """Train on a user's own meshes where they are all that is prepared and no lists were named.
 
     UserError if a list that was named is missing.
     """
-    default = DataConfig()
+    default = SplitsConfig()
     if not (_are_shipped(config.train, default.train) and _are_shipped(config.val, default.val)):
         return
     sources = {id.partition("/")[0] for id in read_split([*config.train, *config.val])}

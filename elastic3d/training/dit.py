@@ -44,7 +44,6 @@ class DiTStageConfig(LatentFlowConfig):
     """The shape DiT's training."""
 
     model: DiTConfig = option(DiTConfig, "architecture; channel and token counts come from the cache")
-    time_shift: float = option(1.0, "above 1 trains more on noisy timesteps", ge=1e-3, le=1e3)
     drop_condition: float = option(
         0.1, "share of samples that see no image (classifier-free guidance)", ge=0, le=1
     )
@@ -62,6 +61,7 @@ class DiTTrainConfig(TrainConfig):
     """Everything `scripts/train.py stage=dit` takes."""
 
     stage: StageName = option(StageName.dit, "what to do")
+    data: DataConfig = option(DataConfig, "prepared shapes")
     latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
     dit: DiTStageConfig = option(DiTStageConfig, "shape DiT")
 
@@ -153,10 +153,10 @@ class LatentItems:
         if self.config.routes.active:
             blocks = self.config.model.double_blocks + self.config.model.single_blocks
             drawn = draw(self.config.routes, blocks, self.batch, position, seed, rng)
-            item["t"] = timesteps_at(torch.tensor([drawn.u]), shift=self.config.time_shift)[0]
+            item["t"] = timesteps_at(torch.tensor([drawn.u]))[0]
             item["route"] = torch.from_numpy(drawn.route)
             return item
-        item["t"] = sample_timesteps(1, generator, shift=self.config.time_shift)[0]
+        item["t"] = sample_timesteps(1, generator)[0]
         return item
 
     def _choose(self, rng: np.random.Generator) -> tuple[int, int]:

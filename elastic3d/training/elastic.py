@@ -28,7 +28,7 @@ from elastic3d.training.elastic_objective import (
 from elastic3d.training.journal import contact_sheet, mesh_row
 from elastic3d.training.latents import LatentCache, LatentCacheConfig
 from elastic3d.training.mesh_loss import MESH_STORED, MeshReconstruction, MeshTermsConfig, mesh_item
-from elastic3d.training.options import StageName, TrainConfig
+from elastic3d.training.options import DataConfig, StageName, TrainConfig
 from elastic3d.training.vae import FieldLossConfig
 from elastic3d.utils.options import option
 
@@ -51,6 +51,7 @@ class RouterTrainConfig(TrainConfig):
     """Everything `scripts/train.py stage=router` takes."""
 
     stage: StageName = option(StageName.router, "what to do")
+    data: DataConfig = option(DataConfig, "prepared shapes")
     latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
     vae: FieldLossConfig = option(FieldLossConfig, "the loss that the VAE was trained with")
     dit: LatentFlowConfig = option(LatentFlowConfig, "shape DiT")

@@ -27,7 +27,7 @@ from elastic3d.training.elastic_objective import (
     SamplerDraw,
 )
 from elastic3d.training.image import ImageItems, generate_latents, image_sheet, record_of_images
-from elastic3d.training.image_data import ImageCache, ImageDataConfig, build_image_cache, text_of
+from elastic3d.training.image_data import ImageCache, PipelineImagesConfig, build_image_cache, text_of
 from elastic3d.training.options import StageName, TrainConfig
 from elastic3d.utils.files import file_sha256
 from elastic3d.utils.options import Options, option
@@ -38,9 +38,6 @@ class ImageTermConfig(Options):
     """Image reconstruction loss: what latents decode to, against an image."""
 
     weight: float = option(0.1, "of the whole term; 0 leaves it out", ge=0, le=1e6)
-    scales: int = option(
-        3, "resolutions at which images are compared, each half the one before", ge=1, le=8, advanced=True
-    )
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The one there is."""
@@ -53,7 +50,7 @@ class ImageLossConfig(ImageTermConfig, DecodedTermConfig):
 
 
 @dataclass(kw_only=True)
-class BackboneConfig(ImageDataConfig):
+class BackboneConfig(PipelineImagesConfig):
     """A published pipeline, and the images with captions that its routers learn from."""
 
     backbone: BackboneName = option(BackboneName.small, "family whose DiT gets routers")
@@ -72,6 +69,7 @@ class ImageRouterTrainConfig(TrainConfig):
     """Everything `scripts/train.py stage=image_router` takes."""
 
     stage: StageName = option(StageName.image_router, "what to do")
+    gradient_checkpointing: bool = option(False, "diffusers' blocks recompute themselves", internal=True)
     image: BackboneConfig = option(..., "the pipeline, and images with captions")
     router: RouterConfig = option(RouterConfig, "architecture of the routers: a file of configs/router")
     routing: ImageRoutingConfig = option(ImageRoutingConfig, "training of the routers")
@@ -104,12 +102,12 @@ class PublishedPipeline:
         self._backbone.pipe.vae.requires_grad_(False).eval().to(device)
         return self._backbone
 
-    def decoded_loss(self, found: Tensor, true: Tensor, scales: int) -> dict[str, Tensor]:
+    def decoded_loss(self, found: Tensor, true: Tensor) -> dict[str, Tensor]:
         """`image_loss` (B,) of what latents (B,N,C) decode to; the true ones have no gradient."""
         backbone = self.backbone
         with torch.no_grad():
             wanted = backbone.decode(true, self.size).float()
-        return {"image": image_loss(backbone.decode(found, self.size).float(), wanted, scales)}
+        return {"image": image_loss(backbone.decode(found, self.size).float(), wanted)}
 
 
 class ImageRouterObjective(RouterObjective):
@@ -135,11 +133,12 @@ class ImageRouterObjective(RouterObjective):
 
     def decoded(self, data: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Mean absolute difference of decoded images at several scales."""
-        return self.pipeline.decoded_loss(data, batch["latents"][: len(data)], self.term.scales)
+        return self.pipeline.decoded_loss(data, batch["latents"][: len(data)])
 
 
-def image_loss(found: Tensor, true: Tensor, scales: int) -> Tensor:
-    """Images (B,3,H,W) -> mean absolute difference (B,), averaged over resolutions, each half the one before."""
+def image_loss(found: Tensor, true: Tensor, scales: int = 3) -> Tensor:
+    """Images (B,3,H,W) -> mean absolute difference (B,), averaged over resolutions, each half the one before: edges
+    count at the first, colours of areas at the last."""
     losses = []
     for scale in range(scales):
         if scale:

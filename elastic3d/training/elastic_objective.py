@@ -45,9 +45,6 @@ class RoutingConfig(Options):
     )
     min_steps: int = option(8, "fewest sampling steps whose step sizes and times are trained", ge=1, le=1000)
     max_steps: int = option(50, "most of them", ge=1, le=1000)
-    min_budget: float = option(
-        MIN_BUDGET, "smallest budget to train for; the largest is 1", ge=MIN_BUDGET, le=1, advanced=True
-    )
     late_weight: float = option(
         1.0, "weight of an error at t = 1, with 1 at t = 0, linear between", ge=0, le=1
     )
@@ -79,7 +76,7 @@ class DecodedTermConfig(Options):
 
     share: float = option(0.25, "share of a batch's samples that are decoded", ge=0, le=1)
     time_power: float = option(
-        2.0, "a sample counts t to this power: noisy latents imply nothing sharp", ge=0, le=20, advanced=True
+        2.0, "a sample counts t to this power: noisy latents imply nothing sharp", ge=0, le=20, internal=True
     )
 
 
@@ -271,7 +268,7 @@ class SamplerDraw:
         step = int(rng.integers(steps))
         item["t"], item["dt"] = times[step], times[step + 1] - times[step]
         item["steps"] = torch.tensor(float(steps))
-        item["budget"] = torch.tensor(rng.uniform(routing.min_budget, 1.0)).float()
+        item["budget"] = torch.tensor(rng.uniform(MIN_BUDGET, 1.0)).float()
         ages = np.cumsum(rng.geometric(routing.renewal, routing.simulated_steps))
         usable = int(np.sum((ages <= step) & (ages <= router.longest)))
         # blocks that share their decision remember the same step

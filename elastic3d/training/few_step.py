@@ -36,7 +36,7 @@ from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_gen
 from elastic3d.training.latents import LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.loop import Stage
 from elastic3d.training.mesh_loss import MeshReconstruction
-from elastic3d.training.options import StageName, TrainConfig
+from elastic3d.training.options import DataConfig, GenerationTrainConfig, StageName
 from elastic3d.training.vae import FieldLossConfig
 from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import Options, option
@@ -291,10 +291,11 @@ class FewStepStageConfig(ShapeGenerationConfig):
 
 
 @dataclass(kw_only=True)
-class FewStepTrainConfig(TrainConfig):
+class FewStepTrainConfig(GenerationTrainConfig):
     """Everything `scripts/train.py stage=few_step` takes."""
 
     stage: StageName = option(StageName.few_step, "what to do")
+    data: DataConfig = option(DataConfig, "prepared shapes")
     latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
     vae: FieldLossConfig = option(FieldLossConfig, "the loss that the VAE was trained with")
     few_step: FewStepStageConfig = option(FewStepStageConfig, "training of the routers' few-step LoRA")

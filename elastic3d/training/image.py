@@ -27,6 +27,8 @@ from elastic3d.training.loop import Stage
 from elastic3d.training.options import StageName, TrainConfig
 from elastic3d.utils.options import option
 
+DROPPED_CAPTIONS = 0.1  # share of samples without caption, as is usual for classifier-free guidance
+
 
 @dataclass(kw_only=True)
 class ImageStageConfig(ImageDataConfig):
@@ -34,9 +36,6 @@ class ImageStageConfig(ImageDataConfig):
 
     model: PixelModelConfig = option(PixelModelConfig, "architecture")
     shift: float = option(1.0, "timestep shift; above 1 trains more on noise", ge=1e-3, le=1e3)
-    drop_caption: float = option(
-        0.1, "share of samples without caption (classifier-free guidance)", ge=0, le=1
-    )
     val_images: int = option(128, "images to validate on", ge=1, le=1 << 20)
     sample_images: int = option(8, "sample images", ge=1, le=1 << 16)
     sample_steps: int = option(25, "sampling steps of the sample images", ge=1, le=1000)
@@ -48,6 +47,7 @@ class ImageTrainConfig(TrainConfig):
     """Everything `scripts/train.py stage=image` takes."""
 
     stage: StageName = option(StageName.image, "what to do")
+    gradient_checkpointing: bool = option(False, "activations of the small model are small", internal=True)
     image: ImageStageConfig = option(ImageStageConfig, "images with captions")
 
     def network(self) -> nn.Module:
@@ -134,7 +134,7 @@ class ImageStage(Stage):
         self.objective = self.flow
         train = ImageCache(image.cache, "train")
         self._val = ImageCache(image.cache, "val", image.val_images)
-        self.items = ImageItems(train, image.shift, image.drop_caption)
+        self.items = ImageItems(train, image.shift, DROPPED_CAPTIONS)
         self.record = record_of_images(train, self._val)
         self._val_items = ImageItems(self._val)
 

@@ -29,7 +29,7 @@ from elastic3d.models.weights import open_tensors, read_weights, save_weights
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.preparation.sources import with_article
 from elastic3d.training.datasets import Batch, PreparedShapes, read_split
-from elastic3d.training.options import DataConfig
+from elastic3d.training.options import LimitedSplitsConfig
 from elastic3d.training.views import stored_views
 from elastic3d.utils.files import visible_files
 from elastic3d.utils.options import Options, option
@@ -58,10 +58,6 @@ class ImageDataConfig(Options):
         "folder of images with captions (a.png with a.txt, or captions.jsonl); null: the prepared shapes' views",
     )
     cache: Path = option(Path("data/prepared/images"), "folder of the cached images and texts")
-    size: int | None = option(None, "pixels a side; null: the model's", ge=16, le=4096)
-    text_length: int = option(
-        256, "tokens of a cached prompt; the small model has its own", ge=3, le=1024, advanced=True
-    )
     views: int = option(12, "prepared shapes: views of each", ge=1, le=1 << 16)
     recolour: float = option(
         0.5, "prepared shapes: share of views that get one colour, which the caption names", ge=0, le=1
@@ -72,8 +68,16 @@ class ImageDataConfig(Options):
     val_every: int = option(
         50, "folder of images: every N-th is for validation", ge=1, le=1 << 20, advanced=True
     )
-    shard: int = option(512, "images in a file of the cache", ge=1, le=1 << 20, advanced=True)
+    shard: int = option(512, "images in a file of the cache", ge=1, le=1 << 20, internal=True)
     encode_batch: int = option(8, "images or prompts encoded at once", ge=1, le=1 << 16, advanced=True)
+
+
+@dataclass(kw_only=True)
+class PipelineImagesConfig(ImageDataConfig):
+    """How a published pipeline sees them. The small model has a size and a number of tokens of its own."""
+
+    size: int | None = option(None, "pixels a side; null: the model's", ge=16, le=4096)
+    text_length: int = option(256, "tokens of a cached prompt", ge=3, le=1024, advanced=True)
 
 
 @dataclass(frozen=True)
@@ -252,13 +256,16 @@ def _from_lines(folder: Path) -> list[tuple[Path, str]]:
 # ------------------------------------------------------------------------------------------------- the cache
 
 
-def build_image_cache(image: ImageDataConfig, data: DataConfig, backbone: Backbone, seed: int) -> None:
+def build_image_cache(
+    image: ImageDataConfig, data: LimitedSplitsConfig, backbone: Backbone, seed: int
+) -> None:
     """Encode training and validation images; what an earlier call finished stays as it is.
 
     An image that can't be read is reported and left out. UserError where the folder holds a cache of other images,
     or made otherwise.
     """
-    size = image.size or backbone.default_size
+    own = image.size if isinstance(image, PipelineImagesConfig) else None
+    size = own or backbone.default_size
     settings = cache_settings(image, backbone, size)
     output = image.cache
     path = output / INFO_NAME
@@ -301,6 +308,8 @@ def cache_settings(image: ImageDataConfig, backbone: Backbone, size: int) -> dic
 
 def text_length(image: ImageDataConfig, backbone: Backbone) -> int:
     """Tokens of a cached prompt."""
+    if not isinstance(image, PipelineImagesConfig):
+        return backbone.longest
     return min(image.text_length, backbone.longest)
 
 

@@ -41,7 +41,7 @@ from elastic3d.training.datasets import (
     record_of_shapes,
     stack,
 )
-from elastic3d.training.options import DataConfig, Precision, StageConfig, StageName
+from elastic3d.training.options import ComputeConfig, DataConfig, Precision, SplitsConfig, StageName
 from elastic3d.training.vae import FieldLossConfig, SurfaceConfig, VAEItems, VAEStageConfig, VAETrainConfig
 from elastic3d.training.views import augment_view, named_images, stored_views
 from elastic3d.utils.files import file_sha256
@@ -101,11 +101,11 @@ class LatentsConfig(LatentCacheConfig):
 
 
 @dataclass(kw_only=True)
-class CacheConfig(StageConfig):
+class CacheConfig(ComputeConfig):
     """Everything `scripts/train.py stage=cache` takes."""
 
     stage: StageName = option(StageName.cache, "what to do")
-    data: DataConfig = option(DataConfig, "prepared shapes")
+    data: SplitsConfig = option(SplitsConfig, "prepared shapes")
     latents: LatentsConfig = option(LatentsConfig, "cache of latents and image tokens")
     vae: SurfaceConfig = option(SurfaceConfig, "what the VAE's encoder reads")
     init_from: Path | None = option(
@@ -163,12 +163,10 @@ class LatentInfo:
         record = self.vae / "training.json"
         if record.is_file() and trained is not None:
             own = read_record(load_json(record).get("config"), VAETrainConfig, record).vae
-            for name in ("loss", "softness", "truncation"):
-                wanted, found = getattr(own, name), getattr(trained, name)
-                if wanted != found:
-                    raise UserError(
-                        f"vae.{name} is {found}, but the VAE in {self.vae} was trained with {wanted}"
-                    )
+            if own.loss is not trained.loss:
+                raise UserError(
+                    f"vae.loss is {trained.loss.name}, but the VAE in {self.vae} was trained with {own.loss.name}"
+                )
         return vae
 
 

@@ -176,7 +176,7 @@ class _Run:
         for batches in micro_batches(self.stage.items, config, self.step, own, processes):
             rate = learning_rate(self.step, config)
             window += self._backward(batches)
-            norm = self.optimizer.step(rate, config.clip)
+            norm = self.optimizer.step(rate)
             self.average.update(self.optimizer.masters, self.step)
             self.step += 1
             window[-1]["gradient_norm"] = norm

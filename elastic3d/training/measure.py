@@ -12,7 +12,7 @@ import torch
 
 from elastic3d import __version__
 from elastic3d.diffusion.dial import save_dial
-from elastic3d.elastic.attachment import load_routers, save_router_config
+from elastic3d.elastic.attachment import load_router_config, load_routers, save_router_config
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME
@@ -39,10 +39,10 @@ from elastic3d.training.elastic_image import (
     ImageRoutingConfig,
 )
 from elastic3d.training.export import CURVES_NAME, RECORD_NAME, copy_files
-from elastic3d.training.image_data import ImageDataConfig
+from elastic3d.training.image_data import PipelineImagesConfig
 from elastic3d.training.latents import LatentCacheConfig
-from elastic3d.training.options import DataConfig, Precision, StageConfig, StageName
-from elastic3d.utils.options import Options, from_dict, option
+from elastic3d.training.options import DataConfig, LimitedSplitsConfig, Precision, SeededConfig, StageName
+from elastic3d.utils.options import Options, option
 from elastic3d.utils.structured import load_json, save_json
 
 NOTE_NAME = "calibration.json"
@@ -59,7 +59,7 @@ class CalibratedRoutersConfig(CurvesConfig):
 
 
 @dataclass(kw_only=True)
-class CalibrationImagesConfig(ImageDataConfig):
+class CalibrationImagesConfig(PipelineImagesConfig):
     """For routers of a text-to-image pipeline: which, and the images with captions."""
 
     backbone: BackboneName | None = option(None, "family of the pipeline; null: a shape pipeline")
@@ -84,12 +84,12 @@ class CalibrationOutputConfig(Options):
 
 
 @dataclass(kw_only=True)
-class CalibrateConfig(StageConfig):
+class CalibrateConfig(SeededConfig):
     """Everything `scripts/train.py stage=calibrate` takes."""
 
     stage: StageName = option(StageName.calibrate, "what to do")
     precision: Precision = option(Precision.bf16_master, "number format that routers were trained in")
-    data: DataConfig = option(DataConfig, "prepared shapes")
+    data: LimitedSplitsConfig = option(LimitedSplitsConfig, "prepared shapes")
     latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
     image: CalibrationImagesConfig = option(CalibrationImagesConfig, "images with captions")
     routing: CalibratedRoutersConfig = option(CalibratedRoutersConfig, "the routers")
@@ -99,7 +99,7 @@ class CalibrateConfig(StageConfig):
 def calibrate_exported(config: CalibrateConfig) -> Path:
     """Calibrate `routers/` of the model that `config` names as an export does, at the model's own steps and guidance.
 
-    Their `config.json` is written anew, with `calibration.json` beside it: what it was measured on. A `dial.json` there
+    Their `curves.json` is written anew, with `calibration.json` beside it: what it was measured on. A `dial.json` there
     goes: it was measured with what they were. Weights and the record of the training stay as they are; another
     `export.output` gets copies of them.
 
@@ -125,9 +125,8 @@ def _router_config(folder: Path) -> RouterConfig:
     """Of the routers in a folder."""
     if not folder.is_dir():
         raise UserError(f"{folder.parent} has no routers to calibrate: there is no folder {folder}")
-    values = load_json(folder / CONFIG_NAME)
-    values.pop("_class_name", None)  # `load_routers` looks at it
-    return from_dict(RouterConfig, values, str(folder / CONFIG_NAME))
+    family = str(load_json(folder / CONFIG_NAME).get("_class_name", "")).removesuffix("Routers")
+    return load_router_config(folder, family)  # `load_routers` looks at the family
 
 
 def _router_stage(config: CalibrateConfig, router: RouterConfig) -> RouterStage | ImageRouterStage:
@@ -137,6 +136,7 @@ def _router_stage(config: CalibrateConfig, router: RouterConfig) -> RouterStage 
     if image.backbone is None:
         no_loss = MeshLossConfig(weight=0.0)  # needs no data of true surfaces then
         routing = RouterStageConfig(model=config.routing.model, val_shapes=count, mesh=no_loss)
+        shared["data"] = DataConfig(**vars(config.data))
         return RouterStage(
             RouterTrainConfig(**shared, latents=config.latents, router=router, routing=routing)
         )
@@ -196,12 +196,12 @@ class SensitivityConfig(Options):
 
 
 @dataclass(kw_only=True)
-class SensitivityStageConfig(StageConfig):
+class SensitivityStageConfig(SeededConfig):
     """Everything `scripts/train.py stage=sensitivity` takes."""
 
     stage: StageName = option(StageName.sensitivity, "what to do")
     precision: Precision = option(Precision.bf16_master, "number format")
-    data: DataConfig = option(DataConfig, "prepared shapes")
+    data: LimitedSplitsConfig = option(LimitedSplitsConfig, "prepared shapes")
     latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
     image: CalibrationImagesConfig = option(
         CalibrationImagesConfig, "of a text-to-image pipeline: images with captions"
@@ -244,6 +244,7 @@ def _block_router_stage(config: SensitivityStageConfig) -> ShapeBlockRouterStage
             mesh=EndMeshLossConfig(weight=0.0),  # needs no data of true surfaces then
             **common,
         )
+        shared["data"] = DataConfig(**vars(config.data))
         return ShapeBlockRouterStage(BlockRouterTrainConfig(**shared, latents=config.latents, blocks=shape))
     blocks = ImageBlockRouterConfig(guidance=options.guidance, **common)
     return ImageBlockRouterStage(ImageBlockRouterTrainConfig(**shared, image=image.pipeline(), blocks=blocks))

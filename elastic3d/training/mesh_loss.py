@@ -26,6 +26,7 @@ Field = Callable[[Tensor], Tensor]  # points (B,P,3) -> (B,P), positive inside
 MESH_STORED = ("surface", "near", "volume")  # tensors of a prepared shape that the loss needs
 MESH_TERMS = ("field", "chamfer", "normals")
 SPACING = 0.01  # of the central differences; the finest grid cell of a 256 grid is 0.008
+JITTER = 0.02  # standard deviation of the offset at which the search for a surface point starts
 AROUND = 0.05  # standard deviation of points that are drawn around anchors; the box reaches from -1 to 1
 LARGEST_MOVE = 0.1  # a point that finds no surface nearby stays about where it was
 
@@ -112,15 +113,13 @@ class MeshTermsConfig(Options):
         10.0, "weight of the squared Chamfer distance of surface points", ge=0, le=1e6, advanced=True
     )
     normals: float = option(0.1, "weight of the disagreement of their normals", ge=0, le=1e6, advanced=True)
+    # A batch has the points of all its samples: how many each has was never worth a choice.
     near_queries: int = option(
-        256, "points near the surface with a known distance", ge=1, le=1 << 16, advanced=True
+        256, "points near the surface with a known distance", ge=1, le=1 << 16, internal=True
     )
-    volume_queries: int = option(128, "such points anywhere in the box", ge=1, le=1 << 16, advanced=True)
+    volume_queries: int = option(128, "such points anywhere in the box", ge=1, le=1 << 16, internal=True)
     surface_points: int = option(
-        128, "surface points in Chamfer distance and normals", ge=1, le=1 << 16, advanced=True
-    )
-    jitter: float = option(
-        0.02, "standard deviation of the offset at which their search starts", ge=0, le=0.1, advanced=True
+        128, "surface points in Chamfer distance and normals", ge=1, le=1 << 16, internal=True
     )
 
     def sample_bytes(self) -> int:
@@ -145,7 +144,7 @@ def mesh_item(meshes: PreparedShapes, id: str, config: MeshTermsConfig, rng: np.
     return {
         **queries,
         "surface": pick(meshes.read(id, "surface"), config.surface_points, rng),
-        "jitter": config.jitter * torch.from_numpy(offsets),
+        "jitter": JITTER * torch.from_numpy(offsets),
     }
 
 

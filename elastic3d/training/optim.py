@@ -15,6 +15,11 @@ from elastic3d.training.options import LoopConfig, OptimizerName, Schedule
 
 Lists = list[Tensor]
 MUON_MOMENTUM = 0.95
+BETAS = (
+    0.9,
+    0.99,
+)  # of AdamW; a second moment of 0.999 would still remember the warm-up at the end of a short run
+MAX_NORM = 1.0  # of a gradient; larger ones are of a rare bad batch
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
@@ -47,7 +52,7 @@ class MasterOptimizer:
 
     Args:
         parameters: trainable parameters by name; the names key the saved state.
-        config: betas and weight decay.
+        config: optimizer and weight decay.
         factor: learning rate of a parameter, by name, over the run's.
 
     Raises:
@@ -89,8 +94,7 @@ class MasterOptimizer:
                     torch.optim.Muon(chosen, momentum=MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw")
                 )
             elif chosen:
-                betas = (config.beta1, config.beta2)
-                self._optimizers.append(torch.optim.AdamW(chosen, betas=betas, fused=fused))
+                self._optimizers.append(torch.optim.AdamW(chosen, betas=BETAS, fused=fused))
         self._of = {
             master: optimizer
             for optimizer in self._optimizers
@@ -110,7 +114,7 @@ class MasterOptimizer:
                 master.grad += gradient
             parameter.grad = None
 
-    def step(self, rate: float, clip: float) -> Tensor:
+    def step(self, rate: float, clip: float = MAX_NORM) -> Tensor:
         """One update with the collected gradients, which are cleared -> their norm before clipping, in fp32.
 
         Where the norm is not finite nothing is updated.

@@ -66,12 +66,24 @@ class StageConfig(Options):
     """What every stage has."""
 
     stage: StageName = option(StageName.vae, "what to do")
-    seed: int = option(0, "of initialisation, data order, augmentation and noise", ge=0, le=2**63 - 1)
+
+
+@dataclass(kw_only=True)
+class ComputeConfig(StageConfig):
+    """What a stage has that runs a model."""
+
     device: DeviceChoice = option(DeviceChoice.auto, "where to compute")
 
 
 @dataclass(kw_only=True)
-class LoopConfig(StageConfig):
+class SeededConfig(ComputeConfig):
+    """What a stage has that draws random numbers."""
+
+    seed: int = option(0, "of initialisation, data order, augmentation and noise", ge=0, le=2**63 - 1)
+
+
+@dataclass(kw_only=True)
+class LoopConfig(SeededConfig):
     """Optimisation, validation and checkpoints."""
 
     steps: int = option(10_000, "optimizer steps", ge=1, le=MAX_STEPS)
@@ -84,12 +96,9 @@ class LoopConfig(StageConfig):
     warmup: int = option(200, "steps of linear warm-up", ge=0, le=MAX_STEPS)
     schedule: Schedule = option(Schedule.cosine, "learning rate after the warm-up")
     decay_steps: int = option(1000, "last steps, in which the trapezoid goes to zero", ge=0, le=MAX_STEPS)
-    beta1: float = option(0.9, "AdamW's first-moment decay", ge=0, lt=1, advanced=True)
-    beta2: float = option(0.99, "AdamW's second-moment decay", ge=0, lt=1, advanced=True)
     weight_decay: float = option(
         0.01, "AdamW's decoupled weight decay; vectors and scalars are exempt", ge=0, le=100
     )
-    clip: float = option(1.0, "largest gradient norm; 0 does not clip", ge=0, le=1e12)
     ema: float = option(0.999, "decay of the averaged weights, after its own warm-up", ge=0, lt=1)
     precision: Precision = option(Precision.bf16_master, "number format of training")
     gradient_checkpointing: bool = option(False, "recompute the blocks' activations in the backward pass")
@@ -122,13 +131,25 @@ class LoopConfig(StageConfig):
 
 
 @dataclass(kw_only=True)
-class DataConfig(Options):
+class SplitsConfig(Options):
     """Where prepared shapes lie and which of them to use."""
 
     prepared: Path = option(Path("data/prepared"), "folder of prepared sources (scripts/prepare_data.py)")
     train: list[Path] = option([Path("data/splits/train.txt")], "lists of source/id to train on")
     val: list[Path] = option([Path("data/splits/val.txt")], "lists of source/id to validate on")
+
+
+@dataclass(kw_only=True)
+class LimitedSplitsConfig(SplitsConfig):
+    """Of the training shapes all, or a few."""
+
     limit: int = option(0, "use the first N training shapes; 0 uses all", ge=0, le=1 << 40)
+
+
+@dataclass(kw_only=True)
+class DataConfig(LimitedSplitsConfig):
+    """Shapes that training itself reads."""
+
     preload: bool = option(False, "read every shape into memory at the start instead of mapping the files")
 
 
@@ -155,7 +176,7 @@ class RunConfig(StageConfig):
 class TrainConfig(LoopConfig, RunConfig):
     """What every stage that trains has."""
 
-    data: DataConfig = option(DataConfig, "prepared shapes")
+    data: LimitedSplitsConfig = option(LimitedSplitsConfig, "prepared shapes")
 
     def network(self) -> nn.Module | None:
         """A network of the architecture that is trained; None where it comes from a file."""
@@ -164,3 +185,12 @@ class TrainConfig(LoopConfig, RunConfig):
     def sample_bytes(self) -> int:
         """Memory that a sample needs at the very least, in bytes: its data, and each block's input."""
         return 0
+
+
+@dataclass(kw_only=True)
+class GenerationTrainConfig(TrainConfig):
+    """Training through whole generations. What validation makes of them is numbers, and the model is no part of what
+    is trained, so that nothing of it is compiled."""
+
+    sample_every: int = option(0, "no sample images", internal=True)
+    compile: bool = option(False, "no model to compile", internal=True)

@@ -21,7 +21,14 @@ from elastic3d.training.checkpoint import CLASSES, find_start, model_part, stati
 from elastic3d.training.datasets import use_own_lists
 from elastic3d.training.distributed import state_bytes
 from elastic3d.training.loop import Stage, train
-from elastic3d.training.options import Precision, StageConfig, StageName, TrainConfig
+from elastic3d.training.options import (
+    ComputeConfig,
+    Precision,
+    SeededConfig,
+    StageConfig,
+    StageName,
+    TrainConfig,
+)
 from elastic3d.utils.options import to_dict
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # mallopt(3)
@@ -77,7 +84,8 @@ def run_stage(config: StageConfig) -> int:
     """Do what `config.stage` says -> the process' exit code; UserError for whatever the user can mend."""
     keep_memory_mapped()
     warn_of_slow_precision(config)
-    torch.manual_seed(config.seed)
+    if isinstance(config, SeededConfig):
+        torch.manual_seed(config.seed)
     if config.stage in SHAPE_STAGES:
         use_own_lists(config.data)  # type: ignore[attr-defined]
         adopt_architecture(config)
@@ -91,7 +99,10 @@ def run_stage(config: StageConfig) -> int:
 
 def warn_of_slow_precision(config: StageConfig) -> None:
     """Where the device has no bf16 matrix products in hardware, they are emulated."""
-    precision, device = getattr(config, "precision", Precision.fp32), resolve_device(config.device)
+    precision = getattr(config, "precision", Precision.fp32)
+    if not isinstance(config, ComputeConfig):
+        return
+    device = resolve_device(config.device)
     if precision is not Precision.fp32 and not fast_bfloat16(device):
         warnings.warn(
             f"precision is {precision.name}, but this {device.type} has no bf16 matrix products in hardware:"

@@ -26,12 +26,14 @@ from elastic3d.training.datasets import (
 )
 from elastic3d.training.journal import contact_sheet, mesh_row
 from elastic3d.training.loop import Stage
-from elastic3d.training.options import StageName, TrainConfig
+from elastic3d.training.options import DataConfig, StageName, TrainConfig
 from elastic3d.utils.options import Options, option
 
 STORED = ("surface", "sharp", "near", "volume")
 HALF_EXTENT = 0.95  # of the longest side of a prepared shape
 MAX_POINTS = 1 << 20  # of one kind, a shape
+SOFTNESS = 0.01  # distance over which soft occupancy goes from 1/2 to 0.73: about a cell of the finest grid
+TRUNCATION = 0.1  # distance at which a signed distance is cut, as published models cut it
 
 
 class FieldLoss(Enum):
@@ -58,12 +60,6 @@ class FieldLossConfig(Options):
     """How a decoded field is compared with distances."""
 
     loss: FieldLoss = option(FieldLoss.occupancy, "soft occupancy or truncated signed distance")
-    softness: float = option(
-        0.01, "distance over which soft occupancy goes from 1/2 to 0.73", ge=1e-6, le=1, advanced=True
-    )
-    truncation: float = option(
-        0.1, "distance at which the signed distance is cut", ge=1e-6, le=2, advanced=True
-    )
 
 
 class TrainedPart(Enum):
@@ -103,7 +99,7 @@ class VAEStageConfig(SurfaceConfig, FieldLossConfig):
     )
     val_shapes: int = option(64, "shapes to validate on", ge=1, le=1 << 20)
     val_queries: int = option(
-        4096, "field queries of each kind for a validation shape", ge=1, le=MAX_POINTS, advanced=True
+        4096, "field queries of each kind for a validation shape", ge=1, le=MAX_POINTS, internal=True
     )
     sample_resolution: int = option(64, "grid cells a side of the sample images", ge=8, le=512, advanced=True)
 
@@ -119,6 +115,8 @@ class VAETrainConfig(TrainConfig):
     """Everything `scripts/train.py stage=vae` takes."""
 
     stage: StageName = option(StageName.vae, "what to do")
+    data: DataConfig = option(DataConfig, "prepared shapes")
+    gradient_checkpointing: bool = option(False, "activations of a VAE are small", internal=True)
     vae: VAEStageConfig = option(VAEStageConfig, "shape VAE")
 
     def network(self) -> nn.Module:
@@ -234,13 +232,13 @@ class VAEObjective(nn.Module):
 def field_loss(field: Tensor, distance: Tensor, config: FieldLossConfig) -> Tensor:
     """Mean loss of the field (B,Q) at points of signed distance (B,Q), both positive inside.
 
-    Occupancy: binary cross-entropy against sigmoid(distance / softness), the soft margin of the sign;
+    Occupancy: binary cross-entropy against sigmoid(distance / SOFTNESS), the soft margin of the sign;
     less the target's own entropy, so that a perfect field has loss 0. Or L1 to the distance, truncated
     and divided by the truncation.
     """
     if config.loss is FieldLoss.tsdf:
-        return nn.functional.l1_loss(field, (distance / config.truncation).clamp(-1.0, 1.0))
-    target = torch.sigmoid(distance / config.softness)
+        return nn.functional.l1_loss(field, (distance / TRUNCATION).clamp(-1.0, 1.0))
+    target = torch.sigmoid(distance / SOFTNESS)
     entropy = nn.functional.binary_cross_entropy(target, target)
     return nn.functional.binary_cross_entropy_with_logits(field, target) - entropy
 

@@ -41,6 +41,9 @@ OPTIONS: dict[str, dict[str, str | None]] = {
     "ImageRoutingConfig": {"picture": "image"},
     "ImageBlockRouterConfig": {"picture": "image"},
 }
+GROUPED = {
+    "RouterConfig": "curves"
+}  # by class: the group with what older versions saved among its other options
 VALUES = {
     ("branches", "apart"): "separate",
     ("branches", "together"): "shared",

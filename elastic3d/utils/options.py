@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from elastic3d.errors import UserError
-from elastic3d.utils.old_names import OPTIONS, VALUES
+from elastic3d.utils.old_names import GROUPED, OPTIONS, VALUES
 
 Config = TypeVar("Config")
 MAX_TEXT = 4096  # characters of a text or path, which is also the longest path of Linux
@@ -252,6 +252,9 @@ def renamed(config_class: type[Any], saved: Mapping[str, Any]) -> dict[str, Any]
     """Values by the names that the options of a class have today, whatever version saved them (see `old_names`)."""
     names = {old: new for each in config_class.__mro__ for old, new in OPTIONS.get(each.__name__, {}).items()}
     found = {new: value for old, value in saved.items() if (new := names.get(old, old)) is not None}
+    if group := GROUPED.get(config_class.__name__):
+        inner = {name: found.pop(name) for name in hints(hints(config_class)[group]) if name in found}
+        found |= {group: inner} if inner else {}
     return {name: VALUES.get((name, v), v) if isinstance(v, str) else v for name, v in found.items()}
 
 

@@ -30,7 +30,7 @@ from elastic3d.benchmark.report import route_panels
 from elastic3d.benchmark.rivals import grid, rival_cases
 from elastic3d.benchmark.run import benchmark
 from elastic3d.elastic import attach, detach, save_routers
-from elastic3d.elastic.config import Branches, CacheRule, RouterConfig, Scope
+from elastic3d.elastic.config import Branches, CacheRule, RouterConfig, RouterCurves, Scope
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.utils.devices import DeviceChoice
@@ -49,9 +49,11 @@ def calibrated(world, folder, **changes):
     """The tiny model with routers that forecast, have curves over time, and what `changes` say."""
     pipeline = ImageTo3DPipeline.from_pretrained(world / "model", "cpu", "float32")
     detach(pipeline.dit)
-    curves = dict(times=[0.0, 1.0], gate_bias=[4.0, -4.0], damping_times=[0.0, 1.0], dampings=[0.5, 0.9])
+    curves = RouterCurves(
+        times=[0.0, 1.0], gate_bias=[4.0, -4.0], damping_times=[0.0, 1.0], dampings=[0.5, 0.9]
+    )
     torch.manual_seed(0)
-    attach(pipeline.dit, RouterConfig(**dict(longest=2, head_std=3.0) | curves | changes))
+    attach(pipeline.dit, RouterConfig(**dict(longest=2, head_std=3.0, curves=curves) | changes))
     pipeline.save_pretrained(folder)
     return folder
 
@@ -125,7 +127,7 @@ def test_ablations_leave_out_one_thing_and_have_to_be_asked_for(world, tmp_path)
     config_before, found = task.model(runs["elastic"]).session.router_config, {}
     for name, run in runs.items():
         with task.ready(run):
-            assert bool(task.model(run).session.router_config.gate_bias) is (name != "elastic_no_bias")
+            assert bool(task.model(run).session.router_config.curves.gate_bias) is (name != "elastic_no_bias")
             condition = task.condition_of(run, task.jobs[:1])
             found[name] = task.sample(run, condition, task.jobs[:1])
     assert task.model(runs["elastic"]).session.router_config is config_before
@@ -317,7 +319,8 @@ def test_routers_that_are_calibrated_anew_make_other_runs(world, tmp_path):
         models = load_models(config)
         session = models["model"].session
         session.router_config = replace(
-            session.router_config, requested_budgets=[0.3, 1.0], calibrated_budgets=[calibrated, 1.0]
+            session.router_config,
+            curves=RouterCurves(requested_budgets=[0.3, 1.0], calibrated_budgets=[calibrated, 1.0]),
         )
         names.append({case.method: case.run.name for case in plan(config, models, 2)[1]})
     assert names[0]["dense"] == names[1]["dense"]

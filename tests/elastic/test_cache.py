@@ -9,6 +9,7 @@ from elastic3d.elastic.config import (
     CacheRule,
     ElasticConfig,
     RouterConfig,
+    RouterCurves,
     RouterVariant,
     Scope,
 )
@@ -145,7 +146,7 @@ def test_by_age_executed_blocks_reuse_what_lives():
     (lambda: BlockCacheConfig(longest=0), "longest is 0"),
     (lambda: BlockCacheConfig(times=[0.5], dampings=[1.0, 0.5]),
      "times and dampings are no ascending list and one of the same length"),
-    (lambda: RouterConfig(damping_times=[0.5, 0.2], dampings=[1.0, 0.5]),
+    (lambda: RouterCurves(damping_times=[0.5, 0.2], dampings=[1.0, 0.5]),
      "damping_times is .* expected values in ascending order"),
     (lambda: BlockCacheConfig(damping=2), "damping is 2, expected a value from 0 to 1"),
     (lambda: BlockCacheConfig(start=1.5), "start is 1.5"),

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from elastic3d.elastic.config import RouterConfig
+from elastic3d.elastic.config import RouterCurves
 from elastic3d.elastic.router import RouteDecision, interpolated
 
 
@@ -24,6 +24,6 @@ def test_gate_bias_is_added_to_the_gate_alone():
 
 def test_times_that_do_not_ascend_are_refused():
     with pytest.raises(ValueError, match="ascending"):
-        RouterConfig(times=[0.5, 0.4], gate_bias=[0.0, 1.0])
+        RouterCurves(times=[0.5, 0.4], gate_bias=[0.0, 1.0])
     with pytest.raises(ValueError, match="ascending"):
-        RouterConfig(times=[0.5], gate_bias=[])
+        RouterCurves(times=[0.5], gate_bias=[])

@@ -12,7 +12,7 @@ from elastic3d.benchmark.controls import TableRoutes
 from elastic3d.diffusion.sampler import integrate, sample
 from elastic3d.elastic import attach, detach, load_routers, save_routers
 from elastic3d.elastic.attachment import load_router_state, router_modules, router_state
-from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
+from elastic3d.elastic.config import ElasticConfig, RouterConfig, RouterCurves, Scope
 from elastic3d.elastic.few_step import FewStepLoRA, LowRankUpdate, coarseness
 from elastic3d.elastic.trace import NOT_RUN, trace_share
 from elastic3d.models.options import DiTConfig
@@ -98,8 +98,7 @@ def test_a_budget_is_spent_on_the_branches_that_run():
         ROUTERS,
         few_step_guidance=2.0,
         guided_times=[0.2, 0.6],
-        requested_budgets=[0.3, 1.0],
-        calibrated_budgets=[0.3, 0.9],
+        curves=RouterCurves(requested_budgets=[0.3, 1.0], calibrated_budgets=[0.3, 0.9]),
     )
     times = [0.0, 0.25, 0.5, 0.75]
     assert config.guided_share(times) == 0.75 and config.guided_share([]) == 1.0
@@ -263,7 +262,7 @@ def test_gradients_go_back_through_a_whole_generation():
     """The derivative along a direction equals that of finite differences, blocks that wait for each other included."""
     config = RouterConfig(
         few_step_rank=2, few_step_nfe=4, scope=Scope.step, longest=4, widths=1, head_std=0.0,
-        damping_times=[0.0, 1.0], dampings=[0.5, 1.0],
+        curves=RouterCurves(damping_times=[0.0, 1.0], dampings=[0.5, 1.0]),
     )  # fmt: skip
     model = tiny().double()
     model.requires_grad_(False)

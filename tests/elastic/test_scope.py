@@ -14,6 +14,7 @@ from elastic3d.elastic.config import (
     Branches,
     ElasticConfig,
     RouterConfig,
+    RouterCurves,
     Scope,
 )
 from elastic3d.elastic.context import Defer
@@ -214,7 +215,9 @@ def test_gate_bias_moves_gates_at_its_times_alone():
     dit, session = attached(of_one_decision())
     _, before = generated(dit, session)
     config = session.router_config
-    session.router_config = replace(config, times=[0.4, 0.5, 0.6], gate_bias=[0.0, 1e3, 0.0])
+    session.router_config = replace(
+        config, curves=RouterCurves(times=[0.4, 0.5, 0.6], gate_bias=[0.0, 1e3, 0.0])
+    )
     _, after = generated(dit, session)
     steps = torch.arange(STEPS) / STEPS
     assert (after[steps == 0.5] == 1).all() and (before[steps == 0.5] == -1).any()

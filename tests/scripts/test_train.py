@@ -6,6 +6,7 @@ import json
 import shlex
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import train
@@ -53,19 +54,46 @@ def test_there_are_commands_of_every_stage() -> None:
 
 
 @pytest.mark.parametrize("stage", list(StageName))
-def test_a_stage_shows_its_own_options_at_most_sixty(stage: StageName) -> None:
+def test_a_stage_has_at_most_sixty_options_and_shows_them(stage: StageName) -> None:
     config_class = stage_config(stage)
-    chosen = f"stage={stage.name}"
-    shown = help_text(train.main, config_class, "train", CONFIG_DIR, [chosen])
-    options = [line for line in shown.splitlines() if line.startswith("  ") and line[2:3].isalpha()]
+    chosen, options = f"stage={stage.name}", options_of(config_class)
     assert len(options) <= 60
+    shown = help_text(train.main, config_class, "train", CONFIG_DIR, [chosen])
     everything = help_text(train.main, config_class, "train", CONFIG_DIR, [chosen, "all"])
-    for option in options_of(config_class).values():
+    for option in options.values():
         assert f"  {option.name}=" in everything
         assert (f"  {option.name}=" in shown) != option.advanced
     if stage is StageName.dit:
         assert "(1 to 65536)" in shown and "image.model" not in everything
         assert "  batch=16 " in shown  # as configs/stage/dit.yaml has it
+
+
+@pytest.mark.parametrize(
+    ("stages", "names"),
+    [
+        ("few_step block_router image_block_router", "sample_every compile"),
+        ("vae image image_router", "gradient_checkpointing"),
+        ("image image_router image_block_router sensitivity calibrate cache", "data.preload"),
+        ("cache", "seed data.limit"),
+        ("export", "seed device"),
+        ("image", "image.size image.text_length image.model.steps image.model.guidance image.model.shift"),
+        ("router image_router block_router image_block_router sensitivity", "router.scope router.variant"),
+    ],
+)
+def test_what_has_no_effect_in_a_stage_is_no_option_of_it(stages: str, names: str) -> None:
+    for stage in stages.split():
+        with_effect = options_of(stage_config(StageName[stage]))
+        for name in names.split():
+            assert name not in with_effect, stage
+            with pytest.raises(UserError, match=f"unknown option '{name}'"):
+                parse(stage_config(StageName[stage]), "train", [f"stage={stage}", f"{name}=1"])
+
+
+@pytest.mark.parametrize(("stage", "scope"), [("router", "step"), ("block_router", "block")])
+def test_what_kind_of_router_a_stage_trains_is_in_its_file(stage: str, scope: str) -> None:
+    config: Any = parse(stage_config(StageName[stage]), "train", [f"stage={stage}"])
+    assert config.router.scope.name == scope
+    assert config.router.branches.name == {"step": "shared", "block": "separate"}[scope]
 
 
 @pytest.mark.parametrize(

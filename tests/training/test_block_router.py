@@ -221,7 +221,7 @@ def test_measure_train_export_and_generate(routed):  # noqa: F811
     assert run_stage(export_of(config, output)) == 0
     pipeline = ImageTo3DPipeline.from_pretrained(output, "cpu", "float32")
     own = pipeline.session.router_config
-    assert own.scope is Scope.block and own.trained_steps == [2, 4] and own.requested_budgets
+    assert own.scope is Scope.block and own.trained_steps == [2, 4] and own.curves.requested_budgets
     both = [image(), image()]
     results = pipeline(both, [1, 2], steps=3, resolution=16, budget=0.5)
     for result, seed in zip(results, (1, 2), strict=True):

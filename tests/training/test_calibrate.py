@@ -9,7 +9,7 @@ from tiny_images import save_tiny_qwen
 
 from elastic3d.elastic import attach, load_routers, save_routers
 from elastic3d.elastic.attachment import load_router_config
-from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
+from elastic3d.elastic.config import ElasticConfig, RouterConfig, RouterCurves, Scope
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.backbones import QwenImageBackbone
@@ -29,8 +29,16 @@ from tests.training.test_image_stages import folder, image_config  # noqa: F401 
 STEPS, TIMES, CURVE = 12, [0.2, 0.8], [0.3, -0.2]
 ROUTERS = RouterConfig(
     scope=Scope.step, longest=3, widths=1, head_std=0.3,
-    requested_budgets=[0.3, 1.0], calibrated_budgets=[0.9, 1.0], times=TIMES, gate_bias=CURVE,
+    curves=RouterCurves(
+        requested_budgets=[0.3, 1.0], calibrated_budgets=[0.9, 1.0], times=TIMES, gate_bias=CURVE
+    ),
 )  # fmt: skip
+
+
+def with_budgets_of(found: RouterConfig, given: RouterConfig) -> RouterConfig:
+    """`given` with the budgets that were calibrated for `found`."""
+    budgets = {name: getattr(found.curves, name) for name in ("requested_budgets", "calibrated_budgets")}
+    return replace(given, curves=replace(given.curves, **budgets))
 
 
 def save_tiny_routers(dit: torch.nn.Module, folder: Path, config: RouterConfig = ROUTERS) -> Path:  # noqa: F811
@@ -100,15 +108,9 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
     assert run_stage(config) == 0
     assert not dial.exists(), "it was measured with the earlier calibration"
     after = {path.name: path.read_bytes() for path in routers.iterdir()}
-    assert {name for name in before if before[name] != after[name]} == {"config.json"}
+    assert {name for name in before if before[name] != after[name]} == {"curves.json"}
     found = load_router_config(routers, "ShapeDiT")
-    assert (
-        found
-        == replace(
-            ROUTERS, requested_budgets=found.requested_budgets, calibrated_budgets=found.calibrated_budgets
-        )
-        and len(found.requested_budgets) == 24
-    )
+    assert found == with_budgets_of(found, ROUTERS) and len(found.curves.requested_budgets) == 24
     note = load_json(routers / "calibration.json")
     assert (note["steps"], note["guidance"], note["gate_bias"]) == (STEPS, 2.5, "keep")
     assert note["data"]["val_shapes"] == 5 and "train_shapes" not in note["data"]
@@ -130,7 +132,8 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
     for name in ("model.safetensors", "training.json"):
         assert (other / name).read_bytes() == before[name]
     chosen = load_router_config(other, "ShapeDiT")  # anew
-    assert len(chosen.gate_bias) == STEPS - 1 and chosen.damping_times == list(calibration.DAMPING_TIMES)
+    assert len(chosen.curves.gate_bias) == STEPS - 1
+    assert chosen.curves.damping_times == list(calibration.DAMPING_TIMES)
 
 
 def test_images(folder, prepared, monkeypatch):  # noqa: F811
@@ -147,13 +150,8 @@ def test_images(folder, prepared, monkeypatch):  # noqa: F811
     assert run_stage(config) == 0
     assert (routers / "model.safetensors").read_bytes() == before
     found = load_router_config(routers, "QwenImageTransformer2DModel")
-    assert (
-        found
-        == replace(
-            given, requested_budgets=found.requested_budgets, calibrated_budgets=found.calibrated_budgets
-        )
-        and found.calibrated_budgets != given.calibrated_budgets
-    )
+    assert found == with_budgets_of(found, given)
+    assert found.curves.calibrated_budgets != given.curves.calibrated_budgets
     note = load_json(routers / "calibration.json")
     assert (note["steps"], note["guidance"], note["data"]["val_images"]) == (STEPS, 4.0, 3)
     routing = {"val_shapes": 3, "val_steps": note["steps"], "guidance": note["guidance"]}

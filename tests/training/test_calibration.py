@@ -1,7 +1,6 @@
 """Choosing the gates' bias over time, with a real dense model and fresh routers."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,7 +27,7 @@ def stage(dense, monkeypatch):
 def error_by_hand(stage, true, **curves) -> float:
     """With curves in the routers' configuration: mean logarithm of the error, linear between shares."""
     session = stage.flow.session
-    session.router_config = replace(session.router_config, **curves)
+    calibration._draw(session, **curves)
     points = []
     for budget in calibration._BIAS_BUDGETS:
         latents, share = stage._generate(ElasticConfig(budget=budget))
@@ -53,8 +52,8 @@ def test_the_curve_with_the_smallest_error_at_equal_cost_is_taken(stage):
     assert len(set(found.values())) > 1
     session.router_config = fresh
     choose_gate_bias(session, stage._generate, times)
-    assert session.router_config.times == times[1:-1].tolist()
-    assert found[tuple(session.router_config.gate_bias)] == min(found.values())
+    assert session.router_config.curves.times == times[1:-1].tolist()
+    assert found[tuple(session.router_config.curves.gate_bias)] == min(found.values())
 
 
 def test_dampings_over_time_take_one_value_after_the_other(stage, monkeypatch):
@@ -72,8 +71,8 @@ def test_dampings_over_time_take_one_value_after_the_other(stage, monkeypatch):
     second = errors([(early, 1.0), (early, 0.1), (early, 1.3)])
     assert len({*first.values(), *second.values()}) == 5
     choose_dampings(session, stage._generate)
-    assert session.router_config.damping_times == [0.0, 1.0]
-    assert tuple(session.router_config.dampings) == min(second, key=second.get)
+    assert session.router_config.curves.damping_times == [0.0, 1.0]
+    assert tuple(session.router_config.curves.dampings) == min(second, key=second.get)
 
 
 def test_calibration_starts_from_nothing(stage, monkeypatch):
@@ -81,8 +80,8 @@ def test_calibration_starts_from_nothing(stage, monkeypatch):
     monkeypatch.setattr(calibration, "DAMPING_STEPS", ((-0.6, 0.3), (0.15,)))
     session = stage.flow.session
     stage.calibrate(CurvesConfig(), points=6)
-    first = session.router_config
+    first = session.router_config.curves
     assert len(first.times) == STEPS - 1 and len(first.requested_budgets) == 6
     assert len(first.dampings) == len(calibration.DAMPING_TIMES)
     stage.calibrate(CurvesConfig(), points=6)
-    assert session.router_config == first
+    assert session.router_config.curves == first

@@ -10,7 +10,7 @@ from elastic3d.diffusion.flow import interpolate
 from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import router_state
 from elastic3d.elastic.block import ElasticBlock
-from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig, Scope
+from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig, RouterCurves, Scope
 from elastic3d.errors import UserError
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
@@ -263,7 +263,7 @@ def test_calibration_makes_the_executed_cost_what_was_asked_for(dense):
     calibrated = session.current.budget
     torch.testing.assert_close(calibrated, torch.tensor([0.5**0.5, 1.0]), atol=0.01, rtol=0)
     with pytest.raises(ValueError, match="ascending"):
-        RouterConfig(requested_budgets=[0.5, 0.4], calibrated_budgets=[0.5, 0.4])
+        RouterCurves(requested_budgets=[0.5, 0.4], calibrated_budgets=[0.5, 0.4])
 
 
 def test_a_cache_of_another_model_is_refused(dense):

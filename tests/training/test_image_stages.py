@@ -187,7 +187,7 @@ def test_routers_for_a_published_pipeline(folder, prepared, save, name):
     )
     result = pipeline(["a chair"], [0], steps=2, size=(16, 16), budget=0.5)[0]
     assert result.metadata["routes"]["actions"]
-    assert session_of(pipeline.backbone.transformer).router_config.requested_budgets
+    assert session_of(pipeline.backbone.transformer).router_config.curves.requested_budgets
 
 
 def test_the_image_term_reaches_the_gates(folder, prepared):

@@ -9,6 +9,7 @@ import pytest
 from _cli import parse
 from safetensors import safe_open
 
+from elastic3d.elastic.attachment import load_router_config
 from elastic3d.elastic.config import BlockCacheConfig, Branches, ElasticConfig, RouterConfig, Scope
 from elastic3d.errors import UserError
 from elastic3d.models.options import ImageEncoderConfig
@@ -38,11 +39,14 @@ def record(values: dict[str, Any]) -> Any:
 def test_every_value_of_the_bundled_routers_is_kept(model: str) -> None:
     written = saved(f"{model}/routers/config.json")
     config = from_dict(RouterConfig, written, "routers")
+    family = {"shape-small": "ShapeDiT", "image-small": "FluxTransformer2DModel"}[model]
+    assert load_router_config(SHIPPED / model / "routers", family) == config
     assert config.scope is Scope.step and config.branches is Branches.shared
     renamed = OPTIONS["RouterConfig"]
     for old in ("asked", "told", "urgency", "trend", "trends", "forecast_times"):
         new = renamed[old]
-        assert new and getattr(config, new) == written.get(old, written.get(new))
+        holder = config if new == "damping" else config.curves
+        assert new and getattr(holder, new) == written.get(old, written.get(new))
     rank = written.get("updates", written.get("few_step_rank", 0))
     assert config.few_step_rank == rank and (rank == 48) is (model == "shape-small")
     assert config.few_step_nfe == written.get("updates_calls", written.get("few_step_nfe", 8.0))
