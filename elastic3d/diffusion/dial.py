@@ -135,7 +135,8 @@ def choose(
         UserError: a budget out of range or below the cheapest row; a quality that is unknown, that the model has no
             dial for, or that comes with another choice of speed.
     """
-    quality = _checked(dial, requested, steps, quality)
+    if quality is not None:
+        quality = _checked(dial, requested, steps, quality)
     if dial is None or steps is not None or requested.elastic is False:
         return None
     lora = guidance in (None, dial.guidance) and requested.few_step is not False
@@ -157,12 +158,18 @@ def choose(
     return affordable[-1]
 
 
+def resolution_of(model: PipelineConfig, quality: Quality | str | None) -> int:
+    """Grid cells a side of the decoding, for a quality or for none."""
+    name = quality.name if isinstance(quality, Quality) else quality
+    return {"fast": model.fast_resolution, "best": model.best_resolution}.get(
+        name or "", 0
+    ) or model.resolution
+
+
 def _checked(
-    dial: Dial | None, requested: ElasticOptions, steps: int | None, quality: Quality | str | None
-) -> Quality | None:
-    """The quality that is asked for, if any. UserError as `choose`."""
-    if quality is None:
-        return None
+    dial: Dial | None, requested: ElasticOptions, steps: int | None, quality: Quality | str
+) -> Quality:
+    """The quality that is asked for. UserError as `choose`."""
     name = quality.name if isinstance(quality, Quality) else quality
     if not isinstance(name, str) or name not in Quality.__members__:
         raise UserError(f"quality is {name!r}, expected one of {', '.join(Quality.__members__)}")
