@@ -33,9 +33,8 @@ from elastic3d.elastic.training_free import (
 )
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
-from elastic3d.geometry.decode import decode_field
+from elastic3d.geometry.decode import decode_field, extract_surface, reducible
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
-from elastic3d.geometry.surface import extract_surface, reducible
 from elastic3d.models.image_encoder import (
     DinoV2,
     Familiarity,
