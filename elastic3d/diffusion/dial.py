@@ -161,9 +161,8 @@ def choose(
 def resolution_of(model: PipelineConfig, quality: Quality | str | None) -> int:
     """Grid cells a side of the decoding, for a quality or for none."""
     name = quality.name if isinstance(quality, Quality) else quality
-    return {"fast": model.fast_resolution, "best": model.best_resolution}.get(
-        name or "", 0
-    ) or model.resolution
+    named = {"fast": model.fast_resolution, "best": model.best_resolution}
+    return named.get(name or "", 0) or model.resolution
 
 
 def _checked(

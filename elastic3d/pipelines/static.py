@@ -152,7 +152,7 @@ class CompiledDiT(StaticDiT):
         super()._refresh(session)
         if self._of is not made_of:
             device = next(self.dit.parameters()).device
-            self._graph: nn.Module = torch.compile(self.twin, **compile_arguments(device) | self.arguments)
+            self._graph = torch.compile(self.twin, **compile_arguments(device) | self.arguments)
             self._shapes = set()
 
 
