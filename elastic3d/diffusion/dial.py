@@ -19,9 +19,8 @@ from elastic3d.elastic.config import MIN_BUDGET, ElasticOptions, RouterConfig, l
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.training_free import CALIBRATION_NAME
 from elastic3d.errors import UserError
-from elastic3d.utils.files import printable
+from elastic3d.utils.files import Maybe, Number, load_json, printable, save_json
 from elastic3d.utils.options import Bounds, check_value
-from elastic3d.utils.structured import Maybe, Number, load_json, save_json
 
 DIAL_NAME = "dial.json"
 F_SCORES = ("f_score@0.02", "f_score@0.05")

@@ -28,8 +28,8 @@ from elastic3d.models.weights import (
     read_weights,
     save_weights,
 )
+from elastic3d.utils.files import save_json
 from elastic3d.utils.options import to_dict
-from elastic3d.utils.structured import save_json
 
 _HANDLE = "_elastic"
 _FAMILIES = {  # class of the model -> its adapter

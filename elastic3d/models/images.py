@@ -20,8 +20,7 @@ from torch import Tensor
 
 from elastic3d.errors import UserError
 from elastic3d.models.options import ForegroundConfig, ForegroundMethod, ImageEncoderConfig
-from elastic3d.utils.files import atomic_path, check_file, printable
-from elastic3d.utils.structured import parse_json
+from elastic3d.utils.files import atomic_path, check_file, parse_json, printable
 
 if TYPE_CHECKING:
     from elastic3d.models.image_encoder import ImageEncoder

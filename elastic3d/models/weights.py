@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from elastic3d.errors import UserError
-from elastic3d.utils.files import atomic_path, check_file, printable
+from elastic3d.utils.files import atomic_path, check_file, load_json, printable, save_json
 from elastic3d.utils.options import from_dict, to_dict
-from elastic3d.utils.structured import load_json, save_json
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

@@ -43,10 +43,10 @@ from elastic3d.utils.files import (
     matching_files,
     name_key,
     printable,
+    save_json,
     visible_files,
 )
 from elastic3d.utils.options import to_dict
-from elastic3d.utils.structured import save_json
 
 if TYPE_CHECKING:
     from elastic3d.pipelines.text_to_image import ImageResult

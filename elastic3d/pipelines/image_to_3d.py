@@ -62,9 +62,8 @@ from elastic3d.pipelines.runtime import (
 )
 from elastic3d.pipelines.static import CompiledDiT, StaticDiT
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
-from elastic3d.utils.files import file_sha256, printable
+from elastic3d.utils.files import file_sha256, load_json, printable, save_json
 from elastic3d.utils.options import from_dict, to_dict
-from elastic3d.utils.structured import load_json, save_json
 
 PIPELINE_NAME, ROUTERS_NAME = "pipeline.json", "routers"
 # Points in one call of the field on a CPU. Blocks of over 32 MB are mapped anew by glibc each time, and every page of

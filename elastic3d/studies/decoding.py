@@ -30,8 +30,7 @@ from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.studies.config import DecodingConfig
-from elastic3d.utils.files import atomic_path
-from elastic3d.utils.structured import load_json, save_json
+from elastic3d.utils.files import atomic_path, load_json, save_json
 
 SURFACE_POINTS = 8192
 THRESHOLD = 0.02  # of the F-score

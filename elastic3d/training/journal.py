@@ -19,8 +19,7 @@ from elastic3d.geometry.decode import decode_field, extract_surface
 from elastic3d.geometry.options import DecodeConfig
 from elastic3d.geometry.render import Scene, orbit_camera
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.utils.files import atomic_path
-from elastic3d.utils.structured import Number, check_shape, load_json_lines
+from elastic3d.utils.files import Number, atomic_path, check_shape, load_json_lines
 
 METRICS_NAME = "metrics.jsonl"
 

@@ -20,7 +20,7 @@ from elastic3d.elastic.config import ElasticOptions, RouterConfig
 from elastic3d.elastic.training_free import Calibration, describe, save_calibration, series_of
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
-from elastic3d.utils.structured import save_json
+from elastic3d.utils.files import save_json
 
 DIAL = parse_dial(values(), "dial.json")
 
