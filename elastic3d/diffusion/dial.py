@@ -144,16 +144,21 @@ def choose(
     rows = [row for row in rows if not routed or (row.router_budget is not None and not row.planned)]
     if not rows:
         raise UserError(f"no row of {DIAL_NAME} can run with these options, expected steps= with them")
-    if requested.budget is None:
-        try:
-            return named_row(rows, quality or Quality.default, dial.f_scores)
-        except ValueError:  # of those that are left
-            return rows[-1]
-    check_value("budget", requested.budget, float, Bounds(gt=0, le=1))
-    affordable = [row for row in rows if row.cost <= requested.budget]
+    if requested.budget is not None:
+        return _within(requested.budget, rows, len(rows) < len(dial.rows))
+    try:
+        return named_row(rows, quality or Quality.default, dial.f_scores)
+    except ValueError:  # of those that are left
+        return rows[-1]
+
+
+def _within(budget: float, rows: Sequence[Row], fewer: bool) -> Row:
+    """The last of some rows that a budget allows. UserError as `choose`; `fewer`: options rule out some."""
+    check_value("budget", budget, float, Bounds(gt=0, le=1))
+    affordable = [row for row in rows if row.cost <= budget]
     if not affordable:
-        why = "" if len(rows) == len(dial.rows) else ", as these options rule out cheaper settings"
-        raise UserError(f"budget is {requested.budget:g}, expected at least {rows[0].cost:g}{why}")
+        why = ", as these options rule out cheaper settings" if fewer else ""
+        raise UserError(f"budget is {budget:g}, expected at least {rows[0].cost:g}{why}")
     return affordable[-1]
 
 
