@@ -174,7 +174,7 @@ class ImageTo3DPipeline:
     def use_less_memory(self) -> None:
         """From now on, only the part that works is on the device, and guidance runs its branches in turn: slower."""
         self.offload, self.static = True, None  # its weights would have to stay on the device
-        self._working = partial(on_device, device=self.device)
+        self._working = lambda part: on_device(part, self.device)
         self.max_points = min(self.max_points, LOW_MEMORY_CHUNK)
         for part in (self.vae, self.dit, self.encoder):
             if isinstance(part, nn.Module):
