@@ -32,9 +32,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from elastic3d.errors import UserError
+from elastic3d.utils.files import parse_yaml
 from elastic3d.utils.old_names import todays_names
 from elastic3d.utils.options import Leaf, alternatives, as_typed, check_type, expected, from_dict, walk
-from elastic3d.utils.structured import parse_yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "configs"

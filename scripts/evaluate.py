@@ -20,8 +20,7 @@ from elastic3d.evaluation.folders import evaluate_folders
 from elastic3d.evaluation.html import load_frontier, write_html
 from elastic3d.evaluation.options import EvaluateConfig
 from elastic3d.evaluation.report import text_report, write_csv
-from elastic3d.utils.files import check_distinct
-from elastic3d.utils.structured import save_json
+from elastic3d.utils.files import check_distinct, save_json
 
 
 def main(config: EvaluateConfig) -> int:

@@ -14,8 +14,7 @@ from pathlib import Path
 from _cli import run
 
 from elastic3d.serve.load_test import LoadTestConfig, load_test
-from elastic3d.utils.files import check_distinct
-from elastic3d.utils.structured import save_json
+from elastic3d.utils.files import check_distinct, save_json
 
 
 def main(config: LoadTestConfig) -> int:

@@ -21,8 +21,7 @@ from elastic3d.preparation.prepare import open_source
 from elastic3d.preparation.splits import Split, read_splits
 from elastic3d.studies.colour import measure_shape, summary
 from elastic3d.studies.config import ColourConfig
-from elastic3d.utils.files import check_distinct
-from elastic3d.utils.structured import save_json
+from elastic3d.utils.files import check_distinct, save_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

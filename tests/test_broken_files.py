@@ -46,8 +46,8 @@ from elastic3d.training.datasets import ShardFolder
 from elastic3d.training.image_data import ImageCache
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo
+from elastic3d.utils.files import load_json, save_json
 from elastic3d.utils.options import from_dict, to_dict
-from elastic3d.utils.structured import load_json, save_json
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from elastic3d.diffusion.dial import F_SCORES
 from elastic3d.elastic import attach
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
-from elastic3d.utils.structured import save_json
+from elastic3d.utils.files import save_json
 
 ROUTERS = RouterConfig(few_step_rank=2, few_step_nfe=1.0, few_step_max_steps=2, few_step_guidance=2.0)
 

@@ -25,7 +25,7 @@ from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.trace import NOT_RUN, SKIPPED, parse_actions
 from elastic3d.training.routes import action_flops, fill
-from elastic3d.utils.structured import load_json, save_json
+from elastic3d.utils.files import load_json, save_json
 
 
 class Trials(Protocol):

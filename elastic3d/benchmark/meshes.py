@@ -38,8 +38,7 @@ from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.training.journal import mesh_image, on_white
-from elastic3d.utils.files import file_sha256
-from elastic3d.utils.structured import load_json
+from elastic3d.utils.files import file_sha256, load_json
 
 TRUTH, REFERENCE, SAME_STEPS, FLOOR = "truth", "reference", "same_steps", "floor"
 QUICK_CELLS = 32

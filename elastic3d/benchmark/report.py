@@ -18,9 +18,8 @@ from elastic3d.evaluation.report import machine, markdown_table, write_csv
 from elastic3d.evaluation.statistics import Row
 from elastic3d.pipelines.preview import draw_routes, route_title
 from elastic3d.training.journal import contact_sheet
-from elastic3d.utils.files import atomic_path
+from elastic3d.utils.files import atomic_path, save_json
 from elastic3d.utils.options import to_dict
-from elastic3d.utils.structured import save_json
 
 ANSWERS = {True: "met", False: "**not met**", None: "not measured"}
 

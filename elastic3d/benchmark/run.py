@@ -26,9 +26,8 @@ from elastic3d.benchmark.task import Task
 from elastic3d.elastic.trace import trace_dense_flops, trace_flops, trace_router_flops
 from elastic3d.errors import UserError
 from elastic3d.evaluation.report import machine, markdown_table
-from elastic3d.utils.files import atomic_path
+from elastic3d.utils.files import atomic_path, load_json, save_json
 from elastic3d.utils.options import to_dict
-from elastic3d.utils.structured import load_json, save_json
 
 
 def benchmark(config: MeshBenchmarkConfig | ImageBenchmarkConfig, command: str = "") -> dict[str, Any]:

@@ -23,7 +23,7 @@ from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.training_free import put_policy
 from elastic3d.evaluation.items import spread
 from elastic3d.evaluation.statistics import Row
-from elastic3d.utils.structured import Maybe, load_json, save_json
+from elastic3d.utils.files import Maybe, load_json, save_json
 
 SHEET_ITEMS, SHEET_SIDE = 8, 160
 Pixels = NDArray[np.uint8]

@@ -24,7 +24,7 @@ from elastic3d.checkpoints.tensors import Row, count_parameters, has_encoder, re
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import DinoV2, dinov2_files
 from elastic3d.models.options import VAEConfig
-from elastic3d.utils.structured import load_json
+from elastic3d.utils.files import load_json
 
 INDEX_NAME = "model_index.json"
 PIPELINE_CLASSES = {"TripoSGPipeline": "triposg", "Step1X3DGeometryPipeline": "step1x3d"}

@@ -23,8 +23,8 @@ from elastic3d.models.image_encoder import DinoV2, dinov2_files
 from elastic3d.models.options import DiTConfig, EncoderKind, ImageEncoderConfig, SkipDiTConfig, VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.weights import tensor_heads
+from elastic3d.utils.files import load_yaml
 from elastic3d.utils.options import from_dict
-from elastic3d.utils.structured import load_yaml
 
 CONFIG_NAME = "config.yaml"
 WEIGHTS_NAMES = ("model.fp16.safetensors", "model.safetensors", "model.fp16.ckpt", "model.ckpt")

@@ -21,7 +21,7 @@ from elastic3d.checkpoints.tensors import Row, to_published
 from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.weights import save_weights
-from elastic3d.utils.structured import save_json
+from elastic3d.utils.files import save_json
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _BLOB = 0.6  # about the radius at which the field changes its sign

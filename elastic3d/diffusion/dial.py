@@ -19,8 +19,7 @@ from elastic3d.elastic.config import MIN_BUDGET, ElasticOptions, RouterConfig, l
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.training_free import CALIBRATION_NAME
 from elastic3d.errors import UserError
-from elastic3d.utils.files import printable
-from elastic3d.utils.structured import Maybe, Number, load_json, save_json
+from elastic3d.utils.files import Maybe, Number, load_json, printable, save_json
 
 DIAL_NAME = "dial.json"
 F_SCORES = ("f_score@0.02", "f_score@0.05")
@@ -134,7 +133,8 @@ def choose(
         UserError: a budget out of range or below the cheapest row; a quality that is unknown, that the model has no
             dial for, or that comes with another choice of speed.
     """
-    quality = _checked(dial, requested, steps, quality)
+    if quality is not None:
+        quality = _checked(dial, requested, steps, quality)
     if dial is None or steps is not None or requested.elastic is False:
         return None
     lora = guidance in (None, dial.guidance) and requested.few_step is not False
@@ -155,12 +155,17 @@ def choose(
     return affordable[-1]
 
 
+def resolution_of(model: PipelineConfig, quality: Quality | str | None) -> int:
+    """Grid cells a side of the decoding, for a quality or for none."""
+    name = quality.name if isinstance(quality, Quality) else quality
+    named = {"fast": model.fast_resolution, "best": model.best_resolution}
+    return named.get(name or "", 0) or model.resolution
+
+
 def _checked(
-    dial: Dial | None, requested: ElasticOptions, steps: int | None, quality: Quality | str | None
-) -> Quality | None:
-    """The quality that is asked for, if any. UserError as `choose`."""
-    if quality is None:
-        return None
+    dial: Dial | None, requested: ElasticOptions, steps: int | None, quality: Quality | str
+) -> Quality:
+    """The quality that is asked for. UserError as `choose`."""
     name = quality.name if isinstance(quality, Quality) else quality
     if not isinstance(name, str) or name not in Quality.__members__:
         raise UserError(f"quality is {name!r}, expected one of {', '.join(Quality.__members__)}")

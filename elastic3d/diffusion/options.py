@@ -53,9 +53,3 @@ class PipelineConfig(Options):
     solver: Solver = option(Solver.euler, "how the sampler steps: euler, ab2 (Adams-Bashforth, second order)")
     segments: int = option(100, "grid consistency: segments of the distillation", ge=1, le=1000)
     elastic: ElasticConfig = option(ElasticConfig, "how a model with routers runs")
-
-    def resolution_of(self, quality: Quality | str | None) -> int:
-        """Grid cells a side of the decoding, for a quality or for none."""
-        name = quality.name if isinstance(quality, Quality) else quality
-        named = {"fast": self.fast_resolution, "best": self.best_resolution}
-        return named.get(name or "", 0) or self.resolution

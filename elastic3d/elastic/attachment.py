@@ -29,9 +29,9 @@ from elastic3d.models.weights import (
     read_weights,
     save_weights,
 )
+from elastic3d.utils.files import load_json, save_json
 from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import from_dict, to_dict
-from elastic3d.utils.structured import load_json, save_json
 
 ROUTER_CURVES_NAME = "curves.json"
 _HANDLE = "_elastic"

@@ -48,9 +48,8 @@ from elastic3d.elastic.context import StepContext
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
-from elastic3d.utils.files import printable
+from elastic3d.utils.files import Number, load_json, printable, save_json
 from elastic3d.utils.options import check_range
-from elastic3d.utils.structured import Number, load_json, save_json
 
 Array = NDArray[np.float64]
 Series = tuple[int, int]  # what a list adds to a stream: the number of its first block, that of the stream

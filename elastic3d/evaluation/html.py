@@ -26,8 +26,7 @@ from elastic3d.evaluation.statistics import Row
 from elastic3d.geometry.cleanup import simplify
 from elastic3d.geometry.mesh_io import load_mesh
 from elastic3d.geometry.render import Camera, Scene, Views, orbit_camera
-from elastic3d.utils.files import atomic_path
-from elastic3d.utils.structured import load_json
+from elastic3d.utils.files import atomic_path, load_json
 
 RANKED_BY = "chamfer_l1"
 HEAT_MAX = 0.1  # distance at the end of the colour ramp; the ground truth's longest side is 2

@@ -19,9 +19,8 @@ from elastic3d.errors import UserError
 from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.evaluation.runner import usable_cores
 from elastic3d.evaluation.statistics import Interval, Rival, Row, bootstrap_mean, comparison_table
-from elastic3d.utils.files import atomic_path
+from elastic3d.utils.files import atomic_path, load_yaml
 from elastic3d.utils.options import to_dict
-from elastic3d.utils.structured import load_yaml
 
 Gate = dict[str, dict[str, float]]
 

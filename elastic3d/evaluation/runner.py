@@ -25,9 +25,8 @@ from elastic3d.evaluation.items import Item, score_item
 from elastic3d.evaluation.options import ProtocolConfig, Runner
 from elastic3d.evaluation.statistics import Row
 from elastic3d.utils.clusters import join_cluster
-from elastic3d.utils.files import atomic_path, read_text
+from elastic3d.utils.files import atomic_path, parse_json, read_text
 from elastic3d.utils.options import to_dict
-from elastic3d.utils.structured import parse_json
 
 Score = Callable[[Item, ProtocolConfig, int], Row]  # item, protocol, threads; must be a module's function
 

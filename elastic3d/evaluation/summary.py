@@ -21,7 +21,7 @@ import numpy as np
 from elastic3d.errors import UserError
 from elastic3d.evaluation.report import markdown_table
 from elastic3d.evaluation.statistics import Interval, Row, averages, bootstrap_mean, direction
-from elastic3d.utils.structured import load_json
+from elastic3d.utils.files import load_json
 
 Report = dict[str, Any]
 Rows = Sequence[Sequence[Row]]  # of each seed

@@ -88,12 +88,7 @@ def clean(mesh: trimesh.Trimesh, config: CleanupConfig) -> trimesh.Trimesh:
         mesh = simplify(mesh, max_faces)
     if config.require_closed and (open_edges := int((_faces_at_edges(mesh) != 2).sum())):
         raise UserError(f"the mesh is not closed: {open_edges} edges have no two faces")
-    if config.smooth_normals:
-        mesh = with_smooth_normals(mesh)
-    else:
-        corners = np.arange(3 * len(mesh.faces)).reshape(-1, 3)
-        normals = np.repeat(mesh.face_normals, 3, axis=0)
-        mesh = trimesh.Trimesh(mesh.triangles.reshape(-1, 3), corners, vertex_normals=normals, process=False)
+    mesh = with_smooth_normals(mesh) if config.smooth_normals else with_flat_normals(mesh)
     return unwrap(mesh) if config.uv else mesh
 
 
@@ -249,6 +244,13 @@ def with_smooth_normals(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
         len(mesh.vertices), mesh.faces, mesh.face_normals, weight
     )
     return trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=normals, process=False)
+
+
+def with_flat_normals(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
+    """The mesh with vertices of its own for each face, and the face's normal at them."""
+    corners = np.arange(3 * len(mesh.faces)).reshape(-1, 3)
+    normals = np.repeat(mesh.face_normals, 3, axis=0)
+    return trimesh.Trimesh(mesh.triangles.reshape(-1, 3), corners, vertex_normals=normals, process=False)
 
 
 def unwrap(mesh: trimesh.Trimesh) -> trimesh.Trimesh:

@@ -26,9 +26,8 @@ from elastic3d.models.weights import (
     read_weights,
     save_weights,
 )
-from elastic3d.utils.files import printable
+from elastic3d.utils.files import load_json, printable, save_json
 from elastic3d.utils.options import to_dict
-from elastic3d.utils.structured import load_json, save_json
 
 _CLASS_NAME = "ImageEncoder"
 FAMILIARITY_NAME = "familiarity.safetensors"

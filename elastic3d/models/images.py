@@ -20,8 +20,7 @@ from torch import Tensor
 
 from elastic3d.errors import UserError
 from elastic3d.models.options import ForegroundConfig, ForegroundMethod, ImageEncoderConfig
-from elastic3d.utils.files import atomic_path, check_file, printable
-from elastic3d.utils.structured import parse_json
+from elastic3d.utils.files import atomic_path, check_file, parse_json, printable
 
 if TYPE_CHECKING:
     from elastic3d.models.image_encoder import ImageEncoder
@@ -83,15 +82,17 @@ def load_image(source: SingleImage) -> Image.Image:
                 return _as_rgba(image, name)
     except UserError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = Image.MAX_IMAGE_PIXELS
-        raise UserError(
-            f"{name} would unpack to more than {limit} pixels, expected a smaller image"
-        ) from error
-    except UnidentifiedImageError as error:
-        raise UserError(f"{name} is no image, expected PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF") from error
     except Exception as error:  # decoders of broken files raise anything
-        raise UserError(f"{name} is broken: {' '.join(str(error).split())}") from error
+        raise UserError(f"{name} {_why_unreadable(error)}") from error
+
+
+def _why_unreadable(error: Exception) -> str:
+    """What is wrong with a file from which Pillow makes no image."""
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"would unpack to more than {Image.MAX_IMAGE_PIXELS} pixels, expected a smaller image"
+    if isinstance(error, UnidentifiedImageError):
+        return "is no image, expected PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF"
+    return f"is broken: {' '.join(str(error).split())}"
 
 
 def save_image(image: Image.Image, path: str | Path, metadata: dict[str, Any]) -> None:
@@ -121,18 +122,8 @@ def _open(path: Path) -> Image.Image:
     """`Image.open`; UserError naming the package that is needed for a format that can't be read without."""
     with path.open("rb") as file:
         head = file.read(12)
-    if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
-        try:
-            import pillow_heif
-        except ImportError as error:
-            raise UserError(
-                f"{printable(path)} is a HEIC image, which needs another package to be read: pip install pillow-heif"
-            ) from error
-        pillow_heif.register_heif_opener()
-    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis") and not features.check("avif"):
-        raise UserError(
-            f"{printable(path)} is an AVIF image, which this build of Pillow can't read: save it as PNG"
-        )
+    if head[4:8] == b"ftyp":
+        _prepare_for(head[8:12], printable(path))
     Image.init()
     image = Image.open(path, formats=[name for name in _FORMATS if name in Image.ID])
     key = image.info.get("transparency")
@@ -141,17 +132,27 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
+def _prepare_for(brand: bytes, name: str) -> None:
+    """Let Pillow read HEIC, by the brand in the head of a file. UserError as `_open`."""
+    if brand in _HEIF_BRANDS:
+        try:
+            import pillow_heif
+        except ImportError as error:
+            raise UserError(
+                f"{name} is a HEIC image, which needs another package to be read: pip install pillow-heif"
+            ) from error
+        pillow_heif.register_heif_opener()
+    if brand in (b"avif", b"avis") and not features.check("avif"):
+        raise UserError(f"{name} is an AVIF image, which this build of Pillow can't read: save it as PNG")
+
+
 def _as_rgba(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
         raise UserError(f"{name} has no pixels")
     transparent = image.info.get("transparency")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, grey; PIL's own conversion would clip
-        grey = np.asarray(image, dtype=np.float64)
-        rgba = Image.fromarray(_eight_bits(grey)).convert("RGBA")
-        if isinstance(transparent, int):  # the one grey value that stands for nothing
-            rgba.putalpha(Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8)))
-        return rgba
+    if image.mode.startswith(("I", "F")):
+        return _of_deep_grey(image, transparent)
     if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         image = image.convert("RGB")
     return image.convert("RGBA")
@@ -179,6 +180,16 @@ def _of_array(value: Any) -> Image.Image:
     elif array.dtype.kind == "b":
         array = 255 * array.astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
+
+
+def _of_deep_grey(image: Image.Image, transparent: Any) -> Image.Image:
+    """RGBA of 16 or 32 bits a pixel, grey, which PIL's own conversion would clip; `transparent`: the one value that
+    stands for nothing, if it is a number."""
+    grey = np.asarray(image, dtype=np.float64)
+    rgba = Image.fromarray(_eight_bits(grey)).convert("RGBA")
+    if isinstance(transparent, int):
+        rgba.putalpha(Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8)))
+    return rgba
 
 
 def _eight_bits(grey: np.ndarray) -> np.ndarray:
@@ -240,18 +251,22 @@ def cut_out(image: Image.Image, config: ForegroundConfig) -> Image.Image:
     if max(image.size) > _WORKING_SIDE:
         image = image.copy()
         image.thumbnail((_WORKING_SIDE, _WORKING_SIDE), Image.Resampling.LANCZOS)
-    method, clear = config.method, _has_transparency(image)
-    either = ForegroundMethod.auto
-    if method is ForegroundMethod.alpha and not clear:
+    clear = _has_transparency(image)
+    if config.method is ForegroundMethod.alpha and not clear:
         raise UserError("the image has no transparent pixels, expected an alpha channel around the object")
-    if clear and method in (either, ForegroundMethod.alpha):
+    if clear and config.method in (ForegroundMethod.auto, ForegroundMethod.alpha):
         return _without_black_haze(image)
-    colour = _plain_background(image, config.tolerance)
+    return _cut_out_of_background(image, config)
+
+
+def _cut_out_of_background(image: Image.Image, config: ForegroundConfig) -> Image.Image:
+    """As `cut_out`, by what is seen around the object."""
+    method, colour = config.method, _plain_background(image, config.tolerance)
     if method is ForegroundMethod.plain and colour is None:
         raise UserError("the image's background is not plain, expected one colour along its border")
-    if colour is not None and method in (either, ForegroundMethod.plain):
+    if colour is not None and method in (ForegroundMethod.auto, ForegroundMethod.plain):
         return _with_alpha(image, _mask_against(image, colour, config.tolerance))
-    if method is either and find_spec("rembg") is None:
+    if method is ForegroundMethod.auto and find_spec("rembg") is None:
         raise UserError(
             "the image has neither transparency nor a plain background: give one with an alpha channel or a plain"
             " background, or install rembg (pip install 'elastic3d[rembg]')"
@@ -312,7 +327,7 @@ def _mask_against(image: Image.Image, colour: np.ndarray, tolerance: int) -> np.
         if hard.sum() > _SHADOW_WARNED * (~background).sum():
             warnings.warn(
                 "what may be the object's shadow on the floor is taken for a part of it: cut it out if it is one",
-                stacklevel=3,
+                stacklevel=4,
             )
     mask = ~(background | shadow)
     if not mask.any():

@@ -200,7 +200,8 @@ class ShapeDiT(PretrainedMixin, nn.Module):
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.single_blocks))
         self.final_layer = FinalLayer(config.width, config.in_channels)
-        self._initialise()
+        if not self.latent_in.weight.is_meta:  # where there is nothing to fill
+            self._initialise()
 
     def _initialise(self) -> None:
         """Xavier for projections; adaLN and the output start at zero, so that every block starts as identity (DiT)."""

@@ -289,7 +289,8 @@ class ShapeVAE(PretrainedMixin, nn.Module):
             self.anchor_proj = nn.Linear(3 + 6 * config.num_freqs, config.width)
         self.transformer = Transformer(config, config.decoder_layers)
         self.geo_decoder = GeoDecoder(config)
-        self._initialise()
+        if not self.post_kl.weight.is_meta:  # where there is nothing to fill
+            self._initialise()
 
     def _initialise(self) -> None:
         for module in self.modules():

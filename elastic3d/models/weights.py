@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from elastic3d.errors import UserError
-from elastic3d.utils.files import atomic_path, check_file, printable
+from elastic3d.utils.files import atomic_path, check_file, load_json, printable, save_json
 from elastic3d.utils.options import from_dict, to_dict
-from elastic3d.utils.structured import load_json, save_json
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -211,22 +210,27 @@ def check_fit(own: Mapping[str, Any], state: Mapping[str, Any], what: str) -> No
     Raises:
         UserError: `what`, and the first tensors that are missing, unknown or mis-shaped, and how many there are.
     """
-    found = {
-        "missing": [name for name in own if name not in state],
-        "unknown": [name for name in state if name not in own],
+    wanted, found = ({name: tuple(each.shape) for name, each in some.items()} for some in (own, state))
+    if found != wanted:
+        raise UserError(f"{what}: tensors {_misfit(wanted, found)}")
+
+
+def _misfit(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """How shapes by name differ, as `check_fit` tells it."""
+    differences = {
+        "missing": [name for name in wanted if name not in found],
+        "unknown": [name for name in found if name not in wanted],
         "mis-shaped": [
-            f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
-            for name, tensor in own.items()
-            if name in state and tuple(state[name].shape) != tuple(tensor.shape)
+            f"{name} {found[name]} instead of {shape}"
+            for name, shape in wanted.items()
+            if found.get(name, shape) != shape
         ],
     }
-    problems = [
+    return "; ".join(
         f"{len(names)} {problem} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
-        for problem, names in found.items()
+        for problem, names in differences.items()
         if names
-    ]
-    if problems:
-        raise UserError(f"{what}: tensors {'; '.join(problems)}")
+    )
 
 
 # ------------------------------------------------------------------------------------------------ safetensors files

@@ -25,7 +25,7 @@ from elastic3d.models.images import IMAGE_SUFFIXES, VIEW_NAMES, ImageInput
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.assets import check_asset, coloured
-from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
+from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline, OnProgress, Result
 from elastic3d.pipelines.options import (
     DEFAULT_MODEL,
     NO_ROUTERS_NAME,
@@ -35,7 +35,6 @@ from elastic3d.pipelines.options import (
     Up,
 )
 from elastic3d.pipelines.preview import draw_routes, route_title, turntable
-from elastic3d.pipelines.results import OnProgress, Result
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.utils.files import (
     atomic_path,
@@ -44,10 +43,10 @@ from elastic3d.utils.files import (
     matching_files,
     name_key,
     printable,
+    save_json,
     visible_files,
 )
 from elastic3d.utils.options import to_dict
-from elastic3d.utils.structured import save_json
 
 if TYPE_CHECKING:
     from elastic3d.pipelines.text_to_image import ImageResult

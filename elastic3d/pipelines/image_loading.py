@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from elastic3d.errors import UserError
-from elastic3d.utils.structured import load_json
+from elastic3d.utils.files import load_json
 
 INDEX_NAME = "model_index.json"
 

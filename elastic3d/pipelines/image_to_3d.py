@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import torch
+import trimesh
 from PIL import Image
 from torch import Tensor, nn
 
 from elastic3d import __version__
-from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, save_dial
+from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, resolution_of, save_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample, sampling_times
 from elastic3d.elastic.attachment import attach, has_routers, is_attached, save_routers, session_of
@@ -32,9 +33,8 @@ from elastic3d.elastic.training_free import (
 )
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
-from elastic3d.geometry.decode import decode_field
+from elastic3d.geometry.decode import decode_field, extract_surface, reducible
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
-from elastic3d.geometry.surface import extract_surface, reducible
 from elastic3d.models.image_encoder import (
     DinoV2,
     Familiarity,
@@ -49,8 +49,7 @@ from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT
 from elastic3d.models.weights import CONFIG_NAME, find_weights, plain_twin
-from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK
-from elastic3d.pipelines.results import Call, OnProgress, OnResult, OnStep, Result
+from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, on_device
 from elastic3d.pipelines.runtime import (
     dense_flops,
     find_model,
@@ -61,16 +60,73 @@ from elastic3d.pipelines.runtime import (
     timed,
     turn,
 )
-from elastic3d.pipelines.static import StaticDiT
+from elastic3d.pipelines.static import CompiledDiT, StaticDiT
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
-from elastic3d.utils.files import file_sha256, printable
+from elastic3d.utils.files import file_sha256, load_json, printable, save_json
 from elastic3d.utils.options import from_dict, to_dict
-from elastic3d.utils.structured import load_json, save_json
 
 PIPELINE_NAME, ROUTERS_NAME = "pipeline.json", "routers"
 # Points in one call of the field on a CPU. Blocks of over 32 MB are mapped anew by glibc each time, and every page of
 # them faults in again: with more points decoding takes 1.6 times as long.
 CPU_CHUNK = 1 << 14
+
+OnStep = Callable[[int, int], None]
+OnProgress = Callable[[str, int, int], None]
+"""on_progress(stage, done, total); the stages are those of the metadata's `ms`: condition (images), dit (sampling
+steps), decode (levels of the grid, over all meshes), cleanup (meshes)."""
+OnResult = Callable[[int, "Result"], None]
+"""on_result(number in the batch, result), as soon as it is known, failures included."""
+
+
+@dataclass
+class Result:
+    """One sample: its mesh, or the reason why there is none."""
+
+    metadata: dict[str, Any]
+    """What was done, as stored in a glb: version, model, seed, steps, FLOPs, milliseconds, ..."""
+    latents: Tensor | None = None
+    """Sampled latents (N,C) fp32 on the CPU; None if the image could not be used."""
+    error: UserError | None = None
+    image: Image.Image | None = None
+    """The (front) image as the model saw it: the object cut out, centred, on white; None if it could not be used."""
+    warnings: list[str] = field(default_factory=list)
+    """What may be wrong with the image, one sentence each."""
+    _mesh: trimesh.Trimesh | None = field(default=None, repr=False)
+
+    @property
+    def mesh(self) -> trimesh.Trimesh:
+        """The mesh, Y up, in the cube of the model's `box`; raises `error` if there is none."""
+        if self.error is not None:
+            raise self.error
+        assert self._mesh is not None
+        return self._mesh
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the pipeline: a batch, what is asked for with defaults filled in, and who is told.
+
+    `config` holds the call's own steps, guidance, resolution and elastic options. `dial` is metadata of that name: what
+    was requested of the dial, and the cost of the row that runs; empty where it is not asked.
+    """
+
+    images: Sequence[ImageInput]
+    seeds: Sequence[int]
+    config: PipelineConfig
+    decode: DecodeConfig
+    cleanup: CleanupConfig
+    foreground: ForegroundConfig
+    dial: dict[str, Any]
+    on_step: OnStep | None
+    on_progress: OnProgress | None
+    on_result: OnResult
+
+    def at(self, stage: str, done: int, total: int) -> None:
+        """Tell that `done` of `total` of a stage are done."""
+        if stage == "dit" and self.on_step is not None:
+            self.on_step(done, total)
+        if self.on_progress is not None:
+            self.on_progress(stage, done, total)
 
 
 class ImageTo3DPipeline:
@@ -107,6 +163,7 @@ class ImageTo3DPipeline:
         self.config = config or PipelineConfig()
         self.weights_sha256, self.dense_sha256 = weights_sha256, dense_sha256 or weights_sha256
         self.device, self.offload = next(dit.parameters()).device, False  # offload: see `use_less_memory`
+        self._working: Callable[[Any], AbstractContextManager[Any]] = nullcontext  # around the work of a part
         self.max_points = CPU_CHUNK if self.device.type == "cpu" else DecodeConfig.max_points
         self.dial: Dial | None = None  # what a budget becomes; None: the budget is the routers' own
         self.calibration: Path | None = None  # file or folder of what keeps a budget without routers
@@ -117,6 +174,7 @@ class ImageTo3DPipeline:
     def use_less_memory(self) -> None:
         """From now on, only the part that works is on the device, and guidance runs its branches in turn: slower."""
         self.offload, self.static = True, None  # its weights would have to stay on the device
+        self._working = lambda part: on_device(part, self.device)
         self.max_points = min(self.max_points, LOW_MEMORY_CHUNK)
         for part in (self.vae, self.dit, self.encoder):
             if isinstance(part, nn.Module):
@@ -130,21 +188,7 @@ class ImageTo3DPipeline:
         """
         if self.offload:
             raise UserError("low_memory moves the weights, expected compile=false with it")
-        self.static = StaticDiT(self.dit, arguments)
-
-    @contextmanager
-    def _on_device(self, part: Any) -> Iterator[None]:
-        """While it lasts, `part` is on the device, where parts wait in main memory for their turn."""
-        moves = self.offload and isinstance(part, nn.Module)
-        if moves:
-            part.to(self.device)
-        try:
-            yield
-        finally:
-            if moves:
-                part.to("cpu")
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+        self.static = CompiledDiT(self.dit, arguments)
 
     @property
     def session(self) -> ElasticSession | None:
@@ -282,7 +326,7 @@ class ImageTo3DPipeline:
             dial = {"dial": row.metadata(requested.budget, quality)}
             given, requested = given | {"steps": row.steps}, row.over(requested)
         given = {name: value for name, value in given.items() if value is not None}
-        config = replace(self.config, **{"resolution": self.config.resolution_of(quality), **given})
+        config = replace(self.config, **{"resolution": resolution_of(self.config, quality), **given})
         config.elastic = requested.over(self.config.elastic, routed)
         if config.elastic.elastic and not routed:
             check_budget(config.elastic.budget, len(sampling_times(config, config.steps)) - 1)
@@ -355,7 +399,7 @@ class ImageTo3DPipeline:
     def encode(self, prepared: Sequence[Prepared]) -> Tensor:
         """Condition tokens (B,M,Cc) of prepared images, all from the same directions."""
         images = torch.stack([to_tensor(list(each.values())) for each in prepared]).to(self.device)
-        with self._on_device(self.encoder):
+        with self._working(self.encoder):
             if isinstance(self.encoder, DinoV2) and self.encoder.config.views > 1:
                 return self.encoder.encode_views(images, list(prepared[0]))
             return self.encoder(images[:, 0])
@@ -386,7 +430,7 @@ class ImageTo3DPipeline:
             session.settings = elastic
         times = sampling_times(self.config, steps)
         static = self.static and self.static.begin(len(seeds), times, guidance)
-        with self._on_device(self.dit):
+        with self._working(self.dit):
             latents = sample(
                 static or self.dit,
                 condition,
@@ -414,7 +458,7 @@ class ImageTo3DPipeline:
         count = len(made)
         box, resolution = self.config.box, call.config.resolution
         decode = replace(call.decode, resolution=resolution, box=box, max_points=self.max_points)
-        with self._on_device(self.vae):
+        with self._working(self.vae):
             with timed(ms, "decode"), torch.no_grad():
                 tokens = self.vae.decode(latents)
             for row, (number, result) in enumerate(made.items()):

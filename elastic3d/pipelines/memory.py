@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from elastic3d.errors import UserError
 from elastic3d.models.options import DiTConfig, SkipDiTConfig, VAEConfig
@@ -110,6 +114,21 @@ def require(need: MemoryNeed, budget: int, offload: bool, device: torch.device) 
             f"this needs about {peak / GB:.1f} GB of {device.type} memory ({need}), but {budget / GB:.1f} GB are"
             " there: try low_memory=true, batch_size=1, dtype=bfloat16 or a smaller resolution"
         )
+
+
+@contextmanager
+def on_device(part: Any, device: torch.device) -> Iterator[None]:
+    """While it lasts, a part of a model that waits in main memory for its turn is on the device."""
+    if not isinstance(part, nn.Module):
+        yield
+        return
+    part.to(device)
+    try:
+        yield
+    finally:
+        part.to("cpu")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def machine_memory() -> int:

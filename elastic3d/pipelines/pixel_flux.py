@@ -24,8 +24,8 @@ from elastic3d.models.text_encoder import MiniLM
 from elastic3d.pipelines.backbones import FluxBackbone, Text
 from elastic3d.pipelines.image_loading import INDEX_NAME, check_index, load_transformer, quiet
 from elastic3d.pipelines.options import BackboneName
+from elastic3d.utils.files import load_json, save_json
 from elastic3d.utils.options import Options, from_dict, option, to_dict
-from elastic3d.utils.structured import load_json, save_json
 
 CLASS_NAME, SETTINGS_NAME = "PixelFluxPipeline", "pipeline.json"
 LEAST_NOISE = 0.05

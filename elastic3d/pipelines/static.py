@@ -23,31 +23,19 @@ from elastic3d.models.weights import plain_twin
 from elastic3d.pipelines.runtime import pass_flops
 
 MOST_SHAPES = 16  # of the inputs, with a compiled graph each; others run as they are
-Arguments = dict[str, Any]
 
 
 class StaticDiT:
-    """A plain twin of a DiT, which the sampler calls in generations in which every block runs (see `begin`).
+    """A plain twin of a DiT, which the sampler calls in generations with the few-step LoRA in which every block runs.
 
-    Without a compiler the twin takes generations with the few-step LoRA alone, and only where the DiT is as it was
-    built: hooks and exchanged modules would be passed over.
+    That is only where the DiT is as it was built: hooks and exchanged modules would be passed over.
 
     The twin shares the parameters of the DiT. Linear layers with a few-step LoRA get weights of their own with the
-    first generation that uses it; another coarseness is merged into these in place, so that compiled graphs stay as
-    they are. There is one for each number of rows: for both guidance branches, and for the conditional one alone.
+    first generation that uses it; another coarseness is merged into these in place.
     """
 
-    def __init__(self, dit: ShapeDiT | SkipDiT, compiled: Arguments | None = None) -> None:
-        """`compiled`: the twin is, with these arguments of `torch.compile` over the defaults. UserError where that does
-        not work, which is tried, or for a model whose experts take the tokens that they choose."""
-        self.dit, self.compiled = dit, compiled
-        if compiled is not None:
-            if isinstance(dit, SkipDiT) and dit.config.expert_blocks:
-                raise UserError(
-                    "compile is true, but the experts of this model decide which tokens they take"
-                )
-            if "backend" not in compiled:
-                check_compiler(next(dit.parameters()).device)
+    def __init__(self, dit: ShapeDiT | SkipDiT) -> None:
+        self.dit = dit
         self._of: tuple[object, ...] | None = None  # what the twin was made of
         self._merged: list[Key] = []
         self.one_branch: Callable[[float], bool] | None = None  # of the sampler, for the generation that runs
@@ -67,12 +55,11 @@ class StaticDiT:
             session.coarsen(len(moments), session.settings.budget, scale, moments)
             if not session.static:
                 return None
-        elastic = session is not None and session.settings.elastic
-        if self.compiled is None and not (elastic and self._untouched()):
+        if not self._takes(session):
             return None
         self._refresh(session)
         self.one_branch = self._trace = None
-        if session is not None and elastic:
+        if session is not None and session.settings.elastic:
             names, ratios = [block.name for block in session.blocks], session.router_config.ratios
             self._trace = session.trace = Trace(names, ratios, len(moments), samples, session.guided)
             self._done = 0
@@ -83,24 +70,22 @@ class StaticDiT:
         self, latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None
     ) -> Tensor:
         """As the DiT: latents (B,N,C), t (B,), condition (B,M,Cc), guidance (B,) or None -> velocity (B,N,C)."""
+        self._record(latents, condition)
+        return self.twin(latents, t, condition, guidance)
+
+    def _record(self, latents: Tensor, condition: Tensor) -> None:
+        """Note in the trace that every block runs at full width in this pass."""
         if (trace := self._trace) is not None:
             flops = pass_flops(self.dit, latents.shape[1], condition.shape[1])
             trace.flops.update(enumerate(flops))
             trace.actions[self._done, : len(latents) // trace.samples] = len(trace.ratios)
             self._done += 1
-        if self.compiled is None:
-            return self.twin(latents, t, condition, guidance)
-        shapes = latents.shape, condition.shape
-        if shapes not in self._shapes and len(self._shapes) == MOST_SHAPES:
-            return self.twin(latents, t, condition, guidance)
-        self._shapes.add(shapes)
-        if latents.device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
-        return self._graph(latents, t, condition, guidance).clone()  # the next pass may overwrite it
 
-    def _untouched(self) -> bool:
-        """Whether nobody listens to the modules of the DiT, and each is of PyTorch or this package."""
-        routed = {id(block.inner) for block in session_of(self.dit).blocks}  # whose forward is the session's
+    def _takes(self, session: ElasticSession | None) -> bool:
+        """Whether the LoRA is used, nobody listens to modules of the DiT, and each is of PyTorch or this package."""
+        if session is None or not session.settings.elastic:
+            return False
+        routed = {id(block.inner) for block in session.blocks}  # whose forward is the session's
         return len(self.dit._forward_pre_hooks) == 1 and not any(
             module._forward_hooks
             or (module._forward_pre_hooks and module is not self.dit)
@@ -116,9 +101,6 @@ class StaticDiT:
         if made_of != self._of:
             self.twin: nn.Module = plain_twin(self.dit)
             self._of, self._merged = made_of, []
-            if self.compiled is not None:
-                self._graph = torch.compile(self.twin, **compile_arguments(first.device) | self.compiled)
-                self._shapes = set[tuple[torch.Size, torch.Size]]()
             if session is not None:
                 session.forget()  # weights that earlier generations made for themselves
         if session is None:
@@ -130,6 +112,48 @@ class StaticDiT:
             for block, lora in blocks:
                 lora.merge(block.inner, self.twin.get_submodule(block.name), coarse)
             self._merged = state
+
+
+class CompiledDiT(StaticDiT):
+    """A compiled twin, which takes every generation in which every block runs, the dense model's too.
+
+    As the LoRA is merged in place, compiled graphs stay as they are. There is one for each number of rows: for both
+    guidance branches, and for the conditional one alone.
+    """
+
+    def __init__(self, dit: ShapeDiT | SkipDiT, arguments: dict[str, Any]) -> None:
+        """`arguments` are of `torch.compile`, over the defaults. UserError where that does not work, which is tried, or
+        for a model whose experts take the tokens that they choose."""
+        if isinstance(dit, SkipDiT) and dit.config.expert_blocks:
+            raise UserError("compile is true, but the experts of this model decide which tokens they take")
+        if "backend" not in arguments:
+            check_compiler(next(dit.parameters()).device)
+        super().__init__(dit)
+        self.arguments = arguments
+        self._shapes: set[tuple[torch.Size, torch.Size]] = set()  # of inputs that there is a graph for
+
+    def __call__(
+        self, latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None
+    ) -> Tensor:
+        self._record(latents, condition)
+        shapes = latents.shape, condition.shape
+        if shapes not in self._shapes and len(self._shapes) == MOST_SHAPES:
+            return self.twin(latents, t, condition, guidance)
+        self._shapes.add(shapes)
+        if latents.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        return self._graph(latents, t, condition, guidance).clone()  # the next pass may overwrite it
+
+    def _takes(self, session: ElasticSession | None) -> bool:
+        return True
+
+    def _refresh(self, session: ElasticSession | None) -> None:
+        made_of = self._of
+        super()._refresh(session)
+        if self._of is not made_of:
+            device = next(self.dit.parameters()).device
+            self._graph = torch.compile(self.twin, **compile_arguments(device) | self.arguments)
+            self._shapes = set()
 
 
 def compile_arguments(device: torch.device) -> dict[str, Any]:

@@ -47,9 +47,8 @@ from elastic3d.pipelines.runtime import (
     turn,
 )
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
-from elastic3d.utils.files import file_sha256
+from elastic3d.utils.files import file_sha256, load_json
 from elastic3d.utils.options import check_range
-from elastic3d.utils.structured import load_json
 
 ROUTERS_NAME = "routers"
 

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from elastic3d.errors import UserError
 from elastic3d.preparation.shape import RawShape
 from elastic3d.preparation.sources import Item, with_article
-from elastic3d.utils.structured import parse_json
+from elastic3d.utils.files import parse_json
 
 MAX_SPIKE = 5.0  # how far single vertices may reach, over the rest
 _FAILURES = "failures.jsonl"

@@ -22,8 +22,7 @@ from elastic3d.errors import UserError
 from elastic3d.preparation.options import ShapeConfig
 from elastic3d.preparation.shape import item_seed, prepare_shape
 from elastic3d.preparation.sources import Item, Source
-from elastic3d.utils.files import atomic_path
-from elastic3d.utils.structured import load_json
+from elastic3d.utils.files import atomic_path, load_json
 
 _LACKING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 Report = Callable[[str, str, str], None]

@@ -27,9 +27,8 @@ from elastic3d.geometry.mesh_io import save_mesh
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.assets import check_asset
 from elastic3d.pipelines.generation import finish
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
 from elastic3d.pipelines.options import AssetConfig, Texture, Up
-from elastic3d.pipelines.results import Result
 from elastic3d.serve.models import Models
 
 LINGER_S = 0.01  # how long a batch waits for others that arrive together

@@ -12,9 +12,8 @@ from elastic3d.elastic.few_step import coarseness
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.studies.config import DialConfig
-from elastic3d.utils.files import printable
+from elastic3d.utils.files import Maybe, Number, load_json, printable
 from elastic3d.utils.old_names import todays_results
-from elastic3d.utils.structured import Maybe, Number, load_json
 
 FEWER, LORA, ROUTERS = ("dense", "fewer_steps"), "few_step_lora", "elastic"  # methods of a call
 PLAN = "training_free", "planned"  # method and note of what keeps a budget without routers

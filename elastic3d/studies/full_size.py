@@ -27,7 +27,7 @@ from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.pipelines.estimates import published
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype
 from elastic3d.studies.config import FullSizeConfig
-from elastic3d.utils.structured import save_json
+from elastic3d.utils.files import save_json
 
 GUIDANCE = 5.0  # two branches
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

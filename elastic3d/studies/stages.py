@@ -19,7 +19,7 @@ from tqdm import tqdm
 from elastic3d.errors import UserError
 from elastic3d.evaluation.report import machine, markdown_table
 from elastic3d.studies.config import StagesConfig
-from elastic3d.utils.structured import save_json
+from elastic3d.utils.files import save_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE, OTHER = "this", "against"

@@ -17,10 +17,9 @@ from elastic3d.errors import UserError
 from elastic3d.models.options import DiTConfig, VAEConfig
 from elastic3d.models.weights import CONFIG_NAME, find_weights, load_config, read_weights, save_weights
 from elastic3d.pipelines.runtime import find_model
-from elastic3d.utils.files import file_sha256
+from elastic3d.utils.files import Number, file_sha256, load_json
 from elastic3d.utils.old_names import todays_stage
 from elastic3d.utils.options import from_dict, hints, renamed
-from elastic3d.utils.structured import Number, load_json
 
 Config = TypeVar("Config")
 MANIFEST = "manifest.json"

@@ -40,9 +40,8 @@ from elastic3d.training.latents import LatentInfo, pipeline_config
 from elastic3d.training.options import RunConfig, StageName
 from elastic3d.training.stages import build_stage, stage_config
 from elastic3d.training.vae import VAETrainConfig
-from elastic3d.utils.files import atomic_path
+from elastic3d.utils.files import atomic_path, save_json
 from elastic3d.utils.options import Options, option
-from elastic3d.utils.structured import save_json
 
 Config = TypeVar("Config")
 RECORD_NAME, CURVES_NAME = "training.json", "training.csv"

@@ -19,9 +19,8 @@ from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.training.datasets import PreparedShapes, read_split
 from elastic3d.training.views import augment_view, stored_views
-from elastic3d.utils.files import visible_files
+from elastic3d.utils.files import save_json, visible_files
 from elastic3d.utils.options import Options, option
-from elastic3d.utils.structured import save_json
 
 RECORD_NAME = "familiarity.json"
 

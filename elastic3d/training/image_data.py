@@ -31,9 +31,8 @@ from elastic3d.preparation.sources import with_article
 from elastic3d.training.datasets import Batch, PreparedShapes, read_split
 from elastic3d.training.options import LimitedSplitsConfig
 from elastic3d.training.views import stored_views
-from elastic3d.utils.files import visible_files
+from elastic3d.utils.files import Number, load_json, load_json_lines, save_json, visible_files
 from elastic3d.utils.options import Options, option
-from elastic3d.utils.structured import Number, load_json, load_json_lines, save_json
 
 INFO_NAME, NEGATIVE_NAME = "cache.json", "negative.safetensors"
 _INFO = {"settings": dict, "counts": {str: Number(0, whole=True)}}

@@ -44,9 +44,8 @@ from elastic3d.training.datasets import (
 from elastic3d.training.options import ComputeConfig, DataConfig, Precision, SplitsConfig, StageName
 from elastic3d.training.vae import FieldLossConfig, SurfaceConfig, VAEItems, VAEStageConfig, VAETrainConfig
 from elastic3d.training.views import augment_view, named_images, stored_views
-from elastic3d.utils.files import file_sha256
+from elastic3d.utils.files import Number, file_sha256, load_json, save_json
 from elastic3d.utils.options import Options, from_dict, option, to_dict
-from elastic3d.utils.structured import Number, load_json, save_json
 
 INFO_NAME = "latents.json"
 STORED = ("mean", "logvar", "tokens")

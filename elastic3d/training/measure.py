@@ -42,8 +42,8 @@ from elastic3d.training.export import CURVES_NAME, RECORD_NAME, copy_files
 from elastic3d.training.image_data import PipelineImagesConfig
 from elastic3d.training.latents import LatentCacheConfig
 from elastic3d.training.options import DataConfig, LimitedSplitsConfig, Precision, SeededConfig, StageName
+from elastic3d.utils.files import load_json, save_json
 from elastic3d.utils.options import Options, option
-from elastic3d.utils.structured import load_json, save_json
 
 NOTE_NAME = "calibration.json"
 

@@ -24,9 +24,8 @@ from elastic3d.elastic.context import Branch, StepContext
 from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.errors import UserError
-from elastic3d.utils.files import printable
+from elastic3d.utils.files import Number, load_json, printable, save_json
 from elastic3d.utils.options import Options, option
-from elastic3d.utils.structured import Number, load_json, save_json
 
 WIDTHS = 4
 KINDS = 4  # of groups: full, smallest, two between

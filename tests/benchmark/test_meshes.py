@@ -22,7 +22,7 @@ from elastic3d.errors import UserError
 from elastic3d.evaluation.html import load_frontier
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.studies.dial import SHAPE
-from elastic3d.utils.structured import load_json
+from elastic3d.utils.files import load_json
 from tests.benchmark.conftest import config_of
 
 WANTED = {

@@ -18,7 +18,7 @@ from elastic3d.errors import UserError
 from elastic3d.pipelines.calibration import calibrate_policy
 from elastic3d.pipelines.options import CalibratePolicyConfig
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
-from elastic3d.utils.structured import load_json
+from elastic3d.utils.files import load_json
 from tests.benchmark.conftest import config_of, image_config_of
 
 CPU = {"device": DeviceChoice.cpu, "dtype": DTypeChoice.float32}

@@ -14,14 +14,13 @@ import torch
 from tiny_dial import load, row, save_dialled, values
 from tiny_pipeline import image
 
-from elastic3d.diffusion.dial import F_SCORES, choose, load_dial, parse_dial, save_dial
+from elastic3d.diffusion.dial import F_SCORES, choose, load_dial, parse_dial, resolution_of, save_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.elastic.config import ElasticOptions, RouterConfig
 from elastic3d.elastic.training_free import Calibration, describe, save_calibration, series_of
 from elastic3d.errors import UserError
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
-from elastic3d.pipelines.results import Result
-from elastic3d.utils.structured import save_json
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
+from elastic3d.utils.files import save_json
 
 DIAL = parse_dial(values(), "dial.json")
 
@@ -348,6 +347,6 @@ def test_a_quality_brings_its_resolution(tmp_path: Path) -> None:
     assert found == {None: usual, Quality.fast: 8, Quality.default: usual, Quality.best: 24}
     assert pipeline(image(), quality="best", resolution=12).metadata["resolution"] == 12
     pipeline.config.best_resolution = 0
-    assert pipeline.config.resolution_of("best") == usual
+    assert resolution_of(pipeline.config, "best") == usual
     with pytest.raises(ValueError, match="fast_resolution is 4, expected 0 or 8 to 512"):
         PipelineConfig(fast_resolution=4)

@@ -10,7 +10,7 @@ import pytest
 
 from elastic3d.evaluation.options import Align, ProtocolConfig
 from elastic3d.evaluation.report import build_report, summarise, text_table, write_csv
-from elastic3d.utils.structured import save_json
+from elastic3d.utils.files import save_json
 
 ROWS = [
     {

@@ -14,7 +14,7 @@ from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.evaluation.report import build_report
 from elastic3d.evaluation.statistics import bootstrap_mean
 from elastic3d.evaluation.summary import Line, Summary, csv_rows, find_reports, markdown, summarize
-from elastic3d.utils.structured import save_json
+from elastic3d.utils.files import save_json
 
 SHAPES = ["chair", "lamp", "sofa", "table"]
 SCORES = {

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from elastic3d.geometry.decode import crossed_cells, halved
-from elastic3d.geometry.surface import extract_surface, reducible
+from elastic3d.geometry.decode import crossed_cells, extract_surface, halved, reducible
 
 
 def cubic(points: torch.Tensor) -> torch.Tensor:
@@ -59,7 +58,7 @@ def test_a_surface_of_too_many_faces_is_taken_from_fewer_nodes(monkeypatch):
     noise = torch.randn(65, 65, 65, generator=torch.Generator().manual_seed(0))
     whole = len(extract_surface(noise).faces)
     assert whole > 100_000
-    monkeypatch.setattr("elastic3d.geometry.surface.MANY_FACES", whole // 2)
+    monkeypatch.setattr("elastic3d.geometry.decode.MANY_FACES", whole // 2)
     assert torch.equal(reducible(noise, 1000), noise[::2, ::2, ::2])
     assert len(extract_surface(reducible(noise, 1000)).faces) < whole // 2
     for max_faces in (0, whole // 4):  # never reduced, or by too little

@@ -26,7 +26,7 @@ from elastic3d.pipelines import static as module
 from elastic3d.pipelines.generation import load_pipeline
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import GenerateConfig
-from elastic3d.pipelines.static import StaticDiT, compile_arguments
+from elastic3d.pipelines.static import CompiledDiT, StaticDiT, compile_arguments
 
 ROUTERS = RouterConfig(
     scope=Scope.step, branches=Branches.shared, widths=1, longest=4, initial_keep=0.95, few_step_rank=2,
@@ -311,7 +311,7 @@ def test_blocks_with_long_skips_and_no_static_plan_of_experts() -> None:
             nn.init.zeros_(block.few_step.parts["skip_linear"].get_parameter("up"))  # it is never trained
     session.settings = ElasticConfig(budget=1)
     inputs = torch.randn(2, 10, 4), torch.full((2,), 0.5), torch.randn(2, 5, 6)
-    times, compiled, found = timestep_grid(3), StaticDiT(dit, UNCOMPILED), []
+    times, compiled, found = timestep_grid(3), CompiledDiT(dit, UNCOMPILED), []
     for call in (dit, compiled):
         if call is dit:
             session.begin(2, 3, guidance=2.0, times=times.tolist()[:-1])
@@ -324,7 +324,7 @@ def test_blocks_with_long_skips_and_no_static_plan_of_experts() -> None:
     assert torch.equal(found[0][1].actions, found[1][1].actions) and found[0][1].flops == found[1][1].flops
     experts = SkipDiT(SkipDiTConfig(**sizes, expert_blocks=1, experts=3, condition_tokens=5))
     with pytest.raises(UserError, match="the experts of this model decide"):
-        StaticDiT(experts, UNCOMPILED)
+        CompiledDiT(experts, UNCOMPILED)
 
 
 def test_a_model_that_moves_is_not_static() -> None:

@@ -11,7 +11,7 @@ from _cli import execute
 
 from elastic3d.evaluation.options import ProtocolConfig, SummarizeConfig
 from elastic3d.evaluation.report import build_report
-from elastic3d.utils.structured import save_json
+from elastic3d.utils.files import save_json
 
 
 @pytest.fixture

@@ -18,9 +18,8 @@ from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
 from elastic3d.studies.config import DialConfig
 from elastic3d.studies.dial import dial_values, frontier, make_dial
-from elastic3d.utils.files import file_sha256
+from elastic3d.utils.files import file_sha256, load_json
 from elastic3d.utils.options import from_dict
-from elastic3d.utils.structured import load_json
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, REPORT = ROOT / "data/pretrained/shape-small", "reports/elastic-3d/results.json"

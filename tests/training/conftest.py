@@ -19,7 +19,7 @@ from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.latents import LatentInfo, build_cache
 from elastic3d.training.options import StageName
-from elastic3d.utils.structured import load_json, save_json
+from elastic3d.utils.files import load_json, save_json
 from tests.training.tiny import add_views, dit_config, tiny_vae
 
 COUNT = 512

@@ -31,7 +31,7 @@ from elastic3d.training.measure import SensitivityConfig
 from elastic3d.training.options import StageName
 from elastic3d.training.routes import action_flops, load_sensitivity
 from elastic3d.training.stages import run_stage
-from elastic3d.utils.structured import load_json, save_json
+from elastic3d.utils.files import load_json, save_json
 from tests.tiny_pipeline import image
 from tests.training.test_calibrate import save_tiny_routers
 from tests.training.test_few_step import ROUTERS, few_step_config, routed  # noqa: F401  # a fixture

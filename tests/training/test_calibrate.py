@@ -22,7 +22,7 @@ from elastic3d.training.elastic_image import ImageRouterStage
 from elastic3d.training.measure import _router_stage
 from elastic3d.training.options import DataConfig, StageName
 from elastic3d.training.stages import run_stage
-from elastic3d.utils.structured import load_json, save_json
+from elastic3d.utils.files import load_json, save_json
 from tests.training.test_elastic import router_config
 from tests.training.test_image_stages import folder, image_config  # noqa: F401  # a fixture
 

@@ -29,8 +29,7 @@ from elastic3d.training.routes import WIDTHS
 from elastic3d.training.stages import run_stage
 from elastic3d.training.vae import TrainedPart
 from elastic3d.training.views import named_images, stored_views
-from elastic3d.utils.files import file_sha256
-from elastic3d.utils.structured import load_json, save_json
+from elastic3d.utils.files import file_sha256, load_json, save_json
 from tests.training.tiny import add_views, tiny_vae, vae_config, views
 from tests.training.tiny import dit_config as config_for
 

@@ -12,7 +12,7 @@ from elastic3d.training.export import export_run
 from elastic3d.training.latents import LatentInfo
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
-from elastic3d.utils.structured import load_json
+from elastic3d.utils.files import load_json
 from tests.training.tiny import add_views, export_of, vae_config
 from tests.training.tiny import dit_config as config_for
 

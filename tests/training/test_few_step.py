@@ -19,7 +19,7 @@ from elastic3d.training.few_step import FewStepStage, FewStepStageConfig, FewSte
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
-from elastic3d.utils.structured import load_json, save_json
+from elastic3d.utils.files import load_json, save_json
 from tests.training.test_calibrate import save_tiny_routers
 from tests.training.tiny import dit_config as config_for
 from tests.training.tiny import export_of

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from elastic3d.errors import UserError
-from elastic3d.utils.structured import (
+from elastic3d.utils.files import (
     Maybe,
     Number,
     check_shape,
