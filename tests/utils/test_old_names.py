@@ -75,10 +75,10 @@ def test_records_of_trainings_that_ship() -> None:
 
 
 def test_an_option_that_is_gone_is_left_out() -> None:
-    written = saved("shape-small/dit/training.json")
-    assert "routes" in written["dit"]
+    written = saved("shape-small/dit/training-first.json")
+    assert "timesteps" in written["dit"]
     dit = record(written).dit
-    assert dit.anchor_weight == written["dit"]["anchor_weight"] and not hasattr(dit, "routes")
+    assert dit.anchor_weight == written["dit"]["anchor_weight"] and not hasattr(dit, "timesteps")
 
 
 def test_weights_and_results() -> None:
