@@ -86,10 +86,7 @@ class ElasticBlock:
         """The block's own signature and return value."""
         session = self.session
         if not (self._attached and session.settings.elastic):
-            output = self.narrow.full(*args, **kwargs)
-            if session.residuals is not None:
-                session.note(self, self.adapter.bind(self.inner, args, kwargs), output)
-            return output
+            return self.narrow.full(*args, **kwargs)
         call, context = self.adapter.bind(self.inner, args, kwargs), session.visit(self)
         span = session.span(self)
         if self.index == span.start:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -55,7 +56,7 @@ class StepContext:
 
     `ahead` is the decision of a step for all blocks, `groups` what follows from it or from that of a block;
     `entered`: by its first block, what came into each span of blocks; `deferred`: samples that should have run and
-    wait; `decisions` are what is executed, `proposed` what the routers of the blocks decided in a rollout.
+    wait; `decisions` are what is executed.
     """
 
     dt: Tensor
@@ -77,7 +78,6 @@ class StepContext:
     deferred: set[int] = field(default_factory=set)
     entered: dict[int, Streams] = field(default_factory=dict)
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
-    proposed: dict[int, RouteDecision] = field(default_factory=dict)
     flops: dict[int, BlockFlops] = field(default_factory=dict)
 
     def entries(self, span: int, rows: Sequence[int]) -> tuple[tuple[int, int], list[int], list[int]]:
@@ -87,17 +87,23 @@ class StepContext:
         return key, [self.slots[row] for row in rows], [self.steps[row] for row in rows]
 
 
-class RouteSource(Protocol):
-    """Something else than the routers that decides (see `training_free`). `alike`: it decides the same for
-    all blocks."""
+class RouteSource(ABC):
+    """Decides in the place of the routers: a policy without training, a table, a rollout that routers learn from.
 
-    alike: bool
+    `alike`: it decides the same for all blocks; `asks`: it is given what the routers decide; `learns`: every block
+    runs, masked, so that gradients reach each decision; `budgets`: of the samples, instead of that of the settings.
+    """
+
+    alike: bool = False
+    asks: bool = False
+    learns: bool = False
+    budgets: Sequence[float] | None = None
 
     def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> Forecast | None:
         """A generation begins: its steps, their times in [0,1] where they are known, each sample's budget -> how
         residuals go on; None: as the cache says."""
-        ...
+        return None
 
-    def decide(self, context: StepContext, block: int) -> RouteDecision:
-        """The route of every row through one block."""
-        ...
+    @abstractmethod
+    def decide(self, context: StepContext, block: int, routed: RouteDecision | None) -> RouteDecision:
+        """The route of every row through one block; `routed` is that of the routers, for a source that asks them."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from elastic3d.elastic.cache import ResidualCache, Residuals, SimulatedCache
+from elastic3d.elastic.cache import ResidualCache, SimulatedCache
 from elastic3d.elastic.config import Branches, CacheRule, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import (
     BOTH_BRANCHES,
@@ -26,11 +26,9 @@ from elastic3d.elastic.context import (
     Groups,
     RouteSource,
     StepContext,
-    Streams,
 )
 from elastic3d.elastic.families import BlockCall, ModelAdapter
 from elastic3d.elastic.few_step import coarseness
-from elastic3d.elastic.rollout import Rollout
 from elastic3d.elastic.router import Conditioner, RouteDecision, interpolated
 from elastic3d.elastic.trace import REUSED, SKIPPED, Trace
 
@@ -69,7 +67,6 @@ class ElasticSession:
     settings: ElasticConfig = field(default_factory=ElasticConfig)  # changed between generations
     source: RouteSource | None = None  # None where the routers decide
     driver: PipelineDriver | None = None  # calls `begin` and `step` for a pass that nobody announced
-    rollout: Rollout | None = None  # from which routers learn while it is generated
     recompute: bool = False  # activation checkpointing: blocks run again for the backward pass
     blocks: list[ElasticBlock] = field(default_factory=list)
     conditioner: Conditioner | None = None
@@ -78,8 +75,6 @@ class ElasticSession:
     current: StepContext | None = None  # the newest forward pass, whose `decisions` the losses read
     coarseness: float | None = None  # of a generation that uses the few-step LoRA
     samples: int = 0
-    residuals: Residuals | None = None  # while recording, of each span of blocks by its first one
-    entered: dict[int, Streams] = field(default_factory=dict)  # and what came into it
     _steps: int = 0
     _budget: Tensor = field(default_factory=lambda: torch.ones(0))
 
@@ -99,20 +94,21 @@ class ElasticSession:
         """A new generation, of steps at `times`: caches and trace start empty. `guidance`: that of a second branch."""
         if samples < 1 or steps < 1:
             raise ValueError(f"a generation of {samples} samples in {steps} steps, expected at least 1 and 1")
+        if budget is None and self.source is not None:
+            budget = self.source.budgets
         if budget is None:
-            budget = self.settings.budget if self.rollout is None else list(self.rollout.budget.tolist())
+            budget = self.settings.budget
         budgets, config = _one_each(budget, samples, "budgets"), self.router_config
-        if self.settings.elastic and self.source is None:
+        if self.settings.elastic and self.routed:
             config.check_generation(steps, guidance, self.settings.few_step)
         self.samples, self._steps = samples, steps
         self.coarsen(steps, sum(budgets) / samples, guidance, times)
         whole = config.guided_share(times) if self.guided else 1.0
         self._budget = torch.tensor([config.calibrated(each, whole) for each in budgets])
         self.trace = Trace([b.name for b in self.blocks], config.ratios, steps, samples, self.guided)
-        forecast, reuse = None, self.settings.cache or config.cache()
-        if self.source is not None:
-            forecast = self.source.begin(steps, times, budgets)
-        elif config.longest and not reuse.skipped_reuse:
+        reuse = self.settings.cache or config.cache()
+        forecast = self.source.begin(steps, times, budgets) if self.source else None
+        if self.routed and config.longest and not reuse.skipped_reuse:
             raise ValueError("cache.skipped_reuse is false, expected true: routers were trained to reuse")
         self.end()
         if reuse.active:
@@ -127,6 +123,11 @@ class ElasticSession:
             block.refresh(self.coarseness)
 
     @property
+    def routed(self) -> bool:
+        """Whether the routers are asked."""
+        return self.source is None or self.source.asks
+
+    @property
     def guided(self) -> bool:
         """Whether the blocks of this generation have learned its guidance."""
         return self.coarseness is not None and self.router_config.few_step_guidance is not None
@@ -138,11 +139,11 @@ class ElasticSession:
     @property
     def static(self) -> bool:
         """Whether the routes of this generation follow from its settings: every block runs, at full width. That is the
-        dense model, and a budget of 1 with the few-step LoRA, unless something else decides or listens."""
+        dense model, and a budget of 1 with the few-step LoRA, unless something else decides."""
         settings, config = self.settings, self.router_config
         if not settings.elastic:
-            return self.residuals is None
-        decides = self.source is not None or self.rollout is not None or bool(config.trained_steps)
+            return True
+        decides = self.source is not None or bool(config.trained_steps)
         return self.coarseness is not None and settings.budget == 1 and settings.cache is None and not decides
 
     def step(
@@ -177,7 +178,7 @@ class ElasticSession:
             steps=steps * copies,
             slots=[(branch - rows[0][0]) * self.samples + sample for branch, sample in rows],
             defer=defer,
-            training=self.rollout is not None and self.rollout.straight,
+            training=self.source is not None and self.source.learns,
         )
         follows = self.router_config.branches is Branches.shared and rows[0][0] != Branch.conditional
         if follows and before is not None and before.steps == context.steps:  # of the other branch
@@ -214,38 +215,6 @@ class ElasticSession:
         finally:
             self.settings = before
 
-    @contextmanager
-    def learning(self, rollout: Rollout) -> Iterator[None]:
-        """While it lasts, a generation is a rollout: its budgets and routes are taken, its decisions noted there."""
-        if self.router_config.scope is Scope.step:
-            raise ValueError("scope is step, expected block: in a rollout each block decides for itself")
-        self.rollout = rollout
-        try:
-            yield
-        finally:
-            self.rollout = None
-
-    @contextmanager
-    def recording(self) -> Iterator[Residuals]:
-        """While it lasts, the model is the dense one, and what each span of blocks adds to its streams is noted."""
-        self.residuals = residuals = Residuals()
-        try:
-            with self.dense():
-                yield residuals
-        finally:
-            self.residuals = None
-            self.entered.clear()
-
-    def note(self, block: ElasticBlock, call: BlockCall, output: Any) -> None:
-        """A block of the dense model was called while residuals are recorded."""
-        assert self.residuals is not None
-        span = self.span(block)
-        if block.index == span.start:
-            self.entered[block.index] = call.streams
-        if block.index == span[-1]:
-            added = zip(self.entered[span.start], block.adapter.unpack(output), strict=True)
-            self.residuals[span.start] = tuple((y - x).detach() for x, y in added)
-
     def forget(self) -> None:
         """Drop copies of the blocks: the model moves to another device."""
         for block in self.blocks:
@@ -273,9 +242,7 @@ class ElasticSession:
             if value.shape != t.shape:
                 raise ValueError(f"a batch of {len(t)}, but {len(value)} values of {name}")
             setattr(context, name, value)
-        if self.rollout is not None:
-            self.rollout.passes.append(context)
-        if self.conditioner is not None and self.source is None and context.ahead is None:
+        if self.conditioner is not None and self.routed and context.ahead is None:
             context.modulation = self.conditioner(context)
 
     def visit(self, block: ElasticBlock) -> StepContext:
@@ -306,19 +273,18 @@ class ElasticSession:
         return context.groups
 
     def decide(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
-        """The route of every row through a block: from the source, from the one decision of this step, or from its
-        router. Where one decision holds for all blocks, rows with nothing to go on with run: to skip all is no step."""
+        """The route of every row through a block: from its router, from the one decision of this step, or from the
+        source. Where one decision holds for all blocks, rows with nothing to go on with run: to skip all is no step."""
         once = self.router_config.scope is Scope.step
         age = self._age(context, block) if self.router_config.longest else None
-        if self.source is not None:
-            decision = self.source.decide(context, block.index)
-        elif context.ahead is not None and (block.index > 0 or context.rows):
-            decision = context.ahead
-        else:  # the first block decides again where its activations are recomputed
-            decision = self._ask(context, block, call, age)
-            if self.rollout is not None:
-                decision = self.rollout.settle(context, block.index, decision)
-            context.ahead = decision if once else None
+        routed = None
+        if context.ahead is not None and (block.index > 0 or context.rows):
+            routed = context.ahead
+        elif self.routed:  # the first block decides again where its activations are recomputed
+            routed = self._ask(context, block, call, age)
+            context.ahead = routed if once else None
+        decision = routed if self.source is None else self.source.decide(context, block.index, routed)
+        assert decision is not None
         if once and age is not None and (context.training or self.cache is not None):
             decision = decision.running(age == 0)
         if not self.settings.width:
@@ -337,7 +303,7 @@ class ElasticSession:
         rows = slice(context.conditional_rows if config.branches is Branches.shared else None)
         streams, modulation = tuple(x[rows] for x in call.streams), context.modulation
         assert modulation is not None
-        if self.rollout is not None:  # the model does not learn to please its routers
+        if self.source is not None:  # the model does not learn to please its routers
             streams = tuple(x.detach() for x in streams)
         logits = router(streams, modulation[rows, block.index], None if age is None else age[rows])
         logits = logits.repeat(len(context.t) // len(logits), 1)

@@ -43,7 +43,7 @@ from elastic3d.elastic.config import (
     Scope,
     least_budget,
 )
-from elastic3d.elastic.context import Forecast, StepContext
+from elastic3d.elastic.context import Forecast, RouteSource, StepContext
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
@@ -164,7 +164,7 @@ def planned_steps(errors: Array, count: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-class StepPolicy:
+class StepPolicy(RouteSource):
     """Decides in the place of routers. One object serves all generations of a model."""
 
     alike = True
@@ -200,7 +200,7 @@ class StepPolicy:
                 self._online = [_Online(errors, levels[count]) for count in counts]
         return None if self._here is None else cache(self._here.weights)
 
-    def decide(self, context: StepContext, block: int) -> RouteDecision:
+    def decide(self, context: StepContext, block: int, routed: RouteDecision | None) -> RouteDecision:
         """Whether the blocks run, for every row of a pass."""
         moments = list(zip(context.steps, context.rows, strict=True))
         if self._online:

@@ -25,7 +25,6 @@ from elastic3d.elastic import adapter_for, attach
 from elastic3d.elastic.attachment import load_router_config, router_modules, todays_keys
 from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig, RouterVariant, Scope
 from elastic3d.elastic.families import BlockFlops, block_flops
-from elastic3d.elastic.rollout import FREE, Rollout
 from elastic3d.elastic.trace import SKIPPED, trace_share
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights, read_weights
@@ -34,6 +33,7 @@ from elastic3d.training.datasets import Batch
 from elastic3d.training.elastic_objective import Grid
 from elastic3d.training.few_step import GenerationConfig, GenerationObjective, attach_lora, relative_errors
 from elastic3d.training.loop import Stage
+from elastic3d.training.rollout import FREE, Rollout
 from elastic3d.training.routes import KINDS, Sensitivity, load_sensitivity, routes_around
 from elastic3d.utils.options import option
 
@@ -245,7 +245,7 @@ class BlockRouterObjective(GenerationObjective):
 
     def along(self, rollout: Rollout, batch: Batch) -> Tensor:
         """Last latents (B,N,C) of a rollout."""
-        with self.session.learning(rollout):
+        with rollout.leading(self.session):
             return self.generate(batch, int(batch["steps"][0]), ElasticConfig())
 
     def largest_share(self, batch: Batch) -> float:

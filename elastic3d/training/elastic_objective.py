@@ -19,14 +19,15 @@ from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.cache import SimulatedCache
 from elastic3d.elastic.config import MIN_BUDGET, Branches, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.families import BlockFlops
-from elastic3d.elastic.rollout import decision_flops
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import trace_share
 from elastic3d.errors import UserError
+from elastic3d.pipelines.calibration import recording
 from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate, compare_budgets
 from elastic3d.training.datasets import Batch
 from elastic3d.training.loop import Stage
+from elastic3d.training.rollout import decision_flops
 from elastic3d.utils.options import Options, option
 
 THRESHOLD_RANGE = 2.5  # standard deviations on both sides that thresholds cover
@@ -223,9 +224,9 @@ class RouterObjective(nn.Module, ABC):
         passes, ages = [], batch["ages"]
         for t in batch["earlier"].unbind(1):
             x_t = interpolate(batch["noise"], batch["latents"], t)
-            with self.session.recording() as residuals:
+            with recording(self.dit) as lists:
                 self.velocities(self.dit, x_t, {**batch, "t": t})
-            passes.append(residuals)
+            passes.append({each.first: each.added for each in lists})
         picks = batch["picks"].transpose(0, 1).flatten(0, 1)
         ages = ages.repeat(1 + self.paired, 1)
         return SimulatedCache(passes, ages, picks, self.session.router_config.damping)

@@ -10,9 +10,9 @@ from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.few_step import LowRankUpdate
-from elastic3d.elastic.rollout import FREE, Rollout
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import REUSED, SKIPPED, trace_share
+from elastic3d.training.rollout import FREE, Rollout
 from tests.contracts.families import CLOSE, B, Family, K, rows, run
 
 S, SAMPLES = 3, B // 2
@@ -65,7 +65,7 @@ def rollout(routes: Tensor | int = FREE, session: ElasticSession | None = None, 
 
 
 def learned(model, session, inputs, roll: Rollout) -> Tensor:
-    with session.learning(roll):
+    with roll.leading(session):
         return generate(model, session, inputs)
 
 

@@ -178,9 +178,7 @@ def test_a_calibration_is_measured_kept_and_used(
 ) -> None:
     pipe = build()
     dense = run(pipe)
-    put_policy(pipe)
     found = calibrate(pipe.transformer, lambda number: run(pipe, (number,)), 2, guidance=3.0)
-    disable(pipe)
     assert torch.equal(run(pipe), dense)
     assert found.times.shape == (STEPS,) and found.times[0] < 0.01 and (np.diff(found.times) > 0).all()
     for moment in found.moments.values():
@@ -205,7 +203,6 @@ def test_a_calibration_is_measured_kept_and_used(
 def test_moments_are_those_of_what_the_blocks_add() -> None:
     """By hand: the difference of the hidden states before the first and after the last double block."""
     pipe = flux_pipeline()
-    put_policy(pipe)
     block, seen = pipe.transformer.transformer_blocks[0], []
     inner = block.forward
 
@@ -254,7 +251,6 @@ def test_the_result_is_what_guidance_makes_of_both_branches() -> None:
 def test_no_other_weights_have_a_smaller_error() -> None:
     """Along the generations of the calibration: of a constant, lines with any damping, and random weights."""
     pipe = flux_pipeline()
-    put_policy(pipe)
     found = calibrate(pipe.transformer, lambda number: flux(pipe, (number,), steps=6), 2)
     rng, known, step = np.random.default_rng(0), [1, 3], 4
     for moment in found.moments.values():

@@ -8,48 +8,73 @@ Axis letters: B samples, S steps, 2 branches of guidance, I blocks, K widths.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from elastic3d.elastic.context import StepContext
+from elastic3d.elastic.config import Scope
+from elastic3d.elastic.context import RouteSource, StepContext
 from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision
+from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import SKIPPED
 
 FREE = -1  # in place of an action: the router decides
 
 
-@dataclass
-class Rollout:
+@dataclass(eq=False)
+class Rollout(RouteSource):
     """One generation of B samples.
 
     budget (B,): requested share of the dense FLOPs. routes (B,S,2,I) long: the action of each block, 0 skips, k in 1..K
     runs at width number k - 1, FREE leaves it to the router. `straight`: gradients pass straight through hard
     decisions (1308.3432), for which every block has to run for every sample; otherwise only what is executed is
-    computed, and a loss at the end reaches no router. `passes`: the forward passes, once they ran.
+    computed, and a loss at the end reaches no router. `passes`: the forward passes, once they ran, and `asked`: what
+    the routers of the blocks decided in each.
     """
+
+    asks = True
 
     budget: Tensor
     routes: Tensor
     straight: bool = False
     passes: list[StepContext] = field(default_factory=list)
+    asked: list[dict[int, RouteDecision]] = field(default_factory=list)
 
-    def settle(self, context: StepContext, block: int, proposed: RouteDecision) -> RouteDecision:
+    def __post_init__(self) -> None:
+        self.learns, self.budgets = self.straight, self.budget.tolist()
+
+    @contextmanager
+    def leading(self, session: ElasticSession) -> Iterator[None]:
+        """While it lasts, a generation is this rollout."""
+        if session.router_config.scope is Scope.step:
+            raise ValueError("scope is step, expected block: in a rollout each block decides for itself")
+        session.source = self
+        try:
+            yield
+        finally:
+            session.source = None
+
+    def decide(self, context: StepContext, block: int, routed: RouteDecision | None) -> RouteDecision:
         """The route of every row through a block: forced, or what its router decides."""
+        assert routed is not None
+        if not self.passes or self.passes[-1] is not context:
+            self.passes.append(context)
+            self.asked.append({})
         branch, sample = torch.tensor(context.rows, device=self.routes.device).T
         step = torch.tensor(context.steps, device=self.routes.device)
-        context.proposed.setdefault(block, proposed)
-        action = self.routes[sample, step, branch, block].to(proposed.keep.device)
-        widths, free = proposed.width_prob.shape[-1], action == FREE
+        self.asked[-1].setdefault(block, routed)
+        action = self.routes[sample, step, branch, block].to(routed.keep.device)
+        widths, free = routed.width_prob.shape[-1], action == FREE
         forced = RouteDecision.fixed(action > SKIPPED, (action - 1).clamp_min(0), widths)
         return RouteDecision(
-            torch.where(free, proposed.keep, forced.keep),
-            torch.where(free, proposed.width, forced.width),
-            torch.where(free, proposed.keep_prob, forced.keep_prob),
-            torch.where(free[:, None], proposed.width_prob, forced.width_prob),
+            torch.where(free, routed.keep, forced.keep),
+            torch.where(free, routed.width, forced.width),
+            torch.where(free, routed.keep_prob, forced.keep_prob),
+            torch.where(free[:, None], routed.width_prob, forced.width_prob),
         )
 
     # --------------------------------------------------------------------------------- after the generation
@@ -68,7 +93,7 @@ class Rollout:
 
     def proposed(self) -> RouteDecision:
         """What the routers decided, also where another route was forced, by (B,S,2,I)."""
-        return self._table([context.proposed for context in self.passes])
+        return self._table(self.asked)
 
     def actions(self) -> Tensor:
         """(B,S,2,I) long: what was executed, FREE where a branch did not run."""
