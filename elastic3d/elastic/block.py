@@ -25,14 +25,11 @@ from elastic3d.elastic.trace import REUSED, SKIPPED
 from elastic3d.elastic.width import NarrowBlocks, masked
 
 
-def gated(x: Tensor, y: Tensor, keep: Tensor, keep_prob: Tensor) -> Tensor:
-    """gate * y + (1 - gate) * x = x + gate * (y - x) with a straight-through gate: x, y = B(x) (B,L,D), keep (B,) bool,
-    keep_prob (B,) -> (B,L,D).
-
-    Forward it is y or x bit for bit. Backward the gate gets <gradient, y - x>.
-    """
-    taken, slope = torch.where(keep[:, None, None], y, x), keep_prob - keep_prob.detach()
-    return taken + slope.to(x.dtype)[:, None, None] * (y - x).detach()
+def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x, y = B(x) (B,L,D), gate (B,) -> (B,L,D). With a straight-through gate it is y or x exactly, and the gate gets
+    the gradient <gradient, y - x>."""
+    gate = gate.to(x.dtype)[:, None, None]
+    return gate * y + (1 - gate) * x
 
 
 @dataclass(eq=False, repr=False)
@@ -140,7 +137,7 @@ class ElasticBlock:
         if cache is not None and context.rows and (ran := keep.nonzero()[:, 0].tolist()):
             kept = tuple(stream[keep] for stream in y)
             cache.store(*context.entries(span.start, ran), take_rows(context.entered[span.start], ran), kept)
-        return tuple(gated(*pair, keep, decision.keep_prob) for pair in zip(x, y, strict=True))
+        return tuple(gated(*pair, decision.hard_keep()) for pair in zip(x, y, strict=True))
 
     def _skipped(self, context: StepContext, call: BlockCall, span: range) -> Streams:
         """Training: what comes out where the block is skipped, which is what came in, and what is remembered."""

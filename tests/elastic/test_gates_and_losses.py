@@ -23,10 +23,10 @@ def test_straight_through_is_hard_forward_and_soft_backward():
 
 
 def test_gated_is_the_paper_formula_and_exact():
-    """x + g (y - x), g straight-through: the gate's gradient is <dL, y - x>, whether open or closed."""
+    """g y + (1 - g) x, g straight-through: the gate's gradient is <dL, y - x>, whether open or closed."""
     x, y = torch.randn(2, 3, 4), torch.randn(2, 3, 4, requires_grad=True)
     p = torch.tensor([0.4, 0.6], requires_grad=True)
-    out = gated(x, y, p > 0.5, p)
+    out = gated(x, y, straight_through(p > 0.5, p))
     assert torch.equal(out[0], x[0]) and torch.equal(out[1], y[1])
     weight = torch.randn(2, 3, 4)
     (out * weight).sum().backward()
