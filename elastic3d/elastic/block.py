@@ -84,12 +84,12 @@ class ElasticBlock:
         session = self.session
         if not (self._attached and session.settings.elastic):
             return self.narrow.full(*args, **kwargs)
-        call, context = self.adapter.bind(self.inner, args, kwargs), session.visit(self)
-        span = session.span(self)
+        call = self.adapter.bind(self.inner, args, kwargs)
+        context, span = session.visit(self, call), session.span(self)
         if self.index == span.start:
             context.entered[span.start] = call.streams
         if context.training:
-            output = self._masked(context, call, session.decide(context, self, call), span)
+            output = self._masked(context, call, session.decide(context, self, call))
         else:
             output = self._grouped(context, call, session.route(context, self, call), span)
         return self.adapter.pack(output)
@@ -124,38 +124,26 @@ class ElasticBlock:
         cache.store(*where, entered, output)
         return output
 
-    def _masked(self, context: StepContext, call: BlockCall, decision: RouteDecision, span: range) -> Streams:
-        """Training: y = x + g (B(x) - x), g straight through, B(x) with its MLPs masked."""
-        x = self._skipped(context, call, span)
-        if context.simulated is not None:
-            return x
-        blocks, keep = self.running() if context.rows else self.narrow, decision.keep
-        y = self._run(partial(self._at_width, blocks, call, decision.hard_width()))
-        if self.index != span[-1]:
-            return y
-        cache = self.session.cache
-        if cache is not None and context.rows and (ran := keep.nonzero()[:, 0].tolist()):
+    def _masked(self, context: StepContext, call: BlockCall, decision: RouteDecision) -> Streams:
+        """Training: gate * B(x) + (1 - gate) * x, the gate straight through, B(x) with its MLPs masked."""
+        cache, x, keep = self.session.cache, self._skipped(context, call), decision.keep
+        y = self._run(partial(self._at_width, self.running(), call, decision.hard_width()))
+        if cache is not None and (ran := keep.nonzero()[:, 0].tolist()):
             kept = tuple(stream[keep] for stream in y)
-            cache.store(*context.entries(span.start, ran), take_rows(context.entered[span.start], ran), kept)
+            cache.store(*context.entries(self.index, ran), take_rows(call.streams, ran), kept)
         return tuple(gated(*pair, decision.hard_keep()) for pair in zip(x, y, strict=True))
 
-    def _skipped(self, context: StepContext, call: BlockCall, span: range) -> Streams:
+    def _skipped(self, context: StepContext, call: BlockCall) -> Streams:
         """Training: what comes out where the block is skipped, which is what came in, and what is remembered."""
-        cache = self.session.cache
-        if self.index != span[-1]:
-            return call.streams
-        x = context.entered[span.start]
-        if context.simulated is not None:
-            added = context.simulated.residuals(span.start)
-            return tuple(stream + r.to(stream.dtype) for stream, r in zip(x, added, strict=True))
-        if not context.rows or cache is None:
+        cache, x = self.session.cache, call.streams
+        if cache is None:
             return x
-        ages = cache.ages(*context.entries(span.start, range(len(context.rows))))
+        ages = cache.ages(*context.entries(self.index, range(len(context.rows))))
         known = [row for row, age in enumerate(ages) if age]
         if not known:
             return x
         index = torch.tensor(known, device=x[0].device)
-        found = cache.apply(*context.entries(span.start, known), take_rows(x, known))
+        found = cache.apply(*context.entries(self.index, known), take_rows(x, known))
         return tuple(whole.index_copy(0, index, part) for whole, part in zip(x, found, strict=True))
 
     def _at_width(self, blocks: NarrowBlocks, call: BlockCall, width: Tensor) -> Streams:

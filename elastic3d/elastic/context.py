@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from elastic3d.elastic.cache import SimulatedCache
-    from elastic3d.elastic.families import BlockFlops
     from elastic3d.elastic.router import RouteDecision
 
 Streams = tuple[Tensor, ...]  # (B,L,D) each
@@ -49,10 +47,9 @@ class StepContext:
     """One forward pass of the model: what it is told, then what its blocks decide and do.
 
     dt: size of the sampling step; budget: in [0.3,1]; branch: 0 conditional, 1 unconditional; t: time in [0,1], which
-    the model itself is called with; each (B,) fp32. Of a generation, each row has its (branch, sample) in `rows`, its
-    step, and its slot in the cache; the rows of a training pass have none. The first `conditional_rows` rows are those
-    of one branch. `training`: blocks are masked and gates get gradients; with `simulated` in the place of a cache no
-    block runs.
+    the model itself is called with; each (B,) fp32. Each row has its (branch, sample) in `rows`, its step, and its slot
+    in the cache. The first `conditional_rows` rows are those of one branch. `training`: blocks are masked and gates get
+    gradients.
 
     `ahead` is the decision of a step for all blocks, `groups` what follows from it or from that of a block;
     `entered`: by its first block, what came into each span of blocks; `deferred`: samples that should have run and
@@ -63,22 +60,20 @@ class StepContext:
     budget: Tensor
     branch: Tensor
     conditional_rows: int
-    rows: list[tuple[int, int]] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
+    rows: list[tuple[int, int]]
+    steps: list[int]
+    slots: list[int]
     defer: Defer = Defer.never
     training: bool = False
-    simulated: SimulatedCache | None = None
     t: Tensor = field(init=False)  # once the model is called
     waiting: bool = True  # for the call of the model
     modulation: Tensor | None = None
     ahead: RouteDecision | None = None
-    groups: Groups | None = None
+    groups: Groups = field(default_factory=dict)
     visited: set[int] = field(default_factory=set)
     deferred: set[int] = field(default_factory=set)
     entered: dict[int, Streams] = field(default_factory=dict)
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
-    flops: dict[int, BlockFlops] = field(default_factory=dict)
 
     def entries(self, span: int, rows: Sequence[int]) -> tuple[tuple[int, int], list[int], list[int]]:
         """Where the cache keeps what a span of blocks, by its first one, remembers of some rows: the key of its bank,

@@ -1,8 +1,7 @@
 """The session: the state of a generation, and who decides in it. Owns the caches and the trace; there is no global.
 
-A sampler says `begin(samples, steps)` once, `step(i, dt)` before each forward pass, and `end()` however it ends; a
-training loop says `train(...)` before each forward pass. A pass that nobody announced is an error. In a pass each block
-asks `decide`, and in a generation `route`, what to do.
+A sampler says `begin(samples, steps)` once, `step(i, dt)` before each forward pass, and `end()` however it ends. A pass
+that nobody announced is an error. In a pass each block asks `route` what to do, or, in training, `decide`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from elastic3d.elastic.cache import ResidualCache, SimulatedCache
+from elastic3d.elastic.cache import ResidualCache
 from elastic3d.elastic.config import Branches, CacheRule, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import (
     BOTH_BRANCHES,
@@ -153,7 +152,7 @@ class ElasticSession:
         branches: Sequence[int] = BOTH_BRANCHES,
         samples: Sequence[int] | None = None,
         defer: Defer = Defer.never,
-    ) -> None:
+    ) -> StepContext:
         """The next forward pass is sampling step `index` of size `dt`, for each branch the samples in order.
 
         Branches that run one after the other announce themselves one after the other. `samples`: those that take part,
@@ -183,24 +182,7 @@ class ElasticSession:
         follows = self.router_config.branches is Branches.shared and rows[0][0] != Branch.conditional
         if follows and before is not None and before.steps == context.steps:  # of the other branch
             context.ahead = before.ahead
-
-    def train(
-        self,
-        dt: Tensor,
-        budget: Tensor,
-        branch: Tensor,
-        simulated: SimulatedCache | None = None,
-        conditional_rows: int = 0,
-    ) -> None:
-        """The next forward pass is a training pass: gradients to the gates, no caches.
-
-        dt, budget, branch: (B,). Every block runs for every row, masked, so that skipped gates get a gradient too. With
-        `simulated`, which stands for a cache, no block runs, whatever the routers decide: blocks add what it holds, and
-        the decisions are recorded all the same. `conditional_rows`: so many rows of the conditional branch come first,
-        and the same samples' other branch after them, in the same order; 0: every row is for itself.
-        """
-        rows = conditional_rows or len(budget)
-        self.current = StepContext(dt, budget, branch, rows, training=True, simulated=simulated)
+        return context
 
     def end(self) -> None:
         """Free the caches; the trace stays."""
@@ -232,7 +214,7 @@ class ElasticSession:
             self.driver.announce(t)
         context = self.current
         if context is None or not context.waiting:
-            raise ValueError("a forward pass that nobody announced: call session.step or session.train first")
+            raise ValueError("a forward pass that nobody announced: call session.step first")
         for part in self.parts.values():  # no part of the model: they go where it is
             if next(part.parameters()).device != t.device:
                 part.to(t.device)
@@ -245,31 +227,29 @@ class ElasticSession:
         if self.conditioner is not None and self.routed and context.ahead is None:
             context.modulation = self.conditioner(context)
 
-    def visit(self, block: ElasticBlock) -> StepContext:
+    def visit(self, block: ElasticBlock, call: BlockCall) -> StepContext:
         """The pass that a block is called in: once, unless it is called again for the backward pass."""
-        context = self.current
+        context, trace = self.current, self.trace
         if context is None or context.waiting:
             raise ValueError(f"block {block.name} was called outside a forward pass of its model")
         if block.index in context.visited and not torch.is_grad_enabled():
             raise ValueError(f"block {block.name} was called twice in one forward pass")
         context.visited.add(block.index)
+        if trace is not None and block.index not in trace.flops:
+            trace.flops[block.index] = block.flops(call.lengths)
+            trace.router_flops[block.index] = block.router.flops(call.lengths) if block.router else 0
         return context
 
     def route(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> Groups:
-        """The rows of each action of a block in a generation. The first block of a span settles it for all of them, and
-        where it is the first of the model too, for all spans: then a pass waits for the device only here."""
-        trace, span = self.trace, self.span(block)
-        assert trace is not None
-        if block.index == span.start:
-            if context.groups is None or not self.alike:
-                context.groups = self._groups(context, self.decide(context, block, call), span)
+        """The rows of each action of a block. Where all blocks do the same, the first one settles it for all of them:
+        then a pass waits for the device only here."""
+        span = self.span(block)
+        if block.index == 0 or not self.alike:  # again where activations are recomputed
+            context.groups = self._groups(context, self.decide(context, block, call), span)
+        if block.index == span.start and self.trace is not None:
             for action, rows in context.groups.items():
-                trace.record([(context.steps[row], *context.rows[row]) for row in rows], span, action)
-            if block.index not in trace.flops:
-                for each in self.blocks[span.start : span.stop]:
-                    trace.flops[each.index] = each.flops(call.lengths)
-                    trace.router_flops[each.index] = each.router.flops(call.lengths) if each.router else 0
-        assert context.groups is not None
+                moments = [(context.steps[row], *context.rows[row]) for row in rows]
+                self.trace.record(moments, span, action)
         return context.groups
 
     def decide(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
@@ -278,18 +258,17 @@ class ElasticSession:
         once = self.router_config.scope is Scope.step
         age = self._age(context, block) if self.router_config.longest else None
         routed = None
-        if context.ahead is not None and (block.index > 0 or context.rows):
+        if context.ahead is not None and (block.index > 0 or context.modulation is None):
             routed = context.ahead
-        elif self.routed:  # the first block decides again where its activations are recomputed
+        elif self.routed:  # the first block, unless the other branch has decided
             routed = self._ask(context, block, call, age)
             context.ahead = routed if once else None
         decision = routed if self.source is None else self.source.decide(context, block.index, routed)
         assert decision is not None
-        if once and age is not None and (context.training or self.cache is not None):
+        if once and age is not None and self.cache is not None:
             decision = decision.running(age == 0)
         if not self.settings.width:
             decision = decision.at_full_width()
-        context.flops.setdefault(block.index, block.flops(call.lengths))
         context.decisions.setdefault(block.index, decision)
         return decision
 
@@ -307,7 +286,7 @@ class ElasticSession:
             streams = tuple(x.detach() for x in streams)
         logits = router(streams, modulation[rows, block.index], None if age is None else age[rows])
         logits = logits.repeat(len(context.t) // len(logits), 1)
-        if self.settings.shared and context.rows:
+        if self.settings.shared:
             by_branch = logits.unflatten(0, (-1, context.conditional_rows))
             logits = by_branch.mean(1, keepdim=True).expand_as(by_branch).flatten(0, 1)
         bias = interpolated(context.t, config.times, config.gate_bias) if config.times else None
@@ -334,8 +313,7 @@ class ElasticSession:
     def alike(self) -> bool:
         """Whether all blocks of a list do the same in a pass."""
         own, cache = self.router_config.scope is Scope.step, self.settings.cache
-        training = self.current is not None and self.current.training
-        if self.settings.elastic and self.source is not None and not training:
+        if self.settings.elastic and self.source is not None:
             own = self.source.alike
         return own and (cache is None or cache.rule is not CacheRule.band)
 
@@ -362,8 +340,6 @@ class ElasticSession:
     def _age(self, context: StepContext, block: ElasticBlock) -> Tensor:
         """The same (B,) long, as routers are told it."""
         span = self.span(block)
-        if context.simulated is not None:
-            return context.simulated.age(span.start).clamp_max(self.router_config.longest)
         ages = torch.tensor(self._ages(context, span), device=context.t.device)
         return ages.clamp_max(self.router_config.longest)
 

@@ -230,7 +230,8 @@ class BlockRouterObjective(GenerationObjective):
         found = self.along(rollout, batch)
         losses, values = self.end_losses(found, dense, batch)
         loss = losses.mean()
-        share = rollout.share(self.session.router_config.ratios, self.session.guided)
+        assert self.session.trace is not None
+        share = rollout.share(self.session.trace)
         budget = batch["budget"].clamp_max(self.largest_share(batch))
         if not free.all():
             imitation = -rollout.log_likelihood()[~free].mean()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from elastic3d.diffusion.flow import interpolate, predict_data, velocity
 from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import router_modules
-from elastic3d.elastic.cache import SimulatedCache
 from elastic3d.elastic.config import MIN_BUDGET, Branches, ElasticConfig, RouterConfig, Scope
+from elastic3d.elastic.context import BOTH_BRANCHES
 from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
@@ -28,6 +28,7 @@ from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate, 
 from elastic3d.training.datasets import Batch
 from elastic3d.training.loop import Stage
 from elastic3d.training.rollout import decision_flops
+from elastic3d.training.simulated_cache import SimulatedCache
 from elastic3d.utils.options import Options, option
 
 THRESHOLD_RANGE = 2.5  # standard deviations on both sides that thresholds cover
@@ -129,7 +130,7 @@ class RouterObjective(nn.Module, ABC):
             dense = self._dense(x_t, batch)
         self._announce(batch)
         skipped = self.velocities(self.dit, x_t, batch).float()
-        share, logits = session_share(self.session), self._gate_logits()
+        share, logits = self._share(), self._gate_logits()
         loss = self._prediction_loss(logits, skipped, dense, batch)
         values = {"prediction": loss}
         found = torch.lerp(skipped, dense, logits.sigmoid()[:, None, None])
@@ -153,19 +154,30 @@ class RouterObjective(nn.Module, ABC):
         return SamplerDraw(self.config, router, len(self.session.blocks), self.paired, times)
 
     def _announce(self, batch: Batch) -> None:
-        """Tell the session of the training pass to come."""
-        dt, budget, branch = (batch[name] for name in ("dt", "budget", "branch"))
-        count = len(dt) if self.paired else 0
-        if self.paired:
-            dt, budget = dt.repeat(2), budget.repeat(2)
-            branch = torch.arange(2, device=dt.device).float().repeat_interleave(count)
-        self.session.train(dt, budget, branch, self._simulated(batch), conditional_rows=count)
+        """Tell the session of a pass in which a simulated cache stands in for all blocks, and routers decide."""
+        simulated, count = self._simulated(batch), len(batch["dt"])
+        self.session.begin(count, 1, batch["budget"].tolist())
+        branches = BOTH_BRANCHES if self.paired else BOTH_BRANCHES[:1]
+        context = self.session.step(0, batch["dt"].tolist(), branches)
+        self.session.cache = simulated
+        if not self.paired:  # each row is of a branch of its own
+            context.branch = batch["branch"]
+
+    def _decision(self) -> RouteDecision:
+        """The one decision of every row for all blocks, with gradients to the routers."""
+        current = self.session.current
+        assert current is not None
+        return current.decisions[0]
 
     def _gate_logits(self) -> Tensor:
         """Gate logit (R,) of every row."""
-        current = self.session.current
-        assert current is not None
-        return next(iter(current.decisions.values())).keep_prob.clamp(1e-6, 1 - 1e-6).logit()
+        return self._decision().keep_prob.clamp(1e-6, 1 - 1e-6).logit()
+
+    def _share(self) -> Tensor:
+        """Executed share (R,) of the dense blocks' FLOPs, with gradients to the routers."""
+        trace = self.session.trace
+        assert trace is not None
+        return executed_share([self._decision()] * len(trace.flops), list(trace.flops.values()), trace.ratios)
 
     @property
     def _decided(self) -> int:
@@ -336,18 +348,6 @@ class RoutedStage(Stage):
             return latents, trace_share(session.trace)
         finally:
             session.settings = before
-
-
-def session_share(session: ElasticSession) -> Tensor:
-    """Executed share (B,) of the dense block FLOPs in the newest training pass, with gradients to the
-    routers."""
-    current = session.current
-    if current is None or len(current.decisions) != len(session.blocks):
-        raise ValueError("no complete elastic forward pass to count: run the model after session.train")
-    order = sorted(current.decisions)
-    decisions = [current.decisions[index] for index in order]
-    flops = [current.flops[index] for index in order]
-    return executed_share(decisions, flops, session.router_config.ratios)
 
 
 def executed_share(

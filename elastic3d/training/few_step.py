@@ -222,8 +222,8 @@ def attach_lora(
 
 @torch.no_grad()
 def rebase(lora: FewStepLoRA, factor: float) -> None:
-    """Count the NFE from another `few_step_nfe`, which is `factor` times the old one: the same weights as before at each
-    NFE."""
+    """Count the NFE from another `few_step_nfe`, which is `factor` times the old one: the same weights as before at
+    each NFE."""
     shift = math.log2(factor)  # c + shift is the new coarseness
     for part in lora.parts.values():
         assert isinstance(part, LowRankUpdate)

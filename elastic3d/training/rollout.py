@@ -20,7 +20,7 @@ from elastic3d.elastic.context import RouteSource, StepContext
 from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
-from elastic3d.elastic.trace import SKIPPED
+from elastic3d.elastic.trace import SKIPPED, Trace
 
 FREE = -1  # in place of an action: the router decides
 
@@ -100,16 +100,15 @@ class Rollout(RouteSource):
         done = self.executed()
         return torch.where(self.ran()[:, :, None], done.keep * (1 + done.width), FREE)
 
-    def share(self, ratios: Sequence[float], one_branch: bool) -> Tensor:
-        """Executed share (B,) of the dense blocks' FLOPs, with straight-through gradients to the routers.
-
-        `one_branch`: the dense model runs both branches at every step (see `Trace`)."""
-        flops, done, ran = self.passes[0].flops, self.executed(), self.ran()
+    def share(self, trace: Trace) -> Tensor:
+        """Executed share (B,) of the dense blocks' FLOPs, with straight-through gradients to the routers; `trace` is
+        that of this generation."""
+        flops, done, ran = trace.flops, self.executed(), self.ran()
         blocks = [RouteDecision(*(part.select(3, i) for part in done)) for i in sorted(flops)]
         costs = [
-            decision_flops(one, flops[i], tuple(ratios)) for one, i in zip(blocks, sorted(flops), strict=True)
+            decision_flops(one, flops[i], trace.ratios) for one, i in zip(blocks, sorted(flops), strict=True)
         ]
-        passes = 2 * len(ran) if one_branch else int(ran.sum())
+        passes = 2 * len(ran) if trace.one_branch else int(ran.sum())
         return torch.stack(costs).sum((0, 2, 3)) / (passes * sum(block.dense for block in flops.values()))
 
     def log_likelihood(self) -> Tensor:
