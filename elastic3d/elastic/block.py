@@ -20,9 +20,10 @@ from elastic3d.elastic.context import Groups, StepContext, Streams
 from elastic3d.elastic.families import BlockAdapter, BlockCall, BlockFlops, rows_index, take_rows
 from elastic3d.elastic.few_step import FewStepLoRA, Key
 from elastic3d.elastic.router import RouteDecision, Router
-from elastic3d.elastic.session import ElasticSession, stays_eager
+from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import REUSED, SKIPPED
 from elastic3d.elastic.width import NarrowBlocks, masked
+from elastic3d.utils.compiling import stays_eager
 
 
 def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

@@ -49,15 +49,6 @@ class RouteDecision(NamedTuple):
         """A route that nobody computed: keep (B,) bool and width (B,) long, with certain probabilities."""
         return RouteDecision(keep, width, keep.float(), F.one_hot(width, widths).float())
 
-    @staticmethod
-    def stacked(decisions: Sequence[RouteDecision], dim: int) -> RouteDecision:
-        """Several as one, along a new axis that comes after that of the samples."""
-        return RouteDecision(*(torch.stack(part, dim=dim) for part in zip(*decisions, strict=True)))
-
-    def rows(self, index: slice) -> RouteDecision:
-        """Those of some samples."""
-        return RouteDecision(*(part[index] for part in self))
-
     def running(self, rows: Tensor) -> RouteDecision:
         """The same, but rows (B,) bool run at full width whatever the router says, which then learns nothing there."""
         full = self.width_prob.shape[-1] - 1

@@ -6,9 +6,7 @@ that nobody announced is an error. In a pass each block asks `route` what to do,
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,31 +28,16 @@ from elastic3d.elastic.families import BlockCall, ModelAdapter
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.router import Conditioner, RouteDecision, interpolated
 from elastic3d.elastic.trace import REUSED, SKIPPED, Trace
+from elastic3d.utils.compiling import stays_eager
 
 if TYPE_CHECKING:
     from elastic3d.elastic.block import ElasticBlock
     from elastic3d.elastic.diffusers_loop import PipelineDriver
 
 T = TypeVar("T", int, float)
-Function = TypeVar("Function", bound=Callable[..., Any])
 Scale = float | None
 Times = Sequence[float]
 Budget = Sequence[float] | float | None  # one for all samples, one for each, or that of the settings
-
-
-def stays_eager(function: Function) -> Function:
-    """As `torch.compiler.disable(recursive=False)`, which imports the compiler (half a second) at decoration."""
-    kept: list[Callable[..., Any]] = []
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:  # so nobody compiles
-            return function(*args, **kwargs)
-        if not kept:
-            kept.append(torch.compiler.disable(function, recursive=False))
-        return kept[0](*args, **kwargs)
-
-    return call  # type: ignore[return-value]
 
 
 @dataclass(eq=False, repr=False)

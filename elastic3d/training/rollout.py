@@ -128,11 +128,16 @@ class Rollout(RouteSource):
         nothing = RouteDecision.fixed(none.bool(), none, first.width_prob.shape[-1])
         cells = [[nothing, nothing] for _ in range(S)]
         for context, decisions in zip(self.passes, by_pass, strict=True):
-            whole = RouteDecision.stacked([decisions[index] for index in range(I)], dim=1)  # (rows, I)
+            whole = _stacked([decisions[index] for index in range(I)], dim=1)  # (rows, I)
             for start in range(0, len(context.rows), B):
                 branch, step = context.rows[start][0], context.steps[start]
-                cells[step][branch] = whole.rows(slice(start, start + B))
-        return RouteDecision.stacked([RouteDecision.stacked(pair, dim=1) for pair in cells], dim=1)
+                cells[step][branch] = RouteDecision(*(part[start : start + B] for part in whole))
+        return _stacked([_stacked(pair, dim=1) for pair in cells], dim=1)
+
+
+def _stacked(decisions: Sequence[RouteDecision], dim: int) -> RouteDecision:
+    """Several as one, along a new axis that comes after that of the samples."""
+    return RouteDecision(*(torch.stack(part, dim=dim) for part in zip(*decisions, strict=True)))
 
 
 def decision_flops(decision: RouteDecision, block: BlockFlops, ratios: tuple[float, ...]) -> Tensor:
