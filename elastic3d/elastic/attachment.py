@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from elastic3d.elastic.block import ElasticBlock
-from elastic3d.elastic.config import RouterConfig, RouterVariant, Scope
+from elastic3d.elastic.config import RouterConfig, Scope
+from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.diffusers_loop import drive
 from elastic3d.elastic.families import ModelAdapter
 from elastic3d.elastic.router import Conditioner, Router
@@ -47,7 +48,9 @@ class Routers(nn.ModuleDict):
 # ---------------------------------------------------------------------------------------------------- on and off
 
 
-def attach(model: Any, routers: RouterConfig | str | Path | None = None) -> ElasticSession:
+def attach(
+    model: Any, routers: RouterConfig | str | Path | None = None, source: RouteSource | None = None
+) -> ElasticSession:
     """Put routers on every block of `model`, in place; the session through which they are driven.
 
     Its modules stay what they are, and so do its state dict and its parameters.
@@ -57,19 +60,20 @@ def attach(model: Any, routers: RouterConfig | str | Path | None = None) -> Elas
             does each that shares its transformer and scheduler. One with another scheduler is attached too: it gets
             the session of the transformer.
         routers: an architecture for fresh routers, or a folder of trained ones (None: a fresh default).
+        source: decides in the place of routers, of which there are none then.
 
     Raises:
         ValueError: an unknown model, one that has routers already, or a block that can't be narrowed.
         UserError: a folder of routers that is broken or of another model; the model is left as it was.
     """
     if _is_pipeline(model):
-        return _attach_pipeline(model, routers)
+        return _attach_pipeline(model, routers, source)
     adapter = adapter_for(model)
     if is_attached(model):
         raise ValueError(f"this {type(model).__name__} has routers already: detach them first")
     if not isinstance(routers, (str, Path)):
-        return _attach_fresh(model, adapter, routers or RouterConfig())
-    session = _attach_fresh(model, adapter, load_router_config(routers, adapter.family))
+        return _attach_fresh(model, adapter, routers or RouterConfig(), source)
+    session = _attach_fresh(model, adapter, load_router_config(routers, adapter.family), source)
     try:
         path = find_weights(Path(routers))
         load_router_state(model, read_weights(path), str(path))
@@ -79,15 +83,17 @@ def attach(model: Any, routers: RouterConfig | str | Path | None = None) -> Elas
     return session
 
 
-def _attach_fresh(model: nn.Module, adapter: ModelAdapter, config: RouterConfig) -> ElasticSession:
+def _attach_fresh(
+    model: nn.Module, adapter: ModelAdapter, config: RouterConfig, source: RouteSource | None
+) -> ElasticSession:
     """Give every block a forward that asks a fresh router first, and tell the session of every pass of the model."""
-    session = ElasticSession(config, adapter)
+    session = ElasticSession(config, adapter, source=source)
     lists = [(n, kind, list(model.get_submodule(n).children())) for n, kind in adapter.lists]
     deciding = 1 if config.scope is Scope.step else sum(len(blocks) for _, _, blocks in lists)
-    if config.variant is RouterVariant.none:
-        deciding = 0
     device = next(model.parameters()).device
-    if config.variant is RouterVariant.light:
+    if source is not None:
+        deciding = 0
+    else:
         session.conditioner = Conditioner(config, deciding).to(device)
     for name, kind, blocks in lists:
         stage = range(len(session.blocks), len(session.blocks) + len(blocks))
@@ -107,7 +113,9 @@ def _attach_fresh(model: nn.Module, adapter: ModelAdapter, config: RouterConfig)
     return session
 
 
-def _attach_pipeline(pipe: Any, routers: RouterConfig | str | Path | None) -> ElasticSession:
+def _attach_pipeline(
+    pipe: Any, routers: RouterConfig | str | Path | None, source: RouteSource | None
+) -> ElasticSession:
     """Routers on the transformer of a pipeline of diffusers; another pipeline that shares it is followed too."""
     transformer = pipe.transformer
     if is_attached(transformer) and routers is None:
@@ -115,7 +123,7 @@ def _attach_pipeline(pipe: Any, routers: RouterConfig | str | Path | None) -> El
         if session.driver is None or all(known is not pipe for known in session.driver.pipelines):
             drive(pipe, session)
             return session
-    session = attach(transformer, routers)
+    session = attach(transformer, routers, source)
     try:
         drive(pipe, session)
     except ValueError:
@@ -143,7 +151,7 @@ def is_attached(model: nn.Module) -> bool:
 
 def has_routers(model: nn.Module) -> bool:
     """Whether a model has routers, rather than nothing or a policy."""
-    return is_attached(model) and session_of(model).router_config.variant is not RouterVariant.none
+    return is_attached(model) and session_of(model).conditioner is not None
 
 
 def session_of(model: nn.Module) -> ElasticSession:

@@ -19,6 +19,7 @@ _CURVES = {"requested_budgets": "calibrated_budgets", "times": "gate_bias", "dam
 # Options of older versions by class, and what they are called today (None: gone with what they were for).
 _RENAMED: dict[str, dict[str, str | None]] = {
     "RouterConfig": {
+        "variant": None,
         "lookahead": "scope",
         "trend": "damping",
         "trends": "dampings",
@@ -55,14 +56,6 @@ class _Saved(Options):
         return found
 
 
-class RouterVariant(Enum):
-    """`light` pools the tokens first and shares its conditioning between blocks; `none` leaves the decisions to a
-    policy (see `training_free`)."""
-
-    light = "light"
-    none = "none"
-
-
 class Scope(Enum):
     """Who decides: each block's router on its block's input, or one router at the start of a step, for all blocks."""
 
@@ -95,7 +88,6 @@ _times = partial(_internal, [], ge=0, le=1, ascending=True)
 class RouterConfig(_Saved):
     """Architecture and initialisation of the routers. Saved with their weights."""
 
-    variant: RouterVariant = option(RouterVariant.light, "the light router, or none: a policy decides")
     scope: Scope = option(Scope.block, "decide before each block, or once a step for all of them")
     branches: Branches = option(
         Branches.separate, "scope step: each guidance branch for itself, or both as the conditional one"
@@ -147,7 +139,7 @@ class RouterConfig(_Saved):
     )
 
     def check(self) -> None:
-        """Lists that belong together; what each variant can do."""
+        """Lists that belong together; options that need others."""
         if self.branches is Branches.shared and self.scope is not Scope.step:
             raise ValueError(
                 "branches is shared, expected separate: only with scope=step does one branch decide for both"
@@ -161,8 +153,6 @@ class RouterConfig(_Saved):
             raise ValueError(
                 f"trained_steps is {self.trained_steps}, expected two numbers, of routers with scope=block"
             )
-        if self.variant is RouterVariant.none and self.scope is not Scope.step:
-            raise ValueError("scope is block, expected step: without routers all blocks do the same")
 
     def calibrated(self, budget: float, whole: float = 1.0) -> float:
         """What the routers are told for a budget: linear between the calibrated ones. `whole` is the share of the dense

@@ -36,7 +36,6 @@ from elastic3d.elastic.config import (
     Branches,
     ElasticConfig,
     RouterConfig,
-    RouterVariant,
     Scope,
     least_budget,
 )
@@ -62,9 +61,9 @@ _SHAPE = {
     "changes": [Number(0, 1e300)],
 }
 
-# Blocks that are decided together and have no router.
+# Blocks that are decided together.
 NO_ROUTERS = RouterConfig(
-    variant=RouterVariant.none, scope=Scope.step, branches=Branches.shared, widths=1, longest=1000,
+    scope=Scope.step, branches=Branches.shared, widths=1, longest=1000,
     damping=DAMPING,
 )  # fmt: skip
 
@@ -222,9 +221,7 @@ def check_budget(budget: float, steps: int) -> int:
 def put_policy(model: Any, calibration: Calibration | None = None) -> ElasticSession:
     """Attach a training-free policy to a model, or a pipeline of diffusers, without routers: from now on the budget of
     `session.settings` holds. ValueError where it has routers."""
-    session = attach(model, NO_ROUTERS)
-    session.source = StepPolicy(calibration)
-    return session
+    return attach(model, NO_ROUTERS, StepPolicy(calibration))
 
 
 def enable(pipe: Any, budget: float = 0.5, calibration: str | Path | None = None) -> ElasticSession:

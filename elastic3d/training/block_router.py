@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from elastic3d.elastic import adapter_for, attach
 from elastic3d.elastic.attachment import load_router_config, router_modules, todays_keys
-from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig, RouterVariant, Scope
+from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.families import BlockFlops, block_flops
 from elastic3d.elastic.trace import SKIPPED, trace_share
 from elastic3d.errors import UserError
@@ -39,7 +39,7 @@ from elastic3d.utils.options import option
 
 FULL, SMALLEST = range(2)  # kinds of samples; those beyond are between
 KIND_NAMES = ("full", "smallest", "between")
-ARCHITECTURE = ("variant", "hidden", "conditioning", "widths", "longest")
+ARCHITECTURE = ("hidden", "conditioning", "widths", "longest")
 
 
 @dataclass(kw_only=True)
@@ -91,10 +91,9 @@ class BlockRouterConfig(GenerationConfig):
 
     def check_run(self, router: RouterConfig, batch: int, accumulate: int) -> None:
         """ValueError for routers of another kind, or micro-batches without a sandwich."""
-        if router.scope is not Scope.block or router.variant is not RouterVariant.light:
+        if router.scope is not Scope.block:
             raise ValueError(
-                f"router.variant is {router.variant.name} and router.scope {router.scope.name},"
-                " expected light and block: each block decides for itself, at a budget"
+                "router.scope is step, expected block: each block decides for itself, at a budget"
             )
         if batch // accumulate % KINDS:
             raise ValueError(

@@ -317,7 +317,7 @@ def test_what_does_not_fit_is_said(routed):  # noqa: F811
             BlockRouterConfig(**options)
     with pytest.raises(ValueError, match="batch is 6 in 1 micro-batches, expected a multiple of 4"):
         block_config(routed, batch=6)
-    with pytest.raises(ValueError, match="router.scope step, expected light and block: each block decides"):
+    with pytest.raises(ValueError, match="router.scope is step, expected block: each block decides"):
         block_config(routed, router=RouterConfig(scope=Scope.step))
     with pytest.raises(
         ValueError, match=r"trained_steps is \[2, 4\], expected two numbers, of routers with scope"
