@@ -237,27 +237,19 @@ class ElasticSession:
 
     def decide(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
         """The route of every row through a block: from its router, from the one decision of this step, or from the
-        source. Where one decision holds for all blocks, rows with nothing to go on with run: to skip all is no step."""
-        once = self.router_config.scope is Scope.step
-        age = self._age(context, block) if self.router_config.longest else None
+        source."""
         routed = None
         if context.ahead is not None and (block.index > 0 or context.modulation is None):
             routed = context.ahead
         elif self.routed:  # the first block, unless the other branch has decided
-            routed = self._ask(context, block, call, age)
-            context.ahead = routed if once else None
+            routed = self._ask(context, block, call)
+            context.ahead = routed if self.router_config.scope is Scope.step else None
         decision = routed if self.source is None else self.source.decide(context, block.index, routed)
         assert decision is not None
-        if once and age is not None and self.cache is not None:
-            decision = decision.running(age == 0)
-        if not self.settings.width:
-            decision = decision.at_full_width()
         context.decisions.setdefault(block.index, decision)
         return decision
 
-    def _ask(
-        self, context: StepContext, block: ElasticBlock, call: BlockCall, age: Tensor | None
-    ) -> RouteDecision:
+    def _ask(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
         """What the router of a block says of every row. Where branches share their routes, rows of the conditional one
         are asked, which come first in their pass; where samples do, their mean holds."""
         config, router = self.router_config, block.router
@@ -267,7 +259,11 @@ class ElasticSession:
         assert modulation is not None
         if self.source is not None:  # the model does not learn to please its routers
             streams = tuple(x.detach() for x in streams)
-        logits = router(streams, modulation[rows, block.index], None if age is None else age[rows])
+        age = None
+        if config.longest:
+            ages = torch.tensor(self._ages(context, self.span(block)), device=context.t.device)
+            age = ages.clamp_max(config.longest)[rows]
+        logits = router(streams, modulation[rows, block.index], age)
         logits = logits.repeat(len(context.t) // len(logits), 1)
         if self.settings.shared:
             by_branch = logits.unflatten(0, (-1, context.conditional_rows))
@@ -276,13 +272,17 @@ class ElasticSession:
         return RouteDecision.from_logits(logits, config.threshold, bias)
 
     def _groups(self, context: StepContext, decision: RouteDecision, span: range) -> Groups:
-        """What a decision means for each row: run at a width, go on with a residual, or pass. Samples that are
-        deferred, though a row of them should run, pass and are noted."""
-        threshold, actions = self.router_config.threshold, []
+        """What a decision means for each row: run at a width, go on with a residual, or pass. Where one decision holds
+        for all blocks, rows with nothing to go on with run: to skip all is no step. Samples that are deferred, though a
+        row of them should run, pass and are noted."""
+        config, cache, actions = self.router_config, self.cache, []
+        reuses = cache is not None and config.scope is Scope.step and config.longest > 0
         told = torch.stack([decision.keep_prob, decision.width.float(), decision.keep.float()])
         for age, p, width, keep in zip(self._ages(context, span), *told.tolist(), strict=True):  # waits, once
-            if self.cache is not None and self.cache.reuse(age, bool(keep), p, threshold):
+            if cache is not None and cache.reuse(age, bool(keep), p, config.threshold):
                 actions.append(REUSED)
+            elif (reuses and not age) or (keep and not self.settings.width):
+                actions.append(config.widths)
             else:
                 actions.append(1 + int(width) if keep else SKIPPED)
         samples, groups = [sample for _, sample in context.rows], Groups()
@@ -319,12 +319,6 @@ class ElasticSession:
         if self.cache is None:
             return [0] * len(context.t)
         return self.cache.ages(*context.entries(span.start, range(len(context.rows))))
-
-    def _age(self, context: StepContext, block: ElasticBlock) -> Tensor:
-        """The same (B,) long, as routers are told it."""
-        span = self.span(block)
-        ages = torch.tensor(self._ages(context, span), device=context.t.device)
-        return ages.clamp_max(self.router_config.longest)
 
 
 def _one_each(value: Sequence[T] | T, count: int, what: str) -> list[T]:

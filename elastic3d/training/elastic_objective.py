@@ -130,7 +130,8 @@ class RouterObjective(nn.Module, ABC):
             dense = self._dense(x_t, batch)
         self._announce(batch)
         skipped = self.velocities(self.dit, x_t, batch).float()
-        share, logits = self._share(), self._gate_logits()
+        decision = self._decision(batch)
+        share, logits = self._share(decision), decision.keep_prob.clamp(1e-6, 1 - 1e-6).logit()
         loss = self._prediction_loss(logits, skipped, dense, batch)
         values = {"prediction": loss}
         found = torch.lerp(skipped, dense, logits.sigmoid()[:, None, None])
@@ -163,21 +164,26 @@ class RouterObjective(nn.Module, ABC):
         if not self.paired:  # each row is of a branch of its own
             context.branch = batch["branch"]
 
-    def _decision(self) -> RouteDecision:
-        """The one decision of every row for all blocks, with gradients to the routers."""
-        current = self.session.current
+    def _decision(self, batch: Batch) -> RouteDecision:
+        """The one decision of every row for all blocks, with gradients to the routers. Rows with nothing to go on with
+        run at full width whatever the router says, which learns nothing there."""
+        current, nothing = self.session.current, ~_known(batch["picks"])
         assert current is not None
-        return current.decisions[0]
+        routed = current.decisions[0]
+        full = torch.full_like(routed.width, routed.width_prob.shape[-1] - 1)
+        sure = RouteDecision.fixed(nothing, full, routed.width_prob.shape[-1])
+        return RouteDecision(
+            routed.keep | nothing,
+            torch.where(nothing, full, routed.width),
+            torch.where(nothing, 1.0, routed.keep_prob),
+            torch.where(nothing[:, None], sure.width_prob, routed.width_prob),
+        )
 
-    def _gate_logits(self) -> Tensor:
-        """Gate logit (R,) of every row."""
-        return self._decision().keep_prob.clamp(1e-6, 1 - 1e-6).logit()
-
-    def _share(self) -> Tensor:
+    def _share(self, decision: RouteDecision) -> Tensor:
         """Executed share (R,) of the dense blocks' FLOPs, with gradients to the routers."""
         trace = self.session.trace
         assert trace is not None
-        return executed_share([self._decision()] * len(trace.flops), list(trace.flops.values()), trace.ratios)
+        return executed_share([decision] * len(trace.flops), list(trace.flops.values()), trace.ratios)
 
     @property
     def _decided(self) -> int:
@@ -193,8 +199,7 @@ class RouterObjective(nn.Module, ABC):
         parts = self._decided
         logits = logits[: parts * len(batch["t"])]
         skip_error = self._skip_error(skipped, dense, batch).clamp_min(1e-9).log()
-        # others have nothing to go on with: they run
-        known = batch["picks"][:, :parts].transpose(0, 1).flatten(0, 1)[:, 0] >= 0
+        known = _known(batch["picks"][:, :parts])
         if self.training:
             followed(self.skip_error_moments, skip_error[known])
         target = skip_error - threshold(self.skip_error_moments, batch["budget"].repeat(parts))
@@ -242,6 +247,11 @@ class RouterObjective(nn.Module, ABC):
         picks = batch["picks"].transpose(0, 1).flatten(0, 1)
         ages = ages.repeat(1 + self.paired, 1)
         return SimulatedCache(passes, ages, picks, self.session.router_config.damping)
+
+
+def _known(picks: Tensor) -> Tensor:
+    """Rows (R,) of picks (B,branches,I) that have something to go on with, those of the conditional branch first."""
+    return picks.transpose(0, 1).flatten(0, 1)[:, 0] >= 0
 
 
 def threshold(moments: Tensor, budget: Tensor) -> Tensor:

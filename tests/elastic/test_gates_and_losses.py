@@ -38,7 +38,6 @@ def test_a_decision_takes_threshold_and_argmax():
     d = decision([[-0.1, 0, 3, 0, 0], [0.1, 0, 0, 0, 2]])
     assert d.keep.tolist() == [False, True] and d.width.tolist() == [1, 3]
     assert d.hard_keep().tolist() == [0, 1] and d.hard_width().argmax(-1).tolist() == [1, 3]
-    assert d.at_full_width().width.tolist() == [3, 3]
 
 
 def test_executed_share_weighs_flops():
