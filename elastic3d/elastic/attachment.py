@@ -32,6 +32,8 @@ from elastic3d.models.weights import (
 from elastic3d.utils.options import to_dict
 from elastic3d.utils.structured import save_json
 
+Architecture = RouterConfig | str | Path | None  # or the folder of trained routers that have one
+Source = RouteSource | None
 _HANDLE = "_elastic"
 _FAMILIES = {  # class of the model -> its adapter
     "ShapeDiT": "shape_dit.ADAPTER",
@@ -48,9 +50,7 @@ class Routers(nn.ModuleDict):
 # ---------------------------------------------------------------------------------------------------- on and off
 
 
-def attach(
-    model: Any, routers: RouterConfig | str | Path | None = None, source: RouteSource | None = None
-) -> ElasticSession:
+def attach(model: Any, routers: Architecture = None, source: Source = None) -> ElasticSession:
     """Put routers on every block of `model`, in place; the session through which they are driven.
 
     Its modules stay what they are, and so do its state dict and its parameters.
@@ -72,8 +72,8 @@ def attach(
     if is_attached(model):
         raise ValueError(f"this {type(model).__name__} has routers already: detach them first")
     if not isinstance(routers, (str, Path)):
-        return _attach_fresh(model, adapter, routers or RouterConfig(), source)
-    session = _attach_fresh(model, adapter, load_router_config(routers, adapter.family), source)
+        return _attach(model, adapter, routers or RouterConfig(), source)
+    session = _attach(model, adapter, load_router_config(routers, adapter.family), source)
     try:
         path = find_weights(Path(routers))
         load_router_state(model, read_weights(path), str(path))
@@ -83,17 +83,14 @@ def attach(
     return session
 
 
-def _attach_fresh(
-    model: nn.Module, adapter: ModelAdapter, config: RouterConfig, source: RouteSource | None
-) -> ElasticSession:
+def _attach(model: nn.Module, adapter: ModelAdapter, config: RouterConfig, source: Source) -> ElasticSession:
     """Give every block a forward that asks a fresh router first, and tell the session of every pass of the model."""
     session = ElasticSession(config, adapter, source=source)
     lists = [(n, kind, list(model.get_submodule(n).children())) for n, kind in adapter.lists]
-    deciding = 1 if config.scope is Scope.step else sum(len(blocks) for _, _, blocks in lists)
+    count = sum(len(blocks) for _, _, blocks in lists)
+    deciding = 0 if source is not None else 1 if config.scope is Scope.step else count
     device = next(model.parameters()).device
-    if source is not None:
-        deciding = 0
-    else:
+    if deciding:
         session.conditioner = Conditioner(config, deciding).to(device)
     for name, kind, blocks in lists:
         stage = range(len(session.blocks), len(session.blocks) + len(blocks))
@@ -113,9 +110,7 @@ def _attach_fresh(
     return session
 
 
-def _attach_pipeline(
-    pipe: Any, routers: RouterConfig | str | Path | None, source: RouteSource | None
-) -> ElasticSession:
+def _attach_pipeline(pipe: Any, routers: Architecture, source: Source) -> ElasticSession:
     """Routers on the transformer of a pipeline of diffusers; another pipeline that shares it is followed too."""
     transformer = pipe.transformer
     if is_attached(transformer) and routers is None:
