@@ -200,12 +200,10 @@ class RouterConfig(_Saved):
         """The cache that these routers were trained with."""
         if not self.longest:
             return BlockCacheConfig()
-        line: dict[str, Any] = {
-            "damping": self.damping,
-            "times": self.damping_times,
-            "dampings": self.dampings,
-        }
-        return BlockCacheConfig(skipped_reuse=True, longest=self.longest, **line)
+        return BlockCacheConfig(
+            skipped_reuse=True, longest=self.longest, damping=self.damping, times=self.damping_times,
+            dampings=self.dampings,
+        )  # fmt: skip
 
     @property
     def ratios(self) -> tuple[float, ...]:

@@ -118,16 +118,6 @@ class ElasticSession:
         """Whether the conditional branch is enough at a time in [0,1]."""
         return self.guided and not self.router_config.guided_at(t)
 
-    @property
-    def static(self) -> bool:
-        """Whether the routes of this generation follow from its settings: every block runs, at full width. That is the
-        dense model, and a budget of 1 with the few-step LoRA, unless something else decides."""
-        settings, config = self.settings, self.router_config
-        if not settings.elastic:
-            return True
-        decides = self.source is not None or bool(config.trained_steps)
-        return self.coarseness is not None and settings.budget == 1 and settings.cache is None and not decides
-
     def step(
         self,
         index: int | Sequence[int],
