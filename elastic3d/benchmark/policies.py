@@ -22,7 +22,10 @@ from elastic3d.pipelines.calibration import relative_change
 
 def policy_named(name: PolicyName, calibration: Calibration | None) -> StepPolicy:
     """The policy of a name; all but `even` need a calibration."""
-    kinds = {PolicyName.fitted: FittedPolicy, PolicyName.online: OnlinePolicy}
+    kinds: dict[PolicyName, type[StepPolicy]] = {
+        PolicyName.fitted: FittedPolicy,
+        PolicyName.online: OnlinePolicy,
+    }
     return kinds.get(name, StepPolicy)(None if name is PolicyName.even else calibration)
 
 
