@@ -132,8 +132,7 @@ class RandomRoutes(RouteSource):
     """Runs a model along given routes, with gradients to all of it; at all other times it is the dense model."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.session = attach(model, RouterConfig(scope=Scope.block, widths=WIDTHS, longest=0))
-        self.session.source = self
+        self.session = attach(model, RouterConfig(scope=Scope.block, widths=WIDTHS, longest=0), self)
         self.session.settings = ElasticConfig(elastic=False)
         self._routes = torch.zeros(0, 0)
 
