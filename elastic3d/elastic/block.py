@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic3d.elastic.context import Groups, StepContext, Streams
-from elastic3d.elastic.families import BlockAdapter, BlockCall, BlockFlops, rows_index, take_rows
+from elastic3d.elastic.families import BlockAdapter, BlockCall, rows_index, take_rows
 from elastic3d.elastic.few_step import FewStepLoRA, Key
 from elastic3d.elastic.router import RouteDecision, Router
 from elastic3d.elastic.session import ElasticSession
@@ -184,10 +184,6 @@ class ElasticBlock:
         """Drop the copies of the block, which may hold weights on a device that it has left."""
         self.narrow.forget()
         self._adapted = None
-
-    def flops(self, lengths: tuple[int, ...]) -> BlockFlops:
-        """FLOPs of one sample with `lengths` tokens in each stream."""
-        return self.adapter.flops(self.inner, lengths)
 
     def compile(self, **arguments: Any) -> None:
         """Compile the block and, as they are made, its narrow copies; decisions stay eager."""

@@ -209,7 +209,7 @@ class ElasticSession:
             raise ValueError(f"block {block.name} was called twice in one forward pass")
         context.visited.add(block.index)
         if trace is not None and block.index not in trace.flops:
-            trace.flops[block.index] = block.flops(call.lengths)
+            trace.flops[block.index] = block.adapter.flops(block.inner, call.lengths)
             trace.router_flops[block.index] = block.router.flops(call.lengths) if block.router else 0
         return context
 
