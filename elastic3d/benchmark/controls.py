@@ -260,7 +260,7 @@ def nearest_share(path: Sequence[tuple[float, Tensor]], share: float) -> Tensor:
     return min(path, key=lambda entry: abs(entry[0] - share))[1]
 
 
-class TableRoutes:
+class TableRoutes(RouteSource):
     """Plays back actions (S,2,B,I): steps, branches, samples, blocks; an axis of length 1 holds for all.
 
     0 skips, k in 1..K runs at width number k - 1. A route shuffled between samples, a static mask and a
@@ -275,10 +275,7 @@ class TableRoutes:
         self.actions, self.widths = actions.long(), widths
         self.alike = bool((actions == actions[..., :1]).all())
 
-    def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> None:
-        """A table is the same in every generation."""
-
-    def decide(self, context: StepContext, block: int) -> RouteDecision:
+    def decide(self, context: StepContext, block: int, routed: RouteDecision | None) -> RouteDecision:
         """The route of every row of a pass through one block."""
         rows = [(step, *row) for step, row in zip(context.steps, context.rows, strict=True)]
         index = (

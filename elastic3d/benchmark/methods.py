@@ -21,7 +21,7 @@ from elastic3d.benchmark.config import BenchmarkOptions, CacheName, Method, Poli
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig, least_budget
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.session import ElasticSession
-from elastic3d.elastic.training_free import Calibration, Schedule, calibration_file, find_calibration
+from elastic3d.elastic.training_free import Calibration, calibration_file, find_calibration
 from elastic3d.errors import UserError
 from elastic3d.utils.files import file_sha256
 
@@ -190,11 +190,6 @@ class Planner:
         found = self.calibration
         values = [] if found is None else [found.times, found.changes, *found.moments.values()]
         return hashlib.sha256(b"".join(value.tobytes() for value in values)).hexdigest()[:8]
-
-    def policy(self, name: PolicyName) -> tuple[Calibration | None, Schedule]:
-        """What a training-free policy goes by."""
-        schedule = Schedule.even if name is PolicyName.fitted else Schedule[name.name]
-        return None if name is PolicyName.even else self.calibration, schedule
 
     def dense(self, steps: int) -> Run:
         """The dense model in N steps."""

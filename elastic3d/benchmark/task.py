@@ -17,6 +17,7 @@ from torch import Tensor
 from elastic3d.benchmark.config import BenchmarkOptions, CacheName
 from elastic3d.benchmark.controls import Controls
 from elastic3d.benchmark.methods import Case, Job, Model, Planner, Run
+from elastic3d.benchmark.policies import policy_named
 from elastic3d.benchmark.rivals import by_batch, magnitude_ratios, metered, running
 from elastic3d.elastic import detach
 from elastic3d.elastic.context import RouteSource
@@ -134,7 +135,7 @@ class Task(ABC):
                 model.session.router_config = replace(config, curves=curves)
             if run.policy is not None:  # it decides in the plain model
                 plain = model.pipe or model.dit
-                put_policy(plain, *self.planner.policy(run.policy))
+                put_policy(plain).source = policy_named(run.policy, self.planner.calibration)
                 stack.callback(detach, plain)
             if run.rival is not None:
                 calibrated = run.rival.kind is CacheName.mag_cache

@@ -11,8 +11,8 @@
 Read in this order, like the method section of E-DiT (2602.13993): `config` and `context`, what is requested and what a
 pass is given; `router`, tokens to a decision; `block`, what a decision does; `width` and `cache`, the narrower and the
 earlier result; `few_step`, weights for few evaluations of the model; `session`, the state of a generation, and `trace`,
-its record; `rollout`, what routers learn from; `families`, how each kind of block is called. Beside the method, for
-models without routers: `training_free`, a budget kept by a plan and a fitted forecast.
+its record; `families`, how each kind of block is called. Beside the method, for models without routers:
+`training_free`, a budget kept by a plan and a fitted forecast.
 """
 
 from __future__ import annotations

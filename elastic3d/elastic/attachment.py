@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from elastic3d.elastic.block import ElasticBlock
-from elastic3d.elastic.config import RouterConfig, RouterCurves, RouterVariant, Scope
+from elastic3d.elastic.config import RouterConfig, RouterCurves, Scope
+from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.diffusers_loop import drive
 from elastic3d.elastic.families import ModelAdapter
 from elastic3d.elastic.router import Conditioner, Router
@@ -34,6 +35,8 @@ from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import from_dict, to_dict
 
 ROUTER_CURVES_NAME = "curves.json"
+Architecture = RouterConfig | str | Path | None  # or the folder of trained routers that have one
+Source = RouteSource | None
 _HANDLE = "_elastic"
 _FAMILIES = {  # class of the model -> its adapter
     "ShapeDiT": "shape_dit.ADAPTER",
@@ -50,7 +53,7 @@ class Routers(nn.ModuleDict):
 # ---------------------------------------------------------------------------------------------------- on and off
 
 
-def attach(model: Any, routers: RouterConfig | str | Path | None = None) -> ElasticSession:
+def attach(model: Any, routers: Architecture = None, source: Source = None) -> ElasticSession:
     """Put routers on every block of `model`, in place; the session through which they are driven.
 
     Its modules stay what they are, and so do its state dict and its parameters.
@@ -60,19 +63,20 @@ def attach(model: Any, routers: RouterConfig | str | Path | None = None) -> Elas
             does each that shares its transformer and scheduler. One with another scheduler is attached too: it gets
             the session of the transformer.
         routers: an architecture for fresh routers, or a folder of trained ones (None: a fresh default).
+        source: decides in the place of routers, of which there are none then.
 
     Raises:
         ValueError: an unknown model, one that has routers already, or a block that can't be narrowed.
         UserError: a folder of routers that is broken or of another model; the model is left as it was.
     """
     if _is_pipeline(model):
-        return _attach_pipeline(model, routers)
+        return _attach_pipeline(model, routers, source)
     adapter = adapter_for(model)
     if is_attached(model):
         raise ValueError(f"this {type(model).__name__} has routers already: detach them first")
     if not isinstance(routers, (str, Path)):
-        return _attach_fresh(model, adapter, routers or RouterConfig())
-    session = _attach_fresh(model, adapter, load_router_config(routers, adapter.family))
+        return _attach(model, adapter, routers or RouterConfig(), source)
+    session = _attach(model, adapter, load_router_config(routers, adapter.family), source)
     try:
         path = find_weights(Path(routers))
         load_router_state(model, read_weights(path), str(path))
@@ -82,15 +86,14 @@ def attach(model: Any, routers: RouterConfig | str | Path | None = None) -> Elas
     return session
 
 
-def _attach_fresh(model: nn.Module, adapter: ModelAdapter, config: RouterConfig) -> ElasticSession:
+def _attach(model: nn.Module, adapter: ModelAdapter, config: RouterConfig, source: Source) -> ElasticSession:
     """Give every block a forward that asks a fresh router first, and tell the session of every pass of the model."""
-    session = ElasticSession(config, adapter)
+    session = ElasticSession(config, adapter, source=source)
     lists = [(n, kind, list(model.get_submodule(n).children())) for n, kind in adapter.lists]
-    deciding = 1 if config.scope is Scope.step else sum(len(blocks) for _, _, blocks in lists)
-    if config.variant is RouterVariant.none:
-        deciding = 0
+    count = sum(len(blocks) for _, _, blocks in lists)
+    deciding = 0 if source is not None else 1 if config.scope is Scope.step else count
     device = next(model.parameters()).device
-    if config.variant is RouterVariant.light:
+    if deciding:
         session.conditioner = Conditioner(config, deciding).to(device)
     for name, kind, blocks in lists:
         stage = range(len(session.blocks), len(session.blocks) + len(blocks))
@@ -110,7 +113,7 @@ def _attach_fresh(model: nn.Module, adapter: ModelAdapter, config: RouterConfig)
     return session
 
 
-def _attach_pipeline(pipe: Any, routers: RouterConfig | str | Path | None) -> ElasticSession:
+def _attach_pipeline(pipe: Any, routers: Architecture, source: Source) -> ElasticSession:
     """Routers on the transformer of a pipeline of diffusers; another pipeline that shares it is followed too."""
     transformer = pipe.transformer
     if is_attached(transformer) and routers is None:
@@ -118,7 +121,7 @@ def _attach_pipeline(pipe: Any, routers: RouterConfig | str | Path | None) -> El
         if session.driver is None or all(known is not pipe for known in session.driver.pipelines):
             drive(pipe, session)
             return session
-    session = attach(transformer, routers)
+    session = attach(transformer, routers, source)
     try:
         drive(pipe, session)
     except ValueError:
@@ -146,7 +149,7 @@ def is_attached(model: nn.Module) -> bool:
 
 def has_routers(model: nn.Module) -> bool:
     """Whether a model has routers, rather than nothing or a policy."""
-    return is_attached(model) and session_of(model).router_config.variant is not RouterVariant.none
+    return is_attached(model) and session_of(model).conditioner is not None
 
 
 def session_of(model: nn.Module) -> ElasticSession:

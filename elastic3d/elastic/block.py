@@ -1,8 +1,8 @@
-"""ElasticBlock: y = x + g (B(x) - x), with a gate g for each sample, of E-DiT (2602.13993).
+"""ElasticBlock: gate * block(x) + (1 - gate) * x, with a gate for each sample, of E-DiT (2602.13993).
 
-Training computes just that. In a generation g is 0 or 1, so that each row runs (at its width), or goes on with the
-residual of an earlier step, or passes. Where all blocks of a list do the same (a span of blocks), x is what came into
-the first of them, B(x) what comes out of the last.
+Training computes just that (`gated`). In a generation a gate is 0 or 1, so that each row runs (at its width), or goes
+on with the residual of an earlier step, or passes. Where all blocks of a list do the same (a span of blocks), x is what
+came into the first of them, block(x) what comes out of the last.
 """
 
 from __future__ import annotations
@@ -18,22 +18,20 @@ from torch.utils.checkpoint import checkpoint
 
 from elastic3d.elastic.cache import Streams
 from elastic3d.elastic.context import Groups, StepContext
-from elastic3d.elastic.families import BlockAdapter, BlockCall, BlockFlops, rows_index, take_rows
+from elastic3d.elastic.families import BlockAdapter, BlockCall, rows_index, take_rows
 from elastic3d.elastic.few_step import FewStepLoRA, Key
 from elastic3d.elastic.router import RouteDecision, Router
-from elastic3d.elastic.session import ElasticSession, stays_eager
+from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import REUSED, SKIPPED
 from elastic3d.elastic.width import NarrowBlocks, masked
+from elastic3d.utils.compiling import stays_eager
 
 
-def gated(x: Tensor, y: Tensor, keep: Tensor, keep_prob: Tensor) -> Tensor:
-    """gate * y + (1 - gate) * x = x + gate * (y - x) with a straight-through gate: x, y = B(x) (B,L,D), keep (B,) bool,
-    keep_prob (B,) -> (B,L,D).
-
-    Forward it is y or x bit for bit. Backward the gate gets <gradient, y - x>.
-    """
-    taken, slope = torch.where(keep[:, None, None], y, x), keep_prob - keep_prob.detach()
-    return taken + slope.to(x.dtype)[:, None, None] * (y - x).detach()
+def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x, y = block(x) (B,L,D), gate (B,) -> (B,L,D). With a straight-through gate it is y or x exactly, and the gate
+    gets the gradient <gradient, y - x>."""
+    gate = gate.to(x.dtype)[:, None, None]
+    return gate * y + (1 - gate) * x
 
 
 @dataclass(eq=False, repr=False)
@@ -62,7 +60,6 @@ class ElasticBlock:
             device = next(self.inner.parameters()).device
             self.few_step = FewStepLoRA(self.inner, config.few_step_rank).to(device)
         self._adapted: tuple[Key, NarrowBlocks] | None = None
-        self._flops: dict[tuple[int, ...], BlockFlops] = {}
         self._attached = False
 
     def attach(self) -> None:
@@ -87,19 +84,43 @@ class ElasticBlock:
         """The block's own signature and return value."""
         session = self.session
         if not (self._attached and session.settings.elastic):
-            output = self.narrow.full(*args, **kwargs)
-            if session.residuals is not None:
-                session.note(self, self.adapter.bind(self.inner, args, kwargs), output)
-            return output
-        call, context = self.adapter.bind(self.inner, args, kwargs), session.visit(self)
-        span = session.span(self)
+            return self.narrow.full(*args, **kwargs)
+        call = self.adapter.bind(self.inner, args, kwargs)
+        context, span = session.visit(self, call), session.span(self)
         if self.index == span.start:
             context.entered[span.start] = call.streams
         if context.training:
-            output = self._masked(context, call, session.decide(context, self, call), span)
+            output = self._masked(context, call, session.decide(context, self, call))
         else:
             output = self._grouped(context, call, session.route(context, self, call), span)
         return self.adapter.pack(output)
+
+    def _masked(self, context: StepContext, call: BlockCall, decision: RouteDecision) -> Streams:
+        """Training: the gate straight through, the block with its MLPs masked."""
+        cache, x, keep = self.session.cache, self._skipped(context, call), decision.keep
+        y = self._run(partial(self._at_width, self.running(), call, decision.hard_width()))
+        if cache is not None and (ran := keep.nonzero()[:, 0].tolist()):
+            kept = tuple(stream[keep] for stream in y)
+            cache.store(*context.entries(self.index, ran), take_rows(call.streams, ran), kept)
+        return tuple(gated(*pair, decision.hard_keep()) for pair in zip(x, y, strict=True))
+
+    def _skipped(self, context: StepContext, call: BlockCall) -> Streams:
+        """Training: what comes out where the block is skipped, which is what came in, and what is remembered."""
+        cache, x = self.session.cache, call.streams
+        if cache is None:
+            return x
+        ages = cache.ages(*context.entries(self.index, range(len(context.rows))))
+        known = [row for row, age in enumerate(ages) if age]
+        if not known:
+            return x
+        index = torch.tensor(known, device=x[0].device)
+        found = cache.apply(*context.entries(self.index, known), take_rows(x, known))
+        return tuple(whole.index_copy(0, index, part) for whole, part in zip(x, found, strict=True))
+
+    def _at_width(self, blocks: NarrowBlocks, call: BlockCall, width: Tensor) -> Streams:
+        """The whole block, its MLPs masked to one-hot widths (B,K)."""
+        with masked(blocks.block, self.sites, width, blocks.ratios):
+            return self.adapter.run(blocks.full, call)
 
     def _grouped(self, context: StepContext, call: BlockCall, groups: Groups, span: range) -> Streams:
         """A generation: each group of rows its action; one that is everybody is not gathered."""
@@ -130,45 +151,6 @@ class ElasticBlock:
             return cache.apply(*where, entered)
         cache.store(*where, entered, output)
         return output
-
-    def _masked(self, context: StepContext, call: BlockCall, decision: RouteDecision, span: range) -> Streams:
-        """Training: y = x + g (B(x) - x), g straight through, B(x) with its MLPs masked."""
-        x = self._skipped(context, call, span)
-        if context.simulated is not None:
-            return x
-        blocks, keep = self.running() if context.rows else self.narrow, decision.keep
-        y = self._run(partial(self._at_width, blocks, call, decision.hard_width()))
-        if self.index != span[-1]:
-            return y
-        cache = self.session.cache
-        if cache is not None and context.rows and (ran := keep.nonzero()[:, 0].tolist()):
-            kept = tuple(stream[keep] for stream in y)
-            cache.store(*context.entries(span.start, ran), take_rows(context.entered[span.start], ran), kept)
-        return tuple(gated(*pair, keep, decision.keep_prob) for pair in zip(x, y, strict=True))
-
-    def _skipped(self, context: StepContext, call: BlockCall, span: range) -> Streams:
-        """Training: what comes out where the block is skipped, which is what came in, and what is remembered."""
-        cache = self.session.cache
-        if self.index != span[-1]:
-            return call.streams
-        x = context.entered[span.start]
-        if context.simulated is not None:
-            added = context.simulated.residuals(span.start)
-            return tuple(stream + r.to(stream.dtype) for stream, r in zip(x, added, strict=True))
-        if not context.rows or cache is None:
-            return x
-        ages = cache.ages(*context.entries(span.start, range(len(context.rows))))
-        known = [row for row, age in enumerate(ages) if age]
-        if not known:
-            return x
-        index = torch.tensor(known, device=x[0].device)
-        found = cache.apply(*context.entries(span.start, known), take_rows(x, known))
-        return tuple(whole.index_copy(0, index, part) for whole, part in zip(x, found, strict=True))
-
-    def _at_width(self, blocks: NarrowBlocks, call: BlockCall, width: Tensor) -> Streams:
-        """The whole block, its MLPs masked to one-hot widths (B,K)."""
-        with masked(blocks.block, self.sites, width, blocks.ratios):
-            return self.adapter.run(blocks.full, call)
 
     def _run(self, block: Callable[[], Streams]) -> Streams:
         """What a block puts out; its activations are kept for the backward pass, or computed again there."""
@@ -203,12 +185,6 @@ class ElasticBlock:
         """Drop the copies of the block, which may hold weights on a device that it has left."""
         self.narrow.forget()
         self._adapted = None
-
-    def flops(self, lengths: tuple[int, ...]) -> BlockFlops:
-        """FLOPs of one sample with `lengths` tokens in each stream."""
-        if lengths not in self._flops:
-            self._flops[lengths] = self.adapter.flops(self.inner, lengths)
-        return self._flops[lengths]
 
     def compile(self, **arguments: Any) -> None:
         """Compile the block and, as they are made, its narrow copies; decisions stay eager."""

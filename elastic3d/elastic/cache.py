@@ -23,7 +23,6 @@ Forecast = Callable[[int, int, int, int, int | None], tuple[float, float]]
 """How residuals go on in one generation, where that is not along a damped line: (span, stream, step, newest, older) ->
 shares of what the span of blocks that begins with `span` added to a stream at its last two computed steps."""
 Key = tuple[int, int]  # block, first branch of the batch
-Residuals = dict[int, Streams]  # by block: outputs - inputs, each (B,L,D)
 NEVER = -(1 << 30)  # a step so long ago that nothing of it lives
 
 
@@ -168,48 +167,3 @@ def _put(whole: Tensor, index: Rows, part: Tensor) -> Tensor:
 def _factor(values: Sequence[float], like: Tensor) -> float | Tensor:
     """One number where all rows have the same, else (k,1,1)."""
     return values[0] if min(values) == max(values) else like.new_tensor(values)[:, None, None]
-
-
-@dataclass
-class SimulatedCache:
-    """What a cache would hold in a training pass: dense passes at P earlier steps, the newest first.
-
-    passes: P residuals of all blocks; ages (B,P) long: steps since each; picks (B,I) long in [-1,P): the pass that
-    computed what a block of a row remembers, -1 nothing; damping: share of their change since the pass before, where
-    there is one (age 0: there is none), that goes on.
-    """
-
-    passes: Sequence[Residuals]
-    ages: Tensor
-    picks: Tensor
-    damping: float
-
-    def age(self, block: int) -> Tensor:
-        """Steps (B,) long since what a block remembers was computed, 0 for nothing."""
-        picked = self.picks[:, block]
-        return self.ages.gather(1, picked.clamp_min(0)[:, None])[:, 0] * (picked >= 0)
-
-    def residuals(self, block: int) -> tuple[Tensor, ...]:
-        """What stands in for the block: (B,L,D) a stream, zero for rows that remember nothing."""
-        weights = self._weights(self.picks[:, block])
-        streams = zip(*(residuals[block] for residuals in self.passes), strict=True)
-        return tuple(
-            sum((w.to(r.dtype)[:, None, None] * r for w, r in zip(weights, stream, strict=True)), start=0)
-            for stream in streams
-        )
-
-    def _weights(self, picked: Tensor) -> Tensor:
-        """Share (P,B) of each pass in the forecast: 1 + n / gap of the picked one, - n / gap of the one before, where n
-        are the damped steps of its age."""
-        passes = self.ages.shape[1]
-        newest = F.one_hot(picked.clamp_min(0), passes).float() * (picked >= 0)[:, None]
-        if not self.damping or passes == 1:
-            return newest.T
-        older = torch.cat([self.ages[:, 1:], torch.zeros_like(self.ages[:, :1])], dim=1)
-        known = (older > self.ages) & (self.ages > 0)
-        steps = torch.tensor([[damped_steps(age, self.damping) for age in row] for row in self.ages.tolist()])
-        gaps = (older - self.ages).clamp_min(1)
-        slope = torch.where(known, steps.to(gaps.device) / gaps, 0.0)  # (B,P)
-        going_on = newest * slope
-        before = torch.cat([torch.zeros_like(going_on[:, :1]), going_on[:, :-1]], dim=1)
-        return (newest + going_on - before).T

@@ -17,14 +17,6 @@ MIN_BUDGET = 0.3
 _CURVES = {"requested_budgets": "calibrated_budgets", "times": "gate_bias", "damping_times": "dampings"}
 
 
-class RouterVariant(Enum):
-    """`light` pools the tokens first and shares its conditioning between blocks; `none` leaves the decisions to a
-    policy (see `training_free`)."""
-
-    light = "light"
-    none = "none"
-
-
 class Scope(Enum):
     """Who decides: each block's router on its block's input, or one router at the start of a step, for all blocks."""
 
@@ -80,7 +72,6 @@ class RouterConfig(Options):
     """Architecture and initialisation of the routers. `config.json` beside their weights."""
 
     # What kind of router a stage trains is in its file of configs/router; sizes and initial values suit every model.
-    variant: RouterVariant = _internal(RouterVariant.light, "the light router, or none: a policy decides")
     scope: Scope = _internal(Scope.block, "decide before each block, or once a step for all of them")
     branches: Branches = _internal(
         Branches.separate, "scope step: each guidance branch for itself, or both as the conditional one"
@@ -127,7 +118,7 @@ class RouterConfig(Options):
     curves: RouterCurves = _internal(RouterCurves, "what was measured of them once they were trained")
 
     def check(self) -> None:
-        """What each variant can do."""
+        """Options that need others."""
         if self.branches is Branches.shared and self.scope is not Scope.step:
             raise ValueError(
                 "branches is shared, expected separate: only with scope=step does one branch decide for both"
@@ -138,8 +129,6 @@ class RouterConfig(Options):
             raise ValueError(
                 f"trained_steps is {self.trained_steps}, expected two numbers, of routers with scope=block"
             )
-        if self.variant is RouterVariant.none and self.scope is not Scope.step:
-            raise ValueError("scope is block, expected step: without routers all blocks do the same")
 
     def calibrated(self, budget: float, whole: float = 1.0) -> float:
         """The calibrated budget of a requested one, linear between those that were measured. `whole` is the share of
@@ -188,12 +177,10 @@ class RouterConfig(Options):
         """The cache that these routers were trained with."""
         if not self.longest:
             return BlockCacheConfig()
-        line: dict[str, Any] = {
-            "damping": self.damping,
-            "times": self.curves.damping_times,
-            "dampings": self.curves.dampings,
-        }
-        return BlockCacheConfig(skipped_reuse=True, longest=self.longest, **line)
+        return BlockCacheConfig(
+            skipped_reuse=True, longest=self.longest, damping=self.damping, times=self.curves.damping_times,
+            dampings=self.curves.dampings,
+        )  # fmt: skip
 
     @property
     def ratios(self) -> tuple[float, ...]:

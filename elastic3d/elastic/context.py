@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import Protocol
 
 from torch import Tensor
 
-from elastic3d.elastic.cache import Forecast, SimulatedCache, Streams
-from elastic3d.elastic.families import BlockFlops
+from elastic3d.elastic.cache import Forecast, Streams
 from elastic3d.elastic.router import RouteDecision
 
 Groups = dict[int, list[int]]  # the rows of each action
@@ -43,37 +42,33 @@ class StepContext:
     """One forward pass of the model: what it is given, then what its blocks decide and do.
 
     dt: size of the sampling step; budget: in [0.3,1]; branch: 0 conditional, 1 unconditional; t: time in [0,1], which
-    the model itself is called with; each (B,) fp32. Of a generation, each row has its (branch, sample) in `rows`, its
-    step, and its slot in the cache; the rows of a training pass have none. The first `conditional_rows` rows are those
-    of one branch. `training`: blocks are masked and gates get gradients; with `simulated` in the place of a cache no
-    block runs.
+    the model itself is called with; each (B,) fp32. Each row has its (branch, sample) in `rows`, its step, and its slot
+    in the cache. The first `conditional_rows` rows are those of one branch. `training`: blocks are masked and gates get
+    gradients.
 
     `ahead` is the decision of a step for all blocks, `groups` what follows from it or from that of a block;
     `entered`: by its first block, what came into each span of blocks; `deferred`: samples that should have run and
-    wait; `decisions` are what is executed, `proposed` what the routers of the blocks decided in a rollout.
+    wait; `decisions` are what is executed.
     """
 
     dt: Tensor
     budget: Tensor
     branch: Tensor
     conditional_rows: int
-    rows: list[tuple[int, int]] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
+    rows: list[tuple[int, int]]
+    steps: list[int]
+    slots: list[int]
     defer: Defer = Defer.never
     training: bool = False
-    simulated: SimulatedCache | None = None
     t: Tensor = field(init=False)  # once the model is called
     waiting: bool = True  # for the call of the model
     modulation: Tensor | None = None
     ahead: RouteDecision | None = None
-    groups: Groups | None = None
+    groups: Groups = field(default_factory=dict)
     visited: set[int] = field(default_factory=set)
     deferred: set[int] = field(default_factory=set)
     entered: dict[int, Streams] = field(default_factory=dict)
     decisions: dict[int, RouteDecision] = field(default_factory=dict)
-    proposed: dict[int, RouteDecision] = field(default_factory=dict)
-    flops: dict[int, BlockFlops] = field(default_factory=dict)
 
     def entries(self, span: int, rows: Sequence[int]) -> tuple[tuple[int, int], list[int], list[int]]:
         """Where the cache keeps what a span of blocks, by its first one, remembers of some rows: the key of its bank,
@@ -82,17 +77,24 @@ class StepContext:
         return key, [self.slots[row] for row in rows], [self.steps[row] for row in rows]
 
 
-class RouteSource(Protocol):
-    """Something else than the routers that decides (see `training_free`). `alike`: it decides the same for
-    all blocks."""
+class RouteSource(ABC):
+    """Decides in the place of the routers: a policy without training, a table, a rollout that routers learn from.
 
-    alike: bool
+    `alike`: it decides the same for all blocks; `uses_routers`: it is given what the routers decide; `learns`: every
+    block runs, masked, so that gradients reach each decision; `budgets`: of the samples, instead of that of the
+    settings.
+    """
+
+    alike: bool = False
+    uses_routers: bool = False
+    learns: bool = False
+    budgets: Sequence[float] | None = None
 
     def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> Forecast | None:
         """A generation begins: its steps, their times in [0,1] where they are known, each sample's budget -> how
         residuals go on; None: as the cache says."""
-        ...
+        return None
 
-    def decide(self, context: StepContext, block: int) -> RouteDecision:
-        """The route of every row through one block."""
-        ...
+    @abstractmethod
+    def decide(self, context: StepContext, block: int, routed: RouteDecision | None) -> RouteDecision:
+        """The route of every row through one block; `routed` is that of the routers, for a source that uses them."""

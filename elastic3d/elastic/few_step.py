@@ -91,17 +91,6 @@ class FewStepLoRA(nn.Module):
         tensors = [linear.weight for _, _, linear in self._pairs(block)] + list(self.parameters())
         return coarse, *((tensor.data_ptr(), tensor._version) for tensor in tensors)
 
-    @torch.no_grad()
-    def rebase(self, factor: float) -> None:
-        """Count the NFE from another `few_step_nfe`, which is `factor` times the old one: the same weights as before at
-        each NFE."""
-        shift = math.log2(factor)  # c + shift is the new coarseness
-        for part in self.parts.values():
-            assert isinstance(part, LowRankUpdate)
-            gain = 1 - shift * part.slope
-            part.up.mul_(gain)
-            part.slope.div_(gain)
-
     def _pairs(self, block: nn.Module) -> list[tuple[str, nn.Module, nn.Linear]]:
         names = [(key.replace("/", "."), part) for key, part in self.parts.items()]
         found = [(name, part, block.get_submodule(name)) for name, part in names]

@@ -49,32 +49,6 @@ class RouteDecision(NamedTuple):
         """A route that nobody computed: keep (B,) bool and width (B,) long, with certain probabilities."""
         return RouteDecision(keep, width, keep.float(), F.one_hot(width, widths).float())
 
-    @staticmethod
-    def stacked(decisions: Sequence[RouteDecision], dim: int) -> RouteDecision:
-        """Several as one, along a new axis that comes after that of the samples."""
-        return RouteDecision(*(torch.stack(part, dim=dim) for part in zip(*decisions, strict=True)))
-
-    def rows(self, index: slice) -> RouteDecision:
-        """Those of some samples."""
-        return RouteDecision(*(part[index] for part in self))
-
-    def running(self, rows: Tensor) -> RouteDecision:
-        """The same, but rows (B,) bool run at full width whatever the router says, which then learns nothing there."""
-        full = self.width_prob.shape[-1] - 1
-        sure = F.one_hot(torch.full_like(self.width, full), full + 1).to(self.width_prob.dtype)
-        return RouteDecision(
-            self.keep | rows,
-            self.width.masked_fill(rows, full),
-            torch.where(rows, 1.0, self.keep_prob),
-            torch.where(rows[:, None], sure, self.width_prob),
-        )
-
-    def at_full_width(self) -> RouteDecision:
-        """The same gates, every kept block at its full width."""
-        full = torch.full_like(self.width, self.width_prob.shape[-1] - 1)
-        prob = F.one_hot(full, self.width_prob.shape[-1]).to(self.width_prob.dtype)
-        return RouteDecision(self.keep, full, self.keep_prob, prob)
-
     def hard_keep(self) -> Tensor:
         """(B,) 0 or 1: is the block kept; the gradient is that of the probability (straight through, 1308.3432)."""
         return straight_through(self.keep, self.keep_prob)

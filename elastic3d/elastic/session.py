@@ -1,15 +1,12 @@
 """The session: the state of a generation, and who decides in it. Owns the caches and the trace; there is no global.
 
-A sampler says `begin(samples, steps)` once, `step(i, dt)` before each forward pass, and `end()` however it ends; a
-training loop says `train(...)` before each forward pass. A pass that nobody announced is an error. In a pass each block
-asks `decide`, and in a generation `route`, what to do.
+A sampler says `begin(samples, steps)` once, `step(i, dt)` before each forward pass, and `end()` however it ends. A pass
+that nobody announced is an error. In a pass each block asks `route` what to do, or, in training, `decide`.
 """
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
@@ -17,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from elastic3d.elastic.cache import ResidualCache, Residuals, SimulatedCache, Streams
+from elastic3d.elastic.cache import ResidualCache
 from elastic3d.elastic.config import Branches, CacheRule, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import (
     BOTH_BRANCHES,
@@ -27,33 +24,17 @@ from elastic3d.elastic.context import (
     RouteSource,
     StepContext,
 )
-from elastic3d.elastic.families import BlockAdapter, BlockCall, BlockFlops, ModelAdapter
+from elastic3d.elastic.families import BlockAdapter, BlockCall, ModelAdapter
 from elastic3d.elastic.few_step import FewStepLoRA, coarseness
-from elastic3d.elastic.rollout import Rollout
 from elastic3d.elastic.router import Conditioner, RouteDecision, Router, interpolated
 from elastic3d.elastic.trace import REUSED, SKIPPED, Trace
 from elastic3d.elastic.width import NarrowBlocks
+from elastic3d.utils.compiling import stays_eager
 
 T = TypeVar("T", int, float)
-Function = TypeVar("Function", bound=Callable[..., Any])
 Scale = float | None
 Times = Sequence[float]
 Budget = Sequence[float] | float | None  # one for all samples, one for each, or that of the settings
-
-
-def stays_eager(function: Function) -> Function:
-    """As `torch.compiler.disable(recursive=False)`, which imports the compiler (half a second) at decoration."""
-    kept: list[Callable[..., Any]] = []
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:  # so nobody compiles
-            return function(*args, **kwargs)
-        if not kept:
-            kept.append(torch.compiler.disable(function, recursive=False))
-        return kept[0](*args, **kwargs)
-
-    return call  # type: ignore[return-value]
 
 
 class RoutedBlock(Protocol):
@@ -72,7 +53,6 @@ class RoutedBlock(Protocol):
     def running(self) -> NarrowBlocks: ...
     def refresh(self, coarse: float | None) -> None: ...
     def forget(self) -> None: ...
-    def flops(self, lengths: tuple[int, ...]) -> BlockFlops: ...
 
 
 class Driver(Protocol):
@@ -93,7 +73,6 @@ class ElasticSession:
     settings: ElasticConfig = field(default_factory=ElasticConfig)  # changed between generations
     source: RouteSource | None = None  # None where the routers decide
     driver: Driver | None = None  # calls `begin` and `step` for a pass that nobody announced
-    rollout: Rollout | None = None  # from which routers learn while it is generated
     recompute: bool = False  # activation checkpointing: blocks run again for the backward pass
     blocks: list[RoutedBlock] = field(default_factory=list)
     conditioner: Conditioner | None = None
@@ -102,8 +81,6 @@ class ElasticSession:
     current: StepContext | None = None  # the newest forward pass, whose `decisions` the losses read
     coarseness: float | None = None  # of a generation that uses the few-step LoRA
     samples: int = 0
-    residuals: Residuals | None = None  # while recording, of each span of blocks by its first one
-    entered: dict[int, Streams] = field(default_factory=dict)  # and what came into it
     _steps: int = 0
     _budget: Tensor = field(default_factory=lambda: torch.ones(0))
 
@@ -123,20 +100,21 @@ class ElasticSession:
         """A new generation, of steps at `times`: caches and trace start empty. `guidance`: that of a second branch."""
         if samples < 1 or steps < 1:
             raise ValueError(f"a generation of {samples} samples in {steps} steps, expected at least 1 and 1")
+        if budget is None and self.source is not None:
+            budget = self.source.budgets
         if budget is None:
-            budget = self.settings.budget if self.rollout is None else list(self.rollout.budget.tolist())
+            budget = self.settings.budget
         budgets, config = _one_each(budget, samples, "budgets"), self.router_config
-        if self.settings.elastic and self.source is None:
+        if self.settings.elastic and self.routed:
             config.check_generation(steps, guidance, self.settings.few_step)
         self.samples, self._steps = samples, steps
         self.coarsen(steps, sum(budgets) / samples, guidance, times)
         whole = config.guided_share(times) if self.guided else 1.0
         self._budget = torch.tensor([config.calibrated(each, whole) for each in budgets])
         self.trace = Trace([b.name for b in self.blocks], config.ratios, steps, samples, self.guided)
-        forecast, reuse = None, self.settings.cache or config.cache()
-        if self.source is not None:
-            forecast = self.source.begin(steps, times, budgets)
-        elif config.longest and not reuse.skipped_reuse:
+        reuse = self.settings.cache or config.cache()
+        forecast = self.source.begin(steps, times, budgets) if self.source else None
+        if self.routed and config.longest and not reuse.skipped_reuse:
             raise ValueError("cache.skipped_reuse is false, expected true: routers were trained to reuse")
         self.end()
         if reuse.active:
@@ -151,6 +129,11 @@ class ElasticSession:
             block.refresh(self.coarseness)
 
     @property
+    def routed(self) -> bool:
+        """Whether routers decide, in the first place at least."""
+        return self.source is None or self.source.uses_routers
+
+    @property
     def guided(self) -> bool:
         """Whether the blocks of this generation have learned its guidance."""
         return self.coarseness is not None and self.router_config.few_step_guidance is not None
@@ -159,16 +142,6 @@ class ElasticSession:
         """Whether the conditional branch is enough at a time in [0,1]."""
         return self.guided and not self.router_config.guided_at(t)
 
-    @property
-    def static(self) -> bool:
-        """Whether the routes of this generation follow from its settings: every block runs, at full width. That is the
-        dense model, and a budget of 1 with the few-step LoRA, unless something else decides or listens."""
-        settings, config = self.settings, self.router_config
-        if not settings.elastic:
-            return self.residuals is None
-        decides = self.source is not None or self.rollout is not None or bool(config.trained_steps)
-        return self.coarseness is not None and settings.budget == 1 and settings.cache is None and not decides
-
     def step(
         self,
         index: int | Sequence[int],
@@ -176,7 +149,7 @@ class ElasticSession:
         branches: Sequence[int] = BOTH_BRANCHES,
         samples: Sequence[int] | None = None,
         defer: Defer = Defer.never,
-    ) -> None:
+    ) -> StepContext:
         """The next forward pass is sampling step `index` of size `dt`, for each branch the samples in order.
 
         Branches that run one after the other announce themselves one after the other. `samples`: those that take part,
@@ -201,29 +174,12 @@ class ElasticSession:
             steps=steps * copies,
             slots=[(branch - rows[0][0]) * self.samples + sample for branch, sample in rows],
             defer=defer,
-            training=self.rollout is not None and self.rollout.straight,
+            training=self.source is not None and self.source.learns,
         )
         follows = self.router_config.branches is Branches.shared and rows[0][0] != Branch.conditional
         if follows and before is not None and before.steps == context.steps:  # of the other branch
             context.ahead = before.ahead
-
-    def train(
-        self,
-        dt: Tensor,
-        budget: Tensor,
-        branch: Tensor,
-        simulated: SimulatedCache | None = None,
-        conditional_rows: int = 0,
-    ) -> None:
-        """The next forward pass is a training pass: gradients to the gates, no caches.
-
-        dt, budget, branch: (B,). Every block runs for every row, masked, so that skipped gates get a gradient too. With
-        `simulated`, which stands for a cache, no block runs, whatever the routers decide: blocks add what it holds, and
-        the decisions are recorded all the same. `conditional_rows`: the first N rows are of the conditional branch, the
-        next N of the same samples' other branch, in the same order; 0: every row is for itself.
-        """
-        rows = conditional_rows or len(budget)
-        self.current = StepContext(dt, budget, branch, rows, training=True, simulated=simulated)
+        return context
 
     def end(self) -> None:
         """Free the caches; the trace stays."""
@@ -237,38 +193,6 @@ class ElasticSession:
             yield
         finally:
             self.settings = before
-
-    @contextmanager
-    def learning(self, rollout: Rollout) -> Iterator[None]:
-        """While it lasts, a generation is a rollout: its budgets and routes are taken, its decisions noted there."""
-        if self.router_config.scope is Scope.step:
-            raise ValueError("scope is step, expected block: in a rollout each block decides for itself")
-        self.rollout = rollout
-        try:
-            yield
-        finally:
-            self.rollout = None
-
-    @contextmanager
-    def recording(self) -> Iterator[Residuals]:
-        """While it lasts, the model is the dense one, and what each span of blocks adds to its streams is noted."""
-        self.residuals = residuals = Residuals()
-        try:
-            with self.dense():
-                yield residuals
-        finally:
-            self.residuals = None
-            self.entered.clear()
-
-    def note(self, block: RoutedBlock, call: BlockCall, output: Any) -> None:
-        """A block of the dense model was called while residuals are recorded."""
-        assert self.residuals is not None
-        span = self.span(block)
-        if block.index == span.start:
-            self.entered[block.index] = call.streams
-        if block.index == span[-1]:
-            added = zip(self.entered[span.start], block.adapter.unpack(output), strict=True)
-            self.residuals[span.start] = tuple((y - x).detach() for x, y in added)
 
     def forget(self) -> None:
         """Drop copies of the blocks: the model moves to another device."""
@@ -287,7 +211,7 @@ class ElasticSession:
             self.driver.announce(t)
         context = self.current
         if context is None or not context.waiting:
-            raise ValueError("a forward pass that nobody announced: call session.step or session.train first")
+            raise ValueError("a forward pass that nobody announced: call session.step first")
         for part in self.parts.values():  # no part of the model: they go where it is
             if next(part.parameters()).device != t.device:
                 part.to(t.device)
@@ -297,63 +221,49 @@ class ElasticSession:
             if value.shape != t.shape:
                 raise ValueError(f"a batch of {len(t)}, but {len(value)} values of {name}")
             setattr(context, name, value)
-        if self.rollout is not None:
-            self.rollout.passes.append(context)
-        if self.conditioner is not None and self.source is None and context.ahead is None:
+        if self.conditioner is not None and self.routed and context.ahead is None:
             context.modulation = self.conditioner(context.t, context.dt, context.budget, context.branch)
 
-    def visit(self, block: RoutedBlock) -> StepContext:
+    def visit(self, block: RoutedBlock, call: BlockCall) -> StepContext:
         """The pass that a block is called in: once, unless it is called again for the backward pass."""
-        context = self.current
+        context, trace = self.current, self.trace
         if context is None or context.waiting:
             raise ValueError(f"block {block.name} was called outside a forward pass of its model")
         if block.index in context.visited and not torch.is_grad_enabled():
             raise ValueError(f"block {block.name} was called twice in one forward pass")
         context.visited.add(block.index)
+        if trace is not None and block.index not in trace.flops:
+            trace.flops[block.index] = block.adapter.flops(block.inner, call.lengths)
+            trace.router_flops[block.index] = block.router.flops(call.lengths) if block.router else 0
         return context
 
     def route(self, context: StepContext, block: RoutedBlock, call: BlockCall) -> Groups:
-        """The rows of each action of a block in a generation. The first block of a span settles it for all of them, and
-        where it is the first of the model too, for all spans: then a pass waits for the device only here."""
-        trace, span = self.trace, self.span(block)
-        assert trace is not None
-        if block.index == span.start:
-            if context.groups is None or not self.alike:
-                context.groups = self._groups(context, self.decide(context, block, call), span)
+        """The rows of each action of a block. Where all blocks do the same, the first one settles it for all of them:
+        then a pass waits for the device only here."""
+        span = self.span(block)
+        if block.index == 0 or not self.alike:  # again where activations are recomputed
+            context.groups = self._groups(context, self.decide(context, block, call), span)
+        if block.index == span.start and self.trace is not None:
             for action, rows in context.groups.items():
-                trace.record([(context.steps[row], *context.rows[row]) for row in rows], span, action)
-            if block.index not in trace.flops:
-                for each in self.blocks[span.start : span.stop]:
-                    trace.flops[each.index] = each.flops(call.lengths)
-                    trace.router_flops[each.index] = each.router.flops(call.lengths) if each.router else 0
-        assert context.groups is not None
+                moments = [(context.steps[row], *context.rows[row]) for row in rows]
+                self.trace.record(moments, span, action)
         return context.groups
 
     def decide(self, context: StepContext, block: RoutedBlock, call: BlockCall) -> RouteDecision:
-        """The route of every row through a block: from the source, from the one decision of this step, or from its
-        router. Where one decision holds for all blocks, rows with nothing to go on with run: to skip all is no step."""
-        once = self.router_config.scope is Scope.step
-        age = self._age(context, block) if self.router_config.longest else None
-        if self.source is not None:
-            decision = self.source.decide(context, block.index)
-        elif context.ahead is not None and (block.index > 0 or context.rows):
-            decision = context.ahead
-        else:  # the first block decides again where its activations are recomputed
-            decision = self._routed(context, block, call, age)
-            if self.rollout is not None:
-                decision = self.rollout.settle(context, block.index, decision)
-            context.ahead = decision if once else None
-        if once and age is not None and (context.training or self.cache is not None):
-            decision = decision.running(age == 0)
-        if not self.settings.width:
-            decision = decision.at_full_width()
-        context.flops.setdefault(block.index, block.flops(call.lengths))
+        """The route of every row through a block: from its router, from the one decision of this step, or from the
+        source."""
+        routed = None
+        if context.ahead is not None and (block.index > 0 or context.modulation is None):
+            routed = context.ahead
+        elif self.routed:  # the first block, unless the other branch has decided
+            routed = self._routed(context, block, call)
+            context.ahead = routed if self.router_config.scope is Scope.step else None
+        decision = routed if self.source is None else self.source.decide(context, block.index, routed)
+        assert decision is not None
         context.decisions.setdefault(block.index, decision)
         return decision
 
-    def _routed(
-        self, context: StepContext, block: RoutedBlock, call: BlockCall, age: Tensor | None
-    ) -> RouteDecision:
+    def _routed(self, context: StepContext, block: RoutedBlock, call: BlockCall) -> RouteDecision:
         """What the router of a block says of every row. Where branches share their routes, rows of the conditional one
         decide, which come first in their pass; where samples do, their mean holds."""
         config, router = self.router_config, block.router
@@ -361,11 +271,15 @@ class ElasticSession:
         rows = slice(context.conditional_rows if config.branches is Branches.shared else None)
         streams, modulation = tuple(x[rows] for x in call.streams), context.modulation
         assert modulation is not None
-        if self.rollout is not None:  # the model does not learn to please its routers
+        if self.source is not None:  # the model does not learn to please its routers
             streams = tuple(x.detach() for x in streams)
-        logits = router(streams, modulation[rows, block.index], None if age is None else age[rows])
+        age = None
+        if config.longest:
+            ages = torch.tensor(self._ages(context, self.span(block)), device=context.t.device)
+            age = ages.clamp_max(config.longest)[rows]
+        logits = router(streams, modulation[rows, block.index], age)
         logits = logits.repeat(len(context.t) // len(logits), 1)
-        if self.settings.shared and context.rows:
+        if self.settings.shared:
             by_branch = logits.unflatten(0, (-1, context.conditional_rows))
             logits = by_branch.mean(1, keepdim=True).expand_as(by_branch).flatten(0, 1)
         at, found = config.curves.times, config.curves.gate_bias
@@ -373,15 +287,19 @@ class ElasticSession:
         return RouteDecision.from_logits(logits, config.threshold, bias)
 
     def _groups(self, context: StepContext, decision: RouteDecision, span: range) -> Groups:
-        """What a decision means for each row: run at a width, go on with a residual, or pass. Samples that are
-        deferred, though a row of them should run, pass and are noted."""
-        threshold, actions = self.router_config.threshold, []
+        """What a decision means for each row: run at a width, go on with a residual, or pass. Where one decision holds
+        for all blocks, rows with nothing to go on with run: to skip all is no step. Samples that are deferred, though a
+        row of them should run, pass and are noted."""
+        config, cache, actions = self.router_config, self.cache, []
+        reuses = cache is not None and config.scope is Scope.step and config.longest > 0
         found = torch.stack([decision.keep_prob, decision.width.float(), decision.keep.float()])
         for age, p, width, keep in zip(
             self._ages(context, span), *found.tolist(), strict=True
         ):  # waits, once
-            if self.cache is not None and self.cache.reuse(age, bool(keep), p, threshold):
+            if cache is not None and cache.reuse(age, bool(keep), p, config.threshold):
                 actions.append(REUSED)
+            elif (reuses and not age) or (keep and not self.settings.width):
+                actions.append(config.widths)
             else:
                 actions.append(1 + int(width) if keep else SKIPPED)
         samples, groups = [sample for _, sample in context.rows], Groups()
@@ -395,8 +313,7 @@ class ElasticSession:
     def alike(self) -> bool:
         """Whether all blocks of a list do the same in a pass."""
         own, cache = self.router_config.scope is Scope.step, self.settings.cache
-        training = self.current is not None and self.current.training
-        if self.settings.elastic and self.source is not None and not training:
+        if self.settings.elastic and self.source is not None:
             own = self.source.alike
         return own and (cache is None or cache.rule is not CacheRule.band)
 
@@ -419,14 +336,6 @@ class ElasticSession:
         if self.cache is None:
             return [0] * len(context.t)
         return self.cache.ages(*context.entries(span.start, range(len(context.rows))))
-
-    def _age(self, context: StepContext, block: RoutedBlock) -> Tensor:
-        """The same (B,) long, as an input of routers."""
-        span = self.span(block)
-        if context.simulated is not None:
-            return context.simulated.age(span.start).clamp_max(self.router_config.longest)
-        ages = torch.tensor(self._ages(context, span), device=context.t.device)
-        return ages.clamp_max(self.router_config.longest)
 
 
 def _one_each(value: Sequence[T] | T, count: int, what: str) -> list[T]:

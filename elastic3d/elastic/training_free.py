@@ -6,9 +6,7 @@ generations.
 - Forecast: the linear one of least mean squared error from the last two computed steps a < b,
   w = M[ab,ab]^-1 M[ab,s], a map for each step as in L2P; its error is M[s,s] - w M[ab,s].
 - Steps: of all sets of n the one with the least sum of errors times squared step sizes, found by dynamic programming.
-  Errors are those of what is added to the stream that becomes the result, under guidance. Or `online`, for each sample
-  by itself: errors, scaled by how fast its own input changes, add up until they pass a threshold, as in TeaCache
-  (2411.19108) and EasyCache (2507.02860).
+  Errors are those of what is added to the stream that becomes the result, under guidance.
 
 Without a calibration the computed steps lie evenly, and residuals go on along a damped line.
 
@@ -23,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from elastic3d.elastic.attachment import adapter_for, attach, detach, has_routers, is_attached
 from elastic3d.elastic.cache import Forecast
@@ -40,11 +37,10 @@ from elastic3d.elastic.config import (
     Branches,
     ElasticConfig,
     RouterConfig,
-    RouterVariant,
     Scope,
     least_budget,
 )
-from elastic3d.elastic.context import StepContext
+from elastic3d.elastic.context import RouteSource, StepContext
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
@@ -65,19 +61,11 @@ _SHAPE = {
     "changes": [Number(0, 1e300)],
 }
 
-# Blocks that share a decision and have no router.
+# Blocks that share a decision.
 NO_ROUTERS = RouterConfig(
-    variant=RouterVariant.none, scope=Scope.step, branches=Branches.shared, widths=1, longest=1000,
+    scope=Scope.step, branches=Branches.shared, widths=1, longest=1000,
     damping=DAMPING,
 )  # fmt: skip
-
-
-class Schedule(Enum):
-    """Which steps run the blocks: at even distances, those of least predicted error, or each sample's own."""
-
-    even = "even"
-    planned = "planned"
-    online = "online"
 
 
 @dataclass(frozen=True)
@@ -164,113 +152,58 @@ def planned_steps(errors: Array, count: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-class StepPolicy:
-    """Decides in the place of routers. One object serves all generations of a model."""
+class StepPolicy(RouteSource):
+    """Decides in the place of routers: by a plan and fitted forecasts where there is a calibration, else at even steps
+    and along a damped line. One object serves all generations of a model."""
 
     alike = True
 
-    def __init__(self, calibration: Calibration | None = None, schedule: Schedule | None = None) -> None:
-        """`schedule` None: planned where there is a calibration, else even; the others need one (ValueError)."""
-        default = Schedule.even if calibration is None else Schedule.planned
-        self.calibration, self.schedule = calibration, schedule or default
-        if calibration is None and self.schedule is not Schedule.even:
-            raise ValueError(f"schedule is {self.schedule.name}, expected even: there is no calibration")
-        self._here: Calibration | None = None  # at the times of this generation
-        self._steps: list[frozenset[int]] = []  # computed, of each sample
-        self._errors: tuple[tuple[float, ...], Array] | None = None  # by the times that they are of
-        self._online: list[_Online] = []
+    def __init__(self, calibration: Calibration | None = None) -> None:
+        self.calibration = calibration
+        self.schedule = "even" if calibration is None else "planned"
+        # of the generation that runs: its times, the calibration and the errors at these, each sample's computed steps
+        self._times: tuple[float, ...] = ()
+        self._here: Calibration | None = None
+        self._errors = np.zeros((0, 0, 0))
+        self._computed: list[frozenset[int]] = []
 
     def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> Forecast | None:
         """A generation begins -> how residuals go on in it; None: along a damped line.
 
         Raises UserError for a budget of fewer than two of its steps.
         """
-        times = list(times) or [i / steps for i in range(steps)]
-        self._here = None if self.calibration is None else self.calibration.at(times)
+        times = tuple(times) or tuple(i / steps for i in range(steps))
+        if times != self._times and self.calibration is not None:
+            self._here = self.calibration.at(times)
+            self._errors = self._here.errors()
+        self._times = times
         counts = [check_budget(budget, steps) for budget in budgets]
-        self._online = []
-        if self.schedule is Schedule.even:
-            self._steps = [frozenset(even_steps(steps, count)) for count in counts]
-        else:
-            errors = self._errors_at(tuple(times))
-            planned = {count: planned_steps(errors, count) for count in set(counts)}
-            self._steps = [frozenset(planned[count]) for count in counts]
-            if self.schedule is Schedule.online:
-                levels = {count: _threshold(errors, count) for count in planned}
-                self._online = [_Online(errors, levels[count]) for count in counts]
+        chosen = {count: frozenset(self.chosen(count)) for count in set(counts)}
+        self._computed = [chosen[count] for count in counts]
         return None if self._here is None else cache(self._here.weights)
 
-    def decide(self, context: StepContext, block: int) -> RouteDecision:
+    def chosen(self, count: int) -> tuple[int, ...]:
+        """The `count` steps of this generation that run the blocks."""
+        if self._here is None:
+            return even_steps(len(self._times), count)
+        return planned_steps(self._errors, count)
+
+    def decide(self, context: StepContext, block: int, routed: RouteDecision | None) -> RouteDecision:
         """Whether the blocks run, for every row of a pass."""
-        moments = list(zip(context.steps, context.rows, strict=True))
-        if self._online:
-            assert self._here is not None
-            inputs, usual = context.entered[0][0], self._here.changes  # of the model's first block
-            keep = [self._online[s].runs(step, inputs[i], usual) for i, (step, (_, s)) in enumerate(moments)]
-        else:
-            keep = [step in self._steps[sample] for step, (_, sample) in moments]
-        kept = torch.tensor(keep, device=context.t.device)
-        return RouteDecision.fixed(kept, torch.zeros_like(kept, dtype=torch.long), 1)
+        moments = zip(context.steps, context.rows, strict=True)
+        return all_or_none([step in self._computed[sample] for step, (_, sample) in moments], context)
 
     @property
     def about(self) -> dict[str, Any]:
         """For metadata: the schedule, and on how many generations it was calibrated (0: it was not)."""
         samples = 0 if self.calibration is None else self.calibration.about.get("samples", 0)
-        return {"schedule": self.schedule.name, "samples": samples}
-
-    def _errors_at(self, times: tuple[float, ...]) -> Array:
-        assert self._here is not None
-        if self._errors is None or self._errors[0] != times:
-            self._errors = times, self._here.errors()
-        return self._errors[1]
+        return {"schedule": self.schedule, "samples": samples}
 
 
-class _Online:
-    """The decisions of one sample, each taken once: by its first row, for those of all branches and blocks."""
-
-    def __init__(self, errors: Array, threshold: float) -> None:
-        self.errors, self.threshold = errors, threshold
-        self.computed, self.spent = [0], 0.0
-        self.decided: dict[int, bool] = {}
-        self._input: Tensor | None = None
-
-    def runs(self, step: int, tokens: Tensor, usual: Array) -> bool:
-        """Whether the blocks run at a step, whose first one is given `tokens` (L,D); `usual` are changes (S,) of it."""
-        if step not in self.decided:
-            change = relative_change(self._input, tokens)
-            self.decided[step] = self.take(step, change, max(float(usual[step]), 1e-12))
-            self._input = tokens
-        return self.decided[step]
-
-    def take(self, step: int, change: float = 1.0, usual: float = 1.0) -> bool:
-        """Whether the blocks run at the next step, whose input changes by so much, where so much is usual."""
-        if step == 0:
-            return True
-        a, b = self.computed[-2:] if len(self.computed) > 1 else self.computed * 2
-        self.spent += float(self.errors[a, b, step]) * change / usual
-        if self.spent <= self.threshold:
-            return False
-        self.computed.append(step)
-        self.spent = 0.0
-        return True
-
-
-def relative_change(before: Tensor | None, now: Tensor) -> float:
-    """Squared distance over the squared norm; 0 of nothing."""
-    if before is None:
-        return 0.0
-    return float((now - before).float().square().sum() / before.float().square().sum().clamp_min(1e-30))
-
-
-def _threshold(errors: Array, count: int) -> float:
-    """The one at which a sample like those of the calibration computes as near to `count` steps as can be."""
-    low, high = 0.0, float(errors.max(axis=(0, 1)).sum()) + 1e-30
-    for _ in range(60):
-        middle = (low + high) / 2
-        usual = _Online(errors, middle)
-        computed = sum(usual.take(step) for step in range(len(errors)))
-        low, high = (middle, high) if computed > count else (low, middle)
-    return high
+def all_or_none(keep: Sequence[bool], context: StepContext) -> RouteDecision:
+    """The route of rows that run all blocks, or none."""
+    kept = torch.tensor(keep, device=context.t.device)
+    return RouteDecision.fixed(kept, torch.zeros_like(kept, dtype=torch.long), 1)
 
 
 def check_budget(budget: float, steps: int) -> int:
@@ -285,15 +218,10 @@ def check_budget(budget: float, steps: int) -> int:
 # ------------------------------------------------------------------------------------------------ on and off
 
 
-def put_policy(
-    model: Any, calibration: Calibration | None = None, schedule: Schedule | None = None
-) -> ElasticSession:
+def put_policy(model: Any, calibration: Calibration | None = None) -> ElasticSession:
     """Attach a training-free policy to a model, or a pipeline of diffusers, without routers: from now on the budget of
-    `session.settings` holds. ValueError where it has routers, or for a schedule that needs a calibration."""
-    policy = StepPolicy(calibration, schedule)
-    session = attach(model, NO_ROUTERS)
-    session.source = policy
-    return session
+    `session.settings` holds. ValueError where it has routers."""
+    return attach(model, NO_ROUTERS, StepPolicy(calibration))
 
 
 def enable(pipe: Any, budget: float = 0.5, calibration: str | Path | None = None) -> ElasticSession:

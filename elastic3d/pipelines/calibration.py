@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.elastic.attachment import adapter_for, session_of
+from elastic3d.elastic.attachment import adapter_for, is_attached, session_of
+from elastic3d.elastic.cache import Streams
 from elastic3d.elastic.config import ElasticConfig
+from elastic3d.elastic.families import BlockAdapter
 from elastic3d.elastic.training_free import (
     CALIBRATION_NAME,
     Array,
     Calibration,
     Series,
     describe,
-    put_policy,
-    relative_change,
     save_calibration,
 )
 from elastic3d.errors import UserError
@@ -79,7 +79,6 @@ def _of_meshes(config: CalibratePolicyConfig, on_sample: Callable[[int, int], No
     steps = pipeline.config.steps if config.steps is None else config.steps
     guidance = pipeline.config.guidance if config.guidance is None else config.guidance
     condition = pipeline.encode([prepare(image, ForegroundConfig(), pipeline.encoder) for image in images])
-    put_policy(pipeline.dit)
 
     def generate(number: int) -> Tensor:
         one, seeds = condition[number : number + 1], [config.seed + number]
@@ -97,8 +96,6 @@ def _of_images(config: CalibratePolicyConfig, on_sample: Callable[[int, int], No
     for prompt in prompts:
         check_prompt(prompt, pipeline.backbone)
     settings = pipeline.settings_of(config.steps, config.guidance, parse_size(config.size))
-    session = put_policy(pipeline.backbone.pipe)
-    session.settings = DENSE
 
     def generate(number: int) -> Tensor:
         text = pipeline.encode(prompts[number : number + 1])
@@ -135,7 +132,7 @@ def calibrate(
     guidance: float = 1.0,
     on_sample: Callable[[int, int], None] = lambda *_: None,
 ) -> Calibration:
-    """The calibration of a model with a session, from `samples` dense generations.
+    """The calibration of a model, from `samples` dense generations.
 
     `generate` makes the one sample of a number; `guidance` is the scale that the branches are combined with, where
     there are two; `on_sample(done, samples)` is called after each. UserError: generations of fewer than three steps, or
@@ -206,24 +203,68 @@ class Notes:
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[Notes]:
-    """While it lasts, a model with a session is the dense one, and what its lists of blocks add is noted."""
-    session, adapter, notes = session_of(model), adapter_for(model), Notes()
-    with session.recording() as residuals:
+    """While it lasts, a model is the dense one, and what its lists of blocks add at each step is noted."""
+    adapter, notes = adapter_for(model), Notes()
+    with recording(model) as lists:
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             time = float(adapter.timestep(args, kwargs)[0])
             added = {
-                (span, number): some(stream).flatten(1).float().cpu()
-                for span, streams in residuals.items()
-                for number, stream in enumerate(streams)
+                (each.first, number): some(stream).flatten(1).float().cpu()
+                for each in lists
+                for number, stream in enumerate(each.added)
             }
-            notes.note(time, added, some(session.entered[0][0]).float().cpu())
+            notes.note(time, added, some(lists[0].entered[0]).float().cpu())
 
         handle = model.register_forward_hook(after, with_kwargs=True)
         try:
             yield notes
         finally:
             handle.remove()
+
+
+@dataclass(eq=False)
+class ListRecord:
+    """What came into a list of blocks in the newest pass, and what they added together, each (B,L,D) a stream."""
+
+    kind: BlockAdapter
+    first: int  # the number of its first block
+    entered: Streams = ()
+    added: Streams = ()
+
+    def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the first block."""
+        self.entered = self.kind.bind(block, args, kwargs).streams
+
+    def leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook of the last block."""
+        pairs = zip(self.entered, self.kind.unpack(output), strict=True)
+        self.added = tuple((y - x).detach() for x, y in pairs)
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[list[ListRecord]]:
+    """While it lasts, a model is the dense one, and what each of its lists of blocks adds is noted."""
+    lists: list[ListRecord] = []
+    with ExitStack() as stack:
+        if is_attached(model):
+            stack.enter_context(session_of(model).dense())
+        start = 0
+        for name, kind in adapter_for(model).lists:
+            blocks = list(model.get_submodule(name).children())
+            record = ListRecord(kind, start)
+            stack.callback(blocks[0].register_forward_pre_hook(record.enter, with_kwargs=True).remove)
+            stack.callback(blocks[-1].register_forward_hook(record.leave).remove)
+            lists.append(record)
+            start += len(blocks)
+        yield lists
+
+
+def relative_change(before: Tensor | None, now: Tensor) -> float:
+    """Squared distance over the squared norm; 0 of nothing."""
+    if before is None:
+        return 0.0
+    return float((now - before).float().square().sum() / before.float().square().sum().clamp_min(1e-30))
 
 
 def second_moments(values: Tensor) -> Array:

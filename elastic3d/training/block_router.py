@@ -23,9 +23,8 @@ from tqdm import tqdm
 
 from elastic3d.elastic import adapter_for, attach
 from elastic3d.elastic.attachment import load_router_config, router_modules
-from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig, RouterVariant, Scope
+from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.families import BlockFlops, block_flops
-from elastic3d.elastic.rollout import FREE, Rollout
 from elastic3d.elastic.trace import SKIPPED, trace_share
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights, read_weights
@@ -34,6 +33,7 @@ from elastic3d.training.datasets import Batch
 from elastic3d.training.elastic_objective import Grid
 from elastic3d.training.few_step import GenerationConfig, GenerationObjective, attach_lora, relative_errors
 from elastic3d.training.loop import Stage
+from elastic3d.training.rollout import FREE, Rollout
 from elastic3d.training.routes import KINDS, Sensitivity, load_sensitivity, routes_around
 from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import option
@@ -42,7 +42,7 @@ FULL, SMALLEST = range(2)  # kinds of samples; those beyond are between
 KIND_NAMES = ("full", "smallest", "between")
 SPREAD = 1.0  # noise of random routes, in standard deviations of the table: about as much luck as measurement
 SLACK = 0.1  # a sample's cost may differ from its budget by this, as long as the mean does not: shapes differ
-ARCHITECTURE = ("variant", "hidden", "conditioning", "widths", "longest")
+ARCHITECTURE = ("hidden", "conditioning", "widths", "longest")
 
 
 @dataclass(kw_only=True)
@@ -87,10 +87,9 @@ class BlockRouterConfig(GenerationConfig):
 
     def check_run(self, router: RouterConfig, batch: int, accumulate: int) -> None:
         """ValueError for routers of another kind, or micro-batches without a sandwich."""
-        if router.scope is not Scope.block or router.variant is not RouterVariant.light:
+        if router.scope is not Scope.block:
             raise ValueError(
-                f"router.variant is {router.variant.name} and router.scope {router.scope.name},"
-                " expected light and block: each block decides for itself, at a budget"
+                "router.scope is step, expected block: each block decides for itself, at a budget"
             )
         if batch // accumulate % KINDS:
             raise ValueError(
@@ -227,7 +226,8 @@ class BlockRouterObjective(GenerationObjective):
         found = self.along(rollout, batch)
         losses, values = self.end_losses(found, dense, batch)
         loss = losses.mean()
-        share = rollout.share(self.session.router_config.ratios, self.session.guided)
+        assert self.session.trace is not None
+        share = rollout.share(self.session.trace)
         budget = batch["budget"].clamp_max(self.largest_share(batch))
         if not free.all():
             imitation = -rollout.log_likelihood()[~free].mean()
@@ -242,7 +242,7 @@ class BlockRouterObjective(GenerationObjective):
 
     def along(self, rollout: Rollout, batch: Batch) -> Tensor:
         """Last latents (B,N,C) of a rollout."""
-        with self.session.learning(rollout):
+        with rollout.leading(self.session):
             return self.generate(batch, int(batch["steps"][0]), ElasticConfig())
 
     def largest_share(self, batch: Batch) -> float:

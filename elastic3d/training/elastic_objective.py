@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from elastic3d.diffusion.flow import interpolate, predict_data, velocity
 from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import router_modules
-from elastic3d.elastic.cache import SimulatedCache
 from elastic3d.elastic.config import MIN_BUDGET, Branches, ElasticConfig, RouterConfig, Scope
+from elastic3d.elastic.context import BOTH_BRANCHES
 from elastic3d.elastic.families import BlockFlops
-from elastic3d.elastic.rollout import decision_flops
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import trace_share
 from elastic3d.errors import UserError
+from elastic3d.pipelines.calibration import recording
 from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate, compare_budgets
 from elastic3d.training.datasets import Batch
 from elastic3d.training.loop import Stage
+from elastic3d.training.rollout import decision_flops
+from elastic3d.training.simulated_cache import SimulatedCache
 from elastic3d.utils.options import Options, option
 
 THRESHOLD_RANGE = 2.5  # standard deviations on both sides that thresholds cover
@@ -128,7 +130,8 @@ class RouterObjective(nn.Module, ABC):
             dense = self._dense(x_t, batch)
         self._announce(batch)
         skipped = self.velocities(self.dit, x_t, batch).float()
-        share, logits = session_share(self.session), self._gate_logits()
+        decision = self._decision(batch)
+        share, logits = self._share(decision), decision.keep_prob.clamp(1e-6, 1 - 1e-6).logit()
         loss = self._prediction_loss(logits, skipped, dense, batch)
         values = {"prediction": loss}
         found = torch.lerp(skipped, dense, logits.sigmoid()[:, None, None])
@@ -152,19 +155,35 @@ class RouterObjective(nn.Module, ABC):
         return SamplerDraw(self.config, router, len(self.session.blocks), self.paired, times)
 
     def _announce(self, batch: Batch) -> None:
-        """Tell the session of the training pass to come."""
-        dt, budget, branch = (batch[name] for name in ("dt", "budget", "branch"))
-        count = len(dt) if self.paired else 0
-        if self.paired:
-            dt, budget = dt.repeat(2), budget.repeat(2)
-            branch = torch.arange(2, device=dt.device).float().repeat_interleave(count)
-        self.session.train(dt, budget, branch, self._simulated(batch), conditional_rows=count)
+        """Tell the session of a pass in which a simulated cache stands in for all blocks, and routers decide."""
+        simulated, count = self._simulated(batch), len(batch["dt"])
+        self.session.begin(count, 1, batch["budget"].tolist())
+        branches = BOTH_BRANCHES if self.paired else BOTH_BRANCHES[:1]
+        context = self.session.step(0, batch["dt"].tolist(), branches)
+        self.session.cache = simulated
+        if not self.paired:  # each row is of a branch of its own
+            context.branch = batch["branch"]
 
-    def _gate_logits(self) -> Tensor:
-        """Gate logit (R,) of every row."""
-        current = self.session.current
+    def _decision(self, batch: Batch) -> RouteDecision:
+        """The one decision of every row for all blocks, with gradients to the routers. Rows with nothing to go on with
+        run at full width whatever the router says, which learns nothing there."""
+        current, nothing = self.session.current, ~_known(batch["picks"])
         assert current is not None
-        return next(iter(current.decisions.values())).keep_prob.clamp(1e-6, 1 - 1e-6).logit()
+        routed = current.decisions[0]
+        full = torch.full_like(routed.width, routed.width_prob.shape[-1] - 1)
+        sure = RouteDecision.fixed(nothing, full, routed.width_prob.shape[-1])
+        return RouteDecision(
+            routed.keep | nothing,
+            torch.where(nothing, full, routed.width),
+            torch.where(nothing, 1.0, routed.keep_prob),
+            torch.where(nothing[:, None], sure.width_prob, routed.width_prob),
+        )
+
+    def _share(self, decision: RouteDecision) -> Tensor:
+        """Executed share (R,) of the dense blocks' FLOPs, with gradients to the routers."""
+        trace = self.session.trace
+        assert trace is not None
+        return executed_share([decision] * len(trace.flops), list(trace.flops.values()), trace.ratios)
 
     @property
     def _decided(self) -> int:
@@ -180,8 +199,7 @@ class RouterObjective(nn.Module, ABC):
         parts = self._decided
         logits = logits[: parts * len(batch["t"])]
         skip_error = self._skip_error(skipped, dense, batch).clamp_min(1e-9).log()
-        # others have nothing to go on with: they run
-        known = batch["picks"][:, :parts].transpose(0, 1).flatten(0, 1)[:, 0] >= 0
+        known = _known(batch["picks"][:, :parts])
         if self.training:
             followed(self.skip_error_moments, skip_error[known])
         target = skip_error - threshold(self.skip_error_moments, batch["budget"].repeat(parts))
@@ -223,12 +241,17 @@ class RouterObjective(nn.Module, ABC):
         passes, ages = [], batch["ages"]
         for t in batch["earlier"].unbind(1):
             x_t = interpolate(batch["noise"], batch["latents"], t)
-            with self.session.recording() as residuals:
+            with recording(self.dit) as lists:
                 self.velocities(self.dit, x_t, {**batch, "t": t})
-            passes.append(residuals)
+            passes.append({each.first: each.added for each in lists})
         picks = batch["picks"].transpose(0, 1).flatten(0, 1)
         ages = ages.repeat(1 + self.paired, 1)
         return SimulatedCache(passes, ages, picks, self.session.router_config.damping)
+
+
+def _known(picks: Tensor) -> Tensor:
+    """Rows (R,) of picks (B,branches,I) that have something to go on with, those of the conditional branch first."""
+    return picks.transpose(0, 1).flatten(0, 1)[:, 0] >= 0
 
 
 def threshold(moments: Tensor, budget: Tensor) -> Tensor:
@@ -335,18 +358,6 @@ class RoutedStage(Stage):
             return latents, trace_share(session.trace)
         finally:
             session.settings = before
-
-
-def session_share(session: ElasticSession) -> Tensor:
-    """Executed share (B,) of the dense block FLOPs in the newest training pass, with gradients to the
-    routers."""
-    current = session.current
-    if current is None or len(current.decisions) != len(session.blocks):
-        raise ValueError("no complete elastic forward pass to count: run the model after session.train")
-    order = sorted(current.decisions)
-    decisions = [current.decisions[index] for index in order]
-    flops = [current.flops[index] for index in order]
-    return executed_share(decisions, flops, session.router_config.ratios)
 
 
 def executed_share(

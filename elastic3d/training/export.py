@@ -33,7 +33,7 @@ from elastic3d.training.checkpoint import (
     stage_of,
 )
 from elastic3d.training.dit import DiTTrainConfig
-from elastic3d.training.few_step import FewStepTrainConfig, attach_few_step
+from elastic3d.training.few_step import FewStepTrainConfig, attach_few_step, rebase
 from elastic3d.training.image import ImageTrainConfig
 from elastic3d.training.journal import METRICS_NAME, read_metrics
 from elastic3d.training.latents import LatentInfo, pipeline_config
@@ -238,7 +238,7 @@ def _export_few_step(run: _Run) -> None:
     session.router_config = replace(session.router_config, few_step_nfe=used)
     for block in session.blocks:
         assert block.few_step is not None
-        block.few_step.rebase(used / trained.max_nfe)
+        rebase(block.few_step, used / trained.max_nfe)
         block.few_step.to(torch.bfloat16)
     copy_files((RECORD_NAME, CURVES_NAME, "calibration.json"), routers, output)
     save_dial(None, run.output)

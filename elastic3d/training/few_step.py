@@ -25,6 +25,7 @@ from elastic3d.elastic.attachment import (
     session_of,
 )
 from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig
+from elastic3d.elastic.few_step import FewStepLoRA, LowRankUpdate
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 from elastic3d.models.options import VAEConfig
@@ -225,8 +226,20 @@ def attach_lora(
     load_router_state(dit, {**fresh, **found}, str(folder))
     for block in session.blocks:
         if keep and old.few_step_rank and block.few_step is not None:
-            block.few_step.rebase(router.few_step_nfe / old.few_step_nfe)
+            rebase(block.few_step, router.few_step_nfe / old.few_step_nfe)
     return session
+
+
+@torch.no_grad()
+def rebase(lora: FewStepLoRA, factor: float) -> None:
+    """Count the NFE from another `few_step_nfe`, which is `factor` times the old one: the same weights as before at
+    each NFE."""
+    shift = math.log2(factor)  # c + shift is the new coarseness
+    for part in lora.parts.values():
+        assert isinstance(part, LowRankUpdate)
+        gain = 1 - shift * part.slope
+        part.up.mul_(gain)
+        part.slope.div_(gain)
 
 
 def widened(trained: Tensor, fresh: Tensor) -> Tensor:

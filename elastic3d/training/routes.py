@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from elastic3d.elastic import attach
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
-from elastic3d.elastic.context import Branch, StepContext
+from elastic3d.elastic.context import Branch, RouteSource, StepContext
 from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.errors import UserError
@@ -127,14 +127,11 @@ def draw_route(
     return route
 
 
-class RandomRoutes:
+class RandomRoutes(RouteSource):
     """Runs a model along given routes, with gradients to all of it; at all other times it is the dense model."""
 
-    alike = False
-
     def __init__(self, model: nn.Module) -> None:
-        self.session = attach(model, RouterConfig(scope=Scope.block, widths=WIDTHS, longest=0))
-        self.session.source = self
+        self.session = attach(model, RouterConfig(scope=Scope.block, widths=WIDTHS, longest=0), self)
         self.session.settings = ElasticConfig(elastic=False)
         self._routes = torch.zeros(0, 0)
 
@@ -149,10 +146,7 @@ class RandomRoutes:
         """From now on the model is the dense one."""
         self.session.settings = ElasticConfig(elastic=False)
 
-    def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> None:
-        """Nothing is forecast."""
-
-    def decide(self, context: StepContext, block: int) -> RouteDecision:
+    def decide(self, context: StepContext, block: int, routed: RouteDecision | None) -> RouteDecision:
         """The route of every row through one block."""
         actions = self._routes[:, block].to(context.t.device)
         return RouteDecision.fixed(actions > 0, (actions - 1).clamp_min(0), WIDTHS)

@@ -13,6 +13,7 @@ from typing import Any
 # By the class that has the option, which its subclasses share; None: gone with what it was for.
 OPTIONS: dict[str, dict[str, str | None]] = {
     "RouterConfig": {
+        "variant": None,
         "lookahead": "scope",
         "trend": "damping",
         "trends": "dampings",

@@ -15,6 +15,7 @@ from elastic3d.elastic.session import ElasticSession
 from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT
+from elastic3d.training.rollout import FREE, Rollout
 
 B, K = 4, 4  # rows of a batch; widths
 CONDITIONAL = (Branch.conditional,)
@@ -155,7 +156,10 @@ def forward(
 
 def train_forward(model: nn.Module, session: ElasticSession, inputs: dict[str, Any]) -> Tensor:
     n = len(next(v for v in inputs.values() if isinstance(v, Tensor)))
-    session.train(torch.full((n,), 0.1), torch.linspace(0.3, 1, n), torch.arange(n) % 2.0)
+    free = torch.full((n, 1, len(Branch), len(session.blocks)), FREE)
+    session.source = Rollout(torch.linspace(0.3, 1, n), free, straight=True)
+    session.begin(n, 1)
+    session.step(0, 0.1, CONDITIONAL)
     return run(model, inputs)
 
 

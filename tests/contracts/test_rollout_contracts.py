@@ -10,9 +10,9 @@ from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.few_step import LowRankUpdate
-from elastic3d.elastic.rollout import FREE, Rollout
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import REUSED, SKIPPED, trace_share
+from elastic3d.training.rollout import FREE, Rollout
 from tests.contracts.families import CLOSE, B, Family, K, rows, run
 
 S, SAMPLES = 3, B // 2
@@ -65,7 +65,7 @@ def rollout(routes: Tensor | int = FREE, session: ElasticSession | None = None, 
 
 
 def learned(model, session, inputs, roll: Rollout) -> Tensor:
-    with session.learning(roll):
+    with roll.leading(session):
         return generate(model, session, inputs)
 
 
@@ -82,7 +82,7 @@ def test_a_rollout_is_the_generation_that_the_routers_make(family, straight):
     torch.testing.assert_close(found, expected, **CLOSE)
     actions = trace.actions.permute(2, 0, 1, 3).clamp_min(SKIPPED).long()
     assert torch.equal(roll.actions(), actions)
-    torch.testing.assert_close(roll.share(session.router_config.ratios, False).double(), trace_share(trace))
+    torch.testing.assert_close(roll.share(session.trace).double(), trace_share(trace))
 
 
 @pytest.mark.parametrize("straight", [True, False])
@@ -94,7 +94,7 @@ def test_losses_at_the_end_reach_routers_and_lora_also_with_recomputation(family
         session.recompute = recompute
         roll = rollout(session=session, straight=straight)
         loss = learned(model, session, family.inputs(B), roll).square().mean()
-        loss = loss + roll.share(session.router_config.ratios, False).square().mean()
+        loss = loss + roll.share(session.trace).square().mean()
         if not straight:
             loss = loss - roll.log_likelihood().mean()
         loss.backward()
@@ -158,7 +158,7 @@ def test_the_full_route_without_lora_is_the_dense_model(family):
         dense = generate(model, session, inputs)
     full = rollout(K, session, straight=True)
     assert torch.equal(learned(model, session, inputs, full), dense)
-    assert full.share(session.router_config.ratios, False).tolist() == pytest.approx([1.0, 1.0])
+    assert full.share(session.trace).tolist() == pytest.approx([1.0, 1.0])
     for recompute in (False, True):
         session.recompute = recompute
         assert torch.equal(learned(model, session, inputs, rollout(K, session)), dense)

@@ -10,8 +10,6 @@ from elastic3d.elastic.config import (
     ElasticConfig,
     RouterConfig,
     RouterCurves,
-    RouterVariant,
-    Scope,
 )
 
 KEY = (2, 0)
@@ -153,7 +151,6 @@ def test_by_age_executed_blocks_reuse_what_lives():
     (lambda: BlockCacheConfig(damping=math.nan), "damping is nan"),
     (lambda: ElasticConfig(budget=0.1), "budget is 0.1, expected a value from 0.3 to 1"),
     (lambda: RouterConfig(hidden=0), "hidden is 0"),
-    (lambda: RouterConfig(variant=RouterVariant.none, scope=Scope.block), "expected step"),
 ])  # fmt: skip
 def test_impossible_numbers_are_refused(build, message):
     with pytest.raises(ValueError, match=message):

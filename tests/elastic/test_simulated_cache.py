@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from elastic3d.elastic.cache import ResidualCache, SimulatedCache
+from elastic3d.elastic.cache import ResidualCache
 from elastic3d.elastic.config import BlockCacheConfig, RouterConfig
+from elastic3d.training.simulated_cache import SimulatedCache
 
 
 def passes(*values: float):

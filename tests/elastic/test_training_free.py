@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from elastic3d import disable, enable
+from elastic3d.benchmark.config import PolicyName
+from elastic3d.benchmark.policies import policy_named
 from elastic3d.elastic import attach, session_of
 from elastic3d.elastic.config import ElasticConfig, RouterConfig
 from elastic3d.elastic.trace import trace_share
 from elastic3d.elastic.training_free import (
     CALIBRATION_NAME,
     Calibration,
-    Schedule,
-    StepPolicy,
     check_budget,
     describe,
     even_steps,
@@ -143,8 +143,6 @@ def test_budgets_that_a_policy_covers() -> None:
     ):
         with pytest.raises(UserError, match=told):
             check_budget(budget, steps)
-    with pytest.raises(ValueError, match="schedule is planned, expected even: there is no calibration"):
-        StepPolicy(None, Schedule.planned)
 
 
 # -------------------------------------------------------------------------------------------- stock pipelines
@@ -178,9 +176,7 @@ def test_a_calibration_is_measured_kept_and_used(
 ) -> None:
     pipe = build()
     dense = run(pipe)
-    put_policy(pipe)
     found = calibrate(pipe.transformer, lambda number: run(pipe, (number,)), 2, guidance=3.0)
-    disable(pipe)
     assert torch.equal(run(pipe), dense)
     assert found.times.shape == (STEPS,) and found.times[0] < 0.01 and (np.diff(found.times) > 0).all()
     for moment in found.moments.values():
@@ -189,15 +185,15 @@ def test_a_calibration_is_measured_kept_and_used(
     again = load_calibration(tmp_path / CALIBRATION_NAME, pipe.transformer)
     assert again.about["samples"] == 2 and again.moments.keys() == found.moments.keys()
     latents = {}
-    for schedule in Schedule:
+    for name in PolicyName:
         session = enable(pipe, 0.5, tmp_path)
-        session.source = StepPolicy(again, schedule)
-        latents[schedule] = run(pipe)
+        session.source = policy_named(name, again)
+        latents[name] = run(pipe)
         shares = trace_share(session.trace)
-        slack = 0.2 if schedule is Schedule.online else 0.03
+        slack = 0.2 if name is PolicyName.online else 0.03
         assert shares.tolist() == pytest.approx([0.5, 0.5], abs=slack)
         for seed in (0, 1):
-            torch.testing.assert_close(run(pipe, (seed,))[0], latents[schedule][seed], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(run(pipe, (seed,))[0], latents[name][seed], rtol=1e-3, atol=1e-4)
     run(pipe, steps=STEPS + 3)  # other steps than were calibrated
     disable(pipe)
 
@@ -205,7 +201,6 @@ def test_a_calibration_is_measured_kept_and_used(
 def test_moments_are_those_of_what_the_blocks_add() -> None:
     """By hand: the difference of the hidden states before the first and after the last double block."""
     pipe = flux_pipeline()
-    put_policy(pipe)
     block, seen = pipe.transformer.transformer_blocks[0], []
     inner = block.forward
 
@@ -254,7 +249,6 @@ def test_the_result_is_what_guidance_makes_of_both_branches() -> None:
 def test_no_other_weights_have_a_smaller_error() -> None:
     """Along the generations of the calibration: of a constant, lines with any damping, and random weights."""
     pipe = flux_pipeline()
-    put_policy(pipe)
     found = calibrate(pipe.transformer, lambda number: flux(pipe, (number,), steps=6), 2)
     rng, known, step = np.random.default_rng(0), [1, 3], 4
     for moment in found.moments.values():

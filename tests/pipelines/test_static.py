@@ -26,7 +26,7 @@ from elastic3d.pipelines import static as module
 from elastic3d.pipelines.generation import load_pipeline
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import GenerateConfig
-from elastic3d.pipelines.static import CompiledDiT, StaticDiT, compile_arguments
+from elastic3d.pipelines.static import CompiledDiT, StaticDiT, compile_arguments, is_static
 
 ROUTERS = RouterConfig(
     scope=Scope.step, branches=Branches.shared, widths=1, longest=4, initial_keep=0.95, few_step_rank=2,
@@ -188,22 +188,20 @@ def test_who_decides_is_asked_as_before() -> None:
     assert plain._without_routers().static is None, "its DiT is another one"
 
 
-def test_what_else_listens_or_decides_is_not_static() -> None:
+def test_what_else_decides_is_not_static() -> None:
     session = routed().session
     assert session is not None
     session.settings = ElasticConfig(budget=1)
     session.begin(1, 5, guidance=2.0)
-    assert session.static
+    assert is_static(session)
     for settings in (ElasticConfig(budget=0.9), ElasticConfig(budget=1, cache=ROUTERS.cache())):
         session.settings = settings
-        assert not session.static
-    with session.recording():
-        assert not session.static
+        assert not is_static(session)
     with session.dense():
-        assert session.static
+        assert is_static(session)
     session.settings = ElasticConfig(budget=1)
     session.router_config = RouterConfig(few_step_rank=2, trained_steps=[2, 6])
-    assert not session.static, "routers of each block decide whatever the budget"
+    assert not is_static(session), "routers of each block decide whatever the budget"
 
 
 def overwriting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

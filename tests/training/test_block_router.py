@@ -12,7 +12,6 @@ from elastic3d.benchmark.controls import executed_share
 from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import load_router_config, router_state
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
-from elastic3d.elastic.rollout import FREE
 from elastic3d.elastic.trace import trace_share
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
@@ -29,6 +28,7 @@ from elastic3d.training.few_step import FewStepStage
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.measure import SensitivityConfig
 from elastic3d.training.options import StageName
+from elastic3d.training.rollout import FREE
 from elastic3d.training.routes import action_flops, load_sensitivity
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.files import load_json, save_json
@@ -324,7 +324,7 @@ def test_what_does_not_fit_is_said(routed):  # noqa: F811
             BlockRouterConfig(**options)
     with pytest.raises(ValueError, match="batch is 6 in 1 micro-batches, expected a multiple of 4"):
         block_config(routed, batch=6)
-    with pytest.raises(ValueError, match="router.scope step, expected light and block: each block decides"):
+    with pytest.raises(ValueError, match="router.scope is step, expected block: each block decides"):
         block_config(routed, router=RouterConfig(scope=Scope.step))
     with pytest.raises(
         ValueError, match=r"trained_steps is \[2, 4\], expected two numbers, of routers with scope"

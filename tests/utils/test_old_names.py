@@ -57,6 +57,7 @@ def test_saved_caches_encoders_and_defaults() -> None:
     assert cache == BlockCacheConfig(skipped_reuse=True, damping=0.5)
     assert from_dict(ElasticConfig, {"updates": False}, "elastic") == ElasticConfig(few_step=False)
     assert from_dict(RouterConfig, {"scope": "step", "branches": "apart"}).branches is Branches.separate
+    assert from_dict(RouterConfig, {"variant": "light", "hidden": 8}) == RouterConfig(hidden=8)
     encoder = saved("shape-small/image_encoder/config.json")
     assert from_dict(ImageEncoderConfig, encoder, "encoder").prepared_size == 0
 

@@ -8,48 +8,73 @@ Axis letters: B samples, S steps, 2 branches of guidance, I blocks, K widths.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from elastic3d.elastic.context import StepContext
+from elastic3d.elastic.config import Scope
+from elastic3d.elastic.context import RouteSource, StepContext
 from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision
-from elastic3d.elastic.trace import SKIPPED
+from elastic3d.elastic.session import ElasticSession
+from elastic3d.elastic.trace import SKIPPED, Trace
 
 FREE = -1  # in place of an action: the router decides
 
 
-@dataclass
-class Rollout:
+@dataclass(eq=False)
+class Rollout(RouteSource):
     """One generation of B samples.
 
     budget (B,): requested share of the dense FLOPs. routes (B,S,2,I) long: the action of each block, 0 skips, k in 1..K
     runs at width number k - 1, FREE leaves it to the router. `straight`: gradients pass straight through hard
     decisions (1308.3432), for which every block has to run for every sample; otherwise only what is executed is
-    computed, and a loss at the end reaches no router. `passes`: the forward passes, once they ran.
+    computed, and a loss at the end reaches no router. `passes`: the forward passes, once they ran, and `routed`: what
+    the routers of the blocks decided in each.
     """
+
+    uses_routers = True
 
     budget: Tensor
     routes: Tensor
     straight: bool = False
     passes: list[StepContext] = field(default_factory=list)
+    routed: list[dict[int, RouteDecision]] = field(default_factory=list)
 
-    def settle(self, context: StepContext, block: int, proposed: RouteDecision) -> RouteDecision:
+    def __post_init__(self) -> None:
+        self.learns, self.budgets = self.straight, self.budget.tolist()
+
+    @contextmanager
+    def leading(self, session: ElasticSession) -> Iterator[None]:
+        """While it lasts, a generation is this rollout."""
+        if session.router_config.scope is Scope.step:
+            raise ValueError("scope is step, expected block: in a rollout each block decides for itself")
+        session.source = self
+        try:
+            yield
+        finally:
+            session.source = None
+
+    def decide(self, context: StepContext, block: int, routed: RouteDecision | None) -> RouteDecision:
         """The route of every row through a block: forced, or what its router decides."""
+        assert routed is not None
+        if not self.passes or self.passes[-1] is not context:
+            self.passes.append(context)
+            self.routed.append({})
         branch, sample = torch.tensor(context.rows, device=self.routes.device).T
         step = torch.tensor(context.steps, device=self.routes.device)
-        context.proposed.setdefault(block, proposed)
-        action = self.routes[sample, step, branch, block].to(proposed.keep.device)
-        widths, free = proposed.width_prob.shape[-1], action == FREE
+        self.routed[-1].setdefault(block, routed)
+        action = self.routes[sample, step, branch, block].to(routed.keep.device)
+        widths, free = routed.width_prob.shape[-1], action == FREE
         forced = RouteDecision.fixed(action > SKIPPED, (action - 1).clamp_min(0), widths)
         return RouteDecision(
-            torch.where(free, proposed.keep, forced.keep),
-            torch.where(free, proposed.width, forced.width),
-            torch.where(free, proposed.keep_prob, forced.keep_prob),
-            torch.where(free[:, None], proposed.width_prob, forced.width_prob),
+            torch.where(free, routed.keep, forced.keep),
+            torch.where(free, routed.width, forced.width),
+            torch.where(free, routed.keep_prob, forced.keep_prob),
+            torch.where(free[:, None], routed.width_prob, forced.width_prob),
         )
 
     # --------------------------------------------------------------------------------- after the generation
@@ -68,23 +93,22 @@ class Rollout:
 
     def proposed(self) -> RouteDecision:
         """What the routers decided, also where another route was forced, by (B,S,2,I)."""
-        return self._table([context.proposed for context in self.passes])
+        return self._table(self.routed)
 
     def actions(self) -> Tensor:
         """(B,S,2,I) long: what was executed, FREE where a branch did not run."""
         done = self.executed()
         return torch.where(self.ran()[:, :, None], done.keep * (1 + done.width), FREE)
 
-    def share(self, ratios: Sequence[float], one_branch: bool) -> Tensor:
-        """Executed share (B,) of the dense blocks' FLOPs, with straight-through gradients to the routers.
-
-        `one_branch`: the dense model runs both branches at every step (see `Trace`)."""
-        flops, done, ran = self.passes[0].flops, self.executed(), self.ran()
+    def share(self, trace: Trace) -> Tensor:
+        """Executed share (B,) of the dense blocks' FLOPs, with straight-through gradients to the routers; `trace` is
+        that of this generation."""
+        flops, done, ran = trace.flops, self.executed(), self.ran()
         blocks = [RouteDecision(*(part.select(3, i) for part in done)) for i in sorted(flops)]
         costs = [
-            decision_flops(one, flops[i], tuple(ratios)) for one, i in zip(blocks, sorted(flops), strict=True)
+            decision_flops(one, flops[i], trace.ratios) for one, i in zip(blocks, sorted(flops), strict=True)
         ]
-        passes = 2 * len(ran) if one_branch else int(ran.sum())
+        passes = 2 * len(ran) if trace.one_branch else int(ran.sum())
         return torch.stack(costs).sum((0, 2, 3)) / (passes * sum(block.dense for block in flops.values()))
 
     def log_likelihood(self) -> Tensor:
@@ -104,11 +128,16 @@ class Rollout:
         nothing = RouteDecision.fixed(none.bool(), none, first.width_prob.shape[-1])
         cells = [[nothing, nothing] for _ in range(S)]
         for context, decisions in zip(self.passes, by_pass, strict=True):
-            whole = RouteDecision.stacked([decisions[index] for index in range(I)], dim=1)  # (rows, I)
+            whole = _stacked([decisions[index] for index in range(I)], dim=1)  # (rows, I)
             for start in range(0, len(context.rows), B):
                 branch, step = context.rows[start][0], context.steps[start]
-                cells[step][branch] = whole.rows(slice(start, start + B))
-        return RouteDecision.stacked([RouteDecision.stacked(pair, dim=1) for pair in cells], dim=1)
+                cells[step][branch] = RouteDecision(*(part[start : start + B] for part in whole))
+        return _stacked([_stacked(pair, dim=1) for pair in cells], dim=1)
+
+
+def _stacked(decisions: Sequence[RouteDecision], dim: int) -> RouteDecision:
+    """Several as one, along a new axis that comes after that of the samples."""
+    return RouteDecision(*(torch.stack(part, dim=dim) for part in zip(*decisions, strict=True)))
 
 
 def decision_flops(decision: RouteDecision, block: BlockFlops, ratios: tuple[float, ...]) -> Tensor:
