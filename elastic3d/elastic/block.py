@@ -23,8 +23,7 @@ from elastic3d.elastic.few_step import FewStepLoRA, Key
 from elastic3d.elastic.router import RouteDecision, Router
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import REUSED, SKIPPED
-from elastic3d.elastic.width import NarrowBlocks, masked
-from elastic3d.utils.compiling import stays_eager
+from elastic3d.elastic.width import NarrowBlocks, masked, stays_eager
 
 
 def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

@@ -28,8 +28,7 @@ from elastic3d.elastic.families import BlockAdapter, BlockCall, ModelAdapter
 from elastic3d.elastic.few_step import FewStepLoRA, coarseness
 from elastic3d.elastic.router import Conditioner, RouteDecision, Router, interpolated
 from elastic3d.elastic.trace import REUSED, SKIPPED, Trace
-from elastic3d.elastic.width import NarrowBlocks
-from elastic3d.utils.compiling import stays_eager
+from elastic3d.elastic.width import NarrowBlocks, stays_eager
 
 T = TypeVar("T", int, float)
 Scale = float | None

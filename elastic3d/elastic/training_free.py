@@ -62,10 +62,7 @@ _SHAPE = {
 }
 
 # Blocks that share a decision.
-NO_ROUTERS = RouterConfig(
-    scope=Scope.step, branches=Branches.shared, widths=1, longest=1000,
-    damping=DAMPING,
-)  # fmt: skip
+NO_ROUTERS = RouterConfig(scope=Scope.step, branches=Branches.shared, widths=1, longest=1000, damping=DAMPING)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from elastic3d.elastic.families import MLPSite
 
 Forward = Callable[..., Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def prefix_length(hidden: int, ratio: float) -> int:
@@ -173,3 +175,18 @@ def linear_around(weight: Tensor, bias: Tensor | None) -> nn.Linear:
         else:
             setattr(linear, name, nn.Parameter(tensor.detach(), requires_grad=False))
     return linear
+
+
+def stays_eager(function: Function) -> Function:
+    """As `torch.compiler.disable(recursive=False)`, which imports the compiler (half a second) at decoration."""
+    kept: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:  # so nobody compiles
+            return function(*args, **kwargs)
+        if not kept:
+            kept.append(torch.compiler.disable(function, recursive=False))
+        return kept[0](*args, **kwargs)
+
+    return call  # type: ignore[return-value]

@@ -140,10 +140,10 @@ def test_the_skip_error_of_a_shared_decision_is_that_of_skipping_in_both_branche
         skipped, executed = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
     expected = (flow.guided(skipped) - flow.guided(executed)).square().flatten(1).mean(1)
     torch.testing.assert_close(flow._skip_error(skipped, executed, batch), expected)
-    logits = flow._gate_logits()
+    gates = flow._decision(batch).keep_prob
     known = batch["picks"][:, 0, 0] >= 0
-    assert known.any() and torch.equal(logits[:8], logits[8:])
-    assert logits[:8][known].unique().numel() == known.sum()  # each sample its own
+    assert known.any() and torch.equal(gates[:8], gates[8:])
+    assert gates[:8][known].unique().numel() == known.sum()  # each sample its own
 
 
 def test_gates_learn_to_predict_the_skip_error_and_follow_the_threshold(dense):
