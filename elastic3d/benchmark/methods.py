@@ -300,7 +300,7 @@ def _cases(planner: Planner, method: Method) -> Iterator[Case]:
                 steps = planner.control_steps
                 donor = planner.elastic(budget, steps, cache=planner.trained_cache)
                 if method is Method.random_blocks:  # at a share of what all blocks execute
-                    donor = planner.opened(steps, NO_CACHE, lora=True)
+                    donor = planner.every_block(steps, NO_CACHE, lora=True)
                 settings = replace(donor.settings, budget=budget)
                 yield Case(name, planner.run(MAIN, steps, Routes(name), settings, donor=donor), budget)
     else:  # the routers, or an ablation of them
