@@ -192,5 +192,5 @@ class GenerationTrainConfig(TrainConfig):
     """Training through whole generations. What validation makes of them is numbers, and the model is no part of what
     is trained, so that nothing of it is compiled."""
 
-    sample_every: int = option(0, "no sample images", internal=True)
+    sample_every: int = option(0, "no sample images", ge=0, le=0, internal=True)
     compile: bool = option(False, "no model to compile", internal=True)

@@ -134,6 +134,6 @@ def test_a_benchmark_measures_without_the_dial(tmp_path: Path) -> None:
         dense=str(folder),
         variants={"other": str(folder)},
     )
-    loaded = load_models(config, tmp_path)
+    loaded = load_models(config)
     assert set(loaded) >= {"model", "dense", "other"}
     assert all(model.pipeline.dial is None for model in loaded.values())
