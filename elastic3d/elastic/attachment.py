@@ -32,7 +32,7 @@ from elastic3d.models.weights import (
 )
 from elastic3d.utils.files import load_json, save_json
 from elastic3d.utils.old_names import WEIGHTS
-from elastic3d.utils.options import from_dict, to_dict
+from elastic3d.utils.options import from_dict, renamed, to_dict
 
 ROUTER_CURVES_NAME = "curves.json"
 Architecture = RouterConfig | str | Path | None  # or the folder of trained routers that have one
@@ -213,15 +213,18 @@ def save_router_config(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_router_config(folder: str | Path, family: str) -> RouterConfig:
-    """The architecture of the routers in `folder`, and their curves, which older versions kept in the same file;
-    UserError unless they are of `family`."""
+    """The architecture of the routers in `folder`, and their curves, which older versions kept in the same file: a file
+    of curves comes first. UserError unless they are of `family`, and for curves in neither file."""
     config: RouterConfig = load_config(Path(folder), RouterConfig, f"{family}Routers")
     path = Path(folder) / ROUTER_CURVES_NAME
-    return (
-        replace(config, curves=from_dict(RouterCurves, load_json(path), str(path)))
-        if path.is_file()
-        else config
-    )
+    if path.is_file():
+        return replace(config, curves=from_dict(RouterCurves, load_json(path), str(path)))
+    saved = renamed(RouterConfig, load_json(Path(folder) / CONFIG_NAME))
+    if "curves" not in saved:
+        raise UserError(
+            f"{folder} has no {ROUTER_CURVES_NAME}, expected that of these routers beside {CONFIG_NAME}"
+        )
+    return config
 
 
 def load_routers(model: nn.Module, folder: str | Path) -> None:

@@ -27,10 +27,14 @@ from elastic3d.elastic.width import NarrowBlocks, masked, stays_eager
 
 
 def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x, y = block(x) (B,L,D), gate (B,) -> (B,L,D). With a straight-through gate it is y or x exactly, and the gate
-    gets the gradient <gradient, y - x>."""
+    """x, y = block(x) (B,L,D), gate (B,) of 0 or 1 -> gate * y + (1 - gate) * x (B,L,D), which is y or x exactly.
+
+    A straight-through gate gets the gradient <gradient, y - x>. It is taken of the difference: in bf16 the gradients of
+    the two products round away what little a block changes.
+    """
     gate = gate.to(x.dtype)[:, None, None]
-    return gate * y + (1 - gate) * x
+    slope = gate - gate.detach()
+    return torch.where(gate > 0.5, y, x) + slope * (y - x).detach()
 
 
 @dataclass(eq=False, repr=False)

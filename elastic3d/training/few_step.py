@@ -38,7 +38,6 @@ from elastic3d.training.latents import LatentCache, LatentCacheConfig, LatentInf
 from elastic3d.training.loop import Stage
 from elastic3d.training.mesh_loss import MeshReconstruction
 from elastic3d.training.options import DataConfig, GenerationTrainConfig, StageName
-from elastic3d.training.vae import FieldLossConfig
 from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import Options, option
 
@@ -310,7 +309,6 @@ class FewStepTrainConfig(GenerationTrainConfig):
     stage: StageName = option(StageName.few_step, "what to do")
     data: DataConfig = option(DataConfig, "prepared shapes")
     latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
-    vae: FieldLossConfig = option(FieldLossConfig, "the loss that the VAE was trained with")
     few_step: FewStepStageConfig = option(FewStepStageConfig, "training of the routers' few-step LoRA")
 
 
@@ -433,7 +431,8 @@ class FewStepStage(Stage):
         vae: VAEConfig = load_config(options.model / "vae", VAEConfig, "ShapeVAE")
         meshes = None
         if options.field_weight:
-            meshes = MeshReconstruction(cache.info.load_vae(config.vae), config.vae)
+            trained = cache.info.field_loss()
+            meshes = MeshReconstruction(cache.info.load_vae(trained), trained)
         anchors = vae.channels - vae.latent_channels
         self.flow = FewStepObjective(dit, pipeline, options, anchors, meshes)
         self.objective, self.record = self.flow, cache.record

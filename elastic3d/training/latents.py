@@ -42,7 +42,16 @@ from elastic3d.training.datasets import (
     stack,
 )
 from elastic3d.training.options import ComputeConfig, DataConfig, Precision, SplitsConfig, StageName
-from elastic3d.training.vae import FieldLossConfig, SurfaceConfig, VAEItems, VAEStageConfig, VAETrainConfig
+from elastic3d.training.vae import (
+    SOFTNESS,
+    TRUNCATION,
+    FieldLoss,
+    FieldLossConfig,
+    SurfaceConfig,
+    VAEItems,
+    VAEStageConfig,
+    VAETrainConfig,
+)
 from elastic3d.training.views import augment_view, named_images, stored_views
 from elastic3d.utils.files import Number, file_sha256, load_json, save_json
 from elastic3d.utils.options import Options, from_dict, option, to_dict
@@ -155,17 +164,32 @@ class LatentInfo:
         """What was done to the views before."""
         return from_dict(ForegroundConfig, self.settings["foreground"], INFO_NAME)
 
+    def field_loss(self) -> FieldLossConfig:
+        """The loss that the autoencoder learned with, by its record; published ones have none, and decode truncated
+        distances."""
+        record = self.vae / "training.json"
+        if not record.is_file():
+            return FieldLossConfig(loss=FieldLoss.tsdf)
+        own = read_record(load_json(record).get("config"), VAETrainConfig, record).vae
+        return FieldLossConfig(loss=own.loss)
+
     def load_vae(self, trained: FieldLossConfig | None = None) -> ShapeVAE:
         """The autoencoder, with the latents' statistics; UserError unless `trained` is the loss it learned with."""
         vae = ShapeVAE.from_pretrained(self.vae)
         vae.set_latent_statistics(self.mean, self.std)
         record = self.vae / "training.json"
         if record.is_file() and trained is not None:
-            own = read_record(load_json(record).get("config"), VAETrainConfig, record).vae
+            saved = load_json(record).get("config")
+            own = read_record(saved, VAETrainConfig, record).vae
             if own.loss is not trained.loss:
                 raise UserError(
                     f"vae.loss is {trained.loss.name}, but the VAE in {self.vae} was trained with {own.loss.name}"
                 )
+            for name, constant in (("softness", SOFTNESS), ("truncation", TRUNCATION)):
+                if (found := saved["vae"].get(name, constant)) != constant:
+                    raise UserError(
+                        f"the VAE in {self.vae} was trained with a {name} of {found:g}, expected {constant:g}"
+                    )
         return vae
 
 

@@ -192,5 +192,7 @@ class GenerationTrainConfig(TrainConfig):
     """Training through whole generations. What validation makes of them is numbers, and the model is no part of what
     is trained, so that nothing of it is compiled."""
 
-    sample_every: int = option(0, "no sample images", ge=0, le=0, internal=True)
+    sample_every: int = option(
+        0, "without effect: there are no sample images", ge=0, le=MAX_STEPS, internal=True
+    )
     compile: bool = option(False, "no model to compile", internal=True)

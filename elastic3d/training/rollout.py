@@ -52,11 +52,11 @@ class Rollout(RouteSource):
         """While it lasts, a generation is this rollout."""
         if session.router_config.scope is Scope.step:
             raise ValueError("scope is step, expected block: in a rollout each block decides for itself")
-        session.source = self
+        before, session.source = session.source, self
         try:
             yield
         finally:
-            session.source = None
+            session.source = before
 
     def decide(self, context: StepContext, block: int, routed: RouteDecision | None) -> RouteDecision:
         """The route of every row through a block: forced, or what its router decides."""

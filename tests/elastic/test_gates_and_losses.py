@@ -34,6 +34,19 @@ def test_gated_is_the_paper_formula_and_exact():
     assert y.grad[0].abs().max() == 0 and torch.equal(y.grad[1], weight[1])
 
 
+def test_the_gradient_of_a_gate_survives_bf16_where_a_block_changes_little():
+    torch.manual_seed(0)
+    x = (3 + torch.randn(4, 256, 64)).bfloat16()
+    y = x + 0.1 * torch.randn(4, 256, 64).bfloat16()
+    weight = (0.06 + torch.randn(4, 256, 64)).bfloat16()
+    p = torch.tensor([0.4, 0.6, 0.6, 0.4], requires_grad=True)
+    out = gated(x, y, straight_through(p > 0.5, p))
+    assert torch.equal(out[3], x[3]) and torch.equal(out[1:3], y[1:3])
+    out.backward(weight)
+    exact = (weight.double() * (y.double() - x.double())).sum((1, 2))
+    torch.testing.assert_close(p.grad.double(), exact, rtol=0.01, atol=0.02)  # as two products: 0 for -2.25
+
+
 def test_a_decision_takes_threshold_and_argmax():
     d = decision([[-0.1, 0, 3, 0, 0], [0.1, 0, 0, 0, 2]])
     assert d.keep.tolist() == [False, True] and d.width.tolist() == [1, 3]

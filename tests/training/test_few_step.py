@@ -19,6 +19,7 @@ from elastic3d.training.few_step import FewStepStage, FewStepStageConfig, FewSte
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
+from elastic3d.training.vae import FieldLoss
 from elastic3d.utils.files import load_json, save_json
 from tests.training.test_calibrate import save_tiny_routers
 from tests.training.tiny import dit_config as config_for
@@ -147,6 +148,7 @@ def test_decoded_fields_are_compared_around_the_dense_anchors(routed, monkeypatc
     assert values["field"] > 0
     ups = [p.grad for name, p in flow.named_parameters() if name.endswith(".up")]
     assert all(g.isfinite().all() for g in ups) and sum(bool(g.any()) for g in ups) > len(ups) / 2
+    assert flow.meshes.trained.loss is FieldLoss.tsdf  # an autoencoder without a record is a published one
     without = FewStepStage(few_step_config(routed, {"field_weight": 0.0}))
     assert without.flow.meshes is None and "points" not in without.items.item(0, 0)
 

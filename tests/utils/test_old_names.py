@@ -2,6 +2,7 @@
 files."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from elastic3d.models.options import ImageEncoderConfig
 from elastic3d.training.checkpoint import read_record, stage_of
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import stage_config
+from elastic3d.utils.files import save_json
 from elastic3d.utils.old_names import GROUPED, OPTIONS, WEIGHTS, todays_names, todays_results
-from elastic3d.utils.options import from_dict, hints
+from elastic3d.utils.options import from_dict, hints, to_dict
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "data" / "pretrained"
@@ -50,6 +52,19 @@ def test_every_value_of_the_bundled_routers_is_kept(model: str) -> None:
     rank = written.get("updates", written.get("few_step_rank", 0))
     assert config.few_step_rank == rank and (rank == 48) is (model == "shape-small")
     assert config.few_step_nfe == written.get("updates_calls", written.get("few_step_nfe", 8.0))
+
+
+def test_curves_are_read_from_their_own_file_and_never_taken_for_none(tmp_path: Path) -> None:
+    folder = SHIPPED / "shape-small" / "routers"
+    shutil.copy(folder / "config.json", tmp_path)
+    config = load_router_config(tmp_path, "ShapeDiT")
+    values = {"_class_name": "ShapeDiTRouters"} | to_dict(config)
+    curves = values.pop("curves")
+    save_json(values, tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"has no curves.json, expected that of these routers"):
+        load_router_config(tmp_path, "ShapeDiT")
+    save_json(curves, tmp_path / "curves.json")
+    assert load_router_config(tmp_path, "ShapeDiT") == config and config.curves.calibrated_budgets
 
 
 def test_saved_caches_encoders_and_defaults() -> None:
