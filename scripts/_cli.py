@@ -233,7 +233,8 @@ def _unknown(key: str, known: Sequence[str], elsewhere: Mapping[str, Collection[
     close = renamed or by_leaf or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     having = [choice for choice, names in elsewhere.items() if today.intersection(names)]
-    hint += f"it is an option of {', '.join(having)}; " if having else ""
+    subject = "it is" if name in today else f"{' or '.join(sorted(today))} is"
+    hint += f"{subject} an option of {', '.join(having)}; " if having else ""
     return f"unknown option {key!r}: {hint}(--help lists every option)"
 
 

@@ -61,7 +61,12 @@ def icp_transform(pred: trimesh.Trimesh, gt: trimesh.Trimesh, seed: int = 0) -> 
 
 
 def similarity(source: Matrix, target: Matrix) -> Matrix:
-    """The least-squares similarity (4, 4) from points (P, 3) to their partners (P, 3), never a reflection."""
+    """The least-squares similarity (4, 4) from points (P, 3) to their partners (P, 3), never a reflection.
+
+    ValueError for points that coincide.
+    """
+    if not np.ptp(source, axis=0).any():
+        raise ValueError("no similarity: all points coincide")
     return estimate_transform("similarity", source, target).params
 
 

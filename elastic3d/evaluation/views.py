@@ -142,6 +142,10 @@ def ssim(a: Floats, b: Floats) -> float:
 
     Averaged over channels and the pixels whose window fits. ValueError where none does, or the sizes differ.
     """
+    if a.shape != b.shape or a.ndim != 3 or min(a.shape[:2]) < 11:
+        raise ValueError(
+            f"images have shapes {a.shape} and {b.shape}, expected one (H, W, C) of 11 pixels or more"
+        )
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
     return float(structural_similarity(a.astype(float), b.astype(float), channel_axis=-1, **options))
 

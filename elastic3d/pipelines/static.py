@@ -145,7 +145,8 @@ class CompiledDiT(StaticDiT):
         return self._graph(latents, t, condition, guidance).clone()  # the next pass may overwrite it
 
     def _takes(self, session: ElasticSession | None) -> bool:
-        return True
+        """Unless somebody listens to what modules of the DiT put out, as a calibration does."""
+        return not any(module._forward_hooks for module in self.dit.modules())
 
     def _refresh(self, session: ElasticSession | None) -> None:
         made_of = self._of

@@ -274,7 +274,7 @@ class FewStepStageConfig(ShapeGenerationConfig):
         le=1,
     )
     field_weight: float = option(
-        1.0,
+        0.0,
         "weight of the distance between the fields that the last latents and the dense ones decode to; 0: none",
         ge=0,
         le=1e6,

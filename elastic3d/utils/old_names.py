@@ -38,6 +38,7 @@ OPTIONS: dict[str, dict[str, str | None]] = {
     "StageConfig": {"updates": "few_step"},
     "FewStepStageConfig": {"min_calls": "min_nfe", "max_calls": "max_nfe"},
     "ImageStageConfig": {"sample_pictures": "sample_images", "val_pictures": "val_images"},
+    "BlockRouterConfig": {"routing_weight": "imitation_weight"},
     "RoutingConfig": {"recalled": "simulated_steps"},
     "ImageRoutingConfig": {"picture": "image"},
     "ImageBlockRouterConfig": {"picture": "image"},

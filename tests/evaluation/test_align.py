@@ -60,6 +60,8 @@ def test_similarity_is_exact_for_known_pairs() -> None:
     found = similarity(points, points @ truth[:3, :3].T + truth[:3, 3])
     assert found == pytest.approx(truth)
     assert np.linalg.det(similarity(points, points * [1, 1, -1])[:3, :3]) > 0  # no reflection
+    with pytest.raises(ValueError, match="all points coincide"):
+        similarity(np.ones((50, 3)), points)
 
 
 @pytest.mark.parametrize(

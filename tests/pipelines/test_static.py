@@ -119,6 +119,19 @@ def test_hooks_and_exchanged_modules_are_not_passed_over() -> None:
     assert same(found, made(pipeline, **FEW)) and not torch.allclose(found[0], plain[0], **CLOSE)
 
 
+def test_who_listens_to_blocks_hears_a_compiled_model_too() -> None:
+    """As a calibration does, of the dense model."""
+    pipeline, heard = routed(), list[str]()
+    pipeline.compile(backend="eager")
+    expected = made(pipeline, **DENSE)
+    handle = pipeline.dit.single_blocks[0].register_forward_hook(lambda *_: heard.append("block"))
+    assert same(made(pipeline, **DENSE), expected) and heard
+    handle.remove()
+    heard.clear()
+    made(pipeline, **DENSE)
+    assert not heard
+
+
 def test_weights_that_are_exchanged_are_seen() -> None:
     pipeline = routed()
     pipeline.static = StaticDiT(pipeline.dit)

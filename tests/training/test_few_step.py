@@ -131,7 +131,7 @@ def test_errors_of_anchors_can_count_more(routed):
 
 
 def test_decoded_fields_are_compared_around_the_dense_anchors(routed, monkeypatch):
-    stage = FewStepStage(few_step_config(routed, batch=4))
+    stage = FewStepStage(few_step_config(routed, {"field_weight": 1.0}, batch=4))
     flow, batch = stage.flow, stack([stage.items.item(position, 0) for position in range(4)])
     dense = flow.dense_results(batch)
     points = flow.meshes.points_around(dense, batch["offsets"], batch["points"])
@@ -149,7 +149,7 @@ def test_decoded_fields_are_compared_around_the_dense_anchors(routed, monkeypatc
     ups = [p.grad for name, p in flow.named_parameters() if name.endswith(".up")]
     assert all(g.isfinite().all() for g in ups) and sum(bool(g.any()) for g in ups) > len(ups) / 2
     assert flow.meshes.trained.loss is FieldLoss.tsdf  # an autoencoder without a record is a published one
-    without = FewStepStage(few_step_config(routed, {"field_weight": 0.0}))
+    without = FewStepStage(few_step_config(routed))
     assert without.flow.meshes is None and "points" not in without.items.item(0, 0)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import train
 from _cli import parse
 from safetensors import safe_open
 
@@ -134,6 +135,12 @@ def test_an_old_name_on_a_command_line_is_refused_with_the_new_one(
 ) -> None:
     with pytest.raises(UserError, match=f"unknown option '{old}': did you mean {new}\\?"):
         parse(stage_config(stage), "train", [f"stage={stage.name}", f"{old}=2"])
+
+
+def test_an_old_name_of_another_stage_is_told_as_that_stage_has_it() -> None:
+    wanted = "unknown option 'picture_size': prepared_size is an option of stage=cache"
+    with pytest.raises(UserError, match=wanted):
+        parse(stage_config(StageName.dit), "train", ["picture_size=3"], elsewhere=train.options_of_stages)
 
 
 def test_names_of_today_stay() -> None:
