@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -212,6 +212,16 @@ def model_part(path: Path, part: str) -> Path | None:
         if config.is_file() and load_json(config).get("_class_name") == CLASSES[part][1]:
             return folder
     return None
+
+
+def changed_options(old: Mapping[str, Any], new: Mapping[str, Any], inside: str = "") -> Iterator[str]:
+    """Each option that two saved configurations both have, with another value, in words."""
+    for name, value in new.items():
+        was = old.get(name, value)
+        if isinstance(value, Mapping) and isinstance(was, Mapping):
+            yield from changed_options(was, value, f"{inside}{name}.")
+        elif was != value:
+            yield f"{inside}{name} was {was}"
 
 
 def starting_point(path: Path, own: Mapping[str, Tensor]) -> Checkpoint:

@@ -20,6 +20,7 @@ from elastic3d.models.weights import load_strict
 from elastic3d.pipelines.memory import GB
 from elastic3d.training.checkpoint import (
     Checkpoint,
+    changed_options,
     clear_unfinished,
     load_checkpoint,
     newest_checkpoint,
@@ -39,7 +40,20 @@ from elastic3d.training.distributed import (
 from elastic3d.training.journal import Journal
 from elastic3d.training.optim import Average, MasterOptimizer, learning_rate
 from elastic3d.training.options import LoopConfig, Precision
+from elastic3d.utils.options import to_dict
 
+# Options that change nothing of what is learned: a resumed run may have others.
+INCIDENTAL = (
+    "steps",
+    "runs",
+    "device",
+    "workers",
+    "max_minutes",
+    "resume",
+    "log_every",
+    "save_every",
+    "keep",
+)
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 MAX_BAD_STEPS = 20  # in a row without a finite gradient: the run is lost
 
@@ -325,6 +339,9 @@ class _Run:
         if checkpoint.step > self.config.steps:
             raise UserError(f"{path} is beyond steps={self.config.steps}")
         self.notes.append(f"going on from {path}")
+        before = checkpoint.values.get("config")
+        changed = changed_options(before, to_dict(self.config)) if isinstance(before, Mapping) else ()
+        self.notes += [each for each in changed if each.partition(" ")[0] not in INCIDENTAL]
         return checkpoint
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:

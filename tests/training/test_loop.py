@@ -227,6 +227,21 @@ def test_mistakes(prepared, changes, message):
         run_stage(vae_config(prepared, **changes))
 
 
+def test_a_run_that_goes_on_with_other_options_says_so(prepared, capsys):
+    config = vae_config(prepared)
+    run(config)
+    capsys.readouterr()
+    run(replace(config, steps=config.steps + 1, save_every=1))
+    assert " was " not in capsys.readouterr().err
+    changed = replace(config.vae, kl_weight=0.5)
+    run(replace(config, steps=config.steps + 2, learning_rate=1e-5, vae=changed))
+    said = capsys.readouterr().err
+    assert (
+        f"learning_rate was {config.learning_rate}" in said
+        and f"vae.kl_weight was {config.vae.kl_weight}" in said
+    )
+
+
 def test_another_architecture_is_refused(prepared):
     config = vae_config(prepared)
     run(config)
