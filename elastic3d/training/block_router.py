@@ -329,17 +329,21 @@ class BlockRouterStage(Stage):
 
     def calibrate(self, curves: CurvesConfig, points: int = 24) -> None:
         """Make the requested share the executed one, in the mean over the validated numbers of steps."""
+        options, router = self.config.blocks, self.flow.session.router_config
+        wholes = [router.guided_share(self.flow.times(steps)[:-1].tolist()) for steps in options.val_steps]
 
         def generate(settings: ElasticConfig, _: int) -> tuple[Tensor, Tensor]:
             shares = []
-            for steps in self.config.blocks.val_steps:
-                whole = self.flow.session.router_config.guided_share(self.flow.times(steps)[:-1].tolist())
+            for steps, whole in zip(options.val_steps, wholes, strict=True):
                 latents, share = self.generate(steps, max(settings.budget * whole, MIN_BUDGET))
                 shares.append(share / whole)
             return latents, torch.stack(shares).mean(0)
 
-        times = self.flow.times(self.config.blocks.val_steps[0])
-        calibrate(self.flow.session, generate, times, curves, points)
+        lowest = min(
+            options.min_budget / min(wholes), 0.95
+        )  # some range also where no budget was trained but the full
+        times = self.flow.times(options.val_steps[0])
+        calibrate(self.flow.session, generate, times, curves, points, lowest)
 
     def sensitivity(self, steps: int) -> Sensitivity:
         """What leaving out each block at each step does to the last latents, with the LoRA as it is."""

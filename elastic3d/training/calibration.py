@@ -67,12 +67,18 @@ def relative_error(found: Tensor, true: Tensor) -> float:
 
 
 def calibrate(
-    session: ElasticSession, generate: Generate, times: Tensor, curves: CurvesConfig, points: int = 24
+    session: ElasticSession,
+    generate: Generate,
+    times: Tensor,
+    curves: CurvesConfig,
+    points: int = 24,
+    lowest: float = MIN_BUDGET,
 ) -> None:
     """Note in the routers' configuration dampings and gate bias over time, and the calibrated budget for each of
     `points` requested ones, so that a requested budget is what is executed.
 
-    `times` (S+1,) are those that `generate` samples at. Without routers there is nothing to calibrate.
+    `times` (S+1,) are those that `generate` samples at. `lowest` is the smallest budget that the routers were trained
+    at: what they do below it says nothing. Without routers there is nothing to calibrate.
     """
     if session.conditioner is None:
         return
@@ -88,7 +94,7 @@ def calibrate(
         choose_dampings(session, generate)
     if gate_bias and router.longest:
         choose_gate_bias(session, generate, times)
-    requested = np.linspace(MIN_BUDGET, 1.0, points)
+    requested = np.linspace(lowest, 1.0, points)
     bar = tqdm(requested, desc="calibrate", dynamic_ncols=True)
     shares = [generate(ElasticConfig(budget=float(budget)), 0)[1].mean().item() for budget in bar]
     found = np.maximum.accumulate(shares) + 1e-6 * np.arange(points)  # ascending, as an inverse needs

@@ -23,6 +23,7 @@ from elastic3d.training.block_router_shape import (
     EndMeshLossConfig,
     ShapeBlockRouterStage,
 )
+from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.datasets import stack
 from elastic3d.training.few_step import FewStepStage
 from elastic3d.training.journal import read_metrics
@@ -193,6 +194,20 @@ def test_checkpointing_changes_nothing(routed):  # noqa: F811
         gradients.append([p.grad for p in stage.flow.parameters() if p.grad is not None])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=1e-3, atol=1e-6)
+
+
+def test_budgets_are_calibrated_where_they_were_trained(routed):  # noqa: F811
+    guided = {"guidance": True, "guided_times": [0.2, 0.6], "val_steps": [2, 3]}
+    stage = ShapeBlockRouterStage(block_config(routed, guided))
+    varied_gates(stage)
+    stage.calibrate(CurvesConfig(), points=3)
+    curves, router = stage.flow.session.router_config.curves, stage.draw.router
+    wholes = [router.guided_share(stage.flow.times(steps)[:-1].tolist()) for steps in (2, 3)]
+    assert min(wholes) < 1 and curves.requested_budgets[0] == pytest.approx(0.3 / min(wholes))
+    assert curves.requested_budgets[-1] == 1 and min(curves.calibrated_budgets) >= curves.requested_budgets[0]
+    stage.config.blocks.min_budget = 1.0  # the full route alone
+    stage.calibrate(CurvesConfig(), points=3)
+    assert stage.flow.session.router_config.curves.requested_budgets[0] == pytest.approx(0.95)
 
 
 # --------------------------------------------------------------------------------------------- from end to end
