@@ -234,7 +234,7 @@ def _unknown(key: str, known: Sequence[str], elsewhere: Mapping[str, Collection[
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     having = [choice for choice, names in elsewhere.items() if today.intersection(names)]
     subject = "it is" if name in today else f"{' or '.join(sorted(today))} is"
-    hint += f"{subject} an option of {', '.join(having)}; " if having else ""
+    hint += f"{subject} an option of {', '.join(having)}; " if having and not renamed else ""
     return f"unknown option {key!r}: {hint}(--help lists every option)"
 
 
