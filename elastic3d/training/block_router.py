@@ -40,8 +40,8 @@ from elastic3d.utils.options import option
 
 FULL, SMALLEST = range(2)  # kinds of samples; those beyond are between
 KIND_NAMES = ("full", "smallest", "between")
-SPREAD = 1.0  # noise of random routes, in standard deviations of the table: about as much luck as measurement
-SLACK = 0.1  # a sample's cost may differ from its budget by this, as long as the mean does not: shapes differ
+SPREAD = 1.0  # noise of random routes, in standard deviations of the table
+SLACK = 0.1  # a sample's cost may differ from its budget by this, as long as the mean does not
 ARCHITECTURE = ("hidden", "conditioning", "widths", "longest")
 
 
@@ -339,9 +339,8 @@ class BlockRouterStage(Stage):
                 shares.append(share / whole)
             return latents, torch.stack(shares).mean(0)
 
-        lowest = min(
-            options.min_budget / min(wholes), 0.95
-        )  # some range also where no budget was trained but the full
+        # some range also where no budget was trained but the full one
+        lowest = min(options.min_budget / min(wholes), 0.95)
         times = self.flow.times(options.val_steps[0])
         calibrate(self.flow.session, generate, times, curves, points, lowest)
 

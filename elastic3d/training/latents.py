@@ -9,7 +9,7 @@ of the latents.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -164,29 +164,32 @@ class LatentInfo:
         """What was done to the views before."""
         return from_dict(ForegroundConfig, self.settings["foreground"], INFO_NAME)
 
+    def _vae_record(self) -> Mapping[str, Any] | None:
+        """The configuration that the autoencoder was trained with; None of a published one."""
+        record = self.vae / "training.json"
+        return (load_json(record).get("config") or {}) if record.is_file() else None
+
     def field_loss(self) -> FieldLossConfig:
         """The loss that the autoencoder learned with, by its record; published ones have none, and decode truncated
         distances."""
-        record = self.vae / "training.json"
-        if not record.is_file():
+        record = self._vae_record()
+        if record is None:
             return FieldLossConfig(loss=FieldLoss.tsdf)
-        own = read_record(load_json(record).get("config"), VAETrainConfig, record).vae
-        return FieldLossConfig(loss=own.loss)
+        return FieldLossConfig(loss=read_record(record, VAETrainConfig, self.vae / "training.json").vae.loss)
 
     def load_vae(self, trained: FieldLossConfig | None = None) -> ShapeVAE:
         """The autoencoder, with the latents' statistics; UserError unless `trained` is the loss it learned with."""
         vae = ShapeVAE.from_pretrained(self.vae)
         vae.set_latent_statistics(self.mean, self.std)
-        record = self.vae / "training.json"
-        if record.is_file() and trained is not None:
-            saved = load_json(record).get("config")
-            own = read_record(saved, VAETrainConfig, record).vae
-            if own.loss is not trained.loss:
+        record = self._vae_record()
+        if record is not None and trained is not None:
+            own = self.field_loss().loss
+            if own is not trained.loss:
                 raise UserError(
-                    f"vae.loss is {trained.loss.name}, but the VAE in {self.vae} was trained with {own.loss.name}"
+                    f"vae.loss is {trained.loss.name}, but the VAE in {self.vae} was trained with {own.name}"
                 )
             for name, constant in (("softness", SOFTNESS), ("truncation", TRUNCATION)):
-                if (found := saved["vae"].get(name, constant)) != constant:
+                if (found := record["vae"].get(name, constant)) != constant:
                     raise UserError(
                         f"the VAE in {self.vae} was trained with a {name} of {found:g}, expected {constant:g}"
                     )

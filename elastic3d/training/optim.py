@@ -15,11 +15,8 @@ from elastic3d.training.options import LoopConfig, OptimizerName, Schedule
 
 Lists = list[Tensor]
 MUON_MOMENTUM = 0.95
-BETAS = (
-    0.9,
-    0.99,
-)  # of AdamW; a second moment of 0.999 would still remember the warm-up at the end of a short run
-MAX_NORM = 1.0  # of a gradient; larger ones are of a rare bad batch
+BETAS = (0.9, 0.99)  # of AdamW; 0.999 would still remember the warm-up at the end of a short run
+MAX_NORM = 1.0  # of a gradient, which is scaled down to it
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
