@@ -77,7 +77,7 @@ class ImageBlockRouters(BlockRouterObjective):
     def integrate(self, batch: Batch, steps: int) -> Tensor:
         """By the sampler of shapes, whose condition here are numbers of prompts: 0 is that of the second branch."""
         dit, backbone, scale = self.dit, self.pipeline.backbone, self.config.guidance
-        prompts = _with_negative(text_of(batch), self.pipeline.negative)
+        prompts = _with_negative(text_of(batch), self.pipeline.negative, batch["noise"].dtype)
 
         def velocity(latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None) -> Tensor:
             text = {name: value[condition[:, 0, 0]] for name, value in prompts.items()}
@@ -100,12 +100,10 @@ class ImageBlockRouters(BlockRouterObjective):
         return self.pipeline.decoded_loss(found, dense)
 
 
-def _with_negative(text: Text, negative: Text) -> Text:
-    """Prompts (1 + B, ...), the second branch's first."""
-    return {
-        name: torch.cat([negative[name].to(value).expand_as(value[:1]), value])
-        for name, value in text.items()
-    }
+def _with_negative(text: Text, negative: Text, dtype: torch.dtype) -> Text:
+    """Prompts (1 + B, ...), the second branch's first; embeddings in `dtype`, as autocast on a CPU takes no fp16."""
+    text = {name: value.to(dtype) if value.is_floating_point() else value for name, value in text.items()}
+    return {name: torch.cat([negative[name].to(v).expand_as(v[:1]), v]) for name, v in text.items()}
 
 
 @dataclass
