@@ -25,6 +25,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
@@ -33,7 +34,7 @@ from omegaconf import OmegaConf
 
 from elastic3d.errors import UserError
 from elastic3d.utils.files import parse_yaml
-from elastic3d.utils.old_names import todays_names
+from elastic3d.utils.old_names import VALUES, todays_names
 from elastic3d.utils.options import Leaf, alternatives, as_typed, check_type, expected, from_dict, walk
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -56,6 +57,9 @@ def run(
     elsewhere: Elsewhere = dict,
 ) -> NoReturn:
     """Run `main` on the command line's options and leave the process with its exit code."""
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # it warns of what is not installed and not needed
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names may be no UTF-8
     signal.signal(signal.SIGTERM, _terminate)
@@ -102,13 +106,6 @@ def _terminate(*_: object) -> NoReturn:
     raise Terminated
 
 
-def check_writable(folder: Path) -> None:
-    """UserError before the work, not after it, if nothing can be written to `folder`."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"can't write to {folder}: {existing} is no folder that may be written to")
-
-
 def parse(
     config_class: type[Config],
     config_name: str,
@@ -131,7 +128,7 @@ def parse(
         key = _full_name(key, options, choices)
         if key in choices:
             if text not in choices[key]:
-                raise UserError(f"{argument}: expected one of {', '.join(choices[key])}")
+                raise UserError(f"{argument}: {_meant(key, text, choices[key])}")
             groups[key] = text
         elif key in options:
             given[key] = typed_value(text, options[key])
@@ -139,7 +136,8 @@ def parse(
             if text.lower() not in ("true", "false"):
                 raise UserError(f"{argument}: expected true or false")
         else:
-            raise UserError(_unknown(key, [*options, *choices, "debug"], elsewhere()))
+            saved = [leaf.name for leaf in walk(config_class) if leaf.internal]
+            raise UserError(_unknown(key, [*options, *choices, "debug"], elsewhere(), saved, choices))
     values = composed(options, config_name, config_dir, groups) | given
     for option in options.values():
         if option.name not in values and option.default is MISSING:
@@ -225,14 +223,34 @@ def _full_name(key: str, options: Collection[str], choices: Collection[str]) -> 
     return matches[0] if len(matches) == 1 else key
 
 
-def _unknown(key: str, known: Sequence[str], elsewhere: Mapping[str, Collection[str]]) -> str:
+def _meant(key: str, text: str, choices: Sequence[str]) -> str:
+    """What a value that is no choice was to be: a name of an older version, or a slip."""
+    old = VALUES.get((key, text))
+    close = [old] if old in choices else difflib.get_close_matches(text, choices, n=1)
+    hint = f"did you mean {key}={close[0]}? " if close else ""
+    return f"{hint}expected one of {', '.join(choices)}"
+
+
+def _unknown(
+    key: str,
+    known: Sequence[str],
+    elsewhere: Mapping[str, Collection[str]],
+    saved: Sequence[str] = (),
+    choices: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> str:
+    """What is wrong with an option that is not `known`. `saved` are names of what only files hold."""
     name = key.lstrip("-")
     today = todays_names(name)
     renamed = [each for each in known if today & {each, each.rpartition(".")[2]}]
     by_leaf = [each for each in known if each.rpartition(".")[2] == name.rpartition(".")[2]]
+    having = [choice for choice, names in elsewhere.items() if today.intersection(names)]
+    within = [each for each in saved if today & {each, each.rpartition(".")[2]}]
+    if within and not (renamed or by_leaf or having):
+        group = within[0].partition(".")[0]
+        where = f"{group}={'|'.join(choices[group])}" if group in choices else "the files of a model"
+        return f"unknown option {key!r}: {within[0]} comes with {where} (--help lists every option)"
     close = renamed or by_leaf or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    having = [choice for choice, names in elsewhere.items() if today.intersection(names)]
     subject = "it is" if name in today else f"{' or '.join(sorted(today))} is"
     hint += f"{subject} an option of {', '.join(having)}; " if having and not renamed else ""
     return f"unknown option {key!r}: {hint}(--help lists every option)"

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def main(config: AppConfig) -> int:
     """Load the first model, then serve the page until SIGTERM or Ctrl-C; files of visits go with it."""
     config.token = config.token or os.environ.get("ELASTIC3D_TOKEN", "")
-    config.require_token()
+    config.require_address()
     with tempfile.TemporaryDirectory(prefix="elastic3d-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:
@@ -65,13 +65,13 @@ def main(config: AppConfig) -> int:
 
 def find_models(config: AppConfig) -> Models:
     """The model that is named, loaded, and those that can be chosen instead."""
-    from elastic3d.pipelines.generation import load_pipeline
-    from elastic3d.pipelines.runtime import find_model
+    from elastic3d.checkpoints.options import PRESETS
+    from elastic3d.pipelines.generation import load_pipeline, model_folder
     from elastic3d.serve.models import Models
 
     first, wanted = config.generate_config(), [config.generate_config() for _ in config.models]
     for one, name in zip(wanted, config.models, strict=True):
-        one.model, one.weights, one.routers = str(find_model(name)), "", ""
+        one.model, one.weights, one.routers = name if name in PRESETS else str(model_folder(name)), "", ""
     loaders = {Path(one.model or DEFAULT_MODEL).name: partial(load_pipeline, one) for one in [first, *wanted]}
     if len(loaders) < 1 + len(wanted):
         raise UserError(f"models={config.models}: two models have one name, expected different ones")

@@ -213,18 +213,24 @@ def save_router_config(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_router_config(folder: str | Path, family: str) -> RouterConfig:
-    """The architecture of the routers in `folder`, and their curves, which older versions kept in the same file: a file
-    of curves comes first. UserError unless they are of `family`, and for curves in neither file."""
+    """The architecture of the routers in `folder`, and their curves, which older versions kept in the same file.
+    UserError unless they are of `family`, and for curves in neither file or other ones in each."""
     config: RouterConfig = load_config(Path(folder), RouterConfig, f"{family}Routers")
     path = Path(folder) / ROUTER_CURVES_NAME
-    if path.is_file():
-        return replace(config, curves=from_dict(RouterCurves, load_json(path), str(path)))
-    saved = renamed(RouterConfig, load_json(Path(folder) / CONFIG_NAME))
-    if "curves" not in saved:
+    within = "curves" in renamed(RouterConfig, load_json(Path(folder) / CONFIG_NAME))
+    if not path.is_file():
+        if within:
+            return config
         raise UserError(
             f"{folder} has no {ROUTER_CURVES_NAME}, expected that of these routers beside {CONFIG_NAME}"
         )
-    return config
+    curves = from_dict(RouterCurves, load_json(path), str(path))
+    if within and curves != config.curves:
+        raise UserError(
+            f"{folder} has curves in {CONFIG_NAME}, as older versions have them, and other ones in"
+            f" {ROUTER_CURVES_NAME}: expected both files of one version"
+        )
+    return replace(config, curves=curves)
 
 
 def load_routers(model: nn.Module, folder: str | Path) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import trimesh
 
-from elastic3d.checkpoints.folders import identify
 from elastic3d.checkpoints.options import PRESETS
 from elastic3d.elastic.attachment import attach
 from elastic3d.elastic.config import ElasticOptions
@@ -38,7 +37,7 @@ from elastic3d.pipelines.preview import draw_routes, route_title, turntable
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.utils.files import (
     atomic_path,
-    check_distinct,
+    check_paths,
     file_sha256,
     matching_files,
     name_key,
@@ -143,7 +142,7 @@ def plan(config: GenerateConfig) -> Plan:
         check_asset(config.asset, suffix, config.cleanup.uv)
     meshes = [job.output for job in jobs]
     views = {f"image_{name}": path for name, path in config.views.items()}
-    check_distinct(
+    check_paths(
         {"image": [job.image for job in jobs if not job.prompt], **views},
         {
             "output": meshes,
@@ -154,6 +153,15 @@ def plan(config: GenerateConfig) -> Plan:
         },
     )
     return Plan(jobs, folder)
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model that is none of the published ones. UserError where there is no such folder."""
+    folder = find_model(name)
+    if not folder.is_dir():
+        known = ", ".join(PRESETS)
+        raise UserError(f"there is no folder {folder}, expected one with {PIPELINE_NAME}, or one of {known}")
+    return folder
 
 
 def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
@@ -178,9 +186,7 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
             if getattr(config, name):
                 presets = ", ".join(PRESETS)
                 raise UserError(f"{name}= is for model={presets}, but model is {config.model!r}")
-        folder = find_model(config.model or DEFAULT_MODEL)
-        if not (folder / PIPELINE_NAME).is_file() and (found := identify(folder)):
-            raise UserError(f"{folder}: {found} weights={folder}")
+        folder = model_folder(config.model or DEFAULT_MODEL)
         pipeline = ImageTo3DPipeline.from_pretrained(
             folder, config.device, config.dtype, routers=config.routers != NO_ROUTERS_NAME
         )

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from elastic3d import __version__
+from elastic3d.checkpoints.folders import INDEX_NAME, identify
 from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, resolution_of, save_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample, sampling_times
@@ -219,6 +220,9 @@ class ImageTo3DPipeline:
         number = resolve_dtype(dtype, target)
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}, expected one with {PIPELINE_NAME}")
+        own = (folder / PIPELINE_NAME).is_file() and not (folder / INDEX_NAME).is_file()
+        if not own and (found := identify(folder)):
+            raise UserError(f"{folder}: {found}" + (f" weights={folder}" if "model=" in found else ""))
         config = from_dict(PipelineConfig, load_json(folder / PIPELINE_NAME), str(folder / PIPELINE_NAME))
         vae = ShapeVAE.from_pretrained(folder / "vae", number, target)
         dit = load_dit(folder / "dit", number, target)

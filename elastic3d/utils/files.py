@@ -160,8 +160,8 @@ def matching_files(pattern: str) -> list[Path]:
     return [path for path in (place / name for name in sorted(found)) if path.is_file()]
 
 
-def check_distinct(reads: Mapping[str, Paths], writes: Mapping[str, Paths]) -> None:
-    """Refuse a command, before it does anything, of which one file would replace another.
+def check_paths(reads: Mapping[str, Paths], writes: Mapping[str, Paths]) -> None:
+    """Refuse a command, before it does anything, of which one file would replace another or can't be written.
 
     Links are followed. Names that differ in upper and lower case, or in how an accent is written, count as one: on
     many file systems they are. A folder is the same as itself only: a file may be written into a folder that is read.
@@ -171,7 +171,7 @@ def check_distinct(reads: Mapping[str, Paths], writes: Mapping[str, Paths]) -> N
         writes: outputs, files and folders, likewise.
 
     Raises:
-        UserError: naming both paths.
+        UserError: naming both paths, or the one that can't be written.
     """
     taken: dict[object, tuple[str, Path]] = {}
     for name, path in _each(reads):
@@ -186,6 +186,17 @@ def check_distinct(reads: Mapping[str, Paths], writes: Mapping[str, Paths]) -> N
                 f" ({other}): choose another name"
             )
         taken |= dict.fromkeys(keys, (f"{name}, written too", path))
+        _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
+    """UserError if nothing can be written at a path, a file or a folder that need not be there yet."""
+    place = path if path.is_dir() else path.parent
+    there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(
+            f"can't write {printable(path)}: {printable(there)} is no folder that may be written to"
+        )
 
 
 def _each(named: Mapping[str, Paths]) -> Iterator[tuple[str, Path]]:

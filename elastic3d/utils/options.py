@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from elastic3d.errors import UserError
-from elastic3d.utils.old_names import GROUPED, OPTIONS, VALUES
+from elastic3d.utils.old_names import GROUPED, KEPT, OPTIONS, VALUES
 
 Config = TypeVar("Config")
 MAX_TEXT = 4096  # characters of a text or path, which is also the longest path of Linux
@@ -230,7 +230,10 @@ def from_dict(
         UserError: an unknown field, a value of the wrong type or out of range.
     """
     kinds, where = hints(config_class), f"{source}: " if source else ""
-    values = renamed(config_class, values)
+    try:
+        values = renamed(config_class, values)
+    except UserError as error:
+        raise UserError(f"{where}{inside}{error}") from error
     for name in values:
         if name not in kinds:
             close = difflib.get_close_matches(str(name), kinds, n=1)
@@ -249,8 +252,12 @@ def from_dict(
 
 
 def renamed(config_class: type[Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the names that the options of a class have today, whatever version saved them (see `old_names`)."""
+    """Values by the names that the options of a class have today, whatever version saved them (see `old_names`).
+    UserError for a value whose meaning is gone."""
     names = {old: new for each in config_class.__mro__ for old, new in OPTIONS.get(each.__name__, {}).items()}
+    for old in KEPT.keys() & names.keys() & saved.keys():
+        if saved[old] != KEPT[old]:
+            raise UserError(f"{old} is {shown(saved[old])}, expected {KEPT[old]}, which alone is left")
     found = {new: value for old, value in saved.items() if (new := names.get(old, old)) is not None}
     if group := GROUPED.get(config_class.__name__):
         inner = {name: found.pop(name) for name in hints(hints(config_class)[group]) if name in found}

@@ -164,7 +164,14 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "transparent": (["image=clear.png", "output=x.glb"], "clear.png: the image is fully transparent"),
     "no output": (["image=a.png"], "output= is missing"),
     "no arguments": ([], "image= is missing"),
-    "unwritable output": (["image=a.png", "output=blocked/x.glb"], "can't write to blocked"),
+    "unwritable output": (
+        ["image=a.png", "output=blocked/x.glb"],
+        "can't write blocked/x.glb: blocked is no",
+    ),
+    "unwritable trace": (
+        ["image=a.png", "output=x.glb", "trace=blocked/t.png"],
+        "can't write blocked/t.png: blocked",
+    ),
     "wrong suffix": (["image=a.png", "output=x.fbx"], "x.fbx has .fbx, expected one of"),
     "unknown option": (["image=a.png", "output=x.glb", "step=3"], "did you mean steps"),
     "steps": (["image=a.png", "output=x.glb", "steps=0"], "steps is 0, expected a value from 1 to 1000"),

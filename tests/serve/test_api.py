@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,10 +21,11 @@ from fastapi.testclient import TestClient  # noqa: E402
 from tiny_dial import save_dialled  # noqa: E402
 from tiny_pipeline import tiny_pipeline  # noqa: E402
 
+from elastic3d.errors import UserError  # noqa: E402
 from elastic3d.geometry.mesh_io import read_extras  # noqa: E402
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline  # noqa: E402
 from elastic3d.serve.api import create_app  # noqa: E402
-from elastic3d.serve.config import ServeConfig  # noqa: E402
+from elastic3d.serve.config import AppConfig, ServeConfig, ServerConfig  # noqa: E402
 from elastic3d.serve.metrics import Metrics  # noqa: E402
 from elastic3d.serve.queue import JobState, MeshQueue, MeshRequest, QueueFull  # noqa: E402
 
@@ -171,9 +173,19 @@ def test_without_the_token_nothing_is_done(serve) -> None:
 )
 def test_an_open_address_needs_a_token(host: str, needed: bool) -> None:
     if needed:
-        with pytest.raises(ValueError, match="no token"):
-            ServeConfig(host=host).require_token()
-    ServeConfig(host=host, token="t").require_token()
+        with pytest.raises(UserError, match="no token"):
+            ServeConfig(host=host, port=0).require_address()
+    if host != "a.b":
+        ServeConfig(host=host, port=0, token="t").require_address()
+
+
+@pytest.mark.parametrize("config", [ServeConfig, AppConfig])
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(config: type[ServerConfig]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"can't listen on host=127.0.0.1 port={port}: .*in use"):
+            config(port=port).require_address()
+    config(port=port).require_address()
 
 
 class Slow:
