@@ -20,7 +20,7 @@ def main(config: DialConfig) -> int:
     check_paths({"results": config.results}, {"dial": config.model / DIAL_NAME})
     for name, row in make_dial(config):
         who = "plan" if row.planned else "routers"
-        settings = "dense" if row.router_budget is None else f"{who} {row.router_budget:g}"
+        settings = f"{who} {row.router_budget:g}" if row.router_budget not in (None, 1) else "every block"
         lora = ", few-step LoRA" if row.few_step_lora else ""
         scores = ", ".join(f"{score:.4f}" for score in row.f_scores)
         print(

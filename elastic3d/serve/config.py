@@ -39,7 +39,8 @@ class ServerConfig(Options):
     dtype: DTypeChoice = option(DTypeChoice.auto, "Number format of the model.")
 
     def require_address(self) -> None:
-        """UserError where anybody on the network could ask without a token, or where nothing can listen."""
+        """UserError where anybody on the network could ask without a token, or where nothing can listen. Port 0
+        becomes a free one."""
         if not self.token and not is_loopback(self.host):
             raise UserError(
                 f"host is {self.host}, which others can reach, and there is no token: set token= or $ELASTIC3D_TOKEN,"
@@ -47,7 +48,8 @@ class ServerConfig(Options):
             )
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
-            socket.create_server((self.host, self.port), family=family).close()
+            with socket.create_server((self.host, self.port), family=family) as server:
+                self.port = server.getsockname()[1]
         except OSError as error:
             raise UserError(
                 f"can't listen on host={self.host} port={self.port}: {(error.strerror or str(error)).lower()}"

@@ -1,4 +1,4 @@
-"""No output of a command is one of its inputs or another output, whatever the two are called, and each can be written."""
+"""No output of a command is one of its inputs or another output, whatever the two are called; each can be written."""
 
 from __future__ import annotations
 
