@@ -349,14 +349,16 @@ def help_text(
     lines += _entry("debug", "false", _DEBUG_HELP)
     hidden = sum(option.advanced for option in listed)
     if hidden and not advanced:
-        lines += ["", f"{hidden} more options are seldom changed: --help all lists them too."]
+        more = "1 more option is" if hidden == 1 else f"{hidden} more options are"
+        lines += ["", f"{more} seldom changed: --help all lists them too."]
     return "\n".join(lines)
 
 
 def _meaning(option: Leaf) -> str:
     """What an option is, as a sentence, and what it may be."""
     kind = next(each for each in alternatives(option.kind) if each is not type(None))
-    meaning = option.help[:1].upper() + option.help[1:]
+    named = option.help.partition(":")[0].isidentifier()  # a value, whose meaning follows
+    meaning = option.help if named else option.help[:1].upper() + option.help[1:]
     meaning += "" if meaning.endswith(".") or not meaning else "."
     if isinstance(kind, type) and issubclass(kind, Enum):
         return f"{meaning} One of: {', '.join(member.name for member in kind)}."

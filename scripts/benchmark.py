@@ -31,7 +31,7 @@ def main(config: MeshBenchmarkConfig | ImageBenchmarkConfig) -> int:
     from elastic3d.benchmark.run import benchmark
 
     inputs = {name: getattr(config, name, None) for name in INPUTS}
-    check_paths({**inputs, "variants": config.variants.values()}, {"output": config.output})
+    check_paths({**inputs, "variants": config.variants.values()}, {}, {"output": config.output})
 
     results = benchmark(config, shlex.join(["python", *sys.argv]))
     quick = Phase.quick in config.phases

@@ -22,7 +22,7 @@ def main(config: DecodingConfig) -> int:
     from elastic3d.studies.decoding import compare_decoding
 
     reads = {"images": config.images, "gt": config.gt, "model": Path(config.model)}
-    check_paths(reads, {"output": config.output})
+    check_paths(reads, {}, {"output": config.output})
     print(compare_decoding(config))
     return 0
 

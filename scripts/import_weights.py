@@ -19,7 +19,7 @@ def main(config: ImportConfig) -> None:
     """Read, check, write."""
     from elastic3d.pipelines.published import import_checkpoint
 
-    check_paths({"weights": config.weights, "dinov2": config.dinov2}, {"output": config.output})
+    check_paths({"weights": config.weights, "dinov2": config.dinov2}, {}, {"output": config.output})
     print(import_checkpoint(config))
 
 

@@ -30,7 +30,7 @@ from elastic3d.utils.files import check_paths
 
 def main(config: SplitsConfig) -> int:
     """Split Infinigen by seed and SweetHome3D by group of near duplicates."""
-    check_paths({"path": config.path}, {"output": config.output})
+    check_paths({"path": config.path}, {}, {"output": config.output})
     splits = {f"infinigen/{asset.name}": infinigen_split(asset.seed) for asset in assets([], config.seeds)}
     splits |= {
         f"primitives/{shape.name}": primitives_split(shape.seed, PER_ROUND.get(shape.category, 1))

@@ -20,7 +20,7 @@ def main(config: TinyWeightsConfig) -> None:
     """Draw, write."""
     from elastic3d.checkpoints.tiny import write_tiny
 
-    check_paths({}, {"output": Path(config.output)})
+    check_paths({}, {}, {"output": Path(config.output)})
     print(
         f"{write_tiny(config.model, config.output, config.seed)}: a tiny {config.model} with random weights"
     )

@@ -27,7 +27,7 @@ def main(config: StageConfig) -> int:
     if config.stage is StageName.cache:
         outputs["latents.output"] = _path(config, "latents.output")
     inputs = {name: _path(config, name) for name in ("data.prepared", "init_from", "latents.vae")}
-    check_paths(inputs, outputs)
+    check_paths(inputs, {}, outputs)
     return run_stage(config)
 
 

@@ -303,6 +303,8 @@ class ImageTo3DPipeline:
         """
         stacked = isinstance(images, np.ndarray) and images.ndim == 4
         many = stacked or not isinstance(images, (str, Path, Image.Image, Mapping, np.ndarray))
+        if many and not (stacked or isinstance(images, Sequence)):
+            raise UserError(f"images is {type(images).__name__}, expected an image or a list of images")
         inputs: Sequence[ImageInput] = images if many else [images]  # type: ignore[assignment, list-item]
         seeds = seeds_of(seed, len(inputs))
         given = {"steps": steps, "guidance": guidance, "resolution": resolution}

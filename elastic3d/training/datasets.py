@@ -43,7 +43,9 @@ def read_split(paths: Sequence[Path]) -> list[str]:
         lines = [line.strip() for line in read_text(path, "a list of shapes").splitlines()]
         named = [line for line in lines if line and not line.startswith("#")]
         if wrong := next((line for line in named if "/" not in line), None):
-            raise UserError(f"{path} has the line {shown(wrong)}, expected lines such as folder/chair (source/id)")
+            raise UserError(
+                f"{path} has the line {shown(wrong)}, expected lines such as folder/chair (source/id)"
+            )
         ids.update(dict.fromkeys(named))
     if not ids:
         names = ", ".join(map(str, paths)) or "the list of split files"

@@ -93,8 +93,12 @@ def open_held_out(config: HeldOutConfig) -> PreparedShapes:
 
 
 def _listed(split: Path, config: HeldOutConfig) -> list[str]:
-    """The shapes of the source that a list names."""
-    return [id for id in read_split([split]) if id.startswith(f"{config.data.source.value}/")]
+    """The shapes of the source that a list names. UserError if there are none."""
+    source = config.data.name or config.data.source.value
+    found = [id for id in read_split([split]) if id.startswith(f"{source}/")]
+    if not found:
+        raise UserError(f"{split} names no shape of {source}, expected lines such as {source}/chair")
+    return found
 
 
 def stem(id: str) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -160,7 +161,11 @@ def matching_files(pattern: str) -> list[Path]:
     return [path for path in (place / name for name in sorted(found)) if path.is_file()]
 
 
-def check_paths(reads: Mapping[str, Paths], writes: Mapping[str, Paths]) -> None:
+def check_paths(
+    reads: Mapping[str, Paths],
+    writes: Mapping[str, Paths],
+    folders: Mapping[str, Paths] = MappingProxyType({}),
+) -> None:
     """Refuse a command, before it does anything, of which one file would replace another or can't be written.
 
     Links are followed. Names that differ in upper and lower case, or in how an accent is written, count as one: on
@@ -168,7 +173,8 @@ def check_paths(reads: Mapping[str, Paths], writes: Mapping[str, Paths]) -> None
 
     Args:
         reads: inputs by what the user calls them, such as "image".
-        writes: outputs, files and folders, likewise.
+        writes: outputs, likewise.
+        folders: outputs that are folders, likewise.
 
     Raises:
         UserError: naming both paths, or the one that can't be written.
@@ -177,7 +183,7 @@ def check_paths(reads: Mapping[str, Paths], writes: Mapping[str, Paths]) -> None
     for name, path in _each(reads):
         for key in _keys(path):
             taken.setdefault(key, (f"{name}, which is read", path))
-    for name, path in _each(writes):
+    for name, path in (*_each(writes), *_each(folders)):
         keys = _keys(path)
         for key in keys & taken.keys():
             other, place = taken[key]
@@ -186,12 +192,15 @@ def check_paths(reads: Mapping[str, Paths], writes: Mapping[str, Paths]) -> None
                 f" ({other}): choose another name"
             )
         taken |= dict.fromkeys(keys, (f"{name}, written too", path))
-        _check_writable(path)
+        _check_writable(path, name in folders)
 
 
-def _check_writable(path: Path) -> None:
-    """UserError if nothing can be written at a path, a file or a folder that need not be there yet."""
-    place = path if path.is_dir() else path.parent
+def _check_writable(path: Path, folder: bool) -> None:
+    """UserError if no file, or no folder, can be written at a path."""
+    if path.exists() and path.is_dir() is not folder:
+        there, wanted = ("file", "folder") if folder else ("folder", "file")
+        raise UserError(f"can't write {printable(path)}: it is a {there}, expected a {wanted}")
+    place = path if folder and path.exists() else path.parent
     there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(

@@ -142,6 +142,15 @@ def test_uploads_that_are_no_images(serve) -> None:
     assert post(client, blank.getvalue()).status_code == 400
 
 
+@pytest.mark.parametrize("path", ["/v1/meshes", "/generate"])
+def test_json_that_is_no_object_is_said_to_be_none(serve, path: str) -> None:
+    answer = serve().client.post(path, json=[1])
+    assert (answer.status_code, answer.json()) == (
+        400,
+        {"error": "the request is no JSON object, expected one"},
+    )
+
+
 def test_bodies_that_are_no_requests(serve) -> None:
     client = serve(max_megabytes=0.01).client
     assert client.post("/v1/meshes", content=b"x", headers={"content-type": "text/plain"}).status_code == 415

@@ -66,6 +66,19 @@ def test_an_output_below_a_file_is_refused(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "a.glb").exists()
 
 
+def test_a_file_in_the_place_of_a_folder_is_refused_and_the_other_way_round(tmp_path: Path) -> None:
+    (tmp_path / "a.json").touch()
+    with pytest.raises(UserError, match=r"can't write .*a.json: it is a file, expected a folder"):
+        check_paths({}, {}, {"output": tmp_path / "a.json"})
+    with pytest.raises(UserError, match=r"can't write .*: it is a folder, expected a file"):
+        check_paths({}, {"output": tmp_path})
+    check_paths(
+        {"data": tmp_path / "a.json"}, {"trace": tmp_path / "t.png"}, {"output": [tmp_path, tmp_path / "new"]}
+    )
+    with pytest.raises(UserError, match="output would be written to"):
+        check_paths({"weights": tmp_path}, {}, {"output": tmp_path / "."})
+
+
 def test_every_script_that_writes_asks() -> None:
     silent = []
     for script in sorted(SCRIPTS.glob("[a-z]*.py")):
