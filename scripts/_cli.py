@@ -247,8 +247,8 @@ def _unknown(
     within = [each for each in saved if today & {each, each.rpartition(".")[2]}]
     if within and not (renamed or by_leaf or having):
         group = within[0].partition(".")[0]
-        where = f"{group}={'|'.join(choices[group])}" if group in choices else "the files of a model"
-        return f"unknown option {key!r}: {within[0]} comes with {where} (--help lists every option)"
+        where = f"part of {group}={'|'.join(choices[group])}" if group in choices else "saved with a model"
+        return f"unknown option {key!r}: {within[0]} is no option of its own, but {where} (--help lists all)"
     close = renamed or by_leaf or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     subject = "it is" if name in today else f"{' or '.join(sorted(today))} is"

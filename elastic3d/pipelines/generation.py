@@ -192,7 +192,9 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
         )
     if routers is not None:
         if pipeline.session is not None:
-            raise UserError(f"routers={config.routers}: this model has routers of its own")
+            raise UserError(
+                f"routers={config.routers}: this model has routers of its own, expected one without any"
+            )
         attach(pipeline.dit, config.routers)
         pipeline.weights_sha256 = f"{pipeline.weights_sha256}+{file_sha256(routers)}"
     if config.calibration:
