@@ -21,12 +21,13 @@ def test_every_folder_is_written_and_the_nearest_shape_is_the_alike_one(tmp_path
     trimesh.creation.icosphere(3).export(meshes / "ball.stl")
     splits = tmp_path / "splits"
     splits.mkdir()
-    splits.joinpath("train.txt").write_text("folder/crate\nfolder/ball\n")
+    splits.joinpath("train.txt").write_text("mine/crate\nmine/ball\n")
     splits.joinpath("val.txt").write_text("")
-    splits.joinpath("test.txt").write_text("folder/box\n")
+    splits.joinpath("test.txt").write_text("mine/box\n")
     points = {"surface_points": 2048, "sharp_points": 64, "near_points": 64, "volume_points": 64}
     data = PrepareConfig(
         source=SourceName.folder,
+        name="mine",
         path=str(meshes),
         output=str(tmp_path / "prepared"),
         splits=str(splits),
