@@ -30,7 +30,7 @@ from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.weights import read_weights, save_weights
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
-from elastic3d.preparation.options import PrepareConfig
+from elastic3d.preparation.options import PrepareConfig, SourceName
 from elastic3d.preparation.prepare import open_source
 from elastic3d.training.datasets import PreparedShapes, item_generator, read_split
 from elastic3d.training.journal import contact_sheet, field_meshes, mesh_image, on_white
@@ -68,6 +68,11 @@ class HeldOutConfig(Options):
     batch_size: int = option(8, "meshes generated at a time", ge=1, le=1 << 20)
     device: DeviceChoice = option(DeviceChoice.auto, "where the model runs")
     dtype: DTypeChoice = option(DTypeChoice.auto, "number format of the model")
+
+    def check(self) -> None:
+        """The nearest training shape is made again from its own mesh."""
+        if self.data.source is SourceName.folder and not self.data.path:
+            raise ValueError("data.source=folder needs data.path=, the directory with your meshes")
 
 
 def build_held_out(config: HeldOutConfig) -> list[str]:

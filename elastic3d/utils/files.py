@@ -198,8 +198,8 @@ def check_paths(
 def _check_writable(path: Path, folder: bool) -> None:
     """UserError if no file, or no folder, can be written at a path."""
     if path.exists() and path.is_dir() is not folder:
-        there, wanted = ("file", "folder") if folder else ("folder", "file")
-        raise UserError(f"can't write {printable(path)}: it is a {there}, expected a {wanted}")
+        found, wanted = ("file", "folder") if folder else ("folder", "file")
+        raise UserError(f"can't write {printable(path)}: it is a {found}, expected a {wanted}")
     place = path if folder and path.exists() else path.parent
     there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):

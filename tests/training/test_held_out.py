@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 import trimesh
 
+from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import load_mesh, read_extras
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.preparation.options import PrepareConfig, ShapeConfig, SourceName
@@ -11,6 +13,11 @@ from elastic3d.preparation.prepare import prepare_data
 from elastic3d.training.held_out import HeldOutConfig, build_held_out
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_folder_without_its_path_is_refused() -> None:
+    with pytest.raises(UserError, match="data.source=folder needs data.path="):
+        HeldOutConfig(output=Path("out"), data=PrepareConfig(source=SourceName.folder))
 
 
 def test_every_folder_is_written_and_the_nearest_shape_is_the_alike_one(tmp_path: Path) -> None:
