@@ -71,8 +71,10 @@ class HeldOutConfig(Options):
 
     def check(self) -> None:
         """The nearest training shape is made again from its own mesh."""
-        if self.data.source is SourceName.folder and not self.data.path:
-            raise ValueError("data.source=folder needs data.path=, the directory with your meshes")
+        if self.data.source is SourceName.folder and not (self.data.path and Path(self.data.path).is_dir()):
+            raise ValueError(
+                f"data.path is {self.data.path!r}, expected the directory with your meshes for data.source=folder"
+            )
 
 
 def build_held_out(config: HeldOutConfig) -> list[str]:
