@@ -25,7 +25,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
@@ -57,9 +56,8 @@ def run(
     elsewhere: Elsewhere = dict,
 ) -> NoReturn:
     """Run `main` on the command line's options and leave the process with its exit code."""
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # it warns of what is not installed and not needed
+    # It warns of packages that are not installed, and not needed here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names may be no UTF-8
     signal.signal(signal.SIGTERM, _terminate)
@@ -235,8 +233,8 @@ def _unknown(
     key: str,
     known: Sequence[str],
     elsewhere: Mapping[str, Collection[str]],
-    saved: Sequence[str] = (),
-    choices: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    saved: Sequence[str],
+    choices: Mapping[str, Sequence[str]],
 ) -> str:
     """What is wrong with an option that is not `known`. `saved` are names of what only files hold."""
     name = key.lstrip("-")

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 def main(config: AppConfig) -> int:
     """Load the first model, then serve the page until SIGTERM or Ctrl-C; files of visits go with it."""
     config.token = config.token or os.environ.get("ELASTIC3D_TOKEN", "")
-    config.require_address()
+    config.require_token()
+    config.require_port()
     with tempfile.TemporaryDirectory(prefix="elastic3d-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:

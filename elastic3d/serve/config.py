@@ -38,14 +38,16 @@ class ServerConfig(Options):
     device: DeviceChoice = option(DeviceChoice.auto, "Where the model runs.")
     dtype: DTypeChoice = option(DTypeChoice.auto, "Number format of the model.")
 
-    def require_address(self) -> None:
-        """UserError where anybody on the network could ask without a token, or where nothing can listen. Port 0
-        becomes a free one."""
+    def require_token(self) -> None:
+        """UserError where anybody on the network could ask without a token."""
         if not self.token and not is_loopback(self.host):
             raise UserError(
                 f"host is {self.host}, which others can reach, and there is no token: set token= or $ELASTIC3D_TOKEN,"
                 " or listen on 127.0.0.1"
             )
+
+    def require_port(self) -> None:
+        """UserError where nothing can listen. Port 0 becomes a free one."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             with socket.create_server((self.host, self.port), family=family) as server:

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_a_folder_without_its_path_is_refused() -> None:
     for path in ("", "nowhere"):
-        with pytest.raises(UserError, match=f"data.path is '{path}', expected the directory with your meshes"):
+        with pytest.raises(
+            UserError, match=f"data.path is '{path}', expected the directory with your meshes"
+        ):
             HeldOutConfig(output=Path("out"), data=PrepareConfig(source=SourceName.folder, path=path))
 
 
