@@ -52,7 +52,7 @@ def evaluate_folders(
     }
     for kind, folders in rivals.items():
         for folder, run in zip(folders, rival_items[kind], strict=True):
-            if not run:
+            if not any(item.pred for item in run):
                 raise UserError(
                     f"the {kind.value} {folder} and {config.gt} have no name in common, expected the same file names"
                 )
