@@ -56,8 +56,7 @@ def run(
     elsewhere: Elsewhere = dict,
 ) -> NoReturn:
     """Run `main` on the command line's options and leave the process with its exit code."""
-    # It warns of packages that are not installed, and not needed here.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of packages that are not needed
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names may be no UTF-8
     signal.signal(signal.SIGTERM, _terminate)
@@ -111,11 +110,8 @@ def parse(
     config_dir: Path = CONFIG_DIR,
     elsewhere: Elsewhere = dict,
 ) -> Config:
-    """The configuration that `arguments` (each `key=value`) ask for.
-
-    Raises:
-        UserError: unknown option or group, a value of the wrong type or out of range, a required option left out.
-    """
+    """The configuration that `arguments` (each `key=value`) ask for. UserError: an unknown option or group, a value of
+    the wrong type or out of range, a required option left out."""
     options, choices = options_of(config_class), group_choices(config_class, config_name, config_dir)
     groups: dict[str, str] = {}
     given: dict[str, Any] = {}
@@ -134,8 +130,7 @@ def parse(
             if text.lower() not in ("true", "false"):
                 raise UserError(f"{argument}: expected true or false")
         else:
-            saved = [leaf.name for leaf in walk(config_class) if leaf.internal]
-            raise UserError(_unknown(key, [*options, *choices, "debug"], elsewhere(), saved, choices))
+            raise UserError(_unknown(key, config_class, choices, elsewhere()))
     values = composed(options, config_name, config_dir, groups) | given
     for option in options.values():
         if option.name not in values and option.default is MISSING:
@@ -231,12 +226,13 @@ def _meant(key: str, text: str, choices: Sequence[str]) -> str:
 
 def _unknown(
     key: str,
-    known: Sequence[str],
-    elsewhere: Mapping[str, Collection[str]],
-    saved: Sequence[str],
+    config_class: type[Any],
     choices: Mapping[str, Sequence[str]],
+    elsewhere: Mapping[str, Collection[str]],
 ) -> str:
-    """What is wrong with an option that is not `known`. `saved` are names of what only files hold."""
+    """What is wrong with an option that this command does not have."""
+    known = [*options_of(config_class), *choices, "debug"]
+    saved = [leaf.name for leaf in walk(config_class) if leaf.internal]
     name = key.lstrip("-")
     today = todays_names(name)
     renamed = [each for each in known if today & {each, each.rpartition(".")[2]}]

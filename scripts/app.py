@@ -67,12 +67,15 @@ def main(config: AppConfig) -> int:
 def find_models(config: AppConfig) -> Models:
     """The model that is named, loaded, and those that can be chosen instead."""
     from elastic3d.checkpoints.options import PRESETS
-    from elastic3d.pipelines.generation import load_pipeline, model_folder
+    from elastic3d.pipelines.generation import load_pipeline
+    from elastic3d.pipelines.runtime import find_model
     from elastic3d.serve.models import Models
 
     first, wanted = config.generate_config(), [config.generate_config() for _ in config.models]
     for one, name in zip(wanted, config.models, strict=True):
-        one.model, one.weights, one.routers = name if name in PRESETS else str(model_folder(name)), "", ""
+        if name not in PRESETS and not find_model(name).is_dir():
+            raise UserError(f"models has {name}, expected a folder or one of {', '.join(PRESETS)}")
+        one.model, one.weights, one.routers = str(find_model(name)), "", ""
     loaders = {Path(one.model or DEFAULT_MODEL).name: partial(load_pipeline, one) for one in [first, *wanted]}
     if len(loaders) < 1 + len(wanted):
         raise UserError(f"models={config.models}: two models have one name, expected different ones")

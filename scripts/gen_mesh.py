@@ -107,12 +107,10 @@ def report(outcomes: list, seconds: float, summary: bool) -> None:
         return
     counts = [f"{sum(o.status == s for o in outcomes)} {s}" for s in ("ok", "failed", "skipped")]
     print(f"{len(outcomes)} meshes: {', '.join(counts)}, {seconds:.1f} s")
-    warned = sum(bool(o.warnings or o.image_warnings) for o in outcomes)
-    if warned and summary:
-        print(f"warning: {warned} of {len(outcomes)} meshes have warnings: see summary.json", file=sys.stderr)
-    for mesh in () if summary else outcomes:
-        for warning in mesh.warnings:
-            print(f"warning: {mesh.output}: {warning}", file=sys.stderr)
+    if warned := [mesh for mesh in outcomes if mesh.warnings or mesh.image_warnings]:
+        all_of_them = "; ".join(f"{mesh.output}: {', '.join(mesh.warnings)}" for mesh in warned)
+        where = "see summary.json" if summary else all_of_them
+        print(f"warning: {len(warned)} of {len(outcomes)} meshes have warnings: {where}", file=sys.stderr)
 
 
 if __name__ == "__main__":

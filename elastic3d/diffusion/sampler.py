@@ -64,8 +64,7 @@ def integrate(
     one_branch: Callable[[float], bool] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Integrate from given noise (B,N,C): condition (B,M,Cc) -> latents (B,N,C), in S steps from one of the times
-    (S+1,) to the next. Gradients go back through all steps.
+    """Noise (B,N,C), condition (B,M,Cc) -> latents (B,N,C), in S steps along times (S+1,), all of them with gradients.
 
     Guidance g: v = v_uncond + g (v_cond - v_uncond) (2207.12598), the unconditional branch sees zeros; g = 1
     runs the conditional branch alone. A guidance-embedded model takes g as an input and runs one branch.
@@ -76,17 +75,9 @@ def integrate(
     generation, each step and the branches, and says itself where one of them is enough.
     `on_step(i, S)` is called when all samples have done step i.
     """
+    times = times.to(noise.device)
     path = _Path(
-        dit,
-        condition,
-        noise,
-        times.to(noise.device),
-        guidance,
-        solver,
-        guidance_embed,
-        sequential,
-        session,
-        one_branch,
+        dit, condition, noise, times, guidance, solver, guidance_embed, sequential, session, one_branch
     )
     waits = False
     if session is not None:

@@ -217,20 +217,15 @@ def load_router_config(folder: str | Path, family: str) -> RouterConfig:
     UserError unless they are of `family`, and for curves in neither file or other ones in each."""
     config: RouterConfig = load_config(Path(folder), RouterConfig, f"{family}Routers")
     path = Path(folder) / ROUTER_CURVES_NAME
-    within = "curves" in renamed(RouterConfig, load_json(Path(folder) / CONFIG_NAME))
-    if not path.is_file():
-        if within:
-            return config
-        raise UserError(
-            f"{folder} has no {ROUTER_CURVES_NAME}, expected that of these routers beside {CONFIG_NAME}"
-        )
-    curves = from_dict(RouterCurves, load_json(path), str(path))
-    if within and curves != config.curves:
-        raise UserError(
-            f"{folder} has curves in {CONFIG_NAME}, as older versions have them, and other ones in"
-            f" {ROUTER_CURVES_NAME}: expected both files of one version"
-        )
-    return replace(config, curves=curves)
+    saved = renamed(RouterConfig, load_json(Path(folder) / CONFIG_NAME))
+    if path.is_file():
+        found = replace(config, curves=from_dict(RouterCurves, load_json(path), str(path)))
+        if "curves" in saved and found != config:
+            raise UserError(f"{path} has other curves than {CONFIG_NAME}, expected files of one version")
+        return found
+    if "curves" not in saved:
+        raise UserError(f"{folder} has no {ROUTER_CURVES_NAME}, expected the routers' beside {CONFIG_NAME}")
+    return config
 
 
 def load_routers(model: nn.Module, folder: str | Path) -> None:

@@ -24,7 +24,7 @@ from elastic3d.models.images import IMAGE_SUFFIXES, VIEW_NAMES, ImageInput
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.assets import check_asset, coloured
-from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline, OnProgress, Result
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, OnProgress, Result
 from elastic3d.pipelines.options import (
     DEFAULT_MODEL,
     NO_ROUTERS_NAME,
@@ -155,15 +155,6 @@ def plan(config: GenerateConfig) -> Plan:
     return Plan(jobs, folder)
 
 
-def model_folder(name: str) -> Path:
-    """The folder of a model that is none of the published ones. UserError where there is no such folder."""
-    folder = find_model(name)
-    if not folder.is_dir():
-        known = ", ".join(PRESETS)
-        raise UserError(f"there is no folder {folder}, expected one with {PIPELINE_NAME}, or one of {known}")
-    return folder
-
-
 def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
     """The model that the options ask for, with the options that concern its memory and its routers applied.
 
@@ -186,7 +177,7 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
             if getattr(config, name):
                 presets = ", ".join(PRESETS)
                 raise UserError(f"{name}= is for model={presets}, but model is {config.model!r}")
-        folder = model_folder(config.model or DEFAULT_MODEL)
+        folder = find_model(config.model or DEFAULT_MODEL)
         pipeline = ImageTo3DPipeline.from_pretrained(
             folder, config.device, config.dtype, routers=config.routers != NO_ROUTERS_NAME
         )

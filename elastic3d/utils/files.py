@@ -24,6 +24,7 @@ import yaml
 from elastic3d.errors import UserError
 
 Paths = str | os.PathLike[str] | None | Iterable[str | os.PathLike[str]]
+Named = Mapping[str, Paths]  # by what the user calls them
 """A path, several, or none (also as an empty text)."""
 MAX_JSON_BYTES = 1 << 28
 MAX_YAML_BYTES = 1 << 20
@@ -161,23 +162,12 @@ def matching_files(pattern: str) -> list[Path]:
     return [path for path in (place / name for name in sorted(found)) if path.is_file()]
 
 
-def check_paths(
-    reads: Mapping[str, Paths],
-    writes: Mapping[str, Paths],
-    folders: Mapping[str, Paths] = MappingProxyType({}),
-) -> None:
+def check_paths(reads: Named, writes: Named, folders: Named = MappingProxyType({})) -> None:
     """Refuse a command, before it does anything, of which one file would replace another or can't be written.
 
     Links are followed. Names that differ in upper and lower case, or in how an accent is written, count as one: on
     many file systems they are. A folder is the same as itself only: a file may be written into a folder that is read.
-
-    Args:
-        reads: inputs by what the user calls them, such as "image".
-        writes: outputs, likewise.
-        folders: outputs that are folders, likewise.
-
-    Raises:
-        UserError: naming both paths, or the one that can't be written.
+    Inputs, outputs, and outputs that are folders go by what the user calls them, such as "image"; UserError names them.
     """
     taken: dict[object, tuple[str, Path]] = {}
     for name, path in _each(reads):
@@ -197,18 +187,15 @@ def check_paths(
 
 def _check_writable(path: Path, folder: bool) -> None:
     """UserError if no file, or no folder, can be written at a path."""
-    if path.exists() and path.is_dir() is not folder:
-        found, wanted = ("file", "folder") if folder else ("folder", "file")
-        raise UserError(f"can't write {printable(path)}: it is a {found}, expected a {wanted}")
-    place = path if folder and path.exists() else path.parent
-    there = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    place = path if folder else path.parent
+    there = next(each for each in (place, *place.absolute().parents) if each.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(
-            f"can't write {printable(path)}: {printable(there)} is no folder that may be written to"
-        )
+        raise UserError(f"can't write {printable(path)}: {printable(there)} is no folder to write to")
+    if path.is_dir() and not folder:
+        raise UserError(f"can't write {printable(path)}: it is a folder, expected a file")
 
 
-def _each(named: Mapping[str, Paths]) -> Iterator[tuple[str, Path]]:
+def _each(named: Named) -> Iterator[tuple[str, Path]]:
     for name, given in named.items():
         several = [given] if given is None or isinstance(given, (str, os.PathLike)) else given
         for path in several:

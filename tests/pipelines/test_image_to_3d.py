@@ -239,7 +239,7 @@ def test_arrays_are_images_and_integers_of_numpy_are_seeds(pipeline):
 
 @pytest.mark.parametrize("images", [None, 3])
 def test_what_is_neither_an_image_nor_a_list_is_refused(pipeline, images):
-    with pytest.raises(UserError, match=f"images is {type(images).__name__}, expected an image or a list"):
+    with pytest.raises(UserError, match=f"an image is a {type(images).__name__}, expected a file"):
         pipeline(images)
 
 

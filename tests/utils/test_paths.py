@@ -68,7 +68,7 @@ def test_an_output_below_a_file_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_a_file_in_the_place_of_a_folder_is_refused_and_the_other_way_round(tmp_path: Path) -> None:
     (tmp_path / "a.json").touch()
-    with pytest.raises(UserError, match=r"can't write .*a.json: it is a file, expected a folder"):
+    with pytest.raises(UserError, match=r"can't write .*a.json: .*a.json is no folder to write to"):
         check_paths({}, {}, {"output": tmp_path / "a.json"})
     with pytest.raises(UserError, match=r"can't write .*: it is a folder, expected a file"):
         check_paths({}, {"output": tmp_path})
