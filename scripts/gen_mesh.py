@@ -108,8 +108,7 @@ def report(outcomes: list, seconds: float, summary: bool) -> None:
     counts = [f"{sum(o.status == s for o in outcomes)} {s}" for s in ("ok", "failed", "skipped")]
     print(f"{len(outcomes)} meshes: {', '.join(counts)}, {seconds:.1f} s")
     if warned := [mesh for mesh in outcomes if mesh.warnings or mesh.image_warnings]:
-        all_of_them = "; ".join(f"{mesh.output}: {', '.join(mesh.warnings)}" for mesh in warned)
-        where = "see summary.json" if summary else all_of_them
+        where = "see summary.json" if summary else "; ".join(w for mesh in warned for w in mesh.warnings)
         print(f"warning: {len(warned)} of {len(outcomes)} meshes have warnings: {where}", file=sys.stderr)
 
 

@@ -220,10 +220,8 @@ class ImageTo3DPipeline:
         folder, target = find_model(path), resolve_device(device)
         number = resolve_dtype(dtype, target)
         if not folder.is_dir():
-            presets = ", ".join(PRESETS)
-            raise UserError(
-                f"there is no folder {folder}, expected one with {PIPELINE_NAME}, or one of {presets}"
-            )
+            wanted = f"one with {PIPELINE_NAME}, or one of {', '.join(PRESETS)}"
+            raise UserError(f"there is no folder {folder}, expected {wanted}")
         own = (folder / PIPELINE_NAME).is_file() and not (folder / INDEX_NAME).is_file()
         if not own and (found := identify(folder)):
             raise UserError(f"{folder}: {found}" + (f" weights={folder}" if "model=" in found else ""))

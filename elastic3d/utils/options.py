@@ -252,9 +252,7 @@ def renamed(config_class: type[Any], saved: Mapping[str, Any], where: str = "") 
     """Values by the names that options have today (see `old_names`). UserError for a value whose meaning is gone."""
     names = {old: new for each in config_class.__mro__ for old, new in OPTIONS.get(each.__name__, {}).items()}
     if gone := [old for old in KEPT.keys() & names.keys() & saved.keys() if saved[old] != KEPT[old]]:
-        raise UserError(
-            f"{where}{gone[0]} is {shown(saved[gone[0]])}, expected {KEPT[gone[0]]}, which is left"
-        )
+        raise UserError(f"{where}{gone[0]} is {shown(saved[gone[0]])}, expected {KEPT[gone[0]]}")
     found = {new: value for old, value in saved.items() if (new := names.get(old, old)) is not None}
     if group := GROUPED.get(config_class.__name__):
         inner = {name: found.pop(name) for name in hints(hints(config_class)[group]) if name in found}

@@ -131,9 +131,10 @@ def test_a_quality_and_a_budget_of_a_model_with_a_dial(
     assert "model/dial.json is broken" in capsys.readouterr().err
 
 
-def test_several_samples(command: Command, tmp_path: Path) -> None:
+def test_several_samples(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_image(tmp_path / "a.png")
     assert command("image=a.png", "output=x.glb", "num_samples=2", "seed=4") == 0
+    assert "summary.json" not in capsys.readouterr().err, "there is none"
     assert [read_extras(tmp_path / f"x_{n}.glb")["seed"] for n in range(2)] == [4, 5]
 
 

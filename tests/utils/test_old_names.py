@@ -99,7 +99,7 @@ def test_saved_caches_encoders_and_defaults() -> None:
 
 @pytest.mark.parametrize("variant", ["none", "paper"])
 def test_routers_of_a_variant_that_is_gone_are_refused(variant: str) -> None:
-    wanted = f"a.json: router.variant is '{variant}', expected light, which is left"
+    wanted = f"a.json: router.variant is '{variant}', expected light"
     with pytest.raises(UserError, match=wanted):
         from_dict(RouterConfig, {"variant": variant}, "a.json", "router.")
 
