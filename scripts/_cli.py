@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 
 from elastic3d.errors import UserError
 from elastic3d.utils.files import parse_yaml
-from elastic3d.utils.old_names import todays_names
+from elastic3d.utils.old_names import VALUES, todays_names
 from elastic3d.utils.options import Leaf, alternatives, as_typed, check_type, expected, from_dict, walk
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -56,6 +56,7 @@ def run(
     elsewhere: Elsewhere = dict,
 ) -> NoReturn:
     """Run `main` on the command line's options and leave the process with its exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of packages that are not needed
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names may be no UTF-8
     signal.signal(signal.SIGTERM, _terminate)
@@ -102,13 +103,6 @@ def _terminate(*_: object) -> NoReturn:
     raise Terminated
 
 
-def check_writable(folder: Path) -> None:
-    """UserError before the work, not after it, if nothing can be written to `folder`."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"can't write to {folder}: {existing} is no folder that may be written to")
-
-
 def parse(
     config_class: type[Config],
     config_name: str,
@@ -116,11 +110,8 @@ def parse(
     config_dir: Path = CONFIG_DIR,
     elsewhere: Elsewhere = dict,
 ) -> Config:
-    """The configuration that `arguments` (each `key=value`) ask for.
-
-    Raises:
-        UserError: unknown option or group, a value of the wrong type or out of range, a required option left out.
-    """
+    """The configuration that `arguments` (each `key=value`) ask for. UserError: an unknown option or group, a value of
+    the wrong type or out of range, a required option left out."""
     options, choices = options_of(config_class), group_choices(config_class, config_name, config_dir)
     groups: dict[str, str] = {}
     given: dict[str, Any] = {}
@@ -131,7 +122,7 @@ def parse(
         key = _full_name(key, options, choices)
         if key in choices:
             if text not in choices[key]:
-                raise UserError(f"{argument}: expected one of {', '.join(choices[key])}")
+                raise UserError(f"{argument}: {_meant(key, text, choices[key])}")
             groups[key] = text
         elif key in options:
             given[key] = typed_value(text, options[key])
@@ -139,7 +130,7 @@ def parse(
             if text.lower() not in ("true", "false"):
                 raise UserError(f"{argument}: expected true or false")
         else:
-            raise UserError(_unknown(key, [*options, *choices, "debug"], elsewhere()))
+            raise UserError(_unknown(key, config_class, choices, elsewhere()))
     values = composed(options, config_name, config_dir, groups) | given
     for option in options.values():
         if option.name not in values and option.default is MISSING:
@@ -225,14 +216,35 @@ def _full_name(key: str, options: Collection[str], choices: Collection[str]) -> 
     return matches[0] if len(matches) == 1 else key
 
 
-def _unknown(key: str, known: Sequence[str], elsewhere: Mapping[str, Collection[str]]) -> str:
+def _meant(key: str, text: str, choices: Sequence[str]) -> str:
+    """What a value that is no choice was to be: a name of an older version, or a slip."""
+    old = VALUES.get((key, text))
+    close = [old] if old in choices else difflib.get_close_matches(text, choices, n=1)
+    hint = f"did you mean {key}={close[0]}? " if close else ""
+    return f"{hint}expected one of {', '.join(choices)}"
+
+
+def _unknown(
+    key: str,
+    config_class: type[Any],
+    choices: Mapping[str, Sequence[str]],
+    elsewhere: Mapping[str, Collection[str]],
+) -> str:
+    """What is wrong with an option that this command does not have."""
+    known = [*options_of(config_class), *choices, "debug"]
+    saved = [leaf.name for leaf in walk(config_class) if leaf.internal]
     name = key.lstrip("-")
     today = todays_names(name)
     renamed = [each for each in known if today & {each, each.rpartition(".")[2]}]
     by_leaf = [each for each in known if each.rpartition(".")[2] == name.rpartition(".")[2]]
+    having = [choice for choice, names in elsewhere.items() if today.intersection(names)]
+    within = [each for each in saved if today & {each, each.rpartition(".")[2]}]
+    if within and not (renamed or by_leaf or having):
+        group = within[0].partition(".")[0]
+        where = f"part of {group}={'|'.join(choices[group])}" if group in choices else "saved with a model"
+        return f"unknown option {key!r}: {within[0]} is no option of its own, but {where} (--help lists all)"
     close = renamed or by_leaf or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    having = [choice for choice, names in elsewhere.items() if today.intersection(names)]
     subject = "it is" if name in today else f"{' or '.join(sorted(today))} is"
     hint += f"{subject} an option of {', '.join(having)}; " if having and not renamed else ""
     return f"unknown option {key!r}: {hint}(--help lists every option)"
@@ -331,14 +343,16 @@ def help_text(
     lines += _entry("debug", "false", _DEBUG_HELP)
     hidden = sum(option.advanced for option in listed)
     if hidden and not advanced:
-        lines += ["", f"{hidden} more options are seldom changed: --help all lists them too."]
+        more = "1 more option is" if hidden == 1 else f"{hidden} more options are"
+        lines += ["", f"{more} seldom changed: --help all lists them too."]
     return "\n".join(lines)
 
 
 def _meaning(option: Leaf) -> str:
     """What an option is, as a sentence, and what it may be."""
     kind = next(each for each in alternatives(option.kind) if each is not type(None))
-    meaning = option.help[:1].upper() + option.help[1:]
+    named = option.help.partition(":")[0].isidentifier()  # a value, whose meaning follows
+    meaning = option.help if named else option.help[:1].upper() + option.help[1:]
     meaning += "" if meaning.endswith(".") or not meaning else "."
     if isinstance(kind, type) and issubclass(kind, Enum):
         return f"{meaning} One of: {', '.join(member.name for member in kind)}."

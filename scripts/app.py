@@ -34,6 +34,7 @@ def main(config: AppConfig) -> int:
     """Load the first model, then serve the page until SIGTERM or Ctrl-C; files of visits go with it."""
     config.token = config.token or os.environ.get("ELASTIC3D_TOKEN", "")
     config.require_token()
+    config.require_port()
     with tempfile.TemporaryDirectory(prefix="elastic3d-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:
@@ -65,12 +66,15 @@ def main(config: AppConfig) -> int:
 
 def find_models(config: AppConfig) -> Models:
     """The model that is named, loaded, and those that can be chosen instead."""
+    from elastic3d.checkpoints.options import PRESETS
     from elastic3d.pipelines.generation import load_pipeline
     from elastic3d.pipelines.runtime import find_model
     from elastic3d.serve.models import Models
 
     first, wanted = config.generate_config(), [config.generate_config() for _ in config.models]
     for one, name in zip(wanted, config.models, strict=True):
+        if name not in PRESETS and not find_model(name).is_dir():
+            raise UserError(f"models has {name}, expected a folder or one of {', '.join(PRESETS)}")
         one.model, one.weights, one.routers = str(find_model(name)), "", ""
     loaders = {Path(one.model or DEFAULT_MODEL).name: partial(load_pipeline, one) for one in [first, *wanted]}
     if len(loaders) < 1 + len(wanted):

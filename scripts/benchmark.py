@@ -18,7 +18,7 @@ import sys
 from _cli import run
 
 from elastic3d.benchmark.config import ImageBenchmarkConfig, MeshBenchmarkConfig, Phase
-from elastic3d.utils.files import check_distinct
+from elastic3d.utils.files import check_paths
 
 INPUTS = (
     "images", "gt", "model", "dense", "calibration", "policy_calibration", "weights",
@@ -31,7 +31,7 @@ def main(config: MeshBenchmarkConfig | ImageBenchmarkConfig) -> int:
     from elastic3d.benchmark.run import benchmark
 
     inputs = {name: getattr(config, name, None) for name in INPUTS}
-    check_distinct({**inputs, "variants": config.variants.values()}, {"output": config.output})
+    check_paths({**inputs, "variants": config.variants.values()}, {}, {"output": config.output})
 
     results = benchmark(config, shlex.join(["python", *sys.argv]))
     quick = Phase.quick in config.phases

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import time
 
-from _cli import check_writable, run
+from _cli import run
 
 from elastic3d.pipelines.options import CalibratePolicyConfig
-from elastic3d.utils.files import check_distinct
+from elastic3d.utils.files import check_paths
 
 
 def main(config: CalibratePolicyConfig) -> None:
@@ -25,8 +25,7 @@ def main(config: CalibratePolicyConfig) -> None:
     from elastic3d.pipelines.calibration import calibrate_policy, target_file
 
     target, start = target_file(config), time.perf_counter()
-    check_distinct({"prompts": config.prompts or None}, {"output": target})
-    check_writable(target.parent)
+    check_paths({"prompts": config.prompts or None}, {"output": target})
     with tqdm(total=config.samples, unit="sample", leave=False, disable=None) as bar:
         path, found = calibrate_policy(config, lambda done, total: bar.update())
     about, seconds = found.about, time.perf_counter() - start

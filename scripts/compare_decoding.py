@@ -14,7 +14,7 @@ from pathlib import Path
 from _cli import run
 
 from elastic3d.studies.config import DecodingConfig
-from elastic3d.utils.files import check_distinct
+from elastic3d.utils.files import check_paths
 
 
 def main(config: DecodingConfig) -> int:
@@ -22,7 +22,7 @@ def main(config: DecodingConfig) -> int:
     from elastic3d.studies.decoding import compare_decoding
 
     reads = {"images": config.images, "gt": config.gt, "model": Path(config.model)}
-    check_distinct(reads, {"output": config.output})
+    check_paths(reads, {}, {"output": config.output})
     print(compare_decoding(config))
     return 0
 

@@ -20,13 +20,13 @@ from elastic3d.evaluation.folders import evaluate_folders
 from elastic3d.evaluation.html import load_frontier, write_html
 from elastic3d.evaluation.options import EvaluateConfig
 from elastic3d.evaluation.report import text_report, write_csv
-from elastic3d.utils.files import check_distinct, save_json
+from elastic3d.utils.files import check_paths, save_json
 
 
 def main(config: EvaluateConfig) -> int:
     outputs = [config.output, *(config.output.with_suffix(end) for end in (".csv", ".rows.jsonl"))]
     inputs = ("gate", "benchmark", "pred", "gt", "floor", "baseline")
-    check_distinct({name: getattr(config, name) for name in inputs}, {"output": outputs, "html": config.html})
+    check_paths({name: getattr(config, name) for name in inputs}, {"output": outputs, "html": config.html})
     frontier = load_frontier(config.benchmark) if config.benchmark else []
     command = shlex.join(["python", *sys.argv])
     with tqdm(desc="score", unit="pair") as bar:

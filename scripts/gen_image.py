@@ -13,12 +13,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from _cli import check_writable, run
+from _cli import run
 
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.errors import UserError
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, GenerateImageConfig, parse_size
-from elastic3d.utils.files import check_distinct
+from elastic3d.utils.files import check_paths
 
 
 def main(config: GenerateImageConfig) -> int:
@@ -30,12 +30,11 @@ def main(config: GenerateImageConfig) -> int:
     from elastic3d.pipelines.text_to_image import TextToImagePipeline
 
     start, output = time.perf_counter(), Path(config.output)
-    check_writable(output.parent)
     targets = [output]
     if config.num_samples > 1:
         targets = [output.with_stem(f"{output.stem}_{n}") for n in range(config.num_samples)]
     inputs = {name: getattr(config, name) for name in ("weights", "routers", "lora", "calibration")}
-    check_distinct(inputs, {"output": targets, "trace": config.trace})
+    check_paths(inputs, {"output": targets, "trace": config.trace})
     pipeline = TextToImagePipeline.from_pretrained(
         config.backbone,
         config.weights or DEFAULT_IMAGE_MODEL,

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _cli import check_writable, run
+from _cli import run
 
 from elastic3d.errors import UserError
 from elastic3d.evaluation.options import Runner
@@ -43,7 +43,6 @@ def main(config: GenerateConfig) -> int:
 
     start = time.perf_counter()
     plan = generation.plan(config)
-    check_writable(plan.folder or plan.jobs[0].output.parent)
     single = len(plan.jobs) == 1 and plan.folder is None
     outcomes: list[generation.Outcome] = []
     make = maker(plan.jobs, config)
@@ -69,7 +68,7 @@ def main(config: GenerateConfig) -> int:
         raise UserError(outcomes[0].error)
     if config.trace:
         generation.save_routes(Path(config.trace), outcomes)
-    report(outcomes, time.perf_counter() - start)
+    report(outcomes, time.perf_counter() - start, plan.folder is not None)
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
 
@@ -98,8 +97,8 @@ def maker(
     return lambda tell, show: generate(pipeline, jobs, config, tell, show, draw)
 
 
-def report(outcomes: list, seconds: float) -> None:
-    """One line for a mesh, a count for many."""
+def report(outcomes: list, seconds: float, summary: bool) -> None:
+    """One line for a mesh, a count for many; their warnings, where no summary has them."""
     if len(outcomes) == 1 and outcomes[0].status == "ok":
         mesh = outcomes[0]
         print(f"{mesh.output}: {mesh.faces:,} faces, {mesh.print_summary}, {seconds:.1f} s")
@@ -108,8 +107,9 @@ def report(outcomes: list, seconds: float) -> None:
         return
     counts = [f"{sum(o.status == s for o in outcomes)} {s}" for s in ("ok", "failed", "skipped")]
     print(f"{len(outcomes)} meshes: {', '.join(counts)}, {seconds:.1f} s")
-    if warned := sum(bool(o.warnings or o.image_warnings) for o in outcomes):
-        print(f"warning: {warned} have warnings: see summary.json", file=sys.stderr)
+    if warned := [mesh for mesh in outcomes if mesh.warnings or mesh.image_warnings]:
+        where = "see summary.json" if summary else "; ".join(w for mesh in warned for w in mesh.warnings)
+        print(f"warning: {len(warned)} of {len(outcomes)} meshes have warnings: {where}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 from _cli import run
 
 from elastic3d.training.held_out import HeldOutConfig
-from elastic3d.utils.files import check_distinct
+from elastic3d.utils.files import check_paths
 
 
 def main(config: HeldOutConfig) -> int:
@@ -21,7 +21,7 @@ def main(config: HeldOutConfig) -> int:
     from elastic3d.training.held_out import build_held_out
 
     inputs: dict[str, Any] = {"model": config.model, "split": config.split, "train": config.train}
-    check_distinct(inputs | {"data.output": config.data.output}, {"output": config.output})
+    check_paths(inputs | {"data.output": config.data.output}, {}, {"output": config.output})
     ids = build_held_out(config)
     print(f"{len(ids)} held-out shapes in {config.output}; score a folder with scripts/evaluate.py")
     return 0

@@ -12,14 +12,14 @@ from __future__ import annotations
 from _cli import run
 
 from elastic3d.checkpoints.options import ImportConfig
-from elastic3d.utils.files import check_distinct
+from elastic3d.utils.files import check_paths
 
 
 def main(config: ImportConfig) -> None:
     """Read, check, write."""
     from elastic3d.pipelines.published import import_checkpoint
 
-    check_distinct({"weights": config.weights, "dinov2": config.dinov2}, {"output": config.output})
+    check_paths({"weights": config.weights, "dinov2": config.dinov2}, {}, {"output": config.output})
     print(import_checkpoint(config))
 
 

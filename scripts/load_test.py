@@ -14,12 +14,12 @@ from pathlib import Path
 from _cli import run
 
 from elastic3d.serve.load_test import LoadTestConfig, load_test
-from elastic3d.utils.files import check_distinct, save_json
+from elastic3d.utils.files import check_paths, save_json
 
 
 def main(config: LoadTestConfig) -> int:
     """1 if a request failed."""
-    check_distinct({"model": Path(config.model) if config.model else None}, {"output": config.output})
+    check_paths({"model": Path(config.model) if config.model else None}, {"output": config.output})
     figures = load_test(config, Path(__file__).with_name("serve.py"))
     print(json.dumps(figures, indent=1))
     if config.output is not None:

@@ -12,15 +12,15 @@ from _cli import run
 from elastic3d.diffusion.dial import DIAL_NAME
 from elastic3d.studies.config import DialConfig
 from elastic3d.studies.dial import make_dial
-from elastic3d.utils.files import check_distinct
+from elastic3d.utils.files import check_paths
 
 
 def main(config: DialConfig) -> int:
     """Write the file and print its rows."""
-    check_distinct({"results": config.results}, {"dial": config.model / DIAL_NAME})
+    check_paths({"results": config.results}, {"dial": config.model / DIAL_NAME})
     for name, row in make_dial(config):
         who = "plan" if row.planned else "routers"
-        settings = "dense" if row.router_budget is None else f"{who} {row.router_budget:g}"
+        settings = f"{who} {row.router_budget:g}" if row.router_budget not in (None, 1) else "every block"
         lora = ", few-step LoRA" if row.few_step_lora else ""
         scores = ", ".join(f"{score:.4f}" for score in row.f_scores)
         print(

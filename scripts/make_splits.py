@@ -25,12 +25,12 @@ from elastic3d.preparation.splits import (
     write_splits,
 )
 from elastic3d.preparation.sweethome3d import SweetHome3DSource, find_package
-from elastic3d.utils.files import check_distinct
+from elastic3d.utils.files import check_paths
 
 
 def main(config: SplitsConfig) -> int:
     """Split Infinigen by seed and SweetHome3D by group of near duplicates."""
-    check_distinct({"path": config.path}, {"output": config.output})
+    check_paths({"path": config.path}, {}, {"output": config.output})
     splits = {f"infinigen/{asset.name}": infinigen_split(asset.seed) for asset in assets([], config.seeds)}
     splits |= {
         f"primitives/{shape.name}": primitives_split(shape.seed, PER_ROUND.get(shape.category, 1))

@@ -13,14 +13,14 @@ from pathlib import Path
 from _cli import run
 
 from elastic3d.checkpoints.options import TinyWeightsConfig
-from elastic3d.utils.files import check_distinct
+from elastic3d.utils.files import check_paths
 
 
 def main(config: TinyWeightsConfig) -> None:
     """Draw, write."""
     from elastic3d.checkpoints.tiny import write_tiny
 
-    check_distinct({}, {"output": Path(config.output)})
+    check_paths({}, {}, {"output": Path(config.output)})
     print(
         f"{write_tiny(config.model, config.output, config.seed)}: a tiny {config.model} with random weights"
     )

@@ -21,14 +21,14 @@ from elastic3d.preparation.prepare import open_source
 from elastic3d.preparation.splits import Split, read_splits
 from elastic3d.studies.colour import measure_shape, summary
 from elastic3d.studies.config import ColourConfig
-from elastic3d.utils.files import check_distinct, save_json
+from elastic3d.utils.files import check_paths, save_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def main(config: ColourConfig) -> int:
     """One line a shape, then the summary."""
-    check_distinct({"model": Path(config.model) if config.model else None}, {"output": config.output})
+    check_paths({"model": Path(config.model) if config.model else None}, {"output": config.output})
     pipeline = ImageTo3DPipeline.from_pretrained(config.model or REPOSITORY / DEFAULT_MODEL)
     source, splits = open_source(config.data), read_splits(Path(config.data.splits))
     quality = config.quality.name if pipeline.dial is not None else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from _cli import run
 
 from elastic3d.training.familiarity import FamiliarityConfig
-from elastic3d.utils.files import check_distinct
+from elastic3d.utils.files import check_paths
 
 
 def main(config: FamiliarityConfig) -> int:
@@ -20,7 +20,7 @@ def main(config: FamiliarityConfig) -> int:
     from elastic3d.training.familiarity import measure_familiarity
 
     written = [config.model / name for name in ("familiarity.safetensors", "familiarity.json")]
-    check_distinct({"probe": config.probe}, {"model": written})
+    check_paths({"probe": config.probe}, {"model": written})
     record = measure_familiarity(config)
     print(f"threshold {record['threshold']:.3f} of {record['train_images']} training images")
     print(f"unfamiliar: {record['val_false_alarms']:.1%} of {record['val_images']} validation images")

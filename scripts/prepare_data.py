@@ -17,13 +17,13 @@ from _cli import run
 
 from elastic3d.preparation.options import PrepareConfig, SourceName
 from elastic3d.preparation.prepare import next_commands, prepare_data
-from elastic3d.utils.files import check_distinct
+from elastic3d.utils.files import check_paths
 
 
 def main(config: PrepareConfig) -> int:
     """Prepare a source of shapes: distances, surface samples and views, in shards that training reads."""
     folder = Path(config.output) / (config.name or config.source.value)
-    check_distinct({"path": config.path, "splits": config.splits}, {"output": folder})
+    check_paths({"path": config.path, "splits": config.splits}, {}, {"output": folder})
     summary = prepare_data(config)
     print(f"{summary.prepared} shapes in {summary.folder}, {len(summary.failures)} skipped")
     for name, reason in list(summary.failures.items())[:20]:

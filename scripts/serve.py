@@ -25,6 +25,8 @@ def main(config: ServeConfig) -> int:
     """Load the model, then answer requests until SIGTERM or Ctrl-C."""
     config.token = config.token or os.environ.get("ELASTIC3D_TOKEN", "")
     config.require_token()
+    if config.runner is Runner.local:
+        config.require_port()
     try:
         import uvicorn
 

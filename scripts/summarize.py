@@ -8,10 +8,10 @@ Prints Markdown. All reports of a table must have one protocol and the same item
 
 from __future__ import annotations
 
-from _cli import check_writable, run
+from _cli import run
 
 from elastic3d.evaluation.options import SummarizeConfig
-from elastic3d.utils.files import check_distinct
+from elastic3d.utils.files import check_paths
 
 
 def main(config: SummarizeConfig) -> int:
@@ -20,14 +20,12 @@ def main(config: SummarizeConfig) -> int:
     from elastic3d.evaluation.summary import csv_rows, find_reports, markdown, summarize
     from elastic3d.utils.files import atomic_path
 
-    if config.output:
-        check_writable(config.output)
     sets = {folder.resolve().name: find_reports(folder) for folder in config.folders}
     sets = sets or {"reports": config.reports}
     if config.output:
         outputs = [config.output / name for name in ("summary.md", "summary.csv")]
         methods = [files for found in sets.values() for files in found.values()]
-        check_distinct({"reports": [path for files in methods for path in files]}, {"output": outputs})
+        check_paths({"reports": [path for files in methods for path in files]}, {"output": outputs})
     summaries = [summarize(title, files, config.baseline, config.bootstrap) for title, files in sets.items()]
     text = markdown(summaries)
     if config.output:

@@ -12,14 +12,14 @@ from __future__ import annotations
 from _cli import run
 
 from elastic3d.studies.config import FullSizeConfig
-from elastic3d.utils.files import check_distinct
+from elastic3d.utils.files import check_paths
 
 
 def main(config: FullSizeConfig) -> int:
     """Measure, write the JSON, print the table."""
     from elastic3d.studies.full_size import measure_full_size, printed
 
-    check_distinct({}, {"output": config.output})
+    check_paths({}, {"output": config.output})
     print(printed(measure_full_size(config)))
     return 0
 

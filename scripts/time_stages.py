@@ -12,7 +12,7 @@ from __future__ import annotations
 from _cli import run
 
 from elastic3d.studies.config import StagesConfig
-from elastic3d.utils.files import check_distinct
+from elastic3d.utils.files import check_paths
 
 
 def main(config: StagesConfig) -> int:
@@ -20,7 +20,7 @@ def main(config: StagesConfig) -> int:
     from elastic3d.studies.stages import measure_stages, printed
 
     reads = {"image": config.image, "model": config.model, "against": config.against}
-    check_distinct(reads, {"output": config.output})
+    check_paths(reads, {"output": config.output})
     print(printed(measure_stages(config)["table"]))
     return 0
 

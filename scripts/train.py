@@ -16,7 +16,7 @@ import yaml
 from _cli import CONFIG_DIR, options_of, run
 
 from elastic3d.training.options import StageConfig, StageName
-from elastic3d.utils.files import check_distinct
+from elastic3d.utils.files import check_paths
 
 
 def main(config: StageConfig) -> int:
@@ -27,7 +27,7 @@ def main(config: StageConfig) -> int:
     if config.stage is StageName.cache:
         outputs["latents.output"] = _path(config, "latents.output")
     inputs = {name: _path(config, name) for name in ("data.prepared", "init_from", "latents.vae")}
-    check_distinct(inputs, outputs)
+    check_paths(inputs, {}, outputs)
     return run_stage(config)
 
 

@@ -41,7 +41,15 @@ REQUIRED = {
 CONDA_NAMES = {"torch": "pytorch", "open3d-cpu": "open3d"}
 CONDA_ONLY = {"python", "pip", "pytorch3d"}
 README = (ROOT / "README.md").read_text()
-PAGES = ["README.md", "docs", "data/README.md", "data/pretrained/README.md", "reports", "CONTRIBUTING.md"]
+PAGES = [
+    "README.md",
+    "docs",
+    "data/README.md",
+    "data/pretrained",
+    "reports",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+]
 
 
 def entry_points(script: Path) -> list[tuple[type, str]]:
@@ -119,6 +127,23 @@ def documented_commands() -> list[str]:
                 if re.search(r"(python|launch) .*scripts/", line)
             ]
     return list(dict.fromkeys(found))
+
+
+def documented_imports() -> list[str]:
+    """Every import of an example in Python on a page."""
+    pages = [page for name in PAGES for page in sorted((ROOT / name).rglob("*.md")) or [ROOT / name]]
+    blocks = [
+        block for page in pages for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+    nodes = [node for block in blocks for node in ast.walk(ast.parse(block))]
+    return sorted({ast.unparse(node) for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))})
+
+
+def test_what_examples_on_pages_import_is_there():
+    found = [line for line in documented_imports() if "elastic3d" in line]
+    assert len(found) > 5
+    for line in found:
+        exec(line, {})
 
 
 @pytest.mark.parametrize("command", documented_commands())

@@ -57,9 +57,8 @@ class Bundle:
             self.dit,
             condition,
             noise.float(),
-            steps,
+            sampling_times(sampling, steps),
             guidance if embedded else max(guidance, 1.0),
-            times=sampling_times(sampling, steps),
             guidance_embed=embedded,
         )
 

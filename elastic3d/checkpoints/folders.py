@@ -27,6 +27,7 @@ from elastic3d.models.options import VAEConfig
 from elastic3d.utils.files import load_json
 
 INDEX_NAME = "model_index.json"
+IMAGE_PIPELINES = ("PixelFluxPipeline", "FluxPipeline", "QwenImagePipeline")
 PIPELINE_CLASSES = {"TripoSGPipeline": "triposg", "Step1X3DGeometryPipeline": "step1x3d"}
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _VARIANTS = ("", ".fp16", ".bf16")
@@ -224,6 +225,8 @@ def open_folder(folder: str | Path, model: str, subfolder: str = "") -> Folder:
 
 def identify(folder: Path) -> str:
     """`this is Hunyuan3D-2.1, say model=hunyuan3d2_1`, or nothing where the folder is of no known model."""
+    if (kind := _class_name(folder / INDEX_NAME)) in IMAGE_PIPELINES:
+        return f"this is a text-to-image model ({kind}), expected one of meshes"
     if (folder / "pipeline.json").is_file():
         return f"this is a model folder of elastic3d, say model={folder}"
     for name, preset in PRESETS.items():

@@ -34,7 +34,7 @@ def sample(
     dit: Velocity,
     condition: Tensor,
     shape: tuple[int, int],
-    steps: int,
+    times: Tensor,
     guidance: float,
     generators: Sequence[torch.Generator],
     **options: Any,
@@ -42,22 +42,21 @@ def sample(
     """Integrate from noise to data: condition (B,M,Cc) -> latents (B,N,C) in fp32, with `shape` = (N, C).
 
     Each sample's noise comes from its own generator, so that it does not depend on its batch mates. `options` are those
-    of `integrate`. ValueError for fewer than one step or a generator count other than B.
+    of `integrate`. ValueError for a generator count other than B.
     """
     if len(generators) != condition.shape[0]:
         raise ValueError(f"{len(generators)} generators for a batch of {condition.shape[0]}")
     noise = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
-    return integrate(dit, condition, noise.to(condition.device), steps, guidance, **options)
+    return integrate(dit, condition, noise.to(condition.device), times, guidance, **options)
 
 
 def integrate(
     dit: Velocity,
     condition: Tensor,
     noise: Tensor,
-    steps: int,
+    times: Tensor,
     guidance: float,
     *,
-    times: Tensor | None = None,
     solver: Solver = Solver.euler,
     guidance_embed: bool = False,
     sequential: bool = False,
@@ -65,18 +64,18 @@ def integrate(
     one_branch: Callable[[float], bool] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Integrate from given noise (B,N,C): condition (B,M,Cc) -> latents (B,N,C). Gradients go back through all steps.
+    """Noise (B,N,C), condition (B,M,Cc) -> latents (B,N,C), in S steps along times (S+1,), all of them with gradients.
 
     Guidance g: v = v_uncond + g (v_cond - v_uncond) (2207.12598), the unconditional branch sees zeros; g = 1
     runs the conditional branch alone. A guidance-embedded model takes g as an input and runs one branch.
-    `times` (S+1,) replaces the even grid of `steps`. `solver` ab2: from the second step on the line
-    through the last two velocities is followed (Adams-Bashforth for uneven steps); it calls the model no more often.
+    `solver` ab2: from the second step on the line through the last two velocities is followed (Adams-Bashforth for
+    uneven steps); it calls the model no more often.
     `sequential` runs the branches one after the other: half the memory. `one_branch(t)` says whether the conditional
     branch is enough at a time in [0,1]; None: nowhere. `session` is that of a model with routers: it is given the
     generation, each step and the branches, and says itself where one of them is enough.
-    `on_step(i, steps)` is called when all samples have done step i.
+    `on_step(i, S)` is called when all samples have done step i.
     """
-    times = (timestep_grid(steps) if times is None else times).to(noise.device)
+    times = times.to(noise.device)
     path = _Path(
         dit, condition, noise, times, guidance, solver, guidance_embed, sequential, session, one_branch
     )

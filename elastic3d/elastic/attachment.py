@@ -213,17 +213,18 @@ def save_router_config(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_router_config(folder: str | Path, family: str) -> RouterConfig:
-    """The architecture of the routers in `folder`, and their curves, which older versions kept in the same file: a file
-    of curves comes first. UserError unless they are of `family`, and for curves in neither file."""
+    """The architecture of the routers in `folder`, and their curves, which older versions kept in the same file.
+    UserError unless they are of `family`, and for curves in neither file or other ones in each."""
     config: RouterConfig = load_config(Path(folder), RouterConfig, f"{family}Routers")
     path = Path(folder) / ROUTER_CURVES_NAME
-    if path.is_file():
-        return replace(config, curves=from_dict(RouterCurves, load_json(path), str(path)))
     saved = renamed(RouterConfig, load_json(Path(folder) / CONFIG_NAME))
+    if path.is_file():
+        found = replace(config, curves=from_dict(RouterCurves, load_json(path), str(path)))
+        if "curves" in saved and found != config:
+            raise UserError(f"{path} has other curves than {CONFIG_NAME}, expected files of one version")
+        return found
     if "curves" not in saved:
-        raise UserError(
-            f"{folder} has no {ROUTER_CURVES_NAME}, expected that of these routers beside {CONFIG_NAME}"
-        )
+        raise UserError(f"{folder} has no {ROUTER_CURVES_NAME}, expected the routers' beside {CONFIG_NAME}")
     return config
 
 

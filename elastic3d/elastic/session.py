@@ -29,6 +29,7 @@ from elastic3d.elastic.few_step import FewStepLoRA, coarseness
 from elastic3d.elastic.router import Conditioner, RouteDecision, Router, interpolated
 from elastic3d.elastic.trace import REUSED, SKIPPED, Trace
 from elastic3d.elastic.width import NarrowBlocks, stays_eager
+from elastic3d.errors import UserError
 
 T = TypeVar("T", int, float)
 Scale = float | None
@@ -114,7 +115,7 @@ class ElasticSession:
         reuse = self.settings.cache or config.cache()
         forecast = self.source.begin(steps, times, budgets) if self.source else None
         if self.routed and config.longest and not reuse.skipped_reuse:
-            raise ValueError("cache.skipped_reuse is false, expected true: routers were trained to reuse")
+            raise UserError("cache.skipped_reuse is false, expected true: routers were trained to reuse")
         self.end()
         if reuse.active:
             self.cache = ResidualCache(reuse, times or [i / steps for i in range(steps)], forecast)

@@ -50,6 +50,12 @@ def evaluate_folders(
     rival_items = {
         kind: [shared_items(f, config.gt, items) for f in folders] for kind, folders in rivals.items()
     }
+    for kind, folders in rivals.items():
+        for folder, run in zip(folders, rival_items[kind], strict=True):
+            if not any(item.pred for item in run):
+                raise UserError(
+                    f"the {kind.value} {folder} and {config.gt} have no name in common, expected the same file names"
+                )
     total = len(items) + sum(len(run) for runs in rival_items.values() for run in runs)
     journal, done = prepare_journal(config), count(1)
 

@@ -13,7 +13,7 @@ from elastic3d.errors import UserError
 from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.evaluation.protocol import evaluate_pair, failed_scores
 from elastic3d.evaluation.statistics import Row
-from elastic3d.geometry.gltf_data import GltfFile
+from elastic3d.geometry.gltf_data import read_tree
 from elastic3d.geometry.mesh_io import READ_SUFFIXES, load_mesh
 from elastic3d.utils.files import printable, visible_files
 
@@ -105,7 +105,7 @@ def has_uv(path: Path) -> bool:
     (as read here) never do. ValueError for a glb or gltf file that is broken."""
     suffix = path.suffix.lower()
     if suffix in (".glb", ".gltf"):
-        return _gltf_has_uv(GltfFile(path.read_bytes(), path.parent).tree)
+        return _gltf_has_uv(read_tree(path))
     if suffix == ".obj":
         with path.open("rb") as file:
             return any(line.startswith(b"vt ") for line in file)

@@ -194,6 +194,18 @@ class GltfFile:
             raise FormatError(f"its buffer {name[:200]!r} can't be read: {reason}") from error
 
 
+def read_tree(path: Path) -> dict[str, Any]:
+    """The JSON of a file without the binary chunk of a glb, nearly all of it. FormatError if it is broken."""
+    with path.open("rb") as file:
+        head = file.read(20)
+        if head[:4] != MAGIC:
+            return _tree(head + file.read())
+        if head[16:] != b"JSON":
+            raise FormatError("its first chunk is not JSON")
+        length = int.from_bytes(head[12:16], "little")
+        return _tree(file.read(min(length, path.stat().st_size)))
+
+
 def _parse(data: bytes) -> tuple[dict[str, Any], bytes | None]:
     """The JSON of a file and, of a glb, its binary chunk."""
     text, binary = data, None
@@ -208,13 +220,17 @@ def _parse(data: bytes) -> tuple[dict[str, Any], bytes | None]:
             raise FormatError("its first chunk is not JSON")
         text = chunks[0][1]
         binary = next((content for kind, content in chunks[1:2] if kind == b"BIN\0"), None)
+    return _tree(text), binary
+
+
+def _tree(text: bytes) -> dict[str, Any]:
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"its JSON is broken: {error or 'nested too deeply'}") from error
     if not isinstance(tree, dict):
         raise FormatError(f"its JSON is a {type(tree).__name__}, expected an object")
-    return tree, binary
+    return tree
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

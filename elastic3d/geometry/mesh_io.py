@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from elastic3d import __version__
 from elastic3d.errors import UserError
 from elastic3d.geometry.gltf import read_gltf
+from elastic3d.geometry.gltf_data import as_object, read_tree
 from elastic3d.geometry.mesh_formats import read_polygons
 from elastic3d.geometry.mesh_parsing import FormatError
 from elastic3d.geometry.polygons import triangulate
@@ -22,9 +22,6 @@ from elastic3d.utils.files import atomic_path, check_file
 
 READ_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 WRITE_SUFFIXES = (".glb", ".ply", ".obj", ".stl")
-
-_GLB_MAGIC = 0x46546C67
-_GLB_JSON = 0x4E4F534A
 
 
 def load_mesh(path: str | os.PathLike[str]) -> trimesh.Trimesh:
@@ -134,17 +131,13 @@ def read_extras(path: str | os.PathLike[str]) -> dict[str, Any]:
         UserError: the file is missing, empty or no glb.
     """
     path = check_file(path, "a glb file")
-    with path.open("rb") as file:
-        header = file.read(20)
-        magic, _, _, length, kind = struct.unpack("<5I", header) if len(header) == 20 else (0,) * 5
-        if magic != _GLB_MAGIC or kind != _GLB_JSON:
-            raise UserError(f"{path} is not a glb file")
-        try:
-            tree = json.loads(file.read(length))
-        except ValueError as error:
-            raise UserError(f"{path} is a broken glb file: {error}") from error
-    extras = tree.get("asset", {}).get("extras", {})
-    return dict(extras.get("elastic3d", {}))
+    try:
+        found = read_tree(path)
+        for name in ("asset", "extras", "elastic3d"):
+            found = as_object(found.get(name, {}), name)
+    except FormatError as error:
+        raise UserError(f"{path} is not a glb file: {error}") from error
+    return found
 
 
 def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import trimesh
 
-from elastic3d.checkpoints.folders import identify
 from elastic3d.checkpoints.options import PRESETS
 from elastic3d.elastic.attachment import attach
 from elastic3d.elastic.config import ElasticOptions
@@ -25,7 +24,7 @@ from elastic3d.models.images import IMAGE_SUFFIXES, VIEW_NAMES, ImageInput
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.assets import check_asset, coloured
-from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline, OnProgress, Result
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, OnProgress, Result
 from elastic3d.pipelines.options import (
     DEFAULT_MODEL,
     NO_ROUTERS_NAME,
@@ -38,7 +37,7 @@ from elastic3d.pipelines.preview import draw_routes, route_title, turntable
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.utils.files import (
     atomic_path,
-    check_distinct,
+    check_paths,
     file_sha256,
     matching_files,
     name_key,
@@ -143,7 +142,7 @@ def plan(config: GenerateConfig) -> Plan:
         check_asset(config.asset, suffix, config.cleanup.uv)
     meshes = [job.output for job in jobs]
     views = {f"image_{name}": path for name, path in config.views.items()}
-    check_distinct(
+    check_paths(
         {"image": [job.image for job in jobs if not job.prompt], **views},
         {
             "output": meshes,
@@ -179,14 +178,14 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
                 presets = ", ".join(PRESETS)
                 raise UserError(f"{name}= is for model={presets}, but model is {config.model!r}")
         folder = find_model(config.model or DEFAULT_MODEL)
-        if not (folder / PIPELINE_NAME).is_file() and (found := identify(folder)):
-            raise UserError(f"{folder}: {found} weights={folder}")
         pipeline = ImageTo3DPipeline.from_pretrained(
             folder, config.device, config.dtype, routers=config.routers != NO_ROUTERS_NAME
         )
     if routers is not None:
         if pipeline.session is not None:
-            raise UserError(f"routers={config.routers}: this model has routers of its own")
+            raise UserError(
+                f"routers={config.routers}: this model has routers of its own, expected one without any"
+            )
         attach(pipeline.dit, config.routers)
         pipeline.weights_sha256 = f"{pipeline.weights_sha256}+{file_sha256(routers)}"
     if config.calibration:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from elastic3d import __version__
+from elastic3d.checkpoints.folders import INDEX_NAME, identify
+from elastic3d.checkpoints.options import PRESETS
 from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, resolution_of, save_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample, sampling_times
@@ -218,7 +220,11 @@ class ImageTo3DPipeline:
         folder, target = find_model(path), resolve_device(device)
         number = resolve_dtype(dtype, target)
         if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}, expected one with {PIPELINE_NAME}")
+            wanted = f"one with {PIPELINE_NAME}, or one of {', '.join(PRESETS)}"
+            raise UserError(f"there is no folder {folder}, expected {wanted}")
+        own = (folder / PIPELINE_NAME).is_file() and not (folder / INDEX_NAME).is_file()
+        if not own and (found := identify(folder)):
+            raise UserError(f"{folder}: {found}" + (f" weights={folder}" if "model=" in found else ""))
         config = from_dict(PipelineConfig, load_json(folder / PIPELINE_NAME), str(folder / PIPELINE_NAME))
         vae = ShapeVAE.from_pretrained(folder / "vae", number, target)
         dit = load_dit(folder / "dit", number, target)
@@ -298,7 +304,7 @@ class ImageTo3DPipeline:
                 In a list that is the `error` of its result, and the others go on.
         """
         stacked = isinstance(images, np.ndarray) and images.ndim == 4
-        many = stacked or not isinstance(images, (str, Path, Image.Image, Mapping, np.ndarray))
+        many = stacked or (isinstance(images, Sequence) and not isinstance(images, str))
         inputs: Sequence[ImageInput] = images if many else [images]  # type: ignore[assignment, list-item]
         seeds = seeds_of(seed, len(inputs))
         given = {"steps": steps, "guidance": guidance, "resolution": resolution}
@@ -435,10 +441,9 @@ class ImageTo3DPipeline:
                 static or self.dit,
                 condition,
                 (cfg.num_latents, cfg.in_channels),
-                steps,
+                times,
                 guidance,
                 [torch.Generator().manual_seed(seed) for seed in seeds],
-                times=times,
                 solver=self.config.solver,
                 sequential=self.offload,
                 guidance_embed=cfg.guidance_embed,

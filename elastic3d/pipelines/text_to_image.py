@@ -48,7 +48,7 @@ from elastic3d.pipelines.runtime import (
 )
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256, load_json
-from elastic3d.utils.options import check_range
+from elastic3d.utils.options import check_range, shown
 
 ROUTERS_NAME = "routers"
 
@@ -169,6 +169,8 @@ class TextToImagePipeline:
             UserError: a prompt that is empty, too long or no text, a value out of range, or an image with values
                 that are not finite.
         """
+        if isinstance(prompts, str):
+            raise UserError(f"prompts is {shown(prompts)}, expected a list of prompts")
         prompts = list(prompts)
         if len(prompts) != len(seeds) or not prompts:
             raise UserError(

@@ -121,7 +121,8 @@ def prepare_shard(
             except Exception as error:  # a bad mesh may raise anything; it is listed and the others go on
                 if fault := _fault_of_machine(error):
                     raise UserError(f"{item.id} can't be prepared here: {fault}") from error
-                reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                reason = f"{name}{error}".splitlines()[0][:300]
             else:
                 rows.append(row)
                 arrays |= found

@@ -135,7 +135,9 @@ def _sentence(errors: Any) -> str:
     name = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
     given = first.get("input")
     shown = f" is {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
-    return f"{name}{shown}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    if first["type"].startswith("model_"):
+        return f"{name or 'the request'} is no JSON object, expected one"
+    return f"{name or 'the request'}{shown}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 # --------------------------------------------------------------------------------------------------- requests

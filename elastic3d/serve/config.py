@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from dataclasses import dataclass
 
+from elastic3d.errors import UserError
 from elastic3d.evaluation.options import Runner
 from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
@@ -37,12 +39,23 @@ class ServerConfig(Options):
     dtype: DTypeChoice = option(DTypeChoice.auto, "Number format of the model.")
 
     def require_token(self) -> None:
-        """ValueError where anybody on the network could ask without a token."""
+        """UserError where anybody on the network could ask without a token."""
         if not self.token and not is_loopback(self.host):
-            raise ValueError(
+            raise UserError(
                 f"host is {self.host}, which others can reach, and there is no token: set token= or $ELASTIC3D_TOKEN,"
                 " or listen on 127.0.0.1"
             )
+
+    def require_port(self) -> None:
+        """UserError where nothing can listen. Port 0 becomes a free one."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            with socket.create_server((self.host, self.port), family=family) as server:
+                self.port = server.getsockname()[1]
+        except OSError as error:
+            raise UserError(
+                f"can't listen on host={self.host} port={self.port}: {(error.strerror or str(error)).lower()}"
+            ) from error
 
     def generate_config(self) -> GenerateConfig:
         """What `pipelines.generation.load_pipeline` takes."""

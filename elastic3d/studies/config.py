@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from elastic3d.checkpoints.options import PRESETS
 from elastic3d.diffusion.options import Quality
 from elastic3d.elastic.config import MIN_BUDGET
 from elastic3d.models.options import MAX_TOKENS, MAX_WIDTH
@@ -114,7 +115,11 @@ class FullSizeConfig(Options):
 
     output: Path = option(Path("outputs/full_size.json"), "JSON file with every measurement")
     models: list[str] = option(
-        ["hunyuan3d2", "triposg", "step1x3d"], "published models", lengths=(1, 100), unique=True
+        ["hunyuan3d2", "triposg", "step1x3d"],
+        "published models",
+        choices=tuple(PRESETS),
+        lengths=(1, 100),
+        unique=True,
     )
     budgets: list[float] = option(
         [0.65, 0.5, 0.35], "shares of the blocks' FLOPs", ge=MIN_BUDGET, le=1, lengths=(1, 100), unique=True

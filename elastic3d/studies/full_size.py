@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from elastic3d.checkpoints.bundle import model_class
-from elastic3d.diffusion.sampler import integrate
+from elastic3d.diffusion.sampler import integrate, timestep_grid
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.elastic.trace import trace_share
 from elastic3d.elastic.training_free import put_policy
@@ -113,7 +113,7 @@ def _round(
             CLEAR.write_text("5")  # the peak of the resident set starts anew
         start = clock()
         with torch.no_grad():
-            integrate(dit, condition, noise, steps, GUIDANCE, session=session)
+            integrate(dit, condition, noise, timestep_grid(steps), GUIDANCE, session=session)
         if cuda:
             torch.cuda.synchronize()
         seconds, peak = clock() - start, _peak_mb(cuda)

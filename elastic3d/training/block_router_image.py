@@ -89,9 +89,8 @@ class ImageBlockRouters(BlockRouterObjective):
             velocity,
             numbers[:, None, None],
             batch["noise"],
-            steps,
+            backbone.grid(steps),
             1.0 if one else scale,
-            times=backbone.grid(steps),
             session=self.session,
         )
 

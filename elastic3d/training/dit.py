@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from elastic3d.diffusion.flow import interpolate, match_noise, sample_timesteps, timesteps_at, velocity
-from elastic3d.diffusion.sampler import sample
+from elastic3d.diffusion.sampler import sample, timestep_grid
 from elastic3d.errors import UserError
 from elastic3d.models.images import prepare_image
 from elastic3d.models.options import DiTConfig
@@ -254,8 +254,8 @@ class DiTStage(Stage):
         generators = [torch.Generator().manual_seed(i) for i in indices]
         count, channels = self.info.latents
         condition = items["condition"].to(device).float()
-        steps, guidance = self.config.sample_steps, self.config.sample_guidance
-        latents = sample(self.dit, condition, (count, channels), steps, guidance, generators)
+        times, guidance = timestep_grid(self.config.sample_steps), self.config.sample_guidance
+        latents = sample(self.dit, condition, (count, channels), times, guidance, generators)
         self.vae.to(device)
         rows = [[self._view(i) for i in indices]]
         for found in (latents, items["latents"].to(device)):

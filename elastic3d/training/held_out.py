@@ -30,7 +30,7 @@ from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.weights import read_weights, save_weights
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
-from elastic3d.preparation.options import PrepareConfig
+from elastic3d.preparation.options import PrepareConfig, SourceName
 from elastic3d.preparation.prepare import open_source
 from elastic3d.training.datasets import PreparedShapes, item_generator, read_split
 from elastic3d.training.journal import contact_sheet, field_meshes, mesh_image, on_white
@@ -69,6 +69,13 @@ class HeldOutConfig(Options):
     device: DeviceChoice = option(DeviceChoice.auto, "where the model runs")
     dtype: DTypeChoice = option(DTypeChoice.auto, "number format of the model")
 
+    def check(self) -> None:
+        """The nearest training shape is made again from its own mesh."""
+        if self.data.source is SourceName.folder and not (self.data.path and Path(self.data.path).is_dir()):
+            raise ValueError(
+                f"data.path is {self.data.path!r}, expected the directory with your meshes for data.source=folder"
+            )
+
 
 def build_held_out(config: HeldOutConfig) -> list[str]:
     """Write every folder; meshes that are there already stay. -> ids of the held-out shapes.
@@ -93,8 +100,12 @@ def open_held_out(config: HeldOutConfig) -> PreparedShapes:
 
 
 def _listed(split: Path, config: HeldOutConfig) -> list[str]:
-    """The shapes of the source that a list names."""
-    return [id for id in read_split([split]) if id.startswith(f"{config.data.source.value}/")]
+    """The shapes of the source that a list names. UserError if there are none."""
+    source = config.data.name or config.data.source.value
+    found = [id for id in read_split([split]) if id.startswith(f"{source}/")]
+    if not found:
+        raise UserError(f"{split} names no shape of {source}, expected lines such as {source}/chair")
+    return found
 
 
 def stem(id: str) -> str:

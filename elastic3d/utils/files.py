@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -23,6 +24,7 @@ import yaml
 from elastic3d.errors import UserError
 
 Paths = str | os.PathLike[str] | None | Iterable[str | os.PathLike[str]]
+Named = Mapping[str, Paths]  # by what the user calls them
 """A path, several, or none (also as an empty text)."""
 MAX_JSON_BYTES = 1 << 28
 MAX_YAML_BYTES = 1 << 20
@@ -160,24 +162,18 @@ def matching_files(pattern: str) -> list[Path]:
     return [path for path in (place / name for name in sorted(found)) if path.is_file()]
 
 
-def check_distinct(reads: Mapping[str, Paths], writes: Mapping[str, Paths]) -> None:
-    """Refuse a command, before it does anything, of which one file would replace another.
+def check_paths(reads: Named, writes: Named, folders: Named = MappingProxyType({})) -> None:
+    """Refuse a command, before it does anything, of which one file would replace another or can't be written.
 
     Links are followed. Names that differ in upper and lower case, or in how an accent is written, count as one: on
     many file systems they are. A folder is the same as itself only: a file may be written into a folder that is read.
-
-    Args:
-        reads: inputs by what the user calls them, such as "image".
-        writes: outputs, files and folders, likewise.
-
-    Raises:
-        UserError: naming both paths.
+    Inputs, outputs, and outputs that are folders go by what the user calls them, such as "image"; UserError names them.
     """
     taken: dict[object, tuple[str, Path]] = {}
     for name, path in _each(reads):
         for key in _keys(path):
             taken.setdefault(key, (f"{name}, which is read", path))
-    for name, path in _each(writes):
+    for name, path in (*_each(writes), *_each(folders)):
         keys = _keys(path)
         for key in keys & taken.keys():
             other, place = taken[key]
@@ -186,9 +182,20 @@ def check_distinct(reads: Mapping[str, Paths], writes: Mapping[str, Paths]) -> N
                 f" ({other}): choose another name"
             )
         taken |= dict.fromkeys(keys, (f"{name}, written too", path))
+        _check_writable(path, name in folders)
 
 
-def _each(named: Mapping[str, Paths]) -> Iterator[tuple[str, Path]]:
+def _check_writable(path: Path, folder: bool) -> None:
+    """UserError if no file, or no folder, can be written at a path."""
+    place = path if folder else path.parent
+    there = next(each for each in (place, *place.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"can't write {printable(path)}: {printable(there)} is no folder to write to")
+    if path.is_dir() and not folder:
+        raise UserError(f"can't write {printable(path)}: it is a folder, expected a file")
+
+
+def _each(named: Named) -> Iterator[tuple[str, Path]]:
     for name, given in named.items():
         several = [given] if given is None or isinstance(given, (str, os.PathLike)) else given
         for path in several:

@@ -46,6 +46,8 @@ OPTIONS: dict[str, dict[str, str | None]] = {
 GROUPED = {
     "RouterConfig": "curves"
 }  # by class: the group with what older versions saved among its other options
+# Options that are gone with all but one of their values: what that one meant is what happens today.
+KEPT = {"variant": "light"}
 VALUES = {
     ("branches", "apart"): "separate",
     ("branches", "together"): "shared",

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from elastic3d.errors import UserError
-from elastic3d.utils.old_names import GROUPED, OPTIONS, VALUES
+from elastic3d.utils.old_names import GROUPED, KEPT, OPTIONS, VALUES
 
 Config = TypeVar("Config")
 MAX_TEXT = 4096  # characters of a text or path, which is also the longest path of Linux
@@ -230,7 +230,7 @@ def from_dict(
         UserError: an unknown field, a value of the wrong type or out of range.
     """
     kinds, where = hints(config_class), f"{source}: " if source else ""
-    values = renamed(config_class, values)
+    values = renamed(config_class, values, where + inside)
     for name in values:
         if name not in kinds:
             close = difflib.get_close_matches(str(name), kinds, n=1)
@@ -248,9 +248,11 @@ def from_dict(
         raise UserError(f"{where}{inside}{error}") from error
 
 
-def renamed(config_class: type[Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the names that the options of a class have today, whatever version saved them (see `old_names`)."""
+def renamed(config_class: type[Any], saved: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Values by the names that options have today (see `old_names`). UserError for a value whose meaning is gone."""
     names = {old: new for each in config_class.__mro__ for old, new in OPTIONS.get(each.__name__, {}).items()}
+    if gone := [old for old in KEPT.keys() & names.keys() & saved.keys() if saved[old] != KEPT[old]]:
+        raise UserError(f"{where}{gone[0]} is {shown(saved[gone[0]])}, expected {KEPT[gone[0]]}")
     found = {new: value for old, value in saved.items() if (new := names.get(old, old)) is not None}
     if group := GROUPED.get(config_class.__name__):
         inner = {name: found.pop(name) for name in hints(hints(config_class)[group]) if name in found}

@@ -33,10 +33,9 @@ def ours(case: str, root: Path) -> dict[str, Tensor]:
             bundle.dit,
             condition,
             (LATENTS, CHANNELS),
-            original.STEPS,
+            sampling_times(bundle.config.pipeline, original.STEPS),
             original.GUIDANCE,
             [torch.Generator().manual_seed(3)],
-            times=sampling_times(bundle.config.pipeline, original.STEPS),
             guidance_embed=bundle.dit.config.guidance_embed,
         )
         return {

@@ -253,6 +253,10 @@ def test_folders_of_other_models(written: dict[str, Path], tmp_path: Path) -> No
         load_triposg(written["step1x3d"])
     with pytest.raises(UserError, match="this is TripoSG, say model=triposg$"):
         load_hunyuan3d(written["triposg"])
+    with pytest.raises(
+        UserError, match=r"this is a text-to-image model \(PixelFluxPipeline\), expected one of meshes$"
+    ):
+        load_triposg(Path(__file__).parents[2] / "data" / "pretrained" / "image-small")
     for name in ("PartCrafter", "HoloPart", "TripoSGScribble"):
         folder = tmp_path / name
         folder.mkdir()

@@ -25,7 +25,7 @@ class PointFlow:
 def test_exact_velocity_reaches_the_data_in_any_number_of_steps():
     condition = torch.randn(2, 5, 3)
     for steps in (1, 4, 9):
-        out = sample(PointFlow(), condition, (7, 3), steps, 1.0, generators(0, 1))
+        out = sample(PointFlow(), condition, (7, 3), timestep_grid(steps), 1.0, generators(0, 1))
         torch.testing.assert_close(out, condition.mean(1, keepdim=True).expand(2, 7, 3), rtol=1e-4, atol=1e-4)
 
 
@@ -43,7 +43,7 @@ def test_error_falls_with_the_order_of_the_solver(solver, order, shift):
         start = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
         exact = (start + 5 / 9) * torch.exp(torch.tensor(-3.0)) + 5 / 3 - 5 / 9
         times, condition = timestep_grid(steps, shift), torch.zeros(1, 2, 3)
-        found = sample(flow, condition, (7, 3), steps, 1.0, generators(0), times=times, solver=solver)
+        found = sample(flow, condition, (7, 3), times, 1.0, generators(0), solver=solver)
         return (found - exact).norm().item()
 
     assert error(40) / error(80) == pytest.approx(2**order, rel=0.15)
@@ -54,14 +54,14 @@ def test_guidance_extrapolates_from_the_unconditional_branch():
     """v = v_u + g (v_c - v_u) with v_u towards 0 and v_c towards c moves towards g c."""
     condition = torch.randn(1, 5, 3)
     flow = PointFlow()
-    out = sample(flow, condition, (7, 3), 6, 3.0, generators(0))
+    out = sample(flow, condition, (7, 3), timestep_grid(6), 3.0, generators(0))
     torch.testing.assert_close(out, 3 * condition.mean(1, keepdim=True).expand(1, 7, 3), rtol=1e-3, atol=1e-3)
     assert flow.batches == [2] * 6 and flow.times[0] == 0
 
 
 def test_guidance_one_runs_one_branch():
     flow = PointFlow()
-    sample(flow, torch.randn(2, 5, 3), (7, 3), 4, 1.0, generators(0, 1))
+    sample(flow, torch.randn(2, 5, 3), (7, 3), timestep_grid(4), 1.0, generators(0, 1))
     assert flow.batches == [2] * 4
 
 
@@ -71,9 +71,9 @@ def test_seed_decides_and_batch_mates_do_not():
     def curved(latents, t, condition, guidance=None):
         return torch.sin(latents) + condition.mean(dim=1, keepdim=True) * t.view(-1, 1, 1)
 
-    both = sample(curved, condition, (7, 3), 5, 2.0, generators(0, 1))
-    again = sample(curved, condition, (7, 3), 5, 2.0, generators(0, 1))
-    alone = sample(curved, condition[1:], (7, 3), 5, 2.0, generators(1))
+    both = sample(curved, condition, (7, 3), timestep_grid(5), 2.0, generators(0, 1))
+    again = sample(curved, condition, (7, 3), timestep_grid(5), 2.0, generators(0, 1))
+    alone = sample(curved, condition[1:], (7, 3), timestep_grid(5), 2.0, generators(1))
     assert torch.equal(both, again)
     torch.testing.assert_close(both[1:], alone, rtol=1e-5, atol=1e-6)
 
@@ -84,14 +84,14 @@ def test_progress_is_reported_and_generators_are_counted():
         PointFlow(),
         torch.randn(1, 5, 3),
         (7, 3),
-        3,
+        timestep_grid(3),
         1.0,
         generators(0),
         on_step=lambda i, n: seen.append((i, n)),
     )
     assert seen == [(1, 3), (2, 3), (3, 3)]
     with pytest.raises(ValueError, match="1 generators for a batch of 2"):
-        sample(PointFlow(), torch.randn(2, 5, 3), (7, 3), 3, 1.0, generators(0))
+        sample(PointFlow(), torch.randn(2, 5, 3), (7, 3), timestep_grid(3), 1.0, generators(0))
 
 
 def test_grid_ends_at_both_ends_and_shift_spends_steps_near_noise():

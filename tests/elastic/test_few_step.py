@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from elastic3d.benchmark.controls import TableRoutes
-from elastic3d.diffusion.sampler import integrate, sample
+from elastic3d.diffusion.sampler import integrate, sample, timestep_grid
 from elastic3d.elastic import attach, detach, load_routers, save_routers
 from elastic3d.elastic.attachment import load_router_state, router_modules, router_state
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, RouterCurves, Scope
@@ -57,7 +57,9 @@ def generate(
     )
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     options = options or {}
-    return sample(model, condition, (10, 4), steps, guidance, generators, session=session, **options)
+    return sample(
+        model, condition, (10, 4), timestep_grid(steps), guidance, generators, session=session, **options
+    )
 
 
 def every_block(steps: int) -> TableRoutes:
@@ -278,7 +280,7 @@ def test_gradients_go_back_through_a_whole_generation():
 
     def loss() -> torch.Tensor:
         session.settings = ElasticConfig(budget=0.6)
-        return integrate(model, condition, noise, 5, 2.0, session=session).square().mean()
+        return integrate(model, condition, noise, timestep_grid(5), 2.0, session=session).square().mean()
 
     gradients = torch.autograd.grad(loss(), parameters)
     torch.manual_seed(3)

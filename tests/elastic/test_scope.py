@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elastic3d.benchmark.controls import TableRoutes
-from elastic3d.diffusion.sampler import sample
+from elastic3d.diffusion.sampler import sample, timestep_grid
 from elastic3d.elastic import attach
 from elastic3d.elastic.block import ElasticBlock
 from elastic3d.elastic.config import (
@@ -52,7 +52,9 @@ def generated(dit: ShapeDiT, session: ElasticSession, sequential: bool = False):
     """Latents and actions of three samples."""
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     condition = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(9))
-    latents = sample(dit, condition, (6, 5), STEPS, 2.0, generators, session=session, sequential=sequential)
+    latents = sample(
+        dit, condition, (6, 5), timestep_grid(STEPS), 2.0, generators, session=session, sequential=sequential
+    )
     return latents, session.trace.actions
 
 
@@ -139,7 +141,9 @@ def one_by_one(dit: ShapeDiT, session: ElasticSession):
     latents, actions = [], []
     for i in range(3):
         noise = [torch.Generator().manual_seed(i)]
-        latents.append(sample(dit, condition[i : i + 1], (6, 5), STEPS, 2.0, noise, session=session))
+        latents.append(
+            sample(dit, condition[i : i + 1], (6, 5), timestep_grid(STEPS), 2.0, noise, session=session)
+        )
         actions.append(session.trace.actions)
     return torch.cat(latents), torch.cat(actions, dim=2)
 
@@ -169,7 +173,14 @@ def test_blocks_run_as_often_as_the_sample_that_needs_them_most():
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     condition = torch.randn(3, 4, 8)
     sample(
-        dit, condition, (6, 5), STEPS, 2.0, generators, session=session, on_step=lambda *at: done.append(at)
+        dit,
+        condition,
+        (6, 5),
+        timestep_grid(STEPS),
+        2.0,
+        generators,
+        session=session,
+        on_step=lambda *at: done.append(at),
     )
     assert batches == [6, 6, 4]  # two branches of three samples, of three, of two
     assert done == [(i + 1, STEPS) for i in range(STEPS)]

@@ -8,7 +8,7 @@ import yaml
 from torch import nn
 
 from elastic3d.benchmark.controls import TableRoutes
-from elastic3d.diffusion.sampler import sample
+from elastic3d.diffusion.sampler import sample, timestep_grid
 from elastic3d.elastic import attach, detach, load_routers, save_routers
 from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig, RouterConfig
@@ -37,7 +37,7 @@ def generate(model: ShapeDiT, session=None, seeds=(0, 1), guidance: float = 2.0,
         [torch.randn(5, 6, generator=torch.Generator().manual_seed(7 + s)) for s in seeds]
     )
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return sample(model, condition, (10, 4), steps, guidance, generators, session=session)
+    return sample(model, condition, (10, 4), timestep_grid(steps), guidance, generators, session=session)
 
 
 def test_routers_are_light_at_the_default_size():

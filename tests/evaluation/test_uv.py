@@ -44,6 +44,14 @@ def test_ply(tmp_path: Path) -> None:
     assert has_uv(path)
 
 
+def test_the_binary_part_of_a_glb_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "ball.glb"
+    ball(True).export(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: 20 + int.from_bytes(data[12:16], "little")])
+    assert has_uv(path)
+
+
 @pytest.mark.parametrize("suffix", ["stl", "off"])
 def test_formats_without(tmp_path: Path, suffix: str) -> None:
     ball(False).export(tmp_path / f"ball.{suffix}")

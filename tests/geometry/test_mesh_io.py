@@ -163,6 +163,9 @@ def test_read_extras_of_bad_files(tmp_path: Path) -> None:
     path.write_bytes(b"not a glb at all, but long enough")
     with pytest.raises(UserError, match="is not a glb"):
         read_extras(path)
+    path.write_text('{"asset": {"extras": {"elastic3d": [1]}}}')
+    with pytest.raises(UserError, match=r"is not a glb file: elastic3d is \[1\], expected an object"):
+        read_extras(path)
 
 
 def test_bad_outputs(tmp_path: Path, mesh: trimesh.Trimesh) -> None:

@@ -154,7 +154,7 @@ def test_the_whole_sampling(root: Path, weights: Weights) -> None:
     condition = inputs(1)[2]
     times = sampling_times(bundle.config.pipeline, 5)
     generator = [torch.Generator().manual_seed(3)]
-    found = sample(bundle.dit, condition, (LATENTS, CHANNELS), 5, 5.0, generator, times=times)
+    found = sample(bundle.dit, condition, (LATENTS, CHANNELS), times, 5.0, generator)
     x = torch.randn(LATENTS, CHANNELS, generator=torch.Generator().manual_seed(3))
     for now, after in ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)):
         t = torch.tensor(now)

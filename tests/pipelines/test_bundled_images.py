@@ -1,10 +1,13 @@
 """The text-to-image model that ships, as a user meets it."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from elastic3d.errors import UserError
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, BackboneName
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 
@@ -27,6 +30,20 @@ def test_images_show_one_object_in_the_colour_that_was_asked_for(pipeline: TextT
         assert 0.1 < len(thing) / 64**2 < 0.8
         assert thing.mean(0).argmax() == int(np.argmax(wanted))
         assert result.metadata["flops_executed"] < 0.7 * result.metadata["flops_dense"], "elastic by default"
+
+
+def test_the_example_of_the_card_runs(pipeline: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(FOLDER.parents[2])
+    monkeypatch.setattr(TextToImagePipeline, "from_pretrained", lambda name, folder: pipeline)
+    [block] = re.findall(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    assert found["image"].size == (64, 64)
+
+
+def test_prompts_are_a_list(pipeline: TextToImagePipeline) -> None:
+    with pytest.raises(UserError, match="prompts is 'a red chair', expected a list of prompts"):
+        pipeline("a red chair", [0])
 
 
 def test_routers_keep_to_a_budget_and_to_the_dense_image(pipeline: TextToImagePipeline) -> None:

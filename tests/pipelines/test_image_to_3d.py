@@ -237,6 +237,12 @@ def test_arrays_are_images_and_integers_of_numpy_are_seeds(pipeline):
             pipeline(drawn, seed=seed)
 
 
+@pytest.mark.parametrize("images", [None, 3])
+def test_what_is_neither_an_image_nor_a_list_is_refused(pipeline, images):
+    with pytest.raises(UserError, match=f"an image is a {type(images).__name__}, expected a file"):
+        pipeline(images)
+
+
 def test_in_a_list_whatever_is_wrong_with_one_is_its_own_error(pipeline):
     wrong = [None, 7, "missing.png", np.zeros(3), {"left": image()}]
     results = pipeline([image(), *wrong, image()], seed=1, resolution=12)

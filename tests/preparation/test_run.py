@@ -33,7 +33,7 @@ def test_bad_shapes_are_listed_and_the_rest_goes_on(tmp_path: Path) -> None:
     count, failures = write_manifest(tmp_path)
     assert count == 3
     assert failures == {
-        "broken": "UserError: no such mesh",
+        "broken": "no such mesh",
         "crash": "the process died with code -9",
         "hang": "took more than 8 s",
     }

@@ -140,6 +140,17 @@ def test_the_ground_truth_of_two_samples_scores_perfectly_against_itself(tmp_pat
     assert report["mean"]["chamfer_l1"] == 0 and report["mean"]["volume_iou"] == 1
 
 
+@pytest.mark.parametrize("kind", ["floor", "baseline"])
+def test_a_rival_without_a_shared_name_is_told_before_anything_is_scored(
+    folders: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folders / "other").mkdir()
+    trimesh.creation.icosphere(1).export(folders / "other" / "three.glb")
+    assert run(folders, f"{kind}=[{folders}/gt,{folders}/other]") == 2
+    assert f"{folders}/other and {folders}/gt have no name in common" in capsys.readouterr().err
+    assert not (folders / "out").exists()
+
+
 def test_as_a_command(folders: Path) -> None:
     script = Path(evaluate.__file__)
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=120)

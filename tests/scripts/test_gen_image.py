@@ -93,7 +93,11 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "budget": (["prompt=a", "output=x.png", "budget=0.1"], "budget is 0.1"),
     "output": (["prompt=a", "output=x.jpg"], "expected a .png file"),
     "trace": (["prompt=a", "output=x.png", "elastic=false", "trace=t.png"], "has no routes to draw"),
-    "unwritable": (["prompt=a", "output=blocked/x.png"], "can't write to blocked"),
+    "unwritable": (["prompt=a", "output=blocked/x.png"], "can't write blocked/x.png: blocked is no folder"),
+    "unwritable trace": (
+        ["prompt=a", "output=x.png", "trace=blocked/t.png"],
+        "can't write blocked/t.png: blocked is no",
+    ),
     "offload": (
         ["prompt=a", "output=x.png", "offload=true"],
         "offload is true, but the pipeline runs on the CPU",

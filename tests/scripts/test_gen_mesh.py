@@ -131,9 +131,10 @@ def test_a_quality_and_a_budget_of_a_model_with_a_dial(
     assert "model/dial.json is broken" in capsys.readouterr().err
 
 
-def test_several_samples(command: Command, tmp_path: Path) -> None:
+def test_several_samples(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_image(tmp_path / "a.png")
     assert command("image=a.png", "output=x.glb", "num_samples=2", "seed=4") == 0
+    assert "summary.json" not in capsys.readouterr().err, "there is none"
     assert [read_extras(tmp_path / f"x_{n}.glb")["seed"] for n in range(2)] == [4, 5]
 
 
@@ -164,7 +165,14 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "transparent": (["image=clear.png", "output=x.glb"], "clear.png: the image is fully transparent"),
     "no output": (["image=a.png"], "output= is missing"),
     "no arguments": ([], "image= is missing"),
-    "unwritable output": (["image=a.png", "output=blocked/x.glb"], "can't write to blocked"),
+    "unwritable output": (
+        ["image=a.png", "output=blocked/x.glb"],
+        "can't write blocked/x.glb: blocked is no",
+    ),
+    "unwritable trace": (
+        ["image=a.png", "output=x.glb", "trace=blocked/t.png"],
+        "can't write blocked/t.png: blocked",
+    ),
     "wrong suffix": (["image=a.png", "output=x.fbx"], "x.fbx has .fbx, expected one of"),
     "unknown option": (["image=a.png", "output=x.glb", "step=3"], "did you mean steps"),
     "steps": (["image=a.png", "output=x.glb", "steps=0"], "steps is 0, expected a value from 1 to 1000"),

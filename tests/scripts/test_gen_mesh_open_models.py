@@ -27,6 +27,8 @@ from elastic3d.geometry.mesh_io import read_extras
 from elastic3d.pipelines.options import CalibratePolicyConfig, GenerateConfig
 from elastic3d.pipelines.runtime import pass_flops
 
+IMAGE_MODEL = Path(__file__).parents[2] / "data" / "pretrained" / "image-small"
+
 Command = Callable[..., int]
 BOXES = {"triposg": 1.005, "step1x3d": 1.05}
 
@@ -143,6 +145,8 @@ def test_what_is_wrong_is_told_before_the_weights_are_read(
         ("triposg", ["image_back=chair.png"], "image_back= is for a multi-view model, but model is triposg"),
         ("triposg", ["memory_budget=0.01"], "needs about"),
         (str(folders["step1x3d"]), [], "this is Step1X-3D, say model=step1x3d weights="),
+        (str(IMAGE_MODEL), [], "this is a text-to-image model (PixelFluxPipeline)"),
+        ("tripoSG", [], "there is no folder tripoSG, expected one with pipeline.json, or one of hunyuan3d2,"),
     ):
         assert command(model, *arguments) == 2
         assert told in capsys.readouterr().err

@@ -100,12 +100,21 @@ def test_what_kind_of_router_a_stage_trains_is_in_its_file(stage: str, scope: st
     ("arguments", "message"),
     [
         (["stage=dit", "dit.model.widht=3"], "did you mean dit.model.width"),
+        (["stage=updates"], "^stage=updates: did you mean stage=few_step\\? expected one of block_router, "),
+        (["stage=rooter"], "^stage=rooter: did you mean stage=router\\? expected one of block_router, "),
+        (
+            ["stage=router", "branches=together"],
+            "'branches': router.branches is no option of its own, but part of router=block.reuse",
+        ),
         (["stage=dit", "kl_weight=3"], "unknown option 'kl_weight': it is an option of stage=vae; "),
         (
             ["stage=vae", "image.cache=x"],
             "stage=image, stage=image_router, stage=image_block_router, stage=sensitivity, stage=calibrate;",
         ),
-        (["stage=vae", "vae.model.include_pi=true"], "unknown option 'vae.model.include_pi'"),
+        (
+            ["stage=vae", "vae.model.include_pi=true"],
+            "unknown option 'vae.model.include_pi': .* is no option of its own, but saved with a model",
+        ),
         (["stage=dit", "dit.model.width=0"], "^dit.model.width is 0, expected a value from 1 to 65536"),
         (["stage=dit", "dit.model.mlp_ratio=0"], "^dit.model.mlp_ratio is 0"),
         (["stage=dit", "dit.model.double_blocks=100000000000"], "^dit.model.double_blocks is 100000000000"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,10 +21,11 @@ from fastapi.testclient import TestClient  # noqa: E402
 from tiny_dial import save_dialled  # noqa: E402
 from tiny_pipeline import tiny_pipeline  # noqa: E402
 
+from elastic3d.errors import UserError  # noqa: E402
 from elastic3d.geometry.mesh_io import read_extras  # noqa: E402
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline  # noqa: E402
 from elastic3d.serve.api import create_app  # noqa: E402
-from elastic3d.serve.config import ServeConfig  # noqa: E402
+from elastic3d.serve.config import AppConfig, ServeConfig, ServerConfig  # noqa: E402
 from elastic3d.serve.metrics import Metrics  # noqa: E402
 from elastic3d.serve.queue import JobState, MeshQueue, MeshRequest, QueueFull  # noqa: E402
 
@@ -140,6 +142,15 @@ def test_uploads_that_are_no_images(serve) -> None:
     assert post(client, blank.getvalue()).status_code == 400
 
 
+@pytest.mark.parametrize("path", ["/v1/meshes", "/generate"])
+def test_json_that_is_no_object_is_said_to_be_none(serve, path: str) -> None:
+    answer = serve().client.post(path, json=[1])
+    assert (answer.status_code, answer.json()) == (
+        400,
+        {"error": "the request is no JSON object, expected one"},
+    )
+
+
 def test_bodies_that_are_no_requests(serve) -> None:
     client = serve(max_megabytes=0.01).client
     assert client.post("/v1/meshes", content=b"x", headers={"content-type": "text/plain"}).status_code == 415
@@ -171,9 +182,20 @@ def test_without_the_token_nothing_is_done(serve) -> None:
 )
 def test_an_open_address_needs_a_token(host: str, needed: bool) -> None:
     if needed:
-        with pytest.raises(ValueError, match="no token"):
+        with pytest.raises(UserError, match="no token"):
             ServeConfig(host=host).require_token()
     ServeConfig(host=host, token="t").require_token()
+
+
+@pytest.mark.parametrize("config", [ServeConfig, AppConfig])
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(config: type[ServerConfig]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"can't listen on host=127.0.0.1 port={port}: .*in use"):
+            config(port=port).require_port()
+    free = config(port=0)
+    free.require_port()
+    assert free.port > 0, "which is said when the server listens"
 
 
 class Slow:

@@ -2,10 +2,18 @@
 
 from pathlib import Path
 
+import pytest
+
+from elastic3d.errors import UserError
 from elastic3d.pipelines.estimates import published
 from elastic3d.studies.config import FullSizeConfig
 from elastic3d.studies.full_size import measure_full_size, printed, sized
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
+
+
+def test_a_model_that_is_not_published_is_refused() -> None:
+    with pytest.raises(UserError, match="models has 'hunyuan3d9', expected one of hunyuan3d2, "):
+        FullSizeConfig(models=["hunyuan3d9"])
 
 
 def test_full_size_models_narrowed(tmp_path: Path) -> None:

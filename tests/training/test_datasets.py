@@ -35,6 +35,12 @@ def test_split_files(tmp_path):
     (tmp_path / "c.txt").write_text("# nothing\n")
     with pytest.raises(UserError, match=r"names no shape, .*prepare_data\.py source=folder writes them"):
         read_split([tmp_path / "c.txt"])
+    (tmp_path / "c.txt").write_text("s/1\nhello\n")
+    with pytest.raises(UserError, match=r"c.txt has the line 'hello', expected lines such as folder/chair"):
+        read_split([tmp_path / "c.txt"])
+    (tmp_path / "c.txt").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(UserError, match=r"c.txt is broken or no text, expected a list of shapes"):
+        read_split([tmp_path / "c.txt"])
 
 
 @pytest.mark.parametrize("preload", [False, True])

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 import trimesh
 
+from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import load_mesh, read_extras
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.preparation.options import PrepareConfig, ShapeConfig, SourceName
@@ -11,6 +13,14 @@ from elastic3d.preparation.prepare import prepare_data
 from elastic3d.training.held_out import HeldOutConfig, build_held_out
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_folder_without_its_path_is_refused() -> None:
+    for path in ("", "nowhere"):
+        with pytest.raises(
+            UserError, match=f"data.path is '{path}', expected the directory with your meshes"
+        ):
+            HeldOutConfig(output=Path("out"), data=PrepareConfig(source=SourceName.folder, path=path))
 
 
 def test_every_folder_is_written_and_the_nearest_shape_is_the_alike_one(tmp_path: Path) -> None:
@@ -21,12 +31,13 @@ def test_every_folder_is_written_and_the_nearest_shape_is_the_alike_one(tmp_path
     trimesh.creation.icosphere(3).export(meshes / "ball.stl")
     splits = tmp_path / "splits"
     splits.mkdir()
-    splits.joinpath("train.txt").write_text("folder/crate\nfolder/ball\n")
+    splits.joinpath("train.txt").write_text("mine/crate\nmine/ball\n")
     splits.joinpath("val.txt").write_text("")
-    splits.joinpath("test.txt").write_text("folder/box\n")
+    splits.joinpath("test.txt").write_text("mine/box\n")
     points = {"surface_points": 2048, "sharp_points": 64, "near_points": 64, "volume_points": 64}
     data = PrepareConfig(
         source=SourceName.folder,
+        name="mine",
         path=str(meshes),
         output=str(tmp_path / "prepared"),
         splits=str(splits),

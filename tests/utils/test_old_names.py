@@ -12,7 +12,14 @@ from _cli import parse
 from safetensors import safe_open
 
 from elastic3d.elastic.attachment import load_router_config
-from elastic3d.elastic.config import BlockCacheConfig, Branches, ElasticConfig, RouterConfig, Scope
+from elastic3d.elastic.config import (
+    BlockCacheConfig,
+    Branches,
+    ElasticConfig,
+    RouterConfig,
+    RouterCurves,
+    Scope,
+)
 from elastic3d.errors import UserError
 from elastic3d.models.options import ImageEncoderConfig
 from elastic3d.training.checkpoint import read_record, stage_of
@@ -62,10 +69,22 @@ def test_curves_are_read_from_their_own_file_and_never_taken_for_none(tmp_path: 
     values = {"_class_name": "ShapeDiTRouters"} | to_dict(config)
     curves = values.pop("curves")
     save_json(values, tmp_path / "config.json")
-    with pytest.raises(UserError, match=r"has no curves.json, expected that of these routers"):
+    with pytest.raises(UserError, match=r"has no curves.json, expected the routers' beside config.json"):
         load_router_config(tmp_path, "ShapeDiT")
     save_json(curves, tmp_path / "curves.json")
     assert load_router_config(tmp_path, "ShapeDiT") == config and config.curves.calibrated_budgets
+
+
+def test_a_folder_mixed_of_two_versions_is_refused(tmp_path: Path) -> None:
+    shutil.copy(SHIPPED / "shape-small" / "routers" / "config.json", tmp_path)
+    config = load_router_config(tmp_path, "ShapeDiT")
+    save_json(to_dict(config.curves), tmp_path / "curves.json")
+    assert load_router_config(tmp_path, "ShapeDiT") == config
+    save_json(to_dict(RouterCurves()), tmp_path / "curves.json")
+    with pytest.raises(
+        UserError, match=r"curves.json has other curves than config.json, expected files of one"
+    ):
+        load_router_config(tmp_path, "ShapeDiT")
 
 
 def test_saved_caches_encoders_and_defaults() -> None:
@@ -76,6 +95,13 @@ def test_saved_caches_encoders_and_defaults() -> None:
     assert from_dict(RouterConfig, {"variant": "light", "hidden": 8}) == RouterConfig(hidden=8)
     encoder = saved("shape-small/image_encoder/config.json")
     assert from_dict(ImageEncoderConfig, encoder, "encoder").prepared_size == 0
+
+
+@pytest.mark.parametrize("variant", ["none", "paper"])
+def test_routers_of_a_variant_that_is_gone_are_refused(variant: str) -> None:
+    wanted = f"a.json: router.variant is '{variant}', expected light"
+    with pytest.raises(UserError, match=wanted):
+        from_dict(RouterConfig, {"variant": variant}, "a.json", "router.")
 
 
 def test_records_of_trainings_that_ship() -> None:
