@@ -214,11 +214,8 @@ def prepare(image: ImageInput, foreground: ForegroundConfig, encoder: ImageEncod
             raise UserError(f"an image from the {name}, but this model takes {', '.join(known)} only")
     if not views:
         raise UserError("there are no images, expected at least the front")
-    found = {}
-    for number, name in enumerate(known):
-        if name in views:
-            found[number] = prepare_image(views[name], foreground, encoder.image_size)
-    return found
+    given = [(number, views[name]) for number, name in enumerate(known) if name in views]
+    return {number: prepare_image(view, foreground, encoder.image_size) for number, view in given}
 
 
 def prepare_image(source: SingleImage, config: ForegroundConfig, size: int) -> Image.Image:
