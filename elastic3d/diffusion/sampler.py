@@ -1,8 +1,9 @@
 """Sampling with classifier-free guidance: Euler steps, or Adams-Bashforth ones of second order; and their times.
 
-Elastic samples leave out the blocks at different steps. In a batch each goes on by itself while it can do without
-them, and waits where it needs them; when all wait, the blocks run once for all, at the times of each. So batches stay
-whole, and a sample's route is what it is alone.
+`integrate` takes all samples of a batch through the same steps. Elastic samples leave out the blocks at different
+steps: in a batch each goes on by itself while it can do without them, and waits where it needs them; when all wait, the
+blocks run once for all, at the times of each (`_integrate_apart`). So batches stay whole, and a sample's route is what
+it is alone.
 """
 
 from __future__ import annotations
@@ -78,10 +79,10 @@ def integrate(
     """
     times = (timestep_grid(steps) if times is None else times).to(noise.device)
     moments, sizes = times.tolist(), times.diff().tolist()
-    tokens = torch.stack([condition, torch.zeros_like(condition)])
-    tokens = tokens[: 1 if guidance == 1.0 or guidance_embed else 2]
+    count = 1 if guidance == 1.0 or guidance_embed else 2  # of branches
+    tokens = torch.stack([condition, torch.zeros_like(condition)][:count])
     if session is not None:
-        scale = guidance if len(tokens) > 1 else None
+        scale = guidance if count > 1 else None
         session.begin(len(noise), len(sizes), guidance=scale, times=moments[:-1])
         one_branch = session.one_branch if session.guided else None
     guided = _Guided(dit, tokens, guidance, guidance_embed, sequential, session, one_branch)
@@ -142,11 +143,8 @@ class _Guided:
         """One call of the model: x (k,N,C), t (k,), tokens (K,k,M,Cc) of some branches -> their velocities (k,N,C)."""
         copies = len(tokens)
         scale = torch.full((len(x),), self.guidance, device=t.device) if self.embedded else None
-        return (
-            self.dit(x.repeat(copies, 1, 1), t.repeat(copies), tokens.flatten(0, 1), scale)
-            .float()
-            .chunk(copies)
-        )
+        v = self.dit(x.repeat(copies, 1, 1), t.repeat(copies), tokens.flatten(0, 1), scale)
+        return v.float().chunk(copies)
 
 
 # ------------------------------------------------------------------------------ samples that do not go step by step

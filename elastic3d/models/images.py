@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,14 +206,12 @@ def prepare(image: ImageInput, foreground: ForegroundConfig, encoder: ImageEncod
     Raises:
         UserError: no usable image, an unknown direction, or several directions for an encoder of one.
     """
-    views = dict(_numbered(image, encoder.config)) if isinstance(image, Mapping) else {0: image}
+    views = _numbered(image, encoder.config) if isinstance(image, Mapping) else {0: image}
     foreground = foreground.for_encoder(encoder.config)
     return {number: prepare_image(view, foreground, encoder.image_size) for number, view in views.items()}
 
 
-def _numbered(
-    views: Mapping[str, SingleImage], config: ImageEncoderConfig
-) -> Iterator[tuple[int, SingleImage]]:
+def _numbered(views: Mapping[str, SingleImage], config: ImageEncoderConfig) -> dict[int, SingleImage]:
     """Images by the numbers of their directions, ascending. UserError as `prepare`."""
     known = VIEW_NAMES[: config.views]
     for name in views:
@@ -221,7 +219,7 @@ def _numbered(
             raise UserError(f"an image from the {name}, but this model takes {', '.join(known)} only")
     if not views:
         raise UserError("there are no images, expected at least the front")
-    yield from ((number, views[name]) for number, name in enumerate(known) if name in views)
+    return {number: views[name] for number, name in enumerate(known) if name in views}
 
 
 def prepare_image(source: SingleImage, config: ForegroundConfig, size: int) -> Image.Image:
