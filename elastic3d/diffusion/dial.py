@@ -228,7 +228,7 @@ def parse_dial(values: Mapping[str, Any], source: str) -> Dial:
             raise UserError(f"{source}: rows[{number}]: {fault}")
     for quality in Quality:
         try:
-            cost, found = dial.named(quality).cost, values["names"][quality.name]
+            cost, found = named_row(rows, quality, scores).cost, values["names"][quality.name]
         except ValueError as error:
             raise UserError(f"{source}: {error}") from error
         if found != cost:

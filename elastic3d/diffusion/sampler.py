@@ -1,8 +1,9 @@
 """Sampling with classifier-free guidance: Euler steps, or Adams-Bashforth ones of second order; and their times.
 
-Elastic samples leave out the blocks at different steps. In a batch each goes on by itself while it can do without
-them, and waits where it needs them; when all wait, the blocks run once for all, at the times of each. So batches stay
-whole, and a sample's route is what it is alone.
+`integrate` takes all samples of a batch through the same steps. Elastic samples leave out the blocks at different
+steps: in a batch each goes on by itself while it can do without them, and waits where it needs them; when all wait, the
+blocks run once for all, at the times of each (`_integrate_apart`). So batches stay whole, and a sample's route is what
+it is alone.
 """
 
 from __future__ import annotations
@@ -76,64 +77,124 @@ def integrate(
     `on_step(i, S)` is called when all samples have done step i.
     """
     times = times.to(noise.device)
-    path = _Path(
-        dit, condition, noise, times, guidance, solver, guidance_embed, sequential, session, one_branch
-    )
-    waits = False
+    moments, sizes = times.tolist(), times.diff().tolist()
+    count = 1 if guidance == 1.0 or guidance_embed else 2  # of branches
+    tokens = torch.stack([condition, torch.zeros_like(condition)][:count])
     if session is not None:
-        scale = guidance if len(path.branches) > 1 else None
-        session.begin(len(noise), len(path.sizes), guidance=scale, times=path.moments[:-1])
-        waits = session.defers and len(noise) > 1 and not sequential
-        path.one_branch = session.one_branch if session.guided else None
+        scale = guidance if count > 1 else None
+        session.begin(len(noise), len(sizes), guidance=scale, times=moments[:-1])
+        one_branch = session.one_branch if session.guided else None
+    guided = _Guided(dit, tokens, guidance, guidance_embed, sequential, session, one_branch)
+    x = earlier = noise
     try:
-        while (reached := min(path.done)) < len(path.sizes):
-            turn, defer = path.turn(waits)
-            groups = path.by_branches(turn)
-            if len(groups) > 1 and defer is Defer.unless_all:
-                defer = Defer.always  # those that need the blocks wait for the other group too
-            for branches, rows in groups.items():
-                path.advance(rows, path.velocity(branches, rows, defer))
-            for step in range(reached, min(path.done)):
-                if on_step is not None:
-                    on_step(step + 1, len(path.sizes))
+        if session is not None and session.defers and len(noise) > 1 and not sequential:
+            return _integrate_apart(guided, noise, times, solver, on_step)
+        for step, dt in enumerate(sizes):
+            v = along = guided.velocity(x, step, dt, times[step], moments[step])
+            if solver is Solver.ab2 and step > 0:
+                along = v + dt / (2 * sizes[step - 1]) * (v - earlier)
+            x, earlier = x + dt * along, v
+            if on_step is not None:
+                on_step(step + 1, len(sizes))
     finally:
         if session is not None:
             session.end()
-    return path.x
+    return x
 
 
 @dataclass(eq=False)
-class _Path:
-    """Samples on their way from noise to data under guidance, each at a step of its own.
+class _Guided:
+    """The velocity of samples under guidance. `tokens` (K,B,M,Cc) are those of the branches, the conditional one first.
 
     Where one branch is enough, what guidance added when both last ran goes on, faded with 1/t.
     """
 
     dit: Velocity
-    condition: Tensor
-    x: Tensor  # (B,N,C)
-    times: Tensor  # (S+1,)
+    tokens: Tensor
     guidance: float
-    solver: Solver
     embedded: bool
     sequential: bool
     session: ElasticSession | None
     one_branch: Callable[[float], bool] | None
+    added: Tensor | float = 0.0  # by guidance at the time `since`
+    since: float = 0.0
+
+    def branches(self, t: float) -> SomeBranches:
+        """Those that run at a time."""
+        alone = self.one_branch is not None and self.one_branch(t)
+        return BOTH_BRANCHES[: 1 if alone else len(self.tokens)]
+
+    def velocity(self, x: Tensor, step: int, dt: float, t: Tensor, now: float) -> Tensor:
+        """That of all samples x (B,N,C) at a step of size dt and its time, on the device (t) and here (`now`)."""
+        branches, found = self.branches(now), list[Tensor]()
+        for part in [(branch,) for branch in branches] if self.sequential else [branches]:
+            if self.session is not None:
+                self.session.step(step, dt, part)
+            found += self.evaluated(x, t.expand(len(x)), self.tokens[part[0] : part[-1] + 1])
+        if len(found) == 1:
+            return found[0] + self.since / now * self.added if self.since else found[0]
+        added = found[0] - found[1]
+        if self.one_branch is not None:
+            self.added, self.since = (self.guidance - 1) * added, now
+        return found[1] + self.guidance * added
+
+    def evaluated(self, x: Tensor, t: Tensor, tokens: Tensor) -> Sequence[Tensor]:
+        """One call of the model: x (k,N,C), t (k,), tokens (K,k,M,Cc) of some branches -> their velocities (k,N,C)."""
+        copies = len(tokens)
+        scale = torch.full((len(x),), self.guidance, device=t.device) if self.embedded else None
+        v = self.dit(x.repeat(copies, 1, 1), t.repeat(copies), tokens.flatten(0, 1), scale)
+        return v.float().chunk(copies)
+
+
+# ------------------------------------------------------------------------------ samples that do not go step by step
+
+
+def _integrate_apart(
+    guided: _Guided,
+    noise: Tensor,
+    times: Tensor,
+    solver: Solver,
+    on_step: Callable[[int, int], None] | None,
+) -> Tensor:
+    """As `integrate`, of samples that wait for each other where they need the blocks."""
+    path = _Apart(guided, noise, times, solver)
+    while (reached := min(path.done)) < len(path.sizes):
+        turn, defer = path.turn()
+        groups = path.by_branches(turn)
+        if len(groups) > 1 and defer is Defer.unless_all:
+            defer = Defer.always  # those that need the blocks wait for the other group too
+        for branches, rows in groups.items():
+            path.advance(rows, path.velocity(branches, rows, defer))
+        for step in range(reached, min(path.done)):
+            if on_step is not None:
+                on_step(step + 1, len(path.sizes))
+    return path.x
+
+
+@dataclass(eq=False)
+class _Apart:
+    """Samples on their way from noise to data, each at a step of its own. What each of them does is what
+    `integrate` does with all."""
+
+    guided: _Guided
+    x: Tensor  # (B,N,C)
+    times: Tensor  # (S+1,)
+    solver: Solver
 
     def __post_init__(self) -> None:
+        assert self.guided.session is not None
+        self.session = self.guided.session
         self.moments, self.sizes = self.times.tolist(), self.times.diff().tolist()
         self.done, self.waiting = [0] * len(self.x), set[int]()
-        self.branches = BOTH_BRANCHES[: 1 if self.guidance == 1.0 or self.embedded else 2]
-        self.tokens = torch.stack([self.condition, torch.zeros_like(self.condition)][: len(self.branches)])
         # velocities of the step before; what guidance added, at the times `since`
         self.earlier = self.added = torch.zeros_like(self.x)
         self.since = [0.0] * len(self.x)
 
-    def turn(self, waits: bool) -> tuple[list[int], Defer]:
+    def turn(self) -> tuple[list[int], Defer]:
         """The samples that go next, and whether those that need the blocks have to wait."""
         left = [row for row, done in enumerate(self.done) if done < len(self.sizes)]
         asking = [row for row in left if row not in self.waiting]
-        if not waits or not asking:
+        if not asking:
             self.waiting.clear()
             return left, Defer.never
         return asking, Defer.always if self.waiting else Defer.unless_all
@@ -146,28 +207,18 @@ class _Path:
         """The samples by the branches that run at the times where they are."""
         found: dict[SomeBranches, list[int]] = {}
         for row, t in zip(rows, self.here(self.moments, rows), strict=True):
-            alone = self.one_branch is not None and self.one_branch(t)
-            found.setdefault(self.branches[:1] if alone else self.branches, []).append(row)
+            found.setdefault(self.guided.branches(t), []).append(row)
         return found
 
     def velocity(self, branches: SomeBranches, rows: list[int], defer: Defer) -> Tensor:
-        """Velocities (k,N,C) of some samples, with the branches in one call or in turn."""
-        steps, x, found = [self.done[row] for row in rows], _some(self.x, rows), list[Tensor]()
+        """Velocities (k,N,C) of some samples, with the branches in one call."""
+        steps, guided = [self.done[row] for row in rows], self.guided
         # a view where all are at one step: a list of indices would be copied to a GPU, which waits for it
         t = self.times[steps] if len(set(steps)) > 1 else self.times[steps[0]].expand(len(rows))
-        scale = torch.full((len(rows),), self.guidance, device=t.device) if self.embedded else None
-        for part in [(branch,) for branch in branches] if self.sequential else [branches]:
-            if self.session is not None:
-                self.session.step(steps, self.here(self.sizes, rows), part, rows, defer)
-            tokens, copies = self.tokens[part[0] : part[-1] + 1], len(part)
-            tokens = tokens if len(rows) == tokens.shape[1] else tokens[:, rows]
-            v = self.dit(x.repeat(copies, 1, 1), t.repeat(copies), tokens.flatten(0, 1), scale)
-            found += v.float().chunk(copies)
-        return self._guided(found, rows)
-
-    def _guided(self, found: list[Tensor], rows: list[int]) -> Tensor:
-        """Velocities of both branches combined; of one, with what is left of guidance."""
-        moments = self.here(self.moments, rows)
+        self.session.step(steps, self.here(self.sizes, rows), branches, rows, defer)
+        tokens = guided.tokens[: len(branches)]
+        tokens = tokens if len(rows) == tokens.shape[1] else tokens[:, rows]
+        found, moments = guided.evaluated(_some(self.x, rows), t, tokens), self.here(self.moments, rows)
         if len(found) == 1:
             since = [self.since[row] for row in rows]
             if not any(since):
@@ -175,16 +226,16 @@ class _Path:
             left = [at / t if at else 0.0 for at, t in zip(since, moments, strict=True)]
             return found[0] + _each(left, found[0]) * _some(self.added, rows)
         added = found[0] - found[1]
-        if self.one_branch is not None:
+        if guided.one_branch is not None:
             # samples that are deferred come again at the same time
-            self.added = _put(self.added, rows, (self.guidance - 1) * added)
-            for row, t in zip(rows, moments, strict=True):
-                self.since[row] = t
-        return found[1] + self.guidance * added
+            self.added = _put(self.added, rows, (guided.guidance - 1) * added)
+            for row, moment in zip(rows, moments, strict=True):
+                self.since[row] = moment
+        return found[1] + guided.guidance * added
 
     def advance(self, rows: list[int], v: Tensor) -> None:
         """A step along velocities (k,N,C) for those of the samples that are not deferred."""
-        if self.session is not None and (deferred := self.session.deferred):
+        if deferred := self.session.deferred:
             v = v[[place for place, row in enumerate(rows) if row not in deferred]]
             rows = [row for row in rows if row not in deferred]
             self.waiting.update(deferred)

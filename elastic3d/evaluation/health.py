@@ -22,7 +22,7 @@ from embreex.mesh_construction import TriangleMesh
 from numpy.typing import NDArray
 
 from elastic3d.geometry.cleanup import MeshHealth, mesh_health
-from elastic3d.geometry.normalize import normalize_mesh
+from elastic3d.geometry.normalize import normalize_mesh, placement_of
 from elastic3d.geometry.sampling import sample_faces
 
 Floats = NDArray[np.floating]
@@ -204,7 +204,8 @@ def thinnest_wall(mesh: trimesh.Trimesh) -> float | None:
 
     Raises ValueError for a mesh without faces, of no extent or with vertices that are not finite.
     """
-    mesh, placement = normalize_mesh(mesh, half_extent=1.0)
+    placement = placement_of(mesh, half_extent=1.0)
+    mesh = placement.apply(mesh)
     distance, met = opposite_walls(mesh, Rays(mesh))
     if not met.any():
         return None

@@ -97,7 +97,7 @@ class _Level:
         """Put the field's exact values at flat node indices (P,); a call has points that lie close together."""
         self.known.view(-1)[indices] = True
         self.queries += len(indices)
-        x, y, z = (at // _BLOCK for at in _unravel(indices, self.resolution + 1))
+        x, y, z = (at // _BLOCK for at in torch.unravel_index(indices, self.values.shape))
         blocks = (self.resolution + 1) // _BLOCK + 1
         indices = indices[((x * blocks + y) * blocks + z).argsort(stable=True)]
         for chunk in indices.split(self.config.max_points):
@@ -183,7 +183,9 @@ class _Level:
         values, known = self.values.view(-1), self.known.view(-1)
         inside = values[indices] > 0
         found = []
-        for stride, place in zip((nodes**2, nodes, 1), _unravel(indices, nodes), strict=True):
+        for stride, place in zip(
+            (nodes**2, nodes, 1), torch.unravel_index(indices, self.values.shape), strict=True
+        ):
             for step in (-1, 1):
                 within = (place + step >= 0) & (place + step < nodes)
                 neighbour = indices[within] + step * stride
@@ -269,12 +271,7 @@ def node_points(indices: Tensor, resolution: int, box: float = BOX) -> Tensor:
     Node i of an axis is at -box + 2 box i / R, of R + 1 nodes; indices are in C order of xyz.
     """
     axis = (-box + 2 * box * torch.arange(resolution + 1, dtype=torch.float64) / resolution).float()
-    return axis.to(indices.device)[torch.stack(_unravel(indices, resolution + 1), dim=-1)]
-
-
-def _unravel(indices: Tensor, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x, y, z (P,) of flat indices (P,) into (nodes, nodes, nodes)."""
-    return indices // nodes**2, indices // nodes % nodes, indices % nodes
+    return axis.to(indices.device)[torch.stack(torch.unravel_index(indices, (resolution + 1,) * 3), dim=-1)]
 
 
 # -------------------------------------------------------------------------------------------- from a grid to a mesh
@@ -303,14 +300,8 @@ def extract_surface(
     volume = np.ascontiguousarray(torch.as_tensor(field).detach().float().cpu().numpy())
     if volume.ndim != 3 or len(set(volume.shape)) != 1 or volume.shape[0] < 2:
         raise ValueError(f"field has shape {volume.shape}, expected a cube (R+1, R+1, R+1) with R >= 1")
-    low, high = volume.min(), volume.max()
-    if not np.isfinite([low, high]).all():
-        bad = volume.size - int(np.isfinite(volume).sum())
-        raise ValueError(f"field holds {bad} of {volume.size} values that are not finite")
-    if not low < 0 < high:
-        raise NoSurfaceError(
-            f"the field has no surface: its values run from {low:.3g} to {high:.3g}, expected both signs"
-        )
+    if not -np.inf < volume.min() < 0 < volume.max() < np.inf:
+        raise _why_no_surface(volume)
     if closed:
         volume = _closed(volume)
     if not volume.max() > 0:  # what was inside lay in the outermost nodes only
@@ -321,6 +312,16 @@ def extract_surface(
     # Extractors return index coordinates, where node i is at i, whatever the resolution.
     vertices = vertices.astype(np.float64) * (2 * box / (volume.shape[0] - 1)) - box
     return trimesh.Trimesh(vertices, faces, process=False)
+
+
+def _why_no_surface(volume: np.ndarray) -> ValueError:
+    """Of values that are not finite, or not of both signs."""
+    low, high = volume.min(), volume.max()
+    if bad := volume.size - int(np.isfinite(volume).sum()):
+        return ValueError(f"field holds {bad} of {volume.size} values that are not finite")
+    return NoSurfaceError(
+        f"the field has no surface: its values run from {low:.3g} to {high:.3g}, expected both signs"
+    )
 
 
 def _closed(volume: np.ndarray) -> np.ndarray:

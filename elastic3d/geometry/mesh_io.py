@@ -111,15 +111,7 @@ def save_mesh(
     if not np.isfinite(mesh.vertices).all():
         raise ValueError(f"the mesh for {path} has vertices that are not finite")
     suffix = path.suffix.lower()
-    if suffix == ".glb":
-        data = _glb_bytes(mesh, extras, name)
-    elif suffix == ".obj":
-        text = trimesh.exchange.obj.export_obj(mesh, include_normals=True, header=None)
-        data = str(text).encode()
-    elif suffix == ".ply":
-        data = trimesh.exchange.ply.export_ply(mesh, vertex_normal=True)
-    else:
-        data = trimesh.exchange.stl.export_stl(mesh)
+    data = _glb_bytes(mesh, extras, name) if suffix == ".glb" else _plain_bytes(mesh, suffix)
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
@@ -145,6 +137,16 @@ def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
     if path.suffix.lower() not in suffixes:
         ending = path.suffix or "no suffix"
         raise UserError(f"{path} has {ending}, expected one of {', '.join(suffixes)}")
+
+
+def _plain_bytes(mesh: trimesh.Trimesh, suffix: str) -> bytes:
+    """The file of a mesh in a format that holds no extras."""
+    if suffix == ".obj":
+        text = trimesh.exchange.obj.export_obj(mesh, include_normals=True, header=None)
+        return str(text).encode()
+    if suffix == ".ply":
+        return trimesh.exchange.ply.export_ply(mesh, vertex_normal=True)
+    return trimesh.exchange.stl.export_stl(mesh)
 
 
 def _glb_bytes(mesh: trimesh.Trimesh, extras: dict[str, Any] | None, name: str) -> bytes:

@@ -206,19 +206,20 @@ def prepare(image: ImageInput, foreground: ForegroundConfig, encoder: ImageEncod
     Raises:
         UserError: no usable image, an unknown direction, or several directions for an encoder of one.
     """
-    views = image if isinstance(image, Mapping) else {VIEW_NAMES[0]: image}
+    views = _numbered(image, encoder.config) if isinstance(image, Mapping) else {0: image}
     foreground = foreground.for_encoder(encoder.config)
-    known = VIEW_NAMES[: encoder.config.views]
+    return {number: prepare_image(view, foreground, encoder.image_size) for number, view in views.items()}
+
+
+def _numbered(views: Mapping[str, SingleImage], config: ImageEncoderConfig) -> dict[int, SingleImage]:
+    """Images by the numbers of their directions, ascending. UserError as `prepare`."""
+    known = VIEW_NAMES[: config.views]
     for name in views:
         if name not in known:
             raise UserError(f"an image from the {name}, but this model takes {', '.join(known)} only")
     if not views:
         raise UserError("there are no images, expected at least the front")
-    found = {}
-    for number, name in enumerate(known):
-        if name in views:
-            found[number] = prepare_image(views[name], foreground, encoder.image_size)
-    return found
+    return {number: views[name] for number, name in enumerate(known) if name in views}
 
 
 def prepare_image(source: SingleImage, config: ForegroundConfig, size: int) -> Image.Image:

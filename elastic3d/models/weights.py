@@ -81,7 +81,8 @@ class PretrainedMixin:
 
 def load_config(folder: Path, config_class: type[Any], class_name: str) -> Any:
     """The configuration in `folder/config.json`, which must be of a `class_name`."""
-    _check_folder(folder)
+    if not folder.is_dir():
+        raise UserError(_why_no_folder(folder))
     path = folder / CONFIG_NAME
     values = load_json(path)
     found = values.pop(_CLASS_KEY, class_name)
@@ -92,22 +93,24 @@ def load_config(folder: Path, config_class: type[Any], class_name: str) -> Any:
 
 def find_weights(folder: Path) -> Path:
     """`folder/model.safetensors`; UserError if it is missing, also where only a pickle is there."""
-    _check_folder(folder)
     path = folder / WEIGHTS_NAME
-    if path.is_file():
-        return path
+    if not path.is_file():
+        raise UserError(_why_no_weights(folder) if folder.is_dir() else _why_no_folder(folder))
+    return path
+
+
+def _why_no_weights(folder: Path) -> str:
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
-        raise UserError(f"{folder} has {pickles[0]}, a pickle that could run code; expected {WEIGHTS_NAME}")
-    raise UserError(f"there is no file {path}")
+        return f"{folder} has {pickles[0]}, a pickle that could run code; expected {WEIGHTS_NAME}"
+    return f"there is no file {folder / WEIGHTS_NAME}"
 
 
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        found, wanted = f"there is no folder {folder}", "one"
-        if folder.exists():
-            found, wanted = f"{folder} is a file", "a folder"
-        raise UserError(f"{found}, expected {wanted} with {CONFIG_NAME} and {WEIGHTS_NAME}")
+def _why_no_folder(folder: Path) -> str:
+    found, wanted = f"there is no folder {folder}", "one"
+    if folder.exists():
+        found, wanted = f"{folder} is a file", "a folder"
+    return f"{found}, expected {wanted} with {CONFIG_NAME} and {WEIGHTS_NAME}"
 
 
 def empty_model(kind: Any, config: Any, source: str = "", most: float = math.inf) -> Any:
@@ -267,17 +270,8 @@ def open_tensors(path: Path, names: Collection[str] = ()) -> Any:
         dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(_why_unreadable(path, error)) from error
-    odd = [name for name, dtype in dtypes.items() if dtype not in _DTYPES]
-    if odd:
-        raise UserError(
-            f"{printable(path)} has tensors of type {dtypes[odd[0]]}, first {odd[0]}; expected one of"
-            f" {', '.join(_DTYPES)}"
-        )
-    lacking = [name for name in names if name not in dtypes]
-    if lacking:
-        raise UserError(
-            f"{printable(path)} has no tensor {lacking[0]!r}, expected {', '.join(sorted(names))}"
-        )
+    if not dtypes.keys() >= set(names) or not set(dtypes.values()) <= set(_DTYPES):
+        raise UserError(_why_unusable(path, dtypes, names))
     return file
 
 
@@ -307,6 +301,15 @@ def save_weights(state: Mapping[str, Tensor], path: Path, dtype: torch.dtype | N
         except SafetensorError as error:  # what it makes of an error of the operating system
             raise OSError(str(error)) from error
         temporary.chmod(mode)  # save_file would leave it readable by its owner alone
+
+
+def _why_unusable(path: Path, dtypes: Mapping[str, str], names: Collection[str]) -> str:
+    for name, dtype in dtypes.items():
+        if dtype not in _DTYPES:
+            wanted = ", ".join(_DTYPES)
+            return f"{printable(path)} has tensors of type {dtype}, first {name}; expected one of {wanted}"
+    lacking = next(name for name in names if name not in dtypes)
+    return f"{printable(path)} has no tensor {lacking!r}, expected {', '.join(sorted(names))}"
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:

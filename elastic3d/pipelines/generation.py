@@ -164,8 +164,9 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
     Raises:
         UserError: a missing or broken file, too little memory, options that the model can't honour.
     """
-    own = config.routers in ("", NO_ROUTERS_NAME)  # the model's, or none
-    routers = None if own else find_weights(Path(config.routers))
+    other_routers = config.routers not in ("", NO_ROUTERS_NAME)  # than the model's, or none
+    if other_routers:
+        find_weights(Path(config.routers))
     if config.calibration:
         calibration_file(config.calibration)
     if config.model in PRESETS:
@@ -181,24 +182,30 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
         pipeline = ImageTo3DPipeline.from_pretrained(
             folder, config.device, config.dtype, routers=config.routers != NO_ROUTERS_NAME
         )
-    if routers is not None:
-        if pipeline.session is not None:
-            raise UserError(
-                f"routers={config.routers}: this model has routers of its own, expected one without any"
-            )
-        attach(pipeline.dit, config.routers)
-        pipeline.weights_sha256 = f"{pipeline.weights_sha256}+{file_sha256(routers)}"
+    if other_routers:
+        _put_routers(pipeline, config.routers)
     if config.calibration:
-        if pipeline.session is not None:
-            raise UserError(
-                f"calibration={config.calibration}: this model has routers, expected routers=none"
-            )
-        pipeline.calibration = Path(config.calibration)
+        _put_calibration(pipeline, config.calibration)
     if config.low_memory:
         pipeline.use_less_memory()
     if config.compile:
         pipeline.compile()
     return pipeline
+
+
+def _put_routers(pipeline: ImageTo3DPipeline, folder: str) -> None:
+    """Attach the routers in a folder. UserError for a model that has routers."""
+    if pipeline.session is not None:
+        raise UserError(f"routers={folder}: this model has routers of its own")
+    attach(pipeline.dit, folder)
+    pipeline.weights_sha256 = f"{pipeline.weights_sha256}+{file_sha256(find_weights(Path(folder)))}"
+
+
+def _put_calibration(pipeline: ImageTo3DPipeline, path: str) -> None:
+    """Keep budgets by another calibration than the model's. UserError for a model whose routers keep them."""
+    if pipeline.session is not None:
+        raise UserError(f"calibration={path}: this model has routers, expected routers=none")
+    pipeline.calibration = Path(path)
 
 
 def generate(

@@ -22,7 +22,7 @@ from elastic3d.checkpoints.folders import INDEX_NAME, identify
 from elastic3d.checkpoints.options import PRESETS
 from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, resolution_of, save_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
-from elastic3d.diffusion.sampler import sample, sampling_times
+from elastic3d.diffusion.sampler import integrate, sampling_times
 from elastic3d.elastic.attachment import attach, has_routers, is_attached, save_routers, session_of
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.session import ElasticSession
@@ -147,13 +147,10 @@ class ImageTo3DPipeline:
         encoder: ImageEncoder,
         config: PipelineConfig | None = None,
         weights_sha256: str | None = None,
-        dense_sha256: str | None = None,
     ) -> None:
         """All parts on one device. UserError if their channels do not fit together.
 
-        Args:
-            weights_sha256: of the files they come from; None for models that were not loaded from files.
-            dense_sha256: of these without the routers; None: the same.
+        `weights_sha256` is of the files they come from; None for models that were not loaded from files.
         """
         for name, wanted, found in (
             ("latent channels", vae.config.channels, dit.config.in_channels),
@@ -162,8 +159,8 @@ class ImageTo3DPipeline:
             if wanted != found:
                 raise UserError(f"the DiT has {found} {name}, but its partner has {wanted}")
         self.vae, self.dit, self.encoder = vae.eval(), dit.eval(), encoder
-        self.config = config or PipelineConfig()
-        self.weights_sha256, self.dense_sha256 = weights_sha256, dense_sha256 or weights_sha256
+        self.config, self.weights_sha256 = config or PipelineConfig(), weights_sha256
+        self.dense_files: Sequence[Path] = ()  # what it was loaded from, without the routers
         self.device, self.offload = next(dit.parameters()).device, False  # offload: see `use_less_memory`
         self._working: Callable[[Any], AbstractContextManager[Any]] = nullcontext  # around the work of a part
         self.max_points = CPU_CHUNK if self.device.type == "cpu" else DecodeConfig.max_points
@@ -191,6 +188,11 @@ class ImageTo3DPipeline:
         if self.offload:
             raise UserError("low_memory moves the weights, expected compile=false with it")
         self.static = CompiledDiT(self.dit, arguments)
+
+    @property
+    def dense_sha256(self) -> str | None:
+        """As `weights_sha256`, without the routers: what a result of the dense model depends on."""
+        return file_sha256(*self.dense_files) if self.dense_files else self.weights_sha256
 
     @property
     def session(self) -> ElasticSession | None:
@@ -228,17 +230,17 @@ class ImageTo3DPipeline:
         config = from_dict(PipelineConfig, load_json(folder / PIPELINE_NAME), str(folder / PIPELINE_NAME))
         vae = ShapeVAE.from_pretrained(folder / "vae", number, target)
         dit = load_dit(folder / "dit", number, target)
-        files = [find_weights(folder / "vae"), find_weights(folder / "dit")]
-        digest = dense = file_sha256(*files)
-        if routers and (folder / ROUTERS_NAME).is_dir():
-            attach(dit, folder / ROUTERS_NAME)
-            digest = file_sha256(*files, find_weights(folder / ROUTERS_NAME))
-        pipeline = cls(vae, dit, load_image_encoder(folder / "image_encoder", target), config, digest, dense)
+        pipeline = cls(vae, dit, load_image_encoder(folder / "image_encoder", target), config)
+        files = [find_weights(folder / part) for part in ("vae", "dit")]
+        pipeline.dense_files, pipeline.calibration = files, folder
         pipeline.familiarity = load_familiarity(folder, pipeline.encoder.channels)
+        own = None
+        if routers and (folder / ROUTERS_NAME).is_dir():
+            own = attach(dit, folder / ROUTERS_NAME).router_config
+            files = [*files, find_weights(folder / ROUTERS_NAME)]
+        pipeline.weights_sha256 = file_sha256(*files)
         if dial and routers:
-            session = pipeline.session
-            pipeline.dial = load_dial(folder, config, session.router_config if session else None)
-        pipeline.calibration = folder
+            pipeline.dial = load_dial(folder, config, own)
         return pipeline
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -375,12 +377,13 @@ class ImageTo3DPipeline:
                 condition, seeds, config.steps, config.guidance, config.elastic, partial(call.at, "dit")
             )
         dense, default = (dense_flops(self.dit, c, condition.shape[1]) for c in (config, self.config))
+        of_default = (
+            {} if self.dial is None else {"flops_dense": default}
+        )  # costs of a dial are shares of that
         routes = routes_of(self.session, config.elastic, len(made))
         for result, row, route in zip(made.values(), latents, routes, strict=True):
             result.latents = row.cpu()
-            result.metadata |= {"flops_executed": dense, "flops_dense": dense, **route}
-            if self.dial is not None:  # its costs are shares of the default generation
-                result.metadata["flops_dense"] = default
+            result.metadata |= {"flops_executed": dense, "flops_dense": dense, **route, **of_default}
         self._decode(call, latents, made, ms)
         return results
 
@@ -435,15 +438,16 @@ class ImageTo3DPipeline:
         if session is not None:
             session.settings = elastic
         times = sampling_times(self.config, steps)
-        static = self.static and self.static.begin(len(seeds), times, guidance)
-        with self._working(self.dit):
-            latents = sample(
+        static = self.static and self.static.begin(condition, times, guidance)
+        shape = cfg.num_latents, cfg.in_channels
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        with self._working(self.dit), torch.no_grad():
+            latents = integrate(
                 static or self.dit,
                 condition,
-                (cfg.num_latents, cfg.in_channels),
+                torch.stack(noise).to(condition.device),
                 times,
                 guidance,
-                [torch.Generator().manual_seed(seed) for seed in seeds],
                 solver=self.config.solver,
                 sequential=self.offload,
                 guidance_embed=cfg.guidance_embed,

@@ -97,9 +97,13 @@ def resolve_dtype(choice: DTypeChoice | torch.dtype | str, device: torch.device)
         UserError: unknown, or fp16 on a CPU, which has no such matrix product: a hundred times slower.
     """
     name = choice.value if isinstance(choice, DTypeChoice) else str(choice).removeprefix("torch.")
-    if name == "auto":
-        return torch.bfloat16 if fast_bfloat16(device) else torch.float32
-    if not isinstance(choice, torch.dtype) and name not in DTypeChoice.__members__:
+    if name != "auto":
+        return _dtype_named(name, device, any_float=isinstance(choice, torch.dtype))
+    return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+
+
+def _dtype_named(name: str, device: torch.device, any_float: bool) -> torch.dtype:
+    if not any_float and name not in DTypeChoice.__members__:
         raise UserError(f"dtype is {name!r}, expected one of {', '.join(DTypeChoice.__members__)}")
     if name == "float16" and device.type == "cpu":
         raise UserError("dtype is float16, which a CPU can't multiply: expected auto, float32 or bfloat16")

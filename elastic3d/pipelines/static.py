@@ -39,47 +39,41 @@ class StaticDiT:
         self._of: tuple[object, ...] | None = None  # what the twin was made of
         self._merged: list[Key] = []
         self.one_branch: Callable[[float], bool] | None = None  # of the sampler, for the generation that runs
-        self._trace: Trace | None = None  # of it, where the DiT has routers
-        self._done = 0  # steps of it
 
     @torch.no_grad()
-    def begin(self, samples: int, times: Tensor, guidance: float) -> StaticDiT | None:
+    def begin(self, condition: Tensor, times: Tensor, guidance: float) -> StaticDiT | None:
         """This object, ready for a generation at `times` (S+1,) in which every block runs; None for any other.
 
-        The settings are those of the DiT's session, which gets the trace. Each step is one call, for all samples.
+        The settings are those of the DiT's session, which gets the trace. `condition` (B,M,Cc) are the tokens of the
+        generation.
         """
         session = session_of(self.dit) if is_attached(self.dit) else None
         moments = times.tolist()[:-1]
+        scale = None if guidance == 1.0 or self.dit.config.guidance_embed else guidance
         if session is not None:
-            scale = None if guidance == 1.0 or self.dit.config.guidance_embed else guidance
             session.coarsen(len(moments), session.settings.budget, scale, moments)
             if not is_static(session):
                 return None
         if not self._takes(session):
             return None
         self._refresh(session)
-        self.one_branch = self._trace = None
+        self.one_branch = None
         if session is not None and session.settings.elastic:
-            names, ratios = [block.name for block in session.blocks], session.router_config.ratios
-            self._trace = session.trace = Trace(names, ratios, len(moments), samples, session.guided)
-            self._done = 0
             self.one_branch = session.one_branch if session.guided else None
+            names, ratios = [block.name for block in session.blocks], session.router_config.ratios
+            trace = session.trace = Trace(names, ratios, len(moments), len(condition), session.guided)
+            flops = pass_flops(self.dit, self.dit.config.num_latents, condition.shape[1])
+            trace.flops.update(enumerate(flops))
+            for step, t in enumerate(moments):
+                branches = 1 if scale is None or session.one_branch(t) else 2
+                trace.actions[step, :branches] = len(ratios)  # each block at full width
         return self
 
     def __call__(
         self, latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None
     ) -> Tensor:
         """As the DiT: latents (B,N,C), t (B,), condition (B,M,Cc), guidance (B,) or None -> velocity (B,N,C)."""
-        self._record(latents, condition)
         return self.twin(latents, t, condition, guidance)
-
-    def _record(self, latents: Tensor, condition: Tensor) -> None:
-        """Note in the trace that every block runs at full width in this pass."""
-        if (trace := self._trace) is not None:
-            flops = pass_flops(self.dit, latents.shape[1], condition.shape[1])
-            trace.flops.update(enumerate(flops))
-            trace.actions[self._done, : len(latents) // trace.samples] = len(trace.ratios)
-            self._done += 1
 
     def _takes(self, session: ElasticSession | None) -> bool:
         """Whether the LoRA is used, nobody listens to modules of the DiT, and each is of PyTorch or this package."""
@@ -135,7 +129,6 @@ class CompiledDiT(StaticDiT):
     def __call__(
         self, latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None
     ) -> Tensor:
-        self._record(latents, condition)
         shapes = latents.shape, condition.shape
         if shapes not in self._shapes and len(self._shapes) == MOST_SHAPES:
             return self.twin(latents, t, condition, guidance)

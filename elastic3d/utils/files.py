@@ -75,19 +75,16 @@ def check_file(path: str | os.PathLike[str], what: str = "a file", limit: int | 
     path, name = Path(path), printable(path)
     try:
         found = path.stat()
+        wrong = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
         if stat.S_ISREG(found.st_mode):
             with path.open("rb") as file:
-                empty = not file.read(1)
+                wrong = "" if file.read(1) else "empty"
     except FileNotFoundError as error:
         raise UserError(f"there is no file {name}") from error
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise UserError(f"can't read {name}: {getattr(error, 'strerror', None) or error}") from error
-    if stat.S_ISDIR(found.st_mode):
-        raise UserError(f"{name} is a folder, expected {what}")
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{name} is a pipe or a device, expected {what}")
-    if empty:
-        raise UserError(f"{name} is empty, expected {what}")
+    if wrong:
+        raise UserError(f"{name} is {wrong}, expected {what}")
     if limit is not None and found.st_size > limit:
         raise UserError(f"{name} has {found.st_size:,} bytes, expected {what} of at most {limit:,}")
     return path
@@ -106,16 +103,14 @@ def read_text(path: str | os.PathLike[str], what: str = "a text file", limit: in
 
 def file_sha256(*paths: Path) -> str:
     """SHA-256 (hex) of one file's bytes; of several, that of their digests one after the other."""
-    digests = []
+    whole = hashlib.sha256()
     for path in paths:
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-        digests.append(digest)
-    if len(digests) == 1:
-        return digests[0].hexdigest()
-    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+        whole.update(digest.digest())
+    return (digest if len(paths) == 1 else whole).hexdigest()
 
 
 def printable(name: str | os.PathLike[str]) -> str:
@@ -169,10 +164,7 @@ def check_paths(reads: Named, writes: Named, folders: Named = MappingProxyType({
     many file systems they are. A folder is the same as itself only: a file may be written into a folder that is read.
     Inputs, outputs, and outputs that are folders go by what the user calls them, such as "image"; UserError names them.
     """
-    taken: dict[object, tuple[str, Path]] = {}
-    for name, path in _each(reads):
-        for key in _keys(path):
-            taken.setdefault(key, (f"{name}, which is read", path))
+    taken = {key: (f"{name}, which is read", path) for name, path in _each(reads) for key in _keys(path)}
     for name, path in (*_each(writes), *_each(folders)):
         keys = _keys(path)
         for key in keys & taken.keys():
@@ -197,8 +189,7 @@ def _check_writable(path: Path, folder: bool) -> None:
 
 def _each(named: Named) -> Iterator[tuple[str, Path]]:
     for name, given in named.items():
-        several = [given] if given is None or isinstance(given, (str, os.PathLike)) else given
-        for path in several:
+        for path in [given] if isinstance(given, (str, os.PathLike)) else given or ():
             if path is not None and str(path):
                 yield name, Path(path)
 

@@ -231,11 +231,10 @@ def from_dict(
     """
     kinds, where = hints(config_class), f"{source}: " if source else ""
     values = renamed(config_class, values, where + inside)
-    for name in values:
-        if name not in kinds:
-            close = difflib.get_close_matches(str(name), kinds, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise UserError(f"{where}unknown field {inside + str(name)!r} of {config_class.__name__}{hint}")
+    if unknown := [str(name) for name in values if name not in kinds]:
+        close = difflib.get_close_matches(unknown[0], kinds, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise UserError(f"{where}unknown field {inside + unknown[0]!r} of {config_class.__name__}{hint}")
     typed = {name: as_typed(value, kinds[name], source, inside + name) for name, value in values.items()}
     for item in fields(config_class):  # type: ignore[arg-type]
         if item.name not in typed and item.default is MISSING and item.default_factory is MISSING:

@@ -241,7 +241,7 @@ def test_outputs_are_kept_though_the_next_pass_overwrites_them() -> None:
     assert dit is not None and session is not None
     inputs = torch.randn(4, 8, 7), torch.rand(4), torch.randn(4, 4, pipeline.dit.config.condition_channels)
     with torch.no_grad(), session.dense():
-        assert dit.begin(2, timestep_grid(2), 1.0) is dit
+        assert dit.begin(inputs[2][:2], timestep_grid(2), 1.0) is dit
         before = dit(*inputs)
         kept = before.clone()
         dit(2 * inputs[0], *inputs[1:])
@@ -314,7 +314,7 @@ def test_many_shapes_run_without_a_graph_for_each(monkeypatch: pytest.MonkeyPatc
 def test_blocks_with_long_skips_and_no_static_plan_of_experts() -> None:
     sizes = {"in_channels": 4, "condition_channels": 6, "width": 32, "heads": 2, "blocks": 5}
     torch.manual_seed(0)
-    dit = SkipDiT(SkipDiTConfig(**sizes, expert_blocks=0, condition_tokens=5)).eval()
+    dit = SkipDiT(SkipDiTConfig(**sizes, expert_blocks=0, num_latents=10, condition_tokens=5)).eval()
     session = attach(dit, ROUTERS)
     learn(session)
     for block in session.blocks:
@@ -326,11 +326,13 @@ def test_blocks_with_long_skips_and_no_static_plan_of_experts() -> None:
     for call in (dit, compiled):
         if call is dit:
             session.begin(2, 3, guidance=2.0, times=times.tolist()[:-1])
-            session.step(0, 1 / 3, (0,))
         else:
-            assert compiled.begin(2, times, 2.0) is compiled
-        with torch.no_grad():
-            found.append((call(*inputs), session.trace))
+            assert compiled.begin(inputs[2], times, 2.0) is compiled
+        for step, branches in enumerate([(0,), (0, 1), (0,)]):
+            session.step(step, 1 / 3, branches)
+            with torch.no_grad():
+                out = call(*(each.repeat(len(branches), *[1] * (each.ndim - 1)) for each in inputs))
+        found.append((out, session.trace))
     torch.testing.assert_close(found[0][0], found[1][0], **CLOSE)
     assert torch.equal(found[0][1].actions, found[1][1].actions) and found[0][1].flops == found[1][1].flops
     experts = SkipDiT(SkipDiTConfig(**sizes, expert_blocks=1, experts=3, condition_tokens=5))
