@@ -18,6 +18,7 @@ from elastic3d.elastic.config import RouterConfig, RouterCurves, Scope
 from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.diffusers_loop import drive
 from elastic3d.elastic.families import ModelAdapter
+from elastic3d.elastic.few_step import FewStepLoRA
 from elastic3d.elastic.router import Conditioner, Router
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
@@ -98,16 +99,18 @@ def _attach(model: nn.Module, adapter: ModelAdapter, config: RouterConfig, sourc
     for name, kind, blocks in lists:
         stage = range(len(session.blocks), len(session.blocks) + len(blocks))
         for number, (index, block) in enumerate(zip(stage, blocks, strict=True)):
-            router = None
+            router = few_step = None
             if index < deciding:
                 router = Router(config, kind.width(block), len(kind.stream_names)).to(device)
+            if config.few_step_rank:
+                few_step = FewStepLoRA(block, config.few_step_rank).to(next(block.parameters()).device)
             session.blocks.append(
-                ElasticBlock(session, block, kind, router, f"{name}.{number}", index, stage)
+                ElasticBlock(block, kind, f"{name}.{number}", index, stage, config.ratios, router, few_step)
             )
     if not session.blocks:
         raise ValueError(f"this {type(model).__name__} has no blocks to route")
     for each in session.blocks:  # now that none of them has been refused
-        each.attach()
+        each.attach(session.run)
     handle = model.register_forward_pre_hook(session.before_forward, with_kwargs=True)
     model.__dict__[_HANDLE] = (session, handle)
     return session

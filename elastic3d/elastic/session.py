@@ -6,7 +6,9 @@ that nobody announced is an error. In a pass each block asks `route` what to do,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import functools
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
@@ -14,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from elastic3d.elastic.block import ElasticBlock
 from elastic3d.elastic.cache import ResidualCache
 from elastic3d.elastic.config import Branches, CacheRule, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import (
@@ -24,34 +27,31 @@ from elastic3d.elastic.context import (
     RouteSource,
     StepContext,
 )
-from elastic3d.elastic.families import BlockAdapter, BlockCall, ModelAdapter
-from elastic3d.elastic.few_step import FewStepLoRA, coarseness
-from elastic3d.elastic.router import Conditioner, RouteDecision, Router, interpolated
+from elastic3d.elastic.families import BlockCall, ModelAdapter
+from elastic3d.elastic.few_step import coarseness
+from elastic3d.elastic.router import Conditioner, RouteDecision, interpolated
 from elastic3d.elastic.trace import REUSED, SKIPPED, Trace
-from elastic3d.elastic.width import NarrowBlocks, stays_eager
 
 T = TypeVar("T", int, float)
+Function = TypeVar("Function", bound=Callable[..., Any])
 Scale = float | None
 Times = Sequence[float]
 Budget = Sequence[float] | float | None  # one for all samples, one for each, or that of the settings
 
 
-class RoutedBlock(Protocol):
-    """What a session knows of its blocks (see `block`)."""
+def stays_eager(function: Function) -> Function:
+    """As `torch.compiler.disable(recursive=False)`, which imports the compiler (half a second) at decoration."""
+    kept: list[Callable[..., Any]] = []
 
-    inner: nn.Module
-    adapter: BlockAdapter
-    router: Router | None
-    name: str
-    index: int
-    stage: range
-    few_step: FewStepLoRA | None
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:  # so nobody compiles
+            return function(*args, **kwargs)
+        if not kept:
+            kept.append(torch.compiler.disable(function, recursive=False))
+        return kept[0](*args, **kwargs)
 
-    def attach(self) -> None: ...
-    def detach(self) -> None: ...
-    def running(self) -> NarrowBlocks: ...
-    def refresh(self, coarse: float | None) -> None: ...
-    def forget(self) -> None: ...
+    return call  # type: ignore[return-value]
 
 
 class Driver(Protocol):
@@ -73,7 +73,7 @@ class ElasticSession:
     source: RouteSource | None = None  # None where the routers decide
     driver: Driver | None = None  # calls `begin` and `step` for a pass that nobody announced
     recompute: bool = False  # activation checkpointing: blocks run again for the backward pass
-    blocks: list[RoutedBlock] = field(default_factory=list)
+    blocks: list[ElasticBlock] = field(default_factory=list)
     conditioner: Conditioner | None = None
     trace: Trace | None = None  # of the newest generation
     cache: ResidualCache | None = None
@@ -172,8 +172,11 @@ class ElasticSession:
             rows=rows,
             steps=steps * copies,
             slots=[(branch - rows[0][0]) * self.samples + sample for branch, sample in rows],
+            cache=self.cache,
+            coarseness=self.coarseness,
             defer=defer,
             training=self.source is not None and self.source.learns,
+            recompute=self.recompute,
         )
         follows = self.router_config.branches is Branches.shared and rows[0][0] != Branch.conditional
         if follows and before is not None and before.steps == context.steps:  # of the other branch
@@ -223,32 +226,40 @@ class ElasticSession:
         if self.conditioner is not None and self.routed and context.ahead is None:
             context.modulation = self.conditioner(context.t, context.dt, context.budget, context.branch)
 
-    def visit(self, block: RoutedBlock, call: BlockCall) -> StepContext:
+    @stays_eager  # decisions stay eager; blocks are compiled by themselves
+    def run(self, block: ElasticBlock, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a block, with its own signature and return value: what is decided of it is done."""
+        if not (block.attached and self.settings.elastic):
+            return block.forward(*args, **kwargs)
+        call = block.adapter.bind(block.inner, args, kwargs)
+        context, trace = self._pass(block, call)
+        span = self.span(block)
+        if block.index == span.start:
+            context.entered[span.start] = call.streams
+        if context.training:
+            return block.adapter.pack(block.mask(context, call, self._decide(context, block, call)))
+        # where all blocks do the same, the first settles it: then a pass waits for the device only here
+        if block.index == 0 or not self.alike:  # again where activations are recomputed
+            context.groups = self._groups(context, self._decide(context, block, call), span)
+        if block.index == span.start:
+            for action, rows in context.groups.items():
+                trace.record([(context.steps[row], *context.rows[row]) for row in rows], span, action)
+        return block.adapter.pack(block.route(context, call, span))
+
+    def _pass(self, block: ElasticBlock, call: BlockCall) -> tuple[StepContext, Trace]:
         """The pass that a block is called in: once, unless it is called again for the backward pass."""
         context, trace = self.current, self.trace
-        if context is None or context.waiting:
+        if context is None or context.waiting or trace is None:
             raise ValueError(f"block {block.name} was called outside a forward pass of its model")
         if block.index in context.visited and not torch.is_grad_enabled():
             raise ValueError(f"block {block.name} was called twice in one forward pass")
         context.visited.add(block.index)
-        if trace is not None and block.index not in trace.flops:
+        if block.index not in trace.flops:
             trace.flops[block.index] = block.adapter.flops(block.inner, call.lengths)
             trace.router_flops[block.index] = block.router.flops(call.lengths) if block.router else 0
-        return context
+        return context, trace
 
-    def route(self, context: StepContext, block: RoutedBlock, call: BlockCall) -> Groups:
-        """The rows of each action of a block. Where all blocks do the same, the first one settles it for all of them:
-        then a pass waits for the device only here."""
-        span = self.span(block)
-        if block.index == 0 or not self.alike:  # again where activations are recomputed
-            context.groups = self._groups(context, self.decide(context, block, call), span)
-        if block.index == span.start and self.trace is not None:
-            for action, rows in context.groups.items():
-                moments = [(context.steps[row], *context.rows[row]) for row in rows]
-                self.trace.record(moments, span, action)
-        return context.groups
-
-    def decide(self, context: StepContext, block: RoutedBlock, call: BlockCall) -> RouteDecision:
+    def _decide(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
         """The route of every row through a block: from its router, from the one decision of this step, or from the
         source."""
         routed = None
@@ -262,7 +273,7 @@ class ElasticSession:
         context.decisions.setdefault(block.index, decision)
         return decision
 
-    def _routed(self, context: StepContext, block: RoutedBlock, call: BlockCall) -> RouteDecision:
+    def _routed(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
         """What the router of a block says of every row. Where branches share their routes, rows of the conditional one
         decide, which come first in their pass; where samples do, their mean holds."""
         config, router = self.router_config, block.router
@@ -274,7 +285,7 @@ class ElasticSession:
             streams = tuple(x.detach() for x in streams)
         age = None
         if config.longest:
-            ages = torch.tensor(self._ages(context, self.span(block)), device=context.t.device)
+            ages = torch.tensor(context.ages(self.span(block).start), device=context.t.device)
             age = ages.clamp_max(config.longest)[rows]
         logits = router(streams, modulation[rows, block.index], age)
         logits = logits.repeat(len(context.t) // len(logits), 1)
@@ -292,9 +303,7 @@ class ElasticSession:
         config, cache, actions = self.router_config, self.cache, []
         reuses = cache is not None and config.scope is Scope.step and config.longest > 0
         found = torch.stack([decision.keep_prob, decision.width.float(), decision.keep.float()])
-        for age, p, width, keep in zip(
-            self._ages(context, span), *found.tolist(), strict=True
-        ):  # waits, once
+        for age, p, width, keep in zip(context.ages(span.start), *found.tolist(), strict=True):  # waits, once
             if cache is not None and cache.reuse(age, bool(keep), p, config.threshold):
                 actions.append(REUSED)
             elif (reuses and not age) or (keep and not self.settings.width):
@@ -326,15 +335,9 @@ class ElasticSession:
         """Samples of the newest pass that should have run, and are deferred."""
         return () if self.current is None else self.current.deferred
 
-    def span(self, block: RoutedBlock) -> range:
+    def span(self, block: ElasticBlock) -> range:
         """The blocks around this one whose residual is kept as one: all of its list, where all do the same."""
         return block.stage if self.alike else range(block.index, block.index + 1)
-
-    def _ages(self, context: StepContext, span: range) -> list[int]:
-        """Of each row, how many steps ago what a span would add was computed, 0 for nothing."""
-        if self.cache is None:
-            return [0] * len(context.t)
-        return self.cache.ages(*context.entries(span.start, range(len(context.rows))))
 
 
 def _one_each(value: Sequence[T] | T, count: int, what: str) -> list[T]:
