@@ -48,7 +48,7 @@ _FAMILIES = {  # class of the model -> its adapter
 
 
 class Routers(nn.ModuleDict):
-    """Every router and few-step LoRA of a model, and the conditioner that they share."""
+    """See `router_modules`; its name is in errors."""
 
 
 # ---------------------------------------------------------------------------------------------------- on and off
@@ -79,8 +79,7 @@ def attach(model: Any, routers: Architecture = None, source: Source = None) -> E
         return _attach(model, adapter, routers or RouterConfig(), source)
     session = _attach(model, adapter, load_router_config(routers, adapter.family), source)
     try:
-        path = find_weights(Path(routers))
-        load_router_state(model, read_weights(path), str(path))
+        load_routers(model, routers)
     except BaseException:
         detach(model)
         raise
@@ -90,27 +89,31 @@ def attach(model: Any, routers: Architecture = None, source: Source = None) -> E
 def _attach(model: nn.Module, adapter: ModelAdapter, config: RouterConfig, source: Source) -> ElasticSession:
     """Give every block a forward that asks a fresh router first, and tell the session of every pass of the model."""
     session = ElasticSession(config, adapter, source=source)
-    lists = [(n, kind, list(model.get_submodule(n).children())) for n, kind in adapter.lists]
-    count = sum(len(blocks) for _, _, blocks in lists)
+    lists = list(adapter.block_lists(model))
+    count = sum(len(blocks) for _, _, blocks, _ in lists)
+    if not count:
+        raise ValueError(f"this {type(model).__name__} has no blocks to route")
     deciding = 0 if source is not None else 1 if config.scope is Scope.step else count
     device = next(model.parameters()).device
     if deciding:
         session.conditioner = Conditioner(config, deciding).to(device)
-    for name, kind, blocks in lists:
-        stage = range(len(session.blocks), len(session.blocks) + len(blocks))
-        for number, (index, block) in enumerate(zip(stage, blocks, strict=True)):
-            router = few_step = None
+    for name, kind, blocks, stage in lists:
+        for number, (index, inner) in enumerate(zip(stage, blocks, strict=True)):
+            block = ElasticBlock(inner, kind, f"{name}.{number}", index, stage, config.ratios)
             if index < deciding:
-                router = Router(config, kind.width(block), len(kind.stream_names)).to(device)
+                block.router = Router(config, kind.width(inner), len(kind.stream_names)).to(device)
             if config.few_step_rank:
-                few_step = FewStepLoRA(block, config.few_step_rank).to(next(block.parameters()).device)
-            session.blocks.append(
-                ElasticBlock(block, kind, f"{name}.{number}", index, stage, config.ratios, router, few_step)
-            )
-    if not session.blocks:
-        raise ValueError(f"this {type(model).__name__} has no blocks to route")
-    for each in session.blocks:  # now that none of them has been refused
-        each.attach(session.run)
+                own = next(inner.parameters()).device
+                block.few_step = FewStepLoRA(inner, config.few_step_rank).to(own)
+            session.blocks.append(block)
+    parts: dict[str, nn.Module | None] = {f"{block.name}.router": block.router for block in session.blocks}
+    parts |= {f"{block.name}.few_step": block.few_step for block in session.blocks}
+    parts |= {"conditioner": session.conditioner}
+    session.routers = Routers(
+        {name.replace(".", "/"): part for name, part in parts.items() if part is not None}
+    )
+    for block in session.blocks:  # now that none of them has been refused
+        block.attach(session.run)
     handle = model.register_forward_pre_hook(session.before_forward, with_kwargs=True)
     model.__dict__[_HANDLE] = (session, handle)
     return session
@@ -178,9 +181,9 @@ def _is_pipeline(model: Any) -> bool:
 # ------------------------------------------------------------------------------------------------------- weights
 
 
-def router_modules(model: nn.Module) -> Routers:
-    """Every router and what they share, as one module: for optimizers, averages and counting."""
-    return Routers({name.replace(".", "/"): part for name, part in session_of(model).parts.items()})
+def router_modules(model: nn.Module) -> nn.ModuleDict:
+    """Every router and few-step LoRA, and the conditioner that they share: for optimizers, averages and counting."""
+    return session_of(model).routers
 
 
 def router_state(model: nn.Module) -> dict[str, Tensor]:

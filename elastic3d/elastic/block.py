@@ -53,8 +53,8 @@ class ElasticBlock:
     index: int  # in the order of execution
     stage: range  # the indices of all blocks of its list
     ratios: Sequence[float]  # the K widths
-    router: Router | None  # None where another block's decides
-    few_step: FewStepLoRA | None  # of its weights, for generations with few model evaluations
+    router: Router | None = None  # None where another block's decides
+    few_step: FewStepLoRA | None = None  # of its weights, for generations with few model evaluations
 
     def __post_init__(self) -> None:
         self.sites: tuple[MLPSite, ...] = self.adapter.mlp_sites(self.inner) if len(self.ratios) > 1 else ()

@@ -1,7 +1,7 @@
 """The session: the state of a generation, and who decides in it. Owns the caches and the trace; there is no global.
 
 A sampler says `begin(samples, steps)` once, `step(i, dt)` before each forward pass, and `end()` however it ends. A pass
-that nobody announced is an error. In a pass each block asks `route` what to do, or, in training, `decide`.
+that nobody announced is an error. In a pass `run` stands where each block of the model has its `forward`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,15 +54,6 @@ def stays_eager(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
-class Driver(Protocol):
-    """Announces passes that nobody else does (see `diffusers_loop`)."""
-
-    pipelines: list[Any]
-    hook: Any
-
-    def announce(self, t: Tensor) -> None: ...
-
-
 @dataclass(eq=False, repr=False)
 class ElasticSession:
     """What the blocks of one model share, and the generation that runs."""
@@ -71,9 +62,12 @@ class ElasticSession:
     adapter: ModelAdapter
     settings: ElasticConfig = field(default_factory=ElasticConfig)  # changed between generations
     source: RouteSource | None = None  # None where the routers decide
-    driver: Driver | None = None  # calls `begin` and `step` for a pass that nobody announced
+    driver: Any = None  # a `PipelineDriver`, which calls `begin` and `step` for a pass that nobody announced
     recompute: bool = False  # activation checkpointing: blocks run again for the backward pass
     blocks: list[ElasticBlock] = field(default_factory=list)
+    routers: nn.ModuleDict = field(
+        default_factory=nn.ModuleDict
+    )  # every router, few-step LoRA and what they share
     conditioner: Conditioner | None = None
     trace: Trace | None = None  # of the newest generation
     cache: ResidualCache | None = None
@@ -82,14 +76,6 @@ class ElasticSession:
     samples: int = 0
     _steps: int = 0
     _budget: Tensor = field(default_factory=lambda: torch.ones(0))
-
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """Every router, few-step LoRA and what they share, by name."""
-        found: dict[str, nn.Module | None] = {f"{block.name}.router": block.router for block in self.blocks}
-        found |= {f"{block.name}.few_step": block.few_step for block in self.blocks}
-        found |= {"conditioner": self.conditioner}
-        return {name: part for name, part in found.items() if part is not None}
 
     # ------------------------------------------------------------------------------------ given from outside
 
@@ -214,7 +200,7 @@ class ElasticSession:
         context = self.current
         if context is None or not context.waiting:
             raise ValueError("a forward pass that nobody announced: call session.step first")
-        for part in self.parts.values():  # no part of the model: they go where it is
+        for part in self.routers.values():  # no part of the model: they go where it is
             if next(part.parameters()).device != t.device:
                 part.to(t.device)
         context.t, context.waiting = t.float(), False
@@ -320,10 +306,9 @@ class ElasticSession:
     @property
     def alike(self) -> bool:
         """Whether all blocks of a list do the same in a pass."""
-        own, cache = self.router_config.scope is Scope.step, self.settings.cache
-        if self.settings.elastic and self.source is not None:
-            own = self.source.alike
-        return own and (cache is None or cache.rule is not CacheRule.band)
+        whole = self.router_config.scope is Scope.step if self.source is None else self.source.alike
+        cache = self.settings.cache
+        return whole and (cache is None or cache.rule is not CacheRule.band)
 
     @property
     def defers(self) -> bool:

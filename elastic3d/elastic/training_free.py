@@ -261,9 +261,13 @@ def disable(pipe: Any) -> None:
 def describe(model: nn.Module) -> dict[str, Any]:
     """What a calibration has to fit: the family, the number of blocks of each list, their width."""
     adapter = adapter_for(model)
-    blocks = [list(model.get_submodule(name).children()) for name, _ in adapter.lists]
-    width = adapter.lists[0][1].width(blocks[0][0])
-    return {"family": adapter.family, "blocks": [len(each) for each in blocks], "width": width}
+    lists = list(adapter.block_lists(model))
+    _, kind, first, _ = lists[0]
+    return {
+        "family": adapter.family,
+        "blocks": [len(blocks) for _, _, blocks, _ in lists],
+        "width": kind.width(first[0]),
+    }
 
 
 def calibration_file(place: str | Path) -> Path:
@@ -276,11 +280,8 @@ def calibration_file(place: str | Path) -> Path:
 
 def series_of(model: nn.Module) -> set[Series]:
     """What a calibration has moments of: every stream of every list of blocks, by the number of its first block."""
-    found, start = set[Series](), 0
-    for name, kind in adapter_for(model).lists:
-        found |= {(start, number) for number in range(len(kind.stream_names))}
-        start += len(list(model.get_submodule(name).children()))
-    return found
+    lists = adapter_for(model).block_lists(model)
+    return {(span.start, number) for _, kind, _, span in lists for number in range(len(kind.stream_names))}
 
 
 def find_calibration(place: str | Path | None, model: nn.Module) -> Calibration | None:

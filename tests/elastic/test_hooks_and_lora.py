@@ -108,7 +108,7 @@ def test_hooks_that_move_the_transformer_in_and_out(flux):
     torch.manual_seed(0)
     session = attach(pipe, replace(MIXED, few_step_rank=2))
     plain = latents(pipe)
-    assert all(block._adapted is not None for block in session.blocks)
+    assert any(block._adapted is not None for block in session.blocks)
     _, hook = cpu_offload_with_hook(pipe.transformer, "cpu")
     assert torch.equal(latents(pipe), plain)
     hook.offload()

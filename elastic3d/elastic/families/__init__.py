@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -141,6 +141,14 @@ class ModelAdapter:
     position: int
     noise_at_one: bool = False
 
+    def block_lists(self, model: nn.Module) -> Iterator[tuple[str, BlockAdapter, list[nn.Module], range]]:
+        """Of each list: its name, its adapter, its blocks, and their numbers in the model."""
+        start = 0
+        for name, kind in self.lists:
+            blocks = list(model.get_submodule(name).children())
+            yield name, kind, blocks, range(start, start + len(blocks))
+            start += len(blocks)
+
     def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The time (B,), 0 = noise, one value per batch row, from the arguments of the model's forward pass."""
         t = kwargs[self.time] if self.time in kwargs else args[self.position]
@@ -194,9 +202,9 @@ def block_flops(model: nn.Module, adapter: ModelAdapter, lengths: Sequence[int])
     alone: the model may lie on the meta device. A block of one stream sees all tokens.
     """
     found = []
-    for name, kind in adapter.lists:
+    for _, kind, blocks, _ in adapter.block_lists(model):
         own = lengths if len(kind.stream_names) == len(lengths) else [sum(lengths)]
-        found += [kind.flops(block, own) for block in model.get_submodule(name).children()]
+        found += [kind.flops(block, own) for block in blocks]
     return found
 
 
