@@ -32,7 +32,9 @@ class PipelineDriver:
         """Tell the session of a pass at times t (B,), 0 = noise. ValueError where no scheduler is at that time."""
         scheduler, step = self._scheduler_at(1 - float(t[0]))
         again = step < self._step or (step == self._step and self._passes == len(Branch))
-        if scheduler.timesteps is not self._timesteps or again or self.session.samples != len(t):
+        before = self.session.trace
+        new = scheduler.timesteps is not self._timesteps or before is None or before.samples != len(t)
+        if new or again:
             self._timesteps, self._times = scheduler.timesteps, scheduler.timesteps.flatten().tolist()
             if len(set(self._times)) < len(self._times):
                 raise ValueError(f"{type(scheduler).__name__} visits a timestep twice: unsupported")

@@ -73,8 +73,6 @@ class ElasticSession:
     cache: ResidualCache | None = None
     current: StepContext | None = None  # the newest forward pass, whose `decisions` the losses read
     coarseness: float | None = None  # of a generation that uses the few-step LoRA
-    samples: int = 0
-    _steps: int = 0
     _budget: Tensor = field(default_factory=lambda: torch.ones(0))
 
     # ------------------------------------------------------------------------------------ given from outside
@@ -92,7 +90,6 @@ class ElasticSession:
         budgets, config = _one_each(budget, samples, "budgets"), self.router_config
         if self.settings.elastic and self.routed:
             config.check_generation(steps, guidance, self.settings.few_step)
-        self.samples, self._steps = samples, steps
         self.coarsen(steps, sum(budgets) / samples, guidance, times)
         whole = config.guided_share(times) if self.guided else 1.0
         self._budget = torch.tensor([config.calibrated(each, whole) for each in budgets])
@@ -140,13 +137,13 @@ class ElasticSession:
         Branches that run one after the other announce themselves one after the other. `samples`: those that take part,
         ascending, None for all; each may be at a step of its own then. Those that are deferred pass the blocks.
         """
-        if not self.samples:
+        if (trace := self.trace) is None:
             raise ValueError("a step without a generation: call session.begin(samples, steps) first")
-        samples = range(self.samples) if samples is None else samples
+        samples = range(trace.samples) if samples is None else samples
         steps, copies = _one_each(index, len(samples), "steps"), len(branches)
         for step in steps:
-            if not 0 <= step < self._steps:
-                raise ValueError(f"step {step} of a generation of {self._steps} steps")
+            if not 0 <= step < trace.steps:
+                raise ValueError(f"step {step} of a generation of {trace.steps} steps")
         if defer is not Defer.never and not self.defers:
             raise ValueError(f"defer is {defer.name}, expected never: blocks or samples do not decide so")
         rows, before = [(int(branch), sample) for branch in branches for sample in samples], self.current
@@ -157,7 +154,7 @@ class ElasticSession:
             conditional_rows=len(samples),
             rows=rows,
             steps=steps * copies,
-            slots=[(branch - rows[0][0]) * self.samples + sample for branch, sample in rows],
+            slots=[(branch - rows[0][0]) * trace.samples + sample for branch, sample in rows],
             cache=self.cache,
             coarseness=self.coarseness,
             defer=defer,

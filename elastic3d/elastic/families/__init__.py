@@ -126,6 +126,27 @@ class BlockAdapter(ABC):
         """FLOPs of one sample with `lengths` tokens in each stream."""
 
 
+class DoubleStreamAdapter(BlockAdapter):
+    """A block that keeps two streams separate, of which the MLP of the first is narrowed."""
+
+    def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
+        """FLOPs of one sample: image and text tokens, or latents and condition."""
+        D, (image, text) = self.width(block), lengths
+        modulation = 2 * (2 * D * 6 * D)  # of both streams, once a sample
+        mlp = 4 * D * self.mlp_sites(block)[0].hidden  # a token
+        return BlockFlops(modulation + attention_flops(D, image + text) + text * mlp, image * mlp)
+
+
+class SingleStreamAdapter(BlockAdapter):
+    """A block that has all tokens as one sequence; its MLP is fused with the attention's projections."""
+
+    def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
+        """FLOPs of one sample."""
+        D, tokens = self.width(block), sum(lengths)
+        modulation, mlp = 2 * D * 3 * D, tokens * 4 * D * self.mlp_sites(block)[0].hidden
+        return BlockFlops(modulation + attention_flops(D, tokens), mlp)
+
+
 @dataclass(frozen=True)
 class ModelAdapter:
     """One family of models: which modules are its blocks, and how its forward pass is given the time.
@@ -173,21 +194,6 @@ def take_rows(streams: tuple[Tensor, ...], rows: Sequence[int]) -> tuple[Tensor,
         return streams
     index = rows_index(rows, streams[0].device)
     return tuple(stream[index] for stream in streams)
-
-
-def double_block_flops(width: int, hidden: int, image: int, text: int) -> BlockFlops:
-    """One sample in a block that keeps two streams separate, of which the MLP of the image stream is narrowed.
-
-    Of width D, hidden units of the MLPs, and tokens of both streams (N latents and M condition tokens for shapes).
-    """
-    modulation = 2 * (2 * width * 6 * width)  # of both streams, once a sample
-    mlp = 4 * width * hidden  # a token
-    return BlockFlops(modulation + attention_flops(width, image + text) + text * mlp, image * mlp)
-
-
-def single_block_flops(width: int, hidden: int, tokens: int) -> BlockFlops:
-    """One sample in a block that has all tokens as one stream."""
-    return BlockFlops(2 * width * 3 * width + attention_flops(width, tokens), tokens * 4 * width * hidden)
 
 
 def attention_flops(width: int, tokens: int) -> int:
