@@ -1,8 +1,9 @@
 """ElasticBlock: y = x + g * (B(x) - x) for a block B, with a gate g of 0 or 1 for each sample, as E-DiT (2602.13993).
 
-Training computes just that (`gated`), with a gradient to the gate. In a generation each row runs (at its width), or
-goes on with the residual of an earlier step, or passes. Where all blocks of a list do the same (a span of blocks), x is
-what came into the first of them, B(x) what comes out of the last.
+With reuse, x stands for what comes out of a skipped block: its input plus the residual that it added at an earlier
+step. Training computes just that line (`gated`), so that the gate gets a gradient. In a generation each row runs (at
+its width), or reuses a residual, or passes. Where all blocks of a list do the same (a span of blocks), x is what came
+into the first of them, B(x) what comes out of the last.
 """
 
 from __future__ import annotations
@@ -61,32 +62,32 @@ class ElasticBlock:
         self._base: Callable[..., Any] = self.inner.forward  # which a router stands before
         self.forward = self._base  # compiled on request
         self._before = self.inner.__dict__.get("forward")  # of somebody who replaced it earlier
-        self._routed: Callable[..., Any] | None = None
+        self._stand_in: Callable[..., Any] | None = None
         self._adapted: tuple[Key, dict[str, Tensor]] | None = None
 
-    def attach(self, routed: Callable[..., Any]) -> None:
-        """From now on the block's forward is `routed`, which is told whose."""
-        self._routed = partial(routed, self)
-        self.inner.__dict__.update({"forward": self._routed, "compile": self.compile})
+    def attach(self, forward: Callable[..., Any]) -> None:
+        """From now on the block's forward is this one, which is given the block first."""
+        self._stand_in = partial(forward, self)
+        self.inner.__dict__.update({"forward": self._stand_in, "compile": self.compile})
 
     def detach(self) -> None:
         """The block is what it was."""
         own = self.inner.__dict__
         own.pop("compile", None)
-        if own.get("forward") is self._routed:
+        if own.get("forward") is self._stand_in:
             del own["forward"]
             if self._before is not None:
                 own["forward"] = self._before
-        self._routed = None
+        self._stand_in = None
 
     @property
     def attached(self) -> bool:
         """False for somebody who wrapped the forward of an attached block, and calls it still."""
-        return self._routed is not None
+        return self._stand_in is not None
 
     # ---------------------------------------------------------------------------------------- in training
 
-    def mask(self, context: StepContext, call: BlockCall, decision: RouteDecision) -> Streams:
+    def run_masked(self, context: StepContext, call: BlockCall, decision: RouteDecision) -> Streams:
         """Every row runs, with its MLPs masked, and gradients reach the decision straight through."""
         x, y = self._skipped(context, call), self._run(context, call, decision.hard_width())
         if context.cache is not None and (ran := decision.keep.nonzero()[:, 0].tolist()):
@@ -106,7 +107,7 @@ class ElasticBlock:
 
     # -------------------------------------------------------------------------------------- in a generation
 
-    def route(self, context: StepContext, call: BlockCall, span: range) -> Streams:
+    def run_routed(self, context: StepContext, call: BlockCall, span: range) -> Streams:
         """Each group of rows its action; one that is everybody is not gathered."""
         if len(context.groups) == 1:
             ((action, rows),) = context.groups.items()

@@ -47,7 +47,7 @@ class StepContext:
     generation with the few-step LoRA. `training`: blocks are masked and gates get gradients; `recompute`: activation
     checkpointing, blocks run again for the backward pass.
 
-    `ahead` is the decision of a step for all blocks, `groups` what follows from it or from that of a block;
+    `step_decision` holds for all blocks of a step, `groups` are what follows from it or from that of a block;
     `entered`: by its first block, what came into each span of blocks; `deferred`: samples that should have run and
     wait; `decisions` are what is executed.
     """
@@ -67,7 +67,7 @@ class StepContext:
     t: Tensor = field(init=False)  # once the model is called
     waiting: bool = True  # for the call of the model
     modulation: Tensor | None = None
-    ahead: RouteDecision | None = None
+    step_decision: RouteDecision | None = None
     groups: Groups = field(default_factory=dict)
     visited: set[int] = field(default_factory=set)
     deferred: set[int] = field(default_factory=set)

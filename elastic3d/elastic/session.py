@@ -88,7 +88,7 @@ class ElasticSession:
         if budget is None:
             budget = self.settings.budget
         budgets, config = _one_each(budget, samples, "budgets"), self.router_config
-        if self.settings.elastic and self.routed:
+        if self.settings.elastic and self.uses_routers:
             config.check_generation(steps, guidance, self.settings.few_step)
         self.coarsen(steps, sum(budgets) / samples, guidance, times)
         whole = config.guided_share(times) if self.guided else 1.0
@@ -96,7 +96,7 @@ class ElasticSession:
         self.trace = Trace([b.name for b in self.blocks], config.ratios, steps, samples, self.guided)
         reuse = self.settings.cache or config.cache()
         forecast = self.source.begin(steps, times, budgets) if self.source else None
-        if self.routed and config.longest and not reuse.skipped_reuse:
+        if self.uses_routers and config.longest and not reuse.skipped_reuse:
             raise ValueError("cache.skipped_reuse is false, expected true: routers were trained to reuse")
         self.end()
         if reuse.active:
@@ -111,7 +111,7 @@ class ElasticSession:
             block.refresh(self.coarseness)
 
     @property
-    def routed(self) -> bool:
+    def uses_routers(self) -> bool:
         """Whether routers decide, in the first place at least."""
         return self.source is None or self.source.uses_routers
 
@@ -163,7 +163,7 @@ class ElasticSession:
         )
         follows = self.router_config.branches is Branches.shared and rows[0][0] != Branch.conditional
         if follows and before is not None and before.steps == context.steps:  # of the other branch
-            context.ahead = before.ahead
+            context.step_decision = before.step_decision
         return context
 
     def end(self) -> None:
@@ -180,7 +180,7 @@ class ElasticSession:
             self.settings = before
 
     def forget(self) -> None:
-        """Drop copies of the blocks: the model moves to another device."""
+        """Drop adapted weights of the blocks: the model moves to another device."""
         for block in self.blocks:
             block.forget()
 
@@ -206,7 +206,7 @@ class ElasticSession:
             if value.shape != t.shape:
                 raise ValueError(f"a batch of {len(t)}, but {len(value)} values of {name}")
             setattr(context, name, value)
-        if self.conditioner is not None and self.routed and context.ahead is None:
+        if self.conditioner is not None and self.uses_routers and context.step_decision is None:
             context.modulation = self.conditioner(context.t, context.dt, context.budget, context.branch)
 
     @stays_eager  # decisions stay eager; blocks are compiled by themselves
@@ -220,14 +220,14 @@ class ElasticSession:
         if block.index == span.start:
             context.entered[span.start] = call.streams
         if context.training:
-            return block.adapter.pack(block.mask(context, call, self._decide(context, block, call)))
+            return block.adapter.pack(block.run_masked(context, call, self._decide(context, block, call)))
         # where all blocks do the same, the first settles it: then a pass waits for the device only here
         if block.index == 0 or not self.alike:  # again where activations are recomputed
             context.groups = self._groups(context, self._decide(context, block, call), span)
         if block.index == span.start:
             for action, rows in context.groups.items():
                 trace.record([(context.steps[row], *context.rows[row]) for row in rows], span, action)
-        return block.adapter.pack(block.route(context, call, span))
+        return block.adapter.pack(block.run_routed(context, call, span))
 
     def _pass(self, block: ElasticBlock, call: BlockCall) -> tuple[StepContext, Trace]:
         """The pass that a block is called in: once, unless it is called again for the backward pass."""
@@ -246,17 +246,17 @@ class ElasticSession:
         """The route of every row through a block: from its router, from the one decision of this step, or from the
         source."""
         routed = None
-        if context.ahead is not None and (block.index > 0 or context.modulation is None):
-            routed = context.ahead
-        elif self.routed:  # the first block, unless the other branch has decided
-            routed = self._routed(context, block, call)
-            context.ahead = routed if self.router_config.scope is Scope.step else None
+        if context.step_decision is not None and (block.index > 0 or context.modulation is None):
+            routed = context.step_decision
+        elif self.uses_routers:  # the first block, unless the other branch has decided
+            routed = self._router_decision(context, block, call)
+            context.step_decision = routed if self.router_config.scope is Scope.step else None
         decision = routed if self.source is None else self.source.decide(context, block.index, routed)
         assert decision is not None
         context.decisions.setdefault(block.index, decision)
         return decision
 
-    def _routed(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
+    def _router_decision(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
         """What the router of a block says of every row. Where branches share their routes, rows of the conditional one
         decide, which come first in their pass; where samples do, their mean holds."""
         config, router = self.router_config, block.router
