@@ -86,8 +86,10 @@ class ResidualCache:
         """Whether a residual of this age stands in for a block: where it is skipped, or, with E-DiT's rule, where its
         gate is in a band above the threshold."""
         rule = self.config.rule
-        if not (age and keep):
-            return bool(age) and self.config.skipped_reuse
+        if not age:
+            return False
+        if not keep:
+            return self.config.skipped_reuse
         return rule is CacheRule.age or (rule is CacheRule.band and keep_prob <= threshold + self.config.band)
 
     def apply(self, key: Key, rows: Sequence[int], steps: Sequence[int], streams: Streams) -> Streams:

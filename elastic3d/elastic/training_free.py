@@ -209,7 +209,7 @@ def check_budget(budget: float, steps: int) -> int:
     if budget < (least := least_budget(steps)):
         why = f"in {steps} steps: a forecast needs two computed ones"
         raise UserError(f"budget is {budget:g}, expected at least {least:.2f} {why}")
-    return max(1, round(budget * steps))
+    return round(budget * steps)
 
 
 # ------------------------------------------------------------------------------------------------ on and off
