@@ -38,7 +38,7 @@ from elastic3d.utils.options import from_dict, renamed, to_dict
 ROUTER_CURVES_NAME = "curves.json"
 Architecture = RouterConfig | str | Path | None  # or the folder of trained routers that have one
 Source = RouteSource | None
-_HANDLE = "_elastic"
+_SESSION = "_elastic"
 _FAMILIES = {  # class of the model -> its adapter
     "ShapeDiT": "shape_dit.ADAPTER",
     "SkipDiT": "hunyuan21_dit.ADAPTER",
@@ -114,8 +114,8 @@ def _attach(model: nn.Module, adapter: ModelAdapter, config: RouterConfig, sourc
     )
     for block in session.blocks:  # now that none of them has been refused
         block.attach(session.run)
-    handle = model.register_forward_pre_hook(session.before_forward, with_kwargs=True)
-    model.__dict__[_HANDLE] = (session, handle)
+    session.hooks.append(model.register_forward_pre_hook(session.before_forward, with_kwargs=True))
+    model.__dict__[_SESSION] = session
     return session
 
 
@@ -140,17 +140,16 @@ def detach(model: Any) -> None:
     """Take the routers off a model or a pipeline: it is what it was before. ValueError where it has none."""
     model = model.transformer if _is_pipeline(model) else model
     session = session_of(model)
-    model.__dict__[_HANDLE][1].remove()
-    if session.driver is not None:
-        session.driver.hook.remove()
+    for hook in session.hooks:
+        hook.remove()
     for block in session.blocks:
         block.detach()
-    del model.__dict__[_HANDLE]
+    del model.__dict__[_SESSION]
 
 
 def is_attached(model: nn.Module) -> bool:
     """Whether `model` has routers, or a policy."""
-    return _HANDLE in model.__dict__
+    return _SESSION in model.__dict__
 
 
 def has_routers(model: nn.Module) -> bool:
@@ -162,7 +161,7 @@ def session_of(model: nn.Module) -> ElasticSession:
     """The session of a model with routers; ValueError where it has none."""
     if not is_attached(model):
         raise ValueError(f"this {type(model).__name__} has no routers: attach them first")
-    return model.__dict__[_HANDLE][0]
+    return model.__dict__[_SESSION]
 
 
 def adapter_for(model: nn.Module) -> ModelAdapter:

@@ -23,7 +23,6 @@ class PipelineDriver:
     def __init__(self, session: ElasticSession) -> None:
         self.session = session
         self.pipelines: list[Any] = []
-        self.hook: Any = None
         self._timesteps: Tensor | None = None  # of the running generation
         self._times: list[float] = []
         self._step, self._passes, self._branches = -1, 0, 1
@@ -96,6 +95,6 @@ def drive(pipeline: Any, session: ElasticSession) -> None:
             raise ValueError(f"{type(pipeline).__name__} can't have routers: its {kind} has no {name}")
     if session.driver is None:
         session.driver = driver = PipelineDriver(session)
-        driver.hook = pipeline.transformer.register_forward_hook(driver.after, always_call=True)
+        session.hooks.append(pipeline.transformer.register_forward_hook(driver.after, always_call=True))
     if not any(known is pipeline for known in session.driver.pipelines):
         session.driver.pipelines.append(pipeline)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from elastic3d.elastic.block import ElasticBlock
 from elastic3d.elastic.cache import ResidualCache
@@ -62,6 +63,7 @@ class ElasticSession:
     adapter: ModelAdapter
     settings: ElasticConfig = field(default_factory=ElasticConfig)  # changed between generations
     source: RouteSource | None = None  # None where the routers decide
+    hooks: list[RemovableHandle] = field(default_factory=list)  # on the model
     driver: Any = None  # a `PipelineDriver`, which calls `begin` and `step` for a pass that nobody announced
     recompute: bool = False  # activation checkpointing: blocks run again for the backward pass
     blocks: list[ElasticBlock] = field(default_factory=list)

@@ -24,13 +24,7 @@ from numpy.typing import NDArray
 
 from elastic3d.elastic.attachment import attach
 from elastic3d.elastic.cache import Forecast
-from elastic3d.elastic.config import (
-    MIN_BUDGET,
-    Branches,
-    RouterConfig,
-    Scope,
-    least_budget,
-)
+from elastic3d.elastic.config import MIN_BUDGET, Branches, RouterConfig, Scope, least_budget
 from elastic3d.elastic.context import RouteSource, StepContext
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
