@@ -61,20 +61,20 @@ class ElasticSession:
 
     router_config: RouterConfig
     adapter: ModelAdapter
-    settings: ElasticConfig = field(default_factory=ElasticConfig)  # changed between generations
-    source: RouteSource | None = None  # None where the routers decide
+    blocks: list[ElasticBlock] = field(default_factory=list)
+    conditioner: Conditioner | None = None  # None where no routers are
+    routers: nn.ModuleDict = field(default_factory=nn.ModuleDict)  # with few-step LoRA and conditioner
     hooks: list[RemovableHandle] = field(default_factory=list)  # on the model
     driver: Any = None  # a `PipelineDriver`, which calls `begin` and `step` for a pass that nobody announced
+    # changed between generations
+    settings: ElasticConfig = field(default_factory=ElasticConfig)
+    source: RouteSource | None = None  # None where the routers decide
     recompute: bool = False  # activation checkpointing: blocks run again for the backward pass
-    blocks: list[ElasticBlock] = field(default_factory=list)
-    routers: nn.ModuleDict = field(
-        default_factory=nn.ModuleDict
-    )  # every router, few-step LoRA and what they share
-    conditioner: Conditioner | None = None
-    trace: Trace | None = None  # of the newest generation
+    # of the newest generation
+    trace: Trace | None = None
     cache: ResidualCache | None = None
+    coarseness: float | None = None  # None where it runs without the few-step LoRA
     current: StepContext | None = None  # the newest forward pass, whose `decisions` the losses read
-    coarseness: float | None = None  # of a generation that uses the few-step LoRA
     _budget: Tensor = field(default_factory=lambda: torch.ones(0))
 
     # ------------------------------------------------------------------------------------ given from outside

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,15 +85,16 @@ def exchanged(block: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]
     As `torch.func.functional_call`, which would go through the block's forward: that is where routers decide.
     """
     paths = [name.rpartition(".") for name in tensors]
+    places: list[tuple[dict[str, Any], str]]
     places = [(block.get_submodule(path)._parameters, name) for path, _, name in paths]
     own = [parameters[name] for parameters, name in places]
     try:
         for (parameters, name), tensor in zip(places, tensors.values(), strict=True):
-            parameters[name] = tensor  # type: ignore[assignment]
+            parameters[name] = tensor
         yield
     finally:
-        for (parameters, name), tensor in zip(places, own, strict=True):
-            parameters[name] = tensor
+        for (parameters, name), parameter in zip(places, own, strict=True):
+            parameters[name] = parameter
 
 
 def plain_linear(block: nn.Module, name: str, without: str) -> nn.Linear:
