@@ -244,21 +244,21 @@ class ElasticConfig(Options):
     )
 
 
-def _requested(name: str, help: str = "", **bounds: Any) -> Any:
+def _requested(name: str) -> Any:
     """The option of this name of `ElasticConfig`, where a caller asks for it."""
-    help = help or f"{ElasticConfig.__dataclass_fields__[name].metadata['help']}; null: the model's default."
-    return option(None, help[0].upper() + help[1:], **bounds)
+    help = ElasticConfig.__dataclass_fields__[name].metadata["help"]
+    return option(None, f"{help[0].upper()}{help[1:]}; null: the model's default.")
 
 
 @dataclass(kw_only=True)
 class ElasticOptions(Options):
     """What a caller asks for, from the command line or Python; None is the model's default. See `ElasticConfig`."""
 
-    elastic: bool | None = _requested(
-        "elastic", "Let the routers decide; false: the dense model; null: if it has any."
+    elastic: bool | None = option(
+        None, "Let the routers decide; false: the dense model; null: if it has any."
     )
-    budget: float | None = _requested(
-        "budget",
+    budget: float | None = option(
+        None,
         "Share of the FLOPs of the dense model in its default steps; with steps=, of the dense model in that many;"
         " null: the model's default.",
         gt=0,
