@@ -240,7 +240,7 @@ class ElasticConfig(Options):
         True, "use the routers' few-step LoRA of the blocks where few model evaluations are left"
     )
     cache: BlockCacheConfig | None = option(
-        None, "reuse of block residuals between steps, by default as the routers were trained"
+        None, "reuse of block residuals between steps; null: as the routers were trained"
     )
 
 
@@ -265,7 +265,7 @@ class ElasticOptions(Options):
         le=1,
     )
     width: bool | None = _requested("width")
-    cache: BlockCacheConfig | None = _requested("cache")
+    cache: BlockCacheConfig | None = option(None, "Reuse of blocks between steps; null: the model's default.")
     shared: bool | None = _requested("shared")
     few_step: bool | None = _requested("few_step")
 
