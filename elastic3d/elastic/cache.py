@@ -74,6 +74,10 @@ class ResidualCache:
     def __len__(self) -> int:
         return sum(step > NEVER for bank in self._banks.values() for step in bank.steps)
 
+    def clear(self) -> None:
+        """Forget all residuals: the generation is over."""
+        self._banks.clear()
+
     def ages(self, key: Key, rows: Sequence[int], steps: Sequence[int]) -> list[int]:
         """Of each row: steps since the living residual was computed, 0 without one."""
         bank, ages = self._banks.get(key), []

@@ -169,7 +169,9 @@ class ElasticSession:
         return context
 
     def end(self) -> None:
-        """Free the caches; the trace stays."""
+        """Free the caches, also for who keeps a context; the trace stays."""
+        if self.cache is not None:
+            self.cache.clear()
         self.cache = self.current = None
 
     @contextmanager
@@ -285,7 +287,7 @@ class ElasticSession:
         """What a decision means for each row: run at a width, go on with a residual, or pass. Where one decision holds
         for all blocks, rows with nothing to go on with run: to skip all is no step. Samples that are deferred, though a
         row of them should run, pass and are noted."""
-        config, cache, actions = self.router_config, self.cache, []
+        config, cache, actions = self.router_config, context.cache, []
         reuses = cache is not None and config.scope is Scope.step and config.longest > 0
         found = torch.stack([decision.keep_prob, decision.width.float(), decision.keep.float()])
         for age, p, width, keep in zip(context.ages(span.start), *found.tolist(), strict=True):  # waits, once
