@@ -48,7 +48,7 @@ _FAMILIES = {  # class of the model -> its adapter
 
 
 class Routers(nn.ModuleDict):
-    """See `router_modules`; its name is in errors."""
+    """What `router_modules` returns; errors name it by this class."""
 
 
 # ---------------------------------------------------------------------------------------------------- on and off
