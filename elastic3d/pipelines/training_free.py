@@ -1,10 +1,12 @@
 """A budget without routers on a stock pipeline of diffusers, and the calibrations of such policies as files.
 
-from elastic3d import disable, enable
+    from elastic3d import disable, enable
 
-enable(pipe, budget=0.5)  # a pipeline of diffusers; its calibration is taken where its folder has one
-images = pipe("a red fox")
-disable(pipe)  # the pipeline is what it was
+    enable(pipe, budget=0.5)  # its calibration is taken where the pipeline's folder has one
+    images = pipe("a red fox")
+    disable(pipe)  # the pipeline is what it was
+
+How steps are planned and residuals forecast: `elastic.training_free`.
 """
 
 from __future__ import annotations
