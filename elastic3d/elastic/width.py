@@ -58,7 +58,7 @@ def sliced(block: nn.Module, sites: Sequence[MLPSite], ratio: float) -> Iterator
 
     A view of columns has a stride, which matrix products take as they take a contiguous weight.
     """
-    views = {}
+    views, attributes = {}, {}
     for site in sites:
         units = prefix_length(site.hidden, ratio)
         fc1, fc2 = (plain_linear(block, name, "width=false") for name in (site.fc1, site.fc2))
@@ -66,16 +66,15 @@ def sliced(block: nn.Module, sites: Sequence[MLPSite], ratio: float) -> Iterator
         if fc1.bias is not None:
             views[f"{site.fc1}.bias"] = fc1.bias[: site.fc1_offset + units]
         views[f"{site.fc2}.weight"] = fc2.weight[:, : site.fc2_offset + units]
+        if site.attribute is not None:
+            attributes[site.attribute] = units
+    own = {name: getattr(block, name) for name in attributes}
     try:
-        for site in sites:
-            if site.attribute is not None:
-                setattr(block, site.attribute, prefix_length(site.hidden, ratio))
+        vars(block).update(attributes)
         with exchanged(block, views):
             yield
     finally:
-        for site in sites:
-            if site.attribute is not None:
-                setattr(block, site.attribute, site.hidden)
+        vars(block).update(own)
 
 
 @contextmanager
