@@ -19,8 +19,8 @@ __all__ = ["ImageTo3DPipeline", "TextToImagePipeline", "disable", "enable", "eva
 _MODULES = {
     "ImageTo3DPipeline": "elastic3d.pipelines.image_to_3d",
     "TextToImagePipeline": "elastic3d.pipelines.text_to_image",
-    "disable": "elastic3d.elastic.training_free",
-    "enable": "elastic3d.elastic.training_free",
+    "disable": "elastic3d.pipelines.training_free",
+    "enable": "elastic3d.pipelines.training_free",
     "evaluate_pair": "elastic3d.evaluation",
 }
 

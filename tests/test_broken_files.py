@@ -25,7 +25,6 @@ from torch import nn
 from elastic3d.diffusion.dial import load_dial
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.elastic.config import RouterConfig
-from elastic3d.elastic.training_free import describe, load_calibration, series_of
 from elastic3d.errors import UserError
 from elastic3d.evaluation.html import load_frontier
 from elastic3d.evaluation.report import load_gate
@@ -36,6 +35,7 @@ from elastic3d.models.images import read_metadata, save_image
 from elastic3d.models.options import DiTConfig, ForegroundConfig, ImageEncoderConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import PretrainedMixin, load_config, open_tensors, read_weights, tensor_heads
+from elastic3d.pipelines.training_free import describe, load_calibration, series_of
 from elastic3d.preparation.shards import Shard, read_sidecar, write_shard
 from elastic3d.training.checkpoint import (
     Checkpoint,

@@ -130,7 +130,7 @@ class MeshTask(Task):
             session.coarsen(len(times), run.settings.budget, self.planner.guidance(run.model), times)
             with torch.no_grad():
                 for block in session.blocks:
-                    block.running()
+                    block.adapted(session.coarseness)
 
     # ---------------------------------------------------------------------------------------------- scores
 

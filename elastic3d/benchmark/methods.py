@@ -21,8 +21,9 @@ from elastic3d.benchmark.config import BenchmarkOptions, CacheName, Method, Poli
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig, least_budget
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.session import ElasticSession
-from elastic3d.elastic.training_free import Calibration, calibration_file, find_calibration
+from elastic3d.elastic.training_free import Calibration
 from elastic3d.errors import UserError
+from elastic3d.pipelines.training_free import calibration_file, find_calibration
 from elastic3d.utils.files import file_sha256
 
 MAIN, DENSE, EULER = "model", "dense", "euler"

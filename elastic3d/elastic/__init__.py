@@ -8,10 +8,11 @@
 
 `model` may also be a pipeline of diffusers: its transformer gets the routers, and its loop drives the session.
 
-Read in this order, like the method section of E-DiT (2602.13993): `config` and `context`, what is requested and what a
-pass is given; `router`, tokens to a decision; `block`, what a decision does; `width` and `cache`, the narrower and the
-earlier result; `few_step`, weights for few evaluations of the model; `session`, the state of a generation, and `trace`,
-its record; `families`, how each kind of block is called. Beside the method, for models without routers:
+Read in this order, like the method section of E-DiT (2602.13993): `config`, what is requested; `router`, from tokens to
+a decision; `width` and `cache`, the narrower and the earlier result; `context`, what a forward pass is given;
+`few_step`, weights for few evaluations of the model; `block`, what a decision does; `session`, the state of a
+generation and who decides in it; `trace`, its record. Around the method: `families`, how each kind of block is called;
+`attachment`, routers on a model and in files; `diffusers_loop`, stock pipelines. Beside it, for models without routers:
 `training_free`, a budget kept by a plan and a fitted forecast.
 """
 

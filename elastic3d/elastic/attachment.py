@@ -18,6 +18,7 @@ from elastic3d.elastic.config import RouterConfig, RouterCurves, Scope
 from elastic3d.elastic.context import RouteSource
 from elastic3d.elastic.diffusers_loop import drive
 from elastic3d.elastic.families import ModelAdapter
+from elastic3d.elastic.few_step import FewStepLoRA
 from elastic3d.elastic.router import Conditioner, Router
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
@@ -37,7 +38,7 @@ from elastic3d.utils.options import from_dict, renamed, to_dict
 ROUTER_CURVES_NAME = "curves.json"
 Architecture = RouterConfig | str | Path | None  # or the folder of trained routers that have one
 Source = RouteSource | None
-_HANDLE = "_elastic"
+_SESSION = "_elastic"
 _FAMILIES = {  # class of the model -> its adapter
     "ShapeDiT": "shape_dit.ADAPTER",
     "SkipDiT": "hunyuan21_dit.ADAPTER",
@@ -47,7 +48,7 @@ _FAMILIES = {  # class of the model -> its adapter
 
 
 class Routers(nn.ModuleDict):
-    """Every router and few-step LoRA of a model, and the conditioner that they share."""
+    """What `router_modules` returns; errors name it by this class."""
 
 
 # ---------------------------------------------------------------------------------------------------- on and off
@@ -78,8 +79,7 @@ def attach(model: Any, routers: Architecture = None, source: Source = None) -> E
         return _attach(model, adapter, routers or RouterConfig(), source)
     session = _attach(model, adapter, load_router_config(routers, adapter.family), source)
     try:
-        path = find_weights(Path(routers))
-        load_router_state(model, read_weights(path), str(path))
+        load_routers(model, routers)
     except BaseException:
         detach(model)
         raise
@@ -89,27 +89,33 @@ def attach(model: Any, routers: Architecture = None, source: Source = None) -> E
 def _attach(model: nn.Module, adapter: ModelAdapter, config: RouterConfig, source: Source) -> ElasticSession:
     """Give every block a forward that asks a fresh router first, and tell the session of every pass of the model."""
     session = ElasticSession(config, adapter, source=source)
-    lists = [(n, kind, list(model.get_submodule(n).children())) for n, kind in adapter.lists]
-    count = sum(len(blocks) for _, _, blocks in lists)
+    lists = list(adapter.block_lists(model))
+    count = sum(len(blocks) for _, _, blocks, _ in lists)
+    if not count:
+        raise ValueError(f"this {type(model).__name__} has no blocks to route")
     deciding = 0 if source is not None else 1 if config.scope is Scope.step else count
     device = next(model.parameters()).device
     if deciding:
         session.conditioner = Conditioner(config, deciding).to(device)
-    for name, kind, blocks in lists:
-        stage = range(len(session.blocks), len(session.blocks) + len(blocks))
-        for number, (index, block) in enumerate(zip(stage, blocks, strict=True)):
-            router = None
+    for name, kind, blocks, stage in lists:
+        for number, (index, inner) in enumerate(zip(stage, blocks, strict=True)):
+            block = ElasticBlock(inner, kind, f"{name}.{number}", index, stage, config.ratios)
             if index < deciding:
-                router = Router(config, kind.width(block), len(kind.stream_names)).to(device)
-            session.blocks.append(
-                ElasticBlock(session, block, kind, router, f"{name}.{number}", index, stage)
-            )
-    if not session.blocks:
-        raise ValueError(f"this {type(model).__name__} has no blocks to route")
-    for each in session.blocks:  # now that none of them has been refused
-        each.attach()
-    handle = model.register_forward_pre_hook(session.before_forward, with_kwargs=True)
-    model.__dict__[_HANDLE] = (session, handle)
+                block.router = Router(config, kind.width(inner), len(kind.stream_names)).to(device)
+            if config.few_step_rank:
+                own = next(inner.parameters()).device
+                block.few_step = FewStepLoRA(inner, config.few_step_rank).to(own)
+            session.blocks.append(block)
+    parts: dict[str, nn.Module | None] = {f"{block.name}.router": block.router for block in session.blocks}
+    parts |= {f"{block.name}.few_step": block.few_step for block in session.blocks}
+    parts |= {"conditioner": session.conditioner}
+    session.routers = Routers(
+        {name.replace(".", "/"): part for name, part in parts.items() if part is not None}
+    )
+    for block in session.blocks:  # now that none of them has been refused
+        block.attach(session.run)
+    session.hooks.append(model.register_forward_pre_hook(session.before_forward, with_kwargs=True))
+    model.__dict__[_SESSION] = session
     return session
 
 
@@ -134,17 +140,16 @@ def detach(model: Any) -> None:
     """Take the routers off a model or a pipeline: it is what it was before. ValueError where it has none."""
     model = model.transformer if _is_pipeline(model) else model
     session = session_of(model)
-    model.__dict__[_HANDLE][1].remove()
-    if session.driver is not None:
-        session.driver.hook.remove()
+    for hook in session.hooks:
+        hook.remove()
     for block in session.blocks:
         block.detach()
-    del model.__dict__[_HANDLE]
+    del model.__dict__[_SESSION]
 
 
 def is_attached(model: nn.Module) -> bool:
     """Whether `model` has routers, or a policy."""
-    return _HANDLE in model.__dict__
+    return _SESSION in model.__dict__
 
 
 def has_routers(model: nn.Module) -> bool:
@@ -156,7 +161,7 @@ def session_of(model: nn.Module) -> ElasticSession:
     """The session of a model with routers; ValueError where it has none."""
     if not is_attached(model):
         raise ValueError(f"this {type(model).__name__} has no routers: attach them first")
-    return model.__dict__[_HANDLE][0]
+    return model.__dict__[_SESSION]
 
 
 def adapter_for(model: nn.Module) -> ModelAdapter:
@@ -175,9 +180,9 @@ def _is_pipeline(model: Any) -> bool:
 # ------------------------------------------------------------------------------------------------------- weights
 
 
-def router_modules(model: nn.Module) -> Routers:
-    """Every router and what they share, as one module: for optimizers, averages and counting."""
-    return Routers({name.replace(".", "/"): part for name, part in session_of(model).parts.items()})
+def router_modules(model: nn.Module) -> nn.ModuleDict:
+    """Every router and few-step LoRA, and the conditioner that they share: for optimizers, averages and counting."""
+    return session_of(model).routers
 
 
 def router_state(model: nn.Module) -> dict[str, Tensor]:

@@ -1,13 +1,15 @@
-"""ElasticBlock: gate * block(x) + (1 - gate) * x, with a gate for each sample, of E-DiT (2602.13993).
+"""ElasticBlock: y = x + g * (B(x) - x) for a block B, with a gate g of 0 or 1 for each sample, as E-DiT (2602.13993).
 
-Training computes just that (`gated`). In a generation a gate is 0 or 1, so that each row runs (at its width), or goes
-on with the residual of an earlier step, or passes. Where all blocks of a list do the same (a span of blocks), x is what
-came into the first of them, block(x) what comes out of the last.
+With reuse, x stands for what comes out of a skipped block: its input plus the residual that it added at an earlier
+step. Training computes just that line (`gated`), so that the gate gets a gradient. In a generation each row runs (at
+its width), or reuses a residual, or passes. Where all blocks of a list do the same (a span of blocks), x is what came
+into the first of them, B(x) what comes out of the last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,20 +19,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic3d.elastic.cache import Streams
-from elastic3d.elastic.context import Groups, StepContext
-from elastic3d.elastic.families import BlockAdapter, BlockCall, rows_index, take_rows
+from elastic3d.elastic.context import StepContext
+from elastic3d.elastic.families import BlockAdapter, BlockCall, MLPSite, rows_index, take_rows
 from elastic3d.elastic.few_step import FewStepLoRA, Key
 from elastic3d.elastic.router import RouteDecision, Router
-from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import REUSED, SKIPPED
-from elastic3d.elastic.width import NarrowBlocks, masked, stays_eager
+from elastic3d.elastic.width import exchanged, masked, sliced
+
+Width = int | Tensor  # the number of a width, or one-hot widths (B,K) of a training
 
 
 def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x, y = block(x) (B,L,D), gate (B,) of 0 or 1 -> gate * y + (1 - gate) * x (B,L,D), which is y or x exactly.
+    """x, y = B(x) (B,L,D), gate (B,) of 0 or 1 -> x + gate * (y - x) (B,L,D), which is y or x exactly.
 
     A straight-through gate gets the gradient <gradient, y - x>. It is taken of the difference: in bf16 the gradients of
-    the two products round away what little a block changes.
+    the two products gate * y and (1 - gate) * x round away what little a block changes.
     """
     gate = gate.to(x.dtype)[:, None, None]
     slope = gate - gate.detach()
@@ -39,99 +42,78 @@ def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 @dataclass(eq=False, repr=False)
 class ElasticBlock:
-    """Stands where a block of a base model has its `forward`, and calls that, or not.
+    """A block of a base model, its router, and what is done with a decision.
 
     The block stays the module that it is, in its place, with its parameters, hooks and names; the router is no part of
     it, so that base checkpoints are saved and loaded as if it was not there.
     """
 
-    session: ElasticSession
     inner: nn.Module
     adapter: BlockAdapter
-    router: Router | None  # None where another block's decides
     name: str
     index: int  # in the order of execution
     stage: range  # the indices of all blocks of its list
+    ratios: Sequence[float]  # the K widths
+    router: Router | None = None  # None where another block's decides
     few_step: FewStepLoRA | None = None  # of its weights, for generations with few model evaluations
 
     def __post_init__(self) -> None:
-        config = self.session.router_config
-        self.sites = self.adapter.mlp_sites(self.inner) if config.widths > 1 else ()
+        self.sites: tuple[MLPSite, ...] = self.adapter.mlp_sites(self.inner) if len(self.ratios) > 1 else ()
+        self._base: Callable[..., Any] = self.inner.forward  # which a router stands before
+        self.forward = self._base  # compiled on request
         self._before = self.inner.__dict__.get("forward")  # of somebody who replaced it earlier
-        self.narrow = NarrowBlocks(self.inner, self.inner.forward, self.sites, config.ratios)
-        if config.few_step_rank:
-            device = next(self.inner.parameters()).device
-            self.few_step = FewStepLoRA(self.inner, config.few_step_rank).to(device)
-        self._adapted: tuple[Key, NarrowBlocks] | None = None
-        self._attached = False
+        self._stand_in: Callable[..., Any] | None = None
+        self._adapted: tuple[Key, dict[str, Tensor]] | None = None
 
-    def attach(self) -> None:
-        """From now on the block's forward is this."""
-        self._attached = True
-        self.inner.__dict__.update({"forward": self, "compile": self.compile})
+    def attach(self, forward: Callable[..., Any]) -> None:
+        """From now on the block's forward is this one, which is given the block first."""
+        self._stand_in = partial(forward, self)
+        self.inner.__dict__.update({"forward": self._stand_in, "compile": self.compile})
 
     def detach(self) -> None:
         """The block is what it was."""
-        self._attached = False  # for somebody who wrapped this forward and calls it still
         own = self.inner.__dict__
         own.pop("compile", None)
-        if own.get("forward") is self:
+        if own.get("forward") is self._stand_in:
             del own["forward"]
             if self._before is not None:
                 own["forward"] = self._before
+        self._stand_in = None
 
-    # -------------------------------------------------------------------------------------------------- running
+    @property
+    def attached(self) -> bool:
+        """False for somebody who wrapped the forward of an attached block, and calls it still."""
+        return self._stand_in is not None
 
-    @stays_eager  # decisions stay eager; blocks are compiled by themselves, see `compile`
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's own signature and return value."""
-        session = self.session
-        if not (self._attached and session.settings.elastic):
-            return self.narrow.full(*args, **kwargs)
-        call = self.adapter.bind(self.inner, args, kwargs)
-        context, span = session.visit(self, call), session.span(self)
-        if self.index == span.start:
-            context.entered[span.start] = call.streams
-        if context.training:
-            output = self._masked(context, call, session.decide(context, self, call))
-        else:
-            output = self._grouped(context, call, session.route(context, self, call), span)
-        return self.adapter.pack(output)
+    # ---------------------------------------------------------------------------------------- in training
 
-    def _masked(self, context: StepContext, call: BlockCall, decision: RouteDecision) -> Streams:
-        """Training: the gate straight through, the block with its MLPs masked."""
-        cache, x, keep = self.session.cache, self._skipped(context, call), decision.keep
-        y = self._run(partial(self._at_width, self.running(), call, decision.hard_width()))
-        if cache is not None and (ran := keep.nonzero()[:, 0].tolist()):
-            kept = tuple(stream[keep] for stream in y)
-            cache.store(*context.entries(self.index, ran), take_rows(call.streams, ran), kept)
+    def run_masked(self, context: StepContext, call: BlockCall, decision: RouteDecision) -> Streams:
+        """Every row runs, with its MLPs masked, and gradients reach the decision straight through."""
+        x, y = self._skipped(context, call), self._run(context, call, decision.hard_width())
+        if context.cache is not None and (ran := decision.keep.nonzero()[:, 0].tolist()):
+            kept = tuple(stream[decision.keep] for stream in y)
+            context.cache.store(*context.entries(self.index, ran), take_rows(call.streams, ran), kept)
         return tuple(gated(*pair, decision.hard_keep()) for pair in zip(x, y, strict=True))
 
     def _skipped(self, context: StepContext, call: BlockCall) -> Streams:
-        """Training: what comes out where the block is skipped, which is what came in, and what is remembered."""
-        cache, x = self.session.cache, call.streams
-        if cache is None:
-            return x
-        ages = cache.ages(*context.entries(self.index, range(len(context.rows))))
-        known = [row for row, age in enumerate(ages) if age]
-        if not known:
+        """What comes out where the block is skipped: what came in, and what is remembered."""
+        x = call.streams
+        known = [row for row, age in enumerate(context.ages(self.index)) if age]
+        if context.cache is None or not known:
             return x
         index = torch.tensor(known, device=x[0].device)
-        found = cache.apply(*context.entries(self.index, known), take_rows(x, known))
+        found = context.cache.apply(*context.entries(self.index, known), take_rows(x, known))
         return tuple(whole.index_copy(0, index, part) for whole, part in zip(x, found, strict=True))
 
-    def _at_width(self, blocks: NarrowBlocks, call: BlockCall, width: Tensor) -> Streams:
-        """The whole block, its MLPs masked to one-hot widths (B,K)."""
-        with masked(blocks.block, self.sites, width, blocks.ratios):
-            return self.adapter.run(blocks.full, call)
+    # -------------------------------------------------------------------------------------- in a generation
 
-    def _grouped(self, context: StepContext, call: BlockCall, groups: Groups, span: range) -> Streams:
-        """A generation: each group of rows its action; one that is everybody is not gathered."""
-        if len(groups) == 1:
-            ((action, rows),) = groups.items()
+    def run_routed(self, context: StepContext, call: BlockCall, span: range) -> Streams:
+        """Each group of rows its action; one that is everybody is not gathered."""
+        if len(context.groups) == 1:
+            ((action, rows),) = context.groups.items()
             return self._act(context, call, action, rows, span)
         output = tuple(stream.clone() for stream in call.streams)
-        for action, rows in groups.items():
+        for action, rows in context.groups.items():
             if action > SKIPPED or (action == REUSED and self.index == span[-1]):
                 index = rows_index(rows, output[0].device)
                 found = self._act(context, self.adapter.take(call, index), action, rows, span)
@@ -144,9 +126,9 @@ class ElasticBlock:
     ) -> Streams:
         """One action for all rows of `call`, which are `rows` of the batch: run at a width, pass, or reuse. Rows that
         reuse pass a span unchanged, and get all that it adds at its end."""
-        cache, output = self.session.cache, call.streams
+        cache, output = context.cache, call.streams
         if action > SKIPPED:
-            output = self._run(partial(self.adapter.run, self.running().at(action - 1), call))
+            output = self._run(context, call, action - 1)
         if cache is None or action == SKIPPED or self.index != span[-1]:
             return output
         where, entered = context.entries(span.start, rows), take_rows(context.entered[span.start], rows)
@@ -155,29 +137,41 @@ class ElasticBlock:
         cache.store(*where, entered, output)
         return output
 
-    def _run(self, block: Callable[[], Streams]) -> Streams:
-        """What a block puts out; its activations are kept for the backward pass, or computed again there."""
-        if self.session.recompute and torch.is_grad_enabled():
-            return checkpoint(block, use_reentrant=False, preserve_rng_state=False)
-        return block()
+    # ------------------------------------------------------------------------------------- the block itself
 
-    # ------------------------------------------------------------------------------------- what it is made of
+    def _run(self, context: StepContext, call: BlockCall, width: Width) -> Streams:
+        """B(x) at a width; activations are kept for the backward pass, or computed again there."""
+        weights = self.adapted(context.coarseness)
 
-    def running(self) -> NarrowBlocks:
-        """The block at its widths, with its few-step LoRA in a generation that uses it."""
-        coarse = self.session.coarseness
+        def run() -> Streams:
+            with exchanged(self.inner, weights), self._at(width):
+                return self.adapter.run(self.forward, call)
+
+        if context.recompute and torch.is_grad_enabled():
+            return checkpoint(run, use_reentrant=False, preserve_rng_state=False)
+        return run()
+
+    def _at(self, width: Width) -> AbstractContextManager[Any]:
+        """While it lasts, the block's MLPs have this width."""
+        if isinstance(width, Tensor):
+            return masked(self.inner, self.sites, width, self.ratios)
+        if width == len(self.ratios) - 1:
+            return nullcontext()
+        return sliced(self.inner, self.sites, self.ratios[width])
+
+    def adapted(self, coarse: float | None) -> dict[str, Tensor]:
+        """What stands in for the block's weights in a generation of this coarseness, by name: nothing, or those with
+        the few-step LoRA."""
         if self.few_step is None or coarse is None:
-            return self.narrow
+            return {}
         if self._adapted is None:
-            twin, state = self.few_step.adapted(self.inner, coarse), self.few_step.state(self.inner, coarse)
-            narrow = NarrowBlocks(twin, twin.forward, self.sites, self.narrow.ratios)
-            narrow.compile(self.narrow.compile_arguments)
-            self._adapted = (state, narrow)
+            state = self.few_step.state(self.inner, coarse)
+            self._adapted = state, self.few_step.adapted(self.inner, coarse)
         return self._adapted[1]
 
     def refresh(self, coarse: float | None) -> None:
-        """A generation of this coarseness begins: what an earlier one made of the few-step LoRA goes, unless it
-        holds still. With gradients it never does: each generation has a graph of its own."""
+        """A generation of this coarseness begins: adapted weights of an earlier one go, unless they hold still. With
+        gradients they never do: each generation has a graph of its own."""
         if self._adapted is None or self.few_step is None or coarse is None:
             return
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.few_step.parameters())
@@ -185,11 +179,9 @@ class ElasticBlock:
             self._adapted = None
 
     def forget(self) -> None:
-        """Drop the copies of the block, which may hold weights on a device that it has left."""
-        self.narrow.forget()
+        """Drop adapted weights, which may lie on a device that the block has left."""
         self._adapted = None
 
     def compile(self, **arguments: Any) -> None:
-        """Compile the block and, as they are made, its narrow copies; decisions stay eager."""
-        self.narrow.compile(arguments)
-        self._adapted = None
+        """Compile the block; decisions stay eager."""
+        self.forward = torch.compile(self._base, **arguments)

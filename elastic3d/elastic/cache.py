@@ -39,6 +39,10 @@ class Bank:
     newest: Streams
     older: Streams | None
 
+    def known_before(self, row: int) -> int | None:
+        """When a row's older residual was computed; None where it has none."""
+        return self.before[row] if self.older is not None and self.before[row] > NEVER else None
+
     def enlarge(self, size: int) -> None:
         """Make room for more rows."""
         more = size - len(self.steps)
@@ -70,6 +74,10 @@ class ResidualCache:
     def __len__(self) -> int:
         return sum(step > NEVER for bank in self._banks.values() for step in bank.steps)
 
+    def clear(self) -> None:
+        """Forget all residuals: the generation is over."""
+        self._banks.clear()
+
     def ages(self, key: Key, rows: Sequence[int], steps: Sequence[int]) -> list[int]:
         """Of each row: steps since the living residual was computed, 0 without one."""
         bank, ages = self._banks.get(key), []
@@ -82,26 +90,37 @@ class ResidualCache:
         """Whether a residual of this age stands in for a block: where it is skipped, or, with E-DiT's rule, where its
         gate is in a band above the threshold."""
         rule = self.config.rule
-        if not (age and keep):
-            return bool(age) and self.config.skipped_reuse
+        if not age:
+            return False
+        if not keep:
+            return self.config.skipped_reuse
         return rule is CacheRule.age or (rule is CacheRule.band and keep_prob <= threshold + self.config.band)
 
     def apply(self, key: Key, rows: Sequence[int], steps: Sequence[int], streams: Streams) -> Streams:
         """Streams (k,L,D) of the rows with what stands in for their residuals added.
 
-        These are what the forecast says; without one the newest ones and, with a damping, what is left of their
-        change a step: of 1 a line, as TaylorSeer forecasts features (2503.06923), less flattens with each step
+        This is what the forecast makes of the last two. Without one it is the newest and, with a damping, what is left
+        of their change a step: of 1 a line, as TaylorSeer forecasts features (2503.06923), less flattens with each step
         (damped trend, Gardner and McKenzie 1985).
         """
-        bank = self._banks[key]
-        if self.forecast is not None:
-            return self._forecast(bank, key[0], rows, steps, streams)
+        bank, at, output = self._banks[key], list(zip(rows, steps, strict=True)), []
         newest = take_rows(bank.newest, rows)
-        slopes = [self._slope(bank, row, step) for row, step in zip(rows, steps, strict=True)]
-        if bank.older is not None and any(slopes):
-            older, weight = take_rows(bank.older, rows), _factor([1 + slope for slope in slopes], newest[0])
-            newest = tuple(torch.lerp(old, new, weight) for old, new in zip(older, newest, strict=True))
-        return tuple(x + r for x, r in zip(streams, newest, strict=True))
+        older = newest if bank.older is None else take_rows(bank.older, rows)
+        for stream, (x, new, old) in enumerate(zip(streams, newest, older, strict=True)):
+            if self.forecast is None:
+                slopes = [self._slope(bank, row, step) for row, step in at]
+                added = torch.lerp(old, new, _factor([1 + s for s in slopes], new)) if any(slopes) else new
+            else:
+                shares = [
+                    self.forecast(key[0], stream, step, bank.steps[row], bank.known_before(row))
+                    for row, step in at
+                ]
+                of_newest, of_older = zip(*shares, strict=True)
+                added = new * _factor(of_newest, new)
+                if any(of_older):
+                    added = added + old * _factor(of_older, old)
+            output.append(x + added)
+        return tuple(output)
 
     def store(
         self, key: Key, rows: Sequence[int], steps: Sequence[int], inputs: Streams, outputs: Streams
@@ -124,25 +143,6 @@ class ResidualCache:
         bank.newest, bank.older = found, older if self.config.extrapolates else None
         for row, step in zip(rows, steps, strict=True):
             bank.before[row], bank.steps[row] = bank.steps[row], step
-
-    def _forecast(
-        self, bank: Bank, span: int, rows: Sequence[int], steps: Sequence[int], streams: Streams
-    ) -> Streams:
-        """Streams (k,L,D) with what the forecast puts in the place of their residuals."""
-        assert self.forecast is not None
-        output, newest = [], take_rows(bank.newest, rows)
-        for stream, (x, r) in enumerate(zip(streams, newest, strict=True)):
-            weights = []
-            for row, step in zip(rows, steps, strict=True):
-                before = bank.before[row] if bank.before[row] > NEVER else None
-                weights.append(self.forecast(span, stream, step, bank.steps[row], before))
-            of_newest, of_older = zip(*weights, strict=True)
-            added = r * _factor(of_newest, r)
-            if bank.older is not None and any(of_older):
-                (old,) = take_rows(bank.older[stream : stream + 1], rows)
-                added = added + old * _factor(of_older, old)
-            output.append(x + added)
-        return tuple(output)
 
     def _slope(self, bank: Bank, row: int, step: int) -> float:
         """How many times the change between a row's two residuals is added to the newest."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from elastic3d.errors import UserError
 from elastic3d.utils.options import Options, check_range, option
 
 MIN_BUDGET = 0.3
-# Lists of the routers that form pairs: positions, and values there.
-_CURVES = {"requested_budgets": "calibrated_budgets", "times": "gate_bias", "damping_times": "dampings"}
 
 
 class Scope(Enum):
@@ -45,6 +44,11 @@ _internal = partial(option, internal=True)
 _times = partial(_internal, [], ge=0, le=1, ascending=True)
 
 
+def _check_curve(options: Options, at: str, values: str) -> None:
+    if len(getattr(options, at)) != len(getattr(options, values)):
+        raise ValueError(f"{at} and {values} are no ascending list and one of the same length")
+
+
 @dataclass(kw_only=True)
 class RouterCurves(Options):
     """What a calibration measured of trained routers. `curves.json` beside their weights."""
@@ -62,9 +66,9 @@ class RouterCurves(Options):
 
     def check(self) -> None:
         """Each position has its value."""
-        for at, found in _CURVES.items():
-            if len(getattr(self, at)) != len(getattr(self, found)):
-                raise ValueError(f"{at} and {found} are no ascending list and one of the same length")
+        _check_curve(self, "damping_times", "dampings")
+        _check_curve(self, "requested_budgets", "calibrated_budgets")
+        _check_curve(self, "times", "gate_bias")
 
 
 @dataclass(kw_only=True)
@@ -135,12 +139,9 @@ class RouterConfig(Options):
         the dense model's NFE in a generation that leaves out no block. ValueError out of range."""
         check_range("budget", budget, MIN_BUDGET, 1.0)
         curves, budget = self.curves, min(budget / whole, 1.0)
-        at, found = curves.requested_budgets, curves.calibrated_budgets
-        if not at:
+        if not curves.requested_budgets:
             return budget
-        i = min(max(bisect_left(at, budget), 1), len(at) - 1)
-        share = (budget - at[i - 1]) / max(at[i] - at[i - 1], 1e-9)
-        return found[i - 1] + min(max(share, 0.0), 1.0) * (found[i] - found[i - 1])
+        return float(np.interp(budget, curves.requested_budgets, curves.calibrated_budgets))
 
     def check_generation(self, steps: int, guidance: float | None, few_step: bool) -> None:
         """UserError for a generation that routers and few-step LoRA, trained through whole generations, do not cover:
@@ -212,8 +213,7 @@ class BlockCacheConfig(Options):
 
     def check(self) -> None:
         """Each time has its damping."""
-        if len(self.times) != len(self.dampings):
-            raise ValueError("times and dampings are no ascending list and one of the same length")
+        _check_curve(self, "times", "dampings")
 
     @property
     def active(self) -> bool:
@@ -244,6 +244,12 @@ class ElasticConfig(Options):
     )
 
 
+def _requested(name: str) -> Any:
+    """The option of this name of `ElasticConfig`, where a caller asks for it."""
+    help = ElasticConfig.__dataclass_fields__[name].metadata["help"]
+    return option(None, f"{help[0].upper()}{help[1:]}; null: the model's default.")
+
+
 @dataclass(kw_only=True)
 class ElasticOptions(Options):
     """What a caller asks for, from the command line or Python; None is the model's default. See `ElasticConfig`."""
@@ -258,16 +264,10 @@ class ElasticOptions(Options):
         gt=0,
         le=1,
     )
-    width: bool | None = option(None, "Let the routers narrow the MLPs; null: the model's default.")
+    width: bool | None = _requested("width")
     cache: BlockCacheConfig | None = option(None, "Reuse of blocks between steps; null: the model's default.")
-    shared: bool | None = option(
-        None,
-        "Routes are shared in a batch: faster, but a result then depends on its batch; null: the model's default.",
-    )
-    few_step: bool | None = option(
-        None,
-        "Use the routers' few-step LoRA of the blocks where few model evaluations are left; null: the model's default.",
-    )
+    shared: bool | None = _requested("shared")
+    few_step: bool | None = _requested("few_step")
 
     @staticmethod
     def of(config: object) -> dict[str, Any]:

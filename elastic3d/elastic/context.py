@@ -9,7 +9,7 @@ from enum import Enum, IntEnum
 
 from torch import Tensor
 
-from elastic3d.elastic.cache import Forecast, Streams
+from elastic3d.elastic.cache import Forecast, ResidualCache, Streams
 from elastic3d.elastic.router import RouteDecision
 
 Groups = dict[int, list[int]]  # the rows of each action
@@ -43,10 +43,11 @@ class StepContext:
 
     dt: size of the sampling step; budget: in [0.3,1]; branch: 0 conditional, 1 unconditional; t: time in [0,1], which
     the model itself is called with; each (B,) fp32. Each row has its (branch, sample) in `rows`, its step, and its slot
-    in the cache. The first `conditional_rows` rows are those of one branch. `training`: blocks are masked and gates get
-    gradients.
+    in the `cache` of the generation. The first `conditional_rows` rows are those of one branch. `coarseness`: of a
+    generation with the few-step LoRA. `training`: blocks are masked and gates get gradients; `recompute`: activation
+    checkpointing, blocks run again for the backward pass.
 
-    `ahead` is the decision of a step for all blocks, `groups` what follows from it or from that of a block;
+    `step_decision` holds for all blocks of a step, `groups` are what follows from it or from that of a block;
     `entered`: by its first block, what came into each span of blocks; `deferred`: samples that should have run and
     wait; `decisions` are what is executed.
     """
@@ -58,12 +59,15 @@ class StepContext:
     rows: list[tuple[int, int]]
     steps: list[int]
     slots: list[int]
+    cache: ResidualCache | None = None
+    coarseness: float | None = None
     defer: Defer = Defer.never
     training: bool = False
+    recompute: bool = False
     t: Tensor = field(init=False)  # once the model is called
     waiting: bool = True  # for the call of the model
     modulation: Tensor | None = None
-    ahead: RouteDecision | None = None
+    step_decision: RouteDecision | None = None
     groups: Groups = field(default_factory=dict)
     visited: set[int] = field(default_factory=set)
     deferred: set[int] = field(default_factory=set)
@@ -75,6 +79,12 @@ class StepContext:
         their slots in it, and the steps that they are at."""
         key = span, self.rows[0][0]
         return key, [self.slots[row] for row in rows], [self.steps[row] for row in rows]
+
+    def ages(self, span: int) -> list[int]:
+        """Of each row, how many steps ago what a span would add was computed, 0 for nothing."""
+        if self.cache is None:
+            return [0] * len(self.rows)
+        return self.cache.ages(*self.entries(span, range(len(self.rows))))
 
 
 class RouteSource(ABC):

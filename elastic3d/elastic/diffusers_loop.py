@@ -23,7 +23,6 @@ class PipelineDriver:
     def __init__(self, session: ElasticSession) -> None:
         self.session = session
         self.pipelines: list[Any] = []
-        self.hook: Any = None
         self._timesteps: Tensor | None = None  # of the running generation
         self._times: list[float] = []
         self._step, self._passes, self._branches = -1, 0, 1
@@ -32,7 +31,9 @@ class PipelineDriver:
         """Tell the session of a pass at times t (B,), 0 = noise. ValueError where no scheduler is at that time."""
         scheduler, step = self._scheduler_at(1 - float(t[0]))
         again = step < self._step or (step == self._step and self._passes == len(Branch))
-        if scheduler.timesteps is not self._timesteps or again or self.session.samples != len(t):
+        before = self.session.trace
+        new = scheduler.timesteps is not self._timesteps or before is None or before.samples != len(t)
+        if new or again:
             self._timesteps, self._times = scheduler.timesteps, scheduler.timesteps.flatten().tolist()
             if len(set(self._times)) < len(self._times):
                 raise ValueError(f"{type(scheduler).__name__} visits a timestep twice: unsupported")
@@ -94,6 +95,6 @@ def drive(pipeline: Any, session: ElasticSession) -> None:
             raise ValueError(f"{type(pipeline).__name__} can't have routers: its {kind} has no {name}")
     if session.driver is None:
         session.driver = driver = PipelineDriver(session)
-        driver.hook = pipeline.transformer.register_forward_hook(driver.after, always_call=True)
+        session.hooks.append(pipeline.transformer.register_forward_hook(driver.after, always_call=True))
     if not any(known is pipeline for known in session.driver.pipelines):
         session.driver.pipelines.append(pipeline)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic3d.elastic.config import RouterConfig
-from elastic3d.elastic.width import linear_around, with_modules
+from elastic3d.elastic.width import plain_linear
 
 Key = tuple[object, ...]
 
@@ -66,12 +66,13 @@ class FewStepLoRA(nn.Module):
                 lora = LowRankUpdate(part.out_features, part.in_features, rank)
                 self.parts[name.replace(".", "/")] = lora
 
-    def adapted(self, block: nn.Module, coarse: float) -> nn.Module:
-        """The LoRA-adapted block, a twin of it; gradients reach the LoRA while they are enabled."""
-        parts = {}
-        for name, part, linear in self._pairs(block):
-            parts[name] = linear_around(part(linear.weight.detach(), coarse), linear.bias)
-        return with_modules(block, parts)
+    def adapted(self, block: nn.Module, coarse: float) -> dict[str, Tensor]:
+        """The adapted weights (O,I) by the names of the block's own; gradients reach the LoRA while they are
+        enabled."""
+        return {
+            f"{name}.weight": part(linear.weight.detach(), coarse)
+            for name, part, linear in self._pairs(block)
+        }
 
     @torch.no_grad()
     def merge(self, block: nn.Module, twin: nn.Module, coarse: float | None) -> None:
@@ -87,15 +88,10 @@ class FewStepLoRA(nn.Module):
                 own.weight.copy_(weight)
 
     def state(self, block: nn.Module, coarse: float | None) -> Key:
-        """What an adapted twin was made of: it is another as soon as the twin is stale."""
+        """What adapted weights were made of: another as soon as they are stale."""
         tensors = [linear.weight for _, _, linear in self._pairs(block)] + list(self.parameters())
         return coarse, *((tensor.data_ptr(), tensor._version) for tensor in tensors)
 
     def _pairs(self, block: nn.Module) -> list[tuple[str, nn.Module, nn.Linear]]:
         names = [(key.replace("/", "."), part) for key, part in self.parts.items()]
-        found = [(name, part, block.get_submodule(name)) for name, part in names]
-        for name, _, linear in found:
-            if type(linear) is not nn.Linear or "forward" in linear.__dict__:
-                kind = type(linear).__name__
-                raise ValueError(f"{name} is a {kind}, expected nn.Linear: run with few_step=false")
-        return found  # type: ignore[return-value]
+        return [(name, part, plain_linear(block, name, "few_step=false")) for name, part in names]

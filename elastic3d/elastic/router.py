@@ -66,8 +66,6 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 def interpolated(x: Tensor, at: Sequence[float], values: Sequence[float]) -> Tensor:
     """Values (B,) at x (B,): linear between those at the ascending positions `at`, constant outside."""
     knots, found = x.new_tensor(at), x.new_tensor(values)
-    if len(at) == 1:
-        return found.expand_as(x)
     right = torch.searchsorted(knots, x.contiguous()).clamp(1, len(at) - 1)
     low, high = knots[right - 1], knots[right]
     share = ((x - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)

@@ -1,19 +1,23 @@
 """The session: the state of a generation, and who decides in it. Owns the caches and the trace; there is no global.
 
 A sampler says `begin(samples, steps)` once, `step(i, dt)` before each forward pass, and `end()` however it ends. A pass
-that nobody announced is an error. In a pass each block asks `route` what to do, or, in training, `decide`.
+that nobody announced is an error. In a pass `run` stands where each block of the model has its `forward`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import functools
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from elastic3d.elastic.block import ElasticBlock
 from elastic3d.elastic.cache import ResidualCache
 from elastic3d.elastic.config import Branches, CacheRule, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import (
@@ -24,44 +28,32 @@ from elastic3d.elastic.context import (
     RouteSource,
     StepContext,
 )
-from elastic3d.elastic.families import BlockAdapter, BlockCall, ModelAdapter
-from elastic3d.elastic.few_step import FewStepLoRA, coarseness
-from elastic3d.elastic.router import Conditioner, RouteDecision, Router, interpolated
+from elastic3d.elastic.families import BlockCall, ModelAdapter
+from elastic3d.elastic.few_step import coarseness
+from elastic3d.elastic.router import Conditioner, RouteDecision, interpolated
 from elastic3d.elastic.trace import REUSED, SKIPPED, Trace
-from elastic3d.elastic.width import NarrowBlocks, stays_eager
 from elastic3d.errors import UserError
 
 T = TypeVar("T", int, float)
+Function = TypeVar("Function", bound=Callable[..., Any])
 Scale = float | None
 Times = Sequence[float]
 Budget = Sequence[float] | float | None  # one for all samples, one for each, or that of the settings
 
 
-class RoutedBlock(Protocol):
-    """What a session knows of its blocks (see `block`)."""
+def stays_eager(function: Function) -> Function:
+    """As `torch.compiler.disable(recursive=False)`, which imports the compiler (half a second) at decoration."""
+    kept: list[Callable[..., Any]] = []
 
-    inner: nn.Module
-    adapter: BlockAdapter
-    router: Router | None
-    name: str
-    index: int
-    stage: range
-    few_step: FewStepLoRA | None
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:  # so nobody compiles
+            return function(*args, **kwargs)
+        if not kept:
+            kept.append(torch.compiler.disable(function, recursive=False))
+        return kept[0](*args, **kwargs)
 
-    def attach(self) -> None: ...
-    def detach(self) -> None: ...
-    def running(self) -> NarrowBlocks: ...
-    def refresh(self, coarse: float | None) -> None: ...
-    def forget(self) -> None: ...
-
-
-class Driver(Protocol):
-    """Announces passes that nobody else does (see `diffusers_loop`)."""
-
-    pipelines: list[Any]
-    hook: Any
-
-    def announce(self, t: Tensor) -> None: ...
+    return call  # type: ignore[return-value]
 
 
 @dataclass(eq=False, repr=False)
@@ -70,27 +62,21 @@ class ElasticSession:
 
     router_config: RouterConfig
     adapter: ModelAdapter
-    settings: ElasticConfig = field(default_factory=ElasticConfig)  # changed between generations
+    blocks: list[ElasticBlock] = field(default_factory=list)
+    conditioner: Conditioner | None = None  # None where no routers are
+    routers: nn.ModuleDict = field(default_factory=nn.ModuleDict)  # with few-step LoRA and conditioner
+    hooks: list[RemovableHandle] = field(default_factory=list)  # on the model
+    driver: Any = None  # a `PipelineDriver`, which calls `begin` and `step` for a pass that nobody announced
+    # changed between generations
+    settings: ElasticConfig = field(default_factory=ElasticConfig)
     source: RouteSource | None = None  # None where the routers decide
-    driver: Driver | None = None  # calls `begin` and `step` for a pass that nobody announced
     recompute: bool = False  # activation checkpointing: blocks run again for the backward pass
-    blocks: list[RoutedBlock] = field(default_factory=list)
-    conditioner: Conditioner | None = None
-    trace: Trace | None = None  # of the newest generation
+    # of the newest generation
+    trace: Trace | None = None
     cache: ResidualCache | None = None
+    coarseness: float | None = None  # None where it runs without the few-step LoRA
     current: StepContext | None = None  # the newest forward pass, whose `decisions` the losses read
-    coarseness: float | None = None  # of a generation that uses the few-step LoRA
-    samples: int = 0
-    _steps: int = 0
     _budget: Tensor = field(default_factory=lambda: torch.ones(0))
-
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """Every router, few-step LoRA and what they share, by name."""
-        found: dict[str, nn.Module | None] = {f"{block.name}.router": block.router for block in self.blocks}
-        found |= {f"{block.name}.few_step": block.few_step for block in self.blocks}
-        found |= {"conditioner": self.conditioner}
-        return {name: part for name, part in found.items() if part is not None}
 
     # ------------------------------------------------------------------------------------ given from outside
 
@@ -105,16 +91,15 @@ class ElasticSession:
         if budget is None:
             budget = self.settings.budget
         budgets, config = _one_each(budget, samples, "budgets"), self.router_config
-        if self.settings.elastic and self.routed:
+        if self.settings.elastic and self.uses_routers:
             config.check_generation(steps, guidance, self.settings.few_step)
-        self.samples, self._steps = samples, steps
         self.coarsen(steps, sum(budgets) / samples, guidance, times)
         whole = config.guided_share(times) if self.guided else 1.0
         self._budget = torch.tensor([config.calibrated(each, whole) for each in budgets])
         self.trace = Trace([b.name for b in self.blocks], config.ratios, steps, samples, self.guided)
         reuse = self.settings.cache or config.cache()
         forecast = self.source.begin(steps, times, budgets) if self.source else None
-        if self.routed and config.longest and not reuse.skipped_reuse:
+        if self.uses_routers and config.longest and not reuse.skipped_reuse:
             raise UserError("cache.skipped_reuse is false, expected true: routers were trained to reuse")
         self.end()
         if reuse.active:
@@ -129,7 +114,7 @@ class ElasticSession:
             block.refresh(self.coarseness)
 
     @property
-    def routed(self) -> bool:
+    def uses_routers(self) -> bool:
         """Whether routers decide, in the first place at least."""
         return self.source is None or self.source.uses_routers
 
@@ -155,13 +140,13 @@ class ElasticSession:
         Branches that run one after the other announce themselves one after the other. `samples`: those that take part,
         ascending, None for all; each may be at a step of its own then. Those that are deferred pass the blocks.
         """
-        if not self.samples:
+        if (trace := self.trace) is None:
             raise ValueError("a step without a generation: call session.begin(samples, steps) first")
-        samples = range(self.samples) if samples is None else samples
+        samples = range(trace.samples) if samples is None else samples
         steps, copies = _one_each(index, len(samples), "steps"), len(branches)
         for step in steps:
-            if not 0 <= step < self._steps:
-                raise ValueError(f"step {step} of a generation of {self._steps} steps")
+            if not 0 <= step < trace.steps:
+                raise ValueError(f"step {step} of a generation of {trace.steps} steps")
         if defer is not Defer.never and not self.defers:
             raise ValueError(f"defer is {defer.name}, expected never: blocks or samples do not decide so")
         rows, before = [(int(branch), sample) for branch in branches for sample in samples], self.current
@@ -172,17 +157,22 @@ class ElasticSession:
             conditional_rows=len(samples),
             rows=rows,
             steps=steps * copies,
-            slots=[(branch - rows[0][0]) * self.samples + sample for branch, sample in rows],
+            slots=[(branch - rows[0][0]) * trace.samples + sample for branch, sample in rows],
+            cache=self.cache,
+            coarseness=self.coarseness,
             defer=defer,
             training=self.source is not None and self.source.learns,
+            recompute=self.recompute,
         )
         follows = self.router_config.branches is Branches.shared and rows[0][0] != Branch.conditional
         if follows and before is not None and before.steps == context.steps:  # of the other branch
-            context.ahead = before.ahead
+            context.step_decision = before.step_decision
         return context
 
     def end(self) -> None:
-        """Free the caches; the trace stays."""
+        """Free the caches, also for who keeps a context; the trace stays."""
+        if self.cache is not None:
+            self.cache.clear()
         self.cache = self.current = None
 
     @contextmanager
@@ -195,7 +185,7 @@ class ElasticSession:
             self.settings = before
 
     def forget(self) -> None:
-        """Drop copies of the blocks: the model moves to another device."""
+        """Drop adapted weights of the blocks: the model moves to another device."""
         for block in self.blocks:
             block.forget()
 
@@ -212,7 +202,7 @@ class ElasticSession:
         context = self.current
         if context is None or not context.waiting:
             raise ValueError("a forward pass that nobody announced: call session.step first")
-        for part in self.parts.values():  # no part of the model: they go where it is
+        for part in self.routers.values():  # no part of the model: they go where it is
             if next(part.parameters()).device != t.device:
                 part.to(t.device)
         context.t, context.waiting = t.float(), False
@@ -221,49 +211,57 @@ class ElasticSession:
             if value.shape != t.shape:
                 raise ValueError(f"a batch of {len(t)}, but {len(value)} values of {name}")
             setattr(context, name, value)
-        if self.conditioner is not None and self.routed and context.ahead is None:
+        if self.conditioner is not None and self.uses_routers and context.step_decision is None:
             context.modulation = self.conditioner(context.t, context.dt, context.budget, context.branch)
 
-    def visit(self, block: RoutedBlock, call: BlockCall) -> StepContext:
+    @stays_eager  # decisions stay eager; blocks are compiled by themselves
+    def run(self, block: ElasticBlock, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a block, with its own signature and return value: what is decided of it is done."""
+        if not (block.attached and self.settings.elastic):
+            return block.forward(*args, **kwargs)
+        call = block.adapter.bind(block.inner, args, kwargs)
+        context, trace = self._pass(block, call)
+        span = self.span(block)
+        if block.index == span.start:
+            context.entered[span.start] = call.streams
+        if context.training:
+            return block.adapter.pack(block.run_masked(context, call, self._decide(context, block, call)))
+        # where all blocks do the same, the first settles it: then a pass waits for the device only here
+        if block.index == 0 or not self.alike:  # again where activations are recomputed
+            context.groups = self._groups(context, self._decide(context, block, call), span)
+        if block.index == span.start:
+            for action, rows in context.groups.items():
+                trace.record([(context.steps[row], *context.rows[row]) for row in rows], span, action)
+        return block.adapter.pack(block.run_routed(context, call, span))
+
+    def _pass(self, block: ElasticBlock, call: BlockCall) -> tuple[StepContext, Trace]:
         """The pass that a block is called in: once, unless it is called again for the backward pass."""
         context, trace = self.current, self.trace
-        if context is None or context.waiting:
+        if context is None or context.waiting or trace is None:
             raise ValueError(f"block {block.name} was called outside a forward pass of its model")
         if block.index in context.visited and not torch.is_grad_enabled():
             raise ValueError(f"block {block.name} was called twice in one forward pass")
         context.visited.add(block.index)
-        if trace is not None and block.index not in trace.flops:
+        if block.index not in trace.flops:
             trace.flops[block.index] = block.adapter.flops(block.inner, call.lengths)
             trace.router_flops[block.index] = block.router.flops(call.lengths) if block.router else 0
-        return context
+        return context, trace
 
-    def route(self, context: StepContext, block: RoutedBlock, call: BlockCall) -> Groups:
-        """The rows of each action of a block. Where all blocks do the same, the first one settles it for all of them:
-        then a pass waits for the device only here."""
-        span = self.span(block)
-        if block.index == 0 or not self.alike:  # again where activations are recomputed
-            context.groups = self._groups(context, self.decide(context, block, call), span)
-        if block.index == span.start and self.trace is not None:
-            for action, rows in context.groups.items():
-                moments = [(context.steps[row], *context.rows[row]) for row in rows]
-                self.trace.record(moments, span, action)
-        return context.groups
-
-    def decide(self, context: StepContext, block: RoutedBlock, call: BlockCall) -> RouteDecision:
+    def _decide(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
         """The route of every row through a block: from its router, from the one decision of this step, or from the
         source."""
         routed = None
-        if context.ahead is not None and (block.index > 0 or context.modulation is None):
-            routed = context.ahead
-        elif self.routed:  # the first block, unless the other branch has decided
-            routed = self._routed(context, block, call)
-            context.ahead = routed if self.router_config.scope is Scope.step else None
+        if context.step_decision is not None and (block.index > 0 or context.modulation is None):
+            routed = context.step_decision
+        elif self.uses_routers:  # the first block, unless the other branch has decided
+            routed = self._router_decision(context, block, call)
+            context.step_decision = routed if self.router_config.scope is Scope.step else None
         decision = routed if self.source is None else self.source.decide(context, block.index, routed)
         assert decision is not None
         context.decisions.setdefault(block.index, decision)
         return decision
 
-    def _routed(self, context: StepContext, block: RoutedBlock, call: BlockCall) -> RouteDecision:
+    def _router_decision(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
         """What the router of a block says of every row. Where branches share their routes, rows of the conditional one
         decide, which come first in their pass; where samples do, their mean holds."""
         config, router = self.router_config, block.router
@@ -275,7 +273,7 @@ class ElasticSession:
             streams = tuple(x.detach() for x in streams)
         age = None
         if config.longest:
-            ages = torch.tensor(self._ages(context, self.span(block)), device=context.t.device)
+            ages = torch.tensor(context.ages(self.span(block).start), device=context.t.device)
             age = ages.clamp_max(config.longest)[rows]
         logits = router(streams, modulation[rows, block.index], age)
         logits = logits.repeat(len(context.t) // len(logits), 1)
@@ -290,12 +288,10 @@ class ElasticSession:
         """What a decision means for each row: run at a width, go on with a residual, or pass. Where one decision holds
         for all blocks, rows with nothing to go on with run: to skip all is no step. Samples that are deferred, though a
         row of them should run, pass and are noted."""
-        config, cache, actions = self.router_config, self.cache, []
+        config, cache, actions = self.router_config, context.cache, []
         reuses = cache is not None and config.scope is Scope.step and config.longest > 0
         found = torch.stack([decision.keep_prob, decision.width.float(), decision.keep.float()])
-        for age, p, width, keep in zip(
-            self._ages(context, span), *found.tolist(), strict=True
-        ):  # waits, once
+        for age, p, width, keep in zip(context.ages(span.start), *found.tolist(), strict=True):  # waits, once
             if cache is not None and cache.reuse(age, bool(keep), p, config.threshold):
                 actions.append(REUSED)
             elif (reuses and not age) or (keep and not self.settings.width):
@@ -312,10 +308,9 @@ class ElasticSession:
     @property
     def alike(self) -> bool:
         """Whether all blocks of a list do the same in a pass."""
-        own, cache = self.router_config.scope is Scope.step, self.settings.cache
-        if self.settings.elastic and self.source is not None:
-            own = self.source.alike
-        return own and (cache is None or cache.rule is not CacheRule.band)
+        whole = self.router_config.scope is Scope.step if self.source is None else self.source.alike
+        cache = self.settings.cache
+        return whole and (cache is None or cache.rule is not CacheRule.band)
 
     @property
     def defers(self) -> bool:
@@ -327,15 +322,9 @@ class ElasticSession:
         """Samples of the newest pass that should have run, and are deferred."""
         return () if self.current is None else self.current.deferred
 
-    def span(self, block: RoutedBlock) -> range:
+    def span(self, block: ElasticBlock) -> range:
         """The blocks around this one whose residual is kept as one: all of its list, where all do the same."""
         return block.stage if self.alike else range(block.index, block.index + 1)
-
-    def _ages(self, context: StepContext, span: range) -> list[int]:
-        """Of each row, how many steps ago what a span would add was computed, 0 for nothing."""
-        if self.cache is None:
-            return [0] * len(context.t)
-        return self.cache.ages(*context.entries(span.start, range(len(context.rows))))
 
 
 def _one_each(value: Sequence[T] | T, count: int, what: str) -> list[T]:

@@ -9,12 +9,6 @@ generations.
   Errors are those of what is added to the stream that becomes the result, under guidance.
 
 Without a calibration the computed steps lie evenly, and residuals go on along a damped line.
-
-    from elastic3d import disable, enable
-
-    enable(pipe, budget=0.5)  # a pipeline of diffusers; its calibration is taken where its folder has one
-    images = pipe("a red fox")
-    disable(pipe)  # the pipeline is what it was
 """
 
 from __future__ import annotations
@@ -22,29 +16,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from elastic3d.elastic.attachment import adapter_for, attach, detach, has_routers, is_attached
+from elastic3d.elastic.attachment import attach
 from elastic3d.elastic.cache import Forecast
-from elastic3d.elastic.config import (
-    MIN_BUDGET,
-    Branches,
-    ElasticConfig,
-    RouterConfig,
-    Scope,
-    least_budget,
-)
+from elastic3d.elastic.config import MIN_BUDGET, Branches, RouterConfig, Scope, least_budget
 from elastic3d.elastic.context import RouteSource, StepContext
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
-from elastic3d.utils.files import Number, load_json, printable, save_json
 from elastic3d.utils.options import check_range
 
 Array = NDArray[np.float64]
@@ -52,15 +36,6 @@ Series = tuple[int, int]  # what a list adds to a stream: the number of its firs
 RIDGE = 1e-6  # of the mean of the moments' diagonal
 DAMPING = 0.7  # without a calibration
 CALIBRATION_NAME = "training_free.json"
-_ANY = Number(-1e300, 1e300)
-_SHAPE = {
-    "about": {"model": dict, "samples": int},
-    "times": [Number(0, 1)],
-    "moments": [{"span": int, "stream": int, "values": [[_ANY]]}],
-    "result": [[_ANY]],
-    "changes": [Number(0, 1e300)],
-}
-
 # Blocks that share a decision.
 NO_ROUTERS = RouterConfig(scope=Scope.step, branches=Branches.shared, widths=1, longest=1000, damping=DAMPING)
 
@@ -209,119 +184,10 @@ def check_budget(budget: float, steps: int) -> int:
     if budget < (least := least_budget(steps)):
         why = f"in {steps} steps: a forecast needs two computed ones"
         raise UserError(f"budget is {budget:g}, expected at least {least:.2f} {why}")
-    return max(1, round(budget * steps))
-
-
-# ------------------------------------------------------------------------------------------------ on and off
+    return round(budget * steps)
 
 
 def put_policy(model: Any, calibration: Calibration | None = None) -> ElasticSession:
     """Attach a training-free policy to a model, or a pipeline of diffusers, without routers: from now on the budget of
     `session.settings` holds. ValueError where it has routers."""
     return attach(model, NO_ROUTERS, StepPolicy(calibration))
-
-
-def enable(pipe: Any, budget: float = 0.5, calibration: str | Path | None = None) -> ElasticSession:
-    """Let a stock pipeline of diffusers run its blocks at a share `budget` of their FLOPs, from 0.3 to 1.
-
-    Without training: some of the steps run the blocks, what these add is forecast at the others. Called again, it
-    changes the budget.
-
-    Args:
-        calibration: file or folder of `elastic3d calibrate`; None: the pipeline's own folder, where it has one.
-
-    Raises:
-        ValueError: a pipeline of another family, or with routers; a budget out of range.
-        UserError: a calibration that is missing, broken, empty, or of another model.
-    """
-    transformer = pipe.transformer
-    settings = ElasticConfig(budget=budget)
-    if calibration is not None:
-        calibration = calibration_file(calibration)
-    found = find_calibration(calibration or getattr(pipe.config, "_name_or_path", None), transformer)
-    if is_attached(transformer):
-        if has_routers(transformer):
-            raise ValueError(
-                "the pipeline has routers, which take a budget: set session.settings.budget, or detach them"
-            )
-        detach(pipe)
-    session = put_policy(pipe, found)
-    session.settings = settings
-    return session
-
-
-def disable(pipe: Any) -> None:
-    """Take off what `enable` put on: the pipeline is what it was before. ValueError where there is nothing."""
-    detach(pipe)
-
-
-# -------------------------------------------------------------------------------------------------- files
-
-
-def describe(model: nn.Module) -> dict[str, Any]:
-    """What a calibration has to fit: the family, the number of blocks of each list, their width."""
-    adapter = adapter_for(model)
-    blocks = [list(model.get_submodule(name).children()) for name, _ in adapter.lists]
-    width = adapter.lists[0][1].width(blocks[0][0])
-    return {"family": adapter.family, "blocks": [len(each) for each in blocks], "width": width}
-
-
-def calibration_file(place: str | Path) -> Path:
-    """The file of a calibration, named by itself or by its folder; UserError where there is none."""
-    path = Path(place) / CALIBRATION_NAME if Path(place).is_dir() else Path(place)
-    if not path.is_file():
-        raise UserError(f"there is no calibration {printable(path)}: write one with elastic3d calibrate")
-    return path
-
-
-def series_of(model: nn.Module) -> set[Series]:
-    """What a calibration has moments of: every stream of every list of blocks, by the number of its first block."""
-    found, start = set[Series](), 0
-    for name, kind in adapter_for(model).lists:
-        found |= {(start, number) for number in range(len(kind.stream_names))}
-        start += len(list(model.get_submodule(name).children()))
-    return found
-
-
-def find_calibration(place: str | Path | None, model: nn.Module) -> Calibration | None:
-    """The calibration in a file, or in a folder; None where there is none. UserError as `load_calibration`."""
-    if not place:
-        return None
-    path = Path(place) / CALIBRATION_NAME if Path(place).is_dir() else Path(place)
-    return load_calibration(path, model) if path.is_file() else None
-
-
-def load_calibration(path: Path, model: nn.Module) -> Calibration:
-    """A calibration of this model. UserError naming the file: it is broken, empty, or of another model."""
-    values, source = load_json(path, _SHAPE), printable(path)
-    expected = describe(model)
-    if values["about"]["model"] != expected:
-        raise UserError(f"{source} is of another model: {values['about']['model']}, expected {expected}")
-    times = np.array(values["times"])
-    steps = len(times)
-    if steps < 2 or not values["moments"]:
-        raise UserError(f"{source} is empty, expected at least two steps: run elastic3d calibrate again")
-    if not (np.diff(times) > 0).all():
-        raise UserError(f"{source}: times are {values['times']}, expected ascending ones")
-    tables = [("moments", each["values"]) for each in values["moments"]] + [("result", values["result"])]
-    for name, table in tables:
-        if [len(row) for row in table] != [steps] * steps:
-            raise UserError(f"{source}: {name} has no {steps} x {steps} numbers, one row a step")
-    moments = {(each["span"], each["stream"]): np.array(each["values"]) for each in values["moments"]}
-    if set(moments) != series_of(model):
-        raise UserError(f"{source} has moments of {sorted(moments)}, expected {sorted(series_of(model))}")
-    result, changes = np.array(values["result"]), np.array(values["changes"])
-    if len(changes) != steps:
-        raise UserError(f"{source}: changes has {len(changes)} values, expected {steps}, one a step")
-    return Calibration(times, moments, result, changes, values["about"])
-
-
-def save_calibration(calibration: Calibration, path: Path) -> None:
-    """Write the file that `load_calibration` reads, whole or not at all."""
-    rounded = np.vectorize(lambda value: float(f"{value:.8g}"), otypes=[float])
-    moments = [
-        {"span": span, "stream": stream, "values": rounded(moment).tolist()}
-        for (span, stream), moment in calibration.moments.items()
-    ]
-    parts = {name: rounded(getattr(calibration, name)).tolist() for name in ("times", "result", "changes")}
-    save_json({"about": dict(calibration.about), **parts, "moments": moments}, path)

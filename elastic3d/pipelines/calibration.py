@@ -18,14 +18,7 @@ from elastic3d.elastic.attachment import adapter_for, is_attached, session_of
 from elastic3d.elastic.cache import Streams
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.elastic.families import BlockAdapter
-from elastic3d.elastic.training_free import (
-    CALIBRATION_NAME,
-    Array,
-    Calibration,
-    Series,
-    describe,
-    save_calibration,
-)
+from elastic3d.elastic.training_free import CALIBRATION_NAME, Array, Calibration, Series
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import spread
 from elastic3d.models.images import prepare
@@ -41,6 +34,7 @@ from elastic3d.pipelines.options import (
 from elastic3d.pipelines.published import calibration_home
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.pipelines.text_to_image import TextToImagePipeline, check_prompt, read_prompts
+from elastic3d.pipelines.training_free import describe, save_calibration
 
 DENSE = ElasticConfig(elastic=False)
 TOKENS = 64  # of each stream, spread evenly, that moments are taken of

@@ -15,7 +15,6 @@ import trimesh
 from elastic3d.checkpoints.options import PRESETS
 from elastic3d.elastic.attachment import attach
 from elastic3d.elastic.config import ElasticOptions
-from elastic3d.elastic.training_free import calibration_file
 from elastic3d.errors import UserError
 from elastic3d.evaluation.health import PrintCheck, print_check
 from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, check_suffix, save_mesh
@@ -35,6 +34,7 @@ from elastic3d.pipelines.options import (
 )
 from elastic3d.pipelines.preview import draw_routes, route_title, turntable
 from elastic3d.pipelines.runtime import find_model
+from elastic3d.pipelines.training_free import calibration_file
 from elastic3d.utils.files import (
     atomic_path,
     check_paths,

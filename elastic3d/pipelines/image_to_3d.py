@@ -26,13 +26,7 @@ from elastic3d.diffusion.sampler import integrate, sampling_times
 from elastic3d.elastic.attachment import attach, has_routers, is_attached, save_routers, session_of
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.session import ElasticSession
-from elastic3d.elastic.training_free import (
-    CALIBRATION_NAME,
-    check_budget,
-    find_calibration,
-    put_policy,
-    save_calibration,
-)
+from elastic3d.elastic.training_free import CALIBRATION_NAME, check_budget, put_policy
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field, extract_surface, reducible
@@ -63,6 +57,7 @@ from elastic3d.pipelines.runtime import (
     turn,
 )
 from elastic3d.pipelines.static import CompiledDiT, StaticDiT
+from elastic3d.pipelines.training_free import find_calibration, save_calibration
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256, load_json, printable, save_json
 from elastic3d.utils.options import from_dict, to_dict

@@ -18,12 +18,7 @@ from elastic3d.elastic.attachment import adapter_for, attach, has_routers, is_at
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.families import dense_flops
 from elastic3d.elastic.session import ElasticSession
-from elastic3d.elastic.training_free import (
-    calibration_file,
-    check_budget,
-    find_calibration,
-    put_policy,
-)
+from elastic3d.elastic.training_free import check_budget, put_policy
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.backbones import BACKBONES, Backbone, Text
@@ -46,6 +41,7 @@ from elastic3d.pipelines.runtime import (
     timed,
     turn,
 )
+from elastic3d.pipelines.training_free import calibration_file, find_calibration
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256, load_json
 from elastic3d.utils.options import check_range, shown

@@ -159,8 +159,8 @@ class RouterObjective(nn.Module, ABC):
         simulated, count = self._simulated(batch), len(batch["dt"])
         self.session.begin(count, 1, batch["budget"].tolist())
         branches = BOTH_BRANCHES if self.paired else BOTH_BRANCHES[:1]
-        context = self.session.step(0, batch["dt"].tolist(), branches)
         self.session.cache = simulated
+        context = self.session.step(0, batch["dt"].tolist(), branches)
         if not self.paired:  # each row is of a branch of its own
             context.branch = batch["branch"]
 

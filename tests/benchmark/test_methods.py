@@ -181,12 +181,12 @@ def test_the_few_step_lora_has_rows_where_few_evaluations_are_left(world, tmp_pa
         assert torch.equal(result.latents, dense.latents) is same
     own = task.planner.models[MAIN].session
     task.warm_up(by_method[Method.few_step_lora][0])
-    merged = [block.running() for block in own.blocks]
+    merged = [block.adapted(own.coarseness) for block in own.blocks]
     own.source = task.controls.source(by_method[Method.few_step_lora][0], job)
     with torch.no_grad():
         own.begin(1, 2)
-    assert all(block.running() is before for block, before in zip(own.blocks, merged, strict=True))
-    assert all(before is not block.narrow for block, before in zip(own.blocks, merged, strict=True))
+    again = [block.adapted(own.coarseness) for block in own.blocks]
+    assert all(found and found is before for found, before in zip(again, merged, strict=True))
     own.source = None
     with pytest.raises(
         UserError, match="few_step_lora, which can't be run: its routers have no few-step LoRA"

@@ -95,14 +95,14 @@ def test_skipping_is_bypassing_and_calls_nothing(family, monkeypatch):
         raise AssertionError("a skipped block ran")
 
     for block in session.blocks:
-        monkeypatch.setattr(block.narrow, "full", called)
+        monkeypatch.setattr(block, "forward", called)
     begin(session)
     session.source = table(session, 0)
     skipped = forward(model, session, inputs)
     monkeypatch.undo()
     for block in session.blocks:  # bypass: a block whose output is its input
         adapter = block.adapter
-        monkeypatch.setattr(block.narrow, "full", lambda *args, adapter=adapter, inner=block.inner, **kwargs:
+        monkeypatch.setattr(block, "forward", lambda *args, adapter=adapter, inner=block.inner, **kwargs:
                             adapter.pack(adapter.bind(inner, args, kwargs).streams))  # fmt: skip
     session.settings = ElasticConfig(elastic=False)
     with torch.no_grad():

@@ -17,9 +17,10 @@ from tiny_pipeline import image
 from elastic3d.diffusion.dial import F_SCORES, choose, load_dial, parse_dial, resolution_of, save_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.elastic.config import ElasticOptions, RouterConfig
-from elastic3d.elastic.training_free import Calibration, describe, save_calibration, series_of
+from elastic3d.elastic.training_free import Calibration
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
+from elastic3d.pipelines.training_free import describe, save_calibration, series_of
 from elastic3d.utils.files import save_json
 
 DIAL = parse_dial(values(), "dial.json")

@@ -22,16 +22,13 @@ from elastic3d.elastic.training_free import (
     CALIBRATION_NAME,
     Calibration,
     check_budget,
-    describe,
     even_steps,
-    load_calibration,
     planned_steps,
     put_policy,
-    save_calibration,
-    series_of,
 )
 from elastic3d.errors import UserError
 from elastic3d.pipelines.calibration import Notes, calibrate, recorded
+from elastic3d.pipelines.training_free import describe, load_calibration, save_calibration, series_of
 from tests.elastic.test_diffusers_routing import flux, flux_pipeline, qwen_pipeline
 
 STEPS = 8

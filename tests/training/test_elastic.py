@@ -192,13 +192,13 @@ def test_routers_that_do_not_forecast_steps_are_trained_elsewhere(dense, router)
 
 def count_rows(block: ElasticBlock, rows: list[int]) -> None:
     """Note how many rows the base block is called with."""
-    full = block.narrow.full
+    full = block.forward
 
     def counting(*args, **kwargs):
         rows.append(len([*args, *kwargs.values()][0]))
         return full(*args, **kwargs)
 
-    block.narrow.full = counting
+    block.forward = counting
 
 
 def test_blocks_whose_error_is_predicted_do_not_run_in_training(dense):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -126,6 +126,27 @@ class BlockAdapter(ABC):
         """FLOPs of one sample with `lengths` tokens in each stream."""
 
 
+class DoubleStreamAdapter(BlockAdapter):
+    """A block that keeps two streams separate, of which the MLP of the first is narrowed."""
+
+    def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
+        """FLOPs of one sample: image and text tokens, or latents and condition."""
+        D, (image, text) = self.width(block), lengths
+        modulation = 2 * (2 * D * 6 * D)  # of both streams, once a sample
+        mlp = 4 * D * self.mlp_sites(block)[0].hidden  # a token
+        return BlockFlops(modulation + attention_flops(D, image + text) + text * mlp, image * mlp)
+
+
+class SingleStreamAdapter(BlockAdapter):
+    """A block that has all tokens as one sequence; its MLP is fused with the attention's projections."""
+
+    def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
+        """FLOPs of one sample."""
+        D, tokens = self.width(block), sum(lengths)
+        modulation, mlp = 2 * D * 3 * D, tokens * 4 * D * self.mlp_sites(block)[0].hidden
+        return BlockFlops(modulation + attention_flops(D, tokens), mlp)
+
+
 @dataclass(frozen=True)
 class ModelAdapter:
     """One family of models: which modules are its blocks, and how its forward pass is given the time.
@@ -140,6 +161,14 @@ class ModelAdapter:
     time: str
     position: int
     noise_at_one: bool = False
+
+    def block_lists(self, model: nn.Module) -> Iterator[tuple[str, BlockAdapter, list[nn.Module], range]]:
+        """Of each list: its name, its adapter, its blocks, and their numbers in the model."""
+        start = 0
+        for name, kind in self.lists:
+            blocks = list(model.get_submodule(name).children())
+            yield name, kind, blocks, range(start, start + len(blocks))
+            start += len(blocks)
 
     def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The time (B,), 0 = noise, one value per batch row, from the arguments of the model's forward pass."""
@@ -167,21 +196,6 @@ def take_rows(streams: tuple[Tensor, ...], rows: Sequence[int]) -> tuple[Tensor,
     return tuple(stream[index] for stream in streams)
 
 
-def double_block_flops(width: int, hidden: int, image: int, text: int) -> BlockFlops:
-    """One sample in a block that keeps two streams separate, of which the MLP of the image stream is narrowed.
-
-    Of width D, hidden units of the MLPs, and tokens of both streams (N latents and M condition tokens for shapes).
-    """
-    modulation = 2 * (2 * width * 6 * width)  # of both streams, once a sample
-    mlp = 4 * width * hidden  # a token
-    return BlockFlops(modulation + attention_flops(width, image + text) + text * mlp, image * mlp)
-
-
-def single_block_flops(width: int, hidden: int, tokens: int) -> BlockFlops:
-    """One sample in a block that has all tokens as one stream."""
-    return BlockFlops(2 * width * 3 * width + attention_flops(width, tokens), tokens * 4 * width * hidden)
-
-
 def attention_flops(width: int, tokens: int) -> int:
     """Projections to queries, keys, values and output; scores, and their product with the values."""
     return 2 * tokens * 4 * width**2 + 4 * tokens**2 * width
@@ -194,9 +208,9 @@ def block_flops(model: nn.Module, adapter: ModelAdapter, lengths: Sequence[int])
     alone: the model may lie on the meta device. A block of one stream sees all tokens.
     """
     found = []
-    for name, kind in adapter.lists:
+    for _, kind, blocks, _ in adapter.block_lists(model):
         own = lengths if len(kind.stream_names) == len(lengths) else [sum(lengths)]
-        found += [kind.flops(block, own) for block in model.get_submodule(name).children()]
+        found += [kind.flops(block, own) for block in blocks]
     return found
 
 

@@ -12,11 +12,11 @@ from elastic3d.elastic.families import (
     BlockAdapter,
     BlockCall,
     BlockFlops,
+    DoubleStreamAdapter,
     MLPSite,
     ModelAdapter,
     Rows,
-    double_block_flops,
-    single_block_flops,
+    SingleStreamAdapter,
 )
 
 STREAMS = ("hidden_states", "encoder_hidden_states")  # image tokens, text tokens
@@ -57,19 +57,15 @@ def _take(name: str, value: Any, rows: Rows, batch: int) -> Any:
     )
 
 
-class FluxDoubleAdapter(JointBlockAdapter):
+class FluxDoubleAdapter(JointBlockAdapter, DoubleStreamAdapter):
     """`FluxTransformerBlock`; the image stream's MLP is narrowed."""
 
     def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
         """The image stream's MLP."""
         return (feed_forward_site(block, "ff"),)
 
-    def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
-        """FLOPs of one sample: image tokens, text tokens."""
-        return double_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, *lengths)
 
-
-class FluxSingleAdapter(JointBlockAdapter):
+class FluxSingleAdapter(JointBlockAdapter, SingleStreamAdapter):
     """`FluxSingleTransformerBlock`; the MLP shares its output projection with the attention."""
 
     def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
@@ -77,12 +73,8 @@ class FluxSingleAdapter(JointBlockAdapter):
         up = cast(nn.Linear, block.get_submodule("proj_mlp"))
         return (MLPSite("proj_mlp", "proj_out", up.out_features, fc2_offset=self.width(block)),)
 
-    def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
-        """FLOPs of one sample."""
-        return single_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, sum(lengths))
 
-
-class QwenImageBlockAdapter(JointBlockAdapter):
+class QwenImageBlockAdapter(JointBlockAdapter, DoubleStreamAdapter):
     """`QwenImageTransformerBlock`; the image stream's MLP is narrowed.
 
     Models that know clean image tokens (`zero_cond_t`) carry 2B modulation vectors, those of time 0 behind, and
@@ -103,12 +95,9 @@ class QwenImageBlockAdapter(JointBlockAdapter):
         return (feed_forward_site(block, "img_mlp"),)
 
     def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
-        """FLOPs of one sample: image tokens, text tokens."""
-        D = self.width(block)
-        found = double_block_flops(D, self.mlp_sites(block)[0].hidden, *lengths)
-        again = (
-            2 * D * 6 * D if getattr(block, "zero_cond_t", False) else 0
-        )  # the image stream is modulated twice
+        """FLOPs of one sample; of such a model the image stream is modulated twice."""
+        found, D = super().flops(block, lengths), self.width(block)
+        again = 2 * D * 6 * D if getattr(block, "zero_cond_t", False) else 0
         return BlockFlops(found.fixed + again, found.mlp)
 
 

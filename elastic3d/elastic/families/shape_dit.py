@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import cast
 
 from torch import nn
 
 from elastic3d.elastic.families import (
-    BlockAdapter,
-    BlockFlops,
+    DoubleStreamAdapter,
     MLPSite,
     ModelAdapter,
-    double_block_flops,
-    single_block_flops,
+    SingleStreamAdapter,
 )
 from elastic3d.models.shape_dit import DoubleStreamBlock, SingleStreamBlock
 
 
-class DoubleAdapter(BlockAdapter):
+class DoubleAdapter(DoubleStreamAdapter):
     """Latents and condition with weights of their own; the latents' MLP is narrowed (as in E-DiT's code)."""
 
     def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
@@ -26,22 +23,14 @@ class DoubleAdapter(BlockAdapter):
         up = cast(nn.Linear, cast(DoubleStreamBlock, block).img_mlp[0])
         return (MLPSite("img_mlp.0", "img_mlp.2", up.out_features),)
 
-    def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
-        """FLOPs of one sample: latents, condition."""
-        return double_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, *lengths)
 
-
-class SingleAdapter(BlockAdapter):
+class SingleAdapter(SingleStreamAdapter):
     """Condition and latents as one sequence; the MLP is fused with the attention's projections."""
 
     def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
         """The MLP behind QKV in linear1, and behind the attention's output in linear2."""
         D, hidden = self.width(block), cast(SingleStreamBlock, block).mlp_width
         return (MLPSite("linear1", "linear2", hidden, 3 * D, D, attribute="mlp_width"),)
-
-    def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
-        """FLOPs of one sample."""
-        return single_block_flops(self.width(block), self.mlp_sites(block)[0].hidden, *lengths)
 
 
 _DOUBLE = DoubleAdapter(("img", "txt"), "img_attn.proj", ("img", "txt"), ("vec",))
