@@ -76,6 +76,13 @@ class DiTTrainConfig(TrainConfig):
         return 2 * model.width * tokens * (model.double_blocks + model.single_blocks)
 
 
+def channel_weights(channels: int, anchors: int, weight: float) -> Tensor:
+    """(C,): `weight` for the anchors' channels, which come first, 1 for the others."""
+    weights = torch.ones(channels)
+    weights[:anchors] = weight
+    return weights
+
+
 class FlowObjective(nn.Module):
     """Flow matching: mean squared error of the velocity (2210.02747)."""
 
@@ -87,8 +94,7 @@ class FlowObjective(nn.Module):
         """`routes`: on `dit`, for batches with a `route` (B,I)."""
         super().__init__()
         self.dit, self.anchors, self.routes = dit, anchor_channels, routes
-        weight = torch.ones(dit.config.in_channels)
-        weight[:anchor_channels] = anchor_weight
+        weight = channel_weights(dit.config.in_channels, anchor_channels, anchor_weight)
         self.register_buffer("weight", weight / weight.mean(), persistent=False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -139,13 +145,13 @@ class LatentItems:
     mirror: bool = True  # take mirrored shapes too, where the cache has them
 
     def __post_init__(self) -> None:
-        self._shuffle = Shuffle(len(self.shapes))
+        self.index = Shuffle(len(self.shapes))
         self._mean, self._std = torch.tensor(self.info.mean), torch.tensor(self.info.std)
 
     def item(self, position: int, seed: int) -> Batch:
         """Item `position` of the shuffled stream."""
         rng = item_generator(seed, position)
-        id = self.shapes.ids[self._shuffle(position, seed)]
+        id = self.shapes.ids[self.index(position, seed)]
         item = self.draw(id, *self._choose(rng), rng)
         if rng.random() < self.config.drop_condition:
             item["condition"] = torch.zeros_like(item["condition"])

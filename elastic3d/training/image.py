@@ -91,7 +91,7 @@ class ImageItems:
     drop_caption: float = 0.0
 
     def __post_init__(self) -> None:
-        self._shuffle = Shuffle(len(self.images))
+        self.index = Shuffle(len(self.images))
         self._negative = {f"text/{name}": value[0] for name, value in self.images.negative().items()}
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class ImageItems:
     def item(self, position: int, seed: int) -> Batch:
         """Item `position` of the shuffled stream."""
         rng = item_generator(seed, position)
-        item = self.draw(self._shuffle(position, seed), int(rng.integers(1 << 16)), rng)
+        item = self.draw(self.index(position, seed), int(rng.integers(1 << 16)), rng)
         if rng.random() < self.drop_caption:
             item |= self._negative
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
