@@ -16,7 +16,6 @@ from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.config import MIN_BUDGET, Branches, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import BOTH_BRANCHES
-from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import trace_share
@@ -26,7 +25,8 @@ from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate, 
 from elastic3d.training.datasets import Batch
 from elastic3d.training.flow import Flow
 from elastic3d.training.loop import Stage
-from elastic3d.training.rollout import decision_flops
+from elastic3d.training.rollout import decision_flops, forced
+from elastic3d.training.routes import as_one
 from elastic3d.training.simulated_cache import SimulatedCache
 from elastic3d.utils.options import Options, option
 
@@ -148,20 +148,13 @@ class RouterObjective(nn.Module):
         assert current is not None
         routed = current.decisions[0]
         full = torch.full_like(routed.width, routed.width_prob.shape[-1] - 1)
-        sure = RouteDecision.fixed(nothing, full, routed.width_prob.shape[-1])
-        return RouteDecision(
-            routed.keep | nothing,
-            torch.where(nothing, full, routed.width),
-            torch.where(nothing, 1.0, routed.keep_prob),
-            torch.where(nothing[:, None], sure.width_prob, routed.width_prob),
-        )
+        return forced(nothing, torch.ones_like(nothing), full, routed)
 
     def _share(self, decision: RouteDecision) -> Tensor:
         """Executed share (R,) of the dense blocks' FLOPs."""
         trace = self.session.trace
         assert trace is not None
-        blocks = trace.flops.values()
-        whole = BlockFlops(sum(block.fixed for block in blocks), sum(block.mlp for block in blocks))
+        whole = as_one(trace.flops.values())
         return decision_flops(decision, whole, trace.ratios) / whole.dense
 
     @property

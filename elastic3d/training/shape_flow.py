@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from elastic3d.diffusion.sampler import integrate, sampling_times
 from elastic3d.elastic.attachment import session_of
@@ -19,7 +20,7 @@ from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.weights import load_config
 from elastic3d.training.block_router import BlockRouterConfig
-from elastic3d.training.datasets import Batch, PreparedShapes, item_generator, open_split, stack
+from elastic3d.training.datasets import Batch, PreparedShapes, item_generator, open_split
 from elastic3d.training.dit import DiTStageConfig, LatentFlowConfig, LatentItems, channel_weights
 from elastic3d.training.few_step import FewStepStageConfig, ShapeGenerationConfig
 from elastic3d.training.flow import Flow
@@ -156,7 +157,7 @@ class ShapeFlow(Flow):
         """Of the validation shapes."""
         items = [self._pair(self.cache.val, number, 0) for number in range(len(self.cache.val))]
         # autocast stacks no fp16
-        return stack([item | {"condition": item["condition"].float()} for item in items])
+        return default_collate([item | {"condition": item["condition"].float()} for item in items])
 
     def _pair(self, shapes: PreparedShapes, number: int, seed: int) -> Batch:
         rng = item_generator(seed, number)

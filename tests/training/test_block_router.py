@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from _cli import parse
+from torch.utils.data import default_collate
 
 from elastic3d.benchmark.controls import executed_share
 from elastic3d.elastic import attach
@@ -18,7 +19,6 @@ from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.block_router import BlockRouterConfig, BlockRouterStage, attach_block_routers
 from elastic3d.training.calibration import CurvesConfig
-from elastic3d.training.datasets import stack
 from elastic3d.training.few_step import FewStepStage
 from elastic3d.training.image_flow import ImageBlockRouterTrainConfig
 from elastic3d.training.journal import read_metrics
@@ -53,7 +53,7 @@ def block_config(root, blocks=None, **changes) -> BlockRouterTrainConfig:
 
 def batch_of(stage: BlockRouterStage, step: int = 0, seed: int = 0):
     size = stage.config.batch
-    return stack([stage.items.item(step * size + i, seed) for i in range(size)])
+    return default_collate([stage.items.item(step * size + i, seed) for i in range(size)])
 
 
 def varied_gates(stage: BlockRouterStage) -> None:

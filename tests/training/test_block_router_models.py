@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_images import save_tiny_flux, save_tiny_qwen
+from torch.utils.data import default_collate
 
 from elastic3d.checkpoints.options import ImportConfig
 from elastic3d.elastic.config import RouterConfig, Scope
@@ -13,7 +14,6 @@ from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from elastic3d.training.block_router import BlockRouterStage
-from elastic3d.training.datasets import stack
 from elastic3d.training.export import export_run
 from elastic3d.training.image_data import text_of
 from elastic3d.training.image_flow import EndImageLossConfig
@@ -114,7 +114,7 @@ def test_the_image_term_alone_reaches_every_gate(folder, prepared, monkeypatch):
     torch.manual_seed(3)
     for block in stage.objective.session.blocks:
         torch.nn.init.normal_(block.router.heads.weight, std=2.0)
-    loss, values = stage.objective(stack([stage.items.item(i, 0) for i in range(4)]))
+    loss, values = stage.objective(default_collate([stage.items.item(i, 0) for i in range(4)]))
     loss.backward()
     assert values["image"] > 0
     for block in stage.objective.session.blocks:

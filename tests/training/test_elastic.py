@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from _cli import parse
+from torch.utils.data import default_collate
 
 from elastic3d.diffusion.flow import interpolate
 from elastic3d.elastic import attach
@@ -17,7 +18,6 @@ from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from elastic3d.training.datasets import stack
 from elastic3d.training.export import export_run
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.mesh_loss import MESH_TERMS
@@ -46,7 +46,7 @@ def router_config(
 
 
 def batch_of(stage: RouterStage, count: int = 4):
-    return stack([stage.items.item(i, 0) for i in range(count)])
+    return default_collate([stage.items.item(i, 0) for i in range(count)])
 
 
 def test_the_shipped_router_configuration_suits_the_stage():

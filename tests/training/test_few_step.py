@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from _cli import parse
+from torch.utils.data import default_collate
 
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.few_step import LowRankUpdate
@@ -14,7 +15,6 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import read_weights
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
-from elastic3d.training.datasets import stack
 from elastic3d.training.few_step import FewStepStage, FewStepStageConfig, relative_errors
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import StageName
@@ -56,7 +56,7 @@ def test_a_batch_has_one_number_of_steps_and_one_nfe_and_pairs_repeat(routed):
     stage = FewStepStage(few_step_config(routed, batch=3))
     items = [stage.items.item(position, 5) for position in range(30)]
     for start in range(0, 30, 3):
-        batch = stack(items[start : start + 3])
+        batch = default_collate(items[start : start + 3])
         steps, nfe = batch["steps"][0].item(), batch["nfe"][0].item()
         assert (batch["steps"] == steps).all() and (batch["nfe"] == nfe).all()
         assert 2 <= steps <= 4 and 2 <= nfe <= min(3, steps)
@@ -79,7 +79,7 @@ def test_a_share_of_the_batches_runs_every_block(routed):
     assert 10 < len(whole) < 30
     assert any(item["steps"] > 3 for item in items)  # the others have routes
     stage = FewStepStage(few_step_config(routed, {"whole": 1.0}))
-    objective, batch = stage.objective, stack([stage.items.item(0, 5)])
+    objective, batch = stage.objective, default_collate([stage.items.item(0, 5)])
     objective(batch)
     assert len(objective.session.trace.actions) == int(batch["steps"][0])
     assert trace_share(objective.session.trace).item() == 1.0
@@ -88,7 +88,7 @@ def test_a_share_of_the_batches_runs_every_block(routed):
 def test_only_the_lora_learns_and_the_error_falls(routed):
     stage = FewStepStage(few_step_config(routed, batch=4))
     objective = stage.objective
-    batch = stack([stage.items.item(position, 0) for position in range(4)])
+    batch = default_collate([stage.items.item(position, 0) for position in range(4)])
     trainable = {name for name, p in objective.named_parameters() if p.requires_grad}
     assert trainable == set(objective.state_dict()) and all(
         name.startswith("few_step.") for name in trainable
@@ -118,10 +118,10 @@ def test_dense_results_are_computed_once(routed, monkeypatch):
         objective, "generate", lambda b, s, c: asked.append(len(b["noise"])) or generate(b, s, c)
     )
     items = [stage.items.item(position, 0) for position in range(4)]
-    first = objective.dense_results(stack(items[:3]))
-    both = objective.dense_results(stack(items))
+    first = objective.dense_results(default_collate(items[:3]))
+    both = objective.dense_results(default_collate(items))
     assert asked == [3, 1] and torch.equal(first, both[:3])
-    expected = generate(stack(items), 8, ElasticConfig(elastic=False))
+    expected = generate(default_collate(items), 8, ElasticConfig(elastic=False))
     torch.testing.assert_close(both, expected, rtol=1e-4, atol=1e-5)
     assert relative_errors(2 * expected, expected).tolist() == pytest.approx([1.0] * 4)
 
@@ -139,7 +139,10 @@ def test_errors_of_anchors_can_count_more(routed):
 
 def test_decoded_fields_are_compared_around_the_dense_anchors(routed, monkeypatch):
     stage = FewStepStage(few_step_config(routed, {"field_weight": 1.0}, batch=4))
-    objective, batch = stage.objective, stack([stage.items.item(position, 0) for position in range(4)])
+    objective, batch = (
+        stage.objective,
+        default_collate([stage.items.item(position, 0) for position in range(4)]),
+    )
     dense = objective.dense_results(batch)
     points = objective.meshes.points_around(dense, batch["offsets"], batch["points"])
     count = dense.shape[1]
@@ -196,7 +199,7 @@ def test_guidance_is_learned_from_the_lora_that_is_there(routed):
         name: part for block in objective.session.blocks for name, part in block.few_step.named_modules()
     }
     assert all(not isinstance(part, LowRankUpdate) or part.up.any() for part in parts.values())
-    batch = stack([FewStepStage(few_step_config(routed)).items.item(0, 0)])
+    batch = default_collate([FewStepStage(few_step_config(routed)).items.item(0, 0)])
     objective.generate(batch, 4, ElasticConfig())
     assert (objective.session.trace.actions[:, 1] == NOT_RUN).all()
 
@@ -222,7 +225,7 @@ def test_a_larger_rank_goes_on_from_the_same_generations(routed):
     assert run_stage(few_step_config(routed, steps=2, learning_rate=0.03)) == 0
     assert run_stage(export_of(few_step_config(routed), routed / "dense")) == 0
     same, larger = (FewStepStage(few_step_config(routed, options | {"rank": rank})) for rank in (4, 6))
-    batch = stack([same.items.item(0, 0)])
+    batch = default_collate([same.items.item(0, 0)])
     fresh = FewStepStage(few_step_config(routed)).objective.generate(batch, 3, ElasticConfig())
     first, second = (stage.objective.generate(batch, 3, ElasticConfig()) for stage in (same, larger))
     torch.testing.assert_close(first, second)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_images import save_tiny_flux, save_tiny_qwen
+from torch.utils.data import default_collate
 
 from elastic3d.elastic import session_of
 from elastic3d.elastic.config import RouterConfig, Scope
@@ -17,7 +18,6 @@ from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.pixel_flux import PixelModelConfig, PixelSamplingConfig
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from elastic3d.preparation.sources import with_article
-from elastic3d.training.datasets import stack
 from elastic3d.training.export import export_run
 from elastic3d.training.image import ImageStage
 from elastic3d.training.image_data import (
@@ -202,7 +202,7 @@ def test_the_image_term_reaches_the_gates(folder, prepared):
         stage = RouterStage(
             image_config(prepared, StageName.image_router, {"flow": 0.0, "image": term}, **image)
         )
-        stage.objective(stack([stage.items.item(i, 0) for i in range(8)]))[0].backward()
+        stage.objective(default_collate([stage.items.item(i, 0) for i in range(8)]))[0].backward()
         gradients.append(stage.objective.session.blocks[0].router.heads.weight.grad[0])
         assert all(
             p.grad is None for n, p in stage.objective.named_parameters() if not n.startswith("routers.")
