@@ -17,7 +17,10 @@ from elastic3d.training.datasets import Batch, Items
 class StreamItems(Items, Protocol):
     """Items of a shuffled stream, which says what each of them is of."""
 
-    index: Callable[[int, int], int]  # position, seed -> number of the shape or image
+    @property
+    def index(self) -> Callable[[int, int], int]:
+        """Position, seed -> number of the shape or image."""
+        ...
 
 
 class Flow(ABC):
