@@ -17,7 +17,7 @@ from elastic3d.elastic.attachment import session_of
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.diffusers_loop import drive
 from elastic3d.errors import UserError
-from elastic3d.pipelines.backbones import Backbone
+from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.pipelines.image_loading import weight_files
 from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.runtime import resolve_device
@@ -108,11 +108,11 @@ class ImageFlow(Flow):
 
     def integrate(self, batch: Batch, steps: int) -> Tensor:
         """By the sampler of shapes, whose condition here are numbers of prompts: 0 is that of the second branch."""
-        backbone, text = self.backbone, text_of(batch)
-        prompts = {
-            name: torch.cat([self.negative[name].to(value).expand_as(value[:1]), value])
-            for name, value in text.items()
-        }
+        backbone, prompts = self.backbone, Text()
+        for name, value in text_of(batch).items():
+            if value.is_floating_point():  # autocast on a CPU takes no fp16
+                value = value.to(batch["noise"].dtype)
+            prompts[name] = torch.cat([self.negative[name].to(value).expand_as(value[:1]), value])
 
         def velocity(latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None) -> Tensor:
             found = {name: value[condition[:, 0, 0]] for name, value in prompts.items()}

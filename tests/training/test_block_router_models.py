@@ -40,10 +40,13 @@ def block_config(root, stage, blocks, **options):
 
 
 @pytest.mark.parametrize(
-    ("save", "name", "guidance"),
-    [(save_tiny_flux, BackboneName.flux, 3.5), (save_tiny_qwen, BackboneName.qwen_image, 2.0)],
+    ("save", "name", "guidance", "precision"),
+    [
+        (save_tiny_flux, BackboneName.flux, 3.5, Precision.fp32),
+        (save_tiny_qwen, BackboneName.qwen_image, 2.0, Precision.bf16_master),
+    ],
 )
-def test_published_image_pipelines(folder, prepared, save, name, guidance):  # noqa: F811
+def test_published_image_pipelines(folder, prepared, save, name, guidance, precision):  # noqa: F811
     weights = save(prepared / "published")
     images = dict(backbone=name, weights=weights, images=folder, size=16, text_length=48, val_every=3,
                     cache=prepared / "cache", shard=4)  # fmt: skip
@@ -53,6 +56,7 @@ def test_published_image_pipelines(folder, prepared, save, name, guidance):  # n
         {"guidance": guidance},
         image=images,
         gradient_checkpointing=True,
+        precision=precision,
     )
     config.validate_every = 2
     assert run_stage(config) == 0
