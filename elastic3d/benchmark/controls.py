@@ -25,7 +25,7 @@ from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.trace import NOT_RUN, SKIPPED, parse_actions
 from elastic3d.training.calibration import relative_error
-from elastic3d.training.routes import action_flops, as_one, fill
+from elastic3d.training.routes import action_flops, fill
 from elastic3d.utils.files import load_json, save_json
 
 
@@ -173,6 +173,11 @@ class Controls:
             return relative_error(found, true)
 
         return error
+
+
+def as_one(blocks: Sequence[BlockFlops]) -> BlockFlops:
+    """Blocks that share a decision."""
+    return BlockFlops(sum(block.fixed for block in blocks), sum(block.mlp for block in blocks))
 
 
 def random_routes(

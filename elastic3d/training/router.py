@@ -4,6 +4,7 @@ and a reconstruction term; validation and calibration are on what a sampler make
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.config import MIN_BUDGET, Branches, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import BOTH_BRANCHES
+from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import trace_share
@@ -26,7 +28,6 @@ from elastic3d.training.datasets import Batch
 from elastic3d.training.flow import Flow
 from elastic3d.training.loop import Stage
 from elastic3d.training.rollout import decision_flops, forced
-from elastic3d.training.routes import as_one
 from elastic3d.training.simulated_cache import SimulatedCache
 from elastic3d.utils.options import Options, option
 
@@ -151,11 +152,10 @@ class RouterObjective(nn.Module):
         return forced(nothing, torch.ones_like(nothing), full, routed)
 
     def _share(self, decision: RouteDecision) -> Tensor:
-        """Executed share (R,) of the dense blocks' FLOPs."""
+        """Executed share (R,) of the dense blocks' FLOPs, with gradients to the routers."""
         trace = self.session.trace
         assert trace is not None
-        whole = as_one(trace.flops.values())
-        return decision_flops(decision, whole, trace.ratios) / whole.dense
+        return executed_share([decision] * len(trace.flops), list(trace.flops.values()), trace.ratios)
 
     @property
     def _decided(self) -> int:
@@ -329,3 +329,12 @@ class RouterStage(Stage):
             return latents, trace_share(session.trace)
         finally:
             session.settings = before
+
+
+def executed_share(
+    decisions: Sequence[RouteDecision], blocks: Sequence[BlockFlops], ratios: tuple[float, ...]
+) -> Tensor:
+    """Executed share (B,) of the dense blocks' FLOPs in one pass, with straight-through gradients."""
+    dense = sum(block.dense for block in blocks)
+    shares = [decision_flops(d, block, ratios) / dense for d, block in zip(decisions, blocks, strict=True)]
+    return torch.stack(shares).sum(dim=0)

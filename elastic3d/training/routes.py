@@ -8,7 +8,7 @@ computed, so an elastic batch is also cheaper than a full one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,11 +241,6 @@ def fill(
     routes = torch.zeros(action.numel(), dtype=torch.long)
     routes[order[taken]] = action.flatten()[order[taken]]
     return routes.view(action.shape)
-
-
-def as_one(blocks: Collection[BlockFlops]) -> BlockFlops:
-    """Blocks that share a decision."""
-    return BlockFlops(sum(block.fixed for block in blocks), sum(block.mlp for block in blocks))
 
 
 def action_flops(blocks: Sequence[BlockFlops], ratios: Sequence[float]) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from elastic3d.benchmark.controls import (
+    as_one,
     executed_share,
     greedy_static,
     nearest_share,
@@ -12,7 +13,6 @@ from elastic3d.benchmark.controls import (
 )
 from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.trace import NOT_RUN, REUSED, Trace, parse_actions
-from elastic3d.training.routes import as_one
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)
 BLOCKS = [BlockFlops(30, 70), BlockFlops(10, 40), BlockFlops(30, 70), BlockFlops(20, 20)]

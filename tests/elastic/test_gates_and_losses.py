@@ -5,6 +5,7 @@ from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision, straight_through
 from elastic3d.training.block_router import budget_loss
 from elastic3d.training.rollout import decision_flops
+from elastic3d.training.router import executed_share
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)
 
@@ -52,9 +53,12 @@ def test_a_decision_takes_threshold_and_argmax():
     assert d.hard_keep().tolist() == [0, 1] and d.hard_width().argmax(-1).tolist() == [1, 3]
 
 
-def test_a_block_executes_what_is_fixed_and_its_share_of_the_mlp():
+def test_executed_share_weighs_flops():
+    blocks = [BlockFlops(10, 30), BlockFlops(20, 40)]  # dense: 100
     half_width, skipped = [5.0, 0, 9, 0, 0], [-5.0, 0, 0, 0, 9]
-    assert decision_flops(decision([half_width, skipped]), BlockFlops(10, 30), RATIOS).tolist() == [25, 0]
+    assert decision_flops(decision([half_width]), blocks[0], RATIOS).tolist() == [25]
+    share = executed_share([decision([half_width, skipped]), decision([skipped, half_width])], blocks, RATIOS)
+    torch.testing.assert_close(share, torch.tensor([0.25, 0.4]))
 
 
 def test_budget_loss_is_zero_on_budget_and_pushes_towards_it():
