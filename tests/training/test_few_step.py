@@ -146,7 +146,7 @@ def test_decoded_fields_are_compared_around_the_dense_anchors(routed, monkeypatc
     dense = objective.dense_results(batch)
     points = objective.meshes.points_around(dense, batch["offsets"], batch["points"])
     count = dense.shape[1]
-    away = points[:, :count] - stage.cache.info.load_vae().from_latents(dense)[..., :3]
+    away = points[:, :count] - stage.flow.cache.info.load_vae().from_latents(dense)[..., :3]
     assert 0.04 < away.std() < 0.06 and torch.equal(points[:, count:], batch["points"])
     assert objective.meshes.distance(dense, dense, points).abs().max() < 1e-6
     assert (objective.meshes.distance(dense + 0.3, dense, points) > 1e-4).all()
