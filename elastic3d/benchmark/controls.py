@@ -24,6 +24,7 @@ from elastic3d.elastic.context import RouteSource, StepContext
 from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.trace import NOT_RUN, SKIPPED, parse_actions
+from elastic3d.training.calibration import relative_error
 from elastic3d.training.routes import action_flops, fill
 from elastic3d.utils.files import load_json, save_json
 
@@ -169,7 +170,7 @@ class Controls:
         def error(routes: Tensor) -> float:
             with task.ready(fixed, TableRoutes(routes[None, None, None], self.router.widths)):
                 found = task.sample(fixed, condition, jobs)
-            return float((found - true).square().mean() / true.square().mean())
+            return relative_error(found, true)
 
         return error
 

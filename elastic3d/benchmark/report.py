@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from elastic3d.benchmark.methods import FAMILY, FEWER, Case
@@ -139,13 +140,9 @@ def pareto_plot(
             panels.append(chart(list(series.values()), time_label, label, lower))
     if not panels:
         return None
-    width, height = panels[0].size
-    below = legend(names, width * len(panels))
-    sheet = Image.new("RGB", (below.width, height + below.height), PAPER)
-    for number, panel in enumerate(panels):
-        sheet.paste(panel, (number * width, 0))
-    sheet.paste(below, (0, height))
-    return sheet
+    below = legend(names, panels[0].width * len(panels))
+    above = np.hstack([np.asarray(panel) for panel in panels])
+    return Image.fromarray(np.vstack([above, np.asarray(below)]))
 
 
 # ----------------------------------------------------------------------------------------------- contact sheet

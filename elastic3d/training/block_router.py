@@ -10,9 +10,9 @@ LoRA learns to do without neighbours. Then routers decide: gradients pass straig
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,19 @@ from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig, Sc
 from elastic3d.elastic.families import BlockFlops, block_flops
 from elastic3d.elastic.trace import SKIPPED, trace_share
 from elastic3d.errors import UserError
-from elastic3d.models.weights import find_weights, read_weights
+from elastic3d.pipelines.image_to_3d import ROUTERS_NAME
 from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate
 from elastic3d.training.datasets import Batch
-from elastic3d.training.elastic_objective import Grid
-from elastic3d.training.few_step import GenerationConfig, GenerationObjective, attach_lora, relative_errors
-from elastic3d.training.loop import Stage
+from elastic3d.training.few_step import (
+    GenerationConfig,
+    GenerationObjective,
+    GenerationStage,
+    attach_lora,
+    relative_errors,
+)
+from elastic3d.training.flow import Flow
 from elastic3d.training.rollout import FREE, Rollout
 from elastic3d.training.routes import KINDS, Sensitivity, load_sensitivity, routes_around
-from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import option
 
 FULL, SMALLEST = range(2)  # kinds of samples; those beyond are between
@@ -103,27 +107,27 @@ def attach_block_routers(
     config: BlockRouterConfig,
     router: RouterConfig,
     start: Path,
-    times: Grid,
-    guidance: float | None = None,
-    guided_times: Sequence[float] = (),
+    times: Callable[[int], Tensor],
+    guidance: float,
 ) -> None:
     """Put per-block routers with a few-step LoRA on a model, with what the routers in the folder `start` have of them.
 
     Of routers of another scope the LoRA alone is taken over. `times`: the sampler's, for a number of steps;
-    `guidance`: the scale that the LoRA is to learn.
+    `guidance`: its scale.
 
     Raises:
         UserError: per-block routers of another architecture, or a LoRA of a higher rank.
     """
     adapter = adapter_for(dit)
     low, high = (len(times(steps)) - 1 for steps in (config.min_steps, config.max_steps))
+    learned, guided_times = config.learned_guidance(guidance)
     wanted = replace(
         router,
         few_step_rank=config.rank,
         few_step_nfe=float(high),
         few_step_max_steps=high,
-        few_step_guidance=guidance,
-        guided_times=list(guided_times),
+        few_step_guidance=learned,
+        guided_times=guided_times,
         trained_steps=[low, high],
     )
     if not start.is_dir():
@@ -140,10 +144,7 @@ def attach_block_routers(
                 f"router.{name} is {getattr(wanted, name)}, but the per-block routers in {start} have"
                 f" {getattr(old, name)}"
             )
-    trained = {key.replace(*WEIGHTS): value for key, value in read_weights(find_weights(start)).items()}
-    if not old.trained_steps:
-        trained = {key: value for key, value in trained.items() if ".few_step." in key}
-    attach_lora(dit, wanted, start, old, trained, keep=True)
+    attach_lora(dit, wanted, start, old)
 
 
 @dataclass
@@ -156,7 +157,7 @@ class RouteDraw:
     config: BlockRouterConfig
     router: RouterConfig
     blocks: Sequence[BlockFlops]
-    times: Grid
+    times: Callable[[int], Tensor]
     batch: int
     sensitivity: Sensitivity | None = None
 
@@ -198,20 +199,18 @@ class RouteDraw:
 
 
 class BlockRouterObjective(GenerationObjective):
-    """Parameters are the routers with their few-step LoRA. Subclasses generate, and decode."""
+    """Parameters are the routers with their few-step LoRA."""
 
-    def __init__(
-        self, dit: nn.Module, config: BlockRouterConfig, term: Any, weights: Tensor, times: Grid
-    ) -> None:
-        """`term`: options with the `weight` of the reconstruction term, and the `total` of its parts."""
-        super().__init__(dit, config.reference_steps, weights)
-        self.config, self.term, self.times = config, term, times
-        self.routers = router_modules(dit)
+    config: BlockRouterConfig
+
+    def __init__(self, flow: Flow, config: BlockRouterConfig, router: RouterConfig) -> None:
+        """UserError for a model that can't have routers, or whose routers are others."""
+        with flow.attaching():
+            start = flow.folder / ROUTERS_NAME
+            attach_block_routers(flow.dit, config, router, start, flow.times, flow.guidance)
+        super().__init__(flow, config)
+        self.term, self.routers = flow.term, router_modules(flow.dit)
         self.routers.requires_grad_(True)
-
-    @abstractmethod
-    def decoded(self, found: Tensor, dense: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Losses (B,) of what last latents (B,N,C) decode to, against the truth or the dense model's."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`noise` (B,N,C), a condition, `pair` and what `RouteDraw` says -> loss, and what it is made of."""
@@ -247,7 +246,7 @@ class BlockRouterObjective(GenerationObjective):
 
     def largest_share(self, batch: Batch) -> float:
         """Share of the dense FLOPs that the full route executes, where the LoRA has learned the guidance."""
-        times = self.times(int(batch["steps"][0]))[:-1].tolist()
+        times = self.flow.times(int(batch["steps"][0]))[:-1].tolist()
         return self.session.router_config.guided_share(times) if self.session.guided else 1.0
 
     def end_losses(self, found: Tensor, dense: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -260,7 +259,7 @@ class BlockRouterObjective(GenerationObjective):
             for kind, name in enumerate(KIND_NAMES)
         }
         if self.term.weight:
-            parts = self.decoded(found, dense, batch)
+            parts = self.flow.decoded(found, batch, dense)
             losses = losses + self.term.weight * self.term.total(parts)
             values |= {name: part.mean() for name, part in parts.items()}
         return losses, values
@@ -269,21 +268,20 @@ class BlockRouterObjective(GenerationObjective):
 # ---------------------------------------------------------------------------------------------- validation, calibration
 
 
-class BlockRouterStage(Stage):
-    """What the loop needs of per-block routers, whatever they generate; subclasses bring the data."""
+class BlockRouterStage(GenerationStage):
+    """What the loop needs to train per-block routers on the backbone that the configuration names."""
 
-    def __init__(self, config: Any, flow: BlockRouterObjective, lengths: tuple[int, ...]) -> None:
-        """`lengths`: tokens of each stream of the model."""
-        self.config, self.flow, options = config, flow, config.blocks
-        self.objective = flow
-        flops = block_flops(flow.dit, adapter_for(flow.dit), lengths)
-        table = load_sensitivity(options.sensitivity, [block.name for block in flow.session.blocks])
-        self.draw = RouteDraw(options, flow.session.router_config, flops, flow.times, config.batch, table)
-        self._references: tuple[Batch, Tensor] | None = None
+    objective: BlockRouterObjective
 
-    @abstractmethod
-    def val_batch(self) -> Batch:
-        """Noise and conditions of the validation samples, the same every time."""
+    def __init__(self, config: Any) -> None:
+        options, flow = config.blocks, config.flow()
+        objective = BlockRouterObjective(flow, options, config.router)
+        flops = block_flops(flow.dit, adapter_for(flow.dit), flow.lengths)
+        table = load_sensitivity(options.sensitivity, [block.name for block in objective.session.blocks])
+        self.draw = RouteDraw(
+            options, objective.session.router_config, flops, flow.times, config.batch, table
+        )
+        super().__init__(config, objective, self.draw)
 
     def rate_factor(self, name: str) -> float:
         """Routers learn faster than the LoRA."""
@@ -306,30 +304,31 @@ class BlockRouterStage(Stage):
 
     def generate(self, steps: int, budget: float) -> tuple[Tensor, Tensor]:
         """Validation latents (B,N,C) along the routers' own routes, and their executed share (B,)."""
-        batch, _ = self._reference()
-        with as_trained(self.config.precision, batch["noise"].device), torch.no_grad():
-            found = self.flow.generate(batch, steps, ElasticConfig(budget=budget))
-        trace = self.flow.session.trace
+        with self._as_trained(), torch.no_grad():
+            found = self.objective.generate(self.reference[0], steps, ElasticConfig(budget=budget))
+        trace = self.objective.session.trace
         assert trace is not None
         return found, trace_share(trace).float()
 
     def along(self, steps: int, routes: Tensor) -> Tensor:
         """Validation latents (B,N,C) of generations with the LoRA along routes (S,2,I)."""
-        batch, _ = self._reference()
-        count = len(batch["noise"])
-        forced = routes.to(batch["noise"].device).expand(count, -1, -1, -1)
-        rollout = Rollout(torch.ones(count), forced)
-        with as_trained(self.config.precision, batch["noise"].device), torch.no_grad():
-            return self.flow.along(rollout, {**batch, "steps": torch.full((count,), steps)})
+        batch, count = self.reference[0], len(self.reference[1])
+        rollout = Rollout(torch.ones(count), routes.to(self.objective.device).expand(count, -1, -1, -1))
+        with self._as_trained(), torch.no_grad():
+            return self.objective.along(rollout, {**batch, "steps": torch.full((count,), steps)})
 
-    def error(self, found: Tensor) -> float:
-        """Geometric mean of the relative squared errors to the dense results."""
-        errors = relative_errors(found, self._reference()[1], self.flow.weights)
-        return errors.log().mean().exp().item()
+    @cached_property
+    def reference(self) -> tuple[Batch, Tensor]:
+        """Validation samples, and what the dense model makes of them."""
+        with self._as_trained():
+            return super().reference
+
+    def _as_trained(self) -> torch.autocast:
+        return as_trained(self.config.precision, self.objective.device)
 
     def calibrate(self, curves: CurvesConfig, points: int = 24) -> None:
         """Make the requested share the executed one, in the mean over the validated numbers of steps."""
-        options, router = self.config.blocks, self.flow.session.router_config
+        options, router = self.config.blocks, self.objective.session.router_config
         wholes = [router.guided_share(self.flow.times(steps)[:-1].tolist()) for steps in options.val_steps]
 
         def generate(settings: ElasticConfig, _: int) -> tuple[Tensor, Tensor]:
@@ -342,11 +341,11 @@ class BlockRouterStage(Stage):
         # some range also where no budget was trained but the full one
         lowest = min(options.min_budget / min(wholes), 0.95)
         times = self.flow.times(options.val_steps[0])
-        calibrate(self.flow.session, generate, times, curves, points, lowest)
+        calibrate(self.objective.session, generate, times, curves, points, lowest)
 
     def sensitivity(self, steps: int) -> Sensitivity:
         """What leaving out each block at each step does to the last latents, with the LoRA as it is."""
-        times, blocks = self.flow.times(steps)[:-1].tolist(), self.flow.session.blocks
+        times, blocks = self.flow.times(steps)[:-1].tolist(), self.objective.session.blocks
         full = torch.full((len(times), 2, len(blocks)), self.draw.router.widths)
         whole, errors = self.error(self.along(steps, full)), np.zeros((len(times), len(blocks)))
         for cell in tqdm(range(errors.size), desc="sensitivity", dynamic_ncols=True):
@@ -354,19 +353,8 @@ class BlockRouterStage(Stage):
             routes = full.clone()
             routes[step, :, block] = SKIPPED
             errors[step, block] = self.error(self.along(steps, routes))
-        measured = {"steps": steps, "samples": len(self._reference()[1]), **self.record}
+        measured = {"steps": steps, "samples": len(self.reference[1]), **self.record}
         return Sensitivity([b.name for b in blocks], times, whole, errors.tolist(), measured)
-
-    def _reference(self) -> tuple[Batch, Tensor]:
-        """Validation samples, and what the dense model makes of them."""
-        if self._references is None:
-            device = next(self.flow.routers.parameters()).device
-            batch = {name: value.to(device) for name, value in self.val_batch().items()}
-            dense = ElasticConfig(elastic=False)
-            with as_trained(self.config.precision, device), torch.no_grad():
-                found = self.flow.generate(batch, self.config.blocks.reference_steps, dense)
-            self._references = batch, found
-        return self._references
 
 
 def budget_loss(share: Tensor, budget: Tensor, slack: float = 0.0, groups: int = 4) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -262,8 +262,3 @@ def micro_batches(
     batches = iter(loader)
     while group := list(islice(batches, config.accumulate)):
         yield group
-
-
-def stack(items: Sequence[Mapping[str, Tensor]]) -> Batch:
-    """Items as one batch."""
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from elastic3d.diffusion.flow import interpolate, match_noise, sample_timesteps, timesteps_at, velocity
 from elastic3d.diffusion.sampler import sample, timestep_grid
@@ -15,7 +16,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.images import prepare_image
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
-from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_generator, open_split, stack
+from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_generator, open_split
 from elastic3d.training.journal import contact_sheet, mesh_row
 from elastic3d.training.latents import INFO_NAME, LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.loop import Stage
@@ -76,6 +77,13 @@ class DiTTrainConfig(TrainConfig):
         return 2 * model.width * tokens * (model.double_blocks + model.single_blocks)
 
 
+def channel_weights(channels: int, anchors: int, weight: float) -> Tensor:
+    """(C,): `weight` for the anchors' channels, which come first, 1 for the others."""
+    weights = torch.ones(channels)
+    weights[:anchors] = weight
+    return weights
+
+
 class FlowObjective(nn.Module):
     """Flow matching: mean squared error of the velocity (2210.02747)."""
 
@@ -87,8 +95,7 @@ class FlowObjective(nn.Module):
         """`routes`: on `dit`, for batches with a `route` (B,I)."""
         super().__init__()
         self.dit, self.anchors, self.routes = dit, anchor_channels, routes
-        weight = torch.ones(dit.config.in_channels)
-        weight[:anchor_channels] = anchor_weight
+        weight = channel_weights(dit.config.in_channels, anchor_channels, anchor_weight)
         self.register_buffer("weight", weight / weight.mean(), persistent=False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -139,13 +146,13 @@ class LatentItems:
     mirror: bool = True  # take mirrored shapes too, where the cache has them
 
     def __post_init__(self) -> None:
-        self._shuffle = Shuffle(len(self.shapes))
+        self.index = Shuffle(len(self.shapes))
         self._mean, self._std = torch.tensor(self.info.mean), torch.tensor(self.info.std)
 
     def item(self, position: int, seed: int) -> Batch:
         """Item `position` of the shuffled stream."""
         rng = item_generator(seed, position)
-        id = self.shapes.ids[self._shuffle(position, seed)]
+        id = self.shapes.ids[self.index(position, seed)]
         item = self.draw(id, *self._choose(rng), rng)
         if rng.random() < self.config.drop_condition:
             item["condition"] = torch.zeros_like(item["condition"])
@@ -200,6 +207,8 @@ def _open_images(data: DataConfig) -> PreparedShapes:
 class DiTStage(Stage):
     """What the loop needs to train a `ShapeDiT` on a cache of latents."""
 
+    objective: FlowObjective
+
     def __init__(self, config: DiTTrainConfig) -> None:
         """UserError: no finished cache, no images to draw samples beside, or a batch too small for random routes."""
         self.config = config.dit
@@ -218,8 +227,7 @@ class DiTStage(Stage):
         self.dit = ShapeDiT(model)
         anchor_channels = self.vae.config.channels - self.vae.config.latent_channels
         routes = RandomRoutes(self.dit) if config.dit.routes.active else None
-        self.flow = FlowObjective(self.dit, anchor_channels, config.dit.anchor_weight, routes)
-        self.objective = self.flow
+        self.objective = FlowObjective(self.dit, anchor_channels, config.dit.anchor_weight, routes)
         self._val = cache.val
         self._images = _open_images(config.data) if config.sample_every else None
         scale = self.vae.config.scale_factor
@@ -233,11 +241,11 @@ class DiTStage(Stage):
         errors = []
         for first in range(0, count, batch):
             indices = range(first, min(first + batch, count))
-            items = stack([self._val_items.fixed(i) for i in indices])
+            items = default_collate([self._val_items.fixed(i) for i in indices])
             items["t"] = torch.tensor([(7 * i % count + 0.5) / count for i in indices])
             items = {name: tensor.to(device) for name, tensor in items.items()}
             blind = {**items, "condition": torch.zeros_like(items["condition"])}
-            pair = [self.flow.squared_error(b).mean((1, 2)).cpu() for b in (items, blind)]
+            pair = [self.objective.squared_error(b).mean((1, 2)).cpu() for b in (items, blind)]
             errors.append(torch.stack([*pair, items["t"].cpu()]))
         seen, unseen, t = torch.cat(errors, dim=1)
         values = {"val/flow": seen.mean(), "val/flow_without_image": unseen.mean()}
@@ -250,7 +258,7 @@ class DiTStage(Stage):
         """Rows of validation shapes: the view, what is generated from it, the VAE's reconstruction."""
         device = next(self.dit.parameters()).device
         indices = range(min(self.config.sample_shapes, len(self._val)))
-        items = stack([self._val_items.fixed(i) for i in indices])
+        items = default_collate([self._val_items.fixed(i) for i in indices])
         generators = [torch.Generator().manual_seed(i) for i in indices]
         count, channels = self.info.latents
         condition = items["condition"].to(device).float()

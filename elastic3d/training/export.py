@@ -33,11 +33,12 @@ from elastic3d.training.checkpoint import (
     stage_of,
 )
 from elastic3d.training.dit import DiTTrainConfig
-from elastic3d.training.few_step import FewStepTrainConfig, attach_few_step, rebase
+from elastic3d.training.few_step import attach_few_step, rebase
 from elastic3d.training.image import ImageTrainConfig
 from elastic3d.training.journal import METRICS_NAME, read_metrics
 from elastic3d.training.latents import LatentInfo, pipeline_config
 from elastic3d.training.options import RunConfig, StageName
+from elastic3d.training.shape_flow import FewStepTrainConfig, ShapeFlow
 from elastic3d.training.stages import build_stage, stage_config
 from elastic3d.training.vae import VAETrainConfig
 from elastic3d.utils.files import atomic_path, save_json
@@ -207,18 +208,17 @@ def _export_routers(run: _Run) -> None:
     trained: Any = run.trained(stage_config(StageName[stage_name]))
     options = trained.blocks if hasattr(trained, "blocks") else trained.routing
     options.val_shapes = run.config.routing.val_shapes
-    of_shapes = hasattr(options, "mesh")
-    if of_shapes:
+    if hasattr(options, "mesh"):
         options.mesh.weight = 0.0  # needs no data of true surfaces then
     stage: Any = build_stage(trained)
-    load_strict(stage.flow, run.weights, run.source)
-    stage.flow.eval()
+    load_strict(stage.objective, run.weights, run.source)
+    stage.objective.eval()
     stage.calibrate(run.config.routing)
-    for block in stage.flow.session.blocks:
+    for block in stage.objective.session.blocks:
         if block.few_step is not None:
             block.few_step.to(torch.bfloat16)
-    if of_shapes:
-        pipeline = ImageTo3DPipeline.from_pretrained(options.model, "cpu", "float32", dial=False)
+    if isinstance(stage.flow, ShapeFlow):
+        pipeline = ImageTo3DPipeline.from_pretrained(stage.flow.folder, "cpu", "float32", dial=False)
         pipeline.config.elastic = run.config.export.pipeline.elastic
         pipeline.save_pretrained(run.output, torch.bfloat16)
     save_routers(stage.flow.dit, run.output / "routers")

@@ -4,18 +4,16 @@ steps to the last latents, which are compared with what the dense model makes of
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.diffusion.options import PipelineConfig
-from elastic3d.diffusion.sampler import integrate, sampling_times
 from elastic3d.elastic import adapter_for, attach
 from elastic3d.elastic.attachment import (
     load_router_config,
@@ -28,21 +26,15 @@ from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig
 from elastic3d.elastic.few_step import FewStepLoRA, LowRankUpdate
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
-from elastic3d.models.options import VAEConfig
-from elastic3d.models.shape_dit import ShapeDiT
-from elastic3d.models.skip_dit import SkipDiT
-from elastic3d.models.weights import find_weights, load_config, read_weights
+from elastic3d.models.weights import find_weights, read_weights
 from elastic3d.pipelines.image_to_3d import ROUTERS_NAME
-from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_generator, stack
-from elastic3d.training.latents import LatentCache, LatentCacheConfig, LatentInfo
+from elastic3d.training.datasets import Batch, Shuffle
+from elastic3d.training.flow import Flow
 from elastic3d.training.loop import Stage
-from elastic3d.training.mesh_loss import MeshReconstruction
-from elastic3d.training.options import DataConfig, GenerationTrainConfig, StageName
 from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import Options, option
 
 VALIDATED = ((4, 1.0), (6, 1.0), (8, 0.5), (12, 0.35), (12, 0.5), (25, 0.3))  # steps, budget
-TOKENS = ("tokens",)
 VOLUME_POINTS = 128  # of a sample, anywhere in the box, at which decoded fields are compared
 
 
@@ -69,6 +61,11 @@ class GenerationConfig(Options):
     val_shapes: int = option(
         28, "validation shapes or images that are generated", ge=1, le=1 << 16, advanced=True
     )
+
+    def learned_guidance(self, scale: float) -> tuple[float | None, list[float]]:
+        """The guidance that the LoRA learns, of a model that is sampled at `scale`, None for none, and the times at
+        which both branches run all the same."""
+        return None, []
 
     def check(self) -> None:
         """The range of steps is not empty, and the dense results are in no fewer."""
@@ -102,6 +99,10 @@ class ShapeGenerationConfig(GenerationConfig):
         le=1e6,
     )
 
+    def learned_guidance(self, scale: float) -> tuple[float | None, list[float]]:
+        """The pipeline's, where the options say so."""
+        return scale if self.guidance else None, self.guided_times
+
     def check(self) -> None:
         """Times of guidance come with guidance."""
         super().check()
@@ -111,83 +112,97 @@ class ShapeGenerationConfig(GenerationConfig):
             raise ValueError(f"guided_times is {self.guided_times}, expected none: guidance is false")
 
 
-class GenerationObjective(nn.Module, ABC):
-    """A frozen model with routers, generating. Subclasses say how, and train the routers or their few-step LoRA."""
+class GenerationObjective(nn.Module):
+    """A frozen model with routers, generating. Subclasses train the routers or their few-step LoRA."""
 
     gradient_checkpointing = False  # set by the loop
     weights: Tensor
 
-    def __init__(self, dit: nn.Module, reference_steps: int, weights: Tensor) -> None:
-        """`weights` (C,): how much an error of each channel counts."""
+    def __init__(self, flow: Flow, config: GenerationConfig) -> None:
+        """The flow's model has its routers already; it is no part of the state dict, nor trained."""
         super().__init__()
-        self.reference_steps = reference_steps
-        self.register_buffer("weights", weights, persistent=False)
-        self.session = session_of(dit)
-        dit.requires_grad_(False)
-        for part in router_modules(dit).values():
+        self.flow, self.config = flow, config
+        self.register_buffer("weights", flow.weights, persistent=False)
+        self.session = session_of(flow.dit)
+        flow.dit.eval().requires_grad_(False)
+        for part in router_modules(flow.dit).values():
             part.requires_grad_(False)
-        self._dit = (dit.eval(),)  # in a tuple: no part of the state dict, nor trained
         self._dense: dict[int, Tensor] = {}
 
     @property
-    def dit(self) -> nn.Module:
-        """The model with its routers, where these are."""
-        dit, device = self._dit[0], next(self.parameters()).device
-        return dit if next(dit.parameters()).device == device else dit.to(device)
-
-    @abstractmethod
-    def integrate(self, batch: Batch, steps: int) -> Tensor:
-        """`noise` (B,N,C) and a condition -> latents (B,N,C) in `steps` steps, as the session's settings say."""
+    def device(self) -> torch.device:
+        """Where it learns."""
+        return next(self.parameters()).device
 
     def generate(self, batch: Batch, steps: int, settings: ElasticConfig) -> Tensor:
         """Latents (B,N,C) in `steps` steps, with gradients to what learns."""
-        session, before = self.session, self.session.settings
+        session, before, dit = self.session, self.session.settings, self.flow.dit
+        if next(dit.parameters()).device != self.device:
+            dit.to(self.device)
         session.settings, session.recompute = settings, self.gradient_checkpointing
         try:
-            return self.integrate(batch, steps)
+            return self.flow.integrate(batch, steps)
         finally:
             session.settings, session.recompute = before, False
 
-    @torch.no_grad()
+    def dense(self, batch: Batch) -> Tensor:
+        """Latents (B,N,C) of the dense model in many steps."""
+        with torch.no_grad():
+            return self.generate(batch, self.config.reference_steps, ElasticConfig(elastic=False))
+
     def dense_results(self, batch: Batch) -> Tensor:
-        """Latents (B,N,C) of the dense model in many steps; computed when they are first needed, and kept."""
+        """The same of `pair`s (B,); computed when they are first needed, and kept."""
         pairs = batch["pair"].tolist()
         missing = list({pair: row for row, pair in enumerate(pairs) if pair not in self._dense}.values())
         if missing:
-            part = {name: value[missing] for name, value in batch.items()}
-            found = self.generate(part, self.reference_steps, ElasticConfig(elastic=False)).cpu()
+            found = self.dense({name: value[missing] for name, value in batch.items()}).cpu()
             self._dense |= {pairs[row]: latents for row, latents in zip(missing, found, strict=True)}
         return torch.stack([self._dense[pair] for pair in pairs]).to(batch["noise"].device)
 
 
-def integrate_shapes(dit: ShapeDiT | SkipDiT, pipeline: PipelineConfig, batch: Batch, steps: int) -> Tensor:
-    """`noise` (B,N,C), `condition` (B,M,Cc) -> latents (B,N,C), as a pipeline samples shapes, with gradients."""
-    return integrate(
-        dit,
-        batch["condition"].float(),
-        batch["noise"],
-        sampling_times(pipeline, steps),
-        pipeline.guidance,
-        solver=pipeline.solver,
-        guidance_embed=dit.config.guidance_embed,
-        session=session_of(dit),
-    )
+@dataclass
+class PairItems:
+    """`pairs` pairs of a condition and noise, in a new order each round, with what the reconstruction term needs.
+
+    `draw` says of a position and a seed how the pair is generated: the same number of steps throughout a batch.
+    """
+
+    flow: Flow
+    pairs: int
+    draw: Callable[[int, int], Batch]
+
+    def __post_init__(self) -> None:
+        self._shuffle = Shuffle(self.pairs)
+
+    def item(self, position: int, seed: int) -> Batch:
+        """Item `position` of the stream."""
+        pair = self._shuffle(position, seed)
+        item = self.draw(position, seed) | self.flow.pair(pair, seed) | {"pair": torch.tensor(pair)}
+        return item | self.flow.truth(pair, np.random.default_rng([seed, position, 7]))
 
 
-def draw_pair(shapes: PreparedShapes, info: LatentInfo, pair: int, seed: int) -> Batch:
-    """`noise` (N,C) and `condition` (M,Cc), one view of a shape: the same for the same number of a pair."""
-    rng = item_generator(seed, pair)
-    view = int(rng.integers(info.settings["views"]))
-    noise = rng.standard_normal(tuple(info.latents), dtype=np.float32)
-    id = shapes.ids[pair % len(shapes)]
-    return {"noise": torch.from_numpy(noise), "condition": shapes.read(id, "tokens", view)}
+class GenerationStage(Stage):
+    """What the loop needs to train through whole generations; validation is on fixed pairs."""
 
+    objective: GenerationObjective
 
-def val_pairs(cache: LatentCache) -> Batch:
-    """Pairs of the validation shapes, the same every time."""
-    items = [draw_pair(cache.val, cache.info, pair, 0) for pair in range(len(cache.val))]
-    # autocast stacks no fp16
-    return stack([item | {"condition": item["condition"].float()} for item in items])
+    def __init__(
+        self, config: Any, objective: GenerationObjective, draw: Callable[[int, int], Batch]
+    ) -> None:
+        self.config, self.objective, self.flow = config, objective, objective.flow
+        self.items = PairItems(self.flow, objective.config.pairs, draw)
+        self.record = self.flow.record
+
+    @cached_property
+    def reference(self) -> tuple[Batch, Tensor]:
+        """Validation samples, and what the dense model makes of them."""
+        batch = {name: value.to(self.objective.device) for name, value in self.flow.val_pairs().items()}
+        return batch, self.objective.dense(batch)
+
+    def error(self, found: Tensor) -> float:
+        """Geometric mean of the relative squared errors of validation latents (B,N,C) to the dense ones."""
+        errors = relative_errors(found, self.reference[1], self.objective.weights)
+        return errors.log().mean().exp().item()
 
 
 def relative_errors(found: Tensor, true: Tensor, weights: Tensor | float = 1.0) -> Tensor:
@@ -195,29 +210,20 @@ def relative_errors(found: Tensor, true: Tensor, weights: Tensor | float = 1.0) 
     return (weights * (found - true).square()).mean((1, 2)) / (weights * true.square()).mean((1, 2))
 
 
-def channel_weights(channels: int, anchors: int, weight: float) -> Tensor:
-    """(C,): `weight` for the anchors' channels, which come first, 1 for the others."""
-    weights = torch.ones(channels)
-    weights[:anchors] = weight
-    return weights
-
-
 def attach_lora(
-    dit: nn.Module,
-    router: RouterConfig,
-    folder: Path,
-    old: RouterConfig,
-    trained: Mapping[str, Tensor],
-    keep: bool,
+    dit: nn.Module, router: RouterConfig, folder: Path, old: RouterConfig, keep: bool = True
 ) -> ElasticSession:
-    """Put routers with a few-step LoRA on a model, with the weights `trained` of the `old` ones in `folder`.
+    """Put routers with a few-step LoRA on a model, with the weights of the `old` ones in `folder`, if these decide for
+    each block as well, or neither do.
 
     A LoRA is taken over where it is to be kept: with fresh directions up to the new rank, at the new NFE.
     """
     session = attach(dit, router)
-    fresh, trained = router_state(dit), {key.replace(*WEIGHTS): value for key, value in trained.items()}
-    lora = {key for key in trained if ".few_step." in key}
-    found = {key: value for key, value in trained.items() if key not in lora}
+    fresh = router_state(dit)
+    trained = {key.replace(*WEIGHTS): value for key, value in read_weights(find_weights(folder)).items()}
+    lora, found = {key for key in trained if ".few_step." in key}, dict[str, Tensor]()
+    if bool(old.trained_steps) == bool(router.trained_steps):
+        found = {key: value for key, value in trained.items() if key not in lora}
     if keep:
         found |= {key: widened(trained[key], fresh[key]) for key in lora & fresh.keys()}
         found |= {key: trained[key] for key in lora - fresh.keys()}
@@ -301,16 +307,6 @@ class FewStepStageConfig(ShapeGenerationConfig):
         return range(math.ceil(self.min_nfe), int(min(self.max_nfe, self.max_steps)) + 1)
 
 
-@dataclass(kw_only=True)
-class FewStepTrainConfig(GenerationTrainConfig):
-    """Everything `scripts/train.py stage=few_step` takes."""
-
-    stage: StageName = option(StageName.few_step, "what to do")
-    data: DataConfig = option(DataConfig, "prepared shapes")
-    latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
-    few_step: FewStepStageConfig = option(FewStepStageConfig, "training of the routers' few-step LoRA")
-
-
 def attach_few_step(dit: nn.Module, config: FewStepStageConfig, guidance: float) -> ElasticSession:
     """Put the routers of `config.model` on a model, with fresh few-step LoRA in the place of what they may have,
     or with these where they are to be `continued`, and fresh directions up to the rank; `guidance` is the
@@ -328,41 +324,30 @@ def attach_few_step(dit: nn.Module, config: FewStepStageConfig, guidance: float)
             if old.few_step_rank
             else f"few_step.continued is true, but {folder} has no few-step LoRA"
         )
+    learned, times = config.learned_guidance(guidance)
     router = replace(
         old,
         few_step_rank=config.rank,
         few_step_nfe=config.max_nfe,
         few_step_max_steps=config.max_steps,
-        few_step_guidance=guidance if config.guidance else None,
-        guided_times=config.guided_times,
+        few_step_guidance=learned,
+        guided_times=times,
     )
-    return attach_lora(dit, router, folder, old, read_weights(find_weights(folder)), config.continued)
+    return attach_lora(dit, router, folder, old, config.continued)
 
 
 class FewStepObjective(GenerationObjective):
     """Only the few-step LoRA is parameters: the model and its routers stay as they are."""
 
-    def __init__(
-        self,
-        dit: ShapeDiT | SkipDiT,
-        pipeline: PipelineConfig,
-        config: FewStepStageConfig,
-        anchors: int,
-        meshes: MeshReconstruction | None = None,
-    ) -> None:
-        """`anchors`: how many channels of a latent, the first ones, are where it is; `meshes`: compares fields, which
-        items bring offsets and points for."""
-        attach_few_step(dit, config, pipeline.guidance)
-        weights = channel_weights(dit.config.in_channels, anchors, config.anchor_weight)
-        super().__init__(dit, config.reference_steps, weights)
-        self.config, self.pipeline, self.meshes = config, pipeline, meshes
-        modules = router_modules(dit).items()
+    config: FewStepStageConfig
+
+    def __init__(self, flow: Any, config: FewStepStageConfig) -> None:
+        attach_few_step(flow.dit, config, flow.guidance)
+        super().__init__(flow, config)
+        self.meshes = flow.meshes
+        modules = router_modules(flow.dit).items()
         self.few_step = nn.ModuleDict({name: part for name, part in modules if name.endswith("few_step")})
         self.few_step.requires_grad_(True)
-
-    def integrate(self, batch: Batch, steps: int) -> Tensor:
-        """As the pipeline samples."""
-        return integrate_shapes(cast(ShapeDiT, self.dit), self.pipeline, batch, steps)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """`noise` (B,N,C), `condition` (B,M,Cc), `pair` (B,), and for all the first one's `steps` and `nfe` -> loss:
@@ -384,73 +369,50 @@ class FewStepObjective(GenerationObjective):
 
 
 @dataclass
-class PairItems:
-    """`pairs` pairs of a shape's view and noise, in a new order each round; a batch has one number of steps and NFE.
+class NFEDraw:
+    """How a pair is generated: `steps` and `nfe` (), the same in all of a batch; where fields are compared, at
+    `offsets` (N,3) of points from the anchors and `points` (P,3) in the whole box."""
 
-    Items: `noise` (N,C), `condition` (M,Cc), `pair`, `steps`, `nfe` (), and where fields are compared `offsets` (N,3)
-    of points from the anchors and `points` (P,3) in the whole box."""
-
-    shapes: PreparedShapes
-    info: LatentInfo
     config: FewStepStageConfig
     batch: int
+    latents: int
 
-    def __post_init__(self) -> None:
-        self._shuffle = Shuffle(self.config.pairs)
-
-    def item(self, position: int, seed: int) -> Batch:
-        """Item `position` of the stream."""
+    def __call__(self, position: int, seed: int) -> Batch:
+        """Of the item of a position."""
         config, rng = self.config, np.random.default_rng([seed, position // self.batch, 4])
         low, high = math.log(config.min_steps), math.log(config.max_steps + 1)
         steps = min(int(math.exp(rng.uniform(low, high))), config.max_steps)
         nfe = rng.uniform(min(config.min_nfe, steps), min(config.max_nfe, steps))
         if rng.random() < config.whole:
             nfe = steps = int(rng.choice(config.whole_steps))
-        pair = self._shuffle(position, seed)
         # no smaller NFE than that of the smallest budget
-        values = {"pair": pair, "steps": steps, "nfe": max(nfe, MIN_BUDGET * steps)}
-        item = draw_pair(self.shapes, self.info, pair, seed)
+        item = {"steps": torch.tensor(steps), "nfe": torch.tensor(max(nfe, MIN_BUDGET * steps))}
         if config.field_weight:
             own = np.random.default_rng([seed, position, 5])
-            offsets = own.standard_normal((len(item["noise"]), 3), dtype=np.float32)
-            points = own.uniform(-1, 1, (VOLUME_POINTS, 3)).astype(np.float32)
-            item |= {"offsets": torch.from_numpy(offsets), "points": torch.from_numpy(points)}
-        return item | {name: torch.tensor(value) for name, value in values.items()}
+            item["offsets"] = torch.from_numpy(own.standard_normal((self.latents, 3), dtype=np.float32))
+            item["points"] = torch.from_numpy(own.uniform(-1, 1, (VOLUME_POINTS, 3)).astype(np.float32))
+        return item
 
 
-class FewStepStage(Stage):
+class FewStepStage(GenerationStage):
     """What the loop needs to train few-step LoRA."""
 
-    def __init__(self, config: FewStepTrainConfig) -> None:
-        self.config, options = config, config.few_step
-        self.cache = cache = LatentCache(config.latents.output, config.data, options.val_shapes, TOKENS)
+    def __init__(self, config: Any) -> None:
+        options: FewStepStageConfig = config.few_step
         if not (options.model / ROUTERS_NAME).is_dir():
             raise UserError(f"{options.model} has no routers, expected a folder {ROUTERS_NAME} in it")
-        dit, pipeline = cache.load_dense(options.model, config.precision)
-        vae: VAEConfig = load_config(options.model / "vae", VAEConfig, "ShapeVAE")
-        meshes = None
-        if options.field_weight:
-            trained = cache.info.field_loss()
-            meshes = MeshReconstruction(cache.info.load_vae(trained), trained)
-        anchors = vae.channels - vae.latent_channels
-        self.flow = FewStepObjective(dit, pipeline, options, anchors, meshes)
-        self.objective, self.record = self.flow, cache.record
-        self.items = PairItems(cache.train, cache.info, options, config.batch)
-        self._references: Tensor | None = None
+        flow = config.flow()
+        draw = NFEDraw(options, config.batch, flow.lengths[0])
+        super().__init__(config, FewStepObjective(flow, options), draw)
 
     def validate(self) -> dict[str, float]:
         """Geometric mean of the relative squared error to the dense results, with and without the few-step LoRA."""
-        device = next(self.flow.few_step.parameters()).device
-        batch = {name: tensor.to(device) for name, tensor in val_pairs(self.cache).items()}
-        if self._references is None:
-            dense = ElasticConfig(elastic=False)
-            self._references = self.flow.generate(batch, self.config.few_step.reference_steps, dense)
         values = {}
         for steps, budget in self._points():
             for name, few_step in (("adapted", True), ("plain", False)):
-                found = self.flow.generate(batch, steps, ElasticConfig(budget=budget, few_step=few_step))
-                errors = relative_errors(found, self._references, self.flow.weights)
-                values[f"val/{name}_{steps}_at_{budget:g}"] = errors.log().mean().exp().item()
+                settings = ElasticConfig(budget=budget, few_step=few_step)
+                found = self.objective.generate(self.reference[0], steps, settings)
+                values[f"val/{name}_{steps}_at_{budget:g}"] = self.error(found)
         return values
 
     def _points(self) -> Sequence[tuple[int, float]]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from elastic3d.diffusion.flow import interpolate, sample_timesteps, velocity
 from elastic3d.pipelines.backbones import Backbone, Text
@@ -19,7 +20,7 @@ from elastic3d.pipelines.pixel_flux import (
     SmallBackbone,
     build_transformer,
 )
-from elastic3d.training.datasets import Batch, Shuffle, item_generator, stack
+from elastic3d.training.datasets import Batch, Shuffle, item_generator
 from elastic3d.training.distributed import first_process_first
 from elastic3d.training.image_data import ImageCache, ImageDataConfig, build_image_cache, text_of
 from elastic3d.training.journal import contact_sheet
@@ -61,7 +62,7 @@ class ImageTrainConfig(TrainConfig):
         return 2 * model.width * tokens * (model.double_blocks + model.single_blocks)
 
 
-class ImageFlow(nn.Module):
+class ImageObjective(nn.Module):
     """Flow matching: mean squared error of the velocity (2210.02747)."""
 
     def __init__(self, backbone: Backbone, size: int, guidance: float) -> None:
@@ -91,7 +92,7 @@ class ImageItems:
     drop_caption: float = 0.0
 
     def __post_init__(self) -> None:
-        self._shuffle = Shuffle(len(self.images))
+        self.index = Shuffle(len(self.images))
         self._negative = {f"text/{name}": value[0] for name, value in self.images.negative().items()}
 
     def __len__(self) -> int:
@@ -100,7 +101,7 @@ class ImageItems:
     def item(self, position: int, seed: int) -> Batch:
         """Item `position` of the shuffled stream."""
         rng = item_generator(seed, position)
-        item = self.draw(self._shuffle(position, seed), int(rng.integers(1 << 16)), rng)
+        item = self.draw(self.index(position, seed), int(rng.integers(1 << 16)), rng)
         if rng.random() < self.drop_caption:
             item |= self._negative
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
@@ -115,11 +116,13 @@ class ImageItems:
 
     def fixed(self, count: int) -> Batch:
         """The first `count` images with their first captions, the same noise every time."""
-        return stack([self.draw(i, 0, item_generator(0, i)) for i in range(min(count, len(self)))])
+        return default_collate([self.draw(i, 0, item_generator(0, i)) for i in range(min(count, len(self)))])
 
 
 class ImageStage(Stage):
     """What the loop needs to train the small text-to-image model."""
+
+    objective: ImageObjective
 
     def __init__(self, config: ImageTrainConfig) -> None:
         self.config = image = config.image
@@ -130,8 +133,7 @@ class ImageStage(Stage):
             build_image_cache(image, config.data, encoder, config.seed)
         self.dit = build_transformer(image.model)
         self.backbone = SmallBackbone(PixelFluxPipeline.build(image.model, self.dit, None))
-        self.flow = ImageFlow(self.backbone, image.model.size, image.model.guidance)
-        self.objective = self.flow
+        self.objective = ImageObjective(self.backbone, image.model.size, image.model.guidance)
         train = ImageCache(image.cache, "train")
         self._val = ImageCache(image.cache, "val", image.val_images)
         self.items = ImageItems(train, image.shift, DROPPED_CAPTIONS)
@@ -147,7 +149,9 @@ class ImageStage(Stage):
         means = []
         for items in (whole, blind):
             parts = [
-                self.flow.squared_error({k: v[first : first + batch].to(device) for k, v in items.items()})
+                self.objective.squared_error(
+                    {k: v[first : first + batch].to(device) for k, v in items.items()}
+                )
                 for first in range(0, count, batch)
             ]
             means.append(torch.cat([part.mean((1, 2)).cpu() for part in parts]).mean().item())
@@ -155,7 +159,7 @@ class ImageStage(Stage):
 
     def samples(self) -> dict[str, np.ndarray]:
         """Rows of validation images: the image, what is generated from its caption."""
-        image, backbone, size = self.config, self.backbone, self.flow.size
+        image, backbone, size = self.config, self.backbone, self.objective.size
         items = self._val_items.fixed(image.sample_images)
         text, negative = text_of(items), self._val.negative()
         latents = generate_latents(backbone, text, negative, size, image.sample_steps, image.sample_guidance)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from elastic3d.diffusion.options import PipelineConfig
@@ -39,7 +40,6 @@ from elastic3d.training.datasets import (
     nothing_prepared,
     read_split,
     record_of_shapes,
-    stack,
 )
 from elastic3d.training.options import ComputeConfig, DataConfig, Precision, SplitsConfig, StageName
 from elastic3d.training.vae import (
@@ -375,7 +375,7 @@ class _Builder:
                 if self.config.mirror and id in train and 2 * variant >= self.config.variants:
                     item = {name: mirrored(tensor) for name, tensor in item.items()}
                 drawn.append(item)
-            batch = {name: tensor.to(self.device) for name, tensor in stack(drawn).items()}
+            batch = {name: tensor.to(self.device) for name, tensor in default_collate(drawn).items()}
             posterior = self.vae.encode(batch["surface"], batch.get("sharp"), batch.get("offsets"))
             means.append(posterior.mean.cpu())
             logvars.append(posterior.logvar.cpu())

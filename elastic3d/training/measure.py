@@ -19,29 +19,28 @@ from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME
 from elastic3d.pipelines.image_to_3d import ROUTERS_NAME
 from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.runtime import resolve_device
-from elastic3d.training.block_router_image import (
-    ImageBlockRouterConfig,
-    ImageBlockRouterStage,
-    ImageBlockRouterTrainConfig,
-)
-from elastic3d.training.block_router_shape import (
-    BlockRouterTrainConfig,
-    EndMeshLossConfig,
-    ShapeBlockRouterConfig,
-    ShapeBlockRouterStage,
-)
+from elastic3d.training.block_router import BlockRouterStage
 from elastic3d.training.calibration import CurvesConfig
-from elastic3d.training.elastic import MeshLossConfig, RouterStage, RouterStageConfig, RouterTrainConfig
-from elastic3d.training.elastic_image import (
+from elastic3d.training.export import CURVES_NAME, RECORD_NAME, copy_files
+from elastic3d.training.image_data import PipelineImagesConfig
+from elastic3d.training.image_flow import (
     BackboneConfig,
-    ImageRouterStage,
+    ImageBlockRouterConfig,
+    ImageBlockRouterTrainConfig,
     ImageRouterTrainConfig,
     ImageRoutingConfig,
 )
-from elastic3d.training.export import CURVES_NAME, RECORD_NAME, copy_files
-from elastic3d.training.image_data import PipelineImagesConfig
 from elastic3d.training.latents import LatentCacheConfig
 from elastic3d.training.options import DataConfig, LimitedSplitsConfig, Precision, SeededConfig, StageName
+from elastic3d.training.router import RouterStage
+from elastic3d.training.shape_flow import (
+    BlockRouterTrainConfig,
+    EndMeshLossConfig,
+    MeshLossConfig,
+    RouterStageConfig,
+    RouterTrainConfig,
+    ShapeBlockRouterConfig,
+)
 from elastic3d.utils.files import load_json, save_json
 from elastic3d.utils.options import Options, option
 
@@ -84,14 +83,29 @@ class CalibrationOutputConfig(Options):
 
 
 @dataclass(kw_only=True)
-class CalibrateConfig(SeededConfig):
+class MeasureConfig(SeededConfig):
+    """On what a trained model is measured."""
+
+    precision: Precision = option(Precision.bf16_master, "number format of the training")
+    data: LimitedSplitsConfig = option(LimitedSplitsConfig, "prepared shapes")
+    latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
+    image: CalibrationImagesConfig = option(
+        CalibrationImagesConfig, "of a text-to-image pipeline: images with captions"
+    )
+
+    def training(self, router: RouterConfig) -> dict[str, Any]:
+        """What a stage that trains such routers takes of it."""
+        found = {name: getattr(self, name) for name in ("seed", "device", "precision", "data")}
+        if self.image.backbone is not None:
+            return found | {"image": self.image.pipeline(), "router": router}
+        return found | {"data": DataConfig(**vars(self.data)), "latents": self.latents, "router": router}
+
+
+@dataclass(kw_only=True)
+class CalibrateConfig(MeasureConfig):
     """Everything `scripts/train.py stage=calibrate` takes."""
 
     stage: StageName = option(StageName.calibrate, "what to do")
-    precision: Precision = option(Precision.bf16_master, "number format that routers were trained in")
-    data: LimitedSplitsConfig = option(LimitedSplitsConfig, "prepared shapes")
-    latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
-    image: CalibrationImagesConfig = option(CalibrationImagesConfig, "images with captions")
     routing: CalibratedRoutersConfig = option(CalibratedRoutersConfig, "the routers")
     export: CalibrationOutputConfig = option(CalibrationOutputConfig, "what is written")
 
@@ -111,8 +125,8 @@ def calibrate_exported(config: CalibrateConfig) -> Path:
     source, output = (folder / ROUTERS_NAME for folder in (model, config.export.output or model))
     stage = _router_stage(config, _router_config(source))
     load_routers(stage.flow.dit, source)
-    _sample_as_the_model_does(stage)
-    stage.flow.to(resolve_device(config.device)).eval()
+    stage.sampling = stage.flow.default_sampling()
+    stage.objective.to(resolve_device(config.device)).eval()
     stage.calibrate(config.routing)
     copy_files((WEIGHTS_NAME, RECORD_NAME, CURVES_NAME), source, output)
     save_dial(None, output.parent)
@@ -129,39 +143,22 @@ def _router_config(folder: Path) -> RouterConfig:
     return load_router_config(folder, family)  # `load_routers` looks at the family
 
 
-def _router_stage(config: CalibrateConfig, router: RouterConfig) -> RouterStage | ImageRouterStage:
+def _router_stage(config: CalibrateConfig, router: RouterConfig) -> RouterStage:
     """A stage with such routers, which learns nothing."""
-    shared = {name: getattr(config, name) for name in ("seed", "device", "precision", "data")}
-    image, count = config.image, config.routing.val_shapes
-    if image.backbone is None:
-        no_loss = MeshLossConfig(weight=0.0)  # needs no data of true surfaces then
-        routing = RouterStageConfig(model=config.routing.model, val_shapes=count, mesh=no_loss)
-        shared["data"] = DataConfig(**vars(config.data))
-        return RouterStage(
-            RouterTrainConfig(**shared, latents=config.latents, router=router, routing=routing)
-        )
-    images = ImageRoutingConfig(val_shapes=count)
-    return ImageRouterStage(
-        ImageRouterTrainConfig(**shared, image=image.pipeline(), router=router, routing=images)
-    )
+    training, count = config.training(router), config.routing.val_shapes
+    if config.image.backbone is not None:
+        return RouterStage(ImageRouterTrainConfig(**training, routing=ImageRoutingConfig(val_shapes=count)))
+    no_loss = MeshLossConfig(weight=0.0)  # needs no data of true surfaces then
+    routing = RouterStageConfig(model=config.routing.model, val_shapes=count, mesh=no_loss)
+    return RouterStage(RouterTrainConfig(**training, routing=routing))
 
 
-def _sample_as_the_model_does(stage: RouterStage | ImageRouterStage) -> None:
-    """Validation samples in the model's own number of steps, at its own guidance."""
-    routing = stage.config.routing
-    if isinstance(stage, RouterStage):
-        routing.val_steps, routing.guidance = stage.pipeline.steps, stage.pipeline.guidance
-        stage.config.dit.sample_guidance = routing.guidance
-    else:
-        routing.val_steps, routing.guidance = stage.pipeline.backbone.default_sampling()
-
-
-def _note(stage: RouterStage | ImageRouterStage, config: CalibrateConfig) -> dict[str, object]:
+def _note(stage: RouterStage, config: CalibrateConfig) -> dict[str, object]:
     """How the calibration came about."""
-    routing = stage.config.routing
+    steps, guidance = stage.sampling
     return {
-        "steps": routing.val_steps,
-        "guidance": routing.guidance,
+        "steps": steps,
+        "guidance": guidance,
         "dampings": config.routing.dampings.name,
         "gate_bias": config.routing.gate_bias.name,
         "precision": config.precision.name,
@@ -196,16 +193,10 @@ class SensitivityConfig(Options):
 
 
 @dataclass(kw_only=True)
-class SensitivityStageConfig(SeededConfig):
+class SensitivityStageConfig(MeasureConfig):
     """Everything `scripts/train.py stage=sensitivity` takes."""
 
     stage: StageName = option(StageName.sensitivity, "what to do")
-    precision: Precision = option(Precision.bf16_master, "number format")
-    data: LimitedSplitsConfig = option(LimitedSplitsConfig, "prepared shapes")
-    latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
-    image: CalibrationImagesConfig = option(
-        CalibrationImagesConfig, "of a text-to-image pipeline: images with captions"
-    )
     router: RouterConfig = option(RouterConfig, "architecture of the routers: a file of configs/router")
     blocks: SensitivityConfig = option(SensitivityConfig, "what is measured")
 
@@ -218,15 +209,14 @@ def measure_sensitivity(config: SensitivityStageConfig) -> Path:
         UserError: what `stage=block_router` raises of such a model.
     """
     stage = _block_router_stage(config)
-    stage.flow.to(resolve_device(config.device)).eval()
+    stage.objective.to(resolve_device(config.device)).eval()
     stage.sensitivity(config.blocks.steps).save(config.blocks.output)
     return config.blocks.output
 
 
-def _block_router_stage(config: SensitivityStageConfig) -> ShapeBlockRouterStage | ImageBlockRouterStage:
+def _block_router_stage(config: SensitivityStageConfig) -> BlockRouterStage:
     """A stage that starts from the model as a training does."""
-    options, image = config.blocks, config.image
-    shared = {name: getattr(config, name) for name in ("seed", "device", "precision", "data", "router")}
+    options, training = config.blocks, config.training(config.router)
     common: dict[str, Any] = {
         "rank": options.rank,
         "min_steps": 1,
@@ -235,16 +225,15 @@ def _block_router_stage(config: SensitivityStageConfig) -> ShapeBlockRouterStage
         "val_shapes": options.val_shapes,
         "val_steps": [options.steps],
     }
-    if image.backbone is None:
-        shape = ShapeBlockRouterConfig(
-            model=options.model,
-            guidance=options.learned_guidance,
-            guided_times=options.guided_times,
-            anchor_weight=options.anchor_weight,
-            mesh=EndMeshLossConfig(weight=0.0),  # needs no data of true surfaces then
-            **common,
-        )
-        shared["data"] = DataConfig(**vars(config.data))
-        return ShapeBlockRouterStage(BlockRouterTrainConfig(**shared, latents=config.latents, blocks=shape))
-    blocks = ImageBlockRouterConfig(guidance=options.guidance, **common)
-    return ImageBlockRouterStage(ImageBlockRouterTrainConfig(**shared, image=image.pipeline(), blocks=blocks))
+    if config.image.backbone is not None:
+        images = ImageBlockRouterConfig(guidance=options.guidance, **common)
+        return BlockRouterStage(ImageBlockRouterTrainConfig(**training, blocks=images))
+    shapes = ShapeBlockRouterConfig(
+        model=options.model,
+        guidance=options.learned_guidance,
+        guided_times=options.guided_times,
+        anchor_weight=options.anchor_weight,
+        mesh=EndMeshLossConfig(weight=0.0),  # needs no data of true surfaces then
+        **common,
+    )
+    return BlockRouterStage(BlockRouterTrainConfig(**training, blocks=shapes))

@@ -68,14 +68,7 @@ class Rollout(RouteSource):
         step = torch.tensor(context.steps, device=self.routes.device)
         self.routed[-1].setdefault(block, routed)
         action = self.routes[sample, step, branch, block].to(routed.keep.device)
-        widths, free = routed.width_prob.shape[-1], action == FREE
-        forced = RouteDecision.fixed(action > SKIPPED, (action - 1).clamp_min(0), widths)
-        return RouteDecision(
-            torch.where(free, routed.keep, forced.keep),
-            torch.where(free, routed.width, forced.width),
-            torch.where(free, routed.keep_prob, forced.keep_prob),
-            torch.where(free[:, None], routed.width_prob, forced.width_prob),
-        )
+        return forced(action != FREE, action > SKIPPED, (action - 1).clamp_min(0), routed)
 
     # --------------------------------------------------------------------------------- after the generation
 
@@ -133,6 +126,14 @@ class Rollout(RouteSource):
                 branch, step = context.rows[start][0], context.steps[start]
                 cells[step][branch] = RouteDecision(*(part[start : start + B] for part in whole))
         return _stacked([_stacked(pair, dim=1) for pair in cells], dim=1)
+
+
+def forced(where: Tensor, keep: Tensor, width: Tensor, routed: RouteDecision) -> RouteDecision:
+    """`routed`, but for the rows (B,) bool `where` another route, keep and width (B,), is certain."""
+    certain = RouteDecision.fixed(keep, width, routed.width_prob.shape[-1])
+    shapes = [(-1, *[1] * (part.ndim - 1)) for part in routed]
+    parts = zip(shapes, certain, routed, strict=True)
+    return RouteDecision(*(torch.where(where.view(shape), sure, free) for shape, sure, free in parts))
 
 
 def _stacked(decisions: Sequence[RouteDecision], dim: int) -> RouteDecision:

@@ -34,24 +34,23 @@ from elastic3d.utils.options import to_dict
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # mallopt(3)
 SHAPE_STAGES = (StageName.vae, StageName.cache, StageName.dit)
 
-# Stage -> its file, its configuration, and the class that trains or the function that does it.
+# Stage -> its configuration, and the class that trains or the function that does it.
 _STAGES = {
-    StageName.vae: ("vae", "VAETrainConfig", "VAEStage"),
-    StageName.cache: ("latents", "CacheConfig", "build_cache"),
-    StageName.dit: ("dit", "DiTTrainConfig", "DiTStage"),
-    StageName.image: ("image", "ImageTrainConfig", "ImageStage"),
-    StageName.router: ("elastic", "RouterTrainConfig", "RouterStage"),
-    StageName.image_router: ("elastic_image", "ImageRouterTrainConfig", "ImageRouterStage"),
-    StageName.few_step: ("few_step", "FewStepTrainConfig", "FewStepStage"),
-    StageName.block_router: ("block_router_shape", "BlockRouterTrainConfig", "ShapeBlockRouterStage"),
+    StageName.vae: ("vae.VAETrainConfig", "vae.VAEStage"),
+    StageName.cache: ("latents.CacheConfig", "latents.build_cache"),
+    StageName.dit: ("dit.DiTTrainConfig", "dit.DiTStage"),
+    StageName.image: ("image.ImageTrainConfig", "image.ImageStage"),
+    StageName.router: ("shape_flow.RouterTrainConfig", "router.RouterStage"),
+    StageName.image_router: ("image_flow.ImageRouterTrainConfig", "router.RouterStage"),
+    StageName.few_step: ("shape_flow.FewStepTrainConfig", "few_step.FewStepStage"),
+    StageName.block_router: ("shape_flow.BlockRouterTrainConfig", "block_router.BlockRouterStage"),
     StageName.image_block_router: (
-        "block_router_image",
-        "ImageBlockRouterTrainConfig",
-        "ImageBlockRouterStage",
+        "image_flow.ImageBlockRouterTrainConfig",
+        "block_router.BlockRouterStage",
     ),
-    StageName.sensitivity: ("measure", "SensitivityStageConfig", "measure_sensitivity"),
-    StageName.export: ("export", "ExportStageConfig", "export_run"),
-    StageName.calibrate: ("measure", "CalibrateConfig", "calibrate_exported"),
+    StageName.sensitivity: ("measure.SensitivityStageConfig", "measure.measure_sensitivity"),
+    StageName.export: ("export.ExportStageConfig", "export.export_run"),
+    StageName.calibrate: ("measure.CalibrateConfig", "measure.calibrate_exported"),
 }
 
 
@@ -113,8 +112,8 @@ def warn_of_slow_precision(config: StageConfig) -> None:
 
 def _part(stage: StageName, index: int) -> Any:
     """A stage's configuration (0), or the class or function that does it (1)."""
-    file, *names = _STAGES[stage]
-    return getattr(import_module(f"elastic3d.training.{file}"), names[index])
+    file, name = _STAGES[stage][index].split(".")
+    return getattr(import_module(f"elastic3d.training.{file}"), name)
 
 
 def adopt_architecture(config: Any) -> None:

@@ -10,6 +10,7 @@ from enum import Enum
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
@@ -22,7 +23,6 @@ from elastic3d.training.datasets import (
     open_split,
     pick,
     record_of_shapes,
-    stack,
 )
 from elastic3d.training.journal import contact_sheet, mesh_row
 from elastic3d.training.loop import Stage
@@ -289,4 +289,4 @@ class VAEStage(Stage):
             fixed = field_queries(shapes, id, config.val_queries, config.val_queries, rng)
             items.append(VAEItems(shapes, config).draw(id, rng) | fixed)
         device = next(self.vae.parameters()).device
-        return {name: tensor.to(device) for name, tensor in stack(items).items()}
+        return {name: tensor.to(device) for name, tensor in default_collate(items).items()}

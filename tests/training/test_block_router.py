@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from _cli import parse
+from torch.utils.data import default_collate
 
 from elastic3d.benchmark.controls import executed_share
 from elastic3d.elastic import attach
@@ -16,21 +17,19 @@ from elastic3d.elastic.trace import trace_share
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
-from elastic3d.training.block_router import BlockRouterConfig, attach_block_routers
-from elastic3d.training.block_router_image import ImageBlockRouterTrainConfig
-from elastic3d.training.block_router_shape import (
-    BlockRouterTrainConfig,
-    EndMeshLossConfig,
-    ShapeBlockRouterStage,
-)
+from elastic3d.training.block_router import BlockRouterConfig, BlockRouterStage, attach_block_routers
 from elastic3d.training.calibration import CurvesConfig
-from elastic3d.training.datasets import stack
 from elastic3d.training.few_step import FewStepStage
+from elastic3d.training.image_flow import ImageBlockRouterTrainConfig
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.measure import SensitivityConfig
 from elastic3d.training.options import StageName
 from elastic3d.training.rollout import FREE
 from elastic3d.training.routes import action_flops, load_sensitivity
+from elastic3d.training.shape_flow import (
+    BlockRouterTrainConfig,
+    EndMeshLossConfig,
+)
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.files import load_json, save_json
 from tests.tiny_pipeline import image
@@ -52,15 +51,15 @@ def block_config(root, blocks=None, **changes) -> BlockRouterTrainConfig:
     return config_for(root, **(settings | changes))
 
 
-def batch_of(stage: ShapeBlockRouterStage, step: int = 0, seed: int = 0):
+def batch_of(stage: BlockRouterStage, step: int = 0, seed: int = 0):
     size = stage.config.batch
-    return stack([stage.items.item(step * size + i, seed) for i in range(size)])
+    return default_collate([stage.items.item(step * size + i, seed) for i in range(size)])
 
 
-def varied_gates(stage: ShapeBlockRouterStage) -> None:
+def varied_gates(stage: BlockRouterStage) -> None:
     """Routers whose gates differ between blocks and samples."""
     torch.manual_seed(3)
-    for block in stage.flow.session.blocks:
+    for block in stage.objective.session.blocks:
         torch.nn.init.normal_(block.router.heads.weight, std=2.0)
 
 
@@ -77,10 +76,10 @@ def test_the_shipped_configurations_suit_the_stage(stage):
 
 def test_every_batch_has_the_full_route_the_smallest_and_routes_between(routed):  # noqa: F811
     guided = {"guidance": True, "guided_times": [0.2, 0.6]}
-    stage = ShapeBlockRouterStage(block_config(routed, guided, batch=8))
+    stage = BlockRouterStage(block_config(routed, guided, batch=8))
     for step in range(4):
         batch = batch_of(stage, step)
-        steps, blocks = int(batch["steps"][0]), len(stage.flow.session.blocks)
+        steps, blocks = int(batch["steps"][0]), len(stage.objective.session.blocks)
         assert (batch["steps"] == steps).all() and 2 <= steps <= 4
         assert batch["routes"].shape == (8, steps, 2, blocks)
         assert batch["kind"].tolist() == [0, 1, 2, 2] * 2
@@ -99,8 +98,8 @@ def test_every_batch_has_the_full_route_the_smallest_and_routes_between(routed):
 
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.8, 1.0])
 def test_random_routes_execute_their_budget_and_leave_out_what_matters_least(routed, budget):  # noqa: F811
-    stage = ShapeBlockRouterStage(block_config(routed))
-    times, blocks = stage.flow.times(4), [b.name for b in stage.flow.session.blocks]
+    stage = BlockRouterStage(block_config(routed))
+    times, blocks = stage.flow.times(4), [b.name for b in stage.objective.session.blocks]
     errors = [[0.5, 0.01, 0.02]] * 3 + [[0.5, 0.3, 0.4]]
     path = routed / "table.json"
     save_json(
@@ -131,18 +130,18 @@ def test_random_routes_execute_their_budget_and_leave_out_what_matters_least(rou
 @pytest.mark.parametrize("guidance", [False, True])
 def test_routers_and_lora_learn_from_the_end_of_a_generation(routed, guidance):  # noqa: F811
     options = {"guidance": guidance, "guided_times": [0.2, 0.6] if guidance else []}
-    stage = ShapeBlockRouterStage(block_config(routed, options, batch=8))
+    stage = BlockRouterStage(block_config(routed, options, batch=8))
     varied_gates(stage)
     for step in (0, 2):  # random routes, then the routers' own
-        stage.flow.zero_grad()
-        loss, values = stage.flow(batch_of(stage, step))
+        stage.objective.zero_grad()
+        loss, values = stage.objective(batch_of(stage, step))
         loss.backward()
         assert loss.isfinite() and ("cost" in values) == (step == 2)
         assert {"error_full", "error_smallest", "error_between", "mesh_field", "mesh_dense"} <= set(values)
-        for block in stage.flow.session.blocks:
+        for block in stage.objective.session.blocks:
             gate = block.router.heads.weight.grad[0]
             assert gate.isfinite().all() and gate.abs().max() > 0
-        ups = [p.grad for n, p in stage.flow.named_parameters() if n.endswith(".up")]
+        ups = [p.grad for n, p in stage.objective.named_parameters() if n.endswith(".up")]
         assert all(g.isfinite().all() for g in ups) and sum(bool(g.any()) for g in ups) > len(ups) / 2
         assert all(p.grad is None for p in stage.flow.dit.parameters())
 
@@ -152,16 +151,16 @@ def test_the_mesh_alone_reaches_every_gate(routed, monkeypatch):  # noqa: F811
         weights = {name: float(name == only) for name in ("field", "chamfer", "normals", "dense")}
         options = {"random_steps": 0, "cost_weight": 0.0, "imitation_weight": 0.0}
         options["mesh"] = EndMeshLossConfig(weight=1.0, **weights, **MESH)
-        stage = ShapeBlockRouterStage(block_config(routed, options, batch=4))
+        stage = BlockRouterStage(block_config(routed, options, batch=4))
         monkeypatch.setattr(
             "elastic3d.training.block_router.relative_errors",
             lambda found, true, weights: torch.ones(len(found)),
         )
         varied_gates(stage)
-        loss, values = stage.flow(batch_of(stage))
+        loss, values = stage.objective(batch_of(stage))
         loss.backward()
         assert ("mesh_field" in values) == (only != "dense")
-        for block in stage.flow.session.blocks:
+        for block in stage.objective.session.blocks:
             gate = block.router.heads.weight.grad[0]
             assert gate.isfinite().all() and gate.abs().max() > 0, only
     with pytest.raises(ValueError, match="weight is 1, expected 0"):
@@ -169,12 +168,12 @@ def test_the_mesh_alone_reaches_every_gate(routed, monkeypatch):  # noqa: F811
 
 
 def test_the_dense_generation_has_no_distance_to_itself(routed):  # noqa: F811
-    stage = ShapeBlockRouterStage(
+    stage = BlockRouterStage(
         block_config(routed, {"reference_steps": 4, "min_steps": 4, "val_steps": [4]}, batch=4)
     )
     batch = batch_of(stage)
     batch["routes"] = torch.full_like(batch["routes"], 4)
-    _, values = stage.flow(batch)  # the LoRA is fresh
+    _, values = stage.objective(batch)  # the LoRA is fresh
     assert values["error_full"] < 1e-10 and values["mesh_dense"] < 1e-6
     assert values["share"] == pytest.approx(1)
 
@@ -183,31 +182,31 @@ def test_checkpointing_changes_nothing(routed):  # noqa: F811
     gradients = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        stage = ShapeBlockRouterStage(block_config(routed, {"random_steps": 0}, batch=4))
+        stage = BlockRouterStage(block_config(routed, {"random_steps": 0}, batch=4))
         varied_gates(stage)
         torch.manual_seed(1)
-        stage.flow.gradient_checkpointing = recompute
-        for name, p in stage.flow.named_parameters():
+        stage.objective.gradient_checkpointing = recompute
+        for name, p in stage.objective.named_parameters():
             if name.endswith((".up", ".down")):
                 torch.nn.init.normal_(p, std=0.05)
-        stage.flow(batch_of(stage))[0].backward()
-        gradients.append([p.grad for p in stage.flow.parameters() if p.grad is not None])
+        stage.objective(batch_of(stage))[0].backward()
+        gradients.append([p.grad for p in stage.objective.parameters() if p.grad is not None])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=1e-3, atol=1e-6)
 
 
 def test_budgets_are_calibrated_where_they_were_trained(routed):  # noqa: F811
     guided = {"guidance": True, "guided_times": [0.2, 0.6], "val_steps": [2, 3]}
-    stage = ShapeBlockRouterStage(block_config(routed, guided))
+    stage = BlockRouterStage(block_config(routed, guided))
     varied_gates(stage)
     stage.calibrate(CurvesConfig(), points=3)
-    curves, router = stage.flow.session.router_config.curves, stage.draw.router
+    curves, router = stage.objective.session.router_config.curves, stage.draw.router
     wholes = [router.guided_share(stage.flow.times(steps)[:-1].tolist()) for steps in (2, 3)]
     assert min(wholes) < 1 and curves.requested_budgets[0] == pytest.approx(0.3 / min(wholes))
     assert curves.requested_budgets[-1] == 1 and min(curves.calibrated_budgets) >= curves.requested_budgets[0]
     stage.config.blocks.min_budget = 1.0  # the full route alone
     stage.calibrate(CurvesConfig(), points=3)
-    assert stage.flow.session.router_config.curves.requested_budgets[0] == pytest.approx(0.95)
+    assert stage.objective.session.router_config.curves.requested_budgets[0] == pytest.approx(0.95)
 
 
 # --------------------------------------------------------------------------------------------- from end to end
@@ -265,14 +264,14 @@ def test_measure_train_export_and_generate(routed):  # noqa: F811
 
 def goes_on_with_routers_and_lora(routed, output):  # noqa: F811
     again = block_config(routed, {"model": output}, batch=4, name="again")
-    stage = ShapeBlockRouterStage(again)  # goes on with routers and LoRA
-    batch = stage.val_batch()
-    first = stage.flow.generate(batch, 3, ElasticConfig(budget=0.5))
-    assert trace_share(stage.flow.session.trace) <= 1 and first.isfinite().all()
+    stage = BlockRouterStage(again)  # goes on with routers and LoRA
+    batch = stage.flow.val_pairs()
+    first = stage.objective.generate(batch, 3, ElasticConfig(budget=0.5))
+    assert trace_share(stage.objective.session.trace) <= 1 and first.isfinite().all()
     weights = (
         attach(ShapeDiT.from_pretrained(output / "dit"), output / "routers").blocks[0].router.heads.weight
     )
-    assert torch.equal(stage.flow.session.blocks[0].router.heads.weight, weights)
+    assert torch.equal(stage.objective.session.blocks[0].router.heads.weight, weights)
     for change, message in (
         ({"router": replace(ROUTER, widths=2)}, "router.widths is 2, but the per-block routers in .* have 4"),
         ({"blocks": {"model": output, "rank": 2}}, "rank is 2, expected at least 4, that of the LoRA in"),
@@ -307,9 +306,7 @@ def test_the_bundled_lora_is_where_per_block_routers_start():
     model = Path("data/pretrained/shape-small")
     dit, folder = ShapeDiT.from_pretrained(model / "dit"), model / "routers"
     options = BlockRouterConfig(rank=50, max_steps=8, min_steps=4, val_steps=[4])
-    attach_block_routers(
-        dit, options, ROUTER, folder, lambda n: torch.linspace(0, 1, n + 1), 2.0, [0.05, 0.3]
-    )
+    attach_block_routers(dit, options, ROUTER, folder, lambda n: torch.linspace(0, 1, n + 1), 2.0)
     first = ShapeDiT.from_pretrained(model / "dit")
     own, theirs = router_state(dit), router_state_of(first, folder)
     ups = [key for key in theirs if key.endswith(".few_step.parts.linear1.up")]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_images import save_tiny_flux, save_tiny_qwen
+from torch.utils.data import default_collate
 
 from elastic3d.checkpoints.options import ImportConfig
 from elastic3d.elastic.config import RouterConfig, Scope
@@ -12,16 +13,16 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
-from elastic3d.training.block_router_image import EndImageLossConfig, ImageBlockRouterStage
-from elastic3d.training.block_router_shape import BlockRouterTrainConfig, EndMeshLossConfig
-from elastic3d.training.datasets import stack
+from elastic3d.training.block_router import BlockRouterStage
 from elastic3d.training.export import export_run
 from elastic3d.training.image_data import text_of
+from elastic3d.training.image_flow import EndImageLossConfig
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import build_cache
 from elastic3d.training.measure import SensitivityConfig
 from elastic3d.training.options import Precision, StageName
 from elastic3d.training.routes import load_sensitivity
+from elastic3d.training.shape_flow import BlockRouterTrainConfig, EndMeshLossConfig
 from elastic3d.training.stages import run_stage
 from tests.tiny_pipeline import image
 from tests.training import test_hunyuan3d_routers as hunyuan
@@ -82,20 +83,20 @@ def test_a_rollout_is_what_the_pipeline_of_images_generates(views):  # noqa: F81
     export_run(export_of(image_config(views), small))
     images = dict(backbone=BackboneName.small, weights=small, size=16, cache=views / "routed", shard=4)
     config = block_config(views, StageName.image_block_router, {"guidance": 2.0}, image=images)
-    stage = ImageBlockRouterStage(config)
-    batch = stage.val_batch()
-    found = stage.flow.generate(batch, 3, stage.flow.session.settings)
-    actions = stage.flow.session.trace.actions
-    backbone, text = stage.pipeline.backbone, {name: value.float() for name, value in text_of(batch).items()}
-    drive(backbone.pipe, stage.flow.session)
-    negative = {name: value.float() for name, value in stage.pipeline.negative.items()}
+    stage = BlockRouterStage(config)
+    batch = stage.flow.val_pairs()
+    found = stage.objective.generate(batch, 3, stage.objective.session.settings)
+    actions = stage.objective.session.trace.actions
+    backbone, text = stage.flow.backbone, {name: value.float() for name, value in text_of(batch).items()}
+    drive(backbone.pipe, stage.objective.session)
+    negative = {name: value.float() for name, value in stage.flow.negative.items()}
     options = backbone.guidance_arguments(2.0, len(batch["noise"]), negative)
     expected = backbone.pipe(
         **text, **options, latents=batch["noise"], width=16, height=16, num_inference_steps=3,
         output_type="latent", return_dict=False,
     )[0]  # fmt: skip
-    assert stage.flow.session.coarseness is not None
-    assert torch.equal(stage.flow.session.trace.actions, actions)
+    assert stage.objective.session.coarseness is not None
+    assert torch.equal(stage.objective.session.trace.actions, actions)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert actions.shape[:2] == (3, 2)
 
@@ -110,17 +111,17 @@ def test_the_image_term_alone_reaches_every_gate(folder, prepared, monkeypatch):
         "imitation_weight": 0.0,
         "image": EndImageLossConfig(weight=1.0),
     }
-    stage = ImageBlockRouterStage(block_config(prepared, StageName.image_block_router, options, image=images))
+    stage = BlockRouterStage(block_config(prepared, StageName.image_block_router, options, image=images))
     monkeypatch.setattr(
         "elastic3d.training.block_router.relative_errors", lambda found, true, weights: torch.ones(len(found))
     )
     torch.manual_seed(3)
-    for block in stage.flow.session.blocks:
+    for block in stage.objective.session.blocks:
         torch.nn.init.normal_(block.router.heads.weight, std=2.0)
-    loss, values = stage.flow(stack([stage.items.item(i, 0) for i in range(4)]))
+    loss, values = stage.objective(default_collate([stage.items.item(i, 0) for i in range(4)]))
     loss.backward()
     assert values["image"] > 0
-    for block in stage.flow.session.blocks:
+    for block in stage.objective.session.blocks:
         gate = block.router.heads.weight.grad[0]
         assert gate.isfinite().all() and gate.abs().max() > 0
 

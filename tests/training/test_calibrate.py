@@ -15,12 +15,11 @@ from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.backbones import QwenImageBackbone
 from elastic3d.pipelines.image_loading import load_transformer
 from elastic3d.pipelines.options import BackboneName
-from elastic3d.training import calibration, elastic_objective
+from elastic3d.training import calibration, router
 from elastic3d.training.calibration import Curve, CurvesConfig
-from elastic3d.training.elastic import RouterStage
-from elastic3d.training.elastic_image import ImageRouterStage
 from elastic3d.training.measure import _router_stage
 from elastic3d.training.options import DataConfig, StageName
+from elastic3d.training.router import RouterStage
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.files import load_json, save_json
 from tests.training.test_elastic import router_config
@@ -87,11 +86,10 @@ def test_curves_are_chosen_by_the_anchors_of_anchored_latents(dense, monkeypatch
     stage = RouterStage(router_config(dense))
     latents, share = stage._generate(ElasticConfig())
     if not anchored:
-        monkeypatch.setattr(stage.vae.config, "anchored", False)
-        monkeypatch.setattr(stage.vae.config, "latent_channels", 7)
+        monkeypatch.setattr(stage.flow, "anchors", 0)
     seen = []
     monkeypatch.setattr(
-        elastic_objective,
+        router,
         "calibrate",
         lambda session, generate, *rest: seen.append(generate(ElasticConfig(), 0)),
     )
@@ -157,7 +155,7 @@ def test_images(folder, prepared, monkeypatch):  # noqa: F811
     routing = {"val_shapes": 3, "val_steps": note["steps"], "guidance": note["guidance"]}
     trained = image_config(prepared, StageName.image_router, routing, **image)
     trained.router = found
-    check_executed(ImageRouterStage(trained), routers)
+    check_executed(RouterStage(trained), routers)
 
 
 def test_what_cannot_be_calibrated(dense):

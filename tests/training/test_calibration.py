@@ -9,7 +9,7 @@ import torch
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
 from elastic3d.training import calibration
 from elastic3d.training.calibration import CurvesConfig, choose_dampings, choose_gate_bias, relative_error
-from elastic3d.training.elastic import RouterStage
+from elastic3d.training.router import RouterStage
 from tests.training.test_elastic import router_config
 
 STEPS = 6
@@ -26,7 +26,7 @@ def stage(dense, monkeypatch):
 
 def error_by_hand(stage, true, **curves) -> float:
     """With curves in the routers' configuration: mean logarithm of the error, linear between shares."""
-    session = stage.flow.session
+    session = stage.objective.session
     calibration._draw(session, **curves)
     points = []
     for budget in calibration._BIAS_BUDGETS:
@@ -38,7 +38,7 @@ def error_by_hand(stage, true, **curves) -> float:
 
 def test_the_curve_with_the_smallest_error_at_equal_cost_is_taken(stage):
     """Against every curve tried by hand: share and error at calibrated budgets, linear between."""
-    session, times = stage.flow.session, torch.linspace(0, 1, STEPS + 1)
+    session, times = stage.objective.session, torch.linspace(0, 1, STEPS + 1)
     torch.nn.init.constant_(session.blocks[0].router.heads.bias[:1], 0.0)  # within reach of every curve
     fresh = session.router_config
     true, _ = stage._generate(ElasticConfig(elastic=False))
@@ -59,7 +59,7 @@ def test_the_curve_with_the_smallest_error_at_equal_cost_is_taken(stage):
 def test_dampings_over_time_take_one_value_after_the_other(stage, monkeypatch):
     monkeypatch.setattr(calibration, "DAMPING_TIMES", (0.0, 1.0))
     monkeypatch.setattr(calibration, "DAMPING_STEPS", ((-0.9, 0.3),))
-    session = stage.flow.session
+    session = stage.objective.session
     torch.nn.init.constant_(session.blocks[0].router.heads.bias[:1], -1.0)
     true, _ = stage._generate(ElasticConfig(elastic=False))
 
@@ -78,7 +78,7 @@ def test_dampings_over_time_take_one_value_after_the_other(stage, monkeypatch):
 def test_calibration_starts_from_nothing(stage, monkeypatch):
     monkeypatch.setattr(calibration, "DAMPING_TIMES", (0.0, 0.3, 1.0))
     monkeypatch.setattr(calibration, "DAMPING_STEPS", ((-0.6, 0.3), (0.15,)))
-    session = stage.flow.session
+    session = stage.objective.session
     stage.calibrate(CurvesConfig(), points=6)
     first = session.router_config.curves
     assert len(first.times) == STEPS - 1 and len(first.requested_budgets) == 6

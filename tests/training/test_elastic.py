@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from _cli import parse
+from torch.utils.data import default_collate
 
 from elastic3d.diffusion.flow import interpolate
 from elastic3d.elastic import attach
@@ -17,17 +18,16 @@ from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from elastic3d.training.datasets import stack
-from elastic3d.training.elastic import (
-    MeshLossConfig,
-    RouterStage,
-    RouterStageConfig,
-    RouterTrainConfig,
-)
 from elastic3d.training.export import export_run
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.mesh_loss import MESH_TERMS
 from elastic3d.training.options import StageName
+from elastic3d.training.router import RouterStage
+from elastic3d.training.shape_flow import (
+    MeshLossConfig,
+    RouterStageConfig,
+    RouterTrainConfig,
+)
 from elastic3d.training.stages import run_stage
 from tests.training.tiny import defaults, export_of
 from tests.training.tiny import dit_config as config_for
@@ -46,7 +46,7 @@ def router_config(
 
 
 def batch_of(stage: RouterStage, count: int = 4):
-    return stack([stage.items.item(i, 0) for i in range(count)])
+    return default_collate([stage.items.item(i, 0) for i in range(count)])
 
 
 def test_the_shipped_router_configuration_suits_the_stage():
@@ -74,14 +74,14 @@ def test_skipped_blocks_add_what_they_remember(dense):
     stage = RouterStage(
         router_config(dense, routing={"simulated_steps": 1}, router=RouterConfig(**ONCE_A_STEP, damping=0.0))
     )
-    flow, batch = stage.flow, batch_of(stage, 4)
+    objective, batch = stage.objective, batch_of(stage, 4)
     assert batch["ages"].shape == (4, 1) and batch["picks"].shape == (4, 2, 3)
     x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
 
     def error(**changes) -> float:
-        flow._announce(batch | changes)
+        objective._announce(batch | changes)
         with torch.no_grad():
-            skipped, executed = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
+            skipped, executed = stage.flow.velocities(x_t, batch), objective._dense(x_t, batch)
         return (skipped - executed).square().mean().item()
 
     known = {"ages": torch.ones_like(batch["ages"]), "picks": torch.zeros_like(batch["picks"])}
@@ -97,15 +97,15 @@ def test_a_router_learns_from_the_age_of_what_it_would_reuse(dense):
     usable = (batch["ages"] > 0) & (batch["ages"] <= 3)
     for row, picks in enumerate(batch["picks"].flatten(1)):
         assert all(usable[row, pick] for pick in picks if pick >= 0)
-    stage.flow(batch)[0].backward()
-    moved = stage.flow.session.blocks[0].router.age.weight.grad.abs().sum(1)
+    stage.objective(batch)[0].backward()
+    moved = stage.objective.session.blocks[0].router.age.weight.grad.abs().sum(1)
     assert moved[1:].gt(0).all() and moved[0] == 0  # of nothing, no error is predicted
 
 
 def test_the_skip_error_is_what_skipping_in_one_branch_does_to_the_guided_velocity(dense):
     routing = {"max_steps": 20, "min_steps": 10, "late_weight": 0.5}
     stage = RouterStage(router_config(dense, routing=routing))
-    flow, batch = stage.flow, batch_of(stage, 3)
+    objective, batch = stage.objective, batch_of(stage, 3)
     batch["t"], batch["dt"], batch["steps"] = (
         torch.full((3,), 0.5),
         torch.full((3,), 0.1),
@@ -114,14 +114,14 @@ def test_the_skip_error_is_what_skipping_in_one_branch_does_to_the_guided_veloci
     batch["earlier"] = torch.tensor([[0.4, 0.3, 0.1]] * 3)
     batch["ages"], batch["picks"] = torch.tensor([[1, 2, 4]] * 3), torch.zeros_like(batch["picks"])
     x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
-    flow._announce(batch)
+    objective._announce(batch)
     with torch.no_grad():
-        skipped, executed = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
+        skipped, executed = stage.flow.velocities(x_t, batch), objective._dense(x_t, batch)
     change = (skipped - executed).flatten(1)
     assert change.abs().amax(1).min() > 1e-4
-    found = flow._skip_error(skipped, executed, batch)
+    found = objective._skip_error(skipped, executed, batch)
     share = torch.tensor(
-        [1.0] * 3 + [1 / flow.config.guidance - 1] * 3
+        [1.0] * 3 + [1 / objective.config.guidance - 1] * 3
     )  # of each branch in the guided velocity
     expected = (share[:, None] * change).square().mean(1) * 0.75 * (0.1 * 15**2 / 20) ** 2
     torch.testing.assert_close(found, expected)
@@ -130,17 +130,17 @@ def test_the_skip_error_is_what_skipping_in_one_branch_does_to_the_guided_veloci
 def test_the_skip_error_of_a_shared_decision_is_that_of_skipping_in_both_branches(dense):
     router = RouterConfig(**ONCE_A_STEP, branches=Branches.shared)
     stage = RouterStage(router_config(dense, router=router))
-    flow, batch = stage.flow, batch_of(stage, 8)
+    objective, batch = stage.objective, batch_of(stage, 8)
     assert torch.equal(batch["picks"][:, 0], batch["picks"][:, 1])
-    count = torch.full((8,), float(flow.config.max_steps))
+    count = torch.full((8,), float(objective.config.max_steps))
     batch["t"], batch["dt"], batch["steps"] = torch.zeros(8), 1 / count, count
     x_t = interpolate(batch["noise"], batch["latents"], batch["t"])
-    flow._announce(batch)
+    objective._announce(batch)
     with torch.no_grad():
-        skipped, executed = flow.velocities(flow.dit, x_t, batch), flow._dense(x_t, batch)
-    expected = (flow.guided(skipped) - flow.guided(executed)).square().flatten(1).mean(1)
-    torch.testing.assert_close(flow._skip_error(skipped, executed, batch), expected)
-    gates = flow._decision(batch).keep_prob
+        skipped, executed = stage.flow.velocities(x_t, batch), objective._dense(x_t, batch)
+    expected = (objective.guided(skipped) - objective.guided(executed)).square().flatten(1).mean(1)
+    torch.testing.assert_close(objective._skip_error(skipped, executed, batch), expected)
+    gates = objective._decision(batch).keep_prob
     known = batch["picks"][:, 0, 0] >= 0
     assert known.any() and torch.equal(gates[:8], gates[8:])
     assert gates[:8][known].unique().numel() == known.sum()  # each sample its own
@@ -148,11 +148,11 @@ def test_the_skip_error_of_a_shared_decision_is_that_of_skipping_in_both_branche
 
 def test_gates_learn_to_predict_the_skip_error_and_follow_the_threshold(dense):
     stage = RouterStage(router_config(dense, MeshLossConfig(weight=0.0), {"flow": 0.0}))
-    flow, batch = stage.flow, batch_of(stage, 16)
-    optimizer = torch.optim.Adam([p for p in flow.parameters() if p.requires_grad], 0.02)
+    objective, batch = stage.objective, batch_of(stage, 16)
+    optimizer = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad], 0.02)
     losses = []
     for _ in range(15):
-        loss, values = flow(batch)
+        loss, values = objective(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -161,9 +161,9 @@ def test_gates_learn_to_predict_the_skip_error_and_follow_the_threshold(dense):
     shares = []
     for budget in (0.3, 0.6, 1.0):
         batch["budget"] = torch.full_like(batch["budget"], budget)
-        shares.append(flow(batch)[1]["share"].item())
+        shares.append(objective(batch)[1]["share"].item())
     assert shares[0] < shares[1] < shares[2]
-    assert flow.state_dict()["skip_error_moments"].abs().sum() > 0  # a resumed run goes on with them
+    assert objective.state_dict()["skip_error_moments"].abs().sum() > 0  # a resumed run goes on with them
 
 
 def test_each_mesh_term_reaches_the_gates(dense):
@@ -173,11 +173,13 @@ def test_each_mesh_term_reaches_the_gates(dense):
         torch.manual_seed(0)
         mesh = MeshLossConfig(**small, **{name: float(name == only) for name in MESH_TERMS})
         stage = RouterStage(router_config(dense, mesh, {"flow": 0.0}))
-        stage.flow(batch_of(stage, 8))[0].backward()
-        gradients.append(stage.flow.session.blocks[0].router.heads.weight.grad[0])
+        stage.objective(batch_of(stage, 8))[0].backward()
+        gradients.append(stage.objective.session.blocks[0].router.heads.weight.grad[0])
         assert gradients[-1].isfinite().all(), only
         assert all(
-            p.grad is None for name, p in stage.flow.named_parameters() if not name.startswith("routers.")
+            p.grad is None
+            for name, p in stage.objective.named_parameters()
+            if not name.startswith("routers.")
         )
     for only, gradient in zip(MESH_TERMS, gradients[1:], strict=True):
         assert not torch.equal(gradient, gradients[0]), only
@@ -187,7 +189,7 @@ def test_each_mesh_term_reaches_the_gates(dense):
 def test_routers_that_do_not_forecast_steps_are_trained_elsewhere(dense, router):
     stage = RouterStage(router_config(dense, router=router))
     with pytest.raises(UserError, match="expected step and at least 1: stage=block_router trains"):
-        stage.flow(batch_of(stage))
+        stage.objective(batch_of(stage))
 
 
 def count_rows(block: ElasticBlock, rows: list[int]) -> None:
@@ -204,17 +206,17 @@ def count_rows(block: ElasticBlock, rows: list[int]) -> None:
 def test_blocks_whose_error_is_predicted_do_not_run_in_training(dense):
     stage = RouterStage(router_config(dense))
     batch, rows = batch_of(stage, 8), []
-    for block in stage.flow.session.blocks:
+    for block in stage.objective.session.blocks:
         count_rows(block, rows)
     with torch.no_grad():
-        stage.flow._dense(torch.zeros_like(batch["latents"]), batch)
+        stage.objective._dense(torch.zeros_like(batch["latents"]), batch)
     assert sum(rows) == 2 * 8 * 3  # the dense model: two branches, three blocks
     rows.clear()
-    loss, _ = stage.flow(batch)
+    loss, _ = stage.objective(batch)
     earlier = batch["earlier"].shape[1]
     assert sum(rows) == 2 * 8 * 3 * (1 + earlier)
     loss.backward()
-    gate = stage.flow.session.blocks[0].router.heads.weight.grad[0]
+    gate = stage.objective.session.blocks[0].router.heads.weight.grad[0]
     assert gate.isfinite().all() and gate.abs().max() > 0
 
 
@@ -249,7 +251,7 @@ def test_a_run_in_which_the_base_model_learned_too_is_refused(dense):
 
 def test_calibration_makes_the_executed_cost_what_was_asked_for(dense):
     stage = RouterStage(router_config(dense, routing={"val_shapes": 1, "val_steps": 2}))
-    session = stage.flow.session
+    session = stage.objective.session
     stage._generate = lambda settings, count=0: (
         torch.zeros(1, 8, 7),
         torch.tensor([session.router_config.calibrated(settings.budget) ** 2]),
@@ -259,7 +261,7 @@ def test_calibration_makes_the_executed_cost_what_was_asked_for(dense):
         assert stage._generate(ElasticConfig(budget=budget))[1].item() == pytest.approx(budget, abs=0.01)
     session.begin(2, 1, [0.5, 1.0])
     session.step(0, 1.0, (0,))
-    session.before_forward(stage.flow.dit, (), {"t": torch.zeros(2)})
+    session.before_forward(stage.objective.dit, (), {"t": torch.zeros(2)})
     calibrated = session.current.budget
     torch.testing.assert_close(calibrated, torch.tensor([0.5**0.5, 1.0]), atol=0.01, rtol=0)
     with pytest.raises(ValueError, match="ascending"):
@@ -281,4 +283,4 @@ def test_validation_runs_at_the_budget_that_it_says(dense):
     stage.objective.eval()
     with torch.no_grad():
         assert stage.validate() == stage.validate()
-    assert stage.flow.session.settings == ElasticConfig()
+    assert stage.objective.session.settings == ElasticConfig()

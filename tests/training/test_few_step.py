@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from _cli import parse
+from torch.utils.data import default_collate
 
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.few_step import LowRankUpdate
@@ -14,10 +15,10 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import read_weights
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
-from elastic3d.training.datasets import stack
-from elastic3d.training.few_step import FewStepStage, FewStepStageConfig, FewStepTrainConfig, relative_errors
+from elastic3d.training.few_step import FewStepStage, FewStepStageConfig, relative_errors
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import StageName
+from elastic3d.training.shape_flow import FewStepTrainConfig
 from elastic3d.training.stages import run_stage
 from elastic3d.training.vae import FieldLoss
 from elastic3d.utils.files import load_json, save_json
@@ -55,7 +56,7 @@ def test_a_batch_has_one_number_of_steps_and_one_nfe_and_pairs_repeat(routed):
     stage = FewStepStage(few_step_config(routed, batch=3))
     items = [stage.items.item(position, 5) for position in range(30)]
     for start in range(0, 30, 3):
-        batch = stack(items[start : start + 3])
+        batch = default_collate(items[start : start + 3])
         steps, nfe = batch["steps"][0].item(), batch["nfe"][0].item()
         assert (batch["steps"] == steps).all() and (batch["nfe"] == nfe).all()
         assert 2 <= steps <= 4 and 2 <= nfe <= min(3, steps)
@@ -78,79 +79,90 @@ def test_a_share_of_the_batches_runs_every_block(routed):
     assert 10 < len(whole) < 30
     assert any(item["steps"] > 3 for item in items)  # the others have routes
     stage = FewStepStage(few_step_config(routed, {"whole": 1.0}))
-    flow, batch = stage.flow, stack([stage.items.item(0, 5)])
-    flow(batch)
-    assert len(flow.session.trace.actions) == int(batch["steps"][0])
-    assert trace_share(flow.session.trace).item() == 1.0
+    objective, batch = stage.objective, default_collate([stage.items.item(0, 5)])
+    objective(batch)
+    assert len(objective.session.trace.actions) == int(batch["steps"][0])
+    assert trace_share(objective.session.trace).item() == 1.0
 
 
 def test_only_the_lora_learns_and_the_error_falls(routed):
     stage = FewStepStage(few_step_config(routed, batch=4))
-    flow = stage.flow
-    batch = stack([stage.items.item(position, 0) for position in range(4)])
-    trainable = {name for name, p in flow.named_parameters() if p.requires_grad}
-    assert trainable == set(flow.state_dict()) and all(name.startswith("few_step.") for name in trainable)
-    assert not any(
-        p.requires_grad for p in flow.dit.parameters() if id(p) not in set(map(id, flow.parameters()))
+    objective = stage.objective
+    batch = default_collate([stage.items.item(position, 0) for position in range(4)])
+    trainable = {name for name, p in objective.named_parameters() if p.requires_grad}
+    assert trainable == set(objective.state_dict()) and all(
+        name.startswith("few_step.") for name in trainable
     )
-    optimizer = torch.optim.Adam(flow.parameters(), 3e-3)
+    assert not any(
+        p.requires_grad
+        for p in objective.flow.dit.parameters()
+        if id(p) not in set(map(id, objective.parameters()))
+    )
+    optimizer = torch.optim.Adam(objective.parameters(), 3e-3)
     errors = []
     for _ in range(15):
-        loss, values = flow(batch)
+        loss, values = objective(batch)
         errors.append(values["error"].item())
         optimizer.zero_grad()
         loss.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters())
         optimizer.step()
     assert errors[-1] < 0.8 * errors[0]
 
 
 def test_dense_results_are_computed_once(routed, monkeypatch):
     stage = FewStepStage(few_step_config(routed, batch=3))
-    flow, asked = stage.flow, []
-    generate = flow.generate
-    monkeypatch.setattr(flow, "generate", lambda b, s, c: asked.append(len(b["noise"])) or generate(b, s, c))
+    objective, asked = stage.objective, []
+    generate = objective.generate
+    monkeypatch.setattr(
+        objective, "generate", lambda b, s, c: asked.append(len(b["noise"])) or generate(b, s, c)
+    )
     items = [stage.items.item(position, 0) for position in range(4)]
-    first = flow.dense_results(stack(items[:3]))
-    both = flow.dense_results(stack(items))
+    first = objective.dense_results(default_collate(items[:3]))
+    both = objective.dense_results(default_collate(items))
     assert asked == [3, 1] and torch.equal(first, both[:3])
-    expected = generate(stack(items), 8, ElasticConfig(elastic=False))
+    expected = generate(default_collate(items), 8, ElasticConfig(elastic=False))
     torch.testing.assert_close(both, expected, rtol=1e-4, atol=1e-5)
     assert relative_errors(2 * expected, expected).tolist() == pytest.approx([1.0] * 4)
 
 
 def test_errors_of_anchors_can_count_more(routed):
-    flow = FewStepStage(few_step_config(routed, {"anchor_weight": 5.0})).flow
-    assert flow.weights.tolist() == [5.0] * 3 + [1.0] * 4  # xyz before the features
+    objective = FewStepStage(few_step_config(routed, {"anchor_weight": 5.0})).objective
+    assert objective.weights.tolist() == [5.0] * 3 + [1.0] * 4  # xyz before the features
     true = torch.ones(1, 8, 7)
     anchors, features = true.clone(), true.clone()
     anchors[..., 0] += 1
     features[..., 6] += 1
-    found = [relative_errors(x, true, flow.weights).item() for x in (anchors, features)]
+    found = [relative_errors(x, true, objective.weights).item() for x in (anchors, features)]
     assert found == pytest.approx([5 / 19, 1 / 19])
 
 
 def test_decoded_fields_are_compared_around_the_dense_anchors(routed, monkeypatch):
     stage = FewStepStage(few_step_config(routed, {"field_weight": 1.0}, batch=4))
-    flow, batch = stage.flow, stack([stage.items.item(position, 0) for position in range(4)])
-    dense = flow.dense_results(batch)
-    points = flow.meshes.points_around(dense, batch["offsets"], batch["points"])
+    objective, batch = (
+        stage.objective,
+        default_collate([stage.items.item(position, 0) for position in range(4)]),
+    )
+    dense = objective.dense_results(batch)
+    points = objective.meshes.points_around(dense, batch["offsets"], batch["points"])
     count = dense.shape[1]
-    away = points[:, :count] - stage.cache.info.load_vae().from_latents(dense)[..., :3]
+    away = points[:, :count] - stage.flow.cache.info.load_vae().from_latents(dense)[..., :3]
     assert 0.04 < away.std() < 0.06 and torch.equal(points[:, count:], batch["points"])
-    assert flow.meshes.distance(dense, dense, points).abs().max() < 1e-6
-    assert (flow.meshes.distance(dense + 0.3, dense, points) > 1e-4).all()
+    assert objective.meshes.distance(dense, dense, points).abs().max() < 1e-6
+    assert (objective.meshes.distance(dense + 0.3, dense, points) > 1e-4).all()
     monkeypatch.setattr(
         "elastic3d.training.few_step.relative_errors", lambda found, true, weights: torch.ones(len(found))
     )
-    loss, values = flow(batch)  # the latents do not count
+    loss, values = objective(batch)  # the latents do not count
     loss.backward()
     assert values["field"] > 0
-    ups = [p.grad for name, p in flow.named_parameters() if name.endswith(".up")]
+    ups = [p.grad for name, p in objective.named_parameters() if name.endswith(".up")]
     assert all(g.isfinite().all() for g in ups) and sum(bool(g.any()) for g in ups) > len(ups) / 2
-    assert flow.meshes.trained.loss is FieldLoss.tsdf  # an autoencoder without a record is a published one
+    assert (
+        objective.meshes.trained.loss is FieldLoss.tsdf
+    )  # an autoencoder without a record is a published one
     without = FewStepStage(few_step_config(routed))
-    assert without.flow.meshes is None and "points" not in without.items.item(0, 0)
+    assert without.objective.meshes is None and "points" not in without.items.item(0, 0)
 
 
 def test_train_export_and_generate(routed):
@@ -182,12 +194,14 @@ def test_guidance_is_learned_from_the_lora_that_is_there(routed):
     first = read_weights(output / "routers" / "model.safetensors")
 
     options = {"continued": True, "guidance": True, "max_nfe": 4}
-    flow = FewStepStage(few_step_config(routed, options)).flow
-    parts = {name: part for block in flow.session.blocks for name, part in block.few_step.named_modules()}
+    objective = FewStepStage(few_step_config(routed, options)).objective
+    parts = {
+        name: part for block in objective.session.blocks for name, part in block.few_step.named_modules()
+    }
     assert all(not isinstance(part, LowRankUpdate) or part.up.any() for part in parts.values())
-    batch = stack([FewStepStage(few_step_config(routed)).items.item(0, 0)])
-    flow.generate(batch, 4, ElasticConfig())
-    assert (flow.session.trace.actions[:, 1] == NOT_RUN).all()
+    batch = default_collate([FewStepStage(few_step_config(routed)).items.item(0, 0)])
+    objective.generate(batch, 4, ElasticConfig())
+    assert (objective.session.trace.actions[:, 1] == NOT_RUN).all()
 
     assert run_stage(few_step_config(routed, options, steps=2, name="guided")) == 0
     assert run_stage(export_of(few_step_config(routed, options, name="guided"), output)) == 0
@@ -211,14 +225,14 @@ def test_a_larger_rank_goes_on_from_the_same_generations(routed):
     assert run_stage(few_step_config(routed, steps=2, learning_rate=0.03)) == 0
     assert run_stage(export_of(few_step_config(routed), routed / "dense")) == 0
     same, larger = (FewStepStage(few_step_config(routed, options | {"rank": rank})) for rank in (4, 6))
-    batch = stack([same.items.item(0, 0)])
-    fresh = FewStepStage(few_step_config(routed)).flow.generate(batch, 3, ElasticConfig())
-    first, second = (stage.flow.generate(batch, 3, ElasticConfig()) for stage in (same, larger))
+    batch = default_collate([same.items.item(0, 0)])
+    fresh = FewStepStage(few_step_config(routed)).objective.generate(batch, 3, ElasticConfig())
+    first, second = (stage.objective.generate(batch, 3, ElasticConfig()) for stage in (same, larger))
     torch.testing.assert_close(first, second)
     assert not torch.allclose(first, fresh, atol=1e-3)
-    ups = [p for name, p in larger.flow.named_parameters() if name.endswith(".up")]
+    ups = [p for name, p in larger.objective.named_parameters() if name.endswith(".up")]
     assert all(p.shape[1] == 6 and p[:, :4].any() and not p[:, 4:].any() for p in ups)
-    larger.flow(batch)[0].backward()
+    larger.objective(batch)[0].backward()
     assert all(p.grad[:, 4:].any() for p in ups)  # the new directions learn
 
 

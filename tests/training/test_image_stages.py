@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_images import save_tiny_flux, save_tiny_qwen
+from torch.utils.data import default_collate
 
 from elastic3d.elastic import session_of
 from elastic3d.elastic.config import RouterConfig, Scope
@@ -17,13 +18,6 @@ from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.pixel_flux import PixelModelConfig, PixelSamplingConfig
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from elastic3d.preparation.sources import with_article
-from elastic3d.training.datasets import stack
-from elastic3d.training.elastic_image import (
-    ImageLossConfig,
-    ImageRouterStage,
-    ImageRouterTrainConfig,
-    image_loss,
-)
 from elastic3d.training.export import export_run
 from elastic3d.training.image import ImageStage
 from elastic3d.training.image_data import (
@@ -36,8 +30,14 @@ from elastic3d.training.image_data import (
     recoloured,
     view_words,
 )
+from elastic3d.training.image_flow import (
+    ImageLossConfig,
+    ImageRouterTrainConfig,
+    image_loss,
+)
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import StageName
+from elastic3d.training.router import RouterStage
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.options import from_dict
 from tests.training.tiny import add_views, defaults, export_of, vae_config
@@ -199,15 +199,17 @@ def test_the_image_term_reaches_the_gates(folder, prepared):
     for weight in (1.0, 0.0):
         term = ImageLossConfig(weight=weight, share=1.0, time_power=0.0)
         torch.manual_seed(0)
-        stage = ImageRouterStage(
+        stage = RouterStage(
             image_config(prepared, StageName.image_router, {"flow": 0.0, "image": term}, **image)
         )
-        stage.flow(stack([stage.items.item(i, 0) for i in range(8)]))[0].backward()
-        gradients.append(stage.flow.session.blocks[0].router.heads.weight.grad[0])
-        assert all(p.grad is None for n, p in stage.flow.named_parameters() if not n.startswith("routers."))
+        stage.objective(default_collate([stage.items.item(i, 0) for i in range(8)]))[0].backward()
+        gradients.append(stage.objective.session.blocks[0].router.heads.weight.grad[0])
+        assert all(
+            p.grad is None for n, p in stage.objective.named_parameters() if not n.startswith("routers.")
+        )
     assert gradients[0].isfinite().all() and not torch.equal(*gradients)
     with pytest.raises(UserError, match="image.images= is missing"):
-        ImageRouterStage(image_config(prepared, StageName.image_router, **(image | {"images": None})))
+        RouterStage(image_config(prepared, StageName.image_router, **(image | {"images": None})))
     with pytest.raises(UserError, match="image.weights is missing: folder of the pipeline"):
         from_dict(ImageRouterTrainConfig, {"image": {"backbone": "flux"}})
 

@@ -15,10 +15,10 @@ from elastic3d.models.options import EncoderKind, ImageEncoderConfig
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.training.dit import LatentFlowConfig
-from elastic3d.training.elastic import MeshLossConfig, RouterStageConfig, RouterTrainConfig
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentsConfig, build_cache
 from elastic3d.training.options import StageName
+from elastic3d.training.shape_flow import MeshLossConfig, RouterStageConfig, RouterTrainConfig
 from elastic3d.training.stages import run_stage
 from tests.tiny_pipeline import image
 from tests.training.tiny import add_views, export_of, vae_config

@@ -20,11 +20,11 @@ from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.training.checkpoint import load_checkpoint
 from elastic3d.training.distributed import _options, wants_sharding
-from elastic3d.training.elastic import RouterTrainConfig
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import build_cache
 from elastic3d.training.optim import MasterOptimizer
 from elastic3d.training.options import LoopConfig, OptimizerName, Precision, Schedule, StageName, TrainConfig
+from elastic3d.training.shape_flow import RouterTrainConfig
 from tests.training.test_hunyuan3d_routers import WITH_ENCODER, config_for, publish
 from tests.training.test_loop import ROOT, run, start
 from tests.training.tiny import add_views, dit_config, tiny_vae

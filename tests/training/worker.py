@@ -8,8 +8,8 @@ import accelerate  # noqa: F401
 import torch
 import torch.utils.tensorboard  # noqa: F401
 
-from elastic3d.training.elastic import RouterTrainConfig  # noqa: F401
 from elastic3d.training.options import TrainConfig
+from elastic3d.training.shape_flow import RouterTrainConfig  # noqa: F401
 from elastic3d.training.stages import run_stage
 
 

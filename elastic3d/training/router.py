@@ -1,11 +1,10 @@
-"""Training of routers, whatever they route: the predicted error of a forecast, flow matching, a reconstruction term;
-validation and calibration on what a sampler makes."""
+"""Routers that forecast whole steps, on any backbone: they learn to predict the error of a forecast, with flow matching
+and a reconstruction term; validation and calibration are on what a sampler makes."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +25,13 @@ from elastic3d.errors import UserError
 from elastic3d.pipelines.calibration import recording
 from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate, compare_budgets
 from elastic3d.training.datasets import Batch
+from elastic3d.training.flow import Flow
 from elastic3d.training.loop import Stage
-from elastic3d.training.rollout import decision_flops
+from elastic3d.training.rollout import decision_flops, forced
 from elastic3d.training.simulated_cache import SimulatedCache
 from elastic3d.utils.options import Options, option
 
 THRESHOLD_RANGE = 2.5  # standard deviations on both sides that thresholds cover
-Grid = Callable[[int], Tensor]  # number of steps -> sampling times (S+1,)
 
 
 @dataclass(kw_only=True)
@@ -82,40 +81,24 @@ class DecodedTermConfig(Options):
     )
 
 
-class RouterObjective(nn.Module, ABC):
-    """Routers first, so that they are parameters (and keys of the state dict) of their own, then the base model.
-
-    Subclasses say how the base model is called and what its clean latents decode to.
-    """
+class RouterObjective(nn.Module):
+    """Routers first, so that they are parameters (and keys of the state dict) of their own, then the base model."""
 
     skip_error_moments: Tensor
 
-    def __init__(
-        self, dit: nn.Module, config: RoutingConfig, router: RouterConfig, term: Any, paired: bool
-    ) -> None:
-        """
-        Args:
-            term: a `DecodedTermConfig` with the `weight` of the reconstruction term, and the `total` of its parts.
-            paired: both branches of guidance run as one batch and are distilled in it.
-        """
+    def __init__(self, flow: Flow, config: RoutingConfig, router: RouterConfig) -> None:
+        """UserError for a model that can't have routers."""
         super().__init__()
-        self.config, self.term, self.paired = config, term, paired
+        self.flow, self.config, self.term, self.paired = flow, config, flow.term, flow.paired
         self.register_buffer("skip_error_moments", torch.zeros(2))
-        dit.requires_grad_(False)
-        self.session: ElasticSession = attach(dit, router)
-        self.routers = router_modules(dit)
-        self.dit = dit
-
-    @abstractmethod
-    def velocities(self, dit: nn.Module, x_t: Tensor, batch: Batch) -> Tensor:
-        """Velocity (B,N,C), or (2B,N,C) of both branches where they are paired."""
-
-    @abstractmethod
-    def decoded(self, data: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Losses (B,) of what predicted clean latents (B,N,C) decode to: those of a batch's first B samples."""
+        flow.dit.requires_grad_(False)
+        with flow.attaching():
+            self.session: ElasticSession = attach(flow.dit, router)
+        self.routers = router_modules(flow.dit)
+        self.dit = flow.dit
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """`latents`, `noise`, `t` and what `SamplerDraw` adds -> loss and what it is made of.
+        """`latents`, `noise`, `t` and what `RouterItems` add -> loss and what it is made of.
 
         UserError for routers that do not forecast whole steps: they can be calibrated, but this is not how they learn.
         """
@@ -129,7 +112,7 @@ class RouterObjective(nn.Module, ABC):
         with torch.no_grad():
             dense = self._dense(x_t, batch)
         self._announce(batch)
-        skipped = self.velocities(self.dit, x_t, batch).float()
+        skipped = self.flow.velocities(x_t, batch).float()
         decision = self._decision(batch)
         share, logits = self._share(decision), decision.keep_prob.clamp(1e-6, 1 - 1e-6).logit()
         loss = self._prediction_loss(logits, skipped, dense, batch)
@@ -143,16 +126,11 @@ class RouterObjective(nn.Module, ABC):
             count = math.ceil(term.share * len(x_t))
             data = predict_data(x_t, conditional, batch["t"])[:count]
             trust = batch["t"][:count] ** term.time_power
-            parts = {name: (value * trust).mean() for name, value in self.decoded(data, batch).items()}
+            parts = {name: (value * trust).mean() for name, value in self.flow.decoded(data, batch).items()}
             loss, values = loss + term.weight * term.total(parts), values | parts
         by_sample = share.view(-1, len(x_t)).mean(0)
         values |= {"share": share.mean(), "off_budget": (by_sample - batch["budget"]).abs().mean()}
         return loss, {name: value.detach() for name, value in values.items()}
-
-    def sampler(self, times: Grid) -> SamplerDraw:
-        """What items of these routers get, for a sampler with these times."""
-        router = self.session.router_config
-        return SamplerDraw(self.config, router, len(self.session.blocks), self.paired, times)
 
     def _announce(self, batch: Batch) -> None:
         """Tell the session of a pass in which a simulated cache stands in for all blocks, and routers decide."""
@@ -171,13 +149,7 @@ class RouterObjective(nn.Module, ABC):
         assert current is not None
         routed = current.decisions[0]
         full = torch.full_like(routed.width, routed.width_prob.shape[-1] - 1)
-        sure = RouteDecision.fixed(nothing, full, routed.width_prob.shape[-1])
-        return RouteDecision(
-            routed.keep | nothing,
-            torch.where(nothing, full, routed.width),
-            torch.where(nothing, 1.0, routed.keep_prob),
-            torch.where(nothing[:, None], sure.width_prob, routed.width_prob),
-        )
+        return forced(nothing, torch.ones_like(nothing), full, routed)
 
     def _share(self, decision: RouteDecision) -> Tensor:
         """Executed share (R,) of the dense blocks' FLOPs, with gradients to the routers."""
@@ -233,7 +205,7 @@ class RouterObjective(nn.Module, ABC):
 
     def _dense(self, x_t: Tensor, batch: Batch) -> Tensor:
         with self.session.dense():
-            return self.velocities(self.dit, x_t, batch).float()
+            return self.flow.velocities(x_t, batch).float()
 
     @torch.no_grad()
     def _simulated(self, batch: Batch) -> SimulatedCache:
@@ -242,7 +214,7 @@ class RouterObjective(nn.Module, ABC):
         for t in batch["earlier"].unbind(1):
             x_t = interpolate(batch["noise"], batch["latents"], t)
             with recording(self.dit) as lists:
-                self.velocities(self.dit, x_t, {**batch, "t": t})
+                self.flow.velocities(x_t, {**batch, "t": t})
             passes.append({each.first: each.added for each in lists})
         picks = batch["picks"].transpose(0, 1).flatten(0, 1)
         ages = ages.repeat(1 + self.paired, 1)
@@ -271,59 +243,57 @@ def followed(moments: Tensor, skip_error: Tensor, rate: float = 0.05) -> None:
         moments.copy_(torch.lerp(moments, found, rate) if known else found)
 
 
-@dataclass(frozen=True)
-class SamplerDraw:
-    """What an item of the flow's training gets besides: where a random sampler stands, and with which budget."""
+@dataclass
+class RouterItems:
+    """Items of flow matching where a random sampler stands, with a budget, and what the reconstruction term needs.
 
-    routing: RoutingConfig
+    Beside those of the flow: `t`, the step size `dt` and number of `steps`, `budget` (); `earlier` steps with their
+    `ages`, and the `picks` (branches,I) of those that each block remembers; `branch` (), 1 without a condition.
+    """
+
+    flow: Flow
+    config: RoutingConfig
     router: RouterConfig
     blocks: int
-    paired: bool
-    times: Grid
 
-    def __call__(self, item: Batch, position: int, seed: int) -> np.random.Generator:
-        """Give an item a time of a random sampler, with its step size and number of steps, a budget, earlier steps, and
-        which of them each block remembers. -> a generator to go on with."""
-        routing, router, rng = self.routing, self.router, np.random.default_rng([seed, position, 3])
-        low, high = math.log(routing.min_steps), math.log(routing.max_steps + 1)
-        times = self.times(min(int(math.exp(rng.uniform(low, high))), routing.max_steps))
+    def __post_init__(self) -> None:
+        self._stream = self.flow.stream()
+
+    def item(self, position: int, seed: int) -> Batch:
+        """Item `position` of the shuffled stream."""
+        item, rng = self._stream.item(position, seed), np.random.default_rng([seed, position, 3])
+        config, router, branches = self.config, self.router, 1 + self.flow.paired
+        low, high = math.log(config.min_steps), math.log(config.max_steps + 1)
+        times = self.flow.times(min(int(math.exp(rng.uniform(low, high))), config.max_steps))
         steps = len(times) - 1
         step = int(rng.integers(steps))
         item["t"], item["dt"] = times[step], times[step + 1] - times[step]
         item["steps"] = torch.tensor(float(steps))
         item["budget"] = torch.tensor(rng.uniform(MIN_BUDGET, 1.0)).float()
-        ages = np.cumsum(rng.geometric(routing.renewal, routing.simulated_steps))
+        ages = np.cumsum(rng.geometric(config.renewal, config.simulated_steps))
         usable = int(np.sum((ages <= step) & (ages <= router.longest)))
         # blocks that share their decision remember the same step
-        shape = (1 if router.branches is Branches.shared else 1 + self.paired, 1)
+        shape = (1 if router.branches is Branches.shared else branches, 1)
         picks = rng.integers(usable, size=shape) if usable else np.full(shape, -1)
         item["ages"] = torch.from_numpy(np.where(ages <= step, ages, 0))
         item["earlier"] = times[torch.from_numpy(np.maximum(step - ages, 0))]
-        item["picks"] = torch.from_numpy(np.broadcast_to(picks, (1 + self.paired, self.blocks)).copy())
-        return rng
+        item["picks"] = torch.from_numpy(np.broadcast_to(picks, (branches, self.blocks)).copy())
+        dropped = "condition" in item and not item["condition"].any()
+        item["branch"] = torch.tensor(float(dropped))
+        return item | self.flow.truth(self._stream.index(position, seed), rng)
 
 
-class RoutedStage(Stage):
-    """What the loop needs to train routers; subclasses bring data, a sampler and images of what it makes."""
+class RouterStage(Stage):
+    """What the loop needs to train routers on the backbone that the configuration names."""
 
-    config: Any
-    flow: RouterObjective
+    objective: RouterObjective
 
-    @abstractmethod
-    def sampler_times(self) -> Tensor:
-        """Times (S+1,) of the sampler in `val_steps` steps."""
-
-    @abstractmethod
-    def sampled(self, count: int) -> Tensor:
-        """Latents (B,N,C) of the first `count` (0: all) validation samples, as the session's settings say."""
-
-    @abstractmethod
-    def sheet(self, rows: list[Tensor]) -> np.ndarray:
-        """Rows of latents (B,N,C) as one image."""
-
-    def compared(self, latents: Tensor) -> Tensor:
-        """What of latents (B,N,C) a calibration looks at."""
-        return latents
+    def __init__(self, config: Any) -> None:
+        self.config, self.flow = config, config.flow()
+        self.objective = RouterObjective(self.flow, config.routing, config.router)
+        blocks = len(self.objective.session.blocks)
+        self.items = RouterItems(self.flow, config.routing, config.router, blocks)
+        self.record, self.sampling = self.flow.record, config.sampling()
 
     def validate(self) -> dict[str, float]:
         """Executed share and distance to the dense latents of the same seed, sampling at each budget."""
@@ -333,7 +303,7 @@ class RoutedStage(Stage):
         """Rows: what the dense model makes, then what routers do at each validation budget, same seeds."""
         budgets = self.config.routing.val_budgets
         settings = [ElasticConfig(elastic=False), *(ElasticConfig(budget=b) for b in budgets)]
-        return {"generated": self.sheet([self._generate(each)[0] for each in settings])}
+        return {"generated": self.flow.sheet([self._generate(each)[0] for each in settings])}
 
     def calibrate(self, curves: CurvesConfig, points: int = 24) -> None:
         """Measure on validation samples how residuals go on and the gates' bias over time, and make the requested cost
@@ -341,17 +311,18 @@ class RoutedStage(Stage):
 
         def generate(settings: ElasticConfig, count: int) -> tuple[Tensor, Tensor]:
             latents, share = self._generate(settings, count)
-            return self.compared(latents), share
+            return self.flow.compared(latents), share
 
-        calibrate(self.flow.session, generate, self.sampler_times(), curves, points)
+        times = self.flow.times(self.sampling[0])
+        calibrate(self.objective.session, generate, times, curves, points)
 
     def _generate(self, settings: ElasticConfig, count: int = 0) -> tuple[Tensor, Tensor]:
         """Latents (B,N,C) of the first `count` (0: all) validation samples, and the executed share (B,)."""
-        session = self.flow.session
+        session = self.objective.session
         before, session.settings = session.settings, settings
         try:
             with as_trained(self.config.precision, next(self.flow.dit.parameters()).device):
-                latents = self.sampled(count)
+                latents = self.flow.sampled(count, *self.sampling)
             if not settings.elastic:
                 return latents, torch.ones(len(latents))
             assert session.trace is not None
