@@ -164,26 +164,24 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
     Raises:
         UserError: a missing or broken file, too little memory, options that the model can't honour.
     """
-    other_routers = config.routers not in ("", NO_ROUTERS_NAME)  # than the model's, or none
-    if other_routers:
-        find_weights(Path(config.routers))
     if config.calibration:
         calibration_file(config.calibration)
     if config.model in PRESETS:
         from elastic3d.pipelines.published import published_pipeline
 
+        other = config.routers not in ("", NO_ROUTERS_NAME) and Path(config.routers)
+        weights = other and find_weights(other)  # missing ones are told before the model is read
         pipeline = published_pipeline(config, min(meshes, config.rows))
+        if other and weights:
+            _put_routers(pipeline, other, weights)
     else:
         for name in ("weights", "subfolder", "vae_subfolder", "dinov2", "memory_budget"):
             if getattr(config, name):
                 presets = ", ".join(PRESETS)
                 raise UserError(f"{name}= is for model={presets}, but model is {config.model!r}")
         folder = find_model(config.model or DEFAULT_MODEL)
-        pipeline = ImageTo3DPipeline.from_pretrained(
-            folder, config.device, config.dtype, routers=config.routers != NO_ROUTERS_NAME
-        )
-    if other_routers:
-        _put_routers(pipeline, config.routers)
+        routers = {"": True, NO_ROUTERS_NAME: False}.get(config.routers, config.routers)
+        pipeline = ImageTo3DPipeline.from_pretrained(folder, config.device, config.dtype, routers=routers)
     if config.calibration:
         _put_calibration(pipeline, config.calibration)
     if config.low_memory:
@@ -193,12 +191,12 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
     return pipeline
 
 
-def _put_routers(pipeline: ImageTo3DPipeline, folder: str) -> None:
+def _put_routers(pipeline: ImageTo3DPipeline, folder: Path, weights: Path) -> None:
     """Attach the routers in a folder. UserError for a model that has routers."""
     if pipeline.session is not None:
-        raise UserError(f"routers={folder}: this model has routers of its own")
+        raise UserError(f"routers={folder}: this model has routers of its own, expected one without any")
     attach(pipeline.dit, folder)
-    pipeline.weights_sha256 = f"{pipeline.weights_sha256}+{file_sha256(find_weights(Path(folder)))}"
+    pipeline.weights_sha256 = f"{pipeline.weights_sha256}+{file_sha256(weights)}"
 
 
 def _put_calibration(pipeline: ImageTo3DPipeline, path: str) -> None:

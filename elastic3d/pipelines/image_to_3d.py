@@ -49,6 +49,7 @@ from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, on_device
 from elastic3d.pipelines.runtime import (
     dense_flops,
     find_model,
+    named_routers,
     resolve_device,
     resolve_dtype,
     routes_of,
@@ -201,7 +202,7 @@ class ImageTo3DPipeline:
         device: DeviceChoice | torch.device | str = "auto",
         dtype: DTypeChoice | torch.dtype | str = "auto",
         dial: bool = True,
-        routers: bool = True,
+        routers: bool | str | Path = True,
     ) -> ImageTo3DPipeline:
         """The pipeline saved in a folder, ready to run.
 
@@ -209,7 +210,8 @@ class ImageTo3DPipeline:
             path: a folder, or the name of a bundled model: "shape-small".
             dtype: of the DiT and the VAE; `auto` is bf16 where it is fast, else fp32.
             dial: False leaves out the model's dial, as for measurements: a budget is then the routers' own.
-            routers: False leaves out the model's routers, and its dial with them.
+            routers: False leaves out the model's routers, and its dial with them; so does a folder of other routers,
+                by its path or by its name in the model's folder, which take their place.
 
         Raises:
             UserError: a missing, broken or third-party file, a device that is not there.
@@ -219,8 +221,8 @@ class ImageTo3DPipeline:
         if not folder.is_dir():
             wanted = f"one with {PIPELINE_NAME}, or one of {', '.join(PRESETS)}"
             raise UserError(f"there is no folder {folder}, expected {wanted}")
-        own = (folder / PIPELINE_NAME).is_file() and not (folder / INDEX_NAME).is_file()
-        if not own and (found := identify(folder)):
+        complete = (folder / PIPELINE_NAME).is_file() and not (folder / INDEX_NAME).is_file()
+        if not complete and (found := identify(folder)):
             raise UserError(f"{folder}: {found}" + (f" weights={folder}" if "model=" in found else ""))
         config = from_dict(PipelineConfig, load_json(folder / PIPELINE_NAME), str(folder / PIPELINE_NAME))
         vae = ShapeVAE.from_pretrained(folder / "vae", number, target)
@@ -229,13 +231,15 @@ class ImageTo3DPipeline:
         files = [find_weights(folder / part) for part in ("vae", "dit")]
         pipeline.dense_files, pipeline.calibration = files, folder
         pipeline.familiarity = load_familiarity(folder, pipeline.encoder.channels)
-        own = None
-        if routers and (folder / ROUTERS_NAME).is_dir():
-            own = attach(dit, folder / ROUTERS_NAME).router_config
-            files = [*files, find_weights(folder / ROUTERS_NAME)]
+        own = folder / ROUTERS_NAME
+        chosen = own if isinstance(routers, bool) else named_routers(folder, routers)
+        if routers is not False and (chosen is not own or own.is_dir()):
+            attach(dit, chosen)
+            files = [*files, find_weights(chosen)]
         pipeline.weights_sha256 = file_sha256(*files)
-        if dial and routers:
-            pipeline.dial = load_dial(folder, config, own)
+        if dial and routers is True:
+            session = pipeline.session
+            pipeline.dial = load_dial(folder, config, session.router_config if session else None)
         return pipeline
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -96,7 +96,10 @@ class MeshRequestConfig(Options):
         "", "Take the VAE from this folder in weights, such as hunyuan3d-vae-v2-0-turbo."
     )
     dinov2: str = option("", "Folder of a DINOv2, for a checkpoint without its image encoder.")
-    routers: str = option("", "Folder of trained routers for this model; none: leave out its own.")
+    routers: str = option(
+        "",
+        "Folder of other routers, or its name in the model's folder: per_block; none: leave out the model's.",
+    )
     calibration: str = option(
         "", "For a budget without routers: file or folder of elastic3d calibrate; empty: beside the weights."
     )
@@ -206,7 +209,8 @@ class ImageRequestConfig(Options):
     )
     routers: str = option(
         "",
-        "Folder of routers; empty: `routers` in the folder of the weights, if there; none: leave these out.",
+        "Folder of routers, or its name in the folder of the weights: per_block; empty: `routers` there, if there; "
+        "none: leave these out.",
     )
     calibration: str = option(
         "", "For a budget without routers: file or folder of elastic3d calibrate; empty: beside the weights."

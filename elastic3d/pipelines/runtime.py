@@ -46,6 +46,12 @@ def find_model(name: str | Path) -> Path:
     return next((home for home in homes if home.is_dir()), folder)
 
 
+def named_routers(model: Path, name: str | Path) -> Path:
+    """The folder of routers at a path, or of that name in a model's folder."""
+    inside = model / name
+    return inside if inside.is_dir() and not Path(name).exists() else Path(name)
+
+
 def seeds_of(seed: Any, count: int) -> list[int]:
     """One seed for each of `count` samples, from one for all or a list; integers of numpy and arrays are fine.
 

@@ -34,6 +34,7 @@ from elastic3d.pipelines.image_loading import (
 from elastic3d.pipelines.options import MAX_PROMPT, NO_ROUTERS_NAME, BackboneName
 from elastic3d.pipelines.runtime import (
     find_model,
+    named_routers,
     resolve_device,
     resolve_dtype,
     routes_of,
@@ -100,8 +101,8 @@ class TextToImagePipeline:
             backbone: family of the pipeline; without `weights` the folder of a small one, or the name of the bundled
                 one: "image-small".
             weights: folder in the layout in which the pipeline is published.
-            routers: folder of routers; None takes `routers` in the folder of the weights, where there is one; "none"
-                leaves them out.
+            routers: folder of routers, or its name in the folder of the weights; None takes `routers` there, if there is
+                one; "none" leaves them out.
             lora: a safetensors file that is merged into the weights.
             offload: parts of the pipeline wait in main memory for their turn on the GPU.
             calibration: file or folder of the calibration for a budget without routers; None: that of the weights.
@@ -356,8 +357,10 @@ def chosen_routers(
     routers."""
     if routers is None and (folder / ROUTERS_NAME).is_dir():
         routers = folder / ROUTERS_NAME
-    if routers == NO_ROUTERS_NAME:
+    elif routers == NO_ROUTERS_NAME:
         routers = None
+    elif routers is not None:
+        routers = named_routers(folder, routers)
     if calibration is not None:
         path = calibration_file(calibration)
         if routers is not None:
