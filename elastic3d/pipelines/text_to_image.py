@@ -101,8 +101,8 @@ class TextToImagePipeline:
             backbone: family of the pipeline; without `weights` the folder of a small one, or the name of the bundled
                 one: "image-small".
             weights: folder in the layout in which the pipeline is published.
-            routers: folder of routers, or its name in the folder of the weights; None takes `routers` there, if there is
-                one; "none" leaves them out.
+            routers: folder of routers, or its name in the folder of the weights; None takes `routers` there, if there
+                is one; "none" leaves them out.
             lora: a safetensors file that is merged into the weights.
             offload: parts of the pipeline wait in main memory for their turn on the GPU.
             calibration: file or folder of the calibration for a budget without routers; None: that of the weights.
