@@ -2,8 +2,8 @@
 
 `integrate` takes all samples of a batch through the same steps. Elastic samples leave out the blocks at different
 steps: in a batch each goes on by itself while it can do without them, and waits where it needs them; when all wait, the
-blocks run once for all, at the times of each (`_integrate_apart`). So batches stay whole, and a sample's route is what
-it is alone.
+blocks run once for all, at the times of each (`_integrate_waiting`). So batches stay whole, and a sample's route is
+what it is alone.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def integrate(
     x = earlier = noise
     try:
         if session is not None and session.defers and len(noise) > 1 and not sequential:
-            return _integrate_apart(guided, noise, times, solver, on_step)
+            return _integrate_waiting(guided, noise, times, solver, on_step)
         for step, dt in enumerate(sizes):
             v = along = guided.velocity(x, step, dt, times[step], moments[step])
             if solver is Solver.ab2 and step > 0:
@@ -149,7 +149,7 @@ class _Guided:
 # ------------------------------------------------------------------------------ samples that do not go step by step
 
 
-def _integrate_apart(
+def _integrate_waiting(
     guided: _Guided,
     noise: Tensor,
     times: Tensor,
@@ -157,7 +157,7 @@ def _integrate_apart(
     on_step: Callable[[int, int], None] | None,
 ) -> Tensor:
     """As `integrate`, of samples that wait for each other where they need the blocks."""
-    path = _Apart(guided, noise, times, solver)
+    path = _Waiting(guided, noise, times, solver)
     while (reached := min(path.done)) < len(path.sizes):
         turn, defer = path.turn()
         groups = path.by_branches(turn)
@@ -172,7 +172,7 @@ def _integrate_apart(
 
 
 @dataclass(eq=False)
-class _Apart:
+class _Waiting:
     """Samples on their way from noise to data, each at a step of its own. What each of them does is what
     `integrate` does with all."""
 

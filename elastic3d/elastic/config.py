@@ -8,8 +8,6 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from elastic3d.errors import UserError
 from elastic3d.utils.options import Options, check_range, option
 
@@ -141,7 +139,9 @@ class RouterConfig(Options):
         curves, budget = self.curves, min(budget / whole, 1.0)
         if not curves.requested_budgets:
             return budget
-        return float(np.interp(budget, curves.requested_budgets, curves.calibrated_budgets))
+        from numpy import interp  # which --help does without
+
+        return float(interp(budget, curves.requested_budgets, curves.calibrated_budgets))
 
     def check_generation(self, steps: int, guidance: float | None, few_step: bool) -> None:
         """UserError for a generation that routers and few-step LoRA, trained through whole generations, do not cover:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +303,7 @@ class BlockRouterStage(GenerationStage):
 
     def generate(self, steps: int, budget: float) -> tuple[Tensor, Tensor]:
         """Validation latents (B,N,C) along the routers' own routes, and their executed share (B,)."""
-        with self._as_trained(), torch.no_grad():
+        with self.as_trained(), torch.no_grad():
             found = self.objective.generate(self.reference[0], steps, ElasticConfig(budget=budget))
         trace = self.objective.session.trace
         assert trace is not None
@@ -314,16 +313,11 @@ class BlockRouterStage(GenerationStage):
         """Validation latents (B,N,C) of generations with the LoRA along routes (S,2,I)."""
         batch, count = self.reference[0], len(self.reference[1])
         rollout = Rollout(torch.ones(count), routes.to(self.objective.device).expand(count, -1, -1, -1))
-        with self._as_trained(), torch.no_grad():
+        with self.as_trained(), torch.no_grad():
             return self.objective.along(rollout, {**batch, "steps": torch.full((count,), steps)})
 
-    @cached_property
-    def reference(self) -> tuple[Batch, Tensor]:
-        """Validation samples, and what the dense model makes of them."""
-        with self._as_trained():
-            return super().reference
-
-    def _as_trained(self) -> torch.autocast:
+    def as_trained(self) -> torch.autocast:
+        """That of the training."""
         return as_trained(self.config.precision, self.objective.device)
 
     def calibrate(self, curves: CurvesConfig, points: int = 24) -> None:

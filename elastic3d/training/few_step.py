@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -197,7 +198,12 @@ class GenerationStage(Stage):
     def reference(self) -> tuple[Batch, Tensor]:
         """Validation samples, and what the dense model makes of them."""
         batch = {name: value.to(self.objective.device) for name, value in self.flow.val_pairs().items()}
-        return batch, self.objective.dense(batch)
+        with self.as_trained():
+            return batch, self.objective.dense(batch)
+
+    def as_trained(self) -> AbstractContextManager[Any]:
+        """The number format that the model is validated in."""
+        return nullcontext()
 
     def error(self, found: Tensor) -> float:
         """Geometric mean of the relative squared errors of validation latents (B,N,C) to the dense ones."""

@@ -69,20 +69,19 @@ class HeldOutConfig(Options):
     device: DeviceChoice = option(DeviceChoice.auto, "where the model runs")
     dtype: DTypeChoice = option(DTypeChoice.auto, "number format of the model")
 
-    def check(self) -> None:
-        """The nearest training shape is made again from its own mesh."""
-        if self.data.source is SourceName.folder and not (self.data.path and Path(self.data.path).is_dir()):
-            raise ValueError(
-                f"data.path is {self.data.path!r}, expected the directory with your meshes for data.source=folder"
-            )
-
 
 def build_held_out(config: HeldOutConfig) -> list[str]:
     """Write every folder; meshes that are there already stay. -> ids of the held-out shapes.
 
     Raises:
-        UserError: no shard holds a shape of the split, or the model can't be loaded.
+        UserError: no shard holds a shape of the split, the model can't be loaded, or the meshes are missing that the
+            nearest training shape is made from again.
     """
+    path = config.data.path
+    if config.data.source is SourceName.folder and not (path and Path(path).is_dir()):
+        raise UserError(
+            f"data.path is {path!r}, expected the directory with your meshes for data.source=folder"
+        )
     pipeline = ImageTo3DPipeline.from_pretrained(config.model, config.device, config.dtype)
     shapes = open_held_out(config)
     _write_truth(shapes, config)

@@ -20,7 +20,9 @@ def test_a_folder_without_its_path_is_refused() -> None:
         with pytest.raises(
             UserError, match=f"data.path is '{path}', expected the directory with your meshes"
         ):
-            HeldOutConfig(output=Path("out"), data=PrepareConfig(source=SourceName.folder, path=path))
+            build_held_out(
+                HeldOutConfig(output=Path("out"), data=PrepareConfig(source=SourceName.folder, path=path))
+            )
 
 
 def test_every_folder_is_written_and_the_nearest_shape_is_the_alike_one(tmp_path: Path) -> None:

@@ -163,6 +163,13 @@ def test_an_old_name_on_a_command_line_is_refused_with_the_new_one(
         parse(stage_config(stage), "train", [f"stage={stage.name}", f"{old}=2"])
 
 
+def test_an_option_that_a_group_sets_is_told_as_part_of_it() -> None:
+    arguments = ["stage=router", "branches=together"]
+    wanted = "'branches': router.branches is no option of its own, but part of router=block.reuse"
+    with pytest.raises(UserError, match=wanted):
+        parse(stage_config(StageName.router), "train", arguments, elsewhere=train.options_of_stages)
+
+
 def test_an_old_name_of_another_stage_is_told_as_that_stage_has_it() -> None:
     wanted = "unknown option 'picture_size': prepared_size is an option of stage=cache"
     with pytest.raises(UserError, match=wanted):
