@@ -303,8 +303,9 @@ class BlockRouterStage(GenerationStage):
 
     def generate(self, steps: int, budget: float) -> tuple[Tensor, Tensor]:
         """Validation latents (B,N,C) along the routers' own routes, and their executed share (B,)."""
+        batch, _ = self.reference  # outside of autocast, which on a CPU stacks no fp16
         with self.as_trained(), torch.no_grad():
-            found = self.objective.generate(self.reference[0], steps, ElasticConfig(budget=budget))
+            found = self.objective.generate(batch, steps, ElasticConfig(budget=budget))
         trace = self.objective.session.trace
         assert trace is not None
         return found, trace_share(trace).float()
