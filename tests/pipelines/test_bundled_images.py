@@ -68,3 +68,20 @@ def _distance(found: list, dense: list) -> float:
     return float(
         np.mean([(np.asarray(a.image, float) - np.asarray(b.image, float)) ** 2 for a, b in pairs]) / 255**2
     )
+
+
+def test_routers_of_each_block_run_with_few_evaluations() -> None:
+    """With every block the few-step LoRA is nearer to the dense image than as many dense steps."""
+    pipeline = TextToImagePipeline.from_pretrained(BackboneName.small, FOLDER, "per_block", device="cpu")
+    prompts, seeds = ["a wooden bar chair", "a blue vase", "a red sofa"], [0, 1, 2]
+    dense = pipeline(prompts, seeds, elastic=False)
+    fewer = pipeline(prompts, seeds, steps=4, elastic=False)
+    whole = pipeline(prompts, seeds, steps=4, budget=1)
+    found = pipeline(prompts, seeds, steps=4, budget=0.7)
+    assert _distance(whole, dense) < 0.8 * _distance(fewer, dense)
+    for result in found:
+        share = result.metadata["flops_executed"] / result.metadata["flops_dense"]
+        assert abs(share - 0.7) < 0.1
+    assert len({str(result.metadata["routes"]["actions"]) for result in found}) > 1
+    with pytest.raises(UserError, match="steps is 25, expected 3 to 8, for which these per-block routers"):
+        pipeline(prompts[:1], [0])
