@@ -163,7 +163,8 @@ def test_records_of_shipped_models_are_read(path: Path) -> None:
     assert isinstance(config, TrainConfig) and config.stage is StageName[stage]
     for name in ("steps", "learning_rate", "seed", "batch", "name"):
         assert getattr(config, name) == saved[name]
-    part = {"vae": "vae", "dit": "dit", "image": "image", "few_step": "few_step"}.get(stage, "routing")
+    own = {"block_router": "blocks", "image_block_router": "blocks"}
+    part = stage if stage in ("vae", "dit", "image", "few_step") else own.get(stage, "routing")
     found = getattr(config, part)
     for name, value in renamed(type(found), saved[part]).items():
         if name in to_dict(found) and not isinstance(value, dict):
