@@ -169,11 +169,13 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
     if config.model in PRESETS:
         from elastic3d.pipelines.published import published_pipeline
 
-        other = config.routers not in ("", NO_ROUTERS_NAME) and Path(config.routers)
-        weights = other and find_weights(other)  # missing ones are told before the model is read
+        own = config.routers in ("", NO_ROUTERS_NAME)
+        weights = (
+            None if own else find_weights(Path(config.routers))
+        )  # missing: told before the model is read
         pipeline = published_pipeline(config, min(meshes, config.rows))
-        if other and weights:
-            _put_routers(pipeline, other, weights)
+        if weights is not None:
+            _put_routers(pipeline, weights)
     else:
         for name in ("weights", "subfolder", "vae_subfolder", "dinov2", "memory_budget"):
             if getattr(config, name):
@@ -191,11 +193,13 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
     return pipeline
 
 
-def _put_routers(pipeline: ImageTo3DPipeline, folder: Path, weights: Path) -> None:
-    """Attach the routers in a folder. UserError for a model that has routers."""
+def _put_routers(pipeline: ImageTo3DPipeline, weights: Path) -> None:
+    """Attach the routers that a file belongs to. UserError for a model that has routers."""
     if pipeline.session is not None:
-        raise UserError(f"routers={folder}: this model has routers of its own, expected one without any")
-    attach(pipeline.dit, folder)
+        raise UserError(
+            f"routers={weights.parent}: this model has routers of its own, expected one without any"
+        )
+    attach(pipeline.dit, weights.parent)
     pipeline.weights_sha256 = f"{pipeline.weights_sha256}+{file_sha256(weights)}"
 
 

@@ -24,8 +24,8 @@ import yaml
 from elastic3d.errors import UserError
 
 Paths = str | os.PathLike[str] | None | Iterable[str | os.PathLike[str]]
-Named = Mapping[str, Paths]  # by what the user calls them
 """A path, several, or none (also as an empty text)."""
+Named = Mapping[str, Paths]  # by what the user calls them
 MAX_JSON_BYTES = 1 << 28
 MAX_YAML_BYTES = 1 << 20
 _NAME_BYTES = 100  # of a file's stem in its temporary name; file systems take names of 255 bytes
