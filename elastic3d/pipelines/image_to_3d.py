@@ -22,7 +22,7 @@ from elastic3d.checkpoints.folders import INDEX_NAME, identify
 from elastic3d.checkpoints.options import PRESETS
 from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, resolution_of, save_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
-from elastic3d.diffusion.sampler import integrate, sampling_times
+from elastic3d.diffusion.sampler import sample, sampling_times
 from elastic3d.elastic.attachment import attach, has_routers, is_attached, save_routers, session_of
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.session import ElasticSession
@@ -376,9 +376,8 @@ class ImageTo3DPipeline:
                 condition, seeds, config.steps, config.guidance, config.elastic, partial(call.at, "dit")
             )
         dense, default = (dense_flops(self.dit, c, condition.shape[1]) for c in (config, self.config))
-        of_default = (
-            {} if self.dial is None else {"flops_dense": default}
-        )  # costs of a dial are shares of that
+        # costs of a dial are shares of the default generation's
+        of_default = {} if self.dial is None else {"flops_dense": default}
         routes = routes_of(self.session, config.elastic, len(made))
         for result, row, route in zip(made.values(), latents, routes, strict=True):
             result.latents = row.cpu()
@@ -438,15 +437,14 @@ class ImageTo3DPipeline:
             session.settings = elastic
         times = sampling_times(self.config, steps)
         static = self.static and self.static.begin(condition, times, guidance)
-        shape = cfg.num_latents, cfg.in_channels
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        with self._working(self.dit), torch.no_grad():
-            latents = integrate(
+        with self._working(self.dit):
+            latents = sample(
                 static or self.dit,
                 condition,
-                torch.stack(noise).to(condition.device),
+                (cfg.num_latents, cfg.in_channels),
                 times,
                 guidance,
+                [torch.Generator().manual_seed(seed) for seed in seeds],
                 solver=self.config.solver,
                 sequential=self.offload,
                 guidance_embed=cfg.guidance_embed,
