@@ -55,6 +55,7 @@ INCIDENTAL = (
     "keep",
 )
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+REPEATED_S = 3.0  # torchrun passes a signal on to processes that may have had it already, as by Ctrl-C
 MAX_BAD_STEPS = 20  # in a row without a finite gradient: the run is lost
 
 
@@ -114,14 +115,19 @@ def train(stage: Stage, config: LoopConfig, folder: Path, record: Mapping[str, A
 
 @contextmanager
 def stop_signals() -> Iterator[list[str]]:
-    """Names of the SIGTERM and SIGINT that arrived inside the block; a second one acts as it did before."""
+    """Names of the SIGTERM and SIGINT that arrived inside the block; a second one, later than at once, acts as it did
+    before."""
     arrived: list[str] = []
+    first: dict[signal.Signals, float] = {}
     before: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: object) -> None:
-        caught = signal.Signals(number)
-        arrived.append(caught.name)
-        signal.signal(caught, before[caught])
+        caught, now = signal.Signals(number), time.monotonic()
+        if now - first.setdefault(caught, now) > REPEATED_S:
+            signal.signal(caught, before[caught])
+            signal.raise_signal(caught)
+        elif caught.name not in arrived:
+            arrived.append(caught.name)
 
     for caught in STOPPING:
         before[caught] = signal.signal(caught, note)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from elastic3d.errors import UserError
+from elastic3d.training import loop
 from elastic3d.training.checkpoint import load_checkpoint
 from elastic3d.training.distributed import state_bytes
 from elastic3d.training.journal import read_metrics
@@ -280,13 +281,21 @@ def test_metrics_of_a_killed_process_can_be_read(tmp_path):
     assert read_metrics(path) == [{"step": 1}]
 
 
-def test_signals_are_noted_once_and_handlers_restored():
+def test_a_signal_that_arrives_twice_at_once_is_one_and_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
     with stop_signals() as arrived:
-        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(2):  # of the terminal, and passed on by torchrun
+            os.kill(os.getpid(), signal.SIGTERM)
         assert arrived == ["SIGTERM"]
-        assert signal.getsignal(signal.SIGTERM) == before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_signal_acts_as_it_did_before(monkeypatch):
+    monkeypatch.setattr(loop, "REPEATED_S", 0.0)
+    with pytest.raises(KeyboardInterrupt), stop_signals() as arrived:
+        signal.raise_signal(signal.SIGINT)
+        assert arrived == ["SIGINT"]
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_gradient_checkpointing_switch():
