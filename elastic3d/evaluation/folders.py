@@ -12,6 +12,7 @@ import numpy as np
 
 from elastic3d.errors import UserError
 from elastic3d.evaluation import sets
+from elastic3d.evaluation.align import turn_up
 from elastic3d.evaluation.items import Item, find_items
 from elastic3d.evaluation.options import EvaluateConfig, ProtocolConfig
 from elastic3d.evaluation.report import Gate, build_report, load_gate, violations
@@ -115,14 +116,14 @@ def set_report(
     points: dict[str, list[Any]] = {"pred": [], "gt": []}
     seen: dict[str, list[Any]] = {"pred": [], "gt": []}
     for item in good:
-        for side, path in (("pred", item.pred[0]), ("gt", item.gt[0])):
-            mesh = load_mesh(path)
+        pred, gt = turn_up(load_mesh(item.pred[0]), protocol.pred_up), load_mesh(item.gt[0])
+        for side, mesh in (("pred", pred), ("gt", gt)):
             points[side].append(sets.shape_points(mesh, seed=protocol.seed))
             if features:
                 seen[side].append(sets.view_features(mesh, features, FEATURE_VIEWS))
     found = dataclasses.asdict(sets.set_scores(points["pred"], points["gt"]))
     if features:
-        pred, gt = (np.concatenate(seen[side]) for side in ("pred", "gt"))
-        found["frechet_distance"] = sets.frechet_distance(pred, gt)
-        found["kernel_distance"] = sets.kernel_distance(pred, gt)
+        both = [np.concatenate(seen[side]) for side in ("pred", "gt")]
+        found["frechet_distance"] = sets.frechet_distance(*both)
+        found["kernel_distance"] = sets.kernel_distance(*both)
     return {"shapes": len(good), "points": len(points["pred"][0]), "views": FEATURE_VIEWS, **found}

@@ -10,7 +10,7 @@ import trimesh
 
 from elastic3d.errors import UserError
 from elastic3d.evaluation.folders import evaluate_folders
-from elastic3d.evaluation.options import Align, EvaluateConfig, ProtocolConfig
+from elastic3d.evaluation.options import Align, EvaluateConfig, ProtocolConfig, UpAxis
 from elastic3d.evaluation.report import text_report
 
 QUICK = ProtocolConfig(points=800, volume_points=200, near_points=0, views=0, surface_health=False)
@@ -85,6 +85,18 @@ def test_set_metrics_with_and_without_features(config: EvaluateConfig) -> None:
     plain = evaluate_folders(config)["sets"]
     assert "frechet_distance" not in plain
     assert plain["mmd"] == found["mmd"]
+
+
+def test_set_metrics_turn_predictions_up(config: EvaluateConfig, tmp_path: Path) -> None:
+    (tmp_path / "z_up").mkdir()
+    for name in NAMES:
+        mesh = trimesh.load_mesh(config.pred / f"{name}.ply")
+        mesh.vertices = mesh.vertices[:, [0, 2, 1]] * [1, -1, 1]
+        mesh.export(tmp_path / "z_up" / f"{name}.ply")
+    config.sets = True
+    y_up = evaluate_folders(config)["sets"]
+    config.pred, config.pred_up = tmp_path / "z_up", UpAxis.z
+    assert evaluate_folders(config)["sets"] == pytest.approx(y_up, rel=1e-3)
 
 
 def test_the_gate_is_in_the_report(config: EvaluateConfig, tmp_path: Path) -> None:
