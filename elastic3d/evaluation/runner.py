@@ -24,6 +24,7 @@ from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Item, score_item
 from elastic3d.evaluation.options import ProtocolConfig, Runner
 from elastic3d.evaluation.statistics import Row
+from elastic3d.geometry.gltf_data import with_buffers
 from elastic3d.utils.clusters import join_cluster
 from elastic3d.utils.files import atomic_path, parse_json, read_text
 from elastic3d.utils.options import to_dict
@@ -74,8 +75,9 @@ def usable_cores() -> int:
 
 
 def item_key(item: Item, protocol: ProtocolConfig) -> str:
-    """Changes when the protocol, a file's name, its size or its time of change do."""
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (*item.pred, *item.gt)]
+    """Changes when the protocol, a file's name, its size or its time of change do, or those of a glTF's buffers."""
+    paths = [path for mesh in (*item.pred, *item.gt) for path in with_buffers(mesh)]
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     text = json.dumps([to_dict(protocol), item.name, len(item.pred), files])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 

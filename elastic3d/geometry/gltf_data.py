@@ -206,6 +206,18 @@ def read_tree(path: Path) -> dict[str, Any]:
         return _tree(file.read(min(length, path.stat().st_size)))
 
 
+def with_buffers(path: Path) -> list[Path]:
+    """A mesh file and, of a .gltf or .glb that can be read, the files beside it that its buffers are in."""
+    if path.suffix.lower() not in (".gltf", ".glb"):
+        return [path]
+    try:
+        uris = [buffer.get("uri", "data:") for buffer in as_list(read_tree(path).get("buffers", []), "buffers")]
+        beside = [path.parent / unquote(uri) for uri in uris if not uri.startswith("data:")]
+        return [path, *(file for file in beside if file.is_file())]
+    except (OSError, ValueError, AttributeError):  # broken: reading it tells how
+        return [path]
+
+
 def _parse(data: bytes) -> tuple[dict[str, Any], bytes | None]:
     """The JSON of a file and, of a glb, its binary chunk."""
     text, binary = data, None

@@ -12,7 +12,7 @@ import trimesh
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Item, find_items, score_item
 from elastic3d.evaluation.options import ProtocolConfig, Runner
-from elastic3d.evaluation.runner import read_journal, score_all
+from elastic3d.evaluation.runner import item_key, read_journal, score_all
 from elastic3d.evaluation.statistics import Row
 
 QUICK = ProtocolConfig(points=300, volume_points=300, near_points=50, views=0, surface_health=False)
@@ -99,6 +99,19 @@ def test_what_changed_is_scored_again(items: list[Item], tmp_path: Path) -> None
     assert scored[5:] == ["ball1"]
     score_all(items, ProtocolConfig(points=301), workers=1, journal=journal, score=count)
     assert len(scored) == 11
+
+
+def test_a_changed_buffer_is_a_changed_mesh(tmp_path: Path) -> None:
+    item = Item("ball", (tmp_path / "ball.gltf",), (tmp_path / "ball.gltf",))
+    for name, data in trimesh.exchange.gltf.export_gltf(trimesh.Scene(trimesh.creation.icosphere(1))).items():
+        (tmp_path / ("ball.gltf" if name == "model.gltf" else name)).write_bytes(data)
+    before = item_key(item, QUICK)
+    assert item_key(item, QUICK) == before
+    buffer = next(tmp_path.glob("*.bin"))
+    os.utime(buffer, ns=(0, buffer.stat().st_mtime_ns + 1))
+    assert item_key(item, QUICK) != before
+    item.pred[0].write_text("broken")
+    assert item_key(item, QUICK)
 
 
 def test_another_programs_journal_is_refused(tmp_path: Path) -> None:
