@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,7 +167,7 @@ class GltfFile:
                 return (
                     base64.b64decode(text, validate=True)
                     if head.endswith(";base64")
-                    else unquote(text).encode()
+                    else unquote_to_bytes(text)
                 )
             except (binascii.Error, ValueError) as error:
                 raise FormatError(f"the data of buffer {number} is no base64: {error}") from error
