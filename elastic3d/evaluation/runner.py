@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -114,14 +115,15 @@ def _over_processes(
     items: Sequence[Item], protocol: ProtocolConfig, workers: int, score: Score
 ) -> Iterator[tuple[Item, Row]]:
     """Rows as they are ready. When a worker dies, what was in flight runs again, each item in a process of its own."""
-    waiting = iter(items)
+    waiting = deque(items)
     suspects: list[Item] = []
     while True:
         running: dict[Future[Row], Item] = {}
         with _pool(workers) as pool:
             try:
-                for item in waiting:
-                    running[pool.submit(score, item, protocol, 1)] = item
+                while waiting:
+                    future = pool.submit(score, waiting[0], protocol, 1)  # a broken pool takes none
+                    running[future] = waiting.popleft()
                     if len(running) >= _AHEAD * workers:
                         yield from _collect(running)
                 while running:

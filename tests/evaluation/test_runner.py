@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,8 @@ def test_ray_gives_the_same_rows(items: list[Item]) -> None:
 
 
 def test_a_worker_that_dies_costs_one_item(items: list[Item]) -> None:
-    rows = score_all(items, QUICK, workers=2, score=cheap)
+    """Also where it does while a row is written, so that the pool takes no more items."""
+    rows = score_all(items, QUICK, workers=2, score=cheap, on_row=lambda row: time.sleep(0.5))
     assert [row["status"] for row in rows] == ["ok", "ok", "failed", "failed", "ok"]
     assert "died" in rows[2]["error"]
     assert rows[2]["chamfer_l1"] == 1.0  # the scores of an empty prediction
