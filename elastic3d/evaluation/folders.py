@@ -19,6 +19,7 @@ from elastic3d.evaluation.report import Gate, build_report, load_gate, violation
 from elastic3d.evaluation.runner import score_all
 from elastic3d.evaluation.sets import Features
 from elastic3d.evaluation.statistics import Rival, Row, compare
+from elastic3d.evaluation.views import load_lpips
 from elastic3d.geometry.mesh_io import load_mesh
 
 Progress = Callable[[int, int], None]  # rows done, rows in all
@@ -42,9 +43,11 @@ def evaluate_folders(
         progress: called after every row.
 
     Raises:
-        UserError: a folder or a file of the options can't be used.
+        UserError: a folder or a file of the options can't be used, or LPIPS is asked for and not installed.
     """
     protocol = config.effective_protocol()
+    if protocol.lpips and protocol.views:
+        load_lpips()  # else every row would fail by what is missing here
     gate: Gate | None = load_gate(config.gate) if config.gate else None
     items = find_items(config.pred, config.gt)
     rivals = {Rival.floor: config.floor, Rival.baseline: config.baseline}

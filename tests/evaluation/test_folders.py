@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from elastic3d.errors import UserError
 from elastic3d.evaluation.folders import evaluate_folders
 from elastic3d.evaluation.options import Align, EvaluateConfig, ProtocolConfig, UpAxis
 from elastic3d.evaluation.report import text_report
+from elastic3d.evaluation.views import load_lpips
 
 QUICK = ProtocolConfig(points=800, volume_points=200, near_points=0, views=0, surface_health=False)
 NAMES = [f"item{i}" for i in range(6)]
@@ -122,6 +125,17 @@ def test_progress_counts_every_row_of_every_folder(config: EvaluateConfig, tmp_p
     seen: list[tuple[int, int]] = []
     evaluate_folders(config, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, 12) for i in range(12)]
+
+
+def test_a_missing_lpips_is_told_before_anything_is_scored(
+    config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    load_lpips.cache_clear()
+    config.protocol = replace(QUICK, lpips=True, views=4)
+    with pytest.raises(UserError, match="pip install lpips"):
+        evaluate_folders(config)
+    assert not config.output.parent.exists()
 
 
 def test_bad_options(config: EvaluateConfig, tmp_path: Path) -> None:
