@@ -84,7 +84,10 @@ def item_key(item: Item, protocol: ProtocolConfig) -> str:
 
 
 def read_journal(path: Path) -> dict[str, Row]:
-    """Rows by key. A last line cut short by a kill is dropped from the file; UserError for anything else broken."""
+    """Rows by key, without those of processes that died, as of memory that others took.
+
+    A last line cut short by a kill is dropped from the file. UserError for anything else broken.
+    """
     if not path.exists() or not path.stat().st_size:
         return {}
     try:
@@ -98,7 +101,7 @@ def read_journal(path: Path) -> dict[str, Row]:
         raise UserError(
             f"{path} is no journal of rows ({error}): remove it or choose another output"
         ) from error
-    return {entry["key"]: entry["row"] for entry in entries}
+    return {entry["key"]: entry["row"] for entry in entries if entry["row"].get("error") != _DIED}
 
 
 def _stream(

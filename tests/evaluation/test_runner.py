@@ -57,12 +57,14 @@ def test_ray_gives_the_same_rows(items: list[Item]) -> None:
     assert without_time(over_ray) == without_time(score_all(items, QUICK, workers=1))
 
 
-def test_a_worker_that_dies_costs_one_item(items: list[Item]) -> None:
-    """Also where it does while a row is written, so that the pool takes no more items."""
-    rows = score_all(items, QUICK, workers=2, score=cheap, on_row=lambda row: time.sleep(0.5))
+def test_a_worker_that_dies_costs_one_item(items: list[Item], tmp_path: Path) -> None:
+    """Also where it does while a row is written, so that the pool takes no more items. It is tried again on resuming."""
+    journal = tmp_path / "rows.jsonl"
+    rows = score_all(items, QUICK, workers=2, journal=journal, score=cheap, on_row=lambda row: time.sleep(0.5))
     assert [row["status"] for row in rows] == ["ok", "ok", "failed", "failed", "ok"]
     assert "died" in rows[2]["error"]
     assert rows[2]["chamfer_l1"] == 1.0  # the scores of an empty prediction
+    assert len(read_journal(journal)) == 4
 
 
 def test_a_run_that_was_stopped_goes_on(items: list[Item], tmp_path: Path) -> None:
