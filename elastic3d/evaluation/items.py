@@ -113,7 +113,7 @@ def has_uv(path: Path) -> bool:
         return _gltf_has_uv(read_tree(path))
     if suffix == ".obj":
         with path.open("rb") as file:
-            return any(line.startswith(b"vt ") for line in file)
+            return any(line.lstrip().startswith((b"vt ", b"vt\t")) for line in file)
     return suffix == ".ply" and _ply_has_uv(path)
 
 
