@@ -211,7 +211,9 @@ def with_buffers(path: Path) -> list[Path]:
     if path.suffix.lower() not in (".gltf", ".glb"):
         return [path]
     try:
-        uris = [buffer.get("uri", "data:") for buffer in as_list(read_tree(path).get("buffers", []), "buffers")]
+        uris = [
+            buffer.get("uri", "data:") for buffer in as_list(read_tree(path).get("buffers", []), "buffers")
+        ]
         beside = [path.parent / unquote(uri) for uri in uris if not uri.startswith("data:")]
         return [path, *(file for file in beside if file.is_file())]
     except (OSError, ValueError, AttributeError):  # broken: reading it tells how

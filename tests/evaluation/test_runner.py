@@ -60,7 +60,9 @@ def test_ray_gives_the_same_rows(items: list[Item]) -> None:
 def test_a_worker_that_dies_costs_one_item(items: list[Item], tmp_path: Path) -> None:
     """Also where it does while a row is written, so that the pool takes no more items. It is tried again on resuming."""
     journal = tmp_path / "rows.jsonl"
-    rows = score_all(items, QUICK, workers=2, journal=journal, score=cheap, on_row=lambda row: time.sleep(0.5))
+    rows = score_all(
+        items, QUICK, workers=2, journal=journal, score=cheap, on_row=lambda row: time.sleep(0.5)
+    )
     assert [row["status"] for row in rows] == ["ok", "ok", "failed", "failed", "ok"]
     assert "died" in rows[2]["error"]
     assert rows[2]["chamfer_l1"] == 1.0  # the scores of an empty prediction
