@@ -58,7 +58,7 @@ def test_ray_gives_the_same_rows(items: list[Item]) -> None:
 
 
 def test_a_worker_that_dies_costs_one_item(items: list[Item], tmp_path: Path) -> None:
-    """Also where it does while a row is written, so that the pool takes no more items. It is tried again on resuming."""
+    """Also where the pool breaks while a row is written and takes no more. It is tried again on resuming."""
     journal = tmp_path / "rows.jsonl"
     rows = score_all(
         items, QUICK, workers=2, journal=journal, score=cheap, on_row=lambda row: time.sleep(0.5)
