@@ -30,7 +30,7 @@ def main(config: SummarizeConfig) -> int:
     text = markdown(summaries)
     if config.output:
         with atomic_path(config.output / "summary.md") as path:
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
         write_csv([row for summary in summaries for row in csv_rows(summary)], config.output / "summary.csv")
     print(text, end="")
     return 0

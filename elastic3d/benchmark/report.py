@@ -48,7 +48,7 @@ def write_report(
     save_json(results, output / "results.json")
     write_csv(rows, output / "results.csv")
     with atomic_path(output / "table.md") as path:
-        path.write_text(page(results, task.table))
+        path.write_text(page(results, task.table), encoding="utf-8")
     if panels := route_panels(task, cases):
         draw_routes(panels, output / "blocks.png")
     first = task.config.batches[0]

@@ -167,5 +167,5 @@ def quick_comparison(task: Task, cases: Sequence[Case], command: str) -> dict[st
         save_json(found, config.output / "quick.json")
     cells = [[f"{v:.4g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
     with atomic_path(config.output / "quick.md") as path:
-        path.write_text(markdown_table(list(rows[0]), cells) + "\n")
+        path.write_text(markdown_table(list(rows[0]), cells) + "\n", encoding="utf-8")
     return found

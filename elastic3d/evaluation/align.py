@@ -47,10 +47,7 @@ def turn_up(mesh: trimesh.Trimesh, up: UpAxis) -> trimesh.Trimesh:
 
 def icp_transform(pred: trimesh.Trimesh, gt: trimesh.Trimesh, seed: int = 0) -> Matrix:
     """The similarity (4, 4) that takes the surface of `pred` to that of `gt`. Deterministic for a seed."""
-    source = sample_surface(pred, _FINE_POINTS, seed)[0].astype(np.float64)
-    target = sample_surface(gt, _FINE_POINTS, seed)[0].astype(np.float64)
-    frame, goal = _standard_frame(source), _standard_frame(target)
-    source, target = _move(source, frame), _move(target, goal)
+    (source, frame), (target, goal) = (_standard_points(mesh, seed) for mesh in (pred, gt))
     best, best_error = np.eye(4), np.inf
     for start in cube_rotations():
         found, error = _refine(source[:_COARSE_POINTS], target[:_COARSE_POINTS], start, _COARSE_STEPS)
@@ -102,11 +99,15 @@ def _refine(source: Matrix, target: Matrix, start: Matrix, steps: int) -> tuple[
     return transform, error
 
 
-def _standard_frame(points: Matrix) -> Matrix:
-    """The map (4, 4) to centroid 0 and root-mean-square radius 1, which does not depend on the pose."""
+def _standard_points(mesh: trimesh.Trimesh, seed: int) -> tuple[Matrix, Matrix]:
+    """Surface points (P, 3) of centroid 0 and root-mean-square radius 1, which does not depend on the pose, and the
+    map (4, 4) of the mesh to there."""
+    box = placement_of(mesh, 1.0)  # points are sampled in single precision, too coarse far from the origin
+    points = sample_surface(box.apply(mesh), _FINE_POINTS, seed)[0].astype(np.float64)
     mean = points.mean(axis=0)
     radius = np.sqrt(np.square(points - mean).sum(axis=1).mean())
-    return _matrix(np.eye(3) / radius, -mean / radius)
+    frame = _matrix(np.eye(3) * box.scale / radius, -(box.center_3 * box.scale + mean) / radius)
+    return (points - mean) / radius, frame
 
 
 def _matrix(linear: Matrix, shift: Matrix) -> Matrix:

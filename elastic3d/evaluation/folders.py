@@ -12,12 +12,14 @@ import numpy as np
 
 from elastic3d.errors import UserError
 from elastic3d.evaluation import sets
+from elastic3d.evaluation.align import turn_up
 from elastic3d.evaluation.items import Item, find_items
 from elastic3d.evaluation.options import EvaluateConfig, ProtocolConfig
 from elastic3d.evaluation.report import Gate, build_report, load_gate, violations
 from elastic3d.evaluation.runner import score_all
 from elastic3d.evaluation.sets import Features
 from elastic3d.evaluation.statistics import Rival, Row, compare
+from elastic3d.evaluation.views import load_lpips
 from elastic3d.geometry.mesh_io import load_mesh
 
 Progress = Callable[[int, int], None]  # rows done, rows in all
@@ -41,9 +43,11 @@ def evaluate_folders(
         progress: called after every row.
 
     Raises:
-        UserError: a folder or a file of the options can't be used.
+        UserError: a folder or a file of the options can't be used, or LPIPS is asked for and not installed.
     """
     protocol = config.effective_protocol()
+    if protocol.lpips and protocol.views:
+        load_lpips()  # else every row would fail by what is missing here
     gate: Gate | None = load_gate(config.gate) if config.gate else None
     items = find_items(config.pred, config.gt)
     rivals = {Rival.floor: config.floor, Rival.baseline: config.baseline}
@@ -115,14 +119,14 @@ def set_report(
     points: dict[str, list[Any]] = {"pred": [], "gt": []}
     seen: dict[str, list[Any]] = {"pred": [], "gt": []}
     for item in good:
-        for side, path in (("pred", item.pred[0]), ("gt", item.gt[0])):
-            mesh = load_mesh(path)
+        pred, gt = turn_up(load_mesh(item.pred[0]), protocol.pred_up), load_mesh(item.gt[0])
+        for side, mesh in (("pred", pred), ("gt", gt)):
             points[side].append(sets.shape_points(mesh, seed=protocol.seed))
             if features:
                 seen[side].append(sets.view_features(mesh, features, FEATURE_VIEWS))
     found = dataclasses.asdict(sets.set_scores(points["pred"], points["gt"]))
     if features:
-        pred, gt = (np.concatenate(seen[side]) for side in ("pred", "gt"))
-        found["frechet_distance"] = sets.frechet_distance(pred, gt)
-        found["kernel_distance"] = sets.kernel_distance(pred, gt)
+        both = [np.concatenate(seen[side]) for side in ("pred", "gt")]
+        found["frechet_distance"] = sets.frechet_distance(*both)
+        found["kernel_distance"] = sets.kernel_distance(*both)
     return {"shapes": len(good), "points": len(points["pred"][0]), "views": FEATURE_VIEWS, **found}

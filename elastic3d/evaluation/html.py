@@ -151,9 +151,11 @@ def display_mesh(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     """The mesh with fewer faces where it has too many, and with long edges cut where it has few."""
     if len(mesh.faces) > DISPLAY_FACES:
         return simplify(mesh, DISPLAY_FACES)
+    longest = mesh.edges_unique_length[mesh.faces_unique_edges].max(axis=1)
     for length in _EDGE_LENGTHS:
-        area_faces = mesh.area / (length**2 / 4)  # a first guess, before cutting for nothing
-        if area_faces < DISPLAY_FACES:
+        # Faces at the least, before cutting for nothing: by the area, and along the edges of faces of next to none.
+        least = max(mesh.area / (length**2 / 4), np.ceil(longest / length).sum())
+        if least < DISPLAY_FACES:
             vertices, faces = trimesh.remesh.subdivide_to_size(mesh.vertices, mesh.faces, length, max_iter=20)
             if len(faces) <= DISPLAY_FACES:
                 return trimesh.Trimesh(vertices, faces, process=False)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from elastic3d.errors import UserError
 from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.evaluation.protocol import evaluate_pair, failed_scores
@@ -79,6 +81,9 @@ def _scores(item: Item, protocol: ProtocolConfig, workers: int) -> Row:
     pred_file = _only("prediction", item.pred, item.name)
     gt_file = _only("ground truth", item.gt, item.name)
     scores = evaluate_pair(load_mesh(pred_file), load_mesh(gt_file), protocol, workers).flat()
+    bad = [name for name, score in scores.items() if score is not None and not np.isfinite(score)]
+    if bad:  # would break the journal, and the means of all others
+        raise UserError(f"{', '.join(bad)} can't be computed: not finite")
     return scores | {"has_uv": has_uv(pred_file)}
 
 
@@ -108,7 +113,7 @@ def has_uv(path: Path) -> bool:
         return _gltf_has_uv(read_tree(path))
     if suffix == ".obj":
         with path.open("rb") as file:
-            return any(line.startswith(b"vt ") for line in file)
+            return any(line.lstrip().startswith((b"vt ", b"vt\t")) for line in file)
     return suffix == ".ply" and _ply_has_uv(path)
 
 

@@ -79,7 +79,7 @@ def environment() -> dict[str, str]:
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """One line a row, a column for every key that occurs; an absent value is an empty cell."""
     columns = list({key: None for row in rows for key in row})
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -24,6 +25,7 @@ from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Item, score_item
 from elastic3d.evaluation.options import ProtocolConfig, Runner
 from elastic3d.evaluation.statistics import Row
+from elastic3d.geometry.gltf_data import with_buffers
 from elastic3d.utils.clusters import join_cluster
 from elastic3d.utils.files import atomic_path, parse_json, read_text
 from elastic3d.utils.options import to_dict
@@ -74,14 +76,18 @@ def usable_cores() -> int:
 
 
 def item_key(item: Item, protocol: ProtocolConfig) -> str:
-    """Changes when the protocol, a file's name, its size or its time of change do."""
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (*item.pred, *item.gt)]
+    """Changes when the protocol, a file's name, its size or its time of change do, or those of a glTF's buffers."""
+    paths = [path for mesh in (*item.pred, *item.gt) for path in with_buffers(mesh)]
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     text = json.dumps([to_dict(protocol), item.name, len(item.pred), files])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def read_journal(path: Path) -> dict[str, Row]:
-    """Rows by key. A last line cut short by a kill is dropped from the file; UserError for anything else broken."""
+    """Rows by key, without those of processes that died, as of memory that others took.
+
+    A last line cut short by a kill is dropped from the file. UserError for anything else broken.
+    """
     if not path.exists() or not path.stat().st_size:
         return {}
     try:
@@ -95,7 +101,7 @@ def read_journal(path: Path) -> dict[str, Row]:
         raise UserError(
             f"{path} is no journal of rows ({error}): remove it or choose another output"
         ) from error
-    return {entry["key"]: entry["row"] for entry in entries}
+    return {entry["key"]: entry["row"] for entry in entries if entry["row"].get("error") != _DIED}
 
 
 def _stream(
@@ -112,14 +118,15 @@ def _over_processes(
     items: Sequence[Item], protocol: ProtocolConfig, workers: int, score: Score
 ) -> Iterator[tuple[Item, Row]]:
     """Rows as they are ready. When a worker dies, what was in flight runs again, each item in a process of its own."""
-    waiting = iter(items)
+    waiting = deque(items)
     suspects: list[Item] = []
     while True:
         running: dict[Future[Row], Item] = {}
         with _pool(workers) as pool:
             try:
-                for item in waiting:
-                    running[pool.submit(score, item, protocol, 1)] = item
+                while waiting:
+                    future = pool.submit(score, waiting[0], protocol, 1)  # a broken pool takes none
+                    running[future] = waiting.popleft()
                     if len(running) >= _AHEAD * workers:
                         yield from _collect(running)
                 while running:

@@ -7,12 +7,14 @@ is inside the noise floor. Quality against real ground truth works the same way,
 as the `baseline`.
 
 The difference is taken item by item, averaged over the seeds of one sample (names such as `seed1/chair` and
-`seed2/chair` are one sample, `chair`), and its interval is a bootstrap over samples (paired bootstrap, Efron
-and Tibshirani 1993), with a two-sided sign test beside it.
+`seed2/chair` are one sample, `chair`; other folders, as of categories, are part of a sample's name), and its
+interval is a bootstrap over samples (paired bootstrap, Efron and Tibshirani 1993), with a two-sided sign test
+beside it.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,9 @@ HIGHER_IS_BETTER = (
     "f_score@", "normal_consistency", "volume_iou", "near_iou", "silhouette_iou", "normal_psnr", "normal_ssim", "psnr",
     "ssim",
 )  # fmt: skip
+
+
+_SEED_FOLDER = re.compile(r"seed[-_ ]?\d+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,9 @@ def averages(rows: Iterable[Row], metric: str, of: Callable[[str], str] = str) -
 
 
 def sample_of(name: str) -> str:
-    """The sample in names such as `seed1/chair` and `seed2/chair`."""
-    return name.rpartition("/")[2]
+    """The sample in names such as `seed1/toys/car` and `seed-2/toys/car`: `toys/car`."""
+    *folders, stem = name.split("/")
+    return "/".join([*(folder for folder in folders if not _SEED_FOLDER.fullmatch(folder)), stem])
 
 
 def direction(metric: str) -> int | None:

@@ -110,7 +110,7 @@ def load_report(path: Path) -> Report:
             if not isinstance(row.get(name), (int, float, NoneType)):
                 raise UserError(f"{path}: {name} of {row['name']} is {row[name]!r}, expected a number")
         for above in (0.5, 0.9) if "watertight" in row else ():
-            row[f"largest_component>{above}"] = float(row.get("dominant_component_share", 0) > above)
+            row[f"largest_component>{above}"] = float((row.get("dominant_component_share") or 0) > above)
     return report
 
 

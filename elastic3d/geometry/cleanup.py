@@ -55,19 +55,25 @@ def mesh_health(mesh: trimesh.Trimesh) -> MeshHealth:
     labels = _component_of_faces(mesh)
     area = np.bincount(labels, weights=mesh.area_faces)
     watertight = bool((shared == 2).all())
-    vertices = len(np.unique(mesh.faces))
-    euler = vertices - len(shared) + faces
     return MeshHealth(
         faces=faces,
-        vertices=vertices,
+        vertices=len(np.unique(mesh.faces)),
         watertight=watertight,
         components=len(area),
         dominant_component_share=float(area.max() / area.sum()) if area.sum() > 0 else 0.0,
         boundary_edges=int((shared == 1).sum()),
         non_manifold_edges=int((shared > 2).sum()),
-        genus=(2 * len(area) - euler) // 2 if watertight else None,
+        genus=genus(mesh) if watertight else None,
         degenerate_share=float(_degenerate(mesh).mean()),
     )
+
+
+def genus(mesh: trimesh.Trimesh) -> int:
+    """Handles of a closed surface, all components together; what touches at a vertex alone has no handle there."""
+    mesh = separate_sheets(mesh) or mesh
+    components = int(_component_of_faces(mesh).max()) + 1
+    euler = len(np.unique(mesh.faces)) - len(mesh.edges_unique) + len(mesh.faces)
+    return (2 * components - euler) // 2
 
 
 def clean(mesh: trimesh.Trimesh, config: CleanupConfig) -> trimesh.Trimesh:

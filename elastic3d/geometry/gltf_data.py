@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,7 +167,7 @@ class GltfFile:
                 return (
                     base64.b64decode(text, validate=True)
                     if head.endswith(";base64")
-                    else unquote(text).encode()
+                    else unquote_to_bytes(text)
                 )
             except (binascii.Error, ValueError) as error:
                 raise FormatError(f"the data of buffer {number} is no base64: {error}") from error
@@ -204,6 +204,20 @@ def read_tree(path: Path) -> dict[str, Any]:
             raise FormatError("its first chunk is not JSON")
         length = int.from_bytes(head[12:16], "little")
         return _tree(file.read(min(length, path.stat().st_size)))
+
+
+def with_buffers(path: Path) -> list[Path]:
+    """A mesh file and, of a .gltf or .glb that can be read, the files beside it that its buffers are in."""
+    if path.suffix.lower() not in (".gltf", ".glb"):
+        return [path]
+    try:
+        uris = [
+            buffer.get("uri", "data:") for buffer in as_list(read_tree(path).get("buffers", []), "buffers")
+        ]
+        beside = [path.parent / unquote(uri) for uri in uris if not uri.startswith("data:")]
+        return [path, *(file for file in beside if file.is_file())]
+    except (OSError, ValueError, AttributeError):  # broken: reading it tells how
+        return [path]
 
 
 def _parse(data: bytes) -> tuple[dict[str, Any], bytes | None]:

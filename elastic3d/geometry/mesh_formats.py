@@ -8,6 +8,7 @@ either byte order.
 
 from __future__ import annotations
 
+import codecs
 import re
 import struct
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ def read_polygons(data: bytes, suffix: str) -> Polygons:
     Raises FormatError if the content is cut off, broken or of a kind that is not supported.
     """
     reader = {".obj": _read_obj, ".off": _read_off, ".ply": _read_ply, ".stl": _read_stl}[suffix]
-    surface = reader(data)
+    surface = reader(data.removeprefix(codecs.BOM_UTF8))  # as editors of Windows put before text
     corners, count = surface.corners, len(surface.vertices)
     if len(surface.sizes) and surface.sizes.min() < 0:
         raise FormatError(f"a face has {surface.sizes.min()} corners, expected 0 or more")

@@ -15,7 +15,7 @@ def sample_faces(
     """Area-weighted, stratified points on triangles (F, 3, 3).
 
     Returns points (P, 3), the face each one is on (P,), and the unit normals of those faces (P, 3).
-    ValueError if all faces are degenerate.
+    ValueError if all faces are degenerate, or larger than float32 holds.
     """
     if count < 0:
         raise ValueError(f"count is {count}, expected 0 or more")
@@ -24,6 +24,8 @@ def sample_faces(
     cross = np.cross(first, second)
     double_area = np.linalg.norm(cross, axis=1)
     total = np.cumsum(double_area, dtype=np.float64)
+    if not np.isfinite(total[-1:]).all():
+        raise ValueError("the mesh is too large to sample: its area is not finite in single precision")
     if len(total) == 0 or not total[-1] > 0:
         raise ValueError("the mesh has no face with an area, expected a surface")
     generator = np.random.default_rng(seed)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from elastic3d.errors import UserError
+from elastic3d.geometry.gltf_data import with_buffers
 from elastic3d.geometry.mesh_io import READ_SUFFIXES, load_mesh
 from elastic3d.preparation.shape import RawShape
 from elastic3d.utils.files import visible_files
@@ -126,8 +127,8 @@ class FolderSource(AlwaysReady):
 
 
 def _version(file: Path) -> str:
-    """Its size and the time of its last change; empty if it can't be read."""
+    """Its size and the time of its last change, and those of a glTF's buffers; empty if it can't be read."""
     if not os.access(file, os.R_OK):
         return ""
-    state = file.stat()
-    return f"{state.st_size} bytes, {state.st_mtime_ns} ns"
+    states = [part.stat() for part in with_buffers(file)]
+    return "; ".join(f"{state.st_size} bytes, {state.st_mtime_ns} ns" for state in states)

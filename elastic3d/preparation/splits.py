@@ -91,7 +91,7 @@ def write_splits(folder: Path, splits: dict[str, Split]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split in Split:
         names = sorted(name for name, which in splits.items() if which is split)
-        (folder / f"{split.value}.txt").write_text("".join(f"{name}\n" for name in names))
+        (folder / f"{split.value}.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def folder_split(names: list[str], share: float, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -112,7 +112,7 @@ def write_folder_split(folder: Path, names: list[str], held_out: set[str]) -> No
     val = [name for name in names if name in held_out] or names
     for name, listed in (("train", train), ("val", val)):
         with atomic_path(folder / f"{name}.txt") as draft:
-            draft.write_text("".join(f"{line}\n" for line in listed))
+            draft.write_text("".join(f"{line}\n" for line in listed), encoding="utf-8")
 
 
 def near_duplicate_groups(clouds: list[NDArray[np.float32]], threshold: float = 0.05) -> NDArray[np.int32]:

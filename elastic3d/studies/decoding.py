@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from elastic3d.evaluation.metrics import correspond, f_score, surface_distance
 from elastic3d.evaluation.report import markdown_table
-from elastic3d.geometry.cleanup import clean, drop_floaters
+from elastic3d.geometry.cleanup import clean, drop_floaters, genus
 from elastic3d.geometry.decode import FieldFunction, decode_field, extract_surface
 from elastic3d.geometry.mesh_io import load_mesh
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
@@ -51,7 +51,7 @@ def compare_decoding(config: DecodingConfig) -> str:
             save_json(done, path)
     text = summary({name: done[name] for name in names})
     with atomic_path(config.output / "table.md") as temporary:
-        temporary.write_text(text + "\n")
+        temporary.write_text(text + "\n", encoding="utf-8")
     return text
 
 
@@ -156,12 +156,6 @@ def both_distances(
 
 def _sampled(mesh: trimesh.Trimesh, points: int) -> np.ndarray:
     return np.asarray(trimesh.sample.sample_surface(mesh, points, seed=0)[0])
-
-
-def genus(mesh: trimesh.Trimesh) -> int:
-    """Handles of all components of a closed mesh together, by Euler's formula."""
-    used = len(np.unique(mesh.faces))
-    return mesh.body_count - (used - len(mesh.faces) // 2) // 2
 
 
 def summary(shapes: dict[str, dict[str, dict[str, Any]]]) -> str:

@@ -75,6 +75,17 @@ def test_icp_undoes_rotation_scale_and_shift(degrees: float, axis: tuple[int, in
     assert align(pred, gt, Align.icp).vertices == pytest.approx(gt.vertices, abs=0.01)
 
 
+def test_icp_is_as_exact_far_from_the_origin() -> None:
+    """As in map coordinates, where single precision has steps of a metre."""
+    gt = chair()
+    far = [5e6, 2e2, -4e7]
+    pred = gt.copy().apply_transform(rotation_matrix(np.radians(25), (1, 2, 3))).apply_translation(far)
+    aligned = align(pred, gt, Align.icp)
+    assert aligned.vertices == pytest.approx(gt.vertices, abs=0.01)
+    there = align(gt, gt.copy().apply_translation(far), Align.icp)
+    assert there.vertices - far == pytest.approx(gt.vertices, abs=0.01)
+
+
 def test_icp_leaves_a_symmetric_shape_in_its_pose() -> None:
     box = trimesh.creation.box((2, 2, 2)).subdivide()
     first = align(box, box, Align.icp).vertices

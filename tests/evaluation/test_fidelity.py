@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from elastic3d.errors import UserError
-from elastic3d.evaluation.statistics import Interval, Rival, Row, compare, direction, verdict
+from elastic3d.evaluation.statistics import Interval, Rival, Row, compare, direction, sample_of, verdict
 
 
 def rows(chamfer: np.ndarray, prefix: str = "") -> list[Row]:
@@ -73,6 +73,21 @@ def test_seeds_of_one_sample_count_once(floor: np.ndarray) -> None:
     thrice = compare(thrice_pred, [thrice_floor], Rival.floor)[0]
     assert thrice.worse_by.count == 40
     assert (thrice.worse_by.high, thrice.p_value) == pytest.approx((once.worse_by.high, once.p_value))
+
+
+def test_folders_that_are_no_seeds_tell_samples_apart(floor: np.ndarray) -> None:
+    """As where every category numbers its shapes, or every shape is a `model` in a folder of its own."""
+    noise = np.random.default_rng(3).normal(0.0, 0.01, 40)
+    pred, other = ([row for half in (v[:20], v[20:]) for row in rows(half)] for v in (floor + noise, floor))
+    for row, category in zip([*pred, *other], 2 * (20 * ["chair"] + 20 * ["table"]), strict=True):
+        row["name"] = f"{category}/{row['name']}"
+    assert compare(pred, [other], Rival.floor)[0].worse_by.count == 40
+    for row in (*pred, *other):
+        row["name"] += "/model"
+    (found, _) = compare(pred, [other], Rival.floor)
+    assert found.worse_by.count == 40
+    assert found.verdict.startswith("not told apart")
+    assert sample_of("Seed-2/chair/0/seed1") == "chair/0/seed1"
 
 
 def test_failures_count_against_the_predictions(floor: np.ndarray) -> None:

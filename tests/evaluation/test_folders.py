@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,9 @@ import trimesh
 
 from elastic3d.errors import UserError
 from elastic3d.evaluation.folders import evaluate_folders
-from elastic3d.evaluation.options import Align, EvaluateConfig, ProtocolConfig
+from elastic3d.evaluation.options import Align, EvaluateConfig, ProtocolConfig, UpAxis
 from elastic3d.evaluation.report import text_report
+from elastic3d.evaluation.views import load_lpips
 
 QUICK = ProtocolConfig(points=800, volume_points=200, near_points=0, views=0, surface_health=False)
 NAMES = [f"item{i}" for i in range(6)]
@@ -87,6 +90,18 @@ def test_set_metrics_with_and_without_features(config: EvaluateConfig) -> None:
     assert plain["mmd"] == found["mmd"]
 
 
+def test_set_metrics_turn_predictions_up(config: EvaluateConfig, tmp_path: Path) -> None:
+    (tmp_path / "z_up").mkdir()
+    for name in NAMES:
+        mesh = trimesh.load_mesh(config.pred / f"{name}.ply")
+        mesh.vertices = mesh.vertices[:, [0, 2, 1]] * [1, -1, 1]
+        mesh.export(tmp_path / "z_up" / f"{name}.ply")
+    config.sets = True
+    y_up = evaluate_folders(config)["sets"]
+    config.pred, config.pred_up = tmp_path / "z_up", UpAxis.z
+    assert evaluate_folders(config)["sets"] == pytest.approx(y_up, rel=1e-3)
+
+
 def test_the_gate_is_in_the_report(config: EvaluateConfig, tmp_path: Path) -> None:
     config.gate = tmp_path / "gate.yaml"
     config.gate.write_text("chamfer_l1: {max: 0.001}\nf_score@0.05: {min: 0.1}\n")
@@ -110,6 +125,17 @@ def test_progress_counts_every_row_of_every_folder(config: EvaluateConfig, tmp_p
     seen: list[tuple[int, int]] = []
     evaluate_folders(config, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, 12) for i in range(12)]
+
+
+def test_a_missing_lpips_is_told_before_anything_is_scored(
+    config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    load_lpips.cache_clear()
+    config.protocol = replace(QUICK, lpips=True, views=4)
+    with pytest.raises(UserError, match="pip install lpips"):
+        evaluate_folders(config)
+    assert not config.output.parent.exists()
 
 
 def test_bad_options(config: EvaluateConfig, tmp_path: Path) -> None:

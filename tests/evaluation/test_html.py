@@ -130,6 +130,21 @@ def test_display_meshes_have_a_bounded_number_of_faces(mesh: trimesh.Trimesh) ->
     assert shown.area == pytest.approx(mesh.area, rel=0.01)
 
 
+def test_long_thin_faces_are_not_cut_into_millions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have next to no area, which says nothing of their edges."""
+    counts, cut = [], trimesh.remesh.subdivide_to_size
+
+    def counted(*given: object, **options: object) -> tuple[np.ndarray, np.ndarray]:
+        vertices, faces = cut(*given, **options)
+        counts.append(len(faces))
+        return vertices, faces
+
+    monkeypatch.setattr(trimesh.remesh, "subdivide_to_size", counted)
+    bar = trimesh.creation.box((200, 0.001, 0.001))
+    assert html.display_mesh(bar) is bar
+    assert max(counts) < 1_000_000
+
+
 def test_heat_colours_follow_the_ramp() -> None:
     colours = html.heat_colours(np.array([0.0, html.HEAT_MAX / 2, 9.0]))
     assert (colours == html.RAMP[[0, 2, 4]]).all()

@@ -172,6 +172,19 @@ def test_a_broken_ground_truth_is_a_failed_row_without_scores(folders: tuple[Pat
     assert "chamfer_l1" not in row
 
 
+@pytest.mark.parametrize("scale", [1e20, 1e40])
+def test_a_prediction_in_absurd_units_breaks_no_other_row(folders: tuple[Path, Path], scale: float) -> None:
+    """A score that is not finite would be no JSON, and end the run."""
+    sphere().export(folders[1] / "huge.glb")
+    lines = [f"v {x} {y} {z}" for x, y, z in sphere().vertices * scale]
+    lines += [f"f {a} {b} {c}" for a, b, c in sphere().faces + 1]
+    (folders[0] / "huge.obj").write_text("\n".join(lines))
+    row = row_of("huge", folders)
+    json.dumps(row, allow_nan=False)
+    assert row["f_score@0.02"] == 0
+    assert "too large" in row["error"]
+
+
 def test_a_missing_side_is_a_failed_row(folders: tuple[Path, Path]) -> None:
     sphere().export(folders[1] / "only gt.glb")
     sphere().export(folders[0] / "only pred.glb")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,6 +81,15 @@ def test_csv_has_a_line_for_every_row(tmp_path: Path) -> None:
         lines = list(csv.DictReader(file))
     assert [line["name"] for line in lines] == ["a", "b", "c", "d"]
     assert (lines[1]["volume_iou"], lines[0]["volume_iou"]) == ("", "0.5")
+
+
+def test_csv_is_utf8_whatever_the_locale_says(tmp_path: Path) -> None:
+    script = "from pathlib import Path; from elastic3d.evaluation.report import write_csv\n"
+    script += f"write_csv([{{'name': 'möbel/椅子'}}], Path({str(tmp_path / 'rows.csv')!r}))"
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, tmp_path / "script.py"], env=ascii_only, check=True)
+    assert "möbel/椅子" in (tmp_path / "rows.csv").read_text(encoding="utf-8")
 
 
 def test_the_table_names_means_and_failures() -> None:

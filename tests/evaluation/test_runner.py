@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import trimesh
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Item, find_items, score_item
 from elastic3d.evaluation.options import ProtocolConfig, Runner
-from elastic3d.evaluation.runner import read_journal, score_all
+from elastic3d.evaluation.runner import item_key, read_journal, score_all
 from elastic3d.evaluation.statistics import Row
 
 QUICK = ProtocolConfig(points=300, volume_points=300, near_points=50, views=0, surface_health=False)
@@ -56,11 +57,16 @@ def test_ray_gives_the_same_rows(items: list[Item]) -> None:
     assert without_time(over_ray) == without_time(score_all(items, QUICK, workers=1))
 
 
-def test_a_worker_that_dies_costs_one_item(items: list[Item]) -> None:
-    rows = score_all(items, QUICK, workers=2, score=cheap)
+def test_a_worker_that_dies_costs_one_item(items: list[Item], tmp_path: Path) -> None:
+    """Also where the pool breaks while a row is written and takes no more. It is tried again on resuming."""
+    journal = tmp_path / "rows.jsonl"
+    rows = score_all(
+        items, QUICK, workers=2, journal=journal, score=cheap, on_row=lambda row: time.sleep(0.5)
+    )
     assert [row["status"] for row in rows] == ["ok", "ok", "failed", "failed", "ok"]
     assert "died" in rows[2]["error"]
     assert rows[2]["chamfer_l1"] == 1.0  # the scores of an empty prediction
+    assert len(read_journal(journal)) == 4
 
 
 def test_a_run_that_was_stopped_goes_on(items: list[Item], tmp_path: Path) -> None:
@@ -99,6 +105,19 @@ def test_what_changed_is_scored_again(items: list[Item], tmp_path: Path) -> None
     assert scored[5:] == ["ball1"]
     score_all(items, ProtocolConfig(points=301), workers=1, journal=journal, score=count)
     assert len(scored) == 11
+
+
+def test_a_changed_buffer_is_a_changed_mesh(tmp_path: Path) -> None:
+    item = Item("ball", (tmp_path / "ball.gltf",), (tmp_path / "ball.gltf",))
+    for name, data in trimesh.exchange.gltf.export_gltf(trimesh.Scene(trimesh.creation.icosphere(1))).items():
+        (tmp_path / ("ball.gltf" if name == "model.gltf" else name)).write_bytes(data)
+    before = item_key(item, QUICK)
+    assert item_key(item, QUICK) == before
+    buffer = next(tmp_path.glob("*.bin"))
+    os.utime(buffer, ns=(0, buffer.stat().st_mtime_ns + 1))
+    assert item_key(item, QUICK) != before
+    item.pred[0].write_text("broken")
+    assert item_key(item, QUICK)
 
 
 def test_another_programs_journal_is_refused(tmp_path: Path) -> None:

@@ -26,6 +26,11 @@ def test_glb_and_obj(tmp_path: Path, suffix: str, with_uv: bool) -> None:
     assert has_uv(path) is with_uv
 
 
+def test_any_space_after_the_word_of_an_obj_line(tmp_path: Path) -> None:
+    (tmp_path / "a.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\n vt\t0 0\nf 1/1 2/1 3/1\n")
+    assert has_uv(tmp_path / "a.obj")
+
+
 def test_gltf(tmp_path: Path) -> None:
     path = tmp_path / "ball.gltf"
     path.write_text('{"meshes": [{"primitives": [{"attributes": {"POSITION": 0, "TEXCOORD_0": 1}}]}]}')

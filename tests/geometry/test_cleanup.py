@@ -52,6 +52,24 @@ def test_health_of_known_shapes() -> None:
         mesh_health(trimesh.Trimesh())
 
 
+def test_genus_where_bodies_touch_at_a_vertex() -> None:
+    box, torus, sphere = (
+        trimesh.creation.box(),
+        trimesh.creation.torus(1, 0.3, 12, 8),
+        trimesh.creation.icosphere(1),
+    )
+    corner = trimesh.util.concatenate([box, box.copy().apply_translation([1, 1, 1])])
+    health = mesh_health(corner)
+    assert (health.watertight, health.components, health.genus) == (True, 1, 0)
+    right, left = (
+        torus.vertices[torus.vertices[:, 0].argmax()],
+        sphere.vertices[sphere.vertices[:, 0].argmin()],
+    )
+    joined = trimesh.util.concatenate([torus, sphere.apply_translation(right - left)])
+    health = mesh_health(joined)
+    assert (health.watertight, health.components, health.genus) == (True, 1, 1)
+
+
 def test_split_vertices_do_not_count_as_holes() -> None:
     sphere = trimesh.creation.icosphere(1)
     flat = clean(sphere, CleanupConfig(smooth_normals=False))

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -149,7 +150,12 @@ def test_buffers_in_files_and_data(tmp_path: Path) -> None:
     file = Gltf()
     (tmp_path / "my möbel.bin").write_bytes(file.binary)
     encoded = base64.b64encode(file.binary).decode()
-    for uri in ("my%20m%C3%B6bel.bin", "my möbel.bin", f"data:application/octet-stream;base64,{encoded}"):
+    for uri in (
+        "my%20m%C3%B6bel.bin",
+        "my möbel.bin",
+        f"data:application/octet-stream;base64,{encoded}",
+        f"data:application/octet-stream,{quote(file.binary)}",
+    ):
         file.tree["buffers"] = [{"byteLength": len(file.binary), "uri": uri}]
         (tmp_path / "a.gltf").write_text(json.dumps(file.tree))
         assert_same(tmp_path / "a.gltf")

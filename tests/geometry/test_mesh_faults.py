@@ -239,7 +239,10 @@ def test_text_formats_in_their_variants(tmp_path: Path) -> None:
     for name, text in {
         "a.obj": obj + positive, "b.obj": obj + negative, "c.obj": (obj + broken).replace("\n", "\r\n"),
         "a.off": "OFF\n8 6 12\n" + off, "b.off": "OFF8 6 12\n" + off, "c.off": "# a box\n8 6 12 # counts\n\n" + off,
+        "a.stl": str(trimesh.exchange.stl.export_stl_ascii(mesh)),
+        "a.ply": trimesh.exchange.ply.export_ply(mesh, encoding="ascii").decode(),
     }.items():  # fmt: skip
-        (tmp_path / name).write_bytes(text.encode())
-        found = load_mesh(tmp_path / name)
-        assert found.is_watertight and abs(found.volume) == pytest.approx(mesh.volume), name
+        for encoding in ("utf-8", "utf-8-sig"):
+            (tmp_path / name).write_bytes(text.encode(encoding))
+            found = load_mesh(tmp_path / name)
+            assert found.is_watertight and abs(found.volume) == pytest.approx(mesh.volume), name

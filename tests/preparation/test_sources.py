@@ -178,3 +178,12 @@ def test_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no mesh"):
         FolderSource(tmp_path)
     assert "bpy" not in sys.modules
+
+
+def test_a_changed_buffer_is_another_version_of_a_gltf(tmp_path: Path) -> None:
+    for name, data in trimesh.exchange.gltf.export_gltf(trimesh.Scene(trimesh.creation.box())).items():
+        (tmp_path / name).write_bytes(data)
+    (before,) = FolderSource(tmp_path).items()
+    next(tmp_path.glob("*.bin")).touch()
+    (after,) = FolderSource(tmp_path).items()
+    assert before.version != after.version
