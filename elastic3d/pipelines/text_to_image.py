@@ -255,6 +255,7 @@ class TextToImagePipeline:
                 width=settings.size[0],
                 height=settings.size[1],
                 num_inference_steps=settings.steps,
+                max_sequence_length=self.backbone.longest,  # Qwen-Image's pipeline would cut prompts at 512
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 callback_on_step_end=after_step,
                 output_type="latent",

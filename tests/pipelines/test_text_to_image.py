@@ -89,6 +89,21 @@ def test_dense_images_are_those_of_the_stock_pipeline(name, folders):
         pipeline(["a chair"], [1], steps=2, budget=0.5)
 
 
+def test_a_long_prompt_is_read_to_its_end(folders):
+    """QwenImagePipeline cuts prompts at 512 tokens where it is not told otherwise."""
+    pipeline = load(BackboneName.qwen_image, folders[BackboneName.qwen_image])
+    seen = []
+
+    def note(module, args, kwargs):
+        seen.append(kwargs["encoder_hidden_states"].shape[1])
+
+    handle = pipeline.backbone.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    prompt, size = "chair " * 100, SIZES[BackboneName.qwen_image]
+    pipeline([prompt], [0], steps=2, guidance=1.0, size=size)
+    handle.remove()
+    assert seen[0] >= pipeline.backbone.count_tokens(prompt) > 512
+
+
 @pytest.mark.parametrize("name", FAMILIES, ids=lambda name: name.name)
 def test_the_parts_agree_with_the_pipeline(name, folders):
     """Encode, decode and velocity, which training uses, say what the pipeline's loop says."""
