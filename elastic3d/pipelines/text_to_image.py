@@ -216,7 +216,9 @@ class TextToImagePipeline:
         backbone, (usual_steps, usual_guidance) = self.backbone, self.backbone.default_sampling()
         steps = usual_steps if steps is None else steps
         guidance = usual_guidance if guidance is None else guidance
-        check_range("steps", steps, 1, 1000)
+        # One step stretched to a terminal time, as in Qwen-Image's schedule, is 0 / 0.
+        least = 2 if backbone.pipe.scheduler.config.get("shift_terminal") else 1
+        check_range("steps", steps, least, 1000)
         check_range("guidance", guidance, 0.0, 100.0)
         size = size or (backbone.default_size,) * 2
         if any(side % backbone.multiple for side in size):

@@ -152,6 +152,12 @@ def test_prompts_that_are_none(folders):
         pipeline(["a chair"], [0, 1])
 
 
+def test_one_step_where_the_schedule_has_none(folders):
+    pipeline = load(BackboneName.qwen_image, folders[BackboneName.qwen_image])
+    with pytest.raises(UserError, match="steps is 1, expected a value from 2 to 1000"):
+        pipeline(["a chair"], [0], steps=1, size=SIZES[BackboneName.qwen_image])
+
+
 def test_folders_that_are_no_such_pipeline(folders, tmp_path):
     flux, qwen = folders[BackboneName.flux], folders[BackboneName.qwen_image]
     (tmp_path / "file").touch()
