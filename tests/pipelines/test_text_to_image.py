@@ -193,7 +193,9 @@ def test_routers_of_another_model_and_blocks_without_a_prefix(folders, tmp_path)
         load(BackboneName.flux, flux, routers)
     bigger = save_tiny_flux(tmp_path / "bigger", guidance_embeds=False)
     small = mixed_routers(BackboneName.flux, flux, tmp_path / "small")
-    assert load(BackboneName.flux, bigger, small).backbone.default_sampling() == (4, 1.0)
+    schnell = load(BackboneName.flux, bigger, small).backbone
+    assert schnell.default_sampling() == (4, 1.0)
+    assert schnell.encode_prompts(["a chair"])["prompt_embeds"].shape[1] == schnell.longest == 256
     state = load_file(small / "model.safetensors")
     save_file(
         {k: v for k, v in state.items() if "single_transformer_blocks.1" not in k},
