@@ -305,7 +305,9 @@ def late_start_grid(steps: int, shift: float = 1.0, smallest: float = 0.001) -> 
     """Sampling times (steps,) as Step1X-3D counts them: `steps` noise levels from 1 to 0.001, then 0.
 
     Its first step moves nothing, so that the second starts from pure noise at its own time: that pass is left out here.
+    diffusers' scheduler shifts the smallest level twice: first alone, then with the others.
     """
+    smallest = shift * smallest / (1 + (shift - 1) * smallest)
     sigma = torch.linspace(1.0, smallest, steps, dtype=torch.float64)[min(1, steps - 1) :]
     t = 1 - torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
     return (t / (t + shift * (1 - t))).float()
