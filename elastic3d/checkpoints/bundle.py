@@ -52,14 +52,13 @@ class Bundle:
         sampling = self.config.pipeline
         steps = sampling.steps if steps is None else steps
         guidance = sampling.guidance if guidance is None else guidance
-        embedded = self.dit.config.guidance_embed
         return integrate(
             self.dit,
             condition,
             noise.float(),
             sampling_times(sampling, steps),
-            guidance if embedded else max(guidance, 1.0),
-            guidance_embed=embedded,
+            guidance,
+            guidance_embed=self.dit.config.guidance_embed,
         )
 
 

@@ -68,7 +68,7 @@ def integrate(
     """Noise (B,N,C), condition (B,M,Cc) -> latents (B,N,C), in S steps along times (S+1,), all of them with gradients.
 
     Guidance g: v = v_uncond + g (v_cond - v_uncond) (2207.12598), the unconditional branch sees zeros; g = 1
-    runs the conditional branch alone. A guidance-embedded model takes g as an input and runs one branch.
+    or less runs the conditional branch alone. A guidance-embedded model takes g as an input and runs one branch.
     `solver` ab2: from the second step on the line through the last two velocities is followed (Adams-Bashforth for
     uneven steps); it calls the model no more often.
     `sequential` runs the branches one after the other: half the memory. `one_branch(t)` says whether the conditional
@@ -78,7 +78,7 @@ def integrate(
     """
     times = times.to(noise.device)
     moments, sizes = times.tolist(), times.diff().tolist()
-    count = 1 if guidance == 1.0 or guidance_embed else 2  # of branches
+    count = 1 if guidance <= 1.0 or guidance_embed else 2  # of branches
     tokens = torch.stack([condition, torch.zeros_like(condition)][:count])
     if session is not None:
         scale = guidance if count > 1 else None

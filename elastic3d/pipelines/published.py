@@ -119,7 +119,7 @@ def _need(
 ) -> MemoryNeed:
     parts = found.config
     guidance = parts.pipeline.guidance if config.guidance is None else config.guidance
-    two = guidance != 1.0 and not parts.dit.guidance_embed and not config.low_memory
+    two = guidance > 1.0 and not parts.dit.guidance_embed and not config.low_memory
     encoder = parts.encoder
     return memory_need(
         parts.dit,

@@ -59,9 +59,11 @@ def test_guidance_extrapolates_from_the_unconditional_branch():
     assert flow.batches == [2] * 6 and flow.times[0] == 0
 
 
-def test_guidance_one_runs_one_branch():
-    flow = PointFlow()
-    sample(flow, torch.randn(2, 5, 3), (7, 3), timestep_grid(4), 1.0, generators(0, 1))
+@pytest.mark.parametrize("guidance", [1.0, 0.0])
+def test_guidance_of_one_or_less_runs_the_conditional_branch(guidance):
+    flow, condition = PointFlow(), torch.randn(2, 5, 3)
+    out = sample(flow, condition, (7, 3), timestep_grid(4), guidance, generators(0, 1))
+    torch.testing.assert_close(out, condition.mean(1, keepdim=True).expand(2, 7, 3), rtol=1e-4, atol=1e-4)
     assert flow.batches == [2] * 4
 
 
