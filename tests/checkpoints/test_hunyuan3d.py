@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from elastic3d.checkpoints.dinov2 import build_network
 from elastic3d.checkpoints.hunyuan3d import load_hunyuan3d
 from elastic3d.errors import UserError
+from elastic3d.pipelines.options import GenerateConfig
+from elastic3d.pipelines.published import calibration_home
 
 SUBFOLDER = "hunyuan3d-dit-v2-0"
 WEIGHTS = "model.fp16.safetensors"
@@ -125,6 +127,8 @@ def test_where_it_is_looked_for(written: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HY3DGEN_MODELS", str(written.parent))
     assert load_hunyuan3d(written.name).weights[0].parent == written / SUBFOLDER
     assert load_hunyuan3d(written / SUBFOLDER).weights[0].parent == written / SUBFOLDER
+    named = GenerateConfig(model="hunyuan3d2", weights=written.name, image="a.png", output="a.glb")
+    assert calibration_home(named) == written / SUBFOLDER
 
 
 def test_another_vae(root: Path) -> None:
