@@ -401,7 +401,7 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"prompts is {path}, which is no file: expected a text file, one prompt a line")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise UserError(f"prompts is {path}, which is no text file (UTF-8)") from error
     found = [line for line in lines if line and not line.startswith("#")]

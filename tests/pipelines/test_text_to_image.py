@@ -12,7 +12,7 @@ from elastic3d.elastic import attach, detach, save_routers
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.pipelines.options import BackboneName
-from elastic3d.pipelines.text_to_image import TextToImagePipeline
+from elastic3d.pipelines.text_to_image import TextToImagePipeline, read_prompts
 
 MIXED = RouterConfig(initial_keep=0.5, initial_width_bias=0, head_std=3.0)
 SIZES = {BackboneName.flux: (32, 16), BackboneName.qwen_image: (16, 8)}
@@ -150,6 +150,12 @@ def test_prompts_that_are_none(folders):
         pipeline(["a chair"], [0], size=(20, 16))
     with pytest.raises(UserError, match="2 seeds for 1 prompts"):
         pipeline(["a chair"], [0, 1])
+
+
+def test_prompts_of_a_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeff# two\r\na chair\r\n\r\na café table\r\n".encode())
+    assert read_prompts(path) == ["a chair", "a café table"]
 
 
 def test_one_step_where_the_schedule_has_none(folders):
