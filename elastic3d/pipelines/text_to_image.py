@@ -384,9 +384,8 @@ def check_prompt(prompt: object, backbone: Backbone) -> None:
         raise UserError(f"the prompt is a {type(prompt).__name__}, expected text")
     if not prompt.strip():
         raise UserError("the prompt is empty, expected a few words")
-    bad = next(
-        (c for c in prompt if unicodedata.category(c) in ("Cc", "Cs", "Cn") and c not in "\n\t\r"), None
-    )
+    # Not what Unicode has not assigned: this Python may be older than an emoji.
+    bad = next((c for c in prompt if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t\r"), None)
     if bad is not None:
         raise UserError(f"the prompt is no text: it has the character {ord(bad):#x} in it")
     if len(prompt) > MAX_PROMPT:

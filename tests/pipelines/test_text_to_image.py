@@ -12,7 +12,7 @@ from elastic3d.elastic import attach, detach, save_routers
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.pipelines.options import BackboneName
-from elastic3d.pipelines.text_to_image import TextToImagePipeline, read_prompts
+from elastic3d.pipelines.text_to_image import TextToImagePipeline, check_prompt, read_prompts
 
 MIXED = RouterConfig(initial_keep=0.5, initial_width_bias=0, head_std=3.0)
 SIZES = {BackboneName.flux: (32, 16), BackboneName.qwen_image: (16, 8)}
@@ -146,6 +146,7 @@ def test_prompts_that_are_none(folders):
     for prompt, message in cases.items():
         with pytest.raises(UserError, match=message):
             pipeline([prompt], [0], steps=1, size=(16, 16))
+    check_prompt("a shaking chair \U0001fae8, of Unicode 15", pipeline.backbone)
     with pytest.raises(UserError, match="size is 20x16, expected multiples of 8"):
         pipeline(["a chair"], [0], size=(20, 16))
     with pytest.raises(UserError, match="2 seeds for 1 prompts"):
