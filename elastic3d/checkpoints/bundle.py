@@ -47,7 +47,7 @@ class Bundle:
             guidance: classifier-free guidance scale; 1 or less is none; None is the published default.
 
         Raises:
-            ValueError: fewer than one step, or more than a consistency model has segments.
+            ValueError: fewer than one step, or (UserError) more than a consistency model has segments.
         """
         sampling = self.config.pipeline
         steps = sampling.steps if steps is None else steps

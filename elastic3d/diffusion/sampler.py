@@ -18,6 +18,7 @@ from torch import Tensor
 from elastic3d.diffusion.options import PipelineConfig, SamplingGrid, Solver
 from elastic3d.elastic.context import BOTH_BRANCHES, Branch, Defer
 from elastic3d.elastic.session import ElasticSession
+from elastic3d.errors import UserError
 
 SomeBranches = tuple[Branch, ...]  # the conditional one, or both
 
@@ -291,10 +292,11 @@ def endpoint_grid(steps: int, shift: float = 1.0) -> Tensor:
 def consistency_grid(steps: int, segments: int = 100, train_steps: int = 1000) -> Tensor:
     """Sampling times (steps + 1,) of phased consistency models (2405.18407) as Hunyuan3D-2 turbo takes them.
 
-    The training times i / (train_steps - 1) are cut into `segments`; every N-th segment starts a step.
+    The training times i / (train_steps - 1) are cut into `segments`; every N-th segment starts a step. UserError for more
+    steps than segments.
     """
     if not 1 <= steps <= segments:
-        raise ValueError(f"steps is {steps}, expected 1 to {segments} for this consistency model")
+        raise UserError(f"steps is {steps}, expected 1 to {segments} for this consistency model")
     starts = torch.arange(segments, dtype=torch.float64) * (train_steps // segments) - 1
     chosen = (torch.arange(steps, dtype=torch.float64) * segments / steps).floor().long()
     times = starts.clamp_min(0)[chosen] / (train_steps - 1)
