@@ -149,6 +149,14 @@ def test_prompts_that_are_none(folders):
     check_prompt("a shaking chair \U0001fae8, of Unicode 15", pipeline.backbone)
     with pytest.raises(UserError, match="size is 20x16, expected multiples of 8"):
         pipeline(["a chair"], [0], size=(20, 16))
+    for wrong, message in (
+        ({"size": 16}, r"size is 16, expected a list such as \[a, b\], each element an integer$"),
+        ({"size": (0, 16)}, "size has 0, expected a value from 8 to 4096"),
+        ({"size": (16, 16, 16)}, "size has 3 values, expected 2 to 2"),
+        ({"steps": 2.5}, "steps is 2.5, expected an integer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipeline(["a chair"], [0], **wrong)
     with pytest.raises(UserError, match="2 seeds for 1 prompts"):
         pipeline(["a chair"], [0, 1])
 
