@@ -292,8 +292,8 @@ def endpoint_grid(steps: int, shift: float = 1.0) -> Tensor:
 def consistency_grid(steps: int, segments: int = 100, train_steps: int = 1000) -> Tensor:
     """Sampling times (steps + 1,) of phased consistency models (2405.18407) as Hunyuan3D-2 turbo takes them.
 
-    The training times i / (train_steps - 1) are cut into `segments`; every N-th segment starts a step. UserError for more
-    steps than segments.
+    The training times i / (train_steps - 1) are cut into `segments`; every N-th segment starts a step. UserError for
+    more steps than segments.
     """
     if not 1 <= steps <= segments:
         raise UserError(f"steps is {steps}, expected 1 to {segments} for this consistency model")

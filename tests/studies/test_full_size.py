@@ -19,7 +19,8 @@ def test_a_model_that_is_not_published_is_refused() -> None:
 def test_full_size_models_narrowed(tmp_path: Path) -> None:
     config = FullSizeConfig(
         output=tmp_path / "times.json", width=128, latents=16, steps=10, rounds=1, batches=[1], budgets=[0.5],
-        models=["hunyuan3d2", "hunyuan3d2_mini_turbo", "triposg", "step1x3d"], device=DeviceChoice.cpu, dtype=DTypeChoice.float32,
+        models=["hunyuan3d2", "hunyuan3d2_mini_turbo", "triposg", "step1x3d"], device=DeviceChoice.cpu,
+        dtype=DTypeChoice.float32,
     )  # fmt: skip
     found = measure_full_size(config)
     assert [(row["model"], row["executed"]) for row in found["rows"]] == [
