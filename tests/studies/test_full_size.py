@@ -19,8 +19,7 @@ def test_a_model_that_is_not_published_is_refused() -> None:
 def test_full_size_models_narrowed(tmp_path: Path) -> None:
     config = FullSizeConfig(
         output=tmp_path / "times.json", width=128, latents=16, steps=10, rounds=1, batches=[1], budgets=[0.5],
-        models=["hunyuan3d2", "hunyuan3d2_mini_turbo", "triposg", "step1x3d"], device=DeviceChoice.cpu,
-        dtype=DTypeChoice.float32,
+        models=["hunyuan3d2", "triposg", "step1x3d"], device=DeviceChoice.cpu, dtype=DTypeChoice.float32,
     )  # fmt: skip
     found = measure_full_size(config)
     assert [(row["model"], row["executed"]) for row in found["rows"]] == [
@@ -31,3 +30,11 @@ def test_full_size_models_narrowed(tmp_path: Path) -> None:
     full = published("step1x3d").dit
     assert sized(full, FullSizeConfig()) == full
     assert sized(full, config).heads == 2 and sized(full, config).condition_tokens == round(16 / 2048 * 1370)
+
+
+def test_a_model_with_embedded_guidance_runs_one_branch(tmp_path: Path) -> None:
+    found = measure_full_size(FullSizeConfig(
+        output=tmp_path / "times.json", width=64, latents=4, steps=5, rounds=1, batches=[1], budgets=[0.6],
+        models=["hunyuan3d2_mini_turbo"], device=DeviceChoice.cpu, dtype=DTypeChoice.float32,
+    ))  # fmt: skip
+    assert [row["executed"] for row in found["rows"]] == [1.0, pytest.approx(0.6)]
