@@ -47,19 +47,18 @@ class Bundle:
             guidance: classifier-free guidance scale; 1 or less is none; None is the published default.
 
         Raises:
-            ValueError: fewer than one step, or more than a consistency model has segments.
+            ValueError: fewer than one step, or (UserError) more than a consistency model has segments.
         """
         sampling = self.config.pipeline
         steps = sampling.steps if steps is None else steps
         guidance = sampling.guidance if guidance is None else guidance
-        embedded = self.dit.config.guidance_embed
         return integrate(
             self.dit,
             condition,
             noise.float(),
             sampling_times(sampling, steps),
-            guidance if embedded else max(guidance, 1.0),
-            guidance_embed=embedded,
+            guidance,
+            guidance_embed=self.dit.config.guidance_embed,
         )
 
 

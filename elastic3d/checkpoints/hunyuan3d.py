@@ -32,6 +32,7 @@ DEFAULT_SUBFOLDER = "hunyuan3d-dit-v2-0"
 _PARTS = ("model", "vae", "conditioner")
 _STAGES = {"conditioner": "condition", "model": "dit", "vae": "decode"}
 _NETWORK_PREFIX = "main_image_encoder.model."
+_SHARP = "pc_sharpedge_size"
 _DIT: Table = {
     "in_channels": ("in_channels", 64),
     "context_in_dim": ("condition_channels", 1536),
@@ -85,7 +86,7 @@ _VAE: Table = {
     "point_feats": ("point_features", 3),
     "scale_factor": ("scale_factor", 1.0),
     "label_type": (("binary",), "binary"),
-    **ignored("drop_path_rate pc_size pc_sharpedge_size downsample_ratio"),
+    **ignored(f"drop_path_rate pc_size {_SHARP} downsample_ratio"),
 }
 _IMAGE: Table = {"size": ("size", 512), "border_ratio": ((0.15, None), 0.15)}
 _DINOV2_SIZES = {
@@ -323,7 +324,12 @@ def parse_vae(part: Mapping[str, Any], source: str, has_encoder: bool) -> VAECon
     fields |= {"neighbours_in": 0, "neighbours_out": 0}
     if not has_encoder:
         fields["encoder_layers"] = 0
-    return from_dict(VAEConfig, fields, source)
+    config = from_dict(VAEConfig, fields, source)
+    if has_encoder and params.get(_SHARP, 5120):
+        # The share of sharp edges in the points is that in the points from which latents are read.
+        sizes = [_positive(params, name, 5120, f"{source}: vae") for name in ("pc_size", _SHARP)]
+        config.sharp_latents = int(config.num_latents * sizes[1] / sum(sizes))
+    return config
 
 
 def _part(values: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:

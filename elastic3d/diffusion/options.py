@@ -41,7 +41,7 @@ class PipelineConfig(Options):
     model: str = option("unnamed", "name of the model, for metadata", lengths=(1, 200))
     version: str = option("", "version of elastic3d that wrote the folder", lengths=(0, 200), internal=True)
     steps: int = option(25, "sampling steps", ge=1, le=1000)
-    guidance: float = option(3.0, "classifier-free guidance scale; 1 is none", ge=0, le=100)
+    guidance: float = option(3.0, "classifier-free guidance scale; 1 or less is none", ge=0, le=100)
     resolution: int = option(256, "grid cells a side of the decoding", ge=8, le=512)
     fast_resolution: int = option(0, "that of quality=fast; 0: the same as without", ge=8, le=512, zero=True)
     best_resolution: int = option(0, "that of quality=best; 0: the same as without", ge=8, le=512, zero=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from elastic3d.diffusion.options import PipelineConfig, SamplingGrid, Solver
 from elastic3d.elastic.context import BOTH_BRANCHES, Branch, Defer
 from elastic3d.elastic.session import ElasticSession
+from elastic3d.errors import UserError
 
 SomeBranches = tuple[Branch, ...]  # the conditional one, or both
 
@@ -68,7 +69,7 @@ def integrate(
     """Noise (B,N,C), condition (B,M,Cc) -> latents (B,N,C), in S steps along times (S+1,), all of them with gradients.
 
     Guidance g: v = v_uncond + g (v_cond - v_uncond) (2207.12598), the unconditional branch sees zeros; g = 1
-    runs the conditional branch alone. A guidance-embedded model takes g as an input and runs one branch.
+    or less runs the conditional branch alone. A guidance-embedded model takes g as an input and runs one branch.
     `solver` ab2: from the second step on the line through the last two velocities is followed (Adams-Bashforth for
     uneven steps); it calls the model no more often.
     `sequential` runs the branches one after the other: half the memory. `one_branch(t)` says whether the conditional
@@ -78,7 +79,7 @@ def integrate(
     """
     times = times.to(noise.device)
     moments, sizes = times.tolist(), times.diff().tolist()
-    count = 1 if guidance == 1.0 or guidance_embed else 2  # of branches
+    count = 1 if guidance <= 1.0 or guidance_embed else 2  # of branches
     tokens = torch.stack([condition, torch.zeros_like(condition)][:count])
     if session is not None:
         scale = guidance if count > 1 else None
@@ -291,10 +292,11 @@ def endpoint_grid(steps: int, shift: float = 1.0) -> Tensor:
 def consistency_grid(steps: int, segments: int = 100, train_steps: int = 1000) -> Tensor:
     """Sampling times (steps + 1,) of phased consistency models (2405.18407) as Hunyuan3D-2 turbo takes them.
 
-    The training times i / (train_steps - 1) are cut into `segments`; every N-th segment starts a step.
+    The training times i / (train_steps - 1) are cut into `segments`; every N-th segment starts a step. UserError for
+    more steps than segments.
     """
     if not 1 <= steps <= segments:
-        raise ValueError(f"steps is {steps}, expected 1 to {segments} for this consistency model")
+        raise UserError(f"steps is {steps}, expected 1 to {segments} for this consistency model")
     starts = torch.arange(segments, dtype=torch.float64) * (train_steps // segments) - 1
     chosen = (torch.arange(steps, dtype=torch.float64) * segments / steps).floor().long()
     times = starts.clamp_min(0)[chosen] / (train_steps - 1)
@@ -305,7 +307,9 @@ def late_start_grid(steps: int, shift: float = 1.0, smallest: float = 0.001) -> 
     """Sampling times (steps,) as Step1X-3D counts them: `steps` noise levels from 1 to 0.001, then 0.
 
     Its first step moves nothing, so that the second starts from pure noise at its own time: that pass is left out here.
+    diffusers' scheduler shifts the smallest level twice: first alone, then with the others.
     """
+    smallest = shift * smallest / (1 + (shift - 1) * smallest)
     sigma = torch.linspace(1.0, smallest, steps, dtype=torch.float64)[min(1, steps - 1) :]
     t = 1 - torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
     return (t / (t + shift * (1 - t))).float()

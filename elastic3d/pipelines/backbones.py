@@ -120,6 +120,11 @@ class FluxBackbone(Backbone):
     pipeline_class = "FluxPipeline"
     defaults = {True: (28, 3.5), False: (4, 1.0)}  # FLUX.1-dev, FLUX.1-schnell
 
+    @property
+    def longest(self) -> int:  # type: ignore[override]
+        """Tokens of a prompt, which is filled up to them; FLUX.1-schnell was trained on fewer."""
+        return 512 if self.embeds_guidance else 256
+
     def count_tokens(self, prompt: str) -> int:
         """T5's."""
         return len(self.pipe.tokenizer_2(prompt).input_ids)

@@ -258,7 +258,7 @@ def _keep(
     if drawn:
         result.metadata["image"] = drawn[number].metadata
     try:
-        frontal = config.model in PRESETS
+        frontal = result.metadata["model"] in PRESETS  # published, also from a folder that imported it
         mesh, check = finish(
             result, config.asset, job.output.suffix, images[number], config.foreground, frontal
         )

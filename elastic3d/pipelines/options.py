@@ -110,7 +110,7 @@ class MeshRequestConfig(Options):
         None, "Sampling steps; null: by budget=, or the model's default.", ge=1, le=1000
     )
     guidance: float | None = option(
-        None, "How strictly the image is followed; null: the model's.", ge=0, le=100
+        None, "How strictly the image is followed; 1 or less: one branch; null: the model's.", ge=0, le=100
     )
     resolution: int | None = option(
         None, "Grid cells a side; null: that of quality=, or the model's default.", ge=8, le=512

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from elastic3d.checkpoints.bundle import Bundle, Inspection
-from elastic3d.checkpoints.hunyuan3d import inspect_hunyuan3d, load_hunyuan3d
+from elastic3d.checkpoints.folders import open_folder
+from elastic3d.checkpoints.hunyuan3d import find_checkpoint, inspect_hunyuan3d, load_hunyuan3d
 from elastic3d.checkpoints.options import PRESETS, ImportConfig
 from elastic3d.checkpoints.step1x3d import inspect_step1x3d, load_step1x3d
 from elastic3d.checkpoints.triposg import inspect_triposg, load_triposg
@@ -29,13 +30,15 @@ from elastic3d.utils.files import file_sha256
 
 
 def calibration_home(config: GenerateConfig) -> Path:
-    """The folder beside whose weights a model without routers has its calibration."""
+    """The folder beside whose weights a model without routers has its calibration; of published weights the one where
+    they are found. UserError as the family's loader."""
     if config.model not in PRESETS:
         return find_model(config.model or DEFAULT_MODEL)
     preset = PRESETS[config.model]
-    weights = Path(config.weights or preset.repository)
-    within = weights / (config.subfolder or preset.subfolder)
-    return within if within.is_dir() else weights
+    folder, subfolder = config.weights or preset.repository, config.subfolder or preset.subfolder
+    if preset.family == "hunyuan3d":
+        return find_checkpoint(folder, subfolder)[0].parent
+    return open_folder(folder, config.model, subfolder).root
 
 
 def published_pipeline(config: GenerateConfig, batch: int) -> ImageTo3DPipeline:
@@ -119,7 +122,7 @@ def _need(
 ) -> MemoryNeed:
     parts = found.config
     guidance = parts.pipeline.guidance if config.guidance is None else config.guidance
-    two = guidance != 1.0 and not parts.dit.guidance_embed and not config.low_memory
+    two = guidance > 1.0 and not parts.dit.guidance_embed and not config.low_memory
     encoder = parts.encoder
     return memory_need(
         parts.dit,

@@ -150,7 +150,7 @@ def pass_flops(dit: ShapeDiT | SkipDiT, latents: int, condition: int) -> list[Bl
 def dense_flops(dit: ShapeDiT | SkipDiT, config: PipelineConfig, condition: int) -> int:
     """FLOPs of a DiT's blocks in a dense generation of one sample, over all moves and branches."""
     moves = len(sampling_times(config, config.steps)) - 1
-    branches = 2 if config.guidance != 1.0 and not dit.config.guidance_embed else 1
+    branches = 2 if config.guidance > 1.0 and not dit.config.guidance_embed else 1
     return moves * branches * sum(block.dense for block in pass_flops(dit, dit.config.num_latents, condition))
 
 

@@ -49,7 +49,7 @@ class StaticDiT:
         """
         session = session_of(self.dit) if is_attached(self.dit) else None
         moments = times.tolist()[:-1]
-        scale = None if guidance == 1.0 or self.dit.config.guidance_embed else guidance
+        scale = None if guidance <= 1.0 or self.dit.config.guidance_embed else guidance
         if session is not None:
             session.coarsen(len(moments), session.settings.budget, scale, moments)
             if not is_static(session):

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from elastic3d.elastic.config import MIN_BUDGET, ElasticOptions
+from elastic3d.models.images import save_image
 from elastic3d.pipelines.generation import Draw, Job
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, GenerateConfig
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.pipelines.text_to_image import ImageResult, TextToImagePipeline, check_prompt
-from elastic3d.utils.files import atomic_path, read_text
+from elastic3d.utils.files import read_text
 
 NOUNS_NAME = "nouns.txt"
 
@@ -42,8 +43,7 @@ def prompt_drawer(config: GenerateConfig, pipeline: ImageTo3DPipeline) -> tuple[
     def draw(jobs: Sequence[Job]) -> list[ImageResult]:
         results = images([job.prompt for job in jobs], [job.seed for job in jobs], **options)
         for job, result in zip(jobs, results, strict=True):
-            with atomic_path(job.drawing) as temporary:
-                result.image.save(temporary)
+            save_image(result.image, job.drawing, result.metadata)
         return results
 
     return draw, config

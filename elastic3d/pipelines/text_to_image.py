@@ -31,7 +31,7 @@ from elastic3d.pipelines.image_loading import (
     quiet,
     weight_files,
 )
-from elastic3d.pipelines.options import MAX_PROMPT, NO_ROUTERS_NAME, BackboneName
+from elastic3d.pipelines.options import MAX_PIXELS, MAX_PROMPT, NO_ROUTERS_NAME, BackboneName
 from elastic3d.pipelines.runtime import (
     find_model,
     named_routers,
@@ -45,7 +45,7 @@ from elastic3d.pipelines.runtime import (
 from elastic3d.pipelines.training_free import calibration_file, find_calibration
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256, load_json
-from elastic3d.utils.options import check_range, shown
+from elastic3d.utils.options import Bounds, check_range, check_value, shown
 
 ROUTERS_NAME = "routers"
 
@@ -216,9 +216,13 @@ class TextToImagePipeline:
         backbone, (usual_steps, usual_guidance) = self.backbone, self.backbone.default_sampling()
         steps = usual_steps if steps is None else steps
         guidance = usual_guidance if guidance is None else guidance
-        check_range("steps", steps, 1, 1000)
+        # One step stretched to a terminal time, as in Qwen-Image's schedule, is 0 / 0.
+        least = 2 if backbone.pipe.scheduler.config.get("shift_terminal") else 1
+        check_value("steps", steps, int, Bounds(ge=least, le=1000))
         check_range("guidance", guidance, 0.0, 100.0)
         size = size or (backbone.default_size,) * 2
+        sides = Bounds(ge=backbone.multiple, le=MAX_PIXELS, lengths=(2, 2))
+        check_value("size", size, tuple[int, int] | list[int], sides)
         if any(side % backbone.multiple for side in size):
             raise UserError(f"size is {size[0]}x{size[1]}, expected multiples of {backbone.multiple}")
         return Settings(steps, guidance, size, ElasticConfig())
@@ -255,6 +259,7 @@ class TextToImagePipeline:
                 width=settings.size[0],
                 height=settings.size[1],
                 num_inference_steps=settings.steps,
+                max_sequence_length=self.backbone.longest,  # Qwen-Image's pipeline would cut prompts at 512
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 callback_on_step_end=after_step,
                 output_type="latent",
@@ -381,9 +386,8 @@ def check_prompt(prompt: object, backbone: Backbone) -> None:
         raise UserError(f"the prompt is a {type(prompt).__name__}, expected text")
     if not prompt.strip():
         raise UserError("the prompt is empty, expected a few words")
-    bad = next(
-        (c for c in prompt if unicodedata.category(c) in ("Cc", "Cs", "Cn") and c not in "\n\t\r"), None
-    )
+    # Not what Unicode has not assigned: this Python may be older than an emoji.
+    bad = next((c for c in prompt if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t\r"), None)
     if bad is not None:
         raise UserError(f"the prompt is no text: it has the character {ord(bad):#x} in it")
     if len(prompt) > MAX_PROMPT:
@@ -398,7 +402,7 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"prompts is {path}, which is no file: expected a text file, one prompt a line")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise UserError(f"prompts is {path}, which is no text file (UTF-8)") from error
     found = [line for line in lines if line and not line.startswith("#")]

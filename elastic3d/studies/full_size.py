@@ -29,7 +29,7 @@ from elastic3d.pipelines.runtime import resolve_device, resolve_dtype
 from elastic3d.studies.config import FullSizeConfig
 from elastic3d.utils.files import save_json
 
-GUIDANCE = 5.0  # two branches
+GUIDANCE = 5.0  # two branches, but for distilled models
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -89,7 +89,7 @@ class _Cast(nn.Module):
         self, latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None
     ) -> Tensor:
         """As the DiT."""
-        return self.dit(latents.to(self.like.dtype), t, condition)
+        return self.dit(latents.to(self.like.dtype), t, condition, guidance)
 
 
 def _round(
@@ -101,6 +101,7 @@ def _round(
     condition = torch.randn(
         batch, size.condition_tokens, size.condition_channels, device=like.device, dtype=like.dtype
     )
+    options = {"session": session, "guidance_embed": size.guidance_embed}
     cuda = like.device.type == "cuda"
     clock = time.perf_counter if cuda else time.process_time
     for budget in budgets:
@@ -113,7 +114,7 @@ def _round(
             CLEAR.write_text("5")  # the peak of the resident set starts anew
         start = clock()
         with torch.no_grad():
-            integrate(dit, condition, noise, timestep_grid(steps), GUIDANCE, session=session)
+            integrate(dit, condition, noise, timestep_grid(steps), GUIDANCE, **options)
         if cuda:
             torch.cuda.synchronize()
         seconds, peak = clock() - start, _peak_mb(cuda)

@@ -31,7 +31,7 @@ from elastic3d.preparation.sources import with_article
 from elastic3d.training.datasets import Batch, PreparedShapes, read_split
 from elastic3d.training.options import LimitedSplitsConfig
 from elastic3d.training.views import stored_views
-from elastic3d.utils.files import Number, load_json, load_json_lines, save_json, visible_files
+from elastic3d.utils.files import Number, load_json, load_json_lines, read_text, save_json, visible_files
 from elastic3d.utils.options import Options, option
 
 INFO_NAME, NEGATIVE_NAME = "cache.json", "negative.safetensors"
@@ -244,7 +244,8 @@ def _from_texts(folder: Path) -> list[tuple[Path, str]]:
     files = visible_files(folder, recursive=False)
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     texts = [(path, path.with_suffix(".txt")) for path in images]
-    return [(path, text) for path, file in texts if file.is_file() and (text := file.read_text().strip())]
+    full = [(path, file) for path, file in texts if file.is_file() and file.stat().st_size]
+    return [(path, text) for path, file in full if (text := read_text(file, "a caption").strip())]
 
 
 def _from_lines(folder: Path) -> list[tuple[Path, str]]:

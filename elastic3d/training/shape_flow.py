@@ -64,7 +64,7 @@ class ShapeFlow(Flow):
         self.record, self.lengths = cache.record, cache.info.token_counts
         self.guidance = self.pipeline.guidance if guidance is None else guidance
         self.embeds_guidance = self.dit.config.guidance_embed
-        self.paired = self.guidance != 1.0 and not self.embeds_guidance
+        self.paired = self.guidance > 1.0 and not self.embeds_guidance
         vae: VAEConfig = load_config(self.folder / "vae", VAEConfig, "ShapeVAE")
         self.anchors = vae.channels - vae.latent_channels
         anchor_weight = getattr(options, "anchor_weight", 1.0)

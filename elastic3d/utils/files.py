@@ -91,10 +91,10 @@ def check_file(path: str | os.PathLike[str], what: str = "a file", limit: int | 
 
 
 def read_text(path: str | os.PathLike[str], what: str = "a text file", limit: int = 1 << 28) -> str:
-    """The UTF-8 text of an ordinary file. UserError as `check_file`, or where it is no text."""
+    """The UTF-8 text of an ordinary file, without a byte-order mark. UserError as `check_file`, or if it is no text."""
     path = check_file(path, what, limit)
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{printable(path)} is broken or no text, expected {what}: {error}") from error
     except OSError as error:

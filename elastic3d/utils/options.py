@@ -174,7 +174,7 @@ def expected(kind: Any) -> str:
     """A type in words: `an integer`, `one of adamw, muon`, `a list such as [a, b], each element a number`."""
     kinds = alternatives(kind)
     parts = [_expected(each) for each in kinds if each is not type(None)]
-    return " or ".join([*parts, *(["null"] if type(None) in kinds else [])])
+    return " or ".join([*dict.fromkeys(parts), *(["null"] if type(None) in kinds else [])])
 
 
 def _expected(kind: Any) -> str:

@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from elastic3d.checkpoints.dinov2 import build_network
 from elastic3d.checkpoints.hunyuan3d import load_hunyuan3d
 from elastic3d.errors import UserError
+from elastic3d.pipelines.options import GenerateConfig
+from elastic3d.pipelines.published import calibration_home
 
 SUBFOLDER = "hunyuan3d-dit-v2-0"
 WEIGHTS = "model.fp16.safetensors"
@@ -125,11 +127,14 @@ def test_where_it_is_looked_for(written: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HY3DGEN_MODELS", str(written.parent))
     assert load_hunyuan3d(written.name).weights[0].parent == written / SUBFOLDER
     assert load_hunyuan3d(written / SUBFOLDER).weights[0].parent == written / SUBFOLDER
+    named = GenerateConfig(model="hunyuan3d2", weights=written.name, image="a.png", output="a.glb")
+    assert calibration_home(named) == written / SUBFOLDER
 
 
-def test_another_vae(root: Path) -> None:
+@pytest.mark.parametrize(("sharp", "read_there"), [(0, 0), (32, 2), (64, 3)])
+def test_another_vae(root: Path, sharp: int, read_there: int) -> None:
     config = tiny_config()["vae"]
-    config["params"] |= {"num_encoder_layers": 2, "point_feats": 4, "pc_size": 64, "pc_sharpedge_size": 0}
+    config["params"] |= {"num_encoder_layers": 2, "point_feats": 4, "pc_size": 64, "pc_sharpedge_size": sharp}
     folder = root / "hunyuan3d-vae-v2-0-withencoder"
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -137,7 +142,8 @@ def test_another_vae(root: Path) -> None:
     save_file({name: random_tensor(name, shape) for name, shape in shapes.items()}, folder / WEIGHTS)
     vae = load_hunyuan3d(root, vae_subfolder=folder.name).vae
     surface = torch.nn.functional.normalize(torch.randn(1, 40, 3), dim=-1).repeat(1, 1, 2)
-    assert vae.encode(surface).mean.shape == (1, 6, 8)
+    assert vae.encode(surface).mean.shape == vae.encode(surface, surface).mean.shape == (1, 6, 8)
+    assert vae.config.sharp_latents == read_there
 
 
 # --------------------------------------------------------------------------------------------------- on paper

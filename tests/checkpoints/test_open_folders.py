@@ -23,6 +23,8 @@ from elastic3d.checkpoints.tiny import write_tiny
 from elastic3d.checkpoints.triposg import dit_rows, load_triposg, load_triposg_vae, vae_rows
 from elastic3d.errors import UserError
 from elastic3d.models.options import SkipDiTConfig
+from elastic3d.pipelines.options import GenerateConfig
+from elastic3d.pipelines.published import calibration_home
 
 LOADERS: dict[str, Callable[..., Bundle]] = {"triposg": load_triposg, "step1x3d": load_step1x3d}
 MODELS = tuple(LOADERS)
@@ -134,6 +136,8 @@ def test_the_cache_of_the_hub(
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     assert load_triposg("VAST-AI/TripoSG").dit.config.width == load_triposg().dit.config.width == 32
+    beside = calibration_home(GenerateConfig(model="triposg", image="a.png", output="a.glb"))
+    assert beside == repository / "snapshots" / commit
     with pytest.raises(
         UserError, match=r"stepfun-ai/Step1X-3D.* can't be downloaded .*: give its folder as weights="
     ):

@@ -24,6 +24,7 @@ from elastic3d.checkpoints.step1x3d import dit_rows as step1x_rows
 from elastic3d.checkpoints.step1x3d import load_step1x3d
 from elastic3d.checkpoints.step1x3d import vae_rows as step1x_vae_rows
 from elastic3d.checkpoints.triposg import dit_rows, load_triposg, vae_rows
+from elastic3d.diffusion.sampler import late_start_grid
 from elastic3d.models.skip_dit import SkipDiT
 from elastic3d.pipelines.estimates import published
 
@@ -121,6 +122,15 @@ def test_sampling_of_step1x(step1x: Bundle) -> None:
         out = guided(step1x_velocity, x, now, condition, scale) * (0.0 if i == 0 else 1.0)
         x = x + (after - now) * out
     torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_times_of_step1x_are_those_of_the_scheduler(shift: float) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
+    scheduler.set_timesteps(30)
+    torch.testing.assert_close(late_start_grid(30, shift), 1 - scheduler.sigmas[1:])
 
 
 def test_image_tokens(triposg: Bundle, step1x: Bundle) -> None:

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from elastic3d.diffusion.options import Solver
-from elastic3d.diffusion.sampler import sample, timestep_grid
+from elastic3d.diffusion.options import PipelineConfig, SamplingGrid, Solver
+from elastic3d.diffusion.sampler import sample, sampling_times, timestep_grid
+from elastic3d.errors import UserError
 
 
 def generators(*seeds):
@@ -59,9 +60,11 @@ def test_guidance_extrapolates_from_the_unconditional_branch():
     assert flow.batches == [2] * 6 and flow.times[0] == 0
 
 
-def test_guidance_one_runs_one_branch():
-    flow = PointFlow()
-    sample(flow, torch.randn(2, 5, 3), (7, 3), timestep_grid(4), 1.0, generators(0, 1))
+@pytest.mark.parametrize("guidance", [1.0, 0.0])
+def test_guidance_of_one_or_less_runs_the_conditional_branch(guidance):
+    flow, condition = PointFlow(), torch.randn(2, 5, 3)
+    out = sample(flow, condition, (7, 3), timestep_grid(4), guidance, generators(0, 1))
+    torch.testing.assert_close(out, condition.mean(1, keepdim=True).expand(2, 7, 3), rtol=1e-4, atol=1e-4)
     assert flow.batches == [2] * 4
 
 
@@ -92,6 +95,13 @@ def test_progress_is_reported_and_generators_are_counted():
     assert seen == [(1, 3), (2, 3), (3, 3)]
     with pytest.raises(ValueError, match="1 generators for a batch of 2"):
         sample(PointFlow(), torch.randn(2, 5, 3), (7, 3), timestep_grid(3), 1.0, generators(0))
+
+
+def test_a_consistency_model_has_no_more_steps_than_segments():
+    config = PipelineConfig(grid=SamplingGrid.consistency, segments=100)
+    assert len(sampling_times(config, 100)) == 101
+    with pytest.raises(UserError, match="steps is 101, expected 1 to 100 for this consistency model"):
+        sampling_times(config, 101)
 
 
 def test_grid_ends_at_both_ends_and_shift_spends_steps_near_noise():

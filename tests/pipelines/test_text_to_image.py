@@ -12,7 +12,7 @@ from elastic3d.elastic import attach, detach, save_routers
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.pipelines.options import BackboneName
-from elastic3d.pipelines.text_to_image import TextToImagePipeline
+from elastic3d.pipelines.text_to_image import TextToImagePipeline, check_prompt, read_prompts
 
 MIXED = RouterConfig(initial_keep=0.5, initial_width_bias=0, head_std=3.0)
 SIZES = {BackboneName.flux: (32, 16), BackboneName.qwen_image: (16, 8)}
@@ -89,6 +89,21 @@ def test_dense_images_are_those_of_the_stock_pipeline(name, folders):
         pipeline(["a chair"], [1], steps=2, budget=0.5)
 
 
+def test_a_long_prompt_is_read_to_its_end(folders):
+    """QwenImagePipeline cuts prompts at 512 tokens where it is not told otherwise."""
+    pipeline = load(BackboneName.qwen_image, folders[BackboneName.qwen_image])
+    seen = []
+
+    def note(module, args, kwargs):
+        seen.append(kwargs["encoder_hidden_states"].shape[1])
+
+    handle = pipeline.backbone.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    prompt, size = "chair " * 100, SIZES[BackboneName.qwen_image]
+    pipeline([prompt], [0], steps=2, guidance=1.0, size=size)
+    handle.remove()
+    assert seen[0] >= pipeline.backbone.count_tokens(prompt) > 512
+
+
 @pytest.mark.parametrize("name", FAMILIES, ids=lambda name: name.name)
 def test_the_parts_agree_with_the_pipeline(name, folders):
     """Encode, decode and velocity, which training uses, say what the pipeline's loop says."""
@@ -131,10 +146,31 @@ def test_prompts_that_are_none(folders):
     for prompt, message in cases.items():
         with pytest.raises(UserError, match=message):
             pipeline([prompt], [0], steps=1, size=(16, 16))
+    check_prompt("a shaking chair \U0001fae8, of Unicode 15", pipeline.backbone)
     with pytest.raises(UserError, match="size is 20x16, expected multiples of 8"):
         pipeline(["a chair"], [0], size=(20, 16))
+    for wrong, message in (
+        ({"size": 16}, r"size is 16, expected a list such as \[a, b\], each element an integer$"),
+        ({"size": (0, 16)}, "size has 0, expected a value from 8 to 4096"),
+        ({"size": (16, 16, 16)}, "size has 3 values, expected 2 to 2"),
+        ({"steps": 2.5}, "steps is 2.5, expected an integer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipeline(["a chair"], [0], **wrong)
     with pytest.raises(UserError, match="2 seeds for 1 prompts"):
         pipeline(["a chair"], [0, 1])
+
+
+def test_prompts_of_a_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeff# two\r\na chair\r\n\r\na café table\r\n".encode())
+    assert read_prompts(path) == ["a chair", "a café table"]
+
+
+def test_one_step_where_the_schedule_has_none(folders):
+    pipeline = load(BackboneName.qwen_image, folders[BackboneName.qwen_image])
+    with pytest.raises(UserError, match="steps is 1, expected a value from 2 to 1000"):
+        pipeline(["a chair"], [0], steps=1, size=SIZES[BackboneName.qwen_image])
 
 
 def test_folders_that_are_no_such_pipeline(folders, tmp_path):
@@ -172,7 +208,9 @@ def test_routers_of_another_model_and_blocks_without_a_prefix(folders, tmp_path)
         load(BackboneName.flux, flux, routers)
     bigger = save_tiny_flux(tmp_path / "bigger", guidance_embeds=False)
     small = mixed_routers(BackboneName.flux, flux, tmp_path / "small")
-    assert load(BackboneName.flux, bigger, small).backbone.default_sampling() == (4, 1.0)
+    schnell = load(BackboneName.flux, bigger, small).backbone
+    assert schnell.default_sampling() == (4, 1.0)
+    assert schnell.encode_prompts(["a chair"])["prompt_embeds"].shape[1] == schnell.longest == 256
     state = load_file(small / "model.safetensors")
     save_file(
         {k: v for k, v in state.items() if "single_transformer_blocks.1" not in k},

@@ -19,6 +19,7 @@ from tiny_images import save_tiny_small
 from tiny_pipeline import image, save_image, tiny_pipeline
 
 from elastic3d.geometry.mesh_io import read_extras
+from elastic3d.models.images import read_metadata
 from elastic3d.pipelines import generation
 from elastic3d.pipelines.options import GenerateConfig
 
@@ -242,6 +243,7 @@ def test_a_prompt_becomes_a_mesh(
         assert extras["seed"] == extras["image"]["seed"] == 3 + n
         assert extras["image"]["prompt"] == "a red ball" and extras["image"]["backbone"] == "small"
         assert Image.open(tmp_path / f"x_{n}_image.png").size == (100, 80)
+        assert read_metadata(tmp_path / f"x_{n}_image.png") == extras["image"]
     assert command(*options, "output=y.glb", "image=a.png") == 2
     assert "image= and prompt= are both there" in capsys.readouterr().err
     assert command(*options, "output=y.glb", "budget=0.5") == 2

@@ -30,3 +30,11 @@ def test_full_size_models_narrowed(tmp_path: Path) -> None:
     full = published("step1x3d").dit
     assert sized(full, FullSizeConfig()) == full
     assert sized(full, config).heads == 2 and sized(full, config).condition_tokens == round(16 / 2048 * 1370)
+
+
+def test_a_model_with_embedded_guidance_runs_one_branch(tmp_path: Path) -> None:
+    found = measure_full_size(FullSizeConfig(
+        output=tmp_path / "times.json", width=64, latents=4, steps=5, rounds=1, batches=[1], budgets=[0.6],
+        models=["hunyuan3d2_mini_turbo"], device=DeviceChoice.cpu, dtype=DTypeChoice.float32,
+    ))  # fmt: skip
+    assert [row["executed"] for row in found["rows"]] == [1.0, pytest.approx(0.6)]

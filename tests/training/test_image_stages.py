@@ -123,6 +123,9 @@ def test_a_folder_of_images(folder, tmp_path):
     train, val = (ImageFolder(folder, config, validation) for validation in (False, True))
     assert (len(train), len(val)) == (4, 3)
     assert train.load(0, 16)[0].captions == ["an image of 1"] and train.load(0, 16)[0].image.size == (16, 16)
+    (folder / "0.txt").write_bytes("ein Glas Kölsch".encode("latin-1"))
+    with pytest.raises(UserError, match="0.txt is broken or no text, expected a caption"):
+        ImageFolder(folder, config, False)
     (folder / "captions.jsonl").write_text(
         '{"file": "0.png", "caption": "x"}\n\n{"file": "1.png", "caption": "y"}\n'
     )

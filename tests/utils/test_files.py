@@ -59,6 +59,11 @@ def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
     assert printable(path.name) == r"m\xf6bel.glb" and printable("椅 ü") == "椅 ü"
 
 
+def test_text_of_an_editor_that_marks_the_byte_order(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8-sig")
+    assert read_text(tmp_path / "config.json") == "{}"
+
+
 def test_walking_follows_links_but_not_in_circles_and_skips_hidden_files(tmp_path: Path) -> None:
     inside, outside = tmp_path / "in", tmp_path / "out"
     (inside / "sub" / ".git").mkdir(parents=True)
