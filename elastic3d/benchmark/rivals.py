@@ -15,7 +15,6 @@ import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from elastic3d.benchmark.config import BenchmarkOptions, CacheName, ImageBenchmarkConfig
-from elastic3d.benchmark.forecasting import HISTORY, Clock, Forward, forecasting, replaced
+from elastic3d.benchmark.forecasting import HISTORY, Clock, forecasting, replaced
 from elastic3d.benchmark.methods import DENSE, Case, Planner, Rival, Routes
 from elastic3d.pipelines.options import BackboneName
 
@@ -114,29 +113,19 @@ def running(
 # ---------------------------------------------------------------------------------------- what they execute
 
 
-@dataclass
-class FlopMeter:
-    """What was counted so far, in `total`."""
-
-    total: int = 0
-
-
 @contextmanager
-def metered(transformer: nn.Module) -> Iterator[FlopMeter]:
-    """While it lasts, every forward pass of `transformer` is counted; nothing else is."""
-    meter = FlopMeter()
+def metered(transformer: nn.Module) -> Iterator[list[int]]:
+    """While it lasts, the FLOPs of every forward pass of `transformer` are put on a list; those of nothing else are."""
+    passes: list[int] = []
 
-    def inside(forward: Forward) -> Forward:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-                out = forward(*args, **kwargs)
-            meter.total += counter.get_total_flops()
-            return out
+    def counted(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            out = forward(*args, **kwargs)
+        passes.append(counter.get_total_flops())
+        return out
 
-        return wrapped
-
-    with replaced(transformer, inside):
-        yield meter
+    with replaced(transformer, counted):
+        yield passes
 
 
 # ---------------------------------------------------------------------------------------- on every model
@@ -151,27 +140,24 @@ def _hicache(transformer: nn.Module, options: dict[str, Any], steps: int) -> Ite
     states: dict[int, dict[str, Any]] = {}
     forecast = {"hermite": hicache_pp.hicache_forecast, "dmd": hicache_pp.dmd_forecast_state}[options["by"]]
 
-    def around(forward: Forward) -> Forward:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if clock.branch not in states:
-                states[clock.branch] = hicache_pp.hicache_init(
-                    steps, options["interval"], first_enhance=options["warmup"], backend=options["by"], history=HISTORY
-                )  # fmt: skip
-            state = states[clock.branch]
-            state["step"] = clock.step
-            if hicache_pp.hicache_decide(state) == "forecast":
-                found = forecast(state)
-                return found if not state["packed"] else (found,)
-            out = forward(*args, **kwargs)
-            state["packed"] = isinstance(out, tuple)
-            value = (out[0] if state["packed"] else out).detach()
-            hicache_pp.hicache_update_derivatives(state, value)
-            hicache_pp.dmd_update_snapshots(state, value, HISTORY)
-            return out
+    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if clock.branch not in states:
+            states[clock.branch] = hicache_pp.hicache_init(
+                steps, options["interval"], first_enhance=options["warmup"], backend=options["by"], history=HISTORY
+            )  # fmt: skip
+        state = states[clock.branch]
+        state["step"] = clock.step
+        if hicache_pp.hicache_decide(state) == "forecast":
+            found = forecast(state)
+            return found if not state["packed"] else (found,)
+        out = forward(*args, **kwargs)
+        state["packed"] = isinstance(out, tuple)
+        value = (out[0] if state["packed"] else out).detach()
+        hicache_pp.hicache_update_derivatives(state, value)
+        hicache_pp.dmd_update_snapshots(state, value, HISTORY)
+        return out
 
-        return wrapped
-
-    with clock.ticking(), replaced(transformer, around):
+    with clock.ticking(), replaced(transformer, run):
         yield
 
 

@@ -167,11 +167,11 @@ class Task(ABC):
     def produced(self, run: Run, jobs: Sequence[Job]) -> list[Any]:
         """Results of a batch; the metadata of a rival say what it really executed."""
         source, dit = self.controls.source(run, jobs), self.model(run).dit
-        with self.ready(run, source), metered(dit) if run.rival else nullcontext() as meter:
+        with self.ready(run, source), metered(dit) if run.rival else nullcontext() as passes:
             results = self.produce(run, jobs)
-        if meter is not None:
+        if passes is not None:
             outside, blocks = self._dense_flops(run.steps)
-            share = (meter.total / len(jobs) - outside) / blocks
+            share = (sum(passes) / len(jobs) - outside) / blocks
             for result in results:
                 if "flops_dense" in result.metadata:
                     result.metadata["flops_executed"] = round(share * result.metadata["flops_dense"])
@@ -180,9 +180,9 @@ class Task(ABC):
     def _metered_dense_flops(self, steps: int) -> tuple[float, float]:
         """What a dense generation spends outside the blocks, and in them."""
         dense = self.planner.dense(steps)
-        with self.ready(dense), metered(self.model(dense).dit) as meter:
+        with self.ready(dense), metered(self.model(dense).dit) as passes:
             blocks = self.produce(dense, self.jobs[:1])[0].metadata["flops_dense"]
-        return meter.total - blocks, blocks
+        return sum(passes) - blocks, blocks
 
     # ------------------------------------------------------------------------------------------ keeping
 
