@@ -10,14 +10,7 @@ from elastic3d.benchmark.config import PolicyName
 from elastic3d.elastic.cache import Forecast
 from elastic3d.elastic.context import StepContext
 from elastic3d.elastic.router import RouteDecision
-from elastic3d.elastic.training_free import (
-    Array,
-    Calibration,
-    StepPolicy,
-    all_or_none,
-    check_budget,
-    even_steps,
-)
+from elastic3d.elastic.training_free import Array, Calibration, StepPolicy, all_or_none, even_steps
 from elastic3d.pipelines.calibration import relative_change
 
 
@@ -33,9 +26,7 @@ def policy_named(name: PolicyName, calibration: Calibration | None) -> StepPolic
 class FittedPolicy(StepPolicy):
     """Steps at even distances, fitted forecasts."""
 
-    def __init__(self, calibration: Calibration | None) -> None:
-        super().__init__(calibration)
-        self.schedule = "even"
+    schedule = "even"
 
     def chosen(self, count: int) -> tuple[int, ...]:
         """Even steps, whatever is predicted."""
@@ -46,14 +37,12 @@ class OnlinePolicy(StepPolicy):
     """Each sample by itself: predicted errors, scaled by how fast its own input changes, add up until they pass a
     threshold, as in TeaCache (2411.19108) and EasyCache (2507.02860)."""
 
-    def __init__(self, calibration: Calibration | None) -> None:
-        super().__init__(calibration)
-        self.schedule = "online"
+    schedule = "online"
 
     def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> Forecast | None:
         """A generation begins -> how residuals go on in it."""
         forecast = super().begin(steps, times, budgets)
-        counts = [check_budget(budget, steps) for budget in budgets]
+        counts = [len(computed) for computed in self._computed]
         levels = {count: threshold(self._errors, count) for count in set(counts)}
         self._samples = [_Online(self._errors, levels[count]) for count in counts]
         return forecast
