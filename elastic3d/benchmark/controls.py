@@ -134,7 +134,7 @@ class Controls:
     def _key(self) -> int:
         """Of the model, guidance, resolution, steps and items."""
         items = [(job.name, job.seed) for job in self.calibration]
-        return zlib.crc32(repr((self.planner.reference().name, self.planner.control_steps, items)).encode())
+        return zlib.crc32(repr((self.planner.reference.name, self.planner.control_steps, items)).encode())
 
     def _searched(self) -> Run:
         """How static routes are searched: with the few-step LoRA where the controls run with it at every budget."""

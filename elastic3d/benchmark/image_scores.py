@@ -162,19 +162,15 @@ def _encoded(
     source: ImageSource, features: ImageFeatures, size: int, name: str
 ) -> tuple[Features, list[str]]:
     """Features (R,D) and the nouns of all images of a source; those that can't be read are left out."""
-    parts, nouns, images = list[Features](), list[str](), list[Pixels]()
+    parts, nouns = list[Features](), list[str]()
     for index in tqdm(range(len(source)), desc=f"real images, {name}", dynamic_ncols=True):
         try:
             loaded = source.load(index, size)
         except UserError:
             continue
-        images += [np.asarray(each.image) for each in loaded]
-        nouns += [noun_in(each.captions[-1]) for each in loaded]
-        if len(images) >= 256:
-            parts.append(features.maps(np.stack(images))[1])
-            images = []
-    if images:
-        parts.append(features.maps(np.stack(images))[1])
-    if sum(map(len, parts)) < 2:
+        if loaded:
+            parts.append(features.maps(np.stack([each.image for each in loaded]))[1])
+            nouns += [noun_in(each.captions[-1]) for each in loaded]
+    if len(nouns) < 2:
         raise UserError(f"{len(nouns)} real images could be read, expected at least 2")
     return np.concatenate(parts), nouns

@@ -77,7 +77,7 @@ class ImageTask(Task):
         for prompt in prompts:
             check_prompt(prompt, planner.models[DENSE].pipeline.backbone)
         self.side = config.resolution or planner.models[DENSE].resolution
-        self.anchors = {SAME_STEPS: planner.dense(planner.baseline_steps), REFERENCE: planner.reference()}
+        self.anchors = {SAME_STEPS: planner.baseline, REFERENCE: planner.reference}
         self._seen = lru_cache(SEEN)(self._look)
         self._references: References | None = None
         size = (config.resolution, config.resolution) if config.resolution else None
@@ -152,7 +152,7 @@ class ImageTask(Task):
                 )
                 pooled[run.name].append(found["pooled"].astype(np.float32))
                 for name in others:
-                    scores.rows.setdefault((run.name, name), []).extend(_rows(found, name, seed))
+                    scores.rows[run.name, name] += _rows(found, name, seed)
                 bar.update()
         if pooled:
             self._references = load_references(self.config, self.features, self.side)
@@ -185,8 +185,7 @@ class ImageTask(Task):
         the distances to real images."""
         found: dict[str, Any] = {}
         for name, anchor in self.anchors.items():
-            rows = scores.rows.get((run.name, name), [])
-            floor = scores.rows.get((anchor.name, f"{name}_floor"), [])
+            rows, floor = scores.rows[run.name, name], scores.rows[anchor.name, f"{name}_floor"]
             for metric in METRICS:
                 found[f"{metric}_{name}"] = average(rows, metric)
                 found[f"{metric}_{name}_floor"] = average(floor, metric)

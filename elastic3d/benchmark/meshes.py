@@ -143,10 +143,10 @@ class MeshTask(Task):
         for run in done:
             if self.truth:
                 truth += self._items(run, TRUTH, [self.truth[job.name] for job in self.jobs])
-            for kind, other in ((REFERENCE, planner.reference()), (SAME_STEPS, planner.dense(run.steps))):
+            for kind, other in ((REFERENCE, planner.reference), (SAME_STEPS, planner.dense(run.steps))):
                 if other in done:
                     paired += self._items(run, kind, [self.path(other, job) for job in self.jobs])
-            if run == planner.reference() and len(seeds) > 1:
+            if run == planner.reference and len(seeds) > 1:
                 before = [replace(job, seed=seeds[seeds.index(job.seed) - 1]) for job in self.jobs]
                 paired += self._items(run, FLOOR, [self.path(run, job) for job in before])
         protocol, scores = self.config.protocol, Scores()
@@ -155,7 +155,7 @@ class MeshTask(Task):
         )
         for row in self._scored(truth, TRUTH, protocol) + self._scored(paired, "paired", between):
             name, kind, row["name"] = row["name"].split("/", 2)
-            scores.rows.setdefault((name, kind), []).append(row)
+            scores.rows[name, kind].append(row)
         return scores
 
     def _items(self, run: Run, kind: str, others: Sequence[Path]) -> list[Item]:
@@ -181,19 +181,15 @@ class MeshTask(Task):
     def columns(self, run: Run, scores: Scores) -> dict[str, Any]:
         """Scores against the reference, the dense model in as many steps, and ground truth; the seed floor, of which
         a mesh that failed is no measure."""
-        paired, same, truth = (
-            scores.rows.get((run.name, kind), []) for kind in (REFERENCE, SAME_STEPS, TRUTH)
-        )
-        found = _pair(paired, "paired")
-        found |= bounds(paired, "chamfer_l1", "chamfer_l1_paired")
+        paired, same, truth = (scores.rows[run.name, kind] for kind in (REFERENCE, SAME_STEPS, TRUTH))
+        found = _pair(paired, "paired") | bounds(paired, "chamfer_l1", "chamfer_l1_paired")
         found |= _pair(same, "same_steps")
-        dense = scores.rows.get((self.planner.dense(self.planner.baseline_steps).name, TRUTH), [])
+        dense = scores.rows[self.planner.baseline.name, TRUTH]
         for threshold in self.config.protocol.thresholds:
             name = f"f_score@{threshold:g}"
             own, full = average(truth, name), average(dense, name)
             found |= {name: own, f"{name}_drop": None if own is None or not full else 1 - own / full}
-        floor = scores.rows.get((self.planner.reference().name, FLOOR), [])
-        floor = [row for row in floor if row["status"] == "ok"]
+        floor = [row for row in scores.rows[self.planner.reference.name, FLOOR] if row["status"] == "ok"]
         return found | _pair(truth, "truth") | _pair(floor, "seed_floor")
 
     def holds(self, row: Row) -> bool | None:

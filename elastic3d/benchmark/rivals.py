@@ -24,17 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from elastic3d.benchmark.config import BenchmarkOptions, CacheName, ImageBenchmarkConfig
 from elastic3d.benchmark.forecasting import HISTORY, Clock, forecasting, replaced
-from elastic3d.benchmark.methods import DENSE, Case, Planner, Rival, Routes
+from elastic3d.benchmark.methods import DENSE, Case, Model, Planner, Rival, Routes
 from elastic3d.pipelines.options import BackboneName
 
 PACKAGES = {CacheName.db_cache: ("cache_dit", "cache-dit"), CacheName.hicache: ("hicache_pp", "hicache-pp")}
 MAG_RETENTION = 0.2  # share of the first steps that MagCache computes; its authors' value
-# attention as a CPU runs it, which PyTorch's registry lacks: shapes of queries, keys and values come first
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(
-        *shapes[:3]
-    )
-}
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which PyTorch's registry lacks
 _LEFT_BEHIND = ("forward", "_is_patched")  # what cache-dit does not take off a FLUX transformer
 
 
@@ -80,10 +75,11 @@ def grid(config: BenchmarkOptions) -> list[Rival]:
 
 def missing(config: BenchmarkOptions) -> dict[str, str]:
     """Rivals that were asked for and have no rows, with the reason."""
-    found = {}
-    for name, (module, package) in PACKAGES.items():
-        if name in config.caches and find_spec(module) is None:
-            found[name.value] = f"{package} is not installed: pip install 'elastic3d[bench]'"
+    found = {
+        name.value: f"{package} is not installed: pip install 'elastic3d[bench]'"
+        for name, (module, package) in PACKAGES.items()
+        if name in config.caches and find_spec(module) is None
+    }
     is_qwen = isinstance(config, ImageBenchmarkConfig) and config.backbone is BackboneName.qwen_image
     if is_qwen and CacheName.db_cache in config.caches:
         found[CacheName.db_cache.value] = "it is set up for FLUX transformers here"
@@ -91,23 +87,17 @@ def missing(config: BenchmarkOptions) -> dict[str, str]:
 
 
 def running(
-    transformer: nn.Module, rival: Rival, steps: int, ratios: Sequence[float] = (), pipe: Any = None
+    model: Model, rival: Rival, steps: int, ratios: Sequence[float] = ()
 ) -> AbstractContextManager[None]:
-    """While it lasts, a plain transformer has the cache, in its initial state.
-
-    Args:
-        steps: sampling steps of the generation.
-        ratios: what `magnitude_ratios` found for as many steps; for MagCache alone.
-        pipe: the diffusers pipeline of the transformer; for DBCache alone.
-    """
-    options = rival.options
+    """For one generation of N steps, a plain model has the cache, in its initial state; `ratios`: what
+    `magnitude_ratios` found for as many steps, for MagCache alone."""
     if rival.kind is CacheName.forecast:
-        return forecasting(transformer, options["by"], options["interval"], options["warmup"])
+        return forecasting(model.dit, **rival.options)
     if rival.kind is CacheName.hicache:
-        return _hicache(transformer, options, steps)
+        return _hicache(model.dit, rival.options, steps)
     if rival.kind is CacheName.db_cache:
-        return _db_cache(pipe, options, steps)
-    return _of_diffusers(transformer, rival, steps, ratios)
+        return _db_cache(model.pipe, rival.options, steps)
+    return _of_diffusers(model.dit, rival, steps, ratios)
 
 
 # ---------------------------------------------------------------------------------------- what they execute
@@ -117,9 +107,10 @@ def running(
 def metered(transformer: nn.Module) -> Iterator[list[int]]:
     """While it lasts, the FLOPs of every forward pass of `transformer` are put on a list; those of nothing else are."""
     passes: list[int] = []
+    attention = {CPU_ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}  # of their shapes
 
     def counted(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
             out = forward(*args, **kwargs)
         passes.append(counter.get_total_flops())
         return out
@@ -171,12 +162,11 @@ def _of_diffusers(transformer: Any, rival: Rival, steps: int, ratios: Sequence[f
     options: dict[str, Any] = rival.options
     config: Any
     if rival.kind is CacheName.first_block_cache:
-        config = FirstBlockCacheConfig(threshold=options["threshold"])
+        config = FirstBlockCacheConfig(**options)
     elif rival.kind is CacheName.mag_cache:
         config = MagCacheConfig(
-            threshold=options["threshold"], num_inference_steps=steps, mag_ratios=list(ratios),
-            retention_ratio=MAG_RETENTION,
-        )  # fmt: skip
+            **options, num_inference_steps=steps, mag_ratios=list(ratios), retention_ratio=MAG_RETENTION
+        )
     else:
         config = TaylorSeerCacheConfig(
             cache_interval=options["interval"], disable_cache_before_step=options["warmup"], max_order=1,

@@ -65,7 +65,7 @@ def model(gallery: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def around(model: Model, rival: Rival) -> Any:
-    return running(model.dit, rival, STEPS, RATIOS, model.pipeline.backbone.pipe)
+    return running(model, rival, STEPS, RATIOS)
 
 
 def generator(model: Model, samples: int = 1, steps: int = STEPS) -> Callable[[], Any]:
