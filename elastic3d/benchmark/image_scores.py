@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +128,7 @@ def load_references(config: ImageBenchmarkConfig, features: ImageFeatures, size:
     if config.references is None and not config.prepared.is_dir():
         return None
     facts = (size, config.references, config.prepared, config.splits, config.feature_size)
-
-    def encoded() -> Arrays:
-        found: Arrays = {}
-        for part, source in _sources(config).items():
-            found[part], nouns = _encoded(source, features, size, part)
-            found[f"{part}_nouns"] = np.array(nouns)
-        return found
-
-    found = kept(config.output / "references.npz", facts, encoded)
+    found = kept(config.output / "references.npz", facts, partial(_encoded, config, features, size))
     counts = Counter(found["train_nouns"].tolist() if "train" in found else ())
     nouns = [noun for noun, count in counts.items() if count >= LEAST]
     if len(nouns) < 2:
@@ -158,19 +151,20 @@ def _sources(config: ImageBenchmarkConfig) -> dict[str, ImageSource]:
     }
 
 
-def _encoded(
-    source: ImageSource, features: ImageFeatures, size: int, name: str
-) -> tuple[Features, list[str]]:
-    """Features (R,D) and the nouns of all images of a source; those that can't be read are left out."""
-    parts, nouns = list[Features](), list[str]()
-    for index in tqdm(range(len(source)), desc=f"real images, {name}", dynamic_ncols=True):
-        try:
-            loaded = source.load(index, size)
-        except UserError:
-            continue
-        if loaded:
-            parts.append(features.maps(np.stack([each.image for each in loaded]))[1])
-            nouns += [noun_in(each.captions[-1]) for each in loaded]
-    if len(nouns) < 2:
-        raise UserError(f"{len(nouns)} real images could be read, expected at least 2")
-    return np.concatenate(parts), nouns
+def _encoded(config: ImageBenchmarkConfig, features: ImageFeatures, size: int) -> Arrays:
+    """Features (R,D) and the nouns of all images of each source; those that can't be read are left out."""
+    found: Arrays = {}
+    for name, source in _sources(config).items():
+        parts, nouns = list[Features](), list[str]()
+        for index in tqdm(range(len(source)), desc=f"real images, {name}", dynamic_ncols=True):
+            try:
+                loaded = source.load(index, size)
+            except UserError:
+                continue
+            if loaded:
+                parts.append(features.maps(np.stack([np.asarray(each.image) for each in loaded]))[1])
+                nouns += [noun_in(each.captions[-1]) for each in loaded]
+        if len(nouns) < 2:
+            raise UserError(f"{len(nouns)} real images could be read, expected at least 2")
+        found |= {name: np.concatenate(parts), f"{name}_nouns": np.array(nouns)}
+    return found

@@ -21,7 +21,6 @@ from elastic3d.benchmark.rows import average, bounds
 from elastic3d.benchmark.task import SHEET_SIDE, Pixels, Scores, Task
 from elastic3d.diffusion.options import SamplingGrid, Solver
 from elastic3d.diffusion.sampler import sampling_times
-from elastic3d.elastic import attach
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Item, find_meshes, spread
 from elastic3d.evaluation.options import Align, ProtocolConfig, UpAxis
@@ -31,10 +30,9 @@ from elastic3d.geometry.decode import node_points
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh
 from elastic3d.models.images import IMAGE_SUFFIXES, prepare
 from elastic3d.models.options import ForegroundConfig
-from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import CONFIG_NAME, find_weights
 from elastic3d.pipelines.generation import find_images
-from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
+from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline, load_dit
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.training.journal import mesh_image, on_white
@@ -243,25 +241,23 @@ def load_models(config: MeshBenchmarkConfig) -> dict[str, Model]:
     """Every pipeline by name: `model`, `dense` without routers, `euler` (dense, in equal Euler steps, where that
     differs), variants. UserError for a folder that holds no model or routers, or such as do not fit `model`."""
 
-    def load(path: Path, routers: bool = True) -> ImageTo3DPipeline:
+    def load(path: Path, routers: bool | Path = True) -> ImageTo3DPipeline:
         return ImageTo3DPipeline.from_pretrained(
             path, config.device, config.dtype, dial=False, routers=routers
         )
 
     def variant(path: Path) -> ImageTo3DPipeline:
-        """The model in a folder of its own; or `main` with another DiT; or with its own and other routers."""
+        """The model in a folder of its own; or `main` with other routers, or with another DiT."""
         if (path / PIPELINE_NAME).is_file():
             return load(path)
         if not (path / CONFIG_NAME).is_file():
             raise UserError(
                 f"{path} has neither {PIPELINE_NAME} nor {CONFIG_NAME}: it holds no model and no routers"
             )
-        is_routers = str(load_json(path / CONFIG_NAME).get("_class_name", "")).endswith("Routers")
-        base = folder / "dit" if is_routers else path
-        dit = ShapeDiT.from_pretrained(base, next(main.dit.parameters()).dtype, main.device)
-        if is_routers:
-            attach(dit, path)
-        digest = file_sha256(find_weights(folder / "vae"), find_weights(base), find_weights(path))
+        if str(load_json(path / CONFIG_NAME).get("_class_name", "")).endswith("Routers"):
+            return load(folder, routers=path)
+        dit = load_dit(path, next(main.dit.parameters()).dtype, main.device)
+        digest = file_sha256(find_weights(folder / "vae"), find_weights(path))
         return ImageTo3DPipeline(main.vae, dit, main.encoder, main.config, digest)
 
     folder = find_model(DEFAULT_MODEL if config.model in ("", "default") else config.model)

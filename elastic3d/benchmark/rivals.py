@@ -156,7 +156,17 @@ def _hicache(transformer: nn.Module, options: dict[str, Any], steps: int) -> Ite
 
 
 @contextmanager
-def _of_diffusers(transformer: Any, rival: Rival, steps: int, ratios: Sequence[float]) -> Iterator[None]:
+def _enabled(transformer: Any, config: Any) -> Iterator[None]:
+    transformer.enable_cache(config)
+    try:
+        yield
+    finally:
+        transformer.disable_cache()
+
+
+def _of_diffusers(
+    transformer: Any, rival: Rival, steps: int, ratios: Sequence[float]
+) -> AbstractContextManager[None]:
     from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
     options: dict[str, Any] = rival.options
@@ -172,11 +182,7 @@ def _of_diffusers(transformer: Any, rival: Rival, steps: int, ratios: Sequence[f
             cache_interval=options["interval"], disable_cache_before_step=options["warmup"], max_order=1,
             taylor_factors_dtype=torch.float32, use_lite_mode=rival.kind is CacheName.taylor_seer_lite,
         )  # fmt: skip
-    transformer.enable_cache(config)
-    try:
-        yield
-    finally:
-        transformer.disable_cache()
+    return _enabled(transformer, config)
 
 
 def magnitude_ratios(transformer: Any, generate: Callable[[], Any], steps: int) -> list[float]:
@@ -186,13 +192,9 @@ def magnitude_ratios(transformer: Any, generate: Callable[[], Any], steps: int) 
     """
     from diffusers import MagCacheConfig
 
-    transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=steps))
-    printed = io.StringIO()
-    try:
-        with redirect_stdout(printed):
-            generate()
-    finally:
-        transformer.disable_cache()
+    config = MagCacheConfig(calibrate=True, num_inference_steps=steps)
+    with _enabled(transformer, config), redirect_stdout(io.StringIO()) as printed:
+        generate()
     lines = [line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]")]
     found: list[float] = ast.literal_eval(lines[0])
     if len(found) != steps:
