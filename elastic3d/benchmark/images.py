@@ -18,10 +18,10 @@ from elastic3d.benchmark.image_scores import (
     METRICS,
     Arrays,
     Features,
-    ImageFeatures,
     Maps,
     References,
     compare_images,
+    feature_maps,
     kept,
     load_references,
 )
@@ -32,7 +32,9 @@ from elastic3d.diffusion.options import Solver
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import spread
 from elastic3d.evaluation.statistics import Row
+from elastic3d.models.image_encoder import EfficientNetLite
 from elastic3d.models.images import save_image
+from elastic3d.models.options import ImageEncoderConfig
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.image_loading import weight_files
 from elastic3d.pipelines.image_to_3d import Result
@@ -127,9 +129,10 @@ class ImageTask(Task):
     # ---------------------------------------------------------------------------------------------- scores
 
     @cached_property
-    def features(self) -> ImageFeatures:
-        """The network that scores images."""
-        return ImageFeatures(self.config.feature_size, self.planner.models[DENSE].pipeline.backbone.device)
+    def network(self) -> EfficientNetLite:
+        """EfficientNet-Lite0, frozen, whose features score images."""
+        config = ImageEncoderConfig(image_size=self.config.feature_size)
+        return EfficientNetLite(config).to(self.planner.models[DENSE].pipeline.backbone.device)
 
     def score(self, runs: Sequence[Run]) -> Scores:
         """All runs whose images are all made, beside the anchors. The floor of an anchor is its images beside those of
@@ -155,7 +158,7 @@ class ImageTask(Task):
                     scores.rows[run.name, name] += _rows(found, name, seed)
                 bar.update()
         if pooled:
-            self._references = load_references(self.config, self.features, self.side)
+            self._references = load_references(self.config, self.network, self.side)
         if self._references is not None:
             every = self.items * len(seeds)
             for name, parts in pooled.items():
@@ -178,7 +181,7 @@ class ImageTask(Task):
         for item in self.items:
             with Image.open(self.path(run, Job(item, seed))) as image:
                 images.append(np.asarray(image))
-        return np.stack(images), *self.features.maps(np.stack(images))
+        return np.stack(images), *feature_maps(self.network, np.stack(images))
 
     def columns(self, run: Run, scores: Scores) -> dict[str, Any]:
         """Mean scores against both anchors with their floors, an interval over prompts for the feature distance, and

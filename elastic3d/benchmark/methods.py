@@ -196,9 +196,10 @@ class Planner:
         settings = replace(self.default, elastic=True, budget=budget, **changes)
         return self.run(model, steps, Routes.routers, settings, unbiased=unbiased)
 
-    def every_block(self, steps: int, cache: BlockCacheConfig, lora: bool) -> Run:
-        """Every block of the model with routers at full width: only a cache and, if wanted, the few-step LoRA act."""
-        return self.run(MAIN, steps, Routes.open, ElasticConfig(cache=cache, few_step=lora))
+    def every_block(self, steps: int, cache: BlockCacheConfig | None = None) -> Run:
+        """Every block of the model with routers, at full width: a cache acts, or, without one, the few-step LoRA."""
+        settings = ElasticConfig(cache=cache or NO_CACHE, few_step=cache is None)
+        return self.run(MAIN, steps, Routes.open, settings)
 
     def has_lora(self, steps: int, budget: float) -> bool:
         """Whether a generation uses the few-step LoRA of the routers."""
@@ -268,7 +269,7 @@ def _cases(planner: Planner, method: Method) -> Iterator[Case]:
         yield from (Case(name, planner.run(EULER, steps, Routes.dense), 1.0) for steps in config.steps)
     elif method is Method.few_step_lora:
         few = [steps for steps in config.steps if planner.has_lora(steps, 1.0)]
-        yield from (Case(name, planner.every_block(steps, NO_CACHE, lora=True), 1.0) for steps in few)
+        yield from (Case(name, planner.every_block(steps), 1.0) for steps in few)
     elif method is Method.dense_cache:
         yield from _dense_cache(planner)
     elif method is Method.training_free:
@@ -286,7 +287,7 @@ def _cases(planner: Planner, method: Method) -> Iterator[Case]:
         ]:  # at 1 hardly any choice is left
             donor = planner.elastic(budget, steps, cache=planner.trained_cache)
             if method is Method.random_blocks:  # at a share of what all blocks execute
-                donor = planner.every_block(steps, NO_CACHE, lora=True)
+                donor = planner.every_block(steps)
             settings = replace(donor.settings, budget=budget)
             yield Case(name, planner.run(MAIN, steps, Routes(name), settings, donor=donor), budget)
     else:  # the routers, or an ablation of them
@@ -315,7 +316,7 @@ def _dense_cache(planner: Planner) -> Iterator[Case]:
         for interval in config.intervals:
             for note, damped in dampings.items():
                 cache = replace(damped, longest=interval - 1, start=start)
-                run = planner.every_block(steps, cache, lora=False)
+                run = planner.every_block(steps, cache)
                 yield Case("dense_cache", run, None, f"every {interval} steps, {note}")
 
 

@@ -68,17 +68,17 @@ class _Online:
     def runs(self, step: int, tokens: Tensor, usual: Array) -> bool:
         """Whether the blocks run at a step, whose first one is given `tokens` (L,D); `usual` are changes (S,) of it."""
         if step not in self.decided:
-            change = relative_change(self._input, tokens)
-            self.decided[step] = self.take(step, change, max(float(usual[step]), 1e-12))
+            change = relative_change(self._input, tokens) / max(float(usual[step]), 1e-12)
+            self.decided[step] = self.take(step, change)
             self._input = tokens
         return self.decided[step]
 
-    def take(self, step: int, change: float = 1.0, usual: float = 1.0) -> bool:
-        """Whether the blocks run at the next step, whose input changes by so much, where so much is usual."""
+    def take(self, step: int, change: float = 1.0) -> bool:
+        """Whether the blocks run at the next step, whose input changes by so many times as much as is usual."""
         if step == 0:
             return True
         a, b = self.computed[-2:] if len(self.computed) > 1 else self.computed * 2
-        self.spent += float(self.errors[a, b, step]) * change / usual
+        self.spent += float(self.errors[a, b, step]) * change
         if self.spent <= self.threshold:
             return False
         self.computed.append(step)

@@ -12,6 +12,8 @@ import json
 import random
 import time
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -93,15 +95,13 @@ def timed_rounds(task: Task, runs: Sequence[Run], measure: bool) -> list[Round]:
     known = {(done["what"], done["batch"], done["round"]) for done in rounds}
     todo = [entry for entry in every if entry not in known]
     with tqdm(total=len(todo) * len(runs), desc="timing", unit="run", dynamic_ncols=True) as bar:
-        warm: set[tuple[str, int]] = set()
-        for what, batch, number in todo:
-            if (what, batch) not in warm:
-                warm.add((what, batch))
-                bar.set_postfix_str(f"{what}, batch {batch}, warm round")
-                _round(task, runs, what, batch, number, None)
-            bar.set_postfix_str(f"{what}, batch {batch}, round {number + 1}")
-            rounds.append(_round(task, runs, what, batch, number, bar))
-            save_json({"key": key, "rounds": rounds}, path)
+        for (what, batch), same in groupby(todo, itemgetter(0, 1)):
+            numbers = [number for *_, number in same]
+            bar.set_postfix_str(f"{what}, batch {batch}")
+            _round(task, runs, what, batch, numbers[0], None)  # warms up
+            for number in numbers:
+                rounds.append(_round(task, runs, what, batch, number, bar))
+                save_json({"key": key, "rounds": rounds}, path)
     return rounds
 
 
