@@ -282,9 +282,8 @@ def _cases(planner: Planner, method: Method) -> Iterator[Case]:
                     yield Case(name, run, budget, policy.value)
     elif name in CONTROLS:
         steps = planner.control_steps
-        for budget in [
-            each for each in planner.control_budgets if each < 1
-        ]:  # at 1 hardly any choice is left
+        budgets = [each for each in planner.control_budgets if each < 1]  # at 1 hardly any choice is left
+        for budget in budgets:
             donor = planner.elastic(budget, steps, cache=planner.trained_cache)
             if method is Method.random_blocks:  # at a share of what all blocks execute
                 donor = planner.every_block(steps)
