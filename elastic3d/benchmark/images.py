@@ -40,12 +40,7 @@ from elastic3d.pipelines.image_loading import weight_files
 from elastic3d.pipelines.image_to_3d import Result
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, NO_ROUTERS_NAME
 from elastic3d.pipelines.runtime import find_model
-from elastic3d.pipelines.text_to_image import (
-    ROUTERS_NAME,
-    TextToImagePipeline,
-    check_prompt,
-    read_prompts,
-)
+from elastic3d.pipelines.text_to_image import ROUTERS_NAME, TextToImagePipeline, check_prompt, read_prompts
 from elastic3d.utils.files import file_sha256
 
 Condition = tuple[dict[str, Tensor], dict[str, Any]]  # of the prompts, of the guidance

@@ -97,7 +97,7 @@ def running(
         return _hicache(model.dit, rival.options, steps)
     if rival.kind is CacheName.db_cache:
         return _db_cache(model.pipe, rival.options, steps)
-    return _of_diffusers(model.dit, rival, steps, ratios)
+    return _enabled(model.dit, _cache_config(rival, steps, ratios))
 
 
 # ---------------------------------------------------------------------------------------- what they execute
@@ -164,25 +164,21 @@ def _enabled(transformer: Any, config: Any) -> Iterator[None]:
         transformer.disable_cache()
 
 
-def _of_diffusers(
-    transformer: Any, rival: Rival, steps: int, ratios: Sequence[float]
-) -> AbstractContextManager[None]:
+def _cache_config(rival: Rival, steps: int, ratios: Sequence[float]) -> Any:
+    """What diffusers enables."""
     from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
     options: dict[str, Any] = rival.options
-    config: Any
     if rival.kind is CacheName.first_block_cache:
-        config = FirstBlockCacheConfig(**options)
-    elif rival.kind is CacheName.mag_cache:
-        config = MagCacheConfig(
+        return FirstBlockCacheConfig(**options)
+    if rival.kind is CacheName.mag_cache:
+        return MagCacheConfig(
             **options, num_inference_steps=steps, mag_ratios=list(ratios), retention_ratio=MAG_RETENTION
         )
-    else:
-        config = TaylorSeerCacheConfig(
-            cache_interval=options["interval"], disable_cache_before_step=options["warmup"], max_order=1,
-            taylor_factors_dtype=torch.float32, use_lite_mode=rival.kind is CacheName.taylor_seer_lite,
-        )  # fmt: skip
-    return _enabled(transformer, config)
+    return TaylorSeerCacheConfig(
+        cache_interval=options["interval"], disable_cache_before_step=options["warmup"], max_order=1,
+        taylor_factors_dtype=torch.float32, use_lite_mode=rival.kind is CacheName.taylor_seer_lite,
+    )  # fmt: skip
 
 
 def magnitude_ratios(transformer: Any, generate: Callable[[], Any], steps: int) -> list[float]:
