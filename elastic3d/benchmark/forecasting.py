@@ -103,10 +103,10 @@ def chebyshev_weights(history: History, steps: Steps, at: float) -> Tensor:
 def dmd_weights(history: History, steps: Steps, at: float) -> Tensor:
     """Dynamic mode decomposition (Schmid 2010, Prony 1795) of the series' changes: (n,B), each sample for itself.
 
-    With the changes d_1 .. d_m, X = [d_1 .. d_m-1] and Y = [d_2 .. d_m] = X A, the modes of A = X^+ Y advance d_m, and
-    the sum of what it becomes up to the horizon is added to the last value. A sum of exponentials is continued
-    exactly, and so is a line, whose changes are the exponential of rate 1; fitting changes rather than values (as
-    HiCache++ and cache-dit do) makes that stable. Only the last values at even distances take part.
+    With the changes d_1 .. d_m, X = [d_1 .. d_m-1] and Y = [d_2 .. d_m]: the modes of A = X^+ Y, for which Y = X A,
+    advance d_m, and the sum of what it becomes up to the horizon is added to the last value. A sum of exponentials is
+    continued exactly, and so is a line, whose changes are the exponential of rate 1; fitting changes rather than values
+    (as HiCache++ and cache-dit do) makes that stable. Only the last values at even distances take part.
     """
     gap, first = steps[-1] - steps[-2] if len(steps) > 1 else 0, len(steps) - 1
     while first > 0 and steps[first] - steps[first - 1] == gap:
@@ -126,9 +126,8 @@ def dmd_weights(history: History, steps: Steps, at: float) -> Tensor:
     gained = torch.where(near, torch.full_like(rates, horizon), ratio) * start
     of_changes = (modes @ gained[..., None]).real[..., 0]  # d_m takes no part
     of_changes = of_changes.where(of_changes.isfinite().all(dim=1, keepdim=True), 0.0)
-    weights = -nn.functional.pad(
-        of_changes, (first + 1, 2)
-    ).diff()  # of values, whose differences the changes are
+    # of values, whose differences the changes are
+    weights = -nn.functional.pad(of_changes, (first + 1, 2)).diff()
     weights[:, -1] += 1
     return weights.T
 
