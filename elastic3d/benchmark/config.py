@@ -206,9 +206,9 @@ class MeshBenchmarkConfig(BenchmarkOptions):
     def check(self) -> None:
         """Caches of diffusers run on its models alone."""
         super().check()
+        known = ", ".join(name.name for name in ON_ANY_MODEL)
         for name in self.caches:
             if name not in ON_ANY_MODEL:
-                known = ", ".join(each.name for each in ON_ANY_MODEL)
                 raise ValueError(
                     f"caches has {name.name}, which runs on models of diffusers: expected {known}"
                 )

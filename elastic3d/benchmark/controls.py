@@ -1,6 +1,7 @@
 """Controls, which know less than routers do at the same FLOPs: routes of calibration items, of other items, of chance.
 
-Axis letters: S steps, 2 guidance branches, B samples, I blocks.
+Axis letters: S steps, 2 guidance branches, B samples, I blocks. A `table` (I,1+K) is the FLOPs of each action of each
+block: skipped, then the K widths.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic3d.benchmark.methods import MAIN, NO_CACHE, Job, Planner, Routes, Run
+from elastic3d.benchmark.methods import CALIBRATED, MAIN, NO_CACHE, Job, Planner, Routes, Run
 from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import RouteSource, StepContext
 from elastic3d.elastic.families import BlockFlops
@@ -60,28 +61,27 @@ class Controls:
         """What decides for a batch of jobs; None: the routers, or nobody."""
         if run.routes in (Routes.dense, Routes.routers) or self.session is None:
             return None
-        widths = self.router.widths
         if run.routes is Routes.open:
-            return TableRoutes(torch.full((1, 1, 1, len(self.session.blocks)), widths), widths)
-        if run.routes in (Routes.random, Routes.random_blocks, Routes.shuffled):
+            actions = torch.full((1, 1, 1, len(self.session.blocks)), self.router.widths)
+        elif run.routes in CALIBRATED:
+            actions = self._table(run)
+        else:
             own = self._of_another if run.routes is Routes.shuffled else self._random
-            return TableRoutes(torch.stack([own(run, job) for job in jobs], dim=2), widths)
-        return TableRoutes(self._table(run), widths)
+            actions = torch.stack([own(run, job) for job in jobs], dim=2)
+        return TableRoutes(actions, self.router.widths)
 
     def _random(self, run: Run, job: Job) -> Tensor:
-        actions, blocks, share = self._calibrated(run)
-        branches = int((actions[:, :, 0, 0] >= -1).any(dim=0).sum())
-        seed = zlib.crc32(f"{run.name}/{job.seed}/{job.name}".encode())
-        decided, one = self._decided(blocks), self.router.branches is Branches.shared
+        actions, table = self._calibrated(run)
+        branches = ran = int((actions[:, :, 0, 0] != NOT_RUN).any(dim=0).sum())
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{run.name}/{job.seed}/{job.name}".encode()))
         if run.routes is Routes.random_blocks:  # whatever the routers decide together
-            decided, one, share = blocks, False, run.settings.budget
-        routes = random_routes(
-            decided, self.router.ratios, run.steps, 1 if one else branches, share,
-            torch.Generator().manual_seed(seed),
-        )  # fmt: skip
-        if one:
-            routes[:, 1:branches] = routes[:, :1]
-        return routes.expand(-1, -1, len(blocks))
+            decided, share = table, run.settings.budget
+        else:
+            decided, share = self._decided(table), executed_share(actions, table)
+            branches = 1 if self.router.branches is Branches.shared else ran
+        routes = random_routes(decided, run.steps, branches, share, generator)
+        routes[:, branches:ran] = routes[:, :1]
+        return routes.expand(-1, -1, len(table))
 
     def _of_another(self, run: Run, job: Job) -> Tensor:
         """What the routers did for the next item, at the same seed; that is made where need be."""
@@ -97,20 +97,22 @@ class Controls:
 
     def _table_of(self, run: Run) -> Tensor:
         """Routes (S,2,1,I) by timestep, or fixed ones (1,1,1,I)."""
-        actions, blocks, share = self._calibrated(run)
+        actions, table = self._calibrated(run)
+        share = executed_share(actions, table)
         if run.routes is Routes.static:
-            path = [(found, torch.tensor(routes)) for found, routes in self._static_path(blocks, share)]
-            return nearest_share(path, share)[None, None, None]
-        decided = self._decided(blocks)
-        routes = timestep_routes(actions[..., : len(decided)], decided, self.router.ratios, share)
-        return routes.expand(-1, -1, len(blocks))[:, :, None]
+            path = self._static_path(table, share)
+            nearest = min(path, key=lambda entry: abs(entry[0] - share))
+            return torch.tensor(nearest[1])[None, None, None]
+        decided = self._decided(table)
+        routes = timestep_routes(actions[..., : len(decided)], decided, share)
+        return routes.expand(-1, -1, len(table))[:, :, None]
 
-    def _decided(self, blocks: list[BlockFlops]) -> list[BlockFlops]:
+    def _decided(self, table: Tensor) -> Tensor:
         """What controls choose among: blocks, or all of them as one where the routers decide for all."""
-        return [as_one(blocks)] if self.router.scope is Scope.step else blocks
+        return table.sum(dim=0, keepdim=True) if self.router.scope is Scope.step else table
 
-    def _calibrated(self, run: Run) -> tuple[Tensor, list[BlockFlops], float]:
-        """Actions (S,2,C,I), the blocks' FLOPs and the executed share of a control's donor on the calibration items."""
+    def _calibrated(self, run: Run) -> tuple[Tensor, Tensor]:
+        """Actions (S,2,C,I) of a control's donor on the calibration items, and what each action of a block costs."""
         donor = run.donor
         assert donor is not None and self.session is not None
         path = self.folder / f"{donor.name}-{self._key():08x}.json"
@@ -126,14 +128,13 @@ class Controls:
                 flops = [[trace.flops[i].fixed, trace.flops[i].mlp] for i in range(len(trace.blocks))]
             save_json({"samples": samples, "flops": flops}, path)
         stored = load_json(path, {"flops": [[int]], "samples": [[[str]]]})
-        blocks = [BlockFlops(fixed, mlp) for fixed, mlp in stored["flops"]]
-        actions = torch.stack([parse_actions(sample, len(blocks)) for sample in stored["samples"]], dim=2)
-        return actions, blocks, executed_share(actions, blocks, self.router.ratios)
+        table = action_flops([BlockFlops(*each) for each in stored["flops"]], self.router.ratios)
+        return torch.stack([parse_actions(each, len(table)) for each in stored["samples"]], dim=2), table
 
     def _key(self) -> int:
         """Of the model, guidance, resolution, steps and items."""
         items = [(job.name, job.seed) for job in self.calibration]
-        return zlib.crc32(repr((self.planner.reference().name, self.planner.control_steps, items)).encode())
+        return zlib.crc32(repr((self.planner.reference.name, self.planner.control_steps, items)).encode())
 
     def _searched(self) -> Run:
         """How static routes are searched: with the few-step LoRA where the controls run with it at every budget."""
@@ -142,15 +143,13 @@ class Controls:
         settings = ElasticConfig(cache=NO_CACHE, budget=budget, few_step=planner.has_lora(steps, budget))
         return planner.run(MAIN, steps, Routes.open, settings)
 
-    def _static_path(self, blocks: list[BlockFlops], share: float) -> list[tuple[float, list[int]]]:
+    def _static_path(self, table: Tensor, share: float) -> list[tuple[float, list[int]]]:
         """The greedy path of fixed routes, down to `share` at least; one for every budget."""
         file = self.folder / f"static-{self._searched().name}-{self._key():08x}.json"
-        path: list[tuple[float, list[int]]] = (
-            load_json(file, {"path": [list]})["path"] if file.is_file() else []
-        )
+        path = load_json(file, {"path": [list]})["path"] if file.is_file() else []
         if not path or path[-1][0] > share:
             lowest = min(share, 0.9 * min(self.planner.control_budgets))
-            found = greedy_static(self._error(), blocks, self.router.ratios, lowest)
+            found = greedy_static(self._error(), table, lowest)
             path = [(executed, routes.tolist()) for executed, routes in found]
             save_json({"path": path}, file)
         return path
@@ -175,29 +174,17 @@ class Controls:
         return error
 
 
-def as_one(blocks: Sequence[BlockFlops]) -> BlockFlops:
-    """Blocks that share a decision."""
-    return BlockFlops(sum(block.fixed for block in blocks), sum(block.mlp for block in blocks))
-
-
 def random_routes(
-    blocks: Sequence[BlockFlops],
-    ratios: Sequence[float],
-    steps: int,
-    branches: int,
-    share: float,
-    generator: torch.Generator,
+    table: Tensor, steps: int, branches: int, share: float, generator: torch.Generator
 ) -> Tensor:
     """Actions (S,2,I) of one sample: blocks at full width, drawn without replacement until `share` is executed."""
-    ran = torch.zeros(steps, 2, len(blocks), dtype=torch.bool)
+    ran = torch.zeros(steps, 2, len(table), dtype=torch.bool)
     ran[:, :branches] = True
     order = torch.rand(ran.shape, generator=generator)
-    return fill(order, torch.full(ran.shape, len(ratios)), ran, blocks, ratios, share)
+    return fill(order, torch.full(ran.shape, _widths(table)), ran, table, share)
 
 
-def timestep_routes(
-    actions: Tensor, blocks: Sequence[BlockFlops], ratios: Sequence[float], share: float
-) -> Tensor:
+def timestep_routes(actions: Tensor, table: Tensor, share: float) -> Tensor:
     """Routes (S,2,I) that depend on the timestep, branch and block alone, from recorded ones (S,2,B,I).
 
     The cells that most samples kept are kept, at the mean width of those that did, until `share` is executed.
@@ -207,16 +194,13 @@ def timestep_routes(
     kept = actions > SKIPPED
     count = kept.sum(dim=2)
     mean = (actions * kept).sum(dim=2) / count.clamp_min(1)
-    width = torch.where(count > 0, mean.round().long(), len(ratios))
+    width = torch.where(count > 0, mean.round().long(), _widths(table))
     # of cells that as many samples kept, the widest come first
-    return fill(count + mean / (2 * len(ratios)), width, ran, blocks, ratios, share)
+    return fill(count + mean / (2 * _widths(table)), width, ran, table, share)
 
 
 def greedy_static(
-    error: Callable[[Tensor], float],
-    blocks: Sequence[BlockFlops],
-    ratios: Sequence[float],
-    lowest: float,
+    error: Callable[[Tensor], float], table: Tensor, lowest: float
 ) -> list[tuple[float, Tensor]]:
     """A path of fixed routes (I,) from the dense model down to a `lowest` executed share: [(share, routes), ...].
 
@@ -224,41 +208,44 @@ def greedy_static(
     each FLOP it saves. `error` takes routes (I,). Lazy greedy (Minoux 1978): costs are measured
     again from the lowest on until one stays the lowest, since skipping more makes them rise.
     """
-    table = action_flops(blocks, ratios)
-    routes = torch.full((len(blocks),), len(ratios))
+    routes = torch.full((len(table),), _widths(table))
     now, share = error(routes), 1.0
     path = [(share, routes)]
+    smaller = {SKIPPED, _widths(table) - 1}
     # (error added for each FLOP saved, error after the change, changes made when it was measured, block, action)
-    heap = [
-        (-math.inf, now, -1, i, action) for i in range(len(blocks)) for action in (SKIPPED, len(ratios) - 1)
-    ]
-    heap = list(dict.fromkeys(heap))
+    heap = [(-math.inf, now, -1, block, action) for block in range(len(table)) for action in smaller]
     heapq.heapify(heap)
-    bar = tqdm(desc=f"static routes down to {lowest:.2f}", unit="change", dynamic_ncols=True)
-    while share > lowest and heap:
-        _, after, measured, block, action = heapq.heappop(heap)
-        if action >= routes[block]:
-            continue  # of a block that is narrower by now
-        changed = routes.clone()
-        changed[block] = action
-        if measured < len(path):
-            after = error(changed)
-            threshold = (after - now) / float(table[block, routes[block]] - table[block, action])
-            heapq.heappush(heap, (threshold, after, len(path), block, action))
-            continue
-        now, routes = after, changed
-        share = float(table[torch.arange(len(blocks)), routes].sum() / table[:, -1].sum())
-        path.append((share, routes))
-        bar.update()
-        if action > SKIPPED + 1:
-            heapq.heappush(heap, (-math.inf, now, -1, block, action - 1))
-    bar.close()
+    with tqdm(desc=f"static routes down to {lowest:.2f}", unit="change", dynamic_ncols=True) as bar:
+        while share > lowest and heap:
+            _, after, measured, block, action = heapq.heappop(heap)
+            if action >= routes[block]:
+                continue  # of a block that is narrower by now
+            changed = routes.clone()
+            changed[block] = action
+            if measured < len(path):
+                after = error(changed)
+                threshold = (after - now) / float(table[block, routes[block]] - table[block, action])
+                heapq.heappush(heap, (threshold, after, len(path), block, action))
+                continue
+            now, routes, share = after, changed, executed_share(changed, table)
+            path.append((share, routes))
+            bar.update()
+            if action > SKIPPED + 1:
+                heapq.heappush(heap, (-math.inf, now, -1, block, action - 1))
     return path
 
 
-def nearest_share(path: Sequence[tuple[float, Tensor]], share: float) -> Tensor:
-    """Of a path of routes, those whose executed share is nearest to `share`."""
-    return min(path, key=lambda entry: abs(entry[0] - share))[1]
+def executed_share(actions: Tensor, table: Tensor) -> float:
+    """Share of the dense blocks' FLOPs that actions (..., I) execute; passes that did not run count nowhere."""
+    actions = actions.long()
+    executed = table[torch.arange(len(table)), actions.clamp_min(SKIPPED)].sum()
+    dense = ((actions != NOT_RUN).double() * table[:, -1]).sum()
+    return float(executed / dense)
+
+
+def _widths(table: Tensor) -> int:
+    """The action of full width."""
+    return table.shape[1] - 1
 
 
 class TableRoutes(RouteSource):
@@ -279,17 +266,7 @@ class TableRoutes(RouteSource):
     def decide(self, context: StepContext, block: int, routed: RouteDecision | None) -> RouteDecision:
         """The route of every row of a pass through one block."""
         rows = [(step, *row) for step, row in zip(context.steps, context.rows, strict=True)]
-        index = (
-            torch.tensor(rows) * (torch.tensor(self.actions.shape[:3]) > 1)
-        ).T  # 0 on an axis of length 1
+        on_axes = torch.tensor(self.actions.shape[:3]) > 1
+        index = (torch.tensor(rows) * on_axes).T  # 0 on an axis of length 1
         actions = self.actions[(*index, block)].to(context.t.device)
         return RouteDecision.fixed(actions > 0, (actions - 1).clamp_min(0), self.widths)
-
-
-def executed_share(actions: Tensor, blocks: Sequence[BlockFlops], ratios: Sequence[float]) -> float:
-    """Share of the dense blocks' FLOPs that actions (..., I) execute; passes that did not run count nowhere."""
-    actions = actions.long()
-    table, index = action_flops(blocks, ratios), torch.arange(len(blocks))
-    executed = table[index, actions.clamp_min(SKIPPED)].sum()
-    dense = ((actions != NOT_RUN).double() * table[:, -1]).sum()
-    return float(executed / dense)

@@ -19,9 +19,11 @@ history is too short.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from elastic3d.elastic.attachment import adapter_for, is_attached
+from elastic3d.elastic.cache import Streams
 from elastic3d.elastic.families import BlockAdapter
 
 History = Sequence[Tensor]  # n x (B,...)
@@ -41,7 +44,6 @@ SIGMA = math.sqrt(0.5)  # contraction of Hermite; the one at which a line is con
 DEGREE, RIDGE = 4, 0.1  # of Chebyshev; Spectrum's own
 RANK_TOLERANCE = 1e-4  # modes with a singular value below this share of the largest are noise
 HISTORY = 6  # values that a forecast knows, as in HiCache++ and cache-dit
-Forward = Callable[..., Any]
 
 
 def combine(history: History, weights: Tensor) -> Tensor:
@@ -60,33 +62,29 @@ def line_weights(history: History, steps: Steps, at: float) -> Tensor:
 
 def taylor_weights(history: History, steps: Steps, at: float, order: int = ORDER) -> Tensor:
     """Derivatives by divided differences, and powers of the distance (TaylorSeer, 2503.06923)."""
-    return _expansion(steps, order, [(at - steps[-1]) ** n for n in range(order + 1)])
+    return _expansion(steps, [(at - steps[-1]) ** n for n in range(order + 1)])
 
 
-def hermite_weights(
-    history: History, steps: Steps, at: float, order: int = ORDER, sigma: float = SIGMA
-) -> Tensor:
+def hermite_weights(history: History, steps: Steps, at: float, sigma: float = SIGMA) -> Tensor:
     """The same with scaled Hermite polynomials for the powers, s^n H_n(s x) (HiCache, 2508.16984).
 
     A line goes on with 2 `sigma`^2 of its slope, all of it at the default.
     """
-    [basis] = np.polynomial.hermite.hermvander(sigma * (at - steps[-1]), order)
-    return _expansion(steps, order, [sigma**n * float(value) for n, value in enumerate(basis)])
+    [basis] = np.polynomial.hermite.hermvander(sigma * (at - steps[-1]), ORDER)
+    return _expansion(steps, [sigma**n * float(value) for n, value in enumerate(basis)])
 
 
-def _expansion(steps: Steps, order: int, basis: Sequence[float]) -> Tensor:
+def _expansion(steps: Steps, basis: Sequence[float]) -> Tensor:
     """Weights of sum_n f[s_last, .., s_last-n] basis_n, the divided differences as far as the history goes."""
     weights = torch.zeros(len(steps), dtype=torch.float64)
-    for n in range(min(order, len(steps) - 1) + 1):
-        for i in range(len(steps) - 1 - n, len(steps)):
-            others = [steps[i] - steps[j] for j in range(len(steps) - 1 - n, len(steps)) if j != i]
-            weights[i] += basis[n] / math.prod(others)
+    for n, factor in enumerate(basis[: len(steps)]):
+        newest = range(len(steps) - 1 - n, len(steps))
+        for i in newest:
+            weights[i] += factor / math.prod(steps[i] - steps[j] for j in newest if j != i)
     return weights
 
 
-def chebyshev_weights(
-    history: History, steps: Steps, at: float, degree: int = DEGREE, ridge: float = RIDGE
-) -> Tensor:
+def chebyshev_weights(history: History, steps: Steps, at: float) -> Tensor:
     """Chebyshev polynomials over all of the history and the step that is forecast, fitted by ridge regression
     (Spectrum, 2603.01623).
 
@@ -95,9 +93,9 @@ def chebyshev_weights(
     if len(steps) < 3:
         return line_weights(history, steps, at)
     x = 2 * (np.array([*steps, at], dtype=np.float64) - steps[0]) / (at - steps[0]) - 1
-    basis = torch.from_numpy(np.polynomial.chebyshev.chebvander(x, degree))
+    basis = torch.from_numpy(np.polynomial.chebyshev.chebvander(x, DEGREE))
     fitted, wanted = basis[:-1], basis[-1]
-    penalty = torch.full((degree + 1,), ridge, dtype=torch.float64)
+    penalty = torch.full((DEGREE + 1,), RIDGE, dtype=torch.float64)
     penalty[:2] = 0
     return fitted @ torch.linalg.solve(fitted.T @ fitted + penalty.diag(), wanted)
 
@@ -105,49 +103,33 @@ def chebyshev_weights(
 def dmd_weights(history: History, steps: Steps, at: float) -> Tensor:
     """Dynamic mode decomposition (Schmid 2010, Prony 1795) of the series' changes: (n,B), each sample for itself.
 
-    A sum of exponentials is continued exactly, and so is a line, whose changes are the exponential of rate 1; fitting
-    changes rather than values (as HiCache++ and cache-dit do) makes that stable. Only the last values at even
-    distances take part.
+    With the changes d_1 .. d_m, X = [d_1 .. d_m-1] and Y = [d_2 .. d_m]: the modes of A = X^+ Y, for which Y = X A,
+    advance d_m, and the sum of what it becomes up to the horizon is added to the last value. A sum of exponentials is
+    continued exactly, and so is a line, whose changes are the exponential of rate 1; fitting changes rather than values
+    (as HiCache++ and cache-dit do) makes that stable. Only the last values at even distances take part.
     """
     gap, first = steps[-1] - steps[-2] if len(steps) > 1 else 0, len(steps) - 1
     while first > 0 and steps[first] - steps[first - 1] == gap:
         first -= 1
-    count, batch = len(steps) - first, history[-1].shape[0]
-    if count < 3:
-        return line_weights(history, steps, at)[:, None].expand(-1, batch)
+    if len(steps) - first < 3:
+        return line_weights(history, steps, at)[:, None].expand(-1, len(history[-1]))
+    horizon = (at - steps[-1]) / gap
     tail = torch.stack([value.flatten(1) for value in history[first:]], dim=1).double()  # (B,n,d)
     changes = tail.diff(dim=1)
-    gram = changes @ changes.mT  # (B,n-1,n-1)
-    weights = torch.zeros(len(steps), batch, dtype=torch.float64, device=gram.device)
-    for row in range(batch):
-        weights[first:, row] = _dmd_of(gram[row], (at - steps[-1]) / gap)
-    return weights
-
-
-def _dmd_of(gram: Tensor, horizon: float) -> Tensor:
-    """Weights (n,) of one sample's values from the Gram matrix (n-1,n-1) of its changes.
-
-    With changes D = [d_1 .. d_m], X = D[:-1], Y = D[1:]: the modes of A = Y X^+ advance d_m, and the sum of what it
-    becomes up to the horizon is added to the last value. All of it lies in the span of the changes.
-    """
-    m = len(gram)
-    last = torch.zeros(m + 1, dtype=gram.dtype, device=gram.device)
-    last[-1] = 1
-    values, vectors = torch.linalg.eigh(gram[:-1, :-1])  # X^T X = V S^2 V^T
-    kept = values > values[-1] * RANK_TOLERANCE**2
-    if not values[-1] > 0:
-        return last  # nothing has changed
-    inverse = vectors[:, kept] / values[kept].sqrt()  # X^+ = inverse U^T, U = X inverse
-    small = inverse.T @ gram[:-1, 1:] @ inverse  # U^T A U
-    rates, modes = torch.linalg.eig(small)
-    start = torch.linalg.solve(modes, (inverse.T @ gram[:-1, -1]).to(rates.dtype))  # d_m in the modes
+    gram = changes @ changes.mT  # (B,m,m): X^T X without its last row and column, X^T Y beside it
+    inverse = torch.linalg.pinv(gram[:, :-1, :-1], rtol=RANK_TOLERANCE**2, hermitian=True)
+    advance = inverse @ gram[:, :-1, 1:]  # A (B,m-1,m-1)
+    rates, modes = torch.linalg.eig(advance)
+    start = torch.linalg.solve(modes, advance[:, :, -1].to(rates.dtype))  # d_m in the modes
     near = (rates - 1).abs() < 1e-6
     ratio = rates * (rates**horizon - 1) / torch.where(near, torch.ones_like(rates), rates - 1)
-    gained = (modes @ (torch.where(near, torch.full_like(rates, horizon), ratio) * start)).real  # in U
-    of_changes = torch.cat([inverse @ gained, gained.new_zeros(1)])  # U = X inverse; d_m takes no part
-    if not of_changes.isfinite().all():
-        return last
-    return last - nn.functional.pad(of_changes, (1, 1)).diff()  # of values, whose differences the changes are
+    gained = torch.where(near, torch.full_like(rates, horizon), ratio) * start
+    of_changes = (modes @ gained[..., None]).real[..., 0]  # d_m takes no part
+    of_changes = of_changes.where(of_changes.isfinite().all(dim=1, keepdim=True), 0.0)
+    # of values, whose differences the changes are
+    weights = -nn.functional.pad(of_changes, (first + 1, 2)).diff()
+    weights[:, -1] += 1
+    return weights.T
 
 
 WEIGHTS: dict[str, Weights] = {
@@ -181,30 +163,30 @@ def forecasting(model: nn.Module, by: str, interval: int, warmup: int = 1) -> It
     if is_attached(model):
         raise ValueError("the model has routers: detach them first")
     clock = Clock(model)
+
+    def computes() -> bool:
+        return clock.step < warmup or (clock.step - warmup + 1) % interval == 0
+
     with ExitStack() as stack:
         stack.enter_context(clock.ticking())
-        for name, kind in clock.adapter.lists:
-            blocks = list(model.get_submodule(name).children())
-            own = _ListForecast(clock, kind, by, interval, warmup)
+        for _, kind, blocks, _ in clock.adapter.block_lists(model):
+            whole = _ListForecast(clock, kind, blocks, WEIGHTS[by], computes)
             for block in blocks:
-                around = own.around(block, block is blocks[0], block is blocks[-1])
-                stack.enter_context(replaced(block, around))
+                stack.enter_context(replaced(block, partial(whole.run, block)))
         yield
 
 
 @contextmanager
-def replaced(module: nn.Module, around: Callable[[Forward], Forward]) -> Iterator[None]:
-    """While it lasts, the module's forward is another one, made around its own."""
-    own = module.__dict__
-    before = own.get("forward")
-    own["forward"] = around(module.forward)
+def replaced(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+    """While it lasts, `call(forward, ...)` runs for the module's forward, which it is given first."""
+    before = module.__dict__.get("forward")
+    module.forward = partial(call, module.forward)
     try:
         yield
     finally:
-        if before is None:
-            del own["forward"]
-        else:
-            own["forward"] = before
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 class Clock:
@@ -226,53 +208,39 @@ class Clock:
         self.time = time
 
 
+@dataclass
 class _ListForecast:
-    """What the blocks of one list add together: computed at some steps, and forecast at the others."""
+    """What the blocks of one list add together: computed at some steps, and forecast at the others.
 
-    def __init__(self, clock: Clock, kind: BlockAdapter, by: str, interval: int, warmup: int) -> None:
-        self.clock, self.kind, self.weights = clock, kind, WEIGHTS[by]
-        self.interval, self.warmup = interval, warmup
-        self.entered: tuple[Tensor, ...] = ()
-        # by branch: the steps that were computed, and what was added to each stream at each of them
-        self.known: dict[int, list[tuple[int, tuple[Tensor, ...]]]] = defaultdict(list)
+    known: by branch, the last steps that were computed, and what was added to each stream at each of them.
+    """
 
-    @property
-    def computes(self) -> bool:
-        """Whether the blocks run at this step: the first ones, and from the last of them on every N-th."""
-        step = self.clock.step
-        return step < self.warmup or (step - self.warmup + 1) % self.interval == 0
+    clock: Clock
+    kind: BlockAdapter
+    blocks: Sequence[nn.Module]
+    weights: Weights
+    computes: Callable[[], bool]
+    entered: Streams = ()
+    known: dict[int, deque[tuple[int, Streams]]] = field(
+        default_factory=lambda: defaultdict(lambda: deque(maxlen=HISTORY))
+    )
 
-    def around(self, block: nn.Module, first: bool, last: bool) -> Callable[[Forward], Forward]:
-        """A block's forward. The first one of a list adds what all of them are forecast to add."""
+    def run(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In the place of a block's forward. The first one of the list adds what all are forecast to add."""
+        call, is_first = self.kind.bind(block, args, kwargs), block is self.blocks[0]
+        if not self.computes():
+            return self.kind.pack(self._forecast(call.streams) if is_first else call.streams)
+        if is_first:
+            self.entered = call.streams
+        out = self.kind.run(forward, call)
+        if block is self.blocks[-1]:
+            added = tuple(y - x for x, y in zip(self.entered, out, strict=True))
+            self.known[self.clock.branch].append((self.clock.step, added))
+        return self.kind.pack(out)
 
-        def made(forward: Forward) -> Forward:
-            def wrapped(*args: Any, **kwargs: Any) -> Any:
-                call = self.kind.bind(block, args, kwargs)
-                if not self.computes:
-                    return self.kind.pack(self._forecast(call.streams) if first else call.streams)
-                if first:
-                    self.entered = call.streams
-                out = self.kind.run(forward, call)
-                if last:
-                    self._note(out)
-                return self.kind.pack(out)
-
-            return wrapped
-
-        return made
-
-    def _note(self, out: tuple[Tensor, ...]) -> None:
-        added = tuple(y - x for x, y in zip(self.entered, out, strict=True))
-        known = self.known[self.clock.branch]
-        known.append((self.clock.step, added))
-        del known[:-HISTORY]
-
-    def _forecast(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        known = self.known[self.clock.branch]
-        steps = [step for step, _ in known]
+    def _forecast(self, streams: Streams) -> Streams:
+        steps, added = zip(*self.known[self.clock.branch], strict=True)
         found = []
-        for number, stream in enumerate(streams):
-            history = [added[number] for _, added in known]
-            weights = self.weights(history, steps, self.clock.step)
-            found.append(stream + combine(history, weights))
+        for stream, *history in zip(streams, *added, strict=True):
+            found.append(stream + combine(history, self.weights(history, steps, self.clock.step)))
         return tuple(found)

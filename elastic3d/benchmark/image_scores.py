@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from elastic3d.errors import UserError
 from elastic3d.evaluation.sets import Probe, fit_probe, frechet_distance, kernel_distance
 from elastic3d.evaluation.views import feature_distance, psnr, ssim
 from elastic3d.models.image_encoder import EfficientNetLite
-from elastic3d.models.options import ImageEncoderConfig
 from elastic3d.training.datasets import read_split
 from elastic3d.training.image import ImageStageConfig
 from elastic3d.training.image_data import ImageFolder, ImageSource, ShapeViews, noun_in
@@ -39,25 +39,21 @@ Arrays = dict[str, NDArray[Any]]
 Features = NDArray[np.float32]
 
 
-class ImageFeatures:
-    """What EfficientNet-Lite0 sees, frozen, at one size; smaller images are enlarged, all in the same way."""
+@torch.no_grad()
+def feature_maps(network: EfficientNetLite, images: Pixels) -> tuple[Maps, Features]:
+    """Images (P,H,W,3) uint8 -> a map (P,C,h,w) f16 for each resolution, and pooled features (P,1280).
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.size = size
-        self.network = EfficientNetLite(ImageEncoderConfig(image_size=size)).to(device)
-
-    @torch.no_grad()
-    def maps(self, images: Pixels) -> tuple[Maps, Features]:
-        """Images (P,H,W,3) uint8 -> a map (P,C,h,w) f16 for each resolution, and pooled features (P,1280)."""
-        size, parts, pooled = (self.size, self.size), list[Maps](), list[Features]()
-        for batch in torch.from_numpy(images).permute(0, 3, 1, 2).split(BATCH):
-            x = batch.float().to(self.network.mean.device) / 255
-            if x.shape[-2:] != size:
-                x = torch.nn.functional.interpolate(x, size, mode="bilinear", antialias=True)
-            maps, flat = self.network.pyramid(x)
-            parts.append([each.half().cpu() for each in maps])
-            pooled.append(flat.cpu().numpy())
-        return [torch.cat(scale) for scale in zip(*parts, strict=True)], np.concatenate(pooled)
+    The network sees all at its own size; smaller images are enlarged, all in the same way.
+    """
+    size, parts, pooled = (network.config.image_size,) * 2, list[Maps](), list[Features]()
+    for batch in torch.from_numpy(images).permute(0, 3, 1, 2).split(BATCH):
+        x = batch.float().to(network.mean.device) / 255
+        if x.shape[-2:] != size:
+            x = torch.nn.functional.interpolate(x, size, mode="bilinear", antialias=True)
+        maps, flat = network.pyramid(x)
+        parts.append([each.half().cpu() for each in maps])
+        pooled.append(flat.cpu().numpy())
+    return [torch.cat(scale) for scale in zip(*parts, strict=True)], np.concatenate(pooled)
 
 
 def compare_images(first: Pixels, second: Pixels, maps: tuple[Maps, Maps]) -> dict[str, NDArray[np.float64]]:
@@ -115,7 +111,7 @@ class References:
         return {"real_images": len(self.features), "classifier": probe | {"held_out_accuracy": self.accuracy}}
 
 
-def load_references(config: ImageBenchmarkConfig, features: ImageFeatures, size: int) -> References | None:
+def load_references(config: ImageBenchmarkConfig, network: EfficientNetLite, size: int) -> References | None:
     """Features of the real images, computed once and kept in the output; None where there are no real images.
 
     Args:
@@ -127,15 +123,7 @@ def load_references(config: ImageBenchmarkConfig, features: ImageFeatures, size:
     if config.references is None and not config.prepared.is_dir():
         return None
     facts = (size, config.references, config.prepared, config.splits, config.feature_size)
-
-    def encoded() -> Arrays:
-        found: Arrays = {}
-        for part, source in _sources(config).items():
-            found[part], nouns = _encoded(source, features, size, part)
-            found[f"{part}_nouns"] = np.array(nouns)
-        return found
-
-    found = kept(config.output / "references.npz", facts, encoded)
+    found = kept(config.output / "references.npz", facts, partial(_encoded, config, network, size))
     counts = Counter(found["train_nouns"].tolist() if "train" in found else ())
     nouns = [noun for noun, count in counts.items() if count >= LEAST]
     if len(nouns) < 2:
@@ -158,23 +146,20 @@ def _sources(config: ImageBenchmarkConfig) -> dict[str, ImageSource]:
     }
 
 
-def _encoded(
-    source: ImageSource, features: ImageFeatures, size: int, name: str
-) -> tuple[Features, list[str]]:
-    """Features (R,D) and the nouns of all images of a source; those that can't be read are left out."""
-    parts, nouns, images = list[Features](), list[str](), list[Pixels]()
-    for index in tqdm(range(len(source)), desc=f"real images, {name}", dynamic_ncols=True):
-        try:
-            loaded = source.load(index, size)
-        except UserError:
-            continue
-        images += [np.asarray(each.image) for each in loaded]
-        nouns += [noun_in(each.captions[-1]) for each in loaded]
-        if len(images) >= 256:
-            parts.append(features.maps(np.stack(images))[1])
-            images = []
-    if images:
-        parts.append(features.maps(np.stack(images))[1])
-    if sum(map(len, parts)) < 2:
-        raise UserError(f"{len(nouns)} real images could be read, expected at least 2")
-    return np.concatenate(parts), nouns
+def _encoded(config: ImageBenchmarkConfig, network: EfficientNetLite, size: int) -> Arrays:
+    """Features (R,D) and the nouns of all images of each source; those that can't be read are left out."""
+    found: Arrays = {}
+    for name, source in _sources(config).items():
+        parts, nouns = list[Features](), list[str]()
+        for index in tqdm(range(len(source)), desc=f"real images, {name}", dynamic_ncols=True):
+            try:
+                loaded = source.load(index, size)
+            except UserError:
+                continue
+            if loaded:
+                parts.append(feature_maps(network, np.stack([np.asarray(each.image) for each in loaded]))[1])
+                nouns += [noun_in(each.captions[-1]) for each in loaded]
+        if len(nouns) < 2:
+            raise UserError(f"{len(nouns)} real images could be read, expected at least 2")
+        found |= {name: np.concatenate(parts), f"{name}_nouns": np.array(nouns)}
+    return found

@@ -18,10 +18,10 @@ from elastic3d.benchmark.image_scores import (
     METRICS,
     Arrays,
     Features,
-    ImageFeatures,
     Maps,
     References,
     compare_images,
+    feature_maps,
     kept,
     load_references,
 )
@@ -32,18 +32,15 @@ from elastic3d.diffusion.options import Solver
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import spread
 from elastic3d.evaluation.statistics import Row
+from elastic3d.models.image_encoder import EfficientNetLite
 from elastic3d.models.images import save_image
+from elastic3d.models.options import ImageEncoderConfig
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.image_loading import weight_files
 from elastic3d.pipelines.image_to_3d import Result
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, NO_ROUTERS_NAME
 from elastic3d.pipelines.runtime import find_model
-from elastic3d.pipelines.text_to_image import (
-    ROUTERS_NAME,
-    TextToImagePipeline,
-    check_prompt,
-    read_prompts,
-)
+from elastic3d.pipelines.text_to_image import ROUTERS_NAME, TextToImagePipeline, check_prompt, read_prompts
 from elastic3d.utils.files import file_sha256
 
 Condition = tuple[dict[str, Tensor], dict[str, Any]]  # of the prompts, of the guidance
@@ -77,7 +74,7 @@ class ImageTask(Task):
         for prompt in prompts:
             check_prompt(prompt, planner.models[DENSE].pipeline.backbone)
         self.side = config.resolution or planner.models[DENSE].resolution
-        self.anchors = {SAME_STEPS: planner.dense(planner.baseline_steps), REFERENCE: planner.reference()}
+        self.anchors = {SAME_STEPS: planner.baseline, REFERENCE: planner.reference}
         self._seen = lru_cache(SEEN)(self._look)
         self._references: References | None = None
         size = (config.resolution, config.resolution) if config.resolution else None
@@ -127,9 +124,10 @@ class ImageTask(Task):
     # ---------------------------------------------------------------------------------------------- scores
 
     @cached_property
-    def features(self) -> ImageFeatures:
-        """The network that scores images."""
-        return ImageFeatures(self.config.feature_size, self.planner.models[DENSE].pipeline.backbone.device)
+    def network(self) -> EfficientNetLite:
+        """EfficientNet-Lite0, frozen, whose features score images."""
+        config = ImageEncoderConfig(image_size=self.config.feature_size)
+        return EfficientNetLite(config).to(self.planner.models[DENSE].pipeline.backbone.device)
 
     def score(self, runs: Sequence[Run]) -> Scores:
         """All runs whose images are all made, beside the anchors. The floor of an anchor is its images beside those of
@@ -152,10 +150,10 @@ class ImageTask(Task):
                 )
                 pooled[run.name].append(found["pooled"].astype(np.float32))
                 for name in others:
-                    scores.rows.setdefault((run.name, name), []).extend(_rows(found, name, seed))
+                    scores.rows[run.name, name] += _rows(found, name, seed)
                 bar.update()
         if pooled:
-            self._references = load_references(self.config, self.features, self.side)
+            self._references = load_references(self.config, self.network, self.side)
         if self._references is not None:
             every = self.items * len(seeds)
             for name, parts in pooled.items():
@@ -178,15 +176,14 @@ class ImageTask(Task):
         for item in self.items:
             with Image.open(self.path(run, Job(item, seed))) as image:
                 images.append(np.asarray(image))
-        return np.stack(images), *self.features.maps(np.stack(images))
+        return np.stack(images), *feature_maps(self.network, np.stack(images))
 
     def columns(self, run: Run, scores: Scores) -> dict[str, Any]:
         """Mean scores against both anchors with their floors, an interval over prompts for the feature distance, and
         the distances to real images."""
         found: dict[str, Any] = {}
         for name, anchor in self.anchors.items():
-            rows = scores.rows.get((run.name, name), [])
-            floor = scores.rows.get((anchor.name, f"{name}_floor"), [])
+            rows, floor = scores.rows[run.name, name], scores.rows[anchor.name, f"{name}_floor"]
             for metric in METRICS:
                 found[f"{metric}_{name}"] = average(rows, metric)
                 found[f"{metric}_{name}_floor"] = average(floor, metric)

@@ -21,7 +21,6 @@ from elastic3d.benchmark.rows import average, bounds
 from elastic3d.benchmark.task import SHEET_SIDE, Pixels, Scores, Task
 from elastic3d.diffusion.options import SamplingGrid, Solver
 from elastic3d.diffusion.sampler import sampling_times
-from elastic3d.elastic import attach
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Item, find_meshes, spread
 from elastic3d.evaluation.options import Align, ProtocolConfig, UpAxis
@@ -31,10 +30,9 @@ from elastic3d.geometry.decode import node_points
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh
 from elastic3d.models.images import IMAGE_SUFFIXES, prepare
 from elastic3d.models.options import ForegroundConfig
-from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import CONFIG_NAME, find_weights
 from elastic3d.pipelines.generation import find_images
-from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
+from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline, load_dit
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.training.journal import mesh_image, on_white
@@ -143,10 +141,10 @@ class MeshTask(Task):
         for run in done:
             if self.truth:
                 truth += self._items(run, TRUTH, [self.truth[job.name] for job in self.jobs])
-            for kind, other in ((REFERENCE, planner.reference()), (SAME_STEPS, planner.dense(run.steps))):
+            for kind, other in ((REFERENCE, planner.reference), (SAME_STEPS, planner.dense(run.steps))):
                 if other in done:
                     paired += self._items(run, kind, [self.path(other, job) for job in self.jobs])
-            if run == planner.reference() and len(seeds) > 1:
+            if run == planner.reference and len(seeds) > 1:
                 before = [replace(job, seed=seeds[seeds.index(job.seed) - 1]) for job in self.jobs]
                 paired += self._items(run, FLOOR, [self.path(run, job) for job in before])
         protocol, scores = self.config.protocol, Scores()
@@ -155,7 +153,7 @@ class MeshTask(Task):
         )
         for row in self._scored(truth, TRUTH, protocol) + self._scored(paired, "paired", between):
             name, kind, row["name"] = row["name"].split("/", 2)
-            scores.rows.setdefault((name, kind), []).append(row)
+            scores.rows[name, kind].append(row)
         return scores
 
     def _items(self, run: Run, kind: str, others: Sequence[Path]) -> list[Item]:
@@ -181,19 +179,15 @@ class MeshTask(Task):
     def columns(self, run: Run, scores: Scores) -> dict[str, Any]:
         """Scores against the reference, the dense model in as many steps, and ground truth; the seed floor, of which
         a mesh that failed is no measure."""
-        paired, same, truth = (
-            scores.rows.get((run.name, kind), []) for kind in (REFERENCE, SAME_STEPS, TRUTH)
-        )
-        found = _pair(paired, "paired")
-        found |= bounds(paired, "chamfer_l1", "chamfer_l1_paired")
+        paired, same, truth = (scores.rows[run.name, kind] for kind in (REFERENCE, SAME_STEPS, TRUTH))
+        found = _pair(paired, "paired") | bounds(paired, "chamfer_l1", "chamfer_l1_paired")
         found |= _pair(same, "same_steps")
-        dense = scores.rows.get((self.planner.dense(self.planner.baseline_steps).name, TRUTH), [])
+        dense = scores.rows[self.planner.baseline.name, TRUTH]
         for threshold in self.config.protocol.thresholds:
             name = f"f_score@{threshold:g}"
             own, full = average(truth, name), average(dense, name)
             found |= {name: own, f"{name}_drop": None if own is None or not full else 1 - own / full}
-        floor = scores.rows.get((self.planner.reference().name, FLOOR), [])
-        floor = [row for row in floor if row["status"] == "ok"]
+        floor = [row for row in scores.rows[self.planner.reference.name, FLOOR] if row["status"] == "ok"]
         return found | _pair(truth, "truth") | _pair(floor, "seed_floor")
 
     def holds(self, row: Row) -> bool | None:
@@ -247,25 +241,23 @@ def load_models(config: MeshBenchmarkConfig) -> dict[str, Model]:
     """Every pipeline by name: `model`, `dense` without routers, `euler` (dense, in equal Euler steps, where that
     differs), variants. UserError for a folder that holds no model or routers, or such as do not fit `model`."""
 
-    def load(path: Path, routers: bool = True) -> ImageTo3DPipeline:
+    def load(path: Path, routers: bool | Path = True) -> ImageTo3DPipeline:
         return ImageTo3DPipeline.from_pretrained(
             path, config.device, config.dtype, dial=False, routers=routers
         )
 
     def variant(path: Path) -> ImageTo3DPipeline:
-        """The model in a folder of its own; or `main` with another DiT; or with its own and other routers."""
+        """The model in a folder of its own; or `main` with other routers, or with another DiT."""
         if (path / PIPELINE_NAME).is_file():
             return load(path)
         if not (path / CONFIG_NAME).is_file():
             raise UserError(
                 f"{path} has neither {PIPELINE_NAME} nor {CONFIG_NAME}: it holds no model and no routers"
             )
-        is_routers = str(load_json(path / CONFIG_NAME).get("_class_name", "")).endswith("Routers")
-        base = folder / "dit" if is_routers else path
-        dit = ShapeDiT.from_pretrained(base, next(main.dit.parameters()).dtype, main.device)
-        if is_routers:
-            attach(dit, path)
-        digest = file_sha256(find_weights(folder / "vae"), find_weights(base), find_weights(path))
+        if str(load_json(path / CONFIG_NAME).get("_class_name", "")).endswith("Routers"):
+            return load(folder, routers=path)
+        dit = load_dit(path, next(main.dit.parameters()).dtype, main.device)
+        digest = file_sha256(find_weights(folder / "vae"), find_weights(path))
         return ImageTo3DPipeline(main.vae, dit, main.encoder, main.config, digest)
 
     folder = find_model(DEFAULT_MODEL if config.model in ("", "default") else config.model)

@@ -111,19 +111,10 @@ class Job:
         """The prompt, or the name of the image without its suffix."""
         return self.item.stem if isinstance(self.item, Path) else self.item
 
-    @property
-    def sha256(self) -> str:
-        """Of the prompt, or of the image's file."""
-        return _item_sha256(self.item)
-
-    @property
-    def stem(self) -> str:
-        """Name of its result's file."""
-        return self.item.stem if isinstance(self.item, Path) else self.sha256[:16]
-
 
 @cache
-def _item_sha256(item: Path | str) -> str:
+def item_sha256(item: Path | str) -> str:
+    """Of the prompt, or of the image's file."""
     return file_sha256(item) if isinstance(item, Path) else hashlib.sha256(item.encode()).hexdigest()
 
 
@@ -153,6 +144,8 @@ class Planner:
         self.trained_cache = main.session.router_config.cache() if main.session else NO_CACHE
         default = config.cache or main.elastic.cache or self.trained_cache
         self.default = replace(main.elastic, cache=default)
+        # the dense results that speed-ups are over, and those that all others are paired with
+        self.baseline, self.reference = self.dense(self.baseline_steps), self.dense(config.reference_steps)
 
     def run(
         self, name: str, steps: int, routes: Routes, settings: ElasticConfig | None = None, **more: Any
@@ -203,9 +196,10 @@ class Planner:
         settings = replace(self.default, elastic=True, budget=budget, **changes)
         return self.run(model, steps, Routes.routers, settings, unbiased=unbiased)
 
-    def every_block(self, steps: int, cache: BlockCacheConfig, lora: bool) -> Run:
-        """Every block of the model with routers at full width: only a cache and, if wanted, the few-step LoRA act."""
-        return self.run(MAIN, steps, Routes.open, ElasticConfig(cache=cache, few_step=lora))
+    def every_block(self, steps: int, cache: BlockCacheConfig | None = None) -> Run:
+        """Every block of the model with routers, at full width: a cache acts, or, without one, the few-step LoRA."""
+        settings = ElasticConfig(cache=cache or NO_CACHE, few_step=cache is None)
+        return self.run(MAIN, steps, Routes.open, settings)
 
     def has_lora(self, steps: int, budget: float) -> bool:
         """Whether a generation uses the few-step LoRA of the routers."""
@@ -217,10 +211,6 @@ class Planner:
         """The guidance scale of a model's runs."""
         requested = self.config.guidance
         return self.models[model].guidance if requested is None else requested
-
-    def reference(self) -> Run:
-        """The dense results that all others are paired with."""
-        return self.dense(self.config.reference_steps)
 
 
 ON_REQUEST = (Method.elastic_no_lora, Method.elastic_no_bias, Method.elastic_no_damping, Method.random_blocks)
@@ -279,26 +269,26 @@ def _cases(planner: Planner, method: Method) -> Iterator[Case]:
         yield from (Case(name, planner.run(EULER, steps, Routes.dense), 1.0) for steps in config.steps)
     elif method is Method.few_step_lora:
         few = [steps for steps in config.steps if planner.has_lora(steps, 1.0)]
-        yield from (Case(name, planner.every_block(steps, NO_CACHE, lora=True), 1.0) for steps in few)
+        yield from (Case(name, planner.every_block(steps), 1.0) for steps in few)
     elif method is Method.dense_cache:
         yield from _dense_cache(planner)
     elif method is Method.training_free:
-        known = [each for each in config.policies if each is PolicyName.even or planner.calibration]
-        for policy in known:
-            for budget in planner.control_budgets:
-                if least_budget(base) <= budget < 1:
+        budgets = [each for each in planner.control_budgets if least_budget(base) <= each < 1]
+        for policy in config.policies:
+            if policy is PolicyName.even or planner.calibration:
+                for budget in budgets:
                     settings = ElasticConfig(budget=budget)
                     run = planner.run(DENSE, base, Routes.dense, settings, policy=policy)
                     yield Case(name, run, budget, policy.value)
     elif name in CONTROLS:
-        for budget in planner.control_budgets:
-            if budget < 1:  # at 1 there is hardly anything left out to choose
-                steps = planner.control_steps
-                donor = planner.elastic(budget, steps, cache=planner.trained_cache)
-                if method is Method.random_blocks:  # at a share of what all blocks execute
-                    donor = planner.every_block(steps, NO_CACHE, lora=True)
-                settings = replace(donor.settings, budget=budget)
-                yield Case(name, planner.run(MAIN, steps, Routes(name), settings, donor=donor), budget)
+        steps = planner.control_steps
+        budgets = [each for each in planner.control_budgets if each < 1]  # at 1 hardly any choice is left
+        for budget in budgets:
+            donor = planner.elastic(budget, steps, cache=planner.trained_cache)
+            if method is Method.random_blocks:  # at a share of what all blocks execute
+                donor = planner.every_block(steps)
+            settings = replace(donor.settings, budget=budget)
+            yield Case(name, planner.run(MAIN, steps, Routes(name), settings, donor=donor), budget)
     else:  # the routers, or an ablation of them
         undamped = replace(planner.default.cache or NO_CACHE, damping=1.0, times=[], dampings=[])
         changes: dict[Method, dict[str, Any]] = {
@@ -324,9 +314,8 @@ def _dense_cache(planner: Planner) -> Iterator[Case]:
         start = min(1.0, (config.warmup - 0.5) / steps)  # rounded up to whole steps
         for interval in config.intervals:
             for note, damped in dampings.items():
-                run = planner.every_block(
-                    steps, replace(damped, longest=interval - 1, start=start), lora=False
-                )
+                cache = replace(damped, longest=interval - 1, start=start)
+                run = planner.every_block(steps, cache)
                 yield Case("dense_cache", run, None, f"every {interval} steps, {note}")
 
 
@@ -342,7 +331,7 @@ def _variant_cases(planner: Planner, name: str) -> Iterator[Case]:
 
 def needed_runs(planner: Planner, cases: list[Case]) -> list[Run]:
     """Each run once: the reference, the dense model in each number of steps that occurs, donors before controls."""
-    runs = [planner.reference(), *(planner.dense(case.run.steps) for case in cases)]
+    runs = [planner.reference, *(planner.dense(case.run.steps) for case in cases)]
     for case in cases:
         runs += [case.run.donor, case.run] if case.run.donor else [case.run]
     return list(dict.fromkeys(runs))

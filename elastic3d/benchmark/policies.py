@@ -10,14 +10,7 @@ from elastic3d.benchmark.config import PolicyName
 from elastic3d.elastic.cache import Forecast
 from elastic3d.elastic.context import StepContext
 from elastic3d.elastic.router import RouteDecision
-from elastic3d.elastic.training_free import (
-    Array,
-    Calibration,
-    StepPolicy,
-    all_or_none,
-    check_budget,
-    even_steps,
-)
+from elastic3d.elastic.training_free import Array, Calibration, StepPolicy, all_or_none, even_steps
 from elastic3d.pipelines.calibration import relative_change
 
 
@@ -33,9 +26,7 @@ def policy_named(name: PolicyName, calibration: Calibration | None) -> StepPolic
 class FittedPolicy(StepPolicy):
     """Steps at even distances, fitted forecasts."""
 
-    def __init__(self, calibration: Calibration | None) -> None:
-        super().__init__(calibration)
-        self.schedule = "even"
+    schedule = "even"
 
     def chosen(self, count: int) -> tuple[int, ...]:
         """Even steps, whatever is predicted."""
@@ -46,14 +37,12 @@ class OnlinePolicy(StepPolicy):
     """Each sample by itself: predicted errors, scaled by how fast its own input changes, add up until they pass a
     threshold, as in TeaCache (2411.19108) and EasyCache (2507.02860)."""
 
-    def __init__(self, calibration: Calibration | None) -> None:
-        super().__init__(calibration)
-        self.schedule = "online"
+    schedule = "online"
 
     def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> Forecast | None:
         """A generation begins -> how residuals go on in it."""
         forecast = super().begin(steps, times, budgets)
-        counts = [check_budget(budget, steps) for budget in budgets]
+        counts = [len(computed) for computed in self._computed]
         levels = {count: threshold(self._errors, count) for count in set(counts)}
         self._samples = [_Online(self._errors, levels[count]) for count in counts]
         return forecast
@@ -79,17 +68,17 @@ class _Online:
     def runs(self, step: int, tokens: Tensor, usual: Array) -> bool:
         """Whether the blocks run at a step, whose first one is given `tokens` (L,D); `usual` are changes (S,) of it."""
         if step not in self.decided:
-            change = relative_change(self._input, tokens)
-            self.decided[step] = self.take(step, change, max(float(usual[step]), 1e-12))
+            change = relative_change(self._input, tokens) / max(float(usual[step]), 1e-12)
+            self.decided[step] = self.take(step, change)
             self._input = tokens
         return self.decided[step]
 
-    def take(self, step: int, change: float = 1.0, usual: float = 1.0) -> bool:
-        """Whether the blocks run at the next step, whose input changes by so much, where so much is usual."""
+    def take(self, step: int, change: float = 1.0) -> bool:
+        """Whether the blocks run at the next step, whose input changes by so many times as much as is usual."""
         if step == 0:
             return True
         a, b = self.computed[-2:] if len(self.computed) > 1 else self.computed * 2
-        self.spent += float(self.errors[a, b, step]) * change / usual
+        self.spent += float(self.errors[a, b, step]) * change
         if self.spent <= self.threshold:
             return False
         self.computed.append(step)

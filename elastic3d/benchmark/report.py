@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from elastic3d.benchmark.methods import FAMILY, FEWER, Case
 from elastic3d.benchmark.rivals import missing
-from elastic3d.benchmark.rows import Round, build_rows, compare_rivals, summarise_rows
+from elastic3d.benchmark.rows import Round, build_rows, compare_rivals, summarise_rows, timed_rows
 from elastic3d.benchmark.task import SHEET_SIDE, Pixels, Scores, Task
 from elastic3d.evaluation.frontier import INK, PAPER, Series, chart, legend
 from elastic3d.evaluation.report import machine, markdown_table, write_csv
@@ -31,16 +33,7 @@ def write_report(
     """Write all files; what results.json holds."""
     output, rows = task.config.output, build_rows(task, cases, scores, rounds)
     results = {
-        "about": {
-            "command": command,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": machine(),
-            "models": {name: model.weights_sha256 for name, model in task.planner.models.items()},
-            "baseline_steps": task.planner.baseline_steps,
-            "left_out": missing(task.config),
-            **task.about(),
-            "config": to_dict(task.config),
-        },
+        "about": about(task, command),
         "rows": rows,
         "summary": summarise_rows(task, rows),
         "comparisons": compare_rivals(task, cases, scores, rows),
@@ -67,6 +60,20 @@ def write_report(
     return results
 
 
+def about(task: Task, command: str) -> dict[str, Any]:
+    """What was run, on which models, where and when."""
+    return {
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "models": {name: model.weights_sha256 for name, model in task.planner.models.items()},
+        "baseline_steps": task.planner.baseline_steps,
+        "left_out": missing(task.config),
+        **task.about(),
+        "config": to_dict(task.config),
+    }
+
+
 def route_panels(task: Task, cases: Sequence[Case]) -> list[tuple[str, dict[str, Any]]]:
     """Title and `routes` of what each run of the elastic family did for the first item."""
     panels = dict[str, tuple[str, dict[str, Any]]]()
@@ -85,12 +92,9 @@ def page(results: Mapping[str, Any], scores: Mapping[str, str]) -> str:
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     titles = ["method", "budget", "steps", "executed FLOPs / dense"]
     titles += [f"{name}, batch {batch}" for name in ("DiT speed-up", "efficiency") for batch in batches]
-    groups: dict[tuple[Any, ...], dict[int, Row]] = {}
-    for row in rows:
-        identity = tuple(row.get(name) for name in ("method", "note", "budget", "steps", "run"))
-        groups.setdefault(identity, {})[row["batch"]] = row
-    lines = []
-    for (method, note, budget, steps, _), group in groups.items():
+    lines, identity = [], itemgetter("method", "note", "budget", "steps", "run")
+    for (method, note, budget, steps, _), same in groupby(rows, identity):
+        group = {row["batch"]: row for row in same}
         first = next(iter(group.values()))
         cells = [", ".join(filter(None, [method, note])), budget, steps]
         cells.append(_number(first["flops_ratio_to_baseline"], ".2f"))
@@ -131,10 +135,8 @@ def pareto_plot(
     panels, names = [], list(dict.fromkeys(map(name_of, rows)))
     for score, label in labels.items():
         series = {name: Series(name) for name in names}
-        for row in rows:
-            value, time = row.get(score), row["dit_ms_median"]
-            if row["batch"] == batch and value is not None and time is not None:
-                series[name_of(row)].points.append((time, value))
+        for row in timed_rows(rows, score, batch):
+            series[name_of(row)].points.append((row["dit_ms_median"], row[score]))
         if any(each.points for each in series.values()):
             time_label, lower = f"DiT, ms a {noun}, batch {batch}", "(lower" in label
             panels.append(chart(list(series.values()), time_label, label, lower))

@@ -15,7 +15,6 @@ import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,18 +23,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from elastic3d.benchmark.config import BenchmarkOptions, CacheName, ImageBenchmarkConfig
-from elastic3d.benchmark.forecasting import HISTORY, Clock, Forward, forecasting, replaced
-from elastic3d.benchmark.methods import DENSE, Case, Planner, Rival, Routes
+from elastic3d.benchmark.forecasting import HISTORY, Clock, forecasting, replaced
+from elastic3d.benchmark.methods import DENSE, Case, Model, Planner, Rival, Routes
 from elastic3d.pipelines.options import BackboneName
 
 PACKAGES = {CacheName.db_cache: ("cache_dit", "cache-dit"), CacheName.hicache: ("hicache_pp", "hicache-pp")}
 MAG_RETENTION = 0.2  # share of the first steps that MagCache computes; its authors' value
-# attention as a CPU runs it, which PyTorch's registry lacks: shapes of queries, keys and values come first
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(
-        *shapes[:3]
-    )
-}
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which PyTorch's registry lacks
 _LEFT_BEHIND = ("forward", "_is_patched")  # what cache-dit does not take off a FLUX transformer
 
 
@@ -81,10 +75,11 @@ def grid(config: BenchmarkOptions) -> list[Rival]:
 
 def missing(config: BenchmarkOptions) -> dict[str, str]:
     """Rivals that were asked for and have no rows, with the reason."""
-    found = {}
-    for name, (module, package) in PACKAGES.items():
-        if name in config.caches and find_spec(module) is None:
-            found[name.value] = f"{package} is not installed: pip install 'elastic3d[bench]'"
+    found = {
+        name.value: f"{package} is not installed: pip install 'elastic3d[bench]'"
+        for name, (module, package) in PACKAGES.items()
+        if name in config.caches and find_spec(module) is None
+    }
     is_qwen = isinstance(config, ImageBenchmarkConfig) and config.backbone is BackboneName.qwen_image
     if is_qwen and CacheName.db_cache in config.caches:
         found[CacheName.db_cache.value] = "it is set up for FLUX transformers here"
@@ -92,51 +87,36 @@ def missing(config: BenchmarkOptions) -> dict[str, str]:
 
 
 def running(
-    transformer: nn.Module, rival: Rival, steps: int, ratios: Sequence[float] = (), pipe: Any = None
+    model: Model, rival: Rival, steps: int, ratios: Sequence[float] = ()
 ) -> AbstractContextManager[None]:
-    """While it lasts, a plain transformer has the cache, in its initial state.
-
-    Args:
-        steps: sampling steps of the generation.
-        ratios: what `magnitude_ratios` found for as many steps; for MagCache alone.
-        pipe: the diffusers pipeline of the transformer; for DBCache alone.
-    """
-    options = rival.options
+    """For one generation of N steps, a plain model has the cache, in its initial state; `ratios`: what
+    `magnitude_ratios` found for as many steps, for MagCache alone."""
     if rival.kind is CacheName.forecast:
-        return forecasting(transformer, options["by"], options["interval"], options["warmup"])
+        return forecasting(model.dit, **rival.options)
     if rival.kind is CacheName.hicache:
-        return _hicache(transformer, options, steps)
+        return _hicache(model.dit, rival.options, steps)
     if rival.kind is CacheName.db_cache:
-        return _db_cache(pipe, options, steps)
-    return _of_diffusers(transformer, rival, steps, ratios)
+        return _db_cache(model.pipe, rival.options, steps)
+    return _enabled(model.dit, _cache_config(rival, steps, ratios))
 
 
 # ---------------------------------------------------------------------------------------- what they execute
 
 
-@dataclass
-class FlopMeter:
-    """What was counted so far, in `total`."""
-
-    total: int = 0
-
-
 @contextmanager
-def metered(transformer: nn.Module) -> Iterator[FlopMeter]:
-    """While it lasts, every forward pass of `transformer` is counted; nothing else is."""
-    meter = FlopMeter()
+def metered(transformer: nn.Module) -> Iterator[list[int]]:
+    """While it lasts, the FLOPs of every forward pass of `transformer` are put on a list; those of nothing else are."""
+    passes: list[int] = []
+    attention = {CPU_ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}  # of their shapes
 
-    def inside(forward: Forward) -> Forward:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-                out = forward(*args, **kwargs)
-            meter.total += counter.get_total_flops()
-            return out
+    def counted(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+            out = forward(*args, **kwargs)
+        passes.append(counter.get_total_flops())
+        return out
 
-        return wrapped
-
-    with replaced(transformer, inside):
-        yield meter
+    with replaced(transformer, counted):
+        yield passes
 
 
 # ---------------------------------------------------------------------------------------- on every model
@@ -151,27 +131,24 @@ def _hicache(transformer: nn.Module, options: dict[str, Any], steps: int) -> Ite
     states: dict[int, dict[str, Any]] = {}
     forecast = {"hermite": hicache_pp.hicache_forecast, "dmd": hicache_pp.dmd_forecast_state}[options["by"]]
 
-    def around(forward: Forward) -> Forward:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if clock.branch not in states:
-                states[clock.branch] = hicache_pp.hicache_init(
-                    steps, options["interval"], first_enhance=options["warmup"], backend=options["by"], history=HISTORY
-                )  # fmt: skip
-            state = states[clock.branch]
-            state["step"] = clock.step
-            if hicache_pp.hicache_decide(state) == "forecast":
-                found = forecast(state)
-                return found if not state["packed"] else (found,)
-            out = forward(*args, **kwargs)
-            state["packed"] = isinstance(out, tuple)
-            value = (out[0] if state["packed"] else out).detach()
-            hicache_pp.hicache_update_derivatives(state, value)
-            hicache_pp.dmd_update_snapshots(state, value, HISTORY)
-            return out
+    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if clock.branch not in states:
+            states[clock.branch] = hicache_pp.hicache_init(
+                steps, options["interval"], first_enhance=options["warmup"], backend=options["by"], history=HISTORY
+            )  # fmt: skip
+        state = states[clock.branch]
+        state["step"] = clock.step
+        if hicache_pp.hicache_decide(state) == "forecast":
+            found = forecast(state)
+            return found if not state["packed"] else (found,)
+        out = forward(*args, **kwargs)
+        state["packed"] = isinstance(out, tuple)
+        value = (out[0] if state["packed"] else out).detach()
+        hicache_pp.hicache_update_derivatives(state, value)
+        hicache_pp.dmd_update_snapshots(state, value, HISTORY)
+        return out
 
-        return wrapped
-
-    with clock.ticking(), replaced(transformer, around):
+    with clock.ticking(), replaced(transformer, run):
         yield
 
 
@@ -179,28 +156,29 @@ def _hicache(transformer: nn.Module, options: dict[str, Any], steps: int) -> Ite
 
 
 @contextmanager
-def _of_diffusers(transformer: Any, rival: Rival, steps: int, ratios: Sequence[float]) -> Iterator[None]:
-    from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
-
-    options: dict[str, Any] = rival.options
-    config: Any
-    if rival.kind is CacheName.first_block_cache:
-        config = FirstBlockCacheConfig(threshold=options["threshold"])
-    elif rival.kind is CacheName.mag_cache:
-        config = MagCacheConfig(
-            threshold=options["threshold"], num_inference_steps=steps, mag_ratios=list(ratios),
-            retention_ratio=MAG_RETENTION,
-        )  # fmt: skip
-    else:
-        config = TaylorSeerCacheConfig(
-            cache_interval=options["interval"], disable_cache_before_step=options["warmup"], max_order=1,
-            taylor_factors_dtype=torch.float32, use_lite_mode=rival.kind is CacheName.taylor_seer_lite,
-        )  # fmt: skip
+def _enabled(transformer: Any, config: Any) -> Iterator[None]:
     transformer.enable_cache(config)
     try:
         yield
     finally:
         transformer.disable_cache()
+
+
+def _cache_config(rival: Rival, steps: int, ratios: Sequence[float]) -> Any:
+    """What diffusers enables."""
+    from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+
+    options: dict[str, Any] = rival.options
+    if rival.kind is CacheName.first_block_cache:
+        return FirstBlockCacheConfig(**options)
+    if rival.kind is CacheName.mag_cache:
+        return MagCacheConfig(
+            **options, num_inference_steps=steps, mag_ratios=list(ratios), retention_ratio=MAG_RETENTION
+        )
+    return TaylorSeerCacheConfig(
+        cache_interval=options["interval"], disable_cache_before_step=options["warmup"], max_order=1,
+        taylor_factors_dtype=torch.float32, use_lite_mode=rival.kind is CacheName.taylor_seer_lite,
+    )  # fmt: skip
 
 
 def magnitude_ratios(transformer: Any, generate: Callable[[], Any], steps: int) -> list[float]:
@@ -210,13 +188,9 @@ def magnitude_ratios(transformer: Any, generate: Callable[[], Any], steps: int) 
     """
     from diffusers import MagCacheConfig
 
-    transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=steps))
-    printed = io.StringIO()
-    try:
-        with redirect_stdout(printed):
-            generate()
-    finally:
-        transformer.disable_cache()
+    config = MagCacheConfig(calibrate=True, num_inference_steps=steps)
+    with _enabled(transformer, config), redirect_stdout(io.StringIO()) as printed:
+        generate()
     lines = [line for line in printed.getvalue().splitlines() if line.startswith("[") and line.endswith("]")]
     found: list[float] = ast.literal_eval(lines[0])
     if len(found) != steps:

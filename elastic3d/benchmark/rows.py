@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -47,10 +47,9 @@ def build_rows(task: Task, cases: Sequence[Case], scores: Scores, rounds: Sequen
     are calibrated.
     """
     rows, planner = [], task.planner
-    columns = {case.run.name: task.columns(case.run, scores) for case in cases}
     for case in cases:
         run, settings = case.run, case.run.settings
-        compute = _compute(task, run)
+        compute, columns = _compute(task, run), task.columns(run, scores)
         own = settings.width == planner.default.width and settings.cache == planner.trained_cache
         # alone, a sample has nobody to share its routes with
         for batch in [b for b in task.config.batches if b > 1 or not settings.shared]:
@@ -59,7 +58,7 @@ def build_rows(task: Task, cases: Sequence[Case], scores: Scores, rounds: Sequen
                 "as_trained": case.method == Method.elastic.value and own,
             }  # fmt: skip
             times = _times(task, run, rounds, batch, compute["executed_flops_ratio"])
-            rows.append(head | compute | times | columns[run.name] | {"run": run.name})
+            rows.append(head | compute | times | columns | {"run": run.name})
     return rows
 
 
@@ -83,7 +82,7 @@ def _compute(task: Task, run: Run) -> dict[str, Any]:
 def _times(task: Task, run: Run, rounds: Sequence[Round], batch: int, made: float | None) -> dict[str, Any]:
     """Times a result and speed-ups; executed FLOPs of the timed results where no others were `made`."""
     planner = task.planner
-    baseline, same = planner.dense(planner.baseline_steps), planner.dense(run.steps)
+    baseline, same = planner.baseline, planner.dense(run.steps)
     dit = summarise(rounds, run, baseline, DIT, batch)
     within = summarise(rounds, run, same, DIT, batch)
     whole = summarise(rounds, run, baseline, END_TO_END, batch)
@@ -128,8 +127,8 @@ def compare_rivals(
         matched, opponents = _opponents(task, rival, cases, rows)
         for case in opponents:
             for against, metric in task.compared:
-                sides = [scores.rows.get((run.name, against), []) for run in (case.run, rival.run)]
-                compared = compare_metric(metric, sides[0], [sides[1]], Opponent.baseline)
+                own, theirs = (scores.rows[run.name, against] for run in (case.run, rival.run))
+                compared = compare_metric(metric, own, [theirs], Opponent.baseline)
                 if compared is not None:
                     found.append({
                         "routers": case.method, "rival_method": rival.method, "rival_run": rival.run.name,
@@ -189,15 +188,20 @@ def frontier(task: Task, rows: Sequence[Row], rival: str, loss: str, batch: int)
     """
     steps = {"reference": task.config.reference_steps, "dense": task.planner.baseline_steps}
     itself = steps.get(task.losses[loss])
+    timed = [r for r in timed_rows(rows, loss, batch) if r["method"] not in FEWER or r["steps"] != itself]
 
     def points(methods: Sequence[str]) -> list[tuple[float, float]]:
-        own = [row for row in rows if row["method"] in methods and row["batch"] == batch]
-        timed = [row for row in own if row.get(loss) is not None and row["dit_ms_median"] is not None]
-        found = [row for row in timed if row["method"] not in FEWER or row["steps"] != itself]
-        return [(row["dit_ms_median"], as_loss(loss, row[loss])) for row in found]
+        own = [row for row in timed if row["method"] in methods]
+        return [(row["dit_ms_median"], as_loss(loss, row[loss])) for row in own]
 
     others = FEWER if rival == "fewer_steps" else (rival,)
     return compare_fronts(points(FAMILY), points(others), TOLERANCE)
+
+
+def timed_rows(rows: Sequence[Row], score: str, batch: int) -> list[Row]:
+    """Rows of a batch size that have a score and the DiT's time."""
+    own = [row for row in rows if row["batch"] == batch]
+    return [row for row in own if row.get(score) is not None and row["dit_ms_median"] is not None]
 
 
 def as_loss(name: str, value: float) -> float:
@@ -224,21 +228,18 @@ def targets(task: Task, rows: Sequence[Row], frontiers: dict[str, Any], best: Ro
     }
     reached = [value >= EFFICIENCY for value in efficiency.values() if value is not None]
     kept = [row for row in rows if row["as_trained"] or row["method"] == Method.training_free.value]
-    off = [
-        abs(row["executed_flops_ratio"] - row["budget"])
-        for row in kept
-        if row["executed_flops_ratio"] is not None
-    ]
+    executed = [(row["executed_flops_ratio"], row["budget"]) for row in kept]
+    off = max((abs(share - budget) for share, budget in executed if share is not None), default=None)
     fast = best is not None and best["dit_speedup"] >= SPEED
     found = {
         f"speed: DiT at least {SPEED}x the dense model's, fidelity held": (
             best["dit_speedup"] if best else None, fast if known else None,
         ),
         f"efficiency: measured / FLOP speed-up at least {EFFICIENCY} at the best point, by batch size": (
-            efficiency, _all(reached),
+            efficiency, all(reached) if reached else None,
         ),
         f"budgets: executed FLOPs within {OFF_BUDGET} of each": (
-            max(off, default=None), _all(value <= OFF_BUDGET for value in off),
+            off, None if off is None else off <= OFF_BUDGET,
         ),
     }  # fmt: skip
     for batch, families in frontiers.items():
@@ -253,8 +254,3 @@ def targets(task: Task, rows: Sequence[Row], frontiers: dict[str, Any], best: Ro
                     met = (ratio is not None and ratio >= SOONER) if is_known else None
                     found[f"knee at least {SOONER}x sooner than {name}"] = (ratio, met)
     return {name: {"found": value, "met": met} for name, (value, met) in found.items()}
-
-
-def _all(values: Iterable[bool]) -> bool | None:
-    found = list(values)
-    return all(found) if found else None

@@ -12,6 +12,8 @@ import json
 import random
 import time
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -19,15 +21,14 @@ from tqdm import tqdm
 
 from elastic3d.benchmark.config import ImageBenchmarkConfig, MeshBenchmarkConfig, Phase
 from elastic3d.benchmark.methods import Case, Job, Run, needed_runs, plan
-from elastic3d.benchmark.report import write_report
-from elastic3d.benchmark.rivals import missing, rival_cases
+from elastic3d.benchmark.report import about, write_report
+from elastic3d.benchmark.rivals import rival_cases
 from elastic3d.benchmark.rows import DIT, END_TO_END, Round
 from elastic3d.benchmark.task import Task
 from elastic3d.elastic.trace import trace_dense_flops, trace_flops, trace_router_flops
 from elastic3d.errors import UserError
 from elastic3d.evaluation.report import machine, markdown_table
 from elastic3d.utils.files import atomic_path, load_json, save_json
-from elastic3d.utils.options import to_dict
 
 
 def benchmark(config: MeshBenchmarkConfig | ImageBenchmarkConfig, command: str = "") -> dict[str, Any]:
@@ -58,7 +59,7 @@ def benchmark(config: MeshBenchmarkConfig | ImageBenchmarkConfig, command: str =
     if Phase.quality in config.phases:
         make_all(task, runs)
     scores = task.score(runs)
-    to_time = [run for run in runs if run != planner.reference() or run in [case.run for case in cases]]
+    to_time = [run for run in runs if run != planner.reference or run in [case.run for case in cases]]
     rounds = timed_rounds(task, to_time, measure=Phase.timing in config.phases)
     return write_report(task, cases, scores, rounds, command)
 
@@ -78,9 +79,9 @@ def make_all(task: Task, runs: Sequence[Run]) -> None:
 def timed_rounds(task: Task, runs: Sequence[Run], measure: bool) -> list[Round]:
     """The rounds in timing.json, if they are of these runs on this machine; where they are to be measured, those that
     are missing too. They are kept after each."""
-    config, about, path = task.config, machine(), task.config.output / "timing.json"
+    config, host, path = task.config, machine(), task.config.output / "timing.json"
     names = ("system", "processor", "cores", "accelerator", "threads", "torch")
-    fixed = {name: about[name] for name in names} | {"cpu_time": config.cpu_time}
+    fixed = {name: host[name] for name in names} | {"cpu_time": config.cpu_time}
     facts = [sorted(run.name for run in runs), [job.name for job in task.timing_jobs], fixed]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     rounds: list[Round] = []
@@ -94,15 +95,13 @@ def timed_rounds(task: Task, runs: Sequence[Run], measure: bool) -> list[Round]:
     known = {(done["what"], done["batch"], done["round"]) for done in rounds}
     todo = [entry for entry in every if entry not in known]
     with tqdm(total=len(todo) * len(runs), desc="timing", unit="run", dynamic_ncols=True) as bar:
-        warm: set[tuple[str, int]] = set()
-        for what, batch, number in todo:
-            if (what, batch) not in warm:
-                warm.add((what, batch))
-                bar.set_postfix_str(f"{what}, batch {batch}, warm round")
-                _round(task, runs, what, batch, number, None)
-            bar.set_postfix_str(f"{what}, batch {batch}, round {number + 1}")
-            rounds.append(_round(task, runs, what, batch, number, bar))
-            save_json({"key": key, "rounds": rounds}, path)
+        for (what, batch), same in groupby(todo, itemgetter(0, 1)):
+            numbers = [number for *_, number in same]
+            bar.set_postfix_str(f"{what}, batch {batch}")
+            _round(task, runs, what, batch, numbers[0], None)  # warms up
+            for number in numbers:
+                rounds.append(_round(task, runs, what, batch, number, bar))
+                save_json({"key": key, "rounds": rounds}, path)
     return rounds
 
 
@@ -143,15 +142,10 @@ def timed(task: Task, run: Run, jobs: Sequence[Job], alone: bool) -> tuple[Any, 
 def quick_comparison(task: Task, cases: Sequence[Case], command: str) -> dict[str, Any]:
     """Every run, the dense one first, makes the first seed's items once, as one timed batch; its latents against the
     dense ones. Nothing is meshed, kept or repeated. Writes quick.json and quick.md -> what quick.json holds."""
-    planner, config = task.planner, task.config
+    config, baseline = task.config, task.planner.baseline
     jobs = [job for job in task.jobs if job.seed == config.seeds[0]]
-    baseline = planner.dense(planner.baseline_steps)
     rows, dense = list[dict[str, Any]](), torch.zeros(0)
-    about = {
-        "command": command, "machine": machine(), "items": len(jobs), "config": to_dict(config),
-        "left_out": missing(config),
-    }  # fmt: skip
-    found = {"about": about, "rows": rows}
+    found = {"about": about(task, command) | {"items": len(jobs)}, "rows": rows}
     others = [case for case in cases if case.run != baseline]
     for case in tqdm([Case("dense", baseline, 1.0), *others], desc="quick", unit="row", dynamic_ncols=True):
         run = case.run

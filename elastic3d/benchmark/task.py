@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from elastic3d.benchmark.config import BenchmarkOptions, CacheName
 from elastic3d.benchmark.controls import Controls
-from elastic3d.benchmark.methods import Case, Job, Model, Planner, Run
+from elastic3d.benchmark.methods import Case, Job, Model, Planner, Run, item_sha256
 from elastic3d.benchmark.policies import policy_named
 from elastic3d.benchmark.rivals import by_batch, magnitude_ratios, metered, running
 from elastic3d.elastic import detach
@@ -35,7 +36,7 @@ _RECORD = {"status": str, "error": Maybe(str), "item_sha256": str, "metadata": d
 class Scores:
     """Rows by (run, what it is compared with), named `seed-<s>/<item>`; further columns by run."""
 
-    rows: dict[tuple[str, str], list[Row]] = field(default_factory=dict)
+    rows: defaultdict[tuple[str, str], list[Row]] = field(default_factory=lambda: defaultdict(list))
     further: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -127,12 +128,11 @@ class Task(ABC):
         """While it lasts, the model is set up for one generation of a run, in which `source` decides instead of the
         routers; None leaves them, or a policy, to it."""
         with ExitStack() as stack:
-            model = self.model(run)
-            if run.unbiased and model.session is not None:  # the gates have no bias over time
-                stack.callback(setattr, model.session, "router_config", model.session.router_config)
-                config = model.session.router_config
-                curves = replace(config.curves, times=[], gate_bias=[])
-                model.session.router_config = replace(config, curves=curves)
+            model, session = self.model(run), self.model(run).session
+            if run.unbiased and session is not None:  # the gates have no bias over time
+                config = session.router_config
+                stack.callback(setattr, session, "router_config", config)
+                session.router_config = replace(config, curves=replace(config.curves, times=[], gate_bias=[]))
             if run.policy is not None:  # it decides in the plain model
                 plain = model.pipe or model.dit
                 put_policy(plain).source = policy_named(run.policy, self.planner.calibration)
@@ -140,11 +140,11 @@ class Task(ABC):
             if run.rival is not None:
                 calibrated = run.rival.kind is CacheName.mag_cache
                 ratios = self._magnitude_ratios(run.steps) if calibrated else []
-                stack.enter_context(running(model.dit, run.rival, run.steps, ratios, model.pipe))
+                stack.enter_context(running(model, run.rival, run.steps, ratios))
             self.warm_up(run)
-            if source is not None and model.session is not None:
-                model.session.source = source
-                stack.callback(setattr, model.session, "source", None)
+            if source is not None and session is not None:
+                session.source = source
+                stack.callback(setattr, session, "source", None)
             yield
 
     def _mag_cache_calibration(self, steps: int) -> list[float]:
@@ -167,11 +167,11 @@ class Task(ABC):
     def produced(self, run: Run, jobs: Sequence[Job]) -> list[Any]:
         """Results of a batch; the metadata of a rival say what it really executed."""
         source, dit = self.controls.source(run, jobs), self.model(run).dit
-        with self.ready(run, source), metered(dit) if run.rival else nullcontext() as meter:
+        with self.ready(run, source), metered(dit) if run.rival else nullcontext() as passes:
             results = self.produce(run, jobs)
-        if meter is not None:
+        if passes is not None:
             outside, blocks = self._dense_flops(run.steps)
-            share = (meter.total / len(jobs) - outside) / blocks
+            share = (sum(passes) / len(jobs) - outside) / blocks
             for result in results:
                 if "flops_dense" in result.metadata:
                     result.metadata["flops_executed"] = round(share * result.metadata["flops_dense"])
@@ -180,15 +180,16 @@ class Task(ABC):
     def _metered_dense_flops(self, steps: int) -> tuple[float, float]:
         """What a dense generation spends outside the blocks, and in them."""
         dense = self.planner.dense(steps)
-        with self.ready(dense), metered(self.model(dense).dit) as meter:
+        with self.ready(dense), metered(self.model(dense).dit) as passes:
             blocks = self.produce(dense, self.jobs[:1])[0].metadata["flops_dense"]
-        return meter.total - blocks, blocks
+        return sum(passes) - blocks, blocks
 
     # ------------------------------------------------------------------------------------------ keeping
 
     def path(self, run: Run, job: Job) -> Path:
         """Where a result is, or would be."""
-        return self.config.output / "runs" / run.name / f"seed-{job.seed}" / f"{job.stem}{self.suffix}"
+        stem = job.name if isinstance(job.item, Path) else item_sha256(job.item)[:16]
+        return self.config.output / "runs" / run.name / f"seed-{job.seed}" / f"{stem}{self.suffix}"
 
     def make(self, run: Run, jobs: Sequence[Job]) -> None:
         """Make and keep results, or the reasons why there are none; a record is written last. Rivals whose results
@@ -201,7 +202,7 @@ class Task(ABC):
                 record = {
                     "status": "failed" if error else "ok",
                     "error": str(error) if error else None,
-                    "item_sha256": job.sha256,
+                    "item_sha256": item_sha256(job.item),
                     "metadata": result.metadata,
                 }
                 save_json(record, path.with_suffix(".json"))
@@ -213,7 +214,7 @@ class Task(ABC):
             return None
         record: dict[str, Any] = load_json(path.with_suffix(".json"), _RECORD)
         is_whole = record["status"] == "failed" or path.is_file()
-        return record if is_whole and record["item_sha256"] == job.sha256 else None
+        return record if is_whole and record["item_sha256"] == item_sha256(job.item) else None
 
     def missing(self, run: Run) -> list[Job]:
         """Jobs of which a run has no record."""
@@ -222,13 +223,12 @@ class Task(ABC):
     def sheet(self, cases: Sequence[Case]) -> dict[str, list[Pixels]]:
         """Columns of the contact sheet by title: the reference, dense, the routers at each budget, and some of the
         fewer steps, where they are made; empty where none is."""
-        planner, steps = self.planner, self.planner.baseline_steps
-        runs = {f"{self.config.reference_steps} steps": planner.reference()}
-        runs[f"dense, {steps} steps"] = planner.dense(steps)
-        for case in cases:
-            if case.method == "elastic" and case.run.steps == steps:
-                runs[f"elastic {case.budget:g}"] = case.run
+        steps = self.planner.baseline_steps
+        elastic = [case for case in cases if case.method == "elastic" and case.run.steps == steps]
         fewer = [case.run for case in cases if case.method == "fewer_steps" and case.run.steps < steps]
+        runs = {f"{self.config.reference_steps} steps": self.planner.reference}
+        runs |= {f"dense, {steps} steps": self.planner.baseline}
+        runs |= {f"elastic {case.budget:g}": case.run for case in elastic}
         runs |= {f"{run.steps} steps": run for run in spread(fewer, 4)}
         jobs = [Job(item, self.config.seeds[0]) for item in spread(self.items, SHEET_ITEMS)]
         made = {title: run for title, run in runs.items() if all(self.record(run, job) for job in jobs)}

@@ -129,10 +129,10 @@ class StepPolicy(RouteSource):
     and along a damped line. One object serves all generations of a model."""
 
     alike = True
+    schedule = "planned"
 
     def __init__(self, calibration: Calibration | None = None) -> None:
         self.calibration = calibration
-        self.schedule = "even" if calibration is None else "planned"
         # of the generation that runs: its times, the calibration and the errors at these, each sample's computed steps
         self._times: tuple[float, ...] = ()
         self._here: Calibration | None = None
@@ -168,8 +168,9 @@ class StepPolicy(RouteSource):
     @property
     def about(self) -> dict[str, Any]:
         """For metadata: the schedule, and on how many generations it was calibrated (0: it was not)."""
-        samples = 0 if self.calibration is None else self.calibration.about.get("samples", 0)
-        return {"schedule": self.schedule, "samples": samples}
+        if self.calibration is None:
+            return {"schedule": "even", "samples": 0}
+        return {"schedule": self.schedule, "samples": self.calibration.about.get("samples", 0)}
 
 
 def all_or_none(keep: Sequence[bool], context: StepContext) -> RouteDecision:

@@ -197,9 +197,8 @@ def routes_around(
     noise = -torch.rand(sensitivity.shape, generator=generator).clamp(1e-9, 1 - 1e-7).log().neg().log()
     scale = sensitivity.std(unbiased=False).item() or 1.0
     priority = (sensitivity + spread * scale * noise - sensitivity.min() + 1e3)[:, None]
-    found = fill(
-        priority, action[:, None], torch.ones_like(priority, dtype=torch.bool), blocks, ratios, share
-    )
+    ran = torch.ones_like(priority, dtype=torch.bool)
+    found = fill(priority, action[:, None], ran, action_flops(blocks, ratios), share)
     return found.expand(-1, 2, -1).contiguous()
 
 
@@ -223,17 +222,10 @@ def load_sensitivity(path: Path | None, blocks: Sequence[str]) -> Sensitivity | 
     return found
 
 
-def fill(
-    priority: Tensor,
-    action: Tensor,
-    ran: Tensor,
-    blocks: Sequence[BlockFlops],
-    ratios: Sequence[float],
-    share: float,
-) -> Tensor:
-    """Give cells (S,2,I) their `action`, highest priority first, while this brings the executed share nearer."""
-    table = action_flops(blocks, ratios)
-    cost = (table[torch.arange(len(blocks)), action] * ran).flatten()
+def fill(priority: Tensor, action: Tensor, ran: Tensor, table: Tensor, share: float) -> Tensor:
+    """Give cells (S,2,I) their `action`, highest priority first, while this brings the executed share nearer; `table`
+    as `action_flops` gives it."""
+    cost = (table[torch.arange(len(table)), action] * ran).flatten()
     target = share * float((ran.double() * table[:, -1]).sum())
     order = priority.masked_fill(~ran, -1).flatten().argsort(descending=True, stable=True)
     # a cell is taken where more than half of it still fits

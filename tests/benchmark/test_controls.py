@@ -4,39 +4,38 @@ import pytest
 import torch
 
 from elastic3d.benchmark.controls import (
-    as_one,
     executed_share,
     greedy_static,
-    nearest_share,
     random_routes,
     timestep_routes,
 )
 from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.trace import NOT_RUN, REUSED, Trace, parse_actions
+from elastic3d.training.routes import action_flops
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)
 BLOCKS = [BlockFlops(30, 70), BlockFlops(10, 40), BlockFlops(30, 70), BlockFlops(20, 20)]
+TABLE = action_flops(BLOCKS, RATIOS)
 
 
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.65, 1.0])
 def test_random_routes_execute_the_share(branches, share):
     one, two = (
-        random_routes(BLOCKS, RATIOS, 20, branches, share, torch.Generator().manual_seed(seed))
-        for seed in (0, 1)
+        random_routes(TABLE, 20, branches, share, torch.Generator().manual_seed(seed)) for seed in (0, 1)
     )
     ran = one.clone()
     ran[:, branches:] = NOT_RUN
-    assert executed_share(ran, BLOCKS, RATIOS) == pytest.approx(share, abs=0.02)
+    assert executed_share(ran, TABLE) == pytest.approx(share, abs=0.02)
     assert set(one.unique().tolist()) <= {0, 4} and not one[:, branches:].any()
     assert torch.equal(one, two) == (share in (0.0, 1.0))
 
 
 def test_blocks_as_one_are_all_drawn_or_none():
-    whole = as_one(BLOCKS)
-    routes = random_routes([whole], RATIOS, 20, 2, 0.4, torch.Generator().manual_seed(0))
+    whole = TABLE.sum(0, keepdim=True)
+    routes = random_routes(whole, 20, 2, 0.4, torch.Generator().manual_seed(0))
     assert routes.shape == (20, 2, 1) and int((routes > 0).sum()) == 16
-    assert executed_share(routes.expand(-1, -1, 4), BLOCKS, RATIOS) == pytest.approx(0.4)
+    assert executed_share(routes.expand(-1, -1, 4), TABLE) == pytest.approx(0.4)
 
 
 def test_timestep_routes_keep_what_most_samples_keep():
@@ -44,20 +43,18 @@ def test_timestep_routes_keep_what_most_samples_keep():
     actions[:, :, :, 0] = 4  # all samples, always
     actions[:2, 0, :9, 1] = 2  # nine of ten, in the first steps of one branch, half wide
     actions[2:, 1, :5, 2] = 3
-    share = executed_share(torch.cat([actions[:, :, :1, :2], 0 * actions[:, :, :1, 2:]], -1), BLOCKS, RATIOS)
-    routes = timestep_routes(actions, BLOCKS, RATIOS, share)
+    share = executed_share(torch.cat([actions[:, :, :1, :2], 0 * actions[:, :, :1, 2:]], -1), TABLE)
+    routes = timestep_routes(actions, TABLE, share)
     assert (routes[:, :, 0] == 4).all() and (routes[:2, 0, 1] == 2).all() and not routes[:, :, 2:].any()
-    assert executed_share(routes, BLOCKS, RATIOS) == pytest.approx(share)
-    more = timestep_routes(actions, BLOCKS, RATIOS, 0.6)
-    assert (more[2:, 1, 2] == 3).all() and executed_share(more, BLOCKS, RATIOS) == pytest.approx(
-        0.6, abs=0.03
-    )
+    assert executed_share(routes, TABLE) == pytest.approx(share)
+    more = timestep_routes(actions, TABLE, 0.6)
+    assert (more[2:, 1, 2] == 3).all() and executed_share(more, TABLE) == pytest.approx(0.6, abs=0.03)
     one_branch = actions.clone()
     one_branch[:, 1] = NOT_RUN
-    found = timestep_routes(one_branch, BLOCKS, RATIOS, 0.5)
+    found = timestep_routes(one_branch, TABLE, 0.5)
     assert not found[:, 1].any()
     found[:, 1] = NOT_RUN
-    assert executed_share(found, BLOCKS, RATIOS) == pytest.approx(0.5, abs=0.05)
+    assert executed_share(found, TABLE) == pytest.approx(0.5, abs=0.05)
 
 
 def test_the_greedy_path_gives_up_first_what_matters_least():
@@ -68,16 +65,14 @@ def test_the_greedy_path_gives_up_first_what_matters_least():
         lost = torch.where(narrowing_is_free, (routes == 0).double(), 1 - routes / 4)
         return float((importance * lost).sum())
 
-    path = greedy_static(error, BLOCKS, RATIOS, lowest=0.2)
+    path = greedy_static(error, TABLE, lowest=0.2)
     shares = [share for share, _ in path]
     assert shares[0] == 1 and shares == sorted(shares, reverse=True) and shares[-1] <= 0.2 < shares[-2]
     for share, routes in path:
-        assert executed_share(routes, BLOCKS, RATIOS) == pytest.approx(share)
+        assert executed_share(routes, TABLE) == pytest.approx(share)
     # first the free narrowing of block 0, then block 2, which hardly matters
     assert [routes.tolist() for _, routes in path[1:4]] == [[3, 4, 4, 4], [2, 4, 4, 4], [1, 4, 4, 4]]
     assert path[4][1][2] < 4
-    assert torch.equal(nearest_share(path, 0.999), path[0][1])
-    assert torch.equal(nearest_share(path, 0.0), path[-1][1])
 
 
 def test_actions_survive_being_written():

@@ -135,6 +135,16 @@ def test_dmd_takes_the_last_even_distances():
     assert torch.equal(dmd_weights(history, UNEVEN[:5], 9)[:, 0], line)
 
 
+def test_dmd_of_changes_that_end_is_finite():
+    """Its matrix of changes is singular, or has no basis of modes."""
+    v, w = torch.eye(4, dtype=torch.float64)[:2]
+    for changes in ([v, w, 0 * v], [v, 0 * v, 0 * v], [0 * v, v, 0 * v], [0 * v, 0 * v, 0 * v]):
+        history = list(torch.stack([0 * v, *changes]).cumsum(0)[:, None])
+        weights = dmd_weights(history, EVEN[:4], 14)
+        assert weights.isfinite().all() and weights.sum() == pytest.approx(1)
+        torch.testing.assert_close(combine(history, weights), history[-1])
+
+
 @pytest.fixture(scope="module")
 def dit() -> ShapeDiT:
     torch.manual_seed(0)

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from elastic3d.benchmark.image_scores import ImageFeatures, compare_images
+from elastic3d.benchmark.image_scores import compare_images, feature_maps
+from elastic3d.models.image_encoder import EfficientNetLite
+from elastic3d.models.options import ImageEncoderConfig
 
 
 @pytest.fixture(scope="module")
-def features() -> ImageFeatures:
-    return ImageFeatures(32, torch.device("cpu"))
+def network() -> EfficientNetLite:
+    return EfficientNetLite(ImageEncoderConfig(image_size=32))
 
 
 def slow_ssim(a: np.ndarray, b: np.ndarray) -> float:
@@ -35,13 +37,13 @@ def slow_ssim(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(values))
 
 
-def test_scores_equal_the_formulas(features):
+def test_scores_equal_the_formulas(network):
     generator = np.random.default_rng(0)
     first = generator.integers(256, size=(3, 14, 14, 3), dtype=np.uint8)
     noise = generator.integers(-40, 40, size=first.shape)
     second = np.clip(first + noise, 0, 255).astype(np.uint8)
     second[2] = first[2]
-    maps = features.maps(first)[0], features.maps(second)[0]
+    maps = feature_maps(network, first)[0], feature_maps(network, second)[0]
     found = compare_images(first, second, maps)
     for row in range(2):
         a, b = first[row] / 255, second[row] / 255
@@ -63,15 +65,15 @@ def test_scores_equal_the_formulas(features):
     assert found["psnr"][2] == 100 and found["ssim"][2] == pytest.approx(1) and found["feature"][2] == 0
 
 
-def test_images_smaller_than_the_window_have_no_ssim(features):
+def test_images_smaller_than_the_window_have_no_ssim(network):
     small = np.zeros((1, 8, 8, 3), np.uint8)
-    maps = features.maps(small)[0]
+    maps = feature_maps(network, small)[0]
     assert np.isnan(compare_images(small, small, (maps, maps))["ssim"]).all()
 
 
-def test_maps_are_one_a_resolution_and_pooled_is_the_encoders(features):
+def test_maps_are_one_a_resolution_and_pooled_is_the_encoders(network):
     images = np.random.default_rng(1).integers(256, size=(2, 32, 32, 3), dtype=np.uint8)
-    maps, pooled = features.maps(images)
+    maps, pooled = feature_maps(network, images)
     assert [each.shape[-1] for each in maps] == [16, 8, 4, 2, 1] and maps[-1].shape[1] == 320
     images = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-    np.testing.assert_allclose(pooled, features.network.pooled(images).numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(pooled, network.pooled(images).numpy(), rtol=1e-4, atol=1e-5)

@@ -131,7 +131,7 @@ def test_a_second_run_makes_nothing_again(done, gallery, monkeypatch):
         raise AssertionError("this was made already")
 
     monkeypatch.setattr(TextToImagePipeline, "__call__", never)
-    monkeypatch.setattr("elastic3d.benchmark.image_scores.ImageFeatures.maps", never)
+    monkeypatch.setattr("elastic3d.models.image_encoder.EfficientNetLite.pyramid", never)
     cache = BlockCacheConfig(rule=CacheRule.band, band=0.2)
     config = image_config_of(
         gallery, output, cache=cache, phases=[Phase.quality], methods=[Method.elastic], caches=[]

@@ -79,7 +79,7 @@ def test_methods_that_ask_for_the_same_share_a_run(world, tmp_path):
     assert len(set(names)) == len(names) and names.index(control.run.donor.name) < names.index(
         control.run.name
     )
-    assert planner.reference() in runs and all(planner.dense(steps) in runs for steps in (2, 3, 4))
+    assert planner.reference in runs and all(planner.dense(steps) in runs for steps in (2, 3, 4))
     again = plan(config_of(world, tmp_path, resolution=9), models, 2)[1]
     assert not {case.run for case in again} & set(runs)  # other options, other meshes
 

@@ -7,16 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from elastic3d.benchmark import image_scores
-from elastic3d.benchmark.image_scores import ImageFeatures, References, load_references
+from elastic3d.benchmark.image_scores import References, load_references
 from elastic3d.errors import UserError
+from elastic3d.models.image_encoder import EfficientNetLite
+from elastic3d.models.options import ImageEncoderConfig
 from elastic3d.training.image_data import Captioned
 from tests.benchmark.conftest import image_config_of
 
 COLOURS = {"bed": "red", "cup": "blue"}
+
+
+@pytest.fixture(scope="module")
+def network() -> EfficientNetLite:
+    return EfficientNetLite(ImageEncoderConfig(image_size=32))
 
 
 class Coloured:
@@ -40,13 +46,12 @@ class Coloured:
         return [Captioned(image, [f"a green {noun} seen from behind", f"a {noun}"])]
 
 
-def test_the_classifier_learns_and_is_kept(gallery, tmp_path, monkeypatch):
-    features = ImageFeatures(32, torch.device("cpu"))
+def test_the_classifier_learns_and_is_kept(gallery, tmp_path, monkeypatch, network):
     config = image_config_of(gallery, tmp_path, references=None, prepared=tmp_path)
     monkeypatch.setattr(
         image_scores, "_sources", lambda config: {"real": Coloured(20, 0), "train": Coloured(60, 1)}
     )
-    found = load_references(config, features, 16)
+    found = load_references(config, network, 16)
     assert found is not None and found.features.shape == (16, 1280) and found.trained_on == 48
     assert found.accuracy is not None and found.accuracy > 0.9
     assert found.about()["classifier"]["classes"] == 2
@@ -57,22 +62,18 @@ def test_the_classifier_learns_and_is_kept(gallery, tmp_path, monkeypatch):
     def never(*arguments: Any) -> None:
         raise AssertionError("this was computed already")
 
-    monkeypatch.setattr(ImageFeatures, "maps", never)
-    again = load_references(config, features, 16)
+    monkeypatch.setattr(EfficientNetLite, "pyramid", never)
+    again = load_references(config, network, 16)
     assert again is not None and again.accuracy == found.accuracy
 
 
-def test_without_real_images_there_are_no_references(gallery, tmp_path):
+def test_without_real_images_there_are_no_references(gallery, tmp_path, network):
     config = image_config_of(gallery, tmp_path, references=None, prepared=tmp_path / "nothing")
-    assert load_references(config, ImageFeatures(32, torch.device("cpu")), 16) is None
+    assert load_references(config, network, 16) is None
 
 
-def test_a_folder_of_images_has_no_classifier(gallery: Path, tmp_path: Path):
-    found = load_references(image_config_of(gallery, tmp_path), ImageFeatures(32, torch.device("cpu")), 16)
+def test_a_folder_of_images_has_no_classifier(gallery: Path, tmp_path: Path, network: EfficientNetLite):
+    found = load_references(image_config_of(gallery, tmp_path), network, 16)
     assert found is not None and len(found.features) == 3 and found.probe is None
     with pytest.raises(UserError, match="no folder"):
-        load_references(
-            image_config_of(gallery, tmp_path, references=Path("nowhere")),
-            ImageFeatures(32, torch.device("cpu")),
-            16,
-        )
+        load_references(image_config_of(gallery, tmp_path, references=Path("nowhere")), network, 16)

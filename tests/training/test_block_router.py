@@ -108,15 +108,16 @@ def test_random_routes_execute_their_budget_and_leave_out_what_matters_least(rou
     )
     stage.draw.sensitivity = load_sensitivity(path, blocks)
     flops = stage.draw.blocks
-    coarse = max(float(action_flops(flops, ROUTER.ratios)[:, -1].max()), 1) / sum(b.dense for b in flops) / 4
+    table = action_flops(flops, ROUTER.ratios)
+    coarse = max(float(table[:, -1].max()), 1) / sum(b.dense for b in flops) / 4
     best = stage.draw.around(times, budget, 0.0, 0)
     assert torch.equal(best, stage.draw.around(times, budget, 0.0, 1))  # nothing random in it
-    assert executed_share(best, flops, ROUTER.ratios) == pytest.approx(budget, abs=coarse)
+    assert executed_share(best, table) == pytest.approx(budget, abs=coarse)
     if budget == 0.3:
         kept = (best[:, 0] > 0).nonzero().tolist()
         assert [0, 0] in kept and [0, 1] not in kept and [1, 1] not in kept
     drawn = torch.stack([stage.draw.around(times, budget, 1.0, seed) for seed in range(60)])
-    shares = [executed_share(routes, flops, ROUTER.ratios) for routes in drawn]
+    shares = [executed_share(routes, table) for routes in drawn]
     assert np.mean(shares) == pytest.approx(budget, abs=coarse / 2)
     if budget < 1:
         kept = (drawn[:, :, 0] > 0).float().mean(0)
