@@ -34,7 +34,7 @@ from omegaconf import OmegaConf
 from elastic3d.errors import UserError
 from elastic3d.utils.files import parse_yaml
 from elastic3d.utils.old_names import VALUES, todays_names
-from elastic3d.utils.options import Leaf, alternatives, as_typed, check_type, expected, from_dict, walk
+from elastic3d.utils.options import Leaf, alternatives, expected, from_dict, typed, walk
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "configs"
@@ -132,9 +132,6 @@ def parse(
         else:
             raise UserError(_unknown(key, config_class, choices, elsewhere()))
     values = composed(options, config_name, config_dir, groups) | given
-    for option in options.values():
-        if option.name not in values and option.default is MISSING:
-            raise UserError(f"{option.name}= is required: {option.help}")
     return from_dict(config_class, _nested(values))
 
 
@@ -284,9 +281,7 @@ def _parsed(text: str, kind: Any) -> Any:
     if get_origin(kind) in (list, tuple):
         element = get_args(kind)[0]
         return [_parsed(item, element) for item in _split(text, element)]
-    value = as_typed(_expanded(parse_yaml(text)), kind)
-    check_type("", value, kind)
-    return value
+    return typed("", _expanded(parse_yaml(text)), kind)
 
 
 def _split(text: str, element: Any) -> list[str]:

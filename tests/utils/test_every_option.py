@@ -107,8 +107,8 @@ def test_every_number_has_a_range_and_every_field_a_meaning(config_class: type[O
         parts = {kind, *get_args(kind)} | {x for part in get_args(kind) for x in get_args(part)}
         if {int, float} & parts and Any not in parts:
             low, high = (
-                bounds.ge is not None or bounds.gt is not None,
-                bounds.le is not None or bounds.lt is not None,
+                math.isfinite(bounds.ge) or math.isfinite(bounds.gt),
+                math.isfinite(bounds.le) or math.isfinite(bounds.lt),
             )
             assert (low and high) or bounds.choices, f"{name} has no range"
 

@@ -13,7 +13,7 @@ import pytest
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule, RouterConfig
 from elastic3d.errors import UserError
-from elastic3d.utils.options import Bounds, Options, check_range, check_value, from_dict, to_dict
+from elastic3d.utils.options import Bounds, Options, check_range, checked, from_dict, to_dict
 
 PRETRAINED = Path(__file__).resolve().parents[2] / "data" / "pretrained"
 
@@ -71,10 +71,10 @@ def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
 def test_zero_where_it_switches_something_off() -> None:
     bounds = Bounds(ge=8, le=512, zero=True)
     for value in (0, 8, 512):
-        check_value("side", value, int, bounds)
+        checked("side", value, int, bounds)
     for value in (-1, 4, 513):
         with pytest.raises(UserError, match=f"side is {value}, expected 0 or 8 to 512"):
-            check_value("side", value, int, bounds)
+            checked("side", value, int, bounds)
 
 
 def test_files_of_older_versions_are_read():
