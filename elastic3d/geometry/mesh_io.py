@@ -175,7 +175,8 @@ def _glb_bytes(mesh: trimesh.Trimesh, extras: dict[str, Any] | None, name: str) 
 
 def _material(name: str, shade: float, texture: Any = None) -> PBRMaterial:
     colour = [shade, shade, shade, 1.0]
-    return PBRMaterial(name, colour, baseColorTexture=texture, metallicFactor=0.0, roughnessFactor=0.7)
+    more = {"baseColorTexture": texture, "metallicFactor": 0.0, "roughnessFactor": 0.7}
+    return PBRMaterial(name=name, baseColorFactor=colour, **more)
 
 
 def _gltf_visual(mesh: trimesh.Trimesh) -> TextureVisuals:
