@@ -95,8 +95,6 @@ def clean(mesh: trimesh.Trimesh, config: CleanupConfig) -> trimesh.Trimesh:
 def drop_floaters(mesh: trimesh.Trimesh, share: float) -> trimesh.Trimesh:
     """The mesh without components (outer or inner) whose area is below `share` of the largest component's."""
     labels = _component_of_faces(mesh)
-    if not labels.any():
-        return mesh
     area = np.bincount(labels, weights=mesh.area_faces)
     keep = area >= share * area.max()
     if keep.all():

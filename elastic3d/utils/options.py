@@ -242,10 +242,9 @@ def from_dict(
             raise UserError(f"{where}{inside}{item.name} is required: {item.metadata.get('help', '')}")
     try:
         return config_class(**values)
-    except OSError as error:  # a path that a rule looks at
-        raise UserError(f"{where}{inside}{error.filename}: {error.strerror}") from error
-    except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{where}{inside}{error}") from error
+    except (OSError, ValueError, TypeError, OverflowError) as error:  # OSError: a path that a rule looks at
+        fault = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        raise UserError(f"{where}{inside}{fault}") from error
 
 
 def nested_in(kind: Any) -> Any:
