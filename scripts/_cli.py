@@ -213,10 +213,8 @@ def _default_groups(config_name: str, config_dir: Path) -> set[str]:
 
 def _full_name(key: str, options: Collection[str], choices: Collection[str]) -> str:
     """`max_faces` for `cleanup.max_faces`, where no other option has that last name; else `key` itself."""
-    if key in options or key in choices or "." in key:
-        return key
     matches = [name for name in options if name.rpartition(".")[2] == key]
-    return matches[0] if len(matches) == 1 else key
+    return matches[0] if len(matches) == 1 and key not in {*options, *choices} else key
 
 
 def _meant(key: str, text: str, choices: Sequence[str]) -> str:

@@ -55,17 +55,15 @@ def mesh_health(mesh: trimesh.Trimesh) -> MeshHealth:
     labels = _component_of_faces(mesh)
     area = np.bincount(labels, weights=mesh.area_faces)
     watertight = bool((shared == 2).all())
-    vertices = len(np.unique(mesh.faces))
-    euler = vertices - len(shared) + faces
     return MeshHealth(
         faces=faces,
-        vertices=vertices,
+        vertices=len(np.unique(mesh.faces)),
         watertight=watertight,
         components=len(area),
         dominant_component_share=float(area.max() / area.sum()) if area.sum() > 0 else 0.0,
         boundary_edges=int((shared == 1).sum()),
         non_manifold_edges=int((shared > 2).sum()),
-        genus=(2 * len(area) - euler) // 2 if watertight else None,
+        genus=(2 * len(area) - mesh.euler_number) // 2 if watertight else None,
         degenerate_share=float(_degenerate(mesh).mean()),
     )
 

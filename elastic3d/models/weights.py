@@ -236,8 +236,6 @@ def open_tensors(path: Path, names: Collection[str] = ()) -> Any:
         UserError: naming the file: it is missing, truncated, something else, of a number format such as float8, or
             lacks a tensor.
     """
-    if path.suffix in PICKLE_SUFFIXES and path.is_file():
-        raise UserError(f"{printable(path)} is a pickle, expected a safetensors file")
     check_file(path, "a safetensors file")
     try:
         file = safe_open(path, "pt")
@@ -290,6 +288,6 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         head = file.read(32)
     for magic, kind in _MAGIC.items():
-        if head.startswith(magic):
+        if head.startswith(magic) or (path.suffix in PICKLE_SUFFIXES and kind == "a pickle"):
             return f"{printable(path)} is {kind}, expected a safetensors file"
     return f"{printable(path)} is truncated or no safetensors file ({error})"

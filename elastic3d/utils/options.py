@@ -4,8 +4,8 @@
     class Config(Options):
         width: int = option(256, "transformer width (D)", ge=1, le=65536)
 
-A value is checked when the object is made: types, ranges (NaN and infinity are in none), choices, lengths of lists, and
-then `check`, the rules between fields. The command line, a YAML file and a saved `config.json` all come through
+A value is typed and checked when the object is made: types (a name stands for the member of an Enum, text for a path),
+ranges (NaN and infinity are in none), choices, lengths of lists, and then `check`, the rules between fields. The command line, a YAML file and a saved `config.json` all come through
 `from_dict`, which puts the field's full name (`dit.model.width`) and the file into the error.
 """
 

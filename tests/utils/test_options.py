@@ -51,6 +51,14 @@ def test_round_trip_through_json() -> None:
     assert from_dict(Config, {"rate": 2, "name": None}, "file").rate == 2.0
 
 
+def test_objects_take_what_files_hold() -> None:
+    config = Config(kind="large", path="b", rate=2, means=(1, 2))  # type: ignore[arg-type]
+    assert config == Config(kind=Kind.large, path=Path("b"), rate=2.0, means=[1.0, 2.0])
+    assert type(config.rate) is float and type(config.means[0]) is float
+    with pytest.raises(UserError, match="kind is 'huge', expected one of small, large"):
+        Config(kind="huge")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
