@@ -5,8 +5,9 @@
         width: int = option(256, "transformer width (D)", ge=1, le=65536)
 
 A value is typed and checked when the object is made: types (a name stands for the member of an Enum, text for a path),
-ranges (NaN and infinity are in none), choices, lengths of lists, and then `check`, the rules between fields. The command line, a YAML file and a saved `config.json` all come through
-`from_dict`, which puts the field's full name (`dit.model.width`) and the file into the error.
+ranges (NaN and infinity are in none), choices, lengths of lists, and then `check`, the rules between fields. The
+command line, a YAML file and a saved `config.json` all come through `from_dict`, which puts the field's full name
+(`dit.model.width`) and the file into the error.
 """
 
 from __future__ import annotations
