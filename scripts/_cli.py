@@ -34,7 +34,7 @@ from omegaconf import OmegaConf
 from elastic3d.errors import UserError
 from elastic3d.utils.files import parse_yaml
 from elastic3d.utils.old_names import VALUES, todays_names
-from elastic3d.utils.options import Leaf, alternatives, as_typed, check_type, expected, from_dict, walk
+from elastic3d.utils.options import Bounds, Leaf, alternatives, expected, from_dict, typed, walk
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "configs"
@@ -45,7 +45,7 @@ _BOOLEANS = dict.fromkeys(("true", "yes", "y", "on", "1"), True)
 _BOOLEANS |= dict.fromkeys(("false", "no", "n", "off", "0"), False)
 # What other choices of the command take: `stage=dit` -> its options. Asked for where an option is unknown.
 Elsewhere = Callable[[], Mapping[str, Collection[str]]]
-_DEBUG_HELP = "Show the full traceback of an error."
+_DEBUG = Leaf("debug", bool, False, "Show the full traceback of an error.", Bounds(), False, False)
 
 
 def run(
@@ -77,22 +77,24 @@ def execute(
         print(help_text(main, config_class, config_name, config_dir, arguments))
         return 0
     warnings.formatwarning = _one_line
-    debug = any(argument.lower() == "debug=true" for argument in arguments)
     try:
         return main(parse(config_class, config_name, arguments, config_dir, elsewhere)) or 0
-    except Terminated:
-        print("terminated", file=sys.stderr)
-        return 143
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {_one_sentence(error)}", file=sys.stderr)
-        if not debug and not isinstance(error, UserError):
-            print("(debug=true shows where this happened)", file=sys.stderr)
-        return 2
+    except (KeyboardInterrupt, ValueError, OSError) as error:
+        return _told(error, any(argument.lower() == "debug=true" for argument in arguments))
+
+
+def _told(error: BaseException, debug: bool) -> int:
+    """The exit code for an expected error, once it is told; with `debug`, where it happened."""
+    if isinstance(error, KeyboardInterrupt):
+        terminated = isinstance(error, Terminated)
+        print("terminated" if terminated else "interrupted", file=sys.stderr)
+        return 143 if terminated else 130
+    if debug:
+        traceback.print_exception(error)
+    print(f"error: {_one_sentence(error)}", file=sys.stderr)
+    if not debug and not isinstance(error, UserError):
+        print("(debug=true shows where this happened)", file=sys.stderr)
+    return 2
 
 
 class Terminated(KeyboardInterrupt):
@@ -113,6 +115,7 @@ def parse(
     """The configuration that `arguments` (each `key=value`) ask for. UserError: an unknown option or group, a value of
     the wrong type or out of range, a required option left out."""
     options, choices = options_of(config_class), group_choices(config_class, config_name, config_dir)
+    options["debug"] = _DEBUG
     groups: dict[str, str] = {}
     given: dict[str, Any] = {}
     for argument in arguments:
@@ -126,15 +129,10 @@ def parse(
             groups[key] = text
         elif key in options:
             given[key] = typed_value(text, options[key])
-        elif key == "debug":
-            if text.lower() not in ("true", "false"):
-                raise UserError(f"{argument}: expected true or false")
         else:
             raise UserError(_unknown(key, config_class, choices, elsewhere()))
+    given.pop("debug", None)  # `execute` looks for it where there is no configuration yet
     values = composed(options, config_name, config_dir, groups) | given
-    for option in options.values():
-        if option.name not in values and option.default is MISSING:
-            raise UserError(f"{option.name}= is required: {option.help}")
     return from_dict(config_class, _nested(values))
 
 
@@ -142,10 +140,7 @@ def composed(
     options: Mapping[str, Leaf], config_name: str, config_dir: Path, groups: Mapping[str, str]
 ) -> dict[str, Any]:
     """What `<config_name>.yaml` and the groups set, by dotted names; with defaults of shipped files, made absolute."""
-    chosen = _default_groups(config_name, config_dir)
-    for key, name in groups.items():
-        chosen |= _default_groups(f"{key}/{name}", config_dir)
-    overrides = [f"{'' if key in chosen else '+'}{key}={name}" for key, name in groups.items()]
+    overrides = _overrides(config_name, config_dir, groups) if groups else []
     with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
         files = OmegaConf.to_container(compose(config_name, overrides=overrides), resolve=True)
     values = dict(_flat(files, options))
@@ -154,6 +149,14 @@ def composed(
         if (anchored := _anchored(value)) != value:
             values[option.name] = anchored
     return values
+
+
+def _overrides(config_name: str, config_dir: Path, groups: Mapping[str, str]) -> list[str]:
+    """How Hydra is told of groups: a `+` before one that no defaults list names."""
+    chosen = _default_groups(config_name, config_dir)
+    for key, name in groups.items():
+        chosen |= _default_groups(f"{key}/{name}", config_dir)
+    return [f"{'' if key in chosen else '+'}{key}={name}" for key, name in groups.items()]
 
 
 def _flat(values: Any, options: Mapping[str, Leaf], inside: str = "") -> Iterator[tuple[str, Any]]:
@@ -198,8 +201,8 @@ def options_of(config_class: type[Any]) -> dict[str, Leaf]:
 def group_choices(config_class: type[Any], config_name: str, config_dir: Path) -> dict[str, list[str]]:
     """The configuration groups of this command: option name -> names of the files to choose from."""
     names = {item.name for item in fields(config_class)} | _default_groups(config_name, config_dir)
-    found = {name: sorted(file.stem for file in (config_dir / name).glob("*.yaml")) for name in names}
-    return {name: choices for name, choices in sorted(found.items()) if choices}
+    folders = sorted(path for path in config_dir.iterdir() if path.is_dir() and path.name in names)
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
 def _default_groups(config_name: str, config_dir: Path) -> set[str]:
@@ -210,10 +213,8 @@ def _default_groups(config_name: str, config_dir: Path) -> set[str]:
 
 def _full_name(key: str, options: Collection[str], choices: Collection[str]) -> str:
     """`max_faces` for `cleanup.max_faces`, where no other option has that last name; else `key` itself."""
-    if key in options or key in choices or "." in key:
-        return key
     matches = [name for name in options if name.rpartition(".")[2] == key]
-    return matches[0] if len(matches) == 1 else key
+    return matches[0] if len(matches) == 1 and key not in {*options, *choices} else key
 
 
 def _meant(key: str, text: str, choices: Sequence[str]) -> str:
@@ -281,12 +282,10 @@ def _parsed(text: str, kind: Any) -> Any:
         return kind(text)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return ({str(member.value): member for member in kind} | dict(kind.__members__))[text]
-    if get_origin(kind) in (list, tuple):
+    if get_origin(kind) is list:
         element = get_args(kind)[0]
         return [_parsed(item, element) for item in _split(text, element)]
-    value = as_typed(_expanded(parse_yaml(text)), kind)
-    check_type("", value, kind)
-    return value
+    return typed("", _expanded(parse_yaml(text)), kind)
 
 
 def _split(text: str, element: Any) -> list[str]:
@@ -340,7 +339,7 @@ def help_text(
         if advanced or not option.advanced:
             default = _shown(values.get(option.name, option.default))
             lines += _entry(option.name, default, _meaning(option))
-    lines += _entry("debug", "false", _DEBUG_HELP)
+    lines += _entry("debug", "false", _DEBUG.help)
     hidden = sum(option.advanced for option in listed)
     if hidden and not advanced:
         more = "1 more option is" if hidden == 1 else f"{hidden} more options are"
@@ -357,7 +356,7 @@ def _meaning(option: Leaf) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return f"{meaning} One of: {', '.join(member.name for member in kind)}."
     if text := str(option.bounds):
-        each = "each " if get_origin(kind) in (list, tuple) else ""
+        each = "each " if get_origin(kind) is list else ""
         return f"{meaning} ({each}{text})"
     return meaning
 
@@ -391,7 +390,7 @@ def _one_line(
     return f"warning: {place}{message}\n"
 
 
-def _one_sentence(error: Exception) -> str:
+def _one_sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror.lower()}"
     return " ".join(str(error).split()) or type(error).__name__

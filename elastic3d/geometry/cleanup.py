@@ -72,8 +72,7 @@ def genus(mesh: trimesh.Trimesh) -> int:
     """Handles of a closed surface, all components together; what touches at a vertex alone has no handle there."""
     mesh = separate_sheets(mesh) or mesh
     components = int(_component_of_faces(mesh).max()) + 1
-    euler = len(np.unique(mesh.faces)) - len(mesh.edges_unique) + len(mesh.faces)
-    return (2 * components - euler) // 2
+    return (2 * components - mesh.euler_number) // 2
 
 
 def clean(mesh: trimesh.Trimesh, config: CleanupConfig) -> trimesh.Trimesh:
@@ -101,8 +100,6 @@ def clean(mesh: trimesh.Trimesh, config: CleanupConfig) -> trimesh.Trimesh:
 def drop_floaters(mesh: trimesh.Trimesh, share: float) -> trimesh.Trimesh:
     """The mesh without components (outer or inner) whose area is below `share` of the largest component's."""
     labels = _component_of_faces(mesh)
-    if not labels.any():
-        return mesh
     area = np.bincount(labels, weights=mesh.area_faces)
     keep = area >= share * area.max()
     if keep.all():

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import trimesh
 from numpy.typing import NDArray
+from trimesh.visual import TextureVisuals
+from trimesh.visual.material import PBRMaterial
 
 from elastic3d import __version__
 from elastic3d.errors import UserError
@@ -156,7 +158,8 @@ def _glb_bytes(mesh: trimesh.Trimesh, extras: dict[str, Any] | None, name: str) 
     except (TypeError, ValueError) as error:
         raise ValueError(f"extras can't be written as JSON: {error}") from error
     plain = trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=unit_normals(mesh), process=False)
-    plain.visual = _gltf_visual(mesh)
+    painted = mesh.visual is not None and mesh.visual.defined
+    plain.visual = _gltf_visual(mesh) if painted else TextureVisuals(material=_material("neutral", 0.75))
 
     def finish(tree: dict[str, Any]) -> None:
         tree["asset"]["generator"] = f"elastic3d {__version__}"
@@ -170,22 +173,22 @@ def _glb_bytes(mesh: trimesh.Trimesh, extras: dict[str, Any] | None, name: str) 
     return bytes(trimesh.exchange.gltf.export_glb(scene, include_normals=True, tree_postprocessor=finish))
 
 
-def _gltf_visual(mesh: trimesh.Trimesh) -> trimesh.visual.TextureVisuals:
+def _material(name: str, shade: float, texture: Any = None) -> PBRMaterial:
+    colour = [shade, shade, shade, 1.0]
+    more = {"baseColorTexture": texture, "metallicFactor": 0.0, "roughnessFactor": 0.7}
+    return PBRMaterial(name=name, baseColorFactor=colour, **more)
+
+
+def _gltf_visual(mesh: trimesh.Trimesh) -> TextureVisuals:
     """Texture coordinates, texture and colours as glTF has them: COLOR_0 is linear where the mesh's are sRGB."""
-    uv = getattr(mesh.visual, "uv", None)
     texture = getattr(getattr(mesh.visual, "material", None), "baseColorTexture", None)
-    coloured = mesh.visual is not None and mesh.visual.kind == "vertex"
-    shade = 1.0 if coloured or texture is not None else 0.75
-    material = trimesh.visual.material.PBRMaterial(
-        name="image" if shade == 1 else "neutral",
-        baseColorFactor=[shade, shade, shade, 1.0],
-        baseColorTexture=texture,
-        metallicFactor=0.0,
-        roughnessFactor=0.7,
+    coloured = mesh.visual.kind == "vertex"
+    material = (
+        _material("image", 1.0, texture) if coloured or texture is not None else _material("neutral", 0.75)
     )
-    visual = trimesh.visual.TextureVisuals(uv=uv, material=material)
+    visual = TextureVisuals(uv=getattr(mesh.visual, "uv", None), material=material)
     if coloured:
-        colours = np.array(mesh.visual.vertex_colors, np.uint8)  # type: ignore[union-attr]  # as its kind says
+        colours = np.array(mesh.visual.vertex_colors, np.uint8)
         colours[:, :3] = linear_of(colours[:, :3])
         visual.vertex_attributes["color"] = colours
     return visual

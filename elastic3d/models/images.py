@@ -252,7 +252,7 @@ def cut_out(image: Image.Image, config: ForegroundConfig) -> Image.Image:
     if max(image.size) > _WORKING_SIDE:
         image = image.copy()
         image.thumbnail((_WORKING_SIDE, _WORKING_SIDE), Image.Resampling.LANCZOS)
-    clear = _has_transparency(image)
+    clear = (np.asarray(image.getchannel("A")) < 128).mean() > 0.001  # stray pixels do not count
     if config.method is ForegroundMethod.alpha and not clear:
         raise UserError("the image has no transparent pixels, expected an alpha channel around the object")
     if clear and config.method in (ForegroundMethod.auto, ForegroundMethod.alpha):
@@ -298,11 +298,6 @@ def centred(image: Image.Image, size: int, border: float, ground: Any = (0, 0, 0
     canvas = Image.new("RGBA", (size, size), ground)
     canvas.alpha_composite(resized, ((size - new_size[0]) // 2, (size - new_size[1]) // 2))
     return canvas
-
-
-def _has_transparency(image: Image.Image) -> bool:
-    """Some pixels are clearly transparent; a few stray ones do not count."""
-    return bool((np.asarray(image.getchannel("A")) < 128).mean() > 0.001)
 
 
 def _plain_background(image: Image.Image, tolerance: int) -> np.ndarray | None:

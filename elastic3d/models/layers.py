@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -92,41 +94,31 @@ class DistanceBias(nn.Module):
         x_q = x_q.float()[:, None]
         minus = -gamma.expand(q.shape[0], -1, q.shape[2], 1)
         more = torch.cat([2 * gamma * x_q, minus, minus * x_q.square().sum(-1, keepdim=True)], dim=-1)
-        q = q * q.shape[-1] ** -0.5
-        if q.dtype == torch.float32:
-            return torch.cat([q, more], dim=-1)
-        # Half precision would lose the difference of two large terms: keep both factors as high + low parts.
-        high, low = _split(more, q.dtype)
-        return torch.cat([q, high, high, low], dim=-1)
+        return _widened(q * q.shape[-1] ** -0.5, more, lambda high, low: (high, high, low))
 
     def extend_keys(self, k: Tensor, x_k: Tensor) -> Tensor:
         """k (B,H,N,d), x_k (B,N,3) -> k with channels behind."""
         x_k = x_k.float()[:, None]
         more = torch.cat([x_k, x_k.square().sum(-1, keepdim=True), torch.ones_like(x_k[..., :1])], dim=-1)
-        more = more.expand(-1, k.shape[1], -1, -1)
-        if k.dtype == torch.float32:
-            return torch.cat([k, more], dim=-1)
-        high, low = _split(more, k.dtype)
-        return torch.cat([k, high, low, high], dim=-1)
+        return _widened(k, more.expand(-1, k.shape[1], -1, -1), lambda high, low: (high, low, high))
 
 
-def _split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x as the sum of two numbers of a shorter format."""
-    high = x.to(dtype)
-    return high, (x - high.float()).to(dtype)
+def _widened(x: Tensor, more: Tensor, parts: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> Tensor:
+    """x (..., d) with channels behind. Half precision would lose the difference of two large terms: there, `parts` of
+    high + low of both factors make up their product."""
+    if x.dtype == torch.float32:
+        return torch.cat([x, more], dim=-1)
+    high = more.to(x.dtype)
+    return torch.cat([x, *parts(high, (more - high.float()).to(x.dtype))], dim=-1)
 
 
-class MLP(nn.Module):
+class MLP(nn.Sequential):
     """Linear, GELU, Linear (..., D) -> (..., D)."""
 
     def __init__(self, width: int, ratio: float) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(width, int(width * ratio))
-        self.c_proj = nn.Linear(int(width * ratio), width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return self.c_proj(nn.functional.gelu(self.c_fc(x)))
+        hidden = int(width * ratio)
+        first, last = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        super().__init__(OrderedDict(c_fc=first, gelu=nn.GELU(), c_proj=last))
 
 
 class QKNorm(nn.Module):

@@ -7,6 +7,7 @@ was read from, attention between points and latents knows their distance, and lo
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -64,18 +65,10 @@ class SelfAttentionBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Transformer(nn.Module):
-    """A stack of self-attention blocks."""
-
-    def __init__(self, config: VAEConfig, layers: int) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList(SelfAttentionBlock(config) for _ in range(layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
-        for block in self.resblocks:
-            x = block(x)
-        return x
+def transformer(config: VAEConfig, layers: int) -> nn.Sequential:
+    """A stack of self-attention blocks, (B, N, D) -> (B, N, D)."""
+    blocks = nn.Sequential(*(SelfAttentionBlock(config) for _ in range(layers)))
+    return nn.Sequential(OrderedDict(resblocks=blocks))
 
 
 class CrossAttention(nn.Module):
@@ -163,7 +156,7 @@ class Encoder(nn.Module):
         if config.anchored and config.neighbours_in:
             sizes = config.point_features, config.width, config.local_width, config.neighbours_in
             self.local = LocalFeatures(*sizes, "max")
-        self.self_attn = Transformer(config, config.encoder_layers)
+        self.self_attn = transformer(config, config.encoder_layers)
         self.ln_post = nn.LayerNorm(config.width, eps=config.norm_eps)
 
     def forward(self, surface: Tensor, sharp: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -287,7 +280,7 @@ class ShapeVAE(PretrainedMixin, nn.Module):
         self.post_kl = nn.Linear(config.latent_channels, config.width)
         if config.anchored:
             self.anchor_proj = nn.Linear(3 + 6 * config.num_freqs, config.width)
-        self.transformer = Transformer(config, config.decoder_layers)
+        self.transformer = transformer(config, config.decoder_layers)
         self.geo_decoder = GeoDecoder(config)
         if not self.post_kl.weight.is_meta:  # where there is nothing to fill
             self._initialise()

@@ -61,11 +61,8 @@ class PretrainedMixin:
         """
         folder = Path(folder)
         config = load_config(folder, cls.config_class, cls.__name__)
-        path = find_weights(folder)
-        state = read_weights(path)
-        values = sum(tensor.numel() for tensor in state.values())
-        model = empty_model(cls, config, str(folder / CONFIG_NAME), values)
-        return fill(model, state, str(path), dtype, device)
+        path, model = find_weights(folder), empty_model(cls, config, str(folder / CONFIG_NAME))
+        return fill(model, read_weights(path), str(path), dtype, device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write `config.json` and `model.safetensors` to `folder`, each whole or not at all.
@@ -95,11 +92,13 @@ def find_weights(folder: Path) -> Path:
     """`folder/model.safetensors`; UserError if it is missing, also where only a pickle is there."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():
-        raise UserError(_why_no_weights(folder) if folder.is_dir() else _why_no_folder(folder))
+        raise UserError(_why_no_weights(folder))
     return path
 
 
 def _why_no_weights(folder: Path) -> str:
+    if not folder.is_dir():
+        return _why_no_folder(folder)
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         return f"{folder} has {pickles[0]}, a pickle that could run code; expected {WEIGHTS_NAME}"
@@ -113,22 +112,14 @@ def _why_no_folder(folder: Path) -> str:
     return f"{found}, expected {wanted} with {CONFIG_NAME} and {WEIGHTS_NAME}"
 
 
-def empty_model(kind: Any, config: Any, source: str = "", most: float = math.inf) -> Any:
-    """`kind(config)` on the meta device: its names and shapes, and no memory.
+def empty_model(kind: Any, config: Any, source: str = "") -> Any:
+    """`kind(config)` on the meta device: its names and shapes, and no memory, whatever sizes a config.json has.
 
-    Args:
-        source: the config.json, for error messages.
-        most: values in the file of its weights. A hostile config.json may describe a model of any size: building ends
-            where the file is too small for it.
-
-    Raises:
-        UserError: the configuration describes no model, or a larger one than the file's.
+    UserError naming `source` where the configuration describes no model.
     """
     try:
-        with torch.device("meta"), _Blueprint(source, most):
+        with torch.device("meta"), _NoInitialisation():
             return kind(config)
-    except UserError:
-        raise
     except Exception as error:  # whatever sizes that make no sense run into
         raise UserError(f"{source} describes no {kind.__name__}: {' '.join(str(error).split())}") from error
 
@@ -140,24 +131,14 @@ def plain_twin(model: Any) -> Any:
     return twin.eval()
 
 
-class _Blueprint(TorchFunctionMode):
-    """Initialisation does nothing: on the meta device there is nothing to fill, and trying loads torch's compiler."""
-
-    def __init__(self, source: str, most: float) -> None:
-        super().__init__()
-        self.source, self.most = source, most
-        self.left = 4 * most + (1 << 16)  # some tensors are made twice, or are no weights
+class _NoInitialisation(TorchFunctionMode):
+    """On the meta device there is nothing to fill, and trying loads torch's compiler."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        result = func(*args, **kwargs)
-        self.left -= result.numel() if isinstance(result, Tensor) else 0
-        if self.left < 0:
-            than = f"that of {WEIGHTS_NAME}, which has {self.most:,} values"
-            raise UserError(f"{self.source} describes a larger model than {than}")
-        return result
+        fills = (
+            func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init"
+        )
+        return (args or [kwargs["tensor"]])[0] if fills else func(*args, **kwargs or {})
 
 
 def fill(
@@ -169,35 +150,28 @@ def fill(
 ) -> Any:
     """An empty model with weights of its own, in evaluation mode; arguments and errors as `from_pretrained`.
 
-    What does not fit is told before anything is converted. Tensors are copied: those of a mapped file lie where they
-    happen to be in it, and are read again whenever memory is short.
+    Tensors are copied: those of a mapped file lie where they happen to be in it, and are read again whenever memory is
+    short.
     """
-    check_fit(model.state_dict(), state, f"{source} does not fit {type(model).__name__}")
     floats = dtype or torch.float32
     placed = {
         name: value.to(device or "cpu", floats if value.is_floating_point() else None, copy=True)
         for name, value in state.items()
     }
-    _check_finite(placed, source)
-    model.load_state_dict(placed, assign=True)
+    load_strict(model, placed, source, assign=True)
     return model.eval()
 
 
-def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy `state` into `model`; every key and shape must agree and every value be finite.
+def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
+    """Copy `state` into `model`, or put its tensors there; every key and shape must agree and every value be finite.
 
     Raises:
         UserError: as `check_fit`; also naming the first tensor that is not finite.
     """
     check_fit(model.state_dict(), state, f"{source} does not fit {type(model).__name__}")
-    _check_finite(state, source)
-    model.load_state_dict(dict(state))
-
-
-def _check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    bad = [name for name, value in state.items() if not all_finite(value)]
-    if bad:
+    if bad := [name for name, value in state.items() if not all_finite(value)]:
         raise UserError(f"{source} has NaN or infinite values in {len(bad)} tensors, first in {bad[0]}")
+    model.load_state_dict(state, assign=assign)
 
 
 def all_finite(values: Tensor) -> bool:
@@ -262,8 +236,6 @@ def open_tensors(path: Path, names: Collection[str] = ()) -> Any:
         UserError: naming the file: it is missing, truncated, something else, of a number format such as float8, or
             lacks a tensor.
     """
-    if path.suffix in PICKLE_SUFFIXES and path.is_file():
-        raise UserError(f"{printable(path)} is a pickle, expected a safetensors file")
     check_file(path, "a safetensors file")
     try:
         file = safe_open(path, "pt")
@@ -316,6 +288,6 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         head = file.read(32)
     for magic, kind in _MAGIC.items():
-        if head.startswith(magic):
+        if head.startswith(magic) or (path.suffix in PICKLE_SUFFIXES and kind == "a pickle"):
             return f"{printable(path)} is {kind}, expected a safetensors file"
     return f"{printable(path)} is truncated or no safetensors file ({error})"

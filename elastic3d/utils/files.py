@@ -321,13 +321,9 @@ def check_shape(value: Any, shape: Shape, where: str) -> None:
         is_number = isinstance(value, int if shape.whole else (int, float)) and not isinstance(value, bool)
         if not is_number or not shape.low <= value <= shape.high:
             raise UserError(f"{where} is {_shown(value)}, expected {_expected_number(shape)}")
-    elif isinstance(shape, Mapping) and str in shape:
-        _expect(value, dict, where)
-        for name, item in value.items():
-            check_shape(item, shape[str], f"{where}: {name}")
     elif isinstance(shape, Mapping):
         _expect(value, dict, where)
-        for name, inner in shape.items():
+        for name, inner in (dict.fromkeys(value, shape[str]) if str in shape else shape).items():
             if name not in value:
                 raise UserError(f"{where} has no {name!r}, expected {', '.join(shape)}")
             check_shape(value[name], inner, f"{where}: {name}")

@@ -4,19 +4,22 @@
     class Config(Options):
         width: int = option(256, "transformer width (D)", ge=1, le=65536)
 
-A value is checked when the object is made: types, ranges (NaN and infinity are in none), choices, lengths of lists, and
-then `check`, the rules between fields. The command line, a YAML file and a saved `config.json` all come through
-`from_dict`, which puts the field's full name (`dit.model.width`) and the file into the error.
+A value is typed and checked when the object is made: types (a name stands for the member of an Enum, text for a path),
+ranges (NaN and infinity are in none), choices, lengths of lists, and then `check`, the rules between fields. The
+command line, a YAML file and a saved `config.json` all come through `from_dict`, which puts the field's full name
+(`dit.model.width`) and the file into the error.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
+import json
 import math
+import os
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from numbers import Integral, Real
 from pathlib import Path
@@ -26,7 +29,9 @@ from elastic3d.errors import UserError
 from elastic3d.utils.old_names import GROUPED, KEPT, OPTIONS, VALUES
 
 Config = TypeVar("Config")
+MAX_VALUES = 100_000  # of a list
 MAX_TEXT = 4096  # characters of a text or path, which is also the longest path of Linux
+_ACCEPTED: dict[Any, Any] = {int: Integral, float: Real, list: (list, tuple)}
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
@@ -38,10 +43,10 @@ class Bounds:
     lengths: fewest and most elements of a list, or characters of a text; unique, ascending: of a list.
     """
 
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
+    ge: float = -math.inf
+    gt: float = -math.inf
+    le: float = math.inf
+    lt: float = math.inf
     multiple_of: int | None = None
     choices: tuple[object, ...] = ()
     zero: bool = False
@@ -53,27 +58,21 @@ class Bounds:
         """Whether a number is finite and in range; anything else, whether it is one of the choices."""
         if self.choices:
             return value in self.choices
-        if not _is(value, float) or (self.zero and value == 0):
+        if not isinstance(value, Real) or (self.zero and value == 0):
             return True
-        return (
-            math.isfinite(value)
-            and (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.le is None or value <= self.le)
-            and (self.lt is None or value < self.lt)
-            and (self.multiple_of is None or value % self.multiple_of == 0)
-        )
+        within = self.ge <= value <= self.le and self.gt < value < self.lt
+        return within and (self.multiple_of is None or value % self.multiple_of == 0)
 
     def __str__(self) -> str:
         """`1 to 1000`, `above 0 and at most 1`, `one of 0, 4`; empty where everything finite is allowed."""
         if self.choices:
             return "one of " + ", ".join(str(choice) for choice in self.choices)
-        low = [f"at least {_number(self.ge)}"] if self.ge is not None else []
-        low += [f"above {_number(self.gt)}"] if self.gt is not None else []
-        high = [f"at most {_number(self.le)}"] if self.le is not None else []
-        high += [f"below {_number(self.lt)}"] if self.lt is not None else []
+        low = [f"at least {_number(self.ge)}"] if self.ge > -math.inf else []
+        low += [f"above {_number(self.gt)}"] if self.gt > -math.inf else []
+        high = [f"at most {_number(self.le)}"] if self.le < math.inf else []
+        high += [f"below {_number(self.lt)}"] if self.lt < math.inf else []
         text = " and ".join([*low, *high])
-        if self.ge is not None and self.le is not None:
+        if self.ge > -math.inf and self.le < math.inf:
             text = f"{_number(self.ge)} to {_number(self.le)}"
         if self.multiple_of is not None:
             text += f"{', ' if text else ''}a multiple of {self.multiple_of}"
@@ -92,11 +91,13 @@ def option(default: Any, help: str, *, advanced: bool = False, internal: bool = 
     metadata = {"help": help, "bounds": Bounds(**bounds), "advanced": advanced, "internal": internal}
     if default is ...:
         return field(metadata=metadata)
-    if isinstance(default, type) and is_dataclass(default):
-        return field(default_factory=default, metadata=metadata)
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    if isinstance(default, (type, list, dict)):
+        make: Any = default if isinstance(default, type) else default.copy
+        return field(default_factory=make, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+_ABOUT = option(..., "").metadata  # of a field that says nothing about itself
 
 
 class Options:
@@ -105,7 +106,7 @@ class Options:
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]
             kind, bounds = hints(type(self))[item.name], item.metadata.get("bounds", Bounds())
-            check_value(item.name, getattr(self, item.name), kind, bounds)
+            setattr(self, item.name, checked(item.name, getattr(self, item.name), kind, bounds))
         try:
             self.check()
         except ValueError as error:
@@ -115,49 +116,44 @@ class Options:
         """Raise ValueError for values that are allowed each, but not together."""
 
 
-def check_value(name: str, value: Any, kind: Any, bounds: Bounds = Bounds()) -> None:  # noqa: B008 (frozen)
-    """Raise UserError unless `value` is of the type `kind` and within bounds."""
-    check_type(name, value, kind)
-    if isinstance(value, (list, tuple)):
-        _check_list(name, value, bounds)
-    elif isinstance(value, (str, Path)) and not bounds.choices:
-        low, high = bounds.lengths or (0, MAX_TEXT)
-        if not low <= len(str(value)) <= high:
-            raise UserError(f"{name} has {len(str(value))} characters, expected {low} to {high}")
-    elif value is not None and not bounds.allows(value):
-        raise UserError(f"{name} is {shown(value)}, expected {_wanted(bounds)}")
-
-
-def check_type(name: str, value: Any, kind: Any) -> None:
-    """Raise UserError unless `value` is of the type `kind`, and what it holds of the types that `kind` names."""
-    fitting = next((each for each in alternatives(kind) if _is(value, each)), None)
-    if fitting is None:
-        raise UserError(f"{name} is {shown(value)}, expected {expected(kind)}")
-    if arguments := get_args(fitting):
-        for item in value.values() if isinstance(value, dict) else value:
-            check_type(name, item, arguments[-1])
-
-
-def _check_list(name: str, value: Any, bounds: Bounds) -> None:
-    for item in value:
-        if not bounds.allows(item):
-            raise UserError(f"{name} has {shown(item)}, expected {_wanted(bounds)}")
-    low, high = bounds.lengths or (0, 100_000)
-    if not low <= len(value) <= high:
-        raise UserError(f"{name} has {len(value)} values, expected {low} to {high}")
-    if bounds.unique and len(set(value)) != len(value):
+def checked(name: str, value: Any, kind: Any, bounds: Bounds = Bounds()) -> Any:  # noqa: B008 (frozen)
+    """`value` as one of type `kind` (see `typed`). UserError naming it if it is none, or not within bounds."""
+    found = typed(name, value, kind)
+    several = isinstance(found, list)
+    for item in value if several else [value]:
+        if item is not None and not bounds.allows(item):
+            raise UserError(f"{name} {'has' if several else 'is'} {shown(item)}, expected {_wanted(bounds)}")
+    if isinstance(found, (list, str, Path)):
+        size, most = (len(found), MAX_VALUES) if several else (len(str(found)), MAX_TEXT)
+        low, high = bounds.lengths or (0, most)
+        if not low <= size <= high:
+            what = "values" if several else "characters"
+            raise UserError(f"{name} has {size} {what}, expected {low} to {high}")
+    if bounds.unique and len(set(found)) != len(found):
         raise UserError(f"{name} is {shown(value)}, expected no value twice")
-    if bounds.ascending and sorted(value) != list(value):
+    if bounds.ascending and sorted(found) != found:
         raise UserError(f"{name} is {shown(value)}, expected values in ascending order")
+    return found
 
 
-def _is(value: Any, kind: Any) -> bool:
-    kind = get_origin(kind) or kind
-    if kind is Any:
-        return True
-    if kind in (int, float):
-        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-    return isinstance(value, kind)
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """`value` as one of type `kind`: a member of an Enum by its name, a path from text, a float from an integer.
+    UserError naming it if it is none."""
+    for each in alternatives(kind):
+        origin, inside = get_origin(each) or each, get_args(each)
+        if isinstance(value, str) and (origin is Path or value in getattr(origin, "__members__", ())):
+            return Path(value) if origin is Path else origin[value]
+        if origin is Any:
+            return value
+        if isinstance(value, _ACCEPTED.get(origin, origin)) and isinstance(value, bool) is (origin is bool):
+            if origin is list:
+                return [typed(name, item, inside[0]) for item in value]
+            if origin is dict:
+                return {key: typed(name, item, inside[1]) for key, item in value.items()}
+            if origin is float:
+                return float(value) if abs(value) < 1 << 1000 else math.inf
+            return value
+    raise UserError(f"{name} is {shown(value)}, expected {expected(kind)}")
 
 
 def _wanted(bounds: Bounds) -> str:
@@ -166,7 +162,7 @@ def _wanted(bounds: Bounds) -> str:
         return "a finite number"
     if bounds.choices or bounds.zero or text.startswith("a multiple"):
         return text
-    between = bounds.ge is not None and bounds.le is not None
+    between = bounds.ge > -math.inf and bounds.le < math.inf
     return f"a value {'from ' if between else ''}{text}"
 
 
@@ -181,7 +177,7 @@ def _expected(kind: Any) -> str:
     origin, arguments = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "one of " + ", ".join(kind.__members__)
-    if origin in (list, tuple):
+    if origin is list:
         return f"a list such as [a, b], each element {expected(arguments[0])}"
     if origin is dict:
         return f"a mapping such as {{name: value}}, each value {expected(arguments[1])}"
@@ -196,7 +192,7 @@ def shown(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else text[:most] + " ..."
 
 
-def _number(value: float | None) -> str:
+def _number(value: float) -> str:
     return str(value) if isinstance(value, int) and abs(value) < 1 << 31 else f"{value:g}"
 
 
@@ -214,7 +210,11 @@ hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass instance as JSON values: Enums become their names, paths become strings."""
-    return {item.name: _plain(getattr(config, item.name)) for item in fields(config)}
+    return json.loads(json.dumps(asdict(config), default=_plain))
+
+
+def _plain(value: Enum | Path) -> str:
+    return value.name if isinstance(value, Enum) else os.fspath(value)
 
 
 def from_dict(
@@ -235,16 +235,22 @@ def from_dict(
         close = difflib.get_close_matches(unknown[0], kinds, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise UserError(f"{where}unknown field {inside + unknown[0]!r} of {config_class.__name__}{hint}")
-    typed = {name: as_typed(value, kinds[name], source, inside + name) for name, value in values.items()}
     for item in fields(config_class):  # type: ignore[arg-type]
-        if item.name not in typed and item.default is MISSING and item.default_factory is MISSING:
-            raise UserError(f"{where}{inside}{item.name} is missing: {item.metadata.get('help', '')}")
+        nested, value = nested_in(kinds[item.name]), values.get(item.name)
+        if nested is not None and isinstance(value, dict):
+            values[item.name] = from_dict(nested, value, source, f"{inside}{item.name}.")
+        if item.name not in values and item.default is MISSING and item.default_factory is MISSING:
+            raise UserError(f"{where}{inside}{item.name} is required: {item.metadata.get('help', '')}")
     try:
-        return config_class(**typed)
-    except OSError as error:  # a path that a rule looks at
-        raise UserError(f"{where}{inside}{error.filename}: {error.strerror}") from error
-    except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{where}{inside}{error}") from error
+        return config_class(**values)
+    except (OSError, ValueError, TypeError, OverflowError) as error:  # OSError: a path that a rule looks at
+        fault = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        raise UserError(f"{where}{inside}{fault}") from error
+
+
+def nested_in(kind: Any) -> Any:
+    """The configuration in the place of a field, which may be null; None for a plain value."""
+    return next((each for each in alternatives(kind) if is_dataclass(each)), None)
 
 
 def renamed(config_class: type[Any], saved: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -257,37 +263,6 @@ def renamed(config_class: type[Any], saved: Mapping[str, Any], where: str = "") 
         inner = {name: found.pop(name) for name in hints(hints(config_class)[group]) if name in found}
         found |= {group: inner} if inner else {}
     return {name: VALUES.get((name, v), v) if isinstance(v, str) else v for name, v in found.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.name
-    if is_dataclass(value):
-        return to_dict(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return str(value) if isinstance(value, Path) else value
-
-
-def as_typed(value: Any, kind: Any, source: str = "", name: str = "") -> Any:
-    """A plain value as one of type `kind`; what fits no type stays, for `check_value` to name."""
-    kind = next((each for each in alternatives(kind) if each is not type(None)), kind)
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (list, tuple) and isinstance(value, (list, tuple)):
-        return [as_typed(item, arguments[0]) for item in value]
-    if origin is dict and isinstance(value, dict):
-        return {key: as_typed(item, arguments[1]) for key, item in value.items()}
-    if is_dataclass(kind) and isinstance(value, dict):
-        return from_dict(kind, value, source, f"{name}.")  # type: ignore[arg-type]
-    if isinstance(value, str) and isinstance(kind, type) and issubclass(kind, Enum):
-        return kind.__members__.get(value, value)
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value) if abs(value) < 1 << 1000 else math.inf
-    return value
 
 
 @dataclass(frozen=True)
@@ -311,20 +286,16 @@ def walk(
 ) -> Iterator[Leaf]:
     """Every leaf of a configuration; `null`, `internal`: it lies in a nested one that is."""
     for item in fields(config_class):
-        kind, about = hints(config_class)[item.name], item.metadata
-        nested = next((each for each in alternatives(kind) if is_dataclass(each)), None)
-        hidden = internal or about.get("internal", False)
-        if nested is not None:
-            yield from walk(nested, f"{inside}{item.name}.", null or item.default is None, hidden)  # type: ignore[arg-type]
-            continue
-        default = None if null else item.default
-        if item.default_factory is not MISSING and not null:
-            default = item.default_factory()
-        help, advanced = about.get("help", ""), about.get("advanced", False)
-        bounds = about.get("bounds", Bounds())
-        yield Leaf(f"{inside}{item.name}", kind, default, help, bounds, advanced, hidden)
+        name, kind = inside + item.name, hints(config_class)[item.name]
+        about = {**_ABOUT, **item.metadata}
+        about["internal"] |= internal
+        if nested := nested_in(kind):
+            yield from walk(nested, f"{name}.", null or item.default is None, about["internal"])
+        else:
+            made = item.default if item.default_factory is MISSING else item.default_factory()
+            yield Leaf(name, kind, None if null else made, **about)
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raise UserError unless `low <= value <= high` (NaN fails too); for values that are no fields."""
-    check_value(name, value, float, Bounds(ge=low, le=high))
+    checked(name, value, float, Bounds(ge=low, le=high))

@@ -205,7 +205,7 @@ def test_mistakes_are_one_sentence(configs: Path, argument: str, message: str) -
 
 
 def test_required_option(configs: Path) -> None:
-    with pytest.raises(UserError, match="image= is required"):
+    with pytest.raises(UserError, match="image is required"):
         parse(RequiredConfig, "plain", [], configs)
 
 

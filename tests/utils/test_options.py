@@ -13,7 +13,7 @@ import pytest
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule, RouterConfig
 from elastic3d.errors import UserError
-from elastic3d.utils.options import Bounds, Options, check_range, check_value, from_dict, to_dict
+from elastic3d.utils.options import Bounds, Options, check_range, checked, from_dict, to_dict
 
 PRETRAINED = Path(__file__).resolve().parents[2] / "data" / "pretrained"
 
@@ -51,6 +51,14 @@ def test_round_trip_through_json() -> None:
     assert from_dict(Config, {"rate": 2, "name": None}, "file").rate == 2.0
 
 
+def test_objects_take_what_files_hold() -> None:
+    config = Config(kind="large", path="b", rate=2, means=(1, 2))  # type: ignore[arg-type]
+    assert config == Config(kind=Kind.large, path=Path("b"), rate=2.0, means=[1.0, 2.0])
+    assert type(config.rate) is float and type(config.means[0]) is float
+    with pytest.raises(UserError, match="kind is 'huge', expected one of small, large"):
+        Config(kind="huge")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -71,10 +79,10 @@ def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
 def test_zero_where_it_switches_something_off() -> None:
     bounds = Bounds(ge=8, le=512, zero=True)
     for value in (0, 8, 512):
-        check_value("side", value, int, bounds)
+        checked("side", value, int, bounds)
     for value in (-1, 4, 513):
         with pytest.raises(UserError, match=f"side is {value}, expected 0 or 8 to 512"):
-            check_value("side", value, int, bounds)
+            checked("side", value, int, bounds)
 
 
 def test_files_of_older_versions_are_read():
