@@ -170,11 +170,9 @@ class _Level:
         """Nodes (Q,) without an exact value that have another sign than a neighbour among `indices` (P,)."""
         nodes = self.resolution + 1
         values, known = self.values.view(-1), self.known.view(-1)
-        inside = values[indices] > 0
+        inside, places = values[indices] > 0, torch.unravel_index(indices, self.values.shape)
         found = []
-        for stride, place in zip(
-            (nodes**2, nodes, 1), torch.unravel_index(indices, self.values.shape), strict=True
-        ):
+        for stride, place in zip((nodes**2, nodes, 1), places, strict=True):
             for step in (-1, 1):
                 within = (place + step >= 0) & (place + step < nodes)
                 neighbour = indices[within] + step * stride
@@ -238,10 +236,9 @@ def halved(values: Tensor, cells: Tensor, tolerance: float) -> tuple[Tensor, Ten
     difference = (cubic - linear).abs_()
     doubt = ((cells == 0) | (cells == last - 1)).any(dim=1)[:, None, None, None].expand(cubic.shape).clone()
     for axis in (1, 2, 3):
-        ends = [cubic.narrow(axis, start, 2) for start in (0, 1)]
+        low, high = cubic.narrow(axis, 0, 2), cubic.narrow(axis, 1, 2)
         off = torch.maximum(difference.narrow(axis, 0, 2), difference.narrow(axis, 1, 2))
-        crossed = (ends[0] > 0) != (ends[1] > 0)
-        edge = crossed & (off > tolerance * (ends[0] - ends[1]).abs())
+        edge = ((low > 0) != (high > 0)) & (off > tolerance * (low - high).abs())
         for start in (0, 1):
             doubt.narrow(axis, start, 2).logical_or_(edge)
     return cubic, doubt
