@@ -26,7 +26,7 @@ DIAL_NAME = "dial.json"
 F_SCORES = ("f_score@0.02", "f_score@0.05")
 TOLERANCE = 0.01  # what F-scores of the default may lose, of those of the dense default generation
 
-_F_SCORES = {name: Number(0, 1) for name in F_SCORES}
+_F_SCORES = dict.fromkeys(F_SCORES, Number(0, 1))
 _SHAPE = {
     "dense": {"steps": Number(1, 1000, whole=True), "guidance": Number(0, 100), **_F_SCORES},
     "rows": [
@@ -40,7 +40,7 @@ _SHAPE = {
             **_F_SCORES,
         }
     ],
-    "names": {quality.name: Number(0, 1) for quality in Quality},
+    "names": dict.fromkeys(Quality.__members__, Number(0, 1)),
     "measured": dict,
 }
 

@@ -124,12 +124,10 @@ def plan(config: GenerateConfig) -> Plan:
     many = image.is_dir() or (glob.has_magic(config.image) and not image.exists())
     if not (config.prompt or many or image.exists()):
         raise UserError(f"there is no file {printable(image)}")
-    folder = (
-        output if not config.prompt and (many or output.is_dir() or config.output.endswith("/")) else None
-    )
-    if folder is None:
+    inside = not config.prompt and (many or output.is_dir() or config.output.endswith("/"))
+    if not inside:
         check_suffix(output, WRITE_SUFFIXES)
-    pairs = [(image, output)] if folder is None else _into_folder(config, many)
+    pairs, folder = (_into_folder(config, many), output) if inside else ([(image, output)], None)
     jobs = [
         Job(image, config.seed + n, target if config.num_samples == 1 else numbered(target, n), config.prompt)
         for image, target in pairs
