@@ -246,6 +246,16 @@ def identify(folder: Path) -> str:
     return ""
 
 
+def refuse(folder: Path) -> None:
+    """UserError for a folder without `pipeline.json` that is not there, or of another kind of model."""
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no folder {folder}, expected one with pipeline.json, or one of {', '.join(PRESETS)}"
+        )
+    if found := identify(folder):
+        raise UserError(f"{folder}: {found}" + (f" weights={folder}" if "model=" in found else ""))
+
+
 def _say(name: str) -> str:
     return f"this is {PRESETS[name].title}, say model={name}"
 

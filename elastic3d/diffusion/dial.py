@@ -9,6 +9,7 @@ worse than another of the same or lower cost.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ DIAL_NAME = "dial.json"
 F_SCORES = ("f_score@0.02", "f_score@0.05")
 TOLERANCE = 0.01  # what F-scores of the default may lose, of those of the dense default generation
 
-_F_SCORES = {name: Number(0, 1) for name in F_SCORES}
+_F_SCORES = dict.fromkeys(F_SCORES, Number(0, 1))
 _SHAPE = {
     "dense": {"steps": Number(1, 1000, whole=True), "guidance": Number(0, 100), **_F_SCORES},
     "rows": [
@@ -39,7 +40,7 @@ _SHAPE = {
             **_F_SCORES,
         }
     ],
-    "names": {quality.name: Number(0, 1) for quality in Quality},
+    "names": dict.fromkeys(Quality.__members__, Number(0, 1)),
     "measured": dict,
 }
 
@@ -98,22 +99,19 @@ class Dial:
     values: Mapping[str, Any]
 
     def named(self, quality: Quality) -> Row:
-        """The row of a name. ValueError as `named_row`."""
-        return named_row(self.rows, quality, self.f_scores)
+        """The row of a name; `parse_dial` has seen to it that there is one."""
+        row = named_row(self.rows, quality, self.f_scores)
+        assert row is not None
+        return row
 
 
-def named_row(rows: Sequence[Row], quality: Quality, dense_f_scores: Sequence[float]) -> Row:
+def named_row(rows: Sequence[Row], quality: Quality, dense_f_scores: Sequence[float]) -> Row | None:
     """`fast` is the cheapest of some rows in ascending order, `best` the last one, and `default` the fastest whose
-    F-scores are within 1 % of the dense default generation's. ValueError where no row's are."""
-    if quality is Quality.fast:
-        return rows[0]
-    if quality is Quality.best:
-        return rows[-1]
-    for row in rows:
-        pairs = zip(row.f_scores, dense_f_scores, strict=True)
-        if all(score >= (1 - TOLERANCE) * dense for score, dense in pairs):
-            return row
-    raise ValueError("no row has both F-scores within 1 % of the dense default's")
+    F-scores are within 1 % of the dense default generation's; None where no row's are."""
+    if quality is not Quality.default:
+        return rows[0 if quality is Quality.fast else -1]
+    least = [(1 - TOLERANCE) * score for score in dense_f_scores]
+    return next((row for row in rows if all(map(operator.ge, row.f_scores, least))), None)
 
 
 def choose(
@@ -143,23 +141,24 @@ def choose(
     rows = [row for row in rows if not routed or (row.router_budget is not None and not row.planned)]
     if not rows:
         raise UserError(f"no row of {DIAL_NAME} can run with these options, expected steps= with them")
-    if requested.budget is None:
-        try:
-            return named_row(rows, quality or Quality.default, dial.f_scores)
-        except ValueError:  # of those that are left
-            return rows[-1]
-    affordable = [row for row in rows if row.cost <= requested.budget]
+    if requested.budget is not None:
+        return _affordable(rows, requested.budget, whole=len(rows) == len(dial.rows))
+    return named_row(rows, quality or Quality.default, dial.f_scores) or rows[-1]
+
+
+def _affordable(rows: Sequence[Row], budget: float, whole: bool) -> Row:
+    """The last row, of all or some, that a budget pays for. UserError as `choose`."""
+    affordable = [row for row in rows if row.cost <= budget]
     if not affordable:
-        why = "" if len(rows) == len(dial.rows) else ", as these options rule out cheaper settings"
-        raise UserError(f"budget is {requested.budget:g}, expected at least {rows[0].cost:g}{why}")
+        why = "" if whole else ", as these options rule out cheaper settings"
+        raise UserError(f"budget is {budget:g}, expected at least {rows[0].cost:g}{why}")
     return affordable[-1]
 
 
 def resolution_of(model: PipelineConfig, quality: Quality | str | None) -> int:
     """Grid cells a side of the decoding, for a quality or for none."""
-    name = quality.name if isinstance(quality, Quality) else quality
-    named = {"fast": model.fast_resolution, "best": model.best_resolution}
-    return named.get(name or "", 0) or model.resolution
+    name = getattr(quality, "name", quality)
+    return getattr(model, f"{name}_resolution", 0) or model.resolution
 
 
 def _checked(
@@ -199,11 +198,8 @@ def load_dial(folder: Path, model: PipelineConfig, routers: RouterConfig | None)
         if found != (wanted := getattr(model, name)):
             raise UserError(f"{source}: dense: {name} is {found:g}, expected {wanted:g}, the model's default")
     for number, row in enumerate(dial.rows):
-        if row.planned and not (folder / CALIBRATION_NAME).is_file():
-            raise UserError(
-                f"{source}: rows[{number}]: planned is true, but there is no {CALIBRATION_NAME} here"
-            )
-        if row.router_budget is not None and (fault := _misfit(row, row.router_budget, model, routers)):
+        fault = _misfit_plan(row, folder) if row.planned else _misfit(row, model, routers)
+        if fault is not None:
             raise UserError(f"{source}: rows[{number}]: {fault}")
     return dial
 
@@ -226,15 +222,12 @@ def parse_dial(values: Mapping[str, Any], source: str) -> Dial:
     for number, row in enumerate(rows):
         if fault := _disorder(row, rows[max(number - 1, 0)], set(rows[0].speedup)):
             raise UserError(f"{source}: rows[{number}]: {fault}")
-    for quality in Quality:
-        try:
-            cost, found = named_row(rows, quality, scores).cost, values["names"][quality.name]
-        except ValueError as error:
-            raise UserError(f"{source}: {error}") from error
-        if found != cost:
-            raise UserError(
-                f"{source}: names: {quality.name} is {found:g}, expected {cost:g}, the cost of its row"
-            )
+    for name, quality in Quality.__members__.items():
+        if (named := named_row(rows, quality, scores)) is None:
+            raise UserError(f"{source}: no row has both F-scores within 1 % of the dense default's")
+        if (found := values["names"][name]) != named.cost:
+            wanted = f"expected {named.cost:g}, the cost of its row"
+            raise UserError(f"{source}: names: {name} is {found:g}, {wanted}")
     return dial
 
 
@@ -261,20 +254,28 @@ def _disorder(row: Row, cheaper: Row, batches: set[str]) -> str | None:
     return None
 
 
-def _misfit(row: Row, budget: float, model: PipelineConfig, routers: RouterConfig | None) -> str | None:
-    """Why a row of a budget is none of a model's; None where it is."""
-    if row.planned:
-        least = least_budget(row.steps)
-        return None if budget >= least else f"router_budget is {budget:g}, expected at least {least:.2f}"
+def _misfit_plan(row: Row, folder: Path) -> str | None:
+    """Why a planned row is none of the model in a folder; None where it is."""
+    if not (folder / CALIBRATION_NAME).is_file():
+        return f"planned is true, but there is no {CALIBRATION_NAME} here"
+    budget, least = row.router_budget, least_budget(row.steps)
+    assert budget is not None  # or `_disorder` has told
+    return None if budget >= least else f"router_budget is {budget:g}, expected at least {least:.2f}"
+
+
+def _misfit(row: Row, model: PipelineConfig, routers: RouterConfig | None) -> str | None:
+    """Why a row is none of a model with these routers; None where it is."""
+    if row.router_budget is None:
+        return None
     if routers is None:
-        return f"router_budget is {budget:g}, but this model has no routers"
+        return f"router_budget is {row.router_budget:g}, but this model has no routers"
     if row.scope != routers.scope.name and (row.scope is not None or routers.trained_steps):
         return f"scope is {row.scope!r}, expected {routers.scope.name}, that of this model's routers"
     try:
         routers.check_generation(row.steps, model.guidance, True)
     except UserError as error:
         return str(error)
-    lora = coarseness(routers, row.steps, budget, model.guidance) is not None
+    lora = coarseness(routers, row.steps, row.router_budget, model.guidance) is not None
     if lora is row.few_step_lora:
         return None
     runs = f"{row.steps} steps run {'with' if lora else 'without'} the few-step LoRA of these routers"

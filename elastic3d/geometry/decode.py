@@ -59,7 +59,7 @@ def decode_field(
     field: FieldFunction,
     config: DecodeConfig,
     device: torch.device | str = "cpu",
-    on_level: Callable[[int, int], None] | None = None,
+    on_level: Callable[[int, int], object] = lambda *_: None,
 ) -> tuple[Tensor, DecodeStats]:
     """Values (R+1, R+1, R+1) float32 of one field: right at the surface, elsewhere only of the right sign.
 
@@ -75,12 +75,10 @@ def decode_field(
     levels = [_Level(field, config, torch.empty((resolutions[0] + 1,) * 3, device=device))]
     levels[0].evaluate(torch.arange(levels[0].values.numel(), device=device))
     for resolution in resolutions[1:]:
-        if on_level is not None:
-            on_level(len(levels), len(resolutions))
+        on_level(len(levels), len(resolutions))
         last = resolution == config.resolution and config.tolerance > 0
         levels.append(levels[-1].finished() if last else levels[-1].refined())
-    if on_level is not None:
-        on_level(len(levels), len(levels))
+    on_level(len(levels), len(levels))
     return levels[-1].values, DecodeStats(resolutions, [level.queries for level in levels])
 
 
@@ -112,23 +110,19 @@ class _Level:
 
     def refined(self) -> _Level:
         """The grid of twice the resolution, exact at the surface."""
-        fine = self._finer(linear=True)
-        fine._follow(self._thin_parts(fine, _crossed_ends(fine.values > 0)))
+        fine = self._finer("trilinear")
+        fine._follow(self._thin_parts(fine, _crossed_ends(fine.values > 0)), fine.known)
         return fine
 
     def finished(self) -> _Level:
         """The grid of twice the resolution, right within `config.tolerance` at the surface."""
-        cells = crossed_cells(self.values > 0)
-        while len(unknown := self._unknown_corners(cells)):
+        while len(unknown := self._unknown_corners(cells := crossed_cells(self.values > 0))):
             self.evaluate(unknown)
-            cells = crossed_cells(self.values > 0)
-        fine = self._finer(linear=False)
-        settled = torch.zeros_like(fine.known)
-        wanted = torch.zeros_like(fine.known)
-        inside = [*itertools.product(range(3), repeat=3)]  # the nodes of a cell
+        fine = self._finer("nearest")
+        settled, wanted = torch.zeros_like(fine.known), torch.zeros_like(fine.known)
         for some in cells.split(_CELLS):
             values, doubt = halved(self.values, some, self.config.tolerance)
-            for i, j, k in inside:
+            for i, j, k in itertools.product(range(3), repeat=3):  # the nodes of a cell
                 x, y, z = (2 * some + some.new_tensor([i, j, k])).unbind(dim=1)
                 fine.values[x, y, z] = values[:, i, j, k]
                 settled[x, y, z] = True
@@ -137,15 +131,11 @@ class _Level:
         fine._follow(self._thin_parts(fine, wanted), settled)
         return fine
 
-    def _finer(self, linear: bool) -> _Level:
-        """The grid of twice the resolution, where old nodes keep their values.
-
-        New ones have the value of the old one below them, or with `linear` those of trilinear interpolation.
-        """
-        size, mode = [2 * self.resolution + 1] * 3, "trilinear" if linear else "nearest"
-        values = nn.functional.interpolate(
-            self.values[None, None], size, mode=mode, align_corners=True if linear else None
-        )
+    def _finer(self, mode: str) -> _Level:
+        """The grid of twice the resolution, where old nodes keep their values, and new ones are interpolated: in the
+        `mode` trilinear, or nearest, which is the old node below."""
+        size, corners = [2 * self.resolution + 1] * 3, True if mode == "trilinear" else None
+        values = nn.functional.interpolate(self.values[None, None], size, mode=mode, align_corners=corners)
         fine = _Level(self.field, self.config, values[0, 0])
         fine.known[::2, ::2, ::2] = self.known
         return fine
@@ -168,11 +158,10 @@ class _Level:
             wanted[x, y, z] = True
         return wanted
 
-    def _follow(self, wanted: Tensor, settled: Tensor | None = None) -> None:
+    def _follow(self, wanted: Tensor, settled: Tensor) -> None:
         """Evaluate `wanted` nodes, and on across every sign change to nodes neither known nor `settled`."""
         indices = (wanted & ~self.known).view(-1).nonzero()[:, 0]
-        if settled is not None:
-            self.known |= settled
+        self.known |= settled
         while len(indices):
             self.evaluate(indices)
             indices = self._unknown_across(indices)
@@ -181,11 +170,9 @@ class _Level:
         """Nodes (Q,) without an exact value that have another sign than a neighbour among `indices` (P,)."""
         nodes = self.resolution + 1
         values, known = self.values.view(-1), self.known.view(-1)
-        inside = values[indices] > 0
+        inside, places = values[indices] > 0, torch.unravel_index(indices, self.values.shape)
         found = []
-        for stride, place in zip(
-            (nodes**2, nodes, 1), torch.unravel_index(indices, self.values.shape), strict=True
-        ):
+        for stride, place in zip((nodes**2, nodes, 1), places, strict=True):
             for step in (-1, 1):
                 within = (place + step >= 0) & (place + step < nodes)
                 neighbour = indices[within] + step * stride
@@ -242,18 +229,16 @@ def halved(values: Tensor, cells: Tensor, tolerance: float) -> tuple[Tensor, Ten
     """
     last = len(values) - 1
     steps = torch.arange(-1, 3, device=cells.device)
-    x, y, z = (cells[:, axis, None] + steps for axis in range(3))
-    x, y, z = (axis.clamp(0, last) for axis in (x, y, z))
+    x, y, z = (cells[:, None] + steps[:, None]).clamp(0, last).unbind(dim=-1)
     near = values[x[:, :, None, None], y[:, None, :, None], z[:, None, None, :]].flatten(1)
     cubic = (near @ _matrix([-1 / 16, 9 / 16, 9 / 16, -1 / 16], near)).view(-1, 3, 3, 3)
     linear = (near @ _matrix([0.0, 0.5, 0.5, 0.0], near)).view(-1, 3, 3, 3)
     difference = (cubic - linear).abs_()
     doubt = ((cells == 0) | (cells == last - 1)).any(dim=1)[:, None, None, None].expand(cubic.shape).clone()
     for axis in (1, 2, 3):
-        ends = [cubic.narrow(axis, start, 2) for start in (0, 1)]
+        low, high = cubic.narrow(axis, 0, 2), cubic.narrow(axis, 1, 2)
         off = torch.maximum(difference.narrow(axis, 0, 2), difference.narrow(axis, 1, 2))
-        crossed = (ends[0] > 0) != (ends[1] > 0)
-        edge = crossed & (off > tolerance * (ends[0] - ends[1]).abs())
+        edge = ((low > 0) != (high > 0)) & (off > tolerance * (low - high).abs())
         for start in (0, 1):
             doubt.narrow(axis, start, 2).logical_or_(edge)
     return cubic, doubt
@@ -281,18 +266,18 @@ def extract_surface(
     field: np.ndarray | torch.Tensor,
     box: float = BOX,
     method: SurfaceMethod | str = SurfaceMethod.skimage,
-    closed: bool = True,
 ) -> trimesh.Trimesh:
     """Mesh of the zero level of a field sampled at grid nodes, with faces wound outwards.
+
+    A solid that leaves the cube ends at the cube's face, so that the mesh has no hole there.
 
     Args:
         field: (R+1, R+1, R+1) values indexed [x, y, z], positive inside; node i is at -box + 2 box i / R.
         box: half side of the cube that the nodes span.
         method: the library that does it.
-        closed: end a solid that leaves the cube at the cube's face, so that the mesh has no hole there.
 
     Raises:
-        NoSurfaceError: the field is positive everywhere or nowhere.
+        NoSurfaceError: the field is positive everywhere or nowhere inside the cube.
         UserError: the method's library is optional and does not work here.
         ValueError: the field is not a cube of at least 2 nodes a side, or holds values that are not finite.
     """
@@ -302,11 +287,14 @@ def extract_surface(
         raise ValueError(f"field has shape {volume.shape}, expected a cube (R+1, R+1, R+1) with R >= 1")
     if not -np.inf < volume.min() < 0 < volume.max() < np.inf:
         raise _why_no_surface(volume)
-    if closed:
+    if max(volume.swapaxes(0, axis)[[0, -1]].max() for axis in range(3)) >= 0:  # on the cube's faces
         volume = _closed(volume)
-    if not volume.max() > 0:  # what was inside lay in the outermost nodes only
-        raise NoSurfaceError("the field has no surface inside the cube, only on its faces")
-    vertices, faces = (_open3d if method is SurfaceMethod.open3d else _skimage)(volume)
+    if method is SurfaceMethod.open3d:
+        vertices, faces = _open3d(volume)
+    else:
+        from skimage.measure import marching_cubes  # Lewiner's: no holes and no ambiguous cells
+
+        vertices, faces, *_ = marching_cubes(volume, 0.0, gradient_direction="ascent", method="lewiner")
     if len(faces) == 0:
         raise NoSurfaceError("the field has no surface: the extractor found no face")
     # Extractors return index coordinates, where node i is at i, whatever the resolution.
@@ -326,22 +314,13 @@ def _why_no_surface(volume: np.ndarray) -> ValueError:
 
 def _closed(volume: np.ndarray) -> np.ndarray:
     """The volume with its outermost nodes just outside, so that the surface closes at the cube's faces."""
-    faces = [(slice(None),) * axis + (end,) for axis in range(3) for end in (0, -1)]
-    if all(volume[face].max() < 0 for face in faces):
-        return volume
     volume = volume.copy()
-    for face in faces:
+    for face in [(slice(None),) * axis + (end,) for axis in range(3) for end in (0, -1)]:
         # A hundredth of a typical magnitude puts the surface within a hundredth of a cell of the cube's face.
         np.minimum(volume[face], -0.01 * np.abs(volume).mean(), out=volume[face])
+    if not volume.max() > 0:  # what was inside lay in the outermost nodes only
+        raise NoSurfaceError("the field has no surface inside the cube, only on its faces")
     return volume
-
-
-def _skimage(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lewiner's marching cubes: no holes and no ambiguous cells. Returns vertices (V,3), faces (F,3)."""
-    from skimage.measure import marching_cubes
-
-    vertices, faces, _, _ = marching_cubes(volume, 0.0, gradient_direction="ascent", method="lewiner")
-    return vertices, faces
 
 
 def _open3d(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -365,8 +344,7 @@ def reducible(values: torch.Tensor, max_faces: int) -> torch.Tensor:
     """
     while 0 < 8 * max_faces <= MANY_FACES and len(values) % 2 == 1 and len(values) > 64:
         inside = (values > 0).cpu().numpy()  # whose counting is ten times faster than PyTorch's
-        axes = (inside.swapaxes(0, axis) for axis in range(3))
-        crossings = sum(int(np.count_nonzero(line[:-1] != line[1:])) for line in axes)
+        crossings = sum(np.count_nonzero(np.diff(inside, axis=axis)) for axis in range(3))
         if 2 * crossings <= MANY_FACES:  # a vertex on each, two faces a vertex
             break
         values = values[::2, ::2, ::2]

@@ -15,10 +15,8 @@ def sample_faces(
     """Area-weighted, stratified points on triangles (F, 3, 3).
 
     Returns points (P, 3), the face each one is on (P,), and the unit normals of those faces (P, 3).
-    ValueError if all faces are degenerate, or larger than float32 holds.
+    ValueError if all faces are degenerate, larger than float32 holds, or for a count below 0.
     """
-    if count < 0:
-        raise ValueError(f"count is {count}, expected 0 or more")
     triangles = np.asarray(triangles, np.float32)
     first, second = triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]
     cross = np.cross(first, second)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import glob
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trimesh
 
 from elastic3d.checkpoints.options import PRESETS
-from elastic3d.elastic.attachment import attach
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.errors import UserError
 from elastic3d.evaluation.health import PrintCheck, print_check
@@ -21,7 +19,6 @@ from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, check_suffix, save_mesh
 from elastic3d.geometry.normalize import scale_to, with_up
 from elastic3d.models.images import IMAGE_SUFFIXES, VIEW_NAMES, ImageInput
 from elastic3d.models.options import ForegroundConfig
-from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.assets import check_asset, coloured
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, OnProgress, Result
 from elastic3d.pipelines.options import (
@@ -33,12 +30,10 @@ from elastic3d.pipelines.options import (
     Up,
 )
 from elastic3d.pipelines.preview import draw_routes, route_title, turntable
-from elastic3d.pipelines.runtime import find_model
 from elastic3d.pipelines.training_free import calibration_file
 from elastic3d.utils.files import (
     atomic_path,
     check_paths,
-    file_sha256,
     matching_files,
     name_key,
     printable,
@@ -69,20 +64,22 @@ class Job:
     seed: int
     output: Path
     prompt: str = ""
-
-    @property
-    def subject(self) -> str:
-        """What it is made of, for records."""
-        return self.prompt or printable(self.image)
+    drawn: ImageResult | None = None  # of the prompt
 
     @property
     def drawing(self) -> Path:
         """Where the image of the prompt is kept."""
         return self.output.with_name(f"{self.output.stem}_image.png")
 
+    def source(self, views: Mapping[str, Path]) -> ImageInput:
+        """What the mesh is made from, with further views of a file's object."""
+        if self.drawn is not None:
+            return self.drawn.image
+        return {VIEW_NAMES[0]: self.image, **views} if views else self.image
 
-Draw = Callable[[Sequence[Job]], "Sequence[ImageResult]"]
-"""Makes the images of jobs that have a prompt, and keeps them."""
+
+Draw = Callable[[Sequence[Job]], Sequence[Job]]
+"""Makes the images of jobs that have a prompt, and keeps them -> the jobs with what was drawn."""
 
 
 @dataclass
@@ -105,7 +102,7 @@ class Outcome:
     @classmethod
     def of(cls, job: Job, status: str, error: str | None = None) -> Outcome:
         """Of a job."""
-        return cls(job.subject, printable(job.output), job.seed, status, error)
+        return cls(job.prompt or printable(job.image), printable(job.output), job.seed, status, error)
 
 
 @dataclass(frozen=True)
@@ -125,14 +122,12 @@ def plan(config: GenerateConfig) -> Plan:
     """
     image, output = Path(config.image), Path(config.output)
     many = image.is_dir() or (glob.has_magic(config.image) and not image.exists())
-    folder = None
-    if not config.prompt and not many and not image.exists():
+    if not (config.prompt or many or image.exists()):
         raise UserError(f"there is no file {printable(image)}")
-    if not config.prompt and (many or output.is_dir() or config.output.endswith("/")):
-        pairs, folder = _into_folder(config, many), output
-    else:
+    inside = not config.prompt and (many or output.is_dir() or config.output.endswith("/"))
+    if not inside:
         check_suffix(output, WRITE_SUFFIXES)
-        pairs = [(image, output)]
+    pairs, folder = (_into_folder(config, many), output) if inside else ([(image, output)], None)
     jobs = [
         Job(image, config.seed + n, target if config.num_samples == 1 else numbered(target, n), config.prompt)
         for image, target in pairs
@@ -169,21 +164,14 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
     if config.model in PRESETS:
         from elastic3d.pipelines.published import published_pipeline
 
-        own = config.routers in ("", NO_ROUTERS_NAME)
-        weights = (
-            None if own else find_weights(Path(config.routers))
-        )  # missing: told before the model is read
         pipeline = published_pipeline(config, min(meshes, config.rows))
-        if weights is not None:
-            _put_routers(pipeline, weights)
     else:
         for name in ("weights", "subfolder", "vae_subfolder", "dinov2", "memory_budget"):
             if getattr(config, name):
-                presets = ", ".join(PRESETS)
-                raise UserError(f"{name}= is for model={presets}, but model is {config.model!r}")
-        folder = find_model(config.model or DEFAULT_MODEL)
+                raise UserError(f"{name}= is for model={', '.join(PRESETS)}, but model is {config.model!r}")
         routers = {"": True, NO_ROUTERS_NAME: False}.get(config.routers, config.routers)
-        pipeline = ImageTo3DPipeline.from_pretrained(folder, config.device, config.dtype, routers=routers)
+        model = config.model or DEFAULT_MODEL
+        pipeline = ImageTo3DPipeline.from_pretrained(model, config.device, config.dtype, routers=routers)
     if config.calibration:
         _put_calibration(pipeline, config.calibration)
     if config.low_memory:
@@ -191,16 +179,6 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
     if config.compile:
         pipeline.compile()
     return pipeline
-
-
-def _put_routers(pipeline: ImageTo3DPipeline, weights: Path) -> None:
-    """Attach the routers that a file belongs to. UserError for a model that has routers."""
-    if pipeline.session is not None:
-        raise UserError(
-            f"routers={weights.parent}: this model has routers of its own, expected one without any"
-        )
-    attach(pipeline.dit, weights.parent)
-    pipeline.weights_sha256 = f"{pipeline.weights_sha256}+{file_sha256(weights)}"
 
 
 def _put_calibration(pipeline: ImageTo3DPipeline, path: str) -> None:
@@ -219,14 +197,14 @@ def generate(
     draw: Draw | None = None,
 ) -> None:
     """Do the jobs in batches; each mesh is saved, and its outcome told, as soon as it is there or has failed."""
-    views = config.views
     options = {name: getattr(config, name) for name in OPTIONS} | ElasticOptions.of(config)
-    for batch in batches(jobs, config, on_outcome):
-        drawn = [] if draw is None else draw(batch)
-        images: list[ImageInput] = [each.image for each in drawn]
-        if draw is None:
-            images = [{VIEW_NAMES[0]: job.image, **views} if views else job.image for job in batch]
-        keep = partial(_keep, batch, images, drawn, config, on_outcome)
+    for todo in batches(jobs, config, on_outcome):
+        batch = todo if draw is None else draw(todo)
+        images = [job.source(config.views) for job in batch]
+
+        def keep(number: int, result: Result, batch: Sequence[Job] = batch) -> None:
+            on_outcome(_saved(batch[number], result, config))
+
         pipeline(images, [job.seed for job in batch], on_progress=on_progress, on_result=keep, **options)
 
 
@@ -234,34 +212,22 @@ def batches(
     jobs: Sequence[Job], config: GenerateConfig, on_outcome: Callable[[Outcome], None]
 ) -> list[list[Job]]:
     """What is to do, in batches; with `resume`, jobs whose file is there are told as skipped."""
-    todo = []
-    for job in jobs:
-        if config.resume and job.output.exists():
-            on_outcome(Outcome.of(job, "skipped"))
-        else:
-            todo.append(job)
+    done = {job: Outcome.of(job, "skipped") for job in jobs if config.resume and job.output.exists()}
+    for outcome in done.values():
+        on_outcome(outcome)
+    todo = [job for job in jobs if job not in done]
     return [todo[start : start + config.rows] for start in range(0, len(todo), config.rows)]
 
 
-def _keep(
-    batch: Sequence[Job],
-    images: Sequence[ImageInput],
-    drawn: Sequence[ImageResult],
-    config: GenerateConfig,
-    on_outcome: Callable[[Outcome], None],
-    number: int,
-    result: Result,
-) -> None:
-    """Save one result of a batch, and tell what became of it."""
-    job, outcome = batch[number], Outcome.of(batch[number], "ok")
+def _saved(job: Job, result: Result, config: GenerateConfig) -> Outcome:
+    """What became of a job, with its mesh saved if there is one."""
+    outcome = Outcome.of(job, "ok")
     outcome.metadata, outcome.image_warnings = result.metadata, result.warnings
-    if drawn:
-        result.metadata["image"] = drawn[number].metadata
+    if job.drawn is not None:
+        result.metadata["image"] = job.drawn.metadata
     try:
-        frontal = result.metadata["model"] in PRESETS  # published, also from a folder that imported it
-        mesh, check = finish(
-            result, config.asset, job.output.suffix, images[number], config.foreground, frontal
-        )
+        image = job.source(config.views)
+        mesh, check = finish(result, config.asset, job.output.suffix, image, config.foreground)
         save_mesh(mesh, job.output, extras=result.metadata, name=job.prompt or printable(job.image.stem))
         if config.preview:
             with atomic_path(job.output.with_suffix(".png")) as temporary:
@@ -273,22 +239,15 @@ def _keep(
         outcome.print_summary, outcome.warnings = check.summary(), check.warnings()
         if texture_warning := result.metadata.get("texture", {}).get("warning"):
             outcome.warnings.append(f"texture=project: {texture_warning}")
-    on_outcome(outcome)
+    return outcome
 
 
 def finish(
-    result: Result,
-    config: AssetConfig,
-    suffix: str,
-    image: ImageInput,
-    foreground: ForegroundConfig | None = None,
-    frontal: bool = False,
+    result: Result, config: AssetConfig, suffix: str, image: ImageInput, foreground: ForegroundConfig
 ) -> tuple[trimesh.Trimesh, PrintCheck]:
     """The mesh as a file that ends in `suffix` holds it; its metadata gets the object `print`, and `texture`.
 
-    Args:
-        image: what the mesh was made from, for its colours.
-        frontal: the model's meshes face the camera of their image, rather than +Z whatever the view.
+    `image` is what the mesh was made from, for its colours.
 
     Raises whatever kept the result from becoming a mesh, and UserError where the image's colours can't be taken.
     """
@@ -296,7 +255,7 @@ def finish(
     check = print_check(mesh, config.size_mm, config.min_wall_mm)
     result.metadata["print"] = check.as_dict()
     if config.texture is Texture.project:
-        foreground = foreground or ForegroundConfig()
+        frontal = result.metadata["model"] in PRESETS  # these face the camera of the image, not +Z
         mesh, result.metadata["texture"] = coloured(mesh, image, foreground, config, frontal)
     if config.up is not Up.y:
         mesh = with_up(mesh, config.up.value)

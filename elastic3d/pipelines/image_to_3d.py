@@ -18,8 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from elastic3d import __version__
-from elastic3d.checkpoints.folders import INDEX_NAME, identify
-from elastic3d.checkpoints.options import PRESETS
+from elastic3d.checkpoints.folders import INDEX_NAME, refuse
 from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, resolution_of, save_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample, sampling_times
@@ -218,12 +217,8 @@ class ImageTo3DPipeline:
         """
         folder, target = find_model(path), resolve_device(device)
         number = resolve_dtype(dtype, target)
-        if not folder.is_dir():
-            wanted = f"one with {PIPELINE_NAME}, or one of {', '.join(PRESETS)}"
-            raise UserError(f"there is no folder {folder}, expected {wanted}")
-        complete = (folder / PIPELINE_NAME).is_file() and not (folder / INDEX_NAME).is_file()
-        if not complete and (found := identify(folder)):
-            raise UserError(f"{folder}: {found}" + (f" weights={folder}" if "model=" in found else ""))
+        if not (folder / PIPELINE_NAME).is_file() or (folder / INDEX_NAME).is_file():
+            refuse(folder)
         config = from_dict(PipelineConfig, load_json(folder / PIPELINE_NAME), str(folder / PIPELINE_NAME))
         vae = ShapeVAE.from_pretrained(folder / "vae", number, target)
         dit = load_dit(folder / "dit", number, target)
@@ -392,10 +387,8 @@ class ImageTo3DPipeline:
             try:
                 views = prepare(image, call.foreground, self.encoder)
                 if any(views.keys() != others.keys() for others in found.values()):
-                    several = (
-                        "the objects of one batch are seen from different directions: give one at a time"
-                    )
-                    raise UserError(several)
+                    several = "the objects of one batch are seen from different directions"
+                    raise UserError(f"{several}: give one at a time")
                 found[i], results[i].image = views, next(iter(views.values()))
             except UserError as error:
                 results[i].error = error

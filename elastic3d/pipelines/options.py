@@ -163,15 +163,12 @@ class GenerateConfig(ElasticOptions, MeshRequestConfig):
         """There is one input and one output."""
         if self.image and self.prompt:
             raise ValueError("image= and prompt= are both there, expected one of them")
-        for name, example in (("image", "chair.png"), ("output", "chair.glb")):
-            if not getattr(self, name) and not (name == "image" and self.prompt):
-                raise ValueError(f"{name}= is missing, for example {name}={example}")
-        if self.trace and not self.trace.lower().endswith(".png"):
-            raise ValueError(f"trace is {self.trace}, expected a .png file")
-        if self.trace and self.elastic is False:
-            raise ValueError(
-                f"trace is {self.trace}, but elastic is false: the dense model has no routes to draw"
-            )
+        if not (self.image or self.prompt):
+            raise ValueError("image= is missing, for example image=chair.png")
+        if not self.output:
+            raise ValueError("output= is missing, for example output=chair.glb")
+        if self.trace:
+            _check_trace(self.trace, self.elastic)
         if self.runner is Runner.ray and self.prompt:
             raise ValueError("runner=ray is for images, but prompt= is given")
         if self.compile and self.low_memory:
@@ -245,14 +242,9 @@ class GenerateImageConfig(ElasticOptions, ImageRequestConfig):
         for name, example in (("prompt", '"a wooden chair"'), ("output", "chair.png")):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name}= is missing, for example {name}={example}")
-        for name in ("output", "trace"):
-            value = getattr(self, name)
-            if value and not value.lower().endswith(".png"):
-                raise ValueError(f"{name} is {value}, expected a .png file")
-        if self.trace and self.elastic is False:
-            raise ValueError(
-                f"trace is {self.trace}, but elastic is false: the dense model has no routes to draw"
-            )
+        _check_png("output", self.output)
+        if self.trace:
+            _check_trace(self.trace, self.elastic)
         if not self.weights and self.backbone is not BackboneName.small:
             raise ValueError(f"weights= is missing: the folder of the {self.backbone.name} pipeline")
         parse_size(self.size)
@@ -294,6 +286,18 @@ class CalibratePolicyConfig(Options):
                 f"backbone= is for images, but image= is given, and backbone is {self.backbone.name}"
             )
         parse_size(self.size)
+
+
+def _check_trace(trace: str, elastic: bool | None) -> None:
+    """ValueError where routes can't be drawn to this file."""
+    _check_png("trace", trace)
+    if elastic is False:
+        raise ValueError(f"trace is {trace}, but elastic is false: the dense model has no routes to draw")
+
+
+def _check_png(name: str, path: str) -> None:
+    if not path.lower().endswith(".png"):
+        raise ValueError(f"{name} is {path}, expected a .png file")
 
 
 def parse_size(text: str) -> tuple[int, int] | None:

@@ -13,7 +13,9 @@ from elastic3d.checkpoints.hunyuan3d import find_checkpoint, inspect_hunyuan3d, 
 from elastic3d.checkpoints.options import PRESETS, ImportConfig
 from elastic3d.checkpoints.step1x3d import inspect_step1x3d, load_step1x3d
 from elastic3d.checkpoints.triposg import inspect_triposg, load_triposg
+from elastic3d.elastic.attachment import attach
 from elastic3d.errors import UserError
+from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.memory import (
     GB,
@@ -24,7 +26,7 @@ from elastic3d.pipelines.memory import (
     points_within,
     require,
 )
-from elastic3d.pipelines.options import DEFAULT_MODEL, GenerateConfig
+from elastic3d.pipelines.options import DEFAULT_MODEL, NO_ROUTERS_NAME, GenerateConfig
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype
 from elastic3d.utils.files import file_sha256
 
@@ -42,11 +44,15 @@ def calibration_home(config: GenerateConfig) -> Path:
 
 
 def published_pipeline(config: GenerateConfig, batch: int) -> ImageTo3DPipeline:
-    """The pipeline of `model=` a preset; its memory is estimated before the weights are read.
+    """The pipeline of `model=` a preset, with the routers of `routers=`; its memory is estimated before the weights are
+    read.
 
     Raises:
-        UserError: as the family's loader; no image encoder anywhere; too little memory; views for a model of one.
+        UserError: as the family's loader; no image encoder anywhere; too little memory; views for a model of one; no
+            routers in that folder.
     """
+    own = config.routers in ("", NO_ROUTERS_NAME)
+    routers = None if own else find_weights(Path(config.routers))
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     found = _inspect(config)
@@ -68,6 +74,9 @@ def published_pipeline(config: GenerateConfig, batch: int) -> ImageTo3DPipeline:
     resident = need.weights["decode"] if config.low_memory else sum(need.weights.values())
     resolution = parts.pipeline.resolution if config.resolution is None else config.resolution
     pipeline.max_points = points_within(budget - resident, pipeline.vae.config, dtype, resolution, limit)
+    if routers is not None:
+        attach(pipeline.dit, routers.parent)
+        pipeline.weights_sha256 = f"{pipeline.weights_sha256}+{file_sha256(routers)}"
     return pipeline
 
 

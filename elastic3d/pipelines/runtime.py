@@ -160,19 +160,13 @@ def routes_of(session: ElasticSession | None, settings: ElasticConfig, samples: 
         return [{} for _ in range(samples)]
     trace = session.trace
     assert trace is not None
-    totals = {
-        name: flops(trace).sum((0, 1, 3)).long().tolist()
-        for name, flops in (
-            ("flops_executed", trace_flops),
-            ("flops_dense", trace_dense_flops),
-            ("flops_routers", trace_router_flops),
-        )
-    }
+    flops = {"executed": trace_flops, "dense": trace_dense_flops, "routers": trace_router_flops}
+    totals = {f"flops_{name}": of(trace).sum((0, 1, 3)).long().tolist() for name, of in flops.items()}
     policy = {"policy": session.source.about} if isinstance(session.source, StepPolicy) else {}
     elastic = to_dict(replace(settings, cache=settings.cache or session.router_config.cache()))
     return [
         {
-            **{name: flops[row] for name, flops in totals.items()},
+            **{name: each[row] for name, each in totals.items()},
             "elastic": elastic,
             **policy,
             "updated": session.coarseness is not None,

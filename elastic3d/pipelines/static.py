@@ -52,18 +52,14 @@ class StaticDiT:
         scale = None if guidance <= 1.0 or self.dit.config.guidance_embed else guidance
         if session is not None:
             session.coarsen(len(moments), session.settings.budget, scale, moments)
-            if not is_static(session):
-                return None
-        if not self._takes(session):
+        if not (is_static(session) and self._takes(session)):
             return None
         self._refresh(session)
-        self.one_branch = None
+        self.one_branch = session.one_branch if session is not None and session.guided else None
         if session is not None and session.settings.elastic:
-            self.one_branch = session.one_branch if session.guided else None
             names, ratios = [block.name for block in session.blocks], session.router_config.ratios
             trace = session.trace = Trace(names, ratios, len(moments), len(condition), session.guided)
-            flops = pass_flops(self.dit, self.dit.config.num_latents, condition.shape[1])
-            trace.flops.update(enumerate(flops))
+            trace.flops |= enumerate(pass_flops(self.dit, self.dit.config.num_latents, condition.shape[1]))
             for step, t in enumerate(moments):
                 branches = 1 if scale is None or session.one_branch(t) else 2
                 trace.actions[step, :branches] = len(ratios)  # each block at full width
@@ -150,11 +146,10 @@ class CompiledDiT(StaticDiT):
             self._shapes = set()
 
 
-def is_static(session: ElasticSession) -> bool:
+def is_static(session: ElasticSession | None) -> bool:
     """Whether the routes of a generation follow from the settings: every block runs, at full width. That is the dense
     model, and a budget of 1 with the few-step LoRA, unless something else decides."""
-    settings = session.settings
-    if not settings.elastic:
+    if session is None or not (settings := session.settings).elastic:
         return True
     decides = session.source is not None or bool(session.router_config.trained_steps)
     return session.coarseness is not None and settings.budget == 1 and settings.cache is None and not decides

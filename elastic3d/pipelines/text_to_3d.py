@@ -13,7 +13,7 @@ from elastic3d.pipelines.generation import Draw, Job
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, GenerateConfig
 from elastic3d.pipelines.runtime import find_model
-from elastic3d.pipelines.text_to_image import ImageResult, TextToImagePipeline, check_prompt
+from elastic3d.pipelines.text_to_image import TextToImagePipeline, check_prompt
 from elastic3d.utils.files import read_text
 
 NOUNS_NAME = "nouns.txt"
@@ -40,11 +40,11 @@ def prompt_drawer(config: GenerateConfig, pipeline: ImageTo3DPipeline) -> tuple[
     elif images.session is None and pipeline.session is not None:
         options = {"budget": wanted["budget"]}
 
-    def draw(jobs: Sequence[Job]) -> list[ImageResult]:
+    def draw(jobs: Sequence[Job]) -> list[Job]:
         results = images([job.prompt for job in jobs], [job.seed for job in jobs], **options)
         for job, result in zip(jobs, results, strict=True):
             save_image(result.image, job.drawing, result.metadata)
-        return results
+        return [replace(job, drawn=result) for job, result in zip(jobs, results, strict=True)]
 
     return draw, config
 

@@ -21,7 +21,6 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from elastic3d.checkpoints.options import PRESETS
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import save_mesh
 from elastic3d.models.options import ForegroundConfig
@@ -284,7 +283,6 @@ class MeshQueue:
             return
         try:
             with self.models.use(batch[0].request.model) as pipeline:
-                frontal = pipeline.config.model in PRESETS
                 results = pipeline(
                     [image for _, image in kept],
                     seed=[job.request.seed for job, _ in kept],
@@ -296,13 +294,13 @@ class MeshQueue:
                 self._fail(job, str(error))
             return
         for (job, image), result in zip(kept, results, strict=True):
-            self._keep(job, result, image, frontal)
+            self._keep(job, result, image)
 
-    def _keep(self, job: Job, result: Result, image: Image.Image, frontal: bool) -> None:
+    def _keep(self, job: Job, result: Result, image: Image.Image) -> None:
         wanted = job.request
         path = self._folder / f"{job.id}.{wanted.format}"
         try:
-            mesh, _ = finish(result, wanted.asset, path.suffix, image, wanted.foreground, frontal)
+            mesh, _ = finish(result, wanted.asset, path.suffix, image, wanted.foreground)
         except UserError as error:
             self._fail(job, str(error))
             return

@@ -101,10 +101,8 @@ def dial_values(
     }
     scores = [values["dense"][name] for name in F_SCORES]
     typed = [Row.of(row) for row in rows]
-    try:
-        values["names"] = {q.name: named_row(typed, q, scores).cost for q in Quality}
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from error
+    named = {quality.name: named_row(typed, quality, scores) for quality in Quality}
+    values["names"] = {name: row.cost for name, row in named.items() if row is not None}
     return values
 
 
