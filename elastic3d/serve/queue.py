@@ -258,21 +258,21 @@ class MeshQueue:
 
     def _next_batch(self) -> list[Job]:
         """Jobs with the options of the one that waits longest; empty once the queue is closed."""
-        with self._changed:
-            while not self._waiting and not self._closed:
-                self._changed.wait(1.0)
-                self._drop_old()
-        time.sleep(LINGER_S)
-        with self._changed:
-            if not self._waiting:
-                return [] if self._closed else self._next_batch()
-            first = _batched_by(self._waiting[0].request)
-            batch = [job for job in self._waiting if _batched_by(job.request) == first][: self.batch_size]
-            for job in batch:
-                self._waiting.remove(job)
-                job.state = JobState.running
-            self._running = batch
-            return batch
+        batch: list[Job] = []
+        while not batch and not self._closed:
+            with self._changed:
+                while not self._waiting and not self._closed:
+                    self._changed.wait(1.0)
+                    self._drop_old()
+            time.sleep(LINGER_S)
+            with self._changed:  # where all may be cancelled by now
+                first = _batched_by(self._waiting[0].request) if self._waiting else None
+                batch = [job for job in self._waiting if _batched_by(job.request) == first][: self.batch_size]
+                for job in batch:
+                    self._waiting.remove(job)
+                    job.state = JobState.running
+                self._running = batch
+        return batch
 
     def _generate(self, batch: list[Job]) -> None:
         def on_step(done: int, steps: int) -> None:
