@@ -28,9 +28,9 @@ def main(config: ServeConfig) -> int:
     if config.runner is Runner.local:
         config.require_port()
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
-        from elastic3d.serve.application import build_app, serve_over_ray
+        from elastic3d.serve.application import build_app, serve_here, serve_over_ray
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'elastic3d[serve]'") from error
     address = f"http://{config.host}:{config.port}"
@@ -40,7 +40,7 @@ def main(config: ServeConfig) -> int:
             threading.Event().wait()  # until SIGTERM or Ctrl-C
     app = build_app(config)
     print(f"{app.state.model} on {address}", file=sys.stderr)
-    uvicorn.run(app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=60)
+    serve_here(app, config)
     return 0
 
 

@@ -27,7 +27,7 @@ from elastic3d.errors import UserError
 from elastic3d.serve.config import ServeConfig
 from elastic3d.serve.guard import Guard
 from elastic3d.serve.metrics import Metrics
-from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueFull
+from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueClosed, QueueFull
 from elastic3d.serve.uploads import decode_image
 
 MEDIA_TYPES = {
@@ -99,7 +99,7 @@ def create_app(queue: MeshQueue, config: ServeConfig, metrics: Metrics) -> FastA
         _add_jobs(app, queue)
     _add_hunyuan(app, queue, config)
     _add_pages(app, queue, metrics)
-    app.state.model = queue.models.info().config.model
+    app.state.model, app.state.queue = queue.models.info().config.model, queue
     return app
 
 
@@ -179,6 +179,8 @@ async def _submit(queue: MeshQueue, config: ServeConfig, data: bytes, wanted: Me
     image = await run_in_threadpool(decode_image, data, config.max_pixels)
     try:
         return queue.submit(image, wanted)
+    except QueueClosed as error:
+        raise ApiError(503, str(error)) from error
     except QueueFull as error:
         raise ApiError(429, str(error), {"Retry-After": "5"}) from error
 

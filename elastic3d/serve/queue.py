@@ -32,12 +32,21 @@ from elastic3d.pipelines.options import AssetConfig, Texture, Up
 from elastic3d.serve.models import Models
 
 LINGER_S = 0.01  # how long a batch waits for others that arrive together
+GIVE_UP_S = 5.0  # that a batch has to notice that nobody waits for it
 ID_BYTES = 16
 _log = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):
     """As many jobs wait as may."""
+
+
+class QueueClosed(QueueFull):
+    """No job is taken any more."""
+
+
+class _GivenUp(Exception):
+    """Every job of the batch that runs was cancelled."""
 
 
 class JobState(str, Enum):
@@ -172,7 +181,7 @@ class MeshQueue:
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed, self._deadline = False, 0.0
         self._thread = threading.Thread(target=self._work, name="elastic3d-generation", daemon=True)
         self._thread.start()
 
@@ -185,14 +194,16 @@ class MeshQueue:
     # ---------------------------------------------------------------------------------------------- for callers
 
     def submit(self, image: Image.Image, request: MeshRequest) -> Job:
-        """Queue an image. QueueFull if too many wait, or the queue is closed; UserError for colours in an STL, or an
-        unknown model."""
+        """Queue an image. QueueFull if too many wait, QueueClosed once the queue stops; UserError for colours in an
+        STL, or an unknown model."""
         self.models.check(request.model)
         check_asset(request.asset, f".{request.format}", uv=False)
         job = Job(secrets.token_urlsafe(ID_BYTES), request, image)
         with self._changed:
             self._drop_old()
-            if self._closed or len(self._waiting) >= self.capacity:
+            if self._closed:
+                raise QueueClosed("the server stops")
+            if len(self._waiting) >= self.capacity:
                 raise QueueFull(
                     f"{len(self._waiting)} jobs wait already, expected fewer than {self.capacity}"
                 )
@@ -208,7 +219,7 @@ class MeshQueue:
             return self._jobs.get(id)
 
     def cancel(self, job: Job) -> None:
-        """Give a job up: what waits never starts, what runs is dropped when its batch has ended, files go."""
+        """Give a job up: what waits never starts, what runs goes on for others of its batch alone, files go."""
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
@@ -228,15 +239,26 @@ class MeshQueue:
         """Jobs of the batch that is being generated."""
         return len(self._running)
 
-    def close(self, timeout_s: float = 60.0) -> None:
-        """Take no more jobs, finish the batch that runs, cancel those that wait, remove all files."""
+    def stop(self, timeout_s: float = 60.0) -> None:
+        """Take no more jobs, cancel those that wait, finish the batch that runs, or give it up after `timeout_s` of the
+        first call. Files stay."""
         with self._changed:
-            self._closed = True
-            for job in list(self._waiting):
+            if not self._closed:
+                self._closed, self._deadline = True, time.monotonic() + timeout_s
+            for job in self._waiting:
                 self._end(job, JobState.cancelled)
             self._waiting.clear()
             self._changed.notify_all()
-        self._thread.join(timeout_s)
+        self._thread.join(max(0.0, self._deadline - time.monotonic()))
+        with self._changed:
+            for job in self._running:
+                if job.state not in FINAL:
+                    self._end(job, JobState.cancelled)
+        self._thread.join(GIVE_UP_S)
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        """Stop, and remove all files."""
+        self.stop(timeout_s)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------------------ the worker
@@ -279,6 +301,10 @@ class MeshQueue:
             for job in batch:
                 job.progress = 0.5 * done / steps  # the other half is decoding
 
+        def on_progress(*_: object) -> None:
+            if all(job.state in FINAL for job in batch):
+                raise _GivenUp
+
         kept = [(job, image) for job in batch if (image := job.image) is not None]  # the rest is cancelled
         if not kept:
             return
@@ -289,8 +315,11 @@ class MeshQueue:
                     [image for _, image in kept],
                     seed=[job.request.seed for job, _ in kept],
                     on_step=on_step,
+                    on_progress=on_progress,
                     **batch[0].request.options(),
                 )
+        except _GivenUp:
+            return
         except UserError as error:  # an option that no image of the batch can be generated with
             for job in batch:
                 self._fail(job, str(error))
@@ -299,6 +328,8 @@ class MeshQueue:
             self._keep(job, result, image, frontal)
 
     def _keep(self, job: Job, result: Result, image: Image.Image, frontal: bool) -> None:
+        if job.state in FINAL:  # given up meanwhile
+            return
         wanted = job.request
         path = self._folder / f"{job.id}.{wanted.format}"
         try:
