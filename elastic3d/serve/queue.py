@@ -123,6 +123,7 @@ class Job:
     id: str
     request: MeshRequest
     image: Image.Image | None  # dropped as soon as the job has ended
+    held: bool = False  # its caller cancels it
     created: float = field(default_factory=time.monotonic)
     ended: float | None = None
     state: JobState = JobState.queued
@@ -193,12 +194,12 @@ class MeshQueue:
 
     # ---------------------------------------------------------------------------------------------- for callers
 
-    def submit(self, image: Image.Image, request: MeshRequest) -> Job:
-        """Queue an image. QueueFull if too many wait, QueueClosed once the queue stops; UserError for colours in an
+    def submit(self, image: Image.Image, request: MeshRequest, held: bool = False) -> Job:
+        """Queue an image. With `held`, its file stays until the caller cancels it, however long that is. QueueFull if too many wait, QueueClosed once the queue stops; UserError for colours in an
         STL, or an unknown model."""
         self.models.check(request.model)
         check_asset(request.asset, f".{request.format}", uv=False)
-        job = Job(secrets.token_urlsafe(ID_BYTES), request, image)
+        job = Job(secrets.token_urlsafe(ID_BYTES), request, image, held)
         with self._changed:
             self._drop_old()
             if self._closed:
@@ -368,7 +369,7 @@ class MeshQueue:
     def _drop_old(self) -> None:
         now = time.monotonic()
         for id, job in list(self._jobs.items()):
-            if job.ended is not None and now - job.ended > self.keep_s:
+            if not job.held and job.ended is not None and now - job.ended > self.keep_s:
                 if job.file is not None:
                     job.file.unlink(missing_ok=True)
                 del self._jobs[id]

@@ -185,7 +185,7 @@ class Visits:
             elastic, dense = choices.requests(info)
             self._jobs[session] = jobs
             for request in [*elastic, *dense]:
-                jobs.append(self._queue.submit(choices.image, request))
+                jobs.append(self._queue.submit(choices.image, request, held=True))
             while not all(job.finished.is_set() for job in jobs):
                 done = float(np.mean([job.progress for job in jobs]))
                 stage = "waiting" if done == 0 else "sampling" if done < 0.5 else "decoding"
