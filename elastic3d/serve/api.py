@@ -27,7 +27,7 @@ from elastic3d.errors import UserError
 from elastic3d.serve.config import ServeConfig
 from elastic3d.serve.guard import Guard
 from elastic3d.serve.metrics import Metrics
-from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueClosed, QueueFull
+from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueClosed, QueueFull, sentence
 from elastic3d.serve.uploads import decode_image
 
 MEDIA_TYPES = {
@@ -119,7 +119,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def of_a_value(_: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(400, _sentence(error.errors()))
+        return error_response(400, sentence(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def of_the_framework(_: Request, error: HTTPException) -> JSONResponse:
@@ -128,16 +128,6 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def of_the_program(_: Request, error: Exception) -> JSONResponse:
         return error_response(500, f"the server failed: {type(error).__name__}")
-
-
-def _sentence(errors: Any) -> str:
-    first = errors[0]
-    name = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
-    given = first.get("input")
-    shown = f" is {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
-    if first["type"].startswith("model_"):
-        return f"{name or 'the request'} is no JSON object, expected one"
-    return f"{name or 'the request'}{shown}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 # --------------------------------------------------------------------------------------------------- requests
@@ -170,7 +160,7 @@ async def _read_mesh_body(request: Request) -> tuple[bytes, MeshRequest, bool]:
             wait = str(values.pop("wait", "true")).lower() not in ("false", "0")
             return await upload.read(), MeshRequest.model_validate(values), wait
     except ValidationError as error:
-        raise ApiError(400, _sentence(error.errors())) from error
+        raise ApiError(400, sentence(error.errors())) from error
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the request is no valid JSON: {str(error)[:120]}") from error
 

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -114,6 +114,19 @@ class MeshRequest(BaseModel):
         """The arguments of the pipeline that a batch has to share."""
         own = {"seed", "format", "size_mm", "up", "texture", "model", "tolerance", "border"}
         return self.model_dump(exclude=own, exclude_none=True) | {"foreground": self.foreground}
+
+
+def sentence(errors: Sequence[Any]) -> str:
+    """What pydantic says of the first value that is wrong."""
+    first = errors[0]
+    name = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
+    given = first.get("input")
+    shown = f" is {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
+    if first["type"] == "json_invalid":
+        return "the request is no valid JSON"
+    if first["type"].startswith("model_"):
+        return f"{name or 'the request'} is no JSON object, expected one"
+    return f"{name or 'the request'}{shown}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 @dataclass
