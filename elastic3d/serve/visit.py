@@ -224,7 +224,18 @@ def _shown(jobs: list[Job], elastic: int) -> Shown:
     for job in jobs:
         if job.state is not JobState.done:
             raise failed(job.error or "Stopped.")
-    shown = Shown(Path(tempfile.mkdtemp(prefix="elastic3d-", dir=os.environ.get("GRADIO_TEMP_DIR"))))
+    shown = Shown()
+    try:
+        shown.folder = Path(tempfile.mkdtemp(prefix="elastic3d-", dir=os.environ.get("GRADIO_TEMP_DIR")))
+        _copy(jobs, elastic, shown)
+    except OSError as error:
+        shown.forget()
+        raise failed(f"The server can't keep the mesh: {error.strerror or error}.") from error
+    return shown
+
+
+def _copy(jobs: list[Job], elastic: int, shown: Shown) -> None:
+    """The files of jobs, in the folder of `shown`."""
     assert shown.folder is not None
     for index, job in enumerate(jobs):
         assert job.file is not None
@@ -234,7 +245,6 @@ def _shown(jobs: list[Job], elastic: int) -> Shown:
         name = f"{kind}, seed {seed}" if "routes" in job.metadata or kind == "dense" else f"seed {seed}"
         faces = len(trimesh.load_mesh(path, process=False).faces)
         (shown.elastic if kind == "elastic" else shown.dense).append(Made(path, name, faces, job.metadata))
-    return shown
 
 
 def table(rows: list[list[str]]) -> str:
