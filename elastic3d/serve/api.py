@@ -46,6 +46,10 @@ class MeshBody(MeshRequest):
     image: str = Field(description="the image file, base64")
     wait: bool = Field(True, description="answer with the mesh; false: at once, with a job")
 
+    def request(self) -> MeshRequest:
+        """What the job asks for."""
+        return MeshRequest.model_validate(self.model_dump(exclude={"image", "wait"}))
+
 
 class HunyuanBody(BaseModel):
     """A request to Hunyuan3D-2's own server. Fields that say how that program works inside are ignored."""
@@ -146,8 +150,7 @@ async def _read_mesh_body(request: Request) -> tuple[bytes, MeshRequest, bool]:
     try:
         if kind == "application/json":
             body = MeshBody.model_validate(json.loads(await request.body()))
-            fields = MeshRequest.model_validate(body.model_dump(exclude={"image", "wait"}))
-            return _from_base64(body.image), fields, body.wait
+            return _from_base64(body.image), body.request(), body.wait
         if kind != "multipart/form-data":
             raise ApiError(
                 415, f"content-type is {kind or 'missing'}, expected multipart/form-data or application/json"
@@ -156,9 +159,8 @@ async def _read_mesh_body(request: Request) -> tuple[bytes, MeshRequest, bool]:
             upload = form.get("image")
             if not isinstance(upload, UploadFile):
                 raise ApiError(400, "image is missing, expected a file in the form's field image")
-            values = {name: value for name, value in form.items() if name != "image"}
-            wait = str(values.pop("wait", "true")).lower() not in ("false", "0")
-            return await upload.read(), MeshRequest.model_validate(values), wait
+            body = MeshBody.model_validate({**form, "image": ""})
+            return await upload.read(), body.request(), body.wait
     except ValidationError as error:
         raise ApiError(400, sentence(error.errors())) from error
     except (ValueError, RecursionError) as error:
