@@ -56,7 +56,7 @@ def main(config: AppConfig) -> int:
                 quiet=True,
                 prevent_thread_lock=True,
             )
-            print(f"{models.names[0]} on http://{config.host}:{config.port}", file=sys.stderr)
+            print(f"{models.names[0]} on {config.address}", file=sys.stderr)
             try:
                 threading.Event().wait()  # until SIGTERM or Ctrl-C
             finally:
