@@ -129,7 +129,9 @@ def _wire_answer(
 
     def pick(made: Shown, event: gr.SelectData) -> list[Any]:
         if not made.elastic:
-            raise failed(f"These meshes are gone, as they are kept for {KEEP_S // 60} minutes: make them again.")
+            raise failed(
+                f"These meshes are gone, as they are kept for {KEEP_S // 60} minutes: make them again."
+            )
         return look_at(made, int(event.index))
 
     def stop(request: gr.Request) -> None:

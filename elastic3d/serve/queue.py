@@ -208,8 +208,12 @@ class MeshQueue:
     # ---------------------------------------------------------------------------------------------- for callers
 
     def submit(self, image: Image.Image, request: MeshRequest, held: bool = False) -> Job:
-        """Queue an image. With `held`, its file stays until the caller cancels it, however long that is. QueueFull if too many wait, QueueClosed once the queue stops; UserError for colours in an
-        STL, or an unknown model."""
+        """Queue an image. With `held`, its file stays until the caller cancels it, however long that is.
+
+        Raises:
+            QueueFull: too many wait. QueueClosed: the queue stops.
+            UserError: colours in an STL, or an unknown model.
+        """
         self.models.check(request.model)
         check_asset(request.asset, f".{request.format}", uv=False)
         job = Job(secrets.token_urlsafe(ID_BYTES), request, image, held)
