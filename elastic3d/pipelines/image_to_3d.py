@@ -196,6 +196,7 @@ class ImageTo3DPipeline:
         return session_of(self.dit) if is_attached(self.dit) else None
 
     @classmethod
+    @torch.inference_mode(False)  # where tensors keep no version, by which stale weights are found
     def from_pretrained(
         cls,
         path: str | Path,
@@ -267,6 +268,7 @@ class ImageTo3DPipeline:
         self, images: Sequence[ImageInput], seed: int | Sequence[int] = 0, **options: Any
     ) -> list[Result]: ...
 
+    @torch.inference_mode(False)
     def __call__(
         self,
         images: ImageInput | Sequence[ImageInput],

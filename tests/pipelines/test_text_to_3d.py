@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tiny_pipeline import tiny_pipeline
 
 from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.text_to_3d import known_nouns, prompt_drawer, prompt_warning
+from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from elastic3d.preparation.infinigen import FACTORIES
 from elastic3d.utils.devices import DeviceChoice
 
@@ -48,3 +51,13 @@ def test_the_dense_model_is_kept_where_the_image_model_alone_has_routers() -> No
     assert left.elastic is False
     _, left = prompt_drawer(replace(config, elastic=True, few_step=False), tiny_pipeline())
     assert left.elastic is None and left.few_step is None
+
+
+def test_the_image_is_the_same_within_inference_mode() -> None:
+    """Where tensors keep no version, by which a stale few-step LoRA is found."""
+    plain, within = [], []
+    for images, mode in ((plain, False), (within, True)):
+        with torch.inference_mode(mode):
+            pipeline = TextToImagePipeline.from_pretrained(BUNDLED, device="cpu", dtype="float32")
+            images += [pipeline(["a chair"], [0], steps=steps)[0].image for steps in (4, 6)]
+    np.testing.assert_array_equal(plain, within)
