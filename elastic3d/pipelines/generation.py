@@ -170,9 +170,8 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
         from elastic3d.pipelines.published import published_pipeline
 
         own = config.routers in ("", NO_ROUTERS_NAME)
-        weights = (
-            None if own else find_weights(Path(config.routers))
-        )  # missing: told before the model is read
+        # missing: told before the model is read
+        weights = None if own else find_weights(Path(config.routers))
         pipeline = published_pipeline(config, min(meshes, config.rows))
         if weights is not None:
             _put_routers(pipeline, weights)

@@ -394,10 +394,9 @@ class ImageTo3DPipeline:
             try:
                 views = prepare(image, call.foreground, self.encoder)
                 if any(views.keys() != others.keys() for others in found.values()):
-                    several = (
+                    raise UserError(
                         "the objects of one batch are seen from different directions: give one at a time"
                     )
-                    raise UserError(several)
                 found[i], results[i].image = views, next(iter(views.values()))
             except UserError as error:
                 results[i].error = error
