@@ -56,7 +56,7 @@ def main(config: AppConfig) -> int:
                 quiet=True,
                 prevent_thread_lock=True,
             )
-            print(f"{models.names[0]} on http://{config.host}:{config.port}", file=sys.stderr)
+            print(f"{models.names[0]} on {config.address}", file=sys.stderr)
             try:
                 threading.Event().wait()  # until SIGTERM or Ctrl-C
             finally:
@@ -90,14 +90,16 @@ class Drawer:
 
         self._load = partial(TextToImagePipeline.from_pretrained, device=config.device)
         self._pipeline: TextToImagePipeline | None = None
+        self._loading = threading.Lock()
         self._nouns = nouns
 
     def __call__(self, prompt: str, seed: int) -> tuple[Image.Image, str | None]:
         """The image, and what is wrong with the prompt."""
         from elastic3d.pipelines.text_to_3d import prompt_warning
 
-        if self._pipeline is None:
-            self._pipeline = self._load(DEFAULT_IMAGE_MODEL)
+        with self._loading:  # once, whoever asks meanwhile
+            if self._pipeline is None:
+                self._pipeline = self._load(DEFAULT_IMAGE_MODEL)
         return self._pipeline([prompt], [seed])[0].image, prompt_warning(prompt, self._nouns)
 
 

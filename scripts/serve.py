@@ -25,22 +25,21 @@ def main(config: ServeConfig) -> int:
     """Load the model, then answer requests until SIGTERM or Ctrl-C."""
     config.token = config.token or os.environ.get("ELASTIC3D_TOKEN", "")
     config.require_token()
-    if config.runner is Runner.local:
+    if config.runner is Runner.local or config.port == 0:
         config.require_port()
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
-        from elastic3d.serve.application import build_app, serve_over_ray
+        from elastic3d.serve.application import build_app, serve_here, serve_over_ray
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'elastic3d[serve]'") from error
-    address = f"http://{config.host}:{config.port}"
     if config.runner is Runner.ray:
         with serve_over_ray(config):
-            print(f"{config.replicas} replicas on {address}", file=sys.stderr)
+            print(f"{config.replicas} replicas on {config.address}", file=sys.stderr)
             threading.Event().wait()  # until SIGTERM or Ctrl-C
     app = build_app(config)
-    print(f"{app.state.model} on {address}", file=sys.stderr)
-    uvicorn.run(app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=60)
+    print(f"{app.state.model} on {config.address}", file=sys.stderr)
+    serve_here(app, config)
     return 0
 
 

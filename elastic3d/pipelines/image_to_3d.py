@@ -195,6 +195,7 @@ class ImageTo3DPipeline:
         return session_of(self.dit) if is_attached(self.dit) else None
 
     @classmethod
+    @torch.inference_mode(False)  # where tensors keep no version, by which stale weights are found
     def from_pretrained(
         cls,
         path: str | Path,
@@ -262,6 +263,7 @@ class ImageTo3DPipeline:
         self, images: Sequence[ImageInput], seed: int | Sequence[int] = 0, **options: Any
     ) -> list[Result]: ...
 
+    @torch.inference_mode(False)
     def __call__(
         self,
         images: ImageInput | Sequence[ImageInput],
@@ -387,8 +389,9 @@ class ImageTo3DPipeline:
             try:
                 views = prepare(image, call.foreground, self.encoder)
                 if any(views.keys() != others.keys() for others in found.values()):
-                    several = "the objects of one batch are seen from different directions"
-                    raise UserError(f"{several}: give one at a time")
+                    raise UserError(
+                        "the objects of one batch are seen from different directions: give one at a time"
+                    )
                 found[i], results[i].image = views, next(iter(views.values()))
             except UserError as error:
                 results[i].error = error

@@ -36,7 +36,8 @@ def prompt_drawer(config: GenerateConfig, pipeline: ImageTo3DPipeline) -> tuple[
         wanted["budget"] = max(config.budget, MIN_BUDGET)
     options = wanted
     if images.session is not None and pipeline.session is None:
-        config = replace(config, elastic=None, width=None, cache=None, shared=None, few_step=None)
+        dense = False if config.elastic is False else None
+        config = replace(config, elastic=dense, width=None, cache=None, shared=None, few_step=None)
     elif images.session is None and pipeline.session is not None:
         options = {"budget": wanted["budget"]}
 

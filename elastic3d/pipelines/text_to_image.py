@@ -84,6 +84,7 @@ class TextToImagePipeline:
         return session_of(transformer) if is_attached(transformer) else None
 
     @classmethod
+    @torch.inference_mode(False)  # where tensors keep no version, by which stale weights are found
     def from_pretrained(
         cls,
         backbone: BackboneName | str | Path,
@@ -143,6 +144,7 @@ class TextToImagePipeline:
         pipeline.calibration = Path(calibration or folder)
         return pipeline
 
+    @torch.inference_mode(False)
     def __call__(
         self,
         prompts: Sequence[str],

@@ -27,7 +27,7 @@ from elastic3d.errors import UserError
 from elastic3d.serve.config import ServeConfig
 from elastic3d.serve.guard import Guard
 from elastic3d.serve.metrics import Metrics
-from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueFull
+from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueClosed, QueueFull, sentence
 from elastic3d.serve.uploads import decode_image
 
 MEDIA_TYPES = {
@@ -45,6 +45,10 @@ class MeshBody(MeshRequest):
 
     image: str = Field(description="the image file, base64")
     wait: bool = Field(True, description="answer with the mesh; false: at once, with a job")
+
+    def request(self) -> MeshRequest:
+        """What the job asks for."""
+        return MeshRequest.model_validate(self.model_dump(exclude={"image", "wait"}))
 
 
 class HunyuanBody(BaseModel):
@@ -99,7 +103,7 @@ def create_app(queue: MeshQueue, config: ServeConfig, metrics: Metrics) -> FastA
         _add_jobs(app, queue)
     _add_hunyuan(app, queue, config)
     _add_pages(app, queue, metrics)
-    app.state.model = queue.models.info().config.model
+    app.state.model, app.state.queue = queue.models.info().config.model, queue
     return app
 
 
@@ -119,7 +123,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def of_a_value(_: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(400, _sentence(error.errors()))
+        return error_response(400, sentence(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def of_the_framework(_: Request, error: HTTPException) -> JSONResponse:
@@ -128,16 +132,6 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def of_the_program(_: Request, error: Exception) -> JSONResponse:
         return error_response(500, f"the server failed: {type(error).__name__}")
-
-
-def _sentence(errors: Any) -> str:
-    first = errors[0]
-    name = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
-    given = first.get("input")
-    shown = f" is {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
-    if first["type"].startswith("model_"):
-        return f"{name or 'the request'} is no JSON object, expected one"
-    return f"{name or 'the request'}{shown}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 # --------------------------------------------------------------------------------------------------- requests
@@ -156,8 +150,7 @@ async def _read_mesh_body(request: Request) -> tuple[bytes, MeshRequest, bool]:
     try:
         if kind == "application/json":
             body = MeshBody.model_validate(json.loads(await request.body()))
-            fields = MeshRequest.model_validate(body.model_dump(exclude={"image", "wait"}))
-            return _from_base64(body.image), fields, body.wait
+            return _from_base64(body.image), body.request(), body.wait
         if kind != "multipart/form-data":
             raise ApiError(
                 415, f"content-type is {kind or 'missing'}, expected multipart/form-data or application/json"
@@ -166,11 +159,10 @@ async def _read_mesh_body(request: Request) -> tuple[bytes, MeshRequest, bool]:
             upload = form.get("image")
             if not isinstance(upload, UploadFile):
                 raise ApiError(400, "image is missing, expected a file in the form's field image")
-            values = {name: value for name, value in form.items() if name != "image"}
-            wait = str(values.pop("wait", "true")).lower() not in ("false", "0")
-            return await upload.read(), MeshRequest.model_validate(values), wait
+            body = MeshBody.model_validate({**form, "image": ""})
+            return await upload.read(), body.request(), body.wait
     except ValidationError as error:
-        raise ApiError(400, _sentence(error.errors())) from error
+        raise ApiError(400, sentence(error.errors())) from error
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the request is no valid JSON: {str(error)[:120]}") from error
 
@@ -179,6 +171,8 @@ async def _submit(queue: MeshQueue, config: ServeConfig, data: bytes, wanted: Me
     image = await run_in_threadpool(decode_image, data, config.max_pixels)
     try:
         return queue.submit(image, wanted)
+    except QueueClosed as error:
+        raise ApiError(503, str(error)) from error
     except QueueFull as error:
         raise ApiError(429, str(error), {"Retry-After": "5"}) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -127,6 +128,10 @@ def _wire_answer(
         return [made.view(index), gr.update(value=routes, visible=routes is not None), index]
 
     def pick(made: Shown, event: gr.SelectData) -> list[Any]:
+        if not made.elastic:
+            raise failed(
+                f"These meshes are gone, as they are kept for {KEEP_S // 60} minutes: make them again."
+            )
         return look_at(made, int(event.index))
 
     def stop(request: gr.Request) -> None:
@@ -151,6 +156,7 @@ def _settings(info: ModelInfo) -> dict[str, dict[str, Any]]:
     named = [(quality.name, dial.named(quality)) for quality in Quality] if dial is not None else []
     choices = [(f"{name}: {row.speedup['1']:.1f}x, IoU {row.iou:.2f}", name) for name, row in named]
     lowest = MIN_BUDGET if dial is None else dial.rows[0].cost
+    least = math.ceil(100 * lowest - 1e-6) / 100  # where the slider begins: what it shows can be kept
     return {
         "quality": {
             "choices": [*choices, ("by budget", OWN)],
@@ -158,8 +164,8 @@ def _settings(info: ModelInfo) -> dict[str, dict[str, Any]]:
             "visible": dial is not None,
         },
         "budget": {
-            "minimum": round(lowest, 2),
-            "value": max(info.budget, round(lowest, 2)),
+            "minimum": least,
+            "value": max(info.budget, least),
             "visible": routed and dial is None,
         },
         "compare": {"value": False, "visible": routed},
@@ -264,9 +270,9 @@ def launch(app: gr.Blocks, **options: Any) -> Any:
     return queue.launch(theme=theme, css=CSS, share=False, footer_links=[], **options)
 
 
-def _drawn(draw: Draw, prompt: str, seed: float) -> Image.Image:
+def _drawn(draw: Draw, prompt: str, seed: float | None) -> Image.Image:
     try:
-        image, warning = draw(prompt, int(seed))
+        image, warning = draw(prompt, int(seed or 0))
     except UserError as error:
         raise failed(error) from error
     if warning:

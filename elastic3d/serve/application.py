@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+import socket
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,6 +20,7 @@ from elastic3d.serve.metrics import Metrics
 from elastic3d.serve.queue import MeshQueue
 from elastic3d.utils.clusters import join_cluster
 
+ANSWER_S = 5  # that requests have to be answered once the last batch is over
 PROXY_START_S = "60"  # Ray gives its proxy 5 s to start, which a busy machine exceeds
 
 
@@ -26,6 +30,25 @@ def build_app(config: ServeConfig) -> FastAPI:
     metrics = Metrics()
     queue = MeshQueue(pipeline, config.queue, config.batch_size, config.keep_s, metrics.observer())
     return create_app(queue, config, metrics)
+
+
+def serve_here(app: FastAPI, config: ServeConfig) -> None:
+    """Answer requests until SIGTERM or Ctrl-C. Then jobs that wait are cancelled, and the batch that runs has `stop_s`
+    to end."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # beside uvicorn's own wait for the requests whose jobs end by it
+            threading.Thread(target=app.state.queue.stop, args=(config.stop_s,), daemon=True).start()
+            await super().shutdown(sockets)
+
+    wait_s = math.ceil(config.stop_s) + ANSWER_S
+    settings = uvicorn.Config(
+        app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=wait_s
+    )
+    with suppress(KeyboardInterrupt):  # the signal, which uvicorn raises again at its end
+        Server(settings).run()
 
 
 @contextmanager

@@ -57,6 +57,11 @@ class ServerConfig(Options):
                 f"can't listen on host={self.host} port={self.port}: {(error.strerror or str(error)).lower()}"
             ) from error
 
+    @property
+    def address(self) -> str:
+        """For a browser."""
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
     def generate_config(self) -> GenerateConfig:
         """What `pipelines.generation.load_pipeline` takes."""
         return GenerateConfig(

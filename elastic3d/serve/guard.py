@@ -7,6 +7,8 @@ import json
 import time
 from typing import TYPE_CHECKING
 
+from fastapi import HTTPException
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,12 +33,12 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status, answered = time.perf_counter(), 500, False
+        started, status = time.perf_counter(), 500
 
         async def watched(message: Message) -> None:
-            nonlocal status, answered
+            nonlocal status
             if message["type"] == "http.response.start":
-                status, answered = message["status"], True
+                status = message["status"]
                 message["headers"] = [*message.get("headers", []), (b"x-content-type-options", b"nosniff")]
             await send(message)
 
@@ -47,11 +49,7 @@ class Guard:
             if refusal := self._refusal(scope["path"], headers):
                 await _answer(watched, *refusal)
                 return
-            try:
-                await self._app(scope, self._limited(receive), watched)
-            except _TooLarge:
-                if not answered:
-                    await _answer(watched, 413, self._too_large())
+            await self._app(scope, self._limited(receive), watched)
         finally:
             self._metrics.answered(scope["path"], status, time.perf_counter() - started)
 
@@ -80,14 +78,10 @@ class Guard:
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self._limit:
-                raise _TooLarge
+                raise HTTPException(413, self._too_large())  # FastAPI takes others for a broken body
             return message
 
         return limited
-
-
-class _TooLarge(Exception):
-    """A body went past the limit."""
 
 
 async def _answer(send: Send, status: int, message: str) -> None:

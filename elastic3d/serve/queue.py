@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -31,12 +31,21 @@ from elastic3d.pipelines.options import AssetConfig, Texture, Up
 from elastic3d.serve.models import Models
 
 LINGER_S = 0.01  # how long a batch waits for others that arrive together
+GIVE_UP_S = 5.0  # that a batch has to notice that nobody waits for it
 ID_BYTES = 16
 _log = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):
     """As many jobs wait as may."""
+
+
+class QueueClosed(QueueFull):
+    """No job is taken any more."""
+
+
+class _GivenUp(Exception):
+    """Every job of the batch that runs was cancelled."""
 
 
 class JobState(str, Enum):
@@ -106,6 +115,19 @@ class MeshRequest(BaseModel):
         return self.model_dump(exclude=own, exclude_none=True) | {"foreground": self.foreground}
 
 
+def sentence(errors: Sequence[Any]) -> str:
+    """What pydantic says of the first value that is wrong."""
+    first = errors[0]
+    name = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
+    given = first.get("input")
+    shown = f" is {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
+    if first["type"] == "json_invalid":
+        return "the request is no valid JSON"
+    if first["type"].startswith("model_"):
+        return f"{name or 'the request'} is no JSON object, expected one"
+    return f"{name or 'the request'}{shown}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
 @dataclass
 class Job:
     """One image on its way to a mesh file."""
@@ -113,6 +135,7 @@ class Job:
     id: str
     request: MeshRequest
     image: Image.Image | None  # dropped as soon as the job has ended
+    held: bool = False  # its caller cancels it
     created: float = field(default_factory=time.monotonic)
     ended: float | None = None
     state: JobState = JobState.queued
@@ -171,7 +194,7 @@ class MeshQueue:
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed, self._deadline = False, 0.0
         self._thread = threading.Thread(target=self._work, name="elastic3d-generation", daemon=True)
         self._thread.start()
 
@@ -183,15 +206,21 @@ class MeshQueue:
 
     # ---------------------------------------------------------------------------------------------- for callers
 
-    def submit(self, image: Image.Image, request: MeshRequest) -> Job:
-        """Queue an image. QueueFull if too many wait, or the queue is closed; UserError for colours in an STL, or an
-        unknown model."""
+    def submit(self, image: Image.Image, request: MeshRequest, held: bool = False) -> Job:
+        """Queue an image. With `held`, its file stays until the caller cancels it, however long that is.
+
+        Raises:
+            QueueFull: too many wait. QueueClosed: the queue stops.
+            UserError: colours in an STL, or an unknown model.
+        """
         self.models.check(request.model)
         check_asset(request.asset, f".{request.format}", uv=False)
-        job = Job(secrets.token_urlsafe(ID_BYTES), request, image)
+        job = Job(secrets.token_urlsafe(ID_BYTES), request, image, held)
         with self._changed:
             self._drop_old()
-            if self._closed or len(self._waiting) >= self.capacity:
+            if self._closed:
+                raise QueueClosed("the server stops")
+            if len(self._waiting) >= self.capacity:
                 raise QueueFull(
                     f"{len(self._waiting)} jobs wait already, expected fewer than {self.capacity}"
                 )
@@ -207,7 +236,7 @@ class MeshQueue:
             return self._jobs.get(id)
 
     def cancel(self, job: Job) -> None:
-        """Give a job up: what waits never starts, what runs is dropped when its batch has ended, files go."""
+        """Give a job up: what waits never starts, what runs goes on for others of its batch alone, files go."""
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
@@ -227,15 +256,26 @@ class MeshQueue:
         """Jobs of the batch that is being generated."""
         return len(self._running)
 
-    def close(self, timeout_s: float = 60.0) -> None:
-        """Take no more jobs, finish the batch that runs, cancel those that wait, remove all files."""
+    def stop(self, timeout_s: float = 60.0) -> None:
+        """Take no more jobs, cancel those that wait, finish the batch that runs, or give it up after `timeout_s` of the
+        first call. Files stay."""
         with self._changed:
-            self._closed = True
-            for job in list(self._waiting):
+            if not self._closed:
+                self._closed, self._deadline = True, time.monotonic() + timeout_s
+            for job in self._waiting:
                 self._end(job, JobState.cancelled)
             self._waiting.clear()
             self._changed.notify_all()
-        self._thread.join(timeout_s)
+        self._thread.join(max(0.0, self._deadline - time.monotonic()))
+        with self._changed:
+            for job in self._running:
+                if job.state not in FINAL:
+                    self._end(job, JobState.cancelled)
+        self._thread.join(GIVE_UP_S)
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        """Stop, and remove all files."""
+        self.stop(timeout_s)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------------------ the worker
@@ -257,26 +297,30 @@ class MeshQueue:
 
     def _next_batch(self) -> list[Job]:
         """Jobs with the options of the one that waits longest; empty once the queue is closed."""
-        with self._changed:
-            while not self._waiting and not self._closed:
-                self._changed.wait(1.0)
-                self._drop_old()
-        time.sleep(LINGER_S)
-        with self._changed:
-            if not self._waiting:
-                return [] if self._closed else self._next_batch()
-            first = _batched_by(self._waiting[0].request)
-            batch = [job for job in self._waiting if _batched_by(job.request) == first][: self.batch_size]
-            for job in batch:
-                self._waiting.remove(job)
-                job.state = JobState.running
-            self._running = batch
-            return batch
+        batch: list[Job] = []
+        while not batch and not self._closed:
+            with self._changed:
+                while not self._waiting and not self._closed:
+                    self._changed.wait(1.0)
+                    self._drop_old()
+            time.sleep(LINGER_S)
+            with self._changed:  # where all may be cancelled by now
+                first = _batched_by(self._waiting[0].request) if self._waiting else None
+                batch = [job for job in self._waiting if _batched_by(job.request) == first][: self.batch_size]
+                for job in batch:
+                    self._waiting.remove(job)
+                    job.state = JobState.running
+                self._running = batch
+        return batch
 
     def _generate(self, batch: list[Job]) -> None:
         def on_step(done: int, steps: int) -> None:
             for job in batch:
                 job.progress = 0.5 * done / steps  # the other half is decoding
+
+        def on_progress(*_: object) -> None:
+            if all(job.state in FINAL for job in batch):
+                raise _GivenUp
 
         kept = [(job, image) for job in batch if (image := job.image) is not None]  # the rest is cancelled
         if not kept:
@@ -287,8 +331,11 @@ class MeshQueue:
                     [image for _, image in kept],
                     seed=[job.request.seed for job, _ in kept],
                     on_step=on_step,
+                    on_progress=on_progress,
                     **batch[0].request.options(),
                 )
+        except _GivenUp:
+            return
         except UserError as error:  # an option that no image of the batch can be generated with
             for job in batch:
                 self._fail(job, str(error))
@@ -297,6 +344,8 @@ class MeshQueue:
             self._keep(job, result, image)
 
     def _keep(self, job: Job, result: Result, image: Image.Image) -> None:
+        if job.state in FINAL:  # given up meanwhile
+            return
         wanted = job.request
         path = self._folder / f"{job.id}.{wanted.format}"
         try:
@@ -335,7 +384,7 @@ class MeshQueue:
     def _drop_old(self) -> None:
         now = time.monotonic()
         for id, job in list(self._jobs.items()):
-            if job.ended is not None and now - job.ended > self.keep_s:
+            if not job.held and job.ended is not None and now - job.ended > self.keep_s:
                 if job.file is not None:
                     job.file.unlink(missing_ok=True)
                 del self._jobs[id]

@@ -16,6 +16,7 @@ import gradio as gr
 import numpy as np
 import trimesh
 from PIL import Image
+from pydantic import ValidationError
 
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import save_mesh
@@ -24,7 +25,7 @@ from elastic3d.models.images import prepare_image
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.preview import draw_routes, route_title, turntable
 from elastic3d.serve.models import ModelInfo
-from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueFull
+from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueFull, sentence
 from elastic3d.serve.uploads import decode_image
 from elastic3d.serve.viewer import frame
 
@@ -45,31 +46,34 @@ class Choices:
     budget: float
     compare: bool
     colours: bool
-    seed: float
+    seed: float | None
     samples: float
     steps: float
     resolution: float
-    faces: float
+    faces: float | None
     tolerance: float
     border: float
 
     def requests(self, info: ModelInfo) -> tuple[list[MeshRequest], list[MeshRequest]]:
-        """One for each sample, and the same of the dense model where both are wanted."""
-        base = MeshRequest.model_construct(
-            model=self.model, resolution=int(self.resolution), max_faces=int(self.faces),
-            tolerance=int(self.tolerance), border=self.border, format="ply",
-            texture="project" if self.colours else "none",
-        )  # fmt: skip
+        """One for each sample, and the same of the dense model where both are wanted. UserError out of range; an empty
+        field is the default."""
+        base: dict[str, Any] = {
+            "model": self.model, "resolution": self.resolution, "max_faces": self.faces, "tolerance": self.tolerance,
+            "border": self.border, "format": "ply", "texture": "project" if self.colours else "none",
+        }  # fmt: skip
         if info.dial is None:
-            base = base.model_copy(update={"steps": int(self.steps)})
+            base["steps"] = self.steps
         chosen = base
         if info.dial is not None and self.quality != OWN:
-            chosen = base.model_copy(update={"quality": self.quality})
-        elif info.elastic:
-            chosen = base.model_copy(update={"budget": round(self.budget, 4)})
-        seeds = [int(self.seed) + i for i in range(int(self.samples))]
-        dense = [base.model_copy(update={"seed": seed, "elastic": False}) for seed in seeds]
-        made = [chosen.model_copy(update={"seed": seed}) for seed in seeds]
+            chosen = base | {"quality": self.quality}
+        elif info.dial is not None or info.elastic:
+            chosen = base | {"budget": round(self.budget, 4)}
+        seeds = [int(self.seed or 0) + i for i in range(int(self.samples))]
+        try:
+            made = [MeshRequest(**chosen, seed=seed) for seed in seeds]
+            dense = [MeshRequest(**base, seed=seed, elastic=False) for seed in seeds]
+        except ValidationError as error:
+            raise UserError(sentence(error.errors())) from error
         return made, dense if info.elastic and self.compare else []
 
 
@@ -185,7 +189,7 @@ class Visits:
             elastic, dense = choices.requests(info)
             self._jobs[session] = jobs
             for request in [*elastic, *dense]:
-                jobs.append(self._queue.submit(choices.image, request))
+                jobs.append(self._queue.submit(choices.image, request, held=True))
             while not all(job.finished.is_set() for job in jobs):
                 done = float(np.mean([job.progress for job in jobs]))
                 stage = "waiting" if done == 0 else "sampling" if done < 0.5 else "decoding"
@@ -220,7 +224,18 @@ def _shown(jobs: list[Job], elastic: int) -> Shown:
     for job in jobs:
         if job.state is not JobState.done:
             raise failed(job.error or "Stopped.")
-    shown = Shown(Path(tempfile.mkdtemp(prefix="elastic3d-", dir=os.environ.get("GRADIO_TEMP_DIR"))))
+    shown = Shown()
+    try:
+        shown.folder = Path(tempfile.mkdtemp(prefix="elastic3d-", dir=os.environ.get("GRADIO_TEMP_DIR")))
+        _copy(jobs, elastic, shown)
+    except OSError as error:
+        shown.forget()
+        raise failed(f"The server can't keep the mesh: {error.strerror or error}.") from error
+    return shown
+
+
+def _copy(jobs: list[Job], elastic: int, shown: Shown) -> None:
+    """The files of jobs, in the folder of `shown`."""
     assert shown.folder is not None
     for index, job in enumerate(jobs):
         assert job.file is not None
@@ -230,7 +245,6 @@ def _shown(jobs: list[Job], elastic: int) -> Shown:
         name = f"{kind}, seed {seed}" if "routes" in job.metadata or kind == "dense" else f"seed {seed}"
         faces = len(trimesh.load_mesh(path, process=False).faces)
         (shown.elastic if kind == "elastic" else shown.dense).append(Made(path, name, faces, job.metadata))
-    return shown
 
 
 def table(rows: list[list[str]]) -> str:

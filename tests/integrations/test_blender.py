@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -86,11 +87,30 @@ def test_the_client_says_what_is_wrong(client, address: str, tmp_path: Path) -> 
         (address, image, {"budget": 7}, "budget"),
         ("http://127.0.0.1:9", image, {}, "no answer"),
         ("somewhere", image, {}, "expected an address"),
+        ("http://127.0.0.1:port", image, {}, "no answer"),
+        (address, Path(), {}, "choose one"),
     ):
         job = client.Generation(server, "", path, options)
         job.start()
         job.join(60)
         assert job.mesh is None and words in job.error, job.error
+
+
+@pytest.mark.parametrize(
+    "content", [b"HTTP/1.0 200 OK\r\n\r\n<html>", b"HTTP/1.0 200 OK\r\n\r\n[1]", b"SSH-2.0\r\n"]
+)
+def test_the_client_says_that_somebody_else_answers(client, tmp_path: Path, content: bytes) -> None:
+    image = save_image(tmp_path / "a.png")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        job = client.Generation(f"http://127.0.0.1:{other.getsockname()[1]}", "", image, {})
+        job.start()
+        connection, _ = other.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(content)
+            connection.shutdown(socket.SHUT_WR)
+            job.join(60)
+    assert job.mesh is None and ("no elastic3d server" in job.error or "no answer" in job.error), job.error
 
 
 def _python_with_bpy() -> str | None:

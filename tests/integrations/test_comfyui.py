@@ -68,12 +68,16 @@ def test_from_an_image_batch_to_files(nodes, tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_quality_is_a_point_of_the_dial(nodes, tmp_path: Path) -> None:
-    (dialled,) = nodes.Elastic3DLoadModel().load(str(save_dialled(tmp_path / "model")), "cpu")
+    """Within `torch.inference_mode`, in which ComfyUI runs its nodes."""
+    model = str(save_dialled(tmp_path / "model"))
     batch = torch.from_numpy(np.asarray(image().convert("RGBA")).astype(np.float32)[None] / 255)
     generate = nodes.Elastic3DImageToMesh().generate
-    made = [
-        generate(dialled, batch, 0, *chosen, 0, 16, 500)[1][0] for chosen in (("fast", 0.0), ("default", 0.7))
-    ]
+    with torch.inference_mode():
+        (dialled,) = nodes.Elastic3DLoadModel().load(model, "cpu")
+        made = [
+            generate(dialled, batch, 0, *chosen, 0, 16, 500)[1][0]
+            for chosen in (("fast", 0.0), ("default", 0.7))
+        ]
     assert [json.loads(metadata)["dial"]["requested"] for metadata in made] == ["fast", 0.7]
     with pytest.raises(ValueError, match="expected one of them"):
         generate(dialled, batch, 0, "fast", 0.7, 0, 16, 500)

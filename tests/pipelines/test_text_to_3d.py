@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from tiny_pipeline import tiny_pipeline
 
-from elastic3d.pipelines.text_to_3d import known_nouns, prompt_warning
+from elastic3d.pipelines.options import GenerateConfig
+from elastic3d.pipelines.text_to_3d import known_nouns, prompt_drawer, prompt_warning
+from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from elastic3d.preparation.infinigen import FACTORIES
+from elastic3d.utils.devices import DeviceChoice
 
 BUNDLED = Path(__file__).resolve().parents[2] / "data/pretrained/image-small"
 
@@ -33,3 +40,24 @@ def test_a_prompt_without_one_is_told_what_there_is(prompt: str) -> None:
 
 def test_a_model_without_a_list_warns_of_nothing(tmp_path: Path) -> None:
     assert prompt_warning("a dragon", known_nouns(tmp_path)) is None
+
+
+def test_the_dense_model_is_kept_where_the_image_model_alone_has_routers() -> None:
+    """A mesh model without routers may have a dial, whose default is not the dense model."""
+    config = GenerateConfig(
+        prompt="a chair", output="a.glb", elastic=False, few_step=None, device=DeviceChoice.cpu
+    )
+    _, left = prompt_drawer(config, tiny_pipeline())
+    assert left.elastic is False
+    _, left = prompt_drawer(replace(config, elastic=True, few_step=False), tiny_pipeline())
+    assert left.elastic is None and left.few_step is None
+
+
+def test_the_image_is_the_same_within_inference_mode() -> None:
+    """Where tensors keep no version, by which a stale few-step LoRA is found."""
+    plain, within = [], []
+    for images, mode in ((plain, False), (within, True)):
+        with torch.inference_mode(mode):
+            pipeline = TextToImagePipeline.from_pretrained(BUNDLED, device="cpu", dtype="float32")
+            images += [pipeline(["a chair"], [0], steps=steps)[0].image for steps in (4, 6)]
+    np.testing.assert_array_equal(plain, within)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import base64
 import io
 import resource
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +30,7 @@ from elastic3d.serve.config import ServeConfig  # noqa: E402
 from elastic3d.serve.metrics import Metrics  # noqa: E402
 from elastic3d.serve.queue import MeshQueue  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 SMALL = {"steps": "1", "resolution": "16"}
 HOSTILE = "<script>alert(1)</script>\r\nSet-Cookie: a=b"
 
@@ -179,8 +184,8 @@ def test_a_client_that_goes_away_costs_nothing(server: Running) -> None:
     assert server.post().status_code == 200 and server.files == []
 
 
-def _until(true) -> None:
-    deadline = time.monotonic() + 30
+def _until(true, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -209,3 +214,38 @@ def test_no_upload_and_no_mesh_outlives_its_job() -> None:
         folder = server.queue._folder
         server.post(wait="false")
     assert not folder.exists(), "stopped"
+
+
+def test_sigterm_answers_all_within_the_time_to_stop(tmp_path: Path) -> None:
+    """The command: what waits is cancelled at once, what runs after `stop_s`."""
+    tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = [f"model={tmp_path / 'tiny'}", f"port={port}", "device=cpu", "stop_s=1"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "scripts/serve.py"), *options])
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            _until(lambda: process.poll() is None and _answers(client), 120)
+
+            def ask(steps: int) -> httpx.Response:
+                form = {"steps": str(steps), "resolution": "16"}
+                return client.post("/v1/meshes", files={"image": png()}, data=form)
+
+            with ThreadPoolExecutor(2) as pool:
+                asked = [pool.submit(ask, steps) for steps in (1000, 999)]
+                busy = {"status": "ok", "waiting": 1, "running": 1}
+                _until(lambda: client.get("/healthz").json() == busy)
+                process.send_signal(signal.SIGTERM)
+                for answer in asked:
+                    assert answer.result().status_code == 503, answer.result().text
+                    assert answer.result().json()["error"] == "the job was cancelled: the server stops"
+        assert process.wait(50) == 0
+    finally:
+        process.kill()
+
+
+def _answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/healthz").status_code == 200
+    except httpx.TransportError:
+        return False

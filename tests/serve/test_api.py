@@ -110,6 +110,13 @@ def test_a_job_from_start_to_deletion(serve) -> None:
     assert client.get(where).status_code == 404 and client.get(f"{where}/mesh").status_code == 404
 
 
+@pytest.mark.parametrize(("wait", "status"), [("no", 202), ("OFF", 202), ("yes", 200), ("banana", 400)])
+def test_waiting_is_a_truth_value_in_a_form_too(serve, wait: str, status: int) -> None:
+    answer = post(serve().client, wait=wait)
+    assert answer.status_code == status
+    assert status != 400 or answer.json()["error"].startswith("wait is 'banana'")
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -165,7 +172,12 @@ def test_bodies_that_are_no_requests(serve) -> None:
         for _ in range(30):
             yield b"x" * 1000
 
-    assert client.post("/v1/meshes", content=endless(), headers=json_kind).status_code == 413
+    for path in ("/v1/meshes", "/generate"):
+        answer = client.post(path, content=endless(), headers=json_kind)
+        assert (answer.status_code, answer.json()) == (413, {"error": "the request is larger than 0.01 MB"})
+    assert client.post("/generate", content=b"{", headers=json_kind).json() == {
+        "error": "the request is no valid JSON"
+    }
 
 
 def test_without_the_token_nothing_is_done(serve) -> None:
@@ -196,6 +208,8 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(config: type[Serv
     free = config(port=0)
     free.require_port()
     assert free.port > 0, "which is said when the server listens"
+    assert free.address == f"http://127.0.0.1:{free.port}"
+    assert config(host="::1", port=80).address == "http://[::1]:80"
 
 
 class Slow:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,39 @@ pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 from tiny_pipeline import tiny_pipeline  # noqa: E402
 
-from elastic3d.serve.load_test import LoadTestConfig, load_test  # noqa: E402
+from elastic3d.errors import UserError  # noqa: E402
+from elastic3d.serve.load_test import LoadTestConfig, _ready, load_test  # noqa: E402
 
 SERVE = Path(__file__).resolve().parents[2] / "scripts/serve.py"
+
+CLOSES = """
+import os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(401 if os.environ.get("ELASTIC3D_TOKEN") else 200)
+        self.end_headers()
+    def do_POST(self):
+        self.close_connection = True
+port = next(int(text[5:]) for text in sys.argv if text.startswith("port="))
+HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def test_requests_without_an_answer_are_errors_and_nobody_needs_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ELASTIC3D_TOKEN", "secret")
+    (tmp_path / "closes.py").write_text(CLOSES)
+    figures = load_test(LoadTestConfig(requests=10, alone=5, clients=2), tmp_path / "closes.py")
+    assert (figures["alone"]["errors"], figures["together"]["errors"]) == (5, 10)
+
+
+def test_a_server_that_ends_at_once_is_said_to_have_ended() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    process.wait()
+    with pytest.raises(UserError, match="ended with exit code 3 before it answered"):
+        _ready(None, process)
 
 
 @pytest.mark.slow

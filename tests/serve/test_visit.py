@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trimesh
 
-pytest.importorskip("gradio")
+gradio = pytest.importorskip("gradio")
+from app import Drawer  # noqa: E402 (the script)
+from tiny_dial import load, save_dialled  # noqa: E402
 from tiny_pipeline import image, tiny_pipeline  # noqa: E402
 
 from elastic3d.elastic import attach  # noqa: E402
 from elastic3d.elastic.config import ElasticConfig, RouterConfig  # noqa: E402
 from elastic3d.geometry.mesh_io import read_extras  # noqa: E402
+from elastic3d.serve.app import _settings, build_app  # noqa: E402
+from elastic3d.serve.config import AppConfig  # noqa: E402
+from elastic3d.serve.models import ModelInfo  # noqa: E402
 from elastic3d.serve.queue import MeshQueue  # noqa: E402
-from elastic3d.serve.visit import Choices, Visits, download, route_image, table, tiles  # noqa: E402
+from elastic3d.serve.visit import Choices, Shown, Visits, download, route_image, table, tiles  # noqa: E402
 
 CHOICES = Choices(image(), "", "budget", 0.6, True, True, 3, 1, 2, 16, 500, 20, 0.15)
 
@@ -49,3 +57,67 @@ def test_both_meshes_with_colours_and_their_files(tmp_path: Path, monkeypatch: p
         assert not other.dense and folder is not None and not folder.exists(), "the newest alone is kept"
         visits.leave("somebody")
         assert not list(tmp_path.glob("elastic3d-*"))
+
+
+PLAIN = replace(CHOICES, compare=False, colours=False)
+
+
+def test_the_first_mesh_is_kept_until_the_last_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with MeshQueue(tiny_pipeline(), batch_size=1, keep_s=0.0) as queue:
+        others = lambda *_, **__: queue.find("of somebody else")  # noqa: E731 (which drops what is old)
+        made = Visits(queue).generate(replace(PLAIN, samples=3), "somebody", others)
+        assert len(made.elastic) == 3 and not list(queue._folder.iterdir())
+
+
+def test_empty_numbers_are_defaults_and_others_are_checked() -> None:
+    with MeshQueue(tiny_pipeline()) as queue:
+        (request,), _ = replace(PLAIN, seed=None, faces=None).requests(queue.models.info())
+        assert (request.seed, request.max_faces) == (0, None)
+        with pytest.raises(gradio.Error, match="seed is 1000000.*should be less than"):
+            Visits(queue).generate(replace(PLAIN, seed=1e30), "somebody", lambda *_, **__: None)
+        with pytest.raises(gradio.Error, match="max_faces is 1: "):
+            Visits(queue).generate(replace(PLAIN, faces=1), "somebody", lambda *_, **__: None)
+        assert queue.waiting == queue.running == 0
+
+
+def test_a_budget_counts_by_a_dial_without_routers(tmp_path: Path) -> None:
+    info = replace(ModelInfo.of(load(save_dialled(tmp_path / "model"))), elastic=False)
+    (request,), _ = PLAIN.requests(info)
+    assert (request.budget, request.steps) == (0.6, None)
+    assert info.dial is not None
+    cheapest = replace(info.dial.rows[0], cost=0.143)
+    cheap = replace(info, dial=replace(info.dial, rows=(cheapest, *info.dial.rows[1:])))
+    assert _settings(cheap)["budget"]["minimum"] == 0.15, "what the slider shows can be kept"
+
+
+def test_a_folder_that_can_not_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gone"))
+    with (
+        MeshQueue(tiny_pipeline()) as queue,
+        pytest.raises(gradio.Error, match="keep the mesh: No such file"),
+    ):
+        Visits(queue).generate(PLAIN, "somebody", lambda *_, **__: None)
+
+
+def test_another_sample_of_meshes_that_are_gone() -> None:
+    with MeshQueue(tiny_pipeline()) as queue:
+        functions = {item.name: item.fn for item in build_app(queue).fns.values()}
+        with pytest.raises(gradio.Error, match="kept for 15 minutes"):
+            functions["pick"](Shown(), SimpleNamespace(index=1))
+
+
+def test_two_visitors_load_one_model_for_prompts() -> None:
+    drawer, loaded = Drawer(AppConfig(), []), []
+
+    def slowly(name: str) -> object:
+        loaded.append(name)
+        time.sleep(0.2)
+        return lambda prompts, seeds: [SimpleNamespace(image=image())]
+
+    drawer._load = slowly
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(drawer, ["a chair", "a table"], [0, 1]))
+    assert len(loaded) == 1

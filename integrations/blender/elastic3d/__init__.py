@@ -45,7 +45,6 @@ class Elastic3DSettings(bpy.types.PropertyGroup):
     size: bpy.props.FloatProperty(  # type: ignore[valid-type]
         name="Longest side", default=1.0, min=1e-4, unit="LENGTH", description="Of the mesh in the scene"
     )
-    progress: bpy.props.FloatProperty(default=-1.0)  # type: ignore[valid-type]  # below 0: nothing is running
 
 
 class ELASTIC3D_OT_generate(bpy.types.Operator):  # noqa: N801 (Blender's form)
@@ -55,13 +54,14 @@ class ELASTIC3D_OT_generate(bpy.types.Operator):  # noqa: N801 (Blender's form)
     bl_label = "Make mesh"
     bl_options = {"REGISTER", "UNDO"}
 
+    running: Generation | None = None  # of the class: no scene and no file keeps it
     _job: Generation | None = None
     _timer: Any = None
 
     @classmethod
     def poll(cls, context: Any) -> bool:
         """One at a time."""
-        return context.scene.elastic3d.progress < 0
+        return cls.running is None or not cls.running.is_alive()
 
     def execute(self, context: Any) -> set[str]:
         """Without a window (scripts): wait for the mesh."""
@@ -71,8 +71,7 @@ class ELASTIC3D_OT_generate(bpy.types.Operator):  # noqa: N801 (Blender's form)
 
     def invoke(self, context: Any, event: Any) -> set[str]:
         """From the panel: in the background."""
-        self._job = self._start(context)
-        context.scene.elastic3d.progress = 0.0
+        self._job = type(self).running = self._start(context)
         self._timer = context.window_manager.event_timer_add(INTERVAL_S, window=context.window)
         context.window_manager.modal_handler_add(self)
         return {"RUNNING_MODAL"}
@@ -87,7 +86,6 @@ class ELASTIC3D_OT_generate(bpy.types.Operator):  # noqa: N801 (Blender's form)
         if event.type != "TIMER":
             return {"PASS_THROUGH"}
         if self._job.is_alive():
-            context.scene.elastic3d.progress = self._job.progress
             for area in context.screen.areas:
                 area.tag_redraw()
             return {"RUNNING_MODAL"}
@@ -111,7 +109,7 @@ class ELASTIC3D_OT_generate(bpy.types.Operator):  # noqa: N801 (Blender's form)
 
     def _stop(self, context: Any) -> None:
         context.window_manager.event_timer_remove(self._timer)
-        context.scene.elastic3d.progress = -1.0
+        type(self).running = None
 
     def _finish(self, context: Any, job: Generation) -> set[str]:
         if job.mesh is None:
@@ -162,8 +160,8 @@ class ELASTIC3D_PT_panel(bpy.types.Panel):  # noqa: N801
         ):
             if name != "budget" or chosen.quality == "budget":
                 layout.prop(chosen, name)
-        if chosen.progress >= 0:
-            layout.progress(factor=chosen.progress, text="Esc cancels")
+        if (job := ELASTIC3D_OT_generate.running) is not None and job.is_alive():
+            layout.progress(factor=job.progress, text="Esc cancels")
         layout.operator(ELASTIC3D_OT_generate.bl_idname)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import threading
 import time
@@ -37,11 +38,22 @@ def ask(
         except (ValueError, KeyError, TypeError):
             message = f"the server answered {error.code}"
         raise ServerError(message) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ServerError(
             f"no answer from {server}: {reason}. Is `python scripts/serve.py` running?"
         ) from error
+
+
+def ask_job(server: str, path: str, body: dict[str, Any] | None = None, token: str = "") -> dict[str, Any]:
+    """What is told of a job. ServerError as `ask`, or where somebody else answers."""
+    try:
+        job = json.loads(ask(server, path, body, token))
+        return {"id": str(job["id"]), "state": str(job["state"]), "progress": float(job["progress"])} | {
+            "error": str(job.get("error", ""))
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ServerError(f"what answers at {server} is no elastic3d server") from error
 
 
 class Generation(threading.Thread):
@@ -69,15 +81,17 @@ class Generation(threading.Thread):
             self.error = f"can't read {self._image}: {error.strerror or error}"
 
     def _generate(self) -> bytes | None:
+        if not self._image.name:
+            raise ServerError("there is no image yet: choose one")
         image = base64.b64encode(self._image.read_bytes()).decode()
         body = {"image": image, "wait": False, **self._options}
-        job = json.loads(ask(self._server, "/v1/meshes", body, self._token))
+        job = ask_job(self._server, "/v1/meshes", body, self._token)
         where = f"/v1/jobs/{job['id']}"
         while not self._cancelled.is_set():
-            state = json.loads(ask(self._server, where, token=self._token))
-            self.progress = float(state["progress"])
+            state = ask_job(self._server, where, token=self._token)
+            self.progress = state["progress"]
             if state["state"] in ("failed", "cancelled"):
-                raise ServerError(state.get("error") or "the server stopped")
+                raise ServerError(state["error"] or "the server stopped")
             if state["state"] == "done":
                 mesh = ask(self._server, f"{where}/mesh", token=self._token)
                 ask(self._server, where, token=self._token, method="DELETE")
