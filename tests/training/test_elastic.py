@@ -29,6 +29,7 @@ from elastic3d.training.shape_flow import (
     RouterTrainConfig,
 )
 from elastic3d.training.stages import run_stage
+from elastic3d.utils.files import load_json, save_json
 from tests.training.tiny import defaults, export_of
 from tests.training.tiny import dit_config as config_for
 
@@ -54,6 +55,16 @@ def test_the_shipped_router_configuration_suits_the_stage():
         config = parse(RouterTrainConfig, "train", ["stage=router", *choice])
         assert config.stage is StageName.router
         assert config.router.scope is Scope.step and config.router.longest == 8
+
+
+def test_latents_of_another_scale_than_the_model_knows_are_refused(dense):
+    path = dense / "latents" / "latents.json"
+    info = load_json(path)
+    save_json({**info, "std": [2 * value for value in info["std"]]}, path)
+    with pytest.raises(
+        UserError, match=r"latents of another scale than .*dense was trained on: make them with"
+    ):
+        RouterStage(router_config(dense))
 
 
 def test_items_show_the_router_what_samplers_do(dense):
