@@ -97,10 +97,15 @@ def build_held_out(config: HeldOutConfig) -> list[str]:
 
 def _claim(config: HeldOutConfig) -> None:
     """Note what the meshes are made with before any is there; refuse a folder of others, which would stay."""
-    names = ("model", "train", "view", "steps", "guidance", "resolution", "surface_points", "bank_views")
+    names = ("view", "steps", "guidance", "resolution", "surface_points", "bank_views")
     settings = {name: value for name, value in to_dict(config).items() if name in names}
     weights = sorted(find_model(Path(config.model)).glob("**/*.safetensors"))
-    settings |= {"source": _source(config), "weights": file_sha256(*weights)}
+    read_split([config.train])  # says where it is no list
+    settings |= {
+        "source": _source(config),
+        "model": file_sha256(*weights),
+        "train": file_sha256(config.train),
+    }
     path = config.output / "settings.json"
     claimed = path.is_file() and any(config.output.glob("images/*.png"))
     found = load_json(path) if claimed else settings
