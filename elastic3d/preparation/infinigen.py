@@ -336,15 +336,24 @@ def find_environment(folder: Path) -> Path:
     """The Python interpreter of an Infinigen environment in `folder`, which is created there when it is
     missing.
 
-    About 2.2 GB, a few minutes. UserError if no Python 3.11 is found or pip fails.
+    About 2.2 GB, a few minutes. UserError if no Python 3.11 is found, pip fails, or the folder holds something else.
     """
-    python = folder / "bin" / "python"
-    if not (folder / ".complete").exists() and not _has_infinigen(python):
-        shutil.rmtree(folder, ignore_errors=True)
-        _run([_python_311(), "-m", "venv", str(folder)])
-        _run([str(python), "-m", "pip", "install", "--no-deps", *NO_DEPENDENCIES])
-        _run([str(python), "-m", "pip", "install", *REQUIREMENTS])
-        (folder / ".complete").touch()
+    python, begun = folder / "bin" / "python", folder / ".begun"
+    if (folder / ".complete").exists() or _has_infinigen(python):
+        return python
+    if folder.exists() and any(folder.iterdir()) and not begun.exists():
+        raise UserError(
+            f"{folder} has no Infinigen, expected an environment that has it, or a folder that is not there yet:"
+            " delete it or name another with infinigen_env="
+        )
+    interpreter = _python_311()
+    shutil.rmtree(folder, ignore_errors=True)  # what a kill left of it
+    folder.mkdir(parents=True)
+    begun.touch()
+    _run([interpreter, "-m", "venv", str(folder)])
+    _run([str(python), "-m", "pip", "install", "--no-deps", *NO_DEPENDENCIES])
+    _run([str(python), "-m", "pip", "install", *REQUIREMENTS])
+    (folder / ".complete").touch()
     return python
 
 

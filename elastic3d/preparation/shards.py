@@ -82,7 +82,7 @@ def plan_shards(items: list[Item], folder: Path, size: int) -> list[Shard]:
 
 
 def drop_outdated(items: list[Item], folder: Path, recipe: Recipe, retry: bool = False) -> None:
-    """Delete finished shards in which an item failed whose file has changed since; with `retry`, any item.
+    """Delete finished shards with an item whose file has changed since; with `retry`, those in which any failed.
 
     UserError if a shard was made with other settings than are asked for.
     """
@@ -97,7 +97,13 @@ def drop_outdated(items: list[Item], folder: Path, recipe: Recipe, retry: bool =
                 " choose another output or delete that folder"
             )
         failed = [row for row in described["failures"] if row["id"] in version]
-        if any(retry or row.get("version", "") != version[row["id"]] for row in failed):
+        changed = any(row.get("version", "") != version[row["id"]] for row in failed)
+        for row in described[
+            "items"
+        ]:  # older shards do not say; of a file that can't be read there is no version
+            then, now = row.get("version"), version.get(row["id"])
+            changed |= bool(then and now and then != now)
+        if changed or (retry and failed):
             (folder / name).unlink()
 
 
@@ -150,6 +156,8 @@ def _prepare_item(
     seed = item_seed(item.source, item.id, recipe.seed)
     found = prepare_shape(raw, recipe.shape, seed, f"{item.source}/{item.id}" in recipe.held_out)
     row = {**item.row(), "faces": len(raw.mesh.faces), "seed": seed}
+    if item.version:
+        row["version"] = item.version
     return row, {f"{item.id}/{key}": np.ascontiguousarray(value) for key, value in found.items()}
 
 
@@ -183,7 +191,8 @@ def write_manifest(folder: Path) -> tuple[int, dict[str, str]]:
     lines: list[str] = []
     failures: dict[str, str] = {}
     for name, described in finished_sidecars(folder):
-        lines += [json.dumps({**row, "shard": name}) for row in described["items"]]
+        rows = ({k: v for k, v in row.items() if k != "version"} for row in described["items"])
+        lines += [json.dumps({**row, "shard": name}) for row in rows]
         failures |= {row["id"]: row["reason"] for row in described["failures"]}
     with atomic_path(folder / "manifest.jsonl") as draft:
         draft.write_text("".join(line + "\n" for line in lines))

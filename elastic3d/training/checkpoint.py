@@ -57,6 +57,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint into `folder`, and drop all but the newest `keep`.
 
+    Later ones, which a resumed run passed over as broken, neither count nor go.
+
     The files are written beside, listed with their hashes in a manifest, flushed to disk, and the folder
     renamed: whatever moment the process dies at, no folder of the final name is incomplete.
     """
@@ -73,7 +75,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(final)
     unfinished.rename(final)
     _flush(folder)
-    for old in _by_step(folder)[:-keep]:
+    paths = _by_step(folder)
+    for old in paths[: paths.index(final) + 1][:-keep]:
         shutil.rmtree(old)
     return final
 

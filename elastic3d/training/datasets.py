@@ -172,6 +172,11 @@ class PreparedShapes:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def has(self, id: str, name: str) -> bool:
+        """Whether a tensor of this name is stored of a shape."""
+        source, _, own = id.partition("/")
+        return name in self._folders[source].names(own)
+
     def read(self, id: str, name: str, row: int | None = None) -> Tensor:
         """A stored tensor of a shape, or one row of it; the caller must not change it."""
         if (id, name) in self._loaded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,6 +145,7 @@ class LatentItems:
     scale: float = 1.0
     batch: int = KINDS  # samples of an optimizer step, for random routes
     mirror: bool = True  # take mirrored shapes too, where the cache has them
+    mirrored: Container[str] = ()  # of these shapes half of the views are of the mirror image
 
     def __post_init__(self) -> None:
         self.index = Shuffle(len(self.shapes))
@@ -188,8 +190,13 @@ class LatentItems:
 
     def fixed(self, index: int) -> Batch:
         """Shape number `index` with the same noise every time, and one of its views."""
-        view = index % self.info.settings["views"]
-        return self.draw(self.shapes.ids[index], 0, view, item_generator(0, index))
+        id = self.shapes.ids[index]
+        return self.draw(id, 0, index % self.views_of(id), item_generator(0, index))
+
+    def views_of(self, id: str) -> int:
+        """How many views are of a shape itself; others are of its mirror image."""
+        views: int = self.info.settings["views"]
+        return views // 2 if id in self.mirrored else views
 
     def _normal(self, rng: np.random.Generator) -> Tensor:
         count, channels = self.info.latents
@@ -232,7 +239,7 @@ class DiTStage(Stage):
         self._images = _open_images(config.data) if config.sample_every else None
         scale = self.vae.config.scale_factor
         self.items = LatentItems(cache.train, info, config.dit, scale, config.batch)
-        self._val_items = LatentItems(self._val, info, config.dit, scale)
+        self._val_items = LatentItems(self._val, info, config.dit, scale, mirrored=cache.mirrored)
 
     def validate(self, batch: int = 16) -> dict[str, float]:
         """Velocity error on validation shapes at fixed noise and even times, with and without image."""
@@ -272,7 +279,7 @@ class DiTStage(Stage):
 
     def _view(self, index: int, size: int = 160) -> np.ndarray:
         assert self._images is not None
-        views, id = self.info.settings["views"], self._val.ids[index]
-        found = stored_views(self._images, id)
+        id = self._val.ids[index]
+        views, found = self._val_items.views_of(id), stored_views(self._images, id)
         view: Image.Image = found[(index % views) * len(found) // views]
         return np.asarray(prepare_image(view, self.info.foreground, size))

@@ -30,6 +30,7 @@ from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.weights import read_weights, save_weights
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
+from elastic3d.pipelines.runtime import find_model
 from elastic3d.preparation.options import PrepareConfig, SourceName
 from elastic3d.preparation.prepare import open_source
 from elastic3d.training.datasets import PreparedShapes, item_generator, read_split
@@ -37,8 +38,8 @@ from elastic3d.training.journal import contact_sheet, field_meshes, mesh_image, 
 from elastic3d.training.vae import VAEItems, VAEStageConfig
 from elastic3d.training.views import stored_views
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
-from elastic3d.utils.files import atomic_path
-from elastic3d.utils.options import Options, option
+from elastic3d.utils.files import atomic_path, file_sha256, load_json, save_json
+from elastic3d.utils.options import Options, option, to_dict
 
 SHEET_SHAPES = 64
 IMAGE_SIZE = 128
@@ -74,8 +75,8 @@ def build_held_out(config: HeldOutConfig) -> list[str]:
     """Write every folder; meshes that are there already stay. -> ids of the held-out shapes.
 
     Raises:
-        UserError: no shard holds a shape of the split, the model can't be loaded, or the meshes are missing that the
-            nearest training shape is made from again.
+        UserError: no shard holds a shape of the split, the model can't be loaded, the folder has meshes of another
+            model or other options, or the meshes are missing that the nearest training shape is made from again.
     """
     path = config.data.path
     if config.data.source is SourceName.folder and not (path and Path(path).is_dir()):
@@ -84,6 +85,7 @@ def build_held_out(config: HeldOutConfig) -> list[str]:
         )
     pipeline = ImageTo3DPipeline.from_pretrained(config.model, config.device, config.dtype)
     shapes = open_held_out(config)
+    _claim(config)
     _write_truth(shapes, config)
     _write_reconstructions(pipeline, shapes, config)
     for seed in config.seeds:
@@ -93,14 +95,40 @@ def build_held_out(config: HeldOutConfig) -> list[str]:
     return shapes.ids
 
 
+def _claim(config: HeldOutConfig) -> None:
+    """Note what the meshes are made with before any is there; refuse a folder of others, which would stay."""
+    names = ("view", "steps", "guidance", "resolution", "surface_points", "bank_views")
+    settings = {name: value for name, value in to_dict(config).items() if name in names}
+    weights = sorted(find_model(Path(config.model)).glob("**/*.safetensors"))
+    read_split([config.train])  # says where it is no list
+    settings |= {
+        "source": _source(config),
+        "model": file_sha256(*weights),
+        "train": file_sha256(config.train),
+    }
+    path = config.output / "settings.json"
+    claimed = path.is_file() and any(config.output.glob("images/*.png"))
+    found = load_json(path) if claimed else settings
+    if differing := [name for name, value in settings.items() if found.get(name) != value]:
+        raise UserError(
+            f"{config.output} was made with another {differing[0]}: delete it first, or give another output="
+        )
+    save_json(settings, path)
+
+
 def open_held_out(config: HeldOutConfig) -> PreparedShapes:
     """The held-out shapes of the source that are prepared, `limit` of them spread evenly over the list."""
     return PreparedShapes(Path(config.data.output), _listed(config.split, config), limit=config.limit)
 
 
+def _source(config: HeldOutConfig) -> str:
+    """The name that ids of the source begin with."""
+    return config.data.name or config.data.source.value
+
+
 def _listed(split: Path, config: HeldOutConfig) -> list[str]:
     """The shapes of the source that a list names. UserError if there are none."""
-    source = config.data.name or config.data.source.value
+    source = _source(config)
     found = [id for id in read_split([split]) if id.startswith(f"{source}/")]
     if not found:
         raise UserError(f"{split} names no shape of {source}, expected lines such as {source}/chair")
@@ -128,14 +156,24 @@ def _missing(
 def _write_truth(shapes: PreparedShapes, config: HeldOutConfig) -> None:
     for batch in _missing(shapes.ids, config.output / "images", config, ".png"):
         for id in batch:
+            views = stored_views(shapes, id)
+            if config.view >= len(views):
+                raise UserError(
+                    f"view is {config.view}, expected at most {len(views) - 1}: {id} has {len(views)} views"
+                )
             with atomic_path(config.output / "images" / f"{stem(id)}.png") as path:
-                stored_views(shapes, id)[config.view].save(path)
+                views[config.view].save(path)
+    stored = {id: shapes.has(id, "solid_vertices") for id in shapes.ids}
+    # a shape that was in the training list when it was prepared has none
+    solid = None if all(stored.values()) else _solids(config)
     for batch in _missing(shapes.ids, config.output / "gt", config):
         for id in batch:
-            vertices, faces = (shapes.read(id, f"solid_{name}").numpy() for name in ("vertices", "faces"))
-            save_mesh(
-                trimesh.Trimesh(vertices, faces, process=False), config.output / "gt" / f"{stem(id)}.glb"
-            )
+            if solid is not None and not stored[id]:
+                mesh = solid(id)
+            else:
+                vertices, faces = (shapes.read(id, f"solid_{name}").numpy() for name in ("vertices", "faces"))
+                mesh = trimesh.Trimesh(vertices, faces, process=False)
+            save_mesh(mesh, config.output / "gt" / f"{stem(id)}.glb")
 
 
 @torch.no_grad()
@@ -218,7 +256,7 @@ def _bank(
 
 
 def _solids(config: HeldOutConfig) -> Callable[[str], trimesh.Trimesh]:
-    """Training shape by id -> its outer surface, made again from the source's own mesh."""
+    """Shape by id -> its outer surface, made again from the source's own mesh."""
     source = open_source(config.data)
     items = {f"{item.source}/{item.id}": item for item in source.items()}
 

@@ -25,15 +25,15 @@ from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import ImageEncoder, build_image_encoder
 from elastic3d.models.images import load_image, prepare_image, to_tensor
-from elastic3d.models.options import ForegroundConfig, ImageEncoderConfig
+from elastic3d.models.options import ForegroundConfig, ImageEncoderConfig, VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT
-from elastic3d.models.weights import WEIGHTS_NAME, save_weights, tensor_heads
+from elastic3d.models.weights import WEIGHTS_NAME, load_config, save_weights, tensor_heads
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, load_dit
 from elastic3d.pipelines.memory import require_memory
 from elastic3d.pipelines.runtime import BUNDLED, find_model, resolve_device
-from elastic3d.training.checkpoint import read_record, statistics_of
+from elastic3d.training.checkpoint import CLASSES, model_part, read_record, statistics_of
 from elastic3d.training.datasets import (
     PreparedShapes,
     item_generator,
@@ -67,6 +67,10 @@ _INFO = {
     "std": [Number(0)],
 }
 _SUMS = {"ids": [str], "count": _COUNT, "sum": [Number()], "square": [Number()]}
+_MADE_OF = (
+    "train",
+    "source",
+)  # of a cached shard: which of its shapes train, what was read; absent in older caches
 
 
 @dataclass(kw_only=True)
@@ -178,8 +182,14 @@ class LatentInfo:
         return FieldLossConfig(loss=read_record(record, VAETrainConfig, self.vae / "training.json").vae.loss)
 
     def load_vae(self, trained: FieldLossConfig | None = None) -> ShapeVAE:
-        """The autoencoder, with the latents' statistics; UserError unless `trained` is the loss it learned with."""
+        """The autoencoder, with the latents' statistics; UserError where its weights have changed since, or `trained`
+        is not the loss it learned with."""
         vae = ShapeVAE.from_pretrained(self.vae)
+        if file_sha256(self.vae / WEIGHTS_NAME) != self.settings["vae_sha256"]:
+            raise UserError(
+                f"the VAE in {self.vae} is another one than made the cached latents: put that back, or make them anew"
+                " with stage=cache and another latents.output="
+            )
         vae.set_latent_statistics(self.mean, self.std)
         record = self._vae_record()
         if record is not None and trained is not None:
@@ -203,6 +213,17 @@ def pipeline_config(model: Path) -> PipelineConfig:
     return found
 
 
+def check_scale(cache: Path, info: LatentInfo, model: Path) -> None:
+    """UserError unless a cache of latents has the scale that a model's DiT knows, where it says which."""
+    folder = model_part(model, "vae")
+    vae: VAEConfig | None = load_config(folder, *CLASSES["vae"]) if folder else None
+    if vae is not None and vae.latent_mean and (info.mean, info.std) != (vae.latent_mean, vae.latent_std):
+        raise UserError(
+            f"{cache} holds latents of another scale than {model} was trained on: make them with"
+            f" stage=cache init_from={model} latents.output=another folder, and give that folder"
+        )
+
+
 class LatentCache:
     """A finished cache as a training sees it: its description, the shapes of both splits, and a record of them."""
 
@@ -210,17 +231,20 @@ class LatentCache:
         self, folder: Path, data: DataConfig, val_shapes: int, stored: Sequence[str] = STORED
     ) -> None:
         """`stored`: tensors that are read at once where `data.preload` is set."""
-        self.info = LatentInfo.load(folder)
+        self.folder, self.info = folder, LatentInfo.load(folder)
         preload = stored if data.preload else ()
         self.train = PreparedShapes(folder, read_split(data.train), preload, data.limit)
         self.val = PreparedShapes(folder, read_split(data.val), (), val_shapes)
+        # with few shapes those of training are validated on too, and their last views are of the mirror image
+        self.mirrored = frozenset(read_split(data.train) if self.info.settings.get("mirror") else ())
         vae, encoder = self.info.settings["vae_sha256"], self.info.settings["encoder"]["kind"]
         self.record = record_of_shapes(self.train, self.val) | {"vae_sha256": vae, "encoder": encoder}
 
     def load_dense(
         self, model: Path, precision: Precision = Precision.fp32
     ) -> tuple[ShapeDiT | SkipDiT, PipelineConfig]:
-        """The DiT in a pipeline's folder and its sampling defaults; UserError unless the cache has such latents."""
+        """The DiT in a pipeline's folder and its sampling defaults; UserError unless the cache has such latents, of the
+        scale that it knows."""
         dit = load_dit(model / "dit", torch.bfloat16 if precision is Precision.bf16_master else None)
         for name, wanted, found in (
             ("latent channels", self.info.latents[1], dit.config.in_channels),
@@ -228,11 +252,13 @@ class LatentCache:
         ):
             if wanted != found:
                 raise UserError(f"{model} has {found} {name}, but the cache has {wanted}")
+        check_scale(self.folder, self.info, model)
         return dit, pipeline_config(model)
 
 
 def build_cache(config: CacheConfig) -> LatentInfo:
-    """Encode the training and validation shapes; what an earlier call finished stays as it is.
+    """Encode the training and validation shapes; what an earlier call finished stays as it is, unless its prepared
+    shard, the images of its shapes or the lists have changed.
 
     A shape without a view that shows it is reported and left out.
 
@@ -250,18 +276,37 @@ def build_cache(config: CacheConfig) -> LatentInfo:
         raise UserError(nothing_prepared(len(wanted), config.data.prepared))
     builder.check_images(wanted)
     builder.claim()
+    _drop_strays(config.latents.output, plan)
     sums: list[dict[str, Any]] = []
     with tqdm(total=sum(len(ids) for _, ids in plan), desc="cache", unit="shape", dynamic_ncols=True) as bar:
         for shard, ids in plan:
             target = config.latents.output / shard.parent.name / shard.name
             sidecar = target.with_suffix(".json")
-            if not (target.is_file() and sidecar.is_file() and load_json(sidecar, _SUMS)["ids"] == ids):
+            made_of = {"train": [id for id in ids if id in train], "source": builder.digest(shard, ids)}
+            if not (target.is_file() and sidecar.is_file() and _is_made_of(sidecar, ids, made_of)):
                 shapes = PreparedShapes(config.data.prepared, ids)
-                builder.write(shapes, target, train, bar)
+                builder.write(shapes, target, made_of, bar)
             else:
                 bar.update(len(ids))
             sums.append(load_json(sidecar, _SUMS))
     return builder.finish(sums)
+
+
+def _is_made_of(sidecar: Path, ids: list[str], made_of: Mapping[str, Any]) -> bool:
+    """Whether a cached shard holds these shapes as they are now; an older cache's is taken to."""
+    found = load_json(sidecar, _SUMS)
+    return found["ids"] == ids and all(found.get(name, made_of[name]) == made_of[name] for name in _MADE_OF)
+
+
+def _drop_strays(output: Path, plan: Sequence[tuple[Path, list[str]]]) -> None:
+    """Delete cached shards whose prepared ones are gone where their shapes are in others now: they would hide these."""
+    planned = {id for _, ids in plan for id in ids}
+    targets = {(shard.parent.name, shard.name) for shard, _ in plan}
+    for path in output.glob("*/shard-*.safetensors"):
+        held = {f"{path.parent.name}/{key.rpartition('/')[0]}" for key in tensor_heads(path)}
+        if (path.parent.name, path.name) not in targets and held & planned:
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def _plan(prepared: Path, wanted: set[str]) -> Iterator[tuple[Path, list[str]]]:
@@ -336,8 +381,15 @@ class _Builder:
             )
         tqdm.write(f"{len(known)} of {len(wanted)} shapes have images of their own", file=sys.stderr)
 
-    def write(self, shapes: PreparedShapes, target: Path, train: set[str], bar: tqdm[Any]) -> None:
-        """Encode the shapes of one prepared shard; the sums for the statistics go into a file beside."""
+    def digest(self, shard: Path, ids: list[str]) -> str:
+        """SHA-256 of a prepared shard and of the images that its shapes have of their own."""
+        own = [path for id in ids for path in self.images.get(id.partition("/")[2], [])]
+        return file_sha256(shard, *own)
+
+    def write(self, shapes: PreparedShapes, target: Path, made_of: Mapping[str, Any], bar: tqdm[Any]) -> None:
+        """Encode the shapes of one prepared shard; the sums for the statistics go into a file beside, with what the
+        shard is `made_of`."""
+        train = set(made_of["train"])
         tensors: dict[str, Tensor] = {}
         channels = self.vae.config.channels
         total, square, count = torch.zeros(channels).double(), torch.zeros(channels).double(), 0
@@ -360,7 +412,7 @@ class _Builder:
                     count += mean[i].shape[0] * mean[i].shape[1]
         save_weights(tensors, target)
         sums = {"ids": shapes.ids, "count": count, "sum": total.tolist(), "square": square.tolist()}
-        save_json(sums, target.with_suffix(".json"))
+        save_json({**sums, **made_of}, target.with_suffix(".json"))
 
     @torch.no_grad()
     def _encode(self, shapes: PreparedShapes, ids: list[str], train: set[str]) -> tuple[Tensor, Tensor]:

@@ -245,10 +245,16 @@ class _Run:
 
     def _averaged(self, window: list[dict[str, Tensor]]) -> dict[str, float]:
         """Means over the steps since the last record and over the processes."""
-        names = sorted({name for values in window for name in values})
-        means = [torch.stack([v[name].float() for v in window if name in v]).mean() for name in names]
-        reduced: Tensor = self.accelerator.reduce(torch.stack(means), "mean")
-        return dict(zip(names, reduced.tolist(), strict=True))
+        from accelerate.utils import gather_object
+
+        # a process may have no sample of some kind, and then no value of it
+        names = sorted(set(gather_object(sorted({name for values in window for name in values}))))
+        found = [[values[name].float() for values in window if name in values] for name in names]
+        none = torch.zeros((), device=self.accelerator.device)
+        sums = [torch.stack([*each, none]).sum() for each in found]
+        counts = [none + len(each) for each in found]
+        total, count = self.accelerator.reduce(torch.stack([torch.stack(sums), torch.stack(counts)]), "sum")
+        return dict(zip(names, (total / count).tolist(), strict=True))
 
     def _look(self) -> None:
         """Validation and images, with averaged weights, on the main process."""
@@ -345,9 +351,10 @@ class _Run:
         if checkpoint.step > self.config.steps:
             raise UserError(f"{path} is beyond steps={self.config.steps}")
         self.notes.append(f"going on from {path}")
-        before = checkpoint.values.get("config")
-        changed = changed_options(before, to_dict(self.config)) if isinstance(before, Mapping) else ()
-        self.notes += [each for each in changed if each.partition(" ")[0] not in INCIDENTAL]
+        for name, now in (("config", to_dict(self.config)), ("data", self.stage.record)):
+            before = checkpoint.values.get(name)
+            changed = changed_options(before, now) if isinstance(before, Mapping) else ()
+            self.notes += [each for each in changed if each.partition(" ")[0] not in INCIDENTAL]
         return checkpoint
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:

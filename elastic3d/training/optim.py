@@ -20,14 +20,17 @@ MAX_NORM = 1.0  # of a gradient, which is scaled down to it
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
-    """Learning rate of step `step`, 0 for the first: warm-up, then the schedule; no other state."""
+    """Learning rate of step `step`, 0 for the first: warm-up, then the schedule; no other state.
+
+    A trapezoid whose decay is longer than what is left after the warm-up begins to decay at its end.
+    """
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     left = max(config.steps - step, 0)
     if config.schedule is Schedule.constant:
         share = 1.0
     elif config.schedule is Schedule.trapezoid:
-        share = min(1.0, left / max(config.decay_steps, 1))
+        share = min(1.0, left / max(min(config.decay_steps, config.steps - config.warmup), 1))
     else:
         share = left / max(config.steps - config.warmup, 1)
         if config.schedule is Schedule.cosine:

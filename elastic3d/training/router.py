@@ -236,11 +236,18 @@ def threshold(moments: Tensor, budget: Tensor) -> Tensor:
 
 @torch.no_grad()
 def followed(moments: Tensor, skip_error: Tensor, rate: float = 0.05) -> None:
-    """Keep running moments (2,), in place, of logarithms of skip errors (B,)."""
-    if len(skip_error) > 1:
-        found = torch.stack([skip_error.mean(), skip_error.std()])
-        known = moments.abs().sum() > 0
-        moments.copy_(torch.lerp(moments, found, rate) if known else found)
+    """Keep the running mean and spread (2,), in place, of logarithms of skip errors (B,).
+
+    What they were and what is new are mixed, so that batches of any size, also of one, lead to the same spread.
+    """
+    if not len(skip_error):
+        return
+    mean, variance = skip_error.mean(), skip_error.var(correction=0)
+    if moments.abs().sum() > 0:
+        moved = mean - moments[0]
+        mean = moments[0] + rate * moved
+        variance = torch.lerp(moments[1].square(), variance, rate) + rate * (1 - rate) * moved.square()
+    moments.copy_(torch.stack([mean, variance.sqrt()]))
 
 
 @dataclass

@@ -149,18 +149,22 @@ class ShapeFlow(Flow):
         return LatentItems(self.cache.train, self.cache.info, items, scale, mirror=mirror)
 
     def pair(self, number: int, seed: int) -> Batch:
-        """`noise` (N,C) and `condition` (M,Cc), one view of a shape."""
-        return self._pair(self.cache.train, number, seed)
+        """`noise` (N,C) and `condition` (M,Cc), one view of a shape; a stored surface is no mirror image."""
+        views = self.cache.info.settings["views"]
+        mirrored = self._surfaces is not None and bool(self.cache.mirrored)
+        return self._pair(self.cache.train, number, seed, views // 2 if mirrored else views)
 
     def val_pairs(self) -> Batch:
         """Of the validation shapes."""
-        items = [self._pair(self.cache.val, number, 0) for number in range(len(self.cache.val))]
+        views = self.cache.info.settings["views"]
+        items = [self._pair(self.cache.val, number, 0, views) for number in range(len(self.cache.val))]
         # autocast stacks no fp16
         return default_collate([item | {"condition": item["condition"].float()} for item in items])
 
-    def _pair(self, shapes: PreparedShapes, number: int, seed: int) -> Batch:
+    def _pair(self, shapes: PreparedShapes, number: int, seed: int, views: int) -> Batch:
+        """Of one of the first `views` views."""
         rng = item_generator(seed, number)
-        view = int(rng.integers(self.cache.info.settings["views"]))
+        view = int(rng.integers(views))
         noise = rng.standard_normal(tuple(self.cache.info.latents), dtype=np.float32)
         id = shapes.ids[number % len(shapes)]
         return {"noise": torch.from_numpy(noise), "condition": shapes.read(id, "tokens", view)}

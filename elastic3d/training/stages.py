@@ -7,7 +7,6 @@ import os
 import platform
 import warnings
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from elastic3d.models.options import ImageEncoderConfig
 from elastic3d.models.weights import load_config
 from elastic3d.pipelines.memory import require_memory
 from elastic3d.pipelines.runtime import fast_bfloat16, resolve_device
-from elastic3d.training.checkpoint import CLASSES, find_start, model_part, statistics_of
+from elastic3d.training.checkpoint import CLASSES, find_start, model_part
 from elastic3d.training.datasets import use_own_lists
 from elastic3d.training.distributed import state_bytes
 from elastic3d.training.loop import Stage, train
@@ -128,7 +127,9 @@ def adopt_architecture(config: Any) -> None:
         config.vae.model = load_config(folder, *CLASSES["vae"])
     elif config.stage is StageName.dit and (folder := model_part(path, "dit")):
         config.dit.model = load_config(folder, *CLASSES["dit"])
-        _check_latents(config.latents.output, path)
+        from elastic3d.training.latents import LatentInfo, check_scale
+
+        check_scale(config.latents.output, LatentInfo.load(config.latents.output), path)
     elif config.stage is StageName.cache:
         if model_part(path, "dit") is None:
             raise UserError(
@@ -137,18 +138,6 @@ def adopt_architecture(config: Any) -> None:
         config.latents.encoder = load_config(path / "image_encoder", ImageEncoderConfig, "ImageEncoder")
         if not config.latents.vae.exists():
             config.latents.vae = path / "vae"
-
-
-def _check_latents(cache: Path, path: Path) -> None:
-    """UserError unless a cache of latents has the scale that the model's DiT knows."""
-    from elastic3d.training.latents import LatentInfo
-
-    info = LatentInfo.load(cache)
-    if model_part(path, "vae") and (info.mean, info.std) != statistics_of(path):
-        raise UserError(
-            f"{cache} holds latents of another scale than {path} was trained on: make them with"
-            f" stage=cache init_from={path} latents.output=another folder, and give stage=dit that folder"
-        )
 
 
 def keep_memory_mapped() -> None:

@@ -92,6 +92,12 @@ def test_a_mended_mesh_and_a_new_one_are_prepared(
     assert lists() == [f"folder/{id}" for id in ("another", "bad", "box-glb", "box-stl", "toys--red_ball")]
     assert [(file, file.stat().st_mtime_ns) for file, _ in kept] == kept
     assert set(load_file(folder / "shard-00002.safetensors")) >= {"another/surface"}
+    before = load_file(folder / "shard-00002.safetensors")["another/surface"]
+    trimesh.creation.icosphere().export(meshes / "another.obj")  # it was turned, or closed
+    assert prepare(*given) == 0
+    assert [(file, file.stat().st_mtime_ns) for file, _ in kept] == kept
+    assert (load_file(folder / "shard-00002.safetensors")["another/surface"] != before).any()
+    assert "version" not in (folder / "manifest.jsonl").read_text()
 
 
 def test_a_mesh_takes_the_place_of_a_bad_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from _cli import parse
+from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
 from elastic3d.benchmark.controls import executed_share
@@ -17,11 +18,13 @@ from elastic3d.elastic.trace import trace_share
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.preparation.shape import encode_png
 from elastic3d.training.block_router import BlockRouterConfig, BlockRouterStage, attach_block_routers
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.few_step import FewStepStage
 from elastic3d.training.image_flow import ImageBlockRouterTrainConfig
 from elastic3d.training.journal import read_metrics
+from elastic3d.training.latents import LatentsConfig, build_cache
 from elastic3d.training.measure import SensitivityConfig
 from elastic3d.training.options import StageName
 from elastic3d.training.rollout import FREE
@@ -64,6 +67,42 @@ def varied_gates(stage: BlockRouterStage) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- routes
+
+
+def letters() -> dict[str, torch.Tensor]:
+    """Two views (see `tiny.views`) that differ from their mirror images."""
+    files = []
+    for size in (40, 60):
+        pixels = np.zeros((64, 64, 4), np.uint8)
+        pixels[64 - size :, 10:20] = (size, 200, 90, 255)  # an L
+        pixels[54:, 10:50] = (size, 200, 90, 255)
+        files.append(encode_png(pixels))
+    offsets = torch.tensor([0, len(files[0]), len(files[0]) + len(files[1])])
+    return {"views": torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8), "view_offsets": offsets}
+
+
+def test_a_true_surface_goes_with_views_of_the_same_hand(routed):  # noqa: F811
+    """The last views of a mirrored cache show the mirror image, whose surface is not stored."""
+    for shard in (routed / "prepared" / "balls").glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in [name for name in tensors if name.endswith("/views")]:
+            id = name.partition("/")[0]
+            tensors |= {f"{id}/{part}": tensor for part, tensor in letters().items()}
+        save_file(tensors, shard)
+    latents = LatentsConfig(
+        vae=routed / "vae", variants=2, views=4, mirror=True, output=routed / "mirrored", batch=2
+    )
+    build_cache(config_for(routed, stage=StageName.cache, latents=latents, init_from=routed / "dense"))
+    for weight, expected in ((0.1, {0, 1}), (0.0, {0, 1, 2, 3})):
+        config = block_config(
+            routed, {"mesh": EndMeshLossConfig(**MESH, weight=weight), "pairs": 40}, latents=latents
+        )
+        flow, used = config.flow(), set()
+        for number in range(40):
+            tokens = flow.cache.train.read(flow.cache.train.ids[number % 5], "tokens")
+            same = (tokens == flow.pair(number, 0)["condition"]).flatten(1).all(1)
+            used.add(int(same.nonzero()[0]))
+        assert used == expected
 
 
 @pytest.mark.parametrize("stage", ["block_router", "hunyuan3d_block_router"])

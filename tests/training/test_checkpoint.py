@@ -34,6 +34,16 @@ def test_keeps_the_newest(tmp_path):
     assert newest_checkpoint(tmp_path) == (checkpoint_path(tmp_path, 10), [])
 
 
+def test_a_broken_newer_one_does_not_crowd_out_what_is_whole(tmp_path):
+    """A run goes on from the newest whole checkpoint; what was passed over counts for none."""
+    save_checkpoint(tmp_path, some_checkpoint(5), keep=1)
+    broken = save_checkpoint(tmp_path, some_checkpoint(10), keep=9)
+    (broken / "state.json").unlink()
+    path = save_checkpoint(tmp_path, some_checkpoint(7), keep=1)
+    assert newest_checkpoint(tmp_path)[0] == path
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000007", "step-00000010"]
+
+
 def test_the_same_step_again_replaces(tmp_path):
     save_checkpoint(tmp_path, Checkpoint(1, {"model": {"w": torch.zeros(1)}}), keep=2)
     path = save_checkpoint(tmp_path, some_checkpoint(1), keep=2)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from elastic3d.diffusion.flow import velocity
 from elastic3d.errors import UserError
+from elastic3d.models.images import prepare_image
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
@@ -30,6 +31,7 @@ from elastic3d.training.stages import run_stage
 from elastic3d.training.vae import TrainedPart
 from elastic3d.training.views import named_images, stored_views
 from elastic3d.utils.files import file_sha256, load_json, save_json
+from tests.training.test_loop import start_two, wait_for_end
 from tests.training.tiny import add_views, tiny_vae, vae_config, views
 from tests.training.tiny import dit_config as config_for
 
@@ -66,6 +68,73 @@ def test_the_cache_goes_on_where_it_stopped_and_refuses_other_settings(cached):
     ShapeVAE(tiny_vae()).save_pretrained(cached / "vae")
     with pytest.raises(UserError, match="made with another vae_sha256"):
         build_cache(config_for(cached, stage=StageName.cache))
+
+
+def test_what_changed_since_is_cached_again(cached):
+    config = config_for(cached, stage=StageName.cache)
+    first, second = sorted((cached / "latents" / "balls").glob("*.safetensors"))
+
+    def redone() -> list[bool]:
+        before = [path.stat().st_mtime_ns for path in (first, second)]
+        build_cache(config)
+        return [path.stat().st_mtime_ns != time for path, time in zip((first, second), before, strict=True)]
+
+    assert redone() == [False, False]
+    prepared = cached / "prepared" / "balls" / second.name  # a mesh was mended and prepared again
+    tensors = load_file(prepared)
+    tensors["ball4/surface"] = tensors["ball4/surface"] / 2
+    save_file(tensors, prepared)
+    assert redone() == [False, True]
+    (cached / "train.txt").write_text("".join(f"balls/ball{i}\n" for i in range(4)))
+    (cached / "val.txt").write_text("balls/ball4\nballs/ball5\n")  # ball4 no longer counts in the statistics
+    before = LatentInfo.load(cached / "latents").mean
+    assert redone() == [False, True] and LatentInfo.load(cached / "latents").mean != before
+    sidecar = second.with_suffix(".json")
+    save_json({k: v for k, v in load_json(sidecar).items() if k not in ("train", "source")}, sidecar)
+    assert redone() == [False, False]  # of an older version
+
+
+def test_an_own_image_that_changed_is_cached_again(cached):
+    own = cached / "own"
+    own.mkdir()
+    image = Image.open(io.BytesIO(views(1)["views"].numpy().tobytes()))
+    image.save(own / "ball1.png")
+    config = config_for(cached, stage=StageName.cache)
+    config.latents.output, config.latents.images = cached / "other", own
+
+    def tokens() -> torch.Tensor:
+        build_cache(config)
+        return PreparedShapes(cached / "other", ["balls/ball1"]).read("balls/ball1", "tokens")
+
+    before = tokens()
+    image.rotate(30).save(own / "ball1.png")
+    assert not torch.equal(tokens(), before)
+
+
+def test_shapes_that_are_in_another_shard_now_are_not_read_from_the_old_one(cached):
+    """The folder was prepared anew, with another shard_size."""
+    folder = cached / "prepared" / "balls"
+    first, second = sorted(folder.glob("*.safetensors"))
+    moved = {
+        name: tensor / 2 if name.endswith("/surface") else tensor
+        for name, tensor in load_file(second).items()
+    }
+    save_file(load_file(first) | moved, first)
+    second.unlink()
+    before = PreparedShapes(cached / "latents", ["balls/ball4"]).read("balls/ball4", "mean")
+    build_cache(config_for(cached, stage=StageName.cache))
+    found = PreparedShapes(cached / "latents", ["balls/ball4"])
+    assert not torch.equal(found.read("balls/ball4", "mean"), before)
+
+
+def test_a_vae_that_changed_since_is_refused(cached):
+    """It would be exported with a DiT that knows the latents of another one."""
+    info = LatentInfo.load(cached / "latents")
+    info.settings["vae"] = str(cached / "vae")
+    info.load_vae()
+    ShapeVAE(tiny_vae()).save_pretrained(cached / "vae")
+    with pytest.raises(UserError, match="is another one than made the cached latents"):
+        info.load_vae()
 
 
 def test_own_images_replace_rendered_views(cached, capfd):
@@ -164,6 +233,21 @@ def test_a_mirrored_cache_pairs_a_shape_with_views_of_the_same_hand(prepared):
         LatentsConfig(variants=3, views=4, mirror=True)
 
 
+def test_validation_on_training_shapes_takes_their_own_views(cached):
+    """As with fewer than ten own meshes, which are in both lists; half of their cached views are mirrored."""
+    (cached / "val.txt").write_text((cached / "train.txt").read_text() + (cached / "val.txt").read_text())
+    options = dict(vae=cached / "vae", variants=2, views=4, mirror=True, output=cached / "mirrored")
+    latents = LatentsConfig(**options)
+    build_cache(config_for(cached, stage=StageName.cache, latents=latents))
+    stage = DiTStage(config_for(cached, latents=latents, sample_every=1))
+    own = [stage.info.settings["views"] // 2] * 5 + [4]
+    for index, (id, views_of) in enumerate(zip(stage._val.ids, own, strict=True)):
+        wanted = stage._val.read(id, "tokens", index % views_of)
+        assert torch.equal(stage._val_items.fixed(index)["condition"], wanted)
+    found = stored_views(stage._images, "balls/ball3")
+    assert np.array_equal(stage._view(3), np.asarray(prepare_image(found[1], stage.info.foreground, 160)))
+
+
 def test_the_objective_is_the_weighted_velocity_error():
     torch.manual_seed(0)
     dit = ShapeDiT(
@@ -210,6 +294,21 @@ def test_a_moved_cache_finds_the_bundled_vae(cached):
     assert info.vae.samefile(bundled)
     info.settings["vae"] = "runs/vae/export"
     assert info.vae == Path("runs/vae/export")
+
+
+def test_two_processes_train_along_random_routes_as_one(cached):
+    """One has all the full routes, the other one none: what is recorded of them is of both together."""
+    model = DiTConfig(width=32, heads=2, double_blocks=1, single_blocks=1)
+    changes = dict(batch=8, steps=2, dit=dict(model=model, routes=dict(smallest=0.3)))
+    alone, both = (config_for(cached, name=name, **changes) for name in ("alone", "both"))
+    processes = start_two(both)
+    assert run_stage(alone) == 0
+    wait_for_end(processes)
+    wanted, found = (read_metrics(config.folder / "metrics.jsonl") for config in (alone, both))
+    for a, b in zip(wanted, found, strict=True):
+        assert {"full", "elastic"} <= a.keys() == b.keys()
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["full"] == pytest.approx(a["full"], rel=1e-4)
 
 
 def test_every_batch_along_random_routes_has_the_full_one(cached):

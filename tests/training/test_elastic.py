@@ -22,13 +22,14 @@ from elastic3d.training.export import export_run
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.mesh_loss import MESH_TERMS
 from elastic3d.training.options import StageName
-from elastic3d.training.router import RouterStage
+from elastic3d.training.router import RouterStage, followed, threshold
 from elastic3d.training.shape_flow import (
     MeshLossConfig,
     RouterStageConfig,
     RouterTrainConfig,
 )
 from elastic3d.training.stages import run_stage
+from elastic3d.utils.files import load_json, save_json
 from tests.training.tiny import defaults, export_of
 from tests.training.tiny import dit_config as config_for
 
@@ -54,6 +55,16 @@ def test_the_shipped_router_configuration_suits_the_stage():
         config = parse(RouterTrainConfig, "train", ["stage=router", *choice])
         assert config.stage is StageName.router
         assert config.router.scope is Scope.step and config.router.longest == 8
+
+
+def test_latents_of_another_scale_than_the_model_knows_are_refused(dense):
+    path = dense / "latents" / "latents.json"
+    info = load_json(path)
+    save_json({**info, "std": [2 * value for value in info["std"]]}, path)
+    with pytest.raises(
+        UserError, match=r"latents of another scale than .*dense was trained on: make them with"
+    ):
+        RouterStage(router_config(dense))
 
 
 def test_items_show_the_router_what_samplers_do(dense):
@@ -164,6 +175,27 @@ def test_gates_learn_to_predict_the_skip_error_and_follow_the_threshold(dense):
         shares.append(objective(batch)[1]["share"].item())
     assert shares[0] < shares[1] < shares[2]
     assert objective.state_dict()["skip_error_moments"].abs().sum() > 0  # a resumed run goes on with them
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_moments_of_skip_errors_do_not_depend_on_the_size_of_micro_batches(size):
+    torch.manual_seed(0)
+    moments, found = torch.zeros(2), []
+    for batch in (3 + 2 * torch.randn(16_000)).split(size):
+        followed(moments, batch)
+        found.append(moments.clone())
+    mean, spread = torch.stack(found)[len(found) // 2 :].mean(0).tolist()
+    assert mean == pytest.approx(3, abs=0.2) and spread == pytest.approx(2, rel=0.1)
+
+
+def test_the_threshold_follows_the_budget_in_micro_batches_of_one(dense):
+    """As in the shipped configurations of the large models: a shared decision, batch=8 accumulate=8."""
+    router = RouterConfig(**ONCE_A_STEP, branches=Branches.shared)
+    objective = (stage := RouterStage(router_config(dense, router=router))).objective
+    for position in range(16):
+        objective(default_collate([stage.items.item(position, 0)]))
+    low, high = (threshold(objective.skip_error_moments, torch.tensor([b])) for b in (0.3, 1.0))
+    assert low > high + 0.1  # a small budget needs a larger error before a step runs
 
 
 def test_each_mesh_term_reaches_the_gates(dense):

@@ -1,5 +1,6 @@
 """Held-out shapes through the bundled model, and the nearest training shape beside them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,16 @@ def test_every_folder_is_written_and_the_nearest_shape_is_the_alike_one(tmp_path
         assert len(load_mesh(config.output / folder / f"{stem}.glb").faces) > 0
     assert "crate" in read_extras(config.output / "nearest" / f"{stem}.glb")["nearest"]
     assert (config.output / "sheet.png").is_file()
+
+    assert build_held_out(config) == ids  # goes on
+    with pytest.raises(
+        UserError, match="was made with another steps: delete it first, or give another output="
+    ):
+        build_held_out(replace(config, steps=3))
+    other = replace(config, output=tmp_path / "other", seeds=[])
+    with pytest.raises(UserError, match="view is 7, expected at most 1: mine/box has 2 views"):
+        build_held_out(replace(other, view=7))
+    later = splits / "later.txt"  # a shape that was not held out when it was prepared
+    later.write_text("mine/ball\n")
+    build_held_out(replace(other, split=later))
+    assert load_mesh(other.output / "gt" / "ball.glb").is_watertight

@@ -69,6 +69,28 @@ def start(*configs: TrainConfig, **environment: str) -> Started:
     return Started(process, said)
 
 
+def start_two(*configs: TrainConfig) -> list[Started]:
+    """The runs, shared by two processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [
+        start(*configs, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true", **group)
+        for rank in range(2)
+    ]
+
+
+def wait_for_end(processes: list[Started]) -> None:
+    try:
+        for process in processes:
+            said = process.wait(120)
+            assert process.process.exitcode == 0, said
+    finally:
+        for process in processes:  # two that wait for each other would not let the tests end
+            process.process.kill()
+
+
 def wait_for(condition, started: Started, seconds: float = 60) -> None:
     limit = time.monotonic() + seconds
     while not condition():
@@ -111,18 +133,9 @@ def test_two_processes_equal_one_with_the_whole_batch(prepared):
     precisions = {Precision.fp32: 1e-4, Precision.bf16_master: 3e-2}
     alone = [vae_config(prepared, name=f"alone-{p.name}", precision=p) for p in precisions]
     both = [vae_config(prepared, name=f"both-{p.name}", precision=p) for p in precisions]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    processes = [
-        start(*both, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true", **group)
-        for rank in range(2)
-    ]
+    processes = start_two(*both)
     expected = [run(config) for config in alone]
-    for process in processes:
-        said = process.wait(120)
-        assert process.process.exitcode == 0, said
+    wait_for_end(processes)
     for config, wanted, tolerance in zip(both, expected, precisions.values(), strict=True):
         assert losses(config) == pytest.approx(wanted, rel=tolerance)
 
@@ -241,6 +254,15 @@ def test_a_run_that_goes_on_with_other_options_says_so(prepared, capsys):
         f"learning_rate was {config.learning_rate}" in said
         and f"vae.kl_weight was {config.vae.kl_weight}" in said
     )
+
+
+def test_a_run_that_goes_on_with_other_data_says_so(prepared, capsys):
+    config = vae_config(prepared)
+    run(config)
+    (prepared / "train.txt").write_text("balls/ball0\nballs/ball1\n")
+    capsys.readouterr()
+    run(replace(config, steps=config.steps + 1))
+    assert "train_shapes was 5" in capsys.readouterr().err
 
 
 def test_another_architecture_is_refused(prepared):

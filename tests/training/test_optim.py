@@ -169,3 +169,16 @@ def test_schedule(schedule):
         schedule.name, 2 * math.sin(math.pi / 180) ** 2
     )
     assert rates[99] == pytest.approx(last)
+
+
+@pytest.mark.parametrize("schedule", list(Schedule))
+@pytest.mark.parametrize("steps", [5, 10, 11, 20, 100])
+def test_a_short_run_warms_up_and_decays_without_a_jump(schedule, steps):
+    """`stage=dit steps=2000`, the printed command, with the stage's own decay of 4000 steps."""
+    config = LoopConfig(steps=steps, warmup=10, decay_steps=200, learning_rate=2.0, schedule=schedule)
+    rates = [learning_rate(step, config) for step in range(steps)]
+    assert max(rates) == pytest.approx(2.0 * min(steps, 10) / 10)
+    longest = max(
+        0.2, 2 * 2.0 / max(steps - 10, 1)
+    )  # twice a linear decay's: a cosine is steeper in the middle
+    assert max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False)) <= longest + 1e-9
