@@ -259,7 +259,7 @@ def _misfit_plan(row: Row, folder: Path) -> str | None:
     if not (folder / CALIBRATION_NAME).is_file():
         return f"planned is true, but there is no {CALIBRATION_NAME} here"
     budget, least = row.router_budget, least_budget(row.steps)
-    assert budget is not None  # or `_disorder` has told
+    assert budget is not None  # `_disorder` refuses it
     return None if budget >= least else f"router_budget is {budget:g}, expected at least {least:.2f}"
 
 
