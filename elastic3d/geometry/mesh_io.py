@@ -181,14 +181,15 @@ def _material(name: str, shade: float, texture: Any = None) -> PBRMaterial:
 
 def _gltf_visual(mesh: trimesh.Trimesh) -> TextureVisuals:
     """Texture coordinates, texture and colours as glTF has them: COLOR_0 is linear where the mesh's are sRGB."""
-    texture = getattr(getattr(mesh.visual, "material", None), "baseColorTexture", None)
-    coloured = mesh.visual.kind == "vertex"
+    own: Any = mesh.visual
+    texture = getattr(getattr(own, "material", None), "baseColorTexture", None)
+    coloured = own.kind == "vertex"
     material = (
         _material("image", 1.0, texture) if coloured or texture is not None else _material("neutral", 0.75)
     )
-    visual = TextureVisuals(uv=getattr(mesh.visual, "uv", None), material=material)
+    visual = TextureVisuals(uv=getattr(own, "uv", None), material=material)
     if coloured:
-        colours = np.array(mesh.visual.vertex_colors, np.uint8)
+        colours = np.array(own.vertex_colors, np.uint8)
         colours[:, :3] = linear_of(colours[:, :3])
         visual.vertex_attributes["color"] = colours
     return visual

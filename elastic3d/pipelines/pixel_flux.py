@@ -187,7 +187,7 @@ class SmallBackbone(FluxBackbone):
     stores_bytes = True
 
     @property
-    def longest(self) -> int:
+    def longest(self) -> int:  # type: ignore[override]
         """Tokens of a prompt."""
         return self.pipe.settings.text_length
 

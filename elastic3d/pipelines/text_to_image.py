@@ -45,7 +45,7 @@ from elastic3d.pipelines.runtime import (
 from elastic3d.pipelines.training_free import calibration_file, find_calibration
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256, load_json
-from elastic3d.utils.options import Bounds, check_range, check_value, shown
+from elastic3d.utils.options import Bounds, check_range, checked, shown
 
 ROUTERS_NAME = "routers"
 
@@ -220,11 +220,11 @@ class TextToImagePipeline:
         guidance = usual_guidance if guidance is None else guidance
         # One step stretched to a terminal time, as in Qwen-Image's schedule, is 0 / 0.
         least = 2 if backbone.pipe.scheduler.config.get("shift_terminal") else 1
-        check_value("steps", steps, int, Bounds(ge=least, le=1000))
+        checked("steps", steps, int, Bounds(ge=least, le=1000))
         check_range("guidance", guidance, 0.0, 100.0)
         size = size or (backbone.default_size,) * 2
         sides = Bounds(ge=backbone.multiple, le=MAX_PIXELS, lengths=(2, 2))
-        check_value("size", size, tuple[int, int] | list[int], sides)
+        checked("size", size, list[int], sides)
         if any(side % backbone.multiple for side in size):
             raise UserError(f"size is {size[0]}x{size[1]}, expected multiples of {backbone.multiple}")
         return Settings(steps, guidance, size, ElasticConfig())

@@ -60,8 +60,9 @@ class Bounds:
             return value in self.choices
         if not isinstance(value, Real) or (self.zero and value == 0):
             return True
-        within = self.ge <= value <= self.le and self.gt < value < self.lt
-        return within and (self.multiple_of is None or value % self.multiple_of == 0)
+        number: Any = value
+        within = self.ge <= number <= self.le and self.gt < number < self.lt
+        return within and (self.multiple_of is None or number % self.multiple_of == 0)
 
     def __str__(self) -> str:
         """`1 to 1000`, `above 0 and at most 1`, `one of 0, 4`; empty where everything finite is allowed."""
@@ -124,7 +125,7 @@ def checked(name: str, value: Any, kind: Any, bounds: Bounds = Bounds()) -> Any:
         if item is not None and not bounds.allows(item):
             raise UserError(f"{name} {'has' if several else 'is'} {shown(item)}, expected {_wanted(bounds)}")
     if isinstance(found, (list, str, Path)):
-        size, most = (len(found), MAX_VALUES) if several else (len(str(found)), MAX_TEXT)
+        size, most = (len(found), MAX_VALUES) if isinstance(found, list) else (len(str(found)), MAX_TEXT)
         low, high = bounds.lengths or (0, most)
         if not low <= size <= high:
             what = "values" if several else "characters"
