@@ -70,9 +70,17 @@ def mesh_health(mesh: trimesh.Trimesh) -> MeshHealth:
 
 def genus(mesh: trimesh.Trimesh) -> int:
     """Handles of a closed surface, all components together; what touches at a vertex alone has no handle there."""
-    mesh = separate_sheets(mesh) or mesh
-    components = int(_component_of_faces(mesh).max()) + 1
-    return (2 * components - mesh.euler_number) // 2
+    corners = np.arange(mesh.faces.size).reshape(-1, 3)  # (F,3), each the start of an edge too
+    starts, ends = corners.ravel(), corners[:, [1, 2, 0]].ravel()
+    turned = mesh.edges[:, 0] > mesh.edges[:, 1]
+    low, high = np.where(turned, [ends, starts], [starts, ends])  # (3F,) each
+    edges = np.lexsort(mesh.edges_sorted.T).reshape(-1, 2)  # (E,2), the two faces of each
+    label = trimesh.graph.connected_component_labels
+    components = label(edges // 3, node_count=len(corners)).max() + 1
+    fans = (
+        label(np.concatenate([low[edges], high[edges]]), node_count=corners.size).max() + 1
+    )  # (F,3) at vertices
+    return int(2 * components - (fans - len(edges) + len(corners))) // 2
 
 
 def clean(mesh: trimesh.Trimesh, config: CleanupConfig) -> trimesh.Trimesh:

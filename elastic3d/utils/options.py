@@ -58,11 +58,11 @@ class Bounds:
         """Whether a number is finite and in range; anything else, whether it is one of the choices."""
         if self.choices:
             return value in self.choices
-        if not isinstance(value, Real) or (self.zero and value == 0):
+        is_number = isinstance(value, Real)
+        if not is_number or (self.zero and value == 0):
             return True
-        number: Any = value
-        within = self.ge <= number <= self.le and self.gt < number < self.lt
-        return within and (self.multiple_of is None or number % self.multiple_of == 0)
+        within = self.ge <= value <= self.le and self.gt < value < self.lt
+        return within and (self.multiple_of is None or value % self.multiple_of == 0)
 
     def __str__(self) -> str:
         """`1 to 1000`, `above 0 and at most 1`, `one of 0, 4`; empty where everything finite is allowed."""
@@ -120,12 +120,12 @@ class Options:
 def checked(name: str, value: Any, kind: Any, bounds: Bounds = Bounds()) -> Any:  # noqa: B008 (frozen)
     """`value` as one of type `kind` (see `typed`). UserError naming it if it is none, or not within bounds."""
     found = typed(name, value, kind)
-    several = isinstance(found, list)
+    several, is_text = isinstance(found, list), isinstance(found, (str, Path))
     for item in value if several else [value]:
         if item is not None and not bounds.allows(item):
             raise UserError(f"{name} {'has' if several else 'is'} {shown(item)}, expected {_wanted(bounds)}")
-    if isinstance(found, (list, str, Path)):
-        size, most = (len(found), MAX_VALUES) if isinstance(found, list) else (len(str(found)), MAX_TEXT)
+    if several or is_text:
+        size, most = (len(found), MAX_VALUES) if several else (len(str(found)), MAX_TEXT)
         low, high = bounds.lengths or (0, most)
         if not low <= size <= high:
             what = "values" if several else "characters"
@@ -171,7 +171,7 @@ def expected(kind: Any) -> str:
     """A type in words: `an integer`, `one of adamw, muon`, `a list such as [a, b], each element a number`."""
     kinds = alternatives(kind)
     parts = [_expected(each) for each in kinds if each is not type(None)]
-    return " or ".join([*dict.fromkeys(parts), *(["null"] if type(None) in kinds else [])])
+    return " or ".join([*parts, *(["null"] if type(None) in kinds else [])])
 
 
 def _expected(kind: Any) -> str:
