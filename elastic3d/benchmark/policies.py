@@ -74,7 +74,7 @@ class _Online:
         return self.decided[step]
 
     def take(self, step: int, change: float = 1.0) -> bool:
-        """Whether the blocks run at the next step, whose input changes by so many times as much as is usual."""
+        """Whether the blocks run at the next step, whose input changes by `change` times what is usual."""
         if step == 0:
             return True
         a, b = self.computed[-2:] if len(self.computed) > 1 else self.computed * 2

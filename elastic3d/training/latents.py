@@ -303,8 +303,8 @@ def _drop_strays(output: Path, plan: Sequence[tuple[Path, list[str]]]) -> None:
     planned = {id for _, ids in plan for id in ids}
     targets = {(shard.parent.name, shard.name) for shard, _ in plan}
     for path in output.glob("*/shard-*.safetensors"):
-        held = {f"{path.parent.name}/{key.rpartition('/')[0]}" for key in tensor_heads(path)}
-        if (path.parent.name, path.name) not in targets and held & planned:
+        stored = {f"{path.parent.name}/{key.rpartition('/')[0]}" for key in tensor_heads(path)}
+        if (path.parent.name, path.name) not in targets and stored & planned:
             path.unlink()
             path.with_suffix(".json").unlink(missing_ok=True)
 
