@@ -10,6 +10,8 @@ branch.
 from __future__ import annotations
 
 import colorsys
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -96,6 +98,10 @@ class ImageSource(Protocol):
         """The images of a group, `size` pixels a side; UserError if they can't be used."""
         ...
 
+    def made_of(self) -> list[Any]:
+        """Plain values that change when any image or caption does."""
+        ...
+
 
 class ImageFolder:
     """`a.png` with `a.txt` beside it, or `captions.jsonl` with lines {"file": "a.png", "caption": "..."}.
@@ -126,6 +132,13 @@ class ImageFolder:
         return [
             Captioned(ImageOps.fit(ground.convert("RGB"), (size, size), Image.Resampling.LANCZOS), [caption])
         ]
+
+    def made_of(self) -> list[Any]:
+        """Each image's name, size and time of its last change, and its caption."""
+        states = [
+            (path.stat() if path.is_file() else None, path.name, caption) for path, caption in self.pairs
+        ]
+        return [[name, s and s.st_size, s and s.st_mtime_ns, caption] for s, name, caption in states]
 
 
 class ShapeViews:
@@ -160,6 +173,10 @@ class ShapeViews:
             self._captioned(view, self._nouns[id], place, size, rng)
             for view, place in list(zip(views, places, strict=True))[: self.config.views]
         ]
+
+    def made_of(self) -> list[Any]:
+        """The shapes, and the seed of their colours and captions."""
+        return [self.seed, *self.shapes.ids]
 
     def _captioned(
         self, view: Image.Image, noun: str, place: str, size: int, rng: np.random.Generator
@@ -259,7 +276,8 @@ def _from_lines(folder: Path) -> list[tuple[Path, str]]:
 def build_image_cache(
     image: ImageDataConfig, data: LimitedSplitsConfig, backbone: Backbone, seed: int
 ) -> None:
-    """Encode training and validation images; what an earlier call finished stays as it is.
+    """Encode training and validation images. A cache that an earlier call finished stays as it is; one that it did not
+    finish goes on, with the same images.
 
     An image that can't be read is reported and left out. UserError where the folder holds a cache of other images,
     or made otherwise.
@@ -269,28 +287,37 @@ def build_image_cache(
     settings = cache_settings(image, backbone, size)
     output = image.cache
     path = output / INFO_NAME
-    if path.is_file():
-        found = load_json(path, _INFO)
-        differing = [name for name, value in settings.items() if found["settings"].get(name) != value]
-        if differing:
-            raise UserError(
-                f"{output} was made with another {differing[0]}: delete it, or choose another image.cache="
-            )
-        if found["counts"]:
-            return
-    save_json({"settings": settings, "counts": {}}, path)
+    found = load_json(path, _INFO) if path.is_file() else {"settings": settings, "counts": {}}
+    differing = [name for name, value in settings.items() if found["settings"].get(name) != value]
+    if not differing and found["counts"]:
+        return
+    sources = _sources(image, data, seed)
+    made_of = json.dumps({split: source.made_of() for split, source in sources.items()})
+    digest = hashlib.sha256(made_of.encode()).hexdigest()
+    if found.get("made_of", digest) != digest:  # the rest would be numbered otherwise than what is there
+        differing.append("list of images or captions")
+    if differing:
+        raise UserError(
+            f"{output} was made with another {differing[0]}: delete it, or choose another image.cache="
+        )
+    save_json({"settings": settings, "made_of": digest, "counts": {}}, path)
     negative = backbone.encode_prompts([backbone.negative], length=text_length(image, backbone))
     save_weights({name: _halved(value) for name, value in negative.items()}, output / NEGATIVE_NAME)
-    counts = {}
-    for split, paths in (("train", data.train), ("val", data.val)):
-        source: ImageSource
-        if image.images is not None:
-            source = ImageFolder(image.images, image, validation=split == "val")
-        else:
-            limit = data.limit if split == "train" else 0
-            source = ShapeViews(data.prepared, read_split(paths), image, limit, seed)
-        counts[split] = _write_split(source, output / split, image, backbone, size)
-    save_json({"settings": settings, "counts": counts}, path)
+    counts = {
+        split: _write_split(source, output / split, image, backbone, size)
+        for split, source in sources.items()
+    }
+    save_json({"settings": settings, "made_of": digest, "counts": counts}, path)
+
+
+def _sources(image: ImageDataConfig, data: LimitedSplitsConfig, seed: int) -> dict[str, ImageSource]:
+    """The training and the validation images."""
+    if image.images is not None:
+        return {split: ImageFolder(image.images, image, split == "val") for split in ("train", "val")}
+    return {
+        "train": ShapeViews(data.prepared, read_split(data.train), image, data.limit, seed),
+        "val": ShapeViews(data.prepared, read_split(data.val), image, 0, seed),
+    }
 
 
 def cache_settings(image: ImageDataConfig, backbone: Backbone, size: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Training on images: the small model on views of shapes, routers for a published pipeline from a folder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,23 @@ def test_a_folder_of_images(folder, tmp_path):
         ImageFolder(folder, config, False)
     with pytest.raises(UserError, match="which is no folder"):
         ImageFolder(tmp_path / "gone", config, False)
+
+
+def test_a_cache_goes_on_with_the_same_images_alone(folder, prepared):
+    config = image_config(prepared, images=folder, val_every=3)
+    path = config.image.cache / "cache.json"
+    ImageStage(config)
+    finished = path.read_text()
+    unfinished = json.dumps(json.loads(finished) | {"counts": {}})
+    path.write_text(unfinished)
+    ImageStage(config)
+    assert path.read_text() == finished
+    for suffix in (".png", ".txt"):
+        shutil.copy(folder / f"0{suffix}", folder / f"00{suffix}")
+    ImageStage(config)  # what is finished stays
+    path.write_text(unfinished)
+    with pytest.raises(UserError, match="was made with another list of images or captions: delete it"):
+        ImageStage(config)
 
 
 def test_the_small_model_trains_exports_and_draws(views):
