@@ -231,7 +231,7 @@ def test_the_image_term_reaches_the_gates(folder, prepared):
     assert gradients[0].isfinite().all() and not torch.equal(*gradients)
     with pytest.raises(UserError, match="image.images= is missing"):
         RouterStage(image_config(prepared, StageName.image_router, **(image | {"images": None})))
-    with pytest.raises(UserError, match="image.weights is missing: folder of the pipeline"):
+    with pytest.raises(UserError, match="image.weights is required: folder of the pipeline"):
         from_dict(ImageRouterTrainConfig, {"image": {"backbone": "flux"}})
 
 
