@@ -61,8 +61,11 @@ class PretrainedMixin:
         """
         folder = Path(folder)
         config = load_config(folder, cls.config_class, cls.__name__)
-        path, model = find_weights(folder), empty_model(cls, config, str(folder / CONFIG_NAME))
-        return fill(model, read_weights(path), str(path), dtype, device)
+        path = find_weights(folder)
+        state = read_weights(path)
+        values = sum(tensor.numel() for tensor in state.values())
+        model = empty_model(cls, config, str(folder / CONFIG_NAME), values)
+        return fill(model, state, str(path), dtype, device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write `config.json` and `model.safetensors` to `folder`, each whole or not at all.
@@ -112,14 +115,22 @@ def _why_no_folder(folder: Path) -> str:
     return f"{found}, expected {wanted} with {CONFIG_NAME} and {WEIGHTS_NAME}"
 
 
-def empty_model(kind: Any, config: Any, source: str = "") -> Any:
-    """`kind(config)` on the meta device: its names and shapes, and no memory, whatever sizes a config.json has.
+def empty_model(kind: Any, config: Any, source: str = "", most: float = math.inf) -> Any:
+    """`kind(config)` on the meta device: its names and shapes, and no memory.
 
-    UserError naming `source` where the configuration describes no model.
+    Args:
+        source: the config.json, for error messages.
+        most: values in the file of its weights. A hostile config.json may describe a model of any size: building ends
+            where the file is too small for it.
+
+    Raises:
+        UserError: the configuration describes no model, or a larger one than the file's.
     """
     try:
-        with torch.device("meta"), _NoInitialisation():
+        with torch.device("meta"), _Blueprint(source, most):
             return kind(config)
+    except UserError:
+        raise
     except Exception as error:  # whatever sizes that make no sense run into
         raise UserError(f"{source} describes no {kind.__name__}: {' '.join(str(error).split())}") from error
 
@@ -131,14 +142,24 @@ def plain_twin(model: Any) -> Any:
     return twin.eval()
 
 
-class _NoInitialisation(TorchFunctionMode):
-    """On the meta device there is nothing to fill, and trying loads torch's compiler."""
+class _Blueprint(TorchFunctionMode):
+    """Initialisation does nothing: on the meta device there is nothing to fill, and trying loads torch's compiler."""
+
+    def __init__(self, source: str, most: float) -> None:
+        super().__init__()
+        self.source, self.most = source, most
+        self.left = 4 * most + (1 << 16)  # some tensors are made twice, or are no weights
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        fills = (
-            func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init"
-        )
-        return (args or [kwargs["tensor"]])[0] if fills else func(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        result = func(*args, **kwargs)
+        self.left -= result.numel() if isinstance(result, Tensor) else 0
+        if self.left < 0:
+            than = f"that of {WEIGHTS_NAME}, which has {self.most:,} values"
+            raise UserError(f"{self.source} describes a larger model than {than}")
+        return result
 
 
 def fill(
