@@ -214,7 +214,8 @@ def test_blocks_compile_whole_with_a_bounded_number_of_recompilations(family):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["shape_dit", "flux"])  # of this project, and of diffusers
+# of this project, and of diffusers
+@pytest.mark.parametrize("name", ["shape_dit", pytest.param("flux", marks=pytest.mark.slow)])
 def test_the_whole_model_compiles_around_blocks_that_decide(name):
     torch._dynamo.reset()
     model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs(B)

@@ -100,7 +100,11 @@ def table() -> trimesh.Trimesh:
     return mesh
 
 
-@pytest.mark.parametrize("shape", [table(), trimesh.creation.torus(0.7, 0.2)], ids=["table", "torus"])
+@pytest.mark.parametrize(
+    "shape",
+    [table(), pytest.param(trimesh.creation.torus(0.7, 0.2), marks=pytest.mark.slow)],
+    ids=["table", "torus"],
+)
 @torch.no_grad()
 def test_the_trained_field_is_decoded_as_on_the_full_grid(shape: trimesh.Trimesh) -> None:
     vae = ShapeVAE.from_pretrained(ROOT / DEFAULT_MODEL / "vae").float().eval()

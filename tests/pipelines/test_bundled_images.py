@@ -49,7 +49,6 @@ def test_prompts_are_a_list(pipeline: TextToImagePipeline) -> None:
 def test_routers_keep_to_a_budget_and_to_the_dense_image(pipeline: TextToImagePipeline) -> None:
     prompts, seeds = ["a wooden bar chair", "a blue vase"], [0, 1]
     dense = pipeline(prompts, seeds, elastic=False)
-    other = pipeline(prompts, [2, 3], elastic=False)
     distances = []
     for budget in (0.8, 0.4):
         found = pipeline(prompts, seeds, budget=budget)
@@ -57,7 +56,7 @@ def test_routers_keep_to_a_budget_and_to_the_dense_image(pipeline: TextToImagePi
             share = result.metadata["flops_executed"] / result.metadata["flops_dense"]
             assert abs(share - budget) < 0.1, "one image; on the mean over images it is closer"
         distances.append(_distance(found, dense))
-    assert distances[0] < distances[1] < 0.25 * _distance(other, dense)
+    assert distances[0] < distances[1] < 0.1 * _distance(dense[::-1], dense), "of two prompts"
     size = sum(file.stat().st_size for file in (FOLDER / "routers").iterdir())
     assert size < 10e6
 

@@ -158,7 +158,8 @@ def test_two_graphs_serve_every_number_of_steps_and_the_dense_model() -> None:
     assert graphs == [1, 2, 2, 2, 2], "both branches, one branch, and no more"
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_by_other_backends(backend: str) -> None:
     pipeline = routed()
     rows = [DENSE, FEW, FEWER]
