@@ -11,7 +11,7 @@ from tiny_dial import save_dialled
 
 from elastic3d.benchmark.config import MeshBenchmarkConfig
 from elastic3d.benchmark.meshes import load_models
-from elastic3d.diffusion.dial import choose, parse_dial
+from elastic3d.diffusion.dial import Row, choose, parse_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.elastic.config import ElasticOptions, RouterConfig
 from elastic3d.errors import UserError
@@ -22,9 +22,7 @@ from elastic3d.utils.files import file_sha256, load_json
 from elastic3d.utils.options import from_dict
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "data/pretrained/shape-small"
-REPORT = "reports/elastic-3d/results.json"  # on test images
-CHOSEN = "reports/elastic-3d/validation/results.json"  # what the dial is made from
+MODEL, REPORT = ROOT / "data/pretrained/shape-small", "reports/elastic-3d/results.json"
 
 
 def test_what_stays_is_never_beaten() -> None:
@@ -53,13 +51,13 @@ def _bundled() -> tuple[PipelineConfig, RouterConfig]:
 
 def test_the_bundled_dial_is_that_of_the_report_and_of_the_bundled_weights() -> None:
     found = load_json(MODEL / "dial.json")
-    assert found == dial_values(load_json(ROOT / CHOSEN), *_bundled(), CHOSEN)
+    assert found == dial_values(load_json(ROOT / REPORT), *_bundled(), REPORT)
     files = [find_weights(MODEL / part) for part in ("vae", "dit", "routers")]
     assert found["measured"]["weights_sha256"] == file_sha256(*files), "measure anew: scripts/make_dial.py"
 
 
 def test_the_default_of_the_bundled_dial_by_the_report_itself() -> None:
-    rows = [r for r in load_json(ROOT / CHOSEN)["rows"] if r["batch"] == 1]
+    rows = [r for r in load_json(ROOT / REPORT)["rows"] if r["batch"] == 1]
     dense = next(r for r in rows if r["method"] == "dense")
     dial = parse_dial(load_json(MODEL / "dial.json"), "dial.json")
     close = []
@@ -75,56 +73,35 @@ def test_the_default_of_the_bundled_dial_by_the_report_itself() -> None:
     assert dial.named(Quality.default) is max(close, key=lambda pair: pair[0])[1]
 
 
-def _table(page: str, after: str, first: str, columns: tuple[int, ...]) -> dict[str, list[str]]:
-    """Some cells of each row of the table below a heading whose first cell is `first`, by the row's first cell."""
-    text = (ROOT / page).read_text().partition(f"\n{after}\n")[2]
-    table = text.partition(f"| {first} |")[2].partition("\n\n")[0]
+def _table(page: str, first: str, columns: tuple[int, ...]) -> dict[str, list[str]]:
+    """Some cells of each row of the table whose first heading is `first`, by the row's first cell."""
+    table = (ROOT / page).read_text().partition(f"| {first} |")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     return {row[0]: [row[i] for i in columns] for row in rows}
 
 
-def _says(cells: list[str], values: tuple[float, ...]) -> bool:
-    """Whether cells are these values, rounded."""
+def _says(cells: list[str], row: Row) -> bool:
+    """Whether cells are a row's speed-ups of 1 and 4 images, IoU and F-scores, rounded."""
+    values = (row.speedup["1"], row.speedup["4"], row.iou, *row.f_scores)
     pairs = zip(cells, values, strict=True)
     return all(abs(float(c) - value) <= 0.51 * 10 ** -len(c.partition(".")[2]) for c, value in pairs)
 
 
-def test_the_table_of_the_dial_is_the_bundled_one() -> None:
+def test_the_tables_of_the_pages_are_the_bundled_dial() -> None:
     dial = parse_dial(load_json(MODEL / "dial.json"), "dial.json")
-    report = _table("reports/elastic-3d/README.md", "## The rows of the dial", "cost", (4, 5, 6, 7, 8, 9))
+    report = _table("reports/elastic-3d/README.md", "cost", (4, 5, 8, 9, 10))
     assert list(report) == [f"{row.cost:.2f}" for row in dial.rows]
-    for cells, row in zip(report.values(), dial.rows, strict=True):
-        assert _says(cells, (*(row.speedup[b] for b in ("1", "4", "8")), row.iou, *row.f_scores))
-
-
-def test_the_tables_of_test_images_are_the_results() -> None:
-    dial = parse_dial(load_json(MODEL / "dial.json"), "dial.json")
-    rows = load_json(ROOT / REPORT)["rows"]
-
-    def measured(method: str, steps: int, budget: float | None = None) -> tuple[float, ...]:
-        found = [r for r in rows if (r["method"], r["steps"]) == (method, steps)]
-        one, four = ([r for r in found if r["batch"] == b and budget in (None, r["budget"])] for b in (1, 4))
-        (first,), (other,) = one, four
-        names = ("iou_paired", "f_score@0.02", "f_score@0.05")
-        return (first["dit_speedup"], other["dit_speedup"], *(first[name] for name in names))
-
-    report = _table("reports/elastic-3d/README.md", "## On test images", "cost", (1, 2, 3, 4, 7, 8, 9))
-    for steps, runs, *cells in report.values():
-        method = {"few-step LoRA": "few_step_lora", "dense": "dense"}.get(runs, "training_free")
-        budget = float(runs.removeprefix("plan at ")) if method == "training_free" else None
-        assert _says(cells, measured(method, int(steps), budget)), runs
-    readme = _table("README.md", "## Generate", "setting", (1, 2, 3, 4, 5))
+    assert all(_says(*pair) for pair in zip(report.values(), dial.rows, strict=True))
+    readme = _table("README.md", "setting", (1, 2, 3, 4, 5))
     assert len(readme) == 4
     for setting, cells in readme.items():
         option, value = setting.partition(":")[0].strip("`").split("=")
-        values = measured("dense", 25)
+        row: Row | None = dial.rows[-1]  # elastic=false
         if option == "quality":
-            values = measured("few_step_lora", dial.named(Quality[value]).steps)
+            row = dial.named(Quality[value])
         elif option == "budget":
             row = choose(dial, ElasticOptions(budget=float(value)), None, None, None)
-            assert row is not None and row.planned
-            values = measured("training_free", row.steps, row.router_budget)
-        assert _says(cells, values), setting
+        assert row is not None and _says(cells, row), setting
 
 
 def test_other_results_are_refused(tmp_path: Path) -> None:
