@@ -7,7 +7,6 @@ was read from, attention between points and latents knows their distance, and lo
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,10 +64,18 @@ class SelfAttentionBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-def transformer(config: VAEConfig, layers: int) -> nn.Sequential:
-    """A stack of self-attention blocks, (B, N, D) -> (B, N, D)."""
-    blocks = nn.Sequential(*(SelfAttentionBlock(config) for _ in range(layers)))
-    return nn.Sequential(OrderedDict(resblocks=blocks))
+class Transformer(nn.Module):
+    """A stack of self-attention blocks, each of which may be compiled or sharded for itself."""
+
+    def __init__(self, config: VAEConfig, layers: int) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(SelfAttentionBlock(config) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        for block in self.resblocks:
+            x = block(x)
+        return x
 
 
 class CrossAttention(nn.Module):
@@ -156,7 +163,7 @@ class Encoder(nn.Module):
         if config.anchored and config.neighbours_in:
             sizes = config.point_features, config.width, config.local_width, config.neighbours_in
             self.local = LocalFeatures(*sizes, "max")
-        self.self_attn = transformer(config, config.encoder_layers)
+        self.self_attn = Transformer(config, config.encoder_layers)
         self.ln_post = nn.LayerNorm(config.width, eps=config.norm_eps)
 
     def forward(self, surface: Tensor, sharp: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -280,7 +287,7 @@ class ShapeVAE(PretrainedMixin, nn.Module):
         self.post_kl = nn.Linear(config.latent_channels, config.width)
         if config.anchored:
             self.anchor_proj = nn.Linear(3 + 6 * config.num_freqs, config.width)
-        self.transformer = transformer(config, config.decoder_layers)
+        self.transformer = Transformer(config, config.decoder_layers)
         self.geo_decoder = GeoDecoder(config)
         if not self.post_kl.weight.is_meta:  # where there is nothing to fill
             self._initialise()

@@ -171,9 +171,10 @@ def fill(
 ) -> Any:
     """An empty model with weights of its own, in evaluation mode; arguments and errors as `from_pretrained`.
 
-    Tensors are copied: those of a mapped file lie where they happen to be in it, and are read again whenever memory is
-    short.
+    What does not fit is told before anything is converted. Tensors are copied: those of a mapped file lie where they
+    happen to be in it, and are read again whenever memory is short.
     """
+    check_fit(model.state_dict(), state, f"{source} does not fit {type(model).__name__}")
     floats = dtype or torch.float32
     placed = {
         name: value.to(device or "cpu", floats if value.is_floating_point() else None, copy=True)

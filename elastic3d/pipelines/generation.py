@@ -243,7 +243,11 @@ def _saved(job: Job, result: Result, config: GenerateConfig) -> Outcome:
 
 
 def finish(
-    result: Result, config: AssetConfig, suffix: str, image: ImageInput, foreground: ForegroundConfig
+    result: Result,
+    config: AssetConfig,
+    suffix: str,
+    image: ImageInput,
+    foreground: ForegroundConfig | None = None,
 ) -> tuple[trimesh.Trimesh, PrintCheck]:
     """The mesh as a file that ends in `suffix` holds it; its metadata gets the object `print`, and `texture`.
 
@@ -256,6 +260,7 @@ def finish(
     result.metadata["print"] = check.as_dict()
     if config.texture is Texture.project:
         frontal = result.metadata["model"] in PRESETS  # these face the camera of the image, not +Z
+        foreground = foreground or ForegroundConfig()
         mesh, result.metadata["texture"] = coloured(mesh, image, foreground, config, frontal)
     if config.up is not Up.y:
         mesh = with_up(mesh, config.up.value)

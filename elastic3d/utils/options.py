@@ -238,9 +238,10 @@ def from_dict(
         raise UserError(f"{where}unknown field {inside + unknown[0]!r} of {config_class.__name__}{hint}")
     for item in fields(config_class):  # type: ignore[arg-type]
         nested, value = nested_in(kinds[item.name]), values.get(item.name)
-        if nested is not None and isinstance(value, dict):
-            values[item.name] = from_dict(nested, value, source, f"{inside}{item.name}.")
-        if item.name not in values and item.default is MISSING and item.default_factory is MISSING:
+        required = item.name not in values and item.default is MISSING and item.default_factory is MISSING
+        if nested is not None and (required or isinstance(value, dict)):
+            values[item.name] = from_dict(nested, value or {}, source, f"{inside}{item.name}.")
+        elif required:
             raise UserError(f"{where}{inside}{item.name} is required: {item.metadata.get('help', '')}")
     try:
         return config_class(**values)

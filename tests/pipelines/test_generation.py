@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_pipeline import save_image
 
 from elastic3d.errors import UserError
-from elastic3d.pipelines.generation import Job, Outcome, _keep, plan
+from elastic3d.pipelines.generation import Job, _saved, plan
 from elastic3d.pipelines.image_to_3d import Result
 from elastic3d.pipelines.options import AssetConfig, GenerateConfig, Texture
 from elastic3d.pipelines.preview import turntable
@@ -61,13 +61,13 @@ def test_equal_stems_keep_their_suffix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("model", "frontal"), [("triposg", True), ("shape-small", False)])
 def test_colours_of_a_published_model_come_from_its_front(tmp_path: Path, model: str, frontal: bool) -> None:
     """Also where it was imported: `model=` is a folder then. The image fits the box seen from the side alone."""
-    result, outcomes = Result({"model": model}, _mesh=trimesh.creation.box((1.8, 1.8, 0.3))), list[Outcome]()
+    result = Result({"model": model}, _mesh=trimesh.creation.box((1.8, 1.8, 0.3)))
     seen = Image.fromarray(np.pad(np.full((180, 30, 4), 255, np.uint8), ((10, 10), (85, 85), (0, 0))))
     asset = AssetConfig(texture=Texture.project)
     config = GenerateConfig(image="a.png", output="a.glb", model="models/imported", asset=asset)
-    job = Job(Path("a.png"), 0, tmp_path / "a.glb")
-    _keep([job], [seen], [], config, outcomes.append, 0, result)
-    assert (abs(outcomes[0].metadata["texture"]["azimuth_deg"]) <= 20) is frontal
+    seen.save(tmp_path / "a.png")
+    outcome = _saved(Job(tmp_path / "a.png", 0, tmp_path / "a.glb"), result, config)
+    assert (abs(outcome.metadata["texture"]["azimuth_deg"]) <= 20) is frontal
 
 
 def test_what_is_refused(photos: Path, tmp_path: Path) -> None:

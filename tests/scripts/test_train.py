@@ -118,7 +118,7 @@ def test_what_kind_of_router_a_stage_trains_is_in_its_file(stage: str, scope: st
         (["stage=vae", "vae.model.neighbours_in=-1"], "^vae.model.neighbours_in is -1"),
         (["stage=image", "image.model.patch=0"], "^image.model.patch is 0"),
         (["stage=dit", "learning_rate=nan"], "^learning_rate is nan"),
-        (["stage=image_router"], "image.weights= is required"),
+        (["stage=image_router"], "^image.weights is required"),
     ],
 )
 def test_mistakes_are_said_in_a_sentence(arguments: list[str], message: str) -> None:

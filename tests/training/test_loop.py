@@ -314,10 +314,14 @@ def test_a_signal_that_arrives_twice_at_once_is_one_and_handlers_are_restored():
 
 def test_a_second_signal_acts_as_it_did_before(monkeypatch):
     monkeypatch.setattr(loop, "REPEATED_S", 0.0)
-    with pytest.raises(KeyboardInterrupt), stop_signals() as arrived:
-        signal.raise_signal(signal.SIGINT)
-        assert arrived == ["SIGINT"]
-        signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), stop_signals() as arrived:
+            signal.raise_signal(signal.SIGINT)
+            assert arrived == ["SIGINT"]
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_gradient_checkpointing_switch():
