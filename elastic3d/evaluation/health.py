@@ -207,7 +207,9 @@ def thinnest_wall(mesh: trimesh.Trimesh) -> float | None:
     placement = placement_of(mesh, half_extent=1.0)
     mesh = placement.apply(mesh)
     distance, met = opposite_walls(mesh, Rays(mesh))
-    return float(np.quantile(distance[met] + _STEP, 0.01)) / placement.scale if met.any() else None
+    if not met.any():
+        return None
+    return float(np.quantile(distance[met] + _STEP, 0.01)) / placement.scale
 
 
 @dataclass(kw_only=True)
@@ -228,7 +230,9 @@ class PrintCheck(MeshHealth):
     @property
     def thinnest_mm(self) -> float | None:
         """The thinnest wall in millimetres, where the size is known."""
-        return self.thinnest_wall * self.size_mm if self.thinnest_wall and self.size_mm else None
+        if self.thinnest_wall is None or self.size_mm is None:
+            return None
+        return self.thinnest_wall * self.size_mm
 
     @property
     def smallest_mm(self) -> float | None:
@@ -249,22 +253,27 @@ class PrintCheck(MeshHealth):
             found.append(
                 f"genus {self.genus}: walls have see-through holes, more than an object has by design"
             )
-        if self.thinnest_mm and self.smallest_mm and self.thinnest_mm < self.min_wall_mm:
+        thin = self.thinnest_mm
+        if thin is not None and self.smallest_mm is not None and thin < self.min_wall_mm:
             found.append(
-                f"walls of {self.thinnest_mm:.2g} mm, thinner than min_wall_mm={self.min_wall_mm:g}: they print from"
+                f"walls of {thin:.2g} mm, thinner than min_wall_mm={self.min_wall_mm:g}: they print from"
                 f" size_mm={self.smallest_mm:.0f} on"
             )
         return found
 
     def summary(self) -> str:
         """`watertight, 1 piece, genus 2, thinnest wall 1.3 % of the longest side`; in mm where the size is known."""
-        text = "watertight" if self.watertight else "not watertight"
-        text += ", 1 piece" if self.components == 1 else f", {self.components} pieces"
-        text += "" if self.genus is None else f", genus {self.genus}"
-        if self.thinnest_mm:
-            return f"{text}, thinnest wall {self.thinnest_mm:.2g} mm"
-        wall = self.thinnest_wall
-        return f"{text}, thinnest wall {100 * wall:.2g} % of the longest side" if wall else text
+        parts = [
+            "watertight" if self.watertight else "not watertight",
+            "1 piece" if self.components == 1 else f"{self.components} pieces",
+        ]
+        if self.genus is not None:
+            parts.append(f"genus {self.genus}")
+        if self.thinnest_mm is not None:
+            parts.append(f"thinnest wall {self.thinnest_mm:.2g} mm")
+        elif self.thinnest_wall is not None:
+            parts.append(f"thinnest wall {100 * self.thinnest_wall:.2g} % of the longest side")
+        return ", ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
         """The `print` object of a mesh's metadata: lengths as shares of the longest side, and in mm if it is known."""

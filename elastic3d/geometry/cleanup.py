@@ -77,9 +77,8 @@ def genus(mesh: trimesh.Trimesh) -> int:
     edges = np.lexsort(mesh.edges_sorted.T).reshape(-1, 2)  # (E,2), the two faces of each
     label = trimesh.graph.connected_component_labels
     components = label(edges // 3, node_count=len(corners)).max() + 1
-    fans = (
-        label(np.concatenate([low[edges], high[edges]]), node_count=corners.size).max() + 1
-    )  # (F,3) at vertices
+    # corners that meet along an edge are of one fan around their vertex: as many vertices, once what touches is apart
+    fans = label(np.concatenate([low[edges], high[edges]]), node_count=corners.size).max() + 1
     return int(2 * components - (fans - len(edges) + len(corners))) // 2
 
 

@@ -180,20 +180,25 @@ def fill(
         name: value.to(device or "cpu", floats if value.is_floating_point() else None, copy=True)
         for name, value in state.items()
     }
-    load_strict(model, placed, source, assign=True)
+    _check_finite(placed, source)
+    model.load_state_dict(placed, assign=True)
     return model.eval()
 
 
-def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
-    """Copy `state` into `model`, or put its tensors there; every key and shape must agree and every value be finite.
+def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy `state` into `model`; every key and shape must agree and every value be finite.
 
     Raises:
         UserError: as `check_fit`; also naming the first tensor that is not finite.
     """
     check_fit(model.state_dict(), state, f"{source} does not fit {type(model).__name__}")
+    _check_finite(state, source)
+    model.load_state_dict(state)
+
+
+def _check_finite(state: Mapping[str, Tensor], source: str) -> None:
     if bad := [name for name, value in state.items() if not all_finite(value)]:
         raise UserError(f"{source} has NaN or infinite values in {len(bad)} tensors, first in {bad[0]}")
-    model.load_state_dict(state, assign=assign)
 
 
 def all_finite(values: Tensor) -> bool:

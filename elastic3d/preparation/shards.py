@@ -98,9 +98,8 @@ def drop_outdated(items: list[Item], folder: Path, recipe: Recipe, retry: bool =
             )
         failed = [row for row in described["failures"] if row["id"] in version]
         changed = any(row.get("version", "") != version[row["id"]] for row in failed)
-        for row in described[
-            "items"
-        ]:  # older shards do not say; of a file that can't be read there is no version
+        for row in described["items"]:
+            # older shards do not say; of a file that can't be read there is no version
             then, now = row.get("version"), version.get(row["id"])
             changed |= bool(then and now and then != now)
         if changed or (retry and failed):

@@ -67,10 +67,8 @@ _INFO = {
     "std": [Number(0)],
 }
 _SUMS = {"ids": [str], "count": _COUNT, "sum": [Number()], "square": [Number()]}
-_MADE_OF = (
-    "train",
-    "source",
-)  # of a cached shard: which of its shapes train, what was read; absent in older caches
+# Of a cached shard: which of its shapes train, what was read; absent in older caches.
+_MADE_OF = ("train", "source")
 
 
 @dataclass(kw_only=True)
