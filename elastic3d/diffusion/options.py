@@ -8,6 +8,8 @@ from enum import Enum
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.utils.options import Options, option
 
+MAX_ENSEMBLE = 64  # generations of one object
+
 
 class SamplingGrid(Enum):
     """Where sampling times lie: `uniform`, `endpoint` (Hunyuan3D-2: n times are n - 1 moves), `consistency` (turbo),

@@ -51,6 +51,7 @@ OPTIONS = (
     "steps",
     "guidance",
     "resolution",
+    "ensemble",
     "cleanup",
     "foreground",
 )  # of the command, for the pipeline
@@ -164,7 +165,7 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
     if config.model in PRESETS:
         from elastic3d.pipelines.published import published_pipeline
 
-        pipeline = published_pipeline(config, min(meshes, config.rows))
+        pipeline = published_pipeline(config, min(meshes, config.rows) * config.ensemble)
     else:
         for name in ("weights", "subfolder", "vae_subfolder", "dinov2", "memory_budget"):
             if getattr(config, name):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from elastic3d import __version__
 from elastic3d.checkpoints.folders import INDEX_NAME, refuse
 from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, resolution_of, save_dial
-from elastic3d.diffusion.options import PipelineConfig, Quality
+from elastic3d.diffusion.options import MAX_ENSEMBLE, PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample, sampling_times
 from elastic3d.elastic.attachment import attach, has_routers, is_attached, save_routers, session_of
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
@@ -29,6 +29,7 @@ from elastic3d.elastic.training_free import CALIBRATION_NAME, check_budget, put_
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field, extract_surface, reducible
+from elastic3d.geometry.ensemble import mean_field
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.models.image_encoder import (
     DinoV2,
@@ -60,7 +61,7 @@ from elastic3d.pipelines.static import CompiledDiT, StaticDiT
 from elastic3d.pipelines.training_free import find_calibration, save_calibration
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256, load_json, printable, save_json
-from elastic3d.utils.options import from_dict, to_dict
+from elastic3d.utils.options import check_range, from_dict, to_dict
 
 PIPELINE_NAME, ROUTERS_NAME = "pipeline.json", "routers"
 # Points in one call of the field on a CPU. Blocks of over 32 MB are mapped anew by glibc each time, and every page of
@@ -82,7 +83,7 @@ class Result:
     metadata: dict[str, Any]
     """What was done, as stored in a glb: version, model, seed, steps, FLOPs, milliseconds, ..."""
     latents: Tensor | None = None
-    """Sampled latents (N,C) fp32 on the CPU; None if the image could not be used."""
+    """Sampled latents (N,C) fp32 on the CPU, of an ensemble (K,N,C); None if the image could not be used."""
     error: UserError | None = None
     image: Image.Image | None = None
     """The (front) image as the model saw it: the object cut out, centred, on white; None if it could not be used."""
@@ -113,6 +114,7 @@ class Call:
     decode: DecodeConfig
     cleanup: CleanupConfig
     foreground: ForegroundConfig
+    ensemble: int
     dial: dict[str, Any]
     on_step: OnStep | None
     on_progress: OnProgress | None
@@ -277,6 +279,7 @@ class ImageTo3DPipeline:
         decode: DecodeConfig | None = None,
         cleanup: CleanupConfig | None = None,
         foreground: ForegroundConfig | None = None,
+        ensemble: int = 1,
         on_step: OnStep | None = None,
         on_progress: OnProgress | None = None,
         on_result: OnResult | None = None,
@@ -292,6 +295,8 @@ class ImageTo3DPipeline:
                 dense steps; without, of the dense model's default ones, where the model has a dial.
             max_faces: decimate to this many faces; None is `cleanup`'s own (40,000).
             decode: how the field becomes a mesh; resolution, box and chunks are those of this call.
+            ensemble: generations of each object, K; the mesh is that of their mean shape (`geometry.ensemble`). The first
+                is the one that is made without.
             on_step: called with (steps done, steps) during sampling.
             on_progress: called with (stage, done, total) in every stage: condition, dit, decode, cleanup.
             on_result: called with (number in the list, result) as soon as a result is known, failures included.
@@ -305,6 +310,7 @@ class ImageTo3DPipeline:
         many = stacked or (isinstance(images, Sequence) and not isinstance(images, str))
         inputs: Sequence[ImageInput] = images if many else [images]  # type: ignore[assignment, list-item]
         seeds = seeds_of(seed, len(inputs))
+        check_range("ensemble", ensemble, 1, MAX_ENSEMBLE)
         given = {"steps": steps, "guidance": guidance, "resolution": resolution}
         requested = ElasticOptions(**elastic)
         row = choose(self.dial, requested, steps, quality, guidance)
@@ -315,7 +321,7 @@ class ImageTo3DPipeline:
         parts = decode or DecodeConfig(), cleanup or CleanupConfig(), foreground or ForegroundConfig()
         told = on_step, on_progress, on_result or (lambda *_: None)
         with turn(self.dit):  # threads that share a model take turns
-            results = model._generate(Call(inputs, seeds, config, *parts, dial, *told))
+            results = model._generate(Call(inputs, seeds, config, *parts, ensemble, dial, *told))
         if not many and results[0].error is not None:
             raise results[0].error
         return results if many else results[0]
@@ -345,7 +351,7 @@ class ImageTo3DPipeline:
         return twin
 
     def _generate(self, call: Call) -> list[Result]:
-        config, ms = call.config, dict[str, float]()
+        config, K, ms = call.config, call.ensemble, dict[str, float]()
         if config.elastic.elastic and self.session is None:  # the first call with a budget brings the policy
             put_policy(self.dit, find_calibration(self.calibration, self.dit))
         metadata = {
@@ -357,6 +363,7 @@ class ImageTo3DPipeline:
             "guidance": config.guidance,
             "resolution": config.resolution,
             "budget": config.elastic.budget if config.elastic.elastic else 1.0,
+            "ensemble": call.ensemble,
             **call.dial,
         }
         results = [Result({**metadata, "seed": seed}) for seed in call.seeds]
@@ -370,15 +377,17 @@ class ImageTo3DPipeline:
         seeds = [call.seeds[i] for i in made]
         with timed(ms, "dit"):
             latents = self.sample_latents(
-                condition, seeds, config.steps, config.guidance, config.elastic, partial(call.at, "dit")
-            )
+                condition, seeds, config.steps, config.guidance, config.elastic, partial(call.at, "dit"), K
+            ).unflatten(0, (-1, K))
         dense, default = (dense_flops(self.dit, c, condition.shape[1]) for c in (config, self.config))
         # costs of a dial are shares of the default generation's
         of_default = {} if self.dial is None else {"flops_dense": default}
-        routes = routes_of(self.session, config.elastic, len(made))
-        for result, row, route in zip(made.values(), latents, routes, strict=True):
-            result.latents = row.cpu()
-            result.metadata |= {"flops_executed": dense, "flops_dense": dense, **route, **of_default}
+        routes = routes_of(self.session, config.elastic, len(made) * K)
+        for i, (result, rows) in enumerate(zip(made.values(), latents, strict=True)):
+            result.latents = rows.squeeze(0).cpu()
+            of_each = [{"flops_executed": dense, "flops_dense": dense, **r} for r in routes[i * K :][:K]]
+            flops = {n: sum(each[n] for each in of_each) for n in of_each[0] if n.startswith("flops_")}
+            result.metadata |= of_each[0] | flops | of_default
         self._decode(call, latents, made, ms)
         return results
 
@@ -426,9 +435,13 @@ class ImageTo3DPipeline:
         guidance: float,
         elastic: ElasticConfig,
         on_step: OnStep | None = None,
+        ensemble: int = 1,
     ) -> Tensor:
-        """Condition tokens (B,M,Cc) -> latents (B,N,C) in fp32, sample b from its own generator."""
+        """Condition tokens (B,M,Cc) -> latents (BK,N,C) in fp32, with K of an `ensemble` for each sample one after the
+        other, from the sample's own generator."""
         cfg, session = self.dit.config, self.session
+        condition = condition.repeat_interleave(ensemble, 0)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         if session is not None:
             session.settings = elastic
         times = sampling_times(self.config, steps)
@@ -440,7 +453,7 @@ class ImageTo3DPipeline:
                 (cfg.num_latents, cfg.in_channels),
                 times,
                 guidance,
-                [torch.Generator().manual_seed(seed) for seed in seeds],
+                [generator for generator in generators for _ in range(ensemble)],
                 solver=self.config.solver,
                 sequential=self.offload,
                 guidance_embed=cfg.guidance_embed,
@@ -453,7 +466,7 @@ class ImageTo3DPipeline:
         return latents
 
     def _decode(self, call: Call, latents: Tensor, made: dict[int, Result], ms: dict[str, float]) -> None:
-        """Latents (B,N,C) -> the meshes of `made`, by their number in the call, or why there is none.
+        """Latents (B,K,N,C) -> the meshes of `made`, by their number in the call, or why there is none.
 
         `ms` is what the batch has taken so far; now all times of its results are known.
         """
@@ -462,7 +475,7 @@ class ImageTo3DPipeline:
         decode = replace(call.decode, resolution=resolution, box=box, max_points=self.max_points)
         with self._working(self.vae):
             with timed(ms, "decode"), torch.no_grad():
-                tokens = self.vae.decode(latents)
+                tokens = self.vae.decode(latents.flatten(0, 1)).split(call.ensemble)
             for row, (number, result) in enumerate(made.items()):
 
                 def on_level(level: int, levels: int, before: int = row) -> None:
@@ -471,7 +484,8 @@ class ImageTo3DPipeline:
                 took = {name: value / count for name, value in ms.items()}
                 try:
                     with timed(took, "decode"):
-                        field = self.vae.field(tokens[row : row + 1])
+                        fields = [self.vae.field(each[None]) for each in tokens[row]]
+                        field = mean_field(fields, decode, self.device)
                         values, _ = decode_field(field, decode, self.device, on_level)
                     with timed(took, "surface"):
                         values = reducible(values, call.cleanup.max_faces)

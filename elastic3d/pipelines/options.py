@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from elastic3d.diffusion.options import Quality
+from elastic3d.diffusion.options import MAX_ENSEMBLE, Quality
 from elastic3d.elastic.config import MIN_BUDGET, ElasticOptions
 from elastic3d.evaluation.options import Runner
 from elastic3d.geometry.options import CleanupConfig
@@ -118,6 +118,12 @@ class MeshRequestConfig(Options):
     quality: Quality | None = option(
         None, "Instead of budget=: the model's fastest setting, its default, or its most faithful one."
     )
+    ensemble: int = option(
+        1,
+        "Generations of each object, whose mean shape becomes the mesh: truer and smoother, for as many times the work.",
+        ge=1,
+        le=MAX_ENSEMBLE,
+    )
 
 
 @dataclass(kw_only=True)
@@ -132,7 +138,7 @@ class GenerateConfig(ElasticOptions, MeshRequestConfig):
     preview: bool = option(False, "Also write a turntable strip of each mesh as a PNG beside it.")
     format: MeshFormat = option(MeshFormat.glb, "Format of the meshes where output is a folder.")
     resume: bool = option(False, "Skip what already has an output file.")
-    batch_size: int = option(8, "Meshes generated at a time.", ge=1, le=4096)
+    batch_size: int = option(8, "Generations at a time: of ensemble=4 two meshes.", ge=1, le=4096)
     runner: Runner = option(
         Runner.local,
         "Where a folder is generated: this process, or workers on the Ray cluster of RAY_ADDRESS.",
@@ -177,7 +183,7 @@ class GenerateConfig(ElasticOptions, MeshRequestConfig):
     @property
     def rows(self) -> int:
         """Meshes generated at a time."""
-        return 1 if self.low_memory else self.batch_size
+        return 1 if self.low_memory else max(self.batch_size // self.ensemble, 1)
 
     @property
     def views(self) -> dict[str, Path]:

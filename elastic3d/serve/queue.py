@@ -75,6 +75,9 @@ class MeshRequest(BaseModel):
     resolution: int | None = Field(
         default=None, ge=8, le=512, description="grid cells a side of the decoding"
     )
+    ensemble: int = Field(
+        default=1, ge=1, le=16, description="generations, whose mean shape becomes the mesh"
+    )
     max_faces: int | None = Field(
         default=None, ge=4, le=10_000_000, description="decimate to this many faces"
     )
@@ -305,8 +308,9 @@ class MeshQueue:
                     self._drop_old()
             time.sleep(LINGER_S)
             with self._changed:  # where all may be cancelled by now
-                first = _batched_by(self._waiting[0].request) if self._waiting else None
-                batch = [job for job in self._waiting if _batched_by(job.request) == first][: self.batch_size]
+                first = self._waiting[0].request if self._waiting else MeshRequest()
+                alike = [job for job in self._waiting if _batched_by(job.request) == _batched_by(first)]
+                batch = alike[: max(self.batch_size // first.ensemble, 1)]
                 for job in batch:
                     self._waiting.remove(job)
                     job.state = JobState.running

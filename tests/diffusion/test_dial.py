@@ -294,6 +294,13 @@ def test_a_sample_is_the_same_in_a_batch(pipeline: ImageTo3DPipeline) -> None:
     assert batch[1].metadata["flops_executed"] == alone.metadata["flops_executed"]
 
 
+def test_an_ensemble_costs_its_rows(pipeline: ImageTo3DPipeline) -> None:
+    """Executed FLOPs are those of all generations, over those of one dense one."""
+    plain, found = made(pipeline, budget=0.2).metadata, made(pipeline, budget=0.2, ensemble=3).metadata
+    assert found["flops_executed"] == 3 * plain["flops_executed"]
+    assert found["flops_dense"] == plain["flops_dense"] and found["routes"] == plain["routes"]
+
+
 def test_a_dial_is_saved_with_its_model_and_goes_with_it(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "copy")
     again = load(tmp_path / "copy")

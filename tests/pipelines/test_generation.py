@@ -105,6 +105,13 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
         GenerateConfig(**{"image": "a.png", "output": "a.glb", **options})
 
 
+def test_generations_of_an_ensemble_count_for_the_batch() -> None:
+    config = {"image": "a.png", "output": "a.glb", "batch_size": 8}
+    assert [GenerateConfig(**config, ensemble=k).rows for k in (1, 3, 8, 20)] == [8, 2, 1, 1]
+    with pytest.raises(ValueError, match="ensemble is 65, expected a value from 1 to 64"):
+        GenerateConfig(**config, ensemble=65)
+
+
 def test_turntable_shows_the_mesh_from_all_sides() -> None:
     mesh = trimesh.creation.box((0.2, 0.1, 0.6))
     mesh.apply_translation((5, 0, 0))

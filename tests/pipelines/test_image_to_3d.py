@@ -42,7 +42,7 @@ def test_metadata(pipeline: ImageTo3DPipeline) -> None:
     metadata = pipeline(image(), seed=5, steps=2, guidance=1.0, resolution=12).metadata
     assert list(metadata) == [
         "version", "model", "weights_sha256", "seed", "steps", "guidance", "resolution", "budget",
-        "flops_executed", "flops_dense", "ms",
+        "ensemble", "flops_executed", "flops_dense", "ms",
     ]  # fmt: skip
     assert list(metadata["ms"]) == ["condition", "dit", "decode", "surface", "cleanup"]
     assert all(value >= 0 for value in metadata["ms"].values())
@@ -83,6 +83,30 @@ def test_a_sample_does_not_depend_on_its_batch(pipeline: ImageTo3DPipeline) -> N
         assert abs(len(alone.mesh.faces) - len(together.mesh.faces)) <= 8
     assert [result.metadata["seed"] for result in batch] == [7, 8, 9]
     assert all(result.metadata["seed"] == 4 for result in pipeline(images[:2], seed=4))
+
+
+def test_an_ensemble(pipeline: ImageTo3DPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first generation is the one without; the others are of the same generator, whatever else is in the batch."""
+    plain, found = pipeline(image(), seed=7), pipeline(image(), seed=7, ensemble=3)
+    assert plain.latents is not None and found.latents is not None
+    assert found.latents.shape == (3, *plain.latents.shape)
+    torch.testing.assert_close(found.latents[0], plain.latents, rtol=1e-4, atol=1e-5)
+    assert all((found.latents[i] - found.latents[j]).abs().max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert plain.metadata["ensemble"] == 1 and found.metadata["ensemble"] == 3
+    assert found.metadata["flops_executed"] == 3 * plain.metadata["flops_executed"]
+
+    asked: list[int] = []
+    original = image_to_3d.mean_field
+    monkeypatch.setattr(
+        image_to_3d, "mean_field", lambda fields, *rest: asked.append(len(fields)) or original(fields, *rest)
+    )
+    batch = pipeline([image("navy", 5), image()], seed=[8, 7], ensemble=3)
+    assert asked == [3, 3]
+    torch.testing.assert_close(batch[1].latents, found.latents, rtol=1e-4, atol=1e-5)
+    assert abs(len(batch[1].mesh.faces) - len(found.mesh.faces)) <= 8
+    for wrong in (0, 65):
+        with pytest.raises(UserError, match=f"ensemble is {wrong}, expected"):
+            pipeline(image(), ensemble=wrong)
 
 
 def test_a_bad_image_is_an_error_in_its_slot(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:
