@@ -32,9 +32,9 @@ from elastic3d.models.images import IMAGE_SUFFIXES, prepare
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.weights import CONFIG_NAME, find_weights
 from elastic3d.pipelines.generation import find_images
-from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline, load_dit
+from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
-from elastic3d.pipelines.runtime import find_model
+from elastic3d.pipelines.runtime import find_model, load_dit
 from elastic3d.training.journal import mesh_image, on_white
 from elastic3d.utils.files import file_sha256, load_json
 

@@ -44,11 +44,12 @@ from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT
-from elastic3d.models.weights import CONFIG_NAME, find_weights, plain_twin
+from elastic3d.models.weights import find_weights, plain_twin
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, on_device
 from elastic3d.pipelines.runtime import (
     dense_flops,
     find_model,
+    load_dit,
     named_routers,
     resolve_device,
     resolve_dtype,
@@ -295,8 +296,8 @@ class ImageTo3DPipeline:
                 dense steps; without, of the dense model's default ones, where the model has a dial.
             max_faces: decimate to this many faces; None is `cleanup`'s own (40,000).
             decode: how the field becomes a mesh; resolution, box and chunks are those of this call.
-            ensemble: generations of each object, K; the mesh is that of their mean shape (`geometry.ensemble`). The first
-                is the one that is made without.
+            ensemble: generations of each object, K, whose mean shape is the mesh (`geometry.ensemble`); the first is the
+                one that is made without.
             on_step: called with (steps done, steps) during sampling.
             on_progress: called with (stage, done, total) in every stage: condition, dit, decode, cleanup.
             on_result: called with (number in the list, result) as soon as a result is known, failures included.
@@ -497,12 +498,3 @@ class ImageTo3DPipeline:
                 result.metadata["ms"] = {name: round(value, 1) for name, value in took.items()}
                 call.at("cleanup", row + 1, count)
                 call.on_result(number, result)
-
-
-def load_dit(
-    folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None
-) -> ShapeDiT | SkipDiT:
-    """The DiT saved in a folder, of either kind; errors as `from_pretrained`."""
-    path = folder / CONFIG_NAME
-    kind = load_json(path).get("_class_name") if path.is_file() else None
-    return (SkipDiT if kind == SkipDiT.__name__ else ShapeDiT).from_pretrained(folder, dtype, device)

@@ -28,7 +28,9 @@ from elastic3d.elastic.training_free import StepPolicy
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT
+from elastic3d.models.weights import CONFIG_NAME
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
+from elastic3d.utils.files import load_json
 from elastic3d.utils.options import to_dict
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -50,6 +52,15 @@ def named_routers(model: Path, name: str | Path) -> Path:
     """The folder of routers at a path, or of that name in a model's folder."""
     inside = model / name
     return inside if inside.is_dir() and not Path(name).exists() else Path(name)
+
+
+def load_dit(
+    folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> ShapeDiT | SkipDiT:
+    """The DiT saved in a folder, of either kind; errors as `from_pretrained`."""
+    path = folder / CONFIG_NAME
+    kind = load_json(path).get("_class_name") if path.is_file() else None
+    return (SkipDiT if kind == SkipDiT.__name__ else ShapeDiT).from_pretrained(folder, dtype, device)
 
 
 def seeds_of(seed: Any, count: int) -> list[int]:

@@ -22,8 +22,9 @@ from elastic3d.models.image_encoder import build_image_encoder
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.weights import load_strict
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, load_dit
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.pixel_flux import PixelSamplingConfig, build_transformer, save_pixel_flux
+from elastic3d.pipelines.runtime import load_dit
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.checkpoint import (
     Checkpoint,

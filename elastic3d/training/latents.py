@@ -30,9 +30,9 @@ from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT
 from elastic3d.models.weights import WEIGHTS_NAME, load_config, save_weights, tensor_heads
-from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, load_dit
+from elastic3d.pipelines.image_to_3d import PIPELINE_NAME
 from elastic3d.pipelines.memory import require_memory
-from elastic3d.pipelines.runtime import BUNDLED, find_model, resolve_device
+from elastic3d.pipelines.runtime import BUNDLED, find_model, load_dit, resolve_device
 from elastic3d.training.checkpoint import CLASSES, model_part, read_record, statistics_of
 from elastic3d.training.datasets import (
     PreparedShapes,
