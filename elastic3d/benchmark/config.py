@@ -61,10 +61,8 @@ class PolicyName(Enum):
 
 
 class CacheName(Enum):
-    """Training-free rivals that run on the dense transformer, and are rows of the table too.
-
-    `forecast` and `hicache` run on every model, the others on those of diffusers.
-    """
+    """Training-free rivals on the dense transformer: `forecast` and `hicache` run on every model, the others on those
+    of diffusers."""
 
     forecast = "forecast"
     hicache = "hicache"
@@ -179,11 +177,8 @@ class MeshBenchmarkConfig(BenchmarkOptions):
     def check(self) -> None:
         """Caches of diffusers run on its models alone."""
         super().check()
-        for name in self.caches:
-            if name not in ON_ANY_MODEL:
-                raise ValueError(
-                    f"caches has {name.name}, for models of diffusers: expected forecast, hicache"
-                )
+        if others := [name.name for name in self.caches if name not in ON_ANY_MODEL]:
+            raise ValueError(f"caches has {others[0]}, for models of diffusers: expected forecast, hicache")
 
 
 @dataclass(kw_only=True)
