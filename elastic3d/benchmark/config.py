@@ -120,7 +120,7 @@ class BenchmarkOptions(Options):
     control_steps: int = option(0, "steps of controls and variants; 0: baseline_steps", ge=0, le=1000)
     baseline_steps: int | None = option(None, "steps of dense; null: the model's default", **STEPS)
     reference_steps: int = option(100, "steps of the dense results that all others are paired with", **STEPS)
-    seeds: list[int] = option([0, 1, 2], "noise; two or more give the seed floor", ge=0, le=2**63 - 1, **SOME)
+    seeds: list[int] = option([0, 1, 2], "of the noise; two give the seed floor", ge=0, le=2**63 - 1, **SOME)
     cache: BlockCacheConfig | None = option(None, "cache of elastic rows; null: the model's default")
     intervals: list[int] = option(
         [2, 3], "of rivals that compute every N-th step, one row each", ge=2, le=1000
@@ -139,11 +139,11 @@ class BenchmarkOptions(Options):
     repeats: int = option(5, "timing: rounds of the DiT alone, after a warm one", **COUNT)
     end_to_end_repeats: int = option(2, "timing: rounds of everything, after a warm one", ge=0, le=MANY)
     cpu_time: bool = option(False, "timing: CPU time of all threads, where other programs run; not on a GPU")
-    calibration: Path | None = option(None, "items for static and timestep routes; null: the first measured")
+    calibration: Path | None = option(None, "items for static and timestep routes; null: the first ones")
     calibration_samples: int = option(8, "items for static and timestep routes", **COUNT)
     caches: list[CacheName] = option(ON_ANY_MODEL, "training-free rivals to put beside")
     cache_steps: list[int] = option([], "step counts of these; empty: baseline_steps", **STEPS)
-    policies: list[PolicyName] = option(list(PolicyName), "training_free's; all but even need a calibration")
+    policies: list[PolicyName] = option(list(PolicyName), "of training_free; all but even need a calibration")
     policy_calibration: Path | None = option(None, "of scripts/calibrate.py; null: that of the weights")
     forecasts: list[ForecastName] = option(list(ForecastName), "forecast: one row each and interval")
     batched_decisions: bool = option(
