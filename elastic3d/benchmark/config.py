@@ -16,10 +16,10 @@ from elastic3d.utils.options import Options, option
 MANY = 1 << 20
 COUNT: dict[str, Any] = {"ge": 1, "le": MANY}
 STEPS: dict[str, Any] = {"ge": 1, "le": 1000}
-INTERVAL: dict[str, Any] = {"ge": 2, "le": 1000}
 THRESHOLD: dict[str, Any] = {"ge": 0, "le": 100}
 BUDGET: dict[str, Any] = {"ge": MIN_BUDGET, "le": 1, "unique": True}
 SOME: dict[str, Any] = {"lengths": (1, 1000), "unique": True}  # a list that has to have a value
+CHANGES = [0.05, 0.1, 0.2, 0.4]  # relative, of a residual: below one of them a cache goes on
 
 
 class TaskName(Enum):
@@ -61,10 +61,8 @@ class PolicyName(Enum):
 
 
 class CacheName(Enum):
-    """Training-free rivals that run on the dense transformer, and are rows of the table too.
-
-    `forecast` and `hicache` run on every model, the others on those of diffusers.
-    """
+    """Training-free rivals on the dense transformer: `forecast` and `hicache` run on every model, the others on those
+    of diffusers."""
 
     forecast = "forecast"
     hicache = "hicache"
@@ -109,71 +107,44 @@ class Phase(Enum):
 class BenchmarkOptions(Options):
     """What both tasks share."""
 
-    task: TaskName = option(
-        TaskName.meshes, "what is made; task=images --help lists the options of text-to-image models"
-    )
+    task: TaskName = option(TaskName.meshes, "what is made; task=images --help lists the options for images")
     output: Path = option(..., "folder for results.json, the plots, and all that makes a run resumable")
     variants: dict[str, str] = option(
         {}, "further rows, {name: folder}: of routers for the model, of a DiT, or of a whole model (meshes)"
     )
-    methods: list[Method] = option(
-        [],
-        "rows of the table; empty: all that the model and the items allow, but ablations and random_blocks",
-    )
+    methods: list[Method] = option([], "rows; empty: all that are possible, but ablations and random_blocks")
     budgets: list[float] = option([1.0, 0.8, 0.65, 0.5, 0.4, 0.3], "budgets of elastic rows", **BUDGET | SOME)
-    control_budgets: list[float] = option(
-        [], "budgets of controls and variants; empty: those of elastic rows", **BUDGET
-    )
+    control_budgets: list[float] = option([], "budgets of controls and variants; empty: budgets=", **BUDGET)
     steps: list[int] = option([8, 12, 16, 25, 50, 100], "step counts of fewer_steps", **STEPS, **SOME)
     elastic_steps: list[int] = option([], "step counts of elastic rows; empty: baseline_steps", **STEPS)
     control_steps: int = option(0, "steps of controls and variants; 0: baseline_steps", ge=0, le=1000)
     baseline_steps: int | None = option(None, "steps of dense; null: the model's default", **STEPS)
     reference_steps: int = option(100, "steps of the dense results that all others are paired with", **STEPS)
-    seeds: list[int] = option(
-        [0, 1, 2], "seeds of the noise; the first two or more give the seed floor", ge=0, le=2**63 - 1, **SOME
-    )
+    seeds: list[int] = option([0, 1, 2], "of the noise; two give the seed floor", ge=0, le=2**63 - 1, **SOME)
     cache: BlockCacheConfig | None = option(None, "cache of elastic rows; null: the model's default")
     intervals: list[int] = option(
-        [2, 3],
-        "dense_cache, forecast, hicache, taylor_seer, taylor_seer_lite: computed at every N-th step, one row each",
-        **INTERVAL,
+        [2, 3], "of rivals that compute every N-th step, one row each", ge=2, le=1000
     )
     warmup: int = option(3, "of the same: steps that are computed first", **STEPS)
     dampings: list[float] = option(
-        [1.0],
-        "dense_cache: damping of the forecast, one row each (1: a line); the calibrated one of the routers is added",
-        ge=0,
-        le=1,
+        [1.0], "dense_cache: one row each (1: a line) and the routers' own", ge=0, le=1
     )
     limit: int = option(0, "items, spread evenly over all; 0 takes all", ge=0, le=MANY)
-    phases: list[Phase] = option(
-        [Phase.quality, Phase.timing], "what to do; the report is written in any case", **SOME
-    )
+    phases: list[Phase] = option([Phase.quality, Phase.timing], "what to do before the report", **SOME)
     guidance: float | None = option(None, "guidance scale; null: the model's default", **THRESHOLD)
-    resolution: int | None = option(
-        None, "meshes: grid cells a side; images: pixels a side; null: the model's default", ge=8, le=512
-    )
+    resolution: int | None = option(None, "cells or pixels a side; null: the model's default", ge=8, le=512)
     batch_size: int = option(8, "quality: items generated at a time", **COUNT)
     batches: list[int] = option([1, 4], "timing: batch sizes", ge=1, le=4096, **SOME)
     timing_items: int = option(4, "timing: images or prompts, spread evenly", **COUNT)
     repeats: int = option(5, "timing: rounds of the DiT alone, after a warm one", **COUNT)
     end_to_end_repeats: int = option(2, "timing: rounds of everything, after a warm one", ge=0, le=MANY)
-    cpu_time: bool = option(
-        False, "timing: CPU time of all threads, where other programs run on this machine; not on a GPU"
-    )
-    calibration: Path | None = option(
-        None,
-        "items that static and timestep routes are found on, given as the others; null: the first of those",
-    )
-    calibration_samples: int = option(8, "items that static and timestep routes are found on", **COUNT)
+    cpu_time: bool = option(False, "timing: CPU time of all threads, where other programs run; not on a GPU")
+    calibration: Path | None = option(None, "items for static and timestep routes; null: the first ones")
+    calibration_samples: int = option(8, "items for static and timestep routes", **COUNT)
     caches: list[CacheName] = option(ON_ANY_MODEL, "training-free rivals to put beside")
     cache_steps: list[int] = option([], "step counts of these; empty: baseline_steps", **STEPS)
-    policies: list[PolicyName] = option(
-        list(PolicyName), "training_free: one row each and budget; all but even need a calibration"
-    )
-    policy_calibration: Path | None = option(
-        None, "file or folder of scripts/calibrate.py; null: beside the weights, if there"
-    )
+    policies: list[PolicyName] = option(list(PolicyName), "of training_free; all but even need a calibration")
+    policy_calibration: Path | None = option(None, "of scripts/calibrate.py; null: that of the weights")
     forecasts: list[ForecastName] = option(list(ForecastName), "forecast: one row each and interval")
     batched_decisions: bool = option(
         False, "run rivals that decide for a whole batch in batches: faster, but samples depend on others"
@@ -206,12 +177,8 @@ class MeshBenchmarkConfig(BenchmarkOptions):
     def check(self) -> None:
         """Caches of diffusers run on its models alone."""
         super().check()
-        known = ", ".join(name.name for name in ON_ANY_MODEL)
-        for name in self.caches:
-            if name not in ON_ANY_MODEL:
-                raise ValueError(
-                    f"caches has {name.name}, which runs on models of diffusers: expected {known}"
-                )
+        if others := [name.name for name in self.caches if name not in ON_ANY_MODEL]:
+            raise ValueError(f"caches has {others[0]}, for models of diffusers: expected forecast, hicache")
 
 
 @dataclass(kw_only=True)
@@ -226,25 +193,15 @@ class ImageBenchmarkConfig(BenchmarkOptions):
     steps: list[int] = option([4, 6, 8, 10, 12, 16, 20, 25], "step counts of fewer_steps", **STEPS, **SOME)
     batch_size: int = option(16, "quality: images generated at a time", **COUNT)
     caches: list[CacheName] = option(list(CacheName), "training-free rivals to put beside")
-    first_block_thresholds: list[float] = option(
-        [0.05, 0.1, 0.2, 0.4], "first_block_cache: one row each", **THRESHOLD
-    )
+    first_block_thresholds: list[float] = option(CHANGES, "first_block_cache: one row each", **THRESHOLD)
     mag_thresholds: list[float] = option([0.06, 0.12, 0.24, 0.5], "mag_cache: one row each", **THRESHOLD)
-    db_thresholds: list[float] = option(
-        [0.05, 0.1, 0.2, 0.4], "db_cache: one row for each, blocks, calibrator", **THRESHOLD
-    )
+    db_thresholds: list[float] = option(CHANGES, "db_cache: a row for each, blocks, calibrator", **THRESHOLD)
     db_blocks: list[int] = option([1], "db_cache: first blocks that are always computed", **STEPS)
     db_calibrators: list[Calibrator] = option(list(Calibrator), "db_cache: how residuals are continued")
-    prepared: Path = option(
-        Path("data/prepared"), "prepared shapes, whose held-out views are the real images"
-    )
+    prepared: Path = option(Path("data/prepared"), "shapes, whose held-out views are the real images")
     splits: Path = option(Path("data/splits"), "folder of train.txt, val.txt and test.txt")
-    references: Path | None = option(
-        None, "folder of real images with captions (a.png with a.txt) instead; then without a classifier"
-    )
-    feature_size: int = option(
-        128, "pixels a side at which EfficientNet sees an image", ge=32, le=1024, multiple_of=32
-    )
+    references: Path | None = option(None, "real images with captions (a.png, a.txt) instead; no classifier")
+    feature_size: int = option(128, "pixels a side that EfficientNet sees", ge=32, le=1024, multiple_of=32)
 
     def check(self) -> None:
         """A published pipeline has a folder."""

@@ -19,7 +19,7 @@ history is too short.
 from __future__ import annotations
 
 import math
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -55,14 +55,12 @@ def combine(history: History, weights: Tensor) -> Tensor:
     return total.to(newest.dtype)
 
 
-def line_weights(history: History, steps: Steps, at: float) -> Tensor:
-    """The last value and its last change: the first order of TaylorSeer (2503.06923)."""
-    return taylor_weights(history, steps, at, order=1)
-
-
 def taylor_weights(history: History, steps: Steps, at: float, order: int = ORDER) -> Tensor:
     """Derivatives by divided differences, and powers of the distance (TaylorSeer, 2503.06923)."""
     return _expansion(steps, [(at - steps[-1]) ** n for n in range(order + 1)])
+
+
+line_weights = partial(taylor_weights, order=1)  # the last value and its last change
 
 
 def hermite_weights(history: History, steps: Steps, at: float, sigma: float = SIGMA) -> Tensor:
@@ -139,9 +137,6 @@ WEIGHTS: dict[str, Weights] = {
     "chebyshev": chebyshev_weights,
     "dmd": dmd_weights,
 }
-
-
-# ------------------------------------------------------------------------------------------- around a model
 
 
 @contextmanager
@@ -221,9 +216,7 @@ class _ListForecast:
     weights: Weights
     computes: Callable[[], bool]
     entered: Streams = ()
-    known: dict[int, deque[tuple[int, Streams]]] = field(
-        default_factory=lambda: defaultdict(lambda: deque(maxlen=HISTORY))
-    )
+    known: dict[int, deque[tuple[int, Streams]]] = field(default_factory=dict)
 
     def run(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In the place of a block's forward. The first one of the list adds what all are forecast to add."""
@@ -235,12 +228,11 @@ class _ListForecast:
         out = self.kind.run(forward, call)
         if block is self.blocks[-1]:
             added = tuple(y - x for x, y in zip(self.entered, out, strict=True))
-            self.known[self.clock.branch].append((self.clock.step, added))
+            known = self.known.setdefault(self.clock.branch, deque(maxlen=HISTORY))
+            known.append((self.clock.step, added))
         return self.kind.pack(out)
 
     def _forecast(self, streams: Streams) -> Streams:
         steps, added = zip(*self.known[self.clock.branch], strict=True)
-        found = []
-        for stream, *history in zip(streams, *added, strict=True):
-            found.append(stream + combine(history, self.weights(history, steps, self.clock.step)))
-        return tuple(found)
+        series, at = zip(streams, *added, strict=True), self.clock.step
+        return tuple(x + combine(known, self.weights(known, steps, at)) for x, *known in series)

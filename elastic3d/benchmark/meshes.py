@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.benchmark.config import MeshBenchmarkConfig
 from elastic3d.benchmark.methods import DENSE, EULER, MAIN, Job, Model, Planner, Run
-from elastic3d.benchmark.rows import average, bounds
+from elastic3d.benchmark.report import average, bounds
 from elastic3d.benchmark.task import SHEET_SIDE, Pixels, Scores, Task
 from elastic3d.diffusion.options import SamplingGrid, Solver
 from elastic3d.diffusion.sampler import sampling_times
@@ -28,7 +27,7 @@ from elastic3d.evaluation.runner import score_all
 from elastic3d.evaluation.statistics import Row
 from elastic3d.geometry.decode import node_points
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh
-from elastic3d.models.images import IMAGE_SUFFIXES, prepare
+from elastic3d.models.images import IMAGE_SUFFIXES, load_image, prepare
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.weights import CONFIG_NAME, find_weights
 from elastic3d.pipelines.generation import find_images
@@ -46,7 +45,7 @@ F_DROP = 0.01  # of an F-score, that the speed target allows
 class MeshTask(Task):
     """The `Task` of meshes."""
 
-    noun, plural, suffix = "mesh", "meshes", ".glb"
+    noun, plural, inputs, suffix = "mesh", "meshes", "images", ".glb"
     table = {
         "chamfer_l1_same_steps": "Chamfer-L1 to dense, same steps", "iou_same_steps": "IoU to dense, same steps",
         "chamfer_l1_paired": "Chamfer-L1 to reference", "iou_paired": "IoU to reference",
@@ -84,8 +83,6 @@ class MeshTask(Task):
         if count > 1:
             raise UserError(f"{path} has several images named {stem}, expected different names")
         return found
-
-    # ---------------------------------------------------------------------------------------------- making
 
     def save(self, result: Any, path: Path) -> None:
         """Write the mesh with its metadata; of one that failed nothing stays."""
@@ -129,8 +126,6 @@ class MeshTask(Task):
             with torch.no_grad():
                 for block in session.blocks:
                     block.adapted(session.coarseness)
-
-    # ---------------------------------------------------------------------------------------------- scores
 
     def score(self, runs: Sequence[Run]) -> Scores:
         """Each run whose meshes are all made, against ground truth, the reference and the dense model in as many steps;
@@ -198,23 +193,14 @@ class MeshTask(Task):
             return None
         return distance < floor and all(drop is None or drop <= F_DROP for drop in drops)
 
-    # ---------------------------------------------------------------------------------------------- report
-
-    def about(self) -> dict[str, Any]:
-        """How many images."""
-        return {"images": len(self.items)}
-
     def image(self, path: Path) -> Pixels:
         """A view of the mesh; white where it failed."""
         return mesh_image(load_mesh(path) if path.is_file() else None, SHEET_SIDE)
 
     def given(self, jobs: Sequence[Job]) -> dict[str, list[Pixels]]:
         """The images, and the true shapes where they are known."""
-        columns: dict[str, list[Pixels]] = {"input": []}
-        for job in jobs:
-            with Image.open(job.item) as opened:
-                fitted = opened.convert("RGBA").resize((SHEET_SIDE, SHEET_SIDE))
-            columns["input"].append(on_white(np.asarray(fitted)))
+        inputs = [load_image(job.item).resize((SHEET_SIDE, SHEET_SIDE)) for job in jobs]
+        columns = {"input": [on_white(np.asarray(image)) for image in inputs]}
         if self.truth:
             columns["ground truth"] = [self.image(self.truth[job.name]) for job in jobs]
         return columns
@@ -241,19 +227,14 @@ def load_models(config: MeshBenchmarkConfig) -> dict[str, Model]:
     """Every pipeline by name: `model`, `dense` without routers, `euler` (dense, in equal Euler steps, where that
     differs), variants. UserError for a folder that holds no model or routers, or such as do not fit `model`."""
 
-    def load(path: Path, routers: bool | Path = True) -> ImageTo3DPipeline:
-        return ImageTo3DPipeline.from_pretrained(
-            path, config.device, config.dtype, dial=False, routers=routers
-        )
+    load = partial(ImageTo3DPipeline.from_pretrained, device=config.device, dtype=config.dtype, dial=False)
 
     def variant(path: Path) -> ImageTo3DPipeline:
         """The model in a folder of its own; or `main` with other routers, or with another DiT."""
         if (path / PIPELINE_NAME).is_file():
             return load(path)
         if not (path / CONFIG_NAME).is_file():
-            raise UserError(
-                f"{path} has neither {PIPELINE_NAME} nor {CONFIG_NAME}: it holds no model and no routers"
-            )
+            raise UserError(f"{path} has neither {PIPELINE_NAME} nor {CONFIG_NAME}: no model and no routers")
         if str(load_json(path / CONFIG_NAME).get("_class_name", "")).endswith("Routers"):
             return load(folder, routers=path)
         dit = load_dit(path, next(main.dit.parameters()).dtype, main.device)

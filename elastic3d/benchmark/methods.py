@@ -11,7 +11,8 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import cache, cached_property
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,11 @@ class Job:
         """The prompt, or the name of the image without its suffix."""
         return self.item.stem if isinstance(self.item, Path) else self.item
 
-
-@cache
-def item_sha256(item: Path | str) -> str:
-    """Of the prompt, or of the image's file."""
-    return file_sha256(item) if isinstance(item, Path) else hashlib.sha256(item.encode()).hexdigest()
+    @cached_property
+    def sha256(self) -> str:
+        """Of the prompt, or of the image's file."""
+        item = self.item
+        return file_sha256(item) if isinstance(item, Path) else hashlib.sha256(item.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,8 @@ class Planner:
     @cached_property
     def calibration(self) -> Calibration | None:
         """What policies go by; None where there is none. UserError for a file that is named and can't be used."""
-        model = self.models[DENSE]
-        named = self.config.policy_calibration
-        path = calibration_file(named) if named else model.pipeline.calibration
-        return find_calibration(path, model.dit)
+        model, named = self.models[DENSE], self.config.policy_calibration
+        return find_calibration(calibration_file(named) if named else model.pipeline.calibration, model.dit)
 
     @cached_property
     def calibration_digest(self) -> str:
@@ -237,25 +236,24 @@ def plan(planner: Planner, items: int) -> list[Case]:
 
 def _impossible(planner: Planner, method: Method, items: int) -> str:
     """Why a method has no rows; empty where it has."""
-    session = planner.models[MAIN].session
-    if method is Method.euler_steps and EULER not in planner.models:
-        return "its sampler takes equal Euler steps anyway"
+    session, cache = planner.models[MAIN].session, planner.trained_cache
     if method in WITHOUT_ROUTERS:
-        return ""
+        known = method is not Method.euler_steps or EULER in planner.models
+        return "" if known else "its sampler takes equal Euler steps anyway"
     if session is None:
         return "the model has no routers"
-    if method in (Method.elastic_no_lora, Method.few_step_lora) and not session.router_config.few_step_rank:
-        return "its routers have no few-step LoRA"
-    if method is Method.elastic_no_lora and session.router_config.trained_steps:
-        return "its routers were trained with their few-step LoRA"
-    if method is Method.elastic_no_bias and not session.router_config.curves.gate_bias:
-        return "its routers have no gate bias over time"
-    cache = planner.trained_cache
-    if method is Method.elastic_no_damping and not cache.dampings and cache.damping in (0, 1):
-        return "the forecasts of its routers have no damping"
-    if method is Method.shuffled and items < 2:
-        return "it exchanges routes between items, and there is only one"
-    return ""
+    router = session.router_config
+    lora = "" if router.few_step_rank else "its routers have no few-step LoRA"
+    trained = "its routers were trained with their few-step LoRA" if router.trained_steps else ""
+    damped = cache.dampings or cache.damping not in (0, 1)
+    reasons = {
+        Method.few_step_lora: lora,
+        Method.elastic_no_lora: lora or trained,
+        Method.elastic_no_bias: "" if router.curves.gate_bias else "its routers have no gate bias over time",
+        Method.elastic_no_damping: "" if damped else "the forecasts of its routers have no damping",
+        Method.shuffled: "" if items > 1 else "it exchanges routes between items, and there is only one",
+    }
+    return reasons.get(method, "")
 
 
 def _cases(planner: Planner, method: Method) -> Iterator[Case]:
@@ -274,12 +272,10 @@ def _cases(planner: Planner, method: Method) -> Iterator[Case]:
         yield from _dense_cache(planner)
     elif method is Method.training_free:
         budgets = [each for each in planner.control_budgets if least_budget(base) <= each < 1]
-        for policy in config.policies:
-            if policy is PolicyName.even or planner.calibration:
-                for budget in budgets:
-                    settings = ElasticConfig(budget=budget)
-                    run = planner.run(DENSE, base, Routes.dense, settings, policy=policy)
-                    yield Case(name, run, budget, policy.value)
+        policies = [each for each in config.policies if each is PolicyName.even or planner.calibration]
+        for policy, budget in product(policies, budgets):
+            run = planner.run(DENSE, base, Routes.dense, ElasticConfig(budget=budget), policy=policy)
+            yield Case(name, run, budget, policy.value)
     elif name in CONTROLS:
         steps = planner.control_steps
         budgets = [each for each in planner.control_budgets if each < 1]  # at 1 hardly any choice is left
@@ -297,10 +293,9 @@ def _cases(planner: Planner, method: Method) -> Iterator[Case]:
             Method.elastic_no_bias: {"unbiased": True},
             Method.elastic_no_damping: {"cache": undamped},
         }
-        for steps in planner.elastic_steps:
-            for budget in config.budgets:
-                if method is not Method.elastic_no_lora or planner.has_lora(steps, budget):
-                    yield Case(name, planner.elastic(budget, steps, **changes.get(method, {})), budget)
+        for steps, budget in product(planner.elastic_steps, config.budgets):
+            if method is not Method.elastic_no_lora or planner.has_lora(steps, budget):
+                yield Case(name, planner.elastic(budget, steps, **changes.get(method, {})), budget)
 
 
 def _dense_cache(planner: Planner) -> Iterator[Case]:
@@ -310,13 +305,10 @@ def _dense_cache(planner: Planner) -> Iterator[Case]:
     if own.dampings or own.damping not in (0.0, *config.dampings):
         calibrated = replace(line, damping=own.damping, times=own.times, dampings=own.dampings)
         dampings["calibrated damping"] = calibrated
-    for steps in planner.elastic_steps:
+    for steps, interval, (note, damped) in product(planner.elastic_steps, config.intervals, dampings.items()):
         start = min(1.0, (config.warmup - 0.5) / steps)  # rounded up to whole steps
-        for interval in config.intervals:
-            for note, damped in dampings.items():
-                cache = replace(damped, longest=interval - 1, start=start)
-                run = planner.every_block(steps, cache)
-                yield Case("dense_cache", run, None, f"every {interval} steps, {note}")
+        run = planner.every_block(steps, replace(damped, longest=interval - 1, start=start))
+        yield Case("dense_cache", run, None, f"every {interval} steps, {note}")
 
 
 def _variant_cases(planner: Planner, name: str) -> Iterator[Case]:
@@ -331,7 +323,6 @@ def _variant_cases(planner: Planner, name: str) -> Iterator[Case]:
 
 def needed_runs(planner: Planner, cases: list[Case]) -> list[Run]:
     """Each run once: the reference, the dense model in each number of steps that occurs, donors before controls."""
-    runs = [planner.reference, *(planner.dense(case.run.steps) for case in cases)]
-    for case in cases:
-        runs += [case.run.donor, case.run] if case.run.donor else [case.run]
-    return list(dict.fromkeys(runs))
+    dense = [planner.reference, *(planner.dense(case.run.steps) for case in cases)]
+    own = [run for case in cases for run in (case.run.donor, case.run) if run is not None]
+    return list(dict.fromkeys(dense + own))

@@ -1,4 +1,4 @@
-"""Training-free caches around a dense transformer: forecasts of what its blocks add, and caches of other packages.
+"""Training-free rivals: caches around a dense transformer, and policies to compare the planned one with.
 
 `forecast` (of `forecasting`) and `hicache` (of `hicache-pp`) run on every model of a known family; the
 caches of diffusers and DBCache of `cache-dit` on those of diffusers. Every generation gets its cache anew.
@@ -16,26 +16,30 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from elastic3d.benchmark.config import BenchmarkOptions, CacheName, ImageBenchmarkConfig
+from elastic3d.benchmark.config import BenchmarkOptions, CacheName, ImageBenchmarkConfig, PolicyName
 from elastic3d.benchmark.forecasting import HISTORY, Clock, forecasting, replaced
 from elastic3d.benchmark.methods import DENSE, Case, Model, Planner, Rival, Routes
+from elastic3d.elastic.cache import Forecast
+from elastic3d.elastic.context import StepContext
+from elastic3d.elastic.router import RouteDecision
+from elastic3d.elastic.training_free import Array, Calibration, StepPolicy, all_or_none, even_steps
+from elastic3d.pipelines.calibration import relative_change
 from elastic3d.pipelines.options import BackboneName
 
+# One decision, or one fit, for a whole batch: a sample's result depends on its batch mates.
+BY_BATCH = (CacheName.first_block_cache, CacheName.db_cache, CacheName.hicache)
 PACKAGES = {CacheName.db_cache: ("cache_dit", "cache-dit"), CacheName.hicache: ("hicache_pp", "hicache-pp")}
 MAG_RETENTION = 0.2  # share of the first steps that MagCache computes; its authors' value
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which PyTorch's registry lacks
+Ratios = Callable[[int], list[float]]  # of magnitudes, by the number of steps
 _LEFT_BEHIND = ("forward", "_is_patched")  # what cache-dit does not take off a FLUX transformer
-
-
-def by_batch(rival: Rival) -> bool:
-    """Whether a sample's result depends on its batch mates: one decision, or one fit, for all of them."""
-    return rival.kind in (CacheName.first_block_cache, CacheName.db_cache, CacheName.hicache)
 
 
 def rival_cases(planner: Planner) -> list[Case]:
@@ -62,11 +66,8 @@ def grid(config: BenchmarkOptions) -> list[Rival]:
             CacheName.taylor_seer_lite: fixed,
             CacheName.mag_cache: [{"threshold": t} for t in config.mag_thresholds],
             CacheName.db_cache: [
-                {"threshold": threshold, "blocks": blocks}
-                | ({} if calibrator.value == "none" else {"calibrator": calibrator.value})
-                for calibrator in config.db_calibrators
-                for blocks in config.db_blocks
-                for threshold in config.db_thresholds
+                {"threshold": t, "blocks": blocks} | ({} if c.value == "none" else {"calibrator": c.value})
+                for c, blocks, t in product(config.db_calibrators, config.db_blocks, config.db_thresholds)
             ],
         }
     absent = missing(config)
@@ -86,11 +87,9 @@ def missing(config: BenchmarkOptions) -> dict[str, str]:
     return found
 
 
-def running(
-    model: Model, rival: Rival, steps: int, ratios: Sequence[float] = ()
-) -> AbstractContextManager[None]:
+def running(model: Model, rival: Rival, steps: int, ratios: Ratios) -> AbstractContextManager[None]:
     """For one generation of N steps, a plain model has the cache, in its initial state; `ratios`: what
-    `magnitude_ratios` found for as many steps, for MagCache alone."""
+    `magnitude_ratios` found for as many steps, which MagCache asks for."""
     if rival.kind is CacheName.forecast:
         return forecasting(model.dit, **rival.options)
     if rival.kind is CacheName.hicache:
@@ -98,9 +97,6 @@ def running(
     if rival.kind is CacheName.db_cache:
         return _db_cache(model.pipe, rival.options, steps)
     return _enabled(model.dit, _cache_config(rival, steps, ratios))
-
-
-# ---------------------------------------------------------------------------------------- what they execute
 
 
 @contextmanager
@@ -117,9 +113,6 @@ def metered(transformer: nn.Module) -> Iterator[list[int]]:
 
     with replaced(transformer, counted):
         yield passes
-
-
-# ---------------------------------------------------------------------------------------- on every model
 
 
 @contextmanager
@@ -152,9 +145,6 @@ def _hicache(transformer: nn.Module, options: dict[str, Any], steps: int) -> Ite
         yield
 
 
-# ---------------------------------------------------------------------------------------- on models of diffusers
-
-
 @contextmanager
 def _enabled(transformer: Any, config: Any) -> Iterator[None]:
     transformer.enable_cache(config)
@@ -164,7 +154,7 @@ def _enabled(transformer: Any, config: Any) -> Iterator[None]:
         transformer.disable_cache()
 
 
-def _cache_config(rival: Rival, steps: int, ratios: Sequence[float]) -> Any:
+def _cache_config(rival: Rival, steps: int, ratios: Ratios) -> Any:
     """What diffusers enables."""
     from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
@@ -173,7 +163,7 @@ def _cache_config(rival: Rival, steps: int, ratios: Sequence[float]) -> Any:
         return FirstBlockCacheConfig(**options)
     if rival.kind is CacheName.mag_cache:
         return MagCacheConfig(
-            **options, num_inference_steps=steps, mag_ratios=list(ratios), retention_ratio=MAG_RETENTION
+            **options, num_inference_steps=steps, mag_ratios=ratios(steps), retention_ratio=MAG_RETENTION
         )
     return TaylorSeerCacheConfig(
         cache_interval=options["interval"], disable_cache_before_step=options["warmup"], max_order=1,
@@ -226,3 +216,81 @@ def _db_cache(pipe: Any, options: dict[str, Any], steps: int) -> Iterator[None]:
         own.update(before)
         pipe.transformer._modules.clear()  # they come back in another order, by which diffusers finds the first block
         pipe.transformer._modules.update(modules)
+
+
+def policy_named(name: PolicyName, calibration: Calibration | None) -> StepPolicy:
+    """The policy of a name; all but `even` need a calibration."""
+    kinds = {PolicyName.fitted: FittedPolicy, PolicyName.online: OnlinePolicy}
+    return kinds.get(name, StepPolicy)(None if name is PolicyName.even else calibration)
+
+
+class FittedPolicy(StepPolicy):
+    """Steps at even distances, fitted forecasts."""
+
+    schedule = "even"
+
+    def chosen(self, count: int) -> tuple[int, ...]:
+        """Even steps, whatever is predicted."""
+        return even_steps(len(self._times), count)
+
+
+class OnlinePolicy(StepPolicy):
+    """Each sample by itself: predicted errors, scaled by how fast its own input changes, add up until they pass a
+    threshold, as in TeaCache (2411.19108) and EasyCache (2507.02860)."""
+
+    schedule = "online"
+
+    def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> Forecast | None:
+        """A generation begins -> how residuals go on in it."""
+        forecast = super().begin(steps, times, budgets)
+        counts = [len(computed) for computed in self._computed]
+        levels = {count: threshold(self._errors, count) for count in set(counts)}
+        self._samples = [_Online(self._errors, levels[count]) for count in counts]
+        return forecast
+
+    def decide(self, context: StepContext, block: int, routed: RouteDecision | None) -> RouteDecision:
+        """Whether the blocks run, for every row of a pass."""
+        assert self._here is not None
+        inputs, usual = context.entered[0][0], self._here.changes  # of the model's first block
+        moments = enumerate(zip(context.steps, context.rows, strict=True))
+        keep = [self._samples[s].runs(step, inputs[i], usual) for i, (step, (_, s)) in moments]
+        return all_or_none(keep, context)
+
+
+class _Online:
+    """The decisions of one sample, each taken once: by its first row, for those of all branches and blocks."""
+
+    def __init__(self, errors: Array, threshold: float) -> None:
+        self.errors, self.threshold = errors, threshold
+        self.computed, self.spent = (0, 0), 0.0  # the last two steps, the same while there is one
+        self.decided: dict[int, bool] = {}
+        self._input: Tensor | None = None
+
+    def runs(self, step: int, tokens: Tensor, usual: Array) -> bool:
+        """Whether the blocks run at a step, whose first one is given `tokens` (L,D); `usual` are changes (S,) of it."""
+        if step not in self.decided:
+            change = relative_change(self._input, tokens) / max(float(usual[step]), 1e-12)
+            self.decided[step] = self.take(step, change)
+            self._input = tokens
+        return self.decided[step]
+
+    def take(self, step: int, change: float = 1.0) -> bool:
+        """Whether the blocks run at the next step, whose input changes by `change` times what is usual."""
+        if step == 0:
+            return True
+        self.spent += float(self.errors[(*self.computed, step)]) * change
+        if self.spent <= self.threshold:
+            return False
+        self.computed, self.spent = (self.computed[1], step), 0.0
+        return True
+
+
+def threshold(errors: Array, count: int) -> float:
+    """The one at which a sample like those of the calibration computes as near to `count` steps as can be."""
+    low, high = 0.0, float(errors.max(axis=(0, 1)).sum()) + 1e-30
+    for _ in range(60):
+        middle = (low + high) / 2
+        usual = _Online(errors, middle)
+        computed = sum(usual.take(step) for step in range(len(errors)))
+        low, high = (middle, high) if computed > count else (low, middle)
+    return high

@@ -20,10 +20,10 @@ import torch
 from tqdm import tqdm
 
 from elastic3d.benchmark.config import ImageBenchmarkConfig, MeshBenchmarkConfig, Phase
+from elastic3d.benchmark.meshes import MeshTask
 from elastic3d.benchmark.methods import Case, Job, Run, needed_runs, plan
-from elastic3d.benchmark.report import about, write_report
+from elastic3d.benchmark.report import DIT, END_TO_END, Round, about, write_report
 from elastic3d.benchmark.rivals import rival_cases
-from elastic3d.benchmark.rows import DIT, END_TO_END, Round
 from elastic3d.benchmark.task import Task
 from elastic3d.elastic.trace import trace_dense_flops, trace_flops, trace_router_flops
 from elastic3d.errors import UserError
@@ -39,15 +39,12 @@ def benchmark(config: MeshBenchmarkConfig | ImageBenchmarkConfig, command: str =
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    task: Task
-    if isinstance(config, ImageBenchmarkConfig):
+    if isinstance(config, MeshBenchmarkConfig):
+        task: Task = MeshTask(config)
+    else:
         from elastic3d.benchmark.images import ImageTask  # diffusers
 
         task = ImageTask(config)
-    else:
-        from elastic3d.benchmark.meshes import MeshTask
-
-        task = MeshTask(config)
     planner = task.planner
     cases = [*plan(planner, len(task.items)), *rival_cases(planner)]
     if not cases:
@@ -84,10 +81,9 @@ def timed_rounds(task: Task, runs: Sequence[Run], measure: bool) -> list[Round]:
     fixed = {name: host[name] for name in names} | {"cpu_time": config.cpu_time}
     facts = [sorted(run.name for run in runs), [job.name for job in task.timing_jobs], fixed]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    rounds: list[Round] = []
-    if path.is_file():
-        stored = load_json(path, {"key": str, "rounds": [{"what": str, "batch": int, "round": int}]})
-        rounds = stored["rounds"] if stored["key"] == key else []
+    shape = {"key": str, "rounds": [{"what": str, "batch": int, "round": int}]}
+    stored = load_json(path, shape) if path.is_file() else {}
+    rounds: list[Round] = stored["rounds"] if stored.get("key") == key else []
     if not measure:
         return rounds
     counts = {DIT: config.repeats, END_TO_END: config.end_to_end_repeats}

@@ -1,7 +1,8 @@
-"""What the benchmark needs to know of what is made: meshes from images, or images from prompts."""
+"""What the benchmark needs to know of what is made, meshes or images; how runs make it, and the routes of controls."""
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,19 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from elastic3d.benchmark.config import BenchmarkOptions, CacheName
-from elastic3d.benchmark.controls import Controls
-from elastic3d.benchmark.methods import Case, Job, Model, Planner, Run, item_sha256
-from elastic3d.benchmark.policies import policy_named
-from elastic3d.benchmark.rivals import by_batch, magnitude_ratios, metered, running
+from elastic3d.benchmark import controls
+from elastic3d.benchmark.config import BenchmarkOptions
+from elastic3d.benchmark.methods import CALIBRATED, MAIN, NO_CACHE, Case, Job, Model, Planner, Routes, Run
+from elastic3d.benchmark.rivals import BY_BATCH, magnitude_ratios, metered, policy_named, running
 from elastic3d.elastic import detach
+from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import RouteSource
+from elastic3d.elastic.families import BlockFlops
+from elastic3d.elastic.trace import NOT_RUN, parse_actions
 from elastic3d.elastic.training_free import put_policy
 from elastic3d.evaluation.items import spread
 from elastic3d.evaluation.statistics import Row
+from elastic3d.training.calibration import relative_error
+from elastic3d.training.routes import action_flops
 from elastic3d.utils.files import Maybe, load_json, save_json
 
 SHEET_ITEMS, SHEET_SIDE = 8, 160
@@ -44,13 +50,14 @@ class Task(ABC):
     """Makes results, and knows what has to be made and how it is scored. They are kept as
     `<output>/runs/<run>/seed-<s>/<item><suffix>`, each beside its record.
 
-    Class attributes: `noun`, `plural`, `suffix` of a result; `table`: columns and titles of table.md; `plot`: scores
-    and axis labels of the plots; `losses`: scores that have frontiers, with what they are paired with, "" for none;
-    `compared`: (what with, metric) of the paired comparisons.
+    Class attributes: `noun`, `plural`, `suffix` of a result, `inputs`: what items are; `table`: columns and titles of
+    table.md; `plot`: scores and axis labels of the plots; `losses`: scores that have frontiers, with what they are
+    paired with, "" for none; `compared`: (what with, metric) of the paired comparisons.
     """
 
     noun: str
     plural: str
+    inputs: str
     suffix: str
     table: Mapping[str, str]
     plot: Mapping[str, str]
@@ -67,8 +74,6 @@ class Task(ABC):
         self.controls = Controls(self)
         self._magnitude_ratios = cache(self._mag_cache_calibration)
         self._dense_flops = cache(self._metered_dense_flops)
-
-    # ------------------------------------------------------------------------------------- of each task
 
     @abstractmethod
     def find_items(self, path: Path) -> list[Any]:
@@ -103,12 +108,12 @@ class Task(ABC):
         """Whether a row is as good as the dense model, as the speed target has it; None where that is not known."""
 
     @abstractmethod
-    def about(self) -> dict[str, Any]:
-        """Facts for the report."""
-
-    @abstractmethod
     def image(self, path: Path) -> Pixels:
         """A kept result (H,W,3), `SHEET_SIDE` pixels a side, for the contact sheet."""
+
+    def about(self) -> dict[str, Any]:
+        """Facts for the report: how many items."""
+        return {self.inputs: len(self.items)}
 
     def given(self, jobs: Sequence[Job]) -> dict[str, list[Pixels]]:
         """Columns of the contact sheet beside those of results, by title."""
@@ -116,8 +121,6 @@ class Task(ABC):
 
     def warm_up(self, run: Run) -> None:  # noqa: B027  # most need none
         """What is done once for a model that goes on with the same settings, before a clock starts."""
-
-    # ------------------------------------------------------------------------------------------ making
 
     def model(self, run: Run) -> Model:
         """The pipeline of a run, its DiT and routing session."""
@@ -138,9 +141,7 @@ class Task(ABC):
                 put_policy(plain).source = policy_named(run.policy, self.planner.calibration)
                 stack.callback(detach, plain)
             if run.rival is not None:
-                calibrated = run.rival.kind is CacheName.mag_cache
-                ratios = self._magnitude_ratios(run.steps) if calibrated else []
-                stack.enter_context(running(model, run.rival, run.steps, ratios))
+                stack.enter_context(running(model, run.rival, run.steps, self._magnitude_ratios))
             self.warm_up(run)
             if source is not None and session is not None:
                 session.source = source
@@ -184,27 +185,24 @@ class Task(ABC):
             blocks = self.produce(dense, self.jobs[:1])[0].metadata["flops_dense"]
         return sum(passes) - blocks, blocks
 
-    # ------------------------------------------------------------------------------------------ keeping
-
     def path(self, run: Run, job: Job) -> Path:
         """Where a result is, or would be."""
-        stem = job.name if isinstance(job.item, Path) else item_sha256(job.item)[:16]
+        stem = job.name if isinstance(job.item, Path) else job.sha256[:16]
         return self.config.output / "runs" / run.name / f"seed-{job.seed}" / f"{stem}{self.suffix}"
 
     def make(self, run: Run, jobs: Sequence[Job]) -> None:
         """Make and keep results, or the reasons why there are none; a record is written last. Rivals whose results
         depend on their batch make each by itself."""
-        alone = run.rival is not None and by_batch(run.rival) and not self.config.batched_decisions
+        by_batch = run.rival is not None and run.rival.kind in BY_BATCH
+        alone = by_batch and not self.config.batched_decisions
         for batch in [[job] for job in jobs] if alone else [list(jobs)]:
             for job, result in zip(batch, self.produced(run, batch), strict=True):
                 path, error = self.path(run, job), getattr(result, "error", None)
                 self.save(result, path)
-                record = {
-                    "status": "failed" if error else "ok",
-                    "error": str(error) if error else None,
-                    "item_sha256": item_sha256(job.item),
-                    "metadata": result.metadata,
-                }
+                status = (
+                    {"status": "failed", "error": str(error)} if error else {"status": "ok", "error": None}
+                )
+                record = status | {"item_sha256": job.sha256, "metadata": result.metadata}
                 save_json(record, path.with_suffix(".json"))
 
     def record(self, run: Run, job: Job) -> dict[str, Any] | None:
@@ -214,7 +212,7 @@ class Task(ABC):
             return None
         record: dict[str, Any] = load_json(path.with_suffix(".json"), _RECORD)
         is_whole = record["status"] == "failed" or path.is_file()
-        return record if is_whole and record["item_sha256"] == item_sha256(job.item) else None
+        return record if is_whole and record["item_sha256"] == job.sha256 else None
 
     def missing(self, run: Run) -> list[Job]:
         """Jobs of which a run has no record."""
@@ -234,3 +232,130 @@ class Task(ABC):
         made = {title: run for title, run in runs.items() if all(self.record(run, job) for job in jobs)}
         columns = {title: [self.image(self.path(run, job)) for job in jobs] for title, run in made.items()}
         return self.given(jobs) | columns if made else {}
+
+
+class Controls:
+    """Routes of the controls, for the runs of a task. What is computed is kept in `<output>/tables`."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.planner, self.config = task, task.planner, task.planner.config
+        self.session = self.planner.models[MAIN].session
+        self.router = self.session.router_config if self.session is not None else RouterConfig()
+        path, seeds = self.config.calibration, self.config.seeds
+        chosen = (task.find_items(path) if path else task.items)[: self.config.calibration_samples]
+        self.calibration = [Job(item, seeds[i % len(seeds)]) for i, item in enumerate(chosen)]
+        self._table = cache(self._table_of)
+
+    def source(self, run: Run, jobs: Sequence[Job]) -> RouteSource | None:
+        """What decides for a batch of jobs; None: the routers, or nobody."""
+        if run.routes in (Routes.dense, Routes.routers) or self.session is None:
+            return None
+        if run.routes is Routes.open:
+            actions = torch.full((1, 1, 1, len(self.session.blocks)), self.router.widths)
+        elif run.routes in CALIBRATED:
+            actions = self._table(run)
+        else:
+            own = self._of_another if run.routes is Routes.shuffled else self._random
+            actions = torch.stack([own(run, job) for job in jobs], dim=2)
+        return controls.TableRoutes(actions, self.router.widths)
+
+    def _random(self, run: Run, job: Job) -> Tensor:
+        actions, table, decided = self._calibrated(run)
+        branches = ran = int((actions[:, :, 0, 0] != NOT_RUN).any(dim=0).sum())
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{run.name}/{job.seed}/{job.name}".encode()))
+        if run.routes is Routes.random_blocks:  # whatever the routers decide together
+            decided, share = table, run.settings.budget
+        else:
+            share = controls.executed_share(actions, table)
+            branches = 1 if self.router.branches is Branches.shared else ran
+        routes = controls.random_routes(decided, run.steps, branches, share, generator)
+        routes[:, branches:ran] = routes[:, :1]
+        return routes.expand(-1, -1, len(table))
+
+    def _of_another(self, run: Run, job: Job) -> Tensor:
+        """What the routers did for the next item, at the same seed; that is made where need be."""
+        task, donor, items = self.task, run.donor, self.task.items
+        other = Job(items[(items.index(job.item) + 1) % len(items)], job.seed)
+        assert donor is not None
+        if task.record(donor, other) is None:
+            task.make(donor, [other])
+        record = task.record(donor, other)
+        assert record is not None
+        routes = record["metadata"]["routes"]
+        return parse_actions(routes["actions"], len(routes["blocks"])).clamp_min(0)
+
+    def _table_of(self, run: Run) -> Tensor:
+        """Routes (S,2,1,I) by timestep, or fixed ones (1,1,1,I)."""
+        actions, table, decided = self._calibrated(run)
+        share = controls.executed_share(actions, table)
+        if run.routes is Routes.static:
+            path = self._static_path(table, share)
+            nearest = min(path, key=lambda entry: abs(entry[0] - share))
+            return torch.tensor(nearest[1])[None, None, None]
+        routes = controls.timestep_routes(actions[..., : len(decided)], decided, share)
+        return routes.expand(-1, -1, len(table))[:, :, None]
+
+    def _calibrated(self, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions (S,2,C,I) of a control's donor on the calibration items; what each action of a block costs; and of
+        what controls choose among: the blocks, or all of them as one where the routers decide for all."""
+        donor = run.donor
+        assert donor is not None and self.session is not None
+        path = self._file(donor.name)
+        if not path.is_file():
+            samples, flops = list[Any](), list[list[int]]()
+            for start in range(0, len(self.calibration), self.config.batch_size):
+                jobs = self.calibration[start : start + self.config.batch_size]
+                with self.task.ready(donor, self.source(donor, jobs)):
+                    self.task.sample(donor, self.task.condition_of(donor, jobs), jobs)
+                trace = self.session.trace
+                assert trace is not None
+                samples += [trace.sample(row) for row in range(len(jobs))]
+                flops = [[trace.flops[i].fixed, trace.flops[i].mlp] for i in range(len(trace.blocks))]
+            save_json({"samples": samples, "flops": flops}, path)
+        stored = load_json(path, {"flops": [[int]], "samples": [[[str]]]})
+        table = action_flops([BlockFlops(*each) for each in stored["flops"]], self.router.ratios)
+        actions = torch.stack([parse_actions(each, len(table)) for each in stored["samples"]], dim=2)
+        return actions, table, table.sum(0, keepdim=True) if self.router.scope is Scope.step else table
+
+    def _file(self, name: str) -> Path:
+        """Another for another model, guidance, resolution, steps or items."""
+        items = [(job.name, job.seed) for job in self.calibration]
+        key = zlib.crc32(repr((self.planner.reference.name, self.planner.control_steps, items)).encode())
+        return self.config.output / "tables" / f"{name}-{key:08x}.json"
+
+    def _searched(self) -> Run:
+        """How static routes are searched: with the few-step LoRA where the controls run with it at every budget."""
+        planner, steps = self.planner, self.planner.control_steps
+        budget = max(each for each in planner.control_budgets if each < 1)
+        settings = ElasticConfig(cache=NO_CACHE, budget=budget, few_step=planner.has_lora(steps, budget))
+        return planner.run(MAIN, steps, Routes.open, settings)
+
+    def _static_path(self, table: Tensor, share: float) -> list[tuple[float, list[int]]]:
+        """The greedy path of fixed routes, down to `share` at least; one for every budget."""
+        file = self._file(f"static-{self._searched().name}")
+        path = load_json(file, {"path": [list]})["path"] if file.is_file() else []
+        if not path or path[-1][0] > share:
+            lowest = min(share, 0.9 * min(self.planner.control_budgets))
+            found = controls.greedy_static(self._error(), table, lowest)
+            path = [(executed, routes.tolist()) for executed, routes in found]
+            save_json({"path": path}, file)
+        return path
+
+    def _error(self) -> controls.Error:
+        """Fixed routes (I,) -> relative squared error of the last latents of the calibration items.
+
+        The truth is the dense model's in as many steps; with the few-step LoRA, which learned from many, the reference.
+        Blocks that are left out add nothing: with the cache of routers that reuse, a first step would run all of them.
+        """
+        task, fixed, jobs = self.task, self._searched(), self.calibration
+        steps = self.config.reference_steps if fixed.settings.few_step else fixed.steps
+        dense = self.planner.run(MAIN, steps, Routes.dense)
+        condition = task.condition_of(dense, jobs)
+        true = task.sample(dense, condition, jobs)
+
+        def error(routes: Tensor) -> float:
+            with task.ready(fixed, controls.TableRoutes(routes[None, None, None], self.router.widths)):
+                found = task.sample(fixed, condition, jobs)
+            return relative_error(found, true)
+
+        return error

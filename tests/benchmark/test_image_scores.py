@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from elastic3d.benchmark.image_scores import compare_images, feature_maps
+from elastic3d.benchmark.images import compare_images, feature_maps
 from elastic3d.models.image_encoder import EfficientNetLite
 from elastic3d.models.options import ImageEncoderConfig
 

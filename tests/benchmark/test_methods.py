@@ -240,7 +240,7 @@ def test_the_command_line():
         ("steps=[0]", "steps has 0, expected a value from 1"),
         ("variants={elastic: x}", "variants has 'elastic', expected another name"),
         ("dampings=[2]", "dampings has 2"),
-        ("caches=[mag_cache]", "caches has mag_cache, which runs on models of diffusers"),
+        ("caches=[mag_cache]", "caches has mag_cache, for models of diffusers"),
         ("task=shapes", "task=shapes: expected one of meshes, images"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elastic3d.benchmark import image_scores
-from elastic3d.benchmark.image_scores import References, load_references
+from elastic3d.benchmark import images
+from elastic3d.benchmark.images import References, load_references
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import EfficientNetLite
 from elastic3d.models.options import ImageEncoderConfig
@@ -49,7 +49,7 @@ class Coloured:
 def test_the_classifier_learns_and_is_kept(gallery, tmp_path, monkeypatch, network):
     config = image_config_of(gallery, tmp_path, references=None, prepared=tmp_path)
     monkeypatch.setattr(
-        image_scores, "_sources", lambda config: {"real": Coloured(20, 0), "train": Coloured(60, 1)}
+        images, "_sources", lambda config: {"real": Coloured(20, 0), "train": Coloured(60, 1)}
     )
     found = load_references(config, network, 16)
     assert found is not None and found.features.shape == (16, 1280) and found.trained_on == 48

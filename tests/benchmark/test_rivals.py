@@ -16,13 +16,12 @@ from elastic3d.benchmark.config import CacheName
 from elastic3d.benchmark.forecasting import WEIGHTS
 from elastic3d.benchmark.images import load_models
 from elastic3d.benchmark.methods import DENSE, Model, Rival
-from elastic3d.benchmark.rivals import by_batch, grid, magnitude_ratios, metered, missing, running
+from elastic3d.benchmark.rivals import BY_BATCH, grid, magnitude_ratios, metered, missing, running
 from elastic3d.elastic import adapter_for
 from elastic3d.elastic.families import dense_flops
 from tests.benchmark.conftest import image_config_of
 
 STEPS = 6
-RATIOS = [1.0] * STEPS
 
 
 def needs(module: str) -> Any:
@@ -65,7 +64,7 @@ def model(gallery: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def around(model: Model, rival: Rival) -> Any:
-    return running(model, rival, STEPS, RATIOS)
+    return running(model, rival, STEPS, lambda steps: [1.0] * steps)
 
 
 def generator(model: Model, samples: int = 1, steps: int = STEPS) -> Callable[[], Any]:
@@ -122,7 +121,7 @@ def test_caches_that_decide_run_the_first_block_in_every_pass(model, cache):
     (_, double), (_, single) = adapter.lists
     first = double.flops(model.dit.transformer_blocks[0], [4, 12]).dense
     second = single.flops(model.dit.single_transformer_blocks[0], [16]).dense
-    assert by_batch(cache) and sum(passes) < sum(whole)
+    assert cache.kind in BY_BATCH and sum(passes) < sum(whole)
     found = sum(passes) - around_blocks
     if cache.kind is CacheName.first_block_cache:
         assert found == 2 * STEPS * first + 2 * second
@@ -157,7 +156,7 @@ def test_scheduled_caches_do_not_depend_on_the_batch(model):
         Rival(CacheName.mag_cache, {"threshold": 1.0}),
         Rival(CacheName.forecast, {"by": "linear"} | FIXED),
     ):
-        assert not by_batch(cache)
+        assert cache.kind not in BY_BATCH
         totals, images = [], []
         for samples in (1, 2):
             with around(model, cache), metered(model.dit) as passes:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from elastic3d.benchmark.meshes import MeshTask
-from elastic3d.benchmark.rows import as_loss, best_point, rivals_in, summarise_rows
+from elastic3d.benchmark.report import as_loss, best_point, rivals_in, summarise_rows
 
 # what a summary asks of a task, of 100 steps of reference and 50 of baseline
 TASK: Any = SimpleNamespace(

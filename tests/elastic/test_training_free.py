@@ -14,7 +14,7 @@ import torch
 
 from elastic3d import disable, enable
 from elastic3d.benchmark.config import PolicyName
-from elastic3d.benchmark.policies import policy_named
+from elastic3d.benchmark.rivals import policy_named
 from elastic3d.elastic import attach, session_of
 from elastic3d.elastic.config import ElasticConfig, RouterConfig
 from elastic3d.elastic.trace import trace_share
