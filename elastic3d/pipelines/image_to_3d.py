@@ -296,8 +296,8 @@ class ImageTo3DPipeline:
                 dense steps; without, of the dense model's default ones, where the model has a dial.
             max_faces: decimate to this many faces; None is `cleanup`'s own (40,000).
             decode: how the field becomes a mesh; resolution, box and chunks are those of this call.
-            ensemble: generations of each object, K, whose mean shape is the mesh (`geometry.ensemble`); the first is the
-                one that is made without.
+            ensemble: generations of each object, K, whose mean shape is the mesh (`geometry.ensemble`); the first is
+                the one that is made without.
             on_step: called with (steps done, steps) during sampling.
             on_progress: called with (stage, done, total) in every stage: condition, dit, decode, cleanup.
             on_result: called with (number in the list, result) as soon as a result is known, failures included.
