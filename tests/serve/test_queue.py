@@ -6,7 +6,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ pytest.importorskip("pydantic")
 from tiny_pipeline import image, tiny_pipeline  # noqa: E402
 
 from elastic3d.serve import queue as queue_module  # noqa: E402
+from elastic3d.serve.models import Models  # noqa: E402
 from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueClosed  # noqa: E402
 
 SHORT, LONG = MeshRequest(steps=1, resolution=8), MeshRequest(steps=1000, resolution=8)
@@ -51,6 +54,22 @@ def test_jobs_that_are_cancelled_at_once_do_not_end_the_worker(
     assert job.state is JobState.cancelled
     last = queue.submit(image(), SHORT)
     assert last.finished.wait(60) and last.state is JobState.done
+
+
+def test_generations_of_an_ensemble_count_for_the_batch() -> None:
+    sizes: list[int] = []
+    pipeline = tiny_pipeline()
+
+    def counted(images: list[object], *args: Any, **options: Any) -> Any:
+        sizes.append(len(images) * options["ensemble"])
+        return pipeline(images, *args, **options)
+
+    models = Models.single(pipeline)
+    models.use = lambda _: nullcontext(counted)  # type: ignore[assignment,return-value,method-assign]
+    with MeshQueue(models, batch_size=4) as queue:
+        jobs = [queue.submit(image(), SHORT.model_copy(update={"ensemble": 2})) for _ in range(5)]
+        assert all(job.finished.wait(60) and job.state is JobState.done for job in jobs)
+    assert sum(sizes) == 10 and max(sizes) <= 4
 
 
 def test_a_batch_that_nobody_waits_for_makes_room(queue: MeshQueue) -> None:
