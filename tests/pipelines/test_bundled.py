@@ -30,7 +30,7 @@ def pipeline() -> ImageTo3DPipeline:
 @pytest.fixture(scope="module")
 def dense(pipeline: ImageTo3DPipeline) -> list[Result]:
     """A table and a chair by the dense model, in as many steps as it has by default."""
-    return pipeline([TABLE, CHAIR], 0, resolution=32, elastic=False)
+    return pipeline([TABLE, CHAIR], 0, resolution=24, elastic=False)
 
 
 def test_the_bundled_model_makes_a_watertight_mesh_of_a_sample_image(pipeline: ImageTo3DPipeline) -> None:
@@ -50,12 +50,13 @@ def test_the_bundled_routers_and_plan_keep_to_a_budget_and_to_the_dense_shape(
     assert table.metadata["flops_executed"] == table.metadata["flops_dense"] > 0
     tree = cKDTree(table.mesh.vertices)
     for budget, steps, distance in ((0.8, 25, 0.01), (0.4, 25, 0.03), (0.48, None, 0.01), (0.36, None, 0.02)):
-        found = pipeline(TABLE, 0, budget=budget, steps=steps, resolution=32)
+        found = pipeline(TABLE, 0, budget=budget, steps=steps, resolution=24)
         share = found.metadata["flops_executed"] / found.metadata["flops_dense"]
         assert ("policy" in found.metadata) is (steps is None), (
             "routers run with steps, the dial's plan without"
         )
         assert abs(share - budget) < (0.1 if steps else 0.005), "one image: on average routers are closer"
+        assert found.metadata["updated"] is False, "an NFE of 9 or more: without the LoRA"
         assert tree.query(found.mesh.vertices)[0].mean() < distance
     size = sum(file.stat().st_size for file in (ROOT / DEFAULT_MODEL / "routers").iterdir())
     assert size < 10e6
@@ -66,7 +67,7 @@ def test_bundled_routers_of_each_block_decide_for_each_image() -> None:
     assert pipeline.session is not None and pipeline.session.router_config.scope is Scope.block
     images = [TABLE, CHAIR, VASE]
     # two thirds of the dense evaluations are all that run with learned guidance
-    whole, half = (pipeline(images, 0, resolution=32, steps=6, budget=budget) for budget in (1, 0.5))
+    whole, half = (pipeline(images, 0, resolution=24, steps=6, budget=budget) for budget in (1, 0.5))
     for full, found in zip(whole, half, strict=True):
         share = found.metadata["flops_executed"] / found.metadata["flops_dense"]
         assert full.metadata["flops_executed"] / full.metadata["flops_dense"] == pytest.approx(
@@ -95,8 +96,6 @@ def test_the_bundled_lora_brings_a_small_nfe_nearer_to_a_large_one(
     assert torch.equal(made(None, steps=4, elastic=False), plain)
     errors = [(found - many).square().mean() / many.square().mean() for found in (plain, adapted)]
     assert errors[1] < 0.9 * errors[0]  # 0.82; it was below 0.6 before the DiT was trained on
-    found = pipeline(TABLE, 0, resolution=16, budget=0.5)
-    assert found.metadata["updated"] is False, "NFE 12.5: without the LoRA"
 
 
 def table() -> trimesh.Trimesh:
