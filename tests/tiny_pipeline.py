@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.geometry.decode import node_points
-from elastic3d.models.image_encoder import build_image_encoder
+from elastic3d.models.image_encoder import ImageEncoder, build_image_encoder
 from elastic3d.models.options import DiTConfig, ImageEncoderConfig, VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
@@ -18,8 +20,18 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 LATENTS, CHANNELS = 8, 7
 
 
-def tiny_pipeline() -> ImageTo3DPipeline:
-    """Width 32, 2 + 2 blocks, 8 latents, 4 condition tokens from images of 64 pixels; always the same."""
+def tiny_pipeline(blocks: int = 2) -> ImageTo3DPipeline:
+    """Width 32, 8 latents, 4 condition tokens from images of 64 pixels, `blocks` of each kind; always the same.
+
+    Each has weights of its own, but for the encoder, whose weights nothing changes and which takes longest to build.
+    """
+    vae, dit, encoder = _models(blocks)
+    config = PipelineConfig(model="tiny", steps=3, guidance=2.0, resolution=16)
+    return ImageTo3DPipeline(copy.deepcopy(vae), copy.deepcopy(dit), encoder, config)
+
+
+@cache
+def _models(blocks: int) -> tuple[ShapeVAE, ShapeDiT, ImageEncoder]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vae = ShapeVAE(
@@ -30,7 +42,7 @@ def tiny_pipeline() -> ImageTo3DPipeline:
         )  # fmt: skip
         dit = ShapeDiT(
             DiTConfig(
-                in_channels=CHANNELS, width=32, heads=2, double_blocks=2, single_blocks=2,
+                in_channels=CHANNELS, width=32, heads=2, double_blocks=blocks, single_blocks=blocks,
                 num_latents=LATENTS, condition_tokens=4,
             )
         )  # fmt: skip
@@ -39,9 +51,7 @@ def tiny_pipeline() -> ImageTo3DPipeline:
                 torch.nn.init.normal_(parameter, std=0.05)
     encoder = build_image_encoder(ImageEncoderConfig(image_size=64))
     _centre_field(vae)
-    return ImageTo3DPipeline(
-        vae, dit, encoder, PipelineConfig(model="tiny", steps=3, guidance=2.0, resolution=16)
-    )
+    return vae, dit, encoder
 
 
 def _centre_field(vae: ShapeVAE) -> None:

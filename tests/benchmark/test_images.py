@@ -39,7 +39,7 @@ def done(gallery: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     output = tmp_path_factory.mktemp("benchmark")
     variants = {"same": str(gallery / "model" / "routers")}
     cache = BlockCacheConfig(rule=CacheRule.band, band=0.2)
-    config = image_config_of(gallery, output, variants=variants, cache=cache)
+    config = image_config_of(gallery, output, variants=variants, cache=cache, batch_size=6)
     return output, benchmark(config, "python scripts/benchmark.py")
 
 

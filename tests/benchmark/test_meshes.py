@@ -45,7 +45,8 @@ def done(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
         "whole": str(world / "model"),
     }
     cache = BlockCacheConfig(rule=CacheRule.band, band=0.2)
-    config = config_of(world, output, variants=variants, cache=cache, calibration=world / "images")
+    options = {"variants": variants, "cache": cache, "calibration": world / "images", "batch_size": 4}
+    config = config_of(world, output, **options)
     return output, benchmark(config, "python scripts/benchmark.py")
 
 

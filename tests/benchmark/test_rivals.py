@@ -63,6 +63,14 @@ def model(gallery: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return load_models(config)[DENSE]
 
 
+@pytest.fixture(scope="module")
+def dense(model: Model) -> tuple[Any, int]:
+    """What the plain model makes before any cache was around it, and what it counts for that."""
+    with metered(model.dit) as passes:
+        [result] = generator(model)()
+    return result, sum(passes)
+
+
 def around(model: Model, rival: Rival) -> Any:
     return running(model, rival, STEPS, lambda steps: [1.0] * steps)
 
@@ -76,10 +84,8 @@ def test_the_plain_model_has_no_routers(model):
     assert model.session is None and not any("router" in name for name, _ in model.dit.named_parameters())
 
 
-def test_the_meter_counts_the_blocks_and_what_is_around_them(model):
-    [result] = generator(model)()
-    with metered(model.dit) as passes:
-        generator(model)()
+def test_the_meter_counts_the_blocks_and_what_is_around_them(model, dense):
+    result, whole = dense
     with metered(model.dit) as once:
         generator(model, steps=1)()
     blocks = dense_flops(model.dit, adapter_for(model.dit), [4, 12])
@@ -88,20 +94,19 @@ def test_the_meter_counts_the_blocks_and_what_is_around_them(model):
     # by hand: pixels in, text in, time and pooled text, the last modulation, pixels out
     around = 2 * (4 * 192 * width + 12 * 384 * width + 256 * width + width**2 + 384 * width + width**2
                   + width * 2 * width + 4 * width * 192)  # fmt: skip
-    assert sum(passes) == STEPS * 2 * (blocks + around) and sum(once) * STEPS == sum(passes)
+    assert whole == STEPS * 2 * (blocks + around) and sum(once) * STEPS == whole
     assert result.metadata["flops_dense"] == STEPS * 2 * blocks
     assert "forward" not in model.dit.__dict__
 
 
 @pytest.mark.parametrize("cache", NOTHING, ids=str)
-def test_a_cache_that_skips_nothing_is_the_dense_model(model, cache):
-    with metered(model.dit) as dense:
-        [expected] = generator(model)()
+def test_a_cache_that_skips_nothing_is_the_dense_model(model, dense, cache):
+    expected, whole = dense
     keys = list(model.dit.state_dict())
     with around(model, cache), metered(model.dit) as passes:
         [found] = generator(model)()
     np.testing.assert_array_equal(np.asarray(found.image), np.asarray(expected.image))
-    assert sum(passes) == sum(dense)
+    assert sum(passes) == whole
     [after] = generator(model)()
     np.testing.assert_array_equal(np.asarray(after.image), np.asarray(expected.image))
     assert list(model.dit.state_dict()) == keys and "forward" not in model.dit.__dict__
@@ -109,19 +114,17 @@ def test_a_cache_that_skips_nothing_is_the_dense_model(model, cache):
 
 
 @pytest.mark.parametrize("cache", MUCH, ids=str)
-def test_caches_that_decide_run_the_first_block_in_every_pass(model, cache):
+def test_caches_that_decide_run_the_first_block_in_every_pass(model, dense, cache):
     """With an endless threshold the second of two blocks runs in the first pass of each branch, and little more."""
-    [dense] = generator(model)()
-    with metered(model.dit) as whole:
-        generator(model)()
-    around_blocks = sum(whole) - dense.metadata["flops_dense"]
+    result, whole = dense
+    around_blocks = whole - result.metadata["flops_dense"]
     with around(model, cache), metered(model.dit) as passes:
         generator(model)()
     adapter = adapter_for(model.dit)
     (_, double), (_, single) = adapter.lists
     first = double.flops(model.dit.transformer_blocks[0], [4, 12]).dense
     second = single.flops(model.dit.single_transformer_blocks[0], [16]).dense
-    assert cache.kind in BY_BATCH and sum(passes) < sum(whole)
+    assert cache.kind in BY_BATCH and sum(passes) < whole
     found = sum(passes) - around_blocks
     if cache.kind is CacheName.first_block_cache:
         assert found == 2 * STEPS * first + 2 * second
@@ -129,11 +132,9 @@ def test_caches_that_decide_run_the_first_block_in_every_pass(model, cache):
 
 
 @pytest.mark.parametrize("cache", SKIPPING, ids=str)
-def test_fixed_intervals_run_half_of_the_steps_and_leave_the_model_as_it_was(model, cache):
-    [expected] = generator(model)()
-    with metered(model.dit) as whole:
-        generator(model)()
-    around_blocks = sum(whole) - expected.metadata["flops_dense"]
+def test_fixed_intervals_run_half_of_the_steps_and_leave_the_model_as_it_was(model, dense, cache):
+    expected, whole = dense
+    around_blocks = whole - expected.metadata["flops_dense"]
     images = []
     for _ in range(2):  # every generation gets the cache anew
         with around(model, cache), metered(model.dit) as passes:
@@ -144,7 +145,7 @@ def test_fixed_intervals_run_half_of_the_steps_and_leave_the_model_as_it_was(mod
         executed = (sum(passes) - around_blocks) / expected.metadata["flops_dense"]
         assert executed == pytest.approx(0.5, abs=2e-3)  # and the fit of Chebyshev polynomials
     else:  # hicache leaves out what is around the blocks too, and fits of modes are counted
-        assert sum(passes) < sum(whole)
+        assert sum(passes) < whole
     [after] = generator(model)()
     np.testing.assert_array_equal(np.asarray(after.image), np.asarray(expected.image))
 

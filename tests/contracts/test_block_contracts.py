@@ -109,7 +109,7 @@ def test_skipping_is_bypassing_and_calls_nothing(family, monkeypatch):
         assert torch.equal(skipped, run(model, inputs))
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6))
 def test_random_routes_sliced_masked_and_alone_agree(family, seed):
     model, inputs = family.model(), family.inputs(B)

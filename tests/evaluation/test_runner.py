@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import trimesh
 
 from elastic3d.errors import UserError
+from elastic3d.evaluation import runner
 from elastic3d.evaluation.items import Item, find_items, score_item
 from elastic3d.evaluation.options import ProtocolConfig, Runner
 from elastic3d.evaluation.runner import item_key, read_journal, score_all
 from elastic3d.evaluation.statistics import Row
+from tests.processes import CONTEXT
 
 QUICK = ProtocolConfig(points=300, volume_points=300, near_points=50, views=0, surface_health=False)
 
@@ -57,8 +60,12 @@ def test_ray_gives_the_same_rows(items: list[Item]) -> None:
     assert without_time(over_ray) == without_time(score_all(items, QUICK, workers=1))
 
 
-def test_a_worker_that_dies_costs_one_item(items: list[Item], tmp_path: Path) -> None:
+def test_a_worker_that_dies_costs_one_item(
+    items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where the pool breaks while a row is written and takes no more. It is tried again on resuming."""
+    # several pools, whose processes would each import everything anew
+    monkeypatch.setattr(runner, "_pool", lambda workers: ProcessPoolExecutor(workers, mp_context=CONTEXT))
     journal = tmp_path / "rows.jsonl"
     rows = score_all(
         items, QUICK, workers=2, journal=journal, score=cheap, on_row=lambda row: time.sleep(0.5)

@@ -15,15 +15,26 @@ from elastic3d.geometry.decode import decode_field, extract_surface
 from elastic3d.geometry.options import BOX, DecodeConfig
 from elastic3d.geometry.sampling import sample_surface
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
 from elastic3d.pipelines.options import DEFAULT_MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
+TABLE, CHAIR, VASE = (ROOT / f"data/samples/{name}.png" for name in ("table", "chair", "vase"))
 
 
-def test_the_bundled_model_makes_a_watertight_mesh_of_a_sample_image() -> None:
-    pipeline = ImageTo3DPipeline.from_pretrained(ROOT / DEFAULT_MODEL)
-    result = pipeline(ROOT / "data/samples/table.png", seed=0, steps=8, resolution=64)
+@pytest.fixture(scope="module")
+def pipeline() -> ImageTo3DPipeline:
+    return ImageTo3DPipeline.from_pretrained(ROOT / DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="module")
+def dense(pipeline: ImageTo3DPipeline) -> list[Result]:
+    """A table and a chair by the dense model, in as many steps as it has by default."""
+    return pipeline([TABLE, CHAIR], 0, resolution=24, elastic=False)
+
+
+def test_the_bundled_model_makes_a_watertight_mesh_of_a_sample_image(pipeline: ImageTo3DPipeline) -> None:
+    result = pipeline(TABLE, seed=0, steps=8, resolution=64)
     assert result.mesh.is_watertight
     width, height, _ = result.mesh.extents
     assert width > height, "the image shows a low table"
@@ -32,19 +43,20 @@ def test_the_bundled_model_makes_a_watertight_mesh_of_a_sample_image() -> None:
     )
 
 
-def test_the_bundled_routers_and_plan_keep_to_a_budget_and_to_the_dense_shape() -> None:
-    pipeline = ImageTo3DPipeline.from_pretrained(ROOT / DEFAULT_MODEL)
-    image, options = ROOT / "data/samples/table.png", dict(seed=0, resolution=32)
-    dense = pipeline(image, elastic=False, **options)
-    assert dense.metadata["flops_executed"] == dense.metadata["flops_dense"] > 0
-    tree = cKDTree(dense.mesh.vertices)
+def test_the_bundled_routers_and_plan_keep_to_a_budget_and_to_the_dense_shape(
+    pipeline: ImageTo3DPipeline, dense: list[Result]
+) -> None:
+    table = dense[0]
+    assert table.metadata["flops_executed"] == table.metadata["flops_dense"] > 0
+    tree = cKDTree(table.mesh.vertices)
     for budget, steps, distance in ((0.8, 25, 0.01), (0.4, 25, 0.03), (0.48, None, 0.01), (0.36, None, 0.02)):
-        found = pipeline(image, budget=budget, steps=steps, **options)
+        found = pipeline(TABLE, 0, budget=budget, steps=steps, resolution=24)
         share = found.metadata["flops_executed"] / found.metadata["flops_dense"]
         assert ("policy" in found.metadata) is (steps is None), (
             "routers run with steps, the dial's plan without"
         )
         assert abs(share - budget) < (0.1 if steps else 0.005), "one image: on average routers are closer"
+        assert found.metadata["updated"] is False, "an NFE of 9 or more: without the LoRA"
         assert tree.query(found.mesh.vertices)[0].mean() < distance
     size = sum(file.stat().st_size for file in (ROOT / DEFAULT_MODEL / "routers").iterdir())
     assert size < 10e6
@@ -53,9 +65,9 @@ def test_the_bundled_routers_and_plan_keep_to_a_budget_and_to_the_dense_shape() 
 def test_bundled_routers_of_each_block_decide_for_each_image() -> None:
     pipeline = ImageTo3DPipeline.from_pretrained(ROOT / DEFAULT_MODEL, routers="per_block")
     assert pipeline.session is not None and pipeline.session.router_config.scope is Scope.block
-    images = [ROOT / f"data/samples/{name}.png" for name in ("table", "chair", "vase")]
+    images = [TABLE, CHAIR, VASE]
     # two thirds of the dense evaluations are all that run with learned guidance
-    whole, half = (pipeline(images, 0, resolution=32, steps=6, budget=budget) for budget in (1, 0.5))
+    whole, half = (pipeline(images, 0, resolution=24, steps=6, budget=budget) for budget in (1, 0.5))
     for full, found in zip(whole, half, strict=True):
         share = found.metadata["flops_executed"] / found.metadata["flops_dense"]
         assert full.metadata["flops_executed"] / full.metadata["flops_dense"] == pytest.approx(
@@ -70,21 +82,20 @@ def test_bundled_routers_of_each_block_decide_for_each_image() -> None:
         pipeline(images[0])
 
 
-def test_the_bundled_lora_brings_a_small_nfe_nearer_to_a_large_one() -> None:
-    pipeline = ImageTo3DPipeline.from_pretrained(ROOT / DEFAULT_MODEL)
-    images = [ROOT / f"data/samples/{name}.png" for name in ("table", "chair")]
-
+def test_the_bundled_lora_brings_a_small_nfe_nearer_to_a_large_one(
+    pipeline: ImageTo3DPipeline, dense: list[Result]
+) -> None:
     def made(uses: bool | None, **options: object) -> torch.Tensor:
-        results = pipeline(images, 0, resolution=16, **options)
+        results = pipeline([TABLE, CHAIR], 0, resolution=16, **options)
         assert [result.metadata.get("updated") for result in results] == [uses] * 2
         return torch.stack([result.latents for result in results])
 
-    many = made(None, steps=40, elastic=False)
+    assert [result.metadata.get("updated") for result in dense] == [None] * 2
+    many = torch.stack([result.latents for result in dense])
     plain, adapted = made(False, steps=4, budget=1.0, few_step=False), made(True, steps=4, budget=1.0)
     assert torch.equal(made(None, steps=4, elastic=False), plain)
     errors = [(found - many).square().mean() / many.square().mean() for found in (plain, adapted)]
     assert errors[1] < 0.9 * errors[0]  # 0.82; it was below 0.6 before the DiT was trained on
-    made(False, budget=0.5)  # NFE 12.5: without the LoRA
 
 
 def table() -> trimesh.Trimesh:

@@ -115,6 +115,9 @@ def test_the_field_is_read_once_a_pass_however_many_chunks(monkeypatch: pytest.M
     counts = []
     for max_points in (1 << 20, 500):
         with HostReads() as mode:
-            decode_field(pipeline.vae.field(tokens), DecodeConfig(resolution=48, max_points=max_points))
+            decode_field(
+                pipeline.vae.field(tokens),
+                DecodeConfig(resolution=24, coarse_resolution=12, max_points=max_points),
+            )
         counts.append(mode.reads)
     assert counts[0] == counts[1] > 0

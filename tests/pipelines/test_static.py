@@ -57,8 +57,8 @@ def learn(session: ElasticSession, seed: int = 0) -> None:
 
 
 def routed() -> ImageTo3DPipeline:
-    """Without a static DiT at first: blocks, routers and LoRA as they are."""
-    pipeline = tiny_pipeline()
+    """Without a static DiT at first: blocks, routers and LoRA as they are. Each block makes a graph take longer."""
+    pipeline = tiny_pipeline(blocks=1)
     learn(attach(pipeline.dit, ROUTERS))
     pipeline.static = None
     return pipeline

@@ -68,6 +68,14 @@ def serve(pipeline) -> Iterator:
         server.queue.close()
 
 
+@pytest.fixture(scope="module")
+def client(pipeline) -> Iterator[TestClient]:
+    """Of a server with every default, for tests that only need its answers: making an app takes a while."""
+    server = Server(pipeline)
+    yield server.client
+    server.queue.close()
+
+
 def post(client: TestClient, data: bytes | None = None, **fields: str):
     return client.post(
         "/v1/meshes", files={"image": ("a.png", data or image_bytes())}, data={**SMALL, **fields}
@@ -86,16 +94,14 @@ def test_a_mesh_of_an_uploaded_image(serve, tmp_path: Path) -> None:
     assert not list(server.queue._folder.iterdir())  # nothing is kept once it is answered
 
 
-def test_json_gives_the_same_mesh_as_a_form(serve) -> None:
-    client = serve().client
+def test_json_gives_the_same_mesh_as_a_form(client: TestClient) -> None:
     body = {"image": base64.b64encode(image_bytes()).decode(), "steps": 2, "resolution": 16, "format": "ply"}
     assert client.post("/v1/meshes", json=body).content == post(client, format="ply").content
     body["image"] = "data:image/png;base64," + str(body["image"])
     assert client.post("/v1/meshes", json=body).status_code == 200
 
 
-def test_a_job_from_start_to_deletion(serve) -> None:
-    client = serve().client
+def test_a_job_from_start_to_deletion(client: TestClient) -> None:
     answer = post(client, wait="false", format="stl")
     assert answer.status_code == 202
     where = answer.headers["location"]
@@ -111,8 +117,8 @@ def test_a_job_from_start_to_deletion(serve) -> None:
 
 
 @pytest.mark.parametrize(("wait", "status"), [("no", 202), ("OFF", 202), ("yes", 200), ("banana", 400)])
-def test_waiting_is_a_truth_value_in_a_form_too(serve, wait: str, status: int) -> None:
-    answer = post(serve().client, wait=wait)
+def test_waiting_is_a_truth_value_in_a_form_too(client: TestClient, wait: str, status: int) -> None:
+    answer = post(client, wait=wait)
     assert answer.status_code == status
     assert status != 400 or answer.json()["error"].startswith("wait is 'banana'")
 
@@ -129,8 +135,8 @@ def test_waiting_is_a_truth_value_in_a_form_too(serve, wait: str, status: int) -
         ({"seed": "x"}, "seed"),
     ],
 )
-def test_a_wrong_value_is_named(serve, fields: dict[str, str], words: str) -> None:
-    answer = post(serve().client, **fields)
+def test_a_wrong_value_is_named(client: TestClient, fields: dict[str, str], words: str) -> None:
+    answer = post(client, **fields)
     assert answer.status_code == 400 and words in answer.json()["error"], answer.text
 
 
@@ -150,8 +156,8 @@ def test_uploads_that_are_no_images(serve) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/meshes", "/generate"])
-def test_json_that_is_no_object_is_said_to_be_none(serve, path: str) -> None:
-    answer = serve().client.post(path, json=[1])
+def test_json_that_is_no_object_is_said_to_be_none(client: TestClient, path: str) -> None:
+    answer = client.post(path, json=[1])
     assert (answer.status_code, answer.json()) == (
         400,
         {"error": "the request is no JSON object, expected one"},
@@ -226,8 +232,10 @@ class Slow:
         return self.inner(images, **options)
 
 
-def test_requests_that_come_together_are_one_batch_and_equal_those_alone(pipeline, serve) -> None:
-    alone = {seed: post(serve().client, seed=str(seed)).content for seed in range(3)}
+def test_requests_that_come_together_are_one_batch_and_equal_those_alone(
+    pipeline, client: TestClient
+) -> None:
+    alone = {seed: post(client, seed=str(seed)).content for seed in range(3)}
     slow = Slow(pipeline)
     server = Server(slow)
     with ThreadPoolExecutor(4) as pool:
@@ -284,8 +292,7 @@ def test_one_failing_image_does_not_fail_its_batch(pipeline) -> None:
     server.queue.close()
 
 
-def test_as_a_client_of_hunyuan3d_2_asks(serve) -> None:
-    client = serve().client
+def test_as_a_client_of_hunyuan3d_2_asks(client: TestClient) -> None:
     body = {
         "image": base64.b64encode(image_bytes()).decode(),
         "seed": 1,
@@ -307,7 +314,7 @@ def test_as_a_client_of_hunyuan3d_2_asks(serve) -> None:
     assert "texture" in client.post("/generate", json={**body, "texture": True}).json()["error"]
 
 
-def test_a_quality_is_a_point_of_the_dial(serve, tmp_path: Path) -> None:
+def test_a_quality_is_a_point_of_the_dial(client: TestClient, tmp_path: Path) -> None:
     dialled = ImageTo3DPipeline.from_pretrained(save_dialled(tmp_path / "model"), "cpu", "float32")
     server = Server(dialled)
     try:
@@ -323,7 +330,7 @@ def test_a_quality_is_a_point_of_the_dial(serve, tmp_path: Path) -> None:
         assert server.client.get("/v1/models").json()["models"][0]["dial"]["names"]["best"] == 1
     finally:
         server.queue.close()
-    answer = serve().client.post("/v1/meshes", data={"quality": "fast"}, **form)
+    answer = client.post("/v1/meshes", data={"quality": "fast"}, **form)
     assert answer.status_code == 400 and "this model has no dial.json" in answer.json()["error"]
 
 

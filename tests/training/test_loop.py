@@ -22,13 +22,11 @@ from elastic3d.training.journal import read_metrics
 from elastic3d.training.loop import compile_blocks, enable_gradient_checkpointing, stop_signals, train
 from elastic3d.training.options import Precision, Schedule, TrainConfig
 from elastic3d.training.stages import build_stage, run_stage
+from tests.processes import CONTEXT
 from tests.training import worker
 from tests.training.tiny import vae_config
 
 ROOT = Path(__file__).resolve().parents[2]
-# forked from a process that has imported what takes seconds, and has run nothing
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.training.worker"])
 
 
 def losses(config: TrainConfig) -> dict[int, float]:
