@@ -22,13 +22,11 @@ _EPS = 1e-6  # of a coverage, whose logit is finite then
 def mean_field(
     fields: Sequence[FieldFunction], config: DecodeConfig, device: torch.device | str = "cpu"
 ) -> FieldFunction:
-    """The field of the mean shape of some fields, positive inside; of one field it is that field itself.
+    """The field of the mean shape of some fields, positive inside.
 
     A field stands for the probability that a point is inside, as its logit, and so does the mean. `config` has the cube
     and the points in one call of a field.
     """
-    if len(fields) == 1:
-        return fields[0]
 
     @torch.no_grad()
     def coverage(points: Tensor) -> Tensor:

@@ -383,12 +383,10 @@ class ImageTo3DPipeline:
         dense, default = (dense_flops(self.dit, c, condition.shape[1]) for c in (config, self.config))
         # costs of a dial are shares of the default generation's
         of_default = {} if self.dial is None else {"flops_dense": default}
-        routes = routes_of(self.session, config.elastic, len(made) * K)
-        for i, (result, rows) in enumerate(zip(made.values(), latents, strict=True)):
+        routes = routes_of(self.session, config.elastic, len(made))
+        for result, rows, route in zip(made.values(), latents, routes, strict=True):
             result.latents = rows.squeeze(0).cpu()
-            of_each = [{"flops_executed": dense, "flops_dense": dense, **r} for r in routes[i * K :][:K]]
-            flops = {n: sum(each[n] for each in of_each) for n in of_each[0] if n.startswith("flops_")}
-            result.metadata |= of_each[0] | flops | of_default
+            result.metadata |= {"flops_executed": K * dense, "flops_dense": K * dense, **route, **of_default}
         self._decode(call, latents, made, ms)
         return results
 
@@ -486,7 +484,7 @@ class ImageTo3DPipeline:
                 try:
                     with timed(took, "decode"):
                         fields = [self.vae.field(each[None]) for each in tokens[row]]
-                        field = mean_field(fields, decode, self.device)
+                        field = fields[0] if len(fields) == 1 else mean_field(fields, decode, self.device)
                         values, _ = decode_field(field, decode, self.device, on_level)
                     with timed(took, "surface"):
                         values = reducible(values, call.cleanup.max_faces)

@@ -166,14 +166,18 @@ def dense_flops(dit: ShapeDiT | SkipDiT, config: PipelineConfig, condition: int)
 
 
 def routes_of(session: ElasticSession | None, settings: ElasticConfig, samples: int) -> list[dict[str, Any]]:
-    """Metadata of each sample of the newest generation: what the blocks did, and its cost; none where it was dense."""
+    """Metadata of each sample of the newest generation, none where it was dense: what the blocks did, of an ensemble in
+    its first generation, and the cost of all."""
     if session is None or not settings.elastic:
         return [{} for _ in range(samples)]
     trace = session.trace
     assert trace is not None
     flops = {"executed": trace_flops, "dense": trace_dense_flops, "routers": trace_router_flops}
-    totals = {f"flops_{name}": of(trace).sum((0, 1, 3)).long().tolist() for name, of in flops.items()}
+    K = trace.samples // samples  # of an ensemble
+    costs = {name: of(trace).sum((0, 1, 3)).view(samples, K).sum(1) for name, of in flops.items()}
+    totals = {f"flops_{name}": cost.long().tolist() for name, cost in costs.items()}
     policy = {"policy": session.source.about} if isinstance(session.source, StepPolicy) else {}
+    blocks = {"blocks": trace.blocks, "widths": list(trace.ratios)}
     elastic = to_dict(replace(settings, cache=settings.cache or session.router_config.cache()))
     return [
         {
@@ -182,7 +186,7 @@ def routes_of(session: ElasticSession | None, settings: ElasticConfig, samples: 
             **policy,
             "updated": session.coarseness is not None,
             "one_branch": session.guided,
-            "routes": {"blocks": trace.blocks, "widths": list(trace.ratios), "actions": trace.sample(row)},
+            "routes": blocks | {"actions": trace.sample(K * row)},
         }
         for row in range(samples)
     ]

@@ -26,11 +26,9 @@ def volume(field: Field) -> float:
     return float(extract_surface(decode_field(field, CONFIG)[0], CONFIG.box).volume)
 
 
-def test_the_mean_of_one_shape_is_that_shape() -> None:
+def test_the_mean_of_equal_shapes_is_that_shape() -> None:
     field = ball(0.5)
-    assert mean_field([field], CONFIG) is field
-    same = mean_field([field] * 3, CONFIG)
-    assert volume(same) == pytest.approx(volume(field), rel=0.03)
+    assert volume(mean_field([field] * 3, CONFIG)) == pytest.approx(volume(field), rel=0.03)
 
 
 @pytest.mark.parametrize(
