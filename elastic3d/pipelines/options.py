@@ -120,7 +120,7 @@ class MeshRequestConfig(Options):
     )
     ensemble: int = option(
         1,
-        "Generations of each object, whose mean shape becomes the mesh: truer and smoother, for K times the work.",
+        "Generations of each object, whose mean shape becomes the mesh: smoother and truer, for K times the work.",
         ge=1,
         le=MAX_ENSEMBLE,
     )
