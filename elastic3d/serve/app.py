@@ -216,6 +216,9 @@ def _asked(queue: MeshQueue, nouns: Sequence[str] | None) -> SimpleNamespace:
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
         samples = gr.Slider(1, 8, 1, step=1, label="Samples", min_width=140)
+        ensemble = gr.Slider(
+            1, 8, 1, step=1, label="Ensemble", info="generations whose mean shape is the mesh", min_width=140
+        )
     with gr.Accordion("More", open=False):
         steps = gr.Slider(1, 100, step=1, label="Steps", **settings["steps"])
         resolution = gr.Slider(
@@ -227,7 +230,7 @@ def _asked(queue: MeshQueue, nouns: Sequence[str] | None) -> SimpleNamespace:
     said = gr.HTML(min_height=60, elem_id="said")
     return SimpleNamespace(
         image=image, prompt=prompt, mask=mask, tolerance=tolerance, border=border, model=model, quality=quality,
-        budget=budget, compare=compare, colours=colours, seed=seed, samples=samples, steps=steps,
+        budget=budget, compare=compare, colours=colours, seed=seed, samples=samples, ensemble=ensemble, steps=steps,
         resolution=resolution, faces=faces, run=run, stop=stop, said=said,
     )  # fmt: skip
 

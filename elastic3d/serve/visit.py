@@ -48,6 +48,7 @@ class Choices:
     colours: bool
     seed: float | None
     samples: float
+    ensemble: float
     steps: float
     resolution: float
     faces: float | None
@@ -68,6 +69,7 @@ class Choices:
             chosen = base | {"quality": self.quality}
         elif info.dial is not None or info.elastic:
             chosen = base | {"budget": round(self.budget, 4)}
+        chosen = chosen | {"ensemble": self.ensemble}
         seeds = [int(self.seed or 0) + i for i in range(int(self.samples))]
         try:
             made = [MeshRequest(**chosen, seed=seed) for seed in seeds]

@@ -47,7 +47,7 @@ ARGUMENTS = [
 ]  # fmt: skip
 WAIT_MS = 90_000
 HOSTILE = "<img src=x onerror=window.hit=1>"
-CHOICES = Choices(image(), "", "default", 1.0, False, False, 0, 1, 2, 16, 500, 20, 0.15)
+CHOICES = Choices(image(), "", "default", 1.0, False, False, 0, 1, 1, 2, 16, 500, 20, 0.15)
 
 
 def routed():
@@ -315,10 +315,10 @@ def test_a_prompt_becomes_the_image_and_a_phone_shows_the_page(site: Page, brows
 def test_requests_of_a_visit() -> None:
     """A budget counts where it is chosen; the steps where the model has no dial."""
     with MeshQueue(routed()) as queue:
-        chosen = replace(CHOICES, budget=0.6, compare=True, samples=2)
+        chosen = replace(CHOICES, budget=0.6, compare=True, samples=2, ensemble=3)
         elastic, dense = chosen.requests(queue.models.info())
-        assert [(r.seed, r.budget, r.steps) for r in elastic] == [(0, 0.6, 2), (1, 0.6, 2)]
-        assert [(r.seed, r.elastic) for r in dense] == [(0, False), (1, False)]
+        assert [(r.seed, r.budget, r.steps, r.ensemble) for r in elastic] == [(0, 0.6, 2, 3), (1, 0.6, 2, 3)]
+        assert [(r.seed, r.elastic, r.ensemble) for r in dense] == [(0, False, 1), (1, False, 1)]
     with MeshQueue(tiny_pipeline()) as queue:
         elastic, dense = CHOICES.requests(queue.models.info())
         assert elastic[0].budget is None and elastic[0].quality is None and not dense

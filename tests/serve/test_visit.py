@@ -25,7 +25,7 @@ from elastic3d.serve.models import ModelInfo  # noqa: E402
 from elastic3d.serve.queue import MeshQueue  # noqa: E402
 from elastic3d.serve.visit import Choices, Shown, Visits, download, route_image, table, tiles  # noqa: E402
 
-CHOICES = Choices(image(), "", "budget", 0.6, True, True, 3, 1, 2, 16, 500, 20, 0.15)
+CHOICES = Choices(image(), "", "budget", 0.6, True, True, 3, 1, 1, 2, 16, 500, 20, 0.15)
 
 
 def test_both_meshes_with_colours_and_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

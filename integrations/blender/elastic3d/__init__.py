@@ -42,6 +42,9 @@ class Elastic3DSettings(bpy.types.PropertyGroup):
     resolution: bpy.props.IntProperty(  # type: ignore[valid-type]
         name="Resolution", description="0: that of the quality", default=0, min=0, max=512
     )
+    ensemble: bpy.props.IntProperty(  # type: ignore[valid-type]
+        name="Ensemble", description="Generations whose mean shape is the mesh", default=1, min=1, max=16
+    )
     size: bpy.props.FloatProperty(  # type: ignore[valid-type]
         name="Longest side", default=1.0, min=1e-4, unit="LENGTH", description="Of the mesh in the scene"
     )
@@ -95,6 +98,8 @@ class ELASTIC3D_OT_generate(bpy.types.Operator):  # noqa: N801 (Blender's form)
     def _start(self, context: Any) -> Generation:
         chosen = context.scene.elastic3d
         options: dict[str, Any] = {"seed": chosen.seed}
+        if chosen.ensemble > 1:  # servers of before do not know it
+            options["ensemble"] = chosen.ensemble
         if chosen.resolution:
             options["resolution"] = chosen.resolution
         if chosen.quality == "budget":
@@ -153,6 +158,7 @@ class ELASTIC3D_PT_panel(bpy.types.Panel):  # noqa: N801
             "budget",
             "colours",
             "seed",
+            "ensemble",
             "resolution",
             "size",
             "server",

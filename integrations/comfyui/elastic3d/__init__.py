@@ -76,7 +76,16 @@ class Elastic3DImageToMesh:
                 "max_faces": ("INT", {"default": 40_000, "min": 100, "max": 1_000_000}),
             },
             "optional": {
-                "mask": ("MASK", {"tooltip": "1 on the object; else the background has to be plain"})
+                "mask": ("MASK", {"tooltip": "1 on the object; else the background has to be plain"}),
+                "ensemble": (
+                    "INT",
+                    {
+                        "default": 1,
+                        "min": 1,
+                        "max": 64,
+                        "tooltip": "generations whose mean shape is the mesh",
+                    },
+                ),
             },
         }
 
@@ -91,6 +100,7 @@ class Elastic3DImageToMesh:
         resolution: int,
         max_faces: int,
         mask: torch.Tensor | None = None,
+        ensemble: int = 1,
     ) -> tuple[list[Any], list[str]]:
         """Meshes and how each was made, as JSON. ValueError if an image shows no object, or for a quality and a
         budget."""
@@ -98,7 +108,9 @@ class Elastic3DImageToMesh:
 
         named = None if quality == "default" else quality
         chosen = {"quality": named, "budget": budget, "steps": steps, "resolution": resolution}
-        options = {"max_faces": max_faces} | {name: value for name, value in chosen.items() if value}
+        options = {"max_faces": max_faces, "ensemble": ensemble} | {
+            name: value for name, value in chosen.items() if value
+        }
         results = model(to_images(image, mask), seed=seed, **options)
         return [result.mesh for result in results], [json.dumps(result.metadata) for result in results]
 
