@@ -12,7 +12,8 @@ from PIL import Image
 from tiny_pipeline import save_image
 
 from elastic3d.errors import UserError
-from elastic3d.pipelines.generation import Job, _saved, plan
+from elastic3d.pipelines import published
+from elastic3d.pipelines.generation import Job, _saved, load_pipeline, plan
 from elastic3d.pipelines.image_to_3d import Result
 from elastic3d.pipelines.options import AssetConfig, GenerateConfig, Texture
 from elastic3d.pipelines.preview import turntable
@@ -110,6 +111,15 @@ def test_generations_of_an_ensemble_count_for_the_batch() -> None:
     assert [GenerateConfig(**config, ensemble=k).rows for k in (1, 3, 8, 20)] == [8, 2, 1, 1]
     with pytest.raises(ValueError, match="ensemble is 65, expected a value from 1 to 64"):
         GenerateConfig(**config, ensemble=65)
+
+
+def test_memory_is_asked_for_all_generations_of_an_ensemble(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    monkeypatch.setattr(published, "published_pipeline", lambda config, batch: batches.append(batch))
+    for ensemble, meshes in ((1, 20), (4, 1), (3, 20)):
+        config = {"image": "a.png", "output": "a.glb", "model": "hunyuan3d2", "ensemble": ensemble}
+        load_pipeline(GenerateConfig(**config), meshes)
+    assert batches == [8, 4, 6]
 
 
 def test_turntable_shows_the_mesh_from_all_sides() -> None:
