@@ -44,7 +44,7 @@ def test_a_command_answers_as_its_script_does() -> None:
         script = run(*arguments, command=(str(ROOT / "scripts/gen_mesh.py"),))
         assert (ours.returncode, ours.stderr) == (script.returncode, script.stderr)
         assert ours.stdout.splitlines()[1:] == script.stdout.splitlines()[1:]
-    assert run("gen_mesh", "image=gone.png", "output=x.glb").returncode == 2
+    assert run("gen_mesh", "--help").returncode == 0
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,10 +24,13 @@ from elastic3d.elastic.config import (
 )
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
+from elastic3d.models.options import DiTConfig
+from elastic3d.models.shape_dit import ShapeDiT
 from tests.contracts.families import (
     CLOSE,
     FAMILIES,
     B,
+    Family,
     K,
     begin,
     forward,
@@ -217,11 +221,23 @@ def test_blocks_compile_whole_with_a_bounded_number_of_recompilations(family):
     torch._dynamo.reset()
 
 
+def fewer_blocks() -> Family:
+    """The family shape_dit; the whole model breaks into graphs at each block, and each takes long."""
+    config = DiTConfig(
+        in_channels=4, condition_channels=6, width=32, heads=2, double_blocks=1, single_blocks=2
+    )
+    return replace(FAMILIES["shape_dit"], build=lambda: ShapeDiT(config))
+
+
 # of this project, and of diffusers
-@pytest.mark.parametrize("name", ["shape_dit", pytest.param("flux", marks=pytest.mark.slow)])
-def test_the_whole_model_compiles_around_blocks_that_decide(name):
+@pytest.mark.parametrize(
+    "small",
+    [fewer_blocks(), pytest.param(FAMILIES["flux"], marks=pytest.mark.slow)],
+    ids=["shape_dit", "flux"],
+)
+def test_the_whole_model_compiles_around_blocks_that_decide(small):
     torch._dynamo.reset()
-    model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs(B)
+    model, inputs = small.model(), small.inputs(B)
     session = attach(model, RouterConfig(widths=1))  # blocks of several widths are compiled above
     outputs = []
     for compiled in (False, True):

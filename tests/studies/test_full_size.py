@@ -18,7 +18,7 @@ def test_a_model_that_is_not_published_is_refused() -> None:
 
 def test_full_size_models_narrowed(tmp_path: Path) -> None:
     config = FullSizeConfig(
-        output=tmp_path / "times.json", width=128, latents=16, steps=10, rounds=1, batches=[1], budgets=[0.5],
+        output=tmp_path / "times.json", width=128, latents=16, steps=6, rounds=1, batches=[1], budgets=[0.5],
         models=["hunyuan3d2", "triposg", "step1x3d"], device=DeviceChoice.cpu, dtype=DTypeChoice.float32,
     )  # fmt: skip
     found = measure_full_size(config)
