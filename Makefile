@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	@echo "The mesh is in $(DEMO), an image of it in $(DEMO:.glb=.png)."
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
