@@ -62,7 +62,7 @@ from elastic3d.pipelines.static import CompiledDiT, StaticDiT
 from elastic3d.pipelines.training_free import find_calibration, save_calibration
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import file_sha256, load_json, printable, save_json
-from elastic3d.utils.options import check_range, from_dict, to_dict
+from elastic3d.utils.options import Bounds, checked, from_dict, to_dict
 
 PIPELINE_NAME, ROUTERS_NAME = "pipeline.json", "routers"
 # Points in one call of the field on a CPU. Blocks of over 32 MB are mapped anew by glibc each time, and every page of
@@ -311,7 +311,7 @@ class ImageTo3DPipeline:
         many = stacked or (isinstance(images, Sequence) and not isinstance(images, str))
         inputs: Sequence[ImageInput] = images if many else [images]  # type: ignore[assignment, list-item]
         seeds = seeds_of(seed, len(inputs))
-        check_range("ensemble", ensemble, 1, MAX_ENSEMBLE)
+        checked("ensemble", ensemble, int, Bounds(ge=1, le=MAX_ENSEMBLE))
         given = {"steps": steps, "guidance": guidance, "resolution": resolution}
         requested = ElasticOptions(**elastic)
         row = choose(self.dial, requested, steps, quality, guidance)

@@ -104,9 +104,9 @@ def test_an_ensemble(pipeline: ImageTo3DPipeline, monkeypatch: pytest.MonkeyPatc
     assert asked == [3, 3]
     torch.testing.assert_close(batch[1].latents, found.latents, rtol=1e-4, atol=1e-5)
     assert abs(len(batch[1].mesh.faces) - len(found.mesh.faces)) <= 8
-    for wrong in (0, 65):
+    for wrong in (0, 65, 2.5):
         with pytest.raises(UserError, match=f"ensemble is {wrong}, expected"):
-            pipeline(image(), ensemble=wrong)
+            pipeline(image(), ensemble=wrong)  # type: ignore[call-overload]
 
 
 def test_a_bad_image_is_an_error_in_its_slot(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:
