@@ -311,7 +311,7 @@ class ImageTo3DPipeline:
         many = stacked or (isinstance(images, Sequence) and not isinstance(images, str))
         inputs: Sequence[ImageInput] = images if many else [images]  # type: ignore[assignment, list-item]
         seeds = seeds_of(seed, len(inputs))
-        checked("ensemble", ensemble, int, Bounds(ge=1, le=MAX_ENSEMBLE))
+        ensemble = checked("ensemble", ensemble, int, Bounds(ge=1, le=MAX_ENSEMBLE))
         given = {"steps": steps, "guidance": guidance, "resolution": resolution}
         requested = ElasticOptions(**elastic)
         row = choose(self.dial, requested, steps, quality, guidance)
