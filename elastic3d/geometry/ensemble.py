@@ -2,7 +2,7 @@
 
 The share of the shapes that hold a point is the coverage there. The mean shape is where the coverage is above a level,
 and the level is the one at which its volume is the mean of theirs (Vorob'ev 1984; Molchanov, Theory of Random Sets,
-2.2.2). A level of one half would lose what differs a little from shape to shape: the legs of a chair.
+2.2.2). A level of one half loses parts that stand a little elsewhere in each shape.
 """
 
 from __future__ import annotations

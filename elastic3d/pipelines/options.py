@@ -120,7 +120,7 @@ class MeshRequestConfig(Options):
     )
     ensemble: int = option(
         1,
-        "Average the shapes of N generations of each object: a smoother and truer mesh, for N times the work.",
+        "Average the shapes of N generations of each object: a smoother mesh, for N times the work.",
         ge=1,
         le=MAX_ENSEMBLE,
     )
