@@ -27,7 +27,7 @@ from elastic3d.evaluation.align import align, turn_up
 from elastic3d.evaluation.health import SurfaceHealth, surface_health
 from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.evaluation.views import ViewScores, compare_views, load_lpips
-from elastic3d.geometry.cleanup import MeshHealth, mesh_health
+from elastic3d.geometry.cleanup import MeshHealth, is_closed, mesh_health
 from elastic3d.geometry.mesh_io import merge_equal_vertices
 from elastic3d.geometry.normalize import normalize_to
 from elastic3d.geometry.sampling import sample_surface
@@ -92,7 +92,7 @@ def evaluate_pair(
     pred_points, pred_normals = sample_surface(pred, protocol.points, protocol.seed)
     gt_points, gt_normals = sample_surface(gt, protocol.points, protocol.seed)
     pairs = metrics.correspond(pred_points, gt_points, workers)
-    closed = pred.is_watertight and gt.is_watertight
+    closed = is_closed(pred) and is_closed(gt)
     return PairScores(
         points=metrics.point_scores(pairs, pred_normals, gt_normals, protocol.thresholds),
         volume_iou=iou(pred, gt, volume_queries(pred, gt, protocol)) if closed else None,
@@ -137,7 +137,7 @@ def failed_scores(gt: trimesh.Trimesh, protocol: ProtocolConfig) -> dict[str, An
     (gt,) = normalize_to(merge_equal_vertices(gt))
     points, _ = sample_surface(gt, protocol.points, protocol.seed)
     distance = np.linalg.norm(points.astype(np.float64), axis=1)
-    views = view_scores(None, gt, protocol)
+    views, closed = view_scores(None, gt, protocol), is_closed(gt)
     return {
         "chamfer_l1": float(distance.min() + distance.mean()),
         "chamfer_l2": float(distance.min() ** 2 + np.square(distance).mean()),
@@ -145,8 +145,8 @@ def failed_scores(gt: trimesh.Trimesh, protocol: ProtocolConfig) -> dict[str, An
         "normal_consistency": 0.0,
         "hausdorff": float(distance.max()),
         "watertight": False,
-        **({"volume_iou": 0.0} if gt.is_watertight and protocol.volume_points else {}),
-        **({"near_iou": 0.0} if gt.is_watertight and protocol.near_points else {}),
+        **({"volume_iou": 0.0} if closed and protocol.volume_points else {}),
+        **({"near_iou": 0.0} if closed and protocol.near_points else {}),
         **(dataclasses.asdict(views) if views else {}),
     }
 

@@ -10,7 +10,7 @@ import numpy as np
 import trimesh
 
 from elastic3d.errors import UserError
-from elastic3d.geometry.mesh_io import far_centre, merge_equal_vertices, unit_normals
+from elastic3d.geometry.mesh_io import far_centre, unit_normals, weld
 from elastic3d.geometry.options import CleanupConfig
 from elastic3d.geometry.sheets import separate_sheets
 
@@ -29,7 +29,8 @@ _DEGENERATE = 1e-12
 
 @dataclass(kw_only=True)
 class MeshHealth:
-    """Topology of a mesh with vertices at equal positions merged."""
+    """Topology of a mesh with vertices at equal positions merged, which may leave faces without three corners: these
+    count as faces and as degenerate, and are no part of the surface."""
 
     faces: int
     vertices: int
@@ -47,14 +48,14 @@ class MeshHealth:
 
 def mesh_health(mesh: trimesh.Trimesh) -> MeshHealth:
     """Health of a mesh, however its vertices are split for normals or texture coordinates."""
-    mesh = merge_equal_vertices(mesh)
-    faces = len(mesh.faces)
-    if faces == 0:
+    if (faces := len(mesh.faces)) == 0:
         raise ValueError("the mesh has no faces, expected at least one")
+    degenerate = float(_degenerate(mesh).mean())
+    mesh = weld(mesh)
     shared = _faces_at_edges(mesh)
     labels = _component_of_faces(mesh)
     area = np.bincount(labels, weights=mesh.area_faces)
-    watertight = bool((shared == 2).all())
+    watertight = len(shared) > 0 and bool((shared == 2).all())
     return MeshHealth(
         faces=faces,
         vertices=len(np.unique(mesh.faces)),
@@ -64,7 +65,7 @@ def mesh_health(mesh: trimesh.Trimesh) -> MeshHealth:
         boundary_edges=int((shared == 1).sum()),
         non_manifold_edges=int((shared > 2).sum()),
         genus=genus(mesh) if watertight else None,
-        degenerate_share=float(_degenerate(mesh).mean()),
+        degenerate_share=degenerate,
     )
 
 
@@ -180,7 +181,7 @@ def _reduce_solid(mesh: trimesh.Trimesh, max_faces: int) -> trimesh.Trimesh:
     solid = manifold3d.Manifold(source)
     if solid.status() != manifold3d.Error.NoError:
         kept = trimesh.Trimesh(mesh.vertices, mesh.faces[~_degenerate(mesh)], process=False)
-        return _quadric(merge_equal_vertices(kept), max_faces)
+        return _quadric(weld(kept), max_faces)
     fallback = None
     for step in range(_ROUNDS):
         solid = solid.simplify(1e-6 * extent * 6**step)
@@ -197,7 +198,7 @@ def _reduce_solid(mesh: trimesh.Trimesh, max_faces: int) -> trimesh.Trimesh:
 
 def is_closed(mesh: trimesh.Trimesh) -> bool:
     """Whether every edge has two faces, also after vertices at equal positions are merged."""
-    return merge_equal_vertices(mesh).is_watertight
+    return weld(mesh).is_watertight
 
 
 def _from_solid(solid: Any) -> trimesh.Trimesh:

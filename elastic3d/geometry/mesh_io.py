@@ -77,6 +77,16 @@ def merge_equal_vertices(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     return trimesh.Trimesh(mesh.vertices[unique], inverse[mesh.faces], process=False)
 
 
+def weld(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
+    """`merge_equal_vertices`, without the faces that have fewer than three corners then.
+
+    Those have no area, and their edges look like holes: a sphere of quads that collapse at its poles is closed.
+    """
+    merged = merge_equal_vertices(mesh)
+    a, b, c = merged.faces.T
+    return trimesh.Trimesh(merged.vertices, merged.faces[(a != b) & (b != c) & (c != a)], process=False)
+
+
 def far_centre(mesh: trimesh.Trimesh) -> NDArray[np.float64]:
     """The centre (3,) of the bounding box if it is further from the origin than the longest side; otherwise zero.
 

@@ -115,6 +115,26 @@ def test_open_meshes_have_no_iou_and_say_so() -> None:
     assert evaluate_pair(sphere(), sphere(), ProtocolConfig(points=100, volume_points=0)).volume_iou is None
 
 
+def test_quads_that_collapse_at_the_poles_are_no_holes() -> None:
+    """As many programs write a sphere: the rows at the poles have a vertex for each column, all at one place."""
+    rows, columns = 16, 24
+    polar, around = np.meshgrid(
+        np.linspace(0, np.pi, rows), np.linspace(0, 2 * np.pi, columns + 1), indexing="ij"
+    )
+    grid = np.stack([np.sin(polar) * np.cos(around), np.cos(polar), np.sin(polar) * np.sin(around)], axis=-1)
+    first = (np.arange(rows - 1)[:, None] * (columns + 1) + np.arange(columns)).ravel()
+    corners = np.stack([first, first + 1, first + columns + 2, first + columns + 1], axis=1)
+    poles = grid.round(12) + 0.0
+    poles[:, -1] = poles[:, 0]
+    mesh = trimesh.Trimesh(
+        poles.reshape(-1, 3), np.concatenate([corners[:, :3], corners[:, [0, 2, 3]]]), process=False
+    )
+    scores = evaluate_pair(mesh, sphere(), QUICK)
+    assert scores.volume_iou is not None and scores.volume_iou > 0.9
+    assert (scores.health.watertight, scores.health.genus) == (True, 0)
+    assert scores.health.degenerate_share == pytest.approx(2 * columns / len(mesh.faces))
+
+
 def test_scores_are_deterministic_and_follow_the_seed() -> None:
     pred = sphere(0.9)
     assert evaluate_pair(pred, sphere(), QUICK) == evaluate_pair(pred, sphere(), QUICK)

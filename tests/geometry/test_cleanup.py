@@ -48,6 +48,10 @@ def test_health_of_known_shapes() -> None:
     assert (health.watertight, health.boundary_edges, health.non_manifold_edges) == (False, 2, 1)
     flat = trimesh.Trimesh(sphere.vertices, [*sphere.faces, [0, 1, 1]], process=False)
     assert mesh_health(flat).degenerate_share == pytest.approx(1 / len(flat.faces))
+    assert (mesh_health(flat).watertight, mesh_health(flat).faces) == (True, len(flat.faces))
+    point = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [1, 0, 0]], [[0, 1, 2]], process=False)
+    health = mesh_health(point)
+    assert (health.watertight, health.components, health.degenerate_share) == (False, 0, 1)
     with pytest.raises(ValueError, match="no faces"):
         mesh_health(trimesh.Trimesh())
 
