@@ -162,6 +162,7 @@ class ImageTo3DPipeline:
         self.device, self.offload = next(dit.parameters()).device, False  # offload: see `use_less_memory`
         self._working: Callable[[Any], AbstractContextManager[Any]] = nullcontext  # around the work of a part
         self.max_points = CPU_CHUNK if self.device.type == "cpu" else DecodeConfig.max_points
+        self.fit: Callable[[PipelineConfig, int], int] | None = None  # max_points of a batch, if it fits
         self.dial: Dial | None = None  # what a budget becomes; None: the budget is the routers' own
         self.calibration: Path | None = None  # file or folder of what keeps a budget without routers
         self.familiarity: Familiarity | None = None  # with the images the model was trained on
@@ -304,7 +305,7 @@ class ImageTo3DPipeline:
             elastic: `budget=` and whatever else `ElasticOptions` has.
 
         Raises:
-            UserError: a value out of range; for a single image also whatever kept it from becoming a mesh.
+            UserError: a value out of range, too little memory; for a single image also whatever kept it from a mesh.
                 In a list that is the `error` of its result, and the others go on.
         """
         stacked = isinstance(images, np.ndarray) and images.ndim == 4
@@ -353,6 +354,7 @@ class ImageTo3DPipeline:
 
     def _generate(self, call: Call) -> list[Result]:
         config, K, ms = call.config, call.ensemble, dict[str, float]()
+        self.max_points = self.fit(config, len(call.images) * K) if self.fit else self.max_points
         if config.elastic.elastic and self.session is None:  # the first call with a budget brings the policy
             put_policy(self.dit, find_calibration(self.calibration, self.dit))
         metadata = {

@@ -112,7 +112,7 @@ def require(need: MemoryNeed, budget: int, offload: bool, device: torch.device) 
     if peak > budget:
         raise UserError(
             f"this needs about {peak / GB:.1f} GB of {device.type} memory ({need}), but {budget / GB:.1f} GB are"
-            " there: try low_memory=true, batch_size=1, dtype=bfloat16 or a smaller resolution"
+            " there: try low_memory=true, batch_size=1, dtype=bfloat16, a smaller resolution or ensemble"
         )
 
 

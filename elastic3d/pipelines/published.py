@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,22 +14,47 @@ from elastic3d.checkpoints.hunyuan3d import find_checkpoint, inspect_hunyuan3d, 
 from elastic3d.checkpoints.options import PRESETS, ImportConfig
 from elastic3d.checkpoints.step1x3d import inspect_step1x3d, load_step1x3d
 from elastic3d.checkpoints.triposg import inspect_triposg, load_triposg
+from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.elastic.attachment import attach
 from elastic3d.errors import UserError
+from elastic3d.geometry.options import DecodeConfig
 from elastic3d.models.weights import find_weights
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
-from elastic3d.pipelines.memory import (
-    GB,
-    LOW_MEMORY_CHUNK,
-    MemoryNeed,
-    free_memory,
-    memory_need,
-    points_within,
-    require,
-)
+from elastic3d.pipelines.memory import GB, LOW_MEMORY_CHUNK, free_memory, memory_need, points_within, require
 from elastic3d.pipelines.options import DEFAULT_MODEL, NO_ROUTERS_NAME, GenerateConfig
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype
 from elastic3d.utils.files import file_sha256
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What generations with a checkpoint may take: `budget` bytes of a device, the weights included."""
+
+    found: Inspection
+    dtype: torch.dtype
+    device: torch.device
+    budget: int
+    low_memory: bool
+
+    def max_points(self, sampling: PipelineConfig, batch: int, least: int = LOW_MEMORY_CHUNK) -> int:
+        """Points in one call of the field that fit beside a batch of generations. UserError if `least` do not."""
+        parts, low = self.found.config, self.low_memory
+        two = sampling.guidance > 1.0 and not parts.dit.guidance_embed and not low
+        need = memory_need(
+            parts.dit,
+            parts.vae,
+            self.found.sizes,
+            self.dtype,
+            rows=batch * (2 if two else 1),
+            resolution=sampling.resolution,
+            max_points=least,
+            encoder_width=parts.dit.condition_channels,
+            encoder_tokens=parts.encoder.views * ((parts.encoder.image_size // 14) ** 2 + 1),
+        )
+        require(need, self.budget, low, self.device)
+        free = self.budget - (need.weights["decode"] if low else sum(need.weights.values()))
+        limit = LOW_MEMORY_CHUNK if low else DecodeConfig.max_points
+        return points_within(free, parts.vae, self.dtype, sampling.resolution, limit)
 
 
 def calibration_home(config: GenerateConfig) -> Path:
@@ -63,17 +89,17 @@ def published_pipeline(config: GenerateConfig, batch: int) -> ImageTo3DPipeline:
         )
     if found.note:
         raise UserError(found.note)
-    limit = LOW_MEMORY_CHUNK if config.low_memory else 65536
-    need = _need(found, config, dtype, batch, limit)
     budget = free_memory(device)
     if config.memory_budget is not None:
         budget = min(budget, int(config.memory_budget * GB))
-    require(need, budget, config.low_memory, device)
+    memory = Memory(found, dtype, device, budget, config.low_memory)
+    given = {name: getattr(config, name) for name in ("guidance", "resolution")}
+    sampling = replace(parts.pipeline, **{name: value for name, value in given.items() if value is not None})
+    bounded = config.low_memory or config.memory_budget is not None
+    memory.max_points(sampling, batch, LOW_MEMORY_CHUNK if bounded else DecodeConfig.max_points)
     pipeline = _load(config, dtype, torch.device("cpu") if config.low_memory else device)
     pipeline.device, pipeline.calibration = device, calibration_home(config)
-    resident = need.weights["decode"] if config.low_memory else sum(need.weights.values())
-    resolution = parts.pipeline.resolution if config.resolution is None else config.resolution
-    pipeline.max_points = points_within(budget - resident, pipeline.vae.config, dtype, resolution, limit)
+    pipeline.fit = memory.max_points
     if routers is not None:
         attach(pipeline.dit, routers.parent)
         pipeline.weights_sha256 = f"{pipeline.weights_sha256}+{file_sha256(routers)}"
@@ -124,23 +150,3 @@ def _load(
     bundle.config.pipeline.model = config.model
     sha256 = file_sha256(*bundle.weights)
     return ImageTo3DPipeline(bundle.vae, bundle.dit, bundle.conditioner, bundle.config.pipeline, sha256)
-
-
-def _need(
-    found: Inspection, config: GenerateConfig, dtype: torch.dtype, batch: int, max_points: int
-) -> MemoryNeed:
-    parts = found.config
-    guidance = parts.pipeline.guidance if config.guidance is None else config.guidance
-    two = guidance > 1.0 and not parts.dit.guidance_embed and not config.low_memory
-    encoder = parts.encoder
-    return memory_need(
-        parts.dit,
-        parts.vae,
-        found.sizes,
-        dtype,
-        rows=batch * (2 if two else 1),
-        resolution=parts.pipeline.resolution if config.resolution is None else config.resolution,
-        max_points=max_points if config.memory_budget is None else min(max_points, LOW_MEMORY_CHUNK),
-        encoder_width=parts.dit.condition_channels,
-        encoder_tokens=encoder.views * ((encoder.image_size // 14) ** 2 + 1),
-    )

@@ -28,7 +28,7 @@ class ServerConfig(Options):
     )
     queue: int = option(64, "Jobs that may wait; a further one is refused (HTTP 429).", ge=1, le=100_000)
     batch_size: int = option(
-        8, "Waiting jobs with equal options that are generated at a time.", ge=1, le=1024
+        8, "Waiting jobs with equal options that are generated at a time, if memory suffices.", ge=1, le=1024
     )
     keep_s: float = option(
         600.0, "Seconds for which the mesh of a finished job can be fetched.", ge=1, le=86_400

@@ -5,16 +5,21 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("pydantic")
+from hunyuan_tiny import tiny_config, write_checkpoint  # noqa: E402
 from tiny_pipeline import image, tiny_pipeline  # noqa: E402
 
+from elastic3d.pipelines.generation import load_pipeline  # noqa: E402
+from elastic3d.pipelines.options import GenerateConfig  # noqa: E402
 from elastic3d.serve import queue as queue_module  # noqa: E402
 from elastic3d.serve.models import Models  # noqa: E402
 from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueClosed  # noqa: E402
@@ -26,6 +31,12 @@ SHORT, LONG = MeshRequest(steps=1, resolution=8), MeshRequest(steps=1000, resolu
 def queue() -> Iterator[MeshQueue]:
     with MeshQueue(tiny_pipeline()) as started:
         yield started
+
+
+def submit(queue: MeshQueue, requests: Sequence[MeshRequest]) -> list[Job]:
+    """Jobs that wait at the same time."""
+    with queue._changed:
+        return [queue.submit(image(), request) for request in requests]
 
 
 def until(true: Callable[[], object]) -> None:
@@ -70,6 +81,80 @@ def test_generations_of_an_ensemble_count_for_the_batch() -> None:
         jobs = [queue.submit(image(), SHORT.model_copy(update={"ensemble": 2})) for _ in range(5)]
         assert all(job.finished.wait(60) and job.state is JobState.done for job in jobs)
     assert sum(sizes) == 10 and max(sizes) <= 4
+
+
+def test_a_batch_is_no_larger_than_memory_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two generations fit. A job that needs more alone fails, and its error says what it needs."""
+    checkpoint = tiny_config()
+    checkpoint["vae"]["params"]["num_latents"] = 2048
+    options = {"image": "-", "output": "-", "model": "hunyuan3d2", "dtype": "float32", "memory_budget": 0.03}
+    weights = str(write_checkpoint(tmp_path, config=checkpoint))
+    pipeline, sizes = load_pipeline(GenerateConfig(**options, weights=weights, resolution=8)), []
+    sample = pipeline.sample_latents
+
+    def counted(condition: torch.Tensor, seeds: list[int], *args: Any) -> torch.Tensor:
+        sizes.append(len(seeds) * args[-1])
+        return sample(condition, seeds, *args)
+
+    monkeypatch.setattr(pipeline, "sample_latents", counted)
+    request = MeshRequest(steps=2, resolution=8)
+    with MeshQueue(pipeline, batch_size=4) as queue:
+        for job in submit(queue, [request] * 4):
+            assert job.finished.wait(60) and job.state is JobState.done
+        assert sizes == [2, 2]
+        for more in ({"ensemble": 3}, {"resolution": 128}):
+            job = queue.submit(image(), request.model_copy(update=more))
+            assert job.finished.wait(60) and "this needs about" in job.error and not job.internal
+        assert sizes == [2, 2]
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_an_unexpected_error_of_one_job_is_not_its_batch_mates(
+    queue: MeshQueue, caplog: pytest.LogCaptureFixture, bad: int
+) -> None:
+    with queue._changed:
+        jobs = submit(queue, [SHORT] * 3)
+        assert jobs[bad].image is not None
+        jobs[bad].image.close()  # what reads it raises no UserError
+    assert all(job.finished.wait(60) for job in jobs)
+    failed = jobs.pop(bad)
+    assert failed.internal and failed.error == "the server failed: ValueError"
+    assert all(job.state is JobState.done for job in jobs)
+    assert [failed.id in record.message for record in caplog.records if record.exc_info] == [True]
+    (last,) = submit(queue, [SHORT])
+    assert last.finished.wait(60) and last.state is JobState.done
+
+
+def test_a_mesh_that_can_not_be_kept_is_not_made_again(
+    queue: MeshQueue, caplog: pytest.LogCaptureFixture
+) -> None:
+    with queue._changed:
+        jobs = submit(queue, [SHORT] * 3)
+        jobs[1].id = "\0"  # of which no file can be named
+    assert all(job.finished.wait(60) for job in jobs)
+    assert [job.state.value for job in jobs] == ["done", "failed", "done"] and jobs[1].internal
+    assert [record.message for record in caplog.records] == ["job \0 failed"]
+
+
+@pytest.mark.parametrize(("room", "sizes"), [(2, [4, 2, 2]), (0, [4, 2, 1, 1, 2, 1, 1])])
+def test_a_batch_that_runs_out_of_memory_is_halved(room: int, sizes: list[int]) -> None:
+    tried: list[int] = []
+    pipeline = tiny_pipeline()
+
+    def limited(images: list[object], *args: Any, **options: Any) -> Any:
+        tried.append(len(images))
+        if len(images) > room:
+            raise torch.OutOfMemoryError("no memory is left")
+        return pipeline(images, *args, **options)
+
+    models = Models.single(pipeline)
+    models.use = lambda _: nullcontext(limited)  # type: ignore[assignment,return-value,method-assign]
+    with MeshQueue(models) as queue:
+        jobs = submit(queue, [SHORT] * 4)
+        assert all(job.finished.wait(60) for job in jobs)
+    assert tried == sizes
+    error = "" if room else "the server failed: OutOfMemoryError"
+    assert [job.error for job in jobs] == [error] * 4
 
 
 def test_a_batch_that_nobody_waits_for_makes_room(queue: MeshQueue) -> None:
