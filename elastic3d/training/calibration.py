@@ -46,7 +46,7 @@ class CurvesConfig(Options):
 
 def as_trained(precision: Precision, device: torch.device) -> torch.autocast:
     """The precision of the training, for a model that is exported in full."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision is not Precision.fp32)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision.name.startswith("bf16"))
 
 
 def compare_budgets(generate: Generate, budgets: list[float]) -> dict[str, float]:

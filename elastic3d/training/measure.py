@@ -86,7 +86,7 @@ class CalibrationOutputConfig(Options):
 class MeasureConfig(SeededConfig):
     """On what a trained model is measured."""
 
-    precision: Precision = option(Precision.bf16_master, "number format of the training")
+    precision: Precision = option(Precision.auto, "number format of the training")
     data: LimitedSplitsConfig = option(LimitedSplitsConfig, "prepared shapes")
     latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
     image: CalibrationImagesConfig = option(

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from elastic3d.errors import UserError
 from elastic3d.training.distributed import gathered, is_sharded, local, scattered, total_norm
+from elastic3d.training.muon import Muon
 from elastic3d.training.options import LoopConfig, OptimizerName, Schedule
 
 Lists = list[Tensor]
-MUON_MOMENTUM = 0.95
 BETAS = (0.9, 0.99)  # of AdamW; 0.999 would still remember the warm-up at the end of a short run
 MAX_NORM = 1.0  # of a gradient, which is scaled down to it
 
@@ -90,9 +90,7 @@ class MasterOptimizer:
                 if muon is kind
             ]
             if chosen and kind:
-                self._optimizers.append(
-                    torch.optim.Muon(chosen, momentum=MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw")
-                )
+                self._optimizers.append(Muon(chosen))
             elif chosen:
                 self._optimizers.append(torch.optim.AdamW(chosen, betas=BETAS, fused=fused))
         self._of = {
@@ -187,7 +185,7 @@ class MasterOptimizer:
 
 MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
-    torch.optim.Muon: ("momentum_buffer",),
+    Muon: ("momentum_buffer",),
 }
 
 

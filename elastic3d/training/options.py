@@ -37,9 +37,11 @@ class Precision(Enum):
     """Number format of training; masters, moments and averages are fp32 in all of them.
 
     `bf16_master` keeps the model itself in bf16, the optimizer steps fp32 copies of its weights;
-    `bf16_autocast` keeps fp32 weights and casts inside the forward pass.
+    `bf16_autocast` keeps fp32 weights and casts inside the forward pass. `auto` is `bf16_master` where the device has
+    bf16 matrix products in hardware, else `fp32`.
     """
 
+    auto = "auto"
     bf16_master = "bf16_master"
     bf16_autocast = "bf16_autocast"
     fp32 = "fp32"
@@ -100,7 +102,7 @@ class LoopConfig(SeededConfig):
         0.01, "AdamW's decoupled weight decay; vectors and scalars are exempt", ge=0, le=100
     )
     ema: float = option(0.999, "decay of the averaged weights, after its own warm-up", ge=0, lt=1)
-    precision: Precision = option(Precision.bf16_master, "number format of training")
+    precision: Precision = option(Precision.auto, "number format of training")
     gradient_checkpointing: bool = option(False, "recompute the blocks' activations in the backward pass")
     compile: bool = option(False, "compile the model's blocks with torch.compile; needs a C++ compiler")
     workers: int = option(0, "processes that read data; 0 reads in the training process", ge=0, le=1024)

@@ -81,7 +81,7 @@ def build_stage(config: TrainConfig) -> Stage:
 def run_stage(config: StageConfig) -> int:
     """Do what `config.stage` says -> the process' exit code; UserError for whatever the user can mend."""
     keep_memory_mapped()
-    warn_of_slow_precision(config)
+    settle_precision(config)
     if isinstance(config, SeededConfig):
         torch.manual_seed(config.seed)
     if config.stage in SHAPE_STAGES:
@@ -95,13 +95,15 @@ def run_stage(config: StageConfig) -> int:
     return {"SIGINT": 130, "SIGTERM": 143}.get(outcome.reason, 0)
 
 
-def warn_of_slow_precision(config: StageConfig) -> None:
-    """Where the device has no bf16 matrix products in hardware, they are emulated."""
-    precision = getattr(config, "precision", Precision.fp32)
-    if not isinstance(config, ComputeConfig):
+def settle_precision(config: StageConfig) -> None:
+    """Choose the number format where that is left to the device, and warn where bf16 is asked for and emulated."""
+    if not (isinstance(config, ComputeConfig) and hasattr(config, "precision")):
         return
-    device = resolve_device(config.device)
-    if precision is not Precision.fp32 and not fast_bfloat16(device):
+    device, precision = resolve_device(config.device), config.precision
+    fast = fast_bfloat16(device)
+    if precision is Precision.auto:
+        config.precision = Precision.bf16_master if fast else Precision.fp32
+    elif precision is not Precision.fp32 and not fast:
         warnings.warn(
             f"precision is {precision.name}, but this {device.type} has no bf16 matrix products in hardware:"
             " precision=fp32 is several times faster",

@@ -16,7 +16,7 @@ from elastic3d.errors import UserError
 from elastic3d.training.checkpoint import read_record, stage_of
 from elastic3d.training.export import ExportStageConfig
 from elastic3d.training.options import Precision, StageName, TrainConfig
-from elastic3d.training.stages import require_sizes, stage_config, warn_of_slow_precision
+from elastic3d.training.stages import require_sizes, settle_precision, stage_config
 from elastic3d.utils.options import from_dict, renamed, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,19 +181,23 @@ def test_a_router_run_with_options_that_are_gone_is_read() -> None:
     assert not gone.keys() & to_dict(config.routing).keys()  # type: ignore[attr-defined]
 
 
-def test_emulated_bf16_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = stage_config(StageName.dit)()
-    monkeypatch.setattr("elastic3d.training.stages.fast_bfloat16", lambda device: False)
-    with pytest.warns(UserWarning, match="precision is bf16_master, but this .* precision=fp32"):
-        warn_of_slow_precision(config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_slow_precision(stage_config(StageName.export)())
-        config.precision = Precision.fp32
-        warn_of_slow_precision(config)
-        config.precision = Precision.bf16_master
-        monkeypatch.setattr("elastic3d.training.stages.fast_bfloat16", lambda device: True)
-        warn_of_slow_precision(config)
+@pytest.mark.parametrize(("fast", "chosen"), [(False, Precision.fp32), (True, Precision.bf16_master)])
+def test_precision_is_what_the_device_is_fast_in(
+    monkeypatch: pytest.MonkeyPatch, fast: bool, chosen: Precision
+) -> None:
+    monkeypatch.setattr("elastic3d.training.stages.fast_bfloat16", lambda device: fast)
+    for stage in (StageName.dit, StageName.sensitivity):
+        config = stage_config(stage)()
+        settle_precision(config)
+        assert config.precision is chosen  # type: ignore[attr-defined]
+    for given in (Precision.fp32, Precision.bf16_autocast):
+        config.precision = given  # type: ignore[attr-defined]
+        with warnings.catch_warnings(record=True) as caught:
+            settle_precision(config)
+        assert config.precision is given  # type: ignore[attr-defined]
+        emulated = given is Precision.bf16_autocast and not fast
+        assert [str(w.message).split(",")[0] for w in caught] == ["precision is bf16_autocast"] * emulated
+    settle_precision(stage_config(StageName.export)())  # which has none
 
 
 def test_a_broken_record_is_named() -> None:

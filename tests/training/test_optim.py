@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from elastic3d.training.muon import Muon, orthogonal
 from elastic3d.training.optim import Average, MasterOptimizer, learning_rate
 from elastic3d.training.options import LoopConfig, OptimizerName, Schedule
 
@@ -133,6 +134,36 @@ def test_muon_steps_the_matrices_of_blocks_orthogonally_and_adamw_the_rest():
     other = MasterOptimizer(dict(model.named_parameters()), config)
     other.load_state_tensors(state)
     assert all(torch.equal(value, other.state_tensors()[key]) for key, value in state.items())
+
+
+def test_muon_in_fp32_steps_as_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch rounds to bf16 between its Newton-Schulz steps; the fp32 of processors without it differs by that alone."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(*shape, generator=generator) for shape in ((24, 64), (64, 24), (16, 16))]
+    found: dict[bool, list[torch.Tensor]] = {}
+    for fast in (True, False):
+        monkeypatch.setattr("elastic3d.training.muon.fast_bfloat16", lambda device, fast=fast: fast)
+        matrices = [nn.Parameter(value.clone()) for value in start]
+        muon = Muon([{"params": matrices, "lr": 0.1, "weight_decay": 0.3}])
+        for step in range(3):
+            for matrix in matrices:
+                matrix.grad = torch.cos(3 * matrix.detach() + step)
+            muon.step()
+        matrices[0].grad = None  # such a matrix is left alone
+        found[fast] = [
+            *(matrix.detach() for matrix in matrices),
+            *(muon.state[m]["momentum_buffer"] for m in matrices),
+        ]
+    for ours, theirs, first in zip(found[False], found[True], [*start, *start], strict=True):
+        assert not torch.equal(ours, theirs)
+        assert (ours - theirs).norm() < 0.02 * (theirs - first).norm()
+
+
+def test_newton_schulz_converges_to_the_polar_factor() -> None:
+    matrix = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    found = orthogonal(matrix, (15 / 8, -10 / 8, 3 / 8), 30, 1e-7)  # these coefficients converge
+    torch.testing.assert_close(found, u @ vh, rtol=0, atol=1e-4)
 
 
 def test_average_is_the_weighted_sum_of_its_past():
