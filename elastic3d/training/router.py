@@ -75,7 +75,7 @@ class RoutingConfig(Options):
 class DecodedTermConfig(Options):
     """Which of the clean latents that the elastic velocity implies are decoded, and what they count."""
 
-    share: float = option(0.25, "share of a batch's samples that are decoded", ge=0, le=1)
+    share: float = option(0.25, "share of a micro-batch's samples that are decoded, rounded up", ge=0, le=1)
     time_power: float = option(
         2.0, "a sample counts t to this power: noisy latents imply nothing sharp", ge=0, le=20, internal=True
     )
@@ -176,7 +176,7 @@ class RouterObjective(nn.Module):
             followed(self.skip_error_moments, skip_error[known])
         target = skip_error - threshold(self.skip_error_moments, batch["budget"].repeat(parts))
         errors = torch.nn.functional.smooth_l1_loss(logits, target, reduction="none")
-        return (errors * known).sum() / known.sum().clamp_min(1)
+        return (errors * known).mean()  # over all rows: how many are known differs between micro-batches
 
     @torch.no_grad()
     def _skip_error(self, skipped: Tensor, dense: Tensor, batch: Batch) -> Tensor:

@@ -30,7 +30,7 @@ from elastic3d.training.shape_flow import (
 )
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.files import load_json, save_json
-from tests.training.tiny import defaults, export_of
+from tests.training.tiny import defaults, export_of, gradients
 from tests.training.tiny import dit_config as config_for
 
 ONCE_A_STEP = dict(longest=3, scope=Scope.step, widths=1)
@@ -175,6 +175,18 @@ def test_gates_learn_to_predict_the_skip_error_and_follow_the_threshold(dense):
         shares.append(objective(batch)[1]["share"].item())
     assert shares[0] < shares[1] < shares[2]
     assert objective.state_dict()["skip_error_moments"].abs().sum() > 0  # a resumed run goes on with them
+
+
+def test_micro_batches_have_the_gradients_of_their_whole(dense):
+    """At given thresholds. Some rows have nothing to go on with, and are not spread evenly."""
+    mesh = MeshLossConfig(near_queries=32, volume_queries=16, surface_points=16, share=1.0)
+    stage = RouterStage(router_config(dense, mesh, batch=16))
+    assert 0 < (batch_of(stage, 16)["picks"][:, 0, 0] < 0).sum() < 8
+    stage.objective.skip_error_moments.copy_(torch.tensor([-2.0, 1.0]))
+    stage.objective.eval()  # thresholds follow in training alone
+    whole = gradients(stage, 1)
+    for accumulate in (2, 16):
+        torch.testing.assert_close(gradients(stage, accumulate), whole, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 4, 16])
