@@ -250,12 +250,15 @@ def find_checkpoint(folder: str | Path, subfolder: str) -> tuple[Path, Path]:
             raise UserError(f"{root} has no folder {subfolder}, {hint}{f': {found}' if found else ''}")
     looked = " nor ".join(dict.fromkeys(str(path) for path in candidates))
     if REPOSITORY.fullmatch(str(folder)):
-        patterns = [f"{subfolder}/{name}" for name in (CONFIG_NAME, WEIGHTS_NAMES[0], "*.ckpt")]
         files = f"{subfolder}/ with {CONFIG_NAME} and {WEIGHTS_NAMES[0]}"
         hint = f"put {files} into a folder and give that as weights="
-        root = download(str(folder), looked, hint, patterns)
-        if not (root / subfolder).is_dir():
-            raise UserError(f"{folder} has no folder {subfolder}")
+        for name in WEIGHTS_NAMES:  # until one is there: most repositories have several, gigabytes each
+            patterns = [f"{subfolder}/{wanted}" for wanted in (CONFIG_NAME, name)]
+            root = download(str(folder), looked, hint, patterns)
+            if not (root / subfolder).is_dir():
+                raise UserError(f"{folder} has no folder {subfolder}")
+            if (root / subfolder / name).is_file():
+                break
         return _files(root / subfolder)
     raise UserError(f"there is no folder {looked}")
 

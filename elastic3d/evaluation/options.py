@@ -84,7 +84,9 @@ class EvaluateConfig(Options):
     protocol: ProtocolConfig = option(ProtocolConfig, "How a pair is scored: a file of configs/protocol.")
     workers: int = option(0, "Processes; 0 takes one a core. The numbers do not depend on it.", ge=0, le=4096)
     runner: Runner = option(Runner.local, "Where pairs are scored; ray joins the cluster of RAY_ADDRESS.")
-    resume: bool = option(False, "Keep the rows of an earlier run whose files and protocol are unchanged.")
+    resume: bool = option(
+        False, "Keep the rows of an earlier run whose files, protocol and version of elastic3d are unchanged."
+    )
     align: Align | None = option(None, "Overrides protocol.align.")
     pred_up: UpAxis | None = option(None, "Overrides protocol.pred_up.")
     floor: list[Path] = option(

@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from elastic3d import __version__
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Item, score_item
 from elastic3d.evaluation.options import ProtocolConfig, Runner
@@ -50,7 +51,7 @@ def score_all(
     Args:
         workers: processes; 0 takes one a core. With one, everything runs in this process.
         journal: rows are appended to this file as they come, and those found there are not scored again, unless
-            their files or the protocol have changed.
+            their files, the protocol or the version of elastic3d have changed.
         on_row: called once for every row, resumed ones included, for a progress bar.
         score: what makes the row of an item.
     """
@@ -76,10 +77,11 @@ def usable_cores() -> int:
 
 
 def item_key(item: Item, protocol: ProtocolConfig) -> str:
-    """Changes when the protocol, a file's name, its size or its time of change do, or those of a glTF's buffers."""
+    """Changes when the version of elastic3d or the protocol does, or a file's name, size or time of change, or those
+    of a glTF's buffers."""
     paths = [path for mesh in (*item.pred, *item.gt) for path in with_buffers(mesh)]
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    text = json.dumps([to_dict(protocol), item.name, len(item.pred), files])
+    text = json.dumps([__version__, to_dict(protocol), item.name, len(item.pred), files])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

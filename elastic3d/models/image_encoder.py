@@ -26,7 +26,7 @@ from elastic3d.models.weights import (
     read_weights,
     save_weights,
 )
-from elastic3d.utils.files import load_json, printable, save_json
+from elastic3d.utils.files import file_sha256, load_json, printable, save_json
 from elastic3d.utils.options import to_dict
 
 _CLASS_NAME = "ImageEncoder"
@@ -240,6 +240,11 @@ def dinov2_files(folder: Path) -> list[Path]:
     if not files:
         raise UserError(f"{folder} has no safetensors file, expected the weights of a DINOv2 model")
     return files
+
+
+def encoder_sha256(config: ImageEncoderConfig) -> str | None:
+    """Of the files of weights in its folder; None where a package brings them."""
+    return file_sha256(*dinov2_files(Path(config.path))) if config.kind is EncoderKind.dinov2 else None
 
 
 def load_dinov2(folder: Path) -> Any:

@@ -37,6 +37,11 @@ def weight_files(folder: Path, pattern: str = "transformer/*.safetensors") -> li
     return files
 
 
+def encoder_files(folder: Path) -> list[Path]:
+    """The files of the VAE and of the text encoders; none of the small model, whose folder is a DiT alone."""
+    return [path for part in ("vae", "text_*") for path in sorted(folder.glob(f"{part}/*.safetensors"))]
+
+
 def load_transformer(folder: Path, dtype: torch.dtype) -> Any:
     """The DiT of a pipeline. diffusers only warns of weights that are missing; here that is an error."""
     import diffusers

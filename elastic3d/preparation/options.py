@@ -39,7 +39,7 @@ class PrepareConfig(Options):
     path: str = option(
         "", "folder: the directory with meshes; sweethome3d: an unpacked package, if you have one"
     )
-    name: str = option("", "folder of this source under output; its own name if empty")
+    name: str = option("", "folder: its folder under output, and the start of its ids; folder if empty")
     splits: str = option("data/splits", "folder with train.txt, val.txt and test.txt")
     workers: int = option(0, "processes that prepare shards; 0 takes one per core", ge=0, le=1024)
     limit: int = option(0, "prepare only the first N shapes; 0 takes all", ge=0, le=10_000_000)
@@ -68,6 +68,18 @@ class PrepareConfig(Options):
     shapes: int = option(4000, "shapes of primitives, over all categories", ge=1, le=10_000_000)
     generators: int = option(1, "Blender processes that make Infinigen meshes", ge=1, le=256)
     shape: ShapeConfig = option(ShapeConfig, "what is stored of every shape")
+
+    def check(self) -> None:
+        """The name is that of one folder, and of the ids in it."""
+        super().check()
+        if "/" in self.name or "\0" in self.name or self.name in (".", ".."):
+            raise ValueError(f"name is {self.name!r}, expected a folder name")
+        source = self.source.value
+        if self.source is not SourceName.folder and self.name not in ("", source):
+            raise ValueError(
+                f"name is {self.name!r}, expected none with source={source}: training finds its shapes as {source}/...;"
+                " choose another output= to keep them apart"
+            )
 
 
 @dataclass(kw_only=True)

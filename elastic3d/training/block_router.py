@@ -356,7 +356,8 @@ def budget_loss(share: Tensor, budget: Tensor, slack: float = 0.0, groups: int =
     """How far the executed cost is from its budget: share, budget (B,) -> scalar.
 
     The squared mean difference within each of `groups` bands of the budget, so that timesteps, samples and
-    branches may trade compute with each other, plus the squared difference of every sample beyond `slack`.
+    branches may trade compute with each other, plus the squared difference of every sample beyond `slack`. The trade is
+    within a micro-batch, so that these have other gradients than their whole.
     """
     band = (budget / (1 + 1e-6) * groups).long()
     count = torch.zeros(groups, device=share.device).index_add(0, band, torch.ones_like(share))

@@ -18,7 +18,6 @@ from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.elastic import save_routers
 from elastic3d.elastic.attachment import load_router_state, router_state
 from elastic3d.errors import UserError
-from elastic3d.models.image_encoder import build_image_encoder
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.weights import load_strict
@@ -184,8 +183,7 @@ def _export_pipeline(run: _Run) -> None:
     info = LatentInfo.load(trained.latents.output)
     dit = ShapeDiT(trained.dit.model)
     load_strict(dit, run.part("dit"), run.source)
-    encoder = build_image_encoder(info.encoder)
-    pipeline = ImageTo3DPipeline(info.load_vae(), dit, encoder, run.config.export.pipeline)
+    pipeline = ImageTo3DPipeline(info.load_vae(), dit, info.load_encoder(), run.config.export.pipeline)
     pipeline.save_pretrained(run.output, torch.bfloat16)
     copy_files((RECORD_NAME, CURVES_NAME), info.vae, run.output / "vae")
     run.write_record(run.output / "dit")

@@ -33,7 +33,15 @@ from elastic3d.preparation.sources import with_article
 from elastic3d.training.datasets import Batch, PreparedShapes, read_split
 from elastic3d.training.options import LimitedSplitsConfig
 from elastic3d.training.views import stored_views
-from elastic3d.utils.files import Number, load_json, load_json_lines, read_text, save_json, visible_files
+from elastic3d.utils.files import (
+    Number,
+    file_sha256,
+    load_json,
+    load_json_lines,
+    read_text,
+    save_json,
+    visible_files,
+)
 from elastic3d.utils.options import Options, option
 
 INFO_NAME, NEGATIVE_NAME = "cache.json", "negative.safetensors"
@@ -274,21 +282,33 @@ def _from_lines(folder: Path) -> list[tuple[Path, str]]:
 
 
 def build_image_cache(
-    image: ImageDataConfig, data: LimitedSplitsConfig, backbone: Backbone, seed: int
+    image: ImageDataConfig,
+    data: LimitedSplitsConfig,
+    backbone: Backbone,
+    seed: int,
+    encoders: Sequence[Path] = (),
 ) -> None:
     """Encode training and validation images. A cache that an earlier call finished stays as it is; one that it did not
     finish goes on, with the same images.
 
-    An image that can't be read is reported and left out. UserError where the folder holds a cache of other images,
-    or made otherwise.
+    An image that can't be read is reported and left out.
+
+    Args:
+        encoders: files of the backbone's VAE and text encoders; empty where these can't change.
+
+    Raises:
+        UserError: the folder holds a cache of other images or encoders, or made otherwise.
     """
     own = image.size if isinstance(image, PipelineImagesConfig) else None
     size = own or backbone.default_size
-    settings = cache_settings(image, backbone, size)
+    settings = cache_settings(image, backbone, size, encoders)
     output = image.cache
     path = output / INFO_NAME
     found = load_json(path, _INFO) if path.is_file() else {"settings": settings, "counts": {}}
-    differing = [name for name, value in settings.items() if found["settings"].get(name) != value]
+    made = {"encoder_sha256": settings.get("encoder_sha256")} | found[
+        "settings"
+    ]  # an older cache did not note it
+    differing = [name for name, value in settings.items() if made.get(name) != value]
     if not differing and found["counts"]:
         return
     sources = _sources(image, data, seed)
@@ -297,9 +317,8 @@ def build_image_cache(
     if found.get("made_of", digest) != digest:  # the rest would be numbered otherwise than what is there
         differing.append("list of images or captions")
     if differing:
-        raise UserError(
-            f"{output} was made with another {differing[0]}: delete it, or choose another image.cache="
-        )
+        name = differing[0].removesuffix("_sha256")
+        raise UserError(f"{output} was made with another {name}: delete it, or choose another image.cache=")
     save_json({"settings": settings, "made_of": digest, "counts": {}}, path)
     negative = backbone.encode_prompts([backbone.negative], length=text_length(image, backbone))
     save_weights({name: _halved(value) for name, value in negative.items()}, output / NEGATIVE_NAME)
@@ -320,10 +339,12 @@ def _sources(image: ImageDataConfig, data: LimitedSplitsConfig, seed: int) -> di
     }
 
 
-def cache_settings(image: ImageDataConfig, backbone: Backbone, size: int) -> dict[str, Any]:
+def cache_settings(
+    image: ImageDataConfig, backbone: Backbone, size: int, encoders: Sequence[Path]
+) -> dict[str, Any]:
     """All that decides what is in a cache."""
     names = ("views", "recolour", "background") if image.images is None else ("val_every",)
-    return {
+    settings = {
         "backbone": backbone.name.name,
         "images": str(image.images) if image.images else None,
         "size": size,
@@ -331,6 +352,7 @@ def cache_settings(image: ImageDataConfig, backbone: Backbone, size: int) -> dic
         "text_length": text_length(image, backbone),
         **{name: getattr(image, name) for name in names},
     }
+    return settings | ({"encoder_sha256": file_sha256(*encoders)} if encoders else {})
 
 
 def text_length(image: ImageDataConfig, backbone: Backbone) -> int:

@@ -18,7 +18,7 @@ from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.diffusers_loop import drive
 from elastic3d.errors import UserError
 from elastic3d.pipelines.backbones import Backbone, Text
-from elastic3d.pipelines.image_loading import weight_files
+from elastic3d.pipelines.image_loading import encoder_files, weight_files
 from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.runtime import resolve_device
 from elastic3d.pipelines.text_to_image import load_backbone
@@ -54,7 +54,7 @@ class ImageFlow(Flow):
         with first_process_first(config):
             device = resolve_device(config.device)
             encoder = load_backbone(image.backbone, image.weights, device, torch.float32)
-            build_image_cache(image, config.data, encoder, config.seed)
+            build_image_cache(image, config.data, encoder, config.seed, encoder_files(image.weights))
             del encoder  # with its text encoders, which are larger than the rest
         cpu = torch.device("cpu")
         self._backbone = load_backbone(image.backbone, image.weights, cpu, torch.float32, encoders=False)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.errors import UserError
-from elastic3d.models.image_encoder import ImageEncoder, build_image_encoder
+from elastic3d.models.image_encoder import ImageEncoder, build_image_encoder, encoder_sha256
 from elastic3d.models.images import load_image, prepare_image, to_tensor
 from elastic3d.models.options import ForegroundConfig, ImageEncoderConfig, VAEConfig
 from elastic3d.models.shape_dit import ShapeDiT
@@ -183,11 +183,7 @@ class LatentInfo:
         """The autoencoder, with the latents' statistics; UserError where its weights have changed since, or `trained`
         is not the loss it learned with."""
         vae = ShapeVAE.from_pretrained(self.vae)
-        if file_sha256(self.vae / WEIGHTS_NAME) != self.settings["vae_sha256"]:
-            raise UserError(
-                f"the VAE in {self.vae} is another one than made the cached latents: put that back, or make them anew"
-                " with stage=cache and another latents.output="
-            )
+        self._check_weights("VAE", self.vae, file_sha256(self.vae / WEIGHTS_NAME))
         vae.set_latent_statistics(self.mean, self.std)
         record = self._vae_record()
         if record is not None and trained is not None:
@@ -202,6 +198,18 @@ class LatentInfo:
                         f"the VAE in {self.vae} was trained with a {name} of {found:g}, expected {constant:g}"
                     )
         return vae
+
+    def load_encoder(self) -> ImageEncoder:
+        """The image encoder; UserError where its weights have changed since."""
+        self._check_weights("encoder", self.encoder.path, encoder_sha256(self.encoder))
+        return build_image_encoder(self.encoder)
+
+    def _check_weights(self, part: str, folder: str | Path, sha256: str | None) -> None:
+        if self.settings.get(f"{part.lower()}_sha256", sha256) != sha256:
+            raise UserError(
+                f"the {part} in {folder} is another one than made the cached latents: put that back, or make them anew"
+                " with stage=cache and another latents.output="
+            )
 
 
 def pipeline_config(model: Path) -> PipelineConfig:
@@ -334,6 +342,7 @@ class _Builder:
             "vae": str(self.config.vae),
             "vae_sha256": file_sha256(self.config.vae / WEIGHTS_NAME),
             "encoder": to_dict(self.config.encoder),
+            "encoder_sha256": encoder_sha256(self.config.encoder),
             "foreground": to_dict(self.foreground),
             "variants": self.config.variants,
             "views": self.config.views,
@@ -356,7 +365,8 @@ class _Builder:
         """Note what the cache is made with before anything else is there; refuse a folder made otherwise."""
         path = self.config.output / "settings.json"
         if path.is_file():
-            found = load_json(path)
+            # older caches have no such entry
+            found = {"encoder_sha256": self.settings["encoder_sha256"]} | load_json(path)
             for name, kind in (("encoder", ImageEncoderConfig), ("foreground", ForegroundConfig)):
                 # an option that did not exist when the cache was made had its default
                 found[name] = to_dict(from_dict(kind, found.get(name, {}), str(path)))

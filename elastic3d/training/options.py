@@ -92,7 +92,12 @@ class LoopConfig(SeededConfig):
     batch: int = option(
         8, "samples of one optimizer step, over all processes and micro-batches", ge=1, le=1 << 24
     )
-    accumulate: int = option(1, "micro-batches of one optimizer step", ge=1, le=1 << 24)
+    accumulate: int = option(
+        1,
+        "micro-batches of one optimizer step; budgets and thresholds of routers are kept in each by itself",
+        ge=1,
+        le=1 << 24,
+    )
     learning_rate: float = option(1e-3, "peak learning rate", ge=0, le=10)
     optimizer: OptimizerName = option(OptimizerName.adamw, "how weights are stepped")
     warmup: int = option(200, "steps of linear warm-up", ge=0, le=MAX_STEPS)

@@ -75,7 +75,7 @@ class RoutingConfig(Options):
 class DecodedTermConfig(Options):
     """Which of the clean latents that the elastic velocity implies are decoded, and what they count."""
 
-    share: float = option(0.25, "share of a batch's samples that are decoded", ge=0, le=1)
+    share: float = option(0.25, "share of a micro-batch's samples that are decoded, rounded up", ge=0, le=1)
     time_power: float = option(
         2.0, "a sample counts t to this power: noisy latents imply nothing sharp", ge=0, le=20, internal=True
     )

@@ -239,9 +239,9 @@ def from_dict(
     for item in fields(config_class):  # type: ignore[arg-type]
         nested, value = nested_in(kinds[item.name]), values.get(item.name)
         required = item.name not in values and item.default is MISSING and item.default_factory is MISSING
-        if nested is not None and (required or isinstance(value, dict)):
+        if nested is not None and (required or isinstance(value, dict)):  # names what is required inside
             values[item.name] = from_dict(nested, value or {}, source, f"{inside}{item.name}.")
-        elif required:
+        if required:
             raise UserError(f"{where}{inside}{item.name} is required: {item.metadata.get('help', '')}")
     try:
         return config_class(**values)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub.utils import filter_repo_objects
 from hunyuan_tiny import (
     DINOV2,
     dinov2_shapes,
@@ -22,7 +23,7 @@ from hunyuan_tiny import (
 from safetensors.torch import load_file, save_file
 
 from elastic3d.checkpoints.dinov2 import build_network
-from elastic3d.checkpoints.hunyuan3d import load_hunyuan3d
+from elastic3d.checkpoints.hunyuan3d import WEIGHTS_NAMES, find_checkpoint, load_hunyuan3d
 from elastic3d.errors import UserError
 from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.published import calibration_home
@@ -164,6 +165,30 @@ def test_nothing_there_and_no_network(tmp_path: Path) -> None:
         load_hunyuan3d(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no folder .*someone/something can't be downloaded"):
         load_hunyuan3d("someone/something")
+
+
+@pytest.mark.parametrize(
+    "published", [WEIGHTS_NAMES, WEIGHTS_NAMES[1:3], WEIGHTS_NAMES[3:]], ids=lambda names: names[0]
+)
+def test_one_file_of_weights_is_downloaded(
+    published: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Repositories have the same weights in several formats, beside other models."""
+    listed = [f"{folder}/{name}" for folder in (SUBFOLDER, "another") for name in ("config.yaml", *published)]
+
+    # what the Hub's client does with a repository's list of files
+    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+        for name in filter_repo_objects(listed, allow_patterns=allow_patterns):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    found = find_checkpoint("someone/something", SUBFOLDER)
+    assert found == (tmp_path / SUBFOLDER / "config.yaml", tmp_path / SUBFOLDER / published[0])
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(found)
+    with pytest.raises(UserError, match="someone/something has no folder third"):
+        find_checkpoint("someone/something", "third")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 3000])

@@ -99,7 +99,9 @@ def test_a_run_that_was_stopped_goes_on(items: list[Item], tmp_path: Path) -> No
     assert without_time(rows) == without_time(score_all(items, QUICK, workers=1))
 
 
-def test_what_changed_is_scored_again(items: list[Item], tmp_path: Path) -> None:
+def test_what_changed_is_scored_again(
+    items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     journal, scored = tmp_path / "rows.jsonl", []
 
     def count(item: Item, protocol: ProtocolConfig, workers: int) -> Row:
@@ -112,6 +114,9 @@ def test_what_changed_is_scored_again(items: list[Item], tmp_path: Path) -> None
     assert scored[5:] == ["ball1"]
     score_all(items, ProtocolConfig(points=301), workers=1, journal=journal, score=count)
     assert len(scored) == 11
+    monkeypatch.setattr(runner, "__version__", "another")
+    score_all(items, ProtocolConfig(points=301), workers=1, journal=journal, score=count)
+    assert len(scored) == 16
 
 
 def test_a_changed_buffer_is_a_changed_mesh(tmp_path: Path) -> None:

@@ -130,6 +130,11 @@ def test_a_mesh_that_may_be_read_now_is_tried_again(tmp_path: Path, monkeypatch:
         (["source=attic"], "source"),
         (["shape.resolution=7"], "shape.resolution is 7"),
         (["paht=x"], "path"),
+        (["path=.", "name=my/chairs"], "name is 'my/chairs', expected a folder name"),
+        (
+            ["source=primitives", "name=x"],
+            "name is 'x', expected none with source=primitives: training finds",
+        ),
         (["source=infinigen", "categories=[car]"], "no Infinigen category 'car'"),
         (["path=.", "splits=nowhere"], "nowhere/train.txt is missing"),
         (["path=.", "splits=nowhere"], "name a folder with all three lists with splits=, or leave it out"),

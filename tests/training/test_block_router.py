@@ -38,7 +38,7 @@ from elastic3d.utils.files import load_json, save_json
 from tests.tiny_pipeline import image
 from tests.training.test_calibrate import save_tiny_routers
 from tests.training.test_few_step import ROUTERS, few_step_config, routed  # noqa: F401  # a fixture
-from tests.training.tiny import config_of, export_of
+from tests.training.tiny import config_of, export_of, gradients
 from tests.training.tiny import dit_config as config_for
 
 ROUTER = RouterConfig(scope=Scope.block, longest=1, damping=0.0, hidden=8, conditioning=8)
@@ -165,6 +165,14 @@ def test_random_routes_execute_their_budget_and_leave_out_what_matters_least(rou
 
 
 # ----------------------------------------------------------------------------------------------------- learning
+
+
+def test_micro_batches_have_the_gradients_of_their_whole(routed):  # noqa: F811
+    """While routes are random: later the mean cost of a micro-batch counts."""
+    stage = BlockRouterStage(block_config(routed, batch=8))
+    varied_gates(stage)
+    whole = gradients(stage, 1)
+    assert (gradients(stage, 2) - whole).norm() < 1e-3 * whole.norm()
 
 
 @pytest.mark.parametrize("guidance", [False, True])

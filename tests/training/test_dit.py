@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from elastic3d.diffusion.flow import velocity
 from elastic3d.errors import UserError
 from elastic3d.models.images import prepare_image
-from elastic3d.models.options import DiTConfig
+from elastic3d.models.options import DiTConfig, EncoderKind, ImageEncoderConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.runtime import find_model
@@ -135,6 +135,33 @@ def test_a_vae_that_changed_since_is_refused(cached):
     ShapeVAE(tiny_vae()).save_pretrained(cached / "vae")
     with pytest.raises(UserError, match="is another one than made the cached latents"):
         info.load_vae()
+
+
+def test_an_image_encoder_that_changed_since_is_refused(cached):
+    """Its weights are in a folder, as those of a published model."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    dinov2 = Dinov2Model(Dinov2Config(**shape))
+    dinov2.save_pretrained(cached / "dinov2")
+    encoder = ImageEncoderConfig(kind=EncoderKind.dinov2, image_size=28, path=str(cached / "dinov2"))
+    config = config_for(cached, stage=StageName.cache)
+    config.latents = replace(config.latents, output=cached / "tokens", encoder=encoder)
+    info = build_cache(config)
+    info.load_encoder()
+    dinov2.embeddings.cls_token.data += 1
+    dinov2.save_pretrained(cached / "dinov2")
+    with pytest.raises(
+        UserError, match="the encoder in .*dinov2 is another one than made the cached latents"
+    ):
+        info.load_encoder()
+    with pytest.raises(UserError, match="tokens was made with another encoder_sha256: delete it first"):
+        build_cache(config)
+    settings = cached / "tokens" / "settings.json"
+    older = load_json(settings)
+    del older["encoder_sha256"]  # as if written before it was noted
+    save_json(older, settings)
+    build_cache(config).load_encoder()
 
 
 def test_own_images_replace_rendered_views(cached, capfd):

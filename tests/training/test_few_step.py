@@ -24,7 +24,7 @@ from elastic3d.training.vae import FieldLoss
 from elastic3d.utils.files import load_json, save_json
 from tests.training.test_calibrate import save_tiny_routers
 from tests.training.tiny import dit_config as config_for
-from tests.training.tiny import export_of
+from tests.training.tiny import export_of, gradients
 
 ROUTERS = RouterConfig(scope=Scope.step, longest=3, widths=1, head_std=0.3)
 
@@ -108,6 +108,14 @@ def test_only_the_lora_learns_and_the_error_falls(routed):
         assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters())
         optimizer.step()
     assert errors[-1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize("field_weight", [0.0, 1.0])
+def test_micro_batches_have_the_gradients_of_their_whole(routed, field_weight):
+    stage = FewStepStage(few_step_config(routed, {"field_weight": field_weight}, batch=4))
+    whole = gradients(stage, 1)
+    for accumulate in (2, 4):
+        torch.testing.assert_close(gradients(stage, accumulate), whole, rtol=1e-4, atol=1e-6)
 
 
 def test_dense_results_are_computed_once(routed, monkeypatch):

@@ -155,6 +155,33 @@ def test_a_cache_goes_on_with_the_same_images_alone(folder, prepared):
         ImageStage(config)
 
 
+def test_a_cache_of_other_encoders_is_refused(folder, prepared):
+    """Weights that change in place; those of the DiT are in no cache."""
+    weights = save_tiny_flux(prepared / "published")
+    image = dict(backbone=BackboneName.flux, weights=weights, images=folder, size=16, text_length=16)
+    config = image_config(prepared, StageName.image_router, val_every=3, **image)
+
+    def change(part):
+        (file,) = (weights / part).glob("*.safetensors")
+        save_file({name: -value for name, value in load_file(file).items()}, file, {"format": "pt"})
+
+    config.flow()
+    change("transformer")
+    config.flow()
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        change(part)
+        with pytest.raises(UserError, match="was made with another encoder: delete it, or choose another"):
+            config.flow()
+        change(part)  # back
+    config.flow()
+    path = config.image.cache / "cache.json"
+    info = json.loads(path.read_text())
+    del info["settings"]["encoder_sha256"]
+    path.write_text(json.dumps(info))
+    change("vae")  # an older cache did not note its encoders
+    config.flow()
+
+
 def test_the_small_model_trains_exports_and_draws(views):
     config = image_config(views)
     config.validate_every = config.sample_every = config.steps = 4

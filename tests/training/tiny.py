@@ -1,7 +1,7 @@
 """Configurations small enough to train in a test."""
 
 import io
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from elastic3d.models.options import DiTConfig, VAEConfig
+from elastic3d.training.datasets import micro_batches
 from elastic3d.training.dit import DiTStageConfig
 from elastic3d.training.export import ExportConfig, ExportStageConfig
 from elastic3d.training.latents import LatentsConfig
@@ -110,6 +111,15 @@ def dit_config(root: Path, **changes: Any) -> Any:
         ),
     )
     return vae_config(root, **{**options, **changes})
+
+
+def gradients(stage: Any, accumulate: int) -> torch.Tensor:
+    """Those (P,) of the first optimizer step in that many micro-batches."""
+    batches = next(micro_batches(stage.items, replace(stage.config, accumulate=accumulate), 0))
+    stage.objective.zero_grad()
+    for batch in batches:
+        (stage.objective(batch)[0] / accumulate).backward()
+    return torch.cat([p.grad.flatten() for p in stage.objective.parameters() if p.grad is not None])
 
 
 def add_views(root: Path) -> None:

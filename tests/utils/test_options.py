@@ -13,7 +13,7 @@ import pytest
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule, RouterConfig
 from elastic3d.errors import UserError
-from elastic3d.utils.options import Bounds, Options, check_range, checked, from_dict, to_dict
+from elastic3d.utils.options import Bounds, Options, check_range, checked, from_dict, option, to_dict
 
 PRETRAINED = Path(__file__).resolve().parents[2] / "data" / "pretrained"
 
@@ -40,6 +40,17 @@ class Config(Options):
 
     def check(self) -> None:
         check_range("width", self.width, 1, 100)
+
+
+@dataclass(kw_only=True)
+class Needed(Options):
+    y: int = option(..., "a number")
+
+
+@dataclass(kw_only=True)
+class Outer(Options):
+    inner: Inner = option(..., "what is inside")
+    needed: Needed = option(..., "what is needed")
 
 
 def test_round_trip_through_json() -> None:
@@ -74,6 +85,15 @@ def test_objects_take_what_files_hold() -> None:
 def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         from_dict(Config, values, "f.json")
+
+
+def test_a_required_group_is_asked_for() -> None:
+    """Also where all that is inside has a default; of what has none, the first is named."""
+    with pytest.raises(UserError, match="f.json: inner is required: what is inside"):
+        from_dict(Outer, {"needed": {"y": 1}}, "f.json")
+    with pytest.raises(UserError, match="f.json: needed.y is required: a number"):
+        from_dict(Outer, {"inner": {}}, "f.json")
+    assert from_dict(Outer, {"inner": {}, "needed": {"y": 1}}).inner == Inner()
 
 
 def test_zero_where_it_switches_something_off() -> None:
