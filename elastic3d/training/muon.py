@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,11 +23,10 @@ class Muon(torch.optim.Muon):
         super().__init__(groups, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Any = None) -> Any:
         """One update of all matrices (M,N), from their gradients."""
-        if all(fast_bfloat16(p.device) for group in self.param_groups for p in group["params"]):
+        if closure or all(fast_bfloat16(p.device) for group in self.param_groups for p in group["params"]):
             return super().step(closure)
-        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for matrix in group["params"]:
                 if (gradient := matrix.grad) is not None:
@@ -38,7 +36,7 @@ class Muon(torch.optim.Muon):
                     update = orthogonal(nesterov, group["ns_coefficients"], group["ns_steps"], group["eps"])
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
                     matrix.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
-        return loss
+        return None
 
 
 def orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
