@@ -76,6 +76,7 @@ def find_models(config: AppConfig) -> Models:
         if name not in PRESETS and not find_model(name).is_dir():
             raise UserError(f"models has {name}, expected a folder or one of {', '.join(PRESETS)}")
         one.model, one.weights, one.routers = str(find_model(name)), "", ""
+        one.memory_budget = one.memory_budget if name in PRESETS else None
     loaders = {Path(one.model or DEFAULT_MODEL).name: partial(load_pipeline, one) for one in [first, *wanted]}
     if len(loaders) < 1 + len(wanted):
         raise UserError(f"models={config.models}: two models have one name, expected different ones")

@@ -37,6 +37,10 @@ class ServerConfig(Options):
     max_pixels: int = option(25_000_000, "Most pixels of an image.", ge=64, le=10**9)
     device: DeviceChoice = option(DeviceChoice.auto, "Where the model runs.")
     dtype: DTypeChoice = option(DTypeChoice.auto, "Number format of the model.")
+    low_memory: bool = option(False, "One part of the model on the device at a time: slower.")
+    memory_budget: float | None = option(
+        None, "Published models: use at most this many GB; null: what is free.", ge=0.01, le=1e5
+    )
 
     def require_token(self) -> None:
         """UserError where anybody on the network could ask without a token."""
@@ -72,6 +76,8 @@ class ServerConfig(Options):
             routers=self.routers,
             device=self.device,
             dtype=self.dtype,
+            low_memory=self.low_memory,
+            memory_budget=self.memory_budget,
         )
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,11 @@ from hunyuan_tiny import tiny_config, write_checkpoint  # noqa: E402
 from tiny_pipeline import image, tiny_pipeline  # noqa: E402
 
 from elastic3d.pipelines.generation import load_pipeline  # noqa: E402
-from elastic3d.pipelines.options import GenerateConfig  # noqa: E402
 from elastic3d.serve import queue as queue_module  # noqa: E402
+from elastic3d.serve.config import ServeConfig  # noqa: E402
 from elastic3d.serve.models import Models  # noqa: E402
 from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueClosed  # noqa: E402
+from elastic3d.utils.devices import DTypeChoice  # noqa: E402
 
 SHORT, LONG = MeshRequest(steps=1, resolution=8), MeshRequest(steps=1000, resolution=8)
 
@@ -87,9 +89,9 @@ def test_a_batch_is_no_larger_than_memory_allows(tmp_path: Path, monkeypatch: py
     """Two generations fit. A job that needs more alone fails, and its error says what it needs."""
     checkpoint = tiny_config()
     checkpoint["vae"]["params"]["num_latents"] = 2048
-    options = {"image": "-", "output": "-", "model": "hunyuan3d2", "dtype": "float32", "memory_budget": 0.03}
     weights = str(write_checkpoint(tmp_path, config=checkpoint))
-    pipeline, sizes = load_pipeline(GenerateConfig(**options, weights=weights, resolution=8)), []
+    config = ServeConfig(model="hunyuan3d2", weights=weights, dtype=DTypeChoice.float32, memory_budget=0.03)
+    pipeline, sizes = load_pipeline(replace(config.generate_config(), resolution=8)), []
     sample = pipeline.sample_latents
 
     def counted(condition: torch.Tensor, seeds: list[int], *args: Any) -> torch.Tensor:
