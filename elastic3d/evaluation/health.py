@@ -250,9 +250,7 @@ class PrintCheck(MeshHealth):
         if self.components > 1:
             found.append(f"{self.components} pieces that do not touch: they print as separate objects")
         if self.genus is not None and self.genus > MANY_HANDLES:
-            found.append(
-                f"genus {self.genus}: walls have see-through holes, more than an object has by design"
-            )
+            found.append(f"genus {self.genus}: walls have see-through holes, more than by design")
         thin = self.thinnest_mm
         if thin is not None and self.smallest_mm is not None and thin < self.min_wall_mm:
             found.append(

@@ -297,8 +297,7 @@ def extract_surface(
         vertices, faces, *_ = marching_cubes(volume, 0.0, gradient_direction="ascent", method="lewiner")
     if len(faces) == 0:
         raise NoSurfaceError("the field has no surface: the extractor found no face")
-    # Extractors return index coordinates, where node i is at i, whatever the resolution.
-    vertices = vertices.astype(np.float64) * (2 * box / (volume.shape[0] - 1)) - box
+    vertices = vertices.astype(np.float64) * (2 * box / (volume.shape[0] - 1)) - box  # node i was at i
     return trimesh.Trimesh(vertices, faces, process=False)
 
 

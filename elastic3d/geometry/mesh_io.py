@@ -78,13 +78,10 @@ def merge_equal_vertices(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
 
 
 def weld(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
-    """`merge_equal_vertices`, without the faces that have fewer than three corners then.
-
-    Those have no area, and their edges look like holes: a sphere of quads that collapse at its poles is closed.
-    """
+    """`merge_equal_vertices`, without faces that it leaves with fewer than three corners: their edges look open."""
     merged = merge_equal_vertices(mesh)
-    a, b, c = merged.faces.T
-    return trimesh.Trimesh(merged.vertices, merged.faces[(a != b) & (b != c) & (c != a)], process=False)
+    whole = (np.diff(np.sort(merged.faces, axis=1), axis=1) > 0).all(axis=1)
+    return trimesh.Trimesh(merged.vertices, merged.faces[whole], process=False)
 
 
 def far_centre(mesh: trimesh.Trimesh) -> NDArray[np.float64]:
