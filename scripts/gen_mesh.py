@@ -29,8 +29,8 @@ from elastic3d.evaluation.options import Runner
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, GenerateConfig
 
 if TYPE_CHECKING:
+    from elastic3d.pipelines.call import OnProgress
     from elastic3d.pipelines.generation import Job, Outcome
-    from elastic3d.pipelines.image_to_3d import OnProgress
 
 STAGES = {"condition": "image", "dit": "step", "decode": "decoding", "cleanup": "mesh"}
 

@@ -36,8 +36,8 @@ from elastic3d.models.image_encoder import EfficientNetLite
 from elastic3d.models.images import save_image
 from elastic3d.models.options import ImageEncoderConfig
 from elastic3d.models.weights import find_weights
+from elastic3d.pipelines.call import Result
 from elastic3d.pipelines.image_loading import weight_files
-from elastic3d.pipelines.image_to_3d import Result
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, NO_ROUTERS_NAME
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.pipelines.text_to_image import ROUTERS_NAME, TextToImagePipeline, check_prompt, read_prompts

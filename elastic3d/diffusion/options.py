@@ -28,6 +28,13 @@ class Solver(Enum):
     ab2 = "ab2"
 
 
+class Combine(Enum):
+    """How several generations of an object become one mesh: by their mean shape, or by the one that fits the image."""
+
+    mean = "mean"
+    fit = "fit"
+
+
 class Quality(Enum):
     """Three points of a model's dial (see `dial`): its fastest, its default, its most faithful."""
 

@@ -1,22 +1,50 @@
-"""The mean shape of several generations of one object: the Vorob'ev expectation of random sets.
+"""One shape of several generations of an object: the one that fits best, or their mean.
 
-The share of the shapes that hold a point is the coverage there. The mean shape is where the coverage is above a level,
-and the level is the one at which its volume is the mean of theirs (Vorob'ev 1984; Molchanov, Theory of Random Sets,
-2.2.2). A level of one half loses parts that stand a little elsewhere in each shape.
+The mean is the Vorob'ev expectation of random sets (Vorob'ev 1984; Molchanov, Theory of Random Sets, 2.2.2). The share
+of the shapes that hold a point is the coverage there. The mean shape is where the coverage is above a level, and the
+level is the one at which its volume is the mean of theirs. A level of one half loses parts that stand a little
+elsewhere in each shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
+import trimesh
 from torch import Tensor
 
-from elastic3d.geometry.decode import FieldFunction, node_points
-from elastic3d.geometry.options import DecodeConfig
+from elastic3d.geometry.cleanup import clean
+from elastic3d.geometry.decode import FieldFunction, decode_field, extract_surface, node_points
+from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 
+ROUGH = 64  # cells a side of the meshes that are compared with the image
 _CELLS = 32  # a side of the grid on which volumes are compared
 _EPS = 1e-6  # of a coverage, whose logit is finite then
+
+
+def best_field(
+    fields: Sequence[FieldFunction],
+    fit: Callable[[trimesh.Trimesh], float],
+    config: DecodeConfig,
+    device: torch.device | str = "cpu",
+) -> tuple[int, list[float]]:
+    """Which of some fields has the surface that fits best, the first of equal ones, and how well each does.
+
+    `fit` is of a mesh of `ROUGH` cells, larger is better; a field without a surface has -inf.
+    """
+    rough = replace(config, resolution=min(config.resolution, ROUGH))
+
+    def score(field: FieldFunction) -> float:
+        try:
+            values, _ = decode_field(field, rough, device)
+            return fit(clean(extract_surface(values, config.box, config.surface), CleanupConfig()))
+        except ValueError:  # no surface, or none that can be cleaned
+            return -float("inf")
+
+    fits = [score(field) for field in fields]
+    return max(range(len(fits)), key=fits.__getitem__), fits
 
 
 def mean_field(

@@ -37,10 +37,11 @@ FRONT = PoseRange((-20.0, 20.0), (-10.0, 30.0))
 
 @dataclass(frozen=True)
 class Pose:
-    """A camera and how well it fits: the intersection over union of the silhouettes."""
+    """A camera and how well it fits: the intersection over union of the silhouettes, and the score with the shading."""
 
     camera: Camera
     overlap: float
+    fit: float
     azimuth_deg: float
     elevation_deg: float
 
@@ -77,7 +78,7 @@ def find_pose(mesh: trimesh.Trimesh, image: NDArray[np.uint8], allowed: PoseRang
         if -found.fun > best_score:
             best, best_score = np.clip(found.x, low, high), -found.fun
     camera = search.camera(best)
-    return Pose(camera, search.overlap(camera, _FINE), float(best[0]), float(best[1]))
+    return Pose(camera, search.overlap(camera, _FINE), float(best_score), float(best[0]), float(best[1]))
 
 
 def _steps(interval: tuple[float, float], step: float) -> Floats:

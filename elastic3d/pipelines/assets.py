@@ -64,9 +64,14 @@ def posed(
 ) -> tuple[Pose, NDArray[np.uint8]]:
     """The camera of an image of a mesh, and what it sees: the object alone, RGBA (S, S, 4). ValueError if there is
     none."""
+    pixels = object_pixels(image, foreground)
+    return find_pose(mesh, pixels, FRONT if frontal else CANONICAL), pixels
+
+
+def object_pixels(image: ImageInput, foreground: ForegroundConfig) -> NDArray[np.uint8]:
+    """The object of a (front) image alone, RGBA (S, S, 4)."""
     front = image[VIEW_NAMES[0]] if isinstance(image, Mapping) else image
     cut = cut_out(load_image(front), foreground)
     left, top, right, bottom = cut.getchannel("A").getbbox() or (0, 0, *cut.size)
     side = round(max(right - left, bottom - top) / (1 - BORDER))
-    pixels = np.asarray(centred(cut, int(np.clip(side, LEAST_SIDE, MOST_SIDE)), BORDER))
-    return find_pose(mesh, pixels, FRONT if frontal else CANONICAL), pixels
+    return np.asarray(centred(cut, int(np.clip(side, LEAST_SIDE, MOST_SIDE)), BORDER))

@@ -20,7 +20,8 @@ from elastic3d.geometry.normalize import scale_to, with_up
 from elastic3d.models.images import IMAGE_SUFFIXES, VIEW_NAMES, ImageInput
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.assets import check_asset, coloured
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, OnProgress, Result
+from elastic3d.pipelines.call import OnProgress, Result
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import (
     DEFAULT_MODEL,
     NO_ROUTERS_NAME,
@@ -52,6 +53,7 @@ OPTIONS = (
     "guidance",
     "resolution",
     "ensemble",
+    "combine",
     "cleanup",
     "foreground",
 )  # of the command, for the pipeline

@@ -6,21 +6,20 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import torch
-import trimesh
-from PIL import Image
 from torch import Tensor, nn
 
 from elastic3d import __version__
 from elastic3d.checkpoints.folders import INDEX_NAME, refuse
+from elastic3d.checkpoints.options import PRESETS
 from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, resolution_of, save_dial
-from elastic3d.diffusion.options import MAX_ENSEMBLE, PipelineConfig, Quality
+from elastic3d.diffusion.options import MAX_ENSEMBLE, Combine, PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample, sampling_times
 from elastic3d.elastic.attachment import attach, has_routers, is_attached, save_routers, session_of
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
@@ -29,7 +28,6 @@ from elastic3d.elastic.training_free import CALIBRATION_NAME, check_budget, put_
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field, extract_surface, reducible
-from elastic3d.geometry.ensemble import mean_field
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.models.image_encoder import (
     DinoV2,
@@ -45,6 +43,8 @@ from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT
 from elastic3d.models.weights import find_weights, plain_twin
+from elastic3d.pipelines.call import Call, OnProgress, OnResult, OnStep, Result
+from elastic3d.pipelines.ensembles import combined
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, on_device
 from elastic3d.pipelines.runtime import (
     dense_flops,
@@ -68,65 +68,6 @@ PIPELINE_NAME, ROUTERS_NAME = "pipeline.json", "routers"
 # Points in one call of the field on a CPU. Blocks of over 32 MB are mapped anew by glibc each time, and every page of
 # them faults in again: with more points decoding takes 1.6 times as long.
 CPU_CHUNK = 1 << 14
-
-OnStep = Callable[[int, int], None]
-OnProgress = Callable[[str, int, int], None]
-"""on_progress(stage, done, total); the stages are those of the metadata's `ms`: condition (images), dit (sampling
-steps), decode (levels of the grid, over all meshes), cleanup (meshes)."""
-OnResult = Callable[[int, "Result"], None]
-"""on_result(number in the batch, result), as soon as it is known, failures included."""
-
-
-@dataclass
-class Result:
-    """One sample: its mesh, or the reason why there is none."""
-
-    metadata: dict[str, Any]
-    """What was done, as stored in a glb: version, model, seed, steps, FLOPs, milliseconds, ..."""
-    latents: Tensor | None = None
-    """Sampled latents (N,C) fp32 on the CPU, of an ensemble (K,N,C); None if the image could not be used."""
-    error: UserError | None = None
-    image: Image.Image | None = None
-    """The (front) image as the model saw it: the object cut out, centred, on white; None if it could not be used."""
-    warnings: list[str] = field(default_factory=list)
-    """What may be wrong with the image, one sentence each."""
-    _mesh: trimesh.Trimesh | None = field(default=None, repr=False)
-
-    @property
-    def mesh(self) -> trimesh.Trimesh:
-        """The mesh, Y up, in the cube of the model's `box`; raises `error` if there is none."""
-        if self.error is not None:
-            raise self.error
-        assert self._mesh is not None
-        return self._mesh
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the pipeline: a batch, what is asked for with defaults filled in, and who is told.
-
-    `config` holds the call's own steps, guidance, resolution and elastic options. `dial` is metadata of that name: what
-    was requested of the dial, and the cost of the row that runs; empty where it is not asked.
-    """
-
-    images: Sequence[ImageInput]
-    seeds: Sequence[int]
-    config: PipelineConfig
-    decode: DecodeConfig
-    cleanup: CleanupConfig
-    foreground: ForegroundConfig
-    ensemble: int
-    dial: dict[str, Any]
-    on_step: OnStep | None
-    on_progress: OnProgress | None
-    on_result: OnResult
-
-    def at(self, stage: str, done: int, total: int) -> None:
-        """Tell that `done` of `total` of a stage are done."""
-        if stage == "dit" and self.on_step is not None:
-            self.on_step(done, total)
-        if self.on_progress is not None:
-            self.on_progress(stage, done, total)
 
 
 class ImageTo3DPipeline:
@@ -282,6 +223,7 @@ class ImageTo3DPipeline:
         cleanup: CleanupConfig | None = None,
         foreground: ForegroundConfig | None = None,
         ensemble: int = 1,
+        combine: Combine | str = Combine.mean,
         on_step: OnStep | None = None,
         on_progress: OnProgress | None = None,
         on_result: OnResult | None = None,
@@ -297,10 +239,9 @@ class ImageTo3DPipeline:
                 dense steps; without, of the dense model's default ones, where the model has a dial.
             max_faces: decimate to this many faces; None is `cleanup`'s own (40,000).
             decode: how the field becomes a mesh; resolution, box and chunks are those of this call.
-            ensemble: generations of each object, K, whose mean shape is the mesh (`geometry.ensemble`); the first is
-                the one that is made without.
-            on_step: called with (steps done, steps) during sampling.
-            on_progress: called with (stage, done, total) in every stage: condition, dit, decode, cleanup.
+            ensemble: generations of each object, K; the first is the one that is made without.
+            combine: the mesh is their mean shape, or that of the one which fits the image (`geometry.ensemble`).
+            on_step, on_progress: called with (steps done, steps) of the sampling, (stage, done, total) of every stage.
             on_result: called with (number in the list, result) as soon as a result is known, failures included.
             elastic: `budget=` and whatever else `ElasticOptions` has.
 
@@ -322,8 +263,9 @@ class ImageTo3DPipeline:
             cleanup = replace(cleanup or CleanupConfig(), max_faces=max_faces)
         parts = decode or DecodeConfig(), cleanup or CleanupConfig(), foreground or ForegroundConfig()
         told = on_step, on_progress, on_result or (lambda *_: None)
+        rule: Combine = checked("combine", combine, Combine)
         with turn(self.dit):  # threads that share a model take turns
-            results = model._generate(Call(inputs, seeds, config, *parts, ensemble, dial, *told))
+            results = model._generate(Call(inputs, seeds, config, *parts, ensemble, rule, dial, *told))
         if not many and results[0].error is not None:
             raise results[0].error
         return results if many else results[0]
@@ -366,7 +308,7 @@ class ImageTo3DPipeline:
             "guidance": config.guidance,
             "resolution": config.resolution,
             "budget": config.elastic.budget if config.elastic.elastic else 1.0,
-            "ensemble": call.ensemble,
+            "ensemble": K,
             **call.dial,
         }
         results = [Result({**metadata, "seed": seed}) for seed in call.seeds]
@@ -467,10 +409,8 @@ class ImageTo3DPipeline:
         return latents
 
     def _decode(self, call: Call, latents: Tensor, made: dict[int, Result], ms: dict[str, float]) -> None:
-        """Latents (B,K,N,C) -> the meshes of `made`, by their number in the call, or why there is none.
-
-        `ms` is what the batch has taken so far; now all times of its results are known.
-        """
+        """Latents (B,K,N,C) -> the meshes of `made`, by their number in the call, or why there is none. `ms` is what
+        the batch has taken so far; now all times of its results are known."""
         count = len(made)
         box, resolution = self.config.box, call.config.resolution
         decode = replace(call.decode, resolution=resolution, box=box, max_points=self.max_points)
@@ -486,7 +426,9 @@ class ImageTo3DPipeline:
                 try:
                     with timed(took, "decode"):
                         fields = [self.vae.field(each[None]) for each in tokens[row]]
-                        field = fields[0] if len(fields) == 1 else mean_field(fields, decode, self.device)
+                        image = call.images[number], call.foreground, call.config.model in PRESETS
+                        field, found = combined(fields, call.combine, *image, decode, self.device)
+                        result.metadata |= found
                         values, _ = decode_field(field, decode, self.device, on_level)
                     with timed(took, "surface"):
                         values = reducible(values, call.cleanup.max_faces)

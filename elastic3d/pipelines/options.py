@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from elastic3d.diffusion.options import MAX_ENSEMBLE, Quality
+from elastic3d.diffusion.options import MAX_ENSEMBLE, Combine, Quality
 from elastic3d.elastic.config import MIN_BUDGET, ElasticOptions
 from elastic3d.evaluation.options import Runner
 from elastic3d.geometry.options import CleanupConfig
@@ -120,9 +120,12 @@ class MeshRequestConfig(Options):
     )
     ensemble: int = option(
         1,
-        "Average the shapes of N generations of each object: a smoother mesh, for N times the work.",
+        "Make one mesh of N generations of each object, for N times the work; see combine.",
         ge=1,
         le=MAX_ENSEMBLE,
+    )
+    combine: Combine = option(
+        Combine.mean, "Of ensemble=N: the mean shape, or (fit) the one that fits the image best."
     )
 
 

@@ -25,8 +25,9 @@ from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import save_mesh
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.assets import check_asset
+from elastic3d.pipelines.call import Result
 from elastic3d.pipelines.generation import finish
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import AssetConfig, Texture, Up
 from elastic3d.serve.models import Models
 
@@ -76,7 +77,10 @@ class MeshRequest(BaseModel):
         default=None, ge=8, le=512, description="grid cells a side of the decoding"
     )
     ensemble: int = Field(
-        default=1, ge=1, le=16, description="generations, whose mean shape becomes the mesh"
+        default=1, ge=1, le=16, description="generations, of which one mesh is made; see combine"
+    )
+    combine: Literal["mean", "fit"] = Field(
+        default="mean", description="of an ensemble: the mean shape, or the one that fits the image best"
     )
     max_faces: int | None = Field(
         default=None, ge=4, le=10_000_000, description="decimate to this many faces"

@@ -19,7 +19,8 @@ from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.elastic.config import ElasticOptions, RouterConfig
 from elastic3d.elastic.training_free import Calibration
 from elastic3d.errors import UserError
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
+from elastic3d.pipelines.call import Result
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.training_free import describe, save_calibration, series_of
 from elastic3d.utils.files import save_json
 

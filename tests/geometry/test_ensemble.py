@@ -1,4 +1,4 @@
-"""The mean shape: between what all shapes hold and what any holds, with the mean of their volumes."""
+"""The mean shape: between what all shapes hold and what any holds, with the mean of their volumes; the best one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elastic3d.geometry.decode import decode_field, extract_surface
-from elastic3d.geometry.ensemble import mean_field
+from elastic3d.geometry.ensemble import best_field, mean_field
 from elastic3d.geometry.options import DecodeConfig
 
 CONFIG = DecodeConfig(resolution=48, max_points=5000)
@@ -72,3 +72,13 @@ def test_nothing_inside_and_not_finite() -> None:
     assert (nothing(points) < 0).all()
     with pytest.raises(ValueError, match="not finite"):
         decode_field(mean_field([ball(0.5), lambda points: points[:, 0] * torch.nan], CONFIG), CONFIG)
+
+
+def test_the_best_shape_is_the_one_whose_mesh_fits() -> None:
+    """A field that has no surface is never chosen, unless none has."""
+    nothing: Field = lambda points: points[:, 0] * 0 - 4.0  # noqa: E731
+    fields = [ball(0.3), nothing, ball(0.5), ball(0.4), ball(0.5)]
+    chosen, fits = best_field(fields, lambda mesh: -abs(float(mesh.extents[0]) - 0.96), CONFIG)
+    assert chosen == 2 and fits[1] == -np.inf
+    assert np.round([fits[0], *fits[2:]], 2).tolist() == [-0.36, -0.04, -0.16, -0.04]
+    assert best_field([nothing] * 2, lambda mesh: 0.0, CONFIG) == (0, [-np.inf] * 2)

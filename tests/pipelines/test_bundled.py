@@ -15,7 +15,8 @@ from elastic3d.geometry.decode import decode_field, extract_surface
 from elastic3d.geometry.options import BOX, DecodeConfig
 from elastic3d.geometry.sampling import sample_surface
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline, Result
+from elastic3d.pipelines.call import Result
+from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,8 +13,8 @@ from tiny_pipeline import save_image
 
 from elastic3d.errors import UserError
 from elastic3d.pipelines import published
+from elastic3d.pipelines.call import Result
 from elastic3d.pipelines.generation import Job, _saved, load_pipeline, plan
-from elastic3d.pipelines.image_to_3d import Result
 from elastic3d.pipelines.options import AssetConfig, GenerateConfig, Texture
 from elastic3d.pipelines.preview import turntable
 

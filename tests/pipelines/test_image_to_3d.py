@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipeline import CHANNELS, LATENTS, image, save_image, tiny_pipeline
 
 from elastic3d import __version__
+from elastic3d.diffusion.options import Combine
 from elastic3d.elastic import attach
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.families import dense_flops
@@ -25,7 +26,7 @@ from elastic3d.elastic.families.shape_dit import ADAPTER
 from elastic3d.errors import NoSurfaceError, UserError
 from elastic3d.geometry.options import CleanupConfig
 from elastic3d.models.image_encoder import Familiarity, image_feature
-from elastic3d.pipelines import image_to_3d
+from elastic3d.pipelines import ensembles, image_to_3d
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.runtime import find_model
 
@@ -96,9 +97,9 @@ def test_an_ensemble(pipeline: ImageTo3DPipeline, monkeypatch: pytest.MonkeyPatc
     assert found.metadata["flops_executed"] == 3 * plain.metadata["flops_executed"]
 
     asked: list[int] = []
-    original = image_to_3d.mean_field
+    original = ensembles.mean_field
     monkeypatch.setattr(
-        image_to_3d, "mean_field", lambda fields, *rest: asked.append(len(fields)) or original(fields, *rest)
+        ensembles, "mean_field", lambda fields, *rest: asked.append(len(fields)) or original(fields, *rest)
     )
     batch = pipeline([image("navy", 5), image()], seed=[8, 7], ensemble=3)
     assert asked == [3, 3]
@@ -107,6 +108,23 @@ def test_an_ensemble(pipeline: ImageTo3DPipeline, monkeypatch: pytest.MonkeyPatc
     for wrong in (0, 65, 2.5):
         with pytest.raises(UserError, match=f"ensemble is {wrong}, expected"):
             pipeline(image(), ensemble=wrong)  # type: ignore[call-overload]
+
+
+def test_the_generation_that_fits_the_image(
+    pipeline: ImageTo3DPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mesh is that of its latents by themselves."""
+    found = pipeline(image(), seed=7, ensemble=4, combine="fit")
+    fits, chosen = found.metadata["ensemble_fits"], found.metadata["ensemble_chosen"]
+    known = [-1 if fit is None else fit for fit in fits]
+    assert len(fits) == 4 and known[chosen] == max(known) > 0
+    again = pipeline(image(), seed=7, ensemble=4, combine=Combine.fit)
+    assert (again.metadata["ensemble_fits"], again.metadata["ensemble_chosen"]) == (fits, chosen)
+    assert found.latents is not None
+    monkeypatch.setattr(pipeline, "sample_latents", lambda *_: found.latents[chosen][None])  # type: ignore[index]
+    np.testing.assert_array_equal(pipeline(image()).mesh.vertices, found.mesh.vertices)
+    with pytest.raises(UserError, match="combine is 'best', expected one of mean, fit"):
+        pipeline(image(), combine="best")
 
 
 def test_a_bad_image_is_an_error_in_its_slot(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""Several generations of one object become one field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from elastic3d.diffusion.options import Combine
+from elastic3d.geometry.decode import FieldFunction
+from elastic3d.geometry.ensemble import best_field, mean_field
+from elastic3d.geometry.options import DecodeConfig
+from elastic3d.models.images import ImageInput
+from elastic3d.models.options import ForegroundConfig
+
+
+def combined(
+    fields: Sequence[FieldFunction],
+    how: Combine,
+    image: ImageInput,
+    foreground: ForegroundConfig,
+    frontal: bool,
+    config: DecodeConfig,
+    device: torch.device,
+) -> tuple[FieldFunction, dict[str, Any]]:
+    """The field of an object's generations, and what its metadata says of the choice.
+
+    Args:
+        image: what they were generated from.
+        frontal: they face the camera of the image, not +Z.
+    """
+    if len(fields) == 1:
+        return fields[0], {}
+    if how is Combine.mean:
+        return mean_field(fields, config, device), {}
+    # these load Embree and SciPy's optimizers, which no other generation needs
+    from elastic3d.geometry.pose import CANONICAL, FRONT, find_pose
+    from elastic3d.pipelines.assets import object_pixels
+
+    pixels, allowed = object_pixels(image, foreground), FRONT if frontal else CANONICAL
+    chosen, fits = best_field(fields, lambda mesh: find_pose(mesh, pixels, allowed).fit, config, device)
+    known = [round(fit, 3) if math.isfinite(fit) else None for fit in fits]  # None: without a surface
+    return fields[chosen], {"ensemble_fits": known, "ensemble_chosen": chosen}
