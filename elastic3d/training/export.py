@@ -21,9 +21,9 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.weights import load_strict
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
 from elastic3d.pipelines.pixel_flux import PixelSamplingConfig, build_transformer, save_pixel_flux
-from elastic3d.pipelines.runtime import load_dit
+from elastic3d.pipelines.runtime import find_model, load_dit
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.checkpoint import (
     Checkpoint,
@@ -54,7 +54,8 @@ class ExportConfig(Options):
 
     output: Path | None = option(None, "folder to write; null: `export` in the run's folder")
     pipeline: PipelineConfig = option(
-        PipelineConfig, "defaults of an exported DiT; of routers `elastic` alone"
+        PipelineConfig,
+        "defaults of an exported DiT, left out those of the model that it started from; of routers `elastic` alone",
     )
 
     def check(self) -> None:
@@ -183,10 +184,26 @@ def _export_pipeline(run: _Run) -> None:
     info = LatentInfo.load(trained.latents.output)
     dit = ShapeDiT(trained.dit.model)
     load_strict(dit, run.part("dit"), run.source)
-    pipeline = ImageTo3DPipeline(info.load_vae(), dit, info.load_encoder(), run.config.export.pipeline)
+    sampling = sampling_defaults(run.config.export.pipeline, trained.init_from)
+    pipeline = ImageTo3DPipeline(info.load_vae(), dit, info.load_encoder(), sampling)
     pipeline.save_pretrained(run.output, torch.bfloat16)
     copy_files((RECORD_NAME, CURVES_NAME), info.vae, run.output / "vae")
     run.write_record(run.output / "dit")
+
+
+def sampling_defaults(requested: PipelineConfig, init_from: Path | None) -> PipelineConfig:
+    """What is requested; where that is the default and a run started from a model's folder, what that model has.
+
+    Not its name, and not its budget, which its routers keep: they are none of the new model.
+    """
+    if init_from is None or not (find_model(init_from) / PIPELINE_NAME).is_file():
+        return requested
+    plain = PipelineConfig(model=requested.model)
+    values = {item.name: getattr(requested, item.name) for item in fields(PipelineConfig)}
+    own = {name: value for name, value in values.items() if value != getattr(plain, name)}
+    return replace(
+        pipeline_config(find_model(init_from)), model=requested.model, elastic=requested.elastic, **own
+    )
 
 
 def _export_image_model(run: _Run) -> None:

@@ -48,6 +48,13 @@ def test_from_prepared_shapes_to_a_pipeline(prepared):
         assert load_json(output / part / "training.json")["steps"] == steps
         assert (output / part / "training.csv").is_file()
 
+    # what goes on from a model is sampled as that, but for what is asked for
+    assert run_stage(config_for(prepared, name="tuned", init_from=output, steps=1)) == 0
+    options = {"pipeline": PipelineConfig(guidance=4.0)}
+    tuned = export_run(export_of(config_for(prepared, name="tuned"), prepared / "tuned", export=options))
+    found = ImageTo3DPipeline.from_pretrained(tuned, device="cpu", dtype="float32").config
+    assert (found.model, found.steps, found.guidance) == ("unnamed", 3, 4.0)
+
 
 def test_a_run_without_a_checkpoint(prepared):
     with pytest.raises(UserError, match="has no whole checkpoint"):
