@@ -31,8 +31,6 @@ def combined(
         image: what they were generated from.
         frontal: they face the camera of the image, not +Z.
     """
-    if len(fields) == 1:
-        return fields[0], {}
     if how is Combine.mean:
         return mean_field(fields, config, device), {}
     # these load Embree and SciPy's optimizers, which no other generation needs

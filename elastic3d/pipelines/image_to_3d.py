@@ -426,9 +426,11 @@ class ImageTo3DPipeline:
                 try:
                     with timed(took, "decode"):
                         fields = [self.vae.field(each[None]) for each in tokens[row]]
-                        image = call.images[number], call.foreground, call.config.model in PRESETS
-                        field, found = combined(fields, call.combine, *image, decode, self.device)
-                        result.metadata |= found
+                        field = fields[0]
+                        if len(fields) > 1:
+                            image = call.images[number], call.foreground, call.config.model in PRESETS
+                            field, found = combined(fields, call.combine, *image, decode, self.device)
+                            result.metadata |= found
                         values, _ = decode_field(field, decode, self.device, on_level)
                     with timed(took, "surface"):
                         values = reducible(values, call.cleanup.max_faces)
