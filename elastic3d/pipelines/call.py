@@ -69,6 +69,10 @@ class Call:
     on_progress: OnProgress | None
     on_result: OnResult
 
+    def __post_init__(self) -> None:
+        if self.combine is not Combine.mean and self.ensemble == 1:
+            raise UserError(f"combine is {self.combine.value}, expected ensemble= of 2 or more with it")
+
     def at(self, stage: str, done: int, total: int) -> None:
         """Tell that `done` of `total` of a stage are done."""
         if stage == "dit" and self.on_step is not None:

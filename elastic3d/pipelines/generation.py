@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import glob
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trimesh
 
@@ -45,6 +46,9 @@ from elastic3d.utils.options import to_dict
 
 if TYPE_CHECKING:
     from elastic3d.pipelines.text_to_image import ImageResult
+
+_log = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 SUMMARY_NAME = "summary.json"
 OPTIONS = (
@@ -201,14 +205,50 @@ def generate(
 ) -> None:
     """Do the jobs in batches; each mesh is saved, and its outcome told, as soon as it is there or has failed."""
     options = {name: getattr(config, name) for name in OPTIONS} | ElasticOptions.of(config)
-    for todo in batches(jobs, config, on_outcome):
+    told: set[Path] = set()
+
+    def attempt(todo: Sequence[Job]) -> None:
+        todo = [job for job in todo if job.output not in told]
         batch = todo if draw is None else draw(todo)
+
+        def keep(number: int, result: Result) -> None:
+            outcome = _saved(batch[number], result, config)
+            told.add(batch[number].output)
+            on_outcome(outcome)
+
         images = [job.source(config.views) for job in batch]
-
-        def keep(number: int, result: Result, batch: Sequence[Job] = batch) -> None:
-            on_outcome(_saved(batch[number], result, config))
-
         pipeline(images, [job.seed for job in batch], on_progress=on_progress, on_result=keep, **options)
+
+    def failed(job: Job, error: Exception) -> None:
+        if isinstance(error, UserError) or len(jobs) == 1 or job.output in told:
+            raise error  # of an option, so that no mesh can be made, or not of this job
+        _log.error("%s failed", printable(job.output), exc_info=error)
+        on_outcome(Outcome.of(job, "failed", f"{printable(job.image)}: {type(error).__name__}: {error}"))
+
+    for batch in batches(jobs, config, on_outcome):
+        in_halves(batch, attempt, failed)
+
+
+def in_halves(
+    batch: Sequence[Item],
+    attempt: Callable[[Sequence[Item]], None],
+    failed: Callable[[Item, Exception], None],
+) -> None:
+    """Attempt a batch, and what raises once more in halves: one item may be at fault, or the memory suffice for fewer.
+    An item that raises alone is told to `failed`."""
+    try:
+        attempt(batch)
+        return
+    except Exception as error:
+        if len(batch) == 1:
+            failed(batch[0], error)
+            return
+        if not isinstance(error, UserError):
+            _log.warning("a batch of %d failed and is made again in halves: %r", len(batch), error)
+    # outside of the handler, whose error keeps the tensors of the failed batch
+    half = len(batch) // 2
+    for part in (batch[:half], batch[half:]):
+        in_halves(part, attempt, failed)
 
 
 def batches(

@@ -26,7 +26,7 @@ from elastic3d.geometry.mesh_io import save_mesh
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.assets import check_asset
 from elastic3d.pipelines.call import Result
-from elastic3d.pipelines.generation import finish
+from elastic3d.pipelines.generation import finish, in_halves
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import AssetConfig, Texture, Up
 from elastic3d.serve.models import Models
@@ -324,34 +324,14 @@ class MeshQueue:
     def _generate(self, batch: list[Job]) -> None:
         try:
             with self.models.use(batch[0].request.model) as pipeline:
-                self._make(pipeline, batch)
+                in_halves(batch, lambda part: self._attempt(pipeline, part), self._broke)
         except UserError as error:  # the model can't be loaded
             for job in batch:
                 self._fail(job, str(error))
 
-    def _make(self, pipeline: ImageTo3DPipeline, batch: list[Job]) -> None:
-        """The meshes of jobs, or their errors. A batch that fails is made again in halves: one job may be at fault, or
-        the memory suffice for fewer."""
-        try:
-            self._attempt(pipeline, batch)
-            return
-        except _GivenUp:
-            return
-        except UserError as error:  # an option, or more memory than there is
-            if len(batch) == 1:
-                self._fail(batch[0], str(error))
-                return
-        except Exception as error:
-            if len(batch) == 1:
-                self._crash(batch[0], error)
-                return
-            _log.warning("a batch of %d jobs failed and is made again in halves: %r", len(batch), error)
-        # outside of the handlers, whose error keeps the tensors of the failed batch
-        half = len(batch) // 2
-        for part in (batch[:half], batch[half:]):
-            self._make(pipeline, part)
+    def _attempt(self, pipeline: ImageTo3DPipeline, batch: Sequence[Job]) -> None:
+        """The meshes of jobs, or their errors."""
 
-    def _attempt(self, pipeline: ImageTo3DPipeline, batch: list[Job]) -> None:
         def on_step(done: int, steps: int) -> None:
             for job in batch:
                 job.progress = 0.5 * done / steps  # the other half is decoding
@@ -363,18 +343,21 @@ class MeshQueue:
         kept = [(job, image) for job in batch if (image := job.image) is not None]  # the rest is cancelled
         if not kept:
             return
-        results = pipeline(
-            [image for _, image in kept],
-            seed=[job.request.seed for job, _ in kept],
-            on_step=on_step,
-            on_progress=on_progress,
-            **batch[0].request.options(),
-        )
+        try:
+            results = pipeline(
+                [image for _, image in kept],
+                seed=[job.request.seed for job, _ in kept],
+                on_step=on_step,
+                on_progress=on_progress,
+                **batch[0].request.options(),
+            )
+        except _GivenUp:
+            return
         for (job, image), result in zip(kept, results, strict=True):
             try:
                 self._keep(job, result, image)
             except Exception as error:  # of this mesh: the others are there
-                self._crash(job, error)
+                self._broke(job, error)
 
     def _keep(self, job: Job, result: Result, image: Image.Image) -> None:
         if job.state in FINAL:  # given up meanwhile
@@ -396,7 +379,10 @@ class MeshQueue:
         job.file, job.metadata = path, result.metadata
         self._end_with(job, JobState.done)
 
-    def _crash(self, job: Job, error: Exception) -> None:
+    def _broke(self, job: Job, error: Exception) -> None:
+        if isinstance(error, UserError):  # an option, or more memory than there is
+            self._fail(job, str(error))
+            return
         _log.error("job %s failed", job.id, exc_info=error)
         self._fail(job, f"the server failed: {type(error).__name__}", internal=True)
 

@@ -125,6 +125,8 @@ def test_the_generation_that_fits_the_image(
     np.testing.assert_array_equal(pipeline(image()).mesh.vertices, found.mesh.vertices)
     with pytest.raises(UserError, match="combine is 'best', expected one of mean, fit"):
         pipeline(image(), combine="best")
+    with pytest.raises(UserError, match="combine is fit, expected ensemble= of 2 or more"):
+        pipeline(image(), combine="fit")
 
 
 def test_a_bad_image_is_an_error_in_its_slot(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:

@@ -102,6 +102,30 @@ def test_a_folder_with_a_bad_file(
         assert (tmp_path / "out" / name).stat().st_mtime_ns == times[tmp_path / "out" / name]
 
 
+def test_a_fault_of_one_mesh_is_not_its_mates(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abcd":
+        save_image(tmp_path / f"in/{name}.png")
+    finish = generation.finish
+
+    def faulty(result: Any, config: Any, suffix: str, image: Path, *others: Any) -> Any:
+        if image.stem == "b":
+            raise MemoryError("no memory is left")
+        return finish(result, config, suffix, image, *others)
+
+    monkeypatch.setattr(generation, "finish", faulty)
+    assert command("image=in", "output=out", "batch_size=4") == 1
+    assert _names("out") == ["a.glb", "c.glb", "d.glb", "summary.json"]
+    captured = capsys.readouterr()
+    assert "failed: in/b.png: MemoryError: no memory is left" in captured.err
+    assert "3 ok, 1 failed, 0 skipped" in captured.out
+    items = json.loads((tmp_path / "out/summary.json").read_text())["items"]
+    assert [Path(item["image"]).stem for item in items] == ["a", "b", "c", "d"]
+    with pytest.raises(MemoryError):  # with where it came from
+        command("image=in/b.png", "output=b.glb")
+
+
 def test_a_quality_and_a_budget_of_a_model_with_a_dial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
