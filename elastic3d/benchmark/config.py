@@ -51,10 +51,10 @@ class Method(Enum):
 
 
 class PolicyName(Enum):
-    """What keeps a budget without routers: `even` steps and a damped line, with no calibration; by a calibration
-    `fitted` forecasts at even steps, `planned` steps too, or `online` ones, each sample's own."""
+    """What keeps a budget without routers: `early` steps and a damped line, with no calibration; by a calibration
+    `fitted` forecasts at the same steps, `planned` steps too, or `online` ones, each sample's own."""
 
-    even = "even"
+    early = "early"
     fitted = "fitted"
     planned = "planned"
     online = "online"
@@ -143,7 +143,9 @@ class BenchmarkOptions(Options):
     calibration_samples: int = option(8, "items for static and timestep routes", **COUNT)
     caches: list[CacheName] = option(ON_ANY_MODEL, "training-free rivals to put beside")
     cache_steps: list[int] = option([], "step counts of these; empty: baseline_steps", **STEPS)
-    policies: list[PolicyName] = option(list(PolicyName), "of training_free; all but even need a calibration")
+    policies: list[PolicyName] = option(
+        list(PolicyName), "of training_free; all but early need a calibration"
+    )
     policy_calibration: Path | None = option(None, "of scripts/calibrate.py; null: that of the weights")
     forecasts: list[ForecastName] = option(list(ForecastName), "forecast: one row each and interval")
     batched_decisions: bool = option(

@@ -272,7 +272,7 @@ def _cases(planner: Planner, method: Method) -> Iterator[Case]:
         yield from _dense_cache(planner)
     elif method is Method.training_free:
         budgets = [each for each in planner.control_budgets if least_budget(base) <= each < 1]
-        policies = [each for each in config.policies if each is PolicyName.even or planner.calibration]
+        policies = [each for each in config.policies if each is PolicyName.early or planner.calibration]
         for policy, budget in product(policies, budgets):
             run = planner.run(DENSE, base, Routes.dense, ElasticConfig(budget=budget), policy=policy)
             yield Case(name, run, budget, policy.value)

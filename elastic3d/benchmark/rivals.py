@@ -29,7 +29,7 @@ from elastic3d.benchmark.methods import DENSE, Case, Model, Planner, Rival, Rout
 from elastic3d.elastic.cache import Forecast
 from elastic3d.elastic.context import StepContext
 from elastic3d.elastic.router import RouteDecision
-from elastic3d.elastic.training_free import Array, Calibration, StepPolicy, all_or_none, even_steps
+from elastic3d.elastic.training_free import Array, Calibration, StepPolicy, all_or_none, early_steps
 from elastic3d.pipelines.calibration import relative_change
 from elastic3d.pipelines.options import BackboneName
 
@@ -219,19 +219,19 @@ def _db_cache(pipe: Any, options: dict[str, Any], steps: int) -> Iterator[None]:
 
 
 def policy_named(name: PolicyName, calibration: Calibration | None) -> StepPolicy:
-    """The policy of a name; all but `even` need a calibration."""
+    """The policy of a name; all but `early` need a calibration."""
     kinds = {PolicyName.fitted: FittedPolicy, PolicyName.online: OnlinePolicy}
-    return kinds.get(name, StepPolicy)(None if name is PolicyName.even else calibration)
+    return kinds.get(name, StepPolicy)(None if name is PolicyName.early else calibration)
 
 
 class FittedPolicy(StepPolicy):
-    """Steps at even distances, fitted forecasts."""
+    """Fitted forecasts at the steps of a model without a calibration."""
 
-    schedule = "even"
+    schedule = "early"
 
     def chosen(self, count: int) -> tuple[int, ...]:
-        """Even steps, whatever is predicted."""
-        return even_steps(len(self._times), count)
+        """Early steps, whatever is predicted."""
+        return early_steps(len(self._times), count)
 
 
 class OnlinePolicy(StepPolicy):

@@ -8,7 +8,7 @@ generations.
 - Steps: of all sets of n the one with the least sum of errors times squared step sizes, found by dynamic programming.
   Errors are those of what is added to the stream that becomes the result, under guidance.
 
-Without a calibration the computed steps lie evenly, and residuals go on along a damped line.
+Without a calibration the computed steps lie denser early, and residuals go on along a damped line.
 """
 
 from __future__ import annotations
@@ -95,9 +95,16 @@ class Calibration:
         return found
 
 
-def even_steps(steps: int, count: int) -> tuple[int, ...]:
-    """`count` of the steps: the first two, and others at even distances."""
-    return (0, *(1 + i * (steps - 1) // (count - 1) for i in range(count - 1))) if count > 1 else (0,)
+def early_steps(steps: int, count: int) -> tuple[int, ...]:
+    """`count` of the steps: the first, the last, and others that lie denser early, as calibrated plans have them.
+
+    Step i of n is at (i / (n - 1))^1.5 of the way, or the next one that is free.
+    """
+    chosen = [0]
+    for i in range(1, count):
+        place = round((steps - 1) * (i / (count - 1)) ** 1.5)
+        chosen.append(max(chosen[-1] + 1, place))
+    return tuple(chosen)
 
 
 def planned_steps(errors: Array, count: int) -> tuple[int, ...]:
@@ -125,7 +132,7 @@ def planned_steps(errors: Array, count: int) -> tuple[int, ...]:
 
 
 class StepPolicy(RouteSource):
-    """Decides in the place of routers: by a plan and fitted forecasts where there is a calibration, else at even steps
+    """Decides in the place of routers: by a plan and fitted forecasts where there is a calibration, else at early steps
     and along a damped line. One object serves all generations of a model."""
 
     alike = True
@@ -157,7 +164,7 @@ class StepPolicy(RouteSource):
     def chosen(self, count: int) -> tuple[int, ...]:
         """The `count` steps of this generation that run the blocks."""
         if self._here is None:
-            return even_steps(len(self._times), count)
+            return early_steps(len(self._times), count)
         return planned_steps(self._errors, count)
 
     def decide(self, context: StepContext, block: int, routed: RouteDecision | None) -> RouteDecision:
@@ -169,7 +176,7 @@ class StepPolicy(RouteSource):
     def about(self) -> dict[str, Any]:
         """For metadata: the schedule, and on how many generations it was calibrated (0: it was not)."""
         if self.calibration is None:
-            return {"schedule": "even", "samples": 0}
+            return {"schedule": "early", "samples": 0}
         return {"schedule": self.schedule, "samples": self.calibration.about.get("samples", 0)}
 
 

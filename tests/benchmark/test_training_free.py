@@ -49,10 +49,10 @@ def test_meshes_with_a_calibration(world: Path, tmp_path: Path) -> None:
     assert not is_attached(task.planner.models[DENSE].dit)
 
 
-def test_images_without_one_have_even_steps_alone(gallery: Path, tmp_path: Path) -> None:
+def test_images_without_one_have_early_steps_alone(gallery: Path, tmp_path: Path) -> None:
     config = image_config_of(gallery, tmp_path, methods=ROWS, caches=[], seeds=[0], reference_steps=4)
     rows = [row for row in benchmark(config)["rows"] if row["method"] == "training_free"]
-    assert [(row["note"], row["executed_flops_ratio"]) for row in rows] == [("even", 0.5)]
+    assert [(row["note"], row["executed_flops_ratio"]) for row in rows] == [("early", 0.5)]
     assert rows[0]["psnr_dense"] is not None
     config.policy_calibration = tmp_path / "gone"
     with pytest.raises(UserError, match="there is no calibration"):
@@ -80,7 +80,7 @@ def test_a_quick_comparison(
         config = image_config_of(gallery, tmp_path, **changes, limit=2, caches=[CacheName.forecast])
     score = {"meshes": "iou_dense", "images": "psnr_dense"}[task]
     monkeypatch.setattr("elastic3d.benchmark.meshes.QUICK_CELLS", 12)
-    assert script.main(config) == 0 and "| training_free | even |" in capsys.readouterr().out
+    assert script.main(config) == 0 and "| training_free | early |" in capsys.readouterr().out
     rows = load_json(tmp_path / "quick.json")["rows"]
     assert [row["method"] for row in rows] == ["dense", "training_free", "forecast"]
     assert rows[0][score] == {"meshes": 1.0, "images": 100.0}[task] > rows[1][score]

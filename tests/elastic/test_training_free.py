@@ -22,7 +22,7 @@ from elastic3d.elastic.training_free import (
     CALIBRATION_NAME,
     Calibration,
     check_budget,
-    even_steps,
+    early_steps,
     planned_steps,
     put_policy,
 )
@@ -123,12 +123,14 @@ def test_the_plan_is_the_best_of_all(count: int) -> None:
     assert len(found) == count and cost(found) == pytest.approx(min(map(cost, everyone)))
 
 
-def test_even_steps() -> None:
-    assert even_steps(10, 4) == (0, 1, 4, 7) and even_steps(5, 1) == (0,)
-    for steps in range(2, 30):
-        for count in range(1, steps + 1):
-            chosen = even_steps(steps, count)
-            assert len(set(chosen)) == count and chosen == tuple(sorted(chosen)) and chosen[-1] < steps
+def test_early_steps() -> None:
+    assert early_steps(10, 4) == (0, 2, 5, 9) and early_steps(5, 1) == (0,)
+    assert early_steps(25, 12) == (0, 1, 2, 3, 5, 7, 10, 12, 15, 18, 21, 24)
+    for steps in range(2, 60):
+        for count in range(2, steps + 1):
+            chosen = early_steps(steps, count)
+            assert len(set(chosen)) == count and chosen == tuple(sorted(chosen))
+            assert (chosen[0], chosen[-1]) == (0, steps - 1)
 
 
 def test_budgets_that_a_policy_covers() -> None:

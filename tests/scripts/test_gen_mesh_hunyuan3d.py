@@ -123,7 +123,7 @@ def test_a_budget_without_routers(command: Command, model: str, steps: int) -> N
     assert command(f"model={model}", f"steps={steps}", "budget=0.5") == 0
     found = extras()
     assert 0.47 <= found["flops_executed"] / found["flops_dense"] <= 0.53
-    assert found["policy"] == {"schedule": "even", "samples": 0}
+    assert found["policy"] == {"schedule": "early", "samples": 0}
 
 
 def test_low_memory_gives_the_same_mesh(command: Command) -> None:
