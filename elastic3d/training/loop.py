@@ -21,6 +21,7 @@ from elastic3d.pipelines.memory import GB
 from elastic3d.training.checkpoint import (
     Checkpoint,
     changed_options,
+    check_latents,
     clear_unfinished,
     load_checkpoint,
     newest_checkpoint,
@@ -350,6 +351,7 @@ class _Run:
         checkpoint = load_checkpoint(path)
         if checkpoint.step > self.config.steps:
             raise UserError(f"{path} is beyond steps={self.config.steps}")
+        check_latents(checkpoint, self.stage.record)
         self.notes.append(f"going on from {path}")
         for name, now in (("config", to_dict(self.config)), ("data", self.stage.record)):
             before = checkpoint.values.get(name)
