@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -218,6 +219,14 @@ class Shuffle:
 def item_generator(seed: int, position: int) -> np.random.Generator:
     """Random numbers of one training item, the same in whichever process and run it is made."""
     return np.random.default_rng([seed, position, 2])
+
+
+def even_times(count: int) -> Tensor:
+    """Times (count,) even over 0 to 1, each once, in an order that mixes them."""
+    stride = next(
+        each for each in range(7, count + 8) if math.gcd(each, count) == 1
+    )  # so that none is left out
+    return (stride * torch.arange(count) % count + 0.5) / count
 
 
 def pick(points: Tensor, count: int, rng: np.random.Generator) -> Tensor:
