@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from elastic3d.errors import UserError
 from elastic3d.models.weights import open_tensors, tensor_heads
+from elastic3d.preparation.sources import read_list
 from elastic3d.training.options import DataConfig, LoopConfig, SplitsConfig
-from elastic3d.utils.files import read_text
-from elastic3d.utils.options import shown
 
 Batch = dict[str, Tensor]
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -41,13 +40,7 @@ def read_split(paths: Sequence[Path]) -> list[str]:
                 f"there is no split file {path}: name lists that are there with data.train= and data.val=, or let"
                 " scripts/prepare_data.py source=folder write them"
             )
-        lines = [line.strip() for line in read_text(path, "a list of shapes").splitlines()]
-        named = [line for line in lines if line and not line.startswith("#")]
-        if wrong := next((line for line in named if "/" not in line), None):
-            raise UserError(
-                f"{path} has the line {shown(wrong)}, expected lines such as folder/chair (source/id)"
-            )
-        ids.update(dict.fromkeys(named))
+        ids.update(dict.fromkeys(read_list(path)))
     if not ids:
         names = ", ".join(map(str, paths)) or "the list of split files"
         raise UserError(
