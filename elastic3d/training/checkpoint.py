@@ -232,7 +232,9 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any], inside: str 
 def check_latents(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
     """UserError where a run learned from other latents than those of `record`; older checkpoints noted less of them."""
     before = checkpoint.values.get("data")
-    for name, what in _LATENTS.items() if isinstance(before, Mapping) else ():
+    if not isinstance(before, Mapping):
+        return
+    for name, what in _LATENTS.items():
         if before.get(name, record.get(name)) != record.get(name):
             raise UserError(
                 f"{checkpoint.source} learned from latents of another {what} than those in the cache now: put that"
