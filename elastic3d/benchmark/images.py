@@ -319,8 +319,9 @@ def load_references(config: ImageBenchmarkConfig, network: EfficientNetLite, siz
     """
     if config.references is None and not config.prepared.is_dir():
         return None
-    facts = (size, config.references, config.prepared, config.splits, config.feature_size)
-    found = kept(config.output / "references.npz", facts, partial(_encoded, config, network, size))
+    sources = _sources(config)
+    facts = (size, config.prepared, config.feature_size, [each.made_of() for each in sources.values()])
+    found = kept(config.output / "references.npz", facts, partial(_encoded, sources, network, size))
     counts = Counter(found["train_nouns"].tolist() if "train" in found else ())
     nouns = [noun for noun, count in counts.items() if count >= LEAST]
     if len(nouns) < 2:
@@ -343,10 +344,10 @@ def _sources(config: ImageBenchmarkConfig) -> dict[str, ImageSource]:
     }
 
 
-def _encoded(config: ImageBenchmarkConfig, network: EfficientNetLite, size: int) -> Arrays:
+def _encoded(sources: Mapping[str, ImageSource], network: EfficientNetLite, size: int) -> Arrays:
     """Features (R,D) and the nouns of all images of each source; those that can't be read are left out."""
     found: Arrays = {}
-    for name, source in _sources(config).items():
+    for name, source in sources.items():
         parts, nouns = list[Features](), list[str]()
         for index in tqdm(range(len(source)), desc=f"real images, {name}", dynamic_ncols=True):
             try:

@@ -226,7 +226,6 @@ def pair_truth(folder: Path | None, images: Sequence[Path]) -> dict[str, Path]:
 def load_models(config: MeshBenchmarkConfig) -> dict[str, Model]:
     """Every pipeline by name: `model`, `dense` without routers, `euler` (dense, in equal Euler steps, where that
     differs), variants. UserError for a folder that holds no model or routers, or such as do not fit `model`."""
-
     load = partial(ImageTo3DPipeline.from_pretrained, device=config.device, dtype=config.dtype, dial=False)
 
     def variant(path: Path) -> ImageTo3DPipeline:
@@ -253,6 +252,6 @@ def load_models(config: MeshBenchmarkConfig) -> dict[str, Model]:
     models = {}
     for name, each in found.items():
         c, digests = each.config, (each.weights_sha256, each.dense_sha256)
-        sampler = c.shift, c.solver.value
+        sampler = c.shift, c.solver.value, c.grid.value, c.segments, c.box
         models[name] = Model(each, each.dit, c.steps, c.guidance, c.resolution, sampler, *digests, c.elastic)
     return models

@@ -32,7 +32,7 @@ MAIN, DENSE, EULER = "model", "dense", "euler"
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline, its DiT, and what it does where nothing is asked for. `sampler` is its timestep shift and solver,
+    """A pipeline, its DiT, and what it does where nothing is asked for. `sampler` is what else decides what it makes,
     `pipe` the pipeline of diffusers, where it is one."""
 
     pipeline: Any
@@ -40,7 +40,7 @@ class Model:
     steps: int
     guidance: float
     resolution: int
-    sampler: tuple[float, str]
+    sampler: tuple[float | str, ...]
     weights_sha256: str | None
     dense_sha256: str | None
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
@@ -137,6 +137,7 @@ class Planner:
 
     def __init__(self, config: BenchmarkOptions, models: Mapping[str, Model]) -> None:
         self.config, self.models = config, models
+        self.calibrated_on: list[tuple[str, int]] = []  # digests and seeds of a task's calibration items
         main = models[MAIN]
         self.baseline_steps = config.baseline_steps or main.steps
         self.elastic_steps = config.elastic_steps or [self.baseline_steps]
@@ -161,7 +162,7 @@ class Planner:
             self.guidance(name),
             config.resolution or model.resolution,
             model.sampler,
-            (config.calibration, config.calibration_samples) if routes in CALIBRATED else None,
+            self.calibrated_on if routes in CALIBRATED else None,
             model.session.router_config if model.session and elastic else None,
             self.calibration_digest if run.policy else None,
         )

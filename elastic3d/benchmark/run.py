@@ -77,7 +77,7 @@ def timed_rounds(task: Task, runs: Sequence[Run], measure: bool) -> list[Round]:
     """The rounds in timing.json, if they are of these runs on this machine; where they are to be measured, those that
     are missing too. They are kept after each."""
     config, host, path = task.config, machine(), task.config.output / "timing.json"
-    names = ("system", "processor", "cores", "accelerator", "threads", "torch")
+    names = ("system", "processor", "cores", "accelerator", "threads", "torch", "elastic3d")
     fixed = {name: host[name] for name in names} | {"cpu_time": config.cpu_time}
     facts = [sorted(run.name for run in runs), [job.name for job in task.timing_jobs], fixed]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from elastic3d import __version__
 from elastic3d.benchmark import controls
 from elastic3d.benchmark.config import BenchmarkOptions
 from elastic3d.benchmark.methods import CALIBRATED, MAIN, NO_CACHE, Case, Job, Model, Planner, Routes, Run
@@ -199,20 +200,19 @@ class Task(ABC):
             for job, result in zip(batch, self.produced(run, batch), strict=True):
                 path, error = self.path(run, job), getattr(result, "error", None)
                 self.save(result, path)
-                status = (
-                    {"status": "failed", "error": str(error)} if error else {"status": "ok", "error": None}
-                )
-                record = status | {"item_sha256": job.sha256, "metadata": result.metadata}
+                record = {"status": "failed" if error else "ok", "error": error and str(error)}
+                record |= {"item_sha256": job.sha256, "metadata": result.metadata}
                 save_json(record, path.with_suffix(".json"))
 
     def record(self, run: Run, job: Job) -> dict[str, Any] | None:
-        """What was noted of a result; None where it is still to be made, from this very item."""
+        """What was noted of a result; None where it is still to be made, from this very item by this version."""
         path = self.path(run, job)
         if not path.with_suffix(".json").is_file():
             return None
         record: dict[str, Any] = load_json(path.with_suffix(".json"), _RECORD)
         is_whole = record["status"] == "failed" or path.is_file()
-        return record if is_whole and record["item_sha256"] == job.sha256 else None
+        is_current = record["metadata"].get("version", __version__) == __version__  # older records had none
+        return record if is_whole and is_current and record["item_sha256"] == job.sha256 else None
 
     def missing(self, run: Run) -> list[Job]:
         """Jobs of which a run has no record."""
@@ -244,6 +244,7 @@ class Controls:
         path, seeds = self.config.calibration, self.config.seeds
         chosen = (task.find_items(path) if path else task.items)[: self.config.calibration_samples]
         self.calibration = [Job(item, seeds[i % len(seeds)]) for i, item in enumerate(chosen)]
+        self.planner.calibrated_on = [(job.sha256, job.seed) for job in self.calibration]
         self._table = cache(self._table_of)
 
     def source(self, run: Run, jobs: Sequence[Job]) -> RouteSource | None:
@@ -319,8 +320,8 @@ class Controls:
 
     def _file(self, name: str) -> Path:
         """Another for another model, guidance, resolution, steps or items."""
-        items = [(job.name, job.seed) for job in self.calibration]
-        key = zlib.crc32(repr((self.planner.reference.name, self.planner.control_steps, items)).encode())
+        facts = (self.planner.reference.name, self.planner.control_steps, self.planner.calibrated_on)
+        key = zlib.crc32(repr(facts).encode())
         return self.config.output / "tables" / f"{name}-{key:08x}.json"
 
     def _searched(self) -> Run:
@@ -355,7 +356,6 @@ class Controls:
 
         def error(routes: Tensor) -> float:
             with task.ready(fixed, controls.TableRoutes(routes[None, None, None], self.router.widths)):
-                found = task.sample(fixed, condition, jobs)
-            return relative_error(found, true)
+                return relative_error(task.sample(fixed, condition, jobs), true)
 
         return error

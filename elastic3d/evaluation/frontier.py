@@ -73,27 +73,28 @@ def compare_fronts(
     """Compare the frontiers, `front` and `other`, of two families of points; `tolerance` is relative.
 
     `never_worse`: at no time within the range of both is the challenger's loss above the other's by more than the
-    tolerance; `worst_time` is where it is worst, with both losses, `worst_losses`. `ratios` are (loss, other's time /
+    tolerance; `worst_time` is where that is most, with both losses, `worst_losses`. `ratios` are (loss, other's time /
     challenger's) at the losses of either frontier's points that both reach; `best_ratio` is the largest. `knee_ratio`
     is that ratio at the other's `knee`. None where the frontiers do not overlap.
     """
     mine, theirs = pareto_front(challenger), pareto_front(other)
-    worst: tuple[float, float, float] | None = None
+    worst: tuple[float, float, float, float] | None = None  # beyond the tolerance, time, both losses
     if mine and theirs:
         low, high = max(mine[0][0], theirs[0][0]), min(mine[-1][0], theirs[-1][0])
         for time in sorted({low, high, *(t for t, _ in mine + theirs)}):
             a, b = loss_at(mine, time), loss_at(theirs, time)
             if low <= time <= high and a is not None and b is not None:
-                worst = max(worst, (a - b, a, time)) if worst else (a - b, a, time)
+                found = (a - b - tolerance * abs(b), time, a, b)
+                worst = max(worst, found) if worst else found
     ratios = _ratios(mine, theirs)
     corner = knee(theirs)
     at_knee = time_at(mine, corner[1]) if corner else None
     return {
         "front": mine,
         "other": theirs,
-        "never_worse": None if worst is None else worst[0] <= tolerance * abs(worst[1] - worst[0]),
-        "worst_time": None if worst is None else worst[2],
-        "worst_losses": None if worst is None else (worst[1], worst[1] - worst[0]),
+        "never_worse": None if worst is None else worst[0] <= 0,
+        "worst_time": None if worst is None else worst[1],
+        "worst_losses": None if worst is None else worst[2:],
         "ratios": ratios,
         "best_ratio": max((ratio for _, ratio in ratios), default=None),
         "knee": corner,

@@ -69,6 +69,9 @@ def prepare(
 
     An item on which its process dies, or which takes longer than `timeout_s`, is listed as a failure and
     the shard is begun again without it.
+
+    Raises:
+        UserError: a shard can't be written, its process ended between items, or one was never made.
     """
     pending = deque(shard for shard in shards if not shard.done)
     jobs: list[_Job] = []
@@ -168,8 +171,10 @@ def _attend(
     if job.shard.done:
         return None
     if not job.current:
-        raise RuntimeError(
-            f"the worker for {job.shard.path} ended with code {job.process.exitcode} between shapes"
+        raise UserError(
+            f"the worker for {job.shard.path} ended with code {job.process.exitcode} between shapes, such as for lack"
+            " of memory while it wrote them: run this again with fewer workers=, a smaller shard_size= or a longer"
+            " timeout="
         )
     died = (
         f"the process died with code {job.process.exitcode}" if closed else f"took more than {timeout_s:g} s"

@@ -16,7 +16,8 @@ from elastic3d.errors import UserError
 from elastic3d.geometry.gltf_data import with_buffers
 from elastic3d.geometry.mesh_io import READ_SUFFIXES, load_mesh
 from elastic3d.preparation.shape import RawShape
-from elastic3d.utils.files import visible_files
+from elastic3d.utils.files import read_text, visible_files
+from elastic3d.utils.options import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,22 @@ class Item:
         row = asdict(self)
         del row["version"]
         return row
+
+
+def read_list(path: Path) -> list[str]:
+    """The lines `source/id` of a list of shapes, in order; blank lines and # comments do not count.
+
+    UserError if the file is missing, no text, or has another line.
+    """
+    if path.is_file() and not path.stat().st_size:  # of a split that has none
+        return []
+    lines = [line.strip() for line in read_text(path, "a list of shapes").splitlines()]
+    named = [line for line in lines if line and not line.startswith("#")]
+    if wrong := next((line for line in named if "/" not in line), None):
+        raise UserError(
+            f"{path} has the line {shown(wrong)}, expected lines such as folder/chair (source/id)"
+        )
+    return named
 
 
 def with_article(name: str) -> str:

@@ -19,6 +19,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 from elastic3d.errors import UserError
+from elastic3d.preparation.sources import read_list
 from elastic3d.utils.files import atomic_path
 
 # meshes of a user's folder; fewer all train, and validation shows how well they are fitted
@@ -70,7 +71,7 @@ def split_groups(groups: dict[str, int], test: int, val: int, seed: int = 0) -> 
 
 
 def read_splits(folder: Path) -> dict[str, Split]:
-    """Split by "source/id". UserError if a list is missing or an item is in two places."""
+    """Split by "source/id". UserError if a list is missing or broken or an item is in two places."""
     found: list[tuple[str, Split]] = []
     for split in Split:
         path = folder / f"{split.value}.txt"
@@ -79,7 +80,7 @@ def read_splits(folder: Path) -> dict[str, Split]:
                 f"{path} is missing, expected the list of shapes for {split.value}: name a folder with all three"
                 " lists with splits=, or leave it out for those of the repository"
             )
-        found += [(line, split) for line in path.read_text().split("\n") if line]
+        found += [(name, split) for name in read_list(path)]
     twice = [name for name, count in Counter(name for name, _ in found).items() if count > 1]
     if twice:
         raise UserError(f"{twice[0]} is listed more than once in {folder}, expected each shape in one split")
@@ -88,10 +89,9 @@ def read_splits(folder: Path) -> dict[str, Split]:
 
 def write_splits(folder: Path, splits: dict[str, Split]) -> None:
     """Write the three lists, sorted."""
-    folder.mkdir(parents=True, exist_ok=True)
     for split in Split:
         names = sorted(name for name, which in splits.items() if which is split)
-        (folder / f"{split.value}.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        _write_list(folder / f"{split.value}.txt", names)
 
 
 def folder_split(names: list[str], share: float, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -111,8 +111,12 @@ def write_folder_split(folder: Path, names: list[str], held_out: set[str]) -> No
     train = [name for name in names if name not in held_out] or names
     val = [name for name in names if name in held_out] or names
     for name, listed in (("train", train), ("val", val)):
-        with atomic_path(folder / f"{name}.txt") as draft:
-            draft.write_text("".join(f"{line}\n" for line in listed), encoding="utf-8")
+        _write_list(folder / f"{name}.txt", listed)
+
+
+def _write_list(path: Path, names: list[str]) -> None:
+    with atomic_path(path) as draft:
+        draft.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def near_duplicate_groups(clouds: list[NDArray[np.float32]], threshold: float = 0.05) -> NDArray[np.int32]:

@@ -86,7 +86,7 @@ class DecodingConfig(Options):
     )
     seeds: list[int] = option([0, 1, 2], "seeds of the latents of each image", ge=0, le=2**63 - 1)
     output: Path = option(
-        Path("outputs/decoding"), "folder for latents.safetensors, shapes.json and table.md"
+        Path("outputs/decoding"), "folder for latents.safetensors, shapes.json, settings.json and table.md"
     )
     reference: int = option(
         256,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,9 @@ from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.studies.config import DecodingConfig
-from elastic3d.utils.files import atomic_path, load_json, save_json
+from elastic3d.utils.claims import claim_folder
+from elastic3d.utils.files import atomic_path, file_sha256, load_json, save_json
+from elastic3d.utils.options import to_dict
 
 SURFACE_POINTS = 8192
 THRESHOLD = 0.02  # of the F-score
@@ -38,8 +41,13 @@ COARSE = 64  # cells a side that the plain way evaluates in the whole cube
 
 
 def compare_decoding(config: DecodingConfig) -> str:
-    """Decode everything that is not done yet, write the files, return the table as Markdown."""
+    """Decode everything that is not done yet, write the files, return the table as Markdown.
+
+    Raises:
+        UserError: the folder has results of another model, other inputs or options, or does not say of which.
+    """
     pipeline = ImageTo3DPipeline.from_pretrained(config.model)
+    _claim(pipeline, config)
     shapes, truths = _latents(pipeline, config), true_shapes(config)
     names = list(shapes)[: config.limit or None]
     path = config.output / "shapes.json"
@@ -53,6 +61,29 @@ def compare_decoding(config: DecodingConfig) -> str:
     with atomic_path(config.output / "table.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return text
+
+
+def _claim(pipeline: ImageTo3DPipeline, config: DecodingConfig) -> None:
+    """Note what the results are of; refuse a folder with others, which would stay."""
+    options = to_dict(config)
+    names = ("seeds", "reference", "resolutions", "points", "hunyuan3d_tokens")
+    settings = {
+        "model": pipeline.weights_sha256,
+        "pipeline": to_dict(pipeline.config),
+        "images": file_sha256(*_images(config)),
+        "gt": None if config.gt is None else file_sha256(*_true_files(config.gt)),
+        **{name: options[name] for name in names},
+    }
+    begun = any((config.output / name).is_file() for name in ("latents.safetensors", "shapes.json"))
+    claim_folder(config.output, settings, begun)
+
+
+def _images(config: DecodingConfig) -> list[Path]:
+    return sorted(path for path in config.images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _true_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.glb"))
 
 
 def ways(config: DecodingConfig, max_points: int) -> dict[str, DecodeConfig]:
@@ -192,7 +223,7 @@ def _latents(pipeline: ImageTo3DPipeline, config: DecodingConfig) -> dict[str, T
     """Latents (N,C) by name, from `latents.safetensors` if it is there, else sampled and encoded, and kept there."""
     path = config.output / "latents.safetensors"
     if not path.is_file():
-        images = sorted(p for p in config.images.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        images = _images(config)
         found: dict[str, Tensor] = {}
         for seed in config.seeds:
             for image, result in zip(images, pipeline(images, seed=seed, resolution=32), strict=True):
@@ -212,7 +243,7 @@ def _latents(pipeline: ImageTo3DPipeline, config: DecodingConfig) -> dict[str, T
 
 def true_shapes(config: DecodingConfig) -> dict[str, trimesh.Trimesh]:
     """The made shapes, and those of `config.gt` by the stems of their files."""
-    files = [] if config.gt is None else sorted(config.gt.glob("*.glb"))
+    files = [] if config.gt is None else _true_files(config.gt)
     return {path.stem: load_mesh(path) for path in files} | made_shapes()
 
 

@@ -94,7 +94,7 @@ class _Cast(nn.Module):
 
 def _round(
     dit: _Cast, size: Any, budgets: Sequence[float], steps: int, batch: int, bar: tqdm
-) -> dict[float, dict[str, float]]:
+) -> dict[float, dict[str, Any]]:
     """Seconds, peak memory in MB and executed share by budget; 1 is the dense model."""
     like, session, found = dit.like, dit.session, {}
     noise = torch.randn(batch, size.num_latents, size.in_channels, device=like.device)
@@ -124,24 +124,25 @@ def _round(
     return found
 
 
-def _peak_mb(cuda: bool) -> float:
-    """Of the device's memory, or of this process; nan where the system does not say."""
+def _peak_mb(cuda: bool) -> float | None:
+    """Of the device's memory, or of this process; None where the system does not say."""
     if cuda:
         return torch.cuda.max_memory_allocated() / 2**20
     if not STATUS.exists():
-        return float("nan")
+        return None
     lines = [line.split() for line in STATUS.read_text().splitlines()]
-    return next((float(words[1]) / 2**10 for words in lines if words[:1] == ["VmHWM:"]), float("nan"))
+    return next((float(words[1]) / 2**10 for words in lines if words[:1] == ["VmHWM:"]), None)
 
 
-def _row(budget: float, rounds: Sequence[dict[float, dict[str, float]]]) -> dict[str, float]:
+def _row(budget: float, rounds: Sequence[dict[float, dict[str, Any]]]) -> dict[str, Any]:
     """Medians over rounds; the speed-up is that over the dense model of the same round."""
+    peaks = [each[budget]["peak_mb"] for each in rounds]
     share = rounds[0][budget]["share"]
     speedup = statistics.median(each[1.0]["seconds"] / each[budget]["seconds"] for each in rounds)
     return {
         "budget": budget, "executed": share, "seconds": statistics.median(each[budget]["seconds"] for each in rounds),
         "speedup": speedup, "flop_speedup": 1 / share, "efficiency": speedup * share,
-        "peak_mb": max(each[budget]["peak_mb"] for each in rounds),
+        "peak_mb": None if None in peaks else max(peaks),
     }  # fmt: skip
 
 
@@ -152,5 +153,9 @@ def printed(found: dict[str, Any]) -> str:
     }  # fmt: skip
     titles = [*list(forms)[:6], "s", "speed-up", "over FLOPs", "peak MB"]
     return markdown_table(
-        titles, ([format(row[n], form) for n, form in forms.items()] for row in found["rows"])
+        titles,
+        (
+            [None if row[n] is None else format(row[n], form) for n, form in forms.items()]
+            for row in found["rows"]
+        ),
     )

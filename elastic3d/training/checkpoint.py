@@ -25,6 +25,8 @@ Config = TypeVar("Config")
 MANIFEST = "manifest.json"
 CLASSES = {"vae": (VAEConfig, "ShapeVAE"), "dit": (DiTConfig, "ShapeDiT")}
 _PREFIX = "step-"
+# What is recorded of the latents that a run learns from, and in words.
+_LATENTS = {"vae_sha256": "autoencoder", "encoder": "image encoder", "scale_sha256": "scale"}
 
 
 @dataclass
@@ -227,6 +229,19 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any], inside: str 
             yield f"{inside}{name} was {was}"
 
 
+def check_latents(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
+    """UserError where a run learned from other latents than those of `record`; older checkpoints noted less of them."""
+    before = checkpoint.values.get("data")
+    if not isinstance(before, Mapping):
+        return
+    for name, what in _LATENTS.items():
+        if before.get(name, record.get(name)) != record.get(name):
+            raise UserError(
+                f"{checkpoint.source} learned from latents of another {what} than those in the cache now: put that"
+                " cache back, or train anew with another name="
+            )
+
+
 def starting_point(path: Path, own: Mapping[str, Tensor]) -> Checkpoint:
     """What a run starts from, as a checkpoint whose `average` has the tensors by their names in the objective: a
     checkpoint itself, the newest one of a run, or a model's weights.
@@ -271,3 +286,15 @@ def statistics_of(path: Path) -> tuple[list[float], list[float]]:
             f"{path} has no vae/{CONFIG_NAME} with statistics of its latents, expected an exported DiT"
         )
     return vae.latent_mean, vae.latent_std
+
+
+def check_scale(cache: Path, statistics: tuple[list[float], list[float]], model: Path) -> None:
+    """UserError unless a cache of latents with this mean and standard deviation has the scale that a model's DiT knows,
+    where it says which."""
+    folder = model_part(model, "vae")
+    vae: VAEConfig | None = load_config(folder, *CLASSES["vae"]) if folder else None
+    if vae is not None and vae.latent_mean and statistics != (vae.latent_mean, vae.latent_std):
+        raise UserError(
+            f"{cache} holds latents of another scale than {model} was trained on: make them with"
+            f" stage=cache init_from={model} latents.output=another folder, and give that folder"
+        )

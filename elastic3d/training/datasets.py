@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -15,9 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from elastic3d.errors import UserError
 from elastic3d.models.weights import open_tensors, tensor_heads
+from elastic3d.preparation.sources import read_list
 from elastic3d.training.options import DataConfig, LoopConfig, SplitsConfig
-from elastic3d.utils.files import read_text
-from elastic3d.utils.options import shown
 
 Batch = dict[str, Tensor]
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -40,13 +40,7 @@ def read_split(paths: Sequence[Path]) -> list[str]:
                 f"there is no split file {path}: name lists that are there with data.train= and data.val=, or let"
                 " scripts/prepare_data.py source=folder write them"
             )
-        lines = [line.strip() for line in read_text(path, "a list of shapes").splitlines()]
-        named = [line for line in lines if line and not line.startswith("#")]
-        if wrong := next((line for line in named if "/" not in line), None):
-            raise UserError(
-                f"{path} has the line {shown(wrong)}, expected lines such as folder/chair (source/id)"
-            )
-        ids.update(dict.fromkeys(named))
+        ids.update(dict.fromkeys(read_list(path)))
     if not ids:
         names = ", ".join(map(str, paths)) or "the list of split files"
         raise UserError(
@@ -218,6 +212,14 @@ class Shuffle:
 def item_generator(seed: int, position: int) -> np.random.Generator:
     """Random numbers of one training item, the same in whichever process and run it is made."""
     return np.random.default_rng([seed, position, 2])
+
+
+def even_times(count: int) -> Tensor:
+    """Times (count,) even over 0 to 1, each once, in an order that mixes them."""
+    stride = next(
+        each for each in range(7, count + 8) if math.gcd(each, count) == 1
+    )  # so that none is left out
+    return (stride * torch.arange(count) % count + 0.5) / count
 
 
 def pick(points: Tensor, count: int, rng: np.random.Generator) -> Tensor:

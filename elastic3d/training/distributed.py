@@ -36,7 +36,9 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     from accelerate.utils import set_seed
 
     accelerator = Accelerator(cpu=config.device is DeviceChoice.cpu)
-    set_seed(config.seed, device_specific=True)
+    set_seed(
+        config.seed % 2**31, device_specific=True
+    )  # NumPy's has 32 bits, and each process adds its index
     return accelerator
 
 

@@ -17,7 +17,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.images import prepare_image
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
-from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, item_generator, open_split
+from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, even_times, item_generator, open_split
 from elastic3d.training.journal import contact_sheet, mesh_row
 from elastic3d.training.latents import INFO_NAME, LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.loop import Stage
@@ -242,14 +242,15 @@ class DiTStage(Stage):
         self._val_items = LatentItems(self._val, info, config.dit, scale, mirrored=cache.mirrored)
 
     def validate(self, batch: int = 16) -> dict[str, float]:
-        """Velocity error on validation shapes at fixed noise and even times, with and without image."""
+        """Velocity error on validation shapes at fixed noise and even times, with and without image; by thirds of the
+        times, where a shape is in them."""
         device = next(self.dit.parameters()).device
         count = len(self._val)
-        errors = []
+        errors, times = [], even_times(count)
         for first in range(0, count, batch):
             indices = range(first, min(first + batch, count))
             items = default_collate([self._val_items.fixed(i) for i in indices])
-            items["t"] = torch.tensor([(7 * i % count + 0.5) / count for i in indices])
+            items["t"] = times[first : first + batch]
             items = {name: tensor.to(device) for name, tensor in items.items()}
             blind = {**items, "condition": torch.zeros_like(items["condition"])}
             pair = [self.objective.squared_error(b).mean((1, 2)).cpu() for b in (items, blind)]
@@ -258,7 +259,8 @@ class DiTStage(Stage):
         values = {"val/flow": seen.mean(), "val/flow_without_image": unseen.mean()}
         for name, low in (("noisy", 0.0), ("middle", 1 / 3), ("clean", 2 / 3)):
             inside = (t >= low) & (t < low + 1 / 3)
-            values[f"val/flow_{name}"] = seen[inside].mean() if inside.any() else seen.new_zeros(())
+            if inside.any():
+                values[f"val/flow_{name}"] = seen[inside].mean()
         return {name: value.item() for name, value in values.items()}
 
     def samples(self) -> dict[str, np.ndarray]:

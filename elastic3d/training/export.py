@@ -27,6 +27,7 @@ from elastic3d.pipelines.runtime import find_model, load_dit
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.checkpoint import (
     Checkpoint,
+    check_latents,
     load_checkpoint,
     newest_checkpoint,
     read_record,
@@ -148,7 +149,7 @@ def export_run(config: ExportStageConfig) -> Path:
     belongs to, used up to `few_step.used_nfe`.
 
     Raises:
-        UserError: the run has no whole checkpoint.
+        UserError: the run has no whole checkpoint, or the cache holds other latents than it learned from.
     """
     path, _ = newest_checkpoint(config.folder / "checkpoints")
     if path is None:
@@ -182,6 +183,7 @@ def _export_vae(run: _Run) -> None:
 def _export_pipeline(run: _Run) -> None:
     trained = run.trained(DiTTrainConfig)
     info = LatentInfo.load(trained.latents.output)
+    check_latents(run.checkpoint, info.record)
     dit = ShapeDiT(trained.dit.model)
     load_strict(dit, run.part("dit"), run.source)
     sampling = sampling_defaults(run.config.export.pipeline, trained.init_from)
@@ -227,6 +229,7 @@ def _export_routers(run: _Run) -> None:
     if hasattr(options, "mesh"):
         options.mesh.weight = 0.0  # needs no data of true surfaces then
     stage: Any = build_stage(trained)
+    check_latents(run.checkpoint, stage.record)
     load_strict(stage.objective, run.weights, run.source)
     stage.objective.eval()
     stage.calibrate(run.config.routing)

@@ -28,7 +28,7 @@ from elastic3d.geometry.solid import solidify
 from elastic3d.models.images import prepare_image, to_tensor
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.weights import read_weights, save_weights
-from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.preparation.options import PrepareConfig, SourceName
@@ -37,12 +37,15 @@ from elastic3d.training.datasets import PreparedShapes, item_generator, read_spl
 from elastic3d.training.journal import contact_sheet, field_meshes, mesh_image, on_white
 from elastic3d.training.vae import VAEItems, VAEStageConfig
 from elastic3d.training.views import stored_views
+from elastic3d.utils.claims import SETTINGS_NAME, claim_folder
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
-from elastic3d.utils.files import atomic_path, file_sha256, load_json, save_json
+from elastic3d.utils.files import atomic_path, file_sha256
 from elastic3d.utils.options import Options, option, to_dict
 
 SHEET_SHAPES = 64
 IMAGE_SIZE = 128
+# of a model folder: what decides its meshes beside the weights
+_DEFAULTS = (PIPELINE_NAME, "dial.json", "routers/*.json")
 
 
 @dataclass(kw_only=True)
@@ -76,7 +79,8 @@ def build_held_out(config: HeldOutConfig) -> list[str]:
 
     Raises:
         UserError: no shard holds a shape of the split, the model can't be loaded, the folder has meshes of another
-            model or other options, or the meshes are missing that the nearest training shape is made from again.
+            model, of shapes that were prepared otherwise or of other options, or the meshes are missing that the
+            nearest training shape is made from again.
     """
     path = config.data.path
     if config.data.source is SourceName.folder and not (path and Path(path).is_dir()):
@@ -99,21 +103,20 @@ def _claim(config: HeldOutConfig) -> None:
     """Note what the meshes are made with before any is there; refuse a folder of others, which would stay."""
     names = ("view", "steps", "guidance", "resolution", "surface_points", "bank_views")
     settings = {name: value for name, value in to_dict(config).items() if name in names}
-    weights = sorted(find_model(Path(config.model)).glob("**/*.safetensors"))
+    model = find_model(Path(config.model))
     read_split([config.train])  # says where it is no list
     settings |= {
         "source": _source(config),
-        "model": file_sha256(*weights),
+        "model": file_sha256(*sorted(model.glob("**/*.safetensors"))),
         "train": file_sha256(config.train),
     }
-    path = config.output / "settings.json"
-    claimed = path.is_file() and any(config.output.glob("images/*.png"))
-    found = load_json(path) if claimed else settings
-    if differing := [name for name, value in settings.items() if found.get(name) != value]:
-        raise UserError(
-            f"{config.output} was made with another {differing[0]}: delete it first, or give another output="
-        )
-    save_json(settings, path)
+    later = {  # which older folders did not note
+        "pipeline": file_sha256(*sorted(path for name in _DEFAULTS for path in model.glob(name))),
+        "data": file_sha256(*sorted((Path(config.data.output) / _source(config)).glob("shard-*.json"))),
+        "data.shape.resolution": config.data.shape.resolution,
+    }
+    begun = (config.output / SETTINGS_NAME).is_file() and any(config.output.glob("images/*.png"))
+    claim_folder(config.output, settings | later, begun, later)
 
 
 def open_held_out(config: HeldOutConfig) -> PreparedShapes:

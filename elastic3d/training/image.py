@@ -20,7 +20,7 @@ from elastic3d.pipelines.pixel_flux import (
     SmallBackbone,
     build_transformer,
 )
-from elastic3d.training.datasets import Batch, Shuffle, item_generator
+from elastic3d.training.datasets import Batch, Shuffle, even_times, item_generator
 from elastic3d.training.distributed import first_process_first
 from elastic3d.training.image_data import ImageCache, ImageDataConfig, build_image_cache, text_of
 from elastic3d.training.journal import contact_sheet
@@ -144,7 +144,7 @@ class ImageStage(Stage):
         """Velocity error on validation images at fixed noise and even times, with and without caption."""
         device, whole = next(self.dit.parameters()).device, self._val_items.fixed(len(self._val))
         count = len(whole["latents"])
-        whole["t"] = (7 * torch.arange(count) % count + 0.5) / count
+        whole["t"] = even_times(count)
         blind = {**whole, **_all_rows(self._val.negative(), count)}
         means = []
         for items in (whole, blind):

@@ -46,6 +46,8 @@ from elastic3d.utils.options import Options, option
 
 INFO_NAME, NEGATIVE_NAME = "cache.json", "negative.safetensors"
 _INFO = {"settings": dict, "counts": {str: Number(0, whole=True)}}
+# Of the settings, those that older caches did not note.
+_LATER = ("encoder_sha256", "seed", "data.limit", "data.train_sha256", "data.val_sha256")
 
 # Names of colours with (hue in degrees, saturation, value); a name may stand for a material that looks like it.
 COLOURS = {
@@ -297,17 +299,15 @@ def build_image_cache(
         encoders: files of the backbone's VAE and text encoders; empty where these can't change.
 
     Raises:
-        UserError: the folder holds a cache of other images or encoders, or made otherwise.
+        UserError: the folder holds a cache of other images, shapes or encoders, or made otherwise.
     """
     own = image.size if isinstance(image, PipelineImagesConfig) else None
     size = own or backbone.default_size
-    settings = cache_settings(image, backbone, size, encoders)
+    settings = cache_settings(image, data, backbone, size, seed, encoders)
     output = image.cache
     path = output / INFO_NAME
     found = load_json(path, _INFO) if path.is_file() else {"settings": settings, "counts": {}}
-    made = {"encoder_sha256": settings.get("encoder_sha256")} | found[
-        "settings"
-    ]  # an older cache did not note it
+    made = {name: settings.get(name) for name in _LATER} | found["settings"]
     differing = [name for name, value in settings.items() if made.get(name) != value]
     if not differing and found["counts"]:
         return
@@ -340,9 +340,15 @@ def _sources(image: ImageDataConfig, data: LimitedSplitsConfig, seed: int) -> di
 
 
 def cache_settings(
-    image: ImageDataConfig, backbone: Backbone, size: int, encoders: Sequence[Path]
+    image: ImageDataConfig,
+    data: LimitedSplitsConfig,
+    backbone: Backbone,
+    size: int,
+    seed: int,
+    encoders: Sequence[Path],
 ) -> dict[str, Any]:
-    """All that decides what is in a cache."""
+    """All that decides what is in a cache, but for the files of a folder of images: those of a finished cache may have
+    become more."""
     names = ("views", "recolour", "background") if image.images is None else ("val_every",)
     settings = {
         "backbone": backbone.name.name,
@@ -352,6 +358,11 @@ def cache_settings(
         "text_length": text_length(image, backbone),
         **{name: getattr(image, name) for name in names},
     }
+    if image.images is None:
+        settings |= {"seed": seed, "data.limit": data.limit}
+        for name, lists in (("train", data.train), ("val", data.val)):
+            ids = "\n".join(read_split(lists))
+            settings[f"data.{name}_sha256"] = hashlib.sha256(ids.encode()).hexdigest()
     return settings | ({"encoder_sha256": file_sha256(*encoders)} if encoders else {})
 
 

@@ -8,6 +8,8 @@ of the latents.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -25,15 +27,15 @@ from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import ImageEncoder, build_image_encoder, encoder_sha256
 from elastic3d.models.images import load_image, prepare_image, to_tensor
-from elastic3d.models.options import ForegroundConfig, ImageEncoderConfig, VAEConfig
+from elastic3d.models.options import ForegroundConfig, ImageEncoderConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT
-from elastic3d.models.weights import WEIGHTS_NAME, load_config, save_weights, tensor_heads
+from elastic3d.models.weights import WEIGHTS_NAME, save_weights, tensor_heads
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME
 from elastic3d.pipelines.memory import require_memory
 from elastic3d.pipelines.runtime import BUNDLED, find_model, load_dit, resolve_device
-from elastic3d.training.checkpoint import CLASSES, model_part, read_record, statistics_of
+from elastic3d.training.checkpoint import check_scale, read_record, statistics_of
 from elastic3d.training.datasets import (
     PreparedShapes,
     item_generator,
@@ -143,6 +145,13 @@ class LatentInfo:
         return cls(**{item.name: values[item.name] for item in fields(cls)})
 
     @property
+    def record(self) -> dict[str, str]:
+        """What tells such latents from others, which fit no model that learned from these."""
+        scale = hashlib.sha256(json.dumps([self.mean, self.std]).encode()).hexdigest()
+        vae, encoder = self.settings["vae_sha256"], self.settings["encoder"]["kind"]
+        return {"vae_sha256": vae, "encoder": encoder, "scale_sha256": scale}
+
+    @property
     def token_counts(self) -> tuple[int, int]:
         """Of a shape's latents (N) and of an image (M)."""
         return self.latents[0], self.tokens[0]
@@ -219,17 +228,6 @@ def pipeline_config(model: Path) -> PipelineConfig:
     return found
 
 
-def check_scale(cache: Path, info: LatentInfo, model: Path) -> None:
-    """UserError unless a cache of latents has the scale that a model's DiT knows, where it says which."""
-    folder = model_part(model, "vae")
-    vae: VAEConfig | None = load_config(folder, *CLASSES["vae"]) if folder else None
-    if vae is not None and vae.latent_mean and (info.mean, info.std) != (vae.latent_mean, vae.latent_std):
-        raise UserError(
-            f"{cache} holds latents of another scale than {model} was trained on: make them with"
-            f" stage=cache init_from={model} latents.output=another folder, and give that folder"
-        )
-
-
 class LatentCache:
     """A finished cache as a training sees it: its description, the shapes of both splits, and a record of them."""
 
@@ -243,8 +241,7 @@ class LatentCache:
         self.val = PreparedShapes(folder, read_split(data.val), (), val_shapes)
         # with few shapes those of training are validated on too, and their last views are of the mirror image
         self.mirrored = frozenset(read_split(data.train) if self.info.settings.get("mirror") else ())
-        vae, encoder = self.info.settings["vae_sha256"], self.info.settings["encoder"]["kind"]
-        self.record = record_of_shapes(self.train, self.val) | {"vae_sha256": vae, "encoder": encoder}
+        self.record = record_of_shapes(self.train, self.val) | self.info.record
 
     def load_dense(
         self, model: Path, precision: Precision = Precision.fp32
@@ -258,7 +255,7 @@ class LatentCache:
         ):
             if wanted != found:
                 raise UserError(f"{model} has {found} {name}, but the cache has {wanted}")
-        check_scale(self.folder, self.info, model)
+        check_scale(self.folder, (self.info.mean, self.info.std), model)
         return dit, pipeline_config(model)
 
 

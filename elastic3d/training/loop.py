@@ -21,6 +21,7 @@ from elastic3d.pipelines.memory import GB
 from elastic3d.training.checkpoint import (
     Checkpoint,
     changed_options,
+    check_latents,
     clear_unfinished,
     load_checkpoint,
     newest_checkpoint,
@@ -39,12 +40,11 @@ from elastic3d.training.distributed import (
 )
 from elastic3d.training.journal import Journal
 from elastic3d.training.optim import Average, MasterOptimizer, learning_rate
-from elastic3d.training.options import LoopConfig, Precision
+from elastic3d.training.options import LoopConfig, Precision, Schedule
 from elastic3d.utils.options import to_dict
 
 # Options that change nothing of what is learned: a resumed run may have others.
 INCIDENTAL = (
-    "steps",
     "runs",
     "device",
     "workers",
@@ -350,11 +350,15 @@ class _Run:
         checkpoint = load_checkpoint(path)
         if checkpoint.step > self.config.steps:
             raise UserError(f"{path} is beyond steps={self.config.steps}")
+        check_latents(checkpoint, self.stage.record)
         self.notes.append(f"going on from {path}")
+        # every other schedule comes to its end with the last step
+        is_constant = self.config.schedule is Schedule.constant
+        incidental = (*INCIDENTAL, "steps") if is_constant else INCIDENTAL
         for name, now in (("config", to_dict(self.config)), ("data", self.stage.record)):
             before = checkpoint.values.get(name)
             changed = changed_options(before, now) if isinstance(before, Mapping) else ()
-            self.notes += [each for each in changed if each.partition(" ")[0] not in INCIDENTAL]
+            self.notes += [each for each in changed if each.partition(" ")[0] not in incidental]
         return checkpoint
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:

@@ -178,8 +178,11 @@ class MasterOptimizer:
             state = {key: tensors[f"{name}/{key}"].clone() for key in wanted}
             for key, value in state.items():
                 check_tensor(f"{name}/{key}", value, () if key == "step" else parameter.shape)
+            # the fused kernel reads the count of steps where the parameter is, others on the CPU
+            place = master.device if optimizer.defaults.get("fused") else torch.device("cpu")
             optimizer.state[master] = {
-                k: v if k == "step" else scattered(v, parameter).to(master.device) for k, v in state.items()
+                key: value.to(place) if key == "step" else scattered(value, parameter).to(master.device)
+                for key, value in state.items()
             }
 
 

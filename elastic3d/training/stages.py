@@ -16,7 +16,7 @@ from elastic3d.models.options import ImageEncoderConfig
 from elastic3d.models.weights import load_config
 from elastic3d.pipelines.memory import require_memory
 from elastic3d.pipelines.runtime import fast_bfloat16, resolve_device
-from elastic3d.training.checkpoint import CLASSES, find_start, model_part
+from elastic3d.training.checkpoint import CLASSES, check_scale, find_start, model_part
 from elastic3d.training.datasets import use_own_lists
 from elastic3d.training.distributed import state_bytes
 from elastic3d.training.loop import Stage, train
@@ -129,9 +129,10 @@ def adopt_architecture(config: Any) -> None:
         config.vae.model = load_config(folder, *CLASSES["vae"])
     elif config.stage is StageName.dit and (folder := model_part(path, "dit")):
         config.dit.model = load_config(folder, *CLASSES["dit"])
-        from elastic3d.training.latents import LatentInfo, check_scale
+        from elastic3d.training.latents import LatentInfo
 
-        check_scale(config.latents.output, LatentInfo.load(config.latents.output), path)
+        info = LatentInfo.load(config.latents.output)
+        check_scale(config.latents.output, (info.mean, info.std), path)
     elif config.stage is StageName.cache:
         if model_part(path, "dit") is None:
             raise UserError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from enum import Enum
 
 import pytest
 import torch
 from _cli import parse
 
+from elastic3d import __version__
 from elastic3d.benchmark.config import (
     ForecastName,
     ImageBenchmarkConfig,
@@ -28,12 +31,14 @@ from elastic3d.benchmark.methods import (
 from elastic3d.benchmark.methods import plan as plan_of
 from elastic3d.benchmark.report import route_panels
 from elastic3d.benchmark.rivals import grid, rival_cases
-from elastic3d.benchmark.run import benchmark
+from elastic3d.benchmark.run import benchmark, timed_rounds
+from elastic3d.diffusion.options import SamplingGrid
 from elastic3d.elastic import attach, detach, save_routers
 from elastic3d.elastic.config import Branches, CacheRule, RouterConfig, RouterCurves, Scope
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.utils.devices import DeviceChoice
+from elastic3d.utils.files import load_json, save_json
 from tests.benchmark.conftest import config_of
 
 CLI = ["images=photos", "output=out"]
@@ -325,6 +330,58 @@ def test_routers_that_are_calibrated_anew_make_other_runs(world, tmp_path):
         names.append({case.method: case.run.name for case in plan(config, models, 2)[1]})
     assert names[0]["dense"] == names[1]["dense"]
     assert names[0]["elastic"] != names[1]["elastic"] and names[0]["random"] != names[1]["random"]
+
+
+def test_another_sampler_makes_other_runs(world, tmp_path):
+    """Each decides which latents a generation ends with, or which cube is decoded."""
+    config = config_of(world, tmp_path, methods=[Method.dense])
+    names = []
+    for change in ({}, {"grid": SamplingGrid.endpoint}, {"segments": 50}, {"box": 1.2}):
+        folder = shutil.copytree(world / "model", tmp_path / f"model-{len(names)}")
+        path = folder / "pipeline.json"
+        values = {name: value.value if isinstance(value, Enum) else value for name, value in change.items()}
+        save_json(load_json(path) | values, path)
+        models = load_models(replace(config, model=str(folder)))
+        names.append(plan(config, models, 2)[0].baseline.name)
+    assert len(set(names)) == 4
+
+
+def test_other_calibration_images_of_the_same_names_make_other_routes(world, tmp_path):
+    images = shutil.copytree(world / "images", tmp_path / "images")
+    config = config_of(world, tmp_path, methods=[Method.elastic, Method.static], calibration=images)
+    names = []
+    for _ in range(2):
+        task = MeshTask(config)
+        runs = {case.method: case.run.name for case in plan_of(task.planner, len(task.items))}
+        names.append((runs, task.controls._file("table")))
+        shutil.copyfile(images / "c.png", images / "a.png")
+    (first, table), (second, other) = names
+    assert first["static"] != second["static"] and table != other
+    assert first["elastic"] == second["elastic"]
+
+
+def test_what_another_version_made_is_missing(world, tmp_path):
+    config = config_of(world, tmp_path, phases=[Phase.quality], methods=[Method.dense], caches=[], steps=[2])
+    task = MeshTask(config)
+    run, job = task.planner.dense(2), task.jobs[0]
+    task.make(run, [job])
+    path = task.path(run, job).with_suffix(".json")
+    record = load_json(path)
+    assert task.record(run, job) == record and record["metadata"]["version"] == __version__
+    record["metadata"]["version"] = "0.0.1"
+    save_json(record, path)
+    assert task.record(run, job) is None
+    del record["metadata"]["version"]  # as earlier versions wrote it
+    save_json(record, path)
+    assert task.record(run, job) == record
+
+
+def test_times_of_another_version_are_taken_anew(world, tmp_path, monkeypatch):
+    task = MeshTask(config_of(world, tmp_path, methods=[Method.dense], caches=[], steps=[2], repeats=1))
+    runs = [task.planner.dense(2)]
+    assert timed_rounds(task, runs, measure=True) == timed_rounds(task, runs, measure=False) != []
+    monkeypatch.setattr("elastic3d.evaluation.report.__version__", "0.0.1")
+    assert timed_rounds(task, runs, measure=False) == []
 
 
 def test_every_shipped_configuration_is_read_and_has_rows(world, gallery, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ class Coloured:
 
     def __len__(self) -> int:
         return self.count
+
+    def made_of(self) -> list[Any]:
+        return [self.count, self.seed]
 
     def load(self, index: int, size: int) -> list[Captioned]:
         if index % 5 == 4:
@@ -77,3 +81,15 @@ def test_a_folder_of_images_has_no_classifier(gallery: Path, tmp_path: Path, net
     assert found is not None and len(found.features) == 3 and found.probe is None
     with pytest.raises(UserError, match="no folder"):
         load_references(image_config_of(gallery, tmp_path, references=Path("nowhere")), network, 16)
+
+
+def test_images_that_were_added_count(gallery: Path, tmp_path: Path, network: EfficientNetLite):
+    real = Path(shutil.copytree(gallery / "real", tmp_path / "real"))
+    config = image_config_of(gallery, tmp_path / "out", references=real)
+    counts = []
+    for name in ("0", "more"):
+        shutil.copyfile(gallery / "real" / "0.png", real / f"{name}.png")
+        (real / f"{name}.txt").write_text("a bed")
+        found = load_references(config, network, 16)
+        counts.append(found and len(found.features))
+    assert counts == [3, 4]

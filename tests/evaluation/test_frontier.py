@@ -46,6 +46,10 @@ def test_where_the_challenger_loses():
     assert found["worst_losses"] == pytest.approx((0.24, loss_at(pareto_front(STEPS), 60)))
     assert found["knee_ratio"] == pytest.approx(20 / 12)
     assert compare_fronts([(12.0, 0.25), (60.0, 0.24)], STEPS, tolerance=1.0)["never_worse"]
+    # the largest gap is within the tolerance of its loss, a smaller one beyond that of its own
+    found = compare_fronts([(1, 2.015), (2, 1.0), (4, 0.110)], [(1, 2.0), (2, 1.0), (4, 0.10)], 0.01)
+    assert found["never_worse"] is False and found["worst_time"] == 4
+    assert found["worst_losses"] == (0.110, 0.10)
     nothing = compare_fronts([], STEPS)
     assert nothing["never_worse"] is None and nothing["best_ratio"] is None and nothing["knee_ratio"] is None
     apart = compare_fronts([(1.0, 5.0)], STEPS)

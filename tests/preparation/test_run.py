@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from box_source import RECIPE, TINY, Boxes, plan
@@ -221,6 +222,21 @@ def test_what_the_machine_lacks_is_no_failure_of_a_shape(
     with pytest.raises(UserError, match=message):
         prepare_shard(shards[0], source, RECIPE, {}, lambda *_: None)
     assert not shards[0].done
+
+
+class Deadly(Recipe):
+    """What is written of it is the last that a worker does: as where memory runs out."""
+
+    def settings(self) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+
+def test_a_worker_that_is_killed_while_it_writes_its_shard_is_told(tmp_path: Path) -> None:
+    shards, source = plan(["b0"], tmp_path)
+    message = "ended with code -9 between shapes.* fewer workers=, a smaller shard_size= or a longer timeout="
+    with pytest.raises(UserError, match=message):
+        prepare(shards, source, Deadly(RECIPE.shape, RECIPE.seed, RECIPE.held_out))
 
 
 class Stuck(Boxes):

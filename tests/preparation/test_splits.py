@@ -25,6 +25,7 @@ from elastic3d.preparation.splits import (
     write_folder_split,
     write_splits,
 )
+from elastic3d.training.datasets import read_split
 
 COMMITTED = Path(__file__).parents[2] / "data" / "splits"
 
@@ -121,3 +122,23 @@ def test_a_users_meshes_are_split_by_name(tmp_path: Path) -> None:
     assert (tmp_path / "val.txt").read_text().split() == val
     write_folder_split(tmp_path, names[:2], set(names))
     assert (tmp_path / "train.txt").read_text() == (tmp_path / "val.txt").read_text() == "mine/0\nmine/1\n"
+
+
+def test_lists_are_read_as_training_reads_them(tmp_path: Path) -> None:
+    write_splits(tmp_path, {"a/1": Split.train, "a/2": Split.test})
+    (tmp_path / "val.txt").write_bytes("\ufeff# mine\r\n\r\na/Stühle \r\n".encode())
+    assert read_splits(tmp_path)["a/Stühle"] is Split.val
+    assert read_split([tmp_path / "val.txt"]) == ["a/Stühle"]
+    (tmp_path / "val.txt").write_text("a/3\nchair\n")
+    with pytest.raises(UserError, match="val.txt has the line 'chair', expected lines such as folder/chair"):
+        read_splits(tmp_path)
+    (tmp_path / "val.txt").write_bytes("a/Stühle".encode("latin-1"))
+    with pytest.raises(UserError, match="val.txt is broken or no text, expected a list of shapes"):
+        read_splits(tmp_path)
+
+
+def test_a_list_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_splits(tmp_path, {"a/1": Split.train})
+    with pytest.raises(UnicodeEncodeError):
+        write_splits(tmp_path, {"a/1": Split.train, "a/\udcff": Split.train})
+    assert read_splits(tmp_path) == {"a/1": Split.train}

@@ -1,16 +1,19 @@
 """Decodings of the same latents compared: with the plain way, with each other, and with the truth."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_pipeline import save_image, tiny_pipeline
 
+from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import genus
 from elastic3d.studies import decoding
 from elastic3d.studies.config import DecodingConfig
 from elastic3d.studies.decoding import compare_decoding, hunyuan3d_fields, to_truth
+from elastic3d.utils.files import load_json, save_json
 
 
 @pytest.fixture
@@ -38,6 +41,35 @@ def test_every_way_is_compared_and_kept(config: DecodingConfig) -> None:
     assert text == (config.output / "table.md").read_text().strip() and text.count("\n") == 4
     (config.output / "table.md").unlink()
     assert compare_decoding(config) == text, "what is done is kept"
+
+
+def test_results_of_others_are_refused(config: DecodingConfig, tmp_path: Path) -> None:
+    """Their numbers would be printed for those of this model, these images and these options."""
+    config = replace(config, resolutions=[8])
+    compare_decoding(config)
+    other = tiny_pipeline()
+    torch.nn.init.normal_(next(other.vae.parameters()))
+    other.save_pretrained(tmp_path / "other")
+    save_image(tmp_path / "more" / "ellipse.png", "navy")
+    (tmp_path / "gt").mkdir()
+    decoding.made_shapes()["sphere"].export(tmp_path / "gt" / "ellipse.glb")
+    others = {
+        "model": str(tmp_path / "other"), "images": tmp_path / "more", "gt": tmp_path / "gt", "seeds": [1],
+        "reference": 12, "resolutions": [8, 16], "points": 300, "hunyuan3d_tokens": 4,
+    }  # fmt: skip
+    for name, value in others.items():
+        with pytest.raises(UserError, match=f"out was made with another {name}: delete it first, or give"):
+            compare_decoding(replace(config, **{name: value}))
+    compare_decoding(replace(config, limit=1))
+    path = tmp_path / "model" / "pipeline.json"
+    text = path.read_text()
+    save_json(load_json(path) | {"steps": 7}, path)
+    with pytest.raises(UserError, match="out was made with another pipeline: delete it first"):
+        compare_decoding(config)
+    path.write_text(text)
+    (config.output / "settings.json").unlink()
+    with pytest.raises(UserError, match="out was made with another model"):
+        compare_decoding(config)
 
 
 def test_a_shape_is_as_near_to_itself_as_its_samples() -> None:

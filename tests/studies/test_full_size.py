@@ -9,6 +9,7 @@ from elastic3d.pipelines.estimates import published
 from elastic3d.studies.config import FullSizeConfig
 from elastic3d.studies.full_size import measure_full_size, printed, sized
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
+from elastic3d.utils.files import load_json
 
 
 def test_a_model_that_is_not_published_is_refused() -> None:
@@ -30,6 +31,17 @@ def test_full_size_models_narrowed(tmp_path: Path) -> None:
     full = published("step1x3d").dit
     assert sized(full, FullSizeConfig()) == full
     assert sized(full, config).heads == 2 and sized(full, config).condition_tokens == round(16 / 2048 * 1370)
+
+
+def test_a_system_that_does_not_tell_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without /proc."""
+    monkeypatch.setattr("elastic3d.studies.full_size.STATUS", tmp_path / "status")
+    found = measure_full_size(FullSizeConfig(
+        output=tmp_path / "times.json", width=64, latents=4, steps=5, rounds=1, batches=[1], budgets=[0.6],
+        models=["hunyuan3d2_mini_turbo"], device=DeviceChoice.cpu, dtype=DTypeChoice.float32,
+    ))  # fmt: skip
+    assert [row["peak_mb"] for row in found["rows"]] == [None, None] and "nan" not in printed(found)
+    assert load_json(tmp_path / "times.json")["rows"] == found["rows"]
 
 
 def test_a_model_with_embedded_guidance_runs_one_branch(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from elastic3d.errors import UserError
 from elastic3d.training.datasets import (
     PreparedShapes,
     Shuffle,
+    even_times,
     list_options,
     micro_batches,
     open_split,
@@ -22,6 +23,14 @@ from elastic3d.training.latents import CacheConfig
 from elastic3d.training.options import DataConfig, LoopConfig
 from elastic3d.training.vae import AugmentConfig, VAEItems, augment
 from tests.training.tiny import vae_config
+
+
+def test_validation_visits_every_time_once():
+    """Also of seven items and its multiples, where steps of seven come back to the first."""
+    for count in range(1, 201):
+        expected = (torch.arange(count) + 0.5) / count
+        assert torch.equal(even_times(count).sort().values, expected)
+    assert torch.equal(even_times(128), (7 * torch.arange(128) % 128 + 0.5) / 128)
 
 
 def test_split_files(tmp_path):

@@ -299,7 +299,8 @@ def test_trains_on_the_cache_and_draws(cached):
     assert run_stage(config) == 0
     lines = read_metrics(config.folder / "metrics.jsonl")
     assert lines[2]["loss"] < 0.9 * lines[0]["loss"]
-    assert {"val/flow", "val/flow_without_image", "val/flow_noisy"} <= set(lines[-1])
+    assert {"val/flow", "val/flow_without_image", "val/flow_middle"} <= set(lines[-1])
+    assert not {"val/flow_noisy", "val/flow_clean"} & set(lines[-1]), "the one shape is seen at t = 0.5 alone"
     with Image.open(config.folder / "samples" / "generated-00000030.png") as sheet:
         assert sheet.size == (160, 480)
 

@@ -9,10 +9,10 @@ from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.checkpoint import load_checkpoint
 from elastic3d.training.export import export_run
-from elastic3d.training.latents import LatentInfo
+from elastic3d.training.latents import LatentInfo, build_cache
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
-from elastic3d.utils.files import load_json
+from elastic3d.utils.files import file_sha256, load_json, save_json
 from tests.training.tiny import add_views, export_of, vae_config
 from tests.training.tiny import dit_config as config_for
 
@@ -54,6 +54,29 @@ def test_from_prepared_shapes_to_a_pipeline(prepared):
     tuned = export_run(export_of(config_for(prepared, name="tuned"), prepared / "tuned", export=options))
     found = ImageTo3DPipeline.from_pretrained(tuned, device="cpu", dtype="float32").config
     assert (found.model, found.steps, found.guidance) == ("unnamed", 3, 4.0)
+
+
+def test_a_run_whose_latents_have_another_scale_now_is_refused(cached):
+    """Its DiT knows the scale that the cache had: the same samples would decode otherwise."""
+    config = config_for(cached, steps=2, save_every=2)
+    assert run_stage(config) == 0
+    (cached / "train.txt").write_text("balls/ball0\nballs/ball1\n")
+    cache = config_for(cached, stage=StageName.cache)
+    before = LatentInfo.load(cached / "latents").record
+    assert build_cache(cache).record["scale_sha256"] != before["scale_sha256"]
+    message = "step-00000002 learned from latents of another scale than those in the cache now"
+    with pytest.raises(UserError, match=message):
+        run_stage(config_for(cached, steps=4))
+    with pytest.raises(UserError, match=message):
+        export_run(export_of(config))
+    path = config.folder / "checkpoints" / "step-00000002"
+    state = load_json(path / "state.json")
+    del state["data"]["scale_sha256"]
+    save_json(state, path / "state.json")
+    hashes = load_json(path / "manifest.json")
+    save_json(hashes | {"state.json": file_sha256(path / "state.json")}, path / "manifest.json")
+    export_run(export_of(config))  # an older checkpoint did not note it
+    assert run_stage(config_for(cached, steps=4)) == 0
 
 
 def test_a_run_without_a_checkpoint(prepared):

@@ -1,5 +1,6 @@
 """Held-out shapes through the bundled model, and the nearest training shape beside them."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.preparation.options import PrepareConfig, ShapeConfig, SourceName
 from elastic3d.preparation.prepare import prepare_data
 from elastic3d.training.held_out import HeldOutConfig, build_held_out
+from elastic3d.utils.files import load_json, save_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +28,9 @@ def test_a_folder_without_its_path_is_refused() -> None:
             )
 
 
-def test_every_folder_is_written_and_the_nearest_shape_is_the_alike_one(tmp_path: Path) -> None:
+@pytest.fixture
+def config(tmp_path: Path) -> HeldOutConfig:
+    """Of two prepared training shapes, and a held-out one that is like one of them."""
     meshes = tmp_path / "meshes"
     meshes.mkdir()
     trimesh.creation.box((1.0, 0.6, 0.8)).export(meshes / "box.stl")
@@ -48,7 +52,7 @@ def test_every_folder_is_written_and_the_nearest_shape_is_the_alike_one(tmp_path
         shape=ShapeConfig(resolution=48, views=2, view_size=96, **points),
     )
     assert prepare_data(data).prepared == 3
-    config = HeldOutConfig(
+    return HeldOutConfig(
         model=str(ROOT / DEFAULT_MODEL),
         output=tmp_path / "out",
         split=splits / "test.txt",
@@ -59,6 +63,9 @@ def test_every_folder_is_written_and_the_nearest_shape_is_the_alike_one(tmp_path
         resolution=32,
         bank_views=2,
     )
+
+
+def test_every_folder_is_written_and_the_nearest_shape_is_the_alike_one(config: HeldOutConfig) -> None:
     ids = build_held_out(config)
     stem = ids[0].rpartition("/")[2]
     for folder in ("gt", "reconstruction", "seed-0", "nearest"):
@@ -71,10 +78,38 @@ def test_every_folder_is_written_and_the_nearest_shape_is_the_alike_one(tmp_path
         UserError, match="was made with another steps: delete it first, or give another output="
     ):
         build_held_out(replace(config, steps=3))
-    other = replace(config, output=tmp_path / "other", seeds=[])
+    other = replace(config, output=config.output.with_name("other"), seeds=[])
     with pytest.raises(UserError, match="view is 7, expected at most 1: mine/box has 2 views"):
         build_held_out(replace(other, view=7))
-    later = splits / "later.txt"  # a shape that was not held out when it was prepared
+    later = config.split.with_name("later.txt")  # a shape that was not held out when it was prepared
     later.write_text("mine/ball\n")
     build_held_out(replace(other, split=later))
     assert load_mesh(other.output / "gt" / "ball.glb").is_watertight
+
+
+def test_meshes_of_another_model_or_of_other_prepared_shapes_are_refused(
+    config: HeldOutConfig, tmp_path: Path
+) -> None:
+    """How the model samples by default, and the shapes themselves: both would stay as they were."""
+    config, data = replace(config, seeds=[]), config.data
+    ids = build_held_out(config)
+    model = Path(shutil.copytree(config.model, tmp_path / "model"))
+    save_json(load_json(model / "pipeline.json") | {"shift": 3.0}, model / "pipeline.json")
+    for name, changed in (
+        ("pipeline", replace(config, model=str(model))),
+        (
+            "data.shape.resolution",
+            replace(config, data=replace(data, shape=replace(data.shape, resolution=64))),
+        ),
+    ):
+        with pytest.raises(UserError, match=f"was made with another {name}: delete it first"):
+            build_held_out(changed)
+    trimesh.creation.box((1.0, 0.5, 0.8)).export(Path(data.path) / "box.stl")
+    assert prepare_data(data).prepared == 3
+    with pytest.raises(UserError, match="was made with another data: delete it first"):
+        build_held_out(config)
+    settings = load_json(config.output / "settings.json")
+    for name in ("pipeline", "data", "data.shape.resolution"):
+        del settings[name]
+    save_json(settings, config.output / "settings.json")
+    assert build_held_out(config) == ids  # an older folder did not note them

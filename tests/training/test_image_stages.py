@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +58,15 @@ MODEL = PixelModelConfig(
 ROUTING = dict(val_budgets=[0.5], val_shapes=1, val_steps=2)
 
 
-def image_config(root: Path, stage=StageName.image, routing=None, **image):
+def image_config(root: Path, stage=StageName.image, routing=None, data=None, **image):
     small = dict(cache=root / "cache", model=MODEL, val_images=2, sample_images=2, sample_steps=2, shard=4)
     image = defaults(stage, "image", **small) | image
     router = RouterConfig(scope=Scope.step, longest=3, widths=1)
     routing = defaults(stage, "routing", **ROUTING) | (routing or {})
-    return vae_config(root, stage, name=stage.name, steps=2, image=image, router=router, routing=routing)
+    given = {} if data is None else {"data": data}
+    return vae_config(
+        root, stage, name=stage.name, steps=2, image=image, router=router, routing=routing, **given
+    )
 
 
 @pytest.fixture
@@ -153,6 +157,28 @@ def test_a_cache_goes_on_with_the_same_images_alone(folder, prepared):
     path.write_text(unfinished)
     with pytest.raises(UserError, match="was made with another list of images or captions: delete it"):
         ImageStage(config)
+
+
+def test_a_finished_cache_of_other_shapes_is_refused(views):
+    """Each would be ignored: what a run trains on is in the cache that all runs share."""
+    config = image_config(views)
+    config.data.limit = 1
+    assert ImageStage(config).record["train_images"] == 3
+    (views / "other.txt").write_text("balls/ball3\nballs/ball4\n")
+    lists = [views / "other.txt"]
+    for name, value in (("limit", 0), ("train", lists), ("val", lists)):
+        other = image_config(views, data=replace(config.data, **{name: value}))
+        with pytest.raises(UserError, match=f"made with another data.{name}: delete it, or choose another"):
+            ImageStage(other)
+    config.seed += 1
+    with pytest.raises(UserError, match="made with another seed: delete it"):
+        ImageStage(config)
+    path = config.image.cache / "cache.json"
+    info = json.loads(path.read_text())
+    later = ("seed", "data.limit", "data.train_sha256", "data.val_sha256")
+    info["settings"] = {name: value for name, value in info["settings"].items() if name not in later}
+    path.write_text(json.dumps(info))  # an older cache did not note its shapes
+    ImageStage(config)
 
 
 def test_a_cache_of_other_encoders_is_refused(folder, prepared):

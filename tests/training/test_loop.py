@@ -17,11 +17,12 @@ import torch
 from elastic3d.errors import UserError
 from elastic3d.training import loop
 from elastic3d.training.checkpoint import load_checkpoint
-from elastic3d.training.distributed import state_bytes
+from elastic3d.training.distributed import make_accelerator, state_bytes
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.loop import compile_blocks, enable_gradient_checkpointing, stop_signals, train
-from elastic3d.training.options import Precision, Schedule, TrainConfig
+from elastic3d.training.options import LoopConfig, Precision, Schedule, TrainConfig
 from elastic3d.training.stages import build_stage, run_stage
+from elastic3d.utils.devices import DeviceChoice
 from tests.processes import CONTEXT
 from tests.training import worker
 from tests.training.tiny import vae_config
@@ -243,8 +244,11 @@ def test_a_run_that_goes_on_with_other_options_says_so(prepared, capsys):
     config = vae_config(prepared)
     run(config)
     capsys.readouterr()
-    run(replace(config, steps=config.steps + 1, save_every=1))
+    run(replace(config, save_every=1))
     assert " was " not in capsys.readouterr().err
+    run(replace(config, steps=config.steps + 1, schedule=Schedule.constant))
+    said = capsys.readouterr().err
+    assert "schedule was cosine" in said and "steps was " not in said
     changed = replace(config.vae, kl_weight=0.5)
     run(replace(config, steps=config.steps + 2, learning_rate=1e-5, vae=changed))
     said = capsys.readouterr().err
@@ -252,6 +256,7 @@ def test_a_run_that_goes_on_with_other_options_says_so(prepared, capsys):
         f"learning_rate was {config.learning_rate}" in said
         and f"vae.kl_weight was {config.vae.kl_weight}" in said
     )
+    assert f"steps was {config.steps + 1}" in said, "the cosine ends later, and so is another at every step"
 
 
 def test_a_run_that_goes_on_with_other_data_says_so(prepared, capsys):
@@ -269,6 +274,10 @@ def test_another_architecture_is_refused(prepared):
     config.vae.model.width = 48
     with pytest.raises(UserError, match="does not fit"):
         run_stage(config)
+
+
+def test_a_seed_of_more_bits_than_numpy_takes():
+    make_accelerator(LoopConfig(seed=2**63 - 1, device=DeviceChoice.cpu))
 
 
 def test_a_run_that_diverges_stops(prepared):

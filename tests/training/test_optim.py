@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic3d.training.muon import Muon, orthogonal
 from elastic3d.training.optim import Average, MasterOptimizer, learning_rate
@@ -110,6 +111,23 @@ def test_state_round_trip_and_strangers():
     ):
         with pytest.raises(ValueError, match=message):  # the fused step would read and write beyond it
             other.load_state_tensors({**state, key: value})
+
+
+def test_a_resumed_state_lies_where_the_fused_kernel_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that need not be there: fake tensors have a device and no values, so that none can be checked."""
+    ours = parameters(torch.float32)
+    optimizer = MasterOptimizer(ours, LoopConfig())
+    for parameter in ours.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(1e-2)
+    state = optimizer.state_tensors()
+    monkeypatch.setattr("elastic3d.training.optim.check_tensor", lambda name, tensor, shape: None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there = {name: nn.Parameter(torch.ones(p.shape, device="cuda")) for name, p in ours.items()}
+        resumed = MasterOptimizer(there, LoopConfig())
+        resumed.load_state_tensors(state)
+        found = resumed.state_tensors()
+    assert found.keys() == state.keys() and {value.device.type for value in found.values()} == {"cuda"}
 
 
 def test_muon_steps_the_matrices_of_blocks_orthogonally_and_adamw_the_rest():
