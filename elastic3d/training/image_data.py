@@ -47,7 +47,7 @@ from elastic3d.utils.options import Options, option
 INFO_NAME, NEGATIVE_NAME = "cache.json", "negative.safetensors"
 _INFO = {"settings": dict, "counts": {str: Number(0, whole=True)}}
 # Of the settings, those that older caches did not note.
-_LATER = ("encoder_sha256", "seed", "data.limit", "data.train_sha256", "data.val_sha256")
+_LATER = ("encoder_sha256", "data.limit", "data.train_sha256", "data.val_sha256")
 
 # Names of colours with (hue in degrees, saturation, value); a name may stand for a material that looks like it.
 COLOURS = {
@@ -303,7 +303,7 @@ def build_image_cache(
     """
     own = image.size if isinstance(image, PipelineImagesConfig) else None
     size = own or backbone.default_size
-    settings = cache_settings(image, data, backbone, size, seed, encoders)
+    settings = cache_settings(image, data, backbone, size, encoders)
     output = image.cache
     path = output / INFO_NAME
     found = load_json(path, _INFO) if path.is_file() else {"settings": settings, "counts": {}}
@@ -344,11 +344,10 @@ def cache_settings(
     data: LimitedSplitsConfig,
     backbone: Backbone,
     size: int,
-    seed: int,
     encoders: Sequence[Path],
 ) -> dict[str, Any]:
-    """All that decides what is in a cache, but for the files of a folder of images: those of a finished cache may have
-    become more."""
+    """What a finished cache has to agree in. The files of a folder of images may have become more since, and trainings
+    of several seeds share one."""
     names = ("views", "recolour", "background") if image.images is None else ("val_every",)
     settings = {
         "backbone": backbone.name.name,
@@ -359,7 +358,7 @@ def cache_settings(
         **{name: getattr(image, name) for name in names},
     }
     if image.images is None:
-        settings |= {"seed": seed, "data.limit": data.limit}
+        settings["data.limit"] = data.limit
         for name, lists in (("train", data.train), ("val", data.val)):
             ids = "\n".join(read_split(lists))
             settings[f"data.{name}_sha256"] = hashlib.sha256(ids.encode()).hexdigest()
