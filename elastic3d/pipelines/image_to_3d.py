@@ -21,7 +21,15 @@ from elastic3d.checkpoints.options import PRESETS
 from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, resolution_of, save_dial
 from elastic3d.diffusion.options import MAX_ENSEMBLE, Combine, PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample, sampling_times
-from elastic3d.elastic.attachment import attach, has_routers, is_attached, save_routers, session_of
+from elastic3d.elastic.attachment import (
+    attach,
+    has_routers,
+    holds_routers,
+    is_attached,
+    remove_routers,
+    save_routers,
+    session_of,
+)
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.training_free import CALIBRATION_NAME, check_budget, put_policy
@@ -30,6 +38,7 @@ from elastic3d.geometry.cleanup import clean
 from elastic3d.geometry.decode import decode_field, extract_surface, reducible
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.models.image_encoder import (
+    FAMILIARITY_NAME,
     DinoV2,
     Familiarity,
     ImageEncoder,
@@ -174,7 +183,7 @@ class ImageTo3DPipeline:
         pipeline.familiarity = load_familiarity(folder, pipeline.encoder.channels)
         own = folder / ROUTERS_NAME
         chosen = own if isinstance(routers, bool) else named_routers(folder, routers)
-        if routers is not False and (chosen is not own or own.is_dir()):
+        if routers is not False and (chosen is not own or holds_routers(own)):
             attach(dit, chosen)
             files = [*files, find_weights(chosen)]
         pipeline.weights_sha256 = file_sha256(*files)
@@ -184,15 +193,22 @@ class ImageTo3DPipeline:
         return pipeline
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the folder that `from_pretrained` reads; `pipeline.json` last: half a folder is no model."""
+        """Write the folder that `from_pretrained` reads; `pipeline.json` last: half a folder is no model.
+
+        Routers and statistics of a model that was there before go: they are none of this one.
+        """
         folder = Path(path)
         self.vae.save_pretrained(folder / "vae", dtype)
         self.dit.save_pretrained(folder / "dit", dtype)
         if has_routers(self.dit):
             save_routers(self.dit, folder / ROUTERS_NAME)
+        else:
+            remove_routers(folder / ROUTERS_NAME)
         save_image_encoder(self.encoder, folder / "image_encoder")
         if self.familiarity is not None:
             self.familiarity.save(folder)
+        else:
+            (folder / FAMILIARITY_NAME).unlink(missing_ok=True)
         save_dial(self.dial, folder)
         if (calibration := find_calibration(self.calibration, self.dit)) is None:
             (folder / CALIBRATION_NAME).unlink(missing_ok=True)  # measured with what was there before

@@ -14,7 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from elastic3d import __version__
-from elastic3d.elastic.attachment import adapter_for, attach, has_routers, is_attached, session_of
+from elastic3d.elastic.attachment import (
+    adapter_for,
+    attach,
+    has_routers,
+    holds_routers,
+    is_attached,
+    session_of,
+)
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.families import dense_flops
 from elastic3d.elastic.session import ElasticSession
@@ -362,7 +369,7 @@ def chosen_routers(
 ) -> str | Path | None:
     """The folder of routers that a pipeline gets, None for none. UserError for a calibration that is missing, or beside
     routers."""
-    if routers is None and (folder / ROUTERS_NAME).is_dir():
+    if routers is None and holds_routers(folder / ROUTERS_NAME):
         routers = folder / ROUTERS_NAME
     elif routers == NO_ROUTERS_NAME:
         routers = None

@@ -207,6 +207,29 @@ def test_save_and_load(pipeline: ImageTo3DPipeline, saved: Path) -> None:
     assert a.metadata["weights_sha256"] == loaded.weights_sha256 and b.metadata["weights_sha256"] is None
 
 
+def test_a_model_saved_over_another_keeps_nothing_of_it(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:
+    old = tiny_pipeline()
+    attach(old.dit, RouterConfig(few_step_rank=2))
+    channels = old.encoder.channels
+    known = torch.eye(2, channels), torch.ones(3), torch.ones(1)
+    old.familiarity = Familiarity(torch.zeros(channels), *known)
+    old.save_pretrained(tmp_path)
+    assert ImageTo3DPipeline.from_pretrained(tmp_path, "cpu", "float32").session is not None
+    (tmp_path / "routers/training.json").write_text("{}")  # not a file of the pipeline's, which stays
+    pipeline.save_pretrained(tmp_path)
+    loaded = ImageTo3DPipeline.from_pretrained(tmp_path, "cpu", "float32")
+    assert loaded.session is None and loaded.familiarity is None
+    assert [path.name for path in (tmp_path / "routers").iterdir()] == ["training.json"]
+    assert torch.equal(loaded(image(), seed=1).latents, pipeline(image(), seed=1).latents)
+    (tmp_path / "routers/training.json").unlink()
+    pipeline.save_pretrained(tmp_path)
+    assert not (tmp_path / "routers").exists()
+    old.save_pretrained(tmp_path)
+    (tmp_path / "routers/config.json").unlink()  # half of them
+    with pytest.raises(UserError, match="no file .*routers/config.json"):
+        ImageTo3DPipeline.from_pretrained(tmp_path, "cpu", "float32")
+
+
 def test_bf16_gives_about_the_same(pipeline: ImageTo3DPipeline, saved: Path) -> None:
     half = ImageTo3DPipeline.from_pretrained(saved, device="cpu", dtype="bfloat16")
     a, b = half(image(), seed=1), pipeline(image(), seed=1)
