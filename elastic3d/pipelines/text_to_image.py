@@ -186,8 +186,7 @@ class TextToImagePipeline:
         for prompt in dict.fromkeys(prompts):
             check_prompt(prompt, self.backbone)
         settings = self.settings_of(steps, guidance, size)
-        options, default = ElasticOptions(**elastic), self.backbone.default_elastic()
-        settings.elastic = options.over(default, has_routers(self.backbone.transformer))
+        settings.elastic = self.elastic_of(ElasticOptions(**elastic))
         if settings.elastic.elastic and not has_routers(self.backbone.transformer):
             check_budget(settings.elastic.budget, settings.steps)
         with turn(self.backbone.transformer):  # threads that share a model take turns
@@ -235,6 +234,10 @@ class TextToImagePipeline:
         if any(side % backbone.multiple for side in size):
             raise UserError(f"size is {size[0]}x{size[1]}, expected multiples of {backbone.multiple}")
         return Settings(steps, guidance, size, ElasticConfig())
+
+    def elastic_of(self, requested: ElasticOptions) -> ElasticConfig:
+        """What a call asks for, over the model's default. UserError as `ElasticOptions.over`."""
+        return requested.over(self.backbone.default_elastic(), has_routers(self.backbone.transformer))
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Arguments of the stock pipeline (B, ...); each different prompt is encoded once."""
