@@ -89,7 +89,7 @@ class Drawer:
     def __init__(self, config: AppConfig, nouns: list[str]) -> None:
         from elastic3d.pipelines.text_to_image import TextToImagePipeline
 
-        self._load = partial(TextToImagePipeline.from_pretrained, device=config.device)
+        self._load = partial(TextToImagePipeline.from_pretrained, device=config.device, dtype=config.dtype)
         self._pipeline: TextToImagePipeline | None = None
         self._loading = threading.Lock()
         self._nouns = nouns

@@ -16,7 +16,6 @@ from pathlib import Path
 from _cli import run
 
 from elastic3d.elastic.config import ElasticOptions
-from elastic3d.errors import UserError
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, GenerateImageConfig, parse_size
 from elastic3d.utils.files import check_paths
 
@@ -26,7 +25,7 @@ def main(config: GenerateImageConfig) -> int:
     from tqdm import tqdm
 
     from elastic3d.models.images import save_image
-    from elastic3d.pipelines.preview import draw_routes, route_title
+    from elastic3d.pipelines.preview import check_routes, draw_routes, route_title
     from elastic3d.pipelines.text_to_image import TextToImagePipeline
 
     start, output = time.perf_counter(), Path(config.output)
@@ -45,10 +44,8 @@ def main(config: GenerateImageConfig) -> int:
         config.offload,
         config.calibration or None,
     )
-    if config.trace and pipeline.session is None and config.budget is None:
-        raise UserError(
-            f"trace={config.trace} can't be drawn: this model has no routers, and no budget= is set"
-        )
+    if config.trace:
+        check_routes(config.trace, pipeline.elastic_of(ElasticOptions(**ElasticOptions.of(config))))
     panels = []
     bar = tqdm(total=config.num_samples, unit="image", leave=False, disable=None)
     for first in range(0, config.num_samples, config.batch_size):

@@ -76,7 +76,7 @@ def maker(
     jobs: Sequence[Job], config: GenerateConfig
 ) -> Callable[[Callable[[Outcome], None], OnProgress], None]:
     """What makes the meshes, its model loaded: in this process, or over a Ray cluster."""
-    from elastic3d.pipelines.generation import generate, load_pipeline
+    from elastic3d.pipelines.generation import check_trace, generate, load_pipeline
 
     if config.runner is Runner.ray:
         from elastic3d.pipelines.ray_generation import generate_over_ray
@@ -90,11 +90,9 @@ def maker(
         draw, config = prompt_drawer(config, pipeline)
         if warning := prompt_warning(config.prompt, known_nouns(config.image_model or DEFAULT_IMAGE_MODEL)):
             print(f"warning: {warning}", file=sys.stderr)
-    if config.trace and pipeline.session is None and config.budget is None:
-        raise UserError(
-            f"trace={config.trace} can't be drawn: this model has no routers, and no budget= is set"
-        )
-    return lambda tell, show: generate(pipeline, jobs, config, tell, show, draw)
+    if config.trace:
+        check_trace(pipeline, config)
+    return lambda tell, show: generate(pipeline, jobs, config, tell, show, draw, alone=len(jobs) == 1)
 
 
 def report(outcomes: list, seconds: float, summary: bool) -> None:

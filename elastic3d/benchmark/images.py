@@ -27,6 +27,7 @@ from elastic3d.benchmark.methods import DENSE, MAIN, Job, Model, Planner, Run
 from elastic3d.benchmark.report import as_loss, average, bounds
 from elastic3d.benchmark.task import SHEET_SIDE, Pixels, Scores, Task
 from elastic3d.diffusion.options import Solver
+from elastic3d.elastic.attachment import holds_routers
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import spread
 from elastic3d.evaluation.sets import Probe, fit_probe, frechet_distance, kernel_distance
@@ -234,7 +235,7 @@ def load_models(config: ImageBenchmarkConfig) -> dict[str, Model]:
 
     plain = model(None)
     own = Path(config.routers) if config.routers else folder / ROUTERS_NAME
-    main = model(own, plain.dense_sha256) if config.routers or own.is_dir() else plain
+    main = model(own, plain.dense_sha256) if config.routers or holds_routers(own) else plain
     variants = {n: model(Path(path), plain.dense_sha256) for n, path in config.variants.items()}
     return {DENSE: plain, MAIN: main, **variants}
 

@@ -148,6 +148,7 @@ class Layout:
         files, note = [*source.files("transformer"), *source.files("vae")], ""
         if dinov2 is not None:
             conditioner = other_network(config, Path(dinov2), loader)
+            files += dinov2_files(Path(dinov2))
         elif own:
             home = source.root / self.encoder
             conditioner = (

@@ -136,6 +136,7 @@ def load_hunyuan3d(
     note = ""
     if dinov2 is not None:
         conditioner = other_network(config, Path(dinov2), place)
+        files += dinov2_files(Path(dinov2))
     elif encoder := _encoder_state(state.pop("conditioner"), weights_path):
         source = f"{weights_path} (conditioner.{_NETWORK_PREFIX})"
         conditioner = load_network(config, encoder, source, place)

@@ -208,6 +208,19 @@ def save_routers(model: nn.Module, folder: str | Path) -> None:
     save_router_config(model, folder)
 
 
+def holds_routers(folder: Path) -> bool:
+    """Whether there are routers in a folder, whole or not; records of a training are none."""
+    return any((folder / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME))
+
+
+def remove_routers(folder: Path) -> None:
+    """Remove what `save_routers` wrote to a folder, and the folder where nothing else is in it."""
+    for name in (CONFIG_NAME, ROUTER_CURVES_NAME, WEIGHTS_NAME):
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def save_router_config(model: nn.Module, folder: str | Path) -> None:
     """Write the configuration of a model's routers alone, with the curves, which a calibration changes, in a file of
     their own."""

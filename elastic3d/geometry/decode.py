@@ -69,9 +69,7 @@ def decode_field(
     Raises:
         ValueError: the field is not finite somewhere, or has the wrong shape.
     """
-    resolutions = [config.resolution]  # halved while it is even, to no less than the coarse one
-    while resolutions[0] % 2 == 0 and resolutions[0] // 2 >= config.coarse_resolution:
-        resolutions.insert(0, resolutions[0] // 2)
+    resolutions = resolutions_of(config)
     levels = [_Level(field, config, torch.empty((resolutions[0] + 1,) * 3, device=device))]
     levels[0].evaluate(torch.arange(levels[0].values.numel(), device=device))
     for resolution in resolutions[1:]:
@@ -80,6 +78,14 @@ def decode_field(
         levels.append(levels[-1].finished() if last else levels[-1].refined())
     on_level(len(levels), len(levels))
     return levels[-1].values, DecodeStats(resolutions, [level.queries for level in levels])
+
+
+def resolutions_of(config: DecodeConfig) -> list[int]:
+    """Cells a side of every level, coarse to fine: halved while they are even, to no less than the coarse one."""
+    found = [config.resolution]
+    while found[0] % 2 == 0 and found[0] // 2 >= config.coarse_resolution:
+        found.insert(0, found[0] // 2)
+    return found
 
 
 class _Level:

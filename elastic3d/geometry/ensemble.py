@@ -22,6 +22,7 @@ from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 ROUGH = 64  # cells a side of the meshes that are compared with the image
 _CELLS = 32  # a side of the grid on which volumes are compared
 _EPS = 1e-6  # of a coverage, whose logit is finite then
+OnField = Callable[[int, int], object]  # (fields done, fields)
 
 
 def best_field(
@@ -29,10 +30,12 @@ def best_field(
     fit: Callable[[trimesh.Trimesh], float],
     config: DecodeConfig,
     device: torch.device | str = "cpu",
+    on_field: OnField = lambda *_: None,
 ) -> tuple[int, list[float]]:
     """Which of some fields has the surface that fits best, the first of equal ones, and how well each does.
 
-    `fit` is of a mesh of `ROUGH` cells, larger is better; a field without a surface has -inf.
+    `fit` is of a mesh of `ROUGH` cells, larger is better; a field without a surface has -inf. `on_field` is called
+    after each field.
     """
     rough = replace(config, resolution=min(config.resolution, ROUGH))
 
@@ -43,27 +46,38 @@ def best_field(
         except ValueError:  # no surface, or none that can be cleaned
             return -float("inf")
 
-    fits = [score(field) for field in fields]
+    fits: list[float] = []
+    for field in fields:
+        fits.append(score(field))
+        on_field(len(fits), len(fields))
     return max(range(len(fits)), key=fits.__getitem__), fits
 
 
 def mean_field(
-    fields: Sequence[FieldFunction], config: DecodeConfig, device: torch.device | str = "cpu"
+    fields: Sequence[FieldFunction],
+    config: DecodeConfig,
+    device: torch.device | str = "cpu",
+    on_field: OnField = lambda *_: None,
 ) -> FieldFunction:
     """The field of the mean shape of some fields, positive inside.
 
     A field stands for the probability that a point is inside, as its logit, and so does the mean. `config` has the cube
-    and the points in one call of a field.
+    and the points in one call of a field; `on_field` is called after each field.
     """
+    nodes = torch.arange((_CELLS + 1) ** 3, device=device).split(config.max_points)
+    inside: list[Tensor] = []
+    for field in fields:
+        parts = [_coverage(field, node_points(some, _CELLS, config.box)) for some in nodes]
+        inside.append(torch.cat(parts))
+        on_field(len(inside), len(fields))
+    level = _level(torch.stack(inside))
+    return lambda points: torch.stack([_coverage(f, points) for f in fields]).mean(0).logit(_EPS) - level
 
-    @torch.no_grad()
-    def coverage(points: Tensor) -> Tensor:
-        return torch.stack([field(points) for field in fields]).float().sigmoid()
 
-    nodes = torch.arange((_CELLS + 1) ** 3, device=device)
-    parts = (coverage(node_points(some, _CELLS, config.box)) for some in nodes.split(config.max_points))
-    level = _level(torch.cat(list(parts), dim=1))
-    return lambda points: coverage(points).mean(0).logit(_EPS) - level
+@torch.no_grad()
+def _coverage(field: FieldFunction, points: Tensor) -> Tensor:
+    """Probabilities (P,) that points (P,3) are inside."""
+    return field(points).float().sigmoid()
 
 
 def _level(inside: Tensor) -> Tensor:

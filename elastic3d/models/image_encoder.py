@@ -242,9 +242,15 @@ def dinov2_files(folder: Path) -> list[Path]:
     return files
 
 
+def encoder_files(config: ImageEncoderConfig) -> list[Path]:
+    """The files of weights in its folder; none where a package brings them."""
+    return dinov2_files(Path(config.path)) if config.kind is EncoderKind.dinov2 else []
+
+
 def encoder_sha256(config: ImageEncoderConfig) -> str | None:
-    """Of the files of weights in its folder; None where a package brings them."""
-    return file_sha256(*dinov2_files(Path(config.path))) if config.kind is EncoderKind.dinov2 else None
+    """Of `encoder_files`; None where there are none."""
+    files = encoder_files(config)
+    return file_sha256(*files) if files else None
 
 
 def load_dinov2(folder: Path) -> Any:

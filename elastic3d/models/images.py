@@ -249,15 +249,20 @@ def cut_out(image: Image.Image, config: ForegroundConfig) -> Image.Image:
     Raises:
         UserError: the method finds no object, or (auto) no method fits.
     """
-    if max(image.size) > _WORKING_SIDE:
-        image = image.copy()
-        image.thumbnail((_WORKING_SIDE, _WORKING_SIDE), Image.Resampling.LANCZOS)
+    image = reduced(image)
     clear = (np.asarray(image.getchannel("A")) < 128).mean() > 0.001  # stray pixels do not count
     if config.method is ForegroundMethod.alpha and not clear:
         raise UserError("the image has no transparent pixels, expected an alpha channel around the object")
     if clear and config.method in (ForegroundMethod.auto, ForegroundMethod.alpha):
         return _without_black_haze(image)
     return _cut_out_of_background(image, config)
+
+
+def reduced(image: Image.Image) -> Image.Image:
+    """An RGBA image of no more than the pixels that `cut_out` looks at."""
+    image = image.copy()
+    image.thumbnail((_WORKING_SIDE, _WORKING_SIDE), Image.Resampling.LANCZOS)  # leaves a smaller one as it is
+    return image
 
 
 def _cut_out_of_background(image: Image.Image, config: ForegroundConfig) -> Image.Image:

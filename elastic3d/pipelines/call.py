@@ -19,7 +19,7 @@ from elastic3d.models.options import ForegroundConfig
 OnStep = Callable[[int, int], None]
 OnProgress = Callable[[str, int, int], None]
 """on_progress(stage, done, total); the stages are those of the metadata's `ms`: condition (images), dit (sampling
-steps), decode (levels of the grid, over all meshes), cleanup (meshes)."""
+steps), decode (generations that are combined and levels of the grid, over all meshes), cleanup (meshes)."""
 OnResult = Callable[[int, "Result"], None]
 """on_result(number in the batch, result), as soon as it is known, failures included."""
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import glob
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trimesh
 
 from elastic3d.checkpoints.options import PRESETS
+from elastic3d.diffusion.dial import choose
+from elastic3d.elastic.attachment import has_routers
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.errors import UserError
 from elastic3d.evaluation.health import PrintCheck, print_check
@@ -31,11 +34,12 @@ from elastic3d.pipelines.options import (
     Texture,
     Up,
 )
-from elastic3d.pipelines.preview import draw_routes, route_title, turntable
+from elastic3d.pipelines.preview import check_routes, draw_routes, route_title, turntable
 from elastic3d.pipelines.training_free import calibration_file
 from elastic3d.utils.files import (
     atomic_path,
     check_paths,
+    load_json,
     matching_files,
     name_key,
     printable,
@@ -195,6 +199,15 @@ def _put_calibration(pipeline: ImageTo3DPipeline, path: str) -> None:
     pipeline.calibration = Path(path)
 
 
+def check_trace(pipeline: ImageTo3DPipeline, config: GenerateConfig) -> None:
+    """UserError if routes are to be drawn of the dense model, which the options run; before a mesh is made."""
+    requested, routed = ElasticOptions(**ElasticOptions.of(config)), has_routers(pipeline.dit)
+    row = choose(pipeline.dial, requested, config.steps, config.quality, config.guidance)
+    if row is not None:
+        requested, routed = row.over(requested), routed and not row.planned
+    check_routes(config.trace, requested.over(pipeline.config.elastic, routed))
+
+
 def generate(
     pipeline: ImageTo3DPipeline,
     jobs: Sequence[Job],
@@ -202,8 +215,10 @@ def generate(
     on_outcome: Callable[[Outcome], None],
     on_progress: OnProgress | None = None,
     draw: Draw | None = None,
+    alone: bool = False,
 ) -> None:
-    """Do the jobs in batches; each mesh is saved, and its outcome told, as soon as it is there or has failed."""
+    """Do the jobs in batches; each mesh is saved, and its outcome told, as soon as it is there or has failed. The
+    unexpected error of a job that is `alone` is raised."""
     options = {name: getattr(config, name) for name in OPTIONS} | ElasticOptions.of(config)
     told: set[Path] = set()
 
@@ -220,10 +235,12 @@ def generate(
         pipeline(images, [job.seed for job in batch], on_progress=on_progress, on_result=keep, **options)
 
     def failed(job: Job, error: Exception) -> None:
-        if isinstance(error, UserError) or len(jobs) == 1 or job.output in told:
+        if isinstance(error, UserError) or alone or job.output in told:
             raise error  # of an option, so that no mesh can be made, or not of this job
         _log.error("%s failed", printable(job.output), exc_info=error)
-        on_outcome(Outcome.of(job, "failed", f"{printable(job.image)}: {type(error).__name__}: {error}"))
+        outcome = Outcome.of(job, "failed")
+        outcome.error = f"{outcome.image}: {type(error).__name__}: {error}"
+        on_outcome(outcome)
 
     for batch in batches(jobs, config, on_outcome):
         in_halves(batch, attempt, failed)
@@ -313,30 +330,53 @@ def finish(
 
 
 def save_summary(path: Path, config: GenerateConfig, outcomes: Sequence[Outcome], planned: int) -> None:
-    """Write `summary.json`: the options, how many jobs ended how, one entry a job that was reached."""
+    """Write `summary.json`: the options, how many jobs ended how, one entry a job that was reached.
+
+    A skipped one keeps what an earlier summary says of its mesh.
+    """
     counts = Counter(outcome.status for outcome in outcomes)
+    earlier = _made(path) if counts["skipped"] else {}
+    items = [asdict(outcome) for outcome in outcomes]
+    for item in items:
+        if item["status"] == "skipped":
+            item |= earlier.get(Path(item["output"]).name, {})
     save_json(
         {
             "options": to_dict(config),
             "counts": {name: counts[name] for name in ("ok", "failed", "skipped")},
             "not_reached": planned - len(outcomes),
-            "items": [asdict(outcome) for outcome in outcomes],
+            "items": items,
         },
         path,
     )
 
 
-def save_routes(path: Path, outcomes: Sequence[Outcome]) -> None:
-    """Draw the routes of every mesh that was made, titled by its file, seed and executed share.
+def _made(path: Path) -> dict[str, dict[str, Any]]:
+    """What a summary says of the meshes that were made, by the names of their files; nothing where it is missing,
+    broken or something else."""
+    try:
+        items = load_json(path, {"items": [{"output": str, "status": str}]})["items"]
+    except UserError:
+        return {}
+    kept = {item.name for item in fields(Outcome)} - {"output", "status"}
+    return {
+        Path(item["output"]).name: {name: item[name] for name in kept & item.keys()}
+        for item in items
+        if item["status"] in ("ok", "skipped")
+    }
 
-    Raises:
-        UserError: none was made elastically.
-    """
+
+def save_routes(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Draw the routes of every mesh that was made, titled by its file, seed and executed share. Where all are there
+    already, or failed, there are none, which is warned of."""
     panels = []
     for outcome in outcomes:
         if metadata := outcome.metadata if "routes" in outcome.metadata else None:
             panels.append((route_title(Path(outcome.output).name, metadata), metadata["routes"]))
-    draw_routes(panels, path)
+    if panels:
+        draw_routes(panels, path)
+    else:
+        warnings.warn(f"no mesh was made, so that {printable(path)} is not drawn", stacklevel=1)
 
 
 def find_images(pattern: str) -> list[Path]:

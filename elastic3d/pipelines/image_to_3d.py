@@ -21,18 +21,28 @@ from elastic3d.checkpoints.options import PRESETS
 from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, resolution_of, save_dial
 from elastic3d.diffusion.options import MAX_ENSEMBLE, Combine, PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample, sampling_times
-from elastic3d.elastic.attachment import attach, has_routers, is_attached, save_routers, session_of
+from elastic3d.elastic.attachment import (
+    attach,
+    has_routers,
+    holds_routers,
+    is_attached,
+    remove_routers,
+    save_routers,
+    session_of,
+)
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.training_free import CALIBRATION_NAME, check_budget, put_policy
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
-from elastic3d.geometry.decode import decode_field, extract_surface, reducible
+from elastic3d.geometry.decode import decode_field, extract_surface, reducible, resolutions_of
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.models.image_encoder import (
+    FAMILIARITY_NAME,
     DinoV2,
     Familiarity,
     ImageEncoder,
+    encoder_files,
     load_familiarity,
     load_image_encoder,
     save_image_encoder,
@@ -170,11 +180,12 @@ class ImageTo3DPipeline:
         dit = load_dit(folder / "dit", number, target)
         pipeline = cls(vae, dit, load_image_encoder(folder / "image_encoder", target), config)
         files = [find_weights(folder / part) for part in ("vae", "dit")]
+        files += encoder_files(pipeline.encoder.config)
         pipeline.dense_files, pipeline.calibration = files, folder
         pipeline.familiarity = load_familiarity(folder, pipeline.encoder.channels)
         own = folder / ROUTERS_NAME
         chosen = own if isinstance(routers, bool) else named_routers(folder, routers)
-        if routers is not False and (chosen is not own or own.is_dir()):
+        if routers is not False and (chosen is not own or holds_routers(own)):
             attach(dit, chosen)
             files = [*files, find_weights(chosen)]
         pipeline.weights_sha256 = file_sha256(*files)
@@ -184,15 +195,22 @@ class ImageTo3DPipeline:
         return pipeline
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the folder that `from_pretrained` reads; `pipeline.json` last: half a folder is no model."""
+        """Write the folder that `from_pretrained` reads; `pipeline.json` last: half a folder is no model.
+
+        Routers and statistics of a model that was there before go: they are none of this one.
+        """
         folder = Path(path)
         self.vae.save_pretrained(folder / "vae", dtype)
         self.dit.save_pretrained(folder / "dit", dtype)
         if has_routers(self.dit):
             save_routers(self.dit, folder / ROUTERS_NAME)
+        else:
+            remove_routers(folder / ROUTERS_NAME)
         save_image_encoder(self.encoder, folder / "image_encoder")
         if self.familiarity is not None:
             self.familiarity.save(folder)
+        else:
+            (folder / FAMILIARITY_NAME).unlink(missing_ok=True)
         save_dial(self.dial, folder)
         if (calibration := find_calibration(self.calibration, self.dit)) is None:
             (folder / CALIBRATION_NAME).unlink(missing_ok=True)  # measured with what was there before
@@ -330,7 +348,7 @@ class ImageTo3DPipeline:
         routes = routes_of(self.session, config.elastic, len(made))
         for result, rows, route in zip(made.values(), latents, routes, strict=True):
             result.latents = rows.squeeze(0).cpu()
-            result.metadata |= {"flops_executed": K * dense, "flops_dense": K * dense, **route, **of_default}
+            result.metadata |= {"flops_executed": K * dense, "flops_dense": dense, **route, **of_default}
         self._decode(call, latents, made, ms)
         return results
 
@@ -414,14 +432,17 @@ class ImageTo3DPipeline:
         count = len(made)
         box, resolution = self.config.box, call.config.resolution
         decode = replace(call.decode, resolution=resolution, box=box, max_points=self.max_points)
+        others = call.ensemble if call.ensemble > 1 else 0  # fields that are combined first
+        parts = others + len(resolutions_of(decode))
+
+        def on_part(before: int, done: int, _: int) -> None:
+            call.at("decode", before + done, count * parts)
+
         with self._working(self.vae):
             with timed(ms, "decode"), torch.no_grad():
                 tokens = self.vae.decode(latents.flatten(0, 1)).split(call.ensemble)
             for row, (number, result) in enumerate(made.items()):
-
-                def on_level(level: int, levels: int, before: int = row) -> None:
-                    call.at("decode", before * levels + level, count * levels)
-
+                tell, on_level = (partial(on_part, row * parts + before) for before in (0, others))
                 took = {name: value / count for name, value in ms.items()}
                 try:
                     with timed(took, "decode"):
@@ -429,7 +450,7 @@ class ImageTo3DPipeline:
                         field = fields[0]
                         if len(fields) > 1:
                             image = call.images[number], call.foreground, call.config.model in PRESETS
-                            field, found = combined(fields, call.combine, *image, decode, self.device)
+                            field, found = combined(fields, call.combine, *image, decode, self.device, tell)
                             result.metadata |= found
                         values, _ = decode_field(field, decode, self.device, on_level)
                     with timed(took, "surface"):

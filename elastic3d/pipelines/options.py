@@ -180,6 +180,8 @@ class GenerateConfig(ElasticOptions, MeshRequestConfig):
             _check_trace(self.trace, self.elastic)
         if self.runner is Runner.ray and self.prompt:
             raise ValueError("runner=ray is for images, but prompt= is given")
+        if self.views and self.prompt:
+            raise ValueError(f"image_{next(iter(self.views))}= is for image=, but prompt= is given")
         if self.compile and self.low_memory:
             raise ValueError("compile is true, expected false with low_memory=true, which moves the weights")
 

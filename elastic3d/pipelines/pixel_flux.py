@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from elastic3d import __version__
 from elastic3d.diffusion.sampler import timestep_grid
+from elastic3d.elastic.attachment import remove_routers
 from elastic3d.elastic.config import ElasticConfig
+from elastic3d.elastic.training_free import CALIBRATION_NAME
 from elastic3d.errors import UserError
 from elastic3d.models.options import MAX_WIDTH
 from elastic3d.models.text_encoder import MiniLM
@@ -279,13 +281,18 @@ def _widened(dit: Any, args: Any, output: Any) -> Any:
 
 
 def save_pixel_flux(config: PixelModelConfig, transformer: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write the folder that `load_pixel_flux` reads, `model_index.json` last: half a folder is no pipeline."""
+    """Write the folder that `load_pixel_flux` reads, `model_index.json` last: half a folder is no pipeline.
+
+    Routers and the calibration of a transformer that was there before go: they are none of this one.
+    """
     unfinished = folder / ".transformer.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     with quiet():
         transformer.to(dtype).save_pretrained(unfinished)
     shutil.rmtree(folder / "transformer", ignore_errors=True)
     unfinished.rename(folder / "transformer")
+    remove_routers(folder / "routers")
+    (folder / CALIBRATION_NAME).unlink(missing_ok=True)
     save_json(to_dict(config), folder / SETTINGS_NAME)
     index = {"_class_name": CLASS_NAME, "_elastic3d_version": __version__}
     save_json({**index, "transformer": ["diffusers", "FluxTransformer2DModel"]}, folder / INDEX_NAME)

@@ -11,6 +11,7 @@ import trimesh
 from PIL import Image, ImageDraw, ImageFont
 from trimesh.visual import ColorVisuals
 
+from elastic3d.elastic.config import ElasticConfig
 from elastic3d.errors import UserError
 from elastic3d.geometry.render import Camera, Light, Scene, ring_cameras
 from elastic3d.utils.files import atomic_path
@@ -59,6 +60,14 @@ def route_title(name: str, metadata: dict[str, Any]) -> str:
     """What stands above the image of metadata's routes."""
     share = metadata["flops_executed"] / metadata["flops_dense"]
     return f"{name}, seed {metadata['seed']}: {share:.0%} of the dense FLOPs"
+
+
+def check_routes(trace: str, settings: ElasticConfig) -> None:
+    """UserError where a model that runs so has no routes to draw to the file `trace`."""
+    if not settings.elastic:
+        raise UserError(
+            f"trace={trace} can't be drawn: the dense model runs, which has no routes; expected another budget="
+        )
 
 
 def draw_routes(panels: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:

@@ -167,7 +167,7 @@ def dense_flops(dit: ShapeDiT | SkipDiT, config: PipelineConfig, condition: int)
 
 def routes_of(session: ElasticSession | None, settings: ElasticConfig, samples: int) -> list[dict[str, Any]]:
     """Metadata of each sample of the newest generation, none where it was dense: what the blocks did, of an ensemble in
-    its first generation, and the cost of all."""
+    its first generation, and the cost of all; `flops_dense` is that of one."""
     if session is None or not settings.elastic:
         return [{} for _ in range(samples)]
     trace = session.trace
@@ -175,6 +175,7 @@ def routes_of(session: ElasticSession | None, settings: ElasticConfig, samples: 
     flops = {"executed": trace_flops, "dense": trace_dense_flops, "routers": trace_router_flops}
     K = trace.samples // samples  # of an ensemble
     costs = {name: of(trace).sum((0, 1, 3)).view(samples, K).sum(1) for name, of in flops.items()}
+    costs["dense"] /= K
     totals = {f"flops_{name}": cost.long().tolist() for name, cost in costs.items()}
     policy = {"policy": session.source.about} if isinstance(session.source, StepPolicy) else {}
     blocks = {"blocks": trace.blocks, "widths": list(trace.ratios)}

@@ -29,7 +29,7 @@ def prompt_drawer(config: GenerateConfig, pipeline: ImageTo3DPipeline) -> tuple[
         UserError: `image_model` is no small text-to-image model, or the prompt is none.
     """
     weights = config.image_model or DEFAULT_IMAGE_MODEL
-    images = TextToImagePipeline.from_pretrained(weights, device=config.device)
+    images = TextToImagePipeline.from_pretrained(weights, device=config.device, dtype=config.dtype)
     check_prompt(config.prompt, images.backbone)
     wanted = ElasticOptions.of(config)
     if config.budget is not None:  # the mesh's model may have a dial, which goes lower than routers do

@@ -14,7 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from elastic3d import __version__
-from elastic3d.elastic.attachment import adapter_for, attach, has_routers, is_attached, session_of
+from elastic3d.elastic.attachment import (
+    adapter_for,
+    attach,
+    has_routers,
+    holds_routers,
+    is_attached,
+    session_of,
+)
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.families import dense_flops
 from elastic3d.elastic.session import ElasticSession
@@ -179,8 +186,7 @@ class TextToImagePipeline:
         for prompt in dict.fromkeys(prompts):
             check_prompt(prompt, self.backbone)
         settings = self.settings_of(steps, guidance, size)
-        options, default = ElasticOptions(**elastic), self.backbone.default_elastic()
-        settings.elastic = options.over(default, has_routers(self.backbone.transformer))
+        settings.elastic = self.elastic_of(ElasticOptions(**elastic))
         if settings.elastic.elastic and not has_routers(self.backbone.transformer):
             check_budget(settings.elastic.budget, settings.steps)
         with turn(self.backbone.transformer):  # threads that share a model take turns
@@ -228,6 +234,10 @@ class TextToImagePipeline:
         if any(side % backbone.multiple for side in size):
             raise UserError(f"size is {size[0]}x{size[1]}, expected multiples of {backbone.multiple}")
         return Settings(steps, guidance, size, ElasticConfig())
+
+    def elastic_of(self, requested: ElasticOptions) -> ElasticConfig:
+        """What a call asks for, over the model's default. UserError as `ElasticOptions.over`."""
+        return requested.over(self.backbone.default_elastic(), has_routers(self.backbone.transformer))
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Arguments of the stock pipeline (B, ...); each different prompt is encoded once."""
@@ -362,7 +372,7 @@ def chosen_routers(
 ) -> str | Path | None:
     """The folder of routers that a pipeline gets, None for none. UserError for a calibration that is missing, or beside
     routers."""
-    if routers is None and (folder / ROUTERS_NAME).is_dir():
+    if routers is None and holds_routers(folder / ROUTERS_NAME):
         routers = folder / ROUTERS_NAME
     elif routers == NO_ROUTERS_NAME:
         routers = None

@@ -304,13 +304,12 @@ def _add_pages(app: FastAPI, queue: MeshQueue, metrics: Metrics) -> None:
     @app.get("/v1/models", summary="The model that is loaded")
     async def models() -> dict[str, Any]:
         info = queue.models.info()
-        defaults = {name: getattr(info.config, name) for name in ("steps", "guidance", "resolution")}
         described = {
             "id": info.config.model,
             "weights_sha256": info.weights_sha256,
             "elastic": info.elastic,
             "dial": None if info.dial is None else info.dial.values,
-            "defaults": defaults | {"budget": info.budget},
+            "defaults": info.defaults,
         }
         return {"models": [described]}
 

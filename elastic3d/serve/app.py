@@ -163,11 +163,7 @@ def _settings(info: ModelInfo) -> dict[str, dict[str, Any]]:
             "value": Quality.default.name if dial is not None else OWN,
             "visible": dial is not None,
         },
-        "budget": {
-            "minimum": least,
-            "value": max(info.budget, least),
-            "visible": routed and dial is None,
-        },
+        "budget": {"minimum": least, "value": max(info.budget, least), "visible": dial is None},
         "compare": {"value": False, "visible": routed},
         "steps": {"value": info.config.steps, "visible": dial is None},
         "resolution": {"value": info.config.resolution, "minimum": min(32, info.config.resolution)},

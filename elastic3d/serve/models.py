@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from elastic3d.diffusion.dial import Dial
-from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 
@@ -39,6 +39,18 @@ class ModelInfo:
         """The budget by default."""
         elastic = self.config.elastic
         return float(elastic.budget) if self.elastic and elastic.elastic else 1.0
+
+    @property
+    def defaults(self) -> dict[str, float | str | None]:
+        """Options of a request that runs as one without options: with a dial its default row, else steps and budget."""
+        config, dialled = self.config, self.dial is not None
+        return {
+            "quality": Quality.default.name if dialled else None,
+            "steps": None if dialled else config.steps,
+            "budget": None if dialled else self.budget,
+            "guidance": config.guidance,
+            "resolution": config.resolution,
+        }
 
 
 class Models:

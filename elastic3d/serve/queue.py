@@ -32,6 +32,7 @@ from elastic3d.pipelines.options import AssetConfig, Texture, Up
 from elastic3d.serve.models import Models
 
 LINGER_S = 0.01  # how long a batch waits for others that arrive together
+SHARES = {"dit": (0.0, 0.5), "decode": (0.5, 0.45)}  # of the progress: where a stage begins, and its share
 GIVE_UP_S = 5.0  # that a batch has to notice that nobody waits for it
 ID_BYTES = 16
 _log = logging.getLogger(__name__)
@@ -143,7 +144,6 @@ class Job:
     request: MeshRequest
     image: Image.Image | None  # dropped as soon as the job has ended
     held: bool = False  # its caller cancels it
-    created: float = field(default_factory=time.monotonic)
     ended: float | None = None
     state: JobState = JobState.queued
     progress: float = 0.0
@@ -332,13 +332,12 @@ class MeshQueue:
     def _attempt(self, pipeline: ImageTo3DPipeline, batch: Sequence[Job]) -> None:
         """The meshes of jobs, or their errors."""
 
-        def on_step(done: int, steps: int) -> None:
-            for job in batch:
-                job.progress = 0.5 * done / steps  # the other half is decoding
-
-        def on_progress(*_: object) -> None:
+        def on_progress(stage: str, done: int, total: int) -> None:
             if all(job.state in FINAL for job in batch):
                 raise _GivenUp
+            first, share = SHARES.get(stage, (0.0, 0.0))
+            for job in batch if share else ():
+                job.progress = first + share * done / total
 
         kept = [(job, image) for job in batch if (image := job.image) is not None]  # the rest is cancelled
         if not kept:
@@ -347,7 +346,6 @@ class MeshQueue:
             results = pipeline(
                 [image for _, image in kept],
                 seed=[job.request.seed for job, _ in kept],
-                on_step=on_step,
                 on_progress=on_progress,
                 **batch[0].request.options(),
             )

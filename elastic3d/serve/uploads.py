@@ -8,12 +8,16 @@ import warnings
 from PIL import Image, UnidentifiedImageError
 
 from elastic3d.errors import UserError
+from elastic3d.models.images import load_image, reduced
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
-    """The image in a file's bytes. UserError if it is none, broken, or has too many pixels."""
+    """The image in a file's bytes, RGBA, of no more pixels than a mesh takes from it: many may wait.
+
+    UserError if it is none, broken, or has more than `max_pixels`.
+    """
     if not data:
         raise UserError("the image is empty, expected an image file")
     try:
@@ -25,6 +29,7 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
                 f"the image has {image.width} x {image.height} pixels, expected at most {max_pixels:,}"
             )
         image.load()
+        return reduced(load_image(image))
     except UserError:
         raise
     except Image.DecompressionBombError as error:
@@ -33,4 +38,3 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
         raise UserError("the upload is no image, expected PNG, JPEG, WebP, BMP, GIF or TIFF") from error
     except Exception as error:  # decoders of broken files raise anything
         raise UserError(f"the image is broken: {' '.join(str(error).split())[:200]}") from error
-    return image

@@ -64,12 +64,9 @@ class Choices:
         }  # fmt: skip
         if info.dial is None:
             base["steps"] = self.steps
-        chosen = base
-        if info.dial is not None and self.quality != OWN:
-            chosen = base | {"quality": self.quality}
-        elif info.dial is not None or info.elastic:
-            chosen = base | {"budget": round(self.budget, 4)}
-        chosen = chosen | {"ensemble": self.ensemble}
+        by_quality = info.dial is not None and self.quality != OWN
+        chosen = base | ({"quality": self.quality} if by_quality else {"budget": round(self.budget, 4)})
+        chosen["ensemble"] = self.ensemble
         seeds = [int(self.seed or 0) + i for i in range(int(self.samples))]
         try:
             made = [MeshRequest(**chosen, seed=seed) for seed in seeds]

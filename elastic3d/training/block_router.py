@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from elastic3d.elastic import adapter_for, attach
-from elastic3d.elastic.attachment import load_router_config, router_modules
+from elastic3d.elastic.attachment import holds_routers, load_router_config, router_modules
 from elastic3d.elastic.config import MIN_BUDGET, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.families import BlockFlops, block_flops
 from elastic3d.elastic.trace import SKIPPED, trace_share
@@ -129,7 +129,7 @@ def attach_block_routers(
         guided_times=guided_times,
         trained_steps=[low, high],
     )
-    if not start.is_dir():
+    if not holds_routers(start):
         attach(dit, wanted)
         return
     old: RouterConfig = load_router_config(start, adapter.family)

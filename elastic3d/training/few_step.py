@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from elastic3d.elastic import adapter_for, attach
 from elastic3d.elastic.attachment import (
+    holds_routers,
     load_router_config,
     load_router_state,
     router_modules,
@@ -405,7 +406,7 @@ class FewStepStage(GenerationStage):
 
     def __init__(self, config: Any) -> None:
         options: FewStepStageConfig = config.few_step
-        if not (options.model / ROUTERS_NAME).is_dir():
+        if not holds_routers(options.model / ROUTERS_NAME):
             raise UserError(f"{options.model} has no routers, expected a folder {ROUTERS_NAME} in it")
         flow = config.flow()
         draw = NFEDraw(options, config.batch, flow.lengths[0])

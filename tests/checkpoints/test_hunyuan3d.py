@@ -93,6 +93,7 @@ def test_image_encoder_from_elsewhere(tmp_path: Path, written: Path) -> None:
         warnings.simplefilter("error")
         bundle = load_hunyuan3d(tmp_path, dinov2=tmp_path / "dinov2")
     assert bundle.conditioner is not None and bundle.conditioner.channels == 24
+    assert bundle.weights[-1] == tmp_path / "dinov2/model.safetensors"
     with pytest.raises(UserError, match="there is no file .*config.json"):
         load_hunyuan3d(tmp_path, dinov2=tmp_path / "none")
 

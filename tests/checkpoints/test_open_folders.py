@@ -91,6 +91,7 @@ def test_a_dinov2_from_elsewhere(written: dict[str, Path], tmp_path: Path) -> No
         warnings.simplefilter("error", UserWarning)
         bundle = load_triposg(folder, dinov2=written["triposg"] / "image_encoder_dinov2")
     assert bundle.conditioner is not None and bundle.conditioner.channels == CONTEXT
+    assert bundle.weights[-1].parent == written["triposg"] / "image_encoder_dinov2"
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -41,7 +41,9 @@ def test_the_mean_of_equal_shapes_is_that_shape() -> None:
     ids=["sizes", "places", "apart"],
 )
 def test_volume_and_order(fields: list[Field]) -> None:
-    found = mean_field(fields, CONFIG)
+    told: list[tuple[int, int]] = []
+    found = mean_field(fields, CONFIG, on_field=lambda *at: told.append(at))
+    assert told == [(n, len(fields)) for n in range(1, len(fields) + 1)]
     assert volume(found) == pytest.approx(np.mean([volume(field) for field in fields]), rel=0.06)
     points = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
     torch.testing.assert_close(mean_field(fields[::-1], CONFIG)(points), found(points), atol=1e-4, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from tiny_pipeline import save_image
 from elastic3d.errors import UserError
 from elastic3d.pipelines import published
 from elastic3d.pipelines.call import Result
-from elastic3d.pipelines.generation import Job, _saved, load_pipeline, plan
+from elastic3d.pipelines.generation import Job, _saved, generate, load_pipeline, plan
 from elastic3d.pipelines.options import AssetConfig, GenerateConfig, Texture
 from elastic3d.pipelines.preview import turntable
+from elastic3d.pipelines.ray_generation import Worker
 
 
 @pytest.fixture
@@ -69,6 +71,26 @@ def test_colours_of_a_published_model_come_from_its_front(tmp_path: Path, model:
     seen.save(tmp_path / "a.png")
     outcome = _saved(Job(tmp_path / "a.png", 0, tmp_path / "a.glb"), result, config)
     assert (abs(outcome.metadata["texture"]["azimuth_deg"]) <= 20) is frontal
+
+
+def test_a_fault_of_a_batch_of_one_is_an_outcome(tmp_path: Path) -> None:
+    """In a worker of a cluster, whose batch is a part of the folder."""
+
+    def faulty(*_: Any, **__: Any) -> None:
+        raise MemoryError("no memory is left")
+
+    for name in "ab":
+        save_image(tmp_path / f"{name}.png")
+    config = GenerateConfig(image=str(tmp_path), output=str(tmp_path / "out"), batch_size=1)
+    worker = Worker(config)
+    worker._pipeline = faulty  # type: ignore[assignment]
+    job = plan(config).jobs[0]
+    (outcome,) = worker.make([job])
+    assert (outcome.status, outcome.error) == ("failed", f"{tmp_path}/a.png: MemoryError: no memory is left")
+    (outcome,) = worker.make([replace(job, image=Path(), prompt="a red ball")])
+    assert outcome.error == "a red ball: MemoryError: no memory is left"
+    with pytest.raises(MemoryError):
+        generate(faulty, [job], config, lambda _: None, alone=True)  # type: ignore[arg-type]
 
 
 def test_what_is_refused(photos: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import CHANNELS, LATENTS, image, save_image, tiny_pipeline
+from transformers import Dinov2Config, Dinov2Model
 
 from elastic3d import __version__
 from elastic3d.diffusion.options import Combine
@@ -25,10 +26,13 @@ from elastic3d.elastic.families import dense_flops
 from elastic3d.elastic.families.shape_dit import ADAPTER
 from elastic3d.errors import NoSurfaceError, UserError
 from elastic3d.geometry.options import CleanupConfig
-from elastic3d.models.image_encoder import Familiarity, image_feature
+from elastic3d.models.image_encoder import DinoV2, Familiarity, image_feature
+from elastic3d.models.options import DiTConfig, EncoderKind, ImageEncoderConfig
+from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines import ensembles, image_to_3d
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.runtime import find_model
+from elastic3d.utils.files import file_sha256
 
 
 def test_one_image(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:
@@ -94,7 +98,11 @@ def test_an_ensemble(pipeline: ImageTo3DPipeline, monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(found.latents[0], plain.latents, rtol=1e-4, atol=1e-5)
     assert all((found.latents[i] - found.latents[j]).abs().max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
     assert plain.metadata["ensemble"] == 1 and found.metadata["ensemble"] == 3
-    assert found.metadata["flops_executed"] == 3 * plain.metadata["flops_executed"]
+    own = tiny_pipeline()
+    for options in ({}, {"steps": 4, "budget": 0.5}):  # the dense cost is one generation's, with a plan too
+        one, three = (own(image(), resolution=8, ensemble=K, **options).metadata for K in (1, 3))
+        assert three["flops_executed"] == 3 * one["flops_executed"]
+        assert three["flops_dense"] == one["flops_dense"] > 0
 
     asked: list[int] = []
     original = ensembles.mean_field
@@ -205,6 +213,53 @@ def test_save_and_load(pipeline: ImageTo3DPipeline, saved: Path) -> None:
     torch.testing.assert_close(a.latents, b.latents, rtol=0, atol=0)
     np.testing.assert_array_equal(a.mesh.vertices, b.mesh.vertices)
     assert a.metadata["weights_sha256"] == loaded.weights_sha256 and b.metadata["weights_sha256"] is None
+
+
+def test_the_hash_of_the_weights_covers_a_dinov2(saved: Path, tmp_path: Path) -> None:
+    plain = ImageTo3DPipeline.from_pretrained(saved, "cpu")
+    assert plain.weights_sha256 == file_sha256(
+        *(saved / part / "model.safetensors" for part in ("vae", "dit"))
+    )
+
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    described = ImageEncoderConfig(kind=EncoderKind.dinov2, image_size=28, path="-")
+    encoder = DinoV2(described, Dinov2Model(config))
+    options = {"width": 32, "heads": 2, "double_blocks": 1, "single_blocks": 1, "num_latents": LATENTS}
+    dit = ShapeDiT(DiTConfig(in_channels=CHANNELS, condition_channels=32, condition_tokens=5, **options))
+    one, other = tmp_path / "one", tmp_path / "other"
+    ImageTo3DPipeline(tiny_pipeline().vae, dit, encoder).save_pretrained(one)
+    weights = shutil.copytree(one, other) / "image_encoder/dinov2/model.safetensors"
+    state = load_file(weights)
+    state["layernorm.bias"] += 1
+    save_file(state, weights, {"format": "pt"})
+    found = [ImageTo3DPipeline.from_pretrained(folder, "cpu") for folder in (one, other)]
+    assert found[0].weights_sha256 != found[1].weights_sha256
+    assert found[0].dense_sha256 != found[1].dense_sha256
+
+
+def test_a_model_saved_over_another_keeps_nothing_of_it(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:
+    old = tiny_pipeline()
+    attach(old.dit, RouterConfig(few_step_rank=2))
+    channels = old.encoder.channels
+    known = torch.eye(2, channels), torch.ones(3), torch.ones(1)
+    old.familiarity = Familiarity(torch.zeros(channels), *known)
+    old.save_pretrained(tmp_path)
+    assert ImageTo3DPipeline.from_pretrained(tmp_path, "cpu", "float32").session is not None
+    (tmp_path / "routers/training.json").write_text("{}")  # not a file of the pipeline's, which stays
+    pipeline.save_pretrained(tmp_path)
+    loaded = ImageTo3DPipeline.from_pretrained(tmp_path, "cpu", "float32")
+    assert loaded.session is None and loaded.familiarity is None
+    assert [path.name for path in (tmp_path / "routers").iterdir()] == ["training.json"]
+    assert torch.equal(loaded(image(), seed=1).latents, pipeline(image(), seed=1).latents)
+    (tmp_path / "routers/training.json").unlink()
+    pipeline.save_pretrained(tmp_path)
+    assert not (tmp_path / "routers").exists()
+    old.save_pretrained(tmp_path)
+    (tmp_path / "routers/config.json").unlink()  # half of them
+    with pytest.raises(UserError, match="no file .*routers/config.json"):
+        ImageTo3DPipeline.from_pretrained(tmp_path, "cpu", "float32")
 
 
 def test_bf16_gives_about_the_same(pipeline: ImageTo3DPipeline, saved: Path) -> None:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from elastic3d.diffusion.flow import interpolate, velocity
+from elastic3d.elastic.attachment import attach, save_routers
+from elastic3d.elastic.config import RouterConfig
 from elastic3d.pipelines.pixel_flux import (
     LEAST_NOISE,
     PixelFluxPipeline,
@@ -14,6 +16,7 @@ from elastic3d.pipelines.pixel_flux import (
     load_pixel_flux,
     save_pixel_flux,
 )
+from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from tests.tiny_images import save_tiny_small
 
 CONFIG = dict(
@@ -80,6 +83,18 @@ def test_prediction_is_kept_with_the_model(tmp_path):
     save_pixel_flux(config, build_transformer(config), tmp_path, torch.float32)
     found = load_pixel_flux(tmp_path, torch.device("cpu"), torch.float32, encoders=False)
     assert found.settings == config
+
+
+def test_a_model_saved_over_another_keeps_nothing_of_it(tmp_path):
+    folder = save_tiny_small(tmp_path)
+    pipe = load_pixel_flux(folder, torch.device("cpu"), torch.float32, encoders=False)
+    attach(pipe.transformer, RouterConfig())
+    save_routers(pipe.transformer, folder / "routers")
+    (folder / "training_free.json").write_text("{}")
+    assert TextToImagePipeline.from_pretrained("small", folder, device="cpu").session is not None
+    save_tiny_small(tmp_path)
+    assert TextToImagePipeline.from_pretrained("small", folder, device="cpu").session is None
+    assert not (folder / "routers").exists() and not (folder / "training_free.json").exists()
 
 
 def test_weights_are_narrow_and_pixels_are_not(tmp_path):

@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from app import Drawer
+from tiny_images import save_tiny_small
 from tiny_pipeline import tiny_pipeline
 
 from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.text_to_3d import known_nouns, prompt_drawer, prompt_warning
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from elastic3d.preparation.infinigen import FACTORIES
-from elastic3d.utils.devices import DeviceChoice
+from elastic3d.serve.config import AppConfig
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 
 BUNDLED = Path(__file__).resolve().parents[2] / "data/pretrained/image-small"
 
@@ -51,6 +54,26 @@ def test_the_dense_model_is_kept_where_the_image_model_alone_has_routers() -> No
     assert left.elastic is False
     _, left = prompt_drawer(replace(config, elastic=True, few_step=False), tiny_pipeline())
     assert left.elastic is None and left.few_step is None
+
+
+def test_views_of_a_prompt_are_refused() -> None:
+    with pytest.raises(ValueError, match="image_back= is for image=, but prompt= is given"):
+        GenerateConfig(prompt="a chair", output="a.glb", image_back="b.png")
+
+
+def test_the_image_model_has_the_number_format_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a command, and of the web app."""
+    small = str(save_tiny_small(tmp_path))
+    found: list[TextToImagePipeline] = []
+    load = TextToImagePipeline.from_pretrained
+    monkeypatch.setattr(
+        TextToImagePipeline, "from_pretrained", lambda *a, **k: found.append(load(*a, **k)) or found[-1]
+    )
+    options = {"device": DeviceChoice.cpu, "dtype": DTypeChoice.bfloat16}
+    config = GenerateConfig(prompt="a chair", output="a.glb", image_model=small, **options)
+    prompt_drawer(config, tiny_pipeline())
+    Drawer(AppConfig(**options), [])._load(small)
+    assert [each.backbone.transformer.dtype for each in found] == [torch.bfloat16] * 2
 
 
 def test_the_image_is_the_same_within_inference_mode() -> None:

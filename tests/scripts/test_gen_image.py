@@ -93,6 +93,10 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "budget": (["prompt=a", "output=x.png", "budget=0.1"], "budget is 0.1"),
     "output": (["prompt=a", "output=x.jpg"], "expected a .png file"),
     "trace": (["prompt=a", "output=x.png", "elastic=false", "trace=t.png"], "has no routes to draw"),
+    "trace of all blocks": (
+        ["prompt=a", "output=x.png", "routers=none", "budget=1", "trace=t.png"],
+        "trace=t.png can't be drawn: the dense model runs",
+    ),
     "unwritable": (["prompt=a", "output=blocked/x.png"], "can't write blocked/x.png: blocked is no folder"),
     "unwritable trace": (
         ["prompt=a", "output=x.png", "trace=blocked/t.png"],

@@ -18,10 +18,12 @@ from tiny_dial import save_dialled
 from tiny_images import save_tiny_small
 from tiny_pipeline import image, save_image, tiny_pipeline
 
+from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import read_extras
 from elastic3d.models.images import read_metadata
 from elastic3d.pipelines import generation
 from elastic3d.pipelines.options import GenerateConfig
+from elastic3d.pipelines.ray_generation import Worker
 
 Command = Callable[..., int]
 
@@ -101,6 +103,19 @@ def test_a_folder_with_a_bad_file(
     for name in ("a.glb", "d.glb"):
         assert (tmp_path / "out" / name).stat().st_mtime_ns == times[tmp_path / "out" / name]
 
+    made = {item["output"]: item for item in summary["items"]}
+    for _ in range(2):  # what was known of the meshes stays, their own seed too
+        assert command("image=in", "output=./out/", "resume=true", "seed=7") == 0
+        items = json.loads((tmp_path / "out/summary.json").read_text())["items"]
+        assert [item["output"] for item in items] == ["out/a.glb", "out/b.glb", "out/d.glb"]
+        for item in (items[0], items[2]):
+            assert item == made[item["output"]] | {"status": "skipped"} and item["metadata"]["seed"] == 0
+    for other in ('{"items": [{"name": "a"}]}', "{", "[]"):
+        (tmp_path / "out/summary.json").write_text(other)
+        assert command("image=in", "output=out", "resume=true") == 0
+        items = json.loads((tmp_path / "out/summary.json").read_text())["items"]
+        assert [(item["status"], item["faces"]) for item in items] == [("skipped", None)] * 3
+
 
 def test_a_fault_of_one_mesh_is_not_its_mates(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -154,6 +169,30 @@ def test_a_quality_and_a_budget_of_a_model_with_a_dial(
     (tmp_path / "model/dial.json").write_text("{")
     assert command() == 2
     assert "model/dial.json is broken" in capsys.readouterr().err
+
+
+def test_routes_of_the_dense_model_are_refused_before_anything_is_made(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a row of a dial, and where a budget leaves out nothing; also in a worker of a cluster."""
+    save_dialled(tmp_path / "dialled")
+    save_image(tmp_path / "in/a.png")
+    options = ["image=in", "output=out", "trace=t.png", "resolution=8"]
+    dialled = [*options, "model=dialled", "steps=null"]
+    for dense in (dialled, [*dialled, "budget=0.7"], options, [*options, "budget=1"]):
+        assert command(*dense) == 2
+        assert "trace=t.png can't be drawn: the dense model runs" in capsys.readouterr().err
+    worker = Worker(GenerateConfig(image="in", output="out", model="dialled", trace="t.png", resolution=8))
+    with pytest.raises(UserError, match="the dense model runs"):
+        worker.make(generation.plan(worker._config).jobs)
+    assert _names(".") == ["dialled", "in"]
+    assert command(*dialled, "quality=fast") == 0
+    assert command(*options, "budget=0.8", "steps=3", "output=more") == 0
+    assert {"out", "more", "t.png"} < set(_names("."))
+    (tmp_path / "t.png").unlink()
+    with pytest.warns(UserWarning, match="no mesh was made, so that t.png is not drawn"):
+        assert command(*dialled, "quality=fast", "resume=true") == 0
+    assert not (tmp_path / "t.png").exists()
 
 
 def test_several_samples(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -334,6 +334,29 @@ def test_a_quality_is_a_point_of_the_dial(client: TestClient, tmp_path: Path) ->
     assert answer.status_code == 400 and "this model has no dial.json" in answer.json()["error"]
 
 
+@pytest.mark.parametrize("kind", ["dial", "routers", "dense"])
+def test_a_request_with_the_defaults_is_one_without_options(kind: str, tmp_path: Path) -> None:
+    folder = save_dialled(tmp_path / "model")
+    made = ImageTo3DPipeline.from_pretrained(
+        folder, "cpu", "float32", dial=kind == "dial", routers=kind != "dense"
+    )
+    server, settings = Server(made), []
+    try:
+        defaults = server.client.get("/v1/models").json()["models"][0]["defaults"]
+        assert (defaults["quality"] is None) == (defaults["steps"] is not None) == (kind != "dial")
+        given = {name: str(value) for name, value in defaults.items() if value is not None}
+        for data in ({}, given):
+            form = {"files": {"image": ("a.png", image_bytes())}, "data": data}
+            answer = server.client.post("/v1/meshes", **form)
+            assert answer.status_code == 200, answer.text
+            (tmp_path / "a.glb").write_bytes(answer.content)
+            found = read_extras(tmp_path / "a.glb")
+            settings.append({name: found[name] for name in found if name not in ("ms", "print")})
+        assert settings[0] == settings[1]
+    finally:
+        server.queue.close()
+
+
 def test_what_the_server_says_of_itself(serve) -> None:
     client = serve().client
     post(client)

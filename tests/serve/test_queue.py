@@ -19,6 +19,7 @@ pytest.importorskip("pydantic")
 from hunyuan_tiny import tiny_config, write_checkpoint  # noqa: E402
 from tiny_pipeline import image, tiny_pipeline  # noqa: E402
 
+from elastic3d.geometry import pose  # noqa: E402
 from elastic3d.pipelines.generation import load_pipeline  # noqa: E402
 from elastic3d.serve import queue as queue_module  # noqa: E402
 from elastic3d.serve.config import ServeConfig  # noqa: E402
@@ -165,6 +166,56 @@ def test_a_batch_that_nobody_waits_for_makes_room(queue: MeshQueue) -> None:
     queue.cancel(given_up)
     assert job.finished.wait(60) and job.state is JobState.done
     assert given_up.progress < 0.5, "it ended within its sampling"
+
+
+def _heard(hear: Callable[[str, int, int], None]) -> Models:
+    """A model whose progress is heard, after the queue has."""
+    pipeline = tiny_pipeline()
+
+    def call(images: list[object], *args: Any, on_progress: Callable[..., None], **options: Any) -> Any:
+        def both(*at: Any) -> None:
+            on_progress(*at)
+            hear(*at)
+
+        return pipeline(images, *args, on_progress=both, **options)
+
+    models = Models.single(pipeline)
+    models.use = lambda _: nullcontext(call)  # type: ignore[assignment,return-value,method-assign]
+    return models
+
+
+@pytest.mark.parametrize("more", [{}, {"ensemble": 2}])
+def test_progress_covers_decoding(more: dict[str, Any]) -> None:
+    seen: list[tuple[str, float]] = []
+    with MeshQueue(_heard(lambda stage, *_: seen.append((stage, jobs[0].progress)))) as queue:
+        with queue._changed:
+            request = MeshRequest(steps=2, resolution=8, **more)
+            jobs = submit(queue, [request] * 2)
+        assert all(job.finished.wait(60) and job.state is JobState.done for job in jobs)
+    shares = [share for _, share in seen]
+    assert shares == sorted(shares) and jobs[0].progress == 1
+    assert [share for stage, share in seen if stage == "dit"] == [0.25, 0.5]
+    decoding = [share for stage, share in seen if stage == "decode"]
+    assert len(decoding) == 2 * (1 + more.get("ensemble", 0)) and 0.5 < decoding[0] < decoding[-1] < 1
+
+
+def test_an_ensemble_that_nobody_waits_for_is_not_compared_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[object] = []
+    original = pose.find_pose
+
+    def find_pose(*args: Any) -> Any:
+        scored.append(args)
+        queue.cancel(job)
+        return original(*args)
+
+    monkeypatch.setattr(pose, "find_pose", find_pose)
+    with MeshQueue(tiny_pipeline()) as queue:
+        with queue._changed:
+            job = queue.submit(image(), SHORT.model_copy(update={"ensemble": 2, "combine": "fit"}))
+        until(lambda: scored)
+        last = queue.submit(image(), SHORT)
+        assert last.finished.wait(60) and last.state is JobState.done
+    assert job.state is JobState.cancelled and len(scored) == 1
 
 
 def test_a_stop_cancels_what_waits_and_what_takes_too_long() -> None:

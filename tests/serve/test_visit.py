@@ -59,7 +59,7 @@ def test_both_meshes_with_colours_and_their_files(tmp_path: Path, monkeypatch: p
         assert not list(tmp_path.glob("elastic3d-*"))
 
 
-PLAIN = replace(CHOICES, compare=False, colours=False)
+PLAIN = replace(CHOICES, compare=False, colours=False, budget=0.8)
 
 
 def test_the_first_mesh_is_kept_until_the_last_one_is_there(
@@ -86,11 +86,24 @@ def test_empty_numbers_are_defaults_and_others_are_checked() -> None:
 def test_a_budget_counts_by_a_dial_without_routers(tmp_path: Path) -> None:
     info = replace(ModelInfo.of(load(save_dialled(tmp_path / "model"))), elastic=False)
     (request,), _ = PLAIN.requests(info)
-    assert (request.budget, request.steps) == (0.6, None)
+    assert (request.budget, request.steps) == (0.8, None)
     assert info.dial is not None
     cheapest = replace(info.dial.rows[0], cost=0.143)
     cheap = replace(info, dial=replace(info.dial, rows=(cheapest, *info.dial.rows[1:])))
     assert _settings(cheap)["budget"]["minimum"] == 0.15, "what the slider shows can be kept"
+
+
+def test_a_budget_without_routers_and_dial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As published models have neither: the page shows the budget, of all FLOPs at first, and a plan keeps it."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with MeshQueue(tiny_pipeline()) as queue:
+        settings = _settings(queue.models.info())
+        assert settings["budget"] == {"minimum": 0.3, "value": 1, "visible": True}
+        assert not settings["quality"]["visible"] and settings["steps"]["visible"]
+        for budget in (1.0, 0.8):
+            choices = replace(PLAIN, budget=budget)
+            (made,) = Visits(queue).generate(choices, "somebody", lambda *_, **__: None).elastic
+            assert made.metadata["budget"] == budget and ("routes" in made.metadata) == (budget < 1)
 
 
 def test_a_folder_that_can_not_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

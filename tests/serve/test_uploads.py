@@ -1,0 +1,59 @@
+"""What is kept of an upload: no more pixels than a mesh takes from it, and the same mesh."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from elastic3d.models.images import prepare_image
+from elastic3d.models.options import ForegroundConfig
+from elastic3d.pipelines.assets import object_pixels
+from elastic3d.serve.uploads import decode_image
+
+SIZE = (3000, 2000)
+
+
+def _noise(mode: str) -> Image.Image:
+    """A block of noise on white, or on nothing."""
+    pixels = np.full((*SIZE[::-1], 4), 255, np.uint8)
+    block = np.s_[400:1500, 500:1900]
+    pixels[block][..., :3] = np.random.default_rng(0).integers(0, 200, (1100, 1400, 3))
+    if mode == "RGBA":
+        pixels[..., 3] = 0
+        pixels[block][..., 3] = 255
+    drawn = Image.fromarray(pixels)
+    if mode == "I;16":
+        return Image.fromarray(np.asarray(drawn.convert("L")).astype(np.uint16) * 257)
+    return drawn.convert(mode)
+
+
+def _turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn
+    return exif
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {"format": "PNG"}),
+        ("RGBA", {"format": "PNG"}),
+        ("P", {"format": "PNG"}),
+        ("I;16", {"format": "PNG"}),
+        ("RGB", {"format": "JPEG", "exif": _turned()}),
+    ],
+)
+def test_a_large_upload_is_kept_small_and_gives_the_same(mode: str, options: dict[str, Any]) -> None:
+    file = io.BytesIO()
+    _noise(mode).save(file, **options)
+    whole, kept = Image.open(file), decode_image(file.getvalue(), 25_000_000)
+    assert max(kept.size) == 1024 and kept.mode == "RGBA"
+    config = ForegroundConfig()
+    one, two = (prepare_image(source, config, 64) for source in (whole, kept))
+    assert np.array_equal(np.asarray(one), np.asarray(two))
+    # what texture=project and combine=fit look at
+    assert np.array_equal(object_pixels(whole, config), object_pixels(kept, config))
