@@ -29,7 +29,7 @@ from elastic3d.benchmark.methods import DENSE, Case, Model, Planner, Rival, Rout
 from elastic3d.elastic.cache import Forecast
 from elastic3d.elastic.context import StepContext
 from elastic3d.elastic.router import RouteDecision
-from elastic3d.elastic.training_free import Array, Calibration, StepPolicy, all_or_none, early_steps
+from elastic3d.elastic.training_free import Array, Calibration, StepPolicy, all_or_none
 from elastic3d.pipelines.calibration import relative_change
 from elastic3d.pipelines.options import BackboneName
 
@@ -227,11 +227,7 @@ def policy_named(name: PolicyName, calibration: Calibration | None) -> StepPolic
 class FittedPolicy(StepPolicy):
     """Fitted forecasts at the steps of a model without a calibration."""
 
-    schedule = "early"
-
-    def chosen(self, count: int) -> tuple[int, ...]:
-        """Early steps, whatever is predicted."""
-        return early_steps(len(self._times), count)
+    planned = False
 
 
 class OnlinePolicy(StepPolicy):

@@ -8,7 +8,8 @@ generations.
 - Steps: of all sets of n the one with the least sum of errors times squared step sizes, found by dynamic programming.
   Errors are those of what is added to the stream that becomes the result, under guidance.
 
-Without a calibration the computed steps lie denser early, and residuals go on along a damped line.
+In more steps than the calibration's the computed ones lie denser early, and the forecast is interpolated; without a
+calibration they do too, and residuals go on along a damped line.
 """
 
 from __future__ import annotations
@@ -136,7 +137,6 @@ class StepPolicy(RouteSource):
     and along a damped line. One object serves all generations of a model."""
 
     alike = True
-    schedule = "planned"
 
     def __init__(self, calibration: Calibration | None = None) -> None:
         self.calibration = calibration
@@ -163,9 +163,20 @@ class StepPolicy(RouteSource):
 
     def chosen(self, count: int) -> tuple[int, ...]:
         """The `count` steps of this generation that run the blocks."""
-        if self._here is None:
+        if not self.planned:
             return early_steps(len(self._times), count)
         return planned_steps(self._errors, count)
+
+    @property
+    def planned(self) -> bool:
+        """Whether the errors of this generation's steps are known: in more steps than were seen they are interpolated,
+        which makes them too small."""
+        return self.calibration is not None and len(self._times) <= len(self.calibration.times)
+
+    @property
+    def schedule(self) -> str:
+        """How the computed steps were found, for metadata."""
+        return "planned" if self.planned else "early"
 
     def decide(self, context: StepContext, block: int, routed: RouteDecision | None) -> RouteDecision:
         """Whether the blocks run, for every row of a pass."""
@@ -175,9 +186,8 @@ class StepPolicy(RouteSource):
     @property
     def about(self) -> dict[str, Any]:
         """For metadata: the schedule, and on how many generations it was calibrated (0: it was not)."""
-        if self.calibration is None:
-            return {"schedule": "early", "samples": 0}
-        return {"schedule": self.schedule, "samples": self.calibration.about.get("samples", 0)}
+        samples = 0 if self.calibration is None else self.calibration.about.get("samples", 0)
+        return {"schedule": self.schedule, "samples": samples}
 
 
 def all_or_none(keep: Sequence[bool], context: StepContext) -> RouteDecision:

@@ -21,6 +21,7 @@ from elastic3d.elastic.trace import trace_share
 from elastic3d.elastic.training_free import (
     CALIBRATION_NAME,
     Calibration,
+    StepPolicy,
     check_budget,
     early_steps,
     planned_steps,
@@ -131,6 +132,16 @@ def test_early_steps() -> None:
             chosen = early_steps(steps, count)
             assert len(set(chosen)) == count and chosen == tuple(sorted(chosen))
             assert (chosen[0], chosen[-1]) == (0, steps - 1)
+
+
+@pytest.mark.parametrize(("steps", "schedule"), [(10, "planned"), (6, "planned"), (16, "early")])
+def test_a_plan_is_for_no_more_steps_than_were_calibrated(steps: int, schedule: str) -> None:
+    times = np.linspace(0, 0.9, 10)
+    policy = StepPolicy(calibration_of(lines(times), times))
+    forecast = policy.begin(steps, np.linspace(0, 0.9, steps).tolist(), [0.5])
+    assert policy.about["schedule"] == schedule and forecast is not None
+    chosen = {"planned": planned_steps(policy.calibration.at(policy._times).errors(), steps // 2)}
+    assert policy.chosen(steps // 2) == chosen.get(schedule, early_steps(steps, steps // 2))
 
 
 def test_budgets_that_a_policy_covers() -> None:
