@@ -220,30 +220,43 @@ def generate(
     """Do the jobs in batches; each mesh is saved, and its outcome told, as soon as it is there or has failed. The
     unexpected error of a job that is `alone` is raised."""
     options = {name: getattr(config, name) for name in OPTIONS} | ElasticOptions.of(config)
-    told: set[Path] = set()
+    told: set[str] = set()
+
+    def tell(outcome: Outcome) -> None:
+        told.add(outcome.output)
+        on_outcome(outcome)
+
+    def failed(job: Job, error: Exception) -> None:
+        if isinstance(error, UserError) or alone or printable(job.output) in told:
+            raise error  # of an option, so that no mesh can be made, or not of this job
+        tell(_lost(job, error))
 
     def attempt(todo: Sequence[Job]) -> None:
-        todo = [job for job in todo if job.output not in told]
-        batch = todo if draw is None else draw(todo)
+        if not (batch := [job for job in todo if printable(job.output) not in told]):
+            return
+        batch = batch if draw is None else list(draw(batch))
 
         def keep(number: int, result: Result) -> None:
-            outcome = _saved(batch[number], result, config)
-            told.add(batch[number].output)
-            on_outcome(outcome)
+            try:
+                outcome = _saved(batch[number], result, config)
+            except Exception as error:  # of this mesh: the others are there
+                failed(batch[number], error)
+            else:
+                tell(outcome)
 
         images = [job.source(config.views) for job in batch]
         pipeline(images, [job.seed for job in batch], on_progress=on_progress, on_result=keep, **options)
 
-    def failed(job: Job, error: Exception) -> None:
-        if isinstance(error, UserError) or alone or job.output in told:
-            raise error  # of an option, so that no mesh can be made, or not of this job
-        _log.error("%s failed", printable(job.output), exc_info=error)
-        outcome = Outcome.of(job, "failed")
-        outcome.error = f"{outcome.image}: {type(error).__name__}: {error}"
-        on_outcome(outcome)
-
     for batch in batches(jobs, config, on_outcome):
         in_halves(batch, attempt, failed)
+
+
+def _lost(job: Job, error: Exception) -> Outcome:
+    """The outcome of a job with an unexpected error, whose place is logged."""
+    outcome = Outcome.of(job, "failed")
+    _log.error("%s failed", outcome.output, exc_info=error)
+    outcome.error = f"{outcome.image}: {type(error).__name__}: {error}"
+    return outcome
 
 
 def in_halves(

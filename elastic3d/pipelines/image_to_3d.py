@@ -197,14 +197,15 @@ class ImageTo3DPipeline:
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` reads; `pipeline.json` last: half a folder is no model.
 
-        Routers and statistics of a model that was there before go: they are none of this one.
+        `routers/` and statistics of another model that was there before go. Folders of other routers, such as
+        `per_block/`, stay.
         """
         folder = Path(path)
         self.vae.save_pretrained(folder / "vae", dtype)
         self.dit.save_pretrained(folder / "dit", dtype)
         if has_routers(self.dit):
             save_routers(self.dit, folder / ROUTERS_NAME)
-        else:
+        elif not any(folder.resolve() in path.resolve().parents for path in self.dense_files):
             remove_routers(folder / ROUTERS_NAME)
         save_image_encoder(self.encoder, folder / "image_encoder")
         if self.familiarity is not None:

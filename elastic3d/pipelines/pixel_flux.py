@@ -26,7 +26,7 @@ from elastic3d.models.text_encoder import MiniLM
 from elastic3d.pipelines.backbones import FluxBackbone, Text
 from elastic3d.pipelines.image_loading import INDEX_NAME, check_index, load_transformer, quiet
 from elastic3d.pipelines.options import BackboneName
-from elastic3d.utils.files import load_json, save_json
+from elastic3d.utils.files import file_sha256, load_json, save_json
 from elastic3d.utils.options import Options, from_dict, option, to_dict
 
 CLASS_NAME, SETTINGS_NAME = "PixelFluxPipeline", "pipeline.json"
@@ -283,16 +283,23 @@ def _widened(dit: Any, args: Any, output: Any) -> Any:
 def save_pixel_flux(config: PixelModelConfig, transformer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write the folder that `load_pixel_flux` reads, `model_index.json` last: half a folder is no pipeline.
 
-    Routers and the calibration of a transformer that was there before go: they are none of this one.
+    Routers and the calibration of another transformer that was there before go: they are none of this one.
     """
+    before = _weights(folder)
     unfinished = folder / ".transformer.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     with quiet():
         transformer.to(dtype).save_pretrained(unfinished)
     shutil.rmtree(folder / "transformer", ignore_errors=True)
     unfinished.rename(folder / "transformer")
-    remove_routers(folder / "routers")
-    (folder / CALIBRATION_NAME).unlink(missing_ok=True)
+    if _weights(folder) != before:
+        remove_routers(folder / "routers")
+        (folder / CALIBRATION_NAME).unlink(missing_ok=True)
     save_json(to_dict(config), folder / SETTINGS_NAME)
     index = {"_class_name": CLASS_NAME, "_elastic3d_version": __version__}
     save_json({**index, "transformer": ["diffusers", "FluxTransformer2DModel"]}, folder / INDEX_NAME)
+
+
+def _weights(folder: Path) -> str:
+    """Digest of the transformer in a pipeline's folder."""
+    return file_sha256(*sorted((folder / "transformer").glob("*.safetensors")))

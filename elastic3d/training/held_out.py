@@ -7,6 +7,8 @@ is the baseline that single-image reconstruction most often fails to beat (Tatar
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.preparation.options import PrepareConfig, SourceName
 from elastic3d.preparation.prepare import open_source
+from elastic3d.preparation.shards import finished_sidecars
 from elastic3d.training.datasets import PreparedShapes, item_generator, read_split
 from elastic3d.training.journal import contact_sheet, field_meshes, mesh_image, on_white
 from elastic3d.training.vae import VAEItems, VAEStageConfig
@@ -89,7 +92,7 @@ def build_held_out(config: HeldOutConfig) -> list[str]:
         )
     pipeline = ImageTo3DPipeline.from_pretrained(config.model, config.device, config.dtype)
     shapes = open_held_out(config)
-    _claim(config)
+    _claim(config, shapes.ids)
     _write_truth(shapes, config)
     _write_reconstructions(pipeline, shapes, config)
     for seed in config.seeds:
@@ -99,7 +102,7 @@ def build_held_out(config: HeldOutConfig) -> list[str]:
     return shapes.ids
 
 
-def _claim(config: HeldOutConfig) -> None:
+def _claim(config: HeldOutConfig, ids: Sequence[str]) -> None:
     """Note what the meshes are made with before any is there; refuse a folder of others, which would stay."""
     names = ("view", "steps", "guidance", "resolution", "surface_points", "bank_views")
     settings = {name: value for name, value in to_dict(config).items() if name in names}
@@ -112,11 +115,19 @@ def _claim(config: HeldOutConfig) -> None:
     }
     later = {  # which older folders did not note
         "pipeline": file_sha256(*sorted(path for name in _DEFAULTS for path in model.glob(name))),
-        "data": file_sha256(*sorted((Path(config.data.output) / _source(config)).glob("shard-*.json"))),
+        "preparation": _prepared(config, ids),
         "data.shape.resolution": config.data.shape.resolution,
     }
     begun = (config.output / SETTINGS_NAME).is_file() and any(config.output.glob("images/*.png"))
     claim_folder(config.output, settings | later, begun, later)
+
+
+def _prepared(config: HeldOutConfig, ids: Sequence[str]) -> str:
+    """Digest of how the shapes were prepared, and from which files."""
+    names, rows = {stem(id) for id in ids}, []
+    for _, described in finished_sidecars(Path(config.data.output) / _source(config)):
+        rows += [[row, described["settings"]] for row in described["items"] if stem(row["id"]) in names]
+    return hashlib.sha256(json.dumps(sorted(rows, key=str), sort_keys=True).encode()).hexdigest()
 
 
 def open_held_out(config: HeldOutConfig) -> PreparedShapes:

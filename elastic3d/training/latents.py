@@ -8,8 +8,6 @@ of the latents.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -145,11 +143,10 @@ class LatentInfo:
         return cls(**{item.name: values[item.name] for item in fields(cls)})
 
     @property
-    def record(self) -> dict[str, str]:
+    def record(self) -> dict[str, Any]:
         """What tells such latents from others, which fit no model that learned from these."""
-        scale = hashlib.sha256(json.dumps([self.mean, self.std]).encode()).hexdigest()
         vae, encoder = self.settings["vae_sha256"], self.settings["encoder"]["kind"]
-        return {"vae_sha256": vae, "encoder": encoder, "scale_sha256": scale}
+        return {"vae_sha256": vae, "encoder": encoder, "scale": [self.mean, self.std]}
 
     @property
     def token_counts(self) -> tuple[int, int]:

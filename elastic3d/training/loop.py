@@ -45,6 +45,7 @@ from elastic3d.utils.options import to_dict
 
 # Options that change nothing of what is learned: a resumed run may have others.
 INCIDENTAL = (
+    "scale",  # of latents, which `check_latents` compares
     "runs",
     "device",
     "workers",
@@ -152,7 +153,7 @@ class _Run:
         self.average = Average(self.optimizer.masters, config.ema)
         self.notes = [
             f"{sum(p.numel() for p in trainable.values()) / 1e6:.2f} M parameters",
-            *(f"{name} {value}" for name, value in stage.record.items()),
+            *(f"{name} {value}" for name, value in stage.record.items() if name != "scale"),  # long
             *self.notes,
         ]
         if self.optimizer.sharded:

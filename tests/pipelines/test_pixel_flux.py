@@ -8,6 +8,7 @@ from elastic3d.elastic.attachment import attach, save_routers
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.pipelines.pixel_flux import (
     LEAST_NOISE,
+    SETTINGS_NAME,
     PixelFluxPipeline,
     PixelModelConfig,
     Prediction,
@@ -17,6 +18,8 @@ from elastic3d.pipelines.pixel_flux import (
     save_pixel_flux,
 )
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
+from elastic3d.utils.files import load_json
+from elastic3d.utils.options import from_dict
 from tests.tiny_images import save_tiny_small
 
 CONFIG = dict(
@@ -92,7 +95,11 @@ def test_a_model_saved_over_another_keeps_nothing_of_it(tmp_path):
     save_routers(pipe.transformer, folder / "routers")
     (folder / "training_free.json").write_text("{}")
     assert TextToImagePipeline.from_pretrained("small", folder, device="cpu").session is not None
-    save_tiny_small(tmp_path)
+    save_tiny_small(tmp_path)  # the same weights: they are this one's
+    assert TextToImagePipeline.from_pretrained("small", folder, device="cpu").session is not None
+    config = from_dict(PixelModelConfig, load_json(folder / SETTINGS_NAME))
+    pipe.transformer.proj_out.bias.data += 1
+    save_pixel_flux(config, pipe.transformer, folder, torch.float32)
     assert TextToImagePipeline.from_pretrained("small", folder, device="cpu").session is None
     assert not (folder / "routers").exists() and not (folder / "training_free.json").exists()
 

@@ -316,6 +316,30 @@ def test_a_prompt_becomes_a_mesh(
     assert not (tmp_path / "y.glb").exists()
 
 
+def test_a_fault_in_the_middle_of_a_batch_of_prompts(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first mesh is told when the batch fails; it is in none of the halves."""
+    from elastic3d.pipelines import image_to_3d
+    from elastic3d.pipelines.text_to_image import TextToImagePipeline
+
+    monkeypatch.setattr(TextToImagePipeline, "_image", lambda *arguments: image())
+    extract, calls = image_to_3d.extract_surface, []
+
+    def faulty(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError("no memory is left")
+        return extract(*arguments)
+
+    monkeypatch.setattr(image_to_3d, "extract_surface", faulty)
+    options = [f"image_model={save_tiny_small(tmp_path / 'small')}", "prompt=a red ball", "num_samples=3"]
+    assert command(*options, "output=x.glb", "batch_size=3") == 0
+    assert "3 ok, 0 failed, 0 skipped" in capsys.readouterr().out
+    assert [name for name in _names(".") if name.endswith(".glb")] == ["x_0.glb", "x_1.glb", "x_2.glb"]
+    assert len(calls) == 4
+
+
 @pytest.mark.parametrize("suffix", ["glb", "ply", "obj", "stl"])
 def test_real_size_and_axis_in_every_format(
     command: Command, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]

@@ -99,7 +99,7 @@ def test_a_budget_without_routers(
     model: str,
     steps: int,
 ) -> None:
-    """Even steps; then, once the model is calibrated, the plan that lies beside the weights."""
+    """Early steps; then, once the model is calibrated, the plan that lies beside the weights."""
     assert command(model, f"steps={steps}", "budget=0.5") == 0
     assert extras()["policy"] == {"schedule": "early", "samples": 0}
     assert extras()["flops_executed"] / extras()["flops_dense"] == pytest.approx(0.5, abs=0.03)

@@ -14,14 +14,14 @@ from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.assets import object_pixels
 from elastic3d.serve.uploads import decode_image
 
-SIZE = (3000, 2000)
+SIZE = (1500, 1000)
 
 
 def _noise(mode: str) -> Image.Image:
     """A block of noise on white, or on nothing."""
     pixels = np.full((*SIZE[::-1], 4), 255, np.uint8)
-    block = np.s_[400:1500, 500:1900]
-    pixels[block][..., :3] = np.random.default_rng(0).integers(0, 200, (1100, 1400, 3))
+    block = np.s_[200:750, 250:950]
+    pixels[block][..., :3] = np.random.default_rng(0).integers(0, 200, (550, 700, 3))
     if mode == "RGBA":
         pixels[..., 3] = 0
         pixels[block][..., 3] = 255

@@ -63,7 +63,7 @@ def test_a_run_whose_latents_have_another_scale_now_is_refused(cached):
     (cached / "train.txt").write_text("balls/ball0\nballs/ball1\n")
     cache = config_for(cached, stage=StageName.cache)
     before = LatentInfo.load(cached / "latents").record
-    assert build_cache(cache).record["scale_sha256"] != before["scale_sha256"]
+    assert build_cache(cache).record["scale"] != before["scale"]
     message = "step-00000002 learned from latents of another scale than those in the cache now"
     with pytest.raises(UserError, match=message):
         run_stage(config_for(cached, steps=4))
@@ -71,7 +71,7 @@ def test_a_run_whose_latents_have_another_scale_now_is_refused(cached):
         export_run(export_of(config))
     path = config.folder / "checkpoints" / "step-00000002"
     state = load_json(path / "state.json")
-    del state["data"]["scale_sha256"]
+    del state["data"]["scale"]
     save_json(state, path / "state.json")
     hashes = load_json(path / "manifest.json")
     save_json(hashes | {"state.json": file_sha256(path / "state.json")}, path / "manifest.json")

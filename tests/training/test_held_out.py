@@ -106,10 +106,10 @@ def test_meshes_of_another_model_or_of_other_prepared_shapes_are_refused(
             build_held_out(changed)
     trimesh.creation.box((1.0, 0.5, 0.8)).export(Path(data.path) / "box.stl")
     assert prepare_data(data).prepared == 3
-    with pytest.raises(UserError, match="was made with another data: delete it first"):
+    with pytest.raises(UserError, match="was made with another preparation: delete it first"):
         build_held_out(config)
     settings = load_json(config.output / "settings.json")
-    for name in ("pipeline", "data", "data.shape.resolution"):
+    for name in ("pipeline", "preparation", "data.shape.resolution"):
         del settings[name]
     save_json(settings, config.output / "settings.json")
     assert build_held_out(config) == ids  # an older folder did not note them
