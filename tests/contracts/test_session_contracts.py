@@ -196,6 +196,12 @@ def test_a_copy_of_the_model_has_a_session_of_its_own(family):
         run(model, inputs)
 
 
+# tracing takes long: one family of this project and one of diffusers by default
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(n, marks=() if n in ("shape_dit", "flux") else pytest.mark.slow) for n in FAMILIES],
+    indirect=True,
+)
 def test_blocks_compile_whole_with_a_bounded_number_of_recompilations(family):
     """Other rows in groups of the same sizes need no other graphs."""
     torch._dynamo.reset()
