@@ -103,7 +103,7 @@ def test_a_budget_without_routers(
     assert command(model, f"steps={steps}", "budget=0.5") == 0
     assert extras()["policy"] == {"schedule": "early", "samples": 0}
     assert extras()["flops_executed"] / extras()["flops_dense"] == pytest.approx(0.5, abs=0.03)
-    asked = [f"model={model}", f"weights={folders[model]}", "image=*.png", "steps=5", "dtype=float32"]
+    asked = [f"model={model}", f"weights={folders[model]}", "image=*.png", f"steps={steps}", "dtype=float32"]
     assert execute(calibrate.main, CalibratePolicyConfig, "calibrate", [*asked, "device=cpu"]) == 0
     assert f"{CALIBRATION_NAME}: 1 generations of" in capsys.readouterr().out
     assert command(model, f"steps={steps}", "budget=0.5", "low_memory=true") == 0
