@@ -37,7 +37,6 @@ from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import Options, option
 
 VALIDATED = ((4, 1.0), (6, 1.0), (8, 0.5), (12, 0.35), (12, 0.5), (25, 0.3))  # steps, budget
-VOLUME_POINTS = 128  # of a sample, anywhere in the box, at which decoded fields are compared
 
 
 @dataclass(kw_only=True)
@@ -285,9 +284,9 @@ class FewStepStageConfig(ShapeGenerationConfig):
         ge=0,
         le=1,
     )
-    field_weight: float = option(
-        0.0,
-        "weight of the distance between the fields that the last latents and the dense ones decode to; 0: none",
+    latent_weight: float = option(
+        1.0,
+        "weight of the distance of the last latents to the dense ones; 0: the mesh loss alone",
         ge=0,
         le=1e6,
     )
@@ -351,38 +350,36 @@ class FewStepObjective(GenerationObjective):
     def __init__(self, flow: Any, config: FewStepStageConfig) -> None:
         attach_few_step(flow.dit, config, flow.guidance)
         super().__init__(flow, config)
-        self.meshes = flow.meshes
+        self.term = flow.term
         modules = router_modules(flow.dit).items()
         self.few_step = nn.ModuleDict({name: part for name, part in modules if name.endswith("few_step")})
         self.few_step.requires_grad_(True)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """`noise` (B,N,C), `condition` (B,M,Cc), `pair` (B,), and for all the first one's `steps` and `nfe` -> loss:
-        the mean logarithm of the relative squared errors, so that each NFE counts the same, and the distance between
-        the decoded fields."""
-        steps, nfe = int(batch["steps"][0]), float(batch["nfe"][0])
-        target = self.dense_results(batch)
-        budget = min(max(nfe / steps, MIN_BUDGET), 1.0)
-        found = self.generate(batch, steps, ElasticConfig(budget=budget))
-        errors = relative_errors(found, target, self.weights)
-        loss = (errors + self.config.floor).log().mean()
-        values = {"error": errors.detach().log().mean().exp(), "nfe": batch["nfe"][0]}
-        if self.meshes is not None:
-            points = self.meshes.points_around(target, batch["offsets"], batch["points"])
-            field = self.meshes.distance(found, target, points).mean()
-            loss = loss + self.config.field_weight * field
-            values["field"] = field.detach()
+        """`noise` (B,N,C), `condition` (B,M,Cc), `pair` (B,), for all the first one's `steps` and `nfe`, and what the
+        mesh loss needs -> loss: the mean logarithm of the relative squared errors, so that each NFE counts the same,
+        and what the last latents decode to."""
+        config, steps, nfe = self.config, int(batch["steps"][0]), float(batch["nfe"][0])
+        dense = self.dense_results(batch) if config.latent_weight or self.term.dense else None
+        found = self.generate(batch, steps, ElasticConfig(budget=min(max(nfe / steps, MIN_BUDGET), 1.0)))
+        loss, values = found.new_zeros(()), {"nfe": batch["nfe"][0]}
+        if dense is not None:
+            errors = relative_errors(found, dense, self.weights)
+            loss = config.latent_weight * (errors + config.floor).log().mean()
+            values["error"] = errors.detach().log().mean().exp()
+        if self.term.weight:
+            parts = self.flow.decoded(found, batch, dense)
+            loss = loss + self.term.weight * self.term.total(parts).mean()
+            values |= {name: part.detach().mean() for name, part in parts.items()}
         return loss, values
 
 
 @dataclass
 class NFEDraw:
-    """How a pair is generated: `steps` and `nfe` (), the same in all of a batch; where fields are compared, at
-    `offsets` (N,3) of points from the anchors and `points` (P,3) in the whole box."""
+    """How a pair is generated: `steps` and `nfe` (), the same in all of a batch."""
 
     config: FewStepStageConfig
     batch: int
-    latents: int
 
     def __call__(self, position: int, seed: int) -> Batch:
         """Of the item of a position."""
@@ -393,12 +390,7 @@ class NFEDraw:
         if rng.random() < config.whole:
             nfe = steps = int(rng.choice(config.whole_steps))
         # no smaller NFE than that of the smallest budget
-        item = {"steps": torch.tensor(steps), "nfe": torch.tensor(max(nfe, MIN_BUDGET * steps))}
-        if config.field_weight:
-            own = np.random.default_rng([seed, position, 5])
-            item["offsets"] = torch.from_numpy(own.standard_normal((self.latents, 3), dtype=np.float32))
-            item["points"] = torch.from_numpy(own.uniform(-1, 1, (VOLUME_POINTS, 3)).astype(np.float32))
-        return item
+        return {"steps": torch.tensor(steps), "nfe": torch.tensor(max(nfe, MIN_BUDGET * steps))}
 
 
 class FewStepStage(GenerationStage):
@@ -409,8 +401,7 @@ class FewStepStage(GenerationStage):
         if not holds_routers(options.model / ROUTERS_NAME):
             raise UserError(f"{options.model} has no routers, expected a folder {ROUTERS_NAME} in it")
         flow = config.flow()
-        draw = NFEDraw(options, config.batch, flow.lengths[0])
-        super().__init__(config, FewStepObjective(flow, options), draw)
+        super().__init__(config, FewStepObjective(flow, options), NFEDraw(options, config.batch))
 
     def validate(self) -> dict[str, float]:
         """Geometric mean of the relative squared error to the dense results, with and without the few-step LoRA."""

@@ -27,7 +27,6 @@ MESH_STORED = ("surface", "near", "volume")  # tensors of a prepared shape that 
 MESH_TERMS = ("field", "chamfer", "normals")
 SPACING = 0.01  # of the central differences; the finest grid cell of a 256 grid is 0.008
 JITTER = 0.02  # standard deviation of the offset at which the search for a surface point starts
-AROUND = 0.05  # standard deviation of points that are drawn around anchors; the box reaches from -1 to 1
 LARGEST_MOVE = 0.1  # a point that finds no surface nearby stays about where it was
 
 
@@ -170,14 +169,6 @@ class MeshReconstruction:
         near = field_loss(field, batch["distance"][row], self.trained)
         surface, jitter = batch["surface"][row], batch["jitter"][row]
         return torch.stack([near, *surface_loss(lambda x: self._vae.query(x, tokens), surface, jitter)])
-
-    def points_around(self, latents: Tensor, offsets: Tensor, points: Tensor) -> Tensor:
-        """Points (B,N+P,3) that tell fields apart: the anchors of latents (B,N,C), which lie near the surface, moved by
-        `offsets` (B,N,3) times `AROUND`, and the given ones (B,P,3). These alone where latents have no anchors."""
-        if not self._vae.config.anchored:
-            return points
-        anchors = self._vae.from_latents(latents)[..., :3]
-        return torch.cat([anchors + AROUND * offsets, points], dim=1)
 
     def distance(self, latents: Tensor, other: Tensor, points: Tensor) -> Tensor:
         """Distance (B,) of the fields of two sets of latents (B,N,C) at points (B,Q,3); the other's has no gradient."""

@@ -25,7 +25,7 @@ from elastic3d.training.dit import DiTStageConfig, LatentFlowConfig, LatentItems
 from elastic3d.training.few_step import FewStepStageConfig, ShapeGenerationConfig
 from elastic3d.training.flow import Flow
 from elastic3d.training.journal import contact_sheet, mesh_row
-from elastic3d.training.latents import STORED, LatentCache, LatentCacheConfig, LatentInfo
+from elastic3d.training.latents import STORED, LatentCache, LatentCacheConfig
 from elastic3d.training.mesh_loss import MESH_STORED, MeshReconstruction, MeshTermsConfig, mesh_item
 from elastic3d.training.options import DataConfig, GenerationTrainConfig, Precision, StageName, TrainConfig
 from elastic3d.training.router import DecodedTermConfig, RoutingConfig
@@ -43,7 +43,6 @@ class ShapeFlow(Flow):
         config: Any,
         options: Any,
         guidance: float | None = None,
-        loss: FieldLossConfig | None = None,
         stored: Sequence[str] = TOKENS,
         precision: Precision = Precision.fp32,
     ) -> None:
@@ -52,7 +51,6 @@ class ShapeFlow(Flow):
             config: of the stage, with `data` and `latents`.
             options: name the `model`, how many validation shapes there are, and the terms of a `mesh` loss.
             guidance: None is the pipeline's.
-            loss: what the autoencoder learned with, where decoded fields are compared; with a mesh loss, `config.vae`.
             stored: tensors of the cache that are read at once where data are preloaded.
 
         Raises:
@@ -70,6 +68,7 @@ class ShapeFlow(Flow):
         anchor_weight = getattr(options, "anchor_weight", 1.0)
         self.weights = channel_weights(self.dit.config.in_channels, self.anchors, anchor_weight)
         self._surfaces: PreparedShapes | None = None
+        loss: FieldLossConfig | None = None
         if self.term is not None and self.term.weight:
             loss = config.vae
             self._surfaces = open_split(config.data, config.data.train, MESH_STORED)
@@ -219,22 +218,6 @@ class RouterTrainConfig(TrainConfig):
 
 
 @dataclass(kw_only=True)
-class FewStepTrainConfig(GenerationTrainConfig):
-    """Everything `scripts/train.py stage=few_step` takes."""
-
-    stage: StageName = option(StageName.few_step, "what to do")
-    data: DataConfig = option(DataConfig, "prepared shapes")
-    latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
-    few_step: FewStepStageConfig = option(FewStepStageConfig, "training of the routers' few-step LoRA")
-
-    def flow(self) -> ShapeFlow:
-        """The dense model and its data."""
-        compared = self.few_step.field_weight
-        loss = LatentInfo.load(self.latents.output).field_loss() if compared else None
-        return ShapeFlow(self, self.few_step, loss=loss, precision=self.precision)
-
-
-@dataclass(kw_only=True)
 class EndMeshLossConfig(MeshTermsConfig):
     """The mesh reconstruction loss at the end of a generation."""
 
@@ -249,6 +232,45 @@ class EndMeshLossConfig(MeshTermsConfig):
             raise ValueError(
                 f"weight is {self.weight:g}, expected 0: field, chamfer, normals and dense have no weight"
             )
+
+
+@dataclass(kw_only=True)
+class FewStepMeshLossConfig(EndMeshLossConfig):
+    """The same where the latents' distance is enough as a rule."""
+
+    weight: float = option(0.0, "of the whole mesh loss; 0 leaves it out", ge=0, le=1e6)
+
+
+@dataclass(kw_only=True)
+class ShapeFewStepConfig(FewStepStageConfig):
+    """Training of the few-step LoRA of a shape DiT."""
+
+    mesh: FewStepMeshLossConfig = option(FewStepMeshLossConfig, "mesh reconstruction loss")
+
+    def check(self) -> None:
+        """There is something to learn from."""
+        super().check()
+        if not (self.latent_weight or self.mesh.weight):
+            raise ValueError("latent_weight is 0, expected more where mesh.weight is 0")
+
+
+@dataclass(kw_only=True)
+class FewStepTrainConfig(GenerationTrainConfig):
+    """Everything `scripts/train.py stage=few_step` takes."""
+
+    stage: StageName = option(StageName.few_step, "what to do")
+    data: DataConfig = option(DataConfig, "prepared shapes")
+    latents: LatentCacheConfig = option(LatentCacheConfig, "cache of latents and image tokens")
+    vae: FieldLossConfig = option(FieldLossConfig, "the loss that the VAE was trained with")
+    few_step: ShapeFewStepConfig = option(ShapeFewStepConfig, "training of the routers' few-step LoRA")
+
+    def sample_bytes(self) -> int:
+        """The points of the mesh loss."""
+        return self.few_step.mesh.sample_bytes()
+
+    def flow(self) -> ShapeFlow:
+        """The dense model and its data."""
+        return ShapeFlow(self, self.few_step, precision=self.precision)
 
 
 @dataclass(kw_only=True)

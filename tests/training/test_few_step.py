@@ -15,12 +15,11 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import read_weights
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
-from elastic3d.training.few_step import FewStepStage, FewStepStageConfig, relative_errors
+from elastic3d.training.few_step import FewStepStage, relative_errors
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import StageName
-from elastic3d.training.shape_flow import FewStepTrainConfig
+from elastic3d.training.shape_flow import FewStepMeshLossConfig, FewStepTrainConfig, ShapeFewStepConfig
 from elastic3d.training.stages import run_stage
-from elastic3d.training.vae import FieldLoss
 from elastic3d.utils.files import load_json, save_json
 from tests.training.test_calibrate import save_tiny_routers
 from tests.training.tiny import dit_config as config_for
@@ -33,7 +32,7 @@ def few_step_config(root, few_step=None, **changes) -> FewStepTrainConfig:
     options = dict(model=root / "dense", rank=4, min_nfe=2, max_nfe=3, min_steps=2, max_steps=4,
                    reference_steps=8, pairs=6, val_shapes=1)  # fmt: skip
     settings = dict(
-        stage=StageName.few_step, name="few_step", few_step=FewStepStageConfig(**options | (few_step or {}))
+        stage=StageName.few_step, name="few_step", few_step=ShapeFewStepConfig(**options | (few_step or {}))
     )
     return config_for(root, **(settings | changes))
 
@@ -110,9 +109,12 @@ def test_only_the_lora_learns_and_the_error_falls(routed):
     assert errors[-1] < 0.8 * errors[0]
 
 
-@pytest.mark.parametrize("field_weight", [0.0, 1.0])
-def test_micro_batches_have_the_gradients_of_their_whole(routed, field_weight):
-    stage = FewStepStage(few_step_config(routed, {"field_weight": field_weight}, batch=4))
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_micro_batches_have_the_gradients_of_their_whole(routed, weight):
+    mesh = FewStepMeshLossConfig(
+        weight=weight, chamfer=0.0, normals=0.0
+    )  # differences of nearly equal fields
+    stage = FewStepStage(few_step_config(routed, {"mesh": mesh}, batch=4))
     whole = gradients(stage, 1)
     for accumulate in (2, 4):
         torch.testing.assert_close(gradients(stage, accumulate), whole, rtol=1e-4, atol=1e-6)
@@ -145,32 +147,36 @@ def test_errors_of_anchors_can_count_more(routed):
     assert found == pytest.approx([5 / 19, 1 / 19])
 
 
-def test_decoded_fields_are_compared_around_the_dense_anchors(routed, monkeypatch):
-    stage = FewStepStage(few_step_config(routed, {"field_weight": 1.0}, batch=4))
-    objective, batch = (
-        stage.objective,
-        default_collate([stage.items.item(position, 0) for position in range(4)]),
-    )
-    dense = objective.dense_results(batch)
-    points = objective.meshes.points_around(dense, batch["offsets"], batch["points"])
-    count = dense.shape[1]
-    away = points[:, :count] - stage.flow.cache.info.load_vae().from_latents(dense)[..., :3]
-    assert 0.04 < away.std() < 0.06 and torch.equal(points[:, count:], batch["points"])
-    assert objective.meshes.distance(dense, dense, points).abs().max() < 1e-6
-    assert (objective.meshes.distance(dense + 0.3, dense, points) > 1e-4).all()
-    monkeypatch.setattr(
-        "elastic3d.training.few_step.relative_errors", lambda found, true, weights: torch.ones(len(found))
-    )
-    loss, values = objective(batch)  # the latents do not count
+def test_the_mesh_alone_reaches_the_lora_and_needs_no_dense_generation(routed, monkeypatch):
+    options = {"latent_weight": 0.0, "mesh": FewStepMeshLossConfig(weight=1.0, dense=0.0)}
+    stage = FewStepStage(few_step_config(routed, options, batch=4))
+    objective = stage.objective
+    batch = default_collate([stage.items.item(position, 0) for position in range(4)])
+    monkeypatch.setattr(objective, "dense", lambda batch: pytest.fail("a dense generation"))
+    loss, values = objective(batch)
     loss.backward()
-    assert values["field"] > 0
+    assert set(values) == {"nfe", "mesh_field", "mesh_chamfer", "mesh_normals"}
+    expected = values["mesh_field"] + 10 * values["mesh_chamfer"] + 0.1 * values["mesh_normals"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     ups = [p.grad for name, p in objective.named_parameters() if name.endswith(".up")]
     assert all(g.isfinite().all() for g in ups) and sum(bool(g.any()) for g in ups) > len(ups) / 2
-    assert (
-        objective.meshes.trained.loss is FieldLoss.tsdf
-    )  # an autoencoder without a record is a published one
+    with pytest.raises(ValueError, match="latent_weight is 0, expected more where mesh.weight is 0"):
+        ShapeFewStepConfig(latent_weight=0.0).check()
+
+
+def test_the_field_of_the_dense_model_is_one_of_the_terms(routed):
+    only = dict.fromkeys(("field", "chamfer", "normals"), 0.0)
+    options = {"mesh": FewStepMeshLossConfig(weight=1.0, dense=1.0, **only)}
+    stage = FewStepStage(few_step_config(routed, options, batch=4))
+    objective = stage.objective
+    batch = default_collate([stage.items.item(position, 0) for position in range(4)])
+    loss, values = objective(batch)
+    loss.backward()
+    assert values["mesh_dense"] > 0 and "mesh_field" not in values
+    ups = [p.grad for name, p in objective.named_parameters() if name.endswith(".up")]
+    assert all(g.isfinite().all() for g in ups) and sum(bool(g.any()) for g in ups) > len(ups) / 2
     without = FewStepStage(few_step_config(routed))
-    assert without.objective.meshes is None and "points" not in without.items.item(0, 0)
+    assert without.flow.meshes is None and "points" not in without.items.item(0, 0)
 
 
 def test_train_export_and_generate(routed):
@@ -249,12 +255,12 @@ def test_what_does_not_fit_is_said(routed):
     with pytest.raises(UserError, match="has no routers, expected a folder routers in it"):
         FewStepStage(few_step_config(routed))
     with pytest.raises(ValueError, match="max_nfe is 1"):
-        FewStepStageConfig(min_nfe=2, max_nfe=1)
+        ShapeFewStepConfig(min_nfe=2, max_nfe=1)
     with pytest.raises(ValueError, match="guided_times is .*, expected none: guidance is false"):
-        FewStepStageConfig(guided_times=[0.1, 0.3])
+        ShapeFewStepConfig(guided_times=[0.1, 0.3])
     with pytest.raises(ValueError, match=r"whole is 0.2, expected 0: no number of .* between 4.2 and 4.8"):
-        FewStepStageConfig(whole=0.2, min_nfe=4.2, max_nfe=4.8)
+        ShapeFewStepConfig(whole=0.2, min_nfe=4.2, max_nfe=4.8)
     with pytest.raises(ValueError, match="max_steps is 40, expected at most 26"):
-        FewStepStageConfig(max_steps=40)
+        ShapeFewStepConfig(max_steps=40)
     with pytest.raises(ValueError, match="reference_steps is 10"):
-        FewStepStageConfig(reference_steps=10)
+        ShapeFewStepConfig(reference_steps=10)
