@@ -80,7 +80,8 @@ def execute(
     try:
         return main(parse(config_class, config_name, arguments, config_dir, elsewhere)) or 0
     except (KeyboardInterrupt, ValueError, OSError) as error:
-        return _told(error, any(argument.lower() == "debug=true" for argument in arguments))
+        options = (argument.partition("=") for argument in arguments)
+        return _told(error, any(_BOOLEANS.get(text.lower()) for name, _, text in options if name == "debug"))
 
 
 def _told(error: BaseException, debug: bool) -> int:

@@ -26,7 +26,7 @@ from _cli import run
 
 from elastic3d.errors import UserError
 from elastic3d.evaluation.options import Runner
-from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, GenerateConfig
+from elastic3d.pipelines.options import GenerateConfig
 
 if TYPE_CHECKING:
     from elastic3d.pipelines.call import OnProgress
@@ -60,7 +60,7 @@ def main(config: GenerateConfig) -> int:
         try:
             make(tell, show)
         finally:
-            if plan.folder is not None:
+            if plan.folder is not None and outcomes:
                 generation.save_summary(
                     plan.folder / generation.SUMMARY_NAME, config, outcomes, len(plan.jobs)
                 )
@@ -85,11 +85,9 @@ def maker(
     pipeline = load_pipeline(config, len(jobs))
     draw = None
     if config.prompt:
-        from elastic3d.pipelines.text_to_3d import known_nouns, prompt_drawer, prompt_warning
+        from elastic3d.pipelines.text_to_3d import prompt_drawer
 
         draw, config = prompt_drawer(config, pipeline)
-        if warning := prompt_warning(config.prompt, known_nouns(config.image_model or DEFAULT_IMAGE_MODEL)):
-            print(f"warning: {warning}", file=sys.stderr)
     if config.trace:
         check_trace(pipeline, config)
     return lambda tell, show: generate(pipeline, jobs, config, tell, show, draw, alone=len(jobs) == 1)

@@ -239,9 +239,10 @@ class OnlinePolicy(StepPolicy):
     def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> Forecast | None:
         """A generation begins -> how residuals go on in it."""
         forecast = super().begin(steps, times, budgets)
-        counts = [len(computed) for computed in self._computed]
-        levels = {count: threshold(self._errors, count) for count in set(counts)}
-        self._samples = [_Online(self._errors, levels[count]) for count in counts]
+        assert self._here is not None
+        counts, errors = [len(computed) for computed in self._computed], self._here.errors
+        levels = {count: threshold(errors, count) for count in set(counts)}
+        self._samples = [_Online(errors, levels[count]) for count in counts]
         return forecast
 
     def decide(self, context: StepContext, block: int, routed: RouteDecision | None) -> RouteDecision:

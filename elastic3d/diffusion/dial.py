@@ -79,9 +79,9 @@ class Row:
             return replace(requested, elastic=False, budget=None)
         return replace(requested, budget=self.router_budget)
 
-    def metadata(self, budget: float | None, quality: Quality | str | None) -> dict[str, Any]:
+    def metadata(self, budget: float | None, quality: Quality | None) -> dict[str, Any]:
         """What was requested, and what it costs."""
-        name = getattr(quality or Quality.default, "name", quality)
+        name = (quality or Quality.default).name
         return {"requested": name if budget is None else float(budget), "cost": self.cost}
 
 
@@ -118,7 +118,7 @@ def choose(
     dial: Dial | None,
     requested: ElasticOptions,
     steps: int | None,
-    quality: Quality | str | None,
+    quality: Quality | None,
     guidance: float | None,
 ) -> Row | None:
     """The row that a call runs; None where the dial is not used: by `steps`, by a dense call, by a model without one.
@@ -128,11 +128,11 @@ def choose(
             few-step LoRA is left out.
 
     Raises:
-        UserError: a budget out of range or below the cheapest row; a quality that is unknown, that the model has no
+        UserError: a budget out of range or below the cheapest row; a quality that the model has no
             dial for, or that comes with another choice of speed.
     """
     if quality is not None:
-        quality = _checked(dial, requested, steps, quality)
+        _check(dial, requested, steps, quality)
     if dial is None or steps is not None or requested.elastic is False:
         return None
     lora = guidance in (None, dial.guidance) and requested.few_step is not False
@@ -142,32 +142,23 @@ def choose(
     if not rows:
         raise UserError(f"no row of {DIAL_NAME} can run with these options, expected steps= with them")
     if requested.budget is not None:
-        return _affordable(rows, requested.budget, whole=len(rows) == len(dial.rows))
+        affordable = [row for row in rows if row.cost <= requested.budget]
+        if not affordable:
+            why = "" if len(rows) == len(dial.rows) else ", as these options rule out cheaper settings"
+            raise UserError(f"budget is {requested.budget:g}, expected at least {rows[0].cost:g}{why}")
+        return affordable[-1]
     return named_row(rows, quality or Quality.default, dial.f_scores) or rows[-1]
 
 
-def _affordable(rows: Sequence[Row], budget: float, whole: bool) -> Row:
-    """The last row, of all or some, that a budget pays for. UserError as `choose`."""
-    affordable = [row for row in rows if row.cost <= budget]
-    if not affordable:
-        why = "" if whole else ", as these options rule out cheaper settings"
-        raise UserError(f"budget is {budget:g}, expected at least {rows[0].cost:g}{why}")
-    return affordable[-1]
-
-
-def resolution_of(model: PipelineConfig, quality: Quality | str | None) -> int:
+def resolution_of(model: PipelineConfig, quality: Quality | None) -> int:
     """Grid cells a side of the decoding, for a quality or for none."""
-    name = getattr(quality, "name", quality)
-    return getattr(model, f"{name}_resolution", 0) or model.resolution
+    own = 0 if quality is None else getattr(model, f"{quality.name}_resolution", 0)
+    return own or model.resolution
 
 
-def _checked(
-    dial: Dial | None, requested: ElasticOptions, steps: int | None, quality: Quality | str
-) -> Quality:
-    """The quality that is asked for. UserError as `choose`."""
-    name = quality.name if isinstance(quality, Quality) else quality
-    if not isinstance(name, str) or name not in Quality.__members__:
-        raise UserError(f"quality is {name!r}, expected one of {', '.join(Quality.__members__)}")
+def _check(dial: Dial | None, requested: ElasticOptions, steps: int | None, quality: Quality) -> None:
+    """UserError as `choose`, of a quality."""
+    name = quality.name
     for other, given in (("budget", requested.budget), ("steps", steps)):
         if given is not None:
             raise UserError(f"quality is {name} and {other} is {given}, expected one of them")
@@ -175,7 +166,6 @@ def _checked(
         raise UserError(f"quality is {name}, but elastic is false")
     if dial is None:
         raise UserError(f"quality is {name}, but this model has no {DIAL_NAME}: set budget= or steps=")
-    return Quality[name]
 
 
 def load_dial(folder: Path, model: PipelineConfig, routers: RouterConfig | None) -> Dial | None:

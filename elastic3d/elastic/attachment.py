@@ -154,14 +154,20 @@ def is_attached(model: nn.Module) -> bool:
 
 def has_routers(model: nn.Module) -> bool:
     """Whether a model has routers, rather than nothing or a policy."""
-    return is_attached(model) and session_of(model).conditioner is not None
+    session = find_session(model)
+    return session is not None and session.conditioner is not None
+
+
+def find_session(model: nn.Module) -> ElasticSession | None:
+    """The session of a model with routers, or a policy; None where it has neither."""
+    return model.__dict__.get(_SESSION)
 
 
 def session_of(model: nn.Module) -> ElasticSession:
     """The session of a model with routers; ValueError where it has none."""
-    if not is_attached(model):
+    if (session := find_session(model)) is None:
         raise ValueError(f"this {type(model).__name__} has no routers: attach them first")
-    return model.__dict__[_SESSION]
+    return session
 
 
 def adapter_for(model: nn.Module) -> ModelAdapter:

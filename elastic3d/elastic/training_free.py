@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,7 @@ class Calibration:
         found = self.forecasts(self.moments[span, stream], known)[0][:, step]
         return float(found[-1]), float(found[0]) if len(known) > 1 else 0.0
 
+    @cached_property
     def errors(self) -> Array:
         """Predicted squared error (S,S,S) of the result where the third step is forecast from the first two; from
         one alone where they are the same. 0 for steps that do not come after these."""
@@ -140,10 +141,9 @@ class StepPolicy(RouteSource):
 
     def __init__(self, calibration: Calibration | None = None) -> None:
         self.calibration = calibration
-        # of the generation that runs: its times, the calibration and the errors at these, each sample's computed steps
+        # of the generation that runs: its times, the calibration at these, each sample's computed steps
         self._times: tuple[float, ...] = ()
         self._here: Calibration | None = None
-        self._errors = np.zeros((0, 0, 0))
         self._computed: list[frozenset[int]] = []
 
     def begin(self, steps: int, times: Sequence[float], budgets: Sequence[float]) -> Forecast | None:
@@ -154,7 +154,6 @@ class StepPolicy(RouteSource):
         times = tuple(times) or tuple(i / steps for i in range(steps))
         if times != self._times and self.calibration is not None:
             self._here = self.calibration.at(times)
-            self._errors = self._here.errors()
         self._times = times
         counts = [check_budget(budget, steps) for budget in budgets]
         chosen = {count: frozenset(self.chosen(count)) for count in set(counts)}
@@ -163,9 +162,9 @@ class StepPolicy(RouteSource):
 
     def chosen(self, count: int) -> tuple[int, ...]:
         """The `count` steps of this generation that run the blocks."""
-        if not self.planned:
+        if self._here is None or not self.planned:
             return early_steps(len(self._times), count)
-        return planned_steps(self._errors, count)
+        return planned_steps(self._here.errors, count)
 
     @property
     def planned(self) -> bool:

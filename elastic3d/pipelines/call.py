@@ -65,17 +65,9 @@ class Call:
     ensemble: int
     combine: Combine
     dial: dict[str, Any]
-    on_step: OnStep | None
-    on_progress: OnProgress | None
+    on_progress: OnProgress
     on_result: OnResult
 
     def __post_init__(self) -> None:
         if self.combine is not Combine.mean and self.ensemble == 1:
             raise UserError(f"combine is {self.combine.value}, expected ensemble= of 2 or more with it")
-
-    def at(self, stage: str, done: int, total: int) -> None:
-        """Tell that `done` of `total` of a stage are done."""
-        if stage == "dit" and self.on_step is not None:
-            self.on_step(done, total)
-        if self.on_progress is not None:
-            self.on_progress(stage, done, total)

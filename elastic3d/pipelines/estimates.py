@@ -84,7 +84,7 @@ def estimate(name: str, budget: float) -> Estimate:
     """What one mesh of a preset costs at a budget, in half precision. Routers, embeddings and decoding are left out."""
     model = published(name)
     dit = model.dit
-    one_pass = sum(block.dense for block in pass_flops(on_meta(dit), dit.num_latents, dit.condition_tokens))
+    one_pass = sum(block.dense for block in pass_flops(on_meta(dit), dit.condition_tokens))
     parameters = {
         "condition": _DINOV2[dit.condition_channels],
         "dit": parameter_count(dit),

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trimesh
 
 from elastic3d.checkpoints.options import PRESETS
-from elastic3d.diffusion.dial import choose
-from elastic3d.elastic.attachment import has_routers
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.errors import UserError
 from elastic3d.evaluation.health import PrintCheck, print_check
@@ -32,7 +30,6 @@ from elastic3d.pipelines.options import (
     AssetConfig,
     GenerateConfig,
     Texture,
-    Up,
 )
 from elastic3d.pipelines.preview import check_routes, draw_routes, route_title, turntable
 from elastic3d.pipelines.training_free import calibration_file
@@ -144,7 +141,7 @@ def plan(config: GenerateConfig) -> Plan:
         for image, target in pairs
         for n in range(config.num_samples)
     ]
-    for suffix in {target.suffix for _, target in pairs} if config.asset.texture is Texture.project else ():
+    for suffix in {target.suffix for _, target in pairs}:
         check_asset(config.asset, suffix, config.cleanup.uv)
     meshes = [job.output for job in jobs]
     views = {f"image_{name}": path for name, path in config.views.items()}
@@ -170,8 +167,7 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
     Raises:
         UserError: a missing or broken file, too little memory, options that the model can't honour.
     """
-    if config.calibration:
-        calibration_file(config.calibration)
+    calibration = calibration_file(config.calibration) if config.calibration else None
     if config.model in PRESETS:
         from elastic3d.pipelines.published import published_pipeline
 
@@ -183,8 +179,10 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
         routers = {"": True, NO_ROUTERS_NAME: False}.get(config.routers, config.routers)
         model = config.model or DEFAULT_MODEL
         pipeline = ImageTo3DPipeline.from_pretrained(model, config.device, config.dtype, routers=routers)
-    if config.calibration:
-        _put_calibration(pipeline, config.calibration)
+    if calibration is not None:
+        if pipeline.session is not None:
+            raise UserError(f"calibration={calibration}: this model has routers, expected routers=none")
+        pipeline.calibration = calibration
     if config.low_memory:
         pipeline.use_less_memory()
     if config.compile:
@@ -192,20 +190,11 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
     return pipeline
 
 
-def _put_calibration(pipeline: ImageTo3DPipeline, path: str) -> None:
-    """Keep budgets by another calibration than the model's. UserError for a model whose routers keep them."""
-    if pipeline.session is not None:
-        raise UserError(f"calibration={path}: this model has routers, expected routers=none")
-    pipeline.calibration = Path(path)
-
-
 def check_trace(pipeline: ImageTo3DPipeline, config: GenerateConfig) -> None:
     """UserError if routes are to be drawn of the dense model, which the options run; before a mesh is made."""
-    requested, routed = ElasticOptions(**ElasticOptions.of(config)), has_routers(pipeline.dit)
-    row = choose(pipeline.dial, requested, config.steps, config.quality, config.guidance)
-    if row is not None:
-        requested, routed = row.over(requested), routed and not row.planned
-    check_routes(config.trace, requested.over(pipeline.config.elastic, routed))
+    requested = ElasticOptions(**ElasticOptions.of(config))
+    _, runs, _ = pipeline.configured(requested, config.quality, config.steps, config.guidance)
+    check_routes(config.trace, runs.elastic)
 
 
 def generate(
@@ -335,8 +324,7 @@ def finish(
         frontal = result.metadata["model"] in PRESETS  # these face the camera of the image, not +Z
         foreground = foreground or ForegroundConfig()
         mesh, result.metadata["texture"] = coloured(mesh, image, foreground, config, frontal)
-    if config.up is not Up.y:
-        mesh = with_up(mesh, config.up.value)
+    mesh = with_up(mesh, config.up.value)
     if config.size_mm is not None:
         mesh = scale_to(mesh, config.size_mm, suffix)
     return mesh, check

@@ -18,17 +18,16 @@ from torch import Tensor, nn
 from elastic3d import __version__
 from elastic3d.checkpoints.folders import INDEX_NAME, refuse
 from elastic3d.checkpoints.options import PRESETS
-from elastic3d.diffusion.dial import Dial, Row, choose, load_dial, resolution_of, save_dial
+from elastic3d.diffusion.dial import Dial, choose, load_dial, resolution_of, save_dial
 from elastic3d.diffusion.options import MAX_ENSEMBLE, Combine, PipelineConfig, Quality
 from elastic3d.diffusion.sampler import sample, sampling_times
 from elastic3d.elastic.attachment import (
     attach,
+    find_session,
     has_routers,
     holds_routers,
-    is_attached,
     remove_routers,
     save_routers,
-    session_of,
 )
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.session import ElasticSession
@@ -147,7 +146,7 @@ class ImageTo3DPipeline:
     @property
     def session(self) -> ElasticSession | None:
         """Of the DiT's routers, or of its policy once a budget was set; None where it has neither."""
-        return session_of(self.dit) if is_attached(self.dit) else None
+        return find_session(self.dit)
 
     @classmethod
     @torch.inference_mode(False)  # where tensors keep no version, by which stale weights are found
@@ -243,7 +242,6 @@ class ImageTo3DPipeline:
         foreground: ForegroundConfig | None = None,
         ensemble: int = 1,
         combine: Combine | str = Combine.mean,
-        on_step: OnStep | None = None,
         on_progress: OnProgress | None = None,
         on_result: OnResult | None = None,
         **elastic: Any,
@@ -260,7 +258,7 @@ class ImageTo3DPipeline:
             decode: how the field becomes a mesh; resolution, box and chunks are those of this call.
             ensemble: generations of each object, K; the first is the one that is made without.
             combine: the mesh is their mean shape, or that of the one which fits the image (`geometry.ensemble`).
-            on_step, on_progress: called with (steps done, steps) of the sampling, (stage, done, total) of every stage.
+            on_progress: called with (stage, done, total) of every stage.
             on_result: called with (number in the list, result) as soon as a result is known, failures included.
             elastic: `budget=` and whatever else `ElasticOptions` has.
 
@@ -273,15 +271,12 @@ class ImageTo3DPipeline:
         inputs: Sequence[ImageInput] = images if many else [images]  # type: ignore[assignment, list-item]
         seeds = seeds_of(seed, len(inputs))
         ensemble = checked("ensemble", ensemble, int, Bounds(ge=1, le=MAX_ENSEMBLE))
-        given = {"steps": steps, "guidance": guidance, "resolution": resolution}
         requested = ElasticOptions(**elastic)
-        row = choose(self.dial, requested, steps, quality, guidance)
-        model = self._without_routers() if row is not None and row.planned else self
-        config, dial = model._config(given, quality, requested, row)
+        model, config, dial = self.configured(requested, quality, steps, guidance, resolution)
         if max_faces is not None:
             cleanup = replace(cleanup or CleanupConfig(), max_faces=max_faces)
         parts = decode or DecodeConfig(), cleanup or CleanupConfig(), foreground or ForegroundConfig()
-        told = on_step, on_progress, on_result or (lambda *_: None)
+        told = on_progress or (lambda *_: None), on_result or (lambda *_: None)
         rule: Combine = checked("combine", combine, Combine)
         with turn(self.dit):  # threads that share a model take turns
             results = model._generate(Call(inputs, seeds, config, *parts, ensemble, rule, dial, *told))
@@ -289,21 +284,31 @@ class ImageTo3DPipeline:
             raise results[0].error
         return results if many else results[0]
 
-    def _config(
-        self, given: dict[str, Any], quality: Quality | str | None, requested: ElasticOptions, row: Row | None
-    ) -> tuple[PipelineConfig, dict[str, Any]]:
-        """The model's sampling with what a call asks for, by a row of the dial if there is one, and its metadata.
-        UserError out of range."""
-        dial, routed = {}, has_routers(self.dit)
+    def configured(
+        self,
+        requested: ElasticOptions,
+        quality: Quality | str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        resolution: int | None = None,
+    ) -> tuple[ImageTo3DPipeline, PipelineConfig, dict[str, Any]]:
+        """What a call runs: this pipeline, or its twin without routers; its sampling, by a row of the dial if there is
+        one; the metadata of that. UserError out of range."""
+        named: Quality | None = checked("quality", quality, Quality | None)
+        model, dial = self, dict[str, Any]()
+        row = choose(self.dial, requested, steps, named, guidance)
         if row is not None:
-            dial = {"dial": row.metadata(requested.budget, quality)}
-            given, requested = given | {"steps": row.steps}, row.over(requested)
-        given = {name: value for name, value in given.items() if value is not None}
-        config = replace(self.config, **{"resolution": resolution_of(self.config, quality), **given})
+            dial = {"dial": row.metadata(requested.budget, named)}
+            steps, requested = row.steps, row.over(requested)
+            model = self._without_routers() if row.planned else self
+        routed = has_routers(model.dit)
+        wanted: dict[str, Any] = {"steps": steps, "guidance": guidance, "resolution": resolution}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        config = replace(self.config, **{"resolution": resolution_of(self.config, named), **given})
         config.elastic = requested.over(self.config.elastic, routed)
         if config.elastic.elastic and not routed:
             check_budget(config.elastic.budget, len(sampling_times(config, config.steps)) - 1)
-        return config, dial
+        return model, config, dial
 
     def _without_routers(self) -> ImageTo3DPipeline:
         """This pipeline with a twin of the DiT that shares its weights: a plan keeps its budgets."""
@@ -314,8 +319,8 @@ class ImageTo3DPipeline:
         return twin
 
     def _generate(self, call: Call) -> list[Result]:
-        config, K, ms = call.config, call.ensemble, dict[str, float]()
-        self.max_points = self.fit(config, len(call.images) * K) if self.fit else self.max_points
+        config, K, ms, device = call.config, call.ensemble, dict[str, float](), self.device
+        most = self.fit(config, len(call.images) * K) if self.fit else self.max_points
         if config.elastic.elastic and self.session is None:  # the first call with a budget brings the policy
             put_policy(self.dit, find_calibration(self.calibration, self.dit))
         metadata = {
@@ -331,7 +336,7 @@ class ImageTo3DPipeline:
             **call.dial,
         }
         results = [Result({**metadata, "seed": seed}) for seed in call.seeds]
-        with timed(ms, "condition"):
+        with timed(ms, "condition", device):
             prepared = self._prepare(call, results)
             if not prepared:
                 return results
@@ -339,9 +344,10 @@ class ImageTo3DPipeline:
             made = {i: results[i] for i in prepared}
             self._compare(condition, made, call.images)
         seeds = [call.seeds[i] for i in made]
-        with timed(ms, "dit"):
+        with timed(ms, "dit", device):
+            on_step = partial(call.on_progress, "dit")
             latents = self.sample_latents(
-                condition, seeds, config.steps, config.guidance, config.elastic, partial(call.at, "dit"), K
+                condition, seeds, config.steps, config.guidance, config.elastic, on_step, K
             ).unflatten(0, (-1, K))
         dense, default = (dense_flops(self.dit, c, condition.shape[1]) for c in (config, self.config))
         # costs of a dial are shares of the default generation's
@@ -350,7 +356,7 @@ class ImageTo3DPipeline:
         for result, rows, route in zip(made.values(), latents, routes, strict=True):
             result.latents = rows.squeeze(0).cpu()
             result.metadata |= {"flops_executed": K * dense, "flops_dense": dense, **route, **of_default}
-        self._decode(call, latents, made, ms)
+        self._decode(call, latents, made, ms, min(most, self.max_points))
         return results
 
     def _prepare(self, call: Call, results: list[Result]) -> dict[int, Prepared]:
@@ -367,7 +373,7 @@ class ImageTo3DPipeline:
             except UserError as error:
                 results[i].error = error
                 call.on_result(i, results[i])
-            call.at("condition", i + 1, len(call.images))
+            call.on_progress("condition", i + 1, len(call.images))
         return found
 
     def encode(self, prepared: Sequence[Prepared]) -> Tensor:
@@ -427,40 +433,42 @@ class ImageTo3DPipeline:
             session.forget()  # copies of blocks would stay on the device
         return latents
 
-    def _decode(self, call: Call, latents: Tensor, made: dict[int, Result], ms: dict[str, float]) -> None:
+    def _decode(
+        self, call: Call, latents: Tensor, made: dict[int, Result], ms: dict[str, float], max_points: int
+    ) -> None:
         """Latents (B,K,N,C) -> the meshes of `made`, by their number in the call, or why there is none. `ms` is what
         the batch has taken so far; now all times of its results are known."""
-        count = len(made)
+        count, device = len(made), self.device
         box, resolution = self.config.box, call.config.resolution
-        decode = replace(call.decode, resolution=resolution, box=box, max_points=self.max_points)
+        decode = replace(call.decode, resolution=resolution, box=box, max_points=max_points)
         others = call.ensemble if call.ensemble > 1 else 0  # fields that are combined first
         parts = others + len(resolutions_of(decode))
 
         def on_part(before: int, done: int, _: int) -> None:
-            call.at("decode", before + done, count * parts)
+            call.on_progress("decode", before + done, count * parts)
 
         with self._working(self.vae):
-            with timed(ms, "decode"), torch.no_grad():
+            with timed(ms, "decode", device), torch.no_grad():
                 tokens = self.vae.decode(latents.flatten(0, 1)).split(call.ensemble)
             for row, (number, result) in enumerate(made.items()):
                 tell, on_level = (partial(on_part, row * parts + before) for before in (0, others))
                 took = {name: value / count for name, value in ms.items()}
                 try:
-                    with timed(took, "decode"):
+                    with timed(took, "decode", device):
                         fields = [self.vae.field(each[None]) for each in tokens[row]]
                         field = fields[0]
                         if len(fields) > 1:
                             image = call.images[number], call.foreground, call.config.model in PRESETS
-                            field, found = combined(fields, call.combine, *image, decode, self.device, tell)
+                            field, found = combined(fields, call.combine, *image, decode, device, tell)
                             result.metadata |= found
-                        values, _ = decode_field(field, decode, self.device, on_level)
-                    with timed(took, "surface"):
+                        values, _ = decode_field(field, decode, device, on_level)
+                    with timed(took, "surface", device):
                         values = reducible(values, call.cleanup.max_faces)
                         mesh = extract_surface(values, decode.box, decode.surface)
-                    with timed(took, "cleanup"):
+                    with timed(took, "cleanup", device):
                         result._mesh = clean(mesh, call.cleanup)
                 except ValueError as error:
                     result.error = error if isinstance(error, UserError) else UserError(str(error))
                 result.metadata["ms"] = {name: round(value, 1) for name, value in took.items()}
-                call.at("cleanup", row + 1, count)
+                call.on_progress("cleanup", row + 1, count)
                 call.on_result(number, result)

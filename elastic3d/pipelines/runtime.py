@@ -88,13 +88,9 @@ def resolve_device(choice: DeviceChoice | torch.device | str = DeviceChoice.auto
         UserError: there is no such device here.
     """
     name = choice.value if isinstance(choice, DeviceChoice) else str(choice)
-    if name != "auto":
-        return _device_named(name)
     mps = torch.backends.mps.is_available()
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-
-
-def _device_named(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -102,7 +98,7 @@ def _device_named(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise UserError(f"device is {name}, but PyTorch sees {found} CUDA devices: expected auto or cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
+    if device.type == "mps" and not mps:
         raise UserError("device is mps, but PyTorch has no Metal here: expected auto or cpu")
     return device
 
@@ -114,13 +110,9 @@ def resolve_dtype(choice: DTypeChoice | torch.dtype | str, device: torch.device)
         UserError: unknown, or fp16 on a CPU, which has no such matrix product: a hundred times slower.
     """
     name = choice.value if isinstance(choice, DTypeChoice) else str(choice).removeprefix("torch.")
-    if name != "auto":
-        return _dtype_named(name, device, any_float=isinstance(choice, torch.dtype))
-    return torch.bfloat16 if fast_bfloat16(device) else torch.float32
-
-
-def _dtype_named(name: str, device: torch.device, any_float: bool) -> torch.dtype:
-    if not any_float and name not in DTypeChoice.__members__:
+    if name == "auto":
+        return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+    if not isinstance(choice, torch.dtype) and name not in DTypeChoice.__members__:
         raise UserError(f"dtype is {name!r}, expected one of {', '.join(DTypeChoice.__members__)}")
     if name == "float16" and device.type == "cpu":
         raise UserError("dtype is float16, which a CPU can't multiply: expected auto, float32 or bfloat16")
@@ -143,17 +135,18 @@ def turn(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def timed(ms: dict[str, float], name: str) -> Iterator[None]:
-    """Add the milliseconds of the block to `ms[name]`, waiting for what it started on a GPU."""
+def timed(ms: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
+    """Add the milliseconds of the block to `ms[name]`, waiting for what it started on the device."""
     start = time.perf_counter()
     yield
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     ms[name] = ms.get(name, 0.0) + 1000 * (time.perf_counter() - start)
 
 
-def pass_flops(dit: ShapeDiT | SkipDiT, latents: int, condition: int) -> list[BlockFlops]:
-    """FLOPs of each block of a DiT in one pass of one sample, of latent tokens (N) and condition tokens (M)."""
+def pass_flops(dit: ShapeDiT | SkipDiT, condition: int) -> list[BlockFlops]:
+    """FLOPs of each block of a DiT in one pass of one sample with M condition tokens."""
+    latents = dit.config.num_latents
     lengths = [latents + 1] if isinstance(dit, SkipDiT) else [latents, condition]  # 1: the time token
     return block_flops(dit, adapter_for(dit), lengths)
 
@@ -162,7 +155,7 @@ def dense_flops(dit: ShapeDiT | SkipDiT, config: PipelineConfig, condition: int)
     """FLOPs of a DiT's blocks in a dense generation of one sample, over all moves and branches."""
     moves = len(sampling_times(config, config.steps)) - 1
     branches = 2 if config.guidance > 1.0 and not dit.config.guidance_embed else 1
-    return moves * branches * sum(block.dense for block in pass_flops(dit, dit.config.num_latents, condition))
+    return moves * branches * sum(block.dense for block in pass_flops(dit, condition))
 
 
 def routes_of(session: ElasticSession | None, settings: ElasticConfig, samples: int) -> list[dict[str, Any]]:

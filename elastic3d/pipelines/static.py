@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic3d.elastic.attachment import is_attached, session_of
+from elastic3d.elastic.attachment import find_session
 from elastic3d.elastic.few_step import Key
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import Trace
@@ -47,7 +47,7 @@ class StaticDiT:
         The settings are those of the DiT's session, which gets the trace. `condition` (B,M,Cc) are the tokens of the
         generation.
         """
-        session = session_of(self.dit) if is_attached(self.dit) else None
+        session = find_session(self.dit)
         moments = times.tolist()[:-1]
         scale = None if guidance <= 1.0 or self.dit.config.guidance_embed else guidance
         if session is not None:
@@ -59,7 +59,7 @@ class StaticDiT:
         if session is not None and session.settings.elastic:
             names, ratios = [block.name for block in session.blocks], session.router_config.ratios
             trace = session.trace = Trace(names, ratios, len(moments), len(condition), session.guided)
-            trace.flops |= enumerate(pass_flops(self.dit, self.dit.config.num_latents, condition.shape[1]))
+            trace.flops |= enumerate(pass_flops(self.dit, condition.shape[1]))
             for step, t in enumerate(moments):
                 branches = 1 if scale is None or session.one_branch(t) else 2
                 trace.actions[step, :branches] = len(ratios)  # each block at full width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ def prompt_drawer(config: GenerateConfig, pipeline: ImageTo3DPipeline) -> tuple[
     """What draws the prompt of a job, and the options that are left for the mesh's own model.
 
     Both models follow the elastic options; beside one that has routers, one without keeps the budget alone. The image's
-    model takes no budget below 0.3, and `quality=` is the mesh's alone.
+    model takes no budget below 0.3, and `quality=` is the mesh's alone. Warns of a prompt that it does not know.
 
     Raises:
         UserError: `image_model` is no small text-to-image model, or the prompt is none.
@@ -31,6 +32,8 @@ def prompt_drawer(config: GenerateConfig, pipeline: ImageTo3DPipeline) -> tuple[
     weights = config.image_model or DEFAULT_IMAGE_MODEL
     images = TextToImagePipeline.from_pretrained(weights, device=config.device, dtype=config.dtype)
     check_prompt(config.prompt, images.backbone)
+    if text := prompt_warning(config.prompt, known_nouns(weights)):
+        warnings.warn(text, stacklevel=1)  # named by its sentence alone
     wanted = ElasticOptions.of(config)
     if config.budget is not None:  # the mesh's model may have a dial, which goes lower than routers do
         wanted["budget"] = max(config.budget, MIN_BUDGET)

@@ -17,10 +17,9 @@ from elastic3d import __version__
 from elastic3d.elastic.attachment import (
     adapter_for,
     attach,
+    find_session,
     has_routers,
     holds_routers,
-    is_attached,
-    session_of,
 )
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.families import dense_flops
@@ -87,8 +86,7 @@ class TextToImagePipeline:
     @property
     def session(self) -> ElasticSession | None:
         """Of the transformer's routers, or of its policy once a budget was set; None where it has neither."""
-        transformer = self.backbone.transformer
-        return session_of(transformer) if is_attached(transformer) else None
+        return find_session(self.backbone.transformer)
 
     @classmethod
     @torch.inference_mode(False)  # where tensors keep no version, by which stale weights are found
@@ -205,13 +203,13 @@ class TextToImagePipeline:
             put_policy(self.backbone.pipe, find_calibration(self.calibration, self.backbone.transformer))
         if self.session is not None:
             self.session.settings = settings.elastic
-        ms: dict[str, float] = {}
-        with timed(ms, "condition"):
+        ms, device = dict[str, float](), self.backbone.pipe._execution_device
+        with timed(ms, "condition", device):
             text = self.encode(prompts)
             rest = self.backbone.guidance_arguments(settings.guidance, len(prompts))
-        with timed(ms, "dit"):
+        with timed(ms, "dit", device):
             latents = self.sample(text, rest, seeds, settings, on_step)
-        with timed(ms, "decode"), torch.no_grad():
+        with timed(ms, "decode", device), torch.no_grad():
             images = [self._image(row[None], settings.size) for row in latents]
         self.backbone.pipe.maybe_free_model_hooks()
         metadata_list = self._metadata_list(prompts, seeds, settings, ms, latents.shape[1], text, rest)

@@ -23,6 +23,7 @@ from elastic3d.pipelines.call import Result
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.training_free import describe, save_calibration, series_of
 from elastic3d.utils.files import save_json
+from elastic3d.utils.options import checked
 
 DIAL = parse_dial(values(), "dial.json")
 
@@ -30,6 +31,7 @@ DIAL = parse_dial(values(), "dial.json")
 def chosen(
     steps: int | None = None, quality: Any = None, guidance: float | None = None, **requested: Any
 ) -> int | None:
+    quality = checked("quality", quality, Quality | None)  # as the pipeline does
     found = choose(DIAL, ElasticOptions(**requested), steps, quality, guidance)
     return None if found is None else DIAL.rows.index(found)
 
@@ -104,7 +106,7 @@ def test_a_quality_needs_a_dial() -> None:
     with pytest.raises(
         UserError, match="quality is best, but this model has no dial.json: set budget= or steps="
     ):
-        choose(None, ElasticOptions(), None, "best", None)
+        choose(None, ElasticOptions(), None, Quality.best, None)
 
 
 def _set(*path: Any) -> Callable[[dict[str, Any]], None]:
@@ -356,6 +358,6 @@ def test_a_quality_brings_its_resolution(tmp_path: Path) -> None:
     assert found == {None: usual, Quality.fast: 8, Quality.default: usual, Quality.best: 24}
     assert pipeline(image(), quality="best", resolution=12).metadata["resolution"] == 12
     pipeline.config.best_resolution = 0
-    assert resolution_of(pipeline.config, "best") == usual
+    assert resolution_of(pipeline.config, Quality.best) == usual
     with pytest.raises(ValueError, match="fast_resolution is 4, expected 0 or 8 to 512"):
         PipelineConfig(fast_resolution=4)

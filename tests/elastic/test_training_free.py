@@ -101,7 +101,7 @@ def test_what_differs_from_step_to_step_costs_its_error() -> None:
     """Steps that nothing predicts: their whole moment is lost, times the squared step size."""
     times = np.array([0.0, 0.2, 0.5, 0.6])
     calibration = Calibration(times, {(0, 0): np.eye(4)}, 3 * np.eye(4), np.ones(4))
-    errors = calibration.errors()
+    errors = calibration.errors
     assert errors[0, 1, 2] == errors[0, 0, 2] == pytest.approx(3 * 0.1**2, rel=1e-5)
     assert errors[0, 1, 3] == pytest.approx(3 * 0.4**2, rel=1e-5) and errors[1, 0].max() == 0
 
@@ -140,8 +140,16 @@ def test_a_plan_is_for_no_more_steps_than_were_calibrated(steps: int, schedule: 
     policy = StepPolicy(calibration_of(lines(times), times))
     forecast = policy.begin(steps, np.linspace(0, 0.9, steps).tolist(), [0.5])
     assert policy.about["schedule"] == schedule and forecast is not None
-    chosen = {"planned": planned_steps(policy.calibration.at(policy._times).errors(), steps // 2)}
+    chosen = {"planned": planned_steps(policy.calibration.at(policy._times).errors, steps // 2)}
     assert policy.chosen(steps // 2) == chosen.get(schedule, early_steps(steps, steps // 2))
+
+
+def test_errors_are_found_where_a_plan_needs_them_alone() -> None:
+    """(S,S,S) of 1,000 steps would take 8 GB."""
+    times = np.linspace(0, 0.9, 10)
+    policy = StepPolicy(calibration_of(lines(times), times))
+    policy.begin(1000, np.linspace(0, 0.999, 1000).tolist(), [0.5])
+    assert policy.schedule == "early" and "errors" not in vars(policy._here)
 
 
 def test_budgets_that_a_policy_covers() -> None:

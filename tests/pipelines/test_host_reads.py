@@ -61,7 +61,11 @@ def reads_of_steps(pipeline: ImageTo3DPipeline, samples: int, **options: Any) ->
     with HostReads() as mode:
         at: list[int] = []
         pipeline(
-            [image()] * samples, resolution=8, steps=6, on_step=lambda *_: at.append(mode.reads), **options
+            [image()] * samples,
+            resolution=8,
+            steps=6,
+            on_progress=lambda stage, *_: stage == "dit" and at.append(mode.reads),
+            **options,
         )
     return [b - a for a, b in zip(at, at[1:], strict=False)]
 
@@ -86,7 +90,13 @@ def test_a_step_of_a_compiled_few_step_plan_reads_and_copies_nothing() -> None:
     with HostReads() as mode:
         at: list[Counter[str]] = []
         told = [image()] * 2, 0
-        pipeline(*told, resolution=8, steps=6, budget=1, on_step=lambda *_: at.append(mode.found.copy()))
+        pipeline(
+            *told,
+            resolution=8,
+            steps=6,
+            budget=1,
+            on_progress=lambda stage, *_: stage == "dit" and at.append(mode.found.copy()),
+        )
     assert pipeline.session is not None and pipeline.session.guided
     assert at[-1] == at[0], "five steps, some with one branch after two"
 

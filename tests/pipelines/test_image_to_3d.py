@@ -201,7 +201,7 @@ def test_max_faces_and_cleanup(pipeline: ImageTo3DPipeline) -> None:
 
 def test_steps_are_reported(pipeline: ImageTo3DPipeline) -> None:
     seen: list[tuple[int, int]] = []
-    pipeline(image(), on_step=lambda *step: seen.append(step))
+    pipeline(image(), on_progress=lambda stage, *step: stage == "dit" and seen.append(step))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -380,7 +380,9 @@ def test_an_exception_in_a_callback_leaves_nothing_behind(pipeline):
     session = attach(elastic.dit, RouterConfig(initial_keep=0.2, head_std=0.0, longest=5))
     right = elastic(image(), resolution=12).latents
     with pytest.raises(ZeroDivisionError):
-        elastic(image(), seed=1, on_step=lambda done, steps: 1 / (steps - 1 - done))
+        elastic(
+            image(), seed=1, on_progress=lambda stage, done, steps: stage == "dit" and 1 / (steps - 1 - done)
+        )
     assert session.cache is None
     assert torch.equal(elastic(image(), resolution=12).latents, right)
 
@@ -421,7 +423,7 @@ def test_an_unfamiliar_image_is_told_before_anything_is_made_of_it(tmp_path: Pat
         warnings.showwarning = lambda message, *_: seen.append(str(message))  # type: ignore[assignment]
         results = pipeline(
             [save_image(tmp_path / "a.png"), save_image(tmp_path / "b.png", "navy")],
-            resolution=8, on_step=lambda *_: seen.append("step"),
+            resolution=8, on_progress=lambda stage, *_: stage == "dit" and seen.append("step"),
         )  # fmt: skip
     assert [("unlike" in text, text == "step") for text in seen[:3]] == [
         (True, False),

@@ -72,7 +72,7 @@ def test_an_image_becomes_a_mesh(
     assert mesh.is_watertight and 0.5 < abs(mesh.bounds).max() <= BOXES[model]
     assert found["model"] == model and found["guidance"] == guidance
     dit = (load_triposg if model == "triposg" else load_step1x3d)(folders[model]).dit
-    flops = pass_flops(dit, dit.config.num_latents, dit.config.condition_tokens)
+    flops = pass_flops(dit, dit.config.condition_tokens)
     one_pass = sum(block.dense for block in flops)
     assert found["flops_dense"] == found["flops_executed"] == 2 * moves * one_pass
 
