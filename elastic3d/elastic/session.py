@@ -123,6 +123,14 @@ class ElasticSession:
         """Whether the blocks of this generation have learned its guidance."""
         return self.coarseness is not None and self.router_config.few_step_guidance is not None
 
+    @property
+    def every_block(self) -> bool:
+        """Whether the settings alone say that every block runs, at full width: those of the dense model, and a budget
+        of 1 with the few-step LoRA, unless something else decides."""
+        settings, decides = self.settings, self.source is not None or bool(self.router_config.trained_steps)
+        plain = self.coarseness is not None and settings.budget == 1 and settings.cache is None
+        return not settings.elastic or (plain and not decides)
+
     def one_branch(self, t: float) -> bool:
         """Whether the conditional branch is enough at a time in [0,1]."""
         return self.guided and not self.router_config.guided_at(t)
@@ -244,14 +252,18 @@ class ElasticSession:
         context.visited.add(block.index)
         if block.index not in trace.flops:
             trace.flops[block.index] = block.adapter.flops(block.inner, call.lengths)
-            trace.router_flops[block.index] = block.router.flops(call.lengths) if block.router else 0
+            routers = None if self.every_block else block.router
+            trace.router_flops[block.index] = routers.flops(call.lengths) if routers else 0
         return context, trace
 
     def _decide(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
         """The route of every row through a block: from its router, from the one decision of this step, or from the
         source."""
-        routed = None
-        if context.step_decision is not None and (block.index > 0 or context.modulation is None):
+        routed, widths = None, self.router_config.widths
+        if self.every_block:
+            rows = torch.ones_like(context.t, dtype=torch.long)
+            routed = context.step_decision = RouteDecision.fixed(rows > 0, rows * (widths - 1), widths)
+        elif context.step_decision is not None and (block.index > 0 or context.modulation is None):
             routed = context.step_decision
         elif self.uses_routers:  # the first block, unless the other branch has decided
             routed = self._router_decision(context, block, call)

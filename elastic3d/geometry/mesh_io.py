@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import trimesh
 from numpy.typing import NDArray
 from trimesh.visual import TextureVisuals
+from trimesh.visual.color import srgb_to_linear
 from trimesh.visual.material import PBRMaterial
 
 from elastic3d import __version__
@@ -151,8 +153,8 @@ def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
 def _plain_bytes(mesh: trimesh.Trimesh, suffix: str) -> bytes:
     """The file of a mesh in a format that holds no extras."""
     if suffix == ".obj":
-        text = trimesh.exchange.obj.export_obj(mesh, include_normals=True, header=None)
-        return str(text).encode()
+        text = str(trimesh.exchange.obj.export_obj(mesh, include_normals=True, header=None))
+        return re.sub(r"^(mtllib|usemtl) .*\n", "", text, flags=re.MULTILINE).encode()  # there is no such file
     if suffix == ".ply":
         return trimesh.exchange.ply.export_ply(mesh, vertex_normal=True)
     return trimesh.exchange.stl.export_stl(mesh)
@@ -197,16 +199,9 @@ def _gltf_visual(mesh: trimesh.Trimesh) -> TextureVisuals:
     visual = TextureVisuals(uv=getattr(own, "uv", None), material=material)
     if coloured:
         colours = np.array(own.vertex_colors, np.uint8)
-        colours[:, :3] = linear_of(colours[:, :3])
+        colours[:, :3] = np.round(255 * srgb_to_linear(colours[:, :3]))
         visual.vertex_attributes["color"] = colours
     return visual
-
-
-def linear_of(srgb: np.ndarray) -> np.ndarray:
-    """sRGB values 0 to 255 as linear ones 0 to 255, rounded (IEC 61966-2-1)."""
-    share = np.asarray(srgb, np.float64) / 255
-    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
-    return np.round(255 * linear).astype(np.uint8)
 
 
 def unit_normals(mesh: trimesh.Trimesh) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Generations in which every block runs: a plain DiT with the few-step LoRA in its weights, compiled on request.
 
 Where nobody decides, a pass depends on nothing but its inputs and the weights. So it is in the dense model, and at a
-budget of 1 with the few-step LoRA, whose weights are the same through a whole generation (`is_static`).
+budget of 1 with the few-step LoRA, whose weights are the same through a whole generation
+(`ElasticSession.every_block`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class StaticDiT:
         scale = None if guidance <= 1.0 or self.dit.config.guidance_embed else guidance
         if session is not None:
             session.coarsen(len(moments), session.settings.budget, scale, moments)
-        if not (is_static(session) and self._takes(session)):
+        if not ((session is None or session.every_block) and self._takes(session)):
             return None
         self._refresh(session)
         self.one_branch = session.one_branch if session is not None and session.guided else None
@@ -144,15 +145,6 @@ class CompiledDiT(StaticDiT):
             device = next(self.dit.parameters()).device
             self._graph = torch.compile(self.twin, **compile_arguments(device) | self.arguments)
             self._shapes = set()
-
-
-def is_static(session: ElasticSession | None) -> bool:
-    """Whether the routes of a generation follow from the settings: every block runs, at full width. That is the dense
-    model, and a budget of 1 with the few-step LoRA, unless something else decides."""
-    if session is None or not (settings := session.settings).elastic:
-        return True
-    decides = session.source is not None or bool(session.router_config.trained_steps)
-    return session.coarseness is not None and settings.budget == 1 and settings.cache is None and not decides
 
 
 def compile_arguments(device: torch.device) -> dict[str, Any]:

@@ -35,6 +35,14 @@ def test_round_trip(tmp_path: Path, mesh: trimesh.Trimesh, suffix: str) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_an_obj_names_no_material_file_that_is_not_there(tmp_path: Path, mesh: trimesh.Trimesh) -> None:
+    mesh.visual = trimesh.visual.TextureVisuals(uv=mesh.vertices[:, :2])
+    save_mesh(mesh, tmp_path / "a.obj")
+    text = (tmp_path / "a.obj").read_text()
+    assert "mtl" not in text and text.count("\nvt ") == len(mesh.vertices)
+    assert load_mesh(tmp_path / "a.obj").is_watertight
+
+
 def test_glb_content(tmp_path: Path, mesh: trimesh.Trimesh) -> None:
     path = tmp_path / "chair.glb"
     save_mesh(mesh, path, extras=EXTRAS, name="chair")

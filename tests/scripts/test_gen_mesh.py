@@ -103,6 +103,9 @@ def test_a_folder_with_a_bad_file(
     for name in ("a.glb", "d.glb"):
         assert (tmp_path / "out" / name).stat().st_mtime_ns == times[tmp_path / "out" / name]
 
+    kept = (tmp_path / "out/summary.json").read_bytes()
+    assert command("image=in", "output=out", "budget=0.01") == 2, "nothing is made"
+    assert (tmp_path / "out/summary.json").read_bytes() == kept
     made = {item["output"]: item for item in summary["items"]}
     for _ in range(2):  # what was known of the meshes stays, their own seed too
         assert command("image=in", "output=./out/", "resume=true", "seed=7") == 0
