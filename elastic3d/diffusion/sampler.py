@@ -84,8 +84,9 @@ def integrate(
     if session is not None:
         scale = guidance if count > 1 else None
         session.begin(len(noise), len(sizes), guidance=scale, times=moments[:-1])
-        one_branch = session.one_branch if session.guided else None
-    guided = _Guided(dit, tokens, guidance, guidance_embed, sequential, session, one_branch)
+        one_branch = session.one_branch
+    alone = one_branch or (lambda _: False)
+    guided = _Guided(dit, tokens, guidance, guidance_embed, sequential, session, alone)
     x = earlier = noise
     try:
         if session is not None and session.defers and len(noise) > 1 and not sequential:
@@ -116,14 +117,13 @@ class _Guided:
     embedded: bool
     sequential: bool
     session: ElasticSession | None
-    one_branch: Callable[[float], bool] | None
+    one_branch: Callable[[float], bool]
     added: Tensor | float = 0.0  # by guidance at the time `since`
     since: float = 0.0
 
     def branches(self, t: float) -> SomeBranches:
         """Those that run at a time."""
-        alone = self.one_branch is not None and self.one_branch(t)
-        return BOTH_BRANCHES[: 1 if alone else len(self.tokens)]
+        return BOTH_BRANCHES[: 1 if self.one_branch(t) else len(self.tokens)]
 
     def velocity(self, x: Tensor, step: int, dt: float, t: Tensor, now: float) -> Tensor:
         """That of all samples x (B,N,C) at a step of size dt and its time, on the device (t) and here (`now`)."""
@@ -135,8 +135,7 @@ class _Guided:
         if len(found) == 1:
             return found[0] + self.since / now * self.added if self.since else found[0]
         added = found[0] - found[1]
-        if self.one_branch is not None:
-            self.added, self.since = (self.guidance - 1) * added, now
+        self.added, self.since = (self.guidance - 1) * added, now
         return found[1] + self.guidance * added
 
     def evaluated(self, x: Tensor, t: Tensor, tokens: Tensor) -> Sequence[Tensor]:
@@ -227,11 +226,10 @@ class _Waiting:
             left = [at / t if at else 0.0 for at, t in zip(since, moments, strict=True)]
             return found[0] + _each(left, found[0]) * _some(self.added, rows)
         added = found[0] - found[1]
-        if guided.one_branch is not None:
-            # samples that are deferred come again at the same time
-            self.added = _put(self.added, rows, (guided.guidance - 1) * added)
-            for row, moment in zip(rows, moments, strict=True):
-                self.since[row] = moment
+        # samples that are deferred come again at the same time
+        self.added = _put(self.added, rows, (guided.guidance - 1) * added)
+        for row, moment in zip(rows, moments, strict=True):
+            self.since[row] = moment
         return found[1] + guided.guidance * added
 
     def advance(self, rows: list[int], v: Tensor) -> None:

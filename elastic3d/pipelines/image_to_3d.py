@@ -426,7 +426,7 @@ class ImageTo3DPipeline:
                 sequential=self.offload,
                 guidance_embed=cfg.guidance_embed,
                 session=None if static else session,
-                one_branch=static.one_branch if static else None,
+                one_branch=None if session is None else session.one_branch,
                 on_step=on_step,
             )
         if self.offload and session is not None:

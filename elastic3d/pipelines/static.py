@@ -7,7 +7,6 @@ budget of 1 with the few-step LoRA, whose weights are the same through a whole g
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +38,6 @@ class StaticDiT:
         self.dit = dit
         self._of: tuple[object, ...] | None = None  # what the twin was made of
         self._merged: list[Key] = []
-        self.one_branch: Callable[[float], bool] | None = None  # of the sampler, for the generation that runs
 
     @torch.no_grad()
     def begin(self, condition: Tensor, times: Tensor, guidance: float) -> StaticDiT | None:
@@ -56,7 +54,6 @@ class StaticDiT:
         if not ((session is None or session.every_block) and self._takes(session)):
             return None
         self._refresh(session)
-        self.one_branch = session.one_branch if session is not None and session.guided else None
         if session is not None and session.settings.elastic:
             names, ratios = [block.name for block in session.blocks], session.router_config.ratios
             trace = session.trace = Trace(names, ratios, len(moments), len(condition), session.guided)
