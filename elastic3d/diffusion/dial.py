@@ -128,8 +128,7 @@ def choose(
             few-step LoRA is left out.
 
     Raises:
-        UserError: a budget out of range or below the cheapest row; a quality that the model has no
-            dial for, or that comes with another choice of speed.
+        UserError: a budget below the cheapest row; a quality without a dial, or with another choice of speed.
     """
     if quality is not None:
         _check(dial, requested, steps, quality)

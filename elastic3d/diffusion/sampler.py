@@ -85,8 +85,7 @@ def integrate(
         scale = guidance if count > 1 else None
         session.begin(len(noise), len(sizes), guidance=scale, times=moments[:-1])
         one_branch = session.one_branch
-    alone = one_branch or (lambda _: False)
-    guided = _Guided(dit, tokens, guidance, guidance_embed, sequential, session, alone)
+    guided = _Guided(dit, tokens, guidance, guidance_embed, sequential, session, one_branch or _nowhere)
     x = earlier = noise
     try:
         if session is not None and session.defers and len(noise) > 1 and not sequential:
@@ -102,6 +101,10 @@ def integrate(
         if session is not None:
             session.end()
     return x
+
+
+def _nowhere(t: float) -> bool:
+    return False
 
 
 @dataclass(eq=False)

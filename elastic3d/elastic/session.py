@@ -127,9 +127,9 @@ class ElasticSession:
     def every_block(self) -> bool:
         """Whether the settings alone say that every block runs, at full width: those of the dense model, and a budget
         of 1 with the few-step LoRA, unless something else decides."""
-        settings, decides = self.settings, self.source is not None or bool(self.router_config.trained_steps)
-        plain = self.coarseness is not None and settings.budget == 1 and settings.cache is None
-        return not settings.elastic or (plain and not decides)
+        settings, others = self.settings, self.source is not None or bool(self.router_config.trained_steps)
+        whole = settings.budget == 1 and settings.cache is None and self.coarseness is not None
+        return not settings.elastic or (whole and not others)
 
     def one_branch(self, t: float) -> bool:
         """Whether the conditional branch is enough at a time in [0,1]."""

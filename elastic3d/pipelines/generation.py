@@ -30,6 +30,7 @@ from elastic3d.pipelines.options import (
     AssetConfig,
     GenerateConfig,
     Texture,
+    Up,
 )
 from elastic3d.pipelines.preview import check_routes, draw_routes, route_title, turntable
 from elastic3d.pipelines.training_free import calibration_file
@@ -141,7 +142,7 @@ def plan(config: GenerateConfig) -> Plan:
         for image, target in pairs
         for n in range(config.num_samples)
     ]
-    for suffix in {target.suffix for _, target in pairs}:
+    for suffix in {target.suffix for _, target in pairs} if config.asset.texture is Texture.project else ():
         check_asset(config.asset, suffix, config.cleanup.uv)
     meshes = [job.output for job in jobs]
     views = {f"image_{name}": path for name, path in config.views.items()}
@@ -193,8 +194,8 @@ def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
 def check_trace(pipeline: ImageTo3DPipeline, config: GenerateConfig) -> None:
     """UserError if routes are to be drawn of the dense model, which the options run; before a mesh is made."""
     requested = ElasticOptions(**ElasticOptions.of(config))
-    _, runs, _ = pipeline.configured(requested, config.quality, config.steps, config.guidance)
-    check_routes(config.trace, runs.elastic)
+    given = {"steps": config.steps, "guidance": config.guidance}
+    check_routes(config.trace, pipeline.configured(requested, config.quality, **given)[1].elastic)
 
 
 def generate(
@@ -324,7 +325,8 @@ def finish(
         frontal = result.metadata["model"] in PRESETS  # these face the camera of the image, not +Z
         foreground = foreground or ForegroundConfig()
         mesh, result.metadata["texture"] = coloured(mesh, image, foreground, config, frontal)
-    mesh = with_up(mesh, config.up.value)
+    if config.up is not Up.y:
+        mesh = with_up(mesh, config.up.value)
     if config.size_mm is not None:
         mesh = scale_to(mesh, config.size_mm, suffix)
     return mesh, check

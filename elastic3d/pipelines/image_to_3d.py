@@ -271,8 +271,8 @@ class ImageTo3DPipeline:
         inputs: Sequence[ImageInput] = images if many else [images]  # type: ignore[assignment, list-item]
         seeds = seeds_of(seed, len(inputs))
         ensemble = checked("ensemble", ensemble, int, Bounds(ge=1, le=MAX_ENSEMBLE))
-        requested = ElasticOptions(**elastic)
-        model, config, dial = self.configured(requested, quality, steps, guidance, resolution)
+        given = {"steps": steps, "guidance": guidance, "resolution": resolution}
+        model, config, dial = self.configured(ElasticOptions(**elastic), quality, **given)
         if max_faces is not None:
             cleanup = replace(cleanup or CleanupConfig(), max_faces=max_faces)
         parts = decode or DecodeConfig(), cleanup or CleanupConfig(), foreground or ForegroundConfig()
@@ -285,25 +285,18 @@ class ImageTo3DPipeline:
         return results if many else results[0]
 
     def configured(
-        self,
-        requested: ElasticOptions,
-        quality: Quality | str | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        resolution: int | None = None,
+        self, requested: ElasticOptions, quality: Quality | str | None = None, **given: Any
     ) -> tuple[ImageTo3DPipeline, PipelineConfig, dict[str, Any]]:
-        """What a call runs: this pipeline, or its twin without routers; its sampling, by a row of the dial if there is
-        one; the metadata of that. UserError out of range."""
+        """What a call runs: this pipeline, or its twin without routers; its sampling, with what is `given` of steps,
+        guidance and resolution, by a row of the dial if there is one; the metadata of that. UserError out of range."""
         named: Quality | None = checked("quality", quality, Quality | None)
         model, dial = self, dict[str, Any]()
-        row = choose(self.dial, requested, steps, named, guidance)
+        row = choose(self.dial, requested, given.get("steps"), named, given.get("guidance"))
         if row is not None:
             dial = {"dial": row.metadata(requested.budget, named)}
-            steps, requested = row.steps, row.over(requested)
+            given, requested = given | {"steps": row.steps}, row.over(requested)
             model = self._without_routers() if row.planned else self
-        routed = has_routers(model.dit)
-        wanted: dict[str, Any] = {"steps": steps, "guidance": guidance, "resolution": resolution}
-        given = {name: value for name, value in wanted.items() if value is not None}
+        given, routed = {name: x for name, x in given.items() if x is not None}, has_routers(model.dit)
         config = replace(self.config, **{"resolution": resolution_of(self.config, named), **given})
         config.elastic = requested.over(self.config.elastic, routed)
         if config.elastic.elastic and not routed:

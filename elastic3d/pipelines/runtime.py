@@ -88,9 +88,13 @@ def resolve_device(choice: DeviceChoice | torch.device | str = DeviceChoice.auto
         UserError: there is no such device here.
     """
     name = choice.value if isinstance(choice, DeviceChoice) else str(choice)
+    if name != "auto":
+        return _device_named(name)
     mps = torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+
+
+def _device_named(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -98,7 +102,7 @@ def resolve_device(choice: DeviceChoice | torch.device | str = DeviceChoice.auto
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise UserError(f"device is {name}, but PyTorch sees {found} CUDA devices: expected auto or cpu")
-    if device.type == "mps" and not mps:
+    if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device is mps, but PyTorch has no Metal here: expected auto or cpu")
     return device
 
@@ -110,9 +114,13 @@ def resolve_dtype(choice: DTypeChoice | torch.dtype | str, device: torch.device)
         UserError: unknown, or fp16 on a CPU, which has no such matrix product: a hundred times slower.
     """
     name = choice.value if isinstance(choice, DTypeChoice) else str(choice).removeprefix("torch.")
-    if name == "auto":
-        return torch.bfloat16 if fast_bfloat16(device) else torch.float32
-    if not isinstance(choice, torch.dtype) and name not in DTypeChoice.__members__:
+    if name != "auto":
+        return _dtype_named(name, device, any_float=isinstance(choice, torch.dtype))
+    return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+
+
+def _dtype_named(name: str, device: torch.device, any_float: bool) -> torch.dtype:
+    if not any_float and name not in DTypeChoice.__members__:
         raise UserError(f"dtype is {name!r}, expected one of {', '.join(DTypeChoice.__members__)}")
     if name == "float16" and device.type == "cpu":
         raise UserError("dtype is float16, which a CPU can't multiply: expected auto, float32 or bfloat16")
