@@ -109,6 +109,11 @@ def test_meshes_of_another_model_or_of_other_prepared_shapes_are_refused(
     """How the model samples by default, and the shapes themselves: both would stay as they were."""
     config, data = replace(config, seeds=[]), config.data
     ids = build_held_out(config)
+    others = config.split.with_name("others.txt")  # the same folder goes on with other shapes, or with more
+    others.write_text("mine/crate\nmine/ball\n")
+    for limit, found in ((1, ["mine/crate"]), (2, ["mine/crate", "mine/ball"])):
+        assert build_held_out(replace(config, split=others, limit=limit)) == found
+    assert sorted(path.stem for path in (config.output / "gt").iterdir()) == ["ball", "box", "crate"]
     model = Path(shutil.copytree(config.model, tmp_path / "model"))
     save_json(load_json(model / "pipeline.json") | {"shift": 3.0}, model / "pipeline.json")
     for name, changed in (
@@ -122,10 +127,10 @@ def test_meshes_of_another_model_or_of_other_prepared_shapes_are_refused(
             build_held_out(changed)
     trimesh.creation.box((1.0, 0.5, 0.8)).export(Path(data.path) / "box.stl")
     assert prepare_data(data).prepared == 3
-    with pytest.raises(UserError, match="was made with another preparation: delete it first"):
+    with pytest.raises(UserError, match="was made with another preparation of mine/box: delete it first"):
         build_held_out(config)
     settings = load_json(config.output / "settings.json")
-    for name in ("pipeline", "preparation", "data.shape.resolution"):
+    for name in ("pipeline", "preparation of mine/box", "data.shape.resolution"):
         del settings[name]
     save_json(settings, config.output / "settings.json")
     assert build_held_out(config) == ids  # an older folder did not note them
