@@ -47,6 +47,12 @@ class FamiliarityConfig(Options):
     batch: int = option(16, "images encoded at a time", ge=1, le=4096)
     probe: list[Path] = option([], "folders of other images: how many of each are called unfamiliar")
 
+    def check(self) -> None:
+        """The record has a name for each folder of other images."""
+        names = [folder.name for folder in self.probe]
+        if len(set(names)) < len(names):
+            raise ValueError(f"probe has folders named {', '.join(names)}, expected different names")
+
 
 def measure_familiarity(config: FamiliarityConfig) -> dict[str, Any]:
     """Write statistics and a record of how they were measured into the model's folder; return the record.

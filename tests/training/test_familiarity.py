@@ -74,6 +74,8 @@ def test_the_threshold_lets_validation_images_pass(prepared: FamiliarityConfig, 
     pipeline = tiny_pipeline()
     known = load_familiarity(tmp_path / "model", pipeline.encoder.channels)
     assert known is not None and float(known.threshold) == pytest.approx(record["threshold"])
+    with pytest.raises(UserError, match="probe has folders named probe, probe, expected different names"):
+        replace(config, probe=[probe, tmp_path / "more" / "probe"])
     config.components = 18
     with pytest.raises(UserError, match="components is 18, expected 1 to 16 of 18 images"):
         measure_familiarity(config)
