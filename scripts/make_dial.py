@@ -10,6 +10,7 @@ from __future__ import annotations
 from _cli import run
 
 from elastic3d.diffusion.dial import DIAL_NAME
+from elastic3d.pipelines.runtime import find_model
 from elastic3d.studies.config import DialConfig
 from elastic3d.studies.dial import make_dial
 from elastic3d.utils.files import check_paths
@@ -17,7 +18,7 @@ from elastic3d.utils.files import check_paths
 
 def main(config: DialConfig) -> int:
     """Write the file and print its rows."""
-    check_paths({"results": config.results}, {"dial": config.model / DIAL_NAME})
+    check_paths({"results": config.results}, {"dial": find_model(config.model) / DIAL_NAME})
     for name, row in make_dial(config):
         who = "plan" if row.planned else "routers"
         settings = f"{who} {row.router_budget:g}" if row.router_budget not in (None, 1) else "every block"

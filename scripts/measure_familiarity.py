@@ -17,9 +17,10 @@ from elastic3d.utils.files import check_paths
 
 def main(config: FamiliarityConfig) -> int:
     """Measure, write, and say how many images are called unfamiliar."""
+    from elastic3d.pipelines.runtime import find_model
     from elastic3d.training.familiarity import measure_familiarity
 
-    written = [config.model / name for name in ("familiarity.safetensors", "familiarity.json")]
+    written = [find_model(config.model) / name for name in ("familiarity.safetensors", "familiarity.json")]
     check_paths({"probe": config.probe}, {"model": written})
     record = measure_familiarity(config)
     print(f"threshold {record['threshold']:.3f} of {record['train_images']} training images")

@@ -323,7 +323,7 @@ def _variant_cases(planner: Planner, name: str) -> Iterator[Case]:
 
 
 def needed_runs(planner: Planner, cases: list[Case]) -> list[Run]:
-    """Each run once: the reference, the dense model in each number of steps that occurs, donors before controls."""
-    dense = [planner.reference, *(planner.dense(case.run.steps) for case in cases)]
+    """Each run once: the baseline, the dense model in each number of steps that occurs, donors before controls."""
+    dense = [planner.baseline, *(planner.dense(case.run.steps) for case in cases)]
     own = [run for case in cases for run in (case.run.donor, case.run) if run is not None]
     return list(dict.fromkeys(dense + own))

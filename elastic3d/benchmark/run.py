@@ -52,11 +52,11 @@ def benchmark(config: MeshBenchmarkConfig | ImageBenchmarkConfig, command: str =
     config.output.mkdir(parents=True, exist_ok=True)
     if Phase.quick in config.phases:
         return quick_comparison(task, cases, command)
-    runs = needed_runs(planner, cases)
+    to_time = needed_runs(planner, cases)
+    runs = list(dict.fromkeys([planner.reference, *to_time]))
     if Phase.quality in config.phases:
         make_all(task, runs)
     scores = task.score(runs)
-    to_time = [run for run in runs if run != planner.reference or run in [case.run for case in cases]]
     rounds = timed_rounds(task, to_time, measure=Phase.timing in config.phases)
     return write_report(task, cases, scores, rounds, command)
 

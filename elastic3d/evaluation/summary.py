@@ -21,6 +21,7 @@ import numpy as np
 from elastic3d.errors import UserError
 from elastic3d.evaluation.report import markdown_table
 from elastic3d.evaluation.statistics import Interval, Row, averages, bootstrap_mean, direction
+from elastic3d.utils.claims import SETTINGS_NAME
 from elastic3d.utils.files import load_json
 
 Report = dict[str, Any]
@@ -85,7 +86,8 @@ def find_reports(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder, expected one with reports of scripts/evaluate.py")
     seeds: dict[str, dict[int, Path]] = defaultdict(dict)
-    for path in sorted(folder.glob("*.json")):
+    claim = folder / SETTINGS_NAME  # of scripts/held_out.py, where reports lie beside its meshes
+    for path in sorted(set(folder.glob("*.json")) - {claim}):
         match = _SEED.fullmatch(path.stem)
         method, seed = (match[1] or _GENERATED, int(match[2])) if match else (path.stem, 0)
         if seed in seeds[method]:

@@ -119,7 +119,12 @@ class FolderSource(AlwaysReady):
             f"{stem}-{file.suffix[1:]}" if stem in shared else stem
             for stem, file in zip(stems, relative, strict=True)
         ]
-        self._files = dict(zip(names, relative, strict=True))
+        self._files: dict[str, Path] = {}
+        for name, file in zip(names, relative, strict=True):
+            if (other := self._files.setdefault(name, file)) is not file:
+                raise UserError(
+                    f"{path} has {other} and {file}, both of which would be {name}: rename one of them"
+                )
 
     def items(self) -> list[Item]:
         """One item a file; the category is the folder it is in."""

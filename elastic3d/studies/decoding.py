@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from elastic3d.errors import UserError
 from elastic3d.evaluation.metrics import correspond, f_score, surface_distance
 from elastic3d.evaluation.report import markdown_table
 from elastic3d.geometry.cleanup import clean, drop_floaters, genus
@@ -44,7 +46,8 @@ def compare_decoding(config: DecodingConfig) -> str:
     """Decode everything that is not done yet, write the files, return the table as Markdown.
 
     Raises:
-        UserError: the folder has results of another model, other inputs or options, or does not say of which.
+        UserError: the folder has results of another model, other inputs or options, or does not say of which; two
+            inputs have one name.
     """
     pipeline = ImageTo3DPipeline.from_pretrained(config.model)
     _claim(pipeline, config)
@@ -79,11 +82,21 @@ def _claim(pipeline: ImageTo3DPipeline, config: DecodingConfig) -> None:
 
 
 def _images(config: DecodingConfig) -> list[Path]:
-    return sorted(path for path in config.images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    """UserError for two that differ in their suffix alone: results go by their stems."""
+    found = sorted(path for path in config.images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    for before, path in pairwise(sorted(found, key=lambda each: each.stem)):
+        if before.stem == path.stem:
+            raise UserError(f"{config.images} has several images named {path.stem}, expected different names")
+    return found
 
 
 def _true_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.glb"))
+    """UserError for one with the name of a made shape."""
+    found, made = sorted(folder.glob("*.glb")), made_shapes()
+    for path in found:
+        if path.stem in made:
+            raise UserError(f"{path} is named as a made shape, expected another name than {', '.join(made)}")
+    return found
 
 
 def ways(config: DecodingConfig, max_points: int) -> dict[str, DecodeConfig]:

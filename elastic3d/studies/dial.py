@@ -11,6 +11,7 @@ from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.pipelines.runtime import find_model
 from elastic3d.studies.config import DialConfig
 from elastic3d.utils.files import Maybe, Number, load_json, printable
 from elastic3d.utils.old_names import todays_results
@@ -47,7 +48,8 @@ def make_dial(config: DialConfig) -> list[tuple[str, Row]]:
     Raises:
         UserError: results of another model, or without what a dial needs.
     """
-    pipeline = ImageTo3DPipeline.from_pretrained(config.model, "cpu", "float32", dial=False)
+    folder = find_model(config.model)
+    pipeline = ImageTo3DPipeline.from_pretrained(folder, "cpu", "float32", dial=False)
     report, source = load_json(config.results, SHAPE), printable(config.results)
     measured = report["about"]["models"]["model"]
     if measured != pipeline.weights_sha256:
@@ -56,8 +58,8 @@ def make_dial(config: DialConfig) -> list[tuple[str, Row]]:
         )
     routers = None if pipeline.session is None else pipeline.session.router_config
     dial = parse_dial(dial_values(report, pipeline.config, routers, source), source)
-    save_dial(dial, config.model)
-    load_dial(config.model, pipeline.config, routers)
+    save_dial(dial, folder)
+    load_dial(folder, pipeline.config, routers)
     names = [", ".join(q.name for q in Quality if dial.named(q) is row) for row in dial.rows]
     return list(zip(names, dial.rows, strict=True))
 

@@ -247,9 +247,10 @@ def _export_routers(run: _Run) -> None:
 def _export_few_step(run: _Run) -> None:
     """The model's routers with their few-step LoRA, in bf16, and what is known of the routers."""
     trained = run.trained(FewStepTrainConfig).few_step
-    output, routers = run.output / "routers", trained.model / "routers"
-    dit = load_dit(trained.model / "dit")
-    session = attach_few_step(dit, trained, pipeline_config(trained.model).guidance)
+    model = find_model(trained.model)
+    output, routers = run.output / "routers", model / "routers"
+    dit = load_dit(model / "dit")
+    session = attach_few_step(dit, trained, pipeline_config(model).guidance)
     own = {key: tensor for key, tensor in router_state(dit).items() if ".few_step." not in key}
     few_step = {key.replace("/", "."): tensor for key, tensor in run.part("few_step").items()}
     load_router_state(dit, own | few_step, run.source)

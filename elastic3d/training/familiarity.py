@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import Familiarity, ImageEncoder, image_feature, load_image_encoder
-from elastic3d.models.images import IMAGE_SUFFIXES, load_image, prepare_image, to_tensor
+from elastic3d.models.images import IMAGE_SUFFIXES, prepare, to_tensor
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.options import DEFAULT_MODEL
+from elastic3d.pipelines.runtime import find_model
 from elastic3d.training.datasets import PreparedShapes, read_split
 from elastic3d.training.views import augment_view, stored_views
 from elastic3d.utils.files import save_json, visible_files
@@ -46,28 +47,38 @@ class FamiliarityConfig(Options):
     batch: int = option(16, "images encoded at a time", ge=1, le=4096)
     probe: list[Path] = option([], "folders of other images: how many of each are called unfamiliar")
 
+    def check(self) -> None:
+        """The record has a name for each folder of other images."""
+        names = [folder.name for folder in self.probe]
+        if len(set(names)) < len(names):
+            raise ValueError(f"probe has folders named {', '.join(names)}, expected different names")
+
 
 def measure_familiarity(config: FamiliarityConfig) -> dict[str, Any]:
     """Write statistics and a record of how they were measured into the model's folder; return the record.
 
     Raises:
-        UserError: no shape of a split is prepared, or too few for the components.
+        UserError: no shape of a split is prepared with a view that shows it, or too few for the components.
     """
-    encoder = load_image_encoder(config.model / "image_encoder")
+    folder = find_model(config.model)
+    encoder = load_image_encoder(folder / "image_encoder")
     features = {}
     for split in ("train", "val"):
         listed = read_split(getattr(config, split))
         ids = [id for id in listed if id.partition("/")[0] in config.sources]
         shapes = PreparedShapes(config.prepared, ids)
-        features[split] = torch.cat(list(_features(shapes, encoder, config, split)))
+        found = list(_features(shapes, encoder, config, split))
+        if not found:
+            raise UserError(f"no shape of {split} in {config.prepared} has a view that shows it")
+        features[split] = torch.cat(found)
     try:
-        found = Familiarity.fit(features["train"], config.components)
+        known = Familiarity.fit(features["train"], config.components)
     except ValueError as error:
         raise UserError(str(error)) from error
-    distances = found.distance(features["val"][:, None]).double().numpy()
+    distances = known.distance(features["val"][:, None]).double().numpy()
     limit = float(np.quantile(distances, 1 - config.false_alarms, method="higher"))
     threshold = float(np.nextafter(np.float32(limit), np.float32(np.inf)))  # images at the limit are familiar
-    found = Familiarity(found.mean, found.components, found.scale, torch.tensor([threshold]))
+    known = Familiarity(known.mean, known.components, known.scale, torch.tensor([threshold]))
     record = {
         "sources": config.sources,
         "train_images": len(features["train"]),
@@ -75,10 +86,10 @@ def measure_familiarity(config: FamiliarityConfig) -> dict[str, Any]:
         "val_distance": _spread(distances),
         "val_false_alarms": float((distances >= threshold).mean()),
         "threshold": threshold,
-        "probes": {folder.name: _probe(folder, encoder, found) for folder in config.probe},
+        "probes": {probe.name: _probe(probe, encoder, known) for probe in config.probe},
     }
-    found.save(config.model)
-    save_json(record, config.model / RECORD_NAME)
+    known.save(folder)
+    save_json(record, folder / RECORD_NAME)
     return record
 
 
@@ -87,11 +98,16 @@ def _features(
     shapes: PreparedShapes, encoder: ImageEncoder, config: FamiliarityConfig, split: str
 ) -> Iterator[Tensor]:
     """Features (V,Cc) of each shape's views, every second one as people give them."""
-    for place, id in enumerate(tqdm(shapes.ids, desc=split, unit="shape", disable=None)):
+    bar = tqdm(shapes.ids, desc=split, unit="shape", disable=None)
+    for place, id in enumerate(bar):
         rng = np.random.default_rng([place, split == "val"])
-        views = stored_views(shapes, id)[: config.views]
+        try:
+            views = stored_views(shapes, id)[: config.views]
+        except UserError as error:
+            bar.write(f"skipped: {error}")
+            continue
         views = [augment_view(view, rng) if i % 2 else view for i, view in enumerate(views)]
-        images = [prepare_image(view, ForegroundConfig(), encoder.image_size) for view in views]
+        images = [prepare(view, ForegroundConfig(), encoder)[0] for view in views]
         yield image_feature(encoder(to_tensor(images)))
 
 
@@ -103,7 +119,7 @@ def _probe(folder: Path, encoder: ImageEncoder, found: Familiarity) -> dict[str,
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             continue
         try:
-            image = prepare_image(load_image(path), ForegroundConfig(), encoder.image_size)
+            image = prepare(path, ForegroundConfig(), encoder)[0]
         except UserError:
             unused += 1
             continue

@@ -30,6 +30,7 @@ from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights, read_weights
 from elastic3d.pipelines.image_to_3d import ROUTERS_NAME
+from elastic3d.pipelines.runtime import find_model
 from elastic3d.training.datasets import Batch, Shuffle
 from elastic3d.training.flow import Flow
 from elastic3d.training.loop import Stage
@@ -317,7 +318,7 @@ def attach_few_step(dit: nn.Module, config: FewStepStageConfig, guidance: float)
     """Put the routers of `config.model` on a model, with fresh few-step LoRA in the place of what they may have,
     or with these where they are to be `continued`, and fresh directions up to the rank; `guidance` is the
     pipeline's."""
-    folder = config.model / ROUTERS_NAME
+    folder = find_model(config.model) / ROUTERS_NAME
     old: RouterConfig = load_router_config(folder, adapter_for(dit).family)
     if old.trained_steps:
         raise UserError(
@@ -398,7 +399,7 @@ class FewStepStage(GenerationStage):
 
     def __init__(self, config: Any) -> None:
         options: FewStepStageConfig = config.few_step
-        if not holds_routers(options.model / ROUTERS_NAME):
+        if not holds_routers(find_model(options.model) / ROUTERS_NAME):
             raise UserError(f"{options.model} has no routers, expected a folder {ROUTERS_NAME} in it")
         flow = config.flow()
         super().__init__(config, FewStepObjective(flow, options), NFEDraw(options, config.batch))

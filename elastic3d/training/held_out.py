@@ -113,21 +113,22 @@ def _claim(config: HeldOutConfig, ids: Sequence[str]) -> None:
         "model": file_sha256(*sorted(model.glob("**/*.safetensors"))),
         "train": file_sha256(config.train),
     }
-    later = {  # which older folders did not note
+    later = {  # which older folders did not note, nor those with other shapes
         "pipeline": file_sha256(*sorted(path for name in _DEFAULTS for path in model.glob(name))),
-        "preparation": _prepared(config, ids),
         "data.shape.resolution": config.data.shape.resolution,
-    }
+    } | {f"preparation of {id}": digest for id, digest in _prepared(config, ids).items()}
     begun = (config.output / SETTINGS_NAME).is_file() and any(config.output.glob("images/*.png"))
     claim_folder(config.output, settings | later, begun, later)
 
 
-def _prepared(config: HeldOutConfig, ids: Sequence[str]) -> str:
-    """Digest of how the shapes were prepared, and from which files."""
-    names, rows = {stem(id) for id in ids}, []
+def _prepared(config: HeldOutConfig, ids: Sequence[str]) -> dict[str, str]:
+    """Digest of how each of the shapes was prepared, and from which file."""
+    found = {}
     for _, described in finished_sidecars(Path(config.data.output) / _source(config)):
-        rows += [[row, described["settings"]] for row in described["items"] if stem(row["id"]) in names]
-    return hashlib.sha256(json.dumps(sorted(rows, key=str), sort_keys=True).encode()).hexdigest()
+        for row in described["items"]:
+            facts = json.dumps([row, described["settings"]], sort_keys=True)
+            found[f"{_source(config)}/{row['id']}"] = hashlib.sha256(facts.encode()).hexdigest()
+    return {id: found[id] for id in ids if id in found}
 
 
 def open_held_out(config: HeldOutConfig) -> PreparedShapes:

@@ -20,7 +20,7 @@ from elastic3d.errors import UserError
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.pipelines.image_loading import encoder_files, weight_files
 from elastic3d.pipelines.options import BackboneName
-from elastic3d.pipelines.runtime import resolve_device
+from elastic3d.pipelines.runtime import find_model, resolve_device
 from elastic3d.pipelines.text_to_image import load_backbone
 from elastic3d.training.block_router import BlockRouterConfig
 from elastic3d.training.datasets import Batch, item_generator
@@ -51,14 +51,15 @@ class ImageFlow(Flow):
         a pipeline that can't be loaded, and for images that are missing."""
         if image.backbone is not BackboneName.small and image.images is None:
             raise UserError("image.images= is missing: a folder of images with captions")
+        self.folder = find_model(image.weights)
         with first_process_first(config):
             device = resolve_device(config.device)
-            encoder = load_backbone(image.backbone, image.weights, device, torch.float32)
-            build_image_cache(image, config.data, encoder, config.seed, encoder_files(image.weights))
+            encoder = load_backbone(image.backbone, self.folder, device, torch.float32)
+            build_image_cache(image, config.data, encoder, config.seed, encoder_files(self.folder))
             del encoder  # with its text encoders, which are larger than the rest
         cpu = torch.device("cpu")
-        self._backbone = load_backbone(image.backbone, image.weights, cpu, torch.float32, encoders=False)
-        self.folder, self.dit, self.guidance = image.weights, self._backbone.transformer, options.guidance
+        self._backbone = load_backbone(image.backbone, self.folder, cpu, torch.float32, encoders=False)
+        self.dit, self.guidance = self._backbone.transformer, options.guidance
         self.term = options.image
         self.embeds_guidance = self._backbone.embeds_guidance
         self.paired = not self.embeds_guidance and self.guidance > 1
@@ -68,7 +69,7 @@ class ImageFlow(Flow):
         first = train.read(0, 0)
         self.lengths = len(first["latents"]), len(text_of(first)["prompt_embeds"])
         self.weights = torch.ones(first["latents"].shape[-1])
-        weights = {"weights_sha256": file_sha256(*weight_files(image.weights))}
+        weights = {"weights_sha256": file_sha256(*weight_files(self.folder))}
         self.record = record_of_images(train, val) | weights
 
     @property

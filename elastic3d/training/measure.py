@@ -18,7 +18,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME
 from elastic3d.pipelines.image_to_3d import ROUTERS_NAME
 from elastic3d.pipelines.options import BackboneName
-from elastic3d.pipelines.runtime import resolve_device
+from elastic3d.pipelines.runtime import find_model, resolve_device
 from elastic3d.training.block_router import BlockRouterStage
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.export import CURVES_NAME, RECORD_NAME, copy_files
@@ -122,6 +122,7 @@ def calibrate_exported(config: CalibrateConfig) -> Path:
     """
     model = config.routing.model if config.image.backbone is None else config.image.weights
     assert model is not None
+    model = find_model(model)
     source, output = (folder / ROUTERS_NAME for folder in (model, config.export.output or model))
     stage = _router_stage(config, _router_config(source))
     load_routers(stage.flow.dit, source)

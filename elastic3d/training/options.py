@@ -150,7 +150,7 @@ class SplitsConfig(Options):
 class LimitedSplitsConfig(SplitsConfig):
     """Of the training shapes all, or a few."""
 
-    limit: int = option(0, "use the first N training shapes; 0 uses all", ge=0, le=1 << 40)
+    limit: int = option(0, "training shapes, spread evenly over the lists; 0 takes all", ge=0, le=1 << 40)
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,7 @@ from elastic3d.elastic.config import RouterConfig
 from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.weights import load_config
+from elastic3d.pipelines.runtime import find_model
 from elastic3d.training.block_router import BlockRouterConfig
 from elastic3d.training.datasets import Batch, PreparedShapes, item_generator, open_split
 from elastic3d.training.dit import DiTStageConfig, LatentFlowConfig, LatentItems, channel_weights
@@ -56,7 +57,8 @@ class ShapeFlow(Flow):
         Raises:
             UserError: no finished cache, one of other latents, or an autoencoder that learned with another loss.
         """
-        self.config, self.folder, self.term = config, options.model, getattr(options, "mesh", None)
+        self.config, self.term = config, getattr(options, "mesh", None)
+        self.folder = find_model(options.model)
         self.cache = cache = LatentCache(config.latents.output, config.data, options.val_shapes, stored)
         self.dit, self.pipeline = cache.load_dense(self.folder, precision)
         self.record, self.lengths = cache.record, cache.info.token_counts

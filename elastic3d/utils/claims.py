@@ -18,17 +18,17 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], begun: bool, later: 
     Args:
         settings: plain values by the names of their options.
         begun: whether the folder has files already, which would stay.
-        later: those of the settings that an older folder did not note.
+        later: those of the settings that the folder need not have noted; noted ones that are not asked for stay.
 
     Raises:
         UserError: it was begun with other settings, or with unknown ones.
     """
     path = folder / SETTINGS_NAME
+    found = load_json(path) if begun and path.is_file() else {}
     if begun:
-        found = load_json(path) if path.is_file() else {}
         known = [name for name in settings if name in found or name not in later]
         if differing := [name for name in known if found.get(name) != settings[name]]:
             raise UserError(
                 f"{folder} was made with another {differing[0]}: delete it first, or give another output="
             )
-    save_json(settings, path)
+    save_json({**found, **settings}, path)

@@ -276,6 +276,22 @@ def test_images_need_their_ground_truth(world, tmp_path):
         (tmp_path / "gt" / "a.ply").rename(world / "gt" / "a.ply")
 
 
+@pytest.mark.parametrize(
+    ("changes", "timed"),
+    [
+        # of three steps of the baseline and four of the reference
+        ({"methods": [Method.dense, Method.elastic], "elastic_steps": [3, 4]}, {3, 4}),
+        ({"methods": [Method.elastic], "elastic_steps": [2]}, {2, 3}),
+    ],
+)
+def test_every_row_has_its_dense_times(world, tmp_path, changes, timed):
+    """Speed-ups are over the baseline and over the dense model in as many steps, whatever the methods are."""
+    results = benchmark(config_of(world, tmp_path, limit=1, seeds=[0], gt=None, caches=[], **changes))
+    assert all(row["dit_speedup"] and row["dit_speedup_same_steps"] for row in results["rows"])
+    [measured] = [done["runs"] for done in load_json(tmp_path / "timing.json")["rounds"]]
+    assert {int(name.split("-s")[1][0]) for name in measured} == timed
+
+
 def test_without_routers_only_the_dense_model_is_measured(world, tmp_path):
     import shutil
 

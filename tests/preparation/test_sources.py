@@ -51,6 +51,25 @@ def test_items_of_a_folder(meshes: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["a.glb", "a.obj", "a-obj.ply"], "a-obj.ply and a.obj, both of which would be a-obj: rename one"),
+        (
+            ["x/y.obj", "x--y.obj"],
+            "x/y.obj and x--y.obj, both of which would be x--y-obj: rename one",
+        ),
+    ],
+)
+def test_meshes_of_one_name_are_refused(tmp_path: Path, files: list[str], message: str) -> None:
+    """One would take the other's place without a word."""
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(UserError, match=message):
+        FolderSource(tmp_path)
+
+
 def test_folder_end_to_end(meshes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     assert prepare("source=folder", f"path={meshes}", f"output={output}", "shard_size=3") == 0

@@ -72,6 +72,20 @@ def test_results_of_others_are_refused(config: DecodingConfig, tmp_path: Path) -
         compare_decoding(config)
 
 
+def test_inputs_of_one_name_are_refused(config: DecodingConfig, tmp_path: Path) -> None:
+    """One would take the other's place without a word."""
+    (tmp_path / "gt").mkdir()
+    decoding.made_shapes()["sphere"].export(tmp_path / "gt" / "sphere.glb")
+    with pytest.raises(
+        UserError, match="sphere.glb is named as a made shape, expected another name than sphere"
+    ):
+        compare_decoding(replace(config, gt=tmp_path / "gt"))
+    save_image(config.images / "ellipse.webp")
+    with pytest.raises(UserError, match="images has several images named ellipse, expected different names"):
+        compare_decoding(config)
+    assert not config.output.exists()
+
+
 def test_a_shape_is_as_near_to_itself_as_its_samples() -> None:
     sphere = decoding.made_shapes()["sphere"]
     found = to_truth(sphere, sphere, 2000)

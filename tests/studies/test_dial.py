@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny_dial import save_dialled
+from tiny_pipeline import tiny_pipeline
 
 from elastic3d.benchmark.config import MeshBenchmarkConfig
 from elastic3d.benchmark.meshes import load_models
@@ -16,9 +17,10 @@ from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.elastic.config import ElasticOptions, RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
+from elastic3d.pipelines import runtime
 from elastic3d.studies.config import DialConfig
 from elastic3d.studies.dial import dial_values, frontier, make_dial
-from elastic3d.utils.files import file_sha256, load_json
+from elastic3d.utils.files import file_sha256, load_json, save_json
 from elastic3d.utils.options import from_dict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +125,25 @@ def test_other_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"r.json has measured the weights {measured[:8]}"):
         make_dial(DialConfig(model=folder, results=tmp_path / "r.json"))
     assert (folder / "dial.json").read_bytes() == before
+
+
+def test_a_bundled_model_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its dial goes beside its weights, and into no folder of that name in the current one."""
+    monkeypatch.setattr(runtime, "_PACKAGE", tmp_path / "elastic3d")
+    folder = tmp_path / "data" / "pretrained" / "mine"
+    tiny_pipeline().save_pretrained(folder)
+    save_json(load_json(folder / "pipeline.json") | {"steps": 25}, folder / "pipeline.json")
+    report = load_json(ROOT / REPORT)
+    report["about"]["models"]["model"] = file_sha256(
+        *(find_weights(folder / part) for part in ("vae", "dit"))
+    )
+    report["rows"] = [
+        row for row in report["rows"] if row["method"] != "training_free"
+    ]  # it has no calibration
+    save_json(report, tmp_path / "r.json")
+    monkeypatch.chdir(tmp_path)
+    assert make_dial(DialConfig(model="mine", results=tmp_path / "r.json"))
+    assert (folder / "dial.json").is_file() and not (tmp_path / "mine").exists()
 
 
 def test_a_benchmark_measures_without_the_dial(tmp_path: Path) -> None:

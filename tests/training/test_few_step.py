@@ -14,6 +14,7 @@ from elastic3d.elastic.trace import NOT_RUN, trace_share
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import read_weights
+from elastic3d.pipelines import runtime
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.few_step import FewStepStage, relative_errors
 from elastic3d.training.journal import read_metrics
@@ -179,13 +180,17 @@ def test_the_field_of_the_dense_model_is_one_of_the_terms(routed):
     assert without.flow.meshes is None and "points" not in without.items.item(0, 0)
 
 
-def test_train_export_and_generate(routed):
+def test_train_export_and_generate(routed, monkeypatch):
+    monkeypatch.setattr(runtime, "_PACKAGE", routed / "elastic3d")
+    (routed / "data" / "pretrained").mkdir(parents=True)
+    (routed / "data" / "pretrained" / "tiny").symlink_to(routed / "dense")
     before = read_weights(routed / "dense" / "routers" / "model.safetensors")
-    assert run_stage(few_step_config(routed, steps=3, validate_every=3)) == 0
+    named = {"model": "tiny"}  # as that of a bundled model
+    assert run_stage(few_step_config(routed, named, steps=3, validate_every=3)) == 0
     rows = read_metrics(routed / "runs" / "few_step" / "metrics.jsonl")
     assert any(name.startswith("val/adapted_") for row in rows for name in row)
     output = routed / "dense"
-    export = export_of(few_step_config(routed), output)
+    export = export_of(few_step_config(routed, named), output)
     for _ in range(2):  # a second export finds a few-step LoRA there already
         assert run_stage(export) == 0
     after = read_weights(output / "routers" / "model.safetensors")

@@ -4,10 +4,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import evaluate
 import pytest
+import summarize
 import trimesh
+from _cli import execute
 
 from elastic3d.errors import UserError
+from elastic3d.evaluation.options import EvaluateConfig, SummarizeConfig
 from elastic3d.geometry.mesh_io import load_mesh, read_extras
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.preparation.options import PrepareConfig, ShapeConfig, SourceName
@@ -65,6 +69,17 @@ def config(tmp_path: Path) -> HeldOutConfig:
     )
 
 
+def table_of(folder: Path, methods: list[str]) -> str:
+    """As docs/evaluation.md has it: a report of each method beside the meshes, then the table of that folder."""
+    quick = ["protocol.points=200", "protocol.volume_points=50", "protocol.views=0", "bootstrap=10"]
+    for name in methods:
+        given = [f"pred={folder}/{name}", f"gt={folder}/gt", f"output={folder}/{name}.json", "workers=1"]
+        assert execute(evaluate.main, EvaluateConfig, "evaluate", given + quick) == 0
+    given = [f"folders={folder}", f"output={folder}", "bootstrap=10"]
+    assert execute(summarize.main, SummarizeConfig, "summarize", given) == 0
+    return (folder / "summary.md").read_text()
+
+
 def test_every_folder_is_written_and_the_nearest_shape_is_the_alike_one(config: HeldOutConfig) -> None:
     ids = build_held_out(config)
     stem = ids[0].rpartition("/")[2]
@@ -72,6 +87,7 @@ def test_every_folder_is_written_and_the_nearest_shape_is_the_alike_one(config: 
         assert len(load_mesh(config.output / folder / f"{stem}.glb").faces) > 0
     assert "crate" in read_extras(config.output / "nearest" / f"{stem}.glb")["nearest"]
     assert (config.output / "sheet.png").is_file()
+    assert "| generated | " in table_of(config.output, ["seed-0", "nearest"])
 
     assert build_held_out(config) == ids  # goes on
     with pytest.raises(
@@ -93,6 +109,11 @@ def test_meshes_of_another_model_or_of_other_prepared_shapes_are_refused(
     """How the model samples by default, and the shapes themselves: both would stay as they were."""
     config, data = replace(config, seeds=[]), config.data
     ids = build_held_out(config)
+    others = config.split.with_name("others.txt")  # the same folder goes on with other shapes, or with more
+    others.write_text("mine/crate\nmine/ball\n")
+    for limit, found in ((1, ["mine/crate"]), (2, ["mine/crate", "mine/ball"])):
+        assert build_held_out(replace(config, split=others, limit=limit)) == found
+    assert sorted(path.stem for path in (config.output / "gt").iterdir()) == ["ball", "box", "crate"]
     model = Path(shutil.copytree(config.model, tmp_path / "model"))
     save_json(load_json(model / "pipeline.json") | {"shift": 3.0}, model / "pipeline.json")
     for name, changed in (
@@ -106,10 +127,10 @@ def test_meshes_of_another_model_or_of_other_prepared_shapes_are_refused(
             build_held_out(changed)
     trimesh.creation.box((1.0, 0.5, 0.8)).export(Path(data.path) / "box.stl")
     assert prepare_data(data).prepared == 3
-    with pytest.raises(UserError, match="was made with another preparation: delete it first"):
+    with pytest.raises(UserError, match="was made with another preparation of mine/box: delete it first"):
         build_held_out(config)
     settings = load_json(config.output / "settings.json")
-    for name in ("pipeline", "preparation", "data.shape.resolution"):
+    for name in ("pipeline", "preparation of mine/box", "data.shape.resolution"):
         del settings[name]
     save_json(settings, config.output / "settings.json")
     assert build_held_out(config) == ids  # an older folder did not note them
