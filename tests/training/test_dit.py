@@ -111,6 +111,33 @@ def test_an_own_image_that_changed_is_cached_again(cached):
     assert not torch.equal(tokens(), before)
 
 
+def test_shapes_whose_names_end_alike_are_drawn_apart(cached):
+    """As those of `<hash>/model_normalized.obj`; a cache that took such for one goes on as it began."""
+    ids = [f"balls/{name}--model_normalized" for name in "ab"]
+    first, second = sorted((cached / "prepared" / "balls").glob("*.safetensors"))
+    second.unlink()
+    ball = {key: tensor for key, tensor in load_file(first).items() if key.startswith("ball0/")}
+    save_file(
+        {key.replace("ball0", id[6:]): tensor.clone() for id in ids for key, tensor in ball.items()}, first
+    )
+    for name in ("train", "val"):
+        (cached / f"{name}.txt").write_text("\n".join(ids))
+    config = config_for(cached, stage=StageName.cache)
+
+    def are_alike(output: Path) -> list[bool]:
+        config.latents = replace(config.latents, output=output, augment=True)
+        build_cache(config)
+        shapes = PreparedShapes(output, ids)
+        return [torch.equal(*(shapes.read(id, name) for id in ids)) for name in ("mean", "tokens")]
+
+    assert are_alike(cached / "new") == [False, False]
+    older = load_json(cached / "new" / "settings.json")
+    del older["seeds"]
+    save_json(older, cached / "old" / "settings.json")
+    assert are_alike(cached / "old") == [True, True]
+    assert "seeds" not in LatentInfo.load(cached / "old").settings
+
+
 def test_shapes_that_are_in_another_shard_now_are_not_read_from_the_old_one(cached):
     """The folder was prepared anew, with another shard_size."""
     folder = cached / "prepared" / "balls"
