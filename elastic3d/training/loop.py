@@ -213,10 +213,10 @@ class _Run:
                 self.journal.scalars(self.step, values)
                 window.clear()
                 clock, clock_step = time.monotonic(), self.step
-            self._look()
             reason = self._stop_reason(signals)
             if reason or self._due(config.save_every):
                 self._save()
+            self._look()  # an error of it costs no step
             if reason:
                 break
         outcome = Outcome(self.step, reason or "finished", self.saved)

@@ -32,7 +32,7 @@ from elastic3d.training.vae import TrainedPart
 from elastic3d.training.views import named_images, stored_views
 from elastic3d.utils.files import file_sha256, load_json, save_json
 from tests.training.test_loop import start_two, wait_for_end
-from tests.training.tiny import add_views, tiny_vae, vae_config, views
+from tests.training.tiny import add_views, change_prepared, tiny_vae, vae_config, views
 from tests.training.tiny import dit_config as config_for
 
 
@@ -338,6 +338,35 @@ def test_the_cache_alone_is_enough(cached):
     assert run_stage(config_for(cached, steps=2, validate_every=1)) == 0
     with pytest.raises(UserError, match=r"prepare_data.py makes them, and sample_every=0 trains without"):
         run_stage(config_for(cached, name="drawn", steps=2, sample_every=1))
+
+
+def test_a_cached_shape_that_is_not_prepared_any_more_is_named_at_the_start(cached):
+    (cached / "val.txt").write_text("balls/ball4\nballs/ball5\n")
+    change_prepared(cached, "ball4", None)
+    with pytest.raises(UserError, match=r"balls/ball4 is in the cache of latents, but not .* sample_every=0"):
+        DiTStage(config_for(cached, sample_every=1))
+    DiTStage(config_for(cached))
+    change_prepared(cached, "ball5", None)
+    (cached / "val.txt").write_text("balls/ball3\nballs/ball5\n")
+    DiTStage(config_for(cached, sample_every=1))  # of two shapes it draws the first
+
+
+def test_sample_images_show_what_conditioned(cached):
+    """A shape's own images; white where it has none and was prepared with shape.views=0."""
+    own = cached / "own"
+    own.mkdir()
+    image = Image.new("RGBA", (64, 64))
+    image.paste((200, 40, 40, 255), (8, 20, 56, 44))
+    image.save(own / "ball5.png")
+    change_prepared(cached, "ball5", views(0))
+    config = config_for(cached, stage=StageName.cache)
+    latents = config.latents = replace(config.latents, output=cached / "other", images=own)
+    build_cache(config)
+    stage = DiTStage(config_for(cached, latents=latents, sample_every=1))
+    assert np.array_equal(stage._view(0), np.asarray(prepare_image(image, stage.info.foreground, 160)))
+    shutil.rmtree(own)
+    stage = DiTStage(config_for(cached, latents=latents, sample_every=1))
+    assert (stage.samples()["generated"][:160] == 255).all()
 
 
 def test_a_moved_cache_finds_the_bundled_vae(cached):

@@ -16,7 +16,7 @@ import torch
 
 from elastic3d.errors import UserError
 from elastic3d.training import loop
-from elastic3d.training.checkpoint import load_checkpoint
+from elastic3d.training.checkpoint import load_checkpoint, newest_checkpoint
 from elastic3d.training.distributed import make_accelerator, state_bytes
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.loop import compile_blocks, enable_gradient_checkpointing, stop_signals, train
@@ -170,6 +170,15 @@ def test_sigterm_ends_with_a_checkpoint(prepared):
     assert "SIGTERM" in said
     [checkpoint] = (config.folder / "checkpoints").iterdir()
     assert load_checkpoint(checkpoint).step == max(losses(config))
+
+
+def test_an_error_of_validation_or_drawing_costs_no_step(prepared, monkeypatch):
+    config = vae_config(prepared, sample_every=3)
+    stage = build_stage(config)
+    monkeypatch.setattr(stage, "samples", lambda: stage.items.shapes.require(["balls/absent"]))
+    with pytest.raises(UserError, match="balls/absent"):
+        train(stage, config, config.folder)
+    assert newest_checkpoint(config.folder / "checkpoints")[0].name == "step-00000003"
 
 
 def test_the_time_limit_ends_with_a_checkpoint(prepared):
