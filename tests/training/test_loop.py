@@ -160,10 +160,12 @@ def test_learns_one_shape(prepared):
     assert last["val/volume_iou"] > 0.85
 
 
-def test_sigterm_ends_with_a_checkpoint(prepared):
+def test_a_run_is_for_one_process_and_sigterm_ends_it_with_a_checkpoint(prepared):
     config = vae_config(prepared, steps=100_000, save_every=100_000)
     process = start(config)
     wait_for(lambda: losses(config), process)
+    with pytest.raises(UserError, match="tiny is in use by another process"):
+        run_stage(config)  # which would take away what the first is about to write
     process.send_signal(signal.SIGTERM)
     said = process.wait()
     assert process.process.exitcode == 143, said
