@@ -38,6 +38,7 @@ from elastic3d.models.weights import PretrainedMixin, load_config, open_tensors,
 from elastic3d.pipelines.training_free import describe, load_calibration, series_of
 from elastic3d.preparation.shards import Shard, read_sidecar, write_shard
 from elastic3d.training.checkpoint import (
+    WEIGHTS,
     Checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -92,13 +93,22 @@ def _images(path: Path) -> object:
 def _state(path: Path) -> object:
     """With a manifest that agrees: a hostile checkpoint, not a damaged one."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    (path.parent / "manifest.json").write_text(json.dumps({"state.json": digest}))
+    (path.parent / "manifest.json").write_text(json.dumps({"state.json": digest, **_weights(path.parent)}))
     return load_checkpoint(path.parent)
 
 
 def _manifest(path: Path) -> object:
     (path.parent / "state.json").write_text('{"step": 1}')
+    _weights(path.parent)
     return load_checkpoint(path.parent)
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    """Those of a checkpoint, and their hashes."""
+    content = save({"w": torch.zeros(1)})
+    for name in WEIGHTS:
+        (folder / name).write_bytes(content)
+    return dict.fromkeys(WEIGHTS, hashlib.sha256(content).hexdigest())
 
 
 SHAPE_DIT = ShapeDiT(DiTConfig(width=16, heads=2, double_blocks=1, single_blocks=1))
@@ -132,7 +142,13 @@ DOCUMENTS: dict[str, tuple[Any, Callable[[Path], object]]] = {
     "latents.json": (LATENTS, _latents),
     "cache.json": ({"settings": {"size": 64}, "counts": {"train": 3}}, _images),
     "state.json": ({"step": 3, "config": {}}, _state),
-    "manifest.json": ({"state.json": hashlib.sha256(b'{"step": 1}').hexdigest()}, _manifest),
+    "manifest.json": (
+        {
+            "state.json": hashlib.sha256(b'{"step": 1}').hexdigest(),
+            **dict.fromkeys(WEIGHTS, hashlib.sha256(save({"w": torch.zeros(1)})).hexdigest()),
+        },
+        _manifest,
+    ),
     "report.json": ({"protocol": {"points": 9}, "items": [ROW]}, load_report),
     "results.json": ({"rows": [{"name": "dense"}]}, load_frontier),
     "gate.yaml": ({"chamfer_l1": {"max": 0.03}, "f_score@0.02": {"min": 0.9, "max": 1.0}}, load_gate),

@@ -23,7 +23,8 @@ from elastic3d.utils.old_names import todays_stage
 from elastic3d.utils.options import from_dict, hints, renamed
 
 Config = TypeVar("Config")
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
+WEIGHTS = ("model.safetensors", "average.safetensors", "optimizer.safetensors")
 CLASSES = {"vae": (VAEConfig, "ShapeVAE"), "dit": (DiTConfig, "ShapeDiT")}
 _PREFIX = "step-"
 # What is recorded of the latents that a run learns from, and in words.
@@ -85,14 +86,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def _write(unfinished: Path, checkpoint: Checkpoint) -> None:
-    """The files of a checkpoint and the manifest of all that lies in its folder by now, on the disk for certain."""
+    """The files of a checkpoint and their manifest, on the disk for certain."""
     unfinished.mkdir(parents=True, exist_ok=True)
     for name, tensors in checkpoint.tensors.items():
         save_weights(tensors, unfinished / f"{name}.safetensors")
-    (unfinished / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.values}))
-    hashes = {file.name: file_sha256(file) for file in sorted(unfinished.iterdir()) if file.name != MANIFEST}
+    (unfinished / STATE).write_text(json.dumps({"step": checkpoint.step, **checkpoint.values}))
+    names = [*(f"{name}.safetensors" for name in checkpoint.tensors), STATE]
+    hashes = {name: file_sha256(unfinished / name) for name in sorted(names)}
     (unfinished / MANIFEST).write_text(json.dumps(hashes, indent=1))
-    for path in (*unfinished.iterdir(), unfinished):
+    for path in (*(unfinished / name for name in (*names, MANIFEST)), unfinished):
         _flush(path)
 
 
@@ -103,7 +105,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         UserError: the folder is missing or half-written, a file was changed or is gone, or holds something else.
     """
     names = verify_checkpoint(path)
-    values = load_json(path / "state.json", {"step": Number(0, 1 << 50, whole=True)})
+    values = load_json(path / STATE, {"step": Number(0, 1 << 50, whole=True)})
     weights = [path / name for name in sorted(names) if name.endswith(".safetensors")]
     tensors = {file.stem: read_weights(file) for file in weights}
     return Checkpoint(values.pop("step"), tensors, values, str(path))
@@ -116,8 +118,8 @@ def verify_checkpoint(path: Path) -> list[str]:
     if not (path / MANIFEST).is_file():
         raise UserError(f"{path} is no whole checkpoint: it has no {MANIFEST}")
     hashes: dict[str, str] = load_json(path / MANIFEST, {str: str})
-    if "state.json" not in hashes:
-        raise UserError(f"{path} is no whole checkpoint: {MANIFEST} does not list state.json")
+    if unlisted := [name for name in (STATE, *WEIGHTS) if name not in hashes]:
+        raise UserError(f"{path} is no whole checkpoint: {MANIFEST} does not list {unlisted[0]}")
     for name, expected in hashes.items():
         if not (path / name).is_file():
             raise UserError(f"{path} is no whole checkpoint: {name} is missing")

@@ -156,6 +156,7 @@ class PreparedShapes:
         self.ids = [found[i * len(found) // limit] for i in range(limit)] if 0 < limit < len(found) else found
         if not self.ids:
             raise UserError(nothing_prepared(len(split), root))
+        self._root = root
         self._loaded: dict[tuple[str, str], Tensor] = {}
         self._loaded = {(id, name): self.read(id, name) for id in self.ids for name in preload}
 
@@ -165,6 +166,14 @@ class PreparedShapes:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def require(self, ids: Sequence[str]) -> None:
+        """UserError that names the first of these shapes, of the split, that is not there."""
+        if absent := [id for id in ids if not self._has(id)]:
+            raise UserError(
+                f"{absent[0]} is in the cache of latents, but not under {self._root}: prepare it again with"
+                " scripts/prepare_data.py, or leave it out of the lists"
+            )
 
     def has(self, id: str, name: str) -> bool:
         """Whether a tensor of this name is stored of a shape."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,12 +19,12 @@ from elastic3d.models.images import prepare_image
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.training.datasets import Batch, PreparedShapes, Shuffle, even_times, item_generator, open_split
-from elastic3d.training.journal import contact_sheet, mesh_row
+from elastic3d.training.journal import contact_sheet, mesh_image, mesh_row
 from elastic3d.training.latents import INFO_NAME, LatentCache, LatentCacheConfig, LatentInfo
 from elastic3d.training.loop import Stage
 from elastic3d.training.options import DataConfig, StageName, TrainConfig
 from elastic3d.training.routes import KINDS, WIDTHS, RandomRoutes, RandomRoutesConfig, draw
-from elastic3d.training.views import stored_views
+from elastic3d.training.views import named_images, stored_views
 from elastic3d.utils.options import Options, option
 
 
@@ -203,12 +204,26 @@ class LatentItems:
         return torch.from_numpy(rng.standard_normal((count, channels), dtype=np.float32))
 
 
-def _open_images(data: DataConfig) -> PreparedShapes:
-    """The prepared validation shapes, whose views the sample images show: the cache has their tokens alone."""
+def _open_images(data: DataConfig, ids: Sequence[str]) -> PreparedShapes:
+    """The prepared validation shapes, whose views the sample images show: the cache has their tokens alone.
+
+    UserError unless all of `ids` are there.
+    """
     try:
-        return open_split(data, data.val, ())
+        found = open_split(data, data.val, ())
+        found.require(ids)
     except UserError as error:
         raise UserError(f"{error}, and sample_every=0 trains without sample images") from error
+    return found
+
+
+def _own_images(info: LatentInfo) -> dict[str, list[Path]]:
+    """Images of the shapes' own that the cache was made with, as far as they are still there."""
+    folder = info.settings.get("images")
+    try:
+        return named_images(Path(folder)) if folder else {}
+    except UserError:
+        return {}
 
 
 class DiTStage(Stage):
@@ -236,7 +251,9 @@ class DiTStage(Stage):
         routes = RandomRoutes(self.dit) if config.dit.routes.active else None
         self.objective = FlowObjective(self.dit, anchor_channels, config.dit.anchor_weight, routes)
         self._val = cache.val
-        self._images = _open_images(config.data) if config.sample_every else None
+        drawn = cache.val.ids[: config.dit.sample_shapes]
+        self._images = _open_images(config.data, drawn) if config.sample_every else None
+        self._own = _own_images(info) if config.sample_every else {}
         scale = self.vae.config.scale_factor
         self.items = LatentItems(cache.train, info, config.dit, scale, config.batch)
         self._val_items = LatentItems(self._val, info, config.dit, scale, mirrored=cache.mirrored)
@@ -280,8 +297,13 @@ class DiTStage(Stage):
         return {"generated": contact_sheet(rows)}
 
     def _view(self, index: int, size: int = 160) -> np.ndarray:
+        """The view whose tokens `fixed` gives; white where none shows the shape."""
         assert self._images is not None
         id = self._val.ids[index]
-        views, found = self._val_items.views_of(id), stored_views(self._images, id)
-        view: Image.Image = found[(index % views) * len(found) // views]
-        return np.asarray(prepare_image(view, self.info.foreground, size))
+        views = self._val_items.views_of(id)
+        try:
+            found = self._own.get(id.partition("/")[2]) or stored_views(self._images, id)
+            view: Image.Image | Path = found[(index % views) * len(found) // views]
+            return np.asarray(prepare_image(view, self.info.foreground, size))
+        except UserError:
+            return mesh_image(None, size)

@@ -8,6 +8,7 @@ of the latents.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -340,6 +341,7 @@ class _Builder:
             "foreground": to_dict(self.foreground),
             "variants": self.config.variants,
             "views": self.config.views,
+            "seeds": "sha256",
             **surface,
         }
         if not self.config.standardise:  # absent otherwise: older caches have no such entry
@@ -361,6 +363,8 @@ class _Builder:
         if path.is_file():
             # older caches have no such entry
             found = {"encoder_sha256": self.settings["encoder_sha256"]} | load_json(path)
+            if "seeds" not in found:  # such a cache goes on as it began
+                del self.settings["seeds"]
             for name, kind in (("encoder", ImageEncoderConfig), ("foreground", ForegroundConfig)):
                 # an option that did not exist when the cache was made had its default
                 found[name] = to_dict(from_dict(kind, found.get(name, {}), str(path)))
@@ -424,7 +428,7 @@ class _Builder:
         for variant in range(self.config.variants):
             drawn = []
             for id in ids:
-                rng = item_generator(variant, _number(id))
+                rng = item_generator(variant, self._number(id))
                 item = {**items.draw(id, rng), **items.offsets(rng)}
                 if self.config.mirror and id in train and 2 * variant >= self.config.variants:
                     item = {name: mirrored(tensor) for name, tensor in item.items()}
@@ -449,12 +453,17 @@ class _Builder:
         for index, (place, flip) in used:
             view: Image.Image | Path = found[place]
             if changed:
-                view = augment_view(load_image(view), np.random.default_rng([_number(id), index, 6]))
+                view = augment_view(load_image(view), np.random.default_rng([self._number(id), index, 6]))
             if flip:
                 view = load_image(view).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             images.append(prepare_image(view, self.foreground, self.encoder.image_size))
         tokens = self.encoder(to_tensor(images).to(self.device)).cpu()
         return tokens if changed else tokens[[used.index((0, pair)) for pair in chosen]]
+
+    def _number(self, id: str) -> int:
+        """A number of its own for every id, the same in every process; older caches have it of the last bytes alone."""
+        data = hashlib.sha256(id.encode()).digest()[:8] if "seeds" in self.settings else id.encode()
+        return int.from_bytes(data, "big") % (1 << 63)
 
     def finish(self, sums: list[dict[str, Any]]) -> LatentInfo:
         """Write `latents.json`."""
@@ -485,8 +494,3 @@ def mirrored(points: Tensor) -> Tensor:
     if points.shape[-1] in (3, 6):
         flipped[..., ::3] *= -1
     return flipped
-
-
-def _number(id: str) -> int:
-    """A number of its own for every id, the same in every process."""
-    return int.from_bytes(id.encode(), "big") % (1 << 63)

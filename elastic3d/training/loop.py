@@ -6,7 +6,7 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from elastic3d.training.distributed import (
 from elastic3d.training.journal import Journal
 from elastic3d.training.optim import Average, MasterOptimizer, learning_rate
 from elastic3d.training.options import LoopConfig, Precision, Schedule
+from elastic3d.utils.claims import sole_use
 from elastic3d.utils.options import to_dict
 
 # Options that change nothing of what is learned: a resumed run may have others.
@@ -104,10 +105,10 @@ def train(stage: Stage, config: LoopConfig, folder: Path, record: Mapping[str, A
 
     Raises:
         UserError: a batch that the processes can't share, a run that diverged, a checkpoint that does not
-        fit.
+        fit, a folder that another process trains in.
     """
-    with stop_signals() as signals:
-        run = _Run(stage, config, folder, {**(record or {}), "data": stage.record})
+    with stop_signals() as signals, ExitStack() as claims:
+        run = _Run(stage, config, folder, {**(record or {}), "data": stage.record}, claims)
         try:
             return run.go(signals)
         finally:
@@ -140,12 +141,17 @@ def stop_signals() -> Iterator[list[str]]:
 
 
 class _Run:
-    def __init__(self, stage: Stage, config: LoopConfig, folder: Path, record: dict[str, Any]) -> None:
+    def __init__(
+        self, stage: Stage, config: LoopConfig, folder: Path, record: dict[str, Any], claims: ExitStack
+    ) -> None:
+        """`claims`: what keeps other processes from the folder, left with the run."""
         self.stage, self.config, self.folder, self.record = stage, config, folder, record
         self.started = time.monotonic()
         self.accelerator = accelerator = make_accelerator(config)
         self.notes: list[str] = []
         self._prepare()
+        if accelerator.is_main_process:
+            claims.enter_context(sole_use(folder))
         found = self._find()
         self.model = self._distribute()  # now all have the main process' weights
         trainable = {n: p for n, p in stage.objective.named_parameters() if p.requires_grad}
@@ -213,10 +219,10 @@ class _Run:
                 self.journal.scalars(self.step, values)
                 window.clear()
                 clock, clock_step = time.monotonic(), self.step
-            self._look()
             reason = self._stop_reason(signals)
             if reason or self._due(config.save_every):
                 self._save()
+            self._look()  # an error of it costs no step
             if reason:
                 break
         outcome = Outcome(self.step, reason or "finished", self.saved)

@@ -55,7 +55,8 @@ class ShapeFlow(Flow):
             stored: tensors of the cache that are read at once where data are preloaded.
 
         Raises:
-            UserError: no finished cache, one of other latents, or an autoencoder that learned with another loss.
+            UserError: no finished cache, one of other latents, an autoencoder that learned with another loss, or
+                shapes of the cache without the true surface that the mesh loss needs.
         """
         self.config, self.term = config, getattr(options, "mesh", None)
         self.folder = find_model(options.model)
@@ -74,6 +75,7 @@ class ShapeFlow(Flow):
         if self.term is not None and self.term.weight:
             loss = config.vae
             self._surfaces = open_split(config.data, config.data.train, MESH_STORED)
+            self._surfaces.require(cache.train.ids)
         self._loss = loss
         self.meshes = MeshReconstruction(self.vae, loss) if loss else None
 

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from elastic3d.errors import UserError
 from elastic3d.utils.files import load_json, save_json
 
-SETTINGS_NAME = "settings.json"
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+SETTINGS_NAME, LOCK_NAME = "settings.json", ".lock"
+
+
+@contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Make a folder, and let no other process in here with it inside the block; UserError if one is.
+
+    A lock by `lockf` ends with the process, whatever ended it: processes that it forked have no part in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_NAME).open("a") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(
+                f"{folder} is in use by another process: wait until that has ended, or stop it"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def claim_folder(folder: Path, settings: Mapping[str, Any], begun: bool, later: Collection[str] = ()) -> None:

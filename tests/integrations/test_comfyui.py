@@ -83,6 +83,20 @@ def test_a_quality_is_a_point_of_the_dial(nodes, tmp_path: Path) -> None:
         generate(dialled, batch, 0, "fast", 0.7, 0, 16, 500)
 
 
+def test_masks_as_load_image_gives_them(nodes) -> None:
+    """1 - alpha, and 64 x 64 zeros for an image without alpha."""
+    rgba = np.asarray(image().convert("RGBA"))
+    batch = torch.from_numpy(rgba[None, ..., :3] / np.float32(255))
+    loaded = 1 - torch.from_numpy(rgba[None, ..., 3] / np.float32(255))
+    (turned,) = nodes.to_images(batch, loaded, invert_mask=True)
+    assert np.array_equal(np.asarray(turned), rgba)
+    for invert in (False, True):
+        (plain,) = nodes.to_images(batch, torch.zeros(1, 64, 64), invert)
+        assert np.array_equal(np.asarray(plain), rgba[..., :3])
+    (own,) = nodes.to_images(torch.from_numpy(rgba[None] / np.float32(255)), torch.zeros(1, 64, 64))
+    assert np.array_equal(np.asarray(own), rgba), "alpha that the image has itself stays"
+
+
 def test_a_mask_of_another_batch_is_named(nodes) -> None:
     with pytest.raises(ValueError, match="mask has 3 images, expected 1 or 2"):
         nodes.to_images(torch.zeros(2, 8, 8, 3), torch.zeros(3, 8, 8))

@@ -1,9 +1,13 @@
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from elastic3d.errors import UserError
+from elastic3d.models.weights import save_weights
+from elastic3d.training import checkpoint
 from elastic3d.training.checkpoint import (
     Checkpoint,
     checkpoint_path,
@@ -15,7 +19,8 @@ from elastic3d.training.checkpoint import (
 
 
 def some_checkpoint(step: int) -> Checkpoint:
-    return Checkpoint(step, {"model": {"w": torch.full((2,), float(step))}}, {"data": {"shapes": 3}})
+    parts = {name: {"w": torch.full((2,), float(step))} for name in ("model", "average", "optimizer")}
+    return Checkpoint(step, parts, {"data": {"shapes": 3}})
 
 
 def test_round_trip(tmp_path):
@@ -45,7 +50,7 @@ def test_a_broken_newer_one_does_not_crowd_out_what_is_whole(tmp_path):
 
 
 def test_the_same_step_again_replaces(tmp_path):
-    save_checkpoint(tmp_path, Checkpoint(1, {"model": {"w": torch.zeros(1)}}), keep=2)
+    save_checkpoint(tmp_path, replace(some_checkpoint(5), step=1), keep=2)
     path = save_checkpoint(tmp_path, some_checkpoint(1), keep=2)
     assert load_checkpoint(path).tensors["model"]["w"].tolist() == [1.0, 1.0]
 
@@ -59,21 +64,38 @@ def test_half_written_ones_are_refused_and_passed_over(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1])
     missing = save_checkpoint(tmp_path, some_checkpoint(4), keep=9)
     (missing / "state.json").unlink()
+    parts = some_checkpoint(6).tensors
+    del parts["average"]
+    partial = save_checkpoint(tmp_path, Checkpoint(6, parts), keep=9)
     unfinished = tmp_path / ".step-00000005.unfinished"
     shutil.copytree(good, unfinished)
     for path, message in (
         (no_manifest, "has no manifest.json"),
         (truncated, "model.safetensors differs"),
         (missing, "state.json is missing"),
+        (partial, "manifest.json does not list average.safetensors"),
         (tmp_path / "step-00000009", "no checkpoint folder"),
     ):
         with pytest.raises(UserError, match=message):
             load_checkpoint(path)
     newest, reasons = newest_checkpoint(tmp_path)
     assert newest == good
-    assert len(reasons) == 3
+    assert len(reasons) == 4
     clear_unfinished(tmp_path)
     assert not unfinished.exists()
+
+
+def test_a_file_that_goes_while_others_are_written_ends_in_no_checkpoint(tmp_path, monkeypatch):
+    """As where two processes were in one run: the manifest listed what was left."""
+
+    def losing(tensors: object, path: Path) -> None:
+        save_weights(tensors, path)
+        (path.parent / "model.safetensors").unlink()
+
+    monkeypatch.setattr(checkpoint, "save_weights", losing)
+    with pytest.raises(UserError, match="can't write .*step-00000001: .*"):
+        save_checkpoint(tmp_path, Checkpoint(1, {"model": {"w": torch.ones(1)}}), keep=2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_there(tmp_path):
@@ -84,6 +106,6 @@ def test_files_that_the_manifest_does_not_list_are_not_read(tmp_path):
     path = save_checkpoint(tmp_path, some_checkpoint(1), keep=2)
     shutil.copy(path / "model.safetensors", path / "stranger.safetensors")
     found = load_checkpoint(path)
-    assert set(found.tensors) == {"model"}
-    with pytest.raises(UserError, match="step-00000001 has no average.safetensors"):
-        found.part("average")
+    assert set(found.tensors) == {"model", "average", "optimizer"}
+    with pytest.raises(UserError, match="step-00000001 has no stranger.safetensors"):
+        found.part("stranger")

@@ -32,7 +32,7 @@ from elastic3d.training.vae import TrainedPart
 from elastic3d.training.views import named_images, stored_views
 from elastic3d.utils.files import file_sha256, load_json, save_json
 from tests.training.test_loop import start_two, wait_for_end
-from tests.training.tiny import add_views, tiny_vae, vae_config, views
+from tests.training.tiny import add_views, change_prepared, tiny_vae, vae_config, views
 from tests.training.tiny import dit_config as config_for
 
 
@@ -109,6 +109,33 @@ def test_an_own_image_that_changed_is_cached_again(cached):
     before = tokens()
     image.rotate(30).save(own / "ball1.png")
     assert not torch.equal(tokens(), before)
+
+
+def test_shapes_whose_names_end_alike_are_drawn_apart(cached):
+    """As those of `<hash>/model_normalized.obj`; a cache that took such for one goes on as it began."""
+    ids = [f"balls/{name}--model_normalized" for name in "ab"]
+    first, second = sorted((cached / "prepared" / "balls").glob("*.safetensors"))
+    second.unlink()
+    ball = {key: tensor for key, tensor in load_file(first).items() if key.startswith("ball0/")}
+    save_file(
+        {key.replace("ball0", id[6:]): tensor.clone() for id in ids for key, tensor in ball.items()}, first
+    )
+    for name in ("train", "val"):
+        (cached / f"{name}.txt").write_text("\n".join(ids))
+    config = config_for(cached, stage=StageName.cache)
+
+    def are_alike(output: Path) -> list[bool]:
+        config.latents = replace(config.latents, output=output, augment=True)
+        build_cache(config)
+        shapes = PreparedShapes(output, ids)
+        return [torch.equal(*(shapes.read(id, name) for id in ids)) for name in ("mean", "tokens")]
+
+    assert are_alike(cached / "new") == [False, False]
+    older = load_json(cached / "new" / "settings.json")
+    del older["seeds"]
+    save_json(older, cached / "old" / "settings.json")
+    assert are_alike(cached / "old") == [True, True]
+    assert "seeds" not in LatentInfo.load(cached / "old").settings
 
 
 def test_shapes_that_are_in_another_shard_now_are_not_read_from_the_old_one(cached):
@@ -311,6 +338,35 @@ def test_the_cache_alone_is_enough(cached):
     assert run_stage(config_for(cached, steps=2, validate_every=1)) == 0
     with pytest.raises(UserError, match=r"prepare_data.py makes them, and sample_every=0 trains without"):
         run_stage(config_for(cached, name="drawn", steps=2, sample_every=1))
+
+
+def test_a_cached_shape_that_is_not_prepared_any_more_is_named_at_the_start(cached):
+    (cached / "val.txt").write_text("balls/ball4\nballs/ball5\n")
+    change_prepared(cached, "ball4", None)
+    with pytest.raises(UserError, match=r"balls/ball4 is in the cache of latents, but not .* sample_every=0"):
+        DiTStage(config_for(cached, sample_every=1))
+    DiTStage(config_for(cached))
+    change_prepared(cached, "ball5", None)
+    (cached / "val.txt").write_text("balls/ball3\nballs/ball5\n")
+    DiTStage(config_for(cached, sample_every=1))  # of two shapes it draws the first
+
+
+def test_sample_images_show_what_conditioned(cached):
+    """A shape's own images; white where it has none and was prepared with shape.views=0."""
+    own = cached / "own"
+    own.mkdir()
+    image = Image.new("RGBA", (64, 64))
+    image.paste((200, 40, 40, 255), (8, 20, 56, 44))
+    image.save(own / "ball5.png")
+    change_prepared(cached, "ball5", views(0))
+    config = config_for(cached, stage=StageName.cache)
+    latents = config.latents = replace(config.latents, output=cached / "other", images=own)
+    build_cache(config)
+    stage = DiTStage(config_for(cached, latents=latents, sample_every=1))
+    assert np.array_equal(stage._view(0), np.asarray(prepare_image(image, stage.info.foreground, 160)))
+    shutil.rmtree(own)
+    stage = DiTStage(config_for(cached, latents=latents, sample_every=1))
+    assert (stage.samples()["generated"][:160] == 255).all()
 
 
 def test_a_moved_cache_finds_the_bundled_vae(cached):

@@ -30,7 +30,7 @@ from elastic3d.training.shape_flow import (
 )
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.files import load_json, save_json
-from tests.training.tiny import defaults, export_of
+from tests.training.tiny import change_prepared, defaults, export_of
 from tests.training.tiny import dit_config as config_for
 
 ONCE_A_STEP = dict(longest=3, scope=Scope.step, widths=1)
@@ -55,6 +55,12 @@ def test_the_shipped_router_configuration_suits_the_stage():
         config = parse(RouterTrainConfig, "train", ["stage=router", *choice])
         assert config.stage is StageName.router
         assert config.router.scope is Scope.step and config.router.longest == 8
+
+
+def test_a_cached_shape_without_its_true_surface_is_named_at_the_start(dense):
+    change_prepared(dense, "ball1", None)
+    with pytest.raises(UserError, match="balls/ball1 is in the cache of latents, but not under .*prepared"):
+        RouterStage(router_config(dense))
 
 
 def test_latents_of_another_scale_than_the_model_knows_are_refused(dense):

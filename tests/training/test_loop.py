@@ -16,7 +16,7 @@ import torch
 
 from elastic3d.errors import UserError
 from elastic3d.training import loop
-from elastic3d.training.checkpoint import load_checkpoint
+from elastic3d.training.checkpoint import load_checkpoint, newest_checkpoint
 from elastic3d.training.distributed import make_accelerator, state_bytes
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.loop import compile_blocks, enable_gradient_checkpointing, stop_signals, train
@@ -160,16 +160,27 @@ def test_learns_one_shape(prepared):
     assert last["val/volume_iou"] > 0.85
 
 
-def test_sigterm_ends_with_a_checkpoint(prepared):
+def test_a_run_is_for_one_process_and_sigterm_ends_it_with_a_checkpoint(prepared):
     config = vae_config(prepared, steps=100_000, save_every=100_000)
     process = start(config)
     wait_for(lambda: losses(config), process)
+    with pytest.raises(UserError, match="tiny is in use by another process"):
+        run_stage(config)  # which would take away what the first is about to write
     process.send_signal(signal.SIGTERM)
     said = process.wait()
     assert process.process.exitcode == 143, said
     assert "SIGTERM" in said
     [checkpoint] = (config.folder / "checkpoints").iterdir()
     assert load_checkpoint(checkpoint).step == max(losses(config))
+
+
+def test_an_error_of_validation_or_drawing_costs_no_step(prepared, monkeypatch):
+    config = vae_config(prepared, sample_every=3)
+    stage = build_stage(config)
+    monkeypatch.setattr(stage, "samples", lambda: stage.items.shapes.require(["balls/absent"]))
+    with pytest.raises(UserError, match="balls/absent"):
+        train(stage, config, config.folder)
+    assert newest_checkpoint(config.folder / "checkpoints")[0].name == "step-00000003"
 
 
 def test_the_time_limit_ends_with_a_checkpoint(prepared):

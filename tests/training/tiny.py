@@ -122,6 +122,15 @@ def gradients(stage: Any, accumulate: int) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in stage.objective.parameters() if p.grad is not None])
 
 
+def change_prepared(root: Path, id: str, tensors: dict[str, torch.Tensor] | None) -> None:
+    """Other tensors of a prepared shape, or none of it any more."""
+    for shard in (root / "prepared" / "balls").glob("*.safetensors"):
+        stored = load_file(shard)
+        if own := {key for key in stored if key.startswith(f"{id}/")}:
+            kept = {key: tensor for key, tensor in stored.items() if key not in own or tensors is not None}
+            save_file(kept | {f"{id}/{name}": tensor for name, tensor in (tensors or {}).items()}, shard)
+
+
 def add_views(root: Path) -> None:
     """Give every prepared shape three images."""
     for shard in (root / "prepared" / "balls").glob("*.safetensors"):

@@ -40,7 +40,8 @@ class Elastic3DLoadModel:
 
 
 class Elastic3DImageToMesh:
-    """Images (B,H,W,3 or 4) in [0,1], and masks (B,H,W) that are 1 on the object -> one mesh an image."""
+    """Images (B,H,W,3 or 4) in [0,1], and masks (B,H,W) that are 1 on the object, or on the background as those of
+    ComfyUI's LoadImage -> one mesh an image."""
 
     CATEGORY, FUNCTION = CATEGORY, "generate"
     RETURN_TYPES, RETURN_NAMES = ("TRIMESH", "STRING"), ("meshes", "metadata")
@@ -76,7 +77,13 @@ class Elastic3DImageToMesh:
                 "max_faces": ("INT", {"default": 40_000, "min": 100, "max": 1_000_000}),
             },
             "optional": {
-                "mask": ("MASK", {"tooltip": "1 on the object; else the background has to be plain"}),
+                "mask": (
+                    "MASK",
+                    {
+                        "tooltip": "1 on the object, or the mask of Load Image with invert_mask; one of zeros says "
+                        "nothing, and then the background has to be plain"
+                    },
+                ),
                 "ensemble": (
                     "INT",
                     {
@@ -85,6 +92,10 @@ class Elastic3DImageToMesh:
                         "max": 64,
                         "tooltip": "generations whose mean shape is the mesh",
                     },
+                ),
+                "invert_mask": (
+                    "BOOLEAN",
+                    {"default": False, "tooltip": "the mask is 1 on the background, as that of Load Image"},
                 ),
             },
         }
@@ -101,6 +112,7 @@ class Elastic3DImageToMesh:
         max_faces: int,
         mask: torch.Tensor | None = None,
         ensemble: int = 1,
+        invert_mask: bool = False,
     ) -> tuple[list[Any], list[str]]:
         """Meshes and how each was made, as JSON. ValueError if an image shows no object, or for a quality and a
         budget."""
@@ -111,7 +123,7 @@ class Elastic3DImageToMesh:
         options = {"max_faces": max_faces, "ensemble": ensemble} | {
             name: value for name, value in chosen.items() if value
         }
-        results = model(to_images(image, mask), seed=seed, **options)
+        results = model(to_images(image, mask, invert_mask), seed=seed, **options)
         return [result.mesh for result in results], [json.dumps(result.metadata) for result in results]
 
 
@@ -173,18 +185,21 @@ class Elastic3DPreviewMesh:
         return (torch.from_numpy(np.asarray(strip).astype(np.float32) / 255)[None],)
 
 
-def to_images(image: torch.Tensor, mask: torch.Tensor | None) -> list[Image.Image]:
-    """ComfyUI's image batch (and mask) as PIL images. ValueError if their numbers differ."""
+def to_images(image: torch.Tensor, mask: torch.Tensor | None, invert_mask: bool = False) -> list[Image.Image]:
+    """ComfyUI's image batch (and mask) as PIL images. ValueError if their numbers differ.
+
+    A mask of zeros, which LoadImage gives of an image without alpha, is none.
+    """
     if mask is not None and len(mask) not in (1, len(image)):
         raise ValueError(f"mask has {len(mask)} images, expected 1 or {len(image)}")
     found = []
     for index, pixels in enumerate(image):
         array = (pixels.clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8)
         image = Image.fromarray(array)
-        if mask is not None:
-            alpha = Image.fromarray(
-                (mask[index % len(mask)].clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8)
-            )
+        own = None if mask is None else mask[index % len(mask)].clamp(0, 1)
+        if own is not None and own.any():
+            values = (1 - own if invert_mask else own).cpu().numpy()
+            alpha = Image.fromarray((values * 255).round().astype(np.uint8))
             image.putalpha(alpha.resize(image.size))
         found.append(image)
     return found
