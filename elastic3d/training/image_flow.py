@@ -54,6 +54,11 @@ class ImageFlow(Flow):
         with first_process_first(config):
             device = resolve_device(config.device)
             encoder = load_backbone(image.backbone, image.weights, device, torch.float32)
+            steps, fewest = min(options.min_steps, np.min(options.val_steps)), encoder.fewest_steps
+            if steps < fewest:
+                raise UserError(
+                    f"{image.weights} can't be sampled in {steps} step, expected at least {fewest}"
+                )
             build_image_cache(image, config.data, encoder, config.seed, encoder_files(image.weights))
             del encoder  # with its text encoders, which are larger than the rest
         cpu = torch.device("cpu")
@@ -90,8 +95,8 @@ class ImageFlow(Flow):
             raise UserError(f"{self.folder} can't be routed: {error}") from error
 
     def times(self, steps: int) -> Tensor:
-        """Those of the pipeline's family."""
-        return self._backbone.grid(steps)
+        """The pipeline's, for images of the size of the cached ones."""
+        return self._backbone.times(steps, self.size)
 
     def default_sampling(self) -> tuple[int, float]:
         """The family's."""
@@ -106,6 +111,10 @@ class ImageFlow(Flow):
                 text[name] = torch.cat([text[name], value.to(text[name]).expand_as(text[name])])
         return self.backbone.velocity(self.dit, x_t, t, text, self.size, self.guidance)
 
+    def gain(self, conditional: Tensor, unconditional: Tensor) -> Tensor | float:
+        """The pipeline's."""
+        return self._backbone.gain(conditional, unconditional, self.guidance)
+
     def integrate(self, batch: Batch, steps: int) -> Tensor:
         """By the sampler of shapes, whose condition here are numbers of prompts: 0 is that of the second branch."""
         backbone, prompts = self.backbone, Text()
@@ -116,7 +125,11 @@ class ImageFlow(Flow):
 
         def velocity(latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None) -> Tensor:
             found = {name: value[condition[:, 0, 0]] for name, value in prompts.items()}
-            return backbone.velocity(self.dit, latents, t, found, self.size, self.guidance)
+            v = backbone.velocity(self.dit, latents, t, found, self.size, self.guidance).float()
+            if not self.paired:
+                return v
+            branches = v.chunk(2)  # guidance adds them up later: a factor of both is one of the sum
+            return torch.cat([part * self.gain(*branches) for part in branches])
 
         numbers = torch.arange(1, len(batch["noise"]) + 1, device=batch["noise"].device)
         scale = self.guidance if self.paired else 1.0

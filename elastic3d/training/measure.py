@@ -219,7 +219,7 @@ def _block_router_stage(config: SensitivityStageConfig) -> BlockRouterStage:
     options, training = config.blocks, config.training(config.router)
     common: dict[str, Any] = {
         "rank": options.rank,
-        "min_steps": 1,
+        "min_steps": options.steps,
         "max_steps": max(options.steps, 10),
         "reference_steps": max(options.reference_steps, options.steps, 10),
         "val_shapes": options.val_shapes,

@@ -201,7 +201,8 @@ class RouterObjective(nn.Module):
         if not self.paired:
             return v
         conditional, unconditional = v.float().chunk(2)
-        return unconditional / self.config.guidance + (conditional - unconditional)
+        guided = unconditional / self.config.guidance + (conditional - unconditional)
+        return guided * self.flow.gain(conditional, unconditional)
 
     def _dense(self, x_t: Tensor, batch: Batch) -> Tensor:
         with self.session.dense():
