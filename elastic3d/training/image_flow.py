@@ -47,8 +47,8 @@ class ImageFlow(Flow):
     guidance is what is distilled: both branches, or its input."""
 
     def __init__(self, config: TrainConfig, image: BackboneConfig, options: Any) -> None:
-        """`options`: `guidance`, how many validation images there are, and the `image` term of the loss. UserError for
-        a pipeline that can't be loaded, and for images that are missing."""
+        """`options`: `guidance` (None is the pipeline's), how many validation images there are, and the `image` term
+        of the loss. UserError for a pipeline that can't be loaded, and for images that are missing."""
         if image.backbone is not BackboneName.small and image.images is None:
             raise UserError("image.images= is missing: a folder of images with captions")
         with first_process_first(config):
@@ -63,7 +63,9 @@ class ImageFlow(Flow):
             del encoder  # with its text encoders, which are larger than the rest
         cpu = torch.device("cpu")
         self._backbone = load_backbone(image.backbone, image.weights, cpu, torch.float32, encoders=False)
-        self.folder, self.dit, self.guidance = image.weights, self._backbone.transformer, options.guidance
+        self.folder, self.dit = image.weights, self._backbone.transformer
+        own = self._backbone.default_sampling()[1]
+        self.guidance = own if options.guidance is None else options.guidance
         self.term = options.image
         self.embeds_guidance = self._backbone.embeds_guidance
         self.paired = not self.embeds_guidance and self.guidance > 1
@@ -219,10 +221,6 @@ class ImageRouterTrainConfig(TrainConfig):
         """The dense model and its data."""
         return ImageFlow(self, self.image, self.routing)
 
-    def sampling(self) -> tuple[int, float]:
-        """Steps and guidance of validation."""
-        return self.routing.val_steps, self.routing.guidance
-
 
 @dataclass(kw_only=True)
 class EndImageLossConfig(ImageTermConfig):
@@ -236,7 +234,9 @@ class EndImageLossConfig(ImageTermConfig):
 class ImageBlockRouterConfig(BlockRouterConfig):
     """Training of per-block routers and few-step LoRA of a text-to-image DiT."""
 
-    guidance: float = option(3.0, "guidance scale; of two branches each has its own routes", ge=0, le=100)
+    guidance: float | None = option(
+        None, "guidance scale; null: the pipeline's; of two branches each has its own routes", ge=0, le=100
+    )
     image: EndImageLossConfig = option(EndImageLossConfig, "image reconstruction loss")
 
 

@@ -185,7 +185,9 @@ class SensitivityConfig(Options):
     anchor_weight: float = option(
         1.0, "weight of the anchors' channels over the others', as in stage=block_router", ge=0, le=1e6
     )
-    guidance: float = option(3.0, "guidance scale of a text-to-image pipeline", ge=0, le=100)
+    guidance: float | None = option(
+        None, "guidance scale of a text-to-image pipeline; null: its own", ge=0, le=100
+    )
     steps: int = option(6, "sampling steps: rows of the table", ge=1, le=1000)
     reference_steps: int = option(60, "sampling steps of the dense results", ge=1, le=10_000)
     val_shapes: int = option(12, "validation shapes or images", ge=1, le=1 << 16)

@@ -93,8 +93,12 @@ def test_a_rollout_is_what_a_published_pipeline_generates(folder, prepared, save
     weights = save(prepared / "published")
     images = dict(backbone=name, weights=weights, images=folder, size=16, text_length=48, val_every=3,
                   cache=prepared / "cache", shard=4)  # fmt: skip
-    config = block_config(prepared, StageName.image_block_router, {"guidance": 3.5}, image=images)
+    config = block_config(prepared, StageName.image_block_router, {}, image=images)
     stage = check_rollout(config)
+    assert (
+        stage.flow.guidance
+        == TextToImagePipeline(stage.flow.backbone, "").settings_of(3, None, (16, 16)).guidance
+    )
     times = 1 - stage.flow.backbone.pipe.scheduler.sigmas
     torch.testing.assert_close(stage.flow.times(3), times)
     assert (times - torch.linspace(0, 1, 4)).abs().max() > 0.02
@@ -107,7 +111,7 @@ def test_a_rollout_is_what_a_published_pipeline_generates(folder, prepared, save
 def check_rollout(config) -> BlockRouterStage:
     """Latents and routes are those of the pipeline's own loop, from the same noise."""
     stage = BlockRouterStage(config)
-    batch, guidance = stage.flow.val_pairs(), config.blocks.guidance
+    batch, guidance = stage.flow.val_pairs(), stage.flow.guidance
     found = stage.objective.generate(batch, 3, stage.objective.session.settings)
     actions = stage.objective.session.trace.actions
     backbone = stage.flow.backbone

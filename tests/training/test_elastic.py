@@ -132,7 +132,7 @@ def test_the_skip_error_is_what_skipping_in_one_branch_does_to_the_guided_veloci
     assert change.abs().amax(1).min() > 1e-4
     found = objective._skip_error(skipped, executed, batch)
     share = torch.tensor(
-        [1.0] * 3 + [1 / objective.config.guidance - 1] * 3
+        [1.0] * 3 + [1 / objective.flow.guidance - 1] * 3
     )  # of each branch in the guided velocity
     expected = (share[:, None] * change).square().mean(1) * 0.75 * (0.1 * 15**2 / 20) ** 2
     torch.testing.assert_close(found, expected)
