@@ -28,7 +28,7 @@ from elastic3d.training.distributed import first_process_first
 from elastic3d.training.flow import Flow
 from elastic3d.training.image import ImageItems, generate_latents, image_sheet, record_of_images
 from elastic3d.training.image_data import ImageCache, PipelineImagesConfig, build_image_cache, text_of
-from elastic3d.training.options import GenerationTrainConfig, StageName, TrainConfig
+from elastic3d.training.options import GenerationTrainConfig, Precision, StageName, TrainConfig
 from elastic3d.training.router import DecodedTermConfig, RoutingConfig
 from elastic3d.utils.files import file_sha256
 from elastic3d.utils.options import Options, option
@@ -46,9 +46,16 @@ class ImageFlow(Flow):
     """A text-to-image pipeline without its text encoders, on images and texts that were cached with them. Its own
     guidance is what is distilled: both branches, or its input."""
 
-    def __init__(self, config: TrainConfig, image: BackboneConfig, options: Any) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        image: BackboneConfig,
+        options: Any,
+        precision: Precision = Precision.fp32,
+    ) -> None:
         """`options`: `guidance` (None is the pipeline's), how many validation images there are, and the `image` term
-        of the loss. UserError for a pipeline that can't be loaded, and for images that are missing."""
+        of the loss; `precision` of the DiT. UserError for a pipeline that can't be loaded, and for images that are
+        missing."""
         if image.backbone is not BackboneName.small and image.images is None:
             raise UserError("image.images= is missing: a folder of images with captions")
         with first_process_first(config):
@@ -61,8 +68,12 @@ class ImageFlow(Flow):
                 )
             build_image_cache(image, config.data, encoder, config.seed, encoder_files(image.weights))
             del encoder  # with its text encoders, which are larger than the rest
-        cpu = torch.device("cpu")
-        self._backbone = load_backbone(image.backbone, image.weights, cpu, torch.float32, encoders=False)
+        cpu, dtype = (
+            torch.device("cpu"),
+            torch.bfloat16 if precision is Precision.bf16_master else torch.float32,
+        )
+        self._backbone = load_backbone(image.backbone, image.weights, cpu, dtype, encoders=False)
+        self._backbone.pipe.vae.float()  # the loss is a small difference of what it decodes
         self.folder, self.dit = image.weights, self._backbone.transformer
         own = self._backbone.default_sampling()[1]
         self.guidance = own if options.guidance is None else options.guidance
@@ -256,4 +267,4 @@ class ImageBlockRouterTrainConfig(GenerationTrainConfig):
 
     def flow(self) -> ImageFlow:
         """The dense model and its data."""
-        return ImageFlow(self, self.image, self.blocks)
+        return ImageFlow(self, self.image, self.blocks, self.precision)

@@ -59,6 +59,9 @@ def test_published_image_pipelines(folder, prepared, save, name, guidance, preci
         precision=precision,
     )
     config.validate_every = 2
+    flow = config.flow()
+    assert flow.dit.dtype is (torch.bfloat16 if precision is Precision.bf16_master else torch.float32)
+    assert flow.backbone.pipe.vae.dtype is torch.float32
     assert run_stage(config) == 0
     rows = read_metrics(config.folder / "metrics.jsonl")
     assert {"error_full", "error_smallest", "image", "imitation"} <= set(rows[0]) and "cost" in rows[1]
