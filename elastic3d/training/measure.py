@@ -118,7 +118,7 @@ def calibrate_exported(config: CalibrateConfig) -> Path:
     `export.output` gets copies of them.
 
     Raises:
-        UserError: there are no routers, they are those of another model, or they take no budget.
+        UserError: there are no routers, they are those of another model, or were trained for a few steps alone.
     """
     model = config.routing.model if config.image.backbone is None else config.image.weights
     assert model is not None
@@ -140,7 +140,14 @@ def _router_config(folder: Path) -> RouterConfig:
     if not folder.is_dir():
         raise UserError(f"{folder.parent} has no routers to calibrate: there is no folder {folder}")
     family = str(load_json(folder / CONFIG_NAME).get("_class_name", "")).removesuffix("Routers")
-    return load_router_config(folder, family)  # `load_routers` looks at the family
+    found: RouterConfig = load_router_config(folder, family)  # `load_routers` looks at the family
+    if found.trained_steps:
+        low, high = found.trained_steps
+        raise UserError(
+            f"{folder} has per-block routers for {low} to {high} steps, which stage=calibrate does not sample in:"
+            " stage=export of the run that trained them calibrates them"
+        )
+    return found
 
 
 def _router_stage(config: CalibrateConfig, router: RouterConfig) -> RouterStage:

@@ -178,7 +178,12 @@ def test_what_cannot_be_calibrated(dense):
     save_tiny_routers(other, routers)
     with pytest.raises(UserError, match="model.safetensors does not fit Routers: "):
         run_stage(config)
-    third_party = {**load_json(routers / "config.json"), "_class_name": "FluxTransformer2DModelRouters"}
+    config_of_routers = load_json(routers / "config.json")
+    save_json({**config_of_routers, "scope": "block", "trained_steps": [4, 6]}, routers / "config.json")
+    message = "routers has per-block routers for 4 to 6 steps, .*: stage=export of the run that trained them"
+    with pytest.raises(UserError, match=message):
+        run_stage(config)
+    third_party = {**config_of_routers, "_class_name": "FluxTransformer2DModelRouters"}
     save_json(third_party, routers / "config.json")
     with pytest.raises(UserError, match="a FluxTransformer2DModelRouters, expected a ShapeDiTRouters"):
         run_stage(config)
