@@ -5,14 +5,16 @@ Generation runs the stock pipeline; training needs its parts one by one. Both fi
 
 from __future__ import annotations
 
+import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.diffusion.sampler import timestep_grid
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.pipelines.options import BackboneName
 
@@ -60,9 +62,34 @@ class Backbone(ABC):
         """Pixels a side."""
         return self.pipe.default_sample_size * self.pipe.vae_scale_factor
 
-    def grid(self, steps: int) -> Tensor:
-        """Times (S+1,) of S = `steps` steps, 0 = noise, to train at; a sampler's own shift may depend on the image."""
-        return timestep_grid(steps)
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that a prompt is filled up to for training."""
+        return self.longest
+
+    @property
+    def fewest_steps(self) -> int:
+        """Of a generation. One step stretched to a terminal time, as in Qwen-Image's schedule, is 0 / 0."""
+        return 2 if self.pipe.scheduler.config.get("shift_terminal") else 1
+
+    def times(self, steps: int, size: tuple[int, int]) -> Tensor:
+        """Times (S+1,), 0 = noise, at which the pipeline samples an image of `size`, width and height in pixels, in
+        S = `steps` steps: its shift may depend on the size."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+
+        scheduler = copy.deepcopy(self.pipe.scheduler)  # new times in the pipeline's own begin a generation
+        config = scheduler.config
+        mu = calculate_shift(
+            math.prod(side // self.multiple for side in size),
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        sigmas = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps).tolist()
+        retrieve_timesteps(scheduler, steps, sigmas=sigmas, mu=mu)
+        times: Tensor = 1 - scheduler.sigmas
+        return times
 
     def default_sampling(self) -> tuple[int, float]:
         """Sampling steps and guidance."""
@@ -93,6 +120,10 @@ class Backbone(ABC):
         self, dit: Any, latents: Tensor, t: Tensor, text: Text, size: tuple[int, int], guidance: float
     ) -> Tensor:
         """Latents (B,N,C) at t (B,), 0 = noise -> `dit`'s velocity (B,N,C) towards the data."""
+
+    def gain(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor | float:
+        """Factor (B,N,1) that the pipeline has on the guided velocity (B,N,C)."""
+        return 1.0
 
     def guidance_arguments(
         self, guidance: float, samples: int, negative: Text | None = None
@@ -181,6 +212,11 @@ class QwenImageBackbone(Backbone):
     longest = 1024
     defaults = {True: (50, 4.0), False: (50, 4.0)}
 
+    @property
+    def cached_tokens(self) -> int:
+        """Enough for most: what prompts are filled up with is masked, and generation adds nothing."""
+        return 256
+
     def count_tokens(self, prompt: str) -> int:
         """Qwen's."""
         return len(self.pipe.tokenizer(prompt).input_ids)
@@ -229,6 +265,11 @@ class QwenImageBackbone(Backbone):
             return_dict=False,
         )[0]
         return -found
+
+    def gain(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+        """(B,N,1): a guided velocity is as long as the conditional one."""
+        guided = unconditional + guidance * (conditional - unconditional)
+        return conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         config = self.pipe.vae.config

@@ -16,7 +16,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from elastic3d import __version__
-from elastic3d.diffusion.sampler import timestep_grid
 from elastic3d.elastic.attachment import remove_routers
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.elastic.training_free import CALIBRATION_NAME
@@ -192,10 +191,6 @@ class SmallBackbone(FluxBackbone):
     def longest(self) -> int:  # type: ignore[override]
         """Tokens of a prompt."""
         return self.pipe.settings.text_length
-
-    def grid(self, steps: int) -> Tensor:
-        """With the model's own shift."""
-        return timestep_grid(steps, self.pipe.settings.shift)
 
     def default_sampling(self) -> tuple[int, float]:
         """Sampling steps and guidance."""

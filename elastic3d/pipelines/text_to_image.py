@@ -222,9 +222,7 @@ class TextToImagePipeline:
         backbone, (usual_steps, usual_guidance) = self.backbone, self.backbone.default_sampling()
         steps = usual_steps if steps is None else steps
         guidance = usual_guidance if guidance is None else guidance
-        # One step stretched to a terminal time, as in Qwen-Image's schedule, is 0 / 0.
-        least = 2 if backbone.pipe.scheduler.config.get("shift_terminal") else 1
-        checked("steps", steps, int, Bounds(ge=least, le=1000))
+        checked("steps", steps, int, Bounds(ge=backbone.fewest_steps, le=1000))
         check_range("guidance", guidance, 0.0, 100.0)
         size = size or (backbone.default_size,) * 2
         sides = Bounds(ge=backbone.multiple, le=MAX_PIXELS, lengths=(2, 2))

@@ -51,29 +51,37 @@ def first_process_first(config: LoopConfig) -> Iterator[None]:
         yield
 
 
-def state_bytes(module: nn.Module, config: LoopConfig, shards: int = 1) -> int:
+def state_bytes(
+    module: nn.Module, config: LoopConfig, shards: int = 1, frozen: nn.Module | None = None
+) -> int:
     """Bytes in each process of weights, gradients, masters, averages and moments; activations come on top.
 
     Args:
         shards: processes that the state is divided between; the weights are whole in each before that.
+        frozen: a model beside it, which stays in the format that it has.
     """
     half = config.precision is Precision.bf16_master
     size = 2 if half else 4
     state = size + 4 + 8 + (8 if half else 0)  # gradient; average; AdamW's moments; master and its gradient
     weights = size * sum(p.numel() for p in module.parameters())
     trained = state * sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return max(weights, (weights + trained) // shards)
+    beside = sum(p.nbytes for p in frozen.parameters()) if frozen is not None else 0
+    return beside + max(weights, (weights + trained) // shards)
 
 
-def require_memory(need: int, module: nn.Module, device: torch.device) -> None:
-    """UserError if `need` bytes don't fit on the device, with what is there already of the module."""
-    there = sum(p.nbytes for p in module.parameters() if p.device.type == device.type)
+def require_memory(
+    need: int, module: nn.Module, device: torch.device, frozen: nn.Module | None = None
+) -> None:
+    """UserError if `need` bytes don't fit on the device, with what is there already of the module, and of a frozen one
+    beside it, which can't be sharded."""
+    parts = [module] if frozen is None else [module, frozen]
+    there = sum(p.nbytes for part in parts for p in part.parameters() if p.device.type == device.type)
     free = free_memory(device) + there
     if need > free:
+        shard_it = ", or shard over several GPUs (configs/accelerate/fsdp.yaml)" if frozen is None else ""
         raise UserError(
             f"weights, gradients and optimizer state need {need / GB:.1f} GB of {device.type} memory in each process,"
-            f" activations come on top, but {free / GB:.1f} GB are there: take precision=bf16_master, or shard over"
-            " several GPUs (configs/accelerate/fsdp.yaml)"
+            f" activations come on top, but {free / GB:.1f} GB are there: take precision=bf16_master{shard_it}"
         )
 
 

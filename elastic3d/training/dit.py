@@ -38,7 +38,6 @@ class LatentFlowConfig(Options):
         ge=0,
         le=1 << 16,
     )
-    sample_guidance: float = option(3.0, "guidance of the sample images", ge=0, le=100)
     sample_resolution: int = option(64, "grid cells a side of the sample images", ge=8, le=512)
 
 
@@ -57,6 +56,7 @@ class DiTStageConfig(LatentFlowConfig):
     val_shapes: int = option(128, "shapes to validate on", ge=1, le=1 << 16)
     sample_shapes: int = option(8, "shapes of the sample images", ge=1, le=1 << 16)
     sample_steps: int = option(25, "sampling steps of the sample images", ge=1, le=1000)
+    sample_guidance: float = option(3.0, "guidance of the sample images", ge=0, le=100)
 
 
 @dataclass(kw_only=True)

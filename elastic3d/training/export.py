@@ -23,7 +23,7 @@ from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.weights import load_strict
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME, ImageTo3DPipeline
 from elastic3d.pipelines.pixel_flux import PixelSamplingConfig, build_transformer, save_pixel_flux
-from elastic3d.pipelines.runtime import find_model, load_dit
+from elastic3d.pipelines.runtime import find_model, load_dit, resolve_device
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.checkpoint import (
     Checkpoint,
@@ -38,7 +38,7 @@ from elastic3d.training.few_step import attach_few_step, rebase
 from elastic3d.training.image import ImageTrainConfig
 from elastic3d.training.journal import METRICS_NAME, read_metrics
 from elastic3d.training.latents import LatentInfo, pipeline_config
-from elastic3d.training.options import RunConfig, StageName
+from elastic3d.training.options import ComputeConfig, RunConfig, StageName
 from elastic3d.training.shape_flow import FewStepTrainConfig, ShapeFlow
 from elastic3d.training.stages import build_stage, stage_config
 from elastic3d.training.vae import VAETrainConfig
@@ -92,7 +92,7 @@ class FewStepExportConfig(Options):
 
 
 @dataclass(kw_only=True)
-class ExportStageConfig(RunConfig):
+class ExportStageConfig(ComputeConfig, RunConfig):
     """Everything `scripts/train.py stage=export` takes."""
 
     stage: StageName = option(StageName.export, "what to do")
@@ -224,6 +224,7 @@ def _export_routers(run: _Run) -> None:
     """Calibrated `routers/`, with their few-step LoRA in bf16; those of shapes inside their dense pipeline."""
     stage_name = stage_of(run.checkpoint.values.get("config"), run.source)
     trained: Any = run.trained(stage_config(StageName[stage_name]))
+    trained.device, device = run.config.device, resolve_device(run.config.device)
     options = trained.blocks if hasattr(trained, "blocks") else trained.routing
     options.val_shapes = run.config.routing.val_shapes
     if hasattr(options, "mesh"):
@@ -231,7 +232,7 @@ def _export_routers(run: _Run) -> None:
     stage: Any = build_stage(trained)
     check_latents(run.checkpoint, stage.record)
     load_strict(stage.objective, run.weights, run.source)
-    stage.objective.eval()
+    stage.objective.to(device).eval()
     stage.calibrate(run.config.routing)
     for block in stage.objective.session.blocks:
         if block.few_step is not None:

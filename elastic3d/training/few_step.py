@@ -192,6 +192,7 @@ class GenerationStage(Stage):
         self, config: Any, objective: GenerationObjective, draw: Callable[[int, int], Batch]
     ) -> None:
         self.config, self.objective, self.flow = config, objective, objective.flow
+        self.frozen = self.flow.dit
         self.items = PairItems(self.flow, objective.config.pairs, draw)
         self.record = self.flow.record
 

@@ -71,6 +71,10 @@ class Flow(ABC):
     def velocities(self, x_t: Tensor, batch: Batch) -> Tensor:
         """Velocity (B,N,C) at `t` (B,) under a condition, or (2B,N,C) of both branches where they are paired."""
 
+    def gain(self, conditional: Tensor, unconditional: Tensor) -> Tensor | float:
+        """Factor (B,N,1) that the sampler has on the guided velocity (B,N,C)."""
+        return 1.0
+
     @abstractmethod
     def integrate(self, batch: Batch, steps: int) -> Tensor:
         """`noise` (B,N,C) and a condition -> latents (B,N,C) in a number of steps, as the session's settings say; with

@@ -88,7 +88,10 @@ class PipelineImagesConfig(ImageDataConfig):
     """How a published pipeline sees them. The small model has a size and a number of tokens of its own."""
 
     size: int | None = option(None, "pixels a side; null: the model's", ge=16, le=4096)
-    text_length: int = option(256, "tokens of a cached prompt", ge=3, le=1024, advanced=True)
+    text_length: int | None = option(
+        None, "tokens of a cached prompt; null: what the pipeline fills prompts up to, 256 where it does not",
+        ge=3, le=1024, advanced=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -367,9 +370,8 @@ def cache_settings(
 
 def text_length(image: ImageDataConfig, backbone: Backbone) -> int:
     """Tokens of a cached prompt."""
-    if not isinstance(image, PipelineImagesConfig):
-        return backbone.longest
-    return min(image.text_length, backbone.longest)
+    requested = image.text_length if isinstance(image, PipelineImagesConfig) else None
+    return min(requested or backbone.cached_tokens, backbone.longest)
 
 
 def _write_split(

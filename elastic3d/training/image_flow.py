@@ -28,7 +28,7 @@ from elastic3d.training.distributed import first_process_first
 from elastic3d.training.flow import Flow
 from elastic3d.training.image import ImageItems, generate_latents, image_sheet, record_of_images
 from elastic3d.training.image_data import ImageCache, PipelineImagesConfig, build_image_cache, text_of
-from elastic3d.training.options import GenerationTrainConfig, StageName, TrainConfig
+from elastic3d.training.options import GenerationTrainConfig, Precision, StageName, TrainConfig
 from elastic3d.training.router import DecodedTermConfig, RoutingConfig
 from elastic3d.utils.files import file_sha256
 from elastic3d.utils.options import Options, option
@@ -46,20 +46,36 @@ class ImageFlow(Flow):
     """A text-to-image pipeline without its text encoders, on images and texts that were cached with them. Its own
     guidance is what is distilled: both branches, or its input."""
 
-    def __init__(self, config: TrainConfig, image: BackboneConfig, options: Any) -> None:
-        """`options`: `guidance`, how many validation images there are, and the `image` term of the loss. UserError for
-        a pipeline that can't be loaded, and for images that are missing."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        image: BackboneConfig,
+        options: Any,
+        precision: Precision = Precision.fp32,
+    ) -> None:
+        """`options`: `guidance` (None is the pipeline's), how many validation images there are, and the `image` term
+        of the loss; `precision` of the DiT. UserError for a pipeline that can't be loaded, and for images that are
+        missing."""
         if image.backbone is not BackboneName.small and image.images is None:
             raise UserError("image.images= is missing: a folder of images with captions")
         self.folder = find_model(image.weights)
         with first_process_first(config):
             device = resolve_device(config.device)
             encoder = load_backbone(image.backbone, self.folder, device, torch.float32)
+            steps, fewest = min(options.min_steps, np.min(options.val_steps)), encoder.fewest_steps
+            if steps < fewest:
+                raise UserError(
+                    f"{image.weights} can't be sampled in {steps} step, expected at least {fewest}"
+                )
             build_image_cache(image, config.data, encoder, config.seed, encoder_files(self.folder))
             del encoder  # with its text encoders, which are larger than the rest
+        dtype = torch.bfloat16 if precision is Precision.bf16_master else torch.float32
         cpu = torch.device("cpu")
-        self._backbone = load_backbone(image.backbone, self.folder, cpu, torch.float32, encoders=False)
-        self.dit, self.guidance = self._backbone.transformer, options.guidance
+        self._backbone = load_backbone(image.backbone, self.folder, cpu, dtype, encoders=False)
+        self._backbone.pipe.vae.float()  # the loss is a small difference of what it decodes
+        self.dit = self._backbone.transformer
+        own = self._backbone.default_sampling()[1]
+        self.guidance = own if options.guidance is None else options.guidance
         self.term = options.image
         self.embeds_guidance = self._backbone.embeds_guidance
         self.paired = not self.embeds_guidance and self.guidance > 1
@@ -91,8 +107,8 @@ class ImageFlow(Flow):
             raise UserError(f"{self.folder} can't be routed: {error}") from error
 
     def times(self, steps: int) -> Tensor:
-        """Those of the pipeline's family."""
-        return self._backbone.grid(steps)
+        """The pipeline's, for images of the size of the cached ones."""
+        return self._backbone.times(steps, self.size)
 
     def default_sampling(self) -> tuple[int, float]:
         """The family's."""
@@ -107,6 +123,10 @@ class ImageFlow(Flow):
                 text[name] = torch.cat([text[name], value.to(text[name]).expand_as(text[name])])
         return self.backbone.velocity(self.dit, x_t, t, text, self.size, self.guidance)
 
+    def gain(self, conditional: Tensor, unconditional: Tensor) -> Tensor | float:
+        """The pipeline's."""
+        return self._backbone.gain(conditional, unconditional, self.guidance)
+
     def integrate(self, batch: Batch, steps: int) -> Tensor:
         """By the sampler of shapes, whose condition here are numbers of prompts: 0 is that of the second branch."""
         backbone, prompts = self.backbone, Text()
@@ -117,7 +137,11 @@ class ImageFlow(Flow):
 
         def velocity(latents: Tensor, t: Tensor, condition: Tensor, guidance: Tensor | None = None) -> Tensor:
             found = {name: value[condition[:, 0, 0]] for name, value in prompts.items()}
-            return backbone.velocity(self.dit, latents, t, found, self.size, self.guidance)
+            v = backbone.velocity(self.dit, latents, t, found, self.size, self.guidance).float()
+            if not self.paired:
+                return v
+            branches = v.chunk(2)  # guidance adds them up later: a factor of both is one of the sum
+            return torch.cat([part * self.gain(*branches) for part in branches])
 
         numbers = torch.arange(1, len(batch["noise"]) + 1, device=batch["noise"].device)
         scale = self.guidance if self.paired else 1.0
@@ -207,10 +231,6 @@ class ImageRouterTrainConfig(TrainConfig):
         """The dense model and its data."""
         return ImageFlow(self, self.image, self.routing)
 
-    def sampling(self) -> tuple[int, float]:
-        """Steps and guidance of validation."""
-        return self.routing.val_steps, self.routing.guidance
-
 
 @dataclass(kw_only=True)
 class EndImageLossConfig(ImageTermConfig):
@@ -224,7 +244,9 @@ class EndImageLossConfig(ImageTermConfig):
 class ImageBlockRouterConfig(BlockRouterConfig):
     """Training of per-block routers and few-step LoRA of a text-to-image DiT."""
 
-    guidance: float = option(3.0, "guidance scale; of two branches each has its own routes", ge=0, le=100)
+    guidance: float | None = option(
+        None, "guidance scale; null: the pipeline's; of two branches each has its own routes", ge=0, le=100
+    )
     image: EndImageLossConfig = option(EndImageLossConfig, "image reconstruction loss")
 
 
@@ -244,4 +266,4 @@ class ImageBlockRouterTrainConfig(GenerationTrainConfig):
 
     def flow(self) -> ImageFlow:
         """The dense model and its data."""
-        return ImageFlow(self, self.image, self.blocks)
+        return ImageFlow(self, self.image, self.blocks, self.precision)

@@ -71,6 +71,7 @@ class Stage(ABC):
     """
 
     objective: nn.Module
+    frozen: nn.Module | None = None  # a model beside the objective, which runs it and does not train it
     items: Items  # the training data
     record: dict[str, Any]  # plain values to keep with the run, such as the version and size of its data
 
@@ -175,10 +176,16 @@ class _Run:
         if config.batch % (processes * config.accumulate):
             share = f"{processes} processes x {config.accumulate} micro-batches"
             raise UserError(f"batch {config.batch} can't be shared by {share}")
+        frozen, sharded = self.stage.frozen, wants_sharding(self.accelerator)
+        if frozen is not None and sharded:
+            raise UserError(
+                f"stage={config.stage.name} can't be sharded, as each process keeps its frozen model whole: launch it"
+                " without configs/accelerate/fsdp.yaml"
+            )
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(objective)
-        need = state_bytes(objective, config, processes if wants_sharding(self.accelerator) else 1)
-        require_memory(need, objective, self.accelerator.device)
+        need = state_bytes(objective, config, processes if sharded else 1, frozen)
+        require_memory(need, objective, self.accelerator.device, frozen)
         self.notes.append(f"{need / GB:.2g} GB in this process before activations")
         objective.to(self.accelerator.device)
         if config.precision is Precision.bf16_master:

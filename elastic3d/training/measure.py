@@ -118,7 +118,7 @@ def calibrate_exported(config: CalibrateConfig) -> Path:
     `export.output` gets copies of them.
 
     Raises:
-        UserError: there are no routers, they are those of another model, or they take no budget.
+        UserError: there are no routers, they are those of another model, or were trained for a few steps alone.
     """
     model = config.routing.model if config.image.backbone is None else config.image.weights
     assert model is not None
@@ -141,7 +141,14 @@ def _router_config(folder: Path) -> RouterConfig:
     if not folder.is_dir():
         raise UserError(f"{folder.parent} has no routers to calibrate: there is no folder {folder}")
     family = str(load_json(folder / CONFIG_NAME).get("_class_name", "")).removesuffix("Routers")
-    return load_router_config(folder, family)  # `load_routers` looks at the family
+    found: RouterConfig = load_router_config(folder, family)  # `load_routers` looks at the family
+    if found.trained_steps:
+        low, high = found.trained_steps
+        raise UserError(
+            f"{folder} has per-block routers for {low} to {high} steps, which stage=calibrate does not sample in:"
+            " stage=export of the run that trained them calibrates them"
+        )
+    return found
 
 
 def _router_stage(config: CalibrateConfig, router: RouterConfig) -> RouterStage:
@@ -186,7 +193,9 @@ class SensitivityConfig(Options):
     anchor_weight: float = option(
         1.0, "weight of the anchors' channels over the others', as in stage=block_router", ge=0, le=1e6
     )
-    guidance: float = option(3.0, "guidance scale of a text-to-image pipeline", ge=0, le=100)
+    guidance: float | None = option(
+        None, "guidance scale of a text-to-image pipeline; null: its own", ge=0, le=100
+    )
     steps: int = option(6, "sampling steps: rows of the table", ge=1, le=1000)
     reference_steps: int = option(60, "sampling steps of the dense results", ge=1, le=10_000)
     val_shapes: int = option(12, "validation shapes or images", ge=1, le=1 << 16)
@@ -220,7 +229,7 @@ def _block_router_stage(config: SensitivityStageConfig) -> BlockRouterStage:
     options, training = config.blocks, config.training(config.router)
     common: dict[str, Any] = {
         "rank": options.rank,
-        "min_steps": 1,
+        "min_steps": options.steps,
         "max_steps": max(options.steps, 10),
         "reference_steps": max(options.reference_steps, options.steps, 10),
         "val_shapes": options.val_shapes,

@@ -38,9 +38,9 @@ THRESHOLD_RANGE = 2.5  # standard deviations on both sides that thresholds cover
 class RoutingConfig(Options):
     """The routers' training, whatever they route."""
 
-    guidance: float = option(
-        3.0,
-        "guidance at which both branches are distilled as one batch; 1 trains each by itself",
+    guidance: float | None = option(
+        None,
+        "guidance at which both branches are distilled as one batch; null: the pipeline's; 1 trains each by itself",
         ge=0,
         le=100,
     )
@@ -201,7 +201,8 @@ class RouterObjective(nn.Module):
         if not self.paired:
             return v
         conditional, unconditional = v.float().chunk(2)
-        return unconditional / self.config.guidance + (conditional - unconditional)
+        guided = unconditional / self.flow.guidance + (conditional - unconditional)
+        return guided * self.flow.gain(conditional, unconditional)
 
     def _dense(self, x_t: Tensor, batch: Batch) -> Tensor:
         with self.session.dense():
@@ -296,11 +297,13 @@ class RouterStage(Stage):
     objective: RouterObjective
 
     def __init__(self, config: Any) -> None:
-        self.config, self.flow = config, config.flow()
+        self.config, self.flow = config, (flow := config.flow())
         self.objective = RouterObjective(self.flow, config.routing, config.router)
         blocks = len(self.objective.session.blocks)
         self.items = RouterItems(self.flow, config.routing, config.router, blocks)
-        self.record, self.sampling = self.flow.record, config.sampling()
+        by_itself = not (flow.paired or flow.embeds_guidance)  # each branch, for a pipeline that runs both
+        guidance = flow.default_sampling()[1] if by_itself else flow.guidance
+        self.record, self.sampling = flow.record, (config.routing.val_steps, guidance)
 
     def validate(self) -> dict[str, float]:
         """Executed share and distance to the dense latents of the same seed, sampling at each budget."""

@@ -216,10 +216,6 @@ class RouterTrainConfig(TrainConfig):
         """The dense model and its data."""
         return ShapeFlow(self, self.routing, self.routing.guidance, stored=STORED)
 
-    def sampling(self) -> tuple[int, float]:
-        """Steps and guidance of validation."""
-        return self.routing.val_steps, self.dit.sample_guidance
-
 
 @dataclass(kw_only=True)
 class EndMeshLossConfig(MeshTermsConfig):

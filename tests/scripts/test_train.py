@@ -75,7 +75,7 @@ def test_a_stage_has_at_most_sixty_options_and_shows_them(stage: StageName) -> N
         ("vae image image_router", "gradient_checkpointing"),
         ("image image_router image_block_router sensitivity calibrate cache", "data.preload"),
         ("cache", "seed data.limit"),
-        ("export", "seed device"),
+        ("export", "seed precision"),
         ("image", "image.size image.text_length image.model.steps image.model.guidance image.model.shift"),
         ("router image_router block_router image_block_router sensitivity", "router.scope router.variant"),
     ],

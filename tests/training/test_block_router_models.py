@@ -59,6 +59,9 @@ def test_published_image_pipelines(folder, prepared, save, name, guidance, preci
         precision=precision,
     )
     config.validate_every = 2
+    flow = config.flow()
+    assert flow.dit.dtype is (torch.bfloat16 if precision is Precision.bf16_master else torch.float32)
+    assert flow.backbone.pipe.vae.dtype is torch.float32
     assert run_stage(config) == 0
     rows = read_metrics(config.folder / "metrics.jsonl")
     assert {"error_full", "error_smallest", "image", "imitation"} <= set(rows[0]) and "cost" in rows[1]
@@ -82,15 +85,45 @@ def test_a_rollout_is_what_the_pipeline_of_images_generates(views):  # noqa: F81
     run_stage(image_config(views))
     export_run(export_of(image_config(views), small))
     images = dict(backbone=BackboneName.small, weights=small, size=16, cache=views / "routed", shard=4)
-    config = block_config(views, StageName.image_block_router, {"guidance": 2.0}, image=images)
+    check_rollout(block_config(views, StageName.image_block_router, {"guidance": 2.0}, image=images))
+
+
+@pytest.mark.parametrize(
+    ("save", "name"), [(save_tiny_flux, BackboneName.flux), (save_tiny_qwen, BackboneName.qwen_image)]
+)
+def test_a_rollout_is_what_a_published_pipeline_generates(folder, prepared, save, name):  # noqa: F811
+    """At the times of its own scheduler, which depend on the size of the image, and with its way of guidance."""
+    weights = save(prepared / "published")
+    images = dict(backbone=name, weights=weights, images=folder, size=16, text_length=48, val_every=3,
+                  cache=prepared / "cache", shard=4)  # fmt: skip
+    config = block_config(prepared, StageName.image_block_router, {}, image=images)
+    stage = check_rollout(config)
+    assert (
+        stage.flow.guidance
+        == TextToImagePipeline(stage.flow.backbone, "").settings_of(3, None, (16, 16)).guidance
+    )
+    times = 1 - stage.flow.backbone.pipe.scheduler.sigmas
+    torch.testing.assert_close(stage.flow.times(3), times)
+    assert (times - torch.linspace(0, 1, 4)).abs().max() > 0.02
+    if name is BackboneName.qwen_image:
+        config.blocks.min_steps = 1
+        with pytest.raises(UserError, match="published can't be sampled in 1 step, expected at least 2"):
+            config.flow()
+
+
+def check_rollout(config) -> BlockRouterStage:
+    """Latents and routes are those of the pipeline's own loop, from the same noise."""
     stage = BlockRouterStage(config)
-    batch = stage.flow.val_pairs()
+    batch, guidance = stage.flow.val_pairs(), stage.flow.guidance
     found = stage.objective.generate(batch, 3, stage.objective.session.settings)
     actions = stage.objective.session.trace.actions
-    backbone, text = stage.flow.backbone, {name: value.float() for name, value in text_of(batch).items()}
+    backbone = stage.flow.backbone
+    text, negative = (
+        {name: value.float() if value.is_floating_point() else value for name, value in part.items()}
+        for part in (text_of(batch), stage.flow.negative)
+    )
     drive(backbone.pipe, stage.objective.session)
-    negative = {name: value.float() for name, value in stage.flow.negative.items()}
-    options = backbone.guidance_arguments(2.0, len(batch["noise"]), negative)
+    options = backbone.guidance_arguments(guidance, len(batch["noise"]), negative)
     expected = backbone.pipe(
         **text, **options, latents=batch["noise"], width=16, height=16, num_inference_steps=3,
         output_type="latent", return_dict=False,
@@ -99,6 +132,7 @@ def test_a_rollout_is_what_the_pipeline_of_images_generates(views):  # noqa: F81
     assert torch.equal(stage.objective.session.trace.actions, actions)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert actions.shape[:2] == (3, 2)
+    return stage
 
 
 def test_the_image_term_alone_reaches_every_gate(folder, prepared, monkeypatch):  # noqa: F811

@@ -115,8 +115,17 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
 
     routing = {"val_shapes": 5, "val_steps": STEPS}
     trained = router_config(dense, routing=routing, router=found, data=config.data)
-    trained.dit.sample_guidance, trained.data.prepared = 2.5, dense / "prepared"
-    check_executed(RouterStage(trained), routers)
+    trained.data.prepared = dense / "prepared"
+    stage = RouterStage(trained)
+    assert stage.flow.guidance == 2.5 and stage.sampling == (STEPS, 2.5)  # the pipeline's
+    check_executed(stage, routers)
+    for guidance, sampled in (
+        (4.0, 4.0),
+        (1.0, 2.5),
+    ):  # branches that learn each by itself are sampled together
+        trained.routing.guidance = guidance
+        stage = RouterStage(trained)
+        assert (stage.flow.guidance, stage.sampling[1]) == (guidance, sampled)
 
     monkeypatch.setattr(calibration, "EARLY", (0.0,))
     monkeypatch.setattr(calibration, "DAMPING_TIMES", (0.0, 1.0))
@@ -152,7 +161,7 @@ def test_images(folder, prepared, monkeypatch):  # noqa: F811
     assert found.curves.calibrated_budgets != given.curves.calibrated_budgets
     note = load_json(routers / "calibration.json")
     assert (note["steps"], note["guidance"], note["data"]["val_images"]) == (STEPS, 4.0, 3)
-    routing = {"val_shapes": 3, "val_steps": note["steps"], "guidance": note["guidance"]}
+    routing = {"val_shapes": 3, "val_steps": note["steps"]}
     trained = image_config(prepared, StageName.image_router, routing, **image)
     trained.router = found
     check_executed(RouterStage(trained), routers)
@@ -169,7 +178,12 @@ def test_what_cannot_be_calibrated(dense):
     save_tiny_routers(other, routers)
     with pytest.raises(UserError, match="model.safetensors does not fit Routers: "):
         run_stage(config)
-    third_party = {**load_json(routers / "config.json"), "_class_name": "FluxTransformer2DModelRouters"}
+    config_of_routers = load_json(routers / "config.json")
+    save_json({**config_of_routers, "scope": "block", "trained_steps": [4, 6]}, routers / "config.json")
+    message = "routers has per-block routers for 4 to 6 steps, .*: stage=export of the run that trained them"
+    with pytest.raises(UserError, match=message):
+        run_stage(config)
+    third_party = {**config_of_routers, "_class_name": "FluxTransformer2DModelRouters"}
     save_json(third_party, routers / "config.json")
     with pytest.raises(UserError, match="a FluxTransformer2DModelRouters, expected a ShapeDiTRouters"):
         run_stage(config)

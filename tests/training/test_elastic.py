@@ -29,6 +29,7 @@ from elastic3d.training.shape_flow import (
     RouterTrainConfig,
 )
 from elastic3d.training.stages import run_stage
+from elastic3d.utils.devices import DeviceChoice
 from elastic3d.utils.files import load_json, save_json
 from tests.training.tiny import change_prepared, defaults, export_of
 from tests.training.tiny import dit_config as config_for
@@ -138,7 +139,7 @@ def test_the_skip_error_is_what_skipping_in_one_branch_does_to_the_guided_veloci
     assert change.abs().amax(1).min() > 1e-4
     found = objective._skip_error(skipped, executed, batch)
     share = torch.tensor(
-        [1.0] * 3 + [1 / objective.config.guidance - 1] * 3
+        [1.0] * 3 + [1 / objective.flow.guidance - 1] * 3
     )  # of each branch in the guided velocity
     expected = (share[:, None] * change).square().mean(1) * 0.75 * (0.1 * 15**2 / 20) ** 2
     torch.testing.assert_close(found, expected)
@@ -274,6 +275,24 @@ def test_trains_resumes_and_exports(dense):
     plain = ShapeDiT.from_pretrained(dense / "elastic" / "dit")
     attach(plain, dense / "elastic" / "routers")
     assert any(value.abs().max() > 0 for key, value in router_state(plain).items() if "modulation" in key)
+
+
+def test_an_export_calibrates_on_its_device(dense, monkeypatch):
+    config, places = router_config(dense, steps=1), set()
+    assert run_stage(config) == 0
+
+    def calibrate(stage, curves):
+        places.update(tensor.device.type for tensor in stage.objective.state_dict().values())
+        raise UserError("seen")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="device is cuda, but PyTorch sees 0 CUDA devices"):
+        export_run(export_of(config, dense / "elastic", device=DeviceChoice.cuda))
+    monkeypatch.setattr(RouterStage, "calibrate", calibrate)
+    monkeypatch.setattr("elastic3d.training.export.resolve_device", lambda choice: torch.device("meta"))
+    with pytest.raises(UserError, match="seen"):
+        export_run(export_of(config, dense / "elastic"))
+    assert places == {"meta"} and not (dense / "elastic").exists()
 
 
 def test_a_run_in_which_the_base_model_learned_too_is_refused(dense):

@@ -16,6 +16,7 @@ from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.weights import read_weights
 from elastic3d.pipelines import runtime
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.training.distributed import state_bytes
 from elastic3d.training.few_step import FewStepStage, relative_errors
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import StageName
@@ -108,6 +109,21 @@ def test_only_the_lora_learns_and_the_error_falls(routed):
         assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters())
         optimizer.step()
     assert errors[-1] < 0.8 * errors[0]
+
+
+def test_the_frozen_model_counts_and_is_not_sharded(routed, monkeypatch):
+    config = few_step_config(routed)
+    stage = FewStepStage(config)
+    lora, frozen = (sum(p.nbytes for p in m.parameters()) for m in (stage.objective, stage.flow.dit))
+    assert stage.frozen is stage.flow.dit and frozen > 0
+    assert state_bytes(stage.objective, config, frozen=stage.frozen) == frozen + lora // 4 * (4 + 4 + 4 + 8)
+    monkeypatch.setattr("elastic3d.training.distributed.free_memory", lambda device: -frozen)
+    with pytest.raises(UserError, match=r"need 0.0 GB of cpu .* are there: take precision=bf16_master$"):
+        run_stage(config)
+    monkeypatch.setattr("elastic3d.training.loop.wants_sharding", lambda accelerator: True)
+    with pytest.raises(UserError, match="stage=few_step can't be sharded, as each process keeps its frozen"):
+        run_stage(config)
+    assert not config.folder.exists()
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])

@@ -65,10 +65,10 @@ def config_for(root: Path, **changes) -> RouterTrainConfig:
             output=root / "latents", vae=root / "model/vae", variants=1, views=2, batch=2, encoder=encoder,
             standardise=False,
         ),
-        dit=LatentFlowConfig(match_channels=0, sample_guidance=5.0),
+        dit=LatentFlowConfig(match_channels=0),
         router=RouterConfig(scope=Scope.step, longest=3, widths=1),
         routing=RouterStageConfig(
-            model=root / "model", guidance=5.0, val_budgets=[0.5],
+            model=root / "model", val_budgets=[0.5],
             val_shapes=1, val_steps=2,
             mesh=MeshLossConfig(near_queries=16, volume_queries=8, surface_points=8, share=0.5),
         ),

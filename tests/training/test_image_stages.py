@@ -263,6 +263,24 @@ def test_routers_for_a_published_pipeline(folder, prepared, save, name):
     assert session_of(pipeline.backbone.transformer).router_config.curves.requested_budgets
 
 
+def test_prompts_and_guidance_are_those_of_the_pipeline(folder, prepared):
+    """FLUX fills prompts up to 512 tokens; Qwen-Image's guided velocity is as long as its conditional one."""
+    image = dict(images=folder, size=16, val_every=3)
+    for save, name, tokens, guidance in (
+        (save_tiny_flux, BackboneName.flux, 512, 3.5),
+        (save_tiny_qwen, BackboneName.qwen_image, 256, 4.0),
+    ):
+        image |= dict(
+            backbone=name, weights=save(prepared / name.name), cache=prepared / f"{name.name}-cache"
+        )
+        stage = RouterStage(image_config(prepared, StageName.image_router, **image))
+        assert (stage.flow.lengths[1], stage.flow.guidance) == (tokens, guidance)
+        assert stage.sampling == (ROUTING["val_steps"], guidance)
+    v = torch.randn(2, 4, 16)
+    guided = stage.flow.guidance * stage.objective.guided(v)
+    torch.testing.assert_close(guided.norm(dim=-1), v[:1].norm(dim=-1))
+
+
 def test_the_image_term_reaches_the_gates(folder, prepared):
     weights = save_tiny_flux(prepared / "published")
     image = dict(

@@ -120,6 +120,8 @@ def test_records_of_trainings_that_ship() -> None:
 def test_an_option_that_is_gone_is_left_out() -> None:
     written = saved("shape-small/dit/training-first.json")
     assert "timesteps" in written["dit"]
+    router = record(saved("shape-small/routers/training.json"))
+    assert router.routing.guidance == 2.0 and not hasattr(router.dit, "sample_guidance")
     dit = record(written).dit
     assert dit.anchor_weight == written["dit"]["anchor_weight"] and not hasattr(dit, "timesteps")
 
