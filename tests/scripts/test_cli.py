@@ -226,7 +226,12 @@ def test_exit_codes_and_streams(configs: Path, capsys: pytest.CaptureFixture[str
     captured = capsys.readouterr()
     assert captured.err.startswith("error: two lines\n") and captured.out == ""
     assert "Traceback" not in captured.err
-    for setting, shown in (("debug=true", True), ("debug=Yes", True), ("debug=1", True), ("debug=off", False)):
+    for setting, shown in (
+        ("debug=true", True),
+        ("debug=Yes", True),
+        ("debug=1", True),
+        ("debug=off", False),
+    ):
         assert execute(broken, Config, "demo", [setting], configs) == 2
         assert ("Traceback" in capsys.readouterr().err) == shown
 
