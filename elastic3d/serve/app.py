@@ -50,7 +50,8 @@ footer {display: none !important}
 #routes img {padding-top: 28px; object-fit: contain}
 #said {text-align: center}
 """
-SWITCHED = ("quality", "budget", "compare", "steps", "resolution")  # controls that depend on the model
+# Controls that depend on the model.
+SWITCHED = ("quality", "budget", "compare", "steps", "resolution", "border")
 
 Draw = Callable[[str, int], tuple[Image.Image, str | None]]
 """(prompt, seed) -> an image of it, and a warning where the prompt names nothing that is known."""
@@ -100,7 +101,8 @@ def _wire_asked(asked: SimpleNamespace, queue: MeshQueue, draw: Draw | None) -> 
         return [gr.update(**settings[control]) for control in SWITCHED]
 
     controls = [getattr(asked, name) for name in SWITCHED]
-    asked.model.change(switch, asked.model, controls, show_progress_on=asked.said)
+    switched = asked.model.change(switch, asked.model, controls, show_progress_on=asked.said)
+    switched.success(masked, look, asked.mask, show_progress="hidden")
     asked.quality.change(
         lambda q: gr.update(visible=q == OWN), asked.quality, asked.budget, show_progress="hidden"
     )
@@ -167,6 +169,7 @@ def _settings(info: ModelInfo) -> dict[str, dict[str, Any]]:
         "compare": {"value": False, "visible": routed},
         "steps": {"value": info.config.steps, "visible": dial is None},
         "resolution": {"value": info.config.resolution, "minimum": min(32, info.config.resolution)},
+        "border": {"value": info.border, "maximum": max(0.5, info.border)},
     }
 
 
@@ -198,7 +201,9 @@ def _asked(queue: MeshQueue, nouns: Sequence[str] | None) -> SimpleNamespace:
             0, 120, ForegroundConfig.tolerance, step=1, label="Background tolerance",
             info="more: what is nearly of the background's colour goes too",
         )  # fmt: skip
-        border = gr.Slider(0, 0.5, 0.15, step=0.01, label="Free border", info="share of the square's side")
+        border = gr.Slider(
+            step=0.001, label="Free border", info="share of the square's side", **settings["border"]
+        )
     model = gr.Dropdown(list(names), value=names[0], label="Model", visible=len(names) > 1)
     quality = gr.Radio(
         label="Quality", info="speed-up of the DiT; IoU to the mesh of 100 dense steps", **settings["quality"]

@@ -20,19 +20,21 @@ Load = Callable[[], ImageTo3DPipeline]
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is told of a model, whether or not it is in memory; `elastic`: it has routers."""
+    """What is told of a model, whether or not it is in memory; `elastic`: it has routers; `border`: of its images."""
 
     name: str
     config: PipelineConfig
     elastic: bool
     dial: Dial | None
     weights_sha256: str | None
+    border: float
 
     @classmethod
     def of(cls, pipeline: ImageTo3DPipeline) -> ModelInfo:
         """Of a loaded model."""
         config, elastic = pipeline.config, pipeline.session is not None
-        return cls(config.model, config, elastic, pipeline.dial, pipeline.weights_sha256)
+        border = pipeline.encoder.config.border
+        return cls(config.model, config, elastic, pipeline.dial, pipeline.weights_sha256, border)
 
     @property
     def budget(self) -> float:

@@ -106,6 +106,16 @@ def test_a_budget_without_routers_and_dial(tmp_path: Path, monkeypatch: pytest.M
             assert made.metadata["budget"] == budget and ("routes" in made.metadata) == (budget < 1)
 
 
+def test_the_border_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published models were trained with others; the page sends what its slider shows."""
+    pipeline = tiny_pipeline()
+    monkeypatch.setattr(pipeline.encoder.config, "border", 0.05)
+    with MeshQueue(pipeline) as queue:
+        assert _settings(queue.models.info())["border"] == {"value": 0.05, "maximum": 0.5}
+        functions = {item.name: item.fn for item in build_app(queue).fns.values()}
+        assert 0.05 in [update.get("value") for update in functions["switch"](queue.models.names[0])]
+
+
 def test_a_folder_that_can_not_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gone"))
     with (
