@@ -61,9 +61,7 @@ def main(config: GenerateConfig) -> int:
             make(tell, show)
         finally:
             if plan.folder is not None and outcomes:
-                generation.save_summary(
-                    plan.folder / generation.SUMMARY_NAME, config, outcomes, len(plan.jobs)
-                )
+                generation.save_summary(plan.folder, config, outcomes, len(plan.jobs))
     if single and outcomes[0].status == "failed":
         raise UserError(outcomes[0].error)
     if config.trace:

@@ -181,8 +181,14 @@ def load_dial(folder: Path, model: PipelineConfig, routers: RouterConfig | None)
     path = folder / DIAL_NAME
     if not path.exists():
         return None
-    source = printable(path)
-    dial = parse_dial(load_json(path, _SHAPE), source)
+    dial = parse_dial(load_json(path, _SHAPE), printable(path))
+    check_dial(dial, folder, model, routers)
+    return dial
+
+
+def check_dial(dial: Dial, folder: Path, model: PipelineConfig, routers: RouterConfig | None) -> None:
+    """UserError, as `load_dial`, unless a dial is of the model in a folder."""
+    source = printable(folder / DIAL_NAME)
     for name, found in (("steps", dial.steps), ("guidance", dial.guidance)):
         if found != (wanted := getattr(model, name)):
             raise UserError(f"{source}: dense: {name} is {found:g}, expected {wanted:g}, the model's default")
@@ -190,7 +196,6 @@ def load_dial(folder: Path, model: PipelineConfig, routers: RouterConfig | None)
         fault = _misfit_plan(row, folder) if row.planned else _misfit(row, model, routers)
         if fault is not None:
             raise UserError(f"{source}: rows[{number}]: {fault}")
-    return dial
 
 
 def save_dial(dial: Dial | None, folder: Path) -> None:

@@ -332,12 +332,12 @@ def finish(
     return mesh, check
 
 
-def save_summary(path: Path, config: GenerateConfig, outcomes: Sequence[Outcome], planned: int) -> None:
-    """Write `summary.json`: the options, how many jobs ended how, one entry a job that was reached.
+def save_summary(folder: Path, config: GenerateConfig, outcomes: Sequence[Outcome], planned: int) -> None:
+    """Write a folder's `summary.json`: the options, how many jobs ended how, one entry a job that was reached.
 
     A skipped one keeps what an earlier summary says of its mesh.
     """
-    counts = Counter(outcome.status for outcome in outcomes)
+    path, counts = folder / SUMMARY_NAME, Counter(outcome.status for outcome in outcomes)
     earlier = _made(path) if counts["skipped"] else {}
     items = [asdict(outcome) for outcome in outcomes]
     for item in items:

@@ -336,9 +336,8 @@ class ImageTo3DPipeline:
             condition = self.encode(list(prepared.values()))
             made = {i: results[i] for i in prepared}
             self._compare(condition, made, call.images)
-        seeds = [call.seeds[i] for i in made]
         with timed(ms, "dit", device):
-            on_step = partial(call.on_progress, "dit")
+            seeds, on_step = [call.seeds[i] for i in made], partial(call.on_progress, "dit")
             latents = self.sample_latents(
                 condition, seeds, config.steps, config.guidance, config.elastic, on_step, K
             ).unflatten(0, (-1, K))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from elastic3d.diffusion.dial import F_SCORES, Row, load_dial, named_row, parse_dial, save_dial
+from elastic3d.diffusion.dial import F_SCORES, Row, check_dial, named_row, parse_dial, save_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.few_step import coarseness
@@ -58,8 +58,8 @@ def make_dial(config: DialConfig) -> list[tuple[str, Row]]:
         )
     routers = None if pipeline.session is None else pipeline.session.router_config
     dial = parse_dial(dial_values(report, pipeline.config, routers, source), source)
+    check_dial(dial, folder, pipeline.config, routers)
     save_dial(dial, folder)
-    load_dial(folder, pipeline.config, routers)
     names = [", ".join(q.name for q in Quality if dial.named(q) is row) for row in dial.rows]
     return list(zip(names, dial.rows, strict=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,15 @@ def test_other_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"r.json has measured the weights {measured[:8]}"):
         make_dial(DialConfig(model=folder, results=tmp_path / "r.json"))
     assert (folder / "dial.json").read_bytes() == before
+
+
+def test_a_dial_that_does_not_fit_is_not_written(tmp_path: Path) -> None:
+    """Planned rows need the calibration beside them."""
+    shutil.copytree(MODEL, tmp_path / "own", ignore=shutil.ignore_patterns("training_free.json", "per_block"))
+    before = (tmp_path / "own/dial.json").read_bytes()
+    with pytest.raises(UserError, match="planned is true, but there is no training_free.json here"):
+        make_dial(DialConfig(model=tmp_path / "own", results=ROOT / REPORT))
+    assert (tmp_path / "own/dial.json").read_bytes() == before
 
 
 def test_a_bundled_model_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
