@@ -154,9 +154,8 @@ def _plain_bytes(mesh: trimesh.Trimesh, suffix: str) -> bytes:
     """The file of a mesh in a format that holds no extras."""
     if suffix == ".obj":
         text = str(trimesh.exchange.obj.export_obj(mesh, include_normals=True, header=None))
-        return re.sub(
-            r"^(mtllib|usemtl) .*\n", "", text, flags=re.MULTILINE
-        ).encode()  # there is no such file
+        # there is no file of materials
+        return re.sub(r"^(mtllib|usemtl) .*\n", "", text, flags=re.MULTILINE).encode()
     if suffix == ".ply":
         return trimesh.exchange.ply.export_ply(mesh, vertex_normal=True)
     return trimesh.exchange.stl.export_stl(mesh)
