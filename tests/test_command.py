@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -39,12 +41,32 @@ def test_overview_version_and_typing_errors(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_command_answers_as_its_script_does() -> None:
-    for arguments in (["--help"], ["image=gone.png", "output=x.glb"]):
+    for arguments in (["--help"], ["image=a.png", "output=x.glb", "steps=few"]):
         ours = run("gen-mesh", *arguments)
         script = run(*arguments, command=(str(ROOT / "scripts/gen_mesh.py"),))
         assert (ours.returncode, ours.stderr) == (script.returncode, script.stderr)
         assert ours.stdout.splitlines()[1:] == script.stdout.splitlines()[1:]
     assert run("gen_mesh", "--help").returncode == 0
+
+
+def test_what_a_command_runs_into_is_told_as_by_its_script(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, which has imported all that a generation needs."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # the command has its own
+    monkeypatch.setattr("_cli.signal.signal", lambda *arguments: None)
+    script, given = ROOT / "scripts/gen_mesh.py", ["image=gone.png", "output=x.glb"]
+    monkeypatch.setattr(sys, "argv", [str(script), *given])
+    said = []
+    for start in (
+        lambda: cli.main(["gen-mesh", *given]),
+        lambda: runpy.run_path(str(script), run_name="__main__"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            start()
+        assert stopped.value.code == 2
+        said.append(capsys.readouterr())
+    assert said[0] == said[1] and "gone.png" in said[0].err
 
 
 @pytest.mark.slow

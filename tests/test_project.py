@@ -7,12 +7,14 @@ import runpy
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import train
 import yaml
 from _cli import parse
+from hydra import compose
 from packaging.requirements import Requirement
 
 from elastic3d.training.stages import stage_config
@@ -146,6 +148,20 @@ def test_what_examples_on_pages_import_is_there():
         exec(line, {})
 
 
+@pytest.fixture(scope="module")
+def composing_once():
+    """Hydra composes the same files for most commands, which takes a sixth of a second each time."""
+
+    @cache
+    def composed(name: str, overrides: tuple[str, ...]):
+        return compose(name, overrides=list(overrides))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("_cli.compose", lambda name, overrides: composed(name, tuple(overrides)))
+        yield
+
+
+@pytest.mark.usefixtures("composing_once")
 @pytest.mark.parametrize("command", documented_commands())
 def test_documented_commands_are_understood(command):
     script, *arguments = shlex.split(command.split(" #")[0].split(";")[0])

@@ -16,8 +16,9 @@ import trimesh
 from torch import Tensor
 
 from elastic3d.geometry.cleanup import clean
-from elastic3d.geometry.decode import FieldFunction, decode_field, extract_surface, node_points
+from elastic3d.geometry.decode import FieldFunction, decode_field, node_points
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
+from elastic3d.geometry.surface import extract_surface
 
 ROUGH = 64  # cells a side of the meshes that are compared with the image
 _CELLS = 32  # a side of the grid on which volumes are compared

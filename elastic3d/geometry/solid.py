@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from elastic3d.geometry.decode import extract_surface
 from elastic3d.geometry.options import BOX
 from elastic3d.geometry.sampling import sample_faces
+from elastic3d.geometry.surface import extract_surface
 
 THICKNESS = 0.75
 SAMPLES_PER_VOXEL_AREA = 8.0

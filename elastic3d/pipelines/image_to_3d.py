@@ -34,8 +34,9 @@ from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.training_free import CALIBRATION_NAME, check_budget, put_policy
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean
-from elastic3d.geometry.decode import decode_field, extract_surface, reducible, resolutions_of
+from elastic3d.geometry.decode import decode_field, reducible, resolutions_of
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
+from elastic3d.geometry.surface import extract_surface
 from elastic3d.models.image_encoder import (
     FAMILIARITY_NAME,
     DinoV2,

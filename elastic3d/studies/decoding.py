@@ -25,9 +25,10 @@ from elastic3d.errors import UserError
 from elastic3d.evaluation.metrics import correspond, f_score, surface_distance
 from elastic3d.evaluation.report import markdown_table
 from elastic3d.geometry.cleanup import clean, drop_floaters, genus
-from elastic3d.geometry.decode import FieldFunction, decode_field, extract_surface
+from elastic3d.geometry.decode import FieldFunction, decode_field
 from elastic3d.geometry.mesh_io import load_mesh
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
+from elastic3d.geometry.surface import extract_surface
 from elastic3d.models.images import IMAGE_SUFFIXES
 from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE

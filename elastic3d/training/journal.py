@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.errors import NoSurfaceError
-from elastic3d.geometry.decode import decode_field, extract_surface
+from elastic3d.geometry.decode import decode_field
 from elastic3d.geometry.options import DecodeConfig
 from elastic3d.geometry.render import Scene, orbit_camera
+from elastic3d.geometry.surface import extract_surface
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.utils.files import Number, atomic_path, check_shape, load_json_lines
 

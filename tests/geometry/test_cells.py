@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from elastic3d.geometry.decode import crossed_cells, extract_surface, halved, reducible
+from elastic3d.geometry.decode import crossed_cells, halved, reducible
+from elastic3d.geometry.surface import extract_surface
 
 
 def cubic(points: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,10 @@ from scipy.spatial import cKDTree
 
 from elastic3d.errors import UserError
 from elastic3d.geometry.cleanup import clean, mesh_health, simplify, unwrap, with_smooth_normals
-from elastic3d.geometry.decode import extract_surface
 from elastic3d.geometry.mesh_io import load_mesh, save_mesh
 from elastic3d.geometry.options import CleanupConfig
 from elastic3d.geometry.sampling import sample_surface
+from elastic3d.geometry.surface import extract_surface
 
 
 def noise_mesh(seed: int) -> trimesh.Trimesh:

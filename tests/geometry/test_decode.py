@@ -9,8 +9,9 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from elastic3d.errors import NoSurfaceError
-from elastic3d.geometry.decode import decode_field, extract_surface, node_points
+from elastic3d.geometry.decode import decode_field, node_points
 from elastic3d.geometry.options import BOX, DecodeConfig
+from elastic3d.geometry.surface import extract_surface
 
 Field = Callable[[Tensor], Tensor]
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from elastic3d.geometry.decode import decode_field, extract_surface
+from elastic3d.geometry.decode import decode_field
 from elastic3d.geometry.ensemble import best_field, mean_field
 from elastic3d.geometry.options import DecodeConfig
+from elastic3d.geometry.surface import extract_surface
 
 CONFIG = DecodeConfig(resolution=48, max_points=5000)
 Field = Callable[[Tensor], Tensor]

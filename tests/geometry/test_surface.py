@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from elastic3d.errors import NoSurfaceError, UserError
-from elastic3d.geometry.decode import extract_surface, node_points
+from elastic3d.geometry.decode import node_points
 from elastic3d.geometry.options import BOX, SurfaceMethod
+from elastic3d.geometry.surface import extract_surface
 
 
 def works(method: SurfaceMethod) -> bool:

@@ -11,9 +11,10 @@ from scipy.spatial import cKDTree
 
 from elastic3d.elastic.config import Scope
 from elastic3d.errors import UserError
-from elastic3d.geometry.decode import decode_field, extract_surface
+from elastic3d.geometry.decode import decode_field
 from elastic3d.geometry.options import BOX, DecodeConfig
 from elastic3d.geometry.sampling import sample_surface
+from elastic3d.geometry.surface import extract_surface
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.call import Result
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline

@@ -103,6 +103,7 @@ from elastic3d.preparation.prepare import prepare
 
 def main(config):
     shards, source = plan([f"b{i}" for i in range(400)], Path(config.output), size=200)
+    assert "torch" not in sys.modules, "it takes seconds to import, in every process"
     print("ready", flush=True)
     prepare(shards, source, RECIPE, workers=2, progress=lambda *row: print(*row, flush=True))
 
