@@ -182,13 +182,8 @@ def _asked(queue: MeshQueue, nouns: Sequence[str] | None) -> SimpleNamespace:
             elem_id="image", buttons=[],
         )  # fmt: skip
         mask = gr.Image(
-            label="What the model sees",
-            interactive=False,
-            height=260,
-            min_width=140,
-            elem_id="mask",
-            buttons=[],
-        )
+            label="What the model sees", interactive=False, height=260, min_width=140, elem_id="mask", buttons=[],
+        )  # fmt: skip
     prompt = gr.Textbox(
         label="or a prompt", placeholder="a wooden bar chair", visible=nouns is not None, submit_btn="Draw",
         lines=1, max_lines=1,
