@@ -45,7 +45,7 @@ def main(config: AppConfig) -> int:
         from elastic3d.serve.queue import MeshQueue
 
         models, nouns = find_models(config), known_nouns()
-        with MeshQueue(models, config.queue, config.batch_size, config.keep_s) as queue:
+        with MeshQueue(models, config.queue, config.rows, config.keep_s) as queue:
             page = app.build_app(queue, Drawer(config, nouns), nouns, config)
             app.launch(
                 page,

@@ -100,7 +100,7 @@ def create_app(queue: MeshQueue, config: ServeConfig, metrics: Metrics) -> FastA
     _add_errors(app)
     _add_meshes(app, queue, config)
     if config.replicas == 1:
-        _add_jobs(app, queue)
+        _add_jobs(app, queue, config)
     _add_hunyuan(app, queue, config)
     _add_pages(app, queue, metrics)
     app.state.model, app.state.queue = queue.models.info().config.model, queue
@@ -253,8 +253,9 @@ def _check_jobs(config: ServeConfig) -> None:
         )
 
 
-def _add_jobs(app: FastAPI, queue: MeshQueue) -> None:
+def _add_jobs(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
     def known(id: str) -> Job:
+        _check_jobs(config)
         job = queue.find(id)
         if job is None:
             raise ApiError(404, "there is no such job: it never was, was deleted, or is too old")
@@ -291,6 +292,7 @@ def _add_hunyuan(app: FastAPI, queue: MeshQueue, config: ServeConfig) -> None:
 
     @app.get("/status/{uid}", summary="As Hunyuan3D-2's server: how far a job is")
     async def status(uid: str) -> dict[str, str]:
+        _check_jobs(config)
         job = queue.find(uid)
         if job is None or job.state in (JobState.failed, JobState.cancelled):
             return {"status": "error", "message": job.error if job else "there is no such job"}

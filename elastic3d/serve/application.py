@@ -28,7 +28,7 @@ def build_app(config: ServeConfig) -> FastAPI:
     """Load the model and put the API in front of it; the app closes the queue."""
     pipeline = load_pipeline(config.generate_config())
     metrics = Metrics()
-    queue = MeshQueue(pipeline, config.queue, config.batch_size, config.keep_s, metrics.observer())
+    queue = MeshQueue(pipeline, config.queue, config.rows, config.keep_s, metrics.observer())
     return create_app(queue, config, metrics)
 
 

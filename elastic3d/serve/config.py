@@ -66,6 +66,11 @@ class ServerConfig(Options):
         """For a browser."""
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
+    @property
+    def rows(self) -> int:
+        """Jobs generated at a time."""
+        return 1 if self.low_memory else self.batch_size
+
     def generate_config(self) -> GenerateConfig:
         """What `pipelines.generation.load_pipeline` takes."""
         return GenerateConfig(

@@ -25,9 +25,11 @@ from elastic3d.errors import UserError  # noqa: E402
 from elastic3d.geometry.mesh_io import read_extras  # noqa: E402
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline  # noqa: E402
 from elastic3d.serve.api import create_app  # noqa: E402
-from elastic3d.serve.config import AppConfig, ServeConfig, ServerConfig  # noqa: E402
+from elastic3d.serve.application import build_app  # noqa: E402
+from elastic3d.serve.config import AppConfig, Runner, ServeConfig, ServerConfig  # noqa: E402
 from elastic3d.serve.metrics import Metrics  # noqa: E402
 from elastic3d.serve.queue import JobState, MeshQueue, MeshRequest, QueueFull  # noqa: E402
+from elastic3d.utils.devices import DeviceChoice  # noqa: E402
 
 SMALL = {"steps": "2", "resolution": "16"}
 
@@ -203,6 +205,21 @@ def test_an_open_address_needs_a_token(host: str, needed: bool) -> None:
         with pytest.raises(UserError, match="no token"):
             ServeConfig(host=host).require_token()
     ServeConfig(host=host, token="t").require_token()
+
+
+def test_with_several_replicas_there_are_no_jobs(serve) -> None:
+    client = serve(runner=Runner.ray, replicas=2).client
+    for path in ("/v1/jobs/any", "/v1/jobs/any/mesh", "/status/any"):
+        answer = client.get(path)
+        assert answer.status_code == 501 and "2 replicas" in answer.text, path
+    assert client.delete("/v1/jobs/any").status_code == 501
+
+
+def test_with_low_memory_one_mesh_is_made_at_a_time(pipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path / "model")
+    app = build_app(ServeConfig(model=str(tmp_path / "model"), low_memory=True, device=DeviceChoice.cpu))
+    assert app.state.queue.batch_size == 1
+    app.state.queue.close()
 
 
 @pytest.mark.parametrize("config", [ServeConfig, AppConfig])

@@ -120,7 +120,8 @@ def test_two_replicas_answer_as_one_process_does(model: Path, tmp_path: Path) ->
         assert expected.read_bytes()[84:] == meshes[0][84:]
         answer = client.post("/v1/meshes", files={"image": image}, data={"wait": "false"})
         assert answer.status_code == 501 and "2 replicas" in answer.json()["error"]
-        assert client.get("/v1/jobs/any").status_code == 404
+        for path in ("/v1/jobs/any", "/v1/jobs/any/mesh", "/status/any"):
+            assert client.get(path).status_code == 501, path
         assert httpx.get(f"{base}/v1/models").status_code == 401
 
 
