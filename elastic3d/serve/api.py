@@ -99,8 +99,7 @@ def create_app(queue: MeshQueue, config: ServeConfig, metrics: Metrics) -> FastA
     app.add_middleware(Guard, config=config, metrics=metrics)
     _add_errors(app)
     _add_meshes(app, queue, config)
-    if config.replicas == 1:
-        _add_jobs(app, queue, config)
+    _add_jobs(app, queue, config)
     _add_hunyuan(app, queue, config)
     _add_pages(app, queue, metrics)
     app.state.model, app.state.queue = queue.models.info().config.model, queue
