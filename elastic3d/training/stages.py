@@ -60,15 +60,16 @@ def stage_config(stage: StageName) -> type[StageConfig]:
 
 
 def require_sizes(config: TrainConfig) -> None:
-    """UserError before anything is allocated, where a network or a batch is larger than the machine."""
+    """UserError before anything is allocated, where a network or a batch is larger than the machine, or the processes
+    can't share a batch."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    samples = config.micro_batch(processes)
     with torch.device("meta"):
         network = config.network()
     if network is not None:
         count = sum(parameter.numel() for parameter in network.parameters())
         need = state_bytes(network, config, processes)
         require_memory(need, f"{count:,} parameters, their gradients and optimizer state need")
-    samples = config.batch // config.accumulate // processes
     require_memory(samples * config.sample_bytes(), f"{samples:,} samples in each process need")
 
 
