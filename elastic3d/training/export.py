@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from elastic3d import __version__
 from elastic3d.diffusion.dial import save_dial
-from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.diffusion.options import PipelineConfig, SamplingGrid, Solver
 from elastic3d.elastic import save_routers
 from elastic3d.elastic.attachment import load_router_state, router_state
+from elastic3d.elastic.config import ElasticConfig
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
@@ -49,14 +51,39 @@ Config = TypeVar("Config")
 RECORD_NAME, CURVES_NAME = "training.json", "training.csv"
 
 
+def _inherited(name: str) -> Any:
+    """The option of this name of `PipelineConfig`, null where it is not asked for."""
+    own = PipelineConfig.__dataclass_fields__[name]
+    default = own.default.name if isinstance(own.default, Enum) else own.default
+    text = f"{own.metadata['help']}; null: of the model that it started from, else {default}"
+    return field(default=None, metadata={**own.metadata, "help": text})
+
+
+@dataclass(kw_only=True)
+class SamplingExportConfig(Options):
+    """How an exported DiT is sampled by default. See `PipelineConfig`."""
+
+    model: str = option("unnamed", "name of the model, for metadata", lengths=(1, 200))
+    steps: int | None = _inherited("steps")
+    guidance: float | None = _inherited("guidance")
+    resolution: int | None = _inherited("resolution")
+    fast_resolution: int | None = _inherited("fast_resolution")
+    best_resolution: int | None = _inherited("best_resolution")
+    box: float | None = _inherited("box")
+    shift: float | None = _inherited("shift")
+    grid: SamplingGrid | None = _inherited("grid")
+    solver: Solver | None = _inherited("solver")
+    segments: int | None = _inherited("segments")
+    elastic: ElasticConfig = option(ElasticConfig, "how a model with routers runs")
+
+
 @dataclass(kw_only=True)
 class ExportConfig(Options):
     """Averaged weights of a run as a model folder."""
 
     output: Path | None = option(None, "folder to write; null: `export` in the run's folder")
-    pipeline: PipelineConfig = option(
-        PipelineConfig,
-        "defaults of an exported DiT, left out those of the model that it started from; of routers `elastic` alone",
+    pipeline: SamplingExportConfig = option(
+        SamplingExportConfig, "defaults of an exported DiT; of routers `elastic` alone"
     )
 
     def check(self) -> None:
@@ -193,19 +220,14 @@ def _export_pipeline(run: _Run) -> None:
     run.write_record(run.output / "dit")
 
 
-def sampling_defaults(requested: PipelineConfig, init_from: Path | None) -> PipelineConfig:
-    """What is requested; where that is the default and a run started from a model's folder, what that model has.
+def sampling_defaults(requested: SamplingExportConfig, init_from: Path | None) -> PipelineConfig:
+    """What is requested; for the rest what the model has whose folder a run started from, if it did.
 
     Not its name, and not its budget, which its routers keep: they are none of the new model.
     """
-    if init_from is None or not (find_model(init_from) / PIPELINE_NAME).is_file():
-        return requested
-    plain = PipelineConfig(model=requested.model)
-    values = {item.name: getattr(requested, item.name) for item in fields(PipelineConfig)}
-    own = {name: value for name, value in values.items() if value != getattr(plain, name)}
-    return replace(
-        pipeline_config(find_model(init_from)), model=requested.model, elastic=requested.elastic, **own
-    )
+    model = find_model(init_from) if init_from is not None else None
+    own = pipeline_config(model) if model and (model / PIPELINE_NAME).is_file() else PipelineConfig()
+    return replace(own, **{name: value for name, value in vars(requested).items() if value is not None})
 
 
 def _export_image_model(run: _Run) -> None:
