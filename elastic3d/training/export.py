@@ -17,7 +17,7 @@ from elastic3d import __version__
 from elastic3d.diffusion.dial import save_dial
 from elastic3d.diffusion.options import PipelineConfig, SamplingGrid, Solver
 from elastic3d.elastic import save_routers
-from elastic3d.elastic.attachment import load_router_state, router_state
+from elastic3d.elastic.attachment import ROUTER_RECORDS, load_router_state, remove_records, router_state
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
@@ -173,7 +173,7 @@ def export_run(config: ExportStageConfig) -> Path:
     that of their dense model with `routers/` inside and `export.pipeline.elastic` as its default; those of a
     text-to-image pipeline are written alone. The small text-to-image model's sampling defaults are those of `config`,
     and so is how routers are calibrated (`routing`). A few-step LoRA becomes `routers/` with the routers that it
-    belongs to, used up to `few_step.used_nfe`.
+    belongs to, used up to `few_step.used_nfe`. Records of routers that were there before go.
 
     Raises:
         UserError: the run has no whole checkpoint, or the cache holds other latents than it learned from.
@@ -193,11 +193,16 @@ def export_run(config: ExportStageConfig) -> Path:
 
 
 def copy_files(names: Sequence[str], source: Path, output: Path) -> None:
-    """Copy those files of a folder that are there into another one, each whole or not at all."""
+    """Copy those files of a folder that are there into another one, each whole or not at all; what is there of the
+    others goes, as it is of something else."""
+    if source.resolve() == output.resolve():
+        return
     for name in names:
-        if source.resolve() != output.resolve() and (source / name).is_file():
+        if (source / name).is_file():
             with atomic_path(output / name) as temporary:
                 shutil.copyfile(source / name, temporary)
+        else:
+            (output / name).unlink(missing_ok=True)
 
 
 def _export_vae(run: _Run) -> None:
@@ -263,6 +268,9 @@ def _export_routers(run: _Run) -> None:
         pipeline = ImageTo3DPipeline.from_pretrained(stage.flow.folder, "cpu", "float32", dial=False)
         pipeline.config.elastic = run.config.export.pipeline.elastic
         pipeline.save_pretrained(run.output, torch.bfloat16)
+        for part in ("vae", "dit"):
+            copy_files((RECORD_NAME, CURVES_NAME), stage.flow.folder / part, run.output / part)
+    remove_records(run.output / "routers")
     save_routers(stage.flow.dit, run.output / "routers")
     run.write_record(run.output / "routers")
 
@@ -283,7 +291,7 @@ def _export_few_step(run: _Run) -> None:
         assert block.few_step is not None
         rebase(block.few_step, used / trained.max_nfe)
         block.few_step.to(torch.bfloat16)
-    copy_files((RECORD_NAME, CURVES_NAME, "calibration.json"), routers, output)
+    copy_files(ROUTER_RECORDS, routers, output)
     save_dial(None, run.output)
     save_routers(dit, output)
     run.write_record(output, "few_step")
