@@ -26,7 +26,8 @@ def main(config: StageConfig) -> int:
     outputs = {"name": _path(config, "folder"), "export.output": _path(config, "export.output")}
     if config.stage is StageName.cache:
         outputs["latents.output"] = _path(config, "latents.output")
-    inputs = {name: _path(config, name) for name in ("data.prepared", "init_from", "latents.vae")}
+    inputs = {name: _path(config, name) for name in ("data.prepared", "init_from")}
+    inputs["latents.vae"] = _path(config, "vae_folder")
     check_paths(inputs, {}, outputs)
     return run_stage(config)
 

@@ -200,7 +200,7 @@ class ImageBenchmarkConfig(BenchmarkOptions):
     db_thresholds: list[float] = option(CHANGES, "db_cache: a row for each, blocks, calibrator", **THRESHOLD)
     db_blocks: list[int] = option([1], "db_cache: first blocks that are always computed", **STEPS)
     db_calibrators: list[Calibrator] = option(list(Calibrator), "db_cache: how residuals are continued")
-    prepared: Path = option(Path("data/prepared"), "shapes, whose held-out views are the real images")
+    prepared: Path | None = option(None, "shapes, whose held-out views are real; null: data/prepared, if any")
     splits: Path = option(Path("data/splits"), "folder of train.txt, val.txt and test.txt")
     references: Path | None = option(None, "real images with captions (a.png, a.txt) instead; no classifier")
     feature_size: int = option(128, "pixels a side that EfficientNet sees", ge=32, le=1024, multiple_of=32)

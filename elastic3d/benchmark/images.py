@@ -316,12 +316,13 @@ def load_references(config: ImageBenchmarkConfig, network: EfficientNetLite, siz
         size: pixels a side of the generated images, to which the real ones are brought first.
 
     Raises:
-        UserError: `references` is no folder of images with captions.
+        UserError: `references` is no folder of images with captions, or no shape is in the `prepared` that was given.
     """
-    if config.references is None and not config.prepared.is_dir():
+    prepared = config.prepared or Path("data/prepared")
+    if not (config.references or config.prepared or prepared.is_dir()):
         return None
-    sources = _sources(config)
-    facts = (size, config.prepared, config.feature_size, [each.made_of() for each in sources.values()])
+    sources = _sources(config, prepared)
+    facts = (size, prepared, config.feature_size, [each.made_of() for each in sources.values()])
     found = kept(config.output / "references.npz", facts, partial(_encoded, sources, network, size))
     counts = Counter(found["train_nouns"].tolist() if "train" in found else ())
     nouns = [noun for noun, count in counts.items() if count >= LEAST]
@@ -333,15 +334,14 @@ def load_references(config: ImageBenchmarkConfig, network: EfficientNetLite, siz
     return References(found["real"], probe, int(known.sum()), accuracy)
 
 
-def _sources(config: ImageBenchmarkConfig) -> dict[str, ImageSource]:
-    options = ImageStageConfig(views=VIEWS)
+def _sources(config: ImageBenchmarkConfig, prepared: Path) -> dict[str, ImageSource]:
+    options = ImageStageConfig(views=VIEWS, val_every=1)  # of a folder's images all
     if config.references is not None:
-        options.val_every = 1  # all of them
         return {"real": ImageFolder(config.references, options, validation=True)}
     train, val, test = ([config.splits / f"{name}.txt"] for name in ("train", "val", "test"))
     return {
-        "real": ShapeViews(config.prepared, read_split(val + test), options, 0, 1),
-        "train": ShapeViews(config.prepared, read_split(train), options, PROBE_SHAPES, 0),
+        "real": ShapeViews(prepared, read_split(val + test), options, 0, 1),
+        "train": ShapeViews(prepared, read_split(train), options, PROBE_SHAPES, 0),
     }
 
 

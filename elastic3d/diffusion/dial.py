@@ -27,7 +27,7 @@ F_SCORES = ("f_score@0.02", "f_score@0.05")
 TOLERANCE = 0.01  # what F-scores of the default may lose, of those of the dense default generation
 
 _F_SCORES = dict.fromkeys(F_SCORES, Number(0, 1))
-_SHAPE = {
+DIAL_SHAPE = {
     "dense": {"steps": Number(1, 1000, whole=True), "guidance": Number(0, 100), **_F_SCORES},
     "rows": [
         {
@@ -181,7 +181,7 @@ def load_dial(folder: Path, model: PipelineConfig, routers: RouterConfig | None)
     path = folder / DIAL_NAME
     if not path.exists():
         return None
-    dial = parse_dial(load_json(path, _SHAPE), printable(path))
+    dial = parse_dial(load_json(path, DIAL_SHAPE), printable(path))
     check_dial(dial, folder, model, routers)
     return dial
 

@@ -36,6 +36,8 @@ from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import from_dict, renamed, to_dict
 
 ROUTER_CURVES_NAME = "curves.json"
+# What a training, that of the few-step LoRA and a calibration note beside the routers.
+ROUTER_RECORDS = ("training.json", "training.csv", "few_step.json", "few_step.csv", "calibration.json")
 Architecture = RouterConfig | str | Path | None  # or the folder of trained routers that have one
 Source = RouteSource | None
 _SESSION = "_elastic"
@@ -220,11 +222,18 @@ def holds_routers(folder: Path) -> bool:
 
 
 def remove_routers(folder: Path) -> None:
-    """Remove what `save_routers` wrote to a folder, and the folder where nothing else is in it."""
+    """Remove what `save_routers` wrote to a folder, the records of it, and the folder where nothing else is in it."""
     for name in (CONFIG_NAME, ROUTER_CURVES_NAME, WEIGHTS_NAME):
         (folder / name).unlink(missing_ok=True)
+    remove_records(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def remove_records(folder: Path) -> None:
+    """Remove the records of routers that are none of a folder any more."""
+    for name in ROUTER_RECORDS:
+        (folder / name).unlink(missing_ok=True)
 
 
 def save_router_config(model: nn.Module, folder: str | Path) -> None:

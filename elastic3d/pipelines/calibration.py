@@ -3,10 +3,11 @@ their blocks add."""
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from elastic3d.diffusion.dial import DIAL_NAME, DIAL_SHAPE, Dial, named_row, parse_dial, save_dial
+from elastic3d.diffusion.options import Quality
 from elastic3d.elastic.attachment import adapter_for, is_attached, session_of
 from elastic3d.elastic.cache import Streams
 from elastic3d.elastic.config import ElasticConfig
@@ -35,6 +38,7 @@ from elastic3d.pipelines.published import calibration_home
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.pipelines.text_to_image import TextToImagePipeline, check_prompt, read_prompts
 from elastic3d.pipelines.training_free import describe, save_calibration
+from elastic3d.utils.files import load_json, printable
 
 DENSE = ElasticConfig(elastic=False)
 TOKENS = 64  # of each stream, spread evenly, that moments are taken of
@@ -45,15 +49,47 @@ def calibrate_policy(
 ) -> tuple[Path, Calibration]:
     """Generate the samples densely and write what was found -> its file, and the calibration.
 
-    `on_sample(done, samples)` is called with each.
+    `on_sample(done, samples)` is called with each. A dial beside the file loses its rows of the plan, with a warning:
+    they were measured with the calibration before.
 
     Raises:
-        UserError: no image, no prompt, a model that can't be loaded, generations of fewer than three steps.
+        UserError: no image, no prompt, a model that can't be loaded, generations of fewer than three steps, a broken
+            dial beside the file.
     """
-    found = (_of_images if config.prompts else _of_meshes)(config, on_sample)
     path = target_file(config)
+    dial = _dial_of_plan(path)
+    found = (_of_images if config.prompts else _of_meshes)(config, on_sample)
+    if dial is not None:
+        save_dial(without_plan(dial), path.parent)
+        warnings.warn(
+            f"the rows of the plan are gone from {printable(path.parent / DIAL_NAME)}, as they were measured with the"
+            " calibration before: scripts/benchmark.py and scripts/make_dial.py make new ones",
+            stacklevel=2,
+        )
     save_calibration(found, path)
     return path, found
+
+
+def _dial_of_plan(path: Path) -> Dial | None:
+    """The dial that a calibration in this file belongs to; None where there is none, or none with rows of the plan."""
+    place = path.parent / DIAL_NAME
+    if path.name != CALIBRATION_NAME or not place.is_file():
+        return None
+    dial = parse_dial(load_json(place, DIAL_SHAPE), printable(place))
+    return dial if any(row.planned for row in dial.rows) else None
+
+
+def without_plan(dial: Dial) -> Dial | None:
+    """A dial without its rows of the plan; None where the others have no row of each name."""
+    rows = [
+        (row, values) for row, values in zip(dial.rows, dial.values["rows"], strict=True) if not row.planned
+    ]
+    others = [row for row, _ in rows]
+    named = {each.name: named_row(others, each, dial.f_scores) for each in Quality if others}
+    names = {name: row.cost for name, row in named.items() if row is not None}
+    if len(names) < len(Quality):
+        return None
+    return replace(dial, values={**dial.values, "rows": [values for _, values in rows], "names": names})
 
 
 def target_file(config: CalibratePolicyConfig) -> Path:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -297,13 +298,29 @@ def statistics_of(path: Path) -> tuple[list[float], list[float]]:
     return vae.latent_mean, vae.latent_std
 
 
-def check_scale(cache: Path, statistics: tuple[list[float], list[float]], model: Path) -> None:
-    """UserError unless a cache of latents with this mean and standard deviation has the scale that a model's DiT knows,
-    where it says which."""
+def check_fit(cache: Path, record: Mapping[str, Any], model: Path) -> None:
+    """UserError unless a cache of latents, of this `record`, has the scale that a model's DiT knows, where it says
+    which; a warning where another autoencoder made them, as only one that was fine-tuned from the model's may."""
     folder = model_part(model, "vae")
     vae: VAEConfig | None = load_config(folder, *CLASSES["vae"]) if folder else None
-    if vae is not None and vae.latent_mean and statistics != (vae.latent_mean, vae.latent_std):
+    if folder is None or vae is None or not vae.latent_mean:
+        return
+    if record["scale"] != [vae.latent_mean, vae.latent_std]:
         raise UserError(
             f"{cache} holds latents of another scale than {model} was trained on: make them with"
             f" stage=cache init_from={model} latents.output=another folder, and give that folder"
         )
+    if record["vae_sha256"] not in (file_sha256(find_weights(folder)), _learned_from(model)):
+        warnings.warn(
+            f"{cache} holds latents of another autoencoder than {model} was trained on: they fit where that one"
+            " was fine-tuned from the model's, and no other",
+            stacklevel=2,
+        )
+
+
+def _learned_from(model: Path) -> Any:
+    """SHA-256 of the autoencoder whose latents a DiT learned, by its record: it may have another decoder since. None
+    where there is no record."""
+    path = model / "dit" / "training.json"
+    data = load_json(path).get("data") if path.is_file() else None
+    return data.get("vae_sha256") if isinstance(data, Mapping) else None

@@ -263,7 +263,7 @@ def micro_batches(
 
     The global batch is the same for any number of processes.
     """
-    size = config.batch // (processes * config.accumulate)
+    size = config.micro_batch(processes)
     firsts = (
         step * config.batch + (micro * processes + process) * size
         for step in range(start, config.steps)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from elastic3d import __version__
 from elastic3d.diffusion.dial import save_dial
-from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.diffusion.options import PipelineConfig, SamplingGrid, Solver
 from elastic3d.elastic import save_routers
-from elastic3d.elastic.attachment import load_router_state, router_state
+from elastic3d.elastic.attachment import ROUTER_RECORDS, load_router_state, remove_records, router_state
+from elastic3d.elastic.config import ElasticConfig
 from elastic3d.errors import UserError
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
@@ -49,14 +51,39 @@ Config = TypeVar("Config")
 RECORD_NAME, CURVES_NAME = "training.json", "training.csv"
 
 
+def _inherited(name: str) -> Any:
+    """The option of this name of `PipelineConfig`, null where it is not asked for."""
+    own = PipelineConfig.__dataclass_fields__[name]
+    default = own.default.name if isinstance(own.default, Enum) else own.default
+    text = f"{own.metadata['help']}; null: of the model that it started from, else {default}"
+    return field(default=None, metadata={**own.metadata, "help": text})
+
+
+@dataclass(kw_only=True)
+class SamplingExportConfig(Options):
+    """How an exported DiT is sampled by default. See `PipelineConfig`."""
+
+    model: str = option("unnamed", "name of the model, for metadata", lengths=(1, 200))
+    steps: int | None = _inherited("steps")
+    guidance: float | None = _inherited("guidance")
+    resolution: int | None = _inherited("resolution")
+    fast_resolution: int | None = _inherited("fast_resolution")
+    best_resolution: int | None = _inherited("best_resolution")
+    box: float | None = _inherited("box")
+    shift: float | None = _inherited("shift")
+    grid: SamplingGrid | None = _inherited("grid")
+    solver: Solver | None = _inherited("solver")
+    segments: int | None = _inherited("segments")
+    elastic: ElasticConfig = option(ElasticConfig, "how a model with routers runs")
+
+
 @dataclass(kw_only=True)
 class ExportConfig(Options):
     """Averaged weights of a run as a model folder."""
 
     output: Path | None = option(None, "folder to write; null: `export` in the run's folder")
-    pipeline: PipelineConfig = option(
-        PipelineConfig,
-        "defaults of an exported DiT, left out those of the model that it started from; of routers `elastic` alone",
+    pipeline: SamplingExportConfig = option(
+        SamplingExportConfig, "defaults of an exported DiT; of routers `elastic` alone"
     )
 
     def check(self) -> None:
@@ -146,7 +173,7 @@ def export_run(config: ExportStageConfig) -> Path:
     that of their dense model with `routers/` inside and `export.pipeline.elastic` as its default; those of a
     text-to-image pipeline are written alone. The small text-to-image model's sampling defaults are those of `config`,
     and so is how routers are calibrated (`routing`). A few-step LoRA becomes `routers/` with the routers that it
-    belongs to, used up to `few_step.used_nfe`.
+    belongs to, used up to `few_step.used_nfe`. Records of routers that were there before go.
 
     Raises:
         UserError: the run has no whole checkpoint, or the cache holds other latents than it learned from.
@@ -166,11 +193,16 @@ def export_run(config: ExportStageConfig) -> Path:
 
 
 def copy_files(names: Sequence[str], source: Path, output: Path) -> None:
-    """Copy those files of a folder that are there into another one, each whole or not at all."""
+    """Copy those files of a folder that are there into another one, each whole or not at all; what is there of the
+    others goes, as it is of something else."""
+    if source.resolve() == output.resolve():
+        return
     for name in names:
-        if source.resolve() != output.resolve() and (source / name).is_file():
+        if (source / name).is_file():
             with atomic_path(output / name) as temporary:
                 shutil.copyfile(source / name, temporary)
+        else:
+            (output / name).unlink(missing_ok=True)
 
 
 def _export_vae(run: _Run) -> None:
@@ -193,19 +225,14 @@ def _export_pipeline(run: _Run) -> None:
     run.write_record(run.output / "dit")
 
 
-def sampling_defaults(requested: PipelineConfig, init_from: Path | None) -> PipelineConfig:
-    """What is requested; where that is the default and a run started from a model's folder, what that model has.
+def sampling_defaults(requested: SamplingExportConfig, init_from: Path | None) -> PipelineConfig:
+    """What is requested; for the rest what the model has whose folder a run started from, if it did.
 
     Not its name, and not its budget, which its routers keep: they are none of the new model.
     """
-    if init_from is None or not (find_model(init_from) / PIPELINE_NAME).is_file():
-        return requested
-    plain = PipelineConfig(model=requested.model)
-    values = {item.name: getattr(requested, item.name) for item in fields(PipelineConfig)}
-    own = {name: value for name, value in values.items() if value != getattr(plain, name)}
-    return replace(
-        pipeline_config(find_model(init_from)), model=requested.model, elastic=requested.elastic, **own
-    )
+    model = find_model(init_from) if init_from is not None else None
+    own = pipeline_config(model) if model and (model / PIPELINE_NAME).is_file() else PipelineConfig()
+    return replace(own, **{name: value for name, value in vars(requested).items() if value is not None})
 
 
 def _export_image_model(run: _Run) -> None:
@@ -241,6 +268,9 @@ def _export_routers(run: _Run) -> None:
         pipeline = ImageTo3DPipeline.from_pretrained(stage.flow.folder, "cpu", "float32", dial=False)
         pipeline.config.elastic = run.config.export.pipeline.elastic
         pipeline.save_pretrained(run.output, torch.bfloat16)
+        for part in ("vae", "dit"):
+            copy_files((RECORD_NAME, CURVES_NAME), stage.flow.folder / part, run.output / part)
+    remove_records(run.output / "routers")
     save_routers(stage.flow.dit, run.output / "routers")
     run.write_record(run.output / "routers")
 
@@ -261,7 +291,7 @@ def _export_few_step(run: _Run) -> None:
         assert block.few_step is not None
         rebase(block.few_step, used / trained.max_nfe)
         block.few_step.to(torch.bfloat16)
-    copy_files((RECORD_NAME, CURVES_NAME, "calibration.json"), routers, output)
+    copy_files(ROUTER_RECORDS, routers, output)
     save_dial(None, run.output)
     save_routers(dit, output)
     run.write_record(output, "few_step")

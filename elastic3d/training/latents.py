@@ -34,7 +34,7 @@ from elastic3d.models.weights import WEIGHTS_NAME, save_weights, tensor_heads
 from elastic3d.pipelines.image_to_3d import PIPELINE_NAME
 from elastic3d.pipelines.memory import require_memory
 from elastic3d.pipelines.runtime import BUNDLED, find_model, load_dit, resolve_device
-from elastic3d.training.checkpoint import check_scale, read_record, statistics_of
+from elastic3d.training.checkpoint import check_fit, find_start, read_record, statistics_of
 from elastic3d.training.datasets import (
     PreparedShapes,
     item_generator,
@@ -83,7 +83,7 @@ class LatentCacheConfig(Options):
 class LatentsConfig(LatentCacheConfig):
     """Latents and image tokens of every shape, computed once for the DiT."""
 
-    vae: Path = option(Path("runs/vae/export"), "folder of the trained shape VAE")
+    vae: Path | None = option(None, "folder of the shape VAE; null: of init_from, else runs/vae/export")
     variants: int = option(4, "encodings a shape, each of other surface points", ge=1, le=1 << 16)
     views: int = option(6, "condition views a shape, spread over those that were rendered", ge=1, le=1 << 16)
     images: Path | None = option(
@@ -123,6 +123,12 @@ class CacheConfig(ComputeConfig):
         None,
         "a model, such as shape-small, whose DiT goes on from these latents: they get the scale that it knows",
     )
+
+    @property
+    def vae_folder(self) -> Path:
+        """Of the VAE that encodes: the given one's, and no other in its place."""
+        default = find_start(self.init_from) / "vae" if self.init_from else Path("runs/vae/export")
+        return self.latents.vae or default
 
 
 @dataclass
@@ -222,8 +228,7 @@ class LatentInfo:
 def pipeline_config(model: Path) -> PipelineConfig:
     """The sampling defaults in a pipeline's folder."""
     path = model / PIPELINE_NAME
-    found: PipelineConfig = from_dict(PipelineConfig, load_json(path), str(path))
-    return found
+    return from_dict(PipelineConfig, load_json(path), str(path))
 
 
 class LatentCache:
@@ -253,7 +258,7 @@ class LatentCache:
         ):
             if wanted != found:
                 raise UserError(f"{model} has {found} {name}, but the cache has {wanted}")
-        check_scale(self.folder, (self.info.mean, self.info.std), model)
+        check_fit(self.folder, self.info.record, model)
         return dit, pipeline_config(model)
 
 
@@ -323,10 +328,11 @@ class _Builder:
     def __init__(self, config: CacheConfig) -> None:
         self.config: LatentsConfig = config.latents
         self.device = resolve_device(config.device)
-        self.vae = ShapeVAE.from_pretrained(self.config.vae, device=self.device)
+        folder = config.vae_folder
+        self.vae = ShapeVAE.from_pretrained(folder, device=self.device)
         if not self.vae.config.encoder_layers:
             raise UserError(
-                f"{self.config.vae} has no encoder, so meshes can't become latents; for Hunyuan3D-2, import with"
+                f"{folder} has no encoder, so meshes can't become latents; for Hunyuan3D-2, import with"
                 " vae_subfolder=, the folder of a VAE that has one"
             )
         self.encoder: ImageEncoder = build_image_encoder(self.config.encoder, self.device)
@@ -334,8 +340,8 @@ class _Builder:
         surface = {item.name: getattr(config.vae, item.name) for item in fields(SurfaceConfig)}
         self.points = VAEStageConfig(model=self.vae.config, **surface, near_queries=1, volume_queries=0)
         self.settings = {
-            "vae": str(self.config.vae),
-            "vae_sha256": file_sha256(self.config.vae / WEIGHTS_NAME),
+            "vae": str(folder),
+            "vae_sha256": file_sha256(folder / WEIGHTS_NAME),
             "encoder": to_dict(self.config.encoder),
             "encoder_sha256": encoder_sha256(self.config.encoder),
             "foreground": to_dict(self.foreground),
@@ -351,7 +357,7 @@ class _Builder:
         if config.init_from is not None:
             self.statistics = statistics_of(config.init_from)
             self.settings["statistics_of"] = str(config.init_from)
-        tqdm.write(f"latents of {self.config.vae} -> {self.config.output}", file=sys.stderr)
+        tqdm.write(f"latents of {folder} -> {self.config.output}", file=sys.stderr)
         self.images: dict[str, list[Path]] = {}
         if self.config.images is not None:
             self.settings["images"] = str(self.config.images)
@@ -396,9 +402,8 @@ class _Builder:
         """Encode the shapes of one prepared shard; the sums for the statistics go into a file beside, with what the
         shard is `made_of`."""
         train = set(made_of["train"])
-        tensors: dict[str, Tensor] = {}
-        channels = self.vae.config.channels
-        total, square, count = torch.zeros(channels).double(), torch.zeros(channels).double(), 0
+        tensors, count = dict[str, Tensor](), 0
+        total, square = torch.zeros(2, self.vae.config.channels, dtype=torch.float64)
         for first in range(0, len(shapes), self.config.batch):
             ids = shapes.ids[first : first + self.config.batch]
             mean, logvar = self._encode(shapes, ids, train)
@@ -474,10 +479,9 @@ class _Builder:
         variance = np.sum([row["square"] for row in sums], axis=0) / count - mean**2
         if not self.config.standardise:
             mean, variance = np.zeros_like(mean), np.ones_like(variance)
-        model = self.vae.config
         info = LatentInfo(
             settings=self.settings,
-            latents=[model.num_latents, model.channels],
+            latents=[self.vae.config.num_latents, self.vae.config.channels],
             tokens=[self.encoder.tokens, self.encoder.channels],
             mean=mean.tolist(),
             std=np.sqrt(np.maximum(variance, 1e-12)).tolist(),

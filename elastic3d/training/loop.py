@@ -173,9 +173,7 @@ class _Run:
 
     def _prepare(self) -> None:
         config, objective, processes = self.config, self.stage.objective, self.accelerator.num_processes
-        if config.batch % (processes * config.accumulate):
-            share = f"{processes} processes x {config.accumulate} micro-batches"
-            raise UserError(f"batch {config.batch} can't be shared by {share}")
+        config.micro_batch(processes)  # refuses what can't be shared
         frozen, sharded = self.stage.frozen, wants_sharding(self.accelerator)
         if frozen is not None and sharded:
             raise UserError(

@@ -12,7 +12,12 @@ import torch
 
 from elastic3d import __version__
 from elastic3d.diffusion.dial import save_dial
-from elastic3d.elastic.attachment import load_router_config, load_routers, save_router_config
+from elastic3d.elastic.attachment import (
+    ROUTER_RECORDS,
+    load_router_config,
+    load_routers,
+    save_router_config,
+)
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME
@@ -21,7 +26,7 @@ from elastic3d.pipelines.options import BackboneName
 from elastic3d.pipelines.runtime import find_model, resolve_device
 from elastic3d.training.block_router import BlockRouterStage
 from elastic3d.training.calibration import CurvesConfig
-from elastic3d.training.export import CURVES_NAME, RECORD_NAME, copy_files
+from elastic3d.training.export import copy_files
 from elastic3d.training.image_data import PipelineImagesConfig
 from elastic3d.training.image_flow import (
     BackboneConfig,
@@ -114,7 +119,7 @@ def calibrate_exported(config: CalibrateConfig) -> Path:
     """Calibrate `routers/` of the model that `config` names as an export does, at the model's own steps and guidance.
 
     Their `curves.json` is written anew, with `calibration.json` beside it: what it was measured on. A `dial.json` there
-    goes: it was measured with what they were. Weights and the record of the training stay as they are; another
+    goes: it was measured with what they were. Weights and the records of their training stay as they are; another
     `export.output` gets copies of them.
 
     Raises:
@@ -129,7 +134,7 @@ def calibrate_exported(config: CalibrateConfig) -> Path:
     stage.sampling = stage.flow.default_sampling()
     stage.objective.to(resolve_device(config.device)).eval()
     stage.calibrate(config.routing)
-    copy_files((WEIGHTS_NAME, RECORD_NAME, CURVES_NAME), source, output)
+    copy_files((WEIGHTS_NAME, *ROUTER_RECORDS), source, output)
     save_dial(None, output.parent)
     save_router_config(stage.flow.dit, output)
     save_json(_note(stage, config), output / NOTE_NAME)

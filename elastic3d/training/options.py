@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from elastic3d.errors import UserError
 from elastic3d.utils.devices import DeviceChoice
 from elastic3d.utils.options import Options, option
 
@@ -135,6 +136,15 @@ class LoopConfig(SeededConfig):
         super().check()
         if self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} is no multiple of accumulate {self.accumulate}")
+
+    def micro_batch(self, processes: int) -> int:
+        """Samples of a micro-batch in each process. UserError where the processes can't share a batch."""
+        if self.batch % (processes * self.accumulate):
+            raise UserError(
+                f"batch is {self.batch}, expected a multiple of {processes} processes x {self.accumulate}"
+                " micro-batches (accumulate=)"
+            )
+        return self.batch // (processes * self.accumulate)
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,7 @@ from elastic3d.models.options import ImageEncoderConfig
 from elastic3d.models.weights import load_config
 from elastic3d.pipelines.memory import require_memory
 from elastic3d.pipelines.runtime import fast_bfloat16, resolve_device
-from elastic3d.training.checkpoint import CLASSES, check_scale, find_start, model_part
+from elastic3d.training.checkpoint import CLASSES, check_fit, find_start, model_part
 from elastic3d.training.datasets import use_own_lists
 from elastic3d.training.distributed import state_bytes
 from elastic3d.training.loop import Stage, train
@@ -60,15 +60,16 @@ def stage_config(stage: StageName) -> type[StageConfig]:
 
 
 def require_sizes(config: TrainConfig) -> None:
-    """UserError before anything is allocated, where a network or a batch is larger than the machine."""
+    """UserError before anything is allocated, where a network or a batch is larger than the machine, or the processes
+    can't share a batch."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    samples = config.micro_batch(processes)
     with torch.device("meta"):
         network = config.network()
     if network is not None:
         count = sum(parameter.numel() for parameter in network.parameters())
         need = state_bytes(network, config, processes)
         require_memory(need, f"{count:,} parameters, their gradients and optimizer state need")
-    samples = config.batch // config.accumulate // processes
     require_memory(samples * config.sample_bytes(), f"{samples:,} samples in each process need")
 
 
@@ -118,7 +119,7 @@ def _part(stage: StageName, index: int) -> Any:
 
 
 def adopt_architecture(config: Any) -> None:
-    """Give the run the architecture of the model folder that it starts from, and its cache that model's latents.
+    """Give the run the architecture of the model folder that it starts from, and its cache that model's image tokens.
 
     Nothing changes where `init_from` is a checkpoint, or where `init_new` says that the two differ.
     """
@@ -131,16 +132,13 @@ def adopt_architecture(config: Any) -> None:
         config.dit.model = load_config(folder, *CLASSES["dit"])
         from elastic3d.training.latents import LatentInfo
 
-        info = LatentInfo.load(config.latents.output)
-        check_scale(config.latents.output, (info.mean, info.std), path)
+        check_fit(config.latents.output, LatentInfo.load(config.latents.output).record, path)
     elif config.stage is StageName.cache:
         if model_part(path, "dit") is None:
             raise UserError(
                 f"stage=cache init_from={config.init_from} needs a model with a DiT that goes on from its latents"
             )
         config.latents.encoder = load_config(path / "image_encoder", ImageEncoderConfig, "ImageEncoder")
-        if not config.latents.vae.exists():
-            config.latents.vae = path / "vae"
 
 
 def keep_memory_mapped() -> None:

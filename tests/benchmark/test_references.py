@@ -52,9 +52,7 @@ class Coloured:
 
 def test_the_classifier_learns_and_is_kept(gallery, tmp_path, monkeypatch, network):
     config = image_config_of(gallery, tmp_path, references=None, prepared=tmp_path)
-    monkeypatch.setattr(
-        images, "_sources", lambda config: {"real": Coloured(20, 0), "train": Coloured(60, 1)}
-    )
+    monkeypatch.setattr(images, "_sources", lambda *_: {"real": Coloured(20, 0), "train": Coloured(60, 1)})
     found = load_references(config, network, 16)
     assert found is not None and found.features.shape == (16, 1280) and found.trained_on == 48
     assert found.accuracy is not None and found.accuracy > 0.9
@@ -71,9 +69,16 @@ def test_the_classifier_learns_and_is_kept(gallery, tmp_path, monkeypatch, netwo
     assert again is not None and again.accuracy == found.accuracy
 
 
-def test_without_real_images_there_are_no_references(gallery, tmp_path, network):
-    config = image_config_of(gallery, tmp_path, references=None, prepared=tmp_path / "nothing")
+def test_without_real_images_there_are_no_references(gallery, tmp_path, network, monkeypatch):
+    """None in the folder where they are looked for by themselves; one that was named has to have some."""
+    monkeypatch.chdir(tmp_path)
+    config = image_config_of(gallery, tmp_path, references=None, prepared=None)
     assert load_references(config, network, 16) is None
+    for name in ("train", "val", "test"):
+        (tmp_path / f"{name}.txt").write_text("balls/ball0\n")
+    config = image_config_of(gallery, tmp_path, references=None, prepared=Path("typo"), splits=tmp_path)
+    with pytest.raises(UserError, match="none of the 1 shapes that the lists name is under typo"):
+        load_references(config, network, 16)
 
 
 def test_a_folder_of_images_has_no_classifier(gallery: Path, tmp_path: Path, network: EfficientNetLite):

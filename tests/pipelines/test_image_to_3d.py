@@ -21,6 +21,7 @@ from transformers import Dinov2Config, Dinov2Model
 from elastic3d import __version__
 from elastic3d.diffusion.options import Combine
 from elastic3d.elastic import attach
+from elastic3d.elastic.attachment import ROUTER_RECORDS
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.families import dense_flops
 from elastic3d.elastic.families.shape_dit import ADAPTER
@@ -247,13 +248,14 @@ def test_a_model_saved_over_another_keeps_nothing_of_it(pipeline: ImageTo3DPipel
     old.familiarity = Familiarity(torch.zeros(channels), *known)
     old.save_pretrained(tmp_path)
     assert ImageTo3DPipeline.from_pretrained(tmp_path, "cpu", "float32").session is not None
-    (tmp_path / "routers/training.json").write_text("{}")  # not a file of the pipeline's, which stays
+    for name in (*ROUTER_RECORDS, "notes.txt"):  # the last one is the user's own, and stays
+        (tmp_path / "routers" / name).write_text("{}")
     pipeline.save_pretrained(tmp_path)
     loaded = ImageTo3DPipeline.from_pretrained(tmp_path, "cpu", "float32")
     assert loaded.session is None and loaded.familiarity is None
-    assert [path.name for path in (tmp_path / "routers").iterdir()] == ["training.json"]
+    assert [path.name for path in (tmp_path / "routers").iterdir()] == ["notes.txt"]
     assert torch.equal(loaded(image(), seed=1).latents, pipeline(image(), seed=1).latents)
-    (tmp_path / "routers/training.json").unlink()
+    (tmp_path / "routers/notes.txt").unlink()
     pipeline.save_pretrained(tmp_path)
     assert not (tmp_path / "routers").exists()
     old.save_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import warnings
 from pathlib import Path
@@ -30,13 +31,18 @@ RECORDS = [
 
 def commands() -> list[list[str]]:
     """Arguments of every `scripts/train.py` in a code block of the documentation."""
+    return [arguments for _, arguments in launched()]
+
+
+def launched() -> list[tuple[str, list[str]]]:
+    """What each of them is started with, and its arguments."""
     found = []
     for page in (path for pattern in PAGES for path in sorted(ROOT.glob(pattern))):
         text = page.read_text().replace("\\\n", " ")
         for line in text.splitlines():
             head, script, rest = line.partition("scripts/train.py ")
             if script and "`" not in head and "..." not in rest:
-                found.append(shlex.split(rest, comments=True))
+                found.append((head, shlex.split(rest, comments=True)))
     return found
 
 
@@ -47,6 +53,21 @@ def test_documented_commands_are_understood(arguments: list[str]) -> None:
     config = parse(stage_config(stage), "train", given)
     assert config.stage is stage
     assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_documented_processes_share_a_batch() -> None:
+    found = {"accelerate": 0, "torchrun": 0}
+    for head, arguments in launched():
+        launcher = head.partition(" ")[0]
+        if launcher in found:
+            count = re.search(r"--(?:num_processes|nproc_per_node) (\d+)", head)
+            processes = int(count[1]) if count else 8  # as the estimates beside it say
+            given = train.with_own_stage(arguments)
+            config = parse(stage_config(train.chosen_stage(given)), "train", given)
+            assert isinstance(config, TrainConfig)
+            assert config.micro_batch(processes) >= 1
+            found[launcher] += 1
+    assert all(found.values())
 
 
 def test_there_are_commands_of_every_stage() -> None:
@@ -151,6 +172,18 @@ def test_what_no_machine_holds_is_refused_before_anything_is_allocated(
     assert isinstance(config, TrainConfig)
     with pytest.raises(UserError, match=message):
         require_sizes(config)
+
+
+@pytest.mark.parametrize("stage", ["hunyuan3d_router", "triposg_router", "step1x3d_router"])
+def test_a_batch_that_the_processes_cannot_share_is_refused_at_once(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    given = [f"stage={stage}"]
+    config = parse(stage_config(train.chosen_stage(given)), "train", given)
+    with pytest.raises(UserError, match="batch is 8, expected a multiple of 4 processes x 8 micro-batches"):
+        require_sizes(config)
+    require_sizes(parse(stage_config(train.chosen_stage(given)), "train", [*given, "accumulate=2"]))
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: str(path.relative_to(ROOT / "data/pretrained")))

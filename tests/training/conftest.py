@@ -106,6 +106,7 @@ def dense_once(cached_once: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     encoder = build_image_encoder(info.encoder)
     pipeline = ImageTo3DPipeline(vae, dit, encoder, PipelineConfig(model="tiny", steps=3))
     pipeline.save_pretrained(root / "dense", torch.bfloat16)
+    save_json({"data": info.record}, root / "dense" / "dit" / "training.json")  # as an export does
     return root
 
 

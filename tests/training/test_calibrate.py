@@ -99,6 +99,7 @@ def test_curves_are_chosen_by_the_anchors_of_anchored_latents(dense, monkeypatch
 
 
 def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypatch):
+    save_json({"steps": 3}, routers / "few_step.json")
     before = {path.name: path.read_bytes() for path in routers.iterdir()}
     config = shape_config(dense, {"dampings": Curve.keep, "gate_bias": Curve.keep})
     dial = routers.parent / "dial.json"
@@ -133,11 +134,14 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
     monkeypatch.setattr(calibration, "_BIAS_BUDGETS", (0.4, 0.8))
     monkeypatch.setattr(calibration, "_DAMPING_BUDGETS", (0.5, 0.7))
     config = shape_config(dense, export={"output": dense / "other"})
+    (dense / "other" / "routers").mkdir(parents=True)
+    (dense / "other" / "routers" / "few_step.csv").touch()  # of what was there before
     assert run_stage(config) == 0
     assert {path.name: path.read_bytes() for path in routers.iterdir()} == after
     other = dense / "other" / "routers"
-    for name in ("model.safetensors", "training.json"):
+    for name in ("model.safetensors", "training.json", "few_step.json"):
         assert (other / name).read_bytes() == before[name]
+    assert not (other / "few_step.csv").exists()
     chosen = load_router_config(other, "ShapeDiT")  # anew
     assert len(chosen.curves.gate_bias) == STEPS - 1
     assert chosen.curves.damping_times == list(calibration.DAMPING_TIMES)

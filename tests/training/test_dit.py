@@ -2,8 +2,10 @@
 
 import io
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo, LatentsConfig, build_cache
 from elastic3d.training.options import DataConfig, StageName
 from elastic3d.training.routes import WIDTHS
-from elastic3d.training.stages import run_stage
+from elastic3d.training.stages import adopt_architecture, run_stage
 from elastic3d.training.vae import TrainedPart
 from elastic3d.training.views import named_images, stored_views
 from elastic3d.utils.files import file_sha256, load_json, save_json
@@ -439,7 +441,7 @@ def test_fine_tuning_a_model_folder(cached):
         config_for(cached, stage=StageName.export, name="first", export=ExportConfig(output=cached / "model"))
     )
     model = cached / "model"
-    fresh = LatentsConfig(output=cached / "again", vae=cached / "nowhere", variants=2, views=2, batch=2)
+    fresh = LatentsConfig(output=cached / "again", variants=2, views=2, batch=2)
     few = DataConfig(prepared=cached / "prepared", train=[cached / "val.txt"], val=[cached / "val.txt"])
     given = dict(latents=fresh, data=few, init_from=model)
     run_stage(config_for(cached, stage=StageName.cache, **given))
@@ -458,6 +460,39 @@ def test_fine_tuning_a_model_folder(cached):
         run_stage(replace(tuned, name="third"))
     with pytest.raises(UserError, match="needs a model with a DiT"):
         run_stage(config_for(cached, stage=StageName.cache, init_from=model / "vae"))
+
+
+def test_the_autoencoder_of_a_cache_is_the_one_that_is_named(dense, monkeypatch):
+    """The given one, that of the model that the DiT goes on from, or a run's: whatever other folders are there."""
+    monkeypatch.chdir(dense)
+    default = Path("runs/vae/export")
+    ShapeVAE(tiny_vae(width=64)).save_pretrained(default)
+
+    def cache(name: str, **given: Any) -> LatentsConfig:
+        start = given.pop("init_from", None)
+        latents = LatentsConfig(output=dense / name, variants=2, views=2, batch=2, **given)
+        run_stage(config_for(dense, stage=StageName.cache, latents=latents, init_from=start))
+        return latents
+
+    cache("plain")
+    assert LatentInfo.load(dense / "plain").vae == default
+    own = cache("own", init_from=dense / "dense")
+    assert LatentInfo.load(dense / "own").vae == dense / "dense" / "vae"
+    for start in (None, dense / "dense"):
+        with pytest.raises(UserError, match=r"there is no folder .*typo, expected one with config\.json"):
+            cache("third", vae=dense / "typo", init_from=start)
+    other = cache("other", vae=default, init_from=dense / "dense")
+    started = config_for(dense, init_from=dense / "dense", latents=own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adopt_architecture(started)
+    with pytest.warns(UserWarning, match="holds latents of another autoencoder than"):
+        adopt_architecture(replace(started, latents=other))
+    record = {"data": {"vae_sha256": LatentInfo.load(dense / "other").record["vae_sha256"]}}
+    save_json(record, dense / "dense" / "dit" / "training.json")  # the model's own has another decoder since
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adopt_architecture(replace(started, latents=other))
 
 
 def test_the_vae_of_a_model_is_fine_tuned(cached):

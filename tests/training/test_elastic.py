@@ -9,7 +9,7 @@ from torch.utils.data import default_collate
 
 from elastic3d.diffusion.flow import interpolate
 from elastic3d.elastic import attach
-from elastic3d.elastic.attachment import router_state
+from elastic3d.elastic.attachment import ROUTER_RECORDS, router_state
 from elastic3d.elastic.block import ElasticBlock
 from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig, RouterCurves, Scope
 from elastic3d.errors import UserError
@@ -269,12 +269,27 @@ def test_trains_resumes_and_exports(dense):
     assert (config.folder / "samples" / "generated-00000004.png").is_file()
     config.steps = 6
     assert run_stage(config) == 0  # goes on from its own checkpoint
-    export_run(export_of(config, dense / "elastic"))
+    elastic = dense / "elastic"
+    for part, names in (
+        ("routers", ROUTER_RECORDS),
+        ("dit", ROUTER_RECORDS[:2]),
+        ("vae", ROUTER_RECORDS[:2]),
+    ):
+        (elastic / part).mkdir(parents=True)
+        for name in names:
+            (elastic / part / name).write_text("{}")  # of what was exported there before
+    export_run(export_of(config, elastic))
+    records = {path.name for path in (elastic / "routers").iterdir()} & set(ROUTER_RECORDS)
+    assert records == {"training.json", "training.csv"}
+    assert load_json(elastic / "routers" / "training.json")["steps"] == 6
+    of_dense = load_json(dense / "dense" / "dit" / "training.json")
+    assert load_json(elastic / "dit" / "training.json") == of_dense
+    assert not list(elastic.glob("vae/training*")) and not (elastic / "dit" / "training.csv").exists()
     before = ImageTo3DPipeline.from_pretrained(dense / "dense", "cpu", "float32").dit.state_dict()
-    after = ImageTo3DPipeline.from_pretrained(dense / "elastic", "cpu", "float32").dit
+    after = ImageTo3DPipeline.from_pretrained(elastic, "cpu", "float32").dit
     assert all(torch.equal(before[key], value) for key, value in after.state_dict().items())
-    plain = ShapeDiT.from_pretrained(dense / "elastic" / "dit")
-    attach(plain, dense / "elastic" / "routers")
+    plain = ShapeDiT.from_pretrained(elastic / "dit")
+    attach(plain, elastic / "routers")
     assert any(value.abs().max() > 0 for key, value in router_state(plain).items() if "modulation" in key)
 
 

@@ -2,13 +2,14 @@ import csv
 
 import pytest
 import torch
+from _cli import options_of
 
-from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.diffusion.options import PipelineConfig, Solver
 from elastic3d.errors import UserError
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.checkpoint import load_checkpoint
-from elastic3d.training.export import export_run
+from elastic3d.training.export import SamplingExportConfig, export_run
 from elastic3d.training.latents import LatentInfo, build_cache
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import run_stage
@@ -37,7 +38,7 @@ def test_from_prepared_shapes_to_a_pipeline(prepared):
     assert run_stage(config_for(prepared, stage=StageName.cache)) == 0
     assert run_stage(config_for(prepared, steps=2)) == 0
     output = prepared / "pipeline"
-    options = {"pipeline": PipelineConfig(model="tiny", steps=3)}
+    options = {"pipeline": SamplingExportConfig(model="tiny", steps=3, solver="ab2")}
     assert export_run(export_of(config_for(prepared), output, export=options)) == output
     pipeline = ImageTo3DPipeline.from_pretrained(output, device="cpu", dtype="float32")
     assert (pipeline.config.model, pipeline.config.steps) == ("tiny", 3)
@@ -50,10 +51,28 @@ def test_from_prepared_shapes_to_a_pipeline(prepared):
 
     # what goes on from a model is sampled as that, but for what is asked for
     assert run_stage(config_for(prepared, name="tuned", init_from=output, steps=1)) == 0
-    options = {"pipeline": PipelineConfig(guidance=4.0)}
-    tuned = export_run(export_of(config_for(prepared, name="tuned"), prepared / "tuned", export=options))
-    found = ImageTo3DPipeline.from_pretrained(tuned, device="cpu", dtype="float32").config
-    assert (found.model, found.steps, found.guidance) == ("unnamed", 3, 4.0)
+    for given, expected in (
+        ({"guidance": 4.0}, {"steps": 3, "guidance": 4.0, "solver": Solver.ab2}),
+        (
+            {"steps": 25, "solver": "euler"},
+            {"steps": 25, "guidance": 3.0, "solver": Solver.euler},
+        ),  # of no model
+    ):
+        options = {"pipeline": SamplingExportConfig(**given)}
+        tuned = export_run(export_of(config_for(prepared, name="tuned"), prepared / "tuned", export=options))
+        found = ImageTo3DPipeline.from_pretrained(tuned, device="cpu", dtype="float32").config
+        assert {name: getattr(found, name) for name in expected} == expected and found.model == "unnamed"
+
+
+def test_options_of_an_export_are_those_of_a_pipeline():
+    """Null where they are not asked for, so that a value that is asked for is told from a default."""
+    wanted, found = options_of(PipelineConfig), options_of(SamplingExportConfig)
+    assert wanted.keys() == found.keys()
+    for name, leaf in found.items():
+        assert leaf.bounds == wanted[name].bounds
+        if name != "model" and not name.startswith("elastic."):
+            assert leaf.default is None and leaf.help.startswith(wanted[name].help)
+    assert "; null: of the model that it started from, else euler" in found["solver"].help
 
 
 def test_a_run_whose_latents_have_another_scale_now_is_refused(cached):

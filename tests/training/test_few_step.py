@@ -216,6 +216,12 @@ def test_train_export_and_generate(routed, monkeypatch):
     assert load_json(output / "routers" / "few_step.json")["steps"] == 3
     assert load_json(output / "routers" / "training.json") == {"steps": 7}  # of the routers, as before
     assert (output / "routers" / "few_step.csv").is_file()
+    other = routed / "other"
+    (other / "routers").mkdir(parents=True)
+    (other / "routers" / "calibration.json").write_text("{}")  # of other routers
+    assert run_stage(export_of(few_step_config(routed, named), other)) == 0
+    assert not (other / "routers" / "calibration.json").exists()
+    assert load_json(other / "routers" / "training.json") == {"steps": 7}
     pipeline = ImageTo3DPipeline.from_pretrained(output, "cpu", "float32")
     assert pipeline.session.router_config == replace(
         ROUTERS, few_step_rank=4, few_step_nfe=3, few_step_max_steps=4
