@@ -122,8 +122,8 @@ def on_device(part: Any, device: torch.device) -> Iterator[None]:
     if not isinstance(part, nn.Module):
         yield
         return
-    part.to(device)
     try:
+        part.to(device)  # on an error, what has moved goes back too
         yield
     finally:
         part.to("cpu")

@@ -140,15 +140,16 @@ class CompiledDiT(StaticDiT):
         super()._refresh(session)
         if self._of is not made_of:
             device = next(self.dit.parameters()).device
-            self._graph = torch.compile(self.twin, **compile_arguments(device) | self.arguments)
+            self._graph = torch.compile(self.twin, **compile_arguments(device, **self.arguments))
             self._shapes = set()
 
 
-def compile_arguments(device: torch.device) -> dict[str, Any]:
-    """Of `torch.compile` by default: one graph for each shape; CUDA graphs are its mode `reduce-overhead`."""
-    mode = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+def compile_arguments(device: torch.device, **own: Any) -> dict[str, Any]:
+    """Of `torch.compile`: one graph for each shape; CUDA graphs are its mode `reduce-overhead`, which it does not take
+    beside `options`. `own` go over these defaults."""
+    mode = {"mode": "reduce-overhead"} if device.type == "cuda" and "options" not in own else {}
     whole = {"fullgraph": True, "dynamic": False}
-    return whole | mode | {"isolate_recompiles": True, "recompile_limit": 2 * MOST_SHAPES}
+    return whole | mode | {"isolate_recompiles": True, "recompile_limit": 2 * MOST_SHAPES} | own
 
 
 def check_compiler(device: torch.device) -> None:

@@ -50,7 +50,7 @@ def compare_decoding(config: DecodingConfig) -> str:
         UserError: the folder has results of another model, other inputs or options, or does not say of which; two
             inputs have one name.
     """
-    pipeline = ImageTo3DPipeline.from_pretrained(config.model)
+    pipeline = ImageTo3DPipeline.from_pretrained(config.model, "cpu")  # times are those of the processor
     _claim(pipeline, config)
     shapes, truths = _latents(pipeline, config), true_shapes(config)
     names = list(shapes)[: config.limit or None]

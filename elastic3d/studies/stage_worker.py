@@ -33,7 +33,7 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
     imported = time.perf_counter()
     if options["threads"]:
         torch.set_num_threads(options["threads"])
-    pipeline = ImageTo3DPipeline.from_pretrained(options["model"])
+    pipeline = ImageTo3DPipeline.from_pretrained(options["model"], "cpu" if options["cpu"] else "auto")
     if options["compile"]:
         pipeline.compile()
     loaded = time.perf_counter()

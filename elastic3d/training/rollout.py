@@ -143,5 +143,6 @@ def _stacked(decisions: Sequence[RouteDecision], dim: int) -> RouteDecision:
 
 def decision_flops(decision: RouteDecision, block: BlockFlops, ratios: tuple[float, ...]) -> Tensor:
     """Executed FLOPs (B,) of one block: hard values, straight-through gradients to gates and widths."""
-    ratio = decision.hard_width() @ decision.width_prob.new_tensor(ratios)
+    # no matrix product, which autocast would round
+    ratio = (decision.hard_width() * decision.width_prob.new_tensor(ratios)).sum(-1)
     return decision.hard_keep() * (block.fixed + block.mlp * ratio)

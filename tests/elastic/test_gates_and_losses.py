@@ -57,6 +57,10 @@ def test_executed_share_weighs_flops():
     blocks = [BlockFlops(10, 30), BlockFlops(20, 40)]  # dense: 100
     half_width, skipped = [5.0, 0, 9, 0, 0], [-5.0, 0, 0, 0, 9]
     assert decision_flops(decision([half_width]), blocks[0], RATIOS).tolist() == [25]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decision_flops(decision([half_width]), BlockFlops(1000, 2), RATIOS).tolist() == [1001]
+        third = decision_flops(decision([half_width]), blocks[0], (0.25, 1 / 3, 0.75, 1.0))
+    torch.testing.assert_close(third, torch.tensor([20.0]))
     share = executed_share([decision([half_width, skipped]), decision([skipped, half_width])], blocks, RATIOS)
     torch.testing.assert_close(share, torch.tensor([0.25, 0.4]))
 

@@ -20,11 +20,30 @@ from elastic3d.geometry.options import DecodeConfig
 from elastic3d.models.options import VAEConfig
 from elastic3d.pipelines.estimates import estimate, published, table
 from elastic3d.pipelines.image_to_3d import CPU_CHUNK
-from elastic3d.pipelines.memory import MemoryNeed, free_memory, points_within, require
+from elastic3d.pipelines.memory import MemoryNeed, free_memory, on_device, points_within, require
 
 DOCS = Path(__file__).parents[2] / "docs"
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NEED = MemoryNeed({"condition": 4, "dit": 10, "decode": 2}, {"condition": 3, "dit": 5, "decode": 9})
+
+
+class Heavy(torch.nn.Linear):
+    """Too large for the device: it can only go back."""
+
+    def _apply(self, fn, recurse: bool = True):
+        if not fn(torch.zeros(1)).is_cpu:
+            raise torch.OutOfMemoryError
+        return super()._apply(fn, recurse)
+
+
+def test_a_part_that_does_not_fit_goes_back_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, moved = torch.nn.Sequential(torch.nn.Linear(2, 2), Heavy(2, 2)), list[torch.device]()
+    move = torch.nn.Module.to
+    monkeypatch.setattr(part, "to", lambda device: moved.append(torch.device(device)) or move(part, device))
+    # there is no copy out of the meta device: that it is tried shows that what had moved is fetched
+    with pytest.raises(NotImplementedError, match="meta"), on_device(part, torch.device("meta")):
+        raise AssertionError("not reached")
+    assert moved == [torch.device("meta"), CPU]
 
 
 def test_peak() -> None:

@@ -380,3 +380,5 @@ def test_a_missing_compiler_is_one_sentence_before_any_work(
 def test_a_gpu_gets_cuda_graphs() -> None:
     assert compile_arguments(torch.device("cuda"))["mode"] == "reduce-overhead"
     assert "mode" not in compile_arguments(torch.device("cpu"))
+    own = compile_arguments(torch.device("cuda"), options={"max_autotune": True}, dynamic=True)
+    assert "mode" not in own and own["options"] == {"max_autotune": True} and own["dynamic"]
