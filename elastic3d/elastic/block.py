@@ -85,6 +85,11 @@ class ElasticBlock:
         """False for somebody who wrapped the forward of an attached block, and calls it still."""
         return self._stand_in is not None
 
+    def bind(self, coarse: float | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
+        """The call of the block. What this computes already, the joint of a long skip, has the adapted weights too."""
+        with exchanged(self.inner, self.adapted(coarse)):
+            return self.adapter.bind(self.inner, args, kwargs)
+
     # ---------------------------------------------------------------------------------------- in training
 
     def run_masked(self, context: StepContext, call: BlockCall, decision: RouteDecision) -> Streams:

@@ -227,7 +227,7 @@ class ElasticSession:
         """The forward of a block, with its own signature and return value: what is decided of it is done."""
         if not (block.attached and self.settings.elastic):
             return block.forward(*args, **kwargs)
-        call = block.adapter.bind(block.inner, args, kwargs)
+        call = block.bind(self.coarseness, args, kwargs)
         context, trace = self._pass(block, call)
         span = self.span(block)
         if block.index == span.start:

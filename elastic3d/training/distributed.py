@@ -33,9 +33,12 @@ if TYPE_CHECKING:
 def make_accelerator(config: LoopConfig) -> Accelerator:
     """Process group and device as `config` says; starts the run's random numbers."""
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
-    accelerator = Accelerator(cpu=config.device is DeviceChoice.cpu)
+    # Not every weight gets a gradient in every process: none of its samples may take a block. To look for them costs a
+    # walk over the graph and the sum of a flag for each weight: little beside the gradients.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(cpu=config.device is DeviceChoice.cpu, kwargs_handlers=[unused])
     set_seed(
         config.seed % 2**31, device_specific=True
     )  # NumPy's has 32 bits, and each process adds its index

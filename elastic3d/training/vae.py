@@ -238,9 +238,10 @@ def field_loss(field: Tensor, distance: Tensor, config: FieldLossConfig) -> Tens
     """
     if config.loss is FieldLoss.tsdf:
         return nn.functional.l1_loss(field, (distance / TRUNCATION).clamp(-1.0, 1.0))
-    target = torch.sigmoid(distance / SOFTNESS)
-    entropy = nn.functional.binary_cross_entropy(target, target)
-    return nn.functional.binary_cross_entropy_with_logits(field, target) - entropy
+    logits = distance / SOFTNESS
+    target = torch.sigmoid(logits)
+    loss = nn.functional.binary_cross_entropy_with_logits  # of probabilities CUDA's autocast forbids it
+    return loss(field, target) - loss(logits, target)
 
 
 class VAEStage(Stage):

@@ -1,5 +1,7 @@
 """The recipe of per-block routers on tiny models of every family: images of three pipelines, and Hunyuan3D."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_images import save_tiny_flux, save_tiny_qwen
@@ -27,6 +29,7 @@ from elastic3d.training.stages import run_stage
 from tests.tiny_pipeline import image
 from tests.training import test_hunyuan3d_routers as hunyuan
 from tests.training.test_image_stages import folder, image_config, views  # noqa: F401  # fixtures
+from tests.training.test_loop import start_two, wait_for_end
 from tests.training.tiny import add_views, config_of, export_of, vae_config
 
 ROUTER = RouterConfig(scope=Scope.block, longest=1, damping=0.0, hidden=8, conditioning=8)
@@ -77,6 +80,21 @@ def test_published_image_pipelines(folder, prepared, save, name, guidance, preci
     assert all(len(step) == branches for step in alone.metadata["routes"]["actions"])
     with pytest.raises(UserError, match="steps is 4, expected 2 to 3, for which these per-block routers"):
         pipeline(["a chair"], [0], steps=4, size=(16, 16))
+
+
+def test_two_processes_train_weights_without_a_gradient_as_one(folder, prepared):  # noqa: F811
+    """Nothing reads what the last block of Qwen-Image makes of the text."""
+    weights = save_tiny_qwen(prepared / "published")
+    images = dict(backbone=BackboneName.qwen_image, weights=weights, images=folder, size=16, text_length=48,
+                  val_every=3, cache=prepared / "cache", shard=4)  # fmt: skip
+    options = {"guidance": 1.0, "random_steps": 2}  # later the mean cost of a micro-batch counts
+    kind = StageName.image_block_router
+    config = block_config(prepared, kind, options, image=images, batch=8, gradient_checkpointing=True)
+    alone, both = (replace(config, name=name) for name in ("alone", "both"))
+    assert run_stage(alone) == 0
+    wait_for_end(start_two(both))
+    wanted, found = (read_metrics(each.folder / "metrics.jsonl") for each in (alone, both))
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in wanted], rel=1e-3)
 
 
 def test_a_rollout_is_what_the_pipeline_of_images_generates(views):  # noqa: F811

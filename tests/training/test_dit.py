@@ -129,10 +129,15 @@ def test_a_moved_cache_finds_the_bundled_vae(cached):
 
 
 def test_two_processes_train_along_random_routes_as_one(cached):
-    """One has all the full routes, the other one none: what is recorded of them is of both together."""
-    model = DiTConfig(width=32, heads=2, double_blocks=1, single_blocks=1)
-    changes = dict(batch=8, steps=2, dit=dict(model=model, routes=dict(smallest=0.3)))
+    """One has all the full routes, the other one none, and leaves out some blocks altogether: what is recorded of them
+    is of both together."""
+    model = DiTConfig(width=32, heads=2, double_blocks=1, single_blocks=2)
+    changes = dict(batch=8, steps=3, dit=dict(model=model, routes=dict(smallest=0.1)))
     alone, both = (config_for(cached, name=name, **changes) for name in ("alone", "both"))
+    items = DiTStage(both).items
+    routes = torch.stack([items.item(position, both.seed)["route"] for position in range(24)])
+    second = routes.view(3, 2, 4, 3)[:, 1]
+    assert (second == 0).all(1).any(), "no sample of the second process takes that block"
     processes = start_two(both)
     assert run_stage(alone) == 0
     wait_for_end(processes)

@@ -1,13 +1,19 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic3d.training.mesh_loss import (
     _chamfer_distance,
     chamfer_distance,
+    field_distance,
     field_gradient,
     surface_loss,
     surface_points,
 )
+from elastic3d.training.vae import SOFTNESS, FieldLoss, FieldLossConfig, field_loss
 
 
 def directions(count: int, seed: int = 0) -> torch.Tensor:
@@ -80,3 +86,35 @@ def test_the_surface_loss_vanishes_on_the_truth_and_leads_to_it():
         distance, _ = surface_loss(sphere(radius), surface, jitter)
         distance.backward()
         assert radius.grad.item() * sign > 0
+
+
+def test_a_perfect_field_has_no_loss():
+    """The target's own entropy is taken off, as binary cross-entropy of probabilities has it."""
+    distance = torch.linspace(-0.5, 0.5, 201)[None]
+    field, target = torch.randn_like(distance), torch.sigmoid(distance / SOFTNESS)
+    bce = torch.nn.functional.binary_cross_entropy
+    wanted = bce(field.sigmoid(), target) - bce(target, target)
+    torch.testing.assert_close(field_loss(field, distance, FieldLossConfig()), wanted)
+    assert field_loss(distance / SOFTNESS, distance, FieldLossConfig()) == 0
+
+
+@contextmanager
+def cuda_autocast() -> Iterator[None]:
+    """That of a GPU, which forbids some operations that a CPU's allows: tensors made inside have shapes, no values."""
+    with FakeTensorMode(), torch.no_grad():
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            yield
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.mark.parametrize("loss", FieldLoss)
+def test_losses_of_fields_are_allowed_by_the_autocast_of_gpus(loss):
+    with cuda_autocast(), torch.device("cuda"):
+        field, distance, config = torch.rand(2, 24), torch.rand(2, 24), FieldLossConfig(loss=loss)
+        with pytest.raises(RuntimeError, match="unsafe to autocast"):
+            torch.nn.functional.binary_cross_entropy(field, field)
+        assert field_loss(field.bfloat16(), distance, config).dtype is torch.float32
+        assert field_distance(field.bfloat16(), field, config).shape == (2,)
