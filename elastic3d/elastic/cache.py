@@ -109,16 +109,16 @@ class ResidualCache:
         for stream, (x, new, old) in enumerate(zip(streams, newest, older, strict=True)):
             if self.forecast is None:
                 slopes = [self._slope(bank, row, step) for row, step in at]
-                added = torch.lerp(old, new, _factor([1 + s for s in slopes], new)) if any(slopes) else new
+                added = _between(old, new, [1 + s for s in slopes]) if any(slopes) else new
             else:
                 shares = [
                     self.forecast(key[0], stream, step, bank.steps[row], bank.known_before(row))
                     for row, step in at
                 ]
                 of_newest, of_older = zip(*shares, strict=True)
-                added = new * _factor(of_newest, new)
+                added = _scaled(new, of_newest)
                 if any(of_older):
-                    added = added + old * _factor(of_older, old)
+                    added = added + _scaled(old, of_older)
             output.append(x + added)
         return tuple(output)
 
@@ -164,6 +164,19 @@ def _put(whole: Tensor, index: Rows, part: Tensor) -> Tensor:
     return whole
 
 
+def _scaled(x: Tensor, values: Sequence[float]) -> Tensor:
+    """x (k,L,D) with each row times its value, rounded once, to the format of x."""
+    return (x * _factor(values, x)).to(x.dtype)
+
+
+def _between(old: Tensor, new: Tensor, shares: Sequence[float]) -> Tensor:
+    """(k,L,D) each row's share of the way from old to new, rounded once, to their format."""
+    return torch.lerp(old.float(), new.float(), _factor(shares, new)).to(new.dtype)
+
+
 def _factor(values: Sequence[float], like: Tensor) -> float | Tensor:
-    """One number where all rows have the same, else (k,1,1)."""
-    return values[0] if min(values) == max(values) else like.new_tensor(values)[:, None, None]
+    """One number where all rows have the same, else (k,1,1): in fp32, as PyTorch takes a number, so that a row is
+    rounded alike whatever the others have."""
+    if min(values) == max(values):
+        return values[0]
+    return like.new_tensor(values, dtype=torch.float32)[:, None, None]

@@ -95,8 +95,9 @@ def points_within(budget: int, vae: VAEConfig, dtype: torch.dtype, resolution: i
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken: of the GPU, or of the machine or its container."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what PyTorch holds without using it is free for this process
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     import psutil
 
     free = int(psutil.virtual_memory().available)

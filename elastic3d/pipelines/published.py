@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from elastic3d.checkpoints.bundle import Bundle, Inspection
+from elastic3d.checkpoints.bundle import Bundle, Inspection, on_meta
 from elastic3d.checkpoints.folders import open_folder
 from elastic3d.checkpoints.hunyuan3d import find_checkpoint, inspect_hunyuan3d, load_hunyuan3d
 from elastic3d.checkpoints.options import PRESETS, ImportConfig
 from elastic3d.checkpoints.step1x3d import inspect_step1x3d, load_step1x3d
 from elastic3d.checkpoints.triposg import inspect_triposg, load_triposg
 from elastic3d.diffusion.options import PipelineConfig
-from elastic3d.elastic.attachment import attach
+from elastic3d.elastic.attachment import adapter_for, attach, load_router_config
 from elastic3d.errors import UserError
 from elastic3d.geometry.options import DecodeConfig
 from elastic3d.models.weights import find_weights
@@ -82,6 +83,8 @@ def published_pipeline(config: GenerateConfig, batch: int) -> ImageTo3DPipeline:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     found = _inspect(config)
+    if routers is not None:
+        found = _with_adapted_weights(found, routers.parent)
     parts = found.config
     if config.views and parts.encoder.views == 1:
         raise UserError(
@@ -116,6 +119,17 @@ def import_checkpoint(config: ImportConfig) -> str:
     pipeline.save_pretrained(config.output, torch.bfloat16)
     encoder = "has an" if pipeline.vae.config.encoder_layers else "has no"
     return f"{config.output}: {config.model}, whose VAE {encoder} encoder"
+
+
+def _with_adapted_weights(found: Inspection, routers: Path) -> Inspection:
+    """With the copy of the blocks' linear weights that the few-step LoRA of the routers in a folder makes, if any."""
+    dit = on_meta(found.config.dit)
+    adapter = adapter_for(dit)
+    if not load_router_config(routers, adapter.family).few_step_rank:
+        return found
+    blocks = (block for _, _, blocks, _ in adapter.block_lists(dit) for block in blocks)
+    copied = sum(p.weight.numel() for block in blocks for p in block.modules() if type(p) is nn.Linear)
+    return replace(found, sizes=found.sizes | {"dit": found.sizes["dit"] + copied})
 
 
 def _inspect(config: GenerateConfig | ImportConfig) -> Inspection:

@@ -81,3 +81,4 @@ def _spread(ray: Any, kind: Any, todo: list[list[Job]], config: GenerateConfig) 
         for batch in waiting:
             running[worker.make.remote(batch)] = (worker, batch)
             break
+        del worker  # the last handle of one without a batch: its place is free for one that waits for it

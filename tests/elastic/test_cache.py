@@ -133,6 +133,21 @@ def test_rows_of_a_batch_are_forecast_each_for_its_time():
         torch.testing.assert_close(found[row : row + 1], alone)
 
 
+@pytest.mark.parametrize("forecast", [None, lambda span, stream, step, newest, older: (step / 7, -1 / step)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_is_rounded_alike_whatever_the_others_have(dtype, forecast):
+    """Rows whose factors differ, each bit for bit as alone."""
+    config = BlockCacheConfig(skipped_reuse=True, longest=9, damping=0.83)
+    cache, x = ResidualCache(config, times(20), forecast), torch.randn(2, 3, 64, 32).to(dtype)
+    rows, steps = [0, 1, 2], [4, 7, 7]
+    cache.store(KEY, rows, [0, 1, 1], (x[0],), (x[1],))
+    cache.store(KEY, rows, [3, 3, 3], (x[1],), (x[0] * 2,))
+    [found] = cache.apply(KEY, rows, steps, (x[0],))
+    assert found.dtype == dtype
+    for row, step in zip(rows, steps, strict=True):
+        assert torch.equal(found[row], cache.apply(KEY, [row], [step], (x[0, row : row + 1],))[0][0])
+
+
 def test_by_age_executed_blocks_reuse_what_lives():
     cache = stored(step=2, rule=CacheRule.age, longest=1)
     assert [reuse(cache, step, 0.9) for step in (3, 4)] == [True, False]

@@ -91,6 +91,12 @@ def test_free_memory_is_plausible() -> None:
     assert 10**7 < free_memory(CPU) < 10**14
 
 
+def test_memory_that_pytorch_holds_unused_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in {"mem_get_info": (3, 10), "memory_reserved": 6, "memory_allocated": 2}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+    assert free_memory(GPU) == 3 + 6 - 2
+
+
 def test_budgets_scale_the_cost() -> None:
     full, half = estimate("hunyuan3d2", 1.0), estimate("hunyuan3d2", 0.5)
     assert half.flops == full.flops / 2 and half.memory == full.memory > full.low_memory

@@ -26,10 +26,13 @@ from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.evaluation.options import EvaluateConfig
 from elastic3d.geometry.mesh_io import read_extras
+from elastic3d.pipelines import published
+from elastic3d.pipelines.memory import MemoryNeed
 from elastic3d.pipelines.options import CalibratePolicyConfig, GenerateConfig
 from elastic3d.preparation.options import PrepareConfig
 from elastic3d.training.options import TrainConfig
 from elastic3d.training.stages import stage_config
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 
 Command = Callable[..., int]
 CONFIGS: dict[str, tuple[str, Any]] = {
@@ -140,6 +143,28 @@ def test_too_little_memory_is_told_before_the_weights_are_read(
     assert command("model=hunyuan3d2", "resolution=512", "memory_budget=0.5") == 2
     told = capsys.readouterr().err
     assert "needs about" in told and "0.5 GB" in told and "low_memory=true" in told
+
+
+@pytest.mark.parametrize("case", ["", "_1"])
+def test_the_copy_of_weights_that_a_few_step_lora_makes_counts(
+    command: Command, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    config = GenerateConfig(
+        image="chair.png", output="chair.glb", model=f"hunyuan3d2{case}", weights=str(weights),
+        device=DeviceChoice.cpu, dtype=DTypeChoice.float32,
+    )  # fmt: skip
+    dense = published.published_pipeline(config, 1)
+    session = attach(dense.dit, RouterConfig(few_step_rank=2))
+    save_routers(dense.dit, tmp_path / "routers")
+    copied = sum(w.nbytes for block in session.blocks for w in block.adapted(1.0).values())
+    needs: list[MemoryNeed] = []
+    monkeypatch.setattr(published, "require", lambda need, *_: needs.append(need))
+    monkeypatch.setattr(published, "_load", lambda *_: dense)  # which are estimated before
+    detach(dense.dit)
+    for config.routers in ("", "routers"):
+        published.published_pipeline(config, 1)
+    without, with_lora = (need.weights["dit"] for need in needs)
+    assert copied > without / 5 and with_lora == without + copied
 
 
 def test_a_memory_budget_bounds_the_chunks(command: Command, capsys: pytest.CaptureFixture[str]) -> None:

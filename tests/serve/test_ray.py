@@ -24,7 +24,7 @@ from elastic3d.evaluation.options import Runner  # noqa: E402
 from elastic3d.geometry.mesh_io import save_mesh  # noqa: E402
 from elastic3d.pipelines import generation  # noqa: E402
 from elastic3d.pipelines.options import GenerateConfig, MeshFormat  # noqa: E402
-from elastic3d.pipelines.ray_generation import generate_over_ray  # noqa: E402
+from elastic3d.pipelines.ray_generation import Worker, _spread, generate_over_ray  # noqa: E402
 from elastic3d.serve.application import PROXY_START_S, serve_over_ray  # noqa: E402
 from elastic3d.serve.config import ServeConfig  # noqa: E402
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice  # noqa: E402
@@ -85,6 +85,18 @@ def test_a_folder_gives_the_meshes_of_one_process_and_resumes(model: Path, tmp_p
     missing = _config(tmp_path / "nowhere", images, tmp_path / "none", runner=Runner.ray)
     with pytest.raises(UserError, match="nowhere"):
         over_ray(missing)
+
+
+@pytest.mark.timeout(300)
+def test_a_worker_that_there_is_no_room_for_starts_when_another_is_done(model: Path, tmp_path: Path) -> None:
+    """Each takes all cores of the cluster."""
+    for name in "abcd":
+        save_image(tmp_path / "in" / f"{name}.png")
+    config = _config(model, tmp_path / "in", tmp_path / "out", runner=Runner.ray, workers=2)
+    jobs, outcomes = generation.plan(config).jobs, list[generation.Outcome]()
+    todo = generation.batches(jobs, config, outcomes.append)
+    outcomes += _spread(ray, ray.remote(num_cpus=4)(Worker), todo, config)
+    assert len(todo) == 2 and [o.status for o in outcomes] == ["ok"] * 4
 
 
 def free_port() -> int:
