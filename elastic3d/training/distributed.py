@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -29,16 +30,21 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.utils import FullyShardedDataParallelPlugin
 
+# That a process waits for the others at most, in place of NCCL's ten minutes: the main one validates and caches by
+# itself, for hours with a large model. The others of one that fails are ended by what started them.
+PATIENCE = timedelta(days=1)
+
 
 def make_accelerator(config: LoopConfig) -> Accelerator:
     """Process group and device as `config` says; starts the run's random numbers."""
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, set_seed
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 
     # Not every weight gets a gradient in every process: none of its samples may take a block. To look for them costs a
     # walk over the graph and the sum of a flag for each weight: little beside the gradients.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(cpu=config.device is DeviceChoice.cpu, kwargs_handlers=[unused])
+    handlers = [unused, InitProcessGroupKwargs(timeout=PATIENCE)]
+    accelerator = Accelerator(cpu=config.device is DeviceChoice.cpu, kwargs_handlers=handlers)
     set_seed(
         config.seed % 2**31, device_specific=True
     )  # NumPy's has 32 bits, and each process adds its index
@@ -50,7 +56,7 @@ def first_process_first(config: LoopConfig) -> Iterator[None]:
     """The main process runs the block before the others do, which then find what it wrote."""
     from accelerate import PartialState
 
-    with PartialState(cpu=config.device is DeviceChoice.cpu).main_process_first():
+    with PartialState(cpu=config.device is DeviceChoice.cpu, timeout=PATIENCE).main_process_first():
         yield
 
 
