@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from elastic3d.errors import UserError
@@ -61,13 +61,18 @@ def first_process_first(config: LoopConfig) -> Iterator[None]:
 
 
 def state_bytes(
-    module: nn.Module, config: LoopConfig, shards: int = 1, frozen: nn.Module | None = None
+    module: nn.Module,
+    config: LoopConfig,
+    shards: int = 1,
+    frozen: nn.Module | None = None,
+    offloaded: bool = False,
 ) -> int:
     """Bytes in each process of weights, gradients, masters, averages and moments; activations come on top.
 
     Args:
         shards: processes that the state is divided between; the weights are whole in each before that.
         frozen: a model beside it, which stays in the format that it has.
+        offloaded: what is divided waits in main memory, so that the device never holds more than the weights.
     """
     half = config.precision is Precision.bf16_master
     size = 2 if half else 4
@@ -75,7 +80,7 @@ def state_bytes(
     weights = size * sum(p.numel() for p in module.parameters())
     trained = state * sum(p.numel() for p in module.parameters() if p.requires_grad)
     beside = sum(p.nbytes for p in frozen.parameters()) if frozen is not None else 0
-    return beside + max(weights, (weights + trained) // shards)
+    return beside + max(weights, 0 if offloaded else (weights + trained) // shards)
 
 
 def require_memory(
@@ -106,6 +111,11 @@ def wants_sharding(accelerator: Accelerator) -> bool:
     if (version := _options().fsdp_version) != 2:
         raise UserError(f"fsdp_version is {version}, expected 2 as in configs/accelerate/fsdp.yaml")
     return True
+
+
+def offloads(device: torch.device) -> bool:
+    """Whether the launcher asks FSDP to keep in main memory what a process holds of the model, away from `device`."""
+    return device.type != "cpu" and isinstance(_options().cpu_offload, CPUOffloadPolicy)
 
 
 @cache

@@ -32,6 +32,7 @@ from elastic3d.training.datasets import Batch, Items, micro_batches
 from elastic3d.training.distributed import (
     gathered,
     make_accelerator,
+    offloads,
     require_memory,
     shard,
     state_bytes,
@@ -182,10 +183,12 @@ class _Run:
             )
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(objective)
-        need = state_bytes(objective, config, processes if sharded else 1, frozen)
-        require_memory(need, objective, self.accelerator.device, frozen)
+        device = self.accelerator.device
+        offloaded = sharded and offloads(device)
+        need = state_bytes(objective, config, processes if sharded else 1, frozen, offloaded)
+        require_memory(need, objective, device, frozen)
         self.notes.append(f"{need / GB:.2g} GB in this process before activations")
-        objective.to(self.accelerator.device)
+        objective.to(device)
         if config.precision is Precision.bf16_master:
             for parameter in objective.parameters():
                 parameter.data = parameter.data.bfloat16()

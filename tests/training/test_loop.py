@@ -306,6 +306,7 @@ def test_too_little_memory_is_said_before_the_first_step(prepared, monkeypatch):
     count = sum(p.numel() for p in stage.objective.parameters())
     assert state_bytes(stage.objective, config) == count * (2 + 2 + 4 + 8 + 8)
     assert state_bytes(stage.objective, config, shards=4) == count * 24 // 4
+    assert state_bytes(stage.objective, config, shards=4, offloaded=True) == count * 2
     stage.objective.requires_grad_(False)
     assert state_bytes(stage.objective, config) == count * 2
     stage.objective.requires_grad_(True)

@@ -19,7 +19,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.training.checkpoint import load_checkpoint
-from elastic3d.training.distributed import _options, wants_sharding
+from elastic3d.training.distributed import _options, offloads, wants_sharding
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import build_cache
 from elastic3d.training.optim import MasterOptimizer
@@ -148,3 +148,14 @@ def test_version_1_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         wants_sharding(SimpleNamespace(num_processes=2))  # type: ignore[arg-type]
     _options.cache_clear()
     assert not wants_sharding(SimpleNamespace(num_processes=1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_offloading_to_main_memory_is_told(monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
+    for name, value in launcher_environment("configs/accelerate/fsdp.yaml").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", str(asked).lower())
+    _options.cache_clear()
+    assert offloads(torch.device("cuda")) is asked
+    assert not offloads(torch.device("cpu"))
+    _options.cache_clear()
