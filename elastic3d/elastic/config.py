@@ -12,6 +12,7 @@ from elastic3d.errors import UserError
 from elastic3d.utils.options import Options, check_range, option
 
 MIN_BUDGET = 0.3
+BUDGET_TOLERANCE = 0.005  # of the smallest budget, which messages give in three digits
 
 
 class Scope(Enum):
@@ -161,6 +162,17 @@ class RouterConfig(Options):
             raise UserError(
                 f"guidance is {1.0 if guidance is None else guidance:g}, expected {self.few_step_guidance:g}, which the"
                 " few-step LoRA of these routers has learned"
+            )
+
+    def check_budget(self, budget: float, times: Sequence[float]) -> None:
+        """UserError for a budget below the smallest that per-block routers were calibrated at, in a generation with
+        steps at these times: they would execute no less."""
+        known = self.curves.requested_budgets
+        least = known[0] * self.guided_share(times) if known and self.trained_steps else 0.0
+        if budget < least - BUDGET_TOLERANCE:
+            raise UserError(
+                f"budget is {budget:g}, expected {least:.3g} to 1, for which these per-block routers were calibrated in"
+                f" {len(times)} steps"
             )
 
     def guided_share(self, times: Sequence[float]) -> float:

@@ -93,6 +93,7 @@ class ElasticSession:
         budgets, config = _one_each(budget, samples, "budgets"), self.router_config
         if self.settings.elastic and self.uses_routers:
             config.check_generation(steps, guidance, self.settings.few_step)
+            config.check_budget(min(budgets), times)
         self.coarsen(steps, sum(budgets) / samples, guidance, times)
         whole = config.guided_share(times) if self.guided else 1.0
         self._budget = torch.tensor([config.calibrated(each, whole) for each in budgets])

@@ -15,6 +15,7 @@ from elastic3d.elastic.attachment import load_router_state, router_modules, rout
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, RouterCurves, Scope
 from elastic3d.elastic.few_step import FewStepLoRA, LowRankUpdate, coarseness
 from elastic3d.elastic.trace import NOT_RUN, trace_share
+from elastic3d.errors import UserError
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.training.few_step import rebase
@@ -124,6 +125,27 @@ def test_a_budget_is_spent_on_the_branches_that_run():
     session.settings = ElasticConfig(few_step=False)
     session.begin(1, 4, 0.6, 2.0, times)
     assert session._budget.item() == pytest.approx(config.calibrated(0.6))
+
+
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_a_budget_below_the_smallest_that_is_calibrated_is_refused_by_per_block_routers(guidance):
+    """They would execute no less. It is a share of what runs in those steps: with learned guidance less."""
+    config = replace(
+        ROUTERS, trained_steps=[2, 4], few_step_guidance=guidance, guided_times=[0.2, 0.6] if guidance else [],
+        curves=RouterCurves(requested_budgets=[0.6, 1.0], calibrated_budgets=[0.7, 1.0]),
+    )  # fmt: skip
+    times, least = [0.0, 0.25, 0.5, 0.75], 0.45 if guidance else 0.6
+    session = learned(tiny(), config)
+    for budget in (least, least - 0.004, 1.0):  # as it is told
+        session.begin(2, 4, [1.0, budget], guidance, times)
+    with pytest.raises(UserError, match=f"budget is 0.4, expected {least:g} to 1, .* calibrated in 4 steps"):
+        session.begin(2, 4, [1.0, 0.4], guidance, times)
+    for settings in (ElasticConfig(elastic=False), ElasticConfig()):
+        session.source = every_block(4) if settings.elastic else None  # or nobody listens to the budget
+        session.settings = settings
+        session.begin(2, 4, 0.4, guidance, times)
+    session.source, session.router_config = None, replace(config, trained_steps=[])
+    session.begin(2, 4, 0.4, guidance, times)
 
 
 @pytest.mark.parametrize("steps", [4, 3, 2])

@@ -82,6 +82,8 @@ def test_bundled_routers_of_each_block_decide_for_each_image() -> None:
     assert len({str(found.metadata["routes"]["actions"]) for found in half}) > 1
     with pytest.raises(UserError, match="steps is 25, expected 4 to 6, for which these per-block routers"):
         pipeline(images[0])
+    with pytest.raises(UserError, match=r"budget is 0.4, expected 0.45 to 1, .* calibrated in 6 steps"):
+        pipeline(images[0], steps=6, budget=0.4)
 
 
 def test_the_bundled_lora_brings_a_small_nfe_nearer_to_a_large_one(

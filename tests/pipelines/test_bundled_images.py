@@ -91,3 +91,5 @@ def test_routers_of_each_block_run_with_few_evaluations(dense: list[ImageResult]
     assert len({str(result.metadata["routes"]["actions"]) for result in found}) > 1
     with pytest.raises(UserError, match="steps is 25, expected 3 to 8, for which these per-block routers"):
         pipeline(PROMPTS[:1], [0])
+    with pytest.raises(UserError, match=r"budget is 0.3, expected 0.4 to 1, .* calibrated in 4 steps"):
+        pipeline(PROMPTS[:1], [0], steps=4, budget=0.3)
