@@ -280,7 +280,7 @@ class ElasticSession:
         config, router = self.router_config, block.router
         assert router is not None
         rows = slice(context.conditional_rows if config.branches is Branches.shared else None)
-        streams, modulation = tuple(x[rows] for x in call.streams), context.modulation
+        streams, modulation = tuple(x[rows] for x in block.adapter.seen(call)), context.modulation
         assert modulation is not None
         if self.source is not None:  # the model does not learn to please its routers
             streams = tuple(x.detach() for x in streams)

@@ -97,6 +97,30 @@ def test_a_stock_pipeline_runs_unchanged(build, run, branches):
     assert torch.equal(run(pipe), dense) and not pipe.transformer._forward_hooks
 
 
+@pytest.mark.parametrize("number", [torch.float32, torch.bfloat16])
+def test_routers_do_not_see_what_fills_a_prompt_up(number):
+    """A prompt alone, and the same one beside a longer one or filled up for training."""
+    pipe = qwen_pipeline()
+    model = pipe.transformer.to(number)
+    session = attach(model, replace(MIXED, scope=Scope.block))
+    image, text = torch.randn(1, 9, 4).to(number), torch.randn(1, 3, 6).to(number)
+    gates = []
+    for length, padding in ((3, 0.0), (5, 0.0), (64, 9.0)):
+        filled = torch.nn.functional.pad(text, (0, 0, 0, length - 3), value=padding)
+        session.begin(1, 1)
+        session.step(0, 1.0, (0,))
+        with torch.no_grad():
+            model(
+                hidden_states=image, encoder_hidden_states=filled, timestep=torch.tensor([0.4]),
+                encoder_hidden_states_mask=None if length == 3 else torch.arange(length)[None] < 3,
+                img_shapes=[[(1, 3, 3)]],
+            )  # fmt: skip
+        decisions = session.current.decisions
+        gates.append(torch.stack([decisions[index].keep_prob for index in sorted(decisions)]))
+    for padded in gates[1:]:
+        torch.testing.assert_close(padded, gates[0], rtol=0, atol=1e-5 if number is torch.float32 else 2e-2)
+
+
 def test_branches_samples_and_generations_stay_separate():
     pipe = flux_pipeline()
     session = attach(pipe, MIXED)

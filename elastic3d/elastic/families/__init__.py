@@ -95,6 +95,10 @@ class BlockAdapter(ABC):
                 arguments[name] = arguments[name][rows]
         return self._call(arguments)
 
+    def seen(self, call: BlockCall) -> tuple[Tensor, ...]:
+        """What a router sees of the streams, of which it takes the mean token."""
+        return call.streams
+
     def run(self, forward: Callable[..., Any], call: BlockCall) -> tuple[Tensor, ...]:
         """Run the block; its output streams in the order of `stream_names`."""
         return self.unpack(forward(**call.arguments))

@@ -90,6 +90,15 @@ class QwenImageBlockAdapter(JointBlockAdapter, DoubleStreamAdapter):
         both = torch.cat([temb[:batch][rows], temb[batch:][rows]])
         return BlockCall({**part.arguments, "temb": both}, part.streams)
 
+    def seen(self, call: BlockCall) -> tuple[Tensor, ...]:
+        """Image tokens, and the mean (B,1,D) of the text's without those that fill a prompt up to the longest one."""
+        image, text = call.streams
+        if (mask := call.arguments.get("encoder_hidden_states_mask")) is None:
+            return call.streams
+        words = mask.bool()[..., None]
+        total = text.float().masked_fill(~words, 0).sum(1, keepdim=True)
+        return image, (total / words.sum(1, keepdim=True).clamp_min(1)).to(text.dtype)
+
     def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
         """The image stream's MLP."""
         return (feed_forward_site(block, "img_mlp"),)
