@@ -310,7 +310,7 @@ class Controls:
                 trace = self.session.trace
                 assert trace is not None
                 samples += [trace.sample(row) for row in range(len(jobs))]
-                flops = [[trace.flops[i].fixed, trace.flops[i].mlp] for i in range(len(trace.blocks))]
+                flops = [[trace.flops[0][i].fixed, trace.flops[0][i].mlp] for i in range(len(trace.blocks))]
             save_json({"samples": samples, "flops": flops}, path)
         stored = load_json(path, {"flops": [[int]], "samples": [[[str]]]})
         table = action_flops([BlockFlops(*each) for each in stored["flops"]], self.router.ratios)

@@ -155,7 +155,8 @@ class RouterObjective(nn.Module):
         """Executed share (R,) of the dense blocks' FLOPs, with gradients to the routers."""
         trace = self.session.trace
         assert trace is not None
-        return executed_share([decision] * len(trace.flops), list(trace.flops.values()), trace.ratios)
+        blocks = list(trace.flops[0].values())
+        return executed_share([decision] * len(blocks), blocks, trace.ratios)
 
     @property
     def _decided(self) -> int:

@@ -104,6 +104,19 @@ def test_a_long_prompt_is_read_to_its_end(folders):
     assert seen[0] >= pipeline.backbone.count_tokens(prompt) > 512
 
 
+def test_each_branch_counts_its_own_text(folders, tmp_path):
+    """The negative prompt is shorter; with and without a budget the dense FLOPs are the same."""
+    folder, prompt = folders[BackboneName.qwen_image], "a round blue table with three thin legs of dark wood"
+    options = dict(steps=4, guidance=3.0, size=SIZES[BackboneName.qwen_image])
+    plain = load(BackboneName.qwen_image, folder)
+    routed = load(BackboneName.qwen_image, folder, mixed_routers(BackboneName.qwen_image, folder, tmp_path))
+    dense, half, own = (
+        pipeline([prompt], [0], **options, **elastic)[0].metadata
+        for pipeline, elastic in ((plain, {"elastic": False}), (plain, {"budget": 0.5}), (routed, {}))
+    )
+    assert dense["flops_dense"] == half["flops_dense"] == own["flops_dense"] == 2 * half["flops_executed"]
+
+
 @pytest.mark.parametrize("name", FAMILIES, ids=lambda name: name.name)
 def test_the_parts_agree_with_the_pipeline(name, folders):
     """Encode, decode and velocity, which training uses, say what the pipeline's loop says."""
