@@ -211,7 +211,7 @@ class ElasticSession:
             return
         t = self.adapter.timestep(args, kwargs)
         if self.driver is not None and (self.current is None or not self.current.waiting):
-            self.driver.announce(t)
+            t = self.driver.announce(t)
         context = self.current
         if context is None or not context.waiting:
             raise ValueError("a forward pass that nobody announced: call session.step first")

@@ -11,8 +11,10 @@ from tiny_images import save_tiny_flux, save_tiny_qwen
 from elastic3d.elastic import attach, detach, save_routers
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
-from elastic3d.pipelines.options import BackboneName
+from elastic3d.pipelines.calibration import calibrate_policy
+from elastic3d.pipelines.options import BackboneName, CalibratePolicyConfig
 from elastic3d.pipelines.text_to_image import TextToImagePipeline, check_prompt, read_prompts
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 
 MIXED = RouterConfig(initial_keep=0.5, initial_width_bias=0, head_std=3.0)
 SIZES = {BackboneName.flux: (32, 16), BackboneName.qwen_image: (16, 8)}
@@ -115,6 +117,24 @@ def test_each_branch_counts_its_own_text(folders, tmp_path):
         for pipeline, elastic in ((plain, {"elastic": False}), (plain, {"budget": 0.5}), (routed, {}))
     )
     assert dense["flops_dense"] == half["flops_dense"] == own["flops_dense"] == 2 * half["flops_executed"]
+
+
+def test_a_calibration_in_bf16_has_the_times_of_its_generations(folders, tmp_path):
+    """The transformer is called with rounded times."""
+    name, half = BackboneName.flux, DTypeChoice.bfloat16
+    (tmp_path / "prompts.txt").write_text("a chair\n")
+    path, _ = calibrate_policy(
+        CalibratePolicyConfig(
+            backbone=name, weights=str(folders[name]), prompts=str(tmp_path / "prompts.txt"), samples=1, steps=6,
+            size="32x16", output=str(tmp_path), device=DeviceChoice.cpu, dtype=half,
+        )
+    )  # fmt: skip
+    pipeline = TextToImagePipeline.from_pretrained(
+        name, folders[name], device="cpu", dtype=half, calibration=path
+    )
+    pipeline(["a chair"], [0], steps=6, size=SIZES[name], budget=0.5)
+    policy = pipeline.session.source
+    assert policy._here is policy.calibration, "so that nothing is interpolated"
 
 
 @pytest.mark.parametrize("name", FAMILIES, ids=lambda name: name.name)
