@@ -143,12 +143,12 @@ class RouterConfig(Options):
 
         return float(interp(budget, curves.requested_budgets, curves.calibrated_budgets))
 
-    def check_generation(self, steps: int, guidance: float | None, few_step: bool) -> None:
-        """UserError for a generation that routers and few-step LoRA, trained through whole generations, do not cover:
-        neither is any good without the other. `guidance`: that of a second branch, None without one."""
+    def check_generation(self, steps: int, guidance: float | None, few_step: bool, idle: int = 0) -> None:
+        """UserError for a generation that routers and few-step LoRA, trained through whole ones, do not cover: neither
+        is any good alone. `guidance`: that of a second branch, or None; `idle`: what `steps=` counts more."""
         if not self.trained_steps:
             return
-        low, high = self.trained_steps
+        steps, low, high = (each + idle for each in (steps, *self.trained_steps))
         if not low <= steps <= high:
             raise UserError(
                 f"steps is {steps}, expected {low} to {high}, for which these per-block routers were trained"

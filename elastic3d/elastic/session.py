@@ -70,6 +70,7 @@ class ElasticSession:
     # changed between generations
     settings: ElasticConfig = field(default_factory=ElasticConfig)
     source: RouteSource | None = None  # None where the routers decide
+    idle: int = 0  # steps that were asked for and move nothing
     recompute: bool = False  # activation checkpointing: blocks run again for the backward pass
     # of the newest generation
     trace: Trace | None = None
@@ -92,7 +93,7 @@ class ElasticSession:
             budget = self.settings.budget
         budgets, config = _one_each(budget, samples, "budgets"), self.router_config
         if self.settings.elastic and self.uses_routers:
-            config.check_generation(steps, guidance, self.settings.few_step)
+            config.check_generation(steps, guidance, self.settings.few_step, self.idle)
         self.coarsen(steps, sum(budgets) / samples, guidance, times)
         whole = config.guided_share(times) if self.guided else 1.0
         self._budget = torch.tensor([config.calibrated(each, whole) for each in budgets])
