@@ -22,12 +22,11 @@ from elastic3d.training.routes import fill
 Error = Callable[[Tensor], float]  # of fixed routes (I,)
 
 
-def random_routes(table: Tensor, steps: int, branches: int, share: float, rng: torch.Generator) -> Tensor:
-    """Actions (S,2,I) of one sample: blocks at full width, drawn without replacement until `share` is executed."""
-    ran = torch.zeros(steps, 2, len(table), dtype=torch.bool)
-    ran[:, :branches] = True
-    order = torch.rand(ran.shape, generator=rng)
-    return fill(order, torch.full(ran.shape, table.shape[1] - 1), ran, table, share)
+def random_routes(table: Tensor, passes: Tensor, share: float, rng: torch.Generator) -> Tensor:
+    """Actions (S,K,I) of one sample: blocks at full width, drawn without replacement until `share` is executed;
+    `passes`: (S,K), in how many passes of the model they run."""
+    order = torch.rand(*passes.shape, len(table), generator=rng)
+    return fill(order, torch.full(order.shape, table.shape[1] - 1), passes[..., None], table, share)
 
 
 def timestep_routes(actions: Tensor, table: Tensor, share: float) -> Tensor:
@@ -36,7 +35,7 @@ def timestep_routes(actions: Tensor, table: Tensor, share: float) -> Tensor:
     The cells that most samples kept are kept, at the mean width of those that did, until `share` is executed.
     """
     actions = actions.long()
-    ran = (actions != NOT_RUN).all(dim=2)
+    ran = (actions[..., :1] != NOT_RUN).all(dim=2)
     kept = actions > SKIPPED
     count = kept.sum(dim=2)
     mean, full = (actions * kept).sum(dim=2) / count.clamp_min(1), table.shape[1] - 1

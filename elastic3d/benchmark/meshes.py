@@ -19,7 +19,7 @@ from elastic3d.benchmark.methods import DENSE, EULER, MAIN, Job, Model, Planner,
 from elastic3d.benchmark.report import average, bounds
 from elastic3d.benchmark.task import SHEET_SIDE, Pixels, Scores, Task
 from elastic3d.diffusion.options import SamplingGrid, Solver
-from elastic3d.diffusion.sampler import sampling_times
+from elastic3d.diffusion.sampler import moves, sampling_times
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import Item, find_meshes, spread
 from elastic3d.evaluation.options import Align, ProtocolConfig, UpAxis
@@ -253,5 +253,6 @@ def load_models(config: MeshBenchmarkConfig) -> dict[str, Model]:
     for name, each in found.items():
         c, digests = each.config, (each.weights_sha256, each.dense_sha256)
         sampler = c.shift, c.solver.value, c.grid.value, c.segments, c.box
-        models[name] = Model(each, each.dit, c.steps, c.guidance, c.resolution, sampler, *digests, c.elastic)
+        runs = c.elastic, partial(moves, c)
+        models[name] = Model(each, each.dit, c.steps, c.guidance, c.resolution, sampler, *digests, *runs)
     return models

@@ -8,7 +8,7 @@ no use for routers: it executes its budget of what all blocks do, with the few-s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
@@ -33,7 +33,7 @@ MAIN, DENSE, EULER = "model", "dense", "euler"
 @dataclass(frozen=True)
 class Model:
     """A pipeline, its DiT, and what it does where nothing is asked for. `sampler` is what else decides what it makes,
-    `pipe` the pipeline of diffusers, where it is one."""
+    `pipe` the pipeline of diffusers, where it is one; `moves`: of the sampler, by the number of steps."""
 
     pipeline: Any
     dit: nn.Module
@@ -44,6 +44,7 @@ class Model:
     weights_sha256: str | None
     dense_sha256: str | None
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    moves: Callable[[int], int] = int
     pipe: Any = None
 
     @property
@@ -203,8 +204,8 @@ class Planner:
 
     def has_lora(self, steps: int, budget: float) -> bool:
         """Whether a generation uses the few-step LoRA of the routers."""
-        session = self.models[MAIN].session
-        coarse = session and coarseness(session.router_config, steps, budget, self.guidance(MAIN))
+        session, moves = self.models[MAIN].session, self.models[MAIN].moves(steps)
+        coarse = session and coarseness(session.router_config, moves, budget, self.guidance(MAIN))
         return coarse is not None
 
     def guidance(self, model: str) -> float:
@@ -259,7 +260,7 @@ def _impossible(planner: Planner, method: Method, items: int) -> str:
 
 def _cases(planner: Planner, method: Method) -> Iterator[Case]:
     """The rows of a method."""
-    config, base, name = planner.config, planner.baseline_steps, method.value
+    config, base, name, plain = planner.config, planner.baseline_steps, method.value, planner.models[DENSE]
     if method is Method.dense:
         yield Case(name, planner.dense(base), 1.0)
     elif method is Method.fewer_steps:
@@ -272,7 +273,7 @@ def _cases(planner: Planner, method: Method) -> Iterator[Case]:
     elif method is Method.dense_cache:
         yield from _dense_cache(planner)
     elif method is Method.training_free:
-        budgets = [each for each in planner.control_budgets if least_budget(base) <= each < 1]
+        budgets = [each for each in planner.control_budgets if least_budget(plain.moves(base)) <= each < 1]
         policies = [each for each in config.policies if each is PolicyName.early or planner.calibration]
         for policy, budget in product(policies, budgets):
             run = planner.run(DENSE, base, Routes.dense, ElasticConfig(budget=budget), policy=policy)
@@ -307,7 +308,7 @@ def _dense_cache(planner: Planner) -> Iterator[Case]:
         calibrated = replace(line, damping=own.damping, times=own.times, dampings=own.dampings)
         dampings["calibrated damping"] = calibrated
     for steps, interval, (note, damped) in product(planner.elastic_steps, config.intervals, dampings.items()):
-        start = min(1.0, (config.warmup - 0.5) / steps)  # rounded up to whole steps
+        start = min(1.0, (config.warmup - 0.5) / planner.models[MAIN].moves(steps))  # rounded up to steps
         run = planner.every_block(steps, replace(damped, longest=interval - 1, start=start))
         yield Case("dense_cache", run, None, f"every {interval} steps, {note}")
 

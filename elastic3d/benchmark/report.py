@@ -93,7 +93,7 @@ def _times(task: Task, run: Run, rounds: Sequence[Round], batch: int, made: floa
     whole = summarise(rounds, run, baseline, END_TO_END, batch)
     timed = None if run.rival else dit["share"]  # a rival leaves no trace in the timed rounds
     share = timed if made is None else made
-    total = None if share is None else share * run.steps / task.planner.baseline_steps
+    total = share and share * task.model(run).moves(run.steps) / task.model(baseline).moves(baseline.steps)
     executed, sooner = made if run.rival else timed, within["speedup"]
     return {
         "executed_flops_ratio": share,

@@ -93,7 +93,7 @@ def running(model: Model, rival: Rival, steps: int, ratios: Ratios) -> AbstractC
     if rival.kind is CacheName.forecast:
         return forecasting(model.dit, **rival.options)
     if rival.kind is CacheName.hicache:
-        return _hicache(model.dit, rival.options, steps)
+        return _hicache(model.dit, rival.options, model.moves(steps))
     if rival.kind is CacheName.db_cache:
         return _db_cache(model.pipe, rival.options, steps)
     return _enabled(model.dit, _cache_config(rival, steps, ratios))

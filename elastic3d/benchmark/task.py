@@ -262,16 +262,15 @@ class Controls:
 
     def _random(self, run: Run, job: Job) -> Tensor:
         actions, table, decided = self._calibrated(run)
-        branches = ran = int((actions[:, :, 0, 0] != NOT_RUN).any(dim=0).sum())
+        passes = (actions[:, :, 0, 0] != NOT_RUN).long()  # (S,2)
+        share = controls.executed_share(actions, table)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{run.name}/{job.seed}/{job.name}".encode()))
         if run.routes is Routes.random_blocks:  # whatever the routers decide together
             decided, share = table, run.settings.budget
-        else:
-            share = controls.executed_share(actions, table)
-            branches = 1 if self.router.branches is Branches.shared else ran
-        routes = controls.random_routes(decided, run.steps, branches, share, generator)
-        routes[:, branches:ran] = routes[:, :1]
-        return routes.expand(-1, -1, len(table))
+        elif self.router.branches is Branches.shared:
+            passes = passes.sum(1, keepdim=True)
+        routes = controls.random_routes(decided, passes, share, generator)
+        return routes.expand(-1, 2, len(table))
 
     def _of_another(self, run: Run, job: Job) -> Tensor:
         """What the routers did for the next item, at the same seed; that is made where need be."""
@@ -311,7 +310,7 @@ class Controls:
                 trace = self.session.trace
                 assert trace is not None
                 samples += [trace.sample(row) for row in range(len(jobs))]
-                flops = [[trace.flops[i].fixed, trace.flops[i].mlp] for i in range(len(trace.blocks))]
+                flops = [[trace.flops[0][i].fixed, trace.flops[0][i].mlp] for i in range(len(trace.blocks))]
             save_json({"samples": samples, "flops": flops}, path)
         stored = load_json(path, {"flops": [[int]], "samples": [[[str]]]})
         table = action_flops([BlockFlops(*each) for each in stored["flops"]], self.router.ratios)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from elastic3d.diffusion.options import PipelineConfig, Quality
+from elastic3d.diffusion.options import IDLE, PipelineConfig, Quality
+from elastic3d.diffusion.sampler import moves
 from elastic3d.elastic.config import MIN_BUDGET, ElasticOptions, RouterConfig, least_budget
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.training_free import CALIBRATION_NAME
@@ -193,7 +194,7 @@ def check_dial(dial: Dial, folder: Path, model: PipelineConfig, routers: RouterC
         if found != (wanted := getattr(model, name)):
             raise UserError(f"{source}: dense: {name} is {found:g}, expected {wanted:g}, the model's default")
     for number, row in enumerate(dial.rows):
-        fault = _misfit_plan(row, folder) if row.planned else _misfit(row, model, routers)
+        fault = _misfit_plan(row, model, folder) if row.planned else _misfit(row, model, routers)
         if fault is not None:
             raise UserError(f"{source}: rows[{number}]: {fault}")
 
@@ -248,11 +249,11 @@ def _disorder(row: Row, cheaper: Row, batches: set[str]) -> str | None:
     return None
 
 
-def _misfit_plan(row: Row, folder: Path) -> str | None:
+def _misfit_plan(row: Row, model: PipelineConfig, folder: Path) -> str | None:
     """Why a planned row is none of the model in a folder; None where it is."""
     if not (folder / CALIBRATION_NAME).is_file():
         return f"planned is true, but there is no {CALIBRATION_NAME} here"
-    budget, least = row.router_budget, least_budget(row.steps)
+    budget, least = row.router_budget, least_budget(moves(model, row.steps))
     assert budget is not None  # `_disorder` refuses it
     return None if budget >= least else f"router_budget is {budget:g}, expected at least {least:.2f}"
 
@@ -266,10 +267,10 @@ def _misfit(row: Row, model: PipelineConfig, routers: RouterConfig | None) -> st
     if row.scope != routers.scope.name and (row.scope is not None or routers.trained_steps):
         return f"scope is {row.scope!r}, expected {routers.scope.name}, that of this model's routers"
     try:
-        routers.check_generation(row.steps, model.guidance, True)
+        routers.check_generation(moves(model, row.steps), model.guidance, True, model.grid in IDLE)
     except UserError as error:
         return str(error)
-    lora = coarseness(routers, row.steps, row.router_budget, model.guidance) is not None
+    lora = coarseness(routers, moves(model, row.steps), row.router_budget, model.guidance) is not None
     if lora is row.few_step_lora:
         return None
     runs = f"{row.steps} steps run {'with' if lora else 'without'} the few-step LoRA of these routers"

@@ -21,6 +21,9 @@ class SamplingGrid(Enum):
     late_start = "late_start"
 
 
+IDLE = SamplingGrid.endpoint, SamplingGrid.late_start  # one of N steps moves nothing, where N is above 1
+
+
 class Solver(Enum):
     """How the sampler steps: by the velocity found (`euler`), or by its line through the last two (`ab2`)."""
 

@@ -316,6 +316,11 @@ def late_start_grid(steps: int, shift: float = 1.0, smallest: float = 0.001) -> 
     return (t / (t + shift * (1 - t))).float()
 
 
+def moves(config: PipelineConfig, steps: int) -> int:
+    """How often a model is moved in `steps` steps, which is what routers, few-step LoRA and policies count as steps."""
+    return len(sampling_times(config, steps)) - 1
+
+
 def sampling_times(config: PipelineConfig, steps: int) -> Tensor:
     """The times (moves + 1,) of `steps` steps in a model's own grid."""
     if config.grid is SamplingGrid.endpoint:

@@ -144,12 +144,12 @@ class RouterConfig(Options):
 
         return float(interp(budget, curves.requested_budgets, curves.calibrated_budgets))
 
-    def check_generation(self, steps: int, guidance: float | None, few_step: bool) -> None:
-        """UserError for a generation that routers and few-step LoRA, trained through whole generations, do not cover:
-        neither is any good without the other. `guidance`: that of a second branch, None without one."""
+    def check_generation(self, steps: int, guidance: float | None, few_step: bool, idle: int = 0) -> None:
+        """UserError for a generation that routers and few-step LoRA, trained through whole ones, do not cover: neither
+        is any good alone. `guidance`: that of a second branch, or None; `idle`: what `steps=` counts more."""
         if not self.trained_steps:
             return
-        low, high = self.trained_steps
+        steps, low, high = (each + idle for each in (steps, *self.trained_steps))
         if not low <= steps <= high:
             raise UserError(
                 f"steps is {steps}, expected {low} to {high}, for which these per-block routers were trained"
@@ -164,15 +164,15 @@ class RouterConfig(Options):
                 " few-step LoRA of these routers has learned"
             )
 
-    def check_budget(self, budget: float, times: Sequence[float]) -> None:
+    def check_budget(self, budget: float, times: Sequence[float], idle: int = 0) -> None:
         """UserError for a budget below the smallest that per-block routers were calibrated at, in a generation with
-        steps at these times: they would execute no less."""
+        steps at these times: they would execute no less. `idle`: what `steps=` counts more."""
         known = self.curves.requested_budgets
         least = known[0] * self.guided_share(times) if known and self.trained_steps else 0.0
         if budget < least - BUDGET_TOLERANCE:
             raise UserError(
                 f"budget is {budget:g}, expected {least:.3g} to 1, for which these per-block routers were calibrated in"
-                f" {len(times)} steps"
+                f" {len(times) + idle} steps"
             )
 
     def guided_share(self, times: Sequence[float]) -> float:

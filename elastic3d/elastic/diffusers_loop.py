@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from elastic3d.elastic.context import Branch
@@ -27,23 +28,24 @@ class PipelineDriver:
         self._times: list[float] = []
         self._step, self._passes, self._branches = -1, 0, 1
 
-    def announce(self, t: Tensor) -> None:
-        """Tell the session of a pass at times t (B,), 0 = noise. ValueError where no scheduler is at that time."""
+    def announce(self, t: Tensor) -> Tensor:
+        """Tell the session of a pass at times t (B,), 0 = noise -> the times as the scheduler has them: the pipeline
+        rounds them to its number format. ValueError where no scheduler is at that time."""
         scheduler, step = self._scheduler_at(1 - float(t[0]))
         again = step < self._step or (step == self._step and self._passes == len(Branch))
         before = self.session.trace
         new = scheduler.timesteps is not self._timesteps or before is None or before.samples != len(t)
         if new or again:
-            self._timesteps, self._times = scheduler.timesteps, scheduler.timesteps.flatten().tolist()
+            self._timesteps, self._times = scheduler.timesteps, times_of(scheduler)
             if len(set(self._times)) < len(self._times):
                 raise ValueError(f"{type(scheduler).__name__} visits a timestep twice: unsupported")
             self._step, self._branches = -1, 1
-            ends = [1 - time / scheduler.config.num_train_timesteps for time in self._times]
-            self.session.begin(len(t), len(ends), times=ends)
+            self.session.begin(len(t), len(self._times), times=self._times)
         self._passes = self._passes + 1 if step == self._step else 1
         self._branches, self._step = max(self._branches, self._passes), step
         dt = abs(float(scheduler.sigmas[step] - scheduler.sigmas[step + 1]))
         self.session.step(step, dt, (Branch(self._passes - 1),))
+        return torch.full_like(t, self._times[step])
 
     def after(self, transformer: Any, args: Any, output: Any) -> None:
         """A pass is over: what a generation remembers goes with its last pass, or with one that failed."""
@@ -59,7 +61,7 @@ class PipelineDriver:
         found = None
         for pipeline in self.pipelines:
             scheduler = pipeline.scheduler
-            step = _step_at(scheduler, noise * scheduler.config.num_train_timesteps)
+            step = step_at(scheduler, noise)
             if step is not None and (found is None or scheduler.timesteps is self._timesteps):
                 found = scheduler, step
         if found is None:
@@ -70,9 +72,16 @@ class PipelineDriver:
         return found
 
 
-def _step_at(scheduler: Any, time: float) -> int | None:
-    """The step of a scheduler that is at `time`; None where it is at another."""
-    times, found = scheduler.timesteps.flatten(), scheduler.step_index
+def times_of(scheduler: Any) -> list[float]:
+    """The times in [0,1] of a scheduler's steps, 0 = noise."""
+    total = scheduler.config.num_train_timesteps
+    return [1 - time / total for time in scheduler.timesteps.flatten().tolist()]
+
+
+def step_at(scheduler: Any, noise: float) -> int | None:
+    """The step of a scheduler that is at a share of noise, rounded to bf16; None where it is at another."""
+    time, times = noise * scheduler.config.num_train_timesteps, scheduler.timesteps.flatten()
+    found = scheduler.step_index
     if getattr(scheduler, "num_inference_steps", None) is None:  # never used yet
         return None
     if found is None:

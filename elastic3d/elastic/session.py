@@ -70,6 +70,7 @@ class ElasticSession:
     # changed between generations
     settings: ElasticConfig = field(default_factory=ElasticConfig)
     source: RouteSource | None = None  # None where the routers decide
+    idle: int = 0  # steps that were asked for and move nothing
     recompute: bool = False  # activation checkpointing: blocks run again for the backward pass
     # of the newest generation
     trace: Trace | None = None
@@ -92,8 +93,8 @@ class ElasticSession:
             budget = self.settings.budget
         budgets, config = _one_each(budget, samples, "budgets"), self.router_config
         if self.settings.elastic and self.uses_routers:
-            config.check_generation(steps, guidance, self.settings.few_step)
-            config.check_budget(min(budgets), times)
+            config.check_generation(steps, guidance, self.settings.few_step, self.idle)
+            config.check_budget(min(budgets), times, self.idle)
         self.coarsen(steps, sum(budgets) / samples, guidance, times)
         whole = config.guided_share(times) if self.guided else 1.0
         self._budget = torch.tensor([config.calibrated(each, whole) for each in budgets])
@@ -118,6 +119,11 @@ class ElasticSession:
     def uses_routers(self) -> bool:
         """Whether routers decide, in the first place at least."""
         return self.source is None or self.source.uses_routers
+
+    @property
+    def routers_run(self) -> bool:
+        """Whether routers run: not where the settings alone say that every block runs."""
+        return self.uses_routers and not self.every_block
 
     @property
     def guided(self) -> bool:
@@ -207,7 +213,7 @@ class ElasticSession:
             return
         t = self.adapter.timestep(args, kwargs)
         if self.driver is not None and (self.current is None or not self.current.waiting):
-            self.driver.announce(t)
+            t = self.driver.announce(t)
         context = self.current
         if context is None or not context.waiting:
             raise ValueError("a forward pass that nobody announced: call session.step first")
@@ -220,8 +226,9 @@ class ElasticSession:
             if value.shape != t.shape:
                 raise ValueError(f"a batch of {len(t)}, but {len(value)} values of {name}")
             setattr(context, name, value)
-        if self.conditioner is not None and self.uses_routers and context.step_decision is None:
-            context.modulation = self.conditioner(context.t, context.dt, context.budget, context.branch)
+        if self.conditioner is not None and self.routers_run and context.step_decision is None:
+            given, rows = (context.t, context.dt, context.budget, context.branch), self._deciding(context)
+            context.modulation = self.conditioner(*(values[rows] for values in given))
 
     @stays_eager  # decisions stay eager; blocks are compiled by themselves
     def run(self, block: ElasticBlock, *args: Any, **kwargs: Any) -> Any:
@@ -251,11 +258,20 @@ class ElasticSession:
         if block.index in context.visited and not torch.is_grad_enabled():
             raise ValueError(f"block {block.name} was called twice in one forward pass")
         context.visited.add(block.index)
-        if block.index not in trace.flops:
-            trace.flops[block.index] = block.adapter.flops(block.inner, call.lengths)
-            routers = None if self.every_block else block.router
-            trace.router_flops[block.index] = routers.flops(call.lengths) if routers else 0
+        first = context.rows[0][0]  # branch; in one pass both have the same lengths
+        if block.index not in trace.flops[first]:
+            trace.flops[first][block.index] = block.adapter.flops(block.inner, call.lengths)
+            trace.router_flops[first][block.index] = self._router_flops(block, call)
+            if self.router_config.branches is Branches.shared:
+                trace.router_flops[Branch.unconditional][block.index] = 0
         return context, trace
+
+    def _router_flops(self, block: ElasticBlock, call: BlockCall) -> int:
+        """FLOPs a row of the router of a block; with that of the first one go those of the conditioner."""
+        if block.router is None or self.conditioner is None or not self.routers_run:
+            return 0
+        weights = [] if block.index else [p for p in self.conditioner.parameters() if p.ndim > 1]
+        return block.router.flops(call.lengths) + sum(2 * weight.numel() for weight in weights)
 
     def _decide(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
         """The route of every row through a block: from its router, from the one decision of this step, or from the
@@ -275,11 +291,9 @@ class ElasticSession:
         return decision
 
     def _router_decision(self, context: StepContext, block: ElasticBlock, call: BlockCall) -> RouteDecision:
-        """What the router of a block says of every row. Where branches share their routes, rows of the conditional one
-        decide, which come first in their pass; where samples do, their mean holds."""
-        config, router = self.router_config, block.router
+        """What the router of a block says of every row; where samples share their routes, their mean holds."""
+        config, router, rows = self.router_config, block.router, self._deciding(context)
         assert router is not None
-        rows = slice(context.conditional_rows if config.branches is Branches.shared else None)
         streams, modulation = tuple(x[rows] for x in block.adapter.seen(call)), context.modulation
         assert modulation is not None
         if self.source is not None:  # the model does not learn to please its routers
@@ -288,7 +302,7 @@ class ElasticSession:
         if config.longest:
             ages = torch.tensor(context.ages(self.span(block).start), device=context.t.device)
             age = ages.clamp_max(config.longest)[rows]
-        logits = router(streams, modulation[rows, block.index], age)
+        logits = router(streams, modulation[:, block.index], age)
         logits = logits.repeat(len(context.t) // len(logits), 1)
         if self.settings.shared:
             by_branch = logits.unflatten(0, (-1, context.conditional_rows))
@@ -296,6 +310,11 @@ class ElasticSession:
         at, found = config.curves.times, config.curves.gate_bias
         bias = interpolated(context.t, at, found) if at else None
         return RouteDecision.from_logits(logits, config.threshold, bias)
+
+    def _deciding(self, context: StepContext) -> slice:
+        """The rows whose routers decide for all of a pass: where branches share their routes, those of the conditional
+        one, which come first."""
+        return slice(context.conditional_rows if self.router_config.branches is Branches.shared else None)
 
     def _groups(self, context: StepContext, decision: RouteDecision, span: range) -> Groups:
         """What a decision means for each row: run at a width, go on with a residual, or pass. Where one decision holds

@@ -3,8 +3,10 @@ multiply-add, matrix products only)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +21,10 @@ _SYMBOLS = "c.123456789ABCDEF0"  # of actions from REUSED on
 class Trace:
     """Actions of S steps, 2 branches, B samples and I blocks, and what they cost.
 
-    `blocks` are names, `ratios` the K widths; `flops` and `router_flops` hold one entry a block once it was
-    called. `one_branch`: at some steps the conditional one runs alone, where the dense model runs both. `actions`
-    (S,2,B,I) int8 are NOT_RUN, REUSED, SKIPPED, or 1 + the width's number.
+    `blocks` are names, `ratios` the K widths; `flops` and `router_flops` hold, by branch, one entry a block once it was
+    called: the unconditional branch has its own where it runs by itself, and else those of the conditional one.
+    `one_branch`: at some steps the conditional one runs alone, where the dense model runs both. `actions` (S,2,B,I)
+    int8 are NOT_RUN, REUSED, SKIPPED, or 1 + the width's number.
     """
 
     blocks: list[str]
@@ -29,8 +32,8 @@ class Trace:
     steps: int
     samples: int
     one_branch: bool = False
-    flops: dict[int, BlockFlops] = field(default_factory=dict)
-    router_flops: dict[int, int] = field(default_factory=dict)
+    flops: tuple[dict[int, BlockFlops], dict[int, BlockFlops]] = field(default_factory=lambda: ({}, {}))
+    router_flops: tuple[dict[int, int], dict[int, int]] = field(default_factory=lambda: ({}, {}))
     actions: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -41,6 +44,12 @@ class Trace:
         """Note one action of some blocks for rows (step, branch, sample)."""
         steps, branches, samples = map(list, zip(*rows, strict=True))
         self.actions[steps, branches, samples, blocks.start : blocks.stop] = action
+
+    def by_branch(self, known: Sequence[Mapping[int, Any]], of: Callable[[Any], int] = int) -> Tensor:
+        """A number of the entry of each block (2,1,I) fp64, 0 of a block without one."""
+        both = known[0], {**known[0], **known[1]}
+        found = [[[of(each[i]) if i in each else 0 for i in range(len(self.blocks))]] for each in both]
+        return torch.tensor(found, dtype=torch.float64)
 
     def sample(self, index: int) -> list[list[str]]:
         """One sample's actions by step and branch that ran, a character a block.
@@ -64,25 +73,20 @@ def parse_actions(steps: Sequence[Sequence[str]], blocks: int) -> Tensor:
 
 def trace_flops(trace: Trace) -> Tensor:
     """Executed FLOPs (S,2,B,I) fp64 of the blocks; a reused residual costs none. Routers are not in it."""
-    actions = trace.actions.long()
-    table = torch.zeros(len(trace.blocks), 3 + len(trace.ratios), dtype=torch.float64)
-    for index, block in trace.flops.items():
-        table[index, 3:] = torch.tensor([block.at(ratio) for ratio in trace.ratios], dtype=torch.float64)
-    return table[torch.arange(len(trace.blocks)), actions + 2]
+    ratio = torch.tensor([0.0, 0.0, 0.0, *trace.ratios], dtype=torch.float64)[trace.actions.long() + 2]
+    fixed, mlp = (trace.by_branch(trace.flops, attrgetter(name)) for name in ("fixed", "mlp"))
+    return (trace.actions > SKIPPED) * fixed + ratio * mlp
 
 
 def trace_dense_flops(trace: Trace) -> Tensor:
-    """FLOPs (S,2,B,I) fp64 that the dense blocks would have spent on the same passes, and on the branch that the dense
-    model runs beside them."""
-    dense = torch.tensor([trace.flops[i].dense if i in trace.flops else 0 for i in range(len(trace.blocks))])
-    ran = trace.actions != NOT_RUN
-    return (ran[:, :1].expand_as(ran) if trace.one_branch else ran).double() * dense.double()
+    """FLOPs (S,2,B,I) fp64 of dense blocks on the same passes, and on the branch that the dense model runs as well."""
+    ran, dense = trace.actions != NOT_RUN, trace.by_branch(trace.flops, attrgetter("dense"))
+    return (ran[:, :1].expand_as(ran) if trace.one_branch else ran) * dense
 
 
 def trace_router_flops(trace: Trace) -> Tensor:
-    """FLOPs (S,2,B,I) fp64 of the routers themselves."""
-    routers = torch.tensor([trace.router_flops.get(i, 0) for i in range(len(trace.blocks))])
-    return (trace.actions != NOT_RUN).double() * routers.double()
+    """FLOPs (S,2,B,I) fp64 of the routers themselves, the conditioner with those of the first block."""
+    return (trace.actions != NOT_RUN) * trace.by_branch(trace.router_flops)
 
 
 def trace_share(trace: Trace) -> Tensor:

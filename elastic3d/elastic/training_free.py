@@ -195,11 +195,12 @@ def all_or_none(keep: Sequence[bool], context: StepContext) -> RouteDecision:
     return RouteDecision.fixed(kept, torch.zeros_like(kept, dtype=torch.long), 1)
 
 
-def check_budget(budget: float, steps: int) -> int:
-    """How many of N steps a budget computes. UserError for fewer than two, or a budget out of range."""
+def check_budget(budget: float, steps: int, requested: int | None = None) -> int:
+    """How many of N steps a budget computes; `requested`: the `steps=` that they come from, None for N. UserError for
+    fewer than two, or a budget out of range."""
     check_range("budget", budget, MIN_BUDGET, 1.0)
     if budget < (least := least_budget(steps)):
-        why = f"in {steps} steps: a forecast needs two computed ones"
+        why = f"in {requested or steps} steps: a forecast needs two computed ones"
         raise UserError(f"budget is {budget:g}, expected at least {least:.2f} {why}")
     return round(budget * steps)
 

@@ -20,6 +20,7 @@ from elastic3d.diffusion.options import Quality
 from elastic3d.elastic.attachment import adapter_for, is_attached, session_of
 from elastic3d.elastic.cache import Streams
 from elastic3d.elastic.config import ElasticConfig
+from elastic3d.elastic.diffusers_loop import step_at, times_of
 from elastic3d.elastic.families import BlockAdapter
 from elastic3d.elastic.training_free import CALIBRATION_NAME, Array, Calibration, Series
 from elastic3d.errors import UserError
@@ -132,7 +133,8 @@ def _of_images(config: CalibratePolicyConfig, on_sample: Callable[[int, int], No
         rest = pipeline.backbone.guidance_arguments(settings.guidance, 1)
         return pipeline.sample(text, rest, [config.seed + number], settings)
 
-    return calibrate(pipeline.backbone.transformer, generate, len(prompts), settings.guidance, on_sample)
+    transformer, scheduler = pipeline.backbone.transformer, pipeline.backbone.pipe.scheduler
+    return calibrate(transformer, generate, len(prompts), settings.guidance, on_sample, scheduler)
 
 
 def _mesh_options(config: CalibratePolicyConfig) -> GenerateConfig:
@@ -161,16 +163,17 @@ def calibrate(
     samples: int,
     guidance: float = 1.0,
     on_sample: Callable[[int, int], None] = lambda *_: None,
+    scheduler: Any = None,
 ) -> Calibration:
     """The calibration of a model, from `samples` dense generations.
 
     `generate` makes the one sample of a number; `guidance` is the scale that the branches are combined with, where
-    there are two; `on_sample(done, samples)` is called after each. UserError: generations of fewer than three steps, or
-    values that are not finite.
+    there are two; `on_sample(done, samples)` is called after each; `scheduler`: as in `recorded`. UserError:
+    generations of fewer than three steps, or values that are not finite.
     """
     times, totals, result, changes = np.zeros(0), dict[Series, Array](), np.zeros(0), np.zeros(0)
     for number in range(samples):
-        with recorded(model) as notes:
+        with recorded(model, scheduler) as notes:
             generate(number)
         on_sample(number + 1, samples)
         times = np.array(notes.times)
@@ -232,13 +235,16 @@ class Notes:
 
 
 @contextmanager
-def recorded(model: nn.Module) -> Iterator[Notes]:
-    """While it lasts, a model is the dense one, and what its lists of blocks add at each step is noted."""
+def recorded(model: nn.Module, scheduler: Any = None) -> Iterator[Notes]:
+    """While it lasts, a model is the dense one, and what its lists of blocks add at each step is noted. `scheduler`: of
+    a pipeline of diffusers, which rounds the times that the model is called with to its number format."""
     adapter, notes = adapter_for(model), Notes()
     with recording(model) as lists:
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             time = float(adapter.timestep(args, kwargs)[0])
+            if scheduler is not None and (step := step_at(scheduler, 1 - time)) is not None:
+                time = times_of(scheduler)[step]
             added = {
                 (each.first, number): some(stream).flatten(1).float().cpu()
                 for each in lists

@@ -19,8 +19,8 @@ from elastic3d import __version__
 from elastic3d.checkpoints.folders import INDEX_NAME, refuse
 from elastic3d.checkpoints.options import PRESETS
 from elastic3d.diffusion.dial import Dial, choose, load_dial, resolution_of, save_dial
-from elastic3d.diffusion.options import MAX_ENSEMBLE, Combine, PipelineConfig, Quality
-from elastic3d.diffusion.sampler import sample, sampling_times
+from elastic3d.diffusion.options import IDLE, MAX_ENSEMBLE, Combine, PipelineConfig, Quality
+from elastic3d.diffusion.sampler import moves, sample, sampling_times
 from elastic3d.elastic.attachment import (
     attach,
     find_session,
@@ -301,7 +301,7 @@ class ImageTo3DPipeline:
         config = replace(self.config, **{"resolution": resolution_of(self.config, named), **given})
         config.elastic = requested.over(self.config.elastic, routed)
         if config.elastic.elastic and not routed:
-            check_budget(config.elastic.budget, len(sampling_times(config, config.steps)) - 1)
+            check_budget(config.elastic.budget, moves(config, config.steps), config.steps)
         return model, config, dial
 
     def _without_routers(self) -> ImageTo3DPipeline:
@@ -404,7 +404,7 @@ class ImageTo3DPipeline:
         condition = condition.repeat_interleave(ensemble, 0)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         if session is not None:
-            session.settings = elastic
+            session.settings, session.idle = elastic, int(self.config.grid in IDLE)
         times = sampling_times(self.config, steps)
         static = self.static and self.static.begin(condition, times, guidance)
         with self._working(self.dit):

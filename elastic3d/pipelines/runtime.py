@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from elastic3d.diffusion.options import PipelineConfig
-from elastic3d.diffusion.sampler import sampling_times
+from elastic3d.diffusion.sampler import moves
 from elastic3d.elastic.attachment import adapter_for
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.elastic.families import BlockFlops, block_flops
@@ -161,9 +161,8 @@ def pass_flops(dit: ShapeDiT | SkipDiT, condition: int) -> list[BlockFlops]:
 
 def dense_flops(dit: ShapeDiT | SkipDiT, config: PipelineConfig, condition: int) -> int:
     """FLOPs of a DiT's blocks in a dense generation of one sample, over all moves and branches."""
-    moves = len(sampling_times(config, config.steps)) - 1
     branches = 2 if config.guidance > 1.0 and not dit.config.guidance_embed else 1
-    return moves * branches * sum(block.dense for block in pass_flops(dit, condition))
+    return moves(config, config.steps) * branches * sum(block.dense for block in pass_flops(dit, condition))
 
 
 def routes_of(session: ElasticSession | None, settings: ElasticConfig, samples: int) -> list[dict[str, Any]]:
@@ -180,11 +179,10 @@ def routes_of(session: ElasticSession | None, settings: ElasticConfig, samples: 
     totals = {f"flops_{name}": cost.long().tolist() for name, cost in costs.items()}
     policy = {"policy": session.source.about} if isinstance(session.source, StepPolicy) else {}
     blocks = {"blocks": trace.blocks, "widths": list(trace.ratios)}
-    elastic = to_dict(replace(settings, cache=settings.cache or session.router_config.cache()))
     return [
         {
             **{name: each[row] for name, each in totals.items()},
-            "elastic": elastic,
+            "elastic": to_dict(replace(settings, cache=settings.cache or session.router_config.cache())),
             **policy,
             "updated": session.coarseness is not None,
             "one_branch": session.guided,

@@ -57,7 +57,7 @@ class StaticDiT:
         if session is not None and session.settings.elastic:
             names, ratios = [block.name for block in session.blocks], session.router_config.ratios
             trace = session.trace = Trace(names, ratios, len(moments), len(condition), session.guided)
-            trace.flops |= enumerate(pass_flops(self.dit, condition.shape[1]))
+            trace.flops[0].update(enumerate(pass_flops(self.dit, condition.shape[1])))
             for step, t in enumerate(moments):
                 branches = 1 if scale is None or session.one_branch(t) else 2
                 trace.actions[step, :branches] = len(ratios)  # each block at full width

@@ -7,6 +7,7 @@ from typing import Any
 
 from elastic3d.diffusion.dial import F_SCORES, Row, check_dial, named_row, parse_dial, save_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
+from elastic3d.diffusion.sampler import moves
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.errors import UserError
@@ -137,7 +138,7 @@ def _entries(
         budget = None if method in FEWER else 1.0 if method == LORA else float(requested)
         lora, planned = False, method == PLAN[0]
         if budget is not None and routers is not None and not planned:
-            lora = coarseness(routers, steps, budget, model.guidance) is not None
+            lora = coarseness(routers, moves(model, steps), budget, model.guidance) is not None
         beyond = method == LORA and not lora  # a generation of more steps runs without it
         if beyond or any(row[name] is None for row in group for name in _MEASURED):
             continue

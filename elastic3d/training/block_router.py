@@ -192,9 +192,9 @@ class RouteDraw:
         table = torch.zeros(len(starts), len(self.blocks))
         if self.sensitivity is not None:
             table = self.sensitivity.at(starts)
-        share = min(budget / self.router.guided_share(starts), 1.0)
-        generator = torch.Generator().manual_seed(seed)
-        return routes_around(table, self.blocks, self.router.ratios, share, spread, generator)
+        passes = torch.tensor([self.router.guided_share([t]) for t in starts])
+        share, generator = min(budget / passes.mean().item(), 1.0), torch.Generator().manual_seed(seed)
+        return routes_around(table, self.blocks, self.router.ratios, passes, share, spread, generator)
 
 
 class BlockRouterObjective(GenerationObjective):

@@ -281,7 +281,7 @@ def _export_few_step(run: _Run) -> None:
     model = find_model(trained.model)
     output, routers = run.output / "routers", model / "routers"
     dit = load_dit(model / "dit")
-    session = attach_few_step(dit, trained, pipeline_config(model).guidance)
+    session = attach_few_step(dit, trained, pipeline_config(model))
     own = {key: tensor for key, tensor in router_state(dit).items() if ".few_step." not in key}
     few_step = {key.replace("/", "."): tensor for key, tensor in run.part("few_step").items()}
     load_router_state(dit, own | few_step, run.source)

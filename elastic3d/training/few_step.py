@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from elastic3d.diffusion.options import PipelineConfig
+from elastic3d.diffusion.sampler import moves
 from elastic3d.elastic import adapter_for, attach
 from elastic3d.elastic.attachment import (
     holds_routers,
@@ -315,10 +317,10 @@ class FewStepStageConfig(ShapeGenerationConfig):
         return range(math.ceil(self.min_nfe), int(min(self.max_nfe, self.max_steps)) + 1)
 
 
-def attach_few_step(dit: nn.Module, config: FewStepStageConfig, guidance: float) -> ElasticSession:
+def attach_few_step(dit: nn.Module, config: FewStepStageConfig, pipeline: PipelineConfig) -> ElasticSession:
     """Put the routers of `config.model` on a model, with fresh few-step LoRA in the place of what they may have,
-    or with these where they are to be `continued`, and fresh directions up to the rank; `guidance` is the
-    pipeline's."""
+    or with these where they are to be `continued`, and fresh directions up to the rank; `pipeline` is how the model
+    is sampled."""
     folder = find_model(config.model) / ROUTERS_NAME
     old: RouterConfig = load_router_config(folder, adapter_for(dit).family)
     if old.trained_steps:
@@ -332,12 +334,12 @@ def attach_few_step(dit: nn.Module, config: FewStepStageConfig, guidance: float)
             if old.few_step_rank
             else f"few_step.continued is true, but {folder} has no few-step LoRA"
         )
-    learned, times = config.learned_guidance(guidance)
+    learned, times = config.learned_guidance(pipeline.guidance)
     router = replace(
         old,
         few_step_rank=config.rank,
         few_step_nfe=config.max_nfe,
-        few_step_max_steps=config.max_steps,
+        few_step_max_steps=moves(pipeline, config.max_steps),
         few_step_guidance=learned,
         guided_times=times,
     )
@@ -350,7 +352,7 @@ class FewStepObjective(GenerationObjective):
     config: FewStepStageConfig
 
     def __init__(self, flow: Any, config: FewStepStageConfig) -> None:
-        attach_few_step(flow.dit, config, flow.guidance)
+        attach_few_step(flow.dit, config, flow.pipeline)
         super().__init__(flow, config)
         self.term = flow.term
         modules = router_modules(flow.dit).items()
@@ -363,7 +365,8 @@ class FewStepObjective(GenerationObjective):
         and what the last latents decode to."""
         config, steps, nfe = self.config, int(batch["steps"][0]), float(batch["nfe"][0])
         dense = self.dense_results(batch) if config.latent_weight or self.term.dense else None
-        found = self.generate(batch, steps, ElasticConfig(budget=min(max(nfe / steps, MIN_BUDGET), 1.0)))
+        budget = min(max(nfe / (len(self.flow.times(steps)) - 1), MIN_BUDGET), 1.0)
+        found = self.generate(batch, steps, ElasticConfig(budget=budget))
         loss, values = found.new_zeros(()), {"nfe": batch["nfe"][0]}
         if dense is not None:
             errors = relative_errors(found, dense, self.weights)

@@ -96,7 +96,7 @@ class Rollout(RouteSource):
     def share(self, trace: Trace) -> Tensor:
         """Executed share (B,) of the dense blocks' FLOPs, with straight-through gradients to the routers; `trace` is
         that of this generation."""
-        flops, done, ran = trace.flops, self.executed(), self.ran()
+        flops, done, ran = trace.flops[0], self.executed(), self.ran()
         blocks = [RouteDecision(*(part.select(3, i) for part in done)) for i in sorted(flops)]
         costs = [
             decision_flops(one, flops[i], trace.ratios) for one, i in zip(blocks, sorted(flops), strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from elastic3d.elastic.attachment import router_modules
 from elastic3d.elastic.config import MIN_BUDGET, Branches, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import BOTH_BRANCHES
 from elastic3d.elastic.families import BlockFlops
+from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import trace_share
@@ -155,7 +156,8 @@ class RouterObjective(nn.Module):
         """Executed share (R,) of the dense blocks' FLOPs, with gradients to the routers."""
         trace = self.session.trace
         assert trace is not None
-        return executed_share([decision] * len(trace.flops), list(trace.flops.values()), trace.ratios)
+        blocks = list(trace.flops[0].values())
+        return executed_share([decision] * len(blocks), blocks, trace.ratios)
 
     @property
     def _decided(self) -> int:
@@ -317,14 +319,21 @@ class RouterStage(Stage):
 
     def calibrate(self, curves: CurvesConfig, points: int = 24) -> None:
         """Measure on validation samples how residuals go on and the gates' bias over time, and make the requested cost
-        the executed one."""
+        the executed one. With a few-step LoRA that has learned the guidance a budget is spent on fewer evaluations:
+        where it does not cover all budgets, it is left out."""
+        (steps, guidance), router = self.sampling, self.objective.session.router_config
+        times = self.flow.times(steps)
+        covered = coarseness(router, len(times) - 1, 1.0, guidance) is not None
+        few_step = covered or router.few_step_guidance is None
+        whole = router.guided_share(times[:-1].tolist()) if covered else 1.0
 
         def generate(settings: ElasticConfig, count: int) -> tuple[Tensor, Tensor]:
-            latents, share = self._generate(settings, count)
-            return self.flow.compared(latents), share
+            budget = max(settings.budget * whole, MIN_BUDGET)
+            latents, share = self._generate(replace(settings, budget=budget, few_step=few_step), count)
+            return self.flow.compared(latents), share / whole
 
-        times = self.flow.times(self.sampling[0])
-        calibrate(self.objective.session, generate, times, curves, points)
+        lowest = min(MIN_BUDGET / whole, 0.95)
+        calibrate(self.objective.session, generate, times, curves, points, lowest)
 
     def _generate(self, settings: ElasticConfig, count: int = 0) -> tuple[Tensor, Tensor]:
         """Latents (B,N,C) of the first `count` (0: all) validation samples, and the executed share (B,)."""

@@ -179,6 +179,7 @@ def routes_around(
     sensitivity: Tensor,
     blocks: Sequence[BlockFlops],
     ratios: Sequence[float],
+    passes: Tensor,
     share: float,
     spread: float,
     generator: torch.Generator,
@@ -187,6 +188,7 @@ def routes_around(
     until about `share` is executed.
 
     sensitivity: (S,I), the logarithm of the error at the end of a generation that skipping each block alone causes.
+    passes: (S,), how many branches run at each step, or a multiple of it.
     Gumbel noise of `spread` times its standard deviation is added, so that routes differ: 0 gives the best table by
     timestep. With it, what is saved is divided at random between blocks that are skipped and MLPs that are narrowed.
     """
@@ -197,8 +199,7 @@ def routes_around(
     noise = -torch.rand(sensitivity.shape, generator=generator).clamp(1e-9, 1 - 1e-7).log().neg().log()
     scale = sensitivity.std(unbiased=False).item() or 1.0
     priority = (sensitivity + spread * scale * noise - sensitivity.min() + 1e3)[:, None]
-    ran = torch.ones_like(priority, dtype=torch.bool)
-    found = fill(priority, action[:, None], ran, action_flops(blocks, ratios), share)
+    found = fill(priority, action[:, None], passes[:, None, None], action_flops(blocks, ratios), share)
     return found.expand(-1, 2, -1).contiguous()
 
 
@@ -222,11 +223,12 @@ def load_sensitivity(path: Path | None, blocks: Sequence[str]) -> Sensitivity | 
     return found
 
 
-def fill(priority: Tensor, action: Tensor, ran: Tensor, table: Tensor, share: float) -> Tensor:
-    """Give cells (S,2,I) their `action`, highest priority first, while this brings the executed share nearer; `table`
-    as `action_flops` gives it."""
-    cost = (table[torch.arange(len(table)), action] * ran).flatten()
-    target = share * float((ran.double() * table[:, -1]).sum())
+def fill(priority: Tensor, action: Tensor, passes: Tensor, table: Tensor, share: float) -> Tensor:
+    """Give cells (S,K,I) their `action`, highest priority first, while this brings the executed share nearer; `table`
+    as `action_flops` gives it. `passes`: (S,K,1), in how many passes of the model a cell runs, or a multiple of it."""
+    cost = (table[torch.arange(len(table)), action] * passes).flatten()
+    target = share * float((passes * table[:, -1]).sum())
+    ran = (passes > 0).expand_as(priority)
     order = priority.masked_fill(~ran, -1).flatten().argsort(descending=True, stable=True)
     # a cell is taken where more than half of it still fits
     taken = (cost[order].cumsum(0) - cost[order] / 2 < target) & ran.flatten()[order]

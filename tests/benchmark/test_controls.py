@@ -18,22 +18,24 @@ BLOCKS = [BlockFlops(30, 70), BlockFlops(10, 40), BlockFlops(30, 70), BlockFlops
 TABLE = action_flops(BLOCKS, RATIOS)
 
 
-@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("branches", [1, 2, 1.5])  # 1.5: the second one runs at every other step
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.65, 1.0])
 def test_random_routes_execute_the_share(branches, share):
-    one, two = (
-        random_routes(TABLE, 20, branches, share, torch.Generator().manual_seed(seed)) for seed in (0, 1)
-    )
-    ran = one.clone()
-    ran[:, branches:] = NOT_RUN
-    assert executed_share(ran, TABLE) == pytest.approx(share, abs=0.02)
-    assert set(one.unique().tolist()) <= {0, 4} and not one[:, branches:].any()
+    ran = torch.ones(20, 2, dtype=torch.long)
+    ran[:: 2 if branches == 1.5 else 1, 1] = int(branches == 2)
+    one, two = (random_routes(TABLE, ran, share, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert set(one.unique().tolist()) <= {0, 4} and not one[ran == 0].any()
     assert torch.equal(one, two) == (share in (0.0, 1.0))
+    both = random_routes(TABLE, ran.sum(1, keepdim=True), share, torch.Generator().manual_seed(0))
+    for routes in (one, both.expand(-1, 2, -1)):  # of each branch, or as the conditional one
+        played = routes.masked_fill(ran[..., None] == 0, NOT_RUN)
+        assert executed_share(played, TABLE) == pytest.approx(share, abs=0.02)
 
 
 def test_blocks_as_one_are_all_drawn_or_none():
     whole = TABLE.sum(0, keepdim=True)
-    routes = random_routes(whole, 20, 2, 0.4, torch.Generator().manual_seed(0))
+    ran = torch.ones(20, 2, dtype=torch.long)
+    routes = random_routes(whole, ran, 0.4, torch.Generator().manual_seed(0))
     assert routes.shape == (20, 2, 1) and int((routes > 0).sum()) == 16
     assert executed_share(routes.expand(-1, -1, 4), TABLE) == pytest.approx(0.4)
 

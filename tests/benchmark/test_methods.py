@@ -29,9 +29,10 @@ from elastic3d.benchmark.methods import (
     needed_runs,
 )
 from elastic3d.benchmark.methods import plan as plan_of
-from elastic3d.benchmark.report import route_panels
+from elastic3d.benchmark.report import build_rows, route_panels
 from elastic3d.benchmark.rivals import grid, rival_cases
 from elastic3d.benchmark.run import benchmark, timed_rounds
+from elastic3d.benchmark.task import Scores
 from elastic3d.diffusion.options import SamplingGrid
 from elastic3d.elastic import attach, detach, save_routers
 from elastic3d.elastic.config import Branches, CacheRule, RouterConfig, RouterCurves, Scope
@@ -198,6 +199,36 @@ def test_the_few_step_lora_has_rows_where_few_evaluations_are_left(world, tmp_pa
     ):
         plain_config = config_of(world, tmp_path, methods=[Method.few_step_lora])
         plan(plain_config, load_models(plain_config), 2)
+
+
+def test_where_a_step_moves_nothing_moves_are_counted(world, tmp_path):
+    """By the LoRA's rule, by the control's table, and by the share of the baseline's FLOPs."""
+    pipeline = ImageTo3DPipeline.from_pretrained(world / "model", "cpu", "float32")
+    pipeline.config = replace(pipeline.config, grid=SamplingGrid.endpoint)
+    detach(pipeline.dit)
+    attach(pipeline.dit, RouterConfig(head_std=3.0, few_step_rank=2, few_step_nfe=3, few_step_max_steps=3))
+    pipeline.save_pretrained(tmp_path / "model")
+    named = [Method.dense, Method.fewer_steps, Method.few_step_lora, Method.random, Method.training_free]
+    config = config_of(
+        world, tmp_path / "out", model=str(tmp_path / "model"), methods=named, steps=[3, 4, 5], limit=1, seeds=[0],
+        baseline_steps=4, reference_steps=5, control_budgets=[0.4, 0.6], caches=[],
+    )  # fmt: skip
+    task = MeshTask(config)
+    cases = plan_of(task.planner, 1)
+    assert [c.run.steps for c in cases if c.method == "few_step_lora"] == [3, 4]
+    assert [c.budget for c in cases if c.method == "training_free"] == [0.6], (
+        "two of three moves, not of four"
+    )
+    metadata = {}
+    for run in {case.run for case in cases if case.method != "training_free"}:
+        task.make(run, task.jobs)
+        metadata[run.name] = task.record(run, task.jobs[0])["metadata"]
+    whole = metadata[task.planner.baseline.name]["flops_dense"]
+    rows = [row for row in build_rows(task, cases, Scores(), []) if row["executed_flops_ratio"] is not None]
+    assert {row["method"] for row in rows} == {"dense", "fewer_steps", "few_step_lora", "random"}
+    for row in rows:
+        executed = metadata[row["run"]]["flops_executed"]
+        assert row["flops_ratio_to_baseline"] == pytest.approx(executed / whole), row["method"]
 
 
 def test_a_lora_with_guidance_costs_half_and_fits_its_guidance_alone(world, tmp_path):

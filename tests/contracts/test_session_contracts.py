@@ -268,7 +268,7 @@ def test_flops_are_those_that_torch_counts(family):
         begin(session, 1)
         with FlopCounterMode(display=False) as counter:
             forward(model, session, inputs)
-        flops = [session.trace.flops[i] for i in range(len(session.blocks))]
+        flops = [session.trace.flops[0][i] for i in range(len(session.blocks))]
         executed = sum(f.at(action / K) if action else 0 for f in flops)
         saved = dense.get_total_flops() - counter.get_total_flops()
         assert saved == pytest.approx(sum(f.dense for f in flops) - executed)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_dial import load, row, save_dialled, values
-from tiny_pipeline import image
+from tiny_dial import ROUTERS, load, row, save_dialled, values
+from tiny_pipeline import image, tiny_pipeline
 
 from elastic3d.diffusion.dial import F_SCORES, choose, load_dial, parse_dial, resolution_of, save_dial
-from elastic3d.diffusion.options import PipelineConfig, Quality
+from elastic3d.diffusion.options import PipelineConfig, Quality, SamplingGrid
+from elastic3d.elastic import attach
 from elastic3d.elastic.config import ElasticOptions, RouterConfig
 from elastic3d.elastic.training_free import Calibration
 from elastic3d.errors import UserError
@@ -227,6 +229,47 @@ def test_a_dial_may_name_per_block_routers_within_the_steps_of_their_lora(tmp_pa
         message = rf"rows\[0\]: scope is {scope!r}, expected block, that of this model's"
         with pytest.raises(UserError, match=message):
             load_dial(tmp_path, model, routers)
+
+
+@pytest.mark.parametrize("grid", [SamplingGrid.endpoint, SamplingGrid.late_start])
+def test_a_row_is_accepted_where_its_generation_is(tmp_path: Path, grid: SamplingGrid) -> None:
+    """In these grids N steps are N - 1 moves, which is what routers and LoRA were trained for."""
+    pipeline = tiny_pipeline()
+    pipeline.config = replace(pipeline.config, grid=grid)
+    routers = RouterConfig(few_step_rank=2, few_step_nfe=3.0, few_step_max_steps=3, trained_steps=[2, 3])
+    attach(pipeline.dit, routers)
+    for steps in range(2, 7):
+        found = values()
+        found["rows"][1:] = [row(2 / 3, steps, 0.5, True, 1.4, 0.8, 0.5) | {"scope": "block"}]
+        found["rows"][0] = row(1 / 6, 2, None, False, 5.5, 0.6, 0.4)
+        found["names"] |= {"default": 2 / 3, "best": 2 / 3}
+        save_json(found, tmp_path / "dial.json")
+        if steps in (3, 4):
+            assert load_dial(tmp_path, pipeline.config, routers) is not None
+            metadata = made(pipeline, steps=steps, budget=0.5).metadata
+            assert metadata["updated"] and len(metadata["routes"]["actions"]) == steps - 1
+            continue
+        message = f"steps is {steps}, expected 3 to 4, for which these per-block routers were trained"
+        with pytest.raises(UserError, match=rf"rows\[1\]: {message}"):
+            load_dial(tmp_path, pipeline.config, routers)
+        with pytest.raises(UserError, match=f"^{message}"):
+            made(pipeline, steps=steps, budget=0.5)
+
+
+def test_the_lora_and_the_plan_of_a_row_count_moves(tmp_path: Path) -> None:
+    model, found = PipelineConfig(steps=3, guidance=2.0, grid=SamplingGrid.endpoint), values()
+    found["rows"][0]["steps"] = 2  # one move, as many as the LoRA is used in
+    save_json(found, tmp_path / "dial.json")
+    assert load_dial(tmp_path, model, ROUTERS) is not None
+    (tmp_path / "training_free.json").write_text("{}")
+    found["rows"][1] = row(2 / 3, 3, 2 / 3, False, 1.4, 0.8, 0.496) | {"planned": True}
+    save_json(found, tmp_path / "dial.json")
+    with pytest.raises(UserError, match=r"rows\[1\]: router_budget is 0.666667, expected at least 0.75"):
+        load_dial(tmp_path, model, ROUTERS)
+    pipeline = tiny_pipeline()
+    pipeline.config = model
+    with pytest.raises(UserError, match="budget is 0.7, expected at least 0.75 in 3 steps"):
+        made(pipeline, steps=3, budget=0.7)
 
 
 def test_a_dial_of_routers_needs_routers(tmp_path: Path) -> None:

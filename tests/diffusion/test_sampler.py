@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from elastic3d.diffusion.options import PipelineConfig, SamplingGrid, Solver
-from elastic3d.diffusion.sampler import sample, sampling_times, timestep_grid
+from elastic3d.diffusion.options import IDLE, PipelineConfig, SamplingGrid, Solver
+from elastic3d.diffusion.sampler import moves, sample, sampling_times, timestep_grid
 from elastic3d.errors import UserError
 
 
@@ -102,6 +102,13 @@ def test_a_consistency_model_has_no_more_steps_than_segments():
     assert len(sampling_times(config, 100)) == 101
     with pytest.raises(UserError, match="steps is 101, expected 1 to 100 for this consistency model"):
         sampling_times(config, 101)
+
+
+@pytest.mark.parametrize("grid", SamplingGrid)
+def test_a_step_of_some_grids_moves_nothing(grid):
+    config = PipelineConfig(grid=grid, shift=2.0)
+    assert all(moves(config, steps) == steps - (grid in IDLE) for steps in range(2, 60))
+    assert moves(config, 1) == 1
 
 
 def test_grid_ends_at_both_ends_and_shift_spends_steps_near_noise():

@@ -42,7 +42,14 @@ def flux_pipeline(kind=diffusers.FluxPipeline, vae=None):
     return pipe
 
 
-def flux(pipe, seeds=(0, 1), true_cfg: float | None = 1.0, steps: int = 4, **options):
+def flux(
+    pipe,
+    seeds=(0, 1),
+    true_cfg: float | None = 1.0,
+    steps: int = 4,
+    dtype: torch.dtype = torch.float32,
+    **options,
+):
     torch.manual_seed(1)
     embeds = {"prompt_embeds": torch.randn(2, 5, 6), "pooled_prompt_embeds": torch.randn(2, 6)}
     if true_cfg is not None:
@@ -54,7 +61,7 @@ def flux(pipe, seeds=(0, 1), true_cfg: float | None = 1.0, steps: int = 4, **opt
         }
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipe(
-        **{name: value[list(seeds)] for name, value in embeds.items()},
+        **{name: value[list(seeds)].to(dtype) for name, value in embeds.items()},
         height=48, width=48, num_inference_steps=steps, generator=generators,
         output_type="latent", return_dict=False, **options,
     )[0]  # fmt: skip

@@ -1,9 +1,11 @@
 """One decision a step for all blocks: what runs, what is kept, and whose decision it is."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from elastic3d.benchmark.controls import TableRoutes
 from elastic3d.diffusion.sampler import sample, timestep_grid
@@ -19,7 +21,7 @@ from elastic3d.elastic.config import (
 )
 from elastic3d.elastic.context import Defer
 from elastic3d.elastic.session import ElasticSession
-from elastic3d.elastic.trace import SKIPPED
+from elastic3d.elastic.trace import SKIPPED, trace_router_flops
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 
@@ -90,6 +92,52 @@ def test_branches_one_after_the_other_take_the_same_routes():
     (latents, actions), (other, others) = generated(dit, session), generated(dit, session, True)
     assert torch.equal(actions, others)
     torch.testing.assert_close(latents, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize(
+    ("scope", "branches"),
+    [(Scope.step, Branches.shared), (Scope.step, Branches.separate), (Scope.block, Branches.separate)],
+)
+def test_flops_of_routers_are_those_of_the_rows_that_they_see(scope, branches, sequential):
+    dit, session = attached(of_one_decision(scope=scope, branches=branches))
+    rows = Counter()
+    for name, part in session.routers.items():
+        part.register_forward_hook(lambda module, args, out, name=name: rows.update({name: len(out)}))
+    with FlopCounterMode(display=False) as counter:
+        session.conditioner(*torch.zeros(4, 1))
+    each = {"conditioner": counter.get_total_flops()}
+    rows.clear()
+    for block in session.blocks:
+        if block.router is not None:
+            lengths = (6, 4) if block.name.startswith("double") else (10,)
+            each[f"{block.name}.router".replace(".", "/")] = block.router.flops(lengths)
+
+    def counted():
+        condition = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(9))
+        given = [torch.Generator().manual_seed(0)]
+        sample(
+            dit, condition, (6, 5), timestep_grid(STEPS), 2.0, given, session=session, sequential=sequential
+        )
+        return trace_router_flops(session.trace).sum().item()
+
+    assert counted() == sum(rows[name] * flops for name, flops in each.items())
+    assert set(rows.values()) == {STEPS if branches is Branches.shared else 2 * STEPS}
+    assert set(rows) == set(each)
+    rows.clear()
+    session.source = TableRoutes(torch.ones(1, 1, 1, 5), 1)
+    assert counted() == 0 == sum(rows.values()), "a table decides"
+    session.source = None
+
+
+def test_routers_that_nobody_asks_cost_nothing():
+    """At a budget of 1 with the few-step LoRA every block runs."""
+    dit, session = attached(of_one_decision(few_step_rank=1))
+    session.settings, asked = ElasticConfig(), []
+    session.conditioner.register_forward_hook(lambda *_: asked.append(1))
+    generated(dit, session)
+    assert session.coarseness is not None and not asked
+    assert trace_router_flops(session.trace).sum() == 0
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.8, 1.0])

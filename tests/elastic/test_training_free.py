@@ -235,6 +235,30 @@ def test_moments_are_those_of_what_the_blocks_add() -> None:
     np.testing.assert_allclose(notes.moments()[0, 0], expected.numpy(), rtol=1e-4)
 
 
+def test_times_are_the_scheduler_s_where_bf16_makes_two_of_them_equal() -> None:
+    """For a calibration, and for routers."""
+    pipe, steps, seen = flux_pipeline(), 30, list[float]()
+    pipe.scheduler = type(pipe.scheduler)(shift=30.0)
+    pipe.transformer.to(torch.bfloat16)
+
+    def run(number: int) -> torch.Tensor:
+        return flux(pipe, (number,), steps=steps, dtype=torch.bfloat16)
+
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["timestep"].item()), with_kwargs=True
+    )
+    found = calibrate(pipe.transformer, run, 1, scheduler=pipe.scheduler)
+    handle.remove()
+    expected = [1 - time / 1000 for time in pipe.scheduler.timesteps.tolist()]
+    assert found.times.tolist() == expected and len(set(seen)) < len(seen) == steps
+    session = attach(pipe, RouterConfig())
+    assert session.conditioner is not None
+    seen.clear()
+    session.conditioner.register_forward_hook(lambda _, args, out: seen.append(args[0].item()))
+    run(0)
+    assert seen == torch.tensor(expected).tolist()
+
+
 def test_what_is_recorded_leaves_settings_as_they_were() -> None:
     """Those of before come back; those that a generation brings along are not written to."""
     pipe, brought = flux_pipeline(), ElasticConfig(elastic=False)

@@ -11,8 +11,10 @@ from tiny_images import save_tiny_flux, save_tiny_qwen
 from elastic3d.elastic import attach, detach, save_routers
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
-from elastic3d.pipelines.options import BackboneName
+from elastic3d.pipelines.calibration import calibrate_policy
+from elastic3d.pipelines.options import BackboneName, CalibratePolicyConfig
 from elastic3d.pipelines.text_to_image import TextToImagePipeline, check_prompt, read_prompts
+from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 
 MIXED = RouterConfig(initial_keep=0.5, initial_width_bias=0, head_std=3.0)
 SIZES = {BackboneName.flux: (32, 16), BackboneName.qwen_image: (16, 8)}
@@ -102,6 +104,37 @@ def test_a_long_prompt_is_read_to_its_end(folders):
     pipeline([prompt], [0], steps=2, guidance=1.0, size=size)
     handle.remove()
     assert seen[0] >= pipeline.backbone.count_tokens(prompt) > 512
+
+
+def test_each_branch_counts_its_own_text(folders, tmp_path):
+    """The negative prompt is shorter; with and without a budget the dense FLOPs are the same."""
+    folder, prompt = folders[BackboneName.qwen_image], "a round blue table with three thin legs of dark wood"
+    options = dict(steps=4, guidance=3.0, size=SIZES[BackboneName.qwen_image])
+    plain = load(BackboneName.qwen_image, folder)
+    routed = load(BackboneName.qwen_image, folder, mixed_routers(BackboneName.qwen_image, folder, tmp_path))
+    dense, half, own = (
+        pipeline([prompt], [0], **options, **elastic)[0].metadata
+        for pipeline, elastic in ((plain, {"elastic": False}), (plain, {"budget": 0.5}), (routed, {}))
+    )
+    assert dense["flops_dense"] == half["flops_dense"] == own["flops_dense"] == 2 * half["flops_executed"]
+
+
+def test_a_calibration_in_bf16_has_the_times_of_its_generations(folders, tmp_path):
+    """The transformer is called with rounded times."""
+    name, half = BackboneName.flux, DTypeChoice.bfloat16
+    (tmp_path / "prompts.txt").write_text("a chair\n")
+    path, _ = calibrate_policy(
+        CalibratePolicyConfig(
+            backbone=name, weights=str(folders[name]), prompts=str(tmp_path / "prompts.txt"), samples=1, steps=6,
+            size="32x16", output=str(tmp_path), device=DeviceChoice.cpu, dtype=half,
+        )
+    )  # fmt: skip
+    pipeline = TextToImagePipeline.from_pretrained(
+        name, folders[name], device="cpu", dtype=half, calibration=path
+    )
+    pipeline(["a chair"], [0], steps=6, size=SIZES[name], budget=0.5)
+    policy = pipeline.session.source
+    assert policy._here is policy.calibration, "so that nothing is interpolated"
 
 
 @pytest.mark.parametrize("name", FAMILIES, ids=lambda name: name.name)

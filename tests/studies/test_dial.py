@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tiny_pipeline import tiny_pipeline
 from elastic3d.benchmark.config import MeshBenchmarkConfig
 from elastic3d.benchmark.meshes import load_models
 from elastic3d.diffusion.dial import Row, choose, parse_dial
-from elastic3d.diffusion.options import PipelineConfig, Quality
+from elastic3d.diffusion.options import PipelineConfig, Quality, SamplingGrid
 from elastic3d.elastic.config import ElasticOptions, RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.models.weights import find_weights
@@ -126,6 +127,20 @@ def test_other_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"r.json has measured the weights {measured[:8]}"):
         make_dial(DialConfig(model=folder, results=tmp_path / "r.json"))
     assert (folder / "dial.json").read_bytes() == before
+
+
+def test_rows_of_the_few_step_lora_are_told_by_the_moves_of_the_sampler() -> None:
+    """Where N steps are N - 1 moves, the LoRA is used in a step more."""
+    report, (model, routers) = load_json(ROOT / REPORT), _bundled()
+    routers = replace(routers, few_step_nfe=5.0, few_step_max_steps=5)
+    for row in report["rows"]:
+        row |= {"flops_ratio_to_baseline": row["steps"] / 1000, "dit_speedup": 1}
+        row["iou_paired"] = row["steps"] / 1000
+    with_lora = []
+    for grid in (SamplingGrid.uniform, SamplingGrid.endpoint):
+        rows = dial_values(report, replace(model, grid=grid), routers, "r.json")["rows"]
+        with_lora.append(max(row["steps"] for row in rows if row["few_step_lora"]))
+    assert with_lora == [5, 6]
 
 
 def test_a_dial_that_does_not_fit_is_not_written(tmp_path: Path) -> None:

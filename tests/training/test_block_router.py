@@ -28,7 +28,7 @@ from elastic3d.training.latents import LatentsConfig, build_cache
 from elastic3d.training.measure import SensitivityConfig
 from elastic3d.training.options import StageName
 from elastic3d.training.rollout import FREE
-from elastic3d.training.routes import action_flops, load_sensitivity
+from elastic3d.training.routes import Sensitivity, action_flops, load_sensitivity
 from elastic3d.training.shape_flow import (
     BlockRouterTrainConfig,
     EndMeshLossConfig,
@@ -162,6 +162,25 @@ def test_random_routes_execute_their_budget_and_leave_out_what_matters_least(rou
         kept = (drawn[:, :, 0] > 0).float().mean(0)
         assert kept[0, 0] > kept[0, 1] and kept[3, 1] > kept[0, 1]
         assert ((drawn > 0) & (drawn < 4)).any()  # some are narrow
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_routes_execute_their_budget_where_guidance_runs_both_branches_at_some_steps(routed, spread):  # noqa: F811
+    """What is left out there is saved twice."""
+    stage = BlockRouterStage(block_config(routed, {"guidance": True, "guided_times": [0.2, 0.6]}))
+    times, blocks = stage.flow.times(4), stage.objective.session.blocks
+    guided = torch.tensor([stage.draw.router.guided_at(t) for t in times[:-1].tolist()])
+    assert 0 < guided.sum() < 4
+    errors = torch.where(guided, 0.5, 0.01)[:, None].expand(-1, len(blocks)).tolist()
+    stage.draw.sensitivity = Sensitivity([b.name for b in blocks], times[:-1].tolist(), 0.005, errors, {})
+    for budget in (0.3, 0.4, 0.5):
+        drawn = [stage.draw.around(times, budget, spread, seed) for seed in range(1 + 11 * int(spread))]
+        shares = []
+        for routes in drawn:
+            stage.along(4, routes)
+            shares.append(trace_share(stage.objective.session.trace).item())
+        cell = 1 / (4 * len(blocks))  # of both branches, of blocks that are about alike
+        assert np.mean(shares) == pytest.approx(budget, abs=cell / 2 / len(shares) ** 0.5), shares
 
 
 # ----------------------------------------------------------------------------------------------------- learning

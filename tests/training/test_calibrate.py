@@ -73,10 +73,10 @@ def shape_config(root: Path, routing=None, **changes):
     return router_config(root, routing=routing, stage=StageName.calibrate, data=data, **changes)
 
 
-def check_executed(stage, folder: Path) -> None:  # noqa: F811
+def check_executed(stage, folder: Path, budgets=(0.45, 0.6, 0.8)) -> None:  # noqa: F811
     """What is asked for is executed, within a step of one sample or two."""
     load_routers(stage.flow.dit, folder)
-    for budget in (0.45, 0.6, 0.8):
+    for budget in budgets:
         _, share = stage._generate(ElasticConfig(budget=budget))
         assert share.mean().item() == pytest.approx(budget, abs=0.05)
 
@@ -147,6 +147,30 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
     assert chosen.curves.damping_times == list(calibration.DAMPING_TIMES)
 
 
+@pytest.mark.parametrize(
+    ("nfe", "budgets"),
+    [(STEPS, (0.32, 0.4, 0.47)), (4, (0.3, 0.45, 0.6))],
+    ids=["at every budget", "at the smallest"],
+)
+def test_a_lora_with_learned_guidance_has_its_budgets_too(dense, nfe, budgets):
+    """It runs one branch: half of the evaluations, on which a budget is spent."""
+    path = dense / "dense" / "pipeline.json"
+    save_json({**load_json(path), "steps": STEPS, "guidance": 2.5}, path)
+    lora = replace(ROUTERS, few_step_rank=2, few_step_nfe=nfe, few_step_guidance=2.5)
+    dit = ShapeDiT.from_pretrained(dense / "dense" / "dit")
+    routers = save_tiny_routers(dit, dense / "dense" / "routers", lora)
+    config = shape_config(dense, {"dampings": Curve.keep, "gate_bias": Curve.keep})
+    assert run_stage(config) == 0
+    trained = router_config(
+        dense,
+        routing={"val_shapes": 5, "val_steps": STEPS},
+        router=load_router_config(routers, "ShapeDiT"),
+        data=config.data,
+    )
+    trained.data.prepared = dense / "prepared"
+    check_executed(RouterStage(trained), routers, budgets)
+
+
 def test_images(folder, prepared, monkeypatch):  # noqa: F811
     monkeypatch.setattr(QwenImageBackbone, "default_sampling", lambda backbone: (STEPS, 4.0))  # of 50 steps
     weights = save_tiny_qwen(prepared / "published")
@@ -184,7 +208,7 @@ def test_what_cannot_be_calibrated(dense):
         run_stage(config)
     config_of_routers = load_json(routers / "config.json")
     save_json({**config_of_routers, "scope": "block", "trained_steps": [4, 6]}, routers / "config.json")
-    message = "routers has per-block routers for 4 to 6 steps, .*: stage=export of the run that trained them"
+    message = "routers has per-block routers for few steps, .*: stage=export of the run that trained them"
     with pytest.raises(UserError, match=message):
         run_stage(config)
     third_party = {**config_of_routers, "_class_name": "FluxTransformer2DModelRouters"}

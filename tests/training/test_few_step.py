@@ -86,6 +86,17 @@ def test_a_share_of_the_batches_runs_every_block(routed):
     assert trace_share(objective.session.trace).item() == 1.0
 
 
+def test_moves_of_the_sampler_are_counted(routed):
+    """Where four steps are three moves, these are the most, and an NFE of three runs every block."""
+    path = routed / "dense" / "pipeline.json"
+    save_json({**load_json(path), "grid": "endpoint"}, path)
+    stage = FewStepStage(few_step_config(routed, {"min_nfe": 3, "min_steps": 4}))
+    objective = stage.objective
+    objective(default_collate([stage.items.item(0, 5)]))
+    assert objective.session.router_config.few_step_max_steps == 3 == len(objective.session.trace.actions)
+    assert objective.session._budget.item() == 1.0 and objective.session.coarseness == 0
+
+
 def test_only_the_lora_learns_and_the_error_falls(routed):
     stage = FewStepStage(few_step_config(routed, batch=4))
     objective = stage.objective
