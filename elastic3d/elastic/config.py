@@ -167,13 +167,16 @@ class RouterConfig(Options):
     def check_budget(self, budget: float, times: Sequence[float], idle: int = 0) -> None:
         """UserError for a budget below the smallest that per-block routers were calibrated at, in a generation with
         steps at these times: they would execute no less. `idle`: what `steps=` counts more."""
-        known = self.curves.requested_budgets
-        least = known[0] * self.guided_share(times) if known and self.trained_steps else 0.0
-        if budget < least - BUDGET_TOLERANCE:
+        if budget < (least := self.least_budget(times)) - BUDGET_TOLERANCE:
             raise UserError(
                 f"budget is {budget:g}, expected {least:.3g} to 1, for which these per-block routers were calibrated in"
                 f" {len(times) + idle} steps"
             )
+
+    def least_budget(self, times: Sequence[float] = ()) -> float:
+        """The smallest budget that per-block routers were calibrated at, in a generation with steps at these times."""
+        known = self.curves.requested_budgets
+        return known[0] * self.guided_share(times) if known and self.trained_steps else 0.0
 
     def guided_share(self, times: Sequence[float]) -> float:
         """Share of the dense model's NFE in a generation with steps at these times whose few-step LoRA has learned the
@@ -286,9 +289,9 @@ class ElasticOptions(Options):
         """Those of a command's configuration, as arguments of a pipeline."""
         return {item.name: getattr(config, item.name) for item in fields(ElasticOptions)}
 
-    def over(self, default: ElasticConfig, has_routers: bool) -> ElasticConfig:
-        """The model's default with what is requested. A model without routers takes a budget alone, which its
-        policy keeps.
+    def over(self, default: ElasticConfig, has_routers: bool, least: float = 0.0) -> ElasticConfig:
+        """The model's default, at least with the smallest budget that its routers know, and what is requested. A model
+        without routers takes a budget alone, which its policy keeps.
 
         Raises:
             UserError: a budget out of range; anything else of a model without routers, or that is to run dense.
@@ -307,7 +310,7 @@ class ElasticOptions(Options):
             default, dense = ElasticConfig(), dense or self.budget == 1
         if dense:
             return ElasticConfig(elastic=False)
-        return replace(default, elastic=True, **given)
+        return replace(default, **{"elastic": True, "budget": max(default.budget, least), **given})
 
 
 def least_budget(steps: int) -> float:

@@ -299,7 +299,9 @@ class ImageTo3DPipeline:
             model = self._without_routers() if row.planned else self
         given, routed = {name: x for name, x in given.items() if x is not None}, has_routers(model.dit)
         config = replace(self.config, **{"resolution": resolution_of(self.config, named), **given})
-        config.elastic = requested.over(self.config.elastic, routed)
+        times = sampling_times(config, config.steps).tolist()[:-1]
+        least = model.session.router_config.least_budget(times) if model.session is not None else 0.0
+        config.elastic = requested.over(self.config.elastic, routed, least)
         if config.elastic.elastic and not routed:
             check_budget(config.elastic.budget, moves(config, config.steps), config.steps)
         return model, config, dial

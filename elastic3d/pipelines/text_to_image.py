@@ -233,7 +233,8 @@ class TextToImagePipeline:
 
     def elastic_of(self, requested: ElasticOptions) -> ElasticConfig:
         """What a call asks for, over the model's default. UserError as `ElasticOptions.over`."""
-        return requested.over(self.backbone.default_elastic(), has_routers(self.backbone.transformer))
+        least = self.session.router_config.least_budget() if self.session is not None else 0.0
+        return requested.over(self.backbone.default_elastic(), has_routers(self.backbone.transformer), least)
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Arguments of the stock pipeline (B, ...); each different prompt is encoded once."""

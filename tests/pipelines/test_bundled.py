@@ -84,6 +84,8 @@ def test_bundled_routers_of_each_block_decide_for_each_image() -> None:
         pipeline(images[0])
     with pytest.raises(UserError, match=r"budget is 0.4, expected 0.45 to 1, .* calibrated in 6 steps"):
         pipeline(images[0], steps=6, budget=0.4)
+    found = [pipeline(images[0], steps=steps, resolution=16).metadata["budget"] for steps in (4, 5, 6)]
+    assert found == pytest.approx([0.42, 0.47, 0.45], abs=0.005)  # the smallest, where the default is below
 
 
 def test_the_bundled_lora_brings_a_small_nfe_nearer_to_a_large_one(
