@@ -169,11 +169,8 @@ def _check(dial: Dial | None, requested: ElasticOptions, steps: int | None, qual
 
 
 def load_dial(folder: Path, model: PipelineConfig, routers: RouterConfig | None) -> Dial | None:
-    """The dial in a model's folder; None where there is none.
-
-    Args:
-        model: its `pipeline.json`, whose steps and guidance are the dense default generation's.
-        routers: None for a model without.
+    """The dial in a model's folder; None where there is none. `model` is its `pipeline.json`, whose steps and guidance
+    are the dense default generation's, and `routers` None for a model without.
 
     Raises:
         UserError: naming the file: it is broken, its rows do not go up in cost and IoU and down in speed, its names are
@@ -253,8 +250,7 @@ def _misfit_plan(row: Row, model: PipelineConfig, folder: Path) -> str | None:
     """Why a planned row is none of the model in a folder; None where it is."""
     if not (folder / CALIBRATION_NAME).is_file():
         return f"planned is true, but there is no {CALIBRATION_NAME} here"
-    budget, least = row.router_budget, least_budget(moves(model, row.steps))
-    assert budget is not None  # `_disorder` refuses it
+    budget, least = row.router_budget or 0.0, least_budget(moves(model, row.steps))
     return None if budget >= least else f"router_budget is {budget:g}, expected at least {least:.2f}"
 
 

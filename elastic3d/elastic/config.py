@@ -291,11 +291,8 @@ class ElasticOptions(Options):
 
     def over(self, default: ElasticConfig, has_routers: bool, least: float = 0.0) -> ElasticConfig:
         """The model's default, at least with the smallest budget that its routers know, and what is requested. A model
-        without routers takes a budget alone, which its policy keeps.
-
-        Raises:
-            UserError: a budget out of range; anything else of a model without routers, or that is to run dense.
-        """
+        without routers takes a budget alone, which its policy keeps. UserError: a budget out of range; anything else of
+        a model without routers, or that is to run dense."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         wanted = given.pop("elastic", default.elastic if has_routers else self.budget is not None)
         dense, needless = not wanted, set(given) - {"budget"}

@@ -345,8 +345,9 @@ class ImageTo3DPipeline:
                 condition, seeds, config.steps, config.guidance, config.elastic, on_step, K
             ).unflatten(0, (-1, K))
         dense, default = (dense_flops(self.dit, c, condition.shape[1]) for c in (config, self.config))
-        # costs of a dial are shares of the default generation's
-        of_default = {} if self.dial is None else {"flops_dense": default}
+        of_default = (
+            {} if self.dial is None else {"flops_dense": default}
+        )  # costs of a dial are shares of these
         routes = routes_of(self.session, config.elastic, len(made))
         for result, rows, route in zip(made.values(), latents, routes, strict=True):
             result.latents = rows.squeeze(0).cpu()
