@@ -345,9 +345,7 @@ class ImageTo3DPipeline:
                 condition, seeds, config.steps, config.guidance, config.elastic, on_step, K
             ).unflatten(0, (-1, K))
         dense, default = (dense_flops(self.dit, c, condition.shape[1]) for c in (config, self.config))
-        of_default = (
-            {} if self.dial is None else {"flops_dense": default}
-        )  # costs of a dial are shares of these
+        of_default = {"flops_dense": default} if self.dial else {}  # a dial's costs are shares of it
         routes = routes_of(self.session, config.elastic, len(made))
         for result, rows, route in zip(made.values(), latents, routes, strict=True):
             result.latents = rows.squeeze(0).cpu()
