@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # That a process waits for the others at most, in place of NCCL's ten minutes: the main one validates and caches by
 # itself, for hours with a large model. The others of one that fails are ended by what started them.
-PATIENCE = timedelta(days=1)
+PROCESS_TIMEOUT = timedelta(days=1)
 
 
 def make_accelerator(config: LoopConfig) -> Accelerator:
@@ -43,7 +43,7 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     # Not every weight gets a gradient in every process: none of its samples may take a block. To look for them costs a
     # walk over the graph and the sum of a flag for each weight: little beside the gradients.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    handlers = [unused, InitProcessGroupKwargs(timeout=PATIENCE)]
+    handlers = [unused, InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)]
     accelerator = Accelerator(cpu=config.device is DeviceChoice.cpu, kwargs_handlers=handlers)
     set_seed(
         config.seed % 2**31, device_specific=True
@@ -56,7 +56,7 @@ def first_process_first(config: LoopConfig) -> Iterator[None]:
     """The main process runs the block before the others do, which then find what it wrote."""
     from accelerate import PartialState
 
-    with PartialState(cpu=config.device is DeviceChoice.cpu, timeout=PATIENCE).main_process_first():
+    with PartialState(cpu=config.device is DeviceChoice.cpu, timeout=PROCESS_TIMEOUT).main_process_first():
         yield
 
 

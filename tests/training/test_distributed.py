@@ -10,7 +10,7 @@ import pytest
 WAITS = """
 import sys
 import torch
-from elastic3d.training.distributed import PATIENCE, first_process_first, make_accelerator
+from elastic3d.training.distributed import PROCESS_TIMEOUT, first_process_first, make_accelerator
 from elastic3d.training.options import LoopConfig
 from elastic3d.utils.devices import DeviceChoice
 
@@ -20,7 +20,7 @@ if "first" in sys.argv:
         pass
 make_accelerator(config)
 group = torch.distributed.distributed_c10d._get_default_group()
-assert group._get_backend(torch.device("cpu")).options._timeout == PATIENCE
+assert group._get_backend(torch.device("cpu")).options._timeout == PROCESS_TIMEOUT
 """
 
 
