@@ -11,7 +11,7 @@ from __future__ import annotations
 from _cli import run
 
 from elastic3d.evaluation.options import SummarizeConfig
-from elastic3d.utils.files import check_paths
+from elastic3d.utils.files import check_paths, printable
 
 
 def main(config: SummarizeConfig) -> int:
@@ -20,7 +20,7 @@ def main(config: SummarizeConfig) -> int:
     from elastic3d.evaluation.summary import csv_rows, find_reports, markdown, summarize
     from elastic3d.utils.files import atomic_path
 
-    sets = {folder.resolve().name: find_reports(folder) for folder in config.folders}
+    sets = {printable(folder.resolve().name): find_reports(folder) for folder in config.folders}
     sets = sets or {"reports": config.reports}
     if config.output:
         outputs = [config.output / name for name in ("summary.md", "summary.csv")]

@@ -21,6 +21,7 @@ from elastic3d.evaluation.sets import Features
 from elastic3d.evaluation.statistics import Rival, Row, compare
 from elastic3d.evaluation.views import load_lpips
 from elastic3d.geometry.mesh_io import load_mesh
+from elastic3d.utils.files import printable
 
 Progress = Callable[[int, int], None]  # rows done, rows in all
 FEATURE_VIEWS = 8
@@ -57,9 +58,8 @@ def evaluate_folders(
     for kind, folders in rivals.items():
         for folder, run in zip(folders, rival_items[kind], strict=True):
             if not any(item.pred for item in run):
-                raise UserError(
-                    f"the {kind.value} {folder} and {config.gt} have no name in common, expected the same file names"
-                )
+                names = f"the {kind.value} {printable(folder)} and {printable(config.gt)}"
+                raise UserError(f"{names} have no name in common, expected the same file names")
     total = len(items) + sum(len(run) for runs in rival_items.values() for run in runs)
     journal, done = prepare_journal(config), count(1)
 
@@ -102,7 +102,7 @@ def prepare_journal(config: EvaluateConfig) -> Path:
         with journal.open("a" if config.resume else "w"):
             pass
     except OSError as error:
-        raise UserError(f"can't write {journal}: {error.strerror or error}") from error
+        raise UserError(f"can't write {printable(journal)}: {error.strerror or error}") from error
     return journal
 
 

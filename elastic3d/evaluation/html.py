@@ -26,7 +26,7 @@ from elastic3d.evaluation.statistics import Row
 from elastic3d.geometry.cleanup import simplify
 from elastic3d.geometry.mesh_io import load_mesh
 from elastic3d.geometry.render import Camera, Scene, Views, orbit_camera
-from elastic3d.utils.files import atomic_path, load_json
+from elastic3d.utils.files import atomic_path, load_json, printable
 
 RANKED_BY = "chamfer_l1"
 HEAT_MAX = 0.1  # distance at the end of the colour ramp; the ground truth's longest side is 2
@@ -79,7 +79,7 @@ def load_frontier(path: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = load_json(path, {"rows": [dict]})["rows"]
     except UserError as error:
-        raise UserError(f"{path} is no results.json of scripts/benchmark.py ({error})") from error
+        raise UserError(f"{printable(path)} is no results.json of scripts/benchmark.py ({error})") from error
     return rows
 
 

@@ -37,7 +37,8 @@ def find_meshes(folder: Path) -> dict[str, list[Path]]:
     Accents count the same however they are composed: file systems and archives change that.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder, expected a folder of meshes ({', '.join(READ_SUFFIXES)})")
+        expected = f"a folder of meshes ({', '.join(READ_SUFFIXES)})"
+        raise UserError(f"{printable(folder)} is not a folder, expected {expected}")
     found: dict[str, list[Path]] = {}
     for path in visible_files(folder):
         if path.suffix.lower() in READ_SUFFIXES:
@@ -50,7 +51,7 @@ def find_items(pred: Path, gt: Path) -> list[Item]:
     """Every name that occurs in either folder, sorted. UserError if the ground truth folder has no mesh."""
     pred_files, gt_files = find_meshes(pred), find_meshes(gt)
     if not gt_files:
-        raise UserError(f"{gt} has no mesh file, expected one of {', '.join(READ_SUFFIXES)}")
+        raise UserError(f"{printable(gt)} has no mesh file, expected one of {', '.join(READ_SUFFIXES)}")
     names = sorted(pred_files.keys() | gt_files.keys())
     return [Item(name, tuple(pred_files.get(name, ())), tuple(gt_files.get(name, ()))) for name in names]
 
@@ -69,8 +70,9 @@ def score_item(item: Item, protocol: ProtocolConfig, workers: int = -1) -> Row:
         except ImportError:
             raise
         except Exception as error:  # a broken mesh may break anything below; the reason is kept in the row
-            known = isinstance(error, UserError)
-            row |= {"status": "failed", "error": str(error) if known else f"{type(error).__name__}: {error}"}
+            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            # a file may name its parts with half a surrogate pair, which no report could be written with
+            row |= {"status": "failed", "error": text.encode("utf-8", "backslashreplace").decode()}
             row |= _failure_scores(item, protocol)
     except ImportError as error:
         raise UserError(f"scoring needs {error.name}, which can't be imported: {error}") from error
@@ -101,7 +103,9 @@ def _only(role: str, files: Sequence[Path], name: str) -> Path:
     if not files:
         raise UserError(f"there is no {role} named {name}")
     if len(files) > 1:
-        raise UserError(f"{len(files)} {role} files are named {name}: {', '.join(f.name for f in files)}")
+        raise UserError(
+            f"{len(files)} {role} files are named {name}: {', '.join(printable(f.name) for f in files)}"
+        )
     return files[0]
 
 

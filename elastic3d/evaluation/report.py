@@ -19,7 +19,7 @@ from elastic3d.errors import UserError
 from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.evaluation.runner import usable_cores
 from elastic3d.evaluation.statistics import Interval, Rival, Row, bootstrap_mean, comparison_table
-from elastic3d.utils.files import atomic_path, load_yaml
+from elastic3d.utils.files import atomic_path, load_yaml, printable
 from elastic3d.utils.options import to_dict
 
 Gate = dict[str, dict[str, float]]
@@ -129,19 +129,20 @@ def text_table(report: dict[str, Any]) -> str:
 def load_gate(path: Path) -> Gate:
     """Bounds on means, such as `f_score@0.02: {min: 0.95}`, of a YAML file. UserError where it can't be read, or does
     not map metrics to `min` and `max` numbers."""
+    name = printable(path)
     try:
         data = load_yaml(path)
     except UserError as error:
-        raise UserError(f"can't read the gate {path} ({error})") from error
+        raise UserError(f"can't read the gate {name} ({error})") from error
     if not data:
         raise UserError(
-            f"the gate {path} has no bounds, expected lines such as 'f_score@0.02: {{min: 0.95}}'"
+            f"the gate {name} has no bounds, expected lines such as 'f_score@0.02: {{min: 0.95}}'"
         )
     for metric, bounds in data.items():
         known = isinstance(bounds, dict) and bounds and set(bounds) <= {"min", "max"}
         if not known or not all(_is_number(bound) for bound in bounds.values()):
             raise UserError(
-                f"the gate {path} has {metric}: {bounds}, expected {{min: number}} or {{max: number}}"
+                f"the gate {name} has {metric}: {bounds}, expected {{min: number}} or {{max: number}}"
             )
     return data
 

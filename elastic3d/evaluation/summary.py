@@ -22,7 +22,7 @@ from elastic3d.errors import UserError
 from elastic3d.evaluation.report import markdown_table
 from elastic3d.evaluation.statistics import Interval, Row, averages, bootstrap_mean, direction
 from elastic3d.utils.claims import SETTINGS_NAME
-from elastic3d.utils.files import load_json
+from elastic3d.utils.files import load_json, printable
 
 Report = dict[str, Any]
 Rows = Sequence[Sequence[Row]]  # of each seed
@@ -88,8 +88,8 @@ def find_reports(folder: Path) -> dict[str, list[Path]]:
     seeds: dict[str, dict[int, Path]] = defaultdict(dict)
     claim = folder / SETTINGS_NAME  # of scripts/held_out.py, where reports lie beside its meshes
     for path in sorted(set(folder.glob("*.json")) - {claim}):
-        match = _SEED.fullmatch(path.stem)
-        method, seed = (match[1] or _GENERATED, int(match[2])) if match else (path.stem, 0)
+        match = _SEED.fullmatch(name := printable(path.stem))
+        method, seed = (match[1] or _GENERATED, int(match[2])) if match else (name, 0)
         if seed in seeds[method]:
             raise UserError(f"{seeds[method][seed]} and {path} are both seed {seed} of {method}")
         seeds[method][seed] = path
@@ -145,7 +145,7 @@ def summarize(
         if len(files[method]) > 1:
             stems = {path.stem for path in files[method]}
             alike = len(stems) < len(files[method])  # such as a/report.json and b/report.json
-            runs += [(str(p) if alike else p.stem, [loaded[p]["items"]]) for p in files[method]]
+            runs += [(printable(p if alike else p.stem), [loaded[p]["items"]]) for p in files[method]]
         rival = rows[baseline] if baseline not in (None, method) else None
         for seed, run in runs:
             found = (_line(method, seed, metric, run, rival, resamples) for metric in COLUMNS)

@@ -22,7 +22,7 @@ from elastic3d.geometry.gltf_data import as_object, read_tree
 from elastic3d.geometry.mesh_formats import read_polygons
 from elastic3d.geometry.mesh_parsing import FormatError
 from elastic3d.geometry.polygons import triangulate
-from elastic3d.utils.files import atomic_path, check_file
+from elastic3d.utils.files import atomic_path, check_file, printable
 
 READ_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl", ".off")
 WRITE_SUFFIXES = (".glb", ".ply", ".obj", ".stl")
@@ -40,20 +40,21 @@ def load_mesh(path: str | os.PathLike[str]) -> trimesh.Trimesh:
     """
     path = check_file(path, "a mesh file")
     check_suffix(path, READ_SUFFIXES)
+    name = printable(path)
     try:
         vertices, faces = _read(path)
     except FormatError as error:
-        raise UserError(f"can't read {path} as a mesh: {error}") from error
+        raise UserError(f"can't read {name} as a mesh: {error}") from error
     except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror or error}") from error
+        raise UserError(f"can't read {name}: {error.strerror or error}") from error
     except Exception as error:  # what the readers' own checks do not name
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"can't read {path} as a mesh: {reason}") from error
+        raise UserError(f"can't read {name} as a mesh: {reason}") from error
     if len(faces) == 0:
-        raise UserError(f"{path} has no faces, expected a triangle mesh")
+        raise UserError(f"{name} has no faces, expected a triangle mesh")
     bad = int((~np.isfinite(vertices)).any(axis=1).sum())
     if bad:
-        raise UserError(f"{path} has {bad} of {len(vertices)} vertices that are not finite")
+        raise UserError(f"{name} has {bad} of {len(vertices)} vertices that are not finite")
     return merge_equal_vertices(trimesh.Trimesh(vertices, faces, process=False))
 
 
@@ -118,9 +119,9 @@ def save_mesh(
     path = Path(path)
     check_suffix(path, WRITE_SUFFIXES)
     if len(mesh.faces) == 0:
-        raise ValueError(f"the mesh for {path} has no faces, expected at least one")
+        raise ValueError(f"the mesh for {printable(path)} has no faces, expected at least one")
     if not np.isfinite(mesh.vertices).all():
-        raise ValueError(f"the mesh for {path} has vertices that are not finite")
+        raise ValueError(f"the mesh for {printable(path)} has vertices that are not finite")
     suffix = path.suffix.lower()
     data = _glb_bytes(mesh, extras, name) if suffix == ".glb" else _plain_bytes(mesh, suffix)
     with atomic_path(path) as temporary:
@@ -139,7 +140,7 @@ def read_extras(path: str | os.PathLike[str]) -> dict[str, Any]:
         for name in ("asset", "extras", "elastic3d"):
             found = as_object(found.get(name, {}), name)
     except FormatError as error:
-        raise UserError(f"{path} is not a glb file: {error}") from error
+        raise UserError(f"{printable(path)} is not a glb file: {error}") from error
     return found
 
 
@@ -147,7 +148,7 @@ def check_suffix(path: Path, suffixes: tuple[str, ...]) -> None:
     """Raise UserError unless the file name ends in one of `suffixes`, in any case."""
     if path.suffix.lower() not in suffixes:
         ending = path.suffix or "no suffix"
-        raise UserError(f"{path} has {ending}, expected one of {', '.join(suffixes)}")
+        raise UserError(f"{printable(path)} has {ending}, expected one of {', '.join(suffixes)}")
 
 
 def _plain_bytes(mesh: trimesh.Trimesh, suffix: str) -> bytes:

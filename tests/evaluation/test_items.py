@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 import sys
@@ -16,6 +17,7 @@ import trimesh
 from elastic3d.errors import UserError
 from elastic3d.evaluation.items import find_items, score_item
 from elastic3d.evaluation.options import ProtocolConfig
+from elastic3d.evaluation.report import write_csv
 
 QUICK = ProtocolConfig(points=500, volume_points=500, near_points=100, views=0, max_faces=1500)
 
@@ -160,6 +162,28 @@ def test_a_broken_prediction_is_a_failed_row_that_counts(folders: tuple[Path, Pa
     assert (row["f_score@0.02"], row["volume_iou"], row["watertight"]) == (0, 0, False)
     assert row["chamfer_l1"] == pytest.approx(2, abs=0.1)
     assert "\n" not in row["error"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_an_error_is_text_that_a_report_can_be_written_with(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Neither a file's name nor what it holds may keep the report of all others from being written."""
+    for side in folders:
+        sphere().export(side / "x.glb")
+        (side / "x.glb").rename(os.fsdecode(os.fsencode(side) + b"/st\xfchl.glb"))
+    os.truncate(os.fsdecode(os.fsencode(folders[0]) + b"/st\xfchl.glb"), 100)
+    view = {"byteLength": 9, "extensions": {"\ud800": {}}}
+    mesh = {"primitives": [{"attributes": {"POSITION": 0}}]}
+    accessor = {"bufferView": 0, "componentType": 5126, "count": 3, "type": "VEC3"}
+    tree = {"asset": {"version": "2.0"}, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}], "meshes": [mesh]}
+    tree |= {"accessors": [accessor], "bufferViews": [view]}
+    (folders[0] / "half.gltf").write_text(json.dumps(tree))
+    sphere().export(folders[1] / "half.glb")
+    rows = [score_item(item, QUICK) for item in find_items(*folders)]
+    assert [row["name"] for row in rows] == ["ball", "half", r"st\xfchl"]
+    assert r"extension \ud800" in rows[1]["error"] and r"st\xfchl.glb" in rows[2]["error"]
+    write_csv(rows, tmp_path / "rows.csv")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,17 @@ def test_files_of_a_folder_are_grouped_by_their_seeds(tmp_path: Path) -> None:
         "generated": ["seed-2", "seed-10"],
         "nearest": ["nearest"],
     }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_tables_can_be_written_whatever_the_reports_are_named(folder: Path) -> None:
+    for seed in (0, 1):
+        (folder / f"seed-{seed}.json").rename(
+            os.fsdecode(os.fsencode(folder) + b"/st\xfchl-seed-%d.json" % seed)
+        )
+    summary = summarize("x", find_reports(folder), "nearest")
+    assert set(summary.methods) == {r"st\xfchl", "nearest"}
+    assert r"st\xfchl-seed-1" in markdown([summary]).encode().decode()
 
 
 def test_views_may_differ_as_no_number_depends_on_them(folder: Path) -> None:
