@@ -31,6 +31,7 @@ SAMPLES = 4000
 THIN = 0.01  # thickness, where the longest side is 2: half a percent of it
 FLOATER = 0.01  # a floater has less than this share of the surface area
 _STEP = 1e-4  # how far a ray starts from its surface
+_SWELL = 1e-5  # how far faces are moved outwards, so that a wall of no thickness has two sides
 _MARGIN = 1e-7  # an edge's ends are at least this far from the face it crosses
 _LAYERS = 8  # faces that one edge is followed through
 MANY_HANDLES = 20  # chairs with many bars have fewer; a vase with holes in its wall has more
@@ -77,9 +78,10 @@ def surface_health(mesh: trimesh.Trimesh, seed: int = 0) -> SurfaceHealth:
 class Rays:
     """Nearest hits of rays with the triangles of a mesh."""
 
-    def __init__(self, mesh: trimesh.Trimesh) -> None:
+    def __init__(self, mesh: trimesh.Trimesh, swell: float = 0.0) -> None:
         self._scene = rtcore_scene.EmbreeScene()
-        TriangleMesh(self._scene, np.ascontiguousarray(mesh.triangles, np.float32))
+        triangles = mesh.triangles + swell * mesh.face_normals[:, None]
+        TriangleMesh(self._scene, np.ascontiguousarray(triangles, np.float32))
 
     def hit(self, origins: Floats, directions: Floats, reach: Floats | None = None) -> tuple[NDArray, Floats]:
         """Face (R,) or -1, and distance (R,) in lengths of the directions (R, 3), up to `reach` (R,)."""
@@ -135,23 +137,29 @@ def _crosses(vertices: Floats, edges: NDArray, faces: NDArray) -> NDArray[np.boo
 
 def thin_shell_share(mesh: trimesh.Trimesh, rays: Rays, seed: int = 0) -> float:
     """Share of the area from which a ray inwards meets the opposite wall before `THIN`."""
-    _, met = opposite_walls(mesh, rays, seed, THIN - _STEP)
-    return float(met.mean())
+    thickness, met = opposite_walls(mesh, rays, seed)
+    return float((met & (thickness < THIN)).mean())
 
 
-def opposite_walls(
-    mesh: trimesh.Trimesh, rays: Rays, seed: int = 0, reach: float = np.inf
-) -> tuple[Floats, NDArray[np.bool_]]:
-    """Distances (P,) from uniform surface points straight inwards, and whether it is the opposite wall that is met.
+def opposite_walls(mesh: trimesh.Trimesh, rays: Rays, seed: int = 0) -> tuple[Floats, NDArray[np.bool_]]:
+    """Thickness (P,) straight inwards of uniform surface points, and whether it is the opposite wall that is met.
 
     That wall faces away from the ray's start, within 60 degrees, so that corners are not walls.
     """
     points, face, normals = sample_faces(mesh.triangles, SAMPLES, seed)
-    other, distance = rays.hit(points - _STEP * normals, -normals, np.full(len(points), reach))
-    corners = np.asarray(mesh.triangles)[other]
-    wall = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    opposite = np.einsum("pk,pk->p", normals, wall) < -0.5 * np.linalg.norm(wall, axis=1)
-    return distance, (other >= 0) & (other != face) & opposite
+
+    def look(rays: Rays, start: float) -> tuple[Floats, Floats]:
+        other, distance = rays.hit(points - start * normals, -normals)
+        cosine = np.einsum("pk,pk->p", normals, mesh.face_normals[other])
+        return distance + start, np.where((other < 0) | (other == face), 1.0, cosine)
+
+    thickness, cosine = look(rays, _STEP)
+    met, outside = cosine < -0.5, cosine > 0
+    if outside.any():  # these started past a wall thinner than the step; solids that touch have none there
+        thin, cosine = look(Rays(mesh, _SWELL), 0.0)
+        thin, passed = np.maximum(thin - _SWELL, 0), outside & (cosine < -0.5) & (thin < 2 * _STEP)
+        thickness, met = np.where(passed, thin, thickness), met | passed
+    return thickness, met
 
 
 def inverted_share(mesh: trimesh.Trimesh, rays: Rays, seed: int = 0, directions: int = 16) -> float:
@@ -206,10 +214,8 @@ def thinnest_wall(mesh: trimesh.Trimesh) -> float | None:
     """
     placement = placement_of(mesh, half_extent=1.0)
     mesh = placement.apply(mesh)
-    distance, met = opposite_walls(mesh, Rays(mesh))
-    if not met.any():
-        return None
-    return float(np.quantile(distance[met] + _STEP, 0.01)) / placement.scale
+    thickness, met = opposite_walls(mesh, Rays(mesh))
+    return float(np.quantile(thickness[met], 0.01)) / placement.scale if met.any() else None
 
 
 @dataclass(kw_only=True)
@@ -236,7 +242,7 @@ class PrintCheck(MeshHealth):
 
     @property
     def smallest_mm(self) -> float | None:
-        """The longest side at which the thinnest wall is as thick as it has to be."""
+        """The longest side at which the thinnest wall is as thick as it has to be; None if no size makes it so."""
         return self.min_wall_mm / self.thinnest_wall if self.thinnest_wall else None
 
     def warnings(self) -> list[str]:
@@ -252,11 +258,9 @@ class PrintCheck(MeshHealth):
         if self.genus is not None and self.genus > MANY_HANDLES:
             found.append(f"genus {self.genus}: walls have see-through holes, more than by design")
         thin = self.thinnest_mm
-        if thin is not None and self.smallest_mm is not None and thin < self.min_wall_mm:
-            found.append(
-                f"walls of {thin:.2g} mm, thinner than min_wall_mm={self.min_wall_mm:g}: they print from"
-                f" size_mm={self.smallest_mm:.0f} on"
-            )
+        if thin is not None and thin < self.min_wall_mm:
+            remedy = f": they print from size_mm={self.smallest_mm:.0f} on" if self.smallest_mm else ""
+            found.append(f"walls of {thin:.2g} mm, thinner than min_wall_mm={self.min_wall_mm:g}{remedy}")
         return found
 
     def summary(self) -> str:

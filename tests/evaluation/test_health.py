@@ -158,6 +158,23 @@ def test_shares_do_not_depend_on_pose_and_tessellation() -> None:
     assert surface_health(turned).thin_shell_share == pytest.approx(0.992, abs=0.005)
 
 
+@pytest.mark.parametrize("wall", [1e-3, 1e-4, 6e-5, 4e-5, 1e-5, 1e-6, 0])
+def test_however_thin_a_wall_is_it_is_one(wall: float) -> None:
+    plate = trimesh.creation.box((1, 1, wall))
+    assert surface_health(plate).thin_shell_share == pytest.approx(1, abs=0.005)
+    assert thinnest_wall(plate) == pytest.approx(wall, rel=1e-3)
+
+
+def test_what_touches_or_is_open_is_no_thin_wall() -> None:
+    box = trimesh.creation.box()
+    for shift in (1, 1 + 1e-5, 0.5):
+        assert surface_health(joined(box, moved(box, 0, 0, shift))).thin_shell_share == 0
+    front = trimesh.Trimesh(sphere().vertices, sphere().faces[:200], process=False)
+    assert surface_health(front).thin_shell_share == 0
+    both = trimesh.Trimesh(front.vertices, np.vstack([front.faces, front.faces[:, ::-1]]), process=False)
+    assert surface_health(both).thin_shell_share == 1
+
+
 def test_floaters_are_judged_by_area() -> None:
     assert count_floaters(WHOLE["two balls"]) == 0
     crumbs = [moved(sphere(0).apply_scale(0.01), 1.2, 0.1 * i, 0) for i in range(5)]

@@ -31,6 +31,19 @@ def test_a_plate_of_a_known_thickness() -> None:
     assert "% of the longest side" in print_check(plate).summary() and print_check(plate).warnings() == []
 
 
+@pytest.mark.parametrize("wall", [1e-4, 4e-5, 1e-5])
+def test_a_wall_that_no_ray_starts_in_is_warned_of(wall: float) -> None:
+    (warning,) = print_check(trimesh.creation.box((1, 1, wall)), size_mm=100).warnings()
+    assert warning.startswith(f"walls of {100 * wall:g} mm") and f"size_mm={0.8 / wall:.0f} on" in warning
+
+
+def test_a_wall_without_thickness_prints_at_no_size() -> None:
+    sheet = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[0, 1, 2], [0, 2, 1]], process=False)
+    check = print_check(sheet, size_mm=100)
+    assert check.warnings() == ["walls of 0 mm, thinner than min_wall_mm=0.8"]
+    assert check.as_dict()["printable_from_mm"] is None
+
+
 def test_a_torus_has_a_hole_and_two_balls_are_two_pieces() -> None:
     assert print_check(trimesh.creation.torus(1, 0.3)).genus == 1
     perforated = replace(print_check(trimesh.creation.torus(1, 0.3)), genus=52)
