@@ -126,7 +126,8 @@ def surface_distance(points: Floats, mesh: trimesh.Trimesh) -> Floats:
 
 
 def inside(mesh: trimesh.Trimesh, points: Floats) -> NDArray[np.bool_]:
-    """Which of `points` (P, 3) the closed surface winds around (P,), by the sign-free winding number |w| > 1/2."""
+    """Which of `points` (P, 3) the closed surface winds around (P,), by the sign-free winding number |w| > 1/2. Its
+    faces have to run around in one sense (`solid_of`)."""
     import igl
 
     return np.abs(igl.fast_winding_number(*arrays(mesh), np.ascontiguousarray(points, np.float64))) > 0.5

@@ -5,10 +5,10 @@ Both meshes are moved by the ground truth's placement (bounding-box centre to th
 `elastic3d.evaluation.metrics` are taken between them. This is the protocol of the 3DShape2VecSet lineage
 (Zhang et al. 2023; TripoSG, Dora): Chamfer distances are the sum of both directions.
 
-The two IoUs are measured where both meshes are watertight, by generalised winding numbers (Barill et al.
-2018): volume IoU on uniform points in the common bounding box, near-surface IoU on the ground truth's surface
-samples moved by Gaussian noise. Rendered views (`elastic3d.evaluation.views`) and defects of the predicted
-surface (`elastic3d.evaluation.health`) follow where the protocol asks for them.
+The two IoUs are measured where both meshes are watertight, by generalised winding numbers (Barill et al. 2018) after
+faces that run the wrong way around are turned: volume IoU on uniform points in the common bounding box, near-surface
+IoU on the ground truth's surface samples moved by Gaussian noise. Rendered views (`elastic3d.evaluation.views`) and
+defects of the predicted surface (`elastic3d.evaluation.health`) follow where the protocol asks for them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from elastic3d.evaluation.align import align, turn_up
 from elastic3d.evaluation.health import SurfaceHealth, surface_health
 from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.evaluation.views import ViewScores, compare_views, load_lpips
-from elastic3d.geometry.cleanup import MeshHealth, is_closed, mesh_health
+from elastic3d.geometry.cleanup import MeshHealth, mesh_health, solid_of
 from elastic3d.geometry.mesh_io import merge_equal_vertices
 from elastic3d.geometry.normalize import normalize_to
 from elastic3d.geometry.sampling import sample_surface
@@ -40,7 +40,7 @@ class PairScores:
     """What one prediction scored against its ground truth, in the ground truth's frame (longest side 2).
 
     `points` holds the point-based scores by their report names. The IoUs are None where a mesh is not
-    watertight or the protocol asks for no query points.
+    watertight, or has no inside as a Klein bottle, or the protocol asks for no query points.
     """
 
     points: dict[str, float]
@@ -92,11 +92,11 @@ def evaluate_pair(
     pred_points, pred_normals = sample_surface(pred, protocol.points, protocol.seed)
     gt_points, gt_normals = sample_surface(gt, protocol.points, protocol.seed)
     pairs = metrics.correspond(pred_points, gt_points, workers)
-    closed = is_closed(pred) and is_closed(gt)
+    solids = solid_of(pred), solid_of(gt)
     return PairScores(
         points=metrics.point_scores(pairs, pred_normals, gt_normals, protocol.thresholds),
-        volume_iou=iou(pred, gt, volume_queries(pred, gt, protocol)) if closed else None,
-        near_iou=iou(pred, gt, near_queries(gt, protocol)) if closed else None,
+        volume_iou=iou(*solids, volume_queries(pred, gt, protocol)),
+        near_iou=iou(*solids, near_queries(gt, protocol)),
         views=view_scores(pred, gt, protocol),
         health=mesh_health(pred),
         surface=surface_health(pred, protocol.seed) if protocol.surface_health else None,
@@ -137,7 +137,7 @@ def failed_scores(gt: trimesh.Trimesh, protocol: ProtocolConfig) -> dict[str, An
     (gt,) = normalize_to(merge_equal_vertices(gt))
     points, _ = sample_surface(gt, protocol.points, protocol.seed)
     distance = np.linalg.norm(points.astype(np.float64), axis=1)
-    views, closed = view_scores(None, gt, protocol), is_closed(gt)
+    views, closed = view_scores(None, gt, protocol), solid_of(gt) is not None
     return {
         "chamfer_l1": float(distance.min() + distance.mean()),
         "chamfer_l2": float(distance.min() ** 2 + np.square(distance).mean()),
@@ -167,8 +167,8 @@ def near_queries(gt: trimesh.Trimesh, protocol: ProtocolConfig) -> Floats:
     return points + protocol.near_sigma * noise
 
 
-def iou(pred: trimesh.Trimesh, gt: trimesh.Trimesh, queries: Floats) -> float | None:
-    """Intersection over union of the two solids on `queries` (P, 3); None without queries or without any inside."""
-    if len(queries) == 0:
+def iou(pred: trimesh.Trimesh | None, gt: trimesh.Trimesh | None, queries: Floats) -> float | None:
+    """Intersection over union of the two solids on `queries` (P, 3); None without both, queries or any inside."""
+    if pred is None or gt is None or len(queries) == 0:
         return None
     return metrics.intersection_over_union(*(metrics.inside(mesh, queries) for mesh in (pred, gt)))

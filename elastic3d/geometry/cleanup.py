@@ -201,6 +201,22 @@ def is_closed(mesh: trimesh.Trimesh) -> bool:
     return weld(mesh).is_watertight
 
 
+def solid_of(mesh: trimesh.Trimesh) -> trimesh.Trimesh | None:
+    """The welded mesh with faces that run around in one sense in each component, that of most of its area: winding
+    numbers need it. None if the mesh is not closed, or no such sense exists (a Klein bottle)."""
+    import igl
+
+    mesh = weld(mesh)
+    if not mesh.is_watertight or mesh.is_winding_consistent:
+        return mesh if mesh.is_watertight else None
+    faces, component = igl.bfs_orient(np.ascontiguousarray(mesh.faces, np.int64))
+    normals = np.cross(*np.diff(mesh.vertices[faces], axis=1).swapaxes(0, 1))  # as long as twice the areas
+    turned = np.bincount(component, weights=np.einsum("fk,fk->f", normals, mesh.face_normals)) < 0
+    faces = np.where(turned[component, None], faces[:, ::-1], faces)
+    oriented = trimesh.Trimesh(mesh.vertices, faces, process=False)
+    return oriented if oriented.is_winding_consistent else None
+
+
 def _from_solid(solid: Any) -> trimesh.Trimesh:
     """The mesh of a manifold3d.Manifold."""
     result = solid.to_mesh()

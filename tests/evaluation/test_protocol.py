@@ -80,6 +80,48 @@ def test_inside_is_the_same_for_inverted_winding_and_empty_in_a_cavity() -> None
     assert inside(shell, points)[(radius > 0.51) & (radius < 0.88)].all()
 
 
+@pytest.mark.parametrize("inner", [None, 0.5])
+def test_faces_that_run_the_wrong_way_around_change_no_iou(inner: float | None) -> None:
+    whole = sphere()
+    if inner:
+        cavity = sphere(inner)
+        cavity.invert()
+        whole = trimesh.util.concatenate([whole, cavity])
+    flipped = whole.faces.copy()
+    cap = whole.triangles_center[:, 1] > 0.3
+    flipped[cap] = flipped[cap, ::-1]
+    mixed = trimesh.Trimesh(whole.vertices, flipped, process=False)
+    for pair in ((mixed, whole), (whole, mixed)):
+        scores = evaluate_pair(*pair, QUICK)
+        assert (scores.volume_iou, scores.near_iou) == (1, 1)
+    assert failed_scores(mixed, QUICK)["volume_iou"] == 0
+
+
+def test_a_closed_surface_with_one_side_has_no_iou() -> None:
+    """A Klein bottle: a grid whose ends are joined the other way around."""
+    count = 12
+    u, v = np.meshgrid(np.arange(count), np.arange(count), indexing="ij")
+    a, b = 2 * np.pi * u / count, 2 * np.pi * v / count
+    ring = 2 + np.cos(a / 2) * np.sin(b) - np.sin(a / 2) * np.sin(2 * b)
+    height = np.sin(a / 2) * np.sin(b) + np.cos(a / 2) * np.sin(2 * b)
+    vertices = np.stack([ring * np.cos(a), ring * np.sin(a), height], axis=-1).reshape(-1, 3)
+
+    def place(i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        return (i % count) * count + np.where(i < count, j, -j) % count
+
+    corners = place(u, v), place(u + 1, v), place(u + 1, v + 1), place(u, v + 1)
+    faces = np.concatenate(
+        [
+            np.stack([corners[k] for k in triangle], axis=-1).reshape(-1, 3)
+            for triangle in ((0, 1, 2), (0, 2, 3))
+        ]
+    )
+    bottle = trimesh.Trimesh(vertices, faces, process=False)
+    scores = evaluate_pair(bottle, sphere(), QUICK)
+    assert scores.health.watertight and scores.volume_iou is None and scores.near_iou is None
+    assert "volume_iou" not in failed_scores(bottle, QUICK)
+
+
 def test_tessellation_and_vertex_order_do_not_matter() -> None:
     """The same surface cut into other triangles scores as two samples of one surface do."""
     box, other = trimesh.creation.box((1, 2, 1.5)), sphere(0.9)
