@@ -168,7 +168,10 @@ def near_queries(gt: trimesh.Trimesh, protocol: ProtocolConfig) -> Floats:
 
 
 def iou(pred: trimesh.Trimesh | None, gt: trimesh.Trimesh | None, queries: Floats) -> float | None:
-    """Intersection over union of the two solids on `queries` (P, 3); None without both, queries or any inside."""
+    """Intersection over union of the two solids on `queries` (P, 3); None without both, without queries, or where
+    boxes overlap and none is inside."""
     if pred is None or gt is None or len(queries) == 0:
         return None
+    if (pred.bounds[1] < gt.bounds[0]).any() or (gt.bounds[1] < pred.bounds[0]).any():
+        return 0.0  # however far apart: in a box around both, no query may lie in either
     return metrics.intersection_over_union(*(metrics.inside(mesh, queries) for mesh in (pred, gt)))

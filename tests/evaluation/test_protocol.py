@@ -122,6 +122,15 @@ def test_a_closed_surface_with_one_side_has_no_iou() -> None:
     assert "volume_iou" not in failed_scores(bottle, QUICK)
 
 
+@pytest.mark.parametrize("far", [2.1, 150, 1e6])
+def test_solids_that_are_apart_score_0_however_far(far: float) -> None:
+    scores = evaluate_pair(sphere().apply_translation([far] * 3), sphere(), QUICK)
+    assert (scores.volume_iou, scores.near_iou) == (0, 0)
+    few = replace(QUICK, volume_points=1)
+    corner = sphere().apply_translation([1.9] * 3)  # boxes overlap, and the one query is in neither
+    assert evaluate_pair(corner, sphere(), few).volume_iou is None
+
+
 def test_tessellation_and_vertex_order_do_not_matter() -> None:
     """The same surface cut into other triangles scores as two samples of one surface do."""
     box, other = trimesh.creation.box((1, 2, 1.5)), sphere(0.9)
