@@ -22,6 +22,7 @@ from embreex.mesh_construction import TriangleMesh
 from numpy.typing import NDArray
 
 from elastic3d.geometry.cleanup import MeshHealth, mesh_health
+from elastic3d.geometry.mesh_io import weld
 from elastic3d.geometry.normalize import normalize_mesh, placement_of
 from elastic3d.geometry.sampling import sample_faces
 
@@ -43,7 +44,7 @@ class SurfaceHealth:
 
     Attributes:
         manifold: no edge has more than two faces, and the faces around each vertex hang together.
-        self_intersection_share: faces that cross another face in more than a shared corner, of all faces.
+        self_intersection_share: faces that cross another face in more than a shared corner, of all with three corners.
         thin_shell_share: area whose opposite wall is nearer than `THIN`.
         inverted_share: area that shows its back to the outside.
         inconsistent_edges: edges whose two faces run around in opposite senses.
@@ -59,11 +60,11 @@ class SurfaceHealth:
 
 
 def surface_health(mesh: trimesh.Trimesh, seed: int = 0) -> SurfaceHealth:
-    """Examine a mesh whose equal vertices are merged. Deterministic for a seed.
+    """Examine a mesh, welded as `mesh_health` does. Deterministic for a seed.
 
     Raises ValueError for a mesh without faces, of no extent or with vertices that are not finite.
     """
-    mesh, _ = normalize_mesh(mesh, half_extent=1.0)
+    mesh, _ = normalize_mesh(weld(mesh), half_extent=1.0)
     scene = Rays(mesh)
     return SurfaceHealth(
         manifold=is_manifold(np.asarray(mesh.faces)),

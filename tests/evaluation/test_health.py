@@ -20,6 +20,7 @@ from elastic3d.evaluation.health import (
     surface_health,
     thinnest_wall,
 )
+from elastic3d.geometry.cleanup import mesh_health
 
 SOUND = SurfaceHealth(True, 0.0, 0.0, 0.0, 0, 0)
 
@@ -185,6 +186,16 @@ def test_floaters_are_judged_by_area() -> None:
         np.vstack([box.vertices, [[0.5, 0.5, 0.51], [0.5, 0.51, 0.51]]]), fan, process=False
     )
     assert count_floaters(tiny) == 0
+
+
+def test_what_a_mesh_without_collapsed_faces_has_is_all_that_counts() -> None:
+    ball = sphere()
+    vertices = np.vstack([ball.vertices, [[2, 0, 0]] * 3, ball.vertices[:1]])
+    strays = [[642, 643, 644], [0, 645, 1]]  # three corners at one place, two at one
+    mesh = trimesh.Trimesh(vertices, np.vstack([ball.faces, strays]), process=False)
+    assert surface_health(mesh) == SOUND
+    found = mesh_health(mesh)
+    assert (found.watertight, found.components, found.non_manifold_edges) == (True, 1, 0)
 
 
 def test_nothing_raises_valueerror() -> None:
