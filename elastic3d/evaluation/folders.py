@@ -73,7 +73,7 @@ def evaluate_folders(
     for kind, runs in rival_items.items():
         if runs:
             rival_rows = [counted(score(run), kind) for run in runs]
-            compared = compare(rows, rival_rows, kind, config.bootstrap)
+            compared = compare(rows, rival_rows, kind, config.bootstrap) if any(rival_rows) else []
             report[kind.name] = [dataclasses.asdict(comparison) for comparison in compared]
     if config.sets:
         report["sets"] = set_report(items, rows, protocol, features)

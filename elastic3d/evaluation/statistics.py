@@ -181,6 +181,8 @@ def verdict(worse_by: Interval, kind: Rival) -> str:
 
 def comparison_table(comparisons: Sequence[dict[str, Any]], kind: Rival) -> str:
     """Comparisons, each as a dict, as text for a terminal."""
+    if not comparisons:
+        return f"{kind.value}: none of its meshes could be scored, so nothing is compared"
     lines = [f"{'metric':<20}{'predictions':>14}{kind.value:>14}{'sign test p':>13}  verdict"]
     for c in comparisons:
         numbers = f"{c['pred']:>14.5g}{c['rival']:>14.5g}{c['p_value']:>13.3g}"

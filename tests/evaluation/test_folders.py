@@ -73,6 +73,18 @@ def test_failures_count_against_a_baseline_but_do_not_raise_the_floor(
     assert baseline["rival"] > 4 * floor["rival"]
 
 
+def test_a_floor_that_can_not_be_read_leaves_the_rest_of_the_report(
+    config: EvaluateConfig, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "item1.ply").write_text("broken")
+    config.floor = config.baseline = [other]
+    report = evaluate_folders(config)
+    assert report["count"]["ok"] == 6 and report["floor"] == [] and report["baseline"] != []
+    assert "noise floor: none of its meshes could be scored" in text_report(report)
+
+
 def test_set_metrics_with_and_without_features(config: EvaluateConfig) -> None:
     config.sets = True
     (config.pred / "item5.ply").write_text("broken")
