@@ -13,6 +13,7 @@ Polygon Meshes Based on Ray Casting".
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context
 from typing import Any
 
 import numpy as np
@@ -219,13 +220,18 @@ def thinnest_wall(mesh: trimesh.Trimesh) -> float | None:
     return float(np.quantile(thickness[met], 0.01)) / placement.scale if met.any() else None
 
 
+def digits(value: float, rounding: str = ROUND_HALF_EVEN, count: int = 3) -> float:
+    """The number with so many significant digits, as decimals say them."""
+    return float(Context(count, rounding).create_decimal_from_float(value))
+
+
 @dataclass(kw_only=True)
 class PrintCheck(MeshHealth):
     """What was found.
 
     Attributes:
-        thinnest_wall: its share of the longest side (see `thinnest_wall`); None if not watertight, or
-            if no wall was met.
+        thinnest_wall: its share of the longest side (see `thinnest_wall`), of four digits; None if not watertight,
+            or if no wall was met.
         size_mm: the longest side, where it is known.
         min_wall_mm: the thinnest wall that prints.
     """
@@ -243,55 +249,47 @@ class PrintCheck(MeshHealth):
 
     @property
     def smallest_mm(self) -> float | None:
-        """The longest side at which the thinnest wall is as thick as it has to be; None if no size makes it so."""
-        return self.min_wall_mm / self.thinnest_wall if self.thinnest_wall else None
+        """The longest side from which on the thinnest wall prints, rounded up; None where no size makes it print."""
+        return digits(self.min_wall_mm / self.thinnest_wall, ROUND_CEILING) if self.thinnest_wall else None
 
     def warnings(self) -> list[str]:
         """What stands in the way of a print, a sentence each."""
         found = []
         if not self.watertight:
-            open_edges = self.boundary_edges + self.non_manifold_edges
-            found.append(
-                f"not watertight: {open_edges:,} edges have no two faces, a slicer has to guess what is solid"
-            )
+            edges = self.boundary_edges + self.non_manifold_edges
+            found.append(f"not watertight: {edges:,} edges have no two faces, a slicer guesses what is solid")
         if self.components > 1:
             found.append(f"{self.components} pieces that do not touch: they print as separate objects")
         if self.genus is not None and self.genus > MANY_HANDLES:
             found.append(f"genus {self.genus}: walls have see-through holes, more than by design")
         thin = self.thinnest_mm
-        if thin is not None and thin < self.min_wall_mm:
-            remedy = f": they print from size_mm={self.smallest_mm:.0f} on" if self.smallest_mm else ""
-            found.append(f"walls of {thin:.2g} mm, thinner than min_wall_mm={self.min_wall_mm:g}{remedy}")
+        if thin is not None and thin < self.min_wall_mm and self.size_mm != self.smallest_mm:
+            cure = f": they print from size_mm={self.smallest_mm:g} on" if self.smallest_mm else ""
+            found.append(f"walls of {digits(thin):g} mm, thinner than min_wall_mm={self.min_wall_mm:g}{cure}")
         return found
 
     def summary(self) -> str:
         """`watertight, 1 piece, genus 2, thinnest wall 1.3 % of the longest side`; in mm where the size is known."""
-        parts = [
-            "watertight" if self.watertight else "not watertight",
-            "1 piece" if self.components == 1 else f"{self.components} pieces",
-        ]
+        parts = ["watertight" if self.watertight else "not watertight"]
+        parts.append("1 piece" if self.components == 1 else f"{self.components} pieces")
         if self.genus is not None:
             parts.append(f"genus {self.genus}")
         if self.thinnest_mm is not None:
-            parts.append(f"thinnest wall {self.thinnest_mm:.2g} mm")
+            parts.append(f"thinnest wall {digits(self.thinnest_mm):g} mm")
         elif self.thinnest_wall is not None:
-            parts.append(f"thinnest wall {100 * self.thinnest_wall:.2g} % of the longest side")
+            parts.append(f"thinnest wall {digits(100 * self.thinnest_wall):g} % of the longest side")
         return ", ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
         """The `print` object of a mesh's metadata: lengths as shares of the longest side, and in mm if it is known."""
-
-        def rounded(value: float | None) -> float | None:
-            return None if value is None else float(f"{value:.4g}")
-
         return {
             "watertight": self.watertight,
             "pieces": self.components,
             "genus": self.genus,
-            "thinnest_wall": rounded(self.thinnest_wall),
-            "thinnest_wall_mm": rounded(self.thinnest_mm),
+            "thinnest_wall": self.thinnest_wall,
+            "thinnest_wall_mm": self.thinnest_mm and digits(self.thinnest_mm, count=4),
             "size_mm": self.size_mm,
-            "printable_from_mm": rounded(self.smallest_mm),
+            "printable_from_mm": self.smallest_mm,
             "warnings": self.warnings(),
         }
 
@@ -299,13 +297,10 @@ class PrintCheck(MeshHealth):
 def print_check(mesh: trimesh.Trimesh, size_mm: float | None = None, min_wall_mm: float = 0.8) -> PrintCheck:
     """Examine a mesh, however its vertices are split for normals or texture coordinates.
 
-    Args:
-        size_mm: length that its longest side will have.
-        min_wall_mm: two lines of a usual 0.4 mm nozzle.
-
-    Raises ValueError for a mesh without faces.
+    `size_mm` is the length that its longest side will have, `min_wall_mm` two lines of a usual 0.4 mm nozzle. Raises
+    ValueError for a mesh without faces.
     """
     health = mesh_health(mesh)
     thin = thinnest_wall(mesh) if health.watertight else None
-    wall = None if thin is None else thin / float(mesh.extents.max())
+    wall = None if thin is None else digits(thin / float(mesh.extents.max()), count=4)
     return PrintCheck(**vars(health), thinnest_wall=wall, size_mm=size_mm, min_wall_mm=min_wall_mm)

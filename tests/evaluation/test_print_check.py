@@ -37,6 +37,32 @@ def test_a_wall_that_no_ray_starts_in_is_warned_of(wall: float) -> None:
     assert warning.startswith(f"walls of {100 * wall:g} mm") and f"size_mm={0.8 / wall:.0f} on" in warning
 
 
+@pytest.mark.parametrize(
+    ("wall", "size", "least", "said"),
+    [
+        (0.3, 1, 0.4, "walls of 0.3 mm, thinner than min_wall_mm=0.4: they print from size_mm=1.34 on"),
+        (0.3, 0.1, 0.1, "walls of 0.03 mm, thinner than min_wall_mm=0.1: they print from size_mm=0.334 on"),
+        (
+            0.00123,
+            100,
+            1.7,
+            "walls of 0.123 mm, thinner than min_wall_mm=1.7: they print from size_mm=1390 on",
+        ),
+        (0.15, 1000, 1000, "walls of 150 mm, thinner than min_wall_mm=1000: they print from size_mm=6670 on"),
+    ],
+)
+def test_the_size_that_a_warning_names_is_large_enough(
+    wall: float, size: float, least: float, said: str
+) -> None:
+    box = trimesh.creation.box((1, 1, wall))
+    check = print_check(box, size, least)
+    assert check.warnings() == [said]
+    named = check.as_dict()["printable_from_mm"]
+    assert f"size_mm={named:g} on" in said and print_check(box, named, least).warnings() == []
+    assert print_check(box, named * 0.99, least).warnings() != []
+    assert f"thinnest wall {float(f'{1000 * wall:.3g}'):g} mm" in print_check(box, 1000).summary()
+
+
 def test_a_wall_without_thickness_prints_at_no_size() -> None:
     sheet = trimesh.Trimesh([[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[0, 1, 2], [0, 2, 1]], process=False)
     check = print_check(sheet, size_mm=100)
