@@ -22,7 +22,7 @@ from embreex import rtcore_scene
 from embreex.mesh_construction import TriangleMesh
 from numpy.typing import NDArray
 
-from elastic3d.geometry.cleanup import MeshHealth, mesh_health
+from elastic3d.geometry.cleanup import MeshHealth, count_solids, mesh_health
 from elastic3d.geometry.mesh_io import weld
 from elastic3d.geometry.normalize import normalize_mesh, placement_of
 from elastic3d.geometry.sampling import sample_faces
@@ -230,12 +230,14 @@ class PrintCheck(MeshHealth):
     """What was found.
 
     Attributes:
+        pieces: components that print as separate objects: the cavities of a closed mesh are none.
         thinnest_wall: its share of the longest side (see `thinnest_wall`), of four digits; None if not watertight,
             or if no wall was met.
         size_mm: the longest side, where it is known.
         min_wall_mm: the thinnest wall that prints.
     """
 
+    pieces: int
     thinnest_wall: float | None
     size_mm: float | None
     min_wall_mm: float
@@ -243,9 +245,7 @@ class PrintCheck(MeshHealth):
     @property
     def thinnest_mm(self) -> float | None:
         """The thinnest wall in millimetres, where the size is known."""
-        if self.thinnest_wall is None or self.size_mm is None:
-            return None
-        return self.thinnest_wall * self.size_mm
+        return self.size_mm and self.thinnest_wall and self.size_mm * self.thinnest_wall
 
     @property
     def smallest_mm(self) -> float | None:
@@ -258,8 +258,8 @@ class PrintCheck(MeshHealth):
         if not self.watertight:
             edges = self.boundary_edges + self.non_manifold_edges
             found.append(f"not watertight: {edges:,} edges have no two faces, a slicer guesses what is solid")
-        if self.components > 1:
-            found.append(f"{self.components} pieces that do not touch: they print as separate objects")
+        if self.pieces > 1:
+            found.append(f"{self.pieces} pieces that do not touch: they print as separate objects")
         if self.genus is not None and self.genus > MANY_HANDLES:
             found.append(f"genus {self.genus}: walls have see-through holes, more than by design")
         thin = self.thinnest_mm
@@ -271,7 +271,7 @@ class PrintCheck(MeshHealth):
     def summary(self) -> str:
         """`watertight, 1 piece, genus 2, thinnest wall 1.3 % of the longest side`; in mm where the size is known."""
         parts = ["watertight" if self.watertight else "not watertight"]
-        parts.append("1 piece" if self.components == 1 else f"{self.components} pieces")
+        parts.append("1 piece" if self.pieces == 1 else f"{self.pieces} pieces")
         if self.genus is not None:
             parts.append(f"genus {self.genus}")
         if self.thinnest_mm is not None:
@@ -284,7 +284,7 @@ class PrintCheck(MeshHealth):
         """The `print` object of a mesh's metadata: lengths as shares of the longest side, and in mm if it is known."""
         return {
             "watertight": self.watertight,
-            "pieces": self.components,
+            "pieces": self.pieces,
             "genus": self.genus,
             "thinnest_wall": self.thinnest_wall,
             "thinnest_wall_mm": self.thinnest_mm and digits(self.thinnest_mm, count=4),
@@ -300,7 +300,10 @@ def print_check(mesh: trimesh.Trimesh, size_mm: float | None = None, min_wall_mm
     `size_mm` is the length that its longest side will have, `min_wall_mm` two lines of a usual 0.4 mm nozzle. Raises
     ValueError for a mesh without faces.
     """
-    health = mesh_health(mesh)
-    thin = thinnest_wall(mesh) if health.watertight else None
+    base = mesh_health(mesh)
+    parts = count_solids(mesh) if base.watertight else base.components
+    thin = thinnest_wall(mesh) if base.watertight else None
     wall = None if thin is None else digits(thin / float(mesh.extents.max()), count=4)
-    return PrintCheck(**vars(health), thinnest_wall=wall, size_mm=size_mm, min_wall_mm=min_wall_mm)
+    return PrintCheck(
+        **vars(base), pieces=parts, thinnest_wall=wall, size_mm=size_mm, min_wall_mm=min_wall_mm
+    )

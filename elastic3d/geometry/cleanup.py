@@ -69,6 +69,14 @@ def mesh_health(mesh: trimesh.Trimesh) -> MeshHealth:
     )
 
 
+def count_solids(mesh: trimesh.Trimesh) -> int:
+    """Components of a closed mesh whose volume has the sign of the largest's; others are cavities, part of a solid."""
+    mesh = weld(mesh)
+    sixfold = np.linalg.det(mesh.triangles - mesh.triangles[0, 0])  # far from the origin volumes would cancel
+    volumes = np.bincount(_component_of_faces(mesh), weights=sixfold)
+    return int((volumes * volumes[np.abs(volumes).argmax()] >= 0).sum())
+
+
 def genus(mesh: trimesh.Trimesh) -> int:
     """Handles of a closed surface, all components together; what touches at a vertex alone has no handle there."""
     corners = np.arange(mesh.faces.size).reshape(-1, 3)  # (F,3), each the start of an edge too

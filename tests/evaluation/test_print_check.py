@@ -60,7 +60,7 @@ def test_the_size_that_a_warning_names_is_large_enough(
     named = check.as_dict()["printable_from_mm"]
     assert f"size_mm={named:g} on" in said and print_check(box, named, least).warnings() == []
     assert print_check(box, named * 0.99, least).warnings() != []
-    assert f"thinnest wall {float(f'{1000 * wall:.3g}'):g} mm" in print_check(box, 1000).summary()
+    assert f"thinnest wall {round(1000 * wall, 2):g} mm" in print_check(box, 1000).summary()
 
 
 def test_a_wall_without_thickness_prints_at_no_size() -> None:
@@ -81,6 +81,10 @@ def test_a_torus_has_a_hole_and_two_balls_are_two_pieces() -> None:
 
 def test_the_wall_of_a_hollow_box() -> None:
     check = print_check(hollow(0.03), size_mm=100)
+    assert (check.components, check.pieces) == (2, 1) and check.warnings() == []
+    assert "1 piece," in check.summary() and check.as_dict()["pieces"] == 1
+    two = [hollow(0.03).apply_translation([far, 0, 0]) for far in (1e6, 1e6 + 2)]
+    assert print_check(trimesh.util.concatenate(two)).pieces == 2
     assert check.thinnest_mm == pytest.approx(3, rel=0.05)
 
 
