@@ -179,10 +179,11 @@ def _asked(queue: MeshQueue, nouns: Sequence[str] | None) -> SimpleNamespace:
     with gr.Row():
         image = gr.Image(
             label="Image", type="pil", image_mode="RGBA", sources=["upload", "clipboard"], height=260, min_width=140,
-            elem_id="image", buttons=[],
+            elem_id="image", buttons=[], format="png",  # a mesh is made from what is sent back: no loss
         )  # fmt: skip
         mask = gr.Image(
             label="What the model sees", interactive=False, height=260, min_width=140, elem_id="mask", buttons=[],
+            format="png",
         )  # fmt: skip
     prompt = gr.Textbox(
         label="or a prompt", placeholder="a wooden bar chair", visible=nouns is not None, submit_btn="Draw",

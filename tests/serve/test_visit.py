@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import trimesh
+from PIL import Image
 
 gradio = pytest.importorskip("gradio")
 from app import Drawer  # noqa: E402 (the script)
@@ -114,6 +116,17 @@ def test_the_border_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert _settings(queue.models.info())["border"] == {"value": 0.05, "maximum": 0.5}
         functions = {item.name: item.fn for item in build_app(queue).fns.values()}
         assert 0.05 in [update.get("value") for update in functions["switch"](queue.models.names[0])]
+
+
+def test_images_of_the_page_lose_nothing() -> None:
+    """What is drawn of a prompt is sent back for its mesh, and the mask is what the model sees."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
+    with MeshQueue(tiny_pipeline()) as queue:
+        blocks = build_app(queue).blocks.values()
+        shown = {block.elem_id: block for block in blocks if isinstance(block, gradio.Image)}
+    for name in ("image", "mask"):
+        written = Image.open(shown[name].postprocess(Image.fromarray(noise)).path)
+        np.testing.assert_array_equal(np.asarray(written), noise)
 
 
 def test_a_folder_that_can_not_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
