@@ -95,6 +95,18 @@ def test_a_budget_counts_by_a_dial_without_routers(tmp_path: Path) -> None:
     assert _settings(cheap)["budget"]["minimum"] == 0.15, "what the slider shows can be kept"
 
 
+def test_a_quality_brings_its_resolution(tmp_path: Path) -> None:
+    """The page sends what its slider shows."""
+    pipeline = load(save_dialled(tmp_path / "model"))
+    pipeline.config = replace(pipeline.config, fast_resolution=8, best_resolution=24)
+    with MeshQueue(pipeline) as queue:
+        choose = {item.name: item.fn for item in build_app(queue).fns.values()}["choose"]
+        shown = {name: choose("", name) for name in ("fast", "default", "best", "budget")}
+        assert _settings(queue.models.info())["resolution"] == {"value": 16, "minimum": 8}
+    assert [resolution for _, resolution in shown.values()] == [8, 16, 24, 16]
+    assert [budget["visible"] for budget, _ in shown.values()] == [False, False, False, True]
+
+
 def test_a_budget_without_routers_and_dial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As published models have neither: the page shows the budget, of all FLOPs at first, and a plan keeps it."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
