@@ -15,11 +15,12 @@ from PIL import Image
 
 gradio = pytest.importorskip("gradio")
 from app import Drawer  # noqa: E402 (the script)
+from tiny_dial import ROUTERS as LORA  # noqa: E402
 from tiny_dial import load, save_dialled  # noqa: E402
 from tiny_pipeline import image, tiny_pipeline  # noqa: E402
 
 from elastic3d.elastic import attach  # noqa: E402
-from elastic3d.elastic.config import ElasticConfig, RouterConfig  # noqa: E402
+from elastic3d.elastic.config import ElasticConfig, RouterConfig, RouterCurves  # noqa: E402
 from elastic3d.geometry.mesh_io import read_extras  # noqa: E402
 from elastic3d.serve.app import _settings, build_app  # noqa: E402
 from elastic3d.serve.config import AppConfig  # noqa: E402
@@ -105,6 +106,25 @@ def test_a_quality_brings_its_resolution(tmp_path: Path) -> None:
         assert _settings(queue.models.info())["resolution"] == {"value": 16, "minimum": 8}
     assert [resolution for _, resolution in shown.values()] == [8, 16, 24, 16]
     assert [budget["visible"] for budget, _ in shown.values()] == [False, False, False, True]
+
+
+def test_the_budget_by_default_is_the_one_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per-block routers know none below a smallest one, which depends on the steps: 0.525 in two, 0.35 in three."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    curves = RouterCurves(requested_budgets=[0.7, 1.0], calibrated_budgets=[0.7, 1.0])
+    routers = replace(LORA, trained_steps=[2, 3], few_step_max_steps=3, few_step_nfe=3.0, curves=curves)
+    pipeline = tiny_pipeline()
+    attach(pipeline.dit, replace(routers, guided_times=[0.4, 0.6]))
+    pipeline.config.elastic = ElasticConfig(budget=0.3)
+    with MeshQueue(pipeline) as queue:
+        info, found = queue.models.info(), {}
+        shown = _settings(info)["budget"]["value"]
+        assert info.defaults["budget"] == shown
+        for steps in (3, 2):
+            choices = replace(PLAIN, steps=steps, budget=shown)
+            (made,) = Visits(queue).generate(choices, "somebody", lambda *_, **__: None).elastic
+            found[steps] = made.metadata["budget"]
+        assert found[3] == shown < found[2]
 
 
 def test_a_budget_without_routers_and_dial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
