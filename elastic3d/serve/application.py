@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -33,8 +33,8 @@ def build_app(config: ServeConfig) -> FastAPI:
 
 
 def serve_here(app: FastAPI, config: ServeConfig) -> None:
-    """Answer requests until SIGTERM or Ctrl-C. Then jobs that wait are cancelled, and the batch that runs has `stop_s`
-    to end."""
+    """Answer requests until SIGTERM or Ctrl-C. Then jobs that wait are cancelled, the batch that runs has `stop_s` to
+    end, and uvicorn raises the signal again: the KeyboardInterrupt of its handler leaves this function."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -47,8 +47,7 @@ def serve_here(app: FastAPI, config: ServeConfig) -> None:
     settings = uvicorn.Config(
         app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=wait_s
     )
-    with suppress(KeyboardInterrupt):  # the signal, which uvicorn raises again at its end
-        Server(settings).run()
+    Server(settings).run()
 
 
 @contextmanager
