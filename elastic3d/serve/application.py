@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,7 +19,7 @@ from elastic3d.serve.api import create_app
 from elastic3d.serve.config import ServeConfig
 from elastic3d.serve.metrics import Metrics
 from elastic3d.serve.queue import MeshQueue
-from elastic3d.utils.clusters import join_cluster
+from elastic3d.utils.clusters import join_cluster, work_in
 
 ANSWER_S = 5  # that requests have to be answered once the last batch is over
 PROXY_START_S = "60"  # Ray gives its proxy 5 s to start, which a busy machine exceeds
@@ -65,9 +66,15 @@ def serve_over_ray(config: ServeConfig) -> Iterator[None]:
     ray, started = join_cluster(None if gpu else config.replicas + 1, "ray,serve")
     from ray import serve
 
+    folder = Path.cwd()
+
+    def build() -> FastAPI:
+        work_in(folder)
+        return build_app(config)
+
     try:
         serve.start(http_options={"host": config.host, "port": config.port})
-        made: Any = serve.deployment(serve.ingress(lambda: build_app(config))())
+        made: Any = serve.deployment(serve.ingress(build)())
         replica = made.options(
             name="meshes",
             num_replicas=config.replicas,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from elastic3d.errors import UserError
@@ -35,3 +37,10 @@ def join_cluster(workers: int | None, extra: str = "ray") -> tuple[Any, bool]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray puts its own there
     return ray, True
+
+
+def work_in(folder: str | Path) -> None:
+    """In a worker: relative paths become those of the caller's folder, where this machine has it. A worker starts in
+    the folder of its cluster."""
+    with suppress(OSError):
+        os.chdir(folder)

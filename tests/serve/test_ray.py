@@ -20,7 +20,9 @@ httpx = pytest.importorskip("httpx")
 from tiny_pipeline import save_image, tiny_pipeline  # noqa: E402
 
 from elastic3d.errors import UserError  # noqa: E402
-from elastic3d.evaluation.options import Runner  # noqa: E402
+from elastic3d.evaluation.items import Item  # noqa: E402
+from elastic3d.evaluation.options import ProtocolConfig, Runner  # noqa: E402
+from elastic3d.evaluation.runner import score_all  # noqa: E402
 from elastic3d.geometry.mesh_io import save_mesh  # noqa: E402
 from elastic3d.pipelines import generation  # noqa: E402
 from elastic3d.pipelines.options import GenerateConfig, MeshFormat  # noqa: E402
@@ -85,6 +87,19 @@ def test_a_folder_gives_the_meshes_of_one_process_and_resumes(model: Path, tmp_p
     missing = _config(tmp_path / "nowhere", images, tmp_path / "none", runner=Runner.ray)
     with pytest.raises(UserError, match="nowhere"):
         over_ray(missing)
+
+
+def test_relative_paths_are_those_of_the_command(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cluster was started elsewhere."""
+    save_image(tmp_path / "in/a.png")
+    monkeypatch.chdir(tmp_path)
+    (outcome,) = over_ray(_config(model, Path("in"), Path("out"), runner=Runner.ray))
+    assert outcome.status == "ok" and (tmp_path / "out/a.stl").is_file()
+    item = Item("a", (Path("out/a.stl"),), (Path("out/a.stl"),))
+    (row,) = score_all([item], ProtocolConfig(points=1000), runner=Runner.ray, workers=1)
+    assert row["status"] == "ok"
 
 
 @pytest.mark.timeout(300)
