@@ -22,6 +22,7 @@ from elastic3d.serve.queue import MeshQueue
 from elastic3d.utils.clusters import join_cluster, work_in
 
 ANSWER_S = 5  # that requests have to be answered once the last batch is over
+SPARE_REQUESTS = 100  # at a time beside those of jobs, for the queue to refuse: Ray holds back any more
 PROXY_START_S = "60"  # Ray gives its proxy 5 s to start, which a busy machine exceeds
 
 
@@ -78,7 +79,7 @@ def serve_over_ray(config: ServeConfig) -> Iterator[None]:
         replica = made.options(
             name="meshes",
             num_replicas=config.replicas,
-            max_ongoing_requests=config.queue,
+            max_ongoing_requests=config.queue + config.rows + SPARE_REQUESTS,
             graceful_shutdown_timeout_s=config.stop_s,
             ray_actor_options={"num_cpus": 1, "num_gpus": int(gpu)},
         )

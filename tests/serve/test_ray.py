@@ -120,8 +120,30 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def test_two_replicas_answer_as_one_process_does(model: Path, tmp_path: Path) -> None:
-    port = free_port()
+@pytest.fixture(scope="module")
+def port() -> int:
+    """Of the cluster's proxy, which the first application starts and which stays."""
+    return free_port()
+
+
+def test_a_full_queue_refuses(model: Path, tmp_path: Path, port: int) -> None:
+    image = save_image(tmp_path / "a.png").read_bytes()
+    config = ServeConfig(
+        model=str(model), port=port, runner=Runner.ray, queue=1, batch_size=1, stop_s=0, device=DeviceChoice.cpu,
+        dtype=DTypeChoice.float32,
+    )  # fmt: skip
+    with serve_over_ray(config), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+
+        def status(_: int) -> int:
+            form = {"steps": "200", "resolution": "16"}
+            return client.post("/v1/meshes", files={"image": image}, data=form).status_code
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(status, range(8)))
+    assert set(found) == {200, 429}
+
+
+def test_two_replicas_answer_as_one_process_does(model: Path, tmp_path: Path, port: int) -> None:
     image = save_image(tmp_path / "a.png").read_bytes()
     config = ServeConfig(
         model=str(model), port=port, runner=Runner.ray, replicas=2, device=DeviceChoice.cpu,
