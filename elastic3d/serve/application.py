@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from elastic3d.utils.clusters import join_cluster, work_in
 
 ANSWER_S = 5  # that requests have to be answered once the last batch is over
 SPARE_REQUESTS = 100  # at a time beside those of jobs, for the queue to refuse: Ray holds back any more
+APPLICATION = "elastic3d"  # of Ray Serve
 PROXY_START_S = "60"  # Ray gives its proxy 5 s to start, which a busy machine exceeds
 
 
@@ -73,8 +74,8 @@ def serve_over_ray(config: ServeConfig) -> Iterator[None]:
         work_in(folder)
         return build_app(config)
 
+    serve.start(http_options={"host": config.host, "port": config.port})
     try:
-        serve.start(http_options={"host": config.host, "port": config.port})
         made: Any = serve.deployment(serve.ingress(build)())
         replica = made.options(
             name="meshes",
@@ -83,9 +84,13 @@ def serve_over_ray(config: ServeConfig) -> Iterator[None]:
             graceful_shutdown_timeout_s=config.stop_s,
             ray_actor_options={"num_cpus": 1, "num_gpus": int(gpu)},
         )
-        serve.run(replica.bind(), name="elastic3d", route_prefix="/")
+        serve.run(replica.bind(), name=APPLICATION, route_prefix="/")
         yield
     finally:
-        serve.shutdown()  # requests that run are finished
+        if started and not os.environ.get("RAY_ADDRESS"):
+            serve.shutdown()  # requests that run are finished
+        else:  # other applications of the cluster stay
+            with suppress(TimeoutError):  # Ray waits for 60 s, and goes on to end it
+                serve.delete(APPLICATION)
         if started:
             ray.shutdown()

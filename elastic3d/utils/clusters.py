@@ -15,7 +15,7 @@ _OBJECT_STORE = 128 * 2**20  # bytes; what travels are paths, options and rows o
 
 
 def join_cluster(workers: int | None, extra: str = "ray") -> tuple[Any, bool]:
-    """The module `ray`, connected, and whether a cluster was started for that (the caller ends it).
+    """The module `ray`, connected, and whether that was done here (the caller ends it).
 
     Args:
         workers: cores that a cluster on this machine offers; None: all of them.
@@ -31,7 +31,8 @@ def join_cluster(workers: int | None, extra: str = "ray") -> tuple[Any, bool]:
         raise UserError(f"runner=ray needs Ray: pip install 'elastic3d[{extra}]'") from error
     if ray.is_initialized():
         return ray, False
-    local: dict[str, Any] = {"num_cpus": workers, "object_store_memory": _OBJECT_STORE}
+    # "local": without an address Ray joins a cluster that runs on this machine
+    local: dict[str, Any] = {"address": "local", "num_cpus": workers, "object_store_memory": _OBJECT_STORE}
     handler = signal.getsignal(signal.SIGTERM)
     ray.init(include_dashboard=False, log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else local))
     if threading.current_thread() is threading.main_thread():

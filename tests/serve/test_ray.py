@@ -126,12 +126,20 @@ def port() -> int:
     return free_port()
 
 
-def test_a_full_queue_refuses(model: Path, tmp_path: Path, port: int) -> None:
+def test_a_full_queue_refuses_and_other_applications_stay(model: Path, tmp_path: Path, port: int) -> None:
     image = save_image(tmp_path / "a.png").read_bytes()
     config = ServeConfig(
         model=str(model), port=port, runner=Runner.ray, queue=1, batch_size=1, stop_s=0, device=DeviceChoice.cpu,
         dtype=DTypeChoice.float32,
     )  # fmt: skip
+    from ray import serve
+
+    @serve.deployment
+    def other() -> str:
+        return "here"
+
+    serve.start(http_options={"port": port})
+    serve.run(other.bind(), name="other", route_prefix="/other")
     with serve_over_ray(config), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
 
         def status(_: int) -> int:
@@ -141,6 +149,8 @@ def test_a_full_queue_refuses(model: Path, tmp_path: Path, port: int) -> None:
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(status, range(8)))
     assert set(found) == {200, 429}
+    assert list(serve.status().applications) == ["other"], "stopping ends no other application"
+    serve.delete("other")
 
 
 def test_two_replicas_answer_as_one_process_does(model: Path, tmp_path: Path, port: int) -> None:
