@@ -27,7 +27,7 @@ from elastic3d.evaluation.items import Item, score_item
 from elastic3d.evaluation.options import ProtocolConfig, Runner
 from elastic3d.evaluation.statistics import Row
 from elastic3d.geometry.gltf_data import with_buffers
-from elastic3d.utils.clusters import join_cluster
+from elastic3d.utils.clusters import join_cluster, work_in
 from elastic3d.utils.files import atomic_path, parse_json, printable, read_text
 from elastic3d.utils.options import to_dict
 
@@ -172,7 +172,13 @@ def _over_ray(
 ) -> Iterator[tuple[Item, Row]]:
     """The same over a Ray cluster: the one `ray.init` finds (RAY_ADDRESS), or a local one of `workers` workers."""
     ray, started = join_cluster(workers)
-    task = ray.remote(num_cpus=1, max_retries=1)(score)
+    folder = Path.cwd()
+
+    def scored(*given: Any) -> Row:
+        work_in(folder)
+        return score(*given)
+
+    task = ray.remote(num_cpus=1, max_retries=1)(scored)
 
     def alone(item: Item) -> Row:
         try:

@@ -78,7 +78,6 @@ def load_image(source: SingleImage) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with _open(path) as image:
-                image.load()
                 return _as_rgba(image, name)
     except UserError:
         raise
@@ -125,11 +124,7 @@ def _open(path: Path) -> Image.Image:
     if head[4:8] == b"ftyp":
         _prepare_for(head[8:12], printable(path))
     Image.init()
-    image = Image.open(path, formats=[name for name in _FORMATS if name in Image.ID])
-    key = image.info.get("transparency")
-    if image.tile and image.tile[0][3] == "RGB;16B" and isinstance(key, tuple):
-        image.info["transparency"] = tuple(value >> 8 for value in key)  # Pillow keeps the higher bytes alone
-    return image
+    return Image.open(path, formats=[name for name in _FORMATS if name in Image.ID])
 
 
 def _prepare_for(brand: bytes, name: str) -> None:
@@ -149,8 +144,11 @@ def _prepare_for(brand: bytes, name: str) -> None:
 def _as_rgba(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
         raise UserError(f"{name} has no pixels")
-    transparent = image.info.get("transparency")
+    transparent, tile = image.info.get("transparency"), getattr(image, "tile", None)  # none once it is loaded
     image = ImageOps.exif_transpose(image)
+    if tile and tile[0][3] == "RGB;16B" and isinstance(transparent, tuple):
+        # Pillow keeps the higher bytes of the pixels alone
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
     if image.mode.startswith(("I", "F")):
         return _of_deep_grey(image, transparent)
     if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):

@@ -291,10 +291,10 @@ def _saved(job: Job, result: Result, config: GenerateConfig) -> Outcome:
     try:
         image = job.source(config.views)
         mesh, check = finish(result, config.asset, job.output.suffix, image, config.foreground)
-        save_mesh(mesh, job.output, extras=result.metadata, name=job.prompt or printable(job.image.stem))
-        if config.preview:
+        if config.preview:  # before the mesh, by which `resume` judges
             with atomic_path(job.output.with_suffix(".png")) as temporary:
                 turntable(result.mesh, image=result.image).save(temporary)
+        save_mesh(mesh, job.output, extras=result.metadata, name=job.prompt or printable(job.image.stem))
     except UserError as error:
         outcome.status, outcome.error = "failed", str(error)
     else:

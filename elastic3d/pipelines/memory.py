@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,11 +101,23 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + held
     import psutil
 
-    free = int(psutil.virtual_memory().available)
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
+    return int(min(psutil.virtual_memory().available, left_in_container(Path("/sys/fs/cgroup"))))
+
+
+def left_in_container(root: Path) -> float:
+    """Bytes up to the memory limit of a container, by its control groups (version 2 or 1) in a folder: its page cache
+    counts as free, as it gives way. Infinite without a limit."""
+    for folder, limit, used in (
+        (root, "max", "current"),
+        (root / "memory", "limit_in_bytes", "usage_in_bytes"),
+    ):
+        try:
+            most, taken = (int((folder / f"memory.{name}").read_text()) for name in (limit, used))
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # there is none, or it is "max"
+            continue
+        return most - taken + sum(int(counts.get(name, 0)) for name in ("inactive_file", "active_file"))
+    return math.inf
 
 
 def require(need: MemoryNeed, budget: int, offload: bool, device: torch.device) -> None:

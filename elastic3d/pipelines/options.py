@@ -182,6 +182,8 @@ class GenerateConfig(ElasticOptions, MeshRequestConfig):
             raise ValueError("runner=ray is for images, but prompt= is given")
         if self.views and self.prompt:
             raise ValueError(f"image_{next(iter(self.views))}= is for image=, but prompt= is given")
+        if self.image_model and not self.prompt:
+            raise ValueError(f"image_model is {self.image_model}, which is for prompt=, but image= is given")
         if self.compile and self.low_memory:
             raise ValueError("compile is true, expected false with low_memory=true, which moves the weights")
 

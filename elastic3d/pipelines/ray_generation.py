@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from elastic3d.errors import UserError
@@ -10,15 +11,17 @@ from elastic3d.pipelines.generation import Job, Outcome, batches, check_trace, g
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.runtime import resolve_device
-from elastic3d.utils.clusters import join_cluster
+from elastic3d.utils.clusters import join_cluster, work_in
 
 _DIED = "the process that made it died (out of memory, or a crash in a native library)"
 
 
 class Worker:
-    """A model in a process of its own, loaded for the first batch: its errors are then those of a batch."""
+    """A model in a process of its own, loaded for the first batch: its errors are then those of a batch. Relative paths
+    are those of `folder`."""
 
-    def __init__(self, config: GenerateConfig) -> None:
+    def __init__(self, config: GenerateConfig, folder: str | Path = ".") -> None:
+        work_in(folder)
         self._config = config
         self._pipeline: ImageTo3DPipeline | None = None
 
@@ -60,10 +63,10 @@ def generate_over_ray(
 
 def _spread(ray: Any, kind: Any, todo: list[list[Job]], config: GenerateConfig) -> Iterator[Outcome]:
     """Each worker has one batch at a time; another takes the place of one that died."""
-    waiting = iter(todo)
+    waiting, folder = iter(todo), Path.cwd()
     running: dict[Any, tuple[Any, list[Job]]] = {}
     for batch in [batch for _, batch in zip(range(config.workers), waiting, strict=False)]:
-        worker = kind.remote(config)
+        worker = kind.remote(config, folder)
         running[worker.make.remote(batch)] = (worker, batch)
     while running:
         finished, _ = ray.wait(list(running), num_returns=1)
@@ -76,7 +79,7 @@ def _spread(ray: Any, kind: Any, todo: list[list[Job]], config: GenerateConfig) 
             raise
         except ray.exceptions.RayActorError:
             outcomes = [Outcome.of(job, "failed", _DIED) for job in batch]
-            worker = kind.remote(config)
+            worker = kind.remote(config, folder)
         yield from outcomes
         for batch in waiting:
             running[worker.make.remote(batch)] = (worker, batch)

@@ -16,6 +16,7 @@ from PIL import Image
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no request leaves the machine
 import gradio as gr  # noqa: E402
 
+from elastic3d.diffusion.dial import resolution_of  # noqa: E402
 from elastic3d.diffusion.options import Quality  # noqa: E402
 from elastic3d.elastic.config import MIN_BUDGET  # noqa: E402
 from elastic3d.errors import UserError  # noqa: E402
@@ -93,19 +94,26 @@ def _wire_asked(asked: SimpleNamespace, queue: MeshQueue, draw: Draw | None) -> 
         prompt = [asked.prompt, asked.seed]
         asked.prompt.submit(partial(_drawn, draw), prompt, asked.image, show_progress_on=asked.image)
 
-    def switch(name: str) -> list[Any]:
+    def known(name: str) -> ModelInfo:
         try:
-            settings = _settings(queue.models.info(name))
+            return queue.models.info(name)
         except UserError as error:
             raise failed(error) from error
+
+    def switch(name: str) -> list[Any]:
+        settings = _settings(known(name))
         return [gr.update(**settings[control]) for control in SWITCHED]
+
+    def choose(name: str, quality: str) -> list[Any]:
+        own = quality == OWN
+        resolution = resolution_of(known(name).config, None if own else Quality[quality])
+        return [gr.update(visible=own), resolution]
 
     controls = [getattr(asked, name) for name in SWITCHED]
     switched = asked.model.change(switch, asked.model, controls, show_progress_on=asked.said)
     switched.success(masked, look, asked.mask, show_progress="hidden")
-    asked.quality.change(
-        lambda q: gr.update(visible=q == OWN), asked.quality, asked.budget, show_progress="hidden"
-    )
+    given = [asked.model, asked.quality]
+    asked.quality.change(choose, given, [asked.budget, asked.resolution], show_progress="hidden")
 
 
 def _wire_answer(
@@ -159,6 +167,7 @@ def _settings(info: ModelInfo) -> dict[str, dict[str, Any]]:
     choices = [(f"{name}: {row.speedup['1']:.1f}x, IoU {row.iou:.2f}", name) for name, row in named]
     lowest = MIN_BUDGET if dial is None else dial.rows[0].cost
     least = math.ceil(100 * lowest - 1e-6) / 100  # where the slider begins: what it shows can be kept
+    coarsest = min(resolution_of(info.config, quality) for quality in Quality)
     return {
         "quality": {
             "choices": [*choices, ("by budget", OWN)],
@@ -168,7 +177,7 @@ def _settings(info: ModelInfo) -> dict[str, dict[str, Any]]:
         "budget": {"minimum": least, "value": max(info.budget, least), "visible": dial is None},
         "compare": {"value": False, "visible": routed},
         "steps": {"value": info.config.steps, "visible": dial is None},
-        "resolution": {"value": info.config.resolution, "minimum": min(32, info.config.resolution)},
+        "resolution": {"value": info.config.resolution, "minimum": min(32, coarsest)},
         "border": {"value": info.border, "maximum": max(0.5, info.border)},
     }
 
@@ -179,10 +188,11 @@ def _asked(queue: MeshQueue, nouns: Sequence[str] | None) -> SimpleNamespace:
     with gr.Row():
         image = gr.Image(
             label="Image", type="pil", image_mode="RGBA", sources=["upload", "clipboard"], height=260, min_width=140,
-            elem_id="image", buttons=[],
+            elem_id="image", buttons=[], format="png",  # a mesh is made from what is sent back: no loss
         )  # fmt: skip
         mask = gr.Image(
             label="What the model sees", interactive=False, height=260, min_width=140, elem_id="mask", buttons=[],
+            format="png",
         )  # fmt: skip
     prompt = gr.Textbox(
         label="or a prompt", placeholder="a wooden bar chair", visible=nouns is not None, submit_btn="Draw",

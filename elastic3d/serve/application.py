@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,9 +19,11 @@ from elastic3d.serve.api import create_app
 from elastic3d.serve.config import ServeConfig
 from elastic3d.serve.metrics import Metrics
 from elastic3d.serve.queue import MeshQueue
-from elastic3d.utils.clusters import join_cluster
+from elastic3d.utils.clusters import join_cluster, work_in
 
 ANSWER_S = 5  # that requests have to be answered once the last batch is over
+SPARE_REQUESTS = 100  # at a time beside those of jobs, for the queue to refuse: Ray holds back any more
+APPLICATION = "elastic3d"  # of Ray Serve
 PROXY_START_S = "60"  # Ray gives its proxy 5 s to start, which a busy machine exceeds
 
 
@@ -33,8 +36,8 @@ def build_app(config: ServeConfig) -> FastAPI:
 
 
 def serve_here(app: FastAPI, config: ServeConfig) -> None:
-    """Answer requests until SIGTERM or Ctrl-C. Then jobs that wait are cancelled, and the batch that runs has `stop_s`
-    to end."""
+    """Answer requests until SIGTERM or Ctrl-C. Then jobs that wait are cancelled, the batch that runs has `stop_s` to
+    end, and uvicorn raises the signal again: the KeyboardInterrupt of its handler leaves this function."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -47,8 +50,7 @@ def serve_here(app: FastAPI, config: ServeConfig) -> None:
     settings = uvicorn.Config(
         app, host=config.host, port=config.port, log_level="warning", timeout_graceful_shutdown=wait_s
     )
-    with suppress(KeyboardInterrupt):  # the signal, which uvicorn raises again at its end
-        Server(settings).run()
+    Server(settings).run()
 
 
 @contextmanager
@@ -66,19 +68,29 @@ def serve_over_ray(config: ServeConfig) -> Iterator[None]:
     ray, started = join_cluster(None if gpu else config.replicas + 1, "ray,serve")
     from ray import serve
 
+    folder = Path.cwd()
+
+    def build() -> FastAPI:
+        work_in(folder)
+        return build_app(config)
+
+    serve.start(http_options={"host": config.host, "port": config.port})
     try:
-        serve.start(http_options={"host": config.host, "port": config.port})
-        made: Any = serve.deployment(serve.ingress(lambda: build_app(config))())
+        made: Any = serve.deployment(serve.ingress(build)())
         replica = made.options(
             name="meshes",
             num_replicas=config.replicas,
-            max_ongoing_requests=config.queue,
+            max_ongoing_requests=config.queue + config.rows + SPARE_REQUESTS,
             graceful_shutdown_timeout_s=config.stop_s,
             ray_actor_options={"num_cpus": 1, "num_gpus": int(gpu)},
         )
-        serve.run(replica.bind(), name="elastic3d", route_prefix="/")
+        serve.run(replica.bind(), name=APPLICATION, route_prefix="/")
         yield
     finally:
-        serve.shutdown()  # requests that run are finished
+        if started and not os.environ.get("RAY_ADDRESS"):
+            serve.shutdown()  # requests that run are finished
+        else:  # other applications of the cluster stay
+            with suppress(TimeoutError):  # Ray waits for 60 s, and goes on to end it
+                serve.delete(APPLICATION)
         if started:
             ray.shutdown()

@@ -57,7 +57,7 @@ class Guard:
         token = self._config.token
         if token and path not in OPEN_PATHS:
             kind, _, given = headers.get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
+            if kind.lower() != "bearer" or not _fits(given.encode("latin-1").strip(), token):
                 return 401, "the token is missing or wrong, expected the header `Authorization: Bearer TOKEN`"
         length = headers.get("content-length", "0")
         if not length.isdigit():
@@ -82,6 +82,12 @@ class Guard:
             return message
 
         return limited
+
+
+def _fits(given: bytes, token: str) -> bool:
+    """Whether a header has the token, in UTF-8 or Latin-1: clients send either."""
+    wanted = token.encode(errors="surrogateescape")  # of bytes that are no UTF-8, these
+    return any(hmac.compare_digest(each, wanted) for each in (given, given.decode("latin-1").encode()))
 
 
 async def _answer(send: Send, status: int, message: str) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from elastic3d.diffusion.dial import Dial
 from elastic3d.diffusion.options import PipelineConfig, Quality
+from elastic3d.elastic.config import ElasticOptions
 from elastic3d.errors import UserError
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 
@@ -20,7 +21,8 @@ Load = Callable[[], ImageTo3DPipeline]
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is told of a model, whether or not it is in memory; `elastic`: it has routers; `border`: of its images."""
+    """What is told of a model, whether or not it is in memory; `elastic`: it has routers; `border`: of its images;
+    `budget`: that of its default steps where none is asked for."""
 
     name: str
     config: PipelineConfig
@@ -28,19 +30,15 @@ class ModelInfo:
     dial: Dial | None
     weights_sha256: str | None
     border: float
+    budget: float
 
     @classmethod
     def of(cls, pipeline: ImageTo3DPipeline) -> ModelInfo:
         """Of a loaded model."""
         config, elastic = pipeline.config, pipeline.session is not None
-        border = pipeline.encoder.config.border
-        return cls(config.model, config, elastic, pipeline.dial, pipeline.weights_sha256, border)
-
-    @property
-    def budget(self) -> float:
-        """The budget by default."""
-        elastic = self.config.elastic
-        return float(elastic.budget) if self.elastic and elastic.elastic else 1.0
+        runs = pipeline.configured(ElasticOptions(), steps=config.steps)[1].elastic
+        budget, border = runs.budget if runs.elastic else 1.0, pipeline.encoder.config.border
+        return cls(config.model, config, elastic, pipeline.dial, pipeline.weights_sha256, border, budget)
 
     @property
     def defaults(self) -> dict[str, float | str | None]:

@@ -28,7 +28,6 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
             raise UserError(
                 f"the image has {image.width} x {image.height} pixels, expected at most {max_pixels:,}"
             )
-        image.load()
         return reduced(load_image(image))
     except UserError:
         raise

@@ -64,9 +64,11 @@ class Choices:
         }  # fmt: skip
         if info.dial is None:
             base["steps"] = self.steps
-        by_quality = info.dial is not None and self.quality != OWN
-        chosen = base | ({"quality": self.quality} if by_quality else {"budget": round(self.budget, 4)})
-        chosen["ensemble"] = self.ensemble
+        chosen, budget = base | {"ensemble": self.ensemble}, round(self.budget, 4)
+        if info.dial is not None and self.quality != OWN:
+            chosen["quality"] = self.quality
+        elif info.dial is not None or budget != round(info.budget, 4):
+            chosen["budget"] = budget  # else the default, which depends on the steps
         seeds = [int(self.seed or 0) + i for i in range(int(self.samples))]
         try:
             made = [MeshRequest(**chosen, seed=seed) for seed in seeds]

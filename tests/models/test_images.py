@@ -16,6 +16,7 @@ from PIL import Image, features
 
 from elastic3d.errors import UserError
 from elastic3d.models.images import IMAGE_SUFFIXES, load_image
+from elastic3d.serve.uploads import decode_image
 
 
 def _gradient(side: int = 64) -> Image.Image:
@@ -139,13 +140,20 @@ def _png16(colour: int, pixels: np.ndarray, transparent: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("colour", [0, 2], ids=["grey", "rgb"])
-def test_sixteen_bits_keep_their_transparent_value(tmp_path: Path, colour: int) -> None:
+@pytest.mark.parametrize(
+    "read",
+    [load_image, lambda path: load_image(Image.open(path)), lambda path: decode_image(path.read_bytes(), 36)],
+    ids=["file", "opened", "upload"],
+)
+def test_sixteen_bits_keep_their_transparent_value(
+    tmp_path: Path, colour: int, read: Callable[[Path], Image.Image]
+) -> None:
     pixels = np.full((6, 6) if colour == 0 else (6, 6, 3), 1000)
     pixels[2:4, 1:5] = 40_000
     (tmp_path / "a.png").write_bytes(
         _png16(colour, pixels, struct.pack(">H", 1000) * (1 if colour == 0 else 3))
     )
-    alpha = np.asarray(load_image(tmp_path / "a.png"))[..., 3]
+    alpha = np.asarray(read(tmp_path / "a.png"))[..., 3]
     assert (alpha == 255).sum() == 8 and (alpha[2:4, 1:5] == 255).all() and alpha[0, 0] == 0
 
 

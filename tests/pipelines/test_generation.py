@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import trimesh
 from PIL import Image
-from tiny_pipeline import save_image
+from tiny_pipeline import save_image, tiny_pipeline
 
 from elastic3d.errors import UserError
 from elastic3d.pipelines import published
 from elastic3d.pipelines.call import Result
-from elastic3d.pipelines.generation import Job, _saved, generate, load_pipeline, plan
+from elastic3d.pipelines.generation import Job, _saved, batches, generate, load_pipeline, plan
 from elastic3d.pipelines.options import AssetConfig, GenerateConfig, Texture
 from elastic3d.pipelines.preview import turntable
 from elastic3d.pipelines.ray_generation import Worker
@@ -71,6 +71,35 @@ def test_colours_of_a_published_model_come_from_its_front(tmp_path: Path, model:
     seen.save(tmp_path / "a.png")
     outcome = _saved(Job(tmp_path / "a.png", 0, tmp_path / "a.glb"), result, config)
     assert (abs(outcome.metadata["texture"]["azimuth_deg"]) <= 20) is frontal
+
+
+def test_a_mesh_whose_preview_could_not_be_written_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / "out/a.png").mkdir(parents=True)
+    config = GenerateConfig(image="a.png", output="out/a.glb", preview=True, resume=True)
+    job = Job(save_image(tmp_path / "a.png"), 0, tmp_path / "out/a.glb")
+    result = Result({"model": "tiny"}, _mesh=trimesh.creation.box())
+    for status in ("failed", "ok"):
+        assert batches([job], config, lambda _: None) == [[job]]
+        assert _saved(job, result, config).status == status
+        if status == "failed":
+            (tmp_path / "out/a.png").rmdir()
+    assert Image.open(tmp_path / "out/a.png").height == 256 and job.output.is_file()
+    assert batches([job], config, lambda _: None) == []
+
+
+def test_a_worker_takes_relative_paths_as_its_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts in the folder of its cluster, and goes on there where its machine has not the caller's."""
+    (tmp_path / "cluster").mkdir()
+    tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    save_image(tmp_path / "a.png")
+    config = GenerateConfig(image="a.png", output="out/a.stl", model="tiny", steps=1, resolution=16)
+    monkeypatch.chdir(tmp_path)
+    jobs = plan(config).jobs
+    monkeypatch.chdir(tmp_path / "cluster")
+    Worker(config, tmp_path / "gone")
+    (outcome,) = Worker(config, tmp_path).make(jobs)
+    assert outcome.status == "ok" and (tmp_path / "out/a.stl").is_file()
+    assert outcome.output == "out/a.stl", "as it is told"
 
 
 def test_a_fault_of_a_batch_of_one_is_an_outcome(tmp_path: Path) -> None:

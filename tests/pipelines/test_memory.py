@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,14 @@ from elastic3d.geometry.options import DecodeConfig
 from elastic3d.models.options import VAEConfig
 from elastic3d.pipelines.estimates import estimate, published, table
 from elastic3d.pipelines.image_to_3d import CPU_CHUNK
-from elastic3d.pipelines.memory import MemoryNeed, free_memory, on_device, points_within, require
+from elastic3d.pipelines.memory import (
+    MemoryNeed,
+    free_memory,
+    left_in_container,
+    on_device,
+    points_within,
+    require,
+)
 
 DOCS = Path(__file__).parents[2] / "docs"
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -89,6 +97,20 @@ def test_each_part_comes_once_for_all_meshes_and_goes(monkeypatch: pytest.Monkey
 
 def test_free_memory_is_plausible() -> None:
     assert 10**7 < free_memory(CPU) < 10**14
+
+
+@pytest.mark.parametrize("names", [("max", "current"), ("limit_in_bytes", "usage_in_bytes")])
+def test_what_a_container_may_still_take(tmp_path: Path, names: tuple[str, str]) -> None:
+    """By both versions of control groups. What the page cache holds is free."""
+    limit, used = names
+    folder = tmp_path if limit == "max" else tmp_path / "memory"
+    assert left_in_container(tmp_path) == math.inf
+    folder.mkdir(exist_ok=True)
+    (folder / "memory.stat").write_text("anon 500\nfile 380\nshmem 30\ninactive_file 250\nactive_file 100\n")
+    (folder / f"memory.{used}").write_text("900\n")
+    for text, left in (("1000\n", 1000 - 900 + 250 + 100), ("max\n", math.inf)):
+        (folder / f"memory.{limit}").write_text(text)
+        assert left_in_container(tmp_path) == left
 
 
 def test_memory_that_pytorch_holds_unused_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,6 +316,8 @@ def test_a_prompt_becomes_a_mesh(
     assert "budget is 0.5, expected at least 0.75 in 2 steps" in capsys.readouterr().err
     assert command(f"image_model={small}", "prompt=" + "ball " * 40, "output=y.glb") == 2
     assert "tokens, expected at most 12" in capsys.readouterr().err
+    assert command(f"image_model={small}", "image=a.png", "output=y.glb") == 2
+    assert "which is for prompt=, but image= is given" in capsys.readouterr().err
     assert not (tmp_path / "y.glb").exists()
 
 

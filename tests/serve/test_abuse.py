@@ -216,13 +216,15 @@ def test_no_upload_and_no_mesh_outlives_its_job() -> None:
     assert not folder.exists(), "stopped"
 
 
-def test_sigterm_answers_all_within_the_time_to_stop(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_answers_all_within_the_time_to_stop(tmp_path: Path, how: signal.Signals, code: int) -> None:
     """The command: what waits is cancelled at once, what runs after `stop_s`."""
     tiny_pipeline().save_pretrained(tmp_path / "tiny")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     options = [f"model={tmp_path / 'tiny'}", f"port={port}", "device=cpu", "stop_s=1"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "scripts/serve.py"), *options])
+    command = [sys.executable, str(ROOT / "scripts/serve.py"), *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             _until(lambda: process.poll() is None and _answers(client), 120)
@@ -235,11 +237,12 @@ def test_sigterm_answers_all_within_the_time_to_stop(tmp_path: Path) -> None:
                 asked = [pool.submit(ask, steps) for steps in (1000, 999)]
                 busy = {"status": "ok", "waiting": 1, "running": 1}
                 _until(lambda: client.get("/healthz").json() == busy)
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(how)
                 for answer in asked:
                     assert answer.result().status_code == 503, answer.result().text
                     assert answer.result().json()["error"] == "the job was cancelled: the server stops"
-        assert process.wait(50) == 0
+        _, said = process.communicate(timeout=50)
+        assert process.returncode == code and "Traceback" not in said, said
     finally:
         process.kill()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
+import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline  # noqa: E402
 from elastic3d.serve.api import create_app  # noqa: E402
 from elastic3d.serve.application import build_app  # noqa: E402
 from elastic3d.serve.config import AppConfig, Runner, ServeConfig, ServerConfig  # noqa: E402
+from elastic3d.serve.guard import Guard  # noqa: E402
 from elastic3d.serve.metrics import Metrics  # noqa: E402
 from elastic3d.serve.queue import JobState, MeshQueue, MeshRequest, QueueFull  # noqa: E402
 from elastic3d.utils.devices import DeviceChoice  # noqa: E402
@@ -195,6 +198,31 @@ def test_without_the_token_nothing_is_done(serve) -> None:
         assert client.get("/v1/models", headers={"Authorization": given}).status_code == 401
     assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
     assert client.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("token", "sent"),
+    [
+        ("secret à", ["secret à".encode(), "secret à".encode("latin-1")]),
+        ("ключ", ["ключ".encode()]),
+        (os.fsdecode(b"secr\xe9t"), [b"secr\xe9t"]),  # from the environment
+    ],
+)
+def test_a_token_need_not_be_ascii(token: str, sent: list[bytes]) -> None:
+    """At the ASGI interface, as Starlette's client sends UTF-8 whatever it is given."""
+    found: list[int] = []
+
+    async def send(message: dict) -> None:
+        found.extend([message["status"]] if "status" in message else [])
+
+    async def app(scope: dict, receive: object, send: Callable) -> None:
+        await send({"type": "http.response.start", "status": 200})
+
+    guard = Guard(app, ServeConfig(token=token), Metrics())
+    for given in (*sent, b"secret ?", b"????", b"", "secret á".encode()):
+        headers = [(b"authorization", b"Bearer " + given)]
+        asyncio.run(guard({"type": "http", "path": "/v1/models", "headers": headers}, None, send))
+    assert found == [200] * len(sent) + [401] * 4
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ httpx = pytest.importorskip("httpx")
 from tiny_pipeline import save_image, tiny_pipeline  # noqa: E402
 
 from elastic3d.errors import UserError  # noqa: E402
-from elastic3d.evaluation.options import Runner  # noqa: E402
+from elastic3d.evaluation.items import Item  # noqa: E402
+from elastic3d.evaluation.options import ProtocolConfig, Runner  # noqa: E402
+from elastic3d.evaluation.runner import score_all  # noqa: E402
 from elastic3d.geometry.mesh_io import save_mesh  # noqa: E402
 from elastic3d.pipelines import generation  # noqa: E402
 from elastic3d.pipelines.options import GenerateConfig, MeshFormat  # noqa: E402
@@ -87,6 +89,19 @@ def test_a_folder_gives_the_meshes_of_one_process_and_resumes(model: Path, tmp_p
         over_ray(missing)
 
 
+def test_relative_paths_are_those_of_the_command(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cluster was started elsewhere."""
+    save_image(tmp_path / "in/a.png")
+    monkeypatch.chdir(tmp_path)
+    (outcome,) = over_ray(_config(model, Path("in"), Path("out"), runner=Runner.ray))
+    assert outcome.status == "ok" and (tmp_path / "out/a.stl").is_file()
+    item = Item("a", (Path("out/a.stl"),), (Path("out/a.stl"),))
+    (row,) = score_all([item], ProtocolConfig(points=1000), runner=Runner.ray, workers=1)
+    assert row["status"] == "ok"
+
+
 @pytest.mark.timeout(300)
 def test_a_worker_that_there_is_no_room_for_starts_when_another_is_done(model: Path, tmp_path: Path) -> None:
     """Each takes all cores of the cluster."""
@@ -105,8 +120,40 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def test_two_replicas_answer_as_one_process_does(model: Path, tmp_path: Path) -> None:
-    port = free_port()
+@pytest.fixture(scope="module")
+def port() -> int:
+    """Of the cluster's proxy, which the first application starts and which stays."""
+    return free_port()
+
+
+def test_a_full_queue_refuses_and_other_applications_stay(model: Path, tmp_path: Path, port: int) -> None:
+    image = save_image(tmp_path / "a.png").read_bytes()
+    config = ServeConfig(
+        model=str(model), port=port, runner=Runner.ray, queue=1, batch_size=1, stop_s=0, device=DeviceChoice.cpu,
+        dtype=DTypeChoice.float32,
+    )  # fmt: skip
+    from ray import serve
+
+    @serve.deployment
+    def other() -> str:
+        return "here"
+
+    serve.start(http_options={"port": port})
+    serve.run(other.bind(), name="other", route_prefix="/other")
+    with serve_over_ray(config), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+
+        def status(_: int) -> int:
+            form = {"steps": "200", "resolution": "16"}
+            return client.post("/v1/meshes", files={"image": image}, data=form).status_code
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(status, range(8)))
+    assert set(found) == {200, 429}
+    assert list(serve.status().applications) == ["other"], "stopping ends no other application"
+    serve.delete("other")
+
+
+def test_two_replicas_answer_as_one_process_does(model: Path, tmp_path: Path, port: int) -> None:
     image = save_image(tmp_path / "a.png").read_bytes()
     config = ServeConfig(
         model=str(model), port=port, runner=Runner.ray, replicas=2, device=DeviceChoice.cpu,

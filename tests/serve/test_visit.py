@@ -8,16 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import trimesh
+from PIL import Image
 
 gradio = pytest.importorskip("gradio")
 from app import Drawer  # noqa: E402 (the script)
+from tiny_dial import ROUTERS as LORA  # noqa: E402
 from tiny_dial import load, save_dialled  # noqa: E402
 from tiny_pipeline import image, tiny_pipeline  # noqa: E402
 
 from elastic3d.elastic import attach  # noqa: E402
-from elastic3d.elastic.config import ElasticConfig, RouterConfig  # noqa: E402
+from elastic3d.elastic.config import ElasticConfig, RouterConfig, RouterCurves  # noqa: E402
 from elastic3d.geometry.mesh_io import read_extras  # noqa: E402
 from elastic3d.serve.app import _settings, build_app  # noqa: E402
 from elastic3d.serve.config import AppConfig  # noqa: E402
@@ -93,6 +96,37 @@ def test_a_budget_counts_by_a_dial_without_routers(tmp_path: Path) -> None:
     assert _settings(cheap)["budget"]["minimum"] == 0.15, "what the slider shows can be kept"
 
 
+def test_a_quality_brings_its_resolution(tmp_path: Path) -> None:
+    """The page sends what its slider shows."""
+    pipeline = load(save_dialled(tmp_path / "model"))
+    pipeline.config = replace(pipeline.config, fast_resolution=8, best_resolution=24)
+    with MeshQueue(pipeline) as queue:
+        choose = {item.name: item.fn for item in build_app(queue).fns.values()}["choose"]
+        shown = {name: choose("", name) for name in ("fast", "default", "best", "budget")}
+        assert _settings(queue.models.info())["resolution"] == {"value": 16, "minimum": 8}
+    assert [resolution for _, resolution in shown.values()] == [8, 16, 24, 16]
+    assert [budget["visible"] for budget, _ in shown.values()] == [False, False, False, True]
+
+
+def test_the_budget_by_default_is_the_one_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per-block routers know none below a smallest one, which depends on the steps: 0.525 in two, 0.35 in three."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    curves = RouterCurves(requested_budgets=[0.7, 1.0], calibrated_budgets=[0.7, 1.0])
+    routers = replace(LORA, trained_steps=[2, 3], few_step_max_steps=3, few_step_nfe=3.0, curves=curves)
+    pipeline = tiny_pipeline()
+    attach(pipeline.dit, replace(routers, guided_times=[0.4, 0.6]))
+    pipeline.config.elastic = ElasticConfig(budget=0.3)
+    with MeshQueue(pipeline) as queue:
+        info, found = queue.models.info(), {}
+        shown = _settings(info)["budget"]["value"]
+        assert info.defaults["budget"] == shown
+        for steps in (3, 2):
+            choices = replace(PLAIN, steps=steps, budget=shown)
+            (made,) = Visits(queue).generate(choices, "somebody", lambda *_, **__: None).elastic
+            found[steps] = made.metadata["budget"]
+        assert found[3] == shown < found[2]
+
+
 def test_a_budget_without_routers_and_dial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As published models have neither: the page shows the budget, of all FLOPs at first, and a plan keeps it."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
@@ -114,6 +148,17 @@ def test_the_border_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert _settings(queue.models.info())["border"] == {"value": 0.05, "maximum": 0.5}
         functions = {item.name: item.fn for item in build_app(queue).fns.values()}
         assert 0.05 in [update.get("value") for update in functions["switch"](queue.models.names[0])]
+
+
+def test_images_of_the_page_lose_nothing() -> None:
+    """What is drawn of a prompt is sent back for its mesh, and the mask is what the model sees."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
+    with MeshQueue(tiny_pipeline()) as queue:
+        blocks = build_app(queue).blocks.values()
+        shown = {block.elem_id: block for block in blocks if isinstance(block, gradio.Image)}
+    for name in ("image", "mask"):
+        written = Image.open(shown[name].postprocess(Image.fromarray(noise)).path)
+        np.testing.assert_array_equal(np.asarray(written), noise)
 
 
 def test_a_folder_that_can_not_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
