@@ -26,7 +26,8 @@ class PipelineDriver:
         self.session = session
         self.pipelines: list[Any] = []
         self._timesteps: Tensor | None = None  # of the running generation
-        self._first, self._times = 0, list[float]()  # its first step in the scheduler, the times from there on
+        self._first = 0  # its first step in the scheduler
+        self._times: list[float] = []  # from there on
         self._step, self._passes, self._branches = -1, 0, 1
 
     def announce(self, t: Tensor) -> Tensor:
@@ -38,7 +39,8 @@ class PipelineDriver:
         before = self.session.trace
         new = scheduler.timesteps is not self._timesteps or before is None or before.samples != len(t)
         if new or again:
-            self._timesteps, self._first, self._times = scheduler.timesteps, found, times_of(scheduler)[found:]
+            self._timesteps, self._first = scheduler.timesteps, found
+            self._times = times_of(scheduler)[found:]
             if len(set(self._times)) < len(self._times):
                 raise ValueError(f"{type(scheduler).__name__} visits a timestep twice: unsupported")
             self._step, self._branches, step = -1, 1, 0
@@ -50,13 +52,16 @@ class PipelineDriver:
         return torch.full_like(t, self._times[step])
 
     def after(self, transformer: Any, args: Any, output: Any) -> None:
-        """A pass is over: what a generation remembers goes with its last pass, or with one that failed."""
+        """A pass is over: what a generation remembers goes with its last pass, or with one that failed. In the first
+        step nobody knows of a second branch yet: a generation of one step may last until the next begins."""
+        if self._timesteps is None:
+            return
         last = self._step == len(self._times) - 1 and self._passes == self._branches
-        if self._timesteps is not None and (output is None or last):
+        if output is None or (last and (self._step > 0 or self._passes == len(Branch))):
             self.session.end()
             self._timesteps = None
-            if hasattr(transformer, "_hf_hook"):  # it may leave the device now
-                self.session.forget()
+        if (output is None or last) and hasattr(transformer, "_hf_hook"):  # it may leave the device now
+            self.session.forget()
 
     def _scheduler_at(self, noise: float) -> tuple[Any, int]:
         """The scheduler that is at a share of noise, and its step; of several the one that was followed last."""
