@@ -379,7 +379,9 @@ def test_another_sampler_makes_other_runs(world, tmp_path):
 
 def test_other_calibration_images_of_the_same_names_make_other_routes(world, tmp_path):
     images = shutil.copytree(world / "images", tmp_path / "images")
-    config = config_of(world, tmp_path, methods=[Method.elastic, Method.static], calibration=images)
+    config = config_of(
+        world, tmp_path, methods=[Method.elastic, Method.static, Method.random], calibration=images
+    )
     names = []
     for _ in range(2):
         task = MeshTask(config)
@@ -388,6 +390,7 @@ def test_other_calibration_images_of_the_same_names_make_other_routes(world, tmp
         shutil.copyfile(images / "c.png", images / "a.png")
     (first, table), (second, other) = names
     assert first["static"] != second["static"] and table != other
+    assert first["random"] != second["random"], "they execute the share that the routers do there"
     assert first["elastic"] == second["elastic"]
 
 
