@@ -317,9 +317,9 @@ class Controls:
         return actions, table, table.sum(0, keepdim=True) if self.router.scope is Scope.step else table
 
     def _file(self, name: str) -> Path:
-        """Another for another model, guidance, resolution, steps or items."""
-        facts = (self.planner.reference.name, self.planner.control_steps, self.planner.calibrated_on)
-        key = zlib.crc32(repr(facts).encode())
+        """Another for another version, model, guidance, resolution, steps or items."""
+        facts = self.planner.reference.name, self.planner.control_steps, self.planner.calibrated_on
+        key = zlib.crc32(repr((__version__, facts)).encode())
         return self.config.output / "tables" / f"{name}-{key:08x}.json"
 
     def _searched(self) -> Run:

@@ -410,8 +410,11 @@ def test_what_another_version_made_is_missing(world, tmp_path):
     assert task.record(run, job) == record
 
 
-def test_times_of_another_version_are_taken_anew(world, tmp_path, monkeypatch):
+def test_times_and_tables_of_another_version_are_taken_anew(world, tmp_path, monkeypatch):
     task = MeshTask(config_of(world, tmp_path, methods=[Method.dense], caches=[], steps=[2], repeats=1))
+    table = task.controls._file("table")
+    monkeypatch.setattr("elastic3d.benchmark.task.__version__", "0.0.1")
+    assert task.controls._file("table") != table
     runs = [task.planner.dense(2)]
     assert timed_rounds(task, runs, measure=True) == timed_rounds(task, runs, measure=False) != []
     monkeypatch.setattr("elastic3d.evaluation.report.__version__", "0.0.1")
