@@ -73,6 +73,8 @@ class CacheName(Enum):
     db_cache = "db_cache"
 
 
+# One decision, or one fit, for a whole batch: a sample's result depends on its batch mates.
+BY_BATCH = (CacheName.first_block_cache, CacheName.db_cache, CacheName.hicache)
 ON_ANY_MODEL = [CacheName.forecast, CacheName.hicache]
 
 
@@ -139,8 +141,8 @@ class BenchmarkOptions(Options):
     repeats: int = option(5, "timing: rounds of the DiT alone, after a warm one", **COUNT)
     end_to_end_repeats: int = option(2, "timing: rounds of everything, after a warm one", ge=0, le=MANY)
     cpu_time: bool = option(False, "timing: CPU time of all threads, where other programs run; not on a GPU")
-    calibration: Path | None = option(None, "items for static and timestep routes; null: the first ones")
-    calibration_samples: int = option(8, "items for static and timestep routes", **COUNT)
+    calibration: Path | None = option(None, "items that controls and mag_cache go by; null: the first ones")
+    calibration_samples: int = option(8, "items that controls and mag_cache go by", **COUNT)
     caches: list[CacheName] = option(ON_ANY_MODEL, "training-free rivals to put beside")
     cache_steps: list[int] = option([], "step counts of these; empty: baseline_steps", **STEPS)
     policies: list[PolicyName] = option(

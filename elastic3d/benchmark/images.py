@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from elastic3d import __version__
 from elastic3d.benchmark.config import ImageBenchmarkConfig
 from elastic3d.benchmark.methods import DENSE, MAIN, Job, Model, Planner, Run
 from elastic3d.benchmark.report import as_loss, average, bounds
@@ -144,8 +145,7 @@ class ImageTask(Task):
         done, seeds = [run for run in runs if not self.missing(run)], self.config.seeds
         anchors = {name: run for name, run in self.anchors.items() if run in done}
         scores, pooled = Scores(), defaultdict[str, list[Features]](list)
-        every = list(product(seeds, done))
-        for seed, run in tqdm(every, desc="scores", unit="run", dynamic_ncols=True):
+        for seed, run in tqdm(list(product(seeds, done)), desc="scores", unit="run", dynamic_ncols=True):
             others = {name: (anchor, seed) for name, anchor in anchors.items()}
             if len(seeds) > 1:
                 before = seeds[seeds.index(seed) - 1]
@@ -272,8 +272,8 @@ def compare_images(first: Pixels, second: Pixels, maps: tuple[Maps, Maps]) -> di
 
 
 def kept(path: Path, facts: object, make: Callable[[], Arrays]) -> Arrays:
-    """What a file holds; made and written first where there is none, or one that goes back to other `facts`."""
-    key = hashlib.sha256(repr(facts).encode()).hexdigest()
+    """What a file holds; made and written first where there is none, or one of other `facts` or another version."""
+    key = hashlib.sha256(repr((__version__, facts)).encode()).hexdigest()
     if path.is_file():
         with np.load(path) as file:
             if str(file["key"]) == key:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from elastic3d.benchmark.config import BenchmarkOptions, CacheName, Method, PolicyName
+from elastic3d.benchmark.config import BY_BATCH, BenchmarkOptions, CacheName, Method, PolicyName
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule, ElasticConfig, least_budget
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.session import ElasticSession
@@ -156,20 +156,21 @@ class Planner:
         """A run with its name; settings None: dense; `more`: its other fields."""
         run = Run("", name, steps, routes, settings or ElasticConfig(elastic=False), **more)
         model, config, elastic = self.models[name], self.config, run.settings.elastic
+        kind, weight = run.rival and run.rival.kind, next(self.models[name].dit.parameters())
+        measured = routes in (*CALIBRATED, Routes.random) or kind is CacheName.mag_cache
         facts = (
             run,
             model.dense_sha256 if routes is Routes.dense else model.weights_sha256,
-            next(model.dit.parameters()).dtype,
+            weight.dtype,
             self.guidance(name),
             config.resolution or model.resolution,
             model.sampler,
-            self.calibrated_on if routes in CALIBRATED else None,
+            (measured and self.calibrated_on, config.batched_decisions and kind in BY_BATCH),
             model.session.router_config if model.session and elastic else None,
             self.calibration_digest if run.policy else None,
         )
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
-        decides = run.rival.kind if run.rival else run.policy or routes
-        what = decides.value if name in (MAIN, DENSE) else name
+        what = (kind or run.policy or routes).value if name in (MAIN, DENSE) else name
         budget = f"-b{run.settings.budget:g}" if elastic else ""
         return replace(run, name=f"{what}-s{steps}{budget}-{digest}")
 

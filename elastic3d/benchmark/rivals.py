@@ -33,8 +33,6 @@ from elastic3d.elastic.training_free import Array, Calibration, StepPolicy, all_
 from elastic3d.pipelines.calibration import relative_change
 from elastic3d.pipelines.options import BackboneName
 
-# One decision, or one fit, for a whole batch: a sample's result depends on its batch mates.
-BY_BATCH = (CacheName.first_block_cache, CacheName.db_cache, CacheName.hicache)
 PACKAGES = {CacheName.db_cache: ("cache_dit", "cache-dit"), CacheName.hicache: ("hicache_pp", "hicache-pp")}
 MAG_RETENTION = 0.2  # share of the first steps that MagCache computes; its authors' value
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which PyTorch's registry lacks

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from elastic3d import __version__
 from elastic3d.benchmark import controls
-from elastic3d.benchmark.config import BenchmarkOptions
+from elastic3d.benchmark.config import BY_BATCH, BenchmarkOptions
 from elastic3d.benchmark.methods import CALIBRATED, MAIN, NO_CACHE, Case, Job, Model, Planner, Routes, Run
-from elastic3d.benchmark.rivals import BY_BATCH, magnitude_ratios, metered, policy_named, running
+from elastic3d.benchmark.rivals import magnitude_ratios, metered, policy_named, running
 from elastic3d.elastic import detach
 from elastic3d.elastic.config import Branches, ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import RouteSource
@@ -194,8 +194,7 @@ class Task(ABC):
     def make(self, run: Run, jobs: Sequence[Job]) -> None:
         """Make and keep results, or the reasons why there are none; a record is written last. Rivals whose results
         depend on their batch make each by itself."""
-        by_batch = run.rival is not None and run.rival.kind in BY_BATCH
-        alone = by_batch and not self.config.batched_decisions
+        alone = run.rival and run.rival.kind in BY_BATCH and not self.config.batched_decisions
         for batch in [[job] for job in jobs] if alone else [list(jobs)]:
             for job, result in zip(batch, self.produced(run, batch), strict=True):
                 path, error = self.path(run, job), getattr(result, "error", None)
@@ -318,9 +317,9 @@ class Controls:
         return actions, table, table.sum(0, keepdim=True) if self.router.scope is Scope.step else table
 
     def _file(self, name: str) -> Path:
-        """Another for another model, guidance, resolution, steps or items."""
-        facts = (self.planner.reference.name, self.planner.control_steps, self.planner.calibrated_on)
-        key = zlib.crc32(repr(facts).encode())
+        """Another for another version, model, guidance, resolution, steps or items."""
+        facts = self.planner.reference.name, self.planner.control_steps, self.planner.calibrated_on
+        key = zlib.crc32(repr((__version__, facts)).encode())
         return self.config.output / "tables" / f"{name}-{key:08x}.json"
 
     def _searched(self) -> Run:

@@ -63,7 +63,7 @@ class ElasticBlock:
         self.forward = self._base  # compiled on request
         self._before = self.inner.__dict__.get("forward")  # of somebody who replaced it earlier
         self._stand_in: Callable[..., Any] | None = None
-        self._adapted: tuple[Key, dict[str, Tensor]] | None = None
+        self._adapted: tuple[Key | None, dict[str, Tensor]] | None = None
 
     def attach(self, forward: Callable[..., Any]) -> None:
         """From now on the block's forward is this one, which is given the block first."""
@@ -170,8 +170,9 @@ class ElasticBlock:
         if self.few_step is None or coarse is None:
             return {}
         if self._adapted is None:
-            state = self.few_step.state(self.inner, coarse)
-            self._adapted = state, self.few_step.adapted(self.inner, coarse)
+            weights = self.few_step.adapted(self.inner, coarse)
+            learns = any(weight.requires_grad for weight in weights.values())
+            self._adapted = None if learns else self.few_step.state(self.inner, coarse), weights
         return self._adapted[1]
 
     def refresh(self, coarse: float | None) -> None:

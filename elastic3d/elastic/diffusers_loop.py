@@ -18,6 +18,7 @@ class PipelineDriver:
 
     Every pipeline that shares the scheduler is followed, also one that nobody named. A generation is a new set of
     timesteps in the scheduler, which each pipeline makes when it is called, so that nothing of a cancelled one is left.
+    It begins at the step that comes first, which is a later one with an image to start from (`strength` below 1).
     Within a step the conditional branch runs first, as in all pipelines of FLUX and Qwen-Image.
     """
 
@@ -25,36 +26,42 @@ class PipelineDriver:
         self.session = session
         self.pipelines: list[Any] = []
         self._timesteps: Tensor | None = None  # of the running generation
-        self._times: list[float] = []
+        self._first = 0  # its first step in the scheduler
+        self._times: list[float] = []  # from there on
         self._step, self._passes, self._branches = -1, 0, 1
 
     def announce(self, t: Tensor) -> Tensor:
         """Tell the session of a pass at times t (B,), 0 = noise -> the times as the scheduler has them: the pipeline
         rounds them to its number format. ValueError where no scheduler is at that time."""
-        scheduler, step = self._scheduler_at(1 - float(t[0]))
+        scheduler, found = self._scheduler_at(1 - float(t[0]))
+        step = found - self._first
         again = step < self._step or (step == self._step and self._passes == len(Branch))
         before = self.session.trace
         new = scheduler.timesteps is not self._timesteps or before is None or before.samples != len(t)
         if new or again:
-            self._timesteps, self._times = scheduler.timesteps, times_of(scheduler)
+            self._timesteps, self._first = scheduler.timesteps, found
+            self._times = times_of(scheduler)[found:]
             if len(set(self._times)) < len(self._times):
                 raise ValueError(f"{type(scheduler).__name__} visits a timestep twice: unsupported")
-            self._step, self._branches = -1, 1
+            self._step, self._branches, step = -1, 1, 0
             self.session.begin(len(t), len(self._times), times=self._times)
         self._passes = self._passes + 1 if step == self._step else 1
         self._branches, self._step = max(self._branches, self._passes), step
-        dt = abs(float(scheduler.sigmas[step] - scheduler.sigmas[step + 1]))
+        dt = abs(float(scheduler.sigmas[found] - scheduler.sigmas[found + 1]))
         self.session.step(step, dt, (Branch(self._passes - 1),))
         return torch.full_like(t, self._times[step])
 
     def after(self, transformer: Any, args: Any, output: Any) -> None:
-        """A pass is over: what a generation remembers goes with its last pass, or with one that failed."""
+        """A pass is over: what a generation remembers goes with its last pass, or with one that failed. In the first
+        step nobody knows of a second branch yet: a generation of one step may last until the next begins."""
+        if self._timesteps is None:
+            return
         last = self._step == len(self._times) - 1 and self._passes == self._branches
-        if self._timesteps is not None and (output is None or last):
+        if output is None or (last and (self._step > 0 or self._passes == len(Branch))):
             self.session.end()
             self._timesteps = None
-            if hasattr(transformer, "_hf_hook"):  # it may leave the device now
-                self.session.forget()
+        if (output is None or last) and hasattr(transformer, "_hf_hook"):  # it may leave the device now
+            self.session.forget()
 
     def _scheduler_at(self, noise: float) -> tuple[Any, int]:
         """The scheduler that is at a share of noise, and its step; of several the one that was followed last."""

@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.width import plain_linear
@@ -88,9 +89,11 @@ class FewStepLoRA(nn.Module):
                 own.weight.copy_(weight)
 
     def state(self, block: nn.Module, coarse: float | None) -> Key:
-        """What adapted weights were made of: another as soon as they are stale."""
-        tensors = [linear.weight for _, _, linear in self._pairs(block)] + list(self.parameters())
-        return coarse, *((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        """What adapted weights were made of. Sums tell of a change through `.data`, as when a LoRA is merged."""
+        weights, own = [linear.weight for _, _, linear in self._pairs(block)], list(self.parameters())
+        sums = torch.stack([weight.detach().sum(dtype=torch.float32) for weight in weights]).tolist()
+        sums.append(float(parameters_to_vector(own).detach().sum(dtype=torch.float32)))
+        return coarse, *sums, *((tensor.data_ptr(), tensor._version) for tensor in weights + own)
 
     def _pairs(self, block: nn.Module) -> list[tuple[str, nn.Module, nn.Linear]]:
         names = [(key.replace("/", "."), part) for key, part in self.parts.items()]

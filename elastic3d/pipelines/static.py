@@ -91,12 +91,12 @@ class StaticDiT:
             self._of, self._merged = made_of, []
             if session is not None:
                 session.forget()  # weights that earlier generations made for themselves
-        if session is None:
+        if session is None or (session.coarseness is None and not self._merged):
             return
         coarse = session.coarseness
         blocks = [(block, lora) for block in session.blocks if (lora := block.few_step) is not None]
         state = [lora.state(block.inner, coarse) for block, lora in blocks]
-        if state != self._merged and (self._merged or coarse is not None):
+        if state != self._merged:
             for block, lora in blocks:
                 lora.merge(block.inner, self.twin.get_submodule(block.name), coarse)
             self._merged = state

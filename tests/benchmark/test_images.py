@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from elastic3d.benchmark.config import CacheName, ImageBenchmarkConfig, Method, Phase
-from elastic3d.benchmark.images import ImageTask
+from elastic3d.benchmark.images import ImageTask, kept
 from elastic3d.benchmark.methods import ON_REQUEST
+from elastic3d.benchmark.rivals import rival_cases
 from elastic3d.benchmark.run import benchmark
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule
 from elastic3d.errors import UserError
@@ -236,6 +238,29 @@ def test_options_are_checked():
         ImageBenchmarkConfig(output=Path("x"), feature_size=100)
     with pytest.raises(ValueError, match="variants has 'mag_cache', expected another name"):
         ImageBenchmarkConfig(output=Path("x"), variants={CacheName.mag_cache.name: "y"})
+
+
+def test_what_decides_in_batches_and_what_it_goes_by_make_other_runs(gallery, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a grey table\n")
+    names = []
+    for changes in ({}, {"batched_decisions": True}, {"calibration": prompts}):
+        task = ImageTask(image_config_of(gallery, tmp_path, methods=[Method.dense], **changes))
+        names.append({case.method: case.run.name for case in rival_cases(task.planner)})
+    plain, batched, other = names
+    differ = [{name for name in plain if plain[name] != found[name]} for found in (batched, other)]
+    assert differ == [{CacheName.first_block_cache.value}, {CacheName.mag_cache.value}]
+
+
+def test_scores_of_another_version_are_computed_anew(tmp_path, monkeypatch):
+    path = tmp_path / "scores.npz"
+
+    def scored(value: int) -> int:
+        return int(kept(path, ("facts",), lambda: {"psnr": np.array(value)})["psnr"])
+
+    assert [scored(1), scored(2)] == [1, 1]
+    monkeypatch.setattr("elastic3d.benchmark.images.__version__", "0.0.1")
+    assert [scored(3), scored(4)] == [3, 3]
 
 
 def _backbones() -> Any:

@@ -379,7 +379,9 @@ def test_another_sampler_makes_other_runs(world, tmp_path):
 
 def test_other_calibration_images_of_the_same_names_make_other_routes(world, tmp_path):
     images = shutil.copytree(world / "images", tmp_path / "images")
-    config = config_of(world, tmp_path, methods=[Method.elastic, Method.static], calibration=images)
+    config = config_of(
+        world, tmp_path, methods=[Method.elastic, Method.static, Method.random], calibration=images
+    )
     names = []
     for _ in range(2):
         task = MeshTask(config)
@@ -388,6 +390,7 @@ def test_other_calibration_images_of_the_same_names_make_other_routes(world, tmp
         shutil.copyfile(images / "c.png", images / "a.png")
     (first, table), (second, other) = names
     assert first["static"] != second["static"] and table != other
+    assert first["random"] != second["random"], "they execute the share that the routers do there"
     assert first["elastic"] == second["elastic"]
 
 
@@ -407,8 +410,11 @@ def test_what_another_version_made_is_missing(world, tmp_path):
     assert task.record(run, job) == record
 
 
-def test_times_of_another_version_are_taken_anew(world, tmp_path, monkeypatch):
+def test_times_and_tables_of_another_version_are_taken_anew(world, tmp_path, monkeypatch):
     task = MeshTask(config_of(world, tmp_path, methods=[Method.dense], caches=[], steps=[2], repeats=1))
+    table = task.controls._file("table")
+    monkeypatch.setattr("elastic3d.benchmark.task.__version__", "0.0.1")
+    assert task.controls._file("table") != table
     runs = [task.planner.dense(2)]
     assert timed_rounds(task, runs, measure=True) == timed_rounds(task, runs, measure=False) != []
     monkeypatch.setattr("elastic3d.evaluation.report.__version__", "0.0.1")

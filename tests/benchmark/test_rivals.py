@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from elastic3d.benchmark.config import CacheName
+from elastic3d.benchmark.config import BY_BATCH, CacheName
 from elastic3d.benchmark.forecasting import WEIGHTS
 from elastic3d.benchmark.images import load_models
 from elastic3d.benchmark.methods import DENSE, Model, Rival
-from elastic3d.benchmark.rivals import BY_BATCH, grid, magnitude_ratios, metered, missing, running
+from elastic3d.benchmark.rivals import grid, magnitude_ratios, metered, missing, running
 from elastic3d.elastic import adapter_for
 from elastic3d.elastic.families import dense_flops
 from tests.benchmark.conftest import image_config_of

@@ -17,7 +17,7 @@ from elastic3d.elastic.config import (
     RouterConfig,
     Scope,
 )
-from elastic3d.elastic.trace import trace_share
+from elastic3d.elastic.trace import NOT_RUN, trace_share
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -139,6 +139,18 @@ def test_branches_samples_and_generations_stay_separate():
     for seed in (0, 1):
         torch.testing.assert_close(flux(pipe, (seed,), 3.0)[0], both[seed], rtol=1e-3, atol=1e-4)
         assert torch.equal(session.trace.actions[:, :, 0], actions[:, :, seed])
+
+
+def test_a_generation_of_one_step_has_all_its_branches():
+    """Nothing says before its second pass that there is one."""
+    pipe = flux_pipeline()
+    session = attach(pipe, MIXED)
+    for branches in (2, 1, 1, 2, 2):
+        flux(pipe, true_cfg=2.0 * branches - 1, steps=1)
+        announced = (session.trace.actions > NOT_RUN).all(-1)
+        assert announced[0].tolist() == [[True] * 2, [branches == 2] * 2]
+    flux(pipe, true_cfg=3.0, steps=2)
+    assert (session.trace.actions > NOT_RUN).all() and session.cache is None
 
 
 def test_the_step_size_is_the_schedulers():

@@ -262,6 +262,10 @@ def test_stale_weights_are_made_anew():
     with torch.no_grad():
         model.single_blocks[0].linear1.weight.mul_(1.1)
     assert not torch.equal(second, third := generate(model, session, 3))
+    model.single_blocks[1].linear2.weight.data += 0.1  # as a LoRA is merged: the tensor's version stays
+    assert not torch.equal(third, fourth := generate(model, session, 3))
+    session.blocks[1].few_step.parts["linear1"].up.data *= 2
+    assert not torch.equal(fourth, third := generate(model, session, 3))
     model.double()
     assert generate(model, session, 3).dtype == torch.float32
     model.float()

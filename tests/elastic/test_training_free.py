@@ -30,7 +30,7 @@ from elastic3d.elastic.training_free import (
 from elastic3d.errors import UserError
 from elastic3d.pipelines.calibration import Notes, calibrate, recorded
 from elastic3d.pipelines.training_free import describe, load_calibration, save_calibration, series_of
-from tests.elastic.test_diffusers_routing import flux, flux_pipeline, qwen_pipeline
+from tests.elastic.test_diffusers_routing import flux, flux_pipeline, image_to_image, qwen_pipeline
 
 STEPS = 8
 
@@ -186,6 +186,16 @@ def test_one_line_on_and_one_line_off(build: Callable, run: Callable, branches: 
     assert not pipe.transformer._forward_hooks and not pipe.transformer._forward_pre_hooks
     with pytest.raises(ValueError, match="has no routers"):
         disable(pipe)
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 28), (0.6, 17), (0.4, 12)])
+def test_an_image_to_start_from_leaves_the_budget_to_the_steps_that_run(strength: float, steps: int) -> None:
+    pipe, run = image_to_image(28)
+    session = enable(pipe, budget=0.5)
+    first = run(0, strength)
+    assert session.trace is not None and session.trace.steps == steps
+    assert trace_share(session.trace).tolist() == pytest.approx([round(steps / 2) / steps], abs=1e-6)
+    assert torch.equal(run(0, strength), first)
 
 
 @PIPELINES
