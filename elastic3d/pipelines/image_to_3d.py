@@ -458,6 +458,7 @@ class ImageTo3DPipeline:
                         values, _ = decode_field(field, decode, device, on_level)
                     with timed(took, "surface", device):
                         values = reducible(values, call.cleanup.max_faces)
+                        result.metadata["resolution"] = len(values) - 1
                         mesh = extract_surface(values, decode.box, decode.surface)
                     with timed(took, "cleanup", device):
                         result._mesh = clean(mesh, call.cleanup)
