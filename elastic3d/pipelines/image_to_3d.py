@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from elastic3d import __version__
 from elastic3d.checkpoints.folders import INDEX_NAME, refuse
-from elastic3d.checkpoints.options import PRESETS
 from elastic3d.diffusion.dial import Dial, choose, load_dial, resolution_of, save_dial
 from elastic3d.diffusion.options import IDLE, MAX_ENSEMBLE, Combine, PipelineConfig, Quality
 from elastic3d.diffusion.sampler import moves, sample, sampling_times
@@ -452,8 +451,8 @@ class ImageTo3DPipeline:
                         fields = [self.vae.field(each[None]) for each in tokens[row]]
                         field = fields[0]
                         if len(fields) > 1:
-                            image = call.images[number], call.foreground, call.config.model in PRESETS
-                            field, found = combined(fields, call.combine, *image, decode, device, tell)
+                            args = call.images[number], call.foreground, decode, device, tell
+                            field, found = combined(fields, call.combine, *args)
                             result.metadata |= found
                         values, _ = decode_field(field, decode, device, on_level)
                     with timed(took, "surface", device):
