@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.training.dit import LatentFlowConfig
 from elastic3d.training.journal import read_metrics
-from elastic3d.training.latents import LatentInfo, LatentsConfig, build_cache
+from elastic3d.training.latents import CacheConfig, LatentInfo, LatentsConfig, build_cache
 from elastic3d.training.options import Precision, StageName
 from elastic3d.training.shape_flow import MeshLossConfig, RouterStageConfig, RouterTrainConfig
 from elastic3d.training.stages import run_stage
@@ -76,6 +77,11 @@ def config_for(root: Path, **changes) -> RouterTrainConfig:
     return vae_config(root, **(options | changes))
 
 
+def with_sharp_points(config: CacheConfig, model: str = "hunyuan3d2") -> CacheConfig:
+    """What the VAE of a model reads, that of 2.1 none."""
+    return replace(config, vae=replace(config.vae, sharp_points=0 if model == "hunyuan3d2_1" else 32))
+
+
 @pytest.mark.parametrize(
     ("model", "precision"),
     [
@@ -95,7 +101,11 @@ def test_routers_are_trained_and_generate(prepared: Path, model: str, precision:
     )
     assert told.endswith("whose VAE has an encoder")
     config = config_for(prepared, precision=precision, validate_every=2)
-    info = build_cache(config_for(prepared, stage=StageName.cache))
+    if vae:  # half of its latents are read from sharp edges
+        with pytest.raises(UserError, match="sharp_points is 0, expected some, .* reads 3 of its 6 latents"):
+            build_cache(config_for(prepared, stage=StageName.cache))
+        assert not config.latents.output.exists()
+    info = build_cache(with_sharp_points(config_for(prepared, stage=StageName.cache), model))
     assert info == LatentInfo.load(config.latents.output)
     assert info.mean == [0.0] * 8 and info.std == [1.0] * 8 and info.tokens == [5, 24]
     assert run_stage(config) == 0
