@@ -24,10 +24,11 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.training.dit import LatentFlowConfig
 from elastic3d.training.journal import read_metrics
-from elastic3d.training.latents import CacheConfig, LatentInfo, LatentsConfig, build_cache
+from elastic3d.training.latents import CacheConfig, LatentCache, LatentInfo, LatentsConfig, build_cache
 from elastic3d.training.options import Precision, StageName
 from elastic3d.training.shape_flow import MeshLossConfig, RouterStageConfig, RouterTrainConfig
 from elastic3d.training.stages import run_stage
+from elastic3d.utils.files import load_json, save_json
 from tests.tiny_pipeline import image
 from tests.training.tiny import add_views, export_of, vae_config
 
@@ -117,6 +118,27 @@ def test_routers_are_trained_and_generate(prepared: Path, model: str, precision:
     result = pipeline([image()], steps=2, resolution=16, budget=0.5)[0]
     assert result.latents is not None and result.latents.isfinite().all()
     assert 0 <= result.metadata["flops_executed"] <= result.metadata["flops_dense"]
+
+
+def test_image_tokens_of_another_encoder_than_the_models_are_refused(prepared: Path) -> None:
+    """As those of one view, without its direction, for a model of several."""
+    add_views(prepared)
+    publish(prepared / "weights", "hunyuan3d2")
+    source, output = str(prepared / "weights"), str(prepared / "model")
+    import_checkpoint(
+        ImportConfig(model="hunyuan3d2", weights=source, output=output, vae_subfolder=WITH_ENCODER)
+    )
+    own = prepared / "model/image_encoder/config.json"
+    save_json(load_json(own) | {"views": 4}, own)
+    build_cache(with_sharp_points(config_for(prepared, stage=StageName.cache)))
+    cache = LatentCache(prepared / "latents", config_for(prepared).data, 1)
+    with pytest.raises(UserError, match=r"tokens with views 1, .*/model have 4: .* latents.encoder.views=4"):
+        cache.load_dense(prepared / "model")
+    save_json(load_json(own) | {"views": 1, "border": 0.2}, own)
+    with pytest.raises(UserError, match="tokens with border 0.15, .*/model have 0.2"):
+        cache.load_dense(prepared / "model")
+    save_json(load_json(own) | {"border": 0.15 + 1e-9}, own)
+    cache.load_dense(prepared / "model")
 
 
 def test_a_vae_without_an_encoder_says_so(prepared: Path) -> None:
