@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from elastic3d.checkpoints.bundle import Bundle
 from elastic3d.checkpoints.hunyuan3d import load_hunyuan3d
+from elastic3d.checkpoints.options import ImportConfig
 from elastic3d.checkpoints.step1x3d import load_step1x3d
 from elastic3d.checkpoints.tensors import to_published
 from elastic3d.checkpoints.tiny import write_tiny
@@ -24,7 +25,7 @@ from elastic3d.checkpoints.triposg import dit_rows, load_triposg, load_triposg_v
 from elastic3d.errors import UserError
 from elastic3d.models.options import SkipDiTConfig
 from elastic3d.pipelines.options import GenerateConfig
-from elastic3d.pipelines.published import calibration_home
+from elastic3d.pipelines.published import calibration_home, import_checkpoint
 
 LOADERS: dict[str, Callable[..., Bundle]] = {"triposg": load_triposg, "step1x3d": load_step1x3d}
 MODELS = tuple(LOADERS)
@@ -157,6 +158,20 @@ def test_tiny_weights_are_in_the_published_layout(tmp_path: Path, model: str) ->
         torch.tensor([[[0.0, 0, 0], [1.0, 1.0, 1.0]]]), bundle.vae.decode(latents)
     )[0].tolist()
     assert inside > 0 > outside
+
+
+def test_only_a_tiny_model_is_written_over(tmp_path: Path) -> None:
+    """The name of the folder may be that of a download."""
+    real = write_folder(tmp_path / "TripoSG", "triposg")
+    before = {path: path.stat().st_mtime_ns for path in real.rglob("*")}
+    with pytest.raises(UserError, match="TripoSG, which holds other files than those of a tiny model"):
+        write_tiny("triposg", real)
+    with pytest.raises(UserError, match="TripoSG, which is a published model: choose another folder"):
+        import_checkpoint(ImportConfig(model="triposg", weights=str(real), output=str(real)))
+    assert {path: path.stat().st_mtime_ns for path in real.rglob("*")} == before
+    (tmp_path / "empty").mkdir()
+    for seed in (0, 1):
+        write_tiny("triposg", tmp_path / "empty", seed)
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
