@@ -449,11 +449,9 @@ class ImageTo3DPipeline:
                 try:
                     with timed(took, "decode", device):
                         fields = [self.vae.field(each[None]) for each in tokens[row]]
-                        field = fields[0]
-                        if len(fields) > 1:
-                            args = call.images[number], call.foreground, decode, device, tell
-                            field, found = combined(fields, call.combine, *args)
-                            result.metadata |= found
+                        args = call.images[number], call.foreground, decode, device, tell
+                        field, found = combined(fields, call.combine, *args) if others else (fields[0], {})
+                        result.metadata |= found
                         values, _ = decode_field(field, decode, device, on_level)
                     with timed(took, "surface", device):
                         values = reducible(values, call.cleanup.max_faces)
