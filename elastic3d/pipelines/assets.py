@@ -70,10 +70,11 @@ def posed(
 
 def object_pixels(image: ImageInput, foreground: ForegroundConfig) -> NDArray[np.uint8]:
     """The object of a (front) image alone, RGBA (S, S, 4). UserError if there is none from the front."""
-    front = image.get(VIEW_NAMES[0]) if isinstance(image, Mapping) else image
-    if front is None:
-        raise UserError(f"there are images from {', '.join(image)}, expected one from the {VIEW_NAMES[0]}")
-    cut = cut_out(load_image(front), foreground)
+    if isinstance(image, Mapping):
+        if VIEW_NAMES[0] not in image:
+            raise UserError(f"there are images from {', '.join(image)}, expected one from the {VIEW_NAMES[0]}")
+        image = image[VIEW_NAMES[0]]
+    cut = cut_out(load_image(image), foreground)
     left, top, right, bottom = cut.getchannel("A").getbbox() or (0, 0, *cut.size)
     side = round(max(right - left, bottom - top) / (1 - BORDER))
     return np.asarray(centred(cut, int(np.clip(side, LEAST_SIDE, MOST_SIDE)), BORDER))
