@@ -72,7 +72,9 @@ def object_pixels(image: ImageInput, foreground: ForegroundConfig) -> NDArray[np
     """The object of a (front) image alone, RGBA (S, S, 4). UserError if there is none from the front."""
     if isinstance(image, Mapping):
         if VIEW_NAMES[0] not in image:
-            raise UserError(f"there are images from {', '.join(image)}, expected one from the {VIEW_NAMES[0]}")
+            raise UserError(
+                f"there are images from {', '.join(image)}, expected one from the {VIEW_NAMES[0]}"
+            )
         image = image[VIEW_NAMES[0]]
     cut = cut_out(load_image(image), foreground)
     left, top, right, bottom = cut.getchannel("A").getbbox() or (0, 0, *cut.size)
