@@ -116,10 +116,14 @@ def load_network(
     return DinoV2(config.encoder, network).to(loader.device)
 
 
-def other_network(config: CheckpointConfig, folder: Path, loader: Loader) -> DinoV2:
-    """The encoder of a checkpoint with a DINOv2 from elsewhere; UserError if its width doesn't fit."""
+def other_network(config: CheckpointConfig, folder: Path, loader: Loader, registers: bool = False) -> DinoV2:
+    """The encoder of a checkpoint with a DINOv2 from elsewhere; UserError if its width doesn't fit, or it has registers
+    and the family's none, or the other way round."""
     network = load_dinov2(folder).to(loader.device, loader.dtype)
     found, wanted = network.config.hidden_size, config.dit.condition_channels
     if found != wanted:
         raise UserError(f"{folder} is a DINOv2 of {found} channels, expected {wanted}")
+    if (getattr(network.config, "num_register_tokens", 0) > 0) != registers:
+        kinds = ("with", "without") if registers else ("without", "with")
+        raise UserError(f"{folder} is a DINOv2 {kinds[1]} registers, expected one {kinds[0]}")
     return DinoV2(config.encoder, network).to(loader.device)

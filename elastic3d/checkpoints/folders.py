@@ -116,6 +116,7 @@ class Layout:
         parse: (folder, tensors of the encoder, whether the weights hold the VAE's encoder) -> the configuration.
         dit_rows, vae_rows: our names of a model's tensors, and the published ones.
         encoder_state: (folder) -> tensors of the encoder, where no file describes its network.
+        registers: whether its DINOv2 has registers.
     """
 
     model: str
@@ -124,6 +125,7 @@ class Layout:
     dit_rows: Callable[[Any], list[Row]]
     vae_rows: Callable[[VAEConfig], list[Row]]
     encoder_state: Callable[[Folder], dict[str, Tensor]] | None = None
+    registers: bool = False
 
     def load(
         self,
@@ -147,14 +149,14 @@ class Layout:
         conditioner: DinoV2 | None = None
         files, note = [*source.files("transformer"), *source.files("vae")], ""
         if dinov2 is not None:
-            conditioner = other_network(config, Path(dinov2), loader)
+            conditioner = other_network(config, Path(dinov2), loader, self.registers)
             files += dinov2_files(Path(dinov2))
         elif own:
             home = source.root / self.encoder
             conditioner = (
                 load_network(config, state, str(home), loader)
                 if state
-                else other_network(config, home, loader)
+                else other_network(config, home, loader, self.registers)
             )
             files += self._encoder_files(source)
         else:

@@ -325,7 +325,13 @@ def parse_vae(part: Mapping[str, Any], source: str, has_encoder: bool) -> VAECon
         raise UserError(f"{source}: vae.target is {kind!r}, expected ShapeVAE")
     fields = mapped(params, _VAE, f"{source}: vae")
     fields["geo_qk_norm"] = fields["geo_ln_post"]  # theirs drops both together
-    fields |= {"neighbours_in": 0, "neighbours_out": 0}
+    fields |= {
+        "neighbours_in": 0,
+        "neighbours_out": 0,
+        "post_eps": 1e-5,
+        "logvar_min": -30.0,
+        "logvar_max": 20.0,
+    }
     if not has_encoder:
         fields["encoder_layers"] = 0
     config = from_dict(VAEConfig, fields, source)

@@ -281,4 +281,4 @@ def vae_rows(config: VAEConfig) -> list[Row]:
     return [Row(name, (re.sub("^geo_decoder", "decoder", name),)) for name in names]
 
 
-_LAYOUT = Layout("step1x3d", ENCODER, parse_step1x3d, dit_rows, vae_rows, _encoder_state)
+_LAYOUT = Layout("step1x3d", ENCODER, parse_step1x3d, dit_rows, vae_rows, _encoder_state, registers=True)

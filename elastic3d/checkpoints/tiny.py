@@ -18,12 +18,14 @@ from elastic3d.checkpoints.dinov2 import build_network
 from elastic3d.checkpoints.folders import INDEX_NAME, Folder, open_folder
 from elastic3d.checkpoints.options import CheckpointConfig
 from elastic3d.checkpoints.tensors import Row, to_published
+from elastic3d.errors import UserError
 from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.weights import save_weights
-from elastic3d.utils.files import save_json
+from elastic3d.utils.files import printable, save_json
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+_MARKER = "tiny.json"  # in a folder that may be written anew
 _BLOB = 0.6  # about the radius at which the field changes its sign
 _DINOV2 = {
     "hidden_size": 64,
@@ -97,9 +99,15 @@ _INDEX: dict[str, dict[str, Any]] = {
 def write_tiny(model: str, folder: str | Path, seed: int = 0) -> Path:
     """Write a tiny `triposg` or `step1x3d` with random weights; `model_index.json` comes last.
 
-    The global random state is left as it was.
+    The global random state is left as it was. UserError if the folder holds anything else: it may be the download.
     """
     root = Path(folder)
+    if not (root / _MARKER).is_file():
+        if root.is_dir() and any(root.iterdir()):
+            raise UserError(
+                f"output is {printable(root)}, which holds files of no tiny model: choose an empty folder"
+            )
+        save_json({"model": model, "seed": seed}, root / _MARKER)
     values = _TRIPOSG if model == "triposg" else _STEP1X
     for part, fields in values.items():
         save_json(fields, root / part / _CONFIG_NAMES.get(part, "config.json"))

@@ -30,6 +30,7 @@ FieldFunction = Callable[[Tensor], Tensor]
 """field(points (P,3) float32) -> values (P,), positive inside."""
 
 MANY_FACES = 1_000_000  # take about three seconds to reduce
+_FULL = 24  # faces a squared cell of the grid's side: twice those of the surface of the whole cube
 _CELLS = 1 << 15  # interpolated at a time
 _BLOCK = (
     8  # nodes a side of the blocks in which the field is evaluated: points that lie close together are faster
@@ -263,15 +264,15 @@ def node_points(indices: Tensor, resolution: int, box: float = BOX) -> Tensor:
 
 
 def reducible(values: torch.Tensor, max_faces: int) -> torch.Tensor:
-    """Values (n, n, n), or every second node of them, or every fourth: a surface of at most `MANY_FACES` faces.
+    """Values (n, n, n), or every second node of them, or every fourth where the surface is of noise.
 
-    Only where it is reduced to an eighth of that or less afterwards, as a surface of noise: the time of that does not
-    grow without a bound then. A level of `decode` is exact at the surface, so this is the mesh of a coarser one.
+    Only where its faces are reduced to an eighth or less afterwards, whose time does not grow without a bound then.
+    A smooth surface keeps its grid. A level of `decode` is exact at the surface: this is the mesh of a coarser one.
     """
     while 0 < 8 * max_faces <= MANY_FACES and len(values) % 2 == 1 and len(values) > 64:
         inside = (values > 0).cpu().numpy()  # whose counting is ten times faster than PyTorch's
         crossings = sum(np.count_nonzero(np.diff(inside, axis=axis)) for axis in range(3))
-        if 2 * crossings <= MANY_FACES:  # a vertex on each, two faces a vertex
+        if 2 * crossings <= max(MANY_FACES, _FULL * len(values) ** 2):  # a vertex on each, two faces a vertex
             break
         values = values[::2, ::2, ::2]
     return values

@@ -30,9 +30,8 @@ class PoseRange:
 
 
 CANONICAL = PoseRange((-90.0, 90.0), (-10.0, 60.0))
-"""Models whose meshes face +Z from wherever the image shows them."""
-FRONT = PoseRange((-20.0, 20.0), (-10.0, 30.0))
-"""Models whose meshes face the camera of their image."""
+"""Meshes that face +Z from wherever the image shows them: of the bundled model, and of published ones, whose training
+pairs images from all around with the shape as it stands."""
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,9 @@ class VAEConfig(Options):
     norm_eps: float = option(
         1e-6, "epsilon of the LayerNorms (1e-5 in TripoSG and Step1X-3D)", gt=0, le=1, internal=True
     )
+    post_eps: float = option(
+        0.0, "epsilon of the encoder's last LayerNorm; 0: norm_eps", ge=0, le=1, internal=True
+    )
     encoder_width: int = option(
         0, "width of the encoder; 0: the decoder's", ge=0, le=MAX_WIDTH, internal=True
     )

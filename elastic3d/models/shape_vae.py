@@ -164,7 +164,7 @@ class Encoder(nn.Module):
             sizes = config.point_features, config.width, config.local_width, config.neighbours_in
             self.local = LocalFeatures(*sizes, "max")
         self.self_attn = Transformer(config, config.encoder_layers)
-        self.ln_post = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.ln_post = nn.LayerNorm(config.width, eps=config.post_eps or config.norm_eps)
 
     def forward(self, surface: Tensor, sharp: Tensor | None, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
         """surface (B,P,6), sharp (B,Q,6) or None: xyz and unit normal -> tokens (B,N,D), anchors (B,N,3) fp32."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from elastic3d.errors import UserError
 from elastic3d.geometry.colour import ImageColours, with_texture, with_vertex_colours
-from elastic3d.geometry.pose import CANONICAL, FRONT, Pose, find_pose
+from elastic3d.geometry.pose import Pose, find_pose
 from elastic3d.models.images import VIEW_NAMES, ImageInput, centred, cut_out, load_image
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.options import AssetConfig, Texture
@@ -34,11 +34,11 @@ def check_asset(config: AssetConfig, suffix: str, uv: bool) -> None:
 
 
 def coloured(
-    mesh: trimesh.Trimesh, image: ImageInput, foreground: ForegroundConfig, config: AssetConfig, frontal: bool
+    mesh: trimesh.Trimesh, image: ImageInput, foreground: ForegroundConfig, config: AssetConfig
 ) -> tuple[trimesh.Trimesh, dict[str, object]]:
     """The mesh with the image's colours (as a texture if it has texture coordinates), and where the camera is."""
     try:
-        pose, pixels = posed(mesh, image, foreground, frontal)
+        pose, pixels = posed(mesh, image, foreground)
         colours = ImageColours(mesh, pose.camera, pixels)
     except ValueError as error:
         raise UserError(f"texture=project: {error}") from error
@@ -60,18 +60,23 @@ def coloured(
 
 
 def posed(
-    mesh: trimesh.Trimesh, image: ImageInput, foreground: ForegroundConfig, frontal: bool = False
+    mesh: trimesh.Trimesh, image: ImageInput, foreground: ForegroundConfig
 ) -> tuple[Pose, NDArray[np.uint8]]:
     """The camera of an image of a mesh, and what it sees: the object alone, RGBA (S, S, 4). ValueError if there is
     none."""
     pixels = object_pixels(image, foreground)
-    return find_pose(mesh, pixels, FRONT if frontal else CANONICAL), pixels
+    return find_pose(mesh, pixels), pixels
 
 
 def object_pixels(image: ImageInput, foreground: ForegroundConfig) -> NDArray[np.uint8]:
-    """The object of a (front) image alone, RGBA (S, S, 4)."""
-    front = image[VIEW_NAMES[0]] if isinstance(image, Mapping) else image
-    cut = cut_out(load_image(front), foreground)
+    """The object of a (front) image alone, RGBA (S, S, 4). UserError if there is none from the front."""
+    if isinstance(image, Mapping):
+        if VIEW_NAMES[0] not in image:
+            raise UserError(
+                f"there are images from {', '.join(image)}, expected one from the {VIEW_NAMES[0]}"
+            )
+        image = image[VIEW_NAMES[0]]
+    cut = cut_out(load_image(image), foreground)
     left, top, right, bottom = cut.getchannel("A").getbbox() or (0, 0, *cut.size)
     side = round(max(right - left, bottom - top) / (1 - BORDER))
     return np.asarray(centred(cut, int(np.clip(side, LEAST_SIDE, MOST_SIDE)), BORDER))

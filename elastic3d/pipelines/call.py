@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from elastic3d.diffusion.options import Combine, PipelineConfig
 from elastic3d.errors import UserError
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
-from elastic3d.models.images import ImageInput
+from elastic3d.models.images import VIEW_NAMES, ImageInput
 from elastic3d.models.options import ForegroundConfig
 
 OnStep = Callable[[int, int], None]
@@ -71,3 +71,6 @@ class Call:
     def __post_init__(self) -> None:
         if self.combine is not Combine.mean and self.ensemble == 1:
             raise UserError(f"combine is {self.combine.value}, expected ensemble= of 2 or more with it")
+        for views in self.images if self.combine is Combine.fit else ():
+            if isinstance(views, Mapping) and VIEW_NAMES[0] not in views:
+                raise UserError(f"combine is fit, expected an image from the {VIEW_NAMES[0]} with it")

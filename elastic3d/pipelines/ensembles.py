@@ -22,7 +22,6 @@ def combined(
     how: Combine,
     image: ImageInput,
     foreground: ForegroundConfig,
-    frontal: bool,
     config: DecodeConfig,
     device: torch.device,
     on_field: OnField = lambda *_: None,
@@ -31,19 +30,18 @@ def combined(
 
     Args:
         image: what they were generated from.
-        frontal: they face the camera of the image, not +Z.
         on_field: called with (generations done, generations).
     """
     if how is Combine.mean:
         return mean_field(fields, config, device, on_field), {}
     # these load Embree and SciPy's optimizers, which no other generation needs
-    from elastic3d.geometry.pose import CANONICAL, FRONT, find_pose
+    from elastic3d.geometry.pose import find_pose
     from elastic3d.pipelines.assets import object_pixels
 
-    pixels, allowed = object_pixels(image, foreground), FRONT if frontal else CANONICAL
+    pixels = object_pixels(image, foreground)
 
     def fit(mesh: trimesh.Trimesh) -> float:
-        return find_pose(mesh, pixels, allowed).fit
+        return find_pose(mesh, pixels).fit
 
     chosen, fits = best_field(fields, fit, config, device, on_field)
     known = [round(fit, 3) if math.isfinite(fit) else None for fit in fits]  # None: without a surface

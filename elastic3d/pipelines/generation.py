@@ -322,9 +322,7 @@ def finish(
     check = print_check(mesh, config.size_mm, config.min_wall_mm)
     result.metadata["print"] = check.as_dict()
     if config.texture is Texture.project:
-        frontal = result.metadata["model"] in PRESETS  # these face the camera of the image, not +Z
-        foreground = foreground or ForegroundConfig()
-        mesh, result.metadata["texture"] = coloured(mesh, image, foreground, config, frontal)
+        mesh, result.metadata["texture"] = coloured(mesh, image, foreground or ForegroundConfig(), config)
     if config.up is not Up.y:
         mesh = with_up(mesh, config.up.value)
     if config.size_mm is not None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from elastic3d import __version__
 from elastic3d.checkpoints.folders import INDEX_NAME, refuse
-from elastic3d.checkpoints.options import PRESETS
 from elastic3d.diffusion.dial import Dial, choose, load_dial, resolution_of, save_dial
 from elastic3d.diffusion.options import IDLE, MAX_ENSEMBLE, Combine, PipelineConfig, Quality
 from elastic3d.diffusion.sampler import moves, sample, sampling_times
@@ -450,14 +449,13 @@ class ImageTo3DPipeline:
                 try:
                     with timed(took, "decode", device):
                         fields = [self.vae.field(each[None]) for each in tokens[row]]
-                        field = fields[0]
-                        if len(fields) > 1:
-                            image = call.images[number], call.foreground, call.config.model in PRESETS
-                            field, found = combined(fields, call.combine, *image, decode, device, tell)
-                            result.metadata |= found
+                        args = call.images[number], call.foreground, decode, device, tell
+                        field, found = combined(fields, call.combine, *args) if others else (fields[0], {})
+                        result.metadata |= found
                         values, _ = decode_field(field, decode, device, on_level)
                     with timed(took, "surface", device):
                         values = reducible(values, call.cleanup.max_faces)
+                        result.metadata["resolution"] = len(values) - 1
                         mesh = extract_surface(values, decode.box, decode.surface)
                     with timed(took, "cleanup", device):
                         result._mesh = clean(mesh, call.cleanup)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from elastic3d.checkpoints.bundle import Bundle, Inspection, on_meta
-from elastic3d.checkpoints.folders import open_folder
+from elastic3d.checkpoints.folders import INDEX_NAME, open_folder
 from elastic3d.checkpoints.hunyuan3d import find_checkpoint, inspect_hunyuan3d, load_hunyuan3d
 from elastic3d.checkpoints.options import PRESETS, ImportConfig
 from elastic3d.checkpoints.step1x3d import inspect_step1x3d, load_step1x3d
@@ -113,8 +113,11 @@ def import_checkpoint(config: ImportConfig) -> str:
     """Write a published checkpoint as a model folder, in bf16 -> what was written, in one sentence.
 
     Raises:
-        UserError: as the family's loader; no image encoder anywhere.
+        UserError: as the family's loader; no image encoder anywhere; the output is a published folder, whose files it
+            would replace.
     """
+    if (Path(config.output) / INDEX_NAME).is_file():
+        raise UserError(f"output is {config.output}, which is a published model: choose another folder")
     pipeline = _load(config, torch.bfloat16, torch.device("cpu"))
     pipeline.save_pretrained(config.output, torch.bfloat16)
     encoder = "has an" if pipeline.vae.config.encoder_layers else "has no"

@@ -8,7 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +16,12 @@ import numpy as np
 from torch import Tensor
 
 from elastic3d.errors import UserError
-from elastic3d.models.options import DiTConfig, VAEConfig
+from elastic3d.models.options import DiTConfig, ImageEncoderConfig, VAEConfig
 from elastic3d.models.weights import CONFIG_NAME, find_weights, load_config, read_weights, save_weights
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.utils.files import Number, file_sha256, load_json
 from elastic3d.utils.old_names import todays_stage
-from elastic3d.utils.options import from_dict, hints, renamed
+from elastic3d.utils.options import from_dict, hints, renamed, to_dict
 
 Config = TypeVar("Config")
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -298,9 +298,20 @@ def statistics_of(path: Path) -> tuple[list[float], list[float]]:
     return vae.latent_mean, vae.latent_std
 
 
-def check_fit(cache: Path, record: Mapping[str, Any], model: Path) -> None:
-    """UserError unless a cache of latents, of this `record`, has the scale that a model's DiT knows, where it says
-    which; a warning where another autoencoder made them, as only one that was fine-tuned from the model's may."""
+def check_fit(cache: Path, record: Mapping[str, Any], encoder: ImageEncoderConfig, model: Path) -> None:
+    """UserError unless a cache of latents, of this `record`, has image tokens of an `encoder` as the model's, and the
+    scale that the model's DiT knows, where it says which; a warning where another autoencoder made them, as only one
+    that was fine-tuned from the model's may."""
+    if (model / "image_encoder" / CONFIG_NAME).is_file():
+        own = load_config(model / "image_encoder", ImageEncoderConfig, "ImageEncoder")
+        # its folder may be another one; published borders are quotients
+        found, wanted = (to_dict(replace(each, border=round(each.border, 6))) for each in (encoder, own))
+        for name in wanted.keys() - {"path"}:
+            if found[name] != (due := wanted[name]):
+                raise UserError(
+                    f"{cache} holds image tokens with {name} {found[name]}, but those of {model} have {due}: make"
+                    f" them with latents.encoder.{name}={due} latents.output=another folder, and give that folder"
+                )
     folder = model_part(model, "vae")
     vae: VAEConfig | None = load_config(folder, *CLASSES["vae"]) if folder else None
     if folder is None or vae is None or not vae.latent_mean:

@@ -232,11 +232,12 @@ def even_times(count: int) -> Tensor:
 
 
 def pick(points: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-    """`count` different rows of `points`, in fp32; with repeats only if there are fewer."""
+    """`count` different rows of `points`, in fp32; if there are fewer, all of them, and some again."""
     if count <= len(points):
         index = rng.choice(len(points), count, replace=False, shuffle=False)
     else:
-        index = rng.integers(0, len(points), count)
+        again = rng.integers(0, len(points), count - len(points))
+        index = np.concatenate([rng.permutation(len(points)), again])
     return points[torch.from_numpy(index)].float()
 
 

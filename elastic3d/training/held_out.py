@@ -18,6 +18,7 @@ import torch
 import trimesh
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from elastic3d.errors import UserError
@@ -195,13 +196,14 @@ def _write_truth(shapes: PreparedShapes, config: HeldOutConfig) -> None:
 def _write_reconstructions(
     pipeline: ImageTo3DPipeline, shapes: PreparedShapes, config: HeldOutConfig
 ) -> None:
-    points = VAEStageConfig(model=pipeline.vae.config, surface_points=config.surface_points)
+    vae, count = pipeline.vae.config, config.surface_points
+    sharp_points = count if vae.sharp_latents else 0
+    points = VAEStageConfig(model=vae, surface_points=count, sharp_points=sharp_points)
     items, folder = VAEItems(shapes, points), config.output / "reconstruction"
     for batch in _missing(shapes.ids, folder, config):
-        surface = torch.stack(
-            [items.draw(id, item_generator(0, shapes.ids.index(id)))["surface"] for id in batch]
-        )
-        posterior = pipeline.vae.encode(surface.to(pipeline.device))
+        drawn = default_collate([items.draw(id, item_generator(0, shapes.ids.index(id))) for id in batch])
+        read = [drawn[name].to(pipeline.device) for name in ("surface", "sharp") if name in drawn]
+        posterior = pipeline.vae.encode(*read)
         meshes = field_meshes(pipeline.vae, pipeline.vae.to_latents(posterior.mean), config.resolution)
         for id, mesh in zip(batch, meshes, strict=True):
             if mesh is not None:

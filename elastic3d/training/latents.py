@@ -258,7 +258,7 @@ class LatentCache:
         ):
             if wanted != found:
                 raise UserError(f"{model} has {found} {name}, but the cache has {wanted}")
-        check_fit(self.folder, self.info.record, model)
+        check_fit(self.folder, self.info.record, self.info.encoder, model)
         return dit, pipeline_config(model)
 
 

@@ -132,7 +132,8 @@ def adopt_architecture(config: Any) -> None:
         config.dit.model = load_config(folder, *CLASSES["dit"])
         from elastic3d.training.latents import LatentInfo
 
-        check_fit(config.latents.output, LatentInfo.load(config.latents.output).record, path)
+        info = LatentInfo.load(config.latents.output)
+        check_fit(config.latents.output, info.record, info.encoder, path)
     elif config.stage is StageName.cache:
         if model_part(path, "dit") is None:
             raise UserError(

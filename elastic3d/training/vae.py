@@ -104,8 +104,13 @@ class VAEStageConfig(SurfaceConfig, FieldLossConfig):
     sample_resolution: int = option(64, "grid cells a side of the sample images", ge=8, le=512, advanced=True)
 
     def check(self) -> None:
-        """There is a query."""
+        """There is a query, and what the VAE's encoder reads."""
         super().check()
+        if self.model.encoder_layers and self.model.sharp_latents and not self.sharp_points:
+            raise ValueError(
+                f"vae.sharp_points is 0, expected some, such as 16384: the VAE reads {self.model.sharp_latents} of its"
+                f" {self.model.num_latents} latents from points on sharp edges"
+            )
         if self.near_queries + self.volume_queries < 1:
             raise ValueError("near_queries and volume_queries are both 0, expected at least one query")
 

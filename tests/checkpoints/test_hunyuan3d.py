@@ -96,6 +96,10 @@ def test_image_encoder_from_elsewhere(tmp_path: Path, written: Path) -> None:
     assert bundle.weights[-1] == tmp_path / "dinov2/model.safetensors"
     with pytest.raises(UserError, match="there is no file .*config.json"):
         load_hunyuan3d(tmp_path, dinov2=tmp_path / "none")
+    fields = {name: value for name, value in DINOV2.items() if name != "use_swiglu_ffn"}
+    build_network({**fields, "num_register_tokens": 4}, "test").save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="is a DINOv2 with registers, expected one without$"):
+        load_hunyuan3d(tmp_path, dinov2=tmp_path / "other")
 
 
 def test_both_generations_of_names(tmp_path: Path, written: Path) -> None:
@@ -146,6 +150,11 @@ def test_another_vae(root: Path, sharp: int, read_there: int) -> None:
     surface = torch.nn.functional.normalize(torch.randn(1, 40, 3), dim=-1).repeat(1, 1, 2)
     assert vae.encode(surface).mean.shape == vae.encode(surface, surface).mean.shape == (1, 6, 8)
     assert vae.config.sharp_latents == read_there
+    encoder = vae.encoder  # constants of the original
+    assert (encoder.ln_post.eps, encoder.self_attn.resblocks[0].ln_1.eps) == (1e-5, 1e-6)
+    vae.pre_kl.bias.data[8:] = torch.tensor([-99.0, 99.0]).repeat(4)
+    logvar = vae.encode(surface).logvar
+    assert (logvar.min(), logvar.max()) == (-30, 20)
 
 
 # --------------------------------------------------------------------------------------------------- on paper

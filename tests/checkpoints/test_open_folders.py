@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from hunyuan_tiny import write_checkpoint, write_checkpoint_21
-from open_models import CONTEXT, WEIGHTS, states, write_folder
+from open_models import CONTEXT, DINOV2, WEIGHTS, states, write_folder
 from safetensors.torch import load_file, save_file
 
 from elastic3d.checkpoints.bundle import Bundle
+from elastic3d.checkpoints.dinov2 import build_network
 from elastic3d.checkpoints.hunyuan3d import load_hunyuan3d
+from elastic3d.checkpoints.options import ImportConfig
 from elastic3d.checkpoints.step1x3d import load_step1x3d
 from elastic3d.checkpoints.tensors import to_published
 from elastic3d.checkpoints.tiny import write_tiny
@@ -24,7 +26,7 @@ from elastic3d.checkpoints.triposg import dit_rows, load_triposg, load_triposg_v
 from elastic3d.errors import UserError
 from elastic3d.models.options import SkipDiTConfig
 from elastic3d.pipelines.options import GenerateConfig
-from elastic3d.pipelines.published import calibration_home
+from elastic3d.pipelines.published import calibration_home, import_checkpoint
 
 LOADERS: dict[str, Callable[..., Bundle]] = {"triposg": load_triposg, "step1x3d": load_step1x3d}
 MODELS = tuple(LOADERS)
@@ -94,6 +96,17 @@ def test_a_dinov2_from_elsewhere(written: dict[str, Path], tmp_path: Path) -> No
     assert bundle.weights[-1].parent == written["triposg"] / "image_encoder_dinov2"
 
 
+def test_a_dinov2_of_the_other_kind(written: dict[str, Path], tmp_path: Path) -> None:
+    """As wide as the family's own, whose tokens are others."""
+    plain, other = written["triposg"] / "image_encoder_dinov2", tmp_path / "registers"
+    build_network({**DINOV2, "num_register_tokens": 4}, "test").save_pretrained(other)
+    for load, model, wrong in ((load_triposg, "triposg", other), (load_step1x3d, "step1x3d", plain)):
+        kinds = ("with", "without") if wrong is other else ("without", "with")
+        with pytest.raises(UserError, match=f"is a DINOv2 {kinds[0]} registers, expected one {kinds[1]}$"):
+            load(written[model], dinov2=wrong)
+    assert load_step1x3d(written["step1x3d"], dinov2=other).conditioner is not None
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_vae_without_its_encoder(root: Callable[[str], Path], model: str) -> None:
     folder = root(model)
@@ -157,6 +170,20 @@ def test_tiny_weights_are_in_the_published_layout(tmp_path: Path, model: str) ->
         torch.tensor([[[0.0, 0, 0], [1.0, 1.0, 1.0]]]), bundle.vae.decode(latents)
     )[0].tolist()
     assert inside > 0 > outside
+
+
+def test_only_a_tiny_model_is_written_over(tmp_path: Path) -> None:
+    """The name of the folder may be that of a download."""
+    real = write_folder(tmp_path / "TripoSG", "triposg")
+    before = {path: path.stat().st_mtime_ns for path in real.rglob("*")}
+    with pytest.raises(UserError, match="TripoSG, which holds files of no tiny model"):
+        write_tiny("triposg", real)
+    with pytest.raises(UserError, match="TripoSG, which is a published model: choose another folder"):
+        import_checkpoint(ImportConfig(model="triposg", weights=str(real), output=str(real)))
+    assert {path: path.stat().st_mtime_ns for path in real.rglob("*")} == before
+    (tmp_path / "empty").mkdir()
+    for seed in (0, 1):
+        write_tiny("triposg", tmp_path / "empty", seed)
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

@@ -66,3 +66,15 @@ def test_a_surface_of_too_many_faces_is_taken_from_fewer_nodes(monkeypatch):
         assert reducible(noise, max_faces) is noise
     ball = 0.5 - grid(65).norm(dim=-1)
     assert reducible(ball, 1000) is ball
+
+
+def test_a_smooth_surface_keeps_its_grid_and_its_thin_parts(monkeypatch):
+    """However fine it is: a ball that fills the cube, and two plates as thin as a cell, both of too many faces."""
+    points = grid(129)
+    ball = 0.97 - points.norm(dim=-1)
+    distance = (points[..., 2].abs() - 0.5 - 1 / 64).abs()
+    plates = torch.minimum(1 / 64 - distance, 0.9 - points[..., :2].abs().amax(dim=-1))
+    monkeypatch.setattr("elastic3d.geometry.decode.MANY_FACES", 40_000)
+    for values in (ball, plates):
+        assert len(extract_surface(values).faces) > 40_000
+        assert reducible(values, 1000) is values

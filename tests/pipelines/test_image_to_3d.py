@@ -28,9 +28,10 @@ from elastic3d.elastic.families.shape_dit import ADAPTER
 from elastic3d.errors import NoSurfaceError, UserError
 from elastic3d.geometry.options import CleanupConfig
 from elastic3d.models.image_encoder import DinoV2, Familiarity, image_feature
-from elastic3d.models.options import DiTConfig, EncoderKind, ImageEncoderConfig
+from elastic3d.models.options import DiTConfig, EncoderKind, ForegroundConfig, ImageEncoderConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines import ensembles, image_to_3d
+from elastic3d.pipelines.assets import object_pixels
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.utils.files import file_sha256
@@ -136,6 +137,11 @@ def test_the_generation_that_fits_the_image(
         pipeline(image(), combine="best")
     with pytest.raises(UserError, match="combine is fit, expected ensemble= of 2 or more"):
         pipeline(image(), combine="fit")
+    seen = {"left": image(), "back": image()}
+    with pytest.raises(UserError, match="combine is fit, expected an image from the front with it"):
+        pipeline(seen, ensemble=2, combine="fit")
+    with pytest.raises(UserError, match="there are images from left, back, expected one from the front"):
+        object_pixels(seen, ForegroundConfig())
 
 
 def test_a_bad_image_is_an_error_in_its_slot(pipeline: ImageTo3DPipeline, tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_hunyuan3d(prepared, model, precision):
     vae = "" if model == "hunyuan3d2_1" else hunyuan.WITH_ENCODER
     source, output = str(prepared / "weights"), str(prepared / "model")
     import_checkpoint(ImportConfig(model=model, weights=source, output=output, vae_subfolder=vae))
-    build_cache(hunyuan.config_for(prepared, stage=StageName.cache))
+    build_cache(hunyuan.with_sharp_points(hunyuan.config_for(prepared, stage=StageName.cache), model))
     mesh = EndMeshLossConfig(near_queries=16, volume_queries=8, surface_points=8)
     blocks = {
         "model": prepared / "model",

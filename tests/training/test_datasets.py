@@ -83,7 +83,12 @@ def test_pick():
     rng = np.random.default_rng(0)
     points = torch.arange(10).half()[:, None]
     assert len(pick(points, 6, rng).unique()) == 6
-    assert pick(points, 25, rng).shape == (25, 1)
+    for count in (10, 12, 25):
+        found = pick(points, count, rng)
+        assert found.shape == (count, 1) and len(found[:10].unique()) == 10, "each of them, before any again"
+    assert not torch.equal(found[:10], points.float())
+    alike = np.random.default_rng(3).choice(10, 7, replace=False, shuffle=False)
+    assert torch.equal(pick(points, 7, np.random.default_rng(3))[:, 0], torch.from_numpy(alike).float())
 
 
 def test_items_depend_on_position_and_seed_alone(prepared):

@@ -7,12 +7,14 @@ from pathlib import Path
 import evaluate
 import pytest
 import summarize
+import torch
 import trimesh
 from _cli import execute
 
 from elastic3d.errors import UserError
 from elastic3d.evaluation.options import EvaluateConfig, SummarizeConfig
 from elastic3d.geometry.mesh_io import load_mesh, read_extras
+from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.options import DEFAULT_MODEL
 from elastic3d.preparation.options import PrepareConfig, ShapeConfig, SourceName
 from elastic3d.preparation.prepare import prepare_data
@@ -101,6 +103,18 @@ def test_every_folder_is_written_and_the_nearest_shape_is_the_alike_one(config: 
     later.write_text("mine/ball\n")
     build_held_out(replace(other, split=later))
     assert load_mesh(other.output / "gt" / "ball.glb").is_watertight
+
+
+def test_reconstructions_of_a_vae_that_reads_sharp_edges(config: HeldOutConfig, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(config.model, tmp_path / "model"))
+    whole = load_json(model / "vae/config.json")
+    save_json(whole | {"sharp_latents": whole["num_latents"] // 2}, model / "vae/config.json")
+    read: list[torch.Tensor | None] = []
+    with pytest.MonkeyPatch.context() as patch:
+        encode = ShapeVAE.encode
+        patch.setattr(ShapeVAE, "encode", lambda *args: read.append(args[2]) or encode(*args))
+        build_held_out(replace(config, model=str(model), seeds=[]))
+    assert [points.shape for points in read] == [(1, 2048, 6)]
 
 
 def test_meshes_of_another_model_or_of_other_prepared_shapes_are_refused(

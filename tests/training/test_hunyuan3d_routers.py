@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,11 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.training.dit import LatentFlowConfig
 from elastic3d.training.journal import read_metrics
-from elastic3d.training.latents import LatentInfo, LatentsConfig, build_cache
+from elastic3d.training.latents import CacheConfig, LatentCache, LatentInfo, LatentsConfig, build_cache
 from elastic3d.training.options import Precision, StageName
 from elastic3d.training.shape_flow import MeshLossConfig, RouterStageConfig, RouterTrainConfig
 from elastic3d.training.stages import run_stage
+from elastic3d.utils.files import load_json, save_json
 from tests.tiny_pipeline import image
 from tests.training.tiny import add_views, export_of, vae_config
 
@@ -76,6 +78,11 @@ def config_for(root: Path, **changes) -> RouterTrainConfig:
     return vae_config(root, **(options | changes))
 
 
+def with_sharp_points(config: CacheConfig, model: str = "hunyuan3d2") -> CacheConfig:
+    """What the VAE of a model reads, that of 2.1 none."""
+    return replace(config, vae=replace(config.vae, sharp_points=0 if model == "hunyuan3d2_1" else 32))
+
+
 @pytest.mark.parametrize(
     ("model", "precision"),
     [
@@ -95,7 +102,11 @@ def test_routers_are_trained_and_generate(prepared: Path, model: str, precision:
     )
     assert told.endswith("whose VAE has an encoder")
     config = config_for(prepared, precision=precision, validate_every=2)
-    info = build_cache(config_for(prepared, stage=StageName.cache))
+    if vae:  # half of its latents are read from sharp edges
+        with pytest.raises(UserError, match="sharp_points is 0, expected some, .* reads 3 of its 6 latents"):
+            build_cache(config_for(prepared, stage=StageName.cache))
+        assert not config.latents.output.exists()
+    info = build_cache(with_sharp_points(config_for(prepared, stage=StageName.cache), model))
     assert info == LatentInfo.load(config.latents.output)
     assert info.mean == [0.0] * 8 and info.std == [1.0] * 8 and info.tokens == [5, 24]
     assert run_stage(config) == 0
@@ -107,6 +118,27 @@ def test_routers_are_trained_and_generate(prepared: Path, model: str, precision:
     result = pipeline([image()], steps=2, resolution=16, budget=0.5)[0]
     assert result.latents is not None and result.latents.isfinite().all()
     assert 0 <= result.metadata["flops_executed"] <= result.metadata["flops_dense"]
+
+
+def test_image_tokens_of_another_encoder_than_the_models_are_refused(prepared: Path) -> None:
+    """As those of one view, without its direction, for a model of several."""
+    add_views(prepared)
+    publish(prepared / "weights", "hunyuan3d2")
+    source, output = str(prepared / "weights"), str(prepared / "model")
+    import_checkpoint(
+        ImportConfig(model="hunyuan3d2", weights=source, output=output, vae_subfolder=WITH_ENCODER)
+    )
+    own = prepared / "model/image_encoder/config.json"
+    save_json(load_json(own) | {"views": 4}, own)
+    build_cache(with_sharp_points(config_for(prepared, stage=StageName.cache)))
+    cache = LatentCache(prepared / "latents", config_for(prepared).data, 1)
+    with pytest.raises(UserError, match=r"tokens with views 1, .*/model have 4: .* latents.encoder.views=4"):
+        cache.load_dense(prepared / "model")
+    save_json(load_json(own) | {"views": 1, "border": 0.2}, own)
+    with pytest.raises(UserError, match="tokens with border 0.15, .*/model have 0.2"):
+        cache.load_dense(prepared / "model")
+    save_json(load_json(own) | {"border": 0.15 + 1e-9}, own)
+    cache.load_dense(prepared / "model")
 
 
 def test_a_vae_without_an_encoder_says_so(prepared: Path) -> None:

@@ -28,8 +28,8 @@ def config_for(root: Path, model: str, stage: StageName) -> RouterTrainConfig:
     encoder = ImageEncoderConfig(
         kind=EncoderKind.dinov2, image_size=28, path=str(root / "model/image_encoder/dinov2")
     )
-    if model == "triposg":
-        encoder = replace(encoder, prepared_size=32, centre_crop=True, border=1 / 6)
+    published = {"prepared_size": 32, "centre_crop": True, "border": 1 / 6}
+    encoder = replace(encoder, **(published if model == "triposg" else {"border": 0.05}))
     config = vae_config(
         root,
         stage=stage,

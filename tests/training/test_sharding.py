@@ -25,7 +25,7 @@ from elastic3d.training.latents import build_cache
 from elastic3d.training.optim import MasterOptimizer
 from elastic3d.training.options import LoopConfig, OptimizerName, Precision, Schedule, StageName, TrainConfig
 from elastic3d.training.shape_flow import RouterTrainConfig
-from tests.training.test_hunyuan3d_routers import WITH_ENCODER, config_for, publish
+from tests.training.test_hunyuan3d_routers import WITH_ENCODER, config_for, publish, with_sharp_points
 from tests.training.test_loop import ROOT, run, start
 from tests.training.tiny import add_views, dit_config, tiny_vae
 
@@ -84,7 +84,8 @@ def publish_case(prepared: Path, case: str) -> None:
         import_checkpoint(
             ImportConfig(model="hunyuan3d2", weights=weights, output=output, vae_subfolder=WITH_ENCODER)
         )
-    build_cache(case_config(prepared, case, "cache", stage=StageName.cache))
+    config = case_config(prepared, case, "cache", stage=StageName.cache)
+    build_cache(config if case == "dit" else with_sharp_points(config))
 
 
 def last_tensors(config: TrainConfig) -> dict[str, dict[str, torch.Tensor]]:
