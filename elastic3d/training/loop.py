@@ -366,7 +366,8 @@ class _Run:
         if checkpoint.step > self.config.steps:
             raise UserError(f"{path} is beyond steps={self.config.steps}")
         check_latents(checkpoint, self.stage.record)
-        self.notes.append(f"going on from {path}")
+        began = f", begun from {self.config.init_from}" if self.config.init_from else ""
+        self.notes.append(f"going on from {path}{began}")
         # every other schedule comes to its end with the last step
         is_constant = self.config.schedule is Schedule.constant
         incidental = (*INCIDENTAL, "steps") if is_constant else INCIDENTAL
