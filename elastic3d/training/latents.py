@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from elastic3d.training.vae import (
     VAEItems,
     VAEStageConfig,
     VAETrainConfig,
+    mirrored,
 )
 from elastic3d.training.views import augment_view, named_images, stored_views
 from elastic3d.utils.files import Number, file_sha256, load_json, save_json
@@ -171,8 +172,9 @@ class LatentInfo:
 
     @property
     def encoder(self) -> ImageEncoderConfig:
-        """The image encoder of the tokens."""
-        return from_dict(ImageEncoderConfig, self.settings["encoder"], INFO_NAME)
+        """The image encoder of the tokens, with the border that its images had."""
+        encoder = from_dict(ImageEncoderConfig, self.settings["encoder"], INFO_NAME)
+        return replace(encoder, border=self.foreground.for_encoder(encoder).border)
 
     @property
     def foreground(self) -> ForegroundConfig:
@@ -490,11 +492,3 @@ class _Builder:
             info.mean, info.std = self.statistics
         save_json(vars(info), self.config.output / INFO_NAME)
         return info
-
-
-def mirrored(points: Tensor) -> Tensor:
-    """Points, or points and normals (...,3 or more), in the mirror x -> -x; distances behind xyz stay."""
-    flipped = points.clone()
-    if points.shape[-1] in (3, 6):
-        flipped[..., ::3] *= -1
-    return flipped
