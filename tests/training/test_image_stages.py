@@ -135,6 +135,13 @@ def test_a_folder_of_images(folder, tmp_path):
         '{"file": "0.png", "caption": "x"}\n\n{"file": "1.png", "caption": "y"}\n'
     )
     assert [c for _, c in ImageFolder(folder, config, False).pairs] == ["y"]
+    lines = [json.dumps({"file": f"{i}.png", "caption": f"{i} {each}"}) for each in "ab" for i in range(5)]
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    train, val = (
+        [caption for _, caption in ImageFolder(folder, config, validation).pairs]
+        for validation in (False, True)
+    )
+    assert (train, val) == (["1 a", "2 a", "4 a", "1 b", "2 b", "4 b"], ["0 a", "3 a", "0 b", "3 b"])
     (folder / "captions.jsonl").write_text("[]\n")
     with pytest.raises(UserError, match="captions.jsonl, line 1"):
         ImageFolder(folder, config, False)
