@@ -244,9 +244,15 @@ class LatentCache:
         preload = stored if data.preload else ()
         self.train = PreparedShapes(folder, read_split(data.train), preload, data.limit)
         self.val = PreparedShapes(folder, read_split(data.val), (), val_shapes)
-        # with few shapes those of training are validated on too, and their last views are of the mirror image
-        self.mirrored = frozenset(read_split(data.train) if self.info.settings.get("mirror") else ())
+        # shapes that trained when they were cached may be validated on; their last views are of the mirror image
+        self.mirrored = frozenset(self._trained(data) if self.info.settings.get("mirror") else ())
         self.record = record_of_shapes(self.train, self.val) | self.info.record
+
+    def _trained(self, data: DataConfig) -> Iterator[str]:
+        """The training shapes of the lists that the cache was made with; of an older cache those of the run's."""
+        for sidecar in sorted(self.folder.glob("*/shard-*.json")):
+            found = load_json(sidecar, _SUMS)
+            yield from found["train"] if "train" in found else read_split(data.train)
 
     def load_dense(
         self, model: Path, precision: Precision = Precision.fp32

@@ -46,6 +46,11 @@ def test_validation_on_training_shapes_takes_their_own_views(cached):
     for index, (id, views_of) in enumerate(zip(stage._val.ids, own, strict=True)):
         wanted = stage._val.read(id, "tokens", index % views_of)
         assert torch.equal(stage._val_items.fixed(index)["condition"], wanted.float())
+    (cached / "train.txt").write_text(
+        "balls/ball5\n"
+    )  # which shapes have a mirror image is the cache's to say
+    other = DiTStage(config_for(cached, latents=latents))
+    assert [other._val_items.views_of(id) for id in other._val.ids] == own
     found = stored_views(stage._images, "balls/ball3")
     assert np.array_equal(stage._view(3), np.asarray(prepare_image(found[1], stage.info.foreground, 160)))
 
