@@ -31,6 +31,7 @@ from elastic3d.utils.options import to_dict
 
 _CLASS_NAME = "ImageEncoder"
 FAMILIARITY_NAME = "familiarity.safetensors"
+FAMILIARITY_RECORD = "familiarity.json"  # how these were measured
 _PARTS = ("mean", "components", "scale", "threshold")
 
 

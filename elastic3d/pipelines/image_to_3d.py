@@ -38,6 +38,7 @@ from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.geometry.surface import extract_surface
 from elastic3d.models.image_encoder import (
     FAMILIARITY_NAME,
+    FAMILIARITY_RECORD,
     DinoV2,
     Familiarity,
     ImageEncoder,
@@ -210,7 +211,8 @@ class ImageTo3DPipeline:
         if self.familiarity is not None:
             self.familiarity.save(folder)
         else:
-            (folder / FAMILIARITY_NAME).unlink(missing_ok=True)
+            for name in (FAMILIARITY_NAME, FAMILIARITY_RECORD):
+                (folder / name).unlink(missing_ok=True)
         save_dial(self.dial, folder)
         if (calibration := find_calibration(self.calibration, self.dit)) is None:
             (folder / CALIBRATION_NAME).unlink(missing_ok=True)  # measured with what was there before

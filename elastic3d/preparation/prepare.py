@@ -34,7 +34,7 @@ from elastic3d.preparation.shards import (
     prepare_shard,
     write_manifest,
 )
-from elastic3d.preparation.sources import FolderSource, Source
+from elastic3d.preparation.sources import FolderSource, Source, read_list
 from elastic3d.preparation.splits import Split, folder_split, read_splits, write_folder_split
 from elastic3d.preparation.sweethome3d import SweetHome3DSource, find_package
 
@@ -225,9 +225,7 @@ def prepare_data(config: PrepareConfig) -> Summary:
     folder = Path(config.output) / (config.name or source.name)
     _make_writable(folder)
     if config.source is SourceName.folder:
-        held_out |= set(
-            folder_split([f"{item.source}/{item.id}" for item in items], config.val_share, config.seed)[1]
-        )
+        held_out |= _held_out_meshes([f"{item.source}/{item.id}" for item in items], folder, config)
     recipe = Recipe(config.shape, config.seed, frozenset(held_out))
     drop_outdated(items, folder, recipe, config.retry)
     _prepare_with_bar(plan_shards(items, folder, config.shard_size), source, recipe, config)
@@ -237,6 +235,22 @@ def prepare_data(config: PrepareConfig) -> Summary:
     if config.source is SourceName.folder and prepared:
         write_folder_split(folder, prepared, held_out)
     return Summary(folder, len(prepared), failures)
+
+
+def _held_out_meshes(names: list[str], folder: Path, config: PrepareConfig) -> set[str]:
+    """Those of a user's meshes that are for validation; what lists of an earlier call say of them stays."""
+    paths = [folder / f"{split}.txt" for split in ("train", "val")]
+    listed = [set(read_list(path)) if path.is_file() else set[str]() for path in paths]
+    fresh, found = (
+        set(folder_split(names, config.val_share, config.seed, *lists)[1]) for lists in ([], listed)
+    )
+    if found != fresh:
+        tqdm.write(
+            f"meshes stay in their lists, so {len(found)} of {len(names)} are for validation: delete {paths[0]} and"
+            f" {paths[1].name} to draw all anew with val_share={config.val_share:g}",
+            file=sys.stderr,
+        )
+    return found
 
 
 def next_commands(config: PrepareConfig) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Collection
 from enum import Enum
 from pathlib import Path
 
@@ -94,15 +95,21 @@ def write_splits(folder: Path, splits: dict[str, Split]) -> None:
         _write_list(folder / f"{split.value}.txt", names)
 
 
-def folder_split(names: list[str], share: float, seed: int = 0) -> tuple[list[str], list[str]]:
-    """(train, val) of a user's meshes: each name's hash decides, so a mesh that is added moves few others.
+def folder_split(
+    names: list[str], share: float, seed: int = 0, train: Collection[str] = (), val: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
+    """(train, val) of a user's meshes: those in the lists `train` and `val` of an earlier split stay there, of the
+    others each name's hash decides.
 
-    At least one of ten or more is for validation unless `share` is 0; of fewer than ten all are in both.
+    At least one of ten or more is for validation unless `share` is 0 or all were trained on; of fewer than ten all are
+    in both.
     """
     if len(names) < FEWEST_TO_SPLIT or share == 0:
         return names, names
-    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-    val = set(order[: max(1, round(share * len(names)))])
+    kept = {name for name in names if name in val and name not in train}
+    new = [name for name in names if name not in train and name not in val]
+    new.sort(key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    val = kept.union(new[: max(0, max(1, round(share * len(names))) - len(kept))])
     return [name for name in names if name not in val], [name for name in names if name in val]
 
 

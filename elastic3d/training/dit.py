@@ -192,7 +192,8 @@ class LatentItems:
     def fixed(self, index: int) -> Batch:
         """Shape number `index` with the same noise every time, and one of its views."""
         id = self.shapes.ids[index]
-        return self.draw(id, 0, index % self.views_of(id), item_generator(0, index))
+        item = self.draw(id, 0, index % self.views_of(id), item_generator(0, index))
+        return item | {"condition": item["condition"].float()}  # autocast on a CPU stacks no fp16
 
     def views_of(self, id: str) -> int:
         """How many views are of a shape itself; others are of its mirror image."""

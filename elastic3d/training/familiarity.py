@@ -13,7 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.errors import UserError
-from elastic3d.models.image_encoder import Familiarity, ImageEncoder, image_feature, load_image_encoder
+from elastic3d.models.image_encoder import (
+    FAMILIARITY_RECORD,
+    Familiarity,
+    ImageEncoder,
+    image_feature,
+    load_image_encoder,
+)
 from elastic3d.models.images import IMAGE_SUFFIXES, prepare, to_tensor
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.options import DEFAULT_MODEL
@@ -22,8 +28,6 @@ from elastic3d.training.datasets import PreparedShapes, read_split
 from elastic3d.training.views import augment_view, stored_views
 from elastic3d.utils.files import save_json, visible_files
 from elastic3d.utils.options import Options, option
-
-RECORD_NAME = "familiarity.json"
 
 
 @dataclass(kw_only=True)
@@ -89,7 +93,7 @@ def measure_familiarity(config: FamiliarityConfig) -> dict[str, Any]:
         "probes": {probe.name: _probe(probe, encoder, known) for probe in config.probe},
     }
     known.save(folder)
-    save_json(record, folder / RECORD_NAME)
+    save_json(record, folder / FAMILIARITY_RECORD)
     return record
 
 

@@ -302,8 +302,8 @@ class FewStepStageConfig(ShapeGenerationConfig):
         super().check()
         if self.whole and not self.whole_steps:
             raise ValueError(
-                f"whole is {self.whole:g}, expected 0: no number of steps is between {self.min_nfe:g} and"
-                f" {min(self.max_nfe, self.max_steps):g}"
+                f"whole is {self.whole:g}, expected 0: no number of steps is between"
+                f" {max(self.min_nfe, self.min_steps):g} and {min(self.max_nfe, self.max_steps):g}"
             )
         if self.max_steps * MIN_BUDGET > self.max_nfe:
             raise ValueError(
@@ -314,7 +314,7 @@ class FewStepStageConfig(ShapeGenerationConfig):
     @property
     def whole_steps(self) -> range:
         """Numbers of steps that a generation with every block has."""
-        return range(math.ceil(self.min_nfe), int(min(self.max_nfe, self.max_steps)) + 1)
+        return range(math.ceil(max(self.min_nfe, self.min_steps)), int(min(self.max_nfe, self.max_steps)) + 1)
 
 
 def attach_few_step(dit: nn.Module, config: FewStepStageConfig, pipeline: PipelineConfig) -> ElasticSession:

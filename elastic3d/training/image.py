@@ -93,7 +93,9 @@ class ImageItems:
 
     def __post_init__(self) -> None:
         self.index = Shuffle(len(self.images))
-        self._negative = {f"text/{name}": value[0] for name, value in self.images.negative().items()}
+        self._negative = _in_fp32(
+            {f"text/{name}": value[0] for name, value in self.images.negative().items()}
+        )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -110,7 +112,7 @@ class ImageItems:
 
     def draw(self, index: int, caption: int, rng: np.random.Generator) -> Batch:
         """An image, noise, and one of its captions."""
-        item = self.images.read(index, caption)
+        item = _in_fp32(self.images.read(index, caption))
         noise = rng.standard_normal(tuple(item["latents"].shape), dtype=np.float32)
         return {**item, "noise": torch.from_numpy(noise)}
 
@@ -206,6 +208,11 @@ def image_sheet(backbone: Backbone, rows: list[Tensor], size: tuple[int, int]) -
         images = backbone.decode(row.to(device), size).float().clamp(0, 1)
         sheet.append(list((255 * images).round().byte().permute(0, 2, 3, 1).cpu().numpy()))
     return contact_sheet(sheet)
+
+
+def _in_fp32(item: Batch) -> Batch:
+    """What is fp16 in the cache in fp32: autocast on a CPU neither stacks nor concatenates fp16."""
+    return {name: value.float() if value.is_floating_point() else value for name, value in item.items()}
 
 
 def _all_rows(text: Text, count: int) -> Batch:

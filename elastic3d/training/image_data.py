@@ -119,17 +119,18 @@ class ImageSource(Protocol):
 class ImageFolder:
     """`a.png` with `a.txt` beside it, or `captions.jsonl` with lines {"file": "a.png", "caption": "..."}.
 
-    An image is cut to its central square. Every `val_every`-th is for validation alone.
+    An image is cut to its central square. Every `val_every`-th is for validation alone, with all of its captions.
     """
 
     def __init__(self, folder: Path, config: ImageDataConfig, validation: bool) -> None:
         if not folder.is_dir():
             raise UserError(f"images is {folder}, which is no folder")
         pairs = _from_lines(folder) if (folder / "captions.jsonl").is_file() else _from_texts(folder)
-        self.pairs = [p for i, p in enumerate(pairs) if (i % config.val_every == 0) == validation]
+        numbers = {path: number for number, path in enumerate(dict.fromkeys(path for path, _ in pairs))}
+        self.pairs = [p for p in pairs if (numbers[p[0]] % config.val_every == 0) == validation]
         if not self.pairs:
             raise UserError(
-                f"{folder} has {len(pairs)} images with captions, expected a.png with a.txt or captions.jsonl"
+                f"{folder} has {len(numbers)} images with captions, expected a.png with a.txt or captions.jsonl"
                 f" for at least 2 (every {config.val_every}th is for validation)"
             )
 

@@ -78,6 +78,14 @@ class Journal:
             self._board.add_image(f"samples/{name}", image, step, dataformats="HWC")
             Image.fromarray(image).save(self.folder / "samples" / f"{name}-{step:08d}.png")
 
+    def looks(self, step: int) -> tuple[bool, bool]:
+        """Whether there are values of validation, and images, of `step`."""
+        if not self.active:
+            return False, False
+        lines = [line for line in read_metrics(self._metrics) if line["step"] == step]
+        values = any(name.startswith("val/") for line in lines for name in line)
+        return values, any((self.folder / "samples").glob(f"*-{step:08d}.png"))
+
     def say(self, message: str) -> None:
         """One line on the screen that leaves the progress bar whole."""
         if self.active:

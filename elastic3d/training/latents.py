@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from elastic3d.training.vae import (
     VAEItems,
     VAEStageConfig,
     VAETrainConfig,
+    mirrored,
 )
 from elastic3d.training.views import augment_view, named_images, stored_views
 from elastic3d.utils.files import Number, file_sha256, load_json, save_json
@@ -171,8 +172,9 @@ class LatentInfo:
 
     @property
     def encoder(self) -> ImageEncoderConfig:
-        """The image encoder of the tokens."""
-        return from_dict(ImageEncoderConfig, self.settings["encoder"], INFO_NAME)
+        """The image encoder of the tokens, with the border that its images had."""
+        encoder = from_dict(ImageEncoderConfig, self.settings["encoder"], INFO_NAME)
+        return replace(encoder, border=self.foreground.for_encoder(encoder).border)
 
     @property
     def foreground(self) -> ForegroundConfig:
@@ -242,9 +244,15 @@ class LatentCache:
         preload = stored if data.preload else ()
         self.train = PreparedShapes(folder, read_split(data.train), preload, data.limit)
         self.val = PreparedShapes(folder, read_split(data.val), (), val_shapes)
-        # with few shapes those of training are validated on too, and their last views are of the mirror image
-        self.mirrored = frozenset(read_split(data.train) if self.info.settings.get("mirror") else ())
+        # shapes that trained when they were cached may be validated on; their last views are of the mirror image
+        self.mirrored = frozenset(self._trained(data) if self.info.settings.get("mirror") else ())
         self.record = record_of_shapes(self.train, self.val) | self.info.record
+
+    def _trained(self, data: DataConfig) -> Iterator[str]:
+        """The training shapes of the lists that the cache was made with; of an older cache those of the run's."""
+        for sidecar in sorted(self.folder.glob("*/shard-*.json")):
+            found = load_json(sidecar, _SUMS)
+            yield from found["train"] if "train" in found else read_split(data.train)
 
     def load_dense(
         self, model: Path, precision: Precision = Precision.fp32
@@ -490,11 +498,3 @@ class _Builder:
             info.mean, info.std = self.statistics
         save_json(vars(info), self.config.output / INFO_NAME)
         return info
-
-
-def mirrored(points: Tensor) -> Tensor:
-    """Points, or points and normals (...,3 or more), in the mirror x -> -x; distances behind xyz stay."""
-    flipped = points.clone()
-    if points.shape[-1] in (3, 6):
-        flipped[..., ::3] *= -1
-    return flipped

@@ -207,6 +207,7 @@ class _Run:
         own, processes = accelerator.process_index, accelerator.num_processes
         window: list[dict[str, Tensor]] = []
         bad_steps, reason = 0, "finished"
+        self._look(*self._missed_looks())
         clock, clock_step = time.monotonic(), self.step
         for batches in micro_batches(self.stage.items, config, self.step, own, processes):
             rate = learning_rate(self.step, config)
@@ -230,7 +231,7 @@ class _Run:
             reason = self._stop_reason(signals)
             if reason or self._due(config.save_every):
                 self._save()
-            self._look()  # an error of it costs no step
+            self._look(*self._due_looks())  # an error of it costs no step
             if reason:
                 break
         outcome = Outcome(self.step, reason or "finished", self.saved)
@@ -271,11 +272,25 @@ class _Run:
         total, count = self.accelerator.reduce(torch.stack([torch.stack(sums), torch.stack(counts)]), "sum")
         return dict(zip(names, (total / count).tolist(), strict=True))
 
-    def _look(self) -> None:
-        """Validation and images, with averaged weights, on the main process."""
+    def _due_looks(self) -> tuple[bool, bool]:
+        """Whether validation and images are due after this step."""
+        validate, draw = self.config.validate_every, self.config.sample_every
         last = self.step == self.config.steps
-        validate = bool(self.config.validate_every) and (last or self._due(self.config.validate_every))
-        draw = bool(self.config.sample_every) and (last or self._due(self.config.sample_every))
+        return bool(validate) and (last or self._due(validate)), bool(draw) and (last or self._due(draw))
+
+    def _missed_looks(self) -> tuple[bool, bool]:
+        """Those that were due after the step that the run goes on from, and were interrupted; the same in every
+        process."""
+        due = self._due_looks() if self.step else (False, False)
+        done = self.journal.looks(self.step)
+        missed = torch.tensor([float(a and not b) for a, b in zip(due, done, strict=True)])
+        # the main process alone knows what is done; it may have come further where another one looks
+        missed *= self.accelerator.is_main_process
+        validate, draw = self.accelerator.reduce(missed.to(self.accelerator.device), "sum").tolist()
+        return bool(validate), bool(draw)
+
+    def _look(self, validate: bool, draw: bool) -> None:
+        """Validation and images, with averaged weights, on the main process."""
         if not (validate or draw):
             return
         with self.average.applied(self.optimizer.shards), whole_model(self.stage.objective):
@@ -366,7 +381,8 @@ class _Run:
         if checkpoint.step > self.config.steps:
             raise UserError(f"{path} is beyond steps={self.config.steps}")
         check_latents(checkpoint, self.stage.record)
-        self.notes.append(f"going on from {path}")
+        began = f", begun from {self.config.init_from}" if self.config.init_from else ""
+        self.notes.append(f"going on from {path}{began}")
         # every other schedule comes to its end with the last step
         is_constant = self.config.schedule is Schedule.constant
         incidental = (*INCIDENTAL, "steps") if is_constant else INCIDENTAL

@@ -16,7 +16,15 @@ from elastic3d.models.options import ImageEncoderConfig
 from elastic3d.models.weights import load_config
 from elastic3d.pipelines.memory import require_memory
 from elastic3d.pipelines.runtime import fast_bfloat16, resolve_device
-from elastic3d.training.checkpoint import CLASSES, check_fit, find_start, model_part
+from elastic3d.training.checkpoint import (
+    CLASSES,
+    STATE,
+    check_fit,
+    find_start,
+    model_part,
+    newest_checkpoint,
+    read_record,
+)
 from elastic3d.training.datasets import use_own_lists
 from elastic3d.training.distributed import state_bytes
 from elastic3d.training.loop import Stage, train
@@ -28,6 +36,7 @@ from elastic3d.training.options import (
     StageName,
     TrainConfig,
 )
+from elastic3d.utils.files import load_json
 from elastic3d.utils.options import to_dict
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # mallopt(3)
@@ -87,6 +96,9 @@ def run_stage(config: StageConfig) -> int:
         torch.manual_seed(config.seed)
     if config.stage in SHAPE_STAGES:
         use_own_lists(config.data)  # type: ignore[attr-defined]
+    if isinstance(config, TrainConfig) and config.init_from is None:
+        keep_start(config)
+    elif config.stage in SHAPE_STAGES:
         adopt_architecture(config)
     if not isinstance(config, TrainConfig):
         _part(config.stage, 1)(config)
@@ -116,6 +128,18 @@ def _part(stage: StageName, index: int) -> Any:
     """A stage's configuration (0), or the class or function that does it (1)."""
     file, name = _STAGES[stage][index].split(".")
     return getattr(import_module(f"elastic3d.training.{file}"), name)
+
+
+def keep_start(config: TrainConfig) -> None:
+    """Where the run goes on: what it began from, and the architecture that it had from there, by its own record."""
+    path, _ = newest_checkpoint(config.folder / "checkpoints")
+    values = load_json(path / STATE).get("config") if path else None
+    if path is None or not isinstance(values, dict) or not values.get("init_from"):
+        return
+    began, part = read_record(values, type(config), path), config.stage.name
+    config.init_from, config.init_new = began.init_from, began.init_new
+    if part in CLASSES and not began.init_new:
+        getattr(config, part).model = getattr(began, part).model
 
 
 def adopt_architecture(config: Any) -> None:

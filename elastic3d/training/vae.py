@@ -170,6 +170,14 @@ def augment(item: Batch, config: AugmentConfig, rng: np.random.Generator) -> Bat
     return {**item, **changed}
 
 
+def mirrored(points: Tensor) -> Tensor:
+    """Points, or points and normals (...,3 or more), in the mirror x -> -x; distances behind xyz stay."""
+    flipped = points.clone()
+    if points.shape[-1] in (3, 6):
+        flipped[..., ::3] *= -1
+    return flipped
+
+
 @dataclass
 class VAEItems:
     """Items: `surface` (P,6), `points` (Q,3), `distance` (Q,), `noise` (N,C), also `sharp` (S,6), `offsets` (N,3)."""

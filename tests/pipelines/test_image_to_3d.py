@@ -256,7 +256,9 @@ def test_a_model_saved_over_another_keeps_nothing_of_it(pipeline: ImageTo3DPipel
     assert ImageTo3DPipeline.from_pretrained(tmp_path, "cpu", "float32").session is not None
     for name in (*ROUTER_RECORDS, "notes.txt"):  # the last one is the user's own, and stays
         (tmp_path / "routers" / name).write_text("{}")
+    (tmp_path / "familiarity.json").write_text("{}")
     pipeline.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("familiarity*"))
     loaded = ImageTo3DPipeline.from_pretrained(tmp_path, "cpu", "float32")
     assert loaded.session is None and loaded.familiarity is None
     assert [path.name for path in (tmp_path / "routers").iterdir()] == ["notes.txt"]

@@ -87,6 +87,27 @@ def test_folder_end_to_end(meshes: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert arrays["toys--red_ball/cameras"].shape == (2, 8)
 
 
+def test_meshes_that_were_trained_on_stay_so_when_others_are_added(
+    meshes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(7):
+        trimesh.creation.box((1, 1, 2 + number)).export(meshes / f"{number}.obj")
+    given = ("source=folder", f"path={meshes}", f"output={tmp_path / 'out'}", "val_share=0.3")
+
+    def lists() -> list[set[str]]:
+        assert prepare(*given) == 0
+        files = [tmp_path / "out" / "folder" / f"{split}.txt" for split in ("train", "val")]
+        return [set(file.read_text().split()) for file in files]
+
+    train, val = lists()
+    assert lists() == [train, val] and "delete" not in capsys.readouterr().err
+    for number in range(7, 12):
+        trimesh.creation.box((1, 1, 2 + number)).export(meshes / f"{number}.obj")
+    more, held_out = lists()
+    assert train < more and val < held_out and len(val) == 4 and len(held_out) == 5
+    assert "meshes stay in their lists, so 5 of 17 are for validation: delete" in capsys.readouterr().err
+
+
 def test_a_mended_mesh_and_a_new_one_are_prepared(
     meshes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,8 +113,12 @@ def test_a_users_meshes_are_split_by_name(tmp_path: Path) -> None:
     assert len(val) == 4 and sorted(train + val) == sorted(names)
     assert folder_split(names[::-1], 0.1)[1] == val[::-1]
     assert folder_split(names, 0.1, seed=1)[1] != val
-    more, _ = folder_split([*names, "mine/new"], 0.1)
-    assert len(set(train) - set(more)) <= 1  # a mesh that is added moves few others
+    added = [f"mine/new-{index}" for index in range(40)]
+    more, held_out = folder_split([*added, *names], 0.1, 0, train, val)
+    assert set(train) < set(more) and set(val) < set(held_out) and len(held_out) == 8
+    assert folder_split(names, 0.5, 0, train, val) == (train, val)
+    both = folder_split(names[:12], 0.1, 0, names[:9], names[:9])  # fewer than ten were all trained on
+    assert both[0][:9] == names[:9] and len(both[1]) == 1
     assert folder_split(names[:9], 0.1) == (names[:9], names[:9])
     assert folder_split(names, 0) == (names, names)
     write_folder_split(tmp_path, names, set(val))

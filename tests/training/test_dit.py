@@ -24,7 +24,7 @@ from elastic3d.training.dit import DiTStage, FlowObjective
 from elastic3d.training.export import ExportConfig, export_run
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo, LatentsConfig, build_cache
-from elastic3d.training.options import DataConfig, StageName
+from elastic3d.training.options import DataConfig, Precision, StageName
 from elastic3d.training.routes import WIDTHS
 from elastic3d.training.stages import run_stage
 from elastic3d.training.vae import TrainedPart
@@ -45,7 +45,12 @@ def test_validation_on_training_shapes_takes_their_own_views(cached):
     own = [stage.info.settings["views"] // 2] * 5 + [4]
     for index, (id, views_of) in enumerate(zip(stage._val.ids, own, strict=True)):
         wanted = stage._val.read(id, "tokens", index % views_of)
-        assert torch.equal(stage._val_items.fixed(index)["condition"], wanted)
+        assert torch.equal(stage._val_items.fixed(index)["condition"], wanted.float())
+    (cached / "train.txt").write_text(
+        "balls/ball5\n"
+    )  # which shapes have a mirror image is the cache's to say
+    other = DiTStage(config_for(cached, latents=latents))
+    assert [other._val_items.views_of(id) for id in other._val.ids] == own
     found = stored_views(stage._images, "balls/ball3")
     assert np.array_equal(stage._view(3), np.asarray(prepare_image(found[1], stage.info.foreground, 160)))
 
@@ -78,6 +83,15 @@ def test_trains_on_the_cache_and_draws(cached):
     assert not {"val/flow_noisy", "val/flow_clean"} & set(lines[-1]), "the one shape is seen at t = 0.5 alone"
     with Image.open(config.folder / "samples" / "generated-00000030.png") as sheet:
         assert sheet.size == (160, 480)
+
+
+def test_it_is_validated_under_autocast(cached):
+    changes = dict(steps=1, validate_every=1, sample_every=1, precision=Precision.bf16_autocast)
+    (cached / "val.txt").write_text("balls/ball4\nballs/ball5\n")
+    config = config_for(cached, **changes)
+    config.dit.sample_shapes = 2
+    assert run_stage(config) == 0
+    assert "val/flow" in read_metrics(config.folder / "metrics.jsonl")[-1]
 
 
 def test_the_cache_alone_is_enough(cached):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipeline import save_image, tiny_pipeline
 
 from elastic3d.errors import UserError
-from elastic3d.models.image_encoder import image_feature, load_familiarity
+from elastic3d.models.image_encoder import FAMILIARITY_RECORD, image_feature, load_familiarity
 from elastic3d.models.images import prepare
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines import runtime
@@ -23,7 +23,7 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.preparation.options import PrepareConfig, ShapeConfig, SourceName
 from elastic3d.preparation.prepare import prepare_data
 from elastic3d.training.datasets import PreparedShapes
-from elastic3d.training.familiarity import RECORD_NAME, FamiliarityConfig, measure_familiarity
+from elastic3d.training.familiarity import FamiliarityConfig, measure_familiarity
 from elastic3d.training.views import stored_views
 from elastic3d.utils.files import load_json, save_json
 
@@ -70,7 +70,7 @@ def test_the_threshold_lets_validation_images_pass(prepared: FamiliarityConfig, 
     assert (record["train_images"], record["val_images"]) == (18, 6)
     assert record["val_false_alarms"] <= 0.2 and record["threshold"] <= record["val_distance"]["most"] * 1.001
     assert record["probes"]["probe"]["images"] == 2 and record["probes"]["probe"]["without_object"] == 1
-    assert json.loads((tmp_path / "model" / RECORD_NAME).read_text()) == record
+    assert json.loads((tmp_path / "model" / FAMILIARITY_RECORD).read_text()) == record
     pipeline = tiny_pipeline()
     known = load_familiarity(tmp_path / "model", pipeline.encoder.channels)
     assert known is not None and float(known.threshold) == pytest.approx(record["threshold"])

@@ -72,13 +72,17 @@ def test_a_batch_has_one_number_of_steps_and_one_nfe_and_pairs_repeat(routed):
 
 def test_a_share_of_the_batches_runs_every_block(routed):
     stage = FewStepStage(
-        few_step_config(routed, {"whole": 0.5, "min_steps": 4, "max_steps": 9, "reference_steps": 9}, batch=3)
+        few_step_config(
+            routed,
+            {"whole": 0.5, "min_steps": 3, "max_steps": 9, "max_nfe": 4.5, "reference_steps": 9},
+            batch=3,
+        )
     )
     items = [stage.items.item(position, 5) for position in range(0, 120, 3)]
     whole = [int(item["steps"]) for item in items if item["nfe"] == item["steps"]]
-    assert set(whole) == {2, 3}  # from min_nfe to max_nfe
+    assert set(whole) == {3, 4}  # from min_steps to max_nfe
     assert 10 < len(whole) < 30
-    assert any(item["steps"] > 3 for item in items)  # the others have routes
+    assert any(item["steps"] > 4 for item in items)  # the others have routes
     stage = FewStepStage(few_step_config(routed, {"whole": 1.0}))
     objective, batch = stage.objective, default_collate([stage.items.item(0, 5)])
     objective(batch)
@@ -298,6 +302,8 @@ def test_what_does_not_fit_is_said(routed):
         ShapeFewStepConfig(guided_times=[0.1, 0.3])
     with pytest.raises(ValueError, match=r"whole is 0.2, expected 0: no number of .* between 4.2 and 4.8"):
         ShapeFewStepConfig(whole=0.2, min_nfe=4.2, max_nfe=4.8)
+    with pytest.raises(ValueError, match=r"whole is 0.2, expected 0: no number of .* between 9 and 8"):
+        ShapeFewStepConfig(whole=0.2, min_steps=9)
     with pytest.raises(ValueError, match="max_steps is 40, expected at most 26"):
         ShapeFewStepConfig(max_steps=40)
     with pytest.raises(ValueError, match="reference_steps is 10"):

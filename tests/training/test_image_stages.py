@@ -38,7 +38,7 @@ from elastic3d.training.image_flow import (
     image_loss,
 )
 from elastic3d.training.journal import read_metrics
-from elastic3d.training.options import StageName
+from elastic3d.training.options import Precision, StageName
 from elastic3d.training.router import RouterStage
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.options import from_dict
@@ -135,6 +135,13 @@ def test_a_folder_of_images(folder, tmp_path):
         '{"file": "0.png", "caption": "x"}\n\n{"file": "1.png", "caption": "y"}\n'
     )
     assert [c for _, c in ImageFolder(folder, config, False).pairs] == ["y"]
+    lines = [json.dumps({"file": f"{i}.png", "caption": f"{i} {each}"}) for each in "ab" for i in range(5)]
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    train, val = (
+        [caption for _, caption in ImageFolder(folder, config, validation).pairs]
+        for validation in (False, True)
+    )
+    assert (train, val) == (["1 a", "2 a", "4 a", "1 b", "2 b", "4 b"], ["0 a", "3 a", "0 b", "3 b"])
     (folder / "captions.jsonl").write_text("[]\n")
     with pytest.raises(UserError, match="captions.jsonl, line 1"):
         ImageFolder(folder, config, False)
@@ -210,6 +217,7 @@ def test_a_cache_of_other_encoders_is_refused(folder, prepared):
 def test_the_small_model_trains_exports_and_draws(views):
     config = image_config(views)
     config.validate_every = config.sample_every = config.steps = 4
+    config.precision = Precision.bf16_autocast
     assert run_stage(config) == 0
     lines = read_metrics(config.folder / "metrics.jsonl")
     assert {"val/flow", "val/flow_without_caption"} <= set(lines[-1])
@@ -246,6 +254,7 @@ def test_routers_for_a_published_pipeline(folder, prepared, save, name):
     image = dict(backbone=name, weights=weights, images=folder, size=16, text_length=48, val_every=3)
     config = image_config(prepared, StageName.image_router, **image)
     config.validate_every = config.sample_every = 2
+    config.precision = Precision.bf16_autocast
     assert run_stage(config) == 0
     config.steps = 4
     assert run_stage(config) == 0  # goes on from its own checkpoint, with its own cache

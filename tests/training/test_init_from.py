@@ -1,13 +1,21 @@
 """What a run may start from."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.errors import UserError
-from elastic3d.training.checkpoint import find_start, model_part
+from elastic3d.models.options import VAEConfig
+from elastic3d.models.weights import load_config
+from elastic3d.training.checkpoint import CLASSES, find_start, load_checkpoint, model_part
+from elastic3d.training.export import export_run
+from elastic3d.training.latents import pipeline_config
 from elastic3d.training.stages import run_stage
-from tests.training.tiny import dit_config, vae_config
+from elastic3d.training.vae import TrainedPart
+from elastic3d.utils.files import load_json
+from tests.training.tiny import dit_config, export_of, vae_config
 
 
 def test_the_bundled_model_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +60,33 @@ def test_checkpoints_that_do_not_fit(cached: Path) -> None:
     wider.vae.model.width = 48
     with pytest.raises(UserError, match="trained with, or another name= for a new run"):
         run_stage(wider)
+
+
+def test_a_run_that_goes_on_without_init_from_keeps_what_it_began_from(
+    dense: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the autoencoder the scale of its latents, of the DiT how it is sampled: an export has both."""
+    model = dense / "dense"
+    decoder, dit = vae_config(dense, name="decoder"), dit_config(dense, name="dit")
+    decoder.vae.trained = TrainedPart.decoder
+    for config in (decoder, dit):
+        config.steps, config.init_from = 1, model
+        run_stage(config)
+    again = [vae_config(dense, name="decoder", steps=2), dit_config(dense, name="dit", steps=2)]
+    again[0].vae.trained = TrainedPart.decoder
+    own: VAEConfig = load_config(model / "vae", *CLASSES["vae"])
+    shutil.rmtree(model / "vae")  # what the run had from there is in its own record
+    for config in again:
+        capsys.readouterr()
+        run_stage(config)
+        assert f"step-00000001, begun from {model}" in capsys.readouterr().err
+        export_run(export_of(config))
+        record = load_checkpoint(config.folder / "checkpoints" / "step-00000002").values
+        assert record["config"]["init_from"] == str(model)
+        export = config.folder / "export"
+        if config is again[0]:
+            found: VAEConfig = load_config(export, *CLASSES["vae"])
+            assert found == own and len(found.latent_mean) == 7
+            assert load_json(export / "training.json")["steps"] == 2
+        else:
+            assert pipeline_config(export).steps == 3 != PipelineConfig().steps

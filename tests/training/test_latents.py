@@ -181,6 +181,15 @@ def test_an_image_encoder_that_changed_since_is_refused(cached):
     build_cache(config).load_encoder()
 
 
+def test_a_model_frames_images_as_the_cache_did(cached):
+    config = config_for(cached, stage=StageName.cache)
+    config.latents.output, config.latents.foreground.border = cached / "framed", 0.3
+    info = build_cache(config)
+    assert info.encoder.border == info.load_encoder().config.border == 0.3
+    del info.settings["foreground"]["border"]
+    assert info.encoder == config.latents.encoder  # that of an older cache has its own
+
+
 def test_own_images_replace_rendered_views(cached, capfd):
     own = cached / "own"
     own.mkdir()

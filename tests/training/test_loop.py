@@ -183,6 +183,27 @@ def test_an_error_of_validation_or_drawing_costs_no_step(prepared, monkeypatch):
     assert newest_checkpoint(config.folder / "checkpoints")[0].name == "step-00000003"
 
 
+@pytest.mark.parametrize(("steps", "part"), [(6, "validate"), (7, "validate"), (6, "samples")])
+def test_what_was_interrupted_after_the_last_checkpoint_is_made_up_for(prepared, monkeypatch, steps, part):
+    """Of the last step too, after which nothing is left to train."""
+    config = vae_config(prepared, steps=steps, validate_every=6, sample_every=6, schedule=Schedule.constant)
+    stage = build_stage(config)
+    monkeypatch.setattr(stage, part, lambda: stage.items.shapes.require(["balls/absent"]))
+    with pytest.raises(UserError, match="balls/absent"):
+        train(stage, config, config.folder)
+
+    def looks() -> list[float]:
+        assert len(list((config.folder / "samples").iterdir())) == steps - 5
+        return [
+            line["step"] for line in read_metrics(config.folder / "metrics.jsonl") if "val/volume_iou" in line
+        ]
+
+    run(config)
+    assert looks() == list(range(6, steps + 1))
+    run(config)
+    assert looks() == list(range(6, steps + 1)), "what was looked at once is not looked at again"
+
+
 def test_the_time_limit_ends_with_a_checkpoint(prepared):
     config = vae_config(prepared, steps=100_000, save_every=100_000, max_minutes=0.5 / 60)
     run(config)
