@@ -30,7 +30,6 @@ REQUIRED = {
     "prepare_data": ["path=somewhere"],
     "evaluate": ["pred=a", "gt=b", "output=c.json"],
     "gen_mesh": ["image=a.png", "output=b.glb"],
-    "import_hunyuan3d": ["output=a"],
     "import_weights": ["output=a"],
     "make_tiny_weights": ["output=a"],
     "benchmark": ["images=a", "output=b"],
