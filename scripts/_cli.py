@@ -1,11 +1,11 @@
 """Command lines of the form `key=value`, from a dataclass and a YAML file of `configs/`.
 
 A script says `run(main, GenerateConfig, "gen_mesh")`. The dataclass gives the options, their defaults, their types and
-(through `elastic3d.utils.options.option`) their help texts and ranges; `configs/gen_mesh.yaml` may change defaults and
-choose configuration groups (`configs/cache/paper.yaml` is chosen by `cache=paper`). Hydra composes the files, and what
-the user types is put over them. It never passes through a grammar: a path or a prompt arrives as typed, but for a
-leading `~/` of a path, which is the home folder. Defaults that name what the repository ships, such as `data/splits`,
-hold from any folder.
+(through `elastic3d.utils.options.option`) their help texts and ranges; a file `configs/gen_mesh.yaml`, which may be
+left out, changes defaults and chooses configuration groups (`configs/cache/paper.yaml` is chosen by `cache=paper`).
+Hydra composes the files where there are any, and what the user types is put over them. It never passes through a
+grammar: a path or a prompt arrives as typed, but for a leading `~/` of a path, which is the home folder. Defaults that
+name what the repository ships, such as `data/splits`, hold from any folder.
 Where it is unique, a nested option's last name is enough: `max_faces=` for `cleanup.max_faces=`.
 
 Exit codes: 0 success, 1 what `main` returns when some items failed, 2 a mistake in what the user gave,
@@ -28,8 +28,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from elastic3d.errors import UserError
 from elastic3d.utils.files import parse_yaml
@@ -141,10 +139,16 @@ def composed(
     options: Mapping[str, Leaf], config_name: str, config_dir: Path, groups: Mapping[str, str]
 ) -> dict[str, Any]:
     """What `<config_name>.yaml` and the groups set, by dotted names; with defaults of shipped files, made absolute."""
-    overrides = _overrides(config_name, config_dir, groups) if groups else []
-    with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
-        files = OmegaConf.to_container(compose(config_name, overrides=overrides), resolve=True)
-    values = dict(_flat(files, options))
+    has_file = (config_dir / f"{config_name}.yaml").is_file()
+    values: dict[str, Any] = {}
+    if has_file or groups:
+        from hydra import compose, initialize_config_dir
+        from omegaconf import OmegaConf
+
+        overrides = _overrides(config_name, config_dir, groups)
+        with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
+            files = compose(config_name if has_file else None, overrides=overrides)
+        values = dict(_flat(OmegaConf.to_container(files, resolve=True), options))
     for option in options.values():
         value = values.get(option.name, option.default)
         if (anchored := _anchored(value)) != value:
@@ -207,8 +211,11 @@ def group_choices(config_class: type[Any], config_name: str, config_dir: Path) -
 
 
 def _default_groups(config_name: str, config_dir: Path) -> set[str]:
-    """Groups named in the defaults list of `<config_name>.yaml`."""
-    entries = (yaml.safe_load((config_dir / f"{config_name}.yaml").read_text()) or {}).get("defaults", [])
+    """Groups named in the defaults list of `<config_name>.yaml`; none where there is no such file."""
+    path = config_dir / f"{config_name}.yaml"
+    if not path.is_file():
+        return set()
+    entries = (yaml.safe_load(path.read_text()) or {}).get("defaults", [])
     return {key.removeprefix("/") for entry in entries if isinstance(entry, dict) for key in entry}
 
 

@@ -165,7 +165,7 @@ class Layout:
         return Bundle(dit, vae, conditioner, config, tuple(files), note)
 
     def inspect(self, folder: str | Path, subfolder: str, dinov2: str) -> Inspection:
-        """What a checkpoint is made of, without its weights."""
+        """What a checkpoint is made of, without its weights; errors as in the family's loader."""
         source = open_folder(folder, self.model, subfolder)
         config = self.parse(source, {}, True)
         sizes = {"condition": 0, "dit": source.count("transformer"), "decode": source.count("vae")}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic3d.checkpoints.bundle import Bundle, Inspection, on_meta
+from elastic3d.checkpoints.bundle import Bundle, on_meta
 from elastic3d.checkpoints.dinov2 import modern_names, network_fields
 from elastic3d.checkpoints.folders import Folder, Layout
 from elastic3d.checkpoints.options import (
@@ -123,12 +123,7 @@ def load_step1x3d(
         weights that
             do not fit: names the file and the value or tensor.
     """
-    return _LAYOUT.load(folder, dtype, device, dinov2, subfolder)
-
-
-def inspect_step1x3d(folder: str | Path, subfolder: str = "", dinov2: str = "") -> Inspection:
-    """What a checkpoint is made of, without its weights; arguments and errors as in `load_step1x3d`."""
-    return _LAYOUT.inspect(folder, subfolder, dinov2)
+    return LAYOUT.load(folder, dtype, device, dinov2, subfolder)
 
 
 def _encoder_state(source: Folder) -> dict[str, Tensor]:
@@ -281,4 +276,4 @@ def vae_rows(config: VAEConfig) -> list[Row]:
     return [Row(name, (re.sub("^geo_decoder", "decoder", name),)) for name in names]
 
 
-_LAYOUT = Layout("step1x3d", ENCODER, parse_step1x3d, dit_rows, vae_rows, _encoder_state, registers=True)
+LAYOUT = Layout("step1x3d", ENCODER, parse_step1x3d, dit_rows, vae_rows, _encoder_state, registers=True)

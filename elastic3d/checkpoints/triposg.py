@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic3d.checkpoints.bundle import Bundle, Inspection, Loader
+from elastic3d.checkpoints.bundle import Bundle, Loader
 from elastic3d.checkpoints.folders import Folder, Layout
 from elastic3d.checkpoints.options import (
     INSIDE,
@@ -97,7 +97,7 @@ def load_triposg(
         not fit:
             names the file and the value or tensor.
     """
-    return _LAYOUT.load(folder, dtype, device, dinov2, subfolder)
+    return LAYOUT.load(folder, dtype, device, dinov2, subfolder)
 
 
 def load_triposg_vae(
@@ -113,11 +113,6 @@ def load_triposg_vae(
     config = _vae(*source.config("vae"), has_encoder(state))
     source.check_class("vae", "TripoSGVAEModel", "Tripo2VAEModel")
     return loader.build(config, *source.renamed("vae", config, vae_rows(config), state))
-
-
-def inspect_triposg(folder: str | Path, subfolder: str = "", dinov2: str = "") -> Inspection:
-    """What a checkpoint is made of, without its weights; arguments and errors as in `load_triposg`."""
-    return _LAYOUT.inspect(folder, subfolder, dinov2)
 
 
 def parse_triposg(
@@ -271,4 +266,4 @@ def _mlp(ours: str, theirs: str) -> list[Row]:
     ]
 
 
-_LAYOUT = Layout("triposg", ENCODER, parse_triposg, dit_rows, vae_rows)
+LAYOUT = Layout("triposg", ENCODER, parse_triposg, dit_rows, vae_rows)

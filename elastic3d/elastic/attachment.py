@@ -81,7 +81,8 @@ def attach(model: Any, routers: Architecture = None, source: Source = None) -> E
         return _attach(model, adapter, routers or RouterConfig(), source)
     session = _attach(model, adapter, load_router_config(routers, adapter.family), source)
     try:
-        load_routers(model, routers)
+        path = find_weights(Path(routers))
+        load_router_state(model, read_weights(path), str(path))
     except BaseException:
         detach(model)
         raise

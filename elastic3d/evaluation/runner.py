@@ -28,7 +28,7 @@ from elastic3d.evaluation.options import ProtocolConfig, Runner
 from elastic3d.evaluation.statistics import Row
 from elastic3d.geometry.gltf_data import with_buffers
 from elastic3d.utils.clusters import join_cluster, work_in
-from elastic3d.utils.files import atomic_path, parse_json, printable, read_text
+from elastic3d.utils.files import atomic_path, load_json_lines, printable
 from elastic3d.utils.options import to_dict
 
 Score = Callable[[Item, ProtocolConfig, int], Row]  # item, protocol, threads; must be a module's function
@@ -92,17 +92,15 @@ def read_journal(path: Path) -> dict[str, Row]:
     """
     if not path.exists() or not path.stat().st_size:
         return {}
+    shape = {"key": str, "row": {"name": str, "status": str}}
     try:
-        whole, _, rest = read_text(path, "a journal").rpartition("\n")
-        if rest:
-            with atomic_path(path) as temporary:
-                temporary.write_text(whole + "\n" if whole else "")
-        shape = {"key": str, "row": {"name": str, "status": str}}
-        entries = [parse_json(line, shape, printable(path)) for line in whole.splitlines()]
+        entries = list(load_json_lines(path, shape, torn=True))
     except UserError as error:
         raise UserError(
             f"{printable(path)} is no journal of rows ({error}): remove it or choose another output"
         ) from error
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return {entry["key"]: entry["row"] for entry in entries if entry["row"].get("error") != _DIED}
 
 

@@ -105,7 +105,7 @@ def clean(mesh: trimesh.Trimesh, config: CleanupConfig) -> trimesh.Trimesh:
     if config.min_component > 0:
         mesh = drop_floaters(mesh, config.min_component)
     max_faces = min(config.max_faces or len(mesh.faces), len(mesh.faces))
-    if max_faces < len(mesh.faces) or (config.remove_degenerate and _degenerate(mesh).any()):
+    if max_faces < len(mesh.faces) or _degenerate(mesh).any():
         mesh = simplify(mesh, max_faces)
     if config.require_closed and (open_edges := int((_faces_at_edges(mesh) != 2).sum())):
         raise UserError(f"the mesh is not closed: {open_edges} edges have no two faces")

@@ -48,7 +48,6 @@ class CleanupConfig(Options):
     min_component: float = option(
         0.01, "drop parts below this share of the largest part's area; 0: none", ge=0, le=1
     )
-    remove_degenerate: bool = option(True, "collapse faces without area")
     max_faces: int = option(
         40000, "decimate to at most this many faces; 0: never", ge=4, le=(1 << 31) - 1, zero=True
     )

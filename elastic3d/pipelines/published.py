@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from elastic3d.checkpoints import step1x3d, triposg
 from elastic3d.checkpoints.bundle import Bundle, Inspection, on_meta
 from elastic3d.checkpoints.folders import INDEX_NAME, open_folder
 from elastic3d.checkpoints.hunyuan3d import find_checkpoint, inspect_hunyuan3d, load_hunyuan3d
 from elastic3d.checkpoints.options import PRESETS, ImportConfig
-from elastic3d.checkpoints.step1x3d import inspect_step1x3d, load_step1x3d
-from elastic3d.checkpoints.triposg import inspect_triposg, load_triposg
 from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.elastic.attachment import adapter_for, attach, load_router_config
 from elastic3d.errors import UserError
@@ -25,6 +24,8 @@ from elastic3d.pipelines.memory import GB, LOW_MEMORY_CHUNK, free_memory, memory
 from elastic3d.pipelines.options import DEFAULT_MODEL, NO_ROUTERS_NAME, GenerateConfig
 from elastic3d.pipelines.runtime import find_model, resolve_device, resolve_dtype
 from elastic3d.utils.files import file_sha256
+
+LAYOUTS = {"triposg": triposg.LAYOUT, "step1x3d": step1x3d.LAYOUT}  # families but Hunyuan3D's
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,7 @@ def _inspect(config: GenerateConfig | ImportConfig) -> Inspection:
         return inspect_hunyuan3d(folder, subfolder, config.vae_subfolder, config.dinov2)
     if config.vae_subfolder:
         raise UserError(f"vae_subfolder= is for Hunyuan3D-2, but model is {config.model}")
-    if preset.family == "step1x3d":
-        return inspect_step1x3d(folder, subfolder, config.dinov2)
-    return inspect_triposg(folder, subfolder, config.dinov2)
+    return LAYOUTS[preset.family].inspect(folder, subfolder, config.dinov2)
 
 
 def _load(
@@ -160,8 +159,7 @@ def _load(
         if preset.family == "hunyuan3d":
             bundle = load_hunyuan3d(folder, subfolder, dtype, device, config.vae_subfolder or None, dinov2)
         else:
-            load = load_step1x3d if preset.family == "step1x3d" else load_triposg
-            bundle = load(folder, dtype, device, dinov2, subfolder)
+            bundle = LAYOUTS[preset.family].load(folder, dtype, device, dinov2, subfolder)
     if bundle.conditioner is None:
         raise UserError(bundle.note)
     bundle.config.pipeline.model = config.model

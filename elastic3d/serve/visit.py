@@ -4,11 +4,14 @@ meshes."""
 from __future__ import annotations
 
 import html
+import json
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,11 @@ import numpy as np
 import trimesh
 from PIL import Image
 from pydantic import ValidationError
+from scipy.spatial import cKDTree
 
 from elastic3d.errors import UserError
+from elastic3d.evaluation.html import encoded, pack_surface
+from elastic3d.geometry.cleanup import simplify
 from elastic3d.geometry.mesh_io import save_mesh
 from elastic3d.geometry.normalize import scale_to, with_up
 from elastic3d.models.images import prepare_image
@@ -27,9 +33,10 @@ from elastic3d.pipelines.preview import draw_routes, route_title, turntable
 from elastic3d.serve.models import ModelInfo
 from elastic3d.serve.queue import Job, JobState, MeshQueue, MeshRequest, QueueFull, sentence
 from elastic3d.serve.uploads import decode_image
-from elastic3d.serve.viewer import frame
 
 MASK_SIDE, TILE_SIDE = 256, 224
+MOST_FACES = 60_000  # of a mesh that is sent to the browser
+LINES, WIDEST = 90, 400  # pixels above and below the canvases, and of a canvas
 POLL_S = 0.1
 ERROR_S = 30.0  # that an error stays on the page
 HEADERS = ("mesh", "seconds", "DiT, s", "FLOPs", "faces", "for a print")
@@ -285,3 +292,34 @@ def download(shown: Shown, index: int, kind: str, up: str, size: float) -> Any:
     except UserError as error:
         raise failed(error) from error
     return gr.DownloadButton(f"Download .{kind}, {size:g} mm", value=str(target), interactive=True)
+
+
+def frame(meshes: Sequence[tuple[trimesh.Trimesh, str, str]]) -> str:
+    """An iframe that shows meshes side by side, turned by one camera, each with a name and a note above it; vertex
+    colours are shown where there are any.
+
+    The frame's page reaches neither the network nor the page around it.
+    """
+    shown = [_packed(mesh) | {"name": name, "note": note} for mesh, name, note in meshes]
+    page = (resources.files("elastic3d.serve") / "assets" / "viewer.html").read_text(encoding="utf-8")
+    script = resources.files("elastic3d.evaluation") / "assets" / "viewer.js"
+    page = page.replace("@@viewer.js@@", script.read_text(encoding="utf-8"))
+    page = page.replace("@@meshes@@", json.dumps(shown, allow_nan=False).replace("<", "\\u003c"))
+    side = f"min({WIDEST}px, {100 // len(shown)}cqw)"
+    style = f"width: 100%; height: calc({LINES}px + {side}); border: 0"
+    return (
+        '<div style="container-type: inline-size">'
+        f'<iframe title="Meshes" sandbox="allow-scripts" style="{style}" srcdoc="{html.escape(page)}"></iframe></div>'
+    )
+
+
+def _packed(mesh: trimesh.Trimesh) -> dict[str, Any]:
+    shown = simplify(mesh, MOST_FACES) if len(mesh.faces) > MOST_FACES else mesh
+    packed = pack_surface(shown)
+    visual = mesh.visual
+    if isinstance(visual, trimesh.visual.ColorVisuals) and visual.kind == "vertex":
+        colours = np.asarray(visual.vertex_colors, np.uint8)
+        if shown is not mesh:
+            colours = colours[cKDTree(mesh.vertices).query(shown.vertices)[1]]
+        packed["colours"] = encoded(np.ascontiguousarray(colours))
+    return packed

@@ -62,16 +62,11 @@ class StagesConfig(Options):
         "count time of the processor, not of the clock, on a machine that does other work; needs threads=1",
     )
     batch: int = option(0, "also a batch of that many meshes; 0: none", ge=0, le=4096)
-    full_grid: bool = option(
-        False, "also a dense mesh whose field is evaluated in the whole cube, of this checkout: minutes"
-    )
 
     def check(self) -> None:
         """Threads that wait for each other count as work."""
         if self.cpu and self.threads != 1:
             raise ValueError(f"cpu is true and threads is {self.threads}, expected threads=1 with it")
-        if self.full_grid and self.resolution is None:
-            raise ValueError("full_grid is true and resolution is null, expected a resolution with it")
 
 
 @dataclass(kw_only=True)

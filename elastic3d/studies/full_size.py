@@ -9,7 +9,7 @@ import gc
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,30 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from elastic3d.checkpoints.bundle import model_class
+from elastic3d.checkpoints.options import OPEN_MODELS, PRESETS
 from elastic3d.diffusion.sampler import integrate, timestep_grid
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.elastic.trace import trace_share
 from elastic3d.elastic.training_free import put_policy
 from elastic3d.evaluation.report import machine, markdown_table
-from elastic3d.models.options import DiTConfig, SkipDiTConfig
-from elastic3d.pipelines.estimates import published
+from elastic3d.models.options import DiTConfig, SkipDiTConfig, VAEConfig
 from elastic3d.pipelines.runtime import resolve_device, resolve_dtype
 from elastic3d.studies.config import FullSizeConfig
 from elastic3d.utils.files import save_json
 
 GUIDANCE = 5.0  # two branches, but for distilled models
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_TOKENS = 1370  # of one image
+
+
+@dataclass(frozen=True)
+class Published:
+    """Sizes of one published model, and how many passes of its DiT make a mesh."""
+
+    dit: DiTConfig | SkipDiTConfig
+    vae: VAEConfig
+    passes: int
+    resolution: int = 384
 
 
 def measure_full_size(config: FullSizeConfig) -> dict[str, Any]:
@@ -59,6 +70,46 @@ def measure_full_size(config: FullSizeConfig) -> dict[str, Any]:
             del dit, plain
             gc.collect()
     return found
+
+
+def published(name: str) -> Published:
+    """The sizes of a preset as published. KeyError for another name."""
+    if name in OPEN_MODELS:
+        return _open_model(name)
+    latents = {"hunyuan3d2_mini": 512, "hunyuan3d2_mini_turbo": 512, "hunyuan3d2_1": 4096}.get(name, 3072)
+    turbo = name.endswith("turbo")
+    vae = VAEConfig(
+        num_latents=latents, latent_channels=64, width=1024, heads=16, encoder_layers=0, decoder_layers=16,
+        neighbours_in=0, neighbours_out=0,
+    )  # fmt: skip
+    passes = 5 if turbo else 2 * 49  # of 50 times, 49 move; with guidance two passes each
+    if PRESETS[name].subfolder.endswith("v2-1"):
+        return Published(SkipDiTConfig(), vae, passes)
+    depth = 8 if "mini" in name else 16
+    dit = DiTConfig(
+        in_channels=64, condition_channels=1536, width=1024, heads=16, double_blocks=depth, single_blocks=2 * depth,
+        guidance_embed=turbo, num_latents=latents, condition_tokens=_TOKENS * (4 if name.endswith("_mv") else 1),
+    )  # fmt: skip
+    return Published(dit, vae, passes)
+
+
+def _open_model(name: str) -> Published:
+    if name == "triposg":
+        skip = SkipDiTConfig(expert_blocks=0, norm_eps=1e-5, num_latents=2048, condition_tokens=257)
+        vae = VAEConfig(
+            num_latents=2048, latent_channels=64, width=1024, heads=8, encoder_width=512, encoder_layers=8,
+            decoder_layers=16, qk_norm=False, point_features=3, neighbours_in=0, neighbours_out=0,
+        )  # fmt: skip
+        return Published(skip, vae, 2 * 50, resolution=512)
+    dit = DiTConfig(
+        in_channels=64, condition_channels=1024, width=1280, heads=20, double_blocks=12, single_blocks=24,
+        wide_time=True, num_latents=2048, condition_tokens=_TOKENS,
+    )  # fmt: skip
+    vae = VAEConfig(
+        num_latents=2048, latent_channels=64, width=768, heads=12, encoder_layers=8, decoder_layers=16,
+        qk_norm=False, point_features=3, sharp_attention=True, neighbours_in=0, neighbours_out=0,
+    )  # fmt: skip
+    return Published(dit, vae, 2 * 29)  # of 30 steps, the first moves nothing
 
 
 def sized(size: DiTConfig | SkipDiTConfig, config: FullSizeConfig) -> DiTConfig | SkipDiTConfig:

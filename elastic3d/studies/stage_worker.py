@@ -17,8 +17,7 @@ from typing import Any
 def main(options: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds of `import` and `load`, and of every stage of each mesh; the first mesh is the cold one.
 
-    `batch`: those of each mesh of a batch; `full_grid`: those of a mesh of the dense model whose field is evaluated in
-    the whole cube.
+    `batch`: those of each mesh of a batch.
     """
     if options[
         "cpu"
@@ -39,11 +38,10 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
     loaded = time.perf_counter()
     found: dict[str, Any] = {"import": 1000 * (imported - start), "load": 1000 * (loaded - imported)}
 
-    def make(seeds: list[int], **more: Any) -> dict[str, float]:
+    def make(seeds: list[int]) -> dict[str, float]:
         """Stages of each mesh of one batch, on average."""
         begin, images = time.perf_counter(), [options["image"]] * len(seeds)
-        settings = options["settings"] | more
-        results = pipeline(images, seeds, **settings)
+        results = pipeline(images, seeds, **options["settings"])
         made = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             for result in results:
@@ -61,11 +59,6 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
     if options["batch"]:
         found["batch"] = make(list(range(options["batch"])))
     found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    if options["full_grid"]:
-        from elastic3d.geometry.options import DecodeConfig
-
-        cells = options["settings"]["resolution"]
-        found["full_grid"] = make([1], elastic=False, decode=DecodeConfig(coarse_resolution=cells))
     return found
 
 

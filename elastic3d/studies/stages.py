@@ -92,18 +92,16 @@ def _process(folder: Path, config: StagesConfig) -> dict[str, list[float]]:
     }  # those that differ from the pipeline's defaults: an older checkout may not know them
     settings = {name: value for name, value in settings.items() if value is not None}
     inputs = {name: str(getattr(config, name).resolve()) for name in ("image", "model")}
-    options = {
-        name: getattr(config, name) for name in ("repeats", "threads", "cpu", "batch", "compile")
-    } | inputs
-    options |= {"settings": settings, "full_grid": config.full_grid and folder == ROOT}
+    names = ("repeats", "threads", "cpu", "batch", "compile")
+    options = {name: getattr(config, name) for name in names} | inputs | {"settings": settings}
     worker = Path(__file__).with_name("stage_worker.py")
     found = json.loads(_run([str(worker), json.dumps(options)], folder, config)[0].splitlines()[-1])
     rows = {"import": [found["import"]], "load": [found["load"]]}
     first, warm = found["meshes"][0], found["meshes"][1:]
     rows |= {f"first mesh, {stage}": [value] for stage, value in first.items()}
     rows |= {f"warm, {stage}": [mesh[stage] for mesh in warm] for stage in first}
-    for name, what in {"batch": f"batch of {config.batch}, a mesh", "full_grid": "dense, whole cube"}.items():
-        rows |= {f"{what}, {stage}": [value] for stage, value in found.get(name, {}).items()}
+    for stage, value in found.get("batch", {}).items():
+        rows[f"batch of {config.batch}, a mesh, {stage}"] = [value]
     rows["peak memory, MB"] = [found["peak_mb"]]
     if config.commands:
         script = str(folder / "scripts" / "gen_mesh.py")

@@ -422,7 +422,7 @@ def test_times_and_tables_of_another_version_are_taken_anew(world, tmp_path, mon
 
 
 def test_every_shipped_configuration_is_read_and_has_rows(world, gallery, tmp_path):
-    """`configs/benchmark.yaml` and `benchmark_images.yaml` with what they require, planned on tiny models."""
+    """Both benchmarks with what they require, planned on tiny models."""
     both = [f"output={tmp_path}", "caches=[forecast]"]
     required = [f"model={world / 'model'}", f"images={world / 'images'}"]
     meshes = parse(MeshBenchmarkConfig, "benchmark", [*both, *required])

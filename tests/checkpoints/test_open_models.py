@@ -26,7 +26,7 @@ from elastic3d.checkpoints.step1x3d import vae_rows as step1x_vae_rows
 from elastic3d.checkpoints.triposg import dit_rows, load_triposg, vae_rows
 from elastic3d.diffusion.sampler import late_start_grid
 from elastic3d.models.skip_dit import SkipDiT
-from elastic3d.pipelines.estimates import published
+from elastic3d.studies.full_size import published
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 

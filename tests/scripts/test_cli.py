@@ -89,6 +89,13 @@ def test_a_group_that_the_file_does_not_choose_can_be_chosen(configs: Path) -> N
     assert parse(Config, "plain", ["cache=paper"], configs).cache.reuse == 5
 
 
+def test_a_command_without_a_file_of_its_own(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has groups all the same, and does not wait for Hydra where none is chosen."""
+    assert parse(Config, "none", ["cache=paper"], configs).cache.reuse == 5
+    monkeypatch.setitem(sys.modules, "hydra", None)
+    assert parse(Config, "none", ["steps=7"], configs).steps == 7
+
+
 def test_a_group_that_a_chosen_group_brings_along_can_be_exchanged(configs: Path) -> None:
     (configs / "stage/cached.yaml").write_text("# @package _global_\ndefaults: [{/cache: paper}]\nsteps: 3\n")
     (configs / "staged.yaml").write_text("defaults: [_self_, {stage: quick}]\n")

@@ -135,7 +135,7 @@ def test_what_is_wrong_is_told_before_the_weights_are_read(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("elastic3d.pipelines.published.load_triposg", None)
+    monkeypatch.setattr("elastic3d.pipelines.published._load", None)
     write_checkpoint_21(tmp_path / "hunyuan")
     write_folder(tmp_path / "bare", "triposg", encoder=False)
     for model, arguments, told in (

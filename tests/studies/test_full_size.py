@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from elastic3d.errors import UserError
-from elastic3d.pipelines.estimates import published
 from elastic3d.studies.config import FullSizeConfig
-from elastic3d.studies.full_size import measure_full_size, printed, sized
+from elastic3d.studies.full_size import measure_full_size, printed, published, sized
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import load_json
 

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from elastic3d.training.muon import Muon, orthogonal
-from elastic3d.training.optim import Average, MasterOptimizer, learning_rate
+from elastic3d.training.optim import Average, MasterOptimizer, Muon, learning_rate, orthogonal
 from elastic3d.training.options import LoopConfig, OptimizerName, Schedule
 
 
@@ -160,7 +159,7 @@ def test_muon_in_fp32_steps_as_torchs_own(monkeypatch: pytest.MonkeyPatch) -> No
     start = [torch.randn(*shape, generator=generator) for shape in ((24, 64), (64, 24), (16, 16))]
     found: dict[bool, list[torch.Tensor]] = {}
     for fast in (True, False):
-        monkeypatch.setattr("elastic3d.training.muon.fast_bfloat16", lambda device, fast=fast: fast)
+        monkeypatch.setattr("elastic3d.training.optim.fast_bfloat16", lambda device, fast=fast: fast)
         matrices = [nn.Parameter(value.clone()) for value in start]
         muon = Muon([{"params": matrices, "lr": 0.1, "weight_decay": 0.3}])
         for step in range(3):
