@@ -221,7 +221,7 @@ def thinnest_wall(mesh: trimesh.Trimesh) -> float | None:
 
 
 def digits(value: float, rounding: str = ROUND_HALF_EVEN, count: int = 3) -> float:
-    """The number with so many significant digits, as decimals say them."""
+    """The number with `count` significant digits, as decimals say them."""
     return float(Context(count, rounding).create_decimal_from_float(value))
 
 

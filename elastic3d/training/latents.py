@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +173,8 @@ class LatentInfo:
     @property
     def encoder(self) -> ImageEncoderConfig:
         """The image encoder of the tokens, with the border that its images had."""
-        encoder = from_dict(ImageEncoderConfig, self.settings["encoder"], INFO_NAME)
-        return replace(encoder, border=self.foreground.for_encoder(encoder).border)
+        chosen = {k: v for k, v in self.settings["foreground"].items() if k == "border" and v is not None}
+        return from_dict(ImageEncoderConfig, self.settings["encoder"] | chosen, INFO_NAME)
 
     @property
     def foreground(self) -> ForegroundConfig:
