@@ -44,8 +44,10 @@ def main(config: GenerateImageConfig) -> int:
         config.offload,
         config.calibration or None,
     )
+    asked = {"quality": config.quality, "guidance": config.guidance, "size": parse_size(config.size)}
     if config.trace:
-        check_routes(config.trace, pipeline.elastic_of(ElasticOptions(**ElasticOptions.of(config))))
+        requested = ElasticOptions(**ElasticOptions.of(config))
+        check_routes(config.trace, pipeline.configured(requested, steps=config.steps, **asked).elastic)
     panels = []
     bar = tqdm(total=config.num_samples, unit="image", leave=False, disable=None)
     for first in range(0, config.num_samples, config.batch_size):
@@ -54,8 +56,7 @@ def main(config: GenerateImageConfig) -> int:
             [config.prompt] * len(numbers),
             [config.seed + n for n in numbers],
             steps=config.steps,
-            guidance=config.guidance,
-            size=parse_size(config.size),
+            **asked,
             on_step=lambda done, steps: bar.set_postfix_str(f"step {done}/{steps}"),
             **ElasticOptions.of(config),
         )

@@ -1,8 +1,10 @@
 """Write a model's dial.json, which turns a budget into steps and router budget, from the results of its benchmark.
 
     python scripts/make_dial.py model=data/pretrained/shape-small results=reports/elastic-3d/results.json
+    python scripts/make_dial.py model=data/pretrained/image-small results=DIR/results.json
 
-The results have to be those of `scripts/benchmark.py` with this model's weights, with ground truth and times.
+The results have to be those of `scripts/benchmark.py` with this model's weights, with times, and of meshes with ground
+truth.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from _cli import run
 
 from elastic3d.diffusion.dial import DIAL_NAME
+from elastic3d.diffusion.options import Quality
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.studies.config import DialConfig
 from elastic3d.studies.dial import make_dial
@@ -19,14 +22,17 @@ from elastic3d.utils.files import check_paths
 def main(config: DialConfig) -> int:
     """Write the file and print its rows."""
     check_paths({"results": config.results}, {"dial": find_model(config.model) / DIAL_NAME})
-    for name, row in make_dial(config):
+    dial = make_dial(config)
+    for row in dial.rows:
         who = "plan" if row.planned else "routers"
         settings = f"{who} {row.router_budget:g}" if row.router_budget not in (None, 1) else "every block"
         lora = ", few-step LoRA" if row.few_step_lora else ""
-        scores = ", ".join(f"{score:.4f}" for score in row.f_scores)
+        pairs = zip((dial.kind.fidelity, *dial.kind.scores), (row.fidelity, *row.scores), strict=True)
+        scores = ", ".join(f"{name} {score:.4g}" for name, score in pairs)
+        names = ", ".join(quality.name for quality in Quality if dial.named(quality) is row)
         print(
             f"budget {row.cost:.2f}: {row.steps} steps, {settings}{lora}; {row.speedup['1']:.2f} times faster,"
-            f" IoU {row.iou:.3f}, F-scores {scores} {name}"
+            f" {scores} {names}"
         )
     return 0
 

@@ -3,8 +3,8 @@ that was measured with the model.
 
 `dial.json` lies beside `pipeline.json`. A row is one way to run the model: its cost, which is the share of the dense
 default generation's FLOPs that it executes, its settings, and what was measured with them. Costs ascend. A row has a
-higher IoU to the reference than every cheaper one, and is not faster: a smaller budget is never slower, and no row is
-worse than another of the same or lower cost.
+higher fidelity than every cheaper one (meshes: IoU to the reference; images: PSNR to the dense default's), and is not
+faster: a smaller budget is never slower, and no row is worse than another of the same or lower cost.
 """
 
 from __future__ import annotations
@@ -24,26 +24,48 @@ from elastic3d.errors import UserError
 from elastic3d.utils.files import Maybe, Number, load_json, printable, save_json
 
 DIAL_NAME = "dial.json"
+Routers = RouterConfig | None  # of a model; None: it has none
 F_SCORES = ("f_score@0.02", "f_score@0.05")
-TOLERANCE = 0.01  # what F-scores of the default may lose, of those of the dense default generation
+TOLERANCE = 0.01  # what scores of the default may lose, of those of the dense default generation
 
-_F_SCORES = dict.fromkeys(F_SCORES, Number(0, 1))
-DIAL_SHAPE = {
-    "dense": {"steps": Number(1, 1000, whole=True), "guidance": Number(0, 100), **_F_SCORES},
-    "rows": [
-        {
-            "cost": Number(1e-4, 1),
-            "steps": Number(1, 1000, whole=True),
-            "router_budget": Maybe(Number(MIN_BUDGET, 1)),
-            "few_step_lora": bool,
-            "speedup": {str: Number(1e-3, 1e6)},
-            "iou": Number(0, 1),
-            **_F_SCORES,
-        }
-    ],
-    "names": dict.fromkeys(Quality.__members__, Number(0, 1)),
-    "measured": dict,
+_F_SCORES, _SSIM = dict.fromkeys(F_SCORES, Number(0, 1)), {"ssim": Number(-1, 1)}
+_DENSE = {"steps": Number(1, 1000, whole=True), "guidance": Number(0, 100)}
+_ROW = {
+    "cost": Number(1e-4, 1),
+    "steps": Number(1, 1000, whole=True),
+    "router_budget": Maybe(Number(MIN_BUDGET, 1)),
+    "few_step_lora": bool,
+    "speedup": {str: Number(1e-3, 1e6)},
 }
+_REST = {"names": dict.fromkeys(Quality.__members__, Number(0, 1)), "measured": dict}
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What the dials of meshes, or of images, measure.
+
+    fidelity: the name of the score that rises with the cost; scores: those of which the default row keeps 99 %; shape:
+    of a file; plans: whether a row may be the plan without training.
+    """
+
+    fidelity: str
+    scores: tuple[str, ...]
+    shape: Mapping[str, Any]
+    plans: bool
+
+
+MESHES = Kind(
+    "iou",
+    F_SCORES,
+    {"dense": _DENSE | _F_SCORES, "rows": [_ROW | {"iou": Number(0, 1)} | _F_SCORES], **_REST},
+    True,
+)
+IMAGES = Kind(  # PSNR and SSIM beside the dense default generation's images, in dB at most 100
+    "psnr",
+    ("ssim",),
+    {"dense": _DENSE | _SSIM, "rows": [_ROW | {"psnr": Number(0, 100)} | _SSIM], **_REST},
+    False,
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +76,8 @@ class Row:
     the routers may execute, None for the dense model; planned: the calibrated plan without training keeps that budget,
     in the place of the routers; few_step_lora: whether the few-step LoRA is merged, with which
     the second guidance branch runs in some of the steps alone; speedup: of the DiT over the dense default, by batch
-    size; iou: to the reference; f_scores: to the ground truth, in the order of `F_SCORES`; scope: that of the routers
-    (`block` or `step`), None in files that do not name it, which are none of per-block routers for few steps.
+    size; fidelity, scores: as the `Kind` names them; scope: that of the routers (`block` or `step`), None in files that
+    do not name it, which are none of per-block routers for few steps.
     """
 
     cost: float
@@ -63,27 +85,25 @@ class Row:
     router_budget: float | None
     few_step_lora: bool
     speedup: Mapping[str, float]
-    iou: float
-    f_scores: tuple[float, ...]
+    fidelity: float
+    scores: tuple[float, ...]
     scope: str | None = None
     planned: bool = False
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Row:
+    def of(cls, values: Mapping[str, Any], kind: Kind) -> Row:
         """A row as the file holds it."""
         known = {item.name: values[item.name] for item in fields(cls) if item.name in values}
-        return cls(**known | {"f_scores": tuple(values[name] for name in F_SCORES)})
+        scores = tuple(values[name] for name in kind.scores)
+        return cls(**known | {"fidelity": values[kind.fidelity], "scores": scores})
 
-    def over(self, requested: ElasticOptions) -> ElasticOptions:
-        """What a caller asks for, with the settings of this row in the place of its budget."""
-        if self.router_budget is None:
-            return replace(requested, elastic=False, budget=None)
-        return replace(requested, budget=self.router_budget)
-
-    def metadata(self, budget: float | None, quality: Quality | None) -> dict[str, Any]:
-        """What was requested, and what it costs."""
-        name = (quality or Quality.default).name
-        return {"requested": name if budget is None else float(budget), "cost": self.cost}
+    def over(self, call: ElasticOptions, quality: Quality | None) -> tuple[ElasticOptions, dict[str, Any]]:
+        """What a caller asks for, with the settings of this row in the place of its budget; what was requested, and
+        what it costs, for metadata."""
+        name = (quality or Quality.default).name if call.budget is None else float(call.budget)
+        elastic = call.elastic if self.router_budget is not None else False
+        found = replace(call, elastic=elastic, budget=self.router_budget)
+        return found, {"dial": {"requested": name, "cost": self.cost}}
 
 
 @dataclass(frozen=True)
@@ -96,23 +116,24 @@ class Dial:
     rows: tuple[Row, ...]
     steps: int
     guidance: float
-    f_scores: tuple[float, ...]
+    scores: tuple[float, ...]
     values: Mapping[str, Any]
+    kind: Kind = MESHES
 
     def named(self, quality: Quality) -> Row:
         """The row of a name; `parse_dial` has seen to it that there is one."""
-        row = named_row(self.rows, quality, self.f_scores)
+        row = named_row(self.rows, quality, self.scores)
         assert row is not None
         return row
 
 
-def named_row(rows: Sequence[Row], quality: Quality, dense_f_scores: Sequence[float]) -> Row | None:
+def named_row(rows: Sequence[Row], quality: Quality, dense: Sequence[float]) -> Row | None:
     """`fast` is the cheapest of some rows in ascending order, `best` the last one, and `default` the fastest whose
-    F-scores are within 1 % of the dense default generation's; None where no row's are."""
+    scores are within 1 % of the dense default generation's; None where no row's are."""
     if quality is not Quality.default:
         return rows[0 if quality is Quality.fast else -1]
-    least = [(1 - TOLERANCE) * score for score in dense_f_scores]
-    return next((row for row in rows if all(map(operator.ge, row.f_scores, least))), None)
+    least = [(1 - TOLERANCE) * score for score in dense]
+    return next((row for row in rows if all(map(operator.ge, row.scores, least))), None)
 
 
 def choose(
@@ -123,10 +144,7 @@ def choose(
     guidance: float | None,
 ) -> Row | None:
     """The row that a call runs; None where the dial is not used: by `steps`, by a dense call, by a model without one.
-
-    Args:
-        guidance: of the call, None for the model's. With another than was measured, or `few_step=False`, rows of the
-            few-step LoRA is left out.
+    With another `guidance` than was measured (None: the model's), or `few_step=False`, none of the few-step LoRA.
 
     Raises:
         UserError: a budget below the cheapest row; a quality without a dial, or with another choice of speed.
@@ -147,7 +165,7 @@ def choose(
             why = "" if len(rows) == len(dial.rows) else ", as these options rule out cheaper settings"
             raise UserError(f"budget is {requested.budget:g}, expected at least {rows[0].cost:g}{why}")
         return affordable[-1]
-    return named_row(rows, quality or Quality.default, dial.f_scores) or rows[-1]
+    return named_row(rows, quality or Quality.default, dial.scores) or rows[-1]
 
 
 def resolution_of(model: PipelineConfig, quality: Quality | None) -> int:
@@ -168,31 +186,30 @@ def _check(dial: Dial | None, requested: ElasticOptions, steps: int | None, qual
         raise UserError(f"quality is {name}, but this model has no {DIAL_NAME}: set budget= or steps=")
 
 
-def load_dial(folder: Path, model: PipelineConfig, routers: RouterConfig | None) -> Dial | None:
-    """The dial in a model's folder; None where there is none. `model` is its `pipeline.json`, whose steps and guidance
-    are the dense default generation's, and `routers` None for a model without.
+def load_dial(folder: Path, model: PipelineConfig, routers: Routers, kind: Kind = MESHES) -> Dial | None:
+    """The dial in a model's folder; None where there is none. `model`: steps, guidance and grid of its dense default
+    generation.
 
     Raises:
-        UserError: naming the file: it is broken, its rows do not go up in cost and IoU and down in speed, its names are
-            not those of the rule, or it is the table of a model that runs otherwise.
+        UserError: naming the file: it is broken, its rows do not go up in cost and fidelity and down in speed, its
+            names are not those of the rule, or it is the table of a model that runs otherwise.
     """
     path = folder / DIAL_NAME
     if not path.exists():
         return None
-    dial = parse_dial(load_json(path, DIAL_SHAPE), printable(path))
+    dial = parse_dial(load_json(path, kind.shape), printable(path), kind)
     check_dial(dial, folder, model, routers)
     return dial
 
 
-def check_dial(dial: Dial, folder: Path, model: PipelineConfig, routers: RouterConfig | None) -> None:
+def check_dial(dial: Dial, folder: Path, model: PipelineConfig, routers: Routers) -> None:
     """UserError, as `load_dial`, unless a dial is of the model in a folder."""
     source = printable(folder / DIAL_NAME)
     for name, found in (("steps", dial.steps), ("guidance", dial.guidance)):
         if found != (wanted := getattr(model, name)):
             raise UserError(f"{source}: dense: {name} is {found:g}, expected {wanted:g}, the model's default")
     for number, row in enumerate(dial.rows):
-        fault = _misfit_plan(row, model, folder) if row.planned else _misfit(row, model, routers)
-        if fault is not None:
+        if fault := _misfit(row, model, routers, folder):
             raise UserError(f"{source}: rows[{number}]: {fault}")
 
 
@@ -204,31 +221,31 @@ def save_dial(dial: Dial | None, folder: Path) -> None:
         save_json(dial.values, folder / DIAL_NAME)
 
 
-def parse_dial(values: Mapping[str, Any], source: str) -> Dial:
-    """The dial of a JSON object of the right shape; UserError naming `source` for rows that are no dial."""
-    rows, dense = tuple(Row.of(each) for each in values["rows"]), values["dense"]
-    scores = tuple(dense[name] for name in F_SCORES)
-    dial = Dial(rows, dense["steps"], dense["guidance"], scores, values)
+def parse_dial(values: Mapping[str, Any], source: str, kind: Kind = MESHES) -> Dial:
+    """The dial of a JSON object of the kind's shape; UserError naming `source` for rows that are no dial."""
+    rows, dense = tuple(Row.of(each, kind) for each in values["rows"]), values["dense"]
+    scores = tuple(dense[name] for name in kind.scores)
+    dial = Dial(rows, dense["steps"], dense["guidance"], scores, values, kind)
     if not rows:
         raise UserError(f"{source}: rows is empty, expected at least one")
     for number, row in enumerate(rows):
-        if fault := _disorder(row, rows[max(number - 1, 0)], set(rows[0].speedup)):
+        if fault := _disorder(row, rows[max(number - 1, 0)], set(rows[0].speedup), kind):
             raise UserError(f"{source}: rows[{number}]: {fault}")
     for name, quality in Quality.__members__.items():
         if (named := named_row(rows, quality, scores)) is None:
-            raise UserError(f"{source}: no row has both F-scores within 1 % of the dense default's")
+            wanted = " and ".join(kind.scores)
+            raise UserError(f"{source}: no row has {wanted} within 1 % of the dense default's")
         if (found := values["names"][name]) != named.cost:
-            wanted = f"expected {named.cost:g}, the cost of its row"
-            raise UserError(f"{source}: names: {name} is {found:g}, {wanted}")
+            raise UserError(f"{source}: names: {name} is {found:g}, expected {named.cost:g}, its row's cost")
     return dial
 
 
-def _disorder(row: Row, cheaper: Row, batches: set[str]) -> str | None:
+def _disorder(row: Row, cheaper: Row, batches: set[str], kind: Kind) -> str | None:
     """What is wrong with a row after the `cheaper` one before it, which is itself for the first; None: nothing."""
     if "1" not in row.speedup or set(row.speedup) != batches:
         return f"speedup has batches of {', '.join(row.speedup)}, expected 1 and those of all rows"
-    if not isinstance(row.planned, bool):  # files need not have it, so that their shape does not say so
-        return f"planned is {row.planned!r}, expected true or false"
+    if not isinstance(row.planned, bool) or row.planned > kind.plans:  # no shape has it: files may lack it
+        return f"planned is {row.planned!r}, expected {'true or false' if kind.plans else 'false'}"
     if row.few_step_lora and (row.router_budget is None or row.planned):
         return "few_step_lora is true, expected false for the dense model and its plan"
     if row.planned and row.router_budget is None:
@@ -237,8 +254,10 @@ def _disorder(row: Row, cheaper: Row, batches: set[str]) -> str | None:
         return None
     if row.cost <= cheaper.cost:
         return f"cost is {row.cost:g}, expected above {cheaper.cost:g}, that of the row before"
-    if row.iou <= cheaper.iou:
-        return f"iou is {row.iou:g}, expected above {cheaper.iou:g}, that of a cheaper row"
+    if row.fidelity <= cheaper.fidelity:
+        return (
+            f"{kind.fidelity} is {row.fidelity:g}, expected above {cheaper.fidelity:g}, that of a cheaper row"
+        )
     for batch, most in sorted(cheaper.speedup.items()):
         if row.speedup[batch] > most:
             found = f"speedup in batches of {batch} is {row.speedup[batch]:g}"
@@ -246,27 +265,25 @@ def _disorder(row: Row, cheaper: Row, batches: set[str]) -> str | None:
     return None
 
 
-def _misfit_plan(row: Row, model: PipelineConfig, folder: Path) -> str | None:
-    """Why a planned row is none of the model in a folder; None where it is."""
-    if not (folder / CALIBRATION_NAME).is_file():
-        return f"planned is true, but there is no {CALIBRATION_NAME} here"
-    budget, least = row.router_budget or 0.0, least_budget(moves(model, row.steps))
-    return None if budget >= least else f"router_budget is {budget:g}, expected at least {least:.2f}"
-
-
-def _misfit(row: Row, model: PipelineConfig, routers: RouterConfig | None) -> str | None:
-    """Why a row is none of a model with these routers; None where it is."""
-    if row.router_budget is None:
+def _misfit(row: Row, model: PipelineConfig, routers: Routers, folder: Path) -> str | None:
+    """Why a row is none of the model in a folder, with these routers; None where it is."""
+    if (budget := row.router_budget) is None:
         return None
+    steps = moves(model, row.steps)
+    if row.planned:
+        if not (folder / CALIBRATION_NAME).is_file():
+            return f"planned is true, but there is no {CALIBRATION_NAME} here"
+        short = budget < (least := least_budget(steps))
+        return f"router_budget is {budget:g}, expected at least {least:.2f}" if short else None
     if routers is None:
-        return f"router_budget is {row.router_budget:g}, but this model has no routers"
+        return f"router_budget is {budget:g}, but this model has no routers"
     if row.scope != routers.scope.name and (row.scope is not None or routers.trained_steps):
         return f"scope is {row.scope!r}, expected {routers.scope.name}, that of this model's routers"
     try:
-        routers.check_generation(moves(model, row.steps), model.guidance, True, model.grid in IDLE)
+        routers.check_generation(steps, model.guidance, True, model.grid in IDLE)
     except UserError as error:
         return str(error)
-    lora = coarseness(routers, moves(model, row.steps), row.router_budget, model.guidance) is not None
+    lora = coarseness(routers, steps, budget, model.guidance) is not None
     if lora is row.few_step_lora:
         return None
     runs = f"{row.steps} steps run {'with' if lora else 'without'} the few-step LoRA of these routers"

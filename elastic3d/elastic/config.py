@@ -290,7 +290,7 @@ class ElasticOptions(Options):
         return {item.name: getattr(config, item.name) for item in fields(ElasticOptions)}
 
     def over(self, default: ElasticConfig, has_routers: bool, least: float = 0.0) -> ElasticConfig:
-        """The model's default, at least with the smallest budget that its routers know, and what is requested. A model
+        """The model's default, with its few-step LoRA a budget of at least `least`, and what is requested. A model
         without routers takes a budget alone, which its policy keeps. UserError: a budget out of range; anything else of
         a model without routers, or that is to run dense."""
         given = {name: value for name, value in vars(self).items() if value is not None}
@@ -307,6 +307,7 @@ class ElasticOptions(Options):
             default, dense = ElasticConfig(), dense or self.budget == 1
         if dense:
             return ElasticConfig(elastic=False)
+        least *= given.get("few_step", default.few_step)
         return replace(default, **{"elastic": True, "budget": max(default.budget, least), **given})
 
 

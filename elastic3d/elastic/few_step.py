@@ -8,6 +8,7 @@ routers: it is saved with them, and the model without routers, or with `elastic=
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -28,9 +29,7 @@ def coarseness(
     0 at the largest NFE, 1 at half of it; None where the LoRA is not used: a larger NFE, more steps, another
     `guidance` than it has learned. `share` of the dense evaluations is all that a generation with learned guidance
     makes; its budget is spent on those. Per-block routers evaluate the model at every step, whatever their budget."""
-    if config.few_step_guidance not in (None, guidance):
-        return None
-    if config.few_step_max_steps is not None and steps > config.few_step_max_steps:
+    if config.few_step_guidance not in (None, guidance) or steps > (config.few_step_max_steps or steps):
         return None
     if config.trained_steps:
         budget = share = 1.0
@@ -38,6 +37,14 @@ def coarseness(
     if not config.few_step_rank or nfe > config.few_step_nfe:
         return None
     return math.log2(config.few_step_nfe / min(max(nfe, 1e-6) / share, steps))
+
+
+def least_default(config: RouterConfig, times: Sequence[float], guidance: float | None) -> float:
+    """What a model's default budget is at least in a generation with steps at these times: 1 where the few-step LoRA
+    covers every block, as routes on top of it lose; the smallest that per-block routers know."""
+    if config.trained_steps:
+        return config.least_budget(times)
+    return float(coarseness(config, len(times), 1.0, guidance) is not None)
 
 
 class LowRankUpdate(nn.Module):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic3d.diffusion.dial import DIAL_NAME, DIAL_SHAPE, Dial, named_row, parse_dial, save_dial
+from elastic3d.diffusion.dial import DIAL_NAME, IMAGES, MESHES, Dial, Kind, named_row, parse_dial, save_dial
 from elastic3d.diffusion.options import Quality
 from elastic3d.elastic.attachment import adapter_for, is_attached, session_of
 from elastic3d.elastic.cache import Streams
@@ -58,7 +58,7 @@ def calibrate_policy(
             dial beside the file.
     """
     path = target_file(config)
-    dial = _dial_of_plan(path)
+    dial = _dial_of_plan(path, IMAGES if config.prompts else MESHES)
     found = (_of_images if config.prompts else _of_meshes)(config, on_sample)
     if dial is not None:
         save_dial(without_plan(dial), path.parent)
@@ -71,12 +71,12 @@ def calibrate_policy(
     return path, found
 
 
-def _dial_of_plan(path: Path) -> Dial | None:
+def _dial_of_plan(path: Path, kind: Kind) -> Dial | None:
     """The dial that a calibration in this file belongs to; None where there is none, or none with rows of the plan."""
     place = path.parent / DIAL_NAME
     if path.name != CALIBRATION_NAME or not place.is_file():
         return None
-    dial = parse_dial(load_json(place, DIAL_SHAPE), printable(place))
+    dial = parse_dial(load_json(place, kind.shape), printable(place), kind)
     return dial if any(row.planned for row in dial.rows) else None
 
 
@@ -86,7 +86,7 @@ def without_plan(dial: Dial) -> Dial | None:
         (row, values) for row, values in zip(dial.rows, dial.values["rows"], strict=True) if not row.planned
     ]
     others = [row for row, _ in rows]
-    named = {each.name: named_row(others, each, dial.f_scores) for each in Quality if others}
+    named = {each.name: named_row(others, each, dial.scores) for each in Quality if others}
     names = {name: row.cost for name, row in named.items() if row is not None}
     if len(names) < len(Quality):
         return None

@@ -19,7 +19,7 @@ from elastic3d import __version__
 from elastic3d.checkpoints.folders import INDEX_NAME, refuse
 from elastic3d.diffusion.dial import Dial, choose, load_dial, resolution_of, save_dial
 from elastic3d.diffusion.options import IDLE, MAX_ENSEMBLE, Combine, PipelineConfig, Quality
-from elastic3d.diffusion.sampler import moves, sample, sampling_times
+from elastic3d.diffusion.sampler import sample, sampling_times
 from elastic3d.elastic.attachment import (
     attach,
     find_session,
@@ -28,7 +28,8 @@ from elastic3d.elastic.attachment import (
     remove_routers,
     save_routers,
 )
-from elastic3d.elastic.config import ElasticConfig, ElasticOptions
+from elastic3d.elastic.config import ElasticConfig, ElasticOptions, RouterConfig
+from elastic3d.elastic.few_step import least_default
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.training_free import CALIBRATION_NAME, check_budget, put_policy
 from elastic3d.errors import UserError
@@ -295,16 +296,17 @@ class ImageTo3DPipeline:
         model, dial = self, dict[str, Any]()
         row = choose(self.dial, requested, given.get("steps"), named, given.get("guidance"))
         if row is not None:
-            dial = {"dial": row.metadata(requested.budget, named)}
-            given, requested = given | {"steps": row.steps}, row.over(requested)
+            requested, dial = row.over(requested, named)
+            given = given | {"steps": row.steps}
             model = self._without_routers() if row.planned else self
         given, routed = {name: x for name, x in given.items() if x is not None}, has_routers(model.dit)
         config = replace(self.config, **{"resolution": resolution_of(self.config, named), **given})
         times = sampling_times(config, config.steps).tolist()[:-1]
-        least = model.session.router_config.least_budget(times) if model.session is not None else 0.0
+        routers = model.session.router_config if model.session is not None else RouterConfig()
+        least = least_default(routers, times, config.guidance)
         config.elastic = requested.over(self.config.elastic, routed, least)
         if config.elastic.elastic and not routed:
-            check_budget(config.elastic.budget, moves(config, config.steps), config.steps)
+            check_budget(config.elastic.budget, len(times), config.steps)
         return model, config, dial
 
     def _without_routers(self) -> ImageTo3DPipeline:

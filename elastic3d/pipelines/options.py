@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 
 from elastic3d.diffusion.options import MAX_ENSEMBLE, Combine, Quality
-from elastic3d.elastic.config import MIN_BUDGET, ElasticOptions
+from elastic3d.elastic.config import ElasticOptions
 from elastic3d.evaluation.options import Runner
 from elastic3d.geometry.options import CleanupConfig
 from elastic3d.models.options import ForegroundConfig
@@ -226,20 +226,22 @@ class ImageRequestConfig(Options):
         "", "For a budget without routers: file or folder of elastic3d calibrate; empty: beside the weights."
     )
     lora: str = option("", "LoRA (.safetensors) to merge into the weights; needs peft.")
-    steps: int | None = option(None, "Sampling steps; null: the pipeline's default.", ge=1, le=1000)
+    steps: int | None = option(
+        None, "Sampling steps; null: by budget=, or the pipeline's default.", ge=1, le=1000
+    )
     guidance: float | None = option(
         None, "How strictly the prompt is followed; null: the default.", ge=0, le=100
     )
     size: str = option("", "Pixels: 512, or 768x512 (width x height); empty: the pipeline's default.")
+    quality: Quality | None = option(
+        None, "Instead of budget=: the model's fastest setting, its default, or its most faithful one."
+    )
 
 
 @dataclass(kw_only=True)
 class GenerateImageConfig(ElasticOptions, ImageRequestConfig):
     """Options of `scripts/gen_image.py`."""
 
-    budget: float | None = option(
-        None, "Share of the dense blocks' FLOPs to execute; null: the default.", ge=MIN_BUDGET, le=1
-    )
     trace: str = option("", "Also draw what every block did at every step, one panel an image, to this PNG.")
     seed: int = option(
         0, "Seed of the noise; the same seed on the same machine gives the same image.", ge=0, le=2**63 - 1

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from elastic3d import __version__
+from elastic3d.diffusion.dial import save_dial
 from elastic3d.elastic.attachment import remove_routers
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.elastic.training_free import CALIBRATION_NAME
@@ -319,7 +320,8 @@ def _widened(dit: Any, args: Any, output: Any) -> Any:
 def save_pixel_flux(config: PixelModelConfig, transformer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write the folder that `load_pixel_flux` reads, `model_index.json` last: half a folder is no pipeline.
 
-    Routers and the calibration of another transformer that was there before go: they are none of this one.
+    Routers and the calibration of another transformer that was there before go: they are none of this one. So does a
+    dial, which is of its steps and guidance too.
     """
     before = _weights(folder)
     unfinished = folder / ".transformer.unfinished"
@@ -331,6 +333,7 @@ def save_pixel_flux(config: PixelModelConfig, transformer: Any, folder: Path, dt
     if _weights(folder) != before:
         remove_routers(folder / "routers")
         (folder / CALIBRATION_NAME).unlink(missing_ok=True)
+    save_dial(None, folder)
     save_json(to_dict(config), folder / SETTINGS_NAME)
     index = {"_class_name": CLASS_NAME, "_elastic3d_version": __version__}
     save_json({**index, "transformer": ["diffusers", "FluxTransformer2DModel"]}, folder / INDEX_NAME)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from elastic3d import __version__
+from elastic3d.diffusion.dial import IMAGES, Dial, choose, load_dial
+from elastic3d.diffusion.options import PipelineConfig, Quality
 from elastic3d.elastic.attachment import (
     adapter_for,
     attach,
@@ -23,6 +25,7 @@ from elastic3d.elastic.attachment import (
 )
 from elastic3d.elastic.config import ElasticConfig, ElasticOptions
 from elastic3d.elastic.families import dense_flops
+from elastic3d.elastic.few_step import least_default
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.training_free import check_budget, put_policy
 from elastic3d.errors import UserError
@@ -58,12 +61,14 @@ ROUTERS_NAME = "routers"
 
 @dataclass
 class Settings:
-    """What one call asks for, defaults filled in; `size` is width, height."""
+    """What one call asks for, defaults filled in; `size` is width, height; `dial`: metadata of that name, empty where
+    the dial is not asked."""
 
     steps: int
     guidance: float
     size: tuple[int, int]
     elastic: ElasticConfig
+    dial: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -82,6 +87,12 @@ class TextToImagePipeline:
         self.backbone, self.model = backbone, model
         self._digest = weights_sha256
         self.calibration: Path | None = None  # file or folder of what keeps a budget without routers
+        self.dial: Dial | None = None  # what a budget becomes; None: the budget is the routers' own
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """Of the files it was loaded from; waits for the digest. None where it was not loaded from files."""
+        return self._digest.result() if self._digest else None
 
     @property
     def session(self) -> ElasticSession | None:
@@ -100,6 +111,7 @@ class TextToImagePipeline:
         dtype: DTypeChoice | torch.dtype | str = "auto",
         offload: bool = False,
         calibration: str | Path | None = None,
+        dial: bool = True,
     ) -> TextToImagePipeline:
         """The pipeline in a folder, with routers on it if there are any.
 
@@ -112,6 +124,8 @@ class TextToImagePipeline:
             lora: a safetensors file that is merged into the weights.
             offload: parts of the pipeline wait in main memory for their turn on the GPU.
             calibration: file or folder of the calibration for a budget without routers; None: that of the weights.
+            dial: False leaves out the model's dial, as for measurements; so do `routers`, `lora` and `calibration`,
+                which it was not measured with.
 
         Raises:
             UserError: a folder that is broken or something else, routers of another model, a block that can't be
@@ -126,6 +140,7 @@ class TextToImagePipeline:
         folder, target = find_model(weights), resolve_device(device)
         if offload and target.type == "cpu":
             raise UserError("offload is true, but the pipeline runs on the CPU: expected a GPU (device=cuda)")
+        dial = dial and (routers, lora, calibration) == (None, None, None)
         routers = chosen_routers(folder, routers, calibration)
         home = torch.device("cpu") if offload else target
         found = load_backbone(backbone, folder, home, resolve_dtype(dtype, target))
@@ -147,6 +162,10 @@ class TextToImagePipeline:
         pool.shutdown(wait=False)
         pipeline = cls(found, folder.resolve().name, digest)
         pipeline.calibration = Path(calibration or folder)
+        if dial:
+            steps, scale = found.default_sampling()
+            config = pipeline.session.router_config if pipeline.session else None
+            pipeline.dial = load_dial(folder, PipelineConfig(steps=steps, guidance=scale), config, IMAGES)
         return pipeline
 
     @torch.inference_mode(False)
@@ -155,6 +174,7 @@ class TextToImagePipeline:
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
+        quality: Quality | str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         size: tuple[int, int] | None = None,
@@ -164,7 +184,9 @@ class TextToImagePipeline:
         """An image of each prompt with its seed, as one batch; a sample does not depend on its batch, unless `shared`.
 
         Args:
-            steps, guidance: None is the family's default; a guidance of 1 or less runs one branch.
+            quality: `fast`, `default` or `best`, points of the model's dial in the place of a budget.
+            steps, guidance: None is the family's default; a guidance of 1 or less runs one branch. With `steps`, a
+                budget is a share of that many dense steps; without, of the default ones, where the model has a dial.
             size: width and height in pixels.
             on_step: called with (steps done, steps) during sampling.
             elastic: `budget=` and whatever else `ElasticOptions` has.
@@ -183,10 +205,7 @@ class TextToImagePipeline:
         seeds = seeds_of(seeds, len(prompts))
         for prompt in dict.fromkeys(prompts):
             check_prompt(prompt, self.backbone)
-        settings = self.settings_of(steps, guidance, size)
-        settings.elastic = self.elastic_of(ElasticOptions(**elastic))
-        if settings.elastic.elastic and not has_routers(self.backbone.transformer):
-            check_budget(settings.elastic.budget, settings.steps)
+        settings = self.configured(ElasticOptions(**elastic), quality, steps, guidance, size)
         with turn(self.backbone.transformer):  # threads that share a model take turns
             return self._generate(prompts, seeds, settings, on_step)
 
@@ -231,10 +250,31 @@ class TextToImagePipeline:
             raise UserError(f"size is {size[0]}x{size[1]}, expected multiples of {backbone.multiple}")
         return Settings(steps, guidance, size, ElasticConfig())
 
-    def elastic_of(self, requested: ElasticOptions) -> ElasticConfig:
-        """What a call asks for, over the model's default. UserError as `ElasticOptions.over`."""
-        least = self.session.router_config.least_budget() if self.session is not None else 0.0
-        return requested.over(self.backbone.default_elastic(), has_routers(self.backbone.transformer), least)
+    def configured(
+        self,
+        requested: ElasticOptions,
+        quality: Quality | str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Settings:
+        """What a call runs, over the model's default, by a row of the dial if there is one. UserError out of range."""
+        named: Quality | None = checked("quality", quality, Quality | None)
+        row, dial = choose(self.dial, requested, steps, named, guidance), dict[str, Any]()
+        if row is not None:
+            requested, dial = row.over(requested, named)
+            steps = row.steps
+        settings, routed = self.settings_of(steps, guidance, size), has_routers(self.backbone.transformer)
+        least = 0.0
+        if self.session is not None and routed:
+            times = self.backbone.times(settings.steps, settings.size).tolist()[:-1]
+            least = least_default(
+                self.session.router_config, times, None
+            )  # as the driver of diffusers' loops begins
+        settings.dial, settings.elastic = dial, requested.over(self.backbone.default_elastic(), routed, least)
+        if settings.elastic.elastic and not routed:
+            check_budget(settings.elastic.budget, settings.steps)
+        return settings
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Arguments of the stock pipeline (B, ...); each different prompt is encoded once."""
@@ -303,13 +343,15 @@ class TextToImagePipeline:
         transformer = self.backbone.transformer
         passes = [dense_flops(transformer, adapter_for(transformer), [tokens, n]) for n in lengths]
         dense = settings.steps * sum(passes)
+        default = self.backbone.default_sampling()[0] * sum(passes)
+        of_default = {"flops_dense": default} if self.dial else {}  # a dial's costs are shares of it
         metadata_list = []
         routes = routes_of(self.session, elastic, len(prompts))
         for prompt, seed, route in zip(prompts, seeds, routes, strict=True):
             metadata: dict[str, Any] = {
                 "version": __version__,
                 "model": self.model,
-                "weights_sha256": self._digest.result() if self._digest else None,
+                "weights_sha256": self.weights_sha256,
                 "backbone": self.backbone.name.name,
                 "prompt": prompt,
                 "seed": seed,
@@ -319,7 +361,9 @@ class TextToImagePipeline:
                 "budget": elastic.budget if elastic.elastic else 1.0,
                 "flops_executed": dense,
                 "flops_dense": dense,
+                **settings.dial,
                 **route,
+                **of_default,
             }
             metadata["ms"] = {name: round(value / len(prompts), 1) for name, value in ms.items()}
             metadata_list.append(metadata)

@@ -164,7 +164,7 @@ def _settings(info: ModelInfo) -> dict[str, dict[str, Any]]:
     """What the controls that depend on the model show, by name."""
     dial, routed = info.dial, info.elastic
     named = [(quality.name, dial.named(quality)) for quality in Quality] if dial is not None else []
-    choices = [(f"{name}: {row.speedup['1']:.1f}x, IoU {row.iou:.2f}", name) for name, row in named]
+    choices = [(f"{name}: {row.speedup['1']:.1f}x, IoU {row.fidelity:.2f}", name) for name, row in named]
     lowest = MIN_BUDGET if dial is None else dial.rows[0].cost
     least = math.ceil(100 * lowest - 1e-6) / 100  # where the slider begins: what it shows can be kept
     coarsest = min(resolution_of(info.config, quality) for quality in Quality)

@@ -270,6 +270,7 @@ def _export_routers(run: _Run) -> None:
         pipeline.save_pretrained(run.output, torch.bfloat16)
         for part in ("vae", "dit"):
             copy_files((RECORD_NAME, CURVES_NAME), stage.flow.folder / part, run.output / part)
+    save_dial(None, run.output)
     remove_records(run.output / "routers")
     save_routers(stage.flow.dit, run.output / "routers")
     run.write_record(run.output / "routers")

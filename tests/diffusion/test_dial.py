@@ -42,7 +42,7 @@ def test_a_budget_buys_the_best_row_that_it_pays_for() -> None:
     budgets = [0.17, 0.3, 0.66, 0.67, 0.99, 1, 1.0]
     found = [chosen(budget=budget) for budget in budgets]
     for budget, index in zip(budgets, found, strict=True):
-        slow = max((r.iou, i) for i, r in enumerate(DIAL.rows) if r.cost <= budget)[1]
+        slow = max((r.fidelity, i) for i, r in enumerate(DIAL.rows) if r.cost <= budget)[1]
         assert index == slow
     speeds = [DIAL.rows[index].speedup["1"] for index in found if index is not None]
     assert speeds == sorted(speeds, reverse=True) and len(set(speeds)) == 3
@@ -51,7 +51,7 @@ def test_a_budget_buys_the_best_row_that_it_pays_for() -> None:
 def test_names_are_points_of_the_table() -> None:
     assert [chosen(quality=q) for q in Quality] == [0, 1, 2] == [chosen(quality=q.name) for q in Quality]
     assert chosen() == 1, "the default"
-    allowed = [r for r in DIAL.rows if min(r.f_scores) >= 0.99 * 0.5]
+    allowed = [r for r in DIAL.rows if min(r.scores) >= 0.99 * 0.5]
     assert DIAL.named(Quality.default) is max(allowed, key=lambda r: r.speedup["1"])
 
 
@@ -154,7 +154,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another default": (_set("names", "default", 1.0), "names: default is 1, expected 0.666667"),
     "no default": (
         lambda v: [r.update({"f_score@0.05": 0.1}) for r in v["rows"]],
-        "no row has both F-scores within 1 %",
+        "no row has f_score@0.02 and f_score@0.05 within 1 %",
     ),
     "other steps": (_set("dense", "steps", 4), "dense: steps is 4, expected 3, the model's default"),
     "other guidance": (_set("dense", "guidance", 3.0), "dense: guidance is 3, expected 2"),
@@ -331,6 +331,25 @@ def test_steps_override_with_todays_meaning_of_a_budget(pipeline: ImageTo3DPipel
         made(pipeline, steps=3, budget=0.2)
     with pytest.raises(UserError, match="budget is 0.2, expected a value from 0.3 to 1"):
         made(plain, budget=0.2)
+
+
+def test_few_steps_run_every_block_by_default(folder: Path) -> None:
+    """Where the few-step LoRA covers them; a budget, and `few_step=False`, are followed."""
+    pipeline = load(folder, dial=False)
+    pipeline.config.elastic = replace(pipeline.config.elastic, budget=0.5)
+    wanted = {
+        1.0: [{"steps": 1}, {"steps": 1, "width": False}, {"steps": 1, "guidance": 2.0}],
+        0.5: [{"steps": 1, "few_step": False}, {"steps": 2}, {}, {"steps": 1, "guidance": 3.0}],
+        0.7: [{"steps": 1, "budget": 0.7}],
+    }
+    for budget, calls in wanted.items():
+        for options in calls:
+            given = {name: options.pop(name) for name in ("steps", "guidance") if name in options}
+            _, config, _ = pipeline.configured(ElasticOptions(**options), **given)
+            assert config.elastic.budget == budget, (given, options)
+    pipeline.config.elastic = replace(pipeline.config.elastic, few_step=False)
+    assert pipeline.configured(ElasticOptions(), steps=1)[1].elastic.budget == 0.5
+    assert made(pipeline, steps=1, few_step=True).metadata["budget"] == 1.0
 
 
 def test_a_sample_is_the_same_in_a_batch(pipeline: ImageTo3DPipeline) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from elastic3d.errors import UserError
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, BackboneName
@@ -93,3 +95,19 @@ def test_routers_of_each_block_run_with_few_evaluations(dense: list[ImageResult]
         pipeline(PROMPTS[:1], [0])
     with pytest.raises(UserError, match=r"budget is 0.3, expected 0.4 to 1, .* calibrated in 4 steps"):
         pipeline(PROMPTS[:1], [0], steps=4, budget=0.3)
+
+
+def test_the_few_step_lora_is_that_of_the_per_block_routers() -> None:
+    own, other = (load_file(FOLDER / name / "model.safetensors") for name in ("routers", "per_block"))
+    shared = {name for name in other if ".few_step." in name}
+    assert shared and shared == {name for name in own if ".few_step." in name}
+    assert all(torch.equal(own[name], other[name]) for name in shared)
+
+
+def test_the_few_step_lora_is_for_few_steps(pipeline: TextToImagePipeline, dense: list[ImageResult]) -> None:
+    """With every block, as by default in few steps, it is nearer to the dense image than as many dense steps. The
+    model's default is without it."""
+    found = pipeline(PROMPTS, SEEDS, steps=5)
+    assert found[0].metadata["budget"] == 1 and found[0].metadata["updated"]
+    assert not pipeline(PROMPTS[:1], [0])[0].metadata["updated"]
+    assert _distance(found, dense) < 0.8 * _distance(pipeline(PROMPTS, SEEDS, steps=5, elastic=False), dense)

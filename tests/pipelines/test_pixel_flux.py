@@ -6,6 +6,7 @@ import torch
 from elastic3d.diffusion.flow import interpolate, velocity
 from elastic3d.elastic.attachment import attach, save_routers
 from elastic3d.elastic.config import RouterConfig
+from elastic3d.errors import UserError
 from elastic3d.pipelines.pixel_flux import (
     LEAST_NOISE,
     SETTINGS_NAME,
@@ -94,11 +95,16 @@ def test_a_model_saved_over_another_keeps_nothing_of_it(tmp_path):
     attach(pipe.transformer, RouterConfig())
     save_routers(pipe.transformer, folder / "routers")
     (folder / "training_free.json").write_text("{}")
+    (folder / "dial.json").write_text("{}")
+    with pytest.raises(UserError, match="dial.json has no 'dense'"):
+        TextToImagePipeline.from_pretrained("small", folder, device="cpu")
+    (folder / "dial.json").unlink()
     assert TextToImagePipeline.from_pretrained("small", folder, device="cpu").session is not None
     save_tiny_small(tmp_path)  # the same weights: they are this one's
     assert TextToImagePipeline.from_pretrained("small", folder, device="cpu").session is not None
     config = from_dict(PixelModelConfig, load_json(folder / SETTINGS_NAME))
     pipe.transformer.proj_out.bias.data += 1
+    (folder / "dial.json").write_text("{}")  # of what was there before
     save_pixel_flux(config, pipe.transformer, folder, torch.float32)
     assert TextToImagePipeline.from_pretrained("small", folder, device="cpu").session is None
     assert not (folder / "routers").exists() and not (folder / "training_free.json").exists()

@@ -86,7 +86,7 @@ def _table(page: str, first: str, columns: tuple[int, ...]) -> dict[str, list[st
 
 def _says(cells: list[str], row: Row) -> bool:
     """Whether cells are a row's speed-ups of 1 and 4 images, IoU and F-scores, rounded."""
-    values = (row.speedup["1"], row.speedup["4"], row.iou, *row.f_scores)
+    values = (row.speedup["1"], row.speedup["4"], row.fidelity, *row.scores)
     pairs = zip(cells, values, strict=True)
     return all(abs(float(c) - value) <= 0.51 * 10 ** -len(c.partition(".")[2]) for c, value in pairs)
 

@@ -244,6 +244,10 @@ def test_the_small_model_trains_exports_and_draws(views):
     )
     routed.image.cache = views / "routed"
     assert run_stage(routed) == 0
+    (views / "small" / "dial.json").write_text("{}")  # of the model before it had these routers
+    export_run(export_of(routed, views / "small"))
+    pipeline = TextToImagePipeline.from_pretrained(BackboneName.small, views / "small", device="cpu")
+    assert pipeline.session is not None and pipeline.dial is None
 
 
 @pytest.mark.parametrize(
