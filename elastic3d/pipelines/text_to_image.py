@@ -146,13 +146,7 @@ class TextToImagePipeline:
         found = load_backbone(backbone, folder, home, resolve_dtype(dtype, target))
         files = weight_files(folder)
         if routers is not None:
-            try:
-                attach(found.pipe, routers)
-            except UserError:
-                raise
-            except ValueError as error:
-                raise UserError(f"{folder} can't be routed: {error}") from error
-            files.append(find_weights(Path(routers)))
+            files.append(_attach(found.pipe, Path(routers), folder))
         if lora is not None:
             files.append(merge_lora(found.pipe, Path(lora)))
         if offload:
@@ -163,10 +157,14 @@ class TextToImagePipeline:
         pipeline = cls(found, folder.resolve().name, digest)
         pipeline.calibration = Path(calibration or folder)
         if dial:
-            steps, scale = found.default_sampling()
-            config = pipeline.session.router_config if pipeline.session else None
-            pipeline.dial = load_dial(folder, PipelineConfig(steps=steps, guidance=scale), config, IMAGES)
+            pipeline._load_dial(folder)
         return pipeline
+
+    def _load_dial(self, folder: Path) -> None:
+        """Take the dial in the model's folder, if there is one."""
+        steps, scale = self.backbone.default_sampling()
+        config = self.session.router_config if self.session else None
+        self.dial = load_dial(folder, PipelineConfig(steps=steps, guidance=scale), config, IMAGES)
 
     @torch.inference_mode(False)
     def __call__(
@@ -368,6 +366,17 @@ class TextToImagePipeline:
             metadata["ms"] = {name: round(value / len(prompts), 1) for name, value in ms.items()}
             metadata_list.append(metadata)
         return metadata_list
+
+
+def _attach(pipe: Any, routers: Path, folder: Path) -> Path:
+    """Put routers on a pipeline -> the file of their weights. UserError where its blocks can't be routed."""
+    try:
+        attach(pipe, routers)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{folder} can't be routed: {error}") from error
+    return find_weights(routers)
 
 
 def load_backbone(
