@@ -38,9 +38,9 @@ def main(config: EvaluateConfig) -> int:
         report = evaluate_folders(config, image_features() if config.sets else None, command, progress)
     write_csv(report["items"], config.output.with_suffix(".csv"))
     save_json(report, config.output)
+    print(text_report(report))
     if config.html:
         write_html(report, config, frontier)
-    print(text_report(report))
     broken = report.get("gate", {}).get("violations", [])
     return int(report["count"]["failed"] > 0 or len(broken) > 0)
 

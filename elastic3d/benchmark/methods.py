@@ -161,7 +161,7 @@ class Planner:
         facts = (
             run,
             model.dense_sha256 if routes is Routes.dense else model.weights_sha256,
-            weight.dtype,
+            (weight.dtype, weight.device.type),
             self.guidance(name),
             config.resolution or model.resolution,
             model.sampler,

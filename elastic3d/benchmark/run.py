@@ -120,8 +120,8 @@ def timed(task: Task, run: Run, jobs: Sequence[Job], alone: bool) -> tuple[Any, 
     condition = task.condition_of(run, jobs) if alone else None
 
     def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         return time.process_time() if task.config.cpu_time else time.perf_counter()
 
     with task.ready(run, source):
@@ -141,7 +141,7 @@ def quick_comparison(task: Task, cases: Sequence[Case], command: str) -> dict[st
     config, baseline = task.config, task.planner.baseline
     jobs = [job for job in task.jobs if job.seed == config.seeds[0]]
     rows, dense = list[dict[str, Any]](), torch.zeros(0)
-    found = {"about": about(task, command) | {"items": len(jobs)}, "rows": rows}
+    found = {"about": about(task, command) | {"items": len(jobs), "as_one_batch": True}, "rows": rows}
     others = [case for case in cases if case.run != baseline]
     for case in tqdm([Case("dense", baseline, 1.0), *others], desc="quick", unit="row", dynamic_ncols=True):
         run = case.run

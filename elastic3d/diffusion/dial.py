@@ -97,6 +97,18 @@ class Row:
         scores = tuple(values[name] for name in kind.scores)
         return cls(**known | {"fidelity": values[kind.fidelity], "scores": scores})
 
+    def towards(self, dearer: Sequence[Row], cost: float) -> Row:
+        """This row at a cost below that of the dearer ones: routers of whole steps keep every budget in between."""
+        if not dearer or self.router_budget is None or self.planned or self.few_step_lora:
+            return self
+        after = dearer[0]
+        if after.planned or after.steps != self.steps:
+            return self
+        share = (cost - self.cost) / (after.cost - self.cost)
+        most = 1.0 if after.router_budget is None else after.router_budget
+        budget = self.router_budget + share * (most - self.router_budget)
+        return replace(self, cost=cost, router_budget=budget)
+
     def over(self, call: ElasticOptions, quality: Quality | None) -> tuple[ElasticOptions, dict[str, Any]]:
         """What a caller asks for, with the settings of this row in the place of its budget; what was requested, and
         what it costs, for metadata."""
@@ -164,7 +176,7 @@ def choose(
         if not affordable:
             why = "" if len(rows) == len(dial.rows) else ", as these options rule out cheaper settings"
             raise UserError(f"budget is {requested.budget:g}, expected at least {rows[0].cost:g}{why}")
-        return affordable[-1]
+        return affordable[-1].towards(rows[len(affordable) :], requested.budget)
     return named_row(rows, quality or Quality.default, dial.scores) or rows[-1]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,9 @@ def pack_surface(mesh: trimesh.Trimesh) -> dict[str, Any]:
 def display_mesh(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     """The mesh with fewer faces where it has too many, and with long edges cut where it has few."""
     if len(mesh.faces) > DISPLAY_FACES:
-        return simplify(mesh, DISPLAY_FACES)
+        with suppress(UserError):  # of very many pieces none can lose more
+            return simplify(mesh, DISPLAY_FACES)
+        return mesh
     longest = mesh.edges_unique_length[mesh.faces_unique_edges].max(axis=1)
     for length in _EDGE_LENGTHS:
         # Faces at the least, before cutting for nothing: by the area, and along the edges of faces of next to none.

@@ -147,8 +147,8 @@ def timed(ms: dict[str, float], name: str, device: torch.device) -> Iterator[Non
     """Add the milliseconds of the block to `ms[name]`, waiting for what it started on the device."""
     start = time.perf_counter()
     yield
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type in ("cuda", "mps"):
+        torch.accelerator.synchronize(device)
     ms[name] = ms.get(name, 0.0) + 1000 * (time.perf_counter() - start)
 
 

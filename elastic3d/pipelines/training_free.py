@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from elastic3d.elastic.attachment import adapter_for, detach, has_routers, is_attached
+from elastic3d.elastic.attachment import adapter_for, detach, find_session, has_routers
 from elastic3d.elastic.config import ElasticConfig
+from elastic3d.elastic.diffusers_loop import drive
 from elastic3d.elastic.session import ElasticSession
-from elastic3d.elastic.training_free import CALIBRATION_NAME, Calibration, Series, put_policy
+from elastic3d.elastic.training_free import CALIBRATION_NAME, Calibration, Series, StepPolicy, put_policy
 from elastic3d.errors import UserError
 from elastic3d.utils.files import Number, load_json, printable, save_json
 
@@ -52,14 +53,14 @@ def enable(pipe: Any, budget: float = 0.5, calibration: str | Path | None = None
     if calibration is not None:
         calibration = calibration_file(calibration)
     found = find_calibration(calibration or getattr(pipe.config, "_name_or_path", None), transformer)
-    if is_attached(transformer):
-        if has_routers(transformer):
-            raise ValueError(
-                "the pipeline has routers, which take a budget: set session.settings.budget, or detach them"
-            )
-        detach(pipe)
-    session = put_policy(pipe, found)
-    session.settings = settings
+    if has_routers(transformer):
+        raise ValueError(
+            "the pipeline has routers, which take a budget: set session.settings.budget, or detach them"
+        )
+    session = find_session(transformer) or put_policy(pipe, found)
+    if session.driver is None or all(known is not pipe for known in session.driver.pipelines):
+        drive(pipe, session)  # others that share the transformer are followed on
+    session.source, session.settings = StepPolicy(found), settings
     return session
 
 

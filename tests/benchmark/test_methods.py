@@ -363,6 +363,17 @@ def test_routers_that_are_calibrated_anew_make_other_runs(world, tmp_path):
     assert names[0]["elastic"] != names[1]["elastic"] and names[0]["random"] != names[1]["random"]
 
 
+def test_another_device_makes_other_runs(world, tmp_path):
+    """So times and results of a GPU are never taken for those of the CPU beside it."""
+    config = config_of(world, tmp_path, methods=[Method.dense, Method.elastic])
+    models, names = load_models(config), []
+    for device in ("cpu", "meta"):
+        for model in models.values():
+            model.dit.to(device)
+        names.append({case.run.name for case in plan(config, models, 2)[1]})
+    assert len(names[0]) == len(names[1]) and not names[0] & names[1]
+
+
 def test_another_sampler_makes_other_runs(world, tmp_path):
     """Each decides which latents a generation ends with, or which cube is decoded."""
     config = config_of(world, tmp_path, methods=[Method.dense])

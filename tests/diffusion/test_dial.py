@@ -48,6 +48,34 @@ def test_a_budget_buys_the_best_row_that_it_pays_for() -> None:
     assert speeds == sorted(speeds, reverse=True) and len(set(speeds)) == 3
 
 
+def test_routers_of_whole_steps_keep_every_budget_between_their_rows() -> None:
+    rows = [
+        row(0.1, 2, 1.0, True, 6.0, 0.6, 0.5),
+        row(0.2, 2, None, False, 5.0, 0.7, 0.5),
+        row(0.3, 3, 0.28, False, 4.0, 0.8, 0.5),
+        row(0.5, 3, 0.48, False, 3.0, 0.9, 0.5),
+        row(1.0, 3, None, False, 1.0, 1.0, 0.5),
+    ]
+    dial = parse_dial(values() | {"rows": rows, "names": {"fast": 0.1, "default": 0.1, "best": 1.0}}, "d")
+    wanted = {
+        0.15: (0.1, 2, 1.0),  # the few-step LoRA runs every block, and a dense step is a whole one
+        0.25: (0.2, 2, None),
+        0.3: (0.3, 3, 0.28),
+        0.4: (0.4, 3, 0.38),
+        0.5: (0.5, 3, 0.48),
+        0.75: (0.75, 3, 0.74),  # the dense model executes all
+        1.0: (1.0, 3, None),
+    }
+    for budget, (cost, steps, of_routers) in wanted.items():
+        found = choose(dial, ElasticOptions(budget=budget), None, None, None)
+        assert found is not None and (found.cost, found.steps) == (cost, steps)
+        assert found.router_budget == (None if of_routers is None else pytest.approx(of_routers))
+    plan = {**rows[2], "planned": True}
+    dial = parse_dial({**dial.values, "rows": [*rows[:2], plan, *rows[3:]]}, "d")
+    found = choose(dial, ElasticOptions(budget=0.4), None, None, None)
+    assert found is not None and found.router_budget == 0.28, "a plan has the budgets that were measured"
+
+
 def test_names_are_points_of_the_table() -> None:
     assert [chosen(quality=q) for q in Quality] == [0, 1, 2] == [chosen(quality=q.name) for q in Quality]
     assert chosen() == 1, "the default"

@@ -188,6 +188,23 @@ def test_one_line_on_and_one_line_off(build: Callable, run: Callable, branches: 
         disable(pipe)
 
 
+def test_another_budget_leaves_pipelines_that_share_the_transformer_followed() -> None:
+    first = flux_pipeline()
+    parts = dict(first.components)
+    parts["scheduler"] = type(first.scheduler).from_config(first.scheduler.config)
+    other = type(first)(**parts)
+    session = enable(first, budget=0.5)
+    attach(other)
+    for changed, budget in ((first, 0.75), (other, 1.0)):
+        assert enable(changed, budget=budget) is session
+        for pipe in (other, first):
+            flux(pipe, (0,), steps=STEPS)
+            assert trace_share(session.trace).tolist() == pytest.approx([budget], abs=1e-6)
+    disable(other)
+    with pytest.raises(ValueError, match="has no routers"):
+        disable(first)
+
+
 @pytest.mark.parametrize(("strength", "steps"), [(1.0, 28), (0.6, 17), (0.4, 12)])
 def test_an_image_to_start_from_leaves_the_budget_to_the_steps_that_run(strength: float, steps: int) -> None:
     pipe, run = image_to_image(28)

@@ -180,7 +180,7 @@ def test_the_image_of_a_prompt_gets_a_budget_that_its_model_takes(folder: Path, 
         return job.drawn.metadata
 
     assert drawn()["dial"] == {"requested": 0.5, "cost": 0.5}
-    assert drawn(budget=0.8)["dial"] == {"requested": 0.8, "cost": 0.7}
+    assert drawn(budget=0.8)["dial"] == {"requested": 0.8, "cost": 0.8}
     assert drawn(budget=None)["dial"]["requested"] == "default"
     plain = drawn(few_step=False)
     assert "dial" not in plain and (plain["budget"], plain["steps"]) == (0.3, 4)
@@ -198,7 +198,7 @@ def test_the_command_of_images(
 
     assert command("quality=fast", "trace=t.png") == 0 and (tmp_path / "t.png").is_file()
     assert read_metadata("x.png")["dial"] == {"requested": "fast", "cost": 0.5}
-    assert command("budget=0.75") == 0 and read_metadata("x.png")["dial"]["cost"] == 0.7
+    assert command("budget=0.75") == 0 and read_metadata("x.png")["dial"]["cost"] == 0.75
     for arguments, message in (
         (["quality=best", "trace=t.png"], "trace=t.png can't be drawn: the dense model runs"),
         (["quality=best", "budget=0.5"], "quality is best and budget is 0.5, expected one of them"),
