@@ -142,7 +142,7 @@ def test_the_trained_field_is_decoded_as_on_the_full_grid(shape: trimesh.Trimesh
 
 def test_the_bundled_models_stay_small() -> None:
     files = [path for path in (ROOT / "data/pretrained").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 115e6, "every clone has them"
+    assert sum(path.stat().st_size for path in files) < 120e6, "every clone has them"
 
 
 def test_a_first_mesh_waits_for_no_compiler_and_no_other_library():

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -224,7 +225,8 @@ def test_a_signal_answers_all_within_the_time_to_stop(tmp_path: Path, how: signa
         port = free.getsockname()[1]
     options = [f"model={tmp_path / 'tiny'}", f"port={port}", "device=cpu", "stop_s=1"]
     command = [sys.executable, str(ROOT / "scripts/serve.py"), *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background starts without it
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             _until(lambda: process.poll() is None and _answers(client), 120)

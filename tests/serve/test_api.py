@@ -269,6 +269,7 @@ class Slow:
     def __init__(self, inner) -> None:
         self.inner, self.config, self.session = inner, inner.config, inner.session
         self.dial, self.weights_sha256, self.encoder = inner.dial, inner.weights_sha256, inner.encoder
+        self.configured = inner.configured
         self.go, self.batches = threading.Event(), []
 
     def __call__(self, images, **options):
