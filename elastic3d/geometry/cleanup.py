@@ -70,11 +70,19 @@ def mesh_health(mesh: trimesh.Trimesh) -> MeshHealth:
 
 
 def count_solids(mesh: trimesh.Trimesh) -> int:
-    """Components of a closed mesh whose volume has the sign of the largest's; others are cavities, part of a solid."""
+    """Components of a closed mesh but cavities: of another sign of volume than the largest, and in the box of one."""
     mesh = weld(mesh)
-    sixfold = np.linalg.det(mesh.triangles - mesh.triangles[0, 0])  # far from the origin volumes would cancel
-    volumes = np.bincount(_component_of_faces(mesh), weights=sixfold)
-    return int((volumes * volumes[np.abs(volumes).argmax()] >= 0).sum())
+    labels, corners = _component_of_faces(mesh), mesh.triangles
+    sixfold = np.linalg.det(corners - corners[0, 0])  # far from the origin volumes would cancel
+    volumes = np.bincount(labels, weights=sixfold)
+    low, high = np.full((2, len(volumes), 3), [[[np.inf]], [[-np.inf]]])
+    np.minimum.at(low, labels, corners.min(1))
+    np.maximum.at(high, labels, corners.max(1))
+    solid = volumes * volumes[np.abs(volumes).argmax()] >= 0
+    inside = [
+        ((low[solid] <= low[k]) & (high[solid] >= high[k])).all(1).any() for k in np.flatnonzero(~solid)
+    ]
+    return len(volumes) - int(sum(inside))
 
 
 def genus(mesh: trimesh.Trimesh) -> int:

@@ -238,15 +238,16 @@ def prepare_data(config: PrepareConfig) -> Summary:
 
 
 def _held_out_meshes(names: list[str], folder: Path, config: PrepareConfig) -> set[str]:
-    """Those of a user's meshes that are for validation; what lists of an earlier call say of them stays."""
+    """Those of a user's meshes that are for validation; what the lists of the last call say of them stays."""
     paths = [folder / f"{split}.txt" for split in ("train", "val")]
     listed = [set(read_list(path)) if path.is_file() else set[str]() for path in paths]
     fresh, found = (
         set(folder_split(names, config.val_share, config.seed, *lists)[1]) for lists in ([], listed)
     )
     if found != fresh:
+        count = len(found) or len(names)
         tqdm.write(
-            f"meshes stay in their lists, so {len(found)} of {len(names)} are for validation: delete {paths[0]} and"
+            f"meshes stay in their lists, so {count} of {len(names)} are for validation: delete {paths[0]} and"
             f" {paths[1].name} to draw all anew with val_share={config.val_share:g}",
             file=sys.stderr,
         )

@@ -101,8 +101,8 @@ def folder_split(
     """(train, val) of a user's meshes: those in the lists `train` and `val` of an earlier split stay there, of the
     others each name's hash decides.
 
-    At least one of ten or more is for validation unless `share` is 0 or all were trained on; of fewer than ten all are
-    in both.
+    At least one of ten or more is for validation unless `share` is 0 or all were trained on: then, and of fewer than
+    ten, all are in both.
     """
     if len(names) < FEWEST_TO_SPLIT or share == 0:
         return names, names

@@ -306,11 +306,12 @@ def check_fit(cache: Path, record: Mapping[str, Any], encoder: ImageEncoderConfi
         own = load_config(model / "image_encoder", ImageEncoderConfig, "ImageEncoder")
         # its folder may be another one; published borders are quotients
         found, wanted = (to_dict(replace(each, border=round(each.border, 6))) for each in (encoder, own))
-        for name in wanted.keys() - {"path"}:
-            if found[name] != (due := wanted[name]):
+        for name, due in wanted.items():
+            if name != "path" and found[name] != due:
+                part = "foreground" if name == "border" else "encoder"
                 raise UserError(
                     f"{cache} holds image tokens with {name} {found[name]}, but those of {model} have {due}: make"
-                    f" them with latents.encoder.{name}={due} latents.output=another folder, and give that folder"
+                    f" them with latents.{part}.{name}={due} latents.output=another folder, and give that folder"
                 )
     folder = model_part(model, "vae")
     vae: VAEConfig | None = load_config(folder, *CLASSES["vae"]) if folder else None

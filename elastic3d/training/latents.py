@@ -347,6 +347,7 @@ class _Builder:
         self.foreground = self.config.foreground.for_encoder(self.config.encoder)
         surface = {item.name: getattr(config.vae, item.name) for item in fields(SurfaceConfig)}
         self.points = VAEStageConfig(model=self.vae.config, **surface, near_queries=1, volume_queries=0)
+        self.points.require_sharp()
         self.settings = {
             "vae": str(folder),
             "vae_sha256": file_sha256(folder / WEIGHTS_NAME),
@@ -358,9 +359,8 @@ class _Builder:
             "seeds": "sha256",
             **surface,
         }
-        if not self.config.standardise:  # absent otherwise: older caches have no such entry
-            self.settings["standardise"] = False
-        self.settings |= {name: True for name in ("augment", "mirror") if getattr(self.config, name)}
+        usual = {"standardise": True, "augment": False, "mirror": False}  # absent, as in older caches
+        self.settings |= {k: not v for k, v in usual.items() if getattr(self.config, k) is not v}
         self.statistics: tuple[list[float], list[float]] | None = None
         if config.init_from is not None:
             self.statistics = statistics_of(config.init_from)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from elastic3d.errors import UserError
 from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.training.datasets import (
@@ -104,15 +105,19 @@ class VAEStageConfig(SurfaceConfig, FieldLossConfig):
     sample_resolution: int = option(64, "grid cells a side of the sample images", ge=8, le=512, advanced=True)
 
     def check(self) -> None:
-        """There is a query, and what the VAE's encoder reads."""
+        """There is a query."""
         super().check()
+        if self.near_queries + self.volume_queries < 1:
+            raise ValueError("near_queries and volume_queries are both 0, expected at least one query")
+
+    def require_sharp(self) -> None:
+        """UserError where the VAE reads points on sharp edges, and there are none. Its architecture may be that of a
+        model, which is known later than the options; and records of older runs stay readable."""
         if self.model.encoder_layers and self.model.sharp_latents and not self.sharp_points:
-            raise ValueError(
+            raise UserError(
                 f"vae.sharp_points is 0, expected some, such as 16384: the VAE reads {self.model.sharp_latents} of its"
                 f" {self.model.num_latents} latents from points on sharp edges"
             )
-        if self.near_queries + self.volume_queries < 1:
-            raise ValueError("near_queries and volume_queries are both 0, expected at least one query")
 
 
 @dataclass(kw_only=True)
@@ -262,6 +267,7 @@ class VAEStage(Stage):
 
     def __init__(self, config: VAETrainConfig) -> None:
         self.config = config.vae
+        self.config.require_sharp()
         self.vae = ShapeVAE(config.vae.model)
         self.objective = VAEObjective(self.vae, config.vae)
         train = open_split(config.data, config.data.train, STORED, config.data.limit)

@@ -86,6 +86,11 @@ def test_the_wall_of_a_hollow_box() -> None:
     two = [hollow(0.03).apply_translation([far, 0, 0]) for far in (1e6, 1e6 + 2)]
     assert print_check(trimesh.util.concatenate(two)).pieces == 2
     assert check.thinnest_mm == pytest.approx(3, rel=0.05)
+    beside = trimesh.creation.box((0.5, 0.5, 0.5)).apply_translation([3, 0, 0])
+    beside.invert()
+    assert print_check(trimesh.util.concatenate([hollow(0.03), beside])).pieces == 2, (
+        "inside out, but no cavity"
+    )
 
 
 def test_an_open_mesh_is_told_and_has_no_wall() -> None:

@@ -15,6 +15,7 @@ from elastic3d.training.latents import pipeline_config
 from elastic3d.training.stages import run_stage
 from elastic3d.training.vae import TrainedPart
 from elastic3d.utils.files import load_json
+from elastic3d.utils.options import from_dict, to_dict
 from tests.training.tiny import dit_config, export_of, vae_config
 
 
@@ -60,6 +61,16 @@ def test_checkpoints_that_do_not_fit(cached: Path) -> None:
     wider.vae.model.width = 48
     with pytest.raises(UserError, match="trained with, or another name= for a new run"):
         run_stage(wider)
+
+
+def test_a_vae_that_reads_sharp_edges_is_not_trained_without_them(cached: Path) -> None:
+    """Nor where the architecture is that of the model it starts from; a record without them can still be read."""
+    config = vae_config(cached)
+    config.vae.model.sharp_latents = 3
+    with pytest.raises(UserError, match="sharp_points is 0, expected some, .* reads 3 of its"):
+        run_stage(config)
+    assert not config.folder.exists()
+    assert from_dict(type(config), to_dict(config)).vae.model.sharp_latents == 3
 
 
 def test_a_run_that_goes_on_without_init_from_keeps_what_it_began_from(
