@@ -97,11 +97,11 @@ class Row:
         scores = tuple(values[name] for name in kind.scores)
         return cls(**known | {"fidelity": values[kind.fidelity], "scores": scores})
 
-    def towards(self, dearer: Sequence[Row], cost: float) -> Row:
-        """This row at a cost below that of the dearer ones: routers of whole steps keep every budget in between."""
-        if not dearer or self.router_budget is None or self.planned or self.few_step_lora:
+    def towards(self, rows: Sequence[Row], cost: float) -> Row:
+        """This row at a cost of at most the next one's of all rows: routers of whole steps keep budgets in between."""
+        after = next((row for row in rows if row.cost >= cost and row is not self), None)
+        if after is None or self.router_budget is None or self.planned or self.few_step_lora:
             return self
-        after = dearer[0]
         if after.planned or after.steps != self.steps:
             return self
         share = (cost - self.cost) / (after.cost - self.cost)
@@ -176,7 +176,7 @@ def choose(
         if not affordable:
             why = "" if len(rows) == len(dial.rows) else ", as these options rule out cheaper settings"
             raise UserError(f"budget is {requested.budget:g}, expected at least {rows[0].cost:g}{why}")
-        return affordable[-1].towards(rows[len(affordable) :], requested.budget)
+        return affordable[-1].towards(dial.rows, requested.budget)
     return named_row(rows, quality or Quality.default, dial.scores) or rows[-1]
 
 

@@ -70,6 +70,12 @@ def test_routers_of_whole_steps_keep_every_budget_between_their_rows() -> None:
         found = choose(dial, ElasticOptions(budget=budget), None, None, None)
         assert found is not None and (found.cost, found.steps) == (cost, steps)
         assert found.router_budget == (None if of_routers is None else pytest.approx(of_routers))
+        if (
+            of_routers is not None and cost > 0.2
+        ):  # an option of the routers rules out the dense row, not its budget
+            assert choose(dial, ElasticOptions(budget=budget, shared=True), None, None, None) == found
+    found = choose(dial, ElasticOptions(budget=1.0, shared=True), None, None, None)
+    assert found is not None and found.router_budget == pytest.approx(1.0)
     plan = {**rows[2], "planned": True}
     dial = parse_dial({**dial.values, "rows": [*rows[:2], plan, *rows[3:]]}, "d")
     found = choose(dial, ElasticOptions(budget=0.4), None, None, None)
