@@ -23,33 +23,32 @@ NOUNS_NAME = "nouns.txt"
 def prompt_drawer(config: GenerateConfig, pipeline: ImageTo3DPipeline) -> tuple[Draw, GenerateConfig]:
     """What draws the prompt of a job, and the options that are left for the mesh's own model.
 
-    Both models follow the elastic options; beside one that has routers, one without keeps the budget alone. The image
-    gets at least the smallest budget that its model takes; options of the routers leave its dial out, as its own
-    `steps=` would; `quality=` is the mesh's alone. Warns of a prompt that it does not know.
+    Both models follow the elastic options; beside one that has routers, one without keeps the budget alone. The image's
+    model takes no budget below 0.3, and `quality=` is the mesh's alone. Warns of a prompt that it does not know.
 
     Raises:
         UserError: `image_model` is no small text-to-image model, or the prompt is none.
     """
     weights = config.image_model or DEFAULT_IMAGE_MODEL
-    images = TextToImagePipeline.from_pretrained(weights, device=config.device, dtype=config.dtype)
+    # without its dial: a budget at which a mesh is good is one at which thin parts of the image are gone
+    images = TextToImagePipeline.from_pretrained(
+        weights, device=config.device, dtype=config.dtype, dial=False
+    )
     check_prompt(config.prompt, images.backbone)
     if text := prompt_warning(config.prompt, known_nouns(weights)):
         warnings.warn(text, stacklevel=1)  # named by its sentence alone
     wanted = ElasticOptions.of(config)
+    if config.budget is not None:  # the mesh's model may have a dial, which goes lower than routers do
+        wanted["budget"] = max(config.budget, MIN_BUDGET)
     options = wanted
     if images.session is not None and pipeline.session is None:
         dense = False if config.elastic is False else None
         config = replace(config, elastic=dense, width=None, cache=None, shared=None, few_step=None)
     elif images.session is None and pipeline.session is not None:
         options = {"budget": wanted["budget"]}
-    dial, steps = images.dial, None
-    if any(value is not None for name, value in options.items() if name != "budget"):
-        dial, steps = None, images.backbone.default_sampling()[0]
-    if config.budget is not None:  # the dial of the mesh's model may go lower
-        options["budget"] = max(config.budget, dial.rows[0].cost if dial else MIN_BUDGET)
 
     def draw(jobs: Sequence[Job]) -> list[Job]:
-        results = images([job.prompt for job in jobs], [job.seed for job in jobs], steps=steps, **options)
+        results = images([job.prompt for job in jobs], [job.seed for job in jobs], **options)
         for job, result in zip(jobs, results, strict=True):
             save_image(result.image, job.drawing, result.metadata)
         return [replace(job, drawn=result) for job, result in zip(jobs, results, strict=True)]

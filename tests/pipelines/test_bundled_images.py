@@ -9,9 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from elastic3d.diffusion.dial import IMAGES
+from elastic3d.diffusion.options import PipelineConfig
 from elastic3d.errors import UserError
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, BackboneName
 from elastic3d.pipelines.text_to_image import ImageResult, TextToImagePipeline
+from elastic3d.studies.dial import dial_values
+from elastic3d.utils.files import load_json
 
 FOLDER = Path(__file__).resolve().parents[2] / DEFAULT_IMAGE_MODEL
 
@@ -41,6 +45,31 @@ def test_images_show_one_object_in_the_colour_that_was_asked_for(pipeline: TextT
         assert 0.1 < len(thing) / 64**2 < 0.8
         assert thing.mean(0).argmax() == int(np.argmax(wanted))
         assert result.metadata["flops_executed"] < 0.7 * result.metadata["flops_dense"], "elastic by default"
+
+
+def test_the_bundled_dial_is_that_of_its_report_and_of_the_bundled_weights(
+    pipeline: TextToImagePipeline,
+) -> None:
+    root, report = FOLDER.parents[2], "reports/elastic-2d/dial-results.json"
+    found, (steps, guidance) = load_json(FOLDER / "dial.json"), pipeline.backbone.default_sampling()
+    model = PipelineConfig(steps=steps, guidance=guidance)
+    assert pipeline.session is not None
+    routers = pipeline.session.router_config
+    assert found == dial_values(load_json(root / report), model, routers, report, IMAGES)
+    assert found["measured"]["weights_sha256"] == pipeline.weights_sha256, "measure: scripts/make_dial.py"
+    lines = (root / "reports/elastic-2d/dial.md").read_text().splitlines()
+    told = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| **")]
+    assert len(told) == len(found["rows"])
+    for cells, row in zip(told, found["rows"], strict=True):
+        names = [f"`{name}`" for name, cost in found["names"].items() if cost == row["cost"]]
+        wanted = [row["speedup"]["1"], row["speedup"]["4"], row["psnr"], row["ssim"]]
+        assert (cells[0], cells[1], cells[3]) == (
+            f"**{row['cost']:.2f}**",
+            str(row["steps"]),
+            ", ".join(names),
+        )
+        for cell, value, places in zip(cells[4:8], wanted, (2, 2, 1, 3), strict=True):
+            assert float(cell) == pytest.approx(value, abs=0.51 * 10**-places)
 
 
 def test_the_example_of_the_card_runs(pipeline: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
