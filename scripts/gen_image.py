@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from _cli import run
 
@@ -44,7 +45,11 @@ def main(config: GenerateImageConfig) -> int:
         config.offload,
         config.calibration or None,
     )
-    asked = {"quality": config.quality, "guidance": config.guidance, "size": parse_size(config.size)}
+    asked: dict[str, Any] = {
+        "quality": config.quality,
+        "guidance": config.guidance,
+        "size": parse_size(config.size),
+    }
     if config.trace:
         requested = ElasticOptions(**ElasticOptions.of(config))
         check_routes(config.trace, pipeline.configured(requested, steps=config.steps, **asked).elastic)
