@@ -12,7 +12,9 @@ from __future__ import annotations
 import colorsys
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,7 +34,7 @@ from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.preparation.sources import with_article
 from elastic3d.training.datasets import Batch, PreparedShapes, read_split
 from elastic3d.training.options import LimitedSplitsConfig
-from elastic3d.training.views import stored_views
+from elastic3d.training.views import recoloured, stored_views, view_words
 from elastic3d.utils.files import (
     Number,
     file_sha256,
@@ -230,15 +232,6 @@ def noun_in(caption: str) -> str:
     return noun
 
 
-def view_words(camera: NDArray[np.floating]) -> str:
-    """From where a camera (eye 3, target 3, fov, elevation) sees an object that faces +Z."""
-    x, _, z = camera[:3] - camera[3:6]
-    azimuth = abs(float(np.degrees(np.arctan2(x, z))))
-    words = ["from the front", "at an angle", "from the side", "from behind"]
-    place = words[int(np.searchsorted([20, 65, 115], azimuth))]
-    return f" seen {place}" + (" and above" if camera[7] > 32 else "")
-
-
 def colour_name(pixels: NDArray[np.uint8]) -> str | None:
     """The name of the colour that most of an object's pixels (H,W,4) have; None where there is none."""
     rgb = pixels[pixels[..., 3] > 200][:, :3].astype(np.float64) / 255
@@ -249,18 +242,6 @@ def colour_name(pixels: NDArray[np.uint8]) -> str | None:
     nearest = np.square(rgb[:, None] - palette).sum(-1).argmin(axis=1)
     counts = np.bincount(nearest, minlength=len(names))
     return names[int(counts.argmax())] if counts.max() > 0.6 * len(rgb) else None
-
-
-def recoloured(pixels: NDArray[np.uint8], colour: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """The object (H,W,4) in one colour, its light and shadow kept."""
-    rgb, alpha = pixels[..., :3].astype(np.float64), pixels[..., 3]
-    light = rgb.max(axis=-1)
-    seen = light[alpha > 127]
-    if len(seen) == 0:
-        return pixels
-    shade = np.clip(light / max(float(np.percentile(seen, 85)), 1.0), 0.15, 1.2)
-    painted = np.clip(shade[..., None] * np.array(colour), 0, 255).astype(np.uint8)
-    return np.concatenate([painted, alpha[..., None]], axis=-1)
 
 
 def _shade(hsv: tuple[float, float, float], rng: np.random.Generator) -> tuple[int, int, int]:
@@ -294,8 +275,8 @@ def build_image_cache(
     seed: int,
     encoders: Sequence[Path] = (),
 ) -> None:
-    """Encode training and validation images. A cache that an earlier call finished stays as it is; one that it did not
-    finish goes on, with the same images.
+    """Encode training and validation images. A cache that an earlier call finished stays as it is, with a warning where
+    there are other images now; one that it did not finish goes on, with the same images.
 
     An image that can't be read is reported and left out.
 
@@ -310,27 +291,41 @@ def build_image_cache(
     settings = cache_settings(image, data, backbone, size, encoders)
     output = image.cache
     path = output / INFO_NAME
-    found = load_json(path, _INFO) if path.is_file() else {"settings": settings, "counts": {}}
+    unmade = {"settings": settings, "counts": {}}
+    found: dict[str, Any] = load_json(path, _INFO) if path.is_file() else unmade
     made = {name: settings.get(name) for name in _LATER} | found["settings"]
     differing = [name for name, value in settings.items() if made.get(name) != value]
     if not differing and found["counts"]:
+        with suppress(UserError):  # the cache is all that it takes: its images may be gone
+            if _digest(_sources(image, data, found.get("seed", seed))) != found.get("made_of"):
+                warnings.warn(
+                    f"{output} is complete, and was made of other images or captions than there are now: delete it,"
+                    " or choose another image.cache=, to train on these",
+                    stacklevel=2,
+                )
         return
     sources = _sources(image, data, seed)
-    made_of = json.dumps({split: source.made_of() for split, source in sources.items()})
-    digest = hashlib.sha256(made_of.encode()).hexdigest()
+    digest = _digest(sources)
     if found.get("made_of", digest) != digest:  # the rest would be numbered otherwise than what is there
         differing.append("list of images or captions")
     if differing:
         name = differing[0].removesuffix("_sha256")
         raise UserError(f"{output} was made with another {name}: delete it, or choose another image.cache=")
-    save_json({"settings": settings, "made_of": digest, "counts": {}}, path)
+    info = {"settings": settings, "made_of": digest, "seed": seed}
+    save_json(info | {"counts": {}}, path)
     negative = backbone.encode_prompts([backbone.negative], length=text_length(image, backbone))
     save_weights({name: _halved(value) for name, value in negative.items()}, output / NEGATIVE_NAME)
     counts = {
         split: _write_split(source, output / split, image, backbone, size)
         for split, source in sources.items()
     }
-    save_json({"settings": settings, "made_of": digest, "counts": counts}, path)
+    save_json(info | {"counts": counts}, path)
+
+
+def _digest(sources: Mapping[str, ImageSource]) -> str:
+    """SHA-256 of what the images of each split are made of."""
+    made_of = json.dumps({split: source.made_of() for split, source in sources.items()})
+    return hashlib.sha256(made_of.encode()).hexdigest()
 
 
 def _sources(image: ImageDataConfig, data: LimitedSplitsConfig, seed: int) -> dict[str, ImageSource]:

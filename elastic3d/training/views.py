@@ -125,3 +125,24 @@ def _with_colour(view: Image.Image, colour: NDArray[np.generic]) -> Image.Image:
 def _rgba(colour: NDArray[np.float32], alpha: NDArray[np.float32]) -> Image.Image:
     both = np.concatenate([colour, alpha[..., None]], axis=-1)
     return Image.fromarray(both.round().clip(0, 255).astype(np.uint8), "RGBA")
+
+
+def view_words(camera: NDArray[np.floating]) -> str:
+    """From where a camera (eye 3, target 3, fov, elevation) sees an object that faces +Z."""
+    x, _, z = camera[:3] - camera[3:6]
+    azimuth = abs(float(np.degrees(np.arctan2(x, z))))
+    words = ["from the front", "at an angle", "from the side", "from behind"]
+    place = words[int(np.searchsorted([20, 65, 115], azimuth))]
+    return f" seen {place}" + (" and above" if camera[7] > 32 else "")
+
+
+def recoloured(pixels: NDArray[np.uint8], colour: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """The object (H,W,4) in one colour, its light and shadow kept."""
+    rgb, alpha = pixels[..., :3].astype(np.float64), pixels[..., 3]
+    light = rgb.max(axis=-1)
+    seen = light[alpha > 127]
+    if len(seen) == 0:
+        return pixels
+    shade = np.clip(light / max(float(np.percentile(seen, 85)), 1.0), 0.15, 1.2)
+    painted = np.clip(shade[..., None] * np.array(colour), 0, 255).astype(np.uint8)
+    return np.concatenate([painted, alpha[..., None]], axis=-1)

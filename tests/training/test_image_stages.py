@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,8 +30,6 @@ from elastic3d.training.image_data import (
     ShapeViews,
     colour_name,
     noun_of,
-    recoloured,
-    view_words,
 )
 from elastic3d.training.image_flow import (
     ImageLossConfig,
@@ -41,6 +40,7 @@ from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import Precision, StageName
 from elastic3d.training.router import RouterStage
 from elastic3d.training.stages import run_stage
+from elastic3d.training.views import recoloured, view_words
 from elastic3d.utils.options import from_dict
 from tests.training.tiny import add_views, defaults, export_of, vae_config
 
@@ -160,7 +160,9 @@ def test_a_cache_goes_on_with_the_same_images_alone(folder, prepared):
     assert path.read_text() == finished
     for suffix in (".png", ".txt"):
         shutil.copy(folder / f"0{suffix}", folder / f"00{suffix}")
-    ImageStage(config)  # what is finished stays
+    with pytest.warns(UserWarning, match="made of other images or captions than there are now: delete it"):
+        ImageStage(config)  # what is finished stays
+    assert path.read_text() == finished
     path.write_text(unfinished)
     with pytest.raises(UserError, match="was made with another list of images or captions: delete it"):
         ImageStage(config)
@@ -178,7 +180,9 @@ def test_a_finished_cache_of_other_shapes_is_refused(views):
         with pytest.raises(UserError, match=f"made with another data.{name}: delete it, or choose another"):
             ImageStage(other)
     config.seed += 1  # whose images these are is the first run's to say
-    ImageStage(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ImageStage(config)
     path = config.image.cache / "cache.json"
     info = json.loads(path.read_text())
     later = ("data.limit", "data.train_sha256", "data.val_sha256")
