@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from elastic3d.elastic.cache import Streams
 from elastic3d.elastic.context import StepContext
-from elastic3d.elastic.families import BlockAdapter, BlockCall, MLPSite, rows_index, take_rows
+from elastic3d.elastic.families import BlockAdapter, BlockCall, MLPSite
 from elastic3d.elastic.few_step import FewStepLoRA, Key
 from elastic3d.elastic.router import RouteDecision, Router
+from elastic3d.elastic.rows import rows_index, take_rows
 from elastic3d.elastic.trace import REUSED, SKIPPED
 from elastic3d.elastic.width import exchanged, masked, sliced
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-Rows = slice | Tensor  # a sub-batch: consecutive rows, or their indices (k,) long
+from elastic3d.elastic.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -193,21 +192,6 @@ class ModelAdapter:
 @lru_cache(maxsize=64)
 def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
-
-
-def rows_index(rows: Sequence[int], device: torch.device) -> Rows:
-    """Row numbers as an index: a slice (a view, nothing is copied) where they are consecutive."""
-    if rows[-1] - rows[0] == len(rows) - 1:
-        return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows, device=device)
-
-
-def take_rows(streams: tuple[Tensor, ...], rows: Sequence[int]) -> tuple[Tensor, ...]:
-    """Some rows of streams (B,L,D); all of them are not gathered."""
-    if len(rows) == len(streams[0]):
-        return streams
-    index = rows_index(rows, streams[0].device)
-    return tuple(stream[index] for stream in streams)
 
 
 def attention_flops(width: int, tokens: int) -> int:

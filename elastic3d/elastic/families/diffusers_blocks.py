@@ -15,9 +15,9 @@ from elastic3d.elastic.families import (
     DoubleStreamAdapter,
     MLPSite,
     ModelAdapter,
-    Rows,
     SingleStreamAdapter,
 )
+from elastic3d.elastic.rows import Rows
 
 STREAMS = ("hidden_states", "encoder_hidden_states")  # image tokens, text tokens
 
