@@ -31,7 +31,6 @@ import yaml
 
 from elastic3d.errors import UserError
 from elastic3d.utils.files import parse_yaml
-from elastic3d.utils.old_names import VALUES, todays_names
 from elastic3d.utils.options import Bounds, Leaf, alternatives, expected, from_dict, typed, walk
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -226,9 +225,8 @@ def _full_name(key: str, options: Collection[str], choices: Collection[str]) -> 
 
 
 def _meant(key: str, text: str, choices: Sequence[str]) -> str:
-    """What a value that is no choice was to be: a name of an older version, or a slip."""
-    old = VALUES.get((key, text))
-    close = [old] if old in choices else difflib.get_close_matches(text, choices, n=1)
+    """What a value that is no choice was to be."""
+    close = difflib.get_close_matches(text, choices, n=1)
     hint = f"did you mean {key}={close[0]}? " if close else ""
     return f"{hint}expected one of {', '.join(choices)}"
 
@@ -243,19 +241,16 @@ def _unknown(
     known = [*options_of(config_class), *choices, "debug"]
     saved = [leaf.name for leaf in walk(config_class) if leaf.internal]
     name = key.lstrip("-")
-    today = todays_names(name)
-    renamed = [each for each in known if today & {each, each.rpartition(".")[2]}]
     by_leaf = [each for each in known if each.rpartition(".")[2] == name.rpartition(".")[2]]
-    having = [choice for choice, names in elsewhere.items() if today.intersection(names)]
-    within = [each for each in saved if today & {each, each.rpartition(".")[2]}]
-    if within and not (renamed or by_leaf or having):
+    having = [choice for choice, names in elsewhere.items() if name in names]
+    within = [each for each in saved if name in (each, each.rpartition(".")[2])]
+    if within and not (by_leaf or having):
         group = within[0].partition(".")[0]
         where = f"part of {group}={'|'.join(choices[group])}" if group in choices else "saved with a model"
         return f"unknown option {key!r}: {within[0]} is no option of its own, but {where} (--help lists all)"
-    close = renamed or by_leaf or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close = by_leaf or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    subject = "it is" if name in today else f"{' or '.join(sorted(today))} is"
-    hint += f"{subject} an option of {', '.join(having)}; " if having and not renamed else ""
+    hint += f"it is an option of {', '.join(having)}; " if having else ""
     return f"unknown option {key!r}: {hint}(--help lists every option)"
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from elastic3d.elastic.attachment import adapter_for, is_attached
+from elastic3d.elastic.attachment import adapter_for, find_session
 from elastic3d.elastic.cache import Streams
 from elastic3d.elastic.families import BlockAdapter
 
@@ -155,7 +155,7 @@ def forecasting(model: nn.Module, by: str, interval: int, warmup: int = 1) -> It
         raise ValueError(f"by is {by!r}, expected one of {', '.join(WEIGHTS)}")
     if interval < 2 or warmup < 1:
         raise ValueError(f"interval is {interval} and warmup {warmup}, expected at least 2 and 1")
-    if is_attached(model):
+    if find_session(model) is not None:
         raise ValueError("the model has routers: detach them first")
     clock = Clock(model)
 

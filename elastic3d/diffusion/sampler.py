@@ -17,6 +17,7 @@ from torch import Tensor
 
 from elastic3d.diffusion.options import PipelineConfig, SamplingGrid, Solver
 from elastic3d.elastic.context import BOTH_BRANCHES, Branch, Defer
+from elastic3d.elastic.rows import put_rows, row_factor, rows_index
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.errors import UserError
 
@@ -221,16 +222,17 @@ class _Waiting:
         self.session.step(steps, self.here(self.sizes, rows), branches, rows, defer)
         tokens = guided.tokens[: len(branches)]
         tokens = tokens if len(rows) == tokens.shape[1] else tokens[:, rows]
-        found, moments = guided.evaluated(_some(self.x, rows), t, tokens), self.here(self.moments, rows)
+        index, moments = rows_index(rows, self.x.device), self.here(self.moments, rows)
+        found = guided.evaluated(self.x[index], t, tokens)
         if len(found) == 1:
             since = [self.since[row] for row in rows]
             if not any(since):
                 return found[0]
             left = [at / t if at else 0.0 for at, t in zip(since, moments, strict=True)]
-            return found[0] + _each(left, found[0]) * _some(self.added, rows)
+            return found[0] + row_factor(left, found[0]) * self.added[index]
         added = found[0] - found[1]
         # samples that are deferred come again at the same time
-        self.added = _put(self.added, rows, (guided.guidance - 1) * added)
+        self.added = put_rows(self.added, index, (guided.guidance - 1) * added)
         for row, moment in zip(rows, moments, strict=True):
             self.since[row] = moment
         return found[1] + guided.guidance * added
@@ -243,32 +245,15 @@ class _Waiting:
             self.waiting.update(deferred)
         if not rows:
             return
-        dt, along = self.here(self.sizes, rows), v
+        index, dt, along = rows_index(rows, v.device), self.here(self.sizes, rows), v
         if self.solver is Solver.ab2:
             steps = [self.done[row] for row in rows]
             bend = [d / (2 * self.sizes[i - 1]) if i else 0.0 for i, d in zip(steps, dt, strict=True)]
-            along = v + _each(bend, v) * (v - _some(self.earlier, rows))
-            self.earlier = _put(self.earlier, rows, v)
-        self.x = _put(self.x, rows, _some(self.x, rows) + _each(dt, v) * along)
+            along = v + row_factor(bend, v) * (v - self.earlier[index])
+            self.earlier = put_rows(self.earlier, index, v)
+        self.x = put_rows(self.x, index, self.x[index] + row_factor(dt, v) * along)
         for row in rows:
             self.done[row] += 1
-
-
-def _each(values: list[float], like: Tensor) -> Tensor | float:
-    """A factor for each sample (k,1,1); a number where all have the same, which needs no copy to a GPU."""
-    return values[0] if len(set(values)) == 1 else like.new_tensor(values)[:, None, None]
-
-
-def _some(whole: Tensor, rows: list[int]) -> Tensor:
-    """Some samples (k,...) of (B,...)."""
-    return whole if len(rows) == len(whole) else whole[rows]
-
-
-def _put(whole: Tensor, rows: list[int], part: Tensor) -> Tensor:
-    """(B,...) with some samples exchanged. A new tensor: gradients need the old one."""
-    if len(rows) == len(whole):
-        return part
-    return whole.index_copy(0, torch.tensor(rows, device=whole.device), part)
 
 
 # ------------------------------------------------------------------------------------------------- times of the steps

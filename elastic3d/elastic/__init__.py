@@ -12,8 +12,8 @@ Read in this order, like the method section of E-DiT (2602.13993): `config`, wha
 a decision; `width` and `cache`, the narrower and the earlier result; `context`, what a forward pass is given;
 `few_step`, weights for few evaluations of the model; `block`, what a decision does; `session`, the state of a
 generation and who decides in it; `trace`, its record. Around the method: `families`, how each kind of block is called;
-`attachment`, routers on a model and in files; `diffusers_loop`, stock pipelines. Beside it, for models without routers:
-`training_free`, a budget kept by a plan and a fitted forecast.
+`rows`, some rows of a batch; `attachment`, routers on a model and in files; `diffusers_loop`, stock pipelines. Beside
+it, for models without routers: `training_free`, a budget kept by a plan and a fitted forecast.
 """
 
 from __future__ import annotations
@@ -21,21 +21,20 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_MODULES = {
-    "adapter_for": "attachment",
-    "attach": "attachment",
-    "detach": "attachment",
-    "has_routers": "attachment",
-    "is_attached": "attachment",
-    "load_routers": "attachment",
-    "save_routers": "attachment",
-    "session_of": "attachment",
-}
-__all__ = list(_MODULES)
+__all__ = [
+    "adapter_for",
+    "attach",
+    "detach",
+    "find_session",
+    "has_routers",
+    "load_routers",
+    "save_routers",
+    "session_of",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Found when they are asked for, so that options can be read without PyTorch."""
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.attachment"), name)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from elastic3d.elastic.block import ElasticBlock
 from elastic3d.elastic.config import RouterConfig, RouterCurves, Scope
 from elastic3d.elastic.context import RouteSource
-from elastic3d.elastic.diffusers_loop import drive
+from elastic3d.elastic.diffusers_loop import drive, drives
 from elastic3d.elastic.families import ModelAdapter
 from elastic3d.elastic.few_step import FewStepLoRA
 from elastic3d.elastic.router import Conditioner, Router
@@ -75,7 +75,7 @@ def attach(model: Any, routers: Architecture = None, source: Source = None) -> E
     if _is_pipeline(model):
         return _attach_pipeline(model, routers, source)
     adapter = adapter_for(model)
-    if is_attached(model):
+    if find_session(model) is not None:
         raise ValueError(f"this {type(model).__name__} has routers already: detach them first")
     if not isinstance(routers, (str, Path)):
         return _attach(model, adapter, routers or RouterConfig(), source)
@@ -97,24 +97,21 @@ def _attach(model: nn.Module, adapter: ModelAdapter, config: RouterConfig, sourc
     if not count:
         raise ValueError(f"this {type(model).__name__} has no blocks to route")
     deciding = 0 if source is not None else 1 if config.scope is Scope.step else count
-    device = next(model.parameters()).device
     if deciding:
-        session.conditioner = Conditioner(config, deciding).to(device)
+        session.conditioner = Conditioner(config, deciding)
     for name, kind, blocks, stage in lists:
         for number, (index, inner) in enumerate(zip(stage, blocks, strict=True)):
             block = ElasticBlock(inner, kind, f"{name}.{number}", index, stage, config.ratios)
             if index < deciding:
-                block.router = Router(config, kind.width(inner), len(kind.stream_names)).to(device)
+                block.router = Router(config, kind.width(inner), len(kind.stream_names))
             if config.few_step_rank:
-                own = next(inner.parameters()).device
-                block.few_step = FewStepLoRA(inner, config.few_step_rank).to(own)
+                block.few_step = FewStepLoRA(inner, config.few_step_rank)
             session.blocks.append(block)
     parts: dict[str, nn.Module | None] = {f"{block.name}.router": block.router for block in session.blocks}
     parts |= {f"{block.name}.few_step": block.few_step for block in session.blocks}
     parts |= {"conditioner": session.conditioner}
-    session.routers = Routers(
-        {name.replace(".", "/"): part for name, part in parts.items() if part is not None}
-    )
+    found = {name.replace(".", "/"): part for name, part in parts.items() if part is not None}
+    session.routers = Routers(found).to(next(model.parameters()).device)
     for block in session.blocks:  # now that none of them has been refused
         block.attach(session.run)
     session.hooks.append(model.register_forward_pre_hook(session.before_forward, with_kwargs=True))
@@ -125,11 +122,10 @@ def _attach(model: nn.Module, adapter: ModelAdapter, config: RouterConfig, sourc
 def _attach_pipeline(pipe: Any, routers: Architecture, source: Source) -> ElasticSession:
     """Routers on the transformer of a pipeline of diffusers; another pipeline that shares it is followed too."""
     transformer = pipe.transformer
-    if is_attached(transformer) and routers is None:
-        session = session_of(transformer)
-        if session.driver is None or all(known is not pipe for known in session.driver.pipelines):
-            drive(pipe, session)
-            return session
+    session = find_session(transformer)
+    if session is not None and routers is None and not drives(pipe, session):
+        drive(pipe, session)
+        return session
     session = attach(transformer, routers, source)
     try:
         drive(pipe, session)
@@ -148,11 +144,6 @@ def detach(model: Any) -> None:
     for block in session.blocks:
         block.detach()
     del model.__dict__[_SESSION]
-
-
-def is_attached(model: nn.Module) -> bool:
-    """Whether `model` has routers, or a policy."""
-    return _SESSION in model.__dict__
 
 
 def has_routers(model: nn.Module) -> bool:

@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from elastic3d.elastic.cache import Streams
 from elastic3d.elastic.context import StepContext
-from elastic3d.elastic.families import BlockAdapter, BlockCall, MLPSite, rows_index, take_rows
+from elastic3d.elastic.families import BlockAdapter, BlockCall, MLPSite
 from elastic3d.elastic.few_step import FewStepLoRA, Key
 from elastic3d.elastic.router import RouteDecision, Router
+from elastic3d.elastic.rows import rows_index, take_rows
 from elastic3d.elastic.trace import REUSED, SKIPPED
 from elastic3d.elastic.width import exchanged, masked, sliced
 
@@ -58,7 +59,7 @@ class ElasticBlock:
     few_step: FewStepLoRA | None = None  # of its weights, for generations with few model evaluations
 
     def __post_init__(self) -> None:
-        self.sites: tuple[MLPSite, ...] = self.adapter.mlp_sites(self.inner) if len(self.ratios) > 1 else ()
+        self.site: MLPSite | None = self.adapter.mlp_site(self.inner) if len(self.ratios) > 1 else None
         self._base: Callable[..., Any] = self.inner.forward  # which a router stands before
         self.forward = self._base  # compiled on request
         self._before = self.inner.__dict__.get("forward")  # of somebody who replaced it earlier
@@ -93,7 +94,7 @@ class ElasticBlock:
     # ---------------------------------------------------------------------------------------- in training
 
     def run_masked(self, context: StepContext, call: BlockCall, decision: RouteDecision) -> Streams:
-        """Every row runs, with its MLPs masked, and gradients reach the decision straight through."""
+        """Every row runs, with its MLP masked, and gradients reach the decision straight through."""
         x, y = self._skipped(context, call), self._run(context, call, decision.hard_width())
         if context.cache is not None and (ran := decision.keep.nonzero()[:, 0].tolist()):
             kept = tuple(stream[decision.keep] for stream in y)
@@ -157,12 +158,14 @@ class ElasticBlock:
         return run()
 
     def _at(self, width: Width) -> AbstractContextManager[Any]:
-        """While it lasts, the block's MLPs have this width."""
+        """While it lasts, the block's MLP has this width."""
+        if self.site is None:
+            return nullcontext()
         if isinstance(width, Tensor):
-            return masked(self.inner, self.sites, width, self.ratios)
+            return masked(self.inner, self.site, width, self.ratios)
         if width == len(self.ratios) - 1:
             return nullcontext()
-        return sliced(self.inner, self.sites, self.ratios[width])
+        return sliced(self.inner, self.site, self.ratios[width])
 
     def adapted(self, coarse: float | None) -> dict[str, Tensor]:
         """What stands in for the block's weights in a generation of this coarseness, by name: nothing, or those with

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from elastic3d.elastic.config import BlockCacheConfig, CacheRule
-from elastic3d.elastic.families import Rows, rows_index, take_rows
+from elastic3d.elastic.rows import put_rows, row_factor, rows_index, take_rows
 
 Streams = tuple[Tensor, ...]  # (B,L,D) each
 Forecast = Callable[[int, int, int, int, int | None], tuple[float, float]]
@@ -132,15 +132,12 @@ class ResidualCache:
             nothing = tuple(r[:0] for r in found)
             bank = self._banks[key] = Bank([], [], nothing, nothing if self.config.extrapolates else None)
         bank.enlarge(rows[-1] + 1)
-        older = bank.newest
-        if len(rows) < len(bank.steps):  # tensors are made anew: gradients may need the old ones
-            index = rows_index(rows, found[0].device)
-            if bank.older is not None:
-                moved = zip(bank.older, bank.newest, strict=True)
-                older = tuple(_put(old, index, new[index]) for old, new in moved)
-            exchanged = zip(bank.newest, found, strict=True)
-            found = tuple(_put(whole, index, part) for whole, part in exchanged)
-        bank.newest, bank.older = found, older if self.config.extrapolates else None
+        index = rows_index(rows, found[0].device)
+        if bank.older is not None:
+            moved = zip(bank.older, bank.newest, strict=True)
+            bank.older = tuple(put_rows(old, index, new[index]) for old, new in moved)
+        exchanged = zip(bank.newest, found, strict=True)
+        bank.newest = tuple(put_rows(whole, index, part) for whole, part in exchanged)
         for row, step in zip(rows, steps, strict=True):
             bank.before[row], bank.steps[row] = bank.steps[row], step
 
@@ -157,26 +154,11 @@ def damped_steps(age: int, damping: float) -> float:
     return float(age) if damping == 1 else damping * (1 - damping**age) / (1 - damping)
 
 
-def _put(whole: Tensor, index: Rows, part: Tensor) -> Tensor:
-    """A copy with some rows exchanged."""
-    whole = whole.clone()
-    whole[index] = part
-    return whole
-
-
 def _scaled(x: Tensor, values: Sequence[float]) -> Tensor:
     """x (k,L,D) with each row times its value, rounded once, to the format of x."""
-    return (x * _factor(values, x)).to(x.dtype)
+    return (x * row_factor(values, x)).to(x.dtype)
 
 
 def _between(old: Tensor, new: Tensor, shares: Sequence[float]) -> Tensor:
     """(k,L,D) each row's share of the way from old to new, rounded once, to their format."""
-    return torch.lerp(old.float(), new.float(), _factor(shares, new)).to(new.dtype)
-
-
-def _factor(values: Sequence[float], like: Tensor) -> float | Tensor:
-    """One number where all rows have the same, else (k,1,1): in fp32, as PyTorch takes a number, so that a row is
-    rounded alike whatever the others have."""
-    if min(values) == max(values):
-        return values[0]
-    return like.new_tensor(values, dtype=torch.float32)[:, None, None]
+    return torch.lerp(old.float(), new.float(), row_factor(shares, new)).to(new.dtype)

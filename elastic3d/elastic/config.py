@@ -113,10 +113,7 @@ class RouterConfig(Options):
     )
     guided_times: list[float] = _times("between which both branches run all the same; empty: never")
     trained_steps: list[int] = _internal(
-        [],
-        "fewest and most steps of the generations of training; empty: any",
-        ge=1,
-        le=1000,
+        [], "fewest and most steps of the generations of training; empty: any", ge=1, le=1000
     )
     curves: RouterCurves = _internal(RouterCurves, "what was measured of them once they were trained")
 

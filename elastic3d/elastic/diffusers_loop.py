@@ -112,5 +112,10 @@ def drive(pipeline: Any, session: ElasticSession) -> None:
     if session.driver is None:
         session.driver = driver = PipelineDriver(session)
         session.hooks.append(pipeline.transformer.register_forward_hook(driver.after, always_call=True))
-    if not any(known is pipeline for known in session.driver.pipelines):
+    if not drives(pipeline, session):
         session.driver.pipelines.append(pipeline)
+
+
+def drives(pipeline: Any, session: ElasticSession) -> bool:
+    """Whether the loop of a pipeline drives `session` already."""
+    return session.driver is not None and any(known is pipeline for known in session.driver.pipelines)

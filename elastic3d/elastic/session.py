@@ -20,14 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from elastic3d.elastic.block import ElasticBlock
 from elastic3d.elastic.cache import ResidualCache
 from elastic3d.elastic.config import Branches, CacheRule, ElasticConfig, RouterConfig, Scope
-from elastic3d.elastic.context import (
-    BOTH_BRANCHES,
-    Branch,
-    Defer,
-    Groups,
-    RouteSource,
-    StepContext,
-)
+from elastic3d.elastic.context import BOTH_BRANCHES, Branch, Defer, Groups, RouteSource, StepContext
 from elastic3d.elastic.families import BlockCall, ModelAdapter
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.router import Conditioner, RouteDecision, interpolated

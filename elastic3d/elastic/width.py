@@ -29,23 +29,14 @@ def prefix_mask(width: Tensor, hidden: int, ratios: Sequence[float]) -> Tensor:
 
 
 @contextmanager
-def masked(
-    block: nn.Module, sites: Sequence[MLPSite], width: Tensor, ratios: Sequence[float]
-) -> Iterator[None]:
-    """While it lasts, hidden units of `block`'s MLPs are multiplied by the mask of the one-hot widths
-    (B,K)."""
-    handles = []
-    for site in sites:
-        mask = prefix_mask(width, site.hidden, ratios)
-        if site.fc2_offset:
-            mask = torch.cat([mask.new_ones(len(mask), site.fc2_offset), mask], dim=-1)
-        hook = partial(_multiply, mask[:, None])
-        handles.append(block.get_submodule(site.fc2).register_forward_pre_hook(hook))
-    try:
+def masked(block: nn.Module, site: MLPSite, width: Tensor, ratios: Sequence[float]) -> Iterator[None]:
+    """While it lasts, hidden units of `block`'s MLP are multiplied by the mask of the one-hot widths (B,K)."""
+    mask = prefix_mask(width, site.hidden, ratios)
+    if site.fc2_offset:
+        mask = torch.cat([mask.new_ones(len(mask), site.fc2_offset), mask], dim=-1)
+    hook = partial(_multiply, mask[:, None])
+    with block.get_submodule(site.fc2).register_forward_pre_hook(hook):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _multiply(mask: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
@@ -53,28 +44,25 @@ def _multiply(mask: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> Tens
 
 
 @contextmanager
-def sliced(block: nn.Module, sites: Sequence[MLPSite], ratio: float) -> Iterator[None]:
-    """While it lasts, `block`'s MLPs have a prefix of their hidden units: views of the weights, which own no memory.
+def sliced(block: nn.Module, site: MLPSite, ratio: float) -> Iterator[None]:
+    """While it lasts, `block`'s MLP has a prefix of its hidden units: views of the weights, which own no memory.
 
     A view of columns has a stride, which matrix products take as they take a contiguous weight.
     """
-    views, attributes = {}, {}
-    for site in sites:
-        units = prefix_length(site.hidden, ratio)
-        fc1, fc2 = (plain_linear(block, name, "width=false") for name in (site.fc1, site.fc2))
-        views[f"{site.fc1}.weight"] = fc1.weight[: site.fc1_offset + units]
-        if fc1.bias is not None:
-            views[f"{site.fc1}.bias"] = fc1.bias[: site.fc1_offset + units]
-        views[f"{site.fc2}.weight"] = fc2.weight[:, : site.fc2_offset + units]
-        if site.attribute is not None:
-            attributes[site.attribute] = units
-    own = {name: getattr(block, name) for name in attributes}
+    units = prefix_length(site.hidden, ratio)
+    fc1, fc2 = (plain_linear(block, name, "width=false") for name in (site.fc1, site.fc2))
+    views = {f"{site.fc1}.weight": fc1.weight[: site.fc1_offset + units]}
+    if fc1.bias is not None:
+        views[f"{site.fc1}.bias"] = fc1.bias[: site.fc1_offset + units]
+    views[f"{site.fc2}.weight"] = fc2.weight[:, : site.fc2_offset + units]
     try:
-        vars(block).update(attributes)
+        if site.attribute is not None:
+            setattr(block, site.attribute, units)
         with exchanged(block, views):
             yield
     finally:
-        vars(block).update(own)
+        if site.attribute is not None:
+            setattr(block, site.attribute, site.hidden)
 
 
 @contextmanager

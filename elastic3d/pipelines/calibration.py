@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from elastic3d.diffusion.dial import DIAL_NAME, IMAGES, MESHES, Dial, Kind, named_row, parse_dial, save_dial
 from elastic3d.diffusion.options import Quality
-from elastic3d.elastic.attachment import adapter_for, is_attached, session_of
+from elastic3d.elastic.attachment import adapter_for, find_session
 from elastic3d.elastic.cache import Streams
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.elastic.diffusers_loop import step_at, times_of
@@ -283,8 +283,8 @@ def recording(model: nn.Module) -> Iterator[list[ListRecord]]:
     """While it lasts, a model is the dense one, and what each of its lists of blocks adds is noted."""
     lists: list[ListRecord] = []
     with ExitStack() as stack:
-        if is_attached(model):
-            stack.enter_context(session_of(model).dense())
+        if (session := find_session(model)) is not None:
+            stack.enter_context(session.dense())
         start = 0
         for name, kind in adapter_for(model).lists:
             blocks = list(model.get_submodule(name).children())

@@ -58,8 +58,7 @@ def enable(pipe: Any, budget: float = 0.5, calibration: str | Path | None = None
             "the pipeline has routers, which take a budget: set session.settings.budget, or detach them"
         )
     session = find_session(transformer) or put_policy(pipe, found)
-    if session.driver is None or all(known is not pipe for known in session.driver.pipelines):
-        drive(pipe, session)  # others that share the transformer are followed on
+    drive(pipe, session)  # others that share the transformer are followed on
     session.source, session.settings = StepPolicy(found), settings
     return session
 

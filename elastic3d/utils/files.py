@@ -231,21 +231,19 @@ class Maybe:
     shape: Shape
 
 
-def load_json(path: Path, shape: Shape = dict, finite: bool = True) -> Any:
+def load_json(path: Path, shape: Shape = dict) -> Any:
     """The value in a JSON file.
-
-    Args:
-        finite: refuse NaN and infinite numbers.
 
     Raises:
         UserError: naming the file and the place in it: it is missing, broken, nested too deeply, holds a number that
             is not finite, or is not of that shape.
     """
-    return parse_json(read_text(path, "a JSON file", MAX_JSON_BYTES), shape, printable(path), finite)
+    return parse_json(read_text(path, "a JSON file", MAX_JSON_BYTES), shape, printable(path))
 
 
 def parse_json(text: str, shape: Shape, source: str, finite: bool = True) -> Any:
-    """The JSON value in a text; `source` names it in errors, which are those of `load_json`."""
+    """The JSON value in a text; `source` names it in errors, which are those of `load_json`. `finite`: refuse NaN and
+    infinite numbers."""
     try:
         value = json.loads(text, **(_FINITE if finite else {}))
     except RecursionError as error:

@@ -1,13 +1,10 @@
-"""Names of older versions and what they are today: of options, of values, of weights, of a benchmark's results.
-
-Nothing else knows the old names. `options.from_dict` reads what an older version saved; the command line names the new
-option in the place of an old one.
+"""Names in files of this repository that older versions wrote, and what they are today: of options, of values, of
+weights, of a benchmark's results. Nothing else knows them; `options.from_dict` reads such files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import product
 from typing import Any
 
 # By the class that has the option, which its subclasses share; None: gone with what it was for.
@@ -21,47 +18,22 @@ OPTIONS: dict[str, dict[str, str | None]] = {
         "asked": "requested_budgets",
         "told": "calibrated_budgets",
         "urgency": "gate_bias",
-        "updates": "few_step_rank",
-        "updates_calls": "few_step_nfe",
-        "updates_steps": "few_step_max_steps",
-        "updates_guidance": "few_step_guidance",
     },
-    "BlockCacheConfig": {
-        "trend": "damping",
-        "trends": "dampings",
-        "closed_reuse": "skipped_reuse",
-        "drift": None,
-        "probe_stride": None,
-    },
-    "ElasticConfig": {"updates": "few_step"},
     "ImageEncoderConfig": {"picture_size": "prepared_size"},
     "StageConfig": {"updates": "few_step"},
     "FewStepStageConfig": {"min_calls": "min_nfe", "max_calls": "max_nfe"},
     "ImageStageConfig": {"sample_pictures": "sample_images", "val_pictures": "val_images"},
-    "BlockRouterConfig": {"routing_weight": "imitation_weight"},
     "RoutingConfig": {"recalled": "simulated_steps"},
     "ImageRoutingConfig": {"picture": "image"},
-    "ImageBlockRouterConfig": {"picture": "image"},
 }
 GROUPED = {
     "RouterConfig": "curves"
 }  # by class: the group with what older versions saved among its other options
 # Options that are gone with all but one of their values: what that one meant is what happens today.
 KEPT = {"variant": "light"}
-VALUES = {
-    ("branches", "apart"): "separate",
-    ("branches", "together"): "shared",
-    ("stage", "updates"): "few_step",
-}
+VALUES = {("branches", "together"): "shared", ("stage", "updates"): "few_step"}
 WEIGHTS = (".updates.", ".few_step.")  # in the names of routers' tensors
 RESULTS: dict[str, str | None] = {"pictures": "images"}
-
-
-def todays_names(option: str) -> set[str]:
-    """What a dotted name of an option may be today; the name itself where no part of it is an old one."""
-    tables = (*OPTIONS.values(), RESULTS)
-    parts = [{new for names in tables if (new := names.get(part))} or {part} for part in option.split(".")]
-    return {".".join(each) for each in product(*parts)}
 
 
 def todays_stage(record: Mapping[str, Any]) -> Any:

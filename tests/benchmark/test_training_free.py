@@ -13,7 +13,7 @@ from elastic3d.benchmark.images import load_models
 from elastic3d.benchmark.meshes import MeshTask
 from elastic3d.benchmark.methods import DENSE, Planner
 from elastic3d.benchmark.run import benchmark
-from elastic3d.elastic import is_attached
+from elastic3d.elastic import find_session
 from elastic3d.errors import UserError
 from elastic3d.pipelines.calibration import calibrate_policy
 from elastic3d.pipelines.options import CalibratePolicyConfig
@@ -46,7 +46,7 @@ def test_meshes_with_a_calibration(world: Path, tmp_path: Path) -> None:
         assert row["executed_flops_ratio"] == pytest.approx(0.5, abs=slack) and row["budget"] == 0.5
         assert row["dit_speedup"] > 0 and row["iou_paired"] is not None
     task = MeshTask(config)
-    assert not is_attached(task.planner.models[DENSE].dit)
+    assert find_session(task.planner.models[DENSE].dit) is None
 
 
 def test_images_without_one_have_early_steps_alone(gallery: Path, tmp_path: Path) -> None:

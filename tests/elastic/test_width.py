@@ -31,11 +31,11 @@ def naive(block: Block, x, units):
 @torch.no_grad()
 def test_masked_and_sliced_are_the_naive_prefix():
     block, x = Block(), torch.randn(4, 5, 3)
-    with masked(block, (SITE,), torch.eye(4), RATIOS):
+    with masked(block, SITE, torch.eye(4), RATIOS):
         out = block(x)
     torch.testing.assert_close(out, naive(block, x, (2, 4, 6, 8)))
     for width, ratio in enumerate(RATIOS):
-        with sliced(block, (SITE,), ratio):
+        with sliced(block, SITE, ratio):
             torch.testing.assert_close(block(x[width : width + 1]), out[width : width + 1])
     torch.testing.assert_close(block(x), naive(block, x, [8] * 4))  # hook and slices are gone
 
@@ -51,18 +51,18 @@ def test_the_mask_passes_gradients_to_every_width_that_holds_a_unit():
 def test_slices_own_nothing_and_follow_the_weights():
     block, x = Block(), torch.randn(2, 5, 3)
     own = dict(block.named_parameters())
-    with torch.no_grad(), sliced(block, (SITE,), 0.25):
+    with torch.no_grad(), sliced(block, SITE, 0.25):
         assert block.mlp[0].weight.data_ptr() == own["mlp.0.weight"].data_ptr()
         assert block.mlp[0].weight.shape == (2, 3) and block.mlp[2].weight.shape == (3, 2)
     assert all(parameter is own[name] for name, parameter in block.named_parameters())
     with torch.no_grad():
         block.mlp[0].weight.mul_(2)  # an optimizer's step
         expected = naive(block, x, (2, 2))
-        with sliced(block, (SITE,), 0.25):
+        with sliced(block, SITE, 0.25):
             torch.testing.assert_close(block(x), expected)
         block.double()
         expected = naive(block, x.double(), (2, 2))
-    with sliced(block, (SITE,), 0.25):
+    with sliced(block, SITE, 0.25):
         found = block(x.double())
     torch.testing.assert_close(found, expected)
     found.sum().backward()
@@ -75,14 +75,14 @@ def test_what_can_not_be_sliced_raises():
     block.mlp[2] = nn.Sequential(block.mlp[2])  # say, an adapter around the layer
     with (
         pytest.raises(ValueError, match="mlp.2 is a Sequential, expected nn.Linear"),
-        sliced(block, (SITE,), 0.5),
+        sliced(block, SITE, 0.5),
     ):
         pass
     hooked = Block()
     hooked.mlp[0].forward = hooked.mlp[0].forward  # say, one that casts the weights
     with (
         pytest.raises(ValueError, match="a hook replaced the forward of Linear"),
-        sliced(hooked, (SITE,), 0.5),
+        sliced(hooked, SITE, 0.5),
     ):
         pass
 
@@ -91,6 +91,6 @@ def test_what_can_not_be_sliced_raises():
 def test_an_error_in_the_block_leaves_it_whole():
     block = Block()
     own = dict(block.named_parameters())
-    with pytest.raises(RuntimeError), sliced(block, (SITE,), 0.5):
+    with pytest.raises(RuntimeError), sliced(block, SITE, 0.5):
         block(torch.randn(1, 5, 4))
     assert all(parameter is own[name] for name, parameter in block.named_parameters())

@@ -121,7 +121,10 @@ def test_what_kind_of_router_a_stage_trains_is_in_its_file(stage: str, scope: st
     ("arguments", "message"),
     [
         (["stage=dit", "dit.model.widht=3"], "did you mean dit.model.width"),
-        (["stage=updates"], "^stage=updates: did you mean stage=few_step\\? expected one of block_router, "),
+        (
+            ["stage=router", "branches=shared"],
+            "'branches': router.branches is no option of its own, but part of router=block.reuse",
+        ),
         (["stage=rooter"], "^stage=rooter: did you mean stage=router\\? expected one of block_router, "),
         (["stage=dit", "kl_weight=3"], "unknown option 'kl_weight': it is an option of stage=vae; "),
         (

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from elastic3d.diffusion.flow import sample_timesteps, timesteps_at
-from elastic3d.elastic import is_attached
+from elastic3d.elastic import find_session
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.training.dit import FlowObjective
@@ -138,7 +138,7 @@ def test_validation_sees_the_dense_model_and_the_state_dict_is_the_models():
     dit = tiny()
     keys = list(dit.state_dict())
     objective = FlowObjective(dit, 3, 4.0, RandomRoutes(dit))
-    assert list(dit.state_dict()) == keys and is_attached(dit)
+    assert list(dit.state_dict()) == keys and find_session(dit) is not None
     assert [name for name, _ in objective.named_parameters()] == [
         f"dit.{k}" for k, _ in dit.named_parameters()
     ]

@@ -1,5 +1,4 @@
-"""What older versions saved is read under today's names, and a command line is told them; the bundled models are such
-files."""
+"""What older versions saved is read under today's names: the bundled models are such files."""
 
 import json
 import shutil
@@ -7,26 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import train
-from _cli import parse
 from safetensors import safe_open
 
 from elastic3d.elastic.attachment import load_router_config
-from elastic3d.elastic.config import (
-    BlockCacheConfig,
-    Branches,
-    ElasticConfig,
-    RouterConfig,
-    RouterCurves,
-    Scope,
-)
+from elastic3d.elastic.config import Branches, RouterConfig, RouterCurves, Scope
 from elastic3d.errors import UserError
 from elastic3d.models.options import ImageEncoderConfig
 from elastic3d.training.checkpoint import read_record, stage_of
 from elastic3d.training.options import StageName
 from elastic3d.training.stages import stage_config
 from elastic3d.utils.files import save_json
-from elastic3d.utils.old_names import GROUPED, OPTIONS, WEIGHTS, todays_names, todays_results
+from elastic3d.utils.old_names import GROUPED, OPTIONS, WEIGHTS, todays_results
 from elastic3d.utils.options import from_dict, hints, to_dict
 
 ROOT = Path(__file__).parents[2]
@@ -57,9 +47,9 @@ def test_every_value_of_the_bundled_routers_is_kept(model: str) -> None:
         new = renamed[old]
         holder = config if new == "damping" else config.curves
         assert new and getattr(holder, new) == written.get(old, written.get(new))
-    rank = written.get("updates", written.get("few_step_rank", 0))
+    rank = written.get("few_step_rank", 0)
     assert config.few_step_rank == rank and (rank == 48) is (model == "shape-small")
-    assert config.few_step_nfe == written.get("updates_calls", written.get("few_step_nfe", 8.0))
+    assert config.few_step_nfe == written.get("few_step_nfe", 8.0)
 
 
 def test_curves_are_read_from_their_own_file_and_never_taken_for_none(tmp_path: Path) -> None:
@@ -87,11 +77,8 @@ def test_a_folder_mixed_of_two_versions_is_refused(tmp_path: Path) -> None:
         load_router_config(tmp_path, "ShapeDiT")
 
 
-def test_saved_caches_encoders_and_defaults() -> None:
-    cache = from_dict(BlockCacheConfig, {"closed_reuse": True, "trend": 0.5, "drift": 0.1}, "cache")
-    assert cache == BlockCacheConfig(skipped_reuse=True, damping=0.5)
-    assert from_dict(ElasticConfig, {"updates": False}, "elastic") == ElasticConfig(few_step=False)
-    assert from_dict(RouterConfig, {"scope": "step", "branches": "apart"}).branches is Branches.separate
+def test_saved_values_and_encoders() -> None:
+    assert from_dict(RouterConfig, {"lookahead": "step", "branches": "together"}).branches is Branches.shared
     assert from_dict(RouterConfig, {"variant": "light", "hidden": 8}) == RouterConfig(hidden=8)
     encoder = saved("shape-small/image_encoder/config.json")
     assert from_dict(ImageEncoderConfig, encoder, "encoder").prepared_size == 0
@@ -133,8 +120,19 @@ def test_weights_and_results() -> None:
     assert todays_results({"pictures": 3, "date": "d"}) == {"images": 3, "date": "d"}
 
 
+def names_in(value: Any) -> set[str]:
+    """The names of a JSON value, at any depth."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return set(value if isinstance(value, dict) else ()).union(*map(names_in, inside))
+
+
+def test_every_old_name_is_one_of_a_shipped_file() -> None:
+    used = names_in([json.loads(path.read_text()) for path in SHIPPED.rglob("*.json")])
+    assert used >= {old for renamed in OPTIONS.values() for old in renamed}
+
+
 def test_every_new_name_is_an_option_of_its_class() -> None:
-    classes = [RouterConfig, BlockCacheConfig, ElasticConfig, ImageEncoderConfig]
+    classes = [RouterConfig, ImageEncoderConfig]
     waiting: list[type[Any]] = [stage_config(stage) for stage in StageName]
     while waiting:
         classes.append(each := waiting.pop())
@@ -147,37 +145,3 @@ def test_every_new_name_is_an_option_of_its_class() -> None:
             found |= hints(hints(RouterConfig)[GROUPED[name]]).keys()
         assert found >= {new for new in renamed.values() if new}, name
         assert not found & renamed.keys(), name
-
-
-@pytest.mark.parametrize(
-    ("stage", "old", "new"),
-    [
-        (StageName.router, "routing.recalled", "routing.simulated_steps"),
-        (StageName.router, "recalled", "routing.simulated_steps"),
-        (StageName.few_step, "updates.max_calls", "few_step.max_nfe"),
-        (StageName.image_router, "routing.picture.weight", "routing.image.weight"),
-    ],
-)
-def test_an_old_name_on_a_command_line_is_refused_with_the_new_one(
-    stage: StageName, old: str, new: str
-) -> None:
-    with pytest.raises(UserError, match=f"unknown option '{old}': did you mean {new}\\?"):
-        parse(stage_config(stage), "train", [f"stage={stage.name}", f"{old}=2"])
-
-
-def test_an_option_that_a_group_sets_is_told_as_part_of_it() -> None:
-    arguments = ["stage=router", "branches=together"]
-    wanted = "'branches': router.branches is no option of its own, but part of router=block.reuse"
-    with pytest.raises(UserError, match=wanted):
-        parse(stage_config(StageName.router), "train", arguments, elsewhere=train.options_of_stages)
-
-
-def test_an_old_name_of_another_stage_is_told_as_that_stage_has_it() -> None:
-    wanted = "unknown option 'picture_size': prepared_size is an option of stage=cache"
-    with pytest.raises(UserError, match=wanted):
-        parse(stage_config(StageName.dit), "train", ["picture_size=3"], elsewhere=train.options_of_stages)
-
-
-def test_names_of_today_stay() -> None:
-    assert todays_names("routing.val_steps") == {"routing.val_steps"}
-    assert todays_names("cache.trend") == {"cache.damping"}

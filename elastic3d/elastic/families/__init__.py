@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-Rows = slice | Tensor  # a sub-batch: consecutive rows, or their indices (k,) long
+from elastic3d.elastic.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -70,15 +69,18 @@ class BlockAdapter(ABC):
     """One kind of block. Most of it follows from the names in the signature of the block's `forward`.
 
     stream_names: of the token streams (B,L,D), in the order in which routing sees them; output: dotted name of a
-    linear layer that puts out a token's channels (D); returns: the streams' order in the block's return value, a tuple,
-    None for a block that returns one tensor; per_sample: further arguments whose first axis is the batch, such as the
-    modulation vector (B,D); None values are allowed.
+    linear layer that puts out a token's channels (D); mlp: those of the two of the MLP that is narrowed; returns: the
+    streams' order in the block's return value, a tuple, None for a block that returns one tensor; per_sample: further
+    arguments whose first axis is the batch, such as the modulation vector (B,D), None values are allowed; mlp_width:
+    the block's own attribute that states the MLP's hidden width, which its first layer has beside other projections.
     """
 
     stream_names: tuple[str, ...]
     output: str
+    mlp: tuple[str, str]
     returns: tuple[str, ...] | None = None
     per_sample: tuple[str, ...] = ()
+    mlp_width: str | None = None
 
     def bind(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BlockCall:
         """The call with its arguments by name, however they were passed."""
@@ -121,9 +123,17 @@ class BlockAdapter(ABC):
         """Channels of a token (D)."""
         return cast(nn.Linear, block.get_submodule(self.output)).out_features
 
-    @abstractmethod
-    def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
-        """The MLPs that a router may narrow; ValueError where an MLP has no plain prefix."""
+    def mlp_site(self, block: nn.Module) -> MLPSite | None:
+        """The MLP that a router may narrow, None where there is none; ValueError where it has no plain prefix. Its
+        hidden units are the last outputs of its first layer, and the last inputs of its second."""
+        up, down = (cast(nn.Linear, block.get_submodule(name)) for name in self.mlp)  # or a LoRA's around one
+        hidden = up.out_features if self.mlp_width is None else getattr(block, self.mlp_width)
+        return MLPSite(*self.mlp, hidden, up.out_features - hidden, down.in_features - hidden, self.mlp_width)
+
+    def mlp_flops(self, block: nn.Module) -> int:
+        """FLOPs of a token in the MLP at full width."""
+        site = self.mlp_site(block)
+        return 0 if site is None else 4 * self.width(block) * site.hidden
 
     @abstractmethod
     def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
@@ -131,13 +141,12 @@ class BlockAdapter(ABC):
 
 
 class DoubleStreamAdapter(BlockAdapter):
-    """A block that keeps two streams separate, of which the MLP of the first is narrowed."""
+    """A block that keeps two streams separate, of which the MLP of the first is narrowed (as in E-DiT's code)."""
 
     def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
         """FLOPs of one sample: image and text tokens, or latents and condition."""
         D, (image, text) = self.width(block), lengths
-        modulation = 2 * (2 * D * 6 * D)  # of both streams, once a sample
-        mlp = 4 * D * self.mlp_sites(block)[0].hidden  # a token
+        modulation, mlp = 2 * (2 * D * 6 * D), self.mlp_flops(block)  # of both streams, once a sample
         return BlockFlops(modulation + attention_flops(D, image + text) + text * mlp, image * mlp)
 
 
@@ -147,8 +156,8 @@ class SingleStreamAdapter(BlockAdapter):
     def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
         """FLOPs of one sample."""
         D, tokens = self.width(block), sum(lengths)
-        modulation, mlp = 2 * D * 3 * D, tokens * 4 * D * self.mlp_sites(block)[0].hidden
-        return BlockFlops(modulation + attention_flops(D, tokens), mlp)
+        modulation = 2 * D * 3 * D
+        return BlockFlops(modulation + attention_flops(D, tokens), tokens * self.mlp_flops(block))
 
 
 @dataclass(frozen=True)
@@ -183,21 +192,6 @@ class ModelAdapter:
 @lru_cache(maxsize=64)
 def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
-
-
-def rows_index(rows: Sequence[int], device: torch.device) -> Rows:
-    """Row numbers as an index: a slice (a view, nothing is copied) where they are consecutive."""
-    if rows[-1] - rows[0] == len(rows) - 1:
-        return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows, device=device)
-
-
-def take_rows(streams: tuple[Tensor, ...], rows: Sequence[int]) -> tuple[Tensor, ...]:
-    """Some rows of streams (B,L,D); all of them are not gathered."""
-    if len(rows) == len(streams[0]):
-        return streams
-    index = rows_index(rows, streams[0].device)
-    return tuple(stream[index] for stream in streams)
 
 
 def attention_flops(width: int, tokens: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from elastic3d.elastic.families import (
     DoubleStreamAdapter,
     MLPSite,
     ModelAdapter,
-    Rows,
     SingleStreamAdapter,
 )
+from elastic3d.elastic.rows import Rows
 
 STREAMS = ("hidden_states", "encoder_hidden_states")  # image tokens, text tokens
 
@@ -34,19 +34,6 @@ class JointBlockAdapter(BlockAdapter):
         return BlockCall({**part.arguments, "joint_attention_kwargs": taken}, part.streams)
 
 
-def feed_forward_site(block: nn.Module, name: str) -> MLPSite:
-    """The site of a diffusers `FeedForward`; ValueError for a gated activation or a mixture of experts, which have no
-    plain prefix."""
-    part = block.get_submodule(name)
-    if type(part).__name__ != "FeedForward":
-        raise ValueError(f"{name} is a {type(part).__name__}, expected a FeedForward: it can't be narrowed")
-    up = block.get_submodule(f"{name}.net.0")
-    if type(up).__name__ != "GELU":
-        raise ValueError(f"{name} has a {type(up).__name__} activation, expected GELU: it can't be narrowed")
-    proj = cast(nn.Linear, up.get_submodule("proj"))  # or a LoRA's layer around one
-    return MLPSite(f"{name}.net.0.proj", f"{name}.net.2", proj.out_features)
-
-
 def _take(name: str, value: Any, rows: Rows, batch: int) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -57,25 +44,27 @@ def _take(name: str, value: Any, rows: Rows, batch: int) -> Any:
     )
 
 
-class FluxDoubleAdapter(JointBlockAdapter, DoubleStreamAdapter):
-    """`FluxTransformerBlock`; the image stream's MLP is narrowed."""
+class JointDoubleAdapter(JointBlockAdapter, DoubleStreamAdapter):
+    """`FluxTransformerBlock`; the image stream's MLP, a `FeedForward`, is narrowed."""
 
-    def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
-        """The image stream's MLP."""
-        return (feed_forward_site(block, "ff"),)
+    def mlp_site(self, block: nn.Module) -> MLPSite | None:
+        """Its MLP; ValueError for a gated activation or a mixture of experts, which have no plain prefix."""
+        name = self.mlp[0].partition(".")[0]
+        part = type(block.get_submodule(name)).__name__
+        if part != "FeedForward":
+            raise ValueError(f"{name} is a {part}, expected a FeedForward: it can't be narrowed")
+        activation = type(block.get_submodule(f"{name}.net.0")).__name__
+        if activation != "GELU":
+            raise ValueError(f"{name} has a {activation} activation, expected GELU: it can't be narrowed")
+        return super().mlp_site(block)
 
 
-class FluxSingleAdapter(JointBlockAdapter, SingleStreamAdapter):
+class JointSingleAdapter(JointBlockAdapter, SingleStreamAdapter):
     """`FluxSingleTransformerBlock`; the MLP shares its output projection with the attention."""
 
-    def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
-        """`proj_mlp`, and the columns of `proj_out` behind the attention's output."""
-        up = cast(nn.Linear, block.get_submodule("proj_mlp"))
-        return (MLPSite("proj_mlp", "proj_out", up.out_features, fc2_offset=self.width(block)),)
 
-
-class QwenImageBlockAdapter(JointBlockAdapter, DoubleStreamAdapter):
-    """`QwenImageTransformerBlock`; the image stream's MLP is narrowed.
+class QwenImageBlockAdapter(JointDoubleAdapter):
+    """`QwenImageTransformerBlock`.
 
     Models that know clean image tokens (`zero_cond_t`) carry 2B modulation vectors, those of time 0 behind, and
     `modulate_index` (B,N) says which of the two a token takes.
@@ -99,10 +88,6 @@ class QwenImageBlockAdapter(JointBlockAdapter, DoubleStreamAdapter):
         total = text.float().masked_fill(~words, 0).sum(1, keepdim=True)
         return image, (total / words.sum(1, keepdim=True).clamp_min(1)).to(text.dtype)
 
-    def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
-        """The image stream's MLP."""
-        return (feed_forward_site(block, "img_mlp"),)
-
     def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
         """FLOPs of one sample; of such a model the image stream is modulated twice."""
         found, D = super().flops(block, lengths), self.width(block)
@@ -111,14 +96,19 @@ class QwenImageBlockAdapter(JointBlockAdapter, DoubleStreamAdapter):
 
 
 _RETURNS = STREAMS[::-1]
-_FLUX_LISTS = (
-    ("transformer_blocks", FluxDoubleAdapter(STREAMS, "attn.to_out.0", _RETURNS, ("temb",))),
-    ("single_transformer_blocks", FluxSingleAdapter(STREAMS, "proj_out", _RETURNS, ("temb",))),
+_DOUBLE = JointDoubleAdapter(
+    STREAMS, "attn.to_out.0", ("ff.net.0.proj", "ff.net.2"), _RETURNS, per_sample=("temb",)
 )
-FLUX = ModelAdapter("FluxTransformer2DModel", _FLUX_LISTS, "timestep", position=3, noise_at_one=True)
+_SINGLE = JointSingleAdapter(STREAMS, "proj_out", ("proj_mlp", "proj_out"), _RETURNS, per_sample=("temb",))
 _QWEN = QwenImageBlockAdapter(
-    STREAMS, "attn.to_out.0", _RETURNS, ("temb", "encoder_hidden_states_mask", "modulate_index")
+    STREAMS,
+    "attn.to_out.0",
+    ("img_mlp.net.0.proj", "img_mlp.net.2"),
+    _RETURNS,
+    per_sample=("temb", "encoder_hidden_states_mask", "modulate_index"),
 )
+_FLUX_LISTS = (("transformer_blocks", _DOUBLE), ("single_transformer_blocks", _SINGLE))
+FLUX = ModelAdapter("FluxTransformer2DModel", _FLUX_LISTS, "timestep", position=3, noise_at_one=True)
 QWEN_IMAGE = ModelAdapter(
     "QwenImageTransformer2DModel", (("transformer_blocks", _QWEN),), "timestep", position=3, noise_at_one=True
 )

@@ -33,11 +33,9 @@ class SkipBlockAdapter(BlockAdapter):
             arguments["x"] = cast(SkipBlock, block).join(arguments["x"], skip)
         return self._call(arguments)
 
-    def mlp_sites(self, block: nn.Module) -> tuple[MLPSite, ...]:
-        """The MLP; nothing in a block with experts."""
-        if hasattr(block, "moe"):
-            return ()
-        return (MLPSite("mlp.fc1", "mlp.fc2", cast(SkipBlock, block).mlp.fc1.out_features),)
+    def mlp_site(self, block: nn.Module) -> MLPSite | None:
+        """The MLP; None in a block with experts."""
+        return None if hasattr(block, "moe") else super().mlp_site(block)
 
     def flops(self, block: nn.Module, lengths: Sequence[int]) -> BlockFlops:
         """FLOPs of one sample: latents and the time token, with the condition tokens of the model's own encoder.
@@ -55,5 +53,5 @@ class SkipBlockAdapter(BlockAdapter):
         return BlockFlops(fixed + 2 * tokens * D * len(gate.weight) + (1 + gate.chosen) * mlp, 0)
 
 
-_BLOCK = SkipBlockAdapter(("x",), "attn1.out_proj", per_sample=("condition",))
+_BLOCK = SkipBlockAdapter(("x",), "attn1.out_proj", ("mlp.fc1", "mlp.fc2"), per_sample=("condition",))
 ADAPTER = ModelAdapter("SkipDiT", (("blocks", _BLOCK),), time="t", position=1)
