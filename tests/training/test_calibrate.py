@@ -25,7 +25,7 @@ from elastic3d.utils.files import load_json, save_json
 from tests.training.test_elastic import router_config
 from tests.training.test_image_stages import folder, image_config  # noqa: F401  # a fixture
 
-STEPS, TIMES, CURVE = 12, [0.2, 0.8], [0.3, -0.2]
+STEPS, TIMES, CURVE = 8, [0.2, 0.8], [0.3, -0.2]
 ROUTERS = RouterConfig(
     scope=Scope.step, longest=3, widths=1, head_std=0.3,
     curves=RouterCurves(
