@@ -159,8 +159,8 @@ def test_bf16_is_close_to_fp32(prepared, precision):
 def test_learns_one_shape(prepared):
     (prepared / "train.txt").write_text("balls/ball3\n")
     (prepared / "val.txt").write_text("balls/ball3\n")
-    config = vae_config(prepared, steps=120, learning_rate=1e-2, warmup=10, log_every=60, save_every=120)
-    config.validate_every, config.ema = 120, 0.9
+    config = vae_config(prepared, steps=80, learning_rate=1e-2, warmup=10, log_every=40, save_every=80)
+    config.validate_every, config.ema = 80, 0.9
     run(config)
     last = read_metrics(config.folder / "metrics.jsonl")[-1]
     assert last["val/volume_iou"] > 0.85
