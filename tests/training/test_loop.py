@@ -260,9 +260,9 @@ def test_a_larger_model_starts_from_a_smaller_one(prepared):
     assert set(started) - set(average) == set(new)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_mistakes(prepared):
+    run(vae_config(prepared))
+    for changes, message in (
         (dict(resume=False), "exists: take another name"),
         (dict(steps=5), "is beyond steps=5"),
         (dict(gradient_checkpointing=True), "can't recompute its blocks"),
@@ -270,12 +270,9 @@ def test_a_larger_model_starts_from_a_smaller_one(prepared):
             dict(init_from=Path("nowhere"), name="fresh"),
             "init_from=nowhere does not exist, expected a checkpoint",
         ),
-    ],
-)
-def test_mistakes(prepared, changes, message):
-    run(vae_config(prepared))
-    with pytest.raises(UserError, match=message):
-        run_stage(vae_config(prepared, **changes))
+    ):
+        with pytest.raises(UserError, match=message):
+            run_stage(vae_config(prepared, **changes))
 
 
 def test_a_run_that_goes_on_with_other_options_says_so(prepared, capsys):
