@@ -45,8 +45,7 @@ class Camera:
 
     def project(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
         """Points (P, 3) to image coordinates (P, 2): x to the right, y up, the image spans [-1, 1]."""
-        local = (points - np.array(self.eye)) @ self.axes().T
-        return local[:, :2] / (local[:, 2:] * np.tan(np.radians(self.fov_deg) / 2))
+        return _projected(points - np.array(self.eye), self.axes(), np.tan(np.radians(self.fov_deg) / 2))
 
     def rays(self, pixels: NDArray[np.floating], size: int) -> NDArray[np.float64]:
         """Unit directions (P, 3) through pixel positions (P, 2) given as (row, column), centres at +0.5."""
@@ -55,6 +54,14 @@ class Camera:
         axes = self.axes()
         directions = plane @ axes[:2] + axes[2]
         return directions / np.sqrt(np.einsum("ij,ij->i", directions, directions))[:, None]
+
+
+def _projected(
+    points: NDArray[np.floating], axes: NDArray[np.float64], slope: np.floating
+) -> NDArray[np.float64]:
+    """Points (P, 3) relative to the eye in image coordinates (P, 2); `slope`: tangent of half the angle of view."""
+    local = points @ axes.T
+    return local[:, :2] / (local[:, 2:] * slope)
 
 
 def orbit_camera(azimuth_deg: float, elevation_deg: float, distance: float, fov_deg: float) -> Camera:
@@ -80,10 +87,7 @@ def frame(camera: Camera, points: NDArray[np.floating], fill: float) -> Camera:
     target, distance = np.zeros(3), float(np.linalg.norm(np.subtract(camera.eye, camera.target)))
     closest = float(np.linalg.norm(points, axis=1).max()) * 1.05
     for _ in range(6):
-        moved = Camera(
-            eye=_triple(target - distance * axes[2]), target=_triple(target), fov_deg=camera.fov_deg
-        )
-        seen = moved.project(points)
+        seen = _projected(points - (target - distance * axes[2]), axes, slope)
         low, high = seen.min(axis=0), seen.max(axis=0)
         target = target + ((low + high) / 2 * slope * distance) @ axes[:2]
         distance = max(distance * float((high - low).max()) / 2 / fill, closest)

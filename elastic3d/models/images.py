@@ -353,10 +353,10 @@ def _floor_shadow(rgb: np.ndarray, colour: np.ndarray, background: np.ndarray, s
     """
     if min(background.shape) < _SMALLEST_OBJECT:
         return np.zeros_like(background)
-    share = rgb / np.maximum(colour, 1.0)
-    brightness = share.mean(axis=2)
-    tinted = np.ptp(share, axis=2) > _SHADOW_TINT
-    grey = ndimage.gaussian_filter(rgb.mean(axis=2), 1.0)
+    share = np.moveaxis(rgb / np.maximum(colour, 1.0), 2, 0).copy()  # numpy reduces a first axis much sooner
+    brightness = share.mean(axis=0)
+    tinted = np.ptp(share, axis=0) > _SHADOW_TINT
+    grey = ndimage.gaussian_filter(np.moveaxis(rgb, 2, 0).copy().mean(axis=0), 1.0)
     slope = np.hypot(*np.gradient(grey)) * max(grey.shape) / 256
     like = background | (~tinted & (brightness > _SHADOW_DEPTH) & (brightness < 1) & (slope < steepest))
     gap = max(1, round(max(grey.shape) / 128))

@@ -321,7 +321,7 @@ class BlockRouterStage(GenerationStage):
         """That of the training."""
         return as_trained(self.config.precision, self.objective.device)
 
-    def calibrate(self, curves: CurvesConfig, points: int = 24) -> None:
+    def calibrate(self, curves: CurvesConfig) -> None:
         """Make the requested share the executed one, in the mean over the validated numbers of steps."""
         options, router = self.config.blocks, self.objective.session.router_config
         wholes = [router.guided_share(self.flow.times(steps)[:-1].tolist()) for steps in options.val_steps]
@@ -336,7 +336,7 @@ class BlockRouterStage(GenerationStage):
         # some range also where no budget was trained but the full one
         lowest = min(options.min_budget / min(wholes), 0.95)
         times = self.flow.times(options.val_steps[0])
-        calibrate(self.objective.session, generate, times, curves, points, lowest)
+        calibrate(self.objective.session, generate, times, curves, lowest)
 
     def sensitivity(self, steps: int) -> Sensitivity:
         """What leaving out each block at each step does to the last latents, with the LoRA as it is."""

@@ -26,6 +26,7 @@ DAMPING_STEPS = ((-0.6, -0.3, 0.3), (-0.15, 0.15))  # of a value, round by round
 MAX_DAMPING = 1.5
 _PROBES, _DAMPING_PROBES = 16, 8  # samples on which these are compared
 _BIAS_BUDGETS, _DAMPING_BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8), (0.5, 0.6, 0.7)
+POINTS = 24  # requested budgets
 _SHARES = (0.3, 0.35, 0.4, 0.5)
 
 
@@ -71,11 +72,10 @@ def calibrate(
     generate: Generate,
     times: Tensor,
     curves: CurvesConfig,
-    points: int = 24,
     lowest: float = MIN_BUDGET,
 ) -> None:
     """Note in the routers' configuration dampings and gate bias over time, and the calibrated budget for each of
-    `points` requested ones, so that a requested budget is what is executed.
+    `POINTS` requested ones, so that a requested budget is what is executed.
 
     `times` (S+1,) are those that `generate` samples at. `lowest` is the smallest budget that the routers were trained
     at: what they do below it says nothing. Without routers there is nothing to calibrate.
@@ -94,10 +94,10 @@ def calibrate(
         choose_dampings(session, generate)
     if gate_bias and router.longest:
         choose_gate_bias(session, generate, times)
-    requested = np.linspace(lowest, 1.0, points)
+    requested = np.linspace(lowest, 1.0, POINTS)
     bar = tqdm(requested, desc="calibrate", dynamic_ncols=True)
     shares = [generate(ElasticConfig(budget=float(budget)), 0)[1].mean().item() for budget in bar]
-    found = np.maximum.accumulate(shares) + 1e-6 * np.arange(points)  # ascending, as an inverse needs
+    found = np.maximum.accumulate(shares) + 1e-6 * np.arange(POINTS)  # ascending, as an inverse needs
     calibrated = np.interp(requested, found, requested)
     _draw(session, requested_budgets=requested.tolist(), calibrated_budgets=calibrated.tolist())
 

@@ -317,7 +317,7 @@ class RouterStage(Stage):
         settings = [ElasticConfig(elastic=False), *(ElasticConfig(budget=b) for b in budgets)]
         return {"generated": self.flow.sheet([self._generate(each)[0] for each in settings])}
 
-    def calibrate(self, curves: CurvesConfig, points: int = 24) -> None:
+    def calibrate(self, curves: CurvesConfig) -> None:
         """Measure on validation samples how residuals go on and the gates' bias over time, and make the requested cost
         the executed one. With a few-step LoRA that has learned the guidance a budget is spent on fewer evaluations:
         where it does not cover all budgets, it is left out."""
@@ -333,7 +333,7 @@ class RouterStage(Stage):
             return self.flow.compared(latents), share / whole
 
         lowest = min(MIN_BUDGET / whole, 0.95)
-        calibrate(self.objective.session, generate, times, curves, points, lowest)
+        calibrate(self.objective.session, generate, times, curves, lowest)
 
     def _generate(self, settings: ElasticConfig, count: int = 0) -> tuple[Tensor, Tensor]:
         """Latents (B,N,C) of the first `count` (0: all) validation samples, and the executed share (B,)."""

@@ -230,7 +230,7 @@ def test_blocks_compile_whole_with_a_bounded_number_of_recompilations(family):
 def fewer_blocks() -> Family:
     """The family shape_dit; the whole model breaks into graphs at each block, and each takes long."""
     config = DiTConfig(
-        in_channels=4, condition_channels=6, width=32, heads=2, double_blocks=1, single_blocks=2
+        in_channels=4, condition_channels=6, width=32, heads=2, double_blocks=1, single_blocks=1
     )
     return replace(FAMILIES["shape_dit"], build=lambda: ShapeDiT(config))
 

@@ -30,13 +30,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_bad_shapes_are_listed_and_the_rest_goes_on(tmp_path: Path) -> None:
     shards, source = plan(["b0", "broken", "crash", "b1", "hang", "b2"], tmp_path, size=3)
     seen: list[tuple[str, str]] = []
-    prepare(shards, source, RECIPE, workers=2, timeout_s=8, progress=lambda *row: seen.append(row))
+    prepare(shards, source, RECIPE, workers=2, timeout_s=4, progress=lambda *row: seen.append(row))
     count, failures = write_manifest(tmp_path)
     assert count == 3
     assert failures == {
         "broken": "no such mesh",
         "crash": "the process died with code -9",
-        "hang": "took more than 8 s",
+        "hang": "took more than 4 s",
     }
     rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == ["b0", "b1", "b2"]

@@ -17,6 +17,7 @@ from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.training import calibration
 from elastic3d.training.latents import LatentInfo, build_cache
 from elastic3d.training.options import StageName
 from elastic3d.utils.files import load_json, save_json
@@ -63,6 +64,17 @@ def prepared(tmp_path: Path) -> Path:
     """A data folder."""
     prepare(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A calibration goes through all it does, but tries a few values of each curve where it would try dozens."""
+    few = {
+        "EARLY": (0.0, 3.0), "LATE": (2.0,), "DAMPING_TIMES": (0.0, 1.0), "DAMPING_STEPS": ((-0.5,), (0.2,)),
+        "_BIAS_BUDGETS": (0.4, 0.8), "_DAMPING_BUDGETS": (0.5, 0.7), "POINTS": 6,
+    }  # fmt: skip
+    for name, values in few.items():
+        monkeypatch.setattr(calibration, name, values)
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,8 @@ from tests.training.test_few_step import ROUTERS, few_step_config, routed  # noq
 from tests.training.tiny import config_of, export_of, gradients
 from tests.training.tiny import dit_config as config_for
 
+pytestmark = pytest.mark.usefixtures("few_tries")
+
 ROUTER = RouterConfig(scope=Scope.block, longest=1, damping=0.0, hidden=8, conditioning=8)
 MESH = dict(near_queries=16, volume_queries=8, surface_points=8)
 
@@ -266,13 +268,13 @@ def test_budgets_are_calibrated_where_they_were_trained(routed):  # noqa: F811
     guided = {"guidance": True, "guided_times": [0.2, 0.6], "val_steps": [2, 3]}
     stage = BlockRouterStage(block_config(routed, guided))
     varied_gates(stage)
-    stage.calibrate(CurvesConfig(), points=3)
+    stage.calibrate(CurvesConfig())
     curves, router = stage.objective.session.router_config.curves, stage.draw.router
     wholes = [router.guided_share(stage.flow.times(steps)[:-1].tolist()) for steps in (2, 3)]
     assert min(wholes) < 1 and curves.requested_budgets[0] == pytest.approx(0.3 / min(wholes))
     assert curves.requested_budgets[-1] == 1 and min(curves.calibrated_budgets) >= curves.requested_budgets[0]
     stage.config.blocks.min_budget = 1.0  # the full route alone
-    stage.calibrate(CurvesConfig(), points=3)
+    stage.calibrate(CurvesConfig())
     assert stage.objective.session.router_config.curves.requested_budgets[0] == pytest.approx(0.95)
 
 

@@ -32,6 +32,8 @@ from tests.training.test_image_stages import folder, image_config, views  # noqa
 from tests.training.test_loop import start_two, wait_for_end
 from tests.training.tiny import add_views, config_of, export_of, vae_config
 
+pytestmark = pytest.mark.usefixtures("few_tries")
+
 ROUTER = RouterConfig(scope=Scope.block, longest=1, damping=0.0, hidden=8, conditioning=8)
 OPTIONS = dict(rank=2, min_steps=2, max_steps=3, reference_steps=4, pairs=4, val_shapes=1, val_steps=[2],
                val_budgets=[0.5], random_steps=1)  # fmt: skip

@@ -25,7 +25,7 @@ from elastic3d.utils.files import load_json, save_json
 from tests.training.test_elastic import router_config
 from tests.training.test_image_stages import folder, image_config  # noqa: F401  # a fixture
 
-STEPS, TIMES, CURVE = 12, [0.2, 0.8], [0.3, -0.2]
+STEPS, TIMES, CURVE = 8, [0.2, 0.8], [0.3, -0.2]
 ROUTERS = RouterConfig(
     scope=Scope.step, longest=3, widths=1, head_std=0.3,
     curves=RouterCurves(
@@ -98,7 +98,7 @@ def test_curves_are_chosen_by_the_anchors_of_anchored_latents(dense, monkeypatch
     assert torch.equal(found, latents[..., :3] if anchored else latents) and torch.equal(shares, share)
 
 
-def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypatch):
+def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, request):
     save_json({"steps": 3}, routers / "few_step.json")
     before = {path.name: path.read_bytes() for path in routers.iterdir()}
     config = shape_config(dense, {"dampings": Curve.keep, "gate_bias": Curve.keep})
@@ -128,11 +128,9 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
         stage = RouterStage(trained)
         assert (stage.flow.guidance, stage.sampling[1]) == (guidance, sampled)
 
-    monkeypatch.setattr(calibration, "EARLY", (0.0,))
-    monkeypatch.setattr(calibration, "DAMPING_TIMES", (0.0, 1.0))
-    monkeypatch.setattr(calibration, "DAMPING_STEPS", ((-0.5,),))
-    monkeypatch.setattr(calibration, "_BIAS_BUDGETS", (0.4, 0.8))
-    monkeypatch.setattr(calibration, "_DAMPING_BUDGETS", (0.5, 0.7))
+    request.getfixturevalue("few_tries")
+    path = dense / "dense" / "pipeline.json"
+    save_json({**load_json(path), "steps": 4}, path)
     config = shape_config(dense, export={"output": dense / "other"})
     (dense / "other" / "routers").mkdir(parents=True)
     (dense / "other" / "routers" / "few_step.csv").touch()  # of what was there before
@@ -143,7 +141,7 @@ def test_budgets_are_what_is_executed_and_weights_stay(dense, routers, monkeypat
         assert (other / name).read_bytes() == before[name]
     assert not (other / "few_step.csv").exists()
     chosen = load_router_config(other, "ShapeDiT")  # anew
-    assert len(chosen.curves.gate_bias) == STEPS - 1
+    assert len(chosen.curves.gate_bias) == 4 - 1
     assert chosen.curves.damping_times == list(calibration.DAMPING_TIMES)
 
 

@@ -78,10 +78,11 @@ def test_dampings_over_time_take_one_value_after_the_other(stage, monkeypatch):
 def test_calibration_starts_from_nothing(stage, monkeypatch):
     monkeypatch.setattr(calibration, "DAMPING_TIMES", (0.0, 0.3, 1.0))
     monkeypatch.setattr(calibration, "DAMPING_STEPS", ((-0.6, 0.3), (0.15,)))
+    monkeypatch.setattr(calibration, "POINTS", 6)
     session = stage.objective.session
-    stage.calibrate(CurvesConfig(), points=6)
+    stage.calibrate(CurvesConfig())
     first = session.router_config.curves
     assert len(first.times) == STEPS - 1 and len(first.requested_budgets) == 6
     assert len(first.dampings) == len(calibration.DAMPING_TIMES)
-    stage.calibrate(CurvesConfig(), points=6)
+    stage.calibrate(CurvesConfig())
     assert session.router_config.curves == first

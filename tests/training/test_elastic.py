@@ -16,6 +16,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.options import DiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
+from elastic3d.training import calibration
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from elastic3d.training.export import export_run
@@ -33,6 +34,8 @@ from elastic3d.utils.devices import DeviceChoice
 from elastic3d.utils.files import load_json, save_json
 from tests.training.tiny import change_prepared, defaults, export_of
 from tests.training.tiny import dit_config as config_for
+
+pytestmark = pytest.mark.usefixtures("few_tries")
 
 ONCE_A_STEP = dict(longest=3, scope=Scope.step, widths=1)
 
@@ -189,7 +192,7 @@ def test_gates_learn_to_predict_the_skip_error_and_follow_the_threshold(dense):
 def test_moments_of_skip_errors_do_not_depend_on_the_size_of_micro_batches(size):
     torch.manual_seed(0)
     moments, found = torch.zeros(2), []
-    for batch in (3 + 2 * torch.randn(16_000)).split(size):
+    for batch in (3 + 2 * torch.randn(8_000)).split(size):
         followed(moments, batch)
         found.append(moments.clone())
     mean, spread = torch.stack(found)[len(found) // 2 :].mean(0).tolist()
@@ -322,14 +325,15 @@ def test_a_run_in_which_the_base_model_learned_too_is_refused(dense):
         export_run(export_of(config, dense / "elastic"))
 
 
-def test_calibration_makes_the_executed_cost_what_was_asked_for(dense):
+def test_calibration_makes_the_executed_cost_what_was_asked_for(dense, monkeypatch):
     stage = RouterStage(router_config(dense, routing={"val_shapes": 1, "val_steps": 2}))
     session = stage.objective.session
     stage._generate = lambda settings, count=0: (
         torch.zeros(1, 8, 7),
         torch.tensor([session.router_config.calibrated(settings.budget) ** 2]),
     )
-    stage.calibrate(CurvesConfig(), points=40)
+    monkeypatch.setattr(calibration, "POINTS", 40)
+    stage.calibrate(CurvesConfig())
     for budget in (0.3, 0.5, 0.9, 1.0):
         assert stage._generate(ElasticConfig(budget=budget))[1].item() == pytest.approx(budget, abs=0.01)
     session.begin(2, 1, [0.5, 1.0])

@@ -17,6 +17,8 @@ from elastic3d.utils.files import file_sha256, load_json, save_json
 from tests.training.tiny import add_views, export_of, vae_config
 from tests.training.tiny import dit_config as config_for
 
+pytestmark = pytest.mark.usefixtures("few_tries")
+
 
 def test_from_prepared_shapes_to_a_pipeline(prepared):
     """Train the VAE, export it, cache latents, train the DiT, export the pipeline: by the commands alone."""

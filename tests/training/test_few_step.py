@@ -27,6 +27,8 @@ from tests.training.test_calibrate import save_tiny_routers
 from tests.training.tiny import dit_config as config_for
 from tests.training.tiny import export_of, gradients
 
+pytestmark = pytest.mark.usefixtures("few_tries")
+
 ROUTERS = RouterConfig(scope=Scope.step, longest=3, widths=1, head_std=0.3)
 
 

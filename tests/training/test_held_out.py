@@ -34,9 +34,10 @@ def test_a_folder_without_its_path_is_refused() -> None:
             )
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> HeldOutConfig:
-    """Of two prepared training shapes, and a held-out one that is like one of them."""
+@pytest.fixture(scope="module")
+def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two training shapes, and a held-out one that is like one of them."""
+    tmp_path = tmp_path_factory.mktemp("held_out")
     meshes = tmp_path / "meshes"
     meshes.mkdir()
     trimesh.creation.box((1.0, 0.6, 0.8)).export(meshes / "box.stl")
@@ -47,26 +48,36 @@ def config(tmp_path: Path) -> HeldOutConfig:
     splits.joinpath("train.txt").write_text("mine/crate\nmine/ball\n")
     splits.joinpath("val.txt").write_text("")
     splits.joinpath("test.txt").write_text("mine/box\n")
+    assert prepare_data(data_in(tmp_path)).prepared == 3
+    return tmp_path
+
+
+def data_in(root: Path) -> PrepareConfig:
     points = {"surface_points": 2048, "sharp_points": 64, "near_points": 64, "volume_points": 64}
-    data = PrepareConfig(
+    return PrepareConfig(
         source=SourceName.folder,
         name="mine",
-        path=str(meshes),
-        output=str(tmp_path / "prepared"),
-        splits=str(splits),
+        path=str(root / "meshes"),
+        output=str(root / "prepared"),
+        splits=str(root / "splits"),
         workers=1,
-        shape=ShapeConfig(resolution=48, views=2, view_size=96, **points),
+        shape=ShapeConfig(resolution=32, views=2, view_size=96, **points),
     )
-    assert prepare_data(data).prepared == 3
+
+
+@pytest.fixture
+def config(prepared_once: Path, tmp_path: Path) -> HeldOutConfig:
+    """Of a copy of them."""
+    splits = shutil.copytree(prepared_once, tmp_path, dirs_exist_ok=True) / "splits"
     return HeldOutConfig(
         model=str(ROOT / DEFAULT_MODEL),
         output=tmp_path / "out",
         split=splits / "test.txt",
         train=splits / "train.txt",
-        data=data,
+        data=data_in(tmp_path),
         seeds=[0],
         steps=2,
-        resolution=32,
+        resolution=16,
         bank_views=2,
     )
 

@@ -32,6 +32,8 @@ from elastic3d.utils.files import load_json, save_json
 from tests.tiny_pipeline import image
 from tests.training.tiny import add_views, export_of, vae_config
 
+pytestmark = pytest.mark.usefixtures("few_tries")
+
 WITH_ENCODER = "hunyuan3d-vae-v2-0-withencoder"
 
 

@@ -44,6 +44,8 @@ from elastic3d.training.views import recoloured, view_words
 from elastic3d.utils.options import from_dict
 from tests.training.tiny import add_views, defaults, export_of, vae_config
 
+pytestmark = pytest.mark.usefixtures("few_tries")
+
 MODEL = PixelModelConfig(
     size=16,
     patch=8,

@@ -18,6 +18,8 @@ from elastic3d.utils.files import load_json
 from elastic3d.utils.options import from_dict, to_dict
 from tests.training.tiny import dit_config, export_of, vae_config
 
+pytestmark = pytest.mark.usefixtures("few_tries")
+
 
 def test_the_bundled_model_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

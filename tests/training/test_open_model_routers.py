@@ -23,6 +23,8 @@ from elastic3d.training.stages import run_stage
 from tests.tiny_pipeline import image
 from tests.training.tiny import add_views, export_of, vae_config
 
+pytestmark = pytest.mark.usefixtures("few_tries")
+
 
 def config_for(root: Path, model: str, stage: StageName) -> RouterTrainConfig:
     encoder = ImageEncoderConfig(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from elastic3d.training.optim import MasterOptimizer
 from elastic3d.training.options import LoopConfig, OptimizerName, Precision, Schedule, StageName, TrainConfig
 from elastic3d.training.shape_flow import RouterTrainConfig
 from tests.training.test_hunyuan3d_routers import WITH_ENCODER, config_for, publish, with_sharp_points
-from tests.training.test_loop import ROOT, run, start
+from tests.training.test_loop import ROOT, group_of, run, start
 from tests.training.tiny import add_views, dit_config, tiny_vae
 
 
@@ -41,11 +40,7 @@ def launcher_environment(config: str) -> dict[str, str]:
 
 def launch(*configs: TrainConfig) -> list[str]:
     """The runs in two processes -> what each of them said."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    group |= launcher_environment("configs/accelerate/fsdp.yaml")
+    group = group_of(2) | launcher_environment("configs/accelerate/fsdp.yaml")
     processes = [
         start(*configs, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true", **group)
         for rank in range(2)
