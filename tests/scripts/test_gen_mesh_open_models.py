@@ -17,7 +17,7 @@ from hunyuan_tiny import write_checkpoint_21
 from open_models import write_folder
 from tiny_pipeline import save_image
 
-from elastic3d.checkpoints import triposg
+from elastic3d.checkpoints import tiny, triposg
 from elastic3d.checkpoints.options import TinyWeightsConfig
 from elastic3d.checkpoints.step1x3d import load_step1x3d
 from elastic3d.checkpoints.triposg import load_triposg
@@ -36,12 +36,14 @@ BOXES = {"triposg": 1.005, "step1x3d": 1.05}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """As the command writes them; with fewer latents than TripoSG has by default, whose weights fit any number."""
+    """As the command writes them, but for smaller images; with fewer latents than TripoSG has by default, whose weights
+    fit any number."""
     root = tmp_path_factory.mktemp("weights")
-    for model in BOXES:
-        make_tiny_weights.main(TinyWeightsConfig(model=model, output=str(root / model)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triposg, "_LATENTS", 128)
+        patch.setitem(tiny._STEP1X["visual_encoder"], "image_size", 224)
+        for model in BOXES:
+            make_tiny_weights.main(TinyWeightsConfig(model=model, output=str(root / model)))
         yield {model: root / model for model in BOXES}
 
 
