@@ -64,7 +64,9 @@ def test_evaluate_folders(tmp_path: Path) -> None:
     save_mesh(trimesh.creation.box((1, 1, 2)), tmp_path / "pred/b.glb")
     save_mesh(ball, tmp_path / "truth/b.stl")
     few = ProtocolConfig(points=2000, volume_points=200, near_points=200, views=0)
-    same, other = example("evaluate_folders").main(str(tmp_path / "pred"), str(tmp_path / "truth"), protocol=few)
+    same, other = example("evaluate_folders").main(
+        str(tmp_path / "pred"), str(tmp_path / "truth"), protocol=few
+    )
     assert same > 0.99 > other
 
 
