@@ -4,6 +4,7 @@ by an assumed speed."""
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,13 @@ class Estimate:
 
 def estimate(name: str, budget: float) -> Estimate:
     """What one mesh of a preset costs at a budget, in half precision. Routers, embeddings and decoding are left out."""
+    flops, *memory = whole(name)
+    return Estimate(budget * flops, budget * flops / SUSTAINED, *memory)
+
+
+@cache
+def whole(name: str) -> tuple[float, int, int]:
+    """FLOPs of one mesh at the full budget, and bytes with and without all parts in memory."""
     model = published(name)
     dit = model.dit
     one_pass = sum(block.dense for block in pass_flops(on_meta(dit), dit.condition_tokens))
@@ -66,8 +74,7 @@ def estimate(name: str, budget: float) -> Estimate:
         )
         return need.peak(offload=low)
 
-    flops = budget * model.passes * one_pass
-    return Estimate(flops, flops / SUSTAINED, peak(False), peak(True))
+    return model.passes * one_pass, peak(False), peak(True)
 
 
 def table(names: Sequence[str]) -> str:

@@ -12,22 +12,26 @@ TRACER = """
 import json, runpy, sys, threading
 from pathlib import Path
 root, script, seen = Path(sys.argv[1]), sys.argv[2], {}
-def note(frame, event, _):
+known = set()
+def note(frame, event, _):  # of each call, and of nothing within it: it returns no tracer
     code = frame.f_code
+    if code in known:
+        return
+    known.add(code)
     own = code.co_filename.startswith(str(root)) and "/.venv/" not in code.co_filename
-    if own and event == "call" and code.co_flags & 1:
+    if own and code.co_flags & 1:
         last = max((line for _, _, line in code.co_lines() if line), default=0)
         seen.setdefault(code.co_filename, set()).update(range(code.co_firstlineno, last + 1))
 sys.argv = sys.argv[2:]
 sys.path[:0] = [str(root), str(root / "scripts")]
-threading.setprofile(note)
-sys.setprofile(note)
+threading.settrace(note)
+sys.settrace(note)
 try:
     runpy.run_path(script, run_name="__main__")
 except SystemExit as stop:
     code = stop.code
 finally:
-    sys.setprofile(None)
+    sys.settrace(None)
 print(json.dumps([code, {str(Path(k).relative_to(root)): len(v) for k, v in seen.items()}]))
 """
 

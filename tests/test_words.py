@@ -83,8 +83,8 @@ def found(path: str, text: str) -> Iterator[str]:
     for word, own, plain in COMPILED:
         if not path.startswith(word.where):
             continue
-        spans = [match.span() for match in plain.finditer(text)]
         for match in own.finditer(text):
+            spans = (other.span() for other in plain.finditer(text))
             if not any(first <= match.start() and match.end() <= last for first, last in spans):
                 line = text.count("\n", 0, match.start()) + 1
                 yield f"{path}:{line}: {match.group()!r}, expected {word.fields}"

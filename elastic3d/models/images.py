@@ -314,15 +314,15 @@ def _plain_background(image: Image.Image, tolerance: int) -> np.ndarray | None:
 
 def _mask_against(image: Image.Image, colour: np.ndarray, tolerance: int) -> np.ndarray:
     """Object mask (H, W): what the background's colour, flooding in from the border, does not reach."""
-    rgb = np.asarray(image.convert("RGB")).astype(np.int16)
-    similar = np.abs(rgb - colour).max(axis=2) <= tolerance
-    background = _reached_from_border(similar)
-    shadow = next(
-        (found for slope in _SHADOW_SLOPES if (found := _floor_shadow(rgb, colour, background, slope)).any()),
-        np.zeros_like(background),
-    )
+    # channels first: NumPy reduces a last axis of three slowly
+    rgb = np.asarray(image.convert("RGB")).transpose(2, 0, 1).astype(np.int16, order="C")
+    colour = colour[:, None, None]
+    background = _reached_from_border(np.abs(rgb - colour).max(axis=0) <= tolerance)
+    darker, slope = _darkened(rgb, colour)
+    shadows = (_floor_shadow(darker & (slope < steepest), background) for steepest in _SHADOW_SLOPES)
+    shadow = next(filter(np.any, shadows), np.zeros_like(background))
     if not shadow.any():
-        hard = _floor_shadow(rgb, colour, background, np.inf)
+        hard = _floor_shadow(darker, background)
         if hard.sum() > _SHADOW_WARNED * (~background).sum():
             warnings.warn(
                 "what may be the object's shadow on the floor is taken for a part of it: cut it out if it is one",
@@ -341,27 +341,29 @@ def _reached_from_border(region: np.ndarray) -> np.ndarray:
     return np.isin(labels, np.unique(edge[edge > 0]))
 
 
-def _floor_shadow(rgb: np.ndarray, colour: np.ndarray, background: np.ndarray, steepest: float) -> np.ndarray:
+def _darkened(rgb: np.ndarray, colour: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where an image (3, H, W) has the background's colour at a share of its brightness, and how steep it is, in
+    levels a pixel, of a side of 256 pixels. Nowhere in an image that no object fits into."""
+    if min(rgb.shape[1:]) < _SMALLEST_OBJECT:
+        return np.zeros(rgb.shape[1:], bool), np.zeros(rgb.shape[1:])
+    share = rgb / np.maximum(colour, 1.0)
+    brightness = share.mean(axis=0)
+    darker = (np.ptp(share, axis=0) <= _SHADOW_TINT) & (brightness > _SHADOW_DEPTH) & (brightness < 1)
+    grey = ndimage.gaussian_filter(rgb.mean(axis=0), 1.0)
+    return darker, np.hypot(*np.gradient(grey)) * max(grey.shape) / 256
+
+
+def _floor_shadow(darker: np.ndarray, background: np.ndarray) -> np.ndarray:
     """What a soft shadow darkens (H, W) of a plain background; nothing where that is not below an object.
 
     A shadow is the background's colour at a share of its brightness and fades out: no outline parts it from the
     background. Object surfaces of that colour lie behind an outline, which is steeper. A gap of a few pixels in an
     outline lets nothing through. A hard shadow can't be told from an object.
-
-    Args:
-        steepest: slope in levels a pixel, of a side of 256 pixels, at which an outline begins.
     """
-    if min(background.shape) < _SMALLEST_OBJECT:
-        return np.zeros_like(background)
-    share = np.moveaxis(rgb / np.maximum(colour, 1.0), 2, 0).copy()  # numpy reduces a first axis much sooner
-    brightness = share.mean(axis=0)
-    tinted = np.ptp(share, axis=0) > _SHADOW_TINT
-    grey = ndimage.gaussian_filter(np.moveaxis(rgb, 2, 0).copy().mean(axis=0), 1.0)
-    slope = np.hypot(*np.gradient(grey)) * max(grey.shape) / 256
-    like = background | (~tinted & (brightness > _SHADOW_DEPTH) & (brightness < 1) & (slope < steepest))
-    gap = max(1, round(max(grey.shape) / 128))
+    like = background | darker
+    gap = max(1, round(max(like.shape) / 128))
     reached = _reached_from_border(ndimage.binary_erosion(like, iterations=gap, border_value=1))
-    shadow = ndimage.binary_dilation(reached, iterations=gap + 1, mask=like | background) & ~background
+    shadow = ndimage.binary_dilation(reached, iterations=gap + 1, mask=like) & ~background
     return shadow if _lies_low(shadow, ~background) else np.zeros_like(shadow)
 
 

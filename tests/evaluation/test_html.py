@@ -44,7 +44,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
         html=folder / "report.html",
         html_items=1,
         floor=[folder / "floor"],
-        protocol=ProtocolConfig(points=500, volume_points=200, views=0),
+        protocol=ProtocolConfig(points=500, volume_points=200, near_points=200, views=0),
         workers=1,
         bootstrap=100,
     )

@@ -15,6 +15,7 @@ from tiny_images import save_tiny_flux
 from tiny_pipeline import save_image, tiny_pipeline
 
 from elastic3d.elastic import attach
+from elastic3d.evaluation.options import ProtocolConfig
 from elastic3d.geometry.mesh_io import read_extras, save_mesh
 from elastic3d.preparation.options import PrepareConfig
 from elastic3d.preparation.prepare import next_commands
@@ -62,7 +63,10 @@ def test_evaluate_folders(tmp_path: Path) -> None:
     save_mesh(ball, tmp_path / "truth/a.stl")
     save_mesh(trimesh.creation.box((1, 1, 2)), tmp_path / "pred/b.glb")
     save_mesh(ball, tmp_path / "truth/b.stl")
-    same, other = example("evaluate_folders").main(str(tmp_path / "pred"), str(tmp_path / "truth"))
+    few = ProtocolConfig(points=2000, volume_points=200, near_points=200, views=0)
+    same, other = example("evaluate_folders").main(
+        str(tmp_path / "pred"), str(tmp_path / "truth"), protocol=few
+    )
     assert same > 0.99 > other
 
 

@@ -227,13 +227,13 @@ def test_appearance_alone_may_be_unknown(tmp_path: Path) -> None:
 
 def test_hostile_sizes_answer_at_once(tmp_path: Path) -> None:
     def chain(tree: Tree) -> None:
-        tree["nodes"] = [{"children": [i + 1], "translation": [1, 0, 0]} for i in range(99_999)] + [
+        tree["nodes"] = [{"children": [i + 1], "translation": [1, 0, 0]} for i in range(20_000)] + [
             {"mesh": 0}
         ]
 
     start = time.process_time()
     moved = load_mesh(Gltf().write(tmp_path / "chain.glb", chain))
-    np.testing.assert_allclose(moved.bounds, solid().bounds + [99_999, 0, 0], atol=1e-5)
+    np.testing.assert_allclose(moved.bounds, solid().bounds + [20_000, 0, 0], atol=1e-5)
     for name, change in {
         "sparse": lambda t: (
             t["accessors"][0].pop("bufferView"),
@@ -241,13 +241,13 @@ def test_hostile_sizes_answer_at_once(tmp_path: Path) -> None:
         ),
         "empty": lambda t: (t["accessors"][0].pop("bufferView"), t["accessors"][0].update(count=200_000_000)),
         "instances": lambda t: t.update(
-            nodes=[{"mesh": 0}] * 600_000, scenes=[{"nodes": list(range(600_000))}]
+            nodes=[{"mesh": 0}] * 120_000, scenes=[{"nodes": list(range(120_000))}]
         ),
         "doubling": lambda t: t.update(nodes=[{"children": [i + 1] * 2} for i in range(60)] + [{"mesh": 0}]),
     }.items():
         with pytest.raises(UserError, match=name):
             load_mesh(Gltf().write(tmp_path / f"{name}.glb", change))
-    assert time.process_time() - start < 30
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(("nodes", "primitives"), [(100_001, 1), (2, 60_000), (20_000, 6)])

@@ -205,3 +205,10 @@ def test_a_shadow_of_transparent_black_is_left_out() -> None:
     ImageDraw.Draw(image).ellipse((10, 42, 120, 60), fill=(0, 0, 0, 140))
     with_shadow, without = (prepare_image(image, CONFIG, 200) for image in (image, _box_image()))
     np.testing.assert_array_equal(np.asarray(with_shadow), np.asarray(without))
+
+
+@pytest.mark.parametrize("size", [(1, 40), (40, 1), (5, 5)])
+def test_no_shadow_is_sought_where_no_object_fits(size: tuple[int, int]) -> None:
+    image = Image.new("RGBA", size, "white")
+    image.putpixel((size[0] // 2, size[1] // 2), (9, 9, 9, 255))
+    assert np.asarray(cut_out(image, CONFIG).getchannel("A")).sum() == 255

@@ -21,7 +21,7 @@ from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.pipelines.options import DEFAULT_MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE, CHAIR, VASE = (ROOT / f"data/samples/{name}.png" for name in ("table", "chair", "vase"))
+TABLE, CHAIR = (ROOT / f"data/samples/{name}.png" for name in ("table", "chair"))
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,13 @@ def pipeline() -> ImageTo3DPipeline:
 
 
 @pytest.fixture(scope="module")
-def dense(pipeline: ImageTo3DPipeline) -> list[Result]:
-    """A table and a chair by the dense model, in as many steps as it has by default."""
-    return pipeline([TABLE, CHAIR], 0, resolution=24, elastic=False)
+def dense(pipeline: ImageTo3DPipeline) -> Result:
+    """A table by the dense model, in as many steps as it has by default."""
+    return pipeline(TABLE, 0, resolution=16, elastic=False)
 
 
 def test_the_bundled_model_makes_a_watertight_mesh_of_a_sample_image(pipeline: ImageTo3DPipeline) -> None:
-    result = pipeline(TABLE, seed=0, steps=8, resolution=64)
+    result = pipeline(TABLE, seed=0, steps=8, resolution=48)
     assert result.mesh.is_watertight
     width, height, _ = result.mesh.extents
     assert width > height, "the image shows a low table"
@@ -46,13 +46,12 @@ def test_the_bundled_model_makes_a_watertight_mesh_of_a_sample_image(pipeline: I
 
 
 def test_the_bundled_routers_and_plan_keep_to_a_budget_and_to_the_dense_shape(
-    pipeline: ImageTo3DPipeline, dense: list[Result]
+    pipeline: ImageTo3DPipeline, dense: Result
 ) -> None:
-    table = dense[0]
-    assert table.metadata["flops_executed"] == table.metadata["flops_dense"] > 0
-    tree = cKDTree(table.mesh.vertices)
-    for budget, steps, distance in ((0.8, 25, 0.01), (0.4, 25, 0.03), (0.48, None, 0.01), (0.36, None, 0.02)):
-        found = pipeline(TABLE, 0, budget=budget, steps=steps, resolution=24)
+    assert dense.metadata["flops_executed"] == dense.metadata["flops_dense"] > 0
+    tree = cKDTree(dense.mesh.vertices)
+    for budget, steps, distance in ((0.4, 25, 0.03), (0.48, None, 0.01), (0.36, None, 0.02)):
+        found = pipeline(TABLE, 0, budget=budget, steps=steps, resolution=16)
         share = found.metadata["flops_executed"] / found.metadata["flops_dense"]
         assert ("policy" in found.metadata) is (steps is None), (
             "routers run with steps, the dial's plan without"
@@ -67,9 +66,9 @@ def test_the_bundled_routers_and_plan_keep_to_a_budget_and_to_the_dense_shape(
 def test_bundled_routers_of_each_block_decide_for_each_image() -> None:
     pipeline = ImageTo3DPipeline.from_pretrained(ROOT / DEFAULT_MODEL, routers="per_block")
     assert pipeline.session is not None and pipeline.session.router_config.scope is Scope.block
-    images = [TABLE, CHAIR, VASE]
+    images = [TABLE, CHAIR]
     # two thirds of the dense evaluations are all that run with learned guidance
-    whole, half = (pipeline(images, 0, resolution=24, steps=6, budget=budget) for budget in (1, 0.5))
+    whole, half = (pipeline(images, 0, resolution=16, steps=6, budget=budget) for budget in (1, 0.5))
     for full, found in zip(whole, half, strict=True):
         share = found.metadata["flops_executed"] / found.metadata["flops_dense"]
         assert full.metadata["flops_executed"] / full.metadata["flops_dense"] == pytest.approx(
@@ -84,24 +83,24 @@ def test_bundled_routers_of_each_block_decide_for_each_image() -> None:
         pipeline(images[0])
     with pytest.raises(UserError, match=r"budget is 0.4, expected 0.45 to 1, .* calibrated in 6 steps"):
         pipeline(images[0], steps=6, budget=0.4)
-    found = [pipeline(images[0], steps=steps, resolution=16).metadata["budget"] for steps in (4, 5, 6)]
+    found = [pipeline(images[0], steps=steps, resolution=8).metadata["budget"] for steps in (4, 5, 6)]
     assert found == pytest.approx([0.42, 0.47, 0.45], abs=0.005)  # the smallest, where the default is below
 
 
 def test_the_bundled_lora_brings_a_small_nfe_nearer_to_a_large_one(
-    pipeline: ImageTo3DPipeline, dense: list[Result]
+    pipeline: ImageTo3DPipeline, dense: Result
 ) -> None:
     def made(uses: bool | None, **options: object) -> torch.Tensor:
-        results = pipeline([TABLE, CHAIR], 0, resolution=16, **options)
-        assert [result.metadata.get("updated") for result in results] == [uses] * 2
-        return torch.stack([result.latents for result in results])
+        result = pipeline(TABLE, 0, resolution=8, **options)
+        assert result.metadata.get("updated") == uses and result.latents is not None
+        return result.latents
 
-    assert [result.metadata.get("updated") for result in dense] == [None] * 2
-    many = torch.stack([result.latents for result in dense])
+    many = dense.latents
+    assert dense.metadata.get("updated") is None and many is not None
     plain, adapted = made(False, steps=4, budget=1.0, few_step=False), made(True, steps=4, budget=1.0)
     assert torch.equal(made(None, steps=4, elastic=False), plain)
     errors = [(found - many).square().mean() / many.square().mean() for found in (plain, adapted)]
-    assert errors[1] < 0.9 * errors[0]  # 0.82; it was below 0.6 before the DiT was trained on
+    assert errors[1] < 0.9 * errors[0]  # 0.46
 
 
 def table() -> trimesh.Trimesh:
@@ -127,7 +126,7 @@ def test_the_trained_field_is_decoded_as_on_the_full_grid(shape: trimesh.Trimesh
     vae = ShapeVAE.from_pretrained(ROOT / DEFAULT_MODEL / "vae").float().eval()
     surface = torch.cat([torch.from_numpy(part) for part in sample_surface(shape, 2048, seed=0)], dim=-1)
     tokens = vae.decode(vae.to_latents(vae.encode(surface[None]).mean))
-    resolution, voxel = 64, 2 * BOX / 64
+    resolution, voxel = 48, 2 * BOX / 48
     meshes, queries = [], []
     for coarse in (resolution // 2, resolution):  # with one level, the coarse grid is the full one
         config = DecodeConfig(resolution=resolution, coarse_resolution=coarse, max_points=8192)

@@ -20,7 +20,7 @@ from elastic3d.utils.files import load_json
 FOLDER = Path(__file__).resolve().parents[2] / DEFAULT_IMAGE_MODEL
 
 
-PROMPTS, SEEDS = ["a wooden bar chair", "a blue vase", "a red sofa"], [0, 1, 2]
+PROMPTS, SEEDS = ["a wooden bar chair", "a blue vase"], [0, 1]
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +89,12 @@ def test_prompts_are_a_list(pipeline: TextToImagePipeline) -> None:
 def test_routers_keep_to_a_budget_and_to_the_dense_image(
     pipeline: TextToImagePipeline, dense: list[ImageResult]
 ) -> None:
-    dense, distances = dense[:2], []
+    distances = []
     for budget in (0.8, 0.4):
-        found = pipeline(PROMPTS[:2], SEEDS[:2], budget=budget)
-        for result in found:
-            share = result.metadata["flops_executed"] / result.metadata["flops_dense"]
-            assert abs(share - budget) < 0.1, "one image; on the mean over images it is closer"
-        distances.append(_distance(found, dense))
+        found = pipeline(PROMPTS[:1], SEEDS[:1], budget=budget)
+        share = found[0].metadata["flops_executed"] / found[0].metadata["flops_dense"]
+        assert abs(share - budget) < 0.1, "one image; on the mean over images it is closer"
+        distances.append(_distance(found, dense[:1]))
     assert distances[0] < distances[1] < 0.1 * _distance(dense[::-1], dense), "of two prompts"
     size = sum(file.stat().st_size for file in (FOLDER / "routers").iterdir())
     assert size < 10e6

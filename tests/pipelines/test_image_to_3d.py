@@ -26,7 +26,9 @@ from elastic3d.elastic.config import RouterConfig
 from elastic3d.elastic.families import dense_flops
 from elastic3d.elastic.families.shape_dit import ADAPTER
 from elastic3d.errors import NoSurfaceError, UserError
-from elastic3d.geometry.options import CleanupConfig
+from elastic3d.geometry import ensemble as ensemble_of_fields
+from elastic3d.geometry import pose
+from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.models.image_encoder import DinoV2, Familiarity, image_feature
 from elastic3d.models.options import DiTConfig, EncoderKind, ForegroundConfig, ImageEncoderConfig
 from elastic3d.models.shape_dit import ShapeDiT
@@ -94,6 +96,7 @@ def test_a_sample_does_not_depend_on_its_batch(pipeline: ImageTo3DPipeline) -> N
 
 def test_an_ensemble(pipeline: ImageTo3DPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first generation is the one without; the others are of the same generator, whatever else is in the batch."""
+    monkeypatch.setattr(ensemble_of_fields, "_CELLS", 8)
     plain, found = pipeline(image(), seed=7), pipeline(image(), seed=7, ensemble=3)
     assert plain.latents is not None and found.latents is not None
     assert found.latents.shape == (3, *plain.latents.shape)
@@ -124,6 +127,8 @@ def test_the_generation_that_fits_the_image(
     pipeline: ImageTo3DPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its mesh is that of its latents by themselves."""
+    monkeypatch.setattr(pose, "_STARTS", 1)  # where the camera is does not matter here
+    monkeypatch.setattr(pose, "_FINE", 24)
     found = pipeline(image(), seed=7, ensemble=2, combine="fit")
     fits, chosen = found.metadata["ensemble_fits"], found.metadata["ensemble_chosen"]
     known = [-1 if fit is None else fit for fit in fits]
@@ -411,7 +416,8 @@ def test_progress_covers_every_stage_and_results_are_told_at_once(
             assert len(result.mesh.faces) and result.metadata["ms"]["cleanup"] >= 0
 
     images = [image(), tmp_path / "gone.png", image(x=50)]
-    pipeline(images, on_progress=lambda *at: seen.append(at), on_result=hear, steps=3, resolution=48)
+    decode = DecodeConfig(resolution=16, coarse_resolution=8)  # two levels
+    pipeline(images, on_progress=lambda *at: seen.append(at), on_result=hear, steps=3, decode=decode)
     assert told == [1, 0, 2], "the broken image first, before any time is spent"
     assert [at for at in seen if at[0] == "condition"] == [("condition", n, 3) for n in (1, 2, 3)]
     assert [at for at in seen if at[0] == "dit"] == [("dit", n, 3) for n in (1, 2, 3)]

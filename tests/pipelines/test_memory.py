@@ -119,9 +119,9 @@ def test_memory_that_pytorch_holds_unused_is_free(monkeypatch: pytest.MonkeyPatc
 def test_smaller_calls_of_the_field_give_the_same_mesh():
     pipeline = tiny_pipeline()
     assert pipeline.max_points == CPU_CHUNK < DecodeConfig().max_points
-    one = pipeline(image(), steps=2, resolution=32)
+    one = pipeline(image(), steps=2, resolution=16)
     pipeline.max_points = 1000
-    other = pipeline(image(), steps=2, resolution=32)
+    other = pipeline(image(), steps=2, resolution=16)
     assert one.mesh.vertices.shape == other.mesh.vertices.shape
     assert abs(one.mesh.vertices - other.mesh.vertices).max() < 1e-4
 

@@ -119,7 +119,7 @@ def test_hooks_and_exchanged_modules_are_not_passed_over() -> None:
 def test_who_listens_to_blocks_hears_a_compiled_model_too() -> None:
     """As a calibration does, of the dense model."""
     pipeline, heard = routed(), list[str]()
-    pipeline.compile(backend="eager")
+    pipeline.compile(**UNCOMPILED)
     expected = made(pipeline, **DENSE)
     handle = pipeline.dit.single_blocks[0].register_forward_hook(lambda *_: heard.append("block"))
     assert same(made(pipeline, **DENSE), expected) and heard

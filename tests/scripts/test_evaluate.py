@@ -24,6 +24,7 @@ SAMPLES = Path(__file__).resolve().parents[2] / "data" / "samples"
 QUICK = [
     "protocol.points=500",
     "protocol.volume_points=200",
+    "protocol.near_points=200",
     "protocol.views=0",
     "workers=1",
     "bootstrap=100",

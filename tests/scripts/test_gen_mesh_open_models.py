@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hunyuan_tiny import write_checkpoint_21
 from open_models import write_folder
 from tiny_pipeline import save_image
 
+from elastic3d.checkpoints import tiny, triposg
 from elastic3d.checkpoints.options import TinyWeightsConfig
 from elastic3d.checkpoints.step1x3d import load_step1x3d
 from elastic3d.checkpoints.triposg import load_triposg
@@ -34,11 +35,16 @@ BOXES = {"triposg": 1.005, "step1x3d": 1.05}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """As the command writes them, but for smaller images; with fewer latents than TripoSG has by default, whose weights
+    fit any number."""
     root = tmp_path_factory.mktemp("weights")
-    for model in BOXES:
-        make_tiny_weights.main(TinyWeightsConfig(model=model, output=str(root / model)))
-    return {model: root / model for model in BOXES}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triposg, "_LATENTS", 128)
+        patch.setitem(tiny._STEP1X["visual_encoder"], "image_size", 224)
+        for model in BOXES:
+            make_tiny_weights.main(TinyWeightsConfig(model=model, output=str(root / model)))
+        yield {model: root / model for model in BOXES}
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("side", [10_000, 40_000])
+@pytest.mark.parametrize("side", [10_000, 20_000])
 def test_bombs_and_huge_images_are_refused_unopened(server: Running, side: int) -> None:
     data = bomb(side)
     assert len(data) < 300_000
@@ -159,7 +159,7 @@ def test_what_is_said_of_a_value_is_no_page(server: Running) -> None:
 
 def test_many_clients_at_once_each_get_their_own(server: Running) -> None:
     """The same name from all of them; every answer is the mesh of its seed."""
-    seeds = [0, 1, 2, 3] * 4
+    seeds = [0, 1, 2, 3] * 2
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda seed: server.post(seed=str(seed), format="stl"), seeds))
     sizes = {
@@ -197,7 +197,7 @@ def test_a_full_disk_is_the_servers_fault_and_says_so(server: Running) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, limits[1]))
     try:
-        answer = server.post(resolution="48", format="stl")
+        answer = server.post(format="stl")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert answer.status_code == 500

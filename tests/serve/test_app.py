@@ -28,6 +28,7 @@ from tiny_pipeline import image, save_image, tiny_pipeline  # noqa: E402
 from elastic3d.elastic import attach  # noqa: E402
 from elastic3d.elastic.config import ElasticConfig, RouterConfig  # noqa: E402
 from elastic3d.errors import UserError  # noqa: E402
+from elastic3d.geometry import pose  # noqa: E402
 from elastic3d.geometry.mesh_io import read_extras  # noqa: E402
 from elastic3d.serve import app as app_module  # noqa: E402
 from elastic3d.serve.app import build_app, launch  # noqa: E402
@@ -118,7 +119,7 @@ class Visit:
     def quick(self) -> None:
         """The smallest mesh."""
         self.page.get_by_text("More", exact=True).click()
-        self.page.get_by_label("number input for Resolution (grid cells a side)").fill("32")
+        self.page.get_by_label("number input for Resolution (grid cells a side)").fill("16")
 
     def downloaded(self, label: str, path: Path) -> Path:
         """What the button gives once it is called so."""
@@ -163,7 +164,11 @@ def visited(browser) -> Iterator[Callable[..., Visit]]:
         each.page.context.close()
 
 
-def test_from_an_image_to_downloads(site: Page, visited, tmp_path: Path) -> None:
+def test_from_an_image_to_downloads(
+    site: Page, visited, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pose, "_STARTS", 1)  # four cameras are sought, and any will do
+    monkeypatch.setattr(pose, "_FINE", 24)
     visit = visited(site.url)
     page = visit.page
     visit.upload(save_image(tmp_path / "a.png"))
@@ -270,9 +275,10 @@ def test_another_model_and_its_dial(site: Page, visited, tmp_path: Path) -> None
     page.get_by_label("number input for Budget").fill("0.7")
     visit.upload(save_image(tmp_path / "a.png"))
     page.locator("#mask img").wait_for()
-    page.get_by_label("number input for Resolution (grid cells a side)").fill("32")
+    page.get_by_label("number input for Resolution (grid cells a side)").fill("24")
     visit.press("Make mesh")
     metadata = read_extras(visit.downloaded("Download .glb, 100 mm", tmp_path / "a.glb"))
+    assert metadata["resolution"] == 24
     assert metadata["dial"] == {"requested": 0.7, "cost": pytest.approx(2 / 3)}
 
 

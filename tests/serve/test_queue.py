@@ -19,7 +19,7 @@ pytest.importorskip("pydantic")
 from hunyuan_tiny import tiny_config, write_checkpoint  # noqa: E402
 from tiny_pipeline import image, tiny_pipeline  # noqa: E402
 
-from elastic3d.geometry import pose  # noqa: E402
+from elastic3d.geometry import ensemble, pose  # noqa: E402
 from elastic3d.pipelines.generation import load_pipeline  # noqa: E402
 from elastic3d.serve import queue as queue_module  # noqa: E402
 from elastic3d.serve.config import ServeConfig  # noqa: E402
@@ -70,7 +70,8 @@ def test_jobs_that_are_cancelled_at_once_do_not_end_the_worker(
     assert last.finished.wait(60) and last.state is JobState.done
 
 
-def test_generations_of_an_ensemble_count_for_the_batch() -> None:
+def test_generations_of_an_ensemble_count_for_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ensemble, "_CELLS", 8)
     sizes: list[int] = []
     pipeline = tiny_pipeline()
 
@@ -185,7 +186,8 @@ def _heard(hear: Callable[[str, int, int], None]) -> Models:
 
 
 @pytest.mark.parametrize("more", [{}, {"ensemble": 2}])
-def test_progress_covers_decoding(more: dict[str, Any]) -> None:
+def test_progress_covers_decoding(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ensemble, "_CELLS", 8)
     seen: list[tuple[str, float]] = []
     with MeshQueue(_heard(lambda stage, *_: seen.append((stage, jobs[0].progress)))) as queue:
         with queue._changed:

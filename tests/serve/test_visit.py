@@ -21,6 +21,7 @@ from tiny_pipeline import image, tiny_pipeline  # noqa: E402
 
 from elastic3d.elastic import attach  # noqa: E402
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, RouterCurves  # noqa: E402
+from elastic3d.geometry import pose  # noqa: E402
 from elastic3d.geometry.mesh_io import read_extras  # noqa: E402
 from elastic3d.serve.app import _settings, build_app  # noqa: E402
 from elastic3d.serve.config import AppConfig  # noqa: E402
@@ -33,6 +34,8 @@ CHOICES = Choices(image(), "", "budget", 0.6, True, True, 3, 1, 1, 2, 16, 500, 2
 
 def test_both_meshes_with_colours_and_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(pose, "_STARTS", 1)  # any camera will do
+    monkeypatch.setattr(pose, "_FINE", 24)
     pipeline = tiny_pipeline()
     attach(pipeline.dit, RouterConfig())
     pipeline.config.elastic = ElasticConfig(budget=0.5)
