@@ -346,7 +346,7 @@ def test_arrays_are_images_and_integers_of_numpy_are_seeds(pipeline):
             pipeline(drawn, seed=seed)
 
 
-@pytest.mark.parametrize("images", [None, 3])
+@pytest.mark.parametrize("images", [None, 3, b"\x89PNG", bytearray(b"GIF8")])
 def test_what_is_neither_an_image_nor_a_list_is_refused(pipeline, images):
     with pytest.raises(UserError, match=f"an image is a {type(images).__name__}, expected a file"):
         pipeline(images)
