@@ -383,6 +383,8 @@ def test_bundled_models_are_found_by_name_from_any_folder(tmp_path, monkeypatch)
     assert find_model("shape-small") == Path("shape-small")
     with pytest.raises(UserError, match="there is no folder nothing"):
         ImageTo3DPipeline.from_pretrained("nothing")
+    with pytest.raises(UserError, match="triposg is the name of a published model, expected the folder that"):
+        ImageTo3DPipeline.from_pretrained("triposg")
 
 
 def test_an_exception_in_a_callback_leaves_nothing_behind(pipeline):
