@@ -113,7 +113,7 @@ def _attach(model: nn.Module, adapter: ModelAdapter, config: RouterConfig, sourc
     parts |= {f"{block.name}.few_step": block.few_step for block in session.blocks}
     parts |= {"conditioner": session.conditioner}
     session.routers = Routers(
-        {name.replace(".", "/"): part for name, part in parts.items() if part is not None}
+        {name.replace(".", "/"): part.float() for name, part in parts.items() if part is not None}
     )
     for block in session.blocks:  # now that none of them has been refused
         block.attach(session.run)
