@@ -44,6 +44,9 @@ _BOOLEANS |= dict.fromkeys(("false", "no", "n", "off", "0"), False)
 Elsewhere = Callable[[], Mapping[str, Collection[str]]]
 _DEBUG = Leaf("debug", bool, False, "Show the full traceback of an error.", Bounds(), False, False)
 
+# transformers warns of packages that are not needed, and reads this once, when it is imported.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
 
 def run(
     main: Callable[[Config], int | None],
@@ -53,7 +56,6 @@ def run(
     elsewhere: Elsewhere = dict,
 ) -> NoReturn:
     """Run `main` on the command line's options and leave the process with its exit code."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of packages that are not needed
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names may be no UTF-8
     signal.signal(signal.SIGTERM, _terminate)

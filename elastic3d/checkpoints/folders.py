@@ -251,6 +251,11 @@ def identify(folder: Path) -> str:
 
 def refuse(folder: Path) -> None:
     """UserError for a folder without `pipeline.json` that is not there, or of another kind of model."""
+    if not folder.is_dir() and str(folder) in PRESETS:  # a command has taken it for the model's name
+        raise UserError(
+            f"{folder} is the name of a published model, expected the folder that"
+            f" scripts/import_weights.py model={folder} writes of its weights"
+        )
     if not folder.is_dir():
         raise UserError(
             f"there is no folder {folder}, expected one with pipeline.json, or one of {', '.join(PRESETS)}"

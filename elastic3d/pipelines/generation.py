@@ -290,10 +290,8 @@ def _saved(job: Job, result: Result, config: GenerateConfig) -> Outcome:
         result.metadata["image"] = job.drawn.metadata
     try:
         image = job.source(config.views)
-        mesh, check = finish(result, config.asset, job.output.suffix, image, config.foreground)
-        if config.preview:  # before the mesh, by which `resume` judges
-            with atomic_path(job.output.with_suffix(".png")) as temporary:
-                turntable(result.mesh, image=result.image).save(temporary)
+        preview = job.output.with_suffix(".png") if config.preview else None
+        mesh, check = finish(result, config.asset, job.output.suffix, image, config.foreground, preview)
         save_mesh(mesh, job.output, extras=result.metadata, name=job.prompt or printable(job.image.stem))
     except UserError as error:
         outcome.status, outcome.error = "failed", str(error)
@@ -311,23 +309,24 @@ def finish(
     suffix: str,
     image: ImageInput,
     foreground: ForegroundConfig | None = None,
+    preview: Path | None = None,
 ) -> tuple[trimesh.Trimesh, PrintCheck]:
     """The mesh as a file that ends in `suffix` holds it; its metadata gets the object `print`, and `texture`.
 
-    `image` is what the mesh was made from, for its colours.
-
-    Raises whatever kept the result from becoming a mesh, and UserError where the image's colours can't be taken.
+    `image` is what the mesh was made from, for its colours; `preview` is a PNG to draw of the mesh. Raises
+    whatever kept the result from becoming a mesh, and UserError where the image's colours can't be taken.
     """
     mesh = result.mesh
     check = print_check(mesh, config.size_mm, config.min_wall_mm)
     result.metadata["print"] = check.as_dict()
     if config.texture is Texture.project:
         mesh, result.metadata["texture"] = coloured(mesh, image, foreground or ForegroundConfig(), config)
+    if preview is not None:  # in its colours, Y up; before the mesh's file, by which `resume` judges
+        with atomic_path(preview) as temporary:
+            turntable(mesh, image=result.image).save(temporary)
     if config.up is not Up.y:
         mesh = with_up(mesh, config.up.value)
-    if config.size_mm is not None:
-        mesh = scale_to(mesh, config.size_mm, suffix)
-    return mesh, check
+    return mesh if config.size_mm is None else scale_to(mesh, config.size_mm, suffix), check
 
 
 def save_summary(folder: Path, config: GenerateConfig, outcomes: Sequence[Outcome], planned: int) -> None:

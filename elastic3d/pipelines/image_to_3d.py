@@ -270,7 +270,7 @@ class ImageTo3DPipeline:
                 In a list that is the `error` of its result, and the others go on.
         """
         stacked = isinstance(images, np.ndarray) and images.ndim == 4
-        many = stacked or (isinstance(images, Sequence) and not isinstance(images, str))
+        many = stacked or (isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray)))
         inputs: Sequence[ImageInput] = images if many else [images]  # type: ignore[assignment, list-item]
         seeds = seeds_of(seed, len(inputs))
         ensemble = checked("ensemble", ensemble, int, Bounds(ge=1, le=MAX_ENSEMBLE))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import trimesh
 from PIL import Image, ImageDraw, ImageFont
-from trimesh.visual import ColorVisuals
+from trimesh.visual import ColorVisuals, TextureVisuals
 
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.errors import UserError
@@ -27,13 +27,14 @@ def turntable(
     """Views from all around, the first from the front, in a row on white: RGB, `size` high, as wide for each view.
 
     `image`, as the model saw it, comes before them. The light turns with the camera, so that all sides are as bright.
-    Vertex colours are shown where there are any.
+    Vertex colours or a texture of base colours are shown where there are any.
     """
     placed = mesh.copy()
     placed.apply_translation(-mesh.bounds.mean(axis=0))
     placed.apply_scale(1.18 / float(np.linalg.norm(placed.vertices, axis=1).max()))  # fits from every side
-    visual = placed.visual
-    colours = None
+    visual, colours = placed.visual, None
+    if isinstance(visual, TextureVisuals) and getattr(visual.material, "baseColorTexture", None) is not None:
+        placed.visual = visual = visual.to_color()
     if isinstance(visual, ColorVisuals) and visual.kind == "vertex":
         colours = visual.face_colors[:, :3]
     scene = Scene(placed, colours)

@@ -129,6 +129,8 @@ def sentence(errors: Sequence[Any]) -> str:
     name = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
     given = first.get("input")
     shown = f" is {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
+    if first["type"] == "extra_forbidden":
+        return f"there is no option {name}: GET /docs lists them"
     if first["type"] == "json_invalid":
         return "the request is no valid JSON"
     if first["type"].startswith("model_"):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from elastic3d.errors import UserError
 from elastic3d.models.options import ImageEncoderConfig
@@ -101,7 +104,9 @@ def run_stage(config: StageConfig) -> int:
     elif config.stage in SHAPE_STAGES:
         adopt_architecture(config)
     if not isinstance(config, TrainConfig):
-        _part(config.stage, 1)(config)
+        written = _part(config.stage, 1)(config)
+        if isinstance(written, Path):
+            tqdm.write(f"written: {written}", file=sys.stderr)
         return 0
     require_sizes(config)
     outcome = train(build_stage(config), config, config.folder, {"config": to_dict(config)})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gen_mesh
+import numpy as np
 import pytest
 import trimesh
 from _cli import execute
@@ -361,6 +362,23 @@ def test_real_size_and_axis_in_every_format(
     if suffix == "glb":
         found = read_extras(tmp_path / "a.glb")["print"]
         assert found["size_mm"] == 120 and found["pieces"] >= 1 and found["watertight"] is True
+
+
+@pytest.mark.parametrize(
+    "options", [["output=b.ply", "up=z"], ["output=b.glb", "uv=true", "texture_size=64"]]
+)
+def test_the_preview_is_in_the_images_colours(command: Command, tmp_path: Path, options: list[str]) -> None:
+    save_image(tmp_path / "a.png", "maroon")
+    strips = []
+    for name, more in ("c", ["output=c.stl"]), ("b", ["texture=project", *options]):
+        assert command("image=a.png", "preview=true", "max_faces=500", *more) == 0
+        strips.append(np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)[:, 256:])
+    plain, painted = strips
+    shown = (plain < 250).any(axis=-1)
+    assert ((painted < 250).any(axis=-1) == shown).mean() > 0.99, "the same views, whatever is up in the file"
+    assert np.ptp(plain[shown], axis=-1).max() < 20, "grey without colours"
+    red = painted[shown][:, 0] > 2 * painted[shown][:, 1:].max(axis=1)
+    assert red.mean() > 0.9
 
 
 def test_the_images_colours_are_on_the_mesh(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -234,6 +237,14 @@ def test_precision_is_what_the_device_is_fast_in(
         emulated = given is Precision.bf16_autocast and not fast
         assert [str(w.message).split(",")[0] for w in caught] == ["precision is bf16_autocast"] * emulated
     settle_precision(stage_config(StageName.export)())  # which has none
+
+
+def test_packages_that_are_not_needed_are_not_warned_of() -> None:
+    """transformers does when it is imported, as for `stage=export`, before the options are read."""
+    quiet = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    command = [sys.executable, str(ROOT / "scripts/train.py"), "stage=export", "--help"]
+    done = subprocess.run(command, env=quiet, capture_output=True, text=True, check=True)
+    assert "export.output" in done.stdout and not done.stderr
 
 
 def test_a_broken_record_is_named() -> None:

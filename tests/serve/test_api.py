@@ -135,7 +135,7 @@ def test_waiting_is_a_truth_value_in_a_form_too(client: TestClient, wait: str, s
         ({"steps": "0"}, "steps is '0'"),
         ({"resolution": "4096"}, "resolution"),
         ({"format": "exe"}, "format"),
-        ({"stpes": "3"}, "stpes"),
+        ({"stpes": "3"}, "there is no option stpes: GET /docs lists them"),
         ({"seed": "-1"}, "seed"),
         ({"seed": "x"}, "seed"),
     ],

@@ -10,7 +10,6 @@ from elastic3d.errors import UserError
 from elastic3d.models.options import VAEConfig
 from elastic3d.models.weights import load_config
 from elastic3d.training.checkpoint import CLASSES, find_start, load_checkpoint, model_part
-from elastic3d.training.export import export_run
 from elastic3d.training.latents import pipeline_config
 from elastic3d.training.stages import run_stage
 from elastic3d.training.vae import TrainedPart
@@ -93,7 +92,8 @@ def test_a_run_that_goes_on_without_init_from_keeps_what_it_began_from(
         capsys.readouterr()
         run_stage(config)
         assert f"step-00000001, begun from {model}" in capsys.readouterr().err
-        export_run(export_of(config))
+        run_stage(export_of(config))
+        assert f"written: {config.folder / 'export'}\n" in capsys.readouterr().err
         record = load_checkpoint(config.folder / "checkpoints" / "step-00000002").values
         assert record["config"]["init_from"] == str(model)
         export = config.folder / "export"
