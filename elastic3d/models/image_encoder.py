@@ -57,7 +57,7 @@ def build_image_encoder(config: ImageEncoderConfig, device: torch.device | str =
     """The encoder that `config` describes, in evaluation mode; UserError if a DINOv2 folder can't be used."""
     if config.kind is EncoderKind.dinov2:
         return DinoV2(config).to(device)
-    return EfficientNetLite(config).to(device, torch.float32)
+    return EfficientNetLite(config).to(device)
 
 
 def load_image_encoder(folder: str | Path, device: torch.device | str = "cpu") -> ImageEncoder:
@@ -92,8 +92,8 @@ class _FrozenEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.image_size = config.image_size
-        self.register_buffer("mean", torch.tensor(mean).float().view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).float().view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> _FrozenEncoder:
         """Stay in evaluation mode: the statistics of its normalisation are part of the weights."""

@@ -337,7 +337,7 @@ class ShapeVAE(PretrainedMixin, nn.Module):
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of raw latents, (C,) or (1,) each."""
         mean, std = self.config.latent_mean or [0.0], self.config.latent_std or [1.0]
-        return torch.tensor(mean, device=device).float(), torch.tensor(std, device=device).float()
+        return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
     def decode(self, latents: Tensor) -> Tensor:
         """DiT-space latents (B,N,C) -> decoder tokens (B,N,D); anchored: (B,N,3+D), the anchor in front, in fp32."""

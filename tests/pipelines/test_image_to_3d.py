@@ -277,25 +277,6 @@ def test_a_model_saved_over_another_keeps_nothing_of_it(pipeline: ImageTo3DPipel
         ImageTo3DPipeline.from_pretrained(tmp_path, "cpu", "float32")
 
 
-def test_another_default_dtype_of_the_program_changes_nothing(tmp_path: Path) -> None:
-    """Neither of a pipeline that was loaded before, nor of one that is loaded after it was set."""
-    pipeline = tiny_pipeline()
-    attach(pipeline.dit, RouterConfig(few_step_rank=2, initial_keep=0.5, head_std=3.0))
-    pipeline.save_pretrained(tmp_path)
-    pipeline = ImageTo3DPipeline.from_pretrained(tmp_path, "cpu", "float32")
-    options = {"seed": 1, "budget": 0.5, "resolution": 12}
-    right = pipeline(image(), **options)
-    torch.set_default_dtype(torch.float64)
-    try:
-        for again in pipeline, ImageTo3DPipeline.from_pretrained(tmp_path, "cpu", "float32"):
-            found = again(image(), **options)
-            assert found.latents.dtype == torch.float32
-            assert torch.equal(found.latents, right.latents)
-            assert np.array_equal(found.mesh.vertices, right.mesh.vertices)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def test_bf16_gives_about_the_same(pipeline: ImageTo3DPipeline, saved: Path) -> None:
     half = ImageTo3DPipeline.from_pretrained(saved, device="cpu", dtype="bfloat16")
     a, b = half(image(), seed=1), pipeline(image(), seed=1)
