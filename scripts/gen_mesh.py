@@ -92,18 +92,18 @@ def maker(
 
 
 def report(outcomes: list, seconds: float, summary: bool) -> None:
-    """One line for a mesh, a count for many; their warnings, where no summary has them."""
-    if len(outcomes) == 1 and outcomes[0].status == "ok":
-        mesh = outcomes[0]
+    """A line for a mesh, with its warnings; of several that a summary has, and where some are not made, a count."""
+    shown = [mesh for mesh in outcomes if mesh.status == "ok" and not (summary and len(outcomes) > 1)]
+    for mesh in shown:
         print(f"{mesh.output}: {mesh.faces:,} faces, {mesh.print_summary}, {seconds:.1f} s")
         for warning in mesh.warnings:
             print(f"warning: {warning}", file=sys.stderr)
+    if len(shown) == len(outcomes):
         return
     counts = [f"{sum(o.status == s for o in outcomes)} {s}" for s in ("ok", "failed", "skipped")]
     print(f"{len(outcomes)} meshes: {', '.join(counts)}, {seconds:.1f} s")
-    if warned := [mesh for mesh in outcomes if mesh.warnings or mesh.image_warnings]:
-        where = "see summary.json" if summary else "; ".join(w for mesh in warned for w in mesh.warnings)
-        print(f"warning: {len(warned)} of {len(outcomes)} meshes have warnings: {where}", file=sys.stderr)
+    if summary and (warned := sum(bool(mesh.warnings or mesh.image_warnings) for mesh in outcomes)):
+        print(f"warning: {warned} of {len(outcomes)} meshes have warnings: see summary.json", file=sys.stderr)
 
 
 if __name__ == "__main__":
