@@ -11,6 +11,7 @@ num_samples= there are several images, fox_0.png and so on. Each holds the metad
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def main(config: GenerateImageConfig) -> int:
 
     from elastic3d.models.images import save_image
     from elastic3d.pipelines.preview import check_routes, draw_routes, route_title
+    from elastic3d.pipelines.text_to_3d import known_nouns, prompt_warning
     from elastic3d.pipelines.text_to_image import TextToImagePipeline
 
     start, output = time.perf_counter(), Path(config.output)
@@ -35,9 +37,10 @@ def main(config: GenerateImageConfig) -> int:
         targets = [output.with_stem(f"{output.stem}_{n}") for n in range(config.num_samples)]
     inputs = {name: getattr(config, name) for name in ("weights", "routers", "lora", "calibration")}
     check_paths(inputs, {"output": targets, "trace": config.trace})
+    weights = config.weights or DEFAULT_IMAGE_MODEL
     pipeline = TextToImagePipeline.from_pretrained(
         config.backbone,
-        config.weights or DEFAULT_IMAGE_MODEL,
+        weights,
         config.routers or None,
         config.lora or None,
         config.device,
@@ -45,6 +48,8 @@ def main(config: GenerateImageConfig) -> int:
         config.offload,
         config.calibration or None,
     )
+    if text := prompt_warning(config.prompt, known_nouns(weights)):
+        warnings.warn(text, stacklevel=1)  # named by its sentence alone
     asked: dict[str, Any] = {
         "quality": config.quality,
         "guidance": config.guidance,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from _cli import execute
 from PIL import Image
-from tiny_images import save_tiny_flux, save_tiny_qwen
+from tiny_images import save_tiny_flux, save_tiny_qwen, save_tiny_small
 
 from elastic3d.elastic import attach, save_routers
 from elastic3d.elastic.config import RouterConfig
@@ -58,6 +59,17 @@ def test_an_image_with_its_metadata(command: Command, capsys: pytest.CaptureFixt
     assert Image.open("routes.png").width > 0
     assert command("prompt=a chair", "output=dense.png", "elastic=false") == 0
     assert "routes" not in read_metadata("dense.png")
+
+
+def test_a_prompt_that_names_nothing_known_is_warned_of(command: Command, tmp_path: Path) -> None:
+    small = save_tiny_small(tmp_path / "small")
+    (small / "nouns.txt").write_text("chair\n")
+    options = ["output=a.png", "backbone=small", f"weights={small}"]
+    with pytest.warns(UserWarning, match="names nothing that the text-to-image model knows, which is: chair"):
+        assert command("prompt=a dragon", *options) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert command("prompt=a chair", *options) == 0
 
 
 def test_several_samples_in_batches(command: Command) -> None:
