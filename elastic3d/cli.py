@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         close = difflib.get_close_matches(name, commands, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         sys.stderr.write(
-            f"error: unknown command {given[0]!r}: {hint}(elastic3d --help lists every command)\n"
+            f"error: unknown command {given[0]!r}{':' if hint else ''} {hint}(elastic3d --help lists every command)\n"
         )
         return 2
     script = commands[name]

@@ -253,7 +253,7 @@ def _unknown(
     close = by_leaf or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     hint += f"it is an option of {', '.join(having)}; " if having else ""
-    return f"unknown option {key!r}: {hint}(--help lists every option)"
+    return f"unknown option {key!r}{':' if hint else ''} {hint}(--help lists every option)"
 
 
 # ------------------------------------------------------------------------------------------------- values

@@ -37,7 +37,9 @@ def test_overview_version_and_typing_errors(capsys: pytest.CaptureFixture[str]) 
     assert "Make a mesh from an image" in shown or "Make a mesh from an image" in shown
     assert cli.main(["--version"]) == 0 and "elastic3d 0." in capsys.readouterr().out
     assert cli.main(["gen-msh"]) == 2
-    assert "did you mean gen-mesh?" in capsys.readouterr().err
+    assert "'gen-msh': did you mean gen-mesh?" in capsys.readouterr().err
+    assert cli.main(["xyzzy"]) == 2
+    assert "'xyzzy' (elastic3d --help" in capsys.readouterr().err
 
 
 def test_a_command_answers_as_its_script_does() -> None:
