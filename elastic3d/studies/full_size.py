@@ -56,7 +56,6 @@ def measure_full_size(config: FullSizeConfig) -> dict[str, Any]:
     found: dict[str, Any] = {"about": about, "rows": []}
     budgets, count = (1.0, *config.budgets), 1 + config.rounds
     total = len(sizes) * len(config.batches) * count * len(budgets)
-    gc.freeze()  # what was there before is not walked again, neither between runs nor while one is timed
     with tqdm(total=total, desc="full size", unit="run", disable=None) as bar:
         for name, size in sizes.items():
             torch.manual_seed(0)
@@ -70,7 +69,6 @@ def measure_full_size(config: FullSizeConfig) -> dict[str, Any]:
                 save_json(found, config.output)
             del dit, plain
             gc.collect()
-    gc.unfreeze()
     return found
 
 

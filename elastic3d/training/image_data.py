@@ -297,7 +297,8 @@ def build_image_cache(
     differing = [name for name, value in settings.items() if made.get(name) != value]
     if not differing and found["counts"]:
         with suppress(UserError):  # the cache is all that it takes: its images may be gone
-            if _digest(_sources(image, data, found.get("seed", seed))) != found.get("made_of"):
+            now = _digest(_sources(image, data, found.get("seed", seed)))
+            if found.get("made_of", now) != now:
                 warnings.warn(
                     f"{output} is complete, and was made of other images or captions than there are now: delete it,"
                     " or choose another image.cache=, to train on these",

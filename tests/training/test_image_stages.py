@@ -165,6 +165,12 @@ def test_a_cache_goes_on_with_the_same_images_alone(folder, prepared):
     with pytest.warns(UserWarning, match="made of other images or captions than there are now: delete it"):
         ImageStage(config)  # what is finished stays
     assert path.read_text() == finished
+    older = json.loads(finished)
+    del older["made_of"]
+    path.write_text(json.dumps(older))
+    with warnings.catch_warnings():  # a cache that does not say what it was made of
+        warnings.simplefilter("error")
+        ImageStage(config)
     path.write_text(unfinished)
     with pytest.raises(UserError, match="was made with another list of images or captions: delete it"):
         ImageStage(config)
