@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import logging
 import warnings
 from collections import Counter
@@ -17,7 +19,7 @@ from elastic3d.checkpoints.options import PRESETS
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.errors import UserError
 from elastic3d.evaluation.health import PrintCheck, print_check
-from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, check_suffix, save_mesh
+from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, check_suffix, read_extras, save_mesh
 from elastic3d.geometry.normalize import scale_to, with_up
 from elastic3d.models.images import IMAGE_SUFFIXES, VIEW_NAMES, ImageInput
 from elastic3d.models.options import ForegroundConfig
@@ -33,10 +35,12 @@ from elastic3d.pipelines.options import (
     Up,
 )
 from elastic3d.pipelines.preview import check_routes, draw_routes, route_title, turntable
+from elastic3d.pipelines.runtime import find_model
 from elastic3d.pipelines.training_free import calibration_file
 from elastic3d.utils.files import (
     atomic_path,
     check_paths,
+    file_sha256,
     load_json,
     matching_files,
     name_key,
@@ -63,6 +67,12 @@ OPTIONS = (
     "cleanup",
     "foreground",
 )  # of the command, for the pipeline
+# Options that change nothing of a mesh, or whose part in it is told in another way.
+AROUND = {
+    *("image", "image_left", "image_back", "image_right", "prompt", "model", "seed", "num_samples"),
+    *("output", "format", "preview", "trace", "resume", "batch_size", "runner", "workers", "device"),
+    *("low_memory", "compile", "memory_budget"),
+}
 
 
 @dataclass(frozen=True)
@@ -74,11 +84,18 @@ class Job:
     output: Path
     prompt: str = ""
     drawn: ImageResult | None = None  # of the prompt
+    options: str = field(default="", compare=False)  # as `options_of_mesh`
 
     @property
     def drawing(self) -> Path:
         """Where the image of the prompt is kept."""
         return self.output.with_name(f"{self.output.stem}_image.png")
+
+    def request_sha256(self, views: Mapping[str, Path]) -> str:
+        """SHA-256 (hex) of what is asked for: options, prompt, seed, and the bytes of the images."""
+        images = [] if self.prompt else [file_sha256(path) for path in (self.image, *views.values())]
+        request = json.dumps([self.options, self.prompt, self.seed, images])
+        return hashlib.sha256(request.encode()).hexdigest()
 
     def source(self, views: Mapping[str, Path]) -> ImageInput:
         """What the mesh is made from, with further views of a file's object."""
@@ -123,12 +140,8 @@ class Plan:
 
 
 def plan(config: GenerateConfig) -> Plan:
-    """The jobs that `image`, `output`, `seed` and `num_samples` ask for.
-
-    Raises:
-        UserError: no image is there, `output` is of the wrong kind, or something would be written over an input or
-            another output.
-    """
+    """The jobs that `image`, `output`, `seed` and `num_samples` ask for. UserError: no image is there, `output` is of
+    the wrong kind, something would be written over an input or another output, or what is there is made otherwise."""
     image, output = Path(config.image), Path(config.output)
     many = image.is_dir() or (glob.has_magic(config.image) and not image.exists())
     if not (config.prompt or many or image.exists()):
@@ -137,8 +150,9 @@ def plan(config: GenerateConfig) -> Plan:
     if not inside:
         check_suffix(output, WRITE_SUFFIXES)
     pairs, folder = (_into_folder(config, many), output) if inside else ([(image, output)], None)
+    several, asked = config.num_samples > 1, options_of_mesh(config)
     jobs = [
-        Job(image, config.seed + n, target if config.num_samples == 1 else numbered(target, n), config.prompt)
+        Job(image, config.seed + n, numbered(target, n) if several else target, config.prompt, None, asked)
         for image, target in pairs
         for n in range(config.num_samples)
     ]
@@ -156,18 +170,35 @@ def plan(config: GenerateConfig) -> Plan:
             "summary": folder / SUMMARY_NAME if folder else None,
         },
     )
+    if config.resume:
+        _check_made_alike(jobs, config, folder)
     return Plan(jobs, folder)
 
 
+def options_of_mesh(config: GenerateConfig) -> str:
+    """The model's place and the options that change a mesh, as JSON."""
+    model = find_model(config.model or DEFAULT_MODEL)
+    options = {name: value for name, value in to_dict(config).items() if name not in AROUND}
+    return json.dumps([str(model.resolve() if model.exists() else model), options])
+
+
+def _check_made_alike(jobs: Sequence[Job], config: GenerateConfig, folder: Path | None) -> None:
+    """UserError if a mesh that is there says, in its file or in the folder's summary, that it was made otherwise."""
+    summary = _made(folder / SUMMARY_NAME) if folder else {}
+    for job in (job for job in jobs if job.output.exists()):
+        own = read_extras(job.output) if job.output.suffix.lower() == ".glb" else {}
+        made = own or summary.get(printable(job.output.name), {}).get("metadata", {})
+        request = job.request_sha256(config.views)
+        if made.get("request_sha256", request) != request:
+            raise UserError(
+                f"{printable(job.output)} was made with other options, or of another image:"
+                " delete it first, or give another output="
+            )
+
+
 def load_pipeline(config: GenerateConfig, meshes: int = 1) -> ImageTo3DPipeline:
-    """The model that the options ask for, with the options that concern its memory and its routers applied.
-
-    Args:
-        meshes: how many will be generated.
-
-    Raises:
-        UserError: a missing or broken file, too little memory, options that the model can't honour.
-    """
+    """The model for `meshes` generations, with the options that concern its memory and its routers applied. UserError:
+    a missing or broken file, too little memory, options that the model can't honour."""
     calibration = calibration_file(config.calibration) if config.calibration else None
     if config.model in PRESETS:
         from elastic3d.pipelines.published import published_pipeline
@@ -286,6 +317,7 @@ def _saved(job: Job, result: Result, config: GenerateConfig) -> Outcome:
     """What became of a job, with its mesh saved if there is one."""
     outcome = Outcome.of(job, "ok")
     outcome.metadata, outcome.image_warnings = result.metadata, result.warnings
+    result.metadata["request_sha256"] = job.request_sha256(config.views)
     if job.drawn is not None:
         result.metadata["image"] = job.drawn.metadata
     try:
@@ -355,7 +387,7 @@ def _made(path: Path) -> dict[str, dict[str, Any]]:
     """What a summary says of the meshes that were made, by the names of their files; nothing where it is missing,
     broken or something else."""
     try:
-        items = load_json(path, {"items": [{"output": str, "status": str}]})["items"]
+        items = load_json(path, {"items": [{"output": str, "status": str, "metadata": dict}]})["items"]
     except UserError:
         return {}
     kept = {item.name for item in fields(Outcome)} - {"output", "status"}

@@ -140,7 +140,9 @@ class GenerateConfig(ElasticOptions, MeshRequestConfig):
     num_samples: int = option(1, "Meshes of each image, with seeds seed, seed + 1, ...", ge=1, le=100_000)
     preview: bool = option(False, "Also write a turntable strip of each mesh as a PNG beside it.")
     format: MeshFormat = option(MeshFormat.glb, "Format of the meshes where output is a folder.")
-    resume: bool = option(False, "Skip what already has an output file.")
+    resume: bool = option(
+        False, "Skip what already has an output file; one that was made otherwise is refused."
+    )
     batch_size: int = option(8, "Generations at a time: of ensemble=4 two meshes.", ge=1, le=4096)
     runner: Runner = option(
         Runner.local,

@@ -61,17 +61,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_file(path: str | os.PathLike[str], what: str = "a file", limit: int | None = None) -> Path:
-    """`path`, which is an ordinary file that can be read and is not empty.
-
-    Pipes and devices are refused: reading one may wait, or go on, for ever.
-
-    Args:
-        what: is expected there, for the message, such as "an image".
-        limit: bytes that it may have.
-
-    Raises:
-        UserError: says what `path` is instead.
-    """
+    """`path`, an ordinary file that can be read and is not empty, of at most `limit` bytes. UserError says what it is
+    instead of `what` is expected, such as "an image". Pipes and devices are refused: reading one may wait for ever."""
     path, name = Path(path), printable(path)
     try:
         found = path.stat()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -109,17 +111,58 @@ def test_a_folder_with_a_bad_file(
     assert command("image=in", "output=out", "budget=0.01") == 2, "nothing is made"
     assert (tmp_path / "out/summary.json").read_bytes() == kept
     made = {item["output"]: item for item in summary["items"]}
-    for _ in range(2):  # what was known of the meshes stays, their own seed too
-        assert command("image=in", "output=./out/", "resume=true", "seed=7") == 0
+    for _ in range(2):  # what was known of the meshes stays
+        assert command("image=in", "output=./out/", "resume=true") == 0
         items = json.loads((tmp_path / "out/summary.json").read_text())["items"]
         assert [item["output"] for item in items] == ["out/a.glb", "out/b.glb", "out/d.glb"]
         for item in (items[0], items[2]):
-            assert item == made[item["output"]] | {"status": "skipped"} and item["metadata"]["seed"] == 0
+            assert item == made[item["output"]] | {"status": "skipped"}
     for other in ('{"items": [{"name": "a"}]}', "{", "[]"):
         (tmp_path / "out/summary.json").write_text(other)
         assert command("image=in", "output=out", "resume=true") == 0
         items = json.loads((tmp_path / "out/summary.json").read_text())["items"]
         assert [(item["status"], item["faces"]) for item in items] == [("skipped", None)] * 3
+
+
+@pytest.mark.parametrize("suffix", ["glb", "stl"])
+def test_resume_skips_only_what_was_made_alike(
+    command: Command, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    """By the mesh's own file or, of a format without metadata, by the summary."""
+    save_image(tmp_path / "in/a.png")
+    there = ["image=in", "output=out", f"format={suffix}", "resume=true"]
+    assert command(*there) == 0
+    kept = {path: path.read_bytes() for path in Path("out").iterdir()}
+    shutil.copytree(model, "other")
+    for other in ("seed=7", "steps=2", "resolution=8", "model=other", "up=z", "max_faces=100"):
+        assert command(*there, other) == 2
+        assert f"out/a.{suffix} was made with other options, or of another image" in capsys.readouterr().err
+    assert kept == {path: path.read_bytes() for path in Path("out").iterdir()}
+    assert (
+        command(*there, "batch_size=1", f"model={os.path.relpath(model)}", f"image={tmp_path}/in/a.png") == 0
+    )
+    save_image(tmp_path / "in/a.png", "green")
+    assert command(*there) == 2
+    if suffix == "stl":  # it says nothing of how it was made
+        Path("out/summary.json").unlink()
+        assert command(*there, "seed=7") == 0
+
+
+def test_resume_with_a_file_of_its_own_and_with_a_prompt(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from elastic3d.pipelines.text_to_image import TextToImagePipeline
+
+    monkeypatch.setattr(TextToImagePipeline, "_image", lambda *arguments: image())
+    save_image(tmp_path / "a.png")
+    save_tiny_small(tmp_path / "small")
+    for source in (["image=a.png"], ["prompt=a red ball", "image_model=small"]):
+        made = [*source, "output=x.glb", "resume=true"]
+        assert command(*made) == 0 and command(*made) == 0
+        assert "1 skipped" in capsys.readouterr().out
+        assert command(*made, "seed=7") == 2
+        assert "x.glb was made with other options" in capsys.readouterr().err
+        Path("x.glb").unlink()
 
 
 def test_a_fault_of_one_mesh_is_not_its_mates(
