@@ -31,6 +31,7 @@ from elastic3d.pipelines.options import (
     NO_ROUTERS_NAME,
     AssetConfig,
     GenerateConfig,
+    MeshFormat,
     Texture,
     Up,
 )
@@ -148,6 +149,7 @@ def plan(config: GenerateConfig) -> Plan:
         raise UserError(f"there is no file {printable(image)}")
     inside = not config.prompt and (many or output.is_dir() or config.output.endswith("/"))
     if not inside:
+        output = output if config.format is None else _of_format(output, config.format)
         check_suffix(output, WRITE_SUFFIXES)
     pairs, folder = (_into_folder(config, many), output) if inside else ([(image, output)], None)
     several, asked = config.num_samples > 1, options_of_mesh(config)
@@ -430,7 +432,7 @@ def _into_folder(config: GenerateConfig, many: bool) -> list[tuple[Path, Path]]:
 
     The file is `<stem>.<format>`; the image's suffix stays in the name where two images differ in nothing else.
     """
-    output = Path(config.output)
+    output, suffix = Path(config.output), (config.format or MeshFormat.glb).value
     if many and config.views:
         name = next(iter(config.views))
         raise UserError(
@@ -451,9 +453,18 @@ def _into_folder(config: GenerateConfig, many: bool) -> list[tuple[Path, Path]]:
             f"image matches several images named {printable(repeated[0])}, expected names that differ in more than"
             " upper and lower case"
         )
-    return [
-        (image, output / f"{name}.{config.format.value}") for image, name in zip(images, names, strict=True)
-    ]
+    return [(image, output / f"{name}.{suffix}") for image, name in zip(images, names, strict=True)]
+
+
+def _of_format(output: Path, format: MeshFormat) -> Path:
+    """A single file that `format=` is given for: it gets the suffix where it has none. UserError for another one."""
+    if not output.suffix and output.name:
+        return output.with_suffix(f".{format.value}")
+    if output.suffix.lower() != f".{format.value}":
+        raise UserError(
+            f"format is {format.value}, but output is {printable(output)}: expected it to end in .{format.value}"
+        )
+    return output
 
 
 def numbered(target: Path, number: int) -> Path:

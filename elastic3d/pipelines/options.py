@@ -139,7 +139,9 @@ class GenerateConfig(ElasticOptions, MeshRequestConfig):
     )
     num_samples: int = option(1, "Meshes of each image, with seeds seed, seed + 1, ...", ge=1, le=100_000)
     preview: bool = option(False, "Also write a turntable strip of each mesh as a PNG beside it.")
-    format: MeshFormat = option(MeshFormat.glb, "Format of the meshes where output is a folder.")
+    format: MeshFormat | None = option(
+        None, "Format of the meshes where output is a folder, or a file without a suffix; null: glb."
+    )
     resume: bool = option(
         False, "Skip what already has an output file; one that was made otherwise is refused."
     )

@@ -16,7 +16,7 @@ from elastic3d.errors import UserError
 from elastic3d.pipelines import published
 from elastic3d.pipelines.call import Result
 from elastic3d.pipelines.generation import Job, _saved, batches, generate, load_pipeline, plan
-from elastic3d.pipelines.options import AssetConfig, GenerateConfig, Texture
+from elastic3d.pipelines.options import AssetConfig, GenerateConfig, MeshFormat, Texture
 from elastic3d.pipelines.preview import turntable
 from elastic3d.pipelines.ray_generation import Worker
 
@@ -120,6 +120,20 @@ def test_a_fault_of_a_batch_of_one_is_an_outcome(tmp_path: Path) -> None:
     assert outcome.error == "a red ball: MemoryError: no memory is left"
     with pytest.raises(MemoryError):
         generate(faulty, [job], config, lambda _: None, alone=True)  # type: ignore[arg-type]
+
+
+def test_the_format_of_a_single_file(photos: Path, tmp_path: Path) -> None:
+    """It is that of its name, which gets a suffix where it has none."""
+    single, stl = photos / "a.PNG", {"format": MeshFormat.stl}
+    for name, made in (("x", "x.stl"), ("x.STL", "x.STL"), ("new/", "new/a.stl")):
+        (job,) = _plan(single, f"{tmp_path}/{name}", **stl)
+        assert job.output == tmp_path / made
+    for name in ("x.glb", "x.v2"):
+        with pytest.raises(
+            UserError, match=rf"format is stl, but output is .*{name}: expected it to end in .stl"
+        ):
+            _plan(single, tmp_path / name, **stl)
+    assert {job.output.suffix for job in _plan(photos, tmp_path / "out", **stl)} == {".stl"}
 
 
 def test_what_is_refused(photos: Path, tmp_path: Path) -> None:
