@@ -20,7 +20,7 @@ from torch import Tensor
 
 from elastic3d.errors import UserError
 from elastic3d.models.options import ForegroundConfig, ForegroundMethod, ImageEncoderConfig
-from elastic3d.utils.files import atomic_path, check_file, parse_json, printable
+from elastic3d.utils.files import atomic_path, check_file, parse_json, printable, visible_files
 
 if TYPE_CHECKING:
     from elastic3d.models.image_encoder import ImageEncoder
@@ -42,6 +42,9 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 _METADATA = "elastic3d"
+DRAWING = {
+    "drawing": True
+}  # metadata of what a command draws of its results, which shows no object to generate
 
 _WORKING_SIDE = 1024  # longer sides are reduced first: the encoder sees a few hundred pixels
 _SMALLEST_OBJECT = 8  # pixels; less carries no shape
@@ -104,6 +107,21 @@ def save_image(image: Image.Image, path: str | Path, metadata: dict[str, Any]) -
     entries.add_itxt(_METADATA, json.dumps(metadata, allow_nan=False, ensure_ascii=False))
     with atomic_path(path) as temporary:
         image.save(temporary, "PNG", pnginfo=entries)
+
+
+def images_in(folder: Path, recursive: bool = False) -> list[Path]:
+    """The images of a folder, sorted, without drawings. UserError if it can't be read."""
+    found = [path for path in visible_files(folder, recursive) if path.suffix.lower() in IMAGE_SUFFIXES]
+    return [path for path in found if not is_drawing(path)]
+
+
+def is_drawing(path: Path) -> bool:
+    """Whether `save_image` wrote a file with the metadata `DRAWING`."""
+    try:
+        with path.open("rb") as file:
+            return json.dumps(DRAWING).encode() in file.read(256)  # entries stand before the pixels
+    except OSError:  # told by who reads the image
+        return False
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

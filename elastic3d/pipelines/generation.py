@@ -21,7 +21,15 @@ from elastic3d.errors import UserError
 from elastic3d.evaluation.health import PrintCheck, print_check
 from elastic3d.geometry.mesh_io import WRITE_SUFFIXES, check_suffix, read_extras, save_mesh
 from elastic3d.geometry.normalize import scale_to, with_up
-from elastic3d.models.images import IMAGE_SUFFIXES, VIEW_NAMES, ImageInput
+from elastic3d.models.images import (
+    DRAWING,
+    IMAGE_SUFFIXES,
+    VIEW_NAMES,
+    ImageInput,
+    images_in,
+    is_drawing,
+    save_image,
+)
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.assets import check_asset, coloured
 from elastic3d.pipelines.call import OnProgress, Result
@@ -39,7 +47,6 @@ from elastic3d.pipelines.preview import check_routes, draw_routes, route_title, 
 from elastic3d.pipelines.runtime import find_model
 from elastic3d.pipelines.training_free import calibration_file
 from elastic3d.utils.files import (
-    atomic_path,
     check_paths,
     file_sha256,
     load_json,
@@ -47,7 +54,6 @@ from elastic3d.utils.files import (
     name_key,
     printable,
     save_json,
-    visible_files,
 )
 from elastic3d.utils.options import to_dict
 
@@ -356,8 +362,7 @@ def finish(
     if config.texture is Texture.project:
         mesh, result.metadata["texture"] = coloured(mesh, image, foreground or ForegroundConfig(), config)
     if preview is not None:  # in its colours, Y up; before the mesh's file, by which `resume` judges
-        with atomic_path(preview) as temporary:
-            turntable(mesh, image=result.image).save(temporary)
+        save_image(turntable(mesh, image=result.image), preview, DRAWING)
     if config.up is not Up.y:
         mesh = with_up(mesh, config.up.value)
     return mesh if config.size_mm is None else scale_to(mesh, config.size_mm, suffix), check
@@ -414,13 +419,10 @@ def save_routes(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def find_images(pattern: str) -> list[Path]:
-    """Images in a folder, or files that match a glob; sorted."""
+    """Images in a folder, or files that match a glob; sorted, without drawings such as previews."""
     folder = Path(pattern)
-    if folder.is_dir():
-        files = visible_files(folder, recursive=False)
-        found = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    else:
-        found = matching_files(pattern)
+    found = images_in(folder) if folder.is_dir() else matching_files(pattern)
+    found = [path for path in found if not is_drawing(path)]
     if not found:
         kinds = f" ({', '.join(IMAGE_SUFFIXES)})" if folder.is_dir() else ""
         raise UserError(f"image is {printable(pattern)}, which holds no image{kinds}")

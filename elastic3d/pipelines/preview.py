@@ -14,7 +14,7 @@ from trimesh.visual import ColorVisuals, TextureVisuals
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.errors import UserError
 from elastic3d.geometry.render import Camera, Light, Scene, ring_cameras
-from elastic3d.utils.files import atomic_path
+from elastic3d.models.images import DRAWING, save_image
 
 CELL, MARGIN, GAP, LEFT, LINE = 14, 34, 12, 128, 20
 SKIPPED, REUSED, EMPTY, INK = (235, 235, 235), (245, 160, 60), (255, 255, 255), (30, 30, 30)
@@ -83,8 +83,7 @@ def draw_routes(panels: Sequence[tuple[str, dict[str, Any]]], path: Path) -> Non
     for image in images:
         sheet.paste(image, (0, top))
         top += image.height
-    with atomic_path(path) as temporary:
-        sheet.save(temporary)
+    save_image(sheet, path, DRAWING)
 
 
 def _panel(title: str, routes: dict[str, Any]) -> Image.Image:

@@ -29,7 +29,7 @@ from elastic3d.geometry.decode import FieldFunction, decode_field
 from elastic3d.geometry.mesh_io import load_mesh
 from elastic3d.geometry.options import CleanupConfig, DecodeConfig
 from elastic3d.geometry.surface import extract_surface
-from elastic3d.models.images import IMAGE_SUFFIXES
+from elastic3d.models.images import images_in
 from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
@@ -84,7 +84,7 @@ def _claim(pipeline: ImageTo3DPipeline, config: DecodingConfig) -> None:
 
 def _images(config: DecodingConfig) -> list[Path]:
     """UserError for two that differ in their suffix alone: results go by their stems."""
-    found = sorted(path for path in config.images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = images_in(config.images)
     for before, path in pairwise(sorted(found, key=lambda each: each.stem)):
         if before.stem == path.stem:
             raise UserError(f"{config.images} has several images named {path.stem}, expected different names")

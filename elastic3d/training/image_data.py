@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.errors import UserError
-from elastic3d.models.images import IMAGE_SUFFIXES, load_image
+from elastic3d.models.images import images_in, load_image
 from elastic3d.models.weights import open_tensors, read_weights, save_weights
 from elastic3d.pipelines.backbones import Backbone, Text
 from elastic3d.preparation.sources import with_article
@@ -42,7 +42,6 @@ from elastic3d.utils.files import (
     load_json_lines,
     read_text,
     save_json,
-    visible_files,
 )
 from elastic3d.utils.options import Options, option
 
@@ -253,9 +252,7 @@ def _shade(hsv: tuple[float, float, float], rng: np.random.Generator) -> tuple[i
 
 
 def _from_texts(folder: Path) -> list[tuple[Path, str]]:
-    files = visible_files(folder, recursive=False)
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    texts = [(path, path.with_suffix(".txt")) for path in images]
+    texts = [(path, path.with_suffix(".txt")) for path in images_in(folder)]
     full = [(path, file) for path, file in texts if file.is_file() and file.stat().st_size]
     return [(path, text) for path, file in full if (text := read_text(file, "a caption").strip())]
 

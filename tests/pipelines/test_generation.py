@@ -13,12 +13,15 @@ from PIL import Image
 from tiny_pipeline import save_image, tiny_pipeline
 
 from elastic3d.errors import UserError
+from elastic3d.models import images as models_images
+from elastic3d.models.images import images_in
 from elastic3d.pipelines import published
 from elastic3d.pipelines.call import Result
 from elastic3d.pipelines.generation import Job, _saved, batches, generate, load_pipeline, plan
 from elastic3d.pipelines.options import AssetConfig, GenerateConfig, MeshFormat, Texture
-from elastic3d.pipelines.preview import turntable
+from elastic3d.pipelines.preview import draw_routes, turntable
 from elastic3d.pipelines.ray_generation import Worker
+from elastic3d.training.views import named_images
 
 
 @pytest.fixture
@@ -49,6 +52,28 @@ def test_folders_and_globs(photos: Path, tmp_path: Path) -> None:
     assert len(_plan(f"{tmp_path}/**/*.jpg", tmp_path / "out")) == 1
     (photos / "[x].png").touch()
     assert [job.image.name for job in _plan(photos / "[x].png", tmp_path / "x.glb")] == ["[x].png"]
+
+
+def test_what_a_command_draws_is_no_image_of_a_folder(tmp_path: Path) -> None:
+    """Previews and routes, also beside images whose names only differ in the suffix."""
+    image = save_image(tmp_path / "a.webp")
+    config = GenerateConfig(image=str(image), output=str(tmp_path / "a.glb"), preview=True)
+    assert (
+        _saved(plan(config).jobs[0], Result({"model": "tiny"}, _mesh=trimesh.creation.box()), config).status
+        == "ok"
+    )
+    routes = {"actions": [["1."]], "blocks": ["0", "1"], "widths": [1.0]}
+    draw_routes([("a", routes)], tmp_path / "routes.png")
+    made = save_image(tmp_path / "b.png")
+    models_images.save_image(Image.open(made), made, {"prompt": "a chair"})
+    for folder in (tmp_path, f"{tmp_path}/*.png", f"{tmp_path}/*.webp"):
+        found = {job.image for job in _plan(folder, tmp_path)}
+        assert found <= {image, made} and found
+    assert images_in(tmp_path) == [image, made] and {"a.png", "routes.png"} < {
+        p.name for p in tmp_path.iterdir()
+    }
+    assert named_images(tmp_path) == {"a": [image], "b": [made]}
+    assert len(_plan(tmp_path / "a.png", tmp_path / "c.glb")) == 1, "it is asked for by its name"
 
 
 def test_equal_stems_keep_their_suffix(tmp_path: Path) -> None:
