@@ -28,15 +28,13 @@ from elastic3d.benchmark.task import Task
 from elastic3d.elastic.trace import trace_dense_flops, trace_flops, trace_router_flops
 from elastic3d.errors import UserError
 from elastic3d.evaluation.report import machine, markdown_table
+from elastic3d.utils.claims import sole_use
 from elastic3d.utils.files import atomic_path, load_json, save_json
 
 
 def benchmark(config: MeshBenchmarkConfig | ImageBenchmarkConfig, command: str = "") -> dict[str, Any]:
-    """Do the phases, or what is left of them, and write the report. -> what results.json holds.
-
-    Raises:
-        UserError: an option, an item or a model that can't be used, found before anything is run.
-    """
+    """Do the phases, or what is left of them, and write the report. -> what results.json holds. UserError: an option,
+    an item, a model or a folder that can't be used, found before anything is run."""
     if config.threads:
         torch.set_num_threads(config.threads)
     if isinstance(config, MeshBenchmarkConfig):
@@ -49,16 +47,16 @@ def benchmark(config: MeshBenchmarkConfig | ImageBenchmarkConfig, command: str =
     cases = [*plan(planner, len(task.items)), *rival_cases(planner)]
     if not cases:
         raise UserError("there is nothing to run: choose other methods, budgets, caches or variants")
-    config.output.mkdir(parents=True, exist_ok=True)
-    if Phase.quick in config.phases:
-        return quick_comparison(task, cases, command)
-    to_time = needed_runs(planner, cases)
-    runs = list(dict.fromkeys([planner.reference, *to_time]))
-    if Phase.quality in config.phases:
-        make_all(task, runs)
-    scores = task.score(runs)
-    rounds = timed_rounds(task, to_time, measure=Phase.timing in config.phases)
-    return write_report(task, cases, scores, rounds, command)
+    with sole_use(config.output):
+        if Phase.quick in config.phases:
+            return quick_comparison(task, cases, command)
+        to_time = needed_runs(planner, cases)
+        runs = list(dict.fromkeys([planner.reference, *to_time]))
+        if Phase.quality in config.phases:
+            make_all(task, runs)
+        scores = task.score(runs)
+        rounds = timed_rounds(task, to_time, measure=Phase.timing in config.phases)
+        return write_report(task, cases, scores, rounds, command)
 
 
 def make_all(task: Task, runs: Sequence[Run]) -> None:

@@ -37,6 +37,7 @@ from elastic3d.preparation.shards import (
 from elastic3d.preparation.sources import FolderSource, Source, read_list
 from elastic3d.preparation.splits import Split, folder_split, read_splits, write_folder_split
 from elastic3d.preparation.sweethome3d import SweetHome3DSource, find_package
+from elastic3d.utils.claims import sole_use
 
 Progress = Callable[[str, str], None]
 """Called with an item's id and the reason of its failure, or an empty one."""
@@ -227,13 +228,14 @@ def prepare_data(config: PrepareConfig) -> Summary:
     if config.source is SourceName.folder:
         held_out |= _held_out_meshes([f"{item.source}/{item.id}" for item in items], folder, config)
     recipe = Recipe(config.shape, config.seed, frozenset(held_out))
-    drop_outdated(items, folder, recipe, config.retry)
-    _prepare_with_bar(plan_shards(items, folder, config.shard_size), source, recipe, config)
-    _, every_failure = write_manifest(folder)
-    failures = {item.id: every_failure[item.id] for item in items if item.id in every_failure}
-    prepared = [f"{item.source}/{item.id}" for item in items if item.id not in failures]
-    if config.source is SourceName.folder and prepared:
-        write_folder_split(folder, prepared, held_out)
+    with sole_use(folder):
+        drop_outdated(items, folder, recipe, config.retry)
+        _prepare_with_bar(plan_shards(items, folder, config.shard_size), source, recipe, config)
+        _, every_failure = write_manifest(folder)
+        failures = {item.id: every_failure[item.id] for item in items if item.id in every_failure}
+        prepared = [f"{item.source}/{item.id}" for item in items if item.id not in failures]
+        if config.source is SourceName.folder and prepared:
+            write_folder_split(folder, prepared, held_out)
     return Summary(folder, len(prepared), failures)
 
 

@@ -34,7 +34,7 @@ from elastic3d.models.options import VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.studies.config import DecodingConfig
-from elastic3d.utils.claims import claim_folder
+from elastic3d.utils.claims import claim_folder, sole_use
 from elastic3d.utils.files import atomic_path, file_sha256, load_json, save_json
 from elastic3d.utils.options import to_dict
 
@@ -51,20 +51,21 @@ def compare_decoding(config: DecodingConfig) -> str:
             inputs have one name.
     """
     pipeline = ImageTo3DPipeline.from_pretrained(config.model, "cpu")  # times are those of the processor
-    _claim(pipeline, config)
-    shapes, truths = _latents(pipeline, config), true_shapes(config)
-    names = list(shapes)[: config.limit or None]
-    path = config.output / "shapes.json"
-    done: dict[str, Any] = load_json(path) if path.is_file() else {}
-    for name in tqdm(names, desc="decoding", unit="shape", disable=None):
-        if name not in done:
-            truth = truths.get(name.partition(", ")[0])
-            done[name] = decoded_ways(pipeline, shapes[name][None], config, truth)
-            save_json(done, path)
-    text = summary({name: done[name] for name in names})
-    with atomic_path(config.output / "table.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-    return text
+    with sole_use(config.output):
+        _claim(pipeline, config)
+        shapes, truths = _latents(pipeline, config), true_shapes(config)
+        names = list(shapes)[: config.limit or None]
+        path = config.output / "shapes.json"
+        done: dict[str, Any] = load_json(path) if path.is_file() else {}
+        for name in tqdm(names, desc="decoding", unit="shape", disable=None):
+            if name not in done:
+                truth = truths.get(name.partition(", ")[0])
+                done[name] = decoded_ways(pipeline, shapes[name][None], config, truth)
+                save_json(done, path)
+        text = summary({name: done[name] for name in names})
+        with atomic_path(config.output / "table.md") as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+        return text
 
 
 def _claim(pipeline: ImageTo3DPipeline, config: DecodingConfig) -> None:

@@ -41,7 +41,7 @@ from elastic3d.training.datasets import PreparedShapes, item_generator, read_spl
 from elastic3d.training.journal import contact_sheet, field_meshes, mesh_image, on_white
 from elastic3d.training.vae import VAEItems, VAEStageConfig
 from elastic3d.training.views import stored_views
-from elastic3d.utils.claims import SETTINGS_NAME, claim_folder
+from elastic3d.utils.claims import SETTINGS_NAME, claim_folder, sole_use
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.files import atomic_path, file_sha256
 from elastic3d.utils.options import Options, option, to_dict
@@ -93,13 +93,14 @@ def build_held_out(config: HeldOutConfig) -> list[str]:
         )
     pipeline = ImageTo3DPipeline.from_pretrained(config.model, config.device, config.dtype)
     shapes = open_held_out(config)
-    _claim(config, shapes.ids)
-    _write_truth(shapes, config)
-    _write_reconstructions(pipeline, shapes, config)
-    for seed in config.seeds:
-        _write_generated(pipeline, shapes, seed, config)
-    _write_nearest(pipeline, shapes, config)
-    write_sheet(shapes.ids, config)
+    with sole_use(config.output):
+        _claim(config, shapes.ids)
+        _write_truth(shapes, config)
+        _write_reconstructions(pipeline, shapes, config)
+        for seed in config.seeds:
+            _write_generated(pipeline, shapes, seed, config)
+        _write_nearest(pipeline, shapes, config)
+        write_sheet(shapes.ids, config)
     return shapes.ids
 
 

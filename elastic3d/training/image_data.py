@@ -35,6 +35,7 @@ from elastic3d.preparation.sources import with_article
 from elastic3d.training.datasets import Batch, PreparedShapes, read_split
 from elastic3d.training.options import LimitedSplitsConfig
 from elastic3d.training.views import recoloured, stored_views, view_words
+from elastic3d.utils.claims import sole_use
 from elastic3d.utils.files import (
     Number,
     file_sha256,
@@ -310,14 +311,15 @@ def build_image_cache(
         name = differing[0].removesuffix("_sha256")
         raise UserError(f"{output} was made with another {name}: delete it, or choose another image.cache=")
     info = {"settings": settings, "made_of": digest, "seed": seed}
-    save_json(info | {"counts": {}}, path)
-    negative = backbone.encode_prompts([backbone.negative], length=text_length(image, backbone))
-    save_weights({name: _halved(value) for name, value in negative.items()}, output / NEGATIVE_NAME)
-    counts = {
-        split: _write_split(source, output / split, image, backbone, size)
-        for split, source in sources.items()
-    }
-    save_json(info | {"counts": counts}, path)
+    with sole_use(output):
+        save_json(info | {"counts": {}}, path)
+        negative = backbone.encode_prompts([backbone.negative], length=text_length(image, backbone))
+        save_weights({name: _halved(value) for name, value in negative.items()}, output / NEGATIVE_NAME)
+        counts = {
+            split: _write_split(source, output / split, image, backbone, size)
+            for split, source in sources.items()
+        }
+        save_json(info | {"counts": counts}, path)
 
 
 def _digest(sources: Mapping[str, ImageSource]) -> str:

@@ -55,6 +55,7 @@ from elastic3d.training.vae import (
     mirrored,
 )
 from elastic3d.training.views import augment_view, named_images, stored_views
+from elastic3d.utils.claims import sole_use
 from elastic3d.utils.files import Number, file_sha256, load_json, save_json
 from elastic3d.utils.options import Options, from_dict, option, to_dict
 
@@ -272,13 +273,11 @@ class LatentCache:
 
 def build_cache(config: CacheConfig) -> LatentInfo:
     """Encode the training and validation shapes; what an earlier call finished stays as it is, unless its prepared
-    shard, the images of its shapes or the lists have changed.
-
-    A shape without a view that shows it is reported and left out.
+    shard, the images of its shapes or the lists have changed. A shape without a view that shows it is left out.
 
     Raises:
-        UserError: a VAE without an encoder, or the folder holds a cache made with another VAE, encoder or number of
-            variants or views.
+        UserError: a VAE without an encoder, or the folder is in use, or holds a cache made with another VAE, encoder or
+            number of variants or views.
     """
     points = config.vae.surface_points + config.vae.sharp_points
     require_memory(28 * points * config.latents.batch, "the surface points of latents.batch shapes need")
@@ -289,12 +288,13 @@ def build_cache(config: CacheConfig) -> LatentInfo:
     if not plan:
         raise UserError(nothing_prepared(len(wanted), config.data.prepared))
     builder.check_images(wanted)
-    builder.claim()
-    _drop_strays(config.latents.output, plan)
+    output, total = config.latents.output, sum(len(ids) for _, ids in plan)
     sums: list[dict[str, Any]] = []
-    with tqdm(total=sum(len(ids) for _, ids in plan), desc="cache", unit="shape", dynamic_ncols=True) as bar:
+    with sole_use(output), tqdm(total=total, desc="cache", unit="shape", dynamic_ncols=True) as bar:
+        builder.claim()
+        _drop_strays(output, plan)
         for shard, ids in plan:
-            target = config.latents.output / shard.parent.name / shard.name
+            target = output / shard.parent.name / shard.name
             sidecar = target.with_suffix(".json")
             made_of = {"train": [id for id in ids if id in train], "source": builder.digest(shard, ids)}
             if not (target.is_file() and sidecar.is_file() and _is_made_of(sidecar, ids, made_of)):
@@ -303,7 +303,7 @@ def build_cache(config: CacheConfig) -> LatentInfo:
             else:
                 bar.update(len(ids))
             sums.append(load_json(sidecar, _SUMS))
-    return builder.finish(sums)
+        return builder.finish(sums)
 
 
 def _is_made_of(sidecar: Path, ids: list[str], made_of: Mapping[str, Any]) -> bool:

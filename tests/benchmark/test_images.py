@@ -22,6 +22,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.images import read_metadata
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from tests.benchmark.conftest import INSTALLED, PROMPTS, image_config_of
+from tests.processes import held_by_another
 
 ROOT = Path(__file__).resolve().parents[2]
 WANTED = {
@@ -138,6 +139,8 @@ def test_a_second_run_makes_nothing_again(done, gallery, monkeypatch):
     config = image_config_of(
         gallery, output, cache=cache, phases=[Phase.quality], methods=[Method.elastic], caches=[], limit=2
     )
+    with held_by_another(output), pytest.raises(UserError, match="is in use by another process"):
+        benchmark(config)
     again = benchmark(config)
     before, after = row_of(results, "elastic"), row_of(again, "elastic")
     assert after["feature_dense"] == before["feature_dense"] and after["frechet"] == before["frechet"]

@@ -22,6 +22,7 @@ from elastic3d.training.options import StageName
 from elastic3d.training.stages import adopt_architecture, run_stage
 from elastic3d.training.views import named_images, stored_views
 from elastic3d.utils.files import load_json, save_json
+from tests.processes import held_by_another
 from tests.training.tiny import add_views, tiny_vae, views
 from tests.training.tiny import dit_config as config_for
 
@@ -58,6 +59,20 @@ def test_the_cache_goes_on_where_it_stopped_and_refuses_other_settings(cached):
     ShapeVAE(tiny_vae()).save_pretrained(cached / "vae")
     with pytest.raises(UserError, match="made with another vae_sha256"):
         build_cache(config_for(cached, stage=StageName.cache))
+
+
+def test_a_cache_is_for_one_process_at_a_time(cached):
+    config = config_for(cached, stage=StageName.cache)
+    first = min((cached / "latents" / "balls").glob("*.safetensors"))
+    first.unlink()
+    with (
+        held_by_another(cached / "latents"),
+        pytest.raises(UserError, match="latents is in use by another process"),
+    ):
+        build_cache(config)
+    assert not first.exists()
+    build_cache(config)
+    assert first.exists()
 
 
 def test_what_changed_since_is_cached_again(cached):
