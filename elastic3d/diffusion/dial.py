@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic3d.diffusion.options import IDLE, PipelineConfig, Quality
-from elastic3d.diffusion.sampler import moves
+from elastic3d.diffusion.sampler import sampling_times
 from elastic3d.elastic.config import MIN_BUDGET, ElasticOptions, RouterConfig, least_budget
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.training_free import CALIBRATION_NAME
@@ -157,10 +157,7 @@ def choose(
 ) -> Row | None:
     """The row that a call runs; None where the dial is not used: by `steps`, by a dense call, by a model without one.
     With another `guidance` than was measured (None: the model's), or `few_step=False`, none of the few-step LoRA.
-
-    Raises:
-        UserError: a budget below the cheapest row; a quality without a dial, or with another choice of speed.
-    """
+    UserError: a budget below the cheapest row; a quality without a dial, or with another choice of speed."""
     if quality is not None:
         _check(dial, requested, steps, quality)
     if dial is None or steps is not None or requested.elastic is False:
@@ -200,12 +197,8 @@ def _check(dial: Dial | None, requested: ElasticOptions, steps: int | None, qual
 
 def load_dial(folder: Path, model: PipelineConfig, routers: Routers, kind: Kind = MESHES) -> Dial | None:
     """The dial in a model's folder; None where there is none. `model`: steps, guidance and grid of its dense default
-    generation.
-
-    Raises:
-        UserError: naming the file: it is broken, its rows do not go up in cost and fidelity and down in speed, its
-            names are not those of the rule, or it is the table of a model that runs otherwise.
-    """
+    generation. UserError, naming the file: it is broken, its rows do not go up in cost and fidelity and down in speed,
+    its names are not those of the rule, or it is the table of a model that runs otherwise."""
     path = folder / DIAL_NAME
     if not path.exists():
         return None
@@ -281,7 +274,8 @@ def _misfit(row: Row, model: PipelineConfig, routers: Routers, folder: Path) -> 
     """Why a row is none of the model in a folder, with these routers; None where it is."""
     if (budget := row.router_budget) is None:
         return None
-    steps = moves(model, row.steps)
+    times = sampling_times(model, row.steps).tolist()[:-1]
+    steps, idle = len(times), int(model.grid in IDLE)
     if row.planned:
         if not (folder / CALIBRATION_NAME).is_file():
             return f"planned is true, but there is no {CALIBRATION_NAME} here"
@@ -292,7 +286,8 @@ def _misfit(row: Row, model: PipelineConfig, routers: Routers, folder: Path) -> 
     if row.scope != routers.scope.name and (row.scope is not None or routers.trained_steps):
         return f"scope is {row.scope!r}, expected {routers.scope.name}, that of this model's routers"
     try:
-        routers.check_generation(steps, model.guidance, True, model.grid in IDLE)
+        routers.check_generation(steps, model.guidance, True, idle)
+        routers.check_budget(budget, times, idle)
     except UserError as error:
         return str(error)
     lora = coarseness(routers, steps, budget, model.guidance) is not None

@@ -35,12 +35,8 @@ _NAME_BYTES = 100  # of a file's stem in its temporary name; file systems take n
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path` with the same suffix, renamed to `path` when the block ends well.
 
-    If the block raises or is interrupted, the temporary file goes and `path` stays as it was. Missing parent
-    folders are made.
-
-    Raises:
-        UserError: the place can't be written, or writing ended in an operating system error.
-    """
+    If the block raises or is interrupted, the temporary file goes and `path` stays as it was. Missing parent folders
+    are made. UserError: the place can't be written, or writing ended in an operating system error."""
     path = Path(path)
     if os.path.isdir(path):  # noqa: PTH112 (unlike Path.is_dir it never raises, for example for a long name)
         raise UserError(f"can't write {printable(path)}: it is a folder, expected a file name")

@@ -18,7 +18,7 @@ from tiny_pipeline import image, tiny_pipeline
 from elastic3d.diffusion.dial import F_SCORES, choose, load_dial, parse_dial, resolution_of, save_dial
 from elastic3d.diffusion.options import PipelineConfig, Quality, SamplingGrid
 from elastic3d.elastic import attach
-from elastic3d.elastic.config import ElasticOptions, RouterConfig
+from elastic3d.elastic.config import ElasticOptions, RouterConfig, RouterCurves
 from elastic3d.elastic.training_free import Calibration
 from elastic3d.errors import UserError
 from elastic3d.pipelines.call import Result
@@ -256,6 +256,14 @@ def test_a_dial_may_name_per_block_routers_within_the_steps_of_their_lora(tmp_pa
     found["rows"][0]["steps"] = 1
     path.write_text(json.dumps(found))
     with pytest.raises(UserError, match=r"rows\[0\]: steps is 1, expected 2 to 4, for which these per-block"):
+        load_dial(tmp_path, model, routers)
+    routers.curves = RouterCurves(requested_budgets=[0.6, 1.0], calibrated_budgets=[0.6, 1.0])
+    found["rows"][0]["steps"] = 2
+    path.write_text(json.dumps(found))
+    message = (
+        r"rows\[0\]: budget is 0.5, expected 0.6 to 1, for which these per-block routers were calibrated in 2"
+    )
+    with pytest.raises(UserError, match=message):
         load_dial(tmp_path, model, routers)
     for scope in ("step", None):  # None: of bundled models' dials, which name none
         found["rows"][0] |= {"steps": 2, "scope": scope}
