@@ -213,6 +213,12 @@ def holds_routers(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME))
 
 
+def named_router_folders(model: Path) -> list[Path]:
+    """The folders of routers in a model's folder that have names of their own, such as `per_block`."""
+    found = [path for path in sorted(model.glob(f"*/{CONFIG_NAME}")) if path.parent.name != "routers"]
+    return [path.parent for path in found if str(load_json(path).get("_class_name")).endswith("Routers")]
+
+
 def remove_routers(folder: Path) -> None:
     """Remove what `save_routers` wrote to a folder, the records of it, and the folder where nothing else is in it."""
     for name in (CONFIG_NAME, ROUTER_CURVES_NAME, WEIGHTS_NAME):

@@ -25,6 +25,7 @@ from elastic3d.elastic.attachment import (
     find_session,
     has_routers,
     holds_routers,
+    named_router_folders,
     remove_routers,
     save_routers,
 )
@@ -53,7 +54,7 @@ from elastic3d.models.options import ForegroundConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.shape_vae import ShapeVAE
 from elastic3d.models.skip_dit import SkipDiT
-from elastic3d.models.weights import find_weights, plain_twin
+from elastic3d.models.weights import WEIGHTS_NAME, find_weights, plain_twin
 from elastic3d.pipelines.call import Call, OnProgress, OnResult, OnStep, Result
 from elastic3d.pipelines.ensembles import combined
 from elastic3d.pipelines.memory import LOW_MEMORY_CHUNK, on_device
@@ -198,15 +199,21 @@ class ImageTo3DPipeline:
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the folder that `from_pretrained` reads; `pipeline.json` last: half a folder is no model.
 
-        `routers/` and statistics of another model that was there before go. Folders of other routers, such as
-        `per_block/`, stay.
+        `routers/` and statistics of another model that was there before go, and so do folders of other routers, such as
+        `per_block/`, where the DiT is another one now.
         """
         folder = Path(path)
+        own = any(folder.resolve() in path.resolve().parents for path in self.dense_files)
+        weights = folder / "dit" / WEIGHTS_NAME
+        before = file_sha256(weights) if weights.is_file() and not own else None
+        named = named_router_folders(folder) if before else []
         self.vae.save_pretrained(folder / "vae", dtype)
         self.dit.save_pretrained(folder / "dit", dtype)
+        for routers in named if before != file_sha256(weights) else ():
+            remove_routers(routers)
         if has_routers(self.dit):
             save_routers(self.dit, folder / ROUTERS_NAME)
-        elif not any(folder.resolve() in path.resolve().parents for path in self.dense_files):
+        elif not own:
             remove_routers(folder / ROUTERS_NAME)
         save_image_encoder(self.encoder, folder / "image_encoder")
         if self.familiarity is not None:

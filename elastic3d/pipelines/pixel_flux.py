@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from elastic3d import __version__
 from elastic3d.diffusion.dial import save_dial
-from elastic3d.elastic.attachment import remove_routers
+from elastic3d.elastic.attachment import named_router_folders, remove_routers
 from elastic3d.elastic.config import ElasticConfig
 from elastic3d.elastic.training_free import CALIBRATION_NAME
 from elastic3d.errors import UserError
@@ -323,7 +323,7 @@ def save_pixel_flux(config: PixelModelConfig, transformer: Any, folder: Path, dt
     Routers and the calibration of another transformer that was there before go: they are none of this one. So does a
     dial, which is of its steps and guidance too.
     """
-    before = _weights(folder)
+    before, named = _weights(folder), named_router_folders(folder)
     unfinished = folder / ".transformer.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     with quiet():
@@ -331,7 +331,8 @@ def save_pixel_flux(config: PixelModelConfig, transformer: Any, folder: Path, dt
     shutil.rmtree(folder / "transformer", ignore_errors=True)
     unfinished.rename(folder / "transformer")
     if _weights(folder) != before:
-        remove_routers(folder / "routers")
+        for routers in (folder / "routers", *named):
+            remove_routers(routers)
         (folder / CALIBRATION_NAME).unlink(missing_ok=True)
     save_dial(None, folder)
     save_json(to_dict(config), folder / SETTINGS_NAME)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import detach, save_routers
@@ -40,6 +42,22 @@ def test_they_take_the_place_of_the_models_own(folder, outside):
     assert own.weights_sha256 != other.weights_sha256 and own.dense_sha256 == other.dense_sha256
     routes = other(image(), steps=2, budget=0.5).metadata["routes"]
     assert len(routes["blocks"]) == 4
+
+
+def test_another_model_saved_over_theirs_takes_none_of_them(folder, tmp_path):
+    """The same one, also from elsewhere, keeps them."""
+    shutil.copytree(folder, tmp_path / "tiny")
+    (tmp_path / "tiny/per_block/notes.txt").write_text("mine")
+    for source in (tmp_path / "tiny", folder):
+        ImageTo3DPipeline.from_pretrained(source, "cpu", torch.float32).save_pretrained(tmp_path / "tiny")
+        ImageTo3DPipeline.from_pretrained(tmp_path / "tiny", "cpu", routers="per_block")
+    other = tiny_pipeline()
+    torch.nn.init.normal_(next(other.dit.parameters()))
+    other.save_pretrained(tmp_path / "tiny")
+    with pytest.raises(UserError, match="per_block"):
+        ImageTo3DPipeline.from_pretrained(tmp_path / "tiny", "cpu", routers="per_block")
+    assert [path.name for path in (tmp_path / "tiny/per_block").iterdir()] == ["notes.txt"]
+    assert ImageTo3DPipeline.from_pretrained(tmp_path / "tiny", "cpu").session is None
 
 
 def test_a_name_of_neither_is_an_error(folder):

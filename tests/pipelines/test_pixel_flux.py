@@ -93,7 +93,8 @@ def test_a_model_saved_over_another_keeps_nothing_of_it(tmp_path):
     folder = save_tiny_small(tmp_path)
     pipe = load_pixel_flux(folder, torch.device("cpu"), torch.float32, encoders=False)
     attach(pipe.transformer, RouterConfig())
-    save_routers(pipe.transformer, folder / "routers")
+    for name in ("routers", "per_block"):
+        save_routers(pipe.transformer, folder / name)
     (folder / "training_free.json").write_text("{}")
     (folder / "dial.json").write_text("{}")
     with pytest.raises(UserError, match="dial.json has no 'dense'"):
@@ -101,13 +102,14 @@ def test_a_model_saved_over_another_keeps_nothing_of_it(tmp_path):
     (folder / "dial.json").unlink()
     assert TextToImagePipeline.from_pretrained("small", folder, device="cpu").session is not None
     save_tiny_small(tmp_path)  # the same weights: they are this one's
+    assert (folder / "per_block/config.json").is_file()
     assert TextToImagePipeline.from_pretrained("small", folder, device="cpu").session is not None
     config = from_dict(PixelModelConfig, load_json(folder / SETTINGS_NAME))
     pipe.transformer.proj_out.bias.data += 1
     (folder / "dial.json").write_text("{}")  # of what was there before
     save_pixel_flux(config, pipe.transformer, folder, torch.float32)
     assert TextToImagePipeline.from_pretrained("small", folder, device="cpu").session is None
-    assert not (folder / "routers").exists() and not (folder / "training_free.json").exists()
+    assert not any((folder / name).exists() for name in ("routers", "per_block", "training_free.json"))
 
 
 def test_weights_are_narrow_and_pixels_are_not(tmp_path):
