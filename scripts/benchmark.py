@@ -18,7 +18,7 @@ import sys
 from _cli import run
 
 from elastic3d.benchmark.config import ImageBenchmarkConfig, MeshBenchmarkConfig, Phase
-from elastic3d.utils.files import check_paths
+from elastic3d.utils.files import check_paths, check_there
 
 INPUTS = (
     "images", "gt", "model", "dense", "calibration", "policy_calibration", "weights",
@@ -28,9 +28,12 @@ INPUTS = (
 
 def main(config: MeshBenchmarkConfig | ImageBenchmarkConfig) -> int:
     """Run it and print the table."""
+    inputs = {name: getattr(config, name, None) for name in INPUTS}
+    check_there(
+        {name: inputs[name] for name in ("images", "gt", "prompts", "references")}
+    )  # before slow imports
     from elastic3d.benchmark.run import benchmark
 
-    inputs = {name: getattr(config, name, None) for name in INPUTS}
     check_paths({**inputs, "variants": config.variants.values()}, {}, {"output": config.output})
 
     results = benchmark(config, shlex.join(["python", *sys.argv]))

@@ -15,11 +15,12 @@ import time
 from _cli import run
 
 from elastic3d.pipelines.options import CalibratePolicyConfig
-from elastic3d.utils.files import check_paths
+from elastic3d.utils.files import check_paths, check_there
 
 
 def main(config: CalibratePolicyConfig) -> None:
     """Load the model, generate, write."""
+    check_there({"image": config.image, "prompts": config.prompts})  # before what takes seconds to import
     from tqdm import tqdm
 
     from elastic3d.pipelines.calibration import calibrate_policy, target_file

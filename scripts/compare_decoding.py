@@ -14,11 +14,12 @@ from pathlib import Path
 from _cli import run
 
 from elastic3d.studies.config import DecodingConfig
-from elastic3d.utils.files import check_paths
+from elastic3d.utils.files import check_paths, check_there
 
 
 def main(config: DecodingConfig) -> int:
     """Measure, write the files, print the table."""
+    check_there({"images": config.images, "gt": config.gt})  # before what takes seconds to import
     from elastic3d.studies.decoding import compare_decoding
 
     reads = {"images": config.images, "gt": config.gt, "model": Path(config.model)}

@@ -19,11 +19,18 @@ from _cli import run
 
 from elastic3d.elastic.config import ElasticOptions
 from elastic3d.pipelines.options import DEFAULT_IMAGE_MODEL, GenerateImageConfig, parse_size
-from elastic3d.utils.files import check_paths
+from elastic3d.utils.files import check_paths, check_there
 
 
 def main(config: GenerateImageConfig) -> int:
     """Load the pipeline, generate in batches, save each image as soon as its batch is through."""
+    start, output = time.perf_counter(), Path(config.output)
+    targets = [output]
+    if config.num_samples > 1:
+        targets = [output.with_stem(f"{output.stem}_{n}") for n in range(config.num_samples)]
+    inputs = {name: getattr(config, name) for name in ("weights", "routers", "lora", "calibration")}
+    check_there({name: inputs[name] for name in ("lora", "calibration")})  # before imports that take seconds
+    check_paths(inputs, {"output": targets, "trace": config.trace})
     from tqdm import tqdm
 
     from elastic3d.models.images import save_image
@@ -31,12 +38,6 @@ def main(config: GenerateImageConfig) -> int:
     from elastic3d.pipelines.text_to_3d import known_nouns, prompt_warning
     from elastic3d.pipelines.text_to_image import TextToImagePipeline
 
-    start, output = time.perf_counter(), Path(config.output)
-    targets = [output]
-    if config.num_samples > 1:
-        targets = [output.with_stem(f"{output.stem}_{n}") for n in range(config.num_samples)]
-    inputs = {name: getattr(config, name) for name in ("weights", "routers", "lora", "calibration")}
-    check_paths(inputs, {"output": targets, "trace": config.trace})
     weights = config.weights or DEFAULT_IMAGE_MODEL
     pipeline = TextToImagePipeline.from_pretrained(
         config.backbone,

@@ -27,6 +27,7 @@ from _cli import run
 from elastic3d.errors import UserError
 from elastic3d.evaluation.options import Runner
 from elastic3d.pipelines.options import GenerateConfig
+from elastic3d.utils.files import check_there
 
 if TYPE_CHECKING:
     from elastic3d.pipelines.call import OnProgress
@@ -37,6 +38,7 @@ STAGES = {"condition": "image", "dit": "step", "decode": "decoding", "cleanup": 
 
 def main(config: GenerateConfig) -> int:
     """Plan, load the model, generate; 1 if any image failed."""
+    check_there(config.inputs)  # before what takes seconds to import
     from tqdm import tqdm
 
     from elastic3d.pipelines import generation

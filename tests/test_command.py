@@ -30,6 +30,26 @@ def test_there_is_a_command_for_every_script() -> None:
     assert {"gen-mesh", "evaluate", "train", "serve", "app"} <= set(cli.find_commands())
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "gen_mesh image=gone.png output=x.glb",
+        "gen_image prompt=chair output=x.png lora=gone.safetensors",
+        "calibrate image=gone/*.png",
+        "compare_decoding images=gone output=x",
+        "benchmark images=gone output=x",
+    ],
+)
+def test_what_is_not_there_is_told_before_anything_slow_is_imported(command: str, tmp_path: Path) -> None:
+    script, *options = command.split()
+    code = "import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; sys.path[:0] = [sys.argv[0]]"
+    code += "; sys.argv[0] += f'/{sys.argv.pop(1)}.py'; runpy.run_path(sys.argv[0], run_name='__main__')"
+    given = [sys.executable, "-c", code, str(ROOT / "scripts"), script, *options]
+    done = subprocess.run(given, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: there is no file gone"), done.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_overview_version_and_typing_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == cli.main(["--help"]) == 0
     shown = capsys.readouterr().out

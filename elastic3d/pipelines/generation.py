@@ -147,12 +147,10 @@ class Plan:
 
 
 def plan(config: GenerateConfig) -> Plan:
-    """The jobs that `image`, `output`, `seed` and `num_samples` ask for. UserError: no image is there, `output` is of
-    the wrong kind, something would be written over an input or another output, or what is there is made otherwise."""
+    """The jobs that `image`, `output`, `seed` and `num_samples` ask for. UserError: a folder without images, `output`
+    of the wrong kind, something that would be written over an input or another output, a mesh made otherwise."""
     image, output = Path(config.image), Path(config.output)
     many = image.is_dir() or (glob.has_magic(config.image) and not image.exists())
-    if not (config.prompt or many or image.exists()):
-        raise UserError(f"there is no file {printable(image)}")
     inside = not config.prompt and (many or output.is_dir() or config.output.endswith("/"))
     if not inside:
         output = output if config.format is None else _of_format(output, config.format)
@@ -167,9 +165,8 @@ def plan(config: GenerateConfig) -> Plan:
     for suffix in {target.suffix for _, target in pairs} if config.asset.texture is Texture.project else ():
         check_asset(config.asset, suffix, config.cleanup.uv)
     meshes = [job.output for job in jobs]
-    views = {f"image_{name}": path for name, path in config.views.items()}
     check_paths(
-        {"image": [job.image for job in jobs if not job.prompt], **views},
+        config.inputs | {"image": [job.image for job in jobs if not job.prompt]},
         {
             "output": meshes,
             "image of the prompt": [job.drawing for job in jobs if job.prompt],

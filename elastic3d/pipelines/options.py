@@ -197,10 +197,17 @@ class GenerateConfig(ElasticOptions, MeshRequestConfig):
         return 1 if self.low_memory else max(self.batch_size // self.ensemble, 1)
 
     @property
+    def inputs(self) -> dict[str, str]:
+        """The images that are given, by the names of their options."""
+        named = {name: getattr(self, name) for name in ("image", "image_left", "image_back", "image_right")}
+        return {name: path for name, path in named.items() if path}
+
+    @property
     def views(self) -> dict[str, Path]:
         """Further images of the object by the direction they are taken from."""
-        named = {"left": self.image_left, "back": self.image_back, "right": self.image_right}
-        return {name: Path(path) for name, path in named.items() if path}
+        return {
+            name.removeprefix("image_"): Path(path) for name, path in self.inputs.items() if name != "image"
+        }
 
 
 class BackboneName(Enum):

@@ -164,6 +164,13 @@ def check_paths(reads: Named, writes: Named, folders: Named = MappingProxyType({
         _check_writable(path, name in folders)
 
 
+def check_there(inputs: Named) -> None:
+    """UserError for an input, by what the user calls it, that is not there; a pattern has to match a file."""
+    for name, path in _each(inputs):
+        if not (path.exists() or matching_files(str(path))):
+            raise UserError(f"there is no file {printable(path)} for {name}=")
+
+
 def _check_writable(path: Path, folder: bool) -> None:
     """UserError if no file, or no folder, can be written at a path."""
     place = path if folder else path.parent
@@ -219,12 +226,8 @@ class Maybe:
 
 
 def load_json(path: Path, shape: Shape = dict) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        UserError: naming the file and the place in it: it is missing, broken, nested too deeply, holds a number that
-            is not finite, or is not of that shape.
-    """
+    """The value in a JSON file. UserError, naming the file and the place in it: it is missing, broken, nested too
+    deeply, holds a number that is not finite, or is not of that shape."""
     return parse_json(read_text(path, "a JSON file", MAX_JSON_BYTES), shape, printable(path))
 
 

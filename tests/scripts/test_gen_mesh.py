@@ -273,7 +273,9 @@ def test_ctrl_c_leaves_whole_files_and_a_summary(
 
 
 BAD_INPUT: dict[str, tuple[list[str], str]] = {
-    "missing image": (["image=gone.png", "output=x.glb"], "there is no file gone.png"),
+    "missing image": (["image=gone.png", "output=x.glb"], "there is no file gone.png for image="),
+    "missing view": (["image=a.png", "image_back=b.png", "output=x.glb"], "no file b.png for image_back="),
+    "no match": (["image=gone/*.png", "output=x"], "there is no file gone/*.png for image="),
     "empty image": (["image=empty.png", "output=x.glb"], "empty.png is empty"),
     "no image": (["image=text.png", "output=x.glb"], "text.png is no image"),
     "transparent": (["image=clear.png", "output=x.glb"], "clear.png: the image is fully transparent"),
