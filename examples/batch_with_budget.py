@@ -30,4 +30,6 @@ def main(
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit("usage: python examples/batch_with_budget.py IMAGES MESHES [MODEL]")
     main(*sys.argv[1:])

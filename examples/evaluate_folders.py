@@ -21,4 +21,6 @@ def main(pred: str, truth: str, **options: object) -> list[float]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python examples/evaluate_folders.py MESHES TRUTH")
     main(*sys.argv[1:])

@@ -17,4 +17,6 @@ def main(image: str, output: str, model: str = "data/pretrained/shape-small", **
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit("usage: python examples/generate.py IMAGE MESH [MODEL]")
     main(*sys.argv[1:])

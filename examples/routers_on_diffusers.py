@@ -29,4 +29,6 @@ def main(
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 5:
+        sys.exit("usage: python examples/routers_on_diffusers.py WEIGHTS ROUTERS PROMPT IMAGE")
     main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4])

@@ -45,4 +45,6 @@ def main(meshes: str, more: Mapping[str, Sequence[str]] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/train_on_your_meshes.py MESHES")
     main(sys.argv[1])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shlex
+import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +41,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     attach(pipeline.dit)
     pipeline.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_without_arguments_there_is_a_usage_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments in ([], ["a"] * 6):
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        with pytest.raises(SystemExit, match=f"^usage: python examples/{path.name} "):
+            runpy.run_path(str(path), run_name="__main__")
 
 
 def test_generate(model: str, tmp_path: Path) -> None:
