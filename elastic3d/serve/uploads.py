@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from elastic3d.errors import UserError
 from elastic3d.models.images import load_image, reduced
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
 
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
@@ -23,7 +23,9 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+            Image.init()
+            known = [name for name in IMAGE_FORMATS if name in Image.ID]  # older Pillow has no AVIF
+            image = Image.open(io.BytesIO(data), formats=known)
         if image.width * image.height > max_pixels:
             raise UserError(
                 f"the image has {image.width} x {image.height} pixels, expected at most {max_pixels:,}"
@@ -34,6 +36,6 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UserError(f"the image has far too many pixels, expected at most {max_pixels:,}") from error
     except UnidentifiedImageError as error:
-        raise UserError("the upload is no image, expected PNG, JPEG, WebP, BMP, GIF or TIFF") from error
+        raise UserError("the upload is no image, expected PNG, JPEG, WebP, BMP, GIF, TIFF or AVIF") from error
     except Exception as error:  # decoders of broken files raise anything
         raise UserError(f"the image is broken: {' '.join(str(error).split())[:200]}") from error

@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
+from elastic3d.errors import UserError
 from elastic3d.models.images import prepare_image
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.assets import object_pixels
 from elastic3d.serve.uploads import decode_image
 
 SIZE = (1500, 1000)
+AVIF = pytest.mark.skipif(not features.check("avif"), reason="this build of Pillow has no AVIF")
 
 
 def _noise(mode: str) -> Image.Image:
@@ -45,6 +47,8 @@ def _turned() -> Image.Exif:
         ("P", {"format": "PNG"}),
         ("I;16", {"format": "PNG"}),
         ("RGB", {"format": "JPEG", "exif": _turned()}),
+        pytest.param("RGB", {"format": "AVIF"}, marks=AVIF),
+        pytest.param("RGBA", {"format": "AVIF"}, marks=AVIF),
     ],
 )
 def test_a_large_upload_is_kept_small_and_gives_the_same(mode: str, options: dict[str, Any]) -> None:
@@ -57,3 +61,14 @@ def test_a_large_upload_is_kept_small_and_gives_the_same(mode: str, options: dic
     assert np.array_equal(np.asarray(one), np.asarray(two))
     # what texture=project and combine=fit look at
     assert np.array_equal(object_pixels(whole, config), object_pixels(kept, config))
+
+
+@AVIF
+def test_an_avif_image_is_measured_before_it_is_decoded() -> None:
+    file = io.BytesIO()
+    _noise("RGB").save(file, "AVIF")
+    with pytest.raises(UserError, match="the image has 1500 x 1000 pixels, expected at most 1,000"):
+        decode_image(file.getvalue(), 1000)
+    for size in (20, 100, 1000, len(file.getvalue()) - 100):
+        with pytest.raises(UserError, match="is broken|is no image, expected .* or AVIF"):
+            decode_image(file.getvalue()[:size], 25_000_000)
