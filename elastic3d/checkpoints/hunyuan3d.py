@@ -16,13 +16,12 @@ from elastic3d.checkpoints.bundle import Bundle, Inspection, Loader
 from elastic3d.checkpoints.dinov2 import load_network, other_network
 from elastic3d.checkpoints.folders import REPOSITORY, download, identify
 from elastic3d.checkpoints.options import INSIDE, CheckpointConfig, Table, check_partners, ignored, mapped
-from elastic3d.checkpoints.tensors import count_parameters, has_encoder, read_checkpoint
+from elastic3d.checkpoints.tensors import count_parameters, has_encoder, read_checkpoint, tensor_sizes
 from elastic3d.diffusion.options import PipelineConfig, SamplingGrid
 from elastic3d.errors import UserError
 from elastic3d.models.image_encoder import DinoV2, dinov2_files
 from elastic3d.models.options import DiTConfig, EncoderKind, ImageEncoderConfig, SkipDiTConfig, VAEConfig
 from elastic3d.models.shape_vae import ShapeVAE
-from elastic3d.models.weights import tensor_heads
 from elastic3d.utils.files import load_yaml
 from elastic3d.utils.options import from_dict
 
@@ -206,17 +205,11 @@ def inspect_hunyuan3d(folder: str | Path, subfolder: str, vae_subfolder: str, di
 
 
 def part_sizes(path: Path) -> dict[str, int]:
-    """Parameters of each stage's weights in a checkpoint, from the head of the file alone.
-
-    A `.ckpt` has no such head: its bytes are taken for half-precision weights of the diffusion model. Tensors of no
-    stage (those of a VAE that is a file of its own) count as the field decoder's.
-    """
+    """Parameters of each stage's weights in a checkpoint, as `tensor_sizes`. Tensors of no stage (those of a VAE that
+    is a file of its own) count as the field decoder's."""
     sizes = dict.fromkeys(_STAGES.values(), 0)
-    if path.suffix != ".safetensors":
-        sizes["dit"] = path.stat().st_size // 2
-        return sizes
-    for name, head in tensor_heads(path).items():
-        sizes[_STAGES.get(name.partition(".")[0], "decode")] += head.numel
+    for name, size in tensor_sizes(path).items():
+        sizes[_STAGES.get(name.partition(".")[0], "decode")] += size
     return sizes
 
 

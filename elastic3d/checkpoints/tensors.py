@@ -91,14 +91,22 @@ def _turned(value: Tensor, row: Row) -> Tensor:
     return -value if row.negative else value
 
 
-def count_parameters(path: Path) -> int:
-    """Elements of all tensors of a file, from its head alone; UserError if it is broken.
+def tensor_sizes(path: Path) -> dict[str, int]:
+    """Elements of every tensor of a file by its full name, without a look at the values; UserError if it is broken.
 
-    A `.bin` has no such head: it is taken for half precision.
+    A `.ckpt` or `.bin` as PyTorch wrote it before 1.6 can't be mapped: its bytes are taken for one tensor `model` in
+    half precision.
     """
-    if path.suffix != ".safetensors":
-        return path.stat().st_size // 2
-    return sum(head.numel for head in tensor_heads(path).values())
+    if path.suffix == ".safetensors":
+        return {name: head.numel for name, head in tensor_heads(path).items()}
+    if not zipfile.is_zipfile(path):
+        return {"model": path.stat().st_size // 2}
+    return {name: tensor.numel() for name, tensor in read_checkpoint(path).items()}
+
+
+def count_parameters(path: Path) -> int:
+    """Elements of all tensors of a file, as `tensor_sizes`."""
+    return sum(tensor_sizes(path).values())
 
 
 def has_encoder(state: Mapping[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from hunyuan_tiny import (
 from safetensors.torch import load_file, save_file
 
 from elastic3d.checkpoints.dinov2 import build_network
-from elastic3d.checkpoints.hunyuan3d import WEIGHTS_NAMES, find_checkpoint, load_hunyuan3d
+from elastic3d.checkpoints.hunyuan3d import WEIGHTS_NAMES, find_checkpoint, load_hunyuan3d, part_sizes
 from elastic3d.errors import UserError
 from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.pipelines.published import calibration_home
@@ -121,8 +121,10 @@ def test_ckpt(written: Path, root: Path) -> None:
     for name, tensor in load_file(path).items():
         part, _, rest = name.partition(".")
         nested.setdefault(part, {})[rest] = tensor
+    sizes = part_sizes(path)
     path.unlink()
     torch.save(nested, path.with_name("model.fp16.ckpt"))
+    assert part_sizes(path.with_name("model.fp16.ckpt")) == sizes and all(sizes.values())
     first, second = load_hunyuan3d(written), load_hunyuan3d(root)
     assert second.weights[0].suffix == ".ckpt"
     for name, value in first.dit.state_dict().items():
@@ -241,6 +243,7 @@ def test_a_ckpt_as_written_before_torch_1_6(root: Path, tmp_path: Path) -> None:
     torch.save(load_file(root / SUBFOLDER / WEIGHTS), path, _use_new_zipfile_serialization=False)
     (root / SUBFOLDER / WEIGHTS).unlink()
     assert load_hunyuan3d(root).weights == (path,)
+    assert part_sizes(path) == {"condition": 0, "dit": path.stat().st_size // 2, "decode": 0}
     torch.save({"a": Malicious(tmp_path / "ran")}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match="ckpt holds code"):
         load_hunyuan3d(root)
