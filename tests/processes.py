@@ -15,18 +15,18 @@ CONTEXT.set_forkserver_preload(["tests.training.worker", "elastic3d.evaluation.r
 
 def _hold(folder: Path, pipe: Connection) -> None:
     with sole_use(folder):
-        pipe.send("held")
+        pipe.send("here")
         pipe.recv()
 
 
 @contextmanager
-def held_by_another(folder: Path) -> Iterator[None]:
+def in_use_elsewhere(folder: Path) -> Iterator[None]:
     """A folder that another process has for itself inside the block."""
     ours, theirs = CONTEXT.Pipe()
     process = CONTEXT.Process(target=_hold, args=(folder, theirs))
     process.start()
     try:
-        assert ours.poll(60) and ours.recv() == "held"
+        assert ours.poll(60) and ours.recv() == "here"
         yield
     finally:
         ours.send("leave")

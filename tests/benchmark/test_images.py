@@ -22,7 +22,7 @@ from elastic3d.errors import UserError
 from elastic3d.models.images import read_metadata
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from tests.benchmark.conftest import INSTALLED, PROMPTS, image_config_of
-from tests.processes import held_by_another
+from tests.processes import in_use_elsewhere
 
 ROOT = Path(__file__).resolve().parents[2]
 WANTED = {
@@ -139,7 +139,7 @@ def test_a_second_run_makes_nothing_again(done, gallery, monkeypatch):
     config = image_config_of(
         gallery, output, cache=cache, phases=[Phase.quality], methods=[Method.elastic], caches=[], limit=2
     )
-    with held_by_another(output), pytest.raises(UserError, match="is in use by another process"):
+    with in_use_elsewhere(output), pytest.raises(UserError, match="is in use by another process"):
         benchmark(config)
     again = benchmark(config)
     before, after = row_of(results, "elastic"), row_of(again, "elastic")

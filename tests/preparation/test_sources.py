@@ -19,7 +19,7 @@ from elastic3d.preparation.prepare import next_commands
 from elastic3d.preparation.sources import FolderSource
 from elastic3d.training.dit import DiTTrainConfig
 from elastic3d.training.latents import CacheConfig
-from tests.processes import held_by_another
+from tests.processes import in_use_elsewhere
 
 TINY = [f"shape.{name}=50" for name in ("surface_points", "sharp_points", "near_points", "volume_points")]
 TINY += ["shape.resolution=32", "shape.views=2", "shape.view_size=16", "workers=1"]
@@ -46,7 +46,7 @@ def test_a_folder_is_prepared_by_one_process_at_a_time(
     meshes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["source=folder", f"path={meshes}", f"output={tmp_path / 'out'}", "limit=1"]
-    with held_by_another(tmp_path / "out" / "folder"):
+    with in_use_elsewhere(tmp_path / "out" / "folder"):
         assert prepare(*given) == 2
     assert "out/folder is in use by another process" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ from elastic3d.studies import decoding
 from elastic3d.studies.config import DecodingConfig
 from elastic3d.studies.decoding import compare_decoding, hunyuan3d_fields, to_truth
 from elastic3d.utils.files import load_json, save_json
-from tests.processes import held_by_another
+from tests.processes import in_use_elsewhere
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_every_way_is_compared_and_kept(config: DecodingConfig) -> None:
         assert (ways["plain"]["truth_chamfer"] is None) == (name != "sphere")
     assert text == (config.output / "table.md").read_text().strip() and text.count("\n") == 4
     (config.output / "table.md").unlink()
-    with held_by_another(config.output), pytest.raises(UserError, match="out is in use by another process"):
+    with in_use_elsewhere(config.output), pytest.raises(UserError, match="out is in use by another process"):
         compare_decoding(config)
     assert compare_decoding(config) == text, "what is done is kept"
 

@@ -20,7 +20,7 @@ from elastic3d.preparation.options import PrepareConfig, ShapeConfig, SourceName
 from elastic3d.preparation.prepare import prepare_data
 from elastic3d.training.held_out import HeldOutConfig, build_held_out
 from elastic3d.utils.files import load_json, save_json
-from tests.processes import held_by_another
+from tests.processes import in_use_elsewhere
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,7 +103,7 @@ def test_every_folder_is_written_and_the_nearest_shape_is_the_alike_one(config: 
     assert (config.output / "sheet.png").is_file()
     assert "| generated | " in table_of(config.output, ["seed-0", "nearest"])
 
-    with held_by_another(config.output), pytest.raises(UserError, match="is in use by another process"):
+    with in_use_elsewhere(config.output), pytest.raises(UserError, match="is in use by another process"):
         build_held_out(config)
     assert build_held_out(config) == ids  # goes on
     with pytest.raises(

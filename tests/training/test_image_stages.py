@@ -42,7 +42,7 @@ from elastic3d.training.router import RouterStage
 from elastic3d.training.stages import run_stage
 from elastic3d.training.views import recoloured, view_words
 from elastic3d.utils.options import from_dict
-from tests.processes import held_by_another
+from tests.processes import in_use_elsewhere
 from tests.training.tiny import add_views, defaults, export_of, vae_config
 
 pytestmark = pytest.mark.usefixtures("few_tries")
@@ -159,7 +159,7 @@ def test_a_cache_goes_on_with_the_same_images_alone(folder, prepared):
     finished = path.read_text()
     unfinished = json.dumps(json.loads(finished) | {"counts": {}})
     path.write_text(unfinished)
-    with held_by_another(config.image.cache):
+    with in_use_elsewhere(config.image.cache):
         with pytest.raises(UserError, match="in use by another process"):
             ImageStage(config)
         path.write_text(finished)

@@ -22,7 +22,7 @@ from elastic3d.training.options import StageName
 from elastic3d.training.stages import adopt_architecture, run_stage
 from elastic3d.training.views import named_images, stored_views
 from elastic3d.utils.files import load_json, save_json
-from tests.processes import held_by_another
+from tests.processes import in_use_elsewhere
 from tests.training.tiny import add_views, tiny_vae, views
 from tests.training.tiny import dit_config as config_for
 
@@ -66,7 +66,7 @@ def test_a_cache_is_for_one_process_at_a_time(cached):
     first = min((cached / "latents" / "balls").glob("*.safetensors"))
     first.unlink()
     with (
-        held_by_another(cached / "latents"),
+        in_use_elsewhere(cached / "latents"),
         pytest.raises(UserError, match="latents is in use by another process"),
     ):
         build_cache(config)
