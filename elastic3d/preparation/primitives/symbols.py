@@ -21,9 +21,11 @@ from elastic3d.preparation.primitives.solids import (
     capsule,
     disc,
     ellipsoid,
+    height_of,
     join,
     plate,
     polygon,
+    post,
     prism,
     profile_curve,
     rod,
@@ -211,7 +213,7 @@ def warped(d: Dice, count: int) -> Parts:
     solids, top = [], 0.0
     for _ in range(1 + count // 4):
         solid = _primitive(d).scale((0.8, 1.6, 0.8))
-        low, high = solid.bounding_box()[1], solid.bounding_box()[4]
+        low, high = height_of(solid)
         solids.append(solid.translate((0, top - low - 0.08, 0)))
         top += high - low - 0.16
     body = join(*solids)
@@ -251,9 +253,9 @@ def _primitive(d: Dice, size: float = 1.0) -> Manifold:
     elif kind == 2:
         solid = ellipsoid(a, b, c) if d.chance(0.5) else ellipsoid(a, a, a)
     elif kind == 3:
-        solid = rod((0, -b, 0), (0, b, 0), a)
+        solid = post(-b, b, a)
     elif kind == 4:
-        solid = rod((0, -b, 0), (0, b, 0), a, a * d.pick(0.03, 0.3, 0.6))
+        solid = post(-b, b, a, a * d.pick(0.03, 0.3, 0.6))
     elif kind == 5:
         solid = torus(0.4 * size, 0.4 * size * d(0.2, 0.45))
     elif kind == 6:
