@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from elastic3d.errors import UserError
 from elastic3d.preparation.shape import RawShape
-from elastic3d.preparation.sources import Item, with_article
+from elastic3d.preparation.sources import Item, Source, with_article
 from elastic3d.utils.files import parse_json
 
 MAX_SPIKE = 5.0  # how far single vertices may reach, over the rest
@@ -189,7 +189,7 @@ def generate(
             yield asset, error
 
 
-class InfinigenSource:
+class InfinigenSource(Source):
     """Made in the background while shards are prepared; `generators` Blender processes share the work."""
 
     name = "infinigen"

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,20 +104,6 @@ class Captioned:
     captions: list[str]
 
 
-class ImageSource(Protocol):
-    """Groups of images by number."""
-
-    def __len__(self) -> int: ...
-
-    def load(self, index: int, size: int) -> list[Captioned]:
-        """The images of a group, `size` pixels a side; UserError if they can't be used."""
-        ...
-
-    def made_of(self) -> list[Any]:
-        """Plain values that change when any image or caption does."""
-        ...
-
-
 class ImageFolder:
     """`a.png` with `a.txt` beside it, or `captions.jsonl` with lines {"file": "a.png", "caption": "..."}.
 
@@ -140,7 +126,7 @@ class ImageFolder:
         return len(self.pairs)
 
     def load(self, index: int, size: int) -> list[Captioned]:
-        """One image on white."""
+        """One image on white, `size` pixels a side; UserError if it can't be used."""
         path, caption = self.pairs[index]
         image = load_image(path)
         ground = Image.new("RGBA", image.size, "white")
@@ -176,7 +162,7 @@ class ShapeViews:
         return len(self.shapes)
 
     def load(self, index: int, size: int) -> list[Captioned]:
-        """The first `config.views` views."""
+        """The first `config.views` views, `size` pixels a side; UserError if the shape has none."""
         id = self.shapes.ids[index]
         if id not in self._nouns:
             raise UserError(f"{id} has no caption in its shard's JSON file")
@@ -212,6 +198,9 @@ class ShapeViews:
         coloured = with_article(f"{colour} {noun}" if colour else noun)
         captions = [f"{coloured}{place}{behind}", f"{coloured}{behind}", f"{with_article(noun)}{behind}"]
         return Captioned(image.convert("RGB"), captions)
+
+
+ImageSource = ImageFolder | ShapeViews  # groups of images by number
 
 
 def noun_of(caption: str) -> str:

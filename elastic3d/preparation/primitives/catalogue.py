@@ -16,7 +16,7 @@ from elastic3d.errors import UserError
 from elastic3d.preparation.primitives import figures, plants, symbols, things, vehicles, vessels
 from elastic3d.preparation.primitives.solids import Dice, Parts, to_arrays
 from elastic3d.preparation.shape import RawShape, random_colour
-from elastic3d.preparation.sources import AlwaysReady, Item, with_article
+from elastic3d.preparation.sources import Item, Source, with_article
 
 CATEGORIES: dict[str, Callable[..., Parts]] = {
     "mug": vessels.mug, "dog": figures.dog, "composition": symbols.composition, "car": vehicles.car,
@@ -157,7 +157,7 @@ def shapes(categories: list[str], count: int) -> list[Composed]:
     return list(islice(every, count))
 
 
-class PrimitivesSource(AlwaysReady):
+class PrimitivesSource(Source):
     """The first `count` shapes of the catalogue; any prefix is balanced over the categories.
 
     UserError if letters are among them and their fonts are missing.
