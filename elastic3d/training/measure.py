@@ -36,11 +36,11 @@ from elastic3d.training.image_flow import (
     ImageRoutingConfig,
 )
 from elastic3d.training.latents import LatentCacheConfig
+from elastic3d.training.mesh_loss import EndMeshLossConfig
 from elastic3d.training.options import DataConfig, LimitedSplitsConfig, Precision, SeededConfig, StageName
 from elastic3d.training.router import RouterStage
 from elastic3d.training.shape_flow import (
     BlockRouterTrainConfig,
-    EndMeshLossConfig,
     MeshLossConfig,
     RouterStageConfig,
     RouterTrainConfig,

@@ -23,11 +23,17 @@ from elastic3d.pipelines.runtime import find_model
 from elastic3d.training.block_router import BlockRouterConfig
 from elastic3d.training.datasets import Batch, PreparedShapes, item_generator, open_split
 from elastic3d.training.dit import DiTStageConfig, LatentFlowConfig, LatentItems, channel_weights
-from elastic3d.training.few_step import FewStepStageConfig, ShapeGenerationConfig
+from elastic3d.training.few_step import ShapeFewStepConfig, ShapeGenerationConfig
 from elastic3d.training.flow import Flow
 from elastic3d.training.journal import contact_sheet, mesh_row
 from elastic3d.training.latents import STORED, LatentCache, LatentCacheConfig
-from elastic3d.training.mesh_loss import MESH_STORED, MeshReconstruction, MeshTermsConfig, mesh_item
+from elastic3d.training.mesh_loss import (
+    MESH_STORED,
+    EndMeshLossConfig,
+    MeshReconstruction,
+    MeshTermsConfig,
+    mesh_item,
+)
 from elastic3d.training.options import DataConfig, GenerationTrainConfig, Precision, StageName, TrainConfig
 from elastic3d.training.router import DecodedTermConfig, RoutingConfig
 from elastic3d.training.vae import FieldLossConfig
@@ -215,43 +221,6 @@ class RouterTrainConfig(TrainConfig):
     def flow(self) -> ShapeFlow:
         """The dense model and its data."""
         return ShapeFlow(self, self.routing, self.routing.guidance, stored=STORED)
-
-
-@dataclass(kw_only=True)
-class EndMeshLossConfig(MeshTermsConfig):
-    """The mesh reconstruction loss at the end of a generation."""
-
-    dense: float = option(
-        1.0, "weight of the distance to the field that the dense model's latents decode to", ge=0, le=1e6
-    )
-
-    def check(self) -> None:
-        """A loss with a weight has terms."""
-        super().check()
-        if self.weight and not (self.dense or self.true_mesh):
-            raise ValueError(
-                f"weight is {self.weight:g}, expected 0: field, chamfer, normals and dense have no weight"
-            )
-
-
-@dataclass(kw_only=True)
-class FewStepMeshLossConfig(EndMeshLossConfig):
-    """The same where the latents' distance is enough as a rule."""
-
-    weight: float = option(0.0, "of the whole mesh loss; 0 leaves it out", ge=0, le=1e6)
-
-
-@dataclass(kw_only=True)
-class ShapeFewStepConfig(FewStepStageConfig):
-    """Training of the few-step LoRA of a shape DiT."""
-
-    mesh: FewStepMeshLossConfig = option(FewStepMeshLossConfig, "mesh reconstruction loss")
-
-    def check(self) -> None:
-        """There is something to learn from."""
-        super().check()
-        if not (self.latent_weight or self.mesh.weight):
-            raise ValueError("latent_weight is 0, expected more where mesh.weight is 0")
 
 
 @dataclass(kw_only=True)

@@ -22,9 +22,10 @@ from elastic3d.training.image_flow import EndImageLossConfig
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import build_cache
 from elastic3d.training.measure import SensitivityConfig
+from elastic3d.training.mesh_loss import EndMeshLossConfig
 from elastic3d.training.options import Precision, StageName
 from elastic3d.training.routes import load_sensitivity
-from elastic3d.training.shape_flow import BlockRouterTrainConfig, EndMeshLossConfig
+from elastic3d.training.shape_flow import BlockRouterTrainConfig
 from elastic3d.training.stages import run_stage
 from tests.tiny_pipeline import image
 from tests.training import test_hunyuan3d_routers as hunyuan
