@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.errors import UserError
+from elastic3d.evaluation.items import spread
 from elastic3d.models.images import IMAGE_SUFFIXES, load_image
 from elastic3d.models.weights import open_tensors, read_weights, save_weights
 from elastic3d.pipelines.backbones import Backbone, Text
@@ -368,11 +369,9 @@ def _write_split(
     known: dict[str, Text] = {}
     with tqdm(total=len(source), desc=f"cache {folder.name}", dynamic_ncols=True) as bar:
         stream = _stream(source, size, bar)
-        for number in range(1 << 30):
-            images = list(islice(stream, image.shard))
-            if not images:
-                break
-            target = folder / f"shard-{number:05d}.safetensors"
+        numbers = count()
+        while images := list(islice(stream, image.shard)):
+            target = folder / f"shard-{next(numbers):05d}.safetensors"
             if not target.is_file():
                 save_weights(_encode(images, image, backbone, known), target)
             total += len(images)
@@ -447,10 +446,8 @@ class ImageCache:
         self._paths = sorted((self.folder / self.split).glob("shard-*.safetensors"))
         self._open: dict[int, Any] = {}
         sizes = [self._file(i).get_slice("caption").get_shape()[0] for i in range(len(self._paths))]
-        self._places = [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
-        if 0 < self.limit < len(self._places):
-            whole = len(self._places)
-            self._places = [self._places[i * whole // self.limit] for i in range(self.limit)]
+        places = [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
+        self._places: list[tuple[int, int]] = spread(places, self.limit)
 
     def __len__(self) -> int:
         return len(self._places)

@@ -27,14 +27,14 @@ from elastic3d.pipelines.runtime import find_model, resolve_device
 from elastic3d.training.block_router import BlockRouterStage
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.export import copy_files
-from elastic3d.training.image_data import PipelineImagesConfig
-from elastic3d.training.image_flow import (
+from elastic3d.training.image import (
     BackboneConfig,
     ImageBlockRouterConfig,
     ImageBlockRouterTrainConfig,
     ImageRouterTrainConfig,
     ImageRoutingConfig,
 )
+from elastic3d.training.image_data import PipelineImagesConfig
 from elastic3d.training.latents import LatentCacheConfig
 from elastic3d.training.mesh_loss import EndMeshLossConfig
 from elastic3d.training.options import DataConfig, LimitedSplitsConfig, Precision, SeededConfig, StageName

@@ -52,11 +52,11 @@ _STAGES = {
     StageName.dit: ("dit.DiTTrainConfig", "dit.DiTStage"),
     StageName.image: ("image.ImageTrainConfig", "image.ImageStage"),
     StageName.router: ("shape_flow.RouterTrainConfig", "router.RouterStage"),
-    StageName.image_router: ("image_flow.ImageRouterTrainConfig", "router.RouterStage"),
+    StageName.image_router: ("image.ImageRouterTrainConfig", "router.RouterStage"),
     StageName.few_step: ("shape_flow.FewStepTrainConfig", "few_step.FewStepStage"),
     StageName.block_router: ("shape_flow.BlockRouterTrainConfig", "block_router.BlockRouterStage"),
     StageName.image_block_router: (
-        "image_flow.ImageBlockRouterTrainConfig",
+        "image.ImageBlockRouterTrainConfig",
         "block_router.BlockRouterStage",
     ),
     StageName.sensitivity: ("measure.SensitivityStageConfig", "measure.measure_sensitivity"),

@@ -22,7 +22,7 @@ from elastic3d.preparation.shape import encode_png
 from elastic3d.training.block_router import BlockRouterConfig, BlockRouterStage, attach_block_routers
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.few_step import FewStepStage
-from elastic3d.training.image_flow import ImageBlockRouterTrainConfig
+from elastic3d.training.image import ImageBlockRouterTrainConfig
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentsConfig, build_cache
 from elastic3d.training.measure import SensitivityConfig

@@ -17,8 +17,8 @@ from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from elastic3d.training.block_router import BlockRouterStage
 from elastic3d.training.export import export_run
+from elastic3d.training.image import EndImageLossConfig
 from elastic3d.training.image_data import text_of
-from elastic3d.training.image_flow import EndImageLossConfig
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import build_cache
 from elastic3d.training.measure import SensitivityConfig
