@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from elastic3d.errors import UserError
+from elastic3d.evaluation.items import spread
 from elastic3d.models.weights import open_tensors, tensor_heads
 from elastic3d.preparation.sources import read_list
 from elastic3d.training.options import DataConfig, LoopConfig, SplitsConfig
@@ -117,7 +118,7 @@ class PreparedShapes:
         found = [id for id in split if id in self._shards]
         self.missing = len(split) - len(found)
         # A split lists category after category: a part of it is taken from everywhere.
-        self.ids = [found[i * len(found) // limit] for i in range(limit)] if 0 < limit < len(found) else found
+        self.ids: list[str] = spread(found, limit)
         if not self.ids:
             raise UserError(nothing_prepared(len(split), root))
         self._loaded: dict[tuple[str, str], Tensor] = {}

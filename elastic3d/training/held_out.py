@@ -92,7 +92,7 @@ def build_held_out(config: HeldOutConfig) -> list[str]:
             f"data.path is {path!r}, expected the directory with your meshes for data.source=folder"
         )
     pipeline = ImageTo3DPipeline.from_pretrained(config.model, config.device, config.dtype)
-    shapes = open_held_out(config)
+    shapes = PreparedShapes(Path(config.data.output), _listed(config.split, config), limit=config.limit)
     _claim(config, shapes.ids)
     _write_truth(shapes, config)
     _write_reconstructions(pipeline, shapes, config)
@@ -130,11 +130,6 @@ def _prepared(config: HeldOutConfig, ids: Sequence[str]) -> dict[str, str]:
             facts = json.dumps([row, described["settings"]], sort_keys=True)
             found[f"{_source(config)}/{row['id']}"] = hashlib.sha256(facts.encode()).hexdigest()
     return {id: found[id] for id in ids if id in found}
-
-
-def open_held_out(config: HeldOutConfig) -> PreparedShapes:
-    """The held-out shapes of the source that are prepared, `limit` of them spread evenly over the list."""
-    return PreparedShapes(Path(config.data.output), _listed(config.split, config), limit=config.limit)
 
 
 def _source(config: HeldOutConfig) -> str:

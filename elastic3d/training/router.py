@@ -26,14 +26,13 @@ from elastic3d.elastic.config import (
     Scope,
 )
 from elastic3d.elastic.context import BOTH_BRANCHES
-from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import trace_share
 from elastic3d.errors import UserError
 from elastic3d.pipelines.calibration import recording
-from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate, compare_budgets
+from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate, relative_error
 from elastic3d.training.datasets import Batch
 from elastic3d.training.flow import Flow
 from elastic3d.training.loop import Stage
@@ -226,8 +225,9 @@ class RouterObjective(nn.Module):
         """Executed share (R,) of the dense blocks' FLOPs, with gradients to the routers."""
         trace = self.session.trace
         assert trace is not None
-        blocks = list(trace.flops[0].values())
-        return executed_share([decision] * len(blocks), blocks, trace.ratios)
+        blocks = trace.flops[0].values()
+        dense = sum(block.dense for block in blocks)
+        return torch.stack([decision_flops(decision, block, trace.ratios) / dense for block in blocks]).sum(0)
 
     @property
     def _decided(self) -> int:
@@ -379,7 +379,14 @@ class RouterStage(Stage):
 
     def validate(self) -> dict[str, float]:
         """Executed share and distance to the dense latents of the same seed, sampling at each budget."""
-        return compare_budgets(self._generate, self.config.routing.val_budgets)
+        dense, _ = self._generate(ElasticConfig(elastic=False))
+        values = {}
+        for budget in self.config.routing.val_budgets:
+            latents, share = self._generate(ElasticConfig(budget=budget))
+            values[f"val/share_at_{budget:g}"] = share.mean().item()
+            values[f"val/share_spread_at_{budget:g}"] = share.std(unbiased=False).item()
+            values[f"val/error_at_{budget:g}"] = relative_error(latents, dense)
+        return values
 
     def samples(self) -> dict[str, np.ndarray]:
         """Rows: what the dense model makes, then what routers do at each validation budget, same seeds."""
@@ -418,12 +425,3 @@ class RouterStage(Stage):
             return latents, trace_share(session.trace)
         finally:
             session.settings = before
-
-
-def executed_share(
-    decisions: Sequence[RouteDecision], blocks: Sequence[BlockFlops], ratios: tuple[float, ...]
-) -> Tensor:
-    """Executed share (B,) of the dense blocks' FLOPs in one pass, with straight-through gradients."""
-    dense = sum(block.dense for block in blocks)
-    shares = [decision_flops(d, block, ratios) / dense for d, block in zip(decisions, blocks, strict=True)]
-    return torch.stack(shares).sum(dim=0)

@@ -77,22 +77,13 @@ class RandomRoutesConfig(Options):
         return self.smallest < 1
 
 
-@dataclass(frozen=True)
-class Draw:
-    """What one sample is trained at: `u` in [0,1), the quantile of its time, and its `route` (I,).
-
-    A route has 0 where a block is skipped, else 1 + the number of its MLP's width.
-    """
-
-    u: float
-    route: NDArray[np.int64]
-
-
 def draw(
     config: RandomRoutesConfig, blocks: int, batch: int, position: int, seed: int, rng: np.random.Generator
-) -> Draw:
-    """The draw of sample `position` of a stream; `rng` is the sample's own, the group's follows from the seed.
+) -> tuple[float, NDArray[np.int64]]:
+    """What sample `position` of a stream is trained at: the quantile of its time, in [0,1), and its route (I,).
 
+    A route has 0 where a block is skipped, else 1 + the number of its MLP's width. `rng` is the sample's own, the
+    group's follows from the seed.
     batch: samples of an optimizer step, `KINDS` at least. Each begins with a group of the full route.
     """
     size = min(config.group, batch // KINDS)
@@ -100,7 +91,7 @@ def draw(
     shared = np.random.default_rng([seed, position - place, 7])
     band = int(shared.integers(BANDS))
     route = draw_route(group % KINDS, (band + 0.5) / BANDS, blocks, config.smallest, shared)
-    return Draw((band + rng.random()) / BANDS, route)
+    return (band + rng.random()) / BANDS, route
 
 
 def draw_route(
@@ -183,34 +174,6 @@ class Sensitivity:
     def save(self, path: Path) -> None:
         """Write the table, whole or not at all."""
         save_json({name: getattr(self, name) for name in _TABLE}, path)
-
-
-def routes_around(
-    sensitivity: Tensor,
-    blocks: Sequence[BlockFlops],
-    ratios: Sequence[float],
-    passes: Tensor,
-    share: float,
-    spread: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Actions (S,2,I) of one sample, the same in both branches: the cells that matter least are skipped or narrow,
-    until about `share` is executed.
-
-    sensitivity: (S,I), the logarithm of the error at the end of a generation that skipping each block alone causes.
-    passes: (S,), how many branches run at each step, or a multiple of it.
-    Gumbel noise of `spread` times its standard deviation is added, so that routes differ: 0 gives the best table by
-    timestep. With it, what is saved is divided at random between blocks that are skipped and MLPs that are narrowed.
-    """
-    chance = torch.rand((), generator=generator).item() * min(1.0, 2 * (1 - share)) * (spread > 0)
-    narrow = torch.rand(sensitivity.shape, generator=generator) < chance
-    width = torch.randint(1, len(ratios) + 1, sensitivity.shape, generator=generator)
-    action = torch.where(narrow, width, len(ratios))
-    noise = -torch.rand(sensitivity.shape, generator=generator).clamp(1e-9, 1 - 1e-7).log().neg().log()
-    scale = sensitivity.std(unbiased=False).item() or 1.0
-    priority = (sensitivity + spread * scale * noise - sensitivity.min() + 1e3)[:, None]
-    found = fill(priority, action[:, None], passes[:, None, None], action_flops(blocks, ratios), share)
-    return found.expand(-1, 2, -1).contiguous()
 
 
 def load_sensitivity(path: Path | None, blocks: Sequence[str]) -> Sensitivity | None:
