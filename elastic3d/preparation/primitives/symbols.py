@@ -4,7 +4,6 @@ warped at random."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from manifold3d import Manifold
@@ -78,11 +77,10 @@ def star(d: Dice) -> Parts:
     thick = d(0.12, 0.26)
     if d.chance(0.5):
         return {"gold": plate(outline, thick, bevel=d.pick(0.0, 0.02))}
-    front = np.concatenate([np.c_[outline, np.zeros(2 * rays)]])
-    rays_3d = [
-        _hull([*front[[i, (i + 1) % (2 * rays)]], [0, 0, 0], [0, 0, thick], [0, 0, -thick]])
-        for i in range(2 * rays)
-    ]
+    front = np.c_[outline, np.zeros(2 * rays)]
+    middle = np.array([[0, 0, 0], [0, 0, thick], [0, 0, -thick]])
+    sides = [front[[i, (i + 1) % (2 * rays)]] for i in range(2 * rays)]
+    rays_3d = [Manifold.hull_points(np.concatenate([side, middle])) for side in sides]
     return {"gold": join(ball(0.04), *rays_3d)}
 
 
@@ -138,14 +136,16 @@ def moon(d: Dice) -> Parts:
 def lightning(d: Dice) -> Parts:
     """A bolt of lightning."""
     wide = d(0.8, 1.2)
-    outline = np.array(
-        [(0.05, 0.5), (-0.25, -0.05), (-0.03, -0.05), (-0.12, -0.5), (0.27, 0.12), (0.04, 0.12), (0.22, 0.5)]
-    )
-    return {
-        "yellow": plate(
-            outline[::-1] * [wide, 1] if _clockwise(outline) else outline * [wide, 1], d(0.12, 0.25)
-        )
-    }
+    points = [
+        (0.05, 0.5),
+        (-0.25, -0.05),
+        (-0.03, -0.05),
+        (-0.12, -0.5),
+        (0.27, 0.12),
+        (0.04, 0.12),
+        (0.22, 0.5),
+    ]
+    return {"yellow": plate(np.array(points) * [wide, 1], d(0.12, 0.25))}
 
 
 def knot(d: Dice) -> Parts:
@@ -166,15 +166,6 @@ def stairs(d: Dice) -> Parts:
         for index, depth in enumerate(depths)
     ]
     return {"stone": join(*steps)}
-
-
-def _hull(points: list[Any]) -> Manifold:
-    return Manifold.hull_points(np.asarray(points, np.float64))
-
-
-def _clockwise(outline: np.ndarray) -> bool:
-    x, y = outline.T
-    return bool((x * np.roll(y, -1) - y * np.roll(x, -1)).sum() < 0)
 
 
 MOST = 9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from manifold3d import CrossSection
 
 from elastic3d.preparation.primitives.solids import (
     Dice,
@@ -30,7 +31,7 @@ from elastic3d.preparation.primitives.solids import (
 def key(d: Dice) -> Parts:
     """A key that stands on its teeth side up, seen from the front."""
     thick, length, bow = d(0.07, 0.1), d(0.6, 0.8), d(0.17, 0.24)
-    head = disc(bow).scale((1, d(0.8, 1.1))) if d.chance(0.6) else polygon(_regular(6, bow))
+    head = disc(bow).scale((1, d(0.8, 1.1))) if d.chance(0.6) else CrossSection.circle(bow, 6)
     head = head - disc(bow * d(0.35, 0.5), (-bow * 0.25, 0))
     shaft = polygon([(bow * 0.8, -0.045), (bow + length, -0.045), (bow + length, 0.045), (bow * 0.8, 0.045)])
     for index in range(d.whole(2, 4)):
@@ -53,7 +54,7 @@ def hammer(d: Dice) -> Parts:
         )
         claw = claw - prism((0.36, length - 0.2, 0), (0.14, length, 0), 0.05, 3)
     else:
-        claw = prism((0.03, length, 0), (0.3, length, 0), size * 0.75, 4, 0.03).scale((1, 1, 1))
+        claw = prism((0.03, length, 0), (0.3, length, 0), size * 0.75, 4, 0.03)
     handle = capsule((0, 0, 0), (0, length, 0), d(0.055, 0.075), 0.045).scale((1, 1, 1.25))
     return {"wood": handle, "metal": join(head, claw)}
 
@@ -109,7 +110,7 @@ def book(d: Dice) -> Parts:
         cover = plate([(0, 0), (0.63, 0.02), (0.63, 0.06), (0, 0.05)], height)
         return {"paper": both_sides(page).rotate((-20, 0, 0)), "cover": both_sides(cover).rotate((-20, 0, 0))}
     sides = [box(width, height, 0.04, (0, 0, side * thick / 2)) for side in (-1, 1)]
-    spine = rod((-width / 2, -height / 2, 0), (-width / 2, height / 2, 0), thick / 2 + 0.02).scale((1, 1, 1))
+    spine = rod((-width / 2, -height / 2, 0), (-width / 2, height / 2, 0), thick / 2 + 0.02)
     pages = box(width * 0.94, height * 0.94, thick, (-0.01, 0, 0))
     pose = d.pick((0, 0, 0), (0, 90, 0), (-90, 0, 0))
     return {"cover": join(*sides, spine).rotate(pose), "paper": pages.rotate(pose)}
@@ -118,8 +119,9 @@ def book(d: Dice) -> Parts:
 def die(d: Dice) -> Parts:
     """A die with its pips cut in."""
     body = round_box(1, 1, 1, d(0.08, 0.2))
-    spots = {1: [(0, 0)], 2: [(-1, -1), (1, 1)], 3: [(-1, -1), (0, 0), (1, 1)], 4: _corners()}
-    spots |= {5: [*_corners(), (0, 0)], 6: [*_corners(), (-1, 0), (1, 0)]}
+    corners = [(-1, -1), (-1, 1), (1, -1), (1, 1)]
+    spots = {1: [(0, 0)], 2: [(-1, -1), (1, 1)], 3: [(-1, -1), (0, 0), (1, 1)], 4: corners}
+    spots |= {5: [*corners, (0, 0)], 6: [*corners, (-1, 0), (1, 0)]}
     turns = {1: (0, 0, 0), 6: (180, 0, 0), 2: (90, 0, 0), 5: (-90, 0, 0), 3: (0, 90, 0), 4: (0, -90, 0)}
     pip = d(0.09, 0.12)
     holes = [
@@ -152,7 +154,7 @@ def wrench(d: Dice) -> Parts:
     length, head, thick = d(0.8, 1.0), d(0.14, 0.18), d(0.08, 0.11)
     handle = polygon([(-0.055, 0), (0.055, 0), (0.055, length), (-0.055, length)])
     jaw = disc(head, (0, length)) - polygon([(-0.08, length), (0.08, length), (0.08, 2), (-0.08, 2)])
-    eye = disc(head * 0.85) - polygon(_regular(6, head * 0.5))
+    eye = disc(head * 0.85) - CrossSection.circle(head * 0.5, 6)
     shape = (
         handle
         + disc(head, (0, length))
@@ -310,11 +312,6 @@ def robot(d: Dice) -> Parts:
     }
 
 
-def _regular(sides: int, radius: float) -> list[tuple[float, float]]:
-    angles = 2 * np.pi * np.arange(sides) / sides
-    return [(radius * float(np.cos(t)), radius * float(np.sin(t))) for t in angles]
-
-
 def _rounded(width: float, height: float, radius: float) -> list[tuple[float, float]]:
     corners = [(1, 1, 0), (-1, 1, 90), (-1, -1, 180), (1, -1, 270)]
     return [
@@ -325,10 +322,6 @@ def _rounded(width: float, height: float, radius: float) -> list[tuple[float, fl
         for x, y, start in corners
         for turn in range(0, 91, 15)
     ]
-
-
-def _corners() -> list[tuple[int, int]]:
-    return [(-1, -1), (-1, 1), (1, -1), (1, 1)]
 
 
 def gear(d: Dice) -> Parts:

@@ -332,14 +332,14 @@ def house(d: Dice) -> Parts:
 def castle(d: Dice) -> Parts:
     """A castle tower, or a gate between two towers."""
     radius, height = d(0.2, 0.26), d(0.75, 1.0)
-    battlement = join(post(height, height + 0.16, radius * 1.2)) - post(height + 0.04, 2, radius * 0.9)
+    battlement = post(height, height + 0.16, radius * 1.2) - post(height + 0.04, 2, radius * 0.9)
     notch = box(0.1, 0.1, 2, (0, height + 0.13, 0))
     tower = join(
         post(0, height + 0.02, radius * 1.05, radius),
         battlement - join(*(notch.rotate((0, 45 * i, 0)) for i in range(4))),
     )
     if d.chance(0.4):
-        return {"stone": tower, "wood": join(box(0.14, 0.26, 0.08, (0, 0.13, radius)))}
+        return {"stone": tower, "wood": box(0.14, 0.26, 0.08, (0, 0.13, radius))}
     x, low = 0.5, height * 0.62
     gate = box(1.0, low, 0.2, (0, low / 2, 0)) - join(
         box(0.26, 0.5, 1, (0, 0.0, 0)), rod((0, 0.25, -1), (0, 0.25, 1), 0.13)
