@@ -153,7 +153,6 @@ class LatentItems:
         self._mean, self._std = torch.tensor(self.info.mean), torch.tensor(self.info.std)
 
     def item(self, position: int, seed: int) -> Batch:
-        """Item `position` of the shuffled stream."""
         rng = item_generator(seed, position)
         id = self.shapes.ids[self.index(position, seed)]
         item = self.draw(id, *self._choose(rng), rng)

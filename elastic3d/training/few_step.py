@@ -180,7 +180,6 @@ class PairItems:
         self._shuffle = Shuffle(self.pairs)
 
     def item(self, position: int, seed: int) -> Batch:
-        """Item `position` of the stream."""
         pair = self._shuffle(position, seed)
         item = self.draw(position, seed) | self.flow.pair(pair, seed) | {"pair": torch.tensor(pair)}
         return item | self.flow.truth(pair, np.random.default_rng([seed, position, 7]))

@@ -74,7 +74,6 @@ class ImageTrainConfig(TrainConfig):
     image: ImageStageConfig = option(ImageStageConfig, "images with captions")
 
     def network(self) -> nn.Module:
-        """The transformer."""
         return build_transformer(self.image.model)
 
     def sample_bytes(self) -> int:
@@ -123,7 +122,6 @@ class ImageItems:
         return len(self.images)
 
     def item(self, position: int, seed: int) -> Batch:
-        """Item `position` of the shuffled stream."""
         rng = item_generator(seed, position)
         item = self.draw(self.index(position, seed), int(rng.integers(1 << 16)), rng)
         if rng.random() < self.drop_caption:
@@ -321,7 +319,6 @@ class ImageFlow(Flow):
         return self._backbone.times(steps, self.size)
 
     def default_sampling(self) -> tuple[int, float]:
-        """The family's."""
         return self._backbone.default_sampling()
 
     def velocities(self, x_t: Tensor, batch: Batch) -> Tensor:
@@ -334,7 +331,6 @@ class ImageFlow(Flow):
         return self.backbone.velocity(self.dit, x_t, t, text, self.size, self.guidance)
 
     def gain(self, conditional: Tensor, unconditional: Tensor) -> Tensor | float:
-        """The pipeline's."""
         return self._backbone.gain(conditional, unconditional, self.guidance)
 
     def integrate(self, batch: Batch, steps: int) -> Tensor:
@@ -373,7 +369,6 @@ class ImageFlow(Flow):
         return {"image": image_loss(backbone.decode(found, self.size).float(), wanted)}
 
     def sheet(self, rows: list[Tensor]) -> np.ndarray:
-        """The images of each row."""
         return image_sheet(self.backbone, rows, self.size)
 
     def stream(self) -> ImageItems:

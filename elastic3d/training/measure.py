@@ -75,10 +75,6 @@ class CalibrationImagesConfig(PipelineImagesConfig):
         if self.backbone is not None and self.weights is None:
             raise ValueError(f"weights= is missing: the folder of the {self.backbone.name} pipeline")
 
-    def pipeline(self) -> BackboneConfig:
-        """The one that is named."""
-        return BackboneConfig(**vars(self))
-
 
 @dataclass(kw_only=True)
 class CalibrationOutputConfig(Options):
@@ -102,7 +98,7 @@ class MeasureConfig(SeededConfig):
         """What a stage that trains such routers takes of it."""
         found = {name: getattr(self, name) for name in ("seed", "device", "precision", "data")}
         if self.image.backbone is not None:
-            return found | {"image": self.image.pipeline(), "router": router}
+            return found | {"image": BackboneConfig(**vars(self.image)), "router": router}
         return found | {"data": DataConfig(**vars(self.data)), "latents": self.latents, "router": router}
 
 

@@ -110,7 +110,6 @@ class SimulatedCache(ResidualCache):
         return [int(age) for age in self.age(key[0])[list(rows)].tolist()]
 
     def reuse(self, age: int, keep: bool, keep_prob: float, threshold: float) -> bool:
-        """It always stands in."""
         return True
 
     def apply(self, key: Key, rows: Sequence[int], steps: Sequence[int], streams: Streams) -> Streams:
@@ -340,7 +339,6 @@ class RouterItems:
         self._stream = self.flow.stream()
 
     def item(self, position: int, seed: int) -> Batch:
-        """Item `position` of the shuffled stream."""
         item, rng = self._stream.item(position, seed), np.random.default_rng([seed, position, 3])
         config, router, branches = self.config, self.router, 1 + self.flow.paired
         low, high = math.log(config.min_steps), math.log(config.max_steps + 1)

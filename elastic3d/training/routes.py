@@ -277,10 +277,6 @@ class Rollout(RouteSource):
         """What was executed, by (B,S,2,I); where a branch did not run, its blocks count as skipped."""
         return self._table([context.decisions for context in self.passes])
 
-    def proposed(self) -> RouteDecision:
-        """What the routers decided, also where another route was forced, by (B,S,2,I)."""
-        return self._table(self.routed)
-
     def actions(self) -> Tensor:
         """(B,S,2,I) long: what was executed, FREE where a branch did not run."""
         done = self.executed()
@@ -299,7 +295,7 @@ class Rollout(RouteSource):
 
     def log_likelihood(self) -> Tensor:
         """Mean over the cells that ran of the log-probability (B,) that the routers give to what was executed."""
-        proposed, actions, ran = self.proposed(), self.actions(), self.ran()[:, :, None]
+        proposed, actions, ran = self._table(self.routed), self.actions(), self.ran()[:, :, None]
         gate = proposed.keep_prob.clamp(1e-6, 1 - 1e-6)
         width = (actions - 1).clamp_min(0)[..., None]
         chosen = proposed.width_prob.clamp_min(1e-6).gather(-1, width)[..., 0]

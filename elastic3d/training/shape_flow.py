@@ -91,11 +91,9 @@ class ShapeFlow(Flow):
         return self.cache.info.load_vae(self._loss)
 
     def times(self, steps: int) -> Tensor:
-        """The pipeline's."""
         return sampling_times(self.pipeline, steps)
 
     def default_sampling(self) -> tuple[int, float]:
-        """The pipeline's."""
         return self.pipeline.steps, self.pipeline.guidance
 
     def velocities(self, x_t: Tensor, batch: Batch) -> Tensor:
@@ -140,7 +138,6 @@ class ShapeFlow(Flow):
         return losses
 
     def sheet(self, rows: list[Tensor]) -> np.ndarray:
-        """The meshes of each row."""
         self.vae.to(rows[0].device)
         return contact_sheet([mesh_row(self.vae, row, self.config.dit.sample_resolution) for row in rows])
 
@@ -215,7 +212,6 @@ class RouterTrainConfig(TrainConfig):
     routing: RouterStageConfig = option(RouterStageConfig, "training of the routers")
 
     def sample_bytes(self) -> int:
-        """The points of the mesh loss."""
         return self.routing.mesh.sample_bytes()
 
     def flow(self) -> ShapeFlow:
@@ -234,7 +230,6 @@ class FewStepTrainConfig(GenerationTrainConfig):
     few_step: ShapeFewStepConfig = option(ShapeFewStepConfig, "training of the routers' few-step LoRA")
 
     def sample_bytes(self) -> int:
-        """The points of the mesh loss."""
         return self.few_step.mesh.sample_bytes()
 
     def flow(self) -> ShapeFlow:
@@ -267,7 +262,6 @@ class BlockRouterTrainConfig(GenerationTrainConfig):
         self.blocks.check_run(self.router, self.batch, self.accumulate)
 
     def sample_bytes(self) -> int:
-        """The points of the mesh loss."""
         return self.blocks.mesh.sample_bytes()
 
     def flow(self) -> ShapeFlow:
