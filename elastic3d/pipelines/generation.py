@@ -383,8 +383,7 @@ def find_images(pattern: str) -> list[Path]:
     """Images in a folder, or files that match a glob; sorted."""
     folder = Path(pattern)
     if folder.is_dir():
-        files = visible_files(folder, recursive=False)
-        found = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+        found = visible_files(folder, recursive=False, suffixes=IMAGE_SUFFIXES)
     else:
         found = matching_files(pattern)
     if not found:

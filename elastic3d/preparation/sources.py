@@ -95,7 +95,7 @@ class FolderSource(Source):
         if not path.is_dir():
             raise UserError(f"path={path} is no directory, expected one with mesh files")
         self.name, self._path = name, path
-        files = [file for file in visible_files(path) if file.suffix.lower() in READ_SUFFIXES]
+        files = visible_files(path, suffixes=READ_SUFFIXES)
         if not files:
             raise UserError(
                 f"{path} holds no mesh, expected files ending in {', '.join(READ_SUFFIXES)}: name the folder that"

@@ -119,9 +119,7 @@ def _features(
 def _probe(folder: Path, encoder: ImageEncoder, found: Familiarity) -> dict[str, Any]:
     """Distances of the images of a folder, those without an object left out."""
     distances, unused = [], 0
-    for path in visible_files(folder, recursive=False):
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
+    for path in visible_files(folder, recursive=False, suffixes=IMAGE_SUFFIXES):
         try:
             image = prepare(path, ForegroundConfig(), encoder)[0]
         except UserError:

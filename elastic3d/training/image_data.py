@@ -243,8 +243,7 @@ def _shade(hsv: tuple[float, float, float], rng: np.random.Generator) -> tuple[i
 
 
 def _from_texts(folder: Path) -> list[tuple[Path, str]]:
-    files = visible_files(folder, recursive=False)
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    images = visible_files(folder, recursive=False, suffixes=IMAGE_SUFFIXES)
     texts = [(path, path.with_suffix(".txt")) for path in images]
     full = [(path, file) for path, file in texts if file.is_file() and file.stat().st_size]
     return [(path, text) for path, file in full if (text := read_text(file, "a caption").strip())]

@@ -43,9 +43,8 @@ def named_images(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise UserError(f"latents.images={folder} is no folder, expected one with images")
     found: dict[str, list[Path]] = {}
-    for path in visible_files(folder):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            found.setdefault("--".join(path.relative_to(folder).with_suffix("").parts), []).append(path)
+    for path in visible_files(folder, suffixes=IMAGE_SUFFIXES):
+        found.setdefault("--".join(path.relative_to(folder).with_suffix("").parts), []).append(path)
     if not found:
         raise UserError(f"latents.images={folder} holds no image, expected {', '.join(IMAGE_SUFFIXES)}")
     return found
