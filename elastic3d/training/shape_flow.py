@@ -64,7 +64,7 @@ class ShapeFlow(Flow):
             UserError: no finished cache, one of other latents, an autoencoder that learned with another loss, or
                 shapes of the cache without the true surface that the mesh loss needs.
         """
-        self.config, self.term = config, getattr(options, "mesh", None)
+        self.config, self.term = config, options.mesh
         self.folder = find_model(options.model)
         self.cache = cache = LatentCache(config.latents.output, config.data, options.val_shapes, stored)
         self.dit, self.pipeline = cache.load_dense(self.folder, precision)
@@ -77,18 +77,17 @@ class ShapeFlow(Flow):
         anchor_weight = getattr(options, "anchor_weight", 1.0)
         self.weights = channel_weights(self.dit.config.in_channels, self.anchors, anchor_weight)
         self._surfaces: PreparedShapes | None = None
-        loss: FieldLossConfig | None = None
-        if self.term is not None and self.term.weight:
-            loss = config.vae
+        self.meshes: MeshReconstruction | None = None
+        if self.term.weight:
             self._surfaces = open_split(config.data, config.data.train, MESH_STORED)
             self._surfaces.require(cache.train.ids)
-        self._loss = loss
-        self.meshes = MeshReconstruction(self.vae, loss) if loss else None
+            self.vae = cache.info.load_vae(config.vae)
+            self.meshes = MeshReconstruction(self.vae, config.vae)
 
     @cached_property
     def vae(self) -> ShapeVAE:
         """The autoencoder of the cached latents."""
-        return self.cache.info.load_vae(self._loss)
+        return self.cache.info.load_vae()
 
     def times(self, steps: int) -> Tensor:
         return sampling_times(self.pipeline, steps)
