@@ -182,10 +182,9 @@ def generate(
             if answer.get("fatal"):
                 raise UserError(f"Infinigen can't make {asset.name}: {error}; mend that and run this again")
             if error:
+                row = {"id": asset.name, "reason": error, "time": round(time.time())}
                 with failures.open("a") as stream:
-                    stream.write(
-                        json.dumps({"id": asset.name, "reason": error, "time": round(time.time())}) + "\n"
-                    )
+                    stream.write(json.dumps(row) + "\n")
             yield asset, error
 
 

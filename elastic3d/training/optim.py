@@ -120,18 +120,15 @@ class MasterOptimizer:
             decay = config.weight_decay if master.ndim > 1 else 0.0
             muon = config.optimizer is OptimizerName.muon and master.ndim == 2 and _in_block(name)
             groups.setdefault((muon, factor(name), decay), []).append(master)
-        fused = all(master.device.type in ("cpu", "cuda") for master in self.masters)
+        chosen: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+        for (muon, rate_factor, decay), group in groups.items():
+            chosen[muon].append({"params": group, "weight_decay": decay, "factor": rate_factor})
         self._optimizers: list[torch.optim.Optimizer] = []
-        for kind in (False, True):
-            chosen = [
-                {"params": group, "weight_decay": decay, "factor": f}
-                for (muon, f, decay), group in groups.items()
-                if muon is kind
-            ]
-            if chosen and kind:
-                self._optimizers.append(Muon(chosen))
-            elif chosen:
-                self._optimizers.append(torch.optim.AdamW(chosen, betas=BETAS, fused=fused))
+        if chosen[False]:
+            fused = all(master.device.type in ("cpu", "cuda") for master in self.masters)
+            self._optimizers.append(torch.optim.AdamW(chosen[False], betas=BETAS, fused=fused))
+        if chosen[True]:
+            self._optimizers.append(Muon(chosen[True]))
         self._of = {
             master: optimizer
             for optimizer in self._optimizers
