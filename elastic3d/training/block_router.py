@@ -37,15 +37,7 @@ from elastic3d.training.few_step import (
     relative_errors,
 )
 from elastic3d.training.flow import Flow
-from elastic3d.training.routes import (
-    FREE,
-    KINDS,
-    Rollout,
-    Sensitivity,
-    action_flops,
-    fill,
-    load_sensitivity,
-)
+from elastic3d.training.routes import FREE, KINDS, Rollout, Sensitivity, action_flops, fill, load_sensitivity
 from elastic3d.utils.options import option
 
 FULL, SMALLEST = range(2)  # kinds of samples; those beyond are between

@@ -40,7 +40,7 @@ from elastic3d.training.few_step import attach_few_step, rebase
 from elastic3d.training.image import ImageTrainConfig
 from elastic3d.training.journal import METRICS_NAME, read_metrics
 from elastic3d.training.latents import LatentInfo, pipeline_config
-from elastic3d.training.options import ComputeConfig, RunConfig, StageName
+from elastic3d.training.options import RunConfig, StageName
 from elastic3d.training.shape_flow import FewStepTrainConfig, ShapeFlow
 from elastic3d.training.stages import build_stage, stage_config
 from elastic3d.training.vae import VAETrainConfig
@@ -119,7 +119,7 @@ class FewStepExportConfig(Options):
 
 
 @dataclass(kw_only=True)
-class ExportStageConfig(ComputeConfig, RunConfig):
+class ExportStageConfig(RunConfig):
     """Everything `scripts/train.py stage=export` takes."""
 
     stage: StageName = option(StageName.export, "what to do")

@@ -42,7 +42,7 @@ from elastic3d.training.datasets import (
     read_split,
     record_of_shapes,
 )
-from elastic3d.training.options import ComputeConfig, DataConfig, Precision, SplitsConfig, StageName
+from elastic3d.training.options import DataConfig, Precision, SplitsConfig, StageConfig, StageName
 from elastic3d.training.vae import (
     SOFTNESS,
     TRUNCATION,
@@ -112,7 +112,7 @@ class LatentsConfig(LatentCacheConfig):
 
 
 @dataclass(kw_only=True)
-class CacheConfig(ComputeConfig):
+class CacheConfig(StageConfig):
     """Everything `scripts/train.py stage=cache` takes."""
 
     stage: StageName = option(StageName.cache, "what to do")

@@ -12,12 +12,7 @@ import torch
 
 from elastic3d import __version__
 from elastic3d.diffusion.dial import save_dial
-from elastic3d.elastic.attachment import (
-    ROUTER_RECORDS,
-    load_router_config,
-    load_routers,
-    save_router_config,
-)
+from elastic3d.elastic.attachment import ROUTER_RECORDS, load_router_config, load_routers, save_router_config
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME
