@@ -14,7 +14,7 @@ from elastic3d.errors import UserError
 from elastic3d.preparation.options import ShapeConfig
 from elastic3d.preparation.shape import RawShape
 from elastic3d.preparation.shards import Recipe, Shard, plan_shards
-from elastic3d.preparation.sources import AlwaysReady, Item
+from elastic3d.preparation.sources import Item, Source
 
 TINY = ShapeConfig(
     resolution=32, surface_points=64, sharp_points=32, near_points=64, volume_points=64, views=1, view_size=16
@@ -22,7 +22,7 @@ TINY = ShapeConfig(
 RECIPE = Recipe(TINY, 0, frozenset({"test/b1"}))
 
 
-class Boxes(AlwaysReady):
+class Boxes(Source):
     """Boxes called b0, b1 ..., and items that fail in every way a mesh can."""
 
     name = "test"

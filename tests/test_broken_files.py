@@ -43,7 +43,7 @@ from elastic3d.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from elastic3d.training.datasets import ShardFolder
+from elastic3d.training.datasets import PreparedShapes
 from elastic3d.training.image_data import ImageCache
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentInfo
@@ -232,8 +232,10 @@ def test_a_thousand_inputs(tmp_path: Path, name: str) -> None:
 
 
 def _shard(path: Path) -> object:
-    shards = ShardFolder(path.parent)
-    return [shards.read(id, name) for id in ("a",) if id in shards for name in ("surface",)]
+    save_file({"whole/surface": torch.zeros(1)}, path.with_name("shard-00009.safetensors"))
+    source = path.parent.name
+    shapes = PreparedShapes(path.parent.parent, [f"{source}/a", f"{source}/whole"])
+    return [shapes.read(id, "surface") for id in shapes.ids]
 
 
 def _cached(path: Path) -> object:

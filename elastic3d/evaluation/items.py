@@ -40,10 +40,9 @@ def find_meshes(folder: Path) -> dict[str, list[Path]]:
         expected = f"a folder of meshes ({', '.join(READ_SUFFIXES)})"
         raise UserError(f"{printable(folder)} is not a folder, expected {expected}")
     found: dict[str, list[Path]] = {}
-    for path in visible_files(folder):
-        if path.suffix.lower() in READ_SUFFIXES:
-            name = printable(path.relative_to(folder).with_suffix("").as_posix())
-            found.setdefault(unicodedata.normalize("NFC", name), []).append(path)
+    for path in visible_files(folder, suffixes=READ_SUFFIXES):
+        name = printable(path.relative_to(folder).with_suffix("").as_posix())
+        found.setdefault(unicodedata.normalize("NFC", name), []).append(path)
     return found
 
 

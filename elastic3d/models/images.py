@@ -111,8 +111,7 @@ def save_image(image: Image.Image, path: str | Path, metadata: dict[str, Any]) -
 
 def images_in(folder: Path, recursive: bool = False) -> list[Path]:
     """The images of a folder, sorted, without drawings. UserError if it can't be read."""
-    found = [path for path in visible_files(folder, recursive) if path.suffix.lower() in IMAGE_SUFFIXES]
-    return [path for path in found if not is_drawing(path)]
+    return [path for path in visible_files(folder, recursive, IMAGE_SUFFIXES) if not is_drawing(path)]
 
 
 def is_drawing(path: Path) -> bool:

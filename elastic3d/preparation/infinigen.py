@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from elastic3d.errors import UserError
 from elastic3d.preparation.shape import RawShape
-from elastic3d.preparation.sources import Item, with_article
+from elastic3d.preparation.sources import Item, Source, with_article
 from elastic3d.utils.files import parse_json
 
 MAX_SPIKE = 5.0  # how far single vertices may reach, over the rest
@@ -182,14 +182,13 @@ def generate(
             if answer.get("fatal"):
                 raise UserError(f"Infinigen can't make {asset.name}: {error}; mend that and run this again")
             if error:
+                row = {"id": asset.name, "reason": error, "time": round(time.time())}
                 with failures.open("a") as stream:
-                    stream.write(
-                        json.dumps({"id": asset.name, "reason": error, "time": round(time.time())}) + "\n"
-                    )
+                    stream.write(json.dumps(row) + "\n")
             yield asset, error
 
 
-class InfinigenSource:
+class InfinigenSource(Source):
     """Made in the background while shards are prepared; `generators` Blender processes share the work."""
 
     name = "infinigen"

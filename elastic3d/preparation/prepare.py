@@ -224,7 +224,7 @@ def prepare_data(config: PrepareConfig) -> Summary:
         source.forget_failures()
     items = source.items()[: config.limit or None]
     folder = Path(config.output) / (config.name or source.name)
-    _make_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     if config.source is SourceName.folder:
         held_out |= _held_out_meshes([f"{item.source}/{item.id}" for item in items], folder, config)
     recipe = Recipe(config.shape, config.seed, frozenset(held_out))
@@ -284,12 +284,3 @@ def _prepare_with_bar(shards: list[Shard], source: Source, recipe: Recipe, confi
 
         workers = config.workers or os.cpu_count() or 1
         prepare(shards, source, recipe, workers, config.timeout, progress)
-
-
-def _make_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"can't write to {folder}: {error.strerror}; choose another output=") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"can't write to {folder}: permission denied; choose another output=")

@@ -127,7 +127,8 @@ def render_views(
         scene.face_colours = palette[shape.part]
         pixels = scene.render(camera, size, random_lights(camera, generator)).colour
         images.append(encode_png(pixels))
-        rows.append([*camera.eye, *camera.target, camera.fov_deg, _elevation(camera)])
+        elevation = np.degrees(np.arcsin(np.clip(-camera.axes()[2, 1], -1, 1)))
+        rows.append([*camera.eye, *camera.target, camera.fov_deg, elevation])
     return images, np.array(rows, np.float32).reshape(count, 8)
 
 
@@ -136,10 +137,6 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=6)
     return buffer.getvalue()
-
-
-def _elevation(camera: Camera) -> float:
-    return float(np.degrees(np.arcsin(np.clip(-camera.axes()[2, 1], -1, 1))))
 
 
 def item_seed(source: str, name: str, seed: int) -> int:

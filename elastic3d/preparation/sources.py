@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -61,52 +62,40 @@ def with_article(name: str) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
-class Source(Protocol):
+class Source(ABC):
     """A fixed, ordered list of items and a way to load each. Pickled into worker processes."""
 
     name: str
 
+    @abstractmethod
     def items(self) -> list[Item]:
         """Every item, in the order in which shards take them."""
-        ...
+
+    @abstractmethod
+    def load(self, item: Item) -> RawShape:
+        """The raw mesh, Y up and front +Z. UserError if there is none."""
 
     def ready(self, item: Item) -> bool:
         """Whether `load` can be called, or is known to fail."""
-        ...
-
-    def load(self, item: Item) -> RawShape:
-        """The raw mesh, Y up and front +Z. UserError if there is none."""
-        ...
-
-    def producing(self) -> AbstractContextManager[Callable[[], bool]]:
-        """Items become ready while this context is open; call what it gives to ask whether more will come.
-
-        The call raises UserError if what makes them broke down.
-        """
-        ...
-
-
-class AlwaysReady:
-    """For sources whose files are all there from the beginning."""
-
-    def ready(self, item: Item) -> bool:
-        """True."""
         return True
 
     @contextmanager
     def producing(self) -> Iterator[Callable[[], bool]]:
-        """Nothing more will come."""
+        """Items become ready while this context is open; call what it gives to ask whether more will come.
+
+        The call raises UserError if what makes them broke down.
+        """
         yield lambda: False
 
 
-class FolderSource(AlwaysReady):
+class FolderSource(Source):
     """Every glb, gltf, obj, ply, stl and off file below a directory, taken as Y up with the front at +Z."""
 
     def __init__(self, path: Path, name: str = "folder") -> None:
         if not path.is_dir():
             raise UserError(f"path={path} is no directory, expected one with mesh files")
         self.name, self._path = name, path
-        files = [file for file in visible_files(path) if file.suffix.lower() in READ_SUFFIXES]
+        files = visible_files(path, suffixes=READ_SUFFIXES)
         if not files:
             raise UserError(
                 f"{path} holds no mesh, expected files ending in {', '.join(READ_SUFFIXES)}: name the folder that"

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from elastic3d.errors import UserError
 from elastic3d.geometry.mesh_io import merge_equal_vertices
 from elastic3d.preparation.shape import RawShape
-from elastic3d.preparation.sources import AlwaysReady, Item, with_article
+from elastic3d.preparation.sources import Item, Source, with_article
 
 PACKAGE = "sweethome3d-furniture"
 LICENCES = {
@@ -81,7 +81,7 @@ def _run(command: list[str], folder: Path) -> None:
         raise UserError(f"`{' '.join(command)}` failed: {done.stderr.strip()[-300:]}")
 
 
-class SweetHome3DSource(AlwaysReady):
+class SweetHome3DSource(Source):
     """The models of every `.sh3f` library in a folder, unpacked into `cache` once."""
 
     name = "sweethome3d"

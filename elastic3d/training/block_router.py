@@ -37,8 +37,7 @@ from elastic3d.training.few_step import (
     relative_errors,
 )
 from elastic3d.training.flow import Flow
-from elastic3d.training.rollout import FREE, Rollout
-from elastic3d.training.routes import KINDS, Sensitivity, load_sensitivity, routes_around
+from elastic3d.training.routes import FREE, KINDS, Rollout, Sensitivity, action_flops, fill, load_sensitivity
 from elastic3d.utils.options import option
 
 FULL, SMALLEST = range(2)  # kinds of samples; those beyond are between
@@ -187,14 +186,28 @@ class RouteDraw:
         }
 
     def around(self, times: Tensor, budget: float, spread: float, seed: int) -> Tensor:
-        """Random routes (S,2,I) that execute a budget, around the measured table."""
-        starts = times[:-1].tolist()
+        """Random routes (S,2,I) that execute a budget, the same in both branches: the cells that matter least by the
+        measured table are skipped or narrow.
+
+        Gumbel noise of `spread` times the table's standard deviation is added, so that routes differ: 0 gives the best
+        table by timestep. With it, what is saved is divided at random between skipped blocks and narrowed MLPs.
+        """
+        starts, ratios = times[:-1].tolist(), self.router.ratios
         table = torch.zeros(len(starts), len(self.blocks))
         if self.sensitivity is not None:
             table = self.sensitivity.at(starts)
         passes = torch.tensor([self.router.guided_share([t]) for t in starts])
         share, generator = min(budget / passes.mean().item(), 1.0), torch.Generator().manual_seed(seed)
-        return routes_around(table, self.blocks, self.router.ratios, passes, share, spread, generator)
+        chance = torch.rand((), generator=generator).item() * min(1.0, 2 * (1 - share)) * (spread > 0)
+        narrow = torch.rand(table.shape, generator=generator) < chance
+        width = torch.randint(1, len(ratios) + 1, table.shape, generator=generator)
+        action = torch.where(narrow, width, len(ratios))
+        noise = -torch.rand(table.shape, generator=generator).clamp(1e-9, 1 - 1e-7).log().neg().log()
+        scale = table.std(unbiased=False).item() or 1.0
+        priority = (table + spread * scale * noise - table.min() + 1e3)[:, None]
+        flops = action_flops(self.blocks, ratios)
+        found = fill(priority, action[:, None], passes[:, None, None], flops, share)
+        return found.expand(-1, 2, -1).contiguous()
 
 
 class BlockRouterObjective(GenerationObjective):
@@ -226,7 +239,12 @@ class BlockRouterObjective(GenerationObjective):
         loss = losses.mean()
         assert self.session.trace is not None
         share = rollout.share(self.session.trace)
-        budget = batch["budget"].clamp_max(self.largest_share(batch))
+        budget = batch["budget"]
+        if (
+            self.session.guided
+        ):  # where the LoRA has learned the guidance, a full route executes no more than this
+            times = self.flow.times(int(batch["steps"][0]))[:-1].tolist()
+            budget = budget.clamp_max(self.session.router_config.guided_share(times))
         if not free.all():
             imitation = -rollout.log_likelihood()[~free].mean()
             loss = loss + config.imitation_weight * imitation
@@ -242,11 +260,6 @@ class BlockRouterObjective(GenerationObjective):
         """Last latents (B,N,C) of a rollout."""
         with rollout.leading(self.session):
             return self.generate(batch, int(batch["steps"][0]), ElasticConfig())
-
-    def largest_share(self, batch: Batch) -> float:
-        """Share of the dense FLOPs that the full route executes, where the LoRA has learned the guidance."""
-        times = self.flow.times(int(batch["steps"][0]))[:-1].tolist()
-        return self.session.router_config.guided_share(times) if self.session.guided else 1.0
 
     def end_losses(self, found: Tensor, dense: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """What is lost at the end (B,): the logarithm of the latents' relative squared error to the dense ones, so that

@@ -50,18 +50,6 @@ def as_trained(precision: Precision, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision.name.startswith("bf16"))
 
 
-def compare_budgets(generate: Generate, budgets: list[float]) -> dict[str, float]:
-    """Executed share and distance to the dense latents of the same seed, sampling at each budget."""
-    dense, _ = generate(ElasticConfig(elastic=False), 0)
-    values = {}
-    for budget in budgets:
-        latents, share = generate(ElasticConfig(budget=budget), 0)
-        values[f"val/share_at_{budget:g}"] = share.mean().item()
-        values[f"val/share_spread_at_{budget:g}"] = share.std(unbiased=False).item()
-        values[f"val/error_at_{budget:g}"] = relative_error(latents, dense)
-    return values
-
-
 def relative_error(found: Tensor, true: Tensor) -> float:
     """Squared distance over the squared norm."""
     return ((found - true).square().mean() / true.square().mean()).item()

@@ -54,11 +54,6 @@ class Checkpoint:
         return todays_stage(config) if isinstance(config, Mapping) else None
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lies."""
-    return folder / f"{_PREFIX}{step:08d}"
-
-
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint into `folder`, and drop all but the newest `keep`.
 
@@ -67,7 +62,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     The files are written beside, listed with their hashes in a manifest, flushed to disk, and the folder
     renamed: whatever moment the process dies at, no folder of the final name is incomplete.
     """
-    final = checkpoint_path(folder, checkpoint.step)
+    final = folder / f"{_PREFIX}{checkpoint.step:08d}"
     unfinished = folder / f".{final.name}.unfinished"
     try:
         _write(unfinished, checkpoint)
@@ -189,15 +184,12 @@ def stage_of(values: Any, source: Path | str) -> Any:
 
 def _known(config_class: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     kinds = hints(config_class)
-    return {
-        name: _known(kinds[name], value) if _is_nested(kinds[name], value) else value
-        for name, value in renamed(config_class, values).items()
-        if name in kinds
-    }
-
-
-def _is_nested(kind: Any, value: Any) -> bool:
-    return isinstance(kind, type) and is_dataclass(kind) and isinstance(value, Mapping)
+    found = {}
+    for name, value in renamed(config_class, values).items():
+        if name in kinds:
+            nested = is_dataclass(kinds[name]) and isinstance(value, Mapping)
+            found[name] = _known(kinds[name], value) if nested else value
+    return found
 
 
 # ---------------------------------------------------------------------------------------- what a run starts from

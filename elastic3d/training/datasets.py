@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from elastic3d.errors import UserError
+from elastic3d.evaluation.items import spread
 from elastic3d.models.weights import open_tensors, tensor_heads
 from elastic3d.preparation.sources import read_list
 from elastic3d.training.options import DataConfig, LoopConfig, SplitsConfig
@@ -94,53 +95,9 @@ def nothing_prepared(count: int, root: Path) -> str:
     return f"none of the {count} shapes that the lists name is under {root}: {advice}"
 
 
-class ShardFolder:
-    """Tensors `<id>/<name>` of the safetensors shards in a folder, by id, without reading them first.
-
-    A shard that appears later is not seen: what a run trains on does not change under it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}")
-        self._shards: dict[str, Path] = {}
-        self._names: dict[str, list[str]] = {}
-        self._open: dict[Path, Any] = {}
-        for path in sorted(folder.glob("shard-*.safetensors")):
-            for key in tensor_heads(path):
-                id, _, name = key.rpartition("/")
-                self._shards[id] = path
-                self._names.setdefault(id, []).append(name)
-
-    def __contains__(self, id: str) -> bool:
-        return id in self._shards
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    def names(self, id: str) -> list[str]:
-        """What is stored of a shape."""
-        return self._names[id]
-
-    def read(self, id: str, name: str, row: int | None = None) -> Tensor:
-        """A tensor, or one row of it, copied from the mapped file."""
-        path = self._shards[id]
-        if name not in self._names[id]:
-            raise UserError(
-                f"{path} has no tensor {id}/{name}, but {', '.join(self._names[id])} of this shape"
-            )
-        if path not in self._open:
-            self._open[path] = open_tensors(path)
-        if row is None:
-            return self._open[path].get_tensor(f"{id}/{name}")
-        return self._open[path].get_slice(f"{id}/{name}")[row]
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}}  # another process maps the files itself
-
-
 class PreparedShapes:
-    """The shapes of a split that are there, over all sources.
+    """The shapes of a split that are there, over all sources: tensors of safetensors shards, which are mapped and not
+    read. A shard that appears later is not seen: what a run trains on does not change under it.
 
     Attributes:
         ids: those found, `source/id`, in the split's order.
@@ -148,28 +105,31 @@ class PreparedShapes:
     """
 
     def __init__(self, root: Path, split: Sequence[str], preload: Sequence[str] = (), limit: int = 0) -> None:
-        sources = dict.fromkeys(id.partition("/")[0] for id in split)
-        self._folders = {s: ShardFolder(root / s) for s in sources if (root / s).is_dir()}
-        found = [id for id in split if self._has(id)]
+        self._root = root
+        self._shards: dict[str, Path] = {}
+        self._names: dict[str, list[str]] = {}
+        self._open: dict[Path, Any] = {}
+        for source in dict.fromkeys(id.partition("/")[0] for id in split):
+            for path in sorted((root / source).glob("shard-*.safetensors")):
+                for key in tensor_heads(path):
+                    own, _, name = key.rpartition("/")
+                    self._shards[f"{source}/{own}"] = path
+                    self._names.setdefault(f"{source}/{own}", []).append(name)
+        found = [id for id in split if id in self._shards]
         self.missing = len(split) - len(found)
         # A split lists category after category: a part of it is taken from everywhere.
-        self.ids = [found[i * len(found) // limit] for i in range(limit)] if 0 < limit < len(found) else found
+        self.ids: list[str] = spread(found, limit)
         if not self.ids:
             raise UserError(nothing_prepared(len(split), root))
-        self._root = root
         self._loaded: dict[tuple[str, str], Tensor] = {}
         self._loaded = {(id, name): self.read(id, name) for id in self.ids for name in preload}
-
-    def _has(self, id: str) -> bool:
-        source, _, own = id.partition("/")
-        return source in self._folders and own in self._folders[source]
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def require(self, ids: Sequence[str]) -> None:
         """UserError that names the first of these shapes, of the split, that is not there."""
-        if absent := [id for id in ids if not self._has(id)]:
+        if absent := [id for id in ids if id not in self._shards]:
             raise UserError(
                 f"{absent[0]} is in the cache of latents, but not under {self._root}: prepare it again with"
                 " scripts/prepare_data.py, or leave it out of the lists"
@@ -177,16 +137,22 @@ class PreparedShapes:
 
     def has(self, id: str, name: str) -> bool:
         """Whether a tensor of this name is stored of a shape."""
-        source, _, own = id.partition("/")
-        return name in self._folders[source].names(own)
+        return name in self._names[id]
 
     def read(self, id: str, name: str, row: int | None = None) -> Tensor:
         """A stored tensor of a shape, or one row of it; the caller must not change it."""
         if (id, name) in self._loaded:
             whole = self._loaded[id, name]
             return whole if row is None else whole[row]
-        source, _, own = id.partition("/")
-        return self._folders[source].read(own, name, row)
+        path, key = self._shards[id], f"{id.partition('/')[2]}/{name}"
+        if not self.has(id, name):
+            raise UserError(f"{path} has no tensor {key}, but {', '.join(self._names[id])} of this shape")
+        if path not in self._open:
+            self._open[path] = open_tensors(path)
+        return self._open[path].get_tensor(key) if row is None else self._open[path].get_slice(key)[row]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": {}}  # another process maps the files itself
 
 
 def record_of_shapes(train: PreparedShapes, val: PreparedShapes) -> dict[str, int]:

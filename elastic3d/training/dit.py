@@ -153,7 +153,6 @@ class LatentItems:
         self._mean, self._std = torch.tensor(self.info.mean), torch.tensor(self.info.std)
 
     def item(self, position: int, seed: int) -> Batch:
-        """Item `position` of the shuffled stream."""
         rng = item_generator(seed, position)
         id = self.shapes.ids[self.index(position, seed)]
         item = self.draw(id, *self._choose(rng), rng)
@@ -162,9 +161,9 @@ class LatentItems:
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
         if self.config.routes.active:
             blocks = self.config.model.double_blocks + self.config.model.single_blocks
-            drawn = draw(self.config.routes, blocks, self.batch, position, seed, rng)
-            item["t"] = timesteps_at(torch.tensor([drawn.u]))[0]
-            item["route"] = torch.from_numpy(drawn.route)
+            quantile, route = draw(self.config.routes, blocks, self.batch, position, seed, rng)
+            item["t"] = timesteps_at(torch.tensor([quantile]))[0]
+            item["route"] = torch.from_numpy(route)
             return item
         item["t"] = sample_timesteps(1, generator)[0]
         return item

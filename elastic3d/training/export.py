@@ -40,7 +40,7 @@ from elastic3d.training.few_step import attach_few_step, rebase
 from elastic3d.training.image import ImageTrainConfig
 from elastic3d.training.journal import METRICS_NAME, read_metrics
 from elastic3d.training.latents import LatentInfo, pipeline_config
-from elastic3d.training.options import ComputeConfig, RunConfig, StageName
+from elastic3d.training.options import RunConfig, StageName
 from elastic3d.training.shape_flow import FewStepTrainConfig, ShapeFlow
 from elastic3d.training.stages import build_stage, stage_config
 from elastic3d.training.vae import VAETrainConfig
@@ -119,7 +119,7 @@ class FewStepExportConfig(Options):
 
 
 @dataclass(kw_only=True)
-class ExportStageConfig(ComputeConfig, RunConfig):
+class ExportStageConfig(RunConfig):
     """Everything `scripts/train.py stage=export` takes."""
 
     stage: StageName = option(StageName.export, "what to do")
@@ -138,15 +138,10 @@ class _Run:
     checkpoint: Checkpoint
     output: Path
 
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """The averaged weights of the whole objective."""
-        return self.checkpoint.part("average")
-
     def part(self, name: str) -> dict[str, Tensor]:
-        """Those of one part of the objective, under the part's own names."""
-        start = f"{name}."
-        return {key.removeprefix(start): t for key, t in self.weights.items() if key.startswith(start)}
+        """The averaged weights of one part of the objective, under the part's own names."""
+        start, weights = f"{name}.", self.checkpoint.part("average")
+        return {key.removeprefix(start): t for key, t in weights.items() if key.startswith(start)}
 
     def trained(self, config_class: type[Config]) -> Config:
         """The configuration it was trained with."""
@@ -258,7 +253,7 @@ def _export_routers(run: _Run) -> None:
         options.mesh.weight = 0.0  # needs no data of true surfaces then
     stage: Any = build_stage(trained)
     check_latents(run.checkpoint, stage.record)
-    load_strict(stage.objective, run.weights, run.source)
+    load_strict(stage.objective, run.checkpoint.part("average"), run.source)
     stage.objective.to(device).eval()
     stage.calibrate(run.config.routing)
     for block in stage.objective.session.blocks:

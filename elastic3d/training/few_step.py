@@ -36,6 +36,7 @@ from elastic3d.pipelines.runtime import find_model
 from elastic3d.training.datasets import Batch, Shuffle
 from elastic3d.training.flow import Flow
 from elastic3d.training.loop import Stage
+from elastic3d.training.mesh_loss import FewStepMeshLossConfig
 from elastic3d.utils.old_names import WEIGHTS
 from elastic3d.utils.options import Options, option
 
@@ -179,7 +180,6 @@ class PairItems:
         self._shuffle = Shuffle(self.pairs)
 
     def item(self, position: int, seed: int) -> Batch:
-        """Item `position` of the stream."""
         pair = self._shuffle(position, seed)
         item = self.draw(position, seed) | self.flow.pair(pair, seed) | {"pair": torch.tensor(pair)}
         return item | self.flow.truth(pair, np.random.default_rng([seed, position, 7]))
@@ -267,8 +267,8 @@ def widened(trained: Tensor, fresh: Tensor) -> Tensor:
 
 
 @dataclass(kw_only=True)
-class FewStepStageConfig(ShapeGenerationConfig):
-    """A few-step LoRA, learned through whole generations."""
+class ShapeFewStepConfig(ShapeGenerationConfig):
+    """A few-step LoRA of a shape DiT, learned through whole generations."""
 
     model: Path = option(Path("data/pretrained/shape-small"), "folder of a pipeline with trained routers")
     continued: bool = option(
@@ -294,9 +294,10 @@ class FewStepStageConfig(ShapeGenerationConfig):
         ge=0,
         le=1e6,
     )
+    mesh: FewStepMeshLossConfig = option(FewStepMeshLossConfig, "mesh reconstruction loss")
 
     def check(self) -> None:
-        """Ranges of steps and NFE that hold at least one generation."""
+        """Ranges of steps and NFE that hold at least one generation, and something to learn from."""
         if self.max_nfe < self.min_nfe:
             raise ValueError(f"max_nfe is {self.max_nfe}, expected a value from {self.min_nfe} to 1000")
         super().check()
@@ -310,6 +311,8 @@ class FewStepStageConfig(ShapeGenerationConfig):
                 f"max_steps is {self.max_steps}, expected at most {int(self.max_nfe / MIN_BUDGET)}:"
                 f" the smallest budget, {MIN_BUDGET:g}, has an NFE of more than {self.max_nfe:g}"
             )
+        if not (self.latent_weight or self.mesh.weight):
+            raise ValueError("latent_weight is 0, expected more where mesh.weight is 0")
 
     @property
     def whole_steps(self) -> range:
@@ -317,7 +320,7 @@ class FewStepStageConfig(ShapeGenerationConfig):
         return range(math.ceil(max(self.min_nfe, self.min_steps)), int(min(self.max_nfe, self.max_steps)) + 1)
 
 
-def attach_few_step(dit: nn.Module, config: FewStepStageConfig, pipeline: PipelineConfig) -> ElasticSession:
+def attach_few_step(dit: nn.Module, config: ShapeFewStepConfig, pipeline: PipelineConfig) -> ElasticSession:
     """Put the routers of `config.model` on a model, with fresh few-step LoRA in the place of what they may have,
     or with these where they are to be `continued`, and fresh directions up to the rank; `pipeline` is how the model
     is sampled."""
@@ -349,9 +352,9 @@ def attach_few_step(dit: nn.Module, config: FewStepStageConfig, pipeline: Pipeli
 class FewStepObjective(GenerationObjective):
     """Only the few-step LoRA is parameters: the model and its routers stay as they are."""
 
-    config: FewStepStageConfig
+    config: ShapeFewStepConfig
 
-    def __init__(self, flow: Any, config: FewStepStageConfig) -> None:
+    def __init__(self, flow: Any, config: ShapeFewStepConfig) -> None:
         attach_few_step(flow.dit, config, flow.pipeline)
         super().__init__(flow, config)
         self.term = flow.term
@@ -383,7 +386,7 @@ class FewStepObjective(GenerationObjective):
 class NFEDraw:
     """How a pair is generated: `steps` and `nfe` (), the same in all of a batch."""
 
-    config: FewStepStageConfig
+    config: ShapeFewStepConfig
     batch: int
 
     def __call__(self, position: int, seed: int) -> Batch:
@@ -402,7 +405,7 @@ class FewStepStage(GenerationStage):
     """What the loop needs to train few-step LoRA."""
 
     def __init__(self, config: Any) -> None:
-        options: FewStepStageConfig = config.few_step
+        options: ShapeFewStepConfig = config.few_step
         if not holds_routers(find_model(options.model) / ROUTERS_NAME):
             raise UserError(f"{options.model} has no routers, expected a folder {ROUTERS_NAME} in it")
         flow = config.flow()

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from elastic3d.training.datasets import Batch, Items
-
-
-class StreamItems(Items, Protocol):
-    """Items of a shuffled stream, which says what each of them is of."""
-
-    @property
-    def index(self) -> Callable[[int, int], int]:
-        """Position, seed -> number of the shape or image."""
-        ...
+from elastic3d.training.datasets import Batch
 
 
 class Flow(ABC):
@@ -100,8 +91,9 @@ class Flow(ABC):
     # --------------------------------------------------------------------------------------------------------- data
 
     @abstractmethod
-    def stream(self) -> StreamItems:
-        """Training items of flow matching: `latents`, `noise`, `t` and a condition."""
+    def stream(self) -> Any:
+        """Training `Items` of flow matching: `latents`, `noise`, `t` and a condition. Their `index`, of a position and
+        a seed, is the number of the shape or image."""
 
     @abstractmethod
     def pair(self, number: int, seed: int) -> Batch:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,7 @@ def build_held_out(config: HeldOutConfig) -> list[str]:
             f"data.path is {path!r}, expected the directory with your meshes for data.source=folder"
         )
     pipeline = ImageTo3DPipeline.from_pretrained(config.model, config.device, config.dtype)
-    shapes = open_held_out(config)
+    shapes = PreparedShapes(Path(config.data.output), _listed(config.split, config), limit=config.limit)
     with sole_use(config.output):
         _claim(config, shapes.ids)
         _write_truth(shapes, config)
@@ -133,11 +134,6 @@ def _prepared(config: HeldOutConfig, ids: Sequence[str]) -> dict[str, str]:
     return {id: found[id] for id in ids if id in found}
 
 
-def open_held_out(config: HeldOutConfig) -> PreparedShapes:
-    """The held-out shapes of the source that are prepared, `limit` of them spread evenly over the list."""
-    return PreparedShapes(Path(config.data.output), _listed(config.split, config), limit=config.limit)
-
-
 def _source(config: HeldOutConfig) -> str:
     """The name that ids of the source begin with."""
     return config.data.name or config.data.source.value
@@ -171,26 +167,24 @@ def _missing(
 
 
 def _write_truth(shapes: PreparedShapes, config: HeldOutConfig) -> None:
-    for batch in _missing(shapes.ids, config.output / "images", config, ".png"):
-        for id in batch:
-            views = stored_views(shapes, id)
-            if config.view >= len(views):
-                raise UserError(
-                    f"view is {config.view}, expected at most {len(views) - 1}: {id} has {len(views)} views"
-                )
-            with atomic_path(config.output / "images" / f"{stem(id)}.png") as path:
-                views[config.view].save(path)
+    for id in chain.from_iterable(_missing(shapes.ids, config.output / "images", config, ".png")):
+        views = stored_views(shapes, id)
+        if config.view >= len(views):
+            raise UserError(
+                f"view is {config.view}, expected at most {len(views) - 1}: {id} has {len(views)} views"
+            )
+        with atomic_path(config.output / "images" / f"{stem(id)}.png") as path:
+            views[config.view].save(path)
     stored = {id: shapes.has(id, "solid_vertices") for id in shapes.ids}
     # a shape that was in the training list when it was prepared has none
     solid = None if all(stored.values()) else _solids(config)
-    for batch in _missing(shapes.ids, config.output / "gt", config):
-        for id in batch:
-            if solid is not None and not stored[id]:
-                mesh = solid(id)
-            else:
-                vertices, faces = (shapes.read(id, f"solid_{name}").numpy() for name in ("vertices", "faces"))
-                mesh = trimesh.Trimesh(vertices, faces, process=False)
-            save_mesh(mesh, config.output / "gt" / f"{stem(id)}.glb")
+    for id in chain.from_iterable(_missing(shapes.ids, config.output / "gt", config)):
+        if solid is not None and not stored[id]:
+            mesh = solid(id)
+        else:
+            vertices, faces = (shapes.read(id, f"solid_{name}").numpy() for name in ("vertices", "faces"))
+            mesh = trimesh.Trimesh(vertices, faces, process=False)
+        save_mesh(mesh, config.output / "gt" / f"{stem(id)}.glb")
 
 
 @torch.no_grad()
@@ -230,12 +224,11 @@ def _write_nearest(pipeline: ImageTo3DPipeline, shapes: PreparedShapes, config: 
     features = _features(pipeline)
     names, bank = _bank(features, config)
     solid = _solids(config)
-    for batch in _missing(shapes.ids, folder, config):
-        for id in batch:
-            image = Image.open(config.output / "images" / f"{stem(id)}.png")
-            similarity = (bank @ features([image])[0]).amax(dim=1)
-            found = names[int(similarity.argmax())]
-            save_mesh(solid(found), folder / f"{stem(id)}.glb", {"nearest": found})
+    for id in chain.from_iterable(_missing(shapes.ids, folder, config)):
+        image = Image.open(config.output / "images" / f"{stem(id)}.png")
+        similarity = (bank @ features([image])[0]).amax(dim=1)
+        found = names[int(similarity.argmax())]
+        save_mesh(solid(found), folder / f"{stem(id)}.glb", {"nearest": found})
 
 
 def _features(pipeline: ImageTo3DPipeline) -> Callable[[Sequence[Image.Image]], Tensor]:

@@ -16,9 +16,9 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic3d.errors import UserError
+from elastic3d.evaluation.items import spread
 from elastic3d.models.images import images_in, load_image
 from elastic3d.models.weights import open_tensors, read_weights, save_weights
 from elastic3d.pipelines.backbones import Backbone, Text
@@ -104,20 +105,6 @@ class Captioned:
     captions: list[str]
 
 
-class ImageSource(Protocol):
-    """Groups of images by number."""
-
-    def __len__(self) -> int: ...
-
-    def load(self, index: int, size: int) -> list[Captioned]:
-        """The images of a group, `size` pixels a side; UserError if they can't be used."""
-        ...
-
-    def made_of(self) -> list[Any]:
-        """Plain values that change when any image or caption does."""
-        ...
-
-
 class ImageFolder:
     """`a.png` with `a.txt` beside it, or `captions.jsonl` with lines {"file": "a.png", "caption": "..."}.
 
@@ -140,7 +127,7 @@ class ImageFolder:
         return len(self.pairs)
 
     def load(self, index: int, size: int) -> list[Captioned]:
-        """One image on white."""
+        """One image on white, `size` pixels a side; UserError if it can't be used."""
         path, caption = self.pairs[index]
         image = load_image(path)
         ground = Image.new("RGBA", image.size, "white")
@@ -176,7 +163,7 @@ class ShapeViews:
         return len(self.shapes)
 
     def load(self, index: int, size: int) -> list[Captioned]:
-        """The first `config.views` views."""
+        """The first `config.views` views, `size` pixels a side; UserError if the shape has none."""
         id = self.shapes.ids[index]
         if id not in self._nouns:
             raise UserError(f"{id} has no caption in its shard's JSON file")
@@ -212,6 +199,9 @@ class ShapeViews:
         coloured = with_article(f"{colour} {noun}" if colour else noun)
         captions = [f"{coloured}{place}{behind}", f"{coloured}{behind}", f"{with_article(noun)}{behind}"]
         return Captioned(image.convert("RGB"), captions)
+
+
+ImageSource = ImageFolder | ShapeViews  # groups of images by number
 
 
 def noun_of(caption: str) -> str:
@@ -378,11 +368,9 @@ def _write_split(
     known: dict[str, Text] = {}
     with tqdm(total=len(source), desc=f"cache {folder.name}", dynamic_ncols=True) as bar:
         stream = _stream(source, size, bar)
-        for number in range(1 << 30):
-            images = list(islice(stream, image.shard))
-            if not images:
-                break
-            target = folder / f"shard-{number:05d}.safetensors"
+        numbers = count()
+        while images := list(islice(stream, image.shard)):
+            target = folder / f"shard-{next(numbers):05d}.safetensors"
             if not target.is_file():
                 save_weights(_encode(images, image, backbone, known), target)
             total += len(images)
@@ -457,10 +445,8 @@ class ImageCache:
         self._paths = sorted((self.folder / self.split).glob("shard-*.safetensors"))
         self._open: dict[int, Any] = {}
         sizes = [self._file(i).get_slice("caption").get_shape()[0] for i in range(len(self._paths))]
-        self._places = [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
-        if 0 < self.limit < len(self._places):
-            whole = len(self._places)
-            self._places = [self._places[i * whole // self.limit] for i in range(self.limit)]
+        places = [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
+        self._places: list[tuple[int, int]] = spread(places, self.limit)
 
     def __len__(self) -> int:
         return len(self._places)

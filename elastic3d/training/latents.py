@@ -42,11 +42,10 @@ from elastic3d.training.datasets import (
     read_split,
     record_of_shapes,
 )
-from elastic3d.training.options import ComputeConfig, DataConfig, Precision, SplitsConfig, StageName
+from elastic3d.training.options import DataConfig, Precision, SplitsConfig, StageConfig, StageName
 from elastic3d.training.vae import (
     SOFTNESS,
     TRUNCATION,
-    FieldLoss,
     FieldLossConfig,
     SurfaceConfig,
     VAEItems,
@@ -114,7 +113,7 @@ class LatentsConfig(LatentCacheConfig):
 
 
 @dataclass(kw_only=True)
-class CacheConfig(ComputeConfig):
+class CacheConfig(StageConfig):
     """Everything `scripts/train.py stage=cache` takes."""
 
     stage: StageName = option(StageName.cache, "what to do")
@@ -182,28 +181,16 @@ class LatentInfo:
         """What was done to the views before."""
         return from_dict(ForegroundConfig, self.settings["foreground"], INFO_NAME)
 
-    def _vae_record(self) -> Mapping[str, Any] | None:
-        """The configuration that the autoencoder was trained with; None of a published one."""
-        record = self.vae / "training.json"
-        return (load_json(record).get("config") or {}) if record.is_file() else None
-
-    def field_loss(self) -> FieldLossConfig:
-        """The loss that the autoencoder learned with, by its record; published ones have none, and decode truncated
-        distances."""
-        record = self._vae_record()
-        if record is None:
-            return FieldLossConfig(loss=FieldLoss.tsdf)
-        return FieldLossConfig(loss=read_record(record, VAETrainConfig, self.vae / "training.json").vae.loss)
-
     def load_vae(self, trained: FieldLossConfig | None = None) -> ShapeVAE:
         """The autoencoder, with the latents' statistics; UserError where its weights have changed since, or `trained`
-        is not the loss it learned with."""
+        is not the loss that it learned with by its record, which published ones have none of."""
         vae = ShapeVAE.from_pretrained(self.vae)
         self._check_weights("VAE", self.vae, file_sha256(self.vae / WEIGHTS_NAME))
         vae.set_latent_statistics(self.mean, self.std)
-        record = self._vae_record()
-        if record is not None and trained is not None:
-            own = self.field_loss().loss
+        path = self.vae / "training.json"
+        if trained is not None and path.is_file():
+            record = load_json(path).get("config") or {}
+            own = read_record(record, VAETrainConfig, path).vae.loss
             if own is not trained.loss:
                 raise UserError(
                     f"vae.loss is {trained.loss.name}, but the VAE in {self.vae} was trained with {own.name}"

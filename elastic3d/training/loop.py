@@ -155,7 +155,10 @@ class _Run:
         if accelerator.is_main_process:
             claims.enter_context(sole_use(folder))
         found = self._find()
-        self.model = self._distribute()  # now all have the main process' weights
+        if sharded := wants_sharding(accelerator):
+            shard(stage.objective, accelerator)
+        # now all have the main process' weights
+        self.model = stage.objective if sharded else accelerator.prepare_model(stage.objective)
         trainable = {n: p for n, p in stage.objective.named_parameters() if p.requires_grad}
         self.optimizer = MasterOptimizer(trainable, config, stage.rate_factor)
         self.average = Average(self.optimizer.masters, config.ema)
@@ -194,13 +197,6 @@ class _Run:
                 parameter.data = parameter.data.bfloat16()
         if config.compile:
             compile_blocks(objective)
-
-    def _distribute(self) -> nn.Module:
-        """What to call for a loss: the objective, itself sharded, or wrapped for several processes."""
-        if not wants_sharding(self.accelerator):
-            return self.accelerator.prepare_model(self.stage.objective)
-        shard(self.stage.objective, self.accelerator)
-        return self.stage.objective
 
     def go(self, signals: list[str]) -> Outcome:
         config, accelerator = self.config, self.accelerator

@@ -12,12 +12,7 @@ import torch
 
 from elastic3d import __version__
 from elastic3d.diffusion.dial import save_dial
-from elastic3d.elastic.attachment import (
-    ROUTER_RECORDS,
-    load_router_config,
-    load_routers,
-    save_router_config,
-)
+from elastic3d.elastic.attachment import ROUTER_RECORDS, load_router_config, load_routers, save_router_config
 from elastic3d.elastic.config import RouterConfig
 from elastic3d.errors import UserError
 from elastic3d.models.weights import CONFIG_NAME, WEIGHTS_NAME
@@ -27,20 +22,20 @@ from elastic3d.pipelines.runtime import find_model, resolve_device
 from elastic3d.training.block_router import BlockRouterStage
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.export import copy_files
-from elastic3d.training.image_data import PipelineImagesConfig
-from elastic3d.training.image_flow import (
+from elastic3d.training.image import (
     BackboneConfig,
     ImageBlockRouterConfig,
     ImageBlockRouterTrainConfig,
     ImageRouterTrainConfig,
     ImageRoutingConfig,
 )
+from elastic3d.training.image_data import PipelineImagesConfig
 from elastic3d.training.latents import LatentCacheConfig
+from elastic3d.training.mesh_loss import EndMeshLossConfig
 from elastic3d.training.options import DataConfig, LimitedSplitsConfig, Precision, SeededConfig, StageName
 from elastic3d.training.router import RouterStage
 from elastic3d.training.shape_flow import (
     BlockRouterTrainConfig,
-    EndMeshLossConfig,
     MeshLossConfig,
     RouterStageConfig,
     RouterTrainConfig,
@@ -75,10 +70,6 @@ class CalibrationImagesConfig(PipelineImagesConfig):
         if self.backbone is not None and self.weights is None:
             raise ValueError(f"weights= is missing: the folder of the {self.backbone.name} pipeline")
 
-    def pipeline(self) -> BackboneConfig:
-        """The one that is named."""
-        return BackboneConfig(**vars(self))
-
 
 @dataclass(kw_only=True)
 class CalibrationOutputConfig(Options):
@@ -102,7 +93,7 @@ class MeasureConfig(SeededConfig):
         """What a stage that trains such routers takes of it."""
         found = {name: getattr(self, name) for name in ("seed", "device", "precision", "data")}
         if self.image.backbone is not None:
-            return found | {"image": self.image.pipeline(), "router": router}
+            return found | {"image": BackboneConfig(**vars(self.image)), "router": router}
         return found | {"data": DataConfig(**vars(self.data)), "latents": self.latents, "router": router}
 
 

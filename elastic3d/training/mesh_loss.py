@@ -136,6 +136,30 @@ class MeshTermsConfig(Options):
         return torch.stack(weighted).sum(0)
 
 
+@dataclass(kw_only=True)
+class EndMeshLossConfig(MeshTermsConfig):
+    """The mesh reconstruction loss at the end of a generation."""
+
+    dense: float = option(
+        1.0, "weight of the distance to the field that the dense model's latents decode to", ge=0, le=1e6
+    )
+
+    def check(self) -> None:
+        """A loss with a weight has terms."""
+        super().check()
+        if self.weight and not (self.dense or self.true_mesh):
+            raise ValueError(
+                f"weight is {self.weight:g}, expected 0: field, chamfer, normals and dense have no weight"
+            )
+
+
+@dataclass(kw_only=True)
+class FewStepMeshLossConfig(EndMeshLossConfig):
+    """The same where the latents' distance is enough as a rule."""
+
+    weight: float = option(0.0, "of the whole mesh loss; 0 leaves it out", ge=0, le=1e6)
+
+
 def mesh_item(meshes: PreparedShapes, id: str, config: MeshTermsConfig, rng: np.random.Generator) -> Batch:
     """`points` (Q,3) with their `distance` (Q,); `surface` (S,6) and `jitter` (S,3)."""
     queries = field_queries(meshes, id, config.near_queries, config.volume_queries, rng)

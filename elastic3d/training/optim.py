@@ -120,18 +120,15 @@ class MasterOptimizer:
             decay = config.weight_decay if master.ndim > 1 else 0.0
             muon = config.optimizer is OptimizerName.muon and master.ndim == 2 and _in_block(name)
             groups.setdefault((muon, factor(name), decay), []).append(master)
-        fused = all(master.device.type in ("cpu", "cuda") for master in self.masters)
+        chosen: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+        for (muon, rate_factor, decay), group in groups.items():
+            chosen[muon].append({"params": group, "weight_decay": decay, "factor": rate_factor})
         self._optimizers: list[torch.optim.Optimizer] = []
-        for kind in (False, True):
-            chosen = [
-                {"params": group, "weight_decay": decay, "factor": f}
-                for (muon, f, decay), group in groups.items()
-                if muon is kind
-            ]
-            if chosen and kind:
-                self._optimizers.append(Muon(chosen))
-            elif chosen:
-                self._optimizers.append(torch.optim.AdamW(chosen, betas=BETAS, fused=fused))
+        if chosen[False]:
+            fused = all(master.device.type in ("cpu", "cuda") for master in self.masters)
+            self._optimizers.append(torch.optim.AdamW(chosen[False], betas=BETAS, fused=fused))
+        if chosen[True]:
+            self._optimizers.append(Muon(chosen[True]))
         self._of = {
             master: optimizer
             for optimizer in self._optimizers
@@ -163,17 +160,13 @@ class MasterOptimizer:
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["factor"]
                 optimizer.step()
-            self.write_back()
+            pairs = [(p, m) for p, m in zip(self.shards, self.masters, strict=True) if p is not m]
+            if pairs:  # the masters, rounded, into the model
+                with torch.no_grad():
+                    torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
         for optimizer in self._optimizers:
             optimizer.zero_grad()
         return norm
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Copy the masters, rounded, into the model."""
-        pairs = [(p, m) for p, m in zip(self.shards, self.masters, strict=True) if p is not m]
-        if pairs:
-            torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
 
     def whole(self, values: Lists) -> dict[str, Tensor]:
         """By name, the whole of values that are kept for each parameter, such as the masters (see `gathered`)."""
@@ -251,14 +244,11 @@ class Average:
         self.decay = decay
         self.values = [master.detach().clone() for master in masters]
 
-    def decay_at(self, step: int) -> float:
-        """min(decay, (1 + step) / (10 + step)), the usual warm-up."""
-        return min(self.decay, (1 + step) / (10 + step))
-
     @torch.no_grad()
     def update(self, masters: Lists, step: int) -> None:
-        """Move towards the masters after step `step` (the first is 0)."""
-        torch._foreach_lerp_(self.values, [m.detach() for m in masters], 1 - self.decay_at(step))
+        """Move towards the masters after step `step` (the first is 0), with the usual warm-up of the decay."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.values, [m.detach() for m in masters], 1 - decay)
 
     @contextmanager
     def applied(self, parameters: Lists) -> Iterator[None]:

@@ -69,17 +69,11 @@ class StageConfig(Options):
     """What every stage has."""
 
     stage: StageName = option(StageName.vae, "what to do")
-
-
-@dataclass(kw_only=True)
-class ComputeConfig(StageConfig):
-    """What a stage has that runs a model."""
-
     device: DeviceChoice = option(DeviceChoice.auto, "where to compute")
 
 
 @dataclass(kw_only=True)
-class SeededConfig(ComputeConfig):
+class SeededConfig(StageConfig):
     """What a stage has that draws random numbers."""
 
     seed: int = option(0, "of initialisation, data order, augmentation and noise", ge=0, le=2**63 - 1)

@@ -11,27 +11,35 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from elastic3d.diffusion.flow import interpolate, predict_data, velocity
 from elastic3d.elastic import attach
 from elastic3d.elastic.attachment import router_modules
-from elastic3d.elastic.config import MIN_BUDGET, Branches, ElasticConfig, RouterConfig, Scope
+from elastic3d.elastic.cache import Key, ResidualCache, Streams, damped_steps
+from elastic3d.elastic.config import (
+    MIN_BUDGET,
+    BlockCacheConfig,
+    Branches,
+    ElasticConfig,
+    RouterConfig,
+    Scope,
+)
 from elastic3d.elastic.context import BOTH_BRANCHES
-from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.few_step import coarseness
 from elastic3d.elastic.router import RouteDecision
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import trace_share
 from elastic3d.errors import UserError
 from elastic3d.pipelines.calibration import recording
-from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate, compare_budgets
+from elastic3d.training.calibration import CurvesConfig, as_trained, calibrate, relative_error
 from elastic3d.training.datasets import Batch
 from elastic3d.training.flow import Flow
 from elastic3d.training.loop import Stage
-from elastic3d.training.rollout import decision_flops, forced
-from elastic3d.training.simulated_cache import SimulatedCache
+from elastic3d.training.routes import decision_flops, forced
 from elastic3d.utils.options import Options, option
 
+Residuals = dict[int, Streams]  # by list of blocks: outputs - inputs, each (B,L,D)
 THRESHOLD_RANGE = 2.5  # standard deviations on both sides that thresholds cover
 
 
@@ -80,6 +88,66 @@ class DecodedTermConfig(Options):
     time_power: float = option(
         2.0, "a sample counts t to this power: noisy latents imply nothing sharp", ge=0, le=20, internal=True
     )
+
+
+class SimulatedCache(ResidualCache):
+    """Dense passes at P earlier steps, the newest first. It stands in for every block, whatever the routers decide."""
+
+    def __init__(self, passes: Sequence[Residuals], ages: Tensor, picks: Tensor, damping: float) -> None:
+        """
+        Args:
+            passes: P residuals of all lists of blocks.
+            ages: (B,P) long: steps since each.
+            picks: (B,I) long in [-1,P): the pass that computed what a block of a row remembers, -1 nothing.
+            damping: share of their change since the pass before, where there is one (age 0: there is none), that goes
+                on.
+        """
+        super().__init__(BlockCacheConfig(skipped_reuse=True), [0.0])
+        self.passes, self.row_ages, self.picks, self.damping = passes, ages, picks, damping
+
+    def ages(self, key: Key, rows: Sequence[int], steps: Sequence[int]) -> list[int]:
+        """Of each row: steps since what a block remembers was computed, 0 for nothing."""
+        return [int(age) for age in self.age(key[0])[list(rows)].tolist()]
+
+    def reuse(self, age: int, keep: bool, keep_prob: float, threshold: float) -> bool:
+        return True
+
+    def apply(self, key: Key, rows: Sequence[int], steps: Sequence[int], streams: Streams) -> Streams:
+        """Streams (k,L,D) of the rows with what stands in for their residuals added."""
+        added = self.residuals(key[0])
+        return tuple(x + r[list(rows)].to(x.dtype) for x, r in zip(streams, added, strict=True))
+
+    def age(self, block: int) -> Tensor:
+        """Steps (B,) long since what a block remembers was computed, 0 for nothing."""
+        picked = self.picks[:, block]
+        return self.row_ages.gather(1, picked.clamp_min(0)[:, None])[:, 0] * (picked >= 0)
+
+    def residuals(self, block: int) -> tuple[Tensor, ...]:
+        """What stands in for the block: (B,L,D) a stream, zero for rows that remember nothing."""
+        weights = self._weights(self.picks[:, block])
+        streams = zip(*(residuals[block] for residuals in self.passes), strict=True)
+        return tuple(
+            sum((w.to(r.dtype)[:, None, None] * r for w, r in zip(weights, stream, strict=True)), start=0)
+            for stream in streams
+        )
+
+    def _weights(self, picked: Tensor) -> Tensor:
+        """Share (P,B) of each pass in the forecast: 1 + n / gap of the picked one, - n / gap of the one before, where n
+        are the damped steps of its age."""
+        passes = self.row_ages.shape[1]
+        newest = F.one_hot(picked.clamp_min(0), passes).float() * (picked >= 0)[:, None]
+        if not self.damping or passes == 1:
+            return newest.T
+        older = torch.cat([self.row_ages[:, 1:], torch.zeros_like(self.row_ages[:, :1])], dim=1)
+        known = (older > self.row_ages) & (self.row_ages > 0)
+        steps = torch.tensor(
+            [[damped_steps(age, self.damping) for age in row] for row in self.row_ages.tolist()]
+        )
+        gaps = (older - self.row_ages).clamp_min(1)
+        slope = torch.where(known, steps.to(gaps.device) / gaps, 0.0)  # (B,P)
+        going_on = newest * slope
+        before = torch.cat([torch.zeros_like(going_on[:, :1]), going_on[:, :-1]], dim=1)
+        return (newest + going_on - before).T
 
 
 class RouterObjective(nn.Module):
@@ -156,8 +224,9 @@ class RouterObjective(nn.Module):
         """Executed share (R,) of the dense blocks' FLOPs, with gradients to the routers."""
         trace = self.session.trace
         assert trace is not None
-        blocks = list(trace.flops[0].values())
-        return executed_share([decision] * len(blocks), blocks, trace.ratios)
+        blocks = trace.flops[0].values()
+        dense = sum(block.dense for block in blocks)
+        return torch.stack([decision_flops(decision, block, trace.ratios) / dense for block in blocks]).sum(0)
 
     @property
     def _decided(self) -> int:
@@ -177,7 +246,7 @@ class RouterObjective(nn.Module):
         if self.training:
             followed(self.skip_error_moments, skip_error[known])
         target = skip_error - threshold(self.skip_error_moments, batch["budget"].repeat(parts))
-        errors = torch.nn.functional.smooth_l1_loss(logits, target, reduction="none")
+        errors = F.smooth_l1_loss(logits, target, reduction="none")
         return (errors * known).sum() / known.sum().clamp_min(1)
 
     @torch.no_grad()
@@ -270,7 +339,6 @@ class RouterItems:
         self._stream = self.flow.stream()
 
     def item(self, position: int, seed: int) -> Batch:
-        """Item `position` of the shuffled stream."""
         item, rng = self._stream.item(position, seed), np.random.default_rng([seed, position, 3])
         config, router, branches = self.config, self.router, 1 + self.flow.paired
         low, high = math.log(config.min_steps), math.log(config.max_steps + 1)
@@ -309,7 +377,14 @@ class RouterStage(Stage):
 
     def validate(self) -> dict[str, float]:
         """Executed share and distance to the dense latents of the same seed, sampling at each budget."""
-        return compare_budgets(self._generate, self.config.routing.val_budgets)
+        dense, _ = self._generate(ElasticConfig(elastic=False))
+        values = {}
+        for budget in self.config.routing.val_budgets:
+            latents, share = self._generate(ElasticConfig(budget=budget))
+            values[f"val/share_at_{budget:g}"] = share.mean().item()
+            values[f"val/share_spread_at_{budget:g}"] = share.std(unbiased=False).item()
+            values[f"val/error_at_{budget:g}"] = relative_error(latents, dense)
+        return values
 
     def samples(self) -> dict[str, np.ndarray]:
         """Rows: what the dense model makes, then what routers do at each validation budget, same seeds."""
@@ -348,12 +423,3 @@ class RouterStage(Stage):
             return latents, trace_share(session.trace)
         finally:
             session.settings = before
-
-
-def executed_share(
-    decisions: Sequence[RouteDecision], blocks: Sequence[BlockFlops], ratios: tuple[float, ...]
-) -> Tensor:
-    """Executed share (B,) of the dense blocks' FLOPs in one pass, with straight-through gradients."""
-    dense = sum(block.dense for block in blocks)
-    shares = [decision_flops(d, block, ratios) / dense for d, block in zip(decisions, blocks, strict=True)]
-    return torch.stack(shares).sum(dim=0)

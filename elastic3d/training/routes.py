@@ -1,15 +1,22 @@
-"""Routes that are drawn: for a base model that learns to do without some of itself, and around a measured table.
+"""Routes that are drawn: for a base model that learns to do without some of itself, and around a measured table; and
+rollouts, whole generations that routers learn from.
 
 Routers pay only on a base whose blocks have met missing neighbours and narrow MLPs (E-DiT, 2602.13993, trains the base
 along). The sandwich rule of slimmable networks (1903.05134) keeps the full model whole: in every batch, of every four
 groups of samples one takes the full route, one the smallest, two something between. Blocks that are left out are not
 computed, so an elastic batch is also cheaper than a full one.
+
+The routes of a rollout are hard, as in every generation. What the routers would have decided and what was executed are
+recorded with gradients, so that a loss at the end of the generation reaches every decision of every step.
+
+Axis letters: B samples, S steps, 2 branches of guidance, I blocks, K widths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +30,8 @@ from elastic3d.elastic.config import ElasticConfig, RouterConfig, Scope
 from elastic3d.elastic.context import Branch, RouteSource, StepContext
 from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision
+from elastic3d.elastic.session import ElasticSession
+from elastic3d.elastic.trace import SKIPPED, Trace
 from elastic3d.errors import UserError
 from elastic3d.utils.files import Number, load_json, printable, save_json
 from elastic3d.utils.options import Options, option
@@ -40,6 +49,7 @@ _TABLE = {
     "errors": [[Number(0, 1e9)]],
     "measured": dict,
 }
+FREE = -1  # in place of an action: the router decides
 LEAST_EXCESS = 0.02  # of the full route's error: what is smaller is noise
 
 
@@ -67,22 +77,13 @@ class RandomRoutesConfig(Options):
         return self.smallest < 1
 
 
-@dataclass(frozen=True)
-class Draw:
-    """What one sample is trained at: `u` in [0,1), the quantile of its time, and its `route` (I,).
-
-    A route has 0 where a block is skipped, else 1 + the number of its MLP's width.
-    """
-
-    u: float
-    route: NDArray[np.int64]
-
-
 def draw(
     config: RandomRoutesConfig, blocks: int, batch: int, position: int, seed: int, rng: np.random.Generator
-) -> Draw:
-    """The draw of sample `position` of a stream; `rng` is the sample's own, the group's follows from the seed.
+) -> tuple[float, NDArray[np.int64]]:
+    """What sample `position` of a stream is trained at: the quantile of its time, in [0,1), and its route (I,).
 
+    A route has 0 where a block is skipped, else 1 + the number of its MLP's width. `rng` is the sample's own, the
+    group's follows from the seed.
     batch: samples of an optimizer step, `KINDS` at least. Each begins with a group of the full route.
     """
     size = min(config.group, batch // KINDS)
@@ -90,7 +91,7 @@ def draw(
     shared = np.random.default_rng([seed, position - place, 7])
     band = int(shared.integers(BANDS))
     route = draw_route(group % KINDS, (band + 0.5) / BANDS, blocks, config.smallest, shared)
-    return Draw((band + rng.random()) / BANDS, route)
+    return (band + rng.random()) / BANDS, route
 
 
 def draw_route(
@@ -175,34 +176,6 @@ class Sensitivity:
         save_json({name: getattr(self, name) for name in _TABLE}, path)
 
 
-def routes_around(
-    sensitivity: Tensor,
-    blocks: Sequence[BlockFlops],
-    ratios: Sequence[float],
-    passes: Tensor,
-    share: float,
-    spread: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Actions (S,2,I) of one sample, the same in both branches: the cells that matter least are skipped or narrow,
-    until about `share` is executed.
-
-    sensitivity: (S,I), the logarithm of the error at the end of a generation that skipping each block alone causes.
-    passes: (S,), how many branches run at each step, or a multiple of it.
-    Gumbel noise of `spread` times its standard deviation is added, so that routes differ: 0 gives the best table by
-    timestep. With it, what is saved is divided at random between blocks that are skipped and MLPs that are narrowed.
-    """
-    chance = torch.rand((), generator=generator).item() * min(1.0, 2 * (1 - share)) * (spread > 0)
-    narrow = torch.rand(sensitivity.shape, generator=generator) < chance
-    width = torch.randint(1, len(ratios) + 1, sensitivity.shape, generator=generator)
-    action = torch.where(narrow, width, len(ratios))
-    noise = -torch.rand(sensitivity.shape, generator=generator).clamp(1e-9, 1 - 1e-7).log().neg().log()
-    scale = sensitivity.std(unbiased=False).item() or 1.0
-    priority = (sensitivity + spread * scale * noise - sensitivity.min() + 1e3)[:, None]
-    found = fill(priority, action[:, None], passes[:, None, None], action_flops(blocks, ratios), share)
-    return found.expand(-1, 2, -1).contiguous()
-
-
 def load_sensitivity(path: Path | None, blocks: Sequence[str]) -> Sensitivity | None:
     """The table in a file, None for none; UserError unless it is of a model with these blocks."""
     if path is None:
@@ -240,3 +213,125 @@ def fill(priority: Tensor, action: Tensor, passes: Tensor, table: Tensor, share:
 def action_flops(blocks: Sequence[BlockFlops], ratios: Sequence[float]) -> Tensor:
     """FLOPs (I, 1 + K) fp64 of each action of each block, skipping first."""
     return torch.tensor([[0.0, *(b.at(ratio) for ratio in ratios)] for b in blocks], dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------------- rollouts
+
+
+@dataclass(eq=False)
+class Rollout(RouteSource):
+    """One generation of B samples.
+
+    budget (B,): requested share of the dense FLOPs. routes (B,S,2,I) long: the action of each block, 0 skips, k in 1..K
+    runs at width number k - 1, FREE leaves it to the router. `straight`: gradients pass straight through hard
+    decisions (1308.3432), for which every block has to run for every sample; otherwise only what is executed is
+    computed, and a loss at the end reaches no router. `passes`: the forward passes, once they ran, and `routed`: what
+    the routers of the blocks decided in each.
+    """
+
+    uses_routers = True
+
+    budget: Tensor
+    routes: Tensor
+    straight: bool = False
+    passes: list[StepContext] = field(default_factory=list)
+    routed: list[dict[int, RouteDecision]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.learns, self.budgets = self.straight, self.budget.tolist()
+
+    @contextmanager
+    def leading(self, session: ElasticSession) -> Iterator[None]:
+        """While it lasts, a generation is this rollout."""
+        if session.router_config.scope is Scope.step:
+            raise ValueError("scope is step, expected block: in a rollout each block decides for itself")
+        before, session.source = session.source, self
+        try:
+            yield
+        finally:
+            session.source = before
+
+    def decide(self, context: StepContext, block: int, routed: RouteDecision | None) -> RouteDecision:
+        """The route of every row through a block: forced, or what its router decides."""
+        assert routed is not None
+        if not self.passes or self.passes[-1] is not context:
+            self.passes.append(context)
+            self.routed.append({})
+        branch, sample = torch.tensor(context.rows, device=self.routes.device).T
+        step = torch.tensor(context.steps, device=self.routes.device)
+        self.routed[-1].setdefault(block, routed)
+        action = self.routes[sample, step, branch, block].to(routed.keep.device)
+        return forced(action != FREE, action > SKIPPED, (action - 1).clamp_min(0), routed)
+
+    # --------------------------------------------------------------------------------- after the generation
+
+    def ran(self) -> Tensor:
+        """(S,2) bool: the branches that ran at each step."""
+        found = torch.zeros(self.routes.shape[1:3], dtype=torch.bool)
+        for context in self.passes:
+            for step, (branch, _) in zip(context.steps, context.rows, strict=True):
+                found[step, branch] = True
+        return found.to(self.budget.device)
+
+    def executed(self) -> RouteDecision:
+        """What was executed, by (B,S,2,I); where a branch did not run, its blocks count as skipped."""
+        return self._table([context.decisions for context in self.passes])
+
+    def actions(self) -> Tensor:
+        """(B,S,2,I) long: what was executed, FREE where a branch did not run."""
+        done = self.executed()
+        return torch.where(self.ran()[:, :, None], done.keep * (1 + done.width), FREE)
+
+    def share(self, trace: Trace) -> Tensor:
+        """Executed share (B,) of the dense blocks' FLOPs, with straight-through gradients to the routers; `trace` is
+        that of this generation."""
+        flops, done, ran = trace.flops[0], self.executed(), self.ran()
+        blocks = [RouteDecision(*(part.select(3, i) for part in done)) for i in sorted(flops)]
+        costs = [
+            decision_flops(one, flops[i], trace.ratios) for one, i in zip(blocks, sorted(flops), strict=True)
+        ]
+        passes = 2 * len(ran) if trace.one_branch else int(ran.sum())
+        return torch.stack(costs).sum((0, 2, 3)) / (passes * sum(block.dense for block in flops.values()))
+
+    def log_likelihood(self) -> Tensor:
+        """Mean over the cells that ran of the log-probability (B,) that the routers give to what was executed."""
+        proposed, actions, ran = self._table(self.routed), self.actions(), self.ran()[:, :, None]
+        gate = proposed.keep_prob.clamp(1e-6, 1 - 1e-6)
+        width = (actions - 1).clamp_min(0)[..., None]
+        chosen = proposed.width_prob.clamp_min(1e-6).gather(-1, width)[..., 0]
+        each = torch.where(actions > SKIPPED, gate.log() + chosen.log(), (1 - gate).log())
+        return (each * ran).sum((1, 2, 3)) / (ran.sum() * actions.shape[-1])
+
+    def _table(self, by_pass: Sequence[dict[int, RouteDecision]]) -> RouteDecision:
+        """Decisions of all passes by (B,S,2,I)."""
+        B, S, _, I = self.routes.shape  # noqa: E741
+        first = next(iter(by_pass[0].values()))
+        none = first.width.new_zeros(B, I)
+        nothing = RouteDecision.fixed(none.bool(), none, first.width_prob.shape[-1])
+        cells = [[nothing, nothing] for _ in range(S)]
+        for context, decisions in zip(self.passes, by_pass, strict=True):
+            whole = _stacked([decisions[index] for index in range(I)], dim=1)  # (rows, I)
+            for start in range(0, len(context.rows), B):
+                branch, step = context.rows[start][0], context.steps[start]
+                cells[step][branch] = RouteDecision(*(part[start : start + B] for part in whole))
+        return _stacked([_stacked(pair, dim=1) for pair in cells], dim=1)
+
+
+def forced(where: Tensor, keep: Tensor, width: Tensor, routed: RouteDecision) -> RouteDecision:
+    """`routed`, but for the rows (B,) bool `where` another route, keep and width (B,), is certain."""
+    certain = RouteDecision.fixed(keep, width, routed.width_prob.shape[-1])
+    shapes = [(-1, *[1] * (part.ndim - 1)) for part in routed]
+    parts = zip(shapes, certain, routed, strict=True)
+    return RouteDecision(*(torch.where(where.view(shape), sure, free) for shape, sure, free in parts))
+
+
+def _stacked(decisions: Sequence[RouteDecision], dim: int) -> RouteDecision:
+    """Several as one, along a new axis that comes after that of the samples."""
+    return RouteDecision(*(torch.stack(part, dim=dim) for part in zip(*decisions, strict=True)))
+
+
+def decision_flops(decision: RouteDecision, block: BlockFlops, ratios: tuple[float, ...]) -> Tensor:
+    """Executed FLOPs (B,) of one block: hard values, straight-through gradients to gates and widths."""
+    # no matrix product, which autocast would round
+    ratio = (decision.hard_width() * decision.width_prob.new_tensor(ratios)).sum(-1)
+    return decision.hard_keep() * (block.fixed + block.mlp * ratio)

@@ -23,11 +23,17 @@ from elastic3d.pipelines.runtime import find_model
 from elastic3d.training.block_router import BlockRouterConfig
 from elastic3d.training.datasets import Batch, PreparedShapes, item_generator, open_split
 from elastic3d.training.dit import DiTStageConfig, LatentFlowConfig, LatentItems, channel_weights
-from elastic3d.training.few_step import FewStepStageConfig, ShapeGenerationConfig
+from elastic3d.training.few_step import ShapeFewStepConfig, ShapeGenerationConfig
 from elastic3d.training.flow import Flow
 from elastic3d.training.journal import contact_sheet, mesh_row
 from elastic3d.training.latents import STORED, LatentCache, LatentCacheConfig
-from elastic3d.training.mesh_loss import MESH_STORED, MeshReconstruction, MeshTermsConfig, mesh_item
+from elastic3d.training.mesh_loss import (
+    MESH_STORED,
+    EndMeshLossConfig,
+    MeshReconstruction,
+    MeshTermsConfig,
+    mesh_item,
+)
 from elastic3d.training.options import DataConfig, GenerationTrainConfig, Precision, StageName, TrainConfig
 from elastic3d.training.router import DecodedTermConfig, RoutingConfig
 from elastic3d.training.vae import FieldLossConfig
@@ -58,7 +64,7 @@ class ShapeFlow(Flow):
             UserError: no finished cache, one of other latents, an autoencoder that learned with another loss, or
                 shapes of the cache without the true surface that the mesh loss needs.
         """
-        self.config, self.term = config, getattr(options, "mesh", None)
+        self.config, self.term = config, options.mesh
         self.folder = find_model(options.model)
         self.cache = cache = LatentCache(config.latents.output, config.data, options.val_shapes, stored)
         self.dit, self.pipeline = cache.load_dense(self.folder, precision)
@@ -71,25 +77,22 @@ class ShapeFlow(Flow):
         anchor_weight = getattr(options, "anchor_weight", 1.0)
         self.weights = channel_weights(self.dit.config.in_channels, self.anchors, anchor_weight)
         self._surfaces: PreparedShapes | None = None
-        loss: FieldLossConfig | None = None
-        if self.term is not None and self.term.weight:
-            loss = config.vae
+        self.meshes: MeshReconstruction | None = None
+        if self.term.weight:
             self._surfaces = open_split(config.data, config.data.train, MESH_STORED)
             self._surfaces.require(cache.train.ids)
-        self._loss = loss
-        self.meshes = MeshReconstruction(self.vae, loss) if loss else None
+            self.vae = cache.info.load_vae(config.vae)
+            self.meshes = MeshReconstruction(self.vae, config.vae)
 
     @cached_property
     def vae(self) -> ShapeVAE:
         """The autoencoder of the cached latents."""
-        return self.cache.info.load_vae(self._loss)
+        return self.cache.info.load_vae()
 
     def times(self, steps: int) -> Tensor:
-        """The pipeline's."""
         return sampling_times(self.pipeline, steps)
 
     def default_sampling(self) -> tuple[int, float]:
-        """The pipeline's."""
         return self.pipeline.steps, self.pipeline.guidance
 
     def velocities(self, x_t: Tensor, batch: Batch) -> Tensor:
@@ -134,7 +137,6 @@ class ShapeFlow(Flow):
         return losses
 
     def sheet(self, rows: list[Tensor]) -> np.ndarray:
-        """The meshes of each row."""
         self.vae.to(rows[0].device)
         return contact_sheet([mesh_row(self.vae, row, self.config.dit.sample_resolution) for row in rows])
 
@@ -209,49 +211,11 @@ class RouterTrainConfig(TrainConfig):
     routing: RouterStageConfig = option(RouterStageConfig, "training of the routers")
 
     def sample_bytes(self) -> int:
-        """The points of the mesh loss."""
         return self.routing.mesh.sample_bytes()
 
     def flow(self) -> ShapeFlow:
         """The dense model and its data."""
         return ShapeFlow(self, self.routing, self.routing.guidance, stored=STORED)
-
-
-@dataclass(kw_only=True)
-class EndMeshLossConfig(MeshTermsConfig):
-    """The mesh reconstruction loss at the end of a generation."""
-
-    dense: float = option(
-        1.0, "weight of the distance to the field that the dense model's latents decode to", ge=0, le=1e6
-    )
-
-    def check(self) -> None:
-        """A loss with a weight has terms."""
-        super().check()
-        if self.weight and not (self.dense or self.true_mesh):
-            raise ValueError(
-                f"weight is {self.weight:g}, expected 0: field, chamfer, normals and dense have no weight"
-            )
-
-
-@dataclass(kw_only=True)
-class FewStepMeshLossConfig(EndMeshLossConfig):
-    """The same where the latents' distance is enough as a rule."""
-
-    weight: float = option(0.0, "of the whole mesh loss; 0 leaves it out", ge=0, le=1e6)
-
-
-@dataclass(kw_only=True)
-class ShapeFewStepConfig(FewStepStageConfig):
-    """Training of the few-step LoRA of a shape DiT."""
-
-    mesh: FewStepMeshLossConfig = option(FewStepMeshLossConfig, "mesh reconstruction loss")
-
-    def check(self) -> None:
-        """There is something to learn from."""
-        super().check()
-        if not (self.latent_weight or self.mesh.weight):
-            raise ValueError("latent_weight is 0, expected more where mesh.weight is 0")
 
 
 @dataclass(kw_only=True)
@@ -265,7 +229,6 @@ class FewStepTrainConfig(GenerationTrainConfig):
     few_step: ShapeFewStepConfig = option(ShapeFewStepConfig, "training of the routers' few-step LoRA")
 
     def sample_bytes(self) -> int:
-        """The points of the mesh loss."""
         return self.few_step.mesh.sample_bytes()
 
     def flow(self) -> ShapeFlow:
@@ -298,7 +261,6 @@ class BlockRouterTrainConfig(GenerationTrainConfig):
         self.blocks.check_run(self.router, self.batch, self.accumulate)
 
     def sample_bytes(self) -> int:
-        """The points of the mesh loss."""
         return self.blocks.mesh.sample_bytes()
 
     def flow(self) -> ShapeFlow:

@@ -31,14 +31,7 @@ from elastic3d.training.checkpoint import (
 from elastic3d.training.datasets import use_own_lists
 from elastic3d.training.distributed import state_bytes
 from elastic3d.training.loop import Stage, train
-from elastic3d.training.options import (
-    ComputeConfig,
-    Precision,
-    SeededConfig,
-    StageConfig,
-    StageName,
-    TrainConfig,
-)
+from elastic3d.training.options import Precision, SeededConfig, StageConfig, StageName, TrainConfig
 from elastic3d.utils.files import load_json
 from elastic3d.utils.options import to_dict
 
@@ -52,11 +45,11 @@ _STAGES = {
     StageName.dit: ("dit.DiTTrainConfig", "dit.DiTStage"),
     StageName.image: ("image.ImageTrainConfig", "image.ImageStage"),
     StageName.router: ("shape_flow.RouterTrainConfig", "router.RouterStage"),
-    StageName.image_router: ("image_flow.ImageRouterTrainConfig", "router.RouterStage"),
+    StageName.image_router: ("image.ImageRouterTrainConfig", "router.RouterStage"),
     StageName.few_step: ("shape_flow.FewStepTrainConfig", "few_step.FewStepStage"),
     StageName.block_router: ("shape_flow.BlockRouterTrainConfig", "block_router.BlockRouterStage"),
     StageName.image_block_router: (
-        "image_flow.ImageBlockRouterTrainConfig",
+        "image.ImageBlockRouterTrainConfig",
         "block_router.BlockRouterStage",
     ),
     StageName.sensitivity: ("measure.SensitivityStageConfig", "measure.measure_sensitivity"),
@@ -115,7 +108,7 @@ def run_stage(config: StageConfig) -> int:
 
 def settle_precision(config: StageConfig) -> None:
     """Choose the number format where that is left to the device, and warn where bf16 is asked for and emulated."""
-    if not (isinstance(config, ComputeConfig) and hasattr(config, "precision")):
+    if not hasattr(config, "precision"):
         return
     device, precision = resolve_device(config.device), config.precision
     fast = fast_bfloat16(device)

@@ -130,7 +130,6 @@ class VAETrainConfig(TrainConfig):
     vae: VAEStageConfig = option(VAEStageConfig, "shape VAE")
 
     def network(self) -> nn.Module:
-        """The VAE."""
         return ShapeVAE(self.vae.model)
 
     def sample_bytes(self) -> int:
@@ -194,7 +193,6 @@ class VAEItems:
         self._shuffle = Shuffle(len(self.shapes))
 
     def item(self, position: int, seed: int) -> Batch:
-        """Item `position` of the shuffled, augmented stream."""
         rng = item_generator(seed, position)
         item = self.draw(self.shapes.ids[self._shuffle(position, seed)], rng)
         item = augment(item, self.config.augment, rng)

@@ -110,8 +110,8 @@ def name_key(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def visible_files(folder: Path, recursive: bool = True) -> list[Path]:
-    """The files of a folder, sorted by path, those below links to folders included.
+def visible_files(folder: Path, recursive: bool = True, suffixes: Sequence[str] = ()) -> list[Path]:
+    """The files of a folder, or those with one of the suffixes, sorted by path, those below links to folders included.
 
     Hidden files and folders are left out, `._chair.png` among them, which macOS writes beside `chair.png` on other
     disks. A link back to a folder it lies in is not followed. UserError if the folder can't be read.
@@ -128,7 +128,8 @@ def visible_files(folder: Path, recursive: bool = True) -> list[Path]:
             elif recursive and entry.is_dir() and (real := os.path.realpath(entry)) not in above:
                 yield from walk(entry, above | {real})
 
-    return sorted(walk(folder, frozenset([os.path.realpath(folder)])))
+    found = sorted(walk(folder, frozenset([os.path.realpath(folder)])))
+    return [path for path in found if not suffixes or path.suffix.lower() in suffixes]
 
 
 def matching_files(pattern: str) -> list[Path]:

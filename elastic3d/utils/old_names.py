@@ -21,7 +21,7 @@ OPTIONS: dict[str, dict[str, str | None]] = {
     },
     "ImageEncoderConfig": {"picture_size": "prepared_size"},
     "StageConfig": {"updates": "few_step"},
-    "FewStepStageConfig": {"min_calls": "min_nfe", "max_calls": "max_nfe"},
+    "ShapeFewStepConfig": {"min_calls": "min_nfe", "max_calls": "max_nfe"},
     "ImageStageConfig": {"sample_pictures": "sample_images", "val_pictures": "val_images"},
     "RoutingConfig": {"recalled": "simulated_steps"},
     "ImageRoutingConfig": {"picture": "image"},

@@ -15,7 +15,7 @@ from elastic3d.elastic.session import ElasticSession
 from elastic3d.models.options import DiTConfig, SkipDiTConfig
 from elastic3d.models.shape_dit import ShapeDiT
 from elastic3d.models.skip_dit import SkipDiT
-from elastic3d.training.rollout import FREE, Rollout
+from elastic3d.training.routes import FREE, Rollout
 
 B, K = 4, 4  # rows of a batch; widths
 CONDITIONAL = (Branch.conditional,)

@@ -12,7 +12,7 @@ from elastic3d.elastic.config import ElasticConfig, RouterConfig
 from elastic3d.elastic.few_step import LowRankUpdate
 from elastic3d.elastic.session import ElasticSession
 from elastic3d.elastic.trace import REUSED, SKIPPED, trace_share
-from elastic3d.training.rollout import FREE, Rollout
+from elastic3d.training.routes import FREE, Rollout
 from tests.contracts.families import CLOSE, B, Family, K, rows, run
 
 S, SAMPLES = 3, B // 2

@@ -4,8 +4,8 @@ from elastic3d.elastic.block import gated
 from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision, straight_through
 from elastic3d.training.block_router import budget_loss
-from elastic3d.training.rollout import decision_flops
 from elastic3d.training.router import executed_share
+from elastic3d.training.routes import decision_flops
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)
 

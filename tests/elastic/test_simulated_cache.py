@@ -3,7 +3,7 @@ import torch
 
 from elastic3d.elastic.cache import ResidualCache
 from elastic3d.elastic.config import BlockCacheConfig, RouterConfig
-from elastic3d.training.simulated_cache import SimulatedCache
+from elastic3d.training.router import SimulatedCache
 
 
 def passes(*values: float):

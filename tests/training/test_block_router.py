@@ -22,16 +22,15 @@ from elastic3d.preparation.shape import encode_png
 from elastic3d.training.block_router import BlockRouterConfig, BlockRouterStage, attach_block_routers
 from elastic3d.training.calibration import CurvesConfig
 from elastic3d.training.few_step import FewStepStage
-from elastic3d.training.image_flow import ImageBlockRouterTrainConfig
+from elastic3d.training.image import ImageBlockRouterTrainConfig
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import LatentsConfig, build_cache
 from elastic3d.training.measure import SensitivityConfig
+from elastic3d.training.mesh_loss import EndMeshLossConfig
 from elastic3d.training.options import StageName
-from elastic3d.training.rollout import FREE
-from elastic3d.training.routes import Sensitivity, action_flops, load_sensitivity
+from elastic3d.training.routes import FREE, Sensitivity, action_flops, load_sensitivity
 from elastic3d.training.shape_flow import (
     BlockRouterTrainConfig,
-    EndMeshLossConfig,
 )
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.files import load_json, save_json

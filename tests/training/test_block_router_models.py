@@ -17,14 +17,15 @@ from elastic3d.pipelines.published import import_checkpoint
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from elastic3d.training.block_router import BlockRouterStage
 from elastic3d.training.export import export_run
+from elastic3d.training.image import EndImageLossConfig
 from elastic3d.training.image_data import text_of
-from elastic3d.training.image_flow import EndImageLossConfig
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.latents import build_cache
 from elastic3d.training.measure import SensitivityConfig
+from elastic3d.training.mesh_loss import EndMeshLossConfig
 from elastic3d.training.options import Precision, StageName
 from elastic3d.training.routes import load_sensitivity
-from elastic3d.training.shape_flow import BlockRouterTrainConfig, EndMeshLossConfig
+from elastic3d.training.shape_flow import BlockRouterTrainConfig
 from elastic3d.training.stages import run_stage
 from tests.tiny_pipeline import image
 from tests.training import test_hunyuan3d_routers as hunyuan

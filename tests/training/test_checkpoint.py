@@ -10,7 +10,6 @@ from elastic3d.models.weights import save_weights
 from elastic3d.training import checkpoint
 from elastic3d.training.checkpoint import (
     Checkpoint,
-    checkpoint_path,
     clear_unfinished,
     load_checkpoint,
     newest_checkpoint,
@@ -36,7 +35,7 @@ def test_keeps_the_newest(tmp_path):
     for step in (1, 2, 3, 10):
         save_checkpoint(tmp_path, some_checkpoint(step), keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
-    assert newest_checkpoint(tmp_path) == (checkpoint_path(tmp_path, 10), [])
+    assert newest_checkpoint(tmp_path) == (tmp_path / "step-00000010", [])
 
 
 def test_a_broken_newer_one_does_not_crowd_out_what_is_whole(tmp_path):

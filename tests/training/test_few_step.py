@@ -17,10 +17,11 @@ from elastic3d.models.weights import read_weights
 from elastic3d.pipelines import runtime
 from elastic3d.pipelines.image_to_3d import ImageTo3DPipeline
 from elastic3d.training.distributed import state_bytes
-from elastic3d.training.few_step import FewStepStage, relative_errors
+from elastic3d.training.few_step import FewStepStage, ShapeFewStepConfig, relative_errors
 from elastic3d.training.journal import read_metrics
+from elastic3d.training.mesh_loss import FewStepMeshLossConfig
 from elastic3d.training.options import StageName
-from elastic3d.training.shape_flow import FewStepMeshLossConfig, FewStepTrainConfig, ShapeFewStepConfig
+from elastic3d.training.shape_flow import FewStepTrainConfig
 from elastic3d.training.stages import run_stage
 from elastic3d.utils.files import load_json, save_json
 from tests.training.test_calibrate import save_tiny_routers

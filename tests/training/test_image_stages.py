@@ -22,7 +22,12 @@ from elastic3d.pipelines.pixel_flux import PixelModelConfig, PixelSamplingConfig
 from elastic3d.pipelines.text_to_image import TextToImagePipeline
 from elastic3d.preparation.sources import with_article
 from elastic3d.training.export import export_run
-from elastic3d.training.image import ImageStage
+from elastic3d.training.image import (
+    ImageLossConfig,
+    ImageRouterTrainConfig,
+    ImageStage,
+    image_loss,
+)
 from elastic3d.training.image_data import (
     ImageCache,
     ImageDataConfig,
@@ -30,11 +35,6 @@ from elastic3d.training.image_data import (
     ShapeViews,
     colour_name,
     noun_of,
-)
-from elastic3d.training.image_flow import (
-    ImageLossConfig,
-    ImageRouterTrainConfig,
-    image_loss,
 )
 from elastic3d.training.journal import read_metrics
 from elastic3d.training.options import Precision, StageName

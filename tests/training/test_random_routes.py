@@ -59,14 +59,14 @@ def test_draws_follow_from_position_and_seed_and_keep_the_times():
     config = RandomRoutesConfig(smallest=0.4, group=4)
     drawn = [draw(config, 8, 16, i, 3, np.random.default_rng([3, i, 2])) for i in range(4000)]
     again = draw(config, 8, 16, 17, 3, np.random.default_rng([3, 17, 2]))
-    assert again.u == drawn[17].u and (again.route == drawn[17].route).all()
+    assert again[0] == drawn[17][0] and (again[1] == drawn[17][1]).all()
     for first in range(0, 400, 4):
         group = drawn[first : first + 4]
-        assert len({tuple(one.route) for one in group}) == 1
-        assert len({int(one.u * 4) for one in group}) == 1
-    full = [(one.route == WIDTHS).all() for one in drawn[::4]]
+        assert len({tuple(route) for _, route in group}) == 1
+        assert len({int(quantile * 4) for quantile, _ in group}) == 1
+    full = [(route == WIDTHS).all() for _, route in drawn[::4]]
     assert 0.25 <= np.mean(full) < 0.3 and all(full[::4])
-    times = timesteps_at(torch.tensor([one.u for one in drawn])).sort().values
+    times = timesteps_at(torch.tensor([quantile for quantile, _ in drawn])).sort().values
     other = sample_timesteps(4000, torch.Generator().manual_seed(0)).sort().values
     assert (times - other).abs().max() < 0.05  # the same distribution
 
@@ -77,9 +77,9 @@ def test_every_batch_has_the_sandwich(batch, groups):
     config = RandomRoutesConfig(smallest=0.2)  # in groups of 8 where the batch allows it
     for first in range(0, 20 * batch, batch):
         drawn = [draw(config, 64, batch, first + i, 3, np.random.default_rng(i)) for i in range(batch)]
-        shares = [np.where(one.route > 0, 0.5 + 0.5 * one.route / WIDTHS, 0).mean() for one in drawn]
+        shares = [np.where(route > 0, 0.5 + 0.5 * route / WIDTHS, 0).mean() for _, route in drawn]
         assert shares[0] == 1 and min(shares) < 0.3
-        assert len({tuple(one.route) for one in drawn if (one.route < WIDTHS).any()}) == groups * 3 // 4
+        assert len({tuple(route) for _, route in drawn if (route < WIDTHS).any()}) == groups * 3 // 4
 
 
 def test_the_full_route_is_the_model_and_skipped_blocks_do_not_run():

@@ -80,6 +80,12 @@ def test_walking_follows_links_but_not_in_circles_and_skips_hidden_files(tmp_pat
     assert [path.name for path in visible_files(inside, recursive=False)] == ["b.png"]
 
 
+def test_files_of_some_kinds_are_found_whatever_the_case_of_their_suffix(tmp_path: Path) -> None:
+    for name in ("a.png", "b.JPG", "c.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in visible_files(tmp_path, suffixes=(".png", ".jpg"))] == ["a.png", "b.JPG"]
+
+
 def test_brackets_of_a_folder_are_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "photos [old] *" / "a"
     folder.mkdir(parents=True)

@@ -13,142 +13,48 @@ import trimesh
 from numpy.typing import NDArray
 
 from elastic3d.errors import UserError
-from elastic3d.preparation.primitives import (
-    animals,
-    buildings,
-    figures,
-    machines,
-    plants,
-    symbols,
-    things,
-    vehicles,
-    vessels,
-)
+from elastic3d.preparation.primitives import figures, plants, symbols, things, vehicles, vessels
 from elastic3d.preparation.primitives.solids import Dice, Parts, to_arrays
 from elastic3d.preparation.shape import RawShape, random_colour
-from elastic3d.preparation.sources import AlwaysReady, Item, with_article
+from elastic3d.preparation.sources import Item, Source, with_article
 
 CATEGORIES: dict[str, Callable[..., Parts]] = {
-    "mug": vessels.mug,
-    "dog": animals.dog,
-    "composition": symbols.composition,
-    "car": vehicles.car,
-    "key": things.key,
-    "letter": symbols.letter,
-    "goblet": vessels.goblet,
-    "tree": plants.tree,
-    "plane": vehicles.plane,
-    "carving": symbols.carving,
-    "hammer": things.hammer,
-    "gear": machines.gear,
-    "chess_pawn": figures.chess_piece("pawn"),
-    "chess_knight": figures.chess_piece("knight"),
-    "duck": animals.duck,
-    "boat": vehicles.boat,
-    "warped": symbols.warped,
-    "ring": things.ring,
-    "donut": plants.donut,
-    "vase_with_handles": vessels.vase,
-    "cat": animals.cat,
-    "house": buildings.house,
-    "lathe": symbols.lathe,
-    "glasses": things.glasses,
-    "star": symbols.star,
-    "teapot": vessels.teapot,
-    "fish": animals.fish,
-    "truck": vehicles.truck,
-    "phone": things.phone,
-    "heart": symbols.heart,
-    "chess_rook": figures.chess_piece("rook"),
-    "chess_bishop": figures.chess_piece("bishop"),
-    "snowman": figures.snowman,
-    "rocket": vehicles.rocket,
-    "book": things.book,
-    "ice_cream": plants.ice_cream,
-    "bottle": vessels.bottle,
-    "mushroom": plants.mushroom,
-    "helicopter": vehicles.helicopter,
-    "die": things.die,
-    "arrow": symbols.arrow,
-    "chess_queen": figures.chess_piece("queen"),
-    "chess_king": figures.chess_piece("king"),
-    "penguin": animals.penguin,
-    "castle": buildings.castle,
-    "dumbbell": things.dumbbell,
-    "cupcake": plants.cupcake,
-    "jug": vessels.jug,
-    "elephant": animals.elephant,
-    "bus": vehicles.bus,
-    "wrench": things.wrench,
-    "spring": machines.spring,
-    "bucket": vessels.bucket,
-    "rabbit": animals.rabbit,
-    "train": vehicles.train,
-    "camera": things.camera,
-    "cake": plants.cake,
-    "plant_pot": vessels.plant_pot,
-    "turtle": animals.turtle,
-    "submarine": vehicles.submarine,
-    "robot": things.robot,
-    "pipe": machines.pipe,
-    "trophy": vessels.trophy,
-    "giraffe": animals.giraffe,
-    "lighthouse": buildings.lighthouse,
-    "headphones": things.headphones,
-    "knot": symbols.knot,
-    "bell": vessels.bell,
-    "person": figures.person,
-    "tractor": vehicles.tractor,
-    "padlock": things.padlock,
-    "burger": plants.burger,
-    "candle": vessels.candle,
-    "teddy": figures.teddy,
-    "windmill": buildings.windmill,
-    "screw": things.screw,
-    "hollow_frame": machines.hollow_frame,
-    "barrel": vessels.barrel,
-    "bird": animals.bird,
-    "tank": vehicles.tank,
-    "clock": things.clock,
-    "brick": machines.brick,
-    "bowling_pin": vessels.bowling_pin,
-    "pig": animals.pig,
-    "bridge": buildings.arch_bridge,
-    "umbrella": things.umbrella,
-    "guitar": machines.guitar,
-    "spinning_top": vessels.spinning_top,
-    "snail": animals.snail,
-    "screwdriver": things.screwdriver,
-    "drum": machines.drum,
-    "palm": plants.palm,
-    "magnet": things.magnet,
-    "moon": symbols.moon,
-    "apple": plants.apple,
-    "spoon": things.spoon,
-    "cross": symbols.cross,
-    "flower": plants.flower,
-    "pencil": things.pencil,
-    "stairs": symbols.stairs,
-    "banana": plants.banana,
-    "table_lamp": vessels.table_lamp,
-    "chain": machines.chain,
-    "butterfly": animals.butterfly,
-    "lightning": symbols.lightning,
-    "pear": plants.pear,
-    "bowl": vessels.bowl,
-    "ghost": figures.ghost,
-    "lollipop": plants.lollipop,
-    "starfish": animals.star_fish,
-    "coins": vessels.coin_stack,
+    "mug": vessels.mug, "dog": figures.dog, "composition": symbols.composition, "car": vehicles.car,
+    "key": things.key, "letter": symbols.letter, "goblet": vessels.goblet, "tree": plants.tree,
+    "plane": vehicles.plane, "carving": symbols.carving, "hammer": things.hammer, "gear": things.gear,
+    "chess_pawn": figures.chess_piece("pawn"), "chess_knight": figures.chess_piece("knight"),
+    "duck": figures.duck, "boat": vehicles.boat, "warped": symbols.warped, "ring": things.ring,
+    "donut": plants.donut, "vase_with_handles": vessels.vase, "cat": figures.cat, "house": vehicles.house,
+    "lathe": symbols.lathe, "glasses": things.glasses, "star": symbols.star, "teapot": vessels.teapot,
+    "fish": figures.fish, "truck": vehicles.truck, "phone": things.phone, "heart": symbols.heart,
+    "chess_rook": figures.chess_piece("rook"), "chess_bishop": figures.chess_piece("bishop"),
+    "snowman": figures.snowman, "rocket": vehicles.rocket, "book": things.book,
+    "ice_cream": plants.ice_cream, "bottle": vessels.bottle, "mushroom": plants.mushroom,
+    "helicopter": vehicles.helicopter, "die": things.die, "arrow": symbols.arrow,
+    "chess_queen": figures.chess_piece("queen"), "chess_king": figures.chess_piece("king"),
+    "penguin": figures.penguin, "castle": vehicles.castle, "dumbbell": things.dumbbell,
+    "cupcake": plants.cupcake, "jug": vessels.jug, "elephant": figures.elephant, "bus": vehicles.bus,
+    "wrench": things.wrench, "spring": things.spring, "bucket": vessels.bucket, "rabbit": figures.rabbit,
+    "train": vehicles.train, "camera": things.camera, "cake": plants.cake, "plant_pot": vessels.plant_pot,
+    "turtle": figures.turtle, "submarine": vehicles.submarine, "robot": things.robot, "pipe": things.pipe,
+    "trophy": vessels.trophy, "giraffe": figures.giraffe, "lighthouse": vehicles.lighthouse,
+    "headphones": things.headphones, "knot": symbols.knot, "bell": vessels.bell, "person": figures.person,
+    "tractor": vehicles.tractor, "padlock": things.padlock, "burger": plants.burger,
+    "candle": vessels.candle, "teddy": figures.teddy, "windmill": vehicles.windmill, "screw": things.screw,
+    "hollow_frame": things.hollow_frame, "barrel": vessels.barrel, "bird": figures.bird,
+    "tank": vehicles.tank, "clock": things.clock, "brick": things.brick, "bowling_pin": vessels.bowling_pin,
+    "pig": figures.pig, "bridge": vehicles.arch_bridge, "umbrella": things.umbrella,
+    "guitar": things.guitar, "spinning_top": vessels.spinning_top, "snail": figures.snail,
+    "screwdriver": things.screwdriver, "drum": things.drum, "palm": plants.palm, "magnet": things.magnet,
+    "moon": symbols.moon, "apple": plants.apple, "spoon": things.spoon, "cross": symbols.cross,
+    "flower": plants.flower, "pencil": things.pencil, "stairs": symbols.stairs, "banana": plants.banana,
+    "table_lamp": vessels.table_lamp, "chain": things.chain, "butterfly": figures.butterfly,
+    "lightning": symbols.lightning, "pear": plants.pear, "bowl": vessels.bowl, "ghost": figures.ghost,
+    "lollipop": plants.lollipop, "starfish": figures.star_fish, "coins": vessels.coin_stack,
     "cloud": plants.cloud,
-}
-PER_ROUND = {
-    "composition": 6,
-    "letter": 6,
-    "carving": 4,
-    "warped": 4,
-    "lathe": 3,
-}  # seeds in a round; others: one
+}  # fmt: skip
+# Seeds in a round; of the others one.
+PER_ROUND = {"composition": 6, "letter": 6, "carving": 4, "warped": 4, "lathe": 3}
 COUNTED = ("composition", "carving", "warped")  # their builders are told how many primitives to use
 
 # sRGB of materials that have a colour of their own; others are drawn
@@ -185,9 +91,8 @@ class Composed:
             return f"the {'digit' if glyph.isdigit() else 'letter'} {glyph}"
         if self.category in COUNTED:
             count = symbols.count_of(self.seed)
-            return f"a {self.category} of {count} primitive{'s' if count > 1 else ''}".replace(
-                "a warped of", "a warped solid of"
-            )
+            noun = CAPTIONS.get(self.category, self.category)
+            return f"a {noun} of {count} primitive{'s' if count > 1 else ''}"
         return with_article(CAPTIONS.get(self.category, self.category.replace("_", " ")))
 
     def build(self) -> RawShape:
@@ -211,6 +116,7 @@ class Composed:
 CAPTIONS = {
     "vase_with_handles": "vase",
     "lathe": "turned solid",
+    "warped": "warped solid",
     "hollow_frame": "pierced solid",
     "plant_pot": "plant in a pot",
     "coins": "stack of coins",
@@ -251,7 +157,7 @@ def shapes(categories: list[str], count: int) -> list[Composed]:
     return list(islice(every, count))
 
 
-class PrimitivesSource(AlwaysReady):
+class PrimitivesSource(Source):
     """The first `count` shapes of the catalogue; any prefix is balanced over the categories.
 
     UserError if letters are among them and their fonts are missing.

@@ -16,6 +16,7 @@ from elastic3d.preparation.primitives.solids import (
     lathe,
     plate,
     polygon,
+    post,
     rod,
     torus,
     tube,
@@ -25,13 +26,11 @@ from elastic3d.preparation.primitives.solids import (
 def tree(d: Dice) -> Parts:
     """A broad-leaved tree or a conifer."""
     trunk, height = d(0.06, 0.1), d(0.3, 0.5)
-    stem = rod((0, 0, 0), (0, height + 0.2, 0), trunk * 1.25, trunk * 0.8)
+    stem = post(0, height + 0.2, trunk * 1.25, trunk * 0.8)
     if d.chance(0.5):
         tiers, size = d.whole(2, 4), d(0.32, 0.42)
         crown = [
-            rod(
-                (0, height + i * 0.24, 0), (0, height + i * 0.24 + 0.4, 0), size * (1 - i / (tiers + 1)), 0.02
-            )
+            post(height + i * 0.24, height + i * 0.24 + 0.4, size * (1 - i / (tiers + 1)), 0.02)
             for i in range(tiers)
         ]
     else:
@@ -67,7 +66,7 @@ def mushroom(d: Dice) -> Parts:
         cap * 1.1, 0.5, cap * 1.1, (0, height - 0.48, 0)
     )
     spots = [
-        rod((0, 0, 0), (0, 1.06, 0), 0.13, 0.16).rotate((tilt, 0, 0)).rotate((0, turn, 0))
+        post(0, 1.06, 0.13, 0.16).rotate((tilt, 0, 0)).rotate((0, turn, 0))
         for tilt, turn in ((10, d(0, 360)), *((50, d(0, 30) + 60 * i) for i in range(6)))
     ]
     dots = join(*spots).scale((cap, rise, cap)).translate((0, height, 0)) - box(
@@ -168,7 +167,7 @@ def donut(d: Dice) -> Parts:
 def ice_cream(d: Dice) -> Parts:
     """Scoops in a cone."""
     scoops, size, length = d.whole(1, 3), d(0.2, 0.26), d(0.5, 0.65)
-    cone = rod((0, 0, 0), (0, length, 0), 0.03, size * 0.95)
+    cone = post(0, length, 0.03, size * 0.95)
     parts: Parts = {"waffle": cone}
     for index in range(scoops):
         parts[f"scoop {index}"] = ball(
@@ -188,7 +187,7 @@ def cupcake(d: Dice) -> Parts:
         torus((radius * 1.05 - 0.12) * s, 0.11 * s**0.5, (0, height + y, 0))
         for s, y in ((1.0, 0.05), (0.7, 0.18), (0.4, 0.3))
     ]
-    cream = join(*tiers, rod((0, height, 0), (0, height + 0.42, 0), radius * 0.8, 0.03))
+    cream = join(*tiers, post(height, height + 0.42, radius * 0.8, 0.03))
     return {"cup": folds, "icing": cream, "red": ball(0.08, (0, height + 0.45, 0))}
 
 
@@ -206,9 +205,7 @@ def cake(d: Dice) -> Parts:
             "red": ball(0.09, (0.2, 0.55, 0)),
         }
     tiers, radius, height = d.whole(1, 3), d(0.4, 0.5), d(0.2, 0.28)
-    levels = [
-        rod((0, height * i, 0), (0, height * (i + 1), 0), radius * (1 - 0.27 * i)) for i in range(tiers)
-    ]
+    levels = [post(height * i, height * (i + 1), radius * (1 - 0.27 * i)) for i in range(tiers)]
     beads = [around(ball(0.05, (radius * (1 - 0.27 * i), height * (i + 1), 0)), 12) for i in range(tiers)]
     candle = rod(
         (radius * 0.4 * (1 - 0.2 * tiers), height * tiers - 0.01, 0),
@@ -222,7 +219,7 @@ def burger(d: Dice) -> Parts:
     """A burger in its bun."""
     radius, thick = d(0.42, 0.5), d(0.1, 0.15)
     bottom = lathe([(radius * 0.9, 0), (radius, 0.08), (radius, 0.13)])
-    meat = rod((0, 0.13, 0), (0, 0.13 + thick, 0), radius * 1.03)
+    meat = post(0.13, 0.13 + thick, radius * 1.03)
     leaf = around(ellipsoid(0.12, 0.03, 0.14, (radius, 0.16 + thick, 0)), 10)
     cheese = box(radius * 1.5, 0.045, radius * 1.5, (0, 0.14 + thick, 0)).rotate((0, d(0, 90), 0))
     top = ellipsoid(radius, d(0.26, 0.36), radius, (0, 0.17 + thick, 0)) - box(3, 1, 3, (0, -0.33 + thick, 0))
@@ -231,7 +228,7 @@ def burger(d: Dice) -> Parts:
 
 def lollipop(d: Dice) -> Parts:
     """A lollipop or a popsicle."""
-    stick = rod((0, 0, 0), (0, 0.6, 0), 0.04)
+    stick = post(0, 0.6, 0.04)
     if d.chance(0.5):
         return {"sugar": rod((0, 0.85, -0.07), (0, 0.85, 0.07), d(0.28, 0.36)), "ivory": stick}
     bar = polygon(

@@ -83,6 +83,11 @@ def rod(start: Point, end: Point, radius: float, end_radius: float | None = None
     return prism(start, end, radius, SEGMENTS, end_radius)
 
 
+def post(low: float, high: float, radius: float, end_radius: float | None = None) -> Manifold:
+    """A `rod` that stands on the Y axis, from one height to another."""
+    return rod((0, low, 0), (0, high, 0), radius, end_radius)
+
+
 def prism(start: Point, end: Point, radius: float, sides: int, end_radius: float | None = None) -> Manifold:
     """A regular prism or, with an `end_radius` of 0, a pyramid between two points."""
     axis = np.subtract(end, start).astype(np.float64)
@@ -196,7 +201,7 @@ def warp(solid: Manifold, moved: Callable[[NDArray[np.float64]], NDArray[np.floa
 
 def bend(solid: Manifold, degrees: float) -> Manifold:
     """Bent sideways: the Y axis becomes an arc in the XY plane."""
-    low, _, _, high = _height(solid)
+    low, high = height_of(solid)
     curvature = np.radians(degrees) / (high - low)
 
     def moved(points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -211,7 +216,7 @@ def bend(solid: Manifold, degrees: float) -> Manifold:
 
 def twist(solid: Manifold, degrees: float) -> Manifold:
     """Turned around Y in proportion to the height."""
-    low, _, _, high = _height(solid)
+    low, high = height_of(solid)
 
     def moved(points: NDArray[np.float64]) -> NDArray[np.float64]:
         angle = np.radians(degrees) * (points[:, 1] - low) / (high - low)
@@ -224,7 +229,7 @@ def twist(solid: Manifold, degrees: float) -> Manifold:
 
 def taper(solid: Manifold, top: float) -> Manifold:
     """Scaled across from 1 at the bottom to `top` at the top."""
-    low, _, _, high = _height(solid)
+    low, high = height_of(solid)
 
     def moved(points: NDArray[np.float64]) -> NDArray[np.float64]:
         scale = 1 + (top - 1) * (points[:, 1] - low) / (high - low)
@@ -245,9 +250,9 @@ def bumps(solid: Manifold, height: float, waves: float, phase: float = 0.0) -> M
     return warp(solid, moved)
 
 
-def _height(solid: Manifold) -> tuple[float, float, float, float]:
-    low_x, low_y, _, high_x, high_y, _ = solid.bounding_box()
-    return low_y, low_x, high_x, high_y
+def height_of(solid: Manifold) -> tuple[float, float]:
+    """Where it begins and ends in Y."""
+    return solid.bounding_box()[1], solid.bounding_box()[4]
 
 
 def _aim(solid: Manifold, axis: NDArray[np.float64], at: Point) -> Manifold:

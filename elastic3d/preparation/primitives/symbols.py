@@ -4,7 +4,6 @@ warped at random."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from manifold3d import Manifold
@@ -21,9 +20,11 @@ from elastic3d.preparation.primitives.solids import (
     capsule,
     disc,
     ellipsoid,
+    height_of,
     join,
     plate,
     polygon,
+    post,
     prism,
     profile_curve,
     rod,
@@ -76,11 +77,10 @@ def star(d: Dice) -> Parts:
     thick = d(0.12, 0.26)
     if d.chance(0.5):
         return {"gold": plate(outline, thick, bevel=d.pick(0.0, 0.02))}
-    front = np.concatenate([np.c_[outline, np.zeros(2 * rays)]])
-    rays_3d = [
-        _hull([*front[[i, (i + 1) % (2 * rays)]], [0, 0, 0], [0, 0, thick], [0, 0, -thick]])
-        for i in range(2 * rays)
-    ]
+    front = np.c_[outline, np.zeros(2 * rays)]
+    middle = np.array([[0, 0, 0], [0, 0, thick], [0, 0, -thick]])
+    sides = [front[[i, (i + 1) % (2 * rays)]] for i in range(2 * rays)]
+    rays_3d = [Manifold.hull_points(np.concatenate([side, middle])) for side in sides]
     return {"gold": join(ball(0.04), *rays_3d)}
 
 
@@ -136,14 +136,16 @@ def moon(d: Dice) -> Parts:
 def lightning(d: Dice) -> Parts:
     """A bolt of lightning."""
     wide = d(0.8, 1.2)
-    outline = np.array(
-        [(0.05, 0.5), (-0.25, -0.05), (-0.03, -0.05), (-0.12, -0.5), (0.27, 0.12), (0.04, 0.12), (0.22, 0.5)]
-    )
-    return {
-        "yellow": plate(
-            outline[::-1] * [wide, 1] if _clockwise(outline) else outline * [wide, 1], d(0.12, 0.25)
-        )
-    }
+    points = [
+        (0.05, 0.5),
+        (-0.25, -0.05),
+        (-0.03, -0.05),
+        (-0.12, -0.5),
+        (0.27, 0.12),
+        (0.04, 0.12),
+        (0.22, 0.5),
+    ]
+    return {"yellow": plate(np.array(points) * [wide, 1], d(0.12, 0.25))}
 
 
 def knot(d: Dice) -> Parts:
@@ -164,15 +166,6 @@ def stairs(d: Dice) -> Parts:
         for index, depth in enumerate(depths)
     ]
     return {"stone": join(*steps)}
-
-
-def _hull(points: list[Any]) -> Manifold:
-    return Manifold.hull_points(np.asarray(points, np.float64))
-
-
-def _clockwise(outline: np.ndarray) -> bool:
-    x, y = outline.T
-    return bool((x * np.roll(y, -1) - y * np.roll(x, -1)).sum() < 0)
 
 
 MOST = 9
@@ -211,7 +204,7 @@ def warped(d: Dice, count: int) -> Parts:
     solids, top = [], 0.0
     for _ in range(1 + count // 4):
         solid = _primitive(d).scale((0.8, 1.6, 0.8))
-        low, high = solid.bounding_box()[1], solid.bounding_box()[4]
+        low, high = height_of(solid)
         solids.append(solid.translate((0, top - low - 0.08, 0)))
         top += high - low - 0.16
     body = join(*solids)
@@ -251,9 +244,9 @@ def _primitive(d: Dice, size: float = 1.0) -> Manifold:
     elif kind == 2:
         solid = ellipsoid(a, b, c) if d.chance(0.5) else ellipsoid(a, a, a)
     elif kind == 3:
-        solid = rod((0, -b, 0), (0, b, 0), a)
+        solid = post(-b, b, a)
     elif kind == 4:
-        solid = rod((0, -b, 0), (0, b, 0), a, a * d.pick(0.03, 0.3, 0.6))
+        solid = post(-b, b, a, a * d.pick(0.03, 0.3, 0.6))
     elif kind == 5:
         solid = torus(0.4 * size, 0.4 * size * d(0.2, 0.45))
     elif kind == 6:

@@ -1,8 +1,9 @@
-"""Tools, toys and things on a desk."""
+"""Tools, toys and things on a desk; machine parts, bricks and instruments."""
 
 from __future__ import annotations
 
 import numpy as np
+from manifold3d import CrossSection
 
 from elastic3d.preparation.primitives.solids import (
     Dice,
@@ -18,6 +19,7 @@ from elastic3d.preparation.primitives.solids import (
     lathe,
     plate,
     polygon,
+    post,
     prism,
     rod,
     round_box,
@@ -29,7 +31,7 @@ from elastic3d.preparation.primitives.solids import (
 def key(d: Dice) -> Parts:
     """A key that stands on its teeth side up, seen from the front."""
     thick, length, bow = d(0.07, 0.1), d(0.6, 0.8), d(0.17, 0.24)
-    head = disc(bow).scale((1, d(0.8, 1.1))) if d.chance(0.6) else polygon(_regular(6, bow))
+    head = disc(bow).scale((1, d(0.8, 1.1))) if d.chance(0.6) else CrossSection.circle(bow, 6)
     head = head - disc(bow * d(0.35, 0.5), (-bow * 0.25, 0))
     shaft = polygon([(bow * 0.8, -0.045), (bow + length, -0.045), (bow + length, 0.045), (bow * 0.8, 0.045)])
     for index in range(d.whole(2, 4)):
@@ -52,7 +54,7 @@ def hammer(d: Dice) -> Parts:
         )
         claw = claw - prism((0.36, length - 0.2, 0), (0.14, length, 0), 0.05, 3)
     else:
-        claw = prism((0.03, length, 0), (0.3, length, 0), size * 0.75, 4, 0.03).scale((1, 1, 1))
+        claw = prism((0.03, length, 0), (0.3, length, 0), size * 0.75, 4, 0.03)
     handle = capsule((0, 0, 0), (0, length, 0), d(0.055, 0.075), 0.045).scale((1, 1, 1.25))
     return {"wood": handle, "metal": join(head, claw)}
 
@@ -67,7 +69,7 @@ def ring(d: Dice) -> Parts:
     crown = prism((0, 0, 0), (0, size, 0), size, 8, size * 0.6)
     point = prism((0, -size * 0.9, 0), (0, 0, 0), 0.03, 8, size)
     stone = join(crown, point) if d.chance(0.7) else ball(size)
-    seat = rod((0, -size, 0), (0, -size * 0.3, 0), size * 0.6, size * 0.85)
+    seat = post(-size, -size * 0.3, size * 0.6, size * 0.85)
     lift = (0, radius + tube_radius + size * 0.7, 0)
     return {"gold": join(band, seat.translate(lift)), "gem": stone.translate(lift)}
 
@@ -108,7 +110,7 @@ def book(d: Dice) -> Parts:
         cover = plate([(0, 0), (0.63, 0.02), (0.63, 0.06), (0, 0.05)], height)
         return {"paper": both_sides(page).rotate((-20, 0, 0)), "cover": both_sides(cover).rotate((-20, 0, 0))}
     sides = [box(width, height, 0.04, (0, 0, side * thick / 2)) for side in (-1, 1)]
-    spine = rod((-width / 2, -height / 2, 0), (-width / 2, height / 2, 0), thick / 2 + 0.02).scale((1, 1, 1))
+    spine = rod((-width / 2, -height / 2, 0), (-width / 2, height / 2, 0), thick / 2 + 0.02)
     pages = box(width * 0.94, height * 0.94, thick, (-0.01, 0, 0))
     pose = d.pick((0, 0, 0), (0, 90, 0), (-90, 0, 0))
     return {"cover": join(*sides, spine).rotate(pose), "paper": pages.rotate(pose)}
@@ -117,8 +119,9 @@ def book(d: Dice) -> Parts:
 def die(d: Dice) -> Parts:
     """A die with its pips cut in."""
     body = round_box(1, 1, 1, d(0.08, 0.2))
-    spots = {1: [(0, 0)], 2: [(-1, -1), (1, 1)], 3: [(-1, -1), (0, 0), (1, 1)], 4: _corners()}
-    spots |= {5: [*_corners(), (0, 0)], 6: [*_corners(), (-1, 0), (1, 0)]}
+    corners = [(-1, -1), (-1, 1), (1, -1), (1, 1)]
+    spots = {1: [(0, 0)], 2: [(-1, -1), (1, 1)], 3: [(-1, -1), (0, 0), (1, 1)], 4: corners}
+    spots |= {5: [*corners, (0, 0)], 6: [*corners, (-1, 0), (1, 0)]}
     turns = {1: (0, 0, 0), 6: (180, 0, 0), 2: (90, 0, 0), 5: (-90, 0, 0), 3: (0, 90, 0), 4: (0, -90, 0)}
     pip = d(0.09, 0.12)
     holes = [
@@ -151,7 +154,7 @@ def wrench(d: Dice) -> Parts:
     length, head, thick = d(0.8, 1.0), d(0.14, 0.18), d(0.08, 0.11)
     handle = polygon([(-0.055, 0), (0.055, 0), (0.055, length), (-0.055, length)])
     jaw = disc(head, (0, length)) - polygon([(-0.08, length), (0.08, length), (0.08, 2), (-0.08, 2)])
-    eye = disc(head * 0.85) - polygon(_regular(6, head * 0.5))
+    eye = disc(head * 0.85) - CrossSection.circle(head * 0.5, 6)
     shape = (
         handle
         + disc(head, (0, length))
@@ -166,7 +169,7 @@ def screwdriver(d: Dice) -> Parts:
     profile = [(0.06, 0), (0.1, 0.06), (d(0.08, 0.11), grip * 0.6), (0.07, grip)]
     handle = lathe(profile) - around(rod((0.12, -0.1, 0), (0.12, grip, 0), 0.03), 6)
     top = grip + d(0.4, 0.55)
-    tip = rod((0, grip - 0.02, 0), (0, top, 0), 0.036)
+    tip = post(grip - 0.02, top, 0.036)
     blade = box(0.11, 0.12, 0.045, (0, top, 0))
     return {"handle": handle, "metal": join(tip, blade)}
 
@@ -188,7 +191,7 @@ def screw(d: Dice) -> Parts:
         top = lathe([(head, length), (head * 0.8, length + 0.1), (0.02, length + 0.16)])
         top = top - box(1, 0.12, 0.07, (0, length + 0.16, 0))
     threads = [torus(shank, 0.03, (0, y, 0)) for y in np.arange(0.04, length * d(0.5, 0.85), 0.09)]
-    return {"metal": join(top, rod((0, 0, 0), (0, length + 0.04, 0), shank), *threads)}
+    return {"metal": join(top, post(0, length + 0.04, shank), *threads)}
 
 
 def pencil(d: Dice) -> Parts:
@@ -198,7 +201,7 @@ def pencil(d: Dice) -> Parts:
     return {
         "body": prism((0, 0.1, 0), (0, length, 0), radius, 6),
         "wood": cone,
-        "eraser": rod((0, 0, 0), (0, 0.1, 0), radius),
+        "eraser": post(0, 0.1, radius),
     }
 
 
@@ -281,7 +284,7 @@ def umbrella(d: Dice) -> Parts:
     top = prism((0, length - rise, 0), (0, length, 0), radius, 8, 0.04)
     inner = prism((0, length - rise - 0.07, 0), (0, length - 0.09, 0), radius, 8, 0.02)
     hook = tube([(0, 0.1, 0), (0, 0.0, 0), (0.08, -0.09, 0), (0.16, 0.0, 0)], 0.036)
-    stick = rod((0, 0.08, 0), (0, length + 0.08, 0), 0.032)
+    stick = post(0.08, length + 0.08, 0.032)
     return {"cloth": top - inner, "metal": stick, "wood": hook}
 
 
@@ -290,9 +293,9 @@ def robot(d: Dice) -> Parts:
     width, height, depth = d(0.36, 0.48), d(0.4, 0.5), d(0.26, 0.34)
     head = d(0.24, 0.32)
     top = height / 2 + head / 2 + 0.04
-    body = join(round_box(width, height, depth, 0.03), rod((0, 0, 0), (0, top, 0), 0.07))
+    body = join(round_box(width, height, depth, 0.03), post(0, top, 0.07))
     skull = round_box(head * 1.15, head, head, 0.03, (0, top, 0))
-    antenna = join(rod((0, top, 0), (0, top + head * 0.9, 0), 0.03), ball(0.05, (0, top + head * 0.9, 0)))
+    antenna = join(post(top, top + head * 0.9, 0.03), ball(0.05, (0, top + head * 0.9, 0)))
     eyes = both_sides(rod((head * 0.27, top + 0.03, 0), (head * 0.27, top + 0.03, head / 2 + 0.04), 0.05))
     x, y = width / 2 + 0.07, height * 0.36
     spread = d(0.0, 0.25)
@@ -309,11 +312,6 @@ def robot(d: Dice) -> Parts:
     }
 
 
-def _regular(sides: int, radius: float) -> list[tuple[float, float]]:
-    angles = 2 * np.pi * np.arange(sides) / sides
-    return [(radius * float(np.cos(t)), radius * float(np.sin(t))) for t in angles]
-
-
 def _rounded(width: float, height: float, radius: float) -> list[tuple[float, float]]:
     corners = [(1, 1, 0), (-1, 1, 90), (-1, -1, 180), (1, -1, 270)]
     return [
@@ -326,5 +324,107 @@ def _rounded(width: float, height: float, radius: float) -> list[tuple[float, fl
     ]
 
 
-def _corners() -> list[tuple[int, int]]:
-    return [(-1, -1), (-1, 1), (1, -1), (1, 1)]
+def gear(d: Dice) -> Parts:
+    """A gear, upright or flat, with a bore and sometimes windows."""
+    teeth, radius, depth = d.whole(8, 18), 0.45, d(0.09, 0.14)
+    step = 2 * np.pi / teeth
+    corners = [
+        (0.0, radius - depth),
+        (0.22, radius - depth),
+        (0.34, radius),
+        (0.62, radius),
+        (0.74, radius - depth),
+    ]
+    rim = [(r * np.cos((i + t) * step), r * np.sin((i + t) * step)) for i in range(teeth) for t, r in corners]
+    bore = d(0.07, 0.13)
+    section = polygon(rim) - disc(bore)
+    thick = d(0.1, 0.24)
+    if d.chance(0.4):
+        holes = d.whole(4, 6)
+        for turn in 2 * np.pi * np.arange(holes) / holes:
+            section = section - disc(0.07, (0.22 * np.cos(turn), 0.22 * np.sin(turn)))
+    body = plate(section, thick)
+    if d.chance(0.5):
+        body = join(body, plate(disc(bore + 0.08) - disc(bore), thick + 0.14))
+    return {"metal": body.rotate(d.pick((0, 0, 0), (0, 0, 0), (-90, 0, 0)))}
+
+
+def chain(d: Dice) -> Parts:
+    """Links of a chain, hung in a row."""
+    size, tube_radius, count = d(0.14, 0.18), d(0.04, 0.055), d.whole(2, 4)
+    link = torus(size, tube_radius, axis=(0, 0, 1)).scale((0.8, 1.3, 1))
+    pitch = 2 * (size * 1.3 - tube_radius * 1.15)
+    return {
+        "metal": join(*(link.rotate((0, 90 * (i % 2), 0)).translate((0, i * pitch, 0)) for i in range(count)))
+    }
+
+
+def spring(d: Dice) -> Parts:
+    """A coil spring upright."""
+    turns, radius, wire = d.whole(3, 5), d(0.22, 0.32), d(0.04, 0.06)
+    t = np.linspace(0, 2 * np.pi * turns, turns * 16)
+    curve = np.stack([radius * np.cos(t), t / t[-1], radius * np.sin(t)], 1)
+    return {"metal": tube(curve, wire, count=turns * 18)}
+
+
+def pipe(d: Dice) -> Parts:
+    """A piece of piping: elbow, tee or cross, with flanges."""
+    radius, reach = d(0.12, 0.18), d(0.4, 0.5)
+    ways = d.pick(
+        [(0, 1, 0), (1, 0, 0)],
+        [(0, 1, 0), (1, 0, 0), (-1, 0, 0)],
+        [(0, 1, 0), (0, -1, 0), (1, 0, 0), (-1, 0, 0)],
+    )
+    ends = [np.array(way) * reach for way in ways]
+    outer = join(ball(radius), *(rod((0, 0, 0), end, radius) for end in ends))
+    flanges = join(*(rod(end * 0.85, end, radius * 1.5) for end in ends))
+    inner = join(ball(radius - 0.05), *(rod((0, 0, 0), end * 1.1, radius - 0.05) for end in ends))
+    return {"metal": outer - inner, "flange": flanges - inner}
+
+
+def hollow_frame(d: Dice) -> Parts:
+    """A cube, a sphere or a cylinder pierced along its axes."""
+    body = d.pick(box(1, 1, 1), ball(0.6), post(-0.5, 0.5, 0.55))
+    size = d(0.24, 0.32)
+    hole = box(2 * size, 2 * size, 3) if d.chance(0.5) else rod((0, 0, -2), (0, 0, 2), size)
+    cut = join(hole, hole.rotate((0, 90, 0)), hole.rotate((90, 0, 0)))
+    return {"body": body - cut}
+
+
+def brick(d: Dice) -> Parts:
+    """A toy brick with studs."""
+    columns, rows, height = d.whole(1, 4), d.whole(1, 2), d.pick(0.35, 0.35, 0.14)
+    body = box(0.3 * columns, height, 0.3 * rows, (0, height / 2, 0))
+    studs = [
+        rod(
+            (0.3 * (i + 0.5 - columns / 2), height - 0.01, 0.3 * (j + 0.5 - rows / 2)),
+            (0.3 * (i + 0.5 - columns / 2), height + 0.07, 0.3 * (j + 0.5 - rows / 2)),
+            0.09,
+        )
+        for i in range(columns)
+        for j in range(rows)
+    ]
+    return {"body": join(body, *studs)}
+
+
+def guitar(d: Dice) -> Parts:
+    """A guitar, neck up, its face to the front."""
+    lower, upper, neck = d(0.26, 0.3), d(0.19, 0.22), d(0.5, 0.62)
+    outline = (disc(lower) + disc(upper, (0, lower + 0.08))).offset(0.05).offset(-0.09).offset(0.04)
+    depth = d(0.12, 0.18)
+    body = plate(outline, depth, bevel=0.02)
+    top = lower + 0.2
+    hole = rod((0, lower * 0.75, 0.02), (0, lower * 0.75, 1), 0.085)
+    bridge = box(0.2, 0.045, 0.07, (0, -0.08, depth / 2))
+    fretboard = box(0.08, neck, 0.06, (0, top + neck / 2, 0.06))
+    head = box(0.13, 0.18, 0.06, (0, top + neck + 0.07, 0.04))
+    return {"wood": body - hole, "black": join(fretboard, bridge), "body": head}
+
+
+def drum(d: Dice) -> Parts:
+    """A drum with its rims."""
+    radius, height = d(0.36, 0.45), d(0.3, 0.7)
+    shell = post(0, height, radius)
+    rims = [torus(radius, 0.04, (0, y, 0)) for y in (0.0, height)]
+    rods = around(capsule((radius + 0.01, 0, 0), (radius + 0.01, height, 0), 0.03), d.whole(6, 8))
+    return {"red": shell, "metal": join(*rims, rods)}

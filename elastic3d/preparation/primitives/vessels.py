@@ -9,7 +9,7 @@ from elastic3d.preparation.primitives.solids import (
     both_sides,
     join,
     lathe,
-    rod,
+    post,
     round_box,
     torus,
     tube,
@@ -30,7 +30,7 @@ def mug(d: Dice) -> Parts:
         (radius + reach, high - 0.08 * height, 0),
         (inside, high, 0),
     ]
-    handle = tube(ear, d(0.045, 0.065)) - rod((0, wall, 0), (0, 2, 0), inside - wall)
+    handle = tube(ear, d(0.045, 0.065)) - post(wall, 2, inside - wall)
     return {"body": body, d.pick("body 2", "handle"): handle}
 
 
@@ -75,10 +75,10 @@ def bottle(d: Dice) -> Parts:
     ]
     parts: Parts = {"glass": lathe(profile)}
     if d.chance(0.7):
-        parts["cap"] = rod((0, height - 0.02, 0), (0, height + 0.08, 0), neck * d(1.1, 1.5))
+        parts["cap"] = post(height - 0.02, height + 0.08, neck * d(1.1, 1.5))
     if d.chance(0.6):
         low = d(0.12, 0.25)
-        parts["label"] = rod((0, low, 0), (0, low + d(0.15, 0.25), 0), radius * 1.05)
+        parts["label"] = post(low, low + d(0.15, 0.25), radius * 1.05)
     return parts
 
 
@@ -87,7 +87,7 @@ def bowl(d: Dice) -> Parts:
     radius, height = d(0.45, 0.6), d(0.3, 0.5)
     foot = radius * d(0.35, 0.6)
     body = vessel([(foot, 0), (radius * 0.85, height * 0.5), (radius, height)], 0.055)
-    return {"ceramic": join(body, rod((0, -0.05, 0), (0, 0.04, 0), foot * 0.9))}
+    return {"ceramic": join(body, post(-0.05, 0.04, foot * 0.9))}
 
 
 def teapot(d: Dice) -> Parts:
@@ -129,7 +129,7 @@ def bucket(d: Dice) -> Parts:
     """A bucket with its bail up."""
     foot, rim, height = d(0.28, 0.34), d(0.38, 0.46), d(0.6, 0.75)
     body = join(vessel([(foot, 0), (rim, height)], 0.05), torus(rim, 0.04, (0, height, 0)))
-    body = body - rod((0, 0.05, 0), (0, 2, 0), foot - 0.06)
+    body = body - post(0.05, 2, foot - 0.06)
     top = height + d(0.3, 0.45)
     bail = tube(
         [
@@ -149,7 +149,7 @@ def plant_pot(d: Dice) -> Parts:
     height, rim = d(0.35, 0.5), d(0.26, 0.36)
     clay = join(
         lathe([(rim * 0.7, 0), (rim * 0.95, height * 0.8)], smooth=False),
-        rod((0, height * 0.75, 0), (0, height, 0), rim),
+        post(height * 0.75, height, rim),
     )
     if d.chance(0.5):
         top, radius = height + d(0.4, 0.7), d(0.1, 0.15)
@@ -181,7 +181,7 @@ def spinning_top(d: Dice) -> Parts:
             (0.06, height),
         ]
     )
-    return {"body": body, "handle": rod((0, height * 0.9, 0), (0, height + d(0.2, 0.4), 0), d(0.04, 0.07))}
+    return {"body": body, "handle": post(height * 0.9, height + d(0.2, 0.4), d(0.04, 0.07))}
 
 
 def bowling_pin(d: Dice) -> Parts:
@@ -198,7 +198,7 @@ def trophy(d: Dice) -> Parts:
     stem = lathe([(0.17, 0.12), (0.05, 0.28), (0.05, 0.42)])
     cup = vessel([(0.06, 0.38), (rim * 0.9, 0.58), (rim, 0.98)], 0.045, 0.08)
     ear = [(rim * 0.9, 0.9, 0), (rim + 0.2, 0.88, 0), (rim + 0.12, 0.66, 0), (rim * 0.8, 0.58, 0)]
-    inner = rod((0, 0.62, 0), (0, 2, 0), rim - 0.05)
+    inner = post(0.62, 2, rim - 0.05)
     return {"wood": base, "gold": join(stem, cup, both_sides(tube(ear, 0.036) - inner))}
 
 
@@ -208,10 +208,10 @@ def candle(d: Dice) -> Parts:
     dish = vessel([(radius * 1.6, 0), (radius * 2.2, 0.12)], 0.05)
     ear = torus(0.11, 0.035, (radius * 2.2 + 0.08, 0.08, 0), (0, 0, 1))
     flame = lathe([(0.02, 0), (0.07, 0.08), (0.01, 0.24)]).translate((0, height, 0))
-    wick = rod((0, height - 0.02, 0), (0, height + 0.05, 0), 0.025)
+    wick = post(height - 0.02, height + 0.05, 0.025)
     return {
         "metal": join(dish, ear),
-        "wax": rod((0, 0.02, 0), (0, height, 0), radius),
+        "wax": post(0.02, height, radius),
         "flame": join(flame, wick),
     }
 
@@ -239,7 +239,7 @@ def bell(d: Dice) -> Parts:
     shell = lathe(outer) - lathe(inner)
     return {
         "gold": shell,
-        "metal": join(ball(0.1, (0, 0.05, 0)), rod((0, 0.05, 0), (0, height, 0), 0.035)),
+        "metal": join(ball(0.1, (0, 0.05, 0)), post(0.05, height, 0.035)),
         "wood": grip,
     }
 
@@ -249,7 +249,7 @@ def barrel(d: Dice) -> Parts:
     radius, belly, height = d(0.3, 0.36), d(0.4, 0.46), d(0.85, 1.05)
     body = lathe([(radius, 0), (belly, height / 2), (radius, height)])
     hoops = [torus(radius + (belly - radius) * 0.45, 0.04, (0, y * height, 0)) for y in (0.18, 0.82)]
-    top = rod((0, height - 0.05, 0), (0, height + 1, 0), radius - 0.06)
+    top = post(height - 0.05, height + 1, radius - 0.06)
     return {"wood": body - top, "metal": join(*hoops)}
 
 
@@ -257,9 +257,7 @@ def coin_stack(d: Dice) -> Parts:
     """Some coins on each other, a little out of line."""
     thick = d(0.07, 0.1)
     coins = [
-        rod((0, i * thick, 0), (0, (i + 1) * thick, 0), 0.4 - 0.03 * (i % 2)).translate(
-            (d(-0.05, 0.05), 0, d(-0.05, 0.05))
-        )
+        post(i * thick, (i + 1) * thick, 0.4 - 0.03 * (i % 2)).translate((d(-0.05, 0.05), 0, d(-0.05, 0.05)))
         for i in range(d.whole(2, 9))
     ]
     return {"gold": join(*coins)}
