@@ -167,8 +167,9 @@ async def _read_mesh_body(request: Request) -> tuple[bytes, MeshRequest, bool]:
 
 
 async def _submit(queue: MeshQueue, config: ServeConfig, data: bytes, wanted: MeshRequest) -> Job:
-    image = await run_in_threadpool(decode_image, data, config.max_pixels)
     try:
+        queue.check_room()
+        image = await run_in_threadpool(decode_image, data, config.max_pixels)
         return queue.submit(image, wanted)
     except QueueClosed as error:
         raise ApiError(503, str(error)) from error

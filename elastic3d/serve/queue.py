@@ -227,16 +227,21 @@ class MeshQueue:
         job = Job(secrets.token_urlsafe(ID_BYTES), request, image, held)
         with self._changed:
             self._drop_old()
+            self.check_room()
+            self._jobs[job.id] = job
+            self._waiting.append(job)
+            self._changed.notify_all()
+        return job
+
+    def check_room(self) -> None:
+        """Raise what `submit` would for one more job, QueueFull or QueueClosed: before an upload is unpacked for it."""
+        with self._changed:
             if self._closed:
                 raise QueueClosed("the server stops")
             if len(self._waiting) >= self.capacity:
                 raise QueueFull(
                     f"{len(self._waiting)} jobs wait already, expected fewer than {self.capacity}"
                 )
-            self._jobs[job.id] = job
-            self._waiting.append(job)
-            self._changed.notify_all()
-        return job
 
     def find(self, id: str) -> Job | None:
         """A job that is known still."""
