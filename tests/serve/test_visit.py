@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import trimesh
 from PIL import Image
 
 gradio = pytest.importorskip("gradio")
+httpx = pytest.importorskip("httpx")
 from app import Drawer  # noqa: E402 (the script)
 from tiny_dial import ROUTERS as LORA  # noqa: E402
 from tiny_dial import load, save_dialled  # noqa: E402
@@ -26,7 +28,7 @@ from elastic3d.elastic.config import ElasticConfig, RouterConfig, RouterCurves  
 from elastic3d.geometry import pose  # noqa: E402
 from elastic3d.geometry.mesh_io import read_extras  # noqa: E402
 from elastic3d.serve import visit  # noqa: E402
-from elastic3d.serve.app import _settings, build_app  # noqa: E402
+from elastic3d.serve.app import _settings, build_app, launch  # noqa: E402
 from elastic3d.serve.config import AppConfig  # noqa: E402
 from elastic3d.serve.models import ModelInfo, Models  # noqa: E402
 from elastic3d.serve.queue import Job, MeshQueue, Observer  # noqa: E402
@@ -239,3 +241,28 @@ def test_two_visitors_load_one_model_for_prompts() -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(drawer, ["a chair", "a table"], [0, 1]))
     assert len(loaded) == 1
+
+
+def test_an_address_in_the_place_of_an_upload_is_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    asked, resolve = [], socket.getaddrinfo
+
+    def noted(host, *more, **options):
+        asked.append(host)
+        return resolve("127.0.0.1", *more, **options)
+
+    with MeshQueue(tiny_pipeline()) as queue:
+        app = build_app(queue)
+        _, url, _ = launch(app, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+        try:
+            monkeypatch.setattr(socket, "getaddrinfo", noted)
+            file = {"path": "http://elsewhere.example/a.png", "meta": {"_type": "gradio.FileData"}}
+            where = f"{url}gradio_api/call/masked"
+            event = httpx.post(where, json={"data": [file, 20, 0.15]}).json()["event_id"]
+            told = httpx.get(f"{where}/{event}", timeout=60).text
+        finally:
+            app.close()
+    assert "expected an upload" in told
+    assert "elsewhere.example" not in asked
