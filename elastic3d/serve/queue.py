@@ -126,7 +126,7 @@ class MeshRequest(BaseModel):
 def sentence(errors: Sequence[Any]) -> str:
     """What pydantic says of the first value that is wrong."""
     first = errors[0]
-    name = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
+    name = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))[:80]
     given = first.get("input")
     shown = f" is {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
     if first["type"] == "extra_forbidden":
