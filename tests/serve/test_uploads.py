@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from elastic3d.errors import UserError
 from elastic3d.models.images import prepare_image
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.assets import object_pixels
 from elastic3d.serve import uploads
+from elastic3d.serve.config import ServeConfig
 from elastic3d.serve.uploads import decode_image
+from elastic3d.utils.options import from_dict
 
 SIZE = (1500, 1000)
 
@@ -61,6 +64,14 @@ def test_a_large_upload_is_kept_small_and_gives_the_same(mode: str, options: dic
     assert np.array_equal(np.asarray(one), np.asarray(two))
     # what texture=project and combine=fit look at
     assert np.array_equal(object_pixels(whole, config), object_pixels(kept, config))
+
+
+def test_the_limit_of_pixels_is_one_that_can_be_reached() -> None:
+    """Pillow refuses more by itself, at whatever limit."""
+    most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    assert from_dict(ServeConfig, {"max_pixels": most}).max_pixels == most
+    with pytest.raises(UserError, match="max_pixels"):
+        from_dict(ServeConfig, {"max_pixels": most + 1})
 
 
 def test_many_uploads_at_once_take_the_memory_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
