@@ -419,7 +419,7 @@ def find_images(pattern: str) -> list[Path]:
     """Images in a folder, or files that match a glob; sorted, without drawings such as previews."""
     folder = Path(pattern)
     found = images_in(folder) if folder.is_dir() else matching_files(pattern)
-    found = [path for path in found if not is_drawing(path)]
+    found = [path for path in found if not is_drawing(path)]  # a glob may match some
     if not found:
         kinds = f" ({', '.join(IMAGE_SUFFIXES)})" if folder.is_dir() else ""
         raise UserError(f"image is {printable(pattern)}, which holds no image{kinds}")

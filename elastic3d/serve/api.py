@@ -152,7 +152,8 @@ async def _read_mesh_body(request: Request) -> tuple[bytes, MeshRequest, bool]:
             return _from_base64(body.image), body.request(), body.wait
         if kind != "multipart/form-data":
             raise ApiError(
-                415, f"content-type is {kind or 'missing'}, expected multipart/form-data or application/json"
+                415,
+                f"content-type is {kind or 'missing':.80}, expected multipart/form-data or application/json",
             )
         async with request.form(max_files=1, max_fields=32) as form:
             upload = form.get("image")
@@ -167,8 +168,9 @@ async def _read_mesh_body(request: Request) -> tuple[bytes, MeshRequest, bool]:
 
 
 async def _submit(queue: MeshQueue, config: ServeConfig, data: bytes, wanted: MeshRequest) -> Job:
-    image = await run_in_threadpool(decode_image, data, config.max_pixels)
     try:
+        queue.check_room()
+        image = await run_in_threadpool(decode_image, data, config.max_pixels)
         return queue.submit(image, wanted)
     except QueueClosed as error:
         raise ApiError(503, str(error)) from error

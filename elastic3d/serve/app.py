@@ -15,6 +15,7 @@ from PIL import Image
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no request leaves the machine
 import gradio as gr  # noqa: E402
+from gradio import processing_utils  # noqa: E402
 
 from elastic3d.diffusion.dial import resolution_of  # noqa: E402
 from elastic3d.diffusion.options import Quality  # noqa: E402
@@ -272,8 +273,14 @@ def _answer() -> SimpleNamespace:
     )
 
 
+async def _download(url: str, cache_dir: str) -> str:
+    """In the place of Gradio's own, which fetches whatever a visitor names where a file belongs, of any size."""
+    raise failed("An address is given for a file, expected an upload.")
+
+
 def launch(app: gr.Blocks, **options: Any) -> Any:
     """Serve the page with fonts of the visitor's machine; returns what Gradio's `launch` does."""
+    processing_utils.async_ssrf_protected_download = _download
     theme = gr.themes.Default(font=FONTS, font_mono=["monospace"])
     queue = app.queue(max_size=64, default_concurrency_limit=VISITORS)
     return queue.launch(theme=theme, css=CSS, share=False, footer_links=[], **options)

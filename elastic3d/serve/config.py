@@ -12,6 +12,8 @@ from elastic3d.pipelines.options import GenerateConfig
 from elastic3d.utils.devices import DeviceChoice, DTypeChoice
 from elastic3d.utils.options import Options, option
 
+MOST_PIXELS = 178_956_970  # that Pillow opens
+
 
 @dataclass(kw_only=True)
 class ServerConfig(Options):
@@ -34,7 +36,7 @@ class ServerConfig(Options):
         600.0, "Seconds for which the mesh of a finished job can be fetched.", ge=1, le=86_400
     )
     max_megabytes: float = option(20.0, "Largest body of a request, or uploaded file.", ge=0.01, le=10_000)
-    max_pixels: int = option(25_000_000, "Most pixels of an image.", ge=64, le=10**9)
+    max_pixels: int = option(25_000_000, "Most pixels of an image.", ge=64, le=MOST_PIXELS)
     device: DeviceChoice = option(DeviceChoice.auto, "Where the model runs.")
     dtype: DTypeChoice = option(DTypeChoice.auto, "Number format of the model.")
     low_memory: bool = option(False, "One part of the model on the device at a time: slower.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import time
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
     from elastic3d.serve.metrics import Metrics
 
 OPEN_PATHS = ("/healthz",)
+BODY_S = 30.0  # that a part of a body may take
 
 
 class Guard:
-    """ASGI middleware: 401 without the token, 413 for a larger body than allowed, and a count of all answers.
+    """ASGI middleware: 401 without the token, 413 for a larger body than allowed, 408 for one that stops
+    arriving, and a count of all answers.
 
     No browser may take an answer for another kind of content than it says.
     """
@@ -70,13 +73,16 @@ class Guard:
         return f"the request is larger than {self._config.max_megabytes:g} MB"
 
     def _limited(self, receive: Receive) -> Receive:
-        """`receive` that stops a body without a stated length at the limit."""
-        taken = 0
+        """`receive` that stops a body without a stated length at the limit, and one that does not arrive."""
+        taken, whole = 0, False
 
         async def limited() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
+            nonlocal taken, whole
+            try:
+                message = await asyncio.wait_for(receive(), None if whole else BODY_S)
+            except asyncio.TimeoutError as error:
+                raise HTTPException(408, f"the request's body stopped for {BODY_S:g} s") from error
+            taken, whole = taken + len(message.get("body", b"")), not message.get("more_body", False)
             if taken > self._limit:
                 raise HTTPException(413, self._too_large())  # FastAPI takes others for a broken body
             return message

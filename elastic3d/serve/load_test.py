@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from elastic3d.diffusion.options import Quality
 from elastic3d.errors import UserError
 from elastic3d.utils.options import Options, option
 
-START_S = 300.0
+START_S, STOP_S = 300.0, 60.0  # that the server is given
 
 
 @dataclass(kw_only=True)
@@ -51,7 +51,7 @@ def load_test(config: LoadTestConfig, script: Path) -> dict[str, Any]:
     """Figures of a server that `script` starts: requests a second alone and together, p50 and p95, errors, memory.
 
     Raises:
-        UserError: httpx is missing, or the server did not start.
+        UserError: httpx is missing, the server did not start, or it refuses such requests.
     """
     try:
         import httpx
@@ -66,18 +66,23 @@ def load_test(config: LoadTestConfig, script: Path) -> dict[str, Any]:
         httpx.Client(base_url=base, timeout=600, limits=limits) as client,
     ):
 
-        def ask(seed: int) -> tuple[float, int]:
+        def send(seed: int) -> httpx.Response:
             form = {"seed": str(seed), "resolution": str(config.resolution), **setting}
+            return client.post("/v1/meshes", files={"image": image}, data=form)
+
+        def ask(seed: int) -> tuple[float, int]:
             start = time.perf_counter()
             try:
-                status = client.post("/v1/meshes", files={"image": image}, data=form).status_code
+                status = send(seed).status_code
             except httpx.HTTPError:
                 status = 0  # no answer
             return time.perf_counter() - start, status
 
         _ready(client, process)
         for seed in range(3):  # what is loaded at first use
-            ask(seed)
+            with suppress(httpx.HTTPError):
+                if (answer := send(seed)).is_client_error:
+                    raise UserError(f"the server refuses such requests: {answer.text:.300}")
         server = psutil.Process(process.pid)
         start, cpu = time.perf_counter(), _cpu_s(server)
         alone = _figures([ask(seed) for seed in range(config.alone)], start, server, cpu)
@@ -88,13 +93,16 @@ def load_test(config: LoadTestConfig, script: Path) -> dict[str, Any]:
         def ask_in_time(seed: int) -> tuple[float, int] | None:
             return ask(seed) if time.perf_counter() - start < config.max_s else None
 
-        with ThreadPoolExecutor(config.clients) as pool:
-            for answer in pool.map(ask_in_time, range(config.requests)):
-                if answer is None:
+        pool = ThreadPoolExecutor(config.clients)
+        try:
+            for made in pool.map(ask_in_time, range(config.requests)):
+                if made is None:
                     break
-                together.append(answer)
+                together.append(made)
                 if len(together) % max(config.requests // 10, 1) == 0:
                     memory.append(round(server.memory_info().rss / 2**20))
+        finally:
+            pool.shutdown(cancel_futures=True)  # whoever stops the command waits for none that are to come
         at_once = _figures(together, start, server, cpu) | {"clients": config.clients}
     return {"alone": alone, "together": at_once, "memory_mib": memory}
 
@@ -124,14 +132,23 @@ def _server(config: LoadTestConfig, script: Path) -> Iterator[tuple[str, subproc
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = [f"port={port}", f"model={config.model}", f"batch_size={config.batch_size}", "queue=1000"]
+    options = [
+        f"port={port}",
+        f"model={config.model}",
+        f"batch_size={config.batch_size}",
+        "queue=1000",
+        "stop_s=0",
+    ]
     open_to_us = os.environ | {"ELASTIC3D_TOKEN": ""}
     process = subprocess.Popen([sys.executable, str(script), *options], env=open_to_us)
     try:
         yield f"http://127.0.0.1:{port}", process
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _ready(client: Any, process: subprocess.Popen[bytes]) -> None:

@@ -126,7 +126,7 @@ class MeshRequest(BaseModel):
 def sentence(errors: Sequence[Any]) -> str:
     """What pydantic says of the first value that is wrong."""
     first = errors[0]
-    name = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
+    name = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))[:80]
     given = first.get("input")
     shown = f" is {given!r:.80}" if isinstance(given, str | int | float | bool) else ""
     if first["type"] == "extra_forbidden":
@@ -227,16 +227,21 @@ class MeshQueue:
         job = Job(secrets.token_urlsafe(ID_BYTES), request, image, held)
         with self._changed:
             self._drop_old()
+            self.check_room()
+            self._jobs[job.id] = job
+            self._waiting.append(job)
+            self._changed.notify_all()
+        return job
+
+    def check_room(self) -> None:
+        """Raise what `submit` would for one more job, QueueFull or QueueClosed: before an upload is unpacked for it."""
+        with self._changed:
             if self._closed:
                 raise QueueClosed("the server stops")
             if len(self._waiting) >= self.capacity:
                 raise QueueFull(
                     f"{len(self._waiting)} jobs wait already, expected fewer than {self.capacity}"
                 )
-            self._jobs[job.id] = job
-            self._waiting.append(job)
-            self._changed.notify_all()
-        return job
 
     def find(self, id: str) -> Job | None:
         """A job that is known still."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 
 from PIL import Image, UnidentifiedImageError
@@ -11,10 +12,12 @@ from elastic3d.errors import UserError
 from elastic3d.models.images import load_image, reduced
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+_UNPACKING = threading.Semaphore(2)  # at a time: 50 kB may take 700 MB meanwhile
 
 
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
-    """The image in a file's bytes, RGBA, of no more pixels than a mesh takes from it: many may wait.
+    """The image in a file's bytes, RGBA, of no more pixels than a mesh takes from it: many may wait. Callers
+    beyond two take turns.
 
     UserError if it is none, broken, or has more than `max_pixels`.
     """
@@ -30,7 +33,8 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
             raise UserError(
                 f"the image has {image.width} x {image.height} pixels, expected at most {max_pixels:,}"
             )
-        return reduced(load_image(image))
+        with _UNPACKING:
+            return reduced(load_image(image))
     except UserError:
         raise
     except Image.DecompressionBombError as error:

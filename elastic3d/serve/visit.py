@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ LINES, WIDEST = 90, 400  # pixels above and below the canvases, and of a canvas
 POLL_S = 0.1
 ERROR_S = 30.0  # that an error stays on the page
 HEADERS = ("mesh", "seconds", "DiT, s", "FLOPs", "faces", "for a print")
+STOPPED = "Stopped."
 OWN = "budget"  # the choice of the quality where the budget's slider counts
 
 
@@ -179,7 +181,8 @@ class Visits:
 
     def __init__(self, queue: MeshQueue) -> None:
         self._queue = queue
-        self._jobs: dict[str, list[Job]] = {}
+        self._lock = threading.Lock()
+        self._stops: set[tuple[str, threading.Event]] = set()  # of what is being made, by session
         self._shown: dict[str, Shown] = {}
 
     def generate(
@@ -191,22 +194,21 @@ class Visits:
         """Jobs for all samples, and their meshes when all are done. gr.Error where one fails, or all are stopped."""
         if choices.image is None:
             raise failed("There is no image yet: drop one, or draw a prompt.")
-        jobs: list[Job] = []
+        jobs, stopped = list[Job](), threading.Event()
+        self._stops.add((session, stopped))
         try:
-            info = self._queue.models.info(choices.model)
+            info = self._queue.models.info(choices.model)  # may take as long as a model takes to load
             elastic, dense = choices.requests(info)
-            self._jobs[session] = jobs
+            if stopped.is_set():
+                raise failed(STOPPED)
             for request in [*elastic, *dense]:
                 jobs.append(self._queue.submit(choices.image, request, held=True))
-            while not all(job.finished.is_set() for job in jobs):
+            while not (stopped.is_set() or all(job.finished.is_set() for job in jobs)):
                 done = float(np.mean([job.progress for job in jobs]))
                 stage = "waiting" if done == 0 else "sampling" if done < 0.5 else "decoding"
                 progress(done, desc=stage)
                 time.sleep(POLL_S)
-            made = _shown(jobs, len(elastic))
-            self._shown.pop(session, Shown()).forget()
-            self._shown[session] = made
-            return made
+            return self._kept(session, _shown(jobs, len(elastic)), stopped)
         except UserError as error:
             raise failed(error) from error
         except QueueFull as error:
@@ -214,24 +216,38 @@ class Visits:
         finally:
             for job in jobs:
                 self._queue.cancel(job)
-            self._jobs.pop(session, None)
+            self._stops.remove((session, stopped))
+
+    def _kept(self, session: str, made: Shown, stopped: threading.Event) -> Shown:
+        """What was made, in the place of what was before. gr.Error, and nothing stays, where nobody waits for it."""
+        with self._lock:
+            gone = made if stopped.is_set() else self._shown.pop(session, Shown())
+            if gone is not made:
+                self._shown[session] = made
+        gone.forget()
+        if gone is made:
+            raise failed(STOPPED)
+        return made
 
     def stop(self, session: str) -> None:
-        """Cancel what a visitor waits for."""
-        for job in self._jobs.get(session, []):
-            self._queue.cancel(job)
+        """Give up what a visitor waits for."""
+        for owner, stopped in list(self._stops):
+            if owner == session:
+                stopped.set()
 
     def leave(self, session: str) -> None:
         """Nothing of a visitor stays."""
-        self.stop(session)
-        self._shown.pop(session, Shown()).forget()
+        with self._lock:
+            self.stop(session)
+            left = self._shown.pop(session, Shown())
+        left.forget()
 
 
 def _shown(jobs: list[Job], elastic: int) -> Shown:
     """Copies of the finished meshes. gr.Error with the first failure."""
     for job in jobs:
         if job.state is not JobState.done:
-            raise failed(job.error or "Stopped.")
+            raise failed(job.error or STOPPED)
     shown = Shown()
     try:
         shown.folder = Path(tempfile.mkdtemp(prefix="elastic3d-", dir=os.environ.get("GRADIO_TEMP_DIR")))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from elastic3d.errors import UserError
 from elastic3d.evaluation.report import machine, markdown_table
+from elastic3d.pipelines.runtime import find_model
 from elastic3d.studies.config import StagesConfig
 from elastic3d.utils.files import save_json
 
@@ -91,7 +92,7 @@ def _process(folder: Path, config: StagesConfig) -> dict[str, list[float]]:
         "elastic": None if config.elastic else False,
     }  # those that differ from the pipeline's defaults: an older checkout may not know them
     settings = {name: value for name, value in settings.items() if value is not None}
-    inputs = {name: str(getattr(config, name).resolve()) for name in ("image", "model")}
+    inputs = {"image": str(config.image.resolve()), "model": str(find_model(config.model).resolve())}
     names = ("repeats", "threads", "cpu", "batch", "compile")
     options = {name: getattr(config, name) for name in names} | inputs | {"settings": settings}
     worker = Path(__file__).with_name("stage_worker.py")
@@ -110,6 +111,7 @@ def _process(folder: Path, config: StagesConfig) -> dict[str, list[float]]:
             arguments = [f"{name}={value}" for name, value in inputs.items()] + [f"output={output}/mesh.glb"]
             arguments += [f"{name}={str(value).lower()}" for name, value in settings.items()]
             arguments += ["compile=true"] if config.compile else []
+            arguments += ["device=cpu"] if config.cpu else []  # as the worker
             rows["gen_mesh.py"] = [_run([script, *arguments], folder, config)[1]]
     return rows
 

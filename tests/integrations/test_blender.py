@@ -96,6 +96,27 @@ def test_the_client_says_what_is_wrong(client, address: str, tmp_path: Path) -> 
         assert job.mesh is None and words in job.error, job.error
 
 
+@pytest.mark.parametrize(("broken", "made"), [("DELETE", True), ("GET", False)])
+def test_a_connection_that_breaks_costs_no_mesh_and_no_job(
+    client, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, made: bool
+) -> None:
+    """What was fetched is kept though the server can't be told; a job that can't be followed is given up."""
+    asked, ask = [], client.ask
+
+    def breaking(server: str, path: str, body=None, token: str = "", method: str = "") -> bytes:
+        asked.append(method or ("GET" if body is None else "POST"))
+        if asked[-1] == broken:
+            raise client.ServerError("the connection broke")
+        return ask(server, path, body, token, method)
+
+    monkeypatch.setattr(client, "ask", breaking)
+    job = client.Generation(address, "", save_image(tmp_path / "a.png"), {"resolution": 16})
+    job.start()
+    job.join(60)
+    assert (job.mesh is not None) == made and job.error == ("" if made else "the connection broke")
+    assert asked[-1] == "DELETE"
+
+
 @pytest.mark.parametrize(
     "content", [b"HTTP/1.0 200 OK\r\n\r\n<html>", b"HTTP/1.0 200 OK\r\n\r\n[1]", b"SSH-2.0\r\n"]
 )

@@ -26,6 +26,7 @@ uvicorn = pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 from tiny_pipeline import image, tiny_pipeline  # noqa: E402
 
+from elastic3d.serve import guard  # noqa: E402
 from elastic3d.serve.api import create_app  # noqa: E402
 from elastic3d.serve.config import ServeConfig  # noqa: E402
 from elastic3d.serve.metrics import Metrics  # noqa: E402
@@ -147,6 +148,7 @@ def test_what_is_said_of_a_value_is_no_page(server: Running) -> None:
     for answer in (
         server.post(format=HOSTILE),
         server.post(seed=HOSTILE),
+        server.post(**{HOSTILE * 100: "1"}),
         server.client.get("/v1/jobs/" + "%3Cscript%3Ealert(1)%3C%2Fscript%3E"),
         server.client.post("/v1/meshes", content=HOSTILE, headers={"content-type": "text/html"}),
     ):
@@ -183,6 +185,24 @@ def test_a_client_that_goes_away_costs_nothing(server: Running) -> None:
                     _until(lambda: server.queue._jobs)
         _until(lambda: not server.queue._jobs)
     assert server.post().status_code == 200 and server.files == []
+
+
+def test_a_body_that_stops_arriving_is_not_waited_for(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that waits for its mesh may be as silent as it likes."""
+    monkeypatch.setattr(guard, "BODY_S", 0.3)
+    for path in ("/v1/meshes", "/generate"):
+        head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{{"
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+            client.sendall(head.encode())
+            answer = b"".join(iter(lambda client=client: client.recv(4096), b""))  # until the server hangs up
+        assert answer.startswith(b"HTTP/1.1 408") and b"stopped for 0.3 s" in answer
+    with ThreadPoolExecutor(1) as pool:
+        with server.queue.models.use(""):  # nothing is generated meanwhile
+            waiting = pool.submit(server.post)
+            time.sleep(1)
+        assert waiting.result(60).status_code == 200
 
 
 def _until(true, seconds: float = 30) -> None:

@@ -311,8 +311,9 @@ def test_a_full_queue_is_429_and_a_late_mesh_504(pipeline) -> None:
     while server.queue.running == 0:
         time.sleep(0.01)
     waiting = server.queue.submit(image, MeshRequest(steps=2, resolution=16))
-    answer = post(server.client)
-    assert answer.status_code == 429 and "Retry-After" in answer.headers
+    for data in (None, b"no image"):  # which is not looked at
+        answer = post(server.client, data)
+        assert answer.status_code == 429 and "Retry-After" in answer.headers
     server.queue.cancel(waiting)
     assert waiting.state is JobState.cancelled and waiting.image is None
     assert post(server.client).status_code == 504

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,10 @@ from elastic3d.errors import UserError
 from elastic3d.models.images import prepare_image
 from elastic3d.models.options import ForegroundConfig
 from elastic3d.pipelines.assets import object_pixels
+from elastic3d.serve import uploads
+from elastic3d.serve.config import ServeConfig
 from elastic3d.serve.uploads import decode_image
+from elastic3d.utils.options import from_dict
 
 SIZE = (1500, 1000)
 AVIF = pytest.mark.skipif(not features.check("avif"), reason="this build of Pillow has no AVIF")
@@ -72,3 +78,33 @@ def test_an_avif_image_is_measured_before_it_is_decoded() -> None:
     for size in (20, 100, 1000, len(file.getvalue()) - 100):
         with pytest.raises(UserError, match="is broken|is no image, expected .* or AVIF"):
             decode_image(file.getvalue()[:size], 25_000_000)
+
+
+def test_the_limit_of_pixels_is_one_that_can_be_reached() -> None:
+    """Pillow refuses more by itself, at whatever limit."""
+    most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    assert from_dict(ServeConfig, {"max_pixels": most}).max_pixels == most
+    with pytest.raises(UserError, match="max_pixels"):
+        from_dict(ServeConfig, {"max_pixels": most + 1})
+
+
+def test_many_uploads_at_once_take_the_memory_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 25 million pixels in 16 bits, each takes 700 MB until it is reduced, from a file of 48 kB."""
+    at_once, most, lock, load = [0], [0], threading.Lock(), uploads.load_image
+
+    def counted(image: Image.Image) -> Image.Image:
+        with lock:
+            at_once[0] += 1
+            most[0] = max(most[0], at_once[0])
+        time.sleep(0.02)
+        loaded = load(image)
+        with lock:
+            at_once[0] -= 1
+        return loaded
+
+    monkeypatch.setattr(uploads, "load_image", counted)
+    file = io.BytesIO()
+    Image.new("L", (64, 64)).save(file, "PNG")
+    with ThreadPoolExecutor(8) as pool:
+        images = list(pool.map(lambda _: decode_image(file.getvalue(), 25_000_000), range(8)))
+    assert len(images) == 8 and most[0] == 2

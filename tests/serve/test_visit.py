@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +17,7 @@ import trimesh
 from PIL import Image
 
 gradio = pytest.importorskip("gradio")
+httpx = pytest.importorskip("httpx")
 from app import Drawer  # noqa: E402 (the script)
 from tiny_dial import ROUTERS as LORA  # noqa: E402
 from tiny_dial import load, save_dialled  # noqa: E402
@@ -23,10 +27,11 @@ from elastic3d.elastic import attach  # noqa: E402
 from elastic3d.elastic.config import ElasticConfig, RouterConfig, RouterCurves  # noqa: E402
 from elastic3d.geometry import pose  # noqa: E402
 from elastic3d.geometry.mesh_io import read_extras  # noqa: E402
-from elastic3d.serve.app import _settings, build_app  # noqa: E402
+from elastic3d.serve import visit  # noqa: E402
+from elastic3d.serve.app import _settings, build_app, launch  # noqa: E402
 from elastic3d.serve.config import AppConfig  # noqa: E402
-from elastic3d.serve.models import ModelInfo  # noqa: E402
-from elastic3d.serve.queue import MeshQueue  # noqa: E402
+from elastic3d.serve.models import ModelInfo, Models  # noqa: E402
+from elastic3d.serve.queue import Job, MeshQueue, Observer  # noqa: E402
 from elastic3d.serve.visit import Choices, Shown, Visits, download, route_image, table, tiles  # noqa: E402
 
 CHOICES = Choices(image(), "", "budget", 0.6, True, True, 3, 1, 1, 2, 16, 500, 20, 0.15)
@@ -164,6 +169,50 @@ def test_images_of_the_page_lose_nothing() -> None:
         np.testing.assert_array_equal(np.asarray(written), noise)
 
 
+@pytest.mark.parametrize("act", [Visits.stop, Visits.leave])
+def test_stop_and_leaving_count_while_the_model_is_loaded(act: Callable[[Visits, str], None]) -> None:
+    """Before there is a job to cancel."""
+    loading, go = threading.Event(), threading.Event()
+
+    def slow():
+        loading.set()
+        go.wait(30)
+        return tiny_pipeline()
+
+    ended: list[Job] = []
+    with (
+        MeshQueue(
+            Models({"tiny": tiny_pipeline, "slow": slow}), observer=Observer(ended=ended.append)
+        ) as queue,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        visits = Visits(queue)
+        making = pool.submit(visits.generate, replace(PLAIN, model="slow"), "somebody", lambda *_, **__: None)
+        assert loading.wait(30)
+        act(visits, "somebody")
+        go.set()
+        with pytest.raises(gradio.Error, match="Stopped"):
+            making.result(60)
+        assert not ended and not visits._stops
+
+
+def test_who_leaves_while_meshes_are_copied_leaves_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with MeshQueue(tiny_pipeline()) as queue:
+        visits, copy = Visits(queue), visit._copy
+
+        def slowly(*made) -> None:
+            copy(*made)
+            visits.leave("somebody")
+
+        monkeypatch.setattr(visit, "_copy", slowly)
+        with pytest.raises(gradio.Error, match="Stopped"):
+            visits.generate(PLAIN, "somebody", lambda *_, **__: None)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_can_not_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gone"))
     with (
@@ -192,3 +241,28 @@ def test_two_visitors_load_one_model_for_prompts() -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(drawer, ["a chair", "a table"], [0, 1]))
     assert len(loaded) == 1
+
+
+def test_an_address_in_the_place_of_an_upload_is_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    asked, resolve = [], socket.getaddrinfo
+
+    def noted(host, *more, **options):
+        asked.append(host)
+        return resolve("127.0.0.1", *more, **options)
+
+    with MeshQueue(tiny_pipeline()) as queue:
+        app = build_app(queue)
+        _, url, _ = launch(app, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+        try:
+            monkeypatch.setattr(socket, "getaddrinfo", noted)
+            file = {"path": "http://elsewhere.example/a.png", "meta": {"_type": "gradio.FileData"}}
+            where = f"{url}gradio_api/call/masked"
+            event = httpx.post(where, json={"data": [file, 20, 0.15]}).json()["event_id"]
+            told = httpx.get(f"{where}/{event}", timeout=60).text
+        finally:
+            app.close()
+    assert "expected an upload" in told
+    assert "elsewhere.example" not in asked

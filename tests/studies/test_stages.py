@@ -7,7 +7,7 @@ import pytest
 from tiny_pipeline import image, tiny_pipeline
 
 from elastic3d.errors import UserError
-from elastic3d.studies import stage_worker
+from elastic3d.studies import stage_worker, stages
 from elastic3d.studies.config import StagesConfig
 from elastic3d.studies.stages import HERE, OTHER, measure_stages, printed, table
 
@@ -42,6 +42,27 @@ def test_a_fresh_process_times_every_stage(tmp_path: Path):
     assert rows["import"] > 0 and rows["load"] > 0 and rows["peak memory, MB"] > 50
     assert sum(rows[f"first mesh, {stage}"] for stage in stages) <= rows["first mesh, total"] + 1
     assert json.loads(config.output.read_text())["table"] == found["table"]
+
+
+def test_a_bundled_model_is_found_by_its_name_and_cpu_is_for_the_commands_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    commands, run = [], stages._run
+
+    def noted(arguments, *more):
+        commands.append(arguments)
+        return ("", 1.0) if Path(arguments[0]).name == "gen_mesh.py" else run(arguments, *more)
+
+    monkeypatch.setattr(stages, "_run", noted)
+    image().save(tmp_path / "image.png")
+    config = StagesConfig(
+        image=tmp_path / "image.png", model=Path("shape-small"), output=tmp_path / "stages.json",
+        rounds=1, repeats=1, resolution=16, threads=1, cpu=True,
+    )  # fmt: skip
+    measure_stages(config)
+    assert "device=cpu" in commands[-1] and any(
+        text.endswith("pretrained/shape-small") for text in commands[-1]
+    )
 
 
 def test_options_that_do_not_go_together():

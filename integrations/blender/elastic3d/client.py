@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,20 @@ class Generation(threading.Thread):
         body = {"image": image, "wait": False, **self._options}
         job = ask_job(self._server, "/v1/meshes", body, self._token)
         where = f"/v1/jobs/{job['id']}"
+        try:
+            return self._fetched(where)
+        finally:  # also of a job that nobody follows any more
+            with suppress(ServerError):
+                ask(self._server, where, token=self._token, method="DELETE")
+
+    def _fetched(self, where: str) -> bytes | None:
+        """The mesh of a job once it is there; None if it is given up before."""
         while not self._cancelled.is_set():
             state = ask_job(self._server, where, token=self._token)
             self.progress = state["progress"]
             if state["state"] in ("failed", "cancelled"):
                 raise ServerError(state["error"] or "the server stopped")
             if state["state"] == "done":
-                mesh = ask(self._server, f"{where}/mesh", token=self._token)
-                ask(self._server, where, token=self._token, method="DELETE")
-                return mesh
+                return ask(self._server, f"{where}/mesh", token=self._token)
             time.sleep(POLL_S)
-        ask(self._server, where, token=self._token, method="DELETE")
         return None
