@@ -71,8 +71,7 @@ def main(config: GenerateImageConfig) -> int:
             on_step=lambda done, steps: bar.set_postfix_str(f"step {done}/{steps}"),
             **ElasticOptions.of(config),
         )
-        for n, result in zip(numbers, results, strict=True):
-            target = targets[n]
+        for target, result in zip([targets[n] for n in numbers], results, strict=True):
             save_image(result.image, target, result.metadata)
             bar.update()
             seconds = time.perf_counter() - start
