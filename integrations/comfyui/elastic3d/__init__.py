@@ -1,6 +1,6 @@
 """ComfyUI nodes: load a model, an image to a mesh with a dial for speed, save and preview the mesh.
 
-Installation: `pip install elastic3d` into ComfyUI's Python and copy this folder to `ComfyUI/custom_nodes/elastic3d`.
+Installation: `pip install` this repository into ComfyUI's Python, copy this folder to `ComfyUI/custom_nodes/elastic3d`.
 """
 
 from __future__ import annotations
