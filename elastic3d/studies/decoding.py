@@ -51,9 +51,11 @@ def compare_decoding(config: DecodingConfig) -> str:
             inputs have one name.
     """
     pipeline = ImageTo3DPipeline.from_pretrained(config.model, "cpu")  # times are those of the processor
+    settings, truths = _settings(pipeline, config), true_shapes(config)
     with sole_use(config.output):
-        _claim(pipeline, config)
-        shapes, truths = _latents(pipeline, config), true_shapes(config)
+        begun = any((config.output / name).is_file() for name in ("latents.safetensors", "shapes.json"))
+        claim_folder(config.output, settings, begun)
+        shapes = _latents(pipeline, config)
         names = list(shapes)[: config.limit or None]
         path = config.output / "shapes.json"
         done: dict[str, Any] = load_json(path) if path.is_file() else {}
@@ -68,19 +70,17 @@ def compare_decoding(config: DecodingConfig) -> str:
         return text
 
 
-def _claim(pipeline: ImageTo3DPipeline, config: DecodingConfig) -> None:
-    """Note what the results are of; refuse a folder with others, which would stay."""
+def _settings(pipeline: ImageTo3DPipeline, config: DecodingConfig) -> dict[str, Any]:
+    """What the results are of: a folder with others, which would stay, is refused."""
     options = to_dict(config)
     names = ("seeds", "reference", "resolutions", "points", "hunyuan3d_tokens")
-    settings = {
+    return {
         "model": pipeline.weights_sha256,
         "pipeline": to_dict(pipeline.config),
         "images": file_sha256(*_images(config)),
         "gt": None if config.gt is None else file_sha256(*_true_files(config.gt)),
         **{name: options[name] for name in names},
     }
-    begun = any((config.output / name).is_file() for name in ("latents.safetensors", "shapes.json"))
-    claim_folder(config.output, settings, begun)
 
 
 def _images(config: DecodingConfig) -> list[Path]:

@@ -4,7 +4,6 @@ from elastic3d.elastic.block import gated
 from elastic3d.elastic.families import BlockFlops
 from elastic3d.elastic.router import RouteDecision, straight_through
 from elastic3d.training.block_router import budget_loss
-from elastic3d.training.router import executed_share
 from elastic3d.training.routes import decision_flops
 
 RATIOS = (0.25, 0.5, 0.75, 1.0)
@@ -53,16 +52,14 @@ def test_a_decision_takes_threshold_and_argmax():
     assert d.hard_keep().tolist() == [0, 1] and d.hard_width().argmax(-1).tolist() == [1, 3]
 
 
-def test_executed_share_weighs_flops():
-    blocks = [BlockFlops(10, 30), BlockFlops(20, 40)]  # dense: 100
+def test_executed_flops_are_those_of_the_width_or_none():
+    block = BlockFlops(10, 30)
     half_width, skipped = [5.0, 0, 9, 0, 0], [-5.0, 0, 0, 0, 9]
-    assert decision_flops(decision([half_width]), blocks[0], RATIOS).tolist() == [25]
+    assert decision_flops(decision([half_width, skipped]), block, RATIOS).tolist() == [25, 0]
     with torch.autocast("cpu", torch.bfloat16):
         assert decision_flops(decision([half_width]), BlockFlops(1000, 2), RATIOS).tolist() == [1001]
-        third = decision_flops(decision([half_width]), blocks[0], (0.25, 1 / 3, 0.75, 1.0))
+        third = decision_flops(decision([half_width]), block, (0.25, 1 / 3, 0.75, 1.0))
     torch.testing.assert_close(third, torch.tensor([20.0]))
-    share = executed_share([decision([half_width, skipped]), decision([skipped, half_width])], blocks, RATIOS)
-    torch.testing.assert_close(share, torch.tensor([0.25, 0.4]))
 
 
 def test_budget_loss_is_zero_on_budget_and_pushes_towards_it():

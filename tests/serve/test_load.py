@@ -60,6 +60,7 @@ def test_who_stops_the_test_waits_for_no_further_requests_and_no_server(
     script, log = tmp_path / "slow.py", tmp_path / "slow.py.log"
     script.write_text(f"import signal\n{stays}\n{SLOW}")
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a job in the background has none
         "from pathlib import Path; from elastic3d.serve import load_test as tested; "
         f"tested.STOP_S = {stop_s}; config = tested.LoadTestConfig(requests=1000, alone=5, clients=2); "
         f"tested.load_test(config, Path({str(script)!r}))"
